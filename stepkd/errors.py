@@ -1,0 +1,53 @@
+"""Errors that are meant for the person at the keyboard.
+
+Every error a user can cause derives from :class:`StepkdError`. The command line prints its message without a
+traceback and exits with code 2; library users can catch one class. Messages name the value, the place and the fix.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class StepkdError(Exception):
+    """Base class: a mistake in the input, the settings or the environment, with a message that says how to mend it."""
+
+
+class ConfigError(StepkdError):
+    """A setting that contradicts another one, is out of range, or cannot work in this environment."""
+
+
+class ModelError(StepkdError):
+    """A model folder, checkpoint, tokenizer or adapter that cannot be used as asked."""
+
+
+class TrainingError(StepkdError):
+    """Training cannot go on: a non-finite loss or gradient, or a batch without a single target."""
+
+
+class DataError(StepkdError):
+    """A row or file that breaks its contract.
+
+    Args:
+        message: what is wrong and how to mend it.
+        path: the file (or ``source:split`` name) the row came from.
+        line: 1-based line (JSON Lines) or row number.
+        column: the column concerned.
+    """
+
+    def __init__(
+        self, message: str, *, path: str | Path | None = None, line: int | None = None, column: str | None = None
+    ) -> None:
+        self.path = None if path is None else str(path)
+        self.line = line
+        self.column = column
+        place = ", ".join(
+            part
+            for part in (
+                self.path,
+                None if line is None else f"line {line}",
+                None if column is None else f"column {column!r}",
+            )
+            if part
+        )
+        super().__init__(f"{place}: {message}" if place else message)

@@ -1,0 +1,25 @@
+"""Models: load (hub id, folder, GGUF, tiny preset), adapters, reference views, vocabulary heads, export."""
+
+from stepkd.models.head import check_head, real_vocab_size, vocab_head
+from stepkd.models.load import load_model, load_tokenizer
+from stepkd.models.policy import HiddenStates, Policy, positions_from_mask
+from stepkd.models.spec import LoraSpec, PolicySpec, spec_from_dict, spec_to_dict
+from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_tokenizer
+
+__all__ = [
+    "TINY_PRESETS",
+    "HiddenStates",
+    "LoraSpec",
+    "Policy",
+    "PolicySpec",
+    "build_tiny",
+    "check_head",
+    "load_model",
+    "load_tokenizer",
+    "positions_from_mask",
+    "real_vocab_size",
+    "spec_from_dict",
+    "spec_to_dict",
+    "tiny_tokenizer",
+    "vocab_head",
+]

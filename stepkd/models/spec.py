@@ -1,0 +1,94 @@
+"""Settings of a model: what to load, in which precision, and what to train.
+
+The same :class:`PolicySpec` sits under the key ``policy`` of every method, so one overlay in ``recipes/base/`` serves
+all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from stepkd.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft."""
+
+    r: int = 16
+    """Rank, >= 1."""
+    alpha: float = 32.0
+    """Numerator of the adapter's scale ``alpha / r``, > 0."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input in [0, 1). Preference and distillation methods need 0."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names, a regular expression, or ``all-linear`` (every linear layer but the head)."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full beside the adapters, for instance ``[lm_head]``."""
+    rslora: bool = False
+    """Scale by ``alpha / sqrt(r)`` (rank-stabilised LoRA)."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"policy.lora.r={self.r}: the rank must be at least 1")
+        if self.alpha <= 0:
+            raise ConfigError(f"policy.lora.alpha={self.alpha}: must be positive")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"policy.lora.dropout={self.dropout}: must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The model that is trained."""
+
+    path: str = "tiny-0.5m"
+    """A folder, a hub id (``org/name``), a ``.gguf`` file, a peft adapter folder, or a tiny preset (``tiny-0.1m``,
+    ``tiny-0.5m``, ``tiny-2m``: random weights, character tokenizer)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer when it is not beside the weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
+    """Parameter dtype. LoRA adapters stay float32 on a half-precision base."""
+    attention: str | None = None
+    """``sdpa``, ``eager``, ``flash_attention_2``, ``flex_attention``; None lets transformers choose."""
+    gradient_checkpointing: bool = False
+    """Recompute block activations in the backward pass: less memory, about a third more time."""
+    lora: LoraSpec | None = None
+    """Train adapters instead of all weights."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Base weights in 4 or 8 bits (QLoRA, through bitsandbytes, CUDA only); needs ``lora``."""
+    init_seed: int = 0
+    """Seed of the weights of a tiny preset."""
+    trust_remote_code: bool = False
+    """Run Python code that a model repository ships. Off by default; turn on only for code you have read."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("policy.path is empty: give a folder, a hub id, a .gguf file or a tiny preset")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"policy.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.quantization not in ("none", "nf4", "int8"):
+            raise ConfigError(f"policy.quantization={self.quantization!r}: must be none, nf4 or int8")
+        if self.quantization != "none" and self.lora is None:
+            raise ConfigError(
+                f"policy.quantization={self.quantization!r} without policy.lora: quantised weights cannot be trained; "
+                "add a lora section, or load the weights unquantised"
+            )
+
+
+def spec_to_dict(spec: PolicySpec) -> dict[str, Any]:
+    """Plain nested dict of a spec, for checkpoints and manifests."""
+    return asdict(spec)
+
+
+def spec_from_dict(values: dict[str, Any]) -> PolicySpec:
+    """Inverse of :func:`spec_to_dict`; unknown keys (from a newer version) raise ConfigError."""
+    known = {f.name for f in fields(PolicySpec)}
+    if unknown := set(values) - known:
+        raise ConfigError(f"unknown policy settings {sorted(unknown)}: was this written by a newer stepkd?")
+    lora = values.get("lora")
+    return PolicySpec(**{**values, "lora": LoraSpec(**lora) if isinstance(lora, dict) else lora})

@@ -1,0 +1,95 @@
+"""What a sampler is: prompts in, rollouts out, every draw keyed by the sample's global number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from stepkd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How completions are drawn."""
+
+    n: int = 1
+    """Completions per prompt, >= 1."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token (greedy)."""
+    top_p: float = 1.0
+    """Nucleus: the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 is off. Keep it off
+    for distillation and policy gradients: it changes the distribution the samples come from."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is off."""
+    max_new_tokens: int = 512
+    """Longest completion in tokens; a completion cut here has finish ``length``."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion. Their tokens stay in the ids, their text is cut off."""
+    seed: int = 0
+    """Seed of the run; with the purpose, step and sample number it keys each sample's noise."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if self.n < 1:
+            raise ConfigError(f"n={self.n}: at least one sample per prompt")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or positive and finite")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k={self.top_k}: must be 0 (off) or positive")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if any(not text for text in self.stop):
+            raise ConfigError("an empty stop string would end every completion at once")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion of T tokens."""
+
+    prompt_index: int
+    """Position of its prompt in the call."""
+    sample_index: int
+    """Which of the prompt's n samples, from 0."""
+    token_ids: tuple[int, ...]
+    """Sampled ids, the end token included when one was sampled. Never re-tokenised."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each token under the distribution it was drawn from (after temperature, top-k and top-p)."""
+    raw_logprobs: tuple[float, ...]
+    """Log-probability of each token under the model at temperature 1, nothing cut off."""
+    finish: Literal["stop", "length"]
+    """``stop``: end token or stop string; ``length``: cut at max_new_tokens or the context's end."""
+    text: str
+    """Decoded text without special tokens and without the stop string."""
+
+
+class Sampler(Protocol):
+    """Draws completions."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "rollout",
+        step: int = 0,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Rollout]]:
+        """Draw ``spec.n`` completions of each prompt.
+
+        Args:
+            prompts: token ids of each prompt.
+            spec: how to draw.
+            purpose: names the use, so that evaluation and training draw different noise.
+            step: optimiser step (or iteration); with ``purpose`` and the index it keys the noise.
+            indices: global number of each prompt; None counts from 0. Sample j of prompt g uses the stream of
+                ``g * n + j`` whatever the batch, its order, or the rank.
+            on_progress: called with the number of completions just finished.
+
+        Returns:
+            For each prompt its n rollouts, in order.
+        """
+        ...

@@ -1,0 +1,74 @@
+"""Step markers: one token id put after each step, for models that score a step at a marker.
+
+The marker goes in as an id. Joining step texts with a marker string and tokenising again moves token boundaries and is
+known to cost a published PRM several F1 points on ProcessBench (QwenLM/ProcessBench issue 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from stepkd.errors import ConfigError
+from stepkd.steps.spans import Span, check_partition
+
+
+class MarkedSteps(NamedTuple):
+    """A completion with one marker behind each step."""
+
+    token_ids: list[int]
+    """Ids with markers, length T + number of steps."""
+    marker_positions: list[int]
+    """Index of every step's marker in ``token_ids``."""
+    token_positions: list[int]
+    """Index in ``token_ids`` of each of the T original tokens."""
+
+
+def insert_markers(token_ids: Sequence[int], spans: Sequence[Span], marker_id: int) -> MarkedSteps:
+    """Insert ``marker_id`` after every step.
+
+    Args:
+        token_ids: T completion ids.
+        spans: a partition of ``range(T)``.
+        marker_id: id of the marker token.
+
+    Raises:
+        ValueError: the spans do not partition the ids, or the marker already occurs in them (its positions would be
+            ambiguous).
+    """
+    check_partition(spans, len(token_ids))
+    if marker_id in token_ids:
+        raise ValueError(f"marker id {marker_id} already occurs at index {list(token_ids).index(marker_id)}")
+    marked: list[int] = []
+    markers: list[int] = []
+    originals: list[int] = []
+    for start, end in spans:
+        originals.extend(range(len(marked), len(marked) + end - start))
+        marked.extend(token_ids[start:end])
+        markers.append(len(marked))
+        marked.append(marker_id)
+    return MarkedSteps(marked, markers, originals)
+
+
+def marker_token_id(tokenizer: Any, marker: str) -> int:
+    """Id of a marker that must be exactly one token of this tokenizer.
+
+    SentencePiece tokenizers put a lone prefix piece before some markers (Math-Shepherd's ``ки`` on Llama); a piece that
+    decodes to nothing is ignored.
+
+    Raises:
+        ConfigError: the marker is not one token here; the message shows its pieces.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if marker in vocabulary:
+        return int(vocabulary[marker])
+    ids = tokenizer.encode(marker, add_special_tokens=False)
+    solid = [i for i in ids if tokenizer.decode([i]).strip()]
+    unknown = tokenizer.unk_token_id
+    if len(solid) == 1 and solid[0] != unknown:
+        return int(solid[0])
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    raise ConfigError(
+        f"step marker {marker!r} is {len(ids)} tokens {pieces} in this tokenizer, not one: choose a marker that is a "
+        "single token, or add it with tokenizer.add_special_tokens and resize the embeddings"
+    )

@@ -1,0 +1,119 @@
+"""A completion as one tokenisation: ids, text, and the characters each token covers.
+
+Text is tokenised once and as a whole; sampled ids are never turned into text and back. Both roads end in a
+:class:`TokenizedText`, the only thing a segmenter sees.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepkd.errors import ModelError
+
+_INCOMPLETE = "\ufffd"  # what a decoder prints for a UTF-8 sequence whose last bytes are still to come
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Token ids with their text.
+
+    ``char_ends[i]`` is the number of characters of ``text`` that are complete after token ``i``; it never decreases.
+    Special tokens and tokens that hold only part of a character add nothing.
+    """
+
+    token_ids: tuple[int, ...]
+    """Ids of the completion, T of them."""
+    text: str
+    """Decoded text without special tokens."""
+    char_ends: tuple[int, ...]
+    """For each of the T tokens, the exclusive end in ``text`` of the characters decoded so far."""
+    logprobs: tuple[float, ...] | None = None
+    """Log-probability of each token under the sampling model (nats, <= 0), for confidence-based segmenters."""
+
+    def __post_init__(self) -> None:
+        if len(self.char_ends) != len(self.token_ids):
+            raise ValueError(f"{len(self.token_ids)} ids but {len(self.char_ends)} character ends")
+        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
+            raise ValueError(f"{len(self.token_ids)} ids but {len(self.logprobs)} log-probabilities")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def token_end(self, char_end: int) -> int:
+        """Number of leading tokens needed to hold ``text[:char_end]``.
+
+        A token that straddles the boundary belongs to the text before it.
+        """
+        return min(bisect_left(self.char_ends, char_end) + 1, len(self)) if char_end > 0 else 0
+
+    def span_text(self, start: int, end: int) -> str:
+        """Text of the tokens ``[start, end)``."""
+        return self.text[self.char_ends[start - 1] if start else 0 : self.char_ends[end - 1] if end else 0]
+
+
+def tokenize_text(tokenizer: Any, text: str) -> TokenizedText:
+    """Tokenise a completion once, as a whole, without special tokens.
+
+    Args:
+        tokenizer: a fast transformers tokenizer (offsets are needed).
+        text: the completion.
+
+    Raises:
+        ModelError: the tokenizer is a slow one and gives no offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{type(tokenizer).__name__} gives no character offsets: load the fast version (use_fast=True) or convert "
+            "the tokenizer to a tokenizer.json"
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends, last = [], 0
+    for _, end in encoded["offset_mapping"]:
+        last = max(last, end)
+        ends.append(last)
+    if ends:
+        ends[-1] = len(text)
+    return TokenizedText(tuple(encoded["input_ids"]), text, tuple(_complete_ends(ends)))
+
+
+def _complete_ends(ends: list[int]) -> list[int]:
+    """Byte-level tokens that share one character all report its end; only the last of them completes it."""
+    result, before = list(ends), 0
+    for i, end in enumerate(ends):
+        if i + 1 < len(ends) and ends[i + 1] == end and end > before:
+            result[i] = before
+        else:
+            before = end
+    return result
+
+
+def text_from_ids(tokenizer: Any, token_ids: Sequence[int], logprobs: Sequence[float] | None = None) -> TokenizedText:
+    """Decode sampled ids piece by piece, keeping track of which token completes which character.
+
+    The ids are kept as they are. Decoding a growing window of the last few tokens gives the same text as decoding all
+    at once (tokenizers that treat the first token of a sequence differently included) in linear time.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        token_ids: T sampled ids, special tokens allowed.
+        logprobs: T log-probabilities of the sampled ids.
+    """
+    ids = [int(i) for i in token_ids]
+
+    def decode(start: int, end: int) -> str:
+        return str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    pieces: list[str] = []
+    ends: list[int] = []
+    length = window = read = 0
+    for i in range(len(ids)):
+        before, now = decode(window, read), decode(window, i + 1)
+        if len(now) > len(before) and (not now.endswith(_INCOMPLETE) or i + 1 == len(ids)):
+            pieces.append(now[len(before) :])
+            length += len(pieces[-1])
+            window, read = read, i + 1
+        ends.append(length)
+    return TokenizedText(tuple(ids), "".join(pieces), tuple(ends), None if logprobs is None else tuple(logprobs))
