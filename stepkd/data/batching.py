@@ -1,0 +1,136 @@
+"""Which examples form a batch: one plan per epoch, the same on every rank, resumable anywhere.
+
+One batch is one optimiser step's worth of examples over all ranks. The plan depends only on (seed, epoch) and the
+lengths, so a run can stop after any batch and go on there. Inside a batch, examples are sorted by length before they
+are dealt to ranks and cut into micro-batches: padding is small, ranks get similar work, and, because losses are
+normalised over the whole batch, none of this changes a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from stepkd.errors import ConfigError
+from stepkd.randomness import generator
+
+
+class BatchPlan:
+    """Order and grouping of examples, epoch by epoch.
+
+    Args:
+        lengths: tokens of every example, each >= 1.
+        size: global batch size in ``unit``.
+        unit: ``sequences``, or ``tokens`` (prompt + completion, without padding): a batch takes examples until the next
+            one would exceed ``size``, and holds at least one.
+        seed: seed of the shuffle.
+        shuffle: keep file order when False.
+        bucket_window: number of batches whose examples are sorted by length together before they are grouped; 1 leaves the
+            composition of batches random. Larger windows make batches of similar length, which also makes their
+            composition depend on length.
+        drop_last: leave out a last batch of fewer than ``size`` sequences.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        size: int,
+        unit: Literal["sequences", "tokens"] = "sequences",
+        seed: int = 0,
+        shuffle: bool = True,
+        bucket_window: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        if unit not in ("sequences", "tokens"):
+            raise ConfigError(f"batch unit {unit!r}: must be 'sequences' or 'tokens'")
+        if size < 1:
+            raise ConfigError(f"global batch size {size}: must be at least 1")
+        if bucket_window < 1:
+            raise ConfigError(f"bucket_window={bucket_window}: must be at least 1")
+        if drop_last and unit == "sequences" and len(lengths) < size:
+            raise ConfigError(f"drop_last with {len(lengths)} examples and batches of {size}: no batch would be left")
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.size = size
+        self.unit = unit
+        self.seed = seed
+        self.shuffle = shuffle
+        self.bucket_window = bucket_window
+        self.drop_last = drop_last and unit == "sequences"
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches per epoch; None in token units, where it varies with the shuffle."""
+        if self.unit == "tokens":
+            return None
+        full, rest = divmod(len(self.lengths), self.size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Example numbers of every global batch of an epoch, every example exactly once (but for ``drop_last``)."""
+        order = np.arange(len(self.lengths))
+        rng = generator(self.seed, "shuffle", epoch)
+        if self.shuffle:
+            order = rng.permutation(order)
+        if self.bucket_window > 1:
+            order = self._bucketed(order)
+        batches = self._group(order)
+        if self.drop_last and batches and len(batches[-1]) < self.size:
+            batches.pop()
+        if self.bucket_window > 1 and self.shuffle:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return batches
+
+    def _bucketed(self, order: np.ndarray) -> np.ndarray:
+        mean = 1.0 if self.unit == "sequences" else float(self.lengths.mean())
+        window = max(1, int(self.bucket_window * self.size / mean))
+        parts = [order[i : i + window] for i in range(0, len(order), window)]
+        return np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+
+    def _group(self, order: np.ndarray) -> list[list[int]]:
+        if self.unit == "sequences":
+            return [order[i : i + self.size].tolist() for i in range(0, len(order), self.size)]
+        batches: list[list[int]] = []
+        tokens = 0
+        for i in order.tolist():
+            if not batches or tokens + self.lengths[i] > self.size:
+                batches.append([])
+                tokens = 0
+            batches[-1].append(i)
+            tokens += int(self.lengths[i])
+        return batches
+
+
+def rank_share(indices: Sequence[int], lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """This rank's part of a global batch: every ``world_size``-th example in order of length.
+
+    The union over ranks is the batch, without repeats; a rank can get nothing when the batch is smaller than the world.
+    """
+    by_length = sorted(indices, key=lambda i: (lengths[i], i))
+    return by_length[rank::world_size]
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut examples into micro-batches of at most ``max_tokens`` tokens, padding included.
+
+    Args:
+        lengths: tokens of each example.
+        max_tokens: rows times longest row of a micro-batch stays within this; an example longer than the budget gets a
+            micro-batch of its own.
+
+    Returns:
+        Positions in ``lengths``, longest first, so that the largest micro-batch comes first and memory trouble shows at
+        the first step.
+    """
+    if max_tokens < 1:
+        raise ConfigError(f"micro_batch_tokens={max_tokens}: must be at least 1")
+    groups: list[list[int]] = []
+    longest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not groups or (len(groups[-1]) + 1) * longest > max_tokens:
+            groups.append([])
+            longest = max(lengths[i], 1)
+        groups[-1].append(i)
+    return groups

@@ -1,0 +1,102 @@
+"""Examples to padded tensors, with the positions that predict a target.
+
+Axes: B rows, T padded length, N targets (completion tokens of all rows), S steps of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepkd.data.encode import Example
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A padded micro-batch. ``hidden.flatten(0, 1)[needed_N]`` are the states that predict ``targets_N``."""
+
+    input_ids_BT: Tensor
+    """int64 token ids, padded."""
+    attention_mask_BT: Tensor
+    """int64, 1 for tokens."""
+    needed_N: Tensor
+    """int64 positions in the flattened (B * T) axis whose *next* token is a target."""
+    targets_N: Tensor
+    """int64 target ids, row by row in order."""
+    row_N: Tensor
+    """int64 row of each target."""
+    step_N: Tensor
+    """int64 step of each target, numbered through the micro-batch (0 .. S-1)."""
+    num_steps_B: Tensor
+    """int64 number of steps of each row; sums to S."""
+    examples: tuple[Example, ...]
+    """The rows' examples, in order."""
+    is_filler: bool = False
+    """Whether it only keeps this rank in step with the others; its loss counts zero."""
+
+    @property
+    def ids(self) -> list[str]:
+        """Row ids, for error messages."""
+        return [example.id for example in self.examples]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Copy with its tensors on ``device``."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    padding_side: Literal["right", "left"] = "right",
+    pad_to: int | None = None,
+    is_filler: bool = False,
+) -> MicroBatch:
+    """Pad examples to one length.
+
+    Args:
+        examples: at least one, each with a completion.
+        pad_id: id written into padding; its value never matters.
+        padding_side: where the padding goes; does not change losses or gradients.
+        pad_to: pad to at least this many tokens.
+        is_filler: see :class:`MicroBatch`.
+    """
+    length = max([example.length for example in examples] + [pad_to or 0])
+    ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(examples), length), dtype=torch.long)
+    needed: list[int] = []
+    targets: list[int] = []
+    rows: list[int] = []
+    steps: list[int] = []
+    num_steps = 0
+    for b, example in enumerate(examples):
+        start = length - example.length if padding_side == "left" else 0
+        tokens = (*example.prompt_ids, *example.completion_ids)
+        ids[b, start : start + len(tokens)] = torch.tensor(tokens)
+        mask[b, start : start + len(tokens)] = 1
+        first = b * length + start + len(example.prompt_ids) - 1
+        needed.extend(range(first, first + len(example.completion_ids)))
+        targets.extend(example.completion_ids)
+        rows.extend([b] * len(example.completion_ids))
+        steps.extend(num_steps + s for s, (lo, hi) in enumerate(example.spans) for _ in range(lo, hi))
+        num_steps += len(example.spans)
+    return MicroBatch(
+        input_ids_BT=ids,
+        attention_mask_BT=mask,
+        needed_N=torch.tensor(needed, dtype=torch.long),
+        targets_N=torch.tensor(targets, dtype=torch.long),
+        row_N=torch.tensor(rows, dtype=torch.long),
+        step_N=torch.tensor(steps, dtype=torch.long),
+        num_steps_B=torch.tensor([len(example.spans) for example in examples], dtype=torch.long),
+        examples=tuple(examples),
+        is_filler=is_filler,
+    )

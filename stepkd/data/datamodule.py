@@ -1,0 +1,161 @@
+"""The LightningDataModule: specs in, loaders of optimiser-step batches out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+
+from stepkd.data.batching import BatchPlan
+from stepkd.data.encode import Encoder, Example
+from stepkd.data.loader import Position, StepLoader
+from stepkd.data.overlap import overlap_report
+from stepkd.data.rows import PROBLEM
+from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.errors import ConfigError
+from stepkd.steps import get_segmenter
+
+logger = logging.getLogger(__name__)
+
+_STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+
+
+class StepData(LightningDataModule):
+    """Problems with solutions, tokenised once, in batches of one optimiser step.
+
+    Args:
+        train: rows to train on; evaluation-only data is refused unless the spec allows it.
+        validation: rows for the held-out loss and sampled accuracy.
+        test: rows for ``stepkd test``.
+        predict: problems for ``stepkd predict``; solutions are not needed.
+        template: how a row becomes a prompt: a built-in name (``gsm8k``, ``math``, ``plain``, ``task``) or settings.
+        segmenter: how solutions are cut into steps (``newline``, ``blank_line``, ``step_heading``, ``sentence``,
+            ``whole``, ``regex:PATTERN``).
+        max_length: longest prompt + completion in tokens; longer completions lose whole steps, and that is counted.
+        global_batch_size: examples (or tokens) per optimiser step, over all ranks.
+        batch_unit: what ``global_batch_size`` counts: ``sequences`` or ``tokens`` (padding not counted).
+        bucket_window: see :class:`~stepkd.data.batching.BatchPlan`.
+        boundary: prompt/completion boundary rule, see :mod:`stepkd.data.encode`.
+        append_eos: whether a finished solution ends in the end token.
+        shuffle: shuffle the training rows each epoch.
+        overlap_ngram: report how many n-grams of the validation problems occur in the training problems; 0 is off.
+        seed: seed of the shuffle.
+    """
+
+    def __init__(
+        self,
+        train: DataSpec | None = None,
+        validation: DataSpec | None = None,
+        test: DataSpec | None = None,
+        predict: DataSpec | None = None,
+        template: str | PromptTemplate = "gsm8k",
+        segmenter: str = "newline",
+        max_length: int = 1024,
+        global_batch_size: int = 32,
+        batch_unit: Literal["sequences", "tokens"] = "sequences",
+        bucket_window: int = 1,
+        boundary: Literal["separate", "joint"] = "separate",
+        append_eos: bool = True,
+        shuffle: bool = True,
+        overlap_ngram: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.specs = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.template = get_template(template)
+        self.segmenter = get_segmenter(segmenter)
+        self.max_length = max_length
+        self.global_batch_size = global_batch_size
+        self.batch_unit = batch_unit
+        self.bucket_window = bucket_window
+        self.boundary = boundary
+        self.append_eos = append_eos
+        self.shuffle = shuffle
+        self.overlap_ngram = overlap_ngram
+        self.seed = seed
+        self.examples: dict[str, list[Example]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read, validate and tokenise the rows that a stage needs (once)."""
+        if stage == "fit" and self.specs["train"] is None:
+            raise ConfigError("data.train is not set: name a source, for instance data.train.source: gsm8k")
+        for name in _STAGES[stage]:
+            spec = self.specs[name]
+            if spec is None and stage != "fit":
+                raise ConfigError(f"data.{name} is not set, and `stepkd {stage}` reads it")
+            if spec is not None and name not in self.examples:
+                self.examples[name] = self._load(name, spec)
+        if stage == "fit" and self.overlap_ngram and "validation" in self.examples:
+            self._report_overlap()
+
+    def _load(self, name: str, spec: DataSpec) -> list[Example]:
+        if name == "train":
+            check_training_use(spec)
+        encoder = self.make_encoder()
+        rows = load_rows(spec, contract=PROBLEM)
+        examples = [encoder.prompt_example(row) for row in rows] if name == "predict" else encoder.examples(rows)
+        dropped = {key: count for key, count in sorted(encoder.counts.items()) if count}
+        logger.info("%s: %d examples%s", name, len(examples), f", {dropped}" if dropped else "")
+        return examples
+
+    def make_encoder(self) -> Encoder:
+        """The encoder for the policy's tokenizer; methods with other rows override this or :meth:`_load`."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if module is None:
+            raise RuntimeError("StepData needs a trainer whose module has a tokenizer: attach it, or use Encoder directly")
+        return Encoder(
+            module.tokenizer,
+            self.template,
+            self.segmenter,
+            max_length=self.max_length,
+            boundary=self.boundary,
+            append_eos=self.append_eos,
+        )
+
+    def _report_overlap(self) -> None:
+        texts = {name: [str(e.row.get("prompt")) for e in self.examples[name]] for name in ("train", "validation")}
+        report = overlap_report(texts["train"], texts["validation"], n=self.overlap_ngram)
+        logger.info("train/validation overlap: %s", report)
+
+    def _loader(self, name: str, *, shuffle: bool) -> StepLoader:
+        examples = self.examples[name]
+        training = name == "train"
+        plan = BatchPlan(
+            [example.length for example in examples],
+            size=self.global_batch_size,
+            unit=self.batch_unit if training else "sequences",
+            seed=self.seed,
+            shuffle=shuffle,
+            bucket_window=self.bucket_window if training else 1,
+        )
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        return StepLoader(
+            examples,
+            plan,
+            rank=rank,
+            world_size=world_size,
+            position=self._train_position if training else Position,
+        )
+
+    def _train_position(self) -> Position:
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        return getattr(module, "position", Position())
+
+    def train_dataloader(self) -> StepLoader:
+        """Batches of one optimiser step, from where the run stands."""
+        return self._loader("train", shuffle=self.shuffle)
+
+    def val_dataloader(self) -> StepLoader | list[Any]:
+        """Validation batches in file order; none without validation data."""
+        return self._loader("validation", shuffle=False) if "validation" in self.examples else []
+
+    def test_dataloader(self) -> StepLoader:
+        """Test batches in file order."""
+        return self._loader("test", shuffle=False)
+
+    def predict_dataloader(self) -> StepLoader:
+        """Problems to sample completions for, in file order."""
+        return self._loader("predict", shuffle=False)

@@ -1,0 +1,192 @@
+"""Rows to token ids: the prompt as at inference, the completion once and as a whole.
+
+The boundary rule. With ``boundary="separate"`` (default) the prompt is tokenised exactly as the sampler will tokenise it
+and the completion on its own, so no token straddles the two and training sees the ids that inference sees. With
+``boundary="joint"`` prompt and completion are tokenised as one text; a token that straddles the boundary counts as a
+completion token, and such rows are counted.
+
+The end rule. A finished solution ends in the tokenizer's end token (the turn end for chat models), which is a training
+target and belongs to the last step; it is never doubled. A completion given as ``token_ids`` (a rollout) is used as it
+is: sampled ids are never re-tokenised, and nothing is appended to one that was cut off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import ConfigError, DataError
+from stepkd.steps import (
+    Segmenter,
+    Span,
+    TokenizedText,
+    segment,
+    spans_from_ends,
+    text_from_ids,
+    tokenize_text,
+    truncate_spans,
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids."""
+
+    id: str
+    """The row's id; errors and results name it."""
+    prompt_ids: tuple[int, ...]
+    """Prompt ids, special tokens included."""
+    completion_ids: tuple[int, ...]
+    """Completion ids, the end token included; empty for a prompt to be sampled from."""
+    spans: tuple[Span, ...]
+    """Step spans: a partition of ``range(len(completion_ids))``."""
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The row it was made from."""
+
+    @property
+    def length(self) -> int:
+        """Prompt plus completion, in tokens."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+class Encoder:
+    """Turns contract rows into :class:`Example` objects.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        template: how a row becomes a prompt.
+        segmenter: how a completion is cut into steps.
+        max_length: longest prompt + completion in tokens. Whole steps are dropped from the end of a completion that does
+            not fit; a row that would lose all its steps is left out. Both are counted in ``counts``.
+        boundary: see the module's text.
+        append_eos: whether a text completion ends in the end token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: PromptTemplate,
+        segmenter: Segmenter,
+        *,
+        max_length: int = 1024,
+        boundary: Literal["separate", "joint"] = "separate",
+        append_eos: bool = True,
+    ) -> None:
+        if max_length < 2:
+            raise ConfigError(f"max_length={max_length}: at least one prompt and one completion token")
+        if boundary not in ("separate", "joint"):
+            raise ConfigError(f"boundary={boundary!r}: must be 'separate' or 'joint'")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.segmenter = segmenter
+        self.max_length = max_length
+        self.boundary = boundary
+        self.append_eos = append_eos
+        self.counts: Counter[str] = Counter()
+
+    def prompt_ids(self, row: Mapping[str, Any]) -> tuple[int, ...]:
+        """Prompt ids, exactly as the sampler gets them.
+
+        Raises:
+            DataError: the prompt is empty or does not leave room for one completion token.
+        """
+        text = self.template.render(row, self.tokenizer)
+        special = self.template.adds_special_tokens(self.tokenizer)
+        ids = tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        if not ids:
+            raise DataError("the prompt has no tokens", path=str(row.get("id", "?")), column="prompt")
+        if len(ids) >= self.max_length:
+            raise DataError(
+                f"the prompt has {len(ids)} tokens and max_length is {self.max_length}: raise max_length, use fewer "
+                "few-shot examples, or drop the row",
+                path=str(row.get("id", "?")),
+                column="prompt",
+            )
+        return ids
+
+    def prompt_example(self, row: Mapping[str, Any]) -> Example:
+        """A prompt to be sampled from."""
+        return Example(str(row.get("id", "?")), self.prompt_ids(row), (), (), row)
+
+    def example(self, row: Mapping[str, Any]) -> Example | None:
+        """Prompt, completion and step spans of a row; None when no whole step fits into ``max_length``.
+
+        The completion is the row's ``token_ids`` when it has them, else its ``solution`` or ``completion`` text.
+
+        Raises:
+            DataError: no completion, or one without a single step.
+        """
+        name = str(row.get("id", "?"))
+        prompt = self.prompt_ids(row)
+        if row.get("token_ids") is not None:
+            completion, spans = self._sampled(row)
+        else:
+            prompt, completion = self._written(row, prompt, name)
+            spans = segment(self.segmenter, completion)
+            completion, spans = self._with_end(completion, spans)
+        if not spans:
+            raise DataError("the completion has no steps (it is empty)", path=name, column="solution")
+        kept, dropped = truncate_spans(spans, self.max_length - len(prompt))
+        self.counts["steps_dropped"] += dropped
+        self.counts["rows_truncated"] += bool(dropped)
+        if not kept:
+            self.counts["rows_without_a_whole_step"] += 1
+            return None
+        return Example(name, prompt, completion.token_ids[: kept[-1][1]], tuple(kept), row)
+
+    def _sampled(self, row: Mapping[str, Any]) -> tuple[TokenizedText, list[Span]]:
+        completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("logprobs"))
+        if row.get("step_ends") is not None:
+            return completion, spans_from_ends(row["step_ends"], len(completion))
+        return completion, segment(self.segmenter, completion)
+
+    def _written(
+        self, row: Mapping[str, Any], prompt: tuple[int, ...], name: str
+    ) -> tuple[tuple[int, ...], TokenizedText]:
+        text = row.get("solution") if row.get("solution") is not None else row.get("completion")
+        if not isinstance(text, str):
+            raise DataError(
+                "no text to train on: the row needs a 'solution' (or 'completion') text, or sampled 'token_ids'",
+                path=name,
+                column="solution",
+            )
+        if self.boundary == "separate":
+            return prompt, tokenize_text(self.tokenizer, text)
+        return self._joint(self.template.render(row, self.tokenizer), text, prompt)
+
+    def _joint(self, prompt_text: str, text: str, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], TokenizedText]:
+        """Tokenise prompt and completion as one text; a straddling token becomes the first completion token."""
+        special = self.template.adds_special_tokens(self.tokenizer)
+        lead = prompt[: len(prompt) - len(self.tokenizer(prompt_text, add_special_tokens=False)["input_ids"])]
+        lead = lead if special else ()
+        whole = tokenize_text(self.tokenizer, prompt_text + text)
+        cut = sum(end <= len(prompt_text) for end in whole.char_ends)
+        if (*lead, *whole.token_ids[:cut]) != prompt:
+            self.counts["rows_with_straddling_token"] += 1
+        char_ends = tuple(max(end - len(prompt_text), 0) for end in whole.char_ends[cut:])
+        return (*lead, *whole.token_ids[:cut]), TokenizedText(whole.token_ids[cut:], text, char_ends)
+
+    def _with_end(self, completion: TokenizedText, spans: list[Span]) -> tuple[TokenizedText, list[Span]]:
+        eos = self.tokenizer.eos_token_id
+        if not self.append_eos or not spans or completion.token_ids[-1] == eos:
+            return completion, spans
+        ended = TokenizedText(
+            (*completion.token_ids, eos), completion.text, (*completion.char_ends, len(completion.text))
+        )
+        return ended, [*spans[:-1], (spans[-1][0], spans[-1][1] + 1)]
+
+    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
+        """Encode rows, leaving out (and counting) those of which no whole step fits.
+
+        Raises:
+            DataError: nothing is left.
+        """
+        kept = [example for row in rows if (example := self.example(row)) is not None]
+        if not kept:
+            raise DataError(
+                f"no row fits into max_length={self.max_length} tokens with at least one whole step: raise max_length"
+            )
+        return kept

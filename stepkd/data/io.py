@@ -1,0 +1,277 @@
+"""Row files: streaming readers, an atomic JSON Lines writer, and a content fingerprint.
+
+Every problem with a file is a :class:`~stepkd.errors.DataError` that names the file and the line. ``line`` is the
+1-based line of a JSON Lines file, and the 1-based row number of a JSON array or a Parquet file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+from stepkd.errors import DataError
+
+READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
+"""File endings that :func:`read_rows` understands."""
+
+Row = dict[str, Any]
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_PARQUET_BATCH_ROWS = 1024
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[Row, int]]:
+    """Stream the rows of a data file.
+
+    JSON Lines and Parquet files are read piece by piece; a JSON array is read whole. Blank lines are skipped, a
+    UTF-8 byte order mark is ignored, and a ``.json`` file may also hold one object per line.
+
+    Args:
+        path: a file ending in ``.jsonl``, ``.ndjson``, ``.jsonl.gz``, ``.json`` or ``.parquet``.
+
+    Yields:
+        ``(row, line)``: the row as a dict and its 1-based line (or row number).
+
+    Raises:
+        DataError: missing, empty or unreadable file, unknown ending, corrupt JSON, or a line that is not an object.
+    """
+    path = Path(path)
+    ending = file_ending(path)
+    if not path.exists():
+        raise DataError("no such file; check the path", path=path)
+    if path.is_dir():
+        raise DataError("this is a folder; give a file in it", path=path)
+    if ending is None:
+        raise DataError(
+            f"unknown file ending {''.join(path.suffixes[-2:])!r}; readable are {', '.join(READABLE_ENDINGS)}",
+            path=path,
+        )
+    reader = {".parquet": _read_parquet, ".json": _read_json}.get(ending, _read_json_lines)
+    empty = True
+    for row, line in reader(path):
+        empty = False
+        yield row, line
+    if empty:
+        raise DataError("the file holds no rows; write at least one row, or take another file", path=path)
+
+
+def file_ending(path: str | Path) -> str | None:
+    """Return which of ``READABLE_ENDINGS`` a path has, or None.
+
+    Args:
+        path: a file path or name.
+
+    Returns:
+        The ending with its dot, in lower case; the longest one that fits.
+    """
+    name = Path(path).name.lower()
+    fitting = [ending for ending in READABLE_ENDINGS if name.endswith(ending)]
+    return max(fitting, key=len) if fitting else None
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[Row, int]]:
+    number = 0
+    try:
+        with _open_binary(path) as handle:
+            for number, raw in enumerate(handle, start=1):
+                text = _decode(raw, path=path, line=number)
+                if text.strip():
+                    yield _parse_object(text, path=path, line=number), number
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            f"the gzip data is damaged after line {number} ({error}); copy or download it again", path=path
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror or error}", path=path) from error
+
+
+def _open_binary(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else open(path, "rb")
+
+
+def _decode(raw: bytes, *, path: Path, line: int) -> str:
+    if line == 1:
+        if raw.startswith(_UTF16_BOMS):
+            raise DataError("the file is UTF-16; save it as UTF-8", path=path, line=1)
+        raw = raw.removeprefix(_UTF8_BOM)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {raw[error.start]:#04x} at position {error.start + 1} is not UTF-8; save the file as UTF-8",
+            path=path,
+            line=line,
+        ) from error
+
+
+def _parse_object(text: str, *, path: Path, line: int) -> Row:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"corrupt JSON at character {error.colno}: {error.msg}; mend or delete this line", path=path, line=line
+        ) from error
+    except RecursionError as error:
+        raise DataError("JSON nested too deeply; mend or delete this line", path=path, line=line) from error
+    return _as_object(value, path=path, line=line)
+
+
+def _as_object(value: object, *, path: Path, line: int) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(
+            f'found a JSON {_json_kind(value)}; a row must be an object such as {{"prompt": ..., "answer": ...}}',
+            path=path,
+            line=line,
+        )
+    return value
+
+
+def _json_kind(value: object) -> str:
+    kinds: dict[type, str] = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return kinds.get(type(value), "null")
+
+
+def _read_json(path: Path) -> Iterator[tuple[Row, int]]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror or error}", path=path) from error
+    body = raw.removeprefix(_UTF8_BOM).lstrip()
+    if not body:
+        return
+    if not body.startswith(b"["):  # common in the wild: JSON Lines named .json
+        yield from _read_json_lines(path)
+        return
+    text = _decode(raw, path=path, line=1)
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"corrupt JSON at character {error.colno}: {error.msg}; mend the array", path=path, line=error.lineno
+        ) from error
+    for number, value in enumerate(values, start=1):
+        yield _as_object(value, path=path, line=number), number
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[Row, int]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError("reading Parquet needs pyarrow; run `pip install pyarrow`", path=path) from error
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, number
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"not a readable Parquet file (after row {number}): {reason}; copy or download it again", path=path
+        ) from error
+
+
+def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write rows as JSON Lines so that a reader sees the old file or the whole new one, never a part.
+
+    The rows go to a temporary file in the same folder, which is flushed to disk and renamed. On any failure,
+    a full disk included, the temporary file is removed and the previous file stays as it was.
+
+    Args:
+        path: target ending in ``.jsonl``; missing folders are made.
+        rows: JSON-serialisable rows; NaN and infinity are refused because they are not JSON.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        DataError: wrong ending, a row that is not JSON, or a failed write.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise DataError(f"rows are written as JSON Lines; let the name end in .jsonl, not {path.suffix!r}", path=path)
+    number = 0
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with open(descriptor, "w", encoding="utf-8", newline="\n") as handle:
+            for number, row in enumerate(rows, start=1):
+                handle.write(_dump(row, path=path, line=number) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, _file_mode(path))
+        os.replace(temporary, path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise DataError(
+            f"could not write the rows: {error.strerror or error}; "
+            f"{'the previous file is intact' if path.exists() else 'nothing was written'}. "
+            "Free some space or choose another folder",
+            path=path,
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    return number
+
+
+def _dump(row: Mapping[str, Any], *, path: Path, line: int) -> str:
+    try:
+        text = json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(dict(row), allow_nan=False)  # a lone surrogate survives only as an escape
+    except (TypeError, ValueError) as error:
+        raise DataError(f"this row cannot be written as JSON: {error}", path=path, line=line) from error
+    return text
+
+
+def _file_mode(path: Path) -> int:
+    """mkstemp makes private files; keep the old file's mode, or give what ``open`` would have given."""
+    if path.exists():
+        return path.stat().st_mode & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems refuse to open folders; the rename itself has happened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a stable hash of the rows' content, for manifests and resume checks.
+
+    The order of the rows counts, the order of the keys does not.
+
+    Args:
+        rows: rows of JSON values; other values are hashed by their text.
+
+    Returns:
+        32 hexadecimal digits (the first half of a SHA-256).
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        text = json.dumps(dict(row), sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+        digest.update(text.encode("ascii") + b"\n")
+    return digest.hexdigest()[:32]

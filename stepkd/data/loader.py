@@ -1,0 +1,82 @@
+"""The loader: one item is one optimiser step's share of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from stepkd.data.batching import BatchPlan, rank_share
+from stepkd.data.encode import Example
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the data a run stands: the next batch to train on."""
+
+    epoch: int = 0
+    """Passes over the data that are complete."""
+    batch: int = 0
+    """Batches of the current pass that are complete."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's share of one global batch."""
+
+    examples: tuple[Example, ...]
+    """The rank's examples; may be empty when the global batch is smaller than the world."""
+    indices: tuple[int, ...]
+    """Number of each example in the data set: keys the randomness of whatever is sampled for it."""
+    filler: Example
+    """Stands in for this rank when others have more micro-batches."""
+    next_position: Position
+    """Where the data stands once this batch has been trained on."""
+
+
+class StepLoader:
+    """Iterates one pass over the data from the position the run stands at.
+
+    There are no worker processes: examples are tokenised once at start-up, and grouping them costs nothing. Iteration
+    reads the position through ``position`` each time, so the training module is the only place that knows how far the
+    run has come, and prefetching can neither skip nor repeat a batch.
+
+    Args:
+        examples: the data set.
+        plan: the batches of each epoch.
+        rank, world_size: which share to deliver.
+        position: returns where to start.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        plan: BatchPlan,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        position: Callable[[], Position] = Position,
+    ) -> None:
+        self.examples = examples
+        self.plan = plan
+        self.rank = rank
+        self.world_size = world_size
+        self.position = position
+        self._filler = min(examples, key=lambda example: (example.length, example.id))
+
+    def __len__(self) -> int:
+        if self.plan.num_batches is None:
+            raise TypeError("batches measured in tokens: their number is known only epoch by epoch")
+        return self.plan.num_batches
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        start = self.position()
+        batches = self.plan.batches(start.epoch)
+        for b in range(start.batch, len(batches)):
+            last = b + 1 == len(batches)
+            mine = rank_share(batches[b], self.plan.lengths, self.rank, self.world_size)  # type: ignore[arg-type]
+            yield StepBatch(
+                tuple(self.examples[i] for i in mine),
+                tuple(mine),
+                self._filler,
+                Position(start.epoch + 1, 0) if last else Position(start.epoch, b + 1),
+            )

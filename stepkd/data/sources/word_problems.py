@@ -1,0 +1,74 @@
+"""SVAMP and MultiArith, one- and two-step word problems with a number as answer.
+
+``svamp`` (Patel et al. 2021, arXiv 2103.07191): hub ``ChilleD/SVAMP``, splits ``train`` (700) and ``test`` (300),
+columns ``Body``, ``Question``, ``Answer``, ``Equation``, ``Type``, ``question_concat``. Other copies give one
+``question``; a copy of all 1,000 problems counts as the test split.
+``multiarith`` (Roy and Roth 2015): hub ``ChilleD/MultiArith``, splits ``train`` (420) and ``test`` (180), columns
+``question`` and ``final_ans``. Column names are confirmed by public loaders, split sizes are as commonly cited.
+"""
+
+from __future__ import annotations
+
+from stepkd.data.rows import PROBLEM
+from stepkd.data.sources.registry import Options, RawRow, Row, Source, as_text, passed_on, register
+
+
+def _map(raw: RawRow, options: Options) -> Row:
+    row = {"prompt": _prompt(raw), "answer": _number(raw["answer"])}
+    return row | {name: as_text(value) for name, value in passed_on(raw, "id").items()} | passed_on(raw, "equation")
+
+
+def _prompt(raw: RawRow) -> object:
+    if "prompt" in raw:
+        return raw["prompt"]
+    body, ask = raw.get("Body"), raw.get("Question")
+    if not isinstance(body, str) or not isinstance(ask, str):
+        raise raw.error("needs 'question', or 'Body' and 'Question' as texts", column="prompt")
+    return f"{body.strip()} {ask.strip()}"
+
+
+def _number(value: object) -> object:
+    """ "145.0" and 145.0 both become "145"; SVAMP copies differ in this."""
+    text = as_text(value)
+    if isinstance(text, str):
+        text = text.strip().replace(",", "")
+        whole, dot, rest = text.partition(".")
+        return whole if dot and whole and not rest.strip("0") else text
+    return text
+
+
+SVAMP = register(
+    Source(
+        name="svamp",
+        help="SVAMP: varied one- and two-step word problems",
+        contract=PROBLEM,
+        map_row=_map,
+        reads={
+            "prompt": ("question",),
+            "answer": ("answer", "Answer"),
+            "id": ("id", "ID"),
+            "equation": ("equation", "Equation"),
+        },
+        optional=frozenset({"prompt", "id", "equation"}),
+        keeps=("Body", "Question"),
+        hub="ChilleD/SVAMP",
+        default_split="test",
+        evaluation_only=frozenset({"test"}),
+    )
+)
+"""The SVAMP source."""
+
+MULTIARITH = register(
+    Source(
+        name="multiarith",
+        help="MultiArith: two-step word problems",
+        contract=PROBLEM,
+        map_row=_map,
+        reads={"prompt": ("question",), "answer": ("final_ans", "answer"), "id": ("id",)},
+        optional=frozenset({"id"}),
+        hub="ChilleD/MultiArith",
+        default_split="test",
+        evaluation_only=frozenset({"test"}),
+    )
+)
+"""The MultiArith source."""

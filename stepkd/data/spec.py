@@ -1,0 +1,321 @@
+"""What to load (:class:`DataSpec`), in YAML or as one command-line word, and the loading itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stepkd.data.checks import did_you_mean
+from stepkd.data.io import file_ending
+from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Contract, ExtraRule, detect_contract, label_kind, validate
+from stepkd.data.sources import reading
+from stepkd.data.sources.registry import Row, Source, get_source, place
+from stepkd.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which rows to load. Plain types only, so that a recipe can hold it."""
+
+    source: str = "rows"
+    """Registry name (gsm8k, math500, task, ...), or `rows` for files and hub datasets in contract form."""
+    path: str | None = None
+    """File, folder, or folder written by `datasets`' save_to_disk; None: the hub (or generated)."""
+    hub: str | None = None
+    """Hub dataset id to use in place of the source's own."""
+    hub_config: str | None = None
+    """Hub configuration in place of the source's own."""
+    split: str | None = None
+    """Split name; None: what the file's name says, else the source's default."""
+    limit: int | None = None
+    """Number of rows to keep, at least 1; None: all."""
+    offset: int = 0
+    """Rows to skip first (after shuffling), from 0."""
+    shuffle_seed: int | None = None
+    """Seed of the row order; None: the file's order."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Contract column -> the file's column that holds it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of this source only; see `list_sources`."""
+    allow_evaluation_data: bool = False
+    """Allow training on data that is kept for evaluation."""
+
+    def __post_init__(self) -> None:
+        source = get_source(self.source)
+        source.settings(self.options)
+        _check_choices(source, self.options)
+        if self.path is not None and (self.hub is not None or self.hub_config is not None):
+            raise ConfigError(f"path={self.path!r} and hub settings contradict each other; give one of them")
+        if source.generate is not None and (self.path is not None or self.hub is not None or self.columns):
+            raise ConfigError(f"source {self.source!r} generates its rows; drop path, hub and columns")
+        if source.generate is None and self.path is None and self.hub is None and source.hub is None:
+            raise ConfigError(f"source {self.source!r} has no hub dataset of its own; give path=<file> or hub=<id>")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit={self.limit}: must be at least 1, or absent for all rows")
+        if self.offset < 0:
+            raise ConfigError(f"offset={self.offset}: must be 0 or more")
+        for name in self.columns:
+            if source.reads and name not in source.reads:
+                raise ConfigError(
+                    f"columns: source {self.source!r} reads no {name!r}; {did_you_mean(name, source.reads)}"
+                )
+
+
+def _check_choices(source: Source, options: dict[str, Any]) -> None:
+    choices = {"contract": ("auto", *CONTRACTS), "extra_columns": EXTRA_RULES}
+    if source.name != "rows":
+        return
+    for name, allowed in choices.items():
+        if name in options and options[name] not in allowed:
+            hint = did_you_mean(str(options[name]), allowed)
+            raise ConfigError(f"option {name}={options[name]!r} of source 'rows' is unknown; {hint}")
+
+
+def resolve_split(spec: DataSpec) -> str:
+    """Tell which split a spec means.
+
+    Args:
+        spec: what to load.
+
+    Returns:
+        The split asked for, else the one the file's name states, else the source's default.
+
+    Raises:
+        ConfigError: the spec and the file's name state different splits.
+    """
+    source = get_source(spec.source)
+    asked = spec.split
+    if asked is not None:
+        asked = next(
+            (ours for ours, hubs in source.splits.items() if hubs == asked and asked not in source.splits), asked
+        )
+    stated = None
+    if spec.path is not None and file_ending(spec.path):
+        stated = reading.split_of_file(Path(spec.path), source)
+    if asked is not None and stated is not None and asked != stated:
+        raise ConfigError(f"split={asked!r} contradicts the file name {Path(spec.path or '').name!r}; drop split")
+    return asked or stated or source.default_split
+
+
+def check_training_use(spec: DataSpec) -> None:
+    """Refuse a spec whose rows are kept for evaluation.
+
+    Args:
+        spec: what somebody is about to train on.
+
+    Raises:
+        ConfigError: the split is for evaluation only and `allow_evaluation_data` is not set.
+    """
+    source = get_source(spec.source)
+    split = resolve_split(spec)
+    if source.is_evaluation_only(split) and not spec.allow_evaluation_data:
+        raise ConfigError(
+            f"{source.name!r} (split {split!r}) is kept for evaluation: a model trained on it cannot be judged by it. "
+            "Train on other data, or set allow_evaluation_data: true if that is what you want"
+        )
+
+
+def load_rows(spec: DataSpec, *, contract: Contract | None = None) -> list[Row]:
+    """Read, map and validate the rows of a spec.
+
+    Without shuffling, reading stops after the last row asked for. A row without an id gets ``source/split/index``,
+    with the 0-based position in the file, so that ids do not depend on limit, offset or shuffling.
+
+    Args:
+        spec: what to load.
+        contract: what the caller needs; None: what the source gives (for `rows`: its option, or told from the first
+            row).
+
+    Returns:
+        At least one row; every row has an ``id``.
+
+    Raises:
+        DataError: the file or a row is not as it should be, or no row is left after offset and filtering.
+        ConfigError: the spec contradicts itself.
+    """
+    rows: list[Row] = []
+    stop = None if spec.limit is None or spec.shuffle_seed is not None else spec.offset + spec.limit
+    for row in _valid_rows(spec, contract):
+        rows.append(row)
+        if stop is not None and len(rows) >= stop:
+            break
+    if spec.shuffle_seed is not None:
+        order = sorted(range(len(rows)), key=lambda index: _shuffle_key(spec.shuffle_seed, index))
+        rows = [rows[index] for index in order]
+    total = len(rows)
+    rows = rows[spec.offset : None if spec.limit is None else spec.offset + spec.limit]
+    if not rows:
+        raise DataError(f"no rows are left: {total} found, offset {spec.offset}; lower the offset", path=_where(spec))
+    _warn_of_zero_ratings(rows, spec)
+    return rows
+
+
+def _shuffle_key(seed: int | None, index: int) -> bytes:
+    return hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+
+
+def _where(spec: DataSpec) -> str:
+    return spec.path or place(spec.hub or spec.source, resolve_split(spec))
+
+
+def _valid_rows(spec: DataSpec, contract: Contract | None) -> Iterator[Row]:
+    source = get_source(spec.source)
+    options = source.settings(spec.options)
+    split = resolve_split(spec)
+    prefix = _id_prefix(spec, source, split)
+    # A source of our own keeps what it means to keep; only files in contract form can hold slips of the pen.
+    extra: ExtraRule = options["extra_columns"] if source.name == "rows" else "keep"
+    wanted = contract or source.contract or CONTRACTS.get(options.get("contract", "auto"))
+    for index, (values, path, line) in enumerate(_raw_rows(spec, source, options, split)):
+        raw = source.select(values, spec.columns, path=path, line=line)
+        mapped = source.map_row(raw, options)
+        several = not isinstance(mapped, dict)
+        for part, row in enumerate([mapped] if isinstance(mapped, dict) else mapped):
+            if wanted is None:
+                wanted = detect_contract(row, path=path, line=line)
+            validate(row, wanted, path=path, line=line, extra=extra)
+            if row.get("id") is None:
+                row["id"] = f"{prefix}/{index}/{part}" if several else f"{prefix}/{index}"
+            yield row
+
+
+def _id_prefix(spec: DataSpec, source: Source, split: str) -> str:
+    if source.name != "rows":
+        return f"{source.name}/{split}"
+    if spec.path is not None:
+        name = Path(spec.path).name
+        ending = file_ending(name)
+        return name[: -len(ending)] if ending else f"{name}/{split}"
+    return f"{spec.hub}/{split}"
+
+
+def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: str) -> Iterator[reading.Read]:
+    if source.generate is not None:
+        name = place(source.name, split)
+        for number, row in enumerate(source.generate(options, split), start=1):
+            yield row, name, number
+        return
+    if spec.path is None:
+        hub = spec.hub or source.hub
+        assert hub is not None, "DataSpec asks for a path or a hub id"
+        own = hub == source.hub
+        configs = (spec.hub_config,) if spec.hub_config is not None else source.hub_configs if own else ()
+        yield from reading.read_hub(hub, configs, reading.hub_split(source, spec.split or split, own_hub=own))
+        return
+    path = Path(spec.path).expanduser()
+    if not path.is_dir():
+        yield from reading.read_files([path])
+    elif reading.is_saved_dataset(path):
+        yield from reading.read_saved(path, source, split)
+    else:
+        yield from reading.read_files(reading.data_files(path, source, split, spec.hub_config))
+
+
+def _warn_of_zero_ratings(rows: list[Row], spec: DataSpec) -> None:
+    """Whole-number labels 0/1 without a single -1 usually mean wrong/right, yet 0 reads as neutral."""
+    ratings = [row["labels"] for row in rows if "completions" in row and label_kind(row["labels"]) == "rating"]
+    values = {label for labels in ratings for label in labels}
+    if 0 in values and -1 not in values:
+        warnings.warn(
+            f"{_where(spec)}: the labels are whole numbers with 0 but without any -1, so 0 reads as neutral. "
+            "If 0 means wrong, write the labels as true/false",
+            stacklevel=3,
+        )
+
+
+# --- command-line shorthand ----------------------------------------------------------------------------------------
+
+
+def parse_spec(text: str) -> DataSpec:
+    """Read a spec from one command-line word.
+
+    ``gsm8k:path=x/test.jsonl,limit=8`` names a source and its settings; a key that only the source knows is one of its
+    options (``task:task=modular,n=64,noise.rate=0.15``); ``columns.prompt=problem`` maps a column; a value with commas
+    stands in quotes; a bare file name (``x/rows.jsonl``) means source ``rows``.
+
+    Args:
+        text: the word.
+
+    Returns:
+        The spec.
+
+    Raises:
+        ConfigError: an unknown source or key (a near one is suggested), or a value of the wrong type.
+    """
+    text = text.strip()
+    if file_ending(text.partition(",")[0]) and "=" not in text.partition(",")[0]:
+        text = f"rows:path={text}"
+    name, _, rest = text.partition(":")
+    source = get_source(name)
+    fields = {item.name: item for item in dataclasses.fields(DataSpec) if item.name != "source"}
+    settings: dict[str, Any] = {}
+    for part in _split_commas(rest):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f"cannot read {part!r} in {text!r}; write key=value, separated by commas")
+        head, _, tail = key.partition(".")
+        if head in ("columns", "options") and tail:
+            _nest(settings, head, tail, value)
+        elif head in source.options:
+            _nest(settings, "options", key, value)
+        elif head in fields and not tail and head not in ("columns", "options"):
+            settings[head] = _typed(str(fields[head].type), _literal(value), _unquoted(value), key=head)
+        else:
+            known = [*fields, *source.options]
+            raise ConfigError(f"unknown key {key!r} in {text!r}; {did_you_mean(head, known)}")
+    return DataSpec(source=name, **settings)
+
+
+def _split_commas(text: str) -> list[str]:
+    """Split at commas that stand outside quotes and brackets."""
+    parts, current, closing = [], "", ""
+    for character in text:
+        if closing:
+            closing = "" if character == closing else closing
+        elif character in "\"'{[" and current.endswith("="):
+            closing = {"{": "}", "[": "]"}.get(character, character)
+        elif character == ",":
+            parts.append(current)
+            current = ""
+            continue
+        current += character
+    return [part for part in (*parts, current) if part.strip()]
+
+
+def _nest(settings: dict[str, Any], head: str, tail: str, value: str) -> None:
+    target = settings.setdefault(head, {})
+    *folders, last = tail.split(".")
+    for name in folders:
+        target = target.setdefault(name, {})
+    target[last] = _unquoted(value) if head == "columns" else _literal(value)
+
+
+def _unquoted(value: str) -> str:
+    value = value.strip()
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
+
+
+def _literal(value: str) -> Any:
+    """A JSON value (number, true, false, null, list, object), or else the text itself."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return _unquoted(value)
+
+
+def _typed(kind: str, value: Any, text: str, *, key: str) -> Any:
+    if "str" in kind:
+        return text
+    if value is None and "None" in kind:
+        return None
+    wanted = bool if "bool" in kind else int
+    if type(value) is not wanted:
+        raise ConfigError(f"{key}={text}: must be {'true or false' if wanted is bool else 'a whole number'}")
+    return value

@@ -1,0 +1,83 @@
+"""Sampled completions to judged samples: verdict, vote, and, in the tiny world, a label for every step.
+
+Evaluation, validation during training and rollout files all judge through this one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepkd.grading import Grader, canonical_answer
+from stepkd.rollout import Rollout
+from stepkd.tasks import check_row
+
+Row = Mapping[str, Any]
+
+
+def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Rollout]], grader: Grader) -> list[list[dict[str, Any]]]:
+    """Grade every rollout of every row.
+
+    Args:
+        rows: P problem rows with ``answer``; rows of the tiny world also carry ``task`` and ``meta``.
+        rollouts: for each row its samples.
+        grader: extracts and compares answers.
+
+    Returns:
+        For each row a list of sample records, the layout of :mod:`stepkd.evaluation.metrics`: ``completion``,
+        ``extracted``, ``verdict``, ``tokens``, ``finish``, ``vote`` (key of the answer's equivalence class: numbers by
+        value, other answers by tidied text, and one class for everything graded correct), ``logprob`` (summed, temperature
+        1) and ``step_labels`` (None where no exact checker exists).
+    """
+    flat = [(row, rollout) for row, samples in zip(rows, rollouts, strict=True) for rollout in samples]
+    grades = grader.grade([rollout.text for _, rollout in flat], [str(row["answer"]) for row, _ in flat])
+    judged = []
+    for (row, rollout), grade in zip(flat, grades, strict=True):
+        correct = grade.verdict == "correct"
+        vote = canonical_answer(grade.gold) if correct else grade.extracted and canonical_answer(grade.extracted)
+        judged.append(
+            {
+                "completion": rollout.text,
+                "extracted": grade.extracted,
+                "verdict": str(grade.verdict),
+                "tokens": len(rollout.token_ids),
+                "finish": rollout.finish,
+                "vote": vote or None,
+                "logprob": sum(rollout.raw_logprobs),
+                "step_labels": step_labels(row, rollout.text),
+            }
+        )
+    remaining = iter(judged)
+    return [[next(remaining) for _ in samples] for samples in rollouts]
+
+
+def step_labels(row: Row, completion: str) -> list[bool] | None:
+    """Exact label of every line of a completion, or None for rows that no task generated."""
+    if "task" not in row or "meta" not in row:
+        return None
+    return check_row(row, completion.splitlines(keepends=True))
+
+
+def rollout_row(row: Row, rollout: Rollout, sample: Mapping[str, Any], step_ends: Sequence[int]) -> dict[str, Any]:
+    """One line of a rollout file (the ROLLOUT contract of :mod:`stepkd.data.rows`), without provenance columns.
+
+    Args:
+        row: the problem row.
+        rollout: the sampled completion.
+        sample: its record from :func:`judge`.
+        step_ends: exclusive token ends of its steps.
+    """
+    result = {
+        "problem_id": str(row["id"]),
+        "prompt": row["prompt"],
+        "completion": rollout.text,
+        "token_ids": list(rollout.token_ids),
+        "logprobs": list(rollout.logprobs),
+        "step_ends": list(step_ends),
+        "finish": rollout.finish,
+        "correct": sample["verdict"] == "correct",
+        "answer": row["answer"],
+    }
+    if sample["step_labels"] is not None:
+        result["step_labels"] = sample["step_labels"]
+    return result

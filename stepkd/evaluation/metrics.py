@@ -1,0 +1,280 @@
+"""What a set of result rows says: pass@k, maj@k, failure rates, step accuracy, each with an interval.
+
+A result row is one problem::
+
+    {"id": str, "index": int, "prompt": str, "answer": str, "batch": int, "seconds": float,
+     "samples": [{"completion": str, "extracted": str | None, "verdict": "correct" | "wrong" | "unparsed" | "timeout",
+                  "tokens": int, "finish": "stop" | "length", "vote": str | None, "logprob": float,
+                  "step_labels": [bool] | None}, ...]}
+
+``vote`` is the key of the answer's equivalence class: equal keys are equal answers. The intervals and paired tests
+live in :mod:`stepkd.evaluation.intervals`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, mean_interval, ratio_interval
+
+VERDICTS = ("correct", "wrong", "unparsed", "timeout")
+FINISHES = ("stop", "length")
+
+
+def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> FloatArray:
+    """Unbiased probability that k of n samples, drawn without replacement, hold a right one (Chen et al. 2021, eq. 1).
+
+    Args:
+        n: samples per problem, integers >= 1, any shape.
+        c: right samples per problem, 0 <= c <= n, same shape as ``n`` after broadcasting.
+        k: samples drawn, 1 <= k <= min(n).
+
+    Returns:
+        Float array of the broadcast shape, values in [0, 1].
+
+    Raises:
+        ConfigError: counts out of range, or k larger than some n.
+    """
+    n_arr, c_arr = np.broadcast_arrays(np.asarray(n, dtype=np.float64), np.asarray(c, dtype=np.float64))
+    if (n_arr < 1).any() or (c_arr < 0).any() or (c_arr > n_arr).any():
+        raise ConfigError("pass@k needs n >= 1 and 0 <= c <= n for every problem")
+    if k < 1 or (n_arr < k).any():
+        raise ConfigError(_too_few_samples("pass", k, int(n_arr.min()) if n_arr.size else 0))
+    # prod (n-c-j)/(n-j) = C(n-c, k) / C(n, k): k factors in [0, 1], no large binomials.
+    all_wrong = np.ones(n_arr.shape)
+    for j in range(k):
+        all_wrong = all_wrong * np.maximum(n_arr - c_arr - j, 0.0) / (n_arr - j)
+    return np.asarray(1.0 - all_wrong, dtype=np.float64)
+
+
+def majority_vote(answers: Sequence[str | None]) -> str | None:
+    """The most frequent answer; of tied answers the one seen first.
+
+    With exchangeable samples "seen first" is a fair draw between tied answers, so on average over sample orders it
+    agrees with :func:`maj_at_k`, which splits ties evenly.
+
+    Args:
+        answers: equivalence-class keys, at least one; None is an unparsed answer and wins only if all are None.
+
+    Raises:
+        ConfigError: no answers.
+    """
+    if not answers:
+        raise ConfigError("a majority vote needs at least one answer")
+    counts: dict[str, int] = {}
+    for answer in answers:
+        if answer is not None:
+            counts[answer] = counts.get(answer, 0) + 1
+    # dicts keep insertion order and max() keeps the first of equals.
+    return max(counts, key=lambda key: counts[key]) if counts else None
+
+
+def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
+    """Exact expected accuracy of a majority vote over k of the n samples drawn without replacement.
+
+    Ties are split evenly, so the value does not depend on the order of the samples. None (unparsed) takes a place in
+    the draw but never wins; a draw of only None counts as wrong. An elected class counts by the share of its samples
+    that are right, which is 0 or 1 for a consistent grader.
+
+    No subset is enumerated: a multivariate hypergeometric draw is a set of independent binomials given their sum, so
+    the chance of winning with t votes is a coefficient of a product of polynomials. The cost is about n k^2 log k.
+
+    Args:
+        answers: (n,) equivalence-class keys.
+        correct: (n,) whether each sample was judged right.
+        k: votes, 1 <= k <= n.
+
+    Returns:
+        Expected accuracy in [0, 1].
+
+    Raises:
+        ConfigError: different lengths, or k out of range.
+    """
+    n = len(answers)
+    if len(correct) != n:
+        raise ConfigError(f"maj@k got {n} answers but {len(correct)} verdicts")
+    if not 1 <= k <= n:
+        raise ConfigError(_too_few_samples("maj", k, n))
+    size: dict[Hashable, int] = {}
+    right: dict[Hashable, int] = {}
+    for answer, good in zip(answers, correct, strict=True):
+        if answer is not None:
+            size[answer] = size.get(answer, 0) + 1
+            right[answer] = right.get(answer, 0) + bool(good)
+    if k == n:
+        top = max(size.values(), default=0)
+        winners = [right[key] / size[key] for key in size if size[key] == top]
+        return math.fsum(winners) / len(winners) if winners else 0.0
+    unparsed = n - sum(size.values())
+    expected = 0.0
+    for key in size:
+        if right[key]:
+            rivals = [size[other] for other in size if other != key]
+            expected += right[key] / size[key] * _win_weight(size[key], rivals, unparsed, k, k / n)
+    return min(1.0, expected / float(_binomial(n, k / n)[k]))
+
+
+@lru_cache(maxsize=4096)
+def _binomial(n: int, p: float) -> FloatArray:
+    """Probabilities of 0..n successes in n trials, 0 < p < 1, in logarithms so that large n does not overflow."""
+    log_p, log_q = math.log(p), math.log1p(-p)
+    log_n = math.lgamma(n + 1)
+    logs = [log_n - math.lgamma(s + 1) - math.lgamma(n - s + 1) + s * log_p + (n - s) * log_q for s in range(n + 1)]
+    probabilities = np.exp(np.array(logs))
+    probabilities.flags.writeable = False  # shared between callers
+    return probabilities
+
+
+def _win_weight(own: int, rivals: Sequence[int], unparsed: int, k: int, p: float) -> float:
+    """Probability that binomial(size, p) votes sum to k and the class of size ``own`` wins; a j-way tie counts 1/j."""
+    weight = 0.0
+    own_votes = _binomial(own, p)
+    sizes = {size: _binomial(size, p) for size in set(rivals)}
+    for t in range(1, min(own, k) + 1):
+        seats = k - t
+        strong = [size for size in rivals if size >= t]
+        # Classes smaller than t cannot reach it: together with the unparsed they are one binomial.
+        weak = _binomial(unparsed + sum(size for size in rivals if size < t), p)[: seats + 1]
+        table = np.zeros((min(len(strong), seats // t) + 1, seats + 1))  # (classes tied at t, seats taken)
+        table[0, : weak.size] = weak
+        for size in strong:
+            votes, grown = sizes[size], np.zeros_like(table)
+            for s in range(min(t, seats + 1)):
+                grown[:, s:] += votes[s] * table[:, : seats + 1 - s]
+            if t <= seats:
+                grown[1:, t:] += votes[t] * table[:-1, : seats + 1 - t]
+            table = grown
+        weight += float(own_votes[t] * (table[:, seats] / np.arange(1, table.shape[0] + 1)).sum())
+    return weight
+
+
+def summarise(
+    rows: Iterable[Mapping[str, Any]],
+    ks: Sequence[int] = (1,),
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+    n_resamples: int = 10_000,
+) -> dict[str, Any]:
+    """Metrics of a run from its result rows (layout in the module's docstring).
+
+    Args:
+        rows: one mapping per problem, in any order.
+        ks: numbers of samples k for pass@k and, where k > 1, maj@k; pass@1 is always given.
+        level: confidence level in (0, 1).
+        seed: seed of the bootstrap.
+        n_resamples: resamples of the bootstrap.
+
+    Returns:
+        ``problems``, ``samples``, ``total_tokens``, ``level``, ``seed``, ``n_resamples`` and ``metrics``: a dict from
+        name to ``{"value", "low", "high", "method"}``. Names: ``pass@K``, ``maj@K``, ``unparsed_rate``,
+        ``timeout_rate``, ``truncated_rate``, ``mean_tokens``, and with step labels ``step_accuracy`` (right steps
+        among labelled steps) and ``correct_with_wrong_step`` (among right samples with labels). A ratio without
+        denominator has the value None. The result does not depend on the order of the rows.
+
+    Raises:
+        DataError: no rows, a problem without samples, a repeated id, or a bad verdict, finish or token count.
+        ConfigError: a k larger than some problem's number of samples, or settings out of range.
+    """
+    problems = sorted((_tally(row) for row in rows), key=lambda tally: tally.id)
+    if not problems:
+        raise DataError("there are no results to summarise")
+    for first, second in pairwise(problems):
+        if first.id == second.id:
+            raise DataError(f"problem id {first.id!r} occurs twice in the results", column="id")
+    fewest = min(problems, key=lambda tally: tally.n)
+    for k in ks:
+        if not 1 <= k <= fewest.n:
+            raise ConfigError(_too_few_samples("pass", k, fewest.n, fewest.id))
+    n = np.array([tally.n for tally in problems], dtype=np.float64)
+    counts = {name: np.array([tally.counts[name] for tally in problems], dtype=np.float64) for name in _COUNTS}
+
+    def rate(values: FloatArray) -> Interval:
+        return mean_interval(values, level=level, seed=seed, n_resamples=n_resamples)
+
+    def ratio(top: FloatArray, bottom: FloatArray) -> Interval:
+        return ratio_interval(top, bottom, level=level, seed=seed, n_resamples=n_resamples)
+
+    metrics: dict[str, Interval] = {}
+    for k in sorted({1, *ks}):
+        metrics[f"pass@{k}"] = rate(pass_at_k(n, counts["correct"], k))
+        if k > 1:
+            metrics[f"maj@{k}"] = rate(np.array([maj_at_k(tally.votes, tally.correct, k) for tally in problems]))
+    for name in ("unparsed", "timeout", "truncated"):
+        metrics[f"{name}_rate"] = rate(counts[name] / n)
+    metrics["mean_tokens"] = cluster_bootstrap(counts["tokens"] / n, level=level, seed=seed, n_resamples=n_resamples)
+    if counts["labelled"].any():
+        metrics["step_accuracy"] = ratio(counts["right_steps"], counts["steps"])
+        metrics["correct_with_wrong_step"] = ratio(counts["correct_flawed"], counts["correct_labelled"])
+    return {
+        "problems": len(problems),
+        "samples": int(n.sum()),
+        "total_tokens": int(counts["tokens"].sum()),
+        "level": level,
+        "seed": seed,
+        "n_resamples": n_resamples,
+        "metrics": {name: interval.to_dict() for name, interval in metrics.items()},
+    }
+
+
+_COUNTS = (
+    *VERDICTS,
+    *("truncated", "tokens", "labelled", "steps", "right_steps", "correct_labelled", "correct_flawed"),
+)
+
+
+@dataclass
+class _Tally:
+    """Counts of one problem's samples."""
+
+    id: str
+    n: int
+    votes: list[str | None] = field(default_factory=list)
+    correct: list[bool] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+
+
+def _tally(row: Mapping[str, Any]) -> _Tally:
+    problem_id = str(row.get("id"))
+    samples = row.get("samples")
+    if row.get("id") is None or not samples:
+        raise DataError(f"result row with id {row.get('id')!r} has no id or no samples", column="samples")
+    tally = _Tally(problem_id, len(samples))
+    counts = tally.counts
+    for sample in samples:
+        verdict, finish = sample.get("verdict"), sample.get("finish")
+        if verdict not in VERDICTS:
+            raise DataError(f"problem {problem_id!r}: {verdict!r} is not one of {VERDICTS}", column="verdict")
+        if finish not in FINISHES:
+            raise DataError(f"problem {problem_id!r}: {finish!r} is not one of {FINISHES}", column="finish")
+        tokens = sample.get("tokens")
+        if not isinstance(tokens, int) or tokens < 0:
+            raise DataError(f"problem {problem_id!r}: token count {tokens!r} is not a whole number", column="tokens")
+        good = verdict == "correct"
+        counts[verdict] += 1
+        counts["truncated"] += finish == "length"
+        counts["tokens"] += tokens
+        tally.votes.append(sample.get("vote"))
+        tally.correct.append(good)
+        labels = sample.get("step_labels")
+        if labels is not None:
+            counts["labelled"] += 1
+            counts["steps"] += len(labels)
+            counts["right_steps"] += sum(map(bool, labels))
+            counts["correct_labelled"] += good
+            counts["correct_flawed"] += good and not all(labels)
+    return tally
+
+
+def _too_few_samples(metric: str, k: int, n: int, problem_id: str | None = None) -> str:
+    where = "" if problem_id is None else f" (problem {problem_id!r})"
+    return f"{metric}@{k} needs 1 <= k <= samples per problem, and there are {n}{where}; draw more samples or lower k"

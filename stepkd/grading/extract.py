@@ -1,0 +1,266 @@
+r"""Find the final answer in a completion.
+
+Every built-in extractor is linear in the length of the text (single scans; no nested repetition), so it is safe to run
+on hostile text in the training process. ``regex:<pattern>`` is not: :class:`stepkd.grading.Grader` runs it in a worker
+process that it can kill.
+
+The extractors of a list are tried in order; the first that finds something wins. A *strict* reading (only the format
+that the benchmark prescribes counts, anything else is unparsed) is a list of one: ``("hash",)`` or ``("boxed",)``.
+
+Which occurrence counts is each extractor's own convention unless ``which`` says otherwise:
+
+* ``hash`` takes the *first* ``####`` answer. The mark ends a solution, and a model without a stop string goes on to
+  write another question and answer after it. Markdown headings (``#### Step 2: ...``) are not answers.
+* ``boxed``, ``answer_phrase``, ``last_number`` and ``regex:`` take the *last*: a solution may box or name intermediate
+  results, and a correction comes after what it corrects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from stepkd.errors import ConfigError
+
+EXTRACTOR_VERSION = "1"
+"""Written to evaluation manifests; raised whenever an extraction rule changes, because rules move scores."""
+
+DEFAULT_EXTRACTORS: tuple[str, ...] = ("hash", "boxed", "last_number")
+
+Which = Literal["first", "last"]
+Extractor = Callable[[str, Which], str | None]
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[\s\S]|[{}]")
+_BARE_BOX = re.compile(r"[^\S\n]{0,8}([^\s{}$]{1,64})")
+_BOX_BRACE = re.compile(r"\s{0,8}\{")
+
+_HASH = re.compile(r"(?<!#)####(?!#)[^\S\n]*\n?(?!####)([^\n]*)")
+_HEADING = re.compile(
+    r"(?:(?:step|part|section|problem|question|solution|case|explanation|conclusion|verification|note|example)\b"
+    r"(?![^\n]{0,20}answer)|[1-9][.)]\s+[A-Za-z])",
+    re.IGNORECASE,
+)
+_ANSWER_LEAD = re.compile(r"(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*[:=]?\s*", re.IGNORECASE)
+_LOOKS_NUMERIC = re.compile(r"(?:[A-Za-z]\s?=\s?)?[-+−(\[]?\s?(?:[0-9.$€£¥₹]|\\)")
+
+_PHRASE = re.compile(
+    r"\banswer\b[^.\n:=]{0,60}?(?:\bis\b|[:=])[\s*_:]{0,8}(?=([^\n]{1,400}))",
+    re.IGNORECASE,
+)
+_PHRASE_END = re.compile(r",\s+(?=[a-z]{2,})|\s(?:because|since|as we)\b|;\s")
+_INLINE_MATH = re.compile(r"\$(?!\s)([^$\n]{1,300}?)(?<!\s)\$(?![0-9])|\\\((.{1,300}?)\\\)")
+
+_SENTENCE_END = re.compile(r"[.?](?=\s|$)|<\||</|####")
+
+_INT = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
+_NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_^])(?<!\^\{)(?<!_\{)(?<![0-9]\.)"
+    # A minus after a digit or a closing bracket subtracts; one apart from its number is a sign after "=", ":", "is".
+    r"(?:(?<![)\]}.])[-−+]|(?:(?<=[=:]\s)|(?<=[=:])|(?<=is\s))[-−]\s)?"
+    r"(?:\\?[$€£¥₹]\s?[-−]?)?"
+    r"(?:"
+    rf"(?:[0-9]{{1,9}}\s?)?\\[dt]?frac\s?\{{\s?-?[0-9]{{1,40}}\s?\}}\s?\{{\s?[0-9]{{1,40}}\s?\}}"
+    rf"|[0-9]{{1,9}}\s[0-9]{{1,9}}/[0-9]{{1,9}}(?![0-9/])"
+    rf"|(?:(?:{_INT})(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,9}(?![A-Za-z0-9])|\s?(?:\\times|\\cdot|[×x*])\s?10\s?\^\s?(?:\{-?[0-9]{1,9}\}|-?[0-9]{1,9}))?"
+    r"(?:\^(?:\{-?[0-9]{1,9}\}|-?[0-9]{1,9}))?"
+    r"(?:\s?/\s?[0-9]{1,40}(?![0-9]))?"
+    r")"
+    r"(?:\s?\\?%)?"
+)
+
+
+def tidy_ends(text: str) -> str:
+    """Strip blanks, Markdown emphasis, quotes and closing punctuation around an extracted answer.
+
+    Args:
+        text: the answer as cut from the completion.
+
+    Returns:
+        The answer without its wrapping; may be empty.
+    """
+    text = text.lstrip("*`\"'_ \t\r\n\f\v")
+    stripped = text.rstrip(".,;:?*`\"'_ \t\r\n\f\v")  # no "!": 5! is not 5
+    if stripped.endswith(("\\", r"\right", r"\left")):  # "\," and "\right." are LaTeX
+        return text[: len(stripped) + 1]
+    return stripped
+
+
+def _first_sentence(text: str) -> str:
+    end = _SENTENCE_END.search(text)
+    return text[: end.start()] if end and end.start() > 0 else text
+
+
+def _pick(found: Iterable[str], which: Which) -> str | None:
+    chosen: str | None = None
+    for item in found:
+        if item:
+            chosen = item
+            if which == "first":
+                break
+    return chosen
+
+
+def _hash_line(line: str) -> str:
+    line = line[:2000].strip("* \t\r")
+    if _HEADING.match(line) or line.endswith((":", ":**")):
+        return ""
+    lead = _ANSWER_LEAD.search(line)
+    return tidy_ends(_first_sentence(line[lead.end() :] if lead and lead.end() < len(line) else line))
+
+
+def extract_hash(text: str, which: Which = "first") -> str | None:
+    """The answer on a ``####`` line (GSM8K's mark).
+
+    A line counts if it starts like a number or a formula. Words count on the last line only: elsewhere ``####`` before
+    words is a Markdown heading.
+    """
+    found: str | None = None
+    end = len(text.rstrip())
+    for match in _HASH.finditer(text):
+        answer = _hash_line(match.group(1))
+        if answer and (_LOOKS_NUMERIC.match(answer) or match.end() >= end):
+            found = answer
+            if which == "first":
+                break
+    return found
+
+
+def _boxes(text: str) -> list[str]:
+    """The contents of all balanced boxes, in order of their start."""
+    boxes: list[tuple[int, int, int]] = []
+    stack: list[tuple[int, int]] = []  # (start of the box or -1, position after the brace)
+    begin = min((at for at in (text.find(r"\boxed"), text.find(r"\fbox")) if at >= 0), default=len(text))
+    box_of_brace: tuple[int, int] | None = None
+    for token in _BOX.finditer(text, begin):
+        kind = token.group()
+        if kind == "{":
+            is_box = box_of_brace is not None and box_of_brace[1] == token.end()
+            stack.append((box_of_brace[0] if is_box and box_of_brace else -1, token.end()))
+        elif kind == "}":
+            if stack:
+                start, after = stack.pop()
+                if start >= 0:
+                    boxes.append((start, after, token.start()))
+        elif len(kind) > 2:
+            brace = _BOX_BRACE.match(text, token.end())
+            bare = None if brace else _BARE_BOX.match(text, token.end())
+            if brace:
+                box_of_brace = (token.start(), brace.end())
+            elif bare:
+                boxes.append((token.start(), bare.start(1), bare.end(1)))
+    # Only a box that holds no other box is cut out: nested boxes would make the total length quadratic.
+    boxes.sort()
+    next_starts = [start for start, _, _ in boxes[1:]] + [len(text)]
+    return [text[a:b] for (_, a, b), following in zip(boxes, next_starts, strict=False) if following >= b]
+
+
+def extract_boxed(text: str, which: Which = "last") -> str | None:
+    r"""The content of a balanced ``\boxed{...}`` or ``\fbox{...}`` (innermost when nested), or of ``\boxed 5``."""
+    return _pick((tidy_ends(content) for content in _boxes(text)), which)
+
+
+def extract_answer_phrase(text: str, which: Which = "last") -> str | None:
+    """What follows "the (final) answer is ..." or "Answer: ...", up to the end of the sentence."""
+    matches = _PHRASE.finditer(text)
+    if which == "first":
+        return _pick((_phrase_payload(match.group(1)) for match in matches), which)
+    newest_first = reversed(deque(matches, maxlen=256))  # read lazily: only the payload that wins is cut out
+    return _pick((_phrase_payload(match.group(1)) for match in newest_first), "first")
+
+
+def _phrase_payload(payload: str) -> str:
+    boxed = extract_boxed(payload)
+    if boxed:
+        return boxed
+    payload = payload.lstrip("*_ \t")
+    math = _INLINE_MATH.match(payload)
+    if math:
+        return tidy_ends(math.group(1) or math.group(2))
+    payload = _first_sentence(payload)
+    end = _PHRASE_END.search(payload)
+    return tidy_ends(payload[: end.start()] if end else payload)
+
+
+def extract_last_number(text: str, which: Which = "last") -> str | None:
+    """A number with its sign, currency, thousands separators, decimals, fraction and percent sign.
+
+    Exponents of units (``m^2``), subscripts and digits inside words (``H2O``) are not numbers of their own.
+    """
+    return _pick((match.group().strip() for match in _NUMBER.finditer(text)), which)
+
+
+EXTRACTORS: dict[str, tuple[Extractor, Which]] = {
+    "hash": (extract_hash, "first"),
+    "boxed": (extract_boxed, "last"),
+    "answer_phrase": (extract_answer_phrase, "last"),
+    "last_number": (extract_last_number, "last"),
+}
+"""Built-in extractors by name, each with the occurrence it takes by convention."""
+
+
+def check_extractors(extractors: Sequence[str]) -> tuple[str, ...]:
+    """Validate a list of extractor names.
+
+    Args:
+        extractors: names from ``EXTRACTORS`` or ``regex:<pattern>``; at least one.
+
+    Returns:
+        The same names as a tuple.
+
+    Raises:
+        ConfigError: the list is empty or a bare string, a name is unknown, or a pattern does not compile.
+    """
+    if isinstance(extractors, str) or not extractors:
+        raise ConfigError(f"extractors is {extractors!r}; give a list with at least one of {sorted(EXTRACTORS)}")
+    for name in extractors:
+        if name.startswith("regex:"):
+            try:
+                re.compile(name.removeprefix("regex:"))
+            except re.error as error:
+                raise ConfigError(f"extractor {name!r}: the pattern does not compile: {error}") from error
+        elif name not in EXTRACTORS:
+            close = difflib.get_close_matches(name, EXTRACTORS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"unknown extractor {name!r}{hint} Known: {', '.join(sorted(EXTRACTORS))}, regex:<pattern>"
+            )
+    return tuple(extractors)
+
+
+def is_linear(extractors: Sequence[str]) -> bool:
+    """Whether every extractor is a built-in one, whose time is linear in the text."""
+    return not any(name.startswith("regex:") for name in extractors)
+
+
+def extract_answer(
+    text: str, extractors: Sequence[str] = DEFAULT_EXTRACTORS, *, which: Which | None = None
+) -> str | None:
+    r"""Find the final answer in a completion.
+
+    Args:
+        text: the completion; any length, any characters (NUL and lone surrogates included).
+        extractors: names tried in order: ``hash``, ``boxed``, ``answer_phrase``, ``last_number`` or
+            ``regex:<pattern>`` (group 1 if it has one, else the whole match). One name alone is a strict reading.
+        which: ``"first"`` or ``"last"`` occurrence; ``None`` follows each extractor's convention (module docstring).
+
+    Returns:
+        The answer as written, without its marks (``####``, ``\boxed``), or ``None`` when nothing was found.
+
+    Raises:
+        ConfigError: an unknown extractor or a pattern that does not compile.
+    """
+    for name in check_extractors(extractors):
+        if name.startswith("regex:"):
+            matches = re.finditer(name.removeprefix("regex:"), text)
+            pieces = ((m.group(1) if m.re.groups else m.group()) or "" for m in matches)
+            found = _pick((piece.strip() for piece in pieces), which or "last")
+        else:
+            extractor, convention = EXTRACTORS[name]
+            found = extractor(text, which or convention)
+        if found:
+            return found
+    return None

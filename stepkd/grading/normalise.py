@@ -1,0 +1,250 @@
+r"""Read short answers without a computer algebra system: plain numbers with units, and words.
+
+Rules for word-problem answers, chosen to agree with what a person marking the paper would accept:
+
+* thousands separators, currency signs, trailing zeros and a full stop do not matter (``$1,234.00`` is 1234);
+* unit words after a number do not matter (``1234 apples``, ``5 km/h``, ``30^\circ``); scale words do (``5 thousand``);
+* a percent sign is a unit: ``50%`` and 50 match each other, ``50%`` and 0.5 (the value it stands for) too, but 0.5
+  and 50 do not;
+* of an equation the right-hand side counts (``x = 5``, ``9 * 2 = 18``), unless several are listed;
+* words are compared without case and punctuation (``\text{Evelyn}`` is ``evelyn``).
+
+Comparison of plain decimal numbers is exact: no rounding, no floating point.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_ANSWER_CHARS = 2000
+"""A longer "answer" is compared as text only; no real final answer comes near it."""
+
+_MAX_NUMBER_CHARS = 160
+_MAX_DIGITS = 40
+_MAX_UNIT_WORDS = 8
+
+_CHARACTERS = str.maketrans(
+    {"\0": None, "−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", "\n": " ", "\r": " ", "\t": " "}
+)
+_SPACING = re.compile(r"(\\\\)|\\[!,;:]|\\(?= )|~|\\(?:qquad|quad|displaystyle|left(?![a-z])|right(?![a-z]))")
+_ESCAPED_SIGN = re.compile(r"\\([$%#&])")
+_WHOLE_COMMAND = re.compile(r"\\(?:boxed|fbox|text|mbox|textbf|mathbf|mathrm|textrm)\s*\{(.*)\}", re.DOTALL)
+_INLINE_TEXT = re.compile(r"\\(?:text|mbox|textbf|mathbf|mathrm|textrm)\s*\{([^{}]*)\}")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_WRAPPINGS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|°")
+_POWER_OF_UNIT = re.compile(r"(?<=[A-Za-z])\s*\^\s*\{?\s*[23]\s*\}?$|(?<=[A-Za-z])[²³]$")
+
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)\s?(?:US)?[$€£¥₹]?\s?(?P<inner>[-+]?)\s?"
+    r"(?:(?P<grouped>[0-9]{1,3}(?:,[0-9]{3})+)|(?P<whole>[0-9]*))(?P<decimals>\.[0-9]*)?"
+    r"(?P<tail>.*)"
+)
+_IN_BASE = re.compile(r"([0-9A-Za-z]{1,40})_\{?([0-9]{1,3})\}?")
+_PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b|pct\b)", re.IGNORECASE)
+_LEFT_SIDE = re.compile(r"(?:[A-Za-z0-9 _+\-*/().,$€£×÷%\\^{}=']*[^<>!\\=])?", re.ASCII)
+_LISTING = re.compile(r"\b(?:and|or)\b|,\s|\\(?:neq?|leq?|geq?|approx)\b")
+
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SHORT_UNITS = frozenset(
+    "m g s h l cm mm km kg mg ml lb ft oz in yd hr cents min mi kw gb mb tb mph kph kmh usd eur gbp sq cu".split()
+)
+_NOT_UNITS = frozenset(
+    "pi sqrt log ln sin cos tan cot sec csc exp mod frac and or to plus minus times over than divided squared cubed "
+    "half halves third thirds quarter quarters fourth fourths fifth fifths tenth tenths hundredths factorial choose "
+    "more less by through between infinity am pm a.m p.m".split()
+)
+_UNIT_WORD = re.compile(r"[A-Za-z][A-Za-z'’./-]*|[$€£¥₹]")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z'’ -]{3,}")
+_EXPLICIT_WORDS = re.compile(r"\s*\\(?:text|mbox|textbf|mathrm|textrm)\s*\{[^{}]*[A-Za-z][^{}]*\}\s*")
+_NOT_WORD_CHARACTERS = re.compile(r"[\W_]+")
+
+
+@dataclass(frozen=True)
+class PlainNumber:
+    """A number read from an answer, exactly."""
+
+    value: Fraction
+    """The number before any percent sign."""
+    percent: bool = False
+    """Whether a percent sign or word followed it."""
+
+
+def tidy(text: str) -> str:
+    r"""Remove what does not change an answer's meaning: spacing commands, wrapping ``$``, ``\boxed{}``, ``\text{}``.
+
+    Args:
+        text: an extracted answer, at most ``MAX_ANSWER_CHARS`` long.
+
+    Returns:
+        The answer on one line; may be empty.
+    """
+    text = _SPACING.sub(lambda m: m[1] or "", text.translate(_CHARACTERS)).replace("{,}", ",")
+    for _ in range(6):  # wrappings nest: **$\boxed{5}$**
+        before = text
+        text = text.strip()
+        for opening, closing in _WRAPPINGS:
+            inside = text[len(opening) : -len(closing)]
+            wrapped = text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing)
+            if wrapped and opening not in inside and not text.endswith(r"\$"):
+                text = inside.strip()
+                break
+        whole = _WHOLE_COMMAND.fullmatch(text)
+        if whole and _balanced(whole.group(1)):
+            text = whole.group(1)
+        text = text.rstrip(".;,: ") if not text.endswith("..") else text
+        if text == before:
+            break
+    return _ESCAPED_SIGN.sub(r"\1", text)
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for brace in _BRACE.findall(text):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def unit_scale(words: str) -> int | None:
+    """The factor that the words after a number stand for.
+
+    Args:
+        words: what follows the number, e.g. ``"apples"``, ``"thousand dollars"``, ``"km/h"`` or nothing.
+
+    Returns:
+        1 for units or nothing, the factor of scale words, ``None`` if the words are not units (``"pi"``, ``"and 7"``).
+    """
+    words = _POWER_OF_UNIT.sub("", words.strip().strip("()").strip())
+    scale = 1
+    pieces = words.replace("-", " ").split()
+    if len(pieces) > _MAX_UNIT_WORDS:
+        return None
+    for index, piece in enumerate(pieces):
+        low = piece.lower().rstrip(".,'’")
+        if index == 0 and low.rstrip("s") in _SCALES:
+            scale = _SCALES[low.rstrip("s")]
+        elif not _UNIT_WORD.fullmatch(piece) or low in _NOT_UNITS or (index == 0 and not _is_unit(low)):
+            return None
+    return scale
+
+
+def _is_unit(word: str) -> bool:
+    return len(word) > 2 or word in _SHORT_UNITS or word in "$€£¥₹"
+
+
+def _right_side(text: str) -> str:
+    if "=" not in text:
+        return text
+    left, _, right = text.rpartition("=")
+    return right.strip() if _LEFT_SIDE.fullmatch(left) and not _LISTING.search(left) else text
+
+
+def read_number(text: str) -> PlainNumber | None:
+    r"""Read an answer that is one plain decimal number, with or without currency, percent sign and unit words.
+
+    Args:
+        text: an answer after :func:`tidy`.
+
+    Returns:
+        The exact number, or ``None`` when the text is anything else (a fraction, an expression, two numbers, too long).
+    """
+    if len(text) > _MAX_NUMBER_CHARS:
+        return None
+    text = _DEGREES.sub(" degrees", _INLINE_TEXT.sub(r" \1 ", _right_side(text)))
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None or (match["sign"] and match["inner"]):
+        return None
+    whole = (match["grouped"] or match["whole"] or "").replace(",", "")
+    decimals = (match["decimals"] or "").removeprefix(".")
+    if not whole + decimals or len(whole + decimals) > _MAX_DIGITS:
+        return None
+    tail = match["tail"]
+    percent = _PERCENT.match(tail)
+    tail = tail[percent.end() :] if percent else tail
+    scale = unit_scale(tail) if percent or _may_touch(tail) else None
+    if scale is None:
+        return None
+    value = Fraction(int(whole + decimals), 10 ** len(decimals)) * scale
+    return PlainNumber(-value if "-" in (match["sign"], match["inner"]) else value, percent is not None)
+
+
+def _may_touch(tail: str) -> bool:
+    """Whether these words may follow a number without a blank: "5cm" is a length, "5x", "5ab" and "5m" are products."""
+    if not tail[:1].isalpha():
+        return True
+    word = tail.split()[0].lower().rstrip(".,")
+    return len(word) > 3 or (len(word) > 1 and word in _SHORT_UNITS)
+
+
+def same_number(candidate: PlainNumber, gold: PlainNumber) -> bool:
+    """Whether two plain numbers are the same answer (percent rule in the module docstring)."""
+    if candidate.value == gold.value:
+        return True
+    stands_for = candidate.value / (100 if candidate.percent else 1)
+    return stands_for == gold.value / (100 if gold.percent else 1)
+
+
+def is_words(text: str) -> bool:
+    r"""Whether an untidied answer is words rather than mathematics: ``\text{...}``, or four letters and more."""
+    if _EXPLICIT_WORDS.fullmatch(text):
+        return True
+    plain = tidy(text)
+    return bool(_WORDS.fullmatch(plain)) and not _NOT_UNITS.intersection(plain.lower().split())
+
+
+def words_key(text: str) -> str:
+    """The form in which word answers are compared: no case, no punctuation, single spaces."""
+    return _NOT_WORD_CHARACTERS.sub(" ", _INLINE_TEXT.sub(r" \1 ", tidy(text))).strip().casefold()
+
+
+def canonical_answer(text: str) -> str:
+    """One string per plainly equal answer, for majority votes and for recognising repeated answers.
+
+    Args:
+        text: an extracted answer.
+
+    Returns:
+        The reduced number (``"1234"``, ``"5/2"``, with ``%`` kept), the words' key, or the tidied text.
+    """
+    if len(text) > MAX_ANSWER_CHARS:
+        return text
+    plain = tidy(text)
+    number = read_number(plain)
+    if number is not None:
+        return f"{number.value}{'%' if number.percent else ''}"
+    return words_key(text) if is_words(text) else plain.replace(" ", "")
+
+
+def quick_verdict(candidate: str, gold: str) -> bool | None:
+    r"""Decide the easy cases in bounded time, in any process.
+
+    Args:
+        candidate: the extracted answer; any text.
+        gold: the reference answer.
+
+    Returns:
+        ``True`` or ``False`` when identical text, two plain numbers, words or length settle it; ``None`` when it takes
+        math-verify.
+    """
+    if candidate == gold:
+        return True
+    if max(len(candidate), len(gold)) > MAX_ANSWER_CHARS:
+        return False
+    plain_candidate, plain_gold = tidy(candidate), tidy(gold)
+    if not plain_candidate:
+        return False
+    if plain_candidate == plain_gold:
+        return True
+    number_c, number_g = read_number(plain_candidate), read_number(plain_gold)
+    if number_c is not None and number_g is not None:
+        return same_number(number_c, number_g)
+    base_c, base_g = _IN_BASE.fullmatch(plain_candidate), _IN_BASE.fullmatch(plain_gold)
+    if base_c and base_g and base_c[1].isdigit() and base_g[1].isdigit():
+        return base_c.groups() == base_g.groups()  # math-verify drops the base: 52_8 would equal 52_9
+    if is_words(gold):
+        return words_key(candidate) == words_key(gold)
+    return None

@@ -1,0 +1,329 @@
+r"""The grader: verdicts on completions, from worker processes that are killed at a hard deadline.
+
+math-verify can run for ever or eat all memory on text that a model wrote (``9^{9^{9^9}}``), and an alarm inside the
+process works neither in threads nor against C code. So the check runs in child processes; this module hands out items,
+watches the clock and replaces what it had to kill. Cases that need no computer algebra are settled without a worker.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import selectors
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any
+
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.grading.extract import DEFAULT_EXTRACTORS, Which, check_extractors, extract_answer, is_linear
+from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
+from stepkd.grading.process import WorkerGone, WorkerProcess
+
+_START_LIMIT_S = 120.0
+"""A fresh worker imports sympy; on a cold network file system that takes tens of seconds."""
+_START_ATTEMPTS = 3
+_MIN_MEMORY_MB = 192
+
+
+class Verdict(StrEnum):
+    """The four possible outcomes of grading one completion."""
+
+    CORRECT = "correct"
+    """The answer found equals the reference answer."""
+    WRONG = "wrong"
+    """The answer found does not equal it, or cannot be read as mathematics."""
+    UNPARSED = "unparsed"
+    """No answer was found in the completion."""
+    TIMEOUT = "timeout"
+    """The check ran past the deadline or the memory cap, or its process died."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The verdict on one completion, with what it compared."""
+
+    verdict: Verdict
+    """One of the four outcomes."""
+    extracted: str | None
+    """The answer found, at most 2,000 characters of it; ``None`` if none was found or the search itself timed out."""
+    gold: str
+    """The reference answer it was compared with."""
+
+
+@dataclass
+class _Item:
+    request: dict[str, Any]
+    indices: list[int]
+    extracted: str | None
+    gold: str
+
+
+class Grader:
+    """Grades completions against reference answers; a context manager, usable from any thread.
+
+    Workers start when the first item needs one, and live until :meth:`close`, the end of the ``with`` block, garbage
+    collection or the end of the interpreter. One call grades at a time; further threads wait. After a fork the child
+    starts workers of its own. POSIX only.
+
+    Args:
+        workers: number of worker processes, at least 1.
+        deadline_s: wall-clock seconds per item, counted from when a worker has the item (neither the time in the queue
+            nor a worker's start counts).
+        memory_mb: cap on a worker's address space in MiB, at least 192.
+        extractors: names for :func:`stepkd.grading.extract_answer`, tried in order.
+        which: the occurrence that counts, ``"first"`` or ``"last"``; ``None`` follows each extractor's convention.
+
+    Raises:
+        ConfigError: a value out of range or an unknown extractor.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int = 2,
+        deadline_s: float = 2.0,
+        memory_mb: int = 1024,
+        extractors: Sequence[str] = DEFAULT_EXTRACTORS,
+        which: Which | None = None,
+    ) -> None:
+        if workers < 1:
+            raise ConfigError(f"workers is {workers}; the grader needs at least 1")
+        if not 0 < deadline_s < float("inf"):
+            raise ConfigError(f"deadline_s is {deadline_s}; give a positive, finite number of seconds")
+        if memory_mb < _MIN_MEMORY_MB:
+            raise ConfigError(f"memory_mb is {memory_mb}; math-verify alone needs {_MIN_MEMORY_MB}")
+        if which not in (None, "first", "last"):
+            raise ConfigError(f"which is {which!r}; give 'first', 'last' or nothing")
+        self.workers = workers
+        self.deadline_s = deadline_s
+        self.memory_mb = memory_mb
+        self.extractors = check_extractors(extractors)
+        self.which = which
+        self._become_owner()
+
+    def _become_owner(self) -> None:
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._pool: list[WorkerProcess] = []
+        self._failed_starts = 0
+        self._finalizer = weakref.finalize(self, _stop_all, self._pool, self._owner)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies (spawned ranks, deep copies of a module) carry the settings and start workers of their own.
+        settings = {name: getattr(self, name) for name in ("workers", "deadline_s", "memory_mb", "extractors", "which")}
+        return (functools.partial(Grader, **settings), ())
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill and reap the workers; a later call to :meth:`grade` starts new ones."""
+        if self._owner == os.getpid():
+            with self._lock:
+                self._drop(list(self._pool))
+
+    def grade_one(self, completion: str | None, answer: str) -> Grade:
+        """Grade one completion; see :meth:`grade`."""
+        return self.grade([completion], [answer])[0]
+
+    def grade(self, completions: Sequence[str | None], answers: Sequence[str]) -> list[Grade]:
+        r"""Grade completions against reference answers.
+
+        Args:
+            completions: the model's texts, of any length and content; ``None`` counts as empty.
+            answers: one reference answer per completion, as text. A whole solution is reduced to its ``####`` or
+                ``\boxed`` answer.
+
+        Returns:
+            One grade per completion, in order. No text makes this raise: a deadline, a memory cap or a crash of the
+            check is the verdict ``timeout``, for that item only. (A check that runs out of memory inside a library
+            that swallows the error can come back as ``wrong``.)
+
+        Raises:
+            DataError: different lengths, a completion or an answer that is not text, an empty answer.
+            StepkdError: the workers cannot be started (math-verify missing, ``memory_mb`` too small).
+        """
+        golds = _check_input(completions, answers)
+        grades: dict[int, Grade] = {}
+        items: dict[tuple[str, str], _Item] = {}
+        in_parent = is_linear(self.extractors)
+        for index, (completion, gold) in enumerate(zip(completions, golds, strict=True)):
+            text = completion or ""
+            extracted = extract_answer(text, self.extractors, which=self.which) if in_parent else None
+            if (in_parent and not extracted) or not text:
+                grades[index] = Grade(Verdict.UNPARSED, None, gold)
+                continue
+            quick = quick_verdict(extracted, gold) if extracted else None
+            shown = extracted[:MAX_ANSWER_CHARS] if extracted else None
+            if quick is not None:
+                grades[index] = Grade(Verdict.CORRECT if quick else Verdict.WRONG, shown, gold)
+            elif (key := (extracted or text, gold)) in items:  # samples of one problem often agree
+                items[key].indices.append(index)
+            else:
+                request: dict[str, Any] = {"gold": gold, "candidate": extracted}
+                if extracted is None:
+                    request |= {"text": text, "extractors": list(self.extractors), "which": self.which}
+                items[key] = _Item(request, [index], shown, gold)
+        if items:
+            self._run(list(items.values()), grades)
+        return [grades[index] for index in range(len(completions))]
+
+    def _run(self, items: list[_Item], grades: dict[int, Grade]) -> None:
+        if self._owner != os.getpid():
+            inherited = self._pool
+            self._finalizer.detach()
+            self._become_owner()
+            for worker in inherited:
+                worker.disown()
+        with self._lock:
+            try:
+                self._serve(items, grades)
+            except BaseException:
+                # An interrupt leaves workers with items whose replies nobody awaits.
+                self._drop(list(self._pool))
+                raise
+
+    def _serve(self, items: list[_Item], grades: dict[int, Grade]) -> None:
+        waiting = deque(range(len(items)))
+        open_items = len(items)
+
+        def settle(number: int, verdict: str, extracted: str | None) -> None:
+            nonlocal open_items
+            open_items -= 1
+            for index in items[number].indices:
+                grades[index] = Grade(Verdict(verdict), extracted, items[number].gold)
+
+        while open_items:
+            while len(self._pool) < min(self.workers, open_items):
+                self._start()
+            for worker in [w for w in self._pool if w.ready and w.item is None]:
+                if waiting:
+                    number = waiting.popleft()
+                    try:
+                        worker.send(number, items[number].request, deadline_s=self.deadline_s)
+                    except WorkerGone as gone:
+                        self._drop([worker])
+                        if gone.took_some:
+                            settle(number, Verdict.TIMEOUT, items[number].extracted)
+                        else:  # it had died while idle: the item is not to blame
+                            waiting.appendleft(number)
+            for worker in self._wait():
+                busy_with = worker.item
+                try:
+                    reply = worker.receive()
+                except WorkerGone:
+                    self._bury(worker)
+                    if busy_with is not None:
+                        settle(busy_with, Verdict.TIMEOUT, items[busy_with].extracted)
+                    continue
+                if reply is not None and busy_with is not None:
+                    worker.item = None
+                    settle(busy_with, reply["verdict"], reply.get("extracted", items[busy_with].extracted))
+                    if reply["retire"]:
+                        self._drop([worker])
+                elif reply is not None:
+                    self._welcome(worker, reply)
+                elif time.monotonic() >= worker.limit:
+                    self._drop([worker])
+                    if busy_with is not None:
+                        settle(busy_with, Verdict.TIMEOUT, items[busy_with].extracted)
+                    else:
+                        self._note_failed_start(f"not ready after {_START_LIMIT_S:.0f} s")
+
+    def _wait(self) -> list[WorkerProcess]:
+        """The workers that have something to read or are past their limit; waits until there is one."""
+        active = [worker for worker in self._pool if worker.item is not None or not worker.ready]
+        if not active:
+            return []
+        with selectors.DefaultSelector() as selector:
+            for worker in active:
+                selector.register(worker, selectors.EVENT_READ)
+            patience = min(worker.limit for worker in active) - time.monotonic()
+            readable = {key.fileobj for key, _ in selector.select(max(0.0, patience))}
+        now = time.monotonic()
+        return [worker for worker in active if worker in readable or now >= worker.limit]
+
+    def _start(self) -> None:
+        try:
+            worker = WorkerProcess(memory_mb=self.memory_mb, deadline_s=self.deadline_s)
+        except OSError as error:
+            raise StepkdError(f"cannot start a grading worker: {error}") from error
+        worker.limit = time.monotonic() + _START_LIMIT_S
+        self._pool.append(worker)
+
+    def _welcome(self, worker: WorkerProcess, reply: dict[str, Any]) -> None:
+        if "failed" in reply:
+            raise StepkdError(
+                f"a grading worker cannot start: {reply['failed']} (memory_mb={self.memory_mb}; is math-verify "
+                "installed with its 'antlr4' extra?)"
+            )
+        worker.ready = True
+        self._failed_starts = 0
+
+    def _bury(self, worker: WorkerProcess) -> None:
+        was_starting = not worker.ready
+        self._drop([worker])
+        if was_starting:
+            self._note_failed_start(f"ended with exit code {worker.exit_code}")
+
+    def _note_failed_start(self, reason: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= _START_ATTEMPTS:
+            self._failed_starts = 0
+            raise StepkdError(
+                f"{_START_ATTEMPTS} grading workers in a row failed to start; the last one {reason}. Raise memory_mb "
+                f"(now {self.memory_mb}) or check that {sys.executable} can import math_verify"
+            )
+
+    def _drop(self, workers: Iterable[WorkerProcess]) -> None:
+        for worker in workers:
+            self._pool.remove(worker)
+            worker.stop()
+
+
+def _stop_all(pool: list[WorkerProcess], owner: int) -> None:
+    if os.getpid() == owner:
+        for worker in pool:
+            worker.stop()
+        pool.clear()
+
+
+def _check_input(completions: Sequence[str | None], answers: Sequence[str]) -> list[str]:
+    """Validate both columns and reduce whole solutions to their answers."""
+    for name, column in (("completions", completions), ("answers", answers)):
+        if isinstance(column, str | bytes):
+            raise DataError(f"{name} is one text; give a list of them (or call grade_one)", column=name)
+    if len(completions) != len(answers):
+        raise DataError(f"{len(completions)} completions but {len(answers)} answers; give one answer per completion")
+    for index, completion in enumerate(completions):
+        if completion is not None and not isinstance(completion, str):
+            raise DataError(f"completions[{index}] is {type(completion).__name__}, not text", column="completions")
+    golds = []
+    for index, answer in enumerate(answers):
+        if not isinstance(answer, str):
+            raise DataError(f"answers[{index}] is {type(answer).__name__}, not text; use str()", column="answers")
+        gold = extract_answer(answer, ("hash", "boxed")) or answer.strip()
+        if not gold:
+            raise DataError(f"answers[{index}] is empty; every problem needs a reference answer", column="answers")
+        golds.append(gold)
+    return golds
+
+
+def verdict_counts(grades: Iterable[Grade]) -> dict[str, int]:
+    """How often each verdict occurs, with a zero for those that do not."""
+    counts = {verdict.value: 0 for verdict in Verdict}
+    for grade in grades:
+        counts[grade.verdict.value] += 1
+    return counts

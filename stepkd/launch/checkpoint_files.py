@@ -1,0 +1,50 @@
+"""Which checkpoint to continue from: the newest whole one by name."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+_LAST = re.compile(r"^last(?:-v(\d+))?(?:\.ckpt)?$")
+_STEP = re.compile(r"(?:^|[-_])step[=_-]?(\d+)")
+
+
+def find_last_checkpoint(folder: Path) -> Path | None:
+    """Find the checkpoint to continue from.
+
+    Args:
+        folder: the folder of checkpoints; it need not exist.
+
+    Returns:
+        ``last.ckpt`` (of ``last-vN.ckpt`` the highest N) when it is whole, else the whole one with the highest
+        ``step=N`` in its name, else None. Torn files, temporary names and empty folders are passed over.
+    """
+    if not folder.is_dir():
+        return None
+    ranked: list[tuple[bool, int, str]] = []
+    for entry in folder.iterdir():
+        if entry.name.startswith(".") or entry.name.endswith((".tmp", ".partial")):
+            continue
+        if last := _LAST.match(entry.name):
+            ranked.append((True, int(last.group(1) or 0), entry.name))
+        elif step := _STEP.search(entry.name):
+            ranked.append((False, int(step.group(1)), entry.name))
+    for _, _, name in sorted(ranked, reverse=True):
+        if is_whole(folder / name):
+            return folder / name
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, as far as its form tells.
+
+    A file must be in torch's zip format, whose directory is written last. A folder must hold something, and a folder
+    of torch's distributed shards must hold their index, which is also written last.
+    """
+    if checkpoint.is_file():
+        return zipfile.is_zipfile(checkpoint)
+    files = [entry for entry in checkpoint.rglob("*") if entry.is_file()] if checkpoint.is_dir() else []
+    if any(entry.suffix == ".distcp" for entry in files):
+        return any(entry.name == ".metadata" for entry in files)
+    return any(entry.stat().st_size > 0 for entry in files)

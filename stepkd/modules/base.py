@@ -1,0 +1,403 @@
+"""StepModule: the optimiser step that every method shares.
+
+A method says what to train on (:meth:`StepModule.prepare`) and what its loss is (:meth:`StepModule.loss_terms`); this
+class runs micro-batches, normalises over the whole step and all ranks, clips, steps, logs, validates and checkpoints.
+One loader batch is one optimiser step (or several, for on-policy methods that prepare more than one).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from stepkd.data.batching import micro_batches
+from stepkd.data.collate import MicroBatch, collate
+from stepkd.data.encode import Example
+from stepkd.data.loader import Position, StepBatch
+from stepkd.errors import ConfigError, ModelError, TrainingError
+from stepkd.launch.phases import PhaseTracker
+from stepkd.losses import DEFAULT_CHUNK, LossTerms, reduce
+from stepkd.models import Policy, PolicySpec, load_tokenizer, spec_to_dict
+from stepkd.modules.distributed import all_reduce, gradient_sync
+from stepkd.modules.ema import WeightAverage
+from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule
+from stepkd.modules.throughput import Throughput
+from stepkd.modules.validation import SampledAccuracy, ValidationSpec
+from stepkd.randomness import stream_key
+
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass
+class Prepared:
+    """What one optimiser step trains on, on this rank."""
+
+    micro_batches: list[MicroBatch]
+    """Micro-batches, largest first."""
+    denominators: dict[str, float]
+    """Per loss component, this rank's count over all micro-batches; reduced over ranks before the first backward."""
+
+
+class StepModule(LightningModule):
+    """Base of all methods.
+
+    Args:
+        policy: the model to train.
+        optimizer: optimiser and schedule.
+        validation: how validation samples and scores; its loss is always measured.
+        micro_batch_tokens: most tokens (padding included) in one forward pass: trades memory for speed, never changes
+            the gradient.
+        chunk_size: positions whose logits exist at the same time.
+        loss_weights: factor per loss component; missing ones are 1.
+        ema_decay: keep a running average of the trainable weights, validate and export with it; null for none.
+        seed: keys dropout and sampling noise.
+    """
+
+    automatic_optimization = False
+    strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks their names itself
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        optimizer: OptimizerSpec | None = None,
+        validation: ValidationSpec | None = None,
+        micro_batch_tokens: int = 8192,
+        chunk_size: int = DEFAULT_CHUNK,
+        loss_weights: dict[str, float] | None = None,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if micro_batch_tokens < 1 or chunk_size < 1:
+            raise ConfigError(f"micro_batch_tokens={micro_batch_tokens}, chunk_size={chunk_size}: both at least 1")
+        self.policy_spec = policy
+        self.optimizer_spec = optimizer or OptimizerSpec()
+        self.validation_spec = validation or ValidationSpec()
+        self.micro_batch_tokens = micro_batch_tokens
+        self.chunk_size = chunk_size
+        self.loss_weights = dict(loss_weights or {})
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.phases = PhaseTracker()
+        self.position = Position()
+        self.policy: Policy | None = None
+        self.ema: WeightAverage | None = None
+        self._tokenizer: Any = None
+        self._restored: dict[str, Any] = {}
+        self._throughput: Throughput | None = None
+        self._accuracy: SampledAccuracy | None = None
+        self._sums: dict[str, float] = defaultdict(float)
+
+    # ---- what a method defines -------------------------------------------------------------------------------------
+
+    def prepare(self, batch: StepBatch) -> Iterable[Prepared]:
+        """Turn a loader batch into one or more optimiser steps.
+
+        Offline methods use this default: the batch's examples, cut into micro-batches. On-policy methods roll out,
+        score and grade here, without gradients.
+        """
+        yield self.prepare_examples(batch.examples)
+
+    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+        """How many items each loss component sums over in this micro-batch: its part of the denominators."""
+        raise NotImplementedError(f"{type(self).__name__} must define count()")
+
+    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        """Named sums and metrics of one micro-batch."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss_terms()")
+
+    # ---- model -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer; available before the weights are loaded."""
+        if self.policy is not None:
+            return self.policy.tokenizer
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.policy_spec)
+        return self._tokenizer
+
+    @property
+    def model(self) -> Policy:
+        """The loaded policy."""
+        if self.policy is None:
+            raise RuntimeError("the policy is loaded by configure_model(): call it first when using a module by hand")
+        return self.policy
+
+    def configure_model(self) -> None:
+        """Load the policy (once)."""
+        if self.policy is None:
+            self.policy = Policy.load(self.policy_spec)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and a schedule over the planned number of optimiser steps."""
+        optimizer = build_optimizer(self.optimizer_spec, self.model.trainable_parameters())
+        total = self.trainer.estimated_stepping_batches
+        planned = int(total) if total not in (-1, float("inf")) else None
+        return [optimizer], [build_schedule(self.optimizer_spec, optimizer, planned)]
+
+    def needed_hidden(self, micro_batch: MicroBatch) -> Tensor:
+        """Hidden states (N, H) that predict the micro-batch's targets."""
+        hidden_BTH = self.model.hidden(micro_batch.input_ids_BT, micro_batch.attention_mask_BT)
+        return hidden_BTH.flatten(0, 1)[micro_batch.needed_N]
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def prepare_examples(self, examples: Iterable[Example]) -> Prepared:
+        """Cut examples into micro-batches and count their denominators."""
+        kept = list(examples)
+        groups = micro_batches([example.length for example in kept], self.micro_batch_tokens)
+        batches = [self._collate([kept[i] for i in group]) for group in groups]
+        counts: dict[str, float] = defaultdict(float)
+        for micro_batch in batches:
+            for name, value in self.count(micro_batch).items():
+                counts[name] += value
+        return Prepared(batches, dict(counts))
+
+    def on_fit_start(self) -> None:
+        """Refuse what manual optimisation cannot honour, and start the averages."""
+        if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
+            raise ConfigError(f"trainer.precision={self.trainer.precision}: use bf16-mixed; float16 needs loss scaling")
+        if self.ema_decay is not None:
+            self.ema = WeightAverage(self.model.trainable_parameters(), self.ema_decay)
+            if "ema" in self._restored:
+                self.ema.load_state_dict(self._restored["ema"])
+        dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else next(self.model.parameters()).dtype
+        self._throughput = Throughput(self.model, self.device, dtype)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Run the optimiser steps of one loader batch."""
+        self.model.train()
+        steps = 0
+        for prepared in self.prepare(batch):
+            filler = self._collate([batch.filler], is_filler=True)
+            self._optimizer_step(prepared, filler)
+            steps += 1
+        if not steps:
+            raise TrainingError("the batch gave no optimiser step: prepare() must yield at least one")
+        self.position = batch.next_position
+
+    def _optimizer_step(self, prepared: Prepared, filler: MicroBatch) -> None:
+        # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
+        torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
+        names = self.count(filler)
+        counts = all_reduce({name: prepared.denominators.get(name, 0.0) for name in names}, self.device)
+        if not any(counts.values()):
+            raise TrainingError(
+                f"step {self.global_step}: no row of the batch has a single target ({', '.join(counts)} all 0); look at "
+                "max_length and at the rows' solutions"
+            )
+        longest = int(all_reduce({"n": float(len(prepared.micro_batches))}, self.device, op="max")["n"])
+        padded = prepared.micro_batches + [filler] * (longest - len(prepared.micro_batches))
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        sums: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        with self.phases.phase("training", total=longest):
+            for i, micro_batch in enumerate(padded):
+                with gradient_sync(self.trainer.strategy.model, enabled=i + 1 == longest):
+                    loss, terms = self._micro_loss(micro_batch.to(self.device), counts)
+                    self.manual_backward(loss)
+                losses.append(loss.detach())
+                if not micro_batch.is_filler:
+                    _accumulate(sums, terms)
+                self.phases.advance()
+        norm = self._clip()
+        self._require_finite(losses, norm, padded)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        cast(Any, self.lr_schedulers()).step()
+        if self.ema is not None:
+            self.ema.update(self.model.trainable_parameters())
+        tokens = sum(example.length for micro in prepared.micro_batches for example in micro.examples)
+        self._log_step(counts, sums, terms, norm, float(tokens))
+
+    def _micro_loss(self, micro_batch: MicroBatch, counts: Mapping[str, float]) -> tuple[Tensor, LossTerms]:
+        terms = self.loss_terms(micro_batch)
+        sums = {name: value * 0.0 for name, value in terms.sums.items()} if micro_batch.is_filler else terms.sums
+        return reduce(sums, counts, weights=self.loss_weights, world_size=self.trainer.world_size), terms
+
+    def _clip(self) -> float:
+        parameters = [p for _, p in self.model.trainable_parameters()]
+        limit = self.optimizer_spec.max_grad_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a DTensor under FSDP2
+
+    def _require_finite(self, losses: list[Tensor], norm: float, micro: list[MicroBatch]) -> None:
+        finite = torch.isfinite(torch.stack(losses)).tolist()
+        if all(finite) and norm == norm and norm != float("inf"):
+            return
+        bad = [name for ok, batch in zip(finite, micro, strict=True) if not ok for name in batch.ids]
+        what = (
+            f"the loss is not finite in a micro-batch with rows {', '.join(bad[:16])}"
+            + (f" and {len(bad) - 16} more" if len(bad) > 16 else "")
+            if bad
+            else f"the gradient norm is {norm} (rows {', '.join(n for b in micro for n in b.ids[:4])} ... on rank "
+            f"{self.global_rank})"
+        )
+        raise TrainingError(
+            f"step {self.global_step}: {what}. The weights were not changed and the last checkpoint is intact; lower "
+            "optimizer.lr, look at these rows, or train in float32 / bf16-mixed"
+        )
+
+    def _log_step(
+        self, counts: dict[str, float], sums: dict[str, Tensor], last: LossTerms, norm: float, tokens: float
+    ) -> None:
+        # Every rank sends the same names, also one that had only fillers.
+        names = [f"sum/{name}" for name in last.sums]
+        names += [f"{part}/{name}" for name in last.metrics for part in ("metric", "count")]
+        totals = all_reduce({"tokens": tokens, **{name: sums.get(name, 0.0) for name in names}}, self.device)
+        values = {f"train/{name}": totals[f"sum/{name}"] / max(counts[name], 1.0) for name in last.sums}
+        weights = self.loss_weights
+        values["train/loss"] = sum(weights.get(name, 1.0) * values[f"train/{name}"] for name in last.sums)
+        for name in last.metrics:
+            if totals[f"count/{name}"]:
+                values[f"train/{name}"] = totals[f"metric/{name}"] / totals[f"count/{name}"]
+        values["train/grad_norm"] = norm
+        values["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["train/tokens"] = totals["tokens"]
+        if self._throughput is not None:
+            values.update(self._throughput.measure(totals["tokens"], self.trainer.world_size))
+        self.log_dict(values, batch_size=1)
+
+    # ---- validation ------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh sums."""
+        self._sums.clear()
+
+    def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Teacher-forced loss on the held-out solutions, and accuracy of sampled ones when asked for."""
+        averaged = self.ema.applied(self.model.trainable_parameters()) if self.ema is not None else nullcontext()
+        self.model.eval()
+        with averaged:
+            written = [example for example in batch.examples if example.completion_ids]
+            prepared = self.prepare_examples(written)
+            for name, value in prepared.denominators.items():
+                self._sums[f"count/{name}"] += value
+            with self.phases.phase("validation", total=len(prepared.micro_batches)):
+                for micro_batch in prepared.micro_batches:
+                    terms = self.loss_terms(micro_batch.to(self.device))
+                    for name, value in terms.sums.items():
+                        self._sums[f"sum/{name}"] += float(value)
+                    self.phases.advance()
+            if self.validation_spec.samples and batch.examples:
+                if self._accuracy is None:
+                    self._accuracy = SampledAccuracy(self.model, self.validation_spec, self.seed)
+                for name, value in self._accuracy(batch, self.phases).items():
+                    self._sums[name] += value
+
+    def test_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As validation, on the test set."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduce over ranks and log ``val/...``."""
+        self._log_validation("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Fresh sums."""
+        self._sums.clear()
+
+    def on_test_epoch_end(self) -> None:
+        """Reduce over ranks and log ``test/...``."""
+        self._log_validation("test")
+
+    def _log_validation(self, prefix: str) -> None:
+        probe = list(SampledAccuracy.NAMES) if self.validation_spec.samples else []
+        components = list(self.count(self._collate_any())) if self.trainer.datamodule is not None else []
+        names = [f"{part}/{name}" for name in components for part in ("sum", "count")] + probe
+        names = names or list(self._sums)
+        totals = all_reduce({name: self._sums.get(name, 0.0) for name in names}, self.device)
+        values = {
+            f"{prefix}/{name[4:]}": totals[name] / totals[f"count/{name[4:]}"]
+            for name in totals
+            if name.startswith("sum/") and totals.get(f"count/{name[4:]}")
+        }
+        if values:
+            values[f"{prefix}/loss"] = sum(
+                self.loss_weights.get(name[len(prefix) + 1 :], 1.0) * value for name, value in values.items()
+            )
+        values.update({f"{prefix}/{name}": value for name, value in SampledAccuracy.rates(totals).items()})
+        self.log_dict(values, batch_size=1)
+        if self._throughput is not None:
+            self._throughput.restart()
+
+    def _collate_any(self) -> MicroBatch:
+        return self._collate([Example("any", (0,), (0,), ((0, 1),))])
+
+    # ---- prediction ------------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Sample completions and return them as rollout rows (see ``stepkd.data.rows.ROLLOUT``)."""
+        if self._accuracy is None:
+            self._accuracy = SampledAccuracy(self.model, self.validation_spec, self.seed)
+        return self._accuracy.rollout_rows(batch, self.phases, model_id=self.policy_spec.path)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trainable weights only, and everything that cannot be recomputed."""
+        trainable = {f"policy.{name}" for name, _ in self.model.trainable_parameters()}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        extra: dict[str, Any] = {
+            "format": CHECKPOINT_FORMAT,
+            "module": f"{type(self).__module__}.{type(self).__qualname__}",
+            "policy": spec_to_dict(self.policy_spec),
+            "position": asdict(self.position),
+            "seed": self.seed,
+        }
+        if self.ema is not None:
+            extra["ema"] = self.ema.state_dict()
+        checkpoint["stepkd"] = extra
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits this module, and restore what is not weights.
+
+        Raises:
+            ModelError: written by another kind of program, for other weights, or with another seed.
+        """
+        extra = checkpoint.get("stepkd")
+        if not isinstance(extra, dict) or extra.get("format") != CHECKPOINT_FORMAT:
+            raise ModelError("not a stepkd checkpoint (or one of an unknown format): no 'stepkd' section of format 1")
+        expected = {f"policy.{name}" for name, _ in self.model.trainable_parameters()}
+        found = set(checkpoint["state_dict"])
+        if expected != found:
+            missing, extra_keys = sorted(expected - found), sorted(found - expected)
+            raise ModelError(
+                "the checkpoint holds other weights than this recipe trains: "
+                f"missing {missing[:3]}, unexpected {extra_keys[:3]}. Resume with the policy (path, lora) it was made with"
+            )
+        if extra["seed"] != self.seed:
+            raise ModelError(f"the checkpoint was made with seed {extra['seed']}, this run has seed {self.seed}")
+        self.position = Position(**extra["position"])
+        self._restored = {"ema": extra["ema"]} if "ema" in extra else {}
+
+    # ---- plumbing --------------------------------------------------------------------------------------------------
+
+    def _collate(self, examples: list[Example], *, is_filler: bool = False) -> MicroBatch:
+        return collate(examples, int(self.tokenizer.pad_token_id or 0), is_filler=is_filler)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches are lists of examples; micro-batches move to the device one at a time."""
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """Release worker processes."""
+        if self._accuracy is not None:
+            self._accuracy.close()
+            self._accuracy = None
+
+
+def _accumulate(totals: dict[str, Tensor], terms: LossTerms) -> None:
+    for name, value in terms.sums.items():
+        totals[f"sum/{name}"] = totals.get(f"sum/{name}", torch.zeros_like(value)) + value.detach()
+    for name, (value, count) in terms.metrics.items():
+        for part, number in (("metric", value), ("count", count)):
+            totals[f"{part}/{name}"] = totals.get(f"{part}/{name}", torch.zeros_like(number)) + number

@@ -1,0 +1,57 @@
+"""The few distributed operations a module needs, the same under every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce(values: Mapping[str, float | Tensor], device: torch.device, op: str = "sum") -> dict[str, float]:
+    """Reduce named numbers over all ranks in one message.
+
+    Args:
+        values: the same names on every rank.
+        device: where the message lives (the collective's device).
+        op: ``sum`` or ``max``.
+
+    Returns:
+        The reduced numbers; without other ranks, the numbers themselves.
+    """
+    names = list(values)
+    stacked = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in names])
+    if _active():
+        dist.all_reduce(stacked, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return dict(zip(names, stacked.tolist(), strict=True))
+
+
+@contextmanager
+def gradient_sync(wrapped: Any, enabled: bool) -> Iterator[None]:
+    """Synchronise gradients in this backward pass, or only accumulate them locally.
+
+    DDP skips its all-reduce inside ``no_sync``. FSDP2 modules want ``set_requires_gradient_sync`` instead (Lightning's
+    own ``block_backward_sync`` does nothing for them).
+
+    Args:
+        wrapped: what the strategy trains: the module itself, or its DDP wrapper.
+        enabled: False for every micro-batch but the last.
+    """
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        if enabled:
+            yield
+        else:
+            with wrapped.no_sync():
+                yield
+        return
+    sharded = [module for module in wrapped.modules() if hasattr(module, "set_requires_gradient_sync")] if _active() else []
+    for module in sharded:
+        module.set_requires_gradient_sync(enabled, recurse=False)
+    yield

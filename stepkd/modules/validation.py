@@ -1,0 +1,138 @@
+"""Validation by sampling: are the policy's own completions right?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stepkd.data.loader import StepBatch
+from stepkd.errors import ConfigError
+from stepkd.evaluation.judging import judge, rollout_row
+from stepkd.grading import DEFAULT_EXTRACTORS, Grader
+from stepkd.launch.phases import PhaseTracker
+from stepkd.models import Policy
+from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
+from stepkd.steps import get_segmenter, segment, step_ends, text_from_ids
+
+
+@dataclass(frozen=True)
+class ValidationSpec:
+    """How validation and prediction sample and score."""
+
+    samples: int = 0
+    """Completions sampled per validation problem; 0 measures the held-out loss only. Prediction draws at least one."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+    max_new_tokens: int = 256
+    """Longest completion in tokens."""
+    max_rows: int = 64
+    """Completions decoded at once."""
+    extractors: tuple[str, ...] = DEFAULT_EXTRACTORS
+    """How the final answer is found, in order (see ``stepkd.grading``)."""
+    deadline_s: float = 2.0
+    """Hard limit per graded answer, in seconds."""
+    segmenter: str = "newline"
+    """How sampled completions are cut into steps in rollout files."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise ConfigError(f"validation.samples={self.samples}: must be 0 (off) or positive")
+        object.__setattr__(self, "extractors", tuple(self.extractors))
+
+    def sampling(self, seed: int) -> SamplingSpec:
+        """The same settings as the sampler wants them."""
+        return SamplingSpec(
+            n=max(self.samples, 1), temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed
+        )
+
+
+class SampledAccuracy:
+    """Samples, grades and counts.
+
+    Args:
+        policy: the model to sample from.
+        spec: the settings.
+        seed: keys the sampling noise; the same noise is used at every validation, so that changes come from the model.
+    """
+
+    NAMES = ("samples", "correct", "unparsed", "truncated", "tokens", "labelled_steps", "right_steps", "flawed")
+    """Names of the sums that :meth:`__call__` returns."""
+
+    def __init__(self, policy: Policy, spec: ValidationSpec, seed: int) -> None:
+        self.spec = spec
+        self.sampling = spec.sampling(seed)
+        self.sampler = TransformersSampler(policy, max_rows=spec.max_rows)
+        self.segmenter = get_segmenter(spec.segmenter)
+        self.grader = Grader(extractors=spec.extractors, deadline_s=spec.deadline_s)
+
+    def __call__(self, batch: StepBatch, phases: PhaseTracker) -> dict[str, float]:
+        """Sums over this rank's problems; ``flawed`` counts right answers with a wrong step."""
+        _, judged = self._judged(batch, phases, "validation")
+        sums = dict.fromkeys(self.NAMES, 0.0)
+        for sample in (sample for samples in judged for sample in samples):
+            labels = sample["step_labels"]
+            correct = sample["verdict"] == "correct"
+            sums["samples"] += 1
+            sums["correct"] += correct
+            sums["unparsed"] += sample["verdict"] == "unparsed"
+            sums["truncated"] += sample["finish"] == "length"
+            sums["tokens"] += sample["tokens"]
+            if labels is not None:
+                sums["labelled_steps"] += len(labels)
+                sums["right_steps"] += sum(labels)
+                sums["flawed"] += correct and not all(labels)
+        return sums
+
+    @staticmethod
+    def rates(sums: Mapping[str, float]) -> dict[str, float]:
+        """Shares and means from sums over all ranks; empty when nothing was sampled."""
+        if not sums.get("samples"):
+            return {}
+        n = sums["samples"]
+        rates = {
+            "accuracy": sums["correct"] / n,
+            "unparsed": sums["unparsed"] / n,
+            "truncated": sums["truncated"] / n,
+            "tokens": sums["tokens"] / n,
+        }
+        if sums["labelled_steps"]:
+            rates["step_accuracy"] = sums["right_steps"] / sums["labelled_steps"]
+            if sums["correct"]:
+                rates["correct_with_wrong_step"] = sums["flawed"] / sums["correct"]
+        return rates
+
+    def rollout_rows(self, batch: StepBatch, phases: PhaseTracker, *, model_id: str) -> list[dict[str, Any]]:
+        """Sample, judge and return rollout rows with their provenance."""
+        rollouts, judged = self._judged(batch, phases, "predict")
+        rows = []
+        for example, samples, records in zip(batch.examples, rollouts, judged, strict=True):
+            for rollout, record in zip(samples, records, strict=True):
+                text = text_from_ids(self.sampler.policy.tokenizer, rollout.token_ids, rollout.logprobs)
+                ends = step_ends(segment(self.segmenter, text))
+                rows.append(
+                    rollout_row(example.row, rollout, record, ends)
+                    | {
+                        "sample": rollout.sample_index,
+                        "model": model_id,
+                        "temperature": self.sampling.temperature,
+                        "seed": self.sampling.seed,
+                        "segmenter": self.spec.segmenter,
+                    }
+                )
+        return rows
+
+    def _judged(
+        self, batch: StepBatch, phases: PhaseTracker, purpose: str
+    ) -> tuple[list[list[Rollout]], list[list[dict[str, Any]]]]:
+        prompts = [example.prompt_ids for example in batch.examples]
+        with phases.phase("rollout", total=len(prompts) * self.sampling.n):
+            rollouts = self.sampler.sample(
+                prompts, self.sampling, purpose=purpose, indices=batch.indices, on_progress=phases.advance
+            )
+        with phases.phase("grading", total=len(prompts) * self.sampling.n):
+            return rollouts, judge([example.row for example in batch.examples], rollouts, self.grader)
+
+    def close(self) -> None:
+        """Stop the grader's workers."""
+        self.grader.close()

@@ -1,0 +1,38 @@
+"""The tiny world: generated tasks whose every solution line has an exact checker, so step labels are free and true.
+
+A problem's prompt is one line; its solution is a scratchpad with one step per line, closed by ``#### <answer>``.
+`make_rows` gives problem rows for training and evaluation, `check_row` judges a model's steps against such a row.
+"""
+
+from __future__ import annotations
+
+from stepkd.tasks.addition import LongAddition
+from stepkd.tasks.arithmetic import ArithmeticChain
+from stepkd.tasks.base import Given, Task, TaskProblem
+from stepkd.tasks.cellular import CellularAutomaton
+from stepkd.tasks.modular import ModularChain
+from stepkd.tasks.noise import Noise, demonstration
+from stepkd.tasks.registry import TASKS, get_task, list_tasks
+from stepkd.tasks.rows import Split, check_row, make_rows, row_problem, split_of
+from stepkd.tasks.star_graph import StarGraph
+
+__all__ = [
+    "TASKS",
+    "ArithmeticChain",
+    "CellularAutomaton",
+    "Given",
+    "LongAddition",
+    "ModularChain",
+    "Noise",
+    "Split",
+    "StarGraph",
+    "Task",
+    "TaskProblem",
+    "check_row",
+    "demonstration",
+    "get_task",
+    "list_tasks",
+    "make_rows",
+    "row_problem",
+    "split_of",
+]

@@ -1,0 +1,235 @@
+"""What a task of the tiny world is: a problem generator, a scratchpad solution and an exact checker for every line.
+
+A step is one line. All steps end in a newline except the last, the answer line ``#### <answer>``; joined they are the
+completion. A concrete task says how a problem is drawn and which step follows from the steps before it
+(`Task.next_step`); the solution and both checkers follow from that one definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from stepkd.errors import ConfigError
+
+ANSWER_MARK = "#### "
+INTEGER = r"(?:0|-?[1-9][0-9]{0,399})"  # canonical; bounded, because int() refuses very long digit strings
+MAX_STEPS = 200  # more than any setting gives; stops a row whose meta describes a problem without an end
+
+Given = Literal["truth", "claims"]
+
+
+@dataclass(frozen=True)
+class TaskProblem:
+    """One generated problem."""
+
+    prompt: str
+    """The question as the model reads it; one line that ends in a newline."""
+    answer: str
+    """The right final answer, as it stands after ``#### ``."""
+    meta: dict[str, Any]
+    """What the checker needs to know, as JSON values only."""
+
+
+@dataclass(frozen=True)
+class IntRange:
+    """An inclusive range of integers, written ``5`` or ``3-6`` in a task's settings."""
+
+    low: int
+    """Smallest value."""
+    high: int
+    """Largest value; equal to `low` for a fixed setting."""
+
+    @classmethod
+    def parse(cls, value: int | str, *, name: str, minimum: int, maximum: int) -> IntRange:
+        """Read a fixed number or a range.
+
+        Args:
+            value: ``5``, ``"5"`` or ``"3-6"``.
+            name: the setting's name, for the message.
+            minimum: the smallest value that makes a problem.
+            maximum: the largest value allowed.
+
+        Raises:
+            ConfigError: not a number or a range, reversed, or out of bounds.
+        """
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", str(value))
+        if match is None or isinstance(value, bool):
+            raise ConfigError(f"{name}={value!r} is neither a number such as 5 nor a range such as 3-6")
+        low = int(match[1])
+        high = low if match[2] is None else int(match[2])
+        if low > high:
+            raise ConfigError(f"{name}={value} is a reversed range; write {name}={high}-{low}")
+        if low < minimum or high > maximum:
+            raise ConfigError(f"{name}={value} is out of range; it must lie between {minimum} and {maximum}")
+        return cls(low, high)
+
+    @property
+    def value(self) -> int | str:
+        """The canonical way to write the range: a plain number when it is fixed."""
+        return self.low if self.low == self.high else f"{self.low}-{self.high}"
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A family of generated problems whose every solution line can be checked exactly.
+
+    Subclasses are frozen dataclasses of their settings.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def problem(self, rng: random.Random) -> TaskProblem:
+        """Draw one problem from `rng`."""
+
+    @abstractmethod
+    def next_step(self, problem: TaskProblem, previous_steps: Sequence[str]) -> str | None:
+        """Return the one step that follows from what the previous steps claim.
+
+        Args:
+            problem: the problem.
+            previous_steps: the steps so far, right or wrong; only their claims count, not whether they are true.
+
+        Returns:
+            The next line (with its newline) or the answer line (without), or None when nothing follows: the previous
+            steps are malformed or have already answered.
+        """
+
+    @abstractmethod
+    def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
+        """List the wrong versions of a line, in a fixed order.
+
+        Args:
+            problem: the problem.
+            previous_steps: well-formed steps that `step` follows from.
+            step: ``next_step(problem, previous_steps)``.
+
+        Returns:
+            Lines of the same form with another result; empty for the answer line, which only copies.
+        """
+
+    @abstractmethod
+    def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
+        """Name what a line is computed from (operands and operator); the key of systematic slips.
+
+        Args:
+            problem: the problem.
+            previous_steps: well-formed steps that `step` follows from.
+            step: ``next_step(problem, previous_steps)``, not the answer line.
+        """
+
+    @property
+    def spec(self) -> str:
+        """The canonical text of the task and all its settings, which `get_task` reads back."""
+        settings = ",".join(f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self))
+        return f"{self.name}:{settings}"
+
+    def solution(self, problem: TaskProblem) -> list[str]:
+        """Return the right steps; the last one is the answer line.
+
+        Raises:
+            ValueError: `problem` is not a problem of this task.
+        """
+        steps: list[str] = []
+        while not (steps and is_answer(steps[-1])):
+            step = self.next_step(problem, steps)
+            if step is None or len(steps) == MAX_STEPS:
+                raise ValueError(f"no answer follows after {len(steps)} steps")
+            steps.append(step)
+        return steps
+
+    def check_step(
+        self, problem: TaskProblem, previous_steps: Sequence[str], step: str, *, given: Given = "truth"
+    ) -> bool:
+        """Tell whether one step is right; trailing newlines and spaces are ignored, nothing else is.
+
+        Args:
+            problem: the problem.
+            previous_steps: the steps before it, right or wrong; any text is allowed.
+            step: the step to judge; any text is allowed.
+            given: ``"truth"``: right iff it is what the problem demands at this position, so a line that consistently
+                carries on an earlier slip is wrong and a silent recovery is right. ``"claims"``: right iff it follows
+                from what the previous steps claim.
+
+        Returns:
+            True or False; malformed and surplus text is wrong.
+
+        Raises:
+            ConfigError: an unknown `given`.
+        """
+        check_choice("given", given, get_args(Given))
+        if given == "claims":
+            expected = self.next_step(problem, [trim(text) for text in previous_steps])
+        else:
+            truth = self.solution(problem)
+            expected = truth[len(previous_steps)] if len(previous_steps) < len(truth) else None
+        return expected is not None and trim(step) == trim(expected)
+
+    def check_solution(self, problem: TaskProblem, steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
+        """Judge every step of a solution, as `check_step` would.
+
+        Args:
+            problem: the problem.
+            steps: the steps, any text.
+            given: as in `check_step`.
+
+        Returns:
+            One bool per step. A solution that stops early can be all True: that it answers is the grader's business.
+        """
+        if given != "truth":
+            return [self.check_step(problem, steps[:index], step, given=given) for index, step in enumerate(steps)]
+        truth = self.solution(problem)
+        return [index < len(truth) and trim(step) == trim(truth[index]) for index, step in enumerate(steps)]
+
+    def _store_range(self, name: str, *, minimum: int, maximum: int) -> IntRange:
+        """Check a range setting and keep it in its canonical form, so that equal settings compare equal."""
+        parsed = IntRange.parse(getattr(self, name), name=f"{self.name}: {name}", minimum=minimum, maximum=maximum)
+        object.__setattr__(self, name, parsed.value)
+        return parsed
+
+
+def draw_length(value: int | str, rng: random.Random) -> int:
+    """Draw from a range setting as a task stores it: ``5`` or ``3-6``, all values equally likely."""
+    low, _, high = str(value).partition("-")
+    return rng.randint(int(low), int(high or low))
+
+
+def trim(step: str) -> str:
+    """Drop trailing newlines and spaces, the only difference the checkers forgive."""
+    return step.rstrip("\n ")
+
+
+def answer_line(answer: str | int) -> str:
+    """Return the closing step."""
+    return f"{ANSWER_MARK}{answer}"
+
+
+def is_answer(step: str) -> bool:
+    """Tell whether a step is an answer line."""
+    return step.startswith(ANSWER_MARK)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a ConfigError that names the nearest choice if `value` is not one of `choices`."""
+    known = list(choices)
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown {name} {value!r}: {hint}choose from {', '.join(known)}")
+
+
+def check_integer(name: str, value: object, *, minimum: int, maximum: int | None = None) -> None:
+    """Raise a ConfigError if `value` is not a whole number in [minimum, maximum]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} is not a whole number")
+    if value < minimum or (maximum is not None and value > maximum):
+        bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise ConfigError(f"{name}={value} is out of range; it must be {bounds}")

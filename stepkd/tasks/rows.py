@@ -1,0 +1,149 @@
+"""Problem rows of the tiny world, and the check of a model's steps against such a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.tasks.base import Given, Task, TaskProblem, answer_line, check_choice, check_integer
+from stepkd.tasks.keys import keyed_bits, keyed_fraction, keyed_rng
+from stepkd.tasks.noise import Noise, demonstration
+from stepkd.tasks.registry import get_task
+
+Split = Literal["train", "validation", "test"]
+
+_SHARES: dict[str, tuple[float, float]] = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
+_DRAWS_WITHOUT_NEWS = 20_000  # about half a second; a problem space small enough to run dry is exhausted long before
+
+
+def split_of(prompt: str) -> str:
+    """Return the split a prompt belongs to: train (80%), validation (10%) or test (10%), by its hash alone."""
+    place = keyed_fraction("split", prompt)
+    return next(split for split, (low, high) in _SHARES.items() if low <= place < high)
+
+
+def make_rows(
+    task: Task | str,
+    n: int,
+    *,
+    seed: int,
+    split: Split = "train",
+    noise: Noise | None = None,
+    unique: bool = True,
+) -> list[dict[str, Any]]:
+    """Generate problem rows with worked solutions.
+
+    Row ``i`` is keyed by (seed, split, i): the first rows of a longer set are the rows of a shorter one, and noise does
+    not change which problems are drawn. A prompt belongs to one split whatever the seed.
+
+    Args:
+        task: the task, or its text for `get_task`.
+        n: number of rows, at least 1.
+        seed: seed of the problems and of the random slips, at least 0.
+        split: which part of the problem space to draw from.
+        noise: slips in the solutions; None for clean ones.
+        unique: no prompt twice.
+
+    Returns:
+        Rows with `id`, `prompt`, `answer` (the true one), `solution` (the steps joined), `steps`, `step_labels` (bool
+        per step), `task` (canonical text) and `meta`. All values are JSON values.
+
+    Raises:
+        ConfigError: a setting out of range, or fewer than `n` different problems in the split.
+    """
+    if isinstance(task, str):
+        task = get_task(task)
+    check_integer("number of rows", n, minimum=1)
+    check_integer("seed", seed, minimum=0)
+    check_choice("split", split, get_args(Split))
+    seen: set[str] = set()
+    rows = []
+    for index in range(n):
+        problem = _draw(task, seed=seed, split=split, index=index, seen=seen if unique else set())
+        if problem is None:
+            raise ConfigError(
+                f"{n} rows asked of {task.spec} ({split} split), but only {index} {'different ' if unique else ''}"
+                f"problems were found ({_DRAWS_WITHOUT_NEWS} further draws gave no new one); ask for at most {index}, "
+                "widen the task's settings" + (", or allow repeats with unique=False" if unique and index else "")
+            )
+        seen.add(problem.prompt)
+        steps, labels = demonstration(task, problem, keyed_rng(seed, "noise", split, index), noise)
+        rows.append(
+            {
+                "id": f"{task.name}-{split}-{seed}-{index}-{keyed_bits(task.spec, problem.prompt) >> 32:08x}",
+                "prompt": problem.prompt,
+                "answer": problem.answer,
+                "solution": "".join(steps),
+                "steps": steps,
+                "step_labels": labels,
+                "task": task.spec,
+                "meta": problem.meta,
+            }
+        )
+    return rows
+
+
+def _draw(task: Task, *, seed: int, split: str, index: int, seen: set[str]) -> TaskProblem | None:
+    """Draw row `index`: the first problem of the split that is not in `seen`, or None if there seems to be none."""
+    rng = keyed_rng(seed, "problem", split, index)
+    for _ in range(_DRAWS_WITHOUT_NEWS):
+        problem = task.problem(rng)
+        if problem.prompt not in seen and split_of(problem.prompt) == split:
+            return problem
+    return None
+
+
+def row_problem(row: Mapping[str, Any]) -> tuple[Task, TaskProblem]:
+    """Rebuild the task and the problem of a row.
+
+    Args:
+        row: a row of `make_rows`, also after a round trip through JSON; needs `prompt`, `answer`, `task` and `meta`.
+
+    Raises:
+        DataError: a column is missing, or `meta` does not belong to the task or to the row's answer.
+        ConfigError: `task` is not the text of a task.
+    """
+    place = f"row {row.get('id', '(without id)')}"
+    for column in ("prompt", "answer", "task", "meta"):
+        if column not in row:
+            raise DataError(
+                f"missing; the rows of stepkd.tasks.make_rows have it, found {', '.join(row) or 'nothing'}",
+                path=place,
+                column=column,
+            )
+    task = get_task(row["task"])
+    problem = TaskProblem(row["prompt"], row["answer"], row["meta"])
+    try:
+        closing = task.solution(problem)[-1]
+    except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
+        raise DataError(
+            f"{row['meta']!r} is not the description of a {task.name} problem ({type(error).__name__}: {error})",
+            path=place,
+            column="meta",
+        ) from None
+    if closing != answer_line(row["answer"]):
+        raise DataError(
+            f"{row['answer']!r} is not the answer of the problem in the row's meta, {closing!r} is",
+            path=place,
+            column="answer",
+        )
+    return task, problem
+
+
+def check_row(row: Mapping[str, Any], steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
+    """Judge a model's steps against the problem of a row.
+
+    Args:
+        row: a row of `make_rows`; see `row_problem`.
+        steps: the lines of a completion, any text.
+        given: as in `Task.check_step`.
+
+    Returns:
+        One bool per step.
+
+    Raises:
+        DataError: the row is not a row of the tiny world.
+    """
+    task, problem = row_problem(row)
+    return task.check_solution(problem, steps, given=given)

@@ -1,0 +1,181 @@
+"""Row files: what is read, what is refused and with which message, and that writing is all or nothing."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.io import file_ending, fingerprint, read_rows, write_jsonl_atomic
+from stepkd.errors import DataError
+
+ROWS = [{"prompt": "1+1", "answer": "2"}, {"prompt": "caf\u00e9 \u2028 x", "answer": "3"}]
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "A.JSONL", "a.json"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_json_lines_with_and_without_byte_order_mark(tmp_path: Path, name: str, bom: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(bom + lines(ROWS).encode())
+    assert list(read_rows(path)) == [(ROWS[0], 1), (ROWS[1], 2)]
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"a": 1}\n   \n{"a": 2}')
+    assert list(read_rows(path)) == [({"a": 1}, 2), ({"a": 2}, 4)]
+
+
+def test_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\r\n{"a": 2}\r\n')
+    assert [row["a"] for row, _ in read_rows(path)] == [1, 2]
+
+
+def test_gzip(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines(ROWS).encode()))
+    assert [row for row, _ in read_rows(path)] == ROWS
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+def test_json_array(tmp_path: Path, bom: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(bom + json.dumps(ROWS, indent=1).encode())
+    assert list(read_rows(path)) == [(ROWS[0], 1), (ROWS[1], 2)]
+
+
+def test_parquet_in_several_batches(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"i": list(range(3000)), "labels": [[True, None]] * 3000}), path)
+    rows = list(read_rows(path))
+    assert [row["i"] for row, _ in rows] == list(range(3000))
+    assert [line for _, line in rows] == list(range(1, 3001))
+    assert rows[0][0]["labels"] == [True, None]
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{broken\n')
+    assert next(read_rows(path)) == ({"a": 1}, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl, line 2: corrupt JSON at character \d+: .*mend or delete"),
+        ("a.jsonl", b'{"a": 1}\n\n[1, 2]\n', r"line 3: found a JSON array; a row must be an object"),
+        ("a.jsonl", b'"text"\n', r"line 1: found a JSON string"),
+        ("a.jsonl", b"true\n", r"line 1: found a JSON boolean"),
+        ("a.jsonl", b"null\n", r"line 1: found a JSON null"),
+        ("a.jsonl", b"[" * 200_000 + b"\n", r"line 1: (JSON nested too deeply|corrupt JSON)"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"line 2: byte 0xe9 at position 8 is not UTF-8"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), r"line 1: the file is UTF-16; save it as UTF-8"),
+        ("a.jsonl", b"", r"the file holds no rows"),
+        ("a.jsonl", b"\n \n", r"the file holds no rows"),
+        ("a.json", b"", r"the file holds no rows"),
+        ("a.json", b"[]", r"the file holds no rows"),
+        ("a.json", b'[{"a": 1},\n 3]', r"line 2: found a JSON number"),
+        ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json, line 2: corrupt JSON at character 7"),
+        ("a.csv", b"a,b\n", r"unknown file ending '\.csv'; readable are \.jsonl"),
+        ("a.jsonl.gz", b"not gzip", r"gzip data is damaged after line 0"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-12], r"gzip data is damaged"),
+        ("a.parquet", b"PAR1 no", r"not a readable Parquet file \(after row 0\)"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_rows(path))
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no\.jsonl: no such file"):
+        next(read_rows(tmp_path / "no.jsonl"))
+    with pytest.raises(DataError, match="this is a folder"):
+        next(read_rows(tmp_path))
+
+
+def test_file_ending() -> None:
+    assert file_ending("x/a.JSONL.GZ") == ".jsonl.gz"
+    assert file_ending("a.b.json") == ".json"
+    assert file_ending("json") is None
+
+
+def test_write_then_read(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.jsonl"
+    rows: list[dict[str, Any]] = [*ROWS, {"prompt": "half \ud83d", "answer": None}]
+    assert write_jsonl_atomic(path, rows) == 3
+    assert [row for row, _ in read_rows(path)] == rows
+    assert os.listdir(path.parent) == ["a.jsonl"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+def test_write_keeps_the_old_file_when_a_row_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl_atomic(path, ROWS)
+
+    def rows() -> Any:
+        yield {"a": 1}
+        raise RuntimeError("sampler died")
+
+    with pytest.raises(RuntimeError, match="sampler died"):
+        write_jsonl_atomic(path, rows())
+    assert [row for row, _ in read_rows(path)] == ROWS
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])
+def test_write_refuses_what_is_not_json(tmp_path: Path, value: object) -> None:
+    with pytest.raises(DataError, match="line 2: this row cannot be written as JSON"):
+        write_jsonl_atomic(tmp_path / "a.jsonl", [{"a": 1}, {"a": value}])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool) -> None:
+    path = tmp_path / "a.jsonl"
+    if existing:
+        write_jsonl_atomic(path, ROWS)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    kept = "the previous file is intact" if existing else "nothing was written"
+    with pytest.raises(DataError, match=f"No space left on device; {kept}"):
+        write_jsonl_atomic(path, [{"a": 1}])
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == (["a.jsonl"] if existing else [])
+    if existing:
+        assert [row for row, _ in read_rows(path)] == ROWS
+
+
+def test_write_refuses_other_endings(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"end in \.jsonl"):
+        write_jsonl_atomic(tmp_path / "a.jsonl.gz", ROWS)
+
+
+def test_fingerprint_sees_content_and_row_order_not_key_order() -> None:
+    one = fingerprint([{"a": 1, "b": [True, "\ud83d"]}, {"a": 2}])
+    assert one == fingerprint([{"b": [True, "\ud83d"], "a": 1}, {"a": 2}])
+    assert one != fingerprint([{"a": 2}, {"a": 1, "b": [True, "\ud83d"]}])
+    assert one != fingerprint([{"a": 1, "b": [1, "\ud83d"]}, {"a": 2}])
+    assert fingerprint([{"a": 1}]) == "e346432021b04179518d9614f3560ccd"  # the same in every process and version

@@ -1,0 +1,248 @@
+"""Specs: contract rows, order and limits, training use, recipes and the command-line shorthand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.rows import DEMONSTRATION, PROBLEM, STEPWISE, validate
+from stepkd.data.spec import DataSpec, check_training_use, load_rows, parse_spec
+from stepkd.errors import ConfigError, DataError
+
+PROBLEMS = [{"prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(10)]
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def load(source: str, path: Path, *rows: Any, **settings: Any) -> list[dict[str, Any]]:
+    return load_rows(DataSpec(source=source, path=write(path, *rows), **settings))
+
+
+# --- rows in contract form -------------------------------------------------------------------------------------------
+
+
+def test_rows_keep_extra_columns_and_get_ids(tmp_path: Path) -> None:
+    rows = load(
+        "rows",
+        tmp_path / "mine.jsonl",
+        {"prompt": "1+1?", "answer": 2, "level": 1},
+        {"prompt": "2?", "answer": "2", "id": 7},
+    )
+    assert rows == [
+        {"prompt": "1+1?", "answer": "2", "level": 1, "id": "mine/0"},
+        {"prompt": "2?", "answer": "2", "id": "7"},
+    ]
+
+
+def test_rows_rename_and_validate(tmp_path: Path) -> None:
+    raw = {"instruction": "1+1?", "steps": ["a", "b"], "ok": [True, None]}
+    columns = {"prompt": "instruction", "completions": "steps", "labels": "ok"}
+    [row] = load("rows", tmp_path / "a.jsonl", raw, columns=columns)
+    assert validate(row, STEPWISE) == {"prompt": "1+1?", "completions": ["a", "b"], "labels": [True, None], "id": "a/0"}
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2, column 'labels': has zero labelled steps"):
+        load("rows", tmp_path / "a.jsonl", raw, raw | {"ok": [None, None]}, columns=columns)
+
+
+def test_rows_take_the_contract_of_the_first_row_or_the_one_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 2, column 'answer': missing column 'answer' of a problem row"):
+        load("rows", tmp_path / "a.jsonl", PROBLEMS[0], {"prompt": "x", "solution": "y"})
+    path = write(tmp_path / "a.jsonl", {"prompt": "x", "solution": "y"})
+    assert load_rows(DataSpec(path=path), contract=DEMONSTRATION)[0]["solution"] == "y"
+    with pytest.raises(DataError, match="missing column 'answer' of a problem row"):
+        load_rows(DataSpec(path=path), contract=PROBLEM)
+    with pytest.raises(
+        DataError, match="missing column 'completions' of a stepwise row; the row has 'prompt', 'solution'\\."
+    ):
+        load_rows(DataSpec(path=path, options={"contract": "stepwise"}))
+
+
+def test_rows_extra_column_rules(tmp_path: Path) -> None:
+    raw = PROBLEMS[0] | {"solutions": ["a"]}
+    with pytest.raises(DataError, match="unknown column 'solutions'; did you mean 'solution'"):
+        load("rows", tmp_path / "a.jsonl", raw)
+    [row] = load("rows", tmp_path / "a.jsonl", raw, options={"extra_columns": "keep"})
+    assert row["solutions"] == ["a"]
+    with pytest.raises(DataError, match="unknown column 'zeal'"):
+        load("rows", tmp_path / "a.jsonl", PROBLEMS[0] | {"zeal": 1}, options={"extra_columns": "error"})
+
+
+def test_whole_number_labels_without_a_negative_one_warn(tmp_path: Path) -> None:
+    raw = {"prompt": "p", "completions": ["a", "b"], "labels": [1, 0]}
+    with pytest.warns(UserWarning, match="0 reads as neutral"):
+        load("rows", tmp_path / "a.jsonl", raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, -1]})
+
+
+def test_boolean_labels_survive_parquet_and_saved_datasets(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": "p", "completions": ["a", "b"], "labels": [True, None]}] * 2
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "saved"))
+    for spec in (DataSpec(path=str(tmp_path / "a.parquet")), DataSpec(path=str(tmp_path / "saved"), split="test")):
+        loaded = load_rows(spec)
+        assert [row["labels"] for row in loaded] == [[True, None]] * 2
+        assert loaded[0]["labels"][0] is True
+    with pytest.raises(DataError, match="the saved dataset has no split 'tset'; did you mean 'test'"):
+        load_rows(DataSpec(path=str(tmp_path / "saved"), split="tset"))
+
+
+# --- limit, offset, order --------------------------------------------------------------------------------------------
+
+
+def test_limit_offset_and_ids(tmp_path: Path) -> None:
+    rows = load("rows", tmp_path / "a.jsonl", *PROBLEMS, limit=3, offset=2)
+    assert [row["id"] for row in rows] == ["a/2", "a/3", "a/4"]
+    with pytest.raises(DataError, match="no rows are left: 10 found, offset 10; lower the offset"):
+        load("rows", tmp_path / "a.jsonl", *PROBLEMS, offset=10)
+
+
+def test_limit_stops_reading(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(PROBLEMS[0]) + "\n{broken\n")
+    assert len(load_rows(DataSpec(path=str(path), limit=1))) == 1
+    with pytest.raises(DataError, match="line 2: corrupt JSON"):
+        load_rows(DataSpec(path=str(path)))
+
+
+def test_shuffle_is_a_permutation_keyed_by_the_seed(tmp_path: Path) -> None:
+    def ids(**settings: Any) -> list[str]:
+        return [row["id"] for row in load("rows", tmp_path / "a.jsonl", *PROBLEMS, **settings)]
+
+    whole = ids(shuffle_seed=1)
+    assert sorted(whole) == sorted(ids())
+    assert whole == ids(shuffle_seed=1)
+    assert whole != ids()
+    assert whole != ids(shuffle_seed=2)
+    assert ids(shuffle_seed=1, limit=4, offset=3) == whole[3:7]
+
+
+# --- training on evaluation data -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"source": "math500"},
+        {"source": "math500", "path": "x/train.jsonl"},
+        {"source": "gsm8k", "split": "test"},
+        {"source": "gsm8k", "path": "x/test.jsonl"},
+        {"source": "math", "split": "test"},
+        {"source": "svamp"},
+        {"source": "aime", "split": "train"},
+    ],
+)
+def test_evaluation_data_is_refused_for_training(settings: dict[str, Any]) -> None:
+    message = f"'{settings['source']}' .*kept for evaluation.*set allow_evaluation_data: true"
+    with pytest.raises(ConfigError, match=message):
+        check_training_use(DataSpec(**settings))
+    check_training_use(DataSpec(**settings, allow_evaluation_data=True))
+
+
+def test_training_data_is_allowed() -> None:
+    for source in ("gsm8k", "math", "reasoning_gym", "task"):
+        check_training_use(DataSpec(source=source))
+    check_training_use(DataSpec(source="svamp", split="train"))
+    check_training_use(DataSpec(path="x.jsonl"))
+
+
+# --- specs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source": "gsm8"}, "no data source named 'gsm8'; did you mean 'gsm8k'"),
+        ({"source": "rows"}, "source 'rows' has no hub dataset of its own; give path=<file> or hub=<id>"),
+        ({"source": "gsm8k", "limit": 0}, "limit=0: must be at least 1"),
+        ({"source": "gsm8k", "offset": -1}, "offset=-1: must be 0 or more"),
+        ({"source": "gsm8k", "path": "x", "hub": "a/b"}, "path='x' and hub settings contradict each other"),
+        ({"source": "task", "path": "x"}, "source 'task' generates its rows; drop path, hub and columns"),
+        ({"source": "gsm8k", "options": {"calculator_mark": True}}, "no option 'calculator_mark'; did you mean"),
+        ({"source": "gsm8k", "options": {"calculator_marks": 1}}, "must be bool, found int 1"),
+        ({"source": "reasoning_gym", "options": {"size": True}}, "must be int, found bool True"),
+        ({"source": "reasoning_gym", "options": {"config": 3}}, "must be dict, found int 3"),
+        ({"path": "x", "options": {"contract": "stepwize"}}, "contract='stepwize'.*did you mean 'stepwise'"),
+        ({"path": "x", "options": {"extra_columns": "drop"}}, "extra_columns='drop'.*known are check, error, keep"),
+    ],
+)
+def test_bad_specs(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataSpec(**settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("gsm8k", DataSpec(source="gsm8k")),
+        ("gsm8k:path=/x/test.jsonl,split=test,limit=8",
+         DataSpec(source="gsm8k", path="/x/test.jsonl", split="test", limit=8)),
+        ("gsm8k:calculator_marks=true,path=a b.jsonl",
+         DataSpec(source="gsm8k", path="a b.jsonl", options={"calculator_marks": True})),
+        ("x/rows.jsonl", DataSpec(path="x/rows.jsonl")),
+        ("C:\\x\\rows.parquet,limit=2", DataSpec(path="C:\\x\\rows.parquet", limit=2)),
+        ("rows:path='a,b.jsonl',columns.prompt=q,columns.answer='1'",
+         DataSpec(path="a,b.jsonl", columns={"prompt": "q", "answer": "1"})),
+        ("rows:path=it's.jsonl,limit=1", DataSpec(path="it's.jsonl", limit=1)),
+        ("rows:hub=me/rows,split=2024,contract=problem",
+         DataSpec(hub="me/rows", split="2024", options={"contract": "problem"})),
+        ("task:n=4,noise.rate=0.5,noise.kind=random,options.seed=3",
+         DataSpec(source="task", options={"n": 4, "noise": {"rate": 0.5, "kind": "random"}, "seed": 3})),
+        ('task:noise={"rate": 0.5, "seed": 1},n=2',
+         DataSpec(source="task", options={"noise": {"rate": 0.5, "seed": 1}, "n": 2})),
+        ("math500:allow_evaluation_data=true,shuffle_seed=null",
+         DataSpec(source="math500", allow_evaluation_data=True)),
+    ],
+)  # fmt: skip
+def test_shorthand(text: str, spec: DataSpec) -> None:
+    assert parse_spec(text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gsm9k:limit=1", "no data source named 'gsm9k'; did you mean 'gsm8k'"),
+        ("gsm8k:limt=1", "unknown key 'limt'.*did you mean 'limit'"),
+        ("gsm8k:limit=ten", "limit=ten: must be a whole number"),
+        ("gsm8k:limit=1.5", "limit=1.5: must be a whole number"),
+        ("gsm8k:offset=null", "offset=null: must be a whole number"),
+        ("gsm8k:allow_evaluation_data=1", "allow_evaluation_data=1: must be true or false"),
+        ("gsm8k:limit", "cannot read 'limit'.*write key=value"),
+        ("gsm8k:columns=prompt", "unknown key 'columns'"),
+        ("gsm8k:limit=0", "limit=0: must be at least 1"),
+    ],
+)
+def test_bad_shorthand(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_spec(text)
+
+
+def test_a_spec_can_stand_in_a_recipe() -> None:
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=DataSpec)
+    yaml = "{source: gsm8k, split: train, limit: 3, columns: {prompt: q}, options: {calculator_marks: true}}"
+    parsed = parser.instantiate(parser.parse_args(["--data", yaml])).data
+    assert parsed == DataSpec(
+        source="gsm8k", split="train", limit=3, columns={"prompt": "q"}, options={"calculator_marks": True}
+    )
+
+
+def test_importing_the_sources_is_light() -> None:
+    heavy = {"datasets", "transformers", "torch", "pyarrow", "reasoning_gym", "lightning"}
+    modules = "stepkd.data.spec, stepkd.data.templates, stepkd.data.overlap"
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

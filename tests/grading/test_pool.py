@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import copy
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.grading import Grade, Grader, Verdict, process, verdict_counts
+
+HALF = "\\boxed{\\frac{2}{4}}"
+"""Takes a worker when the reference answer is 1/2 in another form."""
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(workers=2) as grader:
+        yield grader
+
+
+def _works(grader: Grader) -> bool:
+    return grader.grade_one(HALF, "0.5").verdict is Verdict.CORRECT
+
+
+def _gone(pid: int, *, within_s: float) -> bool:
+    end = time.monotonic() + within_s
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _script(body: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(body)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_each_verdict_in_order(grader: Grader) -> None:
+    completions = [HALF, "\\boxed{\\frac{3}{4}}", "no answer here", "#### 7", None, "\\boxed{10000000!}", HALF]
+    grades = grader.grade(completions, ["0.5", "0.5", "1", "7", "1", "\\frac{3}{7}", "\\frac{4}{8}"])
+    assert [g.verdict.value for g in grades] == [
+        "correct", "wrong", "unparsed", "correct", "unparsed", "timeout", "correct",
+    ]  # fmt: skip
+    assert grades[0] == Grade(Verdict.CORRECT, "\\frac{2}{4}", "0.5")
+    assert grades[2] == Grade(Verdict.UNPARSED, None, "1")
+    assert grades[5].extracted == "10000000!"
+    assert verdict_counts(grades) == {"correct": 3, "wrong": 1, "unparsed": 2, "timeout": 1}
+
+
+def test_empty_batch(grader: Grader) -> None:
+    assert grader.grade([], []) == []
+    assert verdict_counts([]) == {"correct": 0, "wrong": 0, "unparsed": 0, "timeout": 0}
+
+
+def test_reference_may_be_a_whole_solution(grader: Grader) -> None:
+    assert grader.grade_one("#### 9", "3 * 3 = <<3*3=9>>9\n#### 9") == Grade(Verdict.CORRECT, "9", "9")
+    assert grader.grade_one("#### 9", "It is $\\boxed{9}$.").gold == "9"
+
+
+def test_equal_items_are_checked_once(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    original = process.WorkerProcess.send
+
+    def spy(self: process.WorkerProcess, item: int, *args: object, **kwargs: object) -> None:
+        sent.append(item)
+        original(self, item, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(process.WorkerProcess, "send", spy)
+    grades = grader.grade([HALF] * 8, ["0.5"] * 8)
+    assert [g.verdict for g in grades] == [Verdict.CORRECT] * 8
+    assert sent == [0]
+
+
+HOSTILE = {
+    "tower": "\\boxed{9^9^9^9}",
+    "braced tower": "\\boxed{9^{9^{9^{9}}}}",
+    "factorial": "\\boxed{10000000!}",
+    "parentheses": "\\boxed{" + "(" * 5000 + "1" + ")" * 5000 + "}",
+    "few parentheses": "\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}",
+    "square roots": "\\boxed{" + "\\sqrt{" * 250 + "2" + "}" * 250 + "}",
+    "fractions": "\\boxed{" + "\\frac{" * 150 + "1" + "}{2}" * 150 + "}",
+    "integral": "\\boxed{\\int_0^1 e^{x^{x}} \\sin(x^{x}) dx}",
+    "binomial": "\\boxed{\\binom{100000000}{50000000}}",
+    "power of two": "\\boxed{2^{10^{10}}}",
+    "digits": "1" * 10**6,
+    "boxed digits": "\\boxed{" + "1" * 10**6 + "}",
+    "braces": "{" * 10**6,
+    "closed braces": "\\boxed{" + "{}" * 500_000 + "}",
+    "NUL": "\\boxed{\\frac{1}{2}\0}" + "\0" * 1000,
+    "lone surrogates": "\\boxed{\ud800x\udfff}",
+    "only surrogates": "\ud800" * 1000,
+    "empty": "",
+    "None": "None",
+    "blank": " \n\t ",
+    "empty box": "\\boxed{}",
+}
+
+
+def test_hostile_text_ends_in_time_and_leaves_the_pool_working() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with Grader(workers=1, deadline_s=1.0) as grader:
+        assert _works(grader)
+        for name, text in HOSTILE.items():
+            start = time.monotonic()
+            grade = grader.grade_one(text, "\\frac{3}{7}")
+            # 1 s deadline; the rest is room for replacing a worker on a busy machine.
+            assert time.monotonic() - start < 20, name
+            assert grade.verdict is not Verdict.CORRECT, name
+        assert _works(grader)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200 * 1024, f"the parent grew by {grown // 1024} MiB"
+
+
+def test_a_timeout_touches_its_own_item_only() -> None:
+    with Grader(workers=2, deadline_s=1.0) as grader:
+        completions = [
+            HALF,
+            "\\boxed{10000000!}",
+            "\\boxed{\\frac{3}{6}}",
+            "\\boxed{9^{9^{9^9}}}",
+            "\\boxed{\\frac{4}{8}}",
+        ]
+        grades = grader.grade(completions, ["0.5"] * 5)
+    assert [g.verdict.value for g in grades] == ["correct", "timeout", "correct", "timeout", "correct"]
+
+
+def test_catastrophic_regex_is_killed_too() -> None:
+    with Grader(workers=1, deadline_s=0.5, extractors=("regex:(a+)+$",)) as grader:
+        assert grader.grade_one("a" * 64 + "b", "1") == Grade(Verdict.TIMEOUT, None, "1")
+    with Grader(workers=1, extractors=(r"regex:so (\S+)",)) as grader:
+        assert grader.grade_one("so 5 so \ud8001/2\0", "x").extracted == "\ud8001/2\0"
+        assert grader.grade_one("so 1/2", "\\frac12").verdict is Verdict.CORRECT
+        assert grader.grade_one("thus 1/2", "\\frac12").verdict is Verdict.UNPARSED
+
+
+def test_memory_is_capped_and_only_the_item_pays() -> None:
+    with Grader(workers=1, memory_mb=256, deadline_s=30, extractors=("regex:x(.)",)) as grader:
+        assert grader.grade_one("x5", "5").verdict is Verdict.CORRECT
+        limits = Path(f"/proc/{grader._pool[0].pid}/limits").read_text()
+        assert str(256 * 2**20) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
+        bomb = grader.grade_one("a" * (80 * 2**20), "5")  # several copies of it are over the cap
+        assert bomb.verdict is Verdict.TIMEOUT
+        assert grader.grade_one("x5", "5").verdict is Verdict.CORRECT
+
+
+def test_worker_killed_while_busy_gives_timeout_for_that_item() -> None:
+    with Grader(workers=1, deadline_s=60) as grader:
+        assert _works(grader)
+
+        def kill_when_busy() -> None:
+            while not (grader._pool and grader._pool[0].item is not None):
+                time.sleep(0.01)
+            os.kill(grader._pool[0].pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_when_busy)
+        killer.start()
+        start = time.monotonic()
+        grades = grader.grade(["\\boxed{10000000!}", HALF], ["\\frac{3}{7}", "0.5"])
+        killer.join()
+        assert [g.verdict.value for g in grades] == ["timeout", "correct"]
+        assert time.monotonic() - start < 50
+
+
+def test_worker_killed_while_idle_costs_nothing() -> None:
+    with Grader(workers=1) as grader:
+        assert _works(grader)
+        os.kill(grader._pool[0].pid, signal.SIGKILL)
+        assert _works(grader)
+
+
+def test_signals_for_the_job_do_not_reach_the_workers(grader: Grader) -> None:
+    assert _works(grader)
+    pids = [worker.pid for worker in grader._pool]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for pid in pids:
+            os.kill(pid, number)
+    assert _works(grader)
+    assert [worker.pid for worker in grader._pool] == pids
+
+
+def test_works_from_threads(grader: Grader) -> None:
+    results: list[list[Grade]] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(grader.grade([HALF, "#### 2"], ["0.5", "3"]))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[g.verdict.value for g in r] for r in results] == [["correct", "wrong"]] * 3
+
+
+def test_close_leaves_no_process_and_grading_can_go_on() -> None:
+    grader = Grader(workers=1)
+    assert _works(grader)
+    pid = grader._pool[0].pid
+    grader.close()
+    assert not Path(f"/proc/{pid}").exists()  # reaped, so not even a zombie
+    assert _works(grader)
+    pid = grader._pool[0].pid
+    del grader
+    assert _gone(pid, within_s=10)
+
+
+def test_an_interrupt_leaves_no_stale_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Grader(workers=1) as grader:
+        assert _works(grader)
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(grader, "_wait", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                grader.grade_one("\\boxed{\\frac{3}{4}}", "0.5")
+        assert not grader._pool
+        assert _works(grader)
+
+
+def test_copies_carry_settings_not_processes(grader: Grader) -> None:
+    assert _works(grader)
+    twin = copy.deepcopy(Grader(workers=3, deadline_s=1.5, memory_mb=512, extractors=("boxed",), which="first"))
+    assert (twin.workers, twin.deadline_s, twin.memory_mb, twin.extractors, twin.which) == (
+        3, 1.5, 512, ("boxed",), "first",
+    )  # fmt: skip
+    assert copy.deepcopy(grader)._pool == []
+
+
+def test_a_forked_child_starts_its_own_workers() -> None:
+    done = _script(
+        r"""
+        import os
+        from stepkd.grading import Grader
+        grader = Grader(workers=1)
+        right = lambda: grader.grade_one("\\boxed{\\frac{2}{4}}", "0.5").verdict == "correct"
+        assert right()
+        pid = grader._pool[0].pid
+        child = os.fork()
+        if child == 0:
+            ok = right() and grader._pool[0].pid != pid
+            grader.close()
+            raise SystemExit(0 if ok else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert right() and grader._pool[0].pid == pid
+        print("fine", pid)
+        """
+    )
+    assert done.returncode == 0 and done.stdout.startswith("fine"), done.stderr
+    assert _gone(int(done.stdout.split()[1]), within_s=10)
+
+
+def test_workers_end_with_a_killed_parent_even_when_busy() -> None:
+    done = _script(
+        r"""
+        import os, signal, threading, time
+        from stepkd.grading import Grader
+        grader = Grader(workers=1, deadline_s=1.0)
+        assert grader.grade_one("\\boxed{\\frac{2}{4}}", "0.5").verdict == "correct"
+        def end():
+            while grader._pool[0].item is None:
+                time.sleep(0.01)
+            print(grader._pool[0].pid, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        threading.Thread(target=end).start()
+        grader.grade_one("\\boxed{10000000!}", "\\frac{3}{7}")
+        """
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert _gone(int(done.stdout), within_s=60)  # its CPU limit ends it: about 4 s of CPU time
+
+
+def test_import_is_light() -> None:
+    done = _script(
+        """
+        import sys
+        import stepkd.grading
+        print([m for m in ("torch", "math_verify", "sympy", "transformers", "lightning") if m in sys.modules])
+        """
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": 0}, "workers is 0"),
+        ({"deadline_s": 0.0}, "deadline_s is 0.0"),
+        ({"deadline_s": float("inf")}, "deadline_s is inf"),
+        ({"memory_mb": 16}, "memory_mb is 16"),
+        ({"which": "middle"}, "which is 'middle'"),
+        ({"extractors": ("boxd",)}, "did you mean 'boxed'"),
+    ],
+)
+def test_bad_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Grader(**settings)  # type: ignore[arg-type]
+
+
+def test_bad_columns(grader: Grader) -> None:
+    with pytest.raises(DataError, match="2 completions but 1 answers"):
+        grader.grade(["1", "2"], ["1"])
+    with pytest.raises(DataError, match=r"completions\[1\] is int"):
+        grader.grade(["1", 2], ["1", "2"])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"answers\[0\] is float"):
+        grader.grade(["1"], [1.0])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"answers\[0\] is empty"):
+        grader.grade(["1"], [" "])
+    with pytest.raises(DataError, match="answers is one text"):
+        grader.grade(["1"], "1")
+
+
+@pytest.mark.parametrize(
+    ("boot", "message"),
+    [
+        ("raise SystemExit(3)", "3 grading workers in a row failed to start"),
+        ('print(\'{"failed": "ModuleNotFoundError: math_verify"}\')', "cannot start: ModuleNotFoundError: math_verify"),
+    ],
+)
+def test_workers_that_cannot_start_are_an_error(boot: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_BOOT", boot)
+    with Grader(workers=1) as grader, pytest.raises(StepkdError, match=message):
+        grader.grade_one(HALF, "0.5")
+    assert not grader._pool

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from stepkd.grading.verify import as_latex, equivalent
+
+
+@pytest.mark.parametrize(
+    ("candidate", "gold"),
+    [
+        ("1/2", "\\frac12"),
+        ("0.5", "\\frac{1}{2}"),
+        ("x = \\frac{1}{2}", "\\frac12"),
+        ("9/5", "1\\frac{4}{5}"),
+        ("137 1/2", "137 \\frac{1}{2}"),
+        ("\\frac12 cups", "\\frac12"),
+        ("$\\frac12$ cups", "\\frac12"),
+        ("\\dfrac{270}{7}", "\\frac{270}7\\text{ degrees}"),
+        ("-2, 1", "1,-2"),
+        ("10^3", "1000"),
+        ("1e6", "10^{6}"),
+        ("x(x+1)", "x^2+x"),
+        ("3+2\\sqrt2, 3-2\\sqrt2", "3 \\pm 2\\sqrt{2}"),
+        ("(3, \\pi/2)", "\\left( 3, \\frac{\\pi}{2} \\right)"),
+        ("C", "(C)"),
+    ],
+)
+def test_equal_mathematics(candidate: str, gold: str) -> None:
+    assert equivalent(candidate, gold)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "gold"),
+    [
+        ("-\\frac12", "\\frac12"),
+        ("0.33", "\\frac13"),
+        ("5x", "5"),
+        ("x^2+1", "x^2+x"),
+        ("(2,1)", "(1,2)"),
+        ("[1,2)", "(1,2)"),
+        ("\\frac{", "\\frac12"),
+        ("(" * 5000 + "1" + ")" * 5000, "1"),
+        ("\ud800", "\\frac12"),
+        ("\0", "\\frac12"),
+        ("None", "\\frac12"),
+    ],
+)
+def test_different_or_unreadable(candidate: str, gold: str) -> None:
+    assert not equivalent(candidate, gold)
+
+
+def test_as_latex() -> None:
+    assert as_latex("$\\frac12$ cups.") == "$\\frac12$"
+    assert as_latex("2 1/2") == "$2\\frac{1}{2}$"
+    assert as_latex("\\$5\\%") == "$5\\%$"
+    assert as_latex("2 \\pi") == "$2 \\pi$"
