@@ -1,0 +1,81 @@
+"""Data: row contracts, sources, prompt templates, tokenisation, batches of one optimiser step.
+
+Light names (row contracts, specs, templates) load at once; :class:`StepData` needs Lightning and loads on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stepkd.data.batching import BatchPlan, micro_batches, rank_share
+from stepkd.data.io import read_rows, write_jsonl_atomic
+from stepkd.data.overlap import overlap_report
+from stepkd.data.rows import (
+    CONTRACTS,
+    DEMONSTRATION,
+    PREFERENCE,
+    PROBLEM,
+    ROLLOUT,
+    STEP_PREFERENCE,
+    STEPWISE,
+    validate,
+)
+from stepkd.data.spec import DataSpec, check_training_use, load_rows, parse_spec
+from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
+
+if TYPE_CHECKING:
+    from stepkd.data.collate import MicroBatch, collate
+    from stepkd.data.datamodule import StepData
+    from stepkd.data.encode import Encoder, Example
+    from stepkd.data.loader import Position, StepBatch, StepLoader
+
+_LAZY = {
+    "Encoder": "encode",
+    "Example": "encode",
+    "MicroBatch": "collate",
+    "Position": "loader",
+    "StepBatch": "loader",
+    "StepData": "datamodule",
+    "StepLoader": "loader",
+    "collate": "collate",
+}
+
+__all__ = [
+    "CONTRACTS",
+    "DEMONSTRATION",
+    "PREFERENCE",
+    "PROBLEM",
+    "ROLLOUT",
+    "STEPWISE",
+    "STEP_PREFERENCE",
+    "TEMPLATES",
+    "BatchPlan",
+    "DataSpec",
+    "Encoder",
+    "Example",
+    "MicroBatch",
+    "Position",
+    "PromptTemplate",
+    "StepBatch",
+    "StepData",
+    "StepLoader",
+    "check_training_use",
+    "collate",
+    "get_template",
+    "load_rows",
+    "micro_batches",
+    "overlap_report",
+    "parse_spec",
+    "rank_share",
+    "read_rows",
+    "validate",
+    "write_jsonl_atomic",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"stepkd.data.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ from stepkd.data.batching import BatchPlan
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.loader import Position, StepLoader
 from stepkd.data.overlap import overlap_report
-from stepkd.data.rows import PROBLEM
+from stepkd.data.rows import DEMONSTRATION, PROBLEM
 from stepkd.data.spec import DataSpec, check_training_use, load_rows
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError
@@ -94,8 +94,11 @@ class StepData(LightningDataModule):
         if name == "train":
             check_training_use(spec)
         encoder = self.make_encoder()
-        rows = load_rows(spec, contract=PROBLEM)
-        examples = [encoder.prompt_example(row) for row in rows] if name == "predict" else encoder.examples(rows)
+        rows = load_rows(spec, contract=DEMONSTRATION if name == "train" else PROBLEM)
+        if name == "predict" or (name != "train" and not any(row.get("solution") for row in rows)):
+            examples = [encoder.prompt_example(row) for row in rows]  # no held-out loss, sampled accuracy only
+        else:
+            examples = encoder.examples(rows)
         dropped = {key: count for key, count in sorted(encoder.counts.items()) if count}
         logger.info("%s: %d examples%s", name, len(examples), f", {dropped}" if dropped else "")
         return examples
@@ -104,7 +107,9 @@ class StepData(LightningDataModule):
         """The encoder for the policy's tokenizer; methods with other rows override this or :meth:`_load`."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if module is None:
-            raise RuntimeError("StepData needs a trainer whose module has a tokenizer: attach it, or use Encoder directly")
+            raise RuntimeError(
+                "StepData needs a trainer whose module has a tokenizer: attach it, or use Encoder directly"
+            )
         return Encoder(
             module.tokenizer,
             self.template,

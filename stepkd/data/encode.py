@@ -96,6 +96,13 @@ class Encoder:
         text = self.template.render(row, self.tokenizer)
         special = self.template.adds_special_tokens(self.tokenizer)
         ids = tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        if (
+            special
+            and len(ids) > 1
+            and ids[-1] == self.tokenizer.eos_token_id
+            and not text.endswith(self.tokenizer.eos_token)
+        ):
+            ids = ids[:-1]  # some tokenizers end every text by themselves; a prompt goes on
         if not ids:
             raise DataError("the prompt has no tokens", path=str(row.get("id", "?")), column="prompt")
         if len(ids) >= self.max_length:

@@ -1,0 +1,19 @@
+"""Evaluation: benchmarks, a resumable runner, and metrics with intervals."""
+
+from stepkd.evaluation.benchmarks import BENCHMARKS, Benchmark, get_benchmark
+from stepkd.evaluation.compare import Comparison, compare_runs
+from stepkd.evaluation.metrics import maj_at_k, pass_at_k, summarise
+from stepkd.evaluation.runner import EvaluationSpec, evaluate
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "Comparison",
+    "EvaluationSpec",
+    "compare_runs",
+    "evaluate",
+    "get_benchmark",
+    "maj_at_k",
+    "pass_at_k",
+    "summarise",
+]

@@ -49,12 +49,14 @@ _LISTING = re.compile(r"\b(?:and|or)\b|,\s|\\(?:neq?|leq?|geq?|approx)\b")
 
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SHORT_UNITS = frozenset(
-    "m g s h l cm mm km kg mg ml lb ft oz in yd hr cents min mi kw gb mb tb mph kph kmh usd eur gbp sq cu".split()
+    {"m", "g", "s", "h", "l", "cm", "mm", "km", "kg", "mg", "ml", "lb", "ft", "oz", "in", "yd", "hr", "min", "mi"}
+    | {"kw", "gb", "mb", "tb", "mph", "kph", "kmh", "usd", "eur", "gbp", "sq", "cu", "lbs", "hrs", "mol"}
 )
 _NOT_UNITS = frozenset(
-    "pi sqrt log ln sin cos tan cot sec csc exp mod frac and or to plus minus times over than divided squared cubed "
-    "half halves third thirds quarter quarters fourth fourths fifth fifths tenth tenths hundredths factorial choose "
-    "more less by through between infinity am pm a.m p.m".split()
+    {"pi", "sqrt", "log", "ln", "sin", "cos", "tan", "cot", "sec", "csc", "exp", "mod", "frac", "infinity", "factorial"}
+    | {"and", "or", "to", "plus", "minus", "times", "over", "than", "divided", "squared", "cubed", "choose", "by"}
+    | {"half", "halves", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "tenth"}
+    | {"tenths", "hundredths", "more", "less", "through", "between", "am", "pm", "a.m", "p.m"}
 )
 _UNIT_WORD = re.compile(r"[A-Za-z][A-Za-z'’./-]*|[$€£¥₹]")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'’ -]{3,}")

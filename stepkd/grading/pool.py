@@ -63,6 +63,7 @@ class _Item:
     indices: list[int]
     extracted: str | None
     gold: str
+    returned: bool = False
 
 
 class Grader:
@@ -205,6 +206,14 @@ class Grader:
             for index in items[number].indices:
                 grades[index] = Grade(Verdict(verdict), extracted, items[number].gold)
 
+        def lose(worker: WorkerProcess, number: int) -> None:
+            self._drop([worker])
+            if worker.taken or items[number].returned:
+                settle(number, Verdict.TIMEOUT, items[number].extracted)
+            else:  # it died before it began with the item, which gets a second chance
+                items[number].returned = True
+                waiting.appendleft(number)
+
         while open_items:
             while len(self._pool) < min(self.workers, open_items):
                 self._start()
@@ -213,20 +222,17 @@ class Grader:
                     number = waiting.popleft()
                     try:
                         worker.send(number, items[number].request, deadline_s=self.deadline_s)
-                    except WorkerGone as gone:
-                        self._drop([worker])
-                        if gone.took_some:
-                            settle(number, Verdict.TIMEOUT, items[number].extracted)
-                        else:  # it had died while idle: the item is not to blame
-                            waiting.appendleft(number)
+                    except WorkerGone:
+                        lose(worker, number)
             for worker in self._wait():
                 busy_with = worker.item
                 try:
                     reply = worker.receive()
                 except WorkerGone:
-                    self._bury(worker)
                     if busy_with is not None:
-                        settle(busy_with, Verdict.TIMEOUT, items[busy_with].extracted)
+                        lose(worker, busy_with)
+                    else:
+                        self._bury(worker)
                     continue
                 if reply is not None and busy_with is not None:
                     worker.item = None
@@ -240,7 +246,7 @@ class Grader:
                     if busy_with is not None:
                         settle(busy_with, Verdict.TIMEOUT, items[busy_with].extracted)
                     else:
-                        self._note_failed_start(f"not ready after {_START_LIMIT_S:.0f} s")
+                        self._note_failed_start(f"was not ready after {_START_LIMIT_S:.0f} s")
 
     def _wait(self) -> list[WorkerProcess]:
         """The workers that have something to read or are past their limit; waits until there is one."""
@@ -273,10 +279,8 @@ class Grader:
         self._failed_starts = 0
 
     def _bury(self, worker: WorkerProcess) -> None:
-        was_starting = not worker.ready
         self._drop([worker])
-        if was_starting:
-            self._note_failed_start(f"ended with exit code {worker.exit_code}")
+        self._note_failed_start(f"ended with exit code {worker.exit_code}")
 
     def _note_failed_start(self, reason: str) -> None:
         self._failed_starts += 1

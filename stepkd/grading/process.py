@@ -18,15 +18,7 @@ _BOOT = (
 
 
 class WorkerGone(Exception):
-    """The worker process ended or does not take a request; handled inside the package.
-
-    Args:
-        took_some: whether it had already taken part of the request, so that the request may be to blame.
-    """
-
-    def __init__(self, *, took_some: bool = False) -> None:
-        super().__init__()
-        self.took_some = took_some
+    """The worker process ended or does not read; handled inside the package."""
 
 
 class WorkerProcess:
@@ -51,14 +43,16 @@ class WorkerProcess:
             # A fixed hash seed: the order of sympy's sets, and so a verdict, must not differ between runs.
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._requests = self._process.stdin.fileno()
         self._replies = self._process.stdout.fileno()
         os.set_blocking(self._requests, False)
         os.set_blocking(self._replies, False)
-        self._buffer = bytearray()
+        self._buffer = b""
         self.ready = False
         self.item: int | None = None
+        self.taken = False
         self.limit = 0.0
 
     @property
@@ -87,8 +81,8 @@ class WorkerProcess:
             WorkerGone: the worker has ended or stopped reading.
         """
         data = memoryview(json.dumps(message).encode("ascii") + b"\n")
-        size = len(data)
         give_up = time.monotonic() + deadline_s
+        self.item, self.taken = item, False
         while data:
             try:
                 data = data[os.write(self._requests, data) :]
@@ -97,14 +91,13 @@ class WorkerProcess:
                 poller = select.poll()
                 poller.register(self._requests, select.POLLOUT)
                 if wait <= 0 or not poller.poll(wait * 1000):
-                    raise WorkerGone(took_some=True) from None
+                    raise WorkerGone from None
             except OSError:
-                raise WorkerGone(took_some=len(data) < size) from None
-        self.item = item
+                raise WorkerGone from None
         self.limit = time.monotonic() + deadline_s
 
     def receive(self) -> dict[str, Any] | None:
-        """Read what has arrived.
+        """Read what has arrived; notes in ``taken`` that the worker has begun with its item.
 
         Returns:
             One reply, or ``None`` when it is not complete yet.
@@ -112,20 +105,22 @@ class WorkerProcess:
         Raises:
             WorkerGone: the worker has closed its pipe.
         """
-        while b"\n" not in self._buffer:
-            try:
-                block = os.read(self._replies, 1 << 20)
-            except BlockingIOError:
-                return None
-            except OSError:
-                raise WorkerGone from None
-            if not block:
-                raise WorkerGone
-            self._buffer.extend(block)
-        line, _, rest = bytes(self._buffer).partition(b"\n")
-        self._buffer = bytearray(rest)
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        while True:
+            while b"\n" not in self._buffer:
+                try:
+                    block = os.read(self._replies, 1 << 20)
+                except BlockingIOError:
+                    return None
+                except OSError:
+                    raise WorkerGone from None
+                if not block:
+                    raise WorkerGone
+                self._buffer += block
+            line, _, self._buffer = self._buffer.partition(b"\n")
+            reply: dict[str, Any] = json.loads(line)
+            if "taken" not in reply:
+                return reply
+            self.taken = True
 
     def stop(self) -> None:
         """Kill the worker, reap it and close the pipes; safe to repeat."""

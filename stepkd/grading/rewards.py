@@ -38,7 +38,8 @@ def completion_text(completion: str | Sequence[Any] | None) -> str:
     if completion is None or isinstance(completion, str):
         return completion or ""
     if isinstance(completion, Sequence) and all(isinstance(message, Mapping) for message in completion):
-        content: Any = completion[-1].get("content") if completion else None
+        messages: list[Any] = list(completion)
+        content = messages[-1].get("content") if messages else None
         if isinstance(content, Sequence) and not isinstance(content, str):
             return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
         if content is None or isinstance(content, str):

@@ -49,13 +49,14 @@ def main(memory_mb: int, deadline_s: float, parent: int) -> None:
     _reply(replies, {"ready": True})
     half = memory_mb * 2**20 // 2
     while (line := _next_line(requests, parent)) is not None:
+        _reply(replies, {"taken": True})  # from here on a death is the item's fault
         _allow_cpu(deadline_s)
         try:
             reply = _grade(json.loads(line))
         except MemoryError:
             reply = {"verdict": "timeout", "retire": True}
         # sympy's caches only grow; a worker at half its cap would fail an item that is not to blame.
-        reply["retire"] = reply.get("retire", False) or _peak_bytes() > half
+        reply["retire"] = reply.get("retire", False) or _address_space_bytes() > half
         _reply(replies, reply)
         if reply["retire"]:
             return
@@ -96,9 +97,16 @@ def _allow_cpu(deadline_s: float) -> None:
     _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + deadline_s) + _CPU_GRACE_S)
 
 
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
+def _address_space_bytes() -> int:
+    """What counts against the cap now (Linux; 0 elsewhere).
+
+    Not ``ru_maxrss``: a child inherits its parent's, so below a training job of 30 GB every worker would seem full.
+    """
+    try:
+        with open("/proc/self/statm", encoding="ascii") as pages:
+            return int(pages.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 _pending = bytearray()

@@ -51,7 +51,9 @@ def gradient_sync(wrapped: Any, enabled: bool) -> Iterator[None]:
             with wrapped.no_sync():
                 yield
         return
-    sharded = [module for module in wrapped.modules() if hasattr(module, "set_requires_gradient_sync")] if _active() else []
+    sharded = (
+        [module for module in wrapped.modules() if hasattr(module, "set_requires_gradient_sync")] if _active() else []
+    )
     for module in sharded:
         module.set_requires_gradient_sync(enabled, recurse=False)
     yield

@@ -61,5 +61,7 @@ class WeightAverage:
             ConfigError: the checkpoint averages other parameters.
         """
         if set(state) != set(self.average):
-            raise ConfigError("the checkpoint's weight average belongs to other parameters: same policy and lora needed")
+            raise ConfigError(
+                "the checkpoint's weight average belongs to other parameters: same policy and lora needed"
+            )
         self.average = {name: value.clone() for name, value in state.items()}

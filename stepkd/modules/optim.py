@@ -50,7 +50,9 @@ class OptimizerSpec:
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"optimizer.min_lr_ratio={self.min_lr_ratio}: must lie in [0, 1]")
         if self.min_lr_ratio and self.schedule in ("constant", "linear"):
-            raise ConfigError(f"optimizer.min_lr_ratio has no effect on schedule {self.schedule!r}: drop it or use cosine")
+            raise ConfigError(
+                f"optimizer.min_lr_ratio has no effect on schedule {self.schedule!r}: drop it or use cosine"
+            )
 
     def warmup_steps(self, total_steps: int | None) -> int:
         """Number of warm-up steps."""
@@ -105,5 +107,7 @@ def build_schedule(spec: OptimizerSpec, optimizer: torch.optim.Optimizer, total_
         return get_scheduler("warmup_stable_decay", optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
     if spec.schedule == "cosine" and spec.min_lr_ratio:
         extra_cosine = {"min_lr_rate": spec.min_lr_ratio}
-        return get_scheduler("cosine_with_min_lr", optimizer, warmup, total_steps, scheduler_specific_kwargs=extra_cosine)
+        return get_scheduler(
+            "cosine_with_min_lr", optimizer, warmup, total_steps, scheduler_specific_kwargs=extra_cosine
+        )
     return get_scheduler(spec.schedule, optimizer, warmup, total_steps)

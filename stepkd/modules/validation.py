@@ -105,6 +105,7 @@ class SampledAccuracy:
     def rollout_rows(self, batch: StepBatch, phases: PhaseTracker, *, model_id: str) -> list[dict[str, Any]]:
         """Sample, judge and return rollout rows with their provenance."""
         rollouts, judged = self._judged(batch, phases, "predict")
+        sampling = {k: getattr(self.sampling, k) for k in ("n", "temperature", "top_p", "top_k", "max_new_tokens")}
         rows = []
         for example, samples, records in zip(batch.examples, rollouts, judged, strict=True):
             for rollout, record in zip(samples, records, strict=True):
@@ -115,7 +116,7 @@ class SampledAccuracy:
                     | {
                         "sample": rollout.sample_index,
                         "model": model_id,
-                        "temperature": self.sampling.temperature,
+                        "sampling": sampling,
                         "seed": self.sampling.seed,
                         "segmenter": self.spec.segmenter,
                     }

@@ -80,8 +80,8 @@ def test_math500_answers_in_other_spellings(math_rows: list[dict[str, str]]) -> 
     completions = [f"\\boxed{{ {a.replace('frac', 'dfrac').replace('ddfrac', 'dfrac')} }}" for a in answers]
     with Grader(extractors=("boxed",), deadline_s=20) as grader:
         assert verdict_counts(grader.grade(completions, answers))["correct"] == 500
-        # A neighbour's answer is wrong (pairs seven apart share no value in this set).
-        pairs = [(a, b) for a, b in zip(answers, answers[7:] + answers[:7], strict=True) if a != b]
+        # Another problem's answer is wrong (pairs seven apart share no value in this set; every third keeps it short).
+        pairs = [(a, b) for a, b in zip(answers, answers[7:] + answers[:7], strict=True) if a != b][::3]
         counts = verdict_counts(grader.grade([f"\\boxed{{{a}}}" for a, _ in pairs], [b for _, b in pairs]))
     assert counts == {"correct": 0, "wrong": len(pairs), "unparsed": 0, "timeout": 0}
 

@@ -71,7 +71,8 @@ def test_an_interactive_slurm_shell_is_plain(name: str) -> None:
 
 @pytest.mark.parametrize("environ", [{}, ELASTIC, SLURM, {**SLURM, **ELASTIC}, {**SLURM, "SLURM_JOB_NAME": "bash"}])
 def test_detection_equals_lightnings(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     for name in (*ELASTIC, *SLURM):
         monkeypatch.delenv(name, raising=False)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from stepkd.errors import DataError, TrainingError
 from stepkd.launch.logger import JsonlLogger, read_metrics
@@ -179,7 +179,7 @@ def fit(folder: Path, steps: int, resume: str | None = None) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Tiny(), torch.utils.data.DataLoader(torch.ones(8, 1)), ckpt_path=resume)
+    trainer.fit(Tiny(), torch.utils.data.DataLoader(list(torch.ones(8, 1))), ckpt_path=resume)
     return trainer
 
 

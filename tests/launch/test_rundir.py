@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,6 @@ import pytest
 
 import stepkd
 from stepkd.errors import ConfigError
-from stepkd.launch import rundir
 from stepkd.launch.rundir import RunDir, read_marker, write_json
 
 RANK1 = {
@@ -162,7 +162,7 @@ def test_an_interrupted_overwrite_is_told_and_can_be_repeated(tmp_path: Path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rundir.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             start(run.path, overwrite=True)
     with pytest.raises(ConfigError, match="half deleted"):
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_the_old_marker(tmp_path: Path, monkeypatch: pytest.M
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(rundir.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match="no space left"):
         run.mark_finished()
     assert tree(run.path) == before

@@ -1,0 +1,94 @@
+"""The ``stepkd`` command: one entry point for everything.
+
+``fit``, ``validate``, ``test`` and ``predict`` go to Lightning's command line (recipes, ``--config``); every other
+command is one file in :mod:`stepkd.commands`. Nothing heavy is imported before the command is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+import stepkd
+from stepkd.errors import StepkdError
+
+TRAINER_COMMANDS = {
+    "fit": "train a model from a recipe",
+    "validate": "held-out loss and sampled accuracy of a checkpoint",
+    "test": "the same on the recipe's test data",
+    "predict": "sample completions into a rollout file",
+}
+COMMANDS = {
+    "evaluate": "benchmark a model (gsm8k, math500, ...), or compare two evaluations",
+    "quickstart": "train and evaluate tiny models on this machine in minutes, nothing to download",
+    "recipes": "list, show or copy the recipes",
+    "export": "write a trained model as a folder that plain transformers loads",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        Exit code: 0 success, 1 failure while running, 2 a mistake in the command, the recipe or the data.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("httpx", "fsspec", "urllib3", "datasets", "torch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"stepkd {stepkd.__version__}")
+        return 0
+    command, *rest = arguments
+    try:
+        if command in TRAINER_COMMANDS:
+            return int(import_module("stepkd.trainer_cli").run([command, *rest]))
+        if command in COMMANDS:
+            module = import_module(f"stepkd.commands.{command}")
+            parser = argparse.ArgumentParser(
+                prog=f"stepkd {command}",
+                description=module.__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+            module.add_arguments(parser)
+            return int(module.run(parser.parse_args(rest)) or 0)
+    except StepkdError as error:
+        print(f"stepkd {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstepkd {command}: interrupted", file=sys.stderr)
+        return 130
+    near = get_close_matches(command, [*TRAINER_COMMANDS, *COMMANDS], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    print(f"stepkd: no command {command!r}.{hint} `stepkd --help` lists them", file=sys.stderr)
+    return 2
+
+
+def _overview() -> str:
+    lines = [
+        f"stepkd {stepkd.__version__}: step-level supervision for language-model reasoning",
+        "",
+        "usage: stepkd COMMAND [options]        (stepkd COMMAND --help for each)",
+        "",
+    ]
+    for name, text in {**COMMANDS, **TRAINER_COMMANDS}.items():
+        lines.append(f"  {name:<12} {text}")
+    lines += [
+        "",
+        "first steps:",
+        "  stepkd quickstart",
+        "  stepkd recipes list",
+        "  stepkd fit --config recipes/tiny/sft.yaml --out runs/first",
+    ]
+    return "\n".join(lines)

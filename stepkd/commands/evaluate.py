@@ -1,0 +1,181 @@
+"""Benchmark a model, or compare two evaluations.
+
+  stepkd evaluate --model runs/sft --benchmark gsm8k --data data/gsm8k --limit 200 --out runs/sft-gsm8k
+  stepkd evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmark math500 --samples 8 --temperature 0.8 --out runs/m
+  stepkd evaluate --compare runs/base-gsm8k runs/sft-gsm8k
+
+A killed run goes on where it stood when the same command is given again, and ends with the same result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stepkd.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``stepkd evaluate``."""
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", help="run folder, checkpoint, model folder, hub id, .gguf file or tiny preset")
+    what.add_argument("--benchmark", default="gsm8k", help="name (`--list` shows them; default: gsm8k)")
+    what.add_argument("--data", help="file, folder, or settings (key=value,...); default: the benchmark's hub data set")
+    what.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    what.add_argument("--out", help="folder for manifest, per-problem results and summary")
+    what.add_argument("--overwrite", action="store_true", help="delete an earlier evaluation in --out and start again")
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="paired comparison of two evaluation folders")
+    what.add_argument("--list", action="store_true", help="list the benchmarks")
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--samples", type=int, default=1, metavar="K", help="completions per problem (default: 1)")
+    how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    how.add_argument("--top-p", type=float, default=1.0)
+    how.add_argument("--top-k", type=int, default=0)
+    how.add_argument("--max-new-tokens", type=int, help="default: the benchmark's")
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--ks", type=int, nargs="+", metavar="K", help="k of pass@k and maj@k; default: powers of two")
+    ask = parser.add_argument_group("prompt and grading")
+    ask.add_argument("--template", help="built-in template: gsm8k, math, plain, task; default: the benchmark's")
+    ask.add_argument("--style", choices=("auto", "chat", "plain"), help="override the template's style")
+    ask.add_argument("--system", help="system prompt")
+    ask.add_argument("--few-shot", type=int, metavar="N", help="number of built-in worked examples, 0 to 4")
+    ask.add_argument("--extractors", nargs="+", help="how answers are found, in order; default: the benchmark's")
+    ask.add_argument("--deadline", type=float, default=2.0, metavar="S", help="hard limit per graded answer (default 2)")
+    run_on = parser.add_argument_group("machine")
+    run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
+    run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    run_on.add_argument("--attention", help="attention implementation (sdpa, eager, flash_attention_2)")
+    run_on.add_argument("--batch-size", type=int, default=32, metavar="ROWS", help="completions decoded at once")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``stepkd evaluate``."""
+    if arguments.list:
+        return _list()
+    if arguments.compare:
+        return _compare(arguments)
+    if not arguments.model or not arguments.out:
+        raise ConfigError("give --model and --out (or --compare A B, or --list)")
+    from rich.console import Console
+
+    from stepkd.evaluation.runner import EvaluationSpec, evaluate
+    from stepkd.launch import check_launch
+
+    if check_launch().world_size > 1:
+        raise ConfigError("stepkd evaluate runs in one process: start it without a launcher (shard with --data offset=)")
+    if arguments.overwrite:
+        _remove_evaluation(Path(arguments.out))
+    spec = EvaluationSpec(
+        model=arguments.model,
+        benchmark=arguments.benchmark,
+        out=arguments.out,
+        data=arguments.data,
+        limit=arguments.limit,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_new_tokens=arguments.max_new_tokens,
+        stop=tuple(arguments.stop),
+        template=_template(arguments),
+        extractors=tuple(arguments.extractors) if arguments.extractors else None,
+        deadline_s=arguments.deadline,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        attention=arguments.attention,
+        max_rows=arguments.batch_size,
+        seed=arguments.seed,
+        ks=tuple(arguments.ks or ()),
+    )
+    console = Console()
+    summary = evaluate(spec, report=_reporter(console))
+    print_summary(console, summary)
+    console.print(f"\nper-problem rows, manifest and summary: {arguments.out}")
+    return 0
+
+
+def _list() -> int:
+    from stepkd.evaluation.benchmarks import BENCHMARKS
+
+    for benchmark in BENCHMARKS.values():
+        print(f"{benchmark.name:<14} {benchmark.help}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from stepkd.evaluation.compare import compare_runs
+
+    comparison = compare_runs(*arguments.compare, seed=arguments.seed)
+    print(comparison)
+    if arguments.out:
+        path = Path(arguments.out)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _remove_evaluation(out: Path) -> None:
+    from stepkd.evaluation.manifest import MANIFEST_NAME
+
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MANIFEST_NAME).is_file():
+            raise ConfigError(f"{out} holds no evaluation (no {MANIFEST_NAME}), so --overwrite does not touch it")
+        shutil.rmtree(out)
+
+
+def _template(arguments: argparse.Namespace) -> Any:
+    from stepkd.data.templates import get_template
+    from stepkd.evaluation.benchmarks import get_benchmark
+
+    template = get_template(arguments.template or get_benchmark(arguments.benchmark).template)
+    changes = {"style": arguments.style, "system": arguments.system, "few_shot": arguments.few_shot}
+    return dataclasses.replace(template, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _reporter(console: Any) -> Any:
+    """One line that redraws in a terminal; a line per tenth of the work elsewhere."""
+    state = {"tenth": 0}
+
+    def report(done: int, total: int, figures: dict[str, float]) -> None:
+        left = total - done
+        text = (
+            f"evaluating {done}/{total}  right {figures['accuracy']:.1%}  "
+            f"{figures['tokens_per_second']:,.0f} tokens/s" + (f"  {left} to go" if left else "")
+        )
+        if console.is_terminal:
+            console.print(text.ljust(console.width - 1), end="\r" if left else "\n", highlight=False)
+        elif done * 10 // total > state["tenth"] or not left:
+            state["tenth"] = done * 10 // total
+            console.print(text, highlight=False)
+
+    return report
+
+
+def print_summary(console: Any, summary: dict[str, Any]) -> None:
+    """Table of metrics with their intervals."""
+    from rich.table import Table
+
+    table = Table(title=f"{summary['model']} on {summary['benchmark']}: {summary['problems']} problems", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column(f"{summary['level']:.0%} interval", justify="right")
+    for name, metric in summary["metrics"].items():
+        scale, unit = (1.0, "") if name == "mean_tokens" else (100.0, "%")
+        table.add_row(name, *(_format(metric, scale, unit)))
+    rate = summary.get("tokens_per_second")
+    table.add_row("tokens/s", "-" if rate is None else f"{rate:,.0f}", "")
+    console.print(table)
+
+
+def _format(metric: dict[str, Any], scale: float, unit: str) -> tuple[str, str]:
+    if metric["value"] is None:
+        return "-", "-"
+    value = f"{metric['value'] * scale:.1f}{unit}"
+    if metric["low"] is None or metric["high"] is None:
+        return value, "-"
+    return value, f"{metric['low'] * scale:.1f} to {metric['high'] * scale:.1f}{unit}"

@@ -1,0 +1,110 @@
+"""Benchmarks by name: which problems, how they are asked, and how the answer is read.
+
+One line each; everything can be overridden on the command line, and everything ends up in the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from stepkd.data.spec import DataSpec, parse_spec
+from stepkd.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a set of problems is evaluated by default."""
+
+    name: str
+    """Name on the command line and in results."""
+    source: str
+    """Data source (``stepkd.data.sources``)."""
+    split: str | None
+    """Split that is evaluated; None: the source's default."""
+    template: str
+    """Built-in prompt template."""
+    extractors: tuple[str, ...]
+    """How the final answer is found, in order."""
+    max_new_tokens: int
+    """Longest completion in tokens."""
+    help: str
+    """What it is, with the reference."""
+
+
+_WORDS = ("hash", "boxed", "answer_phrase", "last_number")
+_LATEX = ("boxed", "hash", "answer_phrase", "last_number")
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark("gsm8k", "gsm8k", "test", "gsm8k", _WORDS, 320, "GSM8K test, 1,319 word problems (arXiv 2110.14168)"),
+        Benchmark("math500", "math500", "test", "math", _LATEX, 1024, "MATH-500 (arXiv 2305.20050, appendix)"),
+        Benchmark(
+            "svamp", "svamp", None, "gsm8k", _WORDS, 256, "SVAMP, one- and two-step word problems (arXiv 2103.07191)"
+        ),
+        Benchmark("multiarith", "multiarith", None, "gsm8k", _WORDS, 256, "MultiArith, two-step word problems"),
+        Benchmark("amc", "amc", None, "math", _LATEX, 2048, "AMC problems from a file or hub id"),
+        Benchmark("aime", "aime", None, "math", _LATEX, 4096, "AIME problems from a file or hub id, integer answers"),
+        Benchmark("reasoning_gym", "reasoning_gym", "test", "gsm8k", _WORDS, 320, "generated problems (reasoning-gym)"),
+        Benchmark("task", "task", "test", "task", ("hash",), 256, "the tiny world: every step has an exact checker"),
+        Benchmark("rows", "rows", None, "gsm8k", _WORDS, 512, "any file or hub data set with prompt and answer"),
+    )
+}
+"""Benchmarks by name."""
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """Look a benchmark up.
+
+    Raises:
+        ConfigError: unknown name, with the nearest known one.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    near = get_close_matches(name, BENCHMARKS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown benchmark {name!r}.{hint} Known: {', '.join(BENCHMARKS)}")
+
+
+def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) -> DataSpec:
+    """Which rows to evaluate.
+
+    Args:
+        benchmark: the benchmark.
+        data: None for its own hub data set; a file or folder; or settings as in ``parse_spec`` without the source's
+            name (``path=x.jsonl,split=test`` or ``task=modular,n=200``).
+        limit: number of problems, or None for all.
+    """
+    if data is None:
+        settings = ""
+    elif Path(data).expanduser().exists() or "=" not in data:
+        settings = f'path="{data}"'
+    else:
+        settings = data
+    spec = parse_spec(f"{benchmark.source}:{settings}")
+    changes: dict[str, Any] = {}
+    if spec.split is None and benchmark.split is not None and not _names_split(spec.path):
+        changes["split"] = benchmark.split
+    if limit is not None:
+        changes["limit"] = limit
+    return dataclasses.replace(spec, **changes)
+
+
+def _names_split(path: str | None) -> bool:
+    """A single file is evaluated whatever its name says."""
+    return path is not None and Path(path).expanduser().is_file()
+
+
+def default_ks(samples: int) -> Sequence[int]:
+    """The k of pass@k and maj@k that are reported: powers of two up to the number of samples, and that number."""
+    ks = {1, samples}
+    k = 2
+    while k < samples:
+        ks.add(k)
+        k *= 2
+    return sorted(ks)

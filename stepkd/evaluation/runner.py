@@ -1,0 +1,266 @@
+"""``stepkd evaluate``: sample, grade and summarise, in fixed batches, resumable at any moment.
+
+The folder holds ``manifest.json`` (what decides the numbers), ``results.jsonl`` (one line per problem, whole batches
+only) and ``summary.json`` (metrics with intervals). Batches have a fixed composition and every sample its own keyed
+noise, so a killed run, given the same command, goes on where it stood and ends with the same result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepkd.data.encode import Encoder, Example
+from stepkd.data.io import fingerprint
+from stepkd.data.rows import PROBLEM, check_unique_ids
+from stepkd.data.spec import DataSpec, load_rows, resolve_split
+from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.errors import ConfigError
+from stepkd.evaluation.benchmarks import Benchmark, benchmark_data, default_ks, get_benchmark
+from stepkd.evaluation.disk import write_atomically
+from stepkd.evaluation.judging import judge
+from stepkd.evaluation.manifest import (
+    MANIFEST_NAME,
+    RESULTS_NAME,
+    build_manifest,
+    check_resumable,
+    read_manifest,
+    write_manifest,
+)
+from stepkd.evaluation.metrics import summarise
+from stepkd.evaluation.store import ResultStore
+from stepkd.grading import EXTRACTOR_VERSION, Grader
+from stepkd.models import Policy
+from stepkd.models.checkpoint import load_trained, weights_fingerprint
+from stepkd.rollout import SamplingSpec, TransformersSampler
+from stepkd.steps import get_segmenter
+
+SUMMARY_NAME = "summary.json"
+Report = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """One evaluation."""
+
+    model: str
+    """Run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset."""
+    benchmark: str = "gsm8k"
+    """Benchmark name."""
+    out: str = "runs/evaluation"
+    """Folder for manifest, results and summary."""
+    data: str | None = None
+    """File, folder or data settings; None: the benchmark's own hub data set."""
+    limit: int | None = None
+    """Number of problems; None for all."""
+    samples: int = 1
+    """Completions per problem."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy (then one sample is enough)."""
+    top_p: float = 1.0
+    """Nucleus threshold, in (0, 1]."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is off."""
+    max_new_tokens: int | None = None
+    """Longest completion; None: the benchmark's default."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion."""
+    template: str | PromptTemplate | None = None
+    """Prompt template; None: the benchmark's."""
+    extractors: tuple[str, ...] | None = None
+    """How answers are found; None: the benchmark's."""
+    deadline_s: float = 2.0
+    """Hard limit per graded answer (s)."""
+    dtype: str | None = None
+    """Weights' dtype; None: as stored."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one."""
+    attention: str | None = None
+    """Attention implementation; None lets transformers choose."""
+    max_rows: int = 32
+    """Completions decoded at once; part of the manifest, because batch shapes decide rounding."""
+    seed: int = 0
+    """Keys the sampling noise."""
+    ks: tuple[int, ...] = field(default=())
+    """Values of k to report; empty: powers of two up to ``samples``."""
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(f"{self.samples} samples at temperature 0 would all be the same: set --temperature")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit={self.limit}: at least one problem, or none for all")
+
+    def sampling(self, benchmark: Benchmark) -> SamplingSpec:
+        """The sampler's settings."""
+        return SamplingSpec(
+            n=self.samples,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens,
+            stop=self.stop,
+            seed=self.seed,
+        )
+
+
+def evaluate(spec: EvaluationSpec, *, policy: Policy | None = None, report: Report | None = None) -> dict[str, Any]:
+    """Run (or go on with) an evaluation.
+
+    Args:
+        spec: what to evaluate, and where to write.
+        policy: an already loaded model to use in place of loading ``spec.model``.
+        report: called after every batch with (problems done, problems in all, running figures).
+
+    Returns:
+        The summary that ``summary.json`` holds: metrics with intervals (see :func:`stepkd.evaluation.metrics.summarise`),
+        ``tokens_per_second``, and the manifest.
+
+    Raises:
+        ConfigError: the folder holds another evaluation, or settings contradict each other.
+        DataError, ModelError: the data or the model cannot be used.
+    """
+    benchmark = get_benchmark(spec.benchmark)
+    ks = spec.ks or tuple(default_ks(spec.samples))
+    if bad := [k for k in ks if not 1 <= k <= spec.samples]:
+        raise ConfigError(f"k={bad[0]} needs at least that many samples, there are {spec.samples}")
+    data = benchmark_data(benchmark, spec.data, spec.limit)
+    rows = load_rows(data, contract=PROBLEM)
+    check_unique_ids(rows, path=spec.data)
+    if policy is None:
+        policy = load_trained(spec.model, dtype=spec.dtype, attention=spec.attention)
+    policy.to(_device(spec.device))
+    sampling = spec.sampling(benchmark)
+    template = get_template(spec.template or benchmark.template)
+    extractors = spec.extractors or benchmark.extractors
+    prompts = encode_prompts(policy, template, rows, sampling.max_new_tokens)
+    manifest = _manifest(spec, benchmark, data, policy, template, sampling, extractors)
+    out = Path(spec.out)
+    if (out / MANIFEST_NAME).is_file():
+        check_resumable(read_manifest(out), manifest)
+    elif out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty and holds no evaluation (no {MANIFEST_NAME}): give another --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_manifest(out, manifest)
+    sampler = TransformersSampler(policy, max_rows=spec.max_rows)
+    with (
+        ResultStore(out / RESULTS_NAME) as store,
+        Grader(extractors=extractors, deadline_s=spec.deadline_s) as grader,
+    ):
+        for number, batch in enumerate(fixed_batches(prompts, spec.samples, spec.max_rows)):
+            if number in store.finished_batches:
+                continue
+            start = time.perf_counter()
+            chosen = [rows[i] for i in batch]
+            rollouts = sampler.sample(
+                [prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch
+            )
+            judged = judge(chosen, rollouts, grader)
+            seconds = (time.perf_counter() - start) / len(batch)
+            store.append_batch(
+                number,
+                [
+                    {
+                        "id": str(row["id"]),
+                        "index": i,
+                        "prompt": policy.tokenizer.decode(list(prompts[i].prompt_ids), skip_special_tokens=False),
+                        "answer": str(row["answer"]),
+                        "samples": samples,
+                        "seconds": round(seconds, 4),
+                    }
+                    for i, row, samples in zip(batch, chosen, judged, strict=True)
+                ],
+            )
+            if report is not None:
+                report(len(store), len(rows), _running(store.rows()))
+        results = store.rows()
+    summary = summarise(results, ks, seed=spec.seed)
+    seconds = sum(row["seconds"] for row in results)
+    summary["tokens_per_second"] = summary["total_tokens"] / seconds if seconds else None
+    summary["benchmark"] = benchmark.name
+    summary["model"] = spec.model
+    write_atomically(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
+    return summary | {"manifest": manifest}
+
+
+def encode_prompts(
+    policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]], max_new_tokens: int
+) -> list[Example]:
+    """Prompt ids of every row, each with room for a completion in the model's context."""
+    context = policy.max_length or 10**9
+    encoder = Encoder(policy.tokenizer, template, get_segmenter("newline"), max_length=context)
+    return [encoder.prompt_example(row) for row in rows]
+
+
+def fixed_batches(prompts: Sequence[Example], samples: int, max_rows: int) -> list[list[int]]:
+    """Problems grouped by prompt length; depends on nothing but the problems and the two numbers."""
+    size = max(1, max_rows // samples)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].prompt_ids), i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _running(rows: list[dict[str, Any]]) -> dict[str, float]:
+    samples = [sample for row in rows for sample in row["samples"]]
+    seconds = sum(row["seconds"] for row in rows)
+    return {
+        "accuracy": sum(sample["verdict"] == "correct" for sample in samples) / len(samples),
+        "tokens_per_second": sum(sample["tokens"] for sample in samples) / max(seconds, 1e-9),
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r}: must be auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}, but no CUDA device is available: use --device cpu")
+    return device
+
+
+def _manifest(
+    spec: EvaluationSpec,
+    benchmark: Benchmark,
+    data: DataSpec,
+    policy: Policy,
+    template: PromptTemplate,
+    sampling: SamplingSpec,
+    extractors: Sequence[str],
+) -> dict[str, Any]:
+    settings = asdict(sampling)
+    settings.pop("seed")
+    # The whole file, so that runs with different limits can still be compared problem by problem.
+    whole = load_rows(replace(data, limit=None, offset=0, shuffle_seed=None), contract=PROBLEM)
+    return build_manifest(
+        model=spec.model,
+        revision=None if policy.spec is None else policy.spec.revision,
+        weights_fingerprint=weights_fingerprint(policy),
+        prompt_id=template.prompt_id(policy.tokenizer),
+        extractor_version=EXTRACTOR_VERSION,
+        dtype=str(next(policy.parameters()).dtype).removeprefix("torch."),
+        seed=spec.seed,
+        backend="transformers",
+        device=policy.device.type,
+        sampling=settings,
+        batch_size=spec.max_rows,
+        benchmark=benchmark.name,
+        benchmark_source=f"{data.source}:{resolve_split(data)}",
+        data_fingerprint=fingerprint(whole),
+        limit=spec.limit,
+        extra={
+            "extractors": list(extractors),
+            "deadline_s": spec.deadline_s,
+            "attention": policy.causal_lm.config._attn_implementation,
+            "data_options": dict(data.options),
+            "offset": data.offset,
+            "shuffle_seed": data.shuffle_seed,
+        },
+    )

@@ -1,0 +1,49 @@
+"""Checkpoints that are whole or not there, and that execute nothing when they are loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from stepkd.errors import StepkdError
+from stepkd.models.checkpoint import read_checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write to a temporary file in the same folder, sync, rename; load with ``weights_only``.
+
+    Lightning's own writer goes through the system's temporary folder, so that on another file system the last step is
+    a copy, which a kill can cut in half.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint durably.
+
+        Raises:
+            StepkdError: the disk is full or the folder cannot be written; the previous checkpoint is intact.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            # torch reports a full disk as a RuntimeError of its zip writer
+            raise StepkdError(
+                f"cannot write the checkpoint {path} ({error}): the previous checkpoint is intact. Free some space (or "
+                "fix the folder's permissions) and go on with --resume"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Read a checkpoint; see :func:`stepkd.models.checkpoint.read_checkpoint`."""
+        return read_checkpoint(path)

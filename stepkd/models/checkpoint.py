@@ -1,0 +1,110 @@
+"""From a training checkpoint back to a model. Nothing pickled is executed: checkpoints load with ``weights_only``."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepkd.errors import ModelError
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec, spec_from_dict
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a ``.ckpt`` file written by a stepkd run.
+
+    Raises:
+        ModelError: no such file, not a whole checkpoint, or one that asks to execute code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path} holds more than tensors and plain values, and loading it would execute code: refused. Only load "
+            "checkpoints that stepkd wrote"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a whole checkpoint ({type(error).__name__}): use an earlier one") from error
+    if not isinstance(checkpoint, dict) or "policy" not in checkpoint.get("stepkd", {}):
+        raise ModelError(f"{path} is not a stepkd checkpoint: it has no 'stepkd' section")
+    return checkpoint
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint a path means: a ``.ckpt`` file itself, or a run folder's best (else last) one."""
+    if path.suffix == ".ckpt":
+        return path
+    for folder in (path / "checkpoints", path):
+        for name in (BEST, LAST):
+            if (folder / name).is_file():
+                return folder / name
+    return None
+
+
+def load_trained(
+    path: str | Path, *, dtype: str | None = None, attention: str | None = None, ema: bool = True
+) -> Policy:
+    """Load a model for evaluation or export.
+
+    Args:
+        path: a run folder (its best checkpoint), a ``.ckpt`` file, or anything :class:`PolicySpec` takes.
+        dtype: overrides the dtype it was trained in.
+        attention: overrides the attention implementation.
+        ema: use the averaged weights of a checkpoint that has them.
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    checkpoint_path = find_checkpoint(Path(path)) if Path(path).exists() else None
+    if checkpoint_path is None and str(path).endswith(".ckpt"):
+        raise ModelError(f"no checkpoint at {path}")
+    checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path)
+    spec = PolicySpec(path=str(path)) if checkpoint is None else spec_from_dict(checkpoint["stepkd"]["policy"])
+    spec = replace(spec, gradient_checkpointing=False)
+    if dtype is not None:
+        spec = replace(spec, dtype=dtype)  # type: ignore[arg-type]
+    elif checkpoint is None:
+        spec = replace(spec, dtype="auto")
+    if attention is not None:
+        spec = replace(spec, attention=attention)
+    policy = Policy.load(spec)
+    if checkpoint is not None:
+        _load_weights(policy, checkpoint, str(checkpoint_path), ema=ema)
+    return policy
+
+
+def _load_weights(policy: Policy, checkpoint: dict[str, Any], path: str, *, ema: bool) -> None:
+    weights = {name.removeprefix("policy."): value for name, value in checkpoint["state_dict"].items()}
+    if ema and "ema" in checkpoint["stepkd"]:
+        weights.update(checkpoint["stepkd"]["ema"])
+    expected = {name for name, _ in policy.trainable_parameters()}
+    if expected != set(weights):
+        raise ModelError(f"{path} holds weights of another model than its own policy section describes")
+    policy.load_state_dict(weights, strict=False)
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """Short hash that tells two sets of weights apart.
+
+    Covers every parameter's name, shape and dtype and a thousand of its values, evenly spaced: enough to recognise a
+    changed checkpoint in milliseconds, not a cryptographic proof.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if flat.numel():
+            stride = max(1, flat.numel() // 1000)
+            digest.update(np.ascontiguousarray(flat[::stride].float().cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]

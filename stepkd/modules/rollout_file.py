@@ -1,0 +1,56 @@
+"""``stepkd predict`` writes its rollouts as they come, one file per rank."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from stepkd.data.rows import ROLLOUT, validate
+
+
+class RolloutFile(Callback):
+    """Append the rollout rows that ``predict_step`` returns to a JSON Lines file.
+
+    Args:
+        path: the file; other ranks than 0 write beside it, with their number in the name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+        self._stream: IO[str] | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open this rank's file."""
+        if trainer.world_size > 1:
+            self.path = self.path.with_name(f"{self.path.stem}-{trainer.global_rank}{self.path.suffix}")
+        self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (open over many batches)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the batch's rows and let them reach the disk."""
+        assert self._stream is not None
+        for row in outputs:
+            validate(row, ROLLOUT, path=self.path, line=self.rows + 1)
+            self._stream.write(json.dumps(row) + "\n")
+            self.rows += 1
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the file and say where it is."""
+        if self._stream is not None:
+            self._stream.close()
+            print(f"{self.rows} rollouts in {self.path}")
