@@ -8,13 +8,22 @@ machine, in any batch and in any process.
 from __future__ import annotations
 
 import hashlib
+from numbers import Integral
 
 import numpy as np
 
 
 def stream_key(seed: int, purpose: str, *parts: int | str) -> int:
-    """128-bit key of a stream."""
-    text = repr((int(seed), purpose, *parts)).encode()
+    """128-bit key of a stream; an integer keys the same stream whatever its type (int, NumPy).
+
+    Raises:
+        TypeError: a part that is neither an integer nor a string.
+    """
+    for part in parts:
+        if not isinstance(part, (Integral, str)):
+            raise TypeError(f"stream part {part!r} is a {type(part).__name__}: must be an integer or a string")
+    plain = [part if isinstance(part, str) else int(part) for part in parts]
+    text = repr((int(seed), str(purpose), *plain)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
 
 

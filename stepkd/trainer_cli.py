@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -24,6 +22,7 @@ from stepkd.launch import RunDir, check_launch, trainer_defaults
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
 from stepkd.launch.logger import JsonlLogger
 from stepkd.launch.progress import StepProgress
+from stepkd.launch.quiet import quiet_libraries
 from stepkd.models import LoraSpec, PolicySpec
 from stepkd.modules import OptimizerSpec, StepModule, ValidationSpec
 from stepkd.modules.rollout_file import RolloutFile
@@ -55,7 +54,7 @@ class SuggestingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raise ConfigError with the message and, for unknown keys, the nearest known one."""
         hints = suggestions(message)
-        raise ConfigError(f"{message}\n{hints}" if hints else message) from ex
+        raise ConfigError(message if hints in message else f"{hints}\n{message}") from ex
 
 
 def known_keys() -> dict[str, str]:
@@ -112,7 +111,9 @@ class StepkdCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of stepkd beside Lightning's own."""
         parser.add_argument("--out", type=str | None, default=None, help="run folder; required by fit and predict")
-        parser.add_argument("--resume", type=bool, default=False, nargs="?", const=True, help="continue the run in --out")
+        parser.add_argument(
+            "--resume", type=bool, default=False, nargs="?", const=True, help="continue the run in --out"
+        )
         parser.add_argument(
             "--overwrite", type=bool, default=False, nargs="?", const=True, help="delete the earlier run in --out"
         )
@@ -200,7 +201,9 @@ def _checkpoints(run: RunDir, spec: Any, *, has_validation: bool) -> list[Callba
         "auto_insert_metric_name": False,
     }
     callbacks: list[Callback] = [
-        ModelCheckpoint(filename="last", every_n_train_steps=spec.every_n_steps, save_on_train_epoch_end=False, **common)
+        ModelCheckpoint(
+            filename="last", every_n_train_steps=spec.every_n_steps, save_on_train_epoch_end=False, **common
+        )
     ]
     if has_validation:
         callbacks.append(
@@ -226,22 +229,7 @@ def _refuse_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one Trainer command; see ``stepkd fit --help``."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for text in (
-        ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*does not have many workers.*",
-        ".*in eval mode at the start of training.*",
-        ".*overridden `transfer_batch_to_device`.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*Using ModelCheckpoint with manual optimization.*",
-    ):
-        warnings.filterwarnings("ignore", text)
-    # Lightning's own notices (tips, devices, why it stopped) say nothing that the progress display does not.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    quiet_libraries()
     try:
         _PendingCLI(
             StepModule,
@@ -276,4 +264,3 @@ def _mark_failed(error: Exception) -> None:
     cli = _PendingCLI.current
     if cli is not None and cli.run_dir is not None:
         cli.run_dir.mark_failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-

@@ -1,7 +1,8 @@
-"""Benchmark a model, or compare two evaluations.
+r"""Benchmark a model, or compare two evaluations.
 
   stepkd evaluate --model runs/sft --benchmark gsm8k --data data/gsm8k --limit 200 --out runs/sft-gsm8k
-  stepkd evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmark math500 --samples 8 --temperature 0.8 --out runs/m
+  stepkd evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmark math500 \
+      --samples 8 --temperature 0.8 --out runs/smollm2-math500
   stepkd evaluate --compare runs/base-gsm8k runs/sft-gsm8k
 
 A killed run goes on where it stood when the same command is given again, and ends with the same result.
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ask.add_argument("--system", help="system prompt")
     ask.add_argument("--few-shot", type=int, metavar="N", help="number of built-in worked examples, 0 to 4")
     ask.add_argument("--extractors", nargs="+", help="how answers are found, in order; default: the benchmark's")
-    ask.add_argument("--deadline", type=float, default=2.0, metavar="S", help="hard limit per graded answer (default 2)")
+    ask.add_argument(
+        "--deadline", type=float, default=2.0, metavar="S", help="hard limit per graded answer (default 2)"
+    )
     run_on = parser.add_argument_group("machine")
     run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
     run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -65,11 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from stepkd.evaluation.runner import EvaluationSpec, evaluate
     from stepkd.launch import check_launch
+    from stepkd.launch.quiet import quiet_libraries
 
+    quiet_libraries()
     if check_launch().world_size > 1:
-        raise ConfigError("stepkd evaluate runs in one process: start it without a launcher (shard with --data offset=)")
-    if arguments.overwrite:
-        _remove_evaluation(Path(arguments.out))
+        raise ConfigError(
+            "stepkd evaluate runs in one process: start it without a launcher (shard with --data offset=)"
+        )
     spec = EvaluationSpec(
         model=arguments.model,
         benchmark=arguments.benchmark,
@@ -93,9 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
         ks=tuple(arguments.ks or ()),
     )
     console = Console()
-    summary = evaluate(spec, report=_reporter(console))
+    summary = evaluate(spec, report=_reporter(console), overwrite=arguments.overwrite)
     print_summary(console, summary)
-    console.print(f"\nper-problem rows, manifest and summary: {arguments.out}")
+    console.print(f"\nper-problem rows, manifest and summary: {arguments.out}", markup=False, soft_wrap=True)
     return 0
 
 
@@ -109,23 +113,15 @@ def _list() -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from stepkd.evaluation.compare import compare_runs
+    from stepkd.evaluation.disk import write_atomically
+    from stepkd.evaluation.folder import COMPARISON_NAME
 
     comparison = compare_runs(*arguments.compare, seed=arguments.seed)
     print(comparison)
     if arguments.out:
-        path = Path(arguments.out)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(comparison.to_dict(), indent=2) + "\n"
+        write_atomically(Path(arguments.out) / COMPARISON_NAME, text.encode())
     return 0
-
-
-def _remove_evaluation(out: Path) -> None:
-    from stepkd.evaluation.manifest import MANIFEST_NAME
-
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / MANIFEST_NAME).is_file():
-            raise ConfigError(f"{out} holds no evaluation (no {MANIFEST_NAME}), so --overwrite does not touch it")
-        shutil.rmtree(out)
 
 
 def _template(arguments: argparse.Namespace) -> Any:
@@ -159,8 +155,10 @@ def _reporter(console: Any) -> Any:
 def print_summary(console: Any, summary: dict[str, Any]) -> None:
     """Table of metrics with their intervals."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{summary['model']} on {summary['benchmark']}: {summary['problems']} problems", title_justify="left")
+    title = f"{summary['model']} on {summary['benchmark']}: {summary['problems']} problems"
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column(f"{summary['level']:.0%} interval", justify="right")

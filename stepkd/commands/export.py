@@ -1,7 +1,7 @@
 """Write a trained model as a folder that plain transformers (and so vLLM and the llama.cpp converters) loads.
 
-  stepkd export runs/sft --to models/sft
-  stepkd export runs/sft --to models/sft-adapter --mode adapter
+stepkd export runs/sft --to models/sft
+stepkd export runs/sft --to models/sft-adapter --mode adapter
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd export``."""
+    from stepkd.launch.quiet import quiet_libraries
     from stepkd.models.export import export_model
 
+    quiet_libraries()
     folder = export_model(
         arguments.source,
         arguments.to,

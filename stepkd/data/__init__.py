@@ -1,6 +1,7 @@
 """Data: row contracts, sources, prompt templates, tokenisation, batches of one optimiser step.
 
 Light names (row contracts, specs, templates) load at once; :class:`StepData` needs Lightning and loads on first use.
+The function ``collate`` is in the module of its name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from stepkd.data.spec import DataSpec, check_training_use, load_rows, parse_spec
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 
 if TYPE_CHECKING:
-    from stepkd.data.collate import MicroBatch, collate
+    from stepkd.data.collate import MicroBatch
     from stepkd.data.datamodule import StepData
     from stepkd.data.encode import Encoder, Example
     from stepkd.data.loader import Position, StepBatch, StepLoader
@@ -37,7 +38,6 @@ _LAZY = {
     "StepBatch": "loader",
     "StepData": "datamodule",
     "StepLoader": "loader",
-    "collate": "collate",
 }
 
 __all__ = [
@@ -60,7 +60,6 @@ __all__ = [
     "StepData",
     "StepLoader",
     "check_training_use",
-    "collate",
     "get_template",
     "load_rows",
     "micro_batches",

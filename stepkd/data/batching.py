@@ -27,10 +27,10 @@ class BatchPlan:
             one would exceed ``size``, and holds at least one.
         seed: seed of the shuffle.
         shuffle: keep file order when False.
-        bucket_window: number of batches whose examples are sorted by length together before they are grouped; 1 leaves the
-            composition of batches random. Larger windows make batches of similar length, which also makes their
+        bucket_window: number of batches whose examples are sorted by length together before they are grouped; 1 leaves
+            the composition of batches random. Larger windows make batches of similar length, which also makes their
             composition depend on length.
-        drop_last: leave out a last batch of fewer than ``size`` sequences.
+        drop_last: leave out what does not fill a last batch of ``size`` sequences; only with ``unit="sequences"``.
     """
 
     def __init__(
@@ -50,7 +50,11 @@ class BatchPlan:
             raise ConfigError(f"global batch size {size}: must be at least 1")
         if bucket_window < 1:
             raise ConfigError(f"bucket_window={bucket_window}: must be at least 1")
-        if drop_last and unit == "sequences" and len(lengths) < size:
+        if not len(lengths):
+            raise ConfigError("there are no examples to form batches of")
+        if drop_last and unit == "tokens":
+            raise ConfigError("drop_last with batches measured in tokens: leave drop_last off")
+        if drop_last and len(lengths) < size:
             raise ConfigError(f"drop_last with {len(lengths)} examples and batches of {size}: no batch would be left")
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.size = size
@@ -58,7 +62,7 @@ class BatchPlan:
         self.seed = seed
         self.shuffle = shuffle
         self.bucket_window = bucket_window
-        self.drop_last = drop_last and unit == "sequences"
+        self.drop_last = drop_last
 
     @property
     def num_batches(self) -> int | None:
@@ -74,11 +78,11 @@ class BatchPlan:
         rng = generator(self.seed, "shuffle", epoch)
         if self.shuffle:
             order = rng.permutation(order)
+        if self.drop_last:
+            order = order[: len(order) // self.size * self.size]  # before sorting: what is left out is random
         if self.bucket_window > 1:
             order = self._bucketed(order)
         batches = self._group(order)
-        if self.drop_last and batches and len(batches[-1]) < self.size:
-            batches.pop()
         if self.bucket_window > 1 and self.shuffle:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches

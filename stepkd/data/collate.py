@@ -64,7 +64,7 @@ def collate(
     """Pad examples to one length.
 
     Args:
-        examples: at least one, each with a completion.
+        examples: at least one, each with a prompt; one without a completion has no targets and no steps.
         pad_id: id written into padding; its value never matters.
         padding_side: where the padding goes; does not change losses or gradients.
         pad_to: pad to at least this many tokens.

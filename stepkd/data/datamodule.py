@@ -121,7 +121,8 @@ class StepData(LightningDataModule):
 
     def _report_overlap(self) -> None:
         texts = {name: [str(e.row.get("prompt")) for e in self.examples[name]] for name in ("train", "validation")}
-        report = overlap_report(texts["train"], texts["validation"], n=self.overlap_ngram)
+        ids = [example.id for example in self.examples["validation"]]
+        report = overlap_report(texts["train"], texts["validation"], n=self.overlap_ngram, test_ids=ids)
         logger.info("train/validation overlap: %s", report)
 
     def _loader(self, name: str, *, shuffle: bool) -> StepLoader:
@@ -129,7 +130,7 @@ class StepData(LightningDataModule):
         training = name == "train"
         plan = BatchPlan(
             [example.length for example in examples],
-            size=self.global_batch_size,
+            size=self.global_batch_size if training else self._evaluation_batch_size(examples),
             unit=self.batch_unit if training else "sequences",
             seed=self.seed,
             shuffle=shuffle,
@@ -144,6 +145,12 @@ class StepData(LightningDataModule):
             world_size=world_size,
             position=self._train_position if training else Position,
         )
+
+    def _evaluation_batch_size(self, examples: list[Example]) -> int:
+        """Sequences per batch, so that the number of batches is known; about as many tokens as a training batch."""
+        if self.batch_unit == "sequences":
+            return self.global_batch_size
+        return max(1, self.global_batch_size * len(examples) // sum(example.length for example in examples))
 
     def _train_position(self) -> Position:
         module: Any = self.trainer.lightning_module if self.trainer is not None else None

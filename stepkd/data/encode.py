@@ -1,9 +1,9 @@
 """Rows to token ids: the prompt as at inference, the completion once and as a whole.
 
-The boundary rule. With ``boundary="separate"`` (default) the prompt is tokenised exactly as the sampler will tokenise it
-and the completion on its own, so no token straddles the two and training sees the ids that inference sees. With
+The boundary rule. With ``boundary="separate"`` (default) the prompt is tokenised exactly as the sampler will tokenise
+it and the completion on its own, so no token straddles the two and training sees the ids that inference sees. With
 ``boundary="joint"`` prompt and completion are tokenised as one text; a token that straddles the boundary counts as a
-completion token, and such rows are counted.
+completion token, and rows whose prompt ids then differ from those at inference are counted.
 
 The end rule. A finished solution ends in the tokenizer's end token (the turn end for chat models), which is a training
 target and belongs to the last step; it is never doubled. A completion given as ``token_ids`` (a rollout) is used as it
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stepkd.data.checks import ends_partition
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps import (
@@ -59,8 +60,8 @@ class Encoder:
         tokenizer: a fast transformers tokenizer.
         template: how a row becomes a prompt.
         segmenter: how a completion is cut into steps.
-        max_length: longest prompt + completion in tokens. Whole steps are dropped from the end of a completion that does
-            not fit; a row that would lose all its steps is left out. Both are counted in ``counts``.
+        max_length: longest prompt + completion in tokens. Whole steps are dropped from the end of a completion that
+            does not fit; a row that would lose all its steps is left out. Both are counted in ``counts``.
         boundary: see the module's text.
         append_eos: whether a text completion ends in the end token.
     """
@@ -94,15 +95,13 @@ class Encoder:
             DataError: the prompt is empty or does not leave room for one completion token.
         """
         text = self.template.render(row, self.tokenizer)
+        _check_encodable(text, row)
         special = self.template.adds_special_tokens(self.tokenizer)
         ids = tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        if (
-            special
-            and len(ids) > 1
-            and ids[-1] == self.tokenizer.eos_token_id
-            and not text.endswith(self.tokenizer.eos_token)
-        ):
-            ids = ids[:-1]  # some tokenizers end every text by themselves; a prompt goes on
+        if special and ids and ids[-1] == self.tokenizer.eos_token_id:
+            own = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if ids[len(ids) - len(own) :] != own:
+                ids = ids[:-1]  # some tokenizers end every text by themselves; a prompt goes on
         if not ids:
             raise DataError("the prompt has no tokens", path=str(row.get("id", "?")), column="prompt")
         if len(ids) >= self.max_length:
@@ -124,18 +123,20 @@ class Encoder:
         The completion is the row's ``token_ids`` when it has them, else its ``solution`` or ``completion`` text.
 
         Raises:
-            DataError: no completion, or one without a single step.
+            DataError: no completion, one without a single step, or sampled steps that do not partition it.
         """
         name = str(row.get("id", "?"))
         prompt = self.prompt_ids(row)
+        column = "solution" if row.get("solution") is not None else "completion"
         if row.get("token_ids") is not None:
-            completion, spans = self._sampled(row)
+            column = "token_ids"
+            completion, spans = self._sampled(row, name)
         else:
             prompt, completion = self._written(row, prompt, name)
             spans = segment(self.segmenter, completion)
             completion, spans = self._with_end(completion, spans)
         if not spans:
-            raise DataError("the completion has no steps (it is empty)", path=name, column="solution")
+            raise DataError("the completion has no steps (it is empty): drop the row", path=name, column=column)
         kept, dropped = truncate_spans(spans, self.max_length - len(prompt))
         self.counts["steps_dropped"] += dropped
         self.counts["rows_truncated"] += bool(dropped)
@@ -144,11 +145,14 @@ class Encoder:
             return None
         return Example(name, prompt, completion.token_ids[: kept[-1][1]], tuple(kept), row)
 
-    def _sampled(self, row: Mapping[str, Any]) -> tuple[TokenizedText, list[Span]]:
+    def _sampled(self, row: Mapping[str, Any], name: str) -> tuple[TokenizedText, list[Span]]:
         completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("logprobs"))
-        if row.get("step_ends") is not None:
-            return completion, spans_from_ends(row["step_ends"], len(completion))
-        return completion, segment(self.segmenter, completion)
+        if not completion.token_ids or row.get("step_ends") is None:
+            return completion, segment(self.segmenter, completion)
+        # Labels and values are stored one per step, so a repaired partition would shift them.
+        if (wrong := ends_partition(row)) is not None:
+            raise DataError(wrong[1], path=name, column=wrong[0])
+        return completion, spans_from_ends(row["step_ends"], len(completion))
 
     def _written(
         self, row: Mapping[str, Any], prompt: tuple[int, ...], name: str
@@ -162,19 +166,31 @@ class Encoder:
             )
         if self.boundary == "separate":
             return prompt, tokenize_text(self.tokenizer, text)
-        return self._joint(self.template.render(row, self.tokenizer), text, prompt)
+        return self._joint(self.template.render(row, self.tokenizer), text, prompt, name)
 
-    def _joint(self, prompt_text: str, text: str, prompt: tuple[int, ...]) -> tuple[tuple[int, ...], TokenizedText]:
+    def _joint(
+        self, prompt_text: str, text: str, prompt: tuple[int, ...], name: str
+    ) -> tuple[tuple[int, ...], TokenizedText]:
         """Tokenise prompt and completion as one text; a straddling token becomes the first completion token."""
         special = self.template.adds_special_tokens(self.tokenizer)
         lead = prompt[: len(prompt) - len(self.tokenizer(prompt_text, add_special_tokens=False)["input_ids"])]
         lead = lead if special else ()
         whole = tokenize_text(self.tokenizer, prompt_text + text)
-        cut = sum(end <= len(prompt_text) for end in whole.char_ends)
-        if (*lead, *whole.token_ids[:cut]) != prompt:
-            self.counts["rows_with_straddling_token"] += 1
+        # Raw offsets: a token with the first bytes of a character completes nothing, yet it is the completion's.
+        encoded = self.tokenizer(prompt_text + text, add_special_tokens=False, return_offsets_mapping=True)
+        beyond = (i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt_text))
+        cut = next(beyond, len(whole))
+        before = (*lead, *whole.token_ids[:cut])
+        if not before:
+            raise DataError(
+                "one token holds the whole prompt and the start of the completion, so no prompt is left: use boundary "
+                "'separate'",
+                path=name,
+                column="prompt",
+            )
+        self.counts["rows_with_straddling_token"] += before != prompt
         char_ends = tuple(max(end - len(prompt_text), 0) for end in whole.char_ends[cut:])
-        return (*lead, *whole.token_ids[:cut]), TokenizedText(whole.token_ids[cut:], text, char_ends)
+        return before, TokenizedText(whole.token_ids[cut:], text, char_ends)
 
     def _with_end(self, completion: TokenizedText, spans: list[Span]) -> tuple[TokenizedText, list[Span]]:
         eos = self.tokenizer.eos_token_id
@@ -197,3 +213,15 @@ class Encoder:
                 f"no row fits into max_length={self.max_length} tokens with at least one whole step: raise max_length"
             )
         return kept
+
+
+def _check_encodable(text: str, row: Mapping[str, Any]) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"character {error.start + 1} of the rendered prompt is half of a surrogate pair, which no tokenizer can "
+            "encode: export the data again as valid UTF-8",
+            path=str(row.get("id", "?")),
+            column="prompt",
+        ) from error

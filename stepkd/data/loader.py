@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from stepkd.data.batching import BatchPlan, rank_share
 from stepkd.data.encode import Example
+from stepkd.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class StepLoader:
         plan: the batches of each epoch.
         rank, world_size: which share to deliver.
         position: returns where to start.
+
+    Raises:
+        ConfigError: on iteration, when the position lies beyond the epoch: the data or the batch size has changed.
     """
 
     def __init__(
@@ -68,9 +73,21 @@ class StepLoader:
             raise TypeError("batches measured in tokens: their number is known only epoch by epoch")
         return self.plan.num_batches
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands; makes the loader resumable in Lightning's eyes."""
+        return asdict(self.position())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do: the module restores the position, and iteration reads it from there."""
+
     def __iter__(self) -> Iterator[StepBatch]:
         start = self.position()
         batches = self.plan.batches(start.epoch)
+        if start.batch >= len(batches):
+            raise ConfigError(
+                f"the run stands before batch {start.batch} of epoch {start.epoch}, and this data makes only "
+                f"{len(batches)} batches: resume with the data and batch size that the checkpoint was made with"
+            )
         for b in range(start.batch, len(batches)):
             last = b + 1 == len(batches)
             mine = rank_share(batches[b], self.plan.lengths, self.rank, self.world_size)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import Any
 
 from stepkd.grading import Grader, canonical_answer
 from stepkd.rollout import Rollout
+from stepkd.steps import TokenizedText, get_segmenter, segment
 from stepkd.tasks import check_row
 
 Row = Mapping[str, Any]
@@ -26,8 +27,8 @@ def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Rollout]], grader: Gr
     Returns:
         For each row a list of sample records, the layout of :mod:`stepkd.evaluation.metrics`: ``completion``,
         ``extracted``, ``verdict``, ``tokens``, ``finish``, ``vote`` (key of the answer's equivalence class: numbers by
-        value, other answers by tidied text, and one class for everything graded correct), ``logprob`` (summed, temperature
-        1) and ``step_labels`` (None where no exact checker exists).
+        value, other answers by tidied text, and one class for everything graded correct), ``logprob`` (summed,
+        temperature 1) and ``step_labels`` (None where no exact checker exists).
     """
     flat = [(row, rollout) for row, samples in zip(rows, rollouts, strict=True) for rollout in samples]
     grades = grader.grade([rollout.text for _, rollout in flat], [str(row["answer"]) for row, _ in flat])
@@ -51,14 +52,37 @@ def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Rollout]], grader: Gr
     return [[next(remaining) for _ in samples] for samples in rollouts]
 
 
-def step_labels(row: Row, completion: str) -> list[bool] | None:
-    """Exact label of every line of a completion, or None for rows that no task generated."""
+def step_labels(row: Row, completion: str, steps: Sequence[str] | None = None) -> list[bool] | None:
+    """Exact label of every step of a completion.
+
+    Args:
+        row: the problem row.
+        completion: the completion's text.
+        steps: texts of its steps; None cuts the text with the ``newline`` segmenter, so that blank lines are no steps
+            here any more than they are in training. A completion without text is one (wrong) step.
+
+    Returns:
+        One label per step, or None for rows that no task generated.
+    """
     if "task" not in row or "meta" not in row:
         return None
-    return check_row(row, completion.splitlines(keepends=True))
+    return check_row(row, _lines(completion) if steps is None else steps)
 
 
-def rollout_row(row: Row, rollout: Rollout, sample: Mapping[str, Any], step_ends: Sequence[int]) -> dict[str, Any]:
+def _lines(completion: str) -> list[str]:
+    """The steps of a text, a character at a time in place of tokens."""
+    length = len(completion)
+    text = TokenizedText(tuple(range(length)), completion, tuple(range(1, length + 1)))
+    return [text.span_text(*span) for span in segment(get_segmenter("newline"), text)] or [""]
+
+
+def rollout_row(
+    row: Row,
+    rollout: Rollout,
+    sample: Mapping[str, Any],
+    step_ends: Sequence[int],
+    steps: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """One line of a rollout file (the ROLLOUT contract of :mod:`stepkd.data.rows`), without provenance columns.
 
     Args:
@@ -66,6 +90,8 @@ def rollout_row(row: Row, rollout: Rollout, sample: Mapping[str, Any], step_ends
         rollout: the sampled completion.
         sample: its record from :func:`judge`.
         step_ends: exclusive token ends of its steps.
+        steps: texts of these steps, which are then judged one by one. None keeps the labels that ``sample`` has where
+            there are as many as steps; else (another segmenter, a token across a line's end) the row has no labels.
     """
     result = {
         "problem_id": str(row["id"]),
@@ -78,6 +104,7 @@ def rollout_row(row: Row, rollout: Rollout, sample: Mapping[str, Any], step_ends
         "correct": sample["verdict"] == "correct",
         "answer": row["answer"],
     }
-    if sample["step_labels"] is not None:
-        result["step_labels"] = sample["step_labels"]
+    labels = sample["step_labels"] if steps is None else step_labels(row, rollout.text, steps)
+    if labels is not None and len(labels) == len(step_ends):
+        result["step_labels"] = labels
     return result

@@ -7,6 +7,7 @@ noise, so a killed run, given the same command, goes on where it stood and ends 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -24,15 +25,9 @@ from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError
 from stepkd.evaluation.benchmarks import Benchmark, benchmark_data, default_ks, get_benchmark
 from stepkd.evaluation.disk import write_atomically
+from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
 from stepkd.evaluation.judging import judge
-from stepkd.evaluation.manifest import (
-    MANIFEST_NAME,
-    RESULTS_NAME,
-    build_manifest,
-    check_resumable,
-    read_manifest,
-    write_manifest,
-)
+from stepkd.evaluation.manifest import RESULTS_NAME, build_manifest
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.store import ResultStore
 from stepkd.grading import EXTRACTOR_VERSION, Grader
@@ -41,7 +36,6 @@ from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.rollout import SamplingSpec, TransformersSampler
 from stepkd.steps import get_segmenter
 
-SUMMARY_NAME = "summary.json"
 Report = Callable[[int, int, dict[str, float]], None]
 
 
@@ -95,6 +89,12 @@ class EvaluationSpec:
             raise ConfigError(f"{self.samples} samples at temperature 0 would all be the same: set --temperature")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit}: at least one problem, or none for all")
+        if self.max_rows < 1:
+            raise ConfigError(f"max_rows={self.max_rows}: at least one completion must be decoded at once")
+        if bad := [k for k in self.ks if not 1 <= k <= self.samples]:
+            raise ConfigError(
+                f"k={bad[0]} of pass@k: must lie between 1 and the number of samples per problem, {self.samples}"
+            )
 
     def sampling(self, benchmark: Benchmark) -> SamplingSpec:
         """The sampler's settings."""
@@ -103,84 +103,68 @@ class EvaluationSpec:
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
-            max_new_tokens=self.max_new_tokens or benchmark.max_new_tokens,
+            max_new_tokens=benchmark.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
             stop=self.stop,
             seed=self.seed,
         )
 
 
-def evaluate(spec: EvaluationSpec, *, policy: Policy | None = None, report: Report | None = None) -> dict[str, Any]:
+def evaluate(
+    spec: EvaluationSpec, *, policy: Policy | None = None, report: Report | None = None, overwrite: bool = False
+) -> dict[str, Any]:
     """Run (or go on with) an evaluation.
 
     Args:
         spec: what to evaluate, and where to write.
         policy: an already loaded model to use in place of loading ``spec.model``.
         report: called after every batch with (problems done, problems in all, running figures).
+        overwrite: delete an earlier evaluation in the folder, once everything else has been found to be in order.
 
     Returns:
-        The summary that ``summary.json`` holds: metrics with intervals (see :func:`stepkd.evaluation.metrics.summarise`),
-        ``tokens_per_second``, and the manifest.
+        The summary that ``summary.json`` holds: metrics with intervals (:func:`stepkd.evaluation.metrics.summarise`)
+        and ``tokens_per_second``; and the manifest.
 
     Raises:
         ConfigError: the folder holds another evaluation, or settings contradict each other.
         DataError, ModelError: the data or the model cannot be used.
     """
     benchmark = get_benchmark(spec.benchmark)
-    ks = spec.ks or tuple(default_ks(spec.samples))
-    if bad := [k for k in ks if not 1 <= k <= spec.samples]:
-        raise ConfigError(f"k={bad[0]} needs at least that many samples, there are {spec.samples}")
+    sampling = spec.sampling(benchmark)
+    template = get_template(spec.template or benchmark.template)
+    grader = Grader(extractors=spec.extractors or benchmark.extractors, deadline_s=spec.deadline_s)
+    device, out = _device(spec.device), Path(spec.out)
+    check_folder(out, overwrite=overwrite)
     data = benchmark_data(benchmark, spec.data, spec.limit)
     rows = load_rows(data, contract=PROBLEM)
     check_unique_ids(rows, path=spec.data)
     if policy is None:
         policy = load_trained(spec.model, dtype=spec.dtype, attention=spec.attention)
-    policy.to(_device(spec.device))
-    sampling = spec.sampling(benchmark)
-    template = get_template(spec.template or benchmark.template)
-    extractors = spec.extractors or benchmark.extractors
-    prompts = encode_prompts(policy, template, rows, sampling.max_new_tokens)
-    manifest = _manifest(spec, benchmark, data, policy, template, sampling, extractors)
-    out = Path(spec.out)
-    if (out / MANIFEST_NAME).is_file():
-        check_resumable(read_manifest(out), manifest)
-    elif out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty and holds no evaluation (no {MANIFEST_NAME}): give another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_manifest(out, manifest)
+    policy.to(device)
+    prompts = encode_prompts(policy, template, rows)
+    manifest = _manifest(spec, benchmark, data, policy, template, sampling, grader.extractors)
+    prepare_folder(out, manifest, overwrite=overwrite)
     sampler = TransformersSampler(policy, max_rows=spec.max_rows)
-    with (
-        ResultStore(out / RESULTS_NAME) as store,
-        Grader(extractors=extractors, deadline_s=spec.deadline_s) as grader,
-    ):
+    with ResultStore(out / RESULTS_NAME) as store, grader:
         for number, batch in enumerate(fixed_batches(prompts, spec.samples, spec.max_rows)):
             if number in store.finished_batches:
                 continue
             start = time.perf_counter()
-            chosen = [rows[i] for i in batch]
             rollouts = sampler.sample(
                 [prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch
             )
-            judged = judge(chosen, rollouts, grader)
+            judged = judge([rows[i] for i in batch], rollouts, grader)
             seconds = (time.perf_counter() - start) / len(batch)
             store.append_batch(
                 number,
                 [
-                    {
-                        "id": str(row["id"]),
-                        "index": i,
-                        "prompt": policy.tokenizer.decode(list(prompts[i].prompt_ids), skip_special_tokens=False),
-                        "answer": str(row["answer"]),
-                        "samples": samples,
-                        "seconds": round(seconds, 4),
-                    }
-                    for i, row, samples in zip(batch, chosen, judged, strict=True)
+                    _result_row(policy, rows[i], i, prompts[i], samples, seconds)
+                    for i, samples in zip(batch, judged, strict=True)
                 ],
             )
             if report is not None:
                 report(len(store), len(rows), _running(store.rows()))
         results = store.rows()
-    summary = summarise(results, ks, seed=spec.seed)
+    summary = summarise(results, spec.ks or default_ks(spec.samples), seed=spec.seed)
     seconds = sum(row["seconds"] for row in results)
     summary["tokens_per_second"] = summary["total_tokens"] / seconds if seconds else None
     summary["benchmark"] = benchmark.name
@@ -189,10 +173,12 @@ def evaluate(spec: EvaluationSpec, *, policy: Policy | None = None, report: Repo
     return summary | {"manifest": manifest}
 
 
-def encode_prompts(
-    policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]], max_new_tokens: int
-) -> list[Example]:
-    """Prompt ids of every row, each with room for a completion in the model's context."""
+def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Example]:
+    """Prompt ids of every row, each with room for at least one token in the model's context.
+
+    Raises:
+        DataError: a prompt fills the context.
+    """
     context = policy.max_length or 10**9
     encoder = Encoder(policy.tokenizer, template, get_segmenter("newline"), max_length=context)
     return [encoder.prompt_example(row) for row in rows]
@@ -214,6 +200,28 @@ def _running(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def _result_row(
+    policy: Policy, row: dict[str, Any], index: int, prompt: Example, samples: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    ids = list(prompt.prompt_ids)
+    return {
+        "id": str(row["id"]),
+        "index": index,
+        "prompt": policy.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        "answer": str(row["answer"]),
+        "samples": samples,
+        "seconds": round(seconds, 4),
+    }
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Short hash of everything that decides how text becomes ids: vocabulary, merges, normaliser, special tokens."""
+    shape = json.loads(tokenizer.backend_tokenizer.to_str())
+    shape.pop("truncation", None)  # set by whoever called last
+    shape.pop("padding", None)
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -223,6 +231,8 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device={name!r}: must be auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name!r}, but no CUDA device is available: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
 
 
@@ -254,10 +264,12 @@ def _manifest(
         benchmark=benchmark.name,
         benchmark_source=f"{data.source}:{resolve_split(data)}",
         data_fingerprint=fingerprint(whole),
-        limit=spec.limit,
+        limit=data.limit,
         extra={
             "extractors": list(extractors),
             "deadline_s": spec.deadline_s,
+            "tokenizer": tokenizer_fingerprint(policy.tokenizer),
+            "end_ids": sorted(policy.eos_ids),
             "attention": policy.causal_lm.config._attn_implementation,
             "data_options": dict(data.options),
             "offset": data.offset,

@@ -46,21 +46,23 @@ def reduce(
         Scalar loss. Summed over micro-batches and averaged over ranks it is the loss of the whole batch.
 
     Raises:
-        ValueError: a component without denominator, a negative denominator, a weight for a component that is not there,
-            or a sum that is not a scalar.
+        ValueError: a component without denominator, a denominator that is negative or not finite, a weight for a
+            component that is not there, a sum that is not a scalar, or a world size below 1.
     """
     weights = {} if weights is None else weights
     if unknown := set(weights) - set(sums):
         raise ValueError(f"weights for {sorted(unknown)}, but the loss has only {sorted(sums)}")
     if not sums:
         raise ValueError("a loss needs at least one component")
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size}: must be at least 1")
     total: Tensor | None = None
     for name, value in sums.items():
         if name not in denominators:
             raise ValueError(f"no denominator for loss component {name!r}: count it before the first backward")
         count = float(denominators[name])
-        if count < 0 or count != count:
-            raise ValueError(f"denominator of {name!r} is {count}: must be a count >= 0")
+        if not 0 <= count < float("inf"):
+            raise ValueError(f"denominator of {name!r} is {count}: must be a finite count >= 0")
         if value.dim() != 0:
             raise ValueError(f"loss component {name!r} has shape {tuple(value.shape)}: must be a scalar sum")
         scale = 0.0 if count == 0 else weights.get(name, 1.0) * world_size / count

@@ -69,9 +69,14 @@ def cross_entropy(
         weights_N: optional weight of every target, >= 0; the denominator is then the sum of weights.
 
     Returns:
-        ``sums["ce"]``: sum over targets of ``-weight * log p(target)`` in nats; metric ``token_accuracy``: share of targets
-        that are the most likely token.
+        ``sums["ce"]``: sum over targets of ``-weight * log p(target)`` in nats; metric ``token_accuracy``: share of
+        targets (unweighted) that are the most likely token.
+
+    Raises:
+        ValueError: lengths that differ.
     """
+    if weights_N is not None and weights_N.shape != targets_N.shape:
+        raise ValueError(f"{tuple(targets_N.shape)} targets but weights of shape {tuple(weights_N.shape)}")
     stats_N2 = chunked_head(_logp_and_hit, head, hidden_NH, targets_N, chunk_size=chunk_size)
     logps_N, hits_N = stats_N2[:, 0], stats_N2[:, 1].detach()
     weighted_N = logps_N if weights_N is None else logps_N * weights_N

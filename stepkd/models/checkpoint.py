@@ -34,9 +34,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} holds more than tensors and plain values, and loading it would execute code: refused. Only load "
             "checkpoints that stepkd wrote"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch raises many classes for a torn or foreign file
         raise ModelError(f"{path} is not a whole checkpoint ({type(error).__name__}): use an earlier one") from error
-    if not isinstance(checkpoint, dict) or "policy" not in checkpoint.get("stepkd", {}):
+    extra = checkpoint.get("stepkd") if isinstance(checkpoint, dict) else None
+    if not isinstance(extra, dict) or "policy" not in extra or "state_dict" not in checkpoint:
         raise ModelError(f"{path} is not a stepkd checkpoint: it has no 'stepkd' section")
     return checkpoint
 
@@ -53,7 +54,12 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def load_trained(
-    path: str | Path, *, dtype: str | None = None, attention: str | None = None, ema: bool = True
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    attention: str | None = None,
+    ema: bool = True,
+    dequantise: bool = False,
 ) -> Policy:
     """Load a model for evaluation or export.
 
@@ -62,16 +68,17 @@ def load_trained(
         dtype: overrides the dtype it was trained in.
         attention: overrides the attention implementation.
         ema: use the averaged weights of a checkpoint that has them.
+        dequantise: put a checkpoint's adapter on the unquantised base, whatever it was trained on.
 
     Raises:
         ModelError: nothing loadable there.
     """
-    checkpoint_path = find_checkpoint(Path(path)) if Path(path).exists() else None
-    if checkpoint_path is None and str(path).endswith(".ckpt"):
-        raise ModelError(f"no checkpoint at {path}")
+    checkpoint_path = find_checkpoint(Path(path).expanduser())
     checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path)
     spec = PolicySpec(path=str(path)) if checkpoint is None else spec_from_dict(checkpoint["stepkd"]["policy"])
     spec = replace(spec, gradient_checkpointing=False)
+    if dequantise:
+        spec = replace(spec, quantization="none")
     if dtype is not None:
         spec = replace(spec, dtype=dtype)  # type: ignore[arg-type]
     elif checkpoint is None:
@@ -88,8 +95,8 @@ def _load_weights(policy: Policy, checkpoint: dict[str, Any], path: str, *, ema:
     weights = {name.removeprefix("policy."): value for name, value in checkpoint["state_dict"].items()}
     if ema and "ema" in checkpoint["stepkd"]:
         weights.update(checkpoint["stepkd"]["ema"])
-    expected = {name for name, _ in policy.trainable_parameters()}
-    if expected != set(weights):
+    expected = {name: parameter.shape for name, parameter in policy.trainable_parameters()}
+    if expected != {name: value.shape for name, value in weights.items()}:
         raise ModelError(f"{path} holds weights of another model than its own policy section describes")
     policy.load_state_dict(weights, strict=False)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from stepkd.errors import ConfigError, ModelError
+from stepkd.models.adapter import ADAPTER_CONFIG, first_line
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
+from stepkd.models.tiny import TINY_PRESETS
 
 
 def export_model(
@@ -27,10 +31,11 @@ def export_model(
     Args:
         source: a run folder, a checkpoint, an adapter folder, or any model path.
         out: the folder to write; written whole or not at all.
-        mode: ``merged`` folds adapters into the weights; ``adapter`` writes the adapter alone, in peft's format.
+        mode: ``merged`` folds adapters into the weights (those of the unquantised base, after QLoRA); ``adapter``
+            writes the adapter alone, in peft's format.
         dtype: weights' dtype; None keeps the one the model was trained in.
         ema: use the averaged weights of a checkpoint that has them.
-        overwrite: replace an existing folder.
+        overwrite: replace an existing export.
         push_to_hub: repository id to upload the folder to afterwards (needs credentials and a network).
 
     Returns:
@@ -38,19 +43,20 @@ def export_model(
 
     Raises:
         ConfigError: the folder exists, or ``adapter`` was asked of a model without one.
-        ModelError: the source cannot be loaded, or the upload failed (the folder stays).
+        ModelError: the source cannot be loaded, the folder cannot be written, or the upload failed (the folder stays).
     """
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} already exists: give another folder, or --overwrite to replace it")
-    policy = load_trained(source, dtype=dtype, ema=ema)
+    out = Path(out).expanduser().absolute()
+    if mode not in ("merged", "adapter"):
+        raise ConfigError(f"mode={mode!r}: must be 'merged' or 'adapter'")
+    _check_target(out, overwrite=overwrite)
+    policy = load_trained(source, dtype=dtype, ema=ema, dequantise=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         save_policy(policy, temporary, mode=mode)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
+        _put_in_place(temporary, out)
+    except OSError as error:
+        raise ModelError(f"cannot write the export to {out}: {first_line(error)}; nothing was left there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if push_to_hub is not None:
@@ -63,25 +69,76 @@ def save_policy(policy: Policy, out: Path, *, mode: Literal["merged", "adapter"]
     if mode == "adapter":
         if not policy.has_adapter:
             raise ConfigError("there is no adapter to write: the model was trained in full; use --mode merged")
+        if policy.spec is not None and policy.spec.path in TINY_PRESETS and policy.spec.init_seed != 0:
+            raise ConfigError(
+                f"an adapter on random weights (policy.init_seed={policy.spec.init_seed}) cannot name its base model; "
+                "use --mode merged"
+            )
         policy.model.save_pretrained(out, safe_serialization=True)
-    elif mode == "merged":
+    else:
+        if policy.has_adapter:
+            _untie_adapted_head(policy.causal_lm)
         model = policy.model.merge_and_unload() if policy.has_adapter else policy.model
         model.save_pretrained(out, safe_serialization=True)
-    else:
-        raise ConfigError(f"mode={mode!r}: must be 'merged' or 'adapter'")
     policy.tokenizer.save_pretrained(out)
+
+
+def _untie_adapted_head(causal_lm: Any) -> None:
+    """Give head and embeddings weights of their own where an adapter sits on one of two tied ones.
+
+    Merging writes into the shared weight, which would change both; and transformers saves one of two tied weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    config = causal_lm.config.get_text_config()
+    head, embeddings = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    if not config.tie_word_embeddings or not (isinstance(head, adapted) or isinstance(embeddings, adapted)):
+        return
+    own = head
+    if isinstance(head, BaseTunerLayer):
+        own = head.get_base_layer()
+    elif isinstance(head, AuxiliaryTrainingWrapper):
+        own = head.original_module
+    own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)
+    causal_lm.config.tie_word_embeddings = config.tie_word_embeddings = False
+
+
+def _check_target(out: Path, *, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"{out} already exists: give another folder, or --overwrite to replace it")
+    is_model = any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    if not out.is_dir() or not (is_model or not any(out.iterdir())):
+        raise ConfigError(f"{out} is not a model folder, so --overwrite does not replace it: give another folder")
+
+
+def _put_in_place(temporary: Path, out: Path) -> None:
+    """Rename, keeping the folder that is replaced until the new one stands."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    out.rename(old)
+    try:
+        temporary.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _push(folder: Path, repository: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True, private=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub's own errors, those of its HTTP library, and bad repository ids
         raise ModelError(
-            f"the upload to {repository} failed ({type(error).__name__}: {str(error).splitlines()[0]}); the export is "
+            f"the upload to {repository} failed ({type(error).__name__}: {first_line(error)}); the export is "
             f"complete in {folder}: log in (hf auth login) and upload that folder"
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +20,17 @@ def backbone_of(causal_lm: Any) -> nn.Module:
         ModelError: the class has no separate backbone.
     """
     backbone = causal_lm.base_model
+    if backbone is causal_lm:  # a class whose base_model_prefix names nothing (Llama 4)
+        backbone = getattr(causal_lm, "model", causal_lm)
     if backbone is causal_lm or causal_lm.get_output_embeddings() is None:
         raise ModelError(
             f"{type(causal_lm).__name__} has no backbone and vocabulary head that can be called apart; "
             "stepkd needs a decoder-only ...ForCausalLM class"
         )
     return backbone
+
+
+_MULTIPLYING = ("hyperclovax",)  # architectures that read Granite's ``logits_scaling`` the other way round
 
 
 def vocab_head(causal_lm: Any, vocab_size: int | None = None) -> VocabHead:
@@ -38,13 +45,26 @@ def vocab_head(causal_lm: Any, vocab_size: int | None = None) -> VocabHead:
     if getattr(config, "logit_scale", None) is not None:
         scale = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None) is not None:
-        scale = 1.0 / float(config.logits_scaling)
+        scaling = float(config.logits_scaling)
+        scale = scaling if config.model_type in _MULTIPLYING else 1.0 / scaling
     return VocabHead(
         causal_lm.get_output_embeddings(),
         logit_scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),
         vocab_size=vocab_size,
     )
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (dropout off) for a block; afterwards every submodule is back in the mode it had."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child in training:
+            child.training = True
 
 
 @torch.no_grad()
@@ -55,25 +75,71 @@ def check_head(causal_lm: Any) -> None:
     would silently optimise another model.
 
     Raises:
-        ModelError: the logits differ.
+        ModelError: the logits differ, or are not finite.
     """
-    was_training = causal_lm.training
-    causal_lm.eval()
-    try:
-        rows = causal_lm.get_input_embeddings().weight.shape[0]
-        device = causal_lm.get_input_embeddings().weight.device
-        input_ids = torch.tensor([[1, 2, 3, 0]], device=device) % rows
-        expected: Tensor = causal_lm(input_ids=input_ids, use_cache=False).logits.float()
-        hidden = backbone_of(causal_lm)(input_ids=input_ids, use_cache=False).last_hidden_state
-        actual = vocab_head(causal_lm)(hidden).float()
-    finally:
-        causal_lm.train(was_training)
-    error = (expected - actual).norm() / expected.norm().clamp(min=1e-30)
-    if not error < 1e-2:
+    ids = _probe_ids(causal_lm)
+    with evaluation_mode(causal_lm):
+        expected: Tensor = causal_lm(input_ids=ids, use_cache=False).logits
+        actual = vocab_head(causal_lm)(backbone_of(causal_lm)(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.isfinite(expected).all():
+        raise ModelError(
+            f"{type(causal_lm).__name__}: logits are not finite in {expected.dtype}: broken weights, or a dtype too "
+            "narrow for this model (policy.dtype: bfloat16 or float32)"
+        )
+    error = _relative_error(actual, expected)
+    if not error < (1e-2 if _is_half(causal_lm) else 1e-4):
         raise ModelError(
             f"{type(causal_lm).__name__}: logits rebuilt from hidden states differ from the model's own by "
-            f"{error:.1%}; its head does something stepkd does not know (please report the architecture)"
+            f"{error:.2%}; its head does something stepkd does not know (please report the architecture)"
         )
+
+
+@torch.no_grad()
+def check_padding(causal_lm: Any) -> None:
+    """Compare hidden states of four tokens padded on the right with the same four padded on the left.
+
+    Sampling pads left and training pads right. Recurrent and encoder-decoder models, for instance, give other states
+    then: training would look fine and sampling would be of another model.
+
+    Raises:
+        ModelError: the states differ, or are not finite.
+    """
+    ids, pad = _probe_ids(causal_lm), 3
+    filler = torch.zeros_like(ids[:, :pad])
+    input_ids = torch.cat([torch.cat([ids, filler], 1), torch.cat([filler, ids], 1)])
+    mask = torch.cat([torch.ones_like(ids), filler], 1)
+    mask = torch.cat([mask, mask.flip(1)])
+    with evaluation_mode(causal_lm):
+        hidden = backbone_of(causal_lm)(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions_from_mask(mask), use_cache=False
+        ).last_hidden_state
+    error = _relative_error(hidden[1, pad:], hidden[0, :-pad])
+    # In half precision the two layouts round differently (and may route a token to another expert).
+    if not (torch.isfinite(hidden).all() and error < (0.3 if _is_half(causal_lm) else 1e-3)):
+        raise ModelError(
+            f"{type(causal_lm).__name__}: left and right padding give different hidden states (by {error:.1%}) with "
+            f"{hidden.dtype} and {causal_lm.config._attn_implementation} attention; stepkd needs a decoder-only model "
+            "that honours attention masks (in float64, eager attention does not: use sdpa)"
+        )
+
+
+def positions_from_mask(attention_mask_BT: Tensor) -> Tensor:
+    """Position of each token among its row's real tokens, so that left and right padding give the same states."""
+    return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _probe_ids(causal_lm: Any) -> Tensor:
+    weight = causal_lm.get_input_embeddings().weight
+    return torch.tensor([[1, 2, 3, 0]], device=weight.device) % weight.shape[0]
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp(min=1e-30))
+
+
+def _is_half(causal_lm: Any) -> bool:
+    return causal_lm.get_input_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
 
 
 def real_vocab_size(tokenizer: Any, num_rows: int) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepkd.errors import ConfigError, ModelError
+from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
 from stepkd.models.spec import PolicySpec
 from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_tokenizer
 
@@ -26,95 +27,161 @@ def load_model(spec: PolicySpec) -> tuple[Any, Any]:
 
     Returns:
         ``(model, tokenizer)``: a transformers causal language model, wrapped by peft when ``spec.lora`` is set or the
-        path is an adapter folder, on the CPU, in evaluation mode.
+        path is an adapter folder, on the CPU (quantised: on the GPU), in evaluation mode.
 
     Raises:
         ModelError: nothing loadable at ``spec.path``, weights or tokenizer missing, tokenizer without an end token.
+        ConfigError: settings that do not fit the model or this machine.
     """
-    path = Path(spec.path)
-    adapter = path if (path / "adapter_config.json").is_file() else None
-    base = _adapter_base(path) if adapter else spec.path
-    model = _base_model(spec, base)
-    tokenizer = load_tokenizer(spec, base)
+    adapter = adapter_folder(spec.path)
     if spec.lora is not None and adapter is not None:
         raise ConfigError(
             f"policy.path={spec.path} is an adapter and policy.lora asks for a new one: drop policy.lora to go on "
             "training this adapter, or merge it first (stepkd export)"
         )
+    model = _base_model(_base_spec(spec))
+    tokenizer = load_tokenizer(spec)
     if adapter is not None:
-        model = _load_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     elif spec.lora is not None:
-        model = _add_lora(model, spec)
+        model = add_lora(model, spec)
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(f"policy.gradient_checkpointing does not work: {first_line(error)}") from error
         model.enable_input_require_grads()
     model.eval()
     return model, tokenizer
 
 
-def _base_model(spec: PolicySpec, base: str) -> Any:
+def _base_spec(spec: PolicySpec) -> PolicySpec:
+    """The same settings for the model below an adapter folder; any other spec as it is."""
+    adapter = adapter_folder(spec.path)
+    if adapter is None:
+        return spec
+    base, revision = adapter_base(adapter)
+    return replace(spec, path=base, revision=revision)
+
+
+def _base_model(spec: PolicySpec) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if base in TINY_PRESETS:
-        dtype = "float32" if spec.dtype == "auto" else spec.dtype
-        return build_tiny(base, seed=spec.init_seed, dtype=dtype)[0]
-    source, gguf_file = _split_gguf(base)
+    quantization = None if spec.quantization == "none" else _quantization(spec)
+    if spec.path in TINY_PRESETS:
+        return _tiny_model(spec)
+    source, gguf_file = _split_gguf(spec.path)
     arguments: dict[str, Any] = {
         "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype),
         "trust_remote_code": spec.trust_remote_code,
+        "output_loading_info": True,
     }
     if spec.revision is not None:
         arguments["revision"] = spec.revision
     if gguf_file is not None:
-        _require_gguf(base)
+        _require_gguf(spec.path)
         arguments["gguf_file"] = gguf_file
         if spec.dtype == "auto":
             arguments["dtype"] = torch.bfloat16
     if spec.attention is not None:
         arguments["attn_implementation"] = spec.attention
-    if spec.quantization != "none":
-        arguments["quantization_config"] = _quantization(spec)
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
     _check_folder(source, gguf_file)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_load_message(base, error)) from error
+        model, report = AutoModelForCausalLM.from_pretrained(source, **arguments)
+    except Exception as error:  # transformers, safetensors, gguf and the hub raise many classes for a broken model
+        raise ModelError(_load_message(spec.path, error)) from error
+    _check_complete(spec.path, model, report)
     if gguf_file is not None:
-        # The weights are dequantised; with these left in place save_pretrained refuses to write them.
-        for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-            if hasattr(holder, name):
-                delattr(holder, name)
-        model.is_quantized = False
+        _forget_gguf(model)
     return model
 
 
-def load_tokenizer(spec: PolicySpec, base: str | None = None) -> Any:
+def _tiny_model(spec: PolicySpec) -> Any:
+    if spec.quantization != "none":
+        raise ConfigError(f"policy.quantization={spec.quantization!r}: the tiny presets cannot be quantised")
+    model, _ = build_tiny(spec.path, seed=spec.init_seed, dtype="float32" if spec.dtype == "auto" else spec.dtype)
+    if spec.attention is not None:
+        try:
+            model.set_attn_implementation(spec.attention)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"policy.attention={spec.attention!r} does not work: {first_line(error)}") from error
+    return model
+
+
+def _check_complete(path: str, model: Any, report: dict[str, Any]) -> None:
+    """Refuse what transformers only warns of: weights that it had to make up."""
+    if getattr(model, "peft_config", None):
+        raise ModelError(
+            f"{path!r} is a peft adapter: download it (hf download) and give its folder as policy.path, or give the "
+            "base model"
+        )
+    # Mismatched ones come as (name, shape found, shape wanted).
+    made_up = sorted(
+        key if isinstance(key, str) else key[0]
+        for name in ("missing_keys", "mismatched_keys")
+        for key in report.get(name, ())
+    )
+    if made_up:
+        raise ModelError(
+            f"{path!r} lacks weights that {type(model).__name__} needs ({', '.join(made_up[:3])}"
+            f"{', ...' if len(made_up) > 3 else ''}; {len(made_up)} in all): they would start at random. Is it a model "
+            "of another kind (an encoder, a reward model), or was it cut off?"
+        )
+
+
+def _forget_gguf(model: Any) -> None:
+    # The weights are dequantised; with these left in place save_pretrained refuses to write them.
+    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    model.is_quantized = False
+
+
+def load_tokenizer(spec: PolicySpec) -> Any:
     """Load and check the tokenizer of a policy.
 
-    A missing pad token is replaced by the end token, with a warning: attention masks and target positions, never pad
-    ids, decide what counts. A missing end token is an error, because a policy that cannot stop cannot be sampled.
+    It comes from ``spec.tokenizer``, else from beside the weights; for an adapter folder without tokenizer files, from
+    the base model. A missing pad token is replaced by the end token, with a warning: attention masks and target
+    positions, never pad ids, decide what counts. A missing end token is an error, because a policy that cannot stop
+    cannot be sampled.
+
+    Raises:
+        ModelError: no tokenizer there, or one without an end token.
     """
     from transformers import AutoTokenizer
 
-    base = base if base is not None else spec.path
-    if base in TINY_PRESETS and spec.tokenizer is None:
+    where, revision = _tokenizer_place(spec)
+    if where in TINY_PRESETS:
         return tiny_tokenizer()
-    source, gguf_file = _split_gguf(spec.tokenizer or base)
+    source, gguf_file = _split_gguf(where)
     arguments: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    if spec.revision is not None and spec.tokenizer is None:
-        arguments["revision"] = spec.revision
+    if revision is not None:
+        arguments["revision"] = revision
     if gguf_file is not None:
-        _require_gguf(base)
+        _require_gguf(where)
         arguments["gguf_file"] = gguf_file
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers, tokenizers and the hub raise many classes for a broken tokenizer
         raise ModelError(
-            f"no tokenizer at {source!r}: {_first_line(error)}. Put the tokenizer files beside the weights or set "
+            f"no tokenizer at {source!r}: {first_line(error)}. Put the tokenizer files beside the weights or set "
             "policy.tokenizer"
         ) from error
     check_tokenizer(tokenizer, source)
     return tokenizer
+
+
+def _tokenizer_place(spec: PolicySpec) -> tuple[str, str | None]:
+    """Path or hub id of the tokenizer, and its revision."""
+    if spec.tokenizer is not None:
+        return spec.tokenizer, None
+    adapter = adapter_folder(spec.path)
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        return str(adapter), None
+    base = _base_spec(spec)
+    return base.path, base.revision
 
 
 def check_tokenizer(tokenizer: Any, source: str) -> None:
@@ -135,6 +202,8 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
 
 
 def _split_gguf(path: str) -> tuple[str, str | None]:
+    if path.startswith("~"):
+        path = str(Path(path).expanduser())
     if path.endswith(".gguf"):
         file = Path(path)
         if not file.is_file():
@@ -161,28 +230,20 @@ def _check_folder(source: str, gguf_file: str | None) -> None:
             raise ModelError(
                 f"{source} holds a config.json but no weights (*.safetensors): was the download or the export cut off?"
             )
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+    elif source.startswith((".", "/")) or source.count("/") > 1:
         raise ModelError(f"no model folder at {source}")
 
 
 def _load_message(path: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{path!r} ships its own Python code, which stepkd does not run unasked. Read that code; if you trust it, "
+            "set policy.trust_remote_code: true"
+        )
     return (
-        f"cannot load {path!r}: {_first_line(error)}. Give an existing folder, a .gguf file, a tiny preset "
+        f"cannot load {path!r}: {first_line(error)}. Give an existing folder, a .gguf file, a tiny preset "
         f"({', '.join(TINY_PRESETS)}), or a hub id that this machine can reach (or has in its cache)"
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _adapter_base(path: Path) -> str:
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path)")
-    return str(base)
 
 
 def _quantization(spec: PolicySpec) -> Any:
@@ -199,33 +260,3 @@ def _quantization(spec: PolicySpec) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
-
-
-def _load_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    if not any((adapter / name).is_file() for name in ("adapter_model.safetensors",)):
-        raise ModelError(f"{adapter} holds adapter_config.json but no adapter_model.safetensors")
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-
-
-def _add_lora(model: Any, spec: PolicySpec) -> Any:
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    assert spec.lora is not None
-    lora = spec.lora
-    if spec.quantization != "none":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        use_rslora=lora.rslora,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"policy.lora does not fit {spec.path}: {_first_line(error)}") from error

@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from stepkd.losses.linear import VocabHead
-from stepkd.models.head import backbone_of, check_head, real_vocab_size, vocab_head
+from stepkd.models.head import (
+    backbone_of,
+    check_head,
+    check_padding,
+    evaluation_mode,
+    positions_from_mask,
+    real_vocab_size,
+    vocab_head,
+)
 from stepkd.models.load import load_model
 from stepkd.models.spec import PolicySpec
+
+__all__ = ["HiddenStates", "Policy", "positions_from_mask"]
 
 
 class HiddenStates(Protocol):
@@ -32,11 +42,6 @@ class HiddenStates(Protocol):
         ...
 
 
-def positions_from_mask(attention_mask_BT: Tensor) -> Tensor:
-    """Position of each token among its row's real tokens, so that left and right padding give the same states."""
-    return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
-
-
 class Policy(nn.Module):
     """Model and tokenizer with the views that training and sampling need.
 
@@ -44,7 +49,7 @@ class Policy(nn.Module):
         model: a transformers causal language model, peft-wrapped or not.
         tokenizer: its tokenizer.
         spec: where it came from; recorded in checkpoints.
-        verify_head: check once that hidden states and head reproduce the model's logits.
+        verify_head: check once that hidden states and head reproduce the model's logits, whichever side is padded.
     """
 
     def __init__(self, model: Any, tokenizer: Any, spec: PolicySpec | None = None, *, verify_head: bool = True) -> None:
@@ -52,10 +57,12 @@ class Policy(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.spec = spec
+        self.training = model.training
         self.vocab_size = real_vocab_size(tokenizer, self.causal_lm.get_output_embeddings().weight.shape[0])
         self._frozen: list[Policy] = []  # in a list so that the reference never becomes a submodule
         if verify_head:
             check_head(self.causal_lm)
+            check_padding(self.causal_lm)
 
     @classmethod
     def load(cls, spec: PolicySpec) -> Policy:
@@ -81,7 +88,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the embeddings."""
-        return self.causal_lm.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        return self.causal_lm.get_input_embeddings().weight.device
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -116,7 +123,7 @@ class Policy(nn.Module):
             position_ids=position_ids_BT,
             use_cache=False,
         )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that require gradients."""
@@ -144,12 +151,7 @@ class Policy(nn.Module):
                     frozen.to(self.device)
                 yield frozen
             elif self.has_adapter:
-                was_training = self.training
-                self.eval()
-                try:
-                    with self.model.disable_adapter():
-                        yield self
-                finally:
-                    self.train(was_training)
+                with evaluation_mode(self), self.model.disable_adapter():
+                    yield self
             else:
                 raise RuntimeError("no adapter to switch off: call freeze_copy() before training all weights")

@@ -91,4 +91,8 @@ def spec_from_dict(values: dict[str, Any]) -> PolicySpec:
     if unknown := set(values) - known:
         raise ConfigError(f"unknown policy settings {sorted(unknown)}: was this written by a newer stepkd?")
     lora = values.get("lora")
-    return PolicySpec(**{**values, "lora": LoraSpec(**lora) if isinstance(lora, dict) else lora})
+    if isinstance(lora, dict):
+        if unknown := set(lora) - {f.name for f in fields(LoraSpec)}:
+            raise ConfigError(f"unknown policy.lora settings {sorted(unknown)}: was this written by a newer stepkd?")
+        lora = LoraSpec(**lora)
+    return PolicySpec(**{**values, "lora": lora})

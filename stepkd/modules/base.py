@@ -264,6 +264,8 @@ class StepModule(LightningModule):
         values["train/tokens"] = totals["tokens"]
         if self._throughput is not None:
             values.update(self._throughput.measure(totals["tokens"], self.trainer.world_size))
+        shown = {name: values.pop(name) for name in ("train/loss", "perf/tokens_per_second") if name in values}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)
 
     # ---- validation ------------------------------------------------------------------------------------------------
@@ -325,6 +327,8 @@ class StepModule(LightningModule):
                 self.loss_weights.get(name[len(prefix) + 1 :], 1.0) * value for name, value in values.items()
             )
         values.update({f"{prefix}/{name}": value for name, value in SampledAccuracy.rates(totals).items()})
+        shown = {name: values.pop(name) for name in (f"{prefix}/loss", f"{prefix}/accuracy") if name in values}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)
         if self._throughput is not None:
             self._throughput.restart()

@@ -9,6 +9,7 @@ Axes: P prompts, B = P * n rows, T prompt length, V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.head import backbone_of
 from stepkd.models.policy import Policy, positions_from_mask
 from stepkd.randomness import generator
@@ -70,13 +71,14 @@ class TransformersSampler:
 
         Raises:
             DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
+            ModelError: the model's logits are not numbers.
         """
         indices = range(len(prompts)) if indices is None else indices
         if len(indices) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
         limits = [self._limit(prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
         results: list[list[Rollout]] = [[] for _ in prompts]
-        was_training = self.policy.training
+        was_training = [module for module in self.policy.modules() if module.training]
         self.policy.eval()
         try:
             per_prefill = max(1, self.max_rows // spec.n)
@@ -91,11 +93,12 @@ class TransformersSampler:
                 for row in rows:
                     results[row.prompt_index].append(self._finish(row, spec))
         finally:
-            self.policy.train(was_training)
+            for module in was_training:  # one by one: frozen parts may be in evaluation mode for good
+                module.training = True
         return results
 
     def _limit(self, prompt: Sequence[int], index: int, spec: SamplingSpec) -> int:
-        if not prompt:
+        if len(prompt) == 0:
             raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
         context = self.policy.max_length
         if context is not None and len(prompt) >= context:
@@ -184,6 +187,11 @@ class TransformersSampler:
         for row, token, logprob, raw in zip(
             rows, tokens_B.tolist(), logprobs_B.tolist(), raw_logprobs_B.tolist(), strict=True
         ):
+            if math.isnan(raw):
+                raise ModelError(
+                    f"the model's logits are not numbers (NaN) at token {len(row.token_ids)} of a completion of prompt "
+                    f"{row.prompt_index}: its weights have diverged, or float16 overflowed (use bfloat16 or float32)"
+                )
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.raw_logprobs.append(raw)

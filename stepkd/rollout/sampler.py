@@ -16,7 +16,7 @@ class SamplingSpec:
     n: int = 1
     """Completions per prompt, >= 1."""
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token (greedy)."""
+    """Logits are divided by it, 1e-4 or more; 0 takes the most likely token (greedy)."""
     top_p: float = 1.0
     """Nucleus: the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 is off. Keep it off
     for distillation and policy gradients: it changes the distribution the samples come from."""
@@ -33,8 +33,8 @@ class SamplingSpec:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.n < 1:
             raise ConfigError(f"n={self.n}: at least one sample per prompt")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy) or positive and finite")
+        if self.temperature != 0 and not 1e-4 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy), or finite and at least 1e-4")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1]")
         if self.top_k < 0:

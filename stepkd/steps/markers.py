@@ -53,22 +53,21 @@ def insert_markers(token_ids: Sequence[int], spans: Sequence[Span], marker_id: i
 def marker_token_id(tokenizer: Any, marker: str) -> int:
     """Id of a marker that must be exactly one token of this tokenizer.
 
-    SentencePiece tokenizers put a lone prefix piece before some markers (Math-Shepherd's ``ки`` on Llama); a piece that
-    decodes to nothing is ignored.
+    The id is the one that encoding the marker gives. SentencePiece tokenizers put a lone prefix piece before some
+    markers (a newline on Llama 2); a first piece that decodes to nothing is ignored.
 
     Raises:
         ConfigError: the marker is not one token here; the message shows its pieces.
     """
-    vocabulary = tokenizer.get_vocab()
-    if marker in vocabulary:
-        return int(vocabulary[marker])
-    ids = tokenizer.encode(marker, add_special_tokens=False)
-    solid = [i for i in ids if tokenizer.decode([i]).strip()]
-    unknown = tokenizer.unk_token_id
-    if len(solid) == 1 and solid[0] != unknown:
-        return int(solid[0])
+    ids = list(tokenizer.encode(marker, add_special_tokens=False))
     pieces = tokenizer.convert_ids_to_tokens(ids)
+    if len(ids) == 2 and not marker.startswith(" ") and not tokenizer.decode(ids[:1]).strip(" "):
+        ids = ids[1:]
+    if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+        return int(ids[0])
+    if pieces == [tokenizer.unk_token]:
+        raise ConfigError(f"step marker {marker!r} is unknown to this tokenizer: choose one that it has as a token")
     raise ConfigError(
-        f"step marker {marker!r} is {len(ids)} tokens {pieces} in this tokenizer, not one: choose a marker that is a "
-        "single token, or add it with tokenizer.add_special_tokens and resize the embeddings"
+        f"step marker {marker!r} is {len(pieces)} tokens {pieces} in this tokenizer, not one: choose a marker that is "
+        "a single token, or add it with tokenizer.add_special_tokens and resize the embeddings"
     )

@@ -9,7 +9,7 @@ straddles a boundary belongs to the earlier step, and white space alone is never
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol, runtime_checkable
@@ -39,6 +39,33 @@ def segment(segmenter: Segmenter, completion: TokenizedText) -> list[Span]:
     return spans
 
 
+def ends_at(completion: TokenizedText, boundaries: Iterable[int]) -> list[int]:
+    """Map boundaries in the text to token ends, leaving out those that would make a step of white space alone.
+
+    Args:
+        completion: the tokenised text.
+        boundaries: increasing character positions at which a step may end.
+
+    Returns:
+        Increasing token ends. White space stays with the step before it, or opens the first one. A step whose words are
+        all in a straddling token belongs, with the white space behind it, to the earlier step that has that token.
+    """
+    text, words_end = completion.text, len(completion.text.rstrip())
+    ends: list[int] = []
+    cut = token = 0
+    for boundary in boundaries if len(completion) else ():
+        if boundary >= words_end or not text[cut:boundary].strip():
+            continue
+        end = completion.token_end(boundary)
+        if completion.char_ends[end - 1] >= words_end:
+            break
+        if ends and not completion.span_text(token, end).strip():
+            ends.pop()
+        ends.append(end)
+        cut, token = boundary, end
+    return ends
+
+
 @dataclass(frozen=True)
 class RegexSegmenter:
     """Cut at every match of a pattern.
@@ -64,14 +91,7 @@ class RegexSegmenter:
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`Segmenter`."""
-        text = completion.text
-        kept, last = [], 0
-        for boundary in self._boundaries(text):
-            # White space alone is no step: it stays with the step before it, or opens the first one.
-            if text[last:boundary].strip() and text[boundary:].strip():
-                kept.append(boundary)
-                last = boundary
-        return [completion.token_end(boundary) for boundary in kept]
+        return ends_at(completion, self._boundaries(completion.text))
 
     def _boundaries(self, text: str) -> Iterator[int]:
         for match in re.finditer(self.pattern, text, re.MULTILINE):
@@ -79,6 +99,9 @@ class RegexSegmenter:
 
 
 _ABBREVIATIONS = ("mr", "mrs", "ms", "dr", "prof", "st", "vs", "etc", "e.g", "i.e", "cf", "eq", "fig", "no", "approx")
+_LONGEST_ABBREVIATION = 16  # characters before a point that are looked at; any number above the longest abbreviation
+# The look-behind starts a match only at the first mark, so that a long run of marks is read once.
+_SENTENCE_END = r"(?<![.!?])[.!?]+[\"')\]]*(?:[ \t\r]*\n\s*|(?=\s))|\n\s*"
 
 
 @dataclass(frozen=True)
@@ -91,20 +114,21 @@ class SentenceSegmenter:
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`Segmenter`."""
-        text = completion.text
-        kept, last = [], 0
-        for match in re.finditer(r"[.!?]+[\"')\]]*(?:[ \t\r]*\n\s*|(?=\s))|\n\s*", text):
-            sentence = text[last : match.end()]
-            body = sentence.strip()
-            if not body or not text[match.end() :].strip():
-                continue
-            if "\n" not in match.group() and body.endswith("."):
-                word = body[:-1].split()[-1].lower() if body[:-1].split() else ""
-                if word in _ABBREVIATIONS or (word.isdigit() and len(body.split()) == 1):
+        return ends_at(completion, self._boundaries(completion.text))
+
+    def _boundaries(self, text: str) -> Iterator[int]:
+        last = 0
+        for match in re.finditer(_SENTENCE_END, text):
+            end = match.end()
+            body = text[last:end].strip()
+            if match.group() == ".":
+                words = body[-_LONGEST_ABBREVIATION:-1].split()
+                word = words[-1].lower().lstrip("([\"'") if words else ""
+                if word in _ABBREVIATIONS or body[:-1].isdigit():
                     continue
-            kept.append(match.end())
-            last = match.end()
-        return [completion.token_end(boundary) for boundary in kept]
+            if body:
+                last = end
+                yield end
 
 
 @dataclass(frozen=True)
@@ -117,9 +141,9 @@ class WholeSegmenter:
 
 
 SEGMENTERS: dict[str, Callable[[], Segmenter]] = {
-    "newline": lambda: RegexSegmenter(r"(?:[ \t\r]*\n)+"),
+    "newline": lambda: RegexSegmenter(r"\n(?:[ \t\r]*\n)*"),
     "blank_line": lambda: RegexSegmenter(r"\n[ \t\r]*\n(?:[ \t\r]*\n)*"),
-    "step_heading": lambda: RegexSegmenter(r"^[ \t]*(?:[#*]+[ \t]*)?(?i:step)[ \t]+\d+\b", cut="before"),
+    "step_heading": lambda: RegexSegmenter(r"^[ \t#*]*(?i:step)[ \t]+\d+\b", cut="before"),
     "sentence": SentenceSegmenter,
     "whole": WholeSegmenter,
 }

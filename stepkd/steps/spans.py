@@ -8,6 +8,7 @@ search, evaluation) uses these spans, so a step means the same everywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 Span = tuple[int, int]
@@ -51,7 +52,7 @@ def spans_from_ends(ends: Sequence[int], num_tokens: int) -> list[Span]:
     if num_tokens == 0:
         return []
     cuts = [0, *sorted({end for end in ends if 0 < end < num_tokens}), num_tokens]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def step_ends(spans: Sequence[Span]) -> list[int]:

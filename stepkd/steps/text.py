@@ -9,9 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from stepkd.errors import ModelError
+from stepkd.errors import DataError, ModelError
 
 _INCOMPLETE = "\ufffd"  # what a decoder prints for a UTF-8 sequence whose last bytes are still to come
 
@@ -63,38 +64,37 @@ def tokenize_text(tokenizer: Any, text: str) -> TokenizedText:
 
     Raises:
         ModelError: the tokenizer is a slow one and gives no offsets.
+        DataError: the text cannot be encoded as UTF-8.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{type(tokenizer).__name__} gives no character offsets: load the fast version (use_fast=True) or convert "
             "the tokenizer to a tokenizer.json"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"character {error.start} of the text is a lone surrogate ({text[error.start]!r}), which no tokenizer can "
+            "encode: repair the text where it was written (for instance with errors='replace')"
+        ) from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
     ends, last = [], 0
-    for _, end in encoded["offset_mapping"]:
-        last = max(last, end)
+    for i, (_, end) in enumerate(offsets):
+        # Byte-level tokens that share a character all report it whole; it is complete when the next token starts later.
+        complete = min(end, offsets[i + 1][0]) if i + 1 < len(offsets) else len(text)
+        last = max(last, complete)
         ends.append(last)
-    if ends:
-        ends[-1] = len(text)
-    return TokenizedText(tuple(encoded["input_ids"]), text, tuple(_complete_ends(ends)))
-
-
-def _complete_ends(ends: list[int]) -> list[int]:
-    """Byte-level tokens that share one character all report its end; only the last of them completes it."""
-    result, before = list(ends), 0
-    for i, end in enumerate(ends):
-        if i + 1 < len(ends) and ends[i + 1] == end and end > before:
-            result[i] = before
-        else:
-            before = end
-    return result
+    return TokenizedText(tuple(encoded["input_ids"]), text, tuple(ends))
 
 
 def text_from_ids(tokenizer: Any, token_ids: Sequence[int], logprobs: Sequence[float] | None = None) -> TokenizedText:
     """Decode sampled ids piece by piece, keeping track of which token completes which character.
 
     The ids are kept as they are. Decoding a growing window of the last few tokens gives the same text as decoding all
-    at once (tokenizers that treat the first token of a sequence differently included) in linear time.
+    at once (tokenizers that treat the first token of a sequence differently included) in linear time. Where it does not
+    (SentencePiece decodes a run of byte pieces with one bad byte differently as it grows), every prefix is decoded.
 
     Args:
         tokenizer: any transformers tokenizer.
@@ -111,9 +111,20 @@ def text_from_ids(tokenizer: Any, token_ids: Sequence[int], logprobs: Sequence[f
     length = window = read = 0
     for i in range(len(ids)):
         before, now = decode(window, read), decode(window, i + 1)
-        if len(now) > len(before) and (not now.endswith(_INCOMPLETE) or i + 1 == len(ids)):
+        complete = now.rstrip(_INCOMPLETE)
+        if len(now) > len(before) and (len(complete) == len(now) or i + 1 == len(ids)):
             pieces.append(now[len(before) :])
             length += len(pieces[-1])
             window, read = read, i + 1
-        ends.append(length)
-    return TokenizedText(tuple(ids), "".join(pieces), tuple(ends), None if logprobs is None else tuple(logprobs))
+            ends.append(length)
+        else:
+            ends.append(max(length + len(complete) - len(before), ends[-1] if ends else 0))
+    text = decode(0, len(ids))
+    if "".join(pieces) != text:
+        shared = [_shared_prefix(text, decode(0, i + 1)) for i in range(len(ids))]
+        ends = list(accumulate(shared, max))
+    return TokenizedText(tuple(ids), text, tuple(ends), None if logprobs is None else tuple(logprobs))
+
+
+def _shared_prefix(left: str, right: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

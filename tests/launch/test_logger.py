@@ -5,6 +5,7 @@ import json
 import math
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,7 +180,8 @@ def fit(folder: Path, steps: int, resume: str | None = None) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Tiny(), torch.utils.data.DataLoader(list(torch.ones(8, 1))), ckpt_path=resume)
+    data: Any = torch.ones(8, 1)  # a tensor serves as a dataset of its rows
+    trainer.fit(Tiny(), torch.utils.data.DataLoader(data), ckpt_path=resume)
     return trainer
 
 

@@ -1,0 +1,89 @@
+"""Train and evaluate tiny models on this machine in minutes, with nothing to download.
+
+  stepkd quickstart
+  stepkd quickstart --out runs/first --stages teacher student
+  stepkd quickstart --out runs/first --resume
+
+Writes summary.json, per-problem results and the models below --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from difflib import get_close_matches
+from pathlib import Path
+
+from stepkd.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``stepkd quickstart``."""
+    parser.add_argument("--out", help="run folder (default: runs/quickstart, numbered when it exists)")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these, in the list's order (see --list)")
+    parser.add_argument("--list", action="store_true", help="list the stages")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and sampling (default: 0)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on every stage's steps and problems (default: 1)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the quick start in --out")
+    parser.add_argument("--overwrite", action="store_true", help="delete the quick start in --out and start again")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``stepkd quickstart``."""
+    from rich.console import Console
+
+    from stepkd.launch import RunDir, check_launch
+    from stepkd.quickstart.context import SUMMARY_NAME, Context, run_stages
+    from stepkd.quickstart.stages import STAGES
+
+    if arguments.list:
+        for stage in STAGES:
+            print(f"{stage.name:<10} {stage.title}")
+        return 0
+    if not arguments.scale > 0:
+        raise ConfigError(f"--scale {arguments.scale}: must be positive")
+    known = [stage.name for stage in STAGES]
+    for name in arguments.stages or ():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"unknown stage {name!r}."
+                + (f" Did you mean {near[0]!r}?" if near else "")
+                + f" Known: {', '.join(known)}"
+            )
+    if check_launch().world_size > 1:
+        raise ConfigError("the quick start runs in one process: start it without a launcher")
+    chosen = [stage for stage in STAGES if not arguments.stages or stage.name in arguments.stages]
+    out = Path(arguments.out) if arguments.out else _free_folder(Path("runs/quickstart"))
+    run_dir = RunDir.open(out, resume=arguments.resume, overwrite=arguments.overwrite, kind="quickstart")
+    console = Console()
+    context = Context(run_dir.path, console, seed=arguments.seed, scale=arguments.scale)
+    context.load_summary()
+    settings = {"seed": arguments.seed, "scale": arguments.scale, "task": context.task}
+    if context.summary.get("settings", settings) != settings:
+        raise ConfigError(f"{out} was started with {context.summary['settings']}: resume it with the same settings")
+    context.summary["settings"] = settings
+    start = time.perf_counter()
+    try:
+        run_stages(context, chosen)
+    except BaseException as error:
+        run_dir.mark_failed(f"{type(error).__name__}: {error}")
+        raise
+    run_dir.mark_finished()
+    console.print(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; results in {out / SUMMARY_NAME}")
+    console.print(
+        f"look closer:  stepkd evaluate --compare {out}/evaluations/teacher-sampled {out}/evaluations/student-sampled"
+    )
+    console.print("train on your own data:  stepkd recipes list")
+    return 0
+
+
+def _free_folder(base: Path) -> Path:
+    """The folder itself, or the first numbered one that does not exist."""
+    folder, number = base, 1
+    while folder.exists():
+        number += 1
+        folder = base.with_name(f"{base.name}-{number}")
+    return folder

@@ -1,0 +1,31 @@
+"""Silence notices of libraries that say nothing the progress display does not, or that do not apply here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Turn down notices of Lightning, and progress bars of transformers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for text in (
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*does not have many workers.*",
+        ".*in eval mode at the start of training.*",
+        ".*overridden `transfer_batch_to_device`.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Using ModelCheckpoint with manual optimization.*",
+        ".*LightningCLI's args parameter is intended.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*`is_gradient_checkpointing` is deprecated.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+    ):
+        warnings.filterwarnings("ignore", text)

@@ -1,0 +1,97 @@
+"""Adapters through peft: add fresh ones to a model, or load a folder of trained ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stepkd.errors import ConfigError, ModelError
+from stepkd.models.spec import PolicySpec
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def adapter_folder(path: str) -> Path | None:
+    """The folder a path means, when it holds a peft adapter."""
+    folder = Path(path).expanduser()
+    return folder if (folder / ADAPTER_CONFIG).is_file() else None
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None]:
+    """The base model an adapter was trained on, as ``(path or hub id, hub revision)``.
+
+    Raises:
+        ModelError: its settings cannot be read or name no base model.
+    """
+    file = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {file}: {first_line(error)}") from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not base:
+        raise ModelError(f"{file} names no base model: set its base_model_name_or_path")
+    return str(base), config.get("revision")
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Put a trained adapter on its base model; its weights can be trained further.
+
+    Raises:
+        ModelError: weights missing or of another base model, or an adapter that is more than weights in the layers.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder} holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}: was the export cut off?")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            # Hidden states are taken from the transformer itself, which never sees the virtual tokens.
+            raise ModelError(
+                f"{folder} holds a prompt-learning adapter ({config.peft_type.value}); stepkd loads adapters inside "
+                "layers (LoRA and its kin)"
+            )
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
+    except ModelError:
+        raise
+    except Exception as error:  # peft and safetensors raise many classes for a broken or foreign file
+        raise ModelError(f"cannot load the adapter in {folder}: {first_line(error)}") from error
+
+
+def add_lora(model: Any, spec: PolicySpec) -> Any:
+    """Wrap a model with the fresh adapters ``spec.lora`` describes.
+
+    Raises:
+        ConfigError: the target modules do not exist, or other settings that peft refuses.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    assert spec.lora is not None
+    lora = spec.lora
+    if spec.quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=spec.gradient_checkpointing)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.rslora,
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"policy.lora does not fit {spec.path}: {first_line(error)}") from error
+    # peft records the model's own name, which is empty for tiny presets and only the folder for a GGUF file.
+    adapted.active_peft_config.base_model_name_or_path = spec.path
+    adapted.active_peft_config.revision = spec.revision
+    return adapted
+
+
+def first_line(error: BaseException) -> str:
+    """First line of a library's error message (or its class name), for use inside one of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,173 @@
+"""What the stages of the quick start share: the folder, the task, the summary, and how to train and evaluate."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from stepkd.errors import ConfigError
+from stepkd.launch.quiet import quiet_libraries
+from stepkd.launch.rundir import write_json
+
+SUMMARY_NAME = "summary.json"
+
+
+@dataclass
+class Context:
+    """State of one quick start."""
+
+    out: Path
+    """Run folder."""
+    console: Console
+    """Where to print."""
+    seed: int = 0
+    """Seed of data, weights and sampling."""
+    scale: float = 1.0
+    """Factor on every stage's number of optimiser steps and problems."""
+    task: str = "modular:terms=6,modulus=10"
+    """The tiny-world task: chains of five operations modulo 10, where a wrong line can still end right."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """What ``summary.json`` holds: one section per finished stage."""
+
+    def steps(self, full: int) -> int:
+        """Optimiser steps of a stage whose full budget is ``full``."""
+        return max(2, round(full * self.scale))
+
+    def problems(self, full: int) -> int:
+        """Problems evaluated by a stage whose full budget is ``full``."""
+        return max(8, round(full * self.scale))
+
+    def finish(self, stage: str, section: dict[str, Any]) -> None:
+        """Record a stage's results and write ``summary.json``."""
+        self.summary.setdefault("stages", {})[stage] = section
+        write_json(self.out / SUMMARY_NAME, self.summary)
+
+    def model_folder(self, name: str) -> Path:
+        """Folder of an exported model that an earlier stage left.
+
+        Raises:
+            ConfigError: that stage has not run.
+        """
+        folder = self.out / name / "model"
+        if not folder.is_dir():
+            raise ConfigError(f"this stage needs the model of stage {name!r}: run it first (--stages {name} ...)")
+        return folder
+
+    def load_summary(self) -> None:
+        """Take over the sections of an earlier, interrupted quick start in the same folder."""
+        path = self.out / SUMMARY_NAME
+        if path.is_file():
+            self.summary = json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the quick start."""
+
+    name: str
+    """Name on the command line, and of its folder."""
+    title: str
+    """What it does, one line for the terminal."""
+    run: Callable[[Context], dict[str, Any]]
+    """Does it; returns its section of the summary."""
+
+
+def train_sft(context: Context, name: str, *, preset: str, steps: int, noise: dict[str, Any] | None, lr: float) -> Path:
+    """Train a tiny model on generated solutions and export it.
+
+    Args:
+        context: the quick start.
+        name: stage and folder name.
+        preset: tiny model preset.
+        steps: full budget in optimiser steps of 64 solutions.
+        noise: slips in the demonstrations (:class:`stepkd.tasks.Noise`), None for clean ones.
+        lr: peak learning rate.
+
+    Returns:
+        The exported model folder.
+    """
+    from lightning.pytorch import Trainer
+
+    from stepkd.data import DataSpec, StepData
+    from stepkd.launch.logger import JsonlLogger
+    from stepkd.launch.progress import StepProgress
+    from stepkd.models import PolicySpec
+    from stepkd.models.export import export_model
+    from stepkd.modules import OptimizerSpec, SFTModule
+
+    folder = context.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    task, _, settings = context.task.partition(":")
+    options: dict[str, Any] = {"task": f"{task}:{settings}", "n": 20_000, "seed": context.seed}
+    if noise is not None:
+        options["noise"] = noise
+    data = StepData(
+        train=DataSpec(source="task", split="train", options=options),
+        template="task",
+        global_batch_size=64,
+        max_length=128,
+        seed=context.seed,
+    )
+    module = SFTModule(
+        PolicySpec(path=preset, init_seed=context.seed),
+        OptimizerSpec(lr=lr, schedule="cosine", warmup=0.05),
+        micro_batch_tokens=16_384,
+        seed=context.seed,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=context.steps(steps),
+        logger=JsonlLogger(folder),
+        callbacks=[StepProgress(every_n_steps=100)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=str(folder),
+    )
+    trainer.fit(module, data)
+    checkpoint = folder / "last.ckpt"
+    trainer.save_checkpoint(checkpoint)
+    return export_model(checkpoint, folder / "model", overwrite=True)
+
+
+def evaluate_task(context: Context, name: str, model: Path, *, samples: int, temperature: float) -> dict[str, Any]:
+    """Evaluate a model on held-out problems of the task; returns the summary's metrics."""
+    from stepkd.evaluation import EvaluationSpec, evaluate
+
+    summary = evaluate(
+        EvaluationSpec(
+            model=str(model),
+            benchmark="task",
+            data=f'task="{context.task}",n={context.problems(200)},seed={context.seed}',
+            samples=samples,
+            temperature=temperature,
+            max_new_tokens=64,
+            max_rows=256,
+            device="cpu",
+            seed=context.seed,
+            out=str(context.out / "evaluations" / name),
+        )
+    )
+    return {key: summary[key] for key in ("problems", "samples", "metrics")}
+
+
+def run_stages(context: Context, stages: list[Stage]) -> None:
+    """Run stages in order, each with its title and wall time; finished ones are not repeated."""
+    quiet_libraries()
+    done = context.summary.get("stages", {})
+    for number, stage in enumerate(stages, start=1):
+        context.console.rule(f"[bold]{number}/{len(stages)} {stage.name}[/bold]: {stage.title}", align="left")
+        if stage.name in done:
+            context.console.print("finished earlier, not repeated")
+            continue
+        start = time.perf_counter()
+        section = stage.run(context)
+        section["seconds"] = round(time.perf_counter() - start, 1)
+        context.finish(stage.name, section)
+        context.console.print(f"{stage.name} took {section['seconds']:.0f} s\n", style="dim")

@@ -1,0 +1,116 @@
+"""The stages of the quick start, in order."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from stepkd.errors import ConfigError
+from stepkd.quickstart.context import Context, Stage, evaluate_task, train_sft
+
+STUDENT_NOISE = {"rate": 0.15, "kind": "random", "recover": 0.5}
+"""Each line's result is replaced with probability 0.15; half of the slips are silently recovered in the next line."""
+
+
+def train_teacher(context: Context) -> dict[str, Any]:
+    """A teacher from clean solutions."""
+    model = train_sft(context, "teacher", preset="tiny-0.5m", steps=700, noise=None, lr=3e-3)
+    return {"model": str(model.relative_to(context.out)), "steps": context.steps(700)}
+
+
+def train_student(context: Context) -> dict[str, Any]:
+    """A student from demonstrations with slips: it knows, but does not do reliably."""
+    model = train_sft(context, "student", preset="tiny-0.5m", steps=500, noise=STUDENT_NOISE, lr=3e-3)
+    return {"model": str(model.relative_to(context.out)), "steps": context.steps(500), "noise": STUDENT_NOISE}
+
+
+def evaluate_models(context: Context) -> dict[str, Any]:
+    """Both models on held-out problems: greedy, and four samples at temperature 1."""
+    section: dict[str, Any] = {}
+    table = Table(title=f"held-out problems of {context.task}, 95% intervals", title_justify="left")
+    for column in (
+        "model",
+        "right, greedy",
+        "right, sampled",
+        "majority of 4",
+        "steps right",
+        "right answer, wrong step",
+    ):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in ("teacher", "student"):
+        folder = context.model_folder(name)
+        greedy = evaluate_task(context, f"{name}-greedy", folder, samples=1, temperature=0.0)
+        sampled = evaluate_task(context, f"{name}-sampled", folder, samples=4, temperature=1.0)
+        section[name] = {"greedy": greedy, "sampled": sampled}
+        metrics = sampled["metrics"]
+        table.add_row(
+            name,
+            *(
+                percent(metric)
+                for metric in (
+                    greedy["metrics"]["pass@1"],
+                    metrics["pass@1"],
+                    metrics["maj@4"],
+                    metrics["step_accuracy"],
+                    metrics["correct_with_wrong_step"],
+                )
+            ),
+        )
+    context.console.print(table)
+    return section
+
+
+def show_samples(context: Context) -> dict[str, Any]:
+    """Sampled solutions of the student, each step marked by the exact checker."""
+    path = context.out / "evaluations" / "student-sampled" / "results.jsonl"
+    if not path.is_file():
+        raise ConfigError(
+            "the stage 'samples' shows what stage 'evaluate' sampled: run it first (--stages evaluate samples)"
+        )
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    samples = [(row, sample) for row in sorted(rows, key=lambda row: row["index"]) for sample in row["samples"]]
+    shown = []
+    for title, wanted in (
+        ("right answer, every step right", lambda right, clean: right and clean),
+        (
+            "right answer, but a wrong step: what step-level supervision is for",
+            lambda right, clean: right and not clean,
+        ),
+        ("wrong answer", lambda right, clean: not right and not clean),
+    ):
+        for row, sample in samples:
+            if wanted(sample["verdict"] == "correct", all(sample["step_labels"])):
+                context.console.print(f"[bold]{title}[/bold]")
+                context.console.print(marked_solution(row["prompt"], sample))
+                shown.append({"id": row["id"], "kind": title, "completion": sample["completion"]})
+                break
+    return {"shown": shown}
+
+
+def marked_solution(prompt: str, sample: dict[str, Any]) -> Text:
+    """A solution with a mark before every step."""
+    text = Text(f"  {prompt.strip()}\n")
+    for line, right in zip(sample["completion"].splitlines(), sample["step_labels"], strict=True):
+        text.append("  ✓ " if right else "  ✗ ", style="green" if right else "bold red")
+        text.append(line + "\n", style="" if right else "red")
+    return text
+
+
+def percent(metric: dict[str, Any]) -> str:
+    """``93.0% (88.6 to 95.8)``; a dash where the metric is undefined."""
+    if metric["value"] is None:
+        return "-"
+    interval = "" if metric["low"] is None else f" ({100 * metric['low']:.0f} to {100 * metric['high']:.0f})"
+    return f"{100 * metric['value']:.1f}%{interval}"
+
+
+STAGES: list[Stage] = [
+    Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", train_teacher),
+    Stage("student", "train a student on solutions with slips", train_student),
+    Stage("evaluate", "evaluate both on problems they have not seen", evaluate_models),
+    Stage("samples", "the student's solutions, every step checked", show_samples),
+]
+"""All stages in order; later methods append theirs."""

@@ -1,0 +1,184 @@
+"""StepData: specs in, loaders of optimiser-step batches out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stepkd.data import DataSpec, StepData
+from stepkd.data.loader import Position
+from stepkd.errors import ConfigError, DataError
+from stepkd.models.tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def attach(tokenizer: Any) -> Any:
+    """Give a data module the trainer it needs: a rank, and a module with a tokenizer and a position."""
+
+    def attached(data: StepData, *, rank: int = 0, world_size: int = 1, position: Position = Position()) -> StepData:
+        module = SimpleNamespace(tokenizer=tokenizer, position=position)
+        data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        return data
+
+    return attached
+
+
+def task(split: str = "train", n: int = 12) -> DataSpec:
+    return DataSpec(source="task", split=split, options={"task": "modular:terms=3", "n": n})
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> DataSpec:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataSpec(path=str(path))
+
+
+def test_fit(attach: Any, tokenizer: Any) -> None:
+    data = attach(StepData(train=task(), validation=task("validation", 5), template="task", global_batch_size=4))
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [len(batch.examples) for batch in batches] == [4, 4, 4]
+    assert sorted(i for batch in batches for i in batch.indices) == list(range(12))
+    first = batches[0].examples[0]
+    assert tokenizer.decode(list(first.prompt_ids)) == first.row["prompt"]
+    assert tokenizer.decode(list(first.completion_ids)) == first.row["solution"] + "<eos>"
+    validation = [i for batch in data.val_dataloader() for i in batch.indices]
+    assert sorted(validation[:4]) == [0, 1, 2, 3]
+    assert validation[4:] == [4], "file order"
+    examples = data.examples["train"]
+    data.setup("fit")
+    assert data.examples["train"] is examples, "tokenised once"
+
+
+def test_training_starts_at_the_modules_position_and_validation_at_the_beginning(attach: Any) -> None:
+    settings = {"train": task(), "validation": task("validation", 4), "template": "task", "global_batch_size": 4}
+    whole = attach(StepData(**settings))
+    resumed = attach(StepData(**settings), position=Position(0, 2))
+    for data in (whole, resumed):
+        data.setup("fit")
+    assert list(resumed.train_dataloader()) == list(whole.train_dataloader())[2:]
+    assert list(resumed.val_dataloader()) == list(whole.val_dataloader())
+
+
+def test_ranks(attach: Any) -> None:
+    shares = []
+    for rank in range(2):
+        data = attach(StepData(train=task(), template="task", global_batch_size=12), rank=rank, world_size=2)
+        data.setup("fit")
+        shares.append(next(iter(data.train_dataloader())).indices)
+    assert sorted(shares[0] + shares[1]) == list(range(12))
+
+
+def test_no_validation_data(attach: Any) -> None:
+    data = attach(StepData(train=task(), template="task"))
+    data.setup("fit")
+    assert data.val_dataloader() == []
+
+
+def test_token_batches_in_training_sequences_elsewhere(attach: Any) -> None:
+    specs = {"train": task(), "validation": task("validation", 9)}
+    data = attach(StepData(**specs, template="task", global_batch_size=120, batch_unit="tokens"))
+    data.setup("fit")
+    lengths = [example.length for example in data.examples["train"]]
+    for batch in data.train_dataloader():
+        assert sum(lengths[i] for i in batch.indices) <= 120
+    validation = data.val_dataloader()
+    tokens = [sum(example.length for example in batch.examples) for batch in validation]
+    assert len(validation) == len(tokens) > 1, "120 counts tokens, so one batch does not hold all nine problems"
+    assert max(tokens) <= 130
+
+
+def test_validation_without_solutions(attach: Any, tmp_path: Path) -> None:
+    spec = write(tmp_path / "v.jsonl", [{"prompt": "1+1=\n", "answer": "2"}])
+    data = attach(StepData(train=task(), validation=spec, template="task"))
+    data.setup("fit")
+    (example,) = data.examples["validation"]
+    assert example.completion_ids == ()
+    assert example.prompt_ids
+
+
+def test_predict_takes_prompts_only(attach: Any) -> None:
+    data = attach(StepData(predict=task("test", 3), template="task"))
+    data.setup("predict")
+    assert [e.completion_ids for b in data.predict_dataloader() for e in b.examples] == [(), (), ()]
+
+
+def test_test_stage(attach: Any) -> None:
+    data = attach(StepData(test=task("test", 3), template="task"))
+    data.setup("test")
+    assert sum(len(batch.examples) for batch in data.test_dataloader()) == 3
+
+
+def test_truncation_and_overlap_are_reported(attach: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = "one two three four five six seven eight nine"
+    row = {"id": "v1", "prompt": words, "answer": "2", "solution": "a\nb"}
+    long = {"prompt": "q", "answer": "2", "solution": "a\n" + "b" * 100}
+    train, validation = write(tmp_path / "t.jsonl", [row, long]), write(tmp_path / "v.jsonl", [row])
+    data = attach(StepData(train=train, validation=validation, template="task", max_length=60))
+    with caplog.at_level(logging.INFO):
+        data.setup("fit")
+    assert "train: 2 examples, {'rows_truncated': 1, 'steps_dropped': 1}" in caplog.text
+    assert "1 (100.00%) are exact duplicates" in caplog.text
+    assert "Largely seen: v1." in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_missing_specs(attach: Any, stage: str) -> None:
+    name = "validation" if stage == "validate" else stage
+    with pytest.raises(ConfigError, match=rf"data.{name} is not set, and `stepkd {stage}` reads it"):
+        attach(StepData(train=task())).setup(stage)
+
+
+def test_missing_training_data(attach: Any) -> None:
+    with pytest.raises(ConfigError, match="data.train is not set: name a source, for instance data.train.source"):
+        attach(StepData(validation=task())).setup("fit")
+
+
+def test_evaluation_data_is_refused_for_training(attach: Any, data_dir: Path) -> None:
+    math = {"source": "math500", "path": str(data_dir / "math500"), "limit": 3}
+    with pytest.raises(ConfigError, match=r"'math500' \(split 'test'\) is kept for evaluation"):
+        attach(StepData(train=DataSpec(**math))).setup("fit")
+    data = attach(StepData(train=DataSpec(**math, allow_evaluation_data=True), template="math", max_length=4000))
+    data.setup("fit")
+    assert len(data.examples["train"]) == 3
+    validation = attach(StepData(train=task(), validation=DataSpec(**math), template="math", max_length=4000))
+    validation.setup("fit")
+    assert len(validation.examples["validation"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "1", "answer": "2"}, r"t.jsonl, line 1, column 'solution': missing column 'solution'"),
+        ({"prompt": "1", "solution": 3}, r"t.jsonl, line 1, column 'solution': must be text"),
+        ({"prompt": "1", "solution": " "}, r"t.jsonl, line 1, column 'solution': must not be empty"),
+        ({"id": "x", "prompt": "1" * 100, "solution": "1"}, r"x, column 'prompt': the prompt has 100 tokens"),
+    ],
+    ids=["missing", "type", "no steps", "long"],
+)
+def test_bad_training_rows(attach: Any, tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    data = attach(StepData(train=write(tmp_path / "t.jsonl", [row]), template="task", max_length=64))
+    with pytest.raises(DataError, match=message):
+        data.setup("fit")
+
+
+def test_without_a_trainer() -> None:
+    with pytest.raises(RuntimeError, match="needs a trainer whose module has a tokenizer"):
+        StepData(train=task()).setup("fit")
+
+
+def test_lazy_names() -> None:
+    import stepkd.data
+
+    assert all(getattr(stepkd.data, name) is not None for name in stepkd.data.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'StepDatum'"):
+        stepkd.data.StepDatum  # noqa: B018

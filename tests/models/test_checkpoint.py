@@ -1,0 +1,193 @@
+"""From a checkpoint back to a model, and what is not taken for a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stepkd.errors import ConfigError, ModelError
+from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
+from stepkd.models.checkpoint import find_checkpoint, load_trained, read_checkpoint, weights_fingerprint
+
+IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
+FULL = PolicySpec(path="tiny-0.1m")
+LORA = PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=4))
+
+
+class Payload:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def logits(policy: Policy) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.model(input_ids=IDS, use_cache=False).logits
+
+
+def trained(spec: PolicySpec, seed: int = 0) -> Policy:
+    """A policy whose trainable weights are not those it started from."""
+    policy, generator = Policy.load(spec), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def save(policy: Policy, file: Path, *, ema: Policy | None = None, spec: PolicySpec | None = None) -> Path:
+    """Write what ``StepModule.on_save_checkpoint`` leaves in a checkpoint."""
+    extra: dict[str, Any] = {
+        "format": 1,
+        "module": "stepkd.modules.sft.SFTModule",
+        "policy": spec_to_dict(spec or policy.spec or FULL),
+        "position": {},
+        "seed": 0,
+    }
+    if ema is not None:
+        extra["ema"] = {name: p.detach().float() for name, p in ema.trainable_parameters()}
+    weights = {f"policy.{name}": p.detach() for name, p in policy.trainable_parameters()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": weights, "stepkd": extra, "epoch": 0, "global_step": 3}, file)
+    return file
+
+
+@pytest.mark.parametrize("spec", [FULL, LORA, PolicySpec(path="tiny-0.1m", dtype="bfloat16", lora=LoraSpec(r=4))])
+def test_checkpoint_brings_the_trained_model_back(spec: PolicySpec, tmp_path: Path) -> None:
+    policy = trained(spec)
+    again = load_trained(save(policy, tmp_path / "x.ckpt"))
+    assert again.spec == spec
+    assert not again.training
+    assert torch.equal(logits(again), logits(policy))
+    assert not torch.equal(logits(again), logits(Policy.load(spec)))
+
+
+def test_on_a_folder_of_real_weights(folder: Path, tmp_path: Path) -> None:
+    spec = PolicySpec(path=str(folder), gradient_checkpointing=True, lora=LoraSpec(r=4, modules_to_save=["lm_head"]))
+    policy = trained(spec)
+    again = load_trained(save(policy, tmp_path / "x.ckpt"), attention="eager")
+    assert again.spec is not None
+    assert (again.spec.gradient_checkpointing, again.spec.attention) == (False, "eager")
+    assert torch.allclose(logits(again), logits(policy), atol=1e-5)
+
+
+def test_best_is_preferred_to_last_in_a_run_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    last, best = trained(FULL, 1), trained(FULL, 2)
+    save(last, run / "checkpoints" / "last.ckpt")
+    assert torch.equal(logits(load_trained(run)), logits(last))
+    save(best, run / "checkpoints" / "best.ckpt")
+    assert torch.equal(logits(load_trained(run)), logits(best))
+    assert torch.equal(logits(load_trained(run / "checkpoints")), logits(best))
+    assert torch.equal(logits(load_trained(str(run / "checkpoints" / "last.ckpt"))), logits(last))
+    assert find_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("spec", [FULL, LORA])
+def test_averaged_weights_are_used_unless_refused(spec: PolicySpec, tmp_path: Path) -> None:
+    policy, average = trained(spec, 1), trained(spec, 2)
+    file = save(policy, tmp_path / "x.ckpt", ema=average)
+    assert torch.equal(logits(load_trained(file)), logits(average))
+    assert torch.equal(logits(load_trained(file, ema=False)), logits(policy))
+
+
+def test_dtype_can_be_changed(folder: Path, tmp_path: Path) -> None:
+    assert load_trained(save(trained(FULL), tmp_path / "x.ckpt"), dtype="float64").model.dtype == torch.float64
+    assert load_trained(folder).model.dtype == torch.float32  # the folder's own
+    assert load_trained(folder, dtype="bfloat16").model.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"policy\.dtype='int4': must be one of"):
+        load_trained(folder, dtype="int4")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_quantised_training_loads_on_the_plain_base(tmp_path: Path) -> None:
+    policy = trained(LORA)
+    quantised = PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=4), quantization="nf4")
+    file = save(policy, tmp_path / "x.ckpt", spec=quantised)
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        load_trained(file)
+    assert torch.equal(logits(load_trained(file, dequantise=True)), logits(policy))
+
+
+def test_presets_and_models_are_taken_too(folder: Path) -> None:
+    assert torch.equal(logits(load_trained("tiny-0.1m")), logits(Policy.load(FULL)))
+    assert torch.equal(logits(load_trained(folder)), logits(Policy.load(PolicySpec(path=str(folder)))))
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=rf"no checkpoint at {tmp_path}/absent\.ckpt"):
+        load_trained(tmp_path / "absent.ckpt")
+    with pytest.raises(ModelError, match=f"no checkpoint at {tmp_path}"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(ModelError, match=rf"{tmp_path}.*config\.json"):  # a run that was stopped before its first one
+        load_trained(tmp_path)
+
+
+def test_torn_checkpoints(tmp_path: Path) -> None:
+    file = save(trained(FULL), tmp_path / "x.ckpt")
+    whole = file.read_bytes()
+    for torn in (b"", b"x", bytes(5000), whole[:100], whole[: len(whole) // 2], whole[:-30]):
+        file.write_bytes(torn)
+        with pytest.raises(ModelError, match=r"x\.ckpt is not a whole checkpoint \(\w+\): use an earlier one"):
+            read_checkpoint(file)
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"stepkd": 1}, {"stepkd": "policy"}, {"stepkd": {"policy": {}}}, 3])
+def test_foreign_checkpoints(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(ModelError, match="is not a stepkd checkpoint: it has no 'stepkd' section"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_hostile_checkpoints_execute_nothing(tmp_path: Path) -> None:
+    mark, file = tmp_path / "ran", tmp_path / "x.ckpt"
+    content = {"state_dict": {}, "stepkd": {"policy": {}, "extra": Payload(mark)}}
+    torch.save(content, file)
+    with pytest.raises(ModelError, match=r"holds more than tensors and plain values, .* execute code: refused"):
+        load_trained(file)
+    torch.save(content, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelError, match=r"x\.ckpt"):
+        load_trained(file)
+    assert not mark.exists()
+    torch.load(file, weights_only=False)  # the payload is a real one
+    assert mark.exists()
+
+
+def test_weights_of_another_recipe(folder: Path, tmp_path: Path) -> None:
+    other = PolicySpec(path="tiny-0.5m")
+    for spec in (LORA, other):  # other names, other shapes
+        file = save(trained(FULL), tmp_path / "x.ckpt", spec=spec)
+        with pytest.raises(ModelError, match="holds weights of another model than its own policy section describes"):
+            load_trained(file)
+
+
+def test_fingerprints_tell_weights_apart() -> None:
+    model, _ = build_tiny("tiny-0.1m", seed=0)
+    same, _ = build_tiny("tiny-0.1m", seed=0)
+    seen = {weights_fingerprint(model)}
+    assert seen == {weights_fingerprint(same)}
+    assert all(len(fingerprint) == 16 for fingerprint in seen)
+    seen.add(weights_fingerprint(build_tiny("tiny-0.1m", seed=1)[0]))
+    seen.add(weights_fingerprint(build_tiny("tiny-0.1m", seed=0, dtype="float64")[0]))
+    for _, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.reshape(-1)[0] += 1.0
+        seen.add(weights_fingerprint(model))
+    assert len(seen) == 3 + len(list(model.parameters()))
+
+
+def test_fingerprints_cover_the_end_of_odd_sizes() -> None:
+    for size in (1, 999, 1500, 3001):
+        layer = nn.Linear(size, 1, bias=False)
+        before = weights_fingerprint(layer)
+        with torch.no_grad():
+            layer.weight.mul_(1.5)
+        assert weights_fingerprint(layer) != before
+    assert weights_fingerprint(nn.Linear(0, 4, bias=False)) != weights_fingerprint(nn.Linear(0, 5, bias=False))

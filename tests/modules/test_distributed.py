@@ -1,0 +1,50 @@
+"""Two processes give the gradients of one, with unequal tokens and micro-batches per rank (float64, gloo)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("ddp_worker.py")
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
+
+
+def launch(prefix: list[str], out: Path, rows: int) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*prefix, str(WORKER), str(out), str(rows)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("single")
+    return {rows: launch([sys.executable], folder / f"{rows}.pt", rows) for rows in (13, 1)}
+
+
+@pytest.mark.parametrize(("launcher", "rows"), [("torchrun", 13), ("accelerate", 13), ("torchrun", 1)])
+def test_two_processes_equal_one(
+    launcher: str, rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
+) -> None:
+    """With one row, rank 1 has nothing but fillers."""
+    two = launch(LAUNCHERS[launcher], tmp_path / "two.pt", rows)
+    one = single[rows]
+    assert (one["world"], two["world"]) == (1, 2)
+    assert two["tokens"] == one["tokens"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert distance(two["gradients"], one["gradients"]) < 1e-10
+    assert distance(two["weights"], one["weights"]) < 1e-8  # Adam divides by the gradient's own size
