@@ -49,7 +49,10 @@ class CheckpointSpec:
 
 
 class SuggestingParser(LightningArgumentParser):
-    """A parser that answers an unknown key with the right one."""
+    """A parser that answers an unknown key with the right one, and takes no abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raise ConfigError with the message and, for unknown keys, the nearest known one."""
@@ -123,7 +126,8 @@ class StepkdCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Guard the launch and open the run folder before anything slow happens."""
-        assert self.subcommand is not None
+        if self.subcommand is None:
+            return  # only parsed and built (run=False)
         config = self.config[self.subcommand]
         settings = config.trainer.as_dict()
         _refuse_trainer_settings(settings, self.subcommand)
@@ -158,7 +162,8 @@ class StepkdCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add logger, progress display and checkpoints of the run folder."""
-        assert self.subcommand is not None
+        if self.subcommand is None:
+            return super().instantiate_trainer(**kwargs)
         config = self.config[self.subcommand]
         callbacks: list[Callback] = [StepProgress()]
         if self.run_dir is not None and self.subcommand == "fit":

@@ -81,12 +81,11 @@ def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) ->
         limit: number of problems, or None for all.
     """
     if data is None:
-        settings = ""
+        spec = DataSpec(source=benchmark.source)
     elif Path(data).expanduser().exists() or "=" not in data:
-        settings = f'path="{data}"'
+        spec = DataSpec(source=benchmark.source, path=data)
     else:
-        settings = data
-    spec = parse_spec(f"{benchmark.source}:{settings}")
+        spec = parse_spec(f"{benchmark.source}:{data}")
     changes: dict[str, Any] = {}
     if spec.split is None and benchmark.split is not None and not _names_split(spec.path):
         changes["split"] = benchmark.split

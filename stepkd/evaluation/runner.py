@@ -22,7 +22,7 @@ from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.spec import DataSpec, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.benchmarks import Benchmark, benchmark_data, default_ks, get_benchmark
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
@@ -179,9 +179,17 @@ def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict
     Raises:
         DataError: a prompt fills the context.
     """
-    context = policy.max_length or 10**9
-    encoder = Encoder(policy.tokenizer, template, get_segmenter("newline"), max_length=context)
-    return [encoder.prompt_example(row) for row in rows]
+    encoder = Encoder(policy.tokenizer, template, get_segmenter("newline"), max_length=10**9)
+    prompts = [encoder.prompt_example(row) for row in rows]
+    longest = max(prompts, key=lambda prompt: len(prompt.prompt_ids))
+    if policy.max_length is not None and len(longest.prompt_ids) >= policy.max_length:
+        raise DataError(
+            f"the prompt has {len(longest.prompt_ids)} tokens and the model's context is {policy.max_length}: use "
+            "fewer few-shot examples, a model with a longer context, or drop the row",
+            path=longest.id,
+            column="prompt",
+        )
+    return prompts
 
 
 def fixed_batches(prompts: Sequence[Example], samples: int, max_rows: int) -> list[list[int]]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.spec import PolicySpec
 
@@ -82,7 +84,10 @@ def add_lora(model: Any, spec: PolicySpec) -> Any:
         use_rslora=lora.rslora,
     )
     try:
-        adapted = get_peft_model(model, config)
+        # peft draws the adapters from the global generators; keyed here, the same spec gives the same policy.
+        with torch.random.fork_rng():
+            torch.manual_seed(spec.init_seed)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"policy.lora does not fit {spec.path}: {first_line(error)}") from error
     # peft records the model's own name, which is empty for tiny presets and only the folder for a GGUF file.

@@ -62,7 +62,7 @@ class PolicySpec:
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Base weights in 4 or 8 bits (QLoRA, through bitsandbytes, CUDA only); needs ``lora``."""
     init_seed: int = 0
-    """Seed of the weights of a tiny preset."""
+    """Seed of the weights of a tiny preset, and of fresh adapters."""
     trust_remote_code: bool = False
     """Run Python code that a model repository ships. Off by default; turn on only for code you have read."""
 

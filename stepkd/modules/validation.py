@@ -110,9 +110,10 @@ class SampledAccuracy:
         for example, samples, records in zip(batch.examples, rollouts, judged, strict=True):
             for rollout, record in zip(samples, records, strict=True):
                 text = text_from_ids(self.sampler.policy.tokenizer, rollout.token_ids, rollout.logprobs)
-                ends = step_ends(segment(self.segmenter, text))
+                spans = segment(self.segmenter, text)
+                steps = [text.span_text(*span) for span in spans]
                 rows.append(
-                    rollout_row(example.row, rollout, record, ends)
+                    rollout_row(example.row, rollout, record, step_ends(spans), steps)
                     | {
                         "sample": rollout.sample_index,
                         "model": model_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_token_batches_stay_within_the_budget(lengths: list[int], size: int, win
 
 def test_token_batches_are_filled() -> None:
     batches = BatchPlan(LENGTHS, size=600, unit="tokens", shuffle=False).batches(0)
-    for batch, after in zip(batches, batches[1:], strict=False):
+    for batch, after in pairwise(batches):
         assert sum(LENGTHS[i] for i in batch) + LENGTHS[after[0]] > 600
 
 

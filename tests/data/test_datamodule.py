@@ -15,6 +15,8 @@ from stepkd.data.loader import Position
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.tiny import tiny_tokenizer
 
+START = Position()
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
@@ -25,7 +27,7 @@ def tokenizer() -> Any:
 def attach(tokenizer: Any) -> Any:
     """Give a data module the trainer it needs: a rank, and a module with a tokenizer and a position."""
 
-    def attached(data: StepData, *, rank: int = 0, world_size: int = 1, position: Position = Position()) -> StepData:
+    def attached(data: StepData, *, rank: int = 0, world_size: int = 1, position: Position = START) -> StepData:
         module = SimpleNamespace(tokenizer=tokenizer, position=position)
         data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)  # type: ignore[assignment]
         return data
@@ -139,7 +141,7 @@ def test_missing_specs(attach: Any, stage: str) -> None:
 
 
 def test_missing_training_data(attach: Any) -> None:
-    with pytest.raises(ConfigError, match="data.train is not set: name a source, for instance data.train.source"):
+    with pytest.raises(ConfigError, match=r"data\.train is not set: name a source, for instance data.train.source"):
         attach(StepData(validation=task())).setup("fit")
 
 

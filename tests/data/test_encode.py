@@ -288,7 +288,7 @@ def test_prompt_without_tokens() -> None:
     backend = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-    with pytest.raises(DataError, match="^r, column 'prompt': the prompt has no tokens"):
+    with pytest.raises(DataError, match=r"^r, column 'prompt': the prompt has no tokens"):
         make(tokenizer).prompt_ids({"id": "r", "prompt": " "})
 
 

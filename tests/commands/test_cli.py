@@ -1,0 +1,162 @@
+"""The command line: help, suggestions, and a message instead of a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
+from stepkd.trainer_cli import known_keys, suggestions
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = str(ROOT / "recipes" / "tiny" / "sft.yaml")
+
+
+def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in {**COMMANDS, **TRAINER_COMMANDS})
+    assert main([]) == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import stepkd
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"stepkd {stepkd.__version__}\n"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"stepkd {command}" in text
+    assert len(text.splitlines()) > 8
+
+
+def test_help_of_fit() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "stepkd", "fit", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--out" in done.stdout
+    assert "recipe or overlay" in done.stdout or "--config" in done.stdout
+
+
+def test_an_unknown_command_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evalute"]) == 2
+    assert "Did you mean 'evaluate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--trainer.max_stepz", "3"], "did you mean 'max_steps' (trainer.max_steps)"),
+        (["--model.init_args.polcy.path", "x"], "did you mean 'policy' (model.init_args.policy)"),
+        (["--model.init_args.policy.pth", "x"], "did you mean 'path' (model.init_args.policy.path)"),
+        (["--model.init_args.optimizer.learning_rate", "1"], "learning_rate"),
+        (["--data.init_args.globl_batch_size", "3"], "did you mean 'global_batch_size'"),
+        (["--checkpoint.every_n_step", "3"], "did you mean 'every_n_steps' (checkpoint.every_n_steps)"),
+    ],
+)
+def test_an_unknown_key_suggests_the_right_one(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["fit", "--config", RECIPE, "--out", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_key_in_a_recipe_suggests_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {init_args: {policy: {pth: tiny-0.1m}}}\n")
+    assert main(["fit", "--config", RECIPE, "--config", str(overlay), "--out", str(tmp_path / "run")]) == 2
+    assert "did you mean 'path' (model.init_args.policy.path)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_suggestions_stay_silent_about_what_they_do_not_know() -> None:
+    assert suggestions("Expected a <class 'int'>") == ""
+    assert suggestions("unrecognized arguments: --qqqqqqqqqqqq 3") == ""
+    assert known_keys()["lr"] == "model.init_args.optimizer.lr"
+
+
+def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stepkd", "fit", "--print_config"]
+    first = subprocess.run([*command, "--config", RECIPE], capture_output=True, text=True, timeout=120, check=True)
+    assert "max_steps: 600" in first.stdout
+    full = tmp_path / "full.yaml"
+    full.write_text(first.stdout)
+    second = subprocess.run([*command, "--config", str(full)], capture_output=True, text=True, timeout=120, check=True)
+    assert second.stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--trainer.gradient_clip_val", "1.0"], "set model.init_args.optimizer.max_grad_norm"),
+        (["--trainer.accumulate_grad_batches", "4"], "one batch is one optimiser step"),
+        (["--trainer.max_steps", "-1"], "the run has no end"),
+        (["--model.init_args.policy.path", "/no/such/model"], "no model folder at /no/such/model"),
+        (["--data.init_args.train.source", "math500"], "source 'math500'"),
+        (["--checkpoint.mode", "up"], "must be min or max"),
+    ],
+)
+def test_user_mistakes_get_a_message(
+    arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", RECIPE, "--out", str(tmp_path / "run"), *arguments]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_fit_without_a_folder_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", RECIPE]) == 2
+    assert "give --out FOLDER" in capsys.readouterr().err
+
+
+def test_training_on_an_evaluation_set_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "test.jsonl"
+    rows.write_text('{"question": "1+1?", "answer": "two\\n#### 2"}\n')
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"data: {{init_args: {{train: {{source: gsm8k, path: {rows}, options: {{}}}}, validation: null}}}}\n")
+    assert main(["fit", "--config", RECIPE, "--config", str(overlay), "--out", str(tmp_path / "run")]) == 2
+    assert "kept for evaluation" in capsys.readouterr().err
+
+
+class TestRecipes:
+    def test_list_show_copy(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["recipes", "list"]) == 0
+        listed = capsys.readouterr().out
+        assert "tiny/sft" in listed
+        assert "base/smollm2-135m-lora" in listed
+        assert main(["recipes", "show", "tiny/sft"]) == 0
+        assert capsys.readouterr().out == Path(RECIPE).read_text()
+        assert main(["recipes", "copy", "recipes/tiny/sft.yaml", str(tmp_path)]) == 0
+        assert (tmp_path / "sft.yaml").read_text() == Path(RECIPE).read_text()
+
+    def test_copy_never_overwrites(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        target = tmp_path / "mine.yaml"
+        target.write_text("mine")
+        assert main(["recipes", "copy", "sft", str(target)]) == 2
+        assert "already exists" in capsys.readouterr().err
+        assert target.read_text() == "mine"
+
+    def test_unknown_recipe(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["recipes", "show", "tiny/stf"]) == 2
+        assert "Did you mean 'tiny/sft'?" in capsys.readouterr().err
+
+
+def test_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path / "none.ckpt"), "--to", str(tmp_path / "out")]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

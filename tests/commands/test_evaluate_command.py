@@ -1,0 +1,172 @@
+"""``stepkd evaluate`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.cli import main
+from stepkd.data.exemplars import EXEMPLARS
+from stepkd.evaluation.benchmarks import BENCHMARKS
+from stepkd.evaluation.manifest import read_manifest
+from stepkd.evaluation.store import read_rows
+
+SMALL = ["--model", "tiny-0.1m", "--benchmark", "task", "--data", "task=modular:terms=3,n=4", "--device", "cpu"]
+SHORT = ["--max-new-tokens", "8", "--batch-size", "2"]
+
+
+def run(*arguments: str) -> int:
+    return main(["evaluate", *SMALL, *SHORT, *arguments])
+
+
+def prompt(out: Path) -> str:
+    return str(read_rows(out / "results.jsonl")[0]["prompt"])
+
+
+def test_run_and_summary_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "an [odd] name"
+    assert run("--out", str(out), "--samples", "2", "--temperature", "0.9", "--dtype", "float64", "--seed", "3") == 0
+    shown = capsys.readouterr().out
+    assert "evaluating 4/4" in shown
+    for text in ("tiny-0.1m on task: 4 problems", "pass@1", "pass@2", "maj@2", "unparsed_rate", "tokens/s", "95%"):
+        assert text in shown
+    assert f"per-problem rows, manifest and summary: {out}" in shown, "whole, whatever the width and the brackets"
+    manifest = read_manifest(out)
+    assert (manifest["dtype"], manifest["seed"], manifest["batch_size"]) == ("float64", 3, 2)
+    assert manifest["sampling"]["n"] == 2
+    assert json.loads((out / "summary.json").read_text())["samples"] == 8
+
+
+def test_same_command_again_changes_nothing(tmp_path: Path) -> None:
+    assert run("--out", str(tmp_path / "o")) == 0
+    before = (tmp_path / "o" / "results.jsonl").read_bytes()
+    assert run("--out", str(tmp_path / "o")) == 0
+    assert (tmp_path / "o" / "results.jsonl").read_bytes() == before
+
+
+def test_prompt_overrides(tmp_path: Path) -> None:
+    flags = {
+        "base": [],
+        "shot": ["--few-shot", "1"],
+        "system": ["--system", "Be brief."],
+        "chat": ["--style", "chat"],
+        "plain": ["--template", "plain"],
+    }
+    for name, extra in flags.items():
+        assert run("--out", str(tmp_path / name), "--limit", "1", *extra) == 0
+    base = prompt(tmp_path / "base")
+    assert prompt(tmp_path / "shot").startswith(EXEMPLARS[0].prompt)
+    assert prompt(tmp_path / "shot").endswith(base)
+    assert prompt(tmp_path / "system") == f"Be brief.\n\n{base}"
+    assert prompt(tmp_path / "chat") == f"user: {base}\nassistant: "
+    assert prompt(tmp_path / "plain") == f"Question: {base}\nAnswer:\n"
+    assert len({read_manifest(tmp_path / name)["prompt"] for name in flags}) == len(flags)
+
+
+def test_other_overrides_reach_the_manifest(tmp_path: Path) -> None:
+    flags = ["--extractors", "boxed", "hash", "--deadline", "1.5", "--stop", "a", "--stop", "b", "--attention", "eager"]
+    flags += ["--samples", "2", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "5", "--ks", "2"]
+    assert run("--out", str(tmp_path / "o"), "--limit", "1", *flags) == 0
+    manifest = read_manifest(tmp_path / "o")
+    assert manifest["extra"]["extractors"] == ["boxed", "hash"]
+    assert manifest["extra"]["deadline_s"] == 1.5
+    assert manifest["extra"]["attention"] == "eager"
+    assert manifest["sampling"] == {
+        "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "max_new_tokens": 8, "stop": ["a", "b"]
+    }  # fmt: skip
+    metrics = json.loads((tmp_path / "o" / "summary.json").read_text())["metrics"]
+    assert [name for name in metrics if "@" in name] == ["pass@1", "pass@2", "maj@2"]
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert run("--out", str(a)) == 0
+    assert run("--out", str(b), "--seed", "1") == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(a), str(b), "--out", str(tmp_path / "new" / "c")]) == 0
+    shown = capsys.readouterr().out
+    assert "task: 4 problems in both runs" in shown
+    assert "exact McNemar p = 1" in shown
+    assert "seed: 0 -> 1" in shown
+    written = json.loads((tmp_path / "new" / "c" / "comparison.json").read_text())
+    assert (written["problems"], written["difference"]["value"]) == (4, 0.0)
+
+
+def test_compare_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "no readable manifest" in capsys.readouterr().err
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(BENCHMARKS)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "o"
+    assert run("--out", str(out)) == 0
+    assert run("--out", str(out), "--seed", "1") == 2
+    assert "seed: 0 then, 1 now" in capsys.readouterr().err
+    assert run("--out", str(out), "--seed", "1", "--overwrite") == 0
+    assert read_manifest(out)["seed"] == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "keep.txt").write_text("mine")
+    assert run("--out", str(other), "--overwrite") == 2
+    assert "is not empty (keep.txt) and holds no evaluation" in capsys.readouterr().err
+    assert (other / "keep.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --model and --out (or --compare A B, or --list)"),
+        (["--model", "tiny-0.1m"], "give --model and --out"),
+        (["--model", "tiny-0.1m", "--out", "{out}", "--benchmark", "gsm9k"], "unknown benchmark 'gsm9k'. Did you mean"),
+        ([*SMALL, "--out", "{out}", "--samples", "4"], "4 samples at temperature 0 would all be the same"),
+        ([*SMALL, "--out", "{out}", "--ks", "3"], "k=3 of pass@k"),
+        ([*SMALL, "--out", "{out}", "--few-shot", "9"], "few_shot=9: there are 4 built-in examples"),
+        ([*SMALL, "--out", "{out}", "--batch-size", "0"], "max_rows=0"),
+        ([*SMALL, "--out", "{out}", "--max-new-tokens", "0"], "max_new_tokens=0: must be at least 1"),
+        ([*SMALL, "--out", "{out}", "--limit", "0"], "limit=0"),
+        (["--model", "runs/none/here", "--benchmark", "task", "--out", "{out}"], "no model folder at runs/none/here"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    out = tmp_path / "o"
+    assert main(["evaluate", *(argument.format(out=out) for argument in arguments)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("stepkd evaluate: ")
+    assert message in errors
+    assert not out.exists()
+
+
+def test_model_folder_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "llama"}')
+    assert run("--model", str(tmp_path / "m"), "--out", str(tmp_path / "o")) == 2
+    assert "holds a config.json but no weights" in capsys.readouterr().err
+
+
+def test_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from stepkd.launch.guard import LaunchInfo
+
+    info: Any = LaunchInfo(launcher="elastic", world_size=2, local_world_size=2)
+    monkeypatch.setattr("stepkd.launch.check_launch", lambda: info)
+    assert run("--out", str(tmp_path / "o")) == 2
+    assert "runs in one process: start it without a launcher" in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--model", "--benchmark", "--data", "--samples", "--compare", "--overwrite", "--few-shot"):
+        assert option in shown

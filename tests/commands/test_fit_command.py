@@ -1,0 +1,161 @@
+"""``stepkd fit`` as people use it: one folder, resumable after SIGKILL, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERLAY = """
+trainer: {max_steps: 12, val_check_interval: 3}
+checkpoint: {every_n_steps: 1}
+model: {init_args: {policy: {path: tiny-0.1m}, optimizer: {warmup: 2}, ema_decay: 0.9, validation: {max_new_tokens: 16}}}
+data: {init_args: {train: {options: {n: 70}}, validation: {options: {n: 8}}, global_batch_size: 16}}
+"""
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(OVERLAY)
+    return path
+
+
+def command(overlay: Path, out: Path, *extra: str) -> list[str]:
+    recipe = ROOT / "recipes" / "tiny" / "sft.yaml"
+    return [
+        *(sys.executable, "-m", "stepkd", "fit", "--config", str(recipe), "--config", str(overlay)),
+        *("--out", str(out), *extra),
+    ]
+
+
+def fit(overlay: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(overlay, out, *extra), capture_output=True, text=True, timeout=300)
+
+
+def last(out: Path) -> dict[str, Any]:
+    return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Weights, averages and optimiser state, bit for bit."""
+    pairs = [(a["state_dict"], b["state_dict"]), (a["stepkd"]["ema"], b["stepkd"]["ema"])]
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (a, b)]
+    pairs += [(states[0][k], states[1][k]) for k in states[0]]
+    return all(left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left) for left, right in pairs)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(overlay: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "whole"
+    done = fit(overlay, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_folder_holds_what_a_reader_needs(uninterrupted: Path) -> None:
+    from stepkd.launch.logger import read_metrics
+
+    run = json.loads((uninterrupted / "run.json").read_text())
+    assert (run["kind"], run["status"]) == ("fit", "finished")
+    assert "path: tiny-0.1m" in (uninterrupted / "config.yaml").read_text()
+    rows = read_metrics(uninterrupted)
+    trained = [row for row in rows if "train/loss" in row]
+    assert len(trained) == 12
+    wanted = {"train/ce", "train/grad_norm", "train/lr", "train/tokens", "perf/tokens_per_second", "perf/memory_gib"}
+    assert wanted <= set(trained[0])
+    assert any("val/accuracy" in row for row in rows)
+    assert {path.name for path in (uninterrupted / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert last(uninterrupted)["stepkd"]["position"] == {"epoch": 2, "batch": 2}
+
+
+def test_two_runs_are_bit_identical(overlay: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    assert fit(overlay, tmp_path / "again").returncode == 0
+    assert same(last(uninterrupted), last(tmp_path / "again"))
+    assert not same(last(uninterrupted), {**last(uninterrupted), "state_dict": {}})
+
+
+@pytest.mark.parametrize("steps", [2, 5, 9])
+def test_killed_and_resumed_equals_uninterrupted(
+    steps: int, overlay: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Steps 5 and 9 lie in the second pass over the data; validation runs every third step."""
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(overlay, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_text().count("train/loss") >= steps:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait(timeout=60)
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    assert last(out)["global_step"] < 12
+    done = fit(overlay, out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from last.ckpt" in done.stdout
+    assert same(last(out), last(uninterrupted))
+
+
+def test_an_existing_run_is_never_silently_overwritten(overlay: Path, uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = fit(overlay, uninterrupted)
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert "--overwrite" in done.stderr
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluate_and_export_take_a_run_folder(uninterrupted: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from stepkd.models.checkpoint import load_trained
+
+    stepkd = [sys.executable, "-m", "stepkd"]
+    out = tmp_path / "exported"
+    subprocess.run([*stepkd, "export", str(uninterrupted), "--to", str(out)], check=True, timeout=120)
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    ours = load_trained(uninterrupted)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, ours.causal_lm(input_ids=ids).logits)
+    arguments = ["evaluate", "--model", str(uninterrupted), "--benchmark", "task", "--data", "task=modular,n=8"]
+    done = subprocess.run(
+        [*stepkd, *arguments, "--max-new-tokens", "16", "--out", str(tmp_path / "evaluation")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pass@1" in done.stdout
+
+
+def test_validate_and_predict(uninterrupted: Path, overlay: Path, tmp_path: Path) -> None:
+    from stepkd.data.io import read_rows
+    from stepkd.data.rows import ROLLOUT, validate
+
+    checkpoint = str(uninterrupted / "checkpoints" / "best.ckpt")
+    base = [sys.executable, "-m", "stepkd"]
+    config = ["--config", str(uninterrupted / "config.yaml"), "--ckpt_path", checkpoint]
+    config += ["--out", "null", "--resume", "false"]
+    done = subprocess.run([*base, "validate", *config], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "val/accuracy" in done.stdout
+    out = tmp_path / "rollouts"
+    predict = ["--data.init_args.predict.source", "task", "--data.init_args.predict.options", "{task: modular, n: 5}"]
+    done = subprocess.run(
+        [*base, "predict", *config, *predict, "--out", str(out)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [validate(row, ROLLOUT, path=out, line=line) for row, line in read_rows(out / "rollouts.jsonl")]
+    assert len(rows) == 5

@@ -1,0 +1,29 @@
+"""A tiny model, and an evaluation of seven tiny problems with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stepkd.evaluation import EvaluationSpec
+from stepkd.models import Policy, PolicySpec
+
+
+@pytest.fixture(scope="session")
+def policy() -> Policy:
+    return Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> EvaluationSpec:
+    return EvaluationSpec(
+        model="tiny-0.1m",
+        benchmark="task",
+        data="task=modular:terms=3,n=7",
+        out=str(tmp_path / "out"),
+        max_new_tokens=24,
+        max_rows=2,
+        dtype="float64",
+        device="cpu",
+    )

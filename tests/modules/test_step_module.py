@@ -1,0 +1,258 @@
+"""What every method inherits: clear stops, averages, checkpoints, validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepkd.data import DataSpec, StepData
+from stepkd.data.batching import BatchPlan
+from stepkd.data.loader import Position, StepLoader
+from stepkd.errors import ConfigError, ModelError, TrainingError
+from stepkd.losses import LossTerms
+from stepkd.models import LoraSpec, PolicySpec
+from stepkd.modules import OptimizerSpec, SFTModule, ValidationSpec
+
+STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+
+
+def loader_of(examples: Any, module: Any, size: int = 4) -> StepLoader:
+    plan = BatchPlan([example.length for example in examples], size=size, shuffle=False)
+    return StepLoader(examples, plan, position=lambda: module.position)
+
+
+class Poisoned(SFTModule):
+    """Its loss is infinite on the micro-batch that holds one given row."""
+
+    poison = ""
+
+    def loss_terms(self, micro_batch: Any) -> LossTerms:
+        terms = super().loss_terms(micro_batch)
+        if self.poison in micro_batch.ids and self.global_step >= 2:
+            terms.sums["ce"] = terms.sums["ce"] * float("nan")
+        return terms
+
+
+def test_a_non_finite_loss_stops_and_names_the_rows(examples: Any, trainer: Any, tmp_path: Path) -> None:
+    module = Poisoned(PolicySpec(path="tiny-0.1m"), STEADY, micro_batch_tokens=100)
+    module.poison = examples[9].id  # in the third batch of four
+    runner = trainer(max_steps=4)
+    before: dict[str, torch.Tensor] = {}
+
+    def keep_weights(*_: Any) -> None:
+        before.update({name: p.detach().clone() for name, p in module.named_parameters()})
+
+    module.on_train_batch_start = keep_weights  # type: ignore[method-assign, assignment]
+    with pytest.raises(TrainingError, match="step 2: the loss is not finite") as caught:
+        runner.fit(module, train_dataloaders=loader_of(examples, module))
+    assert examples[9].id in str(caught.value)
+    assert not any(example.id in str(caught.value) for example in examples[:8])
+    assert "last checkpoint is intact" in str(caught.value)
+    assert module.position == Position(0, 2), "the poisoned batch must not count as done"
+    after = dict(module.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "the weights were touched"
+
+
+def test_a_batch_without_targets_is_refused(examples: Any, trainer: Any) -> None:
+    class Blind(SFTModule):
+        def count(self, micro_batch: Any) -> dict[str, float]:
+            return {"ce": 0.0}
+
+    module = Blind(PolicySpec(path="tiny-0.1m"), STEADY)
+    with pytest.raises(TrainingError, match="no row of the batch has a single target"):
+        trainer().fit(module, train_dataloaders=loader_of(examples, module))
+
+
+def test_loss_weights_scale_the_component(examples: Any, one_step: Any) -> None:
+    plain = one_step(examples[:4])
+    double = one_step(examples[:4], loss_weights={"ce": 2.0})
+    for name, gradient in plain.gradients.items():
+        assert torch.allclose(double.gradients[name], 2 * gradient, rtol=1e-12, atol=0)
+
+
+def test_an_unknown_loss_weight_is_refused(examples: Any, one_step: Any) -> None:
+    with pytest.raises(ValueError, match="outcome"):
+        one_step(examples[:2], loss_weights={"outcome": 1.0})
+
+
+def test_clipping_bounds_the_update_and_logs_the_full_norm(examples: Any, one_step: Any) -> None:
+    spec = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0, max_grad_norm=1e-3)
+    module = one_step(examples[:4], optimizer=spec)
+    norm = sum(float(g.norm() ** 2) for g in module.gradients.values()) ** 0.5
+    assert norm > 1e-2
+    assert float(module.trainer.callback_metrics["train/grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    clipped = sum(float(p.norm() ** 2) for p in clipped_gradients(module)) ** 0.5
+    assert clipped == pytest.approx(1e-3 * 0.1, rel=1e-3)
+
+
+def clipped_gradients(module: Any) -> list[torch.Tensor]:
+    """What AdamW saw: its first moment after one step is (1 - beta1) times the gradient."""
+    state = module.trainer.optimizers[0].state
+    return [entry["exp_avg"] for entry in state.values()]
+
+
+def test_weight_average_is_the_recursion_and_is_used_for_validation(examples: Any, trainer: Any) -> None:
+    module = SFTModule(PolicySpec(path="tiny-0.1m", dtype="float64"), STEADY, ema_decay=0.5)
+    seen: list[dict[str, torch.Tensor]] = []
+    module.configure_model()
+    seen.append({n: p.detach().clone() for n, p in module.model.trainable_parameters()})
+
+    def keep(*_: Any) -> None:
+        seen.append({n: p.detach().clone() for n, p in module.model.trainable_parameters()})
+
+    module.on_train_batch_end = keep  # type: ignore[method-assign, assignment]
+    trainer(max_steps=3).fit(module, train_dataloaders=loader_of(examples, module))
+    assert module.ema is not None
+    for name, average in module.ema.average.items():
+        expected = seen[0][name].float()
+        for weights in seen[1:]:
+            expected = 0.5 * expected + 0.5 * weights[name].float()
+        assert torch.allclose(average, expected, atol=1e-6)
+    trained = {n: p.detach().clone() for n, p in module.model.trainable_parameters()}
+    with module.ema.applied(module.model.trainable_parameters()):
+        name, parameter = module.model.trainable_parameters()[0]
+        assert torch.equal(parameter.float(), module.ema.average[name])
+    assert all(torch.equal(p, trained[n]) for n, p in module.model.trainable_parameters())
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, -0.1])
+def test_bad_ema_decay(decay: float, examples: Any, one_step: Any) -> None:
+    with pytest.raises(ConfigError, match="ema_decay"):
+        one_step(examples[:2], ema_decay=decay)
+
+
+def test_checkpoints_hold_trainable_weights_only(examples: Any, trainer: Any, tmp_path: Path) -> None:
+    module = SFTModule(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=2)), STEADY)
+    runner = trainer()
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    assert checkpoint["stepkd"]["position"] == {"epoch": 0, "batch": 1}
+    assert checkpoint["stepkd"]["policy"]["lora"]["r"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"policy": PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=2))}, "holds other weights than this recipe trains"),
+        ({"seed": 7}, "made with seed 0, this run has seed 7"),
+    ],
+)
+def test_resuming_something_else_is_refused(
+    change: dict[str, Any], message: str, examples: Any, trainer: Any, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"policy": PolicySpec(path="tiny-0.1m"), "optimizer": STEADY}
+    module = SFTModule(**settings)
+    runner = trainer()
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    other = SFTModule(**{**settings, **change})
+    with pytest.raises(ModelError, match=message):
+        trainer(max_steps=2).fit(
+            other, train_dataloaders=loader_of(examples, other), ckpt_path=tmp_path / "x.ckpt", weights_only=True
+        )
+
+
+def test_float16_is_refused(examples: Any, one_step: Any) -> None:
+    with pytest.raises(ConfigError, match="bf16-mixed"):
+        one_step(examples[:2], dtype="float32", trainer={"precision": "16-true"})
+
+
+def test_bf16_mixed_trains_close_to_float32(examples: Any, one_step: Any, distance: Any) -> None:
+    exact = one_step(examples, dtype="float32")
+    mixed = one_step(examples, dtype="float32", trainer={"precision": "bf16-mixed"})
+    assert all(gradient.dtype == torch.float32 for gradient in mixed.gradients.values())
+    assert distance(mixed.gradients, exact.gradients) < 0.05
+
+
+def tiny_data(**settings: Any) -> StepData:
+    options = {"task": "modular:terms=3,modulus=5"}
+    defaults: dict[str, Any] = {
+        "train": DataSpec(source="task", split="train", options={**options, "n": 40}),
+        "validation": DataSpec(source="task", split="validation", options={**options, "n": 6}),
+        "predict": DataSpec(source="task", split="test", options={**options, "n": 3}),
+        "template": "task",
+        "global_batch_size": 8,
+        "max_length": 64,
+    }
+    return StepData(**{**defaults, **settings})
+
+
+def test_validation_measures_loss_and_sampled_accuracy(trainer: Any) -> None:
+    module = SFTModule(
+        PolicySpec(path="tiny-0.1m"), STEADY, ValidationSpec(samples=2, temperature=1.0, max_new_tokens=12)
+    )
+    data = tiny_data()
+    runner = trainer()
+    first = runner.validate(module, datamodule=data, verbose=False)[0]
+    again = trainer().validate(module, datamodule=data, verbose=False)[0]
+    assert first == again, "the same noise is drawn at every validation"
+    assert 0 <= first["val/accuracy"] <= 1
+    assert first["val/tokens"] <= 12
+    assert first["val/loss"] == first["val/ce"]
+    examples = data.examples["validation"]
+    total = sum(float(module.loss_terms(module._collate([e])).sums["ce"]) for e in examples)
+    assert first["val/ce"] == pytest.approx(total / sum(len(e.completion_ids) for e in examples), rel=1e-5)
+
+
+def test_predict_gives_valid_rollout_rows(trainer: Any) -> None:
+    from stepkd.data.rows import ROLLOUT, validate
+
+    module = SFTModule(
+        PolicySpec(path="tiny-0.1m"), STEADY, ValidationSpec(samples=2, temperature=1.0, max_new_tokens=9)
+    )
+    batches = trainer().predict(module, datamodule=tiny_data())
+    rows = [row for batch in batches for row in batch]
+    assert len(rows) == 6
+    for row in rows:
+        validate(row, ROLLOUT)
+    assert {row["sample"] for row in rows} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "optimizer.lr=0.0"),
+        ({"schedule": "cosin"}, "must be one of constant, linear, cosine"),
+        ({"beta2": 1.0}, "optimizer.beta2=1.0"),
+        ({"warmup": -1}, "optimizer.warmup=-1"),
+        ({"schedule": "linear", "min_lr_ratio": 0.1}, "has no effect"),
+    ],
+)
+def test_bad_optimizer_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OptimizerSpec(**settings)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "warmup_stable_decay"])
+def test_schedules_warm_up_and_end_where_they_should(schedule: str) -> None:
+    from stepkd.modules.optim import build_optimizer, build_schedule
+
+    ratio = 0.1 if schedule in ("cosine", "warmup_stable_decay") else 0.0
+    spec = OptimizerSpec(lr=1.0, schedule=schedule, warmup=5, min_lr_ratio=ratio)
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = build_optimizer(spec, [("w", parameter)])
+    plan = build_schedule(spec, optimizer, 50)
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        plan.step()
+    floor = ratio if schedule == "warmup_stable_decay" else 0.0  # transformers warms this one up from the floor
+    assert rates[:6] == pytest.approx([floor + (1 - floor) * step / 5 for step in range(6)])
+    assert max(rates) == pytest.approx(1.0)
+    end = optimizer.param_groups[0]["lr"]
+    assert end == pytest.approx(1.0 if schedule == "constant" else ratio, abs=1e-6)
+
+
+def test_only_matrices_decay() -> None:
+    from stepkd.modules.optim import build_optimizer
+
+    named = [("w", torch.nn.Parameter(torch.ones(2, 2))), ("norm", torch.nn.Parameter(torch.ones(2)))]
+    optimizer = build_optimizer(OptimizerSpec(weight_decay=0.1), named)
+    assert {g["weight_decay"]: len(g["params"]) for g in optimizer.param_groups} == {0.1: 1, 0.0: 1}

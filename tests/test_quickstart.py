@@ -1,0 +1,81 @@
+"""The quick start runs end to end (scaled down), resumes, and reports what it measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stepkd.cli import main
+from stepkd.quickstart.stages import STAGES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    assert main(["quickstart", "--out", str(out), "--scale", "0.01"]) == 0
+    return out
+
+
+def test_summary_has_every_stage(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["stages"]) == [stage.name for stage in STAGES]
+    assert summary["settings"]["scale"] == 0.01
+    for name in ("teacher", "student"):
+        metrics = summary["stages"]["evaluate"][name]["sampled"]["metrics"]
+        assert 0 <= metrics["pass@1"]["low"] <= metrics["pass@1"]["value"] <= metrics["pass@1"]["high"] <= 1
+        assert (folder / name / "model" / "model.safetensors").is_file()
+        assert (folder / name / "metrics.jsonl").is_file()
+
+
+def test_summary_can_be_recomputed_from_the_rows(folder: Path) -> None:
+    from stepkd.evaluation.metrics import summarise
+    from stepkd.evaluation.store import read_rows
+
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = read_rows(folder / "evaluations" / "student-sampled" / "results.jsonl")
+    again = summarise(rows, (1, 2, 4), seed=0)["metrics"]
+    assert again == summary["stages"]["evaluate"]["student"]["sampled"]["metrics"]
+
+
+def test_finished_stages_are_not_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "teacher" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert main(["quickstart", "--out", str(folder), "--scale", "0.01", "--resume"]) == 0
+    assert capsys.readouterr().out.count("finished earlier, not repeated") == len(STAGES)
+    assert (folder / "teacher" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stages", "techer"], "Did you mean 'teacher'?"),
+        (["--scale", "0"], "must be positive"),
+        (["--stages", "evaluate"], "needs the model of stage 'teacher'"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quickstart", "--out", str(tmp_path / "run"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_settings_do_not_mix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quickstart", "--out", str(folder), "--scale", "0.02", "--resume"]) == 2
+    assert "resume it with the same settings" in capsys.readouterr().err
+    assert main(["quickstart", "--out", str(folder)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_steps_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    from stepkd.quickstart.stages import marked_solution
+
+    sample = {"completion": "3+4=7\n7*2=15\n#### 5", "step_labels": [True, False, False]}
+    lines = marked_solution("3+4*2%10=\n", sample).plain.splitlines()
+    assert lines == ["  3+4*2%10=", "  ✓ 3+4=7", "  ✗ 7*2=15", "  ✗ #### 5"]
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quickstart", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [stage.name for stage in STAGES]

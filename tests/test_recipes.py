@@ -1,0 +1,88 @@
+"""Every recipe parses, stays short, says how to run it, and builds with a tiny model; overlays compose with all methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1] / "recipes"
+METHODS = sorted(path for path in ROOT.glob("*.yaml"))
+TINY = sorted((ROOT / "tiny").glob("*.yaml"))
+OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
+EVERY = sorted(ROOT.rglob("*.yaml"))
+
+
+def instantiate(*configs: Path, extra: tuple[str, ...] = ()) -> Any:
+    """Parse and build module and data through the real command-line classes, without running anything."""
+    from lightning.pytorch import LightningDataModule
+
+    from stepkd.modules import StepModule
+    from stepkd.trainer_cli import StepkdCLI, SuggestingParser
+
+    arguments = [part for config in configs for part in ("--config", str(config))]
+    return StepkdCLI(
+        StepModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_class=SuggestingParser,
+        trainer_defaults={"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+        args=[*arguments, *extra],
+        run=False,
+    )
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name)
+def test_house_rules(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    settings = [line for line in lines if line.strip() and not line.startswith("#")]
+    assert len(settings) <= 40, f"{len(settings)} lines of settings"
+    assert lines[0].startswith("# ")
+    if path in METHODS + TINY:
+        assert any(f"recipes/{name(path)}" in line and line.startswith("#") for line in lines), "no command in the header"
+    else:
+        assert not has_list(yaml.safe_load("\n".join(lines))), "a list in an overlay replaces the method's list"
+
+
+def has_list(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(has_list(item) for item in value.values())
+    return isinstance(value, list)
+
+
+@pytest.mark.parametrize("method", METHODS + TINY, ids=name)
+def test_method_builds_with_a_tiny_model(method: Path) -> None:
+    cli = instantiate(method, ROOT / "base" / "tiny.yaml")
+    assert cli.model.policy_spec.path == "tiny-0.5m"
+    cli.model.configure_model()
+    assert cli.model.policy.trainable_parameters()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
+@pytest.mark.parametrize("method", METHODS + TINY, ids=name)
+def test_every_overlay_composes_with_every_method(method: Path, overlay: Path) -> None:
+    cli = instantiate(method, overlay, extra=("--trainer.precision", "null"))
+    wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]
+    assert cli.model.policy_spec.path == wanted["path"]
+    assert (cli.model.policy_spec.lora is None) == (wanted.get("lora") is None)
+
+
+def test_the_seed_reaches_module_and_data() -> None:
+    cli = instantiate(ROOT / "tiny" / "sft.yaml", extra=("--seed_everything", "7"))
+    assert (cli.model.seed, cli.datamodule.seed) == (7, 7)
+
+
+def test_index_lists_every_recipe() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [name(path) for path in EVERY if f"`{name(path)}`" not in text]
+    assert not missing
