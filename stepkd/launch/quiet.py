@@ -10,6 +10,7 @@ import warnings
 def quiet_libraries() -> None:
     """Turn down notices of Lightning, and progress bars of transformers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import lightning.pytorch  # noqa: F401 (importing it sets the levels that are lowered here)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

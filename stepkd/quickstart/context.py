@@ -30,8 +30,8 @@ class Context:
     """Seed of data, weights and sampling."""
     scale: float = 1.0
     """Factor on every stage's number of optimiser steps and problems."""
-    task: str = "modular:terms=6,modulus=10"
-    """The tiny-world task: chains of five operations modulo 10, where a wrong line can still end right."""
+    task: str = "modular:terms=4,modulus=10"
+    """The tiny-world task: chains of three operations modulo 10, where a wrong line can still end right."""
     summary: dict[str, Any] = field(default_factory=dict)
     """What ``summary.json`` holds: one section per finished stage."""
 
@@ -78,13 +78,13 @@ class Stage:
     """Does it; returns its section of the summary."""
 
 
-def train_sft(context: Context, name: str, *, preset: str, steps: int, noise: dict[str, Any] | None, lr: float) -> Path:
+def train_sft(context: Context, name: str, *, start: str, steps: int, noise: dict[str, Any] | None, lr: float) -> Path:
     """Train a tiny model on generated solutions and export it.
 
     Args:
         context: the quick start.
         name: stage and folder name.
-        preset: tiny model preset.
+        start: tiny model preset, or the folder of a model to go on from.
         steps: full budget in optimiser steps of 64 solutions.
         noise: slips in the demonstrations (:class:`stepkd.tasks.Noise`), None for clean ones.
         lr: peak learning rate.
@@ -115,7 +115,7 @@ def train_sft(context: Context, name: str, *, preset: str, steps: int, noise: di
         seed=context.seed,
     )
     module = SFTModule(
-        PolicySpec(path=preset, init_seed=context.seed),
+        PolicySpec(path=start, init_seed=context.seed),
         OptimizerSpec(lr=lr, schedule="cosine", warmup=0.05),
         micro_batch_tokens=16_384,
         seed=context.seed,

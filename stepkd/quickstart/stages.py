@@ -17,14 +17,15 @@ STUDENT_NOISE = {"rate": 0.15, "kind": "random", "recover": 0.5}
 
 def train_teacher(context: Context) -> dict[str, Any]:
     """A teacher from clean solutions."""
-    model = train_sft(context, "teacher", preset="tiny-0.5m", steps=700, noise=None, lr=3e-3)
-    return {"model": str(model.relative_to(context.out)), "steps": context.steps(700)}
+    model = train_sft(context, "teacher", start="tiny-0.5m", steps=800, noise=None, lr=3e-3)
+    return {"model": str(model.relative_to(context.out)), "steps": context.steps(800)}
 
 
 def train_student(context: Context) -> dict[str, Any]:
-    """A student from demonstrations with slips: it knows, but does not do reliably."""
-    model = train_sft(context, "student", preset="tiny-0.5m", steps=500, noise=STUDENT_NOISE, lr=3e-3)
-    return {"model": str(model.relative_to(context.out)), "steps": context.steps(500), "noise": STUDENT_NOISE}
+    """A student that knows, but does not do reliably: the teacher's weights, then demonstrations with slips."""
+    start = context.model_folder("teacher")
+    model = train_sft(context, "student", start=str(start), steps=200, noise=STUDENT_NOISE, lr=1e-3)
+    return {"model": str(model.relative_to(context.out)), "steps": context.steps(200), "noise": STUDENT_NOISE}
 
 
 def evaluate_models(context: Context) -> dict[str, Any]:
@@ -100,16 +101,16 @@ def marked_solution(prompt: str, sample: dict[str, Any]) -> Text:
 
 
 def percent(metric: dict[str, Any]) -> str:
-    """``93.0% (88.6 to 95.8)``; a dash where the metric is undefined."""
+    """``93.0%`` with ``(88.6 to 95.8)`` below it; a dash where the metric is undefined."""
     if metric["value"] is None:
         return "-"
-    interval = "" if metric["low"] is None else f" ({100 * metric['low']:.0f} to {100 * metric['high']:.0f})"
+    interval = "" if metric["low"] is None else f"\n({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
     return f"{100 * metric['value']:.1f}%{interval}"
 
 
 STAGES: list[Stage] = [
     Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", train_teacher),
-    Stage("student", "train a student on solutions with slips", train_student),
+    Stage("student", "make a sloppy student of it: a little more training, on solutions with slips", train_student),
     Stage("evaluate", "evaluate both on problems they have not seen", evaluate_models),
     Stage("samples", "the student's solutions, every step checked", show_samples),
 ]

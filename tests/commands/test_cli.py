@@ -92,7 +92,7 @@ def test_suggestions_stay_silent_about_what_they_do_not_know() -> None:
 def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stepkd", "fit", "--print_config"]
     first = subprocess.run([*command, "--config", RECIPE], capture_output=True, text=True, timeout=120, check=True)
-    assert "max_steps: 600" in first.stdout
+    assert "max_steps: 800" in first.stdout
     full = tmp_path / "full.yaml"
     full.write_text(first.stdout)
     second = subprocess.run([*command, "--config", str(full)], capture_output=True, text=True, timeout=120, check=True)
