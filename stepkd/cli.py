@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -50,12 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stepkd {stepkd.__version__}")
         return 0
     command, *rest = arguments
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would fill a log file with carriage returns
     try:
         if command in TRAINER_COMMANDS:
             return int(import_module("stepkd.trainer_cli").run([command, *rest]))
         if command in COMMANDS:
             module = import_module(f"stepkd.commands.{command}")
-            parser = argparse.ArgumentParser(
+            from stepkd.commands.suggestions import HelpfulParser
+
+            parser = HelpfulParser(
                 prog=f"stepkd {command}",
                 description=module.__doc__,
                 formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stepkd {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstepkd {command}: interrupted", file=sys.stderr)
+        print(f"\nstepkd {command}: interrupted; fit, evaluate and quickstart can be resumed", file=sys.stderr)
         return 130
     near = get_close_matches(command, [*TRAINER_COMMANDS, *COMMANDS], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

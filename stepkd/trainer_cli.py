@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from difflib import get_close_matches
-from inspect import signature
+from dataclasses import dataclass
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataSpec
-from stepkd.data.templates import PromptTemplate
-from stepkd.errors import ConfigError
+from stepkd.commands.suggestions import suggestions
+from stepkd.errors import ConfigError, StepkdError
 from stepkd.launch import RunDir, check_launch, trainer_defaults
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
+from stepkd.launch.last_checkpoint import BestCheckpoint, LastCheckpoint
 from stepkd.launch.logger import JsonlLogger
 from stepkd.launch.progress import StepProgress
 from stepkd.launch.quiet import quiet_libraries
-from stepkd.models import LoraSpec, PolicySpec
-from stepkd.modules import OptimizerSpec, StepModule, ValidationSpec
+from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
 
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
@@ -54,56 +51,10 @@ class SuggestingParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise ConfigError with the message and, for unknown keys, the nearest known one."""
         hints = suggestions(message)
         raise ConfigError(message if hints in message else f"{hints}\n{message}") from ex
-
-
-def known_keys() -> dict[str, str]:
-    """Leaf name -> dotted key, for every setting of the built-in classes."""
-    keys = {name: f"trainer.{name}" for name in signature(Trainer.__init__).parameters}
-    groups: list[tuple[str, Any]] = [
-        ("checkpoint", CheckpointSpec),
-        ("data.init_args", StepData),
-        ("data.init_args.template", PromptTemplate),
-        ("data.init_args.train", DataSpec),
-        ("model.init_args", StepModule),
-        ("model.init_args.validation", ValidationSpec),
-        ("model.init_args.optimizer", OptimizerSpec),
-        ("model.init_args.policy", PolicySpec),
-        ("model.init_args.policy.lora", LoraSpec),
-    ]
-    for prefix, cls in groups:
-        names = [f.name for f in fields(cls)] if is_dataclass(cls) else list(signature(cls.__init__).parameters)
-        keys.update({name: f"{prefix}.{name}" for name in names})
-    for name in ("trainer", "model", "data", "out", "resume", "overwrite", "seed_everything", "ckpt_path"):
-        keys[name] = name
-    keys.pop("self", None)
-    return keys
-
-
-def suggestions(message: str) -> str:
-    """The nearest known key for every unknown one that a parser's message names; empty when there is none."""
-    patterns = (
-        r"does not accept (?:option|nested key|key) '([\w.]+)'",
-        r"[Kk]ey [\"']([\w.]+)[\"'] is not (?:expected|valid)",
-        r"No action for key [\"']([\w.]+)[\"']",
-        r"unrecognized arguments: --([\w.]+)",
-        r"NestedArg\(key='([\w.]+)'",
-    )
-    known = known_keys()
-    hints: list[str] = []
-    for pattern in patterns:
-        for found in re.findall(pattern, message):
-            for part in found.split("."):
-                if part in known or part in ("init_args", "class_path"):
-                    continue
-                near = get_close_matches(part, known, n=1, cutoff=0.6)
-                hint = f"{part!r} is not a setting; did you mean {near[0]!r} ({known[near[0]]})?" if near else ""
-                if hint and hint not in hints:
-                    hints.append(hint)
-    return "\n".join(hints)
 
 
 class StepkdCLI(LightningCLI):
@@ -137,6 +88,8 @@ class StepkdCLI(LightningCLI):
         if self.subcommand in ("fit", "predict"):
             if config.out is None:
                 raise ConfigError(f"stepkd {self.subcommand} writes files: give --out FOLDER, for instance runs/first")
+            if self.subcommand == "predict" and config.resume:
+                raise ConfigError("stepkd predict cannot go on with a rollout file: use --overwrite or another --out")
             self.run_dir = RunDir.open(
                 config.out, resume=config.resume, overwrite=config.overwrite, kind=self.subcommand
             )
@@ -144,6 +97,7 @@ class StepkdCLI(LightningCLI):
                 print(self.run_dir.message)
             if self.subcommand == "fit" and config.resume and self.run_dir.resume_from is not None:
                 config.ckpt_path = str(self.run_dir.resume_from)
+            _check_monitor(config)
         config.weights_only = True
         self._write_config()
 
@@ -157,7 +111,10 @@ class StepkdCLI(LightningCLI):
             path = self.run_dir.path / f"config-{number}.yaml"
         assert self.subcommand is not None
         parser = self._parser(self.subcommand)
-        text = parser.dump(self.config[self.subcommand], skip_none=False, skip_link_targets=False, skip_validation=True)
+        config = self.config[self.subcommand].clone()
+        for name in ("out", "resume", "overwrite", "ckpt_path", "weights_only"):
+            config.pop(name, None)  # belongs to this start of the run, not to the recipe
+        text = parser.dump(config, skip_none=False, skip_link_targets=False, skip_validation=True)
         path.write_text(text, encoding="utf-8")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -167,16 +124,18 @@ class StepkdCLI(LightningCLI):
         config = self.config[self.subcommand]
         callbacks: list[Callback] = [StepProgress()]
         if self.run_dir is not None and self.subcommand == "fit":
-            kwargs.setdefault("default_root_dir", str(self.run_dir.path))
+            if config.trainer.get("default_root_dir") is None:
+                kwargs["default_root_dir"] = str(self.run_dir.path)
             if config.trainer.get("logger") in (None, True):
                 kwargs["logger"] = JsonlLogger(self.run_dir.path)
             callbacks += _checkpoints(self.run_dir, config.checkpoint, has_validation=_has_validation(config))
-        else:
-            kwargs.setdefault("logger", False)
+        elif config.trainer.get("logger") is None:
+            kwargs["logger"] = False
         if self.run_dir is not None and self.subcommand == "predict":
             callbacks.append(RolloutFile(self.run_dir.path / "rollouts.jsonl"))
         self.trainer_defaults["callbacks"] = callbacks
-        kwargs.setdefault("enable_checkpointing", self.subcommand == "fit")
+        if self.subcommand != "fit":
+            kwargs["enable_checkpointing"] = False
         trainer = super().instantiate_trainer(**kwargs)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
@@ -194,28 +153,40 @@ class StepkdCLI(LightningCLI):
             print(f"  export:   stepkd export {self.config['fit'].out} --to ...")
 
 
+def _check_monitor(config: Any) -> None:
+    """Refuse a monitored value that no validation of this recipe can give."""
+    monitor, samples = config.checkpoint.monitor, (config.model.init_args.get("validation") or {}).get("samples", 0)
+    if not _has_validation(config):
+        return
+    if not monitor.startswith("val/"):
+        raise ConfigError(f"checkpoint.monitor={monitor!r}: must be a validation value, for instance val/loss")
+    if monitor == "val/accuracy" and not samples:
+        raise ConfigError(
+            "checkpoint.monitor is val/accuracy, but validation samples nothing: set "
+            "model.init_args.validation.samples to 1 or more, or monitor val/loss (mode min)"
+        )
+
+
 def _has_validation(config: Any) -> bool:
     return config.data is not None and config.data.init_args.get("validation") is not None
 
 
 def _checkpoints(run: RunDir, spec: Any, *, has_validation: bool) -> list[Callback]:
-    common: dict[str, Any] = {
-        "dirpath": str(run.checkpoints),
-        "save_top_k": 1,
-        "enable_version_counter": False,
-        "auto_insert_metric_name": False,
-    }
-    callbacks: list[Callback] = [
-        ModelCheckpoint(
-            filename="last", every_n_train_steps=spec.every_n_steps, save_on_train_epoch_end=False, **common
-        )
-    ]
+    callbacks: list[Callback] = []
     if has_validation:
-        callbacks.append(
-            ModelCheckpoint(
-                filename="best", monitor=spec.monitor, mode=spec.mode, save_on_train_epoch_end=False, **common
-            )
+        best = BestCheckpoint(
+            dirpath=str(run.checkpoints),
+            filename="best",
+            monitor=spec.monitor,
+            mode=spec.mode,
+            save_top_k=1,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
         )
+        callbacks.append(best)
+    # After the best one, so that the state it saves knows the newest best score.
+    callbacks.append(LastCheckpoint(run.checkpoints / "last.ckpt", spec.every_n_steps))
     return callbacks
 
 
@@ -228,13 +199,19 @@ def _refuse_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
             "trainer.accumulate_grad_batches is not used: one batch is one optimiser step. Set "
             "data.init_args.global_batch_size, and model.init_args.micro_batch_tokens for memory"
         )
-    if subcommand == "fit" and settings.get("max_steps", -1) == -1 and settings.get("max_epochs") in (None, -1):
+    limits = (
+        settings.get("max_steps", -1) != -1,
+        settings.get("max_epochs") not in (None, -1),
+        settings.get("max_time"),
+    )
+    if subcommand == "fit" and not any(limits):
         raise ConfigError("the run has no end: set trainer.max_steps (or trainer.max_epochs)")
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one Trainer command; see ``stepkd fit --help``."""
     quiet_libraries()
+    _PendingCLI.current = None
     try:
         _PendingCLI(
             StepModule,
@@ -249,10 +226,32 @@ def run(arguments: Sequence[str]) -> int:
             args=list(arguments),
             run=True,
         )
-    except Exception as error:
+    except MisconfigurationException as error:
         _mark_failed(error)
+        raise ConfigError(str(error)) from error
+    except BaseException as error:  # an interrupted run is recorded too
+        _mark_failed(error)
+        mistake = _user_mistake(error)
+        if mistake is not None and mistake is not error:
+            raise mistake from error
+        if isinstance(error, SystemExit | KeyboardInterrupt) and _PendingCLI.current is not None:
+            raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into an exit
         raise
     return 0
+
+
+def _user_mistake(error: BaseException) -> StepkdError | None:
+    """Our own error at the root of one that jsonargparse raised while it parsed or built the settings."""
+    if isinstance(error, StepkdError):
+        return error
+    seen: set[int] = set()
+    found: StepkdError | None = None
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen and isinstance(error, (ValueError, TypeError)):
+        seen.add(id(current))
+        found = current if isinstance(current, StepkdError) else found
+        current = current.__cause__ or current.__context__
+    return found
 
 
 class _PendingCLI(StepkdCLI):
@@ -265,7 +264,12 @@ class _PendingCLI(StepkdCLI):
         super().before_instantiate_classes()
 
 
-def _mark_failed(error: Exception) -> None:
+def _mark_failed(error: BaseException) -> None:
+    """Record the failure in the run folder, or remove the folder when nothing had begun."""
     cli = _PendingCLI.current
-    if cli is not None and cli.run_dir is not None:
-        cli.run_dir.mark_failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    if cli is None or cli.run_dir is None:
+        return
+    if _user_mistake(error) is None or not cli.run_dir.abandon():
+        text = str(error).splitlines()[0] if str(error) else ""
+        with contextlib.suppress(ConfigError):  # a full disk must not hide the error itself
+            cli.run_dir.mark_failed(f"{type(error).__name__}: {text}")

@@ -54,9 +54,7 @@ def test_finished_stages_are_not_repeated(folder: Path, capsys: pytest.CaptureFi
         (["--stages", "evaluate"], "needs the model of stage 'teacher'"),
     ],
 )
-def test_mistakes(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart", "--out", str(tmp_path / "run"), *arguments]) == 2
     assert message in capsys.readouterr().err
 

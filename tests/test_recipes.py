@@ -1,4 +1,4 @@
-"""Every recipe parses, stays short, says how to run it, and builds with a tiny model; overlays compose with all methods."""
+"""Every recipe parses, stays short, says how to run it, and builds with a tiny model; overlays fit all methods."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def test_house_rules(path: Path) -> None:
     assert len(settings) <= 40, f"{len(settings)} lines of settings"
     assert lines[0].startswith("# ")
     if path in METHODS + TINY:
-        assert any(f"recipes/{name(path)}" in line and line.startswith("#") for line in lines), "no command in the header"
+        assert any(f"recipes/{name(path)}" in line and line.startswith("#") for line in lines), (
+            "no command in the header"
+        )
     else:
         assert not has_list(yaml.safe_load("\n".join(lines))), "a list in an overlay replaces the method's list"
 

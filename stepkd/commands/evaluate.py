@@ -155,10 +155,10 @@ def _reporter(console: Any) -> Any:
 def print_summary(console: Any, summary: dict[str, Any]) -> None:
     """Table of metrics with their intervals."""
     from rich.table import Table
-    from rich.text import Text
 
     title = f"{summary['model']} on {summary['benchmark']}: {summary['problems']} problems"
-    table = Table(title=Text(title), title_justify="left")
+    console.print(title, highlight=False, markup=False)
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column(f"{summary['level']:.0%} interval", justify="right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Any, Literal
 
@@ -151,6 +152,16 @@ class StepData(LightningDataModule):
         if self.batch_unit == "sequences":
             return self.global_batch_size
         return max(1, self.global_batch_size * len(examples) // sum(example.length for example in examples))
+
+    def fingerprint(self) -> str | None:
+        """Short hash of what decides the training batches; None before the training data is loaded."""
+        if "train" not in self.examples:
+            return None
+        plan = (self.global_batch_size, self.batch_unit, self.bucket_window, self.shuffle, self.seed)
+        digest = hashlib.sha256(repr(plan).encode())
+        for example in self.examples["train"]:
+            digest.update(repr((example.id, example.prompt_ids, example.completion_ids)).encode())
+        return digest.hexdigest()[:16]
 
     def _train_position(self) -> Position:
         module: Any = self.trainer.lightning_module if self.trainer is not None else None

@@ -66,10 +66,10 @@ def step_labels(row: Row, completion: str, steps: Sequence[str] | None = None) -
     """
     if "task" not in row or "meta" not in row:
         return None
-    return check_row(row, _lines(completion) if steps is None else steps)
+    return check_row(row, solution_steps(completion) if steps is None else steps)
 
 
-def _lines(completion: str) -> list[str]:
+def solution_steps(completion: str) -> list[str]:
     """The steps of a text, a character at a time in place of tokens."""
     length = len(completion)
     text = TokenizedText(tuple(range(length)), completion, tuple(range(1, length + 1)))

@@ -83,7 +83,7 @@ def _mixed_precision(environ: Mapping[str, str]) -> str | None:
         return None
     advice = {
         "bf16": "put `trainer.precision: bf16-mixed` in the recipe",
-        "fp16": "put `trainer.precision: 16-mixed` in the recipe (bf16-mixed where the GPU has it)",
+        "fp16": "put `trainer.precision: bf16-mixed` in the recipe (float16 is not supported)",
     }.get(value, "put `trainer.precision: bf16-mixed` in the recipe")
     return (
         f"accelerate asks for mixed precision {value!r} (ACCELERATE_MIXED_PRECISION), which Lightning ignores. "

@@ -117,6 +117,20 @@ class RunDir:
         """Record in ``run.json`` that the run ended early, and why (rank 0 only)."""
         self._mark("failed", message)
 
+    def abandon(self) -> bool:
+        """Remove a folder in which nothing was done yet, so that a corrected command needs no flag.
+
+        Returns:
+            Whether it was removed: only when it holds nothing but what opening a fresh run wrote.
+        """
+        if not self.info.is_rank_zero or self.resume_from is not None:
+            return False
+        left = {entry.name for entry in self.path.iterdir()} - {MARKER, "config.yaml"}
+        if left - {"checkpoints"} or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+            return False
+        shutil.rmtree(self.path)
+        return True
+
     def _mark(self, status: str, message: str) -> None:
         if not self.info.is_rank_zero:
             return

@@ -156,6 +156,8 @@ def load_tokenizer(spec: PolicySpec) -> Any:
     if where in TINY_PRESETS:
         return tiny_tokenizer()
     source, gguf_file = _split_gguf(where)
+    if gguf_file is None and _looks_local(source) and not Path(source).is_dir():
+        raise ModelError(f"no model folder at {source}")
     arguments: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if revision is not None:
         arguments["revision"] = revision
@@ -230,8 +232,13 @@ def _check_folder(source: str, gguf_file: str | None) -> None:
             raise ModelError(
                 f"{source} holds a config.json but no weights (*.safetensors): was the download or the export cut off?"
             )
-    elif source.startswith((".", "/")) or source.count("/") > 1:
+    elif _looks_local(source):
         raise ModelError(f"no model folder at {source}")
+
+
+def _looks_local(source: str) -> bool:
+    """Whether a path can only be a folder: hub ids are ``name`` or ``org/name``."""
+    return source.startswith((".", "/")) or source.count("/") > 1
 
 
 def _load_message(path: str, error: Exception) -> str:

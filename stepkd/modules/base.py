@@ -9,30 +9,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Example
 from stepkd.data.loader import Position, StepBatch
-from stepkd.errors import ConfigError, ModelError, TrainingError
+from stepkd.errors import ConfigError, TrainingError
 from stepkd.launch.phases import PhaseTracker
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, reduce
-from stepkd.models import Policy, PolicySpec, load_tokenizer, spec_to_dict
+from stepkd.models import Policy, PolicySpec, load_tokenizer
+from stepkd.modules.checkpoint_state import pack, unpack
 from stepkd.modules.distributed import all_reduce, gradient_sync
 from stepkd.modules.ema import WeightAverage
+from stepkd.modules.evaluation_loops import EvaluationLoops
+from stepkd.modules.finite import require_finite
 from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule
 from stepkd.modules.throughput import Throughput
 from stepkd.modules.validation import SampledAccuracy, ValidationSpec
 from stepkd.randomness import stream_key
-
-CHECKPOINT_FORMAT = 1
 
 
 @dataclass
@@ -45,8 +44,12 @@ class Prepared:
     """Per loss component, this rank's count over all micro-batches; reduced over ranks before the first backward."""
 
 
-class StepModule(LightningModule):
+class StepModule(EvaluationLoops):
     """Base of all methods.
+
+    A method sets ``components`` and defines :meth:`count` and :meth:`loss_terms`; every component must reach every
+    trainable parameter, because DDP waits for all of them. ``loss_terms`` returns the same metric names for every
+    micro-batch (with count 0 where one does not apply), because ranks add them up name by name.
 
     Args:
         policy: the model to train.
@@ -57,8 +60,14 @@ class StepModule(LightningModule):
         chunk_size: positions whose logits exist at the same time.
         loss_weights: factor per loss component; missing ones are 1.
         ema_decay: keep a running average of the trainable weights, validate and export with it; null for none.
-        seed: keys dropout and sampling noise.
+        seed: keys dropout and sampling noise. Dropout is drawn per rank and micro-batch, so with ``lora.dropout`` the
+            gradient does depend on the split; nothing else does.
     """
+
+    steps_per_batch = 1
+    """Optimiser steps that one loader batch serves (more than 1 for on-policy methods with inner steps)."""
+    skip_empty_steps = False
+    """Whether a step in which no rank has a single item is skipped in silence (it is an error otherwise)."""
 
     automatic_optimization = False
     strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks their names itself
@@ -90,7 +99,7 @@ class StepModule(LightningModule):
         self.policy: Policy | None = None
         self.ema: WeightAverage | None = None
         self._tokenizer: Any = None
-        self._restored: dict[str, Any] = {}
+        self._restored_ema: dict[str, Tensor] | None = None
         self._throughput: Throughput | None = None
         self._accuracy: SampledAccuracy | None = None
         self._sums: dict[str, float] = defaultdict(float)
@@ -104,6 +113,10 @@ class StepModule(LightningModule):
         score and grade here, without gradients.
         """
         yield self.prepare_examples(batch.examples)
+
+    def make_filler(self, batch: StepBatch) -> MicroBatch:
+        """What a rank computes, with weight zero, when others have more micro-batches than it."""
+        return self._collate([batch.filler], is_filler=True)
 
     def count(self, micro_batch: MicroBatch) -> dict[str, float]:
         """How many items each loss component sums over in this micro-batch: its part of the denominators."""
@@ -141,6 +154,8 @@ class StepModule(LightningModule):
         optimizer = build_optimizer(self.optimizer_spec, self.model.trainable_parameters())
         total = self.trainer.estimated_stepping_batches
         planned = int(total) if total not in (-1, float("inf")) else None
+        if planned is not None and planned != self.trainer.max_steps:
+            planned *= self.steps_per_batch  # Lightning counts batches
         return [optimizer], [build_schedule(self.optimizer_spec, optimizer, planned)]
 
     def needed_hidden(self, micro_batch: MicroBatch) -> Tensor:
@@ -162,23 +177,42 @@ class StepModule(LightningModule):
         return Prepared(batches, dict(counts))
 
     def on_fit_start(self) -> None:
-        """Refuse what manual optimisation cannot honour, and start the averages."""
-        if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
-            raise ConfigError(f"trainer.precision={self.trainer.precision}: use bf16-mixed; float16 needs loss scaling")
-        if self.ema_decay is not None:
-            self.ema = WeightAverage(self.model.trainable_parameters(), self.ema_decay)
-            if "ema" in self._restored:
-                self.ema.load_state_dict(self._restored["ema"])
-        dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else next(self.model.parameters()).dtype
-        self._throughput = Throughput(self.model, self.device, dtype)
+        """Refuse what manual optimisation cannot honour."""
+        precision, dtype = str(self.trainer.precision), next(self.model.parameters()).dtype
+        if ("16" in precision and "bf16" not in precision) or dtype == torch.float16:
+            raise ConfigError(
+                f"float16 training (trainer.precision {precision}, weights {dtype}) needs loss scaling, which is not "
+                "supported: use trainer.precision bf16-mixed, or policy.dtype bfloat16 with LoRA"
+            )
+        if unknown := sorted(set(self.loss_weights) - set(self.components)):
+            raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(self.components)}")
+        longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
+        if longest is not None and self.model.max_length is not None and longest > self.model.max_length:
+            raise ConfigError(
+                f"data.max_length={longest} exceeds the model's context of {self.model.max_length} tokens: lower it"
+            )
+        self._throughput = Throughput(self.model, self.device, torch.bfloat16 if "bf16" in precision else dtype)
+
+    def on_train_start(self) -> None:
+        """Start the weight average, or go on with the checkpoint's (every strategy has restored weights by now)."""
+        self.ensure_average()
+
+    def ensure_average(self) -> None:
+        """Make the running average when this run keeps one, or, outside training, when the checkpoint holds one."""
+        training = self.trainer.state.fn == "fit"
+        if self.ema is not None or (self.ema_decay is None and (training or self._restored_ema is None)):
+            return
+        decay = 0.5 if self.ema_decay is None else self.ema_decay  # without a decay it is only read, never updated
+        self.ema = WeightAverage(self.model.trainable_parameters(), decay)
+        if self._restored_ema is not None:
+            self.ema.load_state_dict(self._restored_ema)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Run the optimiser steps of one loader batch."""
         self.model.train()
         steps = 0
         for prepared in self.prepare(batch):
-            filler = self._collate([batch.filler], is_filler=True)
-            self._optimizer_step(prepared, filler)
+            self._optimizer_step(prepared, self.make_filler(batch))
             steps += 1
         if not steps:
             raise TrainingError("the batch gave no optimiser step: prepare() must yield at least one")
@@ -187,12 +221,13 @@ class StepModule(LightningModule):
     def _optimizer_step(self, prepared: Prepared, filler: MicroBatch) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
         torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
-        names = self.count(filler)
-        counts = all_reduce({name: prepared.denominators.get(name, 0.0) for name in names}, self.device)
+        counts = all_reduce({name: prepared.denominators.get(name, 0.0) for name in self.components}, self.device)
         if not any(counts.values()):
+            if self.skip_empty_steps:
+                return
             raise TrainingError(
-                f"step {self.global_step}: no row of the batch has a single target ({', '.join(counts)} all 0); look at "
-                "max_length and at the rows' solutions"
+                f"step {self.global_step}: no row of the batch has a single target ({', '.join(counts)} all 0); look "
+                "at max_length and at the rows' solutions"
             )
         longest = int(all_reduce({"n": float(len(prepared.micro_batches))}, self.device, op="max")["n"])
         padded = prepared.micro_batches + [filler] * (longest - len(prepared.micro_batches))
@@ -209,7 +244,7 @@ class StepModule(LightningModule):
                     _accumulate(sums, terms)
                 self.phases.advance()
         norm = self._clip()
-        self._require_finite(losses, norm, padded)
+        require_finite(self, losses, norm, padded)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         cast(Any, self.lr_schedulers()).step()
@@ -229,23 +264,6 @@ class StepModule(LightningModule):
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a DTensor under FSDP2
 
-    def _require_finite(self, losses: list[Tensor], norm: float, micro: list[MicroBatch]) -> None:
-        finite = torch.isfinite(torch.stack(losses)).tolist()
-        if all(finite) and norm == norm and norm != float("inf"):
-            return
-        bad = [name for ok, batch in zip(finite, micro, strict=True) if not ok for name in batch.ids]
-        what = (
-            f"the loss is not finite in a micro-batch with rows {', '.join(bad[:16])}"
-            + (f" and {len(bad) - 16} more" if len(bad) > 16 else "")
-            if bad
-            else f"the gradient norm is {norm} (rows {', '.join(n for b in micro for n in b.ids[:4])} ... on rank "
-            f"{self.global_rank})"
-        )
-        raise TrainingError(
-            f"step {self.global_step}: {what}. The weights were not changed and the last checkpoint is intact; lower "
-            "optimizer.lr, look at these rows, or train in float32 / bf16-mixed"
-        )
-
     def _log_step(
         self, counts: dict[str, float], sums: dict[str, Tensor], last: LossTerms, norm: float, tokens: float
     ) -> None:
@@ -264,126 +282,20 @@ class StepModule(LightningModule):
         values["train/tokens"] = totals["tokens"]
         if self._throughput is not None:
             values.update(self._throughput.measure(totals["tokens"], self.trainer.world_size))
-        shown = {name: values.pop(name) for name in ("train/loss", "perf/tokens_per_second") if name in values}
-        self.log_dict(shown, prog_bar=True, batch_size=1)
+        for name in ("train/loss", "perf/tokens_per_second"):
+            if name in values:
+                self.log(name, values.pop(name), prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)
 
-    # ---- validation ------------------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Fresh sums."""
-        self._sums.clear()
-
-    def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Teacher-forced loss on the held-out solutions, and accuracy of sampled ones when asked for."""
-        averaged = self.ema.applied(self.model.trainable_parameters()) if self.ema is not None else nullcontext()
-        self.model.eval()
-        with averaged:
-            written = [example for example in batch.examples if example.completion_ids]
-            prepared = self.prepare_examples(written)
-            for name, value in prepared.denominators.items():
-                self._sums[f"count/{name}"] += value
-            with self.phases.phase("validation", total=len(prepared.micro_batches)):
-                for micro_batch in prepared.micro_batches:
-                    terms = self.loss_terms(micro_batch.to(self.device))
-                    for name, value in terms.sums.items():
-                        self._sums[f"sum/{name}"] += float(value)
-                    self.phases.advance()
-            if self.validation_spec.samples and batch.examples:
-                if self._accuracy is None:
-                    self._accuracy = SampledAccuracy(self.model, self.validation_spec, self.seed)
-                for name, value in self._accuracy(batch, self.phases).items():
-                    self._sums[name] += value
-
-    def test_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As validation, on the test set."""
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Reduce over ranks and log ``val/...``."""
-        self._log_validation("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Fresh sums."""
-        self._sums.clear()
-
-    def on_test_epoch_end(self) -> None:
-        """Reduce over ranks and log ``test/...``."""
-        self._log_validation("test")
-
-    def _log_validation(self, prefix: str) -> None:
-        probe = list(SampledAccuracy.NAMES) if self.validation_spec.samples else []
-        components = list(self.count(self._collate_any())) if self.trainer.datamodule is not None else []
-        names = [f"{part}/{name}" for name in components for part in ("sum", "count")] + probe
-        names = names or list(self._sums)
-        totals = all_reduce({name: self._sums.get(name, 0.0) for name in names}, self.device)
-        values = {
-            f"{prefix}/{name[4:]}": totals[name] / totals[f"count/{name[4:]}"]
-            for name in totals
-            if name.startswith("sum/") and totals.get(f"count/{name[4:]}")
-        }
-        if values:
-            values[f"{prefix}/loss"] = sum(
-                self.loss_weights.get(name[len(prefix) + 1 :], 1.0) * value for name, value in values.items()
-            )
-        values.update({f"{prefix}/{name}": value for name, value in SampledAccuracy.rates(totals).items()})
-        shown = {name: values.pop(name) for name in (f"{prefix}/loss", f"{prefix}/accuracy") if name in values}
-        self.log_dict(shown, prog_bar=True, batch_size=1)
-        self.log_dict(values, batch_size=1)
-        if self._throughput is not None:
-            self._throughput.restart()
-
-    def _collate_any(self) -> MicroBatch:
-        return self._collate([Example("any", (0,), (0,), ((0, 1),))])
-
-    # ---- prediction ------------------------------------------------------------------------------------------------
-
-    def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Sample completions and return them as rollout rows (see ``stepkd.data.rows.ROLLOUT``)."""
-        if self._accuracy is None:
-            self._accuracy = SampledAccuracy(self.model, self.validation_spec, self.seed)
-        return self._accuracy.rollout_rows(batch, self.phases, model_id=self.policy_spec.path)
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
+    # ---- plumbing --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable weights only, and everything that cannot be recomputed."""
-        trainable = {f"policy.{name}" for name, _ in self.model.trainable_parameters()}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
-        extra: dict[str, Any] = {
-            "format": CHECKPOINT_FORMAT,
-            "module": f"{type(self).__module__}.{type(self).__qualname__}",
-            "policy": spec_to_dict(self.policy_spec),
-            "position": asdict(self.position),
-            "seed": self.seed,
-        }
-        if self.ema is not None:
-            extra["ema"] = self.ema.state_dict()
-        checkpoint["stepkd"] = extra
+        pack(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits this module, and restore what is not weights.
-
-        Raises:
-            ModelError: written by another kind of program, for other weights, or with another seed.
-        """
-        extra = checkpoint.get("stepkd")
-        if not isinstance(extra, dict) or extra.get("format") != CHECKPOINT_FORMAT:
-            raise ModelError("not a stepkd checkpoint (or one of an unknown format): no 'stepkd' section of format 1")
-        expected = {f"policy.{name}" for name, _ in self.model.trainable_parameters()}
-        found = set(checkpoint["state_dict"])
-        if expected != found:
-            missing, extra_keys = sorted(expected - found), sorted(found - expected)
-            raise ModelError(
-                "the checkpoint holds other weights than this recipe trains: "
-                f"missing {missing[:3]}, unexpected {extra_keys[:3]}. Resume with the policy (path, lora) it was made with"
-            )
-        if extra["seed"] != self.seed:
-            raise ModelError(f"the checkpoint was made with seed {extra['seed']}, this run has seed {self.seed}")
-        self.position = Position(**extra["position"])
-        self._restored = {"ema": extra["ema"]} if "ema" in extra else {}
-
-    # ---- plumbing --------------------------------------------------------------------------------------------------
+        """Check that the checkpoint fits this module, and restore what is not weights."""
+        self.position, self._restored_ema = unpack(self, checkpoint)
 
     def _collate(self, examples: list[Example], *, is_filler: bool = False) -> MicroBatch:
         return collate(examples, int(self.tokenizer.pad_token_id or 0), is_filler=is_filler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def _active() -> bool:
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -26,11 +27,22 @@ def all_reduce(values: Mapping[str, float | Tensor], device: torch.device, op: s
     Returns:
         The reduced numbers; without other ranks, the numbers themselves.
     """
-    names = list(values)
-    stacked = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in names])
-    if _active():
-        dist.all_reduce(stacked, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
-    return dict(zip(names, stacked.tolist(), strict=True))
+    numbers = {name: float(value) for name, value in values.items()}
+    if not numbers or not is_distributed():
+        return numbers
+    stacked = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(stacked, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return dict(zip(numbers, stacked.tolist(), strict=True))
+
+
+def union(names: Iterable[str]) -> list[str]:
+    """All names that any rank has, sorted; every rank must call it."""
+    mine = sorted(set(names))
+    if not is_distributed():
+        return mine
+    parts: list[list[str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return sorted({name for part in parts for name in part or ()})
 
 
 @contextmanager
@@ -52,7 +64,9 @@ def gradient_sync(wrapped: Any, enabled: bool) -> Iterator[None]:
                 yield
         return
     sharded = (
-        [module for module in wrapped.modules() if hasattr(module, "set_requires_gradient_sync")] if _active() else []
+        [module for module in wrapped.modules() if hasattr(module, "set_requires_gradient_sync")]
+        if is_distributed()
+        else []
     )
     for module in sharded:
         module.set_requires_gradient_sync(enabled, recurse=False)

@@ -14,6 +14,8 @@ class SFTModule(StepModule):
     Arguments are those of :class:`~stepkd.modules.base.StepModule`.
     """
 
+    components = ("ce",)
+
     def count(self, micro_batch: MicroBatch) -> dict[str, float]:
         """Completion tokens."""
         return {"ce": float(micro_batch.targets_N.numel())}

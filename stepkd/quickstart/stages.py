@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stepkd.errors import ConfigError
+from stepkd.evaluation.judging import solution_steps
 from stepkd.quickstart.context import Context, Stage, evaluate_task, train_sft
 
 STUDENT_NOISE = {"rate": 0.15, "kind": "random", "recover": 0.5}
@@ -94,9 +95,9 @@ def show_samples(context: Context) -> dict[str, Any]:
 def marked_solution(prompt: str, sample: dict[str, Any]) -> Text:
     """A solution with a mark before every step."""
     text = Text(f"  {prompt.strip()}\n")
-    for line, right in zip(sample["completion"].splitlines(), sample["step_labels"], strict=True):
+    for step, right in zip(solution_steps(sample["completion"]), sample["step_labels"], strict=True):
         text.append("  ✓ " if right else "  ✗ ", style="green" if right else "bold red")
-        text.append(line + "\n", style="" if right else "red")
+        text.append(step.strip() + "\n", style="" if right else "red")
     return text
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
-from stepkd.trainer_cli import known_keys, suggestions
+from stepkd.commands.suggestions import known_keys, suggestions
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "tiny" / "sft.yaml")
@@ -45,7 +45,8 @@ def test_help_of_fit() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--out" in done.stdout
-    assert "recipe or overlay" in done.stdout or "--config" in done.stdout
+    for option in ("--config", "--resume", "--overwrite", "--checkpoint.every_n_steps", "--trainer.max_steps"):
+        assert option in done.stdout
 
 
 def test_an_unknown_command_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,9 +74,7 @@ def test_an_unknown_key_suggests_the_right_one(
     assert "Traceback" not in error
 
 
-def test_an_unknown_key_in_a_recipe_suggests_the_right_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_key_in_a_recipe_suggests_the_right_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("model: {init_args: {policy: {pth: tiny-0.1m}}}\n")
     assert main(["fit", "--config", RECIPE, "--config", str(overlay), "--out", str(tmp_path / "run")]) == 2
@@ -86,7 +85,19 @@ def test_an_unknown_key_in_a_recipe_suggests_the_right_one(
 def test_suggestions_stay_silent_about_what_they_do_not_know() -> None:
     assert suggestions("Expected a <class 'int'>") == ""
     assert suggestions("unrecognized arguments: --qqqqqqqqqqqq 3") == ""
-    assert known_keys()["lr"] == "model.init_args.optimizer.lr"
+    assert known_keys()["lr"] == ["model.init_args.optimizer.lr"]
+
+
+def test_a_name_in_several_places_is_shown_where_it_was_meant() -> None:
+    assert "(data.init_args.train.path)" in suggestions("Group 'train' does not accept option 'pth'")
+    assert "(model.init_args.policy.path)" in suggestions("Group 'policy' does not accept option 'pth'")
+
+
+def test_other_commands_suggest_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "--benchmrk", "gsm8k"])
+    assert caught.value.code == 2
+    assert "Did you mean --benchmark?" in capsys.readouterr().err
 
 
 def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
@@ -108,6 +119,11 @@ def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
         (["--model.init_args.policy.path", "/no/such/model"], "no model folder at /no/such/model"),
         (["--data.init_args.train.source", "math500"], "source 'math500'"),
         (["--checkpoint.mode", "up"], "must be min or max"),
+        (["--checkpoint.monitor", "train/loss"], "must be a validation value"),
+        (["--model.init_args.validation.samples", "0"], "validation samples nothing"),
+        (["--model.init_args.loss_weights", "{kd: 1.0}"], "the loss has the components ['ce']"),
+        (["--data.init_args.max_length", "5000"], "exceeds the model's context of 1024 tokens"),
+        (["--trainer.accelerator", "tpu"], "TPU"),
     ],
 )
 def test_user_mistakes_get_a_message(
@@ -115,6 +131,7 @@ def test_user_mistakes_get_a_message(
 ) -> None:
     assert main(["fit", "--config", RECIPE, "--out", str(tmp_path / "run"), *arguments]) == 2
     assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "a corrected command must not need a flag"
 
 
 def test_fit_without_a_folder_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,13 +139,13 @@ def test_fit_without_a_folder_says_so(capsys: pytest.CaptureFixture[str]) -> Non
     assert "give --out FOLDER" in capsys.readouterr().err
 
 
-def test_training_on_an_evaluation_set_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_on_an_evaluation_set_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "test.jsonl"
     rows.write_text('{"question": "1+1?", "answer": "two\\n#### 2"}\n')
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text(f"data: {{init_args: {{train: {{source: gsm8k, path: {rows}, options: {{}}}}, validation: null}}}}\n")
+    overlay.write_text(
+        f"data: {{init_args: {{train: {{source: gsm8k, path: {rows}, options: {{}}}}, validation: null}}}}\n"
+    )
     assert main(["fit", "--config", RECIPE, "--config", str(overlay), "--out", str(tmp_path / "run")]) == 2
     assert "kept for evaluation" in capsys.readouterr().err
 

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = """
 trainer: {max_steps: 12, val_check_interval: 3}
 checkpoint: {every_n_steps: 1}
-model: {init_args: {policy: {path: tiny-0.1m}, optimizer: {warmup: 2}, ema_decay: 0.9, validation: {max_new_tokens: 16}}}
+model:
+  init_args:
+    {policy: {path: tiny-0.1m}, optimizer: {warmup: 2}, ema_decay: 0.9, validation: {max_new_tokens: 16}}
 data: {init_args: {train: {options: {n: 70}}, validation: {options: {n: 8}}, global_batch_size: 16}}
 """
 
@@ -42,8 +44,15 @@ def fit(overlay: Path, out: Path, *extra: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command(overlay, out, *extra), capture_output=True, text=True, timeout=300)
 
 
-def last(out: Path) -> dict[str, Any]:
-    return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+def last(out: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(out / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def validated(out: Path) -> dict[int, float]:
+    """Accuracy at every step that was validated."""
+    from stepkd.launch.logger import read_metrics
+
+    return {row["step"]: row["val/accuracy"] for row in read_metrics(out) if "val/accuracy" in row}
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -51,7 +60,9 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     pairs = [(a["state_dict"], b["state_dict"]), (a["stepkd"]["ema"], b["stepkd"]["ema"])]
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (a, b)]
     pairs += [(states[0][k], states[1][k]) for k in states[0]]
-    return all(left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left) for left, right in pairs)
+    return all(
+        left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left) for left, right in pairs
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +95,13 @@ def test_two_runs_are_bit_identical(overlay: Path, uninterrupted: Path, tmp_path
     assert not same(last(uninterrupted), {**last(uninterrupted), "state_dict": {}})
 
 
+def test_best_is_the_best(uninterrupted: Path) -> None:
+    scores = validated(uninterrupted)
+    assert len(scores) == 4
+    best = max(scores.values())
+    assert last(uninterrupted, "best")["global_step"] == min(step for step in scores if scores[step] == best) + 1
+
+
 @pytest.mark.parametrize("steps", [2, 5, 9])
 def test_killed_and_resumed_equals_uninterrupted(
     steps: int, overlay: Path, uninterrupted: Path, tmp_path: Path
@@ -105,6 +123,43 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert done.returncode == 0, done.stderr
     assert "resuming from last.ckpt" in done.stdout
     assert same(last(out), last(uninterrupted))
+    assert validated(out) == validated(uninterrupted)
+    assert same(last(out, "best"), last(uninterrupted, "best"))
+    assert last(out, "best")["global_step"] == last(uninterrupted, "best")["global_step"]
+
+
+def test_killed_while_it_validates(overlay: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """The step's checkpoint is written after its validation, so nothing of it is lost."""
+    out = tmp_path / "killed"
+    killer = tmp_path / "killer.py"
+    killer.write_text(
+        "import os, signal\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Killer(Callback):\n"
+        "    def on_validation_batch_end(self, trainer, *_, **__):\n"
+        "        if trainer.global_step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    extra = ["--trainer.callbacks", "killer.Killer"]
+    killed = subprocess.run(command(overlay, out, *extra), env=environment, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert last(out)["global_step"] == 5
+    assert fit(overlay, out, "--resume").returncode == 0
+    assert same(last(out), last(uninterrupted))
+    assert validated(out) == validated(uninterrupted)
+
+
+def test_a_moved_run_keeps_its_best(overlay: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(uninterrupted, moved)
+    done = fit(overlay, moved, "--resume", "--trainer.max_steps", "15")
+    assert done.returncode == 0, done.stderr
+    scores = validated(moved)
+    assert len(scores) == 5
+    best = max(scores.values())
+    assert last(moved, "best")["global_step"] == min(step for step in scores if scores[step] == best) + 1
 
 
 def test_an_existing_run_is_never_silently_overwritten(overlay: Path, uninterrupted: Path) -> None:
@@ -147,7 +202,6 @@ def test_validate_and_predict(uninterrupted: Path, overlay: Path, tmp_path: Path
     checkpoint = str(uninterrupted / "checkpoints" / "best.ckpt")
     base = [sys.executable, "-m", "stepkd"]
     config = ["--config", str(uninterrupted / "config.yaml"), "--ckpt_path", checkpoint]
-    config += ["--out", "null", "--resume", "false"]
     done = subprocess.run([*base, "validate", *config], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "val/accuracy" in done.stdout

@@ -143,7 +143,7 @@ def test_missing_and_malformed_variables_are_named() -> None:
     ("extra", "message"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "trainer.precision: bf16-mixed"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "trainer.precision: 16-mixed"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "trainer.precision: bf16-mixed"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "trainer.precision: bf16-mixed"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "global batch size in the recipe's `data` section"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend no"),

@@ -48,9 +48,7 @@ def main(out: str, num_rows: int) -> None:
         enable_model_summary=False,
     )
     plan = BatchPlan([e.length for e in examples], size=len(examples), shuffle=True, seed=1)
-    loader = StepLoader(
-        examples, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position
-    )
+    loader = StepLoader(examples, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
     trainer.fit(module, train_dataloaders=loader)
     if trainer.is_global_zero:
         torch.save(

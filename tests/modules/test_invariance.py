@@ -50,9 +50,7 @@ def test_order_of_the_rows_does_not_matter(examples: Any, one_step: Any, brute_f
     assert distance(module.gradients, brute_force[1]) < TOLERANCE
 
 
-def test_gradient_checkpointing_changes_nothing(
-    examples: Any, one_step: Any, brute_force: Any, distance: Any
-) -> None:
+def test_gradient_checkpointing_changes_nothing(examples: Any, one_step: Any, brute_force: Any, distance: Any) -> None:
     module = one_step(examples, policy={"gradient_checkpointing": True}, micro_batch_tokens=500)
     assert distance(module.gradients, brute_force[1]) < TOLERANCE
 

@@ -74,7 +74,7 @@ def test_loss_weights_scale_the_component(examples: Any, one_step: Any) -> None:
 
 
 def test_an_unknown_loss_weight_is_refused(examples: Any, one_step: Any) -> None:
-    with pytest.raises(ValueError, match="outcome"):
+    with pytest.raises(ConfigError, match="outcome"):
         one_step(examples[:2], loss_weights={"outcome": 1.0})
 
 
@@ -140,7 +140,7 @@ def test_checkpoints_hold_trainable_weights_only(examples: Any, trainer: Any, tm
     ("change", "message"),
     [
         ({"policy": PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=2))}, "holds other weights than this recipe trains"),
-        ({"seed": 7}, "made with seed 0, this run has seed 7"),
+        ({"seed": 7}, "seed: 0 then, 7 now"),
     ],
 )
 def test_resuming_something_else_is_refused(
@@ -163,11 +163,93 @@ def test_float16_is_refused(examples: Any, one_step: Any) -> None:
         one_step(examples[:2], dtype="float32", trainer={"precision": "16-true"})
 
 
+def test_float16_weights_are_refused(examples: Any, one_step: Any) -> None:
+    with pytest.raises(ConfigError, match="loss scaling"):
+        one_step(examples[:2], dtype="float16")
+
+
 def test_bf16_mixed_trains_close_to_float32(examples: Any, one_step: Any, distance: Any) -> None:
     exact = one_step(examples, dtype="float32")
     mixed = one_step(examples, dtype="float32", trainer={"precision": "bf16-mixed"})
     assert all(gradient.dtype == torch.float32 for gradient in mixed.gradients.values())
     assert distance(mixed.gradients, exact.gradients) < 0.05
+
+
+class TwoSteps(SFTModule):
+    """An on-policy method in outline: one batch serves two optimiser steps."""
+
+    steps_per_batch = 2
+
+    def prepare(self, batch: Any) -> Any:
+        half = len(batch.examples) // 2
+        yield self.prepare_examples(batch.examples[:half])
+        yield self.prepare_examples(batch.examples[half:])
+
+
+def test_inner_steps_follow_the_schedule_to_its_end(examples: Any, trainer: Any) -> None:
+    spec = OptimizerSpec(lr=1e-3, schedule="linear", warmup=0)
+    module = TwoSteps(PolicySpec(path="tiny-0.1m"), spec)
+    runner = trainer(max_steps=-1, max_epochs=2)
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    assert runner.global_step == 16  # 2 epochs of 4 batches of 2 steps
+    assert module.position == Position(2, 0)
+    assert runner.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_step_without_items_can_be_skipped(examples: Any, trainer: Any) -> None:
+    class Blind(SFTModule):
+        skip_empty_steps = True
+
+        def count(self, micro_batch: Any) -> dict[str, float]:
+            return {"ce": 0.0}
+
+    module = Blind(PolicySpec(path="tiny-0.1m"), STEADY)
+    runner = trainer(max_steps=-1, max_epochs=1)
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    assert runner.global_step == 0
+    assert module.position == Position(1, 0)
+
+
+def test_validation_uses_the_average_in_training_and_from_a_checkpoint(trainer: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"policy": PolicySpec(path="tiny-0.1m"), "optimizer": STEADY}
+    module = SFTModule(**settings, ema_decay=0.9)
+    runner = trainer(max_steps=3, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0)
+    runner.fit(module, datamodule=tiny_data())
+    during = float(runner.callback_metrics["val/loss"])
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    after = trainer().validate(
+        SFTModule(**settings), datamodule=tiny_data(), ckpt_path=tmp_path / "x.ckpt", verbose=False, weights_only=True
+    )[0]["val/loss"]
+    raw = SFTModule(**settings)
+    raw.configure_model()
+    raw.load_state_dict(module.state_dict(), strict=False)
+    plain = trainer().validate(raw, datamodule=tiny_data(), verbose=False)[0]["val/loss"]
+    assert after == pytest.approx(during, rel=1e-6)
+    assert abs(plain - during) > 1e-3, "the trained weights give another loss"
+
+
+def test_other_data_or_batches_cannot_be_resumed(trainer: Any, tmp_path: Path) -> None:
+    module = SFTModule(PolicySpec(path="tiny-0.1m"), STEADY)
+    runner = trainer()
+    runner.fit(module, datamodule=tiny_data())
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    again = SFTModule(PolicySpec(path="tiny-0.1m"), STEADY)
+    with pytest.raises(ModelError, match="batch size"):
+        trainer(max_steps=2).fit(
+            again, datamodule=tiny_data(global_batch_size=4), ckpt_path=tmp_path / "x.ckpt", weights_only=True
+        )
+
+
+def test_another_rank_is_a_model_error_not_a_traceback(examples: Any, trainer: Any, tmp_path: Path) -> None:
+    module = SFTModule(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=4)), STEADY)
+    runner = trainer()
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    other = SFTModule(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=8)), STEADY)
+    with pytest.raises(ModelError, match="other shapes"):
+        trainer(max_steps=2).fit(
+            other, train_dataloaders=loader_of(examples, other), ckpt_path=tmp_path / "x.ckpt", weights_only=True
+        )
 
 
 def tiny_data(**settings: Any) -> StepData:
@@ -195,6 +277,7 @@ def test_validation_measures_loss_and_sampled_accuracy(trainer: Any) -> None:
     assert 0 <= first["val/accuracy"] <= 1
     assert first["val/tokens"] <= 12
     assert first["val/loss"] == first["val/ce"]
+    assert 0 <= first["val/token_accuracy"] <= 1
     examples = data.examples["validation"]
     total = sum(float(module.loss_terms(module._collate([e])).sums["ce"]) for e in examples)
     assert first["val/ce"] == pytest.approx(total / sum(len(e.completion_ids) for e in examples), rel=1e-5)

@@ -1,0 +1,80 @@
+"""``last.ckpt``, where a run goes on after it was stopped, and ``best.ckpt``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+
+class LastCheckpoint(Checkpoint):
+    """Write ``last.ckpt`` whenever another ``every_n_steps`` optimiser steps are done.
+
+    When a validation follows the step, the checkpoint is written after it, so that a run killed while it validates goes
+    back to before the step and validates again: ``best.ckpt`` then ends the same as without the kill. A batch that
+    serves several optimiser steps counts as soon as it crosses a multiple.
+
+    Args:
+        path: the file.
+        every_n_steps: optimiser steps between checkpoints, >= 1.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self._saved_at: int | None = None
+        self._due = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from where the run stands."""
+        self._saved_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save now, or after the validation that follows."""
+        assert self._saved_at is not None
+        if trainer.global_step // self.every_n_steps > self._saved_at // self.every_n_steps:
+            self._due = True
+            if not _validation_follows(trainer):
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what waited for the validation."""
+        if self._due and not trainer.sanity_checking:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self._due = False
+        self._saved_at = trainer.global_step
+        trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether the Trainer validates between this batch and the next: its own rule, asked where it will ask itself."""
+    loop = trainer.fit_loop
+    fetcher = loop._data_fetcher
+    return fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's best-checkpoint keeping, for run folders that may have been moved.
+
+    Lightning forgets the best score when the folder's path changed since the checkpoint, and the next validation would
+    replace a better ``best.ckpt``. Here the paths are rewritten to the folder's new place.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score under this folder's path."""
+        here = str(self.dirpath)
+
+        def moved(path: str) -> str:
+            return str(Path(here) / Path(path).name) if path else path
+
+        changed = {
+            name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")
+        }
+        scores = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **changed, "best_k_models": scores, "dirpath": here})

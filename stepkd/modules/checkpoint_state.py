@@ -1,0 +1,90 @@
+"""What a checkpoint holds beside Lightning's own state, and whether it fits the run that wants to go on with it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from stepkd.data.loader import Position
+from stepkd.errors import ModelError
+from stepkd.models import spec_to_dict
+
+if TYPE_CHECKING:
+    from stepkd.modules.base import StepModule
+
+CHECKPOINT_FORMAT = 1
+_POLICY_SETTINGS = ("path", "revision", "lora", "quantization", "init_seed")
+
+
+def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
+    """Reduce a checkpoint to the trainable weights and add the ``stepkd`` section (plain values and tensors only)."""
+    trainable = {f"policy.{name}" for name, _ in module.model.trainable_parameters()}
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+    section: dict[str, Any] = {
+        "format": CHECKPOINT_FORMAT,
+        "module": _class_name(module),
+        "policy": spec_to_dict(module.policy_spec),
+        "position": asdict(module.position),
+        "seed": module.seed,
+        "data": _data_fingerprint(module),
+    }
+    if module.ema is not None:
+        section["ema"] = module.ema.state_dict()
+    checkpoint["stepkd"] = section
+
+
+def unpack(module: StepModule, checkpoint: dict[str, Any]) -> tuple[Position, dict[str, Tensor] | None]:
+    """Check a checkpoint against the module.
+
+    Weights must always fit. To go on training, everything that decides what comes next must be the same too: method,
+    policy, seed, data and batches.
+
+    Returns:
+        The data position and the weight average (or None).
+
+    Raises:
+        ModelError: naming what differs, with both values.
+    """
+    section = checkpoint.get("stepkd")
+    if not isinstance(section, dict) or section.get("format") != CHECKPOINT_FORMAT:
+        raise ModelError(f"not a stepkd checkpoint of format {CHECKPOINT_FORMAT}: it has no such 'stepkd' section")
+    expected = {f"policy.{name}": tuple(p.shape) for name, p in module.model.trainable_parameters()}
+    found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if expected != found:
+        missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        shapes = [
+            f"{n}: {found[n]} there, {expected[n]} here" for n in expected if n in found and expected[n] != found[n]
+        ]
+        raise ModelError(
+            f"the checkpoint holds other weights than this recipe trains: missing {missing[:3]}, unexpected "
+            f"{surplus[:3]}, other shapes {shapes[:3]}. Use the policy (path, lora) it was made with"
+        )
+    if module.trainer.state.fn == "fit":
+        _check_resume(module, section)
+    return Position(**section["position"]), section.get("ema")
+
+
+def _check_resume(module: StepModule, section: dict[str, Any]) -> None:
+    here = spec_to_dict(module.policy_spec)
+    pairs = {f"policy.{name}": (section["policy"].get(name), here[name]) for name in _POLICY_SETTINGS}
+    pairs["method"] = (section["module"], _class_name(module))
+    pairs["seed"] = (section["seed"], module.seed)
+    pairs["data (rows, lengths, batch size and order)"] = (section["data"], _data_fingerprint(module))
+    differing = [f"  {name}: {then!r} then, {now!r} now" for name, (then, now) in pairs.items() if then != now]
+    if differing:
+        raise ModelError(
+            "this run cannot go on from that checkpoint, because what decides its next batches or weights changed:\n"
+            + "\n".join(differing)
+            + "\nGive the old settings again, or start a new run in another --out"
+        )
+
+
+def _class_name(module: StepModule) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _data_fingerprint(module: StepModule) -> str | None:
+    data: Any = getattr(module.trainer, "datamodule", None)
+    return data.fingerprint() if hasattr(data, "fingerprint") else None
