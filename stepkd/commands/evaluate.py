@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,26 @@ def _template(arguments: argparse.Namespace) -> Any:
 
 def _reporter(console: Any) -> Any:
     """One line that redraws in a terminal; a line per tenth of the work elsewhere."""
-    state = {"tenth": 0}
+    from stepkd.launch.progress_facts import duration
+
+    start: dict[str, float] = {"time": time.monotonic(), "done": 0, "tenth": 0}
 
     def report(done: int, total: int, figures: dict[str, float]) -> None:
-        left = total - done
+        if not start["done"]:
+            start["done"] = (
+                done  # what was there before (a resumed run) took no time; the first batch's is left out too
+            )
+            start["time"] = time.monotonic()
+        speed = (done - start["done"]) / max(time.monotonic() - start["time"], 1e-9)
+        left = f"  {duration((total - done) / speed)} left" if total > done and speed else ""
         text = (
-            f"evaluating {done}/{total}  right {figures['accuracy']:.1%}  "
-            f"{figures['tokens_per_second']:,.0f} tokens/s" + (f"  {left} to go" if left else "")
+            f"evaluating {done}/{total}  right {figures['accuracy']:.1%}  {figures['tokens_per_second']:,.0f} tokens/s"
         )
         if console.is_terminal:
-            console.print(text.ljust(console.width - 1), end="\r" if left else "\n", highlight=False)
-        elif done * 10 // total > state["tenth"] or not left:
-            state["tenth"] = done * 10 // total
-            console.print(text, highlight=False)
+            console.print((text + left).ljust(console.width - 1), end="\n" if done == total else "\r", highlight=False)
+        elif done * 10 // total > start["tenth"] or done == total:
+            start["tenth"] = done * 10 // total
+            console.print(text + left, highlight=False)
 
     return report
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
 from stepkd.commands.suggestions import known_keys, suggestions
@@ -123,7 +124,11 @@ def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
         (["--model.init_args.validation.samples", "0"], "validation samples nothing"),
         (["--model.init_args.loss_weights", "{kd: 1.0}"], "the loss has the components ['ce']"),
         (["--data.init_args.max_length", "5000"], "exceeds the model's context of 1024 tokens"),
-        (["--trainer.accelerator", "tpu"], "TPU"),
+        pytest.param(
+            ["--trainer.accelerator", "gpu"],
+            "No supported gpu backend found",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_user_mistakes_get_a_message(

@@ -31,7 +31,17 @@ def fit(folder: Path, out: str, *extra: str, two: bool) -> subprocess.CompletedP
     (folder / "small.yaml").write_text(OVERLAY)
     configs = ["--config", str(ROOT / "recipes/tiny/sft.yaml"), "--config", str(folder / "small.yaml")]
     return subprocess.run(
-        [sys.executable, *(TORCHRUN if two else []), "-m", "stepkd", "fit", *configs, "--out", str(folder / out), *extra],
+        [
+            sys.executable,
+            *(TORCHRUN if two else []),
+            "-m",
+            "stepkd",
+            "fit",
+            *configs,
+            "--out",
+            str(folder / out),
+            *extra,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

