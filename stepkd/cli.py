@@ -11,11 +11,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 
 import stepkd
-from stepkd.errors import StepkdError
+from stepkd.errors import StepkdError, nearest
 
 TRAINER_COMMANDS = {
     "fit": "train a model from a recipe",
@@ -74,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstepkd {command}: interrupted; fit, evaluate and quickstart can be resumed", file=sys.stderr)
         return 130
-    near = get_close_matches(command, [*TRAINER_COMMANDS, *COMMANDS], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = nearest(command, [*TRAINER_COMMANDS, *COMMANDS])
     print(f"stepkd: no command {command!r}.{hint} `stepkd --help` lists them", file=sys.stderr)
     return 2
 

@@ -6,6 +6,8 @@ traceback and exits with code 2; library users can catch one class. Messages nam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -51,3 +53,15 @@ class DataError(StepkdError):
             if part
         )
         super().__init__(f"{place}: {message}" if place else message)
+
+
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`` Did you mean 'x'?`` for the known name closest to a wrong one; empty when none is close.
+
+    Args:
+        name: what the user wrote.
+        known: the names that would have been accepted.
+        cutoff: similarity from which a name counts as close, in [0, 1].
+    """
+    close = get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {close[0]!r}?" if close else ""

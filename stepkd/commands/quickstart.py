@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from difflib import get_close_matches
 from pathlib import Path
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, nearest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     known = [stage.name for stage in STAGES]
     for name in arguments.stages or ():
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"unknown stage {name!r}."
-                + (f" Did you mean {near[0]!r}?" if near else "")
-                + f" Known: {', '.join(known)}"
-            )
+            raise ConfigError(f"unknown stage {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
     if check_launch().world_size > 1:
         raise ConfigError("the quick start runs in one process: start it without a launcher")
     chosen = [stage for stage in STAGES if not arguments.stages or stage.name in arguments.stages]

@@ -13,10 +13,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import sysconfig
-from difflib import get_close_matches
 from pathlib import Path
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, nearest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +81,4 @@ def find_recipe(name: str, found: dict[str, Path]) -> Path:
     name = name.removeprefix("recipes/").removesuffix(".yaml")
     if name in found:
         return found[name]
-    near = get_close_matches(name, found, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"no recipe {name!r}.{hint} `stepkd recipes list` shows all")
+    raise ConfigError(f"no recipe {name!r}.{nearest(name, found, cutoff=0.4)} `stepkd recipes list` shows all")

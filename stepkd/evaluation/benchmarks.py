@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from stepkd.data.spec import DataSpec, parse_spec
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,7 @@ def get_benchmark(name: str) -> Benchmark:
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    near = get_close_matches(name, BENCHMARKS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"unknown benchmark {name!r}.{hint} Known: {', '.join(BENCHMARKS)}")
+    raise ConfigError(f"unknown benchmark {name!r}.{nearest(name, BENCHMARKS)} Known: {', '.join(BENCHMARKS)}")
 
 
 def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) -> DataSpec:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Protocol, runtime_checkable
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, nearest
 from stepkd.steps.spans import Span, check_partition, spans_from_ends
 from stepkd.steps.text import TokenizedText
 
@@ -163,7 +162,6 @@ def get_segmenter(name: str) -> Segmenter:
     if kind in ("regex", "regex_before") and pattern:
         return RegexSegmenter(pattern, cut="after" if kind == "regex" else "before")
     if name not in SEGMENTERS:
-        near = get_close_matches(name, SEGMENTERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = nearest(name, SEGMENTERS)
         raise ConfigError(f"unknown segmenter {name!r}.{hint} Known: {', '.join(SEGMENTERS)}, regex:PATTERN")
     return SEGMENTERS[name]()
