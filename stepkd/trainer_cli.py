@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -85,6 +86,8 @@ class StepkdCLI(LightningCLI):
         info = check_launch(os.environ, settings)
         for name, value in trainer_defaults(info, settings).items():
             config.trainer[name] = value
+        if config.trainer.accelerator == "auto" and not torch.cuda.is_available():
+            config.trainer.accelerator = "cpu"  # never Apple's MPS: it has no float64, which sampling needs
         if self.subcommand in ("fit", "predict"):
             if config.out is None:
                 raise ConfigError(f"stepkd {self.subcommand} writes files: give --out FOLDER, for instance runs/first")

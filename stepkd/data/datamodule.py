@@ -96,13 +96,19 @@ class StepData(LightningDataModule):
             check_training_use(spec)
         encoder = self.make_encoder()
         rows = load_rows(spec, contract=DEMONSTRATION if name == "train" else PROBLEM)
-        if name == "predict" or (name != "train" and not any(row.get("solution") for row in rows)):
-            examples = [encoder.prompt_example(row) for row in rows]  # no held-out loss, sampled accuracy only
-        else:
+        if name == "train":
             examples = encoder.examples(rows)
+        else:
+            examples = [self._held_out(encoder, row, with_solution=name != "predict") for row in rows]
         dropped = {key: count for key, count in sorted(encoder.counts.items()) if count}
         logger.info("%s: %d examples%s", name, len(examples), f", {dropped}" if dropped else "")
         return examples
+
+    @staticmethod
+    def _held_out(encoder: Encoder, row: dict[str, Any], *, with_solution: bool) -> Example:
+        """An evaluation row; without a solution that fits it still counts for sampled accuracy."""
+        example = encoder.example(row) if with_solution and row.get("solution") else None
+        return example or encoder.prompt_example(row)
 
     def make_encoder(self) -> Encoder:
         """The encoder for the policy's tokenizer; methods with other rows override this or :meth:`_load`."""

@@ -245,13 +245,14 @@ class StepModule(EvaluationLoops):
                 self.phases.advance()
         norm = self._clip()
         require_finite(self, losses, norm, padded)
+        lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         cast(Any, self.lr_schedulers()).step()
         if self.ema is not None:
             self.ema.update(self.model.trainable_parameters())
         tokens = sum(example.length for micro in prepared.micro_batches for example in micro.examples)
-        self._log_step(counts, sums, terms, norm, float(tokens))
+        self._log_step(counts, sums, terms, {"grad_norm": norm, "lr": lr, "tokens": float(tokens)})
 
     def _micro_loss(self, micro_batch: MicroBatch, counts: Mapping[str, float]) -> tuple[Tensor, LossTerms]:
         terms = self.loss_terms(micro_batch)
@@ -265,20 +266,20 @@ class StepModule(EvaluationLoops):
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a DTensor under FSDP2
 
     def _log_step(
-        self, counts: dict[str, float], sums: dict[str, Tensor], last: LossTerms, norm: float, tokens: float
+        self, counts: dict[str, float], sums: dict[str, Tensor], last: LossTerms, facts: dict[str, float]
     ) -> None:
         # Every rank sends the same names, also one that had only fillers.
         names = [f"sum/{name}" for name in last.sums]
         names += [f"{part}/{name}" for name in last.metrics for part in ("metric", "count")]
-        totals = all_reduce({"tokens": tokens, **{name: sums.get(name, 0.0) for name in names}}, self.device)
-        values = {f"train/{name}": totals[f"sum/{name}"] / max(counts[name], 1.0) for name in last.sums}
+        totals = all_reduce({"tokens": facts["tokens"], **{name: sums.get(name, 0.0) for name in names}}, self.device)
+        values = {f"train/{n}": totals[f"sum/{n}"] / counts[n] if counts[n] else 0.0 for n in last.sums}
         weights = self.loss_weights
         values["train/loss"] = sum(weights.get(name, 1.0) * values[f"train/{name}"] for name in last.sums)
         for name in last.metrics:
             if totals[f"count/{name}"]:
                 values[f"train/{name}"] = totals[f"metric/{name}"] / totals[f"count/{name}"]
-        values["train/grad_norm"] = norm
-        values["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values["train/grad_norm"] = facts["grad_norm"]
+        values["train/lr"] = facts["lr"]
         values["train/tokens"] = totals["tokens"]
         if self._throughput is not None:
             values.update(self._throughput.measure(totals["tokens"], self.trainer.world_size))

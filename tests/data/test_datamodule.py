@@ -108,6 +108,20 @@ def test_validation_without_solutions(attach: Any, tmp_path: Path) -> None:
     assert example.prompt_ids
 
 
+def test_a_held_out_row_whose_solution_does_not_fit_still_counts_for_accuracy(attach: Any, tmp_path: Path) -> None:
+    path = tmp_path / "validation.jsonl"
+    rows = [
+        {"id": "short", "prompt": "1+1", "answer": "2", "solution": "#### 2"},
+        {"id": "long", "prompt": "1+2", "answer": "3", "solution": "so " * 40 + "#### 3"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = attach(StepData(validation=DataSpec(path=str(path)), template="task", max_length=24))
+    data.setup("validate")
+    lengths = {example.id: len(example.completion_ids) for example in data.examples["validation"]}
+    assert lengths["short"] > 0
+    assert lengths["long"] == 0
+
+
 def test_predict_takes_prompts_only(attach: Any) -> None:
     data = attach(StepData(predict=task("test", 3), template="task"))
     data.setup("predict")

@@ -1,6 +1,7 @@
 """One rank of a data-parallel run of two optimiser steps; rank 0 writes losses and final weights.
 
-Started by test_distributed.py through torchrun, accelerate, or plainly. Arguments: output file, number of rows.
+Started by test_distributed.py through torchrun, accelerate, or plainly. Arguments: output file, number of
+rows, and optionally the number of a row whose loss is infinite (with finite gradients, on one rank only).
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import torch
 from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan
+from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Encoder
 from stepkd.data.loader import StepLoader
 from stepkd.data.templates import get_template
+from stepkd.errors import TrainingError
 from stepkd.launch import check_launch, trainer_defaults
+from stepkd.losses import LossTerms
 from stepkd.models import PolicySpec
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import OptimizerSpec, SFTModule
@@ -24,12 +28,20 @@ from stepkd.tasks import make_rows
 
 
 class Recorder(SFTModule):
+    poison = ""
+
+    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        terms = super().loss_terms(micro_batch)
+        if self.poison in micro_batch.ids:
+            terms.sums["ce"] = terms.sums["ce"] + float("inf")
+        return terms
+
     def _clip(self) -> float:
         self.gradients = {n: p.grad.detach().clone() for n, p in self.model.trainable_parameters()}
         return super()._clip()
 
 
-def main(out: str, num_rows: int) -> None:
+def main(out: str, num_rows: int, poison: int | None = None) -> None:
     torch.set_num_threads(1)
     rows = make_rows("modular:terms=2-9", num_rows, seed=5)
     examples = Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
@@ -39,6 +51,8 @@ def main(out: str, num_rows: int) -> None:
         OptimizerSpec(lr=1e-3, schedule="constant", warmup=0),
         micro_batch_tokens=150,
     )
+    if poison is not None:
+        module.poison = examples[poison].id
     trainer = Trainer(
         **{**trainer_defaults(info), "accelerator": "cpu"},
         max_steps=2,
@@ -49,7 +63,11 @@ def main(out: str, num_rows: int) -> None:
     )
     plan = BatchPlan([e.length for e in examples], size=len(examples), shuffle=True, seed=1)
     loader = StepLoader(examples, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
-    trainer.fit(module, train_dataloaders=loader)
+    try:
+        trainer.fit(module, train_dataloaders=loader)
+    except TrainingError as error:
+        print(f"RANK {info.rank} STOPPED: {error}", flush=True)
+        return
     if trainer.is_global_zero:
         torch.save(
             {
@@ -64,4 +82,4 @@ def main(out: str, num_rows: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

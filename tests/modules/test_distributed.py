@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from stepkd.tasks import make_rows
+
 WORKER = Path(__file__).with_name("ddp_worker.py")
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -48,3 +50,19 @@ def test_two_processes_equal_one(
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert distance(two["gradients"], one["gradients"]) < 1e-10
     assert distance(two["weights"], one["weights"]) < 1e-8  # Adam divides by the gradient's own size
+
+
+def test_an_infinite_loss_on_one_rank_stops_both_and_names_the_row(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*LAUNCHERS["torchrun"], str(WORKER), str(tmp_path / "x.pt"), "13", "4"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    stopped = [line for line in done.stdout.splitlines() if "STOPPED" in line]
+    assert len(stopped) == 2, done.stderr[-2000:]
+    row = make_rows("modular:terms=2-9", 13, seed=5)[4]["id"]
+    assert all(row in line for line in stopped)
+    assert not (tmp_path / "x.pt").exists()

@@ -228,6 +228,19 @@ def test_validation_uses_the_average_in_training_and_from_a_checkpoint(trainer: 
     assert abs(plain - during) > 1e-3, "the trained weights give another loss"
 
 
+def test_the_logged_learning_rate_is_the_one_that_was_used(examples: Any, trainer: Any) -> None:
+    module = SFTModule(PolicySpec(path="tiny-0.1m"), OptimizerSpec(lr=1e-3, schedule="linear", warmup=2))
+    runner = trainer(max_steps=3)
+    rates: list[float] = []
+
+    def keep(*_: Any) -> None:
+        rates.append(float(runner.callback_metrics["train/lr"]))
+
+    module.on_train_batch_end = keep  # type: ignore[method-assign, assignment]
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    assert rates == pytest.approx([0.0, 0.5e-3, 1e-3], abs=1e-9)
+
+
 def test_other_data_or_batches_cannot_be_resumed(trainer: Any, tmp_path: Path) -> None:
     module = SFTModule(PolicySpec(path="tiny-0.1m"), STEADY)
     runner = trainer()
