@@ -230,13 +230,14 @@ def run(arguments: Sequence[str]) -> int:
             run=True,
         )
     except MisconfigurationException as error:
-        _mark_failed(error)
-        raise ConfigError(str(error)) from error
+        mistake = ConfigError(str(error))
+        _mark_failed(mistake)
+        raise mistake from error
     except BaseException as error:  # an interrupted run is recorded too
         _mark_failed(error)
-        mistake = _user_mistake(error)
-        if mistake is not None and mistake is not error:
-            raise mistake from error
+        root = _user_mistake(error)
+        if root is not None and root is not error:
+            raise root from error
         if isinstance(error, SystemExit | KeyboardInterrupt) and _PendingCLI.current is not None:
             raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into an exit
         raise

@@ -102,7 +102,7 @@ def test_best_is_the_best(uninterrupted: Path) -> None:
     assert last(uninterrupted, "best")["global_step"] == min(step for step in scores if scores[step] == best) + 1
 
 
-@pytest.mark.parametrize("steps", [2, 5, 9])
+@pytest.mark.parametrize("steps", [2, pytest.param(5, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_uninterrupted(
     steps: int, overlay: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +149,7 @@ def test_killed_while_it_validates(overlay: Path, uninterrupted: Path, tmp_path:
     assert validated(out) == validated(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_moved_run_keeps_its_best(overlay: Path, uninterrupted: Path, tmp_path: Path) -> None:
     import shutil
 

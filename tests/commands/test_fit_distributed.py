@@ -81,6 +81,7 @@ def test_an_existing_folder_stops_both_ranks(folder: Path) -> None:
     assert "--resume" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_what_one_began(folder: Path) -> None:
     assert fit(folder, "mixed", "--trainer.max_steps", "4", two=False).returncode == 0
     done = fit(folder, "mixed", "--resume", "--trainer.max_steps", "6", two=True)
