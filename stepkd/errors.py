@@ -65,3 +65,19 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """
     close = get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise a ConfigError that names the nearest choice if ``value`` is not one of ``choices``.
+
+    Args:
+        name: what is chosen, for the message.
+        value: what the user wrote.
+        choices: what would have been accepted.
+    """
+    known = list(choices)
+    if value in known:
+        return
+    near = get_close_matches(str(value), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown {name} {value!r}: {hint}choose from {', '.join(known)}")

@@ -30,7 +30,6 @@ class BatchPlan:
         bucket_window: number of batches whose examples are sorted by length together before they are grouped; 1 leaves
             the composition of batches random. Larger windows make batches of similar length, which also makes their
             composition depend on length.
-        drop_last: leave out what does not fill a last batch of ``size`` sequences; only with ``unit="sequences"``.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class BatchPlan:
         seed: int = 0,
         shuffle: bool = True,
         bucket_window: int = 1,
-        drop_last: bool = False,
     ) -> None:
         if unit not in ("sequences", "tokens"):
             raise ConfigError(f"batch unit {unit!r}: must be 'sequences' or 'tokens'")
@@ -52,17 +50,12 @@ class BatchPlan:
             raise ConfigError(f"bucket_window={bucket_window}: must be at least 1")
         if not len(lengths):
             raise ConfigError("there are no examples to form batches of")
-        if drop_last and unit == "tokens":
-            raise ConfigError("drop_last with batches measured in tokens: leave drop_last off")
-        if drop_last and len(lengths) < size:
-            raise ConfigError(f"drop_last with {len(lengths)} examples and batches of {size}: no batch would be left")
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.size = size
         self.unit = unit
         self.seed = seed
         self.shuffle = shuffle
         self.bucket_window = bucket_window
-        self.drop_last = drop_last
 
     @property
     def num_batches(self) -> int | None:
@@ -70,16 +63,14 @@ class BatchPlan:
         if self.unit == "tokens":
             return None
         full, rest = divmod(len(self.lengths), self.size)
-        return full + (1 if rest and not self.drop_last else 0)
+        return full + (1 if rest else 0)
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Example numbers of every global batch of an epoch, every example exactly once (but for ``drop_last``)."""
+        """Example numbers of every global batch of an epoch, every example exactly once."""
         order = np.arange(len(self.lengths))
         rng = generator(self.seed, "shuffle", epoch)
         if self.shuffle:
             order = rng.permutation(order)
-        if self.drop_last:
-            order = order[: len(order) // self.size * self.size]  # before sorting: what is left out is random
         if self.bucket_window > 1:
             order = self._bucketed(order)
         batches = self._group(order)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_choice
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -76,7 +75,7 @@ def tiny_config(preset: str, tokenizer: Any) -> LlamaConfig:
     """
     from transformers import LlamaConfig
 
-    _check_choice("tiny model preset", preset, TINY_PRESETS)
+    check_choice("tiny model preset", preset, TINY_PRESETS)
     return LlamaConfig(
         **TINY_PRESETS[preset],
         vocab_size=len(tokenizer),
@@ -106,7 +105,7 @@ def build_tiny(preset: str, *, seed: int, dtype: str = "float32") -> tuple[Llama
     import torch
     from transformers import LlamaForCausalLM
 
-    _check_choice("dtype", dtype, _DTYPES)
+    check_choice("dtype", dtype, _DTYPES)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError(f"seed={seed!r} must be a whole number between 0 and 2**63 - 1")
     tokenizer = tiny_tokenizer()
@@ -122,11 +121,3 @@ def build_tiny(preset: str, *, seed: int, dtype: str = "float32") -> tuple[Llama
             else:
                 weight.normal_(0.0, config.initializer_range, generator=generator)
     return model.to(getattr(torch, dtype)).eval(), tokenizer
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value in choices:
-        return
-    near = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown {name} {value!r}: {hint}choose from {', '.join(choices)}")

@@ -8,15 +8,14 @@ completion. A concrete task says how a problem is drawn and which step follows f
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_choice
 
 ANSWER_MARK = "#### "
 INTEGER = r"(?:0|-?[1-9][0-9]{0,399})"  # canonical; bounded, because int() refuses very long digit strings
@@ -214,16 +213,6 @@ def answer_line(answer: str | int) -> str:
 def is_answer(step: str) -> bool:
     """Tell whether a step is an answer line."""
     return step.startswith(ANSWER_MARK)
-
-
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise a ConfigError that names the nearest choice if `value` is not one of `choices`."""
-    known = list(choices)
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown {name} {value!r}: {hint}choose from {', '.join(known)}")
 
 
 def check_integer(name: str, value: object, *, minimum: int, maximum: int | None = None) -> None:

@@ -11,8 +11,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from stepkd.errors import ConfigError
-from stepkd.tasks.base import Task, TaskProblem, check_choice, check_integer
+from stepkd.errors import ConfigError, check_choice
+from stepkd.tasks.base import Task, TaskProblem, check_integer
 from stepkd.tasks.keys import keyed_bits, keyed_fraction, keyed_rng
 
 NoiseKind = Literal["random", "systematic"]

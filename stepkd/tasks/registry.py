@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_choice
 from stepkd.tasks.addition import LongAddition
 from stepkd.tasks.arithmetic import ArithmeticChain
-from stepkd.tasks.base import Task, check_choice
+from stepkd.tasks.base import Task
 from stepkd.tasks.cellular import CellularAutomaton
 from stepkd.tasks.modular import ModularChain
 from stepkd.tasks.star_graph import StarGraph

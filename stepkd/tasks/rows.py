@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from stepkd.errors import ConfigError, DataError
-from stepkd.tasks.base import Given, Task, TaskProblem, answer_line, check_choice, check_integer
+from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.tasks.base import Given, Task, TaskProblem, answer_line, check_integer
 from stepkd.tasks.keys import keyed_bits, keyed_fraction, keyed_rng
 from stepkd.tasks.noise import Noise, demonstration
 from stepkd.tasks.registry import get_task
