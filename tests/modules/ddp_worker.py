@@ -66,7 +66,7 @@ def main(out: str, num_rows: int, poison: int | None = None) -> None:
     try:
         trainer.fit(module, train_dataloaders=loader)
     except TrainingError as error:
-        print(f"RANK {info.rank} STOPPED: {error}", flush=True)
+        os.write(1, f"RANK {info.rank} STOPPED: {error}\n".encode())  # in one piece
         return
     if trainer.is_global_zero:
         torch.save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,8 +62,8 @@ def test_an_infinite_loss_on_one_rank_stops_both_and_names_the_row(tmp_path: Pat
         text=True,
         timeout=240,
     )
-    stopped = [line for line in done.stdout.splitlines() if "STOPPED" in line]
-    assert len(stopped) == 2, done.stderr[-2000:]
+    # Two processes share the pipe, so their lines may run into each other.
+    assert sorted(re.findall(r"RANK (\d) STOPPED", done.stdout)) == ["0", "1"], done.stderr[-2000:]
     row = make_rows("modular:terms=2-9", 13, seed=5)[4]["id"]
-    assert all(row in line for line in stopped)
+    assert done.stdout.count(row) == 2
     assert not (tmp_path / "x.pt").exists()
