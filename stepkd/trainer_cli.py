@@ -152,8 +152,8 @@ class StepkdCLI(LightningCLI):
         self.run_dir.mark_finished()
         if self.trainer.is_global_zero:
             print(f"\nfinished after {self.trainer.global_step} steps: {self.run_dir.path}")
-            print(f"  evaluate: stepkd evaluate --model {self.config['fit'].out} --benchmark gsm8k --out ...")
-            print(f"  export:   stepkd export {self.config['fit'].out} --to ...")
+            for line in self.model.next_commands(str(self.config["fit"].out)):
+                print(f"  {line}")
 
 
 def _check_monitor(config: Any) -> None:

@@ -43,8 +43,11 @@ LAYERS = [
     {"data", "grading", "tasks"},
     {"models", "launch"},
     {"rollout"},
+    {"scorers"},
     {"evaluation"},
+    {"labels"},
     {"modules"},
+    {"claims"},
     {"quickstart", "trainer_cli", "commands", "cli"},
 ]
 

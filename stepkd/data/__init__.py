@@ -29,14 +29,21 @@ if TYPE_CHECKING:
     from stepkd.data.datamodule import StepData
     from stepkd.data.encode import Encoder, Example
     from stepkd.data.loader import Position, StepBatch, StepLoader
+    from stepkd.data.step_datamodule import StepLabelData
+    from stepkd.data.step_encode import StepEncoder, StepExample
+    from stepkd.data.step_labels import LabelRule
 
 _LAZY = {
     "Encoder": "encode",
     "Example": "encode",
+    "LabelRule": "step_labels",
     "MicroBatch": "collate",
     "Position": "loader",
     "StepBatch": "loader",
     "StepData": "datamodule",
+    "StepEncoder": "step_encode",
+    "StepExample": "step_encode",
+    "StepLabelData": "step_datamodule",
     "StepLoader": "loader",
 }
 
@@ -53,11 +60,15 @@ __all__ = [
     "DataSpec",
     "Encoder",
     "Example",
+    "LabelRule",
     "MicroBatch",
     "Position",
     "PromptTemplate",
     "StepBatch",
     "StepData",
+    "StepEncoder",
+    "StepExample",
+    "StepLabelData",
     "StepLoader",
     "check_training_use",
     "get_template",

@@ -4,6 +4,7 @@ from stepkd.models.head import check_head, real_vocab_size, vocab_head
 from stepkd.models.load import load_model, load_tokenizer
 from stepkd.models.policy import HiddenStates, Policy, positions_from_mask
 from stepkd.models.spec import LoraSpec, PolicySpec, spec_from_dict, spec_to_dict
+from stepkd.models.step_head import StepHead, StepHeadSpec
 from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_tokenizer
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "LoraSpec",
     "Policy",
     "PolicySpec",
+    "StepHead",
+    "StepHeadSpec",
     "build_tiny",
     "check_head",
     "load_model",

@@ -14,6 +14,7 @@ import torch
 from stepkd.errors import ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicySpec, spec_from_dict
+from stepkd.models.step_head_io import step_head_from_dict
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 
@@ -87,6 +88,8 @@ def load_trained(
         spec = replace(spec, attention=attention)
     policy = Policy.load(spec)
     if checkpoint is not None:
+        if "step_head" in checkpoint["stepkd"]:
+            policy.attach_step_head(step_head_from_dict(checkpoint["stepkd"]["step_head"]))
         _load_weights(policy, checkpoint, str(checkpoint_path), ema=ema)
     return policy
 

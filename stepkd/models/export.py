@@ -13,6 +13,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import ADAPTER_CONFIG, first_line
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
+from stepkd.models.step_head_io import save_step_head
 from stepkd.models.tiny import TINY_PRESETS
 
 
@@ -81,6 +82,8 @@ def save_policy(policy: Policy, out: Path, *, mode: Literal["merged", "adapter"]
         model = policy.model.merge_and_unload() if policy.has_adapter else policy.model
         model.save_pretrained(out, safe_serialization=True)
     policy.tokenizer.save_pretrained(out)
+    if policy.step_head is not None:
+        save_step_head(policy.step_head, out)
 
 
 def _untie_adapted_head(causal_lm: Any) -> None:

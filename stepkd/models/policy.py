@@ -6,14 +6,16 @@ Axes: B rows, T padded length, H hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stepkd.errors import ConfigError, ModelError
 from stepkd.losses.linear import VocabHead
+from stepkd.models.adapter import first_line
 from stepkd.models.head import (
     backbone_of,
     check_head,
@@ -25,6 +27,8 @@ from stepkd.models.head import (
 )
 from stepkd.models.load import load_model
 from stepkd.models.spec import PolicySpec
+from stepkd.models.step_head import StepHead, StepHeadSpec, resolve_ids
+from stepkd.models.step_head_io import saved_step_head
 
 __all__ = ["HiddenStates", "Policy", "positions_from_mask"]
 
@@ -58,6 +62,7 @@ class Policy(nn.Module):
         self.tokenizer = tokenizer
         self.spec = spec
         self.training = model.training
+        self.step_head: StepHead | None = None
         self.vocab_size = real_vocab_size(tokenizer, self.causal_lm.get_output_embeddings().weight.shape[0])
         self._frozen: list[Policy] = []  # in a list so that the reference never becomes a submodule
         if verify_head:
@@ -68,7 +73,67 @@ class Policy(nn.Module):
     def load(cls, spec: PolicySpec) -> Policy:
         """Load the policy a spec describes."""
         model, tokenizer = load_model(spec)
-        return cls(model, tokenizer, spec)
+        policy = cls(model, tokenizer, spec)
+        saved = saved_step_head(spec.path)
+        if saved is not None:
+            policy.attach_step_head(saved.spec, weights=saved.weights)
+        return policy
+
+    def attach_step_head(
+        self, spec: StepHeadSpec, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None
+    ) -> StepHead:
+        """Make this model one that scores steps.
+
+        Args:
+            spec: how it scores them.
+            seed: seed of a classifier's first weights.
+            weights: weights of a trained classifier in place of fresh ones.
+
+        Returns:
+            The head; a head of the same spec that is there already (from an export) is kept.
+
+        Raises:
+            ConfigError: a marker or label that is not one token here, or a head of another spec is there already.
+            ModelError: weights of another shape.
+        """
+        if self.step_head is not None:
+            if self.step_head.spec != spec:
+                raise ConfigError(
+                    f"the model already has a step head, {self.step_head.spec}, and the recipe asks for {spec}: give "
+                    "the same head settings to go on training it, or start from a model without one"
+                )
+            return self.step_head
+        hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
+        head = StepHead(spec, resolve_ids(spec, self.tokenizer), hidden_size, seed=seed).to(self.device)
+        if weights is not None:
+            try:
+                head.load_state_dict(dict(weights))
+            except RuntimeError as error:
+                raise ModelError(f"the step head's weights do not fit this model: {first_line(error)}") from error
+        if self.causal_lm.get_input_embeddings().weight.dtype == torch.float64:
+            head.double()
+        unused = self.causal_lm.get_output_embeddings()
+        if head.score is not None and unused.weight is not self.causal_lm.get_input_embeddings().weight:
+            unused.requires_grad_(False)  # a classifier never reads the vocabulary head
+        self.step_head = head
+        return head
+
+    def require_step_head(self) -> StepHead:
+        """The step head.
+
+        Raises:
+            ModelError: the model has none.
+        """
+        if self.step_head is None:
+            raise ModelError(
+                "this model scores no steps: it has no step head. Give a run or an export of a reward model, or say "
+                "how a plain model scores them (--head)"
+            )
+        return self.step_head
+
+    def step_scores(self, hidden_SH: Tensor) -> Tensor:
+        """Chance in [0, 1] that each step is right, from the hidden states at the steps' reading positions."""
+        return self.require_step_head().scores(hidden_SH, self.head)
 
     @property
     def has_adapter(self) -> bool:

@@ -2,7 +2,8 @@
 
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.prm import PRMModule
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationSpec
 
-__all__ = ["OptimizerSpec", "Prepared", "SFTModule", "StepModule", "ValidationSpec"]
+__all__ = ["OptimizerSpec", "PRMModule", "Prepared", "SFTModule", "StepModule", "ValidationSpec"]

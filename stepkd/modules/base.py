@@ -126,6 +126,13 @@ class StepModule(EvaluationLoops):
         """Named sums and metrics of one micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} must define loss_terms()")
 
+    def next_commands(self, run: str) -> list[str]:
+        """What to do with a finished run, one line each, for the end of ``stepkd fit``."""
+        return [
+            f"evaluate: stepkd evaluate --model {run} --benchmark gsm8k --out ...",
+            f"export:   stepkd export {run} --to ...",
+        ]
+
     # ---- model -----------------------------------------------------------------------------------------------------
 
     @property

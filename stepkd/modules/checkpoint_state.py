@@ -10,6 +10,7 @@ from torch import Tensor
 from stepkd.data.loader import Position
 from stepkd.errors import ModelError
 from stepkd.models import spec_to_dict
+from stepkd.models.step_head_io import step_head_from_dict
 
 if TYPE_CHECKING:
     from stepkd.modules.base import StepModule
@@ -30,6 +31,8 @@ def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
         "seed": module.seed,
         "data": _data_fingerprint(module),
     }
+    if module.model.step_head is not None:
+        section["step_head"] = asdict(module.model.step_head.spec)
     if module.ema is not None:
         section["ema"] = module.ema.state_dict()
     checkpoint["stepkd"] = section
@@ -69,6 +72,11 @@ def unpack(module: StepModule, checkpoint: dict[str, Any]) -> tuple[Position, di
 def _check_resume(module: StepModule, section: dict[str, Any]) -> None:
     here = spec_to_dict(module.policy_spec)
     pairs = {f"policy.{name}": (section["policy"].get(name), here[name]) for name in _POLICY_SETTINGS}
+    head = module.model.step_head
+    pairs["step head"] = (
+        section.get("step_head") and step_head_from_dict(section["step_head"]),
+        None if head is None else head.spec,
+    )
     pairs["method"] = (section["module"], _class_name(module))
     pairs["seed"] = (section["seed"], module.seed)
     pairs["data (rows, lengths, batch size and order)"] = (section["data"], _data_fingerprint(module))

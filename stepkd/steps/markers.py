@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from stepkd.errors import ConfigError
+from stepkd.steps.format import MARKER_CANDIDATES
 from stepkd.steps.spans import Span, check_partition
 
 
@@ -70,4 +71,21 @@ def marker_token_id(tokenizer: Any, marker: str) -> int:
     raise ConfigError(
         f"step marker {marker!r} is {len(pieces)} tokens {pieces} in this tokenizer, not one: choose a marker that is "
         "a single token, or add it with tokenizer.add_special_tokens and resize the embeddings"
+    )
+
+
+def auto_marker_id(tokenizer: Any) -> int:
+    """Id of the first of :data:`~stepkd.steps.format.MARKER_CANDIDATES` that is one token of this tokenizer.
+
+    Raises:
+        ConfigError: none of them is.
+    """
+    for marker in MARKER_CANDIDATES:
+        try:
+            return marker_token_id(tokenizer, marker)
+        except ConfigError:
+            continue
+    raise ConfigError(
+        f"none of the usual step markers {list(MARKER_CANDIDATES)} is a single token of this tokenizer: name one that "
+        "is, best a reserved special token that never occurs in solutions"
     )

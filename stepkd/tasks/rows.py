@@ -47,7 +47,7 @@ def make_rows(
 
     Returns:
         Rows with `id`, `prompt`, `answer` (the true one), `solution` (the steps joined), `steps`, `step_labels` (bool
-        per step), `task` (canonical text) and `meta`. All values are JSON values.
+        per step), `outcome` (bool, whether its answer is right), `task` (canonical text) and `meta`. All values are JSON values.
 
     Raises:
         ConfigError: a setting out of range, or fewer than `n` different problems in the split.
@@ -77,6 +77,7 @@ def make_rows(
                 "solution": "".join(steps),
                 "steps": steps,
                 "step_labels": labels,
+                "outcome": labels[-1],  # the answer line is right iff the answer is
                 "task": task.spec,
                 "meta": problem.meta,
             }

@@ -1,0 +1,50 @@
+"""Step examples to padded tensors, with the positions at which labelled steps are read.
+
+Axes: B rows, T padded length, L labelled steps of all rows, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch, collate
+from stepkd.data.encode import Example
+from stepkd.data.step_encode import StepExample
+
+
+@dataclass(frozen=True)
+class LabelledBatch(MicroBatch):
+    """A micro-batch of labelled steps. ``hidden.flatten(0, 1)[read_L]`` are the states that score them."""
+
+    read_L: Tensor = torch.empty(0, dtype=torch.long)  # noqa: RUF009
+    """int64 positions in the flattened (B * T) axis, at (not before) the marker or the step's last token."""
+    targets_LC: Tensor = torch.empty(0, 0)  # noqa: RUF009
+    """Target probabilities, worst class first; rows sum to one."""
+
+
+def collate_steps(
+    examples: Sequence[Example],
+    pad_id: int,
+    *,
+    padding_side: Literal["right", "left"] = "right",
+    pad_to: int | None = None,
+    is_filler: bool = False,
+) -> LabelledBatch:
+    """Pad step examples to one length; see :func:`stepkd.data.collate.collate`."""
+    batch = collate(examples, pad_id, padding_side=padding_side, pad_to=pad_to, is_filler=is_filler)
+    length = batch.input_ids_BT.shape[1]
+    read: list[int] = []
+    targets: list[tuple[float, ...]] = []
+    for b, example in enumerate(cast(Sequence[StepExample], examples)):
+        start = b * length + (length - example.length if padding_side == "left" else 0) + len(example.prompt_ids)
+        for position, target in zip(example.read_at, example.targets, strict=True):
+            if target is not None:
+                read.append(start + position)
+                targets.append(target)
+    parts = {f.name: getattr(batch, f.name) for f in fields(MicroBatch)}
+    return LabelledBatch(**parts, read_L=torch.tensor(read, dtype=torch.long), targets_LC=torch.tensor(targets))

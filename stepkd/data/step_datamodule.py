@@ -1,0 +1,132 @@
+"""The LightningDataModule of reward models: step-labelled rows in, loaders of optimiser-step batches out."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any, Literal, cast
+
+from stepkd.data.datamodule import StepData
+from stepkd.data.encode import Example
+from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.step_encode import StepEncoder, StepExample
+from stepkd.data.step_labels import LabelRule
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+class StepLabelData(StepData):
+    """Solutions with step labels: step texts (TRL's stepwise supervision), or labelled rollouts with their token ids.
+
+    Args:
+        train: rows to train on; evaluation-only data is refused unless the spec allows it.
+        validation: held-out rows with labels.
+        test: rows for ``stepkd test``.
+        labels: how labels become targets.
+        template: how a row becomes a prompt: the one that the solutions were sampled with is the natural choice.
+        segmenter: cuts solutions that come as one text without steps.
+        max_length: longest prompt + solution in tokens, markers included; longer solutions lose whole steps, and that
+            is counted.
+        allow_one_class: train although all labels agree; without it that is an error, because nothing can be learnt.
+        global_batch_size, batch_unit, bucket_window, shuffle, overlap_ngram, seed: as for
+            :class:`~stepkd.data.datamodule.StepData`.
+    """
+
+    def __init__(
+        self,
+        train: DataSpec | None = None,
+        validation: DataSpec | None = None,
+        test: DataSpec | None = None,
+        labels: LabelRule | None = None,
+        template: str | PromptTemplate = "math",
+        segmenter: str = "newline",
+        max_length: int = 1024,
+        allow_one_class: bool = False,
+        global_batch_size: int = 32,
+        batch_unit: Literal["sequences", "tokens"] = "sequences",
+        bucket_window: int = 1,
+        shuffle: bool = True,
+        overlap_ngram: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train,
+            validation,
+            test,
+            template=template,
+            segmenter=segmenter,
+            max_length=max_length,
+            global_batch_size=global_batch_size,
+            batch_unit=batch_unit,
+            bucket_window=bucket_window,
+            shuffle=shuffle,
+            overlap_ngram=overlap_ngram,
+            seed=seed,
+        )
+        self.segmenter_name = segmenter
+        self.labels = labels or LabelRule()
+        self.allow_one_class = allow_one_class
+
+    def make_encoder(self) -> StepEncoder:
+        """The encoder for the module's tokenizer, markers and classes."""
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if not hasattr(module, "step_head_ids"):
+            raise DataError(
+                f"StepLabelData serves reward models, and {type(module).__name__} is none: use stepkd.data.StepData"
+            )
+        return StepEncoder(
+            module.tokenizer,
+            self.template,
+            format=module.head_spec.format,
+            marker_id=module.step_head_ids.marker,
+            max_length=self.max_length,
+            num_classes=module.head_spec.num_classes,
+            labels=self.labels,
+            segmenter=self.segmenter_name,
+        )
+
+    def _load(self, name: str, spec: DataSpec) -> list[Example]:
+        if name == "train":
+            check_training_use(spec)
+        encoder = self.make_encoder()
+        rows = load_rows(spec)  # a source knows its contract, a file's columns tell it
+        examples = encoder.examples(rows)
+        counts = class_counts(cast(list[StepExample], examples), encoder.num_classes)
+        if name == "train" and len(counts) < 2 and not self.allow_one_class:
+            raise DataError(
+                f"all {sum(counts.values())} training labels are of one class ({next(iter(counts))}): a reward model "
+                "trained on them learns a constant. Give rows with right and wrong steps, or set data.allow_one_class",
+                column="labels",
+            )
+        dropped = {key: count for key, count in sorted(encoder.counts.items()) if count}
+        logger.info(
+            "%s: %d solutions, labels %s%s", name, len(examples), dict(counts), f", {dropped}" if dropped else ""
+        )
+        return examples
+
+    def fingerprint(self) -> str | None:
+        """As the base class, with the targets: changed labels are other data."""
+        base = super().fingerprint()
+        return None if base is None else _mixed(base, cast(list[StepExample], self.examples["train"]))
+
+
+def class_counts(examples: list[StepExample], num_classes: int) -> Counter[str]:
+    """How many labelled steps there are per class (soft labels by their more likely class)."""
+    names = ("wrong", "right") if num_classes == 2 else ("wrong", "neutral", "right")
+    return Counter(
+        names[max(range(num_classes), key=target.__getitem__)]
+        for example in examples
+        for target in example.targets
+        if target is not None
+    )
+
+
+def _mixed(base: str, examples: list[StepExample]) -> str:
+    import hashlib
+
+    digest = hashlib.sha256(base.encode())
+    for example in examples:
+        digest.update(repr((example.read_at, example.targets)).encode())
+    return digest.hexdigest()[:16]

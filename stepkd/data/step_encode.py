@@ -1,0 +1,258 @@
+"""Solutions with step boundaries to token ids with step markers: the input of a model that scores steps.
+
+One layout serves training, scoring and evaluation. Markers go in as ids; the position at which a step is scored is an
+index, never something found again in decoded text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepkd.data.encode import Encoder, Example
+from stepkd.data.step_labels import LabelRule, Target, step_targets
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import ConfigError, DataError
+from stepkd.steps import (
+    Span,
+    StepFormat,
+    TokenizedText,
+    get_segmenter,
+    segment,
+    spans_from_ends,
+    text_from_ids,
+    tokenize_text,
+)
+
+
+@dataclass(frozen=True)
+class StepExample(Example):
+    """A solution with markers; ``spans`` include them."""
+
+    read_at: tuple[int, ...] = ()
+    """For each step the index in ``completion_ids`` at which it is scored."""
+    targets: tuple[Target | None, ...] = ()
+    """For each step its target, or None; empty when the example is only scored."""
+    num_cut: int = 0
+    """Steps dropped because they did not fit."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A solution's tokens with markers."""
+
+    ids: tuple[int, ...]
+    """Token ids."""
+    spans: tuple[Span, ...]
+    """Step spans, markers included."""
+    read_at: tuple[int, ...]
+    """Where each step is scored."""
+
+
+class StepEncoder(Encoder):
+    """Turns rows with steps into :class:`StepExample` objects.
+
+    Args:
+        tokenizer, template, max_length: as for :class:`~stepkd.data.encode.Encoder`.
+        format: separators and markers.
+        marker_id: the marker's id; None when the format has no marker.
+        num_classes: classes of the targets, 2 or 3.
+        labels: how labels become targets; None: rows are only scored.
+        segmenter: cuts solutions that come as one text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: PromptTemplate,
+        *,
+        format: StepFormat,
+        marker_id: int | None,
+        max_length: int = 1024,
+        num_classes: int = 2,
+        labels: LabelRule | None = None,
+        segmenter: str = "newline",
+    ) -> None:
+        super().__init__(tokenizer, template, get_segmenter(segmenter), max_length=max_length, append_eos=False)
+        if (marker_id is None) != (format.marker is None):
+            raise ConfigError(f"marker_id={marker_id} does not go with format.marker={format.marker!r}")
+        self.format = format
+        self.marker_id = marker_id
+        self.num_classes = num_classes
+        self.labels = labels
+
+    def layout(self, steps: Sequence[str], name: str = "?") -> Layout:
+        """Token ids with markers of a solution given as step texts.
+
+        Raises:
+            DataError: no steps, an empty one, two steps that share a token, or the marker inside a step.
+        """
+        if not steps or any(not step.strip() for step in steps):
+            raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
+        written = [
+            step if i + 1 == len(steps) or step[-1].isspace() else step + self.format.separator
+            for i, step in enumerate(steps)
+        ]
+        if self.format.tokenize == "per_step":
+            parts = [tokenize_text(self.tokenizer, text) for text in written]
+            whole = _joined(parts)
+            ends = _cumulated([len(part) for part in parts])
+        else:
+            whole = tokenize_text(self.tokenizer, "".join(written))
+            ends = [whole.token_end(end) for end in _cumulated([len(text) for text in written])]
+        return self._marked(whole, ends, name)
+
+    def layout_from_ids(self, completion: TokenizedText, spans: Sequence[Span], name: str = "?") -> Layout:
+        """Token ids with markers of a sampled solution; its own ids are kept, without the end token."""
+        length = len(completion)
+        while length and completion.token_ids[length - 1] == self.tokenizer.eos_token_id:
+            length -= 1
+        if not length:
+            raise DataError("the solution has no tokens before its end token: drop the row", path=name)
+        kept = TokenizedText(completion.token_ids[:length], completion.text, completion.char_ends[:length])
+        ends = [min(end, length) for start, end in spans if start < length]
+        return self._marked(kept, ends, name)
+
+    def _marked(self, whole: TokenizedText, ends: Sequence[int], name: str) -> Layout:
+        starts = [0, *ends[:-1]]
+        if any(end <= start for start, end in zip(starts, ends, strict=True)):
+            number = next(i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if end <= start)
+            raise DataError(
+                f"step {number + 1} has no token of its own (it shares one with the step before): give steps that a "
+                "separator keeps apart, or set tokenize to 'per_step'",
+                path=name,
+                column="completions",
+            )
+        if self.marker_id is None:
+            return Layout(whole.token_ids, tuple(zip(starts, ends, strict=True)), tuple(end - 1 for end in ends))
+        if self.marker_id in whole.token_ids:
+            raise DataError(
+                f"the step marker {self.tokenizer.convert_ids_to_tokens(self.marker_id)!r} (id {self.marker_id}) occurs in "
+                "the solution itself, so its positions would be ambiguous: choose another marker or drop the row",
+                path=name,
+                column="completions",
+            )
+        ids: list[int] = []
+        spans: list[Span] = []
+        read_at: list[int] = []
+        for start, end in zip(starts, ends, strict=True):
+            first, place = len(ids), self._place(whole, start, end)
+            ids.extend(whole.token_ids[start:place])
+            read_at.append(len(ids))
+            ids.append(self.marker_id)
+            ids.extend(whole.token_ids[place:end])
+            spans.append((first, len(ids)))
+        return Layout(tuple(ids), tuple(spans), tuple(read_at))
+
+    def _place(self, whole: TokenizedText, start: int, end: int) -> int:
+        """Where in ``[start, end]`` the marker goes."""
+        if self.format.marker_place == "step_end":
+            return end
+        text = whole.span_text(start, end)
+        begin = whole.char_ends[start - 1] if start else 0
+        return max(start + 1, min(end, whole.token_end(begin + len(text.rstrip()))))
+
+    def row_layout(self, row: Mapping[str, Any]) -> Layout:
+        """Layout of a row: sampled ids where this tokenizer wrote them, else step texts, else the segmented text."""
+        name = str(row.get("id", "?"))
+        if row.get("token_ids") is not None and self.format.tokenize == "whole" and row.get("step_ends") is not None:
+            completion = text_from_ids(self.tokenizer, row["token_ids"])
+            if row.get("completion") in (None, completion.text):
+                spans = spans_from_ends(row["step_ends"], len(completion))
+                return self.layout_from_ids(completion, spans, name)
+        for column in ("completions", "steps"):
+            if row.get(column) is not None:
+                return self.layout(row[column], name)
+        if row.get("step_ends") is not None:
+            raise DataError(
+                "the row's token ids are not of this model's tokenizer, and it has no 'steps' as text: label it again "
+                "with this version (which writes them), or convert it with --to stepwise",
+                path=name,
+                column="token_ids",
+            )
+        text = row.get("completion") if row.get("completion") is not None else row.get("solution")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError("the row has no steps: neither 'completions' nor a 'completion' text", path=name)
+        completion = tokenize_text(self.tokenizer, text)
+        return self.layout([completion.span_text(*span) for span in segment(self.segmenter, completion)], name)
+
+    def scored(self, row: Mapping[str, Any], layout: Layout | None = None) -> StepExample:
+        """An example to be scored; steps that do not fit are cut off and counted in ``num_cut``."""
+        name = str(row.get("id", "?"))
+        prompt = self.prompt_ids(row)
+        layout = self.row_layout(row) if layout is None else layout
+        kept = sum(end <= self.max_length - len(prompt) for _, end in layout.spans)
+        end = layout.spans[kept - 1][1] if kept else 0
+        return StepExample(
+            name,
+            prompt,
+            layout.ids[:end],
+            layout.spans[:kept],
+            row,
+            read_at=layout.read_at[:kept],
+            num_cut=len(layout.spans) - kept,
+        )
+
+    def example(self, row: Mapping[str, Any]) -> StepExample | None:
+        """An example to train on; None (and a count in ``counts``) when no labelled step is left.
+
+        Steps behind the last labelled one are cut off: in a causal model they change nothing.
+        """
+        assert self.labels is not None, "an encoder without a label rule makes no training examples"
+        scored = self.scored(row)
+        targets = step_targets(row, len(scored.spans) + scored.num_cut, self.num_classes, self.labels)
+        if all(target is None for target in targets):
+            self.counts["rows_without_labels"] += 1
+            return None
+        labelled = [i for i, target in enumerate(targets[: len(scored.spans)]) if target is not None]
+        self.counts["steps_dropped"] += scored.num_cut
+        self.counts["rows_truncated"] += bool(scored.num_cut)
+        if not labelled or (self.labels.scope == "outcome" and scored.num_cut):
+            self.counts["rows_truncated_before_a_label"] += 1
+            return None
+        kept = labelled[-1] + 1
+        end = scored.read_at[kept - 1] + 1
+        spans = (*scored.spans[: kept - 1], (scored.spans[kept - 1][0], end))
+        return StepExample(
+            scored.id,
+            scored.prompt_ids,
+            scored.completion_ids[:end],
+            spans,
+            row,
+            read_at=scored.read_at[:kept],
+            targets=tuple(targets[:kept]),
+        )
+
+    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
+        """Encode rows, leaving out (and counting) those without a labelled step.
+
+        Raises:
+            DataError: nothing is left.
+        """
+        kept: list[Example] = [example for row in rows if (example := self.example(row)) is not None]
+        if not kept:
+            raise DataError(
+                "no row has a single labelled step that fits into "
+                f"max_length={self.max_length} tokens ({dict(self.counts)}): label the rows, or raise max_length"
+            )
+        return kept
+
+
+def _cumulated(lengths: Sequence[int]) -> list[int]:
+    total, ends = 0, []
+    for length in lengths:
+        total += length
+        ends.append(total)
+    return ends
+
+
+def _joined(parts: Sequence[TokenizedText]) -> TokenizedText:
+    ids: list[int] = []
+    char_ends: list[int] = []
+    text = ""
+    for part in parts:
+        ids.extend(part.token_ids)
+        char_ends.extend(len(text) + end for end in part.char_ends)
+        text += part.text
+    return TokenizedText(tuple(ids), text, tuple(char_ends))

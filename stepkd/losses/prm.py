@@ -1,0 +1,104 @@
+"""Losses of process reward models: cross-entropy on step labels, hard or soft.
+
+Axes: S labelled steps, C classes from worst to best, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stepkd.losses.linear import DEFAULT_CHUNK, chunked_head
+from stepkd.losses.reduce import LossTerms
+
+
+def label_token_logps(
+    head: Callable[[Tensor], Tensor],
+    hidden_SH: Tensor,
+    label_ids: Sequence[int],
+    *,
+    restricted: bool = True,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> Tensor:
+    """Log-probabilities of the label tokens at step markers.
+
+    The logits are taken *at* the marker, not one position before it: the marker asks, its output answers (OpenRLHF's
+    PRMLoss, Math-Shepherd).
+
+    Args:
+        head: hidden states to logits (a :class:`~stepkd.losses.linear.VocabHead`).
+        hidden_SH: last hidden states at the markers.
+        label_ids: C ids of the label tokens.
+        restricted: normalise over the label tokens only; else over the vocabulary.
+        chunk_size: positions per chunk; does not change the result.
+
+    Returns:
+        (S, C) log-probabilities in nats.
+    """
+    index = torch.tensor(list(label_ids), device=hidden_SH.device)
+
+    def pick(logits_CV: Tensor) -> Tensor:
+        picked = logits_CV.index_select(-1, index)
+        return picked.log_softmax(-1) if restricted else picked - logits_CV.logsumexp(-1, keepdim=True)
+
+    return chunked_head(pick, head, hidden_SH, chunk_size=chunk_size)
+
+
+def step_cross_entropy(
+    logps_SC: Tensor, targets_SC: Tensor, *, class_weights: Sequence[float] | None = None
+) -> LossTerms:
+    """Cross-entropy of step labels as a named sum.
+
+    A hard label is a one-hot row; a soft label p of two classes is ``(1 - p, p)``, so the loss is
+    ``-(1 - p) log p_bad - p log p_good`` (Math-Shepherd, arXiv 2312.08935, with the minus its print lacks).
+
+    Args:
+        logps_SC: log-probabilities of the classes.
+        targets_SC: target probabilities, each row sums to one.
+        class_weights: weight of each class, >= 0; a step weighs ``sum_c targets[c] * weight[c]`` and the denominator is
+            the sum of these (:func:`step_weights`), as in torch's weighted cross-entropy.
+
+    Returns:
+        ``sums["prm"]``; metrics ``accuracy`` (most likely class against the most likely target), ``accuracy_right``
+        and ``accuracy_wrong`` over the steps whose target is the best or the worst class, and ``brier``
+        (mean over steps of ``sum_c (p_c - t_c)^2 / 2``, with p among the classes).
+
+    Raises:
+        ValueError: shapes that differ, or a weight count that is not C.
+    """
+    if logps_SC.shape != targets_SC.shape:
+        raise ValueError(f"log-probabilities {tuple(logps_SC.shape)} but targets {tuple(targets_SC.shape)}")
+    terms_SC = targets_SC * logps_SC
+    if class_weights is not None:
+        terms_SC = terms_SC * _weights(class_weights, targets_SC)
+    with torch.no_grad():
+        hit_S = (logps_SC.argmax(-1) == targets_SC.argmax(-1)).to(logps_SC.dtype)
+        best_S = targets_SC.argmax(-1) == targets_SC.shape[-1] - 1
+        worst_S = targets_SC.argmax(-1) == 0
+        brier_S = (logps_SC.softmax(-1) - targets_SC).square().sum(-1) / 2
+    metrics = {
+        "accuracy": (hit_S.sum(), _count(torch.ones_like(hit_S))),
+        "accuracy_right": (hit_S[best_S].sum(), _count(best_S)),
+        "accuracy_wrong": (hit_S[worst_S].sum(), _count(worst_S)),
+        "brier": (brier_S.sum(), _count(torch.ones_like(hit_S))),
+    }
+    return LossTerms({"prm": -terms_SC.sum()}, metrics)
+
+
+def step_weights(targets_SC: Tensor, class_weights: Sequence[float] | None = None) -> Tensor:
+    """Weight of every step, whose sum is the loss's denominator: (S,)."""
+    if class_weights is None:
+        return targets_SC.sum(-1)
+    return (targets_SC * _weights(class_weights, targets_SC)).sum(-1)
+
+
+def _weights(class_weights: Sequence[float], targets_SC: Tensor) -> Tensor:
+    if len(class_weights) != targets_SC.shape[-1]:
+        raise ValueError(f"{len(class_weights)} class weights for {targets_SC.shape[-1]} classes")
+    return torch.tensor(list(class_weights), dtype=targets_SC.dtype, device=targets_SC.device)
+
+
+def _count(kept_S: Tensor) -> Tensor:
+    return kept_S.sum().to(torch.float32)

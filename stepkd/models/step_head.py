@@ -1,0 +1,136 @@
+"""How a language model scores steps: label tokens at a marker, or a small classifier on the hidden state.
+
+Both read one hidden state per step. ``label_tokens`` asks the vocabulary head for the probability of a good and a bad
+token *at the marker's own position* (Math-Shepherd, arXiv 2312.08935; ASPRM, arXiv 2502.13943); ``classifier`` is a
+two-layer head in place of the vocabulary (Qwen2.5-Math-PRM, arXiv 2501.07301).
+
+Axes: S steps, H hidden size, C classes from worst to best.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepkd.errors import ConfigError, check_choice
+from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
+from stepkd.losses.prm import label_token_logps
+from stepkd.steps import StepFormat, auto_marker_id, marker_token_id
+
+Meaning = Literal["correctness", "value", "outcome"]
+
+
+@dataclass(frozen=True)
+class StepHeadSpec:
+    """How steps are scored; recorded in checkpoints and exports."""
+
+    kind: Literal["label_tokens", "classifier"] = "label_tokens"
+    """Which head."""
+    format: StepFormat = field(default_factory=StepFormat)
+    """Separators and markers; ``label_tokens`` needs a marker."""
+    labels: tuple[str, ...] = ("-", "+")
+    """Label tokens from worst to best, each one token: two, or three with neutral in the middle (``label_tokens``)."""
+    restricted: bool = True
+    """Probabilities among the label tokens only; False: over the whole vocabulary, which training then also has to
+    learn to leave (ASPRM's choice). Scores are always among the label tokens."""
+    classes: int = 2
+    """Outputs of the classifier: 2 (wrong, right) or 3 (wrong, neutral, right)."""
+    neutral: Literal["right", "wrong", "half"] = "right"
+    """What a neutral class counts as in a score. "Let's Verify Step by Step" counts it as right."""
+    meaning: Meaning = "correctness"
+    """What the scores estimate; decides how they are reduced to one number per solution."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        check_choice("step head", self.kind, ("label_tokens", "classifier"))
+        check_choice("neutral", self.neutral, ("right", "wrong", "half"))
+        check_choice("meaning", self.meaning, ("correctness", "value", "outcome"))
+        if self.kind == "label_tokens":
+            if len(self.labels) not in (2, 3) or len(set(self.labels)) != len(self.labels):
+                raise ConfigError(f"labels={list(self.labels)}: two or three different tokens, from worst to best")
+            if self.format.marker is None:
+                raise ConfigError("label tokens are predicted at a step marker: set format.marker")
+        elif self.classes not in (2, 3):
+            raise ConfigError(f"classes={self.classes}: 2 (wrong, right) or 3 (wrong, neutral, right)")
+
+    @property
+    def num_classes(self) -> int:
+        """C, whichever the head."""
+        return len(self.labels) if self.kind == "label_tokens" else self.classes
+
+
+@dataclass(frozen=True)
+class StepHeadIds:
+    """The spec's tokens as ids of one tokenizer."""
+
+    marker: int | None
+    """Id of the step marker."""
+    labels: tuple[int, ...]
+    """Ids of the label tokens, worst to best; empty for a classifier."""
+
+
+def resolve_ids(spec: StepHeadSpec, tokenizer: Any) -> StepHeadIds:
+    """Look the marker and the label tokens up.
+
+    Raises:
+        ConfigError: one of them is not exactly one token of this tokenizer, or two of them are the same token.
+    """
+    marker = spec.format.marker
+    marker_id = None
+    if marker is not None:
+        marker_id = auto_marker_id(tokenizer) if marker == "auto" else marker_token_id(tokenizer, marker)
+    labels = tuple(marker_token_id(tokenizer, text) for text in spec.labels) if spec.kind == "label_tokens" else ()
+    if len(set(labels)) != len(labels) or (labels and marker_id in labels):
+        raise ConfigError(
+            f"labels {list(spec.labels)} and marker {marker!r} are not different tokens in this tokenizer"
+        )
+    return StepHeadIds(marker_id, labels)
+
+
+class StepHead(nn.Module):
+    """The head itself.
+
+    Args:
+        spec: which kind.
+        ids: its tokens.
+        hidden_size: H.
+        seed: seed of a classifier's first weights; the global generators are left as they were.
+
+    The classifier's layers and parameter names are those of Qwen2.5-Math-PRM's ``score``: Linear, ReLU, Linear.
+    """
+
+    def __init__(self, spec: StepHeadSpec, ids: StepHeadIds, hidden_size: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.spec = spec
+        self.ids = ids
+        self.score: nn.Module | None = None
+        if spec.kind == "classifier":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.score = nn.Sequential(
+                    nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, spec.classes)
+                )
+
+    def logps(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+        """Log-probability of every class: (S, C), nats, at least float32.
+
+        With ``restricted=False`` these are log-probabilities over the whole vocabulary and do not sum to one.
+        """
+        if self.score is None:
+            return label_token_logps(
+                vocab_head, hidden_SH, self.ids.labels, restricted=self.spec.restricted, chunk_size=chunk_size
+            )
+        weight = next(self.score.parameters())
+        logits_SC = self.score(hidden_SH.to(weight.dtype))
+        return torch.log_softmax(logits_SC if logits_SC.dtype == torch.float64 else logits_SC.float(), dim=-1)
+
+    def scores(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
+        """Chance that each step is right: (S,), in [0, 1]."""
+        probs_SC = torch.softmax(self.logps(hidden_SH, vocab_head, chunk_size=chunk_size), dim=-1)
+        right_S = probs_SC[:, -1]
+        if probs_SC.shape[-1] == 3:
+            right_S = right_S + probs_SC[:, 1] * {"right": 1.0, "wrong": 0.0, "half": 0.5}[self.spec.neutral]
+        return right_S
