@@ -146,7 +146,7 @@ class Encoder:
         return Example(name, prompt, completion.token_ids[: kept[-1][1]], tuple(kept), row)
 
     def _sampled(self, row: Mapping[str, Any], name: str) -> tuple[TokenizedText, list[Span]]:
-        completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("logprobs"))
+        completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("raw_logprobs", row.get("logprobs")))
         if not completion.token_ids or row.get("step_ends") is None:
             return completion, segment(self.segmenter, completion)
         # Labels and values are stored one per step, so a repaired partition would shift them.

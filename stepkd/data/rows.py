@@ -220,6 +220,9 @@ ROLLOUT = Contract(
         Column("model", checks.filled_text),
         Column("sampling", checks.mapping),
         Column("seed", checks.whole_number),
+        Column(
+            "raw_logprobs", checks.list_of(checks.is_logprob, "log-probabilities (finite, at most 0)"), required=False
+        ),
         Column("step_labels", checks.labels, required=False),
         Column(
             "step_values", checks.list_of(checks.is_probability_or_null, "values in [0, 1] or null"), required=False
@@ -229,12 +232,15 @@ ROLLOUT = Contract(
     ),
     (
         checks.same_length("token_ids", "logprobs"),
+        checks.same_length("token_ids", "raw_logprobs"),
         checks.ends_partition,
         checks.same_length("step_ends", "step_labels"),
         checks.same_length("step_ends", "step_values"),
     ),
 )
-"""A sampled completion with its token ids; `step_ends` are exclusive token ends; `correct` is null until graded."""
+"""A sampled completion with its token ids; `step_ends` are exclusive token ends; `correct` is null until graded.
+
+`logprobs` are under the distribution that was sampled from; `raw_logprobs`, where they differ, at temperature 1."""
 
 CONTRACTS: dict[str, Contract] = {
     contract.name: contract for contract in (PROBLEM, DEMONSTRATION, STEPWISE, PREFERENCE, STEP_PREFERENCE, ROLLOUT)

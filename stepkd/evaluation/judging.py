@@ -104,6 +104,8 @@ def rollout_row(
         "correct": sample["verdict"] == "correct",
         "answer": row["answer"],
     }
+    if rollout.raw_logprobs != rollout.logprobs:
+        result["raw_logprobs"] = list(rollout.raw_logprobs)
     labels = sample["step_labels"] if steps is None else step_labels(row, rollout.text, steps)
     if labels is not None and len(labels) == len(step_ends):
         result["step_labels"] = labels

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.data.loader import StepBatch
 from stepkd.data.step_collate import LabelledBatch, collate_steps
 from stepkd.errors import ConfigError
-from stepkd.losses import DEFAULT_CHUNK, LossTerms, step_cross_entropy, step_weights
+from stepkd.losses import DEFAULT_CHUNK, LossTerms, cross_entropy, step_cross_entropy, step_weights
 from stepkd.models import PolicySpec, StepHeadSpec
 from stepkd.models.step_head import StepHeadIds, resolve_ids
 from stepkd.modules.base import StepModule
@@ -29,17 +32,21 @@ class PRMModule(StepModule):
         policy: the model to train; LoRA or all weights.
         head: how it scores steps.
         class_weights: weight per class, worst first; null for none.
+        lm_weight: weight of next-token cross-entropy on the solutions' own tokens beside the step labels; 0 is off. The
+            verifiers of Cobbe et al. 2021 (arXiv 2110.14168) are trained with both; it helps a model that cannot do the
+            task yet.
         optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
             :class:`~stepkd.modules.base.StepModule`.
     """
 
-    components = ("prm",)
+    components: tuple[str, ...] = ("prm",)
 
     def __init__(
         self,
         policy: PolicySpec,
         head: StepHeadSpec | None = None,
         class_weights: list[float] | None = None,
+        lm_weight: float = 0.0,
         optimizer: OptimizerSpec | None = None,
         validation: ValidationSpec | None = None,
         micro_batch_tokens: int = 8192,
@@ -53,17 +60,27 @@ class PRMModule(StepModule):
         if self.validation_spec.samples:
             raise ConfigError("validation.samples: a process reward model scores steps and is not sampled from; use 0")
         if class_weights is not None and (
-            len(class_weights) != self.head_spec.num_classes or min(class_weights) < 0 or not sum(class_weights)
+            len(class_weights) != self.head_spec.num_classes
+            or not all(0 <= weight < float("inf") for weight in class_weights)
+            or not sum(class_weights)
         ):
             raise ConfigError(
                 f"class_weights={class_weights}: {self.head_spec.num_classes} numbers >= 0, not all 0, worst first"
             )
+        if not 0 <= lm_weight < float("inf"):
+            raise ConfigError(f"lm_weight={lm_weight}: must be 0 (off) or positive")
         self.class_weights = class_weights
+        self._ids: StepHeadIds | None = None
+        if lm_weight:
+            self.components = ("prm", "lm")
+            self.loss_weights.setdefault("lm", lm_weight)
 
     @property
     def step_head_ids(self) -> StepHeadIds:
         """Marker and label ids in the policy's tokenizer; available before the weights are loaded."""
-        return resolve_ids(self.head_spec, self.tokenizer)
+        if self._ids is None:
+            self._ids = resolve_ids(self.head_spec, self.tokenizer)
+        return self._ids
 
     def configure_model(self) -> None:
         """Load the policy and put the step head on it (once)."""
@@ -71,17 +88,30 @@ class PRMModule(StepModule):
         self.model.attach_step_head(self.head_spec, seed=self.policy_spec.init_seed)
 
     def count(self, micro_batch: MicroBatch) -> dict[str, float]:
-        """The sum of the labelled steps' weights."""
-        return {"prm": float(step_weights(cast(LabelledBatch, micro_batch).targets_LC, self.class_weights).sum())}
+        """The sum of the labelled steps' weights, and the solutions' tokens when they are trained on too."""
+        batch = cast(LabelledBatch, micro_batch)
+        counts = {"prm": float(step_weights(batch.targets_LC, self.class_weights).sum())}
+        return counts if "lm" not in self.components else counts | {"lm": float(self._own_tokens(batch).sum())}
 
     def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
         """Cross-entropy of the labelled steps, with accuracies by class."""
         batch = cast(LabelledBatch, micro_batch)
-        hidden_BTH = self.model.hidden(batch.input_ids_BT, batch.attention_mask_BT)
-        hidden_LH = hidden_BTH.flatten(0, 1)[batch.read_L]
+        hidden_NH = self.model.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)
         head = self.model.require_step_head()
-        logps_LC = head.logps(hidden_LH, self.model.head, chunk_size=self.chunk_size)
-        return step_cross_entropy(logps_LC, batch.targets_LC.to(logps_LC), class_weights=self.class_weights)
+        logps_LC = head.logps(hidden_NH[batch.read_L], self.model.head, chunk_size=self.chunk_size)
+        terms = step_cross_entropy(logps_LC, batch.targets_LC.to(logps_LC), class_weights=self.class_weights)
+        if "lm" in self.components:
+            own_N = self._own_tokens(batch)
+            language = cross_entropy(
+                self.model.head, hidden_NH[batch.needed_N[own_N]], batch.targets_N[own_N], chunk_size=self.chunk_size
+            )
+            terms.sums["lm"] = language.sums["ce"]
+        return terms
+
+    def _own_tokens(self, batch: LabelledBatch) -> Tensor:
+        """Which of the targets are the solution's own tokens: all but the markers."""
+        marker = self.step_head_ids.marker
+        return torch.ones_like(batch.targets_N, dtype=torch.bool) if marker is None else batch.targets_N != marker
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """A reward model samples nothing."""

@@ -109,7 +109,7 @@ class SampledAccuracy:
         rows = []
         for example, samples, records in zip(batch.examples, rollouts, judged, strict=True):
             for rollout, record in zip(samples, records, strict=True):
-                text = text_from_ids(self.sampler.policy.tokenizer, rollout.token_ids, rollout.logprobs)
+                text = text_from_ids(self.sampler.policy.tokenizer, rollout.token_ids, rollout.raw_logprobs)
                 spans = segment(self.segmenter, text)
                 steps = [text.span_text(*span) for span in spans]
                 rows.append(

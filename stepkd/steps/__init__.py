@@ -1,6 +1,8 @@
 """What a step is: token-index spans made once and used by labelling, training, search and evaluation."""
 
-from stepkd.steps.markers import MarkedSteps, insert_markers, marker_token_id
+from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
+from stepkd.steps.format import MARKER_CANDIDATES, StepFormat
+from stepkd.steps.markers import MarkedSteps, auto_marker, insert_markers, marker_token_id
 from stepkd.steps.segment import (
     SEGMENTERS,
     RegexSegmenter,
@@ -20,18 +22,28 @@ from stepkd.steps.spans import (
     truncate_spans,
 )
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
+from stepkd.steps.threshold import SIGNAL_SEGMENTERS, SegmentThreshold, fit_threshold
 
 __all__ = [
+    "MARKER_CANDIDATES",
     "SEGMENTERS",
+    "SIGNAL_SEGMENTERS",
+    "AdaptiveStepSegmenter",
+    "EntropySegmenter",
     "MarkedSteps",
     "RegexSegmenter",
+    "RejectSegmenter",
+    "SegmentThreshold",
     "Segmenter",
     "SentenceSegmenter",
     "Span",
+    "StepFormat",
     "TokenizedText",
     "TruncatedSpans",
     "WholeSegmenter",
+    "auto_marker",
     "check_partition",
+    "fit_threshold",
     "get_segmenter",
     "insert_markers",
     "marker_token_id",

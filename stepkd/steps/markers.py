@@ -51,11 +51,16 @@ def insert_markers(token_ids: Sequence[int], spans: Sequence[Span], marker_id: i
     return MarkedSteps(marked, markers, originals)
 
 
-def marker_token_id(tokenizer: Any, marker: str) -> int:
+def marker_token_id(tokenizer: Any, marker: str, *, what: str = "step marker") -> int:
     """Id of a marker that must be exactly one token of this tokenizer.
 
     The id is the one that encoding the marker gives. SentencePiece tokenizers put a lone prefix piece before some
     markers (a newline on Llama 2); a first piece that decodes to nothing is ignored.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        marker: its text.
+        what: what to call it in messages.
 
     Raises:
         ConfigError: the marker is not one token here; the message shows its pieces.
@@ -67,24 +72,25 @@ def marker_token_id(tokenizer: Any, marker: str) -> int:
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
         return int(ids[0])
     if pieces == [tokenizer.unk_token]:
-        raise ConfigError(f"step marker {marker!r} is unknown to this tokenizer: choose one that it has as a token")
+        raise ConfigError(f"{what} {marker!r} is unknown to this tokenizer: choose one that it has as a token")
     raise ConfigError(
-        f"step marker {marker!r} is {len(pieces)} tokens {pieces} in this tokenizer, not one: choose a marker that is "
+        f"{what} {marker!r} is {len(pieces)} tokens {pieces} in this tokenizer, not one: choose one that is "
         "a single token, or add it with tokenizer.add_special_tokens and resize the embeddings"
     )
 
 
-def auto_marker_id(tokenizer: Any) -> int:
-    """Id of the first of :data:`~stepkd.steps.format.MARKER_CANDIDATES` that is one token of this tokenizer.
+def auto_marker(tokenizer: Any) -> str:
+    """The first of :data:`~stepkd.steps.format.MARKER_CANDIDATES` that is one token of this tokenizer.
 
     Raises:
         ConfigError: none of them is.
     """
     for marker in MARKER_CANDIDATES:
         try:
-            return marker_token_id(tokenizer, marker)
+            marker_token_id(tokenizer, marker)
         except ConfigError:
             continue
+        return marker
     raise ConfigError(
         f"none of the usual step markers {list(MARKER_CANDIDATES)} is a single token of this tokenizer: name one that "
         "is, best a reserved special token that never occurs in solutions"

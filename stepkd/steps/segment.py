@@ -3,7 +3,7 @@
 A segmenter looks at one :class:`~stepkd.steps.text.TokenizedText` and returns exclusive token ends. Delimiter
 segmenters find boundaries in the text and map them to tokens: separators belong to the step before them, a token that
 straddles a boundary belongs to the earlier step, and white space alone is never a step. Confidence-based segmenters
-(AdaptiveStep) use the same interface and read ``logprobs``.
+(:mod:`stepkd.steps.confidence`) use the same interface and read per-token signals.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 from stepkd.errors import ConfigError, nearest
 from stepkd.steps.spans import Span, check_partition, spans_from_ends
 from stepkd.steps.text import TokenizedText
+from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 
 
 @runtime_checkable
@@ -146,22 +147,30 @@ SEGMENTERS: dict[str, Callable[[], Segmenter]] = {
     "sentence": SentenceSegmenter,
     "whole": WholeSegmenter,
 }
-"""Segmenters by name. ``regex:PATTERN`` cuts after, ``regex_before:PATTERN`` before every match."""
+"""Segmenters of plain text by name. ``regex:PATTERN`` cuts after, ``regex_before:PATTERN`` before every match; those
+that need per-token signals are in :data:`~stepkd.steps.threshold.SIGNAL_SEGMENTERS`."""
 
 
 def get_segmenter(name: str) -> Segmenter:
     """Make a segmenter from its name in a recipe.
 
     Args:
-        name: a key of :data:`SEGMENTERS`, or ``regex:PATTERN`` / ``regex_before:PATTERN``.
+        name: a key of :data:`SEGMENTERS`; ``regex:PATTERN`` or ``regex_before:PATTERN``; ``adaptive_step:THRESHOLD`` or
+            ``entropy:THRESHOLD``, where the threshold is a number or a file saved by
+            :meth:`~stepkd.steps.threshold.SegmentThreshold.save`; ``reject`` or ``reject:PROBABILITY``.
 
     Raises:
-        ConfigError: unknown name (with the nearest known one) or a bad pattern.
+        ConfigError: unknown name (with the nearest known one), a bad pattern, or a threshold missing, out of range or
+            on another signal.
+        DataError: a damaged threshold file.
     """
-    kind, _, pattern = name.partition(":")
-    if kind in ("regex", "regex_before") and pattern:
-        return RegexSegmenter(pattern, cut="after" if kind == "regex" else "before")
+    kind, _, argument = name.partition(":")
+    if kind in ("regex", "regex_before") and argument:
+        return RegexSegmenter(argument, cut="after" if kind == "regex" else "before")
+    if kind in SIGNAL_SEGMENTERS:
+        return SIGNAL_SEGMENTERS[kind](argument)
     if name not in SEGMENTERS:
-        hint = nearest(name, SEGMENTERS)
-        raise ConfigError(f"unknown segmenter {name!r}.{hint} Known: {', '.join(SEGMENTERS)}, regex:PATTERN")
+        hint = nearest(kind, (*SEGMENTERS, *SIGNAL_SEGMENTERS))
+        known = (*SEGMENTERS, "regex:PATTERN", "adaptive_step:FILE_OR_NUMBER", "entropy:FILE_OR_NUMBER", "reject")
+        raise ConfigError(f"unknown segmenter {name!r}.{hint} Known: {', '.join(known)}")
     return SEGMENTERS[name]()

@@ -32,13 +32,23 @@ class TokenizedText:
     char_ends: tuple[int, ...]
     """For each of the T tokens, the exclusive end in ``text`` of the characters decoded so far."""
     logprobs: tuple[float, ...] | None = None
-    """Log-probability of each token under the sampling model (nats, <= 0), for confidence-based segmenters."""
+    """Log-probability of each token under the sampling model (nats, <= 0). Confidence-based segmenters read them as
+    those at temperature 1 with nothing cut off: a rollout's ``raw_logprobs``, not its ``logprobs``."""
+    entropies: tuple[float, ...] | None = None
+    """Entropy (nats, >= 0) of the next-token distribution at temperature 1 that each token was drawn from."""
+    teacher_logprobs: tuple[float, ...] | None = None
+    """Log-probability of each token (nats, <= 0) under another model at temperature 1."""
 
     def __post_init__(self) -> None:
         if len(self.char_ends) != len(self.token_ids):
             raise ValueError(f"{len(self.token_ids)} ids but {len(self.char_ends)} character ends")
-        if self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
-            raise ValueError(f"{len(self.token_ids)} ids but {len(self.logprobs)} log-probabilities")
+        for signal, values in (
+            ("log-probabilities", self.logprobs),
+            ("entropies", self.entropies),
+            ("teacher log-probabilities", self.teacher_logprobs),
+        ):
+            if values is not None and len(values) != len(self.token_ids):
+                raise ValueError(f"{len(self.token_ids)} ids but {len(values)} {signal}")
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -89,7 +99,14 @@ def tokenize_text(tokenizer: Any, text: str) -> TokenizedText:
     return TokenizedText(tuple(encoded["input_ids"]), text, tuple(ends))
 
 
-def text_from_ids(tokenizer: Any, token_ids: Sequence[int], logprobs: Sequence[float] | None = None) -> TokenizedText:
+def text_from_ids(
+    tokenizer: Any,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float] | None = None,
+    *,
+    entropies: Sequence[float] | None = None,
+    teacher_logprobs: Sequence[float] | None = None,
+) -> TokenizedText:
     """Decode sampled ids piece by piece, keeping track of which token completes which character.
 
     The ids are kept as they are. Decoding a growing window of the last few tokens gives the same text as decoding all
@@ -99,7 +116,9 @@ def text_from_ids(tokenizer: Any, token_ids: Sequence[int], logprobs: Sequence[f
     Args:
         tokenizer: any transformers tokenizer.
         token_ids: T sampled ids, special tokens allowed.
-        logprobs: T log-probabilities of the sampled ids.
+        logprobs: T log-probabilities of the sampled ids; at temperature 1 where a segmenter is to read them.
+        entropies: T entropies of the distributions the ids were drawn from.
+        teacher_logprobs: T log-probabilities of the ids under another model.
     """
     ids = [int(i) for i in token_ids]
 
@@ -123,7 +142,8 @@ def text_from_ids(tokenizer: Any, token_ids: Sequence[int], logprobs: Sequence[f
     if "".join(pieces) != text:
         shared = [_shared_prefix(text, decode(0, i + 1)) for i in range(len(ids))]
         ends = list(accumulate(shared, max))
-    return TokenizedText(tuple(ids), text, tuple(ends), None if logprobs is None else tuple(logprobs))
+    signals = (None if values is None else tuple(values) for values in (logprobs, entropies, teacher_logprobs))
+    return TokenizedText(tuple(ids), text, tuple(ends), *signals)
 
 
 def _shared_prefix(left: str, right: str) -> int:

@@ -1,0 +1,304 @@
+"""Thresholds for confidence-based segmenters: computed once from a pool of responses, saved, and reused.
+
+A threshold belongs to the model and the sampling settings it was computed from. The file says which, so that labels,
+training and search cut alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.steps.confidence import ROUNDING, AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter, Side
+
+Signal = Literal["confidence", "entropy"]
+
+_FORMAT = "stepkd segment threshold"
+_VERSION = 1
+_SEGMENTER_OF: dict[str, str] = {"confidence": "adaptive_step", "entropy": "entropy"}
+
+
+@dataclass(frozen=True)
+class SegmentThreshold:
+    """A threshold and where it came from."""
+
+    value: float
+    """Confidence in (0, 1) below which, or entropy in nats (>= 0) above which, a token divides."""
+    quantile: float
+    """Share of the pool's tokens that were to divide, in (0, 1)."""
+    share: float
+    """Share of the pool's tokens that do; below ``quantile`` where tokens tie or the pool is small."""
+    num_tokens: int
+    """Tokens in the pool, >= 1."""
+    num_responses: int
+    """Responses in the pool, >= 1."""
+    signal: Signal = "confidence"
+    """What the threshold is on."""
+    side: Side = "close"
+    """Whether a dividing token ends its step or begins the next; see :mod:`stepkd.steps.confidence`."""
+    min_tokens: int = 1
+    """Steps shorter than this join the one before, >= 1."""
+    model: str | None = None
+    """Model that the pool was sampled from."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling settings of the pool."""
+    seed: int | None = None
+    """Seed of the pool."""
+    fingerprint: str = ""
+    """32 hexadecimal digits that stand for the pool's numbers, in their order."""
+
+    def __post_init__(self) -> None:
+        check_choice("signal", self.signal, _SEGMENTER_OF)
+        for name in ("value", "quantile", "share"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise ConfigError(f"{name}={number!r}: must be a number")
+            if name != "value" and not 0 < number < 1:
+                raise ConfigError(f"{name}={number}: must lie between 0 and 1")
+        for name in ("num_tokens", "num_responses", "min_tokens"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ConfigError(f"{name}={count!r}: must be a whole number, at least 1")
+        if not isinstance(self.sampling, Mapping):
+            raise ConfigError(f"sampling={self.sampling!r}: must be a mapping of settings")
+        self.segmenter()  # checks the value's range and the side
+
+    def segmenter(self) -> AdaptiveStepSegmenter | EntropySegmenter:
+        """The segmenter that cuts at this threshold."""
+        kind = AdaptiveStepSegmenter if self.signal == "confidence" else EntropySegmenter
+        return kind(self.value, self.side, self.min_tokens)
+
+    def save(self, path: str | Path) -> None:
+        """Write the threshold as JSON; a reader sees the old file or the whole new one.
+
+        Raises:
+            DataError: the file cannot be written, or a sampling setting is not JSON.
+        """
+        path = Path(path)
+        content = {"format": _FORMAT, "version": _VERSION} | asdict(self)
+        try:
+            text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise DataError(f"the threshold cannot be written as JSON: {error}", path=path) from error
+        temporary: str | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+            with open(descriptor, "w", encoding="utf-8", newline="\n") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes private files
+            os.replace(temporary, path)
+            temporary = None
+        except OSError as error:
+            raise DataError(
+                f"could not write the threshold: {error.strerror or error}. Free some space or choose another folder",
+                path=path,
+            ) from error
+        finally:
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SegmentThreshold:
+        """Read a saved threshold.
+
+        Raises:
+            DataError: no such file, or one that does not hold a threshold of a version known here.
+        """
+        content = _read_object(Path(path))
+        if content.pop("format", None) != _FORMAT:
+            raise DataError("not a saved threshold: make one with fit_threshold(...).save(path)", path=path)
+        if (version := content.pop("version", None)) != _VERSION:
+            raise DataError(
+                f"threshold file of version {version!r}; this stepkd reads version {_VERSION}: fit and save it again",
+                path=path,
+            )
+        names = {each.name for each in fields(cls)}
+        if missing := sorted(names - set(content)):
+            raise DataError(f"the threshold file lacks {', '.join(missing)}: fit and save it again", path=path)
+        if unknown := sorted(set(content) - names):
+            raise DataError(f"the threshold file has unknown entries {', '.join(unknown)}: remove them", path=path)
+        try:
+            return cls(**content)
+        except ConfigError as error:
+            raise DataError(f"{error}; fit and save the threshold again", path=path) from error
+
+
+def fit_threshold(
+    pool: Iterable[Sequence[float]],
+    quantile: float = 0.02,
+    *,
+    signal: Signal = "confidence",
+    side: Side = "close",
+    min_tokens: int = 1,
+    model: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> SegmentThreshold:
+    """Find the threshold at which a given share of a pool's tokens divide (AdaptiveStep, arXiv 2502.13943: 2%).
+
+    The quantile is exact, over all tokens of all responses together. With the n confidences in increasing order the
+    threshold is number ``floor(quantile * n)``, counted from 0, and tokens strictly below it divide. So at most
+    ``quantile`` of the tokens do: that many but for less than one token where no two are equal, fewer where tokens tie
+    at the threshold. The share reached is recorded. For entropy the order is decreasing and tokens strictly above it
+    divide.
+
+    Args:
+        pool: for each response its per-token log-probabilities at temperature 1 (signal ``confidence``: a rollout's
+            ``raw_logprobs``) or entropies (signal ``entropy``), in nats. The paper samples 30 responses per question
+            and drops duplicates first.
+        quantile: share of tokens that are to divide, in (0, 1).
+        signal: what the pool's numbers are and what the threshold is on.
+        side, min_tokens: settings of the segmenter, kept with the threshold.
+        model, sampling, seed: where the pool came from, kept with the threshold.
+
+    Raises:
+        ConfigError: a setting out of range.
+        DataError: a pool without tokens, with impossible numbers, or in which no token would divide.
+    """
+    check_choice("signal", signal, _SEGMENTER_OF)
+    if not 0 < quantile < 1:
+        raise ConfigError(f"quantile={quantile}: must lie between 0 and 1 (0.02 for 2% of the tokens)")
+    values = array("d")
+    digest = hashlib.blake2b(signal.encode(), digest_size=16)
+    num_responses = 0
+    for number, response in enumerate(pool):
+        numbers = _check_response(response, number, signal)
+        digest.update(f"{len(numbers)}:".encode() + numbers.tobytes())
+        # math.exp, as in the segmenter: NumPy's may differ in the last bit and move a token across the threshold.
+        values.extend(map(math.exp, numbers.tolist()) if signal == "confidence" else numbers.tolist())
+        num_responses += len(numbers) > 0
+    if not values:
+        raise DataError("the pool has no tokens: sample some responses first")
+    value, share = _exact_quantile(np.frombuffer(values, dtype=np.float64), quantile, signal)
+    return SegmentThreshold(
+        value,
+        quantile,
+        share,
+        len(values),
+        num_responses,
+        signal,
+        side,
+        min_tokens,
+        model,
+        dict(sampling or {}),
+        seed,
+        digest.hexdigest(),
+    )
+
+
+def _exact_quantile(values: np.ndarray, quantile: float, signal: str) -> tuple[float, float]:
+    """The threshold, and the share of tokens that it divides."""
+    count = len(values)
+    # 0.29 * 100 is 28.999... in floating point.
+    rank = min(math.floor(quantile * count * (1 + 1e-12)), count - 1)
+    if signal == "confidence":
+        value = float(np.partition(values, rank)[rank])
+        value = min(value, math.nextafter(1.0, 0.0))  # where nearly all tokens have a confidence of exactly 1
+        divides = int((values < value).sum())
+    else:
+        value = float(np.partition(values, count - 1 - rank)[count - 1 - rank])
+        divides = int((values > value).sum())
+    if rank == 0:
+        raise DataError(
+            f"the pool has {count} tokens, too few for a quantile of {quantile}: sample at least "
+            f"{math.ceil(1 / quantile)} tokens, better a hundred times as many"
+        )
+    if divides == 0:
+        raise DataError(
+            f"at the {quantile} quantile of the {signal} many of the {count} tokens tie at {value:.6g}, and no token "
+            "would divide: were the responses drawn greedily and their log-probabilities under the sampling "
+            "distribution taken? Use raw_logprobs, or another quantile"
+        )
+    return value, divides / count
+
+
+def _check_response(response: Sequence[float], number: int, signal: str) -> np.ndarray:
+    try:
+        numbers = np.asarray(response, dtype="<f8")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"response {number} of the pool holds something that is not a number: {error}") from error
+    if numbers.ndim != 1:
+        raise DataError(f"response {number} of the pool must be a list with one number per token")
+    sign = 1 if signal == "confidence" else -1
+    wrong = np.flatnonzero(~(sign * numbers <= ROUNDING))
+    if len(wrong):
+        kind = "a log-probability (nats, at most 0)" if sign > 0 else "an entropy (nats, at least 0)"
+        raise DataError(f"response {number} of the pool holds {numbers[wrong[0]]} at token {wrong[0]}: not {kind}")
+    return numbers
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the threshold: {error.strerror or error}", path=path) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the threshold file is damaged ({error}): fit and save it again", path=path) from error
+    if not isinstance(content, dict):
+        raise DataError("not a saved threshold: make one with fit_threshold(...).save(path)", path=path)
+    return content
+
+
+def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter | EntropySegmenter:
+    """Segmenter from the FILE_OR_NUMBER of a recipe."""
+    name = _SEGMENTER_OF[signal]
+    number = _as_number(argument)
+    if number is not None:
+        return AdaptiveStepSegmenter(number) if signal == "confidence" else EntropySegmenter(number)
+    example = "0.05" if signal == "confidence" else "1.5"
+    if not argument:
+        raise ConfigError(
+            f"segmenter {name!r} needs a threshold: {name}:{example}, or {name}:FILE with a file saved by "
+            "fit_threshold(...).save(FILE)"
+        )
+    if not Path(argument).is_file():
+        raise ConfigError(
+            f"segmenter '{name}:{argument}': {argument!r} is neither a number (such as {example}) nor a threshold file"
+        )
+    threshold = SegmentThreshold.load(argument)
+    if threshold.signal != signal:
+        raise ConfigError(
+            f"segmenter '{name}:{argument}': the file holds a threshold on {threshold.signal}; write "
+            f"{_SEGMENTER_OF[threshold.signal]}:{argument}, or fit one with signal={signal!r}"
+        )
+    return threshold.segmenter()
+
+
+def _reject_segmenter(argument: str) -> RejectSegmenter:
+    if not argument:
+        return RejectSegmenter()
+    number = _as_number(argument)
+    if number is None:
+        raise ConfigError(f"segmenter 'reject:{argument}': {argument!r} is not a number; write reject:0.3, say")
+    return RejectSegmenter(number)
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+SIGNAL_SEGMENTERS: dict[str, Callable[[str], AdaptiveStepSegmenter | EntropySegmenter | RejectSegmenter]] = {
+    "adaptive_step": lambda argument: _threshold_segmenter("confidence", argument),
+    "entropy": lambda argument: _threshold_segmenter("entropy", argument),
+    "reject": _reject_segmenter,
+}
+"""Segmenters that read per-token signals, by name; each is made from what stands behind the colon."""

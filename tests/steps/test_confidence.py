@@ -1,0 +1,262 @@
+"""Confidence-based segmenters: tables of cuts, the rules as properties, bad input."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.steps import TokenizedText, check_partition, segment, step_ends, text_from_ids
+from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
+from stepkd.steps.segment import Segmenter
+
+
+def signals(tokens: list[str], doubted: set[int]) -> TokenizedText:
+    """One token per piece of text; confidence 0.01 and entropy 2 at the doubted ones, 0.9 and 0.1 elsewhere."""
+    ends, text = [], ""
+    for token in tokens:
+        text += token
+        ends.append(len(text))
+    return TokenizedText(
+        tuple(range(len(tokens))),
+        text,
+        tuple(ends),
+        logprobs=tuple(math.log(0.01 if i in doubted else 0.9) for i in range(len(tokens))),
+        entropies=tuple(2.0 if i in doubted else 0.1 for i in range(len(tokens))),
+    )
+
+
+def cut(tokens: list[str], doubted: set[int], side: Any, min_tokens: int = 1) -> list[str]:
+    """Steps as text; both signals must give the same."""
+    completion = signals(tokens, doubted)
+    spans = segment(AdaptiveStepSegmenter(0.05, side, min_tokens), completion)
+    assert segment(EntropySegmenter(1.5, side, min_tokens), completion) == spans
+    return [completion.span_text(*span) for span in spans]
+
+
+ABCDEF = list("abcdef")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "doubted", "min_tokens", "close", "open_"),
+    [
+        (ABCDEF, {2}, 1, ["abc", "def"], ["ab", "cdef"]),
+        (ABCDEF, set(), 1, ["abcdef"], ["abcdef"]),
+        (ABCDEF, {0}, 1, ["a", "bcdef"], ["abcdef"]),
+        (ABCDEF, {5}, 1, ["abcdef"], ["abcde", "f"]),
+        (ABCDEF, {1, 2, 3}, 1, ["ab", "c", "d", "ef"], ["a", "b", "c", "def"]),  # a run: each one divides
+        (ABCDEF, set(range(6)), 1, ABCDEF, ABCDEF),
+        (ABCDEF, {1, 2, 3}, 2, ["abcd", "ef"], ["abc", "def"]),  # too short joins the one before it ...
+        (ABCDEF, {0, 3}, 2, ["abcd", "ef"], ["abc", "def"]),  # ... the first one the one behind it
+        (ABCDEF, {1, 4}, 2, ["ab", "cdef"], ["abcd", "ef"]),
+        (ABCDEF, set(range(6)), 7, ["abcdef"], ["abcdef"]),
+        # white space alone is never a step: it stays with the step before, or opens the first one
+        (["a", "b", "\n", " ", "c", "d"], {1, 2, 3}, 1, ["ab\n ", "cd"], ["a", "b\n", " cd"]),
+        (["\n", " ", "c", "d"], {0, 1, 2}, 1, ["\n c", "d"], ["\n cd"]),
+        (["a", "b", "\n", "\n"], {1, 2}, 1, ["ab\n\n"], ["a", "b\n\n"]),
+        ([" ", "\n"], {0}, 1, [" \n"], [" \n"]),
+        # tokens without text: an end token, or the first bytes of a character
+        (["a", "b", "", ""], {1, 2}, 1, ["ab"], ["a", "b"]),
+        (["", "a", "", "b"], {0, 1, 2, 3}, 1, ["a", "b"], ["a", "b"]),
+    ],
+)
+def test_which_tokens_cut(
+    tokens: list[str], doubted: set[int], min_tokens: int, close: list[str], open_: list[str]
+) -> None:
+    assert cut(tokens, doubted, "close", min_tokens) == close
+    assert cut(tokens, doubted, "open", min_tokens) == open_
+
+
+def test_the_threshold_itself_does_not_cut() -> None:
+    completion = replace(signals(ABCDEF, set()), logprobs=(math.log(0.25),) * 6, entropies=(1.5,) * 6)
+    confidence = math.exp(math.log(0.25))
+    assert segment(AdaptiveStepSegmenter(confidence), completion) == [(0, 6)]
+    assert len(segment(AdaptiveStepSegmenter(math.nextafter(confidence, 1)), completion)) == 6
+    assert segment(EntropySegmenter(1.5), completion) == [(0, 6)]
+    assert len(segment(EntropySegmenter(math.nextafter(1.5, 0)), completion)) == 6
+
+
+@pytest.mark.parametrize("name", ["characters", "bpe", "sentencepiece"])
+@pytest.mark.parametrize("side", ["close", "open"])
+def test_the_end_token_is_no_step(name: str, side: Any, tokenizers_by_name: dict[str, Any]) -> None:
+    """Doubt everywhere: as many steps as without the end token, which belongs to the last one."""
+    tokenizer = tokenizers_by_name[name]
+    ids = tokenizer("ab 日b", add_special_tokens=False)["input_ids"]
+    bare = text_from_ids(tokenizer, ids, [-9.0] * len(ids))
+    ended = text_from_ids(tokenizer, [*ids, tokenizer.eos_token_id], [-9.0] * (len(ids) + 1))
+    segmenter = AdaptiveStepSegmenter(0.5, side)
+    expected, actual = step_ends(segment(segmenter, bare)), step_ends(segment(segmenter, ended))
+    assert len(expected) > 1
+    assert actual == [*expected[:-1], len(ids) + 1]
+
+
+def reject_cuts(student: list[float], teacher: list[float], h: float, shortest: int, longest: int) -> list[int]:
+    """The stop rule by its definition, in probabilities."""
+    ends: list[int] = []
+    start = 0
+    for end in range(1, len(student) + 1):
+        accepted = math.prod(min(1.0, math.exp(teacher[i]) / math.exp(student[i])) for i in range(start, end))
+        if (1 - accepted > h and end - start >= shortest) or end - start == longest:
+            ends.append(end)
+            start = end
+    return sorted({*ends, len(student)})
+
+
+def with_teacher(student: list[float], teacher: list[float]) -> TokenizedText:
+    n = len(student)
+    return TokenizedText(
+        tuple(range(n)), "x" * n, tuple(range(1, n + 1)), logprobs=tuple(student), teacher_logprobs=tuple(teacher)
+    )
+
+
+def test_reject_closed_forms() -> None:
+    # a = 1/2 at every token: 1 - a^1 = 0.5 > 0.3 at once, so the shortest length decides
+    halves = with_teacher([math.log(0.8)] * 7, [math.log(0.4)] * 7)
+    assert step_ends(segment(RejectSegmenter(), halves)) == [2, 4, 6, 7]
+    assert step_ends(segment(RejectSegmenter(min_tokens=1), halves)) == [1, 2, 3, 4, 5, 6, 7]
+    assert step_ends(segment(RejectSegmenter(0.8), halves)) == [3, 6, 7]  # 1 - 1/8 = 0.875
+    # a teacher that agrees, or likes the tokens more: only the longest length cuts
+    agrees = with_teacher([math.log(0.4)] * 50, [math.log(0.8)] * 50)
+    assert step_ends(segment(RejectSegmenter(), agrees)) == [20, 40, 50]
+    # one token that the teacher rules out
+    ruled_out = with_teacher([-0.1] * 6, [-0.1, -0.1, -0.1, -math.inf, -0.1, -0.1])
+    assert step_ends(segment(RejectSegmenter(), ruled_out)) == [4, 6]
+
+
+def test_reject_keeps_the_end_token_with_the_last_step() -> None:
+    completion = TokenizedText((1, 2, 3), "ab", (1, 2, 2), logprobs=(-0.1,) * 3, teacher_logprobs=(-5.0,) * 3)
+    assert segment(RejectSegmenter(), completion) == [(0, 3)]
+
+
+logprob = st.floats(-12, 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(logprob, logprob), min_size=1, max_size=60),
+    h=st.floats(0.05, 0.95),
+    shortest=st.integers(1, 4),
+    extra=st.integers(0, 20),
+)
+def test_reject_is_its_definition(pairs: list[tuple[float, float]], h: float, shortest: int, extra: int) -> None:
+    student, teacher = [s for s, _ in pairs], [t for _, t in pairs]
+    spans = segment(RejectSegmenter(h, shortest, shortest + extra), with_teacher(student, teacher))
+    assert step_ends(spans) == reject_cuts(student, teacher, h, shortest, shortest + extra)
+    assert all(shortest <= end - start <= shortest + extra for start, end in spans[:-1])
+
+
+segmenters = st.one_of(
+    st.builds(AdaptiveStepSegmenter, st.floats(0.01, 0.99), st.sampled_from(["close", "open"]), st.integers(1, 4)),
+    st.builds(EntropySegmenter, st.floats(0, 4), st.sampled_from(["close", "open"]), st.integers(1, 4)),
+    st.builds(RejectSegmenter, st.floats(0.05, 0.95), st.integers(1, 3), st.integers(3, 10)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), segmenter=segmenters, tokenizer=st.sampled_from(["characters", "bpe", "sentencepiece"]))
+def test_rules(data: st.DataObject, segmenter: Segmenter, tokenizer: str, tokenizers_by_name: dict[str, Any]) -> None:
+    """Random ids and signals: a partition, no step without words, every long enough one of its length."""
+    used = tokenizers_by_name[tokenizer]
+    likely = [used.eos_token_id, *used("a\n 7 日", add_special_tokens=False)["input_ids"]]
+    token = st.one_of(st.sampled_from(likely), st.integers(0, len(used) - 1))
+    ids = data.draw(st.lists(token, max_size=30))
+    column = st.lists(logprob, min_size=len(ids), max_size=len(ids))
+    entropies = [-x / 3 for x in data.draw(column)]
+    completion = text_from_ids(used, ids, data.draw(column), entropies=entropies, teacher_logprobs=data.draw(column))
+    spans = segment(segmenter, completion)
+    check_partition(spans, len(ids))
+    steps = [completion.span_text(*span) for span in spans]
+    assert "".join(steps) == completion.text
+    if len(steps) > 1:
+        assert all(step.strip() for step in steps), steps
+        if not isinstance(segmenter, RejectSegmenter):
+            assert isinstance(segmenter, AdaptiveStepSegmenter | EntropySegmenter)
+            assert all(end - start >= segmenter.min_tokens for start, end in spans)
+
+
+def test_long_blank_completions_are_read_once() -> None:
+    n = 200_000
+    completion = TokenizedText(tuple(range(n)), "\n" * n, tuple(range(1, n + 1)), logprobs=(-9.0,) * n)
+    assert segment(AdaptiveStepSegmenter(0.5), completion) == [(0, n)]
+
+
+@pytest.mark.parametrize(
+    ("segmenter", "given_", "message"),
+    [
+        (
+            AdaptiveStepSegmenter(0.1),
+            {},
+            "segmenter 'adaptive_step' needs the log-probabilities (logprobs) of every token, and this completion has "
+            "none: sampled rollouts carry them as raw_logprobs; stepkd.rollout.annotate computes them for any text",
+        ),
+        (
+            EntropySegmenter(1.0),
+            {"logprobs": (-1.0, -1.0)},
+            "needs the entropies of every token, and this completion has none: stepkd.rollout.annotate computes",
+        ),
+        (RejectSegmenter(), {"teacher_logprobs": (-1.0, -1.0)}, "'reject' needs the log-probabilities (logprobs)"),
+        (
+            RejectSegmenter(),
+            {"logprobs": (-1.0, -1.0)},
+            "needs the log-probabilities under a teacher (teacher_logprobs) of every token, and this completion has "
+            "none: stepkd.rollout.annotate with a teacher computes them for any text",
+        ),
+        (AdaptiveStepSegmenter(0.1), {"logprobs": (-1.0, math.nan)}, "hold nan at token 1: must be a number, at most"),
+        (AdaptiveStepSegmenter(0.1), {"logprobs": (0.9, -1.0)}, "(logprobs) hold 0.9 at token 0"),
+        (
+            EntropySegmenter(1.0),
+            {"entropies": (1.0, -1.0)},
+            "entropies hold -1.0 at token 1: must be a number, at least",
+        ),
+        (EntropySegmenter(1.0), {"entropies": (math.nan, 1.0)}, "entropies hold nan at token 0"),
+    ],
+)
+def test_missing_and_impossible_signals(segmenter: Segmenter, given_: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        segment(segmenter, TokenizedText((1, 2), "ab", (1, 2), **given_))
+
+
+@pytest.mark.parametrize("segmenter", [AdaptiveStepSegmenter(0.1), EntropySegmenter(1.0), RejectSegmenter()])
+def test_no_tokens_need_no_signals(segmenter: Segmenter) -> None:
+    assert isinstance(segmenter, Segmenter)
+    assert segment(segmenter, TokenizedText((), "", ())) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdaptiveStepSegmenter(2.0), "confidence threshold 2.0: must lie between 0 and 1 (a probability, not"),
+        (lambda: AdaptiveStepSegmenter(math.nan), "confidence threshold nan"),
+        (lambda: AdaptiveStepSegmenter(0.1, "before"), "unknown side 'before'"),  # type: ignore[arg-type]
+        (lambda: AdaptiveStepSegmenter(0.1, min_tokens=0), "min_tokens=0: a step has at least one token"),
+        (lambda: EntropySegmenter(-0.1), "entropy threshold -0.1: must be a finite number of nats"),
+        (lambda: EntropySegmenter(math.inf), "entropy threshold inf"),
+        (lambda: EntropySegmenter(1.0, "opne"), "did you mean 'open'?"),  # type: ignore[arg-type]
+        (lambda: RejectSegmenter(1.0), "reject threshold 1.0: must lie between 0 and 1"),
+        (lambda: RejectSegmenter(min_tokens=0), "min_tokens=0 and max_tokens=20: a step needs at least one token"),
+        (lambda: RejectSegmenter(min_tokens=9, max_tokens=8), "min_tokens must not exceed max_tokens"),
+    ],
+)
+def test_bad_settings(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize("name", ["logprobs", "entropies", "teacher_logprobs"])
+def test_signals_have_one_number_per_token(name: str) -> None:
+    signal = {"logprobs": "log-probabilities", "entropies": "entropies"}.get(name, "teacher log-probabilities")
+    with pytest.raises(ValueError, match=f"2 ids but 1 {signal}"):
+        TokenizedText((1, 2), "ab", (1, 2), **{name: (0.0,)})
+
+
+def test_text_from_ids_keeps_the_signals(tokenizers_by_name: dict[str, Any]) -> None:
+    text = text_from_ids(
+        tokenizers_by_name["characters"], [5, 6], [-0.5, -1.5], entropies=[0.1, 0.2], teacher_logprobs=[-1, -2]
+    )
+    assert (text.logprobs, text.entropies, text.teacher_logprobs) == ((-0.5, -1.5), (0.1, 0.2), (-1, -2))

@@ -1,0 +1,278 @@
+"""Thresholds: the quantile against brute force, ties, the file, segmenters by name, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.steps import TokenizedText, get_segmenter, segment
+from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
+from stepkd.steps.threshold import SegmentThreshold, fit_threshold
+
+
+def pool_of(n: int, responses: int = 7) -> list[list[float]]:
+    """n different log-probabilities, shuffled, over several responses."""
+    values = np.log(np.random.default_rng(0).permutation(np.arange(1, n + 1)) / (n + 1))
+    return [part.tolist() for part in np.array_split(values, responses)]
+
+
+def completion_of(logprobs: list[float]) -> TokenizedText:
+    n = len(logprobs)
+    return TokenizedText(tuple(range(n)), "x" * n, tuple(range(1, n + 1)), logprobs=tuple(logprobs))
+
+
+def test_closed_form() -> None:
+    fitted = fit_threshold(pool_of(1000))
+    assert fitted.value == math.exp(math.log(21 / 1001))  # 20 of 1000 lie below
+    assert (fitted.quantile, fitted.share, fitted.num_tokens, fitted.num_responses) == (0.02, 0.02, 1000, 7)
+    assert (fitted.signal, fitted.side, fitted.min_tokens) == ("confidence", "close", 1)
+    # 0.29 * 100 is 28.999... in floating point; the quantile is that of the number as written
+    assert fit_threshold(pool_of(100), 0.29).share == 0.29
+    assert fit_threshold(pool_of(6), 1 / 3).share == 1 / 3
+    assert fit_threshold(pool_of(50), 0.02).share == 0.02  # one token
+    assert fit_threshold(pool_of(10), math.nextafter(1, 0)).share == 0.9  # the largest value there is
+
+
+def test_entropy_takes_the_upper_end() -> None:
+    entropies = [[float(i) for i in range(0, 50)], [], [float(i) for i in range(50, 100)]]
+    fitted = fit_threshold(entropies, 0.05, signal="entropy", side="open", min_tokens=3)
+    assert (fitted.value, fitted.share, fitted.num_responses) == (94.0, 0.05, 2)
+    assert fitted.segmenter() == EntropySegmenter(94.0, "open", 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pool=st.lists(
+        st.lists(st.sampled_from([-3.0, -2.5, -1.0, -0.25, 0.0]) | st.floats(-20, -1e-9), max_size=40), max_size=8
+    ),
+    quantile=st.floats(0.01, 0.9),
+    signal=st.sampled_from(["confidence", "entropy"]),
+)
+def test_brute_force(pool: list[list[float]], quantile: float, signal: Any) -> None:
+    """The largest share of at most the quantile that a token's own value as the threshold gives."""
+    pool = [[abs(x) for x in response] for response in pool] if signal == "entropy" else pool
+    flat = [x if signal == "entropy" else math.exp(x) for response in pool for x in response]
+
+    def divides(value: float) -> int:
+        return sum(x > value if signal == "entropy" else x < value for x in flat)
+
+    wanted = quantile * len(flat) * (1 + 1e-12)  # the product itself is rounded
+    allowed = [v for v in flat if divides(v) <= wanted]
+    best = max((divides(v) for v in allowed), default=0)
+    if wanted < 1 or best == 0:
+        with pytest.raises(DataError):
+            fit_threshold(pool, quantile, signal=signal)
+        return
+    fitted = fit_threshold(pool, quantile, signal=signal)
+    assert fitted.share == best / len(flat)
+    assert divides(fitted.value) == best
+    assert fitted.num_tokens == len(flat)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-15, -1e-3), min_size=60, max_size=200, unique=True), st.floats(0.02, 0.5))
+def test_the_segmenter_divides_the_share_of_tokens(logprobs: list[float], quantile: float) -> None:
+    """Fitted on one completion, the segmenter closes exactly the recorded share of its tokens."""
+    fitted = fit_threshold([logprobs], quantile)
+    ends = fitted.segmenter().ends(completion_of(logprobs))
+    below = round(fitted.share * len(logprobs))
+    assert below / len(logprobs) == fitted.share
+    assert len(set(ends) - {len(logprobs)}) == below - (math.exp(logprobs[-1]) < fitted.value)
+
+
+def test_ties_leave_the_share_below_the_quantile() -> None:
+    pool = [[-5.0, *[-2.0] * 49, *[-0.1] * 50]]
+    fitted = fit_threshold(pool, 0.1)
+    assert (fitted.value, fitted.share) == (math.exp(-2.0), 0.01)
+
+
+def test_confidence_of_one_nearly_everywhere() -> None:
+    """Half precision gives exact zeros; a threshold of 1 would be no probability below which anything can be."""
+    fitted = fit_threshold([[-1.0] * 3 + [0.0] * 97], 0.05)
+    assert fitted.value < 1
+    assert fitted.share == 0.03
+
+
+def test_order_and_lengths_are_fingerprinted() -> None:
+    pools = [[[-1.0, -2.0], [-3.0]], [[-1.0], [-2.0, -3.0]], [[-2.0, -1.0], [-3.0]], [[-1.0, -2.0], [-3.5]]]
+    prints = [fit_threshold(pool, 0.5).fingerprint for pool in pools]
+    assert len(set(prints)) == 4
+    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in prints)
+    assert fit_threshold(iter(pools[0]), 0.5).fingerprint == prints[0]
+    entropies = [[abs(x) for x in response] for response in pools[0]]
+    assert fit_threshold(entropies, 0.5, signal="entropy").fingerprint != prints[0]
+
+
+@pytest.fixture
+def fitted() -> SegmentThreshold:
+    return fit_threshold(
+        pool_of(300),
+        0.05,
+        side="open",
+        min_tokens=2,
+        model="tiny-0.1m",
+        sampling={"n": 30, "temperature": 0.7, "stop": ["\n\n"]},
+        seed=3,
+    )
+
+
+def test_saved_and_loaded(fitted: SegmentThreshold, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "threshold.json"
+    fitted.save(path)
+    assert SegmentThreshold.load(path) == fitted
+    assert SegmentThreshold.load(path).value.hex() == fitted.value.hex()
+    content = json.loads(path.read_text())
+    assert (content["format"], content["version"], content["model"]) == ("stepkd segment threshold", 1, "tiny-0.1m")
+    assert get_segmenter(f"adaptive_step:{path}") == AdaptiveStepSegmenter(fitted.value, "open", 2)
+    other = fit_threshold(pool_of(300), 0.1)
+    other.save(path)  # replaces, and leaves nothing behind
+    assert SegmentThreshold.load(path) == other
+    assert os.listdir(path.parent) == ["threshold.json"]
+
+
+def test_a_failed_save_leaves_the_old_file(
+    fitted: SegmentThreshold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "threshold.json"
+    fitted.save(path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"threshold\.json: could not write the threshold: No space left on device"):
+        fit_threshold(pool_of(300), 0.1).save(path)
+    assert SegmentThreshold.load(path) == fitted
+    assert os.listdir(tmp_path) == ["threshold.json"]
+    odd = fit_threshold(pool_of(300), 0.1, sampling={"stop": {1, 2}})
+    with pytest.raises(DataError, match="cannot be written as JSON"):
+        odd.save(path)
+
+
+def test_segmenters_by_name(fitted: SegmentThreshold, tmp_path: Path) -> None:
+    entropy = tmp_path / "entropy.json"
+    fit_threshold([[float(i) for i in range(100)]], 0.1, signal="entropy").save(entropy)
+    assert get_segmenter("adaptive_step:0.05") == AdaptiveStepSegmenter(0.05)
+    assert get_segmenter("entropy:1.5") == EntropySegmenter(1.5)
+    assert get_segmenter(f"entropy:{entropy}") == EntropySegmenter(89.0)
+    assert get_segmenter("reject") == RejectSegmenter(0.3, 2, 20)
+    assert get_segmenter("reject:0.7") == RejectSegmenter(0.7)
+    completion = completion_of([-0.1, -5.0, -0.1])
+    assert segment(get_segmenter("adaptive_step:0.05"), completion) == [(0, 2), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "adaptive_step",
+            "segmenter 'adaptive_step' needs a threshold: adaptive_step:0.05, or adaptive_step:FILE with",
+        ),
+        ("adaptive_step:", "segmenter 'adaptive_step' needs a threshold"),
+        ("entropy", "segmenter 'entropy' needs a threshold: entropy:1.5"),
+        ("adaptive_step:1", "confidence threshold 1.0: must lie between 0 and 1 (a probability, not percent)"),
+        ("adaptive_step:55", "confidence threshold 55.0"),
+        ("adaptive_step:nan", "confidence threshold nan"),
+        ("entropy:-1", "entropy threshold -1.0"),
+        ("reject:0", "reject threshold 0.0: must lie between 0 and 1"),
+        ("reject:often", "segmenter 'reject:often': 'often' is not a number; write reject:0.3"),
+        (
+            "adaptive_step:no/such.json",
+            "segmenter 'adaptive_step:no/such.json': 'no/such.json' is neither a number (such as 0.05) nor a threshold",
+        ),
+        ("adaptive_stp:0.1", "unknown segmenter 'adaptive_stp:0.1'. Did you mean 'adaptive_step'? Known: newline,"),
+        ("entropi", "Did you mean 'entropy'?"),
+    ],
+)
+def test_bad_names(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        get_segmenter(name)
+
+
+def test_file_of_another_signal(fitted: SegmentThreshold, tmp_path: Path) -> None:
+    path = tmp_path / "threshold.json"
+    fitted.save(path)
+    message = f"segmenter 'entropy:{path}': the file holds a threshold on confidence; write adaptive_step:{path}"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        get_segmenter(f"entropy:{path}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "", "the threshold file is damaged"),
+        (lambda text: text[: len(text) // 2], "the threshold file is damaged"),
+        (lambda text: "\x00\ud800", "the threshold file is damaged"),
+        (lambda text: "[1, 2]", "not a saved threshold: make one with fit_threshold"),
+        (lambda text: text.replace('"stepkd segment threshold"', '"other"'), "not a saved threshold"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), "threshold file of version 2; this stepkd reads"),
+        (lambda text: text.replace('"share"', '"shre"'), "the threshold file lacks share"),
+        (lambda text: text.replace("{", '{"extra": 1,', 1), "the threshold file has unknown entries extra: remove"),
+        (lambda text: re.sub(r'"value": [^,]*', '"value": 7', text), "confidence threshold 7"),
+        (lambda text: re.sub(r'"value": [^,]*', '"value": NaN', text), "confidence threshold nan"),
+        (lambda text: re.sub(r'"value": [^,]*', '"value": "x"', text), "value='x': must be a number"),
+        (lambda text: re.sub(r'"share": [^,]*', '"share": 0', text), "share=0: must lie between 0 and 1"),
+        (lambda text: text.replace('"num_tokens": 300', '"num_tokens": 0'), "num_tokens=0: must be a whole number"),
+        (lambda text: text.replace('"min_tokens": 2', '"min_tokens": 1.5'), "min_tokens=1.5: must be a whole number"),
+        (lambda text: text.replace('"open"', '"up"'), "unknown side 'up'"),
+        (lambda text: text.replace('"confidence"', '"surprise"'), "unknown signal 'surprise'"),
+        (lambda text: re.sub(r'"sampling": \{[^}]*\}', '"sampling": 1', text), "sampling=1: must be a mapping"),
+    ],
+)
+def test_bad_files(fitted: SegmentThreshold, tmp_path: Path, change: Callable[[str], str], message: str) -> None:
+    path = tmp_path / "threshold.json"
+    fitted.save(path)
+    path.write_bytes(change(path.read_text()).encode(errors="surrogatepass"))
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        SegmentThreshold.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read the threshold: No such file"):
+        SegmentThreshold.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("pool", "settings_", "message"),
+    [
+        ([], {}, "the pool has no tokens: sample some responses first"),
+        ([[], []], {}, "the pool has no tokens"),
+        ([[-1.0] * 30], {}, "the pool has 30 tokens, too few for a quantile of 0.02: sample at least 50 tokens"),
+        ([[0.0] * 200], {}, "at the 0.02 quantile of the confidence many of the 200 tokens tie at 1, and no token"),
+        ([[-1.0, -2.0], [-1.0, math.nan]], {}, "response 1 of the pool holds nan at token 1: not a log-probability"),
+        ([[0.7, 0.9]], {}, "response 0 of the pool holds 0.7 at token 0: not a log-probability (nats, at most 0)"),
+        ([[0.5, -0.5]], {"signal": "entropy"}, "holds -0.5 at token 1: not an entropy (nats, at least 0)"),
+        ([-1.0, -2.0], {}, "response 0 of the pool must be a list with one number per token"),
+        ([[-1.0], ["a"]], {}, "response 1 of the pool holds something that is not a number"),
+    ],
+)
+def test_bad_pools(pool: Any, settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        fit_threshold(pool, **settings_)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"quantile": 2}, "quantile=2: must lie between 0 and 1 (0.02 for 2% of the tokens)"),
+        ({"quantile": 0.0}, "quantile=0.0"),
+        ({"signal": "entrpy"}, "unknown signal 'entrpy': did you mean 'entropy'?"),
+        ({"side": "left"}, "unknown side 'left'"),
+        ({"min_tokens": 0}, "min_tokens=0"),
+    ],
+)
+def test_bad_settings(settings_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        fit_threshold(pool_of(300), **settings_)
