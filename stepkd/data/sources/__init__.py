@@ -1,6 +1,17 @@
 """Sources: where rows come from. Each file registers one source, or a family that shares its layout."""
 
-from stepkd.data.sources import contests, contract_rows, generated, gsm8k, math, word_problems
+from stepkd.data.sources import (
+    contests,
+    contract_rows,
+    generated,
+    gsm8k,
+    math,
+    math_shepherd,
+    mistakes,
+    prm800k,
+    processbench,
+    word_problems,
+)
 from stepkd.data.sources.registry import Option, RawRow, Source, get_source, list_sources, register
 
 __all__ = [
@@ -14,6 +25,10 @@ __all__ = [
     "gsm8k",
     "list_sources",
     "math",
+    "math_shepherd",
+    "mistakes",
+    "prm800k",
+    "processbench",
     "register",
     "word_problems",
 ]

@@ -1,0 +1,156 @@
+"""First-error sets: ProcessBench, BIG-Bench Mistake, MR-GSM8K; counts as published, and never training data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.rows import check_unique_ids
+from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.errors import ConfigError, DataError
+
+ROW = {
+    "id": "math-7",
+    "generator": "G",
+    "problem": "p",
+    "steps": ["a", "b", "c"],
+    "final_answer_correct": False,
+    "label": 1,
+}
+
+
+def load(tmp_path: Path, *rows: dict[str, Any], source: str = "processbench", name: str = "math.jsonl") -> list[Any]:
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load_rows(DataSpec(source=source, path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("first", "labels"),
+    [
+        (-1, [True, True, True]),
+        (0, [False, None, None]),
+        (1, [True, False, None]),
+        (2, [True, True, False]),
+    ],
+)
+def test_labels_from_the_first_error(tmp_path: Path, first: int, labels: list[bool | None]) -> None:
+    [row] = load(tmp_path, ROW | {"label": first})
+    assert row == {
+        "prompt": "p",
+        "completions": ["a", "b", "c"],
+        "labels": labels,
+        "first_error": first,
+        "outcome": False,
+        "id": "math-7",
+        "generator": "G",
+        "subset": "math",
+    }
+
+
+def test_subset_from_id_file_or_not_at_all(tmp_path: Path) -> None:
+    bare = {name: ROW[name] for name in ("problem", "steps", "label")}
+    [row] = load(tmp_path, bare, name="omnimath.jsonl")
+    assert (row["subset"], row["id"]) == ("omnimath", "processbench/omnimath/0")
+    [row] = load(tmp_path, bare, name="mine.jsonl")
+    assert "subset" not in row
+    assert "outcome" not in row
+
+
+@pytest.mark.parametrize(
+    ("subset", "right", "wrong"), [("gsm8k", 193, 207), ("math", 406, 594)]
+)  # fmt: skip
+def test_real_counts(data_dir: Path, subset: str, right: int, wrong: int) -> None:
+    """As the paper counts them; the folder's split is the file of that name."""
+    folder = data_dir / "processbench"
+    if not folder.is_dir():
+        pytest.skip("no processbench in the data folder")
+    rows = load_rows(DataSpec(source="processbench", path=str(folder), split=subset))
+    check_unique_ids(rows)
+    assert Counter(row["first_error"] >= 0 for row in rows) == {False: right, True: wrong}
+    assert {row["subset"] for row in rows} == {subset}
+    assert sum(row["labels"].count(False) for row in rows) == wrong
+    for row in rows:
+        first = row["labels"].index(False) if False in row["labels"] else -1
+        assert first == row["first_error"]
+
+
+def test_real_mistake_sets(data_dir: Path) -> None:
+    for source, rows_wanted, none in (("bigbench_mistake", 300, 62), ("mr_gsm8k", 590, 0)):
+        folder = data_dir / source
+        if not folder.is_dir():
+            pytest.skip(f"no {source} in the data folder")
+        rows = load_rows(DataSpec(source=source, path=str(folder)))
+        check_unique_ids(rows)
+        assert (len(rows), sum(row["first_error"] < 0 for row in rows)) == (rows_wanted, none)
+        assert all(isinstance(row["answer"], str) and isinstance(row["outcome"], bool) for row in rows)
+
+
+def test_bigbench_layouts(tmp_path: Path) -> None:
+    ours = {"id": "x-0", "problem": "p", "steps": ["a", "b"], "label": 1, "answer": "4", "target": "5"}
+    [row] = load(tmp_path, ours | {"final_answer_correct": False}, source="bigbench_mistake")
+    assert row == {
+        "prompt": "p",
+        "completions": ["a", "b"],
+        "labels": [True, False],
+        "first_error": 1,
+        "outcome": False,
+        "id": "x-0",
+        "answer": "5",
+        "final_answer": "4",
+    }
+    original = {"input": "p", "steps": ["a", "b"], "answer": 5, "target": "5", "mistake_index": None}
+    [row] = load(tmp_path, original, source="bigbench_mistake")
+    assert (row["labels"], row["first_error"], row["final_answer"]) == ([True, True], -1, "5")
+
+
+def test_mr_gsm8k_layout(tmp_path: Path) -> None:
+    raw = ROW | {"id": "u", "gold_answer": 5, "gold_solution": "s", "question_type": "POT", "error_reason": None}
+    [row] = load(tmp_path, raw, source="mr_gsm8k")
+    assert (row["answer"], row["question_type"], row["labels"]) == ("5", "POT", [True, False, None])
+    assert "error_reason" not in row
+
+
+@pytest.mark.parametrize("source", ["processbench", "bigbench_mistake", "mr_gsm8k"])
+def test_never_training_data(source: str) -> None:
+    spec = DataSpec(source=source, path="folder")
+    with pytest.raises(ConfigError, match=f"{source!r} .* is kept for evaluation"):
+        check_training_use(spec)
+    check_training_use(DataSpec(source=source, path="folder", allow_evaluation_data=True))
+
+
+def test_hub_splits() -> None:
+    for split in ("gsm8k", "math", "olympiadbench", "omnimath"):
+        with pytest.raises(ConfigError, match="is kept for evaluation"):
+            check_training_use(DataSpec(source="processbench", split=split))
+    with pytest.raises(ConfigError, match="source 'mr_gsm8k' has no hub dataset"):
+        DataSpec(source="mr_gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 3}, "column 'label': is 3 for 3 steps; must be -1 .no wrong step. or 0 to 2, counted from 0"),
+        ({"label": -2}, "column 'label': is -2 for 3 steps"),
+        ({"label": True}, "must be the whole number of the first wrong step .*, found bool True"),
+        ({"label": 1.0}, "found float 1.0"),
+        ({"label": None}, "found NoneType None"),
+        ({"steps": "abc"}, "column 'steps': must be a list of step texts, found str"),
+        ({"steps": [], "label": -1}, "column 'completions': has zero steps"),
+        ({"steps": ["a", "", "c"]}, "step 2 of 3 must not be empty"),
+        ({"final_answer_correct": "yes"}, "column 'outcome': must be true or false, found str 'yes'"),
+    ],
+)
+def test_bad_rows(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path, ROW, ROW | change)
+    assert caught.value.line == 2
+
+
+def test_missing_column(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing column 'label' of source 'processbench'"):
+        load(tmp_path, {"problem": "p", "steps": ["a"]})

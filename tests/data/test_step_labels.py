@@ -1,0 +1,131 @@
+"""Labels to targets: every kind, every rule, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stepkd.data.step_labels import LabelRule, Target, step_targets
+from stepkd.errors import ConfigError, DataError
+
+WRONG, RIGHT = (1.0, 0.0), (0.0, 1.0)
+ONE_OF_3 = {-1: (1.0, 0.0, 0.0), 0: (0.0, 1.0, 0.0), 1: (0.0, 0.0, 1.0)}
+
+
+def targets(labels: list[Any], classes: int = 2, **rule: Any) -> list[Target | None]:
+    return step_targets({"id": "row-7", "labels": labels}, len(labels), classes, LabelRule(**{**KEEP, **rule}))
+
+
+KEEP = {"after_error": "keep"}
+
+
+def test_kinds() -> None:
+    assert targets([True, False, None, True]) == [RIGHT, WRONG, None, RIGHT]
+    assert targets([1, -1, None, 1]) == [RIGHT, WRONG, None, RIGHT]
+    assert targets([0.25, None, 1.0, 0]) == [(0.75, 0.25), None, RIGHT, WRONG]
+    assert targets([1, 0, -1, None], 3) == [ONE_OF_3[1], ONE_OF_3[0], ONE_OF_3[-1], None]
+    assert targets([True, False], 3) == [ONE_OF_3[1], ONE_OF_3[-1]]
+
+
+@pytest.mark.parametrize(
+    ("neutral", "expected"), [("right", [RIGHT, RIGHT]), ("wrong", [RIGHT, WRONG]), ("mask", [RIGHT, None])]
+)
+def test_neutral_in_two_classes(neutral: str, expected: list[Target | None]) -> None:
+    assert targets([1, 0], neutral=neutral) == expected
+
+
+def test_harden() -> None:
+    soft = [0.0, 0.125, 0.5, 0.51, 1.0, None]
+    assert targets(soft, harden=0.5) == [WRONG, WRONG, WRONG, RIGHT, RIGHT, None]
+    assert targets(soft, harden=0.0) == [WRONG, RIGHT, RIGHT, RIGHT, RIGHT, None], "any rollout succeeded"
+    assert targets([0.2, 0.9], 3, harden=0.5) == [ONE_OF_3[-1], ONE_OF_3[1]]
+
+
+@pytest.mark.parametrize("after_error", ["truncate", "mask"])
+@pytest.mark.parametrize(
+    ("labels", "rule", "kept"),
+    [
+        ([True, False, True, False], {}, 2),
+        ([False, True], {}, 1),
+        ([True, None, True], {}, 3),
+        ([None, False, True], {}, 2),
+        ([1, 0, -1, 1], {}, 3),
+        ([1, 0, 1, 1], {"neutral": "wrong"}, 2),
+        ([1, 0, 1, 1], {"neutral": "mask"}, 4),
+        ([0.5, 0.125, 0.0, 1.0], {}, 3),
+        ([0.75, 0.5, 0.75, 1.0], {"harden": 0.5}, 2),
+    ],
+)
+def test_nothing_behind_the_first_error_is_trained_on(
+    labels: list[Any], rule: dict[str, Any], kept: int, after_error: str
+) -> None:
+    whole = targets(labels, **rule)
+    assert targets(labels, after_error=after_error, **rule) == whole[:kept] + [None] * (len(labels) - kept)
+
+
+def test_a_neutral_rating_of_three_classes_is_no_error_whatever_two_classes_would_make_of_it() -> None:
+    expected = [ONE_OF_3[1], ONE_OF_3[0], ONE_OF_3[1]]
+    assert targets([1, 0, 1], 3, after_error="truncate", neutral="wrong") == expected
+
+
+def test_outcome_scope() -> None:
+    rule = LabelRule(scope="outcome")
+    assert step_targets({"outcome": True}, 3, 2, rule) == [None, None, RIGHT]
+    assert step_targets({"correct": False, "step_labels": [True]}, 1, 2, rule) == [WRONG]
+    assert step_targets({"outcome": False}, 2, 3, rule) == [None, ONE_OF_3[-1]]
+    for row in ({}, {"outcome": None}, {"outcome": 1}, {"correct": None}, {"outcome": "yes"}):
+        with pytest.raises(DataError, match="needs whether the answer is right, found .*boolean 'outcome'"):
+            step_targets(row, 1, 2, rule)
+
+
+def test_which_column_is_read() -> None:
+    row = {"step_labels": [True, False], "step_values": [0.25, 0.75]}
+    keep = LabelRule(after_error="keep")
+    assert step_targets(row, 2, 2, keep) == [RIGHT, WRONG]
+    assert step_targets(row, 2, 2, LabelRule(kind="soft", after_error="keep")) == [(0.75, 0.25), (0.25, 0.75)]
+    assert step_targets({**row, "labels": [False, False]}, 2, 2, keep) == [WRONG, WRONG]
+
+
+def test_rows_without_a_single_label_give_no_targets() -> None:
+    assert targets([None, None]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("labels", "steps", "classes", "rule", "message"),
+    [
+        (None, 2, 2, {}, "no step labels: label the row first"),
+        ([True], 2, 2, {}, "1 labels for 2 steps"),
+        ([True, False, True], 2, 2, {}, "3 labels for 2 steps"),
+        ([True, False], 2, 2, {"kind": "soft"}, "labels are of kind 'bool' and labels.kind asks for 'soft'"),
+        ([0.5, 1.0], 2, 2, {"kind": "bool"}, "labels are of kind 'soft' and labels.kind asks for 'bool'"),
+        ([1, -1], 2, 2, {"kind": "bool"}, "labels are of kind 'rating' and labels.kind asks for 'bool'"),
+        ([0.5, 1.0], 2, 3, {}, r"a soft label \(0.5\) for 3 classes"),
+        ([0.5, float("nan")], 2, 2, {}, "label 2 of 2 is NaN; write null"),
+        ([2, 1], 2, 2, {}, "label 1 of 2 is 2; whole numbers must be -1, 0 or 1"),
+        ([1.5, 1.0], 2, 2, {}, r"label 1 of 2 is 1.5; a float must lie in \[0, 1\]"),
+        (["+", "-"], 2, 2, {}, "label 1 of 2 must be true/false"),
+        ([True, 0.5], 2, 2, {}, "mixes true/false with numbers"),
+    ],
+)
+def test_refused(labels: Any, steps: int, classes: int, rule: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        step_targets({"id": "row-7", "labels": labels}, steps, classes, LabelRule(**rule))
+    assert (caught.value.path, caught.value.column) == ("row-7", "labels")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "hard"}, "labels.kind"),
+        ({"after_error": "cut"}, "labels.after_error"),
+        ({"neutral": "half"}, "labels.neutral"),
+        ({"scope": "step"}, "unknown labels.scope 'step': did you mean 'steps'"),
+        ({"harden": 1.0}, "labels.harden=1.0"),
+        ({"harden": -0.1}, "labels.harden=-0.1"),
+        ({"harden": float("nan")}, "labels.harden=nan"),
+    ],
+)
+def test_bad_rules(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LabelRule(**settings)

@@ -1,0 +1,307 @@
+"""Writers of step-labelled rows: what is written reads back, casts are counted, TRL's types are TRL's."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.io import read_rows
+from stepkd.data.rows import ROLLOUT, STEPWISE, validate
+from stepkd.data.spec import DataSpec, load_rows
+from stepkd.data.stepwise_io import to_stepwise, trl_row, write_math_shepherd, write_stepwise
+from stepkd.errors import ConfigError, DataError
+
+ROLLED: dict[str, Any] = {
+    "problem_id": "p/0",
+    "prompt": "2+3?",
+    "completion": "2+3=5\n5",
+    "token_ids": [3, 4, 5],
+    "logprobs": [-0.1, -0.2, -0.3],
+    "step_ends": [2, 3],
+    "finish": "stop",
+    "correct": True,
+    "model": "m",
+    "sampling": {},
+    "seed": 0,
+    "step_labels": [True, None],
+    "step_values": [1, 0.25],
+    "answer": "5",
+}
+BOOLS = [
+    {"id": "0", "prompt": "p", "completions": ["a\n", "b"], "labels": [True, False], "outcome": False, "answer": "1"},
+    {"id": "1", "prompt": "q ü", "completions": ["c"], "labels": [True], "outcome": True, "answer": "2"},
+]
+
+
+def rated(*labels: Any, **more: Any) -> dict[str, Any]:
+    return {"prompt": "p", "completions": [f"s{i}" for i in range(len(labels))], "labels": list(labels), **more}
+
+
+# --- rollouts to rows ------------------------------------------------------------------------------------------------
+
+
+def test_to_stepwise() -> None:
+    validate(dict(ROLLED), ROLLOUT)
+    row = to_stepwise(ROLLED, ["2+3=5\n", "5"])
+    assert row == {
+        "id": "p/0",
+        "prompt": "2+3?",
+        "completions": ["2+3=5\n", "5"],
+        "labels": [True, None],
+        "outcome": True,
+        "answer": "5",
+    }
+    bare = {name: ROLLED[name] for name in ROLLED if name != "answer"} | {
+        "correct": None,
+        "id": "s/1",
+        "labeller": {"j": 8},
+    }
+    row = to_stepwise(bare, ["a", "b"], keep=("labeller", "absent"))
+    assert row == {
+        "id": "s/1",
+        "prompt": "2+3?",
+        "completions": ["a", "b"],
+        "labels": [True, None],
+        "labeller": {"j": 8},
+    }
+
+
+def test_to_stepwise_soft_labels_never_read_as_ratings() -> None:
+    row = to_stepwise(ROLLED | {"step_values": [1, 0]}, ["a", "b"], soft=True)
+    assert row["labels"] == [1.0, 0.0]
+    assert all(isinstance(label, float) for label in row["labels"])
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "message"),
+    [
+        ({}, ["a"], "p/0, column 'step_labels': has 2 labels for 1 steps"),
+        ({"step_labels": None}, ["a", "b"], "column 'step_labels': the rollout has no step labels: label it first"),
+        ({}, ["a", " "], "column 'completions': step 2 of 2 must not be empty"),
+        ({"step_labels": [None, None]}, ["a", "b"], "has zero labelled steps"),
+        ({"step_ends": [3]}, ["a"], "has 2 entries for 1 step_ends"),
+    ],
+)
+def test_to_stepwise_bad_input(change: dict[str, Any], steps: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        to_stepwise(ROLLED | change, steps)
+
+
+# --- casting to TRL's booleans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("labels", "settings", "cast", "counted"),
+    [
+        ([True, False], {}, [True, False], {"right": 1, "wrong": 1}),
+        ([1, 0, -1], {}, [True, True, False], {"right": 2, "wrong": 1, "neutral": 1}),
+        ([1, 0, -1], {"neutral": "wrong"}, [True, False, False], {"right": 1, "wrong": 2, "neutral": 1}),
+        ([1.0, 0.5, 0.51, 0], {}, [True, False, True, False], {"right": 2, "wrong": 2}),
+        ([1.0, 0.125, 0.0], {"threshold": 0}, [True, True, False], {"right": 2, "wrong": 1}),
+    ],
+)
+def test_cast_of_every_kind(
+    labels: list[Any], settings: dict[str, Any], cast: list[bool], counted: dict[str, int]
+) -> None:
+    counts: Counter[str] = Counter()
+    row = trl_row(rated(*labels, id="x", subset="s"), counts=counts, **settings)
+    assert row == rated(*cast, id="x", subset="s")
+    assert all(isinstance(label, bool) for label in row["labels"])
+    assert +counts == counted
+
+
+def test_unlabelled_steps_join_the_next_label() -> None:
+    counts: Counter[str] = Counter()
+    row = trl_row(rated(None, None, True, False, None), counts=counts)
+    assert row == {"prompt": "p", "completions": ["s0\ns1\ns2", "s3"], "labels": [True, False]}
+    assert +counts == {"right": 1, "wrong": 1, "joined": 2, "cut": 1}
+    row = trl_row(rated(1, 0, 0, -1, 0), neutral="mask", separator=" ", counts=counts)
+    assert row == {"prompt": "p", "completions": ["s0", "s1 s2 s3"], "labels": [True, False]}
+    assert trl_row(rated(0, 0), neutral="mask", counts=counts) is None
+    assert (counts["empty"], counts["neutral"], counts["cut"]) == (1, 5, 4)
+
+
+def test_cast_keeps_all_text_up_to_the_last_label() -> None:
+    for labels in ([None, 1, None, 0, -1], [0, None, None], [None, None, -1]):
+        given = rated(*labels)
+        row = trl_row(given)
+        assert row is not None
+        last = max(i for i, label in enumerate(labels) if label is not None)
+        assert "\n".join(row["completions"]) == "\n".join(given["completions"][: last + 1])
+
+
+def test_cast_bad_input() -> None:
+    with pytest.raises(ConfigError, match=r"unknown neutral 'drop'.*choose from right, wrong, mask"):
+        trl_row(rated(1), neutral="drop")  # type: ignore[arg-type]
+    for threshold in (1.0, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match=r"must lie in \[0, 1\)"):
+            trl_row(rated(1), threshold=threshold)
+    with pytest.raises(DataError, match="column 'labels': mixes true/false with numbers"):
+        trl_row(rated(True, 1))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        BOOLS,
+        [rated(1, 0, -1, None, id="a"), rated(1, id="b")],
+        [rated(0.5, None, 1.0, id="a")],
+        [rated(True, id="a", prompt=[{"role": "user", "content": "p"}])],
+    ],
+)
+def test_round_trip(tmp_path: Path, ending: str, rows: list[dict[str, Any]]) -> None:
+    path = tmp_path / "new" / f"rows.{ending}"
+    assert write_stepwise(rows, path) == len(rows)
+    back = load_rows(DataSpec(source="rows", path=str(path)), contract=STEPWISE)
+    assert back == rows
+    assert [[type(label) for label in row["labels"]] for row in back] == [
+        [type(label) for label in row["labels"]] for row in rows
+    ]
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "no temporary file is left"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_files_have_trls_columns_and_types(tmp_path: Path, ending: str) -> None:
+    """TRL's stepwise-supervision type: text, list of texts, list of booleans."""
+    datasets = pytest.importorskip("datasets")
+    rows = [trl_row(row) for row in (rated(1, None, -1, id="a"), rated(0, id="b"))]
+    path = tmp_path / f"trl.{ending}"
+    write_stepwise([row for row in rows if row is not None], path)
+    kind = "json" if ending == "jsonl" else "parquet"
+    loaded = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    features = loaded.features
+    assert features["prompt"].dtype == "string"
+    assert features["completions"].feature.dtype == "string"
+    assert features["labels"].feature.dtype == "bool"
+    assert loaded[0] == {"prompt": "p", "completions": ["s0", "s1\ns2"], "labels": [True, False], "id": "a"}
+
+
+def test_parquet_column_of_some_rows_is_null_in_others(tmp_path: Path) -> None:
+    write_stepwise([rated(True, id="a"), rated(True, id="b", outcome=True)], tmp_path / "x.parquet")
+    back = load_rows(DataSpec(path=str(tmp_path / "x.parquet")), contract=STEPWISE)
+    assert [row["outcome"] for row in back] == [None, True]
+
+
+def test_source_to_file_and_back(tmp_path: Path, data_dir: Path) -> None:
+    """PRM800K rows survive both formats."""
+    path = data_dir / "prm800k" / "phase1_test.jsonl"
+    if not path.is_file():
+        pytest.skip("no prm800k in the data folder")
+    rows = load_rows(DataSpec(source="prm800k", path=str(path), options={"per_record": 2}))
+    write_stepwise(rows, tmp_path / "rows.jsonl")
+    assert load_rows(DataSpec(path=str(tmp_path / "rows.jsonl"))) == rows
+    write_stepwise(rows, tmp_path / "rows.parquet")
+    back = load_rows(DataSpec(path=str(tmp_path / "rows.parquet")))
+    assert [{name: row[name] for name in row if row[name] is not None} for row in back] == rows
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_failed_write_keeps_the_old_file(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"rows.{ending}"
+    write_stepwise(BOOLS, path)
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"line 2, column 'labels': has 1 entries for 2 completions"):
+        write_stepwise([BOOLS[0], BOOLS[0] | {"labels": [True]}], path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_write_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"written as \.jsonl or \.parquet, not '\.csv'"):
+        write_stepwise(BOOLS, tmp_path / "x.csv")
+    with pytest.raises(DataError, match=r"of several kinds .bool, soft. and a Parquet column has one type"):
+        write_stepwise([rated(True), rated(0.5)], tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"of several kinds .rating, soft."):
+        write_stepwise([rated(-1), rated(0.5)], tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"do not fit a Parquet table: .*write a .jsonl file"):
+        write_stepwise([rated(True, note="a"), rated(True, note={"b": 1})], tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="there are no rows to write"):
+        write_stepwise([], tmp_path / "x.parquet")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match="could not write the rows"):
+        write_stepwise(BOOLS, tmp_path / "file" / "x.parquet")
+
+
+# --- what TRL's files get wrong --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completions": ["a"], "labels": [True]}, "missing column 'prompt' of a stepwise row"),
+        (
+            rated(True) | {"completions": [{"role": "assistant", "content": "a"}]},
+            "step 1 of 1 must be text, found dict",
+        ),
+        (rated(True) | {"completions": "a"}, "column 'completions': must be a list of step texts, found str 'a'"),
+        (rated(True, prompt=[{"role": "assistant", "content": "a"}]), "ends with an assistant message"),
+        ({"prompt": "p", "completions": ["a"], "label": [True]}, "no row contract fits .* lacks 'labels'"),
+    ],
+)
+def test_layouts_that_are_not_trls_type(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        load_rows(DataSpec(path=str(path)))
+
+
+# --- Math-Shepherd's text form ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strip", [True, False])
+def test_math_shepherd_round_trip(tmp_path: Path, strip: bool) -> None:
+    numbered = ["Step 1: 1+1=2 - fine", "Step 2: so 2. The answer is: 2"]
+    steps = [step.partition(": ")[2] for step in numbered] if strip else numbered
+    rows = [{"id": "a", "prompt": "1 + 1 - 0?", "completions": steps, "labels": [True, False], "subset": "GSM8K"}]
+    path = tmp_path / "ms.jsonl"
+    assert write_math_shepherd(rows, path) == 1
+    [(written, _)] = read_rows(path)
+    assert written == {
+        "input": "1 + 1 - 0? Step 1: 1+1=2 - fine ки\nStep 2: so 2. The answer is: 2 ки",
+        "label": "1 + 1 - 0? Step 1: 1+1=2 - fine +\nStep 2: so 2. The answer is: 2 -",
+        "task": "GSM8K",
+        "id": "a",
+    }
+    options = {"step_prefix": "strip" if strip else "keep"}
+    back = load_rows(DataSpec(source="math_shepherd", path=str(path), options=options))
+    assert back == [rows[0] | {"final_answer": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        (["Step 1: a", "b"], "p Step 1: a ки\nb ки"),
+        (["Step 2: a", "b"], "p Step 1: Step 2: a ки\nStep 2: b ки"),
+        (["a\n", " b"], "p Step 1: a ки\nStep 2: b ки"),
+    ],
+)
+def test_math_shepherd_numbers_steps_unless_the_first_has_one(tmp_path: Path, steps: list[str], text: str) -> None:
+    write_math_shepherd([rated(True, True) | {"completions": steps}], tmp_path / "x.jsonl")
+    [(written, _)] = read_rows(tmp_path / "x.jsonl")
+    assert written["input"] == text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (rated(1, -1), "line 1, column 'labels': must be true or false at every step; cast them"),
+        (rated(True, None), "must be true or false at every step"),
+        (rated(True, prompt=[{"role": "user", "content": "p"}]), "column 'prompt': is a list of messages"),
+        (rated(True, prompt="a ки b"), "column 'prompt': holds the step tag 'ки'"),
+        (rated(True) | {"completions": ["ки"]}, "column 'completions': holds the step tag"),
+        (rated(True, prompt="Do Step 1: a"), "column 'prompt': 'Step 1:' stands in the question"),
+        (rated(True) | {"completions": ["as in step 1: a"]}, "column 'completions': .*or twice in the first step"),
+    ],
+)
+def test_math_shepherd_bad_input(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        write_math_shepherd([row], tmp_path / "x.jsonl")
+    assert not (tmp_path / "x.jsonl").exists()
