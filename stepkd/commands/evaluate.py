@@ -1,9 +1,11 @@
-r"""Benchmark a model, or compare two evaluations.
+r"""Benchmark a model or a step scorer, or compare two evaluations.
 
   stepkd evaluate --model runs/sft --benchmark gsm8k --data data/gsm8k --limit 200 --out runs/sft-gsm8k
   stepkd evaluate --model HuggingFaceTB/SmolLM2-135M-Instruct --benchmark math500 \
       --samples 8 --temperature 0.8 --out runs/smollm2-math500
   stepkd evaluate --compare runs/base-gsm8k runs/sft-gsm8k
+  stepkd evaluate --benchmark processbench --model runs/prm --data data/processbench --out runs/prm-processbench
+  stepkd evaluate --best-of-n prm=runs/prm-scores.jsonl orm=runs/orm-scores.jsonl --out runs/best-of-n
 
 A killed run goes on where it stood when the same command is given again, and ends with the same result.
 """
@@ -17,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stepkd.commands import judging_prm
 from stepkd.errors import ConfigError
 
 
@@ -54,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     run_on.add_argument("--attention", help="attention implementation (sdpa, eager, flash_attention_2)")
     run_on.add_argument("--batch-size", type=int, default=32, metavar="ROWS", help="completions decoded at once")
+    judging_prm.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,10 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
         return _list()
     if arguments.compare:
         return _compare(arguments)
+    if arguments.best_of_n:
+        return judging_prm.run_best_of_n(arguments)
     if not arguments.model or not arguments.out:
         raise ConfigError("give --model and --out (or --compare A B, or --list)")
     from rich.console import Console
 
+    from stepkd.evaluation.process_runner import PROCESS_BENCHMARKS
     from stepkd.evaluation.runner import EvaluationSpec, evaluate
     from stepkd.launch import check_launch
     from stepkd.launch.quiet import quiet_libraries
@@ -75,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "stepkd evaluate runs in one process: start it without a launcher (shard with --data offset=)"
         )
+    if arguments.benchmark in PROCESS_BENCHMARKS:
+        return judging_prm.run_process(arguments)
     spec = EvaluationSpec(
         model=arguments.model,
         benchmark=arguments.benchmark,
@@ -106,17 +115,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list() -> int:
     from stepkd.evaluation.benchmarks import BENCHMARKS
+    from stepkd.evaluation.process_runner import PROCESS_BENCHMARKS
 
     for benchmark in BENCHMARKS.values():
         print(f"{benchmark.name:<14} {benchmark.help}")
+    for name, text in PROCESS_BENCHMARKS.items():
+        print(f"{name:<14} {text}")
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from stepkd.evaluation.compare import compare_runs
     from stepkd.evaluation.disk import write_atomically
-    from stepkd.evaluation.folder import COMPARISON_NAME
+    from stepkd.evaluation.folder import COMPARISON_NAME, SUMMARY_NAME
 
+    folders = [Path(folder) / SUMMARY_NAME for folder in arguments.compare]
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in folders if path.is_file()]
+    if len(summaries) == 2 and all(summary.get("kind") == "process" for summary in summaries):
+        return judging_prm.compare_scorers(arguments, (summaries[0], summaries[1]))
     comparison = compare_runs(*arguments.compare, seed=arguments.seed)
     print(comparison)
     if arguments.out:

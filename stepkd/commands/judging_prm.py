@@ -1,0 +1,221 @@
+"""The part of ``stepkd evaluate`` that judges step scorers: ProcessBench, labelled sets, best-of-N."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from stepkd.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments for step scorers."""
+    group = parser.add_argument_group("judging a step scorer (--benchmark processbench or step_labels)")
+    group.add_argument("--subsets", nargs="+", metavar="NAME", help="ProcessBench subsets (default: gsm8k math)")
+    group.add_argument("--threshold", type=float, default=0.5, help="a lower step score means wrong (default 0.5)")
+    group.add_argument("--tune-on", metavar="SET", help="subset or data settings on which a second threshold is tuned")
+    group.add_argument("--no-figures", action="store_true", help="write no reliability and argmin figures")
+    best = parser.add_argument_group("best-of-N")
+    best.add_argument(
+        "--best-of-n", nargs="+", metavar="NAME=FILE", help="curves of rollouts scored by stepkd score, one file each"
+    )
+
+
+def run_process(arguments: argparse.Namespace) -> int:
+    """``stepkd evaluate --benchmark processbench``."""
+    from rich.console import Console
+
+    from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
+    from stepkd.scorers.load import ScorerOptions, load_scorer
+
+    spec = ProcessSpec(
+        model=arguments.model,
+        benchmark=arguments.benchmark,
+        out=arguments.out,
+        data=arguments.data,
+        subsets=tuple(arguments.subsets or ("gsm8k", "math")),
+        threshold=arguments.threshold,
+        tune_on=arguments.tune_on,
+        limit=arguments.limit,
+        seed=arguments.seed,
+    )
+    options = ScorerOptions(
+        template=arguments.template,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        attention=arguments.attention,
+        max_rows=arguments.batch_size,
+    )
+    console = Console()
+    summary = evaluate_process(
+        spec, lambda: load_scorer(spec.model, options), report=_reporter(console), overwrite=arguments.overwrite
+    )
+    print_process(console, summary)
+    if not arguments.no_figures:
+        for path in write_figures(summary, Path(spec.out)):
+            console.print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nper-solution scores, manifest and summary: {spec.out}", markup=False, soft_wrap=True)
+    return 0
+
+
+def write_figures(summary: dict[str, Any], out: Path) -> list[Path]:
+    """Reliability and argmin figures of every set."""
+    from stepkd.evaluation.figures import argmin_histogram, reliability_diagram
+
+    paths = []
+    for name, section in summary["sets"].items():
+        safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        paths.append(reliability_diagram(section["calibration"], out / f"reliability-{safe}.svg"))
+        paths.append(argmin_histogram(section["argmin"], out / f"argmin-{safe}.svg"))
+    return paths
+
+
+def print_process(console: Any, summary: dict[str, Any]) -> None:
+    """One table of F1 with baselines per set, one of step metrics."""
+    from rich.table import Table
+
+    console.print(f"{summary['model']} on {summary['benchmark']}", highlight=False, markup=False)
+    table = Table(title="first wrong step, 95% intervals", title_justify="left")
+    for column in ("set", "rule", "F1", "with an error", "all correct"):
+        table.add_column(column, justify="left" if column in ("set", "rule") else "right", overflow="fold")
+    for name, section in summary["sets"].items():
+        label = f"{name}\n{section['solutions']} solutions"
+        if section["unscored_solutions"]:
+            label += f"\n({section['unscored_solutions']} more left out:\ntoo long for the context)"
+        rules = [(f"below {section['fixed']['threshold']:.2f}", section["fixed"])]
+        if "tuned" in section:
+            where = "here: optimistic" if section["tuned"]["optimistic"] else f"on {summary['tuned_on']}"
+            rules.append((f"below {section['tuned']['threshold']:.2f},\ntuned {where}", section["tuned"]))
+        for i, (rule, found) in enumerate(rules):
+            shown = (_percent(found[key], "\n") for key in ("f1", "acc_error", "acc_correct"))
+            table.add_row(label if i == 0 else "", rule, *shown)
+        for rule, found in section["baselines"].items():
+            f1 = found["f1"]
+            shown_f1 = _percent(f1, None) if isinstance(f1, dict) else f"{100 * f1:.1f}"
+            table.add_row("", f"{rule} (baseline)", shown_f1, *_shares(found), style="dim", end_section=False)
+        table.add_section()
+    console.print(table)
+    steps = Table(title="steps up to and including the first error", title_justify="left")
+    names = list(summary["sets"])
+    steps.add_column("metric")
+    for name in names:
+        steps.add_column(name, justify="right", overflow="fold")
+    for title, group, key, show in _STEP_ROWS:
+        steps.add_row(title, *(show(summary["sets"][name][group][key]) for name in names))
+    chance = [f"{100 * summary['sets'][name]['argmin']['expected_last']:.1f}" for name in names]
+    steps.add_row("  expected by chance", *chance)
+    console.print(steps)
+
+
+def run_best_of_n(arguments: argparse.Namespace) -> int:
+    """``stepkd evaluate --best-of-n NAME=FILE ...``."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from stepkd.evaluation.best_of_n_files import best_of_n_from_files
+    from stepkd.evaluation.disk import write_atomically
+    from stepkd.evaluation.figures import best_of_n_figure
+
+    files: dict[str, str] = {}
+    for word in arguments.best_of_n:
+        name, equals, path = word.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--best-of-n {word}: write NAME=FILE, for instance prm=runs/prm-scores.jsonl")
+        files[name] = path
+    settings = {"extractors": tuple(arguments.extractors)} if arguments.extractors else {}
+    result = best_of_n_from_files(files, ks=arguments.ks, seed=arguments.seed, **settings)
+    console = Console()
+    table = Table(title=f"best-of-N on {result.problems} problems, 95% intervals", title_justify="left")
+    table.add_column("method")
+    for k in result.ks:
+        table.add_column(f"N={k}", justify="right")
+    for name, curve in result.curves.items():
+        table.add_row(name, *(_percent(interval.to_dict(), "\n") for interval in curve))
+    console.print(table)
+    for each in result.differences:
+        if each.k == result.ks[-1]:
+            shown = each.difference.to_dict()
+            console.print(f"N={each.k}: {each.b} - {each.a} = {_percent(shown)}", markup=False, highlight=False)
+    for name, count in result.unscored.items():
+        if count:
+            console.print(f"{count} samples have no score by {name}: they rank last", markup=False)
+    if arguments.out:
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "best_of_n.json", (json.dumps(result.to_dict(), indent=2) + "\n").encode())
+        console.print(f"figure: {best_of_n_figure(result.to_dict(), out / 'best_of_n.svg')}", markup=False)
+    return 0
+
+
+def compare_scorers(arguments: argparse.Namespace, summaries: tuple[dict[str, Any], dict[str, Any]]) -> int:
+    """``stepkd evaluate --compare A B`` of two step scorers."""
+    from stepkd.evaluation.process_summary import compare_process
+
+    a, b = arguments.compare
+    differences = compare_process(a, b, summaries, seed=arguments.seed)
+    print(f"F1 of {b} minus F1 of {a}, paired by solution, 95% intervals:")
+    for name, interval in differences.items():
+        print(f"  {name:<24} {_percent(interval.to_dict())}")
+    return 0
+
+
+def _reporter(console: Any) -> Any:
+    from stepkd.launch.progress_facts import duration
+
+    start: dict[str, float] = {"time": time.monotonic(), "done": -1, "tenth": 0}
+
+    def report(done: int, total: int, seconds: float) -> None:
+        if start["done"] < 0:
+            start["time"], start["done"] = time.monotonic(), done
+        rate = (done - start["done"]) / max(time.monotonic() - start["time"], 1e-9)
+        left = f"  {duration((total - done) / rate)} left" if rate and done < total else ""
+        text = f"scoring {done}/{total}  {seconds:.2f} s a solution{left}"
+        if console.is_terminal:
+            console.print(text.ljust(console.width - 1), end="\n" if done == total else "\r", highlight=False)
+        elif done * 10 // total > start["tenth"] or done == total:
+            start["tenth"] = done * 10 // total
+            console.print(text, highlight=False)
+
+    return report
+
+
+def _shares(found: dict[str, Any]) -> tuple[str, str]:
+    shown = []
+    for key in ("acc_error", "acc_correct"):
+        value = found[key]
+        shown.append(_percent(value, None) if isinstance(value, dict) else f"{100 * value:.1f}")
+    return shown[0], shown[1]
+
+
+def _percent(interval: dict[str, Any] | None, gap: str | None = " ") -> str:
+    return _shown(interval, 100.0, 1, gap)
+
+
+def _number(interval: dict[str, Any] | None) -> str:
+    return _shown(interval, 1.0, 3, " ")
+
+
+def _shown(interval: dict[str, Any] | None, scale: float, digits: int, gap: str | None) -> str:
+    if interval is None or interval["value"] is None:
+        return "-"
+    value = f"{scale * interval['value']:.{digits}f}"
+    if gap is None or interval["low"] is None or interval["high"] is None:
+        return value
+    return f"{value}{gap}({scale * interval['low']:.{digits}f} to {scale * interval['high']:.{digits}f})"
+
+
+_STEP_ROWS: tuple[tuple[str, str, str, Any], ...] = (
+    ("steps", "steps", "steps", str),
+    ("right (%)", "steps", "positive_share", _percent),
+    ("AUROC", "steps", "auroc", _number),
+    ("accuracy (%)", "steps", "accuracy", _percent),
+    ("balanced accuracy (%)", "steps", "balanced_accuracy", _percent),
+    ("ECE", "calibration", "ece", _number),
+    ("Brier", "calibration", "brier", _number),
+    ("Brier skill", "calibration", "skill_base_rate", _number),
+    ("lowest score is last (%)", "argmin", "share_last", _percent),
+)
+"""Title, group and key in a set's summary, how it is shown."""

@@ -1,0 +1,330 @@
+"""Best-of-N curves: choosing among k samples by score, by vote or by both, with pass@k as the ceiling.
+
+Every value at k is the expectation over all subsets of k of a problem's N samples, not one lucky draw: exact for
+best-of-k, majority and pass@k, and for the weighted vote as long as the subsets are few. PRM800K's own evaluation
+(openai/prm800k) estimates the same expectation from 400 drawn subsets. A curve that falls after its best k shows
+over-optimisation of the scorer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, mean_interval, paired_bootstrap
+from stepkd.evaluation.metrics import maj_at_k, pass_at_k
+from stepkd.randomness import generator
+
+MAX_EXACT_SUBSETS = 2_000
+"""Most subsets a weighted vote enumerates; beyond it, subsets are drawn."""
+SUBSET_DRAWS = 400
+"""Subsets drawn per problem and k for a weighted vote."""
+CEILING = "pass"
+MAJORITY = "majority"
+TIE = 1e-9
+"""Vote weights within this relative distance of the highest are tied: sums in another order differ by rounding."""
+
+
+@dataclass(frozen=True)
+class ProblemSamples:
+    """The samples of one problem."""
+
+    id: str
+    """Its id; keys the drawn subsets."""
+    correct: Sequence[bool]
+    """(N,) whether each sample's answer is right."""
+    votes: Sequence[str | None]
+    """(N,) key of each answer's equivalence class; None when no answer was found."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """B minus A on the same problems."""
+
+    a: str
+    """Method A."""
+    b: str
+    """Method B."""
+    k: int
+    """Samples chosen from; for a growth, the largest k."""
+    difference: Interval
+    """Difference of expected accuracies, paired bootstrap over problems."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for JSON."""
+        return {"a": self.a, "b": self.b, "k": self.k, "difference": self.difference.to_dict()}
+
+
+@dataclass(frozen=True)
+class CurveResult:
+    """Best-of-k curves of several methods on the same problems."""
+
+    ks: tuple[int, ...]
+    """Numbers of samples, ascending."""
+    curves: Mapping[str, tuple[Interval, ...]]
+    """Method -> expected accuracy at each k. Methods: ``pass`` (ceiling), ``majority``, every score's name (best-of-k
+    by that score) and ``<name>_vote`` (vote weighted by it)."""
+    differences: tuple[PairedDifference, ...]
+    """Every pair of methods, without the ceiling, at every k."""
+    growth: tuple[PairedDifference, ...]
+    """For every pair the gap at the largest k minus the gap at the smallest k above 1: does the gap grow with N?
+    Empty without two such k."""
+    best_k: Mapping[str, int]
+    """Method -> k of its highest value, the smallest of equals."""
+    fall: Mapping[str, Interval]
+    """Method -> value at the largest k minus value at its best k, <= 0: below 0, more samples hurt (over-optimisation).
+    The best k is chosen on the same data, so the fall is somewhat exaggerated."""
+    unscored: Mapping[str, int]
+    """Score -> samples without one; they rank last and add nothing to a vote."""
+    problems: int
+    """Problems."""
+    per_problem: Mapping[str, FloatArray]
+    """Method -> (problems, ks) expected accuracy of every problem."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for JSON, without the values per problem."""
+        return {
+            "ks": list(self.ks),
+            "curves": {name: [interval.to_dict() for interval in curve] for name, curve in self.curves.items()},
+            "differences": [each.to_dict() for each in self.differences],
+            "growth": [each.to_dict() for each in self.growth],
+            "best_k": dict(self.best_k),
+            "fall": {name: interval.to_dict() for name, interval in self.fall.items()},
+            "unscored": dict(self.unscored),
+            "problems": self.problems,
+        }
+
+
+def best_of_k(scores: Sequence[float | None], correct: Sequence[bool], k: int) -> float:
+    """Exact expected accuracy of taking the highest-scored of k samples drawn without replacement.
+
+    With a samples scored above a group of g equal ones, the group holds the highest score of the draw with probability
+    ``[C(N-a, k) - C(N-a-g, k)] / C(N, k)``; within it every sample is equally likely to be taken.
+
+    Args:
+        scores: (N,) finite scores on any scale; None ranks below all, and the None share their rank.
+        correct: (N,) whether each sample is right.
+        k: samples drawn, 1 <= k <= N.
+
+    Returns:
+        Expected accuracy in [0, 1].
+
+    Raises:
+        DataError: different lengths, or a score that is not finite.
+        ConfigError: k out of range.
+    """
+    ranks, right = _ranks(scores, len(correct)), np.asarray(correct, dtype=np.float64)
+    _check_k(k, right.size)
+    _, group, size = np.unique(-ranks, return_inverse=True, return_counts=True)
+    share = np.bincount(group, weights=right) / size
+    missed = _missed(right.size, k)
+    through = np.cumsum(size)
+    return float(np.clip(((missed[through - size] - missed[through]) * share).sum(), 0.0, 1.0))
+
+
+def weighted_vote_at_k(
+    scores: Sequence[float | None],
+    votes: Sequence[str | None],
+    correct: Sequence[bool],
+    k: int,
+    *,
+    seed: int = 0,
+    key: str = "",
+) -> float:
+    """Expected accuracy of the answer with the highest sum of scores among k samples drawn without replacement.
+
+    Exact (all subsets) up to `MAX_EXACT_SUBSETS` subsets, else the mean over `SUBSET_DRAWS` drawn ones. As in
+    :func:`~stepkd.evaluation.metrics.maj_at_k`: ties are split evenly, an answer counts by the share of its samples
+    that are right, and a draw without any answer is wrong; so equal scores above 0 give exactly maj@k.
+
+    Args:
+        scores: (N,) scores >= 0; None adds nothing to its answer.
+        votes: (N,) keys of the answers; None (no answer found) never wins, whatever its score.
+        correct: (N,) whether each sample is right.
+        k: samples drawn, 1 <= k <= N.
+        seed, key: seed of the drawn subsets and the problem's id; different scores see the same subsets.
+
+    Returns:
+        Expected accuracy in [0, 1].
+
+    Raises:
+        DataError: different lengths, or a score that is negative or not finite.
+        ConfigError: k out of range.
+    """
+    n = len(correct)
+    if len(votes) != n:
+        raise DataError(f"{len(votes)} votes for {n} samples: give one for each, None without an answer")
+    ranks = _ranks(scores, n)
+    _check_k(k, n)
+    weights = np.where(np.isneginf(ranks), 0.0, ranks)
+    if (weights < 0).any():
+        raise DataError(f"score {float(weights.min())!r} is negative: a weighted vote needs scores >= 0")
+    names = sorted({vote for vote in votes if vote is not None})
+    if not names:
+        return 0.0
+    member = np.array([[vote == name for name in names] for vote in votes], dtype=np.float64)
+    share = np.asarray(correct, dtype=np.float64) @ member / member.sum(axis=0)
+    chosen = _subsets(n, k, seed, key)
+    present = chosen @ member > 0
+    totals = np.where(present, chosen @ (weights[:, None] * member), -np.inf)
+    top = totals.max(axis=1, keepdims=True)
+    wins = present & (totals >= top - TIE * np.abs(np.where(present.any(axis=1, keepdims=True), top, 0.0)))
+    won = wins @ share / np.maximum(wins.sum(axis=1), 1)
+    return float(np.clip(won.mean(), 0.0, 1.0))
+
+
+def bon_curve(
+    problems: Sequence[ProblemSamples],
+    ks: Sequence[int],
+    scores: Mapping[str, Sequence[Sequence[float | None]]],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+    n_resamples: int = 10_000,
+) -> CurveResult:
+    """Curves over k of best-of-k and weighted vote by each score, of the majority vote and of pass@k.
+
+    Args:
+        problems: the problems with their samples; each has at least max(ks), and what is drawn is k of all it has.
+        ks: numbers of samples, each at least 1.
+        scores: name -> per problem one score in [0, 1] per sample, or None (unscored).
+        level, seed, n_resamples: as in :func:`~stepkd.evaluation.intervals.cluster_bootstrap`; the seed also draws the
+            subsets of large weighted votes.
+
+    Returns:
+        The curves with intervals, their paired differences, how the gaps grow, and where each is best.
+
+    Raises:
+        ConfigError: no k, a k below 1 or above some problem's samples (named), or a reserved or repeated name.
+        DataError: no problems, repeated ids, or lengths and scores that do not fit (problem named).
+    """
+    sizes = _check_problems(problems, ks, scores)
+    grid = tuple(sorted(set(ks)))
+    curves: dict[str, FloatArray] = {
+        CEILING: np.stack([pass_at_k(sizes, [sum(map(bool, p.correct)) for p in problems], k) for k in grid], axis=1),
+        MAJORITY: np.array([[maj_at_k(p.votes, p.correct, k) for k in grid] for p in problems]),
+    }
+    for name, per_problem in scores.items():
+        best, vote = np.empty((len(problems), len(grid))), np.empty((len(problems), len(grid)))
+        for i, (problem, own) in enumerate(zip(problems, per_problem, strict=True)):
+            try:
+                best[i] = [best_of_k(own, problem.correct, k) for k in grid]
+                vote[i] = [
+                    weighted_vote_at_k(own, problem.votes, problem.correct, k, seed=seed, key=problem.id) for k in grid
+                ]
+            except DataError as error:
+                raise DataError(f"problem {problem.id!r}, score {name!r}: {error}") from None
+        curves[name], curves[f"{name}_vote"] = best, vote
+    settings: dict[str, Any] = {"level": level, "seed": seed, "n_resamples": n_resamples}
+    pairs = list(combinations([name for name in curves if name != CEILING], 2))
+    differences = tuple(
+        PairedDifference(a, b, k, paired_bootstrap(list(curves[a][:, i]), list(curves[b][:, i]), **settings))
+        for a, b in pairs
+        for i, k in enumerate(grid)
+    )
+    first = next((i for i, k in enumerate(grid) if k > 1), len(grid) - 1)
+    growth = []
+    for a, b in pairs if first < len(grid) - 1 else []:
+        gap = curves[b] - curves[a]
+        growth.append(PairedDifference(a, b, grid[-1], cluster_bootstrap(gap[:, -1] - gap[:, first], **settings)))
+    # Rounding must not make a flat curve prefer a later k.
+    best_at = {name: int(np.argmax(np.round(values.mean(axis=0), 12))) for name, values in curves.items()}
+    return CurveResult(
+        ks=grid,
+        curves={
+            name: tuple(mean_interval(np.clip(column, 0.0, 1.0), **settings) for column in values.T)
+            for name, values in curves.items()
+        },
+        differences=differences,
+        growth=tuple(growth),
+        best_k={name: grid[i] for name, i in best_at.items()},
+        fall={
+            name: cluster_bootstrap(values[:, -1] - values[:, best_at[name]], **settings)
+            for name, values in curves.items()
+        },
+        unscored={name: sum(score is None for own in rows for score in own) for name, rows in scores.items()},
+        problems=len(problems),
+        per_problem=curves,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _missed(n: int, k: int) -> FloatArray:
+    """(n + 1,) probability that a draw of k of n samples holds none of the a highest, a = 0..n."""
+    missed = 1.0 - pass_at_k(n, np.arange(n + 1), k)
+    missed.flags.writeable = False  # shared between callers
+    return missed
+
+
+@lru_cache(maxsize=8)
+def _all_subsets(n: int, k: int) -> FloatArray:
+    members = np.array(list(combinations(range(n), k)))
+    chosen = np.zeros((members.shape[0], n))
+    np.put_along_axis(chosen, members, 1.0, axis=1)
+    chosen.flags.writeable = False
+    return chosen
+
+
+def _subsets(n: int, k: int, seed: int, key: str) -> FloatArray:
+    """(subsets, n) of 0 and 1 with k ones in each row: all of them, or a keyed draw."""
+    if math.comb(n, k) <= MAX_EXACT_SUBSETS:
+        return _all_subsets(n, k)
+    order = generator(seed, "weighted-vote", key, k).random((SUBSET_DRAWS, n)).argsort(axis=1)
+    return np.asarray(order < k, dtype=np.float64)
+
+
+def _ranks(scores: Sequence[float | None], n: int) -> FloatArray:
+    if len(scores) != n:
+        raise DataError(f"{len(scores)} scores for {n} samples: give one for each, None for an unscored one")
+    for index, score in enumerate(scores):
+        if score is not None and not math.isfinite(score):
+            raise DataError(f"sample {index} has score {score!r}: must be finite, or None for an unscored sample")
+    return np.array([-math.inf if score is None else float(score) for score in scores])
+
+
+def _check_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ConfigError(f"k={k} samples of {n} cannot be drawn; it must lie between 1 and {n}")
+
+
+def _check_problems(
+    problems: Sequence[ProblemSamples], ks: Sequence[int], scores: Mapping[str, Sequence[Sequence[float | None]]]
+) -> FloatArray:
+    """Samples per problem, after all checks."""
+    if not problems:
+        raise DataError("a best-of-N curve needs at least one problem")
+    if not ks or min(ks) < 1:
+        raise ConfigError(f"ks={list(ks)} must hold at least one number of samples, each at least 1")
+    names = [CEILING, MAJORITY, *(each for name in scores for each in (name, f"{name}_vote"))]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"methods {names} would share a name: rename the scores, {CEILING!r} and {MAJORITY!r} are taken"
+        )
+    ids = [problem.id for problem in problems]
+    if len(set(ids)) < len(ids):
+        repeated = next(each for each in ids if ids.count(each) > 1)
+        raise DataError(f"problem id {repeated!r} occurs twice", column="id")
+    for name, per_problem in scores.items():
+        if len(per_problem) != len(problems):
+            raise DataError(f"score {name!r} is given for {len(per_problem)} problems, there are {len(problems)}")
+        for problem, own in zip(problems, per_problem, strict=True):
+            if len(own) != len(problem.correct):
+                raise DataError(
+                    f"problem {problem.id!r} has {len(problem.correct)} samples but {len(own)} values of score {name!r}"
+                )
+    for problem in problems:
+        if len(problem.votes) != len(problem.correct):
+            raise DataError(f"problem {problem.id!r}: {len(problem.correct)} verdicts but {len(problem.votes)} votes")
+        if len(problem.correct) < max(ks):
+            raise ConfigError(
+                f"problem {problem.id!r} has {len(problem.correct)} samples, k={max(ks)} needs as many: draw more "
+                "samples or lower k"
+            )
+    return np.array([len(problem.correct) for problem in problems], dtype=np.float64)

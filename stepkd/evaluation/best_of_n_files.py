@@ -1,0 +1,84 @@
+"""Best-of-N from files: rollouts scored by one or several reward models (``stepkd score``) to curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepkd.data.io import read_rows
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.best_of_n import CurveResult, ProblemSamples, bon_curve
+from stepkd.grading import DEFAULT_EXTRACTORS, canonical_answer, extract_answer
+
+Row = Mapping[str, Any]
+
+
+def best_of_n_from_files(
+    files: Mapping[str, str | Path],
+    *,
+    ks: Sequence[int] | None = None,
+    extractors: Sequence[str] = DEFAULT_EXTRACTORS,
+    seed: int = 0,
+) -> CurveResult:
+    """Curves of every scorer on the same rollouts, beside majority and pass@N.
+
+    Args:
+        files: name of a scorer -> file of rollout rows with ``score`` and ``correct``, all of the same rollouts.
+        ks: numbers of samples; None: powers of two up to the samples per problem.
+        extractors: how answers are found for the vote.
+        seed: seed of intervals and drawn subsets.
+
+    Raises:
+        ConfigError: no file, a reserved name, or files of different rollouts.
+        DataError: a row without score or grade, or problems with too few samples.
+    """
+    if not files:
+        raise ConfigError("best-of-N needs at least one file of scored rollouts (stepkd score)")
+    if reserved := sorted(set(files) & {"pass", "majority"}):
+        raise ConfigError(f"a scorer cannot be called {reserved[0]!r}: that is a curve's own name")
+    loaded = {name: _by_key(path) for name, path in files.items()}
+    first_name, first = next(iter(loaded.items()))
+    for name, rows in loaded.items():
+        if set(rows) != set(first):
+            missing = len(set(first) ^ set(rows))
+            raise ConfigError(f"{first_name} and {name} scored different rollouts ({missing} are in one only)")
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key in first:
+        groups.setdefault(key[0], []).append(key)
+    problems = [
+        ProblemSamples(
+            problem,
+            [bool(first[key]["correct"]) for key in keys],
+            [_vote(first[key], extractors) for key in keys],
+        )
+        for problem, keys in groups.items()
+    ]
+    smallest = min(len(keys) for keys in groups.values())
+    chosen = ks or [k for k in (2**i for i in range(20)) if k <= smallest]
+    scores = {name: [[rows[key]["score"] for key in keys] for keys in groups.values()] for name, rows in loaded.items()}
+    return bon_curve(problems, chosen, scores, seed=seed)
+
+
+def _by_key(path: str | Path) -> dict[tuple[str, str], Row]:
+    rows: dict[tuple[str, str], Row] = {}
+    for row, number in read_rows(path):
+        for column in ("score", "correct"):
+            if column not in row:
+                hint = "score it with stepkd score" if column == "score" else "give graded rollouts"
+                raise DataError(f"no {column!r}: {hint}", path=path, line=number, column=column)
+        if not isinstance(row["correct"], bool):
+            raise DataError("the rollout is not graded (correct is null)", path=path, line=number, column="correct")
+        problem = str(row.get("problem_id", row.get("prompt")))
+        key = (problem, str(row.get("sample", row.get("id", number))))
+        if key in rows:
+            raise DataError(f"sample {key[1]} of problem {key[0]!r} occurs twice", path=path, line=number)
+        rows[key] = row
+    return rows
+
+
+def _vote(row: Row, extractors: Sequence[str]) -> str | None:
+    if row["correct"] and row.get("answer") is not None:
+        return canonical_answer(str(row["answer"]))
+    found = extract_answer(str(row.get("completion", "")), extractors)
+    return canonical_answer(found) if found is not None else None

@@ -1,0 +1,179 @@
+"""Figures of the metrics, as SVG or PNG: the same result gives the same file, byte for byte.
+
+Every function takes the plain dict of a result (``to_dict()``, also after a round trip through JSON). Matplotlib is
+imported only when a figure is drawn. Colours are those of Okabe & Ito, told apart by colour-blind readers; line styles
+and markers repeat the difference.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.disk import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+GREY = "#666666"
+_STYLE = {
+    **{"svg.hashsalt": "stepkd", "svg.fonttype": "none", "font.size": 10.0},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3},
+}
+
+
+def reliability_diagram(result: Mapping[str, Any], path: str | Path) -> Path:
+    """Accuracy against confidence per bin, with the counts below.
+
+    Args:
+        result: ``CalibrationReport.to_dict()``.
+        path: where to write, ``.svg`` or ``.png``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: another suffix, or matplotlib is not installed.
+        DataError: the dict lacks what the figure shows.
+        StepkdError: the file cannot be written.
+    """
+    bins = _part(result, "bins", "a calibration report")
+
+    def draw(figure: Figure) -> None:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfect calibration")
+        filled = [each for each in bins if each["count"]]
+        upper.plot(
+            [each["confidence"] for each in filled],
+            [each["accuracy"] for each in filled],
+            color=COLOURS[0],
+            marker=MARKERS[0],
+            label="scores",
+        )
+        upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share of right labels")
+        ece, n = _number(result, "ece"), result.get("n", sum(each["count"] for each in bins))
+        upper.set_title(f"Reliability (n = {n}, ECE {ece})")
+        figure.legend(loc="outside lower center", ncols=2)
+        _bars(lower, [(each["low"], each["high"]) for each in bins], [each["count"] for each in bins], COLOURS[0], None)
+        lower.set(xlabel="score", ylabel="count")
+
+    return _write(draw, path, size=(5.0, 5.5))
+
+
+def argmin_histogram(result: Mapping[str, Any], path: str | Path) -> Path:
+    """Where the lowest step score falls, against what a random place would give.
+
+    Args:
+        result: ``ArgminPositions.to_dict()``.
+        path, returns and errors: as in `reliability_diagram`.
+    """
+    edges, observed, expected = (
+        _part(result, name, "the positions of the lowest score") for name in ("edges", "observed", "expected")
+    )
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _bars(axes, list(pairwise(edges)), observed, COLOURS[0], "observed")
+        axes.stairs(expected, edges, color=COLOURS[1], linestyle="--", linewidth=2, label="random place")
+        share, chance = _number(result, "share_last"), result.get("expected_last")
+        beside = "" if chance is None else f" (random {chance:.3f})"
+        axes.set_title(f"Lowest score at the last step: {share}{beside}")
+        axes.set(xlim=(0, 1), xlabel="relative position of the lowest step score", ylabel="solutions")
+        figure.legend(loc="outside lower center", ncols=2)
+
+    return _write(draw, path, size=(6.0, 4.0))
+
+
+def best_of_n_figure(result: Mapping[str, Any], path: str | Path) -> Path:
+    """Accuracy against the number of samples, one line and interval band per method.
+
+    Args:
+        result: ``CurveResult.to_dict()``.
+        path, returns and errors: as in `reliability_diagram`.
+    """
+    ks = _part(result, "ks", "a best-of-N curve")
+    curves = _part(result, "curves", "a best-of-N curve")
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for i, (name, curve) in enumerate(curves.items()):
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(
+                ks,
+                [point["value"] for point in curve],
+                color=colour,
+                marker=MARKERS[i % len(MARKERS)],
+                linestyle=LINES[i % len(LINES)],
+                label=f"{name}@N (ceiling)" if name == "pass" else name,
+            )
+            bounded = [(k, point) for k, point in zip(ks, curve, strict=True) if point["low"] is not None]
+            axes.fill_between(
+                [k for k, _ in bounded],
+                [point["low"] for _, point in bounded],
+                [point["high"] for _, point in bounded],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ks, [str(k) for k in ks])
+        axes.minorticks_off()
+        axes.set(xlabel="samples N", ylabel="accuracy")
+        axes.set_title(f"Best of N over {result['problems']} problems" if "problems" in result else "Best of N")
+        figure.legend(loc="outside right center")
+
+    return _write(draw, path, size=(7.5, 4.5))
+
+
+def _bars(axes: Axes, spans: list[tuple[float, float]], heights: Any, colour: str, label: str | None) -> None:
+    axes.bar(
+        [low for low, _ in spans],
+        heights,
+        width=[high - low for low, high in spans],
+        align="edge",
+        color=colour,
+        edgecolor="white",
+        label=label,
+    )
+
+
+def _part(result: Mapping[str, Any], name: str, what: str) -> Any:
+    if not result.get(name):
+        found = ", ".join(map(str, result)) or "nothing"
+        raise DataError(f"this is not the dict of {what}: {name!r} is missing or empty, found {found}")
+    return result[name]
+
+
+def _number(result: Mapping[str, Any], name: str) -> str:
+    value = (result.get(name) or {}).get("value")
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _write(draw: Any, path: str | Path, *, size: tuple[float, float]) -> Path:
+    path = Path(path)
+    kind = path.suffix.lower().lstrip(".")
+    if kind not in ("svg", "png"):
+        raise ConfigError(f"cannot write a figure to {path}: its name must end in .svg or .png")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(f'figures need matplotlib ({error}): pip install "matplotlib>=3.10"') from None
+    content = io.BytesIO()
+    # A bare Figure draws with Agg or the SVG writer, whatever backend is set: no display, no global state.
+    # The user's own style is left out of it; the backend is not part of a style.
+    style: dict[Any, Any] = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+    with matplotlib.rc_context(style | _STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    write_atomically(path, content.getvalue())
+    return path

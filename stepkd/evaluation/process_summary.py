@@ -1,0 +1,146 @@
+"""Step scores of labelled sets to one summary: ProcessBench F1, calibration, argmin positions, baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.argmin_positions import argmin_positions
+from stepkd.evaluation.calibration_metrics import calibration_report
+from stepkd.evaluation.intervals import Interval
+from stepkd.evaluation.manifest import RESULTS_NAME
+from stepkd.evaluation.process_metrics import f1_difference, predicted_first_error, processbench_f1
+from stepkd.evaluation.process_threshold import always_positive_baseline, random_baseline, tune_threshold
+from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
+from stepkd.evaluation.store import read_rows
+
+Row = Mapping[str, Any]
+_RANDOM_GRID = tuple(np.round(np.arange(0.02, 1.0, 0.02), 2))
+
+
+def step_label(label: bool | int | float | None) -> bool | None:
+    """Right or wrong: ratings of 0 (neutral) count as right, soft labels from 0.5 on."""
+    if label is None or isinstance(label, bool):
+        return label
+    return label >= 0 if isinstance(label, int) else label >= 0.5
+
+
+def first_error(labels: Sequence[bool | int | float | None]) -> int:
+    """Index of the first step labelled wrong, -1 when there is none."""
+    return next((i for i, label in enumerate(labels) if step_label(label) is False), -1)
+
+
+def summarise_process(
+    results: Sequence[Row], *, threshold: float = 0.5, tune_on: str | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """All numbers of one evaluation of a step scorer.
+
+    Args:
+        results: rows of ``results.jsonl``.
+        threshold: the fixed threshold.
+        tune_on: name of the set whose F1 decides the tuned threshold; None for none. On that set itself the tuned F1
+            is optimistic, and marked so.
+        seed: seed of the intervals.
+
+    Returns:
+        JSON values: ``sets`` (one entry per set), ``tuned_threshold`` and settings. Solutions with a step that has no
+        score (cut off by the context) are left out of every metric and counted.
+    """
+    sets: dict[str, list[Row]] = {}
+    for row in results:
+        sets.setdefault(row["set"], []).append(row)
+    whole = {name: [row for row in rows if None not in row["scores"]] for name, rows in sets.items()}
+    tuned = random_threshold = None
+    if tune_on is not None:
+        rows = whole[tune_on]
+        labels = [row["first_error"] for row in rows]
+        tuned = tune_threshold([row["scores"] for row in rows], labels)
+        steps = [len(row["scores"]) for row in rows]
+        random_threshold = max(
+            _RANDOM_GRID, key=lambda value: random_baseline(labels, steps, threshold=value, draws=50, seed=seed).f1
+        )
+    summary: dict[str, Any] = {
+        "kind": "process",
+        "threshold": threshold,
+        "tuned_on": tune_on,
+        "tuned_threshold": None if tuned is None else tuned.threshold,
+        "sets": {},
+    }
+    for name, rows in whole.items():
+        if not rows:
+            raise DataError(f"no solution of {name!r} has a score for each of its steps: the context is too short")
+        section = _section(rows, threshold, seed)
+        section["unscored_solutions"] = len(sets[name]) - len(rows)
+        if tuned is not None:
+            section["tuned"] = _f1(rows, tuned.threshold, seed) | {"optimistic": name == tune_on}
+            labels, steps = [row["first_error"] for row in rows], [len(row["scores"]) for row in rows]
+            drawn = random_baseline(labels, steps, threshold=float(random_threshold or 0.5), seed=seed)
+            section["baselines"]["random, tuned"] = asdict(drawn)
+        summary["sets"][name] = section
+    return summary
+
+
+def _section(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
+    scores, labels = [row["scores"] for row in rows], [row["first_error"] for row in rows]
+    problems = [str(row["prompt"]) for row in rows]
+    section: dict[str, Any] = {
+        "solutions": len(rows),
+        "fixed": _f1(rows, threshold, seed),
+        "baselines": {
+            "always positive": always_positive_baseline(labels, seed=seed).to_dict(),
+            "random": asdict(random_baseline(labels, [len(s) for s in scores], threshold=threshold, seed=seed)),
+        },
+        "argmin": argmin_positions(scores, problems=problems, seed=seed).to_dict(),
+    }
+    steps = labelled_steps(scores, [row["labels"] for row in rows], problems=problems, up_to_first_error=True)
+    section["steps"] = step_metrics(steps, threshold=threshold, seed=seed).to_dict()
+    calibration = calibration_report(steps.scores, steps.labels, problems=steps.problems, seed=seed)
+    section["calibration"] = calibration.to_dict()
+    return section
+
+
+def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
+    predictions = [predicted_first_error(row["scores"], threshold) for row in rows]
+    result = processbench_f1(predictions, [row["first_error"] for row in rows], seed=seed)
+    return result.to_dict() | {"threshold": threshold}
+
+
+def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
+    """F1 of B minus F1 of A on the solutions both scored, per set and threshold rule, with intervals.
+
+    Args:
+        a, b: two folders of :func:`~stepkd.evaluation.process_runner.evaluate_process`.
+        summaries: their summaries.
+        seed: seed of the intervals.
+
+    Returns:
+        ``"<set>, fixed"`` and ``"<set>, tuned"`` -> difference.
+
+    Raises:
+        ConfigError: no set in common.
+    """
+    sides = [{row["id"]: row for row in read_rows(Path(folder) / RESULTS_NAME)} for folder in (a, b)]
+    shared = [i for i in sides[0] if i in sides[1] and not any(None in side[i]["scores"] for side in sides)]
+    if not shared:
+        raise ConfigError(f"{a} and {b} have no scored solution in common: evaluate both on the same data")
+    differences: dict[str, Interval] = {}
+    for name in dict.fromkeys(sides[0][i]["set"] for i in shared):
+        ids = [i for i in shared if sides[0][i]["set"] == name]
+        labels = [sides[0][i]["first_error"] for i in ids]
+        for rule, key in (("fixed", "threshold"), ("tuned", "tuned_threshold")):
+            thresholds = [summary[key] for summary in summaries]
+            if None in thresholds:
+                continue
+            predictions = [
+                [predicted_first_error(side[i]["scores"], value) for i in ids]
+                for side, value in zip(sides, thresholds, strict=True)
+            ]
+            found = f1_difference(predictions[0], predictions[1], labels, seed=seed)
+            if found is not None:
+                differences[f"{name}, {rule}"] = found
+    return differences

@@ -1,0 +1,186 @@
+"""Temperature scaling of scores (Guo et al. 2017, arXiv 1706.04599), fitted on held-out labels.
+
+The scaled score is ``sigmoid(logit(score) / T)``. The order of the scores does not change, nor does which are above
+0.5: only how sure they are. Fit on data the scorer was not trained on, and not on the set it is judged on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.launch.rundir import write_json
+
+CLIP = 1e-6
+"""Scores are clipped to [CLIP, 1 - CLIP] before their logit is taken: exactly 0 and 1 have none."""
+LOWEST, HIGHEST = 0.01, 100.0
+"""Bounds of the fitted temperature."""
+FORMAT, VERSION = "stepkd-temperature-scaling", 1
+
+
+@dataclass(frozen=True)
+class TemperatureScaling:
+    """A fitted temperature, and what it did to the data it was fitted on."""
+
+    temperature: float
+    """T in [0.01, 100]: above 1 for over-confident scores, below 1 for timid ones."""
+    nll_before: float
+    """Mean negative log-likelihood per label at T = 1, in nats."""
+    nll_after: float
+    """The same at the fitted temperature; never larger."""
+    n: int
+    """Labels it was fitted on."""
+
+    def __post_init__(self) -> None:
+        if not LOWEST <= self.temperature <= HIGHEST:
+            raise ConfigError(f"temperature={self.temperature!r} must lie between {LOWEST} and {HIGHEST}")
+
+    @property
+    def at_bound(self) -> bool:
+        """Whether the optimum lies outside the bounds.
+
+        At 0.01 the scores separate the labels without an error; at 100 they say nothing about the labels, or the
+        contrary.
+        """
+        return self.temperature in (LOWEST, HIGHEST)
+
+    def apply(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """Scale scores.
+
+        Args:
+            scores: numbers in [0, 1] of any shape; NaN (no score) stays NaN.
+
+        Returns:
+            Scaled scores in (0, 1), same shape.
+
+        Raises:
+            DataError: a score outside [0, 1].
+        """
+        values = np.asarray(scores, dtype=np.float64)
+        _check_range(values)
+        return np.asarray(_sigmoid(_logit(values) / self.temperature), dtype=np.float64)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit as JSON; a reader sees the old file or the new, never a part.
+
+        Raises:
+            StepkdError: the file cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self)})
+        except OSError as error:
+            raise StepkdError(f"cannot write {path}: {error.strerror or error}; an earlier file is intact") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> TemperatureScaling:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: no such file, not such a file, or written by a newer version.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror or error}", path=path) from None
+        except ValueError as error:
+            raise DataError(f"is not JSON: {error}", path=path) from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise DataError(f"is no temperature fit of stepkd: its format must be {FORMAT!r}", path=path)
+        if data.get("version") != VERSION:
+            raise DataError(
+                f"has version {data.get('version')!r}, this stepkd reads {VERSION}: fit again, or update", path=path
+            )
+        try:
+            numbers = {name: float(data[name]) for name in ("temperature", "nll_before", "nll_after")}
+            return cls(**numbers, n=int(data["n"]))
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            raise DataError(f"is damaged ({type(error).__name__}: {error}): fit again", path=path) from None
+
+
+def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureScaling:
+    """Fit the temperature that makes the labels most likely.
+
+    The negative log-likelihood is convex in 1/T, so the root of its slope is found by bisection: no start value, no
+    learning rate.
+
+    Args:
+        scores: (n,) numbers in [0, 1], none missing; clipped to [1e-6, 1 - 1e-6].
+        labels: (n,) 0 or 1 (bool), both present.
+
+    Returns:
+        The fit; `TemperatureScaling.at_bound` tells that there was no optimum within [0.01, 100].
+
+    Raises:
+        DataError: different lengths, no data, a missing or impossible score, a label that is not 0 or 1, only one
+            class, or all scores 0.5.
+    """
+    values, targets = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if values.ndim != 1 or values.shape != targets.shape or values.size == 0:
+        raise DataError(
+            f"temperature scaling needs as many labels as scores and at least one, got shapes {values.shape} and "
+            f"{targets.shape}"
+        )
+    if np.isnan(values).any():
+        raise DataError(f"score {int(np.isnan(values).argmax())} is missing (NaN): leave unscored steps out of the fit")
+    _check_range(values)
+    strange = ~np.isin(targets, (0.0, 1.0))
+    if strange.any():
+        where = int(strange.argmax())
+        raise DataError(f"label {where} is {targets[where]}: temperature scaling needs labels 0 and 1")
+    if targets.min() == targets.max():
+        raise DataError(
+            f"all {targets.size} labels are {int(targets[0])}: a temperature cannot be fitted on one class; "
+            "use held-out data with right and wrong steps"
+        )
+    logits = _logit(values)
+    if not logits.any():
+        raise DataError("all scores are 0.5: no temperature changes them")
+    temperature = _root(logits, targets)
+    before, after = _nll(logits, targets), _nll(logits / temperature, targets)
+    return TemperatureScaling(temperature, before, after, int(values.size))
+
+
+def _root(logits: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
+    """Temperature where d NLL / d(1/T) = sum logit * (sigmoid(logit/T) - label) is 0; it falls as T grows."""
+
+    def slope(log_t: float) -> float:
+        return float((logits * (_sigmoid(logits / math.exp(log_t)) - targets)).sum())
+
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    if slope(low) <= 0:
+        return LOWEST
+    if slope(high) >= 0:
+        return HIGHEST
+    for _ in range(60):  # halves ln(10^4) to below one float64 spacing
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def _nll(logits: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
+    return float(np.mean(np.logaddexp(0.0, logits) - targets * logits))
+
+
+def _logit(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    clipped = np.clip(values, CLIP, 1.0 - CLIP)
+    return np.asarray(np.log(clipped) - np.log1p(-clipped), dtype=np.float64)
+
+
+def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):  # NaN is a missing score and stays one
+        return np.asarray(np.exp(-np.logaddexp(0.0, -logits)), dtype=np.float64)
+
+
+def _check_range(values: NDArray[np.float64]) -> None:
+    outside = (values < 0) | (values > 1)
+    if outside.any():
+        where = int(outside.reshape(-1).argmax())
+        raise DataError(f"score {where} is {values.reshape(-1)[where]}: scores are probabilities in [0, 1]")

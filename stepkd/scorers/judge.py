@@ -1,0 +1,313 @@
+"""A language model asked, step by step, whether the step is right: the baseline that needs no training.
+
+The score is P(yes) / (P(yes) + P(no)) of the next token, as in P(True) (Kadavath et al. 2022, arXiv 2207.05221) and in
+KG-RAR's prompted reward model. The wording of the question is ours.
+
+The text of step k+1's question goes on where the text of step k ended, so a solution is read once; every question is a
+short continuation that sees the solution up to its step.
+
+Axes: B rows, T padded length, S questions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.losses.prm import label_token_logps
+from stepkd.models.head import evaluation_mode
+from stepkd.models.policy import Policy
+from stepkd.rollout.decode import Decoder
+from stepkd.rollout.gaps import gap_limit
+from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.prefix import continue_rows, packed, padded_right
+from stepkd.scorers.prm import calibrated, check_limits, longest, not_numbers, policy_provenance
+from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.steps import marker_token_id
+
+JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
+"""Chat style asks as a user; plain style ends where the answer begins."""
+QUESTION = "Is step {step} right, given the problem and the steps before it? Answer Yes or No."
+YES = ("Yes", " Yes", "yes", " yes")
+NO = ("No", " No", "no", " no")
+_PLACE = "<<<the steps go here>>>"
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One solution with its questions."""
+
+    name: str
+    """Its problem's id, for messages."""
+    head: Ids
+    """Everything before the first step."""
+    steps: tuple[Ids, ...]
+    """Ids of the steps that are judged."""
+    questions: tuple[Ids, ...]
+    """Ids of each step's question."""
+    total: int
+    """Number of steps, those that do not fit included."""
+
+    @property
+    def cuts(self) -> list[int]:
+        """Tokens of head and steps that each question sees."""
+        ends, end = [], len(self.head)
+        for step in self.steps:
+            end += len(step)
+            ends.append(end)
+        return ends
+
+    @property
+    def solution(self) -> Ids:
+        """All steps."""
+        return tuple(token for step in self.steps for token in step)
+
+
+class PromptedJudge:
+    """Scores steps by asking a language model about each.
+
+    Args:
+        policy: the model, any causal language model; in evaluation mode while it judges.
+        template: how the question is put: the text built from problem and steps is the template's ``{prompt}``.
+        question: asked behind the steps; must hold ``{step}``, the step's number from 1.
+        yes, no: surface forms whose probabilities are added up, in pairs; None: the usual pairs of single tokens.
+        reference: show the row's ``solution`` (else its ``answer``) to the model.
+        max_length: longest question with all before it in tokens, at least 2; None: the model's context. Steps beyond
+            it are not scored.
+        max_rows: most rows in one forward pass, at least 1.
+        shared_prefix: read each problem and solution once; False reads them again for every step (the same scores), and
+            so it is done where the model's attention does not allow the other (a sliding window that is too short).
+        temperature: scaling of the scores, fitted on held-out labels.
+        name: what to call the model in the provenance; None: its path.
+
+    Attributes:
+        tokens: tokens read so far, without padding: ``prompt``, ``solution`` and ``question``.
+
+    Raises:
+        ConfigError: a form that is not one token, no usable pair of forms, a question without ``{step}``, or a number
+            out of range.
+    """
+
+    meaning: Meaning = "correctness"
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        template: str | PromptTemplate = JUDGE_TEMPLATE,
+        question: str = QUESTION,
+        yes: Sequence[str] | None = None,
+        no: Sequence[str] | None = None,
+        reference: bool = False,
+        max_length: int | None = None,
+        max_rows: int = 32,
+        shared_prefix: bool = True,
+        temperature: TemperatureScaling | None = None,
+        name: str | None = None,
+    ) -> None:
+        check_limits(max_length, max_rows)
+        if question.count("{step}") != 1:
+            raise ConfigError(f"the judge's question must hold {{step}} once, found {question!r}")
+        self.policy = policy
+        self.tokenizer = policy.tokenizer
+        self.template = get_template(template)
+        self.question = question
+        self.yes_ids, self.no_ids = answer_ids(policy.tokenizer, yes, no)
+        self.reference = reference
+        self.max_length = longest(policy, max_length)
+        self.max_rows = max_rows
+        self.shared_prefix = shared_prefix
+        self.temperature = temperature
+        self.name = name
+        self.tokens: Counter[str] = Counter()
+
+    @torch.no_grad()
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        """Score every step; see :class:`~stepkd.scorers.scorer.StepScorer`.
+
+        Raises:
+            DataError: no prompt, a solution without steps, an empty step, or no reference to show.
+            ModelError: the model's probabilities are not numbers.
+        """
+        cases = [[self._case(problem, steps) for steps in problem.solutions] for problem in problems]
+        scores: dict[int, list[float]] = {}
+        groups = [[case for case in group if case.steps] for group in cases]
+        groups = sorted((group for group in groups if group), key=lambda group: -len(group[0].head))
+        decoder = Decoder(self.policy, max_rows=self.max_rows)
+        with evaluation_mode(self.policy):
+            gaps = gap_limit(decoder) if self.shared_prefix else None
+            for block in packed([len(group) for group in groups], self.max_rows):
+                chosen = [groups[g] for g in block]
+                if gaps is not None and gaps.allows(_width(chosen)):
+                    scores |= self._shared(decoder, chosen)
+                else:
+                    scores |= self._apart([case for group in chosen for case in group])
+        return [
+            [scores.get(id(case), []) + [math.nan] * (case.total - len(case.steps)) for case in group]
+            for group in cases
+        ]
+
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
+        forms = {"yes": list(self.yes_ids), "no": list(self.no_ids)}
+        asked = {"scorer": "judge", "question": self.question, "reference": self.reference, "answer_ids": forms}
+        return asked | policy_provenance(self)
+
+    def _case(self, problem: Solutions, steps: Sequence[str]) -> _Case:
+        name = str(problem.row.get("id", "?"))
+        if not steps or any(not step.strip() for step in steps):
+            raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
+        rendered = self.template.render({**problem.row, "prompt": self._text(problem.row, name)}, self.tokenizer)
+        before, _, behind = rendered.partition(_PLACE)
+        head = self._head_ids(before)
+        step_ids = [self._ids(f"{_numbered(step.strip(), k)}\n") for k, step in enumerate(steps, start=1)]
+        asked = [self._ids(f"\n{self.question.replace('{step}', str(k))}{behind}") for k in range(1, len(steps) + 1)]
+        kept, end = 0, len(head)
+        for step, question in zip(step_ids, asked, strict=True):
+            end += len(step)
+            if end + len(question) > self.max_length:
+                break
+            kept += 1
+        return _Case(name, head, tuple(step_ids[:kept]), tuple(asked[:kept]), len(steps))
+
+    def _text(self, row: Any, name: str) -> str:
+        """Problem and reference, with a place for the steps."""
+        prompt = row.get("prompt")
+        if isinstance(prompt, list):
+            prompt = "\n\n".join(str(message["content"]) for message in prompt)
+        if not prompt:
+            raise DataError("the row has no problem to show to the judge", path=name, column="prompt")
+        shown = ""
+        if self.reference:
+            known = [(what, row[what]) for what in ("solution", "answer") if row.get(what)]
+            if not known:
+                raise DataError(
+                    "the judge was asked to show a reference, and the row has neither 'solution' nor 'answer'",
+                    path=name,
+                )
+            shown = f"Reference {known[0][0]}:\n{str(known[0][1]).strip()}\n\n"
+        return f"Problem:\n{prompt.strip()}\n\n{shown}Solution:\n{_PLACE}"
+
+    def _ids(self, text: str) -> Ids:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _head_ids(self, text: str) -> Ids:
+        own = self._ids(text)
+        if not self.template.adds_special_tokens(self.tokenizer):
+            return own
+        whole = tuple(self.tokenizer(text, add_special_tokens=True)["input_ids"])
+        lead = next((n for n in range(len(whole)) if whole[n : n + len(own)] == own), 0)
+        return whole[:lead] + own  # what some tokenizers put behind every text is left out
+
+    def _shared(self, decoder: Decoder, groups: list[list[_Case]]) -> dict[int, list[float]]:
+        """Heads once, solutions once behind them, then every question on a copy of its solution's cache."""
+        heads = [group[0].head for group in groups]
+        self.tokens["prompt"] += sum(map(len, heads))
+        read = decoder.read(heads, padding="left")
+        rows = [(g, case) for g, group in enumerate(groups) for case in sorted(group, key=lambda c: -len(c.solution))]
+        scores: dict[int, list[float]] = {}
+        for start in range(0, len(rows), self.max_rows):
+            sources, cases = zip(*rows[start : start + self.max_rows], strict=True)
+            self.tokens["solution"] += sum(len(case.solution) for case in cases)
+            solved = continue_rows(decoder, read, sources, [case.solution for case in cases])
+            asked = [
+                (b, cut, question)
+                for b, case in enumerate(cases)
+                for cut, question in zip(case.cuts, case.questions, strict=True)
+            ]
+            for first in range(0, len(asked), self.max_rows):
+                owners, cuts, questions = zip(*asked[first : first + self.max_rows], strict=True)
+                self.tokens["question"] += sum(map(len, questions))
+                hidden_BTH = continue_rows(decoder, solved, owners, questions, cuts=cuts).hidden_PTH
+                names = [cases[b].name for b in owners]
+                for b, score in zip(owners, self._answers(hidden_BTH, questions, names), strict=True):
+                    scores.setdefault(id(cases[b]), []).append(score)
+        return scores
+
+    def _apart(self, cases: list[_Case]) -> dict[int, list[float]]:
+        """Every question with all before it."""
+        scores: dict[int, list[float]] = {}
+        rows = []
+        for case in cases:
+            whole = case.head + case.solution
+            for cut, question in zip(case.cuts, case.questions, strict=True):
+                rows.append((case, whole[:cut] + question))
+                self.tokens["prompt"] += len(case.head)
+                self.tokens["solution"] += cut - len(case.head)
+                self.tokens["question"] += len(question)
+        for start in range(0, len(rows), self.max_rows):
+            owners, texts = zip(*rows[start : start + self.max_rows], strict=True)
+            hidden_BTH = self.policy.hidden(*padded_right(self.policy, texts))
+            names = [case.name for case in owners]
+            for case, score in zip(owners, self._answers(hidden_BTH, texts, names), strict=True):
+                scores.setdefault(id(case), []).append(score)
+        return scores
+
+    def _answers(self, hidden_BTH: Tensor, rows: Sequence[Ids], names: Sequence[str]) -> list[float]:
+        """P(yes) against P(no) behind each row's last token."""
+        last_B = torch.tensor([len(row) - 1 for row in rows], device=hidden_BTH.device)
+        hidden_SH = hidden_BTH[torch.arange(len(rows), device=hidden_BTH.device), last_B]
+        logps_SC = label_token_logps(self.policy.head, hidden_SH, [*self.no_ids, *self.yes_ids])
+        yes_S = logps_SC[:, len(self.no_ids) :].double().exp().sum(-1).cpu()
+        if torch.isnan(yes_S).any():
+            raise ModelError(not_numbers(names[int(torch.isnan(yes_S).nonzero()[0])]))
+        return calibrated(yes_S.clamp(0, 1).tolist(), self.temperature)
+
+
+def answer_ids(
+    tokenizer: Any, yes: Sequence[str] | None = None, no: Sequence[str] | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids of the answers.
+
+    Args:
+        tokenizer: the model's.
+        yes, no: forms to use, as many of each, every one a single token; None: :data:`YES` and :data:`NO`, pairs of
+            which one is not a single token left out, so that neither answer has more forms than the other.
+
+    Returns:
+        Ids of yes and of no, without repetitions.
+
+    Raises:
+        ConfigError: a given form is not one token, only one of the two is given, or no default pair is left.
+    """
+    if (yes is None) != (no is None) or (yes is not None and no is not None and (not yes or len(yes) != len(no))):
+        raise ConfigError(f"the judge needs as many forms of yes as of no, found yes={yes!r} and no={no!r}")
+    pairs: list[tuple[int, int]] = []
+    for positive, negative in zip(yes or YES, no or NO, strict=True):
+        try:
+            pairs.append((marker_token_id(tokenizer, positive), marker_token_id(tokenizer, negative)))
+        except ConfigError as error:
+            if yes is not None:
+                raise ConfigError(f"an answer of the judge must be one token: {error}") from None
+    if not pairs:
+        raise ConfigError(
+            f"this tokenizer has none of {list(YES)} and {list(NO)} as single tokens, so the model cannot be asked for "
+            "a yes or a no in one token: give forms that it has (yes=, no=), or another model"
+        )
+    yes_ids, no_ids = (tuple(dict.fromkeys(ids)) for ids in zip(*pairs, strict=True))
+    if set(yes_ids) & set(no_ids):
+        raise ConfigError(f"yes and no share a token of this tokenizer: {yes or YES} and {no or NO}")
+    return yes_ids, no_ids
+
+
+def _numbered(step: str, number: int) -> str:
+    """The step with its number in front, unless it says it itself."""
+    return step if re.match(rf"(?i)step {number}\b", step) else f"Step {number}: {step}"
+
+
+def _width(groups: list[list[_Case]]) -> int:
+    """Cached positions of a block and its longest question, padding included."""
+    cases = [case for group in groups for case in group]
+    asked = max(len(question) for case in cases for question in case.questions)
+    return max(len(case.head) for case in cases) + max(len(case.solution) for case in cases) + asked

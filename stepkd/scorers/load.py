@@ -1,0 +1,200 @@
+"""A scorer from one command-line word."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+
+from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
+from stepkd.errors import ConfigError, nearest
+from stepkd.models.checkpoint import find_checkpoint, load_trained
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.step_head_io import step_head_from_dict
+from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.checker import CheckerScorer
+from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
+from stepkd.scorers.prm import PRMScorer
+from stepkd.scorers.published import PublishedKind, load_published, recognise
+from stepkd.scorers.scorer import StepScorer
+
+ScorerKind = Literal["prm", "judge", "checker", "math-shepherd", "qwen-prm", "trl"]
+SCORER_KINDS: dict[str, str] = {
+    "prm": "a reward model of stepkd: run folder, checkpoint, export, or a plain model with a head setting",
+    "judge": "any language model, asked whether each step is right",
+    "checker": "the exact checker of the tiny world",
+    "math-shepherd": "a published model with the layout of math-shepherd-mistral-7b-prm",
+    "qwen-prm": "a published model with the layout of Qwen2.5-Math-PRM",
+    "trl": "a token classification model trained by TRL's PRMTrainer",
+}
+"""Kinds of scorers by the word before the colon."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerOptions:
+    """How a scorer is loaded and run; what a kind has no use for is refused, not ignored."""
+
+    template: str | PromptTemplate | None = None
+    """Prompt template; None: that of the run, of the published model, or of the judge. A judge takes no built-in one:
+    those ask for a solution."""
+    head: StepHeadSpec | None = None
+    """How a plain model scores steps (``prm``)."""
+    reference: bool = False
+    """Show the gold solution to the model (``judge``)."""
+    separator: str | None = None
+    """Separator it was trained with (``trl``); None: a newline."""
+    dtype: str | None = None
+    """Weights' dtype; None: as stored."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one."""
+    attention: str | None = None
+    """Attention implementation; None lets transformers choose."""
+    max_length: int | None = None
+    """Longest row in tokens; None: the model's context."""
+    max_rows: int = 32
+    """Most rows in one forward pass."""
+    shared_prefix: bool = True
+    """Read what rows have in common once."""
+    temperature: TemperatureScaling | None = None
+    """Scaling of the scores."""
+
+
+def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
+    """Load a scorer.
+
+    Args:
+        text: ``judge:MODEL``, ``checker``, ``prm:PATH``, ``math-shepherd:PATH``, ``qwen-prm:PATH``, ``trl:PATH``; or a
+            path or hub id alone, whose kind is told from what is there.
+        options: see :class:`ScorerOptions`.
+
+    Raises:
+        ConfigError: an unknown kind, an option that the kind has no use for, no template to be found, or an
+            impossible device.
+        ModelError: nothing loadable there, or a model without a step head.
+    """
+    options = options or ScorerOptions()
+    kind, path = _split(text)
+    _check_options(kind, options)
+    if kind == "checker":
+        return CheckerScorer()
+    device = pick_device(options.device)
+    common: dict[str, Any] = {
+        name: getattr(options, name) for name in ("max_length", "max_rows", "shared_prefix", "temperature")
+    }
+    scorer: PRMScorer | PromptedJudge
+    if kind == "judge":
+        policy = load_trained(path, dtype=options.dtype, attention=options.attention)
+        asked = JUDGE_TEMPLATE if options.template is None else options.template
+        scorer = PromptedJudge(policy, template=asked, reference=options.reference, name=path, **common)
+    elif kind in get_args(PublishedKind):
+        if options.separator is not None:
+            common["separator"] = options.separator
+        scorer = load_published(
+            path,
+            cast(PublishedKind, kind),
+            dtype=options.dtype,
+            attention=options.attention,
+            template=options.template,
+            **common,
+        )
+    else:
+        policy = load_trained(path, dtype=options.dtype, attention=options.attention)
+        if options.head is not None:
+            policy.attach_step_head(options.head)
+        policy.require_step_head()
+        template = run_template(path) if options.template is None else get_template(options.template)
+        if template is None:
+            raise ConfigError(
+                f"{path} does not say which prompt template it was trained with: give one (--template "
+                f"{', '.join(TEMPLATES)})"
+            )
+        scorer = PRMScorer(policy, template=template, name=path, **common)
+    scorer.policy.to(device)
+    return scorer
+
+
+def parse_head(text: str) -> StepHeadSpec:
+    """Read a head setting from JSON, as in ``step_head.json``.
+
+    Raises:
+        ConfigError: not a JSON object, unknown keys, or settings that contradict each other.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the head setting is not JSON ({error}): {text!r}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f'the head setting must be a JSON object such as {{"kind": "label_tokens"}}, found {text!r}')
+    try:
+        return step_head_from_dict(values)
+    except Exception as error:  # unknown keys, values of a wrong type
+        raise ConfigError(f"the head setting {text!r} cannot be used: {error}") from error
+
+
+def run_template(path: str) -> PromptTemplate | None:
+    """The prompt template in the ``config.yaml`` of a run; None when there is no run or it names none."""
+    checkpoint = find_checkpoint(Path(path).expanduser())
+    if checkpoint is None:
+        return None
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    if not (folder / "config.yaml").is_file():
+        return None
+    import yaml
+
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    value = (config or {}).get("data", {}).get("init_args", {}).get("template")
+    if isinstance(value, Mapping):
+        return PromptTemplate(**value.get("init_args", value))
+    return None if value is None else get_template(value)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ConfigError: not a device, or one that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r}: must be auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def _split(text: str) -> tuple[ScorerKind, str]:
+    """Kind and path of a scorer's text."""
+    word, colon, path = text.partition(":")
+    if text == "checker":
+        return "checker", ""
+    if colon and "/" not in word and "." not in word and not Path(text).exists():
+        if word not in SCORER_KINDS or word == "checker":
+            raise ConfigError(
+                f"unknown kind of scorer {word!r} in {text!r}.{nearest(word, SCORER_KINDS)} Known: "
+                f"{', '.join(SCORER_KINDS)} (checker stands alone)"
+            )
+        if not path:
+            raise ConfigError(f"{text!r} names no model: write {word}:PATH")
+        return cast(ScorerKind, word), path
+    own = (Path(text).expanduser() / "step_head.json").is_file() or find_checkpoint(Path(text).expanduser()) is not None
+    return cast(ScorerKind, ("prm" if own else recognise(text)) or "prm"), text
+
+
+def _check_options(kind: ScorerKind, options: ScorerOptions) -> None:
+    uses = {
+        "head": kind == "prm",
+        "reference": kind == "judge",
+        "separator": kind == "trl",
+        "template": kind != "checker" and not (kind == "judge" and isinstance(options.template, str)),
+        "temperature": kind != "checker",
+    }
+    for name, used in uses.items():
+        if getattr(options, name) not in (None, False) and not used:
+            raise ConfigError(f"the scorer {kind!r} has no use for {name}: drop it")

@@ -1,0 +1,262 @@
+r"""Published process reward models as scorers, in the layout they were trained with; no code of theirs is run.
+
+Three families, checked against the usage code of the model cards, of huggingface/search-and-learn
+(``reward_models.py``) and of TRL (``PRMTrainer.tokenize_row``). The weights are large, so the
+wiring is tested on stand-ins of the same architecture.
+
+* ``math-shepherd``: ``peiyi9979/math-shepherd-mistral-7b-prm`` (arXiv 2312.08935). A causal language model; the text is
+  ``{question} {solution}`` with the tag ``ки`` behind every step, before the newline. At each tag the softmax over the
+  logits of ``+`` and ``-``, in this order, of which the card takes class 0. The card looks the tag and the labels up
+  with a begin-of-word prefix, which is what encoding them alone gives.
+* ``qwen-prm``: ``Qwen/Qwen2.5-Math-PRM-7B`` and its kin (arXiv 2501.07301; ``Qwen2ForProcessRewardModel``). The
+  chat template with the system prompt "Please reason step by step, and put your final answer within \boxed{}.", the
+  answer being the steps with ``<extra_0>`` behind each and nothing else between; a two-layer head (``score.0``,
+  ``score.2``) on the last hidden states; softmax, class 1, at every ``<extra_0>``. The card picks the positions by
+  ``sample != 0``, which loses a step whose probability underflows; here positions are indices.
+* ``trl``: what TRL's PRMTrainer writes, any ``...ForTokenClassification`` with two labels: the prompt behind a
+  begin-of-sequence token if there is one, every step tokenised alone with the separator's tokens behind it; softmax,
+  class 1, at the separator. Separators of more than one token are not supported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from stepkd.data.step_encode import Layout, StepEncoder
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import DataError, ModelError, check_choice
+from stepkd.models.adapter import first_line
+from stepkd.models.checkpoint import load_trained
+from stepkd.models.load import check_tokenizer
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.prm import PRMScorer
+from stepkd.steps import StepFormat
+
+PublishedKind = Literal["math-shepherd", "qwen-prm", "trl"]
+QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+class BareSteps(StepEncoder):
+    """Step texts without the white space around them: what stands between steps is the format's business."""
+
+    def layout(self, steps: Sequence[str], name: str = "?") -> Layout:
+        """See :meth:`StepEncoder.layout`."""
+        return super().layout([step.strip() for step in steps], name)
+
+
+class SpacedSteps(BareSteps):
+    """Math-Shepherd: a space between question and solution, which SentencePiece tokenizers put there by themselves."""
+
+    def layout(self, steps: Sequence[str], name: str = "?") -> Layout:
+        """See :meth:`StepEncoder.layout`."""
+        bare = [step.strip() for step in steps]
+        if bare and bare[0] and not self.tokenizer.tokenize("x")[0].startswith("▁"):
+            bare[0] = f" {bare[0]}"
+        return StepEncoder.layout(self, bare, name)
+
+
+class SeparatedSteps(StepEncoder):
+    """TRL: every step tokenised alone, the separator's token behind each; it may also occur inside a step."""
+
+    def layout(self, steps: Sequence[str], name: str = "?") -> Layout:
+        """See :meth:`StepEncoder.layout`."""
+        assert self.marker_id is not None
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for step in steps:
+            start = len(ids)
+            ids += self.tokenizer(step.strip(), add_special_tokens=False)["input_ids"]
+            if len(ids) == start:
+                raise DataError(f"step {len(spans) + 1} has no text: drop empty steps", path=name, column="completions")
+            ids.append(self.marker_id)
+            spans.append((start, len(ids)))
+        if not spans:
+            raise DataError("a solution without steps cannot be scored", path=name, column="completions")
+        return Layout(tuple(ids), tuple(spans), tuple(end - 1 for _, end in spans))
+
+
+def recognise(path: str) -> PublishedKind | None:
+    """Tell from a model's configuration, or for Math-Shepherd from its name, which family it belongs to.
+
+    Args:
+        path: folder or hub id.
+
+    Returns:
+        The family; None for everything else (plain language models, stepkd's own exports, paths that do not exist).
+    """
+    config = _read_config(path)
+    names = [str(name) for name in (config or {}).get("architectures") or []]
+    if any("ProcessRewardModel" in name for name in names):
+        return "qwen-prm"
+    if any(name.endswith("ForTokenClassification") for name in names):
+        return "trl"
+    name = Path(path).name.lower()
+    return "math-shepherd" if "math-shepherd" in name and "prm" in name else None
+
+
+def load_published(
+    path: str,
+    kind: PublishedKind | None = None,
+    *,
+    dtype: str | None = None,
+    attention: str | None = None,
+    separator: str = "\n",
+    template: str | PromptTemplate | None = None,
+    max_length: int | None = None,
+    max_rows: int = 32,
+    shared_prefix: bool = True,
+    temperature: TemperatureScaling | None = None,
+) -> PRMScorer:
+    """Load a published process reward model.
+
+    Args:
+        path: folder or hub id.
+        kind: its family; None: :func:`recognise` it.
+        dtype: weights' dtype; None: as stored.
+        attention: attention implementation.
+        separator: ``trl`` only: the ``step_separator`` it was trained with.
+        template: prompt template in place of the family's own.
+        max_length, max_rows, shared_prefix, temperature: as for :class:`~stepkd.scorers.prm.PRMScorer`.
+
+    Raises:
+        ModelError: nothing there, an unknown family, weights missing, or a head of another shape.
+        ConfigError: an unknown kind, or a marker that is not one token of the model's tokenizer.
+    """
+    kind = recognise(path) if kind is None else kind
+    if kind is None:
+        raise ModelError(
+            f"{path!r} is none of the published reward models that stepkd knows "
+            f"({', '.join(get_args(PublishedKind))}): say which layout it has with kind=, or give it a step head"
+        )
+    check_choice("kind of published reward model", kind, get_args(PublishedKind))
+    encoder: type[StepEncoder]
+    if kind == "math-shepherd":
+        policy = load_trained(path, dtype=dtype, attention=attention)
+        layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
+        policy.attach_step_head(StepHeadSpec(format=layout, labels=("-", "+"), meaning="value"))
+        encoder, own = SpacedSteps, PromptTemplate(style="plain")
+    else:
+        policy, weights = _load_classifier(path, dtype, attention)
+        layers = 2 if kind == "qwen-prm" else 1
+        marker = "<extra_0>" if kind == "qwen-prm" else separator
+        layout = StepFormat(marker=marker, separator="", tokenize="per_step")
+        _check_head(path, weights, layers)
+        policy.attach_step_head(StepHeadSpec(kind="classifier", format=layout, layers=layers), weights=weights)
+        encoder = BareSteps if kind == "qwen-prm" else SeparatedSteps
+        own = (
+            PromptTemplate(style="chat", system=QWEN_SYSTEM) if kind == "qwen-prm" else _trl_template(policy.tokenizer)
+        )
+    return PRMScorer(
+        policy,
+        template=own if template is None else template,
+        max_length=max_length,
+        max_rows=max_rows,
+        shared_prefix=shared_prefix,
+        temperature=temperature,
+        name=path,
+        encoder=encoder,
+    )
+
+
+def _trl_template(tokenizer: Any) -> PromptTemplate:
+    """PRMTrainer puts the begin-of-sequence token before the prompt whether the tokenizer adds it or not."""
+    bos = tokenizer.bos_token
+    adds_it = bos is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    return PromptTemplate(style="plain", plain=f"{'' if bos is None or adds_it else bos}{{prompt}}")
+
+
+def _load_classifier(path: str, dtype: str | None, attention: str | None) -> tuple[Policy, dict[str, Tensor]]:
+    """The language model below a classification head, and the head's weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = _folder(path)
+    arguments: dict[str, Any] = {"dtype": "auto" if dtype is None else getattr(torch, dtype)}
+    if attention is not None:
+        arguments["attn_implementation"] = attention
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # There is no vocabulary head in the file; tied to the embeddings, nothing has to be made up. It is never read.
+        config.tie_word_embeddings = True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, trust_remote_code=False, output_loading_info=True, **arguments
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        weights = _tensors(folder, "score.")
+    except Exception as error:  # transformers, tokenizers and safetensors raise many classes for a broken model
+        raise ModelError(f"cannot load the reward model {path!r}: {first_line(error)}") from error
+    made_up = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in report.get(name, ()))
+    foreign = sorted(key for key in report.get("unexpected_keys", ()) if not key.startswith(("score.", "lm_head.")))
+    if made_up or foreign or not weights:
+        raise ModelError(
+            f"{path!r} does not hold the weights of a reward model with a 'score' head: missing {made_up[:3]}, unknown "
+            f"{foreign[:3]}, head {sorted(weights)}. Was it cut off, or is it of another kind?"
+        )
+    check_tokenizer(tokenizer, path)
+    return Policy(model.eval(), tokenizer, PolicySpec(path=path, dtype="auto")), weights
+
+
+def _check_head(path: str, weights: dict[str, Tensor], layers: int) -> None:
+    last = "score.2" if layers == 2 else "score"
+    if f"{last}.weight" not in weights or weights[f"{last}.weight"].shape[0] != 2:
+        shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        raise ModelError(
+            f"the head of {path!r} is {shapes}: expected {last}.weight with two classes, wrong and right (PRMTrainer's "
+            "models are made with num_labels=2)"
+        )
+    if f"{last}.bias" not in weights:
+        weights[f"{last}.bias"] = torch.zeros(2)
+
+
+def _read_config(path: str) -> dict[str, Any] | None:
+    """``config.json`` of a folder, or of a hub id that can be reached or is in the cache."""
+    folder = Path(path).expanduser()
+    file: str | Path = folder / "config.json"
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            return None
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download(path, "config.json")
+        except Exception:  # offline, no such repository, no permission: loading will say which
+            return None
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=_FILES))
+    except Exception as error:  # the hub's own errors, those of its HTTP library, and bad repository ids
+        raise ModelError(
+            f"no reward model at {path!r}: {first_line(error)}. Give an existing folder, or a hub id that this machine "
+            "can reach (or has in its cache)"
+        ) from error
+
+
+def _tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
+    return found

@@ -1,0 +1,116 @@
+"""Scores for rows that carry a solution each: rollouts and step-labelled rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepkd.errors import DataError
+from stepkd.scorers.scorer import Solutions, StepScorer
+from stepkd.steps import TokenizedText, get_segmenter, segment, spans_from_ends, text_from_ids
+
+
+def problem_key(row: Mapping[str, Any]) -> str:
+    """What rows of one problem have in common: their ``problem_id``, else their prompt."""
+    if row.get("problem_id") is not None:
+        return str(row["problem_id"])
+    return json.dumps(row.get("prompt"), sort_keys=True)
+
+
+def score_rows(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Score the solution of every row; rows of one problem are scored together.
+
+    A scorer with a ``score_rows`` of its own (a trained model, which reads sampled token ids as they are) is asked that
+    way, any other gets step texts.
+
+    Args:
+        scorer: any step scorer.
+        rows: rollouts or rows with ``completions``.
+
+    Returns:
+        For each row one number in [0, 1] per step, NaN where there is none. A rollout whose last step holds nothing but
+        the end token has no score there; it is left out of the list.
+
+    Raises:
+        DataError: a row without steps, or whose step texts cannot be told.
+    """
+    own = getattr(scorer, "score_rows", None)
+    if own is not None:
+        return list(own(rows))
+    tokenizer = getattr(scorer, "tokenizer", None)
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(problem_key(row), []).append(number)
+    problems = [
+        Solutions(rows[numbers[0]], [row_steps(rows[i], tokenizer) for i in numbers]) for numbers in groups.values()
+    ]
+    scores: list[list[float]] = [[] for _ in rows]
+    for numbers, solutions in zip(groups.values(), scorer.score(problems), strict=True):
+        for number, values in zip(numbers, solutions, strict=True):
+            scores[number] = values
+    return scores
+
+
+def row_steps(row: Mapping[str, Any], tokenizer: Any | None = None, *, segmenter: str = "newline") -> list[str]:
+    """Step texts of a row.
+
+    Args:
+        row: has ``completions`` or ``steps``; or ``token_ids`` with ``step_ends`` that the tokenizer decodes to the
+            row's ``completion``; or, without ``step_ends``, a ``completion`` (or ``solution``) text.
+        tokenizer: tells the texts of ``token_ids``; None: they cannot be read.
+        segmenter: cuts a row that comes as one text.
+
+    Raises:
+        DataError: none of these, or token ids of another tokenizer.
+    """
+    name = str(row.get("id", "?"))
+    for column in ("completions", "steps"):
+        if row.get(column) is not None:
+            return list(row[column])
+    if row.get("step_ends") is not None:
+        completion = None if tokenizer is None else text_from_ids(tokenizer, row["token_ids"])
+        if completion is None or row.get("completion") not in (None, completion.text):
+            raise DataError(
+                "the row's token ids cannot be read with this scorer's tokenizer, and it has no 'steps' as text: "
+                "sample it again with this version (which writes them), or convert it with --to stepwise",
+                path=name,
+                column="token_ids",
+            )
+        spans = spans_from_ends(row["step_ends"], len(completion))
+        texts = [completion.span_text(*span) for span in spans]
+        while texts and not texts[-1].strip():
+            texts.pop()  # the end token alone
+        return _some(texts, name)
+    text = row.get("completion") if row.get("completion") is not None else row.get("solution")
+    if not isinstance(text, str):
+        raise DataError("the row has no steps: neither 'completions' nor a 'completion' text", path=name)
+    characters = TokenizedText(tuple(range(len(text))), text, tuple(range(1, len(text) + 1)))
+    return _some([text[slice(*span)] for span in segment(get_segmenter(segmenter), characters)], name)
+
+
+def _some(texts: list[str], name: str) -> list[str]:
+    if not texts or any(not text.strip() for text in texts):
+        raise DataError("the row's solution is empty, or one of its steps is: drop the row", path=name)
+    return texts
+
+
+def step_values(row: Mapping[str, Any], scores: Sequence[float]) -> list[float | None]:
+    """Scores as JSON: None for NaN, and for a last step of a rollout that holds nothing but the end token.
+
+    Raises:
+        DataError: the row declares fewer steps than were scored.
+    """
+    values = [None if math.isnan(score) else score for score in scores]
+    declared = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
+    if declared is None:
+        return values
+    missing = len(declared) - len(values)
+    if missing < 0 or (missing and row.get("step_ends") is None):
+        raise DataError(
+            f"the row has {len(declared)} steps and {len(values)} were scored: its 'steps' and 'step_ends' do not "
+            "belong together",
+            path=str(row.get("id", "?")),
+        )
+    return [*values, *[None] * missing]

@@ -1,0 +1,94 @@
+"""Figures are written, say what they show, and are the same every time."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.argmin_positions import argmin_positions
+from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
+from stepkd.evaluation.calibration_metrics import calibration_report
+from stepkd.evaluation.figures import argmin_histogram, best_of_n_figure, reliability_diagram
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def through_json(result: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(result.to_dict(), allow_nan=False))
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    p = rng.random(200)
+    problems = [ProblemSamples(str(i), (rng.random(8) < 0.5).tolist(), ["1"] * 8) for i in range(5)]
+    scores = {"prm": [rng.random(8).tolist() for _ in problems]}
+    return {
+        "reliability": through_json(calibration_report(p, rng.random(200) < p, n_resamples=50)),
+        "argmin": through_json(argmin_positions([rng.random(5).tolist() for _ in range(30)], n_resamples=50)),
+        "curve": through_json(bon_curve(problems, [1, 2, 8], scores, n_resamples=50)),
+    }
+
+
+WRITERS = {"reliability": reliability_diagram, "argmin": argmin_histogram, "curve": best_of_n_figure}
+TEXTS = {
+    "reliability": ["score", "count", "share of right labels", "perfect calibration", "Reliability (n = 200, ECE 0."],
+    "argmin": ["relative position of the lowest step score", "solutions", "random place", "(random 0.200)"],
+    "curve": ["samples N", "accuracy", "pass@N (ceiling)", "majority", "prm_vote", "Best of N over 5 problems"],
+}
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_svg_is_labelled_and_repeatable(kind: str, results: dict[str, Any], tmp_path: Path) -> None:
+    path = WRITERS[kind](results[kind], tmp_path / "a" / "figure.svg")
+    text = path.read_text(encoding="utf-8")
+    for expected in TEXTS[kind]:
+        assert expected in text
+    assert not re.search(r"<dc:date>|20\d\d-\d\d-\d\d", text)
+    assert WRITERS[kind](results[kind], tmp_path / "b.svg").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_png_is_repeatable_and_the_users_style_is_left_alone(
+    kind: str, results: dict[str, Any], tmp_path: Path
+) -> None:
+    first = WRITERS[kind](results[kind], tmp_path / "a.png").read_bytes()
+    assert first.startswith(b"\x89PNG")
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black"}):
+        assert WRITERS[kind](results[kind], tmp_path / "b.png").read_bytes() == first
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_curve_without_intervals_is_drawn(tmp_path: Path) -> None:
+    curve = bon_curve([ProblemSamples("a", [True, False], ["1", "2"])], [1, 2], {}, n_resamples=50)
+    assert best_of_n_figure(through_json(curve), tmp_path / "c.svg").exists()
+
+
+def test_bad_input(results: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must end in \.svg or \.png"):
+        reliability_diagram(results["reliability"], tmp_path / "a.pdf")
+    with pytest.raises(DataError, match="not the dict of a calibration report: 'bins' is missing or empty"):
+        reliability_diagram(results["curve"], tmp_path / "a.svg")
+    with pytest.raises(DataError, match="not the dict of a best-of-N curve"):
+        best_of_n_figure({}, tmp_path / "a.svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib(results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match='pip install "matplotlib'):
+        reliability_diagram(results["reliability"], tmp_path / "a.svg")
+
+
+def test_metrics_do_not_import_matplotlib() -> None:
+    code = "import sys, stepkd.evaluation.figures, stepkd.evaluation.best_of_n; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

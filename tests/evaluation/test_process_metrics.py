@@ -1,0 +1,268 @@
+"""ProcessBench F1 against brute force; thresholds against a search over all of them; baselines against closed forms."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.process_metrics import (
+    f1_difference,
+    harmonic_mean,
+    mean_f1,
+    predicted_first_error,
+    processbench_f1,
+)
+from stepkd.evaluation.process_threshold import always_positive_baseline, random_baseline, tune_threshold
+
+FAST: dict[str, Any] = {"n_resamples": 500}
+NAN = math.nan
+
+
+def brute_f1(predictions: list[int], labels: list[int]) -> Fraction | None:
+    """F1 with exact fractions, row by row; None where a kind of row is absent."""
+    rights: dict[bool, list[int]] = {True: [], False: []}
+    for prediction, label in zip(predictions, labels, strict=True):
+        rights[label >= 0].append(1 if prediction == label else 0)
+    if not rights[True] or not rights[False]:
+        return None
+    a, b = (Fraction(sum(row), len(row)) for row in rights.values())
+    if a == 0 and b == 0:
+        return Fraction(0)
+    return 2 * a * b / (a + b)
+
+
+def test_sixty_and_ninety_give_seventy_two() -> None:
+    assert harmonic_mean(60, 90) == 72.0
+    labels = [2] * 10 + [-1] * 10
+    result = processbench_f1([2] * 6 + [1] * 4 + [-1] * 9 + [0], labels, **FAST)
+    assert result.f1 is not None
+    assert result.f1.value == pytest.approx(0.72)
+    assert (result.n_error, result.n_correct) == (10, 10)
+    assert result.f1.low < 0.72 < result.f1.high
+
+
+def test_equals_brute_force_on_200_random_sets() -> None:
+    rng = np.random.default_rng(1)
+    kinds = {"undefined": 0, "zero": 0, "other": 0}
+    for trial in range(200):
+        n = int(rng.integers(1, 12))
+        # Every fourth set predicts only what cannot be right, so that 0/0 occurs often.
+        labels = rng.integers(-1, 3, size=n).tolist()
+        predictions = [label + 1 for label in labels] if trial % 4 == 0 else rng.integers(-1, 3, size=n).tolist()
+        expected, result = brute_f1(predictions, labels), processbench_f1(predictions, labels, n_resamples=20)
+        if expected is None:
+            kinds["undefined"] += 1
+            assert result.f1 is None
+            assert (result.acc_error is None) == (result.n_error == 0)
+            assert (result.acc_correct is None) == (result.n_correct == 0)
+        else:
+            kinds["zero" if expected == 0 else "other"] += 1
+            assert result.f1 is not None
+            assert result.f1.value == pytest.approx(float(expected), abs=1e-15)
+            assert result.f1.low <= result.f1.value <= result.f1.high
+    assert min(kinds.values()) >= 20, kinds
+
+
+def test_interval_without_spread_is_not_a_point() -> None:
+    perfect = processbench_f1([0, 1, -1, -1], [0, 1, -1, -1], **FAST).f1
+    assert perfect is not None
+    assert (perfect.value, perfect.high) == (1.0, 1.0)
+    assert 0.2 < perfect.low < 0.5  # Wilson of 2 of 2 is [0.34, 1]
+    never = processbench_f1([-1] * 4, [0, 1, -1, -1], **FAST).f1
+    assert never is not None
+    assert (never.value, never.low) == (0.0, 0.0)
+    assert never.high > 0.3
+
+
+def test_result_as_json_values() -> None:
+    assert processbench_f1([-1], [-1]).to_dict() == {
+        "acc_error": None,
+        "acc_correct": {"value": 1.0, "low": pytest.approx(0.2065, abs=1e-3), "high": 1.0, "method": "wilson"},
+        "f1": None,
+        "n_error": 0,
+        "n_correct": 1,
+    }
+
+
+def test_bootstrap_interval_has_the_spread_of_the_sampling_distribution() -> None:
+    # 300 + 300 rows at accuracies 0.6 and 0.8: the delta method gives the standard error of F1.
+    labels = [0] * 300 + [-1] * 300
+    predictions = [0] * 180 + [1] * 120 + [-1] * 240 + [0] * 60
+    f1 = processbench_f1(predictions, labels, n_resamples=4000).f1
+    assert f1 is not None
+    a, b = 0.6, 0.8
+    slopes = (2 * b * b / (a + b) ** 2, 2 * a * a / (a + b) ** 2)
+    error = math.sqrt(slopes[0] ** 2 * a * (1 - a) / 300 + slopes[1] ** 2 * b * (1 - b) / 300)
+    assert f1.high - f1.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+
+
+# --- differences and means ------------------------------------------------------------------------------------------
+
+
+def test_difference_is_paired() -> None:
+    rng = np.random.default_rng(2)
+    labels = rng.integers(-1, 2, size=200).tolist()
+    a = [label if rng.random() < 0.5 else 3 for label in labels]
+    same = f1_difference(a, a, labels, **FAST)
+    assert same is not None
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+    b = [label if prediction == label or rng.random() < 0.2 else 3 for prediction, label in zip(a, labels, strict=True)]
+    gap = f1_difference(a, b, labels, **FAST)
+    assert gap is not None
+    expected = brute_f1(b, labels) - brute_f1(a, labels)  # type: ignore[operator]
+    assert gap.value == pytest.approx(float(expected))
+    assert gap.low > 0  # b is never worse: far narrower than two separate intervals
+    back = f1_difference(b, a, labels, **FAST)
+    assert back is not None
+    assert (back.value, back.low, back.high) == pytest.approx((-gap.value, -gap.high, -gap.low))
+    assert f1_difference([0], [1], [0]) is None
+
+
+def test_mean_over_subsets() -> None:
+    one, two = ([0, 1, -1, 0], [0, 0, -1, -1]), ([0, 0, -1, -1], [0, 0, -1, -1])
+    mean = mean_f1({"gsm8k": one, "math": two}, **FAST)
+    assert mean.value == pytest.approx((0.5 + 1) / 2)
+    assert mean.low < mean.value < mean.high
+    alone = mean_f1({"math": two}, **FAST)
+    f1 = processbench_f1(*two, **FAST).f1
+    assert f1 is not None
+    assert (alone.value, alone.low, alone.high) == (f1.value, f1.low, f1.high)
+    with pytest.raises(DataError, match="subset 'x' has 1 solutions with an error and 0 without"):
+        mean_f1({"x": ([0], [0])})
+    with pytest.raises(DataError, match="at least one subset"):
+        mean_f1({})
+
+
+def test_mean_of_one_subset_agrees_with_its_own_bootstrap() -> None:
+    labels = [0] * 200 + [-1] * 100
+    predictions = [0] * 90 + [-1] * 110 + [-1] * 70 + [0] * 30
+    f1 = processbench_f1(predictions, labels, n_resamples=5000).f1
+    mean = mean_f1({"x": (predictions, labels)}, n_resamples=5000)
+    assert f1 is not None
+    assert (mean.low, mean.high) == (pytest.approx(f1.low, abs=0.01), pytest.approx(f1.high, abs=0.01))
+
+
+# --- first error and threshold --------------------------------------------------------------------------------------
+
+
+def test_first_error_is_the_first_step_strictly_below() -> None:
+    assert predicted_first_error([0.9, 0.4, 0.1]) == 1
+    assert predicted_first_error([0.9, 0.5]) == -1
+    assert predicted_first_error([0.9, 0.5], 0.51) == 1
+    with pytest.raises(DataError, match=r"step 1 has no score \(NaN\)"):
+        predicted_first_error([0.1, NAN])  # also when an earlier step decides: half a solution is no solution
+    with pytest.raises(DataError, match="without step scores"):
+        predicted_first_error([])
+
+
+def random_split(rng: np.random.Generator) -> tuple[list[list[float]], list[int]]:
+    scores: list[list[float]] = []
+    labels = [-1, 0]
+    labels += [int(label) for label in rng.integers(-1, 2, size=rng.integers(0, 10))]
+    for label in labels:
+        steps = int(rng.integers(max(label + 1, 1), 5))
+        scores.append([float(x) for x in rng.choice([0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.95, 1.0], size=steps)])
+    return scores, labels
+
+
+def test_tuned_threshold_is_the_best_of_all() -> None:
+    rng = np.random.default_rng(3)
+    fine = np.unique(np.concatenate([np.linspace(0, 1, 401), [1.0 + 1e-9]]))
+    for _ in range(60):
+        scores, labels = random_split(rng)
+        tuned = tune_threshold(scores, labels)
+        everywhere = [brute_f1([predicted_first_error(row, t) for row in scores], labels) for t in fine if t <= 1]
+        best = max(float(f1) for f1 in everywhere if f1 is not None)
+        assert tuned.f1 == pytest.approx(best)
+        there = brute_f1([predicted_first_error(row, tuned.threshold) for row in scores], labels)
+        assert there is not None
+        assert float(there) == pytest.approx(tuned.f1)
+        assert harmonic_mean(tuned.acc_error, tuned.acc_correct) == pytest.approx(tuned.f1)
+
+
+def test_ties_go_towards_one_half() -> None:
+    # Every threshold in (0.1, 0.9] is perfect.
+    assert tune_threshold([[0.9, 0.1], [0.9]], [1, -1]).threshold == 0.5
+    # Perfect in (0.6, 0.9]: the mid-point; and in (0.1, 0.3].
+    assert tune_threshold([[0.9, 0.6], [0.9]], [1, -1]).threshold == pytest.approx(0.75)
+    assert tune_threshold([[0.9, 0.1], [0.3]], [1, -1]).threshold == pytest.approx(0.2)
+
+
+def test_neighbouring_floats_are_told_apart() -> None:
+    low = 0.7
+    high = float(np.nextafter(low, 1))
+    assert tune_threshold([[low], [high]], [0, -1]).f1 == 1.0
+
+
+def test_grid() -> None:
+    tuned = tune_threshold([[0.9, 0.6], [0.9]], [1, -1], grid=[0.7, 0.3, 0.8, 0.7])
+    assert (tuned.threshold, tuned.f1, tuned.candidates) == (0.7, 1.0, 3)
+    with pytest.raises(DataError, match="grid of thresholds"):
+        tune_threshold([[0.9, 0.6], [0.9]], [1, -1], grid=[])
+
+
+def test_tuning_refuses_what_it_cannot_tune_on() -> None:
+    with pytest.raises(DataError, match="undefined on 0 solutions with an error and 1 without"):
+        tune_threshold([[0.5]], [-1])
+    with pytest.raises(DataError, match="solution 1: step 0 has no score"):
+        tune_threshold([[0.5], [NAN]], [-1, 0])
+    with pytest.raises(DataError, match="label 0 is 1, but that solution has 1 steps"):
+        tune_threshold([[0.5], [0.5]], [1, -1])
+    with pytest.raises(DataError, match="2 solutions for 1 labels"):
+        tune_threshold([[0.5], [0.5]], [1])
+
+
+# --- baselines ------------------------------------------------------------------------------------------------------
+
+
+def test_always_positive_baseline() -> None:
+    result = always_positive_baseline([0, 3, -1], **FAST)
+    assert result.acc_error is not None
+    assert result.acc_correct is not None
+    assert result.f1 is not None
+    assert (result.acc_error.value, result.acc_correct.value, result.f1.value) == (0.0, 1.0, 0.0)
+
+
+def test_random_baseline_against_uniform_scores() -> None:
+    labels, steps, threshold = [0, 2, -1, -1, 1], [2, 3, 1, 3, 4], 0.3
+    baseline = random_baseline(labels, steps, threshold=threshold, draws=3000)
+    assert baseline.acc_error == pytest.approx((0.3 + 0.7**2 * 0.3 + 0.7 * 0.3) / 3)
+    assert baseline.acc_correct == pytest.approx((0.7 + 0.7**3) / 2)
+    rng = np.random.default_rng(4)
+    drawn = []
+    for _ in range(3000):
+        predictions = [predicted_first_error(rng.random(n).tolist(), threshold) for n in steps]
+        drawn.append(float(brute_f1(predictions, labels) or 0))
+    assert baseline.f1 == pytest.approx(np.mean(drawn), abs=0.03)
+    assert baseline.f1_low == 0.0
+    assert baseline.f1_high == pytest.approx(np.quantile(drawn, 0.975), abs=0.1)
+
+
+def test_random_baseline_is_keyed() -> None:
+    args: tuple[list[int], list[int]] = ([0, 1, -1], [3, 3, 3])
+    assert random_baseline(*args, draws=50) == random_baseline(*args, draws=50)
+    assert random_baseline(*args, draws=50).f1 != random_baseline(*args, draws=50, seed=1).f1
+    with pytest.raises(ConfigError, match="threshold in"):
+        random_baseline(*args, threshold=2)
+    with pytest.raises(DataError, match="needs solutions with an error and solutions without"):
+        random_baseline([0], [1])
+
+
+@pytest.mark.parametrize(
+    ("predictions", "labels", "message"),
+    [
+        ([], [], "there are no labels"),
+        ([0], [0, 1], "1 predictions for 2 labels"),
+        ([0], [-2], "label 0 is -2"),
+        ([0], [True], "label 0 is True"),
+        ([0.0], [0], r"prediction 0 is 0\.0"),
+    ],
+)
+def test_bad_rows(predictions: list[int], labels: list[int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        processbench_f1(predictions, labels)
