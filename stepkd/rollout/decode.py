@@ -1,9 +1,10 @@
-"""The transformers backend: a small decode loop on the model's own cache.
+"""The decode loop of the transformers backend, on the model's own cache.
 
 ``generate`` repeats prompts before the prefill and draws from one global generator. Here a prompt is read once, its
-cache is repeated for the n samples, rows that are finished leave the batch, and every row draws from its own stream.
+cache is repeated for the rows that continue it, rows that are finished leave the batch, and every row draws from its
+own stream.
 
-Axes: P prompts, B = P * n rows, T prompt length, V vocabulary.
+Axes: P sequences read, B rows decoded, T padded length, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,132 +13,92 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of
 from stepkd.models.policy import Policy, positions_from_mask
 from stepkd.randomness import generator
-from stepkd.rollout.draw import draw
-from stepkd.rollout.sampler import Rollout, SamplingSpec
+from stepkd.rollout.draw import Draw, draw
+from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec
 
 _STOP_WINDOW = 8  # tokens looked at beyond the longest stop string's bytes
 
+Progress = Callable[[int], Any]
+
 
 @dataclass
-class _Row:
+class Row:
     """A completion in the making."""
 
     prompt_index: int
+    """Position of its prompt in the call."""
     sample_index: int
-    uniforms: Any
+    """Which of the prompt's samples."""
+    source: int
+    """Position, among the sequences read, of the one it continues."""
+    cut: int
+    """Length in tokens of the prefix it continues."""
     limit: int
+    """Most tokens, >= 1."""
+    key: tuple[int | str, ...]
+    """Purpose and numbers that key its noise."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
 
 
-class TransformersSampler:
-    """Batched sampling with a :class:`~stepkd.models.policy.Policy`.
+class Reading(NamedTuple):
+    """Sequences that the model has read, padded on one side."""
+
+    hidden_PTH: Tensor
+    """Last hidden states."""
+    mask_PT: Tensor
+    """1 for tokens, 0 for padding."""
+    cache: Any
+    """Keys and values of every layer."""
+
+
+class Decoder:
+    """Reads sequences and decodes rows from them.
 
     Args:
-        policy: the model to sample from; switched to evaluation mode while sampling.
-        max_rows: most completions decoded at once; memory grows with it. Results in exact arithmetic do not depend on
-            it, but in bfloat16 rounding differs between batch shapes and may flip near-ties.
+        policy: the model; the caller puts it into evaluation mode and switches gradients off.
+        max_rows: most rows decoded at once, >= 1.
     """
 
-    def __init__(self, policy: Policy, *, max_rows: int = 64) -> None:
+    def __init__(self, policy: Policy, *, max_rows: int) -> None:
         if max_rows < 1:
             raise ConfigError(f"max_rows={max_rows}: must be at least 1")
         self.policy = policy
         self.max_rows = max_rows
+        self.counts = SampleCounts()
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        spec: SamplingSpec,
-        *,
-        purpose: str = "rollout",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-        on_progress: Callable[[int], Any] | None = None,
-    ) -> list[list[Rollout]]:
-        """Draw completions; see :class:`~stepkd.rollout.sampler.Sampler`.
+    def read(self, sequences: Sequence[Sequence[int]], *, padding: Literal["left", "right"]) -> Reading:
+        """Read sequences in one forward pass.
 
-        Raises:
-            DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
-            ModelError: the model's logits are not numbers.
+        Args:
+            sequences: ids of each, at least one.
+            padding: on the left every row's next token has the same column; on the right every column is a position.
         """
-        indices = range(len(prompts)) if indices is None else indices
-        if len(indices) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
-        limits = [self._limit(prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
-        results: list[list[Rollout]] = [[] for _ in prompts]
-        was_training = [module for module in self.policy.modules() if module.training]
-        self.policy.eval()
-        try:
-            per_prefill = max(1, self.max_rows // spec.n)
-            for start in range(0, len(prompts), per_prefill):
-                block = range(start, min(start + per_prefill, len(prompts)))
-                rows = [
-                    _Row(p, j, self._uniforms(spec, purpose, step, indices[p] * spec.n + j, limits[p]), limits[p])
-                    for p in block
-                    for j in range(spec.n)
-                ]
-                self._decode_block([prompts[p] for p in block], rows, spec, on_progress)
-                for row in rows:
-                    results[row.prompt_index].append(self._finish(row, spec))
-        finally:
-            for module in was_training:  # one by one: frozen parts may be in evaluation mode for good
-                module.training = True
-        return results
-
-    def _limit(self, prompt: Sequence[int], index: int, spec: SamplingSpec) -> int:
-        if len(prompt) == 0:
-            raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
-        context = self.policy.max_length
-        if context is not None and len(prompt) >= context:
-            raise DataError(
-                f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
-                "(fewer few-shot examples) or drop the row"
-            )
-        return spec.max_new_tokens if context is None else min(spec.max_new_tokens, context - len(prompt))
-
-    @staticmethod
-    def _uniforms(spec: SamplingSpec, purpose: str, step: int, index: int, count: int) -> Any:
-        return None if spec.temperature == 0 else generator(spec.seed, purpose, step, index).random(count)
-
-    def _decode_block(
-        self,
-        prompts: list[Sequence[int]],
-        rows: list[_Row],
-        spec: SamplingSpec,
-        on_progress: Callable[[int], Any] | None,
-    ) -> None:
-        """Prefill the prompts once, then decode their rows, at most ``max_rows`` at a time."""
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        pad = int(self.policy.tokenizer.pad_token_id or 0)
-        ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - length) + [1] * length for length in lengths]
+        lengths = [len(sequence) for sequence in sequences]
+        width, pad = max(lengths), int(self.policy.tokenizer.pad_token_id or 0)
+        fill = [[pad] * (width - length) for length in lengths]
+        ids = [f + list(s) if padding == "left" else list(s) + f for f, s in zip(fill, sequences, strict=True)]
+        empty, full = ([[bit] * n for n in sizes] for bit, sizes in ((0, [width - x for x in lengths]), (1, lengths)))
+        mask = [e + f if padding == "left" else f + e for e, f in zip(empty, full, strict=True)]
         input_ids_PT = torch.tensor(ids, device=self.policy.device)
         mask_PT = torch.tensor(mask, device=self.policy.device)
-        output = self._forward(input_ids_PT, mask_PT, positions_from_mask(mask_PT), None)
-        hidden_PH, cache = output.last_hidden_state[:, -1], output.past_key_values
-        for start in range(0, len(rows), self.max_rows):
-            part = rows[start : start + self.max_rows]
-            last = start + self.max_rows >= len(rows)
-            source_B = torch.tensor([row.prompt_index - rows[0].prompt_index for row in part], device=mask_PT.device)
-            part_cache = cache if last else copy.deepcopy(cache)
-            part_cache.batch_select_indices(source_B)
-            self._decode_rows(part, part_cache, hidden_PH[source_B], mask_PT[source_B], spec, on_progress)
+        output = self.forward(input_ids_PT, mask_PT, positions_from_mask(mask_PT), None)
+        self.counts.prefill_tokens += sum(lengths)
+        return Reading(output.last_hidden_state, mask_PT, output.past_key_values)
 
-    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+    def forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+        """One pass of the backbone; ``mask`` covers the cached columns and the new ones."""
         return backbone_of(self.policy.causal_lm)(
             input_ids=input_ids,
             attention_mask=mask,
@@ -146,24 +107,48 @@ class TransformersSampler:
             use_cache=True,
         )
 
-    def _decode_rows(
+    def decode_prompts(
+        self, prompts: Sequence[Sequence[int]], rows: list[Row], spec: SamplingSpec, on_progress: Progress | None
+    ) -> None:
+        """Read each prompt once, then decode the rows that continue it, at most ``max_rows`` at a time."""
+        reading = self.read(prompts, padding="left")
+        hidden_PH = reading.hidden_PTH[:, -1]
+        for start in range(0, len(rows), self.max_rows):
+            part = rows[start : start + self.max_rows]
+            last = start + self.max_rows >= len(rows)
+            source_B = torch.tensor([row.source for row in part], device=hidden_PH.device)
+            cache = reading.cache if last else copy.deepcopy(reading.cache)
+            cache.batch_select_indices(source_B)
+            self.decode(part, cache, hidden_PH[source_B], reading.mask_PT[source_B], spec, on_progress)
+
+    def decode(
         self,
-        rows: list[_Row],
+        rows: list[Row],
         cache: Any,
         hidden_BH: Tensor,
         mask_BT: Tensor,
         spec: SamplingSpec,
-        on_progress: Callable[[int], Any] | None,
+        on_progress: Progress | None,
     ) -> None:
+        """Decode rows to their ends.
+
+        Args:
+            rows: B rows without a token yet; filled in place.
+            cache: what each row has read, T columns; used up.
+            hidden_BH: hidden state of each row's last token read.
+            mask_BT: the columns that belong to a row; their number is the position of its first new token.
+            spec: how to draw.
+            on_progress: called with the number of rows just finished.
+        """
         head, device = self.policy.head, mask_BT.device
+        uniforms = {id(row): self._uniforms(row, spec) for row in rows}
         position_B = mask_BT.sum(-1)
         active = rows
         for t in range(max(row.limit for row in rows)):
-            uniform_B = torch.tensor(
-                [0.0 if row.uniforms is None else row.uniforms[t] for row in active], dtype=torch.float64, device=device
-            )
+            uniform_B = torch.tensor([uniforms[id(row)][t] for row in active], dtype=torch.float64, device=device)
             step = draw(head(hidden_BH), uniform_B, spec)
-            self._record(active, step.tokens_B, step.logprobs_B, step.raw_logprobs_B, spec)
+            self.counts.generated_tokens += len(active)
+            self._record(active, step, spec)
             going = [i for i, row in enumerate(active) if row.finish is None]
             if on_progress is not None and len(going) < len(active):
                 on_progress(len(active) - len(going))
@@ -176,16 +161,36 @@ class TransformersSampler:
                 tokens_B, mask_BT, position_B = tokens_B[kept], mask_BT[kept], position_B[kept]
                 active = [active[i] for i in going]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
-            output = self._forward(tokens_B.unsqueeze(1), mask_BT, position_B.unsqueeze(1), cache)
+            output = self.forward(tokens_B.unsqueeze(1), mask_BT, position_B.unsqueeze(1), cache)
             hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
             position_B = position_B + 1
 
-    def _record(
-        self, rows: list[_Row], tokens_B: Tensor, logprobs_B: Tensor, raw_logprobs_B: Tensor, spec: SamplingSpec
-    ) -> None:
+    def finished(self, row: Row, spec: SamplingSpec) -> Rollout:
+        """The rollout of a row that was decoded."""
+        assert row.finish is not None
+        text = self._text(row.token_ids)
+        cuts = [text.find(stop) for stop in spec.stop if stop in text]
+        return Rollout(
+            row.prompt_index,
+            row.sample_index,
+            tuple(row.token_ids),
+            tuple(row.logprobs),
+            tuple(row.raw_logprobs),
+            row.finish,
+            text[: min(cuts)] if cuts else text,
+        )
+
+    @staticmethod
+    def _uniforms(row: Row, spec: SamplingSpec) -> Sequence[float]:
+        if spec.temperature == 0:
+            return [0.0] * row.limit
+        uniforms: list[float] = generator(spec.seed, str(row.key[0]), *row.key[1:]).random(row.limit).tolist()
+        return uniforms
+
+    def _record(self, rows: list[Row], step: Draw, spec: SamplingSpec) -> None:
         eos = self.policy.eos_ids
         for row, token, logprob, raw in zip(
-            rows, tokens_B.tolist(), logprobs_B.tolist(), raw_logprobs_B.tolist(), strict=True
+            rows, step.tokens_B.tolist(), step.logprobs_B.tolist(), step.raw_logprobs_B.tolist(), strict=True
         ):
             if math.isnan(raw):
                 raise ModelError(
@@ -210,17 +215,3 @@ class TransformersSampler:
         window = max(len(text.encode()) for text in spec.stop) + _STOP_WINDOW
         tail = self._text(token_ids[-window:])
         return any(text in tail for text in spec.stop)
-
-    def _finish(self, row: _Row, spec: SamplingSpec) -> Rollout:
-        assert row.finish is not None
-        text = self._text(row.token_ids)
-        cuts = [text.find(stop) for stop in spec.stop if stop in text]
-        return Rollout(
-            row.prompt_index,
-            row.sample_index,
-            tuple(row.token_ids),
-            tuple(row.logprobs),
-            tuple(row.raw_logprobs),
-            row.finish,
-            text[: min(cuts)] if cuts else text,
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from stepkd.errors import ConfigError
 
@@ -91,5 +91,83 @@ class Sampler(Protocol):
 
         Returns:
             For each prompt its n rollouts, in order.
+        """
+        ...
+
+
+@dataclass
+class SampleCounts:
+    """Work of a sampler since it was made."""
+
+    prefill_tokens: int = 0
+    """Tokens of prompts and prefixes read, padding not counted."""
+    generated_tokens: int = 0
+    """Tokens drawn."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A sequence, and the prefixes of it that are to be continued."""
+
+    token_ids: Sequence[int]
+    """Prompt and solution."""
+    cuts: Sequence[int]
+    """Lengths of the prefixes in tokens, strictly increasing, each from 1 to the sequence's length."""
+    index: int
+    """Global number of the sequence; keys the noise of its continuations."""
+
+
+@dataclass(frozen=True)
+class BranchRollouts:
+    """What was drawn from one branch."""
+
+    rollouts: tuple[tuple[Rollout, ...], ...]
+    """For each cut its continuations, by sample number. ``prompt_index`` is the branch's position in the call."""
+    prefill_tokens: int
+    """Tokens of the sequence read for it: the longest prefix where reading is shared, else all prefixes together."""
+
+
+class Drawn(NamedTuple):
+    """Continuations of one prefix that a wave has just drawn."""
+
+    branch: int
+    """Position of the branch in the call."""
+    cut_number: int
+    """Position of the cut among the branch's cuts."""
+    rollouts: tuple[Rollout, ...]
+    """The new continuations."""
+
+
+class BranchSampler(Protocol):
+    """Continues prefixes of sequences."""
+
+    def sample_branches(
+        self,
+        branches: Sequence[Branch],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "branch",
+        step: int = 0,
+        shared: bool = True,
+        waves: Sequence[int] | None = None,
+        settled: Callable[[Sequence[Drawn]], Sequence[bool]] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[BranchRollouts]:
+        """Draw ``spec.n`` continuations of every prefix.
+
+        Args:
+            branches: sequences with their cuts.
+            spec: how to draw.
+            purpose: names the use, so that different uses draw different noise.
+            step: optimiser step (or iteration). Sample j of the prefix of c tokens of sequence g uses the stream of
+                ``(spec.seed, purpose, step, g, c, j)``, whatever the batch and whether reading is shared.
+            shared: read every sequence once and continue all its prefixes from that; False reads every prefix anew.
+            waves: numbers of samples that add up to ``spec.n``, drawn one after the other; None: all at once.
+            settled: called after every wave with what it drew (once or several times, for some of the prefixes each);
+                returns for each prefix whether it needs no more samples.
+            on_progress: called with the number of continuations just finished.
+
+        Returns:
+            One record per branch, in order.
         """
         ...

@@ -1,0 +1,117 @@
+"""The transformers backend: completions of prompts, and continuations of every prefix of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from stepkd.errors import DataError
+from stepkd.models.head import evaluation_mode
+from stepkd.models.policy import Policy
+from stepkd.rollout.branches import BranchRun
+from stepkd.rollout.decode import Decoder, Row
+from stepkd.rollout.gaps import GapLimit, gap_limit
+from stepkd.rollout.sampler import Branch, BranchRollouts, Drawn, Rollout, SampleCounts, SamplingSpec
+
+
+class TransformersSampler:
+    """Batched sampling with a :class:`~stepkd.models.policy.Policy`.
+
+    Args:
+        policy: the model to sample from; switched to evaluation mode while sampling.
+        max_rows: most completions decoded at once; memory grows with it. Results in exact arithmetic do not depend on
+            it, but in bfloat16 rounding differs between batch shapes and may flip near-ties.
+    """
+
+    def __init__(self, policy: Policy, *, max_rows: int = 64) -> None:
+        self.policy = policy
+        self._decoder = Decoder(policy, max_rows=max_rows)
+        self._gap_limit: GapLimit | None = None
+
+    @property
+    def max_rows(self) -> int:
+        """Most completions decoded at once."""
+        return self._decoder.max_rows
+
+    @property
+    def counts(self) -> SampleCounts:
+        """Tokens read and drawn so far."""
+        return self._decoder.counts
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "rollout",
+        step: int = 0,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Rollout]]:
+        """Draw completions; see :class:`~stepkd.rollout.sampler.Sampler`.
+
+        Raises:
+            DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
+            ModelError: the model's logits are not numbers.
+        """
+        indices = range(len(prompts)) if indices is None else indices
+        if len(indices) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
+        limits = [self._limit(prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+        results: list[list[Rollout]] = [[] for _ in prompts]
+        per_prefill = max(1, self.max_rows // spec.n)
+        with evaluation_mode(self.policy):
+            for start in range(0, len(prompts), per_prefill):
+                block = range(start, min(start + per_prefill, len(prompts)))
+                rows = [
+                    Row(p, j, p - start, len(prompts[p]), limits[p], (purpose, step, indices[p] * spec.n + j))
+                    for p in block
+                    for j in range(spec.n)
+                ]
+                self._decoder.decode_prompts([prompts[p] for p in block], rows, spec, on_progress)
+                for row in rows:
+                    results[row.prompt_index].append(self._decoder.finished(row, spec))
+        return results
+
+    @torch.no_grad()
+    def sample_branches(
+        self,
+        branches: Sequence[Branch],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "branch",
+        step: int = 0,
+        shared: bool = True,
+        waves: Sequence[int] | None = None,
+        settled: Callable[[Sequence[Drawn]], Sequence[bool]] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[BranchRollouts]:
+        """Continue prefixes; see :class:`~stepkd.rollout.sampler.BranchSampler`.
+
+        Where the model cannot skip a part of its cache (a sliding window shorter than the sequence, recurrent layers),
+        the prefixes of that sequence are read one by one: same noise, same result, more work. A notice is logged once.
+
+        Raises:
+            DataError: a cut that is no prefix of its sequence, cuts that do not increase, or a prefix that leaves no
+                room for a single token in the model's context.
+            ModelError: the model's logits are not numbers.
+        """
+        run = BranchRun(self._decoder, branches, spec, (purpose, step), waves, settled, on_progress)
+        with evaluation_mode(self.policy):
+            if shared and self._gap_limit is None:
+                self._gap_limit = gap_limit(self._decoder)
+            return run.results(self._gap_limit if shared else None)
+
+    def _limit(self, prompt: Sequence[int], index: int, spec: SamplingSpec) -> int:
+        if len(prompt) == 0:
+            raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
+        context = self.policy.max_length
+        if context is not None and len(prompt) >= context:
+            raise DataError(
+                f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
+                "(fewer few-shot examples) or drop the row"
+            )
+        return spec.max_new_tokens if context is None else min(spec.max_new_tokens, context - len(prompt))

@@ -1,0 +1,355 @@
+"""Monte-Carlo labels: against a labeller written out by hand, where a solution is over, early stop, company, errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.grading import Grader
+from stepkd.labels.labeller import Labeller, Solution, StepLabels
+from stepkd.labels.monte_carlo import MonteCarloLabeller
+from stepkd.models.policy import Policy
+from stepkd.models.tiny import build_tiny, tiny_tokenizer
+from stepkd.randomness import generator
+from stepkd.rollout import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec, TransformersSampler
+from stepkd.steps import spans_from_ends
+
+TOKENIZER = tiny_tokenizer()
+SPEC = SamplingSpec(n=8, max_new_tokens=12, seed=3)
+
+
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+def solution(steps: Sequence[str], answer: str, *, index: int = 0, prompt: str = "Q\n", **given: Any) -> Solution:
+    """A solution whose steps are these texts; one token per character."""
+    ids = encode("".join(steps))
+    ends = [len(encode("".join(steps[: i + 1]))) for i in range(len(steps))]
+    settings: dict[str, Any] = {
+        "id": f"p{index}/0",
+        "index": index,
+        "row": {"id": f"p{index}", "prompt": prompt, "answer": answer},
+        "prompt_ids": encode(prompt),
+        "completion_ids": ids,
+        "spans": tuple(spans_from_ends(ends, len(ids))),
+        "steps": tuple(steps),
+        "correct": None,
+    }
+    return Solution(**(settings | given))
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    """An untrained model that often writes digits, so that some continuations come out right."""
+    model, tokenizer = build_tiny("tiny-0.1m", seed=1, dtype="float64")
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(3)
+        embedding = model.get_input_embeddings().weight
+        embedding[list(encode("01234567"))] *= 4  # tied: their logits vary more
+    return Policy(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def grader() -> Grader:
+    return Grader(extractors=("hash", "last_number"), workers=1)
+
+
+def some_solutions() -> list[Solution]:
+    return [
+        solution(["a=1\n", "b=2\n", "c=3\n", "#### 3<eos>"], "3", index=4),
+        solution(["x is 12 ", "and y is 7 ", "#### 5"], "7", index=0, prompt="another, longer question 3+4?\n"),
+        solution(["one ", "two ", "thr"], "2", index=9, finish="length"),
+        solution(["#### 1<eos>"], "1", index=2),
+        solution(list("2+2=4"), "4", index=7, correct=True),
+    ]
+
+
+def by_hand(policy: Policy, grader: Grader, each: Solution, spec: SamplingSpec) -> tuple[list[int], list[int]]:
+    """Successes and trials: one prefix at a time, tokens by plain sampling with the documented key, text by joining."""
+    successes, trials = [], []
+    for _, cut in each.spans:
+        successes.append(0)
+        trials.append(0)
+        if cut == len(each.completion_ids) and each.finish == "stop":
+            continue
+        length = len(each.prompt_ids) + cut
+        for j in range(spec.n):
+            uniforms = generator(spec.seed, "monte-carlo", 0, each.index, length, j).random(spec.max_new_tokens)
+            ids, drawn = [*each.prompt_ids, *each.completion_ids[:cut]], []
+            for uniform in uniforms:
+                inputs = torch.tensor([ids])
+                with torch.no_grad():
+                    logits = policy.head(policy.hidden(inputs, torch.ones_like(inputs))[0, -1:])
+                cdf = torch.softmax(logits[0] / spec.temperature, -1).cumsum(-1)
+                token = int((cdf <= uniform * cdf[-1]).sum())
+                ids.append(token)
+                drawn.append(token)
+                if token == TOKENIZER.eos_token_id:
+                    break
+            text = "".join(each.steps)[: len(TOKENIZER.decode(each.completion_ids[:cut]))] + TOKENIZER.decode(
+                drawn, skip_special_tokens=True
+            )
+            trials[-1] += 1
+            successes[-1] += grader.grade_one(text, each.row["answer"]).verdict == "correct"
+    return successes, trials
+
+
+def test_labels_equal_those_made_by_hand(policy: Policy, grader: Grader) -> None:
+    labeller = MonteCarloLabeller(TransformersSampler(policy), policy, grader, replace(SPEC, n=6), reduce="mean")
+    solutions = some_solutions()[:3]
+    total = 0
+    for each, labels in zip(solutions, labeller.label(solutions), strict=True):
+        successes, trials = by_hand(policy, grader, each, replace(SPEC, n=6))
+        assert labels.facts["successes"] == successes
+        assert labels.facts["trials"] == trials
+        own = grader.grade_one("".join(each.steps).replace("<eos>", ""), each.row["answer"]).verdict == "correct"
+        values = tuple(s / t if t else float(own) for s, t in zip(successes, trials, strict=True))
+        assert labels.values == values == labels.labels
+        total += sum(0 < s < t for s, t in zip(successes, trials, strict=True))
+    assert total >= 2  # shares strictly between 0 and 1: the comparison can fail
+
+
+def test_reductions_of_the_same_rollouts(policy: Policy, grader: Grader) -> None:
+    def labels(**settings: Any) -> list[StepLabels]:
+        return MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC, **settings).label(some_solutions())
+
+    plain = labels()
+    assert any(False in each.labels for each in plain)
+    assert any(True in each.labels for each in plain)
+    for each, first, back in zip(plain, labels(reduce="first_error"), labels(propagate_positive=True), strict=True):
+        assert each.values is not None
+        assert each.values == first.values == back.values
+        assert each.facts == first.facts == back.facts
+        assert each.labels == tuple(value is not None and value > 0 for value in each.values)
+        wrong = each.labels.index(False) if False in each.labels else len(each.labels)
+        assert first.labels == tuple(each.labels[i] if i <= wrong else None for i in range(len(each.labels)))
+        assert back.labels == tuple(any(each.labels[i:]) for i in range(len(each.labels)))
+
+
+def test_the_result_of_a_solution_is_its_own(policy: Policy, grader: Grader) -> None:
+    """Alone, in other company, in other batches: labels, values and facts stay the same."""
+    solutions = some_solutions()
+    for early_stop in (False, True):
+        labeller = MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC, early_stop=early_stop)
+        expected = labeller.label(solutions)
+        assert [labeller.label([each])[0] for each in solutions] == expected
+        assert labeller.label(solutions[::-1])[::-1] == expected
+        few = TransformersSampler(policy, max_rows=5)
+        assert MonteCarloLabeller(few, policy, grader, SPEC, early_stop=early_stop).label(solutions) == expected
+    assert labeller.label([]) == []
+
+
+def test_early_stop_gives_the_same_labels_for_less(policy: Policy, grader: Grader) -> None:
+    solutions = some_solutions()
+    for reduce in ("any", "first_error"):
+        sampler = TransformersSampler(policy)
+        full = MonteCarloLabeller(sampler, policy, grader, SPEC, reduce=reduce).label(solutions)
+        early = MonteCarloLabeller(sampler, policy, grader, SPEC, reduce=reduce, early_stop=True).label(solutions)
+        assert [each.labels for each in early] == [each.labels for each in full]
+        for a, b in zip(early, full, strict=True):
+            assert a.facts["prefill_tokens"] == b.facts["prefill_tokens"]  # waves do not read again
+            for made, right, all_made, all_right in zip(
+                a.facts["trials"], a.facts["successes"], b.facts["trials"], b.facts["successes"], strict=True
+            ):
+                assert made in (0, 1, 2, 4, 8)
+                assert made <= all_made
+                assert right <= all_right
+                assert (right > 0) == (all_right > 0)
+                assert right > 0 or made == all_made
+        spent = [sum(each.facts["generated_tokens"] for each in some) for some in (early, full)]
+        assert spent[0] < spent[1]
+
+
+@pytest.mark.parametrize(
+    ("samples", "waves"), [(1, [1]), (2, [1, 1]), (6, [1, 1, 2, 2]), (8, [1, 1, 2, 4]), (11, [1, 1, 2, 4, 3])]
+)
+def test_waves_of_the_early_stop(policy: Policy, grader: Grader, samples: int, waves: list[int]) -> None:
+    sampler = Scripted(lambda prefix, j: "")
+    spec = replace(SPEC, n=samples)
+    MonteCarloLabeller(sampler, policy, grader, spec, early_stop=True).label(some_solutions())
+    MonteCarloLabeller(sampler, policy, grader, spec).label(some_solutions())
+    assert sampler.waves == [waves, [samples]]
+
+
+class Scripted:
+    """A sampler that continues a prefix's text as it is told."""
+
+    def __init__(self, script: Callable[[str, int], str]) -> None:
+        self.script = script
+        self.prefixes: list[str] = []
+        self.waves: list[list[int]] = []
+
+    def sample_branches(self, branches: Sequence[Branch], spec: SamplingSpec, **given: Any) -> list[BranchRollouts]:
+        self.waves.append(list(given["waves"]))
+        results = []
+        for b, branch in enumerate(branches):
+            rollouts = []
+            for c, cut in enumerate(branch.cuts):
+                prefix = TOKENIZER.decode(branch.token_ids[:cut])
+                self.prefixes.append(prefix)
+                texts = [self.script(prefix, j) for j in range(spec.n)]
+                ids = [encode(text) for text in texts]
+                drawn = tuple(
+                    Rollout(b, j, ids[j], (0.0,) * len(ids[j]), (0.0,) * len(ids[j]), "stop", texts[j])
+                    for j in range(spec.n)
+                )
+                given["settled"]([Drawn(b, c, drawn)])
+                rollouts.append(drawn)
+            results.append(BranchRollouts(tuple(rollouts), 0))
+        return results
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "open_prefixes"),
+    [
+        (["a\n", "b\n", "#### 3<eos>"], {}, 2),
+        (["a\n", "b\n", "#### 3"], {"finish": "length"}, 3),  # a 3, or the beginning of 31
+        (["a\n", "#### 3\n", "so it is<eos>"], {}, 1),  # the final answer is there
+        (["a\n", "#### 3\n", "so it is"], {"finish": "length"}, 2),
+        (["a\n", "#### 3", "1\n", "yes<eos>"], {}, 2),  # a part of the final answer only
+        (["a\n", "b<eos>", "c"], {"finish": "length"}, 1),  # nothing follows an end token
+        (["#### 3<eos>"], {}, 0),
+        (["a 3\n", "b 3\n", "3<eos>"], {}, 2),  # a number is not marked as final
+    ],
+)
+def test_where_a_solution_is_over(
+    policy: Policy, grader: Grader, steps: list[str], given: dict[str, Any], open_prefixes: int
+) -> None:
+    """There its own answer decides; open steps get continuations, all of which fail here."""
+    sampler = Scripted(lambda prefix, j: " never")
+    ends = {"finish": "stop"} | given
+    each = solution(steps, "3", correct=True, **ends)
+    labels = MonteCarloLabeller(sampler, policy, grader, replace(SPEC, n=2)).label([each])[0]
+    started = [bool(count) for count in labels.facts["trials"]]
+    assert sum(started) == open_prefixes == len(sampler.prefixes)
+    assert sampler.prefixes == ["Q\n" + "".join(steps[: i + 1]) for i in range(len(steps)) if started[i]]
+    assert labels.values is not None
+    assert [v for v, drawn in zip(labels.values, started, strict=True) if not drawn] == [1.0] * (
+        len(steps) - open_prefixes
+    )
+
+
+def test_a_full_context_is_an_end(policy: Policy, grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = solution(["ab", "cd", "ef"], "3", finish="length")
+    monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", len(each.prompt_ids) + 5)
+    labels = MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC).label([each])[0]
+    assert labels.facts["trials"] == [8, 8, 0]
+    assert labels.values is not None
+    assert labels.values[2] == 0.0
+
+
+def test_own_answer_is_graded_where_it_is_not_known(policy: Policy, grader: Grader) -> None:
+    labeller = MonteCarloLabeller(Scripted(lambda prefix, j: ""), policy, grader, replace(SPEC, n=1))
+    steps = ["a\n", "#### 3<eos>"]
+    for given, value in (({"correct": None}, 1.0), ({"correct": True}, 1.0), ({"correct": False}, 0.0)):
+        assert labeller.label([solution(steps, "3", **given)])[0].labels[-1] is bool(value)
+    assert labeller.label([solution(steps, "4")])[0].values == (0.0, 0.0)
+
+
+def test_prefix_and_continuation_are_decoded_together(policy: Policy, grader: Grader) -> None:
+    """An answer may begin in the prefix and end in the continuation."""
+    sampler = Scripted(lambda prefix, j: ("2", "3", "")[j])
+    labels = MonteCarloLabeller(sampler, policy, grader, replace(SPEC, n=3), reduce="mean").label(
+        [solution(["#### 1", "9<eos>"], "12")]
+    )[0]
+    assert labels.values == (pytest.approx(1 / 3), 0.0)
+
+
+def test_text_after_a_stop_string_does_not_count(policy: Policy, grader: Grader) -> None:
+    each = solution(["see Q: 1\n", "end<eos>"], "5")
+    for stop, value in ((("Q:",), 1.0), ((), 0.0)):
+        spec = replace(SPEC, n=1, stop=stop)
+        sampler = Scripted(lambda prefix, j: "so 5 Q: 6")
+        assert MonteCarloLabeller(sampler, policy, grader, spec).label([each])[0].values == (value, 0.0)
+
+
+def test_work_is_counted(policy: Policy, grader: Grader) -> None:
+    solutions = some_solutions()
+    sampler = TransformersSampler(policy)
+    labels = MonteCarloLabeller(sampler, policy, grader, SPEC).label(solutions)
+    longest = [  # every solution is read up to its last open step, once
+        max((len(s.prompt_ids) + e for (_, e), n in zip(s.spans, each.facts["trials"], strict=True) if n), default=0)
+        for s, each in zip(solutions, labels, strict=True)
+    ]
+    assert [each.facts["prefill_tokens"] for each in labels] == longest
+    assert sampler.counts.prefill_tokens == sum(longest)
+    assert sampler.counts.generated_tokens == sum(each.facts["generated_tokens"] for each in labels) > 0
+
+
+def test_provenance(policy: Policy, grader: Grader) -> None:
+    labeller: Labeller = MonteCarloLabeller(
+        TransformersSampler(policy), policy, grader, replace(SPEC, top_k=5, stop=("Q:",)), early_stop=True
+    )
+    provenance = labeller.provenance()
+    assert json.loads(json.dumps(provenance)) == provenance
+    weights = provenance.pop("weights")
+    assert isinstance(weights, str)
+    assert weights
+    assert provenance == {
+        "labeller": "monte_carlo",
+        "model": "LlamaForCausalLM",
+        "revision": None,
+        "J": 8,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 5,
+        "max_new_tokens": 12,
+        "stop": ["Q:"],
+        "seed": 3,
+        "reduce": "any",
+        "early_stop": True,
+        "propagate_positive": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings_", "spec", "message"),
+    [
+        ({"reduce": "all"}, SPEC, "unknown reduce 'all'"),
+        ({"reduce": "mean", "early_stop": True}, SPEC, "early_stop makes shares of successes too high"),
+        (
+            {"reduce": "mean", "propagate_positive": True},
+            SPEC,
+            "propagate_positive needs labels that are right or wrong",
+        ),
+        ({}, replace(SPEC, temperature=0), "8 continuations at temperature 0 are all the same"),
+    ],
+)
+def test_bad_settings(
+    policy: Policy, grader: Grader, settings_: dict[str, Any], spec: SamplingSpec, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        MonteCarloLabeller(TransformersSampler(policy), policy, grader, spec, **settings_)
+
+
+GOOD = solution(["a\n", "b<eos>"], "3")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (replace(GOOD, prompt_ids=()), "p0/0: the solution has no prompt tokens to start from"),
+        (replace(GOOD, completion_ids=(), spans=(), steps=()), "p0/0: the solution has no steps to label: drop it"),
+        (replace(GOOD, steps=("a",)), "p0/0: 2 step spans but 1 step texts"),
+        (
+            replace(GOOD, spans=((0, 2), (3, 4))),
+            "p0/0: step 1 spans tokens [3, 4) but must be non-empty and start at 2",
+        ),
+        (replace(GOOD, spans=((0, 1), (1, 2))), "p0/0: the steps cover 2 tokens, the completion has 4"),
+        (replace(GOOD, row={"id": "p0"}), "p0/0, column 'answer': the problem has no answer to grade continuations by"),
+    ],
+)
+def test_bad_solutions(policy: Policy, grader: Grader, bad: Solution, message: str) -> None:
+    labeller = MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC)
+    with pytest.raises(DataError, match=re.escape(message)):
+        labeller.label([GOOD, bad])
