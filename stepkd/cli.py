@@ -24,7 +24,10 @@ TRAINER_COMMANDS = {
 }
 COMMANDS = {
     "evaluate": "benchmark a model (gsm8k, math500, ...), or compare two evaluations",
+    "label": "label the steps of solutions: Monte-Carlo, exact checker, outcome, judge, reward model; consensus",
+    "score": "score the steps of solutions with a reward model, a judge or the exact checker",
     "quickstart": "train and evaluate tiny models on this machine in minutes, nothing to download",
+    "claims": "run the experiments that measure each method's effect, with verdicts",
     "recipes": "list, show or copy the recipes",
     "export": "write a trained model as a folder that plain transformers loads",
 }
@@ -71,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stepkd {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstepkd {command}: interrupted; fit, evaluate and quickstart can be resumed", file=sys.stderr)
+        print(
+            f"\nstepkd {command}: interrupted; fit, evaluate, label, claims and quickstart can be resumed",
+            file=sys.stderr,
+        )
         return 130
     hint = nearest(command, [*TRAINER_COMMANDS, *COMMANDS])
     print(f"stepkd: no command {command!r}.{hint} `stepkd --help` lists them", file=sys.stderr)

@@ -24,7 +24,7 @@ class LabelledBatch(MicroBatch):
     read_L: Tensor = torch.empty(0, dtype=torch.long)  # noqa: RUF009
     """int64 positions in the flattened (B * T) axis, at (not before) the marker or the step's last token."""
     targets_LC: Tensor = torch.empty(0, 0)  # noqa: RUF009
-    """Target probabilities, worst class first; rows sum to one."""
+    """float64 target probabilities, worst class first; rows sum to one."""
 
 
 def collate_steps(
@@ -47,4 +47,8 @@ def collate_steps(
                 read.append(start + position)
                 targets.append(target)
     parts = {f.name: getattr(batch, f.name) for f in fields(MicroBatch)}
-    return LabelledBatch(**parts, read_L=torch.tensor(read, dtype=torch.long), targets_LC=torch.tensor(targets))
+    return LabelledBatch(
+        **parts,
+        read_L=torch.tensor(read, dtype=torch.long),
+        targets_LC=torch.tensor(targets, dtype=torch.float64),
+    )

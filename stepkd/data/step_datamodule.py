@@ -12,7 +12,7 @@ from stepkd.data.spec import DataSpec, check_training_use, load_rows
 from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
-from stepkd.errors import DataError
+from stepkd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class StepLabelData(StepData):
         segmenter: cuts solutions that come as one text without steps.
         max_length: longest prompt + solution in tokens, markers included; longer solutions lose whole steps, and that
             is counted.
-        allow_one_class: train although all labels agree; without it that is an error, because nothing can be learnt.
+        allow_one_class: train although all labels are the same; without it that is an error: nothing can be learnt.
         global_batch_size, batch_unit, bucket_window, shuffle, overlap_ngram, seed: as for
             :class:`~stepkd.data.datamodule.StepData`.
     """
@@ -76,6 +76,12 @@ class StepLabelData(StepData):
             raise DataError(
                 f"StepLabelData serves reward models, and {type(module).__name__} is none: use stepkd.data.StepData"
             )
+        meaning = module.head_spec.meaning
+        if (self.labels.scope == "outcome") != (meaning == "outcome"):
+            raise ConfigError(
+                f"data.labels.scope is {self.labels.scope!r} and model.head.meaning is {meaning!r}: an outcome reward "
+                "model sets both to 'outcome', a process reward model neither"
+            )
         return StepEncoder(
             module.tokenizer,
             self.template,
@@ -93,10 +99,12 @@ class StepLabelData(StepData):
         encoder = self.make_encoder()
         rows = load_rows(spec)  # a source knows its contract, a file's columns tell it
         examples = encoder.examples(rows)
-        counts = class_counts(cast(list[StepExample], examples), encoder.num_classes)
-        if name == "train" and len(counts) < 2 and not self.allow_one_class:
+        labelled = cast(list[StepExample], examples)
+        counts = class_counts(labelled, encoder.num_classes)
+        different = {target for example in labelled for target in example.targets if target is not None}
+        if name == "train" and len(different) < 2 and not self.allow_one_class:
             raise DataError(
-                f"all {sum(counts.values())} training labels are of one class ({next(iter(counts))}): a reward model "
+                f"all {sum(counts.values())} training labels are the same ({next(iter(counts))}): a reward model "
                 "trained on them learns a constant. Give rows with right and wrong steps, or set data.allow_one_class",
                 column="labels",
             )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stepkd.data.checks import ends_partition
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
@@ -128,8 +129,8 @@ class StepEncoder(Encoder):
             return Layout(whole.token_ids, tuple(zip(starts, ends, strict=True)), tuple(end - 1 for end in ends))
         if self.marker_id in whole.token_ids:
             raise DataError(
-                f"the step marker {self.tokenizer.convert_ids_to_tokens(self.marker_id)!r} (id {self.marker_id}) occurs in "
-                "the solution itself, so its positions would be ambiguous: choose another marker or drop the row",
+                f"the step marker {self.tokenizer.convert_ids_to_tokens(self.marker_id)!r} (id {self.marker_id}) is "
+                "in the solution itself, so its positions would be ambiguous: choose another marker or drop the row",
                 path=name,
                 column="completions",
             )
@@ -159,15 +160,20 @@ class StepEncoder(Encoder):
         if row.get("token_ids") is not None and self.format.tokenize == "whole" and row.get("step_ends") is not None:
             completion = text_from_ids(self.tokenizer, row["token_ids"])
             if row.get("completion") in (None, completion.text):
+                # Labels are stored one per step, so a repaired partition would shift them.
+                if (wrong := ends_partition(row)) is not None:
+                    raise DataError(wrong[1], path=name, column=wrong[0])
                 spans = spans_from_ends(row["step_ends"], len(completion))
                 return self.layout_from_ids(completion, spans, name)
         for column in ("completions", "steps"):
             if row.get(column) is not None:
                 return self.layout(row[column], name)
         if row.get("step_ends") is not None:
+            per_step = self.format.tokenize == "per_step"
+            why = "cannot serve tokenize 'per_step'" if per_step else "are not of this model's tokenizer"
             raise DataError(
-                "the row's token ids are not of this model's tokenizer, and it has no 'steps' as text: label it again "
-                "with this version (which writes them), or convert it with --to stepwise",
+                f"the row's token ids {why}, and it has no 'steps' as text: label it again with this version (which "
+                "writes them), or convert it with --to stepwise",
                 path=name,
                 column="token_ids",
             )

@@ -24,7 +24,8 @@ class LabelRule:
     """What the labels must be: right/wrong, -1/0/1, or chances in [0, 1]; ``auto`` takes what each row has."""
     after_error: Literal["keep", "truncate", "mask"] = "truncate"
     """Steps after the first wrong one: keep their labels, cut the solution off there, or leave it whole without these
-    labels. A causal model gives the same gradient for the last two; cutting reads fewer tokens."""
+    labels. A soft label is a wrong step where it is 0, or not above ``harden``. A causal model gives the same gradient
+    for ``truncate`` and ``mask``."""
     neutral: Literal["right", "wrong", "mask"] = "right"
     """What a rating of 0 means to a head of two classes."""
     harden: float | None = None
@@ -80,7 +81,10 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         )
     targets = [None if label is None else _target(label, kind, num_classes, rule, name, column) for label in labels]
     if rule.after_error != "keep":
-        wrong = next((i for i, label in enumerate(labels) if _is_error(label, kind, rule)), num_steps)
+        neutral_is_wrong = num_classes == 2 and rule.neutral == "wrong"
+        wrong = next(
+            (i for i, label in enumerate(labels) if _is_error(label, kind, rule.harden, neutral_is_wrong)), num_steps
+        )
         targets[wrong + 1 :] = [None] * (num_steps - wrong - 1)
     return targets
 
@@ -127,13 +131,13 @@ def _target(
     return (1.0 - float(label), float(label))
 
 
-def _is_error(label: bool | int | float | None, kind: str, rule: LabelRule) -> bool:
+def _is_error(label: bool | int | float | None, kind: str, harden: float | None, neutral_is_wrong: bool) -> bool:
     if label is None:
         return False
     if kind == "rating":
-        return label == -1 or (label == 0 and rule.neutral == "wrong")
+        return label == -1 or (label == 0 and neutral_is_wrong)
     if kind == "soft":
-        return label <= (rule.harden or 0.0)
+        return label <= (harden or 0.0)
     return not label
 
 

@@ -50,7 +50,7 @@ def best_of_n_from_files(
         ProblemSamples(
             problem,
             [bool(first[key]["correct"]) for key in keys],
-            [_vote(first[key], extractors) for key in keys],
+            [vote_of(first[key], extractors) for key in keys],
         )
         for problem, keys in groups.items()
     ]
@@ -77,7 +77,8 @@ def _by_key(path: str | Path) -> dict[tuple[str, str], Row]:
     return rows
 
 
-def _vote(row: Row, extractors: Sequence[str]) -> str | None:
+def vote_of(row: Row, extractors: Sequence[str]) -> str | None:
+    """Key of the answer's equivalence class of a graded rollout row; None when it has no answer."""
     if row["correct"] and row.get("answer") is not None:
         return canonical_answer(str(row["answer"]))
     found = extract_answer(str(row.get("completion", "")), extractors)

@@ -182,7 +182,10 @@ def _read(path: Path) -> _Contents:
     done, offset, torn_line = _Contents(), 0, 0
     pending: list[dict[str, Any]] = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        # No further than the file reached on opening: another process may be appending to it.
+        size, number = os.fstat(file.fileno()).st_size, 0
+        while line := file.readline(size - offset):
+            number += 1
             offset += len(line)
             row = _decode(line, path, number)
             if row is None:

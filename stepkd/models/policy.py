@@ -27,7 +27,7 @@ from stepkd.models.head import (
 )
 from stepkd.models.load import load_model
 from stepkd.models.spec import PolicySpec
-from stepkd.models.step_head import StepHead, StepHeadSpec, resolve_ids
+from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolve_ids
 from stepkd.models.step_head_io import saved_step_head
 
 __all__ = ["HiddenStates", "Policy", "positions_from_mask"]
@@ -96,6 +96,7 @@ class Policy(nn.Module):
             ConfigError: a marker or label that is not one token here, or a head of another spec is there already.
             ModelError: weights of another shape.
         """
+        spec = named_marker(spec, self.tokenizer)
         if self.step_head is not None:
             if self.step_head.spec != spec:
                 raise ConfigError(
@@ -105,16 +106,19 @@ class Policy(nn.Module):
             return self.step_head
         hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]
         head = StepHead(spec, resolve_ids(spec, self.tokenizer), hidden_size, seed=seed).to(self.device)
+        embeddings = self.causal_lm.get_input_embeddings()
+        if embeddings.weight.dtype == torch.float64:
+            head.double()
         if weights is not None:
             try:
                 head.load_state_dict(dict(weights))
             except RuntimeError as error:
                 raise ModelError(f"the step head's weights do not fit this model: {first_line(error)}") from error
-        if self.causal_lm.get_input_embeddings().weight.dtype == torch.float64:
-            head.double()
-        unused = self.causal_lm.get_output_embeddings()
-        if head.score is not None and unused.weight is not self.causal_lm.get_input_embeddings().weight:
-            unused.requires_grad_(False)  # a classifier never reads the vocabulary head
+        if head.score is not None:  # a classifier never reads the vocabulary head, and DDP waits for every gradient
+            shared = {id(parameter) for parameter in embeddings.parameters()}
+            for parameter in self.causal_lm.get_output_embeddings().parameters():
+                if id(parameter) not in shared:
+                    parameter.requires_grad_(False)
         self.step_head = head
         return head
 

@@ -9,7 +9,7 @@ Axes: S steps, H hidden size, C classes from worst to best.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
 from stepkd.losses.prm import label_token_logps
-from stepkd.steps import StepFormat, auto_marker_id, marker_token_id
+from stepkd.steps import StepFormat, auto_marker, marker_token_id
 
 Meaning = Literal["correctness", "value", "outcome"]
 
@@ -38,6 +38,8 @@ class StepHeadSpec:
     learn to leave (ASPRM's choice). Scores are always among the label tokens."""
     classes: int = 2
     """Outputs of the classifier: 2 (wrong, right) or 3 (wrong, neutral, right)."""
+    layers: int = 2
+    """Layers of the classifier: 2, or 1 as transformers' token classification models have (TRL's PRMTrainer)."""
     neutral: Literal["right", "wrong", "half"] = "right"
     """What a neutral class counts as in a score. "Let's Verify Step by Step" counts it as right."""
     meaning: Meaning = "correctness"
@@ -53,8 +55,16 @@ class StepHeadSpec:
                 raise ConfigError(f"labels={list(self.labels)}: two or three different tokens, from worst to best")
             if self.format.marker is None:
                 raise ConfigError("label tokens are predicted at a step marker: set format.marker")
+            if self.classes not in (2, len(self.labels)) or self.layers != 2:
+                raise ConfigError(
+                    f"classes={self.classes} and layers={self.layers} describe a classifier, and kind is "
+                    f"'label_tokens' with labels {list(self.labels)}: three classes are three labels, or set kind to "
+                    "'classifier'"
+                )
         elif self.classes not in (2, 3):
             raise ConfigError(f"classes={self.classes}: 2 (wrong, right) or 3 (wrong, neutral, right)")
+        elif self.layers not in (1, 2):
+            raise ConfigError(f"layers={self.layers}: a classifier has 1 layer, or 2")
 
     @property
     def num_classes(self) -> int:
@@ -78,16 +88,25 @@ def resolve_ids(spec: StepHeadSpec, tokenizer: Any) -> StepHeadIds:
     Raises:
         ConfigError: one of them is not exactly one token of this tokenizer, or two of them are the same token.
     """
-    marker = spec.format.marker
-    marker_id = None
-    if marker is not None:
-        marker_id = auto_marker_id(tokenizer) if marker == "auto" else marker_token_id(tokenizer, marker)
-    labels = tuple(marker_token_id(tokenizer, text) for text in spec.labels) if spec.kind == "label_tokens" else ()
+    marker = named_marker(spec, tokenizer).format.marker
+    marker_id = None if marker is None else marker_token_id(tokenizer, marker)
+    texts = spec.labels if spec.kind == "label_tokens" else ()
+    labels = tuple(marker_token_id(tokenizer, text, what="label") for text in texts)
     if len(set(labels)) != len(labels) or (labels and marker_id in labels):
         raise ConfigError(
             f"labels {list(spec.labels)} and marker {marker!r} are not different tokens in this tokenizer"
         )
     return StepHeadIds(marker_id, labels)
+
+
+def named_marker(spec: StepHeadSpec, tokenizer: Any) -> StepHeadSpec:
+    """The spec with ``auto`` replaced by the marker it means for this tokenizer.
+
+    That is what a model records: a list of candidates that grows must not change the marker of a trained model.
+    """
+    if spec.format.marker != "auto":
+        return spec
+    return replace(spec, format=replace(spec.format, marker=auto_marker(tokenizer)))
 
 
 class StepHead(nn.Module):
@@ -99,7 +118,8 @@ class StepHead(nn.Module):
         hidden_size: H.
         seed: seed of a classifier's first weights; the global generators are left as they were.
 
-    The classifier's layers and parameter names are those of Qwen2.5-Math-PRM's ``score``: Linear, ReLU, Linear.
+    The classifier's layers and parameter names are those of Qwen2.5-Math-PRM's ``score``: Linear, ReLU, Linear; with
+    one layer those of a transformers token classification model.
     """
 
     def __init__(self, spec: StepHeadSpec, ids: StepHeadIds, hidden_size: int, *, seed: int = 0) -> None:
@@ -109,10 +129,10 @@ class StepHead(nn.Module):
         self.score: nn.Module | None = None
         if spec.kind == "classifier":
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.score = nn.Sequential(
-                    nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, spec.classes)
-                )
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPUs' too
+                below = [nn.Linear(hidden_size, hidden_size), nn.ReLU()] if spec.layers == 2 else []
+                output = nn.Linear(hidden_size, spec.classes)
+                self.score = nn.Sequential(*below, output) if below else output
 
     def logps(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
         """Log-probability of every class: (S, C), nats, at least float32.

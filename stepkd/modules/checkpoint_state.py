@@ -62,7 +62,7 @@ def unpack(module: StepModule, checkpoint: dict[str, Any]) -> tuple[Position, di
         ]
         raise ModelError(
             f"the checkpoint holds other weights than this recipe trains: missing {missing[:3]}, unexpected "
-            f"{surplus[:3]}, other shapes {shapes[:3]}. Use the policy (path, lora) it was made with"
+            f"{surplus[:3]}, other shapes {shapes[:3]}. Use the policy (path, lora) and the head it was made with"
         )
     if module.trainer.state.fn == "fit":
         _check_resume(module, section)

@@ -92,67 +92,32 @@ def train_sft(context: Context, name: str, *, start: str, steps: int, noise: dic
     Returns:
         The exported model folder.
     """
-    from lightning.pytorch import Trainer
+    from stepkd.claims.tiny import train_tiny_sft
 
-    from stepkd.data import DataSpec, StepData
-    from stepkd.launch.logger import JsonlLogger
-    from stepkd.launch.progress import StepProgress
-    from stepkd.models import PolicySpec
-    from stepkd.models.export import export_model
-    from stepkd.modules import OptimizerSpec, SFTModule
-
-    folder = context.out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    task, _, settings = context.task.partition(":")
-    options: dict[str, Any] = {"task": f"{task}:{settings}", "n": 20_000, "seed": context.seed}
-    if noise is not None:
-        options["noise"] = noise
-    data = StepData(
-        train=DataSpec(source="task", split="train", options=options),
-        template="task",
-        global_batch_size=64,
-        max_length=128,
+    return train_tiny_sft(
+        context.out / name,
+        start=start,
+        task=context.task,
+        steps=context.steps(steps),
+        lr=lr,
         seed=context.seed,
+        noise=noise,
+        progress=True,
     )
-    module = SFTModule(
-        PolicySpec(path=start, init_seed=context.seed),
-        OptimizerSpec(lr=lr, schedule="cosine", warmup=0.05),
-        micro_batch_tokens=16_384,
-        seed=context.seed,
-    )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=context.steps(steps),
-        logger=JsonlLogger(folder),
-        callbacks=[StepProgress(every_n_steps=100)],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        default_root_dir=str(folder),
-    )
-    trainer.fit(module, data)
-    checkpoint = folder / "last.ckpt"
-    trainer.save_checkpoint(checkpoint)
-    return export_model(checkpoint, folder / "model", overwrite=True)
 
 
 def evaluate_task(context: Context, name: str, model: Path, *, samples: int, temperature: float) -> dict[str, Any]:
     """Evaluate a model on held-out problems of the task; returns the summary's metrics."""
-    from stepkd.evaluation import EvaluationSpec, evaluate
+    from stepkd.claims.tiny import evaluate_tiny
 
-    summary = evaluate(
-        EvaluationSpec(
-            model=str(model),
-            benchmark="task",
-            data=f'task="{context.task}",n={context.problems(200)},seed={context.seed}',
-            samples=samples,
-            temperature=temperature,
-            max_new_tokens=64,
-            max_rows=256,
-            device="cpu",
-            seed=context.seed,
-            out=str(context.out / "evaluations" / name),
-        )
+    summary = evaluate_tiny(
+        context.out / "evaluations" / name,
+        model,
+        task=context.task,
+        problems=context.problems(200),
+        samples=samples,
+        temperature=temperature,
+        seed=context.seed,
     )
     return {key: summary[key] for key in ("problems", "samples", "metrics")}
 

@@ -45,6 +45,8 @@ class ScorerOptions:
     """How a plain model scores steps (``prm``)."""
     reference: bool = False
     """Show the gold solution to the model (``judge``)."""
+    answers: tuple[str, str] | None = None
+    """The tokens for yes and no (``judge``); None: the usual forms."""
     separator: str | None = None
     """Separator it was trained with (``trl``); None: a newline."""
     dtype: str | None = None
@@ -89,7 +91,8 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
     if kind == "judge":
         policy = load_trained(path, dtype=options.dtype, attention=options.attention)
         asked = JUDGE_TEMPLATE if options.template is None else options.template
-        scorer = PromptedJudge(policy, template=asked, reference=options.reference, name=path, **common)
+        yes, no = ([form] for form in options.answers) if options.answers else (None, None)
+        scorer = PromptedJudge(policy, template=asked, yes=yes, no=no, reference=options.reference, name=path, **common)
     elif kind in get_args(PublishedKind):
         if options.separator is not None:
             common["separator"] = options.separator
@@ -130,7 +133,7 @@ def parse_head(text: str) -> StepHeadSpec:
     if not isinstance(values, dict):
         raise ConfigError(f'the head setting must be a JSON object such as {{"kind": "label_tokens"}}, found {text!r}')
     try:
-        return step_head_from_dict(values)
+        return step_head_from_dict({"labels": StepHeadSpec().labels, **values})
     except Exception as error:  # unknown keys, values of a wrong type
         raise ConfigError(f"the head setting {text!r} cannot be used: {error}") from error
 
@@ -191,6 +194,7 @@ def _check_options(kind: ScorerKind, options: ScorerOptions) -> None:
     uses = {
         "head": kind == "prm",
         "reference": kind == "judge",
+        "answers": kind == "judge",
         "separator": kind == "trl",
         "template": kind != "checker" and not (kind == "judge" and isinstance(options.template, str)),
         "temperature": kind != "checker",

@@ -20,7 +20,8 @@ class StepFormat:
     :data:`MARKER_CANDIDATES` that the tokenizer has as one token; None: no marker, a step is scored at its last
     token."""
     separator: str = "\n"
-    """Text between two steps, where a step does not end in white space already."""
+    """Text between two steps, where a step does not end in white space already; empty where the steps are cuts of one
+    text (AdaptiveStep) and joining them gives it back."""
     marker_place: Literal["step_end", "before_separator"] = "step_end"
     """``step_end``: behind the separator, where the step's span ends; ``before_separator``: between the step's text and
     its separator (Math-Shepherd's ``ки`` before the newline)."""
@@ -35,11 +36,6 @@ class StepFormat:
             raise ConfigError("the step marker is empty text: name a token, 'auto', or null for no marker")
         if self.marker is None and self.marker_place == "before_separator":
             raise ConfigError("marker_place 'before_separator' needs a marker")
-        if self.separator == "" and self.tokenize == "whole":
-            raise ConfigError(
-                "an empty separator would let two steps merge into one token: set tokenize to 'per_step', or give a "
-                "separator"
-            )
 
 
 MARKER_CANDIDATES = (

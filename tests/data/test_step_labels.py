@@ -75,7 +75,7 @@ def test_outcome_scope() -> None:
     assert step_targets({"correct": False, "step_labels": [True]}, 1, 2, rule) == [WRONG]
     assert step_targets({"outcome": False}, 2, 3, rule) == [None, ONE_OF_3[-1]]
     for row in ({}, {"outcome": None}, {"outcome": 1}, {"correct": None}, {"outcome": "yes"}):
-        with pytest.raises(DataError, match="needs whether the answer is right, found .*boolean 'outcome'"):
+        with pytest.raises(DataError, match=r"needs whether the answer is right, found .*boolean 'outcome'"):
             step_targets(row, 1, 2, rule)
 
 

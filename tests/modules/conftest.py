@@ -14,19 +14,25 @@ from stepkd.data.batching import BatchPlan
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.loader import StepLoader
+from stepkd.data.step_collate import collate_steps
+from stepkd.data.step_encode import StepEncoder, StepExample
+from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
-from stepkd.models import Policy, PolicySpec
+from stepkd.models import Policy, PolicySpec, StepHeadSpec
+from stepkd.models.step_head import resolve_ids
 from stepkd.models.tiny import tiny_tokenizer
-from stepkd.modules import OptimizerSpec, SFTModule
+from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
 from stepkd.steps import get_segmenter
-from stepkd.tasks import make_rows
+from stepkd.tasks import Noise, make_rows
 
 Gradients = dict[str, torch.Tensor]
+STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
 
 
-class Recorder(SFTModule):
+class Recording(StepModule):
     """Keeps the gradients of the last optimiser step (before clipping) and the micro-batch shapes."""
 
+    collator: Any
     padding_side = "right"
     pad_to: int | None = None
 
@@ -37,7 +43,7 @@ class Recorder(SFTModule):
 
     def _collate(self, examples: Sequence[Example], *, is_filler: bool = False) -> MicroBatch:
         side: Any = self.padding_side
-        return collate(examples, 0, padding_side=side, pad_to=self.pad_to, is_filler=is_filler)
+        return self.collator(examples, 0, padding_side=side, pad_to=self.pad_to, is_filler=is_filler)
 
     def loss_terms(self, micro_batch: MicroBatch) -> Any:
         self.shapes.append(tuple(micro_batch.input_ids_BT.shape))
@@ -47,6 +53,18 @@ class Recorder(SFTModule):
         named = self.model.trainable_parameters()
         self.gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
         return super()._clip()
+
+
+class Recorder(Recording, SFTModule):
+    """For SFT."""
+
+    collator = staticmethod(collate)
+
+
+class PRMRecorder(Recording, PRMModule):
+    """For reward models."""
+
+    collator = staticmethod(collate_steps)
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
@@ -89,7 +107,7 @@ def one_step() -> Callable[..., Recorder]:
         policy: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Recorder:
-        optimizer = settings.pop("optimizer", OptimizerSpec(lr=1e-3, schedule="constant", warmup=0))
+        optimizer = settings.pop("optimizer", STEADY)
         spec: Any = {"path": "tiny-0.1m", "dtype": dtype, **(policy or {})}
         module = Recorder(PolicySpec(**spec), optimizer, **settings)
         module.padding_side, module.pad_to = padding_side, pad_to
@@ -126,3 +144,120 @@ def distance() -> Callable[[Gradients, Gradients], float]:
         return gap / sum(float(b[name].norm() ** 2) for name in b) ** 0.5
 
     return measure
+
+
+# ---- reward models --------------------------------------------------------------------------------------------------
+
+
+def encode_steps(head: StepHeadSpec, count: int = 16, rule: LabelRule | None = None, **columns: Any) -> list[Any]:
+    """Solutions of very different lengths with right and wrong steps; a column is a function of these labels."""
+    tokenizer = tiny_tokenizer()
+    encoder = StepEncoder(
+        tokenizer,
+        get_template("task"),
+        format=head.format,
+        marker_id=resolve_ids(head, tokenizer).marker,
+        num_classes=head.num_classes,
+        labels=rule or LabelRule(after_error="keep"),
+    )
+    rows = make_rows("modular:terms=2-6", count, seed=3, noise=Noise(rate=0.3))
+    for row in rows:
+        row.update({name: make(row["step_labels"]) for name, make in columns.items()})
+    return encoder.examples(rows)
+
+
+def fresh_policy(head: StepHeadSpec, **settings: Any) -> Policy:
+    """An untrained reward model."""
+    policy = Policy.load(PolicySpec(path="tiny-0.1m", **{"dtype": "float64", **settings}))
+    policy.attach_step_head(head)
+    return policy
+
+
+def plain_step_logits(policy: Policy, example: StepExample) -> torch.Tensor:
+    """Class logits at every step of one unpadded row, without any of the code under test.
+
+    Over the whole vocabulary they are log-probabilities, which a softmax over the labels alone would change.
+    """
+    ids = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+    at = torch.tensor(example.read_at) + len(example.prompt_ids)
+    head = policy.require_step_head()
+    if head.score is not None:
+        scores: torch.Tensor = head.score(policy.model.model(input_ids=ids).last_hidden_state[0, at])
+        return scores
+    logits = policy.model(input_ids=ids).logits[0, at]
+    labels = [policy.tokenizer.convert_tokens_to_ids(token) for token in head.spec.labels]
+    return logits[:, labels] if head.spec.restricted else logits.log_softmax(-1)[:, labels]
+
+
+@pytest.fixture(scope="session")
+def encoded() -> Callable[..., list[Any]]:
+    """:func:`encode_steps`."""
+    return encode_steps
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Callable[..., Policy]:
+    """:func:`fresh_policy`."""
+    return fresh_policy
+
+
+@pytest.fixture(scope="session")
+def plain_logits() -> Callable[..., torch.Tensor]:
+    """:func:`plain_step_logits`."""
+    return plain_step_logits
+
+
+@pytest.fixture(scope="session")
+def scored() -> Callable[..., torch.Tensor]:
+    """Scores of all labelled steps under a policy."""
+
+    def run(policy: Policy, examples: Sequence[StepExample]) -> torch.Tensor:
+        policy.eval()
+        batch = collate_steps(examples, 0)
+        with torch.no_grad():
+            hidden_NH = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)
+            return policy.step_scores(hidden_NH[batch.read_L])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prm_step() -> Callable[..., PRMRecorder]:
+    """Run optimiser steps of a reward model on exactly these examples."""
+
+    def run(
+        examples: Sequence[Any], head: StepHeadSpec | None = None, *, steps: int = 1, **settings: Any
+    ) -> PRMRecorder:
+        sides = {name: settings.pop(name) for name in ("padding_side", "pad_to") if name in settings}
+        spec: Any = {"path": "tiny-0.1m", "dtype": settings.pop("dtype", "float64"), **settings.pop("policy", {})}
+        module = PRMRecorder(PolicySpec(**spec), head, **{"optimizer": STEADY, **settings})
+        for name, value in sides.items():
+            setattr(module, name, value)
+        plan = BatchPlan([example.length for example in examples], size=len(examples), shuffle=False)
+        quiet_trainer(max_steps=steps).fit(module, train_dataloaders=StepLoader(examples, plan))
+        return module
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def brute_force_steps() -> Callable[..., tuple[float, Gradients]]:
+    """Loss and gradients from plain logits, one unpadded row at a time, divided by the number of labelled steps."""
+
+    def run(head: StepHeadSpec, examples: Sequence[StepExample]) -> tuple[float, Gradients]:
+        policy = fresh_policy(head)
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for example in examples:
+            logits = plain_step_logits(policy, example)
+            whole_vocabulary = head.kind == "label_tokens" and not head.restricted
+            for row, target in zip(
+                logits if whole_vocabulary else logits.log_softmax(-1), example.targets, strict=True
+            ):
+                if target is not None:
+                    total = total - sum(t * value for t, value in zip(target, row, strict=True))
+                    count += 1
+        loss = total / count
+        loss.backward()
+        return float(loss.detach()), {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+
+    return run

@@ -1,33 +1,58 @@
 """One rank of a data-parallel run of two optimiser steps; rank 0 writes losses and final weights.
 
 Started by test_distributed.py through torchrun, accelerate, or plainly. Arguments: output file, number of
-rows, and optionally the number of a row whose loss is infinite (with finite gradients, on one rank only).
+rows, and optionally the number of a row whose loss is infinite (with finite gradients, on one rank only), or
+``prm`` for a reward model with either head in place of SFT.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Encoder
 from stepkd.data.loader import StepLoader
+from stepkd.data.step_encode import StepEncoder
+from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.errors import TrainingError
 from stepkd.launch import check_launch, trainer_defaults
 from stepkd.losses import LossTerms
-from stepkd.models import PolicySpec
+from stepkd.models import PolicySpec, StepHeadSpec
+from stepkd.models.step_head import resolve_ids
 from stepkd.models.tiny import tiny_tokenizer
-from stepkd.modules import OptimizerSpec, SFTModule
+from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
 from stepkd.steps import get_segmenter
-from stepkd.tasks import make_rows
+from stepkd.tasks import Noise, make_rows
+
+TINY = PolicySpec(path="tiny-0.1m", dtype="float64")
+STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
 
 
-class Recorder(SFTModule):
+class Gradients(StepModule):
+    """Keeps the gradients of the last optimiser step, before clipping."""
+
+    def _clip(self) -> float:
+        self.gradients = {n: p.grad.detach().clone() for n, p in self.model.trainable_parameters()}
+        return super()._clip()
+
+
+class PRMRecorder(Gradients, PRMModule):
+    labelled = 0
+
+    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        self.labelled += 0 if micro_batch.is_filler else len(micro_batch.read_L)
+        return super().loss_terms(micro_batch)
+
+
+class Recorder(Gradients, SFTModule):
     poison = ""
 
     def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
@@ -36,23 +61,48 @@ class Recorder(SFTModule):
             terms.sums["ce"] = terms.sums["ce"] + float("inf")
         return terms
 
-    def _clip(self) -> float:
-        self.gradients = {n: p.grad.detach().clone() for n, p in self.model.trainable_parameters()}
-        return super()._clip()
+
+def train_reward_models(out: str, num_rows: int) -> None:
+    rows = make_rows("modular:terms=2-9", num_rows, seed=5, noise=Noise(rate=0.3))
+    results = {}
+    for kind in ("label_tokens", "classifier"):
+        head = StepHeadSpec(kind=kind)
+        encoder = StepEncoder(
+            tiny_tokenizer(),
+            get_template("task"),
+            format=head.format,
+            marker_id=resolve_ids(head, tiny_tokenizer()).marker,
+            labels=LabelRule(),
+        )
+        module = PRMRecorder(TINY, head, optimizer=STEADY, class_weights=[2.0, 1.0], micro_batch_tokens=150)
+        result = train(module, encoder.examples(rows))
+        labelled = [module.labelled]
+        if dist.is_initialized():
+            labelled = [0] * dist.get_world_size()
+            dist.all_gather_object(labelled, module.labelled)
+        results[kind] = result | {"labelled": labelled}
+    if results["classifier"]["rank"] == 0:
+        torch.save(results, out)
 
 
 def main(out: str, num_rows: int, poison: int | None = None) -> None:
-    torch.set_num_threads(1)
     rows = make_rows("modular:terms=2-9", num_rows, seed=5)
     examples = Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
-    info = check_launch(os.environ, {})
-    module = Recorder(
-        PolicySpec(path="tiny-0.1m", dtype="float64"),
-        OptimizerSpec(lr=1e-3, schedule="constant", warmup=0),
-        micro_batch_tokens=150,
-    )
+    module = Recorder(TINY, STEADY, micro_batch_tokens=150)
     if poison is not None:
         module.poison = examples[poison].id
+    try:
+        result = train(module, examples)
+    except TrainingError as error:
+        os.write(1, f"RANK {os.environ.get('RANK', 0)} STOPPED: {error}\n".encode())  # in one piece
+        return
+    if result["rank"] == 0:
+        torch.save(result, out)
+
+
+def train(module: Any, examples: list[Any]) -> dict[str, Any]:
+    """Two optimiser steps, and what they left."""
+    info = check_launch(os.environ, {})
     trainer = Trainer(
         **{**trainer_defaults(info), "accelerator": "cpu"},
         max_steps=2,
@@ -63,23 +113,20 @@ def main(out: str, num_rows: int, poison: int | None = None) -> None:
     )
     plan = BatchPlan([e.length for e in examples], size=len(examples), shuffle=True, seed=1)
     loader = StepLoader(examples, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
-    try:
-        trainer.fit(module, train_dataloaders=loader)
-    except TrainingError as error:
-        os.write(1, f"RANK {info.rank} STOPPED: {error}\n".encode())  # in one piece
-        return
-    if trainer.is_global_zero:
-        torch.save(
-            {
-                "world": trainer.world_size,
-                "loss": float(trainer.callback_metrics["train/loss"]),
-                "tokens": float(trainer.callback_metrics["train/tokens"]),
-                "gradients": module.gradients,
-                "weights": {n: p.detach() for n, p in module.model.trainable_parameters()},
-            },
-            out,
-        )
+    trainer.fit(module, train_dataloaders=loader)
+    return {
+        "rank": trainer.global_rank,
+        "world": trainer.world_size,
+        "loss": float(trainer.callback_metrics["train/loss"]),
+        "tokens": float(trainer.callback_metrics["train/tokens"]),
+        "gradients": module.gradients,
+        "weights": {n: p.detach() for n, p in module.model.trainable_parameters()},
+    }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    torch.set_num_threads(1)
+    if sys.argv[3:] == ["prm"]:
+        train_reward_models(sys.argv[1], int(sys.argv[2]))
+    else:
+        main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -24,10 +24,14 @@ LAUNCHERS = {
 }
 
 
-def launch(prefix: list[str], out: Path, rows: int) -> dict[str, Any]:
+def launch(prefix: list[str], out: Path, rows: int, *extra: str) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*prefix, str(WORKER), str(out), str(rows)], env=environment, capture_output=True, text=True, timeout=240
+        [*prefix, str(WORKER), str(out), str(rows), *extra],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
@@ -51,6 +55,20 @@ def test_two_processes_equal_one(
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert distance(two["gradients"], one["gradients"]) < 1e-10
     assert distance(two["weights"], one["weights"]) < 1e-8  # Adam divides by the gradient's own size
+
+
+def test_two_processes_train_the_reward_model_of_one(tmp_path: Path, distance: Any) -> None:
+    """Either head, class weights, and as many labelled steps on a rank as its rows happen to have."""
+    one = launch([sys.executable], tmp_path / "one.pt", 7, "prm")
+    two = launch(LAUNCHERS["torchrun"], tmp_path / "two.pt", 7, "prm")
+    for head in ("label_tokens", "classifier"):
+        a, b = two[head], one[head]
+        assert (a["world"], b["world"]) == (2, 1)
+        assert a["labelled"][0] != a["labelled"][1], "the test needs unequal ranks"
+        assert sum(a["labelled"]) == sum(b["labelled"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert distance(a["gradients"], b["gradients"]) < 1e-10
+        assert distance(a["weights"], b["weights"]) < 1e-8
 
 
 def test_an_infinite_loss_on_one_rank_stops_both_and_names_the_row(tmp_path: Path) -> None:

@@ -47,9 +47,7 @@ def test_every_step_by_hand(policy: Policy, problems: list[Solutions], shared: b
         for steps in problem.solutions:
             for k in range(1, len(steps) + 1):
                 lines = "".join(f"Step {i}: {step.strip()}\n" for i, step in enumerate(steps[:k], start=1))
-                values.append(
-                    by_hand(policy, f"Problem:\n{problem.row['prompt']}\n\nSolution:\n{lines}\n{k} ok?\nA:")
-                )
+                values.append(by_hand(policy, f"Problem:\n{problem.row['prompt']}\n\nSolution:\n{lines}\n{k} ok?\nA:"))
     assert flat(judge.score(problems[:2])) == pytest.approx(values, rel=0, abs=1e-10)
     assert len({round(value, 6) for value in values}) > 20
 
@@ -71,7 +69,8 @@ def test_sliding_window_too_short_for_gaps_is_read_plainly(
 
     config = MistralConfig(
         vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, sliding_window=window, max_position_embeddings=512, tie_word_embeddings=True,
+        num_key_value_heads=1, head_dim=16, sliding_window=window, max_position_embeddings=512,
+        tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     policy = Policy(sharpened(MistralForCausalLM(config).double()).eval(), tiny_tokenizer())
@@ -178,7 +177,7 @@ def test_answers_are_pairs_of_single_tokens() -> None:
     assert yes == (ids(" Yes"), ids("yes"))  # 'Yes' has no 'No' beside it
     assert no == (ids(" No"), ids("no"))
     assert answer_ids(tokenizer, ["Yes"], ["no"]) == ((ids("Yes"),), (ids("no"),))
-    with pytest.raises(ConfigError, match="an answer of the judge must be one token: .*'No'"):
+    with pytest.raises(ConfigError, match=r"an answer of the judge must be one token: .*'No'"):
         answer_ids(tokenizer, ["Yes"], ["No"])
     with pytest.raises(ConfigError, match="as many forms of yes as of no"):
         answer_ids(tokenizer, ["Yes"], None)
@@ -188,14 +187,14 @@ def test_answers_are_pairs_of_single_tokens() -> None:
         answer_ids(tokenizer, [], [])
     with pytest.raises(ConfigError, match="yes and no share a token"):
         answer_ids(tokenizer, ["Yes", "no"], ["no", "yes"])
-    with pytest.raises(ConfigError, match="none of .* as single tokens"):
+    with pytest.raises(ConfigError, match=r"none of .* as single tokens"):
         answer_ids(words("maybe"))
 
 
 def test_bad_input(policy: Policy) -> None:
-    with pytest.raises(ConfigError, match="none of .* as single tokens"):
+    with pytest.raises(ConfigError, match=r"none of .* as single tokens"):
         PromptedJudge(policy)  # characters only
-    with pytest.raises(ConfigError, match="must hold {step} once"):
+    with pytest.raises(ConfigError, match=r"must hold \{step\} once"):
         PromptedJudge(policy, question="Right?", **Y)
     with pytest.raises(ConfigError, match="max_rows=0"):
         PromptedJudge(policy, max_rows=0, **Y)
@@ -217,4 +216,6 @@ def test_nan_names_the_problem(make_policy: MakePolicy, shared: bool) -> None:
         policy.causal_lm.get_input_embeddings().weight[policy.tokenizer.convert_tokens_to_ids("@")] = float("nan")
     judge = PromptedJudge(policy, shared_prefix=shared, **SHORT)
     with pytest.raises(ModelError, match="scores of problem 'bad' are not numbers"):
-        judge.score([Solutions({"id": "good", "prompt": "1"}, [["a"]]), Solutions({"id": "bad", "prompt": "@"}, [["a"]])])
+        judge.score(
+            [Solutions({"id": "good", "prompt": "1"}, [["a"]]), Solutions({"id": "bad", "prompt": "@"}, [["a"]])]
+        )

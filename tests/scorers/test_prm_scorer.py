@@ -67,7 +67,8 @@ def test_sliding_window(sharpened: Any, problems: list[Solutions], window: int) 
 
     config = MistralConfig(
         vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, sliding_window=window, max_position_embeddings=512, tie_word_embeddings=True,
+        num_key_value_heads=1, head_dim=16, sliding_window=window, max_position_embeddings=512,
+        tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     policy = Policy(sharpened(MistralForCausalLM(config).double()).eval(), tiny_tokenizer())
@@ -193,7 +194,12 @@ def test_provenance(make_policy: MakePolicy) -> None:
     found = scorer.provenance()
     assert found["scorer"] == "prm"
     assert found["model"] == "runs/prm"
-    assert (found["dtype"], found["max_length"], found["meaning"], found["temperature"]) == ("float64", 64, "value", None)
+    assert (found["dtype"], found["max_length"], found["meaning"], found["temperature"]) == (
+        "float64",
+        64,
+        "value",
+        None,
+    )
     assert found["head"]["labels"] == ("-", "+")
     assert PRMScorer(policy, template="gsm8k").provenance()["prompt"] != found["prompt"]
     with torch.no_grad():

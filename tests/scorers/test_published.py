@@ -18,7 +18,11 @@ from stepkd.scorers.published import recognise
 Sharpen = Callable[[Any], Any]
 QUESTIONS = ["Ann has 3 ducks and buys 4. How many?", "What is 7 x 8?"]
 SOLUTIONS = [
-    [["She has 3 ducks.", "She buys 4 + 3 - 0 more.", "The answer is 7"], ["The answer is 12"], ["3", "4", "7", "7 - 7"]],
+    [
+        ["She has 3 ducks.", "She buys 4 + 3 - 0 more.", "The answer is 7"],
+        ["The answer is 12"],
+        ["3", "4", "7", "7 - 7"],
+    ],
     [["7 x 8 = 54.", "So the answer is 54"], ["It is 56."]],
 ]
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -136,7 +140,10 @@ def byte_level(bos: str | None, *, adds_bos: bool = False) -> Any:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<extra_0>", "<s>"]
     corpus = [*QUESTIONS, *(f"{step}.\n\n{step}\n" for solutions in SOLUTIONS for steps in solutions for step in steps)]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator([*corpus, SYSTEM, "system\nuser\nassistant\n"] * 3, trainer)
     if adds_bos:

@@ -1,0 +1,294 @@
+"""Claim files: ``recipes/claims/<name>.yaml``, read and checked against the experiment before anything runs.
+
+Keys: ``claim`` (one sentence), ``source`` (paper and number), ``experiment``, ``settings``, ``seeds``, ``statements``
+(:class:`~stepkd.claims.statements.Statement`), ``quick`` (``seeds``, ``settings`` and ``variants`` of ``--quick``);
+optional: ``variants`` (name -> settings on top), ``arms`` (name -> settings of that arm; needed where the experiment
+has none of its own), ``run`` (name of the run's folder: claims that name the same one, with the same experiment and
+settings, share its rows; default: the claim's name), ``equal`` (the equal budgets: fact -> arms that must share it in
+every seed, null for all arms).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from stepkd.claims.experiment import Experiment, get_experiment
+from stepkd.claims.statements import Statement
+from stepkd.errors import ConfigError, DataError, StepkdError, nearest
+
+REQUIRED = ("claim", "source", "experiment", "seeds", "statements", "quick")
+OPTIONAL = ("settings", "variants", "arms", "run", "equal")
+QUICK = ("seeds", "settings", "variants")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]*")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, ready to run."""
+
+    name: str
+    """File name without the ending."""
+    path: Path
+    """The file."""
+    claim: str
+    """What is claimed, one sentence."""
+    source: str
+    """Paper and number."""
+    experiment_name: str
+    """As in the file."""
+    experiment: Experiment
+    """What runs."""
+    variants: Mapping[str, Any]
+    """Variant -> settings; one called ``main`` when the file names none."""
+    arms: Mapping[str, Any]
+    """Arm -> its settings, or None."""
+    run: str
+    """Name of the run's folder; claims that share it share its rows."""
+    seeds: tuple[int, ...]
+    """Seeds, in the file's order."""
+    statements: tuple[Statement, ...]
+    """What must hold."""
+    equal: Mapping[str, tuple[str, ...]]
+    """Fact -> arms that must share it in every seed."""
+    quick: bool = False
+    """Whether this is the reduced version."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the value of a seed, as JSON values."""
+        plain = {
+            "experiment": self.experiment_name,
+            "variants": {name: asdict(settings) for name, settings in self.variants.items()},
+            "arms": {name: None if arm is None else asdict(arm) for name, arm in self.arms.items()},
+        }
+        return dict(json.loads(json.dumps(plain)))
+
+    def statements_of(self, variant: str) -> list[Statement]:
+        """Statements about this variant."""
+        return [statement for statement in self.statements if not statement.variants or variant in statement.variants]
+
+    def fingerprint(self) -> str:
+        """Short hash of everything that decides the verdict but the code: settings, arms, seeds and statements."""
+        whole = self.identity() | {
+            "seeds": list(self.seeds),
+            "equal": {fact: list(arms) for fact, arms in self.equal.items()},
+            "statements": [
+                statement.to_dict() | {"variants": list(statement.variants)} for statement in self.statements
+            ],
+        }
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_claim(path: str | Path, *, quick: bool = False) -> Claim:
+    """Read a claim file; both its full and its quick version are checked.
+
+    Args:
+        path: the YAML file.
+        quick: return the reduced version.
+
+    Raises:
+        DataError: unreadable, or it does not fit the experiment; the message names the file and the key.
+    """
+    path = Path(path)
+    raw = _read(path)
+    try:
+        _check_keys(raw, (*REQUIRED, *OPTIONAL), "the claim")
+        if missing := [key for key in REQUIRED if key not in raw]:
+            raise ConfigError(f"a claim needs the key {missing[0]!r}")
+        full, reduced = (_build(path, raw, quick=flag) for flag in (False, True))
+    except StepkdError as error:
+        raise DataError(str(error), path=path) from error
+    return reduced if quick else full
+
+
+def _read(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the claim: {error.strerror}", path=path) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text: {error.reason}", path=path) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = None if mark is None else mark.line + 1
+        raise DataError(f"not valid YAML: {getattr(error, 'problem', error)}", path=path, line=line) from error
+
+
+def _build(path: Path, raw: Mapping[str, Any], *, quick: bool) -> Claim:
+    for key in ("claim", "source", "experiment"):
+        if not isinstance(raw[key], str) or not raw[key].strip():
+            raise ConfigError(f"{key}: must be text, got {raw[key]!r}")
+    experiment = get_experiment(raw["experiment"])
+    _check_keys(raw["quick"], QUICK, "quick")
+    reduced: Mapping[str, Any] = raw["quick"] if quick else {}
+    variants = _variants(experiment, raw, reduced)
+    arms = _arms(experiment, raw.get("arms"))
+    name = path.name.removesuffix(".yaml")
+    run = raw.get("run", name)
+    if not isinstance(run, str) or not _NAME.fullmatch(run):
+        raise ConfigError(f"run: {run!r} cannot be a folder's name; use letters, digits and _ . @ + -")
+    claim = Claim(
+        name=name,
+        path=path,
+        claim=" ".join(raw["claim"].split()),
+        source=" ".join(raw["source"].split()),
+        experiment_name=raw["experiment"],
+        experiment=experiment,
+        variants=variants,
+        arms=arms,
+        run=f"{run}-quick" if quick else run,
+        seeds=_seeds(reduced.get("seeds", raw["seeds"])),
+        statements=_statements(raw["statements"]),
+        equal=_equal(experiment, raw.get("equal"), arms),
+        quick=quick,
+    )
+    _check_statements(claim, all_variants=_named(raw.get("variants"), "variants") or {"main": {}})
+    return claim
+
+
+def _variants(experiment: Experiment, raw: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, Any]:
+    declared = _named(raw.get("variants"), "variants") or {"main": {}}
+    chosen = _names(reduced.get("variants", list(declared)), "quick: variants")
+    base, smaller = _mapping(raw.get("settings"), "settings"), _mapping(reduced.get("settings"), "quick: settings")
+    built = {}
+    for name in chosen:
+        if name not in declared:
+            raise ConfigError(f"quick: no variant {name!r}.{nearest(name, declared)} Known: {', '.join(declared)}")
+        changes = _mapping(declared[name], f"variants: {name}")
+        built[name] = build_settings(experiment.settings, {**base, **changes, **smaller}, "settings")
+    return built
+
+
+def _arms(experiment: Experiment, raw: Any) -> dict[str, Any]:
+    arms = _named(raw, "arms") or dict(experiment.arms)
+    if not arms:
+        raise ConfigError("arms: the experiment has none of its own, so the claim must name them")
+    if experiment.arm_settings is not None:
+        return {
+            name: build_settings(experiment.arm_settings, _mapping(changes, f"arms: {name}"), f"arms: {name}")
+            for name, changes in arms.items()
+        }
+    for name, changes in arms.items():
+        if name not in experiment.arms:
+            raise ConfigError(
+                f"arms: no arm {name!r}.{nearest(name, experiment.arms)} Known: {', '.join(experiment.arms)}"
+            )
+        if changes:
+            raise ConfigError(f"arms: {name}: the arms of this experiment have no settings of their own")
+    return dict.fromkeys(arms)
+
+
+def build_settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """Instance of a settings dataclass from a claim file's mapping, types checked.
+
+    Args:
+        kind: the dataclass.
+        values: field -> value.
+        where: place for the messages.
+
+    Raises:
+        ConfigError: an unknown field, a value of the wrong type, or one that the class refuses.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    _check_keys(values, [field.name for field in fields(kind)], where)
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(hints[name]):  # jsonargparse takes None for any type
+            raise ConfigError(f"{where}: {name} has no value")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "settings")
+    try:
+        return parser.instantiate(parser.parse_object({"settings": dict(values)})).settings
+    except ArgumentError as error:
+        text = " ".join(str(error).replace("settings.", "").split())
+        raise ConfigError(f"{where}: {text}") from error
+
+
+def _seeds(raw: Any) -> tuple[int, ...]:
+    good = isinstance(raw, list) and all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in raw)
+    if not good or not raw or len(set(raw)) != len(raw):
+        raise ConfigError(f"seeds: must be a list of different whole numbers from 0, got {raw!r}")
+    return tuple(raw)
+
+
+def _statements(raw: Any) -> tuple[Statement, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise ConfigError(f"statements: must be a list of at least one statement, got {raw!r}")
+    statements = []
+    for number, item in enumerate(raw, start=1):
+        where = f"statement {number}"
+        try:
+            statements.append(build_settings(Statement, _mapping(item, where), where))
+        except ConfigError as error:
+            text = str(error)
+            raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
+    return tuple(statements)
+
+
+def _check_statements(claim: Claim, all_variants: Mapping[str, Any]) -> None:
+    """Every statement names arms, metrics and variants that there are."""
+    for number, statement in enumerate(claim.statements, start=1):
+        where = f"statement {number}"
+        for arm in statement.arms:
+            if arm not in claim.arms:
+                raise ConfigError(f"{where}: no arm {arm!r}.{nearest(arm, claim.arms)} Known: {', '.join(claim.arms)}")
+        for variant in statement.variants:
+            if variant not in all_variants:
+                raise ConfigError(f"{where}: no variant {variant!r}. Known: {', '.join(all_variants)}")
+        for variant, settings in claim.variants.items():
+            known = [*claim.experiment.metric_names(settings), *claim.experiment.facts]
+            if statement in claim.statements_of(variant) and statement.metric not in known:
+                raise ConfigError(
+                    f"{where}: no metric {statement.metric!r}.{nearest(statement.metric, known)} "
+                    f"Known: {', '.join(known)}"
+                )
+
+
+def _equal(experiment: Experiment, raw: Any, arms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    equal = {}
+    for fact, names in _mapping(raw, "equal").items():
+        if fact not in experiment.facts:
+            raise ConfigError(f"equal: no fact {fact!r}. Known: {', '.join(experiment.facts) or 'none'}")
+        chosen = tuple(arms) if names is None else tuple(_names(names, f"equal: {fact}"))
+        for arm in chosen:
+            if arm not in arms:
+                raise ConfigError(f"equal: {fact}: no arm {arm!r}.{nearest(arm, arms)} Known: {', '.join(arms)}")
+        equal[fact] = chosen
+    return equal
+
+
+def _named(raw: Any, where: str) -> dict[str, Any]:
+    """A mapping whose keys can be names of folders and rows."""
+    named = _mapping(raw, where)
+    for name in named:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigError(f"{where}: {name!r} cannot be a name; use letters, digits and _ . @ + -")
+    return named
+
+
+def _names(raw: Any, where: str) -> Sequence[str]:
+    if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
+        raise ConfigError(f"{where}: must be a list of names, got {raw!r}")
+    return raw
+
+
+def _mapping(raw: Any, where: str) -> dict[str, Any]:
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: must be keys with values, got {raw!r}")
+    return dict(raw)
+
+
+def _check_keys(raw: Any, known: Sequence[str], where: str) -> None:
+    for key in _mapping(raw, where):
+        if key not in known:
+            raise ConfigError(f"{where}: no key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}")

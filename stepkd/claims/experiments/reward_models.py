@@ -1,0 +1,288 @@
+"""Reward models of one sloppy student, by outcome, exact, Monte-Carlo and AdaptiveStep labels; judged by best-of-N.
+
+One unit trains a teacher, makes a student with *systematic* errors of it (some operand pairs are mislearnt, so majority
+voting keeps the errors), labels the student's solutions in four ways, trains one reward model per labelling from the
+student's weights with the same solutions and steps, and picks among 16 fresh solutions per held-out problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
+from stepkd.errors import ConfigError
+
+SMALL_N = 4
+"""The smaller N of the curve, against which the gap is to grow."""
+
+
+@dataclass(frozen=True)
+class RewardModelSettings:
+    """Task, budgets and noise of the experiment."""
+
+    task: str = "modular:terms=4,modulus=10"
+    """Tiny-world task with its settings."""
+    model: str = "tiny-0.5m"
+    """Tiny model preset of teacher and student."""
+    teacher_steps: int = 800
+    """Optimiser steps of 64 clean solutions, >= 1."""
+    student_steps: int = 60
+    """Further optimiser steps of 64 solutions with systematic slips, >= 1."""
+    slips: float = 0.3
+    """Share of operand combinations that are mislearnt, in [0, 1]."""
+    recover: float = 0.3
+    """Share of slips that the next line silently recovers from, in [0, 1]."""
+    demonstrations: int = 20_000
+    """Different problems in the training set of teacher and student, >= 1."""
+    label_problems: int = 500
+    """Problems whose sampled solutions are labelled, >= 1."""
+    label_samples: int = 4
+    """Solutions per problem, >= 1; equal ones are labelled once."""
+    rollouts_per_step: int = 8
+    """Monte-Carlo continuations per step (J), >= 1."""
+    quantile: float = 0.02
+    """Share of tokens that AdaptiveStep divides at."""
+    reward_steps: int = 300
+    """Optimiser steps of 64 solutions of each reward model, >= 1."""
+    reward_lr: float = 1e-3
+    """Peak learning rate of the reward models."""
+    problems: int = 200
+    """Held-out problems per seed, >= 1."""
+    samples: int = 16
+    """Solutions per held-out problem (N), more than 4."""
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_steps", "student_steps", "label_problems", "reward_steps", "problems"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.samples <= SMALL_N:
+            raise ConfigError(f"samples={self.samples}: must be more than {SMALL_N}, the smaller N of the curve")
+
+
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    name: {} for name in ("majority", "orm", "prm", "prm_mc", "prm_adaptive", "consensus", "ceiling")
+}
+_LABELS = {"orm": "checker", "prm": "checker", "prm_mc": "monte_carlo", "prm_adaptive": "adaptive"}
+_REDUCTIONS: dict[str, Any] = {"orm": "last", "prm": "product", "prm_mc": "min", "prm_adaptive": "min"}
+"""How step scores become one: Let's Verify's product for exact labels, Math-Shepherd's minimum for Monte-Carlo ones."""
+
+
+def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
+    """See the module's text."""
+    student, teacher = _models(unit, report)
+    labels, facts = _label(unit, student, teacher, report)
+    held_out = _held_out(unit, student, labels["adaptive"].parent / "threshold.json", report)
+    problems = list(dict.fromkeys(row["problem_id"] for row in held_out["newline"]))
+    scores = {}
+    for arm, labelling in _LABELS.items():
+        report(f"training the reward model {arm}, {unit.settings.reward_steps} steps")
+        model = _reward_model(unit, arm, student, labels[labelling])
+        report(f"scoring with {arm}")
+        scores[arm] = _score(model, held_out["adaptive" if arm == "prm_adaptive" else "newline"], _REDUCTIONS[arm])
+    curves = _curves(unit, held_out["newline"], scores)
+    names = {"majority": "majority", "ceiling": "pass"} | {arm: arm for arm in scores}
+    results = []
+    for arm in unit.arms:
+        metrics = {}
+        if arm in names:
+            small, large = curves[names[arm]]
+            metrics = {"best_of_n": large, "growth": [b - a for a, b in zip(small, large, strict=True)]}
+        results.append(ArmResult(arm, problems, metrics, facts.get(arm, {})))
+    return results
+
+
+def _models(unit: Unit, report: Report) -> tuple[Path, Path]:
+    from stepkd.claims.tiny import train_tiny_sft
+
+    settings: RewardModelSettings = unit.settings
+    common: dict[str, Any] = {"task": settings.task, "seed": unit.seed, "demonstrations": settings.demonstrations}
+    report(f"training the teacher, {settings.teacher_steps} steps")
+    teacher = train_tiny_sft(
+        unit.folder / "teacher", start=settings.model, steps=settings.teacher_steps, lr=3e-3, reuse=True, **common
+    )
+    report(f"training the student, {settings.student_steps} steps")
+    noise = {"rate": settings.slips, "kind": "systematic", "recover": settings.recover, "seed": unit.seed}
+    student = train_tiny_sft(
+        unit.folder / "student",
+        start=teacher,
+        steps=settings.student_steps,
+        lr=1e-3,
+        noise=noise,
+        reuse=True,
+        **common,
+    )
+    return student, teacher
+
+
+def _label(
+    unit: Unit, student: Path, teacher: Path, report: Report
+) -> tuple[dict[str, Path], dict[str, dict[str, float]]]:
+    """Label files by labelling, and what the labels cost and are worth."""
+    from stepkd.data.io import read_rows
+    from stepkd.labels.consensus import consensus_filter
+    from stepkd.labels.quality import label_quality
+
+    settings: RewardModelSettings = unit.settings
+    problems = f'task:task="{settings.task}",n={settings.label_problems},seed={unit.seed},split=train'
+    report("sampling solutions and labelling them with the exact checker")
+    checker, _ = _job(
+        unit, "checker", problems=problems, model=student, labeller="checker", samples=settings.label_samples
+    )
+    again: dict[str, Any] = {"rollouts": str(checker), "labeller": "monte_carlo"}
+    again["rollouts_per_step"] = settings.rollouts_per_step
+    report(f"Monte-Carlo labels, {settings.rollouts_per_step} continuations per step")
+    monte_carlo, cost = _job(unit, "monte_carlo", model=student, **again)
+    report("Monte-Carlo labels by the teacher, for the consensus")
+    second, _ = _job(unit, "teacher_monte_carlo", model=teacher, **again)
+    report("Monte-Carlo labels at AdaptiveStep's steps")
+    adaptive, adaptive_cost = _job(
+        unit, "adaptive", model=student, segmenter="adaptive_step", quantile=settings.quantile, **again
+    )
+    rows = {
+        name: [row for row, _ in read_rows(path)]
+        for name, path in (("truth", checker), ("mc", monte_carlo), ("second", second))
+    }
+    agreed = consensus_filter(rows["mc"], rows["second"])
+    facts = {}
+    for arm, labelled in (("prm_mc", rows["mc"]), ("consensus", agreed.rows)):
+        quality = label_quality(labelled, rows["truth"], up_to_first_error=True)
+        shares = {
+            "label_balanced_accuracy": quality.balanced_accuracy,
+            "label_accuracy": quality.accuracy,
+            "always_positive_accuracy": quality.always_positive,
+            "label_precision": quality.precision,
+            "error_precision": quality.error_precision,
+            "recoverable": quality.recoverable,
+        }
+        facts[arm] = {name: float(share.value) for name, share in shares.items() if share is not None}
+        facts[arm]["labelled_solutions"] = float(len(labelled))
+    facts["prm_mc"]["label_tokens"] = cost
+    facts["prm_adaptive"] = {"label_tokens": adaptive_cost}
+    return {"checker": checker, "monte_carlo": monte_carlo, "adaptive": adaptive}, facts
+
+
+def _job(unit: Unit, name: str, *, model: Path, **settings: Any) -> tuple[Path, float]:
+    """Run (or go on with) a labelling job; returns its labels and the tokens that the labels took to generate."""
+    from stepkd.labels import LabelSpec, run_label_job
+
+    out = unit.folder / f"labels-{name}"
+    spec = LabelSpec(
+        out=str(out),
+        model=str(model),
+        seed=unit.seed,
+        temperature=1.0,
+        max_new_tokens=64,
+        template="task",
+        extractors=("hash",),
+        device="cpu",
+        max_rows=256,
+        **settings,
+    )
+    summary = run_label_job(spec)
+    assert summary is not None, "one rank does all the work"
+    return out / "labels.jsonl", float(summary["labelling"].get("generated_tokens", 0))
+
+
+def _held_out(unit: Unit, student: Path, threshold: Path, report: Report) -> dict[str, list[dict[str, Any]]]:
+    """Fresh solutions of held-out problems, cut in two ways; problems in one order."""
+    from stepkd.data.io import read_rows
+
+    settings: RewardModelSettings = unit.settings
+    report(f"sampling {settings.samples} solutions of {settings.problems} held-out problems")
+    problems = f'task:task="{settings.task}",n={settings.problems},seed={unit.seed},split=test'
+    lines, _ = _job(
+        unit,
+        "held_out",
+        problems=problems,
+        model=student,
+        labeller="outcome",
+        outcome_scope="all",
+        samples=settings.samples,
+        dedupe=False,
+    )
+    cuts, _ = _job(
+        unit,
+        "held_out_adaptive",
+        rollouts=str(lines),
+        model=student,
+        labeller="outcome",
+        outcome_scope="all",
+        segmenter=f"adaptive_step:{threshold}",
+        dedupe=False,
+    )
+    return {name: [row for row, _ in read_rows(path)] for name, path in (("newline", lines), ("adaptive", cuts))}
+
+
+def _reward_model(unit: Unit, arm: str, student: Path, labels: Path) -> Path:
+    """Train a reward model from the student's weights and export it; a finished one is used again."""
+    from stepkd.claims.tiny import train_tiny_prm
+
+    settings: RewardModelSettings = unit.settings
+    meaning: Any = {"orm": "outcome", "prm": "correctness"}.get(arm, "value")
+    return train_tiny_prm(
+        unit.folder / arm,
+        start=student,
+        labels=labels,
+        steps=settings.reward_steps,
+        lr=settings.reward_lr,
+        seed=unit.seed,
+        meaning=meaning,
+        separator="" if arm == "prm_adaptive" else "\n",
+        after_error="keep" if arm == "prm_adaptive" else "truncate",
+        reuse=True,
+    )
+
+
+def _score(model: Path, rows: Sequence[Mapping[str, Any]], reduction: Any) -> list[list[float | None]]:
+    """Solution scores, problem by problem in the rows' order."""
+    from stepkd.models.checkpoint import load_trained
+    from stepkd.scorers import PRMScorer, Solutions, reduce_solutions
+
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["problem_id"], []).append(row)
+    scorer = PRMScorer(load_trained(model), template="task", max_rows=256)
+    found = scorer.score([Solutions(group[0], [row["steps"] for row in group]) for group in groups.values()])
+    return reduce_solutions(found, reduction, meaning=scorer.meaning).values
+
+
+def _curves(
+    unit: Unit, rows: Sequence[Mapping[str, Any]], scores: Mapping[str, list[list[float | None]]]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Method -> per-problem expected accuracy at the small and the large N."""
+    from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
+    from stepkd.evaluation.best_of_n_files import vote_of
+    from stepkd.grading import DEFAULT_EXTRACTORS
+
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["problem_id"], []).append(row)
+    problems = [
+        ProblemSamples(
+            name, [bool(row["correct"]) for row in group], [vote_of(row, DEFAULT_EXTRACTORS) for row in group]
+        )
+        for name, group in groups.items()
+    ]
+    curve = bon_curve(problems, (SMALL_N, unit.settings.samples), scores, seed=unit.seed, n_resamples=10)
+    return {name: (values[:, 0].tolist(), values[:, 1].tolist()) for name, values in curve.per_problem.items()}
+
+
+EXPERIMENT = Experiment(
+    run=run,
+    settings=RewardModelSettings,
+    metrics=("best_of_n", "growth"),
+    arms=ARMS,
+    facts=(
+        "label_balanced_accuracy",
+        "label_accuracy",
+        "always_positive_accuracy",
+        "label_precision",
+        "error_precision",
+        "recoverable",
+        "labelled_solutions",
+        "label_tokens",
+    ),
+)

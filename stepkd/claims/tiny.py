@@ -1,0 +1,231 @@
+"""Tiny models, trained and evaluated on the spot: what the quick start and the experiments of the claims share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+GLOBAL_BATCH = 64
+"""Solutions per optimiser step."""
+
+
+def train_tiny_sft(
+    folder: Path,
+    *,
+    start: str | Path,
+    task: str,
+    steps: int,
+    lr: float,
+    seed: int,
+    noise: Mapping[str, Any] | None = None,
+    demonstrations: int = 20_000,
+    progress: bool = False,
+    reuse: bool = False,
+) -> Path:
+    """Train a tiny model on generated solutions, on the CPU, and export it.
+
+    Args:
+        folder: where the run's metrics (``metrics.jsonl``) and model go; made when missing.
+        start: tiny model preset, or the folder of a model to go on from.
+        task: tiny-world task with its settings, for example ``modular:terms=4,modulus=10``.
+        steps: optimiser steps of 64 solutions, at least 1.
+        lr: peak learning rate (cosine schedule, 5% warm-up).
+        seed: seed of data, order and initial weights.
+        noise: slips in the demonstrations (fields of :class:`stepkd.tasks.Noise`), None for clean ones.
+        demonstrations: different problems in the training set; a small task has fewer.
+        progress: print the loss while training.
+        reuse: return the model that an earlier call left in ``folder``, if it is whole. Only right where the folder
+            belongs to these settings, as an experiment's unit folder does.
+
+    Returns:
+        The exported model folder, ``folder/model``.
+    """
+    model = folder / "model"
+    if reuse and model.is_dir():
+        return model
+    from stepkd.data import DataSpec, StepData
+    from stepkd.models import PolicySpec
+    from stepkd.modules import OptimizerSpec, SFTModule
+
+    options: dict[str, Any] = {"task": task, "n": demonstrations, "seed": seed}
+    if noise is not None:
+        options["noise"] = dict(noise)
+    data = StepData(
+        train=DataSpec(source="task", split="train", options=options),
+        template="task",
+        global_batch_size=GLOBAL_BATCH,
+        max_length=128,
+        seed=seed,
+    )
+    module = SFTModule(
+        PolicySpec(path=str(start), init_seed=seed),
+        OptimizerSpec(lr=lr, schedule="cosine", warmup=0.05),
+        micro_batch_tokens=16_384,
+        seed=seed,
+    )
+    return _fit_and_export(folder, module, data, steps=steps, progress=progress)
+
+
+def _fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress: bool) -> Path:
+    """Train in ``folder`` and export the last weights to ``folder/model``."""
+    from lightning.pytorch import Trainer
+
+    from stepkd.launch.logger import JsonlLogger
+    from stepkd.launch.progress import StepProgress
+    from stepkd.models.export import export_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=JsonlLogger(folder),
+        callbacks=[StepProgress(every_n_steps=100)] if progress else [],
+        enable_progress_bar=progress,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=str(folder),
+    )
+    trainer.fit(module, data)
+    checkpoint = folder / "last.ckpt"
+    trainer.save_checkpoint(checkpoint)
+    return export_model(checkpoint, folder / "model", overwrite=True)
+
+
+def evaluate_tiny(
+    folder: Path, model: str | Path, *, task: str, problems: int, samples: int, temperature: float, seed: int
+) -> dict[str, Any]:
+    """Sample a model on held-out problems of a task, on the CPU, and grade every step; resumable.
+
+    Args:
+        folder: where manifest, per-problem rows and summary go; an interrupted evaluation there is gone on with.
+        model: model folder or tiny preset.
+        task: tiny-world task with its settings.
+        problems: number of problems, at least 1; the same seed gives the same ones.
+        samples: solutions per problem.
+        temperature: 0 is greedy (then one sample is enough).
+        seed: seed of the problems and of the sampling noise.
+
+    Returns:
+        The summary (:func:`stepkd.evaluation.evaluate`); the rows are read with :func:`problem_rows`.
+    """
+    from stepkd.evaluation import EvaluationSpec, evaluate
+
+    return evaluate(
+        EvaluationSpec(
+            model=str(model),
+            benchmark="task",
+            data=f'task="{task}",n={problems},seed={seed}',
+            samples=samples,
+            temperature=temperature,
+            max_new_tokens=64,
+            max_rows=256,
+            device="cpu",
+            seed=seed,
+            out=str(folder),
+        )
+    )
+
+
+def problem_rows(folder: Path) -> list[dict[str, Any]]:
+    """Per-problem rows of a finished evaluation, in the problems' order."""
+    from stepkd.evaluation.manifest import RESULTS_NAME
+    from stepkd.evaluation.store import read_rows
+
+    return read_rows(folder / RESULTS_NAME)
+
+
+def problem_ids(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Ids of the problems of :func:`problem_rows`, as an :class:`~stepkd.claims.experiment.ArmResult` wants them."""
+    return tuple(str(row["id"]) for row in rows)
+
+
+def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] = ()) -> dict[str, list[Any]]:
+    """Per-problem values of the metrics that every method is judged by.
+
+    Args:
+        rows: per-problem rows with step labels (:func:`problem_rows`).
+        votes: values of k for ``maj@k``, each from 1 to the number of samples per problem.
+
+    Returns:
+        ``pass@1`` (share of right samples), ``mean_tokens``, ``step_accuracy`` (pairs: right steps, steps),
+        ``correct_with_wrong_step`` (pairs: right samples with a wrong step, right samples) and ``maj@k``; one entry
+        per problem each.
+    """
+    from stepkd.evaluation.metrics import maj_at_k
+
+    metrics: dict[str, list[Any]] = {
+        name: [] for name in ("pass@1", "mean_tokens", "step_accuracy", "correct_with_wrong_step")
+    }
+    metrics |= {f"maj@{k}": [] for k in votes}
+    for row in rows:
+        samples = row["samples"]
+        right = [sample["verdict"] == "correct" for sample in samples]
+        labels = [[bool(label) for label in sample["step_labels"]] for sample in samples]
+        flawed = sum(good and not all(steps) for good, steps in zip(right, labels, strict=True))
+        metrics["pass@1"].append(sum(right) / len(samples))
+        metrics["mean_tokens"].append(sum(sample["tokens"] for sample in samples) / len(samples))
+        metrics["step_accuracy"].append([sum(map(sum, labels)), sum(map(len, labels))])
+        metrics["correct_with_wrong_step"].append([flawed, sum(right)])
+        for k in votes:
+            metrics[f"maj@{k}"].append(maj_at_k([sample["vote"] for sample in samples], right, k))
+    return metrics
+
+
+def train_tiny_prm(
+    folder: Path,
+    *,
+    start: str | Path,
+    labels: Path,
+    steps: int,
+    lr: float,
+    seed: int,
+    meaning: Literal["correctness", "value", "outcome"] = "correctness",
+    separator: str = "\n",
+    after_error: Literal["keep", "truncate", "mask"] = "truncate",
+    progress: bool = False,
+    reuse: bool = False,
+) -> Path:
+    """Train a tiny reward model on labelled solutions, on the CPU, and export it.
+
+    Args:
+        folder: where the run's metrics and model go; made when missing.
+        start: tiny model preset, or the folder of a model to go on from.
+        labels: labelled rollouts (``stepkd label``); for ``meaning="outcome"`` their ``correct`` is the label.
+        steps: optimiser steps of 64 solutions, at least 1.
+        lr: peak learning rate (cosine schedule, 5% warm-up).
+        seed: seed of the order and of initial weights.
+        meaning: what the scores estimate; ``outcome`` trains an outcome reward model.
+        separator: text between steps; empty for steps that are cuts of one text.
+        after_error: what to do with labels after the first wrong step.
+        progress: print the loss while training.
+        reuse: return the model that an earlier call left in ``folder``, if it is whole.
+
+    Returns:
+        The exported model folder, ``folder/model``.
+    """
+    model = folder / "model"
+    if reuse and model.is_dir():
+        return model
+    from stepkd.data import DataSpec, LabelRule, StepLabelData
+    from stepkd.models import PolicySpec, StepHeadSpec
+    from stepkd.modules import OptimizerSpec, PRMModule
+    from stepkd.steps import StepFormat
+
+    data = StepLabelData(
+        train=DataSpec(source="rows", path=str(labels)),
+        template="task",
+        labels=LabelRule(after_error=after_error, scope="outcome" if meaning == "outcome" else "steps"),
+        global_batch_size=GLOBAL_BATCH,
+        max_length=128,
+        seed=seed,
+    )
+    module = PRMModule(
+        PolicySpec(path=str(start), init_seed=seed),
+        StepHeadSpec(meaning=meaning, format=StepFormat(separator=separator)),
+        optimizer=OptimizerSpec(lr=lr, schedule="cosine", warmup=0.05),
+        micro_batch_tokens=16_384,
+        seed=seed,
+    )
+    return _fit_and_export(folder, module, data, steps=steps, progress=progress)

@@ -1,0 +1,286 @@
+r"""Label the steps of solutions, compare two labellings, or convert labelled rows.
+
+  stepkd label --labeller monte_carlo --model MODEL --problems gsm8k:split=train --samples 8 --rollouts-per-step 8 \
+      --out runs/labels
+  stepkd label --labeller judge --judge MODEL --rollouts runs/labels --out runs/judged
+  stepkd label --labeller checker --model MODEL --problems task:task=modular,n=500 --out runs/true
+  torchrun --standalone --nproc_per_node 8 -m stepkd label ...       (shards the work over 8 processes)
+  stepkd label --consensus runs/labels runs/judged --truth runs/true --out agreed.jsonl
+  stepkd label --convert agreed.jsonl --to trl --out trl.jsonl
+
+A killed job goes on where it stood when the same command is given again, with any number of processes, and ends with
+the same labels. --out then holds labels.jsonl, summary.json, manifest.json and, where one was fitted, threshold.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepkd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stepkd.labels.quality import LabelQuality
+    from stepkd.labels.settings import LabelSpec
+    from stepkd.launch import LaunchInfo
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``stepkd label``."""
+    what = parser.add_argument_group("what")
+    what.add_argument("--problems", metavar="SPEC", help="problems to sample solutions of (file or data settings)")
+    what.add_argument("--rollouts", metavar="SPEC", help="solutions there are: a file, an earlier --out, data settings")
+    what.add_argument("--model", help="policy that samples, continues and tokenises; default: the one rollouts name")
+    what.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    what.add_argument("--out", help="folder of the job (file of rows with --consensus and --convert)")
+    what.add_argument("--overwrite", action="store_true", help="delete an earlier job in --out and start again")
+    who = parser.add_argument_group("labeller")
+    who.add_argument("--labeller", default="monte_carlo", help="monte_carlo (default), checker, outcome, judge or prm")
+    who.add_argument("--rollouts-per-step", type=int, default=8, metavar="J", help="continuations per step (default 8)")
+    who.add_argument("--reduce", default="any", help="any (default), mean or first_error")
+    who.add_argument("--early-stop", action="store_true", help="no further continuations after a step's first success")
+    who.add_argument("--propagate-positive", action="store_true", help="steps before a right one are right too")
+    who.add_argument("--label-temperature", type=float, metavar="T", help="of continuations; default: --temperature")
+    who.add_argument("--given", default="truth", help="checker: right by the problem (truth) or by the steps (claims)")
+    who.add_argument("--outcome-scope", default="last", help="outcome: label the last step (default) or all")
+    who.add_argument("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
+    who.add_argument("--judge-template", help="its built-in prompt template; default: its own")
+    who.add_argument("--reference", action="store_true", help="judge: show it the gold solution")
+    who.add_argument("--threshold", type=float, default=0.5, help="judge, prm: right from this score on (default 0.5)")
+    who.add_argument("--soft", action="store_true", help="judge, prm: the scores are the labels")
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--segmenter", help="default: the rows' own steps, else newline")
+    steps.add_argument("--quantile", type=float, default=0.02, help="of a threshold fitted here (default 0.02)")
+    steps.add_argument("--teacher", metavar="MODEL", help="second model, for the reject segmenter")
+    _add_sampling(parser)
+    after = parser.add_argument_group("labelled rows")
+    after.add_argument("--consensus", nargs=2, metavar=("A", "B"), help="keep what two labellings agree on (rows of A)")
+    after.add_argument("--mode", default="first_error", help="agreement on first_error (default) or on steps")
+    after.add_argument("--truth", metavar="FILE", help="true labels: report precision and recall of both against them")
+    after.add_argument("--convert", metavar="FILE", help="labelled rows to convert")
+    after.add_argument("--to", metavar="KIND", help="stepwise, trl, math_shepherd or balanced")
+    after.add_argument("--neutral", default="right", help="a rating of 0 becomes right (default), wrong or mask")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--samples", type=int, default=4, metavar="K", help="solutions per problem (default 4)")
+    how.add_argument("--temperature", type=float, default=1.0, help="default 1; 0 is greedy")
+    how.add_argument("--top-p", type=float, default=1.0)
+    how.add_argument("--top-k", type=int, default=0)
+    how.add_argument("--max-new-tokens", type=int, help="default: the data's benchmark's")
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
+    how.add_argument("--keep-duplicates", action="store_true", help="label equal solutions of a problem each")
+    how.add_argument("--template", help="built-in template: gsm8k, math, plain, task; default: the data's benchmark's")
+    how.add_argument("--extractors", nargs="+", help="how answers are found, in order; default: the benchmark's")
+    how.add_argument("--deadline", type=float, default=2.0, metavar="S", help="limit per graded answer (default 2)")
+    how.add_argument("--seed", type=int, default=0)
+    run_on = parser.add_argument_group("machine")
+    run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
+    run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    run_on.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="completions decoded at once")
+    run_on.add_argument(
+        "--wait", type=float, default=1800.0, metavar="S", help="longest wait for other processes (default 1800)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``stepkd label``."""
+    modes = [name for name in ("consensus", "convert") if getattr(arguments, name)]
+    if len(modes) > 1:
+        raise ConfigError("--consensus and --convert are two commands: give one of them")
+    if (arguments.to is not None) != (arguments.convert is not None):
+        raise ConfigError("--convert FILE and --to KIND go together")
+    if arguments.truth and not arguments.consensus:
+        raise ConfigError("--truth goes with --consensus A B")
+    if not arguments.out:
+        raise ConfigError("give --out: a folder for a labelling job, a file of rows for --consensus and --convert")
+    if arguments.consensus:
+        return _consensus(arguments)
+    if arguments.convert:
+        return _convert(arguments)
+    return _label(arguments)
+
+
+def _label(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from stepkd.labels.job import run_label_job
+    from stepkd.launch import check_launch
+    from stepkd.launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    launch = check_launch()
+    spec = _spec(arguments, launch)
+    console = Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    summary = run_label_job(
+        spec,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        launch=_launch_id(os.environ),
+        overwrite=arguments.overwrite,
+        wait_s=arguments.wait,
+        report=_reporter(console, launch),
+        say=say,
+    )
+    if summary is None:
+        say(f"rank {launch.rank} has done its share; the last rank to finish writes the labels")
+        return 0
+    print_summary(console, summary)
+    say(f"\nlabels, summary and manifest: {arguments.out}")
+    return 0
+
+
+def _spec(arguments: argparse.Namespace, launch: LaunchInfo) -> LabelSpec:
+    from stepkd.labels.settings import LabelSpec
+
+    same = (
+        *("out", "problems", "rollouts", "model", "limit", "labeller", "rollouts_per_step", "reduce", "early_stop"),
+        *("propagate_positive", "label_temperature", "given", "outcome_scope", "judge", "judge_template", "reference"),
+        *("threshold", "soft", "samples", "temperature", "top_p", "top_k", "max_new_tokens", "segmenter", "quantile"),
+        *("teacher", "template", "dtype", "seed"),
+    )
+    return LabelSpec(
+        **{name: getattr(arguments, name) for name in same},
+        stop=tuple(arguments.stop),
+        dedupe=not arguments.keep_duplicates,
+        extractors=tuple(arguments.extractors) if arguments.extractors else None,
+        deadline_s=arguments.deadline,
+        device=_device(arguments.device, launch),
+        max_rows=arguments.batch_size,
+    )
+
+
+def _device(name: str, launch: LaunchInfo) -> str:
+    """One GPU per process where there are several."""
+    import torch
+
+    if name == "auto" and launch.local_world_size > 1 and torch.cuda.is_available():
+        return f"cuda:{launch.local_rank % torch.cuda.device_count()}"
+    return name
+
+
+def _launch_id(environ: Mapping[str, str]) -> str | None:
+    """A word that all processes of this launch share and no other launch has, where the launcher gives one."""
+    run = environ.get("TORCHELASTIC_RUN_ID", "none")
+    if run != "none":
+        return f"elastic:{run}"
+    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
+    return f"slurm:{job}.{step}" if job and step else None
+
+
+def _reporter(console: Any, launch: LaunchInfo) -> Any:
+    """One line that redraws in a terminal; a line per tenth of the work elsewhere."""
+    from stepkd.launch.progress_facts import duration
+
+    rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
+    state: dict[str, Any] = {"phase": None, "start": 0.0, "done": 0, "tenth": 0}
+    verbs = {"solutions": "preparing solutions", "labels": "labelling"}
+
+    def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if state["phase"] != phase:  # what was there before, and the first group, are left out of the speed
+            state.update(phase=phase, start=time.monotonic(), done=done, tenth=0)
+        speed = (done - state["done"]) / max(time.monotonic() - state["start"], 1e-9)
+        left = f"  {duration((total - done) / speed)} left" if total > done and speed else ""
+        shown = "".join(f"  {name} {value:.1%}" for name, value in figures.items())
+        text = f"{rank}{verbs[phase]} {done}/{total}{shown}{left}"
+        if console.is_terminal and launch.world_size == 1:
+            console.print(text.ljust(console.width - 1), end="\n" if done == total else "\r", highlight=False)
+        elif done * 10 // total > state["tenth"] or done == total:
+            state["tenth"] = done * 10 // total
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    return report
+
+
+def print_summary(console: Any, summary: Mapping[str, Any]) -> None:
+    """Counts, label balance per step, and what it cost."""
+    from rich.table import Table
+
+    dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in summary["dropped"].items())
+    lines = [
+        f"{summary['labelled']} of {summary['solutions']} solutions of {summary['problems']} problems labelled"
+        + (f" (dropped: {dropped})" if dropped else ""),
+        f"answers: {summary['right_answers']} right ({summary['right_answers_with_a_wrong_step']} of them with a wrong "
+        f"step), {summary['wrong_answers']} wrong; {summary['cut_off']} solutions cut off",
+    ]
+    if summary["threshold"] is not None:
+        lines.append(f"segmenter threshold: {summary['threshold']:.6g}")
+    for name in ("sampling", "labelling"):
+        facts = [f"{value:,} {key.replace('_', ' ')}" for key, value in summary[name].items() if value]
+        lines += [f"{name}: {', '.join(facts)}"] if facts else []
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    table = Table()
+    for column in ("step", "solutions", "right", "wrong", "unlabelled", "share right"):
+        table.add_column(column, justify="right")
+    shown = summary["by_position"][:12]
+    for row in [*shown, {"position": None} | summary["balance"]]:
+        counts = [row[name] for name in ("right", "wrong", "unlabelled")]
+        share = "-" if row["right_share"] is None else f"{row['right_share']:.1%}"
+        label = "all" if row["position"] is None else str(row["position"] + 1)
+        table.add_row(label, str(sum(counts)), *map(str, counts), share)
+    console.print(table)
+
+
+def _consensus(arguments: argparse.Namespace) -> int:
+    from stepkd.data.io import write_jsonl_atomic
+    from stepkd.labels.consensus import consensus_filter, report_on
+
+    names = tuple(arguments.consensus)
+    first, second = (_labelled(name) for name in names)
+    agreed = consensus_filter(first, second, mode=arguments.mode, names=(names[0], names[1]))
+    _print_counts(agreed.counts)
+    if not agreed.rows:
+        raise ConfigError("the two labellings agree on no solution: nothing was written")
+    if arguments.truth:
+        kept = {"A": first, "B": second, "agreed": agreed.rows}
+        for name, quality in report_on(_labelled(arguments.truth), kept).items():
+            _print_quality(name, quality)
+    written = write_jsonl_atomic(Path(arguments.out), agreed.rows)
+    print(f"{written} rows in {arguments.out}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from stepkd.labels.convert import CONVERTERS, ConvertOptions, convert_rows
+
+    options = ConvertOptions(
+        soft=arguments.soft, neutral=arguments.neutral, threshold=arguments.threshold, seed=arguments.seed
+    )
+    converted = convert_rows(_labelled(arguments.convert), arguments.to, options)
+    written = CONVERTERS[arguments.to].write(converted.rows, Path(arguments.out))
+    _print_counts(converted.counts)
+    print(f"{written} rows in {arguments.out}")
+    return 0
+
+
+def _labelled(word: str) -> list[dict[str, Any]]:
+    from stepkd.data.spec import load_rows
+    from stepkd.labels.given import given_data
+
+    return load_rows(given_data(word))
+
+
+def _print_counts(counts: Mapping[str, int]) -> None:
+    print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+
+
+def _print_quality(name: str, quality: LabelQuality) -> None:
+    facts: Sequence[str] = (
+        *("precision", "recall", "error_precision", "error_recall", "balanced_accuracy", "always_positive"),
+        *("first_error_accuracy", "recoverable"),
+    )
+    shown = {fact: getattr(quality, fact) for fact in facts}
+    texts = [
+        f"{fact.replace('_', ' ')} {'-' if value is None else f'{value.value:.1%}'}" for fact, value in shown.items()
+    ]
+    print(f"{name}: {', '.join(texts)}  ({quality.solutions} solutions, {quality.steps} steps up to the first error)")

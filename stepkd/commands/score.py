@@ -1,0 +1,144 @@
+r"""Score the steps of solutions: rollouts or step-labelled rows in, the same rows with scores out.
+
+  stepkd score --model runs/prm --rollouts runs/sample/rollouts.jsonl --out scored.jsonl
+  stepkd score --model judge:HuggingFaceTB/SmolLM2-135M-Instruct --rollouts rows.jsonl --out judged.jsonl
+  stepkd score --model Qwen/Qwen2.5-Math-PRM-7B --rollouts rows.jsonl --out scored.jsonl \
+      --reduction min --fit-temperature held_out.jsonl
+
+Every row gets `step_values` (a number in [0, 1] per step, null where there is none), `score` (one number for the
+solution, null when it cannot be told) and `scorer` (what it came from). A killed run goes on where it stood when the
+same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from stepkd.errors import ConfigError, check_choice
+
+REDUCTIONS = ("auto", "product", "min", "mean", "last")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``stepkd score``."""
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--model",
+        required=True,
+        help="run folder, checkpoint, export or published reward model; or judge:MODEL, checker, prm:PATH, "
+        "math-shepherd:PATH, qwen-prm:PATH, trl:PATH",
+    )
+    what.add_argument("--rollouts", required=True, help="file or data settings: rollouts, or rows with step texts")
+    what.add_argument("--out", required=True, help="file of scored rows to write (.jsonl)")
+    what.add_argument("--overwrite", action="store_true", help="replace an earlier result of this command in --out")
+    how = parser.add_argument_group("scores")
+    how.add_argument("--reduction", default="auto", help=f"{', '.join(REDUCTIONS)} (default: what suits the scorer)")
+    how.add_argument("--temperature-from", metavar="FILE", help="scale the scores with a fitted temperature")
+    how.add_argument(
+        "--fit-temperature", metavar="ROWS", help="fit the temperature on these held-out labelled rows, and save it"
+    )
+    how.add_argument("--template", help="built-in prompt template; default: the one the model was trained with")
+    how.add_argument("--head", metavar="JSON", help="how a plain model scores steps, as in step_head.json")
+    how.add_argument("--reference", action="store_true", help="show the gold solution to a judge")
+    how.add_argument("--answers", nargs=2, metavar=("YES", "NO"), help="tokens a judge answers with (default: Yes, No)")
+    how.add_argument("--separator", help="separator a TRL model was trained with (default: newline)")
+    run_on = parser.add_argument_group("machine")
+    run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
+    run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    run_on.add_argument("--attention", help="attention implementation (sdpa, eager, flash_attention_2)")
+    run_on.add_argument("--max-length", type=int, metavar="TOKENS", help="longest row; default: the model's context")
+    run_on.add_argument(
+        "--batch-size", type=int, default=32, metavar="ROWS", help="solutions read at once (default 32)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``stepkd score``."""
+    check_choice("reduction", arguments.reduction, REDUCTIONS)
+    from rich.console import Console
+
+    from stepkd.evaluation.score_rows import ScoreJob, score_file
+    from stepkd.launch import check_launch
+    from stepkd.launch.quiet import quiet_libraries
+    from stepkd.scorers.calibration import TemperatureScaling
+    from stepkd.scorers.load import ScorerOptions, parse_head
+
+    quiet_libraries()
+    if check_launch().world_size > 1:
+        raise ConfigError("stepkd score runs in one process: start it without a launcher (shard with offset=, limit=)")
+    given = arguments.temperature_from
+    job = ScoreJob(
+        model=arguments.model,
+        rollouts=arguments.rollouts,
+        out=Path(arguments.out),
+        reduction=None if arguments.reduction == "auto" else arguments.reduction,
+        fit_on=arguments.fit_temperature,
+        options=ScorerOptions(
+            template=arguments.template,
+            head=parse_head(arguments.head) if arguments.head else None,
+            reference=arguments.reference,
+            answers=tuple(arguments.answers) if arguments.answers else None,
+            separator=arguments.separator,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            attention=arguments.attention,
+            max_length=arguments.max_length,
+            max_rows=arguments.batch_size,
+            temperature=TemperatureScaling.load(given) if given else None,
+        ),
+    )
+    console = Console()
+    summary = score_file(job, report=_reporter(console), overwrite=arguments.overwrite)
+    print_summary(console, summary)
+    console.print(f"\nscored rows: {job.out}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _reporter(console: Any) -> Any:
+    """One line that redraws in a terminal; a line per tenth of the work elsewhere."""
+    from stepkd.launch.progress_facts import duration
+
+    start: dict[str, float] = {"time": time.monotonic(), "done": 0, "tenth": 0}
+
+    def report(done: int, total: int) -> None:
+        if not start["done"]:  # what a resumed run found took no time; the first batch is left out too
+            start["done"], start["time"] = done, time.monotonic()
+        speed = (done - start["done"]) / max(time.monotonic() - start["time"], 1e-9)
+        left = f"  {duration((total - done) / speed)} left" if total > done and speed else ""
+        text = f"scoring {done}/{total} solutions{left}"
+        if console.is_terminal:
+            console.print(text.ljust(console.width - 1), end="\n" if done == total else "\r", highlight=False)
+        elif done * 10 // total > start["tenth"] or done == total:
+            start["tenth"] = done * 10 // total
+            console.print(text, highlight=False)
+
+    return report
+
+
+def print_summary(console: Any, summary: dict[str, Any]) -> None:
+    """What was scored, and what was not."""
+    lines = [
+        f"{summary['rows']} solutions of {summary['problems']} problems, {summary['steps']} steps",
+        f"mean score ({summary['reduction']}): {_number(summary['mean_score'])}",
+    ]
+    if summary["mean_score_right"] is not None or summary["mean_score_wrong"] is not None:
+        right, wrong = _number(summary["mean_score_right"]), _number(summary["mean_score_wrong"])
+        lines.append(f"  of right solutions {right}, of wrong ones {wrong}")
+    if summary["temperature"] is not None:
+        lines.append(f"temperature: {summary['temperature']:.4g}")
+    if summary["unscored_rows"] or summary["unscored_steps"]:
+        lines.append(
+            f"not scored: {summary['unscored_rows']} solutions ({summary['unscored_steps']} steps do not fit into "
+            "the model's context or --max-length); their score is null"
+        )
+    if summary["replaced_values"]:
+        lines.append(f"{summary['replaced_values']} rows had step_values of their own, which --out does not keep")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,127 @@
+"""Two labellings of the same solutions: what they agree on.
+
+Keeping a solution only where Monte-Carlo labels and a judge place the first error alike is the filter of Zhang et al.
+2025 (arXiv 2501.07301), who keep about 40% of their data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stepkd.data.rows import check_unique_ids
+from stepkd.errors import DataError, check_choice
+from stepkd.labels.matching import Label, check_same_steps, first_error, label_column, row_labels, verdicts
+from stepkd.labels.quality import LabelQuality, label_quality
+
+Row = Mapping[str, Any]
+Mode = Literal["first_error", "steps"]
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What is left of the first labelling, and what was left out."""
+
+    rows: list[dict[str, Any]]
+    """Rows of the first labelling that are kept; ``labelling`` holds both provenances."""
+    counts: dict[str, int]
+    """Solutions: ``kept``, ``disagree``, ``unlabelled``, ``only_in_first``, ``only_in_second``; steps (mode ``steps``):
+    ``steps_kept``, ``steps_disagree``, ``steps_unlabelled``."""
+
+
+def consensus_filter(
+    first: Sequence[Row], second: Sequence[Row], *, mode: Mode = "first_error", names: tuple[str, str] = ("A", "B")
+) -> Consensus:
+    """Filter one labelling by another of the same solutions.
+
+    Args:
+        first: labelled rows (rollout or stepwise contract), each with an ``id``; these are kept.
+        second: the other labelling; solutions are matched by id.
+        mode: ``first_error``: keep a solution whole where both place the first wrong step alike (or both find none);
+            ``steps``: keep every solution with at least one step both agree on, the other steps without a label.
+        names: what to call the two in messages.
+
+    Raises:
+        DataError: repeated ids, no solution in common, or steps that are not the same; the message names the row.
+    """
+    check_choice("mode", mode, ("first_error", "steps"))
+    for labelling, name in ((first, names[0]), (second, names[1])):
+        check_unique_ids(labelling, path=name)
+    others = {row["id"]: row for row in second}
+    counts: Counter[str] = Counter({"kept": 0, "disagree": 0, "unlabelled": 0, "only_in_first": 0})
+    rows: list[dict[str, Any]] = []
+    for row in first:
+        if row["id"] not in others:
+            counts["only_in_first"] += 1
+            continue
+        other = others[row["id"]]
+        check_same_steps(row, other, names=names)
+        ours, theirs = row_labels(row), row_labels(other)
+        if mode == "first_error":
+            reason = _first_error_reason(ours, theirs)
+            labels = ours
+        else:
+            labels, reason = _agreed(ours, theirs, counts)
+        counts[reason] += 1
+        if reason == "kept":
+            rows.append(_with_labels(row, labels, other, mode))
+    counts["only_in_second"] = len(set(others) - {row["id"] for row in first})
+    if counts["only_in_first"] == len(first):
+        raise DataError(f"no solution of {names[0]} is in {names[1]}: are they labellings of the same solutions?")
+    return Consensus(rows, dict(counts))
+
+
+def report_on(truth: Sequence[Row], labellings: Mapping[str, Sequence[Row]]) -> dict[str, LabelQuality]:
+    """Quality of several labellings against the truth, each over its own solutions that the truth has.
+
+    Args:
+        truth: rows with true labels.
+        labellings: name -> labelled rows.
+
+    Raises:
+        DataError: a labelling without a solution that the truth has, or steps that are not the same.
+    """
+    known = {row["id"] for row in truth}
+    found = {}
+    for name, rows in labellings.items():
+        common = [row for row in rows if row["id"] in known]
+        if not common:
+            raise DataError(f"{name} and the truth have no solution in common")
+        found[name] = label_quality(common, truth)
+    return found
+
+
+def _first_error_reason(ours: Sequence[Label], theirs: Sequence[Label]) -> str:
+    places = first_error(ours), first_error(theirs)
+    if None in places:
+        return "unlabelled"
+    return "kept" if places[0] == places[1] else "disagree"
+
+
+def _agreed(ours: Sequence[Label], theirs: Sequence[Label], counts: Counter[str]) -> tuple[list[Label], str]:
+    """The first labels where both say the same, and what becomes of the solution."""
+    labels: list[Label] = []
+    reason = "unlabelled"
+    for label, a, b in zip(ours, verdicts(ours), verdicts(theirs), strict=True):
+        kind = "steps_unlabelled" if a is None or b is None else "steps_kept" if a == b else "steps_disagree"
+        counts[kind] += 1
+        labels.append(label if kind == "steps_kept" else None)
+        if kind == "steps_disagree" and reason == "unlabelled":
+            reason = "disagree"
+        elif kind == "steps_kept":
+            reason = "kept"
+    return labels, reason
+
+
+def _with_labels(row: Row, labels: Sequence[Label], other: Row, mode: Mode) -> dict[str, Any]:
+    return dict(row) | {
+        label_column(row): list(labels),
+        "labelling": {
+            "labeller": "consensus",
+            "mode": mode,
+            "first": row.get("labelling"),
+            "second": other.get("labelling"),
+        },
+    }

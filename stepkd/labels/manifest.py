@@ -1,0 +1,94 @@
+"""The manifest of a labelling job: everything that decides the labels.
+
+The number of ranks and of threads is left out: a job may be resumed with others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from stepkd.evaluation.manifest import MANIFEST_FORMAT, package_versions
+from stepkd.evaluation.runner import tokenizer_fingerprint
+from stepkd.grading import EXTRACTOR_VERSION, Grader
+from stepkd.labels.folder import KIND
+from stepkd.labels.labeller import Labeller
+from stepkd.labels.settings import LabelSpec
+from stepkd.models import Policy
+from stepkd.models.checkpoint import weights_fingerprint
+from stepkd.rollout import SamplingSpec
+from stepkd.steps import Segmenter, get_segmenter
+
+
+def job_manifest(
+    spec: LabelSpec,
+    *,
+    policy: Policy,
+    model: str,
+    teacher: Policy | None,
+    data: Mapping[str, Any],
+    prompt: str,
+    grader: Grader,
+    sampling: SamplingSpec | None,
+    labeller: Labeller,
+) -> dict[str, Any]:
+    """Collect what decides a job's labels, as JSON values.
+
+    Args:
+        spec: the job's settings.
+        policy: the model that samples, continues and tokenises.
+        model: its name.
+        teacher: the second model of the ``reject`` segmenter.
+        data: source, number of rows and fingerprint of the data.
+        prompt: id of the prompt template.
+        grader: judges final answers.
+        sampling: how solutions are drawn; None for given ones.
+        labeller: what labels them.
+    """
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "kind": KIND,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": model,
+            "revision": None if policy.spec is None else policy.spec.revision,
+            "weights": weights_fingerprint(policy),
+            "tokenizer": tokenizer_fingerprint(policy.tokenizer),
+            "end_ids": sorted(policy.eos_ids),
+            "attention": policy.causal_lm.config._attn_implementation,
+            "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
+        },
+        "teacher": None if teacher is None else {"name": spec.teacher, "weights": weights_fingerprint(teacher)},
+        "data": dict(data),
+        "prompt": prompt,
+        "extractor": EXTRACTOR_VERSION,
+        "extractors": list(grader.extractors),
+        "deadline_s": spec.deadline_s,
+        "sampling": None if sampling is None else asdict(sampling),
+        "dedupe": None if sampling is None else spec.dedupe,
+        "labeller": labeller.provenance(),
+        "segmenter": _segmenter(spec),
+        "device": policy.device.type,
+        "batch_size": spec.max_rows,
+        "seed": spec.seed,
+        "versions": package_versions(),
+    }
+    # Through JSON once, so that a fresh manifest equals the one read back.
+    return dict(json.loads(json.dumps(manifest)))
+
+
+def segmenter_settings(segmenter: Segmenter) -> dict[str, Any]:
+    """A segmenter's settings, where it has any."""
+    return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
+
+
+def _segmenter(spec: LabelSpec) -> dict[str, Any] | None:
+    """The segmenter by its settings, so that a threshold file counts by what it says and not by its name."""
+    if spec.segmenter is None:
+        return None
+    if spec.fits_threshold:
+        return {"name": spec.segmenter_kind, "threshold": "fitted", "quantile": spec.quantile}
+    return {"name": spec.segmenter_kind, **segmenter_settings(get_segmenter(spec.segmenter))}

@@ -1,0 +1,177 @@
+"""How good step labels are, against true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from stepkd.data.rows import check_unique_ids
+from stepkd.errors import DataError
+from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, ratio_interval
+from stepkd.labels.matching import check_same_steps, row_labels, verdicts
+
+Row = Mapping[str, Any]
+
+_RIGHT_RIGHT, _RIGHT_WRONG, _WRONG_RIGHT, _WRONG_WRONG = range(4)  # label, truth
+
+
+@dataclass(frozen=True)
+class LabelQuality:
+    """Agreement of labels with the truth; intervals resample problems. A share of nothing is None."""
+
+    balanced_accuracy: Interval | None
+    """Mean of the shares labelled rightly among truly right and among truly wrong steps; None if one is missing. A
+    constant label, such as the always-positive baseline, has 0.5."""
+    accuracy: Interval
+    """Share of steps labelled rightly."""
+    always_positive: Interval
+    """Accuracy of calling every step right: the share of truly right steps."""
+    precision: Interval | None
+    """Share of truly right steps among those labelled right."""
+    recall: Interval | None
+    """Share labelled right among truly right steps."""
+    error_precision: Interval | None
+    """Share of truly wrong steps among those labelled wrong."""
+    error_recall: Interval | None
+    """Share labelled wrong among truly wrong steps."""
+    first_error_accuracy: Interval
+    """Share of solutions whose first wrong step (or its absence) is labelled exactly."""
+    recoverable: Interval | None
+    """Share of truly wrong steps from which a right answer was still reached (``step_values`` above 0): future success
+    calls them right although the step is not. None without values."""
+    balanced_accuracy_unrecoverable: Interval | None
+    """Balanced accuracy without the recoverable steps; None without values."""
+    steps: int
+    """Steps judged."""
+    solutions: int
+    """Solutions they come from."""
+    problems: int
+    """Problems they come from."""
+    unlabelled: int
+    """Steps left out because either side has no label for them."""
+    after_error: int
+    """Steps left out because they follow the first truly wrong one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for JSON."""
+        shares = {name: value for name, value in vars(self).items() if value is None or isinstance(value, Interval)}
+        return asdict(self) | {name: value and value.to_dict() for name, value in shares.items()}
+
+
+def label_quality(
+    rows: Sequence[Row], truth_rows: Sequence[Row], *, up_to_first_error: bool = True, seed: int = 0
+) -> LabelQuality:
+    """Judge labels by true ones of the same solutions.
+
+    Args:
+        rows: labelled rows, matched to the truth by ``id``.
+        truth_rows: rows with true labels; those without a match are ignored.
+        up_to_first_error: judge the steps up to and including the first truly wrong one: after it, what a right step
+            is depends on whom one asks.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: repeated ids, a row without its truth, steps that are not the same, or no step with both labels.
+    """
+    names = ("the labels", "the truth")
+    for each, name in ((rows, names[0]), (truth_rows, names[1])):
+        check_unique_ids(each, path=name)
+    truths = {row["id"]: row for row in truth_rows}
+    tally = _Tally()
+    for row in rows:
+        if row["id"] not in truths:
+            raise DataError(f"row {row['id']!r} has no true labels: give the truth of the same solutions")
+        check_same_steps(row, truths[row["id"]], names=names)
+        tally.add(row, truths[row["id"]], up_to_first_error)
+    return tally.quality(seed)
+
+
+class _Tally:
+    """Counts per problem: four of labels against truth, the same for recoverable steps, solutions and exact ones."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, np.ndarray] = {}
+        self.recoverable: dict[str, np.ndarray] = {}
+        self.solutions: dict[str, np.ndarray] = {}
+        self.unlabelled = self.after_error = 0
+        self.has_values = False
+
+    def add(self, row: Row, truth: Row, up_to_first_error: bool) -> None:
+        """Count one solution."""
+        problem = str(row.get("problem_id") or row["id"])
+        steps = self.steps.setdefault(problem, np.zeros(4))
+        recoverable = self.recoverable.setdefault(problem, np.zeros(4))
+        solutions = self.solutions.setdefault(problem, np.zeros(2))
+        marks, true = verdicts(row_labels(row)), verdicts(row_labels(truth))
+        values = row.get("step_values") or [None] * len(marks)
+        wrong = next((i for i, right in enumerate(true) if right is False), len(true))
+        for i, (mark, right, value) in enumerate(zip(marks, true, values, strict=True)):
+            if up_to_first_error and i > wrong:
+                self.after_error += 1
+            elif mark is None or right is None:
+                self.unlabelled += 1
+            else:
+                cell = (_RIGHT_RIGHT if right else _RIGHT_WRONG) if mark else (_WRONG_RIGHT if right else _WRONG_WRONG)
+                steps[cell] += 1
+                self.has_values |= value is not None
+                if not right and value is not None and value > 0:
+                    recoverable[cell] += 1
+        place = next((i for i, mark in enumerate(marks) if mark is not True), len(marks))
+        exact = place == wrong and (place == len(marks) or marks[place] is False)
+        solutions += (exact, 1)
+
+    def quality(self, seed: int) -> LabelQuality:
+        """All shares with intervals over problems."""
+        counts = np.array(list(self.steps.values()))
+        if not counts.sum():
+            raise DataError(f"no step has both a label and a true one ({self.unlabelled} steps lack one of them)")
+        recoverable = np.array(list(self.recoverable.values()))
+        solutions = np.array(list(self.solutions.values()))
+
+        def share(top: Sequence[int], bottom: Sequence[int]) -> Interval | None:
+            below = counts[:, list(bottom)].sum(1)
+            return None if not below.sum() else ratio_interval(counts[:, list(top)].sum(1), below, seed=seed)
+
+        accuracy = share((_RIGHT_RIGHT, _WRONG_WRONG), range(4))
+        positive = share((_RIGHT_RIGHT, _WRONG_RIGHT), range(4))
+        assert accuracy is not None
+        assert positive is not None
+        wrong = counts[:, [_RIGHT_WRONG, _WRONG_WRONG]].sum(1)
+        return LabelQuality(
+            balanced_accuracy=_balanced(counts, seed),
+            accuracy=accuracy,
+            always_positive=positive,
+            precision=share([_RIGHT_RIGHT], (_RIGHT_RIGHT, _RIGHT_WRONG)),
+            recall=share([_RIGHT_RIGHT], (_RIGHT_RIGHT, _WRONG_RIGHT)),
+            error_precision=share([_WRONG_WRONG], (_WRONG_WRONG, _WRONG_RIGHT)),
+            error_recall=share([_WRONG_WRONG], (_WRONG_WRONG, _RIGHT_WRONG)),
+            first_error_accuracy=ratio_interval(solutions[:, 0], solutions[:, 1], seed=seed),
+            recoverable=ratio_interval(recoverable.sum(1), wrong, seed=seed)
+            if self.has_values and wrong.sum()
+            else None,
+            balanced_accuracy_unrecoverable=_balanced(counts - recoverable, seed) if self.has_values else None,
+            steps=int(counts.sum()),
+            solutions=int(solutions[:, 1].sum()),
+            problems=len(counts),
+            unlabelled=self.unlabelled,
+            after_error=self.after_error,
+        )
+
+
+def _balanced(counts: FloatArray, seed: int) -> Interval | None:
+    """Balanced accuracy of (problems, 4) counts; None without right or without wrong steps."""
+    totals = counts.sum(0)
+    if not totals[_RIGHT_RIGHT] + totals[_WRONG_RIGHT] or not totals[_WRONG_WRONG] + totals[_RIGHT_WRONG]:
+        return None
+
+    def statistic(resampled: FloatArray) -> FloatArray:
+        cells = resampled.sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            right = cells[:, _RIGHT_RIGHT] / (cells[:, _RIGHT_RIGHT] + cells[:, _WRONG_RIGHT])
+            wrong = cells[:, _WRONG_WRONG] / (cells[:, _WRONG_WRONG] + cells[:, _RIGHT_WRONG])
+        return np.asarray((right + wrong) / 2, dtype=np.float64)
+
+    return cluster_bootstrap(counts, statistic, seed=seed)

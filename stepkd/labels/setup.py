@@ -1,0 +1,244 @@
+"""From a job's settings to its parts: data, models, labeller, and the manifest that says what decides the labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from stepkd.data.io import fingerprint
+from stepkd.data.rows import PROBLEM, check_unique_ids
+from stepkd.data.spec import DataSpec, load_rows, parse_spec, resolve_split
+from stepkd.data.templates import get_template
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.benchmarks import Benchmark
+from stepkd.evaluation.runner import encode_prompts
+from stepkd.grading import Grader
+from stepkd.labels.checker import CheckerLabeller
+from stepkd.labels.folder import check_job_folder
+from stepkd.labels.given import GivenSolutions, given_data, given_rows
+from stepkd.labels.judge import ScorerLabeller
+from stepkd.labels.labeller import Labeller
+from stepkd.labels.manifest import job_manifest
+from stepkd.labels.monte_carlo import MonteCarloLabeller
+from stepkd.labels.outcome import OutcomeLabeller
+from stepkd.labels.reductions import Reduce
+from stepkd.labels.sampled import SampledSolutions
+from stepkd.labels.settings import SCORER_LABELLERS, LabelSpec, asking
+from stepkd.labels.solutions import SolutionSource
+from stepkd.models import Policy
+from stepkd.models.checkpoint import load_trained
+from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
+from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
+
+
+@dataclass(frozen=True)
+class JobParts:
+    """What a labelling job works with."""
+
+    source: SolutionSource
+    """Where solutions come from."""
+    labeller: Labeller
+    """What labels them."""
+    grader: Grader
+    """Judges final answers; closed at the job's end."""
+    tokenizer: Any
+    """Tokenizer of the policy."""
+    model: str
+    """Name of the policy."""
+    manifest: Mapping[str, Any]
+    """What decides the labels."""
+    drawn: bool
+    """Whether the solutions are drawn from the policy, not given."""
+    group_size: int
+    """Solutions labelled and stored together; what a kill can lose."""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The rows of a job."""
+
+    spec: DataSpec
+    rows: list[dict[str, Any]]
+    drawn: bool
+    asking: Benchmark
+
+    @property
+    def place(self) -> str:
+        return self.spec.path or self.spec.source
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of the data; no paths."""
+        return {
+            "source": f"{self.spec.source}:{resolve_split(self.spec)}",
+            "rows": len(self.rows),
+            "fingerprint": fingerprint(self.rows),
+            "options": dict(self.spec.options),
+        }
+
+
+def job_parts(
+    spec: LabelSpec,
+    *,
+    rank: int = 0,
+    overwrite: bool = False,
+    policy: Policy | None = None,
+    sampler: Sampler | None = None,
+    labeller: Labeller | None = None,
+) -> JobParts:
+    """Load what a job needs, checking everything that can be checked before the work begins.
+
+    Args:
+        spec: the job's settings.
+        rank: this process; only rank 0 may find the folder half begun.
+        overwrite: whether an earlier job in the folder is to be deleted later.
+        policy, sampler, labeller: already made ones to use in place of those that ``spec`` describes.
+
+    Raises:
+        ConfigError, DataError, ModelError: settings, data or models that cannot be used.
+    """
+    if rank == 0:
+        check_job_folder(spec.out, overwrite=overwrite)
+    data = _load(spec)
+    _check_rows(spec, data)
+    model = _model_name(spec, data)
+    template = get_template(spec.template or data.asking.template)
+    grader = Grader(extractors=spec.extractors or data.asking.extractors, deadline_s=spec.deadline_s)
+    device = pick_device(spec.device)
+    if policy is None:
+        policy = load_trained(model, dtype=spec.dtype)
+    if data.drawn or spec.labeller == "monte_carlo" or spec.signals:
+        policy.to(device)  # else only its tokenizer is used
+    teacher = None if spec.teacher is None else load_trained(spec.teacher, dtype=spec.dtype).to(device)
+    sampler = sampler or TransformersSampler(policy, max_rows=spec.max_rows)
+    length = spec.max_new_tokens or data.asking.max_new_tokens
+    labeller = labeller or make_labeller(spec, policy=policy, sampler=sampler, grader=grader, max_new_tokens=length)
+    source: SolutionSource
+    if data.drawn:
+        source = SampledSolutions(
+            encode_prompts(policy, template, data.rows),
+            sampler,
+            spec.sampling(length),
+            grader,
+            policy=policy,
+            model=model,
+            signals=spec.signals,
+            teacher=teacher,
+            max_rows=spec.max_rows,
+        )
+    else:
+        source = GivenSolutions(
+            data.rows,
+            template,
+            grader,
+            policy=policy,
+            keep_steps=spec.segmenter is None,
+            signals=spec.signals,
+            teacher=teacher,
+        )
+    per_solution = spec.rollouts_per_step if spec.labeller == "monte_carlo" else 1
+    return JobParts(
+        source=source,
+        labeller=labeller,
+        grader=grader,
+        tokenizer=policy.tokenizer,
+        model=model,
+        manifest=job_manifest(
+            spec,
+            policy=policy,
+            model=model,
+            teacher=teacher,
+            data=data.facts(),
+            prompt=template.prompt_id(policy.tokenizer),
+            grader=grader,
+            sampling=spec.sampling(length) if data.drawn else None,
+            labeller=labeller,
+        ),
+        drawn=data.drawn,
+        group_size=max(1, spec.max_rows // per_solution),
+    )
+
+
+def make_labeller(
+    spec: LabelSpec, *, policy: Policy, sampler: Sampler, grader: Grader, max_new_tokens: int
+) -> Labeller:
+    """The labeller that a job's settings name.
+
+    Args:
+        spec: the settings.
+        policy, sampler: what Monte-Carlo continuations come from.
+        grader: judges the continuations' answers.
+        max_new_tokens: longest continuation in tokens.
+    """
+    if spec.labeller == "checker":
+        return CheckerLabeller(spec.given)
+    if spec.labeller == "outcome":
+        return OutcomeLabeller(spec.outcome_scope)
+    if spec.labeller in SCORER_LABELLERS:
+        options = ScorerOptions(
+            template=spec.judge_template,
+            reference=spec.reference,
+            dtype=spec.dtype,
+            device=spec.device,
+            max_rows=spec.max_rows,
+        )
+        word = f"judge:{spec.judge}" if spec.labeller == "judge" else str(spec.judge)
+        return ScorerLabeller(load_scorer(word, options), threshold=spec.threshold, soft=spec.soft, name=spec.labeller)
+    return MonteCarloLabeller(
+        cast(BranchSampler, sampler),
+        policy,
+        grader,
+        spec.continuation(max_new_tokens),
+        reduce=cast(Reduce, spec.reduce),
+        early_stop=spec.early_stop,
+        propagate_positive=spec.propagate_positive,
+    )
+
+
+def _load(spec: LabelSpec) -> _Data:
+    drawn = spec.problems is not None
+    data = parse_spec(str(spec.problems)) if drawn else given_data(str(spec.rollouts))
+    if spec.limit is not None:
+        data = dataclasses.replace(data, limit=spec.limit)
+    rows = load_rows(data, contract=PROBLEM) if drawn else given_rows(data)
+    check_unique_ids(rows, path=data.path or data.source)
+    is_task = all("task" in row and "meta" in row for row in rows)
+    return _Data(data, rows, drawn, asking(data.source, is_task=is_task))
+
+
+def _check_rows(spec: LabelSpec, data: _Data) -> None:
+    """Refuse rows that the labeller has no use for, before any work is done."""
+    for row in data.rows:
+        name = str(row["id"])
+        if spec.labeller == "monte_carlo" and row.get("answer") is None:
+            raise DataError(
+                f"row {name!r} has no 'answer', and Monte-Carlo labels compare continuations with it: add the column, "
+                "or use another labeller",
+                path=data.place,
+                column="answer",
+            )
+        if spec.labeller == "checker" and not ("task" in row and "meta" in row):
+            raise DataError(
+                f"row {name!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an exact "
+                "checker; use another labeller",
+                path=data.place,
+                column="task",
+            )
+        outcome = row.get("correct", row.get("outcome", row.get("answer")))
+        if spec.labeller == "outcome" and outcome is None:
+            raise DataError(
+                f"row {name!r} has neither an 'answer' nor a stated outcome: nothing says whether its answer is right",
+                path=data.place,
+                column="answer",
+            )
+
+
+def _model_name(spec: LabelSpec, data: _Data) -> str:
+    if spec.model is not None:
+        return spec.model
+    named = sorted({str(row["model"]) for row in data.rows if row.get("model")})
+    if len(named) == 1:
+        return named[0]
+    found = f"the rows name {len(named)} models ({', '.join(named[:3])})" if named else "the rows name none"
+    raise ConfigError(f"give --model, whose tokenizer reads the solutions: {found}")

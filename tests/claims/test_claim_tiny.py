@@ -1,0 +1,62 @@
+"""The one experiment of the foundation, at its smallest, through the command line; and what it counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepkd.claims.tiny import problem_metrics, train_tiny_sft
+from stepkd.cli import main
+from stepkd.evaluation.store import read_rows
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "claims" / "noisy_student.yaml"
+
+
+def test_problem_metrics() -> None:
+    def sample(verdict: str, labels: list[bool], vote: str) -> dict[str, object]:
+        return {"verdict": verdict, "step_labels": labels, "vote": vote, "tokens": 10 * len(labels)}
+
+    rows = [
+        {"id": "a", "samples": [sample("correct", [True, True], "5"), sample("correct", [False, True], "5")]},
+        {"id": "b", "samples": [sample("wrong", [False, False, True], "4"), sample("correct", [True], "3")]},
+    ]
+    assert problem_metrics(rows, votes=(2,)) == {
+        "pass@1": [1.0, 0.5],
+        "mean_tokens": [20.0, 20.0],
+        "step_accuracy": [[3, 4], [2, 4]],
+        "correct_with_wrong_step": [[1, 2], [0, 1]],
+        "maj@2": [1.0, 0.5],
+    }
+
+
+def test_the_metrics_agree_with_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    recipe["quick"] = {
+        "seeds": [0],
+        "settings": {
+            **{"model": "tiny-0.1m", "task": "modular:terms=3,modulus=10", "demonstrations": 500},
+            **{"teacher_steps": 2, "student_steps": 2, "problems": 8, "samples": 2},
+        },
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["claims", str(path), "--quick", "--out", str(tmp_path / "runs")]) == 0
+    out = tmp_path / "runs" / "small-quick"
+    rows = {row["arm"]: row for row in read_rows(out / "results.jsonl")}
+    assert rows["teacher"]["facts"] == {"train_solutions": 128.0}
+    assert rows["student"]["facts"] == {"train_solutions": 256.0}
+    for arm, row in rows.items():
+        unit = out / "units" / "main" / "seed-0"
+        sampled = json.loads((unit / f"{arm}-sampled" / "summary.json").read_text())["metrics"]
+        greedy = json.loads((unit / f"{arm}-greedy" / "summary.json").read_text())["metrics"]
+        assert sum(row["metrics"]["pass@1"]) / 8 == pytest.approx(sampled["pass@1"]["value"])
+        assert sum(row["metrics"]["greedy"]) / 8 == pytest.approx(greedy["pass@1"]["value"])
+        right, steps = map(sum, zip(*row["metrics"]["step_accuracy"], strict=True))
+        assert right / steps == pytest.approx(sampled["step_accuracy"]["value"])
+    weights = out / "units" / "main" / "seed-0" / "teacher" / "model" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    train_tiny_sft(weights.parents[1], start="tiny-0.1m", task="modular", steps=1, lr=1e-3, seed=0, reuse=True)
+    assert weights.stat().st_mtime_ns == before  # an interrupted seed does not train the same model again

@@ -1,0 +1,377 @@
+"""Solutions to ids with markers: positions, partitions, sampled ids, truncation, and what is refused or counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stepkd.data.step_encode import Layout, StepEncoder, StepExample
+from stepkd.data.step_labels import LabelRule
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import ConfigError, DataError
+from stepkd.models.tiny import tiny_tokenizer
+from stepkd.steps import StepFormat, auto_marker, check_partition, marker_token_id, tokenize_text
+
+PLAIN = PromptTemplate(style="plain", plain="{prompt}")
+STEPS = ["1+2=3", "3*2=6 \n", "#### 6"]
+LABELS = [True, False, True]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Any:
+    """Byte-level BPE with a marker token; ``a\\nb`` and ``7.\\n`` are single tokens that straddle step ends."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=["<eos>", "<extra_0>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["a\nb"] * 40 + ["7.\n"] * 30 + ["so "] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", clean_up_tokenization_spaces=False)
+
+
+def make(tokenizer: Any, format: StepFormat | None = None, **settings: Any) -> StepEncoder:
+    format = format or StepFormat()
+    if format.marker == "auto":
+        format = StepFormat(**{**format.__dict__, "marker": auto_marker(tokenizer)})
+    marker = None if format.marker is None else marker_token_id(tokenizer, format.marker)
+    return StepEncoder(tokenizer, PLAIN, format=format, marker_id=marker, **settings)
+
+
+def pieces(tokenizer: Any, layout: Layout | StepExample) -> list[str]:
+    """Text of every step, its marker included."""
+    ids = layout.ids if isinstance(layout, Layout) else layout.completion_ids
+    check_partition(layout.spans, len(ids))
+    return [tokenizer.decode(list(ids[slice(*span)])) for span in layout.spans]
+
+
+def row(**columns: Any) -> dict[str, Any]:
+    return {"id": "r1", "prompt": "Q:", "completions": STEPS, "labels": LABELS, **columns}
+
+
+def trained(tokenizer: Any, columns: dict[str, Any] | None = None, **settings: Any) -> StepExample:
+    example = make(tokenizer, labels=LabelRule(after_error="keep"), **settings).example(columns or row())
+    assert example is not None
+    return example
+
+
+# ---- where markers go -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "bpe"])
+def test_markers_behind_the_separator(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(name)
+    encoder = make(tokenizer)
+    layout = encoder.layout(STEPS)
+    mark = tokenizer.decode([encoder.marker_id])
+    assert mark == {"tiny": "~", "bpe": "<extra_0>"}[name]
+    assert pieces(tokenizer, layout) == [f"1+2=3\n{mark}", f"3*2=6 \n{mark}", f"#### 6{mark}"]
+    assert [layout.ids[i] for i in layout.read_at] == [encoder.marker_id] * 3
+    assert list(layout.read_at) == [end - 1 for _, end in layout.spans]
+
+
+@pytest.mark.parametrize("name", ["tiny", "bpe"])
+def test_the_rest_is_one_tokenisation_of_the_whole_text(name: str, request: pytest.FixtureRequest) -> None:
+    """Without its markers the solution is exactly what the policy reads: nothing is tokenised again around them."""
+    tokenizer = request.getfixturevalue(name)
+    steps = ["so 7.\n", "so 7.", "a", "so b"]
+    whole = tokenize_text(tokenizer, "so 7.\nso 7.\na\nso b").token_ids
+    for place in ("step_end", "before_separator"):
+        encoder = make(tokenizer, StepFormat(marker_place=place))  # type: ignore[arg-type]
+        layout = encoder.layout(steps)
+        assert tuple(i for i in layout.ids if i != encoder.marker_id) == whole
+        assert len(layout.ids) == len(whole) + 4
+        check_partition(layout.spans, len(layout.ids))
+
+
+def test_markers_before_the_separator(tiny: Any) -> None:
+    encoder = make(tiny, StepFormat(marker_place="before_separator"))
+    layout = encoder.layout(STEPS)
+    assert pieces(tiny, layout) == ["1+2=3~\n", "3*2=6~ \n", "#### 6~"]
+    assert [layout.ids[i] for i in layout.read_at] == [encoder.marker_id] * 3
+    assert list(layout.read_at) == [5, 7 + 5, 15 + 3]
+
+
+def test_a_token_over_text_and_separator_keeps_the_marker_behind_it(bpe: Any) -> None:
+    assert len(bpe("7.\n", add_special_tokens=False)["input_ids"]) == 1, "the test needs a straddling token"
+    layout = make(bpe, StepFormat(marker_place="before_separator")).layout(["so 7.", "so 7"])
+    assert pieces(bpe, layout) == ["so 7.\n<extra_0>", "so 7<extra_0>"]
+
+
+def test_without_a_marker_the_last_token_is_read(tiny: Any) -> None:
+    layout = make(tiny, StepFormat(marker=None)).layout(STEPS)
+    assert pieces(tiny, layout) == ["1+2=3\n", "3*2=6 \n", "#### 6"]
+    assert [tiny.decode([layout.ids[i]]) for i in layout.read_at] == ["\n", "\n", "6"]
+
+
+def test_per_step_tokenisation_keeps_steps_apart(bpe: Any) -> None:
+    """Qwen2.5-Math-PRM: steps joined by a special token, without a separator."""
+    encoder = make(bpe, StepFormat(marker="<extra_0>", separator="", tokenize="per_step"))
+    layout = encoder.layout(["a\n", "b"])
+    assert pieces(bpe, layout) == ["a\n<extra_0>", "b<extra_0>"]
+    assert list(layout.ids) == bpe("a\n<extra_0>b<extra_0>", add_special_tokens=False)["input_ids"]
+    with pytest.raises(DataError, match="step 2 has no token of its own"):
+        make(bpe).layout(["a\n", "b"])
+
+
+def test_separators_are_added_where_white_space_is_missing(tiny: Any) -> None:
+    layout = make(tiny, StepFormat(separator="\n\n")).layout(["1", "2\n", "3 ", "4"])
+    assert pieces(tiny, layout) == ["1\n\n~", "2\n~", "3 ~", "4~"]
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_example_positions_and_targets(tiny: Any) -> None:
+    example = trained(tiny)
+    assert pieces(tiny, example) == ["1+2=3\n~", "3*2=6 \n~", "#### 6~"]
+    assert [tiny.decode([example.completion_ids[i]]) for i in example.read_at] == ["~"] * 3
+    assert example.targets == ((0.0, 1.0), (1.0, 0.0), (0.0, 1.0))
+    assert tiny.decode(list(example.prompt_ids)) == "Q:"
+    assert (example.id, example.num_cut) == ("r1", 0)
+
+
+def test_no_end_token_is_appended(tiny: Any) -> None:
+    assert tiny.eos_token_id not in trained(tiny).completion_ids
+
+
+@pytest.mark.parametrize("place", ["step_end", "before_separator"])
+def test_nothing_is_kept_behind_the_last_label(place: str, tiny: Any) -> None:
+    example = trained(tiny, row(labels=[True, False, None]), format=StepFormat(marker_place=place))  # type: ignore[arg-type]
+    whole = make(tiny, StepFormat(marker_place=place)).layout(STEPS)  # type: ignore[arg-type]
+    assert example.read_at == whole.read_at[:2]
+    assert example.completion_ids == whole.ids[: whole.read_at[1] + 1]
+    assert len(example.targets) == 2
+    check_partition(example.spans, len(example.completion_ids))
+
+
+def test_an_unlabelled_step_in_the_middle_keeps_its_marker(tiny: Any) -> None:
+    example = trained(tiny, row(labels=[True, None, False]))
+    assert example.targets == ((0.0, 1.0), None, (1.0, 0.0))
+    assert len(example.read_at) == 3
+
+
+def test_truncate_and_mask_differ_in_length_only_behind_the_error(tiny: Any) -> None:
+    """Steps behind the last label are cut in both, so that mask costs nothing more."""
+    cut, masked = (make(tiny, labels=LabelRule(after_error=rule)).example(row()) for rule in ("truncate", "mask"))  # type: ignore[arg-type]
+    assert cut == masked
+    assert cut is not None
+    assert len(cut.read_at) == 2
+    assert len(trained(tiny).read_at) == 3
+
+
+def test_outcome_scope_reads_the_last_step_only(tiny: Any) -> None:
+    example = make(tiny, labels=LabelRule(scope="outcome")).example(row(outcome=False))
+    assert example is not None
+    assert example.targets == (None, None, (1.0, 0.0))
+
+
+def test_a_solution_text_is_segmented(tiny: Any) -> None:
+    encoder = make(tiny, labels=LabelRule(scope="outcome"))
+    for column in ("completion", "solution"):
+        example = encoder.example({"id": "r", "prompt": "Q:", column: "1+2=3\n\n#### 3", "correct": True})
+        assert example is not None
+        assert pieces(tiny, example) == ["1+2=3\n\n~", "#### 3~"]
+
+
+# ---- sampled ids ----------------------------------------------------------------------------------------------------
+
+
+def sampled(tokenizer: Any, texts: list[str], **columns: Any) -> dict[str, Any]:
+    """A rollout row whose ids are those of the texts one by one: not what tokenising the whole would give."""
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = [i for part in parts for i in part] + [tokenizer.eos_token_id]
+    ends = [sum(len(part) for part in parts[: i + 1]) for i in range(len(parts))]
+    ends[-1] += 1  # the end token belongs to the last step
+    return {
+        "id": "r1", "prompt": "Q:", "completion": "".join(texts), "token_ids": ids, "step_ends": ends, **columns,
+    }  # fmt: skip
+
+
+def test_sampled_ids_are_kept_without_their_end_token(bpe: Any) -> None:
+    rollout = sampled(bpe, ["a\n", "b 7", ".\n"], step_labels=[True, False, True])
+    merged = bpe(rollout["completion"], add_special_tokens=False)["input_ids"]
+    assert merged != rollout["token_ids"][:-1], "the test needs ids that text does not give"
+    example = trained(bpe, rollout)
+    marker = marker_token_id(bpe, "<extra_0>")
+    assert [i for i in example.completion_ids if i != marker] == rollout["token_ids"][:-1]
+    assert pieces(bpe, example) == ["a\n<extra_0>", "b 7<extra_0>", ".\n<extra_0>"]
+    assert example.targets == ((0.0, 1.0), (1.0, 0.0), (0.0, 1.0))
+
+
+def test_sampled_ids_do_not_need_the_text(tiny: Any) -> None:
+    rollout = sampled(tiny, ["1\n", "2"], step_labels=[True, True])
+    del rollout["completion"]
+    assert pieces(tiny, trained(tiny, rollout)) == ["1\n~", "2~"]
+
+
+def test_ids_of_another_tokenizer_fall_back_to_the_steps_as_text(tiny: Any, bpe: Any) -> None:
+    texts = ["so 7.\n", "a\n", "#### 7"]
+    rollout = sampled(bpe, texts, step_labels=LABELS, steps=texts)
+    assert pieces(tiny, trained(tiny, rollout)) == ["so 7.\n~", "a\n~", "#### 7~"]
+    del rollout["steps"]
+    with pytest.raises(DataError, match="token ids are not of this model's tokenizer, and it has no 'steps'") as caught:
+        trained(tiny, rollout)
+    assert (caught.value.path, caught.value.column) == ("r1", "token_ids")
+
+
+def test_per_step_formats_take_the_text_of_sampled_steps(bpe: Any) -> None:
+    format = StepFormat(marker="<extra_0>", separator="", tokenize="per_step")
+    rollout = sampled(bpe, ["a\n", "b"], step_labels=[True, False], steps=["a\n", "b"])
+    assert pieces(bpe, trained(bpe, rollout, format=format)) == ["a\n<extra_0>", "b<extra_0>"]
+    del rollout["steps"]
+    with pytest.raises(DataError, match="cannot serve tokenize 'per_step', and it has no 'steps'"):
+        trained(bpe, rollout, format=format)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ([2, 2, 4], "must be positive and strictly increasing"),
+        ([2, 3], "must end at the number of token_ids, 4, found 3"),
+        ([2, 9], "must end at the number of token_ids, 4, found 9"),
+        ([], "has zero steps"),
+    ],
+)
+def test_step_ends_that_are_no_partition_are_not_repaired(ends: list[int], message: str, tiny: Any) -> None:
+    """A repaired partition would shift the labels, which are stored one per step."""
+    rollout = {**sampled(tiny, ["1\n", "2"]), "step_ends": ends, "step_labels": [True] * len(ends)}
+    with pytest.raises(DataError, match=message) as caught:
+        trained(tiny, rollout)
+    assert caught.value.column == "step_ends"
+
+
+def test_a_rollout_of_nothing_but_its_end(tiny: Any) -> None:
+    rollout = {"id": "r1", "prompt": "Q:", "completion": "", "token_ids": [tiny.eos_token_id], "step_ends": [1]}
+    with pytest.raises(DataError, match="no tokens before its end token"):
+        trained(tiny, {**rollout, "step_labels": [True]})
+
+
+# ---- truncation -----------------------------------------------------------------------------------------------------
+
+
+def test_truncation_drops_whole_steps_and_counts_them(tiny: Any) -> None:
+    lengths = [7, 8, 4]  # tokens with markers ("####" is one); the prompt has two
+    for room, kept in ((19, 3), (18, 2), (15, 2), (14, 1), (7, 1)):
+        encoder = make(tiny, labels=LabelRule(after_error="keep"), max_length=2 + room)
+        example = encoder.example(row())
+        assert example is not None
+        assert len(example.spans) == len(example.targets) == kept
+        assert len(example.completion_ids) == sum(lengths[:kept])
+        assert encoder.counts["steps_dropped"] == 3 - kept
+        assert encoder.counts["rows_truncated"] == (kept < 3)
+        scored = encoder.scored(row())
+        assert (len(scored.read_at), scored.num_cut) == (kept, 3 - kept)
+
+
+def test_truncated_before_the_first_label_is_a_counted_skip(tiny: Any) -> None:
+    encoder = make(tiny, labels=LabelRule(after_error="keep"), max_length=2 + 12)
+    assert encoder.example(row(labels=[None, True, False])) is None
+    assert encoder.example(row()) is not None
+    tight = make(tiny, labels=LabelRule(), max_length=2 + 5)
+    assert tight.example(row()) is None
+    assert encoder.counts["rows_truncated_before_a_label"] == tight.counts["rows_truncated_before_a_label"] == 1
+    assert encoder.counts["rows_without_labels"] == 0
+    assert tight.scored(row()).num_cut == 3
+
+
+def test_a_truncated_solution_has_no_outcome_to_learn(tiny: Any) -> None:
+    encoder = make(tiny, labels=LabelRule(scope="outcome"), max_length=2 + 18)
+    assert encoder.example(row(outcome=True)) is None
+    assert encoder.counts["rows_truncated_before_a_label"] == 1
+
+
+def test_rows_without_a_label_are_counted(tiny: Any) -> None:
+    encoder = make(tiny, labels=LabelRule())
+    kept = encoder.examples([row(labels=[None] * 3), row(id="r2")])
+    assert [example.id for example in kept] == ["r2"]
+    assert encoder.counts["rows_without_labels"] == 1
+    assert encoder.counts["rows_truncated"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "count"),
+    [
+        ([row(labels=[None] * 3)], 64, "'rows_without_labels': 1"),
+        ([row(), row(id="r2")], 7, "'rows_truncated_before_a_label': 2"),
+    ],
+)
+def test_nothing_left_is_an_error_with_the_counts(
+    rows: list[dict[str, Any]], length: int, count: str, tiny: Any
+) -> None:
+    with pytest.raises(DataError, match="no row has a single labelled step that fits") as caught:
+        make(tiny, labels=LabelRule(), max_length=length).examples(rows)
+    assert count in str(caught.value)
+
+
+# ---- refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"completions": []}, "0 steps, some without text"),
+        ({"completions": ["1", " \n", "2"]}, "3 steps, some without text: drop empty steps"),
+        ({"completions": ["1", "a~b", "2"]}, r"the step marker '~' \(id \d+\) is in the solution itself"),
+        ({"labels": [True, False]}, "2 labels for 3 steps"),
+        ({"labels": None}, "no step labels: label the row first"),
+        ({"labels": [0.5, float("nan"), 1.0]}, "label 2 of 3 is NaN"),
+        ({"completions": None}, "the row has no steps: neither 'completions' nor a 'completion' text"),
+        ({"prompt": "Q" * 40}, "the prompt has 40 tokens and max_length is 32"),
+        ({"prompt": ""}, "must be text or chat messages"),
+    ],
+)
+def test_bad_rows(columns: dict[str, Any], message: str, tiny: Any) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        trained(tiny, row(**columns), max_length=32)
+    assert "r1" in str(caught.value)
+
+
+def test_steps_that_share_a_token(bpe: Any) -> None:
+    assert len(bpe("a\nb", add_special_tokens=False)["input_ids"]) == 1, "the test needs a straddling token"
+    with pytest.raises(DataError, match=r"step 2 has no token of its own .*tokenize to 'per_step'"):
+        make(bpe).layout(["a", "b"])
+    assert pieces(bpe, make(bpe).layout(["a", "so b"])) == ["a\n<extra_0>", "so b<extra_0>"]
+
+
+def test_the_marker_in_sampled_ids(tiny: Any) -> None:
+    with pytest.raises(DataError, match="is in the solution itself"):
+        trained(tiny, sampled(tiny, ["1~\n", "2"], step_labels=[True, True]))
+
+
+def test_the_marker_in_the_prompt_is_harmless(tiny: Any) -> None:
+    example = trained(tiny, row(prompt="~~"))
+    assert example.read_at == trained(tiny).read_at
+
+
+def test_marker_and_format_must_agree(tiny: Any) -> None:
+    for format, marker in ((StepFormat(marker=None), 5), (StepFormat(), None)):
+        with pytest.raises(ConfigError, match=r"does not go with format\.marker"):
+            StepEncoder(tiny, PLAIN, format=format, marker_id=marker)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"marker": ""}, "the step marker is empty text"),
+        ({"separator": ""}, "an empty separator would let two steps merge"),
+        ({"marker": None, "marker_place": "before_separator"}, "needs a marker"),
+        ({"marker_place": "after"}, "unknown marker_place 'after'"),
+        ({"tokenize": "steps"}, "unknown tokenize 'steps'"),
+    ],
+)
+def test_bad_formats(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        StepFormat(**settings)

@@ -1,0 +1,228 @@
+"""``stepkd score``'s job: rows out as they came in, resuming after a kill, temperatures, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data import write_jsonl_atomic
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.evaluation import score_rows as module
+from stepkd.evaluation.score_rows import ScoreJob, labelled_scores, score_file
+from stepkd.scorers import ScorerOptions, Solutions, TemperatureScaling
+
+
+class Toy:
+    """Scores a step by its first number in percent, -1 being no score; may die, and counts what it was asked."""
+
+    def __init__(self, meaning: str = "correctness", *, dies_after: int = 10**9, name: str = "toy") -> None:
+        self.meaning: Any = meaning
+        self.left = dies_after
+        self.asked: list[str] = []
+        self.name = name
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        if self.left <= 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.asked += [p.row["prompt"] for p in problems]
+        values = [[[float(t.split()[0]) / 100 for t in s] for s in p.solutions] for p in problems]
+        return [[[math.nan if v < 0 else v for v in s] for s in p] for p in values]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"scorer": "toy", "model": self.name, "meaning": self.meaning}
+
+
+def row(name: str, prompt: str, scores: list[int], **more: Any) -> dict[str, Any]:
+    steps = [f"{score} percent\n" for score in scores]
+    return {"id": name, "prompt": prompt, "completions": steps, "labels": [s > 50 for s in scores], **more}
+
+
+ROWS = [
+    row("a", "p", [90, 80], outcome=True),
+    row("b", "q", [50], outcome=False, note="kept"),
+    row("c", "p", [90, 40, 20], outcome=False),
+    row("d", "r", [100, -1]),
+    row("e", "s", [0, 60]),
+    row("f", "q", [70], step_values=[0.1]),
+]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> ScoreJob:
+    write_jsonl_atomic(tmp_path / "rows.jsonl", ROWS)
+    return ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", options=ScorerOptions(max_rows=2))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_come_out_in_order_with_scores(job: ScoreJob, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    toy = Toy()
+    summary = score_file(job, scorer=toy, report=lambda done, total: seen.append((done, total)))
+    out = read(job.out)
+    assert [{k: v for k, v in r.items() if k not in ("step_values", "score", "scorer")} for r in out] == [
+        {k: v for k, v in r.items() if k != "step_values"} for r in ROWS
+    ]
+    assert [r["step_values"] for r in out] == [[0.9, 0.8], [0.5], [0.9, 0.4, 0.2], [1.0, None], [0.0, 0.6], [0.7]]
+    assert [r["score"] for r in out] == [pytest.approx(0.72), 0.5, pytest.approx(0.072), None, 0.0, 0.7]
+    assert out[0]["scorer"] == {
+        "scorer": "toy", "model": "toy", "weights": None, "meaning": "correctness", "reduction": "product",
+        "temperature": None,
+    }  # fmt: skip
+    assert sorted(toy.asked) == ["p", "q", "r", "s"], "every problem once"
+    assert seen[-1] == (6, 6)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert summary == {
+        "rows": 6, "problems": 4, "steps": 11, "unscored_rows": 1, "unscored_steps": 1, "replaced_values": 1,
+        "reduction": "product", "temperature": None, "mean_score": pytest.approx((0.72 + 0.5 + 0.072 + 0 + 0.7) / 5),
+        "mean_score_right": pytest.approx(0.72), "mean_score_wrong": pytest.approx((0.5 + 0.072) / 2),
+    }  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.manifest.json", "rows.jsonl"]
+
+
+def test_reductions_and_meanings(job: ScoreJob, tmp_path: Path) -> None:
+    expected = {
+        ("correctness", "min"): [0.8, 0.5, 0.2, None, 0.0, 0.7],
+        ("correctness", "mean"): [0.85, 0.5, 0.5, None, 0.3, 0.7],
+        ("value", None): [0.8, 0.5, 0.2, None, 0.6, 0.7],
+    }
+    for number, ((meaning, reduction), scores) in enumerate(expected.items()):
+        this = replace(job, out=tmp_path / f"{number}.jsonl", reduction=reduction)  # type: ignore[arg-type]
+        score_file(this, scorer=Toy(meaning))
+        assert [r["score"] for r in read(this.out)] == [None if s is None else pytest.approx(s) for s in scores]
+
+
+def test_an_outcome_scorer_owes_only_the_last_step(tmp_path: Path) -> None:
+    write_jsonl_atomic(tmp_path / "rows.jsonl", [row("a", "p", [-1, -1, 30]), row("b", "q", [-1, -1])])
+    job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl")
+    summary = score_file(job, scorer=Toy("outcome"))
+    assert [r["score"] for r in read(job.out)] == [0.3, None]
+    assert (summary["unscored_rows"], summary["unscored_steps"]) == (1, 1)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3])
+def test_a_killed_job_goes_on_where_it_stood(job: ScoreJob, tmp_path: Path, batches: int) -> None:
+    whole = replace(job, out=tmp_path / "whole.jsonl")
+    score_file(whole, scorer=Toy())
+    dying = Toy(dies_after=batches)
+    if batches < 3:  # problems p and q, of two rows each, have a batch of their own
+        with pytest.raises(KeyboardInterrupt):
+            score_file(job, scorer=dying)
+        assert not job.out.exists()
+    else:
+        score_file(job, scorer=dying)
+    again = Toy()
+    score_file(job, scorer=again)
+    assert job.out.read_bytes() == whole.out.read_bytes()
+    assert sorted(dying.asked + again.asked) == ["p", "q", "r", "s"], "nothing twice"
+    assert not job.work.exists()
+
+
+def test_a_kill_between_the_last_writes(job: ScoreJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise StepkdError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_atomically", full)
+        with pytest.raises(StepkdError, match="disk full"):
+            score_file(job, scorer=Toy())
+    assert job.out.exists()
+    assert job.work.exists()
+    again = Toy()
+    score_file(job, scorer=again)
+    assert again.asked == []
+    assert not job.work.exists()
+    assert job.beside("manifest.json").is_file()
+
+
+def test_the_same_job_again_changes_nothing(job: ScoreJob) -> None:
+    first = score_file(job, scorer=Toy())
+    before = job.out.read_bytes()
+    again = Toy(dies_after=0)
+    assert score_file(job, scorer=again) == first
+    assert job.out.read_bytes() == before
+
+
+def test_another_job_is_refused_and_overwrite_replaces(job: ScoreJob, tmp_path: Path) -> None:
+    score_file(job, scorer=Toy())
+    with pytest.raises(ConfigError, match=r"(?s)scorer.model: 'toy' then, 'other' now.*or --overwrite"):
+        score_file(job, scorer=Toy(name="other"))
+    with pytest.raises(ConfigError, match="reduction: 'product' then, 'min' now"):
+        score_file(replace(job, reduction="min"), scorer=Toy())
+    score_file(job, scorer=Toy(name="other"), overwrite=True)
+    assert read(job.out)[0]["scorer"]["model"] == "other"
+    with pytest.raises(KeyboardInterrupt):
+        score_file(job, scorer=Toy(dies_after=1), overwrite=True)
+    with pytest.raises(ConfigError, match=r"scorer.model: 'toy' then, 'other' now"):
+        score_file(job, scorer=Toy(name="other"))
+    write_jsonl_atomic(tmp_path / "rows.jsonl", ROWS[:-1])
+    with pytest.raises(ConfigError, match="rows: "):
+        score_file(job, scorer=Toy())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_something_else_is_left_alone(job: ScoreJob, overwrite: bool) -> None:
+    job.out.write_text("mine")
+    with pytest.raises(ConfigError, match="it is no result of stepkd score"):
+        score_file(job, scorer=Toy(), overwrite=overwrite)
+    assert job.out.read_text() == "mine"
+
+
+def test_a_temperature_is_fitted_once_saved_and_applied(job: ScoreJob, tmp_path: Path) -> None:
+    held_out = [row(f"h{i}", f"h{i}", [98, 97, 3]) for i in range(9)] + [
+        row("h", "h", [90, 95]) | {"labels": [False, None]}
+    ]
+    write_jsonl_atomic(tmp_path / "held.jsonl", held_out)
+    fitting = replace(job, fit_on=str(tmp_path / "held.jsonl"))
+    scores, labels = labelled_scores(Toy(), held_out)
+    assert (len(scores), sum(labels)) == (28, 18)
+    dying = Toy(dies_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        score_file(fitting, scorer=dying)
+    again = Toy()
+    summary = score_file(fitting, scorer=again)
+    assert "h" in dying.asked
+    assert "h" not in again.asked, "fitted before the kill"
+    temperature = TemperatureScaling.load(tmp_path / "out.temperature.json")
+    assert summary["temperature"] == temperature.temperature != 1
+    out = read(job.out)
+    assert out[0]["step_values"] == pytest.approx(temperature.apply([0.9, 0.8]).tolist())
+    assert out[3]["step_values"][1] is None
+    assert out[0]["score"] == pytest.approx(math.prod(temperature.apply([0.9, 0.8])))
+    assert out[0]["scorer"]["temperature"] == temperature.temperature
+
+
+def test_labels_for_a_temperature() -> None:
+    rated = row("a", "p", [10, 20, 30, 40]) | {"labels": [1, 0, -1, None]}
+    assert labelled_scores(Toy(), [rated]) == ([0.1, 0.2, 0.3], [1.0, 1.0, 0.0])
+    cut = row("a", "p", [60, -1])
+    assert labelled_scores(Toy(), [cut]) == ([0.6], [1.0])
+    wrong_twice = row("a", "p", [10, 20, 90])
+    assert labelled_scores(Toy(), [wrong_twice]) == ([0.1, 0.2, 0.9], [0.0, 0.0, 1.0]), "later steps count too"
+    outcome = [row("a", "p", [-1, 80], outcome=True), row("b", "p", [-1, 30], outcome=False)]
+    assert labelled_scores(Toy("outcome"), outcome) == ([0.8, 0.3], [1.0, 0.0])
+    with pytest.raises(DataError, match=r"a, column 'labels': label 0.4 is neither right nor wrong"):
+        labelled_scores(Toy(), [row("a", "p", [10]) | {"labels": [0.4]}])
+
+
+def test_mistakes(job: ScoreJob, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"let the name end in .jsonl"):
+        replace(job, out=tmp_path / "out.json")
+    with pytest.raises(ConfigError, match="contradict each other"):
+        replace(job, fit_on="x", options=ScorerOptions(temperature=TemperatureScaling(2.0, 1.0, 1.0, 1)))
+    with pytest.raises(ConfigError, match="are the rows to score: give held-out ones"):
+        score_file(replace(job, fit_on=job.rollouts), scorer=Toy())
+    write_jsonl_atomic(tmp_path / "bad.jsonl", [row("a", "p", [1]) | {"completions": []}])
+    with pytest.raises(DataError, match="column 'completions'"):
+        score_file(replace(job, rollouts=str(tmp_path / "bad.jsonl")), scorer=Toy())
+    assert not job.out.exists()
+    assert not job.work.exists()

@@ -1,0 +1,112 @@
+"""A tiny model, small labelling jobs, and a sampler that records what it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.errors import StepkdError
+from stepkd.labels import LabelSpec, job_parts, run_label_job
+from stepkd.models import Policy, PolicySpec
+from stepkd.rollout import Branch, BranchRollouts, Rollout, SamplingSpec, TransformersSampler
+
+
+class RecordingSampler:
+    """Samples as usual and keeps the numbers of problems and solutions it was asked for; may stop at a call."""
+
+    def __init__(self, policy: Policy, *, stop_at: int | None = None) -> None:
+        self.inner = TransformersSampler(policy, max_rows=4)
+        self.stop_at = stop_at
+        self.sampled: list[int] = []
+        self.continued: list[int] = []
+        self.calls = 0
+
+    def _count(self) -> None:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, *, indices: Sequence[int], **options: Any
+    ) -> list[list[Rollout]]:
+        self._count()
+        self.sampled += indices
+        return self.inner.sample(prompts, spec, indices=indices, **options)
+
+    def sample_branches(self, branches: Sequence[Branch], spec: SamplingSpec, **options: Any) -> list[BranchRollouts]:
+        self._count()
+        self.continued += [branch.index for branch in branches]
+        return self.inner.sample_branches(branches, spec, **options)
+
+
+@pytest.fixture(scope="session")
+def policy() -> Policy:
+    return Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> LabelSpec:
+    """Five tiny problems, two solutions each, two continuations per step: 3 + 5 groups."""
+    return LabelSpec(
+        out=str(tmp_path / "job"),
+        problems='task:task="modular:terms=3,modulus=2",n=5',
+        model="tiny-0.1m",
+        samples=2,
+        rollouts_per_step=2,
+        max_new_tokens=16,
+        max_rows=4,
+        extractors=("last_number",),  # which random text now and then gets right, without a grading process
+        dtype="float64",
+        device="cpu",
+    )
+
+
+Run = Callable[..., dict[str, Any] | None]
+
+
+@pytest.fixture
+def run(policy: Policy) -> Run:
+    """Run a job in this process; ``sampler`` and ``labeller`` go to its parts."""
+
+    def start(
+        spec: LabelSpec, *, sampler: Any = None, labeller: Any = None, overwrite: bool = False, **options: Any
+    ) -> dict[str, Any] | None:
+        parts = job_parts(spec, policy=policy, sampler=sampler, labeller=labeller, overwrite=overwrite)
+        return run_label_job(spec, parts=parts, overwrite=overwrite, **options)
+
+    return start
+
+
+@pytest.fixture
+def recording(policy: Policy) -> Callable[..., RecordingSampler]:
+    """Make a recording sampler."""
+
+    def make(*, stop_at: int | None = None) -> RecordingSampler:
+        return RecordingSampler(policy, stop_at=stop_at)
+
+    return make
+
+
+@pytest.fixture
+def run_ranks(run: Run) -> Callable[..., tuple[list[dict[str, Any] | None], int]]:
+    """Run the ranks of a job in turn until the last one is done; a rank that would wait comes again."""
+
+    def start(spec: LabelSpec, world_size: int, **options: Any) -> tuple[list[dict[str, Any] | None], int]:
+        results: dict[int, dict[str, Any] | None] = {}
+        waits = 0
+        while len(results) < world_size:
+            for rank in range(world_size):
+                if rank in results:
+                    continue
+                try:
+                    results[rank] = run(spec, rank=rank, world_size=world_size, wait_s=0, **options)
+                except StepkdError as error:
+                    if "waits for" not in str(error):
+                        raise
+                    waits += 1
+        return [results[rank] for rank in range(world_size)], waits
+
+    return start

@@ -1,0 +1,151 @@
+"""Consensus of two labellings, by brute force over all small cases."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.labels import consensus_filter, report_on
+from stepkd.labels.matching import first_error, verdicts
+
+CHOICES = (True, False, None)
+
+
+def row(id: str, labels: list[Any], **extra: Any) -> dict[str, Any]:
+    texts = [f"step {i}" for i in range(len(labels))]
+    return {"id": id, "prompt": "p", "completions": texts, "labels": labels} | extra
+
+
+def all_pairs() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every pair of labellings of one to three steps that have a label at all."""
+    first, second = [], []
+    for length in (1, 2, 3):
+        labellings = [list(x) for x in itertools.product(CHOICES, repeat=length) if set(x) != {None}]
+        for number, (a, b) in enumerate(itertools.product(labellings, labellings)):
+            first.append(row(f"{length}/{number}", a, labelling={"labeller": "a"}))
+            second.append(row(f"{length}/{number}", b, labelling={"labeller": "b"}))
+    return first, second
+
+
+def by_hand(labels: list[Any]) -> Any:
+    before = list(itertools.takewhile(lambda label: label is True, labels))
+    if len(before) == len(labels):
+        return "none"
+    return len(before) if labels[len(before)] is False else None
+
+
+def test_first_error_mode_by_brute_force() -> None:
+    first, second = all_pairs()
+    result = consensus_filter(first, second)
+    expected: Counter[str] = Counter()
+    kept = []
+    for a, b in zip(first, second, strict=True):
+        places = by_hand(a["labels"]), by_hand(b["labels"])
+        reason = "unlabelled" if None in places else "kept" if places[0] == places[1] else "disagree"
+        expected[reason] += 1
+        kept += [a] if reason == "kept" else []
+    assert result.counts == dict(expected) | {"only_in_first": 0, "only_in_second": 0}
+    assert [r["id"] for r in result.rows] == [r["id"] for r in kept]
+    assert [r["labels"] for r in result.rows] == [r["labels"] for r in kept], "kept whole"
+    assert result.rows[0]["labelling"] == {
+        "labeller": "consensus",
+        "mode": "first_error",
+        "first": {"labeller": "a"},
+        "second": {"labeller": "b"},
+    }
+
+
+def test_steps_mode_by_brute_force() -> None:
+    first, second = all_pairs()
+    result = consensus_filter(first, second, mode="steps")
+    found = {r["id"]: r["labels"] for r in result.rows}
+    counts: Counter[str] = Counter()
+    for a, b in zip(first, second, strict=True):
+        agreed = []
+        for x, y in zip(a["labels"], b["labels"], strict=True):
+            agreed.append(x if x == y else None)
+            counts[
+                "steps_kept" if x == y is not None else "steps_unlabelled" if None in (x, y) else "steps_disagree"
+            ] += 1
+        assert found.get(a["id"]) == (agreed if set(agreed) != {None} else None)
+    for name, count in counts.items():
+        assert result.counts[name] == count
+    assert result.counts["kept"] == len(found)
+    assert sum(result.counts[reason] for reason in ("kept", "disagree", "unlabelled")) == len(first)
+
+
+@pytest.mark.parametrize(
+    ("labels", "place", "said"),
+    [
+        ([True, False, True], 1, [True, False, True]),
+        ([1, 0, -1], 2, [True, True, False]),
+        ([0.9, 0.5, 0.4], 2, [True, True, False]),
+        ([1.0, 0.0], 1, [True, False]),
+        ([True, None, False], None, [True, None, False]),
+        ([False, None], 0, [False, None]),
+        ([True, True], -1, [True, True]),
+    ],
+)
+def test_kinds_of_labels(labels: list[Any], place: int | None, said: list[Any]) -> None:
+    assert first_error(labels) == place
+    assert verdicts(labels) == said
+
+
+def test_rows_of_only_one_side_are_counted() -> None:
+    result = consensus_filter([row("a", [True]), row("b", [True])], [row("b", [True]), row("c", [True])])
+    assert [r["id"] for r in result.rows] == ["b"]
+    assert (result.counts["only_in_first"], result.counts["only_in_second"]) == (1, 1)
+    with pytest.raises(DataError, match="no solution of A is in B"):
+        consensus_filter([row("a", [True])], [row("c", [True])])
+
+
+def test_a_rollout_and_its_stepwise_form_match() -> None:
+    rollout = {
+        "id": "a",
+        "steps": ["step 0\n", "step 1"],
+        "step_labels": [True, False],
+        "token_ids": [1, 2],
+        "step_ends": [1, 2],
+    }
+    result = consensus_filter([rollout], [row("a", [0.8, 0.1])], mode="steps")
+    assert result.rows[0]["step_labels"] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step_ends": [1, 3]}, "row 'a' of mc and judge has steps that end elsewhere"),
+        ({"token_ids": [5, 6, 8]}, "row 'a' of mc and judge has other tokens"),
+        ({"steps": ["x", "z"]}, r"row 'a' of mc and judge has another step 1 \('y' and 'z'\)"),
+        ({"steps": ["x"], "step_labels": [True], "step_ends": None}, "has 2 and 1 steps"),
+        ({"step_labels": None}, "a: no step labels: label the rows first"),
+    ],
+)
+def test_other_steps_are_refused(change: dict[str, Any], message: str) -> None:
+    base = {"id": "a", "steps": ["x", "y"], "step_labels": [True, True], "token_ids": [5, 6, 7], "step_ends": [2, 3]}
+    with pytest.raises(DataError, match=message):
+        consensus_filter([base], [base | change], names=("mc", "judge"))
+
+
+def test_repeated_ids_and_unknown_modes() -> None:
+    rows = [row("a", [True])]
+    with pytest.raises(DataError, match="A, column 'id': rows 1 and 2 share the id 'a'"):
+        consensus_filter(rows * 2, rows)
+    with pytest.raises(ConfigError, match="unknown mode 'step': did you mean 'steps'"):
+        consensus_filter(rows, rows, mode="step")  # type: ignore[arg-type]
+
+
+def test_report_on_truth() -> None:
+    truth = [row("a", [True, False]), row("b", [True, True])]
+    sloppy = [row("a", [True, True]), row("b", [True, True]), row("c", [True])]
+    agreed = consensus_filter(sloppy, [row("a", [True, False]), row("b", [True, True])]).rows
+    found = report_on(truth, {"sloppy": sloppy, "agreed": agreed})
+    assert found["sloppy"].precision.value == pytest.approx(3 / 4)  # type: ignore[union-attr]
+    assert found["agreed"].precision.value == 1.0  # type: ignore[union-attr]
+    assert (found["sloppy"].solutions, found["agreed"].solutions) == (2, 1)
+    with pytest.raises(DataError, match="other and the truth have no solution in common"):
+        report_on(truth, {"other": [row("z", [True])]})

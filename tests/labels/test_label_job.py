@@ -1,0 +1,316 @@
+"""The labelling job: what it writes, that ranks and interruptions change nothing, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.rows import ROLLOUT
+from stepkd.data.spec import DataSpec, load_rows
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.evaluation.manifest import read_manifest
+from stepkd.labels import LabelSpec, Solution, StepLabels
+from stepkd.rollout import Rollout
+from stepkd.steps.threshold import SegmentThreshold, fit_threshold
+from stepkd.tasks import check_row
+
+FILES = ["labels.jsonl", "manifest.json", "shards", "summary.json"]
+
+
+def rows(spec: LabelSpec) -> list[dict[str, Any]]:
+    return load_rows(DataSpec(path=str(Path(spec.out) / "labels.jsonl")), contract=ROLLOUT)
+
+
+def content(spec: LabelSpec) -> tuple[bytes, bytes]:
+    """The two files that must not depend on how the job was run."""
+    return tuple((Path(spec.out) / name).read_bytes() for name in ("labels.jsonl", "summary.json"))  # type: ignore
+
+
+class StubSampler:
+    """The same given texts for every problem."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], *, eos: bool = True) -> None:
+        self.tokenizer, self.texts, self.eos = tokenizer, texts, eos
+
+    def sample(self, prompts: Any, spec: Any, **options: Any) -> list[list[Rollout]]:
+        return [[self._rollout(p, j, text) for j, text in enumerate(self.texts)] for p in range(len(prompts))]
+
+    def _rollout(self, p: int, j: int, text: str) -> Rollout:
+        ids = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], *[self.tokenizer.eos_token_id] * self.eos)
+        return Rollout(p, j, ids, (-1.0,) * len(ids), (-1.0,) * len(ids), "stop", text)
+
+
+# ---- what a job leaves behind --------------------------------------------------------------------------------------
+
+
+def test_folder_rows_and_provenance(spec: LabelSpec, run: Any) -> None:
+    reports: list[tuple[str, int, int]] = []
+    summary = run(spec, report=lambda phase, done, total, figures: reports.append((phase, done, total)))
+    assert sorted(path.name for path in Path(spec.out).iterdir()) == FILES
+    assert sorted(path.name for path in (Path(spec.out) / "shards").iterdir()) == [
+        "labels-0.jsonl",
+        "solutions-0.jsonl",
+    ]
+    assert [r for r in reports if r[0] == "solutions"] == [("solutions", done, 5) for done in (2, 4, 5)]
+    assert [r for r in reports if r[0] == "labels"] == [("labels", done, 10) for done in range(2, 11, 2)]
+    labelled = rows(spec)
+    assert [row["id"] for row in labelled] == [f"{row['problem_id']}/{j % 2}" for j, row in enumerate(labelled)]
+    assert summary is not None
+    assert summary["labelled"] == len(labelled) == 10
+    for row in labelled:
+        assert "".join(row["steps"]) == row["completion"]
+        assert len(row["steps"]) == len(row["step_labels"]) == len(row["step_values"]) == len(row["step_ends"])
+        assert row["step_labels"] == [value > 0 for value in row["step_values"]]
+        assert row["sampling"]["temperature"] == 1.0
+        assert row["seed"] == 0
+        assert set(row["label_facts"]) >= {"successes", "trials", "generated_tokens", "prefill_tokens"}
+        facts = row["labelling"]
+        assert (facts["labeller"], facts["model"], facts["J"], facts["temperature"], facts["seed"]) == (
+            "monte_carlo", "tiny-0.1m", 2, 1.0, 0
+        )  # fmt: skip
+        assert facts["segmenter"]["name"] == "newline"
+        assert facts["data"] == "task:train"
+        check_row(row, row["steps"])  # the problem is whole: task, meta and answer are there
+    assert {label for row in labelled for label in row["step_labels"]} == {True, False}
+    assert str(Path.home()) not in json.dumps(read_manifest(spec.out))
+
+
+def test_summary_by_recount(spec: LabelSpec, run: Any) -> None:
+    spec = replace(spec, labeller="checker", temperature=0.7)
+    summary = run(spec)
+    labelled = rows(spec)
+    assert json.loads((Path(spec.out) / "summary.json").read_text()) == summary
+    flat = Counter(label for row in labelled for label in row["step_labels"])
+    assert (
+        summary["steps"] == sum(flat.values()) == sum(part["wrong"] + part["right"] for part in summary["by_position"])
+    )
+    assert (summary["balance"]["right"], summary["balance"]["wrong"]) == (flat[True], flat[False])
+    for part in summary["by_position"]:
+        here = [row["step_labels"][part["position"]] for row in labelled if len(row["steps"]) > part["position"]]
+        assert (part["right"], part["wrong"], part["unlabelled"]) == (sum(here), len(here) - sum(here), 0)
+    assert summary["sampling"]["tokens_generated"] == sum(len(row["token_ids"]) for row in labelled)
+    assert summary["cut_off"] == sum(row["finish"] == "length" for row in labelled)
+    assert all(len(row["raw_logprobs"]) == len(row["logprobs"]) for row in labelled), "temperature is not 1"
+
+
+def test_duplicates_and_empty_solutions_are_counted(spec: LabelSpec, run: Any, policy: Any) -> None:
+    texts = ["1+1=2\n#### 2", "1+1=2\n#### 2", "", " \n", "3"]
+    spec = replace(spec, labeller="checker", samples=5)
+    stub = StubSampler(policy.tokenizer, texts)
+    summary = run(spec, sampler=stub)
+    assert summary["dropped"] == {"duplicate": 5, "no_steps": 10}
+    assert (summary["solutions"], summary["labelled"]) == (25, 10)
+    assert [row["id"].rpartition("/")[2] for row in rows(spec)][:4] == ["0", "4", "0", "4"]
+    every = replace(spec, dedupe=False, out=spec.out + "-all")
+    assert run(every, sampler=stub)["labelled"] == 15
+    nothing = replace(spec, samples=1, out=spec.out + "-none")
+    with pytest.raises(DataError, match=r"none of 5 solutions could be labelled \(5 no_steps\)"):
+        run(nothing, sampler=StubSampler(policy.tokenizer, [""]))
+
+
+def test_a_solution_without_labels_is_dropped(spec: LabelSpec, run: Any, policy: Any) -> None:
+    class Undecided:
+        def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
+            return [StepLabels(((True,) if s.index % 4 else (None,)) * len(s.steps)) for s in solutions]
+
+        def provenance(self) -> dict[str, Any]:
+            return {"labeller": "undecided"}
+
+    summary = run(replace(spec, labeller="checker"), labeller=Undecided())
+    assert summary["dropped"] == {"no_labels": 3}
+    assert summary["labelled"] == 7
+
+
+# ---- ranks and interruptions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segmenter", [None, "adaptive_step"])
+def test_ranks_do_not_change_the_labels(
+    spec: LabelSpec, run: Any, run_ranks: Any, recording: Any, segmenter: str | None
+) -> None:
+    spec = replace(spec, segmenter=segmenter, quantile=0.1)
+    run(spec)
+    for world_size in (2, 3):
+        sharded = replace(spec, out=f"{spec.out}-{world_size}")
+        sampler = recording()
+        results, waits = run_ranks(sharded, world_size, sampler=sampler)
+        assert waits >= 1, "some rank came before the others had drawn their share"
+        assert content(sharded) == content(spec)
+        assert any(result is None for result in results), "a rank that is not the last one writes nothing"
+        assert sorted(sampler.sampled) == list(range(5)), "no problem twice"
+        assert max(Counter(sampler.continued).values()) == 1, "no solution twice"
+
+
+def test_an_interruption_anywhere_repeats_only_what_was_in_flight(spec: LabelSpec, run: Any, recording: Any) -> None:
+    whole = recording()
+    run(spec, sampler=whole)
+    for stop_at in range(1, whole.calls + 1):
+        torn = replace(spec, out=f"{spec.out}-{stop_at}")
+        first, then = recording(stop_at=stop_at), recording()
+        with pytest.raises(KeyboardInterrupt):
+            run(torn, sampler=first)
+        assert not (Path(torn.out) / "labels.jsonl").exists()
+        run(torn, sampler=then)
+        assert content(torn) == content(spec)
+        assert sorted(first.sampled + then.sampled) == list(range(5))
+        assert sorted(first.continued + then.continued) == sorted(whole.continued)
+
+
+def test_resume_with_another_number_of_ranks(spec: LabelSpec, run: Any, run_ranks: Any, recording: Any) -> None:
+    run(spec)
+    torn = replace(spec, out=spec.out + "-torn")
+    first, then = recording(stop_at=None), recording()
+    with pytest.raises(StepkdError, match=r"rank 0 waits for 1 of 3 groups of solutions, which belong to rank 1,"):
+        run(torn, rank=0, world_size=2, wait_s=0, sampler=first)
+    run_ranks(torn, 3, sampler=then)
+    assert content(torn) == content(spec)
+    assert sorted(first.sampled + then.sampled) == list(range(5))
+
+
+def test_the_same_command_again_draws_nothing(spec: LabelSpec, run: Any, recording: Any) -> None:
+    first = run(spec)
+    before = content(spec)
+    (Path(spec.out) / "labels.jsonl").unlink()  # as if killed while merging
+    sampler = recording()
+    assert run(spec, sampler=sampler) == first
+    assert sampler.calls == 0
+    assert content(spec) == before
+
+
+# ---- the fitted threshold ------------------------------------------------------------------------------------------
+
+
+def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelSpec, run: Any, recording: Any) -> None:
+    spec = replace(spec, segmenter="adaptive_step:auto", quantile=0.1, labeller="checker", temperature=0.8)
+    summary = run(spec)
+    path = Path(spec.out) / "threshold.json"
+    found = SegmentThreshold.load(path)
+    by_hand = fit_threshold([row["raw_logprobs"] for row in rows(spec)], 0.1)
+    assert (found.value, found.fingerprint) == (by_hand.value, by_hand.fingerprint)
+    assert (found.model, found.sampling["temperature"], found.quantile) == ("tiny-0.1m", 0.8, 0.1)
+    assert summary["threshold"] == found.value
+    assert rows(spec)[0]["labelling"]["segmenter"] == {
+        "name": "adaptive_step", "threshold": found.value, "side": "close", "min_tokens": 1
+    }  # fmt: skip
+    assert max(len(row["steps"]) for row in rows(spec)) > 1
+
+    # Killed between the fit and the labels: the saved threshold is read, not fitted again.
+    other = replace(spec, out=spec.out + "-2", labeller="monte_carlo")
+    with pytest.raises(KeyboardInterrupt):
+        run(other, sampler=recording(stop_at=4))
+    replace(found, value=0.5).save(Path(other.out) / "threshold.json")
+    assert run(other)["threshold"] == 0.5
+
+
+def test_the_entropy_threshold(spec: LabelSpec, run: Any) -> None:
+    spec = replace(spec, segmenter="entropy", quantile=0.1, labeller="checker")
+    assert run(spec)["segmenter"]["name"] == "entropy"
+    assert SegmentThreshold.load(Path(spec.out) / "threshold.json").signal == "entropy"
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rollouts_per_step": 3}, "labeller.J: 2 then, 3 now"),
+        ({"temperature": 0.5}, "sampling.temperature: 1.0 then, 0.5 now"),
+        ({"segmenter": "sentence"}, "segmenter"),
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"labeller": "checker"}, "labeller.labeller: 'monte_carlo' then, 'checker' now"),
+        ({"problems": 'task:task="modular:terms=3,modulus=2",n=6'}, "data.rows: 5 then, 6 now"),
+        ({"template": "plain"}, "prompt"),
+    ],
+)
+def test_other_settings_are_refused(spec: LabelSpec, run: Any, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, report=_interrupt)
+    with pytest.raises(ConfigError) as error:
+        run(replace(spec, **change))
+    assert named in str(error.value)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_overwrite(spec: LabelSpec, run: Any, run_ranks: Any) -> None:
+    run(replace(spec, seed=1))
+    old = content(spec)
+    run(spec, overwrite=True)
+    new = content(spec)
+    assert new != old
+    with pytest.raises(ConfigError, match="2 processes that share no run id"):
+        run(spec, overwrite=True, rank=0, world_size=2)
+    # With a run id, a rank that comes again (or is started again) goes on in place of deleting twice.
+    run(replace(spec, seed=1), overwrite=True)
+    run_ranks(spec, 2, overwrite=True, launch="elastic:abc")
+    assert content(spec) == new
+    (Path(spec.out) / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"more than a labelling job \(notes.txt\)"):
+        run(spec, overwrite=True)
+
+
+def test_a_rank_waits_for_rank_zero(spec: LabelSpec, run: Any) -> None:
+    spec = replace(spec, limit=2)
+    with pytest.raises(StepkdError, match=r"rank 0 did not begin .* within 0 s"):
+        run(spec, rank=1, world_size=2, wait_s=0)
+    run(spec)
+    with pytest.raises(StepkdError, match="rank 0 did not begin"):  # the folder is there, but of another launch
+        run(spec, rank=1, world_size=2, wait_s=0, overwrite=True, launch="elastic:new")
+
+
+def test_foreign_folders_are_refused(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+    Path(spec.out).mkdir()
+    (Path(spec.out) / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"not empty \(thesis.tex\) and holds no labelling job"):
+        run(spec)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file: give a folder"):
+        run(replace(spec, out=str(tmp_path / "file")))
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    (evaluation / "manifest.json").write_text('{"format": 1, "benchmark": {}}')
+    with pytest.raises(ConfigError, match="something else than a labelling job"):
+        run(replace(spec, out=str(evaluation)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labeller": "montecarlo"}, "unknown labeller 'montecarlo': did you mean 'monte_carlo'"),
+        ({"rollouts": "x.jsonl"}, "either --problems .* or --rollouts"),
+        ({"problems": None}, "either --problems .* or --rollouts"),
+        ({"model": None}, "needs --model"),
+        ({"labeller": "judge"}, "needs the model that scores the steps: --judge"),
+        ({"judge": "m"}, "--judge goes with --labeller judge or prm"),
+        ({"reference": True}, "--reference goes with --labeller judge"),
+        ({"samples": 0}, "samples=0: must be at least 1"),
+        ({"temperature": 0.0}, "2 samples at temperature 0 would all be the same"),
+        ({"label_temperature": 0.0}, "2 continuations at temperature 0 would all be the same"),
+        ({"quantile": 2.0}, "quantile=2.0: must lie between 0 and 1"),
+        ({"segmenter": "newlines"}, "unknown segmenter 'newlines'"),
+        ({"segmenter": "reject"}, "segmenter 'reject' and --teacher go together"),
+        ({"teacher": "tiny-0.1m"}, "segmenter 'reject' and --teacher go together"),
+        ({"reduce": "all"}, "unknown reduce 'all'"),
+        ({"reduce": "mean", "propagate_positive": True}, "propagate_positive needs labels that are right or wrong"),
+        ({"given": "lies"}, "unknown given 'lies'"),
+        ({"outcome_scope": "first"}, "unknown outcome_scope 'first'"),
+    ],
+)
+def test_contradicting_settings(spec: LabelSpec, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(spec, **change)
+
+
+def test_early_stop_with_soft_labels_is_refused_before_the_work(spec: LabelSpec, run: Any) -> None:
+    with pytest.raises(ConfigError, match="early_stop"):
+        run(replace(spec, early_stop=True, reduce="mean"))
+    assert not Path(spec.out).exists()

@@ -1,0 +1,109 @@
+"""The exact checker, the outcome, and scorers as labellers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.labels import CheckerLabeller, OutcomeLabeller, ScorerLabeller, Solution
+from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.tasks import make_rows
+
+ROW = make_rows("modular:terms=3,modulus=10", 1, seed=0)[0]
+
+
+def solution(steps: Sequence[str], *, row: Any = ROW, correct: bool | None = None, id: str = "p/0") -> Solution:
+    spans = tuple((i, i + 1) for i in range(len(steps)))
+    return Solution(id, 0, row, (1,), tuple(range(len(steps))), spans, tuple(steps), correct)
+
+
+def test_checker_truth_and_claims() -> None:
+    first, second, answer = ROW["steps"]
+    wrong = f"{first[:-2]}{(int(first[-2]) + 1) % 10}\n"
+    rest = [second, answer]
+    assert CheckerLabeller().label([solution(ROW["steps"])])[0].labels == (True, True, True)
+    assert CheckerLabeller().label([solution([wrong, *rest])])[0].labels == (False, True, True), "a silent recovery"
+    claims = CheckerLabeller("claims").label([solution([wrong, *rest])])[0]
+    assert claims.labels[:2] == (False, False), "the second line does not follow from the wrong claim"
+    assert CheckerLabeller("claims").provenance() == {"labeller": "checker", "given": "claims"}
+
+
+def test_checker_refuses_other_rows() -> None:
+    with pytest.raises(DataError, match="p/0: no exact checker for this row"):
+        CheckerLabeller().label([solution(["x"], row={"id": "p", "prompt": "?"})])
+    with pytest.raises(ConfigError, match="unknown given"):
+        CheckerLabeller("lies")  # type: ignore[arg-type]
+
+
+def test_outcome() -> None:
+    steps = ["a", "b", "c"]
+    for correct in (True, False):
+        assert OutcomeLabeller().label([solution(steps, correct=correct)])[0].labels == (None, None, correct)
+        assert OutcomeLabeller("all").label([solution(steps, correct=correct)])[0].labels == (correct,) * 3
+    with pytest.raises(DataError, match="whether its answer is right is not known"):
+        OutcomeLabeller().label([solution(steps)])
+    with pytest.raises(ConfigError, match="unknown scope"):
+        OutcomeLabeller("first")  # type: ignore[arg-type]
+
+
+class StubScorer:
+    """Scores from a table; records how it was asked."""
+
+    def __init__(self, table: dict[str, float], meaning: Meaning = "correctness") -> None:
+        self.table, self.meaning = table, meaning
+        self.asked: list[list[int]] = []
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        self.asked.append([len(problem.solutions) for problem in problems])
+        return [[[self.table[step] for step in steps] for steps in problem.solutions] for problem in problems]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"scorer": "stub"}
+
+
+def test_scorer_hard_soft_and_missing() -> None:
+    scorer = StubScorer({"a": 0.9, "b": 0.5, "c": 0.1, "d": math.nan})
+    solutions = [solution(["a", "b", "c", "d"])]
+    hard = ScorerLabeller(scorer).label(solutions)[0]
+    assert hard.labels == (True, True, False, None), "right from the threshold on; no score, no label"
+    assert hard.facts == {"scores": [0.9, 0.5, 0.1, None]}
+    assert hard.values is None
+    assert ScorerLabeller(scorer, threshold=0.6).label(solutions)[0].labels == (True, False, False, None)
+    soft = ScorerLabeller(StubScorer(scorer.table, "value"), soft=True).label(solutions)[0]
+    assert soft.labels == soft.values == (0.9, 0.5, 0.1, None)
+    facts = ScorerLabeller(scorer, soft=True, name="prm").provenance()
+    assert facts == {
+        "labeller": "prm", "threshold": None, "soft": True, "meaning": "correctness", "scorer": {"scorer": "stub"}
+    }  # fmt: skip
+
+
+def test_neighbours_of_one_problem_are_scored_together() -> None:
+    scorer = StubScorer({"a": 0.9, "b": 0.2})
+    other = {"id": "q", "prompt": "?"}
+    labels = ScorerLabeller(scorer).label(
+        [solution(["a"]), solution(["b", "a"]), solution(["b"], row=other), solution(["a"])]
+    )
+    assert scorer.asked == [[2, 1, 1]]
+    assert [each.labels for each in labels] == [(True,), (False, True), (False,), (True,)]
+
+
+def test_scorer_bad_answers() -> None:
+    class Wrong(StubScorer):
+        def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+            return self.answer  # type: ignore[attr-defined]
+
+    scorer = Wrong({})
+    for answer, message in (
+        ([], "another number of solutions"),
+        ([[[0.5]]], "gave 1 scores for 2 steps"),
+        ([[[0.5, 1.5]]], r"gave 1.5: scores lie in \[0, 1\]"),
+    ):
+        scorer.answer = answer  # type: ignore[attr-defined]
+        with pytest.raises(DataError, match=message):
+            ScorerLabeller(scorer).label([solution(["a", "b"])])
+    with pytest.raises(ConfigError, match=r"threshold=1: must lie between 0 and 1"):
+        ScorerLabeller(scorer, threshold=1)

@@ -1,0 +1,282 @@
+"""PRMModule: brute force, transformers' own losses, invariance, label rules, resuming, the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stepkd.data.batching import micro_batches
+from stepkd.data.step_collate import LabelledBatch, collate_steps
+from stepkd.data.step_encode import StepExample
+from stepkd.data.step_labels import LabelRule
+from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
+from stepkd.models.step_head import resolve_ids
+from stepkd.models.tiny import tiny_tokenizer
+from stepkd.modules import OptimizerSpec, PRMModule
+from stepkd.steps import StepFormat
+
+TOLERANCE = 1e-10  # float64, relative norm
+ROOT = Path(__file__).resolve().parents[2]
+STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+TOKENS = StepHeadSpec()
+FULL_VOCABULARY = StepHeadSpec(restricted=False)
+CLASSIFIER = StepHeadSpec(kind="classifier")
+ONE_LAYER = StepHeadSpec(kind="classifier", layers=1, format=StepFormat(marker=None))
+HEADS = {"label_tokens": TOKENS, "full_vocabulary": FULL_VOCABULARY, "classifier": CLASSIFIER, "one_layer": ONE_LAYER}
+MAIN = pytest.mark.parametrize("case", ["label_tokens", "classifier"], indirect=True)
+Gradients = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=list(HEADS))
+def case(
+    request: pytest.FixtureRequest, encoded: Any, brute_force_steps: Any
+) -> tuple[StepHeadSpec, list[StepExample], float, Gradients]:
+    """A head, 16 solutions, and the loss and gradients of the plain model, one unpadded row at a time."""
+    head = HEADS[request.param]
+    examples = encoded(head)
+    return head, examples, *brute_force_steps(head, examples)
+
+
+# ---- brute force and invariance -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"padding_side": "left"}, {"padding_side": "left", "pad_to": 250}, {"pad_to": 233, "chunk_size": 3}],
+    ids=str,
+)
+def test_padding_and_chunks(settings: dict[str, Any], case: Any, prm_step: Any, distance: Any) -> None:
+    head, examples, loss, gradients = case
+    module = prm_step(examples, head, micro_batch_tokens=100_000, **settings)
+    assert distance(module.gradients, gradients) < TOLERANCE
+    logged = module.trainer.callback_metrics
+    assert float(logged["train/prm"]) == pytest.approx(loss, rel=1e-6)  # logged in float32
+    assert float(logged["train/loss"]) == float(logged["train/prm"])
+
+
+@MAIN
+@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
+def test_micro_batch_split(parts: int, case: Any, prm_step: Any, distance: Any) -> None:
+    head, examples, loss, gradients = case
+    lengths = [example.length for example in examples]
+    budget = next(tokens for tokens in range(1, 10_000) if len(micro_batches(lengths, tokens)) <= parts)
+    module = prm_step(examples, head, micro_batch_tokens=budget)
+    assert parts // 2 < len(module.shapes) == len(micro_batches(lengths, budget)) <= parts
+    assert distance(module.gradients, gradients) < TOLERANCE
+    assert float(module.trainer.callback_metrics["train/prm"]) == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7])
+def test_chunk_size(chunk_size: int, prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any) -> None:
+    examples = encoded(TOKENS)
+    module = prm_step(examples, chunk_size=chunk_size, micro_batch_tokens=500)
+    assert distance(module.gradients, brute_force_steps(TOKENS, examples)[1]) < TOLERANCE
+
+
+@MAIN
+def test_gradient_checkpointing_changes_nothing(case: Any, prm_step: Any, distance: Any) -> None:
+    head, examples, _, gradients = case
+    module = prm_step(examples, head, policy={"gradient_checkpointing": True}, micro_batch_tokens=500)
+    assert distance(module.gradients, gradients) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["label_tokens", "classifier"])
+def test_lora_gradients_do_not_depend_on_the_split(name: str, prm_step: Any, distance: Any, encoded: Any) -> None:
+    head = HEADS[name]
+    modules = ["q_proj", "down_proj", *(["lm_head"] if name == "label_tokens" else [])]
+    policy = {"lora": LoraSpec(r=4, target_modules=modules)}
+    examples = encoded(head)
+    whole = prm_step(examples, head, policy=policy, micro_batch_tokens=100_000, chunk_size=100_000)
+    split = prm_step(examples, head, policy=policy, micro_batch_tokens=200, chunk_size=5)
+    assert len(split.shapes) > len(whole.shapes)
+    assert all("lora" in key or "step_head" in key for key in whole.gradients)
+    assert set(whole.gradients) == {key for key, _ in whole.model.trainable_parameters()}
+    assert distance(split.gradients, whole.gradients) < TOLERANCE
+
+
+def test_float32_stays_within_its_precision(case: Any, prm_step: Any, distance: Any) -> None:
+    head, examples, _, gradients = case
+    module = prm_step(examples, head, dtype="float32", micro_batch_tokens=300, chunk_size=11)
+    assert distance({name: value.double() for name, value in module.gradients.items()}, gradients) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["label_tokens", "classifier"])
+def test_soft_labels(
+    name: str, prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any, fresh: Any, plain_logits: Any
+) -> None:
+    """Chances that no binary fraction writes, and steps without a label between labelled ones."""
+    head = HEADS[name]
+    soft = encoded(head, rule=LabelRule(kind="soft", after_error="keep"), labels=lambda labels: chances(labels))
+    assert any(None in example.targets for example in soft)
+    module = prm_step(soft, head, micro_batch_tokens=300)
+    assert distance(module.gradients, brute_force_steps(head, soft)[1]) < TOLERANCE
+    policy, total, count = fresh(head), 0.0, 0
+    for example in soft:
+        kept = [i for i, target in enumerate(example.targets) if target is not None]
+        logits = plain_logits(policy, example)[kept].detach()
+        wanted = torch.tensor([example.targets[i] for i in kept], dtype=torch.float64)
+        total += float(F.cross_entropy(logits, wanted, reduction="sum"))
+        count += len(kept)
+    assert float(module.trainer.callback_metrics["train/prm"]) == pytest.approx(total / count, rel=1e-6)
+
+
+def chances(labels: Sequence[bool]) -> list[float | None]:
+    return [None if i % 3 == 1 else (0.7 if right else 0.1) + 0.01 * i for i, right in enumerate(labels)]
+
+
+def test_class_weights_are_torchs_weighted_mean(prm_step: Any, encoded: Any, fresh: Any, plain_logits: Any) -> None:
+    examples = encoded(TOKENS)
+    module = prm_step(examples, class_weights=[3.0, 0.5], micro_batch_tokens=300)
+    policy = fresh(TOKENS)
+    logits = torch.cat([plain_logits(policy, example) for example in examples]).detach()
+    labels = torch.tensor([int(target[1]) for example in examples for target in example.targets if target])
+    expected = F.cross_entropy(logits, labels, weight=torch.tensor([3.0, 0.5], dtype=torch.float64))
+    assert float(module.trainer.callback_metrics["train/prm"]) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_neutral_class(prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any) -> None:
+    head = StepHeadSpec(kind="classifier", classes=3)
+    examples = encoded(head, labels=lambda labels: [(-1, 1)[right] if i % 3 else 0 for i, right in enumerate(labels)])
+    assert {target.index(1.0) for example in examples for target in example.targets if target} == {0, 1, 2}
+    module = prm_step(examples, head, micro_batch_tokens=400)
+    assert distance(module.gradients, brute_force_steps(head, examples)[1]) < TOLERANCE
+
+
+def test_the_language_part_is_plain_cross_entropy_without_the_markers(
+    prm_step: Any, distance: Any, encoded: Any, fresh: Any
+) -> None:
+    examples = encoded(TOKENS)
+    module = prm_step(examples, lm_weight=0.5, micro_batch_tokens=300)
+    policy, ids_of = fresh(TOKENS), resolve_ids(TOKENS, tiny_tokenizer())
+    steps = language = torch.zeros((), dtype=torch.float64)
+    num_steps = num_tokens = 0
+    for example in examples:
+        ids = torch.tensor([*example.prompt_ids, *example.completion_ids])
+        wanted = torch.where(ids == ids_of.marker, -100, ids)
+        wanted[: len(example.prompt_ids)] = -100
+        logits = policy.model(input_ids=ids[None]).logits[0]
+        language = language + F.cross_entropy(logits[:-1], wanted[1:], reduction="sum")
+        right = torch.tensor([int(target[1]) for target in example.targets if target])
+        at_markers = logits[ids == ids_of.marker][:, list(ids_of.labels)]
+        steps = steps + F.cross_entropy(at_markers, right, reduction="sum")
+        num_steps, num_tokens = num_steps + len(right), num_tokens + int((wanted != -100).sum())
+    (steps / num_steps + 0.5 * language / num_tokens).backward()
+    gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    assert distance(module.gradients, gradients) < TOLERANCE
+    logged = module.trainer.callback_metrics
+    assert float(logged["train/lm"]) == pytest.approx(float(language.detach() / num_tokens), rel=1e-6)
+    assert float(logged["train/loss"]) == pytest.approx(float(logged["train/prm"] + 0.5 * logged["train/lm"]), rel=1e-6)
+
+
+# ---- parity with transformers ---------------------------------------------------------------------------------------
+
+
+def as_token_labels(batch: LabelledBatch, values: torch.Tensor) -> torch.Tensor:
+    """-100 everywhere, and each step's label at its position: not shifted."""
+    labels = torch.full(batch.input_ids_BT.shape, -100)
+    labels.view(-1)[batch.read_L] = values
+    return labels
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+@pytest.mark.parametrize("head", [ONE_LAYER, CLASSIFIER], ids=["one_layer", "two_layers"])
+def test_hard_labels_are_token_classification_by_transformers(
+    head: StepHeadSpec, dtype: Any, tolerance: float, distance: Any, encoded: Any
+) -> None:
+    """LlamaForTokenClassification with the same weights on the same padded batch, on value and gradient.
+
+    The loss that transformers returns casts logits to float32, so in float64 it is taken from its logits.
+    """
+    from transformers import LlamaForTokenClassification
+
+    module = PRMModule(PolicySpec(path="tiny-0.1m", dtype=dtype), head)
+    module.configure_model()
+    batch = collate_steps(encoded(head), 0)
+    theirs = LlamaForTokenClassification(module.model.causal_lm.config).to(getattr(torch, dtype))
+    if head.layers == 2:  # Qwen2.5-Math-PRM's two layers in place of its one
+        hidden = module.model.causal_lm.config.hidden_size
+        theirs.score = torch.nn.Sequential(
+            torch.nn.Linear(hidden, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 2)
+        ).to(getattr(torch, dtype))
+    theirs.model.load_state_dict(module.model.causal_lm.model.state_dict())
+    theirs.load_state_dict(module.model.require_step_head().state_dict(), strict=False)
+    theirs.eval()
+    labels = as_token_labels(batch, batch.targets_LC.argmax(-1))
+    output = theirs(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, labels=labels)
+    expected = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    expected.backward()
+    loss = module.loss_terms(batch).sums["prm"] / module.count(batch)["prm"]
+    loss.backward()
+    assert loss.item() == pytest.approx(output.loss.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    ours = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+    wanted = {
+        ("model.model." if name.startswith("model.") else "step_head.") + name.removeprefix("model."): p.grad
+        for name, p in theirs.named_parameters()
+    }
+    assert distance(ours, wanted) < tolerance * 10
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+@pytest.mark.parametrize("restricted", [True, False])
+def test_label_tokens_are_the_models_own_logits_at_the_markers(
+    restricted: bool, dtype: Any, tolerance: float, encoded: Any
+) -> None:
+    head = TOKENS if restricted else FULL_VOCABULARY
+    module = PRMModule(PolicySpec(path="tiny-0.1m", dtype=dtype), head)
+    module.configure_model()
+    batch = collate_steps(encoded(head), 0)
+    tokens = torch.tensor(resolve_ids(head, module.tokenizer).labels)
+    classes = batch.targets_LC.argmax(-1)
+    logits = module.model.model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+    labels = as_token_labels(batch, classes if restricted else tokens[classes])
+    logits = logits[..., tokens] if restricted else logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    loss = module.loss_terms(batch).sums["prm"] / module.count(batch)["prm"]
+    assert (labels != -100).sum() == len(batch.read_L) == module.count(batch)["prm"]
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+
+
+# ---- label rules ----------------------------------------------------------------------------------------------------
+
+
+def test_truncating_and_masking_after_the_first_error_give_one_gradient(
+    prm_step: Any, distance: Any, encoded: Any
+) -> None:
+    """A causal model reads nothing behind a step, so leaving later steps in place without labels changes nothing."""
+    whole, cut = encoded(TOKENS, 6), encoded(TOKENS, 6, rule=LabelRule(after_error="truncate"))
+    masked = [
+        replace(full, targets=(*short.targets, *[None] * (len(full.targets) - len(short.targets))))
+        for full, short in zip(whole, cut, strict=True)
+    ]
+    assert sum(example.length for example in masked) > sum(example.length for example in cut)
+    gradients = prm_step(cut, micro_batch_tokens=300).gradients
+    assert distance(prm_step(masked, micro_batch_tokens=300).gradients, gradients) < TOLERANCE
+    assert distance(prm_step(whole, micro_batch_tokens=300).gradients, gradients) > 1e-2, "keeping them does"
+
+
+def test_an_outcome_model_reads_the_last_step_only(
+    prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any
+) -> None:
+    head = StepHeadSpec(meaning="outcome")
+    examples = encoded(head, 8, rule=LabelRule(scope="outcome"))
+    assert all(sum(target is not None for target in example.targets) == 1 for example in examples)
+    module = prm_step(examples, head, micro_batch_tokens=300)
+    assert distance(module.gradients, brute_force_steps(head, examples)[1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["label_tokens", "classifier"])
+def test_a_learning_model_tells_right_from_wrong(name: str, prm_step: Any, encoded: Any, scored: Any) -> None:
+    """The sign: after some steps on the same solution, right steps score above a half and wrong ones below."""
+    head = HEADS[name]
+    example = next(e for e in encoded(head) if {(1.0, 0.0), (0.0, 1.0)} == set(e.targets) and e.length < 100)
+    optimizer = OptimizerSpec(lr=1e-2, schedule="constant", warmup=0)
+    module = prm_step([example], head, steps=25, dtype="float32", optimizer=optimizer)
+    values = scored(module.model, [example])
+    assert [value > 0.5 for value in values.tolist()] == [target == (0.0, 1.0) for target in example.targets]

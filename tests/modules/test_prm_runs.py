@@ -1,0 +1,227 @@
+"""Runs of reward models: settings, checkpoints, resuming, validation, the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepkd.data import DataSpec, StepLabelData
+from stepkd.data.step_labels import LabelRule
+from stepkd.errors import ConfigError, ModelError, TrainingError
+from stepkd.losses import step_cross_entropy
+from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
+from stepkd.models.checkpoint import load_trained
+from stepkd.modules import OptimizerSpec, PRMModule, ValidationSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+TOKENS = StepHeadSpec()
+CLASSIFIER = StepHeadSpec(kind="classifier")
+HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_weights": [1.0]}, r"class_weights=\[1.0\]: 2 numbers >= 0"),
+        ({"class_weights": [1.0, -1.0]}, "numbers >= 0, not all 0"),
+        ({"class_weights": [0.0, 0.0]}, "not all 0"),
+        ({"class_weights": [1.0, float("nan")]}, "numbers >= 0"),
+        ({"class_weights": [1.0, float("inf")]}, "numbers >= 0"),
+        ({"class_weights": [1.0, 1.0], "head": StepHeadSpec(labels=("-", "0", "+"))}, "3 numbers >= 0"),
+        ({"validation": ValidationSpec(samples=1)}, "is not sampled from; use 0"),
+        ({"lm_weight": -1.0}, "lm_weight=-1.0"),
+        ({"lm_weight": float("nan")}, "lm_weight=nan"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PRMModule(PolicySpec(path="tiny-0.1m"), **settings)
+
+
+def test_a_batch_whose_labels_all_weigh_nothing_is_an_error(prm_step: Any, encoded: Any) -> None:
+    right = [example for example in encoded(TOKENS) if all(target == (0.0, 1.0) for target in example.targets)]
+    assert right
+    with pytest.raises(TrainingError, match="no row of the batch has a single target"):
+        prm_step(right, class_weights=[1.0, 0.0])
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def data(**settings: Any) -> StepLabelData:
+    options = {"task": "modular:terms=3", "noise": {"rate": 0.4}}
+    defaults: dict[str, Any] = {
+        "train": DataSpec(source="task", split="train", options={**options, "n": 24}),
+        "validation": DataSpec(source="task", split="validation", options={**options, "n": 6}),
+        "template": "task",
+        "global_batch_size": 8,
+        "max_length": 64,
+        "overlap_ngram": 0,
+    }
+    return StepLabelData(**{**defaults, **settings})
+
+
+def fitted(trainer: Any, head: StepHeadSpec, *, steps: int, checkpoint: Path | None = None, **settings: Any) -> Any:
+    """A run of so many steps, from its start or from a checkpoint."""
+    source = settings.pop("data", None) or data()
+    module = PRMModule(
+        PolicySpec(path="tiny-0.1m", lora=settings.pop("lora", None)), head, optimizer=STEADY, **settings
+    )
+    runner = trainer(max_steps=steps, num_sanity_val_steps=0)
+    arguments: dict[str, Any] = {} if checkpoint is None else {"ckpt_path": checkpoint, "weights_only": True}
+    runner.fit(module, datamodule=source, **arguments)
+    return runner
+
+
+LORA = LoraSpec(r=4, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("name", ["label_tokens", "classifier"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_a_resumed_run_is_the_uninterrupted_one_and_loads_for_scoring(
+    name: str, lora: LoraSpec | None, trainer: Any, tmp_path: Path, encoded: Any, scored: Any
+) -> None:
+    head, settings = HEADS[name], {"lora": lora, "ema_decay": 0.5}
+    whole = fitted(trainer, head, steps=4, **settings)
+    fitted(trainer, head, steps=2, **settings).save_checkpoint(tmp_path / "two.ckpt")
+    resumed = fitted(trainer, head, steps=4, checkpoint=tmp_path / "two.ckpt", **settings)
+    weights = dict(whole.lightning_module.model.trainable_parameters())
+    assert any("step_head" in key for key in weights) is (name == "classifier")
+    for key, value in resumed.lightning_module.model.trainable_parameters():
+        assert torch.equal(value, weights[key]), key
+        assert torch.equal(resumed.lightning_module.ema.average[key], whole.lightning_module.ema.average[key])
+    whole.save_checkpoint(tmp_path / "four.ckpt")
+    loaded = load_trained(tmp_path / "four.ckpt", ema=False)
+    examples = encoded(head, 4)
+    values = scored(loaded, examples)
+    assert torch.equal(values, scored(whole.lightning_module.model, examples))
+    assert not torch.equal(values, scored(load_trained(tmp_path / "two.ckpt", ema=False), examples))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": replace(TOKENS, labels=("0", "1"))}, "step head: .*labels=.*'-'.* then, .*'0'.* now"),
+        ({"head": replace(TOKENS, restricted=False)}, "step head: .*restricted=True.*restricted=False"),
+        ({"head": CLASSIFIER}, r"holds other weights .* Use the policy \(path, lora\) and the head"),
+        ({"data": data(labels=LabelRule(after_error="keep"))}, "data .rows, lengths, batch size and order"),
+    ],
+)
+def test_another_head_or_other_labels_cannot_go_on(
+    change: dict[str, Any], message: str, trainer: Any, tmp_path: Path
+) -> None:
+    fitted(trainer, TOKENS, steps=1).save_checkpoint(tmp_path / "x.ckpt")
+    head = change.pop("head", TOKENS)
+    with pytest.raises(ModelError, match=message):
+        fitted(trainer, head, steps=2, checkpoint=tmp_path / "x.ckpt", **change)
+
+
+def test_validation_measures_both_classes(trainer: Any, fresh: Any, plain_logits: Any) -> None:
+    module = PRMModule(PolicySpec(path="tiny-0.1m"), TOKENS, class_weights=[2.0, 1.0])
+    source = data()
+    logged = trainer().validate(module, datamodule=source, verbose=False)[0]
+    examples: Any = source.examples["validation"]
+    policy = fresh(TOKENS, dtype="float32")
+    with torch.no_grad():
+        logps = torch.cat([plain_logits(policy, example) for example in examples]).log_softmax(-1)
+    targets = torch.tensor([target for example in examples for target in example.targets if target])
+    terms = step_cross_entropy(logps, targets, class_weights=[2.0, 1.0])
+    assert logged["val/prm"] == pytest.approx(float(terms.sums["prm"] / (targets @ torch.tensor([2.0, 1.0])).sum()))
+    for name in ("accuracy", "accuracy_right", "accuracy_wrong", "brier"):
+        total, count = terms.metrics[name]
+        assert logged[f"val/{name}"] == pytest.approx(float(total / count), rel=1e-5)
+
+
+def test_a_reward_model_is_not_sampled_from() -> None:
+    module = PRMModule(PolicySpec(path="tiny-0.1m"))
+    with pytest.raises(ConfigError, match="use stepkd score"):
+        module.predict_step(None, 0)  # type: ignore[arg-type]
+    assert any("processbench" in line for line in module.next_commands("runs/x"))
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+OVERLAY = """
+trainer: {max_steps: 4, val_check_interval: 2}
+checkpoint: {every_n_steps: 1}
+model:
+  init_args:
+    policy: {path: tiny-0.1m}
+    head: {kind: classifier, classes: 2, layers: 1, format: {marker_place: before_separator}}
+    class_weights: [2.0, 1.0]
+    optimizer: {warmup: 1}
+data:
+  init_args:
+    train: {options: {task: 'modular:terms=3', n: 40, noise: {rate: 0.4}}}
+    validation: {options: {task: 'modular:terms=3', n: 8, noise: {rate: 0.4}}}
+    labels: {after_error: mask, neutral: wrong}
+    global_batch_size: 16
+"""
+
+
+def command(tmp_path: Path, out: Path, *extra: str) -> list[str]:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(OVERLAY)
+    recipe = ROOT / "recipes" / "tiny" / "prm.yaml"
+    return [
+        *(sys.executable, "-m", "stepkd", "fit", "--config", str(recipe), "--config", str(overlay)),
+        *("--out", str(out), *extra),
+    ]
+
+
+def last(out: Path) -> dict[str, Any]:
+    return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_the_recipe_runs_with_settings_of_head_and_labels(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = subprocess.run(command(tmp_path, out), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "stepkd score --model" in done.stdout
+    checkpoint = last(out)
+    assert checkpoint["global_step"] == 4
+    head = checkpoint["stepkd"]["step_head"]
+    assert (head["kind"], head["layers"], head["format"]["marker_place"]) == ("classifier", 1, "before_separator")
+    text = (out / "config.yaml").read_text()
+    assert "after_error: mask" in text
+    assert "class_weights:\n    - 2.0\n    - 1.0" in text
+    again = load_trained(out)
+    assert again.require_step_head().spec.format.marker == "~"
+    metrics = (out / "metrics.jsonl").read_text()
+    assert '"val/accuracy_wrong"' in metrics
+    assert '"train/prm"' in metrics
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    steps = ("--trainer.max_steps", "12")
+    subprocess.run(command(tmp_path, whole, *steps), check=True, capture_output=True, timeout=240)
+    process = subprocess.Popen(command(tmp_path, killed, *steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = killed / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_text().count("train/loss") >= 3:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait(timeout=60)
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    assert last(killed)["global_step"] < 12
+    subprocess.run(command(tmp_path, killed, *steps, "--resume"), check=True, capture_output=True, timeout=240)
+    a, b = last(whole), last(killed)
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
