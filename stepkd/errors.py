@@ -55,6 +55,10 @@ class DataError(StepkdError):
         super().__init__(f"{place}: {message}" if place else message)
 
 
+class MarkerInSolution(DataError):
+    """A solution holds the step marker itself; sampled solutions may, and are then left out and counted."""
+
+
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """`` Did you mean 'x'?`` for the known name closest to a wrong one; empty when none is close.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 GLOBAL_BATCH = 64
 """Solutions per optimiser step."""
@@ -64,10 +64,10 @@ def train_tiny_sft(
         micro_batch_tokens=16_384,
         seed=seed,
     )
-    return _fit_and_export(folder, module, data, steps=steps, progress=progress)
+    return fit_and_export(folder, module, data, steps=steps, progress=progress)
 
 
-def _fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress: bool) -> Path:
+def fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress: bool) -> Path:
     """Train in ``folder`` and export the last weights to ``folder/model``."""
     from lightning.pytorch import Trainer
 
@@ -171,61 +171,3 @@ def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] =
         for k in votes:
             metrics[f"maj@{k}"].append(maj_at_k([sample["vote"] for sample in samples], right, k))
     return metrics
-
-
-def train_tiny_prm(
-    folder: Path,
-    *,
-    start: str | Path,
-    labels: Path,
-    steps: int,
-    lr: float,
-    seed: int,
-    meaning: Literal["correctness", "value", "outcome"] = "correctness",
-    separator: str = "\n",
-    after_error: Literal["keep", "truncate", "mask"] = "truncate",
-    progress: bool = False,
-    reuse: bool = False,
-) -> Path:
-    """Train a tiny reward model on labelled solutions, on the CPU, and export it.
-
-    Args:
-        folder: where the run's metrics and model go; made when missing.
-        start: tiny model preset, or the folder of a model to go on from.
-        labels: labelled rollouts (``stepkd label``); for ``meaning="outcome"`` their ``correct`` is the label.
-        steps: optimiser steps of 64 solutions, at least 1.
-        lr: peak learning rate (cosine schedule, 5% warm-up).
-        seed: seed of the order and of initial weights.
-        meaning: what the scores estimate; ``outcome`` trains an outcome reward model.
-        separator: text between steps; empty for steps that are cuts of one text.
-        after_error: what to do with labels after the first wrong step.
-        progress: print the loss while training.
-        reuse: return the model that an earlier call left in ``folder``, if it is whole.
-
-    Returns:
-        The exported model folder, ``folder/model``.
-    """
-    model = folder / "model"
-    if reuse and model.is_dir():
-        return model
-    from stepkd.data import DataSpec, LabelRule, StepLabelData
-    from stepkd.models import PolicySpec, StepHeadSpec
-    from stepkd.modules import OptimizerSpec, PRMModule
-    from stepkd.steps import StepFormat
-
-    data = StepLabelData(
-        train=DataSpec(source="rows", path=str(labels)),
-        template="task",
-        labels=LabelRule(after_error=after_error, scope="outcome" if meaning == "outcome" else "steps"),
-        global_batch_size=GLOBAL_BATCH,
-        max_length=128,
-        seed=seed,
-    )
-    module = PRMModule(
-        PolicySpec(path=str(start), init_seed=seed),
-        StepHeadSpec(meaning=meaning, format=StepFormat(separator=separator)),
-        optimizer=OptimizerSpec(lr=lr, schedule="cosine", warmup=0.05),
-        micro_batch_tokens=16_384,
-        seed=seed,
-    )
-    return _fit_and_export(folder, module, data, steps=steps, progress=progress)

@@ -129,10 +129,15 @@ def print_summary(console: Any, summary: dict[str, Any]) -> None:
         lines.append(f"  of right solutions {right}, of wrong ones {wrong}")
     if summary["temperature"] is not None:
         lines.append(f"temperature: {summary['temperature']:.4g}")
-    if summary["unscored_rows"] or summary["unscored_steps"]:
+    cut = summary["unscored_rows"] - summary["unreadable_rows"]
+    if cut:
         lines.append(
-            f"not scored: {summary['unscored_rows']} solutions ({summary['unscored_steps']} steps do not fit into "
-            "the model's context or --max-length); their score is null"
+            f"not scored: {cut} solutions that do not fit into the model's context or --max-length (score null)"
+        )
+    if summary["unreadable_rows"]:
+        lines.append(
+            f"not scored: {summary['unreadable_rows']} solutions that could not be read (score null, see score_error), "
+            f"for instance: {summary['unreadable_reason']}"
         )
     if summary["replaced_values"]:
         lines.append(f"{summary['replaced_values']} rows had step_values of their own, which --out does not keep")

@@ -14,7 +14,7 @@ from stepkd.data.checks import ends_partition
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, MarkerInSolution
 from stepkd.steps import (
     Span,
     StepFormat,
@@ -128,7 +128,7 @@ class StepEncoder(Encoder):
         if self.marker_id is None:
             return Layout(whole.token_ids, tuple(zip(starts, ends, strict=True)), tuple(end - 1 for end in ends))
         if self.marker_id in whole.token_ids:
-            raise DataError(
+            raise MarkerInSolution(
                 f"the step marker {self.tokenizer.convert_ids_to_tokens(self.marker_id)!r} (id {self.marker_id}) is "
                 "in the solution itself, so its positions would be ambiguous: choose another marker or drop the row",
                 path=name,
@@ -201,12 +201,17 @@ class StepEncoder(Encoder):
         )
 
     def example(self, row: Mapping[str, Any]) -> StepExample | None:
-        """An example to train on; None (and a count in ``counts``) when no labelled step is left.
+        """An example to train on; None (and a count in ``counts``) when no labelled step is left, or the solution holds
+        the step marker itself (a sampled one may).
 
         Steps behind the last labelled one are cut off: in a causal model they change nothing.
         """
         assert self.labels is not None, "an encoder without a label rule makes no training examples"
-        scored = self.scored(row)
+        try:
+            scored = self.scored(row)
+        except MarkerInSolution:
+            self.counts["rows_with_the_marker"] += 1
+            return None
         targets = step_targets(row, len(scored.spans) + scored.num_cut, self.num_classes, self.labels)
         if all(target is None for target in targets):
             self.counts["rows_without_labels"] += 1
@@ -214,7 +219,7 @@ class StepEncoder(Encoder):
         labelled = [i for i, target in enumerate(targets[: len(scored.spans)]) if target is not None]
         self.counts["steps_dropped"] += scored.num_cut
         self.counts["rows_truncated"] += bool(scored.num_cut)
-        if not labelled or (self.labels.scope == "outcome" and scored.num_cut):
+        if not labelled:
             self.counts["rows_truncated_before_a_label"] += 1
             return None
         kept = labelled[-1] + 1

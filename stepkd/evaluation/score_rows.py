@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,13 @@ from stepkd.evaluation.manifest import (
     read_manifest,
     write_manifest,
 )
-from stepkd.evaluation.store import ResultStore
+from stepkd.evaluation.score_batches import Report, score_batches
 from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
 from stepkd.scorers.load import ScorerOptions, load_scorer
-from stepkd.scorers.prefix import packed
 from stepkd.scorers.reductions import Reduction, default_reduction, reduce_scores
 from stepkd.scorers.rows import problem_key, score_rows, step_values
 from stepkd.scorers.scorer import StepScorer
 
-Report = Callable[[int, int], None]
 _TEMPERATURE = "temperature.json"
 
 
@@ -106,19 +104,20 @@ def score_file(
     if not _begin(job, manifest, overwrite=overwrite):
         return summarise_scores(rows, [row for row, _ in read_rows(job.out)], scorer.meaning)
     temperature = job.options.temperature if labelled is None else _fitted(job.work / _TEMPERATURE, scorer, labelled)
-    scores = _score_problems(job, scorer, rows, report)
+    results = score_batches(job.work / RESULTS_NAME, scorer, rows, job.options.max_rows, report)
     if labelled is not None and temperature is not None:
-        scores = [[float(value) for value in temperature.apply(values)] for values in scores]
+        results = [replace(result, scores=temperature.apply(result.scores).tolist()) for result in results]
     provenance = {key: manifest["scorer"].get(key) for key in ("scorer", "model", "weights", "meaning")}
     provenance |= {"reduction": reduction, "temperature": None if temperature is None else temperature.temperature}
     scored = [
         {
             **row,
-            "step_values": step_values(row, values),
-            "score": reduce_scores(values, reduction, meaning=scorer.meaning),
+            "step_values": step_values(row, result.scores),
+            "score": reduce_scores(result.scores, reduction, meaning=scorer.meaning),
             "scorer": provenance,
+            **({} if result.error is None else {"score_error": result.error}),
         }
-        for row, values in zip(rows, scores, strict=True)
+        for row, result in zip(rows, results, strict=True)
     ]
     _finish(job, scored)
     return summarise_scores(rows, scored, scorer.meaning)
@@ -136,11 +135,12 @@ def summarise_scores(
 
     Returns:
         ``rows``, ``problems``, ``steps``, ``unscored_rows``, their ``unscored_steps`` (an outcome scorer owes only the
-        last), ``replaced_values`` (rows that had ``step_values`` of their own), ``reduction``, ``temperature``,
-        ``mean_score``, and ``mean_score_right`` and ``mean_score_wrong`` by the rows' ``correct`` or ``outcome``; a
-        mean without a row is null.
+        last), ``unreadable_rows`` among them with the first ``unreadable_reason``, ``replaced_values`` (rows that had
+        ``step_values`` of their own), ``reduction``, ``temperature``, ``mean_score``, and ``mean_score_right`` and
+        ``mean_score_wrong`` by the rows' ``correct`` or ``outcome``; a mean without a row is null.
     """
     unscored = [row["step_values"] for row in scored if row["score"] is None]
+    errors = [row["score_error"] for row in scored if "score_error" in row]
     owed = [values[-1:] if meaning == "outcome" else values for values in unscored]
     verdicts = [row.get("outcome") if row.get("correct") is None else row["correct"] for row in scored]
 
@@ -158,6 +158,8 @@ def summarise_scores(
         "steps": sum(len(row["step_values"]) for row in scored),
         "unscored_rows": len(unscored),
         "unscored_steps": sum(value is None for values in owed for value in values),
+        "unreadable_rows": len(errors),
+        "unreadable_reason": errors[0] if errors else None,
         "replaced_values": sum(row.get("step_values") is not None for row in rows),
         "reduction": scored[0]["scorer"]["reduction"],
         "temperature": scored[0]["scorer"]["temperature"],
@@ -196,48 +198,6 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
             scores.append(value)
             labels.append(target[1])
     return scores, labels
-
-
-def _score_problems(
-    job: ScoreJob, scorer: StepScorer, rows: Sequence[Mapping[str, Any]], report: Report | None
-) -> list[list[float]]:
-    """Step scores of every row; problem by problem, from the store where they are there already."""
-    problems: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        problems.setdefault(problem_key(row), []).append(number)
-    sizes = [
-        len(json.dumps(row.get("prompt"))) + len(str(row.get("completion", row.get("completions")))) for row in rows
-    ]
-    names = list(problems)
-    # Problems of one length together, in an order that depends on nothing but the rows.
-    order = sorted(range(len(names)), key=lambda i: (-max(sizes[n] for n in problems[names[i]]), i))
-    blocks = packed([len(problems[names[i]]) for i in order], job.options.max_rows)
-    done = 0
-    with ResultStore(job.work / RESULTS_NAME) as store:
-        for number, block in enumerate(blocks):
-            chosen = [order[b] for b in block]
-            done += sum(len(problems[names[i]]) for i in chosen)
-            if number not in store.finished_batches:
-                numbers = [n for i in chosen for n in problems[names[i]]]
-                scores = dict(zip(numbers, score_rows(scorer, [rows[n] for n in numbers]), strict=True))
-                store.append_batch(
-                    number,
-                    [
-                        {"id": names[i], "index": i, "scores": [_with_null(scores[n]) for n in problems[names[i]]]}
-                        for i in chosen
-                    ],
-                )
-            if report is not None:
-                report(done, len(rows))
-        found: dict[int, list[float]] = {}
-        for result in store.rows():
-            for number, values in zip(problems[result["id"]], result["scores"], strict=True):
-                found[number] = [math.nan if value is None else value for value in values]
-    return [found[number] for number in range(len(rows))]
-
-
-def _with_null(values: Sequence[float]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]
 
 
 def _fitted(path: Path, scorer: StepScorer, labelled: Sequence[Mapping[str, Any]]) -> TemperatureScaling:
@@ -294,11 +254,17 @@ def _begin(job: ScoreJob, manifest: dict[str, Any], *, overwrite: bool) -> bool:
     if job.out.exists() and finished.is_file():
         _check_same(json.loads(finished.read_text(encoding="utf-8")), manifest)
         return False
-    if (job.work / MANIFEST_NAME).is_file():
+    if (job.work / MANIFEST_NAME).is_file() and _has_results(job.work):
         _check_same(read_manifest(job.work), manifest)
     else:
         write_manifest(job.work, manifest)
     return True
+
+
+def _has_results(work: Path) -> bool:
+    """Whether an interrupted job got as far as a result."""
+    results = work / RESULTS_NAME
+    return (work / _TEMPERATURE).is_file() or (results.is_file() and results.stat().st_size > 0)
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any]) -> None:

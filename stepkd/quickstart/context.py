@@ -122,6 +122,14 @@ def evaluate_task(context: Context, name: str, model: Path, *, samples: int, tem
     return {key: summary[key] for key in ("problems", "samples", "metrics")}
 
 
+def percent(metric: dict[str, Any]) -> str:
+    """``93.0%`` with ``(88.6 to 95.8)`` below it; a dash where the metric is undefined."""
+    if metric["value"] is None:
+        return "-"
+    interval = "" if metric["low"] is None else f"\n({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
+    return f"{100 * metric['value']:.1f}%{interval}"
+
+
 def run_stages(context: Context, stages: list[Stage]) -> None:
     """Run stages in order, each with its title and wall time; finished ones are not repeated."""
     quiet_libraries()

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from stepkd.errors import ConfigError
 from stepkd.evaluation.judging import solution_steps
-from stepkd.quickstart.context import Context, Stage, evaluate_task, train_sft
+from stepkd.quickstart.context import Context, Stage, evaluate_task, percent, train_sft
+from stepkd.quickstart.prm_stage import train_prm
 
 STUDENT_NOISE = {"rate": 0.15, "kind": "random", "recover": 0.5}
 """Each line's result is replaced with probability 0.15; half of the slips are silently recovered in the next line."""
@@ -101,18 +102,11 @@ def marked_solution(prompt: str, sample: dict[str, Any]) -> Text:
     return text
 
 
-def percent(metric: dict[str, Any]) -> str:
-    """``93.0%`` with ``(88.6 to 95.8)`` below it; a dash where the metric is undefined."""
-    if metric["value"] is None:
-        return "-"
-    interval = "" if metric["low"] is None else f"\n({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
-    return f"{100 * metric['value']:.1f}%{interval}"
-
-
 STAGES: list[Stage] = [
     Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", train_teacher),
     Stage("student", "make a sloppy student of it: a little more training, on solutions with slips", train_student),
     Stage("evaluate", "evaluate both on problems they have not seen", evaluate_models),
     Stage("samples", "the student's solutions, every step checked", show_samples),
+    Stage("prm", "a process reward model from the student's own rollouts, and best-of-8 with it", train_prm),
 ]
 """All stages in order; later methods append theirs."""

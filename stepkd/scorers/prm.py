@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepkd.data.step_encode import Layout, StepEncoder
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError, ModelError
+from stepkd.errors import ConfigError, MarkerInSolution, ModelError
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
@@ -102,16 +102,25 @@ class PRMScorer:
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         """Score every step; see :class:`~stepkd.scorers.scorer.StepScorer`.
 
+        A solution that holds the step marker itself (a sampled one may) is not scored: NaN for all of its steps.
+
         Raises:
-            DataError: no prompt, a solution without steps, or the marker's token inside a step.
+            DataError: no prompt, or a solution without steps.
             ModelError: the model's scores are not numbers.
         """
         items = []
         for problem in problems:
             prompt, name = self.encoder.prompt_ids(problem.row), str(problem.row.get("id", "?"))
-            items += [self._item(name, prompt, self.encoder.layout(steps, name)) for steps in problem.solutions]
+            items += [self._item(name, prompt, self._layout(steps, name)) for steps in problem.solutions]
         scores = iter(self._score_items(items))
         return [[next(scores) for _ in problem.solutions] for problem in problems]
+
+    def _layout(self, steps: Sequence[str], name: str) -> Layout:
+        """The solution's layout; one whose steps are read nowhere when it holds the marker."""
+        try:
+            return self.encoder.layout(steps, name)
+        except MarkerInSolution:
+            return Layout((), (), (_NO_LIMIT,) * len(steps))
 
     def score_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Score rows that carry their solution; sampled token ids are used as they are where this tokenizer wrote them.

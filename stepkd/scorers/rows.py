@@ -9,7 +9,7 @@ from typing import Any
 
 from stepkd.errors import DataError
 from stepkd.scorers.scorer import Solutions, StepScorer
-from stepkd.steps import TokenizedText, get_segmenter, segment, spans_from_ends, text_from_ids
+from stepkd.steps import SEGMENTERS, TokenizedText, get_segmenter, segment, spans_from_ends, text_from_ids
 
 
 def problem_key(row: Mapping[str, Any]) -> str:
@@ -58,36 +58,40 @@ def row_steps(row: Mapping[str, Any], tokenizer: Any | None = None, *, segmenter
 
     Args:
         row: has ``completions`` or ``steps``; or ``token_ids`` with ``step_ends`` that the tokenizer decodes to the
-            row's ``completion``; or, without ``step_ends``, a ``completion`` (or ``solution``) text.
+            row's ``completion``; or else a ``completion`` (or ``solution``) text, which is cut into steps and must then
+            have as many as there are ``step_ends``.
         tokenizer: tells the texts of ``token_ids``; None: they cannot be read.
-        segmenter: cuts a row that comes as one text.
+        segmenter: cuts a row that comes as one text; the row's own ``segmenter`` goes before it.
 
     Raises:
-        DataError: none of these, or token ids of another tokenizer.
+        DataError: none of these, or another number of steps than ``step_ends``.
     """
     name = str(row.get("id", "?"))
     for column in ("completions", "steps"):
         if row.get(column) is not None:
             return list(row[column])
-    if row.get("step_ends") is not None:
-        completion = None if tokenizer is None else text_from_ids(tokenizer, row["token_ids"])
-        if completion is None or row.get("completion") not in (None, completion.text):
-            raise DataError(
-                "the row's token ids cannot be read with this scorer's tokenizer, and it has no 'steps' as text: "
-                "sample it again with this version (which writes them), or convert it with --to stepwise",
-                path=name,
-                column="token_ids",
-            )
-        spans = spans_from_ends(row["step_ends"], len(completion))
-        texts = [completion.span_text(*span) for span in spans]
-        while texts and not texts[-1].strip():
-            texts.pop()  # the end token alone
-        return _some(texts, name)
+    ends = row.get("step_ends")
+    if ends is not None and tokenizer is not None:
+        completion = text_from_ids(tokenizer, row["token_ids"])
+        if row.get("completion") in (None, completion.text):
+            texts = [completion.span_text(*span) for span in spans_from_ends(ends, len(completion))]
+            while texts and not texts[-1].strip():
+                texts.pop()  # the end token alone
+            return _some(texts, name)
     text = row.get("completion") if row.get("completion") is not None else row.get("solution")
     if not isinstance(text, str):
         raise DataError("the row has no steps: neither 'completions' nor a 'completion' text", path=name)
+    cut_by = row["segmenter"] if row.get("segmenter") in SEGMENTERS else segmenter
     characters = TokenizedText(tuple(range(len(text))), text, tuple(range(1, len(text) + 1)))
-    return _some([text[slice(*span)] for span in segment(get_segmenter(segmenter), characters)], name)
+    texts = _some([text[slice(*span)] for span in segment(get_segmenter(cut_by), characters)], name)
+    if ends is not None and len(texts) != len(ends):
+        raise DataError(
+            f"the row's {len(ends)} steps cannot be told: its token ids are not of this scorer's tokenizer, and its "
+            f"text has {len(texts)} steps (segmenter {cut_by!r}); give rows with the step texts in a column 'steps'",
+            path=name,
+            column="token_ids",
+        )
+    return texts
 
 
 def _some(texts: list[str], name: str) -> list[str]:

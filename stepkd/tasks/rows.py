@@ -47,7 +47,8 @@ def make_rows(
 
     Returns:
         Rows with `id`, `prompt`, `answer` (the true one), `solution` (the steps joined), `steps`, `step_labels` (bool
-        per step), `outcome` (bool, whether its answer is right), `task` (canonical text) and `meta`. All values are JSON values.
+        per step), `outcome` (bool, whether its answer is right), `task` (canonical text) and `meta`. All are JSON
+        values.
 
     Raises:
         ConfigError: a setting out of range, or fewer than `n` different problems in the split.

@@ -79,8 +79,21 @@ def test_steps_that_do_not_fit_are_counted(folder: Path, tmp_path: Path, capsys:
     unscored = [row for row in rows if None in row["step_values"]]
     assert unscored
     assert all(row["score"] is None for row in unscored)
-    steps = sum(value is None for row in unscored for value in row["step_values"])
-    assert f"not scored: {len(unscored)} solutions ({steps} steps do not fit" in shown
+    assert f"not scored: {len(unscored)} solutions that do not fit" in shown
+
+
+def test_solutions_that_cannot_be_read_are_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read(folder / "rows.jsonl")
+    rows[3]["completions"][1] = "the marker ~ itself"
+    write_jsonl_atomic(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "prm").symlink_to(folder / "prm")
+    assert run(tmp_path, tmp_path / "o.jsonl", "--template", "task") == 0
+    shown = capsys.readouterr().out
+    assert "not scored: 1 solutions that could not be read (score null, see score_error), for instance: " in shown
+    assert "the step marker '~'" in shown
+    assert [row["score"] is None for row in read(tmp_path / "o.jsonl")] == [i == 3 for i in range(12)]
 
 
 def test_temperatures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

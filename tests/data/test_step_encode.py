@@ -131,6 +131,12 @@ def test_separators_are_added_where_white_space_is_missing(tiny: Any) -> None:
     assert pieces(tiny, layout) == ["1\n\n~", "2\n~", "3 ~", "4~"]
 
 
+def test_an_empty_separator_joins_cuts_of_one_text(tiny: Any) -> None:
+    """AdaptiveStep cuts inside lines; joining its steps gives the text back."""
+    layout = make(tiny, StepFormat(separator="")).layout(["1+", "2=3\n4", "5"])
+    assert pieces(tiny, layout) == ["1+~", "2=3\n4~", "5~"]
+
+
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
@@ -366,7 +372,6 @@ def test_marker_and_format_must_agree(tiny: Any) -> None:
     ("settings", "message"),
     [
         ({"marker": ""}, "the step marker is empty text"),
-        ({"separator": ""}, "an empty separator would let two steps merge"),
         ({"marker": None, "marker_place": "before_separator"}, "needs a marker"),
         ({"marker_place": "after"}, "unknown marker_place 'after'"),
         ({"tokenize": "steps"}, "unknown tokenize 'steps'"),

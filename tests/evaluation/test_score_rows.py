@@ -83,6 +83,7 @@ def test_rows_come_out_in_order_with_scores(job: ScoreJob, tmp_path: Path) -> No
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert summary == {
         "rows": 6, "problems": 4, "steps": 11, "unscored_rows": 1, "unscored_steps": 1, "replaced_values": 1,
+        "unreadable_rows": 0, "unreadable_reason": None,
         "reduction": "product", "temperature": None, "mean_score": pytest.approx((0.72 + 0.5 + 0.072 + 0 + 0.7) / 5),
         "mean_score_right": pytest.approx(0.72), "mean_score_wrong": pytest.approx((0.5 + 0.072) / 2),
     }  # fmt: skip
@@ -142,6 +143,43 @@ def test_a_kill_between_the_last_writes(job: ScoreJob, monkeypatch: pytest.Monke
     assert again.asked == []
     assert not job.work.exists()
     assert job.beside("manifest.json").is_file()
+
+
+class Picky(Toy):
+    """Cannot read a problem with a step of 13 percent."""
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        for problem in problems:
+            if any(step.startswith("13 ") for steps in problem.solutions for step in steps):
+                raise DataError("13 is no number", path=problem.row["id"])
+        return super().score(problems)
+
+
+def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None:
+    rows = [row("a", "p", [90, 80]), row("b", "p", [13, 50]), row("c", "q", [13]), row("d", "r", [70])]
+    write_jsonl_atomic(tmp_path / "rows.jsonl", rows)
+    job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", options=ScorerOptions(max_rows=2))
+    summary = score_file(job, scorer=Picky())
+    out = read(job.out)
+    assert [r["step_values"] for r in out] == [[0.9, 0.8], [None, None], [None], [0.7]]
+    assert [r["score"] for r in out] == [pytest.approx(0.72), None, None, 0.7]
+    assert ["score_error" in r for r in out] == [False, True, True, False]
+    assert out[2]["score_error"] == "c: 13 is no number"
+    assert (summary["unscored_rows"], summary["unreadable_rows"]) == (2, 2)
+    assert summary["unreadable_reason"] == "b: 13 is no number"
+    assert score_file(job, scorer=Picky()) == summary
+
+
+@pytest.mark.parametrize("scores", [[[13]], [[13], [13, 1]]])
+def test_when_no_row_of_the_first_batch_can_be_read_the_job_stops(tmp_path: Path, scores: list[list[int]]) -> None:
+    write_jsonl_atomic(tmp_path / "rows.jsonl", [row(str(i), "p", values) for i, values in enumerate(scores)])
+    job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match="0: 13 is no number"):
+        score_file(job, scorer=Picky())
+    assert not job.out.exists()
+    write_jsonl_atomic(tmp_path / "rows.jsonl", [row("a", "p", [12])])
+    score_file(job, scorer=Picky())
+    assert len(read(job.out)) == 1, "a mended file is another job, and nothing had been scored"
 
 
 def test_the_same_job_again_changes_nothing(job: ScoreJob) -> None:

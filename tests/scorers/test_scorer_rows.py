@@ -77,11 +77,19 @@ def test_scores_as_json() -> None:
             step_values(row, scores)
 
 
+def test_without_the_tokenizer_the_text_is_cut_again() -> None:
+    text = "1+1=2\n#### 2"
+    for given in (None, tiny_tokenizer()):
+        row = sampled(text, [6, 10]) | ({"completion": "another\ntext"} if given else {})
+        assert row_steps(row, given) == row["completion"].splitlines(keepends=True)
+    row = sampled("So. It is", [3, 10]) | {"segmenter": "sentence"}
+    assert row_steps(row) == ["So.", " It is"]
+    with pytest.raises(DataError, match=r"r, column 'token_ids': the row's 2 steps cannot be told: .* has 1 steps"):
+        row_steps(row | {"segmenter": "of my own"})
+
+
 def test_rows_without_readable_steps() -> None:
     tokenizer = tiny_tokenizer()
-    for row, given in ((sampled("ab", [3]), None), (sampled("ab", [3]) | {"completion": "xy"}, tokenizer)):
-        with pytest.raises(DataError, match="r, column 'token_ids': the row's token ids cannot be read"):
-            row_steps(row, given)
     with pytest.raises(DataError, match="z: the row has no steps"):
         row_steps({"id": "z", "prompt": "p"})
     for empty in ({"completion": ""}, {"completion": " \n"}, sampled("", [1])):

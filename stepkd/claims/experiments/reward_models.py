@@ -37,7 +37,7 @@ class RewardModelSettings:
     """Share of slips that the next line silently recovers from, in [0, 1]."""
     demonstrations: int = 20_000
     """Different problems in the training set of teacher and student, >= 1."""
-    label_problems: int = 500
+    label_problems: int = 1000
     """Problems whose sampled solutions are labelled, >= 1."""
     label_samples: int = 4
     """Solutions per problem, >= 1; equal ones are labelled once."""
@@ -46,7 +46,8 @@ class RewardModelSettings:
     quantile: float = 0.02
     """Share of tokens that AdaptiveStep divides at."""
     reward_steps: int = 300
-    """Optimiser steps of 64 solutions of each reward model, >= 1."""
+    """Optimiser steps of 64 solutions of each reward model, >= 1; the language-model loss on the solutions, weight 1,
+    is trained beside the labels in all of them."""
     reward_lr: float = 1e-3
     """Peak learning rate of the reward models."""
     problems: int = 200
@@ -66,12 +67,16 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     name: {} for name in ("majority", "orm", "prm", "prm_mc", "prm_adaptive", "consensus", "ceiling")
 }
 _LABELS = {"orm": "checker", "prm": "checker", "prm_mc": "monte_carlo", "prm_adaptive": "adaptive"}
+_MEANINGS: dict[str, Any] = {"orm": "outcome", "prm": "correctness", "prm_mc": "value", "prm_adaptive": "value"}
 _REDUCTIONS: dict[str, Any] = {"orm": "last", "prm": "product", "prm_mc": "min", "prm_adaptive": "min"}
 """How step scores become one: Let's Verify's product for exact labels, Math-Shepherd's minimum for Monte-Carlo ones."""
 
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
+    from stepkd.claims.tiny_reward import curves_tiny, score_tiny
+    from stepkd.scorers import reduce_solutions
+
     student, teacher = _models(unit, report)
     labels, facts = _label(unit, student, teacher, report)
     held_out = _held_out(unit, student, labels["adaptive"].parent / "threshold.json", report)
@@ -81,15 +86,16 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
         report(f"training the reward model {arm}, {unit.settings.reward_steps} steps")
         model = _reward_model(unit, arm, student, labels[labelling])
         report(f"scoring with {arm}")
-        scores[arm] = _score(model, held_out["adaptive" if arm == "prm_adaptive" else "newline"], _REDUCTIONS[arm])
-    curves = _curves(unit, held_out["newline"], scores)
+        found = score_tiny(model, held_out["adaptive" if arm == "prm_adaptive" else "newline"])
+        scores[arm] = reduce_solutions(found, _REDUCTIONS[arm], meaning=_MEANINGS[arm]).values
+    curve = curves_tiny(held_out["newline"], scores, (SMALL_N, unit.settings.samples), seed=unit.seed)
     names = {"majority": "majority", "ceiling": "pass"} | {arm: arm for arm in scores}
     results = []
     for arm in unit.arms:
         metrics = {}
         if arm in names:
-            small, large = curves[names[arm]]
-            metrics = {"best_of_n": large, "growth": [b - a for a, b in zip(small, large, strict=True)]}
+            values = curve.per_problem[names[arm]]
+            metrics = {"best_of_n": values[:, 1].tolist(), "growth": (values[:, 1] - values[:, 0]).tolist()}
         results.append(ArmResult(arm, problems, metrics, facts.get(arm, {})))
     return results
 
@@ -166,24 +172,10 @@ def _label(
 
 def _job(unit: Unit, name: str, *, model: Path, **settings: Any) -> tuple[Path, float]:
     """Run (or go on with) a labelling job; returns its labels and the tokens that the labels took to generate."""
-    from stepkd.labels import LabelSpec, run_label_job
+    from stepkd.claims.tiny_reward import label_tiny
 
-    out = unit.folder / f"labels-{name}"
-    spec = LabelSpec(
-        out=str(out),
-        model=str(model),
-        seed=unit.seed,
-        temperature=1.0,
-        max_new_tokens=64,
-        template="task",
-        extractors=("hash",),
-        device="cpu",
-        max_rows=256,
-        **settings,
-    )
-    summary = run_label_job(spec)
-    assert summary is not None, "one rank does all the work"
-    return out / "labels.jsonl", float(summary["labelling"].get("generated_tokens", 0))
+    labels, summary = label_tiny(unit.folder / f"labels-{name}", model=model, seed=unit.seed, **settings)
+    return labels, float(summary["labelling"].get("generated_tokens", 0))
 
 
 def _held_out(unit: Unit, student: Path, threshold: Path, report: Report) -> dict[str, list[dict[str, Any]]]:
@@ -218,10 +210,9 @@ def _held_out(unit: Unit, student: Path, threshold: Path, report: Report) -> dic
 
 def _reward_model(unit: Unit, arm: str, student: Path, labels: Path) -> Path:
     """Train a reward model from the student's weights and export it; a finished one is used again."""
-    from stepkd.claims.tiny import train_tiny_prm
+    from stepkd.claims.tiny_reward import train_tiny_prm
 
     settings: RewardModelSettings = unit.settings
-    meaning: Any = {"orm": "outcome", "prm": "correctness"}.get(arm, "value")
     return train_tiny_prm(
         unit.folder / arm,
         start=student,
@@ -229,45 +220,11 @@ def _reward_model(unit: Unit, arm: str, student: Path, labels: Path) -> Path:
         steps=settings.reward_steps,
         lr=settings.reward_lr,
         seed=unit.seed,
-        meaning=meaning,
+        meaning=_MEANINGS[arm],
         separator="" if arm == "prm_adaptive" else "\n",
         after_error="keep" if arm == "prm_adaptive" else "truncate",
         reuse=True,
     )
-
-
-def _score(model: Path, rows: Sequence[Mapping[str, Any]], reduction: Any) -> list[list[float | None]]:
-    """Solution scores, problem by problem in the rows' order."""
-    from stepkd.models.checkpoint import load_trained
-    from stepkd.scorers import PRMScorer, Solutions, reduce_solutions
-
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["problem_id"], []).append(row)
-    scorer = PRMScorer(load_trained(model), template="task", max_rows=256)
-    found = scorer.score([Solutions(group[0], [row["steps"] for row in group]) for group in groups.values()])
-    return reduce_solutions(found, reduction, meaning=scorer.meaning).values
-
-
-def _curves(
-    unit: Unit, rows: Sequence[Mapping[str, Any]], scores: Mapping[str, list[list[float | None]]]
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Method -> per-problem expected accuracy at the small and the large N."""
-    from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
-    from stepkd.evaluation.best_of_n_files import vote_of
-    from stepkd.grading import DEFAULT_EXTRACTORS
-
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["problem_id"], []).append(row)
-    problems = [
-        ProblemSamples(
-            name, [bool(row["correct"]) for row in group], [vote_of(row, DEFAULT_EXTRACTORS) for row in group]
-        )
-        for name, group in groups.items()
-    ]
-    curve = bon_curve(problems, (SMALL_N, unit.settings.samples), scores, seed=unit.seed, n_resamples=10)
-    return {name: (values[:, 0].tolist(), values[:, 1].tolist()) for name, values in curve.per_problem.items()}
 
 
 EXPERIMENT = Experiment(
