@@ -55,8 +55,11 @@ class DataError(StepkdError):
         super().__init__(f"{place}: {message}" if place else message)
 
 
-class MarkerInSolution(DataError):
-    """A solution holds the step marker itself; sampled solutions may, and are then left out and counted."""
+class UnreadableSolution(DataError):
+    """A solution that cannot be laid out: it holds the step marker itself, or nothing but an end token.
+
+    Sampled solutions may; they are left out of training and not scored, and both are counted.
+    """
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -163,11 +164,17 @@ def _check_monitor(config: Any) -> None:
         return
     if not monitor.startswith("val/"):
         raise ConfigError(f"checkpoint.monitor={monitor!r}: must be a validation value, for instance val/loss")
-    if monitor == "val/accuracy" and not samples:
+    if monitor == "val/accuracy" and not samples and not _measures_accuracy(config.model.class_path):
         raise ConfigError(
             "checkpoint.monitor is val/accuracy, but validation samples nothing: set "
             "model.init_args.validation.samples to 1 or more, or monitor val/loss (mode min)"
         )
+
+
+def _measures_accuracy(class_path: str) -> bool:
+    """Whether a module's validation gives an accuracy without sampling (reward models: of the step labels)."""
+    module, _, name = class_path.rpartition(".")
+    return bool(getattr(getattr(import_module(module), name), "labels_give_accuracy", False))
 
 
 def _has_validation(config: Any) -> bool:

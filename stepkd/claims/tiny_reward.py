@@ -114,10 +114,12 @@ def by_problem(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def score_tiny(model: str | Path, rows: Sequence[Row]) -> list[list[list[float]]]:
     """Step scores of rollout rows by a reward model: per problem, per solution (:func:`by_problem`), per step."""
     from stepkd.models.checkpoint import load_trained
-    from stepkd.scorers import PRMScorer, Solutions
+    from stepkd.scorers import PRMScorer
 
     scorer = PRMScorer(load_trained(model), template="task", max_rows=256)
-    return scorer.score([Solutions(group[0], [row["steps"] for row in group]) for group in by_problem(rows).values()])
+    groups = by_problem(rows)
+    found = iter(scorer.score_rows([row for group in groups.values() for row in group]))
+    return [[next(found) for _ in group] for group in groups.values()]
 
 
 def curves_tiny(

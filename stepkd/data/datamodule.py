@@ -85,7 +85,7 @@ class StepData(LightningDataModule):
         for name in _STAGES[stage]:
             spec = self.specs[name]
             if spec is None and stage != "fit":
-                raise ConfigError(f"data.{name} is not set, and `stepkd {stage}` reads it")
+                raise ConfigError(f"data.{name} is not set, and `stepkd {getattr(stage, 'value', stage)}` reads it")
             if spec is not None and name not in self.examples:
                 self.examples[name] = self._load(name, spec)
         if stage == "fit" and self.overlap_ngram and "validation" in self.examples:

@@ -14,7 +14,7 @@ from stepkd.data.checks import ends_partition
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
-from stepkd.errors import ConfigError, DataError, MarkerInSolution
+from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.steps import (
     Span,
     StepFormat,
@@ -110,7 +110,7 @@ class StepEncoder(Encoder):
         while length and completion.token_ids[length - 1] == self.tokenizer.eos_token_id:
             length -= 1
         if not length:
-            raise DataError("the solution has no tokens before its end token: drop the row", path=name)
+            raise UnreadableSolution("the solution has no tokens before its end token: drop the row", path=name)
         kept = TokenizedText(completion.token_ids[:length], completion.text, completion.char_ends[:length])
         ends = [min(end, length) for start, end in spans if start < length]
         return self._marked(kept, ends, name)
@@ -128,7 +128,7 @@ class StepEncoder(Encoder):
         if self.marker_id is None:
             return Layout(whole.token_ids, tuple(zip(starts, ends, strict=True)), tuple(end - 1 for end in ends))
         if self.marker_id in whole.token_ids:
-            raise MarkerInSolution(
+            raise UnreadableSolution(
                 f"the step marker {self.tokenizer.convert_ids_to_tokens(self.marker_id)!r} (id {self.marker_id}) is "
                 "in the solution itself, so its positions would be ambiguous: choose another marker or drop the row",
                 path=name,
@@ -201,16 +201,16 @@ class StepEncoder(Encoder):
         )
 
     def example(self, row: Mapping[str, Any]) -> StepExample | None:
-        """An example to train on; None (and a count in ``counts``) when no labelled step is left, or the solution holds
-        the step marker itself (a sampled one may).
+        """An example to train on; None (and a count in ``counts``) when no labelled step is left, or the solution
+        cannot be laid out (a sampled one may hold the step marker, or only an end token).
 
         Steps behind the last labelled one are cut off: in a causal model they change nothing.
         """
         assert self.labels is not None, "an encoder without a label rule makes no training examples"
         try:
             scored = self.scored(row)
-        except MarkerInSolution:
-            self.counts["rows_with_the_marker"] += 1
+        except UnreadableSolution:
+            self.counts["rows_unreadable"] += 1
             return None
         targets = step_targets(row, len(scored.spans) + scored.num_cut, self.num_classes, self.labels)
         if all(target is None for target in targets):

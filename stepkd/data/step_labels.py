@@ -90,7 +90,9 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
 
 
 def _labels(row: Mapping[str, Any], rule: LabelRule) -> tuple[str, Sequence[Any] | None]:
-    order = ("labels", "step_values", "step_labels") if rule.kind == "soft" else ("labels", "step_labels")
+    order = (
+        ("labels", "step_values", "step_labels") if rule.kind == "soft" else ("labels", "step_labels", "step_values")
+    )
     for column in order:
         if row.get(column) is not None:
             return column, row[column]

@@ -109,4 +109,7 @@ def rollout_row(
     labels = sample["step_labels"] if steps is None else step_labels(row, rollout.text, steps)
     if labels is not None and len(labels) == len(step_ends):
         result["step_labels"] = labels
+    if steps is not None:
+        result["steps"] = list(steps)
+    result |= {name: row[name] for name in ("task", "meta") if name in row}
     return result

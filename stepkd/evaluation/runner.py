@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
@@ -34,6 +32,7 @@ from stepkd.grading import EXTRACTOR_VERSION, Grader
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.rollout import SamplingSpec, TransformersSampler
+from stepkd.scorers.load import pick_device
 from stepkd.steps import get_segmenter
 
 Report = Callable[[int, int, dict[str, float]], None]
@@ -132,7 +131,7 @@ def evaluate(
     sampling = spec.sampling(benchmark)
     template = get_template(spec.template or benchmark.template)
     grader = Grader(extractors=spec.extractors or benchmark.extractors, deadline_s=spec.deadline_s)
-    device, out = _device(spec.device), Path(spec.out)
+    device, out = pick_device(spec.device), Path(spec.out)
     check_folder(out, overwrite=overwrite)
     data = benchmark_data(benchmark, spec.data, spec.limit)
     rows = load_rows(data, contract=PROBLEM)
@@ -228,20 +227,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     shape.pop("truncation", None)  # set by whoever called last
     shape.pop("padding", None)
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r}: must be auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name!r}, but no CUDA device is available: use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)")
-    return device
 
 
 def _manifest(

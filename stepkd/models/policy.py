@@ -74,7 +74,7 @@ class Policy(nn.Module):
         """Load the policy a spec describes."""
         model, tokenizer = load_model(spec)
         policy = cls(model, tokenizer, spec)
-        saved = saved_step_head(spec.path)
+        saved = saved_step_head(spec.path, spec.revision)
         if saved is not None:
             policy.attach_step_head(saved.spec, weights=saved.weights)
         return policy

@@ -13,6 +13,7 @@ from torch import Tensor
 from stepkd.errors import ModelError
 from stepkd.models.adapter import first_line
 from stepkd.models.step_head import StepHead, StepHeadSpec
+from stepkd.models.tiny import TINY_PRESETS
 from stepkd.steps import StepFormat
 
 STEP_HEAD_CONFIG, STEP_HEAD_WEIGHTS = "step_head.json", "step_head.safetensors"
@@ -50,15 +51,15 @@ def save_step_head(head: StepHead, folder: Path) -> None:
         save_file(weights, folder / STEP_HEAD_WEIGHTS)
 
 
-def saved_step_head(path: str) -> SavedStepHead | None:
-    """Read the step head of a model folder; None when there is none.
+def saved_step_head(path: str, revision: str | None = None) -> SavedStepHead | None:
+    """Read the step head of a model folder or hub repository; None when there is none.
 
     Raises:
         ModelError: its files cannot be read, or the classifier's weights are missing.
     """
     folder = Path(path).expanduser()
-    config, weights = folder / STEP_HEAD_CONFIG, folder / STEP_HEAD_WEIGHTS
-    if not config.is_file():
+    config = _file(path, folder, STEP_HEAD_CONFIG, revision)
+    if config is None:
         return None
     from safetensors.torch import load_file
 
@@ -66,10 +67,30 @@ def saved_step_head(path: str) -> SavedStepHead | None:
         spec = step_head_from_dict(json.loads(config.read_text(encoding="utf-8")))
         if spec.kind != "classifier":
             return SavedStepHead(spec, None)
-        if not weights.is_file():
+        weights = _file(path, folder, STEP_HEAD_WEIGHTS, revision)
+        if weights is None:
             raise ModelError(f"{folder} has {STEP_HEAD_CONFIG} but no {STEP_HEAD_WEIGHTS}: was the export cut off?")
         return SavedStepHead(spec, load_file(weights))
     except ModelError:
         raise
     except Exception as error:  # broken JSON, foreign settings, a torn safetensors file
         raise ModelError(f"cannot read the step head in {folder}: {first_line(error)}") from error
+
+
+def _file(path: str, folder: Path, name: str, revision: str | None) -> Path | None:
+    """A file of the model: beside its weights, or (hub id) from the hub or its cache."""
+    if (folder / name).is_file():
+        return folder / name
+    if folder.exists() or path in TINY_PRESETS or path.endswith(".gguf"):
+        return None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        path,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)

@@ -69,6 +69,11 @@ class StepModule(EvaluationLoops):
     skip_empty_steps = False
     """Whether a step in which no rank has a single item is skipped in silence (it is an error otherwise)."""
 
+    scores_steps = False
+    """Whether the method trains a step head; any other method refuses a reward model as its policy."""
+    labels_give_accuracy = False
+    """Whether validation gives ``val/accuracy`` without sampling anything."""
+
     automatic_optimization = False
     strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks their names itself
 
@@ -155,6 +160,11 @@ class StepModule(EvaluationLoops):
         """Load the policy (once)."""
         if self.policy is None:
             self.policy = Policy.load(self.policy_spec)
+            if self.policy.step_head is not None and not self.scores_steps:
+                raise ConfigError(
+                    f"policy.path={self.policy_spec.path} is a reward model (it has a step head), and "
+                    f"{type(self).__name__} trains a policy: start from the language model it was made of"
+                )
 
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule over the planned number of optimiser steps."""

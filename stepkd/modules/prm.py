@@ -40,6 +40,8 @@ class PRMModule(StepModule):
     """
 
     components: tuple[str, ...] = ("prm",)
+    scores_steps = True
+    labels_give_accuracy = True
 
     def __init__(
         self,

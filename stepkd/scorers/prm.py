@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepkd.data.step_encode import Layout, StepEncoder
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError, MarkerInSolution, ModelError
+from stepkd.errors import ConfigError, ModelError, UnreadableSolution
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
@@ -42,6 +42,10 @@ class _Item:
     """(step, index in ``ids`` at which it is scored)."""
     steps: int
     """Number of steps, those that were cut off included."""
+
+
+def _unread(steps: int) -> Layout:
+    return Layout((), (), (_NO_LIMIT,) * steps)
 
 
 class PRMScorer:
@@ -102,7 +106,8 @@ class PRMScorer:
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         """Score every step; see :class:`~stepkd.scorers.scorer.StepScorer`.
 
-        A solution that holds the step marker itself (a sampled one may) is not scored: NaN for all of its steps.
+        A solution that holds the step marker itself, or only an end token (sampled ones may), is not scored: NaN for
+        all of its steps.
 
         Raises:
             DataError: no prompt, or a solution without steps.
@@ -116,11 +121,17 @@ class PRMScorer:
         return [[next(scores) for _ in problem.solutions] for problem in problems]
 
     def _layout(self, steps: Sequence[str], name: str) -> Layout:
-        """The solution's layout; one whose steps are read nowhere when it holds the marker."""
+        """The solution's layout; one whose steps are read nowhere when it cannot be laid out."""
         try:
             return self.encoder.layout(steps, name)
-        except MarkerInSolution:
-            return Layout((), (), (_NO_LIMIT,) * len(steps))
+        except UnreadableSolution:
+            return _unread(len(steps))
+
+    def _row_layout(self, row: Mapping[str, Any]) -> Layout:
+        try:
+            return self.encoder.row_layout(row)
+        except UnreadableSolution:
+            return _unread(len(row.get("step_ends") or row.get("completions") or row.get("steps") or (0,)))
 
     def score_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Score rows that carry their solution; sampled token ids are used as they are where this tokenizer wrote them.
@@ -135,10 +146,7 @@ class PRMScorer:
             DataError, ModelError: as :meth:`score`.
         """
         return self._score_items(
-            [
-                self._item(str(row.get("id", "?")), self.encoder.prompt_ids(row), self.encoder.row_layout(row))
-                for row in rows
-            ]
+            [self._item(str(row.get("id", "?")), self.encoder.prompt_ids(row), self._row_layout(row)) for row in rows]
         )
 
     def provenance(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from stepkd.data.step_encode import Layout, StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.steps import StepFormat, auto_marker, check_partition, marker_token_id, tokenize_text
 
@@ -261,8 +261,11 @@ def test_step_ends_that_are_no_partition_are_not_repaired(ends: list[int], messa
 
 def test_a_rollout_of_nothing_but_its_end(tiny: Any) -> None:
     rollout = {"id": "r1", "prompt": "Q:", "completion": "", "token_ids": [tiny.eos_token_id], "step_ends": [1]}
-    with pytest.raises(DataError, match="no tokens before its end token"):
-        trained(tiny, {**rollout, "step_labels": [True]})
+    encoder = make(tiny, labels=LabelRule())
+    assert encoder.example({**rollout, "step_labels": [True]}) is None
+    assert encoder.counts["rows_unreadable"] == 1
+    with pytest.raises(UnreadableSolution, match="no tokens before its end token"):
+        encoder.row_layout(rollout)
 
 
 # ---- truncation -----------------------------------------------------------------------------------------------------
@@ -330,7 +333,6 @@ def test_nothing_left_is_an_error_with_the_counts(
     [
         ({"completions": []}, "0 steps, some without text"),
         ({"completions": ["1", " \n", "2"]}, "3 steps, some without text: drop empty steps"),
-        ({"completions": ["1", "a~b", "2"]}, r"the step marker '~' \(id \d+\) is in the solution itself"),
         ({"labels": [True, False]}, "2 labels for 3 steps"),
         ({"labels": None}, "no step labels: label the row first"),
         ({"labels": [0.5, float("nan"), 1.0]}, "label 2 of 3 is NaN"),
@@ -352,9 +354,13 @@ def test_steps_that_share_a_token(bpe: Any) -> None:
     assert pieces(bpe, make(bpe).layout(["a", "so b"])) == ["a\n<extra_0>", "so b<extra_0>"]
 
 
-def test_the_marker_in_sampled_ids(tiny: Any) -> None:
-    with pytest.raises(DataError, match="is in the solution itself"):
-        trained(tiny, sampled(tiny, ["1~\n", "2"], step_labels=[True, True]))
+def test_a_solution_with_the_marker_is_left_out_and_counted(tiny: Any) -> None:
+    encoder = make(tiny, labels=LabelRule())
+    assert encoder.example(sampled(tiny, ["1~\n", "2"], step_labels=[True, True])) is None
+    assert encoder.example(row(completions=["1~", "2"], labels=[True, False])) is None
+    assert encoder.counts["rows_unreadable"] == 2
+    with pytest.raises(UnreadableSolution, match=r"the step marker '~' .* is in the solution itself"):
+        encoder.layout(["1~", "2"])
 
 
 def test_the_marker_in_the_prompt_is_harmless(tiny: Any) -> None:

@@ -16,7 +16,13 @@ from stepkd.models import LoraSpec, Policy, PolicySpec, StepHeadSpec, build_tiny
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.export import export_model, save_policy
 from stepkd.models.step_head import StepHeadIds, named_marker, resolve_ids
-from stepkd.models.step_head_io import STEP_HEAD_CONFIG, STEP_HEAD_WEIGHTS, saved_step_head, step_head_from_dict
+from stepkd.models.step_head_io import (
+    STEP_HEAD_CONFIG,
+    STEP_HEAD_WEIGHTS,
+    save_step_head,
+    saved_step_head,
+    step_head_from_dict,
+)
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.steps import MARKER_CANDIDATES, StepFormat
 
@@ -354,3 +360,28 @@ def test_damaged_folders(tmp_path: Path) -> None:
 def test_settings_survive_json() -> None:
     for spec in (TOKENS, THREE, CLASSIFIER, TRL, replace(TOKENS, restricted=False, meaning="value")):
         assert step_head_from_dict(json.loads(json.dumps(asdict(spec)))) == spec
+
+
+def test_the_step_head_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id has its step head beside its weights on the hub."""
+    import transformers.utils
+
+    policy = Policy.load(PolicySpec(path="tiny-0.1m"))
+    save_step_head(policy.attach_step_head(StepHeadSpec(kind="classifier"), seed=3), tmp_path)
+    asked: list[tuple[str, str, str | None]] = []
+
+    def cached_file(path: str, name: str, revision: str | None = None, **_: bool) -> str | None:
+        asked.append((path, name, revision))
+        return str(tmp_path / name) if path == "org/prm" else None
+
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
+    saved = saved_step_head("org/prm", "v2")
+    assert saved is not None
+    assert saved.spec == policy.require_step_head().spec
+    assert saved.weights is not None
+    for name, value in policy.require_step_head().state_dict().items():
+        assert torch.equal(saved.weights[name], value)
+    assert asked == [("org/prm", "step_head.json", "v2"), ("org/prm", "step_head.safetensors", "v2")]
+    assert saved_step_head("org/policy") is None
+    assert saved_step_head("tiny-0.1m") is None
+    assert len(asked) == 3

@@ -228,8 +228,9 @@ def test_bad_input(make_policy: MakePolicy) -> None:
         scorer.score([Solutions({"id": "x", "prompt": "1"}, [[]])])
     with pytest.raises(DataError, match="2 steps, some without text"):
         score_one(scorer, "1", ["a", " \n"])
-    with pytest.raises(DataError, match="the step marker '~'"):
-        score_one(scorer, "1", ["a ~ b"])
+    unread = scorer.score([Solutions({"id": "x", "prompt": "1"}, [["a ~ b", "c"], ["a", "c"]])])[0]
+    assert [math.isnan(score) for score in unread[0]] == [True, True]
+    assert unread[1] == pytest.approx(score_one(scorer, "1", ["a", "c"]))
     with pytest.raises(ConfigError, match="max_rows=0"):
         PRMScorer(policy, template="task", max_rows=0)
     with pytest.raises(ConfigError, match="max_length=1: at least one prompt"):
