@@ -25,6 +25,9 @@ class LabelledBatch(MicroBatch):
     """int64 positions in the flattened (B * T) axis, at (not before) the marker or the step's last token."""
     targets_LC: Tensor = torch.empty(0, 0)  # noqa: RUF009
     """float64 target probabilities, worst class first; rows sum to one."""
+    right_N: Tensor = torch.empty(0, dtype=torch.bool)  # noqa: RUF009
+    """bool, whether each target token belongs to a right step: one whose own label, or for a step without one the next
+    label, is the best class."""
 
 
 def collate_steps(
@@ -40,15 +43,28 @@ def collate_steps(
     length = batch.input_ids_BT.shape[1]
     read: list[int] = []
     targets: list[tuple[float, ...]] = []
+    right: list[bool] = []
     for b, example in enumerate(cast(Sequence[StepExample], examples)):
         start = b * length + (length - example.length if padding_side == "left" else 0) + len(example.prompt_ids)
         for position, target in zip(example.read_at, example.targets, strict=True):
             if target is not None:
                 read.append(start + position)
                 targets.append(target)
+        right.extend(_right_tokens(example))
     parts = {f.name: getattr(batch, f.name) for f in fields(MicroBatch)}
     return LabelledBatch(
         **parts,
         read_L=torch.tensor(read, dtype=torch.long),
         targets_LC=torch.tensor(targets, dtype=torch.float64),
+        right_N=torch.tensor(right, dtype=torch.bool),
     )
+
+
+def _right_tokens(example: StepExample) -> list[bool]:
+    """Token by token, whether its step is right; steps behind the last label are not."""
+    flags, flag = [], False
+    for (start, end), target in zip(reversed(example.spans), reversed(example.targets), strict=True):
+        if target is not None:
+            flag = max(range(len(target)), key=target.__getitem__) == len(target) - 1
+        flags.append([flag] * (end - start))
+    return [value for step in reversed(flags) for value in step]

@@ -91,8 +91,9 @@ class StepEncoder(Encoder):
         """
         if not steps or any(not step.strip() for step in steps):
             raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
+        last = len(steps) - 1
         written = [
-            step if i + 1 == len(steps) or step[-1].isspace() else step + self.format.separator
+            step if step[-1].isspace() or (i == last and not self._closes_last) else step + self.format.separator
             for i, step in enumerate(steps)
         ]
         if self.format.tokenize == "per_step":
@@ -113,7 +114,26 @@ class StepEncoder(Encoder):
             raise UnreadableSolution("the solution has no tokens before its end token: drop the row", path=name)
         kept = TokenizedText(completion.token_ids[:length], completion.text, completion.char_ends[:length])
         ends = [min(end, length) for start, end in spans if start < length]
+        if self._closes_last and not kept.span_text(0, length)[-1:].isspace():
+            kept, ends = self._closed(kept, ends)
         return self._marked(kept, ends, name)
+
+    @property
+    def _closes_last(self) -> bool:
+        """Whether the last step gets a separator too.
+
+        It does where a step is read behind its separator. Otherwise a marker without one before it would tell a model
+        that the solution, or the labelled part of it, ends here: in data whose wrong step is the last one (PRM800K's
+        alternatives) that gives the label away.
+        """
+        return bool(self.format.separator) and self.format.marker_place == "step_end"
+
+    def _closed(self, completion: TokenizedText, ends: list[int]) -> tuple[TokenizedText, list[int]]:
+        """The solution with the separator's tokens behind its last step."""
+        ids = tuple(self.tokenizer(self.format.separator, add_special_tokens=False)["input_ids"])
+        text = completion.span_text(0, len(completion)) + self.format.separator
+        closed = TokenizedText((*completion.token_ids, *ids), text, (*completion.char_ends, *[len(text)] * len(ids)))
+        return closed, [*ends[:-1], len(closed)]
 
     def _marked(self, whole: TokenizedText, ends: Sequence[int], name: str) -> Layout:
         starts = [0, *ends[:-1]]

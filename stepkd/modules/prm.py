@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from stepkd.data.collate import MicroBatch
@@ -32,9 +31,9 @@ class PRMModule(StepModule):
         policy: the model to train; LoRA or all weights.
         head: how it scores steps.
         class_weights: weight per class, worst first; null for none.
-        lm_weight: weight of next-token cross-entropy on the solutions' own tokens beside the step labels; 0 is off. The
-            verifiers of Cobbe et al. 2021 (arXiv 2110.14168) are trained with both; it helps a model that cannot do the
-            task yet.
+        lm_weight: weight of next-token cross-entropy on the right steps' own tokens beside the step labels; 0 is off.
+            The verifiers of Cobbe et al. 2021 (arXiv 2110.14168) are trained with both losses; leaving out the steps
+            that are not labelled right is ours. It helps a model that cannot do the task yet.
         optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
             :class:`~stepkd.modules.base.StepModule`.
     """
@@ -111,9 +110,9 @@ class PRMModule(StepModule):
         return terms
 
     def _own_tokens(self, batch: LabelledBatch) -> Tensor:
-        """Which of the targets are the solution's own tokens: all but the markers."""
+        """Which of the targets the language-model loss is on: the right steps' own tokens, without the markers."""
         marker = self.step_head_ids.marker
-        return torch.ones_like(batch.targets_N, dtype=torch.bool) if marker is None else batch.targets_N != marker
+        return batch.right_N if marker is None else batch.right_N & (batch.targets_N != marker)
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """A reward model samples nothing."""

@@ -37,7 +37,7 @@ class RewardModelSettings:
     """Share of slips that the next line silently recovers from, in [0, 1]."""
     demonstrations: int = 20_000
     """Different problems in the training set of teacher and student, >= 1."""
-    label_problems: int = 1000
+    label_problems: int = 800
     """Problems whose sampled solutions are labelled, >= 1."""
     label_samples: int = 4
     """Solutions per problem, >= 1; equal ones are labelled once."""
@@ -45,7 +45,7 @@ class RewardModelSettings:
     """Monte-Carlo continuations per step (J), >= 1."""
     quantile: float = 0.02
     """Share of tokens that AdaptiveStep divides at."""
-    reward_steps: int = 300
+    reward_steps: int = 250
     """Optimiser steps of 64 solutions of each reward model, >= 1; the language-model loss on the solutions, weight 1,
     is trained beside the labels in all of them."""
     reward_lr: float = 1e-3
