@@ -54,6 +54,7 @@ def train_tiny_prm(
     separator: str = "\n",
     after_error: Literal["keep", "truncate", "mask"] = "truncate",
     lm_weight: float = 1.0,
+    allow_one_class: bool = False,
     progress: bool = False,
     reuse: bool = False,
 ) -> Path:
@@ -70,6 +71,7 @@ def train_tiny_prm(
         separator: text between steps; empty for steps that are cuts of one text.
         after_error: what to do with labels after the first wrong step.
         lm_weight: weight of the language-model loss on the solutions beside the labels (Cobbe et al. 2021).
+        allow_one_class: train although all labels agree (scaled-down runs).
         progress: print the loss while training.
         reuse: return the model that an earlier call left in ``folder``, if it is whole.
 
@@ -88,6 +90,7 @@ def train_tiny_prm(
         train=DataSpec(source="rows", path=str(labels)),
         template="task",
         labels=LabelRule(after_error=after_error, scope="outcome" if meaning == "outcome" else "steps"),
+        allow_one_class=allow_one_class,
         global_batch_size=GLOBAL_BATCH,
         max_length=128,
         seed=seed,
@@ -130,14 +133,25 @@ def curves_tiny(
     Args:
         rows: graded rollout rows.
         scores: scorer -> one score per problem and solution, in the order of :func:`by_problem`.
-        ks: numbers of samples.
+        ks: numbers of samples; a solution that could not be labelled (it has no text) left its problem with fewer, and
+            stands as a wrong one without score or vote.
         seed: seed of the intervals and of drawn subsets.
     """
     from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
     from stepkd.evaluation.best_of_n_files import vote_of
 
+    groups, size = by_problem(rows), max(ks)
     problems = [
-        ProblemSamples(name, [bool(row["correct"]) for row in group], [vote_of(row, ("hash",)) for row in group])
-        for name, group in by_problem(rows).items()
+        ProblemSamples(
+            name,
+            _padded([bool(row["correct"]) for row in group], False, size),
+            _padded([vote_of(row, ("hash",)) for row in group], None, size),
+        )
+        for name, group in groups.items()
     ]
-    return bon_curve(problems, ks, scores, seed=seed)
+    padded = {name: [_padded(solutions, None, size) for solutions in found] for name, found in scores.items()}
+    return bon_curve(problems, ks, padded, seed=seed)
+
+
+def _padded(values: Sequence[Any], value: Any, size: int) -> list[Any]:
+    return [*values, *[value] * (size - len(values))]

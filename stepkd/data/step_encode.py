@@ -103,10 +103,21 @@ class StepEncoder(Encoder):
         else:
             whole = tokenize_text(self.tokenizer, "".join(written))
             ends = [whole.token_end(end) for end in _cumulated([len(text) for text in written])]
+        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), start=1):
+            if not whole.span_text(start, end).strip():
+                raise DataError(
+                    f"step {number} has no token of its own (it shares one with the step before): give steps that a "
+                    "separator keeps apart, or set tokenize to 'per_step'",
+                    path=name,
+                    column="completions",
+                )
         return self._marked(whole, ends, name)
 
     def layout_from_ids(self, completion: TokenizedText, spans: Sequence[Span], name: str = "?") -> Layout:
-        """Token ids with markers of a sampled solution; its own ids are kept, without the end token."""
+        """Token ids with markers of a sampled solution; its own ids are kept, without the end token.
+
+        Steps that do not end in white space get the separator's ids where :meth:`layout` gives the last step one.
+        """
         length = len(completion)
         while length and completion.token_ids[length - 1] == self.tokenizer.eos_token_id:
             length -= 1
@@ -114,7 +125,7 @@ class StepEncoder(Encoder):
             raise UnreadableSolution("the solution has no tokens before its end token: drop the row", path=name)
         kept = TokenizedText(completion.token_ids[:length], completion.text, completion.char_ends[:length])
         ends = [min(end, length) for start, end in spans if start < length]
-        if self._closes_last and not kept.span_text(0, length)[-1:].isspace():
+        if self._closes_last:
             kept, ends = self._closed(kept, ends)
         return self._marked(kept, ends, name)
 
@@ -128,23 +139,26 @@ class StepEncoder(Encoder):
         """
         return bool(self.format.separator) and self.format.marker_place == "step_end"
 
-    def _closed(self, completion: TokenizedText, ends: list[int]) -> tuple[TokenizedText, list[int]]:
-        """The solution with the separator's tokens behind its last step."""
-        ids = tuple(self.tokenizer(self.format.separator, add_special_tokens=False)["input_ids"])
-        text = completion.span_text(0, len(completion)) + self.format.separator
-        closed = TokenizedText((*completion.token_ids, *ids), text, (*completion.char_ends, *[len(text)] * len(ids)))
-        return closed, [*ends[:-1], len(closed)]
+    def _closed(self, completion: TokenizedText, ends: Sequence[int]) -> tuple[TokenizedText, list[int]]:
+        """The solution with the separator's ids behind every step that does not end in white space.
+
+        Not behind the last one alone: where a segmenter cuts without a line end (sentences), that would tell it apart.
+        """
+        text = self.format.separator
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > 1 and not text.startswith(" ") and not self.tokenizer.decode(ids[:1]).strip(" "):
+            ids = ids[1:]  # SentencePiece's begin-of-word piece, which no separator behind a step has
+        separator = TokenizedText(tuple(ids), text, (len(text),) * len(ids))
+        steps: list[TokenizedText] = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            before = completion.char_ends[start - 1] if start else 0
+            char_ends = tuple(char_end - before for char_end in completion.char_ends[start:end])
+            step = TokenizedText(completion.token_ids[start:end], completion.span_text(start, end), char_ends)
+            steps.append(step if step.text[-1:].isspace() else _joined([step, separator]))
+        return _joined(steps), _cumulated([len(step) for step in steps])
 
     def _marked(self, whole: TokenizedText, ends: Sequence[int], name: str) -> Layout:
         starts = [0, *ends[:-1]]
-        if any(end <= start for start, end in zip(starts, ends, strict=True)):
-            number = next(i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if end <= start)
-            raise DataError(
-                f"step {number + 1} has no token of its own (it shares one with the step before): give steps that a "
-                "separator keeps apart, or set tokenize to 'per_step'",
-                path=name,
-                column="completions",
-            )
         if self.marker_id is None:
             return Layout(whole.token_ids, tuple(zip(starts, ends, strict=True)), tuple(end - 1 for end in ends))
         if self.marker_id in whole.token_ids:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.table import Table
 
+from stepkd.errors import DataError
 from stepkd.quickstart.context import Context, percent
 
 SAMPLES = 8
@@ -13,30 +15,54 @@ SAMPLES = 8
 
 
 def train_prm(context: Context) -> dict[str, Any]:
-    """Monte-Carlo labels of the student's solutions, a reward model from the student's weights, best-of-8."""
+    """Labels of the student's solutions, a reward model from the student's weights, best-of-8."""
     from stepkd.claims.tiny_reward import label_tiny, train_tiny_prm
+
+    folder, student = context.out / "prm", context.model_folder("student")
+    problems = f'task:task="{context.task}",n={context.problems(2000)},seed={context.seed},split=train'
+    labels, summary = label_tiny(
+        folder / "labels", model=student, seed=context.seed, problems=problems, labeller="checker", samples=4
+    )
+    model = train_tiny_prm(
+        folder,
+        start=student,
+        labels=labels,
+        steps=context.steps(400),
+        lr=1e-3,
+        seed=context.seed,
+        allow_one_class=context.scale < 1,
+        progress=True,
+    )
+    section = {
+        "model": str(model.relative_to(context.out)),
+        "steps": context.steps(400),
+        "labelled_solutions": summary["labelled"],
+        "monte_carlo": _monte_carlo(context, str(student)),
+    }
+    return section | _choose(context, str(model), str(student))
+
+
+def _monte_carlo(context: Context, student: str) -> dict[str, Any]:
+    """How true labels from 8 continuations per step are, for when there is no checker."""
+    from stepkd.claims.tiny_reward import label_tiny
     from stepkd.data.io import read_rows
     from stepkd.labels.quality import label_quality
 
-    folder, student = context.out / "prm", context.model_folder("student")
-    problems = f'task:task="{context.task}",n={context.problems(300)},seed={context.seed},split=train'
-    context.console.print("labelling: 8 continuations from every step of the student's solutions", style="dim")
-    labels, summary = label_tiny(
-        folder / "labels", model=student, seed=context.seed, problems=problems, labeller="monte_carlo", samples=4
+    folder = context.out / "prm"
+    problems = f'task:task="{context.task}",n={context.problems(60)},seed={context.seed + 1},split=train'
+    labels, _ = label_tiny(
+        folder / "monte-carlo", model=student, seed=context.seed, problems=problems, labeller="monte_carlo", samples=4
     )
     truth, _ = label_tiny(folder / "truth", model=student, seed=context.seed, rollouts=str(labels), labeller="checker")
-    quality = label_quality([row for row, _ in read_rows(labels)], [row for row, _ in read_rows(truth)])
-    model = train_tiny_prm(
-        folder, start=student, labels=labels, steps=context.steps(200), lr=1e-3, seed=context.seed, meaning="value",
-        progress=True,
-    )  # fmt: skip
-    section = {
-        "model": str(model.relative_to(context.out)),
-        "steps": context.steps(200),
-        "labelled_solutions": summary["labelled"],
-        "label_quality": quality.to_dict(),
-    }
-    return section | _choose(context, str(model), str(student))
+    quality = label_quality([row for row, _ in read_rows(labels)], [row for row, _ in read_rows(truth)]).to_dict()
+    accuracy = quality["balanced_accuracy"]
+    if accuracy is not None:
+        context.console.print(
+            f"Monte-Carlo labels (8 continuations per step) against the exact checker: balanced accuracy "
+            f"{percent(accuracy)}".replace("\n", " "),
+            highlight=False,
+        )
+    return quality
 
 
 def _choose(context: Context, model: str, student: str) -> dict[str, Any]:
@@ -59,13 +85,23 @@ def _choose(context: Context, model: str, student: str) -> dict[str, Any]:
     rows = [row for row, _ in read_rows(held_out)]
     scores = score_tiny(model, rows)
     curve = curves_tiny(
-        rows, {"prm": reduce_solutions(scores, "min", meaning="value").values}, (1, 2, 4, SAMPLES), seed=context.seed
+        rows,
+        {"prm": reduce_solutions(scores, "product", meaning="correctness").values},
+        (1, 2, 4, SAMPLES),
+        seed=context.seed,
     )
-    groups = by_problem(rows)
+    judged = [
+        (found, row["step_labels"], name)
+        for solutions, (name, group) in zip(scores, by_problem(rows).items(), strict=True)
+        for found, row in zip(solutions, group, strict=True)
+        if not any(math.isnan(score) for score in found)
+    ]
+    if not judged:
+        raise DataError("the reward model scored no solution: every one holds the step marker or has no text")
     steps = labelled_steps(
-        [found for solutions in scores for found in solutions],
-        [row["step_labels"] for group in groups.values() for row in group],
-        problems=[name for name, group in groups.items() for _ in group],
+        [found for found, _, _ in judged],
+        [labels for _, labels, _ in judged],
+        problems=[name for _, _, name in judged],
         up_to_first_error=True,
     )
     metrics = step_metrics(steps, seed=context.seed).to_dict()
@@ -83,4 +119,4 @@ def _choose(context: Context, model: str, student: str) -> dict[str, Any]:
             f"({auroc['low']:.3f} to {auroc['high']:.3f})",
             highlight=False,
         )
-    return {"best_of_n": curve.to_dict(), "step_metrics": metrics}
+    return {"best_of_n": curve.to_dict(), "step_metrics": metrics, "unscored": len(rows) - len(judged)}

@@ -23,6 +23,7 @@ from stepkd.models.policy import Policy
 from stepkd.rollout.decode import Decoder
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.prefix import continue_rows, packed, padded_right
+from stepkd.scorers.rows import row_steps
 from stepkd.scorers.scorer import Meaning, Solutions
 
 _NO_LIMIT = 10**9
@@ -131,7 +132,7 @@ class PRMScorer:
         try:
             return self.encoder.row_layout(row)
         except UnreadableSolution:
-            return _unread(len(row.get("step_ends") or row.get("completions") or row.get("steps") or (0,)))
+            return _unread(len(row.get("step_ends") or row.get("completions") or row.get("steps") or row_steps(row)))
 
     def score_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Score rows that carry their solution; sampled token ids are used as they are where this tokenizer wrote them.

@@ -69,7 +69,8 @@ def test_tasks_in_batches_of_one_step(tokenizer: Any, caplog: pytest.LogCaptureF
         first = labels.index(False) if False in labels else len(labels) - 1
         assert len(example.spans) == first + 1, "cut behind the first error"
         text = tokenizer.decode(list(example.completion_ids))
-        assert text.replace("~", "") == "".join(example.row["steps"][: first + 1])
+        steps = [step if step.endswith("\n") else f"{step}\n" for step in example.row["steps"]]
+        assert text == "".join(f"{step}~" for step in steps[: first + 1])
 
 
 def test_files_of_step_labels_and_of_rollouts(tmp_path: Path, tokenizer: Any) -> None:

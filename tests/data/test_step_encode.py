@@ -77,7 +77,7 @@ def test_markers_behind_the_separator(name: str, request: pytest.FixtureRequest)
     layout = encoder.layout(STEPS)
     mark = tokenizer.decode([encoder.marker_id])
     assert mark == {"tiny": "~", "bpe": "<extra_0>"}[name]
-    assert pieces(tokenizer, layout) == [f"1+2=3\n{mark}", f"3*2=6 \n{mark}", f"#### 6{mark}"]
+    assert pieces(tokenizer, layout) == [f"1+2=3\n{mark}", f"3*2=6 \n{mark}", f"#### 6\n{mark}"]
     assert [layout.ids[i] for i in layout.read_at] == [encoder.marker_id] * 3
     assert list(layout.read_at) == [end - 1 for _, end in layout.spans]
 
@@ -87,8 +87,8 @@ def test_the_rest_is_one_tokenisation_of_the_whole_text(name: str, request: pyte
     """Without its markers the solution is exactly what the policy reads: nothing is tokenised again around them."""
     tokenizer = request.getfixturevalue(name)
     steps = ["so 7.\n", "so 7.", "a", "so b"]
-    whole = tokenize_text(tokenizer, "so 7.\nso 7.\na\nso b").token_ids
-    for place in ("step_end", "before_separator"):
+    for place, text in (("step_end", "so 7.\nso 7.\na\nso b\n"), ("before_separator", "so 7.\nso 7.\na\nso b")):
+        whole = tokenize_text(tokenizer, text).token_ids
         encoder = make(tokenizer, StepFormat(marker_place=place))  # type: ignore[arg-type]
         layout = encoder.layout(steps)
         assert tuple(i for i in layout.ids if i != encoder.marker_id) == whole
@@ -112,8 +112,8 @@ def test_a_token_over_text_and_separator_keeps_the_marker_behind_it(bpe: Any) ->
 
 def test_without_a_marker_the_last_token_is_read(tiny: Any) -> None:
     layout = make(tiny, StepFormat(marker=None)).layout(STEPS)
-    assert pieces(tiny, layout) == ["1+2=3\n", "3*2=6 \n", "#### 6"]
-    assert [tiny.decode([layout.ids[i]]) for i in layout.read_at] == ["\n", "\n", "6"]
+    assert pieces(tiny, layout) == ["1+2=3\n", "3*2=6 \n", "#### 6\n"]
+    assert [tiny.decode([layout.ids[i]]) for i in layout.read_at] == ["\n"] * 3
 
 
 def test_per_step_tokenisation_keeps_steps_apart(bpe: Any) -> None:
@@ -128,7 +128,8 @@ def test_per_step_tokenisation_keeps_steps_apart(bpe: Any) -> None:
 
 def test_separators_are_added_where_white_space_is_missing(tiny: Any) -> None:
     layout = make(tiny, StepFormat(separator="\n\n")).layout(["1", "2\n", "3 ", "4"])
-    assert pieces(tiny, layout) == ["1\n\n~", "2\n~", "3 ~", "4~"]
+    assert pieces(tiny, layout) == ["1\n\n~", "2\n~", "3 ~", "4\n\n~"]
+    assert pieces(tiny, make(tiny, StepFormat(separator="\n\n")).layout(["1", "2 "])) == ["1\n\n~", "2 ~"]
 
 
 def test_an_empty_separator_joins_cuts_of_one_text(tiny: Any) -> None:
@@ -142,7 +143,7 @@ def test_an_empty_separator_joins_cuts_of_one_text(tiny: Any) -> None:
 
 def test_example_positions_and_targets(tiny: Any) -> None:
     example = trained(tiny)
-    assert pieces(tiny, example) == ["1+2=3\n~", "3*2=6 \n~", "#### 6~"]
+    assert pieces(tiny, example) == ["1+2=3\n~", "3*2=6 \n~", "#### 6\n~"]
     assert [tiny.decode([example.completion_ids[i]]) for i in example.read_at] == ["~"] * 3
     assert example.targets == ((0.0, 1.0), (1.0, 0.0), (0.0, 1.0))
     assert tiny.decode(list(example.prompt_ids)) == "Q:"
@@ -189,7 +190,7 @@ def test_a_solution_text_is_segmented(tiny: Any) -> None:
     for column in ("completion", "solution"):
         example = encoder.example({"id": "r", "prompt": "Q:", column: "1+2=3\n\n#### 3", "correct": True})
         assert example is not None
-        assert pieces(tiny, example) == ["1+2=3\n\n~", "#### 3~"]
+        assert pieces(tiny, example) == ["1+2=3\n\n~", "#### 3\n~"]
 
 
 # ---- sampled ids ----------------------------------------------------------------------------------------------------
@@ -212,21 +213,24 @@ def test_sampled_ids_are_kept_without_their_end_token(bpe: Any) -> None:
     assert merged != rollout["token_ids"][:-1], "the test needs ids that text does not give"
     example = trained(bpe, rollout)
     marker = marker_token_id(bpe, "<extra_0>")
-    assert [i for i in example.completion_ids if i != marker] == rollout["token_ids"][:-1]
-    assert pieces(bpe, example) == ["a\n<extra_0>", "b 7<extra_0>", ".\n<extra_0>"]
+    newline = bpe("\n", add_special_tokens=False)["input_ids"]
+    own, middle = rollout["token_ids"][:-1], rollout["step_ends"][1]
+    expected = own[:middle] + newline + own[middle:]
+    assert [i for i in example.completion_ids if i != marker] == expected, "one separator, where none was sampled"
+    assert pieces(bpe, example) == ["a\n<extra_0>", "b 7\n<extra_0>", ".\n<extra_0>"]
     assert example.targets == ((0.0, 1.0), (1.0, 0.0), (0.0, 1.0))
 
 
 def test_sampled_ids_do_not_need_the_text(tiny: Any) -> None:
     rollout = sampled(tiny, ["1\n", "2"], step_labels=[True, True])
     del rollout["completion"]
-    assert pieces(tiny, trained(tiny, rollout)) == ["1\n~", "2~"]
+    assert pieces(tiny, trained(tiny, rollout)) == ["1\n~", "2\n~"]
 
 
 def test_ids_of_another_tokenizer_fall_back_to_the_steps_as_text(tiny: Any, bpe: Any) -> None:
     texts = ["so 7.\n", "a\n", "#### 7"]
     rollout = sampled(bpe, texts, step_labels=LABELS, steps=texts)
-    assert pieces(tiny, trained(tiny, rollout)) == ["so 7.\n~", "a\n~", "#### 7~"]
+    assert pieces(tiny, trained(tiny, rollout)) == ["so 7.\n~", "a\n~", "#### 7\n~"]
     del rollout["steps"]
     with pytest.raises(DataError, match="token ids are not of this model's tokenizer, and it has no 'steps'") as caught:
         trained(tiny, rollout)
@@ -272,8 +276,8 @@ def test_a_rollout_of_nothing_but_its_end(tiny: Any) -> None:
 
 
 def test_truncation_drops_whole_steps_and_counts_them(tiny: Any) -> None:
-    lengths = [7, 8, 4]  # tokens with markers ("####" is one); the prompt has two
-    for room, kept in ((19, 3), (18, 2), (15, 2), (14, 1), (7, 1)):
+    lengths = [7, 8, 5]  # tokens with markers and separators ("####" is one); the prompt has two
+    for room, kept in ((20, 3), (19, 2), (15, 2), (14, 1), (7, 1)):
         encoder = make(tiny, labels=LabelRule(after_error="keep"), max_length=2 + room)
         example = encoder.example(row())
         assert example is not None
@@ -297,7 +301,7 @@ def test_truncated_before_the_first_label_is_a_counted_skip(tiny: Any) -> None:
 
 
 def test_a_truncated_solution_has_no_outcome_to_learn(tiny: Any) -> None:
-    encoder = make(tiny, labels=LabelRule(scope="outcome"), max_length=2 + 18)
+    encoder = make(tiny, labels=LabelRule(scope="outcome"), max_length=2 + 19)
     assert encoder.example(row(outcome=True)) is None
     assert encoder.counts["rows_truncated_before_a_label"] == 1
 
@@ -351,7 +355,9 @@ def test_steps_that_share_a_token(bpe: Any) -> None:
     assert len(bpe("a\nb", add_special_tokens=False)["input_ids"]) == 1, "the test needs a straddling token"
     with pytest.raises(DataError, match=r"step 2 has no token of its own .*tokenize to 'per_step'"):
         make(bpe).layout(["a", "b"])
-    assert pieces(bpe, make(bpe).layout(["a", "so b"])) == ["a\n<extra_0>", "so b<extra_0>"]
+    with pytest.raises(DataError, match="step 2 has no token of its own"):  # nothing but the separator behind it
+        make(bpe).layout(["a", "b", "so 7"])
+    assert pieces(bpe, make(bpe).layout(["a", "so b"])) == ["a\n<extra_0>", "so b\n<extra_0>"]
 
 
 def test_a_solution_with_the_marker_is_left_out_and_counted(tiny: Any) -> None:

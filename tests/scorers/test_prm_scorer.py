@@ -33,8 +33,8 @@ def one_by_one(policy: Policy, problem: Solutions, steps: list[str]) -> list[flo
     marker, fmt = head.ids.marker, head.spec.format
     ids = tokenizer(problem.row["prompt"], add_special_tokens=False)["input_ids"]
     read_at = []
-    for number, step in enumerate(steps, start=1):
-        text = step if step[-1].isspace() or number == len(steps) else step + fmt.separator
+    for step in steps:
+        text = step if step[-1].isspace() else step + fmt.separator
         ids += tokenizer(text, add_special_tokens=False)["input_ids"] + ([] if marker is None else [marker])
         read_at.append(len(ids) - 1)
     with torch.no_grad():
@@ -108,8 +108,10 @@ def test_later_steps_and_other_solutions_change_nothing(make_policy: MakePolicy,
     whole = scorer.score(problems)[1][3]
     prompt = problems[1].row["prompt"]
     assert score_one(scorer, prompt, steps) == pytest.approx(whole, abs=1e-10)
+    for kept in range(1, 5):  # steps 1, 3 and 5 come without their separator
+        assert score_one(scorer, prompt, steps[:kept]) == pytest.approx(whole[:kept], abs=1e-10)
     ended = [step if step.endswith("\n") else step + "\n" for step in steps]
-    assert score_one(scorer, prompt, ended[:3]) == pytest.approx(whole[:3], abs=1e-10)
+    assert score_one(scorer, prompt, ended) == pytest.approx(whole, abs=1e-10)
     backwards = scorer.score([Solutions(p.row, list(reversed(p.solutions))) for p in reversed(problems)])
     assert flat([list(reversed(p)) for p in reversed(backwards)]) == pytest.approx(flat(scorer.score(problems)))
 
@@ -126,16 +128,16 @@ def test_outcome_scores_only_the_last_step(make_policy: MakePolicy, problems: li
 
 def test_steps_beyond_the_context_are_not_scored(make_policy: MakePolicy) -> None:
     policy = make_policy(StepHeadSpec())
-    steps = ["aaaa", "bbbb", "cccc"]  # 6, 6 and 5 tokens: separator and marker are two of them
+    steps = ["aaaa", "bbbb", "cccc"]  # 6 tokens each: separator and marker are two of them
     whole = score_one(PRMScorer(policy, template="task"), "1234", steps)
-    for room, scored in ((21, 3), (20, 2), (16, 2), (15, 1), (9, 0), (4, 0), (3, 0)):
+    for room, scored in ((22, 3), (21, 2), (16, 2), (15, 1), (10, 1), (9, 0), (4, 0), (3, 0)):
         for shared in (True, False):
             scorer = PRMScorer(policy, template="task", max_length=room, shared_prefix=shared)
             pair = scorer.score([Solutions({"id": "x", "prompt": "1234"}, [steps, steps])])[0]
             for values in pair:
                 assert [math.isnan(value) for value in values] == [i >= scored for i in range(3)], room
                 assert values[:scored] == pytest.approx(whole[:scored], abs=1e-10)
-    outcome = PRMScorer(make_policy(StepHeadSpec(meaning="outcome")), template="task", max_length=20)
+    outcome = PRMScorer(make_policy(StepHeadSpec(meaning="outcome")), template="task", max_length=21)
     assert all(math.isnan(value) for value in score_one(outcome, "1234", steps))
     long = ["x" * 300 + "\n"] * 5
     values = score_one(PRMScorer(policy, template="task"), "1234", long)
@@ -166,6 +168,24 @@ def test_rows_with_sampled_ids_are_read_as_they_are(make_policy: MakePolicy) -> 
     assert second[0] == pytest.approx(first[0], abs=1e-10)
     assert abs(second[1] - first[1]) > 1e-6
     assert scorer.tokens["prompt"] == 4, "one prompt, four rows"
+
+
+def test_rows_that_cannot_be_read_have_nan_for_every_step(make_policy: MakePolicy) -> None:
+    """They hold the marker, or only an end token; the rows beside them are scored as if they were not there."""
+    scorer = PRMScorer(make_policy(StepHeadSpec()), template="task")
+    tokenizer = scorer.tokenizer
+    ids = tokenizer("1~\n2", add_special_tokens=False)["input_ids"]
+    good = {"id": "g", "prompt": "1+", "completions": ["1", "2"]}
+    marked = [
+        {"completions": ["1~", "2", "3"]},
+        {"completion": "1~\n2\n3"},
+        {"token_ids": [*ids, tokenizer.eos_token_id], "step_ends": [3, 5], "completion": "1~\n2"},
+        {"token_ids": [tokenizer.eos_token_id], "step_ends": [1], "completion": ""},
+    ]
+    found = scorer.score_rows([good, *({"id": "m", "prompt": "1+"} | columns for columns in marked), good])
+    assert [len(values) for values in found] == [2, 3, 3, 2, 1, 2]
+    assert all(math.isnan(value) for values in found[1:-1] for value in values)
+    assert found[0] == found[-1] == pytest.approx(scorer.score_rows([good])[0], abs=1e-10)
 
 
 def test_temperature_scales_and_nothing_else(make_policy: MakePolicy, problems: list[Solutions]) -> None:

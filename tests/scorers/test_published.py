@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.errors import ConfigError, DataError, ModelError, UnreadableSolution
 from stepkd.scorers import PRMScorer, Solutions, load_published, load_scorer, score_one
 from stepkd.scorers.published import recognise
 
@@ -53,6 +54,15 @@ def assert_scores(scorer: PRMScorer, reference: Callable[[str, Sequence[str]], l
     for ends in ("", "\n", "\n\n"):
         found = scorer.score(written(ends))
         assert [value for problem in found for scores in problem for value in scores] == pytest.approx(values, abs=2e-5)
+
+
+def assert_not_scored(scorer: PRMScorer, marked: str) -> None:
+    """A solution with the marker in a step has no scores; the one beside it has its own."""
+    with pytest.raises(UnreadableSolution, match=r"the step marker .* is in the solution itself"):
+        scorer.encoder.layout([marked, "c"])
+    left, right = scorer.score([Solutions({"id": "x", "prompt": "x"}, [[marked, "c"], ["a", "c"]])])[0]
+    assert [math.isnan(value) for value in left] == [True, True]
+    assert right == pytest.approx(score_one(scorer, "x", ["a", "c"]), abs=2e-5)
 
 
 # --- Math-Shepherd -------------------------------------------------------------------------------------------------
@@ -107,8 +117,7 @@ def test_math_shepherd(tmp_path: Path, sharpened: Sharpen, style: str) -> None:
     assert scorer.meaning == "value", "Monte-Carlo labels"
     assert_scores(scorer, card)
     assert_scores(load_published(str(folder), shared_prefix=False, max_rows=2), card)
-    with pytest.raises(DataError, match="step marker '▁ки'"):
-        score_one(scorer, "x", ["a ки b"])
+    assert_not_scored(scorer, "a ки b")
 
 
 def test_math_shepherd_layout_on_a_byte_level_tokenizer(tmp_path: Path, sharpened: Sharpen) -> None:
@@ -230,8 +239,7 @@ def test_qwen_prm(tmp_path: Path, sharpened: Sharpen) -> None:
     assert_scores(scorer, card)
     assert_scores(load_published(str(tmp_path / "m"), max_rows=2, shared_prefix=False), card)
     assert scorer.policy.causal_lm.lm_head.weight is scorer.policy.causal_lm.get_input_embeddings().weight
-    with pytest.raises(DataError, match="step marker '<extra_0>'"):
-        score_one(scorer, "x", ["a <extra_0> b"])
+    assert_not_scored(scorer, "a <extra_0> b")
 
 
 def test_load_scorer_knows_published_models(tmp_path: Path, sharpened: Sharpen) -> None:

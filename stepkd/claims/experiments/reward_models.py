@@ -19,6 +19,17 @@ SMALL_N = 4
 """The smaller N of the curve, against which the gap is to grow."""
 
 
+_COUNTS = (
+    "teacher_steps",
+    "student_steps",
+    "label_problems",
+    "rollout_problems",
+    "reward_steps",
+    "rollout_reward_steps",
+    "problems",
+)
+
+
 @dataclass(frozen=True)
 class RewardModelSettings:
     """Task, budgets and noise of the experiment."""
@@ -37,17 +48,21 @@ class RewardModelSettings:
     """Share of slips that the next line silently recovers from, in [0, 1]."""
     demonstrations: int = 20_000
     """Different problems in the training set of teacher and student, >= 1."""
-    label_problems: int = 800
-    """Problems whose sampled solutions are labelled, >= 1."""
+    label_problems: int = 4000
+    """Problems whose sampled solutions the exact checker and the outcome label, >= 1."""
+    rollout_problems: int = 600
+    """How many of them get Monte-Carlo labels too, >= 1."""
     label_samples: int = 4
     """Solutions per problem, >= 1; equal ones are labelled once."""
     rollouts_per_step: int = 8
     """Monte-Carlo continuations per step (J), >= 1."""
     quantile: float = 0.02
     """Share of tokens that AdaptiveStep divides at."""
-    reward_steps: int = 250
-    """Optimiser steps of 64 solutions of each reward model, >= 1; the language-model loss on the solutions, weight 1,
-    is trained beside the labels in all of them."""
+    reward_steps: int = 600
+    """Optimiser steps of 64 solutions of the reward models on exact and outcome labels, >= 1. The language-model loss
+    on right steps, weight 1, is trained beside the labels in all reward models."""
+    rollout_reward_steps: int = 250
+    """The same of the reward models on Monte-Carlo labels, >= 1."""
     reward_lr: float = 1e-3
     """Peak learning rate of the reward models."""
     problems: int = 200
@@ -56,7 +71,7 @@ class RewardModelSettings:
     """Solutions per held-out problem (N), more than 4."""
 
     def __post_init__(self) -> None:
-        for name in ("teacher_steps", "student_steps", "label_problems", "reward_steps", "problems"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.samples <= SMALL_N:
@@ -83,7 +98,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     problems = list(dict.fromkeys(row["problem_id"] for row in held_out["newline"]))
     scores = {}
     for arm, labelling in _LABELS.items():
-        report(f"training the reward model {arm}, {unit.settings.reward_steps} steps")
+        report(f"training the reward model {arm}, {_reward_steps(unit, arm)} steps")
         model = _reward_model(unit, arm, student, labels[labelling])
         report(f"scoring with {arm}")
         found = score_tiny(model, held_out["adaptive" if arm == "prm_adaptive" else "newline"])
@@ -137,7 +152,16 @@ def _label(
     checker, _ = _job(
         unit, "checker", problems=problems, model=student, labeller="checker", samples=settings.label_samples
     )
-    again: dict[str, Any] = {"rollouts": str(checker), "labeller": "monte_carlo"}
+    few, _ = _job(
+        unit,
+        "few",
+        problems=problems,
+        model=student,
+        labeller="checker",
+        samples=settings.label_samples,
+        limit=settings.rollout_problems,
+    )
+    again: dict[str, Any] = {"rollouts": str(few), "labeller": "monte_carlo"}
     again["rollouts_per_step"] = settings.rollouts_per_step
     report(f"Monte-Carlo labels, {settings.rollouts_per_step} continuations per step")
     monte_carlo, cost = _job(unit, "monte_carlo", model=student, **again)
@@ -149,7 +173,7 @@ def _label(
     )
     rows = {
         name: [row for row, _ in read_rows(path)]
-        for name, path in (("truth", checker), ("mc", monte_carlo), ("second", second))
+        for name, path in (("truth", few), ("mc", monte_carlo), ("second", second))
     }
     agreed = consensus_filter(rows["mc"], rows["second"])
     facts = {}
@@ -208,6 +232,10 @@ def _held_out(unit: Unit, student: Path, threshold: Path, report: Report) -> dic
     return {name: [row for row, _ in read_rows(path)] for name, path in (("newline", lines), ("adaptive", cuts))}
 
 
+def _reward_steps(unit: Unit, arm: str) -> int:
+    return int(unit.settings.reward_steps if _LABELS[arm] == "checker" else unit.settings.rollout_reward_steps)
+
+
 def _reward_model(unit: Unit, arm: str, student: Path, labels: Path) -> Path:
     """Train a reward model from the student's weights and export it; a finished one is used again."""
     from stepkd.claims.tiny_reward import train_tiny_prm
@@ -217,7 +245,7 @@ def _reward_model(unit: Unit, arm: str, student: Path, labels: Path) -> Path:
         unit.folder / arm,
         start=student,
         labels=labels,
-        steps=settings.reward_steps,
+        steps=_reward_steps(unit, arm),
         lr=settings.reward_lr,
         seed=unit.seed,
         meaning=_MEANINGS[arm],
