@@ -55,7 +55,7 @@ class ProcessSpec:
     """Set on which a second threshold is tuned for F1: a subset, or data settings; None: the first subset for
     ``processbench``, no tuning for ``step_labels``."""
     limit: int | None = None
-    """Solutions per set; None for all."""
+    """Solutions per set, drawn at random (always the same ones); None for all."""
     batch_size: int = 8
     """Solutions given to the scorer at once; part of the manifest, because batch shapes decide rounding."""
     seed: int = 0
@@ -91,7 +91,8 @@ class ProcessSpec:
             else:
                 sets[tune_on] = parse_spec(tune_on)
         if self.limit is not None:
-            sets = {name: replace(spec, limit=self.limit) for name, spec in sets.items()}
+            # Drawn, not the first ones: ProcessBench's files begin with the solutions that have an error.
+            sets = {name: replace(spec, limit=self.limit, shuffle_seed=0) for name, spec in sets.items()}
         return sets, tune_on
 
 

@@ -213,6 +213,21 @@ def test_read_positions_follow_the_padding(side: Any, pad_to: int | None, tokeni
     assert batch.targets_LC.dtype == torch.float64
 
 
+def test_right_tokens_are_those_of_steps_whose_own_or_next_label_is_right(tmp_path: Path) -> None:
+    labels = [[True, None, False], [None, True, None], [0.75, 0.25]]
+    data = attach(made(write(tmp_path / "a.jsonl", labels), labels=LabelRule(after_error="keep")))
+    data.setup("fit")
+    expected = [[True, False, False], [True, True], [True, False]]  # what is behind the last label is cut off
+    for side in ("right", "left"):
+        batch = collate_steps(data.examples["train"], 0, padding_side=side)  # type: ignore[arg-type]
+        assert batch.right_N.tolist() == [right for row in expected for right in row for _ in ("digit", "newline", "~")]
+        assert len(batch.right_N) == len(batch.targets_N)
+    spec = write(tmp_path / "b.jsonl", [[1, 0, -1]])
+    three = attach(made(spec, labels=LabelRule(after_error="keep")), kind="classifier", classes=3)
+    three.setup("fit")
+    assert collate_steps(three.examples["train"], 0).right_N.tolist() == [True] * 3 + [False] * 6
+
+
 def test_soft_targets_are_exact_and_unlabelled_steps_are_not_read(tmp_path: Path) -> None:
     data = attach(made(write(tmp_path / "a.jsonl", [[0.1, None, 0.7], [0.3]])))
     data.setup("fit")

@@ -148,24 +148,30 @@ def test_neutral_class(prm_step: Any, distance: Any, encoded: Any, brute_force_s
     assert distance(module.gradients, brute_force_steps(head, examples)[1]) < TOLERANCE
 
 
-def test_the_language_part_is_plain_cross_entropy_without_the_markers(
+def test_the_language_part_is_plain_cross_entropy_on_right_steps_without_the_markers(
     prm_step: Any, distance: Any, encoded: Any, fresh: Any
 ) -> None:
     examples = encoded(TOKENS)
     module = prm_step(examples, lm_weight=0.5, micro_batch_tokens=300)
     policy, ids_of = fresh(TOKENS), resolve_ids(TOKENS, tiny_tokenizer())
     steps = language = torch.zeros((), dtype=torch.float64)
-    num_steps = num_tokens = 0
+    num_steps = num_tokens = num_wrong = 0
     for example in examples:
+        assert None not in example.targets
         ids = torch.tensor([*example.prompt_ids, *example.completion_ids])
         wanted = torch.where(ids == ids_of.marker, -100, ids)
         wanted[: len(example.prompt_ids)] = -100
+        for (start, end), target in zip(example.spans, example.targets, strict=True):
+            if target == (1.0, 0.0):
+                wanted[len(example.prompt_ids) + start : len(example.prompt_ids) + end] = -100
+                num_wrong += 1
         logits = policy.model(input_ids=ids[None]).logits[0]
         language = language + F.cross_entropy(logits[:-1], wanted[1:], reduction="sum")
         right = torch.tensor([int(target[1]) for target in example.targets if target])
         at_markers = logits[ids == ids_of.marker][:, list(ids_of.labels)]
         steps = steps + F.cross_entropy(at_markers, right, reduction="sum")
         num_steps, num_tokens = num_steps + len(right), num_tokens + int((wanted != -100).sum())
+    assert 0 < num_wrong < num_steps
     (steps / num_steps + 0.5 * language / num_tokens).backward()
     gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     assert distance(module.gradients, gradients) < TOLERANCE

@@ -1,0 +1,184 @@
+"""Judging a step scorer end to end: rows, scores, resumption, summary, comparison, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
+from stepkd.evaluation.process_summary import compare_process, first_error, step_label
+from stepkd.evaluation.store import read_rows
+from stepkd.scorers.scorer import Meaning, Solutions
+
+ROWS = [
+    {"id": "a", "prompt": "p1", "completions": ["1", "2", "3"], "labels": [True, False, None]},
+    {"id": "b", "prompt": "p2", "completions": ["1", "2"], "labels": [True, True]},
+    {"id": "c", "prompt": "p3", "completions": ["x", "2"], "labels": [False, None]},
+    {"id": "d", "prompt": "p4", "completions": ["1", "2", "3", "4"], "labels": [True, True, True, True]},
+]
+"""Solutions whose first error is 1, -1, 0, -1."""
+
+
+class Scripted:
+    """Scores a step by its text; counts what it was asked."""
+
+    meaning: Meaning = "correctness"
+
+    def __init__(self, scores: Mapping[str, float], stop_after: int | None = None) -> None:
+        self.scores = scores
+        self.asked: list[str] = []
+        self.stop_after = stop_after
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        if self.stop_after is not None and len(self.asked) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.asked += [str(problem.row["id"]) for problem in problems]
+        return [[[self.scores[step] for step in steps] for steps in problem.solutions] for problem in problems]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"scorer": "scripted", "scores": repr(dict(self.scores))}
+
+
+GOOD = {"1": 0.9, "2": 0.3, "3": 0.8, "4": 0.7, "x": 0.1}
+"""Right on a and c; calls step 2 wrong on b and d at 0.5, and not at 0.25."""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return f"rows:path={path}"
+
+
+def spec(data: str, out: Path, **settings: Any) -> ProcessSpec:
+    return ProcessSpec(model="m", benchmark="step_labels", data=data, out=str(out), **{"batch_size": 2, **settings})
+
+
+def test_summary_by_hand(data: str, tmp_path: Path) -> None:
+    summary = evaluate_process(spec(data, tmp_path / "out"), Scripted(GOOD))
+    (section,) = summary["sets"].values()
+    fixed = section["fixed"]
+    assert fixed["acc_error"]["value"] == 1.0  # a: first below 0.5 is step 1; c: step 0
+    assert fixed["acc_correct"]["value"] == 0.0  # b and d have a step of 0.3
+    assert fixed["f1"]["value"] == 0.0
+    assert (fixed["n_error"], fixed["n_correct"]) == (2, 2)
+    assert section["baselines"]["always positive"]["f1"]["value"] == 0.0
+    assert section["baselines"]["always positive"]["acc_correct"]["value"] == 1.0
+    assert section["steps"]["steps"] == 2 + 2 + 1 + 4  # up to and including the first error
+    assert section["unscored_solutions"] == 0
+    assert "tuned" not in section
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["sets"] == summary["sets"]
+
+
+def test_threshold_tuned_on_a_named_set(data: str, tmp_path: Path) -> None:
+    scores = {**GOOD, "2": 0.3, "x": 0.1}
+    summary = evaluate_process(spec(data, tmp_path / "out", tune_on=data), Scripted(scores))
+    (section,) = summary["sets"].values()
+    # Between 0.1 and 0.3 step 2 passes everywhere: a is missed, c is found, b and d are right. F1 of 1/2 and 1.
+    assert 0.1 < summary["tuned_threshold"] <= 0.3
+    assert section["tuned"]["f1"]["value"] == pytest.approx(2 / 3)
+    assert section["tuned"]["optimistic"] is True
+    assert summary["tuned_on"] == data
+
+
+def test_killed_and_resumed(data: str, tmp_path: Path) -> None:
+    whole = evaluate_process(spec(data, tmp_path / "whole"), Scripted(GOOD))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_process(spec(data, tmp_path / "cut"), Scripted(GOOD, stop_after=2))
+    again = Scripted(GOOD)
+    resumed = evaluate_process(spec(data, tmp_path / "cut"), again)
+    assert again.asked == ["c", "d"]
+    assert resumed["sets"] == whole["sets"]
+    with pytest.raises(ConfigError, match="scorer"):
+        evaluate_process(spec(data, tmp_path / "cut"), Scripted({**GOOD, "1": 0.8}))
+
+
+def test_unscored_solutions_are_left_out_and_counted(data: str, tmp_path: Path) -> None:
+    summary = evaluate_process(spec(data, tmp_path / "out"), Scripted({**GOOD, "4": float("nan")}))
+    (section,) = summary["sets"].values()
+    assert section["unscored_solutions"] == 1
+    assert section["solutions"] == 3
+    assert read_rows(tmp_path / "out" / "results.jsonl")[3]["scores"] == [0.9, 0.3, 0.8, None]
+    with pytest.raises(DataError, match=r"no solution of .* has a score for each of its steps"):
+        evaluate_process(spec(data, tmp_path / "none"), Scripted(dict.fromkeys(GOOD, float("nan"))))
+
+
+def test_comparison_is_paired(data: str, tmp_path: Path) -> None:
+    better = {**GOOD, "2": 0.6}  # misses a, right on b, c and d
+    a = evaluate_process(spec(data, tmp_path / "a"), Scripted(GOOD))
+    b = evaluate_process(spec(data, tmp_path / "b"), Scripted(better))
+    differences = compare_process(tmp_path / "a", tmp_path / "b", (a, b))
+    assert list(differences) == [f"{data}, fixed"]
+    assert differences[f"{data}, fixed"].value == pytest.approx(2 / 3)
+
+
+def test_rollouts_with_step_labels_are_read(tmp_path: Path) -> None:
+    data = 'task:task="modular:terms=3",n=6,noise.rate=0.5,split=test'
+    from stepkd.scorers import CheckerScorer
+
+    summary = evaluate_process(spec(data, tmp_path / "out"), CheckerScorer())
+    (section,) = summary["sets"].values()
+    assert section["fixed"]["f1"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"benchmark": "processbenhc"}, "Did you mean 'processbench'"),
+        ({"threshold": 1.0}, "must lie between 0 and 1"),
+        ({"benchmark": "step_labels"}, "step_labels needs --data"),
+        ({"subsets": ("gsm",)}, "unknown subset 'gsm'"),
+        ({"limit": 0}, "at least one solution"),
+        ({"batch_size": 0}, "at least one solution at once"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ProcessSpec(**{"model": "m", **settings})
+
+
+def test_bad_rows_and_scorers(data: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="needs a step-labelled row"):
+        evaluate_process(spec('task:task="modular:terms=3",n=2', tmp_path / "x", limit=1), _NoLabels(GOOD))
+    outcome = Scripted(GOOD)
+    outcome.meaning = "outcome"
+    with pytest.raises(ConfigError, match="finds no first error"):
+        evaluate_process(spec(data, tmp_path / "y"), outcome)
+
+
+class _NoLabels(Scripted):
+    """Never asked: the rows are refused first."""
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        raise DataError("needs a step-labelled row")
+
+
+def test_labels_of_every_kind() -> None:
+    assert [step_label(label) for label in (True, False, None, 1, 0, -1, 0.5, 0.4, 1.0)] == [
+        True, False, None, True, True, False, True, False, True,
+    ]  # fmt: skip
+    assert first_error([True, None, False, False]) == 2
+    assert first_error([1, 0, -1]) == 2
+    assert first_error([0.9, 0.2]) == 1
+    assert first_error([True, None]) == -1
+
+
+def test_processbench_subsets(data_dir: Path, tmp_path: Path) -> None:
+    settings = ProcessSpec(model="m", data=str(data_dir / "processbench"), out=str(tmp_path / "out"), limit=40)
+
+    class Length(Scripted):
+        def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+            return [[[1 / (1 + i) for i, _ in enumerate(steps)] for steps in p.solutions] for p in problems]
+
+    summary = evaluate_process(settings, Length(GOOD))
+    assert list(summary["sets"]) == ["gsm8k", "math"]
+    assert summary["tuned_on"] == "gsm8k"
+    assert summary["sets"]["gsm8k"]["tuned"]["optimistic"] is True
+    assert summary["sets"]["math"]["tuned"]["optimistic"] is False
+    assert summary["sets"]["math"]["tuned"]["threshold"] == summary["tuned_threshold"]
+    assert all(section["solutions"] == 40 for section in summary["sets"].values())
