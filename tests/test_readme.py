@@ -10,7 +10,7 @@ import pytest
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "recipes" / "claims" / "README.md"]
 
 
 def test_ci_runs_the_test_command_to_the_letter() -> None:

@@ -80,7 +80,7 @@ def _blocks(problems: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]
 def _results(scorer: StepScorer, rows: Sequence[Mapping[str, Any]], first: bool) -> list[RowScores]:
     """Scores of the rows of one batch; a row that cannot be read goes without."""
     try:
-        return [RowScores(scores, None) for scores in score_rows(scorer, rows)]
+        return [_row_scores(scorer, row, scores) for row, scores in zip(rows, score_rows(scorer, rows), strict=True)]
     except DataError:
         if len(rows) == 1 and first:
             raise
@@ -88,7 +88,7 @@ def _results(scorer: StepScorer, rows: Sequence[Mapping[str, Any]], first: bool)
     failure: DataError | None = None
     for row in rows:
         try:
-            results.append(RowScores(score_rows(scorer, [row])[0], None))
+            results.append(_row_scores(scorer, row, score_rows(scorer, [row])[0]))
         except DataError as error:
             failure = failure or error
             steps = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
@@ -96,6 +96,12 @@ def _results(scorer: StepScorer, rows: Sequence[Mapping[str, Any]], first: bool)
     if first and failure is not None and all(result.error is not None for result in results):
         raise failure
     return results
+
+
+def _row_scores(scorer: StepScorer, row: Mapping[str, Any], scores: list[float]) -> RowScores:
+    """A row's scores, with the reason where the scorer could not read the solution at all."""
+    reason = getattr(scorer, "unreadable", None)
+    return RowScores(scores, None if reason is None or not all(map(math.isnan, scores)) else reason(row))
 
 
 def _stored(name: str, index: int, results: Sequence[RowScores]) -> dict[str, Any]:

@@ -150,6 +150,14 @@ class PRMScorer:
             [self._item(str(row.get("id", "?")), self.encoder.prompt_ids(row), self._row_layout(row)) for row in rows]
         )
 
+    def unreadable(self, row: Mapping[str, Any]) -> str | None:
+        """Why the solution of a row cannot be laid out, for the report; None when it can."""
+        try:
+            self.encoder.row_layout(row)
+        except UnreadableSolution as error:
+            return str(error)
+        return None
+
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
         return {"scorer": "prm", "head": asdict(self.policy.require_step_head().spec)} | policy_provenance(self)
