@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stepkd.errors import ConfigError, StepkdError, nearest
@@ -55,17 +57,17 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.launch.quiet import quiet_libraries
 
     quiet_libraries()
-    logging.getLogger("stepkd").setLevel(logging.WARNING)  # the lines of every small training and evaluation
     console = Console()
     begun: set[str] = set()
     for claim in claims:
         out = Path(arguments.out) / claim.run
-        manifest = run_claim(
-            claim,
-            out,
-            report=lambda line: console.print(line, style="dim", markup=False, highlight=False),
-            overwrite=arguments.overwrite and claim.run not in begun,  # claims may share a run
-        )
+        with _quiet_trainings():
+            manifest = run_claim(
+                claim,
+                out,
+                report=lambda line: console.print(line, style="dim", markup=False, highlight=False),
+                overwrite=arguments.overwrite and claim.run not in begun,  # claims may share a run
+            )
         begun.add(claim.run)
         summary = summarise_claim(claim, out, manifest["packages"])
         print_results(console, claim.name, summary, quick=claim.quick)
@@ -74,6 +76,18 @@ def run(arguments: argparse.Namespace) -> int:
             path = save_results(claim, summary)
             console.print(f"results to commit: {path}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+@contextmanager
+def _quiet_trainings() -> Iterator[None]:
+    """Without the log lines of every small training and evaluation."""
+    logger = logging.getLogger("stepkd")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def all_claims() -> dict[str, Path]:

@@ -11,6 +11,7 @@ import pytest
 from stepkd.cli import main
 from stepkd.data.exemplars import EXEMPLARS
 from stepkd.evaluation.benchmarks import BENCHMARKS
+from stepkd.evaluation.process_runner import PROCESS_BENCHMARKS
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.store import read_rows
 
@@ -103,7 +104,7 @@ def test_compare_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(BENCHMARKS)
+    assert [line.split()[0] for line in lines] == [*BENCHMARKS, *PROCESS_BENCHMARKS]
     assert all(len(line.split()) > 3 for line in lines)
 
 

@@ -24,7 +24,8 @@ def test_columns_and_labels(name: str) -> None:
     rows = make_rows(name, 30, seed=3, noise=Noise(0.3))
     assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == 30
     for row in rows:
-        assert list(row) == ["id", "prompt", "answer", "solution", "steps", "step_labels", "task", "meta"]
+        assert list(row) == ["id", "prompt", "answer", "solution", "steps", "step_labels", "outcome", "task", "meta"]
+        assert row["outcome"] == (row["steps"][-1] == f"#### {row['answer']}")
         assert row["solution"] == "".join(row["steps"])
         assert row["solution"].splitlines(keepends=True) == row["steps"]
         assert get_task(row["task"]) == get_task(name)
