@@ -107,6 +107,10 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
         steps.add_row(title, *(show(summary["sets"][name][group][key]) for name in names))
     chance = [f"{100 * summary['sets'][name]['argmin']['expected_last']:.1f}" for name in names]
     steps.add_row("  expected by chance", *chance)
+    swaps = [summary["sets"][name]["order_swap"] for name in names]
+    if any(swaps):
+        shown_swaps = ("-" if swap is None else _percent(swap["dependent_drop_rate"]) for swap in swaps)
+        steps.add_row("score falls when dependent\nsteps are swapped (%)", *shown_swaps)
     console.print(steps)
 
 

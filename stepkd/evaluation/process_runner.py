@@ -20,6 +20,7 @@ from stepkd.errors import ConfigError, DataError, nearest
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, RESULTS_NAME, package_versions
+from stepkd.evaluation.order_swap import task_swaps
 from stepkd.evaluation.process_summary import first_error, step_label, summarise_process
 from stepkd.evaluation.store import ResultStore
 from stepkd.scorers.scorer import Solutions, StepScorer
@@ -139,14 +140,16 @@ def evaluate_process(
             store.append_batch(
                 number,
                 [
-                    _result(name, row, start + i, found[0], seconds)
+                    _result(name, row, start + i, found[0], seconds) | _swapped(row, loaded)
                     for i, ((name, row), found) in enumerate(zip(batch, scores, strict=True))
                 ],
             )
             if report is not None:
                 report(len(store), len(rows), seconds)
         results = store.rows()
-    summary = summarise_process(results, threshold=spec.threshold, tune_on=tune_on, seed=spec.seed)
+    summary = summarise_process(
+        results, threshold=spec.threshold, tune_on=tune_on, meaning=loaded.meaning, seed=spec.seed
+    )
     summary |= {"benchmark": spec.benchmark, "model": spec.model, "scorer": loaded.provenance()}
     write_atomically(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
     return summary | {"manifest": manifest}
@@ -172,11 +175,28 @@ def _result(name: str, row: Mapping[str, Any], index: int, scores: Sequence[floa
         "index": index,
         "set": name,
         "prompt": row["prompt"],
-        "scores": [None if math.isnan(score) else round(float(score), 6) for score in scores],
+        "scores": _plain(scores),
         "labels": [step_label(label) for label in row["labels"]],
         "first_error": first_error(row["labels"]),
         "seconds": round(seconds, 4),
     }
+
+
+def _swapped(row: Mapping[str, Any], scorer: StepScorer) -> dict[str, Any]:
+    """Scores for the order-swap test, where the exact checker knows which steps need each other (the tiny world)."""
+    if "task" not in row or "meta" not in row or not (swaps := task_swaps(row)):
+        return {}
+    scores = scorer.score([swap.solutions() for swap in swaps])
+    return {
+        "swaps": [
+            {"position": swap.position, "dependent": swap.dependent, "scores": [_plain(part) for part in parts]}
+            for swap, parts in zip(swaps, scores, strict=True)
+        ]
+    }
+
+
+def _plain(scores: Sequence[float]) -> list[float | None]:
+    return [None if math.isnan(score) else round(float(score), 6) for score in scores]
 
 
 def _manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +15,12 @@ from stepkd.evaluation.argmin_positions import argmin_positions
 from stepkd.evaluation.calibration_metrics import calibration_report
 from stepkd.evaluation.intervals import Interval
 from stepkd.evaluation.manifest import RESULTS_NAME
+from stepkd.evaluation.order_swap import Swap, order_swap_test
 from stepkd.evaluation.process_metrics import f1_difference, predicted_first_error, processbench_f1
 from stepkd.evaluation.process_threshold import always_positive_baseline, random_baseline, tune_threshold
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.evaluation.store import read_rows
+from stepkd.scorers.scorer import Meaning
 
 Row = Mapping[str, Any]
 _RANDOM_GRID = tuple(np.round(np.arange(0.02, 1.0, 0.02), 2))
@@ -36,7 +39,12 @@ def first_error(labels: Sequence[bool | int | float | None]) -> int:
 
 
 def summarise_process(
-    results: Sequence[Row], *, threshold: float = 0.5, tune_on: str | None = None, seed: int = 0
+    results: Sequence[Row],
+    *,
+    threshold: float = 0.5,
+    tune_on: str | None = None,
+    meaning: Meaning = "correctness",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """All numbers of one evaluation of a step scorer.
 
@@ -45,6 +53,7 @@ def summarise_process(
         threshold: the fixed threshold.
         tune_on: name of the set whose F1 decides the tuned threshold; None for none. On that set itself the tuned F1
             is optimistic, and marked so.
+        meaning: what the scores estimate; decides how they are reduced in the order-swap test.
         seed: seed of the intervals.
 
     Returns:
@@ -75,6 +84,7 @@ def summarise_process(
         if not rows:
             raise DataError(f"no solution of {name!r} has a score for each of its steps: the context is too short")
         section = _section(rows, threshold, seed)
+        section["order_swap"] = _order_swap(rows, meaning, seed)
         section["unscored_solutions"] = len(sets[name]) - len(rows)
         if tuned is not None:
             section["tuned"] = _f1(rows, tuned.threshold, seed) | {"optimistic": name == tune_on}
@@ -102,6 +112,16 @@ def _section(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]
     calibration = calibration_report(steps.scores, steps.labels, problems=steps.problems, seed=seed)
     section["calibration"] = calibration.to_dict()
     return section
+
+
+def _order_swap(rows: Sequence[Row], meaning: Meaning, seed: int) -> dict[str, Any] | None:
+    """The order-swap test over the rows that have swaps; None without one."""
+    swaps, scores = [], []
+    for row in rows:
+        for found in row.get("swaps", ()):
+            swaps.append(Swap({"id": row["prompt"]}, (), (), found["position"], found["dependent"]))
+            scores.append([[math.nan if value is None else value for value in part] for part in found["scores"]])
+    return order_swap_test(swaps, scores, meaning=meaning, seed=seed).to_dict() if swaps else None
 
 
 def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:

@@ -22,7 +22,16 @@ def evaluate(out: Path, *extra: str) -> int:
 def test_tables_figures_and_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(tmp_path / "a", "--tune-on", DATA) == 0
     shown = capsys.readouterr().out
-    for text in ("first wrong step", "always", "positive", "tuned", "AUROC", "Brier skill", "expected by chance"):
+    for text in (
+        "first wrong step",
+        "always",
+        "positive",
+        "tuned",
+        "AUROC",
+        "Brier skill",
+        "expected by chance",
+        "are swapped",
+    ):
         assert text in " ".join(shown.split()), text
     figures = sorted(path.name for path in (tmp_path / "a").glob("*.svg"))
     assert [name.split("-")[0] for name in figures] == ["argmin", "reliability"]

@@ -124,6 +124,16 @@ def test_rollouts_with_step_labels_are_read(tmp_path: Path) -> None:
     summary = evaluate_process(spec(data, tmp_path / "out"), CheckerScorer())
     (section,) = summary["sets"].values()
     assert section["fixed"]["f1"]["value"] == 1.0
+    # The checker's score of a solution falls from 1 to 0 when a line comes before the one it needs.
+    swap = section["order_swap"]
+    assert swap["dependent_drop_rate"]["value"] == 1.0
+    assert swap["dependent_mean_drop"]["value"] == 1.0
+    assert (swap["dependent"], swap["independent"]) == (6, 0)
+
+
+def test_no_order_swaps_without_a_checker(data: str, tmp_path: Path) -> None:
+    (section,) = evaluate_process(spec(data, tmp_path / "out"), Scripted(GOOD))["sets"].values()
+    assert section["order_swap"] is None
 
 
 @pytest.mark.parametrize(
