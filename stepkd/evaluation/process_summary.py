@@ -119,7 +119,8 @@ def _order_swap(rows: Sequence[Row], meaning: Meaning, seed: int) -> dict[str, A
     swaps, scores = [], []
     for row in rows:
         for found in row.get("swaps", ()):
-            swaps.append(Swap({"id": row["prompt"]}, (), (), found["position"], found["dependent"]))
+            steps = ("",) * len(found["scores"][0])  # the test counts them; their texts are not stored
+            swaps.append(Swap({"id": row["prompt"]}, steps, steps, found["position"], found["dependent"]))
             scores.append([[math.nan if value is None else value for value in part] for part in found["scores"]])
     return order_swap_test(swaps, scores, meaning=meaning, seed=seed).to_dict() if swaps else None
 
