@@ -86,3 +86,36 @@ def test_evaluation_gives_verdicts(benchmark: str, gguf: Path, data_dir: Path, t
     assert len(samples) == 4
     assert all(sample["verdict"] in ("correct", "wrong", "unparsed") and sample["tokens"] > 0 for sample in samples)
     assert all(sample["completion"].strip() for sample in samples)
+
+
+def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: Path, tmp_path: Path) -> None:
+    """PRM800K, three steps of LoRA with a classifier, ProcessBench beside the prompted judge; the export too."""
+    import json
+
+    source = f"{{source: prm800k, hub: null, split: null, path: {data_dir / 'prm800k' / 'phase1_train_head.jsonl'}"
+    options = "options: {per_record: 1, alternatives: negative}}"
+    run = tmp_path / "prm"
+    stepkd(
+        *("fit", "--config", "recipes/prm.yaml", "--config", "recipes/base/smollm2-135m-lora.yaml", "--out", run),
+        *("--model.init_args.policy.path", gguf, "--data.init_args.max_length", 256),
+        *("--data.init_args.train", f"{source}, limit: 40, {options}"),
+        *("--data.init_args.validation", f"{source}, offset: 40, limit: 8, {options}"),
+        *("--data.init_args.global_batch_size", 6, "--trainer.max_steps", 3, "--trainer.val_check_interval", 3),
+    )
+    stepkd("export", run, "--to", tmp_path / "model")
+    scores = {}
+    for name, model in (("run", run), ("export", tmp_path / "model"), ("judge", f"judge:{gguf}")):
+        template = () if name == "judge" else ("--template", "math")
+        stepkd(
+            *("evaluate", "--benchmark", "processbench", "--data", data_dir / "processbench", "--subsets", "gsm8k"),
+            *("--limit", 6, "--model", model, "--out", tmp_path / name, *template),
+        )
+        rows = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        scores[name] = [score for row in rows for score in row["scores"]]
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert summary["sets"]["gsm8k"]["solutions"] == 6
+        assert 0 <= summary["sets"]["gsm8k"]["steps"]["auroc"]["value"] <= 1
+    assert all(0 <= score <= 1 for found in scores.values() for score in found)
+    # The merged weights round to bfloat16, the adapter does not.
+    assert scores["export"] == pytest.approx(scores["run"], abs=0.05)
+    assert scores["judge"] != pytest.approx(scores["run"], abs=0.05)
