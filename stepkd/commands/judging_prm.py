@@ -40,6 +40,7 @@ def run_process(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         tune_on=arguments.tune_on,
         limit=arguments.limit,
+        batch_size=arguments.batch_size,
         seed=arguments.seed,
     )
     options = ScorerOptions(
@@ -69,7 +70,8 @@ def write_figures(summary: dict[str, Any], out: Path) -> list[Path]:
     for name, section in summary["sets"].items():
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
         paths.append(reliability_diagram(section["calibration"], out / f"reliability-{safe}.svg"))
-        paths.append(argmin_histogram(section["argmin"], out / f"argmin-{safe}.svg"))
+        if section["argmin"] is not None:
+            paths.append(argmin_histogram(section["argmin"], out / f"argmin-{safe}.svg"))
     return paths
 
 
@@ -85,6 +87,8 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
         label = f"{name}\n{section['solutions']} solutions"
         if section["unscored_solutions"]:
             label += f"\n({section['unscored_solutions']} more left out:\ntoo long for the context)"
+        if section["unknown_first_error"]:
+            label += f"\n({section['unknown_first_error']} not in F1: labels\nmissing before an error)"
         rules = [(f"below {section['fixed']['threshold']:.2f}", section["fixed"])]
         if "tuned" in section:
             where = "here: optimistic" if section["tuned"]["optimistic"] else f"on {summary['tuned_on']}"
@@ -93,6 +97,8 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
             shown = (_percent(found[key], "\n") for key in ("f1", "acc_error", "acc_correct"))
             table.add_row(label if i == 0 else "", rule, *shown)
         for rule, found in section["baselines"].items():
+            if found is None:
+                continue
             f1 = found["f1"]
             shown_f1 = _percent(f1, None) if isinstance(f1, dict) else f"{100 * f1:.1f}"
             table.add_row("", f"{rule} (baseline)", shown_f1, *_shares(found), style="dim", end_section=False)
@@ -104,14 +110,18 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
     for name in names:
         steps.add_column(name, justify="right", overflow="fold")
     for title, group, key, show in _STEP_ROWS:
-        steps.add_row(title, *(show(summary["sets"][name][group][key]) for name in names))
-    chance = [f"{100 * summary['sets'][name]['argmin']['expected_last']:.1f}" for name in names]
+        groups = (summary["sets"][name][group] for name in names)
+        steps.add_row(title, *("-" if found is None else show(found[key]) for found in groups))
+    argmin = [summary["sets"][name]["argmin"] for name in names]
+    chance = ["-" if found is None else f"{100 * found['expected_last']:.1f}" for found in argmin]
     steps.add_row("  expected by chance", *chance)
     swaps = [summary["sets"][name]["order_swap"] for name in names]
     if any(swaps):
         shown_swaps = ("-" if swap is None else _percent(swap["dependent_drop_rate"]) for swap in swaps)
         steps.add_row("score falls when dependent\nsteps are swapped (%)", *shown_swaps)
     console.print(steps)
+    for what, why in summary["undefined"].items():
+        console.print(f"no {what.replace('_', ' ')}: {why}", markup=False, highlight=False)
 
 
 def run_best_of_n(arguments: argparse.Namespace) -> int:

@@ -102,6 +102,13 @@ class StepLabelData(StepData):
         labelled = cast(list[StepExample], examples)
         counts = class_counts(labelled, encoder.num_classes)
         different = {target for example in labelled for target in example.targets if target is not None}
+        if module_meaning(self.trainer) == "value" and self.labels.after_error != "keep":
+            logger.warning(
+                "labels of future success (head.meaning: value) are cut off after the first wrong step "
+                "(labels.after_error: %s): the last step, which scores are reduced by, is then learnt from nearly "
+                "right solutions only; keep them, or reduce by the minimum",
+                self.labels.after_error,
+            )
         if name == "train" and len(different) < 2 and not self.allow_one_class:
             raise DataError(
                 f"all {sum(counts.values())} training labels are the same ({next(iter(counts))}): a reward model "
@@ -138,3 +145,9 @@ def _mixed(base: str, examples: list[StepExample]) -> str:
     for example in examples:
         digest.update(repr((example.read_at, example.targets)).encode())
     return digest.hexdigest()[:16]
+
+
+def module_meaning(trainer: Any) -> str | None:
+    """What the scores of the trainer's reward model estimate; None without one."""
+    head = getattr(getattr(trainer, "lightning_module", None), "head_spec", None)
+    return getattr(head, "meaning", None)

@@ -13,6 +13,9 @@ from stepkd.grading import DEFAULT_EXTRACTORS, canonical_answer, extract_answer
 
 Row = Mapping[str, Any]
 
+_SAME = ("completion", "completions", "token_ids", "correct")
+"""What rows of one sample must share, whichever scorer's file they are in."""
+
 
 def best_of_n_from_files(
     files: Mapping[str, str | Path],
@@ -43,6 +46,12 @@ def best_of_n_from_files(
         if set(rows) != set(first):
             missing = len(set(first) ^ set(rows))
             raise ConfigError(f"{first_name} and {name} scored different rollouts ({missing} are in one only)")
+        for key, row in rows.items():
+            if any(row.get(column) != first[key].get(column) for column in _SAME):
+                raise ConfigError(
+                    f"{first_name} and {name} hold different solutions under one id (sample {key[1]} of problem "
+                    f"{key[0]!r}): score one file of rollouts with both"
+                )
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in first:
         groups.setdefault(key[0], []).append(key)
@@ -67,6 +76,13 @@ def _by_key(path: str | Path) -> dict[tuple[str, str], Row]:
             if column not in row:
                 hint = "score it with stepkd score" if column == "score" else "give graded rollouts"
                 raise DataError(f"no {column!r}: {hint}", path=path, line=number, column=column)
+        if (row.get("labelling") or {}).get("dedupe"):
+            raise DataError(
+                "these rollouts lost their duplicates when they were labelled, so that their shares are wrong: sample "
+                "them with stepkd label --keep-duplicates",
+                path=path,
+                line=number,
+            )
         if not isinstance(row["correct"], bool):
             raise DataError("the rollout is not graded (correct is null)", path=path, line=number, column="correct")
         problem = str(row.get("problem_id", row.get("prompt")))

@@ -21,7 +21,7 @@ from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, RESULTS_NAME, package_versions
 from stepkd.evaluation.order_swap import task_swaps
-from stepkd.evaluation.process_summary import first_error, step_label, summarise_process
+from stepkd.evaluation.process_summary import first_error, step_verdicts, summarise_process
 from stepkd.evaluation.store import ResultStore
 from stepkd.scorers.scorer import Solutions, StepScorer
 
@@ -176,7 +176,7 @@ def _result(name: str, row: Mapping[str, Any], index: int, scores: Sequence[floa
         "set": name,
         "prompt": row["prompt"],
         "scores": _plain(scores),
-        "labels": [step_label(label) for label in row["labels"]],
+        "labels": step_verdicts(row["labels"]),
         "first_error": first_error(row["labels"]),
         "seconds": round(seconds, 4),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stepkd.data.checks import label_kind
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.argmin_positions import argmin_positions
 from stepkd.evaluation.calibration_metrics import calibration_report
@@ -26,16 +27,20 @@ Row = Mapping[str, Any]
 _RANDOM_GRID = tuple(np.round(np.arange(0.02, 1.0, 0.02), 2))
 
 
-def step_label(label: bool | int | float | None) -> bool | None:
-    """Right or wrong: ratings of 0 (neutral) count as right, soft labels from 0.5 on."""
-    if label is None or isinstance(label, bool):
-        return label
-    return label >= 0 if isinstance(label, int) else label >= 0.5
+def step_verdicts(labels: Sequence[bool | int | float | None]) -> list[bool | None]:
+    """Right or wrong per step, by the row's kind of label; neutral ratings and soft labels from 0.5 on are right."""
+    if all(label is None for label in labels):
+        return [None] * len(labels)
+    least = {"bool": 1.0, "rating": 0.0, "soft": 0.5}[label_kind(labels)]
+    return [None if label is None else float(label) >= least for label in labels]
 
 
-def first_error(labels: Sequence[bool | int | float | None]) -> int:
-    """Index of the first step labelled wrong, -1 when there is none."""
-    return next((i for i, label in enumerate(labels) if step_label(label) is False), -1)
+def first_error(labels: Sequence[bool | int | float | None]) -> int | None:
+    """Index of the first wrong step, -1 when every step is right; None when missing labels leave it open."""
+    for i, right in enumerate(step_verdicts(labels)):
+        if right is not True:
+            return None if right is None else i
+    return -1
 
 
 def summarise_process(
@@ -58,26 +63,32 @@ def summarise_process(
 
     Returns:
         JSON values: ``sets`` (one entry per set), ``tuned_threshold`` and settings. Solutions with a step that has no
-        score (cut off by the context) are left out of every metric and counted.
+        score (cut off by the context) are left out of every metric and counted; those whose first error missing labels
+        leave open are left out of F1, and counted. A number that a set cannot give (F1 without a solution with an
+        error, or without one without) is None.
     """
     sets: dict[str, list[Row]] = {}
     for row in results:
         sets.setdefault(row["set"], []).append(row)
     whole = {name: [row for row in rows if None not in row["scores"]] for name, rows in sets.items()}
     tuned = random_threshold = None
+    undefined: dict[str, str] = {}
     if tune_on is not None:
-        rows = whole[tune_on]
-        labels = [row["first_error"] for row in rows]
-        tuned = tune_threshold([row["scores"] for row in rows], labels)
-        steps = [len(row["scores"]) for row in rows]
-        random_threshold = max(
-            _RANDOM_GRID, key=lambda value: random_baseline(labels, steps, threshold=value, draws=50, seed=seed).f1
-        )
+        rows = _located(whole[tune_on])
+        labels, steps = [row["first_error"] for row in rows], [len(row["scores"]) for row in rows]
+        try:
+            tuned = tune_threshold([row["scores"] for row in rows], labels)
+            random_threshold = max(
+                _RANDOM_GRID, key=lambda value: random_baseline(labels, steps, threshold=value, draws=50, seed=seed).f1
+            )
+        except DataError as error:
+            undefined["tuned_threshold"] = str(error)
     summary: dict[str, Any] = {
         "kind": "process",
         "threshold": threshold,
         "tuned_on": tune_on,
         "tuned_threshold": None if tuned is None else tuned.threshold,
+        "undefined": undefined,
         "sets": {},
     }
     for name, rows in whole.items():
@@ -88,30 +99,46 @@ def summarise_process(
         section["unscored_solutions"] = len(sets[name]) - len(rows)
         if tuned is not None:
             section["tuned"] = _f1(rows, tuned.threshold, seed) | {"optimistic": name == tune_on}
-            labels, steps = [row["first_error"] for row in rows], [len(row["scores"]) for row in rows]
-            drawn = random_baseline(labels, steps, threshold=float(random_threshold or 0.5), seed=seed)
-            section["baselines"]["random, tuned"] = asdict(drawn)
+            section["baselines"]["random, tuned"] = _random(rows, float(random_threshold or 0.5), seed)
         summary["sets"][name] = section
     return summary
 
 
 def _section(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
-    scores, labels = [row["scores"] for row in rows], [row["first_error"] for row in rows]
-    problems = [str(row["prompt"]) for row in rows]
+    scores, problems = [row["scores"] for row in rows], [str(row["prompt"]) for row in rows]
+    located = _located(rows)
+    labels = [row["first_error"] for row in located]
     section: dict[str, Any] = {
         "solutions": len(rows),
+        "unknown_first_error": len(rows) - len(located),
         "fixed": _f1(rows, threshold, seed),
         "baselines": {
-            "always positive": always_positive_baseline(labels, seed=seed).to_dict(),
-            "random": asdict(random_baseline(labels, [len(s) for s in scores], threshold=threshold, seed=seed)),
+            "always positive": always_positive_baseline(labels, seed=seed).to_dict() if labels else None,
+            "random": _random(rows, threshold, seed),
         },
-        "argmin": argmin_positions(scores, problems=problems, seed=seed).to_dict(),
+        "argmin": None,
     }
+    if any(len(found) > 1 for found in scores):
+        section["argmin"] = argmin_positions(scores, problems=problems, seed=seed).to_dict()
     steps = labelled_steps(scores, [row["labels"] for row in rows], problems=problems, up_to_first_error=True)
     section["steps"] = step_metrics(steps, threshold=threshold, seed=seed).to_dict()
     calibration = calibration_report(steps.scores, steps.labels, problems=steps.problems, seed=seed)
     section["calibration"] = calibration.to_dict()
     return section
+
+
+def _located(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose first error is known: labels may be missing after it, not before."""
+    return [row for row in rows if row["first_error"] is not None]
+
+
+def _random(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any] | None:
+    """The random baseline; None where the F1 is undefined (no solution with an error, or none without)."""
+    located = _located(rows)
+    labels, steps = [row["first_error"] for row in located], [len(row["scores"]) for row in located]
+    if all(label == -1 for label in labels) or -1 not in labels:
+        return None
+    return asdict(random_baseline(labels, steps, threshold=threshold, seed=seed))
 
 
 def _order_swap(rows: Sequence[Row], meaning: Meaning, seed: int) -> dict[str, Any] | None:
@@ -126,8 +153,12 @@ def _order_swap(rows: Sequence[Row], meaning: Meaning, seed: int) -> dict[str, A
 
 
 def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
-    predictions = [predicted_first_error(row["scores"], threshold) for row in rows]
-    result = processbench_f1(predictions, [row["first_error"] for row in rows], seed=seed)
+    located = _located(rows)
+    if not located:
+        empty: dict[str, Any] = {"acc_error": None, "acc_correct": None, "f1": None, "n_error": 0, "n_correct": 0}
+        return empty | {"threshold": threshold}
+    predictions = [predicted_first_error(row["scores"], threshold) for row in located]
+    result = processbench_f1(predictions, [row["first_error"] for row in located], seed=seed)
     return result.to_dict() | {"threshold": threshold}
 
 
@@ -146,7 +177,11 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
         ConfigError: no set in common.
     """
     sides = [{row["id"]: row for row in read_rows(Path(folder) / RESULTS_NAME)} for folder in (a, b)]
-    shared = [i for i in sides[0] if i in sides[1] and not any(None in side[i]["scores"] for side in sides)]
+    shared = [
+        i
+        for i, row in sides[0].items()
+        if i in sides[1] and row["first_error"] is not None and not any(None in side[i]["scores"] for side in sides)
+    ]
     if not shared:
         raise ConfigError(f"{a} and {b} have no scored solution in common: evaluate both on the same data")
     differences: dict[str, Interval] = {}

@@ -159,6 +159,7 @@ class _Job:
             "segmenter": {"name": name} | settings,
             "prompt": self.parts.manifest["prompt"],
             "data": self.parts.manifest["data"]["source"],
+            "dedupe": self.spec.dedupe and self.parts.drawn,
         }
 
     def _label_group(

@@ -56,6 +56,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         best_of_n_from_files({"a": path, "b": write(tmp_path / "b.jsonl", ROWS[:-1])})
     with pytest.raises(DataError, match=r"line 2.*'score'.*stepkd score"):
         best_of_n_from_files({"a": write(tmp_path / "c.jsonl", [ROWS[0], {"problem_id": "p", "correct": True}])})
+    other = [dict(ROWS[0], completion="1+3=4\n#### 4"), *ROWS[1:]]
+    with pytest.raises(ConfigError, match=r"different solutions under one id \(sample 0 of problem 'p'\)"):
+        best_of_n_from_files({"a": path, "b": write(tmp_path / "f.jsonl", other)})
+    with pytest.raises(DataError, match="--keep-duplicates"):
+        best_of_n_from_files({"a": write(tmp_path / "g.jsonl", [{**ROWS[0], "labelling": {"dedupe": True}}])})
     with pytest.raises(DataError, match="not graded"):
         best_of_n_from_files({"a": write(tmp_path / "d.jsonl", [{**ROWS[0], "correct": None}])})
     with pytest.raises(DataError, match=r"sample 0 of problem 'p' occurs twice"):

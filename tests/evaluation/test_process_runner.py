@@ -11,7 +11,7 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
-from stepkd.evaluation.process_summary import compare_process, first_error, step_label
+from stepkd.evaluation.process_summary import compare_process, first_error, step_verdicts
 from stepkd.evaluation.store import read_rows
 from stepkd.scorers.scorer import Meaning, Solutions
 
@@ -169,13 +169,41 @@ class _NoLabels(Scripted):
 
 
 def test_labels_of_every_kind() -> None:
-    assert [step_label(label) for label in (True, False, None, 1, 0, -1, 0.5, 0.4, 1.0)] == [
-        True, False, None, True, True, False, True, False, True,
-    ]  # fmt: skip
-    assert first_error([True, None, False, False]) == 2
+    assert step_verdicts([True, False, None]) == [True, False, None]
+    assert step_verdicts([1, 0, -1]) == [True, True, False]  # neutral counts as right
+    assert step_verdicts([0.9, 0.5, 0.4, 0, 1]) == [True, True, False, False, True]  # whole numbers beside floats
+    assert step_verdicts([None, None]) == [None, None]
     assert first_error([1, 0, -1]) == 2
-    assert first_error([0.9, 0.2]) == 1
-    assert first_error([True, None]) == -1
+    assert first_error([0.9, 0]) == 1
+    assert first_error([True, False, None]) == 1
+    assert first_error([True, True]) == -1
+    assert first_error([True, None, False]) is None  # the missing label may be the first error
+    assert first_error([None, True]) is None
+    assert first_error([True, None]) is None
+
+
+def test_rows_without_a_known_first_error_stay_out_of_f1(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    extra = {"id": "e", "prompt": "p5", "completions": ["1", "2", "3"], "labels": [None, None, False]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, extra]))
+    (section,) = evaluate_process(spec(f"rows:path={path}", tmp_path / "out"), Scripted(GOOD))["sets"].values()
+    assert (section["solutions"], section["unknown_first_error"]) == (5, 1)
+    assert (section["fixed"]["n_error"], section["fixed"]["n_correct"]) == (2, 2)
+    assert section["steps"]["steps"] == 9 + 1
+
+
+@pytest.mark.parametrize(("kept", "undefined"), [("ac", "n_correct"), ("bd", "n_error")])
+def test_sets_of_one_kind_give_what_they_can(kept: str, undefined: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS if row["id"] in kept))
+    data = f"rows:path={path}"
+    summary = evaluate_process(spec(data, tmp_path / "out", tune_on=data), Scripted(GOOD))
+    (section,) = summary["sets"].values()
+    assert section["fixed"]["f1"] is None
+    assert section["fixed"][undefined] == 0
+    assert section["baselines"]["random"] is None
+    assert summary["tuned_threshold"] is None
+    assert "F1 is undefined" in summary["undefined"]["tuned_threshold"]
 
 
 def test_processbench_subsets(data_dir: Path, tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def _reward_model(unit: Unit, arm: str, student: Path, labels: Path) -> Path:
         seed=unit.seed,
         meaning=_MEANINGS[arm],
         separator="" if arm == "prm_adaptive" else "\n",
-        after_error="keep" if arm == "prm_adaptive" else "truncate",
+        after_error="truncate" if arm == "prm" else "keep",
         reuse=True,
     )
 
