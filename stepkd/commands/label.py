@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--given", default="truth", help="checker: right by the problem (truth) or by the steps (claims)")
     who.add_argument("--outcome-scope", default="last", help="outcome: label the last step (default) or all")
     who.add_argument("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
-    who.add_argument("--judge-template", help="its built-in prompt template; default: its own")
+    who.add_argument("--judge-template", help="PRM: its built-in prompt template; default: its own")
     who.add_argument("--reference", action="store_true", help="judge: show it the gold solution")
     who.add_argument("--threshold", type=float, default=0.5, help="judge, prm: right from this score on (default 0.5)")
     who.add_argument("--soft", action="store_true", help="judge, prm: the scores are the labels")

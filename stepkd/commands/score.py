@@ -5,7 +5,7 @@ r"""Score the steps of solutions: rollouts or step-labelled rows in, the same ro
   stepkd score --model Qwen/Qwen2.5-Math-PRM-7B --rollouts rows.jsonl --out scored.jsonl \
       --reduction min --fit-temperature held_out.jsonl
 
-Every row gets `step_values` (a number in [0, 1] per step, null where there is none), `score` (one number for the
+Every row gets `step_scores` (a number in [0, 1] per step, null where there is none), `score` (one number for the
 solution, null when it cannot be told) and `scorer` (what it came from). A killed run goes on where it stood when the
 same command is given again.
 """
@@ -139,8 +139,6 @@ def print_summary(console: Any, summary: dict[str, Any]) -> None:
             f"not scored: {summary['unreadable_rows']} solutions that could not be read (score null, see score_error), "
             f"for instance: {summary['unreadable_reason']}"
         )
-    if summary["replaced_values"]:
-        lines.append(f"{summary['replaced_values']} rows had step_values of their own, which --out does not keep")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

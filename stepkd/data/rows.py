@@ -227,6 +227,9 @@ ROLLOUT = Contract(
         Column(
             "step_values", checks.list_of(checks.is_probability_or_null, "values in [0, 1] or null"), required=False
         ),
+        Column(
+            "step_scores", checks.list_of(checks.is_probability_or_null, "scores in [0, 1] or null"), required=False
+        ),
         _ID,
         _ANSWER,
     ),
@@ -236,11 +239,13 @@ ROLLOUT = Contract(
         checks.ends_partition,
         checks.same_length("step_ends", "step_labels"),
         checks.same_length("step_ends", "step_values"),
+        checks.same_length("step_ends", "step_scores"),
     ),
 )
 """A sampled completion with its token ids; `step_ends` are exclusive token ends; `correct` is null until graded.
 
-`logprobs` are under the distribution that was sampled from; `raw_logprobs`, where they differ, at temperature 1."""
+`logprobs` are under the distribution that was sampled from; `raw_logprobs`, where they differ, at temperature 1.
+`step_values` are chances of a right answer estimated by rollouts, `step_scores` what a step scorer says."""
 
 CONTRACTS: dict[str, Contract] = {
     contract.name: contract for contract in (PROBLEM, DEMONSTRATION, STEPWISE, PREFERENCE, STEP_PREFERENCE, ROLLOUT)

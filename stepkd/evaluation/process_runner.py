@@ -23,7 +23,8 @@ from stepkd.evaluation.manifest import MANIFEST_FORMAT, RESULTS_NAME, package_ve
 from stepkd.evaluation.order_swap import task_swaps
 from stepkd.evaluation.process_summary import first_error, step_verdicts, summarise_process
 from stepkd.evaluation.store import ResultStore
-from stepkd.scorers.scorer import Solutions, StepScorer
+from stepkd.scorers.rows import score_rows, step_scores
+from stepkd.scorers.scorer import StepScorer
 
 PROCESS_BENCHMARKS = {
     "processbench": "ProcessBench: where is the first wrong step? (arXiv 2412.06559); needs a step scorer as --model",
@@ -135,12 +136,13 @@ def evaluate_process(
                 continue
             batch = rows[start : start + spec.batch_size]
             begin = time.perf_counter()
-            scores = loaded.score([Solutions(row, [row["completions"]]) for _, row in batch])
+            # Sampled rows are read by their own token ids where the scorer wrote with the same tokenizer.
+            scores = score_rows(loaded, [row for _, row in batch])
             seconds = (time.perf_counter() - begin) / len(batch)
             store.append_batch(
                 number,
                 [
-                    _result(name, row, start + i, found[0], seconds) | _swapped(row, loaded)
+                    _result(name, row, start + i, step_scores(row, found), seconds) | _swapped(row, loaded)
                     for i, ((name, row), found) in enumerate(zip(batch, scores, strict=True))
                 ],
             )
@@ -169,13 +171,15 @@ def _with_steps(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "completions": steps, "labels": labels}
 
 
-def _result(name: str, row: Mapping[str, Any], index: int, scores: Sequence[float], seconds: float) -> dict[str, Any]:
+def _result(
+    name: str, row: Mapping[str, Any], index: int, scores: Sequence[float | None], seconds: float
+) -> dict[str, Any]:
     return {
         "id": f"{name}/{row['id']}",
         "index": index,
         "set": name,
         "prompt": row["prompt"],
-        "scores": _plain(scores),
+        "scores": [None if score is None else round(float(score), 6) for score in scores],
         "labels": step_verdicts(row["labels"]),
         "first_error": first_error(row["labels"]),
         "seconds": round(seconds, 4),

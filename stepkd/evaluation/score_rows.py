@@ -36,7 +36,7 @@ from stepkd.evaluation.score_batches import Report, score_batches
 from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
 from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.scorers.reductions import Reduction, default_reduction, reduce_scores
-from stepkd.scorers.rows import problem_key, score_rows, step_values
+from stepkd.scorers.rows import problem_key, score_rows, step_scores
 from stepkd.scorers.scorer import StepScorer
 
 _TEMPERATURE = "temperature.json"
@@ -102,7 +102,7 @@ def score_file(
     reduction = job.reduction or default_reduction(scorer.meaning)
     manifest = _manifest(job, scorer, reduction, rows, labelled)
     if not _begin(job, manifest, overwrite=overwrite):
-        return summarise_scores(rows, [row for row, _ in read_rows(job.out)], scorer.meaning)
+        return summarise_scores([row for row, _ in read_rows(job.out)], scorer.meaning)
     temperature = job.options.temperature if labelled is None else _fitted(job.work / _TEMPERATURE, scorer, labelled)
     results = score_batches(job.work / RESULTS_NAME, scorer, rows, job.options.max_rows, report)
     if labelled is not None and temperature is not None:
@@ -112,7 +112,7 @@ def score_file(
     scored = [
         {
             **row,
-            "step_values": step_values(row, result.scores),
+            "step_scores": step_scores(row, result.scores),
             "score": reduce_scores(result.scores, reduction, meaning=scorer.meaning),
             "scorer": provenance,
             **({} if result.error is None else {"score_error": result.error}),
@@ -120,26 +120,23 @@ def score_file(
         for row, result in zip(rows, results, strict=True)
     ]
     _finish(job, scored)
-    return summarise_scores(rows, scored, scorer.meaning)
+    return summarise_scores(scored, scorer.meaning)
 
 
-def summarise_scores(
-    rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]], meaning: str
-) -> dict[str, Any]:
+def summarise_scores(scored: Sequence[Mapping[str, Any]], meaning: str) -> dict[str, Any]:
     """Counts and means of scored rows.
 
     Args:
-        rows: the rows as they came.
-        scored: the same with scores.
+        scored: rows with their scores.
         meaning: what the scores estimate.
 
     Returns:
         ``rows``, ``problems``, ``steps``, ``unscored_rows``, their ``unscored_steps`` (an outcome scorer owes only the
-        last), ``unreadable_rows`` among them with the first ``unreadable_reason``, ``replaced_values`` (rows that had
-        ``step_values`` of their own), ``reduction``, ``temperature``, ``mean_score``, and ``mean_score_right`` and
-        ``mean_score_wrong`` by the rows' ``correct`` or ``outcome``; a mean without a row is null.
+        last), ``unreadable_rows`` among them with the first ``unreadable_reason``, ``reduction``, ``temperature``,
+        ``mean_score``, and ``mean_score_right`` and ``mean_score_wrong`` by the rows' ``correct`` or ``outcome``; a
+        mean without a row is null.
     """
-    unscored = [row["step_values"] for row in scored if row["score"] is None]
+    unscored = [row["step_scores"] for row in scored if row["score"] is None]
     errors = [row["score_error"] for row in scored if "score_error" in row]
     owed = [values[-1:] if meaning == "outcome" else values for values in unscored]
     verdicts = [row.get("outcome") if row.get("correct") is None else row["correct"] for row in scored]
@@ -155,12 +152,11 @@ def summarise_scores(
     return {
         "rows": len(scored),
         "problems": len({problem_key(row) for row in scored}),
-        "steps": sum(len(row["step_values"]) for row in scored),
+        "steps": sum(len(row["step_scores"]) for row in scored),
         "unscored_rows": len(unscored),
         "unscored_steps": sum(value is None for values in owed for value in values),
         "unreadable_rows": len(errors),
         "unreadable_reason": errors[0] if errors else None,
-        "replaced_values": sum(row.get("step_values") is not None for row in rows),
         "reduction": scored[0]["scorer"]["reduction"],
         "temperature": scored[0]["scorer"]["temperature"],
         "mean_score": mean(lambda _: True),

@@ -63,8 +63,7 @@ class ScorerLabeller:
         known = tuple(None if math.isnan(score) else float(score) for score in scores)
         hard = tuple(None if score is None else score >= self.threshold for score in known)
         return StepLabels(
-            known if self.soft else hard,
-            values=known if self.scorer.meaning == "value" else None,
+            known if self.soft else hard,  # no values: a scorer's guess of the future is no rollout's success
             facts={"scores": list(known)},
         )
 

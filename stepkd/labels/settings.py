@@ -59,7 +59,7 @@ class LabelSpec:
     judge: str | None = None
     """Judge and PRM: the model that scores, as :func:`stepkd.scorers.load.load_scorer` reads it."""
     judge_template: str | None = None
-    """Judge and PRM: built-in prompt template of the scoring model; None: its own."""
+    """PRM: built-in prompt template of the scoring model; None: its own."""
     reference: bool = False
     """Judge: show the row's gold solution (else its answer) to the model."""
     threshold: float = 0.5
@@ -116,6 +116,8 @@ class LabelSpec:
             raise ConfigError(f"--labeller {self.labeller} needs the model that scores the steps: --judge MODEL")
         if self.labeller not in SCORER_LABELLERS and (self.judge is not None or self.judge_template is not None):
             raise ConfigError(f"--judge goes with --labeller judge or prm, not with {self.labeller}")
+        if self.judge_template is not None and self.labeller != "prm":
+            raise ConfigError("--judge-template goes with --labeller prm: a prompted judge asks in its own words")
         if self.reference and self.labeller != "judge":
             raise ConfigError(f"--reference goes with --labeller judge, not with {self.labeller}")
         if self.problems is not None and self.model is None:

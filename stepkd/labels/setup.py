@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -108,6 +108,8 @@ def job_parts(
     device = pick_device(spec.device)
     if policy is None:
         policy = load_trained(model, dtype=spec.dtype)
+    if spec.template is None and not data.drawn and (spec.labeller == "monte_carlo" or spec.signals):
+        _check_prompt(data.rows, template.prompt_id(policy.tokenizer))
     if data.drawn or spec.labeller == "monte_carlo" or spec.signals:
         policy.to(device)  # else only its tokenizer is used
     teacher = None if spec.teacher is None else load_trained(spec.teacher, dtype=spec.dtype).to(device)
@@ -160,6 +162,17 @@ def job_parts(
     )
 
 
+def _check_prompt(rows: Sequence[Mapping[str, Any]], prompt_id: str) -> None:
+    """Refuse to go on under another prompt than the rows were labelled (and sampled) with, unless it was asked for."""
+    for row in rows:
+        earlier = (row.get("labelling") or {}).get("prompt")
+        if earlier is not None and earlier != prompt_id:
+            raise ConfigError(
+                f"row {row.get('id', '?')!r} was labelled under another prompt template (prompt {earlier}) than the "
+                f"default of these rows ({prompt_id}): give the template that it was sampled with, --template NAME"
+            )
+
+
 def make_labeller(
     spec: LabelSpec, *, policy: Policy, sampler: Sampler, grader: Grader, max_new_tokens: int
 ) -> Labeller:
@@ -183,7 +196,8 @@ def make_labeller(
             device=spec.device,
             max_rows=spec.max_rows,
         )
-        word = f"judge:{spec.judge}" if spec.labeller == "judge" else str(spec.judge)
+        named = str(spec.judge)
+        word = named if spec.labeller == "prm" or named.startswith("judge:") else f"judge:{named}"
         return ScorerLabeller(load_scorer(word, options), threshold=spec.threshold, soft=spec.soft, name=spec.labeller)
     return MonteCarloLabeller(
         cast(BranchSampler, sampler),

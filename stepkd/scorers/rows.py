@@ -100,7 +100,7 @@ def _some(texts: list[str], name: str) -> list[str]:
     return texts
 
 
-def step_values(row: Mapping[str, Any], scores: Sequence[float]) -> list[float | None]:
+def step_scores(row: Mapping[str, Any], scores: Sequence[float]) -> list[float | None]:
     """Scores as JSON: None for NaN, and for a last step of a rollout that holds nothing but the end token.
 
     Raises:

@@ -67,6 +67,23 @@ def test_scorer_as_labeller(tmp_path: Path) -> None:
     assert rows[1][0]["labelling"]["scorer"]["scorer"] == "checker"  # type: ignore[index]
 
 
+def test_another_prompt_is_not_taken_up_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rollouts sampled under one template are not continued under another just because a file names none."""
+    assert run(*PROBLEMS, *SMALL, "--labeller", "checker", "--out", str(tmp_path / "a")) == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({name: value for name, value in row.items() if name not in ("task", "meta")}) + "\n"
+            for row in lines(tmp_path / "a" / "labels.jsonl")
+        )
+    )
+    again = ["--rollouts", str(rows), "--model", "tiny-0.1m", *SMALL]
+    capsys.readouterr()
+    assert run(*again, "--out", str(tmp_path / "b")) == 2
+    assert "give the template that it was sampled with, --template NAME" in capsys.readouterr().err
+    assert run(*again, "--template", "task", "--out", str(tmp_path / "c")) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -58,7 +58,7 @@ def test_a_reward_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"scored rows: {out}" in shown
     assert "not scored" not in shown
     rows = read(out)
-    assert all(0 <= value <= 1 for row in rows for value in row["step_values"])
+    assert all(0 <= value <= 1 for row in rows for value in row["step_scores"])
     manifest = json.loads((tmp_path / "an [odd] name.manifest.json").read_text())
     assert (manifest["batch_size"], manifest["attention"], manifest["scorer"]["dtype"]) == (5, "eager", "float32")
     before = out.read_bytes()
@@ -68,15 +68,15 @@ def test_a_reward_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "reduction: 'product' then, 'min' now" in capsys.readouterr().err
     assert run(folder, out, *settings, "--reduction", "min", "--overwrite") == 0
     for row, old in zip(read(out), rows, strict=True):
-        assert row["step_values"] == pytest.approx(old["step_values"], abs=1e-6)
-        assert row["score"] == min(row["step_values"])
+        assert row["step_scores"] == pytest.approx(old["step_scores"], abs=1e-6)
+        assert row["score"] == min(row["step_scores"])
 
 
 def test_steps_that_do_not_fit_are_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, tmp_path / "o.jsonl", "--template", "task", "--max-length", "22") == 0
     shown = capsys.readouterr().out
     rows = read(tmp_path / "o.jsonl")
-    unscored = [row for row in rows if None in row["step_values"]]
+    unscored = [row for row in rows if None in row["step_scores"]]
     assert unscored
     assert all(row["score"] is None for row in unscored)
     assert f"not scored: {len(unscored)} solutions that do not fit" in shown
@@ -105,7 +105,7 @@ def test_temperatures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "temperature: " in capsys.readouterr().out
     fitted, given = read(tmp_path / "fit.jsonl"), read(tmp_path / "given.jsonl")
     for one, other in zip(fitted, given, strict=True):
-        assert one["step_values"] == pytest.approx(other["step_values"], abs=1e-6)
+        assert one["step_scores"] == pytest.approx(other["step_scores"], abs=1e-6)
         assert one["scorer"] == other["scorer"]
     assert run(folder, tmp_path / "x.jsonl", "--template", "task", "--temperature-from", saved, *held) == 2
     assert "contradict each other" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_temperatures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_checker_judge_and_head(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path / "c.jsonl", model="checker") == 0
     for row in read(tmp_path / "c.jsonl"):
-        assert row["step_values"] == [float(label) for label in row["labels"]]
+        assert row["step_scores"] == [float(label) for label in row["labels"]]
     judge = ("--answers", "Y", "N", "--reference", "--device", "cpu")
     assert run(folder, tmp_path / "j.jsonl", *judge, model="judge:tiny-0.1m") == 0
     assert json.loads((tmp_path / "j.manifest.json").read_text())["scorer"]["reference"] is True

@@ -69,10 +69,10 @@ def test_rows_come_out_in_order_with_scores(job: ScoreJob, tmp_path: Path) -> No
     toy = Toy()
     summary = score_file(job, scorer=toy, report=lambda done, total: seen.append((done, total)))
     out = read(job.out)
-    assert [{k: v for k, v in r.items() if k not in ("step_values", "score", "scorer")} for r in out] == [
-        {k: v for k, v in r.items() if k != "step_values"} for r in ROWS
+    assert [{k: v for k, v in r.items() if k not in ("step_scores", "score", "scorer")} for r in out] == [
+        dict(r) for r in ROWS
     ]
-    assert [r["step_values"] for r in out] == [[0.9, 0.8], [0.5], [0.9, 0.4, 0.2], [1.0, None], [0.0, 0.6], [0.7]]
+    assert [r["step_scores"] for r in out] == [[0.9, 0.8], [0.5], [0.9, 0.4, 0.2], [1.0, None], [0.0, 0.6], [0.7]]
     assert [r["score"] for r in out] == [pytest.approx(0.72), 0.5, pytest.approx(0.072), None, 0.0, 0.7]
     assert out[0]["scorer"] == {
         "scorer": "toy", "model": "toy", "weights": None, "meaning": "correctness", "reduction": "product",
@@ -82,7 +82,7 @@ def test_rows_come_out_in_order_with_scores(job: ScoreJob, tmp_path: Path) -> No
     assert seen[-1] == (6, 6)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert summary == {
-        "rows": 6, "problems": 4, "steps": 11, "unscored_rows": 1, "unscored_steps": 1, "replaced_values": 1,
+        "rows": 6, "problems": 4, "steps": 11, "unscored_rows": 1, "unscored_steps": 1,
         "unreadable_rows": 0, "unreadable_reason": None,
         "reduction": "product", "temperature": None, "mean_score": pytest.approx((0.72 + 0.5 + 0.072 + 0 + 0.7) / 5),
         "mean_score_right": pytest.approx(0.72), "mean_score_wrong": pytest.approx((0.5 + 0.072) / 2),
@@ -161,7 +161,7 @@ def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None
     job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", options=ScorerOptions(max_rows=2))
     summary = score_file(job, scorer=Picky())
     out = read(job.out)
-    assert [r["step_values"] for r in out] == [[0.9, 0.8], [None, None], [None], [0.7]]
+    assert [r["step_scores"] for r in out] == [[0.9, 0.8], [None, None], [None], [0.7]]
     assert [r["score"] for r in out] == [pytest.approx(0.72), None, None, 0.7]
     assert ["score_error" in r for r in out] == [False, True, True, False]
     assert out[2]["score_error"] == "c: 13 is no number"
@@ -233,8 +233,8 @@ def test_a_temperature_is_fitted_once_saved_and_applied(job: ScoreJob, tmp_path:
     temperature = TemperatureScaling.load(tmp_path / "out.temperature.json")
     assert summary["temperature"] == temperature.temperature != 1
     out = read(job.out)
-    assert out[0]["step_values"] == pytest.approx(temperature.apply([0.9, 0.8]).tolist())
-    assert out[3]["step_values"][1] is None
+    assert out[0]["step_scores"] == pytest.approx(temperature.apply([0.9, 0.8]).tolist())
+    assert out[3]["step_scores"][1] is None
     assert out[0]["score"] == pytest.approx(math.prod(temperature.apply([0.9, 0.8])))
     assert out[0]["scorer"]["temperature"] == temperature.temperature
 

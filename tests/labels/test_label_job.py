@@ -292,6 +292,7 @@ def test_foreign_folders_are_refused(spec: LabelSpec, run: Any, tmp_path: Path) 
         ({"labeller": "judge"}, "needs the model that scores the steps: --judge"),
         ({"judge": "m"}, "--judge goes with --labeller judge or prm"),
         ({"reference": True}, "--reference goes with --labeller judge"),
+        ({"labeller": "judge", "judge": "m", "judge_template": "math"}, "--judge-template goes with --labeller prm"),
         ({"samples": 0}, "samples=0: must be at least 1"),
         ({"temperature": 0.0}, "2 samples at temperature 0 would all be the same"),
         ({"label_temperature": 0.0}, "2 continuations at temperature 0 would all be the same"),

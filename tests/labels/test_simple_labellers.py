@@ -74,7 +74,8 @@ def test_scorer_hard_soft_and_missing() -> None:
     assert hard.values is None
     assert ScorerLabeller(scorer, threshold=0.6).label(solutions)[0].labels == (True, False, False, None)
     soft = ScorerLabeller(StubScorer(scorer.table, "value"), soft=True).label(solutions)[0]
-    assert soft.labels == soft.values == (0.9, 0.5, 0.1, None)
+    assert soft.labels == (0.9, 0.5, 0.1, None)
+    assert soft.values is None, "a scorer's guess is no rollout's success"
     facts = ScorerLabeller(scorer, soft=True, name="prm").provenance()
     assert facts == {
         "labeller": "prm", "threshold": None, "soft": True, "meaning": "correctness", "scorer": {"scorer": "stub"}

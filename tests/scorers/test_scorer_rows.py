@@ -11,7 +11,7 @@ import pytest
 from stepkd.errors import DataError
 from stepkd.models import tiny_tokenizer
 from stepkd.scorers import Solutions, score_rows
-from stepkd.scorers.rows import problem_key, row_steps, step_values
+from stepkd.scorers.rows import problem_key, row_steps, step_scores
 
 
 class Recorder:
@@ -66,15 +66,15 @@ def test_step_texts() -> None:
 
 def test_a_step_of_the_end_token_alone_is_none() -> None:
     assert row_steps(sampled("ab", [2, 3]), tiny_tokenizer()) == ["ab"]
-    assert step_values(sampled("ab", [2, 3]), [0.5]) == [0.5, None]
+    assert step_scores(sampled("ab", [2, 3]), [0.5]) == [0.5, None]
 
 
 def test_scores_as_json() -> None:
-    assert step_values({"completions": ["a", "b"]}, [0.5, math.nan]) == [0.5, None]
-    assert step_values({"completion": "a"}, [0.5]) == [0.5]
+    assert step_scores({"completions": ["a", "b"]}, [0.5, math.nan]) == [0.5, None]
+    assert step_scores({"completion": "a"}, [0.5]) == [0.5]
     for row, scores in (({"completions": ["a", "b"]}, [0.5]), (sampled("ab", [3]), [0.5, 0.6])):
         with pytest.raises(DataError, match=r"the row has \d steps and \d were scored"):
-            step_values(row, scores)
+            step_scores(row, scores)
 
 
 def test_without_the_tokenizer_the_text_is_cut_again() -> None:
