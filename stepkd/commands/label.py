@@ -264,10 +264,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _labelled(word: str) -> list[dict[str, Any]]:
-    from stepkd.data.spec import load_rows
-    from stepkd.labels.given import given_data
+    from stepkd.data.spec import load_rows, parse_spec
 
-    return load_rows(given_data(word))
+    return load_rows(parse_spec(word))
 
 
 def _print_counts(counts: Mapping[str, int]) -> None:

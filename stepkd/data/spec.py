@@ -232,12 +232,17 @@ def _warn_of_zero_ratings(rows: list[Row], spec: DataSpec) -> None:
 # --- command-line shorthand ----------------------------------------------------------------------------------------
 
 
+LABELS_NAME = "labels.jsonl"
+"""What ``stepkd label`` writes its rows into."""
+
+
 def parse_spec(text: str) -> DataSpec:
     """Read a spec from one command-line word.
 
     ``gsm8k:path=x/test.jsonl,limit=8`` names a source and its settings; a key that only the source knows is one of its
     options (``task:task=modular,n=64,noise.rate=0.15``); ``columns.prompt=problem`` maps a column; a value with commas
-    stands in quotes; a bare file name (``x/rows.jsonl``) means source ``rows``.
+    stands in quotes; a bare file name (``x/rows.jsonl``) means source ``rows``, and so does the folder of a labelling
+    job (its ``labels.jsonl``).
 
     Args:
         text: the word.
@@ -249,6 +254,8 @@ def parse_spec(text: str) -> DataSpec:
         ConfigError: an unknown source or key (a near one is suggested), or a value of the wrong type.
     """
     text = text.strip()
+    if (labels := Path(text).expanduser() / LABELS_NAME).is_file():
+        return DataSpec(path=str(labels))
     if file_ending(text.partition(",")[0]) and "=" not in text.partition(",")[0]:
         text = f"rows:path={text}"
     name, _, rest = text.partition(":")

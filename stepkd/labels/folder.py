@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.evaluation.folder import SUMMARY_NAME
 from stepkd.evaluation.lock import FileLock
 from stepkd.evaluation.manifest import MANIFEST_NAME, check_resumable, read_manifest, write_manifest
-from stepkd.labels.given import LABELS_NAME
 from stepkd.labels.shards import SHARD_FOLDER
 
 THRESHOLD_NAME = "threshold.json"

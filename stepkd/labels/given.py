@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from stepkd.data.encode import Encoder
 from stepkd.data.rows import PROBLEM, check_unique_ids, detect_contract
-from stepkd.data.spec import DataSpec, load_rows, parse_spec
+from stepkd.data.spec import DataSpec, load_rows
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
 from stepkd.grading import Grader
@@ -19,14 +18,6 @@ from stepkd.steps import Segmenter, get_segmenter
 
 GROUP = 32  # rows whose signals are computed and stored together
 SEPARATOR = "\n"  # between two steps that come without white space
-
-LABELS_NAME = "labels.jsonl"
-
-
-def given_data(word: str) -> DataSpec:
-    """What ``--rollouts`` means: data settings in one word, a file, or the folder of a labelling job."""
-    labels = Path(word).expanduser() / LABELS_NAME
-    return DataSpec(path=str(labels)) if labels.is_file() else parse_spec(word)
 
 
 def given_rows(data: DataSpec) -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.data.io import write_jsonl_atomic
+from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import DataError
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME
 from stepkd.labels.folder import THRESHOLD_NAME, prepare_job_folder
-from stepkd.labels.given import LABELS_NAME
 from stepkd.labels.labeller import Labeller, Solution
 from stepkd.labels.manifest import segmenter_settings
 from stepkd.labels.matching import row_labels, verdicts

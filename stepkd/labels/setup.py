@@ -17,7 +17,7 @@ from stepkd.evaluation.runner import encode_prompts
 from stepkd.grading import Grader
 from stepkd.labels.checker import CheckerLabeller
 from stepkd.labels.folder import check_job_folder
-from stepkd.labels.given import GivenSolutions, given_data, given_rows
+from stepkd.labels.given import GivenSolutions, given_rows
 from stepkd.labels.judge import ScorerLabeller
 from stepkd.labels.labeller import Labeller
 from stepkd.labels.manifest import job_manifest
@@ -212,7 +212,7 @@ def make_labeller(
 
 def _load(spec: LabelSpec) -> _Data:
     drawn = spec.problems is not None
-    data = parse_spec(str(spec.problems)) if drawn else given_data(str(spec.rollouts))
+    data = parse_spec(str(spec.problems if drawn else spec.rollouts))
     if spec.limit is not None:
         data = dataclasses.replace(data, limit=spec.limit)
     rows = load_rows(data, contract=PROBLEM) if drawn else given_rows(data)

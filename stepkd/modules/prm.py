@@ -62,11 +62,10 @@ class PRMModule(StepModule):
             raise ConfigError("validation.samples: a process reward model scores steps and is not sampled from; use 0")
         if class_weights is not None and (
             len(class_weights) != self.head_spec.num_classes
-            or not all(0 <= weight < float("inf") for weight in class_weights)
-            or not sum(class_weights)
+            or not all(0 < weight < float("inf") for weight in class_weights)
         ):
             raise ConfigError(
-                f"class_weights={class_weights}: {self.head_spec.num_classes} numbers >= 0, not all 0, worst first"
+                f"class_weights={class_weights}: {self.head_spec.num_classes} positive numbers, worst first"
             )
         if not 0 <= lm_weight < float("inf"):
             raise ConfigError(f"lm_weight={lm_weight}: must be 0 (off) or positive")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import STEPWISE
-from stepkd.data.spec import DataSpec, load_rows
+from stepkd.data.spec import DataSpec, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import LabelSpec, Solution
-from stepkd.labels.given import given_data, written_steps
+from stepkd.labels.given import written_steps
 from stepkd.labels.solutions import Candidate, cut
 from stepkd.steps import get_segmenter
 from stepkd.tasks import make_rows
@@ -185,10 +185,10 @@ def test_written_steps() -> None:
     assert written_steps(["a", "b\n", "c ", "d"]) == ("a\n", "b\n", "c ", "d")
 
 
-def test_given_data_takes_a_job_folder(tmp_path: Path) -> None:
+def test_data_settings_take_a_job_folder(tmp_path: Path) -> None:
     write(tmp_path / "labels.jsonl", [{}])
-    assert given_data(str(tmp_path)).path == str(tmp_path / "labels.jsonl")
-    assert given_data("task:n=3").source == "task"
+    assert parse_spec(str(tmp_path)).path == str(tmp_path / "labels.jsonl")
+    assert parse_spec("task:n=3").source == "task"
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
