@@ -2,7 +2,7 @@
 
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
 from stepkd.steps.format import MARKER_CANDIDATES, StepFormat
-from stepkd.steps.markers import MarkedSteps, auto_marker, insert_markers, marker_token_id
+from stepkd.steps.markers import auto_marker, marker_token_id
 from stepkd.steps.segment import (
     SEGMENTERS,
     RegexSegmenter,
@@ -30,7 +30,6 @@ __all__ = [
     "SIGNAL_SEGMENTERS",
     "AdaptiveStepSegmenter",
     "EntropySegmenter",
-    "MarkedSteps",
     "RegexSegmenter",
     "RejectSegmenter",
     "SegmentThreshold",
@@ -45,7 +44,6 @@ __all__ = [
     "check_partition",
     "fit_threshold",
     "get_segmenter",
-    "insert_markers",
     "marker_token_id",
     "segment",
     "spans_from_ends",

@@ -6,49 +6,10 @@ known to cost a published PRM several F1 points on ProcessBench (QwenLM/ProcessB
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from stepkd.errors import ConfigError
 from stepkd.steps.format import MARKER_CANDIDATES
-from stepkd.steps.spans import Span, check_partition
-
-
-class MarkedSteps(NamedTuple):
-    """A completion with one marker behind each step."""
-
-    token_ids: list[int]
-    """Ids with markers, length T + number of steps."""
-    marker_positions: list[int]
-    """Index of every step's marker in ``token_ids``."""
-    token_positions: list[int]
-    """Index in ``token_ids`` of each of the T original tokens."""
-
-
-def insert_markers(token_ids: Sequence[int], spans: Sequence[Span], marker_id: int) -> MarkedSteps:
-    """Insert ``marker_id`` after every step.
-
-    Args:
-        token_ids: T completion ids.
-        spans: a partition of ``range(T)``.
-        marker_id: id of the marker token.
-
-    Raises:
-        ValueError: the spans do not partition the ids, or the marker already occurs in them (its positions would be
-            ambiguous).
-    """
-    check_partition(spans, len(token_ids))
-    if marker_id in token_ids:
-        raise ValueError(f"marker id {marker_id} already occurs at index {list(token_ids).index(marker_id)}")
-    marked: list[int] = []
-    markers: list[int] = []
-    originals: list[int] = []
-    for start, end in spans:
-        originals.extend(range(len(marked), len(marked) + end - start))
-        marked.extend(token_ids[start:end])
-        markers.append(len(marked))
-        marked.append(marker_id)
-    return MarkedSteps(marked, markers, originals)
 
 
 def marker_token_id(tokenizer: Any, marker: str, *, what: str = "step marker") -> int:

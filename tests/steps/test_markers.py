@@ -5,37 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError
-from stepkd.steps import insert_markers, marker_token_id, spans_from_ends
-
-
-def test_closed_form() -> None:
-    marked = insert_markers([10, 11, 12, 13], [(0, 1), (1, 4)], 99)
-    assert marked.token_ids == [10, 99, 11, 12, 13, 99]
-    assert marked.marker_positions == [1, 5]
-    assert marked.token_positions == [0, 2, 3, 4]
-    assert insert_markers([], [], 99) == ([], [], [])
-
-
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.lists(st.integers(1, 20)))
-def test_positions(ids: list[int], ends: list[int]) -> None:
-    spans = spans_from_ends(ends, len(ids))
-    marked = insert_markers(ids, spans, 99)
-    assert [marked.token_ids[i] for i in marked.token_positions] == ids
-    assert [marked.token_ids[i] for i in marked.marker_positions] == [99] * len(spans)
-    assert sorted(marked.token_positions + marked.marker_positions) == list(range(len(ids) + len(spans)))
-    for (_, end), marker in zip(spans, marked.marker_positions, strict=True):
-        assert marked.token_positions[end - 1] == marker - 1
-
-
-def test_marker_that_occurs_and_spans_that_miss() -> None:
-    with pytest.raises(ValueError, match="marker id 12 already occurs at index 2"):
-        insert_markers([10, 11, 12], [(0, 3)], 12)
-    with pytest.raises(ValueError, match="the steps cover 2 tokens, the completion has 3"):
-        insert_markers([10, 11, 12], [(0, 2)], 99)
+from stepkd.steps import marker_token_id
 
 
 def test_marker_ids(tokenizers_by_name: dict[str, Any]) -> None:
