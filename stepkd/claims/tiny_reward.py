@@ -125,6 +125,25 @@ def score_tiny(model: str | Path, rows: Sequence[Row]) -> list[list[list[float]]
     return [[next(found) for _ in group] for group in groups.values()]
 
 
+def align_scores(
+    rows: Sequence[Row], scores: Sequence[Sequence[float | None]], wanted: Sequence[Row]
+) -> list[list[float | None]]:
+    """Scores of one cut of some rollouts in the order of another cut of them.
+
+    Args:
+        rows: the rows that were scored.
+        scores: one score per problem and solution, in the order of :func:`by_problem` of ``rows``.
+        wanted: the same rollouts, perhaps more of them, under the same ids.
+
+    Returns:
+        One score per problem and solution of ``wanted``; None for a solution that is not among ``rows``.
+    """
+    scored = [row for group in by_problem(rows).values() for row in group]
+    values = [score for solutions in scores for score in solutions]
+    found = {row["id"]: score for row, score in zip(scored, values, strict=True)}
+    return [[found.get(row["id"]) for row in group] for group in by_problem(wanted).values()]
+
+
 def curves_tiny(
     rows: Sequence[Row], scores: Mapping[str, Sequence[Sequence[float | None]]], ks: Sequence[int], *, seed: int
 ) -> Any:

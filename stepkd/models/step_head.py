@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
 from stepkd.losses.prm import label_token_logps
-from stepkd.steps import StepFormat, auto_marker, marker_token_id
-
-Meaning = Literal["correctness", "value", "outcome"]
+from stepkd.steps import Meaning, StepFormat, auto_marker, marker_token_id
 
 
 @dataclass(frozen=True)

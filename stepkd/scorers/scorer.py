@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-Meaning = Literal["correctness", "value", "outcome"]
-"""What a score estimates: that the step is right, that the answer will be right from here on (Monte-Carlo labels), or,
-at the last step only, that the whole solution is right (ORM)."""
+from stepkd.steps import Meaning
+
+__all__ = ["Meaning", "Solutions", "StepScorer", "score_one"]
 
 
 @dataclass(frozen=True)

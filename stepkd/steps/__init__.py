@@ -1,7 +1,7 @@
 """What a step is: token-index spans made once and used by labelling, training, search and evaluation."""
 
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
-from stepkd.steps.format import MARKER_CANDIDATES, StepFormat
+from stepkd.steps.format import MARKER_CANDIDATES, Meaning, StepFormat
 from stepkd.steps.markers import auto_marker, marker_token_id
 from stepkd.steps.segment import (
     SEGMENTERS,
@@ -30,6 +30,7 @@ __all__ = [
     "SIGNAL_SEGMENTERS",
     "AdaptiveStepSegmenter",
     "EntropySegmenter",
+    "Meaning",
     "RegexSegmenter",
     "RejectSegmenter",
     "SegmentThreshold",

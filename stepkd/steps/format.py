@@ -10,6 +10,10 @@ from typing import Literal
 
 from stepkd.errors import ConfigError, check_choice
 
+Meaning = Literal["correctness", "value", "outcome"]
+"""What a score estimates: that the step is right, that the answer will be right from here on (Monte-Carlo labels), or,
+at the last step only, that the whole solution is right (ORM)."""
+
 
 @dataclass(frozen=True)
 class StepFormat:

@@ -60,3 +60,13 @@ def test_the_metrics_agree_with_the_evaluation(tmp_path: Path, capsys: pytest.Ca
     before = weights.stat().st_mtime_ns
     train_tiny_sft(weights.parents[1], start="tiny-0.1m", task="modular", steps=1, lr=1e-3, seed=0, reuse=True)
     assert weights.stat().st_mtime_ns == before  # an interrupted seed does not train the same model again
+
+
+def test_scores_follow_their_rollouts_when_one_was_dropped() -> None:
+    """Another cut of the same rollouts may lack one; the others keep their own scores."""
+    from stepkd.claims.tiny_reward import align_scores
+
+    whole = [{"id": f"{p}/{j}", "problem_id": p} for p in "ab" for j in range(3)]
+    fewer = [row for row in whole if row["id"] != "a/1"][::-1]  # another order of problems too
+    scores = [[0.2, 0.1, 0.0], [0.9, 0.7]]  # b/2, b/1, b/0 and a/2, a/0
+    assert align_scores(fewer, scores, whole) == [[0.7, None, 0.9], [0.0, 0.1, 0.2]]

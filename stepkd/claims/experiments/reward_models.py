@@ -89,7 +89,7 @@ _REDUCTIONS: dict[str, Any] = {"orm": "last", "prm": "product", "prm_mc": "min",
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
-    from stepkd.claims.tiny_reward import curves_tiny, score_tiny
+    from stepkd.claims.tiny_reward import align_scores, curves_tiny, score_tiny
     from stepkd.scorers import reduce_solutions
 
     student, teacher = _models(unit, report)
@@ -101,8 +101,9 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
         report(f"training the reward model {arm}, {_reward_steps(unit, arm)} steps")
         model = _reward_model(unit, arm, student, labels[labelling])
         report(f"scoring with {arm}")
-        found = score_tiny(model, held_out["adaptive" if arm == "prm_adaptive" else "newline"])
-        scores[arm] = reduce_solutions(found, _REDUCTIONS[arm], meaning=_MEANINGS[arm]).values
+        rows = held_out["adaptive" if arm == "prm_adaptive" else "newline"]
+        found = reduce_solutions(score_tiny(model, rows), _REDUCTIONS[arm], meaning=_MEANINGS[arm]).values
+        scores[arm] = align_scores(rows, found, held_out["newline"])
     curve = curves_tiny(held_out["newline"], scores, (SMALL_N, unit.settings.samples), seed=unit.seed)
     names = {"majority": "majority", "ceiling": "pass"} | {arm: arm for arm in scores}
     results = []
