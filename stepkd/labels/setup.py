@@ -10,7 +10,7 @@ from typing import Any, cast
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.spec import DataSpec, load_rows, parse_spec, resolve_split
-from stepkd.data.templates import get_template
+from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.benchmarks import Benchmark
 from stepkd.evaluation.runner import encode_prompts
@@ -116,29 +116,7 @@ def job_parts(
     sampler = sampler or TransformersSampler(policy, max_rows=spec.max_rows)
     length = spec.max_new_tokens or data.asking.max_new_tokens
     labeller = labeller or make_labeller(spec, policy=policy, sampler=sampler, grader=grader, max_new_tokens=length)
-    source: SolutionSource
-    if data.drawn:
-        source = SampledSolutions(
-            encode_prompts(policy, template, data.rows),
-            sampler,
-            spec.sampling(length),
-            grader,
-            policy=policy,
-            model=model,
-            signals=spec.signals,
-            teacher=teacher,
-            max_rows=spec.max_rows,
-        )
-    else:
-        source = GivenSolutions(
-            data.rows,
-            template,
-            grader,
-            policy=policy,
-            keep_steps=spec.segmenter is None,
-            signals=spec.signals,
-            teacher=teacher,
-        )
+    source = _solution_source(spec, data, policy, sampler, template, grader, model=model, teacher=teacher)
     per_solution = spec.rollouts_per_step if spec.labeller == "monte_carlo" else 1
     return JobParts(
         source=source,
@@ -159,6 +137,41 @@ def job_parts(
         ),
         drawn=data.drawn,
         group_size=max(1, spec.max_rows // per_solution),
+    )
+
+
+def _solution_source(
+    spec: LabelSpec,
+    data: _Data,
+    policy: Policy,
+    sampler: Sampler,
+    template: PromptTemplate,
+    grader: Grader,
+    *,
+    model: str,
+    teacher: Policy | None,
+) -> SolutionSource:
+    """Solutions to be drawn, or those of the rows."""
+    if data.drawn:
+        return SampledSolutions(
+            encode_prompts(policy, template, data.rows),
+            sampler,
+            spec.sampling(spec.max_new_tokens or data.asking.max_new_tokens),
+            grader,
+            policy=policy,
+            model=model,
+            signals=spec.signals,
+            teacher=teacher,
+            max_rows=spec.max_rows,
+        )
+    return GivenSolutions(
+        data.rows,
+        template,
+        grader,
+        policy=policy,
+        keep_steps=spec.segmenter is None,
+        signals=spec.signals,
+        teacher=teacher,
     )
 
 
