@@ -79,11 +79,31 @@ class RewardModelSettings:
 
 
 ARMS: Mapping[str, Mapping[str, Any]] = {
-    name: {} for name in ("majority", "orm", "prm", "prm_mc", "prm_adaptive", "consensus", "ceiling")
+    name: {} for name in ("majority", "orm", "prm", "orm_mc", "prm_mc", "prm_adaptive", "consensus", "ceiling")
 }
-_LABELS = {"orm": "checker", "prm": "checker", "prm_mc": "monte_carlo", "prm_adaptive": "adaptive"}
-_MEANINGS: dict[str, Any] = {"orm": "outcome", "prm": "correctness", "prm_mc": "value", "prm_adaptive": "value"}
-_REDUCTIONS: dict[str, Any] = {"orm": "last", "prm": "product", "prm_mc": "min", "prm_adaptive": "min"}
+_LABELS = {
+    "orm": "checker",
+    "prm": "checker",
+    "orm_mc": "monte_carlo",
+    "prm_mc": "monte_carlo",
+    "prm_adaptive": "adaptive",
+}
+"""Whose labels a reward model learns from; ``orm_mc`` learns the outcomes of the solutions that ``prm_mc`` learns from,
+so that what their steps add can be told."""
+_MEANINGS: dict[str, Any] = {
+    "orm": "outcome",
+    "prm": "correctness",
+    "orm_mc": "outcome",
+    "prm_mc": "value",
+    "prm_adaptive": "value",
+}
+_REDUCTIONS: dict[str, Any] = {
+    "orm": "last",
+    "prm": "product",
+    "orm_mc": "last",
+    "prm_mc": "min",
+    "prm_adaptive": "min",
+}
 """How step scores become one: Let's Verify's product for exact labels, Math-Shepherd's minimum for Monte-Carlo ones."""
 
 
@@ -190,9 +210,18 @@ def _label(
         }
         facts[arm] = {name: float(share.value) for name, share in shares.items() if share is not None}
         facts[arm]["labelled_solutions"] = float(len(labelled))
-    facts["prm_mc"]["label_tokens"] = cost
-    facts["prm_adaptive"] = {"label_tokens": adaptive_cost}
+    facts["prm_mc"] |= {"label_tokens": cost, **_step_counts(rows["mc"])}
+    facts["prm_adaptive"] = {"label_tokens": adaptive_cost, **_step_counts([row for row, _ in read_rows(adaptive)])}
     return {"checker": checker, "monte_carlo": monte_carlo, "adaptive": adaptive}, facts
+
+
+def _step_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How finely solutions are cut: with one step a solution, a process reward model is an outcome reward model."""
+    counts = [len(row["steps"]) for row in rows]
+    return {
+        "steps_per_solution": sum(counts) / len(counts),
+        "one_step_share": sum(count == 1 for count in counts) / len(counts),
+    }
 
 
 def _job(unit: Unit, name: str, *, model: Path, **settings: Any) -> tuple[Path, float]:
@@ -271,5 +300,7 @@ EXPERIMENT = Experiment(
         "recoverable",
         "labelled_solutions",
         "label_tokens",
+        "steps_per_solution",
+        "one_step_share",
     ),
 )
