@@ -35,6 +35,7 @@ __all__ = [
     "ROLLOUT",
     "STEPWISE",
     "STEP_PREFERENCE",
+    "UNPAIRED",
     "Column",
     "Contract",
     "ExtraRule",
@@ -195,16 +196,43 @@ STEPWISE = Contract(
 )
 """Step texts with one label each (TRL's stepwise-supervision type); a null label marks an unrated step."""
 
+UNPAIRED = Contract(
+    "unpaired",
+    (_PROMPT, Column("completion", checks.filled_text), Column("label", checks.boolean), _ID, _ANSWER),
+)
+"""A completion that is desirable or not (TRL's unpaired preference type, what KTO reads)."""
+
+_TOKEN_IDS = checks.list_of(checks.is_token_id, "token ids (whole numbers from 0)")
+
 PREFERENCE = Contract(
-    "preference", (_PROMPT, Column("chosen", checks.filled_text), Column("rejected", checks.filled_text), _ID, _ANSWER),
+    "preference",
+    (
+        _PROMPT,
+        Column("chosen", checks.filled_text),
+        Column("rejected", checks.filled_text),
+        Column("chosen_ids", _TOKEN_IDS, required=False),
+        Column("rejected_ids", _TOKEN_IDS, required=False),
+        Column("chosen_visits", checks.whole_number, required=False),
+        Column("rejected_visits", checks.whole_number, required=False),
+        _ID,
+        _ANSWER,
+    ),
     (checks.sides_differ,),
-)  # fmt: skip
-"""Two completions of one prompt, the better one first."""
+)
+"""Two completions of one prompt, the better one first; `chosen_ids` and `rejected_ids` are those that were sampled, the
+end token included where there is one, `..._visits` how often a tree search came by."""
 
 STEP_PREFERENCE = Contract(
-    "step_preference", (*PREFERENCE.columns, Column("prefix", checks.prefix_steps)), PREFERENCE.row_checks
+    "step_preference",
+    (
+        *PREFERENCE.columns,
+        Column("prefix", checks.prefix_steps),
+        Column("prefix_ids", _TOKEN_IDS, required=False),
+    ),
+    PREFERENCE.row_checks,
 )
-"""Two next steps after a shared `prefix` of steps (empty at the start of the solution)."""
+"""Two next steps after a shared `prefix` of steps (empty at the start of the solution). Texts keep their separators, so
+that ``"".join(prefix) + chosen`` is what was written; `prefix_ids` are the sampled ids of the prefix."""
 
 ROLLOUT = Contract(
     "rollout",
@@ -248,7 +276,8 @@ ROLLOUT = Contract(
 `step_values` are chances of a right answer estimated by rollouts, `step_scores` what a step scorer says."""
 
 CONTRACTS: dict[str, Contract] = {
-    contract.name: contract for contract in (PROBLEM, DEMONSTRATION, STEPWISE, PREFERENCE, STEP_PREFERENCE, ROLLOUT)
+    contract.name: contract
+    for contract in (PROBLEM, DEMONSTRATION, STEPWISE, UNPAIRED, PREFERENCE, STEP_PREFERENCE, ROLLOUT)
 }
 """All contracts by name."""
 
@@ -272,6 +301,7 @@ def detect_contract(row: Mapping[str, Any], *, path: str | Path | None = None, l
         (STEPWISE, {"completions", "labels"}),
         (STEP_PREFERENCE, {"chosen", "rejected", "prefix"}),
         (PREFERENCE, {"chosen", "rejected"}),
+        (UNPAIRED, {"completion", "label"}),
         (PROBLEM, {"prompt", "answer"}),
         (DEMONSTRATION, {"prompt", "solution"}),
     )
