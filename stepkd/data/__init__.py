@@ -19,6 +19,7 @@ from stepkd.data.rows import (
     ROLLOUT,
     STEP_PREFERENCE,
     STEPWISE,
+    UNPAIRED,
     validate,
 )
 from stepkd.data.spec import DataSpec, check_training_use, load_rows, parse_spec
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from stepkd.data.collate import MicroBatch
     from stepkd.data.datamodule import StepData
     from stepkd.data.encode import Encoder, Example
+    from stepkd.data.feedback import FeedbackEncoder, FeedbackExample
     from stepkd.data.loader import Position, StepBatch, StepLoader
+    from stepkd.data.pairs import PairEncoder, PairExample
+    from stepkd.data.preference_datamodule import FeedbackData, PairData
     from stepkd.data.step_datamodule import StepLabelData
     from stepkd.data.step_encode import StepEncoder, StepExample
     from stepkd.data.step_labels import LabelRule
@@ -36,8 +40,14 @@ if TYPE_CHECKING:
 _LAZY = {
     "Encoder": "encode",
     "Example": "encode",
+    "FeedbackData": "preference_datamodule",
+    "FeedbackEncoder": "feedback",
+    "FeedbackExample": "feedback",
     "LabelRule": "step_labels",
     "MicroBatch": "collate",
+    "PairData": "preference_datamodule",
+    "PairEncoder": "pairs",
+    "PairExample": "pairs",
     "Position": "loader",
     "StepBatch": "loader",
     "StepData": "datamodule",
@@ -56,12 +66,19 @@ __all__ = [
     "STEPWISE",
     "STEP_PREFERENCE",
     "TEMPLATES",
+    "UNPAIRED",
     "BatchPlan",
     "DataSpec",
     "Encoder",
     "Example",
+    "FeedbackData",
+    "FeedbackEncoder",
+    "FeedbackExample",
     "LabelRule",
     "MicroBatch",
+    "PairData",
+    "PairEncoder",
+    "PairExample",
     "Position",
     "PromptTemplate",
     "StepBatch",

@@ -8,7 +8,7 @@ normalised over the whole batch, none of this changes a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -41,6 +41,7 @@ class BatchPlan:
         seed: int = 0,
         shuffle: bool = True,
         bucket_window: int = 1,
+        groups: Sequence[int] | None = None,
     ) -> None:
         if unit not in ("sequences", "tokens"):
             raise ConfigError(f"batch unit {unit!r}: must be 'sequences' or 'tokens'")
@@ -50,12 +51,20 @@ class BatchPlan:
             raise ConfigError(f"bucket_window={bucket_window}: must be at least 1")
         if not len(lengths):
             raise ConfigError("there are no examples to form batches of")
+        if groups is not None and len(groups) != len(lengths):
+            raise ValueError(f"{len(groups)} groups for {len(lengths)} examples")
+        if groups is not None and bucket_window > 1:
+            raise ConfigError(
+                f"bucket_window={bucket_window} sorts examples by length, and examples of one prompt are to stay "
+                "together: drop one of the two"
+            )
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.size = size
         self.unit = unit
         self.seed = seed
         self.shuffle = shuffle
         self.bucket_window = bucket_window
+        self.groups = groups
 
     @property
     def num_batches(self) -> int | None:
@@ -71,12 +80,22 @@ class BatchPlan:
         rng = generator(self.seed, "shuffle", epoch)
         if self.shuffle:
             order = rng.permutation(order)
+        if self.groups is not None:
+            order = self._grouped(order)
         if self.bucket_window > 1:
             order = self._bucketed(order)
         batches = self._group(order)
         if self.bucket_window > 1 and self.shuffle:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches
+
+    def _grouped(self, order: np.ndarray) -> np.ndarray:
+        """Groups in the order of their first example, examples within a group in the given order."""
+        assert self.groups is not None
+        members: dict[int, list[int]] = {}
+        for i in order.tolist():
+            members.setdefault(self.groups[i], []).append(i)
+        return np.array([i for group in members.values() for i in group], dtype=np.int64)
 
     def _bucketed(self, order: np.ndarray) -> np.ndarray:
         mean = 1.0 if self.unit == "sequences" else float(self.lengths.mean())
@@ -98,13 +117,47 @@ class BatchPlan:
         return batches
 
 
-def rank_share(indices: Sequence[int], lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """This rank's part of a global batch: every ``world_size``-th example in order of length.
+def rank_share(
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    rank: int,
+    world_size: int,
+    groups: Sequence[int] | None = None,
+) -> list[int]:
+    """This rank's part of a global batch: every ``world_size``-th example (or group of examples) in order of length.
 
     The union over ranks is the batch, without repeats; a rank can get nothing when the batch is smaller than the world.
     """
-    by_length = sorted(indices, key=lambda i: (lengths[i], i))
-    return by_length[rank::world_size]
+    if groups is None:
+        return sorted(indices, key=lambda i: (lengths[i], i))[rank::world_size]
+    members: dict[int, list[int]] = {}
+    for i in sorted(indices, key=lambda i: (lengths[i], i)):
+        members.setdefault(groups[i], []).append(i)
+    by_length = sorted(members.values(), key=lambda group: (sum(lengths[i] for i in group), group[0]))
+    return [i for group in by_length[rank::world_size] for i in group]
+
+
+def mismatched(prompts: Sequence[Hashable]) -> list[int | None]:
+    """Pair every example with one of another prompt: its partner's number, or None where there is no other prompt.
+
+    With different prompts this is the rotation by one that KTO's reference point wants: example i meets the completion
+    of example i - 1. Where prompts repeat, examples are ordered by prompt (first seen first) and rotated by the size of
+    the largest group, so that every completion still serves once; when one prompt has more than half of the batch, the
+    examples that would meet their own prompt have no partner.
+
+    Args:
+        prompts: prompt of every example, in the order of the global batch.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        members.setdefault(prompt, []).append(i)
+    order = [i for group in members.values() for i in group]
+    shift = max(map(len, members.values()), default=0)
+    partners: list[int | None] = [None] * len(prompts)
+    for place, i in enumerate(order):
+        partner = order[(place - shift) % len(order)]
+        partners[i] = partner if prompts[partner] != prompts[i] else None
+    return partners
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -142,6 +142,7 @@ class StepData(LightningDataModule):
             seed=self.seed,
             shuffle=shuffle,
             bucket_window=self.bucket_window if training else 1,
+            groups=self._groups(examples) if training else None,
         )
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
@@ -152,6 +153,10 @@ class StepData(LightningDataModule):
             world_size=world_size,
             position=self._train_position if training else Position,
         )
+
+    def _groups(self, examples: list[Example]) -> list[int] | None:
+        """Group of every training example that is to stay with others; None: each for itself."""
+        return None
 
     def _evaluation_batch_size(self, examples: list[Example]) -> int:
         """Sequences per batch, so that the number of batches is known; about as many tokens as a training batch."""
@@ -166,8 +171,12 @@ class StepData(LightningDataModule):
         plan = (self.global_batch_size, self.batch_unit, self.bucket_window, self.shuffle, self.seed)
         digest = hashlib.sha256(repr(plan).encode())
         for example in self.examples["train"]:
-            digest.update(repr((example.id, example.prompt_ids, example.completion_ids)).encode())
+            digest.update(repr(self._identity(example)).encode())
         return digest.hexdigest()[:16]
+
+    def _identity(self, example: Example) -> tuple[Any, ...]:
+        """What of an example decides the training batches; methods with labels add them."""
+        return (example.id, example.prompt_ids, example.completion_ids)
 
     def _train_position(self) -> Position:
         module: Any = self.trainer.lightning_module if self.trainer is not None else None

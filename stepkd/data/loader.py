@@ -33,6 +33,10 @@ class StepBatch:
     """Stands in for this rank when others have more micro-batches."""
     next_position: Position
     """Where the data stands once this batch has been trained on."""
+    peers: tuple[Example, ...] = ()
+    """All examples of the global batch, in the plan's order: the same on every rank."""
+    places: tuple[int, ...] = ()
+    """Position of each of this rank's examples among the peers."""
 
 
 class StepLoader:
@@ -90,10 +94,19 @@ class StepLoader:
             )
         for b in range(start.batch, len(batches)):
             last = b + 1 == len(batches)
-            mine = rank_share(batches[b], self.plan.lengths, self.rank, self.world_size)  # type: ignore[arg-type]
+            mine = rank_share(
+                batches[b],
+                self.plan.lengths,  # type: ignore[arg-type]
+                self.rank,
+                self.world_size,
+                self.plan.groups,
+            )
+            place = {i: position for position, i in enumerate(batches[b])}
             yield StepBatch(
                 tuple(self.examples[i] for i in mine),
                 tuple(mine),
                 self._filler,
                 Position(start.epoch + 1, 0) if last else Position(start.epoch, b + 1),
+                peers=tuple(self.examples[i] for i in batches[b]),
+                places=tuple(place[i] for i in mine),
             )

@@ -1,5 +1,7 @@
 """Pure loss functions: tensors in, named sums and detached metrics out. Knows only torch."""
 
+from stepkd.losses.dpo import dpo, step_dpo, visit_smoothing
+from stepkd.losses.kto import kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead, chunked_head
 from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
 from stepkd.losses.reduce import LossTerms, reduce, segment_sum
@@ -11,11 +13,20 @@ __all__ = [
     "VocabHead",
     "chunked_head",
     "cross_entropy",
+    "dpo",
+    "kto",
+    "kto_values",
     "label_token_logps",
+    "ratio_rule",
     "reduce",
+    "reference_point",
     "segment_sum",
     "step_cross_entropy",
+    "step_dpo",
+    "step_kto",
+    "step_kto_counts",
     "step_weights",
     "target_logps",
     "token_logps",
+    "visit_smoothing",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,13 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     Covers every parameter's name, shape and dtype and a thousand of its values, evenly spaced: enough to recognise a
     changed checkpoint in milliseconds, not a cryptographic proof.
     """
+    return parameters_fingerprint(model.named_parameters())
+
+
+def parameters_fingerprint(named: Iterable[tuple[str, torch.nn.Parameter]]) -> str:
+    """:func:`weights_fingerprint` of some parameters, in any order."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(named, key=lambda pair: pair[0]):
         flat = parameter.detach().reshape(-1)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if flat.numel():

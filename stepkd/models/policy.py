@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,7 @@ from stepkd.models.head import (
     vocab_head,
 )
 from stepkd.models.load import load_model
+from stepkd.models.packed import check_packing, packed_mask
 from stepkd.models.spec import PolicySpec
 from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolve_ids
 from stepkd.models.step_head_io import saved_step_head
@@ -41,7 +43,13 @@ class HiddenStates(Protocol):
         """Hidden states to logits over the real vocabulary."""
         ...
 
-    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         """Last hidden states (B, T, H)."""
         ...
 
@@ -173,26 +181,40 @@ class Policy(nn.Module):
         """Context length in tokens, or None when the model states none."""
         return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
 
-    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, position_ids_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        position_ids_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
         """Last hidden states.
 
         Args:
             input_ids_BT: token ids, any padding side.
             attention_mask_BT: 1 for tokens, 0 for padding.
             position_ids_BT: positions; None counts each row's real tokens from 0.
+            segments_BT: rows that hold several completions of one prompt: 0 for the prompt, 1, 2, ... for the
+                completions, -1 for padding; only where :attr:`can_pack`. Needs ``position_ids_BT``.
 
         Returns:
             (B, T, H) hidden states in the model's dtype; rows of padding hold arbitrary finite values.
         """
         if position_ids_BT is None:
             position_ids_BT = positions_from_mask(attention_mask_BT)
+        mask = attention_mask_BT if segments_BT is None else packed_mask(self.causal_lm, segments_BT)
         output = backbone_of(self.causal_lm)(
             input_ids=input_ids_BT,
-            attention_mask=attention_mask_BT,
+            attention_mask=mask,
             position_ids=position_ids_BT,
             use_cache=False,
         )
         return output.last_hidden_state
+
+    @cached_property
+    def can_pack(self) -> bool:
+        """Whether completions of one prompt may share a row (:func:`~stepkd.models.packed.check_packing`)."""
+        return check_packing(self.causal_lm)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that require gradients."""
@@ -200,9 +222,18 @@ class Policy(nn.Module):
 
     def freeze_copy(self) -> None:
         """Keep a frozen copy of the current weights as the reference (full fine-tuning, or a reference reset)."""
-        frozen = Policy(copy.deepcopy(self.model), self.tokenizer, self.spec, verify_head=False)
-        frozen.requires_grad_(False).eval()
-        self._frozen[:] = [frozen]
+        self.set_reference(Policy(copy.deepcopy(self.model), self.tokenizer, self.spec, verify_head=False))
+
+    def set_reference(self, reference: Policy | None) -> None:
+        """Take another model as the reference, which is frozen; None drops the one there is."""
+        if reference is not None:
+            reference.requires_grad_(False).eval()
+        self._frozen[:] = [] if reference is None else [reference]
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether :meth:`reference` has something to show."""
+        return bool(self._frozen) or self.has_adapter
 
     @contextmanager
     def reference(self) -> Iterator[HiddenStates]:

@@ -1,9 +1,27 @@
 """Lightning modules: one thin class per method on one base."""
 
 from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.kto import KTOModule, StepKTOModule
 from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.preference import PreferenceModule
 from stepkd.modules.prm import PRMModule
+from stepkd.modules.reference import ReferenceSpec
+from stepkd.modules.reference_points import ReferencePointSpec
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationSpec
 
-__all__ = ["OptimizerSpec", "PRMModule", "Prepared", "SFTModule", "StepModule", "ValidationSpec"]
+__all__ = [
+    "DPOModule",
+    "KTOModule",
+    "OptimizerSpec",
+    "PRMModule",
+    "PreferenceModule",
+    "Prepared",
+    "ReferencePointSpec",
+    "ReferenceSpec",
+    "SFTModule",
+    "StepKTOModule",
+    "StepModule",
+    "ValidationSpec",
+]

@@ -131,6 +131,17 @@ class StepModule(EvaluationLoops):
         """Named sums and metrics of one micro-batch."""
         raise NotImplementedError(f"{type(self).__name__} must define loss_terms()")
 
+    def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
+        """Further values to log, from the means of ``loss_terms``' metrics (differences of means, for example)."""
+        return {}
+
+    def method_state(self) -> dict[str, Any]:
+        """State of the method that a checkpoint must hold (running averages, ...): plain values and tensors."""
+        return {}
+
+    def restore_method_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`method_state` gave."""
+
     def next_commands(self, run: str) -> list[str]:
         """What to do with a finished run, one line each, for the end of ``stepkd fit``."""
         return [
@@ -292,9 +303,10 @@ class StepModule(EvaluationLoops):
         values = {f"train/{n}": totals[f"sum/{n}"] / counts[n] if counts[n] else 0.0 for n in last.sums}
         weights = self.loss_weights
         values["train/loss"] = sum(weights.get(name, 1.0) * values[f"train/{name}"] for name in last.sums)
-        for name in last.metrics:
-            if totals[f"count/{name}"]:
-                values[f"train/{name}"] = totals[f"metric/{name}"] / totals[f"count/{name}"]
+        means = {
+            name: totals[f"metric/{name}"] / totals[f"count/{name}"] for name in last.metrics if totals[f"count/{name}"]
+        }
+        values |= {f"train/{name}": value for name, value in (means | self.derived_metrics(means)).items()}
         values["train/grad_norm"] = facts["grad_norm"]
         values["train/lr"] = facts["lr"]
         values["train/tokens"] = totals["tokens"]

@@ -35,6 +35,8 @@ def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
         section["step_head"] = asdict(module.model.step_head.spec)
     if module.ema is not None:
         section["ema"] = module.ema.state_dict()
+    if state := module.method_state():
+        section["method_state"] = state
     checkpoint["stepkd"] = section
 
 
@@ -66,6 +68,7 @@ def unpack(module: StepModule, checkpoint: dict[str, Any]) -> tuple[Position, di
         )
     if module.trainer.state.fn == "fit":
         _check_resume(module, section)
+        module.restore_method_state(section.get("method_state", {}))
     return Position(**section["position"]), section.get("ema")
 
 

@@ -45,6 +45,7 @@ class EvaluationLoops(LightningModule):
         def model(self) -> Policy: ...
         def ensure_average(self) -> None: ...
         def prepare_examples(self, examples: Iterable[Example]) -> Prepared: ...
+        def derived_metrics(self, values: dict[str, float]) -> dict[str, float]: ...
         def loss_terms(self, micro_batch: MicroBatch) -> LossTerms: ...
 
     @contextmanager
@@ -62,6 +63,10 @@ class EvaluationLoops(LightningModule):
             self._accuracy = SampledAccuracy(self.model, self.validation_spec, self.seed)
         return self._accuracy
 
+    def prepare_evaluation(self, batch: StepBatch) -> Prepared:
+        """What validation measures the loss on; every rank calls it for every batch."""
+        return self.prepare_examples([example for example in batch.examples if example.completion_ids])
+
     def on_validation_epoch_start(self) -> None:
         """Fresh sums."""
         self._sums.clear()
@@ -73,7 +78,7 @@ class EvaluationLoops(LightningModule):
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums of this rank's share; a rank without examples adds nothing."""
         with self._averaged():
-            prepared = self.prepare_examples([example for example in batch.examples if example.completion_ids])
+            prepared = self.prepare_evaluation(batch)
             for name, count in prepared.denominators.items():
                 self._sums[f"count/{name}"] += count
             with self.phases.phase("validation", total=len(prepared.micro_batches)):
@@ -116,7 +121,8 @@ class EvaluationLoops(LightningModule):
             values[f"{prefix}/loss"] = sum(
                 weights.get(name, 1.0) * values.get(f"{prefix}/{name}", 0.0) for name in self.components
             )
-        values |= {f"{prefix}/{name}": value for name, value in self._metric_means().items()}
+        means = self._metric_means()
+        values |= {f"{prefix}/{name}": value for name, value in (means | self.derived_metrics(means)).items()}
         sampled = {name.removeprefix("sampled/"): value for name, value in totals.items()}
         values |= {f"{prefix}/{name}": value for name, value in SampledAccuracy.rates(sampled).items()}
         shown = {name: values.pop(name) for name in (f"{prefix}/loss", f"{prefix}/accuracy") if name in values}

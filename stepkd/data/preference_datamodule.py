@@ -1,0 +1,234 @@
+"""The LightningDataModules of preference training: feedback on completions and steps, and pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any, Literal, cast
+
+from stepkd.data.datamodule import StepData
+from stepkd.data.encode import Encoder, Example
+from stepkd.data.feedback import RIGHT, WRONG, FeedbackEncoder, FeedbackExample
+from stepkd.data.pairs import PairEncoder, PairExample
+from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED, detect_contract
+from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.step_labels import LabelRule
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+class PreferenceData(StepData):
+    """What feedback and pairs share: rows in one of a few contracts, and prompts whose examples stay together.
+
+    Args:
+        keep_prompts_together: shuffle prompts in place of examples, so that completions of one prompt meet in a batch
+            and the prompt is read once; other arguments as for :class:`~stepkd.data.datamodule.StepData`.
+    """
+
+    contracts: tuple[str, ...] = ()
+    """Names of the row contracts that are read."""
+
+    def __init__(self, *, keep_prompts_together: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.keep_prompts_together = keep_prompts_together
+
+    def _load(self, name: str, spec: DataSpec) -> list[Example]:
+        if name == "train":
+            check_training_use(spec)
+        rows = load_rows(spec)
+        contract = detect_contract(rows[0])
+        if contract.name not in self.contracts:
+            raise DataError(
+                f"{type(self).__name__} reads rows of the kinds {', '.join(self.contracts)}, and these are of kind "
+                f"{contract.name!r}: label or convert them first (stepkd label)",
+                path=spec.path or spec.hub or spec.source,
+            )
+        encoder = self.make_encoder()
+        examples = encoder.examples(rows)
+        facts = self.check(name, examples) | {key: n for key, n in sorted(encoder.counts.items()) if n}
+        logger.info("%s: %d of %d rows%s", name, len(examples), len(rows), f", {facts}" if facts else "")
+        return examples
+
+    def check(self, name: str, examples: list[Example]) -> dict[str, int]:
+        """Counts to report; refuses data that nothing can be learnt from."""
+        return {}
+
+    def _groups(self, examples: list[Example]) -> list[int] | None:
+        if not self.keep_prompts_together:
+            return None
+        numbers: dict[tuple[int, ...], int] = {}
+        return [numbers.setdefault(example.prompt_ids, len(numbers)) for example in examples]
+
+    def _tokenizer(self) -> Any:
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        if module is None:
+            raise RuntimeError(f"{type(self).__name__} needs a trainer whose module has a tokenizer: attach it")
+        if getattr(module, "feedback", None) != self.feedback:
+            raise ConfigError(
+                f"{type(self).__name__} serves methods that learn from {self.feedback}, and {type(module).__name__} "
+                "does not: use the data class of its recipe"
+            )
+        return module.tokenizer
+
+    feedback: str = ""
+    """What a module must say it learns from (its attribute ``feedback``)."""
+
+
+class FeedbackData(PreferenceData):
+    """Completions with an outcome and step labels: labelled rollouts, stepwise rows, or unpaired rows (outcome only).
+
+    Args:
+        train, validation, test: rows; evaluation-only data is refused for training unless the spec allows it.
+        labels: how step labels become right or wrong; what follows the first wrong step keeps its label by default.
+        allow_one_class: train although no outcome, or no step, is right (or wrong).
+        template: how a row becomes a prompt: that which the completions were sampled with.
+        segmenter: cuts completions that come as one text.
+        max_length: longest prompt + completion in tokens; longer completions lose whole steps, and that is counted.
+        keep_prompts_together, global_batch_size, batch_unit, bucket_window, shuffle, overlap_ngram, seed: as for the
+            base classes.
+    """
+
+    contracts = (ROLLOUT.name, STEPWISE.name, UNPAIRED.name)
+    feedback = "right and wrong completions"
+
+    def __init__(
+        self,
+        train: DataSpec | None = None,
+        validation: DataSpec | None = None,
+        test: DataSpec | None = None,
+        labels: LabelRule | None = None,
+        allow_one_class: bool = False,
+        template: str | PromptTemplate = "gsm8k",
+        segmenter: str = "newline",
+        max_length: int = 1024,
+        keep_prompts_together: bool = False,
+        global_batch_size: int = 32,
+        batch_unit: Literal["sequences", "tokens"] = "sequences",
+        bucket_window: int = 1,
+        shuffle: bool = True,
+        overlap_ngram: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train=train,
+            validation=validation,
+            test=test,
+            template=template,
+            segmenter=segmenter,
+            max_length=max_length,
+            keep_prompts_together=keep_prompts_together,
+            global_batch_size=global_batch_size,
+            batch_unit=batch_unit,
+            bucket_window=bucket_window,
+            shuffle=shuffle,
+            overlap_ngram=overlap_ngram,
+            seed=seed,
+        )
+        self.labels = labels or LabelRule(after_error="keep")
+        self.allow_one_class = allow_one_class
+
+    def make_encoder(self) -> FeedbackEncoder:
+        """The encoder for the policy's tokenizer."""
+        return FeedbackEncoder(
+            self._tokenizer(), self.template, self.segmenter, max_length=self.max_length, labels=self.labels
+        )
+
+    def check(self, name: str, examples: list[Example]) -> dict[str, int]:
+        """Counts of outcomes and steps by label; training data of one class only is refused."""
+        counts = feedback_counts(cast(list[FeedbackExample], examples))
+        for kind in ("outcomes", "steps"):
+            right, wrong = counts[f"right_{kind}"], counts[f"wrong_{kind}"]
+            if name == "train" and right + wrong and not (right and wrong) and not self.allow_one_class:
+                raise DataError(
+                    f"all {right + wrong} labelled {kind} are {'right' if right else 'wrong'}: nothing contrasts with "
+                    "them. Take a stronger or weaker sampler, more samples per problem, or set data.allow_one_class"
+                )
+        return counts
+
+    def label_counts(self) -> dict[str, int]:
+        """Counts of :func:`feedback_counts` over the training data, for class weights by the ratio rule."""
+        return feedback_counts(cast(list[FeedbackExample], self.examples["train"]))
+
+    def _identity(self, example: Example) -> tuple[Any, ...]:
+        labelled = cast(FeedbackExample, example)
+        return (*super()._identity(example), labelled.outcome, labelled.step_labels, self.keep_prompts_together)
+
+
+class PairData(PreferenceData):
+    """Pairs of completions, or of next steps after a shared prefix.
+
+    Args:
+        train, validation, test: rows; evaluation-only data is refused for training unless the spec allows it.
+        max_length: longest prompt + prefix + completion in tokens; longer pairs are left out and counted.
+        template, segmenter, keep_prompts_together, global_batch_size, batch_unit, bucket_window, shuffle,
+            overlap_ngram, seed: as for the base classes; a batch counts pairs.
+    """
+
+    contracts = (PREFERENCE.name, STEP_PREFERENCE.name)
+    feedback = "pairs"
+
+    def __init__(
+        self,
+        train: DataSpec | None = None,
+        validation: DataSpec | None = None,
+        test: DataSpec | None = None,
+        template: str | PromptTemplate = "gsm8k",
+        segmenter: str = "newline",
+        max_length: int = 1024,
+        keep_prompts_together: bool = False,
+        global_batch_size: int = 32,
+        batch_unit: Literal["sequences", "tokens"] = "sequences",
+        bucket_window: int = 1,
+        shuffle: bool = True,
+        overlap_ngram: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train=train,
+            validation=validation,
+            test=test,
+            template=template,
+            segmenter=segmenter,
+            max_length=max_length,
+            keep_prompts_together=keep_prompts_together,
+            global_batch_size=global_batch_size,
+            batch_unit=batch_unit,
+            bucket_window=bucket_window,
+            shuffle=shuffle,
+            overlap_ngram=overlap_ngram,
+            seed=seed,
+        )
+
+    def make_encoder(self) -> Encoder:
+        """The encoder for the policy's tokenizer."""
+        return PairEncoder(self._tokenizer(), self.template, self.segmenter, max_length=self.max_length)
+
+    def check(self, name: str, examples: list[Example]) -> dict[str, int]:
+        """How many pairs have a prefix, and how many have visit counts."""
+        pairs = cast(list[PairExample], examples)
+        counts = Counter(
+            {
+                "with_prefix": sum(bool(pair.row.get("prefix")) for pair in pairs),
+                "with_visits": sum(pair.visits is not None for pair in pairs),
+            }
+        )
+        return {key: count for key, count in counts.items() if count}
+
+    def _identity(self, example: Example) -> tuple[Any, ...]:
+        pair = cast(PairExample, example)
+        return (*super()._identity(example), pair.rejected_ids, pair.visits, self.keep_prompts_together)
+
+
+def feedback_counts(examples: list[FeedbackExample]) -> dict[str, int]:
+    """Right and wrong outcomes and steps, and conflicts (right answers with a wrong step)."""
+    outcomes = Counter(example.outcome for example in examples)
+    steps = Counter(label for example in examples for label in example.step_labels)
+    return {
+        "right_outcomes": outcomes[RIGHT],
+        "wrong_outcomes": outcomes[WRONG],
+        "right_steps": steps[RIGHT],
+        "wrong_steps": steps[WRONG],
+        "conflicts": sum(example.outcome == RIGHT and WRONG in example.step_labels for example in examples),
+    }

@@ -1,0 +1,201 @@
+"""KTO and Step-KTO: value terms of desirable and undesirable completions and steps.
+
+Axes: R completions, S steps of all completions (in order, completion by completion).
+
+A log-ratio is ``sum_t log pi(y_t | x, y_<t) - log ref(y_t | x, y_<t)`` over the tokens of a completion or a step, not
+multiplied by beta. A label is 1 (desirable), 0 (undesirable) or -1 (not labelled: no loss).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from stepkd.losses.reduce import LossTerms, segment_sum
+
+Reduction = Literal["mean_steps", "sum_steps", "mean_all_steps"]
+ClassWeights = tuple[float, float]
+"""Weights (lambda_D, lambda_U) of desirable and undesirable items, each > 0."""
+
+SATURATED = 0.95
+"""A value above it counts as saturated: its gradient is below a fifth of the largest."""
+
+
+def reference_point(total: float, count: float) -> float:
+    """KTO's reference point: a KL estimate from mismatched pairs, never below 0.
+
+    Args:
+        total: sum of the log-ratios over the global batch (all ranks).
+        count: how many there are; 0 (a batch of one, or of one prompt only) gives 0.
+
+    Source: KTO (arXiv 2402.01306), section 4.1.
+    """
+    return max(0.0, total / count) if count else 0.0
+
+
+def kto_values(logratios: Tensor, labels: Tensor, *, reference: float | Tensor = 0.0, beta: float = 0.1) -> Tensor:
+    """Values in (0, 1): ``sigma(beta (r - z))`` of desirable items, ``sigma(beta (z - r))`` of undesirable ones.
+
+    Args:
+        logratios: log-ratios r, any shape; float32 or float64.
+        labels: 1 or 0 (other labels are read as 0), same shape.
+        reference: reference point z, one number or one per item; no gradient flows through it.
+        beta: risk aversion, > 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta={beta}: must be positive")
+    if isinstance(reference, Tensor):
+        reference = reference.detach()
+    return torch.sigmoid(torch.where(labels == 1, 1.0, -1.0).to(logratios.dtype) * beta * (logratios - reference))
+
+
+def kto(
+    logratios_R: Tensor,
+    labels_R: Tensor,
+    *,
+    z0: float | Tensor = 0.0,
+    beta: float = 0.1,
+    weights: ClassWeights = (1.0, 1.0),
+) -> LossTerms:
+    """KTO on whole completions: the sum of ``lambda_y (1 - v(x, y))``.
+
+    Args:
+        logratios_R: summed log-ratios of the completions.
+        labels_R: 1 desirable, 0 undesirable, -1 without a label.
+        z0: reference point (:func:`reference_point`); 0 is APO-zero's unpaired form.
+        beta: > 0.
+        weights: (lambda_D, lambda_U); the denominator is the number of labelled completions, whatever the weights.
+
+    Returns:
+        ``sums["outcome"]``. Metrics: ``reward_right`` and ``reward_wrong`` (mean of beta r by label) and ``saturated``
+        (share of values above 0.95).
+
+    Source: KTO (Ethayarajh et al. 2024, arXiv 2402.01306), equations 7 and 8.
+    """
+    loss, metrics = _value_loss(logratios_R, labels_R, z0, beta, weights, torch.ones_like(logratios_R))
+    return LossTerms({"outcome": loss}, metrics)
+
+
+def step_kto(
+    step_logratios_S: Tensor,
+    step_labels_S: Tensor,
+    completion_S: Tensor,
+    labels_R: Tensor,
+    *,
+    z0: float | Tensor = 0.0,
+    z0_step: float | Tensor = 0.0,
+    beta: float = 0.1,
+    beta_step: float | None = None,
+    reduction: Reduction = "mean_steps",
+    weights: ClassWeights = (1.0, 1.0),
+    step_weights: ClassWeights = (1.0, 1.0),
+) -> LossTerms:
+    """Step-KTO: KTO's value term for the completion's outcome, and one of the same form for each of its steps.
+
+    A completion's log-ratio is the sum of its steps' (they partition it), so one forward pass serves both terms. The
+    weight ``w_s`` of the step term is given to :func:`~stepkd.losses.reduce.reduce` (``weights={"step": w_s}``).
+
+    A reconstruction: the paper (Lin et al. 2025, arXiv 2501.10799) adds step-level value terms to KTO's; their weight,
+    beta, average over steps and reference point were not found in it and are options here.
+
+    Args:
+        step_logratios_S: summed log-ratios of the steps.
+        step_labels_S: 1 right, 0 wrong, -1 without a label.
+        completion_S: int64 completion of every step, in [0, R).
+        labels_R: outcomes: 1 right, 0 wrong, -1 not known.
+        z0: reference point of completions.
+        z0_step: reference point of steps, one number or one per step. A step's log-ratio is about 1/H of its
+            completion's, so ``z0`` does not serve for it.
+        beta: > 0.
+        beta_step: beta of the steps; None: ``beta``.
+        reduction: ``mean_steps``: the mean over a completion's labelled steps, averaged over completions;
+            ``sum_steps``: their sum in place of the mean; ``mean_all_steps``: one mean over all steps of the batch.
+        weights: (lambda_D, lambda_U) of outcomes.
+        step_weights: the same of steps.
+
+    Returns:
+        ``sums["outcome"]`` and ``sums["step"]``, whose denominators are :func:`step_kto_counts`. Metrics: those of
+        :func:`kto`, the same with ``step_`` before them, and ``conflicts`` (share of right answers with a wrong step).
+
+    Raises:
+        ValueError: an unknown reduction, beta not positive, or shapes that differ.
+    """
+    if not step_logratios_S.shape == step_labels_S.shape == completion_S.shape:
+        raise ValueError(
+            f"{tuple(step_logratios_S.shape)} step log-ratios, {tuple(step_labels_S.shape)} labels and "
+            f"{tuple(completion_S.shape)} completion numbers"
+        )
+    logratios_R = segment_sum(step_logratios_S, completion_S, len(labels_R))
+    outcome, metrics = _value_loss(logratios_R, labels_R, z0, beta, weights, torch.ones_like(logratios_R))
+    share_S = _step_shares(step_labels_S, completion_S, len(labels_R), reduction).to(step_logratios_S.dtype)
+    step, step_metrics = _value_loss(
+        step_logratios_S, step_labels_S, z0_step, beta if beta_step is None else beta_step, step_weights, share_S
+    )
+    metrics |= {f"step_{name}": value for name, value in step_metrics.items()}
+    metrics["conflicts"] = _conflicts(step_labels_S, completion_S, labels_R)
+    return LossTerms({"outcome": outcome, "step": step}, metrics)
+
+
+def step_kto_counts(
+    step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor, reduction: Reduction = "mean_steps"
+) -> dict[str, float]:
+    """Denominators of :func:`step_kto`: labelled completions, and, by the reduction, steps or completions with some."""
+    counts_R = segment_sum((step_labels_S >= 0).double(), completion_S, len(labels_R))
+    steps = counts_R.sum() if reduction == "mean_all_steps" else (counts_R > 0).sum()
+    return {"outcome": float((labels_R >= 0).sum()), "step": float(steps)}
+
+
+def ratio_rule(desirable: int, undesirable: int) -> ClassWeights:
+    """Class weights that give both classes the same total: ``lambda_D n_D = lambda_U n_U``, the rarer one raised.
+
+    Args:
+        desirable, undesirable: how many items there are of each; where one is 0 the weights are 1.
+
+    Source: KTO, equation 9 in v1: the ratio of the two sides should lie in [1, 4/3]; this takes its lower end.
+    """
+    if not desirable or not undesirable:
+        return (1.0, 1.0)
+    return (max(1.0, undesirable / desirable), max(1.0, desirable / undesirable))
+
+
+def _value_loss(
+    logratios: Tensor,
+    labels: Tensor,
+    reference: float | Tensor,
+    beta: float,
+    weights: ClassWeights,
+    share: Tensor,
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Sum of ``share * lambda * (1 - value)`` over labelled items, and metrics."""
+    if min(weights) <= 0:
+        raise ValueError(f"class weights {weights}: must be positive")
+    values = kto_values(logratios, labels, reference=reference, beta=beta)
+    right, wrong = labels == 1, labels == 0
+    factor = (right.to(values.dtype) * weights[0] + wrong.to(values.dtype) * weights[1]) * share
+    rewards, high = beta * logratios.detach(), (values.detach() > SATURATED)
+    metrics = {
+        "reward_right": (rewards[right].sum(), right.sum().float()),
+        "reward_wrong": (rewards[wrong].sum(), wrong.sum().float()),
+        "saturated": (high[right | wrong].sum().float(), (right | wrong).sum().float()),
+    }
+    return (factor * (1.0 - values)).sum(), metrics
+
+
+def _step_shares(labels_S: Tensor, completion_S: Tensor, completions: int, reduction: str) -> Tensor:
+    """1 / H for the mean over a completion's H labelled steps, else 1."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
+    if reduction != "mean_steps":
+        return torch.ones(labels_S.shape, dtype=torch.float64, device=labels_S.device)
+    counts_R = segment_sum((labels_S >= 0).double(), completion_S, completions)
+    return 1.0 / counts_R.clamp(min=1.0)[completion_S]
+
+
+def _conflicts(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Right answers that contain a wrong step, and right answers with any labelled step."""
+    ones_S = (step_labels_S >= 0).float()
+    judged_R = (labels_R == 1) & (segment_sum(ones_S, completion_S, len(labels_R)) > 0)
+    flawed_R = judged_R & (segment_sum((step_labels_S == 0).float(), completion_S, len(labels_R)) > 0)
+    return flawed_R.sum().float(), judged_R.sum().float()

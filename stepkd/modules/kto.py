@@ -1,0 +1,281 @@
+"""KTO (arXiv 2402.01306) and Step-KTO (arXiv 2501.10799): learning from right and wrong, of answers and of steps.
+
+Axes: N completion tokens, R completions, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch
+from stepkd.data.feedback import FeedbackExample
+from stepkd.data.loader import StepBatch
+from stepkd.data.packing import Completion, PackedBatch
+from stepkd.errors import ConfigError
+from stepkd.losses import DEFAULT_CHUNK, LossTerms, kto, ratio_rule, segment_sum, step_kto, step_kto_counts
+from stepkd.losses.kto import ClassWeights, Reduction
+from stepkd.models import PolicySpec
+from stepkd.modules.base import Prepared
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.preference import Packing, PreferenceModule
+from stepkd.modules.reference import ReferenceSpec
+from stepkd.modules.reference_points import PointEstimator, Points, ReferencePointSpec, mismatched_completions
+from stepkd.modules.validation import ValidationSpec
+
+
+class KTOModule(PreferenceModule):
+    """KTO on whole completions, each of them right or wrong.
+
+    Args:
+        policy: the model to train; LoRA or all weights.
+        reference: the frozen model.
+        beta: > 0.
+        class_weights: (lambda_D, lambda_U) of right and wrong completions; ``ratio`` gives both classes the same total,
+            counted over the training data.
+        reference_point: how z0 is estimated.
+        packing, optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
+            :class:`~stepkd.modules.preference.PreferenceModule`.
+    """
+
+    components: tuple[str, ...] = ("outcome",)
+    feedback = "right and wrong completions"
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        reference: ReferenceSpec | None = None,
+        beta: float = 0.1,
+        class_weights: list[float] | Literal["ratio"] = "ratio",
+        reference_point: ReferencePointSpec | None = None,
+        packing: Packing = "auto",
+        optimizer: OptimizerSpec | None = None,
+        validation: ValidationSpec | None = None,
+        micro_batch_tokens: int = 8192,
+        chunk_size: int = DEFAULT_CHUNK,
+        loss_weights: dict[str, float] | None = None,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            policy,
+            reference,
+            packing,
+            optimizer,
+            validation,
+            micro_batch_tokens,
+            chunk_size,
+            loss_weights,
+            ema_decay,
+            seed,
+        )
+        if beta <= 0:
+            raise ConfigError(f"beta={beta}: must be positive")
+        self.beta = beta
+        self.class_weights = _checked_weights("class_weights", class_weights)
+        self.point_spec = reference_point or ReferencePointSpec()
+        self._estimator = PointEstimator(self.point_spec)
+        self._points = Points()
+
+    def on_fit_start(self) -> None:
+        """Class weights by the ratio rule, which reads the training data."""
+        super().on_fit_start()
+        self.class_weights = self._resolved("outcomes", self.class_weights)
+
+    def _resolved(self, kind: str, weights: ClassWeights | None) -> ClassWeights:
+        if weights is not None:
+            return weights
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "label_counts"):
+            raise ConfigError("class weights by the ratio rule need the data's counts: use FeedbackData, or give them")
+        counts = data.label_counts()
+        return ratio_rule(counts[f"right_{kind}"], counts[f"wrong_{kind}"])
+
+    # ---- reference points ------------------------------------------------------------------------------------------
+
+    def mismatches(self, batch: StepBatch) -> list[Completion]:
+        """This rank's prompts with other prompts' completions."""
+        if not self.point_spec.needs_mismatches:
+            return []
+        return mismatched_completions(batch, self.point_spec.rotation, self.model.max_length)
+
+    def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
+        """The batch's completions with their reference log-probabilities, once the reference points are known."""
+        others = self.mismatches(batch)
+        own: list[Completion] = []
+        if self.point_spec.needs_batch:
+            own = [completion for example in batch.examples for completion in self.completions(example)]
+        with self.phases.phase("reference points"):
+            self._points = self._estimator(
+                list(zip(others, self.frozen_logratios(others), strict=True)),
+                list(zip(own, self.frozen_logratios(own), strict=True)),
+                self.device,
+                update=self.trainer.training,
+            )
+        yield from super().prepare(batch)
+
+    def method_state(self) -> dict[str, Any]:
+        """Running averages of the reference points."""
+        return {"point_averages": self._estimator.averages} if self._estimator.averages else {}
+
+    def restore_method_state(self, state: dict[str, Any]) -> None:
+        """Take back :meth:`method_state`."""
+        self._estimator.averages = list(state.get("point_averages", []))
+
+    # ---- loss ------------------------------------------------------------------------------------------------------
+
+    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+        """Completions with an outcome."""
+        return {"outcome": float((_outcomes(micro_batch) >= 0).sum())}
+
+    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        """KTO's value terms."""
+        batch = cast(PackedBatch, micro_batch)
+        logratios_R = segment_sum(self.logratios(batch), batch.row_N, batch.num_completions)
+        terms = kto(
+            logratios_R,
+            _outcomes(batch).to(logratios_R.device),
+            z0=self._points.z0,
+            beta=self.beta,
+            weights=self._weights(self.class_weights),
+        )
+        return self._with_points(terms, {"z0": self._points.z0})
+
+    def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
+        """Margins: mean reward of the right less that of the wrong."""
+        margins = {}
+        for prefix in ("", "step_"):
+            right, wrong = values.get(f"{prefix}reward_right"), values.get(f"{prefix}reward_wrong")
+            if right is not None and wrong is not None:
+                margins[f"{prefix}margin"] = right - wrong
+        return margins
+
+    @staticmethod
+    def _weights(weights: ClassWeights | None) -> ClassWeights:
+        return (1.0, 1.0) if weights is None else weights  # validation without training before it
+
+    @staticmethod
+    def _with_points(terms: LossTerms, points: dict[str, float]) -> LossTerms:
+        one = torch.tensor(1.0)
+        terms.metrics |= {name: (torch.tensor(value), one) for name, value in points.items()}
+        return terms
+
+
+class StepKTOModule(KTOModule):
+    """Step-KTO: KTO's value term for the outcome, and one for every step; one forward pass serves both.
+
+    A reconstruction, see :func:`stepkd.losses.step_kto`: how the paper weighs and averages its step terms and where it
+    measures them from was not found, so all of it is open to choice.
+
+    Args:
+        policy, reference, beta, class_weights, reference_point, packing: as for :class:`KTOModule`.
+        step_weight: weight ``w_s`` of the step term, >= 0; 0 is KTO.
+        beta_step: beta of the steps; null: ``beta``.
+        step_class_weights: as ``class_weights``, counted over the steps.
+        reduction: ``mean_steps``, ``sum_steps`` or ``mean_all_steps``.
+        optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
+            :class:`~stepkd.modules.base.StepModule`.
+    """
+
+    components = ("outcome", "step")
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        reference: ReferenceSpec | None = None,
+        beta: float = 0.1,
+        class_weights: list[float] | Literal["ratio"] = "ratio",
+        step_weight: float = 1.0,
+        beta_step: float | None = None,
+        step_class_weights: list[float] | Literal["ratio"] = "ratio",
+        reduction: Reduction = "mean_steps",
+        reference_point: ReferencePointSpec | None = None,
+        packing: Packing = "auto",
+        optimizer: OptimizerSpec | None = None,
+        validation: ValidationSpec | None = None,
+        micro_batch_tokens: int = 8192,
+        chunk_size: int = DEFAULT_CHUNK,
+        loss_weights: dict[str, float] | None = None,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            policy,
+            reference,
+            beta,
+            class_weights,
+            reference_point,
+            packing,
+            optimizer,
+            validation,
+            micro_batch_tokens,
+            chunk_size,
+            loss_weights,
+            ema_decay,
+            seed,
+        )
+        if not 0 <= step_weight < float("inf"):
+            raise ConfigError(f"step_weight={step_weight}: must be 0 (KTO alone) or positive")
+        if beta_step is not None and beta_step <= 0:
+            raise ConfigError(f"beta_step={beta_step}: must be positive, or null for beta")
+        if reduction not in ("mean_steps", "sum_steps", "mean_all_steps"):
+            raise ConfigError(f"reduction={reduction!r}: must be mean_steps, sum_steps or mean_all_steps")
+        self.loss_weights.setdefault("step", step_weight)
+        self.beta_step = beta_step
+        self.step_class_weights = _checked_weights("step_class_weights", step_class_weights)
+        self.reduction: Reduction = reduction
+
+    def on_fit_start(self) -> None:
+        """Class weights of outcomes and of steps."""
+        super().on_fit_start()
+        self.step_class_weights = self._resolved("steps", self.step_class_weights)
+
+    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+        """Completions with an outcome; steps, or completions with labelled ones, by the reduction."""
+        batch = cast(PackedBatch, micro_batch)
+        return step_kto_counts(_step_labels(batch), batch.completion_S, _outcomes(batch), self.reduction)
+
+    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        """Step-KTO's value terms of outcomes and steps."""
+        batch = cast(PackedBatch, micro_batch)
+        ratios_N = self.logratios(batch)
+        terms = step_kto(
+            segment_sum(ratios_N, batch.step_N, len(batch.completion_S)),
+            _step_labels(batch).to(ratios_N.device),
+            batch.completion_S,
+            _outcomes(batch).to(ratios_N.device),
+            z0=self._points.z0,
+            z0_step=_like(self._points.of_steps(batch.completion_S), ratios_N),
+            beta=self.beta,
+            beta_step=self.beta_step,
+            reduction=self.reduction,
+            weights=self._weights(self.class_weights),
+            step_weights=self._weights(self.step_class_weights),
+        )
+        return self._with_points(terms, {"z0": self._points.z0, "z0_step": self._points.z0_step})
+
+
+def _like(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like) if isinstance(value, Tensor) else value
+
+
+def _outcomes(batch: MicroBatch) -> Tensor:
+    return torch.tensor([cast(FeedbackExample, example).outcome for example in batch.examples])
+
+
+def _step_labels(batch: MicroBatch) -> Tensor:
+    return torch.tensor(
+        [label for example in batch.examples for label in cast(FeedbackExample, example).step_labels], dtype=torch.long
+    )
+
+
+def _checked_weights(name: str, weights: list[float] | str) -> ClassWeights | None:
+    """The weights, or None for the ratio rule."""
+    if weights == "ratio":
+        return None
+    if not isinstance(weights, list | tuple) or len(weights) != 2 or not all(0 < w < float("inf") for w in weights):
+        raise ConfigError(f"{name}={weights!r}: two positive numbers, of right and of wrong ones, or 'ratio'")
+    return (float(weights[0]), float(weights[1]))

@@ -1,0 +1,246 @@
+"""What KTO, Step-KTO and DPO share: completions in packed rows, and their log-ratios against a frozen reference.
+
+Axes: B rows, T padded length, N completion tokens, R completions, S steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch
+from stepkd.data.encode import Example
+from stepkd.data.loader import StepBatch, StepLoader
+from stepkd.data.packing import Completion, PackedBatch, Unit, collate_packed, plan_packs
+from stepkd.errors import ConfigError, check_choice
+from stepkd.losses import DEFAULT_CHUNK, token_logps
+from stepkd.models import HiddenStates, PolicySpec
+from stepkd.models.dropout import disable_dropout
+from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.reference import ReferenceCache, ReferenceSpec, attach_reference, reference_identity
+from stepkd.modules.validation import ValidationSpec
+
+logger = logging.getLogger(__name__)
+
+Packing = Literal["auto", "on", "off"]
+
+
+class PreferenceModule(StepModule):
+    """Base of the methods that compare the policy with a reference on given completions.
+
+    Dropout is off in both views. Completions of one prompt that meet in a micro-batch share a row, so that the prompt
+    is read once; log-ratios are those of separate rows.
+
+    Args:
+        policy: the model to train; LoRA or all weights.
+        reference: the frozen model.
+        packing: ``auto`` shares rows where the model allows it, ``on`` refuses a model that does not, ``off`` never.
+        optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
+            :class:`~stepkd.modules.base.StepModule`.
+    """
+
+    feedback = ""
+    """What the method learns from: matched with the data module."""
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        reference: ReferenceSpec | None = None,
+        packing: Packing = "auto",
+        optimizer: OptimizerSpec | None = None,
+        validation: ValidationSpec | None = None,
+        micro_batch_tokens: int = 8192,
+        chunk_size: int = DEFAULT_CHUNK,
+        loss_weights: dict[str, float] | None = None,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(policy, optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed)
+        check_choice("packing", packing, ("auto", "on", "off"))
+        self.reference_spec = reference or ReferenceSpec()
+        self.packing = packing
+        self._cache: ReferenceCache | None = None
+
+    # ---- what a method defines -------------------------------------------------------------------------------------
+
+    def completions(self, example: Example) -> tuple[Completion, ...]:
+        """The completions of an example, all of one prompt: its only one, or the two sides of a pair."""
+        return (Completion(example.prompt_ids, example.completion_ids, example.spans),)
+
+    def mismatches(self, batch: StepBatch) -> list[Completion]:
+        """Further completions of which :meth:`prepare` needs log-ratios (without gradients)."""
+        return []
+
+    # ---- model -----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the policy, switch its dropout off, and give it its reference (once)."""
+        if self.policy is not None:
+            return
+        super().configure_model()
+        if disable_dropout(self.model):
+            logger.info("dropout is switched off: policy and reference must be seen alike")
+        attach_reference(self.model, self.reference_spec)
+        if self.packing == "on" and not self.model.can_pack:
+            raise ConfigError(
+                f"packing: on, and {type(self.model.causal_lm).__name__} with "
+                f"{self.model.causal_lm.config._attn_implementation} attention cannot read several completions in one "
+                "row: use sdpa attention, or packing: auto"
+            )
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether completions of one prompt share a row."""
+        return self.packing != "off" and self.model.can_pack
+
+    def on_fit_start(self) -> None:
+        """Fill the reference cache, when one is asked for."""
+        super().on_fit_start()
+        if self.reference_spec.cache:
+            self._fill_cache()
+
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
+        """One optimiser step: the batch's completions with their reference log-probabilities."""
+        yield self.with_reference(self.prepare_examples(batch.examples))
+
+    def prepare_evaluation(self, batch: StepBatch) -> Prepared:
+        """The same for validation."""
+        examples = tuple(example for example in batch.examples if example.completion_ids)
+        places = tuple(
+            place for place, example in zip(batch.places, batch.examples, strict=False) if example.completion_ids
+        )
+        return next(iter(self.prepare(replace(batch, examples=examples, places=places))))
+
+    def prepare_examples(self, examples: Iterable[Example]) -> Prepared:
+        """Packed micro-batches and their denominators."""
+        units = [Unit(example, self.completions(example)) for example in examples]
+        groups = plan_packs(units, self.micro_batch_tokens, share=self.shares_rows)
+        batches: list[MicroBatch] = [self._pack(group) for group in groups]
+        counts: dict[str, float] = defaultdict(float)
+        for micro_batch in batches:
+            for name, value in self.count(micro_batch).items():
+                counts[name] += value
+        return Prepared(batches, dict(counts))
+
+    def make_filler(self, batch: StepBatch) -> MicroBatch:
+        """A rank without work computes one example with weight zero."""
+        unit = Unit(batch.filler, self.completions(batch.filler))
+        filler = self._pack([[unit]], is_filler=True)
+        return replace(filler, reference_N=torch.zeros(len(filler.targets_N)))
+
+    def _pack(self, packs: Sequence[Sequence[Unit]], *, is_filler: bool = False) -> PackedBatch:
+        pad = int(self.tokenizer.pad_token_id or 0)
+        return collate_packed(packs, pad, share=self.shares_rows, is_filler=is_filler)
+
+    # ---- log-ratios ------------------------------------------------------------------------------------------------
+
+    def logps(self, view: HiddenStates, batch: PackedBatch) -> Tensor:
+        """Log-probability (N,) of every completion token under a view of the model, in float32 or float64."""
+        hidden_BTH = view.hidden(
+            batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT, segments_BT=batch.segments_BT
+        )
+        hidden_NH = hidden_BTH.flatten(0, 1)[batch.needed_N]
+        return token_logps(view.head, hidden_NH, batch.targets_N, chunk_size=self.chunk_size)
+
+    def logratios(self, batch: PackedBatch) -> Tensor:
+        """``log pi - log ref`` (N,) of every completion token; gradients flow through the policy."""
+        assert batch.reference_N is not None, "prepare() adds the reference"
+        logps_N = self.logps(self.model, batch)
+        return logps_N - batch.reference_N.to(logps_N)
+
+    def with_reference(self, prepared: Prepared) -> Prepared:
+        """Add the reference's log-probabilities to all micro-batches."""
+        with self.phases.phase("reference", total=len(prepared.micro_batches)):
+            batches: list[MicroBatch] = []
+            for micro_batch in prepared.micro_batches:
+                batches.append(self._referenced(cast(PackedBatch, micro_batch)))
+                self.phases.advance()
+        return Prepared(batches, prepared.denominators)
+
+    @torch.no_grad()
+    def _referenced(self, batch: PackedBatch) -> PackedBatch:
+        if self._cache is not None:
+            parts = [
+                self._cache.get(completion) for example in batch.examples for completion in self.completions(example)
+            ]
+            return replace(batch, reference_N=torch.cat(parts))
+        batch = cast(PackedBatch, batch.to(self.device))
+        with self.model.reference() as view:
+            return replace(batch, reference_N=self.logps(view, batch))
+
+    @torch.no_grad()
+    def frozen_logratios(self, completions: Sequence[Completion]) -> list[Tensor]:
+        """Token log-ratios of completions without gradients, one tensor each, in order."""
+        units = [Unit(_as_example(number, each), (each,)) for number, each in enumerate(completions)]
+        found: dict[int, Tensor] = {}
+        for group in plan_packs(units, self.micro_batch_tokens, share=self.shares_rows):
+            batch = self._referenced(self._pack(group))
+            batch = cast(PackedBatch, batch.to(self.device))
+            ratios_N = self.logratios(batch)
+            sizes = [len(example.completion_ids) for example in batch.examples]
+            for example, ratios in zip(batch.examples, ratios_N.split(sizes), strict=True):
+                found[int(example.id)] = ratios
+        return [found[number] for number in range(len(completions))]
+
+    # ---- cache -----------------------------------------------------------------------------------------------------
+
+    def _fill_cache(self) -> None:
+        """Reference log-probabilities of everything this rank will meet; then the reference's weights are let go."""
+        folder = Path(self.trainer.default_root_dir) / "reference"
+        cache = ReferenceCache(folder, reference_identity(self.model))
+        wanted: dict[Completion, None] = {}
+        for batch in self._future_batches():
+            for example in (*batch.examples, batch.filler):
+                wanted.update(dict.fromkeys(self.completions(example)) if example.completion_ids else {})
+            wanted.update(dict.fromkeys(self.mismatches(batch)))
+        missing = [completion for completion in wanted if completion not in cache]
+        units = [Unit(_as_example(number, each), (each,)) for number, each in enumerate(missing)]
+        groups = plan_packs(units, self.micro_batch_tokens, share=self.shares_rows)
+        with self.phases.phase("reference cache", total=len(groups)):
+            for group in groups:
+                batch_ = self._referenced(self._pack(group))
+                assert batch_.reference_N is not None
+                sizes = [len(example.completion_ids) for example in batch_.examples]
+                cache.add(
+                    [missing[int(example.id)] for example in batch_.examples], batch_.reference_N.cpu().split(sizes)
+                )
+                self.phases.advance()
+        if missing:
+            cache.save(self.global_rank)
+        self.model.set_reference(None)
+        self._cache = cache
+
+    def _future_batches(self) -> Iterator[StepBatch]:
+        """This rank's training batches to the end of the run, and its validation batches."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise ConfigError("reference.cache needs the run's data module, to know what it will meet")
+        steps = self.trainer.estimated_stepping_batches
+        if steps in (-1, float("inf")):
+            raise ConfigError("reference.cache needs to know the run's length: set trainer.max_steps or max_epochs")
+        position, left = self.position, int(steps) - self.global_step
+        loader = cast(StepLoader, data.train_dataloader())
+        loader.position = lambda: position
+        while left > 0:
+            for batch in loader:
+                position, left = batch.next_position, left - 1
+                yield batch
+                if left <= 0:
+                    break
+        validation = data.val_dataloader()
+        if isinstance(validation, StepLoader):
+            yield from validation
+
+
+def _as_example(number: int, completion: Completion) -> Example:
+    return Example(str(number), completion.prompt_ids, completion.ids, completion.spans)
