@@ -147,5 +147,6 @@ class PairEncoder(Encoder):
 
 
 def _step_start(text: TokenizedText, characters: int) -> int:
-    """Number of leading tokens that end within the first ``characters``."""
-    return sum(end <= characters for end in text.char_ends) if characters else 0
+    """Number of leading tokens that hold the first ``characters``, without one that goes on behind them."""
+    count = text.token_end(characters)
+    return count - (count > 0 and text.char_ends[count - 1] > characters)
