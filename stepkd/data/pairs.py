@@ -1,8 +1,10 @@
 """Preference rows to pairs of completions of one prompt: whole solutions, or single next steps after a shared prefix.
 
-The rule of ids. Where a row has the sampled ids of a side and they decode to its text, they are used as they are. Texts
-are tokenised together with the prefix they follow, and cut where the step begins; a token across that boundary belongs
-to the step. No end token is appended to a step: only sampled ids can say that the solution ended there.
+The rule of ids. Where a row has the sampled ids of a side and they decode to its text, they are used as they are; next
+steps need them on both sides, because the two must share every id before the step (a prefix without ids is tokenised by
+itself then). Otherwise steps are tokenised together with the prefix they follow, and cut where the step begins; a token
+across that boundary belongs to the step. No end token is appended to a step: only sampled ids can say that the solution
+ended there.
 """
 
 from __future__ import annotations
@@ -108,13 +110,12 @@ class PairEncoder(Encoder):
     def _steps(self, row: Mapping[str, Any]) -> tuple[Ids, list[Ids]]:
         """Shared prefix and the two next steps."""
         text = "".join(row["prefix"])
-        sampled = [
-            self._sampled_side(row, column, written)
-            for column, written in (("prefix", text), ("chosen", row["chosen"]), ("rejected", row["rejected"]))
-        ]
-        if all(ids is not None for ids in sampled):
-            prefix, chosen, rejected = sampled
-            return prefix or (), [chosen or (), rejected or ()]
+        chosen, rejected = (self._sampled_side(row, side, row[side]) for side in ("chosen", "rejected"))
+        if chosen is not None and rejected is not None:
+            prefix = self._sampled_side(row, "prefix", text)
+            return tokenize_text(self.tokenizer, text).token_ids if prefix is None else prefix, [chosen, rejected]
+        if (chosen is None) != (rejected is None):
+            self.counts["pairs_with_ids_of_one_side"] += 1
         whole = [tokenize_text(self.tokenizer, text + row[side]) for side in ("chosen", "rejected")]
         cut = min(_step_start(each, len(text)) for each in whole)
         cut = min(cut, first_difference(whole[0].token_ids, whole[1].token_ids))
