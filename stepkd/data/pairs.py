@@ -16,7 +16,7 @@ from typing import Any
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.packing import Completion
 from stepkd.errors import DataError
-from stepkd.steps import Span, TokenizedText, first_difference, segment, tokenize_text
+from stepkd.steps import Span, TokenizedText, first_difference, segment, text_from_ids, tokenize_text
 
 Ids = tuple[int, ...]
 
@@ -80,10 +80,10 @@ class PairEncoder(Encoder):
             name,
             (*prompt, *prefix),
             sides[0],
-            self._spans(row, "chosen", sides[0]),
+            self._spans(row, sides[0]),
             row,
             rejected_ids=sides[1],
-            rejected_spans=self._spans(row, "rejected", sides[1]),
+            rejected_spans=self._spans(row, sides[1]),
             visits=None if visits[0] is None or visits[1] is None else (int(visits[0]), int(visits[1])),
         )
 
@@ -136,15 +136,11 @@ class PairEncoder(Encoder):
             return None
         return tuple(ids)
 
-    def _spans(self, row: Mapping[str, Any], side: str, ids: Ids) -> tuple[Span, ...]:
+    def _spans(self, row: Mapping[str, Any], ids: Ids) -> tuple[Span, ...]:
         """Steps of a whole solution; a next step is one."""
         if row.get("prefix") is not None:
             return ((0, len(ids)),)
-        text = tokenize_text(self.tokenizer, row[side])
-        if text.token_ids != ids[: len(text)]:
-            return ((0, len(ids)),)
-        spans = segment(self.segmenter, text)
-        return (*spans[:-1], (spans[-1][0], len(ids))) if spans else ((0, len(ids)),)
+        return tuple(segment(self.segmenter, text_from_ids(self.tokenizer, ids)))
 
 
 def _step_start(text: TokenizedText, characters: int) -> int:
