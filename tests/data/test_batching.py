@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
+from collections import Counter
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepkd.data.batching import BatchPlan, micro_batches, rank_share
+from stepkd.data.batching import BatchPlan, micro_batches, mismatched, rank_share
 from stepkd.errors import ConfigError
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=103).tolist()
@@ -120,6 +121,102 @@ def test_the_last_batch_may_be_smaller(rows: int, full: int, rest: int) -> None:
     plan = BatchPlan(LENGTHS[:rows], size=8)
     assert plan.num_batches == full + bool(rest)
     assert sorted(map(len, plan.batches(0)), reverse=True) == [8] * full + [rest] * bool(rest)
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+GROUPS = [i * 7 % 20 for i in range(len(LENGTHS))]
+
+
+@pytest.mark.parametrize("plan", [{"size": 8}, {"size": 8, "shuffle": False}, {"size": 600, "unit": "tokens"}], ids=str)
+def test_groups_stay_together(plan: dict[str, Any]) -> None:
+    """A group lies in one piece of the epoch; only a batch's end can part it."""
+    grouped = BatchPlan(LENGTHS, **plan, groups=GROUPS)
+    for epoch in range(2):
+        order = [i for batch in grouped.batches(epoch) for i in batch]
+        assert sorted(order) == list(range(len(LENGTHS)))
+        assert len(list(groupby(GROUPS[i] for i in order))) == 20
+    assert grouped.batches(1) == BatchPlan(LENGTHS, **plan, groups=GROUPS).batches(1)
+    if plan.get("shuffle", True):
+        assert grouped.batches(0) != grouped.batches(1)
+    else:
+        members = [[i for i in range(len(LENGTHS)) if GROUPS[i] == g] for g in dict.fromkeys(GROUPS)]
+        assert order == [i for group in members for i in group], "in the file's order"
+
+
+def test_groups_of_one_change_nothing() -> None:
+    alone = BatchPlan(LENGTHS, size=8, groups=list(range(len(LENGTHS))))
+    assert alone.batches(3) == BatchPlan(LENGTHS, size=8).batches(3)
+    batch = alone.batches(0)[0]
+    groups = list(range(len(LENGTHS)))
+    for rank in range(3):
+        assert rank_share(batch, LENGTHS, rank, 3, groups) == rank_share(batch, LENGTHS, rank, 3)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5)), min_size=1, max_size=40), st.integers(1, 5))
+@settings(max_examples=80, deadline=None)
+def test_ranks_share_whole_groups(examples: list[tuple[int, int]], world_size: int) -> None:
+    lengths, groups = [length for length, _ in examples], [group for _, group in examples]
+    batch = list(range(0, len(lengths), 2))[::-1]
+    shares = [rank_share(batch, lengths, rank, world_size, groups) for rank in range(world_size)]
+    assert sorted(i for share in shares for i in share) == sorted(batch)
+    owners = {
+        groups[i]: {rank for rank, share in enumerate(shares) for j in share if groups[j] == groups[i]} for i in batch
+    }
+    assert all(len(ranks) == 1 for ranks in owners.values())
+    dealt = [len({groups[i] for i in share}) for share in shares]
+    assert max(dealt) - min(dealt) <= 1
+    assert shares == [rank_share(batch[::-1], lengths, rank, world_size, groups) for rank in range(world_size)]
+    for share in shares:
+        assert len(list(groupby(groups[i] for i in share))) == len({groups[i] for i in share})
+
+
+def test_bad_groups() -> None:
+    with pytest.raises(ValueError, match="2 groups for 3 examples"):
+        BatchPlan([1, 2, 3], size=2, groups=[0, 0])
+    with pytest.raises(ConfigError, match=r"bucket_window=2 sorts examples by length, .* stay together: drop one"):
+        BatchPlan([1, 2, 3], size=2, groups=[0, 0, 1], bucket_window=2)
+
+
+# ---- mismatched pairs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_different_prompts_rotate_by_one(n: int) -> None:
+    """Example i meets the completion of example i - 1."""
+    assert mismatched([f"p{i}" for i in range(n)]) == [(i - 1) % n for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "partners"),
+    [
+        ("", []),
+        ("a", [None]),
+        ("aa", [None, None]),
+        ("aaa", [None, None, None]),
+        ("ab", [1, 0]),
+        ("aab", [None, 2, 0]),
+        ("aabb", [2, 3, 0, 1]),
+        ("abab", [1, 0, 3, 2]),
+        ("abca", [1, 0, 3, 2]),
+    ],
+)
+def test_small_batches(prompts: str, partners: list[int | None]) -> None:
+    assert mismatched(prompts) == partners
+
+
+@given(st.lists(st.integers(0, 4), max_size=14))
+@settings(max_examples=300, deadline=None)
+def test_partners_have_other_prompts_and_serve_once(prompts: list[int]) -> None:
+    """A bijection where the largest group allows one, and otherwise as many partners as there can be."""
+    partners = mismatched(prompts)
+    assert len(partners) == len(prompts)
+    met = [partner for partner in partners if partner is not None]
+    assert all(prompts[partner] != prompts[i] for i, partner in enumerate(partners) if partner is not None)
+    assert len(set(met)) == len(met), "every completion serves at most once"
+    largest = max(Counter(prompts).values(), default=0)
+    rest = len(prompts) - largest
+    assert len(met) == (len(prompts) if largest <= rest else 2 * rest)
 
 
 @given(lengths_lists, st.integers(1, 200))

@@ -70,6 +70,30 @@ def test_union_over_ranks_is_the_batch(plan: dict[str, Any], world_size: int) ->
             assert share.examples == tuple(EXAMPLES[i] for i in share.indices)
 
 
+@pytest.mark.parametrize("groups", [None, [i // 3 for i in range(23)]], ids=["alone", "in groups"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7])
+def test_every_rank_knows_its_peers(world_size: int, groups: list[int] | None) -> None:
+    """All ranks see the whole batch in one order, and where their own examples stand in it."""
+    plan = {"size": 4, "groups": groups}
+    ranks = [list(loader(plan=plan, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    batches = BatchPlan(LENGTHS, **plan).batches(0)  # type: ignore[arg-type]
+    for numbers, shares in zip(batches, zip(*ranks, strict=True), strict=True):
+        for share in shares:
+            assert share.peers == tuple(EXAMPLES[i] for i in numbers)
+            assert tuple(share.peers[place] for place in share.places) == share.examples
+            assert tuple(numbers[place] for place in share.places) == share.indices
+        assert sorted(place for share in shares for place in share.places) == list(range(len(numbers)))
+        if groups is not None:
+            owners = [{groups[i] for i in share.indices} for share in shares]
+            assert sum(map(len, owners)) == len(set().union(*owners)), "a group is one rank's"
+
+
+def test_peers_go_on_where_the_run_was_cut() -> None:
+    whole = list(loader(plan={"size": 4}, rank=1, world_size=3))
+    rest = list(loader(Position(0, 2), {"size": 4}, rank=1, world_size=3))
+    assert [(b.peers, b.places) for b in rest] == [(b.peers, b.places) for b in whole[2:]]
+
+
 def test_a_batch_smaller_than_the_world_leaves_ranks_empty() -> None:
     shares = [next(iter(loader(plan={"size": 2}, rank=rank, world_size=5))) for rank in range(5)]
     assert sorted(len(share.examples) for share in shares) == [0, 0, 0, 1, 1]
