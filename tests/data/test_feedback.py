@@ -199,7 +199,7 @@ def test_counts_of_earlier_rows_do_not_shift_labels() -> None:
 @pytest.mark.parametrize("outcome", [True, False, None])
 def test_stepwise_rows(outcome: bool | None) -> None:
     """A finished solution ends in the end token; one that may be unfinished does not."""
-    columns = {} if outcome is None else {"outcome": outcome}
+    columns: dict[str, Any] = {} if outcome is None else {"outcome": outcome}
     encoder = make()
     example = encode(encoder, stepwise([True, False, True, None], **columns))
     assert example.step_labels == (1, 0, 1, -1)

@@ -25,7 +25,7 @@ def merging(*merges: str) -> Any:
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(merge.split(" ")[0], merge.split(" ")[1]) for merge in merges]
     tokens = ["<eos>", *"Qabcdxyz0123456789=+\n", *(left + right for left, right in pairs)]
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
     backend.decoder = decoders.Fuse()
@@ -78,7 +78,7 @@ def ids(text: str, tokenizer: Any = TINY, *, end: bool = False) -> list[int]:
 
 def written(pair: PairExample, tokenizer: Any = TINY) -> tuple[str, str, str]:
     """Prompt, chosen and rejected as text, end tokens shown."""
-    return tuple(tokenizer.decode(list(each)) for each in (pair.prompt_ids, pair.completion_ids, pair.rejected_ids))  # type: ignore[return-value]
+    return tuple(tokenizer.decode(list(each)) for each in (pair.prompt_ids, pair.completion_ids, pair.rejected_ids))
 
 
 # ---- whole solutions ------------------------------------------------------------------------------------------------
@@ -147,7 +147,8 @@ def test_only_sampled_ids_can_end_the_solution() -> None:
 def test_sampled_first_steps_have_an_empty_prefix() -> None:
     """There is nothing to give ids of, so none are asked for."""
     both = {"chosen_ids": ids("#### 2", end=True), "rejected_ids": ids("2\n")}
-    for extra in ({}, {"prefix_ids": []}, {"prefix_ids": None}):
+    cases: list[dict[str, Any]] = [{}, {"prefix_ids": []}, {"prefix_ids": None}]
+    for extra in cases:
         encoder = make()
         pair = encode(encoder, step([], "#### 2", "2\n", **both, **extra))
         assert written(pair) == ("Q", "#### 2<eos>", "2\n")

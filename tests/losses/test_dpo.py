@@ -198,7 +198,7 @@ def test_micro_batches_give_the_whole_batch(parts: int, loss: Any) -> None:
     for a, b in zip(gradient(total, chosen, rejected), gradient(expected, chosen, rejected), strict=True):
         close(a, b)
     for name, pair in whole.metrics.items():
-        summed = [sum(values).item() for values in zip(*(p.metrics[name] for p in pieces), strict=True)]  # type: ignore[attr-defined]
+        summed = [sum(values).item() for values in zip(*(p.metrics[name] for p in pieces), strict=True)]
         assert summed == pytest.approx([value.item() for value in pair])
 
 

@@ -190,7 +190,7 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ",".join(case) or "plain")
 def test_step_kto_brute_force(case: dict[str, Any], reduction: Any) -> None:
     ratios, labels, completions, outcomes = tensors(SOLUTIONS)
-    options = {key: double(value) if isinstance(value, list) else value for key, value in case.items()}
+    options: dict[str, Any] = {key: double(value) if isinstance(value, list) else value for key, value in case.items()}
     weight = options.pop("w_s", 1.0)
     terms = step_kto(ratios, labels, completions, outcomes, reduction=reduction, **options)
     counts = step_kto_counts(labels, completions, outcomes, reduction)
@@ -217,7 +217,7 @@ def test_step_kto_brute_force_on_anything(
 ) -> None:
     """Batches without a class, without labels or without a solution included."""
     ratios, labels, completions, outcomes = tensors(solutions)
-    same = {"z0": z, "z0_step": z / 3, "beta": beta, "beta_step": beta_step, "weights": weights}
+    same: dict[str, Any] = {"z0": z, "z0_step": z / 3, "beta": beta, "beta_step": beta_step, "weights": weights}
     terms = step_kto(ratios, labels, completions, outcomes, reduction=reduction, **same)
     loss = reduce(terms.sums, step_kto_counts(labels, completions, outcomes, reduction))
     expected, slopes = twin(solutions, reduction=reduction, **same)
@@ -291,7 +291,7 @@ def test_micro_batches_give_the_whole_batch(parts: int, reduction: Any) -> None:
     close(loss.item(), expected.item())
     close(gradient(loss, ratios)[0], gradient(expected, ratios)[0])
     for name, pair in whole.metrics.items():
-        summed = [sum(values).item() for values in zip(*(p.metrics[name] for p in pieces), strict=True)]  # type: ignore[attr-defined]
+        summed = [sum(values).item() for values in zip(*(p.metrics[name] for p in pieces), strict=True)]
         assert summed == pytest.approx([value.item() for value in pair], rel=1e-10, abs=1e-12)
 
 
