@@ -46,6 +46,8 @@ def _step_preference(
 
     if arguments.rollouts is None:
         raise ConfigError("--to step_preference needs labelled rollouts: --rollouts FOLDER (an --out of stepkd label)")
+    if arguments.problems is not None:
+        raise ConfigError("--to step_preference starts from labelled rollouts: label --problems first, then drop it")
     same = ("rollouts", "take", "continuations", "max_pairs", "neutral", "check_step", "judge", "reference")
     spec = StepPairSpec(
         **{name: getattr(arguments, name) for name in (*same, "threshold", "segmenter")},

@@ -46,7 +46,7 @@ def test_binary_by_count() -> None:
         rollout("a", 0, [True, False, None], True),  # a conflict
         rollout("a", 1, [True, True], None),  # not graded
         rollout("b", 0, [1, 0, -1], False),
-        rollout("c", 0, [0.9, 0.5, 0.1], True),  # 0.5 is not above the threshold; a conflict
+        rollout("c", 0, [0.9, 0.5, 0], True),  # 0.5 is not above the threshold, 0 is a chance; a conflict
         rollout("d", 0, None, True),
         rollout("d", 1, [None, None], True),
         stepwise("e", [1, 0], True),
