@@ -128,6 +128,7 @@ def run_pair_job(
         records = job.records(PAIRS, groups)
     if records is None:
         return None
+    records = drop_repeated_pairs(records)
     summary = summarise_pairs(records)
     refuse = None
     if not summary["pairs"]:
@@ -135,6 +136,27 @@ def run_pair_job(
         refuse = f"no pair could be made from {summary['items']} items ({reasons or 'no reason given'})"
     job.write(PAIRS_NAME, (row for record in records for row in record["rows"]), summary, refuse=refuse)
     return summary
+
+
+def drop_repeated_pairs(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Keep the first of equal pairs of one problem, and count the others as ``repeated_pair``.
+
+    Several solutions of a problem may make the same mistake at the same place; its pair should not count twice.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    kept = []
+    for record in records:
+        rows = []
+        for row in record["rows"]:
+            problem = str(row.get("problem_id", row["prompt"]))
+            key = (problem, tuple(row.get("prefix", ())), row["chosen"], row["rejected"])
+            if key not in seen:
+                seen.add(key)
+                rows.append(row)
+        repeated = len(record["rows"]) - len(rows)
+        dropped = dict(record["dropped"]) | ({"repeated_pair": repeated} if repeated else {})
+        kept.append(dict(record) | {"rows": rows, "dropped": dropped})
+    return kept
 
 
 def summarise_pairs(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

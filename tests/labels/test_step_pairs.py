@@ -241,6 +241,22 @@ def test_nothing_left_is_an_error_and_the_summary_says_why(
     assert not (Path(pair_spec.out) / "pairs.jsonl").exists()
 
 
+def test_the_same_mistake_of_several_solutions_counts_once(
+    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+) -> None:
+    labels = [True, False, False]
+    rows = [
+        rollout(policy, "a/0", WRONG, labels),
+        rollout(policy, "a/1", [*WRONG[:2], "#### 5"], labels),
+        rollout(policy, "a/2", [WRONG[0], "0*1=8\n", "#### 8"], labels),
+        rollout(policy, "b/0", WRONG, labels),
+    ]
+    summary = build(pair_spec, rows, [RIGHT])
+    assert [row["id"] for row in pairs(pair_spec)] == ["a/0/0", "a/2/0", "b/0/0"]
+    assert summary is not None
+    assert (summary["pairs"], summary["items_with_pairs"], summary["dropped"]) == (3, 3, {"repeated_pair": 1})
+
+
 def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairSpec) -> None:
     def step(labels: list[Any], **settings: Any) -> int | str:
         return first_wrong_step(rollout(policy, "a/0", WRONG, labels), replace(pair_spec, **settings))
