@@ -11,6 +11,7 @@ depend on the batch it is in, on the rank, or on what else has been searched.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -29,20 +30,6 @@ STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n
 
 PROPOSE, COMPLETE = "search_step", "search_rest"
 _INDEX_BITS = 52  # sample numbers are added to it, and some samplers keep the sum in 64 bits
-
-
-@dataclass
-class GeneratorCounts:
-    """Work of a generator since it was made."""
-
-    steps: int = 0
-    """Steps proposed."""
-    step_tokens: int = 0
-    """Tokens drawn for them, those thrown away included."""
-    completions: int = 0
-    """Solutions completed."""
-    completion_tokens: int = 0
-    """Tokens drawn for them."""
 
 
 @dataclass
@@ -68,7 +55,8 @@ class SampledSteps:
         max_step_tokens: longest step in tokens, >= 1; one that is longer is cut off, and ends the solution.
 
     Attributes:
-        counts: what was drawn so far.
+        step_tokens, rest_tokens: tokens drawn so far for steps (those thrown away included) and for completions, by
+            the problem's number.
 
     Raises:
         ConfigError: a number out of range, greedy sampling, or a segmenter that needs more than the sampler gives.
@@ -99,7 +87,8 @@ class SampledSteps:
         self.segmenter_name = segmenter
         self.segmenter = get_segmenter(segmenter)
         self.max_step_tokens = max_step_tokens
-        self.counts = GeneratorCounts()
+        self.step_tokens: Counter[int] = Counter()
+        self.rest_tokens: Counter[int] = Counter()
 
     def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
         """See :class:`~stepkd.search.protocols.StepGenerator`.
@@ -115,8 +104,8 @@ class SampledSteps:
         while blank := [draft for draft in flat if self._unfinished_blank(draft)]:
             for room in sorted({self._room(draft) for draft in blank}):
                 self._more([draft for draft in blank if self._room(draft) == room], replace(spec, n=1), room)
-        self.counts.steps += len(flat)
-        self.counts.step_tokens += sum(len(draft.token_ids) for draft in flat)
+        for draft in flat:
+            self.step_tokens[draft.state.problem.index] += len(draft.token_ids)
         return [[self._step(draft) for draft in group] for group in drafts]
 
     def complete(self, states: Sequence[State], n: int) -> list[list[Step]]:
@@ -127,9 +116,8 @@ class SampledSteps:
         """
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
         self._first(states, drafts, replace(self.sampling, n=n), COMPLETE)
-        flat = [draft for group in drafts for draft in group]
-        self.counts.completions += len(flat)
-        self.counts.completion_tokens += sum(len(draft.token_ids) for draft in flat)
+        for draft in (draft for group in drafts for draft in group):
+            self.rest_tokens[draft.state.problem.index] += len(draft.token_ids)
         return [[self._rest(draft) for draft in group] for group in drafts]
 
     def provenance(self) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class SearchSettings:
     outcome: float = 1.0
     """What a right solution's end adds to its value, and a wrong one's takes away, >= 0."""
     damp_after: int | None = None
-    """Estimates of nodes of a depth beyond the next are divided by ``depth - 1 - damp_after``, against solutions that
-    go on and on (the released code: 3); None: never."""
+    """Estimates are divided by ``max(1, depth of the parent - damp_after)``, against solutions that go on and on (the
+    released code: 3); None: they are not."""
 
     def __post_init__(self) -> None:
         check_choice("until", self.until, get_args(Until))

@@ -18,7 +18,7 @@ class Problem:
     index: int
     """Number of the problem in the whole run; keys everything that is drawn for it."""
     row: Mapping[str, Any]
-    """Problem row: ``id``, ``prompt``, ``answer``; scorers and checkers may want ``solution``, ``task`` and ``meta``."""
+    """Problem row: ``id``, ``prompt``, ``answer``; scorers may want ``solution``, ``task`` and ``meta``."""
     prompt_ids: tuple[int, ...]
     """Prompt as the generator reads it."""
 
