@@ -209,7 +209,8 @@ class SampledSteps:
         if stopped != text:
             how, text = "stop", stopped
         elif how == "stop" and ids[-1] not in self.policy.eos_ids:
-            how = "step"  # a stop string of the step's, not of the solution's
+            # A stop string of the step's, not of the solution's; without words behind it, there was no room for more.
+            how = "step" if text.strip() else "length"
         room = self.room(draft.state)
         if how == "step" and room is not None and room <= len(ids):
             how = "length"

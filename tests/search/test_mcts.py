@@ -155,7 +155,7 @@ def test_equal_steps_are_merged(scripted: Any, known_values: Any, grader: Any, p
 
 
 def test_the_look_ahead_and_the_longest_solution_are_kept(
-    scripted: Any, valued: Any, valued: Any, grader: Any, problem: Problem
+    scripted: Any, valued: Any, grader: Any, problem: Problem
 ) -> None:
     script = {"ab\n" * k: [("ab\n", 0.5, "step"), ("#### 1", 0.4, "step")] for k in range(8)}
     script |= {text + "#### 1": [("", 0.5, "stop")] for text in script}
