@@ -49,7 +49,8 @@ class TreePairs:
     """Step preference rows, by depth."""
     dropped: Mapping[str, int]
     """What was left out, by reason: ``unsolved_tree`` and ``no_steps`` (the whole tree), ``no_sibling``,
-    ``equal_values``, ``same_text``, ``blank_step`` (the solution ends without another word), ``over_limit``."""
+    ``equal_values``, ``same_text``, ``blank_step`` (the solution ends without another word), ``cut_off`` (the better
+    side, whatever its answer), ``over_limit``."""
 
 
 def tree_pairs(
@@ -117,7 +118,10 @@ def _pair(decision: Decision, settings: PairSettings) -> tuple[Option, Option] |
     better, worse = ranked[0], ranked[-1 if settings.choose == "worst" else 1]
     if better.q - worse.q <= _ROUNDING:
         return "equal_values"
-    texts = [_text(action(option.node)) for option in (better, worse)]
+    sides = [action(option.node) for option in (better, worse)]
+    last, texts = sides[0][-1].step, [_text(side) for side in sides]
+    if last is not None and last.end == "length":
+        return "cut_off"
     if not all(text.strip() for text in texts):
         return "blank_step"
     return "same_text" if texts[0] == texts[1] else (better, worse)

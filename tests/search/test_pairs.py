@@ -86,17 +86,18 @@ def test_a_single_opening_is_no_choice(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "reason"),
+    ("better", "worse", "end", "reason"),
     [
-        (("#### 1", 0.1 + 0.2), ("#### 2", 0.3), "equal_values"),
-        (("#### 1", 1.0), ("#### 1", -1.0), "same_text"),
-        (("", 1.0), ("#### 2", -1.0), "blank_step"),
-        (("#### 1", 1.0), (" \n", -1.0), "blank_step"),
+        (("#### 1", 0.1 + 0.2), ("#### 2", 0.3), "stop", "equal_values"),
+        (("#### 1", 1.0), ("#### 1", -1.0), "stop", "same_text"),
+        (("", 1.0), ("#### 2", -1.0), "stop", "blank_step"),
+        (("#### 1", 1.0), (" \n", -1.0), "stop", "blank_step"),
+        (("#### 1 and then", 1.0), ("#### 2", -1.0), "length", "cut_off"),
     ],
 )
-def test_what_is_left_out(problem: Problem, better: Any, worse: Any, reason: str) -> None:
+def test_what_is_left_out(problem: Problem, better: Any, worse: Any, end: str, reason: str) -> None:
     root = Node(None, None)
-    grow(root, *better, 3, end="stop", correct=True)
+    grow(root, *better, 3, end=end, correct=True)
     grow(root, *worse, 2, end="length", correct=False)
     found = tree_pairs(decide(problem, root))
     assert (found.rows, found.dropped) == ((), {reason: 1})
