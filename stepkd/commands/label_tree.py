@@ -31,7 +31,9 @@ def add_tree_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a state: rollout (--rollouts-per-step continuations; default), scorer (--judge MODEL) or "
         "self_evaluation (the policy, or --judge, asked with the reference shown)",
     )
-    tree.add_argument("--reduction", default="last", help="scorer: last (the newest step), product, min or mean")
+    tree.add_argument(
+        "--reduction", help="of scores: product, last (the newest step's), min or mean; default: by their meaning"
+    )
     tree.add_argument("--choose", default="worst", help="the worse side: worst (default) or second best")
     tree.add_argument("--keep-unsolved", action="store_true", help="pairs of trees without a right solution, too")
 

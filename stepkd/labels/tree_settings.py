@@ -27,9 +27,9 @@ class TreePairSpec(JobSpec):
     pairs: PairSettings = field(default_factory=PairSettings)
     """Which pairs a tree gives."""
     value: ValueKind = "rollout"
-    """What estimates a state: the share of right answers among simulated continuations (``rollout``); a scorer's word
-    on the newest step (``scorer``); the policy, or ``judge``, asked whether the newest step is right with the reference
-    before it (``self_evaluation``)."""
+    """What estimates a state: the share of right answers among simulated continuations (``rollout``); what a step
+    scorer says of it (``scorer``); what the policy itself, or ``judge``, answers when asked whether each step is right,
+    with the reference before it (``self_evaluation``)."""
     rollouts: int = 8
     """``rollout``: continuations per state, >= 1."""
     judge: str | None = None
@@ -37,8 +37,9 @@ class TreePairSpec(JobSpec):
     is asked; None: the policy itself."""
     judge_template: str | None = None
     """``scorer``: built-in prompt template of the scoring model; None: its own."""
-    reduction: Reduction = "last"
-    """``scorer``: from the scores of all steps to one; ``last`` takes the newest step's."""
+    reduction: Reduction | None = None
+    """``scorer`` and ``self_evaluation``: from the scores of all steps to one; None: ``product`` where they say whether
+    a step is right, ``last`` (the newest step's) where they estimate the future."""
     segmenter: str = "newline"
     """What a step is."""
     max_step_tokens: int = 128
@@ -48,7 +49,8 @@ class TreePairSpec(JobSpec):
         super().__post_init__()
         self._check_counts("rollouts", "max_step_tokens")
         check_choice("value", self.value, get_args(ValueKind))
-        check_choice("reduction", self.reduction, get_args(Reduction))
+        if self.reduction is not None:
+            check_choice("reduction", self.reduction, get_args(Reduction))
         if self.temperature == 0:
             raise ConfigError("a tree needs different steps from one state: set --temperature above 0")
         if self.model is None:
@@ -57,9 +59,10 @@ class TreePairSpec(JobSpec):
             raise ConfigError("--value scorer needs the model that scores the steps: --judge MODEL (or checker)")
         if self.value == "rollout" and self.judge is not None:
             raise ConfigError("--judge goes with --value scorer or self_evaluation, not with rollout")
-        for name, default in (("judge_template", None), ("reduction", "last")):
-            if self.value != "scorer" and getattr(self, name) != default:
-                raise ConfigError(f"{name}={getattr(self, name)!r} goes with --value scorer, not with {self.value}")
+        if self.reduction is not None and self.value == "rollout":
+            raise ConfigError("--reduction goes with --value scorer or self_evaluation, not with rollout")
+        if self.judge_template is not None and self.value != "scorer":
+            raise ConfigError(f"--judge-template goes with --value scorer, not with {self.value}")
         get_segmenter(self.segmenter)  # a wrong name is said before anything is loaded
 
     def settings(self) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""How good a state is: by finishing it several times, or by what a step scorer says of it."""
+"""How good a state is: by finishing it several times, or by what a step scorer says of it.
+
+In a tree the rewards of the steps telescope: without discount, a step counts by the states that the walks through it
+end in. So a state's value must speak of all its steps. Scores that say whether *a step* is right are multiplied (the
+chance that all are right), those that estimate the future are taken from the newest step.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_choice
 from stepkd.grading import Grader
-from stepkd.scorers.reductions import Reduction, reduce_scores
+from stepkd.scorers.reductions import Reduction, default_reduction, reduce_scores
 from stepkd.scorers.scorer import Solutions, StepScorer
 from stepkd.search.protocols import State, StepGenerator
 
@@ -56,14 +61,15 @@ class ScorerValue:
 
     Args:
         scorer: scores the steps.
-        reduction: from the scores of all steps to one: ``last`` (the newest step), ``product``, ``min`` or ``mean``.
+        reduction: from the scores of all steps to one: ``last`` (the newest step), ``product``, ``min`` or ``mean``;
+            None: what suits the scorer's meaning.
         name: name of the value in the provenance.
     """
 
-    def __init__(self, scorer: StepScorer, *, reduction: Reduction = "last", name: str = "scorer") -> None:
-        reduce_scores([1.0], reduction, meaning=scorer.meaning)  # a wrong name is said before anything is scored
+    def __init__(self, scorer: StepScorer, *, reduction: Reduction | None = None, name: str = "scorer") -> None:
         self.scorer = scorer
-        self.reduction: Reduction = reduction
+        self.reduction: Reduction = default_reduction(scorer.meaning) if reduction is None else reduction
+        check_choice("reduction", self.reduction, get_args(Reduction))
         self.name = name
 
     def values(self, states: Sequence[State]) -> list[float | None]:
