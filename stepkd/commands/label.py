@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
     who.add_argument("--judge-template", help="PRM: its built-in prompt template; default: its own")
     who.add_argument("--reference", action="store_true", help="judge: show it the gold solution")
-    who.add_argument("--threshold", type=float, default=0.5, help="judge, prm: right from this score on (default 0.5)")
-    who.add_argument("--soft", action="store_true", help="judge, prm: the scores are the labels")
+    who.add_argument("--threshold", type=float, default=0.5, help="right from this score or chance on (default 0.5)")
+    who.add_argument("--soft", action="store_true", help="judge, prm: label by scores; --convert: take the values")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--segmenter", help="default: the rows' own steps, else newline")
     steps.add_argument("--quantile", type=float, default=0.02, help="of a threshold fitted here (default 0.02)")
@@ -99,13 +99,13 @@ def run(arguments: argparse.Namespace) -> int:
     if len(modes) > 1:
         raise ConfigError("--consensus and --convert are two commands: give one of them")
     sampled = arguments.to in PAIR_JOBS
-    if (arguments.to is not None) != (arguments.convert is not None) and not (sampled and not arguments.convert):
-        raise ConfigError(
-            "--convert FILE and --to KIND go together (only " + ", ".join(PAIR_JOBS) + " sample, and need no --convert)"
-        )
     if sampled and arguments.convert:
         rows = "problems" if arguments.to == "tree_preference" else "rollouts"
         raise ConfigError(f"--to {arguments.to} samples continuations: give the rows as --{rows}, not as --convert")
+    if not sampled and (arguments.to is not None) != (arguments.convert is not None):
+        raise ConfigError(
+            f"--convert FILE and --to KIND go together (--to {' and '.join(PAIR_JOBS)} stand alone: they sample)"
+        )
     if arguments.truth and not arguments.consensus:
         raise ConfigError("--truth goes with --consensus A B")
     if not arguments.out:

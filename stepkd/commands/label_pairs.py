@@ -50,6 +50,8 @@ def _step_preference(
 
     if arguments.rollouts is None:
         raise ConfigError("--to step_preference needs labelled rollouts: --rollouts FOLDER (an --out of stepkd label)")
+    if arguments.problems is not None:
+        raise ConfigError("--to step_preference starts from labelled rollouts: label --problems first, then drop it")
     same = ("rollouts", "take", "continuations", "neutral", "check_step", "judge", "reference")
     limit = {} if arguments.max_pairs is None else {"max_pairs": arguments.max_pairs}
     spec = StepPairSpec(

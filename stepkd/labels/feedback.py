@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepkd.data.checks import label_kind
 from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.rows import ROLLOUT, STEPWISE, UNPAIRED, Contract, validate
 from stepkd.errors import DataError
@@ -126,7 +127,7 @@ def _binary(rows: Sequence[Row], options: ConvertOptions) -> Converted:
         counts["right_steps"] += marks.count(True)
         counts["wrong_steps"] += marks.count(False)
         counts["unlabelled_steps"] += labels.count(None)
-        counts["neutral_steps"] += sum(type(label) is int and label == 0 for label in labels)
+        counts["neutral_steps"] += labels.count(0) if label_kind(labels) == "rating" else 0
         counts["rows_without_outcome"] += each.outcome is None
         counts["right_answers_with_a_wrong_step"] += each.outcome is True and False in marks
         done.append(dict(each.row) | {"step_labels" if each.token_ids is not None else "labels": marks})

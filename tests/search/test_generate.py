@@ -107,6 +107,44 @@ def test_other_segmenters_cut_what_was_sampled(policy: Policy, segmenter: str, e
     assert typed(policy, "Step 1: a.\nStep 2: b. c\nStep 3", segmenter=segmenter) == expected
 
 
+class Pieces:
+    """A policy whose tokens are given pieces of text; the last one is the end token."""
+
+    max_length = None
+    spec = None
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = [*pieces, ""]
+        self.eos_ids = {len(pieces)}
+        self.tokenizer = self
+        self.eos_token_id = len(pieces)
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return "".join(self.pieces[i] for i in ids)
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """Tokens that spell the text, the longest first."""
+        ids: list[int] = []
+        while text:
+            ids.append(max((i for i, p in enumerate(self.pieces) if p and text.startswith(p)), key=self._length))
+            text = text[len(self.pieces[ids[-1]]) :]
+        return {"input_ids": ids}
+
+    def _length(self, i: int) -> int:
+        return len(self.pieces[i])
+
+
+@pytest.mark.parametrize("segmenter", ["newline", "blank_line"])
+def test_a_token_across_the_boundary_belongs_to_the_step_before(segmenter: str) -> None:
+    """Its text goes with it, as in a completion that is cut as a whole; the next step begins behind it."""
+    pieces: Any = Pieces("Q: 1+1\n", "ab", ".\n\n", ".\n\nCd", "e", "\n\n")
+    assert typed(pieces, "ab.\n\nab.\n\nCde\n\n\n\nab", segmenter=segmenter) == [
+        *(("ab.\n\n", "step"), ("ab.\n\nCd", "step"), ("e\n\n", "step"), ("\n\nab", "stop"))
+    ]
+    stop = typed(pieces, "ab.\n\nCde", segmenter=segmenter, stop=("\nC",))
+    assert stop == [("ab.\n", "stop")], "a string that ends the solution, inside of a token"
+
+
 def test_confidence_may_cut(policy: Policy) -> None:
     """Every token of the typist has probability exp(-1) = 0.37."""
     assert typed(policy, "abc", segmenter="adaptive_step:0.5") == [("a", "step"), ("b", "step"), ("c", "stop")]
