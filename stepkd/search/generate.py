@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError
@@ -22,7 +22,7 @@ from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.randomness import stream_key
 from stepkd.rollout import Rollout, Sampler, SamplingSpec
 from stepkd.search.protocols import End, State, Step
-from stepkd.steps import TokenizedText, get_segmenter, segment, text_from_ids
+from stepkd.steps import Segmenter, TokenizedText, get_segmenter, segment, text_from_ids
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 
 STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n\n",)}
@@ -130,7 +130,7 @@ class SampledSteps:
             "revision": None if spec is None else spec.revision,
             "weights": weights_fingerprint(self.policy),
             **sampling,
-            "segmenter": self.segmenter_name,
+            "segmenter": {"name": self.segmenter_name.partition(":")[0], **_settings(self.segmenter)},
             "max_step_tokens": self.max_step_tokens,
         }
 
@@ -234,6 +234,11 @@ def _extend(draft: _Draft, rollout: Rollout) -> None:
     draft.token_ids += rollout.token_ids
     draft.raw_logprobs += rollout.raw_logprobs
     draft.finish = rollout.finish
+
+
+def _settings(segmenter: Segmenter) -> dict[str, Any]:
+    """What a segmenter does, whatever file its threshold came from."""
+    return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

@@ -219,7 +219,12 @@ def test_tokens_are_counted_by_problem(policy: Policy) -> None:
     steps, rest = generator.propose(states, 2), generator.complete(states, 1)
     assert generator.step_tokens == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), steps, strict=True)}
     assert generator.rest_tokens == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), rest, strict=True)}
-    assert set(generator.provenance()) >= {"model", "weights", "temperature", "seed", "segmenter", "max_step_tokens"}
+    assert set(generator.provenance()) >= {"model", "weights", "temperature", "seed", "max_step_tokens"}
+    assert generator.provenance()["segmenter"] == {"name": "whole"}
+    cut = SampledSteps(TransformersSampler(policy), policy, SamplingSpec(), segmenter="adaptive_step:0.25")
+    assert cut.provenance()["segmenter"] == {
+        "name": "adaptive_step", "threshold": 0.25, "side": "close", "min_tokens": 1
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
