@@ -8,7 +8,8 @@ number and its groups have a fixed composition, so the pairs do not depend on th
 A record holds ``id``, ``index`` and
     rows: the item's preference rows, perhaps none;
     dropped: number of pairs (or of the whole item) left out, by reason;
-    facts: whole numbers to be added up over the job (tokens generated, continuations drawn, ...).
+    facts: whole numbers to be added up over the job (tokens generated, continuations drawn, ...); none for an item
+        that was left out before anything was drawn.
 """
 
 from __future__ import annotations
@@ -169,4 +170,5 @@ def summarise_pairs(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _pairs_per_item(records: Sequence[Mapping[str, Any]]) -> tuple[str, int, int]:
-    return "items with a pair", sum(bool(record["rows"]) for record in records), len(records)
+    # An item without facts was left out before anything was drawn for it.
+    return "items with a pair", sum(bool(r["rows"]) for r in records), sum(bool(r["facts"]) for r in records)
