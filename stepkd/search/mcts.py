@@ -14,7 +14,7 @@ from the reference, and a walk counts as one visit of each of its nodes (the cod
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -156,7 +156,7 @@ def tree_search(
     return trees
 
 
-def _decide_all(tree: SearchTree, settings: SearchSettings) -> Generator[Node]:
+def _decide_all(tree: SearchTree, settings: SearchSettings) -> Iterator[Node]:
     """Decide step after step; yields the nodes that need children and goes on when they have them."""
     node, walks = tree.root, settings.iterations * settings.root_factor
     while not node.terminal and node.depth < settings.max_steps:
@@ -169,7 +169,7 @@ def _decide_all(tree: SearchTree, settings: SearchSettings) -> Generator[Node]:
         node, walks = tree.decisions[-1].chosen, settings.iterations
 
 
-def _walk(start: Node, settings: SearchSettings) -> Generator[Node]:
+def _walk(start: Node, settings: SearchSettings) -> Iterator[Node]:
     """One walk with its backup; yields the leaves it meets."""
     path = [start]
     limit = min(start.depth + settings.depth, settings.max_steps)
