@@ -44,6 +44,7 @@ LAYERS = [
     {"models", "launch"},
     {"rollout"},
     {"scorers"},
+    {"search"},
     {"evaluation"},
     {"labels"},
     {"modules"},

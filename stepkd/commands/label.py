@@ -10,6 +10,7 @@ r"""Label the steps of solutions, compare two labellings, or convert labelled ro
   stepkd label --convert runs/labels --to binary --out feedback.jsonl           (KTO and Step-KTO; also: unpaired)
   stepkd label --convert runs/labels --to preference --max-pairs 2 --out pairs.jsonl                        (DPO)
   stepkd label --rollouts runs/true --to step_preference --continuations 20 --check-step --out runs/pairs   (Step-DPO)
+  stepkd label --problems gsm8k:split=train --model MODEL --to tree_preference --out runs/tree              (MCTS-DPO)
 
 --to without --convert samples: it is a job like labelling itself. A killed job goes on where it stood when the same
 command is given again, with any number of processes, and ends with the same result. --out then holds labels.jsonl (or
@@ -99,10 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--consensus and --convert are two commands: give one of them")
     sampled = arguments.to in PAIR_JOBS
     if sampled and arguments.convert:
-        raise ConfigError(f"--to {arguments.to} samples continuations: give the rows as --rollouts, not as --convert")
+        rows = "problems" if arguments.to == "tree_preference" else "rollouts"
+        raise ConfigError(f"--to {arguments.to} samples continuations: give the rows as --{rows}, not as --convert")
     if not sampled and (arguments.to is not None) != (arguments.convert is not None):
         raise ConfigError(
-            f"--convert FILE and --to KIND go together (--to {', '.join(PAIR_JOBS)} stands alone: it samples)"
+            f"--convert FILE and --to KIND go together (--to {' and '.join(PAIR_JOBS)} stand alone: they sample)"
         )
     if arguments.truth and not arguments.consensus:
         raise ConfigError("--truth goes with --consensus A B")
@@ -276,8 +278,9 @@ def _consensus(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from stepkd.labels.convert import CONVERTERS, ConvertOptions, convert_rows
 
-    same = ("soft", "neutral", "threshold", "seed", "max_pairs", "chosen_steps")
-    options = ConvertOptions(**{name: getattr(arguments, name) for name in same})
+    same = ("soft", "neutral", "threshold", "seed", "chosen_steps")
+    limit = {} if arguments.max_pairs is None else {"max_pairs": arguments.max_pairs}
+    options = ConvertOptions(**{name: getattr(arguments, name) for name in same}, **limit)
     converted = convert_rows(_labelled(arguments.convert), arguments.to, options)
     written = CONVERTERS[arguments.to].write(converted.rows, Path(arguments.out))
     _print_counts(converted.counts)

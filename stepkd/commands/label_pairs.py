@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from stepkd.commands.label_tree import add_tree_arguments, tree_preference
 from stepkd.errors import ConfigError
 
 PairJob = Callable[[argparse.Namespace, dict[str, Any], dict[str, Any]], dict[str, Any] | None]
@@ -20,9 +21,11 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         metavar="KIND",
         help="of --convert: stepwise, trl, math_shepherd, balanced, binary, unpaired or preference; of --rollouts: "
-        + ", ".join(PAIR_JOBS),
+        "step_preference; of --problems: tree_preference",
     )
-    to.add_argument("--max-pairs", type=int, default=1, metavar="N", help="per problem, or per solution (default 1)")
+    to.add_argument(
+        "--max-pairs", type=int, metavar="N", help="per problem, or per solution (default 1; tree_preference: 8)"
+    )
     to.add_argument(
         "--chosen-steps", default="any", help="preference: chosen solutions may have wrong steps (any) or not (clean)"
     )
@@ -35,6 +38,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="step_preference: the better step must be right, by --judge MODEL or else the tiny world's checker",
     )
+    add_tree_arguments(parser)
 
 
 def _step_preference(
@@ -48,17 +52,29 @@ def _step_preference(
         raise ConfigError("--to step_preference needs labelled rollouts: --rollouts FOLDER (an --out of stepkd label)")
     if arguments.problems is not None:
         raise ConfigError("--to step_preference starts from labelled rollouts: label --problems first, then drop it")
-    same = ("rollouts", "take", "continuations", "max_pairs", "neutral", "check_step", "judge", "reference")
+    same = ("rollouts", "take", "continuations", "neutral", "check_step", "judge", "reference")
+    limit = {} if arguments.max_pairs is None else {"max_pairs": arguments.max_pairs}
     spec = StepPairSpec(
         **{name: getattr(arguments, name) for name in (*same, "threshold", "segmenter")},
+        **limit,
         **common,
     )
     parts = step_pair_parts(spec, rank=options["rank"], overwrite=options["overwrite"])
     return run_pair_job(parts, spec.out, **options)
 
 
-PAIR_JOBS: dict[str, PairJob] = {"step_preference": _step_preference}
+PAIR_JOBS: dict[str, PairJob] = {"step_preference": _step_preference, "tree_preference": tree_preference}
 """Kinds of ``--to`` that sample, and what runs them."""
+
+
+_COMMON = ("items", "items_with_pairs", "pairs", "problems", "dropped", "by_position", "facts")
+"""Entries of every summary; a job may have more."""
+
+
+def _shown(name: str, value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.1%}" if name.endswith("share") else f"{value:.2f}"
 
 
 def print_pair_summary(console: Any, summary: Mapping[str, Any]) -> None:
@@ -71,7 +87,12 @@ def print_pair_summary(console: Any, summary: Mapping[str, Any]) -> None:
         f"{summary['pairs']} pairs of {summary['problems']} problems, from {summary['items_with_pairs']} of "
         f"{summary['items']} items" + (f" (dropped: {dropped})" if dropped else "")
     ]
-    for line in lines + ([facts] if facts else []):
+    lines += [facts] if facts else []
+    more = {name: value for name, value in summary.items() if name not in _COMMON and value is not None}
+    lines += (
+        [", ".join(f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in more.items())] if more else []
+    )
+    for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = Table()
     for column in ("step", "pairs", "share"):

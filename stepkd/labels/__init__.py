@@ -17,6 +17,8 @@ from stepkd.labels.settings import LABELLERS, JobSpec, LabelSpec
 from stepkd.labels.setup import JobParts, job_parts, make_labeller
 from stepkd.labels.step_pair_setup import step_pair_parts
 from stepkd.labels.step_pairs import StepPairBuilder
+from stepkd.labels.tree_pairs import TreePairBuilder, tree_pair_parts
+from stepkd.labels.tree_settings import TreePairSpec
 
 __all__ = [
     "CONVERTERS",
@@ -40,6 +42,8 @@ __all__ = [
     "StepLabels",
     "StepPairBuilder",
     "StepPairSpec",
+    "TreePairBuilder",
+    "TreePairSpec",
     "answered",
     "consensus_filter",
     "convert_rows",
@@ -52,4 +56,5 @@ __all__ = [
     "run_label_job",
     "run_pair_job",
     "step_pair_parts",
+    "tree_pair_parts",
 ]

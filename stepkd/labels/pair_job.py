@@ -52,6 +52,8 @@ class PairParts:
     """What decides the pairs; of kind :data:`~stepkd.labels.folder.PAIR_KIND`."""
     contract: Contract = STEP_PREFERENCE
     """What every row must be."""
+    summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] | None = None
+    """Further entries of the summary, from all records; None: none."""
 
 
 def pair_record(
@@ -130,6 +132,8 @@ def run_pair_job(
         return None
     records = drop_repeated_pairs(records)
     summary = summarise_pairs(records)
+    if parts.summarise is not None:
+        summary |= parts.summarise(records)
     refuse = None
     if not summary["pairs"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())

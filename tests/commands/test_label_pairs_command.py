@@ -91,7 +91,10 @@ def test_converters(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--to", "step_preference", "--rollouts", "r", "--judge", "m"], "--judge goes with --check-step"),
         (["--to", "step_preference", "--rollouts", "r", "--from", "right"], "unknown --from 'right'"),
         (["--to", "step_preference", "--rollouts", "r", "--problems", "task"], "label --problems first"),
-        (["--to", "preference"], "--convert FILE and --to KIND go together (--to step_preference stands alone"),
+        (
+            ["--to", "preference"],
+            "--convert FILE and --to KIND go together (--to step_preference and tree_preference stand alone",
+        ),
         (["--to", "preferences", "--convert", "c.jsonl"], "no such file"),
     ],
 )
