@@ -65,7 +65,7 @@ class FeedbackEncoder(Encoder):
         name = str(row.get("id", "?"))
         outcome = _outcome(row, name)
         before = self.counts["steps_dropped"]
-        example = self._stepwise(row, name, outcome) if "completions" in row else super().example(row)
+        example = self._stepwise(row, name, outcome) if row.get("completions") is not None else super().example(row)
         if example is None:
             return None
         cut_off = self.counts["steps_dropped"] - before

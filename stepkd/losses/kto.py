@@ -43,10 +43,17 @@ def kto_values(logratios: Tensor, labels: Tensor, *, reference: float | Tensor =
         labels: 1 or 0 (other labels are read as 0), same shape.
         reference: reference point z, one number or one per item; no gradient flows through it.
         beta: risk aversion, > 0.
+
+    Raises:
+        ValueError: beta not positive, or shapes that differ (they would broadcast).
     """
     if beta <= 0:
         raise ValueError(f"beta={beta}: must be positive")
+    if labels.shape != logratios.shape:
+        raise ValueError(f"log-ratios {tuple(logratios.shape)} and labels {tuple(labels.shape)}")
     if isinstance(reference, Tensor):
+        if reference.dim() and reference.shape != logratios.shape:
+            raise ValueError(f"reference points {tuple(reference.shape)} for log-ratios {tuple(logratios.shape)}")
         reference = reference.detach()
     return torch.sigmoid(torch.where(labels == 1, 1.0, -1.0).to(logratios.dtype) * beta * (logratios - reference))
 
@@ -142,6 +149,7 @@ def step_kto_counts(
     step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor, reduction: Reduction = "mean_steps"
 ) -> dict[str, float]:
     """Denominators of :func:`step_kto`: labelled completions, and, by the reduction, steps or completions with some."""
+    _check_reduction(reduction)
     counts_R = segment_sum((step_labels_S >= 0).double(), completion_S, len(labels_R))
     steps = counts_R.sum() if reduction == "mean_all_steps" else (counts_R > 0).sum()
     return {"outcome": float((labels_R >= 0).sum()), "step": float(steps)}
@@ -185,12 +193,16 @@ def _value_loss(
 
 def _step_shares(labels_S: Tensor, completion_S: Tensor, completions: int, reduction: str) -> Tensor:
     """1 / H for the mean over a completion's H labelled steps, else 1."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
+    _check_reduction(reduction)
     if reduction != "mean_steps":
         return torch.ones(labels_S.shape, dtype=torch.float64, device=labels_S.device)
     counts_R = segment_sum((labels_S >= 0).double(), completion_S, completions)
     return 1.0 / counts_R.clamp(min=1.0)[completion_S]
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
 
 
 def _conflicts(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:

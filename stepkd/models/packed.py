@@ -36,6 +36,14 @@ def packed_mask(causal_lm: Any, segments_BT: Tensor) -> Tensor:
     return zeros.masked_fill(~allowed_BTT, torch.finfo(dtype).min).unsqueeze(1)
 
 
+def _has_windows(config: Any) -> bool:
+    """Whether a layer sees the last so many positions of its row only; the probe is shorter than most windows."""
+    if getattr(config, "layer_types", None):
+        return set(config.layer_types) != {"full_attention"}
+    local = "local" in (getattr(config, "attention_layers", None) or ())  # GPT-Neo
+    return local or bool(getattr(config, "sliding_window", None))
+
+
 @torch.no_grad()
 def check_packing(causal_lm: Any) -> bool:
     """Whether two completions in one row have the hidden states that they have in rows of their own.
@@ -44,9 +52,7 @@ def check_packing(causal_lm: Any) -> bool:
     (their masks are not only ours), and where a probe of seven tokens says so.
     """
     config = causal_lm.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None)
-    if causal_lm.config._attn_implementation not in ATTENTION or kinds != {"full_attention"} or windowed:
+    if causal_lm.config._attn_implementation not in ATTENTION or _has_windows(config):
         return False
     weight = causal_lm.get_input_embeddings().weight
     ids = (torch.arange(1, 8, device=weight.device) % weight.shape[0]).unsqueeze(0)

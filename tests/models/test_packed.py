@@ -1,0 +1,307 @@
+"""Completions of one prompt in one row have the hidden states, log-probabilities and gradients of separate rows."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepkd.data.encode import Example
+from stepkd.data.packing import Completion, Pack, PackedBatch, Unit, collate_packed
+from stepkd.losses import token_logps
+from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny
+from stepkd.models.packed import packed_mask
+from stepkd.models.tiny import tiny_tokenizer
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def config(name: str) -> Any:
+    """A random model of an architecture; wide weights, so that attention is far from uniform."""
+    import transformers
+
+    made: dict[str, Any] = {
+        "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
+        "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128),
+        "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=None),
+        "qwen2, windows": lambda: transformers.Qwen2Config(
+            **GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1
+        ),
+        "mistral, windows": lambda: transformers.MistralConfig(**GROUPED, sliding_window=64),
+        "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=64),
+        "gpt-neo": lambda: transformers.GPTNeoConfig(
+            hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=64
+        ),
+        "falcon, alibi": lambda: transformers.FalconConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+        ),
+        "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4),
+        "mamba": lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2),
+    }
+    settings = made[name]()
+    tokens = tiny_tokenizer()
+    settings.update({"vocab_size": len(tokens), "initializer_range": 0.2, "use_cache": False})
+    settings.update({f"{kind}_token_id": getattr(tokens, f"{kind}_token_id") for kind in ("bos", "eos", "pad")})
+    return settings
+
+
+@cache
+def policy_of(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64) -> Policy:
+    import transformers
+
+    if name.startswith("tiny"):
+        model, tokenizer = build_tiny(name, seed=0, dtype=str(dtype).removeprefix("torch."))
+        model.set_attn_implementation(attention)
+        with torch.no_grad():  # fresh weights attend to everything alike
+            for parameter in model.parameters():
+                parameter.mul_(4 if parameter.dim() > 1 else 1)
+        return Policy(in_double(model, dtype), tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = transformers.AutoModelForCausalLM.from_config(config(name), attn_implementation=attention)
+    return Policy(in_double(made.to(dtype).eval(), dtype), tiny_tokenizer(), verify_head=False)
+
+
+def in_double(model: Any, dtype: torch.dtype) -> Any:
+    """RMSNorm in float64 where the weights are: transformers rounds to float32 in it.
+
+    A prompt's gradient is rounded once in a packed row and once per completion in rows of their own.
+    """
+    for norm in model.modules():
+        if dtype == torch.float64 and type(norm).__name__.endswith("RMSNorm"):
+            norm.forward = partial(_rms_norm, norm)
+    return model
+
+
+def _rms_norm(norm: Any, x: Tensor) -> Tensor:
+    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def packs_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Pack]:
+    """Packs of random ids: completion lengths per pack, and prompt lengths."""
+    draws = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(5, 100, (n,), generator=draws).tolist())
+
+    packs = []
+    for lengths, prompt in zip(sizes, prompts, strict=True):
+        shared = ids(prompt)
+        completions = [Completion(shared, own, ((0, len(own)),)) for own in map(ids, lengths)]
+        packs.append([Unit(Example("e", c.prompt_ids, c.ids, c.spans), (c,)) for c in completions])
+    return packs
+
+
+def batch_states(policy: Any, batch: PackedBatch) -> Tensor:
+    return policy.hidden(
+        batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT, segments_BT=batch.segments_BT
+    )
+
+
+def packed_states(policy: Any, batch: PackedBatch) -> Tensor:
+    """(N, H) states that predict the targets."""
+    return batch_states(policy, batch).flatten(0, 1)[batch.needed_N]
+
+
+def separate_states(policy: Any, packs: list[Pack]) -> Tensor:
+    """The same, each completion in a batch of its own without any padding or mask of ours."""
+    parts = []
+    for each in (c for pack in packs for unit in pack for c in unit.completions):
+        ids = torch.tensor([[*each.prompt_ids, *each.ids]])
+        parts.append(policy.hidden(ids, torch.ones_like(ids))[0, len(each.prompt_ids) - 1 : -1])
+    return torch.cat(parts)
+
+
+def close(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> None:
+    assert a.shape == b.shape
+    assert torch.isfinite(a).all()
+    assert float((a - b).norm()) <= TOLERANCE[dtype] * float(b.norm())
+
+
+PACKABLE = [
+    *((name, "sdpa", torch.float64) for name in ("tiny-0.1m", "qwen2", "gpt2", "mistral")),
+    *((name, "eager", torch.float32) for name in ("tiny-0.1m", "qwen2", "gpt2")),  # its softmax is float32 anyway
+]
+SHAPES = [
+    ([[4]], [3]),
+    ([[3, 5]], [6]),
+    ([[1, 1, 1]], [1]),
+    ([[2, 9, 4], [6]], [5, 12]),
+    ([[3, 1, 7, 2, 5], [4, 4], [8]], [9, 1, 4]),
+]
+PLACES: list[tuple[Any, int | None]] = [("right", None), ("left", None), ("right", 50), ("left", 50)]
+
+
+@pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_rows_equal_separate_rows(name: str, attention: str, dtype: torch.dtype, shape: Any) -> None:
+    policy = policy_of(name, attention, dtype)
+    assert policy.can_pack
+    packs = packs_of(*shape)
+    with torch.no_grad():
+        expected = separate_states(policy, packs)
+        for side, pad_to in PLACES:
+            batch = collate_packed(packs, 0, padding_side=side, pad_to=pad_to)
+            hidden = packed_states(policy, batch)
+            close(hidden, expected, dtype)
+            ours, theirs = (token_logps(policy.head, states, batch.targets_N) for states in (hidden, expected))
+            close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("name", ["tiny-0.1m", "qwen2", "gpt2"])
+@pytest.mark.parametrize(("side", "pad_to"), PLACES)
+def test_gradients_equal_those_of_separate_rows(name: str, side: Any, pad_to: int | None) -> None:
+    policy = policy_of(name)
+    packs = packs_of([[2, 7, 4], [6, 3], [5]], [5, 9, 2])
+    batch = collate_packed(packs, 0, padding_side=side, pad_to=pad_to)
+    weights = torch.randn(len(batch.targets_N), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradients(hidden: Tensor) -> Tensor:
+        policy.zero_grad()
+        (weights * token_logps(policy.head, hidden, batch.targets_N)).sum().backward()
+        found = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+        policy.zero_grad()
+        return torch.cat([grad.flatten() for grad in found])
+
+    close(gradients(packed_states(policy, batch)), gradients(separate_states(policy, packs)))
+
+
+def test_the_comparison_sees_a_leak() -> None:
+    """Without the mask, or with positions that count on through the row, states are far away."""
+    policy, packs = policy_of("tiny-0.1m"), packs_of([[3, 5]], [6])
+    batch = collate_packed(packs, 0)
+    with torch.no_grad():
+        expected = separate_states(policy, packs)
+        unmasked = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT)
+        counted = policy.hidden(
+            batch.input_ids_BT,
+            batch.attention_mask_BT,
+            torch.arange(batch.input_ids_BT.shape[1])[None],
+            segments_BT=batch.segments_BT,
+        )
+    for wrong in (unmasked, counted):
+        assert (wrong.flatten(0, 1)[batch.needed_N] - expected).norm() > 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
+def test_neighbours_change_nothing(name: str, attention: str, dtype: torch.dtype) -> None:
+    """Another second completion moves neither the first nor the third, whatever follows or precedes them."""
+    policy = policy_of(name, attention, dtype)
+    packs = packs_of([[4, 5, 6]], [3])
+    other = packs_of([[4, 5, 6]], [3], seed=1)[0][1].completions[0]
+    (prompt,) = {unit.completions[0].prompt_ids for unit in packs[0]}
+    changed = Completion(prompt, other.ids, other.spans)
+    replaced = [[packs[0][0], Unit(packs[0][1].example, (changed,)), packs[0][2]]]
+    with torch.no_grad():
+        before, after = (packed_states(policy, collate_packed(each, 0)) for each in (packs, replaced))
+    same = torch.tensor([True] * 4 + [False] * 5 + [True] * 6)
+    close(after[same], before[same], dtype)
+    assert (after[~same] - before[~same])[1:].norm() > 1e-2 * before[~same].norm()
+
+
+@pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_is_never_nan(name: str, attention: str, dtype: torch.dtype, side: Any) -> None:
+    """Neither its states nor what its tokens are: gradients of a NaN times zero would be NaN."""
+    policy = policy_of(name, attention, dtype)
+    packs = packs_of([[3, 2], [1, 1]], [8, 1])
+    with torch.no_grad():
+        found = [batch_states(policy, collate_packed(packs, pad, padding_side=side, pad_to=40)) for pad in (0, 77)]
+    assert all(torch.isfinite(hidden).all() for hidden in found)
+    needed = collate_packed(packs, 0, padding_side=side, pad_to=40).needed_N
+    close(found[1].flatten(0, 1)[needed], found[0].flatten(0, 1)[needed], dtype)
+
+
+def test_mask_written_out() -> None:
+    segments = torch.tensor([[-1, 0, 0, 1, 2, 2]])
+    policy = policy_of("tiny-0.1m")
+    expected = [
+        [1, 0, 0, 0, 0, 0],  # padding sees itself
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 1, 0],
+        [0, 1, 1, 0, 1, 1],
+    ]
+    mask = packed_mask(policy.causal_lm, segments)
+    assert mask.dtype == torch.bool
+    assert mask[0, 0].int().tolist() == expected
+    added = packed_mask(policy_of("tiny-0.1m", "eager", torch.float32).causal_lm, segments)
+    assert added.dtype == torch.float32
+    assert torch.equal(added == 0, mask)
+    assert set(added[~mask].tolist()) == {torch.finfo(torch.float32).min}
+
+
+# ---- views ----------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_and_their_reference_read_packed_rows() -> None:
+    torch.manual_seed(0)
+    policy = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64", lora=LoraSpec(r=4)))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    assert policy.can_pack
+    packs = packs_of([[2, 9, 4], [6]], [5, 12])
+    batch = collate_packed(packs, 0)
+    with torch.no_grad():
+        adapted = packed_states(policy, batch)
+        close(adapted, separate_states(policy, packs))
+    with policy.reference() as view:
+        plain = packed_states(view, batch)
+        close(plain, separate_states(view, packs))
+    assert (adapted - plain).norm() > 1e-2 * plain.norm()
+
+
+def test_half_precision_can_pack() -> None:
+    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype="bfloat16")
+    assert Policy(model, tokenizer).can_pack
+
+
+def test_looking_leaves_the_model_as_it_was() -> None:
+    """In training mode with dropout the probe still compares like with like."""
+    import transformers
+
+    settings = config("gpt2")
+    settings.update({"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").train()
+    policy = Policy(model, tiny_tokenizer(), verify_head=False)
+    state = torch.get_rng_state()
+    assert policy.can_pack
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# ---- models that cannot ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("qwen2, windows", "sdpa"),
+        ("qwen2, windows", "eager"),
+        ("mistral, windows", "sdpa"),
+        ("mistral, windows", "eager"),
+        ("gemma2", "eager"),
+        ("gpt-neo", "eager"),  # its windows are long enough to hide from a short probe
+        ("falcon, alibi", "sdpa"),
+        ("bloom", "eager"),
+        ("mamba", "eager"),
+    ],
+)
+def test_models_with_masks_or_positions_of_their_own_are_refused(name: str, attention: str) -> None:
+    assert not policy_of(name, attention, torch.float32).can_pack
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_takes_no_such_mask_is_refused(attention: str) -> None:
+    model, tokenizer = build_tiny("tiny-0.1m", seed=0)
+    policy = Policy(model, tokenizer)
+    model.config._attn_implementation = attention
+    assert not policy.can_pack
