@@ -90,8 +90,8 @@ class IterateSpec:
                 raise ConfigError(f"{name}={number}: must be at least {least}")
         if self.evaluation.samples < 2 or self.evaluation.temperature <= 0:
             raise ConfigError(
-                f"evaluation: {self.evaluation.samples} samples at temperature {self.evaluation.temperature:g}: give at "
-                "least 2 samples and a temperature above 0; the greedy solution is evaluated besides"
+                f"evaluation: {self.evaluation.samples} samples at temperature {self.evaluation.temperature:g}: give "
+                "at least 2 samples and a temperature above 0; the greedy solution is evaluated besides"
             )
         if not self.train.recipes:
             raise ConfigError("train: recipes names no file: give the recipes for `stepkd fit`")
@@ -107,8 +107,8 @@ class IterateSpec:
         held_out = self.held_out_spec(out="samples", model=self.model)
         if held_out.fits_threshold:
             raise ConfigError(
-                f"evaluation: the segmenter {held_out.segmenter!r} would fit another threshold for every model, and steps "
-                "of different models could not be compared: set evaluation.label.segmenter, for instance to newline"
+                f"evaluation: the segmenter {held_out.segmenter!r} would fit another threshold for every model, and "
+                "steps of different models could not be compared: set evaluation.label.segmenter, say to newline"
             )
         self.convert_options(1)
         self.evaluated_benchmark()

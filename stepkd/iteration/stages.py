@@ -96,12 +96,8 @@ def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
         _free_memory()
 
     job = it.spec.label_spec(k, out=str(labels), model=it.model(k - 1))
-    run(
-        "label",
-        {"model": it.identity(k - 1)},
-        lambda: _label(it, job),
-        f"M{k - 1} writes solutions, {job.labeller} labels",
-    )
+    line = f"M{k - 1} writes solutions, labeller: {job.labeller}"
+    run("label", {"model": it.identity(k - 1)}, lambda: _label(it, job), line)
     _check_answers(it, facts["label"])
     rows = labels / LABELS_NAME
     if it.spec.convert is not None:
@@ -279,11 +275,9 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
 
     job = it.spec.held_out_spec(out=str(folder), model=it.model(it.k))
     benchmark, data = it.spec.evaluated_benchmark()
-    rows = load_rows(parse_spec(it.spec.evaluation.problems), contract=PROBLEM)
-    # The same prompt, extractors and length as in the sampled solutions.
-    how = asking(
-        parse_spec(it.spec.evaluation.problems).source, is_task=all("task" in row and "meta" in row for row in rows)
-    )
+    problems = parse_spec(it.spec.evaluation.problems)
+    is_task = all("task" in row and "meta" in row for row in load_rows(problems, contract=PROBLEM))
+    how = asking(problems.source, is_task=is_task)  # prompt, extractors and length are those of the sampled solutions
     summary = evaluate(
         EvaluationSpec(
             model=job.model or "",
@@ -338,8 +332,8 @@ def _launch(it: Iteration, arguments: list[str]) -> None:
     code = subprocess.run(command, check=False).returncode
     if code:
         raise StepkdError(
-            f"iteration {it.k}: `stepkd {arguments[0]}` under the launcher ended with exit code {code}; its messages are "
-            "above. Mend that and give the same command again"
+            f"iteration {it.k}: `stepkd {arguments[0]}` under the launcher ended with exit code {code}; its messages "
+            "are above. Mend that and give the same command again"
         )
 
 

@@ -17,8 +17,6 @@ from stepkd.iteration.spec import IterateSpec
 
 Summary = Mapping[str, Any]
 
-PAPER = "Step-KTO's table 3 (arXiv 2501.10799)"
-
 
 def summarise_run(
     spec: IterateSpec, folders: Sequence[Path], facts: Sequence[Mapping[str, Any]], *, n_resamples: int = 10_000
@@ -77,7 +75,7 @@ def _training(facts: Mapping[str, Any]) -> dict[str, Any]:
         "wrong_answers": label["wrong_answers"],
         "conflicts": label["right_answers_with_a_wrong_step"],
         "steps": label["balance"],
-        "converted": facts["convert"] if "convert" in facts else None,
+        "converted": facts.get("convert"),
         "rows": facts["train"]["rows"],
     }
 
@@ -142,8 +140,8 @@ def notes(summary: Summary) -> list[str]:
 def _training_line(k: int, training: Mapping[str, Any]) -> str:
     dropped = _counts(training["dropped"])
     line = (
-        f"iteration {k}: {training['labelled']} of {training['solutions']} solutions of {training['problems']} problems "
-        f"labelled{f' (dropped: {dropped})' if dropped else ''}; {training['right_answers']} right answers, "
+        f"iteration {k}: {training['labelled']} of {training['solutions']} solutions of {training['problems']} "
+        f"problems labelled{f' (dropped: {dropped})' if dropped else ''}; {training['right_answers']} right answers, "
         f"{training['conflicts']} of them with a wrong step, {training['wrong_answers']} wrong"
     )
     if training["converted"] is not None:
