@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     spec = load_spec(config, overrides(arguments))
     out = Path(arguments.out or f"runs/{config.stem}")
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log file has room for the table
     summary = run_iterations(
         spec,
         out,

@@ -148,7 +148,7 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
         write_jsonl_atomic(folder / RESULTS_NAME, rows)
         return {"problems": len(rows), "samples": sum(len(row["samples"]) for row in rows)}
 
-    run("measure", measure, f"comparing M{k} with M0", samples=samples)
+    run("measure", measure, f"comparing M{k} with M0" if k else "the results of M0", samples=samples)
     return facts
 
 

@@ -81,31 +81,28 @@ def _training(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """The table, paired differences to M0, and what every iteration's labels kept and dropped."""
-    samples = summary["samples"]
-    columns = {
-        "greedy_pass@1": "right,\ngreedy",
-        "pass@1": "right,\nsampled",
-        f"maj@{samples}": f"maj@{samples}",
-        "correct_with_wrong_step": "wrong step,\nright answer",
-        "step_accuracy": "steps\nright",
-        "mean_tokens": "tokens",
-        "kl_per_solution": "KL to M0,\nnats",
+    """The table (a column per model), paired differences to M0, and what every iteration's labels kept and dropped."""
+    titles = {
+        "greedy_pass@1": "right answers, greedy",
+        "pass@1": "right answers, sampled",
+        f"maj@{summary['samples']}": f"majority of {summary['samples']}",
+        "correct_with_wrong_step": "wrong step among\nright answers",
+        "step_accuracy": "right steps",
+        "mean_tokens": "tokens per solution",
+        "truncated_rate": "cut off",
+        "kl_per_solution": "KL to M0, per solution",
+        "kl_per_token": "KL to M0, per token",
     }
     table = Table(title=f"{summary['problems']} held-out problems, 95% intervals", title_justify="left")
-    table.add_column("model")
-    for title in columns.values():
-        table.add_column(title, justify="right", no_wrap=True)
-    for title in ("training\nrows", "conflicts"):
-        table.add_column(title, justify="right")
+    table.add_column("")
     for model in summary["models"]:
-        training = model["training"]
-        table.add_row(
-            model["name"],
-            *(metric_text(name, model["metrics"][name]) for name in columns),
-            "-" if training is None else f"{training['rows']:,}",
-            "-" if training is None else f"{training['conflicts']:,}",
-        )
+        table.add_column(model["name"], justify="right")
+    for name, title in titles.items():
+        table.add_row(title, *(metric_text(name, model["metrics"][name]) for model in summary["models"]))
+    table.add_section()
+    trainings = [model["training"] for model in summary["models"]]
+    for name, title in (("rows", "rows trained on"), ("conflicts", "right answers with a\nwrong step in the labels")):
+        table.add_row(title, *("-" if training is None else f"{training[name]:,}" for training in trainings))
     console.print(table)
     for line in notes(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
