@@ -289,7 +289,7 @@ class _ParsedCLI(StepkdCLI):
         _refuse_trainer_settings(self.config.trainer.as_dict(), "fit")
 
     def instantiate_classes(self) -> None:
-        self.parser.instantiate_classes(self.config)
+        self.parser.instantiate(self.config)
 
 
 def _user_mistake(error: BaseException) -> StepkdError | None:
