@@ -92,8 +92,7 @@ def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
     facts = {}
 
     def run(name: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], line: str) -> None:
-        facts[name] = record.run(name, inputs, work, begin=lambda: it.tell(line))
-        _free_memory()
+        facts[name] = record.run(name, inputs, lambda: _freeing(work), begin=lambda: it.tell(line))
 
     job = it.spec.label_spec(k, out=str(labels), model=it.model(k - 1))
     line = f"M{k - 1} writes solutions, labeller: {job.labeller}"
@@ -119,8 +118,7 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
     facts = {}
 
     def run(name: str, work: Callable[[], Mapping[str, Any]], line: str, **more: str) -> None:
-        facts[name] = record.run(name, inputs | more, work, begin=lambda: it.tell(line))
-        _free_memory()
+        facts[name] = record.run(name, inputs | more, lambda: _freeing(work), begin=lambda: it.tell(line))
 
     run("greedy", lambda: _greedy(it, folder / "greedy"), f"M{k} solves the held-out problems, greedy")
     drawn = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
@@ -337,10 +335,12 @@ def _launch(it: Iteration, arguments: list[str]) -> None:
         )
 
 
-def _free_memory() -> None:
-    """Give GPU memory of a finished stage back, for the next stage or its processes."""
+def _freeing(work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Do a stage's work, then give its GPU memory back, for the next stage or its processes."""
     import torch
 
-    gc.collect()
+    facts = work()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
+    return facts
