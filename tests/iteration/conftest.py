@@ -20,7 +20,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("student"),
         start="tiny-0.1m",
         task="modular:terms=3,modulus=3",
-        steps=45,
+        steps=80,
         lr=1e-2,
         seed=0,
         noise={"rate": 0.2, "recover": 0.5},

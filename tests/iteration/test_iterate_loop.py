@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -285,6 +288,45 @@ def test_launcher_command(spec: IterateSpec, tmp_path: Path, monkeypatch: pytest
 
 def load_like(spec: IterateSpec, **changes: Any) -> IterateSpec:
     return IterateSpec(**{**vars(spec), **changes})
+
+
+KILLED_AT = (
+    "iteration-0/evaluation/greedy/results.jsonl",
+    "iteration-0/evaluation/samples/shards/solutions-0.jsonl",
+    "iteration-1/labels/shards/solutions-0.jsonl",
+    "iteration-1/labels/shards/labels-0.jsonl",
+    "iteration-1/converted.jsonl",
+    "iteration-1/train/metrics.jsonl",
+    "iteration-1/train/checkpoints/last.ckpt",
+    "iteration-1/model",
+    "iteration-1/evaluation/samples/labels.jsonl",
+    "iteration-1/evaluation/results.jsonl",
+)
+"""Files whose appearance says which stage is at work."""
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage(whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as each stage leaves its first trace, then the same command to the end."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "stepkd", "iterate", "--config", str(settings), "--out", str(out)]
+    command += ["--iterations", "1"]
+    killed = 0
+    for name in KILLED_AT:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (out / name).exists():
+            time.sleep(0.002)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        assert (out / name).exists(), process.stderr.read() if process.stderr else ""
+    assert killed >= len(KILLED_AT) - 1, "the last one may have been quicker"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "summary.json").read_text())["models"] == whole[1]["models"][:2]
+    assert weights(out, 1) == weights(whole[0], 1)
+    for shard in out.glob("iteration-*/**/shards/*.jsonl"):
+        names = [json.loads(line)["id"] for line in shard.read_text().splitlines()]
+        assert len(names) == len(set(names)), f"{shard}: something was done twice"
 
 
 @pytest.mark.slow
