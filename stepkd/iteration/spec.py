@@ -206,7 +206,7 @@ def find_recipe(name: str) -> Path:
 
     if Path(name).expanduser().is_file():
         return Path(name).expanduser()
-    own = all_recipes()
+    own = {each: path for each, path in all_recipes().items() if not each.split("/")[-1].startswith("iterate_")}
     short = name.removeprefix("recipes/").removesuffix(".yaml")
     if short in own:
         return own[short]
