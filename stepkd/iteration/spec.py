@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
+from stepkd.iteration.command import check_pairs
 from stepkd.labels.convert import CONVERTERS, ConvertOptions
 from stepkd.labels.settings import LabelSpec
 from stepkd.randomness import stream_key
@@ -78,6 +79,9 @@ class IterateSpec:
     """Fields of :class:`~stepkd.labels.LabelSpec`: labeller, samples, temperature, segmenter, ..."""
     convert: dict[str, Any] | None = None
     """``to`` (a converter's name) and its options; None: training reads the labelled solutions as they are."""
+    pairs: dict[str, Any] | None = None
+    """``to`` (a pair job's name, ``step_preference``) and its options as ``stepkd label`` has them: M_{k-1} draws pairs
+    and training reads these. None: no pairs."""
     launcher: str | None = None
     """Command before ``-m stepkd`` that starts labelling and training on several GPUs; None: in this process."""
     seed: int = 0
@@ -111,6 +115,10 @@ class IterateSpec:
                 "steps of different models could not be compared: set evaluation.label.segmenter, say to newline"
             )
         self.convert_options(1)
+        if self.pairs is not None:
+            if self.convert is not None:
+                raise ConfigError("convert and pairs both make the rows that are trained on: give one of them")
+            check_pairs(self.pairs, self.label_spec(1, out="labels", model=self.model))
         self.evaluated_benchmark()
 
     @property

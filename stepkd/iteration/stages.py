@@ -1,4 +1,4 @@
-"""The stages of one iteration: label, convert, train, export; greedy, samples, judge, measure.
+"""The stages of one iteration: label, convert or pairs, train, export; greedy, samples, judge, measure.
 
 Every stage goes on where an interrupted one stood, by means of the command it stands for; what is finished is recorded
 in ``iteration.json`` and never done again. Labelling and training run under the launcher where one is given, the rest
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shlex
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +17,12 @@ from typing import Any
 import yaml
 
 from stepkd.data.io import write_jsonl_atomic
-from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
+from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME
 from stepkd.evaluation.manifest import RESULTS_NAME
+from stepkd.iteration.command import label_arguments, launch, pair_arguments, run_label
 from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
 from stepkd.iteration.spec import IterateSpec, find_recipe, iteration_seed, put
 from stepkd.labels.settings import LabelSpec
@@ -103,6 +102,10 @@ def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
         inputs = {"labels": file_fingerprint(rows)}
         run("convert", inputs, lambda: _convert(it, labels), f"labels to {it.spec.convert['to']}")
         rows = it.folder / CONVERTED_NAME
+    if it.spec.pairs is not None:
+        inputs = {"model": it.identity(k - 1), "labels": file_fingerprint(rows)}
+        run("pairs", inputs, lambda: _pairs(it, job), f"M{k - 1} draws pairs: {it.spec.pairs['to']}")
+        rows = it.folder / "pairs" / PAIRS_NAME
     inputs = {"model": it.identity(k - 1), "rows": file_fingerprint(rows)}
     run("train", inputs, lambda: _train(it, rows), f"training M{k}")
     run("export", {"train": facts["train"]["run"]}, lambda: _export(it), f"exporting M{k}")
@@ -154,7 +157,7 @@ def _label(it: Iteration, job: LabelSpec) -> dict[str, Any]:
     """Run a labelling job to its end; its summary without the table by step number."""
     out = Path(job.out)
     if it.spec.launcher is not None:
-        _launch(it, ["label", *label_arguments(job)])
+        launch(it.spec.launcher, ["label", *label_arguments(job)], where=f"iteration {it.k}", say=it.tell)
         if not (out / LABELS_NAME).is_file():
             raise StepkdError(f"iteration {it.k}: the labelling job in {out} ended without {LABELS_NAME}")
     else:
@@ -207,6 +210,24 @@ def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
     return {"to": to, "rows": written, "counts": converted.counts}
 
 
+def _pairs(it: Iteration, job: LabelSpec) -> dict[str, Any]:
+    """Run the pair job to its end."""
+    assert it.spec.pairs is not None
+    out = it.folder / "pairs"
+    arguments = pair_arguments(it.spec.pairs, job, out=str(out), seed=iteration_seed(it.spec.seed, "pairs", it.k))
+    try:
+        if it.spec.launcher is not None:
+            launch(it.spec.launcher, arguments, where=f"iteration {it.k}", say=it.tell)
+        else:
+            run_label(arguments)
+    except DataError as error:
+        raise DataError(f"iteration {it.k}, pairs: {error}") from error
+    if not (out / PAIRS_NAME).is_file():
+        raise StepkdError(f"iteration {it.k}: the pair job in {out} ended without {PAIRS_NAME}")
+    summary = json.loads((out / SUMMARY_NAME).read_bytes())
+    return {"to": it.spec.pairs["to"], "counts": {"pairs": summary["pairs"], **summary["dropped"]}}
+
+
 def training_settings(it: Iteration, rows: Path) -> dict[str, Any]:
     """What iteration k adds to the training recipes: where it starts, what it reads, its reference and its seed."""
     settings: dict[str, Any] = {
@@ -244,7 +265,7 @@ def _train(it: Iteration, rows: Path) -> dict[str, Any]:
     if (read_marker(run) or {}).get("status") != "finished":
         arguments = ["fit", *fit_arguments(it), "--out", str(run), "--resume", "true"]
         if it.spec.launcher is not None:
-            _launch(it, arguments)
+            launch(it.spec.launcher, arguments, where=f"iteration {it.k}", say=it.tell)
         else:
             from stepkd.trainer_cli import run as run_trainer
 
@@ -294,45 +315,6 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
         )
     )
     return {"pass@1": summary["metrics"]["pass@1"]}
-
-
-def label_arguments(job: LabelSpec) -> list[str]:
-    """The options of ``stepkd label`` that give this job."""
-    options = {
-        "deadline_s": "--deadline",
-        "max_rows": "--batch-size",
-    }
-    arguments: list[str] = []
-    for name, value in vars(job).items():
-        option = options.get(name, "--" + name.replace("_", "-"))
-        if name == "dedupe":
-            arguments += [] if value else ["--keep-duplicates"]
-        elif name == "extractors":
-            arguments += [option, *value] if value else []
-        elif name == "stop":
-            arguments += [part for text in value for part in (option, text)]
-        elif isinstance(value, bool):
-            arguments += [option] if value else []
-        elif value is not None:
-            arguments += [option, str(value)]
-    return arguments
-
-
-def _launch(it: Iteration, arguments: list[str]) -> None:
-    """Run one command of stepkd under the launcher.
-
-    Raises:
-        StepkdError: it failed; it has said why.
-    """
-    assert it.spec.launcher is not None
-    command = [*shlex.split(it.spec.launcher), "-m", "stepkd", *arguments]
-    it.tell(f"  {shlex.join(command)}")
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise StepkdError(
-            f"iteration {it.k}: `stepkd {arguments[0]}` under the launcher ended with exit code {code}; its messages "
-            "are above. Mend that and give the same command again"
-        )
 
 
 def _freeing(work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -75,7 +75,7 @@ def _training(facts: Mapping[str, Any]) -> dict[str, Any]:
         "wrong_answers": label["wrong_answers"],
         "conflicts": label["right_answers_with_a_wrong_step"],
         "steps": label["balance"],
-        "converted": facts.get("convert"),
+        "converted": facts.get("convert") or facts.get("pairs"),
         "rows": facts["train"]["rows"],
     }
 

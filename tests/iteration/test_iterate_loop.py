@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.iteration import loop, stages
+from stepkd.iteration import command, loop, stages
 from stepkd.iteration.loop import run_iterations
 from stepkd.iteration.record import IterationRecord
 from stepkd.iteration.spec import IterateSpec, load_spec
@@ -237,6 +237,31 @@ def test_one_class(settings: Path, tmp_path: Path, right: int, wrong: int, to: A
             stages._check_answers(it, facts)
 
 
+def test_training_reads_the_pairs_of_a_pair_job(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step-DPO's pairs from the labelled solutions, drawn once; training gets their file and the fingerprint of it."""
+    given: list[Path] = []
+
+    def train(it: stages.Iteration, rows: Path) -> dict[str, Any]:
+        given.append(rows)
+        raise Interrupted
+
+    monkeypatch.setattr(stages, "_train", train)
+    pairs = {"to": "step_preference", "continuations": 8, "check_step": True, "take": "all", "temperature": 1.0}
+    spec = load_spec(settings, {"convert": None, "pairs": pairs})
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            stages.train_next(stages.Iteration(spec, tmp_path, 1, "", silent))
+    assert given == [tmp_path / "iteration-1" / "pairs" / "pairs.jsonl"] * 2
+    rows = [json.loads(line) for line in given[0].read_text().splitlines()]
+    facts = IterationRecord(tmp_path / "iteration-1", 1).stages["pairs"]["facts"]
+    assert facts["counts"]["pairs"] == len(rows) > 0
+    assert {"prefix", "chosen", "rejected"} <= set(rows[0])
+    shard = (tmp_path / "iteration-1" / "pairs" / "shards" / "pairs-0.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in shard}) == len(shard)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -270,11 +295,11 @@ def test_launcher_command(spec: IterateSpec, tmp_path: Path, monkeypatch: pytest
     """Labelling and training get the launcher's command; a failure names iteration and command."""
     commands: list[list[str]] = []
 
-    def fake(command: list[str], **options: Any) -> Any:
-        commands.append(command)
+    def fake(words: list[str], **options: Any) -> Any:
+        commands.append(words)
         return type("Done", (), {"returncode": 3})
 
-    monkeypatch.setattr(stages.subprocess, "run", fake)
+    monkeypatch.setattr(command.subprocess, "run", fake)
     it = stages.Iteration(load_like(spec, launcher="accelerate launch --num_processes 2"), tmp_path, 1, "", silent)
     with pytest.raises(StepkdError, match="iteration 1: `stepkd label` under the launcher ended with exit code 3"):
         stages._label(it, it.spec.label_spec(1, out=str(tmp_path / "labels"), model="m"))

@@ -10,8 +10,9 @@ import pytest
 
 from stepkd.commands import iterate, label
 from stepkd.errors import ConfigError, DataError
+from stepkd.iteration.command import label_arguments, pair_arguments
 from stepkd.iteration.spec import explicit_word, find_recipe, iteration_seed, load_spec, put
-from stepkd.iteration.stages import Iteration, label_arguments, training_settings
+from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels import LabelSpec
 from stepkd.launch import LaunchInfo, detect_launch
 
@@ -100,6 +101,11 @@ def test_identity_leaves_out_what_may_change(small: Any, write: Any) -> None:
         ({"convert.to": "demonstration"}, "Did you mean 'demonstrations'"),
         ({"convert": {"soft": True}}, "convert: needs `to`"),
         ({"convert.sof": True}, "convert: no key 'sof'. Did you mean 'soft'"),
+        ({"pairs": {"to": "step_preference"}}, "convert and pairs both"),
+        ({"convert": None, "pairs": {"to": "step_prefrence"}}, "Did you mean 'step_preference'"),
+        ({"convert": None, "pairs": {"to": "step_preference", "continuation": 3}}, "Did you mean 'continuations'"),
+        ({"convert": None, "pairs": {"to": "step_preference", "continuations": "x"}}, "pairs: .*invalid int"),
+        ({"convert": None, "pairs": {"to": "step_preference", "seed": 3}}, "pairs: no option 'seed'"),
         ({"evaluation.samples": 1}, "at least 2 samples"),
         ({"evaluation.temperature": 0.0}, "a temperature above 0"),
         ({"evaluation.problems": "prm800k:path=x.jsonl"}, "source 'prm800k' cannot be evaluated"),
@@ -168,6 +174,17 @@ def test_command_line_overrides() -> None:
 def test_label_arguments_say_the_whole_job(changes: dict[str, Any]) -> None:
     spec = LabelSpec(out="o", problems="task:task=modular", model="m", **changes)
     assert label._spec(parsed(label_arguments(spec), label), one_process()) == spec
+
+
+def test_pair_arguments_share_the_labelling_jobs_settings(small: Any, write: Any) -> None:
+    changes = {"convert": None, "pairs": {"to": "step_preference", "continuations": 4, "check_step": True}}
+    spec = load_spec(write(small(**changes)))
+    words = pair_arguments(spec.pairs or {}, spec.label_spec(1, out="labels", model="m"), out="pairs", seed=5)
+    arguments = parsed(words[1:], label)
+    assert words[0] == "label"
+    assert (arguments.rollouts, arguments.model, arguments.out, arguments.seed) == ("labels", "m", "pairs", 5)
+    assert (arguments.continuations, arguments.check_step, arguments.max_new_tokens) == (4, True, 24)
+    assert (arguments.problems, arguments.device) == (None, "cpu")
 
 
 def one_process() -> LaunchInfo:
