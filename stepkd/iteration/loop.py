@@ -46,7 +46,7 @@ def run_iterations(spec: IterateSpec, out: str | Path, *, report: Report, overwr
         DataError: an iteration has nothing to learn from, or held-out problems are training problems.
         StepkdError: a stage failed; what is done is kept.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     earlier = None if overwrite else read_manifest(out)
     manifest = {"format": FORMAT, "packages": package_versions(), "settings": spec.identity()}
     unfinished = earlier is None or not _is_finished(spec, out)

@@ -237,6 +237,22 @@ def test_one_class(settings: Path, tmp_path: Path, right: int, wrong: int, to: A
             stages._check_answers(it, facts)
 
 
+@pytest.mark.parametrize(("labeller", "judged"), [("monte_carlo", True), ("outcome", False)])
+def test_who_labels_the_held_out_steps(settings: Path, tmp_path: Path, labeller: str, judged: bool) -> None:
+    """Monte-Carlo labels come from M0's continuations, for every model; an outcome says nothing of steps."""
+    spec = load_spec(settings, {"label.labeller": labeller, "label.rollouts_per_step": 2})
+    facts = stages.evaluate_model(stages.Iteration(spec, tmp_path, 0, "", silent))
+    assert list(facts) == ["greedy", "samples", *(["judge"] if judged else []), "measure"]
+    folder = tmp_path / "iteration-0" / "evaluation"
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    marks = [sample["step_labels"] for row in rows for sample in row["samples"]]
+    assert len(marks) == 24
+    assert any(mark is not None for mark in marks) == judged
+    if judged:
+        manifest = json.loads((folder / "labels" / "manifest.json").read_text())
+        assert (manifest["labeller"]["labeller"], manifest["model"]["name"]) == ("monte_carlo", spec.model)
+
+
 def test_training_reads_the_pairs_of_a_pair_job(
     settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
