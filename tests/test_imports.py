@@ -38,7 +38,7 @@ def test_light_imports(name: str, forbidden: list[str]) -> None:
 
 
 LAYERS = [
-    {"errors", "randomness"},
+    {"errors", "randomness", "yaml_files"},
     {"steps", "losses"},
     {"data", "grading", "tasks"},
     {"models", "launch"},
@@ -49,7 +49,7 @@ LAYERS = [
     {"labels"},
     {"modules"},
     {"claims"},
-    {"quickstart", "trainer_cli", "commands", "cli"},
+    {"quickstart", "iteration", "trainer_cli", "commands", "cli"},
 ]
 
 

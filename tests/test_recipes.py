@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
-METHODS = sorted(path for path in ROOT.glob("*.yaml"))
-TINY = sorted((ROOT / "tiny").glob("*.yaml"))
+ITERATED = sorted([*ROOT.glob("iterate_*.yaml"), *(ROOT / "tiny").glob("iterate_*.yaml")])
+METHODS = sorted(path for path in ROOT.glob("*.yaml") if path not in ITERATED)
+TINY = sorted(path for path in (ROOT / "tiny").glob("*.yaml") if path not in ITERATED)
 OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
 CLAIMS = sorted((ROOT / "claims").glob("*.yaml"))
 EVERY = sorted(ROOT.rglob("*.yaml"))
@@ -49,7 +50,7 @@ def test_house_rules(path: Path) -> None:
     settings = [line for line in lines if line.strip() and not line.startswith("#")]
     assert len(settings) <= 40, f"{len(settings)} lines of settings"
     assert lines[0].startswith("# ")
-    if path in METHODS + TINY:
+    if path in METHODS + TINY + ITERATED:
         assert any(f"recipes/{name(path)}" in line and line.startswith("#") for line in lines), (
             "no command in the header"
         )
@@ -82,6 +83,22 @@ def test_every_overlay_composes_with_every_method(method: Path, overlay: Path) -
     wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]
     assert cli.model.policy_spec.path == wanted["path"]
     assert (cli.model.policy_spec.lora is None) == (wanted.get("lora") is None)
+
+
+@pytest.mark.parametrize("path", ITERATED, ids=name)
+def test_iterated_recipe_trains_with_recipes_that_fit(path: Path, tmp_path: Path) -> None:
+    """The settings parse, and ``stepkd fit`` takes the recipes they name with what every iteration adds."""
+    from stepkd.iteration.spec import find_recipe, load_spec
+    from stepkd.iteration.stages import Iteration, training_settings
+    from stepkd.trainer_cli import check_fit
+
+    spec = load_spec(path)
+    recipes = [find_recipe(recipe) for recipe in spec.train.recipes]
+    assert all(recipe in METHODS + TINY + OVERLAYS for recipe in recipes)
+    added = tmp_path / "settings.yaml"
+    iteration = Iteration(spec, tmp_path, 2, "", lambda line: None)
+    added.write_text(yaml.safe_dump(training_settings(iteration, tmp_path / "labels.jsonl")), encoding="utf-8")
+    check_fit([part for config in (*recipes, added) for part in ("--config", str(config))])
 
 
 def test_the_seed_reaches_module_and_data() -> None:

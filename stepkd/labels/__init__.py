@@ -1,5 +1,6 @@
 """Step labels (Monte-Carlo rollouts, exact checkers, outcomes, judges), consensus of two, and preference data."""
 
+from stepkd.labels import demonstrations as demonstrations  # registers its converters
 from stepkd.labels.checker import CheckerLabeller
 from stepkd.labels.consensus import Consensus, consensus_filter, report_on
 from stepkd.labels.convert import CONVERTERS, Converted, Converter, ConvertOptions, convert_rows
