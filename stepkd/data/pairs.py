@@ -7,6 +7,7 @@ to the step. No end token is appended to a step: only sampled ids can say that t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.packing import Completion
 from stepkd.errors import DataError
-from stepkd.steps import Span, TokenizedText, first_difference, segment, tokenize_text
+from stepkd.steps import Span, TokenizedText, first_difference, segment, text_from_ids, tokenize_text
 
 Ids = tuple[int, ...]
 
@@ -78,10 +79,10 @@ class PairEncoder(Encoder):
             name,
             (*prompt, *prefix),
             sides[0],
-            self._spans(row, "chosen", sides[0]),
+            self._spans(row, sides[0]),
             row,
             rejected_ids=sides[1],
-            rejected_spans=self._spans(row, "rejected", sides[1]),
+            rejected_spans=self._spans(row, sides[1]),
             visits=None if visits[0] is None or visits[1] is None else (int(visits[0]), int(visits[1])),
         )
 
@@ -108,13 +109,14 @@ class PairEncoder(Encoder):
     def _steps(self, row: Mapping[str, Any]) -> tuple[Ids, list[Ids]]:
         """Shared prefix and the two next steps."""
         text = "".join(row["prefix"])
-        sampled = [
-            self._sampled_side(row, column, written)
-            for column, written in (("prefix", text), ("chosen", row["chosen"]), ("rejected", row["rejected"]))
-        ]
-        if all(ids is not None for ids in sampled):
-            prefix, chosen, rejected = sampled
-            return prefix or (), [chosen or (), rejected or ()]
+        prefix = self._sampled_side(row, "prefix", text) if text else ()
+        sampled = [self._sampled_side(row, side, row[side]) for side in ("chosen", "rejected")]
+        chosen, rejected = sampled
+        if chosen is not None and rejected is not None:
+            return tokenize_text(self.tokenizer, text).token_ids if prefix is None else prefix, [chosen, rejected]
+        # Both sides must share every id before the step, so one with ids goes back to its text with the other.
+        if (chosen is None) != (rejected is None):
+            self.counts["pairs_with_ids_of_one_side"] += 1
         whole = [tokenize_text(self.tokenizer, text + row[side]) for side in ("chosen", "rejected")]
         cut = min(_step_start(each, len(text)) for each in whole)
         cut = min(cut, first_difference(whole[0].token_ids, whole[1].token_ids))
@@ -135,17 +137,17 @@ class PairEncoder(Encoder):
             return None
         return tuple(ids)
 
-    def _spans(self, row: Mapping[str, Any], side: str, ids: Ids) -> tuple[Span, ...]:
+    def _spans(self, row: Mapping[str, Any], ids: Ids) -> tuple[Span, ...]:
         """Steps of a whole solution; a next step is one."""
         if row.get("prefix") is not None:
             return ((0, len(ids)),)
-        text = tokenize_text(self.tokenizer, row[side])
-        if text.token_ids != ids[: len(text)]:
-            return ((0, len(ids)),)
-        spans = segment(self.segmenter, text)
-        return (*spans[:-1], (spans[-1][0], len(ids))) if spans else ((0, len(ids)),)
+        spans = segment(self.segmenter, text_from_ids(self.tokenizer, ids))
+        return tuple(spans) or ((0, len(ids)),)
 
 
 def _step_start(text: TokenizedText, characters: int) -> int:
-    """Number of leading tokens that end within the first ``characters``."""
-    return sum(end <= characters for end in text.char_ends) if characters else 0
+    """Number of leading tokens that the first ``characters`` are written with; one that goes beyond them is not."""
+    if not characters:
+        return 0
+    last = bisect_left(text.char_ends, characters)
+    return last + (text.char_ends[last] == characters)

@@ -134,9 +134,10 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
             rollouts=drawn.out,
             problems=None,
             model=it.spec.model,
-            segmenter=None,
+            segmenter=None,  # the steps stay as they were cut
+            teacher=None,
         )
-        drawn = replace(drawn, labeller="outcome", out=drawn.out)
+        drawn = replace(drawn, labeller="outcome")
     run("samples", lambda: _label(it, drawn), f"M{k} samples {drawn.samples} solutions of every held-out problem")
     samples = file_fingerprint(Path(drawn.out) / LABELS_NAME)
     if judged is not None:
