@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "benchmark a model (gsm8k, math500, ...), or compare two evaluations",
     "label": "label the steps of solutions: Monte-Carlo, exact checker, outcome, judge, reward model; consensus",
     "score": "score the steps of solutions with a reward model, a judge or the exact checker",
+    "iterate": "generate, label, train, evaluate, K times over, with one table of all models",
     "quickstart": "train and evaluate tiny models on this machine in minutes, nothing to download",
     "claims": "run the experiments that measure each method's effect, with verdicts",
     "recipes": "list, show or copy the recipes",
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            f"\nstepkd {command}: interrupted; fit, evaluate, label, claims and quickstart can be resumed",
+            f"\nstepkd {command}: interrupted; fit, evaluate, label, iterate, claims and quickstart can be resumed",
             file=sys.stderr,
         )
         return 130

@@ -251,6 +251,47 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def check_fit(arguments: Sequence[str]) -> None:
+    """Parse the settings of a ``stepkd fit`` and build its module and data, without a model, a trainer or a run folder.
+
+    Args:
+        arguments: those of ``stepkd fit``, without ``--out``.
+
+    Raises:
+        StepkdError: what ``stepkd fit`` would refuse before it reads data or loads a model.
+    """
+    quiet_libraries()
+    try:
+        _ParsedCLI(
+            StepModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            parser_class=SuggestingParser,
+            seed_everything_default=False,
+            trainer_defaults=dict(DEFAULTS),
+            args=list(arguments),
+            run=False,
+        )
+    except BaseException as error:
+        root = _user_mistake(error)
+        if root is not None and root is not error:
+            raise root from error
+        raise
+
+
+class _ParsedCLI(StepkdCLI):
+    """Parses, and builds module and data but no trainer."""
+
+    def before_instantiate_classes(self) -> None:
+        _refuse_trainer_settings(self.config.trainer.as_dict(), "fit")
+
+    def instantiate_classes(self) -> None:
+        self.parser.instantiate(self.config)
+
+
 def _user_mistake(error: BaseException) -> StepkdError | None:
     """Our own error at the root of one that jsonargparse raised while it parsed or built the settings."""
     if isinstance(error, StepkdError):

@@ -38,17 +38,18 @@ def test_light_imports(name: str, forbidden: list[str]) -> None:
 
 
 LAYERS = [
-    {"errors", "randomness"},
+    {"errors", "randomness", "yaml_files"},
     {"steps", "losses"},
     {"data", "grading", "tasks"},
     {"models", "launch"},
     {"rollout"},
     {"scorers"},
+    {"search"},
     {"evaluation"},
     {"labels"},
     {"modules"},
     {"claims"},
-    {"quickstart", "trainer_cli", "commands", "cli"},
+    {"quickstart", "iteration", "trainer_cli", "commands", "cli"},
 ]
 
 

@@ -14,13 +14,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from stepkd.claims.experiment import Experiment, get_experiment
 from stepkd.claims.statements import Statement
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
+from stepkd.yaml_files import build_settings, check_keys, mapping, read_yaml
 
 REQUIRED = ("claim", "source", "experiment", "seeds", "statements", "quick")
 OPTIONAL = ("settings", "variants", "arms", "run", "equal")
@@ -95,9 +96,9 @@ def load_claim(path: str | Path, *, quick: bool = False) -> Claim:
         DataError: unreadable, or it does not fit the experiment; the message names the file and the key.
     """
     path = Path(path)
-    raw = _read(path)
+    raw = read_yaml(path, "claim")
     try:
-        _check_keys(raw, (*REQUIRED, *OPTIONAL), "the claim")
+        check_keys(raw, (*REQUIRED, *OPTIONAL), "the claim")
         if missing := [key for key in REQUIRED if key not in raw]:
             raise ConfigError(f"a claim needs the key {missing[0]!r}")
         full, reduced = (_build(path, raw, quick=flag) for flag in (False, True))
@@ -106,27 +107,12 @@ def load_claim(path: str | Path, *, quick: bool = False) -> Claim:
     return reduced if quick else full
 
 
-def _read(path: Path) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the claim: {error.strerror}", path=path) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 text: {error.reason}", path=path) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = None if mark is None else mark.line + 1
-        raise DataError(f"not valid YAML: {getattr(error, 'problem', error)}", path=path, line=line) from error
-
-
 def _build(path: Path, raw: Mapping[str, Any], *, quick: bool) -> Claim:
     for key in ("claim", "source", "experiment"):
         if not isinstance(raw[key], str) or not raw[key].strip():
             raise ConfigError(f"{key}: must be text, got {raw[key]!r}")
     experiment = get_experiment(raw["experiment"])
-    _check_keys(raw["quick"], QUICK, "quick")
+    check_keys(raw["quick"], QUICK, "quick")
     reduced: Mapping[str, Any] = raw["quick"] if quick else {}
     variants = _variants(experiment, raw, reduced)
     arms = _arms(experiment, raw.get("arms"))
@@ -156,12 +142,12 @@ def _build(path: Path, raw: Mapping[str, Any], *, quick: bool) -> Claim:
 def _variants(experiment: Experiment, raw: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, Any]:
     declared = _named(raw.get("variants"), "variants") or {"main": {}}
     chosen = _names(reduced.get("variants", list(declared)), "quick: variants")
-    base, smaller = _mapping(raw.get("settings"), "settings"), _mapping(reduced.get("settings"), "quick: settings")
+    base, smaller = mapping(raw.get("settings"), "settings"), mapping(reduced.get("settings"), "quick: settings")
     built = {}
     for name in chosen:
         if name not in declared:
             raise ConfigError(f"quick: no variant {name!r}.{nearest(name, declared)} Known: {', '.join(declared)}")
-        changes = _mapping(declared[name], f"variants: {name}")
+        changes = mapping(declared[name], f"variants: {name}")
         built[name] = build_settings(experiment.settings, {**base, **changes, **smaller}, "settings")
     return built
 
@@ -172,7 +158,7 @@ def _arms(experiment: Experiment, raw: Any) -> dict[str, Any]:
         raise ConfigError("arms: the experiment has none of its own, so the claim must name them")
     if experiment.arm_settings is not None:
         return {
-            name: build_settings(experiment.arm_settings, _mapping(changes, f"arms: {name}"), f"arms: {name}")
+            name: build_settings(experiment.arm_settings, mapping(changes, f"arms: {name}"), f"arms: {name}")
             for name, changes in arms.items()
         }
     for name, changes in arms.items():
@@ -183,33 +169,6 @@ def _arms(experiment: Experiment, raw: Any) -> dict[str, Any]:
         if changes:
             raise ConfigError(f"arms: {name}: the arms of this experiment have no settings of their own")
     return dict.fromkeys(arms)
-
-
-def build_settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """Instance of a settings dataclass from a claim file's mapping, types checked.
-
-    Args:
-        kind: the dataclass.
-        values: field -> value.
-        where: place for the messages.
-
-    Raises:
-        ConfigError: an unknown field, a value of the wrong type, or one that the class refuses.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    _check_keys(values, [field.name for field in fields(kind)], where)
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        if value is None and type(None) not in get_args(hints[name]):  # jsonargparse takes None for any type
-            raise ConfigError(f"{where}: {name} has no value")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "settings")
-    try:
-        return parser.instantiate(parser.parse_object({"settings": dict(values)})).settings
-    except ArgumentError as error:
-        text = " ".join(str(error).replace("settings.", "").split())
-        raise ConfigError(f"{where}: {text}") from error
 
 
 def _seeds(raw: Any) -> tuple[int, ...]:
@@ -226,7 +185,7 @@ def _statements(raw: Any) -> tuple[Statement, ...]:
     for number, item in enumerate(raw, start=1):
         where = f"statement {number}"
         try:
-            statements.append(build_settings(Statement, _mapping(item, where), where))
+            statements.append(build_settings(Statement, mapping(item, where), where))
         except ConfigError as error:
             text = str(error)
             raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from error
@@ -254,7 +213,7 @@ def _check_statements(claim: Claim, all_variants: Mapping[str, Any]) -> None:
 
 def _equal(experiment: Experiment, raw: Any, arms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     equal = {}
-    for fact, names in _mapping(raw, "equal").items():
+    for fact, names in mapping(raw, "equal").items():
         if fact not in experiment.facts:
             raise ConfigError(f"equal: no fact {fact!r}. Known: {', '.join(experiment.facts) or 'none'}")
         chosen = tuple(arms) if names is None else tuple(_names(names, f"equal: {fact}"))
@@ -267,7 +226,7 @@ def _equal(experiment: Experiment, raw: Any, arms: Mapping[str, Any]) -> dict[st
 
 def _named(raw: Any, where: str) -> dict[str, Any]:
     """A mapping whose keys can be names of folders and rows."""
-    named = _mapping(raw, where)
+    named = mapping(raw, where)
     for name in named:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(f"{where}: {name!r} cannot be a name; use letters, digits and _ . @ + -")
@@ -278,17 +237,3 @@ def _names(raw: Any, where: str) -> Sequence[str]:
     if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
         raise ConfigError(f"{where}: must be a list of names, got {raw!r}")
     return raw
-
-
-def _mapping(raw: Any, where: str) -> dict[str, Any]:
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{where}: must be keys with values, got {raw!r}")
-    return dict(raw)
-
-
-def _check_keys(raw: Any, known: Sequence[str], where: str) -> None:
-    for key in _mapping(raw, where):
-        if key not in known:
-            raise ConfigError(f"{where}: no key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}")

@@ -7,9 +7,14 @@ r"""Label the steps of solutions, compare two labellings, or convert labelled ro
   torchrun --standalone --nproc_per_node 8 -m stepkd label ...       (shards the work over 8 processes)
   stepkd label --consensus runs/labels runs/judged --truth runs/true --out agreed.jsonl
   stepkd label --convert agreed.jsonl --to trl --out trl.jsonl
+  stepkd label --convert runs/labels --to binary --out feedback.jsonl           (KTO and Step-KTO; also: unpaired)
+  stepkd label --convert runs/labels --to preference --max-pairs 2 --out pairs.jsonl                        (DPO)
+  stepkd label --rollouts runs/true --to step_preference --continuations 20 --check-step --out runs/pairs   (Step-DPO)
+  stepkd label --problems gsm8k:split=train --model MODEL --to tree_preference --out runs/tree              (MCTS-DPO)
 
-A killed job goes on where it stood when the same command is given again, with any number of processes, and ends with
-the same labels. --out then holds labels.jsonl, summary.json, manifest.json and, where one was fitted, threshold.json.
+--to without --convert samples: it is a job like labelling itself. A killed job goes on where it stood when the same
+command is given again, with any number of processes, and ends with the same result. --out then holds labels.jsonl (or
+pairs.jsonl), summary.json, manifest.json and, where one was fitted, threshold.json.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepkd.commands.label_pairs import PAIR_JOBS, add_pair_arguments, print_pair_summary
 from stepkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
     who.add_argument("--judge-template", help="PRM: its built-in prompt template; default: its own")
     who.add_argument("--reference", action="store_true", help="judge: show it the gold solution")
-    who.add_argument("--threshold", type=float, default=0.5, help="judge, prm: right from this score on (default 0.5)")
-    who.add_argument("--soft", action="store_true", help="judge, prm: the scores are the labels")
+    who.add_argument("--threshold", type=float, default=0.5, help="right from this score or chance on (default 0.5)")
+    who.add_argument("--soft", action="store_true", help="judge, prm: label by scores; --convert: take the values")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--segmenter", help="default: the rows' own steps, else newline")
     steps.add_argument("--quantile", type=float, default=0.02, help="of a threshold fitted here (default 0.02)")
@@ -61,16 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     after.add_argument("--consensus", nargs=2, metavar=("A", "B"), help="keep what two labellings agree on (rows of A)")
     after.add_argument("--mode", default="first_error", help="agreement on first_error (default) or on steps")
     after.add_argument("--truth", metavar="FILE", help="true labels: report precision and recall of both against them")
-    after.add_argument("--convert", metavar="FILE", help="labelled rows to convert")
-    after.add_argument("--to", metavar="KIND", help="stepwise, trl, math_shepherd or balanced")
     after.add_argument("--neutral", default="right", help="a rating of 0 becomes right (default), wrong or mask")
+    add_pair_arguments(parser)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("sampling")
     how.add_argument("--samples", type=int, default=4, metavar="K", help="solutions per problem (default 4)")
-    how.add_argument("--temperature", type=float, default=1.0, help="default 1; 0 is greedy")
-    how.add_argument("--top-p", type=float, default=1.0)
+    how.add_argument("--temperature", type=float, help="default 1 (step_preference: 0.8); 0 is greedy")
+    how.add_argument("--top-p", type=float, help="default 1, which is off (step_preference: 0.95)")
     how.add_argument("--top-k", type=int, default=0)
     how.add_argument("--max-new-tokens", type=int, help="default: the data's benchmark's")
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
@@ -93,8 +98,14 @@ def run(arguments: argparse.Namespace) -> int:
     modes = [name for name in ("consensus", "convert") if getattr(arguments, name)]
     if len(modes) > 1:
         raise ConfigError("--consensus and --convert are two commands: give one of them")
-    if (arguments.to is not None) != (arguments.convert is not None):
-        raise ConfigError("--convert FILE and --to KIND go together")
+    sampled = arguments.to in PAIR_JOBS
+    if sampled and arguments.convert:
+        rows = "problems" if arguments.to == "tree_preference" else "rollouts"
+        raise ConfigError(f"--to {arguments.to} samples continuations: give the rows as --{rows}, not as --convert")
+    if not sampled and (arguments.to is not None) != (arguments.convert is not None):
+        raise ConfigError(
+            f"--convert FILE and --to KIND go together (--to {' and '.join(PAIR_JOBS)} stand alone: they sample)"
+        )
     if arguments.truth and not arguments.consensus:
         raise ConfigError("--truth goes with --consensus A B")
     if not arguments.out:
@@ -103,39 +114,44 @@ def run(arguments: argparse.Namespace) -> int:
         return _consensus(arguments)
     if arguments.convert:
         return _convert(arguments)
-    return _label(arguments)
+    return _job(arguments)
 
 
-def _label(arguments: argparse.Namespace) -> int:
+def _job(arguments: argparse.Namespace) -> int:
+    """A labelling job or a pair job."""
     from rich.console import Console
 
-    from stepkd.labels.job import run_label_job
     from stepkd.launch import check_launch
     from stepkd.launch.quiet import quiet_libraries
 
     quiet_libraries()
     launch = check_launch()
-    spec = _spec(arguments, launch)
     console = Console()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    summary = run_label_job(
-        spec,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        launch=_launch_id(os.environ),
-        overwrite=arguments.overwrite,
-        wait_s=arguments.wait,
-        report=_reporter(console, launch),
-        say=say,
-    )
+    options: dict[str, Any] = {
+        "rank": launch.rank,
+        "world_size": launch.world_size,
+        "launch": _launch_id(os.environ),
+        "overwrite": arguments.overwrite,
+        "wait_s": arguments.wait,
+        "report": _reporter(console, launch),
+        "say": say,
+    }
+    made = "labels" if arguments.to is None else "pairs"
+    if arguments.to is None:
+        from stepkd.labels.job import run_label_job
+
+        summary = run_label_job(_spec(arguments, launch), **options)
+    else:
+        summary = PAIR_JOBS[arguments.to](arguments, common_settings(arguments, launch), options)
     if summary is None:
-        say(f"rank {launch.rank} has done its share; the last rank to finish writes the labels")
+        say(f"rank {launch.rank} has done its share; the last rank to finish writes the {made}")
         return 0
-    print_summary(console, summary)
-    say(f"\nlabels, summary and manifest: {arguments.out}")
+    (print_summary if arguments.to is None else print_pair_summary)(console, summary)
+    say(f"\n{made}, summary and manifest: {arguments.out}")
     return 0
 
 
@@ -143,20 +159,29 @@ def _spec(arguments: argparse.Namespace, launch: LaunchInfo) -> LabelSpec:
     from stepkd.labels.settings import LabelSpec
 
     same = (
-        *("out", "problems", "rollouts", "model", "limit", "labeller", "rollouts_per_step", "reduce", "early_stop"),
-        *("propagate_positive", "label_temperature", "given", "outcome_scope", "judge", "judge_template", "reference"),
-        *("threshold", "soft", "samples", "temperature", "top_p", "top_k", "max_new_tokens", "segmenter", "quantile"),
-        *("teacher", "template", "dtype", "seed"),
+        *("problems", "rollouts", "labeller", "rollouts_per_step", "reduce", "early_stop", "propagate_positive"),
+        *("label_temperature", "given", "outcome_scope", "judge", "judge_template", "reference", "threshold", "soft"),
+        *("samples", "segmenter", "quantile", "teacher"),
     )
     return LabelSpec(
         **{name: getattr(arguments, name) for name in same},
-        stop=tuple(arguments.stop),
+        **common_settings(arguments, launch),
         dedupe=not arguments.keep_duplicates,
-        extractors=tuple(arguments.extractors) if arguments.extractors else None,
-        deadline_s=arguments.deadline,
-        device=_device(arguments.device, launch),
-        max_rows=arguments.batch_size,
     )
+
+
+def common_settings(arguments: argparse.Namespace, launch: LaunchInfo) -> dict[str, Any]:
+    """What every job has settings for (:class:`~stepkd.labels.settings.JobSpec`), as given."""
+    same = ("out", "model", "limit", "top_k", "max_new_tokens", "template", "dtype", "seed")
+    left_open = {name: getattr(arguments, name) for name in ("temperature", "top_p")}
+    return {name: getattr(arguments, name) for name in same} | {
+        **{name: value for name, value in left_open.items() if value is not None},
+        "stop": tuple(arguments.stop),
+        "extractors": tuple(arguments.extractors) if arguments.extractors else None,
+        "deadline_s": arguments.deadline,
+        "device": _device(arguments.device, launch),
+        "max_rows": arguments.batch_size,
+    }
 
 
 def _device(name: str, launch: LaunchInfo) -> str:
@@ -183,7 +208,7 @@ def _reporter(console: Any, launch: LaunchInfo) -> Any:
 
     rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
     state: dict[str, Any] = {"phase": None, "start": 0.0, "done": 0, "tenth": 0}
-    verbs = {"solutions": "preparing solutions", "labels": "labelling"}
+    verbs = {"solutions": "preparing solutions", "labels": "labelling", "pairs": "building pairs of"}
 
     def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         if state["phase"] != phase:  # what was there before, and the first group, are left out of the speed
@@ -253,9 +278,9 @@ def _consensus(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from stepkd.labels.convert import CONVERTERS, ConvertOptions, convert_rows
 
-    options = ConvertOptions(
-        soft=arguments.soft, neutral=arguments.neutral, threshold=arguments.threshold, seed=arguments.seed
-    )
+    same = ("soft", "neutral", "threshold", "seed", "chosen_steps")
+    limit = {} if arguments.max_pairs is None else {"max_pairs": arguments.max_pairs}
+    options = ConvertOptions(**{name: getattr(arguments, name) for name in same}, **limit)
     converted = convert_rows(_labelled(arguments.convert), arguments.to, options)
     written = CONVERTERS[arguments.to].write(converted.rows, Path(arguments.out))
     _print_counts(converted.counts)

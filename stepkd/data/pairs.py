@@ -9,6 +9,7 @@ ended there.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,10 +111,12 @@ class PairEncoder(Encoder):
     def _steps(self, row: Mapping[str, Any]) -> tuple[Ids, list[Ids]]:
         """Shared prefix and the two next steps."""
         text = "".join(row["prefix"])
-        chosen, rejected = (self._sampled_side(row, side, row[side]) for side in ("chosen", "rejected"))
+        prefix = self._sampled_side(row, "prefix", text) if text else ()
+        sampled = [self._sampled_side(row, side, row[side]) for side in ("chosen", "rejected")]
+        chosen, rejected = sampled
         if chosen is not None and rejected is not None:
-            prefix = self._sampled_side(row, "prefix", text)
             return tokenize_text(self.tokenizer, text).token_ids if prefix is None else prefix, [chosen, rejected]
+        # Both sides must share every id before the step, so one with ids goes back to its text with the other.
         if (chosen is None) != (rejected is None):
             self.counts["pairs_with_ids_of_one_side"] += 1
         whole = [tokenize_text(self.tokenizer, text + row[side]) for side in ("chosen", "rejected")]
@@ -140,10 +143,13 @@ class PairEncoder(Encoder):
         """Steps of a whole solution; a next step is one."""
         if row.get("prefix") is not None:
             return ((0, len(ids)),)
-        return tuple(segment(self.segmenter, text_from_ids(self.tokenizer, ids)))
+        spans = segment(self.segmenter, text_from_ids(self.tokenizer, ids))
+        return tuple(spans) or ((0, len(ids)),)
 
 
 def _step_start(text: TokenizedText, characters: int) -> int:
-    """Number of leading tokens that hold the first ``characters``, without one that goes on behind them."""
-    count = text.token_end(characters)
-    return count - (count > 0 and text.char_ends[count - 1] > characters)
+    """Number of leading tokens that the first ``characters`` are written with; one that goes beyond them is not."""
+    if not characters:
+        return 0
+    last = bisect_left(text.char_ends, characters)
+    return last + (text.char_ends[last] == characters)

@@ -234,6 +234,8 @@ def _warn_of_zero_ratings(rows: list[Row], spec: DataSpec) -> None:
 
 LABELS_NAME = "labels.jsonl"
 """What ``stepkd label`` writes its rows into."""
+PAIRS_NAME = "pairs.jsonl"
+"""What ``stepkd label --to step_preference`` and its like write their rows into."""
 
 
 def parse_spec(text: str) -> DataSpec:
@@ -241,8 +243,8 @@ def parse_spec(text: str) -> DataSpec:
 
     ``gsm8k:path=x/test.jsonl,limit=8`` names a source and its settings; a key that only the source knows is one of its
     options (``task:task=modular,n=64,noise.rate=0.15``); ``columns.prompt=problem`` maps a column; a value with commas
-    stands in quotes; a bare file name (``x/rows.jsonl``) means source ``rows``, and so does the folder of a labelling
-    job (its ``labels.jsonl``).
+    stands in quotes; a bare file name (``x/rows.jsonl``) means source ``rows``, and so does the folder of a job
+    of ``stepkd label`` (its ``labels.jsonl`` or ``pairs.jsonl``).
 
     Args:
         text: the word.
@@ -254,8 +256,9 @@ def parse_spec(text: str) -> DataSpec:
         ConfigError: an unknown source or key (a near one is suggested), or a value of the wrong type.
     """
     text = text.strip()
-    if (labels := Path(text).expanduser() / LABELS_NAME).is_file():
-        return DataSpec(path=str(labels))
+    for written in (LABELS_NAME, PAIRS_NAME):
+        if (rows := Path(text).expanduser() / written).is_file():
+            return DataSpec(path=str(rows))
     if file_ending(text.partition(",")[0]) and "=" not in text.partition(",")[0]:
         text = f"rows:path={text}"
     name, _, rest = text.partition(":")

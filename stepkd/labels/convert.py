@@ -1,7 +1,8 @@
 """From labelled rows to other kinds of rows: the registry behind ``stepkd label --to``.
 
-A converter is a function from rows and options to rows and counts of what was left out. To add one (pairs, binary
-feedback), write the function and register it here.
+A converter is a function from rows and options to rows and counts of what was left out. To add one, write the function,
+register it, and import its module in the package's ``__init__``, so that the registry is whole whoever imports it.
+Binary feedback is in :mod:`stepkd.labels.feedback`, pairs from outcomes are in :mod:`stepkd.labels.preference_pairs`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.stepwise_io import to_stepwise, trl_row, write_math_shepherd, write_stepwise
-from stepkd.errors import DataError, check_choice
-from stepkd.labels.matching import label_column
+from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.labels.matching import Neutral, label_column
 from stepkd.labels.reductions import balance_by_prefix_length
 
 Row = Mapping[str, Any]
@@ -28,13 +29,25 @@ class ConvertOptions:
     """Settings of converters; each reads what it needs."""
 
     soft: bool = False
-    """Labels are the estimated values, not right or wrong (``stepwise``)."""
-    neutral: Literal["right", "wrong", "mask"] = "right"
-    """What a rating of 0 becomes where only right and wrong exist (``trl``, ``math_shepherd``)."""
+    """Take the estimated values as labels, not right or wrong (``stepwise``, ``trl``, ``binary``, ``preference``)."""
+    neutral: Neutral = "right"
+    """What a rating of 0 becomes where only right and wrong exist (``trl``, ``math_shepherd``, ``binary``)."""
     threshold: float = 0.5
     """A soft label above it is right there, in [0, 1)."""
     seed: int = 0
-    """Keys what is drawn (``balanced``)."""
+    """Keys what is drawn (``balanced``, ``preference``)."""
+    max_pairs: int = 1
+    """Most pairs per problem, >= 1 (``preference``)."""
+    chosen_steps: Literal["any", "clean"] = "any"
+    """``clean``: a solution with a wrong step is never the better one (``preference``)."""
+
+    def __post_init__(self) -> None:
+        check_choice("neutral", self.neutral, get_args(Neutral))
+        check_choice("--chosen-steps", self.chosen_steps, ("any", "clean"))
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"threshold={self.threshold}: must lie in [0, 1); a chance above it is right")
+        if self.max_pairs < 1:
+            raise ConfigError(f"max_pairs={self.max_pairs}: must be at least 1")
 
 
 @dataclass(frozen=True)

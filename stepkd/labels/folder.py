@@ -1,4 +1,4 @@
-"""The folder of a labelling job, shared by several ranks that do not talk to each other.
+"""The folder of a job of ``stepkd label``, shared by several ranks that do not talk to each other.
 
 Rank 0 begins the folder, goes on with it, or empties it; the others wait for the manifest that it leaves.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.spec import LABELS_NAME
+from stepkd.data.spec import LABELS_NAME, PAIRS_NAME
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.evaluation.folder import SUMMARY_NAME
 from stepkd.evaluation.lock import FileLock
@@ -19,33 +19,36 @@ from stepkd.evaluation.manifest import MANIFEST_NAME, check_resumable, read_mani
 from stepkd.labels.shards import SHARD_FOLDER
 
 THRESHOLD_NAME = "threshold.json"
-KIND = "labels"
+KIND, PAIR_KIND = "labels", "pairs"
+KINDS = {KIND: "labelling job", PAIR_KIND: "pair job"}
+"""What the folder's job makes, and how messages call it."""
 
-_OWN_NAMES = frozenset({MANIFEST_NAME, LABELS_NAME, SUMMARY_NAME, THRESHOLD_NAME, SHARD_FOLDER})
+_ROW_NAMES = {KIND: LABELS_NAME, PAIR_KIND: PAIRS_NAME}
+_COMMON_NAMES = frozenset({MANIFEST_NAME, SUMMARY_NAME, THRESHOLD_NAME, SHARD_FOLDER})
 
 
-def check_job_folder(out: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse a folder that cannot take a labelling job, before anything slow is loaded and without changing anything.
+def check_job_folder(out: str | Path, *, overwrite: bool = False, kind: str = KIND) -> None:
+    """Refuse a folder that cannot take a job of a kind, before anything slow is loaded and without changing anything.
 
     Raises:
-        ConfigError: not a folder, files of something else in it, or (``overwrite``) more than a labelling job in it.
+        ConfigError: not a folder, files of something else in it, or (``overwrite``) more than such a job in it.
     """
-    out = Path(out)
+    out, job, own = Path(out), KINDS[kind], _own_names(kind)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: give a folder")
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    foreign = [name for name in names if name not in _OWN_NAMES and not _is_temporary(name)]
+    foreign = [name for name in names if name not in own and not _is_temporary(name, own)]
     if not (out / MANIFEST_NAME).is_file():
-        if found := foreign or [name for name in names if name in _OWN_NAMES]:
+        if found := foreign or [name for name in names if name in own]:
             raise ConfigError(
-                f"{out} is not empty ({', '.join(found[:3])}) and holds no labelling job (no {MANIFEST_NAME}): give "
+                f"{out} is not empty ({', '.join(found[:3])}) and holds no {job} (no {MANIFEST_NAME}): give "
                 "another --out"
             )
-    elif read_manifest(out).get("kind") != KIND:
-        raise ConfigError(f"{out} holds something else than a labelling job: give another --out")
+    elif read_manifest(out).get("kind") != kind:
+        raise ConfigError(f"{out} holds something else than a {job}: give another --out")
     elif overwrite and foreign:
         raise ConfigError(
-            f"{out} holds more than a labelling job ({', '.join(foreign[:3])}), so --overwrite does not touch it: move "
+            f"{out} holds more than a {job} ({', '.join(foreign[:3])}), so --overwrite does not touch it: move "
             "those files away, or give another --out"
         )
 
@@ -65,7 +68,7 @@ def prepare_job_folder(
 
     Args:
         out: the folder, on a file system that all ranks share.
-        manifest: what decides the labels.
+        manifest: what decides the result; its ``kind`` says what the job makes.
         rank, world_size: this process among those at work.
         launch: a word that all ranks of this launch share and no other launch has; None: not known.
         overwrite: delete an earlier job's files first; with several ranks this needs ``launch``. A rank that is started
@@ -77,7 +80,7 @@ def prepare_job_folder(
         ConfigError: the folder holds a job with other settings (they are named), or something else.
         StepkdError: the folder cannot be written, another process writes there, or rank 0 does not come.
     """
-    out = Path(out)
+    out, kind = Path(out), str(manifest["kind"])
     if overwrite and world_size > 1 and launch is None:
         raise ConfigError(
             f"--overwrite with {world_size} processes that share no run id cannot tell who deletes what: delete {out} "
@@ -85,10 +88,10 @@ def prepare_job_folder(
         )
     if rank != 0:
         _await_manifest(out, rank, launch if overwrite else None, wait_s, say)
-    check_job_folder(out, overwrite=overwrite)
+    check_job_folder(out, overwrite=overwrite, kind=kind)
     found = (out / MANIFEST_NAME).is_file()
     if rank == 0 and overwrite and found and (launch is None or read_manifest(out).get("launch") != launch):
-        _empty(out)
+        _empty(out, _own_names(kind))
         found = False
     if found:
         check_resumable(_settings(read_manifest(out)), _settings(manifest))
@@ -113,21 +116,25 @@ def _await_manifest(out: Path, rank: int, launch: str | None, wait_s: float, say
         time.sleep(min(0.2, wait_s))
 
 
-def _is_temporary(name: str) -> bool:
+def _own_names(kind: str) -> frozenset[str]:
+    return _COMMON_NAMES | {_ROW_NAMES[kind]}
+
+
+def _is_temporary(name: str, own_names: frozenset[str]) -> bool:
     """What a kill in the middle of an atomic write leaves behind."""
-    return name.endswith(".tmp") and any(name.startswith(f".{own}.") for own in _OWN_NAMES)
+    return name.endswith(".tmp") and any(name.startswith(f".{own}.") for own in own_names)
 
 
-def _empty(out: Path) -> None:
+def _empty(out: Path, own_names: frozenset[str]) -> None:
     """Delete a job's files, the manifest last, so that an interrupted deletion can be repeated."""
     locks = [
         FileLock(path.with_name(path.name + ".lock"), purpose=str(path))
         for path in sorted((out / SHARD_FOLDER).glob("*.jsonl"))
     ]
     try:
-        for path in [path for path in out.iterdir() if _is_temporary(path.name)]:
+        for path in [path for path in out.iterdir() if _is_temporary(path.name, own_names)]:
             path.unlink()
-        for name in (LABELS_NAME, SUMMARY_NAME, THRESHOLD_NAME):
+        for name in sorted(own_names - {MANIFEST_NAME, SHARD_FOLDER}):
             (out / name).unlink(missing_ok=True)
         for path in sorted((out / SHARD_FOLDER).glob("*.jsonl")):
             path.unlink()

@@ -8,30 +8,22 @@ number and every group has a fixed composition, so the labels do not depend on t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import DataError
-from stepkd.evaluation.disk import write_atomically
-from stepkd.evaluation.folder import SUMMARY_NAME
-from stepkd.labels.folder import THRESHOLD_NAME, prepare_job_folder
+from stepkd.labels.folder import THRESHOLD_NAME
 from stepkd.labels.labeller import Labeller, Solution
 from stepkd.labels.manifest import segmenter_settings
 from stepkd.labels.matching import row_labels, verdicts
 from stepkd.labels.settings import LabelSpec
 from stepkd.labels.setup import JobParts, job_parts
-from stepkd.labels.shards import Shards, work_through
+from stepkd.labels.sharded_job import Report, ShardedJob
 from stepkd.labels.solutions import Candidate, SolutionSource, cut, drop_duplicates, labelled_row
 from stepkd.labels.summary import summarise_labels
 from stepkd.steps import Segmenter, get_segmenter
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
-
-Report = Callable[[str, int, int, Mapping[str, float]], None]
-"""Called with the phase, items this rank has done, its items in all, and running figures."""
 
 SOLUTIONS, LABELS = "solutions", "labels"
 
@@ -71,43 +63,34 @@ def run_label_job(
         StepkdError: the folder cannot be written, or other ranks do not come.
     """
     made = parts or job_parts(spec, rank=rank, overwrite=overwrite)
+    sharded = ShardedJob(
+        spec.out,
+        rank=rank,
+        world_size=world_size,
+        launch=launch,
+        overwrite=overwrite,
+        wait_s=wait_s,
+        report=report,
+        say=say,
+    )
     with made.grader:
-        prepare_job_folder(
-            spec.out,
-            made.manifest,
-            rank=rank,
-            world_size=world_size,
-            launch=launch,
-            overwrite=overwrite,
-            wait_s=wait_s,
-            say=say,
-        )
-        job = _Job(spec, made, rank, world_size, report)
-        job.draw()
-        drawn = job.drawn.wait(len(made.source.groups()), world_size, timeout_s=wait_s, say=say)
-        return job.label(drawn)
+        sharded.begin(made.manifest)
+        groups = made.source.groups()
+        sharded.work(SOLUTIONS, groups, made.source.work, _right_answers)
+        return _Labelling(spec, made, sharded).run(sharded.wait(SOLUTIONS, groups))
 
 
-class _Job:
-    """One rank's view of the job."""
+class _Labelling:
+    """One rank's view of the second phase."""
 
-    def __init__(self, spec: LabelSpec, parts: JobParts, rank: int, world_size: int, report: Report | None) -> None:
+    def __init__(self, spec: LabelSpec, parts: JobParts, job: ShardedJob) -> None:
         self.spec = spec
-        self.out = Path(spec.out)
         self.source: SolutionSource = parts.source
         self.labeller: Labeller = parts.labeller
         self.parts = parts
-        self.rank = rank
-        self.world_size = world_size
-        self.report = report
-        self.drawn = Shards(self.out, SOLUTIONS, rank=rank)
-        self.labelled = Shards(self.out, LABELS, rank=rank)
+        self.job = job
 
-    def draw(self) -> None:
-        """This rank's share of the first phase."""
-        self._work(self.drawn, self.source.groups(), self.source.work, _right_answers)
-
-    def label(self, drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    def run(self, drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         """This rank's share of the second phase; the summary when nothing is left to do for anybody."""
         found = [candidate for record in drawn for candidate in self.source.candidates(record)]
         kept, duplicates = drop_duplicates(found) if self.spec.dedupe and self.parts.drawn else (found, 0)
@@ -121,9 +104,9 @@ class _Job:
         def work(items: Sequence[int]) -> list[dict[str, Any]]:
             return self._label_group([kept[item] for item in items], segmenter, provenance)
 
-        self._work(self.labelled, groups, work, _right_steps)
-        records = self.labelled.rows()
-        if len({record["batch"] for record in records}) < len(groups):
+        self.job.work(LABELS, groups, work, _right_steps)
+        records = self.job.records(LABELS, groups)
+        if records is None:
             return None
         too_long = sum(bool(record.get("too_long")) for record in drawn)
         summary = summarise_labels(records, len(found) + too_long, duplicates, drawn, too_long=too_long)
@@ -137,7 +120,7 @@ class _Job:
             return None if not self.parts.drawn else get_segmenter("newline")
         if not spec.fits_threshold:
             return get_segmenter(spec.segmenter)
-        path = self.out / THRESHOLD_NAME
+        path = self.job.out / THRESHOLD_NAME
         if path.is_file():
             return SegmentThreshold.load(path).segmenter()
         (signal,) = spec.signals
@@ -187,34 +170,13 @@ class _Job:
 
     def _merge(self, records: Sequence[Mapping[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
         """Write the labels and the summary; every rank that gets here writes the same."""
-        write_atomically(self.out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
+        refuse = None
         if not summary["labelled"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())
-            raise DataError(f"none of {summary['solutions']} solutions could be labelled ({reasons})", path=self.out)
-        write_jsonl_atomic(self.out / LABELS_NAME, (record["row"] for record in records if "row" in record))
+            refuse = f"none of {summary['solutions']} solutions could be labelled ({reasons})"
+        rows = (record["row"] for record in records if "row" in record)
+        self.job.write(LABELS_NAME, rows, summary, refuse=refuse)
         return summary
-
-    def _work(
-        self,
-        shards: Shards,
-        groups: Sequence[Sequence[int]],
-        work: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]],
-        figures: Callable[[Sequence[Mapping[str, Any]]], tuple[str, int, int]],
-    ) -> None:
-        """Do this rank's groups of a phase and report on them."""
-        mine = range(self.rank, len(groups), self.world_size)
-        total, finished = sum(len(groups[number]) for number in mine), shards.finished()
-        done = sum(len(groups[number]) for number in mine if number in finished)
-        right = judged = 0
-
-        def report(rows: Sequence[Mapping[str, Any]]) -> None:
-            nonlocal done, right, judged
-            name, good, seen = figures(rows)
-            done, right, judged = done + len(rows), right + good, judged + seen
-            if self.report is not None:
-                self.report(shards.phase, done, total, {name: right / judged} if judged else {})
-
-        work_through(shards, groups, work, rank=self.rank, world_size=self.world_size, report=report)
 
 
 def _right_answers(rows: Sequence[Mapping[str, Any]]) -> tuple[str, int, int]:

@@ -1,4 +1,4 @@
-"""The manifest of a labelling job: everything that decides the labels.
+"""The manifest of a job: everything that decides its labels (or pairs).
 
 The number of ranks and of threads is left out: a job may be resumed with others.
 """
@@ -16,11 +16,55 @@ from stepkd.evaluation.runner import tokenizer_fingerprint
 from stepkd.grading import EXTRACTOR_VERSION, Grader
 from stepkd.labels.folder import KIND
 from stepkd.labels.labeller import Labeller
-from stepkd.labels.settings import LabelSpec
+from stepkd.labels.settings import JobSpec, LabelSpec
 from stepkd.models import Policy
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.rollout import SamplingSpec
 from stepkd.steps import Segmenter, get_segmenter
+
+
+def base_manifest(
+    spec: JobSpec, *, kind: str, policy: Policy, model: str, data: Mapping[str, Any], prompt: str, grader: Grader
+) -> dict[str, Any]:
+    """Collect what decides the result of any job, as JSON values.
+
+    Args:
+        spec: the job's settings.
+        kind: what the job makes, a key of :data:`~stepkd.labels.folder.KINDS`.
+        policy: the model that samples, continues and tokenises.
+        model: its name.
+        data: source, number of rows and fingerprint of the data.
+        prompt: id of the prompt template.
+        grader: judges final answers.
+    """
+    return {
+        "format": MANIFEST_FORMAT,
+        "kind": kind,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": model,
+            "revision": None if policy.spec is None else policy.spec.revision,
+            "weights": weights_fingerprint(policy),
+            "tokenizer": tokenizer_fingerprint(policy.tokenizer),
+            "end_ids": sorted(policy.eos_ids),
+            "attention": policy.causal_lm.config._attn_implementation,
+            "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
+        },
+        "data": dict(data),
+        "prompt": prompt,
+        "extractor": EXTRACTOR_VERSION,
+        "extractors": list(grader.extractors),
+        "deadline_s": spec.deadline_s,
+        "device": policy.device.type,
+        "batch_size": spec.max_rows,
+        "seed": spec.seed,
+        "versions": package_versions(),
+    }
+
+
+def as_json(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Through JSON once, so that a fresh manifest equals the one read back."""
+    return dict(json.loads(json.dumps(manifest)))
 
 
 def job_manifest(
@@ -39,45 +83,22 @@ def job_manifest(
 
     Args:
         spec: the job's settings.
-        policy: the model that samples, continues and tokenises.
-        model: its name.
+        policy, model, data, prompt, grader: see :func:`base_manifest`.
         teacher: the second model of the ``reject`` segmenter.
-        data: source, number of rows and fingerprint of the data.
-        prompt: id of the prompt template.
-        grader: judges final answers.
         sampling: how solutions are drawn; None for given ones.
         labeller: what labels them.
     """
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "kind": KIND,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {
-            "name": model,
-            "revision": None if policy.spec is None else policy.spec.revision,
-            "weights": weights_fingerprint(policy),
-            "tokenizer": tokenizer_fingerprint(policy.tokenizer),
-            "end_ids": sorted(policy.eos_ids),
-            "attention": policy.causal_lm.config._attn_implementation,
-            "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
-        },
-        "teacher": None if teacher is None else {"name": spec.teacher, "weights": weights_fingerprint(teacher)},
-        "data": dict(data),
-        "prompt": prompt,
-        "extractor": EXTRACTOR_VERSION,
-        "extractors": list(grader.extractors),
-        "deadline_s": spec.deadline_s,
-        "sampling": None if sampling is None else asdict(sampling),
-        "dedupe": None if sampling is None else spec.dedupe,
-        "labeller": labeller.provenance(),
-        "segmenter": _segmenter(spec),
-        "device": policy.device.type,
-        "batch_size": spec.max_rows,
-        "seed": spec.seed,
-        "versions": package_versions(),
-    }
-    # Through JSON once, so that a fresh manifest equals the one read back.
-    return dict(json.loads(json.dumps(manifest)))
+    base = base_manifest(spec, kind=KIND, policy=policy, model=model, data=data, prompt=prompt, grader=grader)
+    return as_json(
+        base
+        | {
+            "teacher": None if teacher is None else {"name": spec.teacher, "weights": weights_fingerprint(teacher)},
+            "sampling": None if sampling is None else asdict(sampling),
+            "dedupe": None if sampling is None else spec.dedupe,
+            "labeller": labeller.provenance(),
+            "segmenter": _segmenter(spec),
+        }
+    )
 
 
 def segmenter_settings(segmenter: Segmenter) -> dict[str, Any]:

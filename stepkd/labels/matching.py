@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from stepkd.data.checks import label_kind
 from stepkd.errors import DataError
 
 Row = Mapping[str, Any]
 Label = bool | int | float | None
+Neutral = Literal["right", "wrong", "mask"]
+"""What a rating of 0 becomes where only right and wrong exist; ``mask``: nothing."""
 
 SOFT_RIGHT = 0.5
 """A soft label counts as right from here on."""
@@ -43,6 +45,25 @@ def verdicts(labels: Sequence[Label]) -> list[bool | None]:
     """
     limit = {"bool": 1, "rating": 0, "soft": SOFT_RIGHT}[label_kind(labels)]
     return [None if label is None else label >= limit for label in labels]
+
+
+def cast_labels(labels: Sequence[Label], *, neutral: Neutral = "right", threshold: float = 0.5) -> list[bool | None]:
+    """Labels as right, wrong or nothing, with the choices left open by :func:`verdicts`.
+
+    Args:
+        labels: of one row, of one kind.
+        neutral: what a rating of 0 becomes.
+        threshold: a chance above it is right.
+
+    Raises:
+        DataError: no label at all, kinds mixed, or a label out of range.
+    """
+    kind = label_kind(labels)
+    if kind == "rating":
+        meaning = {1: True, -1: False, 0: {"right": True, "wrong": False, "mask": None}[neutral], None: None}
+        return [meaning[None if label is None else int(label)] for label in labels]
+    limit = threshold if kind == "soft" else 0
+    return [None if label is None else label > limit for label in labels]
 
 
 def first_error(labels: Sequence[Label]) -> int | None:

@@ -16,6 +16,7 @@ from typing import Any
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading import Grader, extract_answer
 from stepkd.labels.labeller import Solution, StepLabels
+from stepkd.labels.next_step import text_until_stop
 from stepkd.labels.reductions import Reduce, check_reduction, reduce_values
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
@@ -181,13 +182,7 @@ class MonteCarloLabeller:
         )
 
     def _until_stop(self, ids: Sequence[int], *, known: int = 0) -> str:
-        """Text of all ids, decoded together, up to a stop string that comes after the first ``known`` ids."""
-        text = self._text(ids)
-        if not self.spec.stop:
-            return text
-        start = len(self._text(ids[:known]))
-        cuts = [found for stop in self.spec.stop if (found := text.find(stop, start)) >= 0]
-        return text[: min(cuts, default=len(text))]
+        return text_until_stop(self.policy.tokenizer, ids, self.spec.stop, known=known)
 
     def _labels(
         self, num_steps: int, steps: Sequence[int], right: Sequence[int], result: BranchRollouts, correct: bool | None

@@ -1,4 +1,4 @@
-"""The settings of a labelling job."""
+"""The settings of the jobs of ``stepkd label``: what all have in common, and those of a labelling job."""
 
 from __future__ import annotations
 
@@ -25,20 +25,71 @@ FITTED = ("adaptive_step", "entropy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelSpec:
-    """One labelling job: what is labelled, by whom, and where it is written."""
+class JobSpec:
+    """What every job of ``stepkd label`` has settings for: the policy, how it samples, how answers are graded."""
 
     out: str
-    """Folder for shards, labels, threshold, summary and manifest."""
+    """Folder for shards, rows, summary and manifest."""
+    model: str | None = None
+    """Policy that samples, continues and tokenises; None: the one the rollout rows name."""
+    limit: int | None = None
+    """Only the first rows, >= 1; None: all."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus, in (0, 1]; 1 is off."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0 is off."""
+    max_new_tokens: int | None = None
+    """Longest solution, and longest continuation, in tokens; None: what the data's benchmark has."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion."""
+    template: str | None = None
+    """Built-in prompt template; None: what the data's benchmark has."""
+    extractors: tuple[str, ...] | None = None
+    """How answers are found; None: what the data's benchmark has."""
+    deadline_s: float = 2.0
+    """Hard limit per graded answer (s)."""
+    dtype: str | None = None
+    """Weights' dtype; None: as stored."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one."""
+    max_rows: int = 64
+    """Completions decoded at once, >= 1; also the size of a unit of work, which a kill can lose."""
+    seed: int = 0
+    """Keys everything that is drawn."""
+
+    def __post_init__(self) -> None:
+        self._check_counts("max_rows", "limit")
+
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name}={number}: must be at least 1")
+
+    def drawing(self, n: int, max_new_tokens: int, *, temperature: float | None = None) -> SamplingSpec:
+        """How ``n`` completions of a prompt or prefix are drawn; ``temperature`` in place of the job's."""
+        return SamplingSpec(
+            n=n,
+            temperature=self.temperature if temperature is None else temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=max_new_tokens,
+            stop=self.stop,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelSpec(JobSpec):
+    """One labelling job: what is labelled, by whom, and where it is written."""
+
     problems: str | None = None
     """Problems to sample solutions of: file, folder or data settings in one word. This or ``rollouts``."""
     rollouts: str | None = None
     """Solutions that are there already: rollout rows, step-labelled rows or worked solutions (a file, the folder of an
     earlier job, or data settings in one word)."""
-    model: str | None = None
-    """Policy that samples, continues and tokenises; None: the one the rollout rows name."""
-    limit: int | None = None
-    """Only the first rows, >= 1; None: all."""
 
     labeller: str = "monte_carlo"
     """One of :data:`LABELLERS`."""
@@ -69,16 +120,6 @@ class LabelSpec:
 
     samples: int = 4
     """Solutions per problem, >= 1."""
-    temperature: float = 1.0
-    """Temperature of the sampled solutions; 0 is greedy."""
-    top_p: float = 1.0
-    """Nucleus, in (0, 1]; 1 is off."""
-    top_k: int = 0
-    """Only the k most likely tokens; 0 is off."""
-    max_new_tokens: int | None = None
-    """Longest solution, and longest continuation, in tokens; None: what the data's benchmark has."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion."""
     dedupe: bool = True
     """Label only one of several sampled solutions of a problem with the same text."""
 
@@ -90,22 +131,8 @@ class LabelSpec:
     teacher: str | None = None
     """Second model with the same vocabulary, for the ``reject`` segmenter."""
 
-    template: str | None = None
-    """Built-in prompt template; None: what the data's benchmark has."""
-    extractors: tuple[str, ...] | None = None
-    """How answers are found; None: what the data's benchmark has."""
-    deadline_s: float = 2.0
-    """Hard limit per graded answer (s)."""
-    dtype: str | None = None
-    """Weights' dtype; None: as stored."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one."""
-    max_rows: int = 64
-    """Completions decoded at once, >= 1; also the size of a unit of work, which a kill can lose."""
-    seed: int = 0
-    """Keys the noise of solutions and continuations."""
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("labeller", self.labeller, LABELLERS)
         check_reduction(self.reduce, propagate_positive=self.propagate_positive)
         check_choice("given", self.given, get_args(Given))
@@ -122,10 +149,7 @@ class LabelSpec:
             raise ConfigError(f"--reference goes with --labeller judge, not with {self.labeller}")
         if self.problems is not None and self.model is None:
             raise ConfigError("sampling solutions of --problems needs --model")
-        for name in ("samples", "rollouts_per_step", "max_rows", "limit"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{name}={number}: must be at least 1")
+        self._check_counts("samples", "rollouts_per_step")
         if self.samples > 1 and self.temperature == 0 and self.problems is not None:
             raise ConfigError(f"{self.samples} samples at temperature 0 would all be the same: set --temperature")
         if self.labeller == "monte_carlo" and self.rollouts_per_step > 1 and self.continuation_temperature == 0:
@@ -171,27 +195,11 @@ class LabelSpec:
 
     def sampling(self, max_new_tokens: int) -> SamplingSpec:
         """How solutions are drawn."""
-        return SamplingSpec(
-            n=self.samples,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            max_new_tokens=max_new_tokens,
-            stop=self.stop,
-            seed=self.seed,
-        )
+        return self.drawing(self.samples, max_new_tokens)
 
     def continuation(self, max_new_tokens: int) -> SamplingSpec:
         """How Monte-Carlo continuations are drawn."""
-        return SamplingSpec(
-            n=self.rollouts_per_step,
-            temperature=self.continuation_temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            max_new_tokens=max_new_tokens,
-            stop=self.stop,
-            seed=self.seed,
-        )
+        return self.drawing(self.rollouts_per_step, max_new_tokens, temperature=self.continuation_temperature)
 
 
 def asking(source: str, *, is_task: bool) -> Benchmark:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from stepkd.data.io import fingerprint
-from stepkd.data.rows import PROBLEM, check_unique_ids
-from stepkd.data.spec import DataSpec, load_rows, parse_spec, resolve_split
-from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.benchmarks import Benchmark
+from stepkd.errors import DataError
 from stepkd.evaluation.runner import encode_prompts
 from stepkd.grading import Grader
 from stepkd.labels.checker import CheckerLabeller
 from stepkd.labels.folder import check_job_folder
-from stepkd.labels.given import GivenSolutions, given_rows
+from stepkd.labels.given import GivenSolutions
+from stepkd.labels.job_data import JobData, Workbench, check_prompt, load_job_data, open_workbench
 from stepkd.labels.judge import ScorerLabeller
 from stepkd.labels.labeller import Labeller
 from stepkd.labels.manifest import job_manifest
@@ -25,7 +20,7 @@ from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.labels.outcome import OutcomeLabeller
 from stepkd.labels.reductions import Reduce
 from stepkd.labels.sampled import SampledSolutions
-from stepkd.labels.settings import SCORER_LABELLERS, LabelSpec, asking
+from stepkd.labels.settings import SCORER_LABELLERS, LabelSpec
 from stepkd.labels.solutions import SolutionSource
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
@@ -55,29 +50,6 @@ class JobParts:
     """Solutions labelled and stored together; what a kill can lose."""
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The rows of a job."""
-
-    spec: DataSpec
-    rows: list[dict[str, Any]]
-    drawn: bool
-    asking: Benchmark
-
-    @property
-    def place(self) -> str:
-        return self.spec.path or self.spec.source
-
-    def facts(self) -> dict[str, Any]:
-        """What the manifest says of the data; no paths."""
-        return {
-            "source": f"{self.spec.source}:{resolve_split(self.spec)}",
-            "rows": len(self.rows),
-            "fingerprint": fingerprint(self.rows),
-            "options": dict(self.spec.options),
-        }
-
-
 def job_parts(
     spec: LabelSpec,
     *,
@@ -100,37 +72,34 @@ def job_parts(
     """
     if rank == 0:
         check_job_folder(spec.out, overwrite=overwrite)
-    data = _load(spec)
+    drawn = spec.problems is not None
+    data = load_job_data(str(spec.problems if drawn else spec.rollouts), problems=drawn, limit=spec.limit)
     _check_rows(spec, data)
-    model = _model_name(spec, data)
-    template = get_template(spec.template or data.asking.template)
-    grader = Grader(extractors=spec.extractors or data.asking.extractors, deadline_s=spec.deadline_s)
     device = pick_device(spec.device)
-    if policy is None:
-        policy = load_trained(model, dtype=spec.dtype)
+    bench = open_workbench(spec, data, policy=policy)
+    policy, grader, length = bench.policy, bench.grader, bench.max_new_tokens
     if spec.template is None and not data.drawn and (spec.labeller == "monte_carlo" or spec.signals):
-        _check_prompt(data.rows, template.prompt_id(policy.tokenizer))
+        check_prompt(data.rows, bench.prompt_id)
     if data.drawn or spec.labeller == "monte_carlo" or spec.signals:
         policy.to(device)  # else only its tokenizer is used
     teacher = None if spec.teacher is None else load_trained(spec.teacher, dtype=spec.dtype).to(device)
     sampler = sampler or TransformersSampler(policy, max_rows=spec.max_rows)
-    length = spec.max_new_tokens or data.asking.max_new_tokens
     labeller = labeller or make_labeller(spec, policy=policy, sampler=sampler, grader=grader, max_new_tokens=length)
-    source = _solution_source(spec, data, policy, sampler, template, grader, model=model, teacher=teacher)
+    source = _solution_source(spec, data, bench, sampler, teacher)
     per_solution = spec.rollouts_per_step if spec.labeller == "monte_carlo" else 1
     return JobParts(
         source=source,
         labeller=labeller,
         grader=grader,
         tokenizer=policy.tokenizer,
-        model=model,
+        model=bench.model,
         manifest=job_manifest(
             spec,
             policy=policy,
-            model=model,
+            model=bench.model,
             teacher=teacher,
             data=data.facts(),
-            prompt=template.prompt_id(policy.tokenizer),
+            prompt=bench.prompt_id,
             grader=grader,
             sampling=spec.sampling(length) if data.drawn else None,
             labeller=labeller,
@@ -141,49 +110,30 @@ def job_parts(
 
 
 def _solution_source(
-    spec: LabelSpec,
-    data: _Data,
-    policy: Policy,
-    sampler: Sampler,
-    template: PromptTemplate,
-    grader: Grader,
-    *,
-    model: str,
-    teacher: Policy | None,
+    spec: LabelSpec, data: JobData, bench: Workbench, sampler: Sampler, teacher: Policy | None
 ) -> SolutionSource:
     """Solutions to be drawn, or those of the rows."""
     if data.drawn:
         return SampledSolutions(
-            encode_prompts(policy, template, data.rows),
+            encode_prompts(bench.policy, bench.template, data.rows),
             sampler,
-            spec.sampling(spec.max_new_tokens or data.asking.max_new_tokens),
-            grader,
-            policy=policy,
-            model=model,
+            spec.sampling(bench.max_new_tokens),
+            bench.grader,
+            policy=bench.policy,
+            model=bench.model,
             signals=spec.signals,
             teacher=teacher,
             max_rows=spec.max_rows,
         )
     return GivenSolutions(
         data.rows,
-        template,
-        grader,
-        policy=policy,
+        bench.template,
+        bench.grader,
+        policy=bench.policy,
         keep_steps=spec.segmenter is None,
         signals=spec.signals,
         teacher=teacher,
     )
-
-
-def _check_prompt(rows: Sequence[Mapping[str, Any]], prompt_id: str) -> None:
-    """Refuse to go on under another prompt than the rows were labelled (and sampled) with, unless it was asked for."""
-    for row in rows:
-        earlier = (row.get("labelling") or {}).get("prompt")
-        if earlier is not None and earlier != prompt_id:
-            raise ConfigError(
-                f"row {row.get('id', '?')!r} was labelled under another prompt template (prompt {earlier}) than the "
-                f"default of these rows ({prompt_id}): give the template that it was sampled with, --template NAME"
-            )
 
 
 def make_labeller(
@@ -223,18 +173,7 @@ def make_labeller(
     )
 
 
-def _load(spec: LabelSpec) -> _Data:
-    drawn = spec.problems is not None
-    data = parse_spec(str(spec.problems if drawn else spec.rollouts))
-    if spec.limit is not None:
-        data = dataclasses.replace(data, limit=spec.limit)
-    rows = load_rows(data, contract=PROBLEM) if drawn else given_rows(data)
-    check_unique_ids(rows, path=data.path or data.source)
-    is_task = all("task" in row and "meta" in row for row in rows)
-    return _Data(data, rows, drawn, asking(data.source, is_task=is_task))
-
-
-def _check_rows(spec: LabelSpec, data: _Data) -> None:
+def _check_rows(spec: LabelSpec, data: JobData) -> None:
     """Refuse rows that the labeller has no use for, before any work is done."""
     for row in data.rows:
         name = str(row["id"])
@@ -259,13 +198,3 @@ def _check_rows(spec: LabelSpec, data: _Data) -> None:
                 path=data.place,
                 column="answer",
             )
-
-
-def _model_name(spec: LabelSpec, data: _Data) -> str:
-    if spec.model is not None:
-        return spec.model
-    named = sorted({str(row["model"]) for row in data.rows if row.get("model")})
-    if len(named) == 1:
-        return named[0]
-    found = f"the rows name {len(named)} models ({', '.join(named[:3])})" if named else "the rows name none"
-    raise ConfigError(f"give --model, whose tokenizer reads the solutions: {found}")

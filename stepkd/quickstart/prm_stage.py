@@ -9,6 +9,7 @@ from rich.table import Table
 
 from stepkd.errors import DataError
 from stepkd.quickstart.context import Context, percent
+from stepkd.quickstart.step_kto_stage import student_labels
 
 SAMPLES = 8
 """Solutions per held-out problem that the reward model chooses from."""
@@ -16,13 +17,10 @@ SAMPLES = 8
 
 def train_prm(context: Context) -> dict[str, Any]:
     """Labels of the student's solutions, a reward model from the student's weights, best-of-8."""
-    from stepkd.claims.tiny_reward import label_tiny, train_tiny_prm
+    from stepkd.claims.tiny_reward import train_tiny_prm
 
     folder, student = context.out / "prm", context.model_folder("student")
-    problems = f'task:task="{context.task}",n={context.problems(2000)},seed={context.seed},split=train'
-    labels, summary = label_tiny(
-        folder / "labels", model=student, seed=context.seed, problems=problems, labeller="checker", samples=4
-    )
+    labels, summary = student_labels(context)
     model = train_tiny_prm(
         folder,
         start=student,

@@ -12,6 +12,7 @@ from stepkd.errors import ConfigError
 from stepkd.evaluation.judging import solution_steps
 from stepkd.quickstart.context import Context, Stage, evaluate_task, percent, train_sft
 from stepkd.quickstart.prm_stage import train_prm
+from stepkd.quickstart.step_kto_stage import train_step_kto
 
 STUDENT_NOISE = {"rate": 0.15, "kind": "random", "recover": 0.5}
 """Each line's result is replaced with probability 0.15; half of the slips are silently recovered in the next line."""
@@ -108,5 +109,6 @@ STAGES: list[Stage] = [
     Stage("evaluate", "evaluate both on problems they have not seen", evaluate_models),
     Stage("samples", "the student's solutions, every step checked", show_samples),
     Stage("prm", "a process reward model from the student's own rollouts, and best-of-8 with it", train_prm),
+    Stage("step_kto", "Step-KTO: the student learns from right and wrong answers and steps of its own", train_step_kto),
 ]
 """All stages in order; later methods append theirs."""

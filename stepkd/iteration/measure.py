@@ -1,0 +1,216 @@
+"""What a model's held-out solutions say: one row per problem, and metrics with intervals over problems.
+
+A row is what :func:`stepkd.evaluation.metrics.summarise` reads, and every sample also has ``log_ratio``: the log of
+how much likelier the model makes it than M0 does, summed over its tokens. Its mean over samples drawn at temperature 1
+is a Monte-Carlo estimate of the divergence KL(model || M0) of whole solutions (those cut off count as far as they go).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepkd.data.io import read_rows
+from stepkd.data.rows import PROBLEM
+from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
+from stepkd.data.templates import get_template
+from stepkd.evaluation.best_of_n_files import vote_of
+from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
+from stepkd.evaluation.manifest import read_manifest
+from stepkd.evaluation.metrics import summarise
+from stepkd.evaluation.runner import encode_prompts
+from stepkd.labels.job import SOLUTIONS
+from stepkd.labels.matching import row_labels, verdicts
+from stepkd.labels.settings import LabelSpec, asking
+from stepkd.labels.shards import Shards
+from stepkd.models import Policy
+from stepkd.models.checkpoint import load_trained
+from stepkd.rollout import annotate
+from stepkd.scorers.load import pick_device
+
+Row = Mapping[str, Any]
+
+PAIRED = ("pass@1", "correct_with_wrong_step", "step_accuracy", "mean_tokens")
+"""Metrics whose difference to M0 is given."""
+
+
+def problem_rows(samples: Path, labels: Path | None, spec: LabelSpec, *, seed_model: str) -> list[dict[str, Any]]:
+    """One row per held-out problem with all its samples, also those that could not be cut into steps or labelled.
+
+    Args:
+        samples: folder of the finished labelling job that drew the solutions, duplicates kept.
+        labels: folder of the job whose step labels count; None where nothing says whether a step is right.
+        spec: settings of the job in ``samples``.
+        seed_model: M0, whose log-probabilities the samples get; the model's own name gives ratios of exactly 0.
+    """
+    records = Shards(samples, SOLUTIONS).rows()
+    problems = {str(row["id"]): row for row in load_rows(parse_spec(str(spec.problems)), contract=PROBLEM)}
+    extractors = read_manifest(samples)["extractors"]
+    marks = {} if labels is None else _step_marks(labels / LABELS_NAME)
+    ratios = _log_ratios(records, [problems[record["id"]] for record in records], spec, seed_model)
+    rows = []
+    for record in records:
+        answer = problems[record["id"]]["answer"]
+        rows.append(
+            {
+                "id": record["id"],
+                "index": record["index"],
+                "answer": answer,
+                "samples": [
+                    {
+                        "completion": sample["text"],
+                        "verdict": "correct" if sample["correct"] else "wrong",
+                        "tokens": len(sample["token_ids"]),
+                        "finish": sample["finish"],
+                        "vote": vote_of(
+                            {"correct": sample["correct"], "answer": answer, "completion": sample["text"]}, extractors
+                        ),
+                        "step_labels": marks.get(f"{record['id']}/{j}"),
+                        "log_ratio": next(ratios) if ratios is not None else None,
+                    }
+                    for j, sample in enumerate(record["samples"])
+                ],
+            }
+        )
+    return rows
+
+
+def _step_marks(path: Path) -> dict[str, list[bool]]:
+    """Right and wrong steps of every labelled solution by its id; unlabelled steps are left out."""
+    marks = {}
+    for row, _ in read_rows(path):
+        known = [mark for mark in verdicts(row_labels(row)) if mark is not None]
+        if known:
+            marks[str(row["id"])] = known
+    return marks
+
+
+def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelSpec, seed_model: str) -> Any:
+    """Iterator over the samples' log-ratios in order; None where the samples were not drawn at temperature 1.
+
+    Both models read the samples in the same batches (and not the sampler's own log-probabilities, whose rounding in
+    bfloat16 is another one), so that equal weights give exactly 0.
+    """
+    if spec.temperature != 1 or spec.top_p != 1 or spec.top_k != 0:
+        return None
+    if spec.model == seed_model:
+        return iter([0.0] * sum(len(record["samples"]) for record in records))
+    device = pick_device(spec.device)
+    policy, seed_policy = (_load(str(name), spec, device) for name in (spec.model, seed_model))
+    source = parse_spec(str(spec.problems)).source
+    is_task = all("task" in row and "meta" in row for row in problems)
+    template = get_template(spec.template or asking(source, is_task=is_task).template)
+    prompts = encode_prompts(policy, template, [dict(row) for row in problems])
+    pairs = [
+        (prompt.prompt_ids, sample["token_ids"])
+        for prompt, record in zip(prompts, records, strict=True)
+        for sample in record["samples"]
+    ]
+    signals = annotate(policy, [p for p, _ in pairs], [c for _, c in pairs], teacher=seed_policy)
+    return iter(
+        [
+            math.fsum(own - other for own, other in zip(each.logprobs, each.teacher_logprobs or (), strict=True))
+            for each in signals
+        ]
+    )
+
+
+def _load(name: str, spec: LabelSpec, device: Any) -> Policy:
+    policy: Policy = load_trained(name, dtype=spec.dtype)
+    return policy.to(device)
+
+
+def model_metrics(
+    rows: Sequence[Row], greedy: Sequence[Row], *, seed: int = 0, n_resamples: int = 10_000
+) -> dict[str, Any]:
+    """Metrics of one model, each with a 95% interval over problems; None where there is nothing to measure.
+
+    Args:
+        rows: what :func:`problem_rows` gives.
+        greedy: rows of the greedy evaluation (``stepkd evaluate``).
+        seed, n_resamples: of the bootstrap.
+
+    Returns:
+        ``greedy_pass@1``, ``pass@1``, ``maj@S``, ``step_accuracy``, ``correct_with_wrong_step``, ``mean_tokens``,
+        ``truncated_rate``, ``kl_per_solution`` and ``kl_per_token`` (nats).
+    """
+    settings: dict[str, Any] = {"seed": seed, "n_resamples": n_resamples}
+    samples = min(len(row["samples"]) for row in rows)
+    found = summarise(rows, (samples,), **settings)["metrics"]
+    metrics = {"greedy_pass@1": summarise(greedy, (1,), **settings)["metrics"]["pass@1"], "pass@1": found["pass@1"]}
+    metrics[f"maj@{samples}"] = found[f"maj@{samples}"]
+    for name in ("step_accuracy", "correct_with_wrong_step"):
+        metrics[name] = found.get(name)
+    for name in ("mean_tokens", "truncated_rate"):
+        metrics[name] = found[name]
+    return metrics | divergence(rows, **settings)
+
+
+def divergence(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
+    """Estimated KL(model || M0) in nats, per solution and per token, with intervals over problems."""
+    if any(sample["log_ratio"] is None for row in rows for sample in row["samples"]):
+        return {"kl_per_solution": None, "kl_per_token": None}
+    sums = np.array([math.fsum(sample["log_ratio"] for sample in row["samples"]) for row in rows])
+    tokens = np.array([sum(sample["tokens"] for sample in row["samples"]) for row in rows], dtype=np.float64)
+    counts = np.array([len(row["samples"]) for row in rows], dtype=np.float64)
+    per_solution = cluster_bootstrap(np.stack([sums, counts], axis=1), ratio_of_sums, **settings)
+    per_token = cluster_bootstrap(np.stack([sums, tokens], axis=1), ratio_of_sums, **settings)
+    return {"kl_per_solution": per_solution.to_dict(), "kl_per_token": per_token.to_dict()}
+
+
+def differences(
+    rows: Sequence[Row], base: Sequence[Row], *, seed: int = 0, n_resamples: int = 10_000
+) -> dict[str, Any]:
+    """A model minus M0 on the same problems, for :data:`PAIRED` metrics of the sampled solutions.
+
+    Problems are resampled with both models' solutions together. A share without denominator on either side is None.
+
+    Args:
+        rows, base: :func:`problem_rows` of the model and of M0, over the same problems.
+        seed, n_resamples: of the bootstrap.
+    """
+    settings: dict[str, Any] = {"seed": seed, "n_resamples": n_resamples}
+    before = {row["id"]: row for row in base}
+    pairs = [(row, before[row["id"]]) for row in rows]
+    shares: dict[str, Any] = {}
+    for name in PAIRED:
+        counts = np.array([[*_counts(new, name), *_counts(old, name)] for new, old in pairs], dtype=np.float64)
+        if not (counts[:, 1].sum() and counts[:, 3].sum()):
+            shares[name] = None
+        elif name in ("pass@1", "mean_tokens"):
+            new, old = (counts[:, i] / counts[:, i + 1] for i in (0, 2))
+            shares[name] = paired_bootstrap(list(old), list(new), **settings).to_dict()
+        else:
+            shares[name] = ratio_difference(counts, **settings).to_dict()
+    return shares
+
+
+def ratio_difference(counts: FloatArray, **settings: Any) -> Interval:
+    """``sum(c0) / sum(c1) - sum(c2) / sum(c3)`` of (problems, 4) counts, problems resampled together."""
+
+    def statistic(resampled: FloatArray) -> FloatArray:
+        return ratio_of_sums(resampled[:, :, :2]) - ratio_of_sums(resampled[:, :, 2:])
+
+    return cluster_bootstrap(counts, statistic, **settings)
+
+
+def _counts(row: Row, name: str) -> tuple[float, float]:
+    """Numerator and denominator of a metric in one problem."""
+    samples = row["samples"]
+    right = [sample["verdict"] == "correct" for sample in samples]
+    if name == "pass@1":
+        return sum(right), len(samples)
+    if name == "mean_tokens":
+        return sum(sample["tokens"] for sample in samples), len(samples)
+    labelled = [
+        (good, sample["step_labels"])
+        for good, sample in zip(right, samples, strict=True)
+        if sample["step_labels"] is not None
+    ]
+    if name == "step_accuracy":
+        return sum(sum(steps) for _, steps in labelled), sum(len(steps) for _, steps in labelled)
+    return sum(good and not all(steps) for good, steps in labelled), sum(good for good, _ in labelled)

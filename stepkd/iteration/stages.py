@@ -1,0 +1,329 @@
+"""The stages of one iteration: label, convert or pairs, train, export; greedy, samples, judge, measure.
+
+Every stage goes on where an interrupted one stood, by means of the command it stands for; what is finished is recorded
+in ``iteration.json`` and never done again. Labelling and training run under the launcher where one is given, the rest
+in this process.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepkd.data.io import write_jsonl_atomic
+from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.evaluation.disk import write_atomically
+from stepkd.evaluation.folder import SUMMARY_NAME
+from stepkd.evaluation.manifest import RESULTS_NAME
+from stepkd.iteration.command import label_arguments, launch, pair_arguments, run_label
+from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
+from stepkd.iteration.spec import IterateSpec, find_recipe, iteration_seed, put
+from stepkd.labels.settings import LabelSpec
+
+Report = Callable[[str], None]
+
+SETTINGS_NAME = "settings.yaml"
+"""What an iteration adds to the training recipes."""
+CONVERTED_NAME = "converted.jsonl"
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration k: M_{k-1} labels, M_k is trained (k >= 1) and evaluated (k >= 0)."""
+
+    spec: IterateSpec
+    """Settings."""
+    out: Path
+    """Folder of the whole run."""
+    k: int
+    """Number; 0 only evaluates M0."""
+    seed_weights: str
+    """Fingerprint of M0."""
+    report: Report
+    """Told what goes on, one line at a time."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this iteration."""
+        return self.out / f"iteration-{self.k}"
+
+    def model(self, k: int) -> str:
+        """Path of M_k."""
+        return self.spec.model if k == 0 else str(self.out / f"iteration-{k}" / "model")
+
+    def identity(self, k: int) -> str:
+        """Fingerprint of M_k."""
+        if k == 0:
+            return self.seed_weights
+        found = folder_fingerprint(Path(self.model(k)))
+        exported = IterationRecord(self.out / f"iteration-{k}", k).stages.get("export")
+        if exported is not None and exported["facts"]["model"] != found:
+            raise ConfigError(
+                f"{self.model(k)} is no longer the model that iteration {k} trained (it has changed since): put it "
+                "back, or start again with another --out (or --overwrite)"
+            )
+        return found
+
+    def record(self) -> IterationRecord:
+        """What of it is finished."""
+        return IterationRecord(self.folder, self.k)
+
+    def tell(self, line: str) -> None:
+        """Report, with the iteration's number."""
+        self.report(f"iteration {self.k}/{self.spec.iterations}: {line}")
+
+
+def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
+    """Label with M_{k-1}, train and export M_k; returns the facts of every stage.
+
+    Raises:
+        DataError: the labels hold no right or no wrong answer, or conversion leaves nothing; what is done is kept.
+    """
+    record, k = it.record(), it.k
+    labels = it.folder / "labels"
+    facts = {}
+
+    def run(name: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], line: str) -> None:
+        facts[name] = record.run(name, inputs, lambda: _freeing(work), begin=lambda: it.tell(line))
+
+    job = it.spec.label_spec(k, out=str(labels), model=it.model(k - 1))
+    line = f"M{k - 1} writes solutions, labeller: {job.labeller}"
+    run("label", {"model": it.identity(k - 1)}, lambda: _label(it, job), line)
+    _check_answers(it, facts["label"])
+    rows = labels / LABELS_NAME
+    if it.spec.convert is not None:
+        inputs = {"labels": file_fingerprint(rows)}
+        run("convert", inputs, lambda: _convert(it, labels), f"labels to {it.spec.convert['to']}")
+        rows = it.folder / CONVERTED_NAME
+    if it.spec.pairs is not None:
+        inputs = {"model": it.identity(k - 1), "labels": file_fingerprint(rows)}
+        run("pairs", inputs, lambda: _pairs(it, job), f"M{k - 1} draws pairs: {it.spec.pairs['to']}")
+        rows = it.folder / "pairs" / PAIRS_NAME
+    inputs = {"model": it.identity(k - 1), "rows": file_fingerprint(rows)}
+    run("train", inputs, lambda: _train(it, rows), f"training M{k}")
+    run("export", {"train": facts["train"]["run"]}, lambda: _export(it), f"exporting M{k}")
+    return facts
+
+
+def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
+    """Evaluate M_k on the held-out problems; returns the facts of every stage. Rows: ``evaluation/results.jsonl``."""
+    from stepkd.iteration.measure import problem_rows
+
+    record, k, folder = it.record(), it.k, it.folder / "evaluation"
+    inputs = {"model": it.identity(k)}
+    facts = {}
+
+    def run(name: str, work: Callable[[], Mapping[str, Any]], line: str, **more: str) -> None:
+        facts[name] = record.run(name, inputs | more, lambda: _freeing(work), begin=lambda: it.tell(line))
+
+    run("greedy", lambda: _greedy(it, folder / "greedy"), f"M{k} solves the held-out problems, greedy")
+    drawn = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
+    judged: LabelSpec | None = None
+    if drawn.labeller == "monte_carlo":
+        # Continuations come from M0 for every model: the same judge for all of them.
+        judged = replace(
+            drawn,
+            out=str(folder / "labels"),
+            rollouts=drawn.out,
+            problems=None,
+            model=it.spec.model,
+            segmenter=None,  # the steps stay as they were cut
+            teacher=None,
+        )
+        drawn = replace(drawn, labeller="outcome")
+    run("samples", lambda: _label(it, drawn), f"M{k} samples {drawn.samples} solutions of every held-out problem")
+    samples = file_fingerprint(Path(drawn.out) / LABELS_NAME)
+    if judged is not None:
+        job = judged
+        run("judge", lambda: _label(it, job), f"continuations by M0 label the steps of M{k}", samples=samples)
+    folders = [Path(each.out) for each in (judged, drawn) if each is not None and each.labeller != "outcome"]
+
+    def measure() -> dict[str, Any]:
+        rows = problem_rows(Path(drawn.out), folders[0] if folders else None, drawn, seed_model=it.spec.model)
+        write_jsonl_atomic(folder / RESULTS_NAME, rows)
+        return {"problems": len(rows), "samples": sum(len(row["samples"]) for row in rows)}
+
+    run("measure", measure, f"comparing M{k} with M0" if k else "the results of M0", samples=samples)
+    return facts
+
+
+def _label(it: Iteration, job: LabelSpec) -> dict[str, Any]:
+    """Run a labelling job to its end; its summary without the table by step number."""
+    out = Path(job.out)
+    if it.spec.launcher is not None:
+        launch(it.spec.launcher, ["label", *label_arguments(job)], where=f"iteration {it.k}", say=it.tell)
+        if not (out / LABELS_NAME).is_file():
+            raise StepkdError(f"iteration {it.k}: the labelling job in {out} ended without {LABELS_NAME}")
+    else:
+        from stepkd.labels.job import run_label_job
+
+        run_label_job(job, report=_tenths(it))
+    summary = json.loads((out / SUMMARY_NAME).read_bytes())
+    summary.pop("by_position")
+    return dict(summary)
+
+
+def _tenths(it: Iteration) -> Callable[[str, int, int, Mapping[str, float]], None]:
+    """A line per quarter of a phase's work."""
+    seen: dict[str, int] = {}
+
+    def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        part = done * 4 // total
+        if part > seen.get(phase, 0):
+            seen[phase] = part
+            shown = "".join(f"  {name} {value:.1%}" for name, value in figures.items())
+            it.tell(f"  {phase} {done}/{total}{shown}")
+
+    return report
+
+
+def _check_answers(it: Iteration, summary: Mapping[str, Any]) -> None:
+    """Stop where the labels cannot teach anything: every answer is wrong, or none is."""
+    right, wrong = summary["right_answers"], summary["wrong_answers"]
+    lacking = "right" if not right else "wrong" if not wrong and it.spec.needs_wrong_answers else None
+    if lacking is not None:
+        raise DataError(
+            f"iteration {it.k} has no {lacking} answer to learn from ({right} right, {wrong} wrong among "
+            f"{summary['labelled']} labelled solutions of M{it.k - 1}): take "
+            + ("easier problems or a better M0" if lacking == "right" else "harder problems or a higher temperature")
+            + ", or more samples, in another --out. What is done is kept",
+            path=it.folder / "labels",
+        )
+
+
+def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
+    from stepkd.labels.convert import CONVERTERS, convert_rows
+
+    assert it.spec.convert is not None
+    to = it.spec.convert["to"]
+    try:
+        converted = convert_rows(load_rows(parse_spec(str(labels))), to, it.spec.convert_options(it.k))
+    except DataError as error:
+        raise DataError(f"iteration {it.k}, conversion to {to}: {error}", path=labels) from error
+    written = CONVERTERS[to].write(converted.rows, it.folder / CONVERTED_NAME)
+    return {"to": to, "rows": written, "counts": converted.counts}
+
+
+def _pairs(it: Iteration, job: LabelSpec) -> dict[str, Any]:
+    """Run the pair job to its end."""
+    assert it.spec.pairs is not None
+    out = it.folder / "pairs"
+    arguments = pair_arguments(it.spec.pairs, job, out=str(out), seed=iteration_seed(it.spec.seed, "pairs", it.k))
+    try:
+        if it.spec.launcher is not None:
+            launch(it.spec.launcher, arguments, where=f"iteration {it.k}", say=it.tell)
+        else:
+            run_label(arguments)
+    except DataError as error:
+        raise DataError(f"iteration {it.k}, pairs: {error}") from error
+    if not (out / PAIRS_NAME).is_file():
+        raise StepkdError(f"iteration {it.k}: the pair job in {out} ended without {PAIRS_NAME}")
+    summary = json.loads((out / SUMMARY_NAME).read_bytes())
+    return {"to": it.spec.pairs["to"], "counts": {"pairs": summary["pairs"], **summary["dropped"]}}
+
+
+def training_settings(it: Iteration, rows: Path) -> dict[str, Any]:
+    """What iteration k adds to the training recipes: where it starts, what it reads, its reference and its seed."""
+    settings: dict[str, Any] = {
+        "seed_everything": iteration_seed(it.spec.seed, "train", it.k),
+        "model": {"init_args": {"policy": {"path": it.model(it.k - 1)}}},
+        "data": {"init_args": {"train": {"source": "rows", "path": str(rows)}}},
+    }
+    # The recipe's training data may be of another source: none of its settings must stay.
+    settings["data"]["init_args"]["train"] |= {"split": None, "limit": None, "offset": 0, "options": {}, "columns": {}}
+    if it.spec.reference == "kept":
+        settings["model"]["init_args"]["reference"] = {"path": it.spec.model}
+    for key, value in it.spec.train.overrides.items():
+        put(settings, key, value)
+    return settings
+
+
+def fit_arguments(it: Iteration) -> list[str]:
+    """Arguments of ``stepkd fit``, without the run folder."""
+    recipes = [str(find_recipe(name)) for name in it.spec.train.recipes]
+    return [part for path in (*recipes, str(it.folder / SETTINGS_NAME)) for part in ("--config", path)]
+
+
+def write_training_settings(it: Iteration, rows: Path) -> None:
+    """Write the overlay that :func:`fit_arguments` names."""
+    text = f"# Written by stepkd iterate: what iteration {it.k} adds to the training recipes.\n"
+    text += yaml.safe_dump(training_settings(it, rows), sort_keys=False)
+    write_atomically(it.folder / SETTINGS_NAME, text.encode())
+
+
+def _train(it: Iteration, rows: Path) -> dict[str, Any]:
+    from stepkd.launch.rundir import read_marker
+
+    run = it.folder / "train"
+    write_training_settings(it, rows)
+    if (read_marker(run) or {}).get("status") != "finished":
+        arguments = ["fit", *fit_arguments(it), "--out", str(run), "--resume", "true"]
+        if it.spec.launcher is not None:
+            launch(it.spec.launcher, arguments, where=f"iteration {it.k}", say=it.tell)
+        else:
+            from stepkd.trainer_cli import run as run_trainer
+
+            run_trainer(arguments)
+    marker = read_marker(run) or {}
+    if marker.get("status") != "finished":
+        raise StepkdError(
+            f"iteration {it.k}: the training in {run} ended without being finished: {marker.get('message')}"
+        )
+    with open(rows, encoding="utf-8") as file:
+        count = sum(1 for line in file if line.strip())
+    return {"rows": count, "run": str(marker["created"])}
+
+
+def _export(it: Iteration) -> dict[str, Any]:
+    from stepkd.models.export import export_model
+
+    folder = export_model(it.folder / "train", it.model(it.k), overwrite=True)
+    return {"model": folder_fingerprint(folder)}
+
+
+def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
+    from stepkd.data.rows import PROBLEM
+    from stepkd.evaluation import EvaluationSpec, evaluate
+    from stepkd.labels.settings import asking
+
+    job = it.spec.held_out_spec(out=str(folder), model=it.model(it.k))
+    benchmark, data = it.spec.evaluated_benchmark()
+    problems = parse_spec(it.spec.evaluation.problems)
+    is_task = all("task" in row and "meta" in row for row in load_rows(problems, contract=PROBLEM))
+    how = asking(problems.source, is_task=is_task)  # prompt, extractors and length are those of the sampled solutions
+    summary = evaluate(
+        EvaluationSpec(
+            model=job.model or "",
+            benchmark=benchmark,
+            data=data,
+            out=str(folder),
+            max_new_tokens=job.max_new_tokens or how.max_new_tokens,
+            stop=job.stop,
+            template=job.template or how.template,
+            extractors=job.extractors or how.extractors,
+            deadline_s=job.deadline_s,
+            dtype=job.dtype,
+            device=job.device,
+            max_rows=job.max_rows,
+            seed=job.seed,
+        )
+    )
+    return {"pass@1": summary["metrics"]["pass@1"]}
+
+
+def _freeing(work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Do a stage's work, then give its GPU memory back, for the next stage or its processes."""
+    import torch
+
+    facts = work()
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+    return facts

@@ -1,0 +1,251 @@
+"""Steps from a language model: a :class:`~stepkd.search.protocols.StepGenerator` on any sampler.
+
+A step is what the segmenter cuts off a sampled continuation first. Where a string marks the end of a step, sampling
+stops there; else the step's token budget is sampled and the rest thrown away. Two things follow from not looking
+ahead: a blank line that the model writes as a token of its own behind a step's end opens the next step, and a step is
+never blank unless the solution ends with it.
+
+Noise is keyed by (seed, purpose, problem, the samples that led to the state, sample), so the steps of a state do not
+depend on the batch it is in, on the rank, or on what else has been searched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.models import Policy
+from stepkd.models.checkpoint import weights_fingerprint
+from stepkd.randomness import stream_key
+from stepkd.rollout import Rollout, Sampler, SamplingSpec
+from stepkd.search.protocols import End, State, Step
+from stepkd.steps import Segmenter, TokenizedText, get_segmenter, segment, text_from_ids
+from stepkd.steps.threshold import SIGNAL_SEGMENTERS
+
+STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n\n",)}
+"""Strings that end a step, by segmenter."""
+
+PROPOSE, COMPLETE = "search_step", "search_rest"
+_INDEX_BITS = 52  # sample numbers are added to it, and some samplers keep the sum in 64 bits
+
+
+@dataclass
+class _Draft:
+    """A continuation in the making."""
+
+    state: State
+    sample: int
+    token_ids: list[int] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    finish: str = "length"
+
+
+class SampledSteps:
+    """Samples steps from a policy.
+
+    Args:
+        sampler: draws the tokens.
+        policy: the sampler's model, whose tokenizer turns ids into text.
+        sampling: temperature, top-p, top-k, seed, strings that end a *solution* (``stop``), and ``max_new_tokens``, the
+            longest completion of a state. ``n`` is not read.
+        segmenter: name of the segmenter; one that reads log-probabilities may be used, other signals may not.
+        max_step_tokens: longest step in tokens, >= 1; one that is longer is cut off, and ends the solution.
+
+    Attributes:
+        step_tokens, rest_tokens: tokens drawn so far for steps (those thrown away included) and for completions, by
+            the problem's number.
+
+    Raises:
+        ConfigError: a number out of range, greedy sampling, or a segmenter that needs more than the sampler gives.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        policy: Policy,
+        sampling: SamplingSpec,
+        *,
+        segmenter: str = "newline",
+        max_step_tokens: int = 128,
+    ) -> None:
+        if max_step_tokens < 1:
+            raise ConfigError(f"max_step_tokens={max_step_tokens}: must be at least 1")
+        if sampling.temperature == 0:
+            raise ConfigError("search needs different steps from one state: temperature 0 gives the same one always")
+        kind = segmenter.partition(":")[0]
+        if kind in SIGNAL_SEGMENTERS and kind != "adaptive_step":
+            raise ConfigError(
+                f"segmenter {segmenter!r} reads signals that sampling does not give; search can cut with adaptive_step "
+                "and a threshold, or with a segmenter of plain text"
+            )
+        self.sampler = sampler
+        self.policy = policy
+        self.sampling = sampling
+        self.segmenter_name = segmenter
+        self.segmenter = get_segmenter(segmenter)
+        self.max_step_tokens = max_step_tokens
+        self.step_tokens: Counter[int] = Counter()
+        self.rest_tokens: Counter[int] = Counter()
+
+    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
+        """See :class:`~stepkd.search.protocols.StepGenerator`.
+
+        Raises:
+            DataError: a state that fills the model's context.
+        """
+        drafts = [[_Draft(state, j) for j in range(n)] for state in states]
+        stops = (*STEP_STOPS.get(self.segmenter_name, ()), *self.sampling.stop)
+        spec = replace(self.sampling, n=n, max_new_tokens=self.max_step_tokens, stop=stops)
+        self._first(states, drafts, spec, PROPOSE)
+        flat = [draft for group in drafts for draft in group]
+        while blank := [draft for draft in flat if self._unfinished_blank(draft)]:
+            for room in sorted({self._room(draft) for draft in blank}):
+                self._more([draft for draft in blank if self._room(draft) == room], replace(spec, n=1), room)
+        for draft in flat:
+            self.step_tokens[draft.state.problem.index] += len(draft.token_ids)
+        return [[self._step(draft) for draft in group] for group in drafts]
+
+    def complete(self, states: Sequence[State], n: int) -> list[list[Step]]:
+        """See :class:`~stepkd.search.protocols.StepGenerator`.
+
+        Raises:
+            DataError: a state that fills the model's context.
+        """
+        drafts = [[_Draft(state, j) for j in range(n)] for state in states]
+        self._first(states, drafts, replace(self.sampling, n=n), COMPLETE)
+        for draft in (draft for group in drafts for draft in group):
+            self.rest_tokens[draft.state.problem.index] += len(draft.token_ids)
+        return [[self._rest(draft) for draft in group] for group in drafts]
+
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`~stepkd.search.protocols.StepGenerator`."""
+        spec = self.policy.spec
+        sampling = asdict(self.sampling) | {"stop": list(self.sampling.stop)}
+        del sampling["n"]
+        return {
+            "model": type(self.policy.causal_lm).__name__ if spec is None else spec.path,
+            "revision": None if spec is None else spec.revision,
+            "weights": weights_fingerprint(self.policy),
+            **sampling,
+            "segmenter": {"name": self.segmenter_name.partition(":")[0], **_settings(self.segmenter)},
+            "max_step_tokens": self.max_step_tokens,
+        }
+
+    def room(self, state: State) -> int | None:
+        """Tokens that the model's context still holds behind a state; None: no limit is known."""
+        context = self.policy.max_length
+        return None if context is None else context - len(state.problem.prompt_ids) - len(state.token_ids)
+
+    def _first(
+        self, states: Sequence[State], drafts: Sequence[Sequence[_Draft]], spec: SamplingSpec, purpose: str
+    ) -> None:
+        for state in states:
+            room = self.room(state)
+            if room is not None and room < 1:
+                raise DataError(
+                    f"the solution so far has {len(state.token_ids)} tokens behind a prompt of "
+                    f"{len(state.problem.prompt_ids)}, which fills the model's context of {self.policy.max_length}",
+                    path=str(state.problem.row.get("id", state.problem.index)),
+                )
+        prompts = [(*state.problem.prompt_ids, *state.token_ids) for state in states]
+        indices = [_index(state.problem.index, *state.path) for state in states]
+        for group, rollouts in zip(
+            drafts, self.sampler.sample(prompts, spec, purpose=purpose, indices=indices), strict=True
+        ):
+            for draft, rollout in zip(group, rollouts, strict=True):
+                _extend(draft, rollout)
+
+    def _more(self, drafts: Sequence[_Draft], spec: SamplingSpec, room: int) -> None:
+        """Go on with drafts that hold nothing but white space."""
+        prompts = [(*d.state.problem.prompt_ids, *d.state.token_ids, *d.token_ids) for d in drafts]
+        indices = [
+            _index(d.state.problem.index, *d.state.path, "sample", d.sample, "token", len(d.token_ids)) for d in drafts
+        ]
+        drawn = self.sampler.sample(prompts, replace(spec, max_new_tokens=room), purpose=PROPOSE, indices=indices)
+        for draft, (rollout,) in zip(drafts, drawn, strict=True):
+            _extend(draft, rollout)
+
+    def _room(self, draft: _Draft) -> int:
+        """Tokens that a draft of a step may still have."""
+        left, context = self.max_step_tokens - len(draft.token_ids), self.room(draft.state)
+        return left if context is None else min(left, context - len(draft.token_ids))
+
+    def _unfinished_blank(self, draft: _Draft) -> bool:
+        return (
+            draft.finish == "stop"
+            and self._room(draft) >= 1
+            and draft.token_ids[-1] not in self.policy.eos_ids
+            and not (text := self._decode(draft.token_ids)).strip()
+            and _until(draft.state.text + text, self.sampling.stop) == draft.state.text + text
+        )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self.policy.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    def _behind(self, draft: _Draft) -> TokenizedText:
+        """The new tokens and their text, decoded together with those before them."""
+        start = len(draft.state.token_ids)
+        # A segmenter on log-probabilities sees those of the new tokens alone: it is given only these tokens.
+        whole = text_from_ids(self.policy.tokenizer, (*draft.state.token_ids, *draft.token_ids))
+        before = whole.char_ends[start - 1] if start else 0
+        return TokenizedText(
+            whole.token_ids[start:],
+            whole.text[before:],
+            tuple(end - before for end in whole.char_ends[start:]),
+            logprobs=tuple(draft.raw_logprobs),
+        )
+
+    def _step(self, draft: _Draft) -> Step:
+        new = self._behind(draft)
+        _, end = segment(self.segmenter, new)[0]
+        ids, text = new.token_ids[:end], new.span_text(0, end)
+        how: End = "step" if end < len(new) else self._end(draft)
+        stopped = self._until_stop(draft.state, text)
+        if stopped != text:
+            how, text = "stop", stopped
+        elif how == "stop" and ids[-1] not in self.policy.eos_ids:
+            # A stop string of the step's, not of the solution's; without words behind it, there was no room for more.
+            how = "step" if text.strip() else "length"
+        room = self.room(draft.state)
+        if how == "step" and room is not None and room <= len(ids):
+            how = "length"
+        return Step(text, ids, sum(draft.raw_logprobs[:end]), how, draft.sample)
+
+    def _rest(self, draft: _Draft) -> Step:
+        new = self._behind(draft)
+        text = self._until_stop(draft.state, new.text)
+        return Step(text, new.token_ids, sum(draft.raw_logprobs), self._end(draft), draft.sample)
+
+    def _until_stop(self, state: State, text: str) -> str:
+        """The new text before a string that ends the solution; such a string may begin in an earlier step."""
+        return _until(state.text + text, self.sampling.stop)[len(state.text) :]
+
+    @staticmethod
+    def _end(draft: _Draft) -> End:
+        return "stop" if draft.finish == "stop" else "length"
+
+
+def _extend(draft: _Draft, rollout: Rollout) -> None:
+    draft.token_ids += rollout.token_ids
+    draft.raw_logprobs += rollout.raw_logprobs
+    draft.finish = rollout.finish
+
+
+def _settings(segmenter: Segmenter) -> dict[str, Any]:
+    """What a segmenter does, whatever file its threshold came from."""
+    return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
+
+
+def _index(*parts: int | str) -> int:
+    """One number for a place in a tree: the sampler keys noise by the number of a prompt."""
+    return stream_key(0, "search", *parts) >> (128 - _INDEX_BITS)

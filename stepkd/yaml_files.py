@@ -1,0 +1,85 @@
+"""Settings files of our own: YAML read into dataclasses, with errors that name the file, the key and a near one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from stepkd.errors import ConfigError, DataError, nearest
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The value that a YAML file holds.
+
+    Args:
+        path: the file.
+        what: what it is, for the messages.
+
+    Raises:
+        DataError: unreadable, not UTF-8, or not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the {what}: {error.strerror}", path=path) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 text: {error.reason}", path=path) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = None if mark is None else mark.line + 1
+        raise DataError(f"not valid YAML: {getattr(error, 'problem', error)}", path=path, line=line) from error
+
+
+def mapping(raw: Any, where: str) -> dict[str, Any]:
+    """A mapping; empty for nothing.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: must be keys with values, got {raw!r}")
+    return dict(raw)
+
+
+def check_keys(raw: Any, known: Sequence[str], where: str) -> None:
+    """Refuse keys that are not known, naming a near one.
+
+    Raises:
+        ConfigError: an unknown key, or no mapping.
+    """
+    for key in mapping(raw, where):
+        if key not in known:
+            raise ConfigError(f"{where}: no key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}")
+
+
+def build_settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """Instance of a settings dataclass from a file's mapping, types checked.
+
+    Args:
+        kind: the dataclass.
+        values: field -> value.
+        where: place for the messages.
+
+    Raises:
+        ConfigError: an unknown field, a value of the wrong type, or one that the class refuses.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    check_keys(values, [field.name for field in fields(kind)], where)
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(hints[name]):  # jsonargparse takes None for any type
+            raise ConfigError(f"{where}: {name} has no value")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "settings")
+    try:
+        return parser.instantiate(parser.parse_object({"settings": dict(values)})).settings
+    except ArgumentError as error:
+        text = " ".join(str(error).replace("settings.", "").split())
+        raise ConfigError(f"{where}: {text}") from error

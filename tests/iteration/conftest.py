@@ -1,0 +1,68 @@
+"""A tiny student that solves some problems, and the settings of a small iterated training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+TASK = 'task:task="modular:terms=3,modulus=3"'
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 0.1M parameters that writes well-formed solutions, about a third of them right."""
+    from stepkd.claims.tiny import train_tiny_sft
+
+    return train_tiny_sft(
+        tmp_path_factory.mktemp("student"),
+        start="tiny-0.1m",
+        task="modular:terms=3,modulus=3",
+        steps=80,
+        lr=1e-2,
+        seed=0,
+        noise={"rate": 0.2, "recover": 0.5},
+        demonstrations=170,
+    )
+
+
+def _small(model: str | Path = "tiny-0.1m", **changes: Any) -> dict[str, Any]:
+    """Settings of rejection-sampling fine-tuning in the tiny world, three steps per iteration."""
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "problems": f"{TASK},n=16",
+        "iterations": 2,
+        "label": {"labeller": "checker", "samples": 4, "max_new_tokens": 24, "device": "cpu"},
+        "convert": {"to": "demonstrations"},
+        "train": {
+            "recipes": ["recipes/tiny/sft.yaml"],
+            "overrides": {
+                "trainer.max_steps": 3,
+                "trainer.val_check_interval": None,
+                "data.init_args.validation": None,
+                "data.init_args.global_batch_size": 8,
+            },
+        },
+        "evaluation": {"problems": f"{TASK},n=6,split=test", "samples": 4},
+    }
+    return settings | changes
+
+
+@pytest.fixture(scope="session")
+def small() -> Any:
+    """Settings of a small run, with changes."""
+    return _small
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Writes settings into a file."""
+
+    def write_file(settings: Any) -> Path:
+        path = tmp_path / "settings.yaml"
+        path.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings), encoding="utf-8")
+        return path
+
+    return write_file

@@ -1,0 +1,379 @@
+"""A whole iterated training in the tiny world: its files, interruptions after every stage, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.iteration import command, loop, stages
+from stepkd.iteration.loop import run_iterations
+from stepkd.iteration.record import IterationRecord
+from stepkd.iteration.spec import IterateSpec, load_spec
+
+STAGES = ["label", "convert", "train", "export", "greedy", "samples", "measure"]
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def settings(student: Path, small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("settings") / "settings.yaml"
+    path.write_text(yaml.safe_dump(small(student)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Two iterations, never interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, run_iterations(load_spec(settings), out, report=silent)
+
+
+@pytest.fixture
+def spec(settings: Path) -> IterateSpec:
+    return load_spec(settings)
+
+
+def weights(out: Path, k: int) -> bytes:
+    return (out / f"iteration-{k}" / "model" / "model.safetensors").read_bytes()
+
+
+def test_files_and_summary(whole: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = whole
+    assert [model["name"] for model in summary["models"]] == ["M0", "M1", "M2"]
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert {path.name for path in out.iterdir()} == {
+        *("iterate.json", "run.json", "summary.json"),
+        *("iteration-0", "iteration-1", "iteration-2"),
+    }
+    for k in (1, 2):
+        assert list(IterationRecord(out / f"iteration-{k}", k).stages) == STAGES
+        training = summary["models"][k]["training"]
+        assert training["rows"] == training["right_answers"] == training["converted"]["rows"]
+        assert training["solutions"] == 64 == training["labelled"] + training["dropped"].get("duplicate", 0)
+    assert list(IterationRecord(out / "iteration-0", 0).stages) == STAGES[4:]
+    assert weights(out, 1) != weights(out, 2)
+    metrics = [model["metrics"] for model in summary["models"]]
+    assert metrics[0]["kl_per_solution"]["value"] == 0
+    assert metrics[1]["kl_per_solution"]["value"] != 0
+    assert all(each["correct_with_wrong_step"] is not None for each in metrics)
+
+
+def test_the_next_model_learns_from_the_last_ones_solutions(whole: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = whole
+    first, second = (yaml.safe_load((out / f"iteration-{k}" / "settings.yaml").read_text()) for k in (1, 2))
+    model = str(out / "iteration-1" / "model")
+    assert second["model"]["init_args"]["policy"]["path"] == model
+    assert first["data"]["init_args"]["train"]["path"] == str(out / "iteration-1" / "converted.jsonl")
+    assert first["seed_everything"] != second["seed_everything"]
+    lines = (out / "iteration-2" / "labels" / "labels.jsonl").read_text().splitlines()
+    assert {json.loads(line)["model"] for line in lines} == {model}
+
+
+def test_a_finished_run_only_shows_its_table(
+    whole: tuple[Path, dict[str, Any]], spec: IterateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    for k in (1, 2):
+        shutil.rmtree(out / f"iteration-{k}" / "model")  # finished models may be deleted
+    monkeypatch.setattr(loop, "_seed_weights", lambda spec: pytest.fail("no model is loaded"))
+    lines: list[str] = []
+    assert run_iterations(spec, out, report=lines.append) == whole[1]
+    assert not lines
+
+
+def test_other_settings_are_refused_by_name(whole: tuple[Path, dict[str, Any]], settings: Path) -> None:
+    with pytest.raises(ConfigError, match=r"settings.label.samples: 4 then, 3 now") as caught:
+        run_iterations(load_spec(settings, {"label.samples": 3}), whole[0], report=silent)
+    assert "--overwrite" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"settings\.train\.overrides\.trainer\.max_steps: 3 then, 9 now"):
+        run_iterations(load_spec(settings, {"train.overrides.trainer.max_steps": 9}), whole[0], report=silent)
+
+
+class Interrupted(BaseException):
+    """What no code catches, like a kill."""
+
+
+def interrupt_after_every_stage(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Every stage's work is done, and the process stops before it is recorded; the second time it goes on."""
+    calls: Counter[str] = Counter()
+    run = IterationRecord.run
+
+    def interrupted(self: IterationRecord, name: str, inputs: Mapping[str, Any], work: Callable[[], Any], **rest: Any):
+        def once() -> Any:
+            key = f"{self.k} {name}"
+            calls[key] += 1
+            facts = work()
+            if calls[key] == 1:
+                raise Interrupted
+            return facts
+
+        return run(self, name, inputs, once, **rest)
+
+    monkeypatch.setattr(IterationRecord, "run", interrupted)
+    return calls
+
+
+def test_interrupted_after_every_stage(
+    whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepkd.labels.sampled import SampledSolutions
+
+    out, drawn = tmp_path / "run", Counter[tuple[int, int]]()
+    work = SampledSolutions.work
+
+    def counted(self: SampledSolutions, items: Any) -> Any:
+        drawn.update((self.sampling.seed, item) for item in items)
+        return work(self, items)
+
+    monkeypatch.setattr(SampledSolutions, "work", counted)
+    monkeypatch.setattr(loop, "_check", lambda spec, out: None)  # said once is enough
+    calls = interrupt_after_every_stage(monkeypatch)
+    spec, stops = load_spec(settings, {"iterations": 1}), 0
+    while True:
+        try:
+            summary = run_iterations(spec, out, report=silent)
+            break
+        except Interrupted:
+            stops += 1
+    assert stops == len(calls) == 10
+    assert set(calls.values()) == {2}
+    assert summary["models"] == whole[1]["models"][:2]
+    assert weights(out, 1) == weights(whole[0], 1)
+    # Training problems once; the held-out ones once for each of the two models, with the same noise.
+    assert sorted(Counter(drawn.values()).items()) == [(1, 16), (2, 6)]
+
+
+def test_more_iterations_go_on_from_the_last(
+    whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path
+) -> None:
+    """Two iterations, the second of them forgotten, equal two in one go; a changed model in between is noticed."""
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / "iteration-2")
+    one = run_iterations(load_spec(settings, {"iterations": 1}), out, report=silent)
+    assert one["models"] == whole[1]["models"][:2]
+    config = out / "iteration-1" / "model" / "config.json"
+    text = config.read_text()
+    config.write_text(text + " ")
+    with pytest.raises(ConfigError, match="is no longer the model that iteration 1 trained"):
+        run_iterations(load_spec(settings), out, report=silent)
+    config.write_text(text)
+    lines: list[str] = []
+    summary = run_iterations(load_spec(settings), out, report=lines.append)
+    assert [line for line in lines if not line.startswith("iteration 2/2")] == []
+    assert [model["metrics"]["pass@1"] for model in summary["models"]] == [
+        model["metrics"]["pass@1"] for model in whole[1]["models"]
+    ]
+
+
+def test_changed_labels_are_not_trained_on(
+    whole: tuple[Path, dict[str, Any]], spec: IterateSpec, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    shutil.rmtree(out / "iteration-2" / "evaluation")
+    record = json.loads((out / "iteration-2" / "iteration.json").read_text())
+    for name in STAGES[4:]:
+        del record["stages"][name]
+    (out / "iteration-2" / "iteration.json").write_text(json.dumps(record))
+    with open(out / "iteration-2" / "converted.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(ConfigError, match="stage 'train' is finished, and what it worked from has changed"):
+        run_iterations(spec, out, report=silent)
+
+
+def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Path) -> None:
+    """A random model; the second attempt says the same without sampling again."""
+    changes = {"model": "tiny-0.1m", "label.max_new_tokens": 4, "problems": 'task:task="modular:terms=3",n=4'}
+    changes |= {"evaluation.problems": 'task:task="modular:terms=3",n=2,split=test', "evaluation.samples": 2}
+    spec = load_spec(settings, changes)
+    for attempt in range(2):
+        lines: list[str] = []
+        with pytest.raises(DataError, match=r"iteration 1 has no right answer to learn from \(0 right, 16 wrong"):
+            run_iterations(spec, tmp_path / "run", report=lines.append)
+        assert bool(lines) == (attempt == 0)
+    assert "label" in IterationRecord(tmp_path / "run" / "iteration-1", 1).stages
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "to", "message"),
+    [
+        (0, 5, "demonstrations", "no right answer"),
+        (
+            5,
+            0,
+            None,
+            r"iteration 2 has no wrong answer to learn from \(5 right, 0 wrong among 5 labelled solutions of M1",
+        ),
+        (5, 0, "balanced", "no wrong answer"),
+        (5, 0, "clean_demonstrations", None),
+        (1, 1, None, None),
+    ],
+)
+def test_one_class(settings: Path, tmp_path: Path, right: int, wrong: int, to: Any, message: str | None) -> None:
+    spec = load_spec(settings, {"convert": None if to is None else {"to": to}})
+    it = stages.Iteration(spec, tmp_path, 2, "", silent)
+    facts = {"right_answers": right, "wrong_answers": wrong, "labelled": right + wrong}
+    if message is None:
+        stages._check_answers(it, facts)
+    else:
+        with pytest.raises(DataError, match=message):
+            stages._check_answers(it, facts)
+
+
+@pytest.mark.parametrize(("labeller", "judged"), [("monte_carlo", True), ("outcome", False)])
+def test_who_labels_the_held_out_steps(settings: Path, tmp_path: Path, labeller: str, judged: bool) -> None:
+    """Monte-Carlo labels come from M0's continuations, for every model; an outcome says nothing of steps."""
+    spec = load_spec(settings, {"label.labeller": labeller, "label.rollouts_per_step": 2})
+    facts = stages.evaluate_model(stages.Iteration(spec, tmp_path, 0, "", silent))
+    assert list(facts) == ["greedy", "samples", *(["judge"] if judged else []), "measure"]
+    folder = tmp_path / "iteration-0" / "evaluation"
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    marks = [sample["step_labels"] for row in rows for sample in row["samples"]]
+    assert len(marks) == 24
+    assert any(mark is not None for mark in marks) == judged
+    if judged:
+        manifest = json.loads((folder / "labels" / "manifest.json").read_text())
+        assert (manifest["labeller"]["labeller"], manifest["model"]["name"]) == ("monte_carlo", spec.model)
+
+
+def test_training_reads_the_pairs_of_a_pair_job(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step-DPO's pairs from the labelled solutions, drawn once; training gets their file and the fingerprint of it."""
+    given: list[Path] = []
+
+    def train(it: stages.Iteration, rows: Path) -> dict[str, Any]:
+        given.append(rows)
+        raise Interrupted
+
+    monkeypatch.setattr(stages, "_train", train)
+    pairs = {"to": "step_preference", "continuations": 8, "check_step": True, "take": "all", "temperature": 1.0}
+    spec = load_spec(settings, {"convert": None, "pairs": pairs})
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            stages.train_next(stages.Iteration(spec, tmp_path, 1, "", silent))
+    assert given == [tmp_path / "iteration-1" / "pairs" / "pairs.jsonl"] * 2
+    rows = [json.loads(line) for line in given[0].read_text().splitlines()]
+    facts = IterationRecord(tmp_path / "iteration-1", 1).stages["pairs"]["facts"]
+    assert facts["counts"]["pairs"] == len(rows) > 0
+    assert {"prefix", "chosen", "rejected"} <= set(rows[0])
+    shard = (tmp_path / "iteration-1" / "pairs" / "shards" / "pairs-0.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in shard}) == len(shard)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"launcher": "acelerate launch"}, "launcher: no command 'acelerate'"),
+        ({"train.recipes": ["recipes/tiny/none.yaml"]}, "no file 'recipes/tiny/none.yaml'"),
+        ({"train.overrides.trainer.max_step": 3}, "'max_step' is not a setting; did you mean 'max_steps'"),
+        ({"train.overrides.model.init_args.optimizer.lr": -1.0}, "optimizer.lr=-1.0"),
+        ({"reference": "kept"}, "reference: kept is for methods with a reference model"),
+        ({"evaluation.problems": 'task:task="modular:terms=3,modulus=3",n=4'}, "4 of 4 held-out problems are training"),
+        ({"problems_per_iteration": 9}, "2 iterations of 9 fresh problems need 18, and .* has 16"),
+        ({"problems": "gsm8k:split=test,path=nowhere.jsonl"}, "kept for evaluation"),
+        ({"model": "nowhere/model"}, "nowhere/model"),
+    ],
+)
+def test_refused_before_anything_runs(settings: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(StepkdError, match=message):
+        run_iterations(load_spec(settings, changes), tmp_path / "run", report=silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_foreign_folder_and_damaged_manifest(spec: IterateSpec, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="was not made by stepkd"):
+        run_iterations(spec, tmp_path, report=silent)
+    (tmp_path / "iterate.json").write_text("{")
+    with pytest.raises(DataError, match="not a readable manifest"):
+        run_iterations(spec, tmp_path, report=silent)
+
+
+def test_launcher_command(spec: IterateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labelling and training get the launcher's command; a failure names iteration and command."""
+    commands: list[list[str]] = []
+
+    def fake(words: list[str], **options: Any) -> Any:
+        commands.append(words)
+        return type("Done", (), {"returncode": 3})
+
+    monkeypatch.setattr(command.subprocess, "run", fake)
+    it = stages.Iteration(load_like(spec, launcher="accelerate launch --num_processes 2"), tmp_path, 1, "", silent)
+    with pytest.raises(StepkdError, match="iteration 1: `stepkd label` under the launcher ended with exit code 3"):
+        stages._label(it, it.spec.label_spec(1, out=str(tmp_path / "labels"), model="m"))
+    with pytest.raises(StepkdError, match="`stepkd fit`"):
+        stages._train(it, tmp_path / "rows.jsonl")
+    start = ["accelerate", "launch", "--num_processes", "2", "-m", "stepkd"]
+    assert commands[0][:7] == [*start, "label"]
+    assert commands[1][:7] == [*start, "fit"]
+    assert commands[1][-4:] == ["--out", str(tmp_path / "iteration-1" / "train"), "--resume", "true"]
+
+
+def load_like(spec: IterateSpec, **changes: Any) -> IterateSpec:
+    return IterateSpec(**{**vars(spec), **changes})
+
+
+KILLED_AT = (
+    "iteration-0/evaluation/greedy/results.jsonl",
+    "iteration-0/evaluation/samples/shards/solutions-0.jsonl",
+    "iteration-1/labels/shards/solutions-0.jsonl",
+    "iteration-1/labels/shards/labels-0.jsonl",
+    "iteration-1/converted.jsonl",
+    "iteration-1/train/metrics.jsonl",
+    "iteration-1/train/checkpoints/last.ckpt",
+    "iteration-1/model",
+    "iteration-1/evaluation/samples/labels.jsonl",
+    "iteration-1/evaluation/results.jsonl",
+)
+"""Files whose appearance says which stage is at work."""
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage(whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as each stage leaves its first trace, then the same command to the end."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "stepkd", "iterate", "--config", str(settings), "--out", str(out)]
+    command += ["--iterations", "1"]
+    killed = 0
+    for name in KILLED_AT:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (out / name).exists():
+            time.sleep(0.002)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        assert (out / name).exists(), process.stderr.read() if process.stderr else ""
+    assert killed >= len(KILLED_AT) - 1, "the last one may have been quicker"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "summary.json").read_text())["models"] == whole[1]["models"][:2]
+    assert weights(out, 1) == weights(whole[0], 1)
+    for shard in out.glob("iteration-*/**/shards/*.jsonl"):
+        names = [json.loads(line)["id"] for line in shard.read_text().splitlines()]
+        assert len(names) == len(set(names)), f"{shard}: something was done twice"
+
+
+@pytest.mark.slow
+def test_under_a_launcher_the_result_is_the_same(
+    whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path
+) -> None:
+    spec = load_spec(settings, {"launcher": sys.executable, "iterations": 1})
+    summary = run_iterations(spec, tmp_path / "run", report=silent)
+    assert [model["training"] for model in summary["models"]] == [model["training"] for model in whole[1]["models"][:2]]

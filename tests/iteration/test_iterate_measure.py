@@ -1,0 +1,238 @@
+"""Metrics of held-out rows against counts by hand, and the divergence against an enumeration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from stepkd.data.spec import load_rows, parse_spec
+from stepkd.data.templates import get_template
+from stepkd.errors import ConfigError, DataError
+from stepkd.iteration.measure import differences, divergence, model_metrics, problem_rows, ratio_difference
+from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
+from stepkd.iteration.table import metric_text, notes, print_summary
+from stepkd.labels import LabelSpec, run_label_job
+from stepkd.labels.shards import Shards
+from stepkd.models import Policy, PolicySpec
+from stepkd.models.export import save_policy
+
+
+def sample(right: bool, labels: list[bool] | None, *, tokens: int = 4, vote: str = "1", ratio: Any = 0.0) -> Any:
+    return {
+        "verdict": "correct" if right else "wrong",
+        "tokens": tokens,
+        "finish": "stop",
+        "vote": vote,
+        "step_labels": labels,
+        "log_ratio": ratio,
+    }
+
+
+def row(name: str, *samples: Any) -> dict[str, Any]:
+    return {"id": name, "samples": list(samples)}
+
+
+ROWS = [
+    row("a", sample(True, [True, True]), sample(True, [True, False], tokens=6), sample(False, None, vote="2")),
+    row("b", sample(False, [False], vote="3"), sample(True, None, tokens=2), sample(False, [True], vote="3")),
+]
+GREEDY = [row("a", sample(True, None)), row("b", sample(False, None))]
+
+
+def values(metrics: Any) -> dict[str, float | None]:
+    return {name: None if metric is None else metric["value"] for name, metric in metrics.items()}
+
+
+def test_metrics_by_hand() -> None:
+    found = values(model_metrics(ROWS, GREEDY, n_resamples=200))
+    assert found == {
+        "greedy_pass@1": 0.5,
+        "pass@1": pytest.approx(3 / 6),
+        "maj@3": 0.5,  # a: two of three votes for the right answer; b: two votes for 3
+        "step_accuracy": pytest.approx(4 / 6),
+        "correct_with_wrong_step": 0.5,  # two right answers have step labels, one of them a wrong step
+        "mean_tokens": pytest.approx(24 / 6),
+        "truncated_rate": 0.0,
+        "kl_per_solution": 0.0,
+        "kl_per_token": 0.0,
+    }
+
+
+def test_without_step_labels_there_is_no_step_metric() -> None:
+    rows = [row("a", sample(True, None), sample(False, None))]
+    found = values(model_metrics(rows, GREEDY, n_resamples=50))
+    assert (found["step_accuracy"], found["correct_with_wrong_step"]) == (None, None)
+    assert metric_text("step_accuracy", None) == "-"
+
+
+def test_divergence_is_sum_over_solutions_and_tokens() -> None:
+    rows = [
+        row("a", sample(True, None, ratio=1.5, tokens=3), sample(True, None, ratio=-0.5, tokens=1)),
+        row("b", sample(True, None, ratio=0.5, tokens=4), sample(True, None, ratio=0.0, tokens=2)),
+    ]
+    found = divergence(rows, n_resamples=100)
+    assert found["kl_per_solution"]["value"] == pytest.approx(1.5 / 4)
+    assert found["kl_per_token"]["value"] == pytest.approx(1.5 / 10)
+    unknown = [row("a", sample(True, None, ratio=None))]
+    assert divergence(unknown) == {"kl_per_solution": None, "kl_per_token": None}
+
+
+def test_divergence_estimate_covers_the_enumerated_value() -> None:
+    """Samples of a categorical distribution: the interval holds sum p log(p/q) for nearly every draw."""
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    truth = float((p * np.log(p / q)).sum())
+    covered = 0
+    for seed in range(40):
+        drawn = np.random.default_rng(seed).choice(3, p=p, size=(40, 4))
+        rows = [
+            row(str(i), *(sample(True, None, ratio=math.log(p[x] / q[x]), tokens=1) for x in problem))
+            for i, problem in enumerate(drawn)
+        ]
+        interval = divergence(rows, n_resamples=400)["kl_per_solution"]
+        covered += interval["low"] <= truth <= interval["high"]
+    assert covered >= 34
+
+
+def test_differences_pair_the_problems() -> None:
+    better = [
+        row("b", sample(True, [True]), sample(True, [True]), sample(True, [True])),
+        row("a", sample(True, [True]), sample(True, [True, True]), sample(True, [True])),
+    ]
+    found = values(differences(better, ROWS, n_resamples=100))
+    assert found["pass@1"] == pytest.approx(0.5)
+    assert found["correct_with_wrong_step"] == pytest.approx(-0.5)
+    assert found["step_accuracy"] == pytest.approx(1 - 4 / 6)
+    assert found["mean_tokens"] == pytest.approx(0.0)
+    unlabelled = [row(name, sample(True, None)) for name in "ab"]
+    assert differences(unlabelled, ROWS, n_resamples=10)["step_accuracy"] is None
+
+
+def test_ratio_difference_is_narrower_than_unpaired() -> None:
+    """Two models that fail on the same problems differ little: pairing shows it."""
+    rng = np.random.default_rng(0)
+    hard = rng.random(200) < 0.5
+    counts = np.stack([hard * 4, np.full(200, 4), hard * 4, np.full(200, 4)], axis=1).astype(float)
+    assert ratio_difference(counts, n_resamples=200).to_dict()["high"] == 0.0
+    shuffled = counts.copy()
+    shuffled[:, 2] = rng.permutation(counts[:, 2])
+    assert ratio_difference(shuffled, n_resamples=200).high > 0.05
+
+
+def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
+    """A whole measurement on two tiny models against log-probabilities computed here."""
+    for seed in (0, 1):
+        save_policy(Policy.load(PolicySpec(path="tiny-0.1m", init_seed=seed, dtype="float64")), tmp_path / f"m{seed}")
+    spec = LabelSpec(
+        out=str(tmp_path / "samples"),
+        problems='task:task="modular:terms=3,modulus=2",n=3,split=test',
+        model=str(tmp_path / "m1"),
+        labeller="checker",
+        samples=2,
+        max_new_tokens=8,
+        dedupe=False,
+        device="cpu",
+    )
+    run_label_job(spec)
+    rows = problem_rows(tmp_path / "samples", tmp_path / "samples", spec, seed_model=str(tmp_path / "m0"))
+    own = problem_rows(tmp_path / "samples", None, spec, seed_model=str(tmp_path / "m1"))
+    assert {each["log_ratio"] for problem in own for each in problem["samples"]} == {0.0}
+    assert all(each["step_labels"] is None for problem in own for each in problem["samples"])
+    problems = load_rows(parse_spec(str(spec.problems)))
+    drawn = Shards(tmp_path / "samples", "solutions").rows()
+    for model_seed, sign in ((1, 1.0), (0, -1.0)):
+        policy = Policy.load(PolicySpec(path=str(tmp_path / f"m{model_seed}"), dtype="float64"))
+        for problem, record, found in zip(problems, drawn, rows, strict=True):
+            assert found["id"] == problem["id"] == record["id"]
+            for each, stored in zip(found["samples"], record["samples"], strict=True):
+                text = get_template("task").render(problem, policy.tokenizer)
+                prompt = policy.tokenizer(text)["input_ids"]
+                ids = torch.tensor([[*prompt, *stored["token_ids"]]])
+                with torch.no_grad():
+                    logps = policy.causal_lm(ids).logits[0].log_softmax(-1)
+                each["log_ratio"] -= sign * sum(
+                    float(logps[len(prompt) - 1 + t, token]) for t, token in enumerate(stored["token_ids"])
+                )
+    assert max(abs(each["log_ratio"]) for problem in rows for each in problem["samples"]) < 1e-6
+    hot = LabelSpec(**{**vars(spec), "temperature": 0.5})
+    cold = problem_rows(tmp_path / "samples", None, hot, seed_model=str(tmp_path / "m0"))
+    assert cold[0]["samples"][0]["log_ratio"] is None
+
+
+def test_a_stage_is_done_once_and_only_from_the_same_inputs(tmp_path: Any) -> None:
+    done: list[str] = []
+    record = IterationRecord(tmp_path, 3)
+
+    def work() -> dict[str, int]:
+        done.append("work")
+        return {"rows": 4}
+
+    for _ in range(2):
+        assert record.run("train", {"rows": "abc"}, work, begin=lambda: done.append("begin")) == {"rows": 4}
+    assert IterationRecord(tmp_path, 3).run("train", {"rows": "abc"}, work, begin=lambda: None) == {"rows": 4}
+    assert done == ["begin", "work"]
+    with pytest.raises(ConfigError, match=r"rows: 'abc' then, 'xyz' now"):
+        record.run("train", {"rows": "xyz"}, work, begin=lambda: None)
+    with pytest.raises(DataError, match="not a record of iteration 2"):
+        IterationRecord(tmp_path, 2)
+    record.path.write_text("{")
+    with pytest.raises(DataError, match="not a readable record"):
+        IterationRecord(tmp_path, 3)
+
+
+def test_fingerprints_see_changes(tmp_path: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_bytes(bytes(5_000))
+    (folder / "config.json").write_text("{}")
+    before = folder_fingerprint(folder)
+    assert before == folder_fingerprint(folder)
+    (folder / "weights").write_bytes(bytes(4_999) + b"\1")
+    assert folder_fingerprint(folder) != before
+    with pytest.raises(DataError, match="is gone"):
+        folder_fingerprint(tmp_path / "absent")
+    assert file_fingerprint(folder / "weights") != file_fingerprint(folder / "config.json")
+    with pytest.raises(DataError, match="a finished stage made it"):
+        file_fingerprint(tmp_path / "absent")
+
+
+def test_the_table_names_what_was_dropped() -> None:
+    metrics = model_metrics(ROWS, GREEDY, n_resamples=20)
+    minus = {"greedy_pass@1": {"value": 0.1, "low": None, "high": None}, **differences(ROWS, ROWS, n_resamples=20)}
+    training = {
+        "problems": 2,
+        "solutions": 6,
+        "labelled": 5,
+        "dropped": {"duplicate": 1},
+        "right_answers": 3,
+        "wrong_answers": 2,
+        "conflicts": 1,
+        "converted": {"to": "demonstrations", "counts": {"rows": 3, "wrong_answer": 2}},
+        "rows": 3,
+    }
+    summary = {
+        "problems": 2,
+        "samples": 3,
+        "labeller": "monte_carlo",
+        "models": [
+            {"name": "M0", "metrics": metrics, "minus_M0": None, "training": None},
+            {"name": "M1", "metrics": metrics | {"kl_per_solution": None}, "minus_M0": minus, "training": training},
+        ],
+    }
+    lines = notes(summary)
+    assert lines[0].startswith("M1 minus M0 on the same problems: right, greedy +10.0; right, sampled +0.0 (")
+    assert lines[1] == (
+        "iteration 1: 5 of 6 solutions of 2 problems labelled (dropped: 1 duplicate); 3 right answers, 1 of them with "
+        "a wrong step, 2 wrong; demonstrations: 3 rows, 2 wrong answer"
+    )
+    assert any("continuations of M0" in line for line in lines)
+    assert any("temperature 1" in line for line in lines)
+    console = Console(width=100, record=True)
+    print_summary(console, summary)
+    text = console.export_text()
+    assert "majority of 3" in text
+    assert "rows trained on" in text

@@ -1,0 +1,191 @@
+"""Settings of an iterated training: what they become, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.commands import iterate, label
+from stepkd.errors import ConfigError, DataError
+from stepkd.iteration.command import label_arguments, pair_arguments
+from stepkd.iteration.spec import explicit_word, find_recipe, iteration_seed, load_spec, put
+from stepkd.iteration.stages import Iteration, training_settings
+from stepkd.labels import LabelSpec
+from stepkd.launch import LaunchInfo, detect_launch
+
+
+def parsed(arguments: list[str], module: Any) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_jobs_of_an_iteration(small: Any, write: Any) -> None:
+    spec = load_spec(write(small()), {"problems_per_iteration": 5, "evaluation.label": {"template": "plain"}})
+    first, second = (spec.label_spec(k, out="a", model=f"M{k - 1}") for k in (1, 2))
+    assert first.problems == 'task:task="modular:terms=3,modulus=3",n=16,split=train,offset=0,limit=5'
+    assert second.problems == 'task:task="modular:terms=3,modulus=3",n=16,split=train,offset=5,limit=5'
+    assert (first.samples, first.labeller, first.dedupe) == (4, "checker", True)
+    assert first.seed != second.seed
+    held_out = [spec.held_out_spec(out="b", model=model) for model in ("M0", "M1")]
+    assert held_out[0].seed == held_out[1].seed, "every model is sampled with the same noise"
+    assert (held_out[0].samples, held_out[0].dedupe, held_out[0].template) == (4, False, "plain")
+
+
+def test_the_same_problems_get_other_noise(small: Any, write: Any) -> None:
+    spec = load_spec(write(small()))
+    first, second = (spec.label_spec(k, out="a", model="m") for k in (1, 2))
+    assert first.problems == second.problems
+    assert first.seed != second.seed
+    assert len({iteration_seed(0, purpose, k) for purpose in ("label", "train") for k in range(50)}) == 100
+
+
+def test_held_out_sampling_is_its_own(small: Any, write: Any) -> None:
+    settings = small(label={"labeller": "checker", "temperature": 0.7, "top_p": 0.9, "limit": 3, "template": "plain"})
+    held_out = load_spec(write(settings)).held_out_spec(out="b", model="m")
+    assert (held_out.temperature, held_out.top_p, held_out.limit, held_out.template) == (1.0, 1.0, None, "plain")
+
+
+@pytest.mark.parametrize(
+    ("word", "explicit"),
+    [
+        ("gsm8k", "gsm8k:split=train"),
+        ("gsm8k:split=test,limit=3", "gsm8k:split=test,limit=3,split=test"),
+        ("dir/rows.jsonl", "rows:path=dir/rows.jsonl,split=train"),
+        ('task:task="modular:terms=3",n=4', 'task:task="modular:terms=3",n=4,split=train'),
+    ],
+)
+def test_explicit_words(word: str, explicit: str) -> None:
+    assert explicit_word(word) == explicit
+
+
+def test_training_settings_of_both_references(small: Any, write: Any, tmp_path: Path) -> None:
+    spec = load_spec(write(small("models/m0")), {"reference": "kept", "iterations": 3})
+    settings = training_settings(Iteration(spec, tmp_path, 2, "", print), tmp_path / "rows.jsonl")
+    arguments = settings["model"]["init_args"]
+    assert arguments["policy"]["path"] == str(tmp_path / "iteration-1" / "model")
+    assert arguments["reference"] == {"path": "models/m0"}
+    assert settings["data"]["init_args"]["train"]["path"] == str(tmp_path / "rows.jsonl")
+    assert settings["trainer"]["max_steps"] == 3
+    spec = load_spec(write(small("models/m0")))
+    settings = training_settings(Iteration(spec, tmp_path, 1, "", print), tmp_path / "rows.jsonl")
+    assert settings["model"]["init_args"] == {"policy": {"path": "models/m0"}}, "the module starts at its reference"
+
+
+def test_identity_leaves_out_what_may_change(small: Any, write: Any) -> None:
+    path = write(small())
+    spec = load_spec(path)
+    assert spec.identity() == load_spec(path, {"iterations": 7, "launcher": "torchrun"}).identity()
+    assert spec.identity() != load_spec(path, {"seed": 1}).identity()
+    recipe = spec.identity()["train"]["recipes"]["recipes/tiny/sft.yaml"]
+    assert recipe["trainer"]["max_steps"] == 800, "the recipe's settings themselves, not its name"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"iteration": 3}, "no key 'iteration'. Did you mean 'iterations'"),
+        ({"label.sampels": 3}, "label: no key 'sampels'. Did you mean 'samples'"),
+        ({"evaluation.problms": "x"}, "Did you mean 'problems'"),
+        ({"train.recipe": []}, "train: no key 'recipe'. Did you mean 'recipes'"),
+        ({"label.labeller": "cheker"}, "did you mean 'checker'"),
+        ({"label.samples": "many"}, "label: .*samples.*many"),
+        ({"label.seed": 3}, "label: seed is set by the iteration itself"),
+        ({"evaluation.label": {"samples": 3}}, "evaluation: label: samples is set by the iteration itself"),
+        ({"iterations": 0}, "iterations=0: must be at least 1"),
+        ({"problems_per_iteration": 0}, "problems_per_iteration=0"),
+        ({"reference": "rset"}, "reference.*rset"),
+        ({"convert.to": "demonstration"}, "Did you mean 'demonstrations'"),
+        ({"convert": {"soft": True}}, "convert: needs `to`"),
+        ({"convert.sof": True}, "convert: no key 'sof'. Did you mean 'soft'"),
+        ({"pairs": {"to": "step_preference"}}, "convert and pairs both"),
+        ({"convert": None, "pairs": {"to": "step_prefrence"}}, "Did you mean 'step_preference'"),
+        ({"convert": None, "pairs": {"to": "step_preference", "continuation": 3}}, "Did you mean 'continuations'"),
+        ({"convert": None, "pairs": {"to": "step_preference", "continuations": "x"}}, "pairs: .*invalid int"),
+        ({"convert": None, "pairs": {"to": "step_preference", "seed": 3}}, "pairs: no option 'seed'"),
+        ({"evaluation.samples": 1}, "at least 2 samples"),
+        ({"evaluation.temperature": 0.0}, "a temperature above 0"),
+        ({"evaluation.problems": "prm800k:path=x.jsonl"}, "source 'prm800k' cannot be evaluated"),
+        ({"label.segmenter": "adaptive_step"}, "set evaluation.label.segmenter"),
+        ({"train.recipes": []}, "recipes names no file"),
+        ({"train.overrides.data.init_args.train.path": "x"}, "is set by every iteration itself"),
+        ({"model": None}, "the key 'model' is missing"),
+        ({"evaluation": {"samples": 4}}, "evaluation: the key 'problems' is missing"),
+        ({"model.path": "x"}, "model has no keys"),
+    ],
+)
+def test_refused_settings(small: Any, write: Any, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_spec(write(small()), overrides)
+    assert "settings.yaml" in str(caught.value)
+
+
+def test_refused_files(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read the settings"):
+        load_spec(tmp_path / "absent.yaml")
+    with pytest.raises(DataError, match="line 3"):
+        load_spec(write("a: 1\nb: [\n"))
+    with pytest.raises(DataError, match="must be keys with values"):
+        load_spec(write("- 1\n"))
+    with pytest.raises(DataError, match="this is a training recipe"):
+        load_spec(find_recipe("recipes/tiny/sft.yaml"))
+    with pytest.raises(ConfigError, match=r"no file 'recipes/tiny/stf.yaml'. Did you mean 'recipes/tiny/sft.yaml'"):
+        find_recipe("recipes/tiny/stf.yaml")
+
+
+def test_put_keeps_dotted_training_keys_whole() -> None:
+    settings: dict[str, Any] = {"train": {"overrides": {"seed_everything": 1}}, "label": None}
+    put(settings, "train.overrides.trainer.max_steps", 5)
+    put(settings, "label.samples", 2)
+    assert settings == {
+        "train": {"overrides": {"seed_everything": 1, "trainer.max_steps": 5}},
+        "label": {"samples": 2},
+    }
+
+
+def test_command_line_overrides() -> None:
+    arguments = parsed(
+        ["--config", "x", "--evaluation", "gsm8k", "--iterations", "2", "--set", "label.samples=8", "--set", "a=null"],
+        iterate,
+    )
+    assert iterate.overrides(arguments) == {
+        "evaluation.problems": "gsm8k",
+        "iterations": 2,
+        "label.samples": 8,
+        "a": None,
+    }
+    with pytest.raises(ConfigError, match="write KEY=VALUE"):
+        iterate.overrides(parsed(["--config", "x", "--set", "label.samples"], iterate))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dedupe": False, "extractors": ("hash", "boxed"), "stop": ("a b", "\n\n"), "early_stop": True},
+        {"labeller": "judge", "judge": "m", "reference": True, "soft": True, "threshold": 0.25, "device": "cpu"},
+        {"segmenter": "entropy", "quantile": 0.1, "max_rows": 7, "deadline_s": 0.5, "dtype": "float32", "limit": 3},
+        {"max_new_tokens": 9, "top_k": 3, "top_p": 0.5, "label_temperature": 0.3, "outcome_scope": "all", "seed": 9},
+    ],
+)
+def test_label_arguments_say_the_whole_job(changes: dict[str, Any]) -> None:
+    spec = LabelSpec(out="o", problems="task:task=modular", model="m", **changes)
+    assert label._spec(parsed(label_arguments(spec), label), one_process()) == spec
+
+
+def test_pair_arguments_share_the_labelling_jobs_settings(small: Any, write: Any) -> None:
+    changes = {"convert": None, "pairs": {"to": "step_preference", "continuations": 4, "check_step": True}}
+    spec = load_spec(write(small(**changes)))
+    words = pair_arguments(spec.pairs or {}, spec.label_spec(1, out="labels", model="m"), out="pairs", seed=5)
+    arguments = parsed(words[1:], label)
+    assert words[0] == "label"
+    assert (arguments.rollouts, arguments.model, arguments.out, arguments.seed) == ("labels", "m", "pairs", 5)
+    assert (arguments.continuations, arguments.check_step, arguments.max_new_tokens) == (4, True, 24)
+    assert (arguments.problems, arguments.device) == (None, "cpu")
+
+
+def one_process() -> LaunchInfo:
+    return detect_launch({})

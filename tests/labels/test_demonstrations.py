@@ -1,0 +1,78 @@
+"""Labelled solutions to demonstrations: which are kept, which are left out, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.rows import DEMONSTRATION
+from stepkd.data.spec import DataSpec, load_rows
+from stepkd.errors import DataError
+from stepkd.labels import CONVERTERS, convert_rows
+
+
+def rollout(name: str, correct: bool | None, labels: list[bool | None], finish: str = "stop") -> dict[str, Any]:
+    return {
+        "id": name,
+        "problem_id": "p",
+        "prompt": "1+1=",
+        "answer": "2",
+        "completion": "1+1=2\n#### 2",
+        "token_ids": [5, 6],
+        "step_ends": [1, 2],
+        "finish": finish,
+        "correct": correct,
+        "step_labels": labels,
+        "labelling": {"labeller": "checker"},
+    }
+
+
+ROWS = [
+    rollout("a", True, [True, True]),
+    rollout("b", True, [False, True]),
+    rollout("c", False, [False, False]),
+    rollout("d", True, [True, True], finish="length"),
+    rollout("e", None, [True, None]),
+]
+
+
+def test_right_answers_are_kept() -> None:
+    converted = convert_rows(ROWS, "demonstrations")
+    assert [row["id"] for row in converted.rows] == ["a", "b"]
+    assert converted.counts == {"rows": 2, "cut_off": 1, "ungraded": 1, "wrong_answer": 1}
+    assert converted.rows[0] == {
+        "id": "a",
+        "problem_id": "p",
+        "prompt": "1+1=",
+        "answer": "2",
+        "solution": "1+1=2\n#### 2",
+        "labelling": {"labeller": "checker"},
+    }
+
+
+def test_clean_demonstrations_have_no_wrong_step() -> None:
+    converted = convert_rows(ROWS, "clean_demonstrations")
+    assert [row["id"] for row in converted.rows] == ["a"]
+    assert converted.counts["wrong_step"] == 1
+
+
+def test_stepwise_rows_are_joined_as_written() -> None:
+    row = {"id": "a", "prompt": "?", "completions": ["one", "two\n", "#### 2"], "labels": [True, True, True]}
+    (found,) = convert_rows([row | {"outcome": True}], "demonstrations").rows
+    assert found["solution"] == "one\ntwo\n#### 2"
+    with pytest.raises(DataError, match=r"none of 1 rows is left \(1 ungraded\)"):
+        convert_rows([row], "demonstrations")
+
+
+def test_none_left_says_why() -> None:
+    with pytest.raises(DataError, match=r"none of 2 rows is left \(1 cut_off, 1 wrong_answer\)"):
+        convert_rows(ROWS[2:4], "clean_demonstrations")
+
+
+def test_written_rows_can_be_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert CONVERTERS["demonstrations"].write(convert_rows(ROWS, "demonstrations").rows, path) == 2
+    rows = load_rows(DataSpec(path=str(path)), contract=DEMONSTRATION)
+    assert [row["solution"] for row in rows] == ["1+1=2\n#### 2"] * 2

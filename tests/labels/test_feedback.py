@@ -1,0 +1,158 @@
+"""Binary step feedback and unpaired rows, by hand and by count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.rows import ROLLOUT, UNPAIRED, validate
+from stepkd.data.spec import load_rows, parse_spec
+from stepkd.errors import ConfigError, DataError
+from stepkd.labels import CONVERTERS, ConvertOptions, convert_rows
+
+
+def rollout(problem: str, sample: int, labels: list[Any] | None, correct: bool | None, **given: Any) -> dict[str, Any]:
+    """A rollout of ``len(labels)`` steps (three where there are none), one token per step, of a text of its own."""
+    steps = [f"{problem}{sample} line {i}\n" for i in range(len(labels or [0, 0, 0]))]
+    row = {
+        "id": f"{problem}/{sample}",
+        "problem_id": problem,
+        "prompt": f"{problem}?\n",
+        "completion": "".join(steps),
+        "token_ids": [7 + i for i in range(len(steps))],
+        "logprobs": [-1.0] * len(steps),
+        "step_ends": list(range(1, len(steps) + 1)),
+        "finish": "stop",
+        "correct": correct,
+        "model": "m",
+        "sampling": {"temperature": 1.0},
+        "seed": 0,
+        "answer": "1",
+        "steps": steps,
+        "labelling": {"labeller": "x"},
+    }
+    return row | ({} if labels is None else {"step_labels": labels}) | given
+
+
+def stepwise(identity: str, labels: list[Any], outcome: bool | None) -> dict[str, Any]:
+    row = {"id": identity, "prompt": f"{identity}?", "completions": [f"{identity} {i}" for i in range(len(labels))]}
+    return row | {"labels": labels} | ({} if outcome is None else {"outcome": outcome})
+
+
+def test_binary_by_count() -> None:
+    rows = [
+        rollout("a", 0, [True, False, None], True),  # a conflict
+        rollout("a", 1, [True, True], None),  # not graded
+        rollout("b", 0, [1, 0, -1], False),
+        rollout("c", 0, [0.9, 0.5, 0], True),  # 0.5 is not above the threshold, 0 is a chance; a conflict
+        rollout("d", 0, None, True),
+        rollout("d", 1, [None, None], True),
+        stepwise("e", [1, 0], True),
+    ]
+    twin = rows[0] | {"id": "a/9"}
+    found = convert_rows([*rows, twin], "binary")
+    assert [(row["id"], row.get("step_labels", row.get("labels"))) for row in found.rows] == [
+        ("a/0", [True, False, None]),
+        ("a/1", [True, True]),
+        ("b/0", [True, True, False]),
+        ("c/0", [True, False, False]),
+        ("e", [True, True]),
+    ]
+    assert found.counts == {
+        "rows": 5,
+        "right_steps": 8,
+        "wrong_steps": 4,
+        "neutral_steps": 2,
+        "unlabelled_steps": 1,
+        "right_answers_with_a_wrong_step": 2,
+        "rows_without_labels": 2,
+        "rows_without_outcome": 1,
+        "duplicates": 1,
+        "problems_all_identical": 0,
+    }
+    for row, source in zip(found.rows, [*rows[:4], rows[6]], strict=True):
+        same = {name: value for name, value in source.items() if name not in ("step_labels", "labels")}
+        assert same == {name: row[name] for name in same}, "ids, outcome and provenance are untouched"
+
+
+@pytest.mark.parametrize(("neutral", "marks"), [("wrong", [True, False, False]), ("mask", [True, None, False])])
+def test_binary_neutral(neutral: Any, marks: list[Any]) -> None:
+    found = convert_rows([rollout("b", 0, [1, 0, -1], False)], "binary", ConvertOptions(neutral=neutral))
+    assert found.rows[0]["step_labels"] == marks
+    assert found.counts["neutral_steps"] == 1
+    assert found.counts["unlabelled_steps"] == 0, "a masked rating is counted as neutral, not twice"
+
+
+def test_binary_soft_takes_the_values() -> None:
+    rows = [rollout("a", 0, [False, False], True, step_values=[1, 0.25]), rollout("a", 1, [True, True], True)]
+    found = convert_rows(rows, "binary", ConvertOptions(soft=True, threshold=0.0))
+    assert [row["step_labels"] for row in found.rows] == [[True, True]]
+    assert found.counts["rows_without_labels"] == 1
+    assert convert_rows(rows, "binary", ConvertOptions(soft=True)).rows[0]["step_labels"] == [True, False]
+
+
+def test_problems_whose_samples_are_all_alike() -> None:
+    one = rollout("a", 0, [True], True)
+    rows = [one, one | {"id": "a/1"}, rollout("b", 0, [True], True), rollout("c", 0, [True], True)]
+    rows.append(one | {"id": "a/2", "finish": "length"})
+    assert convert_rows(rows[:4], "binary").counts["problems_all_identical"] == 1
+    cut_off = convert_rows(rows, "binary")
+    assert cut_off.counts["problems_all_identical"] == 0, "without its end token it is another solution"
+    assert cut_off.counts["duplicates"] == 1
+
+
+def test_binary_is_written_and_read(tmp_path: Path) -> None:
+    found = convert_rows([rollout("a", 0, [True, False], True), rollout("b", 0, [True], False)], "binary")
+    assert CONVERTERS["binary"].write(found.rows, tmp_path / "b.jsonl") == 2
+    assert load_rows(parse_spec(str(tmp_path / "b.jsonl")), contract=ROLLOUT) == found.rows
+
+
+def test_unpaired() -> None:
+    rows = [
+        rollout("a", 0, None, True, task="t", meta={"x": 1}),
+        rollout("a", 1, None, None),
+        rollout("b", 0, None, False, finish="length"),
+        rollout("b", 1, None, False, completion=" \n"),
+        stepwise("c", [True, False], False),
+    ]
+    found = convert_rows([*rows, rows[0] | {"id": "again"}], "unpaired")
+    for row in found.rows:
+        validate(row, UNPAIRED, extra="error" if row["id"] == "c" else "keep")
+    assert found.rows[0] == {
+        "id": "a/0",
+        "problem_id": "a",
+        "prompt": "a?\n",
+        "completion": rows[0]["completion"],
+        "label": True,
+        "answer": "1",
+        "task": "t",
+        "meta": {"x": 1},
+    }
+    assert [(row["id"], row["label"]) for row in found.rows] == [("a/0", True), ("b/0", False), ("c", False)]
+    assert found.rows[2]["completion"] == "c 0\nc 1", "steps without separators are written on lines"
+    assert found.counts == {
+        "rows": 3,
+        "right": 1,
+        "wrong": 2,
+        "cut_off": 1,
+        "rows_without_outcome": 1,
+        "empty_completions": 1,
+        "duplicates": 1,
+        "problems_all_identical": 0,
+    }
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(DataError, match=r"none of 1 rows is left .*1 rows_without_outcome"):
+        convert_rows([rollout("a", 0, [True], None)], "unpaired")
+    with pytest.raises(DataError, match="a/0: has 2 labels for 1 steps"):
+        convert_rows([rollout("a", 0, [True, True], True, step_ends=[1])], "binary")
+    with pytest.raises(DataError, match="a/0, column 'step_labels': mixes true/false with numbers"):
+        convert_rows([rollout("a", 0, [True, 0.5], True)], "binary")
+    with pytest.raises(DataError, match=r"x: neither a rollout .* nor a stepwise row"):
+        convert_rows([{"id": "x", "prompt": "p", "answer": "1"}], "binary")
+    for wrong in ({"neutral": "rigth"}, {"threshold": 1.0}, {"max_pairs": 0}, {"chosen_steps": "right"}):
+        with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
+            ConvertOptions(**wrong)  # type: ignore[arg-type]

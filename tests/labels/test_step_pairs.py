@@ -1,0 +1,511 @@
+"""Step-DPO pairs: the sides and their ids, every reason for dropping, ranks and interruptions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.rows import STEP_PREFERENCE
+from stepkd.data.spec import load_rows, parse_spec
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.labels import LabelSpec, StepPairSpec, run_pair_job, step_pair_parts
+from stepkd.labels.next_step import next_step, segmenter_of
+from stepkd.labels.step_pairs import first_wrong_step
+from stepkd.models import Policy
+from stepkd.rollout import Branch, BranchRollouts, Rollout, SamplingSpec
+from stepkd.scorers.scorer import Solutions
+from stepkd.steps import AdaptiveStepSegmenter, EntropySegmenter, RegexSegmenter, get_segmenter, segment, text_from_ids
+
+WRONG = ["1+1=0\n", "0*1=1\n", "#### 1"]  # right, wrong, wrong; the answer is 0
+RIGHT = "0*1=0\n#### 0"
+TASK = {"task": "modular:terms=3,modulus=2,operators=+-*", "meta": {"numbers": [1, 1, 1], "operators": "+*"}}
+
+Pairs = Callable[..., dict[str, Any] | None]
+
+
+def encode(policy: Policy, text: str, *, eos: bool = True) -> tuple[int, ...]:
+    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return (*ids, *[policy.tokenizer.eos_token_id] * eos)
+
+
+def rollout(
+    policy: Policy, identity: str, steps: Sequence[str], labels: list[Any] | None, **given: Any
+) -> dict[str, Any]:
+    eos = given.get("finish", "stop") == "stop"
+    ids = list(encode(policy, "".join(steps), eos=eos))
+    ends = [len(encode(policy, "".join(steps[: i + 1]), eos=False)) for i in range(len(steps))]
+    ends[-1] = len(ids)
+    row = {
+        "id": identity,
+        "problem_id": identity.partition("/")[0],
+        "prompt": "1+1*1%2=\n",
+        "completion": "".join(steps),
+        "token_ids": ids,
+        "logprobs": [-1.0] * len(ids),
+        "step_ends": ends,
+        "finish": "stop",
+        "correct": False,
+        "model": "tiny-0.1m",
+        "sampling": {"temperature": 1.0},
+        "seed": 0,
+        "answer": "0",
+        "steps": list(steps),
+        **TASK,
+    }
+    return row | ({} if labels is None else {"step_labels": labels}) | given
+
+
+class ScriptedSampler:
+    """Continues every prefix with the same given texts; keeps what it was asked for, and may stop at a call."""
+
+    def __init__(
+        self, policy: Policy, texts: Sequence[str], *, finish: str = "stop", stop_at: int | None = None
+    ) -> None:
+        self.policy, self.texts, self.finish, self.stop_at = policy, texts, finish, stop_at
+        self.asked: list[Branch] = []
+        self.calls = 0
+
+    def sample_branches(self, branches: Sequence[Branch], spec: SamplingSpec, **options: Any) -> list[BranchRollouts]:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        assert spec.n == len(self.texts)
+        self.asked += branches
+        return [
+            BranchRollouts((tuple(self._rollout(b, j) for j in range(spec.n)),), len(branch.token_ids))
+            for b, branch in enumerate(branches)
+        ]
+
+    def _rollout(self, b: int, j: int) -> Rollout:
+        ids = encode(self.policy, self.texts[j], eos=self.finish == "stop")
+        return Rollout(b, j, ids, (-1.0,) * len(ids), (-1.0,) * len(ids), self.finish, self.texts[j])  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def pair_spec(tmp_path: Path) -> StepPairSpec:
+    return StepPairSpec(
+        out=str(tmp_path / "pairs"),
+        rollouts=str(tmp_path / "rows.jsonl"),
+        continuations=2,
+        max_new_tokens=24,
+        max_rows=4,
+        extractors=("hash",),
+        dtype="float64",
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def build(policy: Policy) -> Pairs:
+    """Write rows, and run the job with a sampler that says these texts."""
+
+    def start(
+        spec: StepPairSpec,
+        rows: Sequence[dict[str, Any]] | None = None,
+        texts: Sequence[str] = (),
+        *,
+        sampler: Any = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> dict[str, Any] | None:
+        if rows is not None:
+            Path(spec.rollouts).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if texts:
+            spec = replace(spec, continuations=len(texts))
+            sampler = ScriptedSampler(policy, texts)
+        parts = step_pair_parts(spec, policy=policy, sampler=sampler, overwrite=overwrite)
+        return run_pair_job(parts, spec.out, overwrite=overwrite, **options)
+
+    return start
+
+
+def pairs(spec: StepPairSpec) -> list[dict[str, Any]]:
+    return load_rows(parse_spec(spec.out), contract=STEP_PREFERENCE)
+
+
+def content(spec: StepPairSpec) -> tuple[bytes, ...]:
+    return tuple((Path(spec.out) / name).read_bytes() for name in ("pairs.jsonl", "summary.json"))
+
+
+# ---- the pairs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_by_hand(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+    row = rollout(policy, "p/0", WRONG, [True, False, False], labelling={"labeller": "checker"})
+    sampler = ScriptedSampler(policy, ["0*1=1\n#### 0", "0*1=1\n#### 1", RIGHT, RIGHT, "0*1= 0\n#### 0"])
+    summary = build(replace(pair_spec, continuations=5, max_pairs=2), [row], sampler=sampler)
+    (branch,) = sampler.asked
+    prompt_ids = branch.token_ids[: len(branch.token_ids) - len(encode(policy, WRONG[0], eos=False))]
+    assert policy.tokenizer.decode(prompt_ids).endswith("1+1*1%2=\n")
+    assert (branch.cuts, branch.index) == ([len(branch.token_ids)], 0), "one prefix, read once"
+    found = pairs(pair_spec)
+    assert [row["id"] for row in found] == ["p/0/0", "p/0/1"]
+    assert [row["chosen"] for row in found] == ["0*1=0\n", "0*1= 0\n"], "in the order they were drawn"
+    for pair, sample in zip(found, (2, 4), strict=True):
+        assert (pair["prefix"], pair["rejected"]) == ([WRONG[0]], WRONG[1])
+        assert pair["prefix_ids"] + pair["rejected_ids"] == row["token_ids"][: row["step_ends"][1]]
+        assert pair["chosen_ids"] == list(encode(policy, pair["chosen"], eos=False)), "no end token on a step between"
+        assert (pair["problem_id"], pair["answer"], pair["meta"]) == ("p", "0", TASK["meta"])
+        assert pair["labelling"] == {"labeller": "checker"}
+        assert pair["pair_facts"] == {
+            "rollout": "p/0", "answer_was_right": False, "sample": sample, "continuations": 5, "right_continuations": 4
+        }  # fmt: skip
+        facts = pair["pairing"]
+        assert (facts["builder"], facts["temperature"], facts["top_p"], facts["seed"]) == ("step_dpo", 0.8, 0.95, 0)
+        assert (facts["continuations"], facts["model"], facts["check"]) == (5, "tiny-0.1m", None)
+    assert summary is not None
+    assert summary["dropped"] == {}
+    assert summary["by_position"] == [{"position": 1, "pairs": 2, "share": 1.0}]
+    texts = sampler.texts
+    assert summary["facts"] == {
+        "continuations": 5,
+        "repeated_steps": 1,
+        "right_continuations": 4,
+        "steps_beyond_max_pairs": 0,
+        "steps_like_the_wrong_one": 1,
+        "steps_that_failed_the_check": 0,
+        "tokens_generated": sum(len(encode(policy, text)) for text in texts),
+        "tokens_prefilled": len(branch.token_ids),
+        "unusable_steps": 0,
+    }
+
+
+def test_the_last_step_keeps_its_end_token_and_the_prefix_may_be_empty(
+    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+) -> None:
+    eos = policy.tokenizer.eos_token_id
+    rows = [
+        rollout(policy, "p/0", [WRONG[0], "0*1=0\n", "#### 1"], [True, True, False]),
+        rollout(policy, "q/0", ["#### 1"], [False]),
+    ]
+    build(pair_spec, rows, ["#### 0", "\n#### 0\n"])
+    last, first = pairs(pair_spec)
+    assert (last["chosen"], last["rejected"]) == ("#### 0", "#### 1")
+    assert last["chosen_ids"][-1] == last["rejected_ids"][-1] == eos
+    assert last["prefix_ids"] + last["rejected_ids"] == rows[0]["token_ids"]
+    assert "".join([*last["prefix"], last["rejected"]]) == rows[0]["completion"]
+    assert (first["prefix"], first["prefix_ids"], first["rejected_ids"]) == ([], [], rows[1]["token_ids"])
+
+
+def test_dropped_by_reason(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+    labels = [True, False, False]
+    rows = [
+        rollout(policy, "a/0", WRONG, labels),
+        rollout(policy, "b/0", WRONG, None),
+        rollout(policy, "c/0", WRONG, [True, True, True]),
+        rollout(policy, "d/0", WRONG, [None, False, True]),
+        rollout(policy, "e/0", WRONG, labels, correct=True),
+        rollout(policy, "f/0", WRONG, labels, correct=None),
+        rollout(policy, "g/0", WRONG[:2], [True, False], finish="length"),
+        rollout(policy, "h/0", ["1+1=0\n" * 50, *WRONG[1:]], labels, prompt="1" * 1000 + "\n"),
+        rollout(policy, "i/0", WRONG, labels, answer="7"),
+        rollout(policy, "j/0", [WRONG[0], "0*1=0\n", "#### 1"], [True, False, False]),
+    ]
+    summary = build(pair_spec, rows, [RIGHT, "0*1=1\n#### 1"])
+    assert summary is not None
+    assert summary["dropped"] == {
+        "first_error_unknown": 1,
+        "no_labels": 1,
+        "no_right_continuation": 1,
+        "no_wrong_step": 1,
+        "only_the_wrong_step": 1,
+        "right_answer": 1,
+        "too_long": 1,
+        "ungraded": 1,
+        "wrong_step_cut_off": 1,
+    }
+    assert [row["id"] for row in pairs(pair_spec)] == ["a/0/0"]
+    assert (summary["items"], summary["items_with_pairs"], summary["problems"]) == (10, 1, 1)
+    both = build(replace(pair_spec, take="all", out=pair_spec.out + "-all"), rows, [RIGHT, "0*1=1\n#### 1"])
+    assert both is not None
+    assert both["pairs"] == 3
+    assert not {"right_answer", "ungraded"} & set(both["dropped"])
+    conflict = pairs(replace(pair_spec, out=pair_spec.out + "-all"))[1]
+    assert (conflict["id"], conflict["pair_facts"]["answer_was_right"]) == ("e/0/0", True)
+
+
+def test_nothing_left_is_an_error_and_the_summary_says_why(
+    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+) -> None:
+    after_the_answer = rollout(policy, "a/0", ["#### 0\n", "0*1=1\n"], [True, False])
+    with pytest.raises(DataError, match=r"no pair could be made from 1 items \(1 no_usable_step\)"):
+        build(pair_spec, [after_the_answer], ["", " "])
+    summary = json.loads((Path(pair_spec.out) / "summary.json").read_text())
+    assert (summary["dropped"], summary["facts"]["unusable_steps"]) == ({"no_usable_step": 1}, 2)
+    assert not (Path(pair_spec.out) / "pairs.jsonl").exists()
+
+
+def test_the_same_mistake_of_several_solutions_counts_once(
+    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+) -> None:
+    labels = [True, False, False]
+    rows = [
+        rollout(policy, "a/0", WRONG, labels),
+        rollout(policy, "a/1", [*WRONG[:2], "#### 5"], labels),
+        rollout(policy, "a/2", [WRONG[0], "0*1=8\n", "#### 8"], labels),
+        rollout(policy, "b/0", WRONG, labels),
+    ]
+    summary = build(pair_spec, rows, [RIGHT])
+    assert [row["id"] for row in pairs(pair_spec)] == ["a/0/0", "a/2/0", "b/0/0"]
+    assert summary is not None
+    assert (summary["pairs"], summary["items_with_pairs"], summary["dropped"]) == (3, 3, {"repeated_pair": 1})
+
+
+def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairSpec) -> None:
+    def step(labels: list[Any], **settings: Any) -> int | str:
+        return first_wrong_step(rollout(policy, "a/0", WRONG, labels), replace(pair_spec, **settings))
+
+    assert step([1, 0, -1]) == 2
+    assert step([1, 0, -1], neutral="wrong") == 1
+    assert step([1, 0, -1], neutral="mask") == "first_error_unknown"
+    assert step([0.9, 0.6, 0.5]) == 2
+    assert step([0.9, 0.6, 0.5], threshold=0.7) == 1
+    assert step([0.9, 0.6, 0.5], threshold=0.1) == "no_wrong_step"
+
+
+# ---- the check of the better step ----------------------------------------------------------------------------------
+
+
+def test_the_better_step_is_checked(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+    spec = replace(pair_spec, check_step=True)
+    rows = [rollout(policy, "a/0", WRONG, [True, False, False])]
+    lucky = "1*1=1\n#### 0"  # a wrong step that ends right
+    summary = build(spec, rows, [lucky, RIGHT])
+    assert summary is not None
+    assert summary["facts"]["steps_that_failed_the_check"] == 1
+    assert [row["chosen"] for row in pairs(spec)] == ["0*1=0\n"]
+    assert pairs(spec)[0]["pairing"]["check"]["scorer"]["scorer"] == "checker"
+    with pytest.raises(DataError, match=r"1 failed_the_check"):
+        build(replace(spec, out=spec.out + "-2"), rows, [lucky, lucky])
+    unknown = [{name: value for name, value in rows[0].items() if name not in TASK}]
+    with pytest.raises(ConfigError, match=r"no exact checker for row 'a/0'.*--judge"):
+        build(replace(spec, template="task", out=spec.out + "-3"), unknown, [RIGHT])
+
+
+class StubScorer:
+    """Scores every step by its length in tenths; no score for one that was cut off."""
+
+    meaning = "correctness"
+
+    def __init__(self) -> None:
+        self.asked: list[Solutions] = []
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        self.asked += problems
+        return [[[math.nan if "x" in s else len(s) / 10 for s in steps] for steps in p.solutions] for p in problems]
+
+    def provenance(self) -> dict[str, Any]:
+        return {"scorer": "stub"}
+
+
+def test_a_scorer_checks_the_better_step(
+    pair_spec: StepPairSpec, build: Pairs, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, loaded = StubScorer(), []
+    monkeypatch.setattr("stepkd.labels.step_check.load_scorer", lambda *given: loaded.append(given) or scorer)
+    rows = [rollout(policy, f"{name}/0", WRONG, [True, False, False]) for name in "ab"]
+    rows[1] |= {"answer": "5"}  # nothing to check there
+    spec = replace(pair_spec, check_step=True, judge="judge:m", reference=True, threshold=0.4)
+    summary = build(spec, rows, ["1\n#### 0", "xxxx\n#### 0", "123\n#### 0"])
+    assert summary is not None
+    assert (loaded[0][0], loaded[0][1].reference) == ("judge:m", True)
+    (asked,) = scorer.asked
+    assert (asked.row["answer"], asked.row["prompt"]) == ("0", rows[0]["prompt"])
+    assert list(asked.solutions) == [[WRONG[0], step] for step in ("1\n", "xxxx\n", "123\n")]
+    assert [row["chosen"] for row in pairs(spec)] == ["123\n"], "0.4 passes, 0.2 and no score do not"
+    assert summary["facts"]["steps_that_failed_the_check"] == 2
+    assert summary["dropped"] == {"no_right_continuation": 1}
+
+
+# ---- how the next step is cut --------------------------------------------------------------------------------------
+
+
+def drawn(policy: Policy, text: str, **given: Any) -> Rollout:
+    ids = encode(policy, text, eos=given.get("finish", "stop") == "stop")
+    raw = given.pop("raw", (-0.1,) * len(ids))
+    return Rollout(0, 0, ids, (-1.0,) * len(ids), raw, given.get("finish", "stop"), text)
+
+
+@pytest.mark.parametrize(
+    "name", ["newline", "blank_line", "step_heading", "sentence", "whole", "regex:;", "regex_before:;"]
+)
+def test_the_step_is_the_rows_next_one(policy: Policy, name: str) -> None:
+    """Cutting a continuation alone gives the step that cutting the whole solution gives."""
+    whole = "a. b;\n\nStep 2: c; d\ne. f"
+    segmenter = get_segmenter(name)
+    ids = encode(policy, whole)
+    spans = segment(segmenter, text_from_ids(policy.tokenizer, ids))
+    for start, end in spans:
+        rest = Rollout(0, 0, ids[start:], (-1.0,) * len(ids[start:]), (-1.0,) * len(ids[start:]), "stop", "")
+        step = next_step(rest, ids[:start], segmenter, policy=policy, prompt_ids=(5,))
+        assert step is not None
+        assert (step.token_ids, step.ends) == (ids[start:end], end == len(ids))
+
+
+def test_steps_that_cannot_be_chosen(policy: Policy) -> None:
+    newline = get_segmenter("newline")
+
+    def step(rollout: Rollout) -> Any:
+        return next_step(rollout, (5,), newline, policy=policy, prompt_ids=(5,))
+
+    assert step(drawn(policy, "")) is None
+    assert step(drawn(policy, " \n")) is None
+    assert step(drawn(policy, "12", finish="length")) is None
+    assert step(drawn(policy, "12\n34", finish="length")).text == "12\n"
+
+
+def test_signal_segmenters(policy: Policy) -> None:
+    raw = (-0.1, -3.0, -0.1, -0.1, -0.1)
+    step = next_step(drawn(policy, "1234", raw=raw), (5,), AdaptiveStepSegmenter(0.5), policy=policy, prompt_ids=(5,))
+    assert step is not None
+    assert step.text == "12"
+    every = next_step(drawn(policy, "1234"), (5,), EntropySegmenter(0.0), policy=policy, prompt_ids=(5,))
+    assert every is not None
+    assert every.text == "1", "an untrained model is in doubt everywhere"
+
+
+def test_the_segmenter_of_a_row() -> None:
+    def of(facts: Any) -> Any:
+        return segmenter_of({"id": "a", "labelling": {"segmenter": facts}})
+
+    assert segmenter_of({"id": "a"}) == of(None) == of({"name": "of the row"}) == get_segmenter("newline")
+    assert of({"name": "sentence"}) == get_segmenter("sentence")
+    assert of({"name": "regex", "pattern": ";", "cut": "after"}) == RegexSegmenter(";")
+    assert of({"name": "adaptive_step", "threshold": 0.3, "side": "open", "min_tokens": 2}) == AdaptiveStepSegmenter(
+        0.3, "open", 2
+    )
+    with pytest.raises(ConfigError, match="'reject', which needs a teacher"):
+        of({"name": "reject", "threshold": 0.3})
+    with pytest.raises(DataError, match="other settings"):
+        of({"name": "entropy", "limit": 1})
+
+
+# ---- ranks and interruptions ---------------------------------------------------------------------------------------
+
+
+def many(policy: Policy) -> list[dict[str, Any]]:
+    """Seven solutions with a wrong step and two without, in no order."""
+    right = {3, 6}
+    return [
+        rollout(policy, f"p{i}/0", WRONG, [True, i in right, True], prompt=f"{i}+1*1%2=\n", **{"correct": False})
+        for i in range(9)
+    ]
+
+
+def test_ranks_do_not_change_the_pairs(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+    texts = [RIGHT, "0*1=1\n#### 0"]
+    build(pair_spec, many(policy), texts)
+    assert [row["id"] for row in pairs(pair_spec)] == [f"p{i}/0/0" for i in (0, 1, 2, 4, 5, 7, 8)]
+    for world_size in (2, 3):
+        sharded = replace(pair_spec, out=f"{pair_spec.out}-{world_size}")
+        sampler = ScriptedSampler(policy, texts)
+        results = [build(sharded, sampler=sampler, rank=r, world_size=world_size) for r in range(world_size)]
+        assert [result is None for result in results] == [True] * (world_size - 1) + [False]
+        assert content(sharded) == content(pair_spec)
+        assert sorted(branch.index for branch in sampler.asked) == [0, 1, 2, 4, 5, 7, 8], "no solution twice"
+
+
+def test_an_interruption_repeats_only_what_was_in_flight(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+    texts = [RIGHT, "0*1=1\n#### 0"]
+    whole = ScriptedSampler(policy, texts)
+    build(pair_spec, many(policy), sampler=whole)
+    assert whole.calls == 4
+    for stop_at in range(1, whole.calls + 1):
+        torn = replace(pair_spec, out=f"{pair_spec.out}-{stop_at}")
+        first, then = ScriptedSampler(policy, texts, stop_at=stop_at), ScriptedSampler(policy, texts)
+        with pytest.raises(KeyboardInterrupt):
+            build(torn, sampler=first)
+        assert not (Path(torn.out) / "pairs.jsonl").exists()
+        if stop_at == 2:  # a write cut off in the middle
+            with open(Path(torn.out) / "shards" / "pairs-0.jsonl", "ab") as file:
+                file.write(b'{"batch": 1, "batch_rows": 2, "id": "p')
+        assert build(torn, sampler=then, rank=0, world_size=1) is not None
+        assert content(torn) == content(pair_spec)
+        asked = [branch.index for branch in first.asked + then.asked]
+        assert sorted(asked) == sorted(branch.index for branch in whole.asked)
+    again = ScriptedSampler(policy, texts)
+    build(pair_spec, sampler=again)
+    assert again.calls == 0
+
+
+def test_a_real_sampler_draws_the_same_whatever_the_ranks(
+    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+) -> None:
+    """An untrained model, whose steps are single characters here; a prefix ends in the answer, and may go on without
+    another number."""
+    settings: dict[str, Any] = {"continuations": 8, "max_new_tokens": 6, "extractors": ("last_number",)}
+    pair_spec = replace(pair_spec, max_rows=16, max_pairs=3, segmenter="regex:[^0-9]", **settings)
+    rows = many(policy)
+    summary = build(pair_spec, rows)
+    assert summary is not None
+    assert summary["pairs"] > 7
+    assert summary["facts"]["right_continuations"] < summary["facts"]["continuations"] == 7 * 8
+    solutions = {row["id"]: row for row in rows}
+    for pair in pairs(pair_spec):
+        source = solutions[pair["pair_facts"]["rollout"]]
+        k = len(pair["prefix"])
+        assert source["step_labels"][: k + 1] == [True] * k + [False]
+        assert pair["prefix"] + [pair["rejected"]] == source["steps"][: k + 1]
+        assert pair["prefix_ids"] + pair["rejected_ids"] == source["token_ids"][: source["step_ends"][k]]
+        assert policy.tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True) == pair["chosen"]
+    sharded = replace(pair_spec, out=pair_spec.out + "-2")
+    with pytest.raises(StepkdError, match="rank 0 did not begin"):
+        build(sharded, rank=1, world_size=2, wait_s=0)
+    assert build(sharded, rank=0, world_size=2) is None
+    assert build(sharded, rank=1, world_size=2) == summary
+    assert content(sharded) == content(pair_spec)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"take": "right"}, "unknown --from 'right'"),
+        ({"continuations": 0}, "continuations=0: must be at least 1"),
+        ({"max_pairs": 0}, "max_pairs=0: must be at least 1"),
+        ({"temperature": 0.0}, "2 continuations at temperature 0 would all be the same"),
+        ({"judge": "m"}, "--judge goes with --check-step"),
+        ({"check_step": True, "reference": True}, "--reference goes with --judge"),
+        ({"threshold": 1.0}, "threshold=1.0: must lie between 0 and 1"),
+        ({"segmenter": "reject"}, "'reject' needs a teacher"),
+        ({"segmenter": "newlin"}, "unknown segmenter 'newlin'"),
+        ({"neutral": "good"}, "unknown neutral 'good'"),
+    ],
+)
+def test_contradicting_settings(pair_spec: StepPairSpec, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(pair_spec, **change)
+
+
+def test_rows_and_folders_that_are_refused(
+    pair_spec: StepPairSpec, build: Pairs, policy: Policy, spec: LabelSpec, run: Any
+) -> None:
+    row = rollout(policy, "a/0", WRONG, [True, False, False])
+    with pytest.raises(DataError, match="row 'a/0' is no rollout"):
+        build(pair_spec, [{"id": "a/0", "prompt": "p", "completions": ["x"], "labels": [True]}])
+    with pytest.raises(DataError, match="row 'a/0' has no 'answer'"):
+        build(pair_spec, [row | {"answer": None}])
+    with pytest.raises(DataError, match="its token ids are not those of its text"):
+        build(pair_spec, [row | {"completion": "another\n" + row["completion"]}], [RIGHT])
+    with pytest.raises(ConfigError, match="labelled under another prompt"):
+        build(pair_spec, [row | {"labelling": {"prompt": "0123"}}], [RIGHT])
+    assert not (Path(pair_spec.out) / "pairs.jsonl").exists()
+    pair_spec = replace(pair_spec, out=pair_spec.out + "-2")
+    build(pair_spec, [row], [RIGHT])
+    with pytest.raises(ConfigError, match=r"pairing.seed: 0 then, 1 now"):
+        build(replace(pair_spec, seed=1), [row], [RIGHT])
+    with pytest.raises(ConfigError, match="something else than a labelling job"):
+        run(replace(spec, out=pair_spec.out))
+    run(spec)
+    with pytest.raises(ConfigError, match="something else than a pair job"):
+        build(replace(pair_spec, out=spec.out), [row], [RIGHT])
+    build(replace(pair_spec, seed=1), [row], [RIGHT], overwrite=True)
+    assert pairs(pair_spec)[0]["pairing"]["seed"] == 1

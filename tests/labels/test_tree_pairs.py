@@ -1,0 +1,316 @@
+"""The job of tree-search pairs: what it writes, that ranks and interruptions change nothing, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.rows import STEP_PREFERENCE
+from stepkd.data.spec import load_rows, parse_spec
+from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.evaluation.manifest import read_manifest
+from stepkd.labels.pair_job import run_pair_job
+from stepkd.labels.tree_pairs import tree_pair_parts
+from stepkd.labels.tree_settings import TreePairSpec
+from stepkd.models import Policy
+from stepkd.randomness import generator
+from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
+from stepkd.scorers import PromptedJudge
+from stepkd.search import PairSettings, SearchSettings
+from stepkd.tasks import check_row
+
+Run = Callable[..., dict[str, Any] | None]
+FILES = ("pairs.jsonl", "summary.json")
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> TreePairSpec:
+    """Five tiny problems in three groups; an untrained model, whose steps end at letters."""
+    return TreePairSpec(
+        out=str(tmp_path / "job"),
+        problems='task:task="modular:terms=3,modulus=2",n=5',
+        model="tiny-0.1m",
+        search=SearchSettings(iterations=1, root_factor=2, actions=2, depth=2, max_steps=2),
+        pairs=PairSettings(solved_only=False),
+        rollouts=1,
+        segmenter="regex:[a-m]",
+        max_step_tokens=10,
+        max_new_tokens=10,
+        max_rows=4,
+        extractors=("last_number",),
+        dtype="float64",
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def run(policy: Policy) -> Run:
+    def start(
+        spec: TreePairSpec, *, sampler: Any = None, scorer: Any = None, overwrite: bool = False, **options: Any
+    ) -> dict[str, Any] | None:
+        rank = options.get("rank", 0)
+        parts = tree_pair_parts(spec, rank=rank, overwrite=overwrite, policy=policy, sampler=sampler, scorer=scorer)
+        return run_pair_job(parts, spec.out, overwrite=overwrite, **options)
+
+    return start
+
+
+class Watched:
+    """Samples as usual and keeps the first tokens of the prompts of each call; may stop at a call."""
+
+    def __init__(self, policy: Policy, *, stop_at: int | None = None) -> None:
+        self.inner = TransformersSampler(policy, max_rows=4)
+        self.stop_at = stop_at
+        self.prompts: list[set[str]] = []
+        self.decode = policy.tokenizer.decode
+
+    def sample(self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, **options: Any) -> list[list[Rollout]]:
+        self.prompts.append({self.decode(prompt).partition("\n")[0] for prompt in prompts})
+        if len(self.prompts) == self.stop_at:
+            raise KeyboardInterrupt
+        return self.inner.sample(prompts, spec, **options)
+
+
+def content(spec: TreePairSpec) -> list[bytes]:
+    return [(Path(spec.out) / name).read_bytes() for name in FILES]
+
+
+def rows(spec: TreePairSpec) -> list[dict[str, Any]]:
+    return load_rows(parse_spec(spec.out), contract=STEP_PREFERENCE)
+
+
+# ---- what a job leaves behind --------------------------------------------------------------------------------------
+
+
+def test_rows_and_summary(spec: TreePairSpec, run: Run, policy: Policy) -> None:
+    reports: list[tuple[str, int, int]] = []
+    sampler = TransformersSampler(policy, max_rows=4)
+    summary = run(
+        spec, sampler=sampler, report=lambda phase, done, total, figures: reports.append((phase, done, total))
+    )
+    assert reports == [("pairs", done, 5) for done in (2, 4, 5)]
+    assert summary is not None
+    pairs = rows(spec)
+    assert summary["pairs"] == len(pairs) > 3
+    assert summary["facts"]["trees"] == summary["items"] == 5
+    assert summary["solved_share"] == summary["facts"]["trees_with_a_right_end"] / 5
+    assert summary["mean_pair_depth"] == pytest.approx(sum(len(row["prefix"]) for row in pairs) / len(pairs))
+    assert summary["tokens_generated"] == sampler.counts.generated_tokens
+    for row in pairs:
+        for side in ("chosen", "rejected"):
+            text = policy.tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True)
+            assert text == row[side]
+        assert policy.tokenizer.decode(row["prefix_ids"], skip_special_tokens=True) == "".join(row["prefix"])
+        assert row["pair_facts"]["chosen_value"] > row["pair_facts"]["rejected_value"]
+        assert set(row) >= {"problem_id", "answer", "task", "meta"}
+        assert row["pairing"]["builder"] == "tree"
+        assert (row["pairing"]["model"], row["pairing"]["search"]["depth"]) == ("tiny-0.1m", 2)
+    manifest = read_manifest(spec.out)
+    assert manifest["kind"] == "pairs"
+    assert manifest["pairing"] == pairs[0]["pairing"]
+    assert str(Path.home()) not in json.dumps(manifest)
+
+
+class NoisySolver:
+    """Types the row's own solution; a line slips now and then, and behind a slip all lines are wrong."""
+
+    def __init__(self, policy: Policy, problems: Sequence[dict[str, Any]]) -> None:
+        self.tokenizer = policy.tokenizer
+        self.problems = problems
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, *, purpose: str, indices: Sequence[int]
+    ) -> list[list[Rollout]]:
+        return [
+            [
+                self._rollout(p, j, prompt, spec, generator(spec.seed, purpose, index * spec.n + j))
+                for j in range(spec.n)
+            ]
+            for p, (prompt, index) in enumerate(zip(prompts, indices, strict=True))
+        ]
+
+    def _rollout(self, p: int, j: int, prompt: Sequence[int], spec: SamplingSpec, noise: Any) -> Rollout:
+        text = self.tokenizer.decode(prompt)
+        row = next(row for row in self.problems if text.startswith(row["prompt"]))
+        before, lines = text[len(row["prompt"]) :], row["solution"].splitlines(keepends=True)
+        done, typed = before.count("\n"), ""
+        slipped = before != "".join(lines[:done])
+        for line in lines[done : done + 1] if "\n" in spec.stop else lines[done:]:
+            body = line.rstrip("\n")
+            slipped = slipped or noise.random() < 0.3
+            typed += (f"{body[:-1]}{(int(body[-1]) + 1) % 10}" if slipped else body) + line[len(body) :]
+        ids = list(self.tokenizer(typed, add_special_tokens=False)["input_ids"])
+        ids += [] if typed.endswith("\n") else [self.tokenizer.eos_token_id]
+        return Rollout(p, j, tuple(ids), (-0.1,) * len(ids), (-0.1,) * len(ids), "stop", typed)
+
+
+@pytest.mark.parametrize("value", ["scorer", "rollout"])
+def test_the_better_side_is_right(spec: TreePairSpec, run: Run, policy: Policy, value: Any) -> None:
+    """A solver that slips: the search finds right solutions, prefers right steps and turns down wrong ones."""
+    problems = load_rows(parse_spec("task:task=modular,n=6"))
+    noisy = replace(
+        spec,
+        problems="task:task=modular,n=6",
+        search=SearchSettings(iterations=4, root_factor=2, actions=3, depth=3),
+        pairs=PairSettings(),
+        value=value,
+        judge="checker" if value == "scorer" else None,
+        rollouts=8,
+        segmenter="newline",
+        max_step_tokens=64,
+        max_new_tokens=256,
+        template="task",
+        extractors=None,
+    )
+    summary = run(noisy, sampler=NoisySolver(policy, problems))
+    assert summary is not None
+    pairs = rows(noisy)
+    right = {"chosen": 0, "rejected": 0}
+    for row in pairs:
+        for side in right:
+            steps = [*row["prefix"], *row[side].splitlines(keepends=True)]
+            right[side] += check_row(row, steps)[len(row["prefix"])]
+        assert (policy.tokenizer.eos_token_id in row["chosen_ids"]) is (not row["chosen"].endswith("\n"))
+    assert summary["right_path_share"] >= 0.8
+    assert len(pairs) >= 8
+    assert right == {"chosen": len(pairs), "rejected": 0}
+    assert {len(row["prefix"]) for row in pairs} >= {0, 1}
+
+
+# ---- ranks and interruptions ---------------------------------------------------------------------------------------
+
+
+def test_ranks_batches_and_interruptions_change_nothing(
+    spec: TreePairSpec, run: Run, policy: Policy, tmp_path: Path
+) -> None:
+    whole = Watched(policy)
+    run(spec, sampler=whole)
+    expected = content(spec)
+
+    two = replace(spec, out=str(tmp_path / "two"))
+    assert run(two, rank=0, world_size=2) is None
+    assert run(two, rank=1, world_size=2) is not None
+    assert content(two) == expected
+    assert sorted(path.name for path in (Path(two.out) / "shards").glob("*.jsonl")) == [
+        "pairs-0.jsonl",
+        "pairs-1.jsonl",
+    ]
+
+    wide = replace(spec, out=str(tmp_path / "wide"), max_rows=64)
+    run(wide)
+    assert content(wide) == expected, "in one group"
+
+    torn = replace(spec, out=str(tmp_path / "torn"))
+    first_group = next(i for i, prompts in enumerate(whole.prompts) if not prompts & whole.prompts[0])
+    with pytest.raises(KeyboardInterrupt):
+        run(torn, sampler=Watched(policy, stop_at=first_group + 2))
+    again = Watched(policy)
+    run(torn, sampler=again)
+    assert content(torn) == expected
+    assert not set.union(*again.prompts) & whole.prompts[0], "the first group is not searched again"
+    assert set.union(*again.prompts) | whole.prompts[0] == set.union(*whole.prompts)
+
+
+WORKER = """
+import os, signal, sys
+from stepkd.labels.pair_job import run_pair_job
+from stepkd.labels.tree_pairs import tree_pair_parts
+from stepkd.labels.tree_settings import TreePairSpec
+from stepkd.models import Policy, PolicySpec
+from stepkd.rollout import TransformersSampler
+from stepkd.search import PairSettings, SearchSettings
+
+spec, kill_at = eval(sys.argv[1]), int(sys.argv[2])
+policy = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
+
+class Killed(TransformersSampler):
+    calls = 0
+
+    def sample(self, prompts, spec, **options):
+        Killed.calls += 1
+        if Killed.calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().sample(prompts, spec, **options)
+
+run_pair_job(tree_pair_parts(spec, policy=policy, sampler=Killed(policy, max_rows=4)), spec.out)
+"""
+
+
+def test_killed_and_resumed_by_two_ranks(spec: TreePairSpec, run: Run, policy: Policy, tmp_path: Path) -> None:
+    whole = Watched(policy)
+    run(spec, sampler=whole)
+    torn = replace(spec, out=str(tmp_path / "torn"))
+    first_group = next(i for i, prompts in enumerate(whole.prompts) if not prompts & whole.prompts[0])
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, repr(torn), str(first_group + 3)], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with open(Path(torn.out) / "shards" / "pairs-0.jsonl", "ab") as file:
+        file.write(b'{"batch": 1, "batch_rows": 2, "id": "tor')
+    assert run(torn, rank=1, world_size=2) is None
+    assert run(torn, rank=0, world_size=2) is not None
+    assert content(torn) == content(spec)
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_another_job_in_the_folder(spec: TreePairSpec, run: Run) -> None:
+    run(spec)
+    with pytest.raises(ConfigError, match="depth"):
+        run(replace(spec, search=replace(spec.search, depth=1)))
+    run(replace(spec, search=replace(spec.search, depth=1)), overwrite=True)
+
+
+def test_no_pair_at_all(spec: TreePairSpec, run: Run) -> None:
+    """Nothing an untrained model writes is right by the benchmark's own extractor."""
+    with pytest.raises(DataError, match=r"no pair could be made from 5 items \(5 unsolved_tree\)"):
+        run(replace(spec, pairs=PairSettings(), extractors=("boxed",)))
+    assert json.loads((Path(spec.out) / "summary.json").read_text())["solved_share"] == 0
+
+
+def test_self_evaluation_by_the_policy(spec: TreePairSpec, run: Run, policy: Policy) -> None:
+    asked = replace(spec, value="self_evaluation", limit=2)
+    judge = PromptedJudge(policy, reference=True, yes=("y",), no=("n",))
+    summary = run(asked, scorer=judge)
+    assert summary is not None
+    assert summary["facts"]["tokens_of_rollouts"] == 0
+    value = rows(asked)[0]["pairing"]["value"]
+    assert (value["value"], value["scorer"]["reference"]) == ("self_evaluation", True)
+    with pytest.raises((ConfigError, ModelError), match="single tokens"):
+        run(replace(asked, out=asked.out + "-own"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "--model"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"value": "scorer"}, "--judge"),
+        ({"judge": "checker"}, "not with rollout"),
+        ({"value": "rollouts"}, "rollout"),
+        ({"reduction": "min"}, "--reduction goes with --value scorer"),
+        ({"judge_template": "gsm8k"}, "--judge-template"),
+        ({"rollouts": 0}, "rollouts=0"),
+        ({"max_step_tokens": 0}, "max_step_tokens=0"),
+        ({"segmenter": "newlines"}, "newline"),
+    ],
+)
+def test_bad_settings(spec: TreePairSpec, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(spec, **change)
+
+
+def test_rows_without_a_checker(spec: TreePairSpec, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"id": "r", "prompt": "1+1=", "answer": "2"}) + "\n")
+    with pytest.raises(DataError, match="exact checker"):
+        run(replace(spec, problems=str(path), value="scorer", judge="checker"))

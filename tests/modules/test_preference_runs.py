@@ -1,0 +1,194 @@
+"""Whole runs of preference training: two processes, the reference cache, kill and resume, bad data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from stepkd.data import DataSpec, FeedbackData, LabelRule, PairData
+from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.models import PolicySpec
+from stepkd.modules import DPOModule, KTOModule, ReferencePointSpec, ReferenceSpec, StepKTOModule
+
+WORKER = Path(__file__).with_name("preference_worker.py")
+_SPEC = importlib.util.spec_from_file_location("preference_worker", WORKER)
+assert _SPEC is not None
+worker = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
+
+
+def launch(prefix: list[str], out: Path, rows: int) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*prefix, str(WORKER), str(out), str(rows)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
+    """The same points, losses and gradients, with an odd number of rows and micro-batches that differ by rank."""
+    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    one, two = launch([sys.executable], tmp_path / "1.pt", 13), launch(two_ranks, tmp_path / "2.pt", 13)
+    for name in ("mismatch", "per_index", "batch", "dpo"):
+        assert (one[name]["world"], two[name]["world"]) == (1, 2)
+        assert distance(two[name]["gradients"], one[name]["gradients"]) < 1e-10
+        assert one[name]["metrics"] == pytest.approx(two[name]["metrics"], rel=1e-6)
+    assert one["mismatch"]["metrics"]["train/z0"] > 0
+    assert torch.allclose(one["per_index"]["averages"], two["per_index"]["averages"], rtol=1e-9)
+
+
+# --- cache ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    kept = ("id", "prompt", "answer", "outcome")
+    lines = [
+        {name: row[name] for name in kept} | {"completions": row["steps"], "labels": row["step_labels"]}
+        for row in worker.solutions(6)
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def data(path: Path, **settings: Any) -> FeedbackData:
+    common: dict[str, Any] = {"template": "task", "global_batch_size": 5, "max_length": 128}
+    spec = DataSpec(path=str(path))
+    return FeedbackData(**{"train": spec, "validation": spec, **common, **settings})
+
+
+def fit(folder: Path, module: Any, rows_of: Any, steps: int, checkpoint: Path | None = None) -> Any:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=str(folder),
+    )
+    trainer.fit(module, rows_of, ckpt_path=checkpoint, weights_only=True)
+    return module
+
+
+def step_kto(**settings: Any) -> StepKTOModule:
+    policy = PolicySpec(path="tiny-0.1m", dtype="float32")
+    return StepKTOModule(policy, beta=0.5, optimizer=worker.STEADY, micro_batch_tokens=200, **settings)
+
+
+def weights(module: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.model.trainable_parameters()}
+
+
+def test_the_cache_serves_a_whole_run(rows: Path, tmp_path: Path) -> None:
+    """Two epochs with changing mismatched pairs, and validation; the copy of the weights is let go before step one."""
+    plain = fit(tmp_path / "plain", step_kto(), data(rows), 5)
+    cached = fit(tmp_path / "cached", step_kto(reference=ReferenceSpec(cache=True)), data(rows), 5)
+    assert plain.model.has_reference
+    assert not cached.model.has_reference
+    files = list((tmp_path / "cached" / "reference").glob("*.safetensors"))
+    assert [file.name for file in files] == ["reference-0.safetensors"]
+    for name, value in weights(plain).items():
+        assert torch.allclose(value, weights(cached)[name], rtol=1e-4, atol=1e-6), name
+    first, second = (m.trainer.callback_metrics["train/z0"] for m in (plain, cached))
+    assert float(first) == pytest.approx(float(second), rel=1e-4, abs=1e-6)
+    again = fit(tmp_path / "cached", step_kto(reference=ReferenceSpec(cache=True)), data(rows), 5)
+    assert all(torch.equal(value, weights(cached)[name]) for name, value in weights(again).items())
+
+
+def test_a_cache_of_another_reference_is_refused(rows: Path, tmp_path: Path) -> None:
+    fit(tmp_path, step_kto(reference=ReferenceSpec(cache=True)), data(rows), 1)
+    other = StepKTOModule(PolicySpec(path="tiny-0.1m", init_seed=3), reference=ReferenceSpec(cache=True))
+    with pytest.raises(ModelError, match="another reference model"):
+        fit(tmp_path, other, data(rows), 1)
+    file = tmp_path / "reference" / "reference-0.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ModelError, match="not a readable reference cache"):
+        fit(tmp_path, step_kto(reference=ReferenceSpec(cache=True)), data(rows), 1)
+
+
+# --- resume --------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_ends_with_the_same_weights(rows: Path, tmp_path: Path) -> None:
+    """Running averages of the points included; the reference is the policy as it started, not as it was resumed."""
+    points = ReferencePointSpec(step="per_index", ema=0.8)
+    whole = fit(tmp_path / "a", step_kto(reference_point=points), data(rows), 5)
+    half = fit(tmp_path / "b", step_kto(reference_point=points), data(rows), 3)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    saved = list(half._estimator.averages)
+    resumed = fit(tmp_path / "b", step_kto(reference_point=points), data(rows), 5, tmp_path / "half.ckpt")
+    assert saved
+    assert resumed._estimator.averages == whole._estimator.averages != saved
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_changed_labels_are_other_data(rows: Path, tmp_path: Path) -> None:
+    half = fit(tmp_path, step_kto(), data(rows), 2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.raises(ModelError, match="cannot go on from that checkpoint"):
+        fit(tmp_path, step_kto(), data(rows, labels=LabelRule(after_error="mask")), 4, tmp_path / "half.ckpt")
+
+
+# --- validation and bad input --------------------------------------------------------------------------------------
+
+
+def test_validation_measures_what_training_does(rows: Path, tmp_path: Path) -> None:
+    module = step_kto()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=str(tmp_path))
+    found = trainer.validate(module, data(rows), verbose=False)[0]
+    assert found["val/outcome"] == pytest.approx(0.5, abs=1e-6)  # the policy is its reference
+    assert found["val/step"] == pytest.approx(0.5, abs=1e-6)
+    assert 0 < found["val/conflicts"] <= 1
+
+
+def test_one_class_is_refused(rows: Path, tmp_path: Path) -> None:
+    right = [line for line in rows.read_text().splitlines() if json.loads(line)["outcome"]]
+    path = tmp_path / "right.jsonl"
+    path.write_text("\n".join(right) + "\n")
+    with pytest.raises(DataError, match="labelled outcomes are right"):
+        fit(tmp_path, step_kto(), data(path), 1)
+    module = fit(tmp_path, step_kto(), data(path, allow_one_class=True), 1)
+    assert torch.isfinite(module.trainer.callback_metrics["train/loss"])
+
+
+def test_the_wrong_data_for_the_method(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="learn from right and wrong completions"):
+        fit(tmp_path, DPOModule(PolicySpec(path="tiny-0.1m")), data(rows), 1)
+    pairs = PairData(DataSpec(path=str(rows)), template="task", global_batch_size=2)
+    with pytest.raises(DataError, match="reads rows of the kinds preference"):
+        fit(tmp_path, DPOModule(PolicySpec(path="tiny-0.1m")), pairs, 1)
+
+
+def test_settings_out_of_range() -> None:
+    policy = PolicySpec(path="tiny-0.1m")
+    wrong: list[tuple[Any, dict[str, Any], str]] = [
+        (KTOModule, {"beta": 0}, "beta=0"),
+        (KTOModule, {"class_weights": [1.0]}, "two positive numbers"),
+        (StepKTOModule, {"step_weight": -1}, "step_weight"),
+        (StepKTOModule, {"reduction": "sum"}, "reduction"),
+        (DPOModule, {"label_smoothing": 0.7}, "0.5"),
+        (DPOModule, {"label_smoothing": "visits", "loss": "ipo"}, "sigmoid"),
+    ]
+    for kind, settings, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            kind(policy, **settings)
+
+
+def test_visits_are_asked_for_by_name() -> None:
+    pairs = [pair for pair in worker.pair_examples() if pair.visits is not None]
+    lacking = [pair.__class__(**{**vars(pair), "visits": None}) for pair in pairs]
+    with pytest.raises(ConfigError, match=f"{lacking[0].id[:5]}.*has no visit counts"):
+        worker.run(worker.DPO, lacking, label_smoothing="visits")

@@ -1,0 +1,88 @@
+"""Priors, PUCT, choice and backup against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from stepkd.search import Node, Problem, Step
+from stepkd.search.tree import back_up, best_child, prior, puct, select
+
+
+def child(parent: Node, value: float, *, logprob: float = 0.0, tokens: int = 1, visits: int = 0) -> Node:
+    node = Node(Step(f"{len(parent.children)}\n", tuple(range(tokens)), logprob, "step", len(parent.children)), parent)
+    node.value, node.visits = value, visits
+    node.q = node.reward
+    parent.children.append(node)
+    return node
+
+
+def test_prior() -> None:
+    assert prior(math.log(0.5), 1) == pytest.approx(0.5)
+    assert prior(-6.0, 16) == pytest.approx(math.exp(-6 / 32))  # 16^1.25 = 32
+    assert prior(0.0, 5) == 1.0
+
+
+def test_puct() -> None:
+    root = Node(None, None)
+    root.visits = 9
+    node = child(root, 0.2, logprob=math.log(0.5), visits=2)
+    assert puct(node, 2.0) == pytest.approx(0.2 + 2 * 0.5 * 3 / 3)
+    assert puct(node, 0.0) == pytest.approx(0.2)
+
+
+def test_select_and_best_child() -> None:
+    root = Node(None, None)
+    root.visits = 4
+    likely, good, twin = (child(root, q, logprob=math.log(p)) for q, p in ((0.1, 0.9), (0.5, 0.1), (0.5, 0.1)))
+    assert select(root, 0.0) is good, "of equals the first"
+    assert select(root, 1.0) is likely  # 0.1 + 0.9 * 2 against 0.5 + 0.1 * 2
+    assert best_child(root) is good
+    twin.visits = 1
+    assert best_child(root) is twin, "of equals the most visited"
+
+
+def test_back_up_by_hand() -> None:
+    """Root, a with two children: V weighs by max(1, N), Q adds the reward, gamma discounts what follows."""
+    root = Node(None, None)
+    a = child(root, 0.5, visits=3)
+    b = child(root, 0.8, visits=0)
+    a1 = child(a, 1.5, visits=3)
+    a2 = child(a, -0.5, visits=0)
+    assert (a1.reward, a2.reward, a1.depth) == (1.0, -1.0, 2)
+    back_up([root, a, a1], gamma=0.5)
+    assert a1.q == pytest.approx(1.0)
+    assert a.v == pytest.approx((3 * 1.0 + 1 * -1.0) / 4)
+    assert a.q == pytest.approx(0.5 + 0.5 * 0.5)
+    assert root.v == pytest.approx((3 * 0.75 + 1 * 0.8) / 4)
+    assert (root.q, b.q) == (0.0, 0.8)
+    # A start that is not the root keeps the Q that it was chosen by.
+    a2.visits, kept = 5, a.q
+    back_up([a, a2], gamma=0.5)
+    assert a.q == kept
+    assert a.v == pytest.approx((3 * 1.0 + 5 * -1.0) / 8)
+
+
+def test_without_discount_q_is_the_mean_value_below_the_parent() -> None:
+    """gamma 1: rewards telescope, so Q of a node is the mean of the leaves' values less its parent's value."""
+    drawn = random.Random(3)
+    root = Node(None, None)
+    middle = child(root, drawn.random(), visits=6)
+    leaves = [child(middle, drawn.random(), visits=n) for n in (1, 2, 3)]
+    for leaf in leaves:
+        back_up([root, middle, leaf], gamma=1.0)
+    mean = sum(leaf.visits * leaf.value for leaf in leaves) / 6
+    assert middle.q == pytest.approx(mean - root.value)
+
+
+def test_state_and_subtree() -> None:
+    root = Node(None, None)
+    a = child(root, 0.0, tokens=2)
+    child(root, 0.0)
+    a1 = child(a, 0.0, tokens=3)
+    state = a1.state(Problem(0, {}, (1,)))
+    assert (state.steps, state.token_ids, state.path, state.text) == (("0\n", "0\n"), (0, 1, 0, 1, 2), (0, 0), "0\n0\n")
+    assert [node.depth for node in root.subtree()] == [0, 1, 2, 1]
+    assert not root.terminal
