@@ -295,8 +295,9 @@ def test_whatever_changes_a_batch_changes_the_fingerprint(tmp_path: Path) -> Non
     kinds: list[tuple[Any, list[list[dict[str, Any]]]]] = [
         (feedback, [unpaired([True, False]), unpaired([False, True]), stepwise([[True, False]], outcome=True)]),
         (feedback, [stepwise([[True, False]], outcome=True), stepwise([[False, True]], outcome=True)]),
+        (paired, [pairs(), [row | {"rejected": "z"} for row in pairs()]]),
         (paired, [pairs(), pairs(chosen_visits=2, rejected_visits=1), pairs(chosen_visits=1, rejected_visits=1)]),
-        (paired, [pairs(prefix=["a\n"]), pairs(prefix=["b\n"]), [row | {"rejected": "z"} for row in pairs()]]),
+        (paired, [pairs(prefix=["a\n"]), pairs(prefix=["b\n"]), pairs(prefix=[])]),
     ]
     for made, variants in kinds:
         one_class = {"allow_one_class": True} if made is feedback else {}

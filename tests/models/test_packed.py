@@ -218,15 +218,16 @@ def test_padding_is_never_nan(name: str, attention: str, dtype: torch.dtype, sid
 
 
 def test_mask_written_out() -> None:
-    segments = torch.tensor([[-1, 0, 0, 1, 2, 2]])
+    segments = torch.tensor([[-1, -1, 0, 0, 1, 2, 2]])
     policy = policy_of("tiny-0.1m")
     expected = [
-        [1, 0, 0, 0, 0, 0],  # padding sees itself
-        [0, 1, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0],
-        [0, 1, 1, 1, 0, 0],
-        [0, 1, 1, 0, 1, 0],
-        [0, 1, 1, 0, 1, 1],
+        [1, 0, 0, 0, 0, 0, 0],  # padding sees itself alone
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 0, 1, 0],
+        [0, 0, 1, 1, 0, 1, 1],
     ]
     mask = packed_mask(policy.causal_lm, segments)
     assert mask.dtype == torch.bool
