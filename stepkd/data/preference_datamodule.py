@@ -138,12 +138,19 @@ class FeedbackData(PreferenceData):
     def check(self, name: str, examples: list[Example]) -> dict[str, int]:
         """Counts of outcomes and steps by label; training data of one class only is refused."""
         counts = feedback_counts(cast(list[FeedbackExample], examples))
-        for kind in ("outcomes", "steps"):
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        kinds = ("outcomes", "steps") if "step" in getattr(module, "components", ()) else ("outcomes",)
+        for kind in kinds:
             right, wrong = counts[f"right_{kind}"], counts[f"wrong_{kind}"]
             if name == "train" and right + wrong and not (right and wrong) and not self.allow_one_class:
                 raise DataError(
                     f"all {right + wrong} labelled {kind} are {'right' if right else 'wrong'}: nothing contrasts with "
                     "them. Take a stronger or weaker sampler, more samples per problem, or set data.allow_one_class"
+                )
+            if name == "train" and kind == kinds[-1] and not right + wrong:
+                raise DataError(
+                    f"no row has labelled {kind}, and {type(module).__name__} learns from them: label the rows (stepkd "
+                    "label), or use " + ("KTO, which needs none" if kind == "steps" else "other data")
                 )
         return counts
 

@@ -192,3 +192,22 @@ def test_visits_are_asked_for_by_name() -> None:
     lacking = [pair.__class__(**{**vars(pair), "visits": None}) for pair in pairs]
     with pytest.raises(ConfigError, match=f"{lacking[0].id[:5]}.*has no visit counts"):
         worker.run(worker.DPO, lacking, label_smoothing="visits")
+
+
+def test_labels_that_the_method_learns_from_must_be_there(rows: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    unlabelled, right_steps = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    kept = ("id", "prompt", "answer")
+    unpaired = [
+        {name: row[name] for name in kept} | {"completion": "".join(row["completions"]), "label": row["outcome"]}
+        for row in lines
+    ]
+    unlabelled.write_text("\n".join(map(json.dumps, unpaired)) + "\n")
+    with pytest.raises(DataError, match=r"no row has labelled steps.*KTO, which needs none"):
+        fit(tmp_path, step_kto(), data(unlabelled), 1)
+    right_steps.write_text("\n".join(json.dumps(row | {"labels": [True] * len(row["labels"])}) for row in lines) + "\n")
+    with pytest.raises(DataError, match="labelled steps are right"):
+        fit(tmp_path, step_kto(), data(right_steps), 1)
+    for path in (unlabelled, right_steps):  # KTO does not look at steps
+        module = KTOModule(PolicySpec(path="tiny-0.1m"), optimizer=worker.STEADY)
+        assert torch.isfinite(fit(tmp_path, module, data(path), 1).trainer.callback_metrics["train/loss"])
