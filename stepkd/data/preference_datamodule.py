@@ -23,15 +23,49 @@ class PreferenceData(StepData):
     """What feedback and pairs share: rows in one of a few contracts, and prompts whose examples stay together.
 
     Args:
+        train, validation, test: rows; evaluation-only data is refused for training unless the spec allows it.
+        template: how a row becomes a prompt: that which the completions were sampled with.
+        segmenter: cuts completions that come as one text.
+        max_length: longest prompt + completion in tokens.
         keep_prompts_together: shuffle prompts in place of examples, so that completions of one prompt meet in a batch
-            and the prompt is read once; other arguments as for :class:`~stepkd.data.datamodule.StepData`.
+            and the prompt is read once.
+        global_batch_size, batch_unit, bucket_window, shuffle, overlap_ngram, seed: as for
+            :class:`~stepkd.data.datamodule.StepData`.
     """
 
     contracts: tuple[str, ...] = ()
     """Names of the row contracts that are read."""
 
-    def __init__(self, *, keep_prompts_together: bool = False, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(
+        self,
+        train: DataSpec | None = None,
+        validation: DataSpec | None = None,
+        test: DataSpec | None = None,
+        template: str | PromptTemplate = "gsm8k",
+        segmenter: str = "newline",
+        max_length: int = 1024,
+        keep_prompts_together: bool = False,
+        global_batch_size: int = 32,
+        batch_unit: Literal["sequences", "tokens"] = "sequences",
+        bucket_window: int = 1,
+        shuffle: bool = True,
+        overlap_ngram: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            train,
+            validation,
+            test,
+            template=template,
+            segmenter=segmenter,
+            max_length=max_length,
+            global_batch_size=global_batch_size,
+            batch_unit=batch_unit,
+            bucket_window=bucket_window,
+            shuffle=shuffle,
+            overlap_ngram=overlap_ngram,
+            seed=seed,
+        )
         self.keep_prompts_together = keep_prompts_together
 
     def _load(self, name: str, spec: DataSpec) -> list[Example]:
@@ -80,14 +114,11 @@ class FeedbackData(PreferenceData):
     """Completions with an outcome and step labels: labelled rollouts, stepwise rows, or unpaired rows (outcome only).
 
     Args:
-        train, validation, test: rows; evaluation-only data is refused for training unless the spec allows it.
+        train, validation, test: rows.
         labels: how step labels become right or wrong; what follows the first wrong step keeps its label by default.
         allow_one_class: train although no outcome, or no step, is right (or wrong).
-        template: how a row becomes a prompt: that which the completions were sampled with.
-        segmenter: cuts completions that come as one text.
-        max_length: longest prompt + completion in tokens; longer completions lose whole steps, and that is counted.
-        keep_prompts_together, global_batch_size, batch_unit, bucket_window, shuffle, overlap_ngram, seed: as for the
-            base classes.
+        **settings: ``template``, ``max_length`` (longer completions lose whole steps, and that is counted) and what
+            else :class:`PreferenceData` takes.
     """
 
     contracts = (ROLLOUT.name, STEPWISE.name, UNPAIRED.name)
@@ -100,32 +131,9 @@ class FeedbackData(PreferenceData):
         test: DataSpec | None = None,
         labels: LabelRule | None = None,
         allow_one_class: bool = False,
-        template: str | PromptTemplate = "gsm8k",
-        segmenter: str = "newline",
-        max_length: int = 1024,
-        keep_prompts_together: bool = False,
-        global_batch_size: int = 32,
-        batch_unit: Literal["sequences", "tokens"] = "sequences",
-        bucket_window: int = 1,
-        shuffle: bool = True,
-        overlap_ngram: int = 0,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            train=train,
-            validation=validation,
-            test=test,
-            template=template,
-            segmenter=segmenter,
-            max_length=max_length,
-            keep_prompts_together=keep_prompts_together,
-            global_batch_size=global_batch_size,
-            batch_unit=batch_unit,
-            bucket_window=bucket_window,
-            shuffle=shuffle,
-            overlap_ngram=overlap_ngram,
-            seed=seed,
-        )
+        super().__init__(train, validation, test, **settings)
         self.labels = labels or LabelRule(after_error="keep")
         self.allow_one_class = allow_one_class
 
@@ -166,47 +174,12 @@ class FeedbackData(PreferenceData):
 class PairData(PreferenceData):
     """Pairs of completions, or of next steps after a shared prefix.
 
-    Args:
-        train, validation, test: rows; evaluation-only data is refused for training unless the spec allows it.
-        max_length: longest prompt + prefix + completion in tokens; longer pairs are left out and counted.
-        template, segmenter, keep_prompts_together, global_batch_size, batch_unit, bucket_window, shuffle,
-            overlap_ngram, seed: as for the base classes; a batch counts pairs.
+    Arguments are those of :class:`PreferenceData`; a pair with a side that does not fit into ``max_length`` is left out
+    and counted, and a batch counts pairs.
     """
 
     contracts = (PREFERENCE.name, STEP_PREFERENCE.name)
     feedback = "pairs"
-
-    def __init__(
-        self,
-        train: DataSpec | None = None,
-        validation: DataSpec | None = None,
-        test: DataSpec | None = None,
-        template: str | PromptTemplate = "gsm8k",
-        segmenter: str = "newline",
-        max_length: int = 1024,
-        keep_prompts_together: bool = False,
-        global_batch_size: int = 32,
-        batch_unit: Literal["sequences", "tokens"] = "sequences",
-        bucket_window: int = 1,
-        shuffle: bool = True,
-        overlap_ngram: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            train=train,
-            validation=validation,
-            test=test,
-            template=template,
-            segmenter=segmenter,
-            max_length=max_length,
-            keep_prompts_together=keep_prompts_together,
-            global_batch_size=global_batch_size,
-            batch_unit=batch_unit,
-            bucket_window=bucket_window,
-            shuffle=shuffle,
-            overlap_ngram=overlap_ngram,
-            seed=seed,
-        )
 
     def make_encoder(self) -> Encoder:
         """The encoder for the policy's tokenizer."""

@@ -5,7 +5,7 @@ Axes: N completion tokens, R completions (two per pair), P pairs.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,13 +15,11 @@ from stepkd.data.encode import Example
 from stepkd.data.packing import Completion, PackedBatch
 from stepkd.data.pairs import PairExample
 from stepkd.errors import ConfigError, check_choice
-from stepkd.losses import DEFAULT_CHUNK, LossTerms, dpo, segment_sum, visit_smoothing
+from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing
 from stepkd.losses.dpo import PairLoss
 from stepkd.models import PolicySpec
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.preference import Packing, PreferenceModule
+from stepkd.modules.preference import PreferenceModule
 from stepkd.modules.reference import ReferenceSpec
-from stepkd.modules.validation import ValidationSpec
 from stepkd.steps import first_difference
 
 
@@ -31,15 +29,14 @@ class DPOModule(PreferenceModule):
     search tree (MCTS-DPO).
 
     Args:
-        policy, reference, packing: as for :class:`~stepkd.modules.preference.PreferenceModule`.
+        policy, reference: as for :class:`~stepkd.modules.preference.PreferenceModule`.
         beta: > 0.
         loss: ``sigmoid``, ``ipo`` or ``hinge``.
         label_smoothing: chance in [0, 0.5] that a pair is the wrong way round; ``visits`` takes it from the pairs'
             visit counts (MCTS-DPO).
         length_normalised: divide log-ratios by the number of their tokens.
         from_first_difference: leave out the leading tokens that both sides share.
-        optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
-            :class:`~stepkd.modules.base.StepModule`.
+        **settings: ``packing``, ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.
     """
 
     components = ("dpo",)
@@ -54,27 +51,9 @@ class DPOModule(PreferenceModule):
         label_smoothing: float | Literal["visits"] = 0.0,
         length_normalised: bool = False,
         from_first_difference: bool = False,
-        packing: Packing = "auto",
-        optimizer: OptimizerSpec | None = None,
-        validation: ValidationSpec | None = None,
-        micro_batch_tokens: int = 8192,
-        chunk_size: int = DEFAULT_CHUNK,
-        loss_weights: dict[str, float] | None = None,
-        ema_decay: float | None = None,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            policy,
-            reference,
-            packing,
-            optimizer,
-            validation,
-            micro_batch_tokens,
-            chunk_size,
-            loss_weights,
-            ema_decay,
-            seed,
-        )
+        super().__init__(policy, reference, **settings)
         check_choice("loss", loss, ("sigmoid", "ipo", "hinge"))
         if beta <= 0:
             raise ConfigError(f"beta={beta}: must be positive")

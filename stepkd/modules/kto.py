@@ -16,15 +16,13 @@ from stepkd.data.feedback import FeedbackExample
 from stepkd.data.loader import StepBatch
 from stepkd.data.packing import Completion, PackedBatch
 from stepkd.errors import ConfigError
-from stepkd.losses import DEFAULT_CHUNK, LossTerms, kto, ratio_rule, segment_sum, step_kto, step_kto_counts
+from stepkd.losses import LossTerms, kto, ratio_rule, segment_sum, step_kto, step_kto_counts
 from stepkd.losses.kto import ClassWeights, Reduction
 from stepkd.models import PolicySpec
 from stepkd.modules.base import Prepared
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.preference import Packing, PreferenceModule
+from stepkd.modules.preference import PreferenceModule
 from stepkd.modules.reference import ReferenceSpec
 from stepkd.modules.reference_points import PointEstimator, Points, ReferencePointSpec, mismatched_completions
-from stepkd.modules.validation import ValidationSpec
 
 
 class KTOModule(PreferenceModule):
@@ -37,8 +35,7 @@ class KTOModule(PreferenceModule):
         class_weights: (lambda_D, lambda_U) of right and wrong completions; ``ratio`` gives both classes the same total,
             counted over the training data.
         reference_point: how z0 is estimated.
-        packing, optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
-            :class:`~stepkd.modules.preference.PreferenceModule`.
+        **settings: ``packing``, ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.
     """
 
     components: tuple[str, ...] = ("outcome",)
@@ -51,27 +48,9 @@ class KTOModule(PreferenceModule):
         beta: float = 0.1,
         class_weights: list[float] | Literal["ratio"] = "ratio",
         reference_point: ReferencePointSpec | None = None,
-        packing: Packing = "auto",
-        optimizer: OptimizerSpec | None = None,
-        validation: ValidationSpec | None = None,
-        micro_batch_tokens: int = 8192,
-        chunk_size: int = DEFAULT_CHUNK,
-        loss_weights: dict[str, float] | None = None,
-        ema_decay: float | None = None,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            policy,
-            reference,
-            packing,
-            optimizer,
-            validation,
-            micro_batch_tokens,
-            chunk_size,
-            loss_weights,
-            ema_decay,
-            seed,
-        )
+        super().__init__(policy, reference, **settings)
         if beta <= 0:
             raise ConfigError(f"beta={beta}: must be positive")
         self.beta = beta
@@ -118,11 +97,12 @@ class KTOModule(PreferenceModule):
         yield from super().prepare(batch)
 
     def method_state(self) -> dict[str, Any]:
-        """Running averages of the reference points."""
-        return {"point_averages": self._estimator.averages} if self._estimator.averages else {}
+        """With the running averages of the reference points."""
+        return super().method_state() | {"point_averages": list(self._estimator.averages)}
 
     def restore_method_state(self, state: dict[str, Any]) -> None:
         """Take back :meth:`method_state`."""
+        super().restore_method_state(state)
         self._estimator.averages = list(state.get("point_averages", []))
 
     # ---- loss ------------------------------------------------------------------------------------------------------
@@ -171,13 +151,12 @@ class StepKTOModule(KTOModule):
     measures them from was not found, so all of it is open to choice.
 
     Args:
-        policy, reference, beta, class_weights, reference_point, packing: as for :class:`KTOModule`.
+        policy, reference, beta, class_weights, reference_point: as for :class:`KTOModule`.
         step_weight: weight ``w_s`` of the step term, >= 0; 0 is KTO.
         beta_step: beta of the steps; null: ``beta``.
         step_class_weights: as ``class_weights``, counted over the steps.
         reduction: ``mean_steps``, ``sum_steps`` or ``mean_all_steps``.
-        optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
-            :class:`~stepkd.modules.base.StepModule`.
+        **settings: as for :class:`KTOModule`.
     """
 
     components = ("outcome", "step")
@@ -193,30 +172,9 @@ class StepKTOModule(KTOModule):
         step_class_weights: list[float] | Literal["ratio"] = "ratio",
         reduction: Reduction = "mean_steps",
         reference_point: ReferencePointSpec | None = None,
-        packing: Packing = "auto",
-        optimizer: OptimizerSpec | None = None,
-        validation: ValidationSpec | None = None,
-        micro_batch_tokens: int = 8192,
-        chunk_size: int = DEFAULT_CHUNK,
-        loss_weights: dict[str, float] | None = None,
-        ema_decay: float | None = None,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            policy,
-            reference,
-            beta,
-            class_weights,
-            reference_point,
-            packing,
-            optimizer,
-            validation,
-            micro_batch_tokens,
-            chunk_size,
-            loss_weights,
-            ema_decay,
-            seed,
-        )
+        super().__init__(policy, reference, beta, class_weights, reference_point, **settings)
         if not 0 <= step_weight < float("inf"):
             raise ConfigError(f"step_weight={step_weight}: must be 0 (KTO alone) or positive")
         if beta_step is not None and beta_step <= 0:

@@ -19,7 +19,7 @@ from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.data.loader import StepBatch, StepLoader
 from stepkd.data.packing import Completion, PackedBatch, Unit, collate_packed, plan_packs
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.losses import DEFAULT_CHUNK, token_logps
 from stepkd.models import HiddenStates, PolicySpec
 from stepkd.models.dropout import disable_dropout
@@ -68,6 +68,7 @@ class PreferenceModule(StepModule):
         self.reference_spec = reference or ReferenceSpec()
         self.packing = packing
         self._cache: ReferenceCache | None = None
+        self._reference_identity = ""
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
@@ -89,6 +90,7 @@ class PreferenceModule(StepModule):
         if disable_dropout(self.model):
             logger.info("dropout is switched off: policy and reference must be seen alike")
         attach_reference(self.model, self.reference_spec)
+        self._reference_identity = reference_identity(self.model)
         if self.packing == "on" and not self.model.can_pack:
             raise ConfigError(
                 f"packing: on, and {type(self.model.causal_lm).__name__} with "
@@ -106,6 +108,24 @@ class PreferenceModule(StepModule):
         super().on_fit_start()
         if self.reference_spec.cache:
             self._fill_cache()
+
+    def method_state(self) -> dict[str, Any]:
+        """Which reference the run has been measured against."""
+        return {"reference": self._reference_identity}
+
+    def restore_method_state(self, state: dict[str, Any]) -> None:
+        """Refuse to go on against another reference.
+
+        Raises:
+            ModelError: the reference's weights are not those of the run so far.
+        """
+        earlier = state.get("reference", self._reference_identity)
+        if earlier != self._reference_identity:
+            raise ModelError(
+                f"the run was begun against another reference model (weights {earlier} then, "
+                f"{self._reference_identity} now): give the old reference.path (or policy.path) again, or start a new "
+                "run in another --out"
+            )
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +217,7 @@ class PreferenceModule(StepModule):
     def _fill_cache(self) -> None:
         """Reference log-probabilities of everything this rank will meet; then the reference's weights are let go."""
         folder = Path(self.trainer.default_root_dir) / "reference"
-        cache = ReferenceCache(folder, reference_identity(self.model))
+        cache = ReferenceCache(folder, self._reference_identity)
         wanted: dict[Completion, None] = {}
         for batch in self._future_batches():
             for example in (*batch.examples, batch.filler):

@@ -135,6 +135,18 @@ def test_a_resumed_run_ends_with_the_same_weights(rows: Path, tmp_path: Path) ->
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
 
+def test_another_reference_is_another_run(rows: Path, tmp_path: Path) -> None:
+    half = fit(tmp_path, step_kto(), data(rows), 2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    from stepkd.models.tiny import build_tiny, tiny_tokenizer
+
+    build_tiny("tiny-0.1m", seed=5)[0].save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    other = step_kto(reference=ReferenceSpec(path=str(tmp_path / "other")))
+    with pytest.raises(ModelError, match="begun against another reference model"):
+        fit(tmp_path, other, data(rows), 4, tmp_path / "half.ckpt")
+
+
 def test_changed_labels_are_other_data(rows: Path, tmp_path: Path) -> None:
     half = fit(tmp_path, step_kto(), data(rows), 2)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
