@@ -7,13 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from stepkd.claims.statistics import Estimate, estimate_difference, estimate_mean, estimate_ratio
+from stepkd.claims.statistics import (
+    Estimate,
+    estimate_difference,
+    estimate_mean,
+    estimate_ratio,
+    estimate_seed_ratio,
+)
 from stepkd.errors import ConfigError, check_choice
 from stepkd.evaluation.intervals import FloatArray, Interval
 
 Verdict: TypeAlias = Literal["reproduced", "not reproduced", "inconclusive"]
 Direction: TypeAlias = Literal["higher", "lower"]
-Measure: TypeAlias = Literal["difference", "ratio"]
+Measure: TypeAlias = Literal["difference", "ratio", "seed_ratio"]
 SeedValues: TypeAlias = Mapping[str, Mapping[str, Sequence[FloatArray]]]
 """arm -> metric -> one (P, K, 2) array per seed, in the seeds' order."""
 
@@ -37,7 +43,7 @@ class Statement:
     direction: Direction = "higher"
     """Which values of the metric are better; only between two arms."""
     measure: Measure = "difference"
-    """``difference`` or ``ratio``; only between two arms."""
+    """``difference``, ``ratio`` or ``seed_ratio``; only between two arms."""
     at_least: float | None = None
     """The measured quantity must be above this. Default between two arms: 0 (difference), 1 (ratio, higher)."""
     at_most: float | None = None
@@ -65,7 +71,7 @@ class Statement:
             raise ConfigError(
                 f"direction and measure are for two arms; for one ({self.arm!r}) give at_least or at_most alone"
             )
-        lower_ratio = self.measure == "ratio" and self.direction == "lower"
+        lower_ratio = self.is_ratio and self.direction == "lower"
         if two and self.at_most is not None and not lower_ratio:
             raise ConfigError("at_most between two arms is for a ratio in direction lower; give at_least")
         if lower_ratio and self.at_least is not None:
@@ -74,17 +80,22 @@ class Statement:
             )
 
     @property
+    def is_ratio(self) -> bool:
+        """Whether it is about ``better / worse``."""
+        return self.measure != "difference"
+
+    @property
     def bound(self) -> float:
         """The number to be beyond."""
         for given in (self.at_least, self.at_most):
             if given is not None:
                 return float(given)
-        return 1.0 if self.measure == "ratio" else 0.0
+        return 1.0 if self.is_ratio else 0.0
 
     @property
     def below(self) -> bool:
         """Whether the quantity must lie below the bound."""
-        return self.at_most is not None or (self.measure == "ratio" and self.direction == "lower")
+        return self.at_most is not None or (self.is_ratio and self.direction == "lower")
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -98,8 +109,8 @@ class Statement:
         assert self.better is not None
         assert self.worse is not None
         better, worse = (values[name][self.metric] for name in (self.better, self.worse))
-        if self.measure == "ratio":
-            return estimate_ratio(better, worse)
+        if self.is_ratio:
+            return (estimate_ratio if self.measure == "ratio" else estimate_seed_ratio)(better, worse)
         return estimate_difference(better, worse) if self.direction == "higher" else estimate_difference(worse, better)
 
     def verdict(self, interval: Interval) -> Verdict:
@@ -116,8 +127,9 @@ class Statement:
         sign = "<" if self.below else ">"
         if self.arm is not None:
             quantity = f"{self.metric} of {self.arm}"
-        elif self.measure == "ratio":
+        elif self.is_ratio:
             quantity = f"{self.metric}: {self.better} / {self.worse}"
+            quantity += " per seed" if self.measure == "seed_ratio" else ""
         elif self.direction == "higher":
             quantity = f"{self.metric}: {self.better} - {self.worse}"
         else:

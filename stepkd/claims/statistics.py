@@ -37,7 +37,7 @@ class Estimate:
     per_seed: tuple[float, ...]
     """Value of each seed, in the seeds' order; NaN where it is undefined (a ratio without wholes)."""
     seeds: Interval
-    """Student's t over seeds (Fieller's for a ratio of two arms)."""
+    """Student's t over seeds (Fieller's for a ratio of means, t over the logarithms for a mean of ratios)."""
     problems: Interval
     """Two-level bootstrap over seeds and problems."""
     decides: Interval
@@ -45,7 +45,7 @@ class Estimate:
 
     @property
     def value(self) -> float:
-        """Mean over seeds; for a ratio of two arms the ratio of the means."""
+        """Mean over seeds; for ``ratio`` the ratio of the means, for ``seed_ratio`` the geometric mean of the ratios."""
         return self.decides.value
 
 
@@ -175,6 +175,31 @@ def estimate_ratio(
     seeds = fieller_interval(top_S, bottom_S, level)
     problems = _percentiles(seeds.value, _divide(top_RS.mean(axis=1), bottom_RS.mean(axis=1)), level)
     return Estimate(_floats(_divide(top_S, bottom_S)), seeds, problems, _together(seeds, problems))
+
+
+def estimate_seed_ratio(
+    better: Sequence[FloatArray], worse: Sequence[FloatArray], *, level: float = 0.95, n_resamples: int = RESAMPLES
+) -> Estimate:
+    """Geometric mean over seeds of ``better / worse`` in that seed; arguments as in :func:`estimate_difference`.
+
+    Every seed weighs the same however large its shares are, which suits seeds of very different difficulty. Student's t
+    is taken over the logarithms; where a seed's share is 0 there is none, and the interval is undefined.
+    """
+    top_S, bottom_S, top_RS, bottom_RS = _pair(better, worse, n_resamples)
+    ratio_S = _divide(top_S, bottom_S)
+    value = float(_geometric_mean(ratio_S[None])[0])
+    seeds = Interval(value, math.nan, math.nan, "log t", level)
+    if (ratio_S > 0).all():
+        log = t_interval(np.log(ratio_S), level)
+        seeds = Interval(value, math.exp(log.low), math.exp(log.high), "log t", level)
+    problems = _percentiles(value, _geometric_mean(_divide(top_RS, bottom_RS)), level)
+    return Estimate(_floats(ratio_S), seeds, problems, _together(seeds, problems))
+
+
+def _geometric_mean(ratios: FloatArray) -> FloatArray:
+    """Over the last axis: 0 where a ratio is 0, NaN where one is undefined or negative."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.exp(np.log(ratios).mean(axis=-1)), dtype=np.float64)
 
 
 def _pair(

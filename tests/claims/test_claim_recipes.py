@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stepkd.claims.claim_file import load_claim
@@ -64,7 +65,10 @@ def test_committed_verdicts_follow_from_the_committed_numbers(path: Path) -> Non
     for row in results["statements"]:
         assert verdict_again(row) == row["verdict"]
         if row.get("measure") != "ratio" and None not in row["per_seed"]:
-            interval = t_interval(row["per_seed"])
+            logarithms = row.get("measure") == "seed_ratio"
+            interval = t_interval(np.log(row["per_seed"]) if logarithms else row["per_seed"])
+            if logarithms:
+                interval = Interval(interval.value, math.exp(interval.low), math.exp(interval.high), "log t")
             assert row["over_seeds"] == pytest.approx([interval.low, interval.high], abs=2e-5)
             assert row["low"] <= row["over_seeds"][0] + 1e-6
     assert overall([row["verdict"] for row in results["statements"]]) == results["verdict"]

@@ -65,6 +65,8 @@ def test_what_is_measured() -> None:
     assert Statement(**TWO).estimate(values).value == pytest.approx(-0.3)
     assert Statement(**TWO, direction="lower").estimate(values).value == pytest.approx(0.3)  # lower is better: a gain
     assert Statement(**TWO, measure="ratio", direction="lower").estimate(values).value == pytest.approx(0.5)
+    per_seed = Statement(**TWO, measure="seed_ratio", direction="lower").estimate(values)
+    assert per_seed.value == pytest.approx((0.2 / 0.6 * 0.4 / 0.6) ** 0.5)
     assert Statement("m", arm="b", at_least=0.5).estimate(values).value == pytest.approx(0.6)
     assert Statement(**TWO).estimate(values).per_seed == pytest.approx((-0.4, -0.2))
 
@@ -73,6 +75,7 @@ def test_text() -> None:
     assert str(Statement(**TWO, at_least=0.05)) == "m: a - b > 0.05"
     assert str(Statement(**TWO, direction="lower")) == "m: b - a > 0"
     assert str(Statement(**TWO, measure="ratio", direction="lower")) == "m: a / b < 1"
+    assert str(Statement(**TWO, measure="seed_ratio", direction="lower")) == "m: a / b per seed < 1"
     assert str(Statement("m", arm="a", at_most=0.1)) == "m of a < 0.1"
 
 
@@ -96,7 +99,7 @@ def test_the_claim_holds_only_if_all_hold() -> None:
         ({**TWO, "at_most": 1}, "at_most between two arms"),
         ({**TWO, "measure": "ratio", "direction": "lower", "at_least": 1}, "give at_most"),
         ({**TWO, "direction": "highr"}, "did you mean 'higher'"),
-        ({**TWO, "measure": "quotient"}, "choose from difference, ratio"),
+        ({**TWO, "measure": "quotient"}, "choose from difference, ratio, seed_ratio"),
         ({**TWO, "at_least": "much"}, "at_least='much' is not a number"),
     ],
 )

@@ -12,6 +12,7 @@ from stepkd.claims.statistics import (
     estimate_difference,
     estimate_mean,
     estimate_ratio,
+    estimate_seed_ratio,
     fieller_interval,
     student_t_quantile,
     t_interval,
@@ -194,6 +195,29 @@ def test_a_ratio_of_arms() -> None:
     assert estimate.value == pytest.approx(0.512, abs=2e-3)
     assert estimate.decides.low <= estimate.seeds.low < estimate.value < estimate.seeds.high <= estimate.decides.high
     assert estimate.decides.high < 0.53
+
+
+def test_the_geometric_mean_of_the_seeds_ratios() -> None:
+    """Shares that differ tenfold between seeds: their ratios agree, which the ratio of means cannot see."""
+    rng = np.random.default_rng(6)
+    bottoms, ratios = (0.05, 0.1, 0.2, 0.3, 0.5), (0.45, 0.5, 0.55, 0.5, 0.6)
+    worse = [value_array(bottom * (0.9 + 0.2 * rng.random(50))) for bottom in bottoms]
+    better = [value_array(ratio * array[:, 0, 0]) for ratio, array in zip(ratios, worse, strict=True)]
+    estimate = estimate_seed_ratio(better, worse)
+    assert estimate.per_seed == pytest.approx(ratios)
+    assert estimate.value == pytest.approx(float(np.exp(np.log(ratios).mean())))
+    log = t_interval(np.log(ratios))
+    assert (estimate.seeds.low, estimate.seeds.high) == pytest.approx((math.exp(log.low), math.exp(log.high)))
+    assert estimate.decides.low <= estimate.problems.low < estimate.value < estimate.problems.high < 0.62
+    assert estimate_ratio(better, worse).value > estimate.value  # the hardest seed weighs most there
+
+
+def test_a_seed_ratio_with_an_empty_share_is_undefined() -> None:
+    some, none = value_array([0.5, 0.2]), value_array([0.0, 0.0])
+    zero = estimate_seed_ratio([some, none], [some, some])
+    assert zero.value == 0
+    assert math.isnan(zero.decides.low)
+    assert math.isnan(estimate_seed_ratio([some, some], [some, none]).value)
 
 
 def test_the_same_rows_give_the_same_numbers_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
