@@ -45,7 +45,7 @@ class Estimate:
 
     @property
     def value(self) -> float:
-        """Mean over seeds; for ``ratio`` the ratio of the means, for ``seed_ratio`` the geometric mean of the ratios."""
+        """Mean over seeds; for two arms their ratio of means, or the geometric mean of the seeds' ratios."""
         return self.decides.value
 
 
