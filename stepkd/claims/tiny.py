@@ -145,7 +145,8 @@ def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] =
     """Per-problem values of the metrics that every method is judged by.
 
     Args:
-        rows: per-problem rows with step labels (:func:`problem_rows`).
+        rows: per-problem rows with step labels (:func:`problem_rows`); a sample whose labels are None counts for
+            its answer only.
         votes: values of k for ``maj@k``, each from 1 to the number of samples per problem.
 
     Returns:
@@ -162,7 +163,7 @@ def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] =
     for row in rows:
         samples = row["samples"]
         right = [sample["verdict"] == "correct" for sample in samples]
-        labels = [[bool(label) for label in sample["step_labels"]] for sample in samples]
+        labels = [[bool(label) for label in sample["step_labels"] or ()] for sample in samples]
         flawed = sum(good and not all(steps) for good, steps in zip(right, labels, strict=True))
         metrics["pass@1"].append(sum(right) / len(samples))
         metrics["mean_tokens"].append(sum(sample["tokens"] for sample in samples) / len(samples))

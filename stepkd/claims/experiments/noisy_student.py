@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
+from stepkd.claims.sloppy_student import train_teacher_and_student
 from stepkd.errors import ConfigError
 
 
@@ -48,31 +49,12 @@ class NoisyStudentSettings:
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """Train the teacher, go on from it to the student, and evaluate both greedily and at temperature 1."""
-    from stepkd.claims.tiny import GLOBAL_BATCH, train_tiny_sft
+    from stepkd.claims.tiny import GLOBAL_BATCH
 
     settings: NoisyStudentSettings = unit.settings
-    report(f"training the teacher, {settings.teacher_steps} steps")
-    teacher = train_tiny_sft(
-        unit.folder / "teacher",
-        start=settings.model,
-        task=settings.task,
-        steps=settings.teacher_steps,
-        lr=settings.teacher_lr,
-        seed=unit.seed,
-        demonstrations=settings.demonstrations,
-        reuse=True,
-    )
-    report(f"training the student, {settings.student_steps} steps")
-    student = train_tiny_sft(
-        unit.folder / "student",
-        start=teacher,
-        task=settings.task,
-        steps=settings.student_steps,
-        lr=settings.student_lr,
-        seed=unit.seed,
-        noise={"rate": settings.rate, "kind": "random", "recover": settings.recover},
-        demonstrations=settings.demonstrations,
-        reuse=True,
+    noise = {"rate": settings.rate, "kind": "random", "recover": settings.recover}
+    teacher, student = train_teacher_and_student(
+        unit, report, noise, teacher_lr=settings.teacher_lr, student_lr=settings.student_lr
     )
     solutions = {
         "teacher": GLOBAL_BATCH * settings.teacher_steps,

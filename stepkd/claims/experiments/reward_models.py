@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
+from stepkd.claims.sloppy_student import train_teacher_and_student
 from stepkd.errors import ConfigError
 
 SMALL_N = 4
@@ -112,7 +113,9 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     from stepkd.claims.tiny_reward import align_scores, curves_tiny, score_tiny
     from stepkd.scorers import reduce_solutions
 
-    student, teacher = _models(unit, report)
+    settings: RewardModelSettings = unit.settings
+    noise = {"rate": settings.slips, "kind": "systematic", "recover": settings.recover, "seed": unit.seed}
+    teacher, student = train_teacher_and_student(unit, report, noise)
     labels, facts = _label(unit, student, teacher, report)
     held_out = _held_out(unit, student, labels["adaptive"].parent / "threshold.json", report)
     problems = list(dict.fromkeys(row["problem_id"] for row in held_out["newline"]))
@@ -124,7 +127,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
         rows = held_out["adaptive" if arm == "prm_adaptive" else "newline"]
         found = reduce_solutions(score_tiny(model, rows), _REDUCTIONS[arm], meaning=_MEANINGS[arm]).values
         scores[arm] = align_scores(rows, found, held_out["newline"])
-    curve = curves_tiny(held_out["newline"], scores, (SMALL_N, unit.settings.samples), seed=unit.seed)
+    curve = curves_tiny(held_out["newline"], scores, (SMALL_N, settings.samples), seed=unit.seed)
     names = {"majority": "majority", "ceiling": "pass"} | {arm: arm for arm in scores}
     results = []
     for arm in unit.arms:
@@ -134,29 +137,6 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
             metrics = {"best_of_n": values[:, 1].tolist(), "growth": (values[:, 1] - values[:, 0]).tolist()}
         results.append(ArmResult(arm, problems, metrics, facts.get(arm, {})))
     return results
-
-
-def _models(unit: Unit, report: Report) -> tuple[Path, Path]:
-    from stepkd.claims.tiny import train_tiny_sft
-
-    settings: RewardModelSettings = unit.settings
-    common: dict[str, Any] = {"task": settings.task, "seed": unit.seed, "demonstrations": settings.demonstrations}
-    report(f"training the teacher, {settings.teacher_steps} steps")
-    teacher = train_tiny_sft(
-        unit.folder / "teacher", start=settings.model, steps=settings.teacher_steps, lr=3e-3, reuse=True, **common
-    )
-    report(f"training the student, {settings.student_steps} steps")
-    noise = {"rate": settings.slips, "kind": "systematic", "recover": settings.recover, "seed": unit.seed}
-    student = train_tiny_sft(
-        unit.folder / "student",
-        start=teacher,
-        steps=settings.student_steps,
-        lr=1e-3,
-        noise=noise,
-        reuse=True,
-        **common,
-    )
-    return student, teacher
 
 
 def _label(

@@ -1,0 +1,89 @@
+"""Iterated training: M0 is the sloppy student, M1 to MK learn from their predecessor's labelled solutions.
+
+One unit runs ``stepkd iterate`` with the exact checker as labeller. The arms are the models: ``m0`` to ``mK``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
+from stepkd.claims.sloppy_student import METRICS as SAMPLED
+from stepkd.claims.sloppy_student import SloppyStudentSettings, train_sloppy_student, training_problems
+
+METRICS = (*SAMPLED, "greedy")
+ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class IteratedSettings(SloppyStudentSettings):
+    """Task, budgets and noise of the experiment; ``steps`` are those of one iteration."""
+
+    reference: Literal["reset", "kept"] = "reset"
+    """The reference model of iteration k: M_{k-1}, or M0 throughout."""
+    reduction: str = "sum_steps"
+    """Step-KTO: see :func:`stepkd.losses.step_kto`."""
+    allow_one_class: bool = False
+    """Train although all labels agree (``--quick``)."""
+
+
+ARMS: Mapping[str, Mapping[str, Any]] = {f"m{k}": {} for k in range(ITERATIONS + 1)}
+
+
+def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
+    """See the module's text."""
+    from stepkd.claims.tiny import problem_ids, problem_metrics, problem_rows
+    from stepkd.data.io import read_rows
+    from stepkd.evaluation.manifest import RESULTS_NAME
+    from stepkd.iteration.loop import run_iterations
+    from stepkd.iteration.spec import HeldOutSettings, IterateSpec, TrainSettings
+
+    settings: IteratedSettings = unit.settings
+    student = train_sloppy_student(unit, report)
+    sampling = {"template": "task", "extractors": ["hash"], "max_new_tokens": 64, "max_rows": 256, "device": "cpu"}
+    spec = IterateSpec(
+        model=str(student),
+        problems=training_problems(unit),
+        iterations=ITERATIONS,
+        reference=settings.reference,
+        label={"labeller": "checker", "samples": settings.label_samples, **sampling},
+        train=TrainSettings(recipes=["recipes/tiny/step_kto.yaml"], overrides=_overrides(settings)),
+        evaluation=HeldOutSettings(
+            problems=f'task:task="{settings.task}",n={settings.problems},seed={unit.seed},split=test',
+            samples=settings.samples,
+        ),
+        seed=unit.seed,
+    )
+    folder = unit.folder / "iterated"
+    run_iterations(spec, folder, report=report)
+    results = []
+    for name in unit.arms:
+        evaluation = folder / f"iteration-{name.removeprefix('m')}" / "evaluation"
+        rows = [row for row, _ in read_rows(evaluation / RESULTS_NAME)]
+        found = problem_metrics(rows)
+        metrics = {metric: found[metric] for metric in SAMPLED}
+        greedy = {str(row["id"]): row for row in problem_rows(evaluation / "greedy")}
+        metrics["greedy"] = [
+            float(greedy[problem]["samples"][0]["verdict"] == "correct") for problem in problem_ids(rows)
+        ]
+        results.append(ArmResult(name, problem_ids(rows), metrics, {}))
+    return results
+
+
+def _overrides(settings: IteratedSettings) -> dict[str, Any]:
+    return {
+        "trainer.max_steps": settings.steps,
+        "trainer.val_check_interval": None,
+        "checkpoint.every_n_steps": settings.steps,
+        "model.init_args.beta": settings.beta,
+        "model.init_args.reduction": settings.reduction,
+        "model.init_args.optimizer.lr": settings.lr,
+        "data.init_args.validation": None,
+        "data.init_args.global_batch_size": settings.batch,
+        "data.init_args.allow_one_class": settings.allow_one_class,
+    }
+
+
+EXPERIMENT = Experiment(run=run, settings=IteratedSettings, metrics=METRICS, arms=ARMS)

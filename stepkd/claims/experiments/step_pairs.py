@@ -1,0 +1,153 @@
+"""DPO against Step-DPO: one student, its own labelled solutions, equally many pairs and steps; only the pairs differ.
+
+One unit makes the sloppy student and labels its solutions with the exact checker. DPO's pairs are a right and a wrong
+solution of a problem, Step-DPO's the first wrong step of a solution and a better one behind the same right steps. Of
+every kind the same number of pairs is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
+from stepkd.claims.sloppy_student import (
+    METRICS,
+    SloppyStudentSettings,
+    evaluate_arm,
+    label_student,
+    train_sloppy_student,
+)
+from stepkd.errors import ConfigError, DataError
+from stepkd.randomness import generator
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StepPairSettings(SloppyStudentSettings):
+    """Task, budgets and noise of the experiment."""
+
+    pairs: int = 512
+    """Pairs of every arm, >= 1; fewer when some arm has fewer."""
+    continuations: int = 8
+    """Step-DPO: continuations of every right prefix, >= 1."""
+
+
+@dataclass(frozen=True)
+class StepPairArm:
+    """Which pairs an arm learns from."""
+
+    pairs: Literal["none", "answers", "steps"] = "steps"
+    """``none`` is the student itself, ``answers`` is DPO, ``steps`` is Step-DPO."""
+    chosen_steps: Literal["any", "clean"] = "any"
+    """DPO: ``clean`` prefers no solution with a wrong step."""
+    take: Literal["wrong", "all"] = "wrong"
+    """Step-DPO: ``all`` also takes wrong steps of solutions with a right answer."""
+    check_step: bool = True
+    """Step-DPO: whether the better step must itself be right."""
+
+
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "student": {"pairs": "none"},
+    "dpo": {"pairs": "answers"},
+    "step_dpo": {},
+    "step_dpo_unchecked": {"check_step": False},
+    "step_dpo_all": {"take": "all"},
+}
+
+
+def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
+    """See the module's text."""
+    from stepkd.claims.tiny_preference import train_tiny_preference
+    from stepkd.data.io import write_jsonl_atomic
+
+    settings: StepPairSettings = unit.settings
+    if all(arm.pairs == "none" for arm in unit.arms.values()):
+        raise ConfigError("no arm trains on pairs")
+    student = train_sloppy_student(unit, report)
+    labels, _ = label_student(unit, student, report)
+    pairs = {name: _pairs(unit, arm, student, labels, report) for name, arm in unit.arms.items()}
+    count = min(settings.pairs, *(len(found) for found in pairs.values() if found is not None))
+    results = []
+    for name in unit.arms:
+        model, found = student, pairs[name]
+        facts = {"train_pairs": 0.0, "available_pairs": 0.0}
+        if found is not None:
+            report(f"training {name}, {settings.steps} steps on {count} of {len(found)} pairs")
+            facts = {"train_pairs": float(count), "available_pairs": float(len(found))}
+            rows = unit.folder / f"{name}-pairs.jsonl"
+            picked = sorted(generator(unit.seed, "step pairs", name).permutation(len(found))[:count])
+            write_jsonl_atomic(rows, [found[i] for i in picked])
+            model = train_tiny_preference(
+                unit.folder / name,
+                method="dpo",
+                start=student,
+                rows=rows,
+                steps=settings.steps,
+                lr=settings.lr,
+                seed=unit.seed,
+                settings={"beta": settings.beta},
+                global_batch_size=settings.batch,
+                reuse=True,
+            )
+        report(f"evaluating {name}")
+        results.append(evaluate_arm(unit, name, model, facts))
+    return results
+
+
+def _pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path, report: Report) -> list[Row] | None:
+    """All pairs that an arm could learn from."""
+    from stepkd.data.io import read_rows
+
+    if arm.pairs == "none":
+        return None
+    if arm.pairs == "answers":
+        from stepkd.labels.convert import ConvertOptions, convert_rows
+
+        options = ConvertOptions(seed=unit.seed, max_pairs=unit.settings.label_samples, chosen_steps=arm.chosen_steps)
+        found: list[Row] = list(convert_rows([row for row, _ in read_rows(labels)], "preference", options).rows)
+        return found
+    report(f"drawing step pairs from {'all' if arm.take == 'all' else 'wrong'} solutions")
+    return _step_pairs(unit, arm, student, labels)
+
+
+def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> list[Row]:
+    from stepkd.data.io import read_rows
+    from stepkd.data.spec import PAIRS_NAME
+    from stepkd.labels.pair_job import run_pair_job
+    from stepkd.labels.pair_settings import StepPairSpec
+    from stepkd.labels.step_pair_setup import step_pair_parts
+
+    out = unit.folder / f"pairs-{arm.take}{'' if arm.check_step else '-unchecked'}"
+    spec = StepPairSpec(
+        out=str(out),
+        rollouts=str(labels.parent),
+        model=str(student),
+        take=arm.take,
+        check_step=arm.check_step,
+        continuations=unit.settings.continuations,
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=64,
+        template="task",
+        extractors=("hash",),
+        device="cpu",
+        max_rows=256,
+        seed=unit.seed,
+    )
+    if run_pair_job(step_pair_parts(spec), spec.out) is None:
+        raise DataError("one rank does all the work, and groups are missing", path=out)
+    return [row for row, _ in read_rows(out / PAIRS_NAME)]
+
+
+EXPERIMENT = Experiment(
+    run=run,
+    settings=StepPairSettings,
+    metrics=METRICS,
+    arms=ARMS,
+    arm_settings=StepPairArm,
+    facts=("train_pairs", "available_pairs"),
+)
