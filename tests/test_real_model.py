@@ -89,7 +89,7 @@ def test_evaluation_gives_verdicts(benchmark: str, gguf: Path, data_dir: Path, t
 
 
 def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: Path, tmp_path: Path) -> None:
-    """PRM800K, three steps of LoRA with a classifier, ProcessBench beside the prompted judge; the export too."""
+    """PRM800K, three steps of LoRA with a classifier, ProcessBench beside the prompted judge; its export too."""
     import json
 
     source = f"{{source: prm800k, hub: null, split: null, path: {data_dir / 'prm800k' / 'phase1_train_head.jsonl'}"
@@ -105,10 +105,9 @@ def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: 
     stepkd("export", run, "--to", tmp_path / "model")
     scores = {}
     for name, model in (("run", run), ("export", tmp_path / "model"), ("judge", f"judge:{gguf}")):
-        template = () if name == "judge" else ("--template", "math")
         stepkd(
             *("evaluate", "--benchmark", "processbench", "--data", data_dir / "processbench", "--subsets", "gsm8k"),
-            *("--limit", 6, "--model", model, "--out", tmp_path / name, *template),
+            *("--limit", 6, "--model", model, "--out", tmp_path / name),
         )
         rows = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
         scores[name] = [score for row in rows for score in row["scores"]]

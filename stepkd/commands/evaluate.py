@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "stepkd evaluate runs in one process: start it without a launcher (shard with --data offset=)"
         )
+    judging_prm.check_used(arguments)
     if arguments.benchmark in PROCESS_BENCHMARKS:
         return judging_prm.run_process(arguments)
     spec = EvaluationSpec(

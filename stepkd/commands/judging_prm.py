@@ -8,7 +8,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stepkd.commands.scorer_options import add_scorer_arguments, given_options, scorer_options
 from stepkd.errors import ConfigError
+
+SAMPLING_ONLY = (
+    *("samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop", "ks"),
+    *("style", "system", "few_shot", "extractors", "deadline"),
+)
+"""Options that say how solutions are sampled and graded."""
+SCORING_ONLY = (
+    *("subsets", "threshold", "tune_on", "no_figures"),
+    *("temperature_from", "head", "reference", "answers", "separator"),
+)
+"""Options that say how given steps are scored and judged."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--subsets", nargs="+", metavar="NAME", help="ProcessBench subsets (default: gsm8k math)")
     group.add_argument("--threshold", type=float, default=0.5, help="a lower step score means wrong (default 0.5)")
     group.add_argument("--tune-on", metavar="SET", help="subset or data settings on which a second threshold is tuned")
+    add_scorer_arguments(group)
     group.add_argument("--no-figures", action="store_true", help="write no reliability and argmin figures")
     best = parser.add_argument_group("best-of-N")
     best.add_argument(
@@ -24,12 +37,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_used(arguments: argparse.Namespace) -> None:
+    """Refuse options of the other kind of benchmark, which would be silently without effect.
+
+    Raises:
+        ConfigError: names them.
+    """
+    from stepkd.commands import evaluate
+    from stepkd.evaluation.process_runner import PROCESS_BENCHMARKS
+
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    process = arguments.benchmark in PROCESS_BENCHMARKS
+    unused = given_options(arguments, parser, SAMPLING_ONLY if process else SCORING_ONLY)
+    if unused:
+        why = (
+            "steps that are there are scored and nothing is sampled" if process else "solutions are sampled and graded"
+        )
+        raise ConfigError(f"--benchmark {arguments.benchmark} has no use for {', '.join(unused)}: {why}; drop it")
+
+
 def run_process(arguments: argparse.Namespace) -> int:
     """``stepkd evaluate --benchmark processbench``."""
     from rich.console import Console
 
     from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
-    from stepkd.scorers.load import ScorerOptions, load_scorer
+    from stepkd.scorers.load import load_scorer
 
     spec = ProcessSpec(
         model=arguments.model,
@@ -43,13 +76,7 @@ def run_process(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
     )
-    options = ScorerOptions(
-        template=arguments.template,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        attention=arguments.attention,
-        max_rows=arguments.batch_size,
-    )
+    options = scorer_options(arguments)
     console = Console()
     summary = evaluate_process(
         spec, lambda: load_scorer(spec.model, options), report=_reporter(console), overwrite=arguments.overwrite

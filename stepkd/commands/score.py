@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stepkd.commands.scorer_options import add_scorer_arguments, scorer_options
 from stepkd.errors import ConfigError, check_choice
 
 REDUCTIONS = ("auto", "product", "min", "mean", "last")
@@ -36,15 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--overwrite", action="store_true", help="replace an earlier result of this command in --out")
     how = parser.add_argument_group("scores")
     how.add_argument("--reduction", default="auto", help=f"{', '.join(REDUCTIONS)} (default: what suits the scorer)")
-    how.add_argument("--temperature-from", metavar="FILE", help="scale the scores with a fitted temperature")
     how.add_argument(
         "--fit-temperature", metavar="ROWS", help="fit the temperature on these held-out labelled rows, and save it"
     )
     how.add_argument("--template", help="built-in prompt template; default: the one the model was trained with")
-    how.add_argument("--head", metavar="JSON", help="how a plain model scores steps, as in step_head.json")
-    how.add_argument("--reference", action="store_true", help="show the gold solution to a judge")
-    how.add_argument("--answers", nargs=2, metavar=("YES", "NO"), help="tokens a judge answers with (default: Yes, No)")
-    how.add_argument("--separator", help="separator a TRL model was trained with (default: newline)")
+    add_scorer_arguments(how)
     run_on = parser.add_argument_group("machine")
     run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
     run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -63,32 +60,17 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.evaluation.score_rows import ScoreJob, score_file
     from stepkd.launch import check_launch
     from stepkd.launch.quiet import quiet_libraries
-    from stepkd.scorers.calibration import TemperatureScaling
-    from stepkd.scorers.load import ScorerOptions, parse_head
 
     quiet_libraries()
     if check_launch().world_size > 1:
         raise ConfigError("stepkd score runs in one process: start it without a launcher (shard with offset=, limit=)")
-    given = arguments.temperature_from
     job = ScoreJob(
         model=arguments.model,
         rollouts=arguments.rollouts,
         out=Path(arguments.out),
         reduction=None if arguments.reduction == "auto" else arguments.reduction,
         fit_on=arguments.fit_temperature,
-        options=ScorerOptions(
-            template=arguments.template,
-            head=parse_head(arguments.head) if arguments.head else None,
-            reference=arguments.reference,
-            answers=tuple(arguments.answers) if arguments.answers else None,
-            separator=arguments.separator,
-            dtype=arguments.dtype,
-            device=arguments.device,
-            attention=arguments.attention,
-            max_length=arguments.max_length,
-            max_rows=arguments.batch_size,
-            temperature=TemperatureScaling.load(given) if given else None,
-        ),
+        options=scorer_options(arguments, max_length=arguments.max_length),
     )
     console = Console()
     summary = score_file(job, report=_reporter(console), overwrite=arguments.overwrite)

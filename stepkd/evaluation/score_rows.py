@@ -171,7 +171,8 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
     Args:
         scorer: the scorer.
         rows: rows with ``labels`` (or ``step_labels``), for an outcome scorer with ``outcome`` (or ``correct``); a
-            rating of 0 counts as right.
+            rating of 0 counts as right. Steps after the first wrong one are left out, as where scorers are judged:
+            whether a step that follows from a mistake is right is a matter of convention.
 
     Returns:
         Scores and labels (0 or 1) of the steps that have both.
@@ -179,7 +180,7 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
     Raises:
         DataError: a row without labels, or soft ones.
     """
-    rule = LabelRule(after_error="keep", scope="outcome" if scorer.meaning == "outcome" else "steps")
+    rule = LabelRule(after_error="truncate", scope="outcome" if scorer.meaning == "outcome" else "steps")
     scores, labels = [], []
     for row, values in zip(rows, score_rows(scorer, rows), strict=True):
         for target, value in zip(step_targets(row, len(values), 2, rule), values, strict=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from stepkd.errors import DataError
@@ -20,12 +22,13 @@ from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.labels.outcome import OutcomeLabeller
 from stepkd.labels.reductions import Reduce
 from stepkd.labels.sampled import SampledSolutions
-from stepkd.labels.settings import SCORER_LABELLERS, LabelSpec
+from stepkd.labels.settings import FITTED, SCORER_LABELLERS, LabelSpec
 from stepkd.labels.solutions import SolutionSource
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
+from stepkd.steps import SegmentThreshold
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def job_parts(
     device = pick_device(spec.device)
     bench = open_workbench(spec, data, policy=policy)
     policy, grader, length = bench.policy, bench.grader, bench.max_new_tokens
+    if rank == 0:
+        _warn_of_foreign_threshold(spec, bench.model)
     if spec.template is None and not data.drawn and (spec.labeller == "monte_carlo" or spec.signals):
         check_prompt(data.rows, bench.prompt_id)
     if data.drawn or spec.labeller == "monte_carlo" or spec.signals:
@@ -107,6 +112,21 @@ def job_parts(
         drawn=data.drawn,
         group_size=max(1, spec.max_rows // per_solution),
     )
+
+
+def _warn_of_foreign_threshold(spec: LabelSpec, model: str) -> None:
+    """A threshold file belongs to the model whose samples it was fitted on; another model's signals are others."""
+    file = (spec.segmenter or "").partition(":")[2]
+    if spec.segmenter_kind not in FITTED or not Path(file).is_file():
+        return
+    threshold = SegmentThreshold.load(file)
+    if threshold.model not in (None, model):
+        warnings.warn(
+            f"segmenter {spec.segmenter!r}: its threshold was fitted on samples of {threshold.model}, and {model} is "
+            f"another model: it may divide at more or fewer than {threshold.quantile:.1%} of the tokens. To fit one "
+            f"on this job's solutions, write {spec.segmenter_kind} alone",
+            stacklevel=2,
+        )
 
 
 def _solution_source(

@@ -15,6 +15,7 @@ from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
 from stepkd.models.step_head_io import save_step_head
 from stepkd.models.tiny import TINY_PRESETS
+from stepkd.models.trained_template import save_template, trained_template
 
 
 def export_model(
@@ -27,7 +28,7 @@ def export_model(
     overwrite: bool = False,
     push_to_hub: str | None = None,
 ) -> Path:
-    """Write weights (safetensors), configuration and tokenizer.
+    """Write weights (safetensors), configuration and tokenizer; of a reward model also its head and prompt template.
 
     Args:
         source: a run folder, a checkpoint, an adapter folder, or any model path.
@@ -51,10 +52,14 @@ def export_model(
         raise ConfigError(f"mode={mode!r}: must be 'merged' or 'adapter'")
     _check_target(out, overwrite=overwrite)
     policy = load_trained(source, dtype=dtype, ema=ema, dequantise=True)
+    # A reward model is worth nothing under another prompt; a policy is asked in whatever words its user likes.
+    template = None if policy.step_head is None else trained_template(source)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         save_policy(policy, temporary, mode=mode)
+        if template is not None:
+            save_template(template, temporary)
         _put_in_place(temporary, out)
     except OSError as error:
         raise ModelError(f"cannot write the export to {out}: {first_line(error)}; nothing was left there") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -15,6 +14,7 @@ from stepkd.errors import ConfigError, nearest
 from stepkd.models.checkpoint import find_checkpoint, load_trained
 from stepkd.models.step_head import StepHeadSpec
 from stepkd.models.step_head_io import step_head_from_dict
+from stepkd.models.trained_template import trained_template
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.checker import CheckerScorer
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
@@ -109,7 +109,7 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
         if options.head is not None:
             policy.attach_step_head(options.head)
         policy.require_step_head()
-        template = run_template(path) if options.template is None else get_template(options.template)
+        template = trained_template(path) if options.template is None else get_template(options.template)
         if template is None:
             raise ConfigError(
                 f"{path} does not say which prompt template it was trained with: give one (--template "
@@ -136,23 +136,6 @@ def parse_head(text: str) -> StepHeadSpec:
         return step_head_from_dict({"labels": StepHeadSpec().labels, **values})
     except Exception as error:  # unknown keys, values of a wrong type
         raise ConfigError(f"the head setting {text!r} cannot be used: {error}") from error
-
-
-def run_template(path: str) -> PromptTemplate | None:
-    """The prompt template in the ``config.yaml`` of a run; None when there is no run or it names none."""
-    checkpoint = find_checkpoint(Path(path).expanduser())
-    if checkpoint is None:
-        return None
-    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    if not (folder / "config.yaml").is_file():
-        return None
-    import yaml
-
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    value = (config or {}).get("data", {}).get("init_args", {}).get("template")
-    if isinstance(value, Mapping):
-        return PromptTemplate(**value.get("init_args", value))
-    return None if value is None else get_template(value)
 
 
 def pick_device(name: str) -> torch.device:

@@ -73,6 +73,44 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: py
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "processbench", "--samples", "8", "--top-p", "0.9"], "no use for --samples, --top-p: steps"),
+        (["--benchmark", "step_labels", "--few-shot", "2"], "no use for --few-shot"),
+        (
+            ["--benchmark", "gsm8k", "--threshold", "0.4", "--reference"],
+            "no use for --threshold, --reference: solutions",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--model", "tiny-0.1m", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_model_with_a_head_and_a_temperature(tmp_path: Path) -> None:
+    from stepkd.scorers import TemperatureScaling
+
+    TemperatureScaling(4.0, 1.0, 0.9, 10).save(tmp_path / "temperature.json")
+    head = ["--model", "tiny-0.1m", "--template", "task", "--head", '{"kind": "classifier"}', "--no-figures"]
+    common = ["evaluate", "--benchmark", "step_labels", "--data", DATA, "--device", "cpu", *head]
+    assert main([*common, "--out", str(tmp_path / "a")]) == 0
+    assert main([*common, "--out", str(tmp_path / "b"), "--temperature-from", str(tmp_path / "temperature.json")]) == 0
+    plain, scaled = (
+        [
+            score
+            for line in (tmp_path / out / "results.jsonl").read_text().splitlines()
+            for score in json.loads(line)["scores"]
+        ]
+        for out in "ab"
+    )
+    assert all(abs(b - 0.5) < abs(a - 0.5) for a, b in zip(plain, scaled, strict=True))
+
+
 def test_the_list_names_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--list"]) == 0
     shown = capsys.readouterr().out

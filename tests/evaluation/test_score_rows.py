@@ -245,7 +245,7 @@ def test_labels_for_a_temperature() -> None:
     cut = row("a", "p", [60, -1])
     assert labelled_scores(Toy(), [cut]) == ([0.6], [1.0])
     wrong_twice = row("a", "p", [10, 20, 90])
-    assert labelled_scores(Toy(), [wrong_twice]) == ([0.1, 0.2, 0.9], [0.0, 0.0, 1.0]), "later steps count too"
+    assert labelled_scores(Toy(), [wrong_twice]) == ([0.1], [0.0]), "as in judging, nothing after the first error"
     outcome = [row("a", "p", [-1, 80], outcome=True), row("b", "p", [-1, 30], outcome=False)]
     assert labelled_scores(Toy("outcome"), outcome) == ([0.8, 0.3], [1.0, 0.0])
     with pytest.raises(DataError, match=r"a, column 'labels': label 0.4 is neither right nor wrong"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -206,6 +207,19 @@ def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelSpec, run: Any,
         run(other, sampler=recording(stop_at=4))
     replace(found, value=0.5).save(Path(other.out) / "threshold.json")
     assert run(other)["threshold"] == 0.5
+
+
+def test_a_threshold_of_another_model_is_said(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "threshold.json"
+    threshold = fit_threshold([[-0.1, -2.0, -0.3, -0.01]] * 5, 0.3, model="tiny-0.5m")
+    threshold.save(file)
+    spec = replace(spec, segmenter=f"adaptive_step:{file}", labeller="checker")
+    with pytest.warns(UserWarning, match=r"fitted on samples of tiny-0.5m, and tiny-0.1m is another model.*30.0%"):
+        run(spec)
+    replace(threshold, model="tiny-0.1m").save(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(replace(spec, out=spec.out + "-2"))
 
 
 def test_the_entropy_threshold(spec: LabelSpec, run: Any) -> None:

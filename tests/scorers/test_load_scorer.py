@@ -14,8 +14,9 @@ from stepkd.data import PromptTemplate, get_template
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import Policy, StepHeadSpec
 from stepkd.models.export import save_policy
+from stepkd.models.trained_template import save_template, trained_template
 from stepkd.scorers import CheckerScorer, PRMScorer, PromptedJudge, ScorerOptions, TemperatureScaling, load_scorer
-from stepkd.scorers.load import parse_head, pick_device, run_template
+from stepkd.scorers.load import parse_head, pick_device
 from stepkd.steps import StepFormat
 
 TASK = ScorerOptions(template="task", device="cpu")
@@ -71,16 +72,31 @@ def test_a_plain_model_needs_a_head() -> None:
 
 
 def test_the_template_of_a_run(tmp_path: Path) -> None:
-    assert run_template(str(tmp_path)) is None
+    assert trained_template(str(tmp_path)) is None
     run = with_template(tmp_path / "run", "gsm8k")
-    assert run_template(str(run)) == run_template(str(run / "checkpoints" / "last.ckpt")) == get_template("gsm8k")
+    assert (
+        trained_template(str(run)) == trained_template(str(run / "checkpoints" / "last.ckpt")) == get_template("gsm8k")
+    )
     own = PromptTemplate(style="plain", plain="Q: {prompt}\n", few_shot=1)
     values = dataclasses.asdict(own)
-    assert run_template(str(with_template(tmp_path / "run", values))) == own
-    assert run_template(str(with_template(tmp_path / "run", {"class_path": "x", "init_args": values}))) == own
-    assert run_template(str(with_template(tmp_path / "run", None))) is None
+    assert trained_template(str(with_template(tmp_path / "run", values))) == own
+    assert trained_template(str(with_template(tmp_path / "run", {"class_path": "x", "init_args": values}))) == own
+    assert trained_template(str(with_template(tmp_path / "run", None))) is None
     (run / "config.yaml").unlink()
-    assert run_template(str(run)) is None
+    assert trained_template(str(run)) is None
+
+
+def test_the_template_of_an_export(export: Path) -> None:
+    own = PromptTemplate(style="plain", plain="Frage: {prompt}\n", few_shot=1, chat_kwargs={"enable_thinking": False})
+    save_template(own, export)
+    assert trained_template(export) == own
+    scorer = load_scorer(str(export), ScorerOptions(device="cpu"))
+    assert isinstance(scorer, PRMScorer)
+    assert scorer.template == own
+    for text in ("{", "[1]", '{"unheard_of": 1}'):
+        (export / "prompt_template.json").write_text(text)
+        with pytest.raises(ModelError, match=r"prompt_template\.json holds no prompt template .*export again"):
+            trained_template(export)
 
 
 @pytest.mark.parametrize(
