@@ -180,6 +180,10 @@ def run_best_of_n(arguments: argparse.Namespace) -> int:
         if each.k == result.ks[-1]:
             shown = each.difference.to_dict()
             console.print(f"N={each.k}: {each.b} - {each.a} = {_percent(shown)}", markup=False, highlight=False)
+    for each in result.growth:
+        first = next(k for k in result.ks if k > 1)
+        grown = f"from N={first} to {each.k}, {each.b} - {each.a} grows by {_percent(each.difference.to_dict())}"
+        console.print(grown, markup=False, highlight=False)
     for name, count in result.unscored.items():
         if count:
             console.print(f"{count} samples have no score by {name}: they rank last", markup=False)

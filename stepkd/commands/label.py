@@ -56,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
     who.add_argument("--judge-template", help="PRM: its built-in prompt template; default: its own")
     who.add_argument("--reference", action="store_true", help="judge: show it the gold solution")
-    who.add_argument("--threshold", type=float, default=0.5, help="right from this score or chance on (default 0.5)")
+    who.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="right from this score on, or above this chance of --convert (default 0.5)",
+    )
     who.add_argument("--soft", action="store_true", help="judge, prm: label by scores; --convert: take the values")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--segmenter", help="default: the rows' own steps, else newline")

@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--fit-temperature", metavar="ROWS", help="fit the temperature on these held-out labelled rows, and save it"
     )
+    how.add_argument(
+        "--segmenter", help="cuts solutions that come as one text (newline, blank_line, ...; default newline)"
+    )
     how.add_argument("--template", help="built-in prompt template; default: the one the model was trained with")
     add_scorer_arguments(how)
     run_on = parser.add_argument_group("machine")
@@ -70,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         out=Path(arguments.out),
         reduction=None if arguments.reduction == "auto" else arguments.reduction,
         fit_on=arguments.fit_temperature,
+        segmenter=arguments.segmenter,
         options=scorer_options(arguments, max_length=arguments.max_length),
     )
     console = Console()

@@ -21,7 +21,7 @@ import torch
 from stepkd.data.io import fingerprint, read_rows, write_jsonl_atomic
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.data.step_labels import LabelRule, step_targets
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, check_choice
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.manifest import (
     MANIFEST_FORMAT,
@@ -38,6 +38,7 @@ from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.scorers.reductions import Reduction, default_reduction, reduce_scores
 from stepkd.scorers.rows import problem_key, score_rows, step_scores
 from stepkd.scorers.scorer import StepScorer
+from stepkd.steps import SEGMENTERS
 
 _TEMPERATURE = "temperature.json"
 
@@ -56,12 +57,17 @@ class ScoreJob:
     """Step scores to one score; None: what suits the scorer."""
     fit_on: str | None = None
     """File or data settings of held-out labelled rows to fit a temperature on."""
+    segmenter: str | None = None
+    """Cuts solutions that come as one text; None: ``newline``. Steps that a row has, or a segmenter that it names, stay
+    as they are."""
     options: ScorerOptions = field(default_factory=ScorerOptions)
     """How the scorer runs."""
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".jsonl":
             raise ConfigError(f"--out {self.out}: scored rows are JSON Lines, let the name end in .jsonl")
+        if self.segmenter is not None:
+            check_choice("segmenter", self.segmenter, SEGMENTERS)
         if self.fit_on is not None and self.options.temperature is not None:
             raise ConfigError("a fitted temperature and rows to fit one on contradict each other: give one of them")
 
@@ -94,7 +100,7 @@ def score_file(
         DataError, ModelError: rows or scorer cannot be used.
     """
     _check_out(job, overwrite=overwrite)
-    rows = load_rows(parse_spec(job.rollouts))
+    rows = _to_cut(load_rows(parse_spec(job.rollouts)), job.segmenter)
     labelled = None if job.fit_on is None else load_rows(parse_spec(job.fit_on))
     if labelled is not None and fingerprint(labelled) == fingerprint(rows):
         raise ConfigError("the rows to fit a temperature on are the rows to score: give held-out ones")
@@ -195,6 +201,16 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
             scores.append(value)
             labels.append(target[1])
     return scores, labels
+
+
+def _to_cut(rows: list[Any], segmenter: str | None) -> list[Any]:
+    """Rows with the name of the segmenter that cuts them, where they have no steps."""
+    if segmenter is None:
+        return rows
+    has_steps = ("completions", "steps", "step_ends", "segmenter")
+    return [
+        row if any(row.get(name) is not None for name in has_steps) else row | {"segmenter": segmenter} for row in rows
+    ]
 
 
 def _fitted(path: Path, scorer: StepScorer, labelled: Sequence[Mapping[str, Any]]) -> TemperatureScaling:

@@ -54,6 +54,7 @@ def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "best-of-N on 2 problems" in shown
     assert "prm_vote" in shown
+    assert "from N=2 to 4, prm - majority grows by" in " ".join(shown.split())
     assert (tmp_path / "out" / "best_of_n.svg").is_file()
     assert json.loads((tmp_path / "out" / "best_of_n.json").read_text())["ks"] == [1, 2, 4]
 

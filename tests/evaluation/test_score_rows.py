@@ -252,6 +252,20 @@ def test_labels_for_a_temperature() -> None:
         labelled_scores(Toy(), [row("a", "p", [10]) | {"labels": [0.4]}])
 
 
+def test_solutions_in_one_text_are_cut_as_asked(job: ScoreJob) -> None:
+    text = "10\n20\n\n30"
+    texts = [
+        {"id": "a", "prompt": "p", "completion": text, "answer": "1"},
+        {"id": "b", "prompt": "p", "completion": text, "answer": "1", "segmenter": "newline"},
+        {"id": "c", "prompt": "p", "completion": text, "answer": "1", "steps": ["10\n20\n\n30"]},
+    ]
+    write_jsonl_atomic(Path(job.rollouts), texts)
+    score_file(replace(job, segmenter="blank_line"), scorer=Toy())
+    assert [len(found["step_scores"]) for found in read(job.out)] == [2, 3, 1]
+    with pytest.raises(ConfigError, match="unknown segmenter 'blank_lin': did you mean 'blank_line'"):
+        replace(job, segmenter="blank_lin")
+
+
 def test_mistakes(job: ScoreJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"let the name end in .jsonl"):
         replace(job, out=tmp_path / "out.json")
