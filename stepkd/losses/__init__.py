@@ -1,5 +1,18 @@
 """Pure loss functions: tensors in, named sums and detached metrics out. Knows only torch."""
 
+from stepkd.losses.divergence import (
+    balanced_kl,
+    entropy,
+    forward_kl,
+    generalized_jsd,
+    nkd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    tempered,
+    top_k_buckets,
+    total_variation,
+)
 from stepkd.losses.dpo import dpo, step_dpo, visit_smoothing
 from stepkd.losses.kto import kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead, chunked_head
@@ -11,22 +24,33 @@ __all__ = [
     "DEFAULT_CHUNK",
     "LossTerms",
     "VocabHead",
+    "balanced_kl",
     "chunked_head",
     "cross_entropy",
     "dpo",
+    "entropy",
+    "forward_kl",
+    "generalized_jsd",
     "kto",
     "kto_values",
     "label_token_logps",
+    "nkd",
     "ratio_rule",
     "reduce",
     "reference_point",
+    "reverse_kl",
     "segment_sum",
+    "skew_forward_kl",
+    "skew_reverse_kl",
     "step_cross_entropy",
     "step_dpo",
     "step_kto",
     "step_kto_counts",
     "step_weights",
     "target_logps",
+    "tempered",
     "token_logps",
+    "top_k_buckets",
+    "total_variation",
     "visit_smoothing",
 ]

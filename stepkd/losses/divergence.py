@@ -1,0 +1,207 @@
+"""Divergences of a student's next-token distribution from a teacher's.
+
+All take log-probabilities ``log_student_CV`` and ``log_teacher_CV`` (C positions, V tokens or buckets, each row
+normalised) and give one number per position in nats, shape (C,), float32 or better. Names say the direction: *forward*
+is KL(teacher || student), which covers the teacher's modes; *reverse* is KL(student || teacher), which seeks one.
+:func:`tempered` makes log-probabilities of logits, :func:`top_k_buckets` a coarser pair of distributions to which every
+divergence applies as it is. Gradients go to the student, and to a teacher that requires them.
+
+A probability of exactly 0 on the side that weighs contributes 0; on the other side it makes the value infinite, as the
+formulas say.
+
+Notation: T teacher, S student, H entropy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def forward_kl(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
+    """KL(T || S): the sum over tokens of T (log T - log S)."""
+    return _expectation(log_teacher_CV, log_teacher_CV - log_student_CV)
+
+
+def reverse_kl(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
+    """KL(S || T): the sum over tokens of S (log S - log T)."""
+    return _expectation(log_student_CV, log_student_CV - log_teacher_CV)
+
+
+def generalized_jsd(
+    log_student_CV: Tensor, log_teacher_CV: Tensor, *, beta: float = 0.5, scaled: bool = False
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence: beta KL(T || M) + (1 - beta) KL(S || M) (GKD, arXiv 2306.13649, section 2).
+
+    M = beta T + (1 - beta) S. Its value tends to 0 at both ends, like beta KL(T || S) and (1 - beta) KL(S || T). At
+    exactly 0 and 1 the KL itself is returned, as in TRL, so that the scale **jumps** there: tune the learning rate
+    for every beta, or take ``scaled``.
+
+    Args:
+        log_student_CV, log_teacher_CV: log-probabilities.
+        beta: in [0, 1]; towards 0 it acts like the forward KL, towards 1 like the reverse KL.
+        scaled: divide by beta (1 - beta); continuous on [0, 1], with the KLs as its ends.
+
+    Raises:
+        ValueError: beta outside [0, 1].
+    """
+    _check_share("beta", beta)
+    if beta == 0.0:
+        return forward_kl(log_student_CV, log_teacher_CV)
+    if beta == 1.0:
+        return reverse_kl(log_student_CV, log_teacher_CV)
+    log_mixture_CV = _mixture(log_teacher_CV, log_student_CV, beta)
+    of_teacher_C = _expectation(log_teacher_CV, log_teacher_CV - log_mixture_CV)
+    of_student_C = _expectation(log_student_CV, log_student_CV - log_mixture_CV)
+    value_C = beta * of_teacher_C + (1 - beta) * of_student_C
+    return value_C / (beta * (1 - beta)) if scaled else value_C
+
+
+def skew_forward_kl(log_student_CV: Tensor, log_teacher_CV: Tensor, *, skew: float = 0.1) -> Tensor:
+    """KL(T || skew T + (1 - skew) S) (DistiLLM, arXiv 2402.03898): bounded by -log(skew).
+
+    Args:
+        log_student_CV, log_teacher_CV: log-probabilities.
+        skew: in [0, 1]; 0 is the forward KL.
+
+    Raises:
+        ValueError: skew outside [0, 1].
+    """
+    _check_share("skew", skew)
+    return forward_kl(_mixture(log_teacher_CV, log_student_CV, skew), log_teacher_CV)
+
+
+def skew_reverse_kl(log_student_CV: Tensor, log_teacher_CV: Tensor, *, skew: float = 0.1) -> Tensor:
+    """KL(S || skew S + (1 - skew) T) (DistiLLM, arXiv 2402.03898): bounded by -log(skew).
+
+    Args:
+        log_student_CV, log_teacher_CV: log-probabilities.
+        skew: in [0, 1]; 0 is the reverse KL.
+
+    Raises:
+        ValueError: skew outside [0, 1].
+    """
+    _check_share("skew", skew)
+    return reverse_kl(log_student_CV, _mixture(log_student_CV, log_teacher_CV, skew))
+
+
+def balanced_kl(log_student_CV: Tensor, log_teacher_CV: Tensor, *, delta: float = 2.0) -> Tensor:
+    """Forward plus reverse KL, one of them times ``delta`` by which side is surer (after BD-KD, arXiv 2212.12965).
+
+    Where H(S) < H(T), a student surer than its teacher, the forward term counts ``delta`` times, else the reverse one.
+    The paper weighs the two by the gap of the entropies; which one is raised was not found, so the direction is a
+    **reconstruction**: the forward KL spreads a student out, the reverse KL sharpens it. The gate passes no gradient.
+
+    Args:
+        log_student_CV, log_teacher_CV: log-probabilities.
+        delta: at least 1; 1 is the plain sum.
+
+    Raises:
+        ValueError: delta below 1.
+    """
+    if not 1 <= delta < math.inf:
+        raise ValueError(f"delta={delta}: must be at least 1, and finite")
+    with torch.no_grad():
+        surer_C = entropy(log_student_CV) < entropy(log_teacher_CV)
+    forward_C, reverse_C = forward_kl(log_student_CV, log_teacher_CV), reverse_kl(log_student_CV, log_teacher_CV)
+    return torch.where(surer_C, delta * forward_C + reverse_C, forward_C + delta * reverse_C)
+
+
+def total_variation(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
+    """Half the sum over tokens of |T - S|, in [0, 1]; its gradient is bounded, and 0 where the two are equal."""
+    return 0.5 * (log_teacher_CV.exp() - log_student_CV.exp()).abs().sum(-1)
+
+
+def nkd(
+    log_student_CV: Tensor,
+    log_teacher_CV: Tensor,
+    targets_C: Tensor,
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Normalised knowledge distillation (NKD, arXiv 2303.13005): the target's term, and the shape of the others.
+
+    ``-T_y log S_y - gamma temperature^2 sum over i != y of N(T)_i log N(S)_i``, where N renormalises over the tokens
+    other than the target y, at the temperature. A cross-entropy: not 0 where the two agree.
+
+    Args:
+        log_student_CV, log_teacher_CV: log-probabilities of the whole vocabulary (not of buckets), at temperature 1.
+        targets_C: int64 observed tokens.
+        gamma: weight of the second term, at least 0.
+        temperature: of the second term, > 0.
+
+    Raises:
+        ValueError: gamma negative or temperature not positive.
+    """
+    if gamma < 0 or temperature <= 0:
+        raise ValueError(f"gamma={gamma}, temperature={temperature}: gamma must be at least 0, temperature positive")
+    index_C1 = targets_C.unsqueeze(-1)
+    of_target_C = log_teacher_CV.gather(-1, index_C1).exp() * log_student_CV.gather(-1, index_C1)
+    others = []
+    for log_CV in (log_teacher_CV, log_student_CV):
+        rest_CV = (log_CV / temperature).scatter(-1, index_C1, -math.inf)
+        others.append(rest_CV - rest_CV.logsumexp(-1, keepdim=True))
+    of_others_C = _expectation(others[0], others[1])
+    return -of_target_C.squeeze(-1) - gamma * temperature**2 * of_others_C
+
+
+def entropy(log_CV: Tensor) -> Tensor:
+    """Entropy of every row, nats."""
+    return -_expectation(log_CV, log_CV)
+
+
+def tempered(logits_CV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of logits divided by a temperature, float32 or float64.
+
+    Raises:
+        ValueError: temperature not positive.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: must be positive")
+    logits_CV = logits_CV.float() if logits_CV.dtype in (torch.float16, torch.bfloat16) else logits_CV
+    return torch.log_softmax(logits_CV if temperature == 1.0 else logits_CV / temperature, dim=-1)
+
+
+def top_k_buckets(log_CV: Tensor, ids_Ck: Tensor, *, tail: bool = True) -> Tensor:
+    """A coarser distribution: k chosen tokens, and everything else in one bucket.
+
+    A divergence between two such distributions never exceeds that between the whole ones (data processing), and it
+    sees when the student puts mass where the teacher has none; that of truncated ones does neither.
+
+    Args:
+        log_CV: log-probabilities.
+        ids_Ck: int64 different tokens of every position, those the teacher finds likeliest.
+        tail: False: no bucket, the k are renormalised (for comparison).
+
+    Returns:
+        (C, k + 1) log-probabilities, the last one the tail's; (C, k) without it.
+    """
+    kept_Ck = log_CV.gather(-1, ids_Ck)
+    if not tail:
+        return kept_Ck - kept_Ck.logsumexp(-1, keepdim=True)
+    # Summed over the other tokens, not 1 minus the kept mass: that is all rounding where the student is sure.
+    rest_C = log_CV.scatter(-1, ids_Ck, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept_Ck, rest_C], dim=-1)
+
+
+def _mixture(log_first_CV: Tensor, log_second_CV: Tensor, share: float) -> Tensor:
+    """log(share first + (1 - share) second)."""
+    if share == 0.0:
+        return log_second_CV
+    if share == 1.0:
+        return log_first_CV
+    return torch.logaddexp(log_first_CV + math.log(share), log_second_CV + math.log1p(-share))
+
+
+def _expectation(log_weight_CV: Tensor, values_CV: Tensor) -> Tensor:
+    """Sum over the last axis of exp(log weight) times value, where a weight of 0 counts for nothing."""
+    weight_CV = log_weight_CV.exp()
+    return (weight_CV * torch.where(weight_CV > 0, values_CV, 0.0)).sum(-1)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value}: must lie in [0, 1]")
