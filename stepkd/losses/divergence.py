@@ -33,7 +33,7 @@ def reverse_kl(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
 def generalized_jsd(
     log_student_CV: Tensor, log_teacher_CV: Tensor, *, beta: float = 0.5, scaled: bool = False
 ) -> Tensor:
-    """Generalised Jensen-Shannon divergence: beta KL(T || M) + (1 - beta) KL(S || M) (GKD, arXiv 2306.13649, section 2).
+    """Generalised Jensen-Shannon divergence: beta KL(T || M) + (1 - beta) KL(S || M) (GKD, arXiv 2306.13649, sec. 2).
 
     M = beta T + (1 - beta) S. Its value tends to 0 at both ends, like beta KL(T || S) and (1 - beta) KL(S || T). At
     exactly 0 and 1 the KL itself is returned, as in TRL, so that the scale **jumps** there: tune the learning rate
