@@ -39,8 +39,6 @@ class SloppyStudentSettings:
     """Problems whose sampled solutions are labelled, >= 1."""
     label_samples: int = 6
     """Solutions per problem, >= 1; equal ones are labelled once."""
-    steps: int = 60
-    """Optimiser steps of every arm, >= 1."""
     batch: int = 64
     """Solutions or pairs per step, >= 1."""
     lr: float = 1e-4

@@ -19,8 +19,11 @@ ITERATIONS = 3
 
 @dataclass(frozen=True)
 class IteratedSettings(SloppyStudentSettings):
-    """Task, budgets and noise of the experiment; ``steps`` are those of one iteration."""
+    """Task, budgets and noise of the experiment."""
 
+    epochs: int = 1
+    """Passes of every iteration over the solutions it has labelled, >= 1. Equal ones are labelled once, so a better
+    model leaves fewer: a fixed number of steps would go over them more and more often."""
     reference: Literal["reset", "kept"] = "reset"
     """The reference model of iteration k: M_{k-1}, or M0 throughout."""
     reduction: str = "sum_steps"
@@ -74,9 +77,9 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
 
 def _overrides(settings: IteratedSettings) -> dict[str, Any]:
     return {
-        "trainer.max_steps": settings.steps,
+        "trainer.max_steps": -1,
+        "trainer.max_epochs": settings.epochs,
         "trainer.val_check_interval": None,
-        "checkpoint.every_n_steps": settings.steps,
         "model.init_args.beta": settings.beta,
         "model.init_args.reduction": settings.reduction,
         "model.init_args.optimizer.lr": settings.lr,

@@ -25,6 +25,8 @@ from stepkd.claims.sloppy_student import (
 class StepFeedbackSettings(SloppyStudentSettings):
     """Task, budgets and noise of the experiment."""
 
+    steps: int = 60
+    """Optimiser steps of every arm, >= 1."""
     allow_one_class: bool = False
     """Train although all labels agree (``--quick``)."""
 

@@ -30,6 +30,8 @@ Row = Mapping[str, Any]
 class StepPairSettings(SloppyStudentSettings):
     """Task, budgets and noise of the experiment."""
 
+    steps: int = 60
+    """Optimiser steps of every arm, >= 1."""
     pairs: int = 512
     """Pairs of every arm, >= 1; fewer when some arm has fewer."""
     continuations: int = 8
