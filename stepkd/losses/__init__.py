@@ -14,6 +14,7 @@ from stepkd.losses.divergence import (
     total_variation,
 )
 from stepkd.losses.dpo import dpo, step_dpo, visit_smoothing
+from stepkd.losses.fused import fused_sum, head_parameters
 from stepkd.losses.kto import kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead, chunked_head
 from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
@@ -30,7 +31,9 @@ __all__ = [
     "dpo",
     "entropy",
     "forward_kl",
+    "fused_sum",
     "generalized_jsd",
+    "head_parameters",
     "kto",
     "kto_values",
     "label_token_logps",
