@@ -16,6 +16,8 @@ from torch import Tensor
 from stepkd.losses.reduce import LossTerms, segment_sum
 
 Reduction = Literal["mean_steps", "sum_steps", "mean_all_steps"]
+DEFAULT_REDUCTION: Reduction = "sum_steps"
+"""Chosen by an ablation in the tiny world (``recipes/claims/step_kto_ablation.yaml``), confirmed on other seeds."""
 ClassWeights = tuple[float, float]
 """Weights (lambda_D, lambda_U) of desirable and undesirable items, each > 0."""
 
@@ -95,7 +97,7 @@ def step_kto(
     z0_step: float | Tensor = 0.0,
     beta: float = 0.1,
     beta_step: float | None = None,
-    reduction: Reduction = "mean_steps",
+    reduction: Reduction = DEFAULT_REDUCTION,
     weights: ClassWeights = (1.0, 1.0),
     step_weights: ClassWeights = (1.0, 1.0),
 ) -> LossTerms:
@@ -117,8 +119,9 @@ def step_kto(
             completion's, so ``z0`` does not serve for it.
         beta: > 0.
         beta_step: beta of the steps; None: ``beta``.
-        reduction: ``mean_steps``: the mean over a completion's labelled steps, averaged over completions;
-            ``sum_steps``: their sum in place of the mean; ``mean_all_steps``: one mean over all steps of the batch.
+        reduction: ``sum_steps``: the sum over a completion's labelled steps, averaged over completions;
+            ``mean_steps``: their mean in place of the sum; ``mean_all_steps``: one mean over all steps of the batch.
+            A sum over H steps weighs H times the mean beside the outcome term: with many steps, lower ``w_s``.
         weights: (lambda_D, lambda_U) of outcomes.
         step_weights: the same of steps.
 
@@ -146,7 +149,7 @@ def step_kto(
 
 
 def step_kto_counts(
-    step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor, reduction: Reduction = "mean_steps"
+    step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor, reduction: Reduction = DEFAULT_REDUCTION
 ) -> dict[str, float]:
     """Denominators of :func:`step_kto`: labelled completions, and, by the reduction, steps or completions with some."""
     _check_reduction(reduction)

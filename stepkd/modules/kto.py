@@ -17,7 +17,7 @@ from stepkd.data.loader import StepBatch
 from stepkd.data.packing import Completion, PackedBatch
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, kto, ratio_rule, segment_sum, step_kto, step_kto_counts
-from stepkd.losses.kto import ClassWeights, Reduction
+from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
 from stepkd.models import PolicySpec
 from stepkd.modules.base import Prepared
 from stepkd.modules.preference import PreferenceModule
@@ -155,7 +155,7 @@ class StepKTOModule(KTOModule):
         step_weight: weight ``w_s`` of the step term, >= 0; 0 is KTO.
         beta_step: beta of the steps; null: ``beta``.
         step_class_weights: as ``class_weights``, counted over the steps.
-        reduction: ``mean_steps``, ``sum_steps`` or ``mean_all_steps``.
+        reduction: ``sum_steps``, ``mean_steps`` or ``mean_all_steps``: see :func:`stepkd.losses.step_kto`.
         **settings: as for :class:`KTOModule`.
     """
 
@@ -170,7 +170,7 @@ class StepKTOModule(KTOModule):
         step_weight: float = 1.0,
         beta_step: float | None = None,
         step_class_weights: list[float] | Literal["ratio"] = "ratio",
-        reduction: Reduction = "mean_steps",
+        reduction: Reduction = DEFAULT_REDUCTION,
         reference_point: ReferencePointSpec | None = None,
         **settings: Any,
     ) -> None:

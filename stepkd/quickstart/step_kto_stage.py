@@ -9,8 +9,8 @@ from rich.table import Table
 
 from stepkd.quickstart.context import Context, evaluate_task, percent
 
-SETTINGS: dict[str, Any] = {"beta": 0.5, "reduction": "mean_steps"}
-"""KTO's beta, of answers and steps, and how a solution's step terms are put together."""
+SETTINGS: dict[str, Any] = {"beta": 0.5}
+"""KTO's beta, of answers and steps."""
 
 
 def student_labels(context: Context) -> tuple[Path, dict[str, Any]]:

@@ -117,9 +117,14 @@ def test_policy_equal_to_reference() -> None:
     assert kto_values(zeros, labels, beta=0.7).tolist() == [0.5] * 4
     assert kto(zeros, labels, beta=0.7).sums["outcome"].item() == 1.5
     assert kto(zeros, labels, weights=(3.0, 0.25)).sums["outcome"].item() == 0.5 * (3 + 2 * 0.25)
-    terms = step_kto(zeros, labels, torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0]), step_weights=(2.0, 4.0))
-    assert terms.sums["outcome"].item() == 1.0
-    assert terms.sums["step"].item() == 0.5 * ((2 + 4) / 2 + 4)
+    for reduction, expected in (("mean_steps", 0.5 * ((2 + 4) / 2 + 4)), ("sum_steps", 0.5 * (2 + 4 + 4))):
+        terms = step_kto(
+            *(zeros, labels, torch.tensor([0, 0, 1, 1]), torch.tensor([1, 0])),
+            step_weights=(2.0, 4.0),
+            reduction=reduction,  # type: ignore[arg-type]
+        )
+        assert terms.sums["outcome"].item() == 1.0
+        assert terms.sums["step"].item() == expected
 
 
 def test_a_reference_point_moves_the_two_classes_apart() -> None:

@@ -87,7 +87,7 @@ def term(ratio: Tensor, label: int, z: float, beta: float, weights: Any) -> Tens
     return weight * (1 - torch.sigmoid(sign * beta * (ratio - z)))
 
 
-def brute_step_kto(views: tuple[Policy, Policy], examples: list[Any], reduction: str = "mean_steps") -> Tensor:
+def brute_step_kto(views: tuple[Policy, Policy], examples: list[Any], reduction: str = "sum_steps") -> Tensor:
     z0, z0_step = rotated_points(views, examples)
     assert z0 > 0
     assert z0_step > 0
@@ -130,7 +130,7 @@ def test_step_kto_whatever_the_layout(
     assert (len(module.shapes) > 1) == ("micro_batch_tokens" in settings)
 
 
-@pytest.mark.parametrize("reduction", ["sum_steps", "mean_all_steps"])
+@pytest.mark.parametrize("reduction", ["mean_steps", "mean_all_steps"])
 def test_reductions(reduction: str, views: Any, examples: list[Any], distance: Callable[..., float]) -> None:
     loss = brute_step_kto(views, examples, reduction)
     module = worker.run(worker.StepKTO, examples, **worker.STEP_WEIGHTS, reduction=reduction, micro_batch_tokens=100)
@@ -233,7 +233,7 @@ def test_points_by_index_are_a_running_average(views: Any, examples: list[Any], 
             z = max(0.0, sum(by_index[number]) / len(by_index[number]))
             if label >= 0:
                 own.append(term(tokens[start:end].sum(), label, z, settings["beta"], settings["step_class_weights"]))
-        steps += [sum(own) / len(own)] if own else []
+        steps += [sum(own)] if own else []
     loss = sum(outcomes) / len(outcomes) + settings["step_weight"] * sum(steps) / len(steps)
     module = worker.run(
         worker.StepKTO,
@@ -283,7 +283,12 @@ def test_one_class_and_no_labels_at_all(examples: list[Any]) -> None:
 
 def test_a_policy_that_is_its_reference_has_values_of_one_half(examples: list[Any]) -> None:
     module = worker.run(
-        worker.StepKTO, examples, reference=ReferenceSpec(), class_weights=[1, 1], step_class_weights=[1, 1]
+        worker.StepKTO,
+        examples,
+        reference=ReferenceSpec(),
+        class_weights=[1, 1],
+        step_class_weights=[1, 1],
+        reduction="mean_steps",
     )
     found = module.trainer.callback_metrics
     assert float(found["train/outcome"]) == pytest.approx(0.5, abs=1e-7)

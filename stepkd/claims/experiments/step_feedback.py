@@ -37,7 +37,7 @@ class StepFeedbackArm:
 
     method: Literal["none", "kto", "step_kto"] = "step_kto"
     """``none`` is the student itself."""
-    reduction: str = "mean_steps"
+    reduction: str = "sum_steps"
     """Step-KTO: see :func:`stepkd.losses.step_kto`."""
     step_weight: float = 1.0
     """Step-KTO: weight of the step term."""
@@ -49,7 +49,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "student": {"method": "none"},
     "kto": {"method": "kto"},
     "step_kto": {},
-    "step_kto_sum": {"reduction": "sum_steps"},
+    "step_kto_mean": {"reduction": "mean_steps"},
 }
 
 
