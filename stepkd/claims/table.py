@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+MOST_COLUMNS = 5
+"""With more arms, every arm is a row."""
 STYLES = {"reproduced": "bold green", "not reproduced": "bold red", "inconclusive": "bold yellow"}
 
 
@@ -40,11 +42,18 @@ def print_results(console: Console, name: str, summary: Mapping[str, Any], *, qu
 def _means(variant: str, arms: Mapping[str, Any], seeds: int, *, alone: bool) -> Table:
     title = f"mean over {seeds} seed{'s' if seeds > 1 else ''}, 95% interval"
     table = Table(title=title if alone else f"{variant}: {title}", title_justify="left")
-    table.add_column("metric")
-    for arm in arms:
-        table.add_column(arm, justify="right")
-    for metric in dict.fromkeys(name for numbers in arms.values() for name in numbers):
-        table.add_row(metric, *(number_text(arms[arm][metric]) if metric in arms[arm] else "" for arm in arms))
+    metrics = list(dict.fromkeys(name for numbers in arms.values() for name in numbers))
+
+    def cell(arm: str, metric: str) -> str:
+        return number_text(arms[arm][metric]) if metric in arms[arm] else ""
+
+    wide = len(arms) > MOST_COLUMNS
+    rows, columns = (list(arms), metrics) if wide else (metrics, list(arms))
+    table.add_column("arm" if wide else "metric")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(row, *(cell(row, column) if wide else cell(column, row) for column in columns))
     return table
 
 

@@ -226,3 +226,14 @@ def test_mistakes_on_the_command_line(
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["claims", str(write_claim()), "--out", str(out)]) == 2
     assert "without a launcher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_many_arms_are_rows(count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    number = {"value": 0.25, "low": 0.25, "high": 0.25}
+    arms = {f"arm{i}": {"right": number, "steps": number} for i in range(count)}
+    summary = {"claim": "c", "source": "s", "seeds": [0], "metrics": {"main": arms}, "statements": []}
+    print_results(Console(width=100), "name", summary | {"verdict": "inconclusive"})
+    header = next(line for line in capsys.readouterr().out.splitlines() if "┃" in line and line.strip("┃ "))
+    assert ("arm4" in header) == (count == 5)
+    assert ("steps" in header) == (count == 6)
