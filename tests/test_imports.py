@@ -43,6 +43,7 @@ LAYERS = [
     {"data", "grading", "tasks"},
     {"models", "launch"},
     {"rollout"},
+    {"teachers"},
     {"scorers"},
     {"search"},
     {"evaluation"},

@@ -2,6 +2,8 @@
 
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.dpo import DPOModule
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
 from stepkd.modules.kto import KTOModule, StepKTOModule
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.preference import PreferenceModule
@@ -13,6 +15,8 @@ from stepkd.modules.validation import ValidationSpec
 
 __all__ = [
     "DPOModule",
+    "DivergenceSpec",
+    "GKDModule",
     "KTOModule",
     "OptimizerSpec",
     "PRMModule",
@@ -21,6 +25,7 @@ __all__ = [
     "ReferencePointSpec",
     "ReferenceSpec",
     "SFTModule",
+    "SourceSpec",
     "StepKTOModule",
     "StepModule",
     "ValidationSpec",

@@ -1,0 +1,208 @@
+"""Generalised knowledge distillation: a divergence from a teacher, on the student's own samples or given completions.
+
+Axes: N completion tokens of a micro-batch, C of one chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch
+from stepkd.data.encode import Example
+from stepkd.data.loader import StepBatch
+from stepkd.errors import ConfigError, ModelError, check_choice
+from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
+from stepkd.models import Policy, PolicySpec
+from stepkd.models.dropout import disable_dropout
+from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
+from stepkd.randomness import generator
+from stepkd.rollout import TransformersSampler
+from stepkd.steps import get_segmenter, segment, text_from_ids
+from stepkd.teachers import LocalTeacher, Teacher, TeacherSpec
+
+logger = logging.getLogger(__name__)
+
+Average = Literal["tokens", "sequences"]
+
+
+class GKDModule(StepModule):
+    """GKD (Agarwal et al. 2024, arXiv 2306.13649): ``(1 - lambda) E_data D + lambda E_student D`` of a divergence D.
+
+    No gradient goes through sampling. Dropout is off, so that the student that samples is the one that learns. What is
+    counted is known only once a batch has been sampled; the denominators are reduced over ranks after that.
+
+    Args:
+        policy: the student.
+        teacher: the model that it learns from.
+        divergence: how far the student is from it at a position.
+        source: whose completions: the student's, the teacher's, the data's.
+        average: ``tokens``: every token of the global batch weighs the same; ``sequences``: every completion does (the
+            paper's 1/|y|).
+        ce_weight: weight of the cross-entropy of the same tokens beside the divergence, >= 0. With the forward KL and
+            weights ``a`` and ``1 - a`` this is a soft target mixed from both (PS-KD, arXiv 2006.12000).
+        **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
+            :class:`~stepkd.modules.base.StepModule`.
+    """
+
+    components = ("kd",)
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        teacher: TeacherSpec,
+        divergence: DivergenceSpec | None = None,
+        source: SourceSpec | None = None,
+        average: Average = "tokens",
+        ce_weight: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(policy, **settings)
+        check_choice("average", average, ("tokens", "sequences"))
+        if not 0 <= ce_weight < float("inf"):
+            raise ConfigError(f"ce_weight={ce_weight}: must be 0 (off) or positive")
+        self.divergence = divergence or DivergenceSpec()
+        self.source = source or SourceSpec()
+        self.average = average
+        self.ce_weight = ce_weight
+        self.steps_per_batch = self.source.reuse
+        self.teacher: Teacher = LocalTeacher(teacher, top_k=self.divergence.top_k, tail=self.divergence.tail)
+        self._segmenter = get_segmenter(self.source.segmenter)
+        self._divergence = self.divergence.function()
+        self._teacher_identity = ""
+
+    # ---- model -----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the student, switch its dropout off, and bind the teacher to it (once)."""
+        if self.policy is not None:
+            return
+        super().configure_model()
+        if disable_dropout(self.model):
+            logger.info("dropout is switched off: the student that samples is the one that learns")
+        self.teacher.bind(self.model)
+        self._teacher_identity = self.teacher.identity()
+
+    def method_state(self) -> dict[str, Any]:
+        """Which teacher the run has learnt from."""
+        return {"teacher": self._teacher_identity}
+
+    def restore_method_state(self, state: dict[str, Any]) -> None:
+        """Refuse to go on under another teacher.
+
+        Raises:
+            ModelError: the teacher's weights are not those of the run so far.
+        """
+        earlier = state.get("teacher", self._teacher_identity)
+        if earlier != self._teacher_identity:
+            raise ModelError(
+                f"the run was begun under another teacher (weights {earlier} then, {self._teacher_identity} now): give "
+                "the old teacher.path again, or start a new run in another --out"
+            )
+
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
+        """The batch's completions, from the source that its step draws; ``reuse`` optimiser steps of them."""
+        chosen = self.draw_source()
+        if chosen == "data":
+            if bare := [example.id for example in batch.examples if not example.completion_ids]:
+                raise ConfigError(
+                    f"row {bare[0]!r} has no completion, and with source.student={self.source.student} some batches "
+                    "are the data's own: give rows with solutions, or set source.student: 1"
+                )
+            examples: Sequence[Example] = batch.examples
+        else:
+            examples = self.sample(batch, chosen)
+        prepared = self.prepare_examples(examples)
+        for _ in range(self.source.reuse):
+            yield prepared
+
+    def draw_source(self) -> Literal["student", "teacher", "data"]:
+        """Where this optimiser step's completions come from: the same on every rank, and after a resume."""
+        draws = generator(self.seed, "gkd source", self.global_step).random(2)
+        if draws[0] < self.source.student:
+            return "student"
+        return "teacher" if draws[1] < self.source.teacher else "data"
+
+    def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Example]:
+        """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
+        policy, prompts = self._writer(source, batch.examples)
+        sampler = TransformersSampler(policy, max_rows=self.source.max_rows)
+        with self.phases.phase(f"{source} rollout", total=len(prompts)):
+            rollouts = sampler.sample(
+                prompts,
+                self.source.sampling(self.seed),
+                purpose=f"gkd {source}",
+                step=self.global_step,
+                indices=batch.indices,
+                on_progress=self.phases.advance,
+            )
+        pairs = zip(batch.examples, rollouts, strict=True)
+        return [self._written(example, rollout[0].token_ids) for example, rollout in pairs]
+
+    def _writer(self, source: str, examples: Sequence[Example]) -> tuple[Policy, list[tuple[int, ...]]]:
+        if source == "student":
+            return self.model, [example.prompt_ids for example in examples]
+        assert isinstance(self.teacher, LocalTeacher)
+        self.teacher.place(self.device)
+        return self.teacher.policy, self.teacher.prompts(examples)
+
+    def _written(self, example: Example, ids: tuple[int, ...]) -> Example:
+        spans = segment(self._segmenter, text_from_ids(self.tokenizer, ids)) or [(0, len(ids))]
+        return replace(example, completion_ids=ids, spans=tuple(spans))
+
+    # ---- loss ------------------------------------------------------------------------------------------------------
+
+    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+        """Completion tokens, or completions."""
+        if self.average == "tokens":
+            return {"kd": float(micro_batch.targets_N.numel())}
+        return {"kd": float(len(micro_batch.row_N.unique()))}
+
+    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        """``kd``: the summed divergence (and weighted cross-entropy) in nats.
+
+        Metrics: ``divergence`` alone, ``agreement`` (share of positions at which both find the same token likeliest),
+        and ``ce`` where it has a weight.
+        """
+        temperature = self.divergence.logits_temperature
+        signals = self.teacher.signals(micro_batch, temperature=temperature)
+
+        def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
+            log_student_CV = tempered(logits_CV, temperature)
+            student, teacher, favourite_C = signals.compare(log_student_CV, *chunk)
+            kd_C = self._divergence(student, teacher, targets_C)
+            agree_C = (logits_CV.argmax(-1) == favourite_C).to(kd_C.dtype)
+            if not self.ce_weight:
+                return torch.stack([kd_C, kd_C.detach(), agree_C], dim=-1)
+            ce_C = -target_logps(logits_CV, targets_C)
+            return torch.stack([kd_C + self.ce_weight * ce_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
+
+        total, values = fused_sum(
+            position,
+            self.model.head,
+            self.needed_hidden(micro_batch),
+            self._weights(micro_batch),
+            micro_batch.targets_N,
+            *signals.tensors,
+            chunk_size=self.chunk_size,
+        )
+        number = torch.tensor(float(len(values)), device=values.device)
+        metrics = {"divergence": (values[:, 1].sum(), number), "agreement": (values[:, 2].sum(), number)}
+        if self.ce_weight:
+            metrics["ce"] = (values[:, 3].sum(), number)
+        return LossTerms({"kd": total}, metrics)
+
+    def _weights(self, batch: MicroBatch) -> Tensor:
+        """Weight of every token in the sum whose denominator :meth:`count` gives."""
+        ones_N = torch.ones(batch.targets_N.shape, dtype=torch.float64, device=batch.targets_N.device)
+        if self.average == "tokens":
+            return ones_N
+        return 1.0 / segment_sum(ones_N, batch.row_N, len(batch.examples))[batch.row_N]

@@ -1,0 +1,154 @@
+"""A teacher in this process: another model of the same vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from stepkd.data.collate import MicroBatch, collate
+from stepkd.data.encode import Encoder, Example
+from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.errors import ConfigError, ModelError
+from stepkd.models import Policy
+from stepkd.models.checkpoint import load_trained, weights_fingerprint
+from stepkd.models.spec import DTYPES
+from stepkd.rollout.annotate import check_same_vocabulary
+from stepkd.steps import get_segmenter
+from stepkd.teachers.signals import HiddenSignals, Signals
+
+ROOM = 0.9
+"""Share of a device's free memory that a teacher's weights may take."""
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """The model that is distilled from."""
+
+    path: str
+    """Run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset; of the student's vocabulary."""
+    dtype: str | None = None
+    """Weights' dtype; null: as stored."""
+    device: str | None = None
+    """Where it lives (``cuda:1``, ``cpu``); null: with the student."""
+    attention: str | None = None
+    """Attention implementation; null lets transformers choose."""
+    template: str | PromptTemplate | None = None
+    """Prompt template it reads the student's completions under, where that is another than the data's; null: the
+    student's own prompt ids."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("teacher.path is empty: give a model of the student's vocabulary")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"teacher.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}, or null")
+
+
+class LocalTeacher:
+    """A frozen model beside the student, never part of it: neither its state nor its strategy's.
+
+    Args:
+        spec: which model, and where.
+        top_k: compare only its k likeliest tokens and the rest; None: the whole vocabulary.
+        tail: see :class:`~stepkd.teachers.signals.HiddenSignals`.
+    """
+
+    def __init__(self, spec: TeacherSpec, *, top_k: int | None = None, tail: bool = True) -> None:
+        self.spec = spec
+        self.top_k = top_k
+        self.tail = tail
+        self._policy: Policy | None = None
+        self._encoder: Encoder | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The loaded model."""
+        if self._policy is None:
+            raise RuntimeError("the teacher is loaded by bind()")
+        return self._policy
+
+    def bind(self, student: Policy) -> None:
+        """Load the model (once) and compare vocabularies.
+
+        Raises:
+            ModelError: nothing loadable, another vocabulary, or a reward model.
+        """
+        if self._policy is not None:
+            return
+        policy = load_trained(self.spec.path, dtype=self.spec.dtype, attention=self.spec.attention)
+        if policy.step_head is not None:
+            raise ModelError(f"teacher.path={self.spec.path} is a reward model: a teacher is a language model")
+        check_same_vocabulary(student, policy)
+        if policy.vocab_size != student.vocab_size:
+            raise ModelError(
+                f"the teacher has logits for {policy.vocab_size} tokens and the student for {student.vocab_size}, "
+                "under one tokenizer: one of them was not resized to it; resize its embeddings and save it again"
+            )
+        policy.requires_grad_(False).eval()
+        if self.spec.template is not None:
+            room = policy.max_length or 2**31
+            template = get_template(self.spec.template)
+            self._encoder = Encoder(policy.tokenizer, template, get_segmenter("whole"), max_length=room)
+        self._policy = policy
+
+    def identity(self) -> str:
+        """Fingerprint of its weights."""
+        return weights_fingerprint(self.policy)
+
+    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """Prompt ids of the examples, under its own template when it has one.
+
+        Raises:
+            DataError: a prompt that does not fit into its context.
+        """
+        if self._encoder is None:
+            return [example.prompt_ids for example in examples]
+        return [self._encoder.prompt_ids(example.row) for example in examples]
+
+    @torch.no_grad()
+    def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
+        """Hidden states at every target; see :class:`~stepkd.teachers.signals.Teacher`."""
+        policy, device = self.policy, batch.input_ids_BT.device
+        self.place(device)
+        own = batch if self._encoder is None else self._reread(batch)
+        own = own.to(policy.device)
+        hidden_BTH = policy.hidden(own.input_ids_BT, own.attention_mask_BT)
+        hidden_NH = hidden_BTH.flatten(0, 1)[own.needed_N]
+        return HiddenSignals(policy.head, hidden_NH.to(device), temperature, self.top_k, self.tail)
+
+    def _reread(self, batch: MicroBatch) -> MicroBatch:
+        """The same completions behind the teacher's own prompts; targets keep their order."""
+        prompts = self.prompts(batch.examples)
+        examples = [replace(each, prompt_ids=prompt) for each, prompt in zip(batch.examples, prompts, strict=True)]
+        return collate(examples, int(self.policy.tokenizer.pad_token_id or 0))
+
+    def place(self, device: torch.device) -> None:
+        """Move the weights where they belong (the spec's device, else this one), once, when they fit.
+
+        Raises:
+            ModelError: there is no room for them.
+        """
+        wanted = torch.device(self.spec.device) if self.spec.device is not None else device
+        policy = self.policy
+        if policy.device.type == wanted.type and wanted.index in (None, policy.device.index):
+            return
+        check_room(policy, wanted)
+        policy.to(wanted)
+
+
+def check_room(policy: Policy, device: torch.device) -> None:
+    """Refuse to move weights to a GPU that has no room for them.
+
+    Raises:
+        ModelError: names the bytes needed and free.
+    """
+    if device.type != "cuda":
+        return
+    needed = sum(p.numel() * p.element_size() for p in policy.parameters())
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed > ROOM * free:
+        raise ModelError(
+            f"the teacher needs {needed:,} bytes ({needed / 2**30:.1f} GiB) for its weights, and {device} has {free:,} "
+            f"({free / 2**30:.1f} GiB) free: take teacher.dtype bfloat16, another teacher.device, or a smaller teacher"
+        )

@@ -1,0 +1,107 @@
+"""What a teacher gives for a micro-batch, and what a teacher is.
+
+A teacher never hands out logits over the vocabulary for all positions at once: it gives a few tensors by position, and
+says how a chunk of them becomes a distribution to compare the student's with.
+
+Axes: N targets (completion tokens) of a micro-batch, C of one chunk, V vocabulary, W buckets of a comparison (V, or
+k + 1 of a top-k comparison).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch
+from stepkd.data.encode import Example
+from stepkd.losses import VocabHead, tempered, top_k_buckets
+from stepkd.models import Policy
+
+
+class Comparison(NamedTuple):
+    """Two distributions over the same buckets."""
+
+    log_student_CW: Tensor
+    """Log-probabilities of the student; gradients flow through it."""
+    log_teacher_CW: Tensor
+    """Log-probabilities of the teacher."""
+    favourite_C: Tensor
+    """int64 token that the teacher finds likeliest."""
+
+
+class Signals(Protocol):
+    """A teacher's view of the targets of one micro-batch."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """By position, first axis N; chunks of them go to :meth:`compare`."""
+        ...
+
+    def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Comparison:
+        """Bring a chunk of the student's log-probabilities and the teacher's to the same buckets.
+
+        Args:
+            log_student_CV: over the whole vocabulary, at the temperature the signals were made for.
+            *chunk: the same positions of :attr:`tensors`.
+        """
+        ...
+
+
+class Teacher(Protocol):
+    """Scores what a student wrote."""
+
+    def bind(self, student: Policy) -> None:
+        """Get ready for a student: load what is to be loaded, and check that both read the same ids as the same tokens.
+
+        Raises:
+            ModelError: nothing loadable, or another vocabulary.
+        """
+        ...
+
+    def identity(self) -> str:
+        """Fingerprint of what decides its distributions; a run is not gone on with under another."""
+        ...
+
+    def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
+        """Its view of every target of a micro-batch, without gradients, on the batch's device."""
+        ...
+
+    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """Prompt ids under which it reads the examples' completions."""
+        ...
+
+
+@dataclass(frozen=True)
+class HiddenSignals:
+    """Hidden states of a teacher at hand, turned into distributions chunk by chunk by its own head."""
+
+    head: VocabHead
+    """The teacher's head over the same vocabulary."""
+    hidden_NH: Tensor
+    """Its hidden states at the positions before the targets; any width."""
+    temperature: float = 1.0
+    """Divides its logits."""
+    top_k: int | None = None
+    """Compare only its k likeliest tokens and the rest; None: the whole vocabulary."""
+    tail: bool = True
+    """Whether the rest is a bucket of its own, or the k are renormalised."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The hidden states."""
+        return (self.hidden_NH,)
+
+    def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Comparison:
+        """See :class:`Signals`."""
+        with torch.no_grad():
+            log_teacher_CV = tempered(self.head(chunk[0]), self.temperature)
+            favourite_C = log_teacher_CV.argmax(-1)
+        if self.top_k is None or self.top_k >= log_teacher_CV.shape[-1]:
+            return Comparison(log_student_CV, log_teacher_CV.to(log_student_CV.dtype), favourite_C)
+        ids_Ck = log_teacher_CV.topk(self.top_k, dim=-1).indices
+        student, teacher = (top_k_buckets(each, ids_Ck, tail=self.tail) for each in (log_student_CV, log_teacher_CV))
+        return Comparison(student, teacher.to(student.dtype), favourite_C)

@@ -1,0 +1,327 @@
+"""Distillation is what plain logits of separate rows give, on given and on sampled completions; TRL's step too."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepkd.errors import ConfigError, ModelError
+from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
+from stepkd.models import Policy, PolicySpec, StepHeadSpec
+from stepkd.modules import DivergenceSpec, SourceSpec
+from stepkd.teachers import LocalTeacher, TeacherSpec
+
+WORKER = Path(__file__).with_name("gkd_worker.py")
+_SPEC = importlib.util.spec_from_file_location("gkd_worker", WORKER)
+assert _SPEC is not None
+worker = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
+
+TOLERANCE = 1e-10
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"layout": {"padding_side": "left"}},
+    {"layout": {"padding_side": "left", "pad_to": 91}},
+    {"micro_batch_tokens": 60},
+    {"micro_batch_tokens": 200, "chunk_size": 1},
+    {"chunk_size": 7},
+]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Any]:
+    return list(worker.examples())
+
+
+@pytest.fixture(scope="module")
+def views() -> tuple[Policy, Policy]:
+    """Student and teacher."""
+    teacher = Policy.load(PolicySpec(path="tiny-0.5m", dtype="float64"))
+    return Policy.load(PolicySpec(**worker.POLICY)), teacher
+
+
+Rows = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Logits of student and teacher, and targets, to one number per position."""
+
+
+def plain(
+    views: tuple[Policy, Policy], rows: list[Any], row_values: Rows, *, average: str = "tokens", ce_weight: float = 0.0
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients from plain logits, one unpadded row at a time."""
+    student, teacher = views
+    student.zero_grad()
+    per_row = []
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
+        start = len(row.prompt_ids)
+        targets = ids[0, start:]
+        own, other = (
+            view.model(input_ids=ids).logits[0, start - 1 : -1, : view.vocab_size] for view in (student, teacher)
+        )
+        value = row_values(own, other.detach(), targets)
+        if ce_weight:
+            value = value - ce_weight * own.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        per_row.append(value)
+    if average == "sequences":
+        loss = torch.stack([value.mean() for value in per_row]).mean()
+    else:
+        loss = torch.cat(per_row).mean()
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def at(temperature: float, divergence: Callable[..., Tensor], **settings: Any) -> Rows:
+    def apply(own: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+        student, teacher = ((z / temperature).log_softmax(-1) for z in (own, other))
+        return divergence(student, teacher, **settings)
+
+    return apply
+
+
+@pytest.mark.parametrize("changes", LAYOUTS)
+def test_whatever_the_layout(
+    changes: dict[str, Any], views: Any, rows: list[Any], distance: Callable[..., float]
+) -> None:
+    loss, expected = plain(views, rows, at(1.5, generalized_jsd, beta=0.3))
+    module = worker.run(rows, divergence=DivergenceSpec(beta=0.3, temperature=1.5), **changes)
+    assert distance(module.gradients, expected) < TOLERANCE
+    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(loss, rel=1e-6)
+    assert (len(module.shapes) > 1) == ("micro_batch_tokens" in changes)
+
+
+def buckets(own: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+    student, teacher = own.log_softmax(-1), other.log_softmax(-1)
+    ids = teacher.topk(4).indices
+    return reverse_kl(top_k_buckets(student, ids), top_k_buckets(teacher, ids))
+
+
+def whole_nkd(own: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+    return nkd(own.log_softmax(-1), other.log_softmax(-1), targets, gamma=0.7, temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "divergence"),
+    [
+        ({"divergence": DivergenceSpec("reverse_kl"), "average": "sequences"}, at(1.0, reverse_kl)),
+        ({"divergence": DivergenceSpec("reverse_kl", temperature=0.7), "ce_weight": 0.4}, at(0.7, reverse_kl)),
+        ({"divergence": DivergenceSpec("reverse_kl", top_k=4)}, buckets),
+        ({"divergence": DivergenceSpec("nkd", gamma=0.7, temperature=2.0)}, whole_nkd),
+    ],
+)
+def test_settings(
+    settings: dict[str, Any], divergence: Any, views: Any, rows: list[Any], distance: Callable[..., float]
+) -> None:
+    plainly = {name: value for name, value in settings.items() if name != "divergence"}
+    loss, expected = plain(views, rows, divergence, **plainly)
+    module = worker.run(rows, **settings, micro_batch_tokens=150, chunk_size=11)
+    assert distance(module.gradients, expected) < TOLERANCE
+    logged = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+    assert logged["train/loss"] == pytest.approx(loss, rel=1e-6)
+    assert 0 <= logged["train/agreement"] <= 1
+    assert ("train/ce" in logged) == ("ce_weight" in settings)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_a_step_is_trls(beta: float, views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
+    """Parameter gradients of TRL's own loss on the same padded batch. Its trainer has no way to a temperature there."""
+    trl: Any = pytest.importorskip("trl.experimental.gkd").GKDTrainer
+    student, teacher = views
+    student.zero_grad()
+    length = max(row.length for row in rows)
+    inputs = {name: torch.full((len(rows), length), fill) for name, fill in (("input_ids", 0), ("labels", -100))}
+    inputs["attention_mask"] = torch.zeros(len(rows), length, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        inputs["input_ids"][i, : row.length] = torch.tensor([*row.prompt_ids, *row.completion_ids])
+        inputs["labels"][i, len(row.prompt_ids) : row.length] = torch.tensor(row.completion_ids)
+        inputs["attention_mask"][i, : row.length] = 1
+    peer = SimpleNamespace(teacher_model=teacher.model, beta=beta, generalized_jsd_loss=trl.generalized_jsd_loss)
+    loss = trl.compute_loss(peer, student.model, inputs)
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    module = worker.run(rows, divergence=DivergenceSpec(beta=beta), micro_batch_tokens=100, chunk_size=9)
+    assert distance(module.gradients, expected) < TOLERANCE
+    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-6)
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_own_samples(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
+    """What is learnt from is what the student wrote before the step, and is counted after it was written."""
+    from stepkd.rollout import SamplingSpec, TransformersSampler
+
+    module = worker.run(rows, source=worker.OWN, divergence=DivergenceSpec("reverse_kl"), micro_batch_tokens=90)
+    sampler = TransformersSampler(views[0])
+    drawn = sampler.sample([row.prompt_ids for row in rows], SamplingSpec(max_new_tokens=12), purpose="gkd student")
+    written = {row.id: rollout[0].token_ids for row, rollout in zip(rows, drawn, strict=True)}
+    assert module.written == [written]
+    assert len({len(ids) for ids in written.values()}) > 1
+    sampled = [replace(row, completion_ids=written[row.id]) for row in rows]
+    _, expected = plain(views, sampled, at(1.0, reverse_kl))
+    assert distance(module.gradients, expected) < TOLERANCE
+
+
+def test_samples_differ_from_step_to_step_and_are_used_again_on_request(rows: list[Any]) -> None:
+    module = worker.run(rows, steps=4, source=worker.OWN)
+    assert len(module.written) == 4
+    assert module.written[0] != module.written[1]
+    again = worker.run(rows, steps=4, source=worker.OWN)
+    assert again.written == module.written
+    reused = worker.run(rows, steps=2, source=replace(worker.OWN, reuse=2))
+    assert len(reused.written) == 1
+    assert reused.trainer.global_step == 2
+    assert reused.written[0] == module.written[0]
+
+
+def test_the_sources_share(rows: list[Any]) -> None:
+    module = worker.run(rows[:2], steps=40, source=SourceSpec(student=0.3, teacher=0.5, max_new_tokens=2))
+    counts = {name: module.drawn.count(name) for name in ("student", "teacher", "data")}
+    assert sum(counts.values()) == 40
+    assert 5 <= counts["student"] <= 20
+    assert min(counts.values()) >= 5
+    assert len(module.written) == counts["student"] + counts["teacher"]
+
+
+def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> None:
+    from stepkd.rollout import SamplingSpec, TransformersSampler
+
+    module = worker.run(rows, source=SourceSpec(student=0.0, teacher=1.0, max_new_tokens=9))
+    drawn = TransformersSampler(views[1]).sample(
+        [row.prompt_ids for row in rows], SamplingSpec(max_new_tokens=9), purpose="gkd teacher"
+    )
+    assert module.written == [{row.id: r[0].token_ids for row, r in zip(rows, drawn, strict=True)}]
+
+
+def test_prompts_without_solutions(rows: list[Any]) -> None:
+    bare = [replace(row, completion_ids=(), spans=()) for row in rows]
+    assert worker.run(bare, source=worker.OWN).gradients
+    with pytest.raises(ConfigError, match=r"has no completion, and with source.student=0.0 .* set source.student: 1"):
+        worker.run(bare)
+
+
+def launch(prefix: list[str], out: Path, rows: int, ranks: int) -> list[dict[str, Any]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*prefix, str(WORKER), str(out), str(rows)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(ranks)]
+
+
+def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
+    """The same samples, whoever draws them; then the same losses and gradients, with an odd number of rows."""
+    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    (one,) = launch([sys.executable], tmp_path / "1.pt", 7, 1)
+    two = launch(two_ranks, tmp_path / "2.pt", 7, 2)
+    for name in ("data", "own"):
+        assert (one[name]["world"], two[0][name]["world"]) == (1, 2)
+        for step, written in enumerate(one[name]["written"]):
+            shares = [rank[name]["written"][step] for rank in two]
+            assert not set(shares[0]) & set(shares[1])
+            assert shares[0] | shares[1] == written
+        assert distance(two[0][name]["gradients"], one[name]["gradients"]) < TOLERANCE
+        assert one[name]["metrics"] == pytest.approx(two[0][name]["metrics"], rel=1e-6)
+    assert len(one["own"]["written"]) == 2
+
+
+# ---- teachers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_is_no_part_of_the_student(rows: list[Any]) -> None:
+    module = worker.run(rows)
+    names = set(module.state_dict())
+    assert names == {f"policy.{name}" for name in module.model.state_dict()}
+    assert all(not p.requires_grad for p in module.teacher.policy.parameters())
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert not [name for name in checkpoint["state_dict"] if "teacher" in name]
+    state = module.method_state()
+    module.restore_method_state(state)
+    with pytest.raises(ModelError, match=r"begun under another teacher \(weights other then"):
+        module.restore_method_state({"teacher": "other"})
+
+
+def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
+    from stepkd.data.templates import PromptTemplate
+
+    template = PromptTemplate(style="plain", plain="7+{prompt}")
+    module = worker.run(
+        rows,
+        teacher=replace(worker.TEACHER, template=template),
+        divergence=DivergenceSpec("reverse_kl"),
+        micro_batch_tokens=100,
+    )
+    student, teacher = views
+    own_prompts = LocalTeacher(replace(worker.TEACHER, template=template), top_k=None)
+    own_prompts.bind(student)
+    prompts = own_prompts.prompts(rows)
+    assert all(len(prompt) == len(row.prompt_ids) + 2 for prompt, row in zip(prompts, rows, strict=True))
+    student.zero_grad()
+    values = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        logits = []
+        for view, start in ((student, row.prompt_ids), (teacher, prompt)):
+            ids = torch.tensor([[*start, *row.completion_ids]])
+            logits.append(view.model(input_ids=ids).logits[0, len(start) - 1 : -1].log_softmax(-1))
+        values.append(reverse_kl(logits[0], logits[1].detach()))
+    torch.cat(values).mean().backward()
+    expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert distance(module.gradients, expected) < TOLERANCE
+
+
+def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
+    from stepkd.models.export import save_policy
+
+    teacher = Policy.load(PolicySpec(path="tiny-0.1m"))
+    teacher.tokenizer.add_tokens(["zwölf"])
+    teacher.causal_lm.resize_token_embeddings(len(teacher.tokenizer))
+    save_policy(teacher, tmp_path / "other")
+    with pytest.raises(ModelError, match=r"the teacher's vocabulary is not the model's .*'zwölf'"):
+        worker.run(rows, teacher=TeacherSpec(path=str(tmp_path / "other")))
+    scorer = Policy.load(PolicySpec(path="tiny-0.1m"))
+    scorer.attach_step_head(StepHeadSpec())
+    save_policy(scorer, tmp_path / "prm")
+    with pytest.raises(ModelError, match="is a reward model: a teacher is a language model"):
+        worker.run(rows, teacher=TeacherSpec(path=str(tmp_path / "prm")))
+
+
+def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[Any]) -> None:
+    from stepkd.errors import TrainingError
+    from stepkd.models.export import save_policy
+
+    teacher = Policy.load(PolicySpec(path="tiny-0.1m"))
+    with torch.no_grad():
+        teacher.causal_lm.get_output_embeddings().weight[5] = float("nan")
+    save_policy(teacher, tmp_path / "broken")
+    with pytest.raises((TrainingError, ModelError), match="finite"):
+        worker.run(rows, teacher=TeacherSpec(path=str(tmp_path / "broken")))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DivergenceSpec(beta=1.5), r"divergence.beta=1.5: must lie in \[0, 1\]"),
+        (lambda: DivergenceSpec("revers_kl"), "did you mean 'reverse_kl'"),  # type: ignore[arg-type]
+        (lambda: DivergenceSpec(temperature=0.0), "divergence.temperature=0.0: must be positive"),
+        (lambda: DivergenceSpec(top_k=0), "divergence.top_k=0"),
+        (lambda: DivergenceSpec("nkd", top_k=4), "nkd renormalises over all tokens"),
+        (lambda: SourceSpec(student=-0.1), r"source.student=-0.1: must lie in \[0, 1\]"),
+        (lambda: SourceSpec(temperature=0.0), "greedy samples are no samples"),
+        (lambda: SourceSpec(reuse=0), "source.reuse=0: must be at least 1"),
+        (lambda: TeacherSpec(path=""), "teacher.path is empty"),
+        (lambda: TeacherSpec(path="x", dtype="bf16"), "teacher.dtype='bf16': must be one of"),
+    ],
+)
+def test_mistakes(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
