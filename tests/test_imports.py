@@ -49,8 +49,7 @@ LAYERS = [
     {"evaluation"},
     {"labels"},
     {"modules"},
-    {"claims"},
-    {"quickstart", "iteration", "trainer_cli", "commands", "cli"},
+    {"claims", "quickstart", "iteration", "trainer_cli", "commands", "cli"},
 ]
 
 
