@@ -13,6 +13,7 @@ ITERATED = sorted([*ROOT.glob("iterate_*.yaml"), *(ROOT / "tiny").glob("iterate_
 METHODS = sorted(path for path in ROOT.glob("*.yaml") if path not in ITERATED)
 TINY = sorted(path for path in (ROOT / "tiny").glob("*.yaml") if path not in ITERATED)
 OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
+TEACHERS = sorted((ROOT / "teacher").glob("*.yaml"))
 CLAIMS = sorted((ROOT / "claims").glob("*.yaml"))
 EVERY = sorted(ROOT.rglob("*.yaml"))
 
@@ -72,9 +73,15 @@ def has_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
+def distilling() -> list[Path]:
+    """Methods with a teacher."""
+    return [path for path in METHODS + TINY if "teacher" in yaml.safe_load(path.read_text())["model"]["init_args"]]
+
+
 @pytest.mark.parametrize("method", METHODS + TINY, ids=name)
 def test_method_builds_with_a_tiny_model(method: Path) -> None:
-    cli = instantiate(method, ROOT / "base" / "tiny.yaml")
+    extra = ("--model.init_args.teacher.path", "tiny-2m") if method in distilling() else ()
+    cli = instantiate(method, ROOT / "base" / "tiny.yaml", extra=extra)
     assert cli.model.policy_spec.path == "tiny-0.5m"
     cli.model.configure_model()
     assert cli.model.policy.trainable_parameters()
@@ -88,6 +95,16 @@ def test_every_overlay_composes_with_every_method(method: Path, overlay: Path) -
     policy = cli.config.model.init_args.policy
     assert policy.path == wanted["path"]
     assert (policy.lora is None) == (wanted.get("lora") is None)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=name)
+@pytest.mark.parametrize("method", [path for path in distilling() if path in METHODS], ids=name)
+def test_every_teacher_composes_with_every_distillation(method: Path, teacher: Path) -> None:
+    cli = instantiate(method, ROOT / "base" / "smollm2-135m-lora.yaml", teacher, build=False)
+    wanted = yaml.safe_load(teacher.read_text(encoding="utf-8"))["model"]["init_args"]["teacher"]
+    chosen = cli.config.model.init_args
+    assert (chosen.teacher.path, chosen.teacher.dtype) == (wanted["path"], wanted["dtype"])
+    assert chosen.policy.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_the_seed_reaches_module_and_data() -> None:
