@@ -13,7 +13,7 @@ from typing import Any
 from stepkd.claims.experiment import ArmResult, Report, Unit
 from stepkd.errors import ConfigError
 
-METRICS = ("pass@1", "step_accuracy", "correct_with_wrong_step", "mean_tokens")
+METRICS = ("pass@1", "step_accuracy", "correct_with_wrong_step", "clean@1", "mean_tokens")
 """Metrics of :func:`evaluate_arm`."""
 
 

@@ -151,13 +151,13 @@ def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] =
 
     Returns:
         ``pass@1`` (share of right samples), ``mean_tokens``, ``step_accuracy`` (pairs: right steps, steps),
-        ``correct_with_wrong_step`` (pairs: right samples with a wrong step, right samples) and ``maj@k``; one entry
-        per problem each.
+        ``correct_with_wrong_step`` (pairs: right samples with a wrong step, right samples), ``clean@1`` (share of right
+        samples without a wrong step) and ``maj@k``; one entry per problem each.
     """
     from stepkd.evaluation.metrics import maj_at_k
 
     metrics: dict[str, list[Any]] = {
-        name: [] for name in ("pass@1", "mean_tokens", "step_accuracy", "correct_with_wrong_step")
+        name: [] for name in ("pass@1", "mean_tokens", "step_accuracy", "correct_with_wrong_step", "clean@1")
     }
     metrics |= {f"maj@{k}": [] for k in votes}
     for row in rows:
@@ -169,6 +169,7 @@ def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] =
         metrics["mean_tokens"].append(sum(sample["tokens"] for sample in samples) / len(samples))
         metrics["step_accuracy"].append([sum(map(sum, labels)), sum(map(len, labels))])
         metrics["correct_with_wrong_step"].append([flawed, sum(right)])
+        metrics["clean@1"].append((sum(right) - flawed) / len(samples))
         for k in votes:
             metrics[f"maj@{k}"].append(maj_at_k([sample["vote"] for sample in samples], right, k))
     return metrics

@@ -2,6 +2,7 @@
 
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.dpo import DPOModule
+from stepkd.modules.focus import FocusSpec
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
 from stepkd.modules.kto import KTOModule, StepKTOModule
@@ -16,6 +17,7 @@ from stepkd.modules.validation import ValidationSpec
 __all__ = [
     "DPOModule",
     "DivergenceSpec",
+    "FocusSpec",
     "GKDModule",
     "KTOModule",
     "OptimizerSpec",

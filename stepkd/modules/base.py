@@ -33,6 +33,9 @@ from stepkd.modules.throughput import Throughput
 from stepkd.modules.validation import SampledAccuracy, ValidationSpec
 from stepkd.randomness import stream_key
 
+MOST_SKIPPED = 100
+"""Batches in a row that may be skipped for want of items."""
+
 
 @dataclass
 class Prepared:
@@ -67,7 +70,7 @@ class StepModule(EvaluationLoops):
     steps_per_batch = 1
     """Optimiser steps that one loader batch serves (more than 1 for on-policy methods with inner steps)."""
     skip_empty_steps = False
-    """Whether a step in which no rank has a single item is skipped in silence (it is an error otherwise)."""
+    """Whether a step in which no rank has a single item is skipped (it is an error otherwise)."""
 
     scores_steps = False
     """Whether the method trains a step head; any other method refuses a reward model as its policy."""
@@ -108,6 +111,7 @@ class StepModule(EvaluationLoops):
         self._throughput: Throughput | None = None
         self._accuracy: SampledAccuracy | None = None
         self._sums: dict[str, float] = defaultdict(float)
+        self._skipped = 0
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
@@ -252,11 +256,13 @@ class StepModule(EvaluationLoops):
         counts = all_reduce({name: prepared.denominators.get(name, 0.0) for name in self.components}, self.device)
         if not any(counts.values()):
             if self.skip_empty_steps:
+                self._skip()
                 return
             raise TrainingError(
                 f"step {self.global_step}: no row of the batch has a single target ({', '.join(counts)} all 0); look "
                 "at max_length and at the rows' solutions"
             )
+        self._skipped = 0
         longest = int(all_reduce({"n": float(len(prepared.micro_batches))}, self.device, op="max")["n"])
         padded = prepared.micro_batches + [filler] * (longest - len(prepared.micro_batches))
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
@@ -281,6 +287,15 @@ class StepModule(EvaluationLoops):
             self.ema.update(self.model.trainable_parameters())
         tokens = sum(example.length for micro in prepared.micro_batches for example in micro.examples)
         self._log_step(counts, sums, terms, {"grad_norm": norm, "lr": lr, "tokens": float(tokens)})
+
+    def _skip(self) -> None:
+        """Count steps without an item; a run that has nothing else would never end."""
+        self._skipped += 1
+        if self._skipped >= MOST_SKIPPED:
+            raise TrainingError(
+                f"step {self.global_step}: {self._skipped} batches in a row had nothing to learn from ("
+                f"{', '.join(self.components)} all 0); look at what the method counts, and at the data"
+            )
 
     def _micro_loss(self, micro_batch: MicroBatch, counts: Mapping[str, float]) -> tuple[Tensor, LossTerms]:
         terms = self.loss_terms(micro_batch)

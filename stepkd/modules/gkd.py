@@ -21,6 +21,7 @@ from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempe
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
 from stepkd.randomness import generator
 from stepkd.rollout import TransformersSampler
@@ -47,6 +48,8 @@ class GKDModule(StepModule):
             paper's 1/|y|).
         ce_weight: weight of the cross-entropy of the same tokens beside the divergence, >= 0. With the forward KL and
             weights ``a`` and ``1 - a`` this is a soft target mixed from both (PS-KD, arXiv 2006.12000).
+        focus: weigh every step by what a step scorer thinks of it, for instance only the wrong ones; the average is
+            over the weights. A batch in which nothing counts is skipped. Validation weighs all tokens alike.
         **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
             :class:`~stepkd.modules.base.StepModule`.
     """
@@ -61,6 +64,7 @@ class GKDModule(StepModule):
         source: SourceSpec | None = None,
         average: Average = "tokens",
         ce_weight: float = 0.0,
+        focus: FocusSpec | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
@@ -71,11 +75,14 @@ class GKDModule(StepModule):
         self.source = source or SourceSpec()
         self.average = average
         self.ce_weight = ce_weight
+        self.focus_spec = focus
         self.steps_per_batch = self.source.reuse
+        self.skip_empty_steps = focus is not None
         self.teacher: Teacher = LocalTeacher(teacher, top_k=self.divergence.top_k, tail=self.divergence.tail)
         self._segmenter = get_segmenter(self.source.segmenter)
         self._divergence = self.divergence.function()
         self._teacher_identity = ""
+        self._focus: Focus | None = None
 
     # ---- model -----------------------------------------------------------------------------------------------------
 
@@ -120,9 +127,18 @@ class GKDModule(StepModule):
             examples: Sequence[Example] = batch.examples
         else:
             examples = self.sample(batch, chosen)
+        if self.focus_spec is not None:
+            with self.phases.phase("scoring steps", total=len(examples)):
+                examples = self._focused(examples)
         prepared = self.prepare_examples(examples)
         for _ in range(self.source.reuse):
             yield prepared
+
+    def _focused(self, examples: Sequence[Example]) -> list[Example]:
+        assert self.focus_spec is not None
+        if self._focus is None:
+            self._focus = Focus(self.focus_spec, str(self.device))
+        return self._focus(self.tokenizer, examples)
 
     def draw_source(self) -> Literal["student", "teacher", "data"]:
         """Where this optimiser step's completions come from: the same on every rank, and after a resume."""
@@ -161,16 +177,17 @@ class GKDModule(StepModule):
     # ---- loss ------------------------------------------------------------------------------------------------------
 
     def count(self, micro_batch: MicroBatch) -> dict[str, float]:
-        """Completion tokens, or completions."""
+        """Completion tokens (or their weights), or completions in which something counts."""
+        weights_N = token_weights(micro_batch)
         if self.average == "tokens":
-            return {"kd": float(micro_batch.targets_N.numel())}
-        return {"kd": float(len(micro_batch.row_N.unique()))}
+            return {"kd": float(weights_N.sum())}
+        return {"kd": float(len(micro_batch.row_N[weights_N > 0].unique()))}
 
     def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
         """``kd``: the summed divergence (and weighted cross-entropy) in nats.
 
-        Metrics: ``divergence`` alone, ``agreement`` (share of positions at which both find the same token likeliest),
-        and ``ce`` where it has a weight.
+        Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
+        the same token likeliest), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have.
         """
         temperature = self.divergence.logits_temperature
         signals = self.teacher.signals(micro_batch, temperature=temperature)
@@ -185,24 +202,28 @@ class GKDModule(StepModule):
             ce_C = -target_logps(logits_CV, targets_C)
             return torch.stack([kd_C + self.ce_weight * ce_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
 
+        weights_N = self._weights(micro_batch)
         total, values = fused_sum(
             position,
             self.model.head,
             self.needed_hidden(micro_batch),
-            self._weights(micro_batch),
+            weights_N,
             micro_batch.targets_N,
             *signals.tensors,
             chunk_size=self.chunk_size,
         )
         number = torch.tensor(float(len(values)), device=values.device)
         metrics = {"divergence": (values[:, 1].sum(), number), "agreement": (values[:, 2].sum(), number)}
+        if self.focus_spec is not None:
+            metrics["focus"] = ((weights_N > 0).double().sum(), number)
         if self.ce_weight:
             metrics["ce"] = (values[:, 3].sum(), number)
         return LossTerms({"kd": total}, metrics)
 
     def _weights(self, batch: MicroBatch) -> Tensor:
         """Weight of every token in the sum whose denominator :meth:`count` gives."""
-        ones_N = torch.ones(batch.targets_N.shape, dtype=torch.float64, device=batch.targets_N.device)
+        weights_N = token_weights(batch)
         if self.average == "tokens":
-            return ones_N
-        return 1.0 / segment_sum(ones_N, batch.row_N, len(batch.examples))[batch.row_N]
+            return weights_N
+        totals_B = segment_sum(weights_N, batch.row_N, len(batch.examples))
+        return weights_N / totals_B.clamp_min(1e-300)[batch.row_N]

@@ -28,6 +28,7 @@ def test_problem_metrics() -> None:
         "mean_tokens": [20.0, 20.0],
         "step_accuracy": [[3, 4], [2, 4]],
         "correct_with_wrong_step": [[1, 2], [0, 1]],
+        "clean@1": [0.5, 0.5],
         "maj@2": [1.0, 0.5],
     }
 

@@ -22,7 +22,7 @@ from stepkd.models import PolicySpec
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import DivergenceSpec, GKDModule, OptimizerSpec, SourceSpec
 from stepkd.steps import get_segmenter
-from stepkd.tasks import make_rows
+from stepkd.tasks import Noise, make_rows
 from stepkd.teachers import TeacherSpec
 
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
@@ -36,6 +36,12 @@ OWN = SourceSpec(student=1.0, max_new_tokens=12)
 def examples(count: int = 8) -> list[Example]:
     """Solutions of very different lengths."""
     rows = make_rows("modular:terms=2-9", count, seed=3)
+    return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
+
+
+def noisy_examples(count: int = 8) -> list[Example]:
+    """Solutions of which some have wrong steps."""
+    rows = make_rows("modular:terms=2-6", count, seed=3, noise=Noise(rate=0.3))
     return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from stepkd.errors import ConfigError, ModelError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models import Policy, PolicySpec, StepHeadSpec
-from stepkd.modules import DivergenceSpec, SourceSpec
+from stepkd.modules import DivergenceSpec, FocusSpec, SourceSpec
 from stepkd.teachers import LocalTeacher, TeacherSpec
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
@@ -234,6 +234,75 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
     assert len(one["own"]["written"]) == 2
 
 
+# ---- focus -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_by_scores() -> None:
+    nan = float("nan")
+    scores = [0.9, 0.2, 0.8, 0.1, nan]
+    assert FocusSpec("checker").weights(scores) == (0.0, 1.0, 0.0, 1.0, 0.0)
+    assert FocusSpec("checker", right=0.5, after=0.25).weights(scores) == (0.5, 1.0, 0.25, 0.25, 0.25)
+    assert FocusSpec("checker", threshold=0.95, right=0.1).weights([0.9, nan]) == (1.0, 0.1)
+
+
+@pytest.mark.parametrize("average", ["tokens", "sequences"])
+def test_only_wrong_steps(average: Any, views: Any, distance: Callable[..., float]) -> None:
+    """Gradients of the tokens of wrong steps alone, averaged over those tokens, or within each flawed solution."""
+    rows = worker.noisy_examples()
+    module = worker.run(
+        rows,
+        focus=FocusSpec("checker"),
+        divergence=DivergenceSpec("reverse_kl"),
+        average=average,
+        micro_batch_tokens=100,
+        chunk_size=5,
+    )
+    student = views[0]
+    student.zero_grad()
+    per_row, counted, everything = [], 0, 0
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
+        logps = [v.model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1) for v in views]
+        values = reverse_kl(logps[0], logps[1].detach())
+        wrong = [i for span, ok in zip(row.spans, row.row["step_labels"], strict=True) if not ok for i in range(*span)]
+        everything += len(values)
+        if wrong:
+            counted += len(wrong)
+            per_row.append(values[wrong].sum() if average == "tokens" else values[wrong].mean())
+    assert 0 < len(per_row) < len(rows)
+    (torch.stack(per_row).sum() / (counted if average == "tokens" else len(per_row))).backward()
+    expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert distance(module.gradients, expected) < TOLERANCE
+    assert float(module.trainer.callback_metrics["train/focus"]) == pytest.approx(counted / everything, rel=1e-6)
+
+
+def test_batches_in_which_nothing_counts_are_skipped(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepkd.errors import TrainingError
+    from stepkd.modules import base
+
+    monkeypatch.setattr(base, "MOST_SKIPPED", 3)
+    with pytest.raises(TrainingError, match=r"step 0: 3 batches in a row had nothing to learn from \(kd all 0\)"):
+        worker.run(rows[:2], focus=FocusSpec("checker"))
+    weighted = worker.run(rows, focus=FocusSpec("checker", right=1.0))
+    plainly = worker.run(rows)
+    assert all(torch.equal(weighted.gradients[name], plainly.gradients[name]) for name in plainly.gradients)
+
+
+def test_focus_on_own_samples_by_a_reward_model(tmp_path: Path, rows: list[Any]) -> None:
+    from stepkd.models.export import save_policy
+
+    scorer = Policy.load(PolicySpec(path="tiny-0.1m"))
+    scorer.attach_step_head(StepHeadSpec())
+    save_policy(scorer, tmp_path / "prm")
+    focus = FocusSpec(str(tmp_path / "prm"), template="task", right=0.5)
+    assert worker.run(rows, source=worker.OWN, focus=focus).gradients
+    scorer = Policy.load(PolicySpec(path="tiny-0.1m"))
+    scorer.attach_step_head(StepHeadSpec(meaning="outcome"))
+    save_policy(scorer, tmp_path / "orm")
+    with pytest.raises(ConfigError, match="knows nothing of steps"):
+        worker.run(rows, focus=FocusSpec(str(tmp_path / "orm"), template="task"))
+
+
 # ---- teachers --------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +387,9 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[A
         (lambda: SourceSpec(student=-0.1), r"source.student=-0.1: must lie in \[0, 1\]"),
         (lambda: SourceSpec(temperature=0.0), "greedy samples are no samples"),
         (lambda: SourceSpec(reuse=0), "source.reuse=0: must be at least 1"),
+        (lambda: FocusSpec("checker", wrong=0.0), "focus: no step would count"),
+        (lambda: FocusSpec("checker", after=-1.0), "focus.after=-1.0: must be 0 or positive"),
+        (lambda: FocusSpec("checker", threshold=1.0), "focus.threshold=1.0"),
         (lambda: TeacherSpec(path=""), "teacher.path is empty"),
         (lambda: TeacherSpec(path="x", dtype="bf16"), "teacher.dtype='bf16': must be one of"),
     ],

@@ -1,0 +1,125 @@
+"""Distillation where it is needed: a weight for every step, by what a step scorer thinks of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch
+from stepkd.data.encode import Example
+from stepkd.errors import ConfigError
+from stepkd.scorers import ScorerOptions, Solutions, StepScorer, load_scorer
+from stepkd.steps import text_from_ids
+
+
+@dataclass(frozen=True)
+class FocusSpec:
+    """How much the steps of a completion count, by their scores."""
+
+    scorer: str
+    """``checker`` (the tiny world), a process reward model, or ``judge:MODEL``, as for ``stepkd score --model``."""
+    threshold: float = 0.5
+    """A step with a lower score is wrong, in (0, 1)."""
+    wrong: float = 1.0
+    """Weight of the tokens of wrong steps, >= 0."""
+    right: float = 0.0
+    """Weight of the tokens of right steps, and of steps without a score, >= 0."""
+    after: float | None = None
+    """Weight of everything behind the first wrong step, >= 0: it follows from a mistake, and right or wrong says little
+    of it. null: as its own score says."""
+    template: str | None = None
+    """Prompt template of the scorer; null: its own."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ConfigError(f"focus.threshold={self.threshold}: must lie between 0 and 1")
+        for name in ("wrong", "right", "after"):
+            weight = getattr(self, name)
+            if weight is not None and not 0 <= weight < math.inf:
+                raise ConfigError(f"focus.{name}={weight}: must be 0 or positive")
+        if not self.wrong and not self.right and not self.after:
+            raise ConfigError("focus: no step would count; raise wrong, right or after")
+
+    def weights(self, scores: Sequence[float]) -> tuple[float, ...]:
+        """Weight of every step by its score (NaN for none)."""
+        weights: list[float] = []
+        behind = False
+        for score in scores:
+            wrong = score < self.threshold  # False for NaN
+            weight = self.wrong if wrong else self.right
+            weights.append(self.after if behind and self.after is not None else weight)
+            behind = behind or wrong
+        return tuple(weights)
+
+
+@dataclass(frozen=True)
+class FocusedExample(Example):
+    """An example whose steps have weights."""
+
+    step_weights: tuple[float, ...] = ()
+    """One per span."""
+
+
+class Focus:
+    """Scores what is distilled on, step by step.
+
+    Args:
+        spec: the settings; the scorer is loaded at once.
+        device: where it runs.
+        scorer: an already loaded one.
+
+    Raises:
+        ConfigError, ModelError: no such scorer, or one that scores whole solutions only.
+    """
+
+    def __init__(self, spec: FocusSpec, device: str = "auto", *, scorer: StepScorer | None = None) -> None:
+        self.spec = spec
+        self.scorer = scorer or load_scorer(spec.scorer, ScorerOptions(template=spec.template, device=device))
+        if self.scorer.meaning == "outcome":
+            raise ConfigError(f"focus.scorer={spec.scorer} scores whole solutions and knows nothing of steps")
+
+    def __call__(self, tokenizer: Any, examples: Sequence[Example]) -> list[Example]:
+        """The examples with a weight for each of their steps.
+
+        Raises:
+            DataError: a row that the scorer cannot judge.
+        """
+        written = [_steps(tokenizer, example) for example in examples]
+        asked = [i for i, steps in enumerate(written) if steps]
+        scores = self.scorer.score([Solutions(examples[i].row, [written[i]]) for i in asked])
+        found: dict[int, list[float]] = dict(zip(asked, (each[0] for each in scores), strict=True))
+        return [self._focused(example, found.get(i, [])) for i, example in enumerate(examples)]
+
+    def _focused(self, example: Example, scores: Sequence[float]) -> FocusedExample:
+        padded = [*scores, *[math.nan] * (len(example.spans) - len(scores))]
+        own = {field.name: getattr(example, field.name) for field in fields(Example)}
+        return FocusedExample(**own, step_weights=self.spec.weights(padded))
+
+
+def token_weights(batch: MicroBatch) -> Tensor:
+    """Weight (N,) of every target of a micro-batch, float64: its step's, or 1 where steps have none."""
+    weights = [
+        weight
+        for example in batch.examples
+        for (start, end), weight in zip(example.spans, _weights_of(example), strict=True)
+        for _ in range(start, end)
+    ]
+    return torch.tensor(weights, dtype=torch.float64, device=batch.targets_N.device)
+
+
+def _weights_of(example: Example) -> tuple[float, ...]:
+    return example.step_weights if isinstance(example, FocusedExample) else (1.0,) * len(example.spans)
+
+
+def _steps(tokenizer: Any, example: Example) -> list[str]:
+    """Texts of the steps; a last one that holds nothing but the end token is left out."""
+    text = text_from_ids(tokenizer, example.completion_ids)
+    steps = [text.span_text(*span) for span in example.spans]
+    while steps and not steps[-1].strip():
+        steps.pop()
+    return steps
