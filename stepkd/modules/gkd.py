@@ -187,7 +187,7 @@ class GKDModule(StepModule):
         """``kd``: the summed divergence (and weighted cross-entropy) in nats.
 
         Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
-        the same token likeliest), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have.
+        the same token likeliest), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
         """
         temperature = self.divergence.logits_temperature
         signals = self.teacher.signals(micro_batch, temperature=temperature)
