@@ -2,6 +2,7 @@
 
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.dpo import DPOModule
+from stepkd.modules.fidelity import FidelitySpec
 from stepkd.modules.focus import FocusSpec
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
@@ -17,6 +18,7 @@ from stepkd.modules.validation import ValidationSpec
 __all__ = [
     "DPOModule",
     "DivergenceSpec",
+    "FidelitySpec",
     "FocusSpec",
     "GKDModule",
     "KTOModule",

@@ -21,6 +21,7 @@ from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempe
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.fidelity import Fidelity, FidelitySpec
 from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
 from stepkd.randomness import generator
@@ -50,6 +51,7 @@ class GKDModule(StepModule):
             weights ``a`` and ``1 - a`` this is a soft target mixed from both (PS-KD, arXiv 2006.12000).
         focus: weigh every step by what a step scorer thinks of it, for instance only the wrong ones; the average is
             over the weights. A batch in which nothing counts is skipped. Validation weighs all tokens alike.
+        fidelity: also measure in validation how like its teacher the student is (``val/fidelity/...``); null: not.
         **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
             :class:`~stepkd.modules.base.StepModule`.
     """
@@ -65,6 +67,7 @@ class GKDModule(StepModule):
         average: Average = "tokens",
         ce_weight: float = 0.0,
         focus: FocusSpec | None = None,
+        fidelity: FidelitySpec | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
@@ -76,6 +79,7 @@ class GKDModule(StepModule):
         self.average = average
         self.ce_weight = ce_weight
         self.focus_spec = focus
+        self.fidelity_spec = fidelity
         self.steps_per_batch = self.source.reuse
         self.skip_empty_steps = focus is not None
         self.teacher: Teacher = LocalTeacher(teacher, top_k=self.divergence.top_k, tail=self.divergence.tail)
@@ -83,6 +87,7 @@ class GKDModule(StepModule):
         self._divergence = self.divergence.function()
         self._teacher_identity = ""
         self._focus: Focus | None = None
+        self._fidelity: Fidelity | None = None
 
     # ---- model -----------------------------------------------------------------------------------------------------
 
@@ -173,6 +178,33 @@ class GKDModule(StepModule):
     def _written(self, example: Example, ids: tuple[int, ...]) -> Example:
         spans = segment(self._segmenter, text_from_ids(self.tokenizer, ids)) or [(0, len(ids))]
         return replace(example, completion_ids=ids, spans=tuple(spans))
+
+    # ---- validation ------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The divergence on given completions, sampled accuracy, and fidelity where it is asked for."""
+        super().validation_step(batch, batch_idx, dataloader_idx)
+        if self.fidelity_spec is None or not batch.examples:
+            return
+        with self._averaged(), self.phases.phase("fidelity", total=len(batch.examples)):
+            for name, (total, number) in self._measured()(batch.examples, batch.indices).items():
+                self._sums[f"metric/{name}"] += total
+                self._sums[f"number/{name}"] += number
+
+    def _measured(self) -> Fidelity:
+        assert self.fidelity_spec is not None
+        if self._fidelity is None:
+            self._fidelity = Fidelity(
+                self.fidelity_spec,
+                self.model,
+                self.teacher,
+                self._sampled().grader,
+                self._collate,
+                max_tokens=self.micro_batch_tokens,
+                chunk_size=self.chunk_size,
+                seed=self.seed,
+            )
+        return self._fidelity
 
     # ---- loss ------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -16,10 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepkd.data.batching import BatchPlan
+from stepkd.data.loader import StepLoader
 from stepkd.errors import ConfigError, ModelError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models import Policy, PolicySpec, StepHeadSpec
-from stepkd.modules import DivergenceSpec, FocusSpec, SourceSpec
+from stepkd.modules import DivergenceSpec, FidelitySpec, FocusSpec, SourceSpec
+from stepkd.modules.fidelity import ANSWERS, _kind
 from stepkd.teachers import LocalTeacher, TeacherSpec
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
@@ -303,6 +307,82 @@ def test_focus_on_own_samples_by_a_reward_model(tmp_path: Path, rows: list[Any])
         worker.run(rows, focus=FocusSpec(str(tmp_path / "orm"), template="task"))
 
 
+# ---- fidelity --------------------------------------------------------------------------------------------------------
+
+
+def measure(rows: list[Any], views: Any, **settings: Any) -> dict[str, float]:
+    """Validation of an untrained student on rows."""
+    from lightning.pytorch import Trainer
+
+    module = worker.GKD(
+        PolicySpec(**worker.POLICY),
+        **{"teacher": worker.TEACHER, "source": worker.DATA, "fidelity": FidelitySpec(max_new_tokens=16), **settings},
+    )
+    plan = BatchPlan([row.length for row in rows], size=4, shuffle=False)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
+    (found,) = trainer.validate(module, StepLoader(rows, plan), verbose=False)
+    return {name.removeprefix("val/fidelity/"): value for name, value in found.items() if "fidelity" in name}
+
+
+def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None:
+    from stepkd.rollout import SamplingSpec, TransformersSampler
+    from stepkd.steps import get_segmenter, segment, text_from_ids
+
+    found = measure(rows, views, micro_batch_tokens=90, chunk_size=4)
+    student = views[0]
+    drawn = TransformersSampler(student).sample(
+        [row.prompt_ids for row in rows], SamplingSpec(max_new_tokens=16), purpose="fidelity"
+    )
+    forward, reverse, agree, gap, likely = [], [], [], [], []
+    for row, (rollout,) in zip(rows, drawn, strict=True):
+        ids = torch.tensor([[*row.prompt_ids, *rollout.token_ids]])
+        start = len(row.prompt_ids)
+        with torch.no_grad():
+            s, t = (v.model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1) for v in views)
+        forward.append((t.exp() * (t - s)).sum(-1))
+        reverse.append((s.exp() * (s - t)).sum(-1))
+        agree.append((s.argmax(-1) == t.argmax(-1)).double())
+        gap.append((t.exp() * t).sum(-1) - (s.exp() * s).sum(-1))
+        own = t.gather(-1, ids[0, start:, None])[:, 0]
+        spans = segment(get_segmenter("newline"), text_from_ids(student.tokenizer, rollout.token_ids))
+        likely += [float(own[a:b].mean()) >= math.log(0.5) for a, b in spans]
+    expected = {"forward_kl": forward, "reverse_kl": reverse, "agreement": agree, "entropy_gap": gap}
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(float(torch.cat(values).mean()), rel=1e-5, abs=1e-7), name
+    assert found["likely_steps"] == pytest.approx(sum(likely) / len(likely))
+    assert sum(found[f"answers_{name}"] for name in ANSWERS) == pytest.approx(1.0)
+
+
+def test_a_student_that_is_its_teacher(views: Any, rows: list[Any], tmp_path: Path) -> None:
+    from stepkd.models.export import save_policy
+
+    save_policy(Policy.load(PolicySpec(**worker.POLICY)), tmp_path / "same")
+    found = measure(rows, views, teacher=TeacherSpec(path=str(tmp_path / "same")))
+    assert abs(found["forward_kl"]) < 1e-9
+    assert abs(found["reverse_kl"]) < 1e-9
+    assert (found["agreement"], found["answers_teacher_right"], found["answers_student_right"]) == (1.0, 0.0, 0.0)
+
+
+def test_among_buckets_steps_are_not_judged(views: Any, rows: list[Any]) -> None:
+    found = measure(rows[:4], views, divergence=DivergenceSpec(top_k=3), fidelity=FidelitySpec(answers=False))
+    assert "likely_steps" not in found
+    assert not [name for name in found if name.startswith("answers")]
+    assert found["reverse_kl"] > 0
+
+
+def test_kinds_of_answers() -> None:
+    kinds = {
+        ((True, "5"), (True, "5")): "both_right",
+        ((True, "5"), (False, "4")): "student_right",
+        ((False, "4"), (True, "5")): "teacher_right",
+        ((False, "4"), (False, "4")): "same_wrong",
+        ((False, "4"), (False, "3")): "different_wrong",
+        ((False, None), (False, None)): "different_wrong",
+    }
+    assert {pair: _kind(*pair) for pair in kinds} == kinds
+
+
 # ---- teachers --------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +467,8 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[A
         (lambda: SourceSpec(student=-0.1), r"source.student=-0.1: must lie in \[0, 1\]"),
         (lambda: SourceSpec(temperature=0.0), "greedy samples are no samples"),
         (lambda: SourceSpec(reuse=0), "source.reuse=0: must be at least 1"),
+        (lambda: FidelitySpec(temperature=0.0), "fidelity: temperature=0.0"),
+        (lambda: FidelitySpec(likely_step=1.0), "fidelity.likely_step=1.0"),
         (lambda: FocusSpec("checker", wrong=0.0), "focus: no step would count"),
         (lambda: FocusSpec("checker", after=-1.0), "focus.after=-1.0: must be 0 or positive"),
         (lambda: FocusSpec("checker", threshold=1.0), "focus.threshold=1.0"),

@@ -1,0 +1,201 @@
+"""How like its teacher a student is, beside how good: the two can part (arXiv 2505.15442).
+
+On the student's own samples of the validation problems, token by token: the KLs in both directions, how often both find
+the same token likeliest, the gap of their entropies. By steps: the share of the student's steps that the teacher finds
+likely. By answers: who is right, and whether the two agree when they are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stepkd.data.batching import micro_batches
+from stepkd.data.collate import MicroBatch
+from stepkd.data.encode import Example
+from stepkd.errors import ConfigError
+from stepkd.evaluation.judging import judge
+from stepkd.grading import Grader
+from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
+from stepkd.models import Policy
+from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
+from stepkd.steps import get_segmenter, segment, text_from_ids
+from stepkd.teachers import LocalTeacher, Teacher
+
+Sums = dict[str, tuple[float, float]]
+"""Name -> sum and number of what it is a mean of."""
+
+Ids = tuple[int, ...]
+
+TOKENS = ("forward_kl", "reverse_kl", "agreement", "entropy_gap")
+ANSWERS = ("both_right", "student_right", "teacher_right", "same_wrong", "different_wrong")
+
+
+@dataclass(frozen=True)
+class FidelitySpec:
+    """What validation measures of a student's likeness to its teacher."""
+
+    temperature: float = 1.0
+    """Temperature of the samples that tokens and steps are compared on, > 0; one per problem."""
+    max_new_tokens: int = 256
+    """Longest sample and answer in tokens."""
+    answers: bool = True
+    """Whether both also answer greedily, and are graded; the teacher does so once."""
+    likely_step: float = 0.5
+    """A step is likely when the teacher's mean probability of its tokens (geometric) is at least this, in (0, 1). The
+    paper's own measure was not found: a reconstruction."""
+    segmenter: str = "newline"
+    """How samples are cut into steps."""
+    max_rows: int = 64
+    """Completions decoded at once."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf or self.max_new_tokens < 1 or self.max_rows < 1:
+            raise ConfigError(
+                f"fidelity: temperature={self.temperature}, max_new_tokens={self.max_new_tokens}, max_rows="
+                f"{self.max_rows}: all must be positive"
+            )
+        if not 0 < self.likely_step < 1:
+            raise ConfigError(f"fidelity.likely_step={self.likely_step}: must lie between 0 and 1")
+
+
+class Fidelity:
+    """Compares a student with its teacher on validation problems.
+
+    Args:
+        spec: what is measured.
+        student, teacher: the two; answers are compared with a teacher in this process only.
+        grader: judges answers.
+        collate: examples to a micro-batch, as training has it.
+        max_tokens: most tokens of a micro-batch, padding included.
+        chunk_size: positions whose logits exist at once.
+        seed: keys the samples: the same noise at every validation.
+    """
+
+    def __init__(
+        self,
+        spec: FidelitySpec,
+        student: Policy,
+        teacher: Teacher,
+        grader: Grader,
+        collate: Callable[[list[Example]], MicroBatch],
+        *,
+        max_tokens: int,
+        chunk_size: int,
+        seed: int,
+    ) -> None:
+        self.spec = spec
+        self.student = student
+        self.teacher = teacher
+        self.grader = grader
+        self.collate = collate
+        self.max_tokens = max_tokens
+        self.chunk_size = chunk_size
+        self.seed = seed
+        self._segmenter = get_segmenter(spec.segmenter)
+        self._answers: dict[int, tuple[bool, str | None]] = {}
+
+    def __call__(self, examples: Sequence[Example], indices: Sequence[int]) -> Sums:
+        """Sums over some problems.
+
+        Args:
+            examples: problems, with or without solutions.
+            indices: number of each in the data set; keys its sample.
+        """
+        sums = self._tokens_and_steps([self._sampled(each, ids) for each, ids in self._draw(examples, indices)])
+        if self.spec.answers and isinstance(self.teacher, LocalTeacher):
+            sums |= self._compared_answers(self.teacher, examples, indices)
+        return {f"fidelity/{name}": value for name, value in sums.items()}
+
+    def _draw(self, examples: Sequence[Example], indices: Sequence[int]) -> list[tuple[Example, tuple[int, ...]]]:
+        drawn = self._sample(
+            self.student, [each.prompt_ids for each in examples], indices, self.spec.temperature, "fidelity"
+        )
+        return [(example, rollout.token_ids) for example, rollout in zip(examples, drawn, strict=True)]
+
+    def _sample(
+        self,
+        policy: Policy,
+        prompts: Sequence[tuple[int, ...]],
+        indices: Sequence[int],
+        temperature: float,
+        purpose: str,
+    ) -> list[Rollout]:
+        sampling = SamplingSpec(temperature=temperature, max_new_tokens=self.spec.max_new_tokens, seed=self.seed)
+        sampler = TransformersSampler(policy, max_rows=self.spec.max_rows)
+        return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
+
+    def _sampled(self, example: Example, ids: tuple[int, ...]) -> Example:
+        spans = segment(self._segmenter, text_from_ids(self.student.tokenizer, ids)) or [(0, len(ids))]
+        return replace(example, completion_ids=ids, spans=tuple(spans))
+
+    @torch.no_grad()
+    def _tokens_and_steps(self, examples: list[Example]) -> Sums:
+        totals, tokens, likely, steps, known = torch.zeros(len(TOKENS), dtype=torch.float64), 0, 0.0, 0, True
+        for group in micro_batches([example.length for example in examples], self.max_tokens):
+            batch = self.collate([examples[i] for i in group]).to(self.student.device)
+            values = self._positions(batch)
+            totals += values[:, : len(TOKENS)].double().sum(0).cpu()
+            tokens += len(values)
+            count = int(batch.num_steps_B.sum())
+            ones_N = torch.ones_like(values[:, -1])
+            mean_S = segment_sum(values[:, -1], batch.step_N, count) / segment_sum(ones_N, batch.step_N, count)
+            likely += float((mean_S >= math.log(self.spec.likely_step)).sum())
+            steps += count
+            known &= not bool(values[:, -1].isnan().any())
+        sums = {name: (float(total), float(tokens)) for name, total in zip(TOKENS, totals, strict=True)}
+        return sums | ({"likely_steps": (likely, float(steps))} if known else {})
+
+    def _positions(self, batch: MicroBatch) -> Tensor:
+        """(N, 5): the token measures, and the teacher's log-probability of the student's token."""
+        signals = self.teacher.signals(batch, temperature=1.0)
+
+        def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
+            student, teacher, favourite_C = signals.compare(tempered(logits_CV), *chunk)
+            agree_C = (logits_CV.argmax(-1) == favourite_C).to(student.dtype)
+            gap_C = entropy(student) - entropy(teacher)
+            # Among buckets a token's own probability may be hidden in the tail: not known then.
+            whole = teacher.shape == logits_CV.shape
+            own_C = target_logps(teacher, targets_C) if whole else torch.full_like(gap_C, math.nan)
+            return torch.stack(
+                [forward_kl(student, teacher), reverse_kl(student, teacher), agree_C, gap_C, own_C], dim=-1
+            )
+
+        hidden_BTH = self.student.hidden(batch.input_ids_BT, batch.attention_mask_BT)
+        hidden_NH = hidden_BTH.flatten(0, 1)[batch.needed_N]
+        ones_N = torch.ones(len(batch.targets_N), device=hidden_NH.device)
+        arguments = (hidden_NH, ones_N, batch.targets_N, *signals.tensors)
+        return fused_sum(position, self.student.head, *arguments, chunk_size=self.chunk_size)[1]
+
+    def _compared_answers(self, teacher: LocalTeacher, examples: Sequence[Example], indices: Sequence[int]) -> Sums:
+        """Shares of :data:`ANSWERS`, which sum to 1: both greedy."""
+        new = [i for i, index in enumerate(indices) if index not in self._answers]
+        if new:
+            teacher.place(self.student.device)
+            chosen = [examples[i] for i in new]
+            numbers = [indices[i] for i in new]
+            drawn = self._sample(teacher.policy, teacher.prompts(chosen), numbers, 0.0, "fidelity answers")
+            self._answers |= dict(zip(numbers, self._graded(chosen, drawn), strict=True))
+        prompts = [example.prompt_ids for example in examples]
+        own = self._graded(examples, self._sample(self.student, prompts, indices, 0.0, "fidelity answers"))
+        counts = Counter(_kind(mine, self._answers[index]) for mine, index in zip(own, indices, strict=True))
+        return {f"answers_{name}": (float(counts[name]), float(len(examples))) for name in ANSWERS}
+
+    def _graded(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> list[tuple[bool, str | None]]:
+        """Whether each answer is right, and its equivalence class."""
+        judged = judge([example.row for example in examples], [[rollout] for rollout in rollouts], self.grader)
+        return [(record["verdict"] == "correct", record["vote"]) for (record,) in judged]
+
+
+def _kind(student: tuple[bool, str | None], teacher: tuple[bool, str | None]) -> str:
+    if student[0] and teacher[0]:
+        return "both_right"
+    if student[0] or teacher[0]:
+        return "student_right" if student[0] else "teacher_right"
+    same = student[1] is not None and student[1] == teacher[1]
+    return "same_wrong" if same else "different_wrong"
