@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "benchmark a model (gsm8k, math500, ...), or compare two evaluations",
     "label": "label the steps of solutions: Monte-Carlo, exact checker, outcome, judge, reward model; consensus",
     "score": "score the steps of solutions with a reward model, a judge or the exact checker",
+    "cache-teacher": "write a teacher's likeliest tokens for given completions, to distil without it",
     "iterate": "generate, label, train, evaluate, K times over, with one table of all models",
     "quickstart": "train and evaluate tiny models on this machine in minutes, nothing to download",
     "claims": "run the experiments that measure each method's effect, with verdicts",
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in TRAINER_COMMANDS:
             return int(import_module("stepkd.trainer_cli").run([command, *rest]))
         if command in COMMANDS:
-            module = import_module(f"stepkd.commands.{command}")
+            module = import_module(f"stepkd.commands.{command.replace('-', '_')}")
             from stepkd.commands.suggestions import HelpfulParser
 
             parser = HelpfulParser(
@@ -93,7 +94,7 @@ def _overview() -> str:
         "",
     ]
     for name, text in {**COMMANDS, **TRAINER_COMMANDS}.items():
-        lines.append(f"  {name:<12} {text}")
+        lines.append(f"  {name:<14} {text}")
     lines += [
         "",
         "first steps:",

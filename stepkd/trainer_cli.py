@@ -251,18 +251,21 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check_fit(arguments: Sequence[str]) -> None:
+def check_fit(arguments: Sequence[str]) -> tuple[StepModule, Any]:
     """Parse the settings of a ``stepkd fit`` and build its module and data, without a model, a trainer or a run folder.
 
     Args:
         arguments: those of ``stepkd fit``, without ``--out``.
+
+    Returns:
+        Module and data module.
 
     Raises:
         StepkdError: what ``stepkd fit`` would refuse before it reads data or loads a model.
     """
     quiet_libraries()
     try:
-        _ParsedCLI(
+        parsed = _ParsedCLI(
             StepModule,
             LightningDataModule,
             subclass_mode_model=True,
@@ -270,7 +273,7 @@ def check_fit(arguments: Sequence[str]) -> None:
             auto_configure_optimizers=False,
             save_config_callback=None,
             parser_class=SuggestingParser,
-            seed_everything_default=False,
+            seed_everything_default=0,
             trainer_defaults=dict(DEFAULTS),
             args=list(arguments),
             run=False,
@@ -280,6 +283,7 @@ def check_fit(arguments: Sequence[str]) -> None:
         if root is not None and root is not error:
             raise root from error
         raise
+    return parsed.built.model, parsed.built.data
 
 
 class _ParsedCLI(StepkdCLI):
@@ -288,8 +292,10 @@ class _ParsedCLI(StepkdCLI):
     def before_instantiate_classes(self) -> None:
         _refuse_trainer_settings(self.config.trainer.as_dict(), "fit")
 
+    built: Any = None
+
     def instantiate_classes(self) -> None:
-        self.parser.instantiate(self.config)
+        self.built = self.parser.instantiate(self.config)
 
 
 def _user_mistake(error: BaseException) -> StepkdError | None:

@@ -27,7 +27,7 @@ from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
 from stepkd.randomness import generator
 from stepkd.rollout import TransformersSampler
 from stepkd.steps import get_segmenter, segment, text_from_ids
-from stepkd.teachers import LocalTeacher, Teacher, TeacherSpec
+from stepkd.teachers import CachedTeacher, LocalTeacher, Teacher, TeacherSpec
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,30 @@ class GKDModule(StepModule):
         self.fidelity_spec = fidelity
         self.steps_per_batch = self.source.reuse
         self.skip_empty_steps = focus is not None
-        self.teacher: Teacher = LocalTeacher(teacher, top_k=self.divergence.top_k, tail=self.divergence.tail)
+        self.teacher = self._make_teacher(teacher)
         self._segmenter = get_segmenter(self.source.segmenter)
         self._divergence = self.divergence.function()
         self._teacher_identity = ""
         self._focus: Focus | None = None
         self._fidelity: Fidelity | None = None
+
+    def _make_teacher(self, spec: TeacherSpec) -> Teacher:
+        buckets: dict[str, Any] = {"top_k": self.divergence.top_k, "tail": self.divergence.tail}
+        if spec.cache is None:
+            return LocalTeacher(spec, **buckets)
+        if self.source.student > 0 or self.source.teacher > 0:
+            raise ConfigError(
+                f"teacher.cache knows the completions it was written for and cannot score fresh samples; with "
+                f"source.student={self.source.student} and source.teacher={self.source.teacher} some would be fresh: "
+                "set both to 0 and train on rollouts written beforehand, or give teacher.path"
+            )
+        if self.divergence.kind == "nkd":
+            raise ConfigError("divergence.kind=nkd needs the teacher's whole distribution, which no cache holds")
+        if self.fidelity_spec is not None:
+            raise ConfigError(
+                "fidelity compares on fresh samples, which teacher.cache cannot score: set fidelity: null"
+            )
+        return CachedTeacher(spec.cache, **buckets)
 
     # ---- model -----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 """Teachers: models that say what they would have written at every position of a student's text."""
 
+from stepkd.teachers.cache import CachedTeacher
+from stepkd.teachers.cache_writer import write_cache
 from stepkd.teachers.local import LocalTeacher, TeacherSpec
 from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
 
-__all__ = ["HiddenSignals", "LocalTeacher", "Signals", "Teacher", "TeacherSpec"]
+__all__ = ["CachedTeacher", "HiddenSignals", "LocalTeacher", "Signals", "Teacher", "TeacherSpec", "write_cache"]

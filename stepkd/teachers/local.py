@@ -26,8 +26,10 @@ ROOM = 0.9
 class TeacherSpec:
     """The model that is distilled from."""
 
-    path: str
+    path: str | None = None
     """Run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset; of the student's vocabulary."""
+    cache: str | None = None
+    """Folder that ``stepkd cache-teacher`` wrote, in place of ``path``; for given completions only."""
     dtype: str | None = None
     """Weights' dtype; null: as stored."""
     device: str | None = None
@@ -39,8 +41,10 @@ class TeacherSpec:
     student's own prompt ids."""
 
     def __post_init__(self) -> None:
-        if not self.path:
-            raise ConfigError("teacher.path is empty: give a model of the student's vocabulary")
+        if not self.path and not self.cache:
+            raise ConfigError("teacher: give path, a model of the student's vocabulary, or cache")
+        if self.path and self.cache:
+            raise ConfigError("teacher: path and cache are both given: set the other one to null")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"teacher.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}, or null")
 
@@ -76,11 +80,11 @@ class LocalTeacher:
         """
         if self._policy is not None:
             return
-        policy = load_trained(self.spec.path, dtype=self.spec.dtype, attention=self.spec.attention)
+        policy = load_trained(str(self.spec.path), dtype=self.spec.dtype, attention=self.spec.attention)
         if policy.step_head is not None:
             raise ModelError(f"teacher.path={self.spec.path} is a reward model: a teacher is a language model")
         check_same_vocabulary(student, policy)
-        if policy.vocab_size != student.vocab_size:
+        if student.vocab_size not in (None, policy.vocab_size):
             raise ModelError(
                 f"the teacher has logits for {policy.vocab_size} tokens and the student for {student.vocab_size}, "
                 "under one tokenizer: one of them was not resized to it; resize its embeddings and save it again"

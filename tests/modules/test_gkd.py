@@ -472,7 +472,7 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[A
         (lambda: FocusSpec("checker", wrong=0.0), "focus: no step would count"),
         (lambda: FocusSpec("checker", after=-1.0), "focus.after=-1.0: must be 0 or positive"),
         (lambda: FocusSpec("checker", threshold=1.0), "focus.threshold=1.0"),
-        (lambda: TeacherSpec(path=""), "teacher.path is empty"),
+        (lambda: TeacherSpec(path=""), "teacher: give path"),
         (lambda: TeacherSpec(path="x", dtype="bf16"), "teacher.dtype='bf16': must be one of"),
     ],
 )

@@ -1,0 +1,89 @@
+"""Write a teacher's likeliest tokens for the completions of a distillation recipe, so that training needs no teacher.
+
+stepkd cache-teacher --config recipes/gkd_cached_teacher.yaml --config recipes/base/smollm2-135m-lora.yaml \\
+    --set 'model.init_args.teacher={path: HuggingFaceTB/SmolLM2-1.7B-Instruct}' --top-k 64 --out runs/teacher-cache
+
+The recipe's teacher.path is the teacher, its data are the completions: a cache cannot score what a student samples.
+Training then has teacher.cache in place of teacher.path. A killed job goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+from stepkd.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``stepkd cache-teacher``."""
+    parser.add_argument("--out", required=True, help="folder of the cache; begun, or gone on with")
+    parser.add_argument("--top-k", type=int, default=64, metavar="K", help="tokens kept per position (default 64)")
+    parser.add_argument("--no-validation", action="store_true", help="leave out the validation data")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="recipe, then its overlays")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the recipe")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``stepkd cache-teacher``."""
+    from stepkd.launch import check_launch
+    from stepkd.models import Policy
+    from stepkd.modules import GKDModule
+    from stepkd.scorers.load import pick_device
+    from stepkd.teachers.cache_writer import write_cache
+    from stepkd.teachers.local import LocalTeacher
+    from stepkd.trainer_cli import check_fit
+
+    if check_launch().world_size > 1:
+        raise ConfigError("stepkd cache-teacher runs in one process: start it without a launcher")
+    module, data = check_fit(_settings(arguments))
+    if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
+        raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with teacher.path")
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
+    data.setup("fit")
+    names = ("train",) if arguments.no_validation else ("train", "validation")
+    examples = [example for name in names for example in data.examples.get(name, [])]
+    teacher = module.teacher
+    teacher.bind(SimpleNamespace(tokenizer=module.tokenizer, vocab_size=None))  # type: ignore[arg-type]
+    assert isinstance(teacher.policy, Policy)
+    teacher.place(pick_device(arguments.device))
+    manifest = write_cache(
+        arguments.out,
+        teacher,
+        examples,
+        top_k=arguments.top_k,
+        temperature=module.divergence.logits_temperature,
+        max_tokens=module.micro_batch_tokens,
+        chunk_size=module.chunk_size,
+        report=_report(),
+    )
+    print(
+        f"{manifest['completions']} completions, {manifest['top_k']} tokens per position: {arguments.out}\n"
+        f"  train: stepkd fit ... --model.init_args.teacher '{{path: null, cache: {arguments.out}}}'"
+    )
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    """The recipe and its settings as words of ``stepkd fit``."""
+    words = [word for path in arguments.config for word in ("--config", path)]
+    for setting in arguments.set:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {setting}: write KEY=VALUE, for instance model.init_args.chunk_size=256")
+        words += [f"--{key}", value]
+    return words
+
+
+def _report() -> Any:
+    tenth = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal tenth
+        if done * 10 // total > tenth:
+            tenth = done * 10 // total
+            print(f"scoring {done}/{total} completions", flush=True)
+
+    return report

@@ -1,0 +1,236 @@
+"""A teacher's cache: what it holds, going on after a kill, and everything that it must refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepkd.cli import main
+from stepkd.data.collate import collate
+from stepkd.data.encode import Encoder
+from stepkd.data.templates import get_template
+from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.losses import forward_kl
+from stepkd.models import Policy, PolicySpec
+from stepkd.models.tiny import tiny_tokenizer
+from stepkd.modules import DivergenceSpec, FidelitySpec, GKDModule, SourceSpec
+from stepkd.steps import get_segmenter
+from stepkd.tasks import make_rows
+from stepkd.teachers import CachedTeacher, LocalTeacher, TeacherSpec, cache_writer, write_cache
+
+TEACHER = TeacherSpec(path="tiny-0.1m", dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Any]:
+    encoder = Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline"))
+    return list(encoder.examples(make_rows("modular:terms=2-6", 7, seed=4)))
+
+
+@pytest.fixture(scope="module")
+def student() -> Policy:
+    return Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64", init_seed=3))
+
+
+@pytest.fixture
+def teacher(student: Policy) -> LocalTeacher:
+    made = LocalTeacher(TEACHER)
+    made.bind(student)
+    return made
+
+
+@pytest.fixture
+def folder(teacher: LocalTeacher, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished cache in three parts."""
+    monkeypatch.setattr(cache_writer, "PART_SIZE", 3)
+    write_cache(tmp_path / "cache", teacher, rows, top_k=5, max_tokens=60, chunk_size=4)
+    return tmp_path / "cache"
+
+
+def values(teacher: Any, student: Policy, rows: list[Any]) -> torch.Tensor:
+    """Forward KL at every target under a teacher's signals."""
+    batch = collate(rows, 0)
+    signals = teacher.signals(batch, temperature=1.0)
+    with torch.no_grad():
+        hidden_NH = student.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)[batch.needed_N]
+        own, other, favourite = signals.compare(student.head(hidden_NH).log_softmax(-1), *signals.tensors)
+    assert favourite.shape == batch.targets_N.shape
+    return forward_kl(own, other)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("top_k", [5, 2])
+def test_a_cache_says_what_its_teacher_says(
+    folder: Path, student: Policy, rows: list[Any], top_k: int, tail: bool
+) -> None:
+    local = LocalTeacher(TEACHER, top_k=top_k, tail=tail)
+    cached = CachedTeacher(folder, top_k=top_k, tail=tail)
+    for each in (local, cached):
+        each.bind(student)
+    expected = values(local, student, rows)
+    found = values(cached, student, rows[::-1])
+    sizes = [len(row.completion_ids) for row in rows]
+    reversed_back = torch.cat(found.split(sizes[::-1])[::-1])
+    torch.testing.assert_close(reversed_back, expected, rtol=1e-5, atol=1e-6)
+    assert cached.prompts(rows) == [row.prompt_ids for row in rows]
+
+
+def test_a_killed_job_goes_on(
+    teacher: LocalTeacher, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_writer, "PART_SIZE", 3)
+    done: list[tuple[int, int]] = []
+
+    def kill(count: int, total: int) -> None:
+        done.append((count, total))
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "a", teacher, rows, top_k=4, report=kill)
+    with pytest.raises(ModelError, match=r"holds 6 of 7 completions: give `stepkd cache-teacher` the same command"):
+        CachedTeacher(tmp_path / "a").bind(Policy.load(PolicySpec(path="tiny-0.1m")))
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    write_cache(tmp_path / "a", teacher, [*rows, rows[0]], top_k=4)  # a row twice is written once
+    assert all((tmp_path / "a" / name).stat().st_mtime_ns == time for name, time in before.items())
+    write_cache(tmp_path / "b", teacher, rows, top_k=4)
+    for path in (tmp_path / "b").iterdir():
+        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_another_job_is_refused(folder: Path, teacher: LocalTeacher, rows: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds another cache \(top_k: 5 there, 4 now\)"):
+        write_cache(folder, teacher, rows, top_k=4)
+    with pytest.raises(ConfigError, match=r"holds another cache \(completions: 7 there, 6 now\)"):
+        write_cache(folder, teacher, rows[1:], top_k=5)
+    with pytest.raises(ConfigError, match="top_k=0: must lie between 1 and"):
+        write_cache(tmp_path / "x", teacher, rows, top_k=0)
+    with pytest.raises(DataError, match="no row has a completion to score"):
+        write_cache(tmp_path / "x", teacher, [replace(rows[0], completion_ids=(), spans=())], top_k=2)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and holds no teacher's cache"):
+        write_cache(tmp_path / "full", teacher, rows, top_k=2)
+
+
+def damage_part(folder: Path) -> None:
+    path = folder / "part-00001.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def other_tokenizer(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "0" * 16}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damage_part, r"part-00001\.parquet is damaged or was changed \(its checksum differs\)"),
+        (other_tokenizer, r"was written with another tokenizer \(0000000000000000 there"),
+        (lambda folder: (folder / "part-00002.json").unlink(), r"part-00002\.json is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json is missing: no teacher's cache there"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "is not a teacher's cache of version 1"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json cannot be read"),
+    ],
+)
+def test_what_is_damaged_is_refused(folder: Path, student: Policy, spoil: Callable[[Path], Any], message: str) -> None:
+    spoil(folder)
+    with pytest.raises(ModelError, match=message):
+        CachedTeacher(folder).bind(student)
+
+
+def test_what_it_does_not_know_is_refused(folder: Path, student: Policy, rows: list[Any]) -> None:
+    cached = CachedTeacher(folder)
+    cached.bind(student)
+    changed = replace(
+        rows[2], completion_ids=rows[2].completion_ids[:-1], spans=((0, len(rows[2].completion_ids) - 1),)
+    )
+    with pytest.raises(ConfigError, match=rf"does not hold the completion of row '{changed.id}' \(of 7 it does\)"):
+        cached.signals(collate([rows[0], changed], 0), temperature=1.0)
+    with pytest.raises(ConfigError, match=r"divergence.temperature=2.0, and the cache .* was written at 1.0"):
+        cached.signals(collate(rows, 0), temperature=2.0)
+    with pytest.raises(ConfigError, match=r"divergence.top_k=6, and the cache in .* holds 5 tokens"):
+        CachedTeacher(folder, top_k=6)
+    empty = replace(rows[0], completion_ids=(), spans=())
+    assert cached.signals(collate([empty], 0), temperature=1.0).tensors[0].shape == (0, 5)
+
+
+def test_identity_tells_caches_apart(folder: Path, teacher: LocalTeacher, rows: list[Any], tmp_path: Path) -> None:
+    write_cache(tmp_path / "smaller", teacher, rows, top_k=2)
+    assert CachedTeacher(folder).identity() == CachedTeacher(folder).identity()
+    assert CachedTeacher(folder).identity() != CachedTeacher(tmp_path / "smaller").identity()
+
+
+def test_a_module_refuses_what_no_cache_can_do(folder: Path) -> None:
+    spec, data = TeacherSpec(cache=str(folder)), SourceSpec(student=0.0)
+    policy = PolicySpec(path="tiny-0.1m")
+    assert isinstance(GKDModule(policy, spec, source=data).teacher, CachedTeacher)
+    with pytest.raises(ConfigError, match=r"cannot score fresh samples; with source.student=0.5"):
+        GKDModule(policy, spec)
+    with pytest.raises(ConfigError, match="nkd needs the teacher's whole distribution"):
+        GKDModule(policy, spec, DivergenceSpec("nkd"), data)
+    with pytest.raises(ConfigError, match="fidelity compares on fresh samples"):
+        GKDModule(policy, spec, source=data, fidelity=FidelitySpec())
+    with pytest.raises(ConfigError, match="path and cache are both given"):
+        TeacherSpec(path="tiny-0.1m", cache=str(folder))
+    with pytest.raises(ConfigError, match="give path, a model of the student's vocabulary, or cache"):
+        TeacherSpec()
+
+
+RECIPE = """
+trainer: {accelerator: cpu, max_steps: 3, val_check_interval: 3, check_val_every_n_epoch: null}
+model:
+  class_path: stepkd.modules.GKDModule
+  init_args:
+    policy: {path: tiny-0.1m, init_seed: 5}
+    teacher: {path: tiny-0.1m}
+    divergence: {kind: forward_kl, top_k: 6}
+    source: {student: 0.0}
+    optimizer: {lr: 1.0e-3, schedule: constant, warmup: 0}
+data:
+  class_path: stepkd.data.StepData
+  init_args:
+    train: {source: task, options: {task: 'modular:terms=2-4', n: 16}}
+    validation: {source: task, split: validation, options: {task: 'modular:terms=2-4', n: 4}}
+    template: task
+    global_batch_size: 8
+    overlap_ngram: 0
+"""
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training from the cache is training from the teacher, without the teacher."""
+    from stepkd.launch.logger import read_metrics
+
+    recipe = tmp_path / "gkd.yaml"
+    recipe.write_text(RECIPE)
+    command = ["cache-teacher", "--config", str(recipe), "--top-k", "6", "--out", str(tmp_path / "cache")]
+    assert main(command) == 0
+    assert "20 completions, 6 tokens per position" in capsys.readouterr().out
+    assert main(["fit", "--config", str(recipe), "--out", str(tmp_path / "local")]) == 0
+    cached = [f"--model.init_args.teacher={{path: null, cache: {tmp_path / 'cache'}}}"]
+    assert main(["fit", "--config", str(recipe), "--out", str(tmp_path / "cached"), *cached]) == 0
+    for name in ("train/loss", "train/agreement", "val/loss"):
+        local, other = (
+            [row[name] for row in read_metrics(tmp_path / run) if name in row] for run in ("local", "cached")
+        )
+        assert other == pytest.approx(local, rel=1e-4), name
+        assert local
+    assert all(math.isfinite(value) for value in local)
+    assert main([*command, "--set", "model.init_args.source.student"]) == 2
+    assert "write KEY=VALUE" in capsys.readouterr().err
+    assert main([*command, "--set", "data.init_args.max_length=20"]) == 2
+    assert "holds another cache" in capsys.readouterr().err
+    sft = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "sft.yaml"
+    assert main(["cache-teacher", "--config", str(sft), "--out", str(tmp_path / "x")]) == 2
+    assert "needs a distillation recipe" in capsys.readouterr().err
