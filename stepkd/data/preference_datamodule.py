@@ -66,6 +66,11 @@ class PreferenceData(StepData):
             overlap_ngram=overlap_ngram,
             seed=seed,
         )
+        if keep_prompts_together and bucket_window > 1:
+            raise ConfigError(
+                f"data: bucket_window={bucket_window} sorts examples by length, and keep_prompts_together keeps those of "
+                "one prompt in a batch: drop one of the two"
+            )
         self.keep_prompts_together = keep_prompts_together
 
     def _load(self, name: str, spec: DataSpec) -> list[Example]:

@@ -267,14 +267,10 @@ def test_ranks_share_whole_prompts(tmp_path: Path) -> None:
     assert sorted(place for batches in shares for place in batches[0].places) == list(range(24))
 
 
-def test_prompts_together_and_buckets_contradict(tmp_path: Path) -> None:
-    data = attach(feedback(write(tmp_path / "a.jsonl", unpaired([True, False])), bucket_window=4))
-    assert batches_of(data)
-    data = attach(
-        feedback(write(tmp_path / "a.jsonl", unpaired([True, False])), bucket_window=4, keep_prompts_together=True)
-    )
-    with pytest.raises(ConfigError, match=r"bucket_window=4 sorts examples by length, .* drop one of the two"):
-        batches_of(data)
+@pytest.mark.parametrize("kind", [FeedbackData, PairData])
+def test_prompts_together_and_buckets_contradict(kind: Any) -> None:
+    with pytest.raises(ConfigError, match=r"bucket_window=2 sorts examples by length, .* drop one of the two"):
+        kind(keep_prompts_together=True, bucket_window=2)
 
 
 def test_held_out_batches_keep_the_files_order(tmp_path: Path) -> None:
