@@ -68,8 +68,8 @@ class PreferenceData(StepData):
         )
         if keep_prompts_together and bucket_window > 1:
             raise ConfigError(
-                f"data: bucket_window={bucket_window} sorts examples by length, and keep_prompts_together keeps those of "
-                "one prompt in a batch: drop one of the two"
+                f"data: bucket_window={bucket_window} sorts examples by length, and keep_prompts_together keeps those "
+                "of one prompt in a batch: drop one of the two"
             )
         self.keep_prompts_together = keep_prompts_together
 
