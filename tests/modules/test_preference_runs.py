@@ -158,7 +158,7 @@ def test_changed_labels_are_other_data(rows: Path, tmp_path: Path) -> None:
 
 
 def test_validation_measures_what_training_does(rows: Path, tmp_path: Path) -> None:
-    module = step_kto()
+    module = step_kto(reduction="mean_steps")
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=str(tmp_path))
     found = trainer.validate(module, data(rows), verbose=False)[0]
     assert found["val/outcome"] == pytest.approx(0.5, abs=1e-6)  # the policy is its reference
