@@ -178,7 +178,12 @@ def top_k_buckets(log_CV: Tensor, ids_Ck: Tensor, *, tail: bool = True) -> Tenso
 
     Returns:
         (C, k + 1) log-probabilities, the last one the tail's; (C, k) without it.
+
+    Raises:
+        ValueError: a tail is wanted and all tokens are chosen: an empty bucket has no gradient.
     """
+    if tail and ids_Ck.shape[-1] >= log_CV.shape[-1]:
+        raise ValueError(f"all {log_CV.shape[-1]} tokens are chosen, so that no tail is left: compare them as they are")
     kept_Ck = log_CV.gather(-1, ids_Ck)
     if not tail:
         return kept_Ck - kept_Ck.logsumexp(-1, keepdim=True)

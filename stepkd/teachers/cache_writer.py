@@ -53,7 +53,7 @@ def write_cache(
         folder: where it goes; begun, or gone on with.
         teacher: bound to the student's tokenizer.
         examples: completions with the student's prompt ids; equal ones are written once, empty ones not at all.
-        top_k: tokens kept per position, >= 1.
+        top_k: tokens kept per position, >= 1 and less than all.
         temperature: divides the teacher's logits; training must use the same.
         max_tokens: most tokens read at once, padding included.
         chunk_size: positions whose logits exist at once.
@@ -68,8 +68,8 @@ def write_cache(
     """
     folder = Path(folder).expanduser()
     vocabulary = teacher.policy.vocab_size
-    if not 1 <= top_k <= vocabulary:
-        raise ConfigError(f"top_k={top_k}: must lie between 1 and the {vocabulary} tokens of the vocabulary")
+    if not 1 <= top_k < vocabulary:
+        raise ConfigError(f"top_k={top_k}: must lie between 1 and {vocabulary - 1}, one less than the vocabulary")
     wanted = {completion_key(e.prompt_ids, e.completion_ids): e for e in examples if e.completion_ids}
     if not wanted:
         raise DataError("no row has a completion to score: a teacher's cache is written for given completions")

@@ -113,13 +113,13 @@ class LocalTeacher:
     @torch.no_grad()
     def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
         """Hidden states at every target; see :class:`~stepkd.teachers.signals.Teacher`."""
-        policy, device = self.policy, batch.input_ids_BT.device
-        self.place(device)
+        policy = self.policy
+        self.place(batch.input_ids_BT.device)
         own = batch if self._encoder is None else self._reread(batch)
         own = own.to(policy.device)
         hidden_BTH = policy.hidden(own.input_ids_BT, own.attention_mask_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[own.needed_N]
-        return HiddenSignals(policy.head, hidden_NH.to(device), temperature, self.top_k, self.tail)
+        return HiddenSignals(policy.head, hidden_NH, temperature, self.top_k, self.tail)
 
     def _reread(self, batch: MicroBatch) -> MicroBatch:
         """The same completions behind the teacher's own prompts; targets keep their order."""

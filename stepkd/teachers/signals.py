@@ -67,7 +67,7 @@ class Teacher(Protocol):
         ...
 
     def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
-        """Its view of every target of a micro-batch, without gradients, on the batch's device."""
+        """Its view of every target of a micro-batch, without gradients; its tensors may be on a device of its own."""
         ...
 
     def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
@@ -82,7 +82,7 @@ class HiddenSignals:
     head: VocabHead
     """The teacher's head over the same vocabulary."""
     hidden_NH: Tensor
-    """Its hidden states at the positions before the targets; any width."""
+    """Its hidden states at the positions before the targets; any width, on the device of its head."""
     temperature: float = 1.0
     """Divides its logits."""
     top_k: int | None = None
@@ -98,7 +98,7 @@ class HiddenSignals:
     def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Comparison:
         """See :class:`Signals`."""
         with torch.no_grad():
-            log_teacher_CV = tempered(self.head(chunk[0]), self.temperature)
+            log_teacher_CV = tempered(self.head(chunk[0]), self.temperature).to(log_student_CV.device)
             favourite_C = log_teacher_CV.argmax(-1)
         if self.top_k is None or self.top_k >= log_teacher_CV.shape[-1]:
             return Comparison(log_student_CV, log_teacher_CV.to(log_student_CV.dtype), favourite_C)

@@ -290,6 +290,7 @@ def test_entropy() -> None:
         (lambda a: skew_forward_kl(a, a, skew=-0.1), "skew=-0.1"),
         (lambda a: balanced_kl(a, a, delta=0.5), "delta=0.5: must be at least 1"),
         (lambda a: nkd(a, a, torch.tensor([0]), gamma=-1.0), "gamma=-1.0"),
+        (lambda a: top_k_buckets(a, torch.tensor([[2, 0, 1]])), "all 3 tokens are chosen, so that no tail is left"),
         (lambda a: tempered(a, 0.0), "temperature=0.0: must be positive"),
     ],
 )

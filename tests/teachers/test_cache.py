@@ -112,6 +112,9 @@ def test_another_job_is_refused(folder: Path, teacher: LocalTeacher, rows: list[
         write_cache(folder, teacher, rows[1:], top_k=5)
     with pytest.raises(ConfigError, match="top_k=0: must lie between 1 and"):
         write_cache(tmp_path / "x", teacher, rows, top_k=0)
+    everything = teacher.policy.vocab_size
+    with pytest.raises(ConfigError, match=f"top_k={everything}: must lie between 1 and {everything - 1}"):
+        write_cache(tmp_path / "x", teacher, rows, top_k=everything)
     with pytest.raises(DataError, match="no row has a completion to score"):
         write_cache(tmp_path / "x", teacher, [replace(rows[0], completion_ids=(), spans=())], top_k=2)
     (tmp_path / "full").mkdir()
