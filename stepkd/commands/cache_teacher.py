@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd cache-teacher``."""
     from stepkd.launch import check_launch
-    from stepkd.models import Policy
     from stepkd.modules import GKDModule
     from stepkd.scorers.load import pick_device
     from stepkd.teachers.cache_writer import write_cache
@@ -46,8 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     names = ("train",) if arguments.no_validation else ("train", "validation")
     examples = [example for name in names for example in data.examples.get(name, [])]
     teacher = module.teacher
-    teacher.bind(SimpleNamespace(tokenizer=module.tokenizer, vocab_size=None))  # type: ignore[arg-type]
-    assert isinstance(teacher.policy, Policy)
+    teacher.bind(module.tokenizer)
     teacher.place(pick_device(arguments.device))
     manifest = write_cache(
         arguments.out,

@@ -12,9 +12,10 @@ is: sampled ids are never re-tokenised, and nothing is appended to one that was 
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stepkd.data.checks import ends_partition
@@ -51,6 +52,18 @@ class Example:
     def length(self) -> int:
         """Prompt plus completion, in tokens."""
         return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def with_completion(example: Example, ids: tuple[int, ...], tokenizer: Any, segmenter: Segmenter) -> Example:
+    """The example with a sampled completion in place of its own; one that cannot be cut is one step."""
+    spans = segment(segmenter, text_from_ids(tokenizer, ids)) or [(0, len(ids))]
+    return replace(example, completion_ids=ids, spans=tuple(spans))
+
+
+def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
+    """16 bytes that a completion of a prompt is found by, in caches of what a frozen model says of it."""
+    text = f"{','.join(map(str, prompt_ids))};{','.join(map(str, completion_ids))}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 class Encoder:

@@ -10,27 +10,25 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch
-from stepkd.data.encode import Example
+from stepkd.data.encode import Example, with_completion
 from stepkd.errors import ConfigError
 from stepkd.evaluation.judging import judge
 from stepkd.grading import Grader
 from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
 from stepkd.models import Policy
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
-from stepkd.steps import get_segmenter, segment, text_from_ids
+from stepkd.steps import get_segmenter
 from stepkd.teachers import LocalTeacher, Teacher
 
 Sums = dict[str, tuple[float, float]]
 """Name -> sum and number of what it is a mean of."""
-
-Ids = tuple[int, ...]
 
 TOKENS = ("forward_kl", "reverse_kl", "agreement", "entropy_gap")
 ANSWERS = ("both_right", "student_right", "teacher_right", "same_wrong", "different_wrong")
@@ -107,16 +105,16 @@ class Fidelity:
             examples: problems, with or without solutions.
             indices: number of each in the data set; keys its sample.
         """
-        sums = self._tokens_and_steps([self._sampled(each, ids) for each, ids in self._draw(examples, indices)])
+        sums = self._tokens_and_steps(self._draw(examples, indices))
         if self.spec.answers and isinstance(self.teacher, LocalTeacher):
             sums |= self._compared_answers(self.teacher, examples, indices)
         return {f"fidelity/{name}": value for name, value in sums.items()}
 
-    def _draw(self, examples: Sequence[Example], indices: Sequence[int]) -> list[tuple[Example, tuple[int, ...]]]:
-        drawn = self._sample(
-            self.student, [each.prompt_ids for each in examples], indices, self.spec.temperature, "fidelity"
-        )
-        return [(example, rollout.token_ids) for example, rollout in zip(examples, drawn, strict=True)]
+    def _draw(self, examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
+        prompts = [each.prompt_ids for each in examples]
+        drawn = self._sample(self.student, prompts, indices, self.spec.temperature, "fidelity")
+        own = (self.student.tokenizer, self._segmenter)
+        return [with_completion(each, rollout.token_ids, *own) for each, rollout in zip(examples, drawn, strict=True)]
 
     def _sample(
         self,
@@ -129,10 +127,6 @@ class Fidelity:
         sampling = SamplingSpec(temperature=temperature, max_new_tokens=self.spec.max_new_tokens, seed=self.seed)
         sampler = TransformersSampler(policy, max_rows=self.spec.max_rows)
         return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
-
-    def _sampled(self, example: Example, ids: tuple[int, ...]) -> Example:
-        spans = segment(self._segmenter, text_from_ids(self.student.tokenizer, ids)) or [(0, len(ids))]
-        return replace(example, completion_ids=ids, spans=tuple(spans))
 
     @torch.no_grad()
     def _tokens_and_steps(self, examples: list[Example]) -> Sums:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stepkd.data.collate import MicroBatch
-from stepkd.data.encode import Example
+from stepkd.data.encode import Example, with_completion
 from stepkd.data.loader import StepBatch
 from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
@@ -26,7 +25,7 @@ from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
 from stepkd.randomness import generator
 from stepkd.rollout import TransformersSampler
-from stepkd.steps import get_segmenter, segment, text_from_ids
+from stepkd.steps import get_segmenter
 from stepkd.teachers import CachedTeacher, LocalTeacher, Teacher, TeacherSpec
 
 logger = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ class GKDModule(StepModule):
         super().configure_model()
         if disable_dropout(self.model):
             logger.info("dropout is switched off: the student that samples is the one that learns")
-        self.teacher.bind(self.model)
+        self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
         self._teacher_identity = self.teacher.identity()
 
     def method_state(self) -> dict[str, Any]:
@@ -184,7 +183,7 @@ class GKDModule(StepModule):
                 on_progress=self.phases.advance,
             )
         pairs = zip(batch.examples, rollouts, strict=True)
-        return [self._written(example, rollout[0].token_ids) for example, rollout in pairs]
+        return [with_completion(each, drawn[0].token_ids, self.tokenizer, self._segmenter) for each, drawn in pairs]
 
     def _writer(self, source: str, examples: Sequence[Example]) -> tuple[Policy, list[tuple[int, ...]]]:
         if source == "student":
@@ -192,10 +191,6 @@ class GKDModule(StepModule):
         assert isinstance(self.teacher, LocalTeacher)
         self.teacher.place(self.device)
         return self.teacher.policy, self.teacher.prompts(examples)
-
-    def _written(self, example: Example, ids: tuple[int, ...]) -> Example:
-        spans = segment(self._segmenter, text_from_ids(self.tokenizer, ids)) or [(0, len(ids))]
-        return replace(example, completion_ids=ids, spans=tuple(spans))
 
     # ---- validation ------------------------------------------------------------------------------------------------
 

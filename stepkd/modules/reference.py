@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepkd.data.encode import completion_key
 from stepkd.data.packing import Completion
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import Policy
@@ -43,7 +43,7 @@ def attach_reference(policy: Policy, spec: ReferenceSpec) -> None:
     if spec.path is not None:
         dtype = policy.spec.dtype if policy.spec is not None and policy.spec.dtype != "auto" else None
         reference = load_trained(spec.path, dtype=dtype)
-        check_same_vocabulary(policy, reference)
+        check_same_vocabulary(policy.tokenizer, reference.tokenizer)
         policy.set_reference(reference)
     elif policy.spec is None or policy.spec.lora is None:
         policy.freeze_copy()  # all weights are trained, or an adapter that is no longer at its start
@@ -78,8 +78,12 @@ class ReferenceCache:
     def __len__(self) -> int:
         return len(self._logps)
 
+    @staticmethod
+    def _key(completion: Completion) -> bytes:
+        return completion_key(completion.prompt_ids, completion.ids)
+
     def __contains__(self, completion: Completion) -> bool:
-        return _key(completion) in self._logps
+        return self._key(completion) in self._logps
 
     def get(self, completion: Completion) -> Tensor:
         """Log-probability of every token of a completion, on the CPU.
@@ -87,7 +91,7 @@ class ReferenceCache:
         Raises:
             ConfigError: it was never computed: the data is not what the cache was made for.
         """
-        found = self._logps.get(_key(completion))
+        found = self._logps.get(self._key(completion))
         if found is None:
             raise ConfigError(
                 "reference.cache holds no log-probabilities of a completion of this batch, and the reference's weights "
@@ -101,7 +105,7 @@ class ReferenceCache:
         for completion, values in zip(completions, logps, strict=True):
             if len(values) != len(completion.ids):
                 raise ValueError(f"{len(values)} log-probabilities for {len(completion.ids)} tokens")
-            self._logps[_key(completion)] = values.detach().cpu()
+            self._logps[self._key(completion)] = values.detach().cpu()
 
     def save(self, rank: int = 0) -> None:
         """Write everything this rank knows, whole or not at all."""
@@ -138,8 +142,3 @@ class ReferenceCache:
             )
         for key, values in zip(keys, logps.split(lengths.tolist()), strict=True):
             self._logps[bytes(key.tolist())] = values.clone()
-
-
-def _key(completion: Completion) -> bytes:
-    text = f"{','.join(map(str, completion.prompt_ids))};{','.join(map(str, completion.ids))}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()

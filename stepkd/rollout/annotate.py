@@ -8,7 +8,7 @@ Axes: B rows, T padded length, H hidden size, N completion tokens of a batch, C 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def annotate(
         if size < 1:
             raise ConfigError(f"{name}={size}: must be at least 1")
     if teacher is not None:
-        check_same_vocabulary(policy, teacher)
+        check_same_vocabulary(policy.tokenizer, teacher.tokenizer)
     rows = list(zip(prompts_ids, completions_ids, strict=True))
     for model, who in ((policy, "model"), (teacher, "teacher")):
         if model is not None:
@@ -87,13 +87,13 @@ def annotate(
     ]
 
 
-def check_same_vocabulary(policy: Policy, teacher: Policy) -> None:
-    """Check that two models read the same ids as the same tokens.
+def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
+    """Check that two models' tokenizers read the same ids as the same tokens.
 
     Raises:
         ModelError: their vocabularies differ; the message shows a token that does.
     """
-    ours, theirs = policy.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    ours, theirs = tokenizer.get_vocab(), of_teacher.get_vocab()
     if ours == theirs:
         return
     token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from stepkd.data.collate import MicroBatch
-from stepkd.data.encode import Example
+from stepkd.data.encode import Example, completion_key
 from stepkd.errors import ConfigError, ModelError
 from stepkd.losses import top_k_buckets
-from stepkd.models import Policy
 from stepkd.teachers.signals import Comparison, Signals
 
 FORMAT, VERSION = "stepkd-teacher-cache", 1
@@ -37,12 +36,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Short hash of a vocabulary: equal when the same ids are the same tokens."""
     text = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Key:
-    """What an entry is found by: the student's prompt and completion ids."""
-    text = f"{','.join(map(str, prompt_ids))};{','.join(map(str, completion_ids))}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -97,18 +90,23 @@ class CachedTeacher:
         self.tail = tail
         self._entries: dict[Key, Entry] = {}
 
-    def bind(self, student: Policy) -> None:
-        """Read and check the cache (once).
+    def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
+        """Read and check the cache (once); see :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:
             ModelError: it was written with another tokenizer, is not finished, or a part is damaged.
         """
         if self._entries:
             return
-        if (own := tokenizer_hash(student.tokenizer)) != self.manifest["tokenizer"]:
+        if (own := tokenizer_hash(tokenizer)) != self.manifest["tokenizer"]:
             raise ModelError(
                 f"the cache in {self.folder} was written with another tokenizer ({self.manifest['tokenizer']} there, "
                 f"{own} here): its ids are other tokens; write it again for this student"
+            )
+        if vocab_size not in (None, self.manifest["vocabulary"]):
+            raise ModelError(
+                f"the cache in {self.folder} was written with {self.manifest['vocabulary']} tokens, and the student "
+                f"has logits for {vocab_size}: resize its embeddings to its tokenizer, or write the cache again"
             )
         for path in sorted(self.folder.glob("part-*.parquet")):
             self._read_part(path)

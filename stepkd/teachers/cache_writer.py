@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import collate
-from stepkd.data.encode import Example
+from stepkd.data.encode import Example, completion_key
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.launch.rundir import write_json
 from stepkd.losses import chunked_head, tempered, top_k_buckets
@@ -23,7 +23,6 @@ from stepkd.teachers.cache import (
     VERSION,
     Entry,
     Key,
-    completion_key,
     part_name,
     read_json,
     sha256_of,
@@ -79,6 +78,7 @@ def write_cache(
         "teacher": {"name": teacher.spec.path, "weights": teacher.identity()},
         "template": repr(teacher.spec.template),
         "tokenizer": tokenizer_hash(teacher.policy.tokenizer),
+        "vocabulary": vocabulary,
         "top_k": top_k,
         "temperature": temperature,
         "completions": len(wanted),

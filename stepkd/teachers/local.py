@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -72,8 +73,8 @@ class LocalTeacher:
             raise RuntimeError("the teacher is loaded by bind()")
         return self._policy
 
-    def bind(self, student: Policy) -> None:
-        """Load the model (once) and compare vocabularies.
+    def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
+        """Load the model (once) and compare vocabularies; see :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:
             ModelError: nothing loadable, another vocabulary, or a reward model.
@@ -83,10 +84,10 @@ class LocalTeacher:
         policy = load_trained(str(self.spec.path), dtype=self.spec.dtype, attention=self.spec.attention)
         if policy.step_head is not None:
             raise ModelError(f"teacher.path={self.spec.path} is a reward model: a teacher is a language model")
-        check_same_vocabulary(student, policy)
-        if student.vocab_size not in (None, policy.vocab_size):
+        check_same_vocabulary(tokenizer, policy.tokenizer)
+        if vocab_size not in (None, policy.vocab_size):
             raise ModelError(
-                f"the teacher has logits for {policy.vocab_size} tokens and the student for {student.vocab_size}, "
+                f"the teacher has logits for {policy.vocab_size} tokens and the student for {vocab_size}, "
                 "under one tokenizer: one of them was not resized to it; resize its embeddings and save it again"
             )
         policy.requires_grad_(False).eval()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch import Tensor
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.losses import VocabHead, tempered, top_k_buckets
-from stepkd.models import Policy
 
 
 class Comparison(NamedTuple):
@@ -54,8 +53,12 @@ class Signals(Protocol):
 class Teacher(Protocol):
     """Scores what a student wrote."""
 
-    def bind(self, student: Policy) -> None:
+    def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Get ready for a student: load what is to be loaded, and check that both read the same ids as the same tokens.
+
+        Args:
+            tokenizer: the student's.
+            vocab_size: tokens that the student has logits for; None: not known yet.
 
         Raises:
             ModelError: nothing loadable, or another vocabulary.

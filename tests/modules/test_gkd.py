@@ -412,7 +412,7 @@ def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], dis
     )
     student, teacher = views
     own_prompts = LocalTeacher(replace(worker.TEACHER, template=template), top_k=None)
-    own_prompts.bind(student)
+    own_prompts.bind(student.tokenizer)
     prompts = own_prompts.prompts(rows)
     assert all(len(prompt) == len(row.prompt_ids) + 2 for prompt, row in zip(prompts, rows, strict=True))
     student.zero_grad()

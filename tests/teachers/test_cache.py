@@ -42,7 +42,7 @@ def student() -> Policy:
 @pytest.fixture
 def teacher(student: Policy) -> LocalTeacher:
     made = LocalTeacher(TEACHER)
-    made.bind(student)
+    made.bind(student.tokenizer)
     return made
 
 
@@ -73,7 +73,7 @@ def test_a_cache_says_what_its_teacher_says(
     local = LocalTeacher(TEACHER, top_k=top_k, tail=tail)
     cached = CachedTeacher(folder, top_k=top_k, tail=tail)
     for each in (local, cached):
-        each.bind(student)
+        each.bind(student.tokenizer)
     expected = values(local, student, rows)
     found = values(cached, student, rows[::-1])
     sizes = [len(row.completion_ids) for row in rows]
@@ -96,7 +96,7 @@ def test_a_killed_job_goes_on(
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path / "a", teacher, rows, top_k=4, report=kill)
     with pytest.raises(ModelError, match=r"holds 6 of 7 completions: give `stepkd cache-teacher` the same command"):
-        CachedTeacher(tmp_path / "a").bind(Policy.load(PolicySpec(path="tiny-0.1m")))
+        CachedTeacher(tmp_path / "a").bind(tiny_tokenizer())
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
     write_cache(tmp_path / "a", teacher, [*rows, rows[0]], top_k=4)  # a row twice is written once
     assert all((tmp_path / "a" / name).stat().st_mtime_ns == time for name, time in before.items())
@@ -149,12 +149,12 @@ def other_tokenizer(folder: Path) -> None:
 def test_what_is_damaged_is_refused(folder: Path, student: Policy, spoil: Callable[[Path], Any], message: str) -> None:
     spoil(folder)
     with pytest.raises(ModelError, match=message):
-        CachedTeacher(folder).bind(student)
+        CachedTeacher(folder).bind(student.tokenizer)
 
 
 def test_what_it_does_not_know_is_refused(folder: Path, student: Policy, rows: list[Any]) -> None:
     cached = CachedTeacher(folder)
-    cached.bind(student)
+    cached.bind(student.tokenizer)
     changed = replace(
         rows[2], completion_ids=rows[2].completion_ids[:-1], spans=((0, len(rows[2].completion_ids) - 1),)
     )
@@ -166,6 +166,12 @@ def test_what_it_does_not_know_is_refused(folder: Path, student: Policy, rows: l
         CachedTeacher(folder, top_k=6)
     empty = replace(rows[0], completion_ids=(), spans=())
     assert cached.signals(collate([empty], 0), temperature=1.0).tensors[0].shape == (0, 5)
+
+
+def test_a_student_with_other_rows_is_refused(folder: Path, student: Policy) -> None:
+    with pytest.raises(ModelError, match=rf"with {student.vocab_size} tokens, and the student has logits for 9"):
+        CachedTeacher(folder).bind(student.tokenizer, 9)
+    CachedTeacher(folder).bind(student.tokenizer, student.vocab_size)
 
 
 def test_identity_tells_caches_apart(folder: Path, teacher: LocalTeacher, rows: list[Any], tmp_path: Path) -> None:
