@@ -8,14 +8,13 @@ published data sets.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from stepkd.data.checks import label_kind
-from stepkd.data.io import write_jsonl_atomic
+from stepkd.data.io import replace_file, write_jsonl_atomic
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
 from stepkd.data.sources.math_shepherd import FIRST_STEP, TAG
 from stepkd.errors import ConfigError, DataError, check_choice
@@ -162,7 +161,7 @@ def _write_parquet(rows: list[Row], path: Path) -> int:
     names = list(dict.fromkeys(name for row in rows for name in row))
     try:
         table = pyarrow.table({name: pyarrow.array([row.get(name) for row in rows]) for name in names})
-        _replace_file(path, lambda temporary: parquet.write_table(table, temporary))
+        replace_file(path, lambda temporary: parquet.write_table(table, temporary))
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"the rows do not fit a Parquet table: {reason}; write a .jsonl file", path=path) from error
@@ -171,19 +170,6 @@ def _write_parquet(rows: list[Row], path: Path) -> int:
             f"could not write the rows: {error.strerror or error}. Free some space or choose another folder", path=path
         ) from error
     return len(rows)
-
-
-def _replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Have a file written beside the target and put in its place; a failure leaves the target as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(str(temporary))
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_math_shepherd(rows: Iterable[Mapping[str, Any]], path: str | Path) -> int:

@@ -19,6 +19,24 @@ CHECKPOINT_FORMAT = 1
 _POLICY_SETTINGS = ("path", "revision", "lora", "quantization", "init_seed")
 
 
+def check_frozen_model(what: str, earlier: str, now: str, setting: str) -> None:
+    """Refuse to go on beside another frozen model than the run so far.
+
+    Args:
+        what: what the model is to the run, for the message.
+        earlier, now: fingerprints of its weights.
+        setting: where the recipe names it.
+
+    Raises:
+        ModelError: they differ.
+    """
+    if earlier != now:
+        raise ModelError(
+            f"the run was begun {what} (weights {earlier} then, {now} now): give the old {setting} again, or start a "
+            "new run in another --out"
+        )
+
+
 def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
     """Reduce a checkpoint to the trainable weights and add the ``stepkd`` section (plain values and tensors only)."""
     trainable = {f"policy.{name}" for name, _ in module.model.trainable_parameters()}

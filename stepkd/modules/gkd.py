@@ -15,11 +15,12 @@ from torch import Tensor
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.data.loader import StepBatch
-from stepkd.errors import ConfigError, ModelError, check_choice
+from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.checkpoint_state import check_frozen_model
 from stepkd.modules.fidelity import Fidelity, FidelitySpec
 from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
@@ -129,11 +130,7 @@ class GKDModule(StepModule):
             ModelError: the teacher's weights are not those of the run so far.
         """
         earlier = state.get("teacher", self._teacher_identity)
-        if earlier != self._teacher_identity:
-            raise ModelError(
-                f"the run was begun under another teacher (weights {earlier} then, {self._teacher_identity} now): give "
-                "the old teacher.path again, or start a new run in another --out"
-            )
+        check_frozen_model("under another teacher", earlier, self._teacher_identity, "teacher.path")
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 

@@ -19,11 +19,12 @@ from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.data.loader import StepBatch, StepLoader
 from stepkd.data.packing import Completion, PackedBatch, Unit, collate_packed, plan_packs
-from stepkd.errors import ConfigError, ModelError, check_choice
+from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import DEFAULT_CHUNK, token_logps
 from stepkd.models import HiddenStates, PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.checkpoint_state import check_frozen_model
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.reference import ReferenceCache, ReferenceSpec, attach_reference, reference_identity
 from stepkd.modules.validation import ValidationSpec
@@ -120,12 +121,9 @@ class PreferenceModule(StepModule):
             ModelError: the reference's weights are not those of the run so far.
         """
         earlier = state.get("reference", self._reference_identity)
-        if earlier != self._reference_identity:
-            raise ModelError(
-                f"the run was begun against another reference model (weights {earlier} then, "
-                f"{self._reference_identity} now): give the old reference.path (or policy.path) again, or start a new "
-                "run in another --out"
-            )
+        check_frozen_model(
+            "against another reference model", earlier, self._reference_identity, "reference.path (or policy.path)"
+        )
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepkd.data.encode import completion_key
+from stepkd.data.io import replace_file
 from stepkd.data.packing import Completion
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import Policy
@@ -111,22 +111,15 @@ class ReferenceCache:
         """Write everything this rank knows, whole or not at all."""
         if not self._logps:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"reference-{rank}.safetensors"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         values = list(self._logps.values())
         tensors = {
             "keys": torch.frombuffer(bytearray(b"".join(self._logps)), dtype=torch.uint8).view(-1, 16).clone(),
             "lengths": torch.tensor([len(each) for each in values]),
             "logps": torch.cat(values),
         }
-        try:
-            save_file(tensors, temporary, metadata={"format": CACHE_FORMAT, "reference": self.identity})
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        facts = {"format": CACHE_FORMAT, "reference": self.identity}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
     def _read(self, path: Path) -> None:
         try:

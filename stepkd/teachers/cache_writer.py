@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import collate
 from stepkd.data.encode import Example, completion_key
+from stepkd.data.io import replace_file
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.launch.rundir import write_json
 from stepkd.losses import chunked_head, tempered, top_k_buckets
@@ -150,12 +150,5 @@ def _write_part(folder: Path, number: int, keys: list[Key], entries: list[Entry]
         "tail": pyarrow.array([tail.tolist() for _, _, tail in entries], pyarrow.list_(pyarrow.float32())),
     }
     path = folder / f"{part_name(number)}.parquet"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        parquet.write_table(pyarrow.table(columns), temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, lambda temporary: parquet.write_table(pyarrow.table(columns), temporary))
     write_json(folder / f"{part_name(number)}.json", {"sha256": sha256_of(path), "completions": len(keys)})
