@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--out", help="folder of the job (file of rows with --consensus and --convert)")
     what.add_argument("--overwrite", action="store_true", help="delete an earlier job in --out and start again")
     who = parser.add_argument_group("labeller")
-    who.add_argument("--labeller", default="monte_carlo", help="monte_carlo (default), checker, outcome, judge or prm")
+    who.add_argument(
+        "--labeller", default="monte_carlo", help="monte_carlo (default), checker, arithmetic, outcome, judge or prm"
+    )
     who.add_argument("--rollouts-per-step", type=int, default=8, metavar="J", help="continuations per step (default 8)")
     who.add_argument("--reduce", default="any", help="any (default), mean or first_error")
     who.add_argument("--early-stop", action="store_true", help="no further continuations after a step's first success")

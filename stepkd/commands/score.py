@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model",
         required=True,
-        help="run folder, checkpoint, export or published reward model; or judge:MODEL, checker, prm:PATH, "
+        help="run folder, checkpoint, export or published reward model; or judge:MODEL, checker, arithmetic, prm:PATH, "
         "math-shepherd:PATH, qwen-prm:PATH, trl:PATH",
     )
     what.add_argument("--rollouts", required=True, help="file or data settings: rollouts, or rows with step texts")

@@ -42,7 +42,8 @@ class ProcessSpec:
     """One evaluation of a step scorer."""
 
     model: str
-    """The scorer: run folder, checkpoint, export or published PRM; ``judge:MODEL``; ``checker`` (tiny world)."""
+    """The scorer: run folder, checkpoint, export or published PRM; ``judge:MODEL``; ``checker`` (tiny world);
+    ``arithmetic``."""
     benchmark: str = "processbench"
     """``processbench`` or ``step_labels``."""
     out: str = "runs/process"

@@ -1,4 +1,4 @@
-"""Labels from a model that scores steps: a prompted judge, or a trained process reward model."""
+"""Labels from what scores steps: a prompted judge, a trained process reward model, the sums of a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ScorerLabeller:
         scorer: what scores the steps.
         threshold: a step is right when its score is not below it, in (0, 1).
         soft: the scores themselves are the labels.
-        name: name of the labeller in the provenance, ``judge`` or ``prm``.
+        name: name of the labeller in the provenance: ``judge``, ``prm``, ``arithmetic``.
     """
 
     def __init__(self, scorer: StepScorer, *, threshold: float = 0.5, soft: bool = False, name: str = "judge") -> None:

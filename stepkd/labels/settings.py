@@ -13,9 +13,10 @@ from stepkd.steps import get_segmenter
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 from stepkd.tasks import Given
 
-LABELLERS = ("monte_carlo", "checker", "outcome", "judge", "prm")
-"""Labellers by name: continuations of every step prefix, the tiny world's exact checker, whether the final answer is
-right, a prompted language model, a trained process reward model."""
+LABELLERS = ("monte_carlo", "checker", "arithmetic", "outcome", "judge", "prm")
+"""Labellers by name: continuations of every step prefix, the tiny world's exact checker, the sums that a step writes
+out (steps without one have no label), whether the final answer is right, a prompted language model, a trained process
+reward model."""
 
 SCORER_LABELLERS = ("judge", "prm")
 """Labellers that ask a second model."""

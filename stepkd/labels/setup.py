@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from stepkd.labels.solutions import SolutionSource
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
+from stepkd.scorers.arithmetic import ArithmeticScorer
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
 from stepkd.steps import SegmentThreshold
 
@@ -169,6 +171,8 @@ def make_labeller(
     """
     if spec.labeller == "checker":
         return CheckerLabeller(spec.given)
+    if spec.labeller == "arithmetic":
+        return ScorerLabeller(ArithmeticScorer(unchecked=math.nan), name=spec.labeller)
     if spec.labeller == "outcome":
         return OutcomeLabeller(spec.outcome_scope)
     if spec.labeller in SCORER_LABELLERS:

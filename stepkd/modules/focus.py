@@ -22,7 +22,8 @@ class FocusSpec:
     """How much the steps of a completion count, by their scores."""
 
     scorer: str
-    """``checker`` (the tiny world), a process reward model, or ``judge:MODEL``, as for ``stepkd score --model``."""
+    """``checker`` (the tiny world), ``arithmetic`` (wrong sums), a process reward model, or ``judge:MODEL``, as for
+    ``stepkd score --model``."""
     threshold: float = 0.5
     """A step with a lower score is wrong, in (0, 1)."""
     wrong: float = 1.0

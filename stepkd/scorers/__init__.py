@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stepkd.scorers.scorer import Meaning, Solutions, StepScorer, score_one
 
 if TYPE_CHECKING:
+    from stepkd.scorers.arithmetic import ArithmeticScorer
     from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
     from stepkd.scorers.checker import CheckerScorer
     from stepkd.scorers.judge import PromptedJudge
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from stepkd.scorers.rows import score_rows
 
 _LAZY = {
+    "ArithmeticScorer": "arithmetic",
     "CheckerScorer": "checker",
     "PRMScorer": "prm",
     "PromptedJudge": "judge",
@@ -35,6 +37,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "ArithmeticScorer",
     "CheckerScorer",
     "Meaning",
     "PRMScorer",

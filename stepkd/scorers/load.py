@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -15,6 +16,7 @@ from stepkd.models.checkpoint import find_checkpoint, load_trained
 from stepkd.models.step_head import StepHeadSpec
 from stepkd.models.step_head_io import step_head_from_dict
 from stepkd.models.trained_template import trained_template
+from stepkd.scorers.arithmetic import ArithmeticScorer
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.checker import CheckerScorer
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
@@ -22,16 +24,19 @@ from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.published import PublishedKind, load_published, recognise
 from stepkd.scorers.scorer import StepScorer
 
-ScorerKind = Literal["prm", "judge", "checker", "math-shepherd", "qwen-prm", "trl"]
+ScorerKind = Literal["prm", "judge", "checker", "arithmetic", "math-shepherd", "qwen-prm", "trl"]
 SCORER_KINDS: dict[str, str] = {
     "prm": "a reward model of stepkd: run folder, checkpoint, export, or a plain model with a head setting",
     "judge": "any language model, asked whether each step is right",
     "checker": "the exact checker of the tiny world",
+    "arithmetic": "the sums that a step writes out, done again; everything else passes",
     "math-shepherd": "a published model with the layout of math-shepherd-mistral-7b-prm",
     "qwen-prm": "a published model with the layout of Qwen2.5-Math-PRM",
     "trl": "a token classification model trained by TRL's PRMTrainer",
 }
 """Kinds of scorers by the word before the colon."""
+_WITHOUT_MODEL: dict[str, Callable[[], StepScorer]] = {"checker": CheckerScorer, "arithmetic": ArithmeticScorer}
+"""Scorers that stand alone, without a model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +74,8 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
     """Load a scorer.
 
     Args:
-        text: ``judge:MODEL``, ``checker``, ``prm:PATH``, ``math-shepherd:PATH``, ``qwen-prm:PATH``, ``trl:PATH``; or a
-            path or hub id alone, whose kind is told from what is there.
+        text: ``judge:MODEL``, ``checker``, ``arithmetic``, ``prm:PATH``, ``math-shepherd:PATH``,
+            ``qwen-prm:PATH``, ``trl:PATH``; or a path or hub id alone, whose kind is told from what is there.
         options: see :class:`ScorerOptions`.
 
     Raises:
@@ -81,8 +86,8 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
     options = options or ScorerOptions()
     kind, path = _split(text)
     _check_options(kind, options)
-    if kind == "checker":
-        return CheckerScorer()
+    if kind in _WITHOUT_MODEL:
+        return _WITHOUT_MODEL[kind]()
     device = pick_device(options.device)
     common: dict[str, Any] = {
         name: getattr(options, name) for name in ("max_length", "max_rows", "shared_prefix", "temperature")
@@ -160,13 +165,13 @@ def pick_device(name: str) -> torch.device:
 def _split(text: str) -> tuple[ScorerKind, str]:
     """Kind and path of a scorer's text."""
     word, colon, path = text.partition(":")
-    if text == "checker":
-        return "checker", ""
+    if text in _WITHOUT_MODEL:
+        return cast(ScorerKind, text), ""
     if colon and "/" not in word and "." not in word and not Path(text).exists():
-        if word not in SCORER_KINDS or word == "checker":
+        if word not in SCORER_KINDS or word in _WITHOUT_MODEL:
             raise ConfigError(
                 f"unknown kind of scorer {word!r} in {text!r}.{nearest(word, SCORER_KINDS)} Known: "
-                f"{', '.join(SCORER_KINDS)} (checker stands alone)"
+                f"{', '.join(SCORER_KINDS)} ({' and '.join(_WITHOUT_MODEL)} stand alone)"
             )
         if not path:
             raise ConfigError(f"{text!r} names no model: write {word}:PATH")
@@ -181,8 +186,8 @@ def _check_options(kind: ScorerKind, options: ScorerOptions) -> None:
         "reference": kind == "judge",
         "answers": kind == "judge",
         "separator": kind == "trl",
-        "template": kind != "checker" and not (kind == "judge" and isinstance(options.template, str)),
-        "temperature": kind != "checker",
+        "template": kind not in _WITHOUT_MODEL and not (kind == "judge" and isinstance(options.template, str)),
+        "temperature": kind not in _WITHOUT_MODEL,
     }
     for name, used in uses.items():
         if getattr(options, name) not in (None, False) and not used:

@@ -1,0 +1,141 @@
+"""The sums of a step, done again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from stepkd.data.io import read_rows, write_jsonl_atomic
+from stepkd.labels import LabelSpec, run_label_job
+from stepkd.labels.matching import row_labels
+from stepkd.modules.focus import Focus, FocusSpec
+from stepkd.scorers import ArithmeticScorer, Solutions, load_scorer
+from stepkd.scorers.arithmetic import equations
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "48/2 = 24 clips",
+        "She sold 48 / 2 = $24.",
+        "$1,200 x 3 = $3,600.",
+        "so 2(3+4) = 14",
+        "(3 + 4 = 7)",
+        r"$\frac{10}{4} \times 2 = 5$",
+        r"20 \div 4 \cdot 3 = 15",
+        "7 × 6 = 42 and 42 − 2 = 40",
+        ".25*12 = 3",
+        "20 x .05 = 1",
+        "0.05*100=5",
+        "06 + 1 = 7",
+        "2^3 = 8",
+        "2**3 = 8",
+        "2 - -1 = 3",
+        "3 + 4 = 14 / 2",
+        "x = 3 + 4 = 7",
+        "It costs 5. 3 + 4 = 7 more.",
+        "10/3 = 3.33",  # cut off
+        "10/3 = 3.333",
+        "20/3 = 6.67",  # rounded
+        "10/4 = 3",
+        "10/4 = 2",
+        "50*20% = 10",
+        "30% + 20% = 50%",
+        "100 - 25 = 75%",
+        "15/60 = 25%",
+        "1/3 = 33.3%",
+        "10 * 2 = 20 - 5 = 15",  # what one writes in a hurry
+        "<<48/2=24>>",
+    ],
+)
+def test_right_sums(text: str) -> None:
+    found = equations(text)
+    assert found, "no sum was found"
+    assert all(each.holds for each in found), found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "5 + 3 = 9 apples",
+        "48/2 = 25",
+        "2.5*2 = 5.1",  # exact at this digit: no rounding
+        "10/3 = 3.35",
+        "10/3 = 5",
+        "7 - 10 = 3",
+        "5/0 = 5",
+        "50*20% = 11",
+        "1/3 = 35%",
+        "$1,200 x 3 = $3,700",
+        "3 + 4 = 7, then 7 * 2 = 15",
+        "3 + 4 = 16 / 2",
+        "she has <<3+4=8>>8",
+    ],
+)
+def test_wrong_sums(text: str) -> None:
+    assert [each.holds for each in equations(text)].count(False) == 1, equations(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "#### 24",
+        "x = 5",
+        "20% of 50 = 11",
+        "2 apples + 3 = 6",
+        "10 apples - 2 * 3 = 5",
+        "half of 10 + 4 = 9",
+        "3 more than 3 * 2 = 9",
+        "200 basketballs x (20 / 100) = 40",
+        "2x + 3 = 8",
+        "3 + 4 = 8x",
+        "3 + 2x = 8",
+        "3 * 30 = 30 + M",
+        "7/2 = 3 1/2",
+        "500/ 2/5 = 1250",
+        "$1 / 2 = 50 cents",
+        "3:30 + 2 = 5:30",
+        "3 + 4 >= 8 and 3 + 4 == 8",
+        "9**9**9 = 1",
+        "1" + "+1" * 200 + " = 7",
+    ],
+)
+def test_what_cannot_be_read_is_passed_over(text: str) -> None:
+    assert equations(text) == []
+
+
+def test_the_scorer() -> None:
+    solution = ["3 + 4 = 7\n", "7 * 2 = 15\n", "so she has many\n", "#### 15"]
+    asked = [Solutions({"id": "0", "prompt": "?"}, [solution, solution[:1]])]
+    assert ArithmeticScorer().score(asked) == [[[1.0, 0.0, 1.0, 1.0], [1.0]]]
+    ((first, _),) = ArithmeticScorer(unchecked=math.nan).score(asked)
+    assert first[:2] == [1.0, 0.0]
+    assert all(map(math.isnan, first[2:]))
+    assert load_scorer("arithmetic").provenance() == {"scorer": "arithmetic", "meaning": "correctness"}
+    assert Focus(FocusSpec("arithmetic")).spec.weights(first) == (0.0, 1.0, 0.0, 0.0)
+
+
+def test_as_a_labeller(tmp_path: Path) -> None:
+    rows = [
+        {"id": "a", "prompt": "p", "answer": "15", "solution": "3 + 4 = 7\n7 * 2 = 15\n#### 15"},
+        {"id": "b", "prompt": "q", "answer": "7", "solution": "She has them all.\n3 + 4 = 7\n#### 7"},
+    ]
+    write_jsonl_atomic(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "labels"
+    run_label_job(
+        LabelSpec(
+            rollouts=str(tmp_path / "rows.jsonl"),
+            model="tiny-0.1m",
+            labeller="arithmetic",
+            template="gsm8k",
+            extractors=("hash",),
+            out=str(out),
+        )
+    )
+    labelled = {row["id"]: row for row, _ in read_rows(out / "labels.jsonl")}
+    assert row_labels(labelled["a"]) == [True, False, None]
+    assert row_labels(labelled["b"]) == [None, True, None]
+    assert labelled["a"]["labelling"]["labeller"] == "arithmetic"
