@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from stepkd.errors import ModelError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec, spec_from_dict
+from stepkd.models.spec import FrozenSpec, PolicySpec, Quantization, spec_from_dict
 from stepkd.models.step_head_io import step_head_from_dict
 
 BEST, LAST = "best.ckpt", "last.ckpt"
@@ -60,6 +60,7 @@ def load_trained(
     *,
     dtype: str | None = None,
     attention: str | None = None,
+    quantization: Quantization = "none",
     ema: bool = True,
     dequantise: bool = False,
 ) -> Policy:
@@ -69,6 +70,7 @@ def load_trained(
         path: a run folder (its best checkpoint), a ``.ckpt`` file, or anything :class:`PolicySpec` takes.
         dtype: overrides the dtype it was trained in.
         attention: overrides the attention implementation.
+        quantization: other than none: how the base weights are kept.
         ema: use the averaged weights of a checkpoint that has them.
         dequantise: put a checkpoint's adapter on the unquantised base, whatever it was trained on.
 
@@ -87,6 +89,9 @@ def load_trained(
         spec = replace(spec, dtype="auto")
     if attention is not None:
         spec = replace(spec, attention=attention)
+    if quantization != "none":
+        frozen = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        spec = FrozenSpec(**{**frozen, "quantization": quantization})
     policy = Policy.load(spec)
     if checkpoint is not None:
         if "step_head" in checkpoint["stepkd"]:

@@ -7,10 +7,12 @@ all of them.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from stepkd.errors import ConfigError
 
+Quantization = Literal["none", "nf4", "int8"]
+"""How base weights are kept: as they are, or in 4 or 8 bits."""
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -59,25 +61,33 @@ class PolicySpec:
     """Recompute block activations in the backward pass: less memory, about a third more time."""
     lora: LoraSpec | None = None
     """Train adapters instead of all weights."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
+    quantization: Quantization = "none"
     """Base weights in 4 or 8 bits (QLoRA, through bitsandbytes, CUDA only); needs ``lora``."""
     init_seed: int = 0
     """Seed of the weights of a tiny preset, and of fresh adapters."""
     trust_remote_code: bool = False
     """Run Python code that a model repository ships. Off by default; turn on only for code you have read."""
 
+    trained: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("policy.path is empty: give a folder, a hub id, a .gguf file or a tiny preset")
         if self.dtype not in DTYPES:
             raise ConfigError(f"policy.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
-        if self.quantization not in ("none", "nf4", "int8"):
+        if self.quantization not in get_args(Quantization):
             raise ConfigError(f"policy.quantization={self.quantization!r}: must be none, nf4 or int8")
-        if self.quantization != "none" and self.lora is None:
+        if self.trained and self.quantization != "none" and self.lora is None:
             raise ConfigError(
                 f"policy.quantization={self.quantization!r} without policy.lora: quantised weights cannot be trained; "
                 "add a lora section, or load the weights unquantised"
             )
+
+
+class FrozenSpec(PolicySpec):
+    """A model that is only read: its weights may be quantised without an adapter."""
+
+    trained = False
 
 
 def spec_to_dict(spec: PolicySpec) -> dict[str, Any]:

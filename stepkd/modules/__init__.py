@@ -5,7 +5,7 @@ from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelitySpec
 from stepkd.modules.focus import FocusSpec
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
+from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.modules.kto import KTOModule, StepKTOModule
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.preference import PreferenceModule
@@ -22,6 +22,7 @@ __all__ = [
     "FocusSpec",
     "GKDModule",
     "KTOModule",
+    "MixSpec",
     "OptimizerSpec",
     "PRMModule",
     "PreferenceModule",

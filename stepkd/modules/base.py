@@ -23,9 +23,9 @@ from stepkd.errors import ConfigError, TrainingError
 from stepkd.launch.phases import PhaseTracker
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
+from stepkd.models.average import WeightAverage
 from stepkd.modules.checkpoint_state import pack, unpack
 from stepkd.modules.distributed import all_reduce, gradient_sync
-from stepkd.modules.ema import WeightAverage
 from stepkd.modules.evaluation_loops import EvaluationLoops
 from stepkd.modules.finite import require_finite
 from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule
@@ -139,6 +139,9 @@ class StepModule(EvaluationLoops):
         """Further values to log, from the means of ``loss_terms``' metrics (differences of means, for example)."""
         return {}
 
+    def after_step(self) -> None:
+        """Called after every optimiser step, before anything is logged."""
+
     def method_state(self) -> dict[str, Any]:
         """State of the method that a checkpoint must hold (running averages, ...): plain values and tensors."""
         return {}
@@ -184,11 +187,15 @@ class StepModule(EvaluationLoops):
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule over the planned number of optimiser steps."""
         optimizer = build_optimizer(self.optimizer_spec, self.model.trainable_parameters())
+        return [optimizer], [build_schedule(self.optimizer_spec, optimizer, self.planned_steps())]
+
+    def planned_steps(self) -> int | None:
+        """Optimiser steps of the whole run; None where it has no end."""
         total = self.trainer.estimated_stepping_batches
         planned = int(total) if total not in (-1, float("inf")) else None
         if planned is not None and planned != self.trainer.max_steps:
             planned *= self.steps_per_batch  # Lightning counts batches
-        return [optimizer], [build_schedule(self.optimizer_spec, optimizer, planned)]
+        return planned
 
     def needed_hidden(self, micro_batch: MicroBatch) -> Tensor:
         """Hidden states (N, H) that predict the micro-batch's targets."""
@@ -285,6 +292,7 @@ class StepModule(EvaluationLoops):
         cast(Any, self.lr_schedulers()).step()
         if self.ema is not None:
             self.ema.update(self.model.trainable_parameters())
+        self.after_step()
         tokens = sum(example.length for micro in prepared.micro_batches for example in micro.examples)
         self._log_step(counts, sums, terms, {"grad_norm": norm, "lr": lr, "tokens": float(tokens)})
 

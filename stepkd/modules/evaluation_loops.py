@@ -13,8 +13,8 @@ from stepkd.data.loader import StepBatch
 from stepkd.launch.phases import PhaseTracker
 from stepkd.losses import LossTerms
 from stepkd.models import Policy, PolicySpec
+from stepkd.models.average import WeightAverage
 from stepkd.modules.distributed import all_reduce, union
-from stepkd.modules.ema import WeightAverage
 from stepkd.modules.throughput import Throughput
 from stepkd.modules.validation import SampledAccuracy, ValidationSpec
 

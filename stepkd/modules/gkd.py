@@ -23,11 +23,11 @@ from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
 from stepkd.modules.fidelity import Fidelity, FidelitySpec
 from stepkd.modules.focus import Focus, FocusSpec, token_weights
-from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
+from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.randomness import generator
 from stepkd.rollout import TransformersSampler
 from stepkd.steps import get_segmenter
-from stepkd.teachers import CachedTeacher, LocalTeacher, Teacher, TeacherSpec
+from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, Teacher, TeacherSpec
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class GKDModule(StepModule):
         source: whose completions: the student's, the teacher's, the data's.
         average: ``tokens``: every token of the global batch weighs the same; ``sequences``: every completion does (the
             paper's 1/|y|).
-        ce_weight: weight of the cross-entropy of the same tokens beside the divergence, >= 0. With the forward KL and
-            weights ``a`` and ``1 - a`` this is a soft target mixed from both (PS-KD, arXiv 2006.12000).
+        ce_weight: weight of the cross-entropy of the same tokens beside the divergence, >= 0.
+        mix: in its place, weights a and 1 - a of divergence and cross-entropy, with a rising; null: not.
         focus: weigh every step by what a step scorer thinks of it, for instance only the wrong ones; the average is
             over the weights. A batch in which nothing counts is skipped. Validation weighs all tokens alike.
         fidelity: also measure in validation how like its teacher the student is (``val/fidelity/...``); null: not.
@@ -66,6 +66,7 @@ class GKDModule(StepModule):
         source: SourceSpec | None = None,
         average: Average = "tokens",
         ce_weight: float = 0.0,
+        mix: MixSpec | None = None,
         focus: FocusSpec | None = None,
         fidelity: FidelitySpec | None = None,
         **settings: Any,
@@ -74,10 +75,13 @@ class GKDModule(StepModule):
         check_choice("average", average, ("tokens", "sequences"))
         if not 0 <= ce_weight < float("inf"):
             raise ConfigError(f"ce_weight={ce_weight}: must be 0 (off) or positive")
+        if mix is not None and ce_weight:
+            raise ConfigError(f"ce_weight={ce_weight} and mix both weigh the cross-entropy: set ce_weight to 0")
         self.divergence = divergence or DivergenceSpec()
         self.source = source or SourceSpec()
         self.average = average
         self.ce_weight = ce_weight
+        self.mix = mix
         self.focus_spec = focus
         self.fidelity_spec = fidelity
         self.steps_per_batch = self.source.reuse
@@ -91,6 +95,13 @@ class GKDModule(StepModule):
 
     def _make_teacher(self, spec: TeacherSpec) -> Teacher:
         buckets: dict[str, Any] = {"top_k": self.divergence.top_k, "tail": self.divergence.tail}
+        if spec.itself is not None:
+            if self.source.teacher > 0:
+                raise ConfigError(
+                    f"source.teacher={self.source.teacher} samples from the teacher, which is the student itself: set "
+                    "source.student instead"
+                )
+            return SelfTeacher(spec, **buckets)
         if spec.cache is None:
             return LocalTeacher(spec, **buckets)
         if self.source.student > 0 or self.source.teacher > 0:
@@ -116,12 +127,15 @@ class GKDModule(StepModule):
         super().configure_model()
         if disable_dropout(self.model):
             logger.info("dropout is switched off: the student that samples is the one that learns")
+        if isinstance(self.teacher, SelfTeacher):
+            self.teacher.follow(self.model)
         self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
         self._teacher_identity = self.teacher.identity()
 
     def method_state(self) -> dict[str, Any]:
-        """Which teacher the run has learnt from."""
-        return {"teacher": self._teacher_identity}
+        """Which teacher the run has learnt from; the weights of one that keeps up with the student."""
+        own = {"itself": self.teacher.state()} if isinstance(self.teacher, SelfTeacher) else {}
+        return {"teacher": self._teacher_identity, **own}
 
     def restore_method_state(self, state: dict[str, Any]) -> None:
         """Refuse to go on under another teacher.
@@ -131,11 +145,20 @@ class GKDModule(StepModule):
         """
         earlier = state.get("teacher", self._teacher_identity)
         check_frozen_model("under another teacher", earlier, self._teacher_identity, "teacher.path")
+        if isinstance(self.teacher, SelfTeacher) and "itself" in state:
+            self.teacher.restore(state["itself"])
+
+    def after_step(self) -> None:
+        """A teacher that is the student itself keeps up with it."""
+        if isinstance(self.teacher, SelfTeacher):
+            self.teacher.after_step(self.global_step)
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
         """The batch's completions, from the source that its step draws; ``reuse`` optimiser steps of them."""
+        if isinstance(self.teacher, SelfTeacher):
+            self.teacher.begin(self.position.epoch)
         chosen = self.draw_source()
         if chosen == "data":
             if bare := [example.id for example in batch.examples if not example.completion_ids]:
@@ -232,6 +255,7 @@ class GKDModule(StepModule):
         the same token likeliest), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
         """
         temperature = self.divergence.logits_temperature
+        kd_weight, ce_weight = self._term_weights()
         signals = self.teacher.signals(micro_batch, temperature=temperature)
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
@@ -239,11 +263,13 @@ class GKDModule(StepModule):
             student, teacher, favourite_C = signals.compare(log_student_CV, *chunk)
             kd_C = self._divergence(student, teacher, targets_C)
             agree_C = (logits_CV.argmax(-1) == favourite_C).to(kd_C.dtype)
-            if not self.ce_weight:
+            if not with_ce:
                 return torch.stack([kd_C, kd_C.detach(), agree_C], dim=-1)
             ce_C = -target_logps(logits_CV, targets_C)
-            return torch.stack([kd_C + self.ce_weight * ce_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
+            total_C = kd_weight * kd_C + ce_weight * ce_C
+            return torch.stack([total_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
 
+        with_ce = bool(self.ce_weight) or self.mix is not None
         weights_N = self._weights(micro_batch)
         total, values = fused_sum(
             position,
@@ -258,9 +284,16 @@ class GKDModule(StepModule):
         metrics = {"divergence": (values[:, 1].sum(), number), "agreement": (values[:, 2].sum(), number)}
         if self.focus_spec is not None:
             metrics["focus"] = ((weights_N > 0).double().sum(), number)
-        if self.ce_weight:
+        if with_ce:
             metrics["ce"] = (values[:, 3].sum(), number)
         return LossTerms({"kd": total}, metrics)
+
+    def _term_weights(self) -> tuple[float, float]:
+        """Of divergence and cross-entropy."""
+        if self.mix is None:
+            return 1.0, self.ce_weight
+        share = self.mix.share(self.global_step, self.planned_steps()) if self.training else self.mix.end
+        return share, 1.0 - share
 
     def _weights(self, batch: MicroBatch) -> Tensor:
         """Weight of every token in the sum whose denominator :meth:`count` gives."""

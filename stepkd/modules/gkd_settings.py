@@ -92,6 +92,40 @@ class DivergenceSpec:
 
 
 @dataclass(frozen=True)
+class MixSpec:
+    """Divergence and cross-entropy as one target: weights a and 1 - a, with a rising linearly over optimiser steps.
+
+    With the forward KL that is a cross-entropy with the soft target ``(1 - a) onehot + a teacher`` (PS-KD, arXiv
+    2006.12000, whose a rises once per epoch, from 0 to 0.8).
+    """
+
+    start: float = 0.0
+    """a at the first step, in [0, 1]."""
+    end: float = 0.8
+    """a at the last one, in [0, 1]; validation uses it throughout."""
+    steps: int | None = None
+    """Steps that the rise takes, >= 1; null: the whole run."""
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"mix.{name}={getattr(self, name)}: must lie in [0, 1]")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"mix.steps={self.steps}: must be at least 1, or null for the whole run")
+
+    def share(self, step: int, total: int | None) -> float:
+        """a at an optimiser step, counted from 0.
+
+        Raises:
+            ConfigError: neither ``steps`` nor the run has an end.
+        """
+        steps = self.steps or total
+        if steps is None:
+            raise ConfigError("mix.steps is null and the run has no planned end: set mix.steps or trainer.max_steps")
+        return self.start + (self.end - self.start) * min(step / max(steps - 1, 1), 1.0)
+
+
+@dataclass(frozen=True)
 class SourceSpec:
     """Whose completions a batch is distilled on. One source serves a whole global batch (GKD, algorithm 1)."""
 

@@ -96,6 +96,14 @@ def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
     ours, theirs = tokenizer.get_vocab(), of_teacher.get_vocab()
     if ours == theirs:
         return
+    special = [t for t in tokenizer.all_special_tokens if t in ours and theirs.get(t) != ours[t]]
+    if special and all(theirs.get(token) == i for token, i in ours.items() if token not in special):
+        raise ModelError(
+            f"the teacher does not know the model's special tokens {', '.join(map(repr, special))} (ids "
+            f"{', '.join(str(ours[t]) for t in special)}), so it cannot say where a completion ends or what pads it: "
+            "add them to the teacher's tokenizer and embeddings and train it to use them, or take the model as it was "
+            "before they were added"
+        )
     token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
     raise ModelError(
         f"the teacher's vocabulary is not the model's ({len(theirs)} and {len(ours)} tokens; {token!r} has id "

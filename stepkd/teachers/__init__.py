@@ -3,6 +3,16 @@
 from stepkd.teachers.cache import CachedTeacher
 from stepkd.teachers.cache_writer import write_cache
 from stepkd.teachers.local import LocalTeacher, TeacherSpec
+from stepkd.teachers.own import SelfTeacher
 from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
 
-__all__ = ["CachedTeacher", "HiddenSignals", "LocalTeacher", "Signals", "Teacher", "TeacherSpec", "write_cache"]
+__all__ = [
+    "CachedTeacher",
+    "HiddenSignals",
+    "LocalTeacher",
+    "SelfTeacher",
+    "Signals",
+    "Teacher",
+    "TeacherSpec",
+    "write_cache",
+]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError, ModelError
+from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
-from stepkd.models.spec import DTYPES
+from stepkd.models.spec import DTYPES, Quantization
 from stepkd.rollout.annotate import check_same_vocabulary
 from stepkd.steps import get_segmenter
 from stepkd.teachers.signals import HiddenSignals, Signals
@@ -31,8 +31,18 @@ class TeacherSpec:
     """Run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset; of the student's vocabulary."""
     cache: str | None = None
     """Folder that ``stepkd cache-teacher`` wrote, in place of ``path``; for given completions only."""
+    itself: Literal["epoch", "ema", "base"] | None = None
+    """The student is its own teacher, in place of ``path``: as it was when the pass over the data began, or ``every``
+    steps ago (``epoch``); a running average of its weights (``ema``); as it was before training, which is its
+    adapter-off view when fresh adapters are trained (``base``)."""
+    every: int | None = None
+    """``epoch``: refresh after so many optimiser steps, >= 1; null: after every pass over the data."""
+    decay: float = 0.999
+    """``ema``: in (0, 1), per optimiser step."""
     dtype: str | None = None
     """Weights' dtype; null: as stored."""
+    quantization: Quantization = "none"
+    """Weights in 4 or 8 bits (bitsandbytes, CUDA only)."""
     device: str | None = None
     """Where it lives (``cuda:1``, ``cpu``); null: with the student."""
     attention: str | None = None
@@ -42,12 +52,30 @@ class TeacherSpec:
     student's own prompt ids."""
 
     def __post_init__(self) -> None:
-        if not self.path and not self.cache:
-            raise ConfigError("teacher: give path, a model of the student's vocabulary, or cache")
-        if self.path and self.cache:
-            raise ConfigError("teacher: path and cache are both given: set the other one to null")
+        given = [name for name in ("path", "cache", "itself") if getattr(self, name)]
+        if not given:
+            raise ConfigError("teacher: give path, a model of the student's vocabulary, or cache, or itself")
+        if len(given) > 1:
+            raise ConfigError(f"teacher: {' and '.join(given)} are both given: set the other one to null")
+        if self.itself is not None:
+            self._check_itself(self.itself)
+        elif self.every is not None:
+            raise ConfigError(f"teacher.every={self.every} goes with itself: epoch")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"teacher.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}, or null")
+        check_choice("teacher.quantization", self.quantization, get_args(Quantization))
+        if self.quantization != "none" and self.path is None:
+            raise ConfigError(f"teacher.quantization={self.quantization!r} goes with teacher.path")
+
+    def _check_itself(self, form: str) -> None:
+        check_choice("teacher.itself", form, ("epoch", "ema", "base"))
+        if self.every is not None and (form != "epoch" or self.every < 1):
+            raise ConfigError(f"teacher.every={self.every}: at least 1, and only with itself: epoch")
+        if not 0 < self.decay < 1:
+            raise ConfigError(f"teacher.decay={self.decay}: must lie strictly between 0 and 1")
+        for name in ("dtype", "device", "attention", "template"):
+            if getattr(self, name) is not None:
+                raise ConfigError(f"teacher.{name} goes with teacher.path; the student itself has its own")
 
 
 class LocalTeacher:
@@ -81,7 +109,12 @@ class LocalTeacher:
         """
         if self._policy is not None:
             return
-        policy = load_trained(str(self.spec.path), dtype=self.spec.dtype, attention=self.spec.attention)
+        policy = load_trained(
+            str(self.spec.path),
+            dtype=self.spec.dtype,
+            attention=self.spec.attention,
+            quantization=self.spec.quantization,
+        )
         if policy.step_head is not None:
             raise ModelError(f"teacher.path={self.spec.path} is a reward model: a teacher is a language model")
         check_same_vocabulary(tokenizer, policy.tokenizer)

@@ -1,0 +1,217 @@
+"""A student that teaches itself: whose weights it reads, what it keeps twice, and that a resumed run keeps them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepkd.cli import main
+from stepkd.data.collate import collate
+from stepkd.errors import ConfigError
+from stepkd.models import LoraSpec, Policy, PolicySpec
+from stepkd.models.checkpoint import load_trained
+from stepkd.modules import DivergenceSpec, GKDModule, MixSpec, SourceSpec
+from stepkd.teachers import SelfTeacher, TeacherSpec
+
+WORKER = Path(__file__).with_name("gkd_worker.py")
+_SPEC = importlib.util.spec_from_file_location("gkd_worker", WORKER)
+assert _SPEC is not None
+worker = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
+
+MIX = MixSpec(start=0.25, end=0.75, steps=3)
+SETTINGS: dict[str, Any] = {"divergence": DivergenceSpec("forward_kl"), "mix": MIX}
+LORA = {"lora": LoraSpec(r=2, alpha=4.0)}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Any]:
+    return list(worker.examples(4))
+
+
+class Recorded(worker.GKD):  # type: ignore[misc,name-defined]
+    """Keeps the student's weights before every optimiser step, and the teacher's logits during it."""
+
+    def prepare(self, batch: Any) -> Any:
+        for prepared in super().prepare(batch):
+            self.history.append({n: p.detach().clone() for n, p in self.model.trainable_parameters()})
+            micro = prepared.micro_batches[0]
+            signals = self.teacher.signals(micro, temperature=1.0)
+            self.seen.append(signals.head(signals.hidden_NH).detach().clone())
+            self.first = micro
+            yield prepared
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> Any:
+    def run(**settings: Any) -> Any:
+        monkeypatch.setattr(worker, "GKD", Recorded)
+        Recorded.history, Recorded.seen = [], []
+        return worker.run(rows, **{**SETTINGS, **settings})
+
+    return run
+
+
+def logits_with(module: Any, weights: dict[str, torch.Tensor], policy: dict[str, Any] | None = None) -> torch.Tensor:
+    """Logits at the targets of the last micro-batch with these weights, by a model of its own."""
+    other = Policy.load(PolicySpec(**{**worker.POLICY, **(policy or {})}))
+    for name, parameter in other.trainable_parameters():
+        parameter.data.copy_(weights[name])
+    hidden = other.hidden(module.first.input_ids_BT, module.first.attention_mask_BT)
+    return other.head(hidden.flatten(0, 1)[module.first.needed_N]).detach()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).norm() < 1e-10 * b.norm())
+
+
+@pytest.mark.parametrize("policy", [{}, LORA])
+def test_epoch_is_the_student_as_the_pass_began(recorded: Any, policy: dict[str, Any]) -> None:
+    # All rows are one batch, so that every step is a pass; two steps of each batch.
+    module = recorded(
+        teacher=TeacherSpec(itself="epoch"), policy=policy, steps=3, source=SourceSpec(student=0.0, reuse=2)
+    )
+    history, seen = module.history, module.seen
+    assert len(history) >= 4
+    assert same(seen[1], logits_with(module, history[0], policy)), "within a pass it stands still"
+    assert same(seen[2], logits_with(module, history[2], policy))
+    assert not same(seen[2], logits_with(module, history[0], policy))
+
+
+def test_every_so_many_steps(recorded: Any) -> None:
+    module = recorded(teacher=TeacherSpec(itself="epoch", every=2), steps=4)
+    for step, then in ((0, 0), (1, 0), (2, 2), (3, 2)):
+        assert same(module.seen[step], logits_with(module, module.history[then])), step
+
+
+def test_ema_is_the_running_average(recorded: Any) -> None:
+    module = recorded(teacher=TeacherSpec(itself="ema", decay=0.5), steps=4)
+    average = {name: value.float() for name, value in module.history[0].items()}
+    for step in range(4):
+        if step:
+            for name, value in module.history[step].items():
+                average[name] = 0.5 * average[name] + 0.5 * value.float()
+        found, expected = module.seen[step], logits_with(module, average)
+        assert (found - expected).norm() < 1e-6 * expected.norm(), step  # averages are float32
+
+
+@pytest.mark.parametrize("policy", [{}, LORA, {"lora": LoraSpec(r=2, modules_to_save=["lm_head"])}])
+def test_base_is_the_student_before_training(recorded: Any, policy: dict[str, Any]) -> None:
+    module = recorded(teacher=TeacherSpec(itself="base"), policy=policy, steps=3)
+    for seen in module.seen:
+        assert same(seen, logits_with(module, module.history[0], policy))
+
+
+def test_frozen_weights_are_not_kept_twice() -> None:
+    student = Policy.load(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=2)))
+    teacher = SelfTeacher(TeacherSpec(itself="ema"))
+    teacher.follow(student)
+    assert teacher._copy is not None
+    twins = dict(teacher._copy.named_parameters())
+    for name, parameter in student.named_parameters():
+        assert (twins[name] is parameter) == (not parameter.requires_grad), name
+        assert not twins[name].requires_grad
+    kept = teacher.state()["weights"]
+    assert set(kept) == {name for name, _ in student.trainable_parameters()}
+
+
+def test_the_mix_is_a_cross_entropy_with_a_soft_target(recorded: Any, distance: Any) -> None:
+    module = recorded(teacher=worker.TEACHER, steps=1)
+    student, teacher = (Policy.load(PolicySpec(**worker.POLICY)), load_trained("tiny-0.5m", dtype="float64"))
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in module.first.examples:
+        ids, start = torch.tensor([[*row.prompt_ids, *row.completion_ids]]), len(row.prompt_ids)
+        own, other = (m.model(input_ids=ids).logits[0, start - 1 : -1, : m.vocab_size] for m in (student, teacher))
+        hard = torch.nn.functional.one_hot(ids[0, start:], own.shape[-1])
+        soft = 0.75 * hard + 0.25 * other.detach().softmax(-1)
+        loss = loss - (soft * own.log_softmax(-1)).sum()
+    (loss / len(module.first.targets_N)).backward()
+    expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert distance(module.gradients, expected) < 1e-10
+
+
+def test_shares() -> None:
+    assert [MIX.share(step, None) for step in range(5)] == [0.25, 0.5, 0.75, 0.75, 0.75]
+    assert MixSpec().share(99, 100) == 0.8
+    assert MixSpec(start=0.3, steps=1).share(0, None) == 0.3
+    with pytest.raises(ConfigError, match=r"mix.steps is null and the run has no planned end"):
+        MixSpec().share(0, None)
+
+
+@pytest.mark.parametrize("teacher", ["{itself: epoch}", "{itself: epoch, every: 2}", "{itself: ema, decay: 0.6}"])
+def test_a_resumed_run_ends_alike(teacher: str, tmp_path: Path) -> None:
+    def fit(out: str, steps: int, *more: str) -> dict[str, torch.Tensor]:
+        arguments = [
+            *("fit", "--config", "recipes/tiny/self_distill.yaml", "--config", "recipes/base/tiny.yaml"),
+            *("--model.init_args.policy.path", "tiny-0.1m", "--model.init_args.teacher", teacher),
+            *("--model.init_args.mix.steps", "6", "--model.init_args.optimizer.schedule", "constant"),
+            *("--model.init_args.optimizer.warmup", "0"),
+            *("--data.init_args.train.options.n", "24", "--data.init_args.global_batch_size", "8"),
+            *("--data.init_args.validation", "null", "--trainer.val_check_interval", "null"),
+            *("--checkpoint.every_n_steps", "1", "--checkpoint.monitor", "null"),
+            *("--trainer.max_steps", str(steps), "--out", str(tmp_path / out), *more),
+        ]
+        assert main(arguments) == 0
+        found = torch.load(tmp_path / out / "checkpoints" / "last.ckpt", weights_only=True)
+        return {**found["state_dict"], **{f"t.{k}": v for k, v in _weights(found).items()}}
+
+    def _weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return dict(checkpoint["stepkd"]["method_state"]["itself"]["weights"])
+
+    whole = fit("whole", 7)
+    fit("parts", 4)
+    parts = fit("parts", 7, "--resume", "true")
+    assert set(whole) == set(parts)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    trained = [name for name in whole if name.startswith("policy.")]
+    assert any(not torch.equal(whole[name], whole[f"t.{name.removeprefix('policy.')}"]) for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TeacherSpec(itself="now"), "unknown teacher.itself 'now'"),
+        (lambda: TeacherSpec(itself="ema", path="x"), "path and itself are both given"),
+        (lambda: TeacherSpec(itself="ema", every=2), "teacher.every=2"),
+        (lambda: TeacherSpec(itself="epoch", every=0), "teacher.every=0"),
+        (lambda: TeacherSpec(path="x", every=2), "teacher.every=2 goes with itself: epoch"),
+        (lambda: TeacherSpec(itself="ema", decay=1.0), "teacher.decay=1.0"),
+        (lambda: TeacherSpec(itself="ema", dtype="bfloat16"), "teacher.dtype goes with teacher.path"),
+        (lambda: TeacherSpec(itself="ema", quantization="nf4"), "teacher.quantization='nf4' goes with teacher.path"),
+        (lambda: TeacherSpec(path="x", quantization="nf3"), "unknown teacher.quantization 'nf3'"),
+        (lambda: MixSpec(end=1.5), r"mix.end=1.5: must lie in \[0, 1\]"),
+        (lambda: MixSpec(steps=0), "mix.steps=0"),
+        (
+            lambda: GKDModule(PolicySpec(), TeacherSpec(itself="ema"), source=SourceSpec(student=0.0, teacher=0.5)),
+            "source.teacher=0.5 samples from the teacher, which is the student itself",
+        ),
+        (
+            lambda: GKDModule(PolicySpec(), TeacherSpec(path="x"), mix=MIX, ce_weight=0.5),
+            "ce_weight=0.5 and mix both weigh the cross-entropy",
+        ),
+    ],
+)
+def test_bad_settings(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_quantised_teacher_needs_a_gpu() -> None:
+    from stepkd.teachers import LocalTeacher
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    student = Policy.load(PolicySpec(path="tiny-0.1m"))
+    folder = "tiny-0.1m"
+    with pytest.raises(ConfigError, match=r"the tiny presets cannot be quantised|needs a CUDA device"):
+        LocalTeacher(TeacherSpec(path=folder, quantization="nf4")).bind(student.tokenizer, student.vocab_size)
+
+
+def test_following_comes_first() -> None:
+    batch = collate(list(worker.examples(1)), 0)
+    with pytest.raises(RuntimeError, match=r"given by follow\(\)"):
+        SelfTeacher(TeacherSpec(itself="ema")).signals(batch, temperature=1.0)
