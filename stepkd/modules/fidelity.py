@@ -1,15 +1,16 @@
 """How like its teacher a student is, beside how good: the two can part (arXiv 2505.15442).
 
 On the student's own samples of the validation problems, token by token: the KLs in both directions, how often both find
-the same token likeliest, the gap of their entropies. By steps: the share of the student's steps that the teacher finds
-likely. By answers: who is right, and whether the two agree when they are not.
+the same token likeliest, the gap of their entropies and of their sharpness. By steps: the share of the student's steps
+that the teacher finds likely. By answers: who is right, and whether the two agree when they are not. And on the data's
+own solutions, where there are some, how well either knows when its likeliest token is the right one (ECE).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +26,17 @@ from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_su
 from stepkd.models import Policy
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
 from stepkd.steps import get_segmenter
-from stepkd.teachers import LocalTeacher, Teacher
+from stepkd.teachers import HiddenSignals, LocalTeacher, Signals, Teacher
 
 Sums = dict[str, tuple[float, float]]
 """Name -> sum and number of what it is a mean of."""
 
-TOKENS = ("forward_kl", "reverse_kl", "agreement", "entropy_gap")
+TOKENS = ("forward_kl", "reverse_kl", "agreement", "entropy_gap", "sharpness_gap")
+"""Means over the tokens of samples, student minus teacher. Sharpness is the log-sum-exp of the logits as they are
+(PESF-KD, arXiv 2205.15308; the formula is from memory), its gap is taken as an absolute value."""
+CALIBRATED = ("ece", "teacher_ece")
+BINS = 15
+"""Equally wide bins of confidence for the expected calibration error."""
 ANSWERS = ("both_right", "student_right", "teacher_right", "same_wrong", "different_wrong")
 
 
@@ -106,6 +112,7 @@ class Fidelity:
             indices: number of each in the data set; keys its sample.
         """
         sums = self._tokens_and_steps(self._draw(examples, indices))
+        sums |= self._calibration([example for example in examples if example.completion_ids])
         if self.spec.answers and isinstance(self.teacher, LocalTeacher):
             sums |= self._compared_answers(self.teacher, examples, indices)
         return {f"fidelity/{name}": value for name, value in sums.items()}
@@ -143,10 +150,11 @@ class Fidelity:
             steps += count
             known &= not bool(values[:, -1].isnan().any())
         sums = {name: (float(total), float(tokens)) for name, total in zip(TOKENS, totals, strict=True)}
+        sums = {name: pair for name, pair in sums.items() if not math.isnan(pair[0])}
         return sums | ({"likely_steps": (likely, float(steps))} if known else {})
 
     def _positions(self, batch: MicroBatch) -> Tensor:
-        """(N, 5): the token measures, and the teacher's log-probability of the student's token."""
+        """(N, 6): the token measures, and the teacher's log-probability of the student's token; NaN for unknown."""
         signals = self.teacher.signals(batch, temperature=1.0)
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
@@ -156,10 +164,42 @@ class Fidelity:
             # Among buckets a token's own probability may be hidden in the tail: not known then.
             whole = teacher.shape == logits_CV.shape
             own_C = target_logps(teacher, targets_C) if whole else torch.full_like(gap_C, math.nan)
-            return torch.stack(
-                [forward_kl(student, teacher), reverse_kl(student, teacher), agree_C, gap_C, own_C], dim=-1
-            )
+            sharp_C = torch.full_like(gap_C, math.nan)
+            if isinstance(signals, HiddenSignals):
+                sharp_C = (logits_CV.logsumexp(-1) - signals.head(chunk[0]).logsumexp(-1).to(gap_C.device)).abs()
+            kls = forward_kl(student, teacher), reverse_kl(student, teacher)
+            return torch.stack([*kls, agree_C, gap_C, sharp_C.to(gap_C.dtype), own_C], dim=-1)
 
+        return self._each(position, batch, signals)
+
+    @torch.no_grad()
+    def _calibration(self, examples: list[Example]) -> Sums:
+        """By bins of confidence: how much surer than right either is on given tokens. :func:`with_ece` sums them up."""
+        gaps, tokens = torch.zeros(len(CALIBRATED), BINS, dtype=torch.float64), 0
+        for group in micro_batches([example.length for example in examples], self.max_tokens):
+            batch = self.collate([examples[i] for i in group]).to(self.student.device)
+            signals = self.teacher.signals(batch, temperature=1.0)
+
+            def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor, signals: Signals = signals) -> Tensor:
+                _, teacher, favourite_C = signals.compare(tempered(logits_CV), *chunk)
+                whole = teacher.shape == logits_CV.shape
+                sure = logits_CV.log_softmax(-1).amax(-1), teacher.amax(-1) if whole else teacher[:, 0]
+                right = logits_CV.argmax(-1) == targets_C, favourite_C == targets_C
+                return torch.stack([sure[0].exp().double(), right[0], sure[1].exp().double(), right[1]], dim=-1)
+
+            values = self._each(position, batch, signals).double().cpu()
+            tokens += len(values)
+            for row, (sure_N, right_N) in enumerate(((values[:, 0], values[:, 1]), (values[:, 2], values[:, 3]))):
+                bins_N = (sure_N * BINS).long().clamp(max=BINS - 1)
+                gaps[row].index_add_(0, bins_N, sure_N - right_N)
+        return {
+            f"{name}/{number}": (float(gap), float(tokens))
+            for name, row in zip(CALIBRATED, gaps, strict=True)
+            for number, gap in enumerate(row if tokens else ())
+        }
+
+    def _each(self, position: Callable[..., Tensor], batch: MicroBatch, signals: Signals) -> Tensor:
+        """What a function of logits, targets and the teacher's signals gives at every target."""
         hidden_BTH = self.student.hidden(batch.input_ids_BT, batch.attention_mask_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.needed_N]
         ones_N = torch.ones(len(batch.targets_N), device=hidden_NH.device)
@@ -193,3 +233,18 @@ def _kind(student: tuple[bool, str | None], teacher: tuple[bool, str | None]) ->
         return "student_right" if student[0] else "teacher_right"
     same = student[1] is not None and student[1] == teacher[1]
     return "same_wrong" if same else "different_wrong"
+
+
+def with_ece(means: Mapping[str, float]) -> dict[str, float]:
+    """Metric means with the expected calibration error (a share, in [0, 1]) in place of its bins.
+
+    Args:
+        means: over all ranks and batches; ``fidelity/ece/<bin>`` is a bin's sum of confidence minus right, over the
+            number of all tokens.
+    """
+    kept = {name: value for name, value in means.items() if name.split("/")[1:2] not in [[each] for each in CALIBRATED]}
+    for each in CALIBRATED:
+        gaps = [value for name, value in means.items() if name.startswith(f"fidelity/{each}/")]
+        if gaps:
+            kept[f"fidelity/{each}"] = math.fsum(map(abs, gaps))
+    return kept

@@ -21,7 +21,7 @@ from stepkd.models import Policy, PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
-from stepkd.modules.fidelity import Fidelity, FidelitySpec
+from stepkd.modules.fidelity import Fidelity, FidelitySpec, with_ece
 from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.randomness import generator
@@ -223,6 +223,9 @@ class GKDModule(StepModule):
             for name, (total, number) in self._measured()(batch.examples, batch.indices).items():
                 self._sums[f"metric/{name}"] += total
                 self._sums[f"number/{name}"] += number
+
+    def _metric_means(self) -> dict[str, float]:
+        return with_ece(super()._metric_means())
 
     def _measured(self) -> Fidelity:
         assert self.fidelity_spec is not None

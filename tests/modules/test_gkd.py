@@ -334,12 +334,14 @@ def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None
     drawn = TransformersSampler(student).sample(
         [row.prompt_ids for row in rows], SamplingSpec(max_new_tokens=16), purpose="fidelity"
     )
-    forward, reverse, agree, gap, likely = [], [], [], [], []
+    forward, reverse, agree, gap, sharp, likely = [], [], [], [], [], []
     for row, (rollout,) in zip(rows, drawn, strict=True):
         ids = torch.tensor([[*row.prompt_ids, *rollout.token_ids]])
         start = len(row.prompt_ids)
         with torch.no_grad():
-            s, t = (v.model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1) for v in views)
+            logits = [v.model(input_ids=ids).logits[0, start - 1 : -1] for v in views]
+        s, t = (each.log_softmax(-1) for each in logits)
+        sharp.append((logits[0].logsumexp(-1) - logits[1].logsumexp(-1)).abs())
         forward.append((t.exp() * (t - s)).sum(-1))
         reverse.append((s.exp() * (s - t)).sum(-1))
         agree.append((s.argmax(-1) == t.argmax(-1)).double())
@@ -347,11 +349,41 @@ def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None
         own = t.gather(-1, ids[0, start:, None])[:, 0]
         spans = segment(get_segmenter("newline"), text_from_ids(student.tokenizer, rollout.token_ids))
         likely += [float(own[a:b].mean()) >= math.log(0.5) for a, b in spans]
-    expected = {"forward_kl": forward, "reverse_kl": reverse, "agreement": agree, "entropy_gap": gap}
+    expected = {"forward_kl": forward, "reverse_kl": reverse, "agreement": agree}
+    expected |= {"entropy_gap": gap, "sharpness_gap": sharp}
     for name, values in expected.items():
         assert found[name] == pytest.approx(float(torch.cat(values).mean()), rel=1e-5, abs=1e-7), name
     assert found["likely_steps"] == pytest.approx(sum(likely) / len(likely))
     assert sum(found[f"answers_{name}"] for name in ANSWERS) == pytest.approx(1.0)
+
+
+def calibration_error(policy: Policy, rows: list[Any]) -> float:
+    """ECE of 15 bins over all given tokens, from plain logits: weighted mean of |accuracy - confidence|."""
+    pairs: list[tuple[float, bool]] = []
+    for row in rows:
+        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
+        start = len(row.prompt_ids)
+        with torch.no_grad():
+            top = policy.model(input_ids=ids).logits[0, start - 1 : -1].softmax(-1).max(-1)
+        pairs += list(zip(top.values.tolist(), (top.indices == ids[0, start:]).tolist(), strict=True))
+    error = 0.0
+    for number in range(15):
+        inside = [pair for pair in pairs if number / 15 <= pair[0] < (number + 1) / 15]
+        if inside:
+            sure, right = (sum(values) / len(inside) for values in zip(*inside, strict=True))
+            error += len(inside) / len(pairs) * abs(sure - right)
+    return error
+
+
+def test_calibration_on_given_tokens(views: Any, rows: list[Any]) -> None:
+    found = measure(rows, views, micro_batch_tokens=90, chunk_size=4, fidelity=FidelitySpec(answers=False))
+    assert found["ece"] == pytest.approx(calibration_error(views[0], rows), rel=1e-5)
+    assert found["teacher_ece"] == pytest.approx(calibration_error(views[1], rows), rel=1e-5)
+    assert not [name for name in found if name.startswith("ece/")]
+    few = measure(rows, views, divergence=DivergenceSpec(top_k=3), fidelity=FidelitySpec(answers=False))
+    assert few["teacher_ece"] == pytest.approx(found["teacher_ece"], rel=1e-5), "its likeliest token is in no tail"
+    bare = [replace(row, completion_ids=(), spans=()) for row in rows]
+    assert "ece" not in measure(bare, views, fidelity=FidelitySpec(answers=False))
 
 
 def test_a_student_that_is_its_teacher(views: Any, rows: list[Any], tmp_path: Path) -> None:
