@@ -11,6 +11,7 @@ import torch
 
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
+from stepkd.models.room import check_host_room
 from stepkd.models.spec import PolicySpec
 from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_tokenizer
 
@@ -88,6 +89,8 @@ def _base_model(spec: PolicySpec) -> Any:
     if quantization is not None:
         arguments["quantization_config"] = quantization
     _check_folder(source, gguf_file)
+    if gguf_file is None and quantization is None and Path(source).is_dir():
+        check_host_room(Path(source), spec.dtype)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(source, **arguments)
     except Exception as error:  # transformers, safetensors, gguf and the hub raise many classes for a broken model

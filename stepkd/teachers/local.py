@@ -14,6 +14,7 @@ from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
+from stepkd.models.room import device_room
 from stepkd.models.spec import DTYPES, Quantization
 from stepkd.rollout.annotate import check_same_vocabulary
 from stepkd.steps import get_segmenter
@@ -184,7 +185,7 @@ def check_room(policy: Policy, device: torch.device) -> None:
     if device.type != "cuda":
         return
     needed = sum(p.numel() * p.element_size() for p in policy.parameters())
-    free, _ = torch.cuda.mem_get_info(device)
+    free = device_room(device)
     if needed > ROOM * free:
         raise ModelError(
             f"the teacher needs {needed:,} bytes ({needed / 2**30:.1f} GiB) for its weights, and {device} has {free:,} "

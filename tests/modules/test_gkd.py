@@ -460,6 +460,18 @@ def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], dis
     assert distance(module.gradients, expected) < TOLERANCE
 
 
+def test_a_teacher_without_the_students_special_tokens(tmp_path: Path, rows: list[Any]) -> None:
+    from stepkd.models.export import save_policy
+
+    student = Policy.load(PolicySpec(path="tiny-0.1m"))
+    student.tokenizer.add_special_tokens({"extra_special_tokens": ["<wait>", "<done>"]})
+    student.causal_lm.resize_token_embeddings(len(student.tokenizer))
+    save_policy(student, tmp_path / "student")
+    message = r"does not know the model's special tokens '<wait>', '<done>' \(ids \d+, \d+\), so it cannot say where"
+    with pytest.raises(ModelError, match=message):
+        worker.run(rows, policy={"path": str(tmp_path / "student")}, teacher=TeacherSpec(path="tiny-0.5m"))
+
+
 def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
     from stepkd.models.export import save_policy
 

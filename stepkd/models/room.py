@@ -1,0 +1,57 @@
+"""Whether weights fit, said before a machine swaps itself to death or a kernel kills the process without a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from stepkd.errors import ModelError
+
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def check_host_room(folder: Path, dtype: str) -> None:
+    """Refuse to load a folder's weights that are larger than the memory that is free.
+
+    Args:
+        folder: a transformers model folder.
+        dtype: what they become in memory; ``auto``: as stored.
+
+    Raises:
+        ModelError: names the bytes needed and free.
+    """
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    wanted = _BYTES.get(dtype)
+    if wanted is not None:
+        stored = stored * wanted // _BYTES.get(_stored_dtype(folder), wanted)
+    free = free_bytes()
+    if free is not None and stored > free:
+        raise ModelError(
+            f"{folder} needs {stored:,} bytes ({stored / 2**30:.1f} GiB) for its weights"
+            f"{'' if wanted is None else f' in {dtype}'}, and this machine has {free:,} ({free / 2**30:.1f} GiB) free: "
+            "load it in bfloat16, quantise it, or take a smaller model"
+        )
+
+
+def free_bytes() -> int | None:
+    """Memory that processes can still get, in bytes; None where that is not known."""
+    try:
+        import psutil  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
+def device_room(device: torch.device) -> int:
+    """Free memory of a CUDA device, in bytes."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _stored_dtype(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("dtype") or config.get("torch_dtype") or "")

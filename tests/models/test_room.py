@@ -1,0 +1,55 @@
+"""Weights that do not fit are refused with the bytes that they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepkd.errors import ModelError
+from stepkd.models import Policy, PolicySpec, room
+from stepkd.models.export import save_policy
+from stepkd.teachers import LocalTeacher, TeacherSpec
+from stepkd.teachers.local import check_room
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("room") / "model"
+    save_policy(Policy.load(PolicySpec(path="tiny-0.1m")), path)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "times"), [("auto", 1.0), ("float32", 1.0), ("bfloat16", 0.5), ("float64", 2.0)])
+def test_memory_of_this_machine(folder: Path, dtype: str, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = int(sum(file.stat().st_size for file in folder.glob("*.safetensors")) * times)
+    monkeypatch.setattr(room, "free_bytes", lambda: needed - 1)
+    spec = PolicySpec(path=str(folder), dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=rf"needs {needed:,} bytes .* this machine has {needed - 1:,}"):
+        Policy.load(spec)
+    monkeypatch.setattr(room, "free_bytes", lambda: needed)
+    Policy.load(spec)
+
+
+def test_a_teacher_too_large_for_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda: 1000)
+    student = Policy.load(PolicySpec(path="tiny-0.1m"))
+    with pytest.raises(ModelError, match=r"needs .* bytes .* 1,000 .* free: load it in bfloat16, quantise it"):
+        LocalTeacher(TeacherSpec(path=str(folder))).bind(student.tokenizer, student.vocab_size)
+
+
+def test_a_teacher_too_large_for_its_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy.load(PolicySpec(path=str(folder)))
+    needed = sum(p.numel() * p.element_size() for p in policy.parameters())
+    monkeypatch.setattr("stepkd.teachers.local.device_room", lambda device: needed)
+    with pytest.raises(ModelError, match=rf"needs {needed:,} bytes .* cuda:0 has {needed:,}"):
+        check_room(policy, torch.device("cuda:0"))
+    monkeypatch.setattr("stepkd.teachers.local.device_room", lambda device: 2 * needed)
+    check_room(policy, torch.device("cuda:0"))
+    check_room(policy, torch.device("cpu"))
+
+
+def test_where_free_memory_is_not_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_bytes", lambda: None)
+    Policy.load(PolicySpec(path=str(folder)))
