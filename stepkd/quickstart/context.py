@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from stepkd.errors import ConfigError
 from stepkd.launch.quiet import quiet_libraries
@@ -120,6 +121,30 @@ def evaluate_task(context: Context, name: str, model: Path, *, samples: int, tem
         seed=context.seed,
     )
     return {key: summary[key] for key in ("problems", "samples", "metrics")}
+
+
+def compare_samples(context: Context, models: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Sample models on the held-out problems (what an earlier stage sampled is used again) and show them side by side.
+
+    Args:
+        context: the quick start.
+        models: name (that of its stage) -> model folder.
+
+    Returns:
+        Name -> the summary's metrics.
+    """
+    table = Table(title="held-out problems, 4 samples each, 95% intervals", title_justify="left")
+    table.add_column("model")
+    for column in ("right, sampled", "steps right", "right answer, wrong step"):
+        table.add_column(column, justify="right")
+    sections = {}
+    for name, folder in models.items():
+        sections[name] = evaluate_task(context, f"{name}-sampled", folder, samples=4, temperature=1.0)
+        metrics = sections[name]["metrics"]
+        shown = (metrics["pass@1"], metrics["step_accuracy"], metrics["correct_with_wrong_step"])
+        table.add_row(name.replace("_", "-"), *(percent(metric) for metric in shown))
+    context.console.print(table)
+    return sections
 
 
 def percent(metric: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 from stepkd.errors import ConfigError
 from stepkd.evaluation.judging import solution_steps
 from stepkd.quickstart.context import Context, Stage, evaluate_task, percent, train_sft
+from stepkd.quickstart.gkd_stage import train_gkd
 from stepkd.quickstart.prm_stage import train_prm
 from stepkd.quickstart.step_kto_stage import train_step_kto
 
@@ -110,5 +111,6 @@ STAGES: list[Stage] = [
     Stage("samples", "the student's solutions, every step checked", show_samples),
     Stage("prm", "a process reward model from the student's own rollouts, and best-of-8 with it", train_prm),
     Stage("step_kto", "Step-KTO: the student learns from right and wrong answers and steps of its own", train_step_kto),
+    Stage("gkd", "GKD: the student learns from its teacher, on solutions of its own", train_gkd),
 ]
 """All stages in order; later methods append theirs."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from stepkd.quickstart.context import Context, evaluate_task, percent
+from stepkd.quickstart.context import Context, compare_samples
 
 SETTINGS: dict[str, Any] = {"beta": 0.5}
 """KTO's beta, of answers and steps."""
@@ -45,18 +43,7 @@ def train_step_kto(context: Context) -> dict[str, Any]:
         allow_one_class=context.scale < 1,
         progress=True,
     )
-    table = Table(title="held-out problems, 4 samples each, 95% intervals", title_justify="left")
-    table.add_column("model")
-    for column in ("right, sampled", "steps right", "right answer, wrong step"):
-        table.add_column(column, justify="right")
-    sections = {}
-    for name, folder in (("student", context.model_folder("student")), ("step_kto", model)):
-        # The student's samples are there already when the stage 'evaluate' has run.
-        sections[name] = evaluate_task(context, f"{name}-sampled", folder, samples=4, temperature=1.0)
-        metrics = sections[name]["metrics"]
-        shown = (metrics["pass@1"], metrics["step_accuracy"], metrics["correct_with_wrong_step"])
-        table.add_row(name.replace("_", "-"), *(percent(metric) for metric in shown))
-    context.console.print(table)
+    sections = compare_samples(context, {"student": context.model_folder("student"), "step_kto": model})
     return {
         "model": str(model.relative_to(context.out)),
         "steps": context.steps(60),
