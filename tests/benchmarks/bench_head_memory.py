@@ -1,7 +1,7 @@
 """Memory of a divergence over the vocabulary: `fused_sum` in chunks against logits of all positions at once.
 
 Run: ``python tests/benchmarks/bench_head_memory.py [--chunk 128]``. Hidden states of width 576 of student and teacher,
-bfloat16, generalised JSD, heads of both, the student's trained and the teacher's frozen; vocabularies of 8k, 49k and 152k
+bfloat16, generalised JSD, heads of both, the student's trained and the teacher's frozen; vocabularies of 8k, 49k, 152k
 tokens, 256 to 4,096 positions. One process per cell; what is printed is the growth of its resident set (Linux) over
 hidden states, heads and the gradients of both, in MiB, the student head's sum of gradients in float32 included. Plain
 logits are left out where they would need more than ``--most`` GiB.

@@ -34,6 +34,8 @@ class DistillationSettings:
     """Tiny model preset of teacher and student."""
     teacher_steps: int = 800
     """Optimiser steps of the teacher, of 64 solutions, >= 1."""
+    demonstrations: int = 20_000
+    """Different problems in the teacher's training set, >= 1."""
     teacher_slips: float = 0.0
     """Probability that a line of what the teacher learns from slips, in [0, 1]; above 0 it goes on for
     ``slip_steps``."""
@@ -93,13 +95,14 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     settings: DistillationSettings = unit.settings
     common: dict[str, Any] = {"task": settings.task, "seed": unit.seed, "reuse": True}
     report(f"training the teacher, {settings.teacher_steps} steps")
+    clean = {**common, "demonstrations": settings.demonstrations}
     teacher = train_tiny_sft(
-        unit.folder / "teacher", start=settings.model, steps=settings.teacher_steps, lr=3e-3, **common
+        unit.folder / "teacher", start=settings.model, steps=settings.teacher_steps, lr=3e-3, **clean
     )
     if settings.teacher_slips:
         noise = {"rate": settings.teacher_slips, "kind": "random"}
         teacher = train_tiny_sft(
-            unit.folder / "sloppy", start=teacher, steps=settings.slip_steps, lr=1e-3, noise=noise, **common
+            unit.folder / "sloppy", start=teacher, steps=settings.slip_steps, lr=1e-3, noise=noise, **clean
         )
     report(f"training the student, {settings.student_steps} steps on {settings.prompts} solutions")
     student = train_tiny_sft(
