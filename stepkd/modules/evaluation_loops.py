@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ class EvaluationLoops(LightningModule):
             values[f"{prefix}/loss"] = sum(
                 weights.get(name, 1.0) * values.get(f"{prefix}/{name}", 0.0) for name in self.components
             )
-        means = self._metric_means()
+        means = self.evaluation_metrics(self._metric_totals())
         values |= {f"{prefix}/{name}": value for name, value in (means | self.derived_metrics(means)).items()}
         sampled = {name.removeprefix("sampled/"): value for name, value in totals.items()}
         values |= {f"{prefix}/{name}": value for name, value in SampledAccuracy.rates(sampled).items()}
@@ -131,7 +131,11 @@ class EvaluationLoops(LightningModule):
         if self._throughput is not None:
             self._throughput.restart()
 
-    def _metric_means(self) -> dict[str, float]:
+    def evaluation_metrics(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """What an evaluation logs, from every metric's sum and number over all batches and ranks: their means."""
+        return {name: total / number for name, (total, number) in totals.items() if number}
+
+    def _metric_totals(self) -> dict[str, tuple[float, float]]:
         names = union(name.removeprefix("metric/") for name in self._sums if name.startswith("metric/"))
         totals = all_reduce(
             {
@@ -141,7 +145,7 @@ class EvaluationLoops(LightningModule):
             },
             self.device,
         )
-        return {name: totals[f"metric/{name}"] / totals[f"number/{name}"] for name in names if totals[f"number/{name}"]}
+        return {name: (totals[f"metric/{name}"], totals[f"number/{name}"]) for name in names}
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Sample completions and return them as rollout rows (see ``stepkd.data.rows.ROLLOUT``)."""

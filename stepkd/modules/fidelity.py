@@ -137,12 +137,20 @@ class Fidelity:
 
     @torch.no_grad()
     def _tokens_and_steps(self, examples: list[Example]) -> Sums:
-        totals, tokens, likely, steps, known = torch.zeros(len(TOKENS), dtype=torch.float64), 0, 0.0, 0, True
+        totals, *moments = torch.zeros(4, len(TOKENS), dtype=torch.float64)
+        tokens, likely, steps, known = 0, 0.0, 0, True
         for group in micro_batches([example.length for example in examples], self.max_tokens):
             batch = self.collate([examples[i] for i in group]).to(self.student.device)
             values = self._positions(batch)
-            totals += values[:, : len(TOKENS)].double().sum(0).cpu()
+            rows_N = batch.row_N.cpu()
+            of_problems_BM = totals.new_zeros(len(group), len(TOKENS))
+            of_problems_BM.index_add_(0, rows_N, values[:, : len(TOKENS)].double().cpu())
+            tokens_B = totals.new_zeros(len(group)).index_add_(0, rows_N, totals.new_ones(len(values)))
+            totals += of_problems_BM.sum(0)
             tokens += len(values)
+            moments[0] += of_problems_BM.square().sum(0)
+            moments[1] += (of_problems_BM * tokens_B[:, None]).sum(0)
+            moments[2] += tokens_B.square().sum()
             count = int(batch.num_steps_B.sum())
             ones_N = torch.ones_like(values[:, -1])
             mean_S = segment_sum(values[:, -1], batch.step_N, count) / segment_sum(ones_N, batch.step_N, count)
@@ -151,6 +159,12 @@ class Fidelity:
             known &= not bool(values[:, -1].isnan().any())
         sums = {name: (float(total), float(tokens)) for name, total in zip(TOKENS, totals, strict=True)}
         sums = {name: pair for name, pair in sums.items() if not math.isnan(pair[0])}
+        sums |= {
+            f"moments/{name}/{part}": (float(moments[row][column]), float(len(examples)))
+            for column, name in enumerate(TOKENS)
+            if name in sums
+            for row, part in enumerate(("xx", "xn", "nn"))
+        }
         return sums | ({"likely_steps": (likely, float(steps))} if known else {})
 
     def _positions(self, batch: MicroBatch) -> Tensor:
@@ -235,16 +249,31 @@ def _kind(student: tuple[bool, str | None], teacher: tuple[bool, str | None]) ->
     return "same_wrong" if same else "different_wrong"
 
 
-def with_ece(means: Mapping[str, float]) -> dict[str, float]:
-    """Metric means with the expected calibration error (a share, in [0, 1]) in place of its bins.
+def fidelity_totals(totals: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Sums over all ranks and batches, with what they were taken for in place of parts of it.
 
-    Args:
-        means: over all ranks and batches; ``fidelity/ece/<bin>`` is a bin's sum of confidence minus right, over the
-            number of all tokens.
+    ``fidelity/ece/<bin>`` is a bin's confidence minus right, over the number of all tokens: absolute values sum to the
+    expected calibration error, in [0, 1]. ``fidelity/moments/<metric>/<xx, xn or nn>`` are sums over problems of
+    products of x, a problem's sum of the metric, and n, its tokens, over the number of problems: they give
+    ``<metric>_se``, the standard error of the mean over tokens with problems as clusters (that of a ratio of sums,
+    linearised). 1.96 of them on either side make a 95% interval.
     """
-    kept = {name: value for name, value in means.items() if name.split("/")[1:2] not in [[each] for each in CALIBRATED]}
+    kept = {name: pair for name, pair in totals.items() if name.split("/")[1:2] not in _PARTS}
     for each in CALIBRATED:
-        gaps = [value for name, value in means.items() if name.startswith(f"fidelity/{each}/")]
+        gaps = [total / number for name, (total, number) in totals.items() if name.startswith(f"fidelity/{each}/")]
         if gaps:
-            kept[f"fidelity/{each}"] = math.fsum(map(abs, gaps))
+            kept[f"fidelity/{each}"] = (math.fsum(map(abs, gaps)), 1.0)
+    for each in TOKENS:
+        parts = [totals.get(f"fidelity/moments/{each}/{part}") for part in ("xx", "xn", "nn")]
+        if None in parts:
+            continue
+        (xx, problems), (xn, _), (nn, _) = (part for part in parts if part is not None)
+        total, tokens = totals[f"fidelity/{each}"]
+        mean = total / tokens
+        residual = max(xx - 2 * mean * xn + mean**2 * nn, 0.0)
+        if problems > 1:
+            kept[f"fidelity/{each}_se"] = (math.sqrt(residual * problems / (problems - 1)) / tokens, 1.0)
     return kept
+
+
+_PARTS = [["moments"], *([each] for each in CALIBRATED)]

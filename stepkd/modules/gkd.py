@@ -6,7 +6,7 @@ Axes: N completion tokens of a micro-batch, C of one chunk, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from stepkd.models import Policy, PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
-from stepkd.modules.fidelity import Fidelity, FidelitySpec, with_ece
+from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
 from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.randomness import generator
@@ -224,8 +224,9 @@ class GKDModule(StepModule):
                 self._sums[f"metric/{name}"] += total
                 self._sums[f"number/{name}"] += number
 
-    def _metric_means(self) -> dict[str, float]:
-        return with_ece(super()._metric_means())
+    def evaluation_metrics(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """The means, with fidelity's errors made of their sums."""
+        return super().evaluation_metrics(fidelity_totals(totals))
 
     def _measured(self) -> Fidelity:
         assert self.fidelity_spec is not None

@@ -325,6 +325,14 @@ def measure(rows: list[Any], views: Any, **settings: Any) -> dict[str, float]:
     return {name.removeprefix("val/fidelity/"): value for name, value in found.items() if "fidelity" in name}
 
 
+def clustered_error(values: list[Tensor]) -> float:
+    """Standard error of a mean over tokens whose rows are clusters."""
+    mean = float(torch.cat(values).mean())
+    tokens, rows = sum(map(len, values)), len(values)
+    residuals = [float((value - mean).sum()) for value in values]
+    return math.sqrt(sum(r * r for r in residuals) * rows / (rows - 1)) / tokens
+
+
 def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None:
     from stepkd.rollout import SamplingSpec, TransformersSampler
     from stepkd.steps import get_segmenter, segment, text_from_ids
@@ -353,6 +361,7 @@ def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None
     expected |= {"entropy_gap": gap, "sharpness_gap": sharp}
     for name, values in expected.items():
         assert found[name] == pytest.approx(float(torch.cat(values).mean()), rel=1e-5, abs=1e-7), name
+        assert found[f"{name}_se"] == pytest.approx(clustered_error(values), rel=1e-4), name
     assert found["likely_steps"] == pytest.approx(sum(likely) / len(likely))
     assert sum(found[f"answers_{name}"] for name in ANSWERS) == pytest.approx(1.0)
 
