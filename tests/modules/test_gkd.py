@@ -136,12 +136,12 @@ def test_settings(
     assert ("train/ce" in logged) == ("ce_weight" in settings)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
-def test_a_step_is_trls(beta: float, views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
-    """Parameter gradients of TRL's own loss on the same padded batch. Its trainer has no way to a temperature there."""
+def trl_loss(
+    views: tuple[Policy, Policy], rows: list[Any], *, beta: float, items: int | None = None, **own: Any
+) -> Tensor:
+    """TRL's loss of one padded batch; ``items`` is what its trainer counted beforehand, ``own`` are its attributes."""
     trl: Any = pytest.importorskip("trl.experimental.gkd").GKDTrainer
     student, teacher = views
-    student.zero_grad()
     length = max(row.length for row in rows)
     inputs = {name: torch.full((len(rows), length), fill) for name, fill in (("input_ids", 0), ("labels", -100))}
     inputs["attention_mask"] = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -149,13 +149,45 @@ def test_a_step_is_trls(beta: float, views: Any, rows: list[Any], distance: Call
         inputs["input_ids"][i, : row.length] = torch.tensor([*row.prompt_ids, *row.completion_ids])
         inputs["labels"][i, len(row.prompt_ids) : row.length] = torch.tensor(row.completion_ids)
         inputs["attention_mask"][i, : row.length] = 1
-    peer = SimpleNamespace(teacher_model=teacher.model, beta=beta, generalized_jsd_loss=trl.generalized_jsd_loss)
-    loss = trl.compute_loss(peer, student.model, inputs)
+    shared = {"teacher_model": teacher.model, "generalized_jsd_loss": trl.generalized_jsd_loss}
+    loss: Tensor = trl.compute_loss(
+        SimpleNamespace(beta=beta, **shared, **own), student.model, inputs, num_items_in_batch=items
+    )
+    return loss
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_a_step_is_trls(beta: float, views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
+    """Parameter gradients of TRL's own loss on the same padded batch."""
+    student, _ = views
+    student.zero_grad()
+    loss = trl_loss(views, rows, beta=beta)
     loss.backward()
     expected = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
     module = worker.run(rows, divergence=DivergenceSpec(beta=beta), micro_batch_tokens=100, chunk_size=9)
     assert distance(module.gradients, expected) < TOLERANCE
     assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
+    """Its trainer samples at a temperature that its loss never sees, and counts a batch's tokens before it samples."""
+    warm, cold = (float(trl_loss(views, rows, beta=0.5, temperature=t).detach()) for t in (2.0, 1.0))
+    assert warm == cold, "TRL's loss path has a temperature now: compare it in test_a_step_is_trls"
+    ours = {
+        t: float(worker.run(rows, divergence=DivergenceSpec(temperature=t)).trainer.callback_metrics["train/loss"])
+        for t in (1.0, 2.0)
+    }
+    assert ours[1.0] == pytest.approx(cold, rel=1e-6)
+    assert abs(ours[2.0] - ours[1.0]) > 0.1 * ours[1.0]
+    # The count comes with the loader's batch; training_step then puts sampled completions in its place.
+    module = worker.run(rows, source=worker.OWN)
+    sampled = [replace(row, completion_ids=module.written[0][row.id]) for row in rows]
+    before, after = (sum(len(row.completion_ids) for row in batch) for batch in (rows, sampled))
+    assert before != after
+    counted = float(trl_loss(views, sampled, beta=0.5, items=before).detach())
+    right = float(trl_loss(views, sampled, beta=0.5).detach())
+    assert counted == pytest.approx(right * after / before, rel=1e-6)
+    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(right, rel=1e-6)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
