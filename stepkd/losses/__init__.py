@@ -15,8 +15,18 @@ from stepkd.losses.divergence import (
 )
 from stepkd.losses.dpo import dpo, step_dpo, visit_smoothing
 from stepkd.losses.fused import fused_sum, head_parameters
+from stepkd.losses.kl_estimators import kl_estimate
 from stepkd.losses.kto import kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead, chunked_head
+from stepkd.losses.policy_gradient import (
+    clipped_loss,
+    group_advantages,
+    group_step_advantages,
+    reward_to_go,
+    scatter_step_rewards,
+    segment_group_advantages,
+    token_normalisation,
+)
 from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
 from stepkd.losses.reduce import LossTerms, reduce, segment_sum
 from stepkd.losses.token import cross_entropy, target_logps, token_logps
@@ -27,13 +37,17 @@ __all__ = [
     "VocabHead",
     "balanced_kl",
     "chunked_head",
+    "clipped_loss",
     "cross_entropy",
     "dpo",
     "entropy",
     "forward_kl",
     "fused_sum",
     "generalized_jsd",
+    "group_advantages",
+    "group_step_advantages",
     "head_parameters",
+    "kl_estimate",
     "kto",
     "kto_values",
     "label_token_logps",
@@ -42,6 +56,9 @@ __all__ = [
     "reduce",
     "reference_point",
     "reverse_kl",
+    "reward_to_go",
+    "scatter_step_rewards",
+    "segment_group_advantages",
     "segment_sum",
     "skew_forward_kl",
     "skew_reverse_kl",
@@ -53,6 +70,7 @@ __all__ = [
     "target_logps",
     "tempered",
     "token_logps",
+    "token_normalisation",
     "top_k_buckets",
     "total_variation",
     "visit_smoothing",

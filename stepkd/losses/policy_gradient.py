@@ -1,0 +1,265 @@
+"""Policy gradients: group advantages, clipped ratios, the normalisations of the literature, step credit.
+
+Axes: R completions of a batch, G groups (a group is the completions of one prompt), N completion tokens, S steps.
+
+A loss is a sum over tokens of ``weight * value``; :func:`token_normalisation` says the weights and what the sum is
+divided by, so that :func:`stepkd.losses.reduce` alone divides.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from stepkd.errors import check_choice
+from stepkd.losses.reduce import segment_sum
+
+Advantage = Literal["group_std", "group_mean", "leave_one_out"]
+Normalisation = Literal["grpo", "dapo", "group_token_mean", "dr_grpo", "bnpo"]
+STD_EPSILON = 1e-4
+"""Added to a group's standard deviation (TRL's)."""
+
+
+def group_advantages(
+    rewards_R: Tensor, group_R: Tensor, *, kind: Advantage = "group_std", ddof: int = 1, eps: float = STD_EPSILON
+) -> Tensor:
+    """How much better each completion is than those of the same prompt.
+
+    Args:
+        rewards_R: rewards, float32 or float64.
+        group_R: int64 number of each completion's group, >= 0.
+        kind: ``group_std``: ``(r - mean) / (std + eps)`` (GRPO, arXiv 2402.03300); ``group_mean``: ``r - mean`` (Dr.
+            GRPO, arXiv 2503.20783); ``leave_one_out``: ``r`` minus the mean of the others (RLOO, arXiv 2402.14740).
+        ddof: 1 divides the squared deviations by n - 1 (TRL's: rewards 1, 0, 0, 0 give 1.5), 0 by n (1.732).
+        eps: added to the standard deviation, >= 0.
+
+    Returns:
+        (R,) advantages; 0 in a group of one, and where all rewards of a group are equal.
+
+    Raises:
+        ValueError: another kind, a ddof that is neither 0 nor 1, or shapes that differ.
+    """
+    check_choice("advantage", kind, get_args(Advantage))
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof={ddof}: must be 0 or 1")
+    if rewards_R.shape != group_R.shape:
+        raise ValueError(f"{tuple(rewards_R.shape)} rewards and {tuple(group_R.shape)} group numbers")
+    if not len(rewards_R):
+        return rewards_R
+    groups = int(group_R.max()) + 1
+    size_G = segment_sum(torch.ones_like(rewards_R), group_R, groups)
+    mean_G = segment_sum(rewards_R, group_R, groups) / size_G.clamp_min(1)
+    centred_R = rewards_R - mean_G[group_R]
+    if kind == "group_mean":
+        return centred_R
+    size_R = size_G[group_R]
+    if kind == "leave_one_out":
+        return torch.where(size_R > 1, centred_R * size_R / (size_R - 1).clamp_min(1), 0.0)
+    variance_G = segment_sum(centred_R.square(), group_R, groups) / (size_G - ddof).clamp_min(1)
+    return centred_R / (variance_G.sqrt()[group_R] + eps)
+
+
+class Clipped(NamedTuple):
+    """Per-token values of the clipped objective."""
+
+    loss_N: Tensor
+    """``-min(ratio A, clip(ratio) A)``."""
+    ratio_N: Tensor
+    """Detached ratio of the new probability to the old one."""
+    low_N: Tensor
+    """bool: the lower bound took its gradient."""
+    high_N: Tensor
+    """bool: the upper bound took its gradient."""
+
+
+def clipped_loss(
+    logps_N: Tensor, old_logps_N: Tensor, advantages_N: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Clipped:
+    """PPO's clipped objective by token (arXiv 1707.06347), with bounds of their own (clip-higher, arXiv 2503.14476).
+
+    Args:
+        logps_N: log-probabilities under the policy; gradients flow through them.
+        old_logps_N: those under the policy that the batch is taken to be of. Equal to ``logps_N`` on-policy: the ratio
+            is 1 then, and carries the gradient only.
+        advantages_N: of every token.
+        clip_low, clip_high: bounds 1 - low and 1 + high, in [0, 1) and >= 0.
+
+    Raises:
+        ValueError: bounds out of range, or shapes that differ.
+    """
+    if not 0 <= clip_low < 1 or clip_high < 0:
+        raise ValueError(f"clip_low={clip_low}, clip_high={clip_high}: must be in [0, 1), and not negative")
+    if not logps_N.shape == old_logps_N.shape == advantages_N.shape:
+        raise ValueError(
+            f"{tuple(logps_N.shape)} log-probabilities, {tuple(old_logps_N.shape)} old ones and "
+            f"{tuple(advantages_N.shape)} advantages"
+        )
+    ratio_N = (logps_N - old_logps_N.detach()).exp()
+    bounded_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
+    loss_N = -torch.min(ratio_N * advantages_N, bounded_N * advantages_N)
+    with torch.no_grad():
+        low_N = (ratio_N < 1 - clip_low) & (advantages_N < 0)
+        high_N = (ratio_N > 1 + clip_high) & (advantages_N > 0)
+    return Clipped(loss_N, ratio_N.detach(), low_N, high_N)
+
+
+class TokenWeights(NamedTuple):
+    """How a sum over tokens is normalised."""
+
+    weight_R: Tensor
+    """Weight of every token of a completion, float64."""
+    counts_R: Tensor
+    """What a completion adds to the denominator, float64."""
+
+
+def token_normalisation(
+    kind: Normalisation, lengths_R: Tensor, group_R: Tensor, *, max_length: int | None = None
+) -> TokenWeights:
+    """Weights and denominators of the normalisations in use; ``sum_R weight_R sum_t value / sum_R counts_R`` each.
+
+    ===================  ==============================================================================================
+    ``grpo``             mean over completions of the mean over their tokens (arXiv 2402.03300)
+    ``dapo``             mean over all tokens of the global batch (arXiv 2503.14476)
+    ``group_token_mean`` mean over groups of the mean over all tokens of the group (KDRL, arXiv 2506.02208)
+    ``dr_grpo``          sum over tokens over completions times ``max_length`` (arXiv 2503.20783)
+    ``bnpo``             mean over micro-batches of the mean over their tokens (TRL's name): changes with the split
+    ===================  ==============================================================================================
+
+    Args:
+        kind: which one.
+        lengths_R: tokens of every completion, those of a micro-batch for ``bnpo``; an empty completion has no weight
+            and (``dapo`` and ``bnpo`` apart) still counts.
+        group_R: number of each completion's group. For ``group_token_mean`` all completions of a group must be given.
+        max_length: ``dr_grpo``: the constant, >= 1.
+
+    Raises:
+        ValueError: another kind, or no ``max_length`` where one is needed.
+    """
+    check_choice("normalisation", kind, get_args(Normalisation))
+    lengths_R = lengths_R.double()
+    ones_R = torch.ones_like(lengths_R)
+    if kind == "grpo":
+        return TokenWeights(1 / lengths_R.clamp_min(1), ones_R)
+    if kind == "dapo":
+        return TokenWeights(ones_R, lengths_R)
+    if kind == "dr_grpo":
+        if max_length is None or max_length < 1:
+            raise ValueError(f"dr_grpo divides by max_length={max_length}: must be at least 1")
+        return TokenWeights(ones_R / max_length, ones_R)
+    if kind == "bnpo":
+        return TokenWeights(ones_R / lengths_R.sum().clamp_min(1), ones_R / max(len(lengths_R), 1))
+    groups = int(group_R.max()) + 1 if len(group_R) else 0
+    tokens_R = segment_sum(lengths_R, group_R, groups)[group_R]
+    size_R = segment_sum(ones_R, group_R, groups)[group_R]
+    return TokenWeights(1 / tokens_R.clamp_min(1), 1 / size_R.clamp_min(1))
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def scatter_step_rewards(rewards_S: Tensor, ends_S: Tensor, row_S: Tensor, starts_R: Tensor, num_tokens: int) -> Tensor:
+    """Rewards of steps, put on the last token of each.
+
+    Args:
+        rewards_S: reward of every step; NaN for a step without one (0).
+        ends_S: token behind each step's last one, counted from its completion's first.
+        row_S: int64 completion of every step.
+        starts_R: number of each completion's first token among all N.
+        num_tokens: N.
+
+    Returns:
+        (N,) zeros but at the steps' ends.
+
+    Raises:
+        ValueError: an empty step, or one beyond the tokens.
+    """
+    places_S = starts_R[row_S] + ends_S - 1
+    if len(ends_S) and (int(ends_S.min()) < 1 or int(places_S.max()) >= num_tokens):
+        raise ValueError(f"steps end at {ends_S.tolist()}, which is not within their completions")
+    rewards_S = torch.where(rewards_S.isnan(), 0.0, rewards_S)
+    return rewards_S.new_zeros(num_tokens).index_add(0, places_S, rewards_S)
+
+
+def reward_to_go(rewards_N: Tensor, row_N: Tensor, *, discount: float = 1.0) -> Tensor:
+    """Every token's own and later rewards: ``sum_(t' >= t) discount^(t' - t) r_t'`` within its completion.
+
+    Args:
+        rewards_N: by token, completion after completion.
+        row_N: int64 completion of every token, not decreasing.
+        discount: per token, in [0, 1].
+
+    Raises:
+        ValueError: a discount out of range.
+    """
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount={discount}: must lie in [0, 1]")
+    if discount == 1:
+        rows = int(row_N.max()) + 1 if len(row_N) else 0
+        before_N = rewards_N.cumsum(0) - rewards_N
+        totals_R = segment_sum(rewards_N, row_N, rows)
+        ahead_R = totals_R.cumsum(0) - totals_R  # of the completions before
+        return totals_R[row_N] - (before_N - ahead_R[row_N])
+    values, later, row = rewards_N.tolist(), 0.0, -1
+    for n in range(len(values) - 1, -1, -1):
+        if (now := int(row_N[n])) != row:
+            later, row = 0.0, now
+        later = values[n] = values[n] + discount * later
+    return rewards_N.new_tensor(values)
+
+
+def group_step_advantages(
+    rewards_S: Tensor,
+    ends_S: Tensor,
+    row_S: Tensor,
+    group_R: Tensor,
+    starts_R: Tensor,
+    num_tokens: int,
+    *,
+    ddof: int = 1,
+    eps: float = STD_EPSILON,
+) -> Tensor:
+    """An advantage for every token from rewards of steps.
+
+    Process supervision of DeepSeekMath (arXiv 2402.03300, section 4.1.3; from memory): every step's reward is
+    normalised by mean and standard deviation of all step rewards of its group, and a token's advantage is the sum of
+    those of the steps that end at it or later.
+
+    Args:
+        rewards_S: reward of every step; NaN for a step without one, which counts for nothing.
+        ends_S, row_S, starts_R, num_tokens: as for :func:`scatter_step_rewards`.
+        group_R: int64 group of every completion.
+        ddof, eps: as for :func:`group_advantages`.
+
+    Returns:
+        (N,) advantages by token.
+    """
+    known_S = ~rewards_S.isnan()
+    normalised_S = torch.full_like(rewards_S, float("nan"))
+    normalised_S[known_S] = group_advantages(rewards_S[known_S], group_R[row_S[known_S]], ddof=ddof, eps=eps)
+    row_N = torch.repeat_interleave(
+        torch.arange(len(starts_R)), torch.diff(starts_R, append=starts_R.new_tensor([num_tokens]))
+    )
+    return reward_to_go(scatter_step_rewards(normalised_S, ends_S, row_S, starts_R, num_tokens), row_N)
+
+
+def segment_group_advantages(
+    rewards_RK: Tensor, group_R: Tensor, segment_N: Tensor, row_N: Tensor, *, ddof: int = 1
+) -> Tensor:
+    """An advantage of its own for every segment of a completion: a mode token, the reasoning, the answer.
+
+    After KAT-V1's step-supervised objective (arXiv 2507.08297), whose equations were not found: a reconstruction. Each
+    kind of reward is normalised in its group by itself, and a token gets the sum over the rewards of its segment and of
+    the segments behind it.
+
+    Args:
+        rewards_RK: reward of every completion's k-th segment.
+        group_R: int64 group of every completion.
+        segment_N: int64 segment of every token, in [0, K).
+        row_N: int64 completion of every token.
+        ddof: as for :func:`group_advantages`.
+    """
+    columns = [group_advantages(column, group_R, ddof=ddof) for column in rewards_RK.unbind(-1)]
+    later_RK = torch.stack(columns, dim=-1).flip(-1).cumsum(-1).flip(-1)
+    return later_RK[row_N, segment_N]
