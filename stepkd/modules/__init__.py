@@ -6,12 +6,15 @@ from stepkd.modules.fidelity import FidelitySpec
 from stepkd.modules.focus import FocusSpec
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
+from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.kto import KTOModule, StepKTOModule
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.preference import PreferenceModule
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.reference import ReferenceSpec
 from stepkd.modules.reference_points import ReferencePointSpec
+from stepkd.modules.rewards import RewardSpec
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationSpec
 
@@ -21,16 +24,22 @@ __all__ = [
     "FidelitySpec",
     "FocusSpec",
     "GKDModule",
+    "KDRLModule",
+    "KDSpec",
     "KTOModule",
     "MixSpec",
     "OptimizerSpec",
     "PRMModule",
+    "PolicyLossSpec",
     "PreferenceModule",
     "Prepared",
     "ReferencePointSpec",
     "ReferenceSpec",
+    "RewardSpec",
+    "RolloutSpec",
     "SFTModule",
     "SourceSpec",
+    "StepCreditSpec",
     "StepKTOModule",
     "StepModule",
     "ValidationSpec",

@@ -13,8 +13,8 @@ from torch import Tensor
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError
+from stepkd.modules.step_texts import step_texts
 from stepkd.scorers import ScorerOptions, Solutions, StepScorer, load_scorer
-from stepkd.steps import text_from_ids
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Focus:
         Raises:
             DataError: a row that the scorer cannot judge.
         """
-        written = [_steps(tokenizer, example) for example in examples]
+        written = [step_texts(tokenizer, example) for example in examples]
         asked = [i for i, steps in enumerate(written) if steps]
         scores = self.scorer.score([Solutions(examples[i].row, [written[i]]) for i in asked])
         found: dict[int, list[float]] = dict(zip(asked, (each[0] for each in scores), strict=True))
@@ -115,12 +115,3 @@ def token_weights(batch: MicroBatch) -> Tensor:
 
 def _weights_of(example: Example) -> tuple[float, ...]:
     return example.step_weights if isinstance(example, FocusedExample) else (1.0,) * len(example.spans)
-
-
-def _steps(tokenizer: Any, example: Example) -> list[str]:
-    """Texts of the steps; a last one that holds nothing but the end token is left out."""
-    text = text_from_ids(tokenizer, example.completion_ids)
-    steps = [text.span_text(*span) for span in example.spans]
-    while steps and not steps[-1].strip():
-        steps.pop()
-    return steps

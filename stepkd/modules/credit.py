@@ -1,0 +1,130 @@
+"""Who gets how much of the loss: advantages of tokens, and weights and counts of completions in both terms.
+
+Axes: R completions of this rank (groups whole), N their tokens, S their steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepkd.losses import group_advantages, group_step_advantages, token_normalisation
+from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
+from stepkd.modules.rollouts import Rollout
+from stepkd.modules.step_texts import step_texts
+from stepkd.scorers import Solutions, StepScorer
+
+
+class Weigher:
+    """Gives rollouts their advantages, weights and counts.
+
+    Args:
+        rollout, policy_loss, kd, step_credit: the settings.
+        distils: whether there is a teacher.
+        tokenizer: the policy's.
+        scorer: scores steps; needed where ``step_credit`` is given.
+    """
+
+    def __init__(
+        self,
+        rollout: RolloutSpec,
+        policy_loss: PolicyLossSpec,
+        kd: KDSpec,
+        step_credit: StepCreditSpec | None,
+        *,
+        distils: bool,
+        tokenizer: Any,
+        scorer: StepScorer | None,
+    ) -> None:
+        self.rollout = rollout
+        self.policy_loss = policy_loss
+        self.kd = kd
+        self.step_credit = step_credit
+        self.distils = distils
+        self.tokenizer = tokenizer
+        self.scorer = scorer
+
+    def __call__(self, rollouts: Sequence[Rollout], extra_R: Tensor | None = None) -> list[Rollout]:
+        """The rollouts with all that the loss needs.
+
+        Args:
+            rollouts: groups whole.
+            extra_R: added to the rewards before they are compared.
+        """
+        if not rollouts:
+            return []
+        group_R = torch.tensor([rollout.group for rollout in rollouts])
+        reward_R = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+        reward_R = reward_R if extra_R is None else reward_R + extra_R
+        length_R = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+        counted_R = torch.tensor([not (r.cut_off and self.rollout.truncated == "mask") for r in rollouts])
+        dropped = self.policy_loss.equal_groups == "drop"
+        pg = self._normalised(length_R, group_R, counted_R & unequal(reward_R, group_R) if dropped else counted_R)
+        distilled_R = counted_R & self._distilled(rollouts, group_R)
+        kd = self._normalised(length_R, group_R, distilled_R if self.kd.kept_only else counted_R)
+        advantages = self._advantages(rollouts, reward_R, group_R, length_R).split(length_R.tolist())
+        return [
+            replace(
+                rollout,
+                advantages=tuple(advantages[i].tolist()),
+                pg_weight=float(pg[0][i]),
+                pg_count=float(pg[1][i]),
+                kd_weight=float(kd[0][i]) * bool(distilled_R[i]),
+                kd_count=float(kd[1][i]) * self.distils,
+            )
+            for i, rollout in enumerate(rollouts)
+        ]
+
+    def _advantages(self, rollouts: Sequence[Rollout], reward_R: Tensor, group_R: Tensor, length_R: Tensor) -> Tensor:
+        """(N,) of the answer, and of the steps where they have rewards."""
+        loss = self.policy_loss
+        outcome_R = group_advantages(reward_R, group_R, kind=loss.advantage, ddof=loss.ddof, eps=loss.eps)
+        outcome_N = torch.repeat_interleave(outcome_R, length_R)
+        if self.step_credit is None:
+            return outcome_N
+        assert self.scorer is not None
+        written = [step_texts(self.tokenizer, rollout) for rollout in rollouts]
+        asked = [i for i, steps in enumerate(written) if steps]
+        scores = self.scorer.score([Solutions(rollouts[i].row, [written[i]]) for i in asked])
+        steps = [
+            (score, end, i)
+            for i, (found,) in zip(asked, scores, strict=True)
+            for score, (_, end) in zip(found, rollouts[i].spans, strict=False)
+        ]
+        steps_N = group_step_advantages(
+            torch.tensor([score for score, _, _ in steps], dtype=torch.float64),
+            torch.tensor([end for _, end, _ in steps], dtype=torch.int64),
+            torch.tensor([i for _, _, i in steps], dtype=torch.int64),
+            group_R,
+            length_R.cumsum(0) - length_R,
+            int(length_R.sum()),
+            ddof=loss.ddof,
+            eps=loss.eps,
+        )
+        return self.step_credit.outcome_weight * outcome_N + self.step_credit.weight * steps_N
+
+    def _normalised(self, length_R: Tensor, group_R: Tensor, kept_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and count of every completion, 0 for those left out; 1 for ``bnpo``, which divides by micro-batch."""
+        weight_R, count_R = torch.zeros(2, len(length_R), dtype=torch.float64)
+        kind = self.policy_loss.normalisation
+        if kind == "bnpo":
+            return kept_R.double(), kept_R.double()
+        found = token_normalisation(kind, length_R[kept_R], group_R[kept_R], max_length=self.rollout.max_new_tokens)
+        weight_R[kept_R], count_R[kept_R] = found.weight_R, found.counts_R
+        return weight_R, count_R
+
+    def _distilled(self, rollouts: Sequence[Rollout], group_R: Tensor) -> Tensor:
+        right_R = torch.tensor([rollout.correct for rollout in rollouts])
+        if not self.distils or self.kd.mask == "none":
+            return torch.full_like(right_R, self.distils)
+        return ~right_R if self.kd.mask == "response" else ~torch.isin(group_R, group_R[right_R])
+
+
+def unequal(reward_R: Tensor, group_R: Tensor) -> Tensor:
+    """Which completions belong to a group whose rewards differ."""
+    differs_R = group_advantages(reward_R, group_R, kind="group_mean").abs() > 1e-12
+    return torch.isin(group_R, group_R[differs_R])

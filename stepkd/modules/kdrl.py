@@ -1,0 +1,317 @@
+"""Reinforcement learning from rewards, with a teacher: GRPO, on-policy distillation, and both in one (KDRL).
+
+Axes: R completions of this rank, N completion tokens of a micro-batch, C of one chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch
+from stepkd.data.loader import StepBatch
+from stepkd.errors import ConfigError
+from stepkd.losses import (
+    LossTerms,
+    chunked_head,
+    clipped_loss,
+    entropy,
+    kl_estimate,
+    reverse_kl,
+    target_logps,
+    tempered,
+)
+from stepkd.models import PolicySpec
+from stepkd.models.dropout import disable_dropout
+from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.checkpoint_state import check_frozen_model
+from stepkd.modules.credit import Weigher
+from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
+from stepkd.modules.rewards import Rewards, RewardSpec
+from stepkd.modules.rollouts import GroupSampler, Rollout, TokenView
+from stepkd.teachers import LocalTeacher, TeacherSpec
+
+logger = logging.getLogger(__name__)
+
+MISMATCH_ALARM = 0.05
+"""Mean distance of the sampler's log-probabilities from the trainer's, in nats, beyond which something is wrong."""
+
+
+class KDRLModule(StepModule):
+    """KDRL (arXiv 2506.02208): ``J = J_GRPO - beta KL(pi || teacher)`` on the policy's own samples.
+
+    Without a teacher it is GRPO and its kin; with ``policy_loss.weight: 0`` on-policy distillation by the reverse KL
+    alone. No KL to a reference model: the teacher takes its place.
+
+    A group is sampled and weighed on one rank, whole. Denominators are counted after sampling and reduced over ranks.
+    Dropout is off, so that the policy that samples is the one that learns.
+
+    Args:
+        policy: the model to train.
+        rewards: weighted sum of reward functions; null: the right final answer.
+        teacher: the model that is distilled from; null: none.
+        rollout: what is sampled.
+        policy_loss: the policy-gradient term.
+        kd: the distillation term.
+        step_credit: rewards of steps beside those of answers; null: none.
+        **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
+            :class:`~stepkd.modules.base.StepModule`.
+    """
+
+    components = ("pg", "kd")
+    skip_empty_steps = True
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        rewards: list[RewardSpec] | None = None,
+        teacher: TeacherSpec | None = None,
+        rollout: RolloutSpec | None = None,
+        policy_loss: PolicyLossSpec | None = None,
+        kd: KDSpec | None = None,
+        step_credit: StepCreditSpec | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(policy, **settings)
+        self.reward_specs = [RewardSpec()] if rewards is None else list(rewards)
+        self.rollout = rollout or RolloutSpec()
+        self.policy_loss = policy_loss or PolicyLossSpec()
+        self.kd = kd or KDSpec()
+        self.step_credit = step_credit
+        self.steps_per_batch = self.policy_loss.inner_steps
+        self._check_settings(teacher)
+        self.teacher = None if teacher is None else LocalTeacher(teacher)
+        self._teacher_identity = ""
+        self._groups: GroupSampler | None = None
+        self._weigher: Weigher | None = None
+        self._mismatch = (0.0, 0)
+        self._warned = False
+
+    def _check_settings(self, teacher: TeacherSpec | None) -> None:
+        if not self.reward_specs:
+            raise ConfigError("rewards: give at least one, for instance {name: accuracy}")
+        if teacher is None and self.policy_loss.weight == 0:
+            raise ConfigError("policy_loss.weight=0 and no teacher: there is nothing to learn from")
+        if teacher is None and self.kd.schedule == "switch":
+            raise ConfigError("kd.schedule: switch distils first, and there is no teacher: give teacher.path")
+        if teacher is not None and teacher.path is None:
+            raise ConfigError("teacher: KDRL scores fresh samples with another model: give teacher.path")
+        if self.policy_loss.weight and self.rollout.group_size < 2:
+            raise ConfigError(
+                f"rollout.group_size={self.rollout.group_size}: an advantage compares the completions of a prompt and "
+                "needs at least 2; for distillation alone set policy_loss.weight: 0"
+            )
+
+    # ---- model -----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the policy, switch its dropout off, and bind the teacher to it (once)."""
+        if self.policy is not None:
+            return
+        super().configure_model()
+        if disable_dropout(self.model):
+            logger.info("dropout is switched off: the policy that samples is the one that learns")
+        if self.teacher is not None:
+            self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
+            self._teacher_identity = self.teacher.identity()
+
+    def method_state(self) -> dict[str, Any]:
+        """Which teacher the run has learnt from."""
+        return {"teacher": self._teacher_identity}
+
+    def restore_method_state(self, state: dict[str, Any]) -> None:
+        """Refuse to go on under another teacher.
+
+        Raises:
+            ModelError: the teacher's weights are not those of the run so far.
+        """
+        earlier = state.get("teacher", self._teacher_identity)
+        check_frozen_model("under another teacher", earlier, self._teacher_identity, "teacher.path")
+
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
+        """Sample groups, reward and weigh them, and yield ``inner_steps`` optimiser steps of them."""
+        rollouts = self.weighed(self.sampled(batch))
+        if self.policy_loss.inner_steps > 1:
+            logps = self._of_rollouts(rollouts, lambda values_N3: values_N3[:, 0])
+            rollouts = [replace(r, old_logps=tuple(each.tolist())) for r, each in zip(rollouts, logps, strict=True)]
+        for _ in range(self.policy_loss.inner_steps):
+            yield self.prepare_examples(rollouts)
+
+    def sampled(self, batch: StepBatch) -> list[Rollout]:
+        """Rewarded completions of the batch's prompts, group after group."""
+        if self._groups is None:
+            rewards = Rewards(self.reward_specs, self._sampled().grader)
+            self._groups = GroupSampler(self.rollout, self.model, rewards, self.phases, self.seed)
+        return self._groups(batch, self.global_step)
+
+    def weighed(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with advantages, and with weights and counts of both terms."""
+        if self._weigher is None:
+            from stepkd.scorers import load_scorer
+
+            self._weigher = Weigher(
+                self.rollout,
+                self.policy_loss,
+                self.kd,
+                self.step_credit,
+                distils=self.teacher is not None,
+                tokenizer=self.tokenizer,
+                scorer=None if self.step_credit is None else load_scorer(self.step_credit.scorer),
+            )
+        if self.teacher is None or self.kd.form != "reward":
+            return self._weigher(rollouts)
+        gaps = self._of_rollouts(rollouts, lambda values_N4: values_N4[:, 2] - values_N4[:, 0])
+        beta = self.kd.coefficient(self.global_step)
+        return self._weigher(rollouts, torch.tensor([beta * float(gap.sum()) for gap in gaps], dtype=torch.float64))
+
+    @torch.no_grad()
+    def _of_rollouts(self, rollouts: Sequence[Rollout], choose: Any) -> list[Tensor]:
+        """Something of every token's values, rollout by rollout."""
+        found: dict[int, Tensor] = {}
+        for micro_batch in self.prepare_examples(rollouts).micro_batches:
+            chosen_N = choose(self._position_values(micro_batch.to(self.device))).cpu()
+            for row, example in enumerate(micro_batch.examples):
+                found[id(example)] = chosen_N[micro_batch.row_N == row]
+        return [found[id(rollout)] for rollout in rollouts]
+
+    def make_filler(self, batch: StepBatch) -> MicroBatch:
+        """A rollout without a weight."""
+        zeros = (0.0,) * len(batch.filler.completion_ids)
+        return self._collate([Rollout.of(batch.filler, advantages=zeros, sampled_logps=zeros)], is_filler=True)
+
+    def prepare_evaluation(self, batch: StepBatch) -> Prepared:
+        """Given solutions, every token weighing the same."""
+        prepared = super().prepare_evaluation(batch)
+        return Prepared(prepared.micro_batches, {"pg": float(sum(len(m.targets_N) for m in prepared.micro_batches))})
+
+    # ---- loss ------------------------------------------------------------------------------------------------------
+
+    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+        """Denominators of both terms, as the normalisation has them."""
+        rollouts = [each for each in micro_batch.examples if isinstance(each, Rollout)]
+        counts = {"pg": [r.pg_count for r in rollouts], "kd": [r.kd_count for r in rollouts]}
+        if self.policy_loss.normalisation == "bnpo":
+            return {name: float(any(values)) for name, values in counts.items()}
+        return {name: math.fsum(values) for name, values in counts.items()}
+
+    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        """``pg``: the clipped objective; ``kd``: beta times the divergence from the teacher. Both summed by token.
+
+        On given solutions (validation) there is nothing to weigh: ``pg`` is their cross-entropy, to look at.
+        """
+        logps_N, entropy_N, teacher_N, exact_N = self._position_values(micro_batch).unbind(-1)
+        if not all(isinstance(example, Rollout) for example in micro_batch.examples):
+            return LossTerms({"pg": -logps_N.sum(), "kd": logps_N.sum() * 0.0})
+        tokens = TokenView.of(micro_batch)
+        beta, share = self.kd.coefficient(self.global_step), self.kd.policy_share(self.global_step)
+        advantages_N, reward_N = tokens.advantages_N, (teacher_N - logps_N).detach()
+        if self.teacher is not None and self.kd.form == "advantage":
+            bound = math.inf if self.kd.clamp is None else self.kd.clamp
+            advantages_N = advantages_N + beta * reward_N.clamp(-bound, bound)
+        old_N = logps_N.detach() if tokens.old_N is None else tokens.old_N.to(logps_N.dtype)
+        bounds = {"clip_low": self.policy_loss.clip_low, "clip_high": self.policy_loss.clip_high}
+        clipped = clipped_loss(logps_N, old_N, advantages_N.to(logps_N.dtype), **bounds)
+        pg_N = clipped.loss_N * self._weights(tokens.pg_N)
+        if self.policy_loss.importance_cap is not None:
+            pg_N = pg_N * (old_N - tokens.sampled_N).exp().clamp(max=self.policy_loss.importance_cap)
+        kd_N = torch.zeros_like(logps_N)
+        if self.teacher is not None and self.kd.form == "joint":
+            kept_N = self._weights(tokens.kd_N)
+            if self.kd.skip_eos:
+                eos = torch.tensor(sorted(self.model.eos_ids), device=kept_N.device)
+                kept_N = kept_N * ~torch.isin(micro_batch.targets_N, eos)
+            kd_N = beta * kept_N * (exact_N if self.kd.estimator == "full" else self._estimate(logps_N, teacher_N))
+        sums = {"pg": self.policy_loss.weight * share * pg_N.sum(), "kd": kd_N.sum()}
+        metrics = self._metrics(micro_batch, reward_N, entropy_N)
+        number = metrics["entropy"][1]
+        metrics |= {"clip_low": (clipped.low_N.sum(), number), "clip_high": (clipped.high_N.sum(), number)}
+        metrics["sampler_mismatch"] = (self._distance(old_N, tokens.sampled_N), number)
+        return LossTerms(sums, metrics)
+
+    def _weights(self, weight_N: Tensor) -> Tensor:
+        if self.policy_loss.normalisation == "bnpo":
+            return weight_N / weight_N.sum().clamp_min(1.0)
+        return weight_N
+
+    def _estimate(self, logps_N: Tensor, teacher_N: Tensor) -> Tensor:
+        kind: Any = self.kd.estimator
+        return kl_estimate(kind, logps_N, teacher_N, clamp=self.kd.clamp)
+
+    def _position_values(self, micro_batch: MicroBatch) -> Tensor:
+        """(N, 4): log-probability of the target, entropy, the teacher's log-probability of it, exact reverse KL.
+
+        All at the temperature of sampling; the last two are 0 where there is no teacher, or the KL is not asked for.
+        """
+        temperature = self.rollout.temperature
+        signals = None if self.teacher is None else self.teacher.signals(micro_batch, temperature=temperature)
+        exact = self.kd.estimator == "full"
+
+        def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
+            log_CV = tempered(logits_CV, temperature)
+            own_C = target_logps(log_CV, targets_C)
+            entropy_C = entropy(log_CV.detach())
+            other_C, exact_C = torch.zeros_like(entropy_C), torch.zeros_like(own_C)
+            if signals is not None:
+                student_CV, teacher_CV, _ = signals.compare(log_CV, *chunk)
+                other_C = target_logps(teacher_CV, targets_C).to(own_C.dtype)
+                exact_C = reverse_kl(student_CV, teacher_CV) if exact else exact_C
+            return torch.stack([own_C, entropy_C, other_C, exact_C], dim=-1)
+
+        tensors = () if signals is None else signals.tensors
+        arguments = (self.needed_hidden(micro_batch), micro_batch.targets_N, *tensors)
+        return chunked_head(position, self.model.head, *arguments, chunk_size=self.chunk_size)
+
+    # ---- what is logged --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _metrics(
+        self, micro_batch: MicroBatch, reward_N: Tensor, entropy_N: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        rollouts: list[Any] = list(micro_batch.examples)
+        number, rows = (entropy_N.new_tensor(float(len(each))) for each in (entropy_N, rollouts))
+
+        def of_rows(values: Sequence[float]) -> tuple[Tensor, Tensor]:
+            return entropy_N.new_tensor(float(sum(values))), rows
+
+        metrics = {
+            "reward": of_rows([rollout.reward for rollout in rollouts]),
+            "accuracy": of_rows([rollout.correct for rollout in rollouts]),
+            "length": of_rows([len(rollout.completion_ids) for rollout in rollouts]),
+            "cut_off": of_rows([rollout.cut_off for rollout in rollouts]),
+            "no_signal": of_rows([not any(rollout.advantages) for rollout in rollouts]),
+            "entropy": (entropy_N.detach().sum(), number),
+        }
+        if self.teacher is not None:
+            metrics["kl_to_teacher"] = (-reward_N.sum(), number)
+            metrics["distilled"] = of_rows([rollout.kd_weight > 0 for rollout in rollouts])
+        return metrics
+
+    @torch.no_grad()
+    def _distance(self, own_N: Tensor, sampled_N: Tensor) -> Tensor:
+        """Summed distance of the sampler's log-probabilities from the trainer's."""
+        total = (own_N - sampled_N).abs().sum()
+        if self.training:
+            self._mismatch = (self._mismatch[0] + float(total), self._mismatch[1] + len(own_N))
+        return total
+
+    def after_step(self) -> None:
+        """Say when the sampler's probabilities are not the trainer's."""
+        total, number = self._mismatch
+        self._mismatch = (0.0, 0)
+        if number and total / number > MISMATCH_ALARM and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"step {self.global_step}: the log-probabilities of sampler and trainer differ by {total / number:.3f} "
+                f"nats a token (alarm above {MISMATCH_ALARM}): another temperature, other weights, or too narrow a "
+                "dtype; the samples are not on-policy. policy_loss.importance_cap corrects small differences",
+                stacklevel=2,
+            )

@@ -1,0 +1,177 @@
+"""Settings of reinforcement learning with a teacher: rollouts, advantages, policy loss, distillation, step credit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from stepkd.errors import ConfigError, check_choice
+from stepkd.losses.policy_gradient import STD_EPSILON, Advantage, Normalisation
+from stepkd.rollout import SamplingSpec
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """What is sampled for every prompt."""
+
+    group_size: int = 8
+    """Completions of every prompt, >= 1; advantages need at least 2."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-probability in the loss, > 0."""
+    max_new_tokens: int = 256
+    """Longest completion in tokens."""
+    max_rows: int = 64
+    """Completions decoded at once."""
+    segmenter: str = "newline"
+    """How completions are cut into steps."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """Whether completions that were cut off count in the loss."""
+    overlong: int | None = None
+    """Soft overlong punishment (DAPO, arXiv 2503.14476): over the last so many tokens before ``max_new_tokens`` the
+    reward falls linearly by 1; null: off."""
+    resample: int = 0
+    """How often prompts whose completions all earn the same are sampled anew (dynamic sampling), >= 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "max_new_tokens", "max_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"rollout.temperature={self.temperature}: must be positive")
+        check_choice("rollout.truncated", self.truncated, ("keep", "mask"))
+        if self.overlong is not None and not 1 <= self.overlong <= self.max_new_tokens:
+            raise ConfigError(f"rollout.overlong={self.overlong}: must lie between 1 and max_new_tokens")
+        if self.resample < 0:
+            raise ConfigError(f"rollout.resample={self.resample}: must be 0 or positive")
+
+    def sampling(self, seed: int) -> SamplingSpec:
+        """The same settings as a sampler wants them."""
+        return SamplingSpec(
+            n=self.group_size, temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed
+        )
+
+    def punishment(self, tokens: int) -> float:
+        """What a completion's reward loses for its length, in [0, 1]."""
+        if self.overlong is None:
+            return 0.0
+        return min(max(tokens - (self.max_new_tokens - self.overlong), 0) / self.overlong, 1.0)
+
+
+@dataclass(frozen=True)
+class PolicyLossSpec:
+    """The policy-gradient term; see :mod:`stepkd.losses.policy_gradient`."""
+
+    weight: float = 1.0
+    """Of the term, >= 0; 0 distils only."""
+    advantage: Advantage = "group_std"
+    """``group_std``, ``group_mean`` or ``leave_one_out``."""
+    ddof: int = 1
+    """Of the standard deviation: 1 or 0."""
+    eps: float = STD_EPSILON
+    """Added to it."""
+    normalisation: Normalisation = "group_token_mean"
+    """KDRL's own; ``grpo``, ``dapo``, ``dr_grpo``, ``bnpo``."""
+    clip_low: float = 0.2
+    """Lower bound 1 - clip_low of the ratio."""
+    clip_high: float = 0.2
+    """Upper bound 1 + clip_high."""
+    inner_steps: int = 1
+    """Optimiser steps on every batch of rollouts, >= 1; above 1 ratio and clipping matter."""
+    importance_cap: float | None = None
+    """Weigh every token by trainer's over sampler's probability, at most this; null: not."""
+    equal_groups: Literal["keep", "drop"] = "keep"
+    """Whether groups whose rewards are all equal, and which have nothing to say, count in this term's denominator."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < float("inf"):
+            raise ConfigError(f"policy_loss.weight={self.weight}: must be 0 or positive")
+        check_choice("policy_loss.advantage", self.advantage, get_args(Advantage))
+        check_choice("policy_loss.normalisation", self.normalisation, get_args(Normalisation))
+        check_choice("policy_loss.equal_groups", self.equal_groups, ("keep", "drop"))
+        if self.ddof not in (0, 1):
+            raise ConfigError(f"policy_loss.ddof={self.ddof}: must be 0 or 1")
+        if not 0 <= self.clip_low < 1 or not 0 <= self.clip_high < float("inf"):
+            raise ConfigError(
+                f"policy_loss.clip_low={self.clip_low}, clip_high={self.clip_high}: must be in [0, 1), and not negative"
+            )
+        if self.inner_steps < 1:
+            raise ConfigError(f"policy_loss.inner_steps={self.inner_steps}: must be at least 1")
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise ConfigError(f"policy_loss.importance_cap={self.importance_cap}: must be positive, or null")
+
+
+@dataclass(frozen=True)
+class KDSpec:
+    """The distillation term (KDRL, arXiv 2506.02208): beta times a reverse KL to the teacher on the same samples."""
+
+    beta: float = 2e-3
+    """Coefficient at the first step, >= 0."""
+    schedule: Literal["constant", "linear", "switch"] = "constant"
+    """``linear``: falls by ``delta`` a step to ``beta_min`` (the paper's annealing: 5e-3, 5e-5, 1e-3). ``switch``: beta
+    for ``until_step`` steps of distillation alone, then the policy gradient alone."""
+    delta: float = 5e-5
+    """``linear``: fall per optimiser step."""
+    beta_min: float = 1e-3
+    """``linear``: floor."""
+    until_step: int = 0
+    """``switch``: optimiser steps of distillation, >= 1."""
+    estimator: Literal["k1", "k2", "k3", "full"] = "k2"
+    """``full``: the exact reverse KL over the vocabulary at every sampled prefix."""
+    form: Literal["joint", "advantage", "reward"] = "joint"
+    """``joint``: a term of its own (the paper's). ``advantage``: ``beta R`` is added to every token's advantage: the
+    same gradient on-policy. ``reward``: ``beta sum_t R`` is added to the reward before it is normalised, which loses
+    what each token deserves (a form of our own, for comparison)."""
+    clamp: float | None = None
+    """Bound on |R| = |log teacher - log policy| in the gradient, > 0; null: none."""
+    mask: Literal["none", "response", "group"] = "none"
+    """``response``: only wrong completions are distilled on; ``group``: only prompts without a right one."""
+    kept_only: bool = False
+    """Whether a masked term is divided by what is left, not by all tokens (the paper's choice was not found)."""
+    skip_eos: bool = False
+    """Leave the end token out of this term: for a teacher that ends otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "delta", "beta_min"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"kd.{name}={getattr(self, name)}: must be 0 or positive")
+        check_choice("kd.schedule", self.schedule, ("constant", "linear", "switch"))
+        check_choice("kd.estimator", self.estimator, ("k1", "k2", "k3", "full"))
+        check_choice("kd.form", self.form, ("joint", "advantage", "reward"))
+        check_choice("kd.mask", self.mask, ("none", "response", "group"))
+        if self.schedule == "switch" and self.until_step < 1:
+            raise ConfigError(f"kd.until_step={self.until_step}: a switch needs at least 1 step of distillation")
+        if self.clamp is not None and not self.clamp > 0:
+            raise ConfigError(f"kd.clamp={self.clamp}: must be positive, or null")
+        if self.form != "joint" and (self.estimator != "k2" or self.mask != "none"):
+            raise ConfigError(f"kd.form={self.form} has neither another estimator than k2 nor a mask: set form: joint")
+        if self.clamp is not None and (self.estimator != "k2" or self.form == "reward"):
+            raise ConfigError(f"kd.clamp={self.clamp} belongs to estimator k2, in the forms joint and advantage")
+
+    def coefficient(self, step: int) -> float:
+        """beta at an optimiser step, counted from 0."""
+        if self.schedule == "linear":
+            return max(self.beta - self.delta * step, min(self.beta, self.beta_min))
+        if self.schedule == "switch" and step >= self.until_step:
+            return 0.0
+        return self.beta
+
+    def policy_share(self, step: int) -> float:
+        """Factor on the policy-gradient term: 0 while a switch still distils."""
+        return 0.0 if self.schedule == "switch" and step < self.until_step else 1.0
+
+
+@dataclass(frozen=True)
+class StepCreditSpec:
+    """Rewards of steps, beside that of the answer."""
+
+    scorer: str
+    """``checker`` (the tiny world), ``arithmetic``, a process reward model, or ``judge:MODEL``."""
+    weight: float = 1.0
+    """Of the steps' advantages in the sum with the answer's."""
+    outcome_weight: float = 1.0
+    """Of the answer's advantage."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "outcome_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"step_credit.{name}={getattr(self, name)}: must be 0 or positive")

@@ -1,0 +1,186 @@
+"""Groups of sampled completions: drawn from a policy, rewarded, and what the loss needs of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch
+from stepkd.data.encode import Example, with_completion
+from stepkd.data.loader import StepBatch
+from stepkd.errors import DataError
+from stepkd.launch.phases import PhaseTracker
+from stepkd.models import Policy
+from stepkd.modules.kdrl_settings import RolloutSpec
+from stepkd.modules.rewards import Rewards
+from stepkd.modules.step_texts import step_texts
+from stepkd.rollout import TransformersSampler
+from stepkd.steps import get_segmenter
+
+
+@dataclass(frozen=True)
+class Rollout(Example):
+    """A sampled completion with all that its loss needs; one number per token where there are several."""
+
+    group: int = 0
+    """Number of its prompt in the rank's share of the batch."""
+    reward: float = 0.0
+    """Sum of its rewards."""
+    correct: bool = False
+    """Whether its final answer is right."""
+    cut_off: bool = False
+    """Whether it was cut off."""
+    advantages: tuple[float, ...] = field(default=(), compare=False)
+    """Advantage of every token."""
+    sampled_logps: tuple[float, ...] = field(default=(), compare=False)
+    """What the sampler said of every token, at its temperature."""
+    old_logps: tuple[float, ...] | None = field(default=None, compare=False)
+    """What the policy said of them before the first of several optimiser steps."""
+    pg_weight: float = 0.0
+    """Weight of its tokens in the policy-gradient sum."""
+    pg_count: float = 0.0
+    """What it adds to that sum's denominator."""
+    kd_weight: float = 0.0
+    """Weight of its tokens in the distillation sum."""
+    kd_count: float = 0.0
+    """What it adds to that sum's denominator."""
+
+    @classmethod
+    def of(cls, example: Example, **more: Any) -> Rollout:
+        """An example with what is known of it as a rollout."""
+        own: dict[str, Any] = {each.name: getattr(example, each.name) for each in fields(Example)}
+        return cls(**{**own, **more})
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """What the rollouts of a micro-batch say of every target."""
+
+    advantages_N: Tensor
+    """Advantages."""
+    sampled_N: Tensor
+    """The sampler's log-probabilities."""
+    old_N: Tensor | None
+    """The policy's before the first of several steps."""
+    pg_N: Tensor
+    """Weights in the policy-gradient sum."""
+    kd_N: Tensor
+    """Weights in the distillation sum."""
+
+    @classmethod
+    def of(cls, micro_batch: MicroBatch) -> TokenView:
+        """Spread over the targets of a micro-batch of rollouts, on its device, float64."""
+        rollouts: list[Any] = list(micro_batch.examples)
+        device = micro_batch.targets_N.device
+
+        def spread(values: Sequence[float]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.float64, device=device)
+
+        def by_row(values: Sequence[float]) -> Tensor:
+            return spread(values)[micro_batch.row_N]
+
+        old = None
+        if all(rollout.old_logps is not None for rollout in rollouts):
+            old = spread([value for rollout in rollouts for value in rollout.old_logps])
+        return cls(
+            advantages_N=spread([value for rollout in rollouts for value in rollout.advantages]),
+            sampled_N=spread([value for rollout in rollouts for value in rollout.sampled_logps]),
+            old_N=old,
+            pg_N=by_row([rollout.pg_weight for rollout in rollouts]),
+            kd_N=by_row([rollout.kd_weight for rollout in rollouts]),
+        )
+
+
+class GroupSampler:
+    """Draws groups from a policy and rewards them.
+
+    Args:
+        spec: what is sampled.
+        policy: the model.
+        rewards: what a completion is worth.
+        phases: told how far it is.
+        seed: keys the noise, with step and problem.
+    """
+
+    def __init__(self, spec: RolloutSpec, policy: Policy, rewards: Rewards, phases: PhaseTracker, seed: int) -> None:
+        self.spec = spec
+        self.policy = policy
+        self.rewards = rewards
+        self.phases = phases
+        self.seed = seed
+        self._segmenter = get_segmenter(spec.segmenter)
+
+    def __call__(self, batch: StepBatch, step: int) -> list[Rollout]:
+        """Rewarded completions of the batch's prompts, group after group; equal groups are drawn anew on request.
+
+        Raises:
+            DataError: a row without an answer.
+            TrainingError: a reward function that fails.
+        """
+        groups: dict[int, list[Rollout]] = {}
+        waiting = list(range(len(batch.examples)))
+        for attempt in range(self.spec.resample + 1):
+            groups |= dict(zip(waiting, self._draw(batch, waiting, step, attempt), strict=True))
+            waiting = [i for i in waiting if len({rollout.reward for rollout in groups[i]}) == 1]
+            if not waiting:
+                break
+        return [rollout for number in sorted(groups) for rollout in groups[number]]
+
+    def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, attempt: int) -> list[list[Rollout]]:
+        examples = [batch.examples[i] for i in numbers]
+        sampler = TransformersSampler(self.policy, max_rows=self.spec.max_rows)
+        size = self.spec.group_size
+        with self.phases.phase("rollout", total=len(examples) * size):
+            drawn = sampler.sample(
+                [example.prompt_ids for example in examples],
+                self.spec.sampling(self.seed),
+                purpose="kdrl" if attempt == 0 else f"kdrl {attempt}",
+                step=step,
+                indices=[batch.indices[i] for i in numbers],
+                on_progress=self.phases.advance,
+            )
+        rollouts = [
+            Rollout.of(
+                with_completion(example, sample.token_ids, self.policy.tokenizer, self._segmenter),
+                group=number,
+                sampled_logps=sample.logprobs,
+                cut_off=sample.finish == "length",
+            )
+            for number, example, group in zip(numbers, examples, drawn, strict=True)
+            for sample in group
+        ]
+        with self.phases.phase("rewards", total=len(rollouts)):
+            rewarded = self._rewarded(rollouts)
+        return [rewarded[i : i + size] for i in range(0, len(rewarded), size)]
+
+    def _rewarded(self, rollouts: list[Rollout]) -> list[Rollout]:
+        if not rollouts:
+            return []
+        columns = self._columns(rollouts)
+        ids = [f"{rollout.id}/{i % self.spec.group_size}" for i, rollout in enumerate(rollouts)]
+        totals, parts = self.rewards(columns, ids)
+        right = parts.get("accuracy") or self.rewards.correct(columns)
+        return [
+            replace(rollout, reward=total - self.spec.punishment(len(rollout.completion_ids)), correct=bool(right[i]))
+            for i, (rollout, total) in enumerate(zip(rollouts, totals, strict=True))
+        ]
+
+    def _columns(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+        """What reward functions are given: TRL's arguments, ``steps``, ``rows``, and the columns that all rows have."""
+        for rollout in rollouts:
+            if rollout.row.get("answer") is None:
+                raise DataError(f"row {rollout.id!r} has no 'answer': nothing says what its completions are worth")
+        shared = set.intersection(*(set(rollout.row) for rollout in rollouts))
+        columns: dict[str, list[Any]] = {name: [r.row[name] for r in rollouts] for name in shared}
+        decode: Callable[..., Any] = self.policy.tokenizer.decode
+        return columns | {
+            "prompts": [rollout.row.get("prompt") for rollout in rollouts],
+            "completions": [str(decode(r.completion_ids, skip_special_tokens=True)) for r in rollouts],
+            "completion_ids": [list(rollout.completion_ids) for rollout in rollouts],
+            "steps": [step_texts(self.policy.tokenizer, rollout) for rollout in rollouts],
+            "rows": [rollout.row for rollout in rollouts],
+        }

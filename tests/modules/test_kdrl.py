@@ -1,0 +1,464 @@
+"""KDRL is what plain logits of its own samples give, in every form; failing rewards stop a run and name the sample."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepkd.errors import ConfigError, DataError, TrainingError
+from stepkd.losses import group_advantages, kl_estimate, reverse_kl
+from stepkd.models import Policy, PolicySpec
+from stepkd.modules import KDRLModule, KDSpec, PolicyLossSpec, RewardSpec, RolloutSpec, StepCreditSpec
+from stepkd.modules.rewards import Rewards
+from stepkd.tasks import check_row
+from stepkd.teachers import TeacherSpec
+
+WORKER = Path(__file__).with_name("kdrl_worker.py")
+_SPEC = importlib.util.spec_from_file_location("kdrl_worker", WORKER)
+assert _SPEC is not None
+worker = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
+
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Any]:
+    return list(worker.examples())
+
+
+@pytest.fixture(scope="module")
+def views() -> tuple[Policy, Policy]:
+    """Policy as it starts, and teacher."""
+    teacher = Policy.load(PolicySpec(path="tiny-0.5m", dtype="float64"))
+    return Policy.load(PolicySpec(**worker.POLICY)), teacher
+
+
+def token_values(
+    views: tuple[Policy, Policy], rollout: Any, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of a rollout's tokens, the teacher's, and the exact reverse KL, from plain logits."""
+    ids, start = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]]), len(rollout.prompt_ids)
+    own, other = ((v.model(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1) for v in views)
+    targets = ids[0, start:, None]
+    return own.gather(-1, targets)[:, 0], other.detach().gather(-1, targets)[:, 0], reverse_kl(own, other.detach())
+
+
+def divided(kind: str, parts: list[Tensor], rollouts: list[Any], kept: list[bool] | None = None) -> Tensor:
+    """A normalisation written out with loops."""
+    kept = [True] * len(parts) if kept is None else kept
+    lengths = [len(part) for part in parts]
+    if kind == "dapo":
+        return torch.stack([part.sum() for part in parts]).sum() / sum(
+            n for n, k in zip(lengths, kept, strict=True) if k
+        )
+    if kind == "grpo":
+        return torch.stack([part.mean() for part in parts]).sum() / sum(kept)
+    if kind == "dr_grpo":
+        return torch.stack([part.sum() for part in parts]).sum() / (worker.ROLLOUT.max_new_tokens * sum(kept))
+    groups = sorted({r.group for r, k in zip(rollouts, kept, strict=True) if k})
+    means = []
+    for group in groups:
+        inside = [i for i, rollout in enumerate(rollouts) if rollout.group == group and kept[i]]
+        total = torch.stack([part.sum() for i, part in enumerate(parts) if rollouts[i].group == group]).sum()
+        means.append(total / sum(lengths[i] for i in inside))
+    return torch.stack(means).mean()
+
+
+def expected(
+    views: tuple[Policy, Policy], rollouts: list[Any], *, kind: str = "group_token_mean", beta: float = 0.0, **how: Any
+) -> dict[str, Tensor]:
+    """Gradients of policy gradient and distillation, one unpadded row at a time."""
+    policy = views[0]
+    policy.zero_grad()
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    advantages = group_advantages(rewards, torch.tensor([rollout.group for rollout in rollouts]))
+    policy_parts, kd_parts = [], []
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        own, other, exact = token_values(views, rollout, temperature=how.get("temperature", 1.0))
+        policy_parts.append(-advantage * (own - own.detach()).exp())
+        kd = exact if how.get("exact") else kl_estimate(how.get("estimator", "k2"), own, other, clamp=how.get("clamp"))
+        kd_parts.append(kd * (how["masked"](rollout, rollouts) if "masked" in how else 1.0))
+    loss = how.get("weight", 1.0) * divided(kind, policy_parts, rollouts)
+    if beta:
+        kept = [bool(how["masked"](r, rollouts)) for r in rollouts] if how.get("kept_only") else None
+        loss = loss + beta * divided(kind, kd_parts, rollouts, kept)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def of_long(rollout: Any, rollouts: list[Any]) -> float:
+    """Stands in for wrong answers: a random model has no right one."""
+    return float(not rollout.correct)
+
+
+@pytest.mark.parametrize("kind", ["group_token_mean", "dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("layout", [{}, {"micro_batch_tokens": 60, "chunk_size": 3}])
+def test_gradients_of_both_terms(
+    kind: Any, layout: dict[str, Any], views: Any, rows: list[Any], distance: Callable[..., float]
+) -> None:
+    module = worker.run(rows, policy_loss=PolicyLossSpec(normalisation=kind), kd=KDSpec(beta=0.3), **layout)
+    found = expected(views, module.kept[0], kind=kind, beta=0.3)
+    assert distance(module.gradients[0], found) < TOLERANCE
+    assert len({len(rollout.completion_ids) for rollout in module.kept[0]}) > 3
+    assert any(any(rollout.advantages) for rollout in module.kept[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({"teacher": None}, {}),
+        ({"kd": KDSpec(beta=0.3), "policy_loss": PolicyLossSpec(weight=0.0)}, {"beta": 0.3, "weight": 0.0}),
+        ({"kd": KDSpec(beta=0.3, estimator="k3")}, {"beta": 0.3, "estimator": "k3"}),
+        ({"kd": KDSpec(beta=0.3, estimator="full")}, {"beta": 0.3, "exact": True}),
+        ({"kd": KDSpec(beta=0.3, clamp=0.2)}, {"beta": 0.3, "clamp": 0.2}),
+        (
+            {"kd": KDSpec(beta=0.3), "rollout": RolloutSpec(group_size=3, max_new_tokens=40, temperature=1.7)},
+            {"beta": 0.3, "temperature": 1.7},
+        ),
+    ],
+    ids=["grpo", "kd-rkl", "k3", "full", "clamp", "temperature"],
+)
+def test_special_cases(
+    settings: dict[str, Any], how: dict[str, Any], views: Any, rows: list[Any], distance: Callable[..., float]
+) -> None:
+    module = worker.run(rows, micro_batch_tokens=90, **settings)
+    assert distance(module.gradients[0], expected(views, module.kept[0], **how)) < TOLERANCE
+
+
+@pytest.mark.parametrize("clamp", [None, 0.2])
+def test_joint_and_advantage_form_are_one_on_policy(
+    clamp: float | None, rows: list[Any], distance: Callable[..., float]
+) -> None:
+    joint, shaped = (
+        worker.run(rows, kd=KDSpec(beta=0.3, form=form, clamp=clamp)).gradients[0]  # type: ignore[arg-type]
+        for form in ("joint", "advantage")
+    )
+    assert distance(shaped, joint) < TOLERANCE
+
+
+def test_reward_form_is_another_one(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
+    module = worker.run(rows, kd=KDSpec(beta=0.3, form="reward"))
+    shaped = []
+    for rollout in module.kept[0]:
+        own, other, _ = token_values(views, rollout)
+        total = rollout.reward + 0.3 * float((other - own).sum().detach())
+        shaped.append(SimpleNamespace(**{**vars(rollout), "reward": total}))
+    assert distance(module.gradients[0], expected(views, shaped)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kept_only", [False, True])
+@pytest.mark.parametrize("mask", ["response", "group"])
+def test_masks(
+    mask: Any, kept_only: bool, views: Any, rows: list[Any], distance: Callable[..., float], monkeypatch: Any
+) -> None:
+    def right(self: Any, columns: Any) -> list[bool]:  # a random model has no right answers
+        written = zip(columns["completion_ids"], columns["rows"], strict=True)
+        return [sum(ids) % 2 == 0 and row["id"] != rows[0].id for ids, row in written]
+
+    monkeypatch.setattr(Rewards, "correct", right)
+    module = worker.run(rows, kd=KDSpec(beta=0.3, mask=mask, kept_only=kept_only))
+    rollouts = module.kept[0]
+
+    def masked(rollout: Any, every: list[Any]) -> float:
+        if mask == "response":
+            return float(not rollout.correct)
+        return float(not any(other.correct for other in every if other.group == rollout.group))
+
+    share = [masked(rollout, rollouts) for rollout in rollouts]
+    assert 0 < sum(share) < len(share)
+    how = {"beta": 0.3, "masked": masked, "kept_only": kept_only}
+    assert distance(module.gradients[0], expected(views, rollouts, **how)) < TOLERANCE
+    assert module.logged[0]["distilled"] == pytest.approx(sum(share) / len(share))
+
+
+def test_the_end_token_may_be_left_to_the_policy(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
+    settings = {"policy_loss": PolicyLossSpec(weight=0.0, normalisation="dapo")}
+    module = worker.run(rows, kd=KDSpec(beta=0.3, skip_eos=True), **settings)
+    policy, rollouts = views[0], module.kept[0]
+    policy.zero_grad()
+    parts = []
+    for rollout in rollouts:
+        own, other, _ = token_values(views, rollout)
+        kept = torch.tensor([token not in policy.eos_ids for token in rollout.completion_ids])
+        parts.append((kl_estimate("k2", own, other) * kept).sum())
+    (0.3 * torch.stack(parts).sum() / sum(len(r.completion_ids) for r in rollouts)).backward()
+    found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    assert distance(module.gradients[0], found) < TOLERANCE
+    assert any(rollout.completion_ids[-1] in policy.eos_ids for rollout in rollouts)
+
+
+def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*command, str(tmp_path / "out"), "5"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=False) for rank in range(2)]
+    rows = worker.examples(5)
+    for name, settings in (
+        ("kdrl", {"kd": KDSpec(beta=0.3)}),
+        ("dapo", {"kd": KDSpec(beta=0.3, estimator="full"), "policy_loss": PolicyLossSpec(normalisation="dapo")}),
+    ):
+        alone = worker.facts(worker.run(rows, steps=2, micro_batch_tokens=120, chunk_size=5, **settings))
+        assert [rank[name]["world"] for rank in ranks] == [2, 2]
+        for step in range(2):
+            texts = [sorted(ids for rank in ranks for ids in rank[name]["written"][step].values())]
+            assert texts == [sorted(alone["written"][step].values())], "other samples"
+            for rank in ranks:
+                assert distance(rank[name]["gradients"][step], alone["gradients"][step]) < TOLERANCE
+                for metric in ("pg", "kd", "reward", "length", "entropy", "kl_to_teacher"):
+                    found = rank[name]["logged"][step][metric]
+                    assert found == pytest.approx(alone["logged"][step][metric], rel=1e-5, abs=1e-8), metric
+
+
+def test_several_steps_on_one_batch(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
+    """The second step's ratio is taken against the policy before the first, and clips."""
+    bounds = {"clip_low": 1e-4, "clip_high": 1e-4}
+    module = worker.run(rows, steps=2, teacher=None, policy_loss=PolicyLossSpec(inner_steps=2, **bounds))
+    first, second = module.logged[:2]
+    assert len(module.kept) == 1
+    assert distance(module.gradients[0], expected(views, module.kept[0])) < TOLERANCE
+    assert first["clip_low"] == first["clip_high"] == 0.0
+    assert second["clip_low"] + second["clip_high"] > 0.1
+    assert distance(module.gradients[1], module.gradients[0]) > 1e-3
+
+
+def test_sampler_and_trainer_agree(rows: list[Any]) -> None:
+    module = worker.run(rows, policy={"dtype": "float32"}, teacher=None)
+    assert module.logged[0]["sampler_mismatch"] < 1e-4
+
+
+def test_a_planted_temperature_is_noticed(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = RolloutSpec.sampling
+
+    def hotter(self: RolloutSpec, seed: int) -> Any:
+        from dataclasses import replace
+
+        return replace(sampling(self, seed), temperature=2.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="(?!.*sampler and trainer)")
+        worker.run(rows, teacher=None)
+    monkeypatch.setattr(RolloutSpec, "sampling", hotter)
+    with pytest.warns(UserWarning, match=r"log-probabilities of sampler and trainer differ by \d\.\d+ nats a token"):
+        worker.run(rows, teacher=None)
+
+
+def test_importance_weights_are_capped(views: Any, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of a hotter policy: every token's gradient is scaled by min(pi / mu, cap)."""
+    settings = {"teacher": None, "policy_loss": PolicyLossSpec(importance_cap=1.2)}
+    plain = worker.run(rows, **settings)
+    alike = worker.run(rows, teacher=None)
+    for name, gradient in plain.gradients[0].items():
+        assert (gradient - alike.gradients[0][name]).norm() < 1e-6 * (1 + gradient.norm()), "on-policy nothing changes"
+
+
+def test_equal_groups(rows: list[Any]) -> None:
+    """They say nothing; counted or not, and drawn anew as often as is asked."""
+    same = [RewardSpec("format", options={"pattern": "never"})]
+    module = worker.run(rows, rewards=same, policy_loss=PolicyLossSpec(equal_groups="drop"), kd=KDSpec(beta=0.3))
+    assert all(rollout.pg_count == 0 and rollout.kd_count > 0 for rollout in module.kept[0])
+    assert module.logged[0]["pg"] == 0.0
+    assert module.logged[0]["kd"] > 0
+    assert module.logged[0]["no_signal"] == 1.0
+    kept = worker.run(rows, rewards=same, teacher=None)
+    assert kept.logged[0]["grad_norm"] == 0.0
+    again = worker.run(
+        rows, rewards=same, rollout=RolloutSpec(group_size=2, max_new_tokens=6, resample=2), teacher=None
+    )
+    once = worker.run(rows, rewards=same, rollout=RolloutSpec(group_size=2, max_new_tokens=6), teacher=None)
+    assert [r.completion_ids for r in again.kept[0]] != [r.completion_ids for r in once.kept[0]]
+
+
+def test_nothing_to_learn_from_ends_the_run(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepkd.modules.base.MOST_SKIPPED", 3)
+    same = [RewardSpec("format", options={"pattern": "never"})]
+    with pytest.raises(TrainingError, match="3 batches in a row had nothing to learn from"):
+        worker.run(rows, rewards=same, teacher=None, policy_loss=PolicyLossSpec(equal_groups="drop"))
+
+
+def test_cut_off_completions(rows: list[Any]) -> None:
+    short = RolloutSpec(group_size=4, max_new_tokens=40, truncated="mask", overlong=4)
+    module = worker.run(rows, rollout=short)
+    cut = [rollout for rollout in module.kept[0] if rollout.cut_off]
+    whole = [rollout for rollout in module.kept[0] if not rollout.cut_off]
+    assert cut
+    assert whole
+    assert all(rollout.pg_weight == rollout.kd_weight == rollout.pg_count == 0 for rollout in cut)
+    assert all(rollout.pg_weight > 0 for rollout in whole)
+    assert [short.punishment(n) for n in (36, 37, 38, 40, 99)] == [0.0, 0.25, 0.5, 1.0, 1.0]
+    assert RolloutSpec().punishment(10_000) == 0.0
+
+
+def test_step_credit(rows: list[Any]) -> None:
+    """Rewards of steps: a token has the sum of those of the steps that end behind it, normalised in its group."""
+    module = worker.run(rows, teacher=None, step_credit=StepCreditSpec("checker", outcome_weight=0.0))
+    rewards = {}
+    for i, rollout in enumerate(module.kept[0]):
+        from stepkd.modules.step_texts import step_texts
+
+        steps = step_texts(module.tokenizer, rollout)
+        rewards[i] = [float(right) for right in check_row(rollout.row, steps)] if steps else []
+    by_group: dict[int, list[float]] = {}
+    for i, rollout in enumerate(module.kept[0]):
+        by_group.setdefault(rollout.group, []).extend(rewards[i])
+    for i, rollout in enumerate(module.kept[0]):
+        every = torch.tensor(by_group[rollout.group], dtype=torch.float64)
+        spread = every.std() + 1e-4 if len(every) > 1 else torch.tensor(1.0)
+        normal = [float((value - every.mean()) / spread) for value in rewards[i]]
+        wanted = [
+            sum(n for n, (_, end) in zip(normal, rollout.spans, strict=False) if end > t)
+            for t in range(len(rollout.completion_ids))
+        ]
+        assert list(rollout.advantages) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_schedules() -> None:
+    paper = KDSpec(beta=5e-3, schedule="linear")
+    assert [paper.coefficient(step) for step in (0, 40, 80, 500)] == pytest.approx([5e-3, 3e-3, 1e-3, 1e-3])
+    switch = KDSpec(beta=0.1, schedule="switch", until_step=3)
+    assert [switch.coefficient(step) for step in (0, 2, 3, 9)] == [0.1, 0.1, 0.0, 0.0]
+    assert [switch.policy_share(step) for step in (0, 2, 3, 9)] == [0.0, 0.0, 1.0, 1.0]
+    assert KDSpec().coefficient(999) == 2e-3
+
+
+def test_a_switch_distils_first(rows: list[Any]) -> None:
+    module = worker.run(rows, steps=3, kd=KDSpec(beta=0.3, schedule="switch", until_step=2))
+    assert [step["kd"] > 0 for step in module.logged] == [True, True, False]
+    assert [step["pg"] == 0 for step in module.logged[:2]] == [True, True]
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def custom(completions: list[str], steps: list[list[str]], bonus: float = 0.0, **columns: Any) -> list[float]:
+    """In TRL's signature."""
+    assert set(columns) >= {"prompts", "completion_ids", "answer", "rows"}
+    return [float(len(step)) + bonus for step in steps]
+
+
+def failing(completions: list[str], **_: Any) -> list[float]:
+    raise KeyError("price")
+
+
+def short(completions: list[str], **_: Any) -> list[float]:
+    return [1.0]
+
+
+def undefined(completions: list[str], **_: Any) -> list[Any]:
+    return [0.5, None, *[1.0] * (len(completions) - 2)]
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> str:
+    """This module under a name that a recipe can give."""
+    monkeypatch.setitem(sys.modules, "my_rewards", sys.modules[__name__])
+    return "my_rewards"
+
+
+def test_functions_of_ones_own(importable: str, rows: list[Any]) -> None:
+    specs = [RewardSpec(f"{importable}:custom", weight=0.1, options={"bonus": 2.0}), RewardSpec("accuracy", weight=3.0)]
+    module = worker.run(rows, rewards=specs, teacher=None)
+    for rollout in module.kept[0]:
+        assert rollout.reward == pytest.approx(0.1 * (len(_texts(module, rollout)) + 2.0) + 3.0 * rollout.correct)
+    assert set(module._groups.rewards.seconds) == {f"{importable}:custom", "accuracy"}
+
+
+def _texts(module: Any, rollout: Any) -> list[str]:
+    from stepkd.modules.step_texts import step_texts
+
+    return step_texts(module.tokenizer, rollout)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("failing", r"the reward 'my_rewards:failing' failed on the 16 completions .*/0' to .*/3': KeyError: 'price'"),
+        ("short", "the reward 'my_rewards:short' gave 1 values for 16 completions"),
+        ("undefined", r"the reward 'my_rewards:undefined' gave nan for '.*/1'"),
+    ],
+)
+def test_rewards_that_fail(name: str, message: str, importable: str, rows: list[Any]) -> None:
+    with pytest.raises(TrainingError, match=message):
+        worker.run(rows, rewards=[RewardSpec(f"{importable}:{name}")], teacher=None)
+
+
+def test_rewards_of_steps() -> None:
+    columns: dict[str, list[Any]] = {
+        "rows": [{"id": "a", "prompt": "?"}] * 3,
+        "steps": [["3 + 4 = 7", "7 * 2 = 15"], ["3 + 4 = 7"], []],
+        "completions": ["", "", ""],
+    }
+    for reduce, values in (("mean", [0.5, 1.0, 0.0]), ("min", [0.0, 1.0, 0.0])):
+        spec = RewardSpec("steps", options={"scorer": "arithmetic", "reduce": reduce})
+        assert Rewards([spec], None)(columns, ["a", "b", "c"])[0] == values  # type: ignore[arg-type]
+
+
+def test_rows_without_an_answer(rows: list[Any]) -> None:
+    from dataclasses import replace
+
+    bare = [replace(row, row={"id": row.id, "prompt": "x"}) for row in rows]
+    with pytest.raises(DataError, match="has no 'answer': nothing says what its completions are worth"):
+        worker.run(bare, teacher=None)
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RolloutSpec(group_size=0), "rollout.group_size=0"),
+        (lambda: RolloutSpec(temperature=0.0), "rollout.temperature=0.0"),
+        (lambda: RolloutSpec(truncated="drop"), "unknown rollout.truncated 'drop'"),  # type: ignore[arg-type]
+        (lambda: RolloutSpec(overlong=0), "rollout.overlong=0"),
+        (lambda: RolloutSpec(resample=-1), "rollout.resample=-1"),
+        (lambda: PolicyLossSpec(normalisation="trpo"), "unknown policy_loss.normalisation 'trpo'"),  # type: ignore[arg-type]
+        (lambda: PolicyLossSpec(ddof=2), "policy_loss.ddof=2"),
+        (lambda: PolicyLossSpec(clip_low=1.0), "policy_loss.clip_low=1.0"),
+        (lambda: PolicyLossSpec(inner_steps=0), "policy_loss.inner_steps=0"),
+        (lambda: PolicyLossSpec(importance_cap=0.0), "policy_loss.importance_cap=0.0"),
+        (lambda: PolicyLossSpec(weight=-1.0), "policy_loss.weight=-1.0"),
+        (lambda: KDSpec(beta=-1.0), "kd.beta=-1.0"),
+        (lambda: KDSpec(schedule="switch"), "kd.until_step=0"),
+        (lambda: KDSpec(clamp=-1.0), "kd.clamp=-1.0"),
+        (lambda: KDSpec(form="advantage", mask="group"), "kd.form=advantage has neither another estimator"),
+        (lambda: KDSpec(estimator="k3", clamp=1.0), "kd.clamp=1.0 belongs to estimator k2"),
+        (lambda: StepCreditSpec("checker", weight=-1.0), "step_credit.weight=-1.0"),
+        (lambda: RewardSpec("acuracy"), "unknown reward 'acuracy'. Did you mean 'accuracy'"),
+        (lambda: RewardSpec("format"), "'format' needs the option 'pattern'"),
+        (lambda: RewardSpec("length", options={"limit": 3, "max": 4}), "'length' has no option 'max'"),
+        (lambda: RewardSpec(weight=math.nan), "weight=nan of 'accuracy'"),
+        (lambda: Rewards([RewardSpec("format", options={"pattern": "("})], None), "pattern '\\('"),  # type: ignore[arg-type]
+        (lambda: Rewards([RewardSpec("no.such:thing")], None), "cannot be imported"),  # type: ignore[arg-type]
+        (lambda: Rewards([RewardSpec("math:pi")], None), "'math:pi' is a float, not a function"),  # type: ignore[arg-type]
+        (lambda: KDRLModule(PolicySpec(), policy_loss=PolicyLossSpec(weight=0.0)), "there is nothing to learn from"),
+        (lambda: KDRLModule(PolicySpec(), rewards=[]), "rewards: give at least one"),
+        (lambda: KDRLModule(PolicySpec(), kd=KDSpec(schedule="switch", until_step=1)), "and there is no teacher"),
+        (lambda: KDRLModule(PolicySpec(), teacher=TeacherSpec(itself="ema")), "give teacher.path"),
+        (lambda: KDRLModule(PolicySpec(), rollout=RolloutSpec(group_size=1)), "needs at least 2"),
+    ],
+)
+def test_mistakes(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
