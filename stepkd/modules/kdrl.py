@@ -103,6 +103,17 @@ class KDRLModule(StepModule):
             raise ConfigError("kd.schedule: switch distils first, and there is no teacher: give teacher.path")
         if teacher is not None and teacher.path is None:
             raise ConfigError("teacher: KDRL scores fresh samples with another model: give teacher.path")
+        if teacher is not None and self.kd.form != "joint":
+            for setting, clashes in (
+                ("policy_loss.weight: 0", self.policy_loss.weight == 0),
+                ("policy_loss.equal_groups: drop", self.policy_loss.equal_groups == "drop"),
+                ("kd.schedule: switch", self.kd.schedule == "switch"),
+            ):
+                if clashes:
+                    raise ConfigError(
+                        f"kd.form={self.kd.form} teaches through the policy-gradient term, which {setting} switches "
+                        "off: set kd.form: joint"
+                    )
         if self.policy_loss.weight and self.rollout.group_size < 2:
             raise ConfigError(
                 f"rollout.group_size={self.rollout.group_size}: an advantage compares the completions of a prompt and "

@@ -454,6 +454,20 @@ def test_rows_without_an_answer(rows: list[Any]) -> None:
         (lambda: Rewards([RewardSpec("math:pi")], None), "'math:pi' is a float, not a function"),  # type: ignore[arg-type]
         (lambda: KDRLModule(PolicySpec(), policy_loss=PolicyLossSpec(weight=0.0)), "there is nothing to learn from"),
         (lambda: KDRLModule(PolicySpec(), rewards=[]), "rewards: give at least one"),
+        *[
+            (lambda changes=changes: KDRLModule(PolicySpec(), teacher=worker.TEACHER, **changes), message)
+            for changes, message in (
+                (
+                    {"kd": KDSpec(form="advantage"), "policy_loss": PolicyLossSpec(weight=0.0)},
+                    "which policy_loss.weight: 0",
+                ),
+                (
+                    {"kd": KDSpec(form="reward"), "policy_loss": PolicyLossSpec(equal_groups="drop")},
+                    "equal_groups: drop",
+                ),
+                ({"kd": KDSpec(form="advantage", schedule="switch", until_step=2)}, "which kd.schedule: switch"),
+            )
+        ],
         (lambda: KDRLModule(PolicySpec(), kd=KDSpec(schedule="switch", until_step=1)), "and there is no teacher"),
         (lambda: KDRLModule(PolicySpec(), teacher=TeacherSpec(itself="ema")), "give teacher.path"),
         (lambda: KDRLModule(PolicySpec(), rollout=RolloutSpec(group_size=1)), "needs at least 2"),
