@@ -69,6 +69,8 @@ class StepModule(EvaluationLoops):
 
     steps_per_batch = 1
     """Optimiser steps that one loader batch serves (more than 1 for on-policy methods with inner steps)."""
+    shown: tuple[str, ...] = ("train/loss",)
+    """What the progress line shows of training, beside its speed."""
     skip_empty_steps = False
     """Whether a step in which no rank has a single item is skipped (it is an error otherwise)."""
 
@@ -335,7 +337,7 @@ class StepModule(EvaluationLoops):
         values["train/tokens"] = totals["tokens"]
         if self._throughput is not None:
             values.update(self._throughput.measure(totals["tokens"], self.trainer.world_size))
-        for name in ("train/loss", "perf/tokens_per_second"):
+        for name in (*self.shown, "perf/tokens_per_second"):
             if name in values:
                 self.log(name, values.pop(name), prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)

@@ -66,6 +66,7 @@ class KDRLModule(StepModule):
     """
 
     components = ("pg", "kd")
+    shown = ("train/reward", "train/length")
     skip_empty_steps = True
 
     def __init__(
