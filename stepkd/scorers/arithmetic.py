@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from stepkd.scorers.scorer import Meaning, Solutions
 
 _LONGEST = 200  # characters of one side of an equation; longer ones are no sums that people write
-_LARGEST_EXPONENT = 64
+_LARGEST_EXPONENT, _LARGEST_BASE = 64, 10**12
 _MARK = re.compile(r"<<([^<>\n]*)>>")
 _SIDE = r"[-+*/^().\d%\s]"
 _NUMBER = re.compile(r"-?(\d+(?:\.\d*)?|\.\d+)%?")
@@ -107,7 +107,7 @@ def _line_equations(line: str) -> Iterator[Equation]:
         line = pattern.sub(by, line)
     parts = re.split(r"(?<![<>=!~≈:])=(?![=<>])", line)
     for before, after in itertools.pairwise(parts):
-        left, right = _left_side(before), _right_side(after)
+        left, right = _left_side(before[-2 * _LONGEST :]), _right_side(after[: 2 * _LONGEST])
         if left is None or right is None:
             continue
         verdict = _holds(left, right)
@@ -221,7 +221,7 @@ def _value(node: ast.expr | None) -> Fraction | None:
             if a is None or b is None:
                 return None
             if isinstance(op, ast.Pow):
-                small = b.denominator == 1 and abs(b) <= _LARGEST_EXPONENT
+                small = b.denominator == 1 and abs(b) <= _LARGEST_EXPONENT and abs(a) <= _LARGEST_BASE
                 return Fraction(a**b.numerator) if small else None
             return _OPERATORS[type(op)](a, b) if type(op) in _OPERATORS else None
     return None
