@@ -12,6 +12,7 @@ from stepkd.errors import ConfigError
 from stepkd.evaluation.judging import solution_steps
 from stepkd.quickstart.context import Context, Stage, evaluate_task, percent, train_sft
 from stepkd.quickstart.gkd_stage import train_gkd
+from stepkd.quickstart.kdrl_stage import train_kdrl
 from stepkd.quickstart.prm_stage import train_prm
 from stepkd.quickstart.step_kto_stage import train_step_kto
 
@@ -112,5 +113,6 @@ STAGES: list[Stage] = [
     Stage("prm", "a process reward model from the student's own rollouts, and best-of-8 with it", train_prm),
     Stage("step_kto", "Step-KTO: the student learns from right and wrong answers and steps of its own", train_step_kto),
     Stage("gkd", "GKD: the student learns from its teacher, on solutions of its own", train_gkd),
+    Stage("kdrl", "KDRL: rewards for right answers and the teacher's word, in one objective", train_kdrl),
 ]
 """All stages in order; later methods append theirs."""
