@@ -36,14 +36,16 @@ def group_advantages(
         eps: added to the standard deviation, >= 0.
 
     Returns:
-        (R,) advantages; 0 in a group of one, and where all rewards of a group are equal.
+        (R,) advantages; exactly 0 in a group of one, and where all rewards of a group are equal.
 
     Raises:
-        ValueError: another kind, a ddof that is neither 0 nor 1, or shapes that differ.
+        ValueError: a ddof that is neither 0 nor 1, a negative eps, or shapes that differ.
     """
     check_choice("advantage", kind, get_args(Advantage))
     if ddof not in (0, 1):
         raise ValueError(f"ddof={ddof}: must be 0 or 1")
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}: must not be negative")
     if rewards_R.shape != group_R.shape:
         raise ValueError(f"{tuple(rewards_R.shape)} rewards and {tuple(group_R.shape)} group numbers")
     if not len(rewards_R):
@@ -51,14 +53,20 @@ def group_advantages(
     groups = int(group_R.max()) + 1
     size_G = segment_sum(torch.ones_like(rewards_R), group_R, groups)
     mean_G = segment_sum(rewards_R, group_R, groups) / size_G.clamp_min(1)
-    centred_R = rewards_R - mean_G[group_R]
+    ends_G = [
+        rewards_R.new_zeros(groups).scatter_reduce(0, group_R, rewards_R, how, include_self=False)
+        for how in ("amin", "amax")
+    ]
+    # Rounding leaves equal rewards a little off their mean, and a division by their deviation would make much of it.
+    centred_R = torch.where((ends_G[0] < ends_G[1])[group_R], rewards_R - mean_G[group_R], 0.0)
     if kind == "group_mean":
         return centred_R
     size_R = size_G[group_R]
     if kind == "leave_one_out":
         return torch.where(size_R > 1, centred_R * size_R / (size_R - 1).clamp_min(1), 0.0)
     variance_G = segment_sum(centred_R.square(), group_R, groups) / (size_G - ddof).clamp_min(1)
-    return centred_R / (variance_G.sqrt()[group_R] + eps)
+    spread_R = variance_G.sqrt()[group_R] + eps
+    return torch.where(spread_R > 0, centred_R / spread_R, 0.0)
 
 
 class Clipped(NamedTuple):
@@ -176,7 +184,8 @@ def scatter_step_rewards(rewards_S: Tensor, ends_S: Tensor, row_S: Tensor, start
         ValueError: an empty step, or one beyond the tokens.
     """
     places_S = starts_R[row_S] + ends_S - 1
-    if len(ends_S) and (int(ends_S.min()) < 1 or int(places_S.max()) >= num_tokens):
+    stops_R = torch.cat([starts_R[1:], starts_R.new_tensor([num_tokens])])
+    if len(ends_S) and (int(ends_S.min()) < 1 or bool((places_S >= stops_R[row_S]).any())):
         raise ValueError(f"steps end at {ends_S.tolist()}, which is not within their completions")
     rewards_S = torch.where(rewards_S.isnan(), 0.0, rewards_S)
     return rewards_S.new_zeros(num_tokens).index_add(0, places_S, rewards_S)
@@ -238,9 +247,8 @@ def group_step_advantages(
     known_S = ~rewards_S.isnan()
     normalised_S = torch.full_like(rewards_S, float("nan"))
     normalised_S[known_S] = group_advantages(rewards_S[known_S], group_R[row_S[known_S]], ddof=ddof, eps=eps)
-    row_N = torch.repeat_interleave(
-        torch.arange(len(starts_R)), torch.diff(starts_R, append=starts_R.new_tensor([num_tokens]))
-    )
+    lengths_R = torch.diff(starts_R, append=starts_R.new_tensor([num_tokens]))
+    row_N = torch.repeat_interleave(torch.arange(len(starts_R), device=starts_R.device), lengths_R)
     return reward_to_go(scatter_step_rewards(normalised_S, ends_S, row_S, starts_R, num_tokens), row_N)
 
 

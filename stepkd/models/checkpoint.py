@@ -90,6 +90,11 @@ def load_trained(
     if attention is not None:
         spec = replace(spec, attention=attention)
     if quantization != "none":
+        if checkpoint is not None and spec.lora is None:
+            raise ModelError(
+                f"{path} was trained in all weights, which a run keeps unquantised: export it (stepkd export) and "
+                "quantise the export"
+            )
         frozen = {field.name: getattr(spec, field.name) for field in fields(spec)}
         spec = FrozenSpec(**{**frozen, "quantization": quantization})
     policy = Policy.load(spec)

@@ -1,4 +1,7 @@
-"""Whether weights fit, said before a machine swaps itself to death or a kernel kills the process without a word."""
+"""Whether weights fit, said before a machine swaps itself to death or a kernel kills the process without a word.
+
+Only folders are looked at, not hub ids that are still to be downloaded, and a container's own limit is not known here.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def check_host_room(folder: Path, dtype: str) -> None:
     Raises:
         ModelError: names the bytes needed and free.
     """
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in _weight_files(folder))
     wanted = _BYTES.get(dtype)
     if wanted is not None:
         stored = stored * wanted // _BYTES.get(_stored_dtype(folder), wanted)
@@ -47,6 +50,15 @@ def free_bytes() -> int | None:
 def device_room(device: torch.device) -> int:
     """Free memory of a CUDA device, in bytes."""
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads, not every copy of the weights that lies there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        return [folder / name for name in names if (folder / name).is_file()]
+    return list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
 
 
 def _stored_dtype(folder: Path) -> str:

@@ -149,7 +149,10 @@ class StepModule(EvaluationLoops):
         return {}
 
     def restore_method_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`method_state` gave."""
+        """Take back what :meth:`method_state` gave, to go on training."""
+
+    def adopt_method_state(self, state: dict[str, Any]) -> None:
+        """Take from it what validation, test and prediction need; nothing has to fit the run that wrote it."""
 
     def next_commands(self, run: str) -> list[str]:
         """What to do with a finished run, one line each, for the end of ``stepkd fit``."""

@@ -87,6 +87,8 @@ def unpack(module: StepModule, checkpoint: dict[str, Any]) -> tuple[Position, di
     if module.trainer.state.fn == "fit":
         _check_resume(module, section)
         module.restore_method_state(section.get("method_state", {}))
+    else:
+        module.adopt_method_state(section.get("method_state", {}))
     return Position(**section["position"]), section.get("ema")
 
 

@@ -62,11 +62,14 @@ class Weigher:
         reward_R = reward_R if extra_R is None else reward_R + extra_R
         length_R = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
         counted_R = torch.tensor([not (r.cut_off and self.rollout.truncated == "mask") for r in rollouts])
-        dropped = self.policy_loss.equal_groups == "drop"
-        pg = self._normalised(length_R, group_R, counted_R & unequal(reward_R, group_R) if dropped else counted_R)
+        advantage_N = self._advantages(rollouts, reward_R, group_R, length_R)
+        kept_R = counted_R
+        if self.policy_loss.equal_groups == "drop":
+            kept_R = counted_R & with_signal(advantage_N, group_R, length_R)
+        pg = self._normalised(length_R, group_R, kept_R)
         distilled_R = counted_R & self._distilled(rollouts, group_R)
         kd = self._normalised(length_R, group_R, distilled_R if self.kd.kept_only else counted_R)
-        advantages = self._advantages(rollouts, reward_R, group_R, length_R).split(length_R.tolist())
+        advantages = advantage_N.split(length_R.tolist())
         return [
             replace(
                 rollout,
@@ -124,7 +127,7 @@ class Weigher:
         return ~right_R if self.kd.mask == "response" else ~torch.isin(group_R, group_R[right_R])
 
 
-def unequal(reward_R: Tensor, group_R: Tensor) -> Tensor:
-    """Which completions belong to a group whose rewards differ."""
-    differs_R = group_advantages(reward_R, group_R, kind="group_mean").abs() > 1e-12
-    return torch.isin(group_R, group_R[differs_R])
+def with_signal(advantage_N: Tensor, group_R: Tensor, length_R: Tensor) -> Tensor:
+    """Which completions belong to a group in which some token has an advantage."""
+    group_N = torch.repeat_interleave(group_R, length_R)
+    return torch.isin(group_R, group_N[advantage_N != 0])

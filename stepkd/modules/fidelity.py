@@ -49,7 +49,7 @@ class FidelitySpec:
     max_new_tokens: int = 256
     """Longest sample and answer in tokens."""
     answers: bool = True
-    """Whether both also answer greedily, and are graded; the teacher does so once."""
+    """Whether both also answer greedily, and are graded; the teacher does so once. A cached teacher has no answers."""
     likely_step: float = 0.5
     """A step is likely when the teacher's mean probability of its tokens (geometric) is at least this, in (0, 1). The
     paper's own measure was not found: a reconstruction."""
@@ -188,7 +188,7 @@ class Fidelity:
 
     @torch.no_grad()
     def _calibration(self, examples: list[Example]) -> Sums:
-        """By bins of confidence: how much surer than right either is on given tokens. :func:`with_ece` sums them up."""
+        """By bins of confidence: how much surer than right either is on given tokens (see :func:`fidelity_totals`)."""
         gaps, tokens = torch.zeros(len(CALIBRATED), BINS, dtype=torch.float64), 0
         for group in micro_batches([example.length for example in examples], self.max_tokens):
             batch = self.collate([examples[i] for i in group]).to(self.student.device)

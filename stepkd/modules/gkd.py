@@ -101,6 +101,8 @@ class GKDModule(StepModule):
                     f"source.teacher={self.source.teacher} samples from the teacher, which is the student itself: set "
                     "source.student instead"
                 )
+            if self.fidelity_spec is not None and self.fidelity_spec.answers:
+                raise ConfigError("fidelity.answers compares with another model, and the teacher is the student itself")
             return SelfTeacher(spec, **buckets)
         if spec.cache is None:
             return LocalTeacher(spec, **buckets)
@@ -145,6 +147,10 @@ class GKDModule(StepModule):
         """
         earlier = state.get("teacher", self._teacher_identity)
         check_frozen_model("under another teacher", earlier, self._teacher_identity, "teacher.path")
+        self.adopt_method_state(state)
+
+    def adopt_method_state(self, state: dict[str, Any]) -> None:
+        """Take over the weights of a teacher that keeps up with the student."""
         if isinstance(self.teacher, SelfTeacher) and "itself" in state:
             self.teacher.restore(state["itself"])
 

@@ -22,6 +22,7 @@ from stepkd.losses import (
     LossTerms,
     chunked_head,
     clipped_loss,
+    cross_entropy,
     entropy,
     kl_estimate,
     reverse_kl,
@@ -36,6 +37,7 @@ from stepkd.modules.credit import Weigher
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.rewards import Rewards, RewardSpec
 from stepkd.modules.rollouts import GroupSampler, Rollout, TokenView
+from stepkd.scorers import ScorerOptions, load_scorer
 from stepkd.teachers import LocalTeacher, TeacherSpec
 
 logger = logging.getLogger(__name__)
@@ -100,20 +102,27 @@ class KDRLModule(StepModule):
             raise ConfigError("rewards: give at least one, for instance {name: accuracy}")
         if teacher is None and self.policy_loss.weight == 0:
             raise ConfigError("policy_loss.weight=0 and no teacher: there is nothing to learn from")
+        if self.policy_loss.weight == 0 and (self.kd.beta == 0 or self.kd.schedule == "switch"):
+            raise ConfigError(
+                f"policy_loss.weight=0 with kd.beta={self.kd.beta}, schedule: {self.kd.schedule}: nothing would be "
+                "left to learn from"
+            )
+        if self.policy_loss.weight == 0 and (self.step_credit is not None or self.rollout.resample):
+            raise ConfigError("policy_loss.weight=0 has no use for step_credit and rollout.resample: drop them")
         if teacher is None and self.kd.schedule == "switch":
             raise ConfigError("kd.schedule: switch distils first, and there is no teacher: give teacher.path")
         if teacher is not None and teacher.path is None:
             raise ConfigError("teacher: KDRL scores fresh samples with another model: give teacher.path")
         if teacher is not None and self.kd.form != "joint":
             for setting, clashes in (
-                ("policy_loss.weight: 0", self.policy_loss.weight == 0),
+                ("a policy_loss.weight other than 1", self.policy_loss.weight != 1),
                 ("policy_loss.equal_groups: drop", self.policy_loss.equal_groups == "drop"),
                 ("kd.schedule: switch", self.kd.schedule == "switch"),
             ):
                 if clashes:
                     raise ConfigError(
-                        f"kd.form={self.kd.form} teaches through the policy-gradient term, which {setting} switches "
-                        "off: set kd.form: joint"
+                        f"kd.form={self.kd.form} teaches through the policy-gradient term, which {setting} changes or "
+                        "switches off: set kd.form: joint"
                     )
         if self.policy_loss.weight and self.rollout.group_size < 2:
             raise ConfigError(
@@ -147,6 +156,28 @@ class KDRLModule(StepModule):
         earlier = state.get("teacher", self._teacher_identity)
         check_frozen_model("under another teacher", earlier, self._teacher_identity, "teacher.path")
 
+    def on_fit_start(self) -> None:
+        """Load what rewards and credits, so that a mistake there is said before anything is sampled."""
+        super().on_fit_start()
+        rewards = Rewards(self.reward_specs, self._sampled().grader)
+        self._groups = GroupSampler(self.rollout, self.model, rewards, self.phases, self.seed)
+        scorer = None
+        if self.step_credit is not None:
+            scorer = load_scorer(self.step_credit.scorer, ScorerOptions(device=str(self.device)))
+            if scorer.meaning == "outcome":
+                raise ConfigError(
+                    f"step_credit.scorer={self.step_credit.scorer} scores whole solutions and knows nothing of steps"
+                )
+        self._weigher = Weigher(
+            self.rollout,
+            self.policy_loss,
+            self.kd,
+            self.step_credit,
+            distils=self.teacher is not None,
+            tokenizer=self.tokenizer,
+            scorer=scorer,
+        )
+
     # ---- batches ---------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
@@ -160,25 +191,14 @@ class KDRLModule(StepModule):
 
     def sampled(self, batch: StepBatch) -> list[Rollout]:
         """Rewarded completions of the batch's prompts, group after group."""
-        if self._groups is None:
-            rewards = Rewards(self.reward_specs, self._sampled().grader)
-            self._groups = GroupSampler(self.rollout, self.model, rewards, self.phases, self.seed)
-        return self._groups(batch, self.global_step)
+        assert self._groups is not None
+        found = self._groups(batch, self.global_step, self.position.epoch)
+        self.log("perf/reward_seconds", sum(self._groups.rewards.seconds.values()), batch_size=1)
+        return found
 
     def weighed(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with advantages, and with weights and counts of both terms."""
-        if self._weigher is None:
-            from stepkd.scorers import load_scorer
-
-            self._weigher = Weigher(
-                self.rollout,
-                self.policy_loss,
-                self.kd,
-                self.step_credit,
-                distils=self.teacher is not None,
-                tokenizer=self.tokenizer,
-                scorer=None if self.step_credit is None else load_scorer(self.step_credit.scorer),
-            )
+        assert self._weigher is not None
         if self.teacher is None or self.kd.form != "reward":
             return self._weigher(rollouts)
         gaps = self._of_rollouts(rollouts, lambda values_N4: values_N4[:, 2] - values_N4[:, 0])
@@ -220,9 +240,11 @@ class KDRLModule(StepModule):
 
         On given solutions (validation) there is nothing to weigh: ``pg`` is their cross-entropy, to look at.
         """
-        logps_N, entropy_N, teacher_N, exact_N = self._position_values(micro_batch).unbind(-1)
         if not all(isinstance(example, Rollout) for example in micro_batch.examples):
-            return LossTerms({"pg": -logps_N.sum(), "kd": logps_N.sum() * 0.0})
+            hidden_NH = self.needed_hidden(micro_batch)
+            ce = cross_entropy(self.model.head, hidden_NH, micro_batch.targets_N, chunk_size=self.chunk_size).sums["ce"]
+            return LossTerms({"pg": ce, "kd": ce * 0.0})
+        logps_N, entropy_N, teacher_N, exact_N = self._position_values(micro_batch).unbind(-1)
         tokens = TokenView.of(micro_batch)
         beta, share = self.kd.coefficient(self.global_step), self.kd.policy_share(self.global_step)
         advantages_N, reward_N = tokens.advantages_N, (teacher_N - logps_N).detach()
@@ -232,26 +254,32 @@ class KDRLModule(StepModule):
         old_N = logps_N.detach() if tokens.old_N is None else tokens.old_N.to(logps_N.dtype)
         bounds = {"clip_low": self.policy_loss.clip_low, "clip_high": self.policy_loss.clip_high}
         clipped = clipped_loss(logps_N, old_N, advantages_N.to(logps_N.dtype), **bounds)
-        pg_N = clipped.loss_N * self._weights(tokens.pg_N)
+        pg_N = clipped.loss_N * self._weights(tokens.pg_N, tokens.pg_counted_N)
         if self.policy_loss.importance_cap is not None:
             pg_N = pg_N * (old_N - tokens.sampled_N).exp().clamp(max=self.policy_loss.importance_cap)
         kd_N = torch.zeros_like(logps_N)
         if self.teacher is not None and self.kd.form == "joint":
-            kept_N = self._weights(tokens.kd_N)
+            kept_N = self._weights(tokens.kd_N, tokens.kd_counted_N)
             if self.kd.skip_eos:
                 eos = torch.tensor(sorted(self.model.eos_ids), device=kept_N.device)
                 kept_N = kept_N * ~torch.isin(micro_batch.targets_N, eos)
-            kd_N = beta * kept_N * (exact_N if self.kd.estimator == "full" else self._estimate(logps_N, teacher_N))
+            # Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 times infinity is NaN.
+            near_N = torch.where(kept_N > 0, logps_N, teacher_N)
+            full = self.kd.estimator == "full"
+            kd_N = beta * kept_N * (exact_N if full else self._estimate(near_N, teacher_N))
         sums = {"pg": self.policy_loss.weight * share * pg_N.sum(), "kd": kd_N.sum()}
         metrics = self._metrics(micro_batch, reward_N, entropy_N)
         number = metrics["entropy"][1]
         metrics |= {"clip_low": (clipped.low_N.sum(), number), "clip_high": (clipped.high_N.sum(), number)}
-        metrics["sampler_mismatch"] = (self._distance(old_N, tokens.sampled_N), number)
+        gap_N = tokens.sampled_N - old_N.detach()
+        metrics |= {"sampler_mismatch": (gap_N.abs().sum(), number), "sampler_kl": (gap_N.sum(), number)}
+        if self.training and not micro_batch.is_filler:
+            self._mismatch = (self._mismatch[0] + float(gap_N.abs().sum()), self._mismatch[1] + len(gap_N))
         return LossTerms(sums, metrics)
 
-    def _weights(self, weight_N: Tensor) -> Tensor:
+    def _weights(self, weight_N: Tensor, counted_N: Tensor) -> Tensor:
         if self.policy_loss.normalisation == "bnpo":
-            return weight_N / weight_N.sum().clamp_min(1.0)
+            return weight_N / counted_N.sum().clamp_min(1.0)
         return weight_N
 
     def _estimate(self, logps_N: Tensor, teacher_N: Tensor) -> Tensor:
@@ -302,18 +330,12 @@ class KDRLModule(StepModule):
             "no_signal": of_rows([not any(rollout.advantages) for rollout in rollouts]),
             "entropy": (entropy_N.detach().sum(), number),
         }
+        names = sorted({name for rollout in rollouts for name in rollout.parts} | {s.name for s in self.reward_specs})
+        metrics |= {f"reward/{name}": of_rows([r.parts.get(name, 0.0) for r in rollouts]) for name in names}
         if self.teacher is not None:
             metrics["kl_to_teacher"] = (-reward_N.sum(), number)
             metrics["distilled"] = of_rows([rollout.kd_weight > 0 for rollout in rollouts])
         return metrics
-
-    @torch.no_grad()
-    def _distance(self, own_N: Tensor, sampled_N: Tensor) -> Tensor:
-        """Summed distance of the sampler's log-probabilities from the trainer's."""
-        total = (own_N - sampled_N).abs().sum()
-        if self.training:
-            self._mismatch = (self._mismatch[0] + float(total), self._mismatch[1] + len(own_N))
-        return total
 
     def after_step(self) -> None:
         """Say when the sampler's probabilities are not the trainer's."""
@@ -322,8 +344,9 @@ class KDRLModule(StepModule):
         if number and total / number > MISMATCH_ALARM and not self._warned:
             self._warned = True
             warnings.warn(
-                f"step {self.global_step}: the log-probabilities of sampler and trainer differ by {total / number:.3f} "
-                f"nats a token (alarm above {MISMATCH_ALARM}): another temperature, other weights, or too narrow a "
-                "dtype; the samples are not on-policy. policy_loss.importance_cap corrects small differences",
+                f"step {self.global_step - 1}: the log-probabilities of sampler and trainer differ by "
+                f"{total / number:.3f} nats a token (alarm above {MISMATCH_ALARM}): another temperature, other "
+                "weights, or too narrow a dtype; the samples are not on-policy. policy_loss.importance_cap corrects small "
+                "differences",
                 stacklevel=2,
             )

@@ -68,7 +68,7 @@ class PolicyLossSpec:
     ddof: int = 1
     """Of the standard deviation: 1 or 0."""
     eps: float = STD_EPSILON
-    """Added to it."""
+    """Added to it, >= 0."""
     normalisation: Normalisation = "group_token_mean"
     """KDRL's own; ``grpo``, ``dapo``, ``dr_grpo``, ``bnpo``."""
     clip_low: float = 0.2
@@ -80,7 +80,7 @@ class PolicyLossSpec:
     importance_cap: float | None = None
     """Weigh every token by trainer's over sampler's probability, at most this; null: not."""
     equal_groups: Literal["keep", "drop"] = "keep"
-    """Whether groups whose rewards are all equal, and which have nothing to say, count in this term's denominator."""
+    """Whether groups without a single advantage, which have nothing to say, count in this term's denominator."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < float("inf"):
@@ -88,8 +88,8 @@ class PolicyLossSpec:
         check_choice("policy_loss.advantage", self.advantage, get_args(Advantage))
         check_choice("policy_loss.normalisation", self.normalisation, get_args(Normalisation))
         check_choice("policy_loss.equal_groups", self.equal_groups, ("keep", "drop"))
-        if self.ddof not in (0, 1):
-            raise ConfigError(f"policy_loss.ddof={self.ddof}: must be 0 or 1")
+        if self.ddof not in (0, 1) or not self.eps >= 0:
+            raise ConfigError(f"policy_loss.ddof={self.ddof}, eps={self.eps}: must be 0 or 1, and not negative")
         if not 0 <= self.clip_low < 1 or not 0 <= self.clip_high < float("inf"):
             raise ConfigError(
                 f"policy_loss.clip_low={self.clip_low}, clip_high={self.clip_high}: must be in [0, 1), and not negative"
@@ -142,8 +142,14 @@ class KDSpec:
             raise ConfigError(f"kd.until_step={self.until_step}: a switch needs at least 1 step of distillation")
         if self.clamp is not None and not self.clamp > 0:
             raise ConfigError(f"kd.clamp={self.clamp}: must be positive, or null")
-        if self.form != "joint" and (self.estimator != "k2" or self.mask != "none"):
-            raise ConfigError(f"kd.form={self.form} has neither another estimator than k2 nor a mask: set form: joint")
+        if self.schedule != "switch" and self.until_step:
+            raise ConfigError(f"kd.until_step={self.until_step} goes with schedule: switch, not with {self.schedule}")
+        if self.form != "joint" and (self.estimator != "k2" or self.mask != "none" or self.skip_eos):
+            raise ConfigError(
+                f"kd.form={self.form} has neither another estimator than k2, nor a mask, nor skip_eos: set form: joint"
+            )
+        if self.kept_only and self.mask == "none":
+            raise ConfigError("kd.kept_only goes with a mask: set kd.mask")
         if self.clamp is not None and (self.estimator != "k2" or self.form == "reward"):
             raise ConfigError(f"kd.clamp={self.clamp} belongs to estimator k2, in the forms joint and advantage")
 
@@ -167,7 +173,7 @@ class StepCreditSpec:
     scorer: str
     """``checker`` (the tiny world), ``arithmetic``, a process reward model, or ``judge:MODEL``."""
     weight: float = 1.0
-    """Of the steps' advantages in the sum with the answer's."""
+    """Of the steps' advantages in the sum with the answer's. They are always divided by their group's deviation."""
     outcome_weight: float = 1.0
     """Of the answer's advantage."""
 

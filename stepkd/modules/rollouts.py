@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -28,8 +28,12 @@ class Rollout(Example):
 
     group: int = 0
     """Number of its prompt in the rank's share of the batch."""
+    text: str = ""
+    """Its text as the sampler has it."""
     reward: float = 0.0
-    """Sum of its rewards."""
+    """Sum of its rewards, less what its length costs."""
+    parts: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Reward -> its value, before weights."""
     correct: bool = False
     """Whether its final answer is right."""
     cut_off: bool = False
@@ -70,6 +74,10 @@ class TokenView:
     """Weights in the policy-gradient sum."""
     kd_N: Tensor
     """Weights in the distillation sum."""
+    pg_counted_N: Tensor
+    """What every token's completion adds to the first denominator."""
+    kd_counted_N: Tensor
+    """The same of the second."""
 
     @classmethod
     def of(cls, micro_batch: MicroBatch) -> TokenView:
@@ -92,6 +100,8 @@ class TokenView:
             old_N=old,
             pg_N=by_row([rollout.pg_weight for rollout in rollouts]),
             kd_N=by_row([rollout.kd_weight for rollout in rollouts]),
+            pg_counted_N=by_row([rollout.pg_count for rollout in rollouts]),
+            kd_counted_N=by_row([rollout.kd_count for rollout in rollouts]),
         )
 
 
@@ -114,8 +124,12 @@ class GroupSampler:
         self.seed = seed
         self._segmenter = get_segmenter(spec.segmenter)
 
-    def __call__(self, batch: StepBatch, step: int) -> list[Rollout]:
+    def __call__(self, batch: StepBatch, step: int, epoch: int) -> list[Rollout]:
         """Rewarded completions of the batch's prompts, group after group; equal groups are drawn anew on request.
+
+        Args:
+            batch: this rank's prompts.
+            step, epoch: key the noise; a step that was skipped has another epoch when its prompts come again.
 
         Raises:
             DataError: a row without an answer.
@@ -124,13 +138,14 @@ class GroupSampler:
         groups: dict[int, list[Rollout]] = {}
         waiting = list(range(len(batch.examples)))
         for attempt in range(self.spec.resample + 1):
-            groups |= dict(zip(waiting, self._draw(batch, waiting, step, attempt), strict=True))
+            drawn = self._draw(batch, waiting, step, f"kdrl {epoch} {attempt}")
+            groups |= dict(zip(waiting, drawn, strict=True))
             waiting = [i for i in waiting if len({rollout.reward for rollout in groups[i]}) == 1]
             if not waiting:
                 break
         return [rollout for number in sorted(groups) for rollout in groups[number]]
 
-    def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, attempt: int) -> list[list[Rollout]]:
+    def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, purpose: str) -> list[list[Rollout]]:
         examples = [batch.examples[i] for i in numbers]
         sampler = TransformersSampler(self.policy, max_rows=self.spec.max_rows)
         size = self.spec.group_size
@@ -138,7 +153,7 @@ class GroupSampler:
             drawn = sampler.sample(
                 [example.prompt_ids for example in examples],
                 self.spec.sampling(self.seed),
-                purpose="kdrl" if attempt == 0 else f"kdrl {attempt}",
+                purpose=purpose,
                 step=step,
                 indices=[batch.indices[i] for i in numbers],
                 on_progress=self.phases.advance,
@@ -147,6 +162,7 @@ class GroupSampler:
             Rollout.of(
                 with_completion(example, sample.token_ids, self.policy.tokenizer, self._segmenter),
                 group=number,
+                text=sample.text,
                 sampled_logps=sample.logprobs,
                 cut_off=sample.finish == "length",
             )
@@ -165,7 +181,12 @@ class GroupSampler:
         totals, parts = self.rewards(columns, ids)
         right = parts.get("accuracy") or self.rewards.correct(columns)
         return [
-            replace(rollout, reward=total - self.spec.punishment(len(rollout.completion_ids)), correct=bool(right[i]))
+            replace(
+                rollout,
+                reward=total - self.spec.punishment(len(rollout.completion_ids)),
+                parts={name: values[i] for name, values in parts.items()},
+                correct=bool(right[i]),
+            )
             for i, (rollout, total) in enumerate(zip(rollouts, totals, strict=True))
         ]
 
@@ -176,10 +197,9 @@ class GroupSampler:
                 raise DataError(f"row {rollout.id!r} has no 'answer': nothing says what its completions are worth")
         shared = set.intersection(*(set(rollout.row) for rollout in rollouts))
         columns: dict[str, list[Any]] = {name: [r.row[name] for r in rollouts] for name in shared}
-        decode: Callable[..., Any] = self.policy.tokenizer.decode
         return columns | {
             "prompts": [rollout.row.get("prompt") for rollout in rollouts],
-            "completions": [str(decode(r.completion_ids, skip_special_tokens=True)) for r in rollouts],
+            "completions": [rollout.text for rollout in rollouts],
             "completion_ids": [list(rollout.completion_ids) for rollout in rollouts],
             "steps": [step_texts(self.policy.tokenizer, rollout) for rollout in rollouts],
             "rows": [rollout.row for rollout in rollouts],

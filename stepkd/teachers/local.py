@@ -38,8 +38,8 @@ class TeacherSpec:
     adapter-off view when fresh adapters are trained (``base``)."""
     every: int | None = None
     """``epoch``: refresh after so many optimiser steps, >= 1; null: after every pass over the data."""
-    decay: float = 0.999
-    """``ema``: in (0, 1), per optimiser step."""
+    decay: float | None = None
+    """``ema``: in (0, 1), per optimiser step; null: 0.999."""
     dtype: str | None = None
     """Weights' dtype; null: as stored."""
     quantization: Quantization = "none"
@@ -60,8 +60,8 @@ class TeacherSpec:
             raise ConfigError(f"teacher: {' and '.join(given)} are both given: set the other one to null")
         if self.itself is not None:
             self._check_itself(self.itself)
-        elif self.every is not None:
-            raise ConfigError(f"teacher.every={self.every} goes with itself: epoch")
+        elif self.every is not None or self.decay is not None:
+            raise ConfigError(f"teacher.every={self.every}, decay={self.decay} go with itself: epoch and ema")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"teacher.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}, or null")
         check_choice("teacher.quantization", self.quantization, get_args(Quantization))
@@ -72,8 +72,8 @@ class TeacherSpec:
         check_choice("teacher.itself", form, ("epoch", "ema", "base"))
         if self.every is not None and (form != "epoch" or self.every < 1):
             raise ConfigError(f"teacher.every={self.every}: at least 1, and only with itself: epoch")
-        if not 0 < self.decay < 1:
-            raise ConfigError(f"teacher.decay={self.decay}: must lie strictly between 0 and 1")
+        if self.decay is not None and (form != "ema" or not 0 < self.decay < 1):
+            raise ConfigError(f"teacher.decay={self.decay}: strictly between 0 and 1, and only with itself: ema")
         for name in ("dtype", "device", "attention", "template"):
             if getattr(self, name) is not None:
                 raise ConfigError(f"teacher.{name} goes with teacher.path; the student itself has its own")

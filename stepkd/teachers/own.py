@@ -22,6 +22,9 @@ from stepkd.models.head import evaluation_mode
 from stepkd.teachers.local import TeacherSpec
 from stepkd.teachers.signals import HiddenSignals, Signals
 
+DECAY = 0.999
+"""Of a running average, per optimiser step."""
+
 
 class SelfTeacher:
     """See :attr:`TeacherSpec.itself <stepkd.teachers.local.TeacherSpec.itself>`.
@@ -49,14 +52,12 @@ class SelfTeacher:
         self._student = student
         if self.spec.itself == "base":
             if student.spec is None or student.spec.lora is None:
-                student.freeze_copy()
+                student.set_reference(_twin(student))
             return
-        shared = {id(p): p for p in student.parameters() if not p.requires_grad}
-        model = copy.deepcopy(student.model, shared)
-        self._copy = Policy(model, student.tokenizer, student.spec, verify_head=False)
+        self._copy = _twin(student)
         self._copy.requires_grad_(False).eval()
         if self.spec.itself == "ema":
-            self._average = WeightAverage(student.trainable_parameters(), self.spec.decay)
+            self._average = WeightAverage(student.trainable_parameters(), self.spec.decay or DECAY)
 
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Nothing to compare: it is the student's vocabulary."""
@@ -78,8 +79,8 @@ class SelfTeacher:
                 hidden_BTH = view.hidden(batch.input_ids_BT, batch.attention_mask_BT)
             head: Any = _ReferenceHead(student)
         else:
-            if self._copy.device != student.device:
-                self._copy.to(student.device)
+            # Always: shared weights have moved with the student, so that no single one of them tells where the rest is.
+            self._copy.to(student.device)
             with evaluation_mode(self._copy):
                 hidden_BTH = self._copy.hidden(batch.input_ids_BT, batch.attention_mask_BT)
             head = self._copy.head
@@ -109,7 +110,7 @@ class SelfTeacher:
         return {"epoch": self._epoch, "weights": {name: value.detach().cpu().clone() for name, value in kept.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`state` gave."""
+        """Take back what :meth:`state` gave, in a fresh process that has not trained yet."""
         self._epoch = int(state["epoch"])
         if self._copy is None:
             return
@@ -134,6 +135,12 @@ class SelfTeacher:
             source = weights[name]
             whole = source.full_tensor() if hasattr(source, "full_tensor") else source  # FSDP2
             target.copy_(whole.to(target.device))
+
+
+def _twin(student: Policy) -> Policy:
+    """A copy that shares what is not trained."""
+    shared = {id(p): p for p in student.parameters() if not p.requires_grad}
+    return Policy(copy.deepcopy(student.model, shared), student.tokenizer, student.spec, verify_head=False)
 
 
 class _ReferenceHead:

@@ -79,7 +79,14 @@ class GKD(GKDModule):
         return super()._clip()
 
 
-def run(rows: list[Example], *, steps: int = 1, layout: dict[str, Any] | None = None, **settings: Any) -> GKD:
+def run(
+    rows: list[Example],
+    *,
+    steps: int = 1,
+    size: int | None = None,
+    layout: dict[str, Any] | None = None,
+    **settings: Any,
+) -> GKD:
     """Optimiser steps on exactly these examples, all of them in every batch."""
     policy = PolicySpec(**{**POLICY, **settings.pop("policy", {})})
     module = GKD(policy, **{"teacher": TEACHER, "source": DATA, "optimizer": STEADY, **settings})
@@ -93,7 +100,7 @@ def run(rows: list[Example], *, steps: int = 1, layout: dict[str, Any] | None = 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    plan = BatchPlan([e.length for e in rows], size=len(rows), shuffle=True, seed=1)
+    plan = BatchPlan([e.length for e in rows], size=size or len(rows), shuffle=True, seed=1)
     loader = StepLoader(rows, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
     trainer.fit(module, train_dataloaders=loader)
     return module

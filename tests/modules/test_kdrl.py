@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from stepkd.losses import group_advantages, kl_estimate, reverse_kl
 from stepkd.models import Policy, PolicySpec
 from stepkd.modules import KDRLModule, KDSpec, PolicyLossSpec, RewardSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.rewards import Rewards
-from stepkd.tasks import check_row
+from stepkd.modules.step_texts import step_texts
 from stepkd.teachers import TeacherSpec
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
@@ -230,6 +232,20 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
                     assert found == pytest.approx(alone["logged"][step][metric], rel=1e-5, abs=1e-8), metric
 
 
+def test_a_rank_without_examples(tmp_path: Path, distance: Callable[..., float]) -> None:
+    """It computes a filler, which is no sample and raises no alarm."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command += [str(tmp_path / "out"), "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sampler and trainer" not in done.stderr
+    ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=False)["kdrl"] for rank in range(2)]
+    assert sorted(len(rank["written"][0]) for rank in ranks) == [0, 4]
+    alone = worker.run(worker.examples(1), steps=2, micro_batch_tokens=120, chunk_size=5, kd=KDSpec(beta=0.3))
+    assert distance(ranks[0]["gradients"][1], alone.gradients[1]) < TOLERANCE
+
+
 def test_several_steps_on_one_batch(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
     """The second step's ratio is taken against the policy before the first, and clips."""
     bounds = {"clip_low": 1e-4, "clip_high": 1e-4}
@@ -239,7 +255,10 @@ def test_several_steps_on_one_batch(views: Any, rows: list[Any], distance: Calla
     assert distance(module.gradients[0], expected(views, module.kept[0])) < TOLERANCE
     assert first["clip_low"] == first["clip_high"] == 0.0
     assert second["clip_low"] + second["clip_high"] > 0.1
-    assert distance(module.gradients[1], module.gradients[0]) > 1e-3
+    wide = PolicyLossSpec(inner_steps=2, clip_high=9.0, clip_low=0.9)
+    unclipped = worker.run(rows, steps=2, teacher=None, policy_loss=wide)
+    assert distance(unclipped.gradients[0], module.gradients[0]) < TOLERANCE
+    assert distance(unclipped.gradients[1], module.gradients[1]) > 0.1, "clipping takes gradients away"
 
 
 def test_sampler_and_trainer_agree(rows: list[Any]) -> None:
@@ -247,30 +266,77 @@ def test_sampler_and_trainer_agree(rows: list[Any]) -> None:
     assert module.logged[0]["sampler_mismatch"] < 1e-4
 
 
-def test_a_planted_temperature_is_noticed(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def hotter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a sampler that draws at another temperature than the loss knows of."""
     sampling = RolloutSpec.sampling
+    monkeypatch.setattr(RolloutSpec, "sampling", lambda self, seed: replace(sampling(self, seed), temperature=2.0))
 
-    def hotter(self: RolloutSpec, seed: int) -> Any:
-        from dataclasses import replace
 
-        return replace(sampling(self, seed), temperature=2.0)
-
+def test_a_planted_temperature_is_noticed(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message="(?!.*sampler and trainer)")
+        warnings.filterwarnings("error", message=".*sampler and trainer")
         worker.run(rows, teacher=None)
-    monkeypatch.setattr(RolloutSpec, "sampling", hotter)
+    hotter(monkeypatch)
     with pytest.warns(UserWarning, match=r"log-probabilities of sampler and trainer differ by \d\.\d+ nats a token"):
         worker.run(rows, teacher=None)
 
 
-def test_importance_weights_are_capped(views: Any, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_weights_are_capped(
+    views: Any, rows: list[Any], distance: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Samples of a hotter policy: every token's gradient is scaled by min(pi / mu, cap)."""
-    settings = {"teacher": None, "policy_loss": PolicyLossSpec(importance_cap=1.2)}
-    plain = worker.run(rows, **settings)
-    alike = worker.run(rows, teacher=None)
-    for name, gradient in plain.gradients[0].items():
-        assert (gradient - alike.gradients[0][name]).norm() < 1e-6 * (1 + gradient.norm()), "on-policy nothing changes"
+    hotter(monkeypatch)
+    settings = {"teacher": None, "policy_loss": PolicyLossSpec(importance_cap=1.1, normalisation="dapo")}
+    with pytest.warns(UserWarning, match="sampler and trainer"):
+        module = worker.run(rows, **settings)
+    policy, rollouts = views[0], module.kept[0]
+    policy.zero_grad()
+    parts, capped = [], 0
+    for rollout in rollouts:
+        own, _, _ = token_values(views, rollout)
+        weight = (own.detach() - torch.tensor(rollout.sampled_logps, dtype=torch.float64)).exp()
+        capped += int((weight > 1.1).sum())
+        advantage = torch.tensor(rollout.advantages, dtype=torch.float64)
+        parts.append((-advantage * (own - own.detach()).exp() * weight.clamp(max=1.1)).sum())
+    (torch.stack(parts).sum() / sum(len(r.completion_ids) for r in rollouts)).backward()
+    found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    assert capped
+    assert distance(module.gradients[0], found) < TOLERANCE
+
+
+@pytest.mark.parametrize("kept_only", [False, True])
+def test_bnpo_divides_by_micro_batch(
+    kept_only: bool, views: Any, rows: list[Any], distance: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rewards, "correct", lambda self, columns: [len(i) % 3 == 0 for i in columns["completion_ids"]])
+    split: list[list[Any]] = []
+    count = worker.KDRL.count
+
+    def counted(self: Any, micro_batch: Any) -> Any:
+        split.append(list(micro_batch.examples))
+        return count(self, micro_batch)
+
+    monkeypatch.setattr(worker.KDRL, "count", counted)
+    kd = KDSpec(beta=0.3, mask="response", kept_only=kept_only)
+    module = worker.run(rows, policy_loss=PolicyLossSpec(normalisation="bnpo"), kd=kd, micro_batch_tokens=200)
+    policy = views[0]
+    policy.zero_grad()
+    assert len(split) > 1
+    terms: dict[str, list[Tensor]] = {"pg": [], "kd": []}
+    for part in split:
+        pg, kd_sum, tokens, kept = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0, 0
+        for rollout in part:
+            own, other, _ = token_values(views, rollout)
+            pg = pg - (torch.tensor(rollout.advantages, dtype=torch.float64) * (own - own.detach()).exp()).sum()
+            kd_sum = kd_sum + kl_estimate("k2", own, other).sum() * (not rollout.correct)
+            tokens += len(own)
+            kept += len(own) * (not rollout.correct)
+        terms["pg"].append(pg / tokens)
+        if kept or not kept_only:
+            terms["kd"].append(kd_sum / max(kept if kept_only else tokens, 1))
+    (torch.stack(terms["pg"]).mean() + 0.3 * torch.stack(terms["kd"]).mean()).backward()
+    found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    assert distance(module.gradients[0], found) < TOLERANCE
 
 
 def test_equal_groups(rows: list[Any]) -> None:
@@ -306,31 +372,54 @@ def test_cut_off_completions(rows: list[Any]) -> None:
     assert whole
     assert all(rollout.pg_weight == rollout.kd_weight == rollout.pg_count == 0 for rollout in cut)
     assert all(rollout.pg_weight > 0 for rollout in whole)
+    plain = [-max(0, len(r.completion_ids) - 20) / 20 + 0.5 * bool(re.search(r"\d", r.text)) for r in module.kept[0]]
+    for rollout, reward in zip(module.kept[0], plain, strict=True):
+        assert rollout.reward == pytest.approx(reward - short.punishment(len(rollout.completion_ids)))
+    assert any(short.punishment(len(rollout.completion_ids)) > 0 for rollout in module.kept[0])
     assert [short.punishment(n) for n in (36, 37, 38, 40, 99)] == [0.0, 0.25, 0.5, 1.0, 1.0]
     assert RolloutSpec().punishment(10_000) == 0.0
 
 
-def test_step_credit(rows: list[Any]) -> None:
-    """Rewards of steps: a token has the sum of those of the steps that end behind it, normalised in its group."""
-    module = worker.run(rows, teacher=None, step_credit=StepCreditSpec("checker", outcome_weight=0.0))
-    rewards = {}
-    for i, rollout in enumerate(module.kept[0]):
-        from stepkd.modules.step_texts import step_texts
+class ByLength:
+    """A scorer that tells the steps of a random model apart."""
 
-        steps = step_texts(module.tokenizer, rollout)
-        rewards[i] = [float(right) for right in check_row(rollout.row, steps)] if steps else []
-    by_group: dict[int, list[float]] = {}
-    for i, rollout in enumerate(module.kept[0]):
-        by_group.setdefault(rollout.group, []).extend(rewards[i])
-    for i, rollout in enumerate(module.kept[0]):
-        every = torch.tensor(by_group[rollout.group], dtype=torch.float64)
+    meaning = "correctness"
+
+    def score(self, problems: Any) -> list[list[list[float]]]:
+        return [[[len(step) % 4 / 3 for step in steps] for steps in problem.solutions] for problem in problems]
+
+
+def test_step_credit(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards of steps: a token has the sum of those of the steps that end behind it, normalised in its group."""
+    monkeypatch.setattr("stepkd.modules.kdrl.load_scorer", lambda *_, **__: ByLength())
+    same = [RewardSpec("format", options={"pattern": "never"})]
+    settings = {"teacher": None, "step_credit": StepCreditSpec("checker", outcome_weight=0.0), "rewards": same}
+    module = worker.run(rows, policy_loss=PolicyLossSpec(equal_groups="drop"), **settings)
+    rollouts = module.kept[0]
+    rewards = [[len(step) % 4 / 3 for step in step_texts(module.tokenizer, rollout)] for rollout in rollouts]
+    assert max(map(len, rewards)) > 1
+    of_group: dict[int, list[float]] = {}
+    for rollout, own in zip(rollouts, rewards, strict=True):
+        of_group.setdefault(rollout.group, []).extend(own)
+    for rollout, own in zip(rollouts, rewards, strict=True):
+        every = torch.tensor(of_group[rollout.group], dtype=torch.float64)
         spread = every.std() + 1e-4 if len(every) > 1 else torch.tensor(1.0)
-        normal = [float((value - every.mean()) / spread) for value in rewards[i]]
+        normal = [float((value - every.mean()) / spread) for value in own]
         wanted = [
             sum(n for n, (_, end) in zip(normal, rollout.spans, strict=False) if end > t)
             for t in range(len(rollout.completion_ids))
         ]
         assert list(rollout.advantages) == pytest.approx(wanted, abs=1e-9)
+    # Answers that are all wrong have nothing to say, their steps do: none of these groups is dropped.
+    assert any(any(rollout.advantages) for rollout in rollouts)
+    assert all(rollout.pg_count > 0 for rollout in rollouts if any(rollout.advantages))
+
+
+def test_a_scorer_of_whole_solutions_credits_no_steps(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ByLength, "meaning", "outcome")
+    monkeypatch.setattr("stepkd.modules.kdrl.load_scorer", lambda *_, **__: ByLength())
+    with pytest.raises(ConfigError, match=r"step_credit\.scorer=orm scores whole solutions"):
+        worker.run(rows, teacher=None, step_credit=StepCreditSpec("orm"))
 
 
 def test_schedules() -> None:
@@ -380,14 +469,10 @@ def test_functions_of_ones_own(importable: str, rows: list[Any]) -> None:
     specs = [RewardSpec(f"{importable}:custom", weight=0.1, options={"bonus": 2.0}), RewardSpec("accuracy", weight=3.0)]
     module = worker.run(rows, rewards=specs, teacher=None)
     for rollout in module.kept[0]:
-        assert rollout.reward == pytest.approx(0.1 * (len(_texts(module, rollout)) + 2.0) + 3.0 * rollout.correct)
+        steps = len(step_texts(module.tokenizer, rollout))
+        assert rollout.reward == pytest.approx(0.1 * (steps + 2.0) + 3.0 * rollout.correct)
+        assert rollout.parts == {f"{importable}:custom": steps + 2.0, "accuracy": float(rollout.correct)}
     assert set(module._groups.rewards.seconds) == {f"{importable}:custom", "accuracy"}
-
-
-def _texts(module: Any, rollout: Any) -> list[str]:
-    from stepkd.modules.step_texts import step_texts
-
-    return step_texts(module.tokenizer, rollout)
 
 
 @pytest.mark.parametrize(
@@ -415,8 +500,6 @@ def test_rewards_of_steps() -> None:
 
 
 def test_rows_without_an_answer(rows: list[Any]) -> None:
-    from dataclasses import replace
-
     bare = [replace(row, row={"id": row.id, "prompt": "x"}) for row in rows]
     with pytest.raises(DataError, match="has no 'answer': nothing says what its completions are worth"):
         worker.run(bare, teacher=None)
@@ -443,6 +526,10 @@ def test_rows_without_an_answer(rows: list[Any]) -> None:
         (lambda: KDSpec(schedule="switch"), "kd.until_step=0"),
         (lambda: KDSpec(clamp=-1.0), "kd.clamp=-1.0"),
         (lambda: KDSpec(form="advantage", mask="group"), "kd.form=advantage has neither another estimator"),
+        (lambda: KDSpec(form="reward", skip_eos=True), "nor skip_eos"),
+        (lambda: KDSpec(kept_only=True), "kd.kept_only goes with a mask"),
+        (lambda: KDSpec(until_step=5), "kd.until_step=5 goes with schedule: switch"),
+        (lambda: PolicyLossSpec(eps=-1.0), "eps=-1.0"),
         (lambda: KDSpec(estimator="k3", clamp=1.0), "kd.clamp=1.0 belongs to estimator k2"),
         (lambda: StepCreditSpec("checker", weight=-1.0), "step_credit.weight=-1.0"),
         (lambda: RewardSpec("acuracy"), "unknown reward 'acuracy'. Did you mean 'accuracy'"),
@@ -457,15 +544,17 @@ def test_rows_without_an_answer(rows: list[Any]) -> None:
         *[
             (lambda changes=changes: KDRLModule(PolicySpec(), teacher=worker.TEACHER, **changes), message)
             for changes, message in (
-                (
-                    {"kd": KDSpec(form="advantage"), "policy_loss": PolicyLossSpec(weight=0.0)},
-                    "which policy_loss.weight: 0",
-                ),
+                ({"kd": KDSpec(form="advantage"), "policy_loss": PolicyLossSpec(weight=0.5)}, "weight other than 1"),
                 (
                     {"kd": KDSpec(form="reward"), "policy_loss": PolicyLossSpec(equal_groups="drop")},
                     "equal_groups: drop",
                 ),
                 ({"kd": KDSpec(form="advantage", schedule="switch", until_step=2)}, "which kd.schedule: switch"),
+                ({"kd": KDSpec(beta=0.0), "policy_loss": PolicyLossSpec(weight=0.0)}, "nothing would be left"),
+                (
+                    {"rollout": RolloutSpec(resample=1), "policy_loss": PolicyLossSpec(weight=0.0)},
+                    "has no use for step_credit and rollout.resample",
+                ),
             )
         ],
         (lambda: KDRLModule(PolicySpec(), kd=KDSpec(schedule="switch", until_step=1)), "and there is no teacher"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from stepkd.data.collate import collate
 from stepkd.errors import ConfigError
 from stepkd.models import LoraSpec, Policy, PolicySpec
 from stepkd.models.checkpoint import load_trained
-from stepkd.modules import DivergenceSpec, GKDModule, MixSpec, SourceSpec
+from stepkd.modules import DivergenceSpec, FidelitySpec, GKDModule, MixSpec, SourceSpec
 from stepkd.teachers import SelfTeacher, TeacherSpec
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
@@ -43,6 +45,7 @@ class Recorded(worker.GKD):  # type: ignore[misc,name-defined]
             signals = self.teacher.signals(micro, temperature=1.0)
             self.seen.append(signals.head(signals.hidden_NH).detach().clone())
             self.first = micro
+            self.batches.append(micro)
             yield prepared
 
 
@@ -50,7 +53,7 @@ class Recorded(worker.GKD):  # type: ignore[misc,name-defined]
 def recorded(monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> Any:
     def run(**settings: Any) -> Any:
         monkeypatch.setattr(worker, "GKD", Recorded)
-        Recorded.history, Recorded.seen = [], []
+        Recorded.history, Recorded.seen, Recorded.batches = [], [], []
         return worker.run(rows, **{**SETTINGS, **settings})
 
     return run
@@ -80,6 +83,14 @@ def test_epoch_is_the_student_as_the_pass_began(recorded: Any, policy: dict[str,
     assert same(seen[1], logits_with(module, history[0], policy)), "within a pass it stands still"
     assert same(seen[2], logits_with(module, history[2], policy))
     assert not same(seen[2], logits_with(module, history[0], policy))
+
+
+def test_within_a_pass_of_several_batches_it_stands_still(recorded: Any) -> None:
+    module = recorded(teacher=TeacherSpec(itself="epoch"), steps=5, size=2)  # two batches a pass
+    seen, history = module.seen, module.history
+    for step, then in ((0, 0), (1, 0), (2, 2), (3, 2), (4, 4)):
+        module.first = module.batches[step]
+        assert same(seen[step], logits_with(module, history[then])), step
 
 
 def test_every_so_many_steps(recorded: Any) -> None:
@@ -171,6 +182,23 @@ def test_a_resumed_run_ends_alike(teacher: str, tmp_path: Path) -> None:
     assert any(not torch.equal(whole[name], whole[f"t.{name.removeprefix('policy.')}"]) for name in trained)
 
 
+def test_validation_reads_the_teacher_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        *("--config", "recipes/tiny/self_distill.yaml", "--config", "recipes/base/tiny.yaml"),
+        *("--model.init_args.policy.path", "tiny-0.1m", "--data.init_args.train.options.n", "24"),
+        *("--data.init_args.global_batch_size", "8", "--model.init_args.validation.samples", "0"),
+        *("--trainer.max_steps", "5", "--trainer.val_check_interval", "5", "--checkpoint.every_n_steps", "5"),
+        *("--data.init_args.validation.options.n", "8"),
+    ]
+    assert main(["fit", *arguments, "--out", str(tmp_path / "run")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (during,) = [line["val/divergence"] for line in lines if "val/divergence" in line]
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert main(["validate", *arguments, "--ckpt_path", checkpoint, "--out", str(tmp_path / "after")]) == 0
+    (after,) = re.findall(r"val/divergence\s*│\s*([\d.e-]+)", capsys.readouterr().out)
+    assert float(after) == pytest.approx(during, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -178,8 +206,14 @@ def test_a_resumed_run_ends_alike(teacher: str, tmp_path: Path) -> None:
         (lambda: TeacherSpec(itself="ema", path="x"), "path and itself are both given"),
         (lambda: TeacherSpec(itself="ema", every=2), "teacher.every=2"),
         (lambda: TeacherSpec(itself="epoch", every=0), "teacher.every=0"),
-        (lambda: TeacherSpec(path="x", every=2), "teacher.every=2 goes with itself: epoch"),
+        (lambda: TeacherSpec(path="x", every=2), "teacher.every=2, decay=None go with itself"),
         (lambda: TeacherSpec(itself="ema", decay=1.0), "teacher.decay=1.0"),
+        (lambda: TeacherSpec(itself="epoch", decay=0.5), "teacher.decay=0.5: .* only with itself: ema"),
+        (lambda: TeacherSpec(path="x", decay=0.5), "teacher.every=None, decay=0.5 go with itself"),
+        (
+            lambda: GKDModule(PolicySpec(), TeacherSpec(itself="ema"), fidelity=FidelitySpec()),
+            "fidelity.answers compares with another model",
+        ),
         (lambda: TeacherSpec(itself="ema", dtype="bfloat16"), "teacher.dtype goes with teacher.path"),
         (lambda: TeacherSpec(itself="ema", quantization="nf4"), "teacher.quantization='nf4' goes with teacher.path"),
         (lambda: TeacherSpec(path="x", quantization="nf3"), "unknown teacher.quantization 'nf3'"),
