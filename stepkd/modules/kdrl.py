@@ -345,8 +345,7 @@ class KDRLModule(StepModule):
             self._warned = True
             warnings.warn(
                 f"step {self.global_step - 1}: the log-probabilities of sampler and trainer differ by "
-                f"{total / number:.3f} nats a token (alarm above {MISMATCH_ALARM}): another temperature, other "
-                "weights, or too narrow a dtype; the samples are not on-policy. policy_loss.importance_cap corrects small "
-                "differences",
+                f"{total / number:.3f} nats a token (alarm above {MISMATCH_ALARM}): another temperature, other weights, "
+                "too narrow a dtype? The samples are not on-policy; policy_loss.importance_cap corrects small gaps",
                 stacklevel=2,
             )

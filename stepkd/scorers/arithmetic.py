@@ -25,7 +25,8 @@ _REPLACED = (
     (re.compile(r"\\(?:times|cdot)\b|[×·∙]"), "*"),
     (re.compile(r"\\div\b|÷"), "/"),
     (re.compile(r"\\(?:left|right|,|;|!)"), ""),
-    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"(\1)/(\2)"),
+    (re.compile(r"(?<=\d)\s*\\[dt]?frac"), "§"),  # a mixed number, not a product
+    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"((\1)/(\2))"),
     (re.compile(r"[−–]"), "-"),
     (re.compile(r"\\?\$|[€£]|\\(?=%)"), ""),
     (re.compile(r"(?<=\d),(?=\d{3}(?!\d))"), ""),
@@ -33,10 +34,24 @@ _REPLACED = (
     (re.compile(r"\*\*"), "^"),
 )
 _HALVES = re.compile(r"/\s*\d+\s*/")  # 500/ 2/5: five hundred by two fifths, or divided twice?
+_UNITS = re.compile(
+    r"(?:[kcm]?m|[kmg]?g|lbs?|oz|ft|in|mi|yds?|mph|kph|[km]?l|h|hrs?|min|s|sec|[kmg]b|am|pm|st|nd|rd|th)\b",
+    re.I,
+)
+# Behind these a number may be another one than it looks: 45 + 15 = 1 hour, 15 / 60 = 25 percent, 2 * 3 = 6 million.
+_SCALES = re.compile(
+    r"\s*(?:percent|per\s+cent|hundred|thousand|million|billion|dozens?|gross|mod\b|hours?\b|hrs?\b|minutes?\b|days?\b|"
+    r"weeks?\b|years?\b|feet\b|foot\b|yards?\b|dollars?\b|pounds?\b|kg\b|km\b|m\b|l\b|liters?\b|litres?\b)",
+    re.I,
+)
+_PLACE = re.compile(r"\b(?:step|day|week|month|year|part|problem|question|case|chapter|number|no|figure)\.?\s*$", re.I)
+_SHARE = re.compile(r"\(*\s*(?:[\d.]+\s*%|(\d+)\s*/\s*(\d+))\s*\)*")
+_MINUS_PERCENT = re.compile(r"[-+]\s*[\d.]+\s*%")
 # A sum after one of these is a part of a longer one that is said in words: half of 10 + 4 = 9.
 _IN_WORDS = re.compile(
-    r"(?:\b(?:half|thirds?|quarters?|fourths?|fifths?|percent|twice|thrice|double|triple|plus|minus|times|than|by|over|"
-    r"mod|x)|%)(?:\s+of)?\s*$",
+    r"(?:\b(?:half|percent|twice|thrice|double|triple|plus|minus|negative|times|than|by|over|from|mod|x|log|ln|sin|cos|tan|"
+    r"choose|root|(?:sum|average|mean|product|difference|remainder|quotient)\s+of\b[^.;=]*\band)|%|\\[a-z]+)(?:\s+of)?\s*$|"
+    r"(?<!total)(?<!sum)(?<!total cost)(?<!total amount)(?<!amount)(?<!cost)(?<!price)(?<!profit)(?<!number)\sof\s*$",
     re.IGNORECASE,
 )
 
@@ -90,7 +105,9 @@ def equations(text: str) -> list[Equation]:
 
     A sum is right when both sides are equal exactly; when the stated number is the other side rounded at the stated
     digit, up or down (10 / 3 = 3.33, 10 / 4 = 3); with per cent signs read as such or left out; and when the number
-    that the right side begins with fits (10 * 2 = 20 - 5 = 15). A division by zero is wrong.
+    that the right side begins with fits and a further equals sign follows (10 * 2 = 20 - 5 = 15). A division by zero is
+    wrong. Sides that disagree are passed over where they may mean something else: a share of something (25% = 10
+    apples), another unit or scale (45 + 15 = 1 hour), a per cent sign behind a minus ($80 - 20% = $64).
 
     Args:
         text: a step.
@@ -106,11 +123,13 @@ def _line_equations(line: str) -> Iterator[Equation]:
     for pattern, by in _REPLACED:
         line = pattern.sub(by, line)
     parts = re.split(r"(?<![<>=!~≈:])=(?![=<>])", line)
-    for before, after in itertools.pairwise(parts):
+    for before, after in itertools.pairwise(parts):  # the last part is followed by no further equals sign
         left, right = _left_side(before[-2 * _LONGEST :]), _right_side(after[: 2 * _LONGEST])
         if left is None or right is None:
             continue
-        verdict = _holds(left, right)
+        verdict = _holds(left, right, goes_on=after is not parts[-1])
+        if verdict is False and _excused(left, right, after):
+            continue
         if verdict is not None:
             yield Equation(left, right, verdict)
 
@@ -123,10 +142,13 @@ def _left_side(before: str) -> str | None:
     lead = re.match(r"(?:[\s)%]|\.(?!\d))*(?:.*\.\s)?\s*", text)  # of the sentence before: "is 5. 3 + 4", "(so) 3 + 4"
     shift = lead.end() if lead else 0
     text, head = text[shift:].strip(), before[: start + shift]
+    known = head.rstrip()[-1:]  # a letter or a mark of punctuation; not a root, a dot for "times", or the like
     glued = bool(head) and (head[-1].isalnum() or head[-1] in ":_\\}^,")
-    if not text or glued or text[0] in "+-*/^" or len(text) > _LONGEST:
+    if not text or glued or not (known == "" or known.isascii() or known.isalpha() or known in "•→⇒∴–—’“”"):
         return None
-    if _IN_WORDS.search(head) or _HALVES.search(text):
+    if len(text) > _LONGEST or text[0] in "+*/^" or (text[0] == "-" and known not in ("", "=", "(", ":")):
+        return None
+    if _IN_WORDS.search(head) or _HALVES.search(text) or (_PLACE.search(head) and re.match(r"\d+\s*-", text)):
         return None
     while text.count("(") > text.count(")") and text[0] == "(":
         text = text[1:].strip()  # an opened aside: "(3 + 4 = 7)"
@@ -138,18 +160,41 @@ def _right_side(after: str) -> str | None:
     run = re.match(rf"{_SIDE}*", after)
     assert run is not None
     text, rest = run.group(), after[run.end() :]
-    if re.match(r"[A-Za-z](?![A-Za-z])", rest) and not text.endswith((" ", "\t")):
+    sentence = re.search(r"\.(?=\s|$)", text)
+    if sentence is not None:  # "= 9. 9 * 2": the next sentence begins with a number
+        text, rest = text[: sentence.start()], ""
+    elif text.rstrip().endswith("("):  # "= 8 (since ...)"
+        text, rest = text.rstrip()[:-1], ""
+    glued = rest[:1].isalpha() and text[-1:].strip() != ""
+    if (glued and not _UNITS.match(rest)) or rest[:1] in ("{", "\\", "_", ":", "§") or len(text) > _LONGEST:
         return None  # 3 + 4 = 7x
-    if rest[:1] in ("{", "\\", "_", ":") or rest.lower().startswith("cent") or len(text) > _LONGEST:
+    if rest.lower().startswith("cent"):
         return None  # $1 / 2 = 50 cents
-    text = text.strip().rstrip(".").strip()
+    text = text.strip()
     while text.count(")") > text.count("(") and text.endswith(")"):
         text = text[:-1].strip()
     return None if not text or text[-1] in "+-*/^(" else text  # 3 * 30 = 30 + M
 
 
-def _holds(left: str, right: str) -> bool | None:
-    """Whether the sides agree; None where one of them cannot be read, or nothing is computed."""
+def _excused(left: str, right: str, after: str) -> bool:
+    """Whether sides that disagree may be meant otherwise: shares of something, other units, per cent of the rest."""
+    share = _SHARE.fullmatch(left.strip())
+    if share is not None and share.group(1) is None:
+        return True  # 25% = 10 apples
+    if share is not None and int(share.group(1)) <= int(share.group(2)) and right.isdecimal():
+        return True  # 3/5 = 12 girls
+    if _MINUS_PERCENT.search(left) and re.search(r"\d(?![\d.]*\s*%)(?:\s|$|[-+*/)])", left):
+        return True  # $80 - 20% = $64
+    return _SCALES.match(after[after.find(right) + len(right) :]) is not None
+
+
+def _holds(left: str, right: str, *, goes_on: bool) -> bool | None:
+    """Whether the sides agree; None where one of them cannot be read, or nothing is computed.
+
+    Args:
+        left, right: the sides.
+        goes_on: whether another equals sign follows, so that the right side is the left one of the next sum.
+    """
     tree = _parsed(left)
     if tree is None or not any(isinstance(node, ast.BinOp) for node in ast.walk(tree)) or _parsed(right) is None:
         return None
@@ -157,27 +202,31 @@ def _holds(left: str, right: str) -> bool | None:
         lefts = [value for value in _readings(left) if value is not None]
     except ZeroDivisionError:
         return False
-    number = _NUMBER.match(right)
-    if not lefts or number is None:
+    if not lefts:
         return None
-    digits, stated = len(number.group(1).partition(".")[2]), number.group().rstrip("%")
-    claims = [(Fraction(stated), digits)]
-    if number.group() != stated:
-        claims.append((Fraction(stated) / 100, digits + 2))
-    if any(_rounds_to(value, claim, places) for value in lefts for claim, places in claims):
-        return True
-    if number.end() == len(right):
-        return False
+    number = _NUMBER.match(right)
+    alone = number is not None and number.end() == len(right)
+    if number is not None and (alone or goes_on):
+        digits, stated = len(number.group(1).partition(".")[2]), number.group().rstrip("%")
+        claims = [(Fraction(stated), digits)]
+        if number.group() != stated:
+            claims.append((Fraction(stated) / 100, digits + 2))
+        if any(_rounds_to(value, claim, places) for value in lefts for claim, places in claims):
+            return True
+        if alone:
+            return False
     try:
-        return any(value == other for value in lefts for other in _readings(right))
+        others = [value for value in _readings(right) if value is not None]
     except ZeroDivisionError:
         return False
+    return any(value in others for value in lefts) if others else None
 
 
 def _rounds_to(value: Fraction, stated: Fraction, places: int) -> bool:
-    """Whether a number is another one rounded (up or down) at a place behind the point."""
-    scaled = value * 10**places
-    return value == stated or (scaled.denominator > 1 and abs(scaled - stated * 10**places) < 1)
+    """Whether a number is another one rounded (up or down, but not up to 1 from less than a half) at a place."""
+    scaled, claimed = value * 10**places, stated * 10**places
+    rounded = scaled.denominator > 1 and abs(scaled - claimed) < 1 and not (claimed == 1 and scaled < Fraction(1, 2))
+    return value == stated or rounded
 
 
 def _readings(text: str) -> list[Fraction | None]:
