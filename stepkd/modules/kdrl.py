@@ -345,7 +345,7 @@ class KDRLModule(StepModule):
             self._warned = True
             warnings.warn(
                 f"step {self.global_step - 1}: the log-probabilities of sampler and trainer differ by "
-                f"{total / number:.3f} nats a token (alarm above {MISMATCH_ALARM}): another temperature, other weights, "
+                f"{total / number:.3f} nats a token (alarm above {MISMATCH_ALARM}): another temperature or weights, "
                 "too narrow a dtype? The samples are not on-policy; policy_loss.importance_cap corrects small gaps",
                 stacklevel=2,
             )
