@@ -146,6 +146,8 @@ class LabelSpec(JobSpec):
             raise ConfigError(f"--judge goes with --labeller judge or prm, not with {self.labeller}")
         if self.judge_template is not None and self.labeller != "prm":
             raise ConfigError("--judge-template goes with --labeller prm: a prompted judge asks in its own words")
+        if self.labeller == "arithmetic" and (self.soft or self.threshold != 0.5):
+            raise ConfigError("--soft and --threshold go with a model's scores: a sum is right or wrong")
         if self.reference and self.labeller != "judge":
             raise ConfigError(f"--reference goes with --labeller judge, not with {self.labeller}")
         if self.problems is not None and self.model is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stepkd.data.io import read_rows, write_jsonl_atomic
+from stepkd.errors import ConfigError
 from stepkd.labels import LabelSpec, run_label_job
 from stepkd.labels.matching import row_labels
 from stepkd.modules.focus import Focus, FocusSpec
@@ -159,6 +161,12 @@ def test_the_scorer() -> None:
     assert all(map(math.isnan, first[2:]))
     assert load_scorer("arithmetic").provenance() == {"scorer": "arithmetic", "meaning": "correctness"}
     assert Focus(FocusSpec("arithmetic")).spec.weights(first) == (0.0, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("setting", [{"soft": True}, {"threshold": 0.7}])
+def test_a_sum_has_no_score(setting: Any) -> None:
+    with pytest.raises(ConfigError, match="a sum is right or wrong"):
+        LabelSpec(rollouts="rows.jsonl", labeller="arithmetic", out="labels", **setting)
 
 
 def test_as_a_labeller(tmp_path: Path) -> None:
