@@ -15,9 +15,11 @@ Notation: T teacher, S student, H entropy.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def forward_kl(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
@@ -46,17 +48,43 @@ def generalized_jsd(
 
     Raises:
         ValueError: beta outside [0, 1].
+
+    The teacher is a constant: no gradient flows to it between the ends.
     """
     _check_share("beta", beta)
     if beta == 0.0:
         return forward_kl(log_student_CV, log_teacher_CV)
     if beta == 1.0:
         return reverse_kl(log_student_CV, log_teacher_CV)
-    log_mixture_CV = _mixture(log_teacher_CV, log_student_CV, beta)
-    of_teacher_C = _expectation(log_teacher_CV, log_teacher_CV - log_mixture_CV)
-    of_student_C = _expectation(log_student_CV, log_student_CV - log_mixture_CV)
-    value_C = beta * of_teacher_C + (1 - beta) * of_student_C
+    value_C: Tensor = _JSD.apply(log_student_CV, log_teacher_CV.detach(), beta)
     return value_C / (beta * (1 - beta)) if scaled else value_C
+
+
+class _JSD(torch.autograd.Function):
+    """The divergence between the ends, with its gradient made beside it.
+
+    ``dJSD / dlog S = (1 - beta) S (log S - log M)``: one tensor is kept, and few are made on the way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_student_CV: Tensor, log_teacher_CV: Tensor, beta: float) -> Tensor:
+        student_CV, teacher_CV = log_student_CV.exp(), log_teacher_CV.exp()
+        log_mixture_CV = (student_CV * (1 - beta)).add_(teacher_CV, alpha=beta).log_()
+        gap_CV = log_teacher_CV - log_mixture_CV
+        # A probability of 0 counts for nothing, whatever its logarithm; one that is not a number stays visible.
+        of_teacher_C = gap_CV.masked_fill_(teacher_CV == 0, 0.0).mul_(teacher_CV).sum(-1)
+        torch.sub(log_student_CV, log_mixture_CV, out=gap_CV)
+        weighted_CV = gap_CV.masked_fill_(student_CV == 0, 0.0).mul_(student_CV)
+        value_C = beta * of_teacher_C + (1 - beta) * weighted_CV.sum(-1)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(weighted_CV.mul_(1 - beta))
+        return value_C
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_value_C: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_CV,) = ctx.saved_tensors
+        return gradient_CV * of_value_C.unsqueeze(-1), None, None
 
 
 def skew_forward_kl(log_student_CV: Tensor, log_teacher_CV: Tensor, *, skew: float = 0.1) -> Tensor:
