@@ -44,20 +44,10 @@ def train_tiny_sft(
     model = folder / "model"
     if reuse and model.is_dir():
         return model
-    from stepkd.data import DataSpec, StepData
     from stepkd.models import PolicySpec
     from stepkd.modules import OptimizerSpec, SFTModule
 
-    options: dict[str, Any] = {"task": task, "n": demonstrations, "seed": seed}
-    if noise is not None:
-        options["noise"] = dict(noise)
-    data = StepData(
-        train=DataSpec(source="task", split="train", options=options),
-        template="task",
-        global_batch_size=GLOBAL_BATCH,
-        max_length=128,
-        seed=seed,
-    )
+    data = tiny_data(task, demonstrations, seed, noise=noise)
     module = SFTModule(
         PolicySpec(path=str(start), init_seed=seed),
         OptimizerSpec(lr=lr, schedule="cosine", warmup=0.05),
@@ -65,6 +55,35 @@ def train_tiny_sft(
         seed=seed,
     )
     return fit_and_export(folder, module, data, steps=steps, progress=progress)
+
+
+def tiny_data(
+    task: str,
+    n: int,
+    seed: int,
+    *,
+    noise: Mapping[str, Any] | None = None,
+    batch: int = GLOBAL_BATCH,
+    split: str = "train",
+) -> Any:
+    """Generated solutions as a data module: for training, or for validation when the split is another one.
+
+    Args:
+        task: tiny-world task with its settings.
+        n: different problems.
+        seed: of problems and order.
+        noise: slips (fields of :class:`stepkd.tasks.Noise`), None for none.
+        batch: rows per optimiser step.
+        split: ``train``, ``validation`` or ``test``.
+    """
+    from stepkd.data import DataSpec, StepData
+
+    options: dict[str, Any] = {"task": task, "n": n, "seed": seed}
+    if noise is not None:
+        options["noise"] = dict(noise)
+    spec = DataSpec(source="task", split=split, options=options)
+    used: dict[str, Any] = {"train" if split == "train" else "validation": spec}
+    return StepData(**used, template="task", global_batch_size=batch, max_length=128, seed=seed)
 
 
 def fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress: bool) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from stepkd.claims.tiny import GLOBAL_BATCH, fit_and_export
+from stepkd.claims.tiny import GLOBAL_BATCH, fit_and_export, tiny_data
 
 NEW_TOKENS = 64
 """Longest sampled completion."""
@@ -59,15 +59,12 @@ def distil_tiny(
     from stepkd.modules import DivergenceSpec, GKDModule, OptimizerSpec, SourceSpec
     from stepkd.teachers import TeacherSpec
 
-    options: dict[str, Any] = {"task": task, "n": demonstrations, "seed": seed}
-    if noise is not None:
-        options["noise"] = dict(noise)
-    data = _data(options, "train", seed)
+    data = tiny_data(task, demonstrations, seed, noise=noise)
     cache = None
     if cache_k is not None:
         cache = folder / "cache"
         _write_cache(cache, teacher, start, data, cache_k)
-        data = _data(options, "train", seed)
+        data = tiny_data(task, demonstrations, seed, noise=noise)
     source = SourceSpec(student=student, teacher=of_teacher, max_new_tokens=NEW_TOKENS, max_rows=GLOBAL_BATCH)
     module = GKDModule(
         _policy(start),
@@ -96,7 +93,7 @@ def tiny_fidelity(model: str | Path, teacher: str | Path, *, task: str, problems
         micro_batch_tokens=16_384,
         seed=seed,
     )
-    data = _data({"task": task, "n": problems, "seed": seed}, "test", seed)
+    data = tiny_data(task, problems, seed, split="test")
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -113,14 +110,6 @@ def _policy(path: str | Path) -> Any:
     from stepkd.models import PolicySpec
 
     return PolicySpec(path=str(path))
-
-
-def _data(options: Mapping[str, Any], split: str, seed: int) -> Any:
-    from stepkd.data import DataSpec, StepData
-
-    spec = DataSpec(source="task", split=split, options=dict(options))
-    used: dict[str, Any] = {"train": spec} if split == "train" else {"validation": spec}
-    return StepData(**used, template="task", global_batch_size=GLOBAL_BATCH, max_length=128, seed=seed)
 
 
 def _write_cache(folder: Path, teacher: str | Path, student: str | Path, data: Any, top_k: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepkd.claims.tiny import fit_and_export
+from stepkd.claims.tiny import fit_and_export, tiny_data
 
 PROMPTS, GROUP = 32, 8
 """Prompts per optimiser step, and completions of each."""
@@ -49,19 +49,11 @@ def train_tiny_rl(
     model = folder / "model"
     if reuse and model.is_dir():
         return model
-    from stepkd.data import DataSpec, StepData
     from stepkd.models import PolicySpec
     from stepkd.modules import KDRLModule, KDSpec, OptimizerSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
     from stepkd.teachers import TeacherSpec
 
-    options = {"task": task, "n": demonstrations, "seed": seed}
-    data = StepData(
-        train=DataSpec(source="task", split="train", options=options),
-        template="task",
-        global_batch_size=PROMPTS,
-        max_length=128,
-        seed=seed,
-    )
+    data = tiny_data(task, demonstrations, seed, batch=PROMPTS)
     module = KDRLModule(
         PolicySpec(path=str(start)),
         teacher=None if teacher is None else TeacherSpec(path=str(teacher)),

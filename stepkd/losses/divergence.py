@@ -42,14 +42,12 @@ def generalized_jsd(
     for every beta, or take ``scaled``.
 
     Args:
-        log_student_CV, log_teacher_CV: log-probabilities.
+        log_student_CV, log_teacher_CV: log-probabilities; between the ends no gradient flows to the teacher's.
         beta: in [0, 1]; towards 0 it acts like the forward KL, towards 1 like the reverse KL.
         scaled: divide by beta (1 - beta); continuous on [0, 1], with the KLs as its ends.
 
     Raises:
         ValueError: beta outside [0, 1].
-
-    The teacher is a constant: no gradient flows to it between the ends.
     """
     _check_share("beta", beta)
     if beta == 0.0:

@@ -15,8 +15,8 @@ from torch import Tensor
 from stepkd.losses import group_advantages, group_step_advantages, token_normalisation
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.rollouts import Rollout
-from stepkd.modules.step_texts import step_texts
-from stepkd.scorers import Solutions, StepScorer
+from stepkd.modules.step_scores import step_scores, step_texts
+from stepkd.scorers import StepScorer
 
 
 class Weigher:
@@ -91,11 +91,10 @@ class Weigher:
             return outcome_N
         assert self.scorer is not None
         written = [step_texts(self.tokenizer, rollout) for rollout in rollouts]
-        asked = [i for i, steps in enumerate(written) if steps]
-        scores = self.scorer.score([Solutions(rollouts[i].row, [written[i]]) for i in asked])
+        scores = step_scores(self.scorer, [rollout.row for rollout in rollouts], written)
         steps = [
             (score, end, i)
-            for i, (found,) in zip(asked, scores, strict=True)
+            for i, found in enumerate(scores)
             for score, (_, end) in zip(found, rollouts[i].spans, strict=False)
         ]
         steps_N = group_step_advantages(

@@ -13,8 +13,8 @@ from torch import Tensor
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError
-from stepkd.modules.step_texts import step_texts
-from stepkd.scorers import ScorerOptions, Solutions, StepScorer, load_scorer
+from stepkd.modules.step_scores import check_step_scorer, step_scores, step_texts
+from stepkd.scorers import ScorerOptions, StepScorer, load_scorer
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,8 @@ class Focus:
 
     def __init__(self, spec: FocusSpec, device: str = "auto", *, scorer: StepScorer | None = None) -> None:
         self.spec = spec
-        self.scorer = scorer or load_scorer(spec.scorer, ScorerOptions(template=spec.template, device=device))
-        if self.scorer.meaning == "outcome":
-            raise ConfigError(f"focus.scorer={spec.scorer} scores whole solutions and knows nothing of steps")
+        loaded = scorer or load_scorer(spec.scorer, ScorerOptions(template=spec.template, device=device))
+        self.scorer = check_step_scorer(loaded, spec.scorer, "focus.scorer")
 
     def __call__(self, tokenizer: Any, examples: Sequence[Example]) -> list[Example]:
         """The examples with a weight for each of their steps.
@@ -91,10 +90,8 @@ class Focus:
             DataError: a row that the scorer cannot judge.
         """
         written = [step_texts(tokenizer, example) for example in examples]
-        asked = [i for i, steps in enumerate(written) if steps]
-        scores = self.scorer.score([Solutions(examples[i].row, [written[i]]) for i in asked])
-        found: dict[int, list[float]] = dict(zip(asked, (each[0] for each in scores), strict=True))
-        return [self._focused(example, found.get(i, [])) for i, example in enumerate(examples)]
+        scores = step_scores(self.scorer, [example.row for example in examples], written)
+        return [self._focused(example, each) for example, each in zip(examples, scores, strict=True)]
 
     def _focused(self, example: Example, scores: Sequence[float]) -> FocusedExample:
         padded = [*scores, *[math.nan] * (len(example.spans) - len(scores))]

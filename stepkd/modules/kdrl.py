@@ -37,7 +37,8 @@ from stepkd.modules.credit import Weigher
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.rewards import Rewards, RewardSpec
 from stepkd.modules.rollouts import GroupSampler, Rollout, TokenView
-from stepkd.scorers import ScorerOptions, load_scorer
+from stepkd.modules.step_scores import load_step_scorer
+from stepkd.scorers import ScorerOptions
 from stepkd.teachers import LocalTeacher, TeacherSpec
 
 logger = logging.getLogger(__name__)
@@ -163,11 +164,8 @@ class KDRLModule(StepModule):
         self._groups = GroupSampler(self.rollout, self.model, rewards, self.phases, self.seed)
         scorer = None
         if self.step_credit is not None:
-            scorer = load_scorer(self.step_credit.scorer, ScorerOptions(device=str(self.device)))
-            if scorer.meaning == "outcome":
-                raise ConfigError(
-                    f"step_credit.scorer={self.step_credit.scorer} scores whole solutions and knows nothing of steps"
-                )
+            options = ScorerOptions(device=str(self.device))
+            scorer = load_step_scorer(self.step_credit.scorer, "step_credit.scorer", options)
         self._weigher = Weigher(
             self.rollout,
             self.policy_loss,
@@ -184,7 +182,7 @@ class KDRLModule(StepModule):
         """Sample groups, reward and weigh them, and yield ``inner_steps`` optimiser steps of them."""
         rollouts = self.weighed(self.sampled(batch))
         if self.policy_loss.inner_steps > 1:
-            logps = self._of_rollouts(rollouts, lambda values_N3: values_N3[:, 0])
+            logps = self._of_rollouts(rollouts, lambda values_N4: values_N4[:, 0])
             rollouts = [replace(r, old_logps=tuple(each.tolist())) for r, each in zip(rollouts, logps, strict=True)]
         for _ in range(self.policy_loss.inner_steps):
             yield self.prepare_examples(rollouts)

@@ -18,6 +18,7 @@ from typing import Any
 from stepkd.errors import ConfigError, TrainingError, nearest
 from stepkd.grading import Grader
 from stepkd.grading.pool import Verdict
+from stepkd.modules.step_scores import load_step_scorer, step_scores
 
 RewardFunction = Callable[..., Sequence[float]]
 BUILT_IN = ("accuracy", "format", "length", "steps")
@@ -135,23 +136,17 @@ class _StepScores:
     """The scores of a completion's steps, reduced."""
 
     def __init__(self, scorer: str, reduce: str) -> None:
-        from stepkd.scorers import load_scorer
-
         if reduce not in ("mean", "min"):
             raise ConfigError(f"rewards: reduce={reduce!r} of 'steps': must be mean or min")
-        self.scorer = load_scorer(scorer)
+        self.scorer = load_step_scorer(scorer, "rewards: scorer of 'steps'")
         self.reduce = reduce
 
     def __call__(
         self, completions: Sequence[str], rows: Sequence[Any], steps: Sequence[list[str]], **_: Any
     ) -> list[float]:
-        from stepkd.scorers import Solutions
-
-        scored = self.scorer.score([Solutions(row, [each]) for row, each in zip(rows, steps, strict=True) if each])
-        found = iter(scored)
         values = []
-        for each in steps:
-            known = [value for value in next(found)[0] if not math.isnan(value)] if each else []
+        for scores in step_scores(self.scorer, rows, steps):
+            known = [value for value in scores if not math.isnan(value)]
             values.append(0.0 if not known else min(known) if self.reduce == "min" else math.fsum(known) / len(known))
         return values
 

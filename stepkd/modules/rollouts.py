@@ -17,7 +17,7 @@ from stepkd.launch.phases import PhaseTracker
 from stepkd.models import Policy
 from stepkd.modules.kdrl_settings import RolloutSpec
 from stepkd.modules.rewards import Rewards
-from stepkd.modules.step_texts import step_texts
+from stepkd.modules.step_scores import step_texts
 from stepkd.rollout import TransformersSampler
 from stepkd.steps import get_segmenter
 

@@ -87,7 +87,7 @@ def run(
     layout: dict[str, Any] | None = None,
     **settings: Any,
 ) -> GKD:
-    """Optimiser steps on exactly these examples, all of them in every batch."""
+    """Optimiser steps on exactly these examples, all of them in every batch unless ``size`` says otherwise."""
     policy = PolicySpec(**{**POLICY, **settings.pop("policy", {})})
     module = GKD(policy, **{"teacher": TEACHER, "source": DATA, "optimizer": STEADY, **settings})
     module.layout = layout or {}

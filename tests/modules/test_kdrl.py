@@ -24,7 +24,7 @@ from stepkd.losses import group_advantages, kl_estimate, reverse_kl
 from stepkd.models import Policy, PolicySpec
 from stepkd.modules import KDRLModule, KDSpec, PolicyLossSpec, RewardSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.rewards import Rewards
-from stepkd.modules.step_texts import step_texts
+from stepkd.modules.step_scores import step_texts
 from stepkd.teachers import TeacherSpec
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
@@ -214,7 +214,7 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=False) for rank in range(2)]
+    ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True) for rank in range(2)]
     rows = worker.examples(5)
     for name, settings in (
         ("kdrl", {"kd": KDSpec(beta=0.3)}),
@@ -240,7 +240,7 @@ def test_a_rank_without_examples(tmp_path: Path, distance: Callable[..., float])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sampler and trainer" not in done.stderr
-    ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=False)["kdrl"] for rank in range(2)]
+    ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True)["kdrl"] for rank in range(2)]
     assert sorted(len(rank["written"][0]) for rank in ranks) == [0, 4]
     alone = worker.run(worker.examples(1), steps=2, micro_batch_tokens=120, chunk_size=5, kd=KDSpec(beta=0.3))
     assert distance(ranks[0]["gradients"][1], alone.gradients[1]) < TOLERANCE
@@ -391,7 +391,7 @@ class ByLength:
 
 def test_step_credit(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards of steps: a token has the sum of those of the steps that end behind it, normalised in its group."""
-    monkeypatch.setattr("stepkd.modules.kdrl.load_scorer", lambda *_, **__: ByLength())
+    monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
     same = [RewardSpec("format", options={"pattern": "never"})]
     settings = {"teacher": None, "step_credit": StepCreditSpec("checker", outcome_weight=0.0), "rewards": same}
     module = worker.run(rows, policy_loss=PolicyLossSpec(equal_groups="drop"), **settings)
@@ -417,7 +417,7 @@ def test_step_credit(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_scorer_of_whole_solutions_credits_no_steps(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ByLength, "meaning", "outcome")
-    monkeypatch.setattr("stepkd.modules.kdrl.load_scorer", lambda *_, **__: ByLength())
+    monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
     with pytest.raises(ConfigError, match=r"step_credit\.scorer=orm scores whole solutions"):
         worker.run(rows, teacher=None, step_credit=StepCreditSpec("orm"))
 
