@@ -8,6 +8,8 @@ from typing import Any
 
 GLOBAL_BATCH = 64
 """Solutions per optimiser step."""
+NEW_TOKENS = 64
+"""Longest sampled completion, where nothing else is said."""
 
 
 def train_tiny_sft(
@@ -113,7 +115,15 @@ def fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress
 
 
 def evaluate_tiny(
-    folder: Path, model: str | Path, *, task: str, problems: int, samples: int, temperature: float, seed: int
+    folder: Path,
+    model: str | Path,
+    *,
+    task: str,
+    problems: int,
+    samples: int,
+    temperature: float,
+    seed: int,
+    max_new_tokens: int = NEW_TOKENS,
 ) -> dict[str, Any]:
     """Sample a model on held-out problems of a task, on the CPU, and grade every step; resumable.
 
@@ -125,6 +135,7 @@ def evaluate_tiny(
         samples: solutions per problem.
         temperature: 0 is greedy (then one sample is enough).
         seed: seed of the problems and of the sampling noise.
+        max_new_tokens: longest solution.
 
     Returns:
         The summary (:func:`stepkd.evaluation.evaluate`); the rows are read with :func:`problem_rows`.
@@ -138,7 +149,7 @@ def evaluate_tiny(
             data=f'task="{task}",n={problems},seed={seed}',
             samples=samples,
             temperature=temperature,
-            max_new_tokens=64,
+            max_new_tokens=max_new_tokens,
             max_rows=256,
             device="cpu",
             seed=seed,

@@ -7,10 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from stepkd.claims.tiny import GLOBAL_BATCH, fit_and_export, tiny_data
-
-NEW_TOKENS = 64
-"""Longest sampled completion."""
+from stepkd.claims.tiny import GLOBAL_BATCH, NEW_TOKENS, fit_and_export, tiny_data
 
 
 def distil_tiny(

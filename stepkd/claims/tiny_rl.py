@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepkd.claims.tiny import fit_and_export, tiny_data
+from stepkd.claims.tiny import NEW_TOKENS, fit_and_export, tiny_data
 
 PROMPTS, GROUP = 32, 8
 """Prompts per optimiser step, and completions of each."""
@@ -25,6 +25,7 @@ def train_tiny_rl(
     kd: Mapping[str, Any] | None = None,
     policy_loss: Mapping[str, Any] | None = None,
     step_credit: Mapping[str, Any] | None = None,
+    max_new_tokens: int = NEW_TOKENS,
     progress: bool = False,
     reuse: bool = False,
 ) -> Path:
@@ -40,6 +41,7 @@ def train_tiny_rl(
         lr: peak learning rate (constant after 10% warm-up).
         seed: seed of data, order and sampling.
         kd, policy_loss, step_credit: fields of :class:`stepkd.modules.KDSpec`, ``PolicyLossSpec``, ``StepCreditSpec``.
+        max_new_tokens: longest sampled completion.
         progress: print the reward while training.
         reuse: return the model that an earlier call left in ``folder``, if it is whole.
 
@@ -57,7 +59,7 @@ def train_tiny_rl(
     module = KDRLModule(
         PolicySpec(path=str(start)),
         teacher=None if teacher is None else TeacherSpec(path=str(teacher)),
-        rollout=RolloutSpec(group_size=GROUP, max_new_tokens=64, max_rows=PROMPTS * GROUP),
+        rollout=RolloutSpec(group_size=GROUP, max_new_tokens=max_new_tokens, max_rows=PROMPTS * GROUP),
         policy_loss=PolicyLossSpec(**(policy_loss or {})),
         kd=KDSpec(**(kd or {})),
         step_credit=None if step_credit is None else StepCreditSpec(**step_credit),

@@ -119,7 +119,7 @@ class JsonlLogger(Logger):
         if not self._run:
             self._run = 1 + max((line["run"] for line in _lines(self.metrics_path)), default=0)
         stream = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 - closed by finalize
-        if _ends_torn(self.metrics_path):
+        if ends_torn(self.metrics_path):
             # The process died while it wrote: end that line, so that ours starts on its own.
             stream.write("\n")
         return stream
@@ -210,7 +210,8 @@ def _jsonable(value: Any) -> Any:
     return value if isinstance(value, bool) else _plain(value)
 
 
-def _ends_torn(path: Path) -> bool:
+def ends_torn(path: Path) -> bool:
+    """Whether a file's last line has no end, as a process leaves it that dies while it writes."""
     with open(path, "rb") as stream:
         if stream.seek(0, 2) == 0:
             return False

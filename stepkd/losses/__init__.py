@@ -25,6 +25,7 @@ from stepkd.losses.policy_gradient import (
     reward_to_go,
     scatter_step_rewards,
     segment_group_advantages,
+    segments_to_go,
     token_normalisation,
 )
 from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
@@ -60,6 +61,7 @@ __all__ = [
     "scatter_step_rewards",
     "segment_group_advantages",
     "segment_sum",
+    "segments_to_go",
     "skew_forward_kl",
     "skew_reverse_kl",
     "step_cross_entropy",

@@ -228,6 +228,7 @@ def group_step_advantages(
     *,
     ddof: int = 1,
     eps: float = STD_EPSILON,
+    discount: float = 1.0,
 ) -> Tensor:
     """An advantage for every token from rewards of steps.
 
@@ -240,16 +241,27 @@ def group_step_advantages(
         ends_S, row_S, starts_R, num_tokens: as for :func:`scatter_step_rewards`.
         group_R: int64 group of every completion.
         ddof, eps: as for :func:`group_advantages`.
+        discount: factor on a step's reward for every step between it and the token's, in [0, 1]; 0 leaves every token
+            the reward of its own step.
 
     Returns:
         (N,) advantages by token.
+
+    Raises:
+        ValueError: a discount out of range, or what :func:`scatter_step_rewards` refuses.
     """
     known_S = ~rewards_S.isnan()
     normalised_S = torch.full_like(rewards_S, float("nan"))
     normalised_S[known_S] = group_advantages(rewards_S[known_S], group_R[row_S[known_S]], ddof=ddof, eps=eps)
+    normalised_S[known_S.logical_not()] = 0.0
+    # What a step and those behind it are worth, as differences between steps: their sum over later steps is that again.
+    ahead_S = reward_to_go(normalised_S, row_S, discount=discount)
+    same_S = torch.zeros_like(known_S)
+    same_S[:-1] = row_S[:-1] == row_S[1:]
+    behind_S = torch.where(same_S, ahead_S.roll(-1), 0.0)
     lengths_R = torch.diff(starts_R, append=starts_R.new_tensor([num_tokens]))
     row_N = torch.repeat_interleave(torch.arange(len(starts_R), device=starts_R.device), lengths_R)
-    return reward_to_go(scatter_step_rewards(normalised_S, ends_S, row_S, starts_R, num_tokens), row_N)
+    return reward_to_go(scatter_step_rewards(ahead_S - behind_S, ends_S, row_S, starts_R, num_tokens), row_N)
 
 
 def segment_group_advantages(
@@ -269,5 +281,14 @@ def segment_group_advantages(
         ddof: as for :func:`group_advantages`.
     """
     columns = [group_advantages(column, group_R, ddof=ddof) for column in rewards_RK.unbind(-1)]
-    later_RK = torch.stack(columns, dim=-1).flip(-1).cumsum(-1).flip(-1)
-    return later_RK[row_N, segment_N]
+    return segments_to_go(torch.stack(columns, dim=-1), segment_N, row_N)
+
+
+def segments_to_go(advantages_RK: Tensor, segment_N: Tensor, row_N: Tensor) -> Tensor:
+    """Every token's advantage: those of its segment and of the segments behind it.
+
+    Args:
+        advantages_RK: of every completion's k-th segment.
+        segment_N, row_N: as for :func:`segment_group_advantages`.
+    """
+    return advantages_RK.flip(-1).cumsum(-1).flip(-1)[row_N, segment_N]

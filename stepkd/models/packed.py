@@ -36,7 +36,7 @@ def packed_mask(causal_lm: Any, segments_BT: Tensor) -> Tensor:
     return zeros.masked_fill(~allowed_BTT, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def _has_windows(config: Any) -> bool:
+def has_windows(config: Any) -> bool:
     """Whether a layer sees the last so many positions of its row only; the probe is shorter than most windows."""
     if getattr(config, "layer_types", None):
         return set(config.layer_types) != {"full_attention"}
@@ -52,7 +52,7 @@ def check_packing(causal_lm: Any) -> bool:
     (their masks are not only ours), and where a probe of seven tokens says so.
     """
     config = causal_lm.config.get_text_config()
-    if causal_lm.config._attn_implementation not in ATTENTION or _has_windows(config):
+    if causal_lm.config._attn_implementation not in ATTENTION or has_windows(config):
         return False
     weight = causal_lm.get_input_embeddings().weight
     ids = (torch.arange(1, 8, device=weight.device) % weight.shape[0]).unsqueeze(0)

@@ -31,6 +31,7 @@ from stepkd.models.packed import check_packing, packed_mask
 from stepkd.models.spec import PolicySpec
 from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolve_ids
 from stepkd.models.step_head_io import saved_step_head
+from stepkd.models.unpadded import check_unpadded, is_worth_it, unpadded_hidden
 
 __all__ = ["HiddenStates", "Policy", "positions_from_mask"]
 
@@ -76,6 +77,7 @@ class Policy(nn.Module):
         if verify_head:
             check_head(self.causal_lm)
             check_padding(self.causal_lm)
+            self.can_unpad  # noqa: B018 - looked at now, while no strategy has cut the weights up yet
 
     @classmethod
     def load(cls, spec: PolicySpec) -> Policy:
@@ -201,6 +203,8 @@ class Policy(nn.Module):
             (B, T, H) hidden states in the model's dtype; rows of padding hold arbitrary finite values.
         """
         if position_ids_BT is None:
+            if self.can_unpad and is_worth_it(attention_mask_BT):
+                return unpadded_hidden(self.causal_lm, input_ids_BT, attention_mask_BT)
             position_ids_BT = positions_from_mask(attention_mask_BT)
         mask = attention_mask_BT if segments_BT is None else packed_mask(self.causal_lm, segments_BT)
         output = backbone_of(self.causal_lm)(
@@ -215,6 +219,11 @@ class Policy(nn.Module):
     def can_pack(self) -> bool:
         """Whether completions of one prompt may share a row (:func:`~stepkd.models.packed.check_packing`)."""
         return check_packing(self.causal_lm)
+
+    @cached_property
+    def can_unpad(self) -> bool:
+        """Whether padding can be left out of forward passes (:func:`~stepkd.models.unpadded.check_unpadded`)."""
+        return check_unpadded(self.causal_lm)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that require gradients."""

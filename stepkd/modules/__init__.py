@@ -7,7 +7,7 @@ from stepkd.modules.focus import FocusSpec
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
+from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.kto import KTOModule, StepKTOModule
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.preference import PreferenceModule
@@ -38,6 +38,7 @@ __all__ = [
     "RewardSpec",
     "RolloutSpec",
     "SFTModule",
+    "SampleLogSpec",
     "SourceSpec",
     "StepCreditSpec",
     "StepKTOModule",

@@ -5,6 +5,7 @@ Axes: R completions of this rank (groups whole), N their tokens, S their steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepkd.losses import group_advantages, group_step_advantages, token_normalisation
+from stepkd.losses import group_advantages, group_step_advantages, segments_to_go, token_normalisation
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.rollouts import Rollout
 from stepkd.modules.step_scores import step_scores, step_texts
@@ -62,7 +63,8 @@ class Weigher:
         reward_R = reward_R if extra_R is None else reward_R + extra_R
         length_R = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
         counted_R = torch.tensor([not (r.cut_off and self.rollout.truncated == "mask") for r in rollouts])
-        advantage_N = self._advantages(rollouts, reward_R, group_R, length_R)
+        scores = self._scores(rollouts)
+        advantage_N = self._advantages(rollouts, scores, reward_R, group_R, length_R)
         kept_R = counted_R
         if self.policy_loss.equal_groups == "drop":
             kept_R = counted_R & with_signal(advantage_N, group_R, length_R)
@@ -73,6 +75,7 @@ class Weigher:
         return [
             replace(
                 rollout,
+                step_scores=tuple(scores[i]),
                 advantages=tuple(advantages[i].tolist()),
                 pg_weight=float(pg[0][i]),
                 pg_count=float(pg[1][i]),
@@ -82,16 +85,30 @@ class Weigher:
             for i, rollout in enumerate(rollouts)
         ]
 
-    def _advantages(self, rollouts: Sequence[Rollout], reward_R: Tensor, group_R: Tensor, length_R: Tensor) -> Tensor:
+    def _scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """Of every completion's steps; nothing without step credit."""
+        if self.step_credit is None:
+            return [[] for _ in rollouts]
+        assert self.scorer is not None
+        written = [step_texts(self.tokenizer, rollout) for rollout in rollouts]
+        return step_scores(self.scorer, [rollout.row for rollout in rollouts], written)
+
+    def _advantages(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Sequence[list[float]],
+        reward_R: Tensor,
+        group_R: Tensor,
+        length_R: Tensor,
+    ) -> Tensor:
         """(N,) of the answer, and of the steps where they have rewards."""
         loss = self.policy_loss
         outcome_R = group_advantages(reward_R, group_R, kind=loss.advantage, ddof=loss.ddof, eps=loss.eps)
         outcome_N = torch.repeat_interleave(outcome_R, length_R)
         if self.step_credit is None:
             return outcome_N
-        assert self.scorer is not None
-        written = [step_texts(self.tokenizer, rollout) for rollout in rollouts]
-        scores = step_scores(self.scorer, [rollout.row for rollout in rollouts], written)
+        if self.step_credit.form == "first_step":
+            return self._by_segment(rollouts, scores, outcome_R, group_R)
         steps = [
             (score, end, i)
             for i, found in enumerate(scores)
@@ -106,8 +123,35 @@ class Weigher:
             int(length_R.sum()),
             ddof=loss.ddof,
             eps=loss.eps,
+            discount=self.step_credit.discount,
         )
         return self.step_credit.outcome_weight * outcome_N + self.step_credit.weight * steps_N
+
+    def _by_segment(
+        self, rollouts: Sequence[Rollout], scores: Sequence[list[float]], outcome_R: Tensor, group_R: Tensor
+    ) -> Tensor:
+        """(N,) of the first step's score and the answer in it, of the answer behind it."""
+        assert self.step_credit is not None
+        first_R = torch.tensor([found[0] if found else math.nan for found in scores], dtype=torch.float64)
+        ends = [rollout.spans[0][1] if rollout.spans else 0 for rollout in rollouts]
+        segment_N = torch.cat(
+            [
+                (torch.arange(len(rollout.completion_ids)) >= end).long()
+                for rollout, end in zip(rollouts, ends, strict=True)
+            ]
+        )
+        row_N = torch.repeat_interleave(
+            torch.arange(len(rollouts)), torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
+        )
+        # A completion without a step has none to be judged: it stands at its group's mean.
+        known_R = ~first_R.isnan()
+        advantage_R = torch.zeros_like(first_R)
+        loss = self.policy_loss
+        advantage_R[known_R] = group_advantages(first_R[known_R], group_R[known_R], ddof=loss.ddof, eps=loss.eps)
+        weighted_RK = torch.stack(
+            [self.step_credit.weight * advantage_R, self.step_credit.outcome_weight * outcome_R], dim=-1
+        )
+        return segments_to_go(weighted_RK, segment_N, row_N)
 
     def _normalised(self, length_R: Tensor, group_R: Tensor, kept_R: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and count of every completion, 0 for those left out; 1 for ``bnpo``, which divides by micro-batch."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,23 +27,23 @@ from stepkd.losses import (
     reverse_kl,
     target_logps,
     tempered,
+    top_k_buckets,
 )
 from stepkd.models import PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
 from stepkd.modules.credit import Weigher
-from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
+from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
+from stepkd.modules.mismatch import Mismatch
 from stepkd.modules.rewards import Rewards, RewardSpec
 from stepkd.modules.rollouts import GroupSampler, Rollout, TokenView
+from stepkd.modules.sample_log import SampleLog
 from stepkd.modules.step_scores import load_step_scorer
 from stepkd.scorers import ScorerOptions
 from stepkd.teachers import LocalTeacher, TeacherSpec
 
 logger = logging.getLogger(__name__)
-
-MISMATCH_ALARM = 0.05
-"""Mean distance of the sampler's log-probabilities from the trainer's, in nats, beyond which something is wrong."""
 
 
 class KDRLModule(StepModule):
@@ -64,6 +63,7 @@ class KDRLModule(StepModule):
         policy_loss: the policy-gradient term.
         kd: the distillation term.
         step_credit: rewards of steps beside those of answers; null: none.
+        samples: what is kept of the rollouts to look at (``samples.jsonl``, in runs with a logger).
         **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
             :class:`~stepkd.modules.base.StepModule`.
     """
@@ -81,6 +81,7 @@ class KDRLModule(StepModule):
         policy_loss: PolicyLossSpec | None = None,
         kd: KDSpec | None = None,
         step_credit: StepCreditSpec | None = None,
+        samples: SampleLogSpec | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
@@ -89,14 +90,15 @@ class KDRLModule(StepModule):
         self.policy_loss = policy_loss or PolicyLossSpec()
         self.kd = kd or KDSpec()
         self.step_credit = step_credit
+        self.samples = samples or SampleLogSpec()
         self.steps_per_batch = self.policy_loss.inner_steps
         self._check_settings(teacher)
         self.teacher = None if teacher is None else LocalTeacher(teacher)
         self._teacher_identity = ""
         self._groups: GroupSampler | None = None
         self._weigher: Weigher | None = None
-        self._mismatch = (0.0, 0)
-        self._warned = False
+        self._mismatch = Mismatch()
+        self._sample_log: SampleLog | None = None
 
     def _check_settings(self, teacher: TeacherSpec | None) -> None:
         if not self.reward_specs:
@@ -175,12 +177,16 @@ class KDRLModule(StepModule):
             tokenizer=self.tokenizer,
             scorer=scorer,
         )
+        folder = None if self.trainer.logger is None else self.trainer.logger.save_dir
+        self._sample_log = SampleLog(self.samples, folder, self.rollout.max_new_tokens, self.tokenizer)
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
         """Sample groups, reward and weigh them, and yield ``inner_steps`` optimiser steps of them."""
         rollouts = self.weighed(self.sampled(batch))
+        assert self._sample_log is not None
+        self._sample_log(self.global_step, rollouts, self.device, writes=self.trainer.is_global_zero)
         if self.policy_loss.inner_steps > 1:
             logps = self._of_rollouts(rollouts, lambda values_N4: values_N4[:, 0])
             rollouts = [replace(r, old_logps=tuple(each.tolist())) for r, each in zip(rollouts, logps, strict=True)]
@@ -272,7 +278,7 @@ class KDRLModule(StepModule):
         gap_N = tokens.sampled_N - old_N.detach()
         metrics |= {"sampler_mismatch": (gap_N.abs().sum(), number), "sampler_kl": (gap_N.sum(), number)}
         if self.training and not micro_batch.is_filler:
-            self._mismatch = (self._mismatch[0] + float(gap_N.abs().sum()), self._mismatch[1] + len(gap_N))
+            self._mismatch.add(gap_N)
         return LossTerms(sums, metrics)
 
     def _weights(self, weight_N: Tensor, counted_N: Tensor) -> Tensor:
@@ -282,7 +288,15 @@ class KDRLModule(StepModule):
 
     def _estimate(self, logps_N: Tensor, teacher_N: Tensor) -> Tensor:
         kind: Any = self.kd.estimator
-        return kl_estimate(kind, logps_N, teacher_N, clamp=self.kd.clamp)
+        return kl_estimate(kind, logps_N, teacher_N, clamp=self.kd.clamp, gradient=self.kd.gradient)
+
+    def _exact_kl(self, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+        if self.kd.top_k is not None and self.kd.top_k < teacher_CV.shape[-1]:
+            ids_Ck = teacher_CV.topk(self.kd.top_k, dim=-1).indices
+            student_CV, teacher_CV = (
+                top_k_buckets(each, ids_Ck, tail=self.kd.tail) for each in (student_CV, teacher_CV)
+            )
+        return reverse_kl(student_CV, teacher_CV)
 
     def _position_values(self, micro_batch: MicroBatch) -> Tensor:
         """(N, 4): log-probability of the target, entropy, the teacher's log-probability of it, exact reverse KL.
@@ -301,7 +315,8 @@ class KDRLModule(StepModule):
             if signals is not None:
                 student_CV, teacher_CV, _ = signals.compare(log_CV, *chunk)
                 other_C = target_logps(teacher_CV, targets_C).to(own_C.dtype)
-                exact_C = reverse_kl(student_CV, teacher_CV) if exact else exact_C
+                if exact:
+                    exact_C = self._exact_kl(student_CV, teacher_CV)
             return torch.stack([own_C, entropy_C, other_C, exact_C], dim=-1)
 
         tensors = () if signals is None else signals.tensors
@@ -337,13 +352,5 @@ class KDRLModule(StepModule):
 
     def after_step(self) -> None:
         """Say when the sampler's probabilities are not the trainer's."""
-        total, number = self._mismatch
-        self._mismatch = (0.0, 0)
-        if number and total / number > MISMATCH_ALARM and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"step {self.global_step - 1}: the log-probabilities of sampler and trainer differ by "
-                f"{total / number:.3f} nats a token (alarm above {MISMATCH_ALARM}): another temperature or weights, "
-                "too narrow a dtype? The samples are not on-policy; policy_loss.importance_cap corrects small gaps",
-                stacklevel=2,
-            )
+        most = self._mismatch.finish(self.global_step - 1, self.device)
+        self.log("train/sampler_mismatch_max", most, batch_size=1)

@@ -117,6 +117,13 @@ class KDSpec:
     """``switch``: optimiser steps of distillation, >= 1."""
     estimator: Literal["k1", "k2", "k3", "full"] = "k2"
     """``full``: the exact reverse KL over the vocabulary at every sampled prefix."""
+    gradient: Literal["k1", "k2", "k3"] | None = None
+    """Straight-through: the term's value stays the estimator's, its gradient is this one's; null: its own."""
+    top_k: int | None = None
+    """``full``: over the teacher's k likeliest tokens and one bucket for the rest, >= 1; null: all tokens. A KL over
+    the k alone is reported to be unstable (arXiv 2506.02208, as others tell it)."""
+    tail: bool = True
+    """``top_k``: whether the rest is a bucket of its own, or the k are renormalised."""
     form: Literal["joint", "advantage", "reward"] = "joint"
     """``joint``: a term of its own (the paper's). ``advantage``: ``beta R`` is added to every token's advantage: the
     same gradient on-policy. ``reward``: ``beta sum_t R`` is added to the reward before it is normalised, which loses
@@ -148,6 +155,16 @@ class KDSpec:
             raise ConfigError(
                 f"kd.form={self.form} has neither another estimator than k2, nor a mask, nor skip_eos: set form: joint"
             )
+        if self.gradient is not None:
+            check_choice("kd.gradient", self.gradient, ("k1", "k2", "k3"))
+            if self.estimator == "full" or self.form != "joint" or self.clamp is not None:
+                raise ConfigError(
+                    f"kd.gradient={self.gradient} goes with form: joint, estimator k1, k2 or k3, and without a clamp"
+                )
+        if self.top_k is not None and (self.estimator != "full" or self.top_k < 1):
+            raise ConfigError(f"kd.top_k={self.top_k}: at least 1, and only with estimator: full")
+        if not self.tail and self.top_k is None:
+            raise ConfigError("kd.tail: false goes with top_k")
         if self.kept_only and self.mask == "none":
             raise ConfigError("kd.kept_only goes with a mask: set kd.mask")
         if self.clamp is not None and (self.estimator != "k2" or self.form == "reward"):
@@ -167,17 +184,44 @@ class KDSpec:
 
 
 @dataclass(frozen=True)
+class SampleLogSpec:
+    """What ``samples.jsonl`` in the run folder keeps of the rollouts; ``stepkd samples`` shows it."""
+
+    every: int = 20
+    """Optimiser steps between two entries, >= 1."""
+    number: int = 8
+    """Completions in an entry, one per prompt as far as they go, >= 0; the lengths of all are counted anyway."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.number < 0:
+            raise ConfigError(f"samples: every={self.every}, number={self.number}: at least 1, and not negative")
+
+
+@dataclass(frozen=True)
 class StepCreditSpec:
     """Rewards of steps, beside that of the answer."""
 
     scorer: str
-    """``checker`` (the tiny world), ``arithmetic``, a process reward model, or ``judge:MODEL``."""
+    """``checker`` (the tiny world), ``arithmetic``, ``gain`` (what of the row's solution a step adds), a process reward
+    model, or ``judge:MODEL``."""
     weight: float = 1.0
     """Of the steps' advantages in the sum with the answer's. They are always divided by their group's deviation."""
     outcome_weight: float = 1.0
     """Of the answer's advantage."""
+    form: Literal["to_go", "first_step"] = "to_go"
+    """``to_go``: a token has the rewards of its step and of later ones, normalised over all steps of the group
+    (DeepSeekMath's process supervision). ``first_step``: the first step, where a mode or a plan is chosen, has an
+    advantage of its own for its score, beside the answer's (after KAT-V1, a reconstruction: see
+    :func:`~stepkd.losses.segment_group_advantages`)."""
+    discount: float = 1.0
+    """``to_go``: factor on a reward for every step that it is away, in [0, 1]; 0: a step has its own only."""
 
     def __post_init__(self) -> None:
         for name in ("weight", "outcome_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"step_credit.{name}={getattr(self, name)}: must be 0 or positive")
+        check_choice("step_credit.form", self.form, ("to_go", "first_step"))
+        if not 0 <= self.discount <= 1:
+            raise ConfigError(f"step_credit.discount={self.discount}: must lie in [0, 1]")
+        if self.form == "first_step" and self.discount != 1:
+            raise ConfigError(f"step_credit.discount={self.discount} goes with form: to_go")

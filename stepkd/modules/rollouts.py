@@ -38,6 +38,8 @@ class Rollout(Example):
     """Whether its final answer is right."""
     cut_off: bool = False
     """Whether it was cut off."""
+    step_scores: tuple[float, ...] = field(default=(), compare=False)
+    """Scores of its steps, where step credit gives some; NaN for a step without one."""
     advantages: tuple[float, ...] = field(default=(), compare=False)
     """Advantage of every token."""
     sampled_logps: tuple[float, ...] = field(default=(), compare=False)

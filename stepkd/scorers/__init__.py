@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stepkd.scorers.arithmetic import ArithmeticScorer
     from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
     from stepkd.scorers.checker import CheckerScorer
+    from stepkd.scorers.gain import GainScorer
     from stepkd.scorers.judge import PromptedJudge
     from stepkd.scorers.load import ScorerOptions, load_scorer
     from stepkd.scorers.prm import PRMScorer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ArithmeticScorer": "arithmetic",
     "CheckerScorer": "checker",
+    "GainScorer": "gain",
     "PRMScorer": "prm",
     "PromptedJudge": "judge",
     "ScorerOptions": "load",
@@ -39,6 +41,7 @@ _LAZY = {
 __all__ = [
     "ArithmeticScorer",
     "CheckerScorer",
+    "GainScorer",
     "Meaning",
     "PRMScorer",
     "PromptedJudge",

@@ -19,23 +19,29 @@ from stepkd.models.trained_template import trained_template
 from stepkd.scorers.arithmetic import ArithmeticScorer
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.checker import CheckerScorer
+from stepkd.scorers.gain import GainScorer
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.published import PublishedKind, load_published, recognise
 from stepkd.scorers.scorer import StepScorer
 
-ScorerKind = Literal["prm", "judge", "checker", "arithmetic", "math-shepherd", "qwen-prm", "trl"]
+ScorerKind = Literal["prm", "judge", "checker", "arithmetic", "gain", "math-shepherd", "qwen-prm", "trl"]
 SCORER_KINDS: dict[str, str] = {
     "prm": "a reward model of stepkd: run folder, checkpoint, export, or a plain model with a head setting",
     "judge": "any language model, asked whether each step is right",
     "checker": "the exact checker of the tiny world",
     "arithmetic": "the sums that a step writes out, done again; everything else passes",
+    "gain": "what of the row's solution a step adds, less what it says again",
     "math-shepherd": "a published model with the layout of math-shepherd-mistral-7b-prm",
     "qwen-prm": "a published model with the layout of Qwen2.5-Math-PRM",
     "trl": "a token classification model trained by TRL's PRMTrainer",
 }
 """Kinds of scorers by the word before the colon."""
-_WITHOUT_MODEL: dict[str, Callable[[], StepScorer]] = {"checker": CheckerScorer, "arithmetic": ArithmeticScorer}
+_WITHOUT_MODEL: dict[str, Callable[[], StepScorer]] = {
+    "checker": CheckerScorer,
+    "arithmetic": ArithmeticScorer,
+    "gain": GainScorer,
+}
 """Scorers that stand alone, without a model."""
 
 
@@ -74,7 +80,7 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
     """Load a scorer.
 
     Args:
-        text: ``judge:MODEL``, ``checker``, ``arithmetic``, ``prm:PATH``, ``math-shepherd:PATH``,
+        text: ``judge:MODEL``, ``checker``, ``arithmetic``, ``gain``, ``prm:PATH``, ``math-shepherd:PATH``,
             ``qwen-prm:PATH``, ``trl:PATH``; or a path or hub id alone, whose kind is told from what is there.
         options: see :class:`ScorerOptions`.
 
@@ -171,7 +177,7 @@ def _split(text: str) -> tuple[ScorerKind, str]:
         if word not in SCORER_KINDS or word in _WITHOUT_MODEL:
             raise ConfigError(
                 f"unknown kind of scorer {word!r} in {text!r}.{nearest(word, SCORER_KINDS)} Known: "
-                f"{', '.join(SCORER_KINDS)} ({' and '.join(_WITHOUT_MODEL)} stand alone)"
+                f"{', '.join(SCORER_KINDS)} ({', '.join(_WITHOUT_MODEL)} stand alone)"
             )
         if not path:
             raise ConfigError(f"{text!r} names no model: write {word}:PATH")

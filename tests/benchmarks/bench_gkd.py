@@ -1,8 +1,8 @@
 """One GKD training step (no sampling) against TRL's two distillation losses: time, and peak memory.
 
-Run: ``python tests/benchmarks/bench_gkd.py [--rounds 5] [--threads 2] [--small]``. Student and teacher are random
-models of the shapes of SmolLM2-135M and SmolLM2-360M (``--small``: much smaller ones, to see that it runs), bfloat16,
-batch 4, prompts of 96 and completions of up to 160 tokens.
+Run: ``python tests/benchmarks/bench_gkd.py [--rounds 5] [--threads 2] [--dtype bfloat16] [--small]``. Student and teacher
+are random models of the shapes of SmolLM2-135M and SmolLM2-360M (``--small``: much smaller ones, to see that it runs),
+batch 4, prompts of 96 and completions of up to 160 tokens. On a CPU without bfloat16 units take ``--dtype float32``.
 
 Times alternate between the methods in one process; peak memory comes from one process per method, as the growth of its
 resident set over the two loaded models (Linux). A step is forward, loss and backward of the student and forward of the
@@ -34,7 +34,7 @@ BATCH, PROMPT, COMPLETION, VOCABULARY = 4, 96, 160, 49_152
 METHODS = ("stepkd", "trl_gkd", "trl_distillation")
 
 
-def model(kind: str, *, small: bool) -> Any:
+def model(kind: str, *, small: bool, dtype: str) -> Any:
     """A random model of a SmolLM2 shape."""
     shape = dict(SHAPES[kind])
     shape["num_key_value_heads"] = shape["num_attention_heads"] // 3
@@ -42,7 +42,7 @@ def model(kind: str, *, small: bool) -> Any:
         shape |= {"num_hidden_layers": 2}
     torch.manual_seed(len(kind))
     config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=2048, **shape)
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
 def rows() -> list[tuple[list[int], list[int]]]:
@@ -59,15 +59,17 @@ def stepkd_step(student: Any, teacher: Any) -> Callable[[], Tensor]:
     from stepkd.data.collate import collate
     from stepkd.data.encode import Example
     from stepkd.losses import fused_sum, generalized_jsd, tempered
-    from stepkd.models.head import backbone_of, vocab_head
+    from stepkd.models.head import vocab_head
+    from stepkd.models.unpadded import check_unpadded, unpadded_hidden
     from stepkd.teachers import HiddenSignals
 
     examples = [Example(str(i), tuple(p), tuple(c), ((0, len(c)),)) for i, (p, c) in enumerate(rows())]
     batch = collate(examples, 0)
 
+    assert check_unpadded(student) and check_unpadded(teacher)
+
     def hidden(of: Any) -> Tensor:
-        states = backbone_of(of)(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT, use_cache=False)
-        return states.last_hidden_state.flatten(0, 1)[batch.needed_N]
+        return unpadded_hidden(of, batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)[batch.needed_N]
 
     def step() -> Tensor:
         with torch.no_grad():
@@ -141,9 +143,9 @@ def timed(step: Callable[[], Tensor], student: Any) -> tuple[float, float]:
     return time.perf_counter() - start, loss.item()
 
 
-def peak(method: str, *, small: bool) -> None:
+def peak(method: str, **how: Any) -> None:
     """Print by how many MiB the resident set grows in two steps of one method."""
-    student, teacher = model("student", small=small), model("teacher", small=small)
+    student, teacher = model("student", **how), model("teacher", **how)
     step = STEPS[method](student, teacher)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
     before = resident("VmRSS")
@@ -163,14 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--peak", choices=METHODS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
-        peak(arguments.peak, small=arguments.small)
+        peak(arguments.peak, small=arguments.small, dtype=arguments.dtype)
         return
-    student, teacher = model("student", small=arguments.small), model("teacher", small=arguments.small)
+    how: dict[str, Any] = {"small": arguments.small, "dtype": arguments.dtype}
+    student, teacher = model("student", **how), model("teacher", **how)
     steps = {name: make(student, teacher) for name, make in STEPS.items()}
     losses = {name: timed(step, student)[1] for name, step in steps.items()}  # also warms up
     assert abs(losses["stepkd"] - losses["trl_distillation"]) < 1e-3 * losses["stepkd"], losses
@@ -178,10 +182,10 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, step in steps.items():
             times[name].append(timed(step, student)[0])
-    small = ["--small"] if arguments.small else []
+    more = ["--dtype", arguments.dtype, *(["--small"] if arguments.small else [])]
     base = None
     for name in METHODS:
-        command = [sys.executable, __file__, "--peak", name, "--threads", str(arguments.threads), *small]
+        command = [sys.executable, __file__, "--peak", name, "--threads", str(arguments.threads), *more]
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         median = sorted(times[name])[len(times[name]) // 2]
         base = base or (median, memory)

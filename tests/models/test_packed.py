@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -15,71 +15,6 @@ from stepkd.losses import token_logps
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny
 from stepkd.models.packed import packed_mask
 from stepkd.models.tiny import tiny_tokenizer
-
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = SMALL | {"num_key_value_heads": 2}
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def config(name: str) -> Any:
-    """A random model of an architecture; wide weights, so that attention is far from uniform."""
-    import transformers
-
-    made: dict[str, Any] = {
-        "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
-        "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128),
-        "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=None),
-        "qwen2, windows": lambda: transformers.Qwen2Config(
-            **GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1
-        ),
-        "mistral, windows": lambda: transformers.MistralConfig(**GROUPED, sliding_window=64),
-        "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8, sliding_window=64),
-        "gpt-neo": lambda: transformers.GPTNeoConfig(
-            hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=64
-        ),
-        "falcon, alibi": lambda: transformers.FalconConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
-        ),
-        "bloom": lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4),
-        "mamba": lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2),
-    }
-    settings = made[name]()
-    tokens = tiny_tokenizer()
-    settings.update({"vocab_size": len(tokens), "initializer_range": 0.2, "use_cache": False})
-    settings.update({f"{kind}_token_id": getattr(tokens, f"{kind}_token_id") for kind in ("bos", "eos", "pad")})
-    return settings
-
-
-@cache
-def policy_of(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64) -> Policy:
-    import transformers
-
-    if name.startswith("tiny"):
-        model, tokenizer = build_tiny(name, seed=0, dtype=str(dtype).removeprefix("torch."))
-        model.set_attn_implementation(attention)
-        with torch.no_grad():  # fresh weights attend to everything alike
-            for parameter in model.parameters():
-                parameter.mul_(4 if parameter.dim() > 1 else 1)
-        return Policy(in_double(model, dtype), tokenizer)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = transformers.AutoModelForCausalLM.from_config(config(name), attn_implementation=attention)
-    return Policy(in_double(made.to(dtype).eval(), dtype), tiny_tokenizer(), verify_head=False)
-
-
-def in_double(model: Any, dtype: torch.dtype) -> Any:
-    """RMSNorm in float64 where the weights are: transformers rounds to float32 in it.
-
-    A prompt's gradient is rounded once in a packed row and once per completion in rows of their own.
-    """
-    for norm in model.modules():
-        if dtype == torch.float64 and type(norm).__name__.endswith("RMSNorm"):
-            norm.forward = partial(_rms_norm, norm)
-    return model
-
-
-def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 
 def packs_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Pack]:
@@ -117,12 +52,6 @@ def separate_states(policy: Any, packs: list[Pack]) -> Tensor:
     return torch.cat(parts)
 
 
-def close(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> None:
-    assert a.shape == b.shape
-    assert torch.isfinite(a).all()
-    assert float((a - b).norm()) <= TOLERANCE[dtype] * float(b.norm())
-
-
 PACKABLE = [
     *((name, "sdpa", torch.float64) for name in ("tiny-0.1m", "qwen2", "gpt2", "mistral")),
     *((name, "eager", torch.float32) for name in ("tiny-0.1m", "qwen2", "gpt2")),  # its softmax is float32 anyway
@@ -139,7 +68,9 @@ PLACES: list[tuple[Any, int | None]] = [("right", None), ("left", None), ("right
 
 @pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packed_rows_equal_separate_rows(name: str, attention: str, dtype: torch.dtype, shape: Any) -> None:
+def test_packed_rows_equal_separate_rows(
+    name: str, attention: str, dtype: torch.dtype, shape: Any, policy_of: Any, close: Any
+) -> None:
     policy = policy_of(name, attention, dtype)
     assert policy.can_pack
     packs = packs_of(*shape)
@@ -155,7 +86,9 @@ def test_packed_rows_equal_separate_rows(name: str, attention: str, dtype: torch
 
 @pytest.mark.parametrize("name", ["tiny-0.1m", "qwen2", "gpt2"])
 @pytest.mark.parametrize(("side", "pad_to"), PLACES)
-def test_gradients_equal_those_of_separate_rows(name: str, side: Any, pad_to: int | None) -> None:
+def test_gradients_equal_those_of_separate_rows(
+    name: str, side: Any, pad_to: int | None, policy_of: Any, close: Any
+) -> None:
     policy = policy_of(name)
     packs = packs_of([[2, 7, 4], [6, 3], [5]], [5, 9, 2])
     batch = collate_packed(packs, 0, padding_side=side, pad_to=pad_to)
@@ -171,7 +104,7 @@ def test_gradients_equal_those_of_separate_rows(name: str, side: Any, pad_to: in
     close(gradients(packed_states(policy, batch)), gradients(separate_states(policy, packs)))
 
 
-def test_the_comparison_sees_a_leak() -> None:
+def test_the_comparison_sees_a_leak(policy_of: Any) -> None:
     """Without the mask, or with positions that count on through the row, states are far away."""
     policy, packs = policy_of("tiny-0.1m"), packs_of([[3, 5]], [6])
     batch = collate_packed(packs, 0)
@@ -189,7 +122,7 @@ def test_the_comparison_sees_a_leak() -> None:
 
 
 @pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
-def test_neighbours_change_nothing(name: str, attention: str, dtype: torch.dtype) -> None:
+def test_neighbours_change_nothing(name: str, attention: str, dtype: torch.dtype, policy_of: Any, close: Any) -> None:
     """Another second completion moves neither the first nor the third, whatever follows or precedes them."""
     policy = policy_of(name, attention, dtype)
     packs = packs_of([[4, 5, 6]], [3])
@@ -206,7 +139,9 @@ def test_neighbours_change_nothing(name: str, attention: str, dtype: torch.dtype
 
 @pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_is_never_nan(name: str, attention: str, dtype: torch.dtype, side: Any) -> None:
+def test_padding_is_never_nan(
+    name: str, attention: str, dtype: torch.dtype, side: Any, policy_of: Any, close: Any
+) -> None:
     """Neither its states nor what its tokens are: gradients of a NaN times zero would be NaN."""
     policy = policy_of(name, attention, dtype)
     packs = packs_of([[3, 2], [1, 1]], [8, 1])
@@ -217,7 +152,7 @@ def test_padding_is_never_nan(name: str, attention: str, dtype: torch.dtype, sid
     close(found[1].flatten(0, 1)[needed], found[0].flatten(0, 1)[needed], dtype)
 
 
-def test_mask_written_out() -> None:
+def test_mask_written_out(policy_of: Any) -> None:
     segments = torch.tensor([[-1, -1, 0, 0, 1, 2, 2]])
     policy = policy_of("tiny-0.1m")
     expected = [
@@ -241,7 +176,7 @@ def test_mask_written_out() -> None:
 # ---- views ----------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_and_their_reference_read_packed_rows() -> None:
+def test_adapters_and_their_reference_read_packed_rows(close: Any) -> None:
     torch.manual_seed(0)
     policy = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64", lora=LoraSpec(r=4)))
     for name, parameter in policy.named_parameters():
@@ -264,11 +199,11 @@ def test_half_precision_can_pack() -> None:
     assert Policy(model, tokenizer).can_pack
 
 
-def test_looking_leaves_the_model_as_it_was() -> None:
+def test_looking_leaves_the_model_as_it_was(policy_of: Any) -> None:
     """In training mode with dropout the probe still compares like with like."""
     import transformers
 
-    settings = config("gpt2")
+    settings = deepcopy(policy_of("gpt2").causal_lm.config)
     settings.update({"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5})
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").train()
     policy = Policy(model, tiny_tokenizer(), verify_head=False)
@@ -296,7 +231,7 @@ def test_looking_leaves_the_model_as_it_was() -> None:
         ("mamba", "eager"),
     ],
 )
-def test_models_with_masks_or_positions_of_their_own_are_refused(name: str, attention: str) -> None:
+def test_models_with_masks_or_positions_of_their_own_are_refused(name: str, attention: str, policy_of: Any) -> None:
     assert not policy_of(name, attention, torch.float32).can_pack
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from stepkd.data.encode import Encoder, Example
 from stepkd.data.loader import StepLoader
 from stepkd.data.templates import get_template
 from stepkd.launch import check_launch, trainer_defaults
+from stepkd.launch.logger import JsonlLogger
 from stepkd.models import PolicySpec
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import KDRLModule, KDSpec, OptimizerSpec, PolicyLossSpec, RewardSpec, RolloutSpec
@@ -63,7 +65,9 @@ class KDRL(KDRLModule):
         self.logged.append({k.removeprefix("train/"): float(v) for k, v in metrics.items() if k.startswith("train/")})
 
 
-def run(rows: list[Example], *, steps: int = 1, size: int | None = None, **settings: Any) -> KDRL:
+def run(
+    rows: list[Example], *, steps: int = 1, size: int | None = None, folder: Path | None = None, **settings: Any
+) -> KDRL:
     """Optimiser steps on these examples, all of them in every batch unless ``size`` says otherwise."""
     policy = PolicySpec(**{**POLICY, **settings.pop("policy", {})})
     common = {"teacher": TEACHER, "rollout": ROLLOUT, "rewards": REWARDS, "optimizer": STEADY}
@@ -72,7 +76,7 @@ def run(rows: list[Example], *, steps: int = 1, size: int | None = None, **setti
     trainer = Trainer(
         **{**trainer_defaults(info), "accelerator": "cpu"},
         max_steps=steps,
-        logger=False,
+        logger=False if folder is None else JsonlLogger(folder),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -85,7 +85,10 @@ def test_a_prompt_is_read_once(make_policy: MakePolicy, problems: list[Solutions
 
     def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         nonlocal forward
-        forward += int(keywords["attention_mask"][:, -keywords["input_ids"].shape[1] :].sum())
+        if "unpadded_rows" in keywords:  # real tokens only
+            forward += keywords["input_ids"].numel()
+        else:
+            forward += int(keywords["attention_mask"][:, -keywords["input_ids"].shape[1] :].sum())
 
     policy.causal_lm.base_model.register_forward_pre_hook(count, with_kwargs=True)
     prompts = [len(p.row["prompt"]) for p in problems]

@@ -1,0 +1,198 @@
+"""A sloppy student goes on from rewards, from a teacher that is better but not perfect, or from both (KDRL).
+
+One unit trains a clean model, a teacher and a student on top of it (slips of two rates), and one model per arm from
+the student's weights, all on equally many samples of their own; it samples all of them on held-out problems.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
+from stepkd.errors import ConfigError
+
+METRICS = ("pass@1", "greedy", "step_accuracy", "correct_with_wrong_step", "mean_tokens")
+"""Beside those of all experiments: ``greedy`` (right or not)."""
+
+
+@dataclass(frozen=True)
+class ReinforcementSettings:
+    """Task, budgets and noise of the experiment."""
+
+    task: str = "modular:terms=3-6,modulus=10"
+    """Tiny-world task with its settings; its solutions have different lengths."""
+    model: str = "tiny-0.5m"
+    """Tiny model preset of teacher and student."""
+    max_new_tokens: int = 64
+    """Longest sampled solution, >= 1."""
+    clean_steps: int = 800
+    """Optimiser steps of 64 clean solutions that teacher and student begin with, >= 1."""
+    teacher_slips: float = 0.07
+    """Probability that a line of what the teacher learns from slips, in [0, 1]."""
+    student_slips: float = 0.25
+    """The same of the student."""
+    recover: float = 0.5
+    """Share of slips that the next line silently recovers from, in [0, 1]."""
+    slip_steps: int = 200
+    """Steps of teacher and student on solutions with slips, >= 1."""
+    demonstrations: int = 20_000
+    """Different problems in every training set, >= 1."""
+    steps: int = 40
+    """Optimiser steps of every arm, of 32 problems and 8 samples of each, >= 1."""
+    lr: float = 1e-4
+    """Peak learning rate of every arm."""
+    problems: int = 200
+    """Held-out problems per seed, >= 1."""
+    samples: int = 8
+    """Solutions per held-out problem at temperature 1, >= 1."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type == "int" and getattr(self, field.name) < 1:
+                raise ConfigError(f"{field.name}={getattr(self, field.name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class ReinforcementArm:
+    """How an arm learns; the names are those of :class:`stepkd.modules.KDSpec` and its neighbours."""
+
+    method: Literal["none", "teacher", "train"] = "train"
+    """``none`` is the student itself, ``teacher`` the teacher."""
+    rewards: float = 1.0
+    """Weight of the policy-gradient term; 0 distils only."""
+    beta: float = 0.0
+    """Weight of the distillation; 0: no teacher."""
+    schedule: Literal["constant", "linear", "switch"] = "constant"
+    """How it changes; ``linear`` reaches a fifth of it (the paper's ratio) at the end of the first ``until`` steps."""
+    until: int = 0
+    """Steps of ``linear`` and ``switch``."""
+    estimator: str = "k2"
+    """Of the KL to the teacher."""
+    mask: str = "none"
+    """Which samples are distilled on."""
+    step_weight: float = 0.0
+    """Weight of the exact checker's step rewards; 0: none."""
+    outcome_weight: float = 1.0
+    """Weight of the answer's reward where steps have some."""
+
+
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "student": {"method": "none"},
+    "grpo": {},
+    "kd": {"rewards": 0.0, "beta": 1.0},
+    "kdrl": {"beta": 0.5},
+}
+
+
+def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
+    """See the module's text."""
+    from stepkd.claims.tiny import train_tiny_sft
+
+    settings: ReinforcementSettings = unit.settings
+    common: dict[str, Any] = {
+        "task": settings.task,
+        "seed": unit.seed,
+        "demonstrations": settings.demonstrations,
+        "reuse": True,
+    }
+    report(f"training teacher and student, {settings.clean_steps} clean steps")
+    clean = train_tiny_sft(unit.folder / "clean", start=settings.model, steps=settings.clean_steps, lr=3e-3, **common)
+    models = {}
+    for name, rate in (("teacher", settings.teacher_slips), ("student", settings.student_slips)):
+        report(f"training the {name}, {settings.slip_steps} steps with slips")
+        noise = {"rate": rate, "kind": "random", "recover": settings.recover}
+        models[name] = train_tiny_sft(
+            unit.folder / name, start=clean, steps=settings.slip_steps, lr=1e-3, noise=noise, **common
+        )
+    results = []
+    for name, arm in unit.arms.items():
+        facts = {"train_samples": 0.0, "train_accuracy": 0.0}
+        model = {"none": models["student"], "teacher": models["teacher"]}.get(arm.method)
+        if model is None:
+            report(f"training {name}, {settings.steps} steps")
+            model = _train(unit, name, arm, **models)
+            facts = _facts(model.parent, settings)
+        report(f"evaluating {name}")
+        results.append(_evaluate(unit, name, model, facts))
+    return results
+
+
+def _train(unit: Unit, name: str, arm: ReinforcementArm, *, student: Path, teacher: Path) -> Path:
+    from stepkd.claims.tiny_rl import train_tiny_rl
+
+    settings: ReinforcementSettings = unit.settings
+    kd: dict[str, Any] = {
+        "beta": arm.beta,
+        "schedule": arm.schedule,
+        "estimator": arm.estimator,
+        "mask": arm.mask,
+    }
+    if arm.schedule == "linear":
+        kd |= {"beta_min": arm.beta / 5, "delta": 0.8 * arm.beta / max(arm.until, 1)}
+    elif arm.schedule == "switch":
+        kd |= {"until_step": arm.until}
+    credit = None
+    if arm.step_weight:
+        credit = {"scorer": "checker", "weight": arm.step_weight, "outcome_weight": arm.outcome_weight}
+    return train_tiny_rl(
+        unit.folder / name,
+        start=student,
+        teacher=teacher if arm.beta else None,
+        task=settings.task,
+        demonstrations=settings.demonstrations,
+        steps=settings.steps,
+        lr=settings.lr,
+        seed=unit.seed,
+        kd=kd,
+        policy_loss={"weight": arm.rewards},
+        step_credit=credit,
+        max_new_tokens=settings.max_new_tokens,
+        reuse=True,
+    )
+
+
+def _facts(folder: Path, settings: ReinforcementSettings) -> dict[str, float]:
+    """Samples drawn, and the share of right ones among them over the whole training: how fast an arm learns."""
+    from stepkd.claims.tiny_rl import GROUP, PROMPTS
+    from stepkd.launch.logger import read_metrics
+
+    rows = [row for row in read_metrics(folder) if "train/accuracy" in row]
+    return {
+        "train_samples": float(PROMPTS * GROUP * settings.steps),
+        "train_accuracy": math.fsum(row["train/accuracy"] for row in rows) / len(rows),
+    }
+
+
+def _evaluate(unit: Unit, name: str, model: Path, facts: Mapping[str, float]) -> ArmResult:
+    from stepkd.claims.tiny import evaluate_tiny, problem_ids, problem_metrics, problem_rows
+
+    settings: ReinforcementSettings = unit.settings
+    folders = [unit.folder / f"{name}-{how}" for how in ("samples", "greedy")]
+    for folder, samples, temperature in zip(folders, (settings.samples, 1), (1.0, 0.0), strict=True):
+        evaluate_tiny(
+            folder,
+            model,
+            task=settings.task,
+            problems=settings.problems,
+            samples=samples,
+            temperature=temperature,
+            seed=unit.seed,
+            max_new_tokens=settings.max_new_tokens,
+        )
+    rows, greedy = (problem_rows(folder) for folder in folders)
+    found = problem_metrics(rows) | {"greedy": problem_metrics(greedy)["pass@1"]}
+    return ArmResult(name, problem_ids(rows), {metric: found[metric] for metric in METRICS}, facts)
+
+
+EXPERIMENT = Experiment(
+    run=run,
+    settings=ReinforcementSettings,
+    metrics=METRICS,
+    arms=ARMS,
+    arm_settings=ReinforcementArm,
+    facts=("train_samples", "train_accuracy"),
+)
