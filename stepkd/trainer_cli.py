@@ -21,6 +21,8 @@ from stepkd.launch import RunDir, check_launch, trainer_defaults
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
 from stepkd.launch.last_checkpoint import BestCheckpoint, LastCheckpoint
 from stepkd.launch.logger import JsonlLogger
+from stepkd.launch.preemption import Preempted
+from stepkd.launch.preemption_callback import SaveWhenPreempted
 from stepkd.launch.progress import StepProgress
 from stepkd.launch.quiet import quiet_libraries
 from stepkd.modules import StepModule
@@ -39,12 +41,17 @@ class CheckpointSpec:
     """``best.ckpt`` is the checkpoint with the best value of this; needs validation data."""
     mode: str = "min"
     """Whether a smaller (``min``) or larger (``max``) value is better."""
+    preempted_exit_code: int = 0
+    """Exit code of a run that SIGTERM stopped with its state saved, 0 to 255. Some schedulers read 0 as finished and do
+    not start the job again. Under torchrun and accelerate the agent's own code is what they see."""
 
     def __post_init__(self) -> None:
         if self.every_n_steps < 1:
             raise ConfigError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1")
         if self.mode not in ("min", "max"):
             raise ConfigError(f"checkpoint.mode={self.mode!r}: must be min or max")
+        if not 0 <= self.preempted_exit_code <= 255:
+            raise ConfigError(f"checkpoint.preempted_exit_code={self.preempted_exit_code}: must lie in 0 to 255")
 
 
 class SuggestingParser(LightningArgumentParser):
@@ -132,6 +139,7 @@ class StepkdCLI(LightningCLI):
                 kwargs["default_root_dir"] = str(self.run_dir.path)
             if config.trainer.get("logger") in (None, True):
                 kwargs["logger"] = JsonlLogger(self.run_dir.path)
+            callbacks.append(SaveWhenPreempted(self.run_dir.checkpoints / "last.ckpt"))
             callbacks += _checkpoints(self.run_dir, config.checkpoint, has_validation=_has_validation(config))
         elif config.trainer.get("logger") is None:
             kwargs["logger"] = False
@@ -240,6 +248,8 @@ def run(arguments: Sequence[str]) -> int:
         mistake = ConfigError(str(error))
         _mark_failed(mistake)
         raise mistake from error
+    except Preempted as stopped:
+        return _after_preemption(stopped)
     except BaseException as error:  # an interrupted run is recorded too
         _mark_failed(error)
         root = _user_mistake(error)
@@ -320,6 +330,21 @@ class _PendingCLI(StepkdCLI):
     def before_instantiate_classes(self) -> None:
         _PendingCLI.current = self
         super().before_instantiate_classes()
+
+
+def _after_preemption(stopped: Preempted) -> int:
+    """Record that the run stopped on request, say how to go on, and give the exit code that the recipe asks for."""
+    cli = _PendingCLI.current
+    assert cli is not None
+    assert cli.run_dir is not None
+    cli.run_dir.mark_stopped(str(stopped))
+    if cli.trainer.is_global_zero:
+        print(
+            f"\n{stopped}: {cli.run_dir.path} holds the state after {cli.trainer.global_step} steps; give the same "
+            "command with --resume to go on",
+            flush=True,
+        )
+    return int(cli.config["fit"].checkpoint.preempted_exit_code)
 
 
 def _mark_failed(error: BaseException) -> None:

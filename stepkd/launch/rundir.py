@@ -113,6 +113,10 @@ class RunDir:
         """Record in ``run.json`` that the run ended as planned (rank 0 only)."""
         self._mark("finished", "")
 
+    def mark_stopped(self, message: str) -> None:
+        """Record in ``run.json`` that the run stopped on request, ready to go on (rank 0 only)."""
+        self._mark("stopped", message)
+
     def mark_failed(self, message: str) -> None:
         """Record in ``run.json`` that the run ended early, and why (rank 0 only)."""
         self._mark("failed", message)

@@ -21,6 +21,7 @@ from stepkd.data.encode import Example
 from stepkd.data.loader import Position, StepBatch
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.launch.phases import PhaseTracker
+from stepkd.launch.preemption import STOP_REQUEST, Preempted
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.average import WeightAverage
@@ -256,16 +257,19 @@ class StepModule(EvaluationLoops):
         self.model.train()
         steps = 0
         for prepared in self.prepare(batch):
-            self._optimizer_step(prepared, self.make_filler(batch))
+            self._optimizer_step(prepared, self.make_filler(batch), begins=not steps)
             steps += 1
         if not steps:
             raise TrainingError("the batch gave no optimiser step: prepare() must yield at least one")
         self.position = batch.next_position
 
-    def _optimizer_step(self, prepared: Prepared, filler: MicroBatch) -> None:
+    def _optimizer_step(self, prepared: Prepared, filler: MicroBatch, *, begins: bool) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
         torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
-        counts = all_reduce({name: prepared.denominators.get(name, 0.0) for name in self.components}, self.device)
+        mine = {name: prepared.denominators.get(name, 0.0) for name in self.components}
+        counts = all_reduce({**mine, "": float(bool(STOP_REQUEST))}, self.device)
+        if counts.pop("") and begins:  # later steps of a batch are taken: a batch is done whole or not at all
+            raise Preempted(f"asked to stop by {STOP_REQUEST.name or 'a signal to another rank'}")
         if not any(counts.values()):
             if self.skip_empty_steps:
                 self._skip()

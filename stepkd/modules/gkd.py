@@ -16,6 +16,7 @@ from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.data.loader import StepBatch
 from stepkd.errors import ConfigError, check_choice
+from stepkd.launch.preemption import STOP_REQUEST
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.dropout import disable_dropout
@@ -198,7 +199,7 @@ class GKDModule(StepModule):
     def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Example]:
         """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
         policy, prompts = self._writer(source, batch.examples)
-        sampler = TransformersSampler(policy, max_rows=self.source.max_rows)
+        sampler = TransformersSampler(policy, max_rows=self.source.max_rows, breaks_off=STOP_REQUEST.__bool__)
         with self.phases.phase(f"{source} rollout", total=len(prompts)):
             rollouts = sampler.sample(
                 prompts,

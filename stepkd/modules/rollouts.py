@@ -14,6 +14,7 @@ from stepkd.data.encode import Example, with_completion
 from stepkd.data.loader import StepBatch
 from stepkd.errors import DataError
 from stepkd.launch.phases import PhaseTracker
+from stepkd.launch.preemption import STOP_REQUEST
 from stepkd.models import Policy
 from stepkd.modules.kdrl_settings import RolloutSpec
 from stepkd.modules.rewards import Rewards
@@ -149,7 +150,7 @@ class GroupSampler:
 
     def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, purpose: str) -> list[list[Rollout]]:
         examples = [batch.examples[i] for i in numbers]
-        sampler = TransformersSampler(self.policy, max_rows=self.spec.max_rows)
+        sampler = TransformersSampler(self.policy, max_rows=self.spec.max_rows, breaks_off=STOP_REQUEST.__bool__)
         size = self.spec.group_size
         with self.phases.phase("rollout", total=len(examples) * size):
             drawn = sampler.sample(

@@ -69,13 +69,15 @@ class Decoder:
     Args:
         policy: the model; the caller puts it into evaluation mode and switches gradients off.
         max_rows: most rows decoded at once, >= 1.
+        breaks_off: asked before every token; once it says yes, rows end where they are, as if cut off by their limit.
     """
 
-    def __init__(self, policy: Policy, *, max_rows: int) -> None:
+    def __init__(self, policy: Policy, *, max_rows: int, breaks_off: Callable[[], bool] | None = None) -> None:
         if max_rows < 1:
             raise ConfigError(f"max_rows={max_rows}: must be at least 1")
         self.policy = policy
         self.max_rows = max_rows
+        self.breaks_off = breaks_off
         self.counts = SampleCounts()
 
     def read(self, sequences: Sequence[Sequence[int]], *, padding: Literal["left", "right"]) -> Reading:
@@ -149,6 +151,9 @@ class Decoder:
             step = draw(head(hidden_BH), uniform_B, spec)
             self.counts.generated_tokens += len(active)
             self._record(active, step, spec)
+            if self.breaks_off is not None and self.breaks_off():
+                for row in active:
+                    row.finish = row.finish or "length"
             going = [i for i, row in enumerate(active) if row.finish is None]
             if on_progress is not None and len(going) < len(active):
                 on_progress(len(active) - len(going))

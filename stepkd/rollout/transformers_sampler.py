@@ -23,11 +23,12 @@ class TransformersSampler:
         policy: the model to sample from; switched to evaluation mode while sampling.
         max_rows: most completions decoded at once; memory grows with it. Results in exact arithmetic do not depend on
             it, but in bfloat16 rounding differs between batch shapes and may flip near-ties.
+        breaks_off: asked before every token; once it says yes, completions end where they are (at one token or more).
     """
 
-    def __init__(self, policy: Policy, *, max_rows: int = 64) -> None:
+    def __init__(self, policy: Policy, *, max_rows: int = 64, breaks_off: Callable[[], bool] | None = None) -> None:
         self.policy = policy
-        self._decoder = Decoder(policy, max_rows=max_rows)
+        self._decoder = Decoder(policy, max_rows=max_rows, breaks_off=breaks_off)
         self._gap_limit: GapLimit | None = None
 
     @property

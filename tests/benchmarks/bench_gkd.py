@@ -1,8 +1,9 @@
 """One GKD training step (no sampling) against TRL's two distillation losses: time, and peak memory.
 
-Run: ``python tests/benchmarks/bench_gkd.py [--rounds 5] [--threads 2] [--dtype bfloat16] [--small]``. Student and teacher
-are random models of the shapes of SmolLM2-135M and SmolLM2-360M (``--small``: much smaller ones, to see that it runs),
-batch 4, prompts of 96 and completions of up to 160 tokens. On a CPU without bfloat16 units take ``--dtype float32``.
+Run: ``python tests/benchmarks/bench_gkd.py [--rounds 5] [--threads 2] [--dtype bfloat16] [--small]``. Student and
+teacher are random models of the shapes of SmolLM2-135M and SmolLM2-360M (``--small``: much smaller ones, to see that it
+runs), batch 4, prompts of 96 and completions of up to 160 tokens. On a CPU without bfloat16 units take ``--dtype
+float32``.
 
 Times alternate between the methods in one process; peak memory comes from one process per method, as the growth of its
 resident set over the two loaded models (Linux). A step is forward, loss and backward of the student and forward of the
@@ -66,7 +67,7 @@ def stepkd_step(student: Any, teacher: Any) -> Callable[[], Tensor]:
     examples = [Example(str(i), tuple(p), tuple(c), ((0, len(c)),)) for i, (p, c) in enumerate(rows())]
     batch = collate(examples, 0)
 
-    assert check_unpadded(student) and check_unpadded(teacher)
+    assert all(check_unpadded(each) for each in (student, teacher))
 
     def hidden(of: Any) -> Tensor:
         return unpadded_hidden(of, batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)[batch.needed_N]

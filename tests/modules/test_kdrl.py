@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from stepkd.data.batching import BatchPlan
+from stepkd.data.loader import StepLoader
 from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.losses import group_advantages, kl_estimate, reverse_kl
 from stepkd.models import Policy, PolicySpec
@@ -426,6 +429,24 @@ def test_a_switch_distils_first(rows: list[Any]) -> None:
     module = worker.run(rows, steps=3, kd=KDSpec(beta=0.3, schedule="switch", until_step=2))
     assert [step["kd"] > 0 for step in module.logged] == [True, True, False]
     assert [step["pg"] == 0 for step in module.logged[:2]] == [True, True]
+
+
+def test_validation_is_the_cross_entropy_of_given_solutions(rows: list[Any]) -> None:
+    """Neither rollouts nor a teacher: every token of every solution alike, in a module that has never trained."""
+    module = worker.KDRL(
+        PolicySpec(**worker.POLICY), teacher=worker.TEACHER, rollout=worker.ROLLOUT, micro_batch_tokens=60
+    )
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    plan = BatchPlan([row.length for row in rows], size=3, shuffle=False)
+    (found,) = trainer.validate(module, StepLoader(rows, plan), verbose=False)
+    total, number = 0.0, 0
+    for row in rows:
+        ids, start = torch.tensor([[*row.prompt_ids, *row.completion_ids]]), len(row.prompt_ids)
+        logits = module.model.model(input_ids=ids).logits[0, start - 1 : -1].detach()
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum"))
+        number += len(row.completion_ids)
+    assert found["val/loss"] == pytest.approx(total / number, rel=1e-6)
+    assert found["val/kd"] == 0.0
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------

@@ -23,21 +23,21 @@ METRICS = ("pass@1", "greedy", "step_accuracy", "correct_with_wrong_step", "mean
 class ReinforcementSettings:
     """Task, budgets and noise of the experiment."""
 
-    task: str = "modular:terms=3-6,modulus=10"
+    task: str = "modular:terms=3-6,modulus=5"
     """Tiny-world task with its settings; its solutions have different lengths."""
     model: str = "tiny-0.5m"
     """Tiny model preset of teacher and student."""
     max_new_tokens: int = 64
     """Longest sampled solution, >= 1."""
-    clean_steps: int = 800
+    clean_steps: int = 500
     """Optimiser steps of 64 clean solutions that teacher and student begin with, >= 1."""
-    teacher_slips: float = 0.07
+    teacher_slips: float = 0.06
     """Probability that a line of what the teacher learns from slips, in [0, 1]."""
     student_slips: float = 0.25
     """The same of the student."""
     recover: float = 0.5
     """Share of slips that the next line silently recovers from, in [0, 1]."""
-    slip_steps: int = 200
+    slip_steps: int = 120
     """Steps of teacher and student on solutions with slips, >= 1."""
     demonstrations: int = 20_000
     """Different problems in every training set, >= 1."""

@@ -1,0 +1,54 @@
+"""Callbacks that runs of the tests load by name: they record what is trained on, and end the process at a given point.
+
+``STOP_AT`` holds the point, ``PHASE:STEP:SIGNAL``: the optimiser step that is about to be taken when the phase
+(``optimizer``, ``batch_end``, or one that the module opens, ``rollout`` for instance) is next seen. With ``STOP_RANK``
+only that rank ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+class Stopper(Callback):
+    """Records the ids of every batch in ``batches.jsonl``, and ends the process where it is told to."""
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+        self.point = os.environ.get("STOP_AT", "").split(":")
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.module = pl_module
+        if os.environ.get("STOP_RANK", str(trainer.global_rank)) != str(trainer.global_rank):
+            self.point = [""]
+        self.rank = trainer.global_rank
+        pl_module.phases.subscribe(self)
+
+    def reached(self, phase: str) -> None:
+        if self.point[0] == phase and self.module.global_step == int(self.point[1]):
+            name, self.point = self.point[2], [""]
+            os.kill(os.getpid(), getattr(signal, name))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        with open(f"{self.out}.{self.rank}", "a", encoding="utf-8") as stream:
+            print(json.dumps([trainer.global_step, sorted(example.id for example in batch.examples)]), file=stream)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.reached("batch_end")
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.reached("optimizer")
+
+    def on_phase_start(self, tracker: Any, phase: Any) -> None:
+        pass
+
+    def on_phase_advance(self, tracker: Any, phase: Any) -> None:
+        self.reached(phase.name)
+
+    def on_phase_end(self, tracker: Any, phase: Any) -> None:
+        pass
