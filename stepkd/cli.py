@@ -31,6 +31,7 @@ COMMANDS = {
     "quickstart": "train and evaluate tiny models on this machine in minutes, nothing to download",
     "claims": "run the experiments that measure each method's effect, with verdicts",
     "recipes": "list, show or copy the recipes",
+    "doctor": "look at this machine, its launcher and whether a recipe fits, before a job burns hours",
     "samples": "show what a policy wrote while GRPO or KDRL trained it, step by step",
     "export": "write a trained model as a folder that plain transformers loads",
 }

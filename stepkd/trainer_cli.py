@@ -273,6 +273,12 @@ def check_fit(arguments: Sequence[str]) -> tuple[StepModule, Any]:
     Raises:
         StepkdError: what ``stepkd fit`` would refuse before it reads data or loads a model.
     """
+    module, data, _ = check_fit_settings(arguments)
+    return module, data
+
+
+def check_fit_settings(arguments: Sequence[str]) -> tuple[StepModule, Any, dict[str, Any]]:
+    """As :func:`check_fit`, with the Trainer's settings beside them."""
     quiet_libraries()
     try:
         parsed = _ParsedCLI(
@@ -293,7 +299,7 @@ def check_fit(arguments: Sequence[str]) -> tuple[StepModule, Any]:
         if root is not None and root is not error:
             raise root from error
         raise
-    return parsed.built.model, parsed.built.data
+    return parsed.built.model, parsed.built.data, parsed.config.trainer.as_dict()
 
 
 class _ParsedCLI(StepkdCLI):

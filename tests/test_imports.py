@@ -49,6 +49,7 @@ LAYERS = [
     {"evaluation"},
     {"labels"},
     {"modules"},
+    {"doctor"},
     {"claims", "quickstart", "iteration", "trainer_cli", "commands", "cli"},
 ]
 

@@ -13,6 +13,7 @@ import argparse
 from types import SimpleNamespace
 from typing import Any
 
+from stepkd.commands.recipe_options import add_recipe_arguments, recipe_words
 from stepkd.errors import ConfigError
 
 
@@ -22,8 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=64, metavar="K", help="tokens kept per position (default 64)")
     parser.add_argument("--no-validation", action="store_true", help="leave out the validation data")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="recipe, then its overlays")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the recipe")
+    add_recipe_arguments(parser, required=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if check_launch().world_size > 1:
         raise ConfigError("stepkd cache-teacher runs in one process: start it without a launcher")
-    module, data = check_fit(_settings(arguments))
+    module, data = check_fit(recipe_words(arguments))
     if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
         raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with teacher.path")
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
@@ -62,17 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
         f"  train: stepkd fit ... --model.init_args.teacher '{{path: null, cache: {arguments.out}}}'"
     )
     return 0
-
-
-def _settings(arguments: argparse.Namespace) -> list[str]:
-    """The recipe and its settings as words of ``stepkd fit``."""
-    words = [word for path in arguments.config for word in ("--config", path)]
-    for setting in arguments.set:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {setting}: write KEY=VALUE, for instance model.init_args.chunk_size=256")
-        words += [f"--{key}", value]
-    return words
 
 
 def _report() -> Any:

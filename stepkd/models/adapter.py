@@ -62,6 +62,15 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise ModelError(f"cannot load the adapter in {folder}: {first_line(error)}") from error
 
 
+def add_empty_adapter(model: Any, folder: Path) -> Any:
+    """Wrap a model with adapters shaped like those of a folder, whose weights are not read."""
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return get_peft_model(model, config)
+
+
 def add_lora(model: Any, spec: PolicySpec) -> Any:
     """Wrap a model with the fresh adapters ``spec.lora`` describes.
 

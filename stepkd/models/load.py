@@ -13,7 +13,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
 from stepkd.models.room import check_host_room
 from stepkd.models.spec import PolicySpec
-from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_tokenizer
+from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_config, tiny_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,22 @@ def load_model(spec: PolicySpec) -> tuple[Any, Any]:
     elif spec.lora is not None:
         model = add_lora(model, spec)
     if spec.gradient_checkpointing:
-        try:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        except ValueError as error:
-            raise ConfigError(f"policy.gradient_checkpointing does not work: {first_line(error)}") from error
-        model.enable_input_require_grads()
+        checkpoint_layers(model)
     model.eval()
     return model, tokenizer
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Have a model compute its layers again in the backward pass.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"policy.gradient_checkpointing does not work: {first_line(error)}") from error
+    model.enable_input_require_grads()
 
 
 def _base_spec(spec: PolicySpec) -> PolicySpec:
@@ -99,6 +108,30 @@ def _base_model(spec: PolicySpec) -> Any:
     if gguf_file is not None:
         _forget_gguf(model)
     return model
+
+
+def model_config(spec: PolicySpec) -> Any:
+    """Settings of a policy's model, without its weights.
+
+    Raises:
+        ModelError: nothing readable there.
+    """
+    from transformers import AutoConfig
+
+    spec = _base_spec(spec)
+    if spec.path in TINY_PRESETS:
+        return tiny_config(spec.path, tiny_tokenizer())
+    source, gguf_file = _split_gguf(spec.path)
+    arguments: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if gguf_file is not None:
+        _require_gguf(spec.path)
+    _check_folder(source, gguf_file)
+    try:
+        return AutoConfig.from_pretrained(
+            source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **arguments
+        )
+    except Exception as error:
+        raise ModelError(_load_message(spec.path, error)) from error
 
 
 def _tiny_model(spec: PolicySpec) -> Any:

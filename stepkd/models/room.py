@@ -1,6 +1,6 @@
 """Whether weights fit, said before a machine swaps itself to death or a kernel kills the process without a word.
 
-Only folders are looked at, not hub ids that are still to be downloaded, and a container's own limit is not known here.
+Only folders are looked at, not hub ids that are still to be downloaded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from stepkd.errors import ModelError
+from stepkd.launch.limits import memory_free
 
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -29,22 +30,13 @@ def check_host_room(folder: Path, dtype: str) -> None:
     wanted = _BYTES.get(dtype)
     if wanted is not None:
         stored = stored * wanted // _BYTES.get(_stored_dtype(folder), wanted)
-    free = free_bytes()
+    free = memory_free()
     if free is not None and stored > free:
         raise ModelError(
             f"{folder} needs {stored:,} bytes ({stored / 2**30:.1f} GiB) for its weights"
             f"{'' if wanted is None else f' in {dtype}'}, and this machine has {free:,} ({free / 2**30:.1f} GiB) free: "
             "load it in bfloat16, quantise it, or take a smaller model"
         )
-
-
-def free_bytes() -> int | None:
-    """Memory that processes can still get, in bytes; None where that is not known."""
-    try:
-        import psutil  # type: ignore[import-untyped]
-    except ImportError:
-        return None
-    return int(psutil.virtual_memory().available)
 
 
 def device_room(device: torch.device) -> int:

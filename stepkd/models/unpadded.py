@@ -24,6 +24,26 @@ WORTH = 0.03
 """Share of padding from which a forward pass goes without it."""
 
 
+class _Spread(torch.autograd.Function):
+    """``index_copy`` into zeros that keeps the index alone; torch's own keeps the values too, for their shape."""
+
+    @staticmethod
+    def forward(ctx: Any, values_U: Tensor, slots_U: Tensor, number: int) -> Tensor:
+        ctx.save_for_backward(slots_U)
+        return values_U.new_zeros(number, *values_U.shape[1:]).index_copy_(0, slots_U, values_U)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slots_U,) = ctx.saved_tensors
+        return gradients[0].index_select(0, slots_U), None, None
+
+
+def _spread(values_U: Tensor, slots_U: Tensor, number: int) -> Tensor:
+    """Rows of values to their slots among so many, zeros elsewhere."""
+    spread: Tensor = _Spread.apply(values_U, slots_U, number)
+    return spread
+
+
 @dataclass(frozen=True)
 class Rows:
     """Where the real tokens of all rows stand."""
@@ -44,10 +64,9 @@ class Rows:
 
     def spread(self, values_1AUD: Tensor) -> Tensor:
         """(1, A, U, D) of one row to (B, A, T, D) of rows, zero in padding."""
-        values_UAD = values_1AUD.squeeze(0).transpose(0, 1)
         rows, longest = self.sizes
-        padded = values_UAD.new_zeros(rows * longest, *values_UAD.shape[1:])
-        return padded.index_copy(0, self.slots_U, values_UAD).unflatten(0, (rows, longest)).transpose(1, 2)
+        padded = _spread(values_1AUD.squeeze(0).transpose(0, 1), self.slots_U, rows * longest)
+        return padded.unflatten(0, (rows, longest)).transpose(1, 2)
 
     def gather(self, values_BTAD: Tensor) -> Tensor:
         """(B, T, A, D) of rows to (1, U, A, D)."""
@@ -71,9 +90,7 @@ def unpadded_hidden(causal_lm: Any, input_ids_BT: Tensor, attention_mask_BT: Ten
         use_cache=False,
         unpadded_rows=Rows.of(attention_mask_BT),
     ).last_hidden_state
-    hidden_UH = hidden_1UH.squeeze(0)
-    padded = hidden_UH.new_zeros(attention_mask_BT.numel(), hidden_UH.shape[-1])
-    return padded.index_copy(0, real_U, hidden_UH).view(*attention_mask_BT.shape, -1)
+    return _spread(hidden_1UH.squeeze(0), real_U, attention_mask_BT.numel()).view(*attention_mask_BT.shape, -1)
 
 
 def is_worth_it(attention_mask_BT: Tensor) -> bool:

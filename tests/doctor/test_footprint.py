@@ -1,0 +1,178 @@
+"""The memory that the doctor foretells is what training takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepkd.cli import main
+from stepkd.doctor.footprint import Batch, activations, cache_bytes, footprint, skeleton, weight_bytes
+from stepkd.doctor.live import LiveBytes, peak_of
+from stepkd.models import LoraSpec, Policy, PolicySpec
+from stepkd.modules.base import StepModule
+from stepkd.trainer_cli import check_fit
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = PolicySpec(path="tiny-0.1m")
+
+
+def recipe(name: str, *settings: str) -> list[str]:
+    words = ["--config", str(ROOT / "recipes" / "tiny" / f"{name}.yaml"), "--data.init_args.validation", "null"]
+    return words + [word for setting in settings for word in (f"--{setting}".split("=", 1))]
+
+
+def test_live_bytes_are_counted_from_birth_to_death() -> None:
+    def work() -> None:
+        a = torch.zeros(1000, dtype=torch.float64)
+        b = a + 1
+        del a
+        c = b.view(10, 100)  # no storage of its own
+        b = c * 2
+        del c
+
+    before = torch.zeros(10**6)
+    assert peak_of(work) == 2 * 8000
+    with LiveBytes() as live:
+        before.add_(1)
+        kept = before[:10]
+    assert (live.now, live.peak) == (0, 0), "what was there before does not count"
+    assert len(kept) == 10
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TINY,
+        replace(TINY, dtype="bfloat16"),
+        replace(TINY, lora=LoraSpec(r=3)),
+        replace(TINY, dtype="bfloat16", lora=LoraSpec(r=3, modules_to_save=["lm_head"])),
+    ],
+    ids=str,
+)
+def test_a_skeleton_has_the_weights_of_the_policy(spec: PolicySpec) -> None:
+    real, bones = Policy.load(spec).model, skeleton(spec)
+    assert all(p.is_meta for p in bones.parameters())
+    for trained in (False, True):
+        counted = [
+            sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained)
+            for model in (real, bones)
+        ]
+        assert counted[0] == counted[1]
+    assert weight_bytes(bones, spec) == sum(p.numel() * p.element_size() for p in real.parameters())
+    packed = weight_bytes(bones, replace(spec, quantization="nf4", lora=LoraSpec()))
+    assert packed < weight_bytes(bones, spec)
+
+
+def test_an_adapter_folder_is_trained_alone(tmp_path: Path) -> None:
+    lora = Policy.load(replace(TINY, lora=LoraSpec(r=3)))
+    lora.model.save_pretrained(tmp_path)
+    lora.tokenizer.save_pretrained(tmp_path)
+    spec = PolicySpec(path=str(tmp_path))
+    real, bones = Policy.load(spec).model, skeleton(spec)
+    for model in (real, bones):
+        assert 0 < sum(p.numel() for p in model.parameters() if p.requires_grad) < 20_000
+    assert weight_bytes(bones, spec) == weight_bytes(real, spec)
+
+
+def test_a_row_of_cache() -> None:
+    policy = Policy.load(TINY)
+    output = policy.causal_lm(input_ids=torch.ones(1, 7, dtype=torch.long), use_cache=True)
+    kept = sum(
+        t.numel() * t.element_size() for layer in output.past_key_values.layers for t in (layer.keys, layer.values)
+    )
+    assert cache_bytes(TINY, 7) == kept
+
+
+@pytest.mark.parametrize("spec", [TINY, replace(TINY, lora=LoraSpec(r=4))], ids=["full", "lora"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_activations_of_all_layers_follow_from_a_few(spec: PolicySpec, share: float) -> None:
+    """Shallow copies of a few tokens against the whole model on more of them."""
+    policy = Policy.load(spec)
+    policy.train()
+    mask = torch.ones(40, 50, dtype=torch.long)
+    mask[::2, int(50 * (1 - 2 * share)) :] = 0
+    ids = torch.ones_like(mask)
+    real = peak_of(lambda: policy.hidden(ids, mask).sum().backward())
+    real -= sum(p.grad.numel() * p.grad.element_size() for p in policy.parameters() if p.grad is not None)
+    tokens = int(mask.sum())
+    assert activations(spec, Batch(tokens, share, tokens, 10, True), "32-true") == pytest.approx(real, rel=0.1)
+
+
+def test_checkpointed_layers_keep_less() -> None:
+    batch = Batch(4000, 0.0, 4000, 10, True)
+    plain, saved = (activations(replace(TINY, gradient_checkpointing=on), batch, "32-true") for on in (False, True))
+    assert saved < 0.6 * plain
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        recipe("sft", "data.init_args.train.options.n=200"),
+        recipe("prm", "data.init_args.train.options.n=200"),
+        recipe("sft", "data.init_args.train.options.n=200", "model.init_args.policy.lora={r: 4}"),
+        recipe(
+            "kdrl",
+            "data.init_args.train.options.n=64",
+            "model.init_args.policy.path=tiny-0.5m",
+            "model.init_args.teacher.path=tiny-0.1m",
+            "model.init_args.rewards=[{name: length, options: {limit: 9}}]",
+        ),
+    ],
+    ids=["sft", "prm", "lora", "kdrl"],
+)
+def test_a_step_takes_what_was_foretold(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors alive at the peak of real optimiser steps; allocator and libraries, which differ by machine, apart."""
+    module, data = check_fit(words)
+    found = footprint(module, data)
+    foretold = found.held["gradients"] + sum(found.phases["training"].values())
+    peaks = []
+    step = StepModule.training_step
+
+    def counted(self: Any, batch: Any, batch_idx: int) -> None:
+        with LiveBytes() as live:
+            step(self, batch, batch_idx)
+        peaks.append(live.peak)
+
+    monkeypatch.setattr(StepModule, "training_step", counted)
+    done = main(["fit", *words, "--trainer.max_steps", "3", "--out", str(tmp_path / "run")])
+    assert done == 0
+    # Optimiser states are born in the first step and stay; from then on only the rest is new.
+    assert max(peaks[1:]) == pytest.approx(foretold, rel=0.15)
+
+
+def test_what_is_held_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = recipe("sft", "data.init_args.train.options.n=100", "model.init_args.ema_decay=0.9")
+    found = footprint(*check_fit(words))
+    weights = found.held["weights"]
+    assert found.held["gradients"] == found.held["running average"] == weights
+    assert found.held["optimiser (AdamW)"] == 2 * weights
+    assert "sampling" in found.phases
+    parts = [sum(phase.values()) for phase in found.phases.values()]
+    assert found.peak == sum(found.held.values()) + max(parts)
+    module, data = check_fit(
+        recipe("sft", "data.init_args.train={source: rows, path: /no/such/file.jsonl, options: {}}")
+    )
+    assert "the recipe's limit" in footprint(module, data).facts["largest micro-batch"]
+
+
+def test_a_recipe_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["doctor", "--out", str(tmp_path), "--config", str(ROOT / "recipes/tiny/sft.yaml")]
+    words += ["--set", "data.init_args.validation=null", "--set", "data.init_args.train.options.n=100"]
+    assert main([*words, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["peak_bytes"] > 100 * 2**20
+    monkeypatch.setattr("stepkd.launch.limits.memory_free", lambda *_: 50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(words) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of 50 MiB free" in shown
+    assert "micro_batch_tokens" in shown
+    assert main(["doctor", "--config", str(tmp_path / "none.yaml")]) == 2
