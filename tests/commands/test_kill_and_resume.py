@@ -145,9 +145,8 @@ def assert_alike(runs: Runs, name: str, other: str) -> None:
     assert runs.batches(name) == runs.batches(other)
 
 
-@pytest.mark.parametrize(
-    "method", [name if name == "kdrl" else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_killed_and_asked_to_stop(method: str, runs: Callable[[str], Runs]) -> None:
     """SIGKILL at one point, SIGTERM at a later one, then to the end: three processes make one run."""
     made = runs(method)

@@ -63,7 +63,8 @@ def test_files_and_summary(whole: tuple[Path, dict[str, Any]]) -> None:
     for k in (1, 2):
         assert list(IterationRecord(out / f"iteration-{k}", k).stages) == STAGES
         training = summary["models"][k]["training"]
-        assert training["rows"] == training["right_answers"] == training["converted"]["rows"]
+        assert training["rows"] == training["converted"]["rows"]
+        assert training["rows"] == training["right_answers"] - training["converted"]["counts"].get("cut_off", 0)
         assert training["solutions"] == 64 == training["labelled"] + training["dropped"].get("duplicate", 0)
     assert list(IterationRecord(out / "iteration-0", 0).stages) == STAGES[4:]
     assert weights(out, 1) != weights(out, 2)

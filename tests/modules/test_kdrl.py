@@ -446,7 +446,7 @@ def test_validation_is_the_cross_entropy_of_given_solutions(rows: list[Any]) -> 
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum"))
         number += len(row.completion_ids)
     assert found["val/loss"] == pytest.approx(total / number, rel=1e-6)
-    assert found["val/kd"] == 0.0
+    assert "val/kd" not in found, "there is nothing to count"
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------

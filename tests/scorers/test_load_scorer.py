@@ -103,7 +103,7 @@ def test_the_template_of_an_export(export: Path) -> None:
     ("text", "message"),
     [
         ("juge:tiny-0.1m", "unknown kind of scorer 'juge' in 'juge:tiny-0.1m'. Did you mean 'judge'?"),
-        ("checker:x", r"unknown kind of scorer 'checker' .* \(checker and arithmetic stand alone\)"),
+        ("checker:x", r"unknown kind of scorer 'checker' .* \(checker, arithmetic, gain stand alone\)"),
         ("judge:", "'judge:' names no model: write judge:PATH"),
     ],
 )
