@@ -99,12 +99,12 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
     )
     if module.ema_decay is not None:
         found.held["running average"] = trained_bytes
-    _other_models(found, module, spec)
+    _other_models(found, module, spec, trained_bytes)
     batch = largest_batch(module, data)
     found.facts["largest micro-batch"] = f"{batch.tokens:,} tokens" + ("" if batch.known else " (the recipe's limit)")
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     width = int(model.get_output_embeddings().weight.shape[1])
-    heads = 2 if "teacher" in found.held else 1
+    heads = 2 if {"teacher", "self-teacher"} & found.held.keys() else 1
     chunk = head_peak(spec, width, vocabulary, min(module.chunk_size, batch.targets))
     found.phases["training"] = {
         "activations": activations(spec, batch, precision),
@@ -116,16 +116,11 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
     return found
 
 
-def skeleton(spec: PolicySpec, config: Any = None) -> Any:
-    """A policy without storage: shapes, dtypes, and what is trained.
-
-    Args:
-        spec: the policy.
-        config: in place of the model's own settings.
-    """
+def skeleton(spec: PolicySpec) -> Any:
+    """A policy without storage: shapes, dtypes, and what is trained."""
     from transformers import AutoModelForCausalLM
 
-    config = model_config(spec) if config is None else config
+    config = model_config(spec)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
         return _with_adapter(model.to(_dtype(spec, config)), spec)
@@ -271,8 +266,9 @@ def cache_bytes(spec: PolicySpec, tokens: int) -> int:
     return int(2 * config.num_hidden_layers * heads * size * tokens * _dtype(spec, config).itemsize)
 
 
-def _other_models(found: Footprint, module: Any, spec: PolicySpec) -> None:
-    """Teacher and frozen reference."""
+def _other_models(found: Footprint, module: Any, spec: PolicySpec, trained_bytes: int) -> None:
+    """Teacher and frozen reference; of a model with adapters, the reference is its adapter-off view."""
+    adapts = spec.lora is not None or adapter_folder(spec.path) is not None
     teacher = getattr(getattr(module, "teacher", None), "spec", None)
     if teacher is not None and teacher.path is not None:
         try:
@@ -283,8 +279,10 @@ def _other_models(found: Footprint, module: Any, spec: PolicySpec) -> None:
         else:
             found.held["teacher"] = weight_bytes(model, FrozenSpec(quantization=teacher.quantization))
             found.facts["teacher"] = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    reference = getattr(module, "reference", None)
-    if reference is not None and spec.lora is None and not getattr(reference, "cache", False):
+    if teacher is not None and teacher.itself is not None and not (teacher.itself == "base" and spec.lora is not None):
+        found.held["self-teacher"] = (2 if teacher.itself == "ema" else 1) * trained_bytes  # the average and its copy
+    reference = getattr(module, "reference_spec", None)
+    if reference is not None and not adapts and not reference.cache:  # a cache lets the copy go before the first step
         found.held["reference"] = found.held["weights"]
 
 

@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 
 class StopRequest:
@@ -20,7 +19,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._before: Any = None
 
     def __bool__(self) -> bool:
         return self.name is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from stepkd.errors import DataError
+from stepkd.errors import DataError, TrainingError
 from stepkd.launch.logger import ends_torn
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.kdrl_settings import SampleLogSpec
@@ -65,9 +65,15 @@ class SampleLog:
             "lengths": {"edges": edges, "counts": [int(totals[name]) for name in counts]},
             "samples": [self._sample(rollout) for rollout in self._chosen(rollouts)],
         }
-        start = "\n" if self.path.exists() and ends_torn(self.path) else ""
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(start + json.dumps(entry) + "\n")
+        try:
+            start = "\n" if self.path.exists() and ends_torn(self.path) else ""
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(start + json.dumps(entry) + "\n")
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path}: cannot write samples ({error.strerror or error}); the checkpoints are intact, so mend "
+                "the disk and continue with --resume"
+            ) from None
 
     def _chosen(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """One completion of every group, then another one, until there are enough."""

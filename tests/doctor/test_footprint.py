@@ -160,6 +160,19 @@ def test_what_is_held_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "the recipe's limit" in footprint(module, data).facts["largest micro-batch"]
 
 
+def test_copies_of_the_policy_are_held_too() -> None:
+    """The frozen reference of preference training, unless adapters or a cache stand in for it; a self-teacher."""
+    lora, cache = "model.init_args.policy.lora={r: 4}", "model.init_args.reference={cache: true}"
+    for settings, copies in ((), True), ((lora,), False), ((cache,), False):
+        nowhere = ("data.init_args.train.path=/no/such/file.jsonl", "model.init_args.policy.path=tiny-0.1m")
+        held = footprint(*check_fit(recipe("dpo", *nowhere, *settings))).held
+        assert held.get("reference") == (held["weights"] if copies else None)
+    few = ("data.init_args.train.options.n=64", "model.init_args.policy.path=tiny-0.1m")
+    for form, copies in (("epoch", 1), ("ema", 2)):
+        held = footprint(*check_fit(recipe("self_distill", *few, f"model.init_args.teacher.itself={form}"))).held
+        assert held["self-teacher"] == copies * held["weights"]
+
+
 def test_a_recipe_that_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from stepkd.cli import main
 from stepkd.commands.samples import bars, colour
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.losses import group_advantages
 from stepkd.modules import PolicyLossSpec, RewardSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.sample_log import SampleLog, read_samples
@@ -150,6 +150,14 @@ def test_a_torn_line_and_a_step_taken_again(logged: tuple[Any, Path], tmp_path: 
     log(3, module.kept[0], torch.device("cpu"), writes=False)
     entries = read_samples(path)
     assert [(entry["step"], len(entry["samples"])) for entry in entries] == [(0, 6), (2, 1)]
+
+
+def test_a_file_that_cannot_be_written(logged: tuple[Any, Path], tmp_path: Path) -> None:
+    module, _ = logged
+    (tmp_path / "samples.jsonl").mkdir()
+    log = SampleLog(SampleLogSpec(every=1), tmp_path, 40, module.tokenizer)
+    with pytest.raises(TrainingError, match=r"samples\.jsonl: cannot write samples \(.*continue with --resume"):
+        log(0, module.kept[0], torch.device("cpu"), writes=True)
 
 
 def test_the_command_shows_them(
