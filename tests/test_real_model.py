@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from stepkd.launch.processor import compute_dtype
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
+DTYPE = str(compute_dtype()).removeprefix("torch.")
+"""What the recipes say (bfloat16), or float32 where the processor would emulate that for hours."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,8 @@ def trained(gguf: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
     train = data_dir / "gsm8k" / "train.jsonl"
     stepkd(
         *("fit", "--config", "recipes/sft.yaml", "--config", "recipes/base/smollm2-135m-lora.yaml", "--out", out),
-        *("--model.init_args.policy.path", gguf, "--data.init_args.train.path", train),
+        *("--model.init_args.policy.path", gguf, "--model.init_args.policy.dtype", DTYPE),
+        *("--data.init_args.train.path", train),
         *("--data.init_args.train.limit", 48, "--data.init_args.validation.path", train),
         *("--data.init_args.validation.limit", 8, "--data.init_args.global_batch_size", 8),
         *("--model.init_args.optimizer.warmup", 1, "--model.init_args.optimizer.schedule", "constant"),
@@ -97,7 +102,8 @@ def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: 
     run = tmp_path / "prm"
     stepkd(
         *("fit", "--config", "recipes/prm.yaml", "--config", "recipes/base/smollm2-135m-lora.yaml", "--out", run),
-        *("--model.init_args.policy.path", gguf, "--data.init_args.max_length", 256),
+        *("--model.init_args.policy.path", gguf, "--model.init_args.policy.dtype", DTYPE),
+        *("--data.init_args.max_length", 256),
         *("--data.init_args.train", f"{source}, limit: 40, {options}"),
         *("--data.init_args.validation", f"{source}, offset: 40, limit: 8, {options}"),
         *("--data.init_args.global_batch_size", 6, "--trainer.max_steps", 3, "--trainer.val_check_interval", 3),

@@ -49,9 +49,10 @@ def _recipe(words: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
     """Estimate of a recipe, and what follows from it for this machine."""
     import torch
 
-    from stepkd.doctor.environment import Finding, fast_bfloat16, gib
+    from stepkd.doctor.environment import Finding, gib
     from stepkd.doctor.footprint import footprint
     from stepkd.launch.limits import memory_free
+    from stepkd.launch.processor import fast_bfloat16
     from stepkd.models.room import device_room
     from stepkd.trainer_cli import check_fit_settings
 

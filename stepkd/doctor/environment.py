@@ -18,6 +18,7 @@ import stepkd
 from stepkd.errors import ConfigError
 from stepkd.launch.guard import check_launch
 from stepkd.launch.limits import memory_free, memory_limit, processors
+from stepkd.launch.processor import cpu_name, fast_bfloat16
 
 Level = Literal["ok", "note", "bad"]
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "accelerate", "jsonargparse", "math-verify")
@@ -81,7 +82,7 @@ def _version(name: str) -> str | None:
 
 def _processor() -> Iterator[Finding]:
     section = "processor"
-    yield Finding(section, "model", _cpu_name())
+    yield Finding(section, "model", cpu_name())
     cores, threads = processors(), torch.get_num_threads()
     many = threads > cores + 0.5
     yield Finding(
@@ -105,32 +106,6 @@ def _processor() -> Iterator[Finding]:
         if fast or torch.cuda.is_available()
         else "on this processor float32 is many times faster: policy.dtype float32",
     )
-
-
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices itself."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return "bf16" in _cpu_flags()
-    return any(flag in _cpu_flags() for flag in ("amx_bf16", "avx512_bf16"))
-
-
-def _cpu_flags() -> frozenset[str]:
-    for line in _cpuinfo():
-        if line.lower().startswith(("flags", "features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
-def _cpu_name() -> str:
-    names = (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def _gpus() -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from stepkd.errors import ConfigError, ModelError
+from stepkd.launch.processor import compute_dtype, fast_bfloat16
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
 from stepkd.models.room import check_host_room
 from stepkd.models.spec import PolicySpec
@@ -92,7 +93,7 @@ def _base_model(spec: PolicySpec) -> Any:
         _require_gguf(spec.path)
         arguments["gguf_file"] = gguf_file
         if spec.dtype == "auto":
-            arguments["dtype"] = torch.bfloat16
+            arguments["dtype"] = compute_dtype()
     if spec.attention is not None:
         arguments["attn_implementation"] = spec.attention
     if quantization is not None:
@@ -107,6 +108,12 @@ def _base_model(spec: PolicySpec) -> Any:
     _check_complete(spec.path, model, report)
     if gguf_file is not None:
         _forget_gguf(model)
+    if model.dtype == torch.bfloat16 and not (torch.cuda.is_available() or fast_bfloat16()):
+        logger.warning(
+            "%s is loaded in bfloat16, which this processor emulates very slowly and there is no GPU: "
+            "dtype float32 is many times faster",
+            spec.path,
+        )
     return model
 
 

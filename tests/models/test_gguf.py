@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stepkd.errors import ModelError
+from stepkd.launch import processor
 from stepkd.models import LoraSpec, Policy, PolicySpec, load_model
 from stepkd.models.export import export_model
 
@@ -74,11 +75,21 @@ def test_gguf_loads(gguf_file: Path, tmp_path: Path) -> None:
     assert torch.allclose(logits(policy.model), logits(source), atol=1e-5)
     assert policy.tokenizer.decode(policy.tokenizer("ab c").input_ids) == "ab c"
     assert policy.tokenizer.chat_template == "{{ messages[0]['content'] }}"
-    assert load_model(PolicySpec(path=str(gguf_file), dtype="auto"))[0].dtype == torch.bfloat16
     # Saving is refused while the configuration still speaks of a quantised file.
     again = Policy.load(PolicySpec(path=str(export_model(gguf_file, tmp_path / "out", dtype="float32"))))
     assert torch.equal(logits(again.model), logits(policy.model))
     assert again.tokenizer.chat_template == policy.tokenizer.chat_template
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [("amx_bf16", torch.bfloat16), ("avx2", torch.float32)])
+def test_gguf_loads_in_a_dtype_that_the_processor_is_fast_in(
+    flag: str, dtype: torch.dtype, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(processor, "cpu_flags", lambda: frozenset({flag}))
+    assert load_model(PolicySpec(path=str(gguf_file), dtype="auto"))[0].dtype == dtype
+    load_model(PolicySpec(path=str(gguf_file), dtype="bfloat16"))
+    assert ("emulates" in caplog.text) == (flag == "avx2")
 
 
 def test_gguf_takes_adapters(gguf_file: Path, tmp_path: Path) -> None:
