@@ -29,7 +29,7 @@ from stepkd.losses.policy_gradient import (
     token_normalisation,
 )
 from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
-from stepkd.losses.reduce import LossTerms, reduce, segment_sum
+from stepkd.losses.reduce import LossTerms, component_scales, reduce, segment_sum
 from stepkd.losses.token import cross_entropy, target_logps, token_logps
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "balanced_kl",
     "chunked_head",
     "clipped_loss",
+    "component_scales",
     "cross_entropy",
     "dpo",
     "entropy",

@@ -7,7 +7,7 @@ loss independent of padding, micro-batch split, chunk size and world size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,29 @@ class LossTerms:
     """Component name -> scalar sum over the micro-batch's items (tokens, steps, sequences), differentiable."""
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Metric name -> detached (sum, count) pair, added over micro-batches and ranks, then divided for logging."""
+    loss: Tensor | None = None
+    """The components' sum, each times its :func:`component_scales`, where the loss function made it itself to take
+    gradients in the forward pass; the sums are detached then, for the log. None: :func:`reduce` makes it of them."""
+
+
+def component_scales(
+    names: Iterable[str], denominators: Mapping[str, float], weights: Mapping[str, float], world_size: int
+) -> dict[str, float]:
+    """Factor of every component's sum in the loss: ``weight * world_size / denominator``, or 0 where nothing counts.
+
+    See :func:`reduce` for arguments and errors.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size}: must be at least 1")
+    scales = {}
+    for name in names:
+        if name not in denominators:
+            raise ValueError(f"no denominator for loss component {name!r}: count it before the first backward")
+        count = float(denominators[name])
+        if not 0 <= count < float("inf"):
+            raise ValueError(f"denominator of {name!r} is {count}: must be a finite count >= 0")
+        scales[name] = 0.0 if count == 0 else weights.get(name, 1.0) * world_size / count
+    return scales
 
 
 def reduce(
@@ -54,19 +77,12 @@ def reduce(
         raise ValueError(f"weights for {sorted(unknown)}, but the loss has only {sorted(sums)}")
     if not sums:
         raise ValueError("a loss needs at least one component")
-    if world_size < 1:
-        raise ValueError(f"world_size={world_size}: must be at least 1")
+    scales = component_scales(sums, denominators, weights, world_size)
     total: Tensor | None = None
     for name, value in sums.items():
-        if name not in denominators:
-            raise ValueError(f"no denominator for loss component {name!r}: count it before the first backward")
-        count = float(denominators[name])
-        if not 0 <= count < float("inf"):
-            raise ValueError(f"denominator of {name!r} is {count}: must be a finite count >= 0")
         if value.dim() != 0:
             raise ValueError(f"loss component {name!r} has shape {tuple(value.shape)}: must be a scalar sum")
-        scale = 0.0 if count == 0 else weights.get(name, 1.0) * world_size / count
-        term = value * scale
+        term = value * scales[name]
         total = term if total is None else total + term
     assert total is not None
     return total

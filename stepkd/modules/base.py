@@ -22,7 +22,7 @@ from stepkd.data.loader import Position, StepBatch
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.launch.phases import PhaseTracker
 from stepkd.launch.preemption import STOP_REQUEST, Preempted
-from stepkd.losses import DEFAULT_CHUNK, LossTerms, reduce
+from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.average import WeightAverage
 from stepkd.modules.checkpoint_state import pack, unpack
@@ -115,6 +115,7 @@ class StepModule(EvaluationLoops):
         self._accuracy: SampledAccuracy | None = None
         self._sums: dict[str, float] = defaultdict(float)
         self._skipped = 0
+        self.loss_scales: dict[str, float] = {}  # of the optimiser step that is being taken
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
@@ -279,6 +280,7 @@ class StepModule(EvaluationLoops):
                 "at max_length and at the rows' solutions"
             )
         self._skipped = 0
+        self.loss_scales = component_scales(self.components, counts, self.loss_weights, self.trainer.world_size)
         longest = int(all_reduce({"n": float(len(prepared.micro_batches))}, self.device, op="max")["n"])
         padded = prepared.micro_batches + [filler] * (longest - len(prepared.micro_batches))
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
@@ -316,6 +318,8 @@ class StepModule(EvaluationLoops):
 
     def _micro_loss(self, micro_batch: MicroBatch, counts: Mapping[str, float]) -> tuple[Tensor, LossTerms]:
         terms = self.loss_terms(micro_batch)
+        if terms.loss is not None:
+            return terms.loss * (0.0 if micro_batch.is_filler else 1.0), terms
         sums = {name: value * 0.0 for name, value in terms.sums.items()} if micro_batch.is_filler else terms.sums
         return reduce(sums, counts, weights=self.loss_weights, world_size=self.trainer.world_size), terms
 

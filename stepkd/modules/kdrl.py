@@ -20,20 +20,17 @@ from stepkd.errors import ConfigError
 from stepkd.losses import (
     LossTerms,
     chunked_head,
-    clipped_loss,
     cross_entropy,
-    entropy,
-    kl_estimate,
-    reverse_kl,
+    fused_sum,
     target_logps,
     tempered,
-    top_k_buckets,
 )
 from stepkd.models import PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
 from stepkd.modules.credit import Weigher
+from stepkd.modules.kdrl_objective import TokenObjective, TokenTerms
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.mismatch import Mismatch
 from stepkd.modules.rewards import Rewards, RewardSpec
@@ -42,6 +39,7 @@ from stepkd.modules.sample_log import SampleLog
 from stepkd.modules.step_scores import load_step_scorer
 from stepkd.scorers import ScorerOptions
 from stepkd.teachers import LocalTeacher, TeacherSpec
+from stepkd.teachers.signals import Signals
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +186,7 @@ class KDRLModule(StepModule):
         assert self._sample_log is not None
         self._sample_log(self.global_step, rollouts, self.device, writes=self.trainer.is_global_zero)
         if self.policy_loss.inner_steps > 1:
-            logps = self._of_rollouts(rollouts, lambda values_N4: values_N4[:, 0])
+            logps = self._of_rollouts(rollouts, lambda logps_N2: logps_N2[:, 0])
             rollouts = [replace(r, old_logps=tuple(each.tolist())) for r, each in zip(rollouts, logps, strict=True)]
         for _ in range(self.policy_loss.inner_steps):
             yield self.prepare_examples(rollouts)
@@ -205,16 +203,16 @@ class KDRLModule(StepModule):
         assert self._weigher is not None
         if self.teacher is None or self.kd.form != "reward":
             return self._weigher(rollouts)
-        gaps = self._of_rollouts(rollouts, lambda values_N4: values_N4[:, 2] - values_N4[:, 0])
+        gaps = self._of_rollouts(rollouts, lambda logps_N2: logps_N2[:, 1] - logps_N2[:, 0])
         beta = self.kd.coefficient(self.global_step)
         return self._weigher(rollouts, torch.tensor([beta * float(gap.sum()) for gap in gaps], dtype=torch.float64))
 
     @torch.no_grad()
     def _of_rollouts(self, rollouts: Sequence[Rollout], choose: Any) -> list[Tensor]:
-        """Something of every token's values, rollout by rollout."""
+        """Something of every token's log-probabilities, rollout by rollout."""
         found: dict[int, Tensor] = {}
         for micro_batch in self.prepare_examples(rollouts).micro_batches:
-            chosen_N = choose(self._position_values(micro_batch.to(self.device))).cpu()
+            chosen_N = choose(self._token_logps(micro_batch.to(self.device))).cpu()
             for row, example in enumerate(micro_batch.examples):
                 found[id(example)] = chosen_N[micro_batch.row_N == row]
         return [found[id(rollout)] for rollout in rollouts]
@@ -248,76 +246,47 @@ class KDRLModule(StepModule):
             hidden_NH = self.needed_hidden(micro_batch)
             ce = cross_entropy(self.model.head, hidden_NH, micro_batch.targets_N, chunk_size=self.chunk_size).sums["ce"]
             return LossTerms({"pg": ce, "kd": ce * 0.0})
-        logps_N, entropy_N, teacher_N, exact_N = self._position_values(micro_batch).unbind(-1)
-        tokens = TokenView.of(micro_batch)
-        beta, share = self.kd.coefficient(self.global_step), self.kd.policy_share(self.global_step)
-        advantages_N, reward_N = tokens.advantages_N, (teacher_N - logps_N).detach()
-        if self.teacher is not None and self.kd.form == "advantage":
-            bound = math.inf if self.kd.clamp is None else self.kd.clamp
-            advantages_N = advantages_N + beta * reward_N.clamp(-bound, bound)
-        old_N = logps_N.detach() if tokens.old_N is None else tokens.old_N.to(logps_N.dtype)
-        bounds = {"clip_low": self.policy_loss.clip_low, "clip_high": self.policy_loss.clip_high}
-        clipped = clipped_loss(logps_N, old_N, advantages_N.to(logps_N.dtype), **bounds)
-        pg_N = clipped.loss_N * self._weights(tokens.pg_N, tokens.pg_counted_N)
-        if self.policy_loss.importance_cap is not None:
-            pg_N = pg_N * (old_N - tokens.sampled_N).exp().clamp(max=self.policy_loss.importance_cap)
-        kd_N = torch.zeros_like(logps_N)
-        if self.teacher is not None and self.kd.form == "joint":
-            kept_N = self._weights(tokens.kd_N, tokens.kd_counted_N)
-            if self.kd.skip_eos:
-                eos = torch.tensor(sorted(self.model.eos_ids), device=kept_N.device)
-                kept_N = kept_N * ~torch.isin(micro_batch.targets_N, eos)
-            # Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 times infinity is NaN.
-            near_N = torch.where(kept_N > 0, logps_N, teacher_N)
-            full = self.kd.estimator == "full"
-            kd_N = beta * kept_N * (exact_N if full else self._estimate(near_N, teacher_N))
-        sums = {"pg": self.policy_loss.weight * share * pg_N.sum(), "kd": kd_N.sum()}
-        metrics = self._metrics(micro_batch, reward_N, entropy_N)
-        number = metrics["entropy"][1]
-        metrics |= {"clip_low": (clipped.low_N.sum(), number), "clip_high": (clipped.high_N.sum(), number)}
-        gap_N = tokens.sampled_N - old_N.detach()
-        metrics |= {"sampler_mismatch": (gap_N.abs().sum(), number), "sampler_kl": (gap_N.sum(), number)}
+        signals, tokens = self._signals(micro_batch), TokenView.of(micro_batch)
+        objective = TokenObjective(
+            self.policy_loss, self.kd, self.rollout.temperature, self.global_step, self.loss_scales, signals
+        )
+        loss, columns_NM = fused_sum(
+            objective,
+            self.model.head,
+            self.needed_hidden(micro_batch),
+            torch.ones_like(tokens.pg_N),
+            micro_batch.targets_N,
+            *objective.constants(tokens, self._distilled(micro_batch.targets_N)),
+            *(() if signals is None else signals.tensors),
+            chunk_size=self.chunk_size,
+        )
+        found = TokenTerms(*columns_NM.unbind(-1))
+        gap_N = tokens.sampled_N - (found.logps_N if tokens.old_N is None else tokens.old_N)
         if self.training and not micro_batch.is_filler:
             self._mismatch.add(gap_N)
-        return LossTerms(sums, metrics)
+        return LossTerms(
+            {"pg": found.pg_N.sum(), "kd": found.kd_N.sum()}, self._metrics(micro_batch, found, gap_N), loss
+        )
 
-    def _weights(self, weight_N: Tensor, counted_N: Tensor) -> Tensor:
-        if self.policy_loss.normalisation == "bnpo":
-            return weight_N / counted_N.sum().clamp_min(1.0)
-        return weight_N
+    def _distilled(self, targets_N: Tensor) -> Tensor:
+        """1 for tokens that may count in the distillation term."""
+        eos = sorted(self.model.eos_ids) if self.kd.skip_eos else []
+        return (~torch.isin(targets_N, torch.tensor(eos, dtype=targets_N.dtype, device=targets_N.device))).double()
 
-    def _estimate(self, logps_N: Tensor, teacher_N: Tensor) -> Tensor:
-        kind: Any = self.kd.estimator
-        return kl_estimate(kind, logps_N, teacher_N, clamp=self.kd.clamp, gradient=self.kd.gradient)
+    def _signals(self, micro_batch: MicroBatch) -> Signals | None:
+        return None if self.teacher is None else self.teacher.signals(micro_batch, temperature=self.rollout.temperature)
 
-    def _exact_kl(self, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
-        if self.kd.top_k is not None and self.kd.top_k < teacher_CV.shape[-1]:
-            ids_Ck = teacher_CV.topk(self.kd.top_k, dim=-1).indices
-            student_CV, teacher_CV = (
-                top_k_buckets(each, ids_Ck, tail=self.kd.tail) for each in (student_CV, teacher_CV)
-            )
-        return reverse_kl(student_CV, teacher_CV)
-
-    def _position_values(self, micro_batch: MicroBatch) -> Tensor:
-        """(N, 4): log-probability of the target, entropy, the teacher's log-probability of it, exact reverse KL.
-
-        All at the temperature of sampling; the last two are 0 where there is no teacher, or the KL is not asked for.
-        """
-        temperature = self.rollout.temperature
-        signals = None if self.teacher is None else self.teacher.signals(micro_batch, temperature=temperature)
-        exact = self.kd.estimator == "full"
+    def _token_logps(self, micro_batch: MicroBatch) -> Tensor:
+        """(N, 2): log-probability of the target under the policy and under the teacher (0 without one)."""
+        signals = self._signals(micro_batch)
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
-            log_CV = tempered(logits_CV, temperature)
+            log_CV = tempered(logits_CV, self.rollout.temperature)
             own_C = target_logps(log_CV, targets_C)
-            entropy_C = entropy(log_CV.detach())
-            other_C, exact_C = torch.zeros_like(entropy_C), torch.zeros_like(own_C)
-            if signals is not None:
-                student_CV, teacher_CV, _ = signals.compare(log_CV, *chunk)
-                other_C = target_logps(teacher_CV, targets_C).to(own_C.dtype)
-                if exact:
-                    exact_C = self._exact_kl(student_CV, teacher_CV)
-            return torch.stack([own_C, entropy_C, other_C, exact_C], dim=-1)
+            if signals is None:
+                return torch.stack([own_C, torch.zeros_like(own_C)], dim=-1)
+            teacher_C = target_logps(signals.compare(log_CV, *chunk).log_teacher_CW, targets_C)
+            return torch.stack([own_C, teacher_C.to(own_C.dtype)], dim=-1)
 
         tensors = () if signals is None else signals.tensors
         arguments = (self.needed_hidden(micro_batch), micro_batch.targets_N, *tensors)
@@ -325,15 +294,12 @@ class KDRLModule(StepModule):
 
     # ---- what is logged --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _metrics(
-        self, micro_batch: MicroBatch, reward_N: Tensor, entropy_N: Tensor
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def _metrics(self, micro_batch: MicroBatch, found: TokenTerms, gap_N: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         rollouts: list[Any] = list(micro_batch.examples)
-        number, rows = (entropy_N.new_tensor(float(len(each))) for each in (entropy_N, rollouts))
+        number, rows = (gap_N.new_tensor(float(len(each))) for each in (gap_N, rollouts))
 
         def of_rows(values: Sequence[float]) -> tuple[Tensor, Tensor]:
-            return entropy_N.new_tensor(float(sum(values))), rows
+            return gap_N.new_tensor(float(sum(values))), rows
 
         metrics = {
             "reward": of_rows([rollout.reward for rollout in rollouts]),
@@ -341,12 +307,16 @@ class KDRLModule(StepModule):
             "length": of_rows([len(rollout.completion_ids) for rollout in rollouts]),
             "cut_off": of_rows([rollout.cut_off for rollout in rollouts]),
             "no_signal": of_rows([not any(rollout.advantages) for rollout in rollouts]),
-            "entropy": (entropy_N.detach().sum(), number),
+            "entropy": (found.entropy_N.sum(), number),
+            "clip_low": (found.low_N.sum(), number),
+            "clip_high": (found.high_N.sum(), number),
+            "sampler_mismatch": (gap_N.abs().sum(), number),
+            "sampler_kl": (gap_N.sum(), number),
         }
         names = sorted({name for rollout in rollouts for name in rollout.parts} | {s.name for s in self.reward_specs})
         metrics |= {f"reward/{name}": of_rows([r.parts.get(name, 0.0) for r in rollouts]) for name in names}
         if self.teacher is not None:
-            metrics["kl_to_teacher"] = (-reward_N.sum(), number)
+            metrics["kl_to_teacher"] = ((found.logps_N - found.teacher_N).sum(), number)
             metrics["distilled"] = of_rows([rollout.kd_weight > 0 for rollout in rollouts])
         return metrics
 
