@@ -22,6 +22,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of
 from stepkd.models.policy import Policy, positions_from_mask
 from stepkd.randomness import generator
+from stepkd.rollout.cache import make_room
 from stepkd.rollout.draw import Draw, draw
 from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec
 
@@ -143,6 +144,7 @@ class Decoder:
             on_progress: called with the number of rows just finished.
         """
         head, device = self.policy.head, mask_BT.device
+        make_room(cache)
         uniforms = {id(row): self._uniforms(row, spec) for row in rows}
         position_B = mask_BT.sum(-1)
         active = rows

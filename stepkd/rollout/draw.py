@@ -61,11 +61,13 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, spec: SamplingSpec) -> Draw:
         tokens_B = logits_BV.argmax(-1)
         logprobs_B = torch.zeros_like(raw_BV[:, 0])
     else:
-        logprobs_BV = sampling_logprobs(logits_BV, spec)
-        cdf_BV = logprobs_BV.double().exp().cumsum(-1)
+        plain = spec.temperature == 1 and not spec.top_k and spec.top_p == 1
+        logprobs_BV = raw_BV if plain else sampling_logprobs(logits_BV, spec)
+        cdf_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
         # The first entry whose cumulative probability exceeds u * total: tokens of probability zero are never hit.
-        tokens_B = torch.searchsorted(cdf_BV, uniform_B.unsqueeze(-1) * cdf_BV[:, -1:], right=True).squeeze(-1)
-        last_B = (cdf_BV < cdf_BV[:, -1:]).sum(-1)  # guards against u * total rounding up to total
-        tokens_B = torch.minimum(tokens_B, last_B)
+        total_B1 = cdf_BV[:, -1:]
+        wanted_B1 = torch.minimum(uniform_B.unsqueeze(-1) * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+        found_B1 = torch.searchsorted(cdf_BV, wanted_B1, right=True)
+        tokens_B = found_B1.clamp(max=cdf_BV.shape[-1] - 1).squeeze(-1)  # NaN logits find nothing; the caller says so
         logprobs_B = logprobs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1)
     return Draw(tokens_B, logprobs_B, raw_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1))
