@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead, chunked_head
+from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
 
 PositionFunction = Callable[..., Tensor]
 """``fn(logits_CV, *per_position_C)`` to (C,), or to (C, M) of which the first column is summed."""
@@ -29,11 +29,6 @@ def head_parameters(head: Callable[[Tensor], Tensor]) -> list[Tensor]:
     if not isinstance(project, nn.Module):
         return []
     return [parameter for parameter in project.parameters() if parameter.requires_grad]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is only a part of itself on this rank (a DTensor)."""
-    return hasattr(tensor, "full_tensor")
 
 
 def fused_sum(
@@ -62,8 +57,7 @@ def fused_sum(
         of ``fn``, (N,) or (N, M). Peak extra memory is O(chunk_size * V) beside a gradient of the hidden states'
         size and one in float32 of the trained part of the head.
 
-        A sharded head (FSDP2) computes with gathered copies of its weights, which no gradient could be taken for here:
-        its logits are made a second time in the backward pass, as by :func:`~stepkd.losses.linear.chunked_head`.
+        The trained part of a sharded head (FSDP2) must be gathered, as it is within the model's forward pass.
 
     Raises:
         ValueError: ``chunk_size`` < 1, or tensors of different length.
@@ -74,10 +68,8 @@ def fused_sum(
         if tensor.shape[0] != hidden_NH.shape[0]:
             raise ValueError(f"{hidden_NH.shape[0]} hidden states but a per-position tensor of {tensor.shape[0]}")
     trained = head_parameters(head) if parameters is None else list(parameters)
-    if any(is_sharded(parameter) for parameter in trained):
-        values = chunked_head(fn, head, hidden_NH, *(tensor.detach() for tensor in per_position), chunk_size=chunk_size)
-        first_N = values if values.dim() == 1 else values[:, 0]
-        return (first_N * weights_N.detach().to(first_N.dtype)).sum(), values.detach()
+    if any(hasattr(parameter, "full_tensor") for parameter in trained):
+        raise RuntimeError("the head is sharded and not gathered: compute the loss in the policy's forward pass")
     constants = tuple(tensor.detach() for tensor in (weights_N, *per_position))
     total, values = _FusedSum.apply(fn, head, chunk_size, constants, hidden_NH, *trained)
     return total, values

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepkd.errors import ConfigError
+from stepkd.models.sharding import is_sharded, share_of, whole_tensor
 
 
 class WeightAverage:
@@ -32,6 +33,8 @@ class WeightAverage:
         """Take in the weights after an optimiser step."""
         for name, parameter in parameters:
             average = self.average[name]
+            if is_sharded(parameter) and not is_sharded(average):  # begun before the weights were cut up
+                average = self.average[name] = share_of(average, parameter)
             if average.device != parameter.device:
                 average = self.average[name] = average.to(parameter.device)
             average.lerp_(parameter.detach().float(), 1 - self.decay)
@@ -51,8 +54,8 @@ class WeightAverage:
                     parameter.copy_(trained[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages, for a checkpoint."""
-        return dict(self.average)
+        """The averages, whole, for a checkpoint; with sharded weights all ranks must ask for it."""
+        return {name: whole_tensor(value) for name, value in self.average.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over averages from a checkpoint.
@@ -64,4 +67,4 @@ class WeightAverage:
             raise ConfigError(
                 "the checkpoint's weight average belongs to other parameters: same policy and lora needed"
             )
-        self.average = {name: value.clone() for name, value in state.items()}
+        self.average = {name: share_of(value, self.average[name]).clone() for name, value in state.items()}

@@ -6,8 +6,8 @@ Axes: B rows, T padded length, H hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from stepkd.models.head import (
 )
 from stepkd.models.load import load_model
 from stepkd.models.packed import check_packing, packed_mask
+from stepkd.models.sharding import gathered
 from stepkd.models.spec import PolicySpec
 from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolve_ids
 from stepkd.models.step_head_io import saved_step_head
@@ -214,6 +215,18 @@ class Policy(nn.Module):
             use_cache=False,
         )
         return output.last_hidden_state
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """``compute(*arguments)`` as one forward pass of this module.
+
+        Losses are computed in here: a sharded model (FSDP2) has its embeddings and heads gathered for it, up to the end
+        of the backward pass. What is returned must hold the loss itself, alone or in a tuple.
+        """
+        return compute(*arguments)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A block without gradients with all weights of a sharded model in place, so that no rank waits in it."""
+        return gathered(self)
 
     @cached_property
     def can_pack(self) -> bool:

@@ -8,7 +8,8 @@ One loader batch is one optimiser step (or several, for on-policy methods that p
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from stepkd.launch.preemption import STOP_REQUEST, Preempted
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.average import WeightAverage
+from stepkd.models.sharding import shard
 from stepkd.modules.checkpoint_state import pack, unpack
 from stepkd.modules.distributed import all_reduce, gradient_sync
 from stepkd.modules.evaluation_loops import EvaluationLoops
@@ -75,6 +77,8 @@ class StepModule(EvaluationLoops):
     skip_empty_steps = False
     """Whether a step in which no rank has a single item is skipped (it is an error otherwise)."""
 
+    prepares_with_model = False
+    """Whether :meth:`prepare` runs the policy: where it is cut up over ranks (FSDP2) it is gathered for it."""
     scores_steps = False
     """Whether the method trains a step head; any other method refuses a reward model as its policy."""
     labels_give_accuracy = False
@@ -191,6 +195,15 @@ class StepModule(EvaluationLoops):
                     f"{type(self).__name__} trains a policy: start from the language model it was made of"
                 )
 
+    def shard(self, mesh: Any) -> None:
+        """Cut the model up over a mesh of ranks (FSDP2); called by the strategy once the module is complete."""
+        mixed = str(self.trainer.precision) == "bf16-mixed"
+        shard(self.model, mesh, param_dtype=torch.bfloat16 if mixed else None)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """A block without gradients in which ranks may use the model differently often, however it is cut up."""
+        return self.model.gathered()
+
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule over the planned number of optimiser steps."""
         optimizer = build_optimizer(self.optimizer_spec, self.model.trainable_parameters())
@@ -257,12 +270,22 @@ class StepModule(EvaluationLoops):
         """Run the optimiser steps of one loader batch."""
         self.model.train()
         steps = 0
-        for prepared in self.prepare(batch):
+        for prepared in self._prepared(batch):
             self._optimizer_step(prepared, self.make_filler(batch), begins=not steps)
             steps += 1
         if not steps:
             raise TrainingError("the batch gave no optimiser step: prepare() must yield at least one")
         self.position = batch.next_position
+
+    def _prepared(self, batch: StepBatch) -> Iterator[Prepared]:
+        """What :meth:`prepare` gives, with the whole model in place for as long as it works, if it asks for that."""
+        found = iter(self.prepare(batch))
+        while True:
+            with self.gathered() if self.prepares_with_model else nullcontext():
+                prepared = next(found, None)
+            if prepared is None:
+                return
+            yield prepared
 
     def _optimizer_step(self, prepared: Prepared, filler: MicroBatch, *, begins: bool) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
@@ -289,7 +312,7 @@ class StepModule(EvaluationLoops):
         with self.phases.phase("training", total=longest):
             for i, micro_batch in enumerate(padded):
                 with gradient_sync(self.trainer.strategy.model, enabled=i + 1 == longest):
-                    loss, terms = self._micro_loss(micro_batch.to(self.device), counts)
+                    loss, terms = self.model(self._micro_loss, micro_batch.to(self.device), counts)
                     self.manual_backward(loss)
                 losses.append(loss.detach())
                 if not micro_batch.is_filler:
@@ -317,6 +340,7 @@ class StepModule(EvaluationLoops):
             )
 
     def _micro_loss(self, micro_batch: MicroBatch, counts: Mapping[str, float]) -> tuple[Tensor, LossTerms]:
+        """Within one forward pass of the policy, which gathers what a strategy has cut up."""
         terms = self.loss_terms(micro_batch)
         if terms.loss is not None:
             return terms.loss * (0.0 if micro_batch.is_filler else 1.0), terms

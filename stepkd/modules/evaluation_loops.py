@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
@@ -44,18 +44,18 @@ class EvaluationLoops(LightningModule):
         @property
         def model(self) -> Policy: ...
         def ensure_average(self) -> None: ...
+        def gathered(self) -> AbstractContextManager[None]: ...
         def prepare_examples(self, examples: Iterable[Example]) -> Prepared: ...
         def derived_metrics(self, values: dict[str, float]) -> dict[str, float]: ...
         def loss_terms(self, micro_batch: MicroBatch) -> LossTerms: ...
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
+        """Evaluation mode, with averaged weights where there are some; ranks may do different work in it."""
         self.ensure_average()
         self.model.eval()
-        if self.ema is None:
-            yield
-            return
-        with self.ema.applied(self.model.trainable_parameters()):
+        averaged = nullcontext() if self.ema is None else self.ema.applied(self.model.trainable_parameters())
+        with averaged, self.gathered():
             yield
 
     def _sampled(self) -> SampledAccuracy:

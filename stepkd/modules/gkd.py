@@ -200,7 +200,7 @@ class GKDModule(StepModule):
         """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
         policy, prompts = self._writer(source, batch.examples)
         sampler = TransformersSampler(policy, max_rows=self.source.max_rows, breaks_off=STOP_REQUEST.__bool__)
-        with self.phases.phase(f"{source} rollout", total=len(prompts)):
+        with self.gathered(), self.phases.phase(f"{source} rollout", total=len(prompts)):
             rollouts = sampler.sample(
                 prompts,
                 self.source.sampling(self.seed),

@@ -69,6 +69,7 @@ class KDRLModule(StepModule):
     components = ("pg", "kd")
     shown = ("train/reward", "train/length")
     skip_empty_steps = True
+    prepares_with_model = True
 
     def __init__(
         self,

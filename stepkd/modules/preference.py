@@ -48,6 +48,7 @@ class PreferenceModule(StepModule):
             :class:`~stepkd.modules.base.StepModule`.
     """
 
+    prepares_with_model = True
     feedback = ""
     """What the method learns from: matched with the data module."""
 
@@ -224,7 +225,7 @@ class PreferenceModule(StepModule):
         missing = [completion for completion in wanted if completion not in cache]
         units = [Unit(_as_example(number, each), (each,)) for number, each in enumerate(missing)]
         groups = plan_packs(units, self.micro_batch_tokens, share=self.shares_rows)
-        with self.phases.phase("reference cache", total=len(groups)):
+        with self.gathered(), self.phases.phase("reference cache", total=len(groups)):
             for group in groups:
                 batch_ = self._referenced(self._pack(group))
                 assert batch_.reference_N is not None

@@ -19,6 +19,7 @@ from stepkd.data.encode import Example
 from stepkd.models import Policy
 from stepkd.models.average import WeightAverage
 from stepkd.models.head import evaluation_mode
+from stepkd.models.sharding import whole_tensor
 from stepkd.teachers.local import TeacherSpec
 from stepkd.teachers.signals import HiddenSignals, Signals
 
@@ -132,9 +133,7 @@ class SelfTeacher:
     @torch.no_grad()
     def _refresh(self, weights: dict[str, Any]) -> None:
         for name, target in self._targets().items():
-            source = weights[name]
-            whole = source.full_tensor() if hasattr(source, "full_tensor") else source  # FSDP2
-            target.copy_(whole.to(target.device))
+            target.copy_(whole_tensor(weights[name]).to(target.device))
 
 
 def _twin(student: Policy) -> Policy:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 
 
 class Stopper(Callback):
-    """Records the ids of every batch in ``batches.jsonl``, and ends the process where it is told to."""
+    """Records batches and the completions of every step beside ``out``, and ends the process where it is told to."""
 
     def __init__(self, out: str) -> None:
         self.out = out
@@ -28,14 +28,24 @@ class Stopper(Callback):
             self.point = [""]
         self.rank = trainer.global_rank
         pl_module.phases.subscribe(self)
+        if stage == "fit":
+            self._take_step, pl_module._optimizer_step = pl_module._optimizer_step, self._recorded
 
     def reached(self, phase: str) -> None:
         if self.point[0] == phase and self.module.global_step == int(self.point[1]):
             name, self.point = self.point[2], [""]
             os.kill(os.getpid(), getattr(signal, name))
 
+    def _recorded(self, prepared: Any, *arguments: Any, **named: Any) -> None:
+        """Note the completions that a step is taken on, then take it."""
+        rows = [example for batch in prepared.micro_batches for example in batch.examples]
+        found = sorted((example.id, list(example.completion_ids)) for example in rows)
+        with open(f"{self.out}.tokens.{self.rank}", "a", encoding="utf-8") as stream:
+            print(json.dumps([self.module.global_step, found]), file=stream)
+        self._take_step(prepared, *arguments, **named)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        with open(f"{self.out}.{self.rank}", "a", encoding="utf-8") as stream:
+        with open(f"{self.out}.batches.{self.rank}", "a", encoding="utf-8") as stream:
             print(json.dumps([trainer.global_step, sorted(example.id for example in batch.examples)]), file=stream)
 
     def on_train_batch_end(self, *_: Any) -> None:
