@@ -37,12 +37,13 @@ class Stopper(Callback):
             os.kill(os.getpid(), getattr(signal, name))
 
     def _recorded(self, prepared: Any, *arguments: Any, **named: Any) -> None:
-        """Note the completions that a step is taken on, then take it."""
+        """Take a step, then note the completions that it was taken on: one that is given up is taken again."""
+        step = self.module.global_step
+        self._take_step(prepared, *arguments, **named)
         rows = [example for batch in prepared.micro_batches for example in batch.examples]
         found = sorted((example.id, list(example.completion_ids)) for example in rows)
         with open(f"{self.out}.tokens.{self.rank}", "a", encoding="utf-8") as stream:
-            print(json.dumps([self.module.global_step, found]), file=stream)
-        self._take_step(prepared, *arguments, **named)
+            print(json.dumps([step, found]), file=stream)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         with open(f"{self.out}.batches.{self.rank}", "a", encoding="utf-8") as stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,43 @@ def test_two_processes_train_as_one(method: str, runs: Callable[[str], Any]) -> 
     for launcher, strategy in WAYS:
         assert_done(made.fit(strategy, ranks=2, launcher=launcher, strategy=strategy))
         assert_same_training(made, strategy, "one")
+
+
+@pytest.mark.slow
+def test_from_two_processes_to_one_and_back(runs: Callable[[str], Any]) -> None:
+    """A sharded run is asked to stop, goes on alone, and goes on sharded: the samples and losses of one that did not."""
+    made = runs("kdrl")
+    assert_done(made.fit("one"))
+    for stop_at, ways in (
+        ("batch_end:2:SIGTERM", {"ranks": 2, "strategy": "fsdp2"}),
+        ("batch_end:4:SIGTERM", {}),
+        ("", {"ranks": 2, "strategy": "fsdp2", "launcher": "accelerate"}),
+    ):
+        assert_done(made.fit("parts", "--resume", stop_at=stop_at, **ways))
+    assert_same_training(made, "parts", "one")
+    assert made.last("parts")["global_step"] == made.last("one")["global_step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["optimizer", "rollout"])
+def test_a_killed_sharded_run_goes_on(phase: str, runs: Callable[[str], Any]) -> None:
+    """One of two ranks is killed: both are gone within a minute, and the next start ends as if nothing had been."""
+    made = runs("kdrl")
+    assert_done(made.fit("whole", ranks=2, strategy="fsdp2"))
+    began = time.monotonic()
+    killed = made.fit("parts", ranks=2, strategy="fsdp2", stop_at=f"{phase}:3:SIGKILL", stop_rank=1)
+    assert killed.returncode != 0
+    assert "Signal 9 (SIGKILL)" in killed.stderr
+    assert time.monotonic() - began < 60
+    assert_done(made.fit("parts", "--resume", ranks=2, strategy="fsdp2"))
+    for part in ("state_dict", "optimizer_states"):
+        for ours, theirs in zip(leaves(made.last("parts")[part]), leaves(made.last("whole")[part]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value, key=str) for leaf in leaves(value[key])]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [torch.as_tensor(value)] if isinstance(value, torch.Tensor | float | int) else []
