@@ -25,6 +25,8 @@ class ReinforcementSettings:
 
     task: str = "modular:terms=3-6,modulus=5"
     """Tiny-world task with its settings; its solutions have different lengths."""
+    clean_task: str | None = None
+    """Task of the clean steps, for instance shorter problems beside those of the task; null: the task."""
     model: str = "tiny-0.5m"
     """Tiny model preset of teacher and student."""
     max_new_tokens: int = 64
@@ -100,9 +102,13 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
         "reuse": True,
     }
     report(f"training teacher and student, {settings.clean_steps} clean steps")
-    clean = train_tiny_sft(unit.folder / "clean", start=settings.model, steps=settings.clean_steps, lr=3e-3, **common)
-    models = {}
-    for name, rate in (("teacher", settings.teacher_slips), ("student", settings.student_slips)):
+    first = common | {"task": settings.clean_task or settings.task}
+    clean = train_tiny_sft(unit.folder / "clean", start=settings.model, steps=settings.clean_steps, lr=3e-3, **first)
+    models: dict[str, Path] = {}
+    rates = {"student": settings.student_slips}
+    if any(arm.beta or arm.method == "teacher" for arm in unit.arms.values()):
+        rates["teacher"] = settings.teacher_slips
+    for name, rate in rates.items():
         report(f"training the {name}, {settings.slip_steps} steps with slips")
         noise = {"rate": rate, "kind": "random", "recover": settings.recover}
         models[name] = train_tiny_sft(
@@ -111,17 +117,18 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     results = []
     for name, arm in unit.arms.items():
         facts = {"train_samples": 0.0, "train_accuracy": 0.0}
-        model = {"none": models["student"], "teacher": models["teacher"]}.get(arm.method)
-        if model is None:
+        if arm.method == "train":
             report(f"training {name}, {settings.steps} steps")
-            model = _train(unit, name, arm, **models)
+            model = _train(unit, name, arm, models)
             facts = _facts(model.parent, settings)
+        else:
+            model = models["student" if arm.method == "none" else "teacher"]
         report(f"evaluating {name}")
         results.append(_evaluate(unit, name, model, facts))
     return results
 
 
-def _train(unit: Unit, name: str, arm: ReinforcementArm, *, student: Path, teacher: Path) -> Path:
+def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Path]) -> Path:
     from stepkd.claims.tiny_rl import train_tiny_rl
 
     settings: ReinforcementSettings = unit.settings
@@ -140,8 +147,8 @@ def _train(unit: Unit, name: str, arm: ReinforcementArm, *, student: Path, teach
         credit = {"scorer": "checker", "weight": arm.step_weight, "outcome_weight": arm.outcome_weight}
     return train_tiny_rl(
         unit.folder / name,
-        start=student,
-        teacher=teacher if arm.beta else None,
+        start=models["student"],
+        teacher=models["teacher"] if arm.beta else None,
         task=settings.task,
         demonstrations=settings.demonstrations,
         steps=settings.steps,
