@@ -15,6 +15,7 @@ from importlib import import_module
 
 import stepkd
 from stepkd.errors import StepkdError, nearest
+from stepkd.launch.failure import rank_name, tell_agent
 
 TRAINER_COMMANDS = {
     "fit": "train a model from a recipe",
@@ -75,8 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(parser)
             return int(module.run(parser.parse_args(rest)) or 0)
     except StepkdError as error:
-        print(f"stepkd {command}: {error}", file=sys.stderr)
+        tell_agent(error)
+        print(f"stepkd {command}{rank_name()}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        tell_agent(error)
+        raise
     except KeyboardInterrupt:
         print(
             f"\nstepkd {command}: interrupted; fit, evaluate, label, iterate, claims and quickstart can be resumed",

@@ -19,6 +19,7 @@ from stepkd.commands.suggestions import suggestions
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.launch import RunDir, check_launch, trainer_defaults
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
+from stepkd.launch.failure import explained
 from stepkd.launch.last_checkpoint import BestCheckpoint, LastCheckpoint
 from stepkd.launch.logger import JsonlLogger
 from stepkd.launch.preemption import Preempted
@@ -251,8 +252,9 @@ def run(arguments: Sequence[str]) -> int:
     except Preempted as stopped:
         return _after_preemption(stopped)
     except BaseException as error:  # an interrupted run is recorded too
-        _mark_failed(error)
-        root = _user_mistake(error)
+        words = explained(error, getattr(_PendingCLI.current, "model", None))
+        _mark_failed(words or error)
+        root = words or _user_mistake(error)
         if root is not None and root is not error:
             raise root from error
         if isinstance(error, SystemExit | KeyboardInterrupt) and _PendingCLI.current is not None:

@@ -51,6 +51,8 @@ class PhaseTracker:
     def __init__(self) -> None:
         self._stack: list[Phase] = []
         self._listeners: list[PhaseListener] = []
+        self.interrupted: Phase | None = None
+        """The innermost phase that the last exception ended; None once another one has begun."""
 
     @property
     def stack(self) -> tuple[Phase, ...]:
@@ -77,11 +79,15 @@ class PhaseTracker:
             raise ValueError(f"phase {name!r}: total must be at least 0, got {total}")
         phase = Phase(name, total)
         self._stack.append(phase)
+        self.interrupted = None
         start = time.monotonic()
         try:
             for listener in tuple(self._listeners):
                 listener.on_phase_start(self, phase)
             yield phase
+        except BaseException:
+            self.interrupted = self.interrupted or phase
+            raise
         finally:
             phase.seconds = time.monotonic() - start
             self._stack.remove(phase)
@@ -117,4 +123,4 @@ class PhaseTracker:
 
     def __getstate__(self) -> dict[str, object]:
         """Neither open phases nor listeners travel to another process."""
-        return {"_stack": [], "_listeners": []}
+        return {"_stack": [], "_listeners": [], "interrupted": None}

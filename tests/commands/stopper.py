@@ -1,8 +1,8 @@
 """Callbacks that runs of the tests load by name: they record what is trained on, and end the process at a given point.
 
 ``STOP_AT`` holds the point, ``PHASE:STEP:SIGNAL``: the optimiser step that is about to be taken when the phase
-(``optimizer``, ``batch_end``, or one that the module opens, ``rollout`` for instance) is next seen. With ``STOP_RANK``
-only that rank ends.
+(``optimizer``, ``batch_end``, or one that the module opens, ``rollout`` for instance) is next seen. The signal
+``MEMORY`` raises what torch raises when memory runs out. With ``STOP_RANK`` only that rank ends.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Stopper(Callback):
     def reached(self, phase: str) -> None:
         if self.point[0] == phase and self.module.global_step == int(self.point[1]):
             name, self.point = self.point[2], [""]
+            if name == "MEMORY":
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
             os.kill(os.getpid(), getattr(signal, name))
 
     def _recorded(self, prepared: Any, *arguments: Any, **named: Any) -> None:

@@ -56,7 +56,7 @@ def test_two_processes_train_as_one(method: str, runs: Callable[[str], Any]) -> 
 
 @pytest.mark.slow
 def test_from_two_processes_to_one_and_back(runs: Callable[[str], Any]) -> None:
-    """A sharded run is asked to stop, goes on alone, and goes on sharded: the samples and losses of one that did not."""
+    """A sharded run is asked to stop, goes on alone, then sharded again: samples and losses of one that did not."""
     made = runs("kdrl")
     assert_done(made.fit("one"))
     for stop_at, ways in (
@@ -92,3 +92,18 @@ def leaves(value: Any) -> list[torch.Tensor]:
     if isinstance(value, list):
         return [leaf for item in value for leaf in leaves(item)]
     return [torch.as_tensor(value)] if isinstance(value, torch.Tensor | float | int) else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_error_of_the_rank_that_failed_is_on_top(strategy: str, runs: Callable[[str], Any]) -> None:
+    made = runs("kdrl")
+    began = time.monotonic()
+    done = made.fit("run", ranks=2, strategy=strategy, stop_at="rollout:2:MEMORY", stop_rank=1)
+    assert time.monotonic() - began < 60
+    assert done.returncode != 0
+    assert "stepkd fit (rank 1): out of memory in the phase 'rollout'. Three settings take less" in done.stderr
+    summary = done.stderr[done.stderr.index("Root Cause") :]
+    assert "rank      : 1" in summary
+    assert "out of memory in the phase 'rollout'" in summary
+    assert made.last("run")["global_step"] == 2

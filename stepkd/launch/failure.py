@@ -1,0 +1,75 @@
+"""What ended a run, for people: memory that ran out, another rank that is gone, and which rank it was.
+
+Imports only the standard library until there is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stepkd.errors import StepkdError, TrainingError
+
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_PEER = re.compile(
+    r"connection closed by peer|connection reset by peer|remote process exited|ncclRemoteError|broken pipe",
+    re.IGNORECASE,
+)
+
+
+def rank_name(environ: Mapping[str, str] | None = None) -> str:
+    """``" (rank 1)"`` where a launcher started several processes, else nothing."""
+    environ = os.environ if environ is None else environ
+    if environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return ""
+    return f" (rank {environ.get('RANK', '?')})"
+
+
+def tell_agent(error: BaseException) -> None:
+    """Let the agent of torchrun or accelerate, if there is one, put this error on top of its report."""
+    if not os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+
+
+def explained(error: BaseException, module: Any = None) -> StepkdError | None:
+    """The same failure in words, where it is one of the machine and not of the code; else None.
+
+    Args:
+        error: what was raised.
+        module: the training module, for its phase and settings; None before there is one.
+    """
+    if not isinstance(error, RuntimeError | MemoryError) or isinstance(error, StepkdError):
+        return None
+    text = str(error)
+    if isinstance(error, MemoryError) or _MEMORY.search(text):
+        return TrainingError(_memory(text, module))
+    if _PEER.search(text):
+        return TrainingError(
+            "another process of this run has ended, and this one waited for it: its own error says why (the launcher "
+            f"reports the first that failed as the root cause). Here it came as: {_first_line(text)}"
+        )
+    return None
+
+
+def _memory(text: str, module: Any) -> str:
+    phase = getattr(getattr(module, "phases", None), "interrupted", None)
+    size = getattr(module, "micro_batch_tokens", None)
+    where = "" if phase is None else f" in the phase {phase.name!r}"
+    first = "model.init_args.micro_batch_tokens" + ("" if size is None else f" (now {size}; half of it")
+    first += "" if size is None else ", the gradient stays the same)"
+    more = "; while sampling, a smaller max_rows" if phase is not None and "rollout" in phase.name else ""
+    return (
+        f"out of memory{where}. Three settings take less, in this order: {first}; "
+        "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "
+        f"(recipes/strategy/fsdp2.yaml) in place of all weights on every device{more}. `stepkd doctor --config ...` "
+        f"foretells the need. The last checkpoint is intact. ({_first_line(text)})"
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "no message"

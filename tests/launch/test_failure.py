@@ -1,0 +1,60 @@
+"""Failures of the machine are told in words."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stepkd.errors import ConfigError, TrainingError
+from stepkd.launch import PhaseTracker
+from stepkd.launch.failure import explained, rank_name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_ran_out_names_three_settings(error: Exception) -> None:
+    found = explained(error, SimpleNamespace(micro_batch_tokens=512))
+    assert isinstance(found, TrainingError)
+    for words in ("micro_batch_tokens (now 512", "gradient_checkpointing: true", "policy.lora", "fsdp2.yaml", "doctor"):
+        assert words in str(found)
+    assert "max_rows" not in str(found)
+
+
+def test_the_phase_is_named_from_the_wreck() -> None:
+    phases = PhaseTracker()
+    with pytest.raises(MemoryError), phases.phase("step"), phases.phase("student rollout"):
+        raise MemoryError
+    assert phases.interrupted is not None
+    text = str(explained(MemoryError(), SimpleNamespace(phases=phases)))
+    assert "in the phase 'student rollout'" in text
+    assert "max_rows" in text
+    assert pickle.loads(pickle.dumps(phases)).interrupted is None
+    with phases.phase("training"):
+        assert phases.interrupted is None
+
+
+def test_a_peer_that_is_gone() -> None:
+    error = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41234\nmore")
+    found = explained(error)
+    assert isinstance(found, TrainingError)
+    assert "another process of this run has ended" in str(found)
+    assert "more" not in str(found)
+
+
+@pytest.mark.parametrize("error", [ValueError("out of memory"), ConfigError("broken pipe"), RuntimeError("shape")])
+def test_other_errors_stay(error: Exception) -> None:
+    assert explained(error) is None
+
+
+def test_ranks_are_named_under_a_launcher() -> None:
+    assert rank_name({}) == rank_name({"WORLD_SIZE": "1", "RANK": "0"}) == ""
+    assert rank_name({"WORLD_SIZE": "4", "RANK": "3"}) == " (rank 3)"
