@@ -38,6 +38,8 @@ class CheckpointSpec:
 
     every_n_steps: int = 100
     """``last.ckpt`` is written every so many optimiser steps, and at the end."""
+    keep_previous: int = 0
+    """How many earlier ones stay beside it, as ``step=N.ckpt``: where a torn ``last.ckpt`` sends ``--resume``."""
     monitor: str = "val/loss"
     """``best.ckpt`` is the checkpoint with the best value of this; needs validation data."""
     mode: str = "min"
@@ -49,6 +51,8 @@ class CheckpointSpec:
     def __post_init__(self) -> None:
         if self.every_n_steps < 1:
             raise ConfigError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1")
+        if self.keep_previous < 0:
+            raise ConfigError(f"checkpoint.keep_previous={self.keep_previous}: must not be negative")
         if self.mode not in ("min", "max"):
             raise ConfigError(f"checkpoint.mode={self.mode!r}: must be min or max")
         if not 0 <= self.preempted_exit_code <= 255:
@@ -205,7 +209,7 @@ def _checkpoints(run: RunDir, spec: Any, *, has_validation: bool) -> list[Callba
         )
         callbacks.append(best)
     # After the best one, so that the state it saves knows the newest best score.
-    callbacks.append(LastCheckpoint(run.checkpoints / "last.ckpt", spec.every_n_steps))
+    callbacks.append(LastCheckpoint(run.checkpoints / "last.ckpt", spec.every_n_steps, spec.keep_previous))
     return callbacks
 
 

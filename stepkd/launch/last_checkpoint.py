@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from stepkd.launch.checkpoint_files import is_whole
 
 
 class LastCheckpoint(Checkpoint):
@@ -19,11 +23,13 @@ class LastCheckpoint(Checkpoint):
     Args:
         path: the file.
         every_n_steps: optimiser steps between checkpoints, >= 1.
+        keep_previous: how many checkpoints before the last one stay, as ``step=N.ckpt``, >= 0.
     """
 
-    def __init__(self, path: Path, every_n_steps: int) -> None:
+    def __init__(self, path: Path, every_n_steps: int, keep_previous: int = 0) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
+        self.keep_previous = keep_previous
         self._saved_at: int | None = None
         self._due = False
 
@@ -48,8 +54,23 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         self._due = False
+        if trainer.is_global_zero and self.keep_previous:
+            self._keep(f"step={self._saved_at}.ckpt")
         self._saved_at = trainer.global_step
         trainer.save_checkpoint(self.path, weights_only=False)
+
+    def _keep(self, name: str) -> None:
+        """Give the checkpoint that is about to be replaced a name of its own, and drop the oldest."""
+        kept = self.path.with_name(name)
+        # A torn one is of no use, and the run may have gone on from the whole one of that name.
+        if self.path.is_file() and is_whole(self.path) and not kept.exists():
+            try:
+                os.link(self.path, kept)
+            except OSError:  # a file system without links
+                shutil.copyfile(self.path, kept)
+        steps = sorted(self.path.parent.glob("step=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+        for old in steps[: -self.keep_previous]:
+            old.unlink(missing_ok=True)
 
 
 def _validation_follows(trainer: Trainer) -> bool:
