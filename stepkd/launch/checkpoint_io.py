@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "fix the folder's permissions) and go on with --resume"
             ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # must not hide the error itself
+                temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Read a checkpoint; see :func:`stepkd.models.checkpoint.read_checkpoint`."""
