@@ -57,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"stepkd {stepkd.__version__}")
         return 0
+    if "--safe" in arguments or os.environ.get("STEPKD_SAFE"):
+        arguments = [argument for argument in arguments if argument != "--safe"]
+        import_module("stepkd.safe").enter()
+    if not arguments:
+        print(_overview())
+        return 2
     command, *rest = arguments
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would fill a log file with carriage returns
@@ -103,6 +109,8 @@ def _overview() -> str:
     for name, text in {**COMMANDS, **TRAINER_COMMANDS}.items():
         lines.append(f"  {name:<14} {text}")
     lines += [
+        "",
+        "  --safe         with any command: recipes may name no code outside stepkd and Lightning's own parts",
         "",
         "first steps:",
         "  stepkd quickstart",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,6 +29,7 @@ from stepkd.launch.progress import StepProgress
 from stepkd.launch.quiet import quiet_libraries
 from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
+from stepkd.safe import check_import
 
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
 
@@ -67,6 +69,11 @@ class SuggestingParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise ConfigError with the message and, for unknown keys, the nearest known one."""
+        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
+            try:
+                check_import(denied.group(1), "the recipe")
+            except ConfigError as refused:
+                raise refused from ex
         hints = suggestions(message)
         raise ConfigError(message if hints in message else f"{hints}\n{message}") from ex
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from stepkd.errors import ConfigError, DataError, nearest
 from stepkd.evaluation.intervals import FloatArray
+from stepkd.safe import check_import
 
 Report: TypeAlias = Callable[[str], None]
 """Takes one line about what is being done now."""
@@ -156,6 +157,7 @@ def get_experiment(name: str) -> Experiment:
         path, attribute = f"stepkd.claims.experiments.{name}", "EXPERIMENT"
     else:
         path, _, attribute = name.rpartition(".")
+        check_import(path, "experiment")
     try:
         found = getattr(import_module(path), attribute)
     except ModuleNotFoundError as error:

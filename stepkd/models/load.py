@@ -15,6 +15,7 @@ from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_
 from stepkd.models.room import check_host_room
 from stepkd.models.spec import PolicySpec
 from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_config, tiny_tokenizer
+from stepkd.safe import check_remote_code
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def _base_spec(spec: PolicySpec) -> PolicySpec:
 def _base_model(spec: PolicySpec) -> Any:
     from transformers import AutoModelForCausalLM
 
+    check_remote_code(spec.trust_remote_code)
     quantization = None if spec.quantization == "none" else _quantization(spec)
     if spec.path in TINY_PRESETS:
         return _tiny_model(spec)
@@ -125,6 +127,7 @@ def model_config(spec: PolicySpec) -> Any:
     """
     from transformers import AutoConfig
 
+    check_remote_code(spec.trust_remote_code)
     spec = _base_spec(spec)
     if spec.path in TINY_PRESETS:
         return tiny_config(spec.path, tiny_tokenizer())
@@ -201,6 +204,7 @@ def load_tokenizer(spec: PolicySpec) -> Any:
     source, gguf_file = _split_gguf(where)
     if gguf_file is None and _looks_local(source) and not Path(source).is_dir():
         raise ModelError(f"no model folder at {source}")
+    check_remote_code(spec.trust_remote_code)
     arguments: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if revision is not None:
         arguments["revision"] = revision

@@ -19,6 +19,7 @@ from stepkd.errors import ConfigError, TrainingError, nearest
 from stepkd.grading import Grader
 from stepkd.grading.pool import Verdict
 from stepkd.modules.step_scores import load_step_scorer, step_scores
+from stepkd.safe import check_import
 
 RewardFunction = Callable[..., Sequence[float]]
 BUILT_IN = ("accuracy", "format", "length", "steps")
@@ -153,6 +154,7 @@ class _StepScores:
 
 def _imported(spec: RewardSpec) -> RewardFunction:
     path, _, attribute = spec.name.partition(":")
+    check_import(path, "rewards: name")
     try:
         function = getattr(import_module(path), attribute)
     except (ImportError, AttributeError) as error:

@@ -1,0 +1,63 @@
+"""``--safe``: recipes, rewards and models of strangers may set values, but name no code outside a list.
+
+Without it a recipe can name any importable class (``class_path``), reward function (``package.module:function``) or
+experiment, as one's own recipes should. What holds in any case: checkpoints load without executing pickles, and code
+that a model repository ships runs only with ``policy.trust_remote_code: true``.
+"""
+
+from __future__ import annotations
+
+import os
+
+from stepkd.errors import ConfigError
+
+ALLOWED = (
+    "stepkd",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+)
+"""Import paths that a recipe may name under ``--safe``, with everything below them."""
+_VARIABLE = "STEPKD_SAFE"
+
+
+def enter() -> None:
+    """Switch safe mode on, for this process and those it starts."""
+    import jsonargparse
+
+    os.environ[_VARIABLE] = "1"
+    jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(ALLOWED))
+
+
+def is_safe() -> bool:
+    """Whether safe mode is on."""
+    return bool(os.environ.get(_VARIABLE))
+
+
+def check_import(path: str, setting: str) -> None:
+    """Refuse to import what a setting names, in safe mode, when it is not on the list.
+
+    Args:
+        path: dotted path of the module or object.
+        setting: where it is named, for the message.
+
+    Raises:
+        ConfigError: it is not on the list.
+    """
+    if is_safe() and not any(path == allowed or path.startswith(f"{allowed}.") for allowed in ALLOWED):
+        raise ConfigError(
+            f"{setting} names the code {path!r}, and --safe allows only {', '.join(ALLOWED)}: read that code, then run "
+            "without --safe"
+        )
+
+
+def check_remote_code(wanted: bool) -> None:
+    """Refuse, in safe mode, to run what a model repository ships.
+
+    Raises:
+        ConfigError: it is wanted.
+    """
+    if wanted and is_safe():
+        raise ConfigError("policy.trust_remote_code: true runs code of the model's repository, which --safe forbids")

@@ -1,0 +1,83 @@
+"""Under ``--safe`` a recipe runs no code but stepkd's and Lightning's; without it, it may name what it likes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).touch()
+from lightning.pytorch import Callback
+from stepkd.modules import SFTModule
+class Own(SFTModule): pass
+class Watch(Callback): pass
+def reward(completions, **_): return [1.0 for _ in completions]
+"""
+RUN = "import sys; from stepkd.cli import main; print([main(line.split()) for line in sys.stdin])"
+FIT = "fit --safe --config recipes/tiny/sft.yaml --trainer.max_steps 1 --trainer.val_check_interval null"
+SMALL = "--data.init_args.train.options.n 8 --data.init_args.validation null --model.init_args.policy.path tiny-0.1m"
+
+
+@pytest.fixture
+def evil(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with a module of a stranger, and the file that its import leaves."""
+    mark = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(EVIL.format(mark=str(mark)))
+    return tmp_path, mark
+
+
+def run(folder: Path, *lines: str) -> subprocess.CompletedProcess[str]:
+    """Several command lines, one after the other, in one process."""
+    return subprocess.run(
+        [sys.executable, "-c", RUN],
+        input="\n".join(lines),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+
+
+def test_what_names_foreign_code_is_refused(evil: tuple[Path, Path]) -> None:
+    folder, mark = evil
+    (folder / "model.yaml").write_text("model: {class_path: evil.Own}\n")
+    (folder / "callback.yaml").write_text("trainer: {callbacks: [{class_path: evil.Watch}]}\n")
+    (folder / "short.yaml").write_text("trainer: {callbacks: evil.Watch}\n")
+    (folder / "system.yaml").write_text(
+        "trainer: {strategy: {class_path: subprocess.Popen, init_args: {args: [ls]}}}\n"
+    )
+    lines = [f"{FIT} {SMALL} --config {folder / name}.yaml --out {folder / name}" for name in ("model", "callback")]
+    lines += [f"{FIT} {SMALL} --config {folder / name}.yaml --out {folder / name}" for name in ("short", "system")]
+    lines.append(f"{FIT} {SMALL} --model evil.Own --out {folder / 'word'}")
+    lines.append(
+        f"{FIT} {SMALL} --model.init_args.policy.trust_remote_code true --model.init_args.policy.path "
+        f"{folder} --out {folder / 'remote'}"
+    )
+    lines.append(
+        "fit --safe --config recipes/tiny/grpo.yaml --model.init_args.rewards "
+        f"[{{name:evil:reward}}] {SMALL} --model.init_args.validation.samples 0 --out {folder / 'reward'}"
+    )
+    done = run(folder, *lines)
+    assert done.stdout.strip().endswith(str([2] * len(lines))), done.stdout + done.stderr[-3000:]
+    assert not mark.exists()
+    assert "evil" in done.stderr
+    assert "the recipe names the code 'evil.Own', and --safe allows only stepkd, lightning" in done.stderr
+    assert "rewards: name names the code 'evil'" in done.stderr
+    assert "runs code of the model's repository" in done.stderr
+
+
+def test_stepkds_own_recipes_run(evil: tuple[Path, Path]) -> None:
+    folder, mark = evil
+    strategy = "--config recipes/strategy/single.yaml"
+    done = run(folder, f"{FIT} {SMALL} {strategy} --out {folder / 'own'}")
+    assert done.stdout.strip().endswith("[0]"), done.stdout + done.stderr[-3000:]
+    free = run(folder, f"{FIT.replace('--safe ', '')} {SMALL} --model evil.Own --out {folder / 'free'}")
+    assert free.stdout.strip().endswith("[0]"), free.stdout + free.stderr[-3000:]
+    assert mark.exists()
