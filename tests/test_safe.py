@@ -60,10 +60,9 @@ def test_what_names_foreign_code_is_refused(evil: tuple[Path, Path]) -> None:
         f"{FIT} {SMALL} --model.init_args.policy.trust_remote_code true --model.init_args.policy.path "
         f"{folder} --out {folder / 'remote'}"
     )
-    lines.append(
-        "fit --safe --config recipes/tiny/grpo.yaml --model.init_args.rewards "
-        f"[{{name:evil:reward}}] {SMALL} --model.init_args.validation.samples 0 --out {folder / 'reward'}"
-    )
+    (folder / "reward.yaml").write_text("model: {init_args: {rewards: [{name: 'evil:reward'}]}}\n")
+    grpo = FIT.replace("sft", "grpo") + f" --config {folder / 'reward.yaml'} {SMALL}"
+    lines.append(f"{grpo} --model.init_args.validation.samples 0 --out {folder / 'reward'}")
     done = run(folder, *lines)
     assert done.stdout.strip().endswith(str([2] * len(lines))), done.stdout + done.stderr[-3000:]
     assert not mark.exists()
