@@ -14,6 +14,7 @@ METHODS = sorted(path for path in ROOT.glob("*.yaml") if path not in ITERATED)
 TINY = sorted(path for path in (ROOT / "tiny").glob("*.yaml") if path not in ITERATED)
 OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
 TEACHERS = sorted((ROOT / "teacher").glob("*.yaml"))
+STRATEGIES = sorted((ROOT / "strategy").glob("*.yaml"))
 CLAIMS = sorted((ROOT / "claims").glob("*.yaml"))
 EVERY = sorted(ROOT.rglob("*.yaml"))
 
@@ -109,6 +110,35 @@ def test_every_teacher_composes_with_every_distillation(method: Path, teacher: P
     chosen = cli.config.model.init_args
     assert (chosen.teacher.path, chosen.teacher.dtype) == (wanted["path"], wanted["dtype"])
     assert chosen.policy.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def strategy_cases() -> list[Any]:
+    """All of them; what differs in the trainer's section alone waits for the slow tests."""
+    quick = {("fsdp2", method.stem) for method in METHODS} | {(strategy.stem, "sft") for strategy in STRATEGIES}
+    return [
+        pytest.param(
+            method,
+            strategy,
+            id=f"{method.stem}-{strategy.stem}",
+            marks=[] if (strategy.stem, method.stem) in quick else pytest.mark.slow,
+        )
+        for method in METHODS
+        for strategy in STRATEGIES
+    ]
+
+
+@pytest.mark.parametrize(("method", "strategy"), strategy_cases())
+def test_every_strategy_composes_with_every_method(method: Path, strategy: Path) -> None:
+    cli = instantiate(method, ROOT / "base" / "smollm2-135m-lora.yaml", strategy, build=False)
+    wanted = yaml.safe_load(strategy.read_text(encoding="utf-8"))
+    assert set(wanted) == {"trainer"}, "a strategy changes nothing but where a recipe runs"
+    found = cli.config.trainer.strategy
+    if isinstance(found, str):
+        assert found == wanted["trainer"]["strategy"]
+    else:
+        assert found.class_path == wanted["trainer"]["strategy"]["class_path"]
+        for setting, value in wanted["trainer"]["strategy"].get("init_args", {}).items():
+            assert found.init_args[setting] == value
 
 
 def test_the_seed_reaches_module_and_data() -> None:

@@ -2,7 +2,8 @@
 
 Started by test_distributed.py through torchrun, accelerate, or plainly. Arguments: output file, number of
 rows, and optionally the number of a row whose loss is infinite (with finite gradients, on one rank only), or
-``prm`` for a reward model with either head in place of SFT.
+``prm`` for a reward model with either head in place of SFT. In the environment, ``STRATEGY=fsdp2`` cuts the model up, and
+``ADAPT=1`` trains LoRA adapters and computes activations again.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.errors import TrainingError
 from stepkd.launch import check_launch, trainer_defaults
+from stepkd.launch.sharded import FSDP2Strategy
 from stepkd.losses import LossTerms
-from stepkd.models import PolicySpec, StepHeadSpec
+from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
+from stepkd.models.sharding import whole_tensor
 from stepkd.models.step_head import resolve_ids
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
 from stepkd.steps import get_segmenter
 from stepkd.tasks import Noise, make_rows
 
-TINY = PolicySpec(path="tiny-0.1m", dtype="float64")
+ADAPTED: dict[str, Any] = {"lora": LoraSpec(r=4), "gradient_checkpointing": True}
+TINY = PolicySpec(path="tiny-0.1m", dtype="float64", **(ADAPTED if os.environ.get("ADAPT") else {}))
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
 
 
@@ -40,7 +44,7 @@ class Gradients(StepModule):
     """Keeps the gradients of the last optimiser step, before clipping."""
 
     def _clip(self) -> float:
-        self.gradients = {n: p.grad.detach().clone() for n, p in self.model.trainable_parameters()}
+        self.gradients = {n: whole_tensor(p.grad.detach()).clone() for n, p in self.model.trainable_parameters()}
         return super()._clip()
 
 
@@ -105,6 +109,7 @@ def train(module: Any, examples: list[Any]) -> dict[str, Any]:
     info = check_launch(os.environ, {})
     trainer = Trainer(
         **{**trainer_defaults(info), "accelerator": "cpu"},
+        strategy=FSDP2Strategy() if os.environ.get("STRATEGY") == "fsdp2" else "auto",
         max_steps=2,
         logger=False,
         enable_checkpointing=False,
@@ -120,7 +125,7 @@ def train(module: Any, examples: list[Any]) -> dict[str, Any]:
         "loss": float(trainer.callback_metrics["train/loss"]),
         "tokens": float(trainer.callback_metrics["train/tokens"]),
         "gradients": module.gradients,
-        "weights": {n: p.detach() for n, p in module.model.trainable_parameters()},
+        "weights": {n: whole_tensor(p.detach()) for n, p in module.model.trainable_parameters()},
     }
 
 

@@ -24,8 +24,8 @@ LAUNCHERS = {
 }
 
 
-def launch(prefix: list[str], out: Path, rows: int, *extra: str) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def launch(prefix: list[str], out: Path, rows: int, *extra: str, **variables: str) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     done = subprocess.run(
         [*prefix, str(WORKER), str(out), str(rows), *extra],
         env=environment,
@@ -57,10 +57,34 @@ def test_two_processes_equal_one(
     assert distance(two["weights"], one["weights"]) < 1e-8  # Adam divides by the gradient's own size
 
 
-def test_two_processes_train_the_reward_model_of_one(tmp_path: Path, distance: Any) -> None:
+@pytest.mark.parametrize("rows", [13, 1])
+def test_two_processes_with_half_a_model_each_equal_one(
+    rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
+) -> None:
+    """FSDP2; with one row, rank 1 has nothing but fillers, and gathers weights all the same."""
+    two = launch(LAUNCHERS["torchrun"], tmp_path / "two.pt", rows, STRATEGY="fsdp2")
+    one = single[rows]
+    assert two["world"] == 2
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert distance(two["gradients"], one["gradients"]) < 1e-10
+    assert distance(two["weights"], one["weights"]) < 1e-8
+
+
+def test_half_an_adapted_model_each(tmp_path: Path, distance: Any) -> None:
+    """LoRA on a frozen base that is cut up too, with activations computed again."""
+    one = launch([sys.executable], tmp_path / "one.pt", 5, ADAPT="1")
+    two = launch(LAUNCHERS["accelerate"], tmp_path / "two.pt", 5, ADAPT="1", STRATEGY="fsdp2")
+    assert one["gradients"].keys() == two["gradients"].keys()
+    assert all("lora_" in name for name in two["gradients"])
+    assert distance(two["gradients"], one["gradients"]) < 1e-10
+    assert distance(two["weights"], one["weights"]) < 1e-8
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_two_processes_train_the_reward_model_of_one(strategy: str, tmp_path: Path, distance: Any) -> None:
     """Either head, class weights, and as many labelled steps on a rank as its rows happen to have."""
     one = launch([sys.executable], tmp_path / "one.pt", 7, "prm")
-    two = launch(LAUNCHERS["torchrun"], tmp_path / "two.pt", 7, "prm")
+    two = launch(LAUNCHERS["torchrun"], tmp_path / "two.pt", 7, "prm", STRATEGY=strategy)
     for head in ("label_tokens", "classifier"):
         a, b = two[head], one[head]
         assert (a["world"], b["world"]) == (2, 1)
