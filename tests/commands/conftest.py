@@ -91,9 +91,7 @@ class Runs:
     ) -> subprocess.CompletedProcess[str]:
         """``stepkd fit`` in ``name``: on one process, or on several under a launcher; a strategy is a recipe's name."""
         overlay = self.folder / f"{name}.yaml"
-        stopper = {"class_path": "stopper.Stopper", "init_args": {"out": str(self.folder / name)}}
-        settings = {**self.overlay, "trainer": {**self.overlay["trainer"], "callbacks": [stopper]}}
-        overlay.write_text(yaml.safe_dump(settings | {"checkpoint": settings["checkpoint"] | checkpoint}))
+        self.write_overlay(name, overlay, **checkpoint)
         launch = [part.format(ranks=ranks) for part in LAUNCHERS[launcher]] if ranks > 1 else []
         command = [sys.executable, *launch, "-m", "stepkd", "fit"]
         configs = [self.recipe, overlay]
@@ -114,6 +112,12 @@ class Runs:
             text=True,
             timeout=240,
         )
+
+    def write_overlay(self, name: str, file: Path, **checkpoint: Any) -> None:
+        """The settings of a run, with the callback that records and stops it."""
+        stopper = {"class_path": "stopper.Stopper", "init_args": {"out": str(self.folder / name)}}
+        settings = {**self.overlay, "trainer": {**self.overlay["trainer"], "callbacks": [stopper]}}
+        file.write_text(yaml.safe_dump(settings | {"checkpoint": settings["checkpoint"] | checkpoint}))
 
     def last(self, name: str) -> dict[str, Any]:
         return torch.load(self.folder / name / "checkpoints" / "last.ckpt", weights_only=True)

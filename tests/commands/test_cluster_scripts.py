@@ -1,0 +1,92 @@
+"""The cluster examples, run as they are: SLURM's commands are stand-ins, two nodes are two agents on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CLUSTER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
+SRUN = """#!/bin/bash
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+export SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=1 SLURM_NNODES=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+export SLURM_JOB_NAME=stepkd SLURM_STEP_ID=0 SLURM_NODELIST=localhost
+exec "$@"
+"""
+
+
+@pytest.fixture
+def settings(runs: Callable[[str], Any]) -> tuple[Any, list[str]]:
+    """A short run and the arguments that a user would give."""
+    made = runs("sft")
+    overlay = made.folder / "overlay.yaml"
+    made.write_overlay("parts", overlay)
+    return made, ["--config", str(made.recipe), "--config", str(overlay), "--out", str(made.folder / "parts")]
+
+
+def start(script: str, arguments: list[str], **variables: str) -> subprocess.Popen[str]:
+    here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    return subprocess.Popen(
+        ["bash", str(CLUSTER / script), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_preempted_slurm_job_queues_again_and_ends(settings: tuple[Any, list[str]], tmp_path: Path) -> None:
+    made, arguments = settings
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "srun").write_text(SRUN)
+    (commands / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
+    for file in commands.iterdir():
+        file.chmod(0o755)
+    job = {"PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    first = start("slurm.sbatch", arguments, **job, STOP_AT="batch_end:3:SIGTERM")
+    text, _ = first.communicate(timeout=240)
+    assert first.returncode == 85, text[-3000:]
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert made.last("parts")["global_step"] == 3
+    again = start("slurm.sbatch", arguments, **job, SLURM_RESTART_COUNT="1")
+    text, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, text[-3000:]
+    assert "resuming from last.ckpt" in text
+    assert made.last("parts")["global_step"] == made.steps
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+
+
+@pytest.mark.slow
+def test_two_nodes(settings: tuple[Any, list[str]]) -> None:
+    made, arguments = settings
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    nodes = [start("two_nodes.sh", arguments, HEAD="localhost", GPUS="1", PORT=port, PATH=path) for _ in range(2)]
+    texts = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(text[-2000:] for text in texts)
+    assert made.last("parts")["global_step"] == made.steps
+    assert sum("finished after" in text for text in texts) == 1
+    assert made.fit("one").returncode == 0
+    ours, theirs = (made.last(name)["state_dict"] for name in ("parts", "one"))
+    assert all(ours[name].sub(theirs[name]).abs().max() < 2e-5 for name in theirs)
+
+
+@pytest.mark.parametrize("script", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)
+def test_scripts_are_whole(script: Path) -> None:
+    """They parse, and the recipes that their headers name are there."""
+    assert subprocess.run(["bash", "-n", script], timeout=30).returncode == 0
+    named = re.findall(r"recipes/[\w./-]+", script.read_text())
+    assert len(named) >= 3
+    assert all((CLUSTER.parents[1] / name).is_file() for name in named)
