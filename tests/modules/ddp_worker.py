@@ -2,7 +2,7 @@
 
 Started by test_distributed.py through torchrun, accelerate, or plainly. Arguments: output file, number of
 rows, and optionally the number of a row whose loss is infinite (with finite gradients, on one rank only), or
-``prm`` for a reward model with either head in place of SFT. In the environment, ``STRATEGY=fsdp2`` cuts the model up and
+``prm`` for a reward model with either head in place of SFT. In the environment, ``STRATEGY=fsdp2`` cuts it up and
 ``ADAPT=1`` trains LoRA adapters and computes activations again.
 """
 
