@@ -26,9 +26,10 @@ from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
 from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.randomness import generator
-from stepkd.rollout import TransformersSampler
+from stepkd.rollout import Sampler, TransformersSampler
+from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
 from stepkd.steps import get_segmenter
-from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, Teacher, TeacherSpec
+from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServerTeacher, Teacher, TeacherSpec
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class GKDModule(StepModule):
         self._teacher_identity = ""
         self._focus: Focus | None = None
         self._fidelity: Fidelity | None = None
+        self._vllm: VLLMSampler | ColocatedSampler | None = None
 
     def _make_teacher(self, spec: TeacherSpec) -> Teacher:
         buckets: dict[str, Any] = {"top_k": self.divergence.top_k, "tail": self.divergence.tail}
@@ -105,6 +107,8 @@ class GKDModule(StepModule):
             if self.fidelity_spec is not None and self.fidelity_spec.answers:
                 raise ConfigError("fidelity.answers compares with another model, and the teacher is the student itself")
             return SelfTeacher(spec, **buckets)
+        if spec.server is not None:
+            return self._server_teacher(spec, buckets)
         if spec.cache is None:
             return LocalTeacher(spec, **buckets)
         if self.source.student > 0 or self.source.teacher > 0:
@@ -120,6 +124,17 @@ class GKDModule(StepModule):
                 "fidelity compares on fresh samples, which teacher.cache cannot score: set fidelity: null"
             )
         return CachedTeacher(spec.cache, **buckets)
+
+    def _server_teacher(self, spec: TeacherSpec, buckets: dict[str, Any]) -> ServerTeacher:
+        for setting, clashes in (
+            ("divergence.top_k: null (a server gives its likeliest tokens: set it)", self.divergence.top_k is None),
+            ("divergence.kind: nkd (which needs the whole distribution)", self.divergence.kind == "nkd"),
+            ("source.teacher (a server's text is rolled out beforehand: stepkd label)", self.source.teacher > 0),
+            ("fidelity (which needs the whole distribution: set it to null)", self.fidelity_spec is not None),
+        ):
+            if clashes:
+                raise ConfigError(f"teacher.server does not go with {setting}")
+        return ServerTeacher(str(spec.server), tokenizer=spec.tokenizer, **buckets)
 
     # ---- model -----------------------------------------------------------------------------------------------------
 
@@ -199,9 +214,8 @@ class GKDModule(StepModule):
     def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Example]:
         """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
         policy, prompts = self._writer(source, batch.examples)
-        sampler = TransformersSampler(policy, max_rows=self.source.max_rows, breaks_off=STOP_REQUEST.__bool__)
         with self.gathered(), self.phases.phase(f"{source} rollout", total=len(prompts)):
-            rollouts = sampler.sample(
+            rollouts = self._sampler(policy, source).sample(
                 prompts,
                 self.source.sampling(self.seed),
                 purpose=f"gkd {source}",
@@ -211,6 +225,15 @@ class GKDModule(StepModule):
             )
         pairs = zip(batch.examples, rollouts, strict=True)
         return [with_completion(each, drawn[0].token_ids, self.tokenizer, self._segmenter) for each, drawn in pairs]
+
+    def _sampler(self, policy: Policy, source: str) -> Sampler:
+        if source == "student" and self.source.vllm is not None:
+            if self._vllm is None:
+                sampling = self.source.sampling(self.seed)
+                self._vllm = make_sampler(policy, self.source.vllm, sampling, STOP_REQUEST.__bool__)
+            self._vllm.refresh(self.global_step)
+            return self._vllm
+        return TransformersSampler(policy, max_rows=self.source.max_rows, breaks_off=STOP_REQUEST.__bool__)
 
     def _writer(self, source: str, examples: Sequence[Example]) -> tuple[Policy, list[tuple[int, ...]]]:
         if source == "student":

@@ -20,6 +20,7 @@ from stepkd.losses import (
     total_variation,
 )
 from stepkd.rollout import SamplingSpec
+from stepkd.rollout.vllm import VLLMSpec
 
 Kind = Literal[
     "jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "balanced_kl", "total_variation", "nkd"
@@ -143,6 +144,8 @@ class SourceSpec:
     """Completions decoded at once, >= 1."""
     segmenter: str = "newline"
     """How sampled completions are cut into steps."""
+    vllm: VLLMSpec | None = None
+    """Sample the student with vLLM; null: with this process's own decoding."""
     reuse: int = 1
     """Optimiser steps on every batch, >= 1; above 1 the student has moved on from its samples."""
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses.policy_gradient import STD_EPSILON, Advantage, Normalisation
 from stepkd.rollout import SamplingSpec
+from stepkd.rollout.vllm import VLLMSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class RolloutSpec:
     """Longest completion in tokens."""
     max_rows: int = 64
     """Completions decoded at once."""
+    vllm: VLLMSpec | None = None
+    """Sample with vLLM; null: with this process's own decoding."""
     segmenter: str = "newline"
     """How completions are cut into steps."""
     truncated: Literal["keep", "mask"] = "keep"

@@ -19,7 +19,8 @@ from stepkd.models import Policy
 from stepkd.modules.kdrl_settings import RolloutSpec
 from stepkd.modules.rewards import Rewards
 from stepkd.modules.step_scores import step_texts
-from stepkd.rollout import TransformersSampler
+from stepkd.rollout import Sampler, TransformersSampler
+from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
 from stepkd.steps import get_segmenter
 
 
@@ -125,6 +126,7 @@ class GroupSampler:
         self.rewards = rewards
         self.phases = phases
         self.seed = seed
+        self._vllm: VLLMSampler | ColocatedSampler | None = None
         self._segmenter = get_segmenter(spec.segmenter)
 
     def __call__(self, batch: StepBatch, step: int, epoch: int) -> list[Rollout]:
@@ -150,7 +152,7 @@ class GroupSampler:
 
     def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, purpose: str) -> list[list[Rollout]]:
         examples = [batch.examples[i] for i in numbers]
-        sampler = TransformersSampler(self.policy, max_rows=self.spec.max_rows, breaks_off=STOP_REQUEST.__bool__)
+        sampler = self._sampler(step)
         size = self.spec.group_size
         with self.phases.phase("rollout", total=len(examples) * size):
             drawn = sampler.sample(
@@ -175,6 +177,15 @@ class GroupSampler:
         with self.phases.phase("rewards", total=len(rollouts)):
             rewarded = self._rewarded(rollouts)
         return [rewarded[i : i + size] for i in range(0, len(rewarded), size)]
+
+    def _sampler(self, step: int) -> Sampler:
+        if self.spec.vllm is None:
+            return TransformersSampler(self.policy, max_rows=self.spec.max_rows, breaks_off=STOP_REQUEST.__bool__)
+        if self._vllm is None:
+            sampling = self.spec.sampling(self.seed)
+            self._vllm = make_sampler(self.policy, self.spec.vllm, sampling, STOP_REQUEST.__bool__)
+        self._vllm.refresh(step)
+        return self._vllm
 
     def _rewarded(self, rollouts: list[Rollout]) -> list[Rollout]:
         if not rollouts:

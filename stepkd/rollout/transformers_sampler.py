@@ -61,7 +61,7 @@ class TransformersSampler:
         indices = range(len(prompts)) if indices is None else indices
         if len(indices) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
-        limits = [self._limit(prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
         results: list[list[Rollout]] = [[] for _ in prompts]
         per_prefill = max(1, self.max_rows // spec.n)
         with evaluation_mode(self.policy):
@@ -106,13 +106,19 @@ class TransformersSampler:
                 self._gap_limit = gap_limit(self._decoder)
             return run.results(self._gap_limit if shared else None)
 
-    def _limit(self, prompt: Sequence[int], index: int, spec: SamplingSpec) -> int:
-        if len(prompt) == 0:
-            raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
-        context = self.policy.max_length
-        if context is not None and len(prompt) >= context:
-            raise DataError(
-                f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
-                "(fewer few-shot examples) or drop the row"
-            )
-        return spec.max_new_tokens if context is None else min(spec.max_new_tokens, context - len(prompt))
+
+def room_for(policy: Policy, prompt: Sequence[int], index: int, spec: SamplingSpec) -> int:
+    """Most tokens that a completion of a prompt may have.
+
+    Raises:
+        DataError: an empty prompt, or one that fills the context.
+    """
+    if len(prompt) == 0:
+        raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
+    context = policy.max_length
+    if context is not None and len(prompt) >= context:
+        raise DataError(
+            f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
+            "(fewer few-shot examples) or drop the row"
+        )
+    return spec.max_new_tokens if context is None else min(spec.max_new_tokens, context - len(prompt))

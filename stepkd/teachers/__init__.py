@@ -4,6 +4,7 @@ from stepkd.teachers.cache import CachedTeacher
 from stepkd.teachers.cache_writer import write_cache
 from stepkd.teachers.local import LocalTeacher, TeacherSpec
 from stepkd.teachers.own import SelfTeacher
+from stepkd.teachers.server import ServerTeacher
 from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "HiddenSignals",
     "LocalTeacher",
     "SelfTeacher",
+    "ServerTeacher",
     "Signals",
     "Teacher",
     "TeacherSpec",

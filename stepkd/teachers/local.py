@@ -32,6 +32,11 @@ class TeacherSpec:
     """Run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset; of the student's vocabulary."""
     cache: str | None = None
     """Folder that ``stepkd cache-teacher`` wrote, in place of ``path``; for given completions only."""
+    server: str | None = None
+    """``http://host:port`` of a vLLM server that scores the student's text, in place of ``path``; with
+    ``divergence.top_k``. No GPU has run it."""
+    tokenizer: str | None = None
+    """``server``: folder or hub id of its tokenizer; null: the model that the server names."""
     itself: Literal["epoch", "ema", "base"] | None = None
     """The student is its own teacher, in place of ``path``: as it was when the pass over the data began, or ``every``
     steps ago (``epoch``); a running average of its weights (``ema``); as it was before training, which is its
@@ -53,15 +58,21 @@ class TeacherSpec:
     student's own prompt ids."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("path", "cache", "itself") if getattr(self, name)]
+        given = [name for name in ("path", "cache", "server", "itself") if getattr(self, name)]
         if not given:
-            raise ConfigError("teacher: give path, a model of the student's vocabulary, or cache, or itself")
+            raise ConfigError("teacher: give path, a model of the student's vocabulary, or cache, server, or itself")
         if len(given) > 1:
             raise ConfigError(f"teacher: {' and '.join(given)} are both given: set the other one to null")
         if self.itself is not None:
             self._check_itself(self.itself)
         elif self.every is not None or self.decay is not None:
             raise ConfigError(f"teacher.every={self.every}, decay={self.decay} go with itself: epoch and ema")
+        if self.tokenizer is not None and self.server is None:
+            raise ConfigError(f"teacher.tokenizer={self.tokenizer!r} goes with teacher.server")
+        if self.server is not None:
+            for name in ("dtype", "device", "attention", "template"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"teacher.{name} goes with teacher.path; the server has its own")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"teacher.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}, or null")
         check_choice("teacher.quantization", self.quantization, get_args(Quantization))

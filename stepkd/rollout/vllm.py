@@ -1,0 +1,348 @@
+"""Rollouts and scores from vLLM, through TRL's client for a server, or TRL's engine on the training GPUs.
+
+An extra: ``pip install 'stepkd[vllm]'``, imported when it is asked for. The contract is tested against a stand-in that
+speaks the server's protocol; **no GPU has run it**. A server's samples are keyed by a seed per prompt, so that a run
+repeats on it; they are not those that the transformers backend draws.
+
+A server is started beside the training, on GPUs of its own, with TRL's ``trl vllm-serve --model MODEL``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stepkd.errors import ConfigError, ModelError
+from stepkd.models.policy import Policy
+from stepkd.randomness import stream_key
+from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec
+from stepkd.rollout.transformers_sampler import room_for
+
+START = "trl vllm-serve --model MODEL (pip install 'stepkd[vllm]')"
+
+
+@dataclass(frozen=True)
+class VLLMSpec:
+    """Sample with vLLM in place of this process's own decoding."""
+
+    server: str | None = None
+    """``http://host:port`` of a server of the policy's model; null: ``colocate``."""
+    colocate: bool = False
+    """An engine on every training GPU, beside the model that learns."""
+    gpu_memory: float = 0.3
+    """``colocate``: share of the GPU's memory that it may take, in (0, 1)."""
+    group_port: int = 51216
+    """``server``: port of the group through which weights are sent."""
+    timeout_s: float = 240.0
+    """``server``: how long to wait for it at the start, > 0."""
+    requests: int = 32
+    """``server``: most prompts asked for at the same time, >= 1."""
+
+    def __post_init__(self) -> None:
+        if (self.server is None) != self.colocate:
+            raise ConfigError("vllm: give either server, the address of a vLLM server, or colocate: true")
+        if not 0 < self.gpu_memory < 1 or self.timeout_s <= 0 or self.requests < 1:
+            raise ConfigError(
+                f"vllm: gpu_memory={self.gpu_memory}, timeout_s={self.timeout_s}, requests={self.requests}: must lie "
+                "in (0, 1), be positive, and be at least 1"
+            )
+
+
+def connect(address: str, *, group_port: int = 51216, timeout_s: float = 240.0) -> Any:
+    """TRL's client of a vLLM server.
+
+    Raises:
+        ConfigError: trl or vLLM is not installed, or nothing answers there.
+    """
+    try:
+        from trl.generation.vllm_client import VLLMClient
+
+        return VLLMClient(base_url=address, group_port=group_port, connection_timeout=timeout_s)
+    except ImportError as error:
+        raise ConfigError(f"a vLLM server needs TRL's client, and TRL's client vLLM: {error}") from error
+    except OSError as error:  # requests has its own classes
+        raise ConfigError(
+            f"no vLLM server answers at {address} within {timeout_s:g} s: start it with {START}"
+        ) from error
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of the model that a server holds: adapters added to what they adapt, nothing changed in place.
+
+    Args:
+        model: a transformers causal language model, peft-wrapped or not, whole on this rank.
+
+    Yields:
+        Tied weights once, under the names of the plain model.
+    """
+    adapted: dict[str, Any] = {}
+    adapters: list[str] = []
+    if hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapters = list(model.active_adapters)
+        adapted = {
+            f"{name}.base_layer.weight": module
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        value = parameter.detach()
+        if name in adapted:
+            value = (value.float() + _delta(adapted[name], adapters).to(value.device).float()).to(value.dtype)
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for adapter in adapters:
+            plain = plain.replace(f".modules_to_save.{adapter}", "")
+        yield plain, value
+
+
+@torch.no_grad()
+def _delta(layer: Any, adapters: Sequence[str]) -> Tensor:
+    parts = [layer.get_delta_weight(adapter) for adapter in adapters if adapter in layer.lora_A]
+    return torch.stack(parts).sum(0) if parts else torch.zeros(())
+
+
+def to_rollout(
+    policy: Policy,
+    spec: SamplingSpec,
+    place: tuple[int, int],
+    ids: Sequence[int],
+    logprobs: Sequence[Any],
+    limit: int,
+) -> Rollout:
+    """What the server or engine gave, as a rollout.
+
+    Args:
+        policy: its tokenizer decodes, its end tokens end.
+        spec: how it was drawn.
+        place: number of the prompt, and of the sample.
+        ids, logprobs: tokens, and for each a list that begins with its log-probability.
+        limit: most tokens asked for.
+
+    Raises:
+        ModelError: it is no completion.
+    """
+    number, sample = place
+    if not 0 < len(ids) <= limit or len(ids) != len(logprobs) or any(each[0] is None for each in logprobs):
+        raise ModelError(
+            f"vLLM gave prompt {number} {len(ids)} tokens with {len(logprobs)} log-probabilities, of at most {limit}: "
+            "its logits are not numbers, or it is not the server that is expected here"
+        )
+    values = tuple(float(each[0]) for each in logprobs)
+    drawn = (0.0,) * len(ids) if spec.temperature == 0 else values
+    raw = values if _is_plain(spec) else (math.nan,) * len(ids)
+    text = str(policy.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    cuts = [text.find(stop) for stop in spec.stop if stop in text]
+    finish: Literal["stop", "length"] = "stop" if ids[-1] in policy.eos_ids or cuts else "length"
+    return Rollout(number, sample, tuple(ids), drawn, raw, finish, text[: min(cuts)] if cuts else text)
+
+
+def _is_plain(spec: SamplingSpec) -> bool:
+    """Whether the log-probabilities of the model itself are those that are sampled from (or nothing is sampled)."""
+    return spec.temperature in (0, 1) and spec.top_p == 1 and not spec.top_k
+
+
+class VLLMSampler:
+    """A :class:`~stepkd.rollout.sampler.Sampler` on a vLLM server.
+
+    Args:
+        policy: whose weights the server is given, and whose tokenizer decodes.
+        client: TRL's ``VLLMClient``.
+        requests: most prompts asked for at the same time.
+        breaks_off: asked before every prompt; once it says yes, prompts not asked yet get one token of nothing more.
+    """
+
+    def __init__(
+        self, policy: Policy, client: Any, *, requests: int = 32, breaks_off: Callable[[], bool] | None = None
+    ) -> None:
+        self.policy = policy
+        self.client = client
+        self.requests = requests
+        self.breaks_off = breaks_off
+        self.counts = SampleCounts()
+        self._version: int | None = None
+        self._checked = False
+
+    def refresh(self, version: int) -> None:
+        """Give the server the policy's weights, once for every version; all ranks must call it.
+
+        Raises:
+            ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
+        """
+        if self._version == version:
+            return
+        self._version = version
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            try:
+                if self.client.communicator is None:
+                    self.client.init_communicator(device=self.policy.device)
+                weights = list(merged_weights(self.policy.model))
+                facts = [(name, str(w.dtype).removeprefix("torch."), list(w.shape)) for name, w in weights]
+                self.client.update_named_params(facts, iter(weights))
+                self.client.reset_prefix_cache()
+            except (NotImplementedError, RuntimeError) as error:
+                raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
+        if dist.is_initialized():
+            dist.barrier()
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "rollout",
+        step: int = 0,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Rollout]]:
+        """Draw completions; see :class:`~stepkd.rollout.sampler.Sampler`. ``raw_logprobs`` are NaN where the
+        server's are of another distribution.
+
+        Raises:
+            DataError: a prompt that leaves no room.
+            ConfigError: a server whose log-probabilities are not those of what it samples from.
+            ModelError: an answer that is no completion.
+        """
+        indices = range(len(prompts)) if indices is None else indices
+        self._check_server(spec)
+        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+
+        def ask(number: int) -> list[Rollout]:
+            limit = 1 if self.breaks_off is not None and self.breaks_off() else limits[number]
+            key = stream_key(spec.seed, purpose, step, indices[number]) % 2**31
+            found = self._ask(number, list(prompts[number]), spec, limit, key)
+            if on_progress is not None:
+                on_progress(len(found))
+            return found
+
+        with ThreadPoolExecutor(max_workers=self.requests) as pool:
+            return list(pool.map(ask, range(len(prompts))))
+
+    def _ask(self, number: int, prompt: list[int], spec: SamplingSpec, limit: int, key: int) -> list[Rollout]:
+        extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
+        if spec.stop:
+            extra |= {"stop": list(spec.stop), "include_stop_str_in_output": True}
+        answer = self.client.generate(
+            prompts=[prompt],
+            n=spec.n,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            max_tokens=limit,
+            logprobs=0,
+            generation_kwargs=extra,
+        )
+        found = answer["completion_ids"]
+        if answer["prompt_ids"] != [prompt] or len(found) != spec.n:
+            raise ModelError(
+                f"the vLLM server answered prompt {number} with {len(found)} completions in place of {spec.n}, "
+                "or with those of another prompt: does it hold the policy's model and tokenizer?"
+            )
+        logprobs = answer["logprobs"]
+        self.counts.prefill_tokens += len(prompt)
+        self.counts.generated_tokens += sum(len(ids) for ids in found)
+        return [to_rollout(self.policy, spec, (number, j), ids, logprobs[j], limit) for j, ids in enumerate(found)]
+
+    def _check_server(self, spec: SamplingSpec) -> None:
+        """At another temperature than 1 the server must give log-probabilities of what it samples from."""
+        if self._checked or _is_plain(spec):
+            return
+        mode = self.client.get_server_info()["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise ConfigError(
+                f"the vLLM server gives {mode}, which are not of the distribution that it samples from at temperature "
+                f"{spec.temperature:g}: start it with --logprobs-mode processed_logprobs (as {START} does)"
+            )
+        self._checked = True
+
+
+class ColocatedSampler:
+    """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat.
+
+    Args:
+        policy: the model, in a folder or with a hub id that vLLM loads.
+        spec: its memory.
+        sampling: how to draw; one engine draws in one way.
+    """
+
+    def __init__(self, policy: Policy, spec: VLLMSpec, sampling: SamplingSpec) -> None:
+        if sampling.stop:
+            raise ConfigError("vllm.colocate knows no stop strings: use vllm.server")
+        self.policy = policy
+        self.sampling = sampling
+        self._version: int | None = None
+        try:
+            from accelerate import Accelerator
+            from trl.generation.vllm_generation import VLLMGeneration
+
+            self.engine = VLLMGeneration(
+                model=policy.model,
+                accelerator=Accelerator(),
+                processing_class=policy.tokenizer,
+                mode="colocate",
+                gpu_memory_utilization=spec.gpu_memory,
+                max_model_length=policy.max_length,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_completion_length=sampling.max_new_tokens,
+                logprobs=0,
+                generation_kwargs={"seed": sampling.seed} if sampling.temperature == 0 else {},
+            )
+        except ImportError as error:
+            raise ConfigError(f"vllm.colocate needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
+
+    def refresh(self, version: int) -> None:
+        """Give the engine the policy's weights, once for every version."""
+        if self._version != version:
+            self._version = version
+            for name, value in merged_weights(self.policy.model):
+                worker = self.engine.llm.llm_engine.model_executor.driver_worker
+                worker.model_runner.model.load_weights([(name, value)])
+            self.engine.llm.reset_prefix_cache()
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "rollout",
+        step: int = 0,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Rollout]]:
+        """Draw completions; see :class:`~stepkd.rollout.sampler.Sampler`."""
+        indices = range(len(prompts)) if indices is None else indices
+        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+        repeated = [list(prompt) for prompt in prompts for _ in range(spec.n)]
+        _, found, logprobs, _ = self.engine.generate(repeated, None, spec.n)
+        rollouts = []
+        for i, (ids, logps) in enumerate(zip(found, logprobs, strict=True)):
+            limit = limits[i // spec.n]
+            rollouts.append(to_rollout(self.policy, spec, divmod(i, spec.n), ids[:limit], logps[:limit], limit))
+        if on_progress is not None:
+            on_progress(len(rollouts))
+        return [rollouts[i : i + spec.n] for i in range(0, len(rollouts), spec.n)]
+
+
+def make_sampler(
+    policy: Policy, spec: VLLMSpec, sampling: SamplingSpec, breaks_off: Callable[[], bool]
+) -> VLLMSampler | ColocatedSampler:
+    """The sampler that a recipe's ``vllm`` section asks for.
+
+    Raises:
+        ConfigError: what it needs is not there.
+    """
+    if spec.server is None:
+        return ColocatedSampler(policy, spec, sampling)
+    client = connect(spec.server, group_port=spec.group_port, timeout_s=spec.timeout_s)
+    return VLLMSampler(policy, client, requests=spec.requests, breaks_off=breaks_off)

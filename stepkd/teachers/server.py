@@ -1,0 +1,96 @@
+"""A teacher on a vLLM server: its likeliest tokens at every position of the student's text.
+
+Through TRL's client (``pip install 'stepkd[vllm]'``); the contract is tested against a stand-in, **no GPU has run it**.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stepkd.data.collate import MicroBatch
+from stepkd.data.encode import Example
+from stepkd.errors import ConfigError, ModelError
+from stepkd.models import PolicySpec, load_tokenizer
+from stepkd.rollout.annotate import check_same_vocabulary
+from stepkd.rollout.vllm import connect
+from stepkd.teachers.cache import CachedSignals
+from stepkd.teachers.signals import Signals
+
+
+class ServerTeacher:
+    """See :attr:`TeacherSpec.server <stepkd.teachers.local.TeacherSpec.server>`.
+
+    Args:
+        address: ``http://host:port``.
+        tokenizer: folder or hub id of its tokenizer; None: the model that the server names.
+        top_k: how many likeliest tokens are asked for, >= 1.
+        tail: whether the rest is a bucket of its own.
+        client: in place of TRL's, already connected.
+    """
+
+    def __init__(
+        self, address: str, *, tokenizer: str | None = None, top_k: int, tail: bool = True, client: Any = None
+    ) -> None:
+        self.address = address
+        self.tokenizer = tokenizer
+        self.top_k = top_k
+        self.tail = tail
+        self.client = client
+
+    def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
+        """Connect (once) and compare vocabularies.
+
+        Raises:
+            ConfigError: nothing answers, or its tokenizer cannot be loaded here.
+            ModelError: another vocabulary.
+        """
+        if self.client is None:
+            self.client = connect(self.address)
+        name = self.tokenizer or str(self.client.model)
+        try:
+            own = load_tokenizer(PolicySpec(path=name))
+        except ModelError as error:
+            raise ConfigError(
+                f"the vLLM server at {self.address} serves {self.client.model!r}, whose tokenizer cannot be loaded "
+                f"from {name!r} ({error}): name its folder or hub id in teacher.tokenizer"
+            ) from error
+        check_same_vocabulary(tokenizer, own)
+
+    def identity(self) -> str:
+        """The model that the server names; its weights cannot be seen from here."""
+        return f"server: {self.client.model}"
+
+    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+        """The student's own."""
+        return [example.prompt_ids for example in examples]
+
+    def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
+        """See :class:`~stepkd.teachers.signals.Teacher`.
+
+        Raises:
+            ModelError: the server scored other tokens than it was asked for.
+        """
+        device = batch.targets_N.device
+        asked = [example for example in batch.examples if example.completion_ids]
+        if not asked:
+            empty = torch.zeros(0, self.top_k, device=device)
+            return CachedSignals(empty.long(), empty, empty[:, 0], self.tail)
+        answer = self.client.get_sequence_logprobs(
+            sequences=[[*example.prompt_ids, *example.completion_ids] for example in asked],
+            prompt_lengths=[len(example.prompt_ids) for example in asked],
+            top_logprobs=self.top_k,
+            temperature=temperature,
+        )
+        for example, scored in zip(asked, answer["actual_token_ids"], strict=True):
+            if [each[0] for each in scored] != list(example.completion_ids):
+                raise ModelError(
+                    f"the vLLM server at {self.address} scored {len(scored)} tokens of row {example.id!r}, which has "
+                    f"{len(example.completion_ids)}, or other ones: is its context long enough?"
+                )
+        ids_Nk = torch.tensor([ids for row in answer["logprob_token_ids"] for ids in row], device=device)
+        logps_Nk = torch.tensor([values for row in answer["logprobs"] for values in row], device=device).float()
+        rest_N = 1.0 - logps_Nk.double().exp().sum(-1)
+        return CachedSignals(ids_Nk, logps_Nk, rest_N.clamp_min(1e-12).log().float(), self.tail)
