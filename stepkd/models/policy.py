@@ -224,7 +224,7 @@ class Policy(nn.Module):
         """
         return compute(*arguments)
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def gathered(self) -> AbstractContextManager[Any]:
         """A block without gradients with all weights of a sharded model in place, so that no rank waits in it."""
         return gathered(self)
 

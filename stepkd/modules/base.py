@@ -28,10 +28,11 @@ from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.average import WeightAverage
 from stepkd.models.sharding import shard
 from stepkd.modules.checkpoint_state import pack, unpack
-from stepkd.modules.distributed import all_reduce, gradient_sync
+from stepkd.modules.distributed import all_reduce, check_micro_batches, gradient_sync
 from stepkd.modules.evaluation_loops import EvaluationLoops
 from stepkd.modules.finite import require_finite
 from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule
+from stepkd.modules.step_metrics import accumulate, step_values
 from stepkd.modules.throughput import Throughput
 from stepkd.modules.validation import SampledAccuracy, ValidationSpec
 from stepkd.randomness import stream_key
@@ -200,7 +201,7 @@ class StepModule(EvaluationLoops):
         mixed = str(self.trainer.precision) == "bf16-mixed"
         shard(self.model, mesh, param_dtype=torch.bfloat16 if mixed else None)
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def gathered(self) -> AbstractContextManager[Any]:
         """A block without gradients in which ranks may use the model differently often, however it is cut up."""
         return self.model.gathered()
 
@@ -305,6 +306,7 @@ class StepModule(EvaluationLoops):
         self._skipped = 0
         self.loss_scales = component_scales(self.components, counts, self.loss_weights, self.trainer.world_size)
         longest = int(all_reduce({"n": float(len(prepared.micro_batches))}, self.device, op="max")["n"])
+        check_micro_batches(self.trainer.strategy, longest)
         padded = prepared.micro_batches + [filler] * (longest - len(prepared.micro_batches))
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         sums: dict[str, Tensor] = {}
@@ -316,7 +318,7 @@ class StepModule(EvaluationLoops):
                     self.manual_backward(loss)
                 losses.append(loss.detach())
                 if not micro_batch.is_filler:
-                    _accumulate(sums, terms)
+                    accumulate(sums, terms)
                 self.phases.advance()
         norm = self._clip()
         require_finite(self, losses, norm, padded)
@@ -356,22 +358,14 @@ class StepModule(EvaluationLoops):
     def _log_step(
         self, counts: dict[str, float], sums: dict[str, Tensor], last: LossTerms, facts: dict[str, float]
     ) -> None:
-        # Every rank sends the same names, also one that had only fillers.
-        names = [f"sum/{name}" for name in last.sums]
-        names += [f"{part}/{name}" for name in last.metrics for part in ("metric", "count")]
-        totals = all_reduce({"tokens": facts["tokens"], **{name: sums.get(name, 0.0) for name in names}}, self.device)
-        values = {f"train/{n}": totals[f"sum/{n}"] / counts[n] if counts[n] else 0.0 for n in last.sums}
-        weights = self.loss_weights
-        values["train/loss"] = sum(weights.get(name, 1.0) * values[f"train/{name}"] for name in last.sums)
-        means = {
-            name: totals[f"metric/{name}"] / totals[f"count/{name}"] for name in last.metrics if totals[f"count/{name}"]
-        }
-        values |= {f"train/{name}": value for name, value in (means | self.derived_metrics(means)).items()}
+        values, tokens = step_values(counts, sums, last, self.loss_weights, facts["tokens"], self.device)
+        means = {name: value for name, value in values.items() if name in last.metrics}
+        values = {f"train/{name}": value for name, value in (values | self.derived_metrics(means)).items()}
         values["train/grad_norm"] = facts["grad_norm"]
         values["train/lr"] = facts["lr"]
-        values["train/tokens"] = totals["tokens"]
+        values["train/tokens"] = tokens
         if self._throughput is not None:
-            values.update(self._throughput.measure(totals["tokens"], self.trainer.world_size))
+            values.update(self._throughput.measure(tokens, self.trainer.world_size))
         for name in (*self.shown, "perf/tokens_per_second"):
             if name in values:
                 self.log(name, values.pop(name), prog_bar=True, batch_size=1)
@@ -399,11 +393,3 @@ class StepModule(EvaluationLoops):
         if self._accuracy is not None:
             self._accuracy.close()
             self._accuracy = None
-
-
-def _accumulate(totals: dict[str, Tensor], terms: LossTerms) -> None:
-    for name, value in terms.sums.items():
-        totals[f"sum/{name}"] = totals.get(f"sum/{name}", torch.zeros_like(value)) + value.detach()
-    for name, (value, count) in terms.metrics.items():
-        for part, number in (("metric", value), ("count", count)):
-            totals[f"{part}/{name}"] = totals.get(f"{part}/{name}", torch.zeros_like(number)) + number

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stepkd.errors import ConfigError
+
 
 def is_distributed() -> bool:
     """Whether there are other ranks."""
@@ -43,6 +45,23 @@ def union(names: Iterable[str]) -> list[str]:
     parts: list[list[str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return sorted({name for part in parts for name in part or ()})
+
+
+def check_micro_batches(strategy: Any, number: int) -> None:
+    """Refuse what a strategy would silently get wrong.
+
+    Args:
+        strategy: Lightning's.
+        number: micro-batches of an optimiser step.
+
+    Raises:
+        ConfigError: DeepSpeed, whose engine ends a step with every backward pass, and more than one micro-batch.
+    """
+    if number > 1 and type(strategy).__name__ == "DeepSpeedStrategy":
+        raise ConfigError(
+            f"the step has {number} micro-batches, and DeepSpeed takes the gradient of one: raise "
+            "model.init_args.micro_batch_tokens until a step fits into one, or use recipes/strategy/fsdp2.yaml"
+        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
 
 import torch
@@ -149,6 +150,26 @@ class GKDModule(StepModule):
             self.teacher.follow(self.model)
         self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
         self._teacher_identity = self.teacher.identity()
+
+    def on_fit_start(self) -> None:
+        """Refuse a teacher that was to be cut up and is not."""
+        super().on_fit_start()
+        if isinstance(self.teacher, LocalTeacher):
+            self.teacher.check_sharded()
+
+    def shard(self, mesh: Any) -> None:
+        """The teacher, too, if it asks for that."""
+        super().shard(mesh)
+        if isinstance(self.teacher, LocalTeacher):
+            self.teacher.shard(mesh)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """With the teacher whole, too."""
+        whole = ExitStack()
+        whole.enter_context(super().gathered())
+        if isinstance(self.teacher, LocalTeacher):
+            whole.enter_context(self.teacher.gathered())
+        return whole
 
     def method_state(self) -> dict[str, Any]:
         """Which teacher the run has learnt from; the weights of one that keeps up with the student."""

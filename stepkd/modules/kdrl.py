@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -145,6 +146,20 @@ class KDRLModule(StepModule):
             self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
             self._teacher_identity = self.teacher.identity()
 
+    def shard(self, mesh: Any) -> None:
+        """The teacher, too, if it asks for that."""
+        super().shard(mesh)
+        if isinstance(self.teacher, LocalTeacher):
+            self.teacher.shard(mesh)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """With the teacher whole, too."""
+        whole = ExitStack()
+        whole.enter_context(super().gathered())
+        if isinstance(self.teacher, LocalTeacher):
+            whole.enter_context(self.teacher.gathered())
+        return whole
+
     def method_state(self) -> dict[str, Any]:
         """Which teacher the run has learnt from."""
         return {"teacher": self._teacher_identity}
@@ -161,6 +176,8 @@ class KDRLModule(StepModule):
     def on_fit_start(self) -> None:
         """Load what rewards and credits, so that a mistake there is said before anything is sampled."""
         super().on_fit_start()
+        if self.teacher is not None:
+            self.teacher.check_sharded()
         rewards = Rewards(self.reward_specs, self._sampled().grader)
         self._groups = GroupSampler(self.rollout, self.model, rewards, self.phases, self.seed)
         scorer = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.room import device_room
+from stepkd.models.sharding import shard
 from stepkd.models.spec import DTYPES, Quantization
 from stepkd.rollout.annotate import check_same_vocabulary
 from stepkd.steps import get_segmenter
@@ -51,6 +53,8 @@ class TeacherSpec:
     """Weights in 4 or 8 bits (bitsandbytes, CUDA only)."""
     device: str | None = None
     """Where it lives (``cuda:1``, ``cpu``); null: with the student."""
+    sharded: bool = False
+    """Cut it up over the ranks like the student, under ``recipes/strategy/fsdp2.yaml``; false: whole on every rank."""
     attention: str | None = None
     """Attention implementation; null lets transformers choose."""
     template: str | PromptTemplate | None = None
@@ -76,6 +80,11 @@ class TeacherSpec:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"teacher.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}, or null")
         check_choice("teacher.quantization", self.quantization, get_args(Quantization))
+        if self.sharded and (self.path is None or self.device is not None or self.quantization != "none"):
+            raise ConfigError(
+                "teacher.sharded goes with teacher.path, unquantised weights, and the ranks' own devices: set "
+                "teacher.device to null"
+            )
         if self.quantization != "none" and self.path is None:
             raise ConfigError(f"teacher.quantization={self.quantization!r} goes with teacher.path")
 
@@ -105,6 +114,7 @@ class LocalTeacher:
         self.tail = tail
         self._policy: Policy | None = None
         self._encoder: Encoder | None = None
+        self._is_sharded = False
 
     @property
     def policy(self) -> Policy:
@@ -163,7 +173,7 @@ class LocalTeacher:
         self.place(batch.input_ids_BT.device)
         own = batch if self._encoder is None else self._reread(batch)
         own = own.to(policy.device)
-        hidden_BTH = policy.hidden(own.input_ids_BT, own.attention_mask_BT)
+        hidden_BTH = policy(policy.hidden, own.input_ids_BT, own.attention_mask_BT)  # gathers embeddings and head
         hidden_NH = hidden_BTH.flatten(0, 1)[own.needed_N]
         return HiddenSignals(policy.head, hidden_NH, temperature, self.top_k, self.tail)
 
@@ -173,14 +183,37 @@ class LocalTeacher:
         examples = [replace(each, prompt_ids=prompt) for each, prompt in zip(batch.examples, prompts, strict=True)]
         return collate(examples, int(self.policy.tokenizer.pad_token_id or 0))
 
+    def shard(self, mesh: Any) -> None:
+        """Cut it up over a mesh of ranks (FSDP2), if its settings ask for that."""
+        if self.spec.sharded and not self._is_sharded:
+            shard(self.policy, mesh)
+            self._is_sharded = True
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """A block with all of its weights on every rank."""
+        return self.policy.gathered()
+
+    def check_sharded(self) -> None:
+        """Called when training begins.
+
+        Raises:
+            ConfigError: it was to be cut up, and the strategy cuts nothing up.
+        """
+        if self.spec.sharded and not self._is_sharded:
+            raise ConfigError(
+                "teacher.sharded: true needs several ranks under recipes/strategy/fsdp2.yaml (trainer.strategy)"
+            )
+
     def place(self, device: torch.device) -> None:
         """Move the weights where they belong (the spec's device, else this one), once, when they fit.
 
         Raises:
             ModelError: there is no room for them.
         """
-        wanted = torch.device(self.spec.device) if self.spec.device is not None else device
         policy = self.policy
+        if self._is_sharded:
+            return
+        wanted = torch.device(self.spec.device) if self.spec.device is not None else device
         if policy.device.type == wanted.type and wanted.index in (None, policy.device.index):
             return
         check_room(policy, wanted)

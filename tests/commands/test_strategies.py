@@ -55,6 +55,19 @@ def test_two_processes_train_as_one(method: str, runs: Callable[[str], Any]) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["gkd", "kdrl"])
+def test_a_teacher_can_be_cut_up_too(method: str, runs: Callable[[str], Any]) -> None:
+    made = runs(method)
+    assert_done(made.fit("one"))
+    sharded = ("--model.init_args.teacher.sharded", "true")
+    assert_done(made.fit("two", *sharded, ranks=2, strategy="fsdp2"))
+    assert_same_training(made, "two", "one")
+    refused = made.fit("alone", *sharded)
+    assert refused.returncode == 2
+    assert "teacher.sharded: true needs several ranks under recipes/strategy/fsdp2.yaml" in refused.stderr
+
+
+@pytest.mark.slow
 def test_from_two_processes_to_one_and_back(runs: Callable[[str], Any]) -> None:
     """A sharded run is asked to stop, goes on alone, then sharded again: samples and losses of one that did not."""
     made = runs("kdrl")

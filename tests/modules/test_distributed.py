@@ -109,3 +109,14 @@ def test_an_infinite_loss_on_one_rank_stops_both_and_names_the_row(tmp_path: Pat
     row = make_rows("modular:terms=2-9", 13, seed=5)[4]["id"]
     assert done.stdout.count(row) == 2
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_deepspeed_takes_one_micro_batch() -> None:
+    from stepkd.errors import ConfigError
+    from stepkd.modules.distributed import check_micro_batches
+
+    deepspeed = type("DeepSpeedStrategy", (), {})()
+    check_micro_batches(deepspeed, 1)
+    check_micro_batches(object(), 2)
+    with pytest.raises(ConfigError, match="the step has 2 micro-batches, and DeepSpeed takes the gradient of one"):
+        check_micro_batches(deepspeed, 2)

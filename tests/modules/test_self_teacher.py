@@ -215,6 +215,8 @@ def test_validation_reads_the_teacher_of_the_run(tmp_path: Path, capsys: pytest.
             "fidelity.answers compares with another model",
         ),
         (lambda: TeacherSpec(itself="ema", dtype="bfloat16"), "teacher.dtype goes with teacher.path"),
+        (lambda: TeacherSpec(itself="ema", sharded=True), "teacher.sharded goes with teacher.path"),
+        (lambda: TeacherSpec(path="x", sharded=True, device="cpu"), "set teacher.device to null"),
         (lambda: TeacherSpec(itself="ema", quantization="nf4"), "teacher.quantization='nf4' goes with teacher.path"),
         (lambda: TeacherSpec(path="x", quantization="nf3"), "unknown teacher.quantization 'nf3'"),
         (lambda: MixSpec(end=1.5), r"mix.end=1.5: must lie in \[0, 1\]"),
