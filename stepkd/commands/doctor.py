@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``stepkd doctor``."""
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs would be written (default: runs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--ranks", type=int, help="processes of the run, for a sharded strategy (default: those of this launch)"
+    )
     add_recipe_arguments(parser, required=False)
 
 
@@ -36,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     findings = look_around(arguments.out)
     estimate: dict[str, Any] | None = None
     if arguments.config:
-        estimate, more = _recipe(recipe_words(arguments))
+        estimate, more = _recipe(recipe_words(arguments), arguments.ranks)
         findings += more
     if arguments.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], "memory": estimate}, indent=2))
@@ -45,12 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(finding.level == "bad" for finding in findings))
 
 
-def _recipe(words: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
+def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], list[Any]]:
     """Estimate of a recipe, and what follows from it for this machine."""
     import torch
 
     from stepkd.doctor.environment import Finding, gib
     from stepkd.doctor.footprint import footprint
+    from stepkd.errors import ConfigError
+    from stepkd.launch import detect_launch
     from stepkd.launch.limits import memory_free
     from stepkd.launch.processor import fast_bfloat16
     from stepkd.models.room import device_room
@@ -59,7 +64,12 @@ def _recipe(words: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
     module, data, settings = check_fit_settings(words)
     precision = str(settings.get("precision") or "32-true")
     on_gpu = torch.cuda.is_available() and settings.get("accelerator") != "cpu"
-    found = footprint(module, data, precision=precision, device="cuda" if on_gpu else "cpu")
+    shards = 1
+    if "FSDP2Strategy" in str(settings.get("strategy")):
+        shards = detect_launch().world_size if ranks is None else ranks
+        if shards < 1:
+            raise ConfigError(f"--ranks {ranks}: must be at least 1")
+    found = footprint(module, data, precision=precision, device="cuda" if on_gpu else "cpu", shards=shards)
     free = device_room(torch.device("cuda", 0)) if on_gpu else memory_free()
     findings = []
     if free is not None:

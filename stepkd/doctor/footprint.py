@@ -24,6 +24,7 @@ from stepkd.losses import VocabHead, cross_entropy
 from stepkd.models.adapter import adapter_folder, add_empty_adapter, add_lora
 from stepkd.models.head import backbone_of
 from stepkd.models.load import checkpoint_layers, model_config
+from stepkd.models.sharding import blocks_of
 from stepkd.models.spec import FrozenSpec, PolicySpec
 from stepkd.models.unpadded import check_unpadded, is_worth_it, unpadded_hidden
 
@@ -74,7 +75,7 @@ class Batch:
     """Whether the data were read, or the recipe's limits taken."""
 
 
-def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str = "cpu") -> Footprint:
+def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str = "cpu", shards: int = 1) -> Footprint:
     """Estimate a recipe's memory.
 
     Args:
@@ -82,6 +83,7 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
         data: its data module, not set up yet.
         precision: the Trainer's.
         device: ``cpu`` or ``cuda``.
+        shards: ranks that the model is cut up over (FSDP2); 1: it is whole.
 
     Raises:
         StepkdError: a model whose settings cannot be read.
@@ -111,6 +113,8 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
         "chunk of logits": heads * chunk,
     }
     _sampling(found, module, data, spec, batch, vocabulary)
+    if shards > 1:
+        _cut_up(found, module, model, precision, shards)
     found.held["allocator"] = int(ALLOCATOR[device] * found.peak)
     found.held["around"] = AROUND[device]
     return found
@@ -256,6 +260,27 @@ def _sampling(found: Footprint, module: Any, data: Any, spec: PolicySpec, batch:
         if sum(parts.values()) > sum(found.phases.get("sampling", {}).values()):
             found.phases["sampling"] = parts
             found.facts["sampling"] = f"{rows} rows of {batch.prompt + length:,} tokens"
+
+
+def _cut_up(found: Footprint, module: Any, model: Any, precision: str, shards: int) -> None:
+    """Every rank's share of what is held, and what is gathered: two blocks and the rest for a pass, all to sample."""
+    teacher = getattr(getattr(module, "teacher", None), "spec", None)
+    names = ["weights", "gradients", "optimiser (AdamW)", "running average"]
+    if teacher is not None and teacher.sharded:
+        names.append("teacher")
+    whole = {name: found.held[name] for name in names if name in found.held}
+    found.held |= {name: -(-size // shards) for name, size in whole.items()}
+    found.facts["cut up"] = f"over {shards} ranks"
+    smaller = 2 if "bf16-mixed" in precision else 1  # gathered in bfloat16, kept in float32
+    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks_of(_plain_model(model))]
+    rest = whole["weights"] - sum(blocks)
+    trained = whole["gradients"] / max(whole["weights"], 1)
+    found.phases["training"]["gathered blocks"] = int((2 * max(blocks) + rest) * (1 + trained)) // smaller
+    gathered = {"gathered weights": (whole["weights"] + whole.get("teacher", 0)) // smaller}
+    if "sampling" in found.phases:
+        found.phases["sampling"] |= gathered
+    elif module.prepares_with_model:
+        found.phases["before a step"] = gathered
 
 
 def cache_bytes(spec: PolicySpec, tokens: int) -> int:

@@ -189,3 +189,39 @@ def test_a_recipe_that_does_not_fit(
     assert "of 50 MiB free" in shown
     assert "micro_batch_tokens" in shown
     assert main(["doctor", "--config", str(tmp_path / "none.yaml")]) == 2
+
+
+def test_a_model_that_is_cut_up() -> None:
+    """A quarter of what is held each; two blocks and the rest for a pass, everything to sample."""
+    words = recipe(
+        "kdrl",
+        "data.init_args.train.options.n=16",
+        "model.init_args.policy.path=tiny-0.5m",
+        "model.init_args.teacher.path=tiny-0.1m",
+        "model.init_args.teacher.sharded=true",
+    )
+    whole, cut = (footprint(*check_fit(words), shards=shards) for shards in (1, 4))
+    for name in ("weights", "gradients", "optimiser (AdamW)", "teacher"):
+        assert cut.held[name] == pytest.approx(whole.held[name] / 4, abs=1)
+    weights = whole.held["weights"]
+    gathered = cut.phases["training"]["gathered blocks"]
+    assert 0.2 * weights < gathered < 2 * weights
+    assert cut.phases["sampling"]["gathered weights"] == weights + whole.held["teacher"]
+    mixed = footprint(*check_fit(words), precision="bf16-mixed", shards=4)
+    assert mixed.phases["training"]["gathered blocks"] == pytest.approx(gathered / 2, abs=1)
+    given = recipe("sft", "data.init_args.train.options.n=16", "model.init_args.validation.samples=0")
+    assert "before a step" not in footprint(*check_fit(given), shards=2).phases
+
+
+def test_the_command_knows_sharded_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    from stepkd.cli import main
+
+    root = Path(__file__).resolve().parents[2] / "recipes"
+    words = ["doctor", "--json", "--config", str(root / "tiny" / "sft.yaml"), "--config"]
+    sharded = [*words, str(root / "strategy" / "fsdp2.yaml")]
+    held = []
+    for line in ([*words, str(root / "strategy" / "single.yaml")], sharded, [*sharded, "--ranks", "8"]):
+        main(line)
+        held.append(json.loads(capsys.readouterr().out)["memory"]["held"]["weights"])
+    assert held[0] == held[1] == pytest.approx(8 * held[2], abs=8)
+    assert main([*sharded, "--ranks", "0"]) == 2
