@@ -14,7 +14,7 @@ import torch
 from stepkd.launch.logger import read_metrics
 
 METHODS = ["sft", "prm", "step_kto", "gkd", "kdrl"]
-WAYS = [("torchrun", "ddp"), ("accelerate", "fsdp2")]
+WAYS = [("torchrun", "ddp"), ("accelerate", "fsdp2"), ("accelerate", "ddp"), ("torchrun", "fsdp2")]
 
 
 def losses(folder: Path) -> list[float]:
@@ -50,8 +50,37 @@ def test_two_processes_train_as_one(method: str, runs: Callable[[str], Any]) -> 
     assert_done(made.fit("one"))
     assert len(losses(made.folder / "one")) == 6
     for launcher, strategy in WAYS:
-        assert_done(made.fit(strategy, ranks=2, launcher=launcher, strategy=strategy))
-        assert_same_training(made, strategy, "one")
+        name = f"{launcher}-{strategy}"
+        assert_done(made.fit(name, ranks=2, launcher=launcher, strategy=strategy))
+        assert_same_training(made, name, "one")
+
+
+@pytest.mark.slow
+def test_running_averages_are_cut_up_too(runs: Callable[[str], Any]) -> None:
+    """A teacher that is the student's average, and the average that validation uses; resumed in the middle."""
+    made = runs("self_distill")
+    average = ("--model.init_args.ema_decay", "0.5")
+    assert_done(made.fit("one", *average))
+    assert_done(made.fit("two", *average, ranks=2, strategy="fsdp2", stop_at="batch_end:3:SIGTERM"))
+    assert_done(made.fit("two", *average, "--resume", ranks=2, strategy="fsdp2"))
+    assert_same_training(made, "two", "one")
+    ours, theirs = (made.last(name)["stepkd"] for name in ("two", "one"))
+    for part in (("ema",), ("method_state", "itself", "weights")):
+        for name in part:
+            ours, theirs = ours[name], theirs[name]
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in theirs)
+        ours, theirs = (made.last(name)["stepkd"] for name in ("two", "one"))
+
+
+@pytest.mark.slow
+def test_mixed_precision_gathers_in_bfloat16(runs: Callable[[str], Any]) -> None:
+    made = runs("sft")
+    mixed = ("--trainer.precision", "bf16-mixed")
+    assert_done(made.fit("one", *mixed))
+    assert_done(made.fit("two", *mixed, ranks=2, strategy="fsdp2"))
+    assert losses(made.folder / "two") == pytest.approx(losses(made.folder / "one"), rel=0.02)
+    assert {value.dtype for value in made.last("two")["state_dict"].values()} == {torch.float32}
 
 
 @pytest.mark.slow
