@@ -5,9 +5,7 @@ Axes: N completion tokens of a micro-batch, C of one chunk, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
 
 import torch
@@ -20,12 +18,11 @@ from stepkd.errors import ConfigError, check_choice
 from stepkd.launch.preemption import STOP_REQUEST
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models import Policy, PolicySpec
-from stepkd.models.dropout import disable_dropout
-from stepkd.modules.base import Prepared, StepModule
-from stepkd.modules.checkpoint_state import check_frozen_model
+from stepkd.modules.base import Prepared
 from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
 from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
+from stepkd.modules.taught import TaughtModule
 from stepkd.randomness import generator
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
@@ -37,7 +34,7 @@ logger = logging.getLogger(__name__)
 Average = Literal["tokens", "sequences"]
 
 
-class GKDModule(StepModule):
+class GKDModule(TaughtModule):
     """GKD (Agarwal et al. 2024, arXiv 2306.13649): ``(1 - lambda) E_data D + lambda E_student D`` of a divergence D.
 
     No gradient goes through sampling. Dropout is off, so that the student that samples is the one that learns. What is
@@ -92,7 +89,6 @@ class GKDModule(StepModule):
         self.teacher = self._make_teacher(teacher)
         self._segmenter = get_segmenter(self.source.segmenter)
         self._divergence = self.divergence.function()
-        self._teacher_identity = ""
         self._focus: Focus | None = None
         self._fidelity: Fidelity | None = None
         self._vllm: VLLMSampler | ColocatedSampler | None = None
@@ -139,51 +135,14 @@ class GKDModule(StepModule):
 
     # ---- model -----------------------------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        """Load the student, switch its dropout off, and bind the teacher to it (once)."""
-        if self.policy is not None:
-            return
-        super().configure_model()
-        if disable_dropout(self.model):
-            logger.info("dropout is switched off: the student that samples is the one that learns")
-        if isinstance(self.teacher, SelfTeacher):
-            self.teacher.follow(self.model)
-        self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
-        self._teacher_identity = self.teacher.identity()
-
-    def on_fit_start(self) -> None:
-        """Refuse a teacher that was to be cut up and is not."""
-        super().on_fit_start()
-        if isinstance(self.teacher, LocalTeacher):
-            self.teacher.check_sharded()
-
-    def shard(self, mesh: Any) -> None:
-        """The teacher, too, if it asks for that."""
-        super().shard(mesh)
-        if isinstance(self.teacher, LocalTeacher):
-            self.teacher.shard(mesh)
-
-    def gathered(self) -> AbstractContextManager[Any]:
-        """With the teacher whole, too."""
-        whole = ExitStack()
-        whole.enter_context(super().gathered())
-        if isinstance(self.teacher, LocalTeacher):
-            whole.enter_context(self.teacher.gathered())
-        return whole
-
     def method_state(self) -> dict[str, Any]:
-        """Which teacher the run has learnt from; the weights of one that keeps up with the student."""
+        """With the weights of a teacher that keeps up with the student."""
         own = {"itself": self.teacher.state()} if isinstance(self.teacher, SelfTeacher) else {}
-        return {"teacher": self._teacher_identity, **own}
+        return super().method_state() | own
 
     def restore_method_state(self, state: dict[str, Any]) -> None:
-        """Refuse to go on under another teacher.
-
-        Raises:
-            ModelError: the teacher's weights are not those of the run so far.
-        """
-        earlier = state.get("teacher", self._teacher_identity)
-        check_frozen_model("under another teacher", earlier, self._teacher_identity, "teacher.path")
+        """Refuse to go on under another teacher; take back one that keeps up with the student."""
+        super().restore_method_state(state)
         self.adopt_method_state(state)
 
     def adopt_method_state(self, state: dict[str, Any]) -> None:

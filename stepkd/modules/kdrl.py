@@ -5,10 +5,8 @@ Axes: R completions of this rank, N completion tokens of a micro-batch, C of one
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +25,7 @@ from stepkd.losses import (
     tempered,
 )
 from stepkd.models import PolicySpec
-from stepkd.models.dropout import disable_dropout
-from stepkd.modules.base import Prepared, StepModule
-from stepkd.modules.checkpoint_state import check_frozen_model
+from stepkd.modules.base import Prepared
 from stepkd.modules.credit import Weigher
 from stepkd.modules.kdrl_objective import TokenObjective, TokenTerms
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
@@ -38,14 +34,13 @@ from stepkd.modules.rewards import Rewards, RewardSpec
 from stepkd.modules.rollouts import GroupSampler, Rollout, TokenView
 from stepkd.modules.sample_log import SampleLog
 from stepkd.modules.step_scores import load_step_scorer
+from stepkd.modules.taught import TaughtModule
 from stepkd.scorers import ScorerOptions
 from stepkd.teachers import LocalTeacher, TeacherSpec
 from stepkd.teachers.signals import Signals
 
-logger = logging.getLogger(__name__)
 
-
-class KDRLModule(StepModule):
+class KDRLModule(TaughtModule):
     """KDRL (arXiv 2506.02208): ``J = J_GRPO - beta KL(pi || teacher)`` on the policy's own samples.
 
     Without a teacher it is GRPO and its kin; with ``policy_loss.weight: 0`` on-policy distillation by the reverse KL
@@ -94,7 +89,6 @@ class KDRLModule(StepModule):
         self.steps_per_batch = self.policy_loss.inner_steps
         self._check_settings(teacher)
         self.teacher = None if teacher is None else LocalTeacher(teacher)
-        self._teacher_identity = ""
         self._groups: GroupSampler | None = None
         self._weigher: Weigher | None = None
         self._mismatch = Mismatch()
@@ -135,49 +129,9 @@ class KDRLModule(StepModule):
 
     # ---- model -----------------------------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        """Load the policy, switch its dropout off, and bind the teacher to it (once)."""
-        if self.policy is not None:
-            return
-        super().configure_model()
-        if disable_dropout(self.model):
-            logger.info("dropout is switched off: the policy that samples is the one that learns")
-        if self.teacher is not None:
-            self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
-            self._teacher_identity = self.teacher.identity()
-
-    def shard(self, mesh: Any) -> None:
-        """The teacher, too, if it asks for that."""
-        super().shard(mesh)
-        if isinstance(self.teacher, LocalTeacher):
-            self.teacher.shard(mesh)
-
-    def gathered(self) -> AbstractContextManager[Any]:
-        """With the teacher whole, too."""
-        whole = ExitStack()
-        whole.enter_context(super().gathered())
-        if isinstance(self.teacher, LocalTeacher):
-            whole.enter_context(self.teacher.gathered())
-        return whole
-
-    def method_state(self) -> dict[str, Any]:
-        """Which teacher the run has learnt from."""
-        return {"teacher": self._teacher_identity}
-
-    def restore_method_state(self, state: dict[str, Any]) -> None:
-        """Refuse to go on under another teacher.
-
-        Raises:
-            ModelError: the teacher's weights are not those of the run so far.
-        """
-        earlier = state.get("teacher", self._teacher_identity)
-        check_frozen_model("under another teacher", earlier, self._teacher_identity, "teacher.path")
-
     def on_fit_start(self) -> None:
         """Load what rewards and credits, so that a mistake there is said before anything is sampled."""
         super().on_fit_start()
-        if self.teacher is not None:
-            self.teacher.check_sharded()
         rewards = Rewards(self.reward_specs, self._sampled().grader)
         self._groups = GroupSampler(self.rollout, self.model, rewards, self.phases, self.seed)
         scorer = None
