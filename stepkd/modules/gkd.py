@@ -29,8 +29,6 @@ from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
 from stepkd.steps import get_segmenter
 from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServerTeacher, Teacher, TeacherSpec
 
-logger = logging.getLogger(__name__)
-
 Average = Literal["tokens", "sequences"]
 
 
