@@ -93,7 +93,8 @@ class PreferenceModule(StepModule):
             logger.info("dropout is switched off: policy and reference must be seen alike")
         attach_reference(self.model, self.reference_spec)
         self._reference_identity = reference_identity(self.model)
-        if self.packing == "on" and not self.model.can_pack:
+        packs = self.packing != "off" and self.model.can_pack  # looked at now, while no strategy has cut it up yet
+        if self.packing == "on" and not packs:
             raise ConfigError(
                 f"packing: on, and {type(self.model.causal_lm).__name__} with "
                 f"{self.model.causal_lm.config._attn_implementation} attention cannot read several completions in one "
