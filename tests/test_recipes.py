@@ -141,6 +141,27 @@ def test_every_strategy_composes_with_every_method(method: Path, strategy: Path)
             assert found.init_args[setting] == value
 
 
+def test_text_of_reward_options_stays_text() -> None:
+    """What YAML would read as a comment, a number or nothing, on the command line and in a recipe."""
+    options = {
+        "pattern": "#### ",
+        "a": "5",
+        "b": "null",
+        "c": ["#x", 1],
+        "d": {"e": "# f"},
+        "g": 2,
+        "h": None,
+        "i": 0.5,
+    }
+    given = [{"name": "package.module:function", "options": options}]
+    for build in (False, True):
+        cli = instantiate(
+            ROOT / "tiny" / "grpo.yaml", extra=("--model.init_args.rewards", yaml.safe_dump(given)), build=build
+        )
+        found = cli.model.reward_specs[0] if build else cli.config.model.init_args.rewards[0]
+        assert found.options == options
+
+
 def test_the_seed_reaches_module_and_data() -> None:
     cli = instantiate(ROOT / "tiny" / "sft.yaml", extra=("--seed_everything", "7"))
     assert (cli.model.seed, cli.datamodule.seed) == (7, 7)

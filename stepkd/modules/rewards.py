@@ -23,6 +23,8 @@ from stepkd.safe import check_import
 
 RewardFunction = Callable[..., Sequence[float]]
 BUILT_IN = ("accuracy", "format", "length", "steps")
+Option = str | bool | int | float | None
+"""Text first, and not ``Any``: a command line reads text under ``Any`` once more, and ``####`` becomes nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class RewardSpec:
     steps by ``scorer``. Or ``package.module:function`` in TRL's signature."""
     weight: float = 1.0
     """Factor in the sum."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Option | list[Option] | dict[str, Option]] = field(default_factory=dict)
     """``pattern``, ``limit``, ``scorer``, ``reduce``; further keyword arguments of a function of your own."""
 
     def __post_init__(self) -> None:
@@ -118,14 +120,17 @@ class Rewards:
         if spec.name == "accuracy":
             return lambda **columns: [float(right) for right in self.correct(columns)]
         if spec.name == "format":
+            given = spec.options["pattern"]
+            if not isinstance(given, str):
+                raise ConfigError(f"rewards: pattern={given!r} of 'format': must be text, a regular expression")
             try:
-                pattern = re.compile(str(spec.options["pattern"]), re.DOTALL)
+                pattern = re.compile(given, re.DOTALL)
             except re.error as error:
-                raise ConfigError(f"rewards: pattern {spec.options['pattern']!r}: {error}") from error
+                raise ConfigError(f"rewards: pattern {given!r}: {error}") from error
             return lambda completions, **_: [float(pattern.search(text) is not None) for text in completions]
         if spec.name == "length":
-            limit = int(spec.options["limit"])
-            if limit < 1:
+            limit = spec.options["limit"]
+            if not isinstance(limit, int) or limit < 1:
                 raise ConfigError(f"rewards: limit={limit} of 'length': must be at least 1 token")
             return lambda completion_ids, **_: [-max(0, len(ids) - limit) / limit for ids in completion_ids]
         if spec.name == "steps":

@@ -558,6 +558,7 @@ def test_rows_without_an_answer(rows: list[Any]) -> None:
         (lambda: RewardSpec("format"), "'format' needs the option 'pattern'"),
         (lambda: RewardSpec("length", options={"limit": 3, "max": 4}), "'length' has no option 'max'"),
         (lambda: RewardSpec(weight=math.nan), "weight=nan of 'accuracy'"),
+        (lambda: Rewards([RewardSpec("format", options={"pattern": None})], None), "pattern=None of 'format'"),  # type: ignore[arg-type]
         (lambda: Rewards([RewardSpec("format", options={"pattern": "("})], None), "pattern '\\('"),  # type: ignore[arg-type]
         (lambda: Rewards([RewardSpec("no.such:thing")], None), "cannot be imported"),  # type: ignore[arg-type]
         (lambda: Rewards([RewardSpec("math:pi")], None), "'math:pi' is a float, not a function"),  # type: ignore[arg-type]
