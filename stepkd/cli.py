@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"stepkd {stepkd.__version__}")
         return 0
-    if "--safe" in arguments or os.environ.get("STEPKD_SAFE"):
+    if "--safe" in arguments or os.environ.get("STEPKD_SAFE") == "1":
         arguments = [argument for argument in arguments if argument != "--safe"]
         import_module("stepkd.safe").enter()
     if not arguments:

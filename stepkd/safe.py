@@ -33,7 +33,7 @@ def enter() -> None:
 
 def is_safe() -> bool:
     """Whether safe mode is on."""
-    return bool(os.environ.get(_VARIABLE))
+    return os.environ.get(_VARIABLE) == "1"
 
 
 def check_import(path: str, setting: str) -> None:

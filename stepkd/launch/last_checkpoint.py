@@ -68,7 +68,8 @@ class LastCheckpoint(Checkpoint):
                 os.link(self.path, kept)
             except OSError:  # a file system without links
                 shutil.copyfile(self.path, kept)
-        steps = sorted(self.path.parent.glob("step=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+        steps = [path for path in self.path.parent.glob("step=*.ckpt") if path.stem.partition("=")[2].isdigit()]
+        steps.sort(key=lambda path: int(path.stem.partition("=")[2]))
         for old in steps[: -self.keep_previous]:
             old.unlink(missing_ok=True)
 

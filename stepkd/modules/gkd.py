@@ -124,6 +124,10 @@ class GKDModule(TaughtModule):
         for setting, clashes in (
             ("divergence.top_k: null (a server gives its likeliest tokens: set it)", self.divergence.top_k is None),
             ("divergence.kind: nkd (which needs the whole distribution)", self.divergence.kind == "nkd"),
+            (
+                "a temperature (not every server tempers the scores of given text)",
+                self.divergence.logits_temperature != 1,
+            ),
             ("source.teacher (a server's text is rolled out beforehand: stepkd label)", self.source.teacher > 0),
             ("fidelity (which needs the whole distribution: set it to null)", self.fidelity_spec is not None),
         ):
@@ -225,9 +229,14 @@ class GKDModule(TaughtModule):
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The divergence on given completions, sampled accuracy, and fidelity where it is asked for."""
         super().validation_step(batch, batch_idx, dataloader_idx)
-        if self.fidelity_spec is None or not batch.examples:
+        if self.fidelity_spec is None:
             return
-        with self._averaged(), self.phases.phase("fidelity", total=len(batch.examples)):
+        with self._averaged():  # every rank gathers what is cut up, also one without examples
+            if batch.examples:
+                self._add_fidelity(batch)
+
+    def _add_fidelity(self, batch: StepBatch) -> None:
+        with self.phases.phase("fidelity", total=len(batch.examples)):
             for name, (total, number) in self._measured()(batch.examples, batch.indices).items():
                 self._sums[f"metric/{name}"] += total
                 self._sums[f"number/{name}"] += number

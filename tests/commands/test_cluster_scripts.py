@@ -15,7 +15,7 @@ import pytest
 
 CLUSTER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 SRUN = """#!/bin/bash
-[ "$1" = --kill-on-bad-exit=1 ] && shift
+[ "$1" = --wait=120 ] && shift
 export SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=1 SLURM_NNODES=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
 export SLURM_JOB_NAME=stepkd SLURM_STEP_ID=0 SLURM_NODELIST=localhost
 exec "$@"

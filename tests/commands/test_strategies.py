@@ -149,3 +149,22 @@ def test_the_error_of_the_rank_that_failed_is_on_top(strategy: str, runs: Callab
     assert "rank      : 1" in summary
     assert "out of memory in the phase 'rollout'" in summary
     assert made.last("run")["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_a_rank_without_validation_rows_does_not_hold_up_the_other(runs: Callable[[str], Any]) -> None:
+    """One row for two ranks that hold half a model each: loss, samples and fidelity are those of one process."""
+    made = runs("gkd")
+    made.overlay["data"]["init_args"] = made.overlay["data"]["init_args"] | {"validation": {"options": {"n": 1}}}
+    made.overlay["trainer"]["val_check_interval"] = 3
+    made.overlay["model"]["init_args"] |= {"fidelity": {}, "validation": {"samples": 1, "max_new_tokens": 12}}
+    rows = []
+    for name, ways in (("one", {}), ("two", {"ranks": 2, "strategy": "fsdp2"})):
+        assert_done(made.fit(name, **ways))
+        rows.append([row for row in read_metrics(made.folder / name) if "val/loss" in row])
+    assert len(rows[0]) == 2
+    names = {name for name in rows[0][0] if name.startswith("val/")}
+    assert len(names) > 6
+    for ours, theirs in zip(*rows, strict=True):
+        assert names <= ours.keys() & theirs.keys()
+        assert all(ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4, nan_ok=True) for name in names)
