@@ -89,9 +89,15 @@ def shard(policy: Policy, mesh: DeviceMesh, *, param_dtype: torch.dtype | None =
     mixed = MixedPrecisionPolicy(
         param_dtype=param_dtype, reduce_dtype=None if param_dtype is None else torch.float32, cast_forward_inputs=False
     )
-    for block in blocks_of(policy.causal_lm):
+    blocks: list[Any] = blocks_of(policy.causal_lm)
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
-    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
+    root: Any = fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
+    # What a block fetches ahead in the backward pass would otherwise follow all forward passes since the last one, and
+    # ranks that sampled or validated differently often would wait for each other for ever.
+    for block, before in zip(blocks, [root, *blocks], strict=False):
+        block.set_modules_to_backward_prefetch([before])
+    root.set_modules_to_backward_prefetch([blocks[-1]])
     with torch.no_grad():
         policy(_nothing)  # its first forward pass makes it, and not a block, the root of its groups
     for module in _groups(policy):
