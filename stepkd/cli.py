@@ -16,6 +16,7 @@ from importlib import import_module
 import stepkd
 from stepkd.errors import StepkdError, nearest
 from stepkd.launch.failure import rank_name, tell_agent
+from stepkd.launch.leaving import leave_group
 
 TRAINER_COMMANDS = {
     "fit": "train a model from a recipe",
@@ -68,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would fill a log file with carriage returns
     try:
         if command in TRAINER_COMMANDS:
-            return int(import_module("stepkd.trainer_cli").run([command, *rest]))
+            code = int(import_module("stepkd.trainer_cli").run([command, *rest]))
+            leave_group()
+            return code
         if command in COMMANDS:
             module = import_module(f"stepkd.commands.{command.replace('-', '_')}")
             from stepkd.commands.suggestions import HelpfulParser

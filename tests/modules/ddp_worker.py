@@ -25,6 +25,7 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.errors import TrainingError
 from stepkd.launch import check_launch, trainer_defaults
+from stepkd.launch.leaving import leave_group
 from stepkd.launch.sharded import FSDP2Strategy
 from stepkd.losses import LossTerms
 from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
@@ -58,8 +59,11 @@ class PRMRecorder(Gradients, PRMModule):
 
 class Recorder(Gradients, SFTModule):
     poison = ""
+    summed: tuple[bool, ...] = ()
 
     def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        block = [p for name, p in self.model.trainable_parameters() if ".layers.0." in name]
+        self.summed += (all(p.grad is not None for p in block),)
         terms = super().loss_terms(micro_batch)
         if self.poison in micro_batch.ids:
             terms.sums["ce"] = terms.sums["ce"] + float("inf")
@@ -101,7 +105,7 @@ def main(out: str, num_rows: int, poison: int | None = None) -> None:
         os.write(1, f"RANK {os.environ.get('RANK', 0)} STOPPED: {error}\n".encode())  # in one piece
         return
     if result["rank"] == 0:
-        torch.save(result, out)
+        torch.save(result | {"summed": module.summed}, out)
 
 
 def train(module: Any, examples: list[Any]) -> dict[str, Any]:
@@ -135,3 +139,4 @@ if __name__ == "__main__":
         train_reward_models(sys.argv[1], int(sys.argv[2]))
     else:
         main(sys.argv[1], *map(int, sys.argv[2:]))
+    leave_group()
