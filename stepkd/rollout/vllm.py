@@ -4,28 +4,32 @@ An extra: ``pip install 'stepkd[vllm]'``, imported when it is asked for. The con
 speaks the server's protocol; **no GPU has run it**. A server's samples are keyed by a seed per prompt, so that a run
 repeats on it; they are not those that the transformers backend draws.
 
-A server is started beside the training, on GPUs of its own, with TRL's ``trl vllm-serve --model MODEL``.
+A server runs beside the training, on GPUs of its own; :data:`START` is how it is started.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
+from stepkd.rollout.merged import merged_weights, weight_facts
 from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec
 from stepkd.rollout.transformers_sampler import room_for
 
-START = "trl vllm-serve --model MODEL (pip install 'stepkd[vllm]')"
+START = (
+    """`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' """
+    "--logprobs-mode processed_logprobs --max-logprobs -1` (pip install 'stepkd[vllm]')"
+)
+"""How a server is started that can be given weights, samples and scores."""
 
 
 @dataclass(frozen=True)
@@ -71,44 +75,6 @@ def connect(address: str, *, group_port: int = 51216, timeout_s: float = 240.0) 
         raise ConfigError(
             f"no vLLM server answers at {address} within {timeout_s:g} s: start it with {START}"
         ) from error
-
-
-def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of the model that a server holds: adapters added to what they adapt, nothing changed in place.
-
-    Args:
-        model: a transformers causal language model, peft-wrapped or not, whole on this rank.
-
-    Yields:
-        Tied weights once, under the names of the plain model.
-    """
-    adapted: dict[str, Any] = {}
-    adapters: list[str] = []
-    if hasattr(model, "peft_config"):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        adapters = list(model.active_adapters)
-        adapted = {
-            f"{name}.base_layer.weight": module
-            for name, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer)
-        }
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".original_module." in name:
-            continue
-        value = parameter.detach()
-        if name in adapted:
-            value = (value.float() + _delta(adapted[name], adapters).to(value.device).float()).to(value.dtype)
-        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        for adapter in adapters:
-            plain = plain.replace(f".modules_to_save.{adapter}", "")
-        yield plain, value
-
-
-@torch.no_grad()
-def _delta(layer: Any, adapters: Sequence[str]) -> Tensor:
-    parts = [layer.get_delta_weight(adapter) for adapter in adapters if adapter in layer.lora_A]
-    return torch.stack(parts).sum(0) if parts else torch.zeros(())
 
 
 def to_rollout(
@@ -180,19 +146,24 @@ class VLLMSampler:
         """
         if self._version == version:
             return
-        self._version = version
         if not dist.is_initialized() or dist.get_rank() == 0:
-            try:
-                if self.client.communicator is None:
-                    self.client.init_communicator(device=self.policy.device)
-                weights = list(merged_weights(self.policy.model))
-                facts = [(name, str(w.dtype).removeprefix("torch."), list(w.shape)) for name, w in weights]
-                self.client.update_named_params(facts, iter(weights))
-                self.client.reset_prefix_cache()
-            except (NotImplementedError, RuntimeError) as error:
-                raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
+            facts = weight_facts(self.policy.model)
+            if self.client.communicator is None:
+                self._open()
+            self.client.update_named_params(facts, merged_weights(self.policy.model))
+            self.client.reset_prefix_cache()
         if dist.is_initialized():
             dist.barrier()
+        self._version = version
+
+    def _open(self) -> None:
+        """Open the group through which weights are sent."""
+        try:
+            self.client.init_communicator(device=self.policy.device)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
 
     def sample(
         self,
@@ -219,13 +190,17 @@ class VLLMSampler:
         def ask(number: int) -> list[Rollout]:
             limit = 1 if self.breaks_off is not None and self.breaks_off() else limits[number]
             key = stream_key(spec.seed, purpose, step, indices[number]) % 2**31
-            found = self._ask(number, list(prompts[number]), spec, limit, key)
-            if on_progress is not None:
-                on_progress(len(found))
-            return found
+            return self._ask(number, list(prompts[number]), spec, limit, key)
 
+        found = []
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            return list(pool.map(ask, range(len(prompts))))
+            for prompt, row in zip(prompts, pool.map(ask, range(len(prompts))), strict=True):
+                self.counts.prefill_tokens += len(prompt)
+                self.counts.generated_tokens += sum(len(each.token_ids) for each in row)
+                if on_progress is not None:
+                    on_progress(len(row))
+                found.append(row)
+        return found
 
     def _ask(self, number: int, prompt: list[int], spec: SamplingSpec, limit: int, key: int) -> list[Rollout]:
         extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
@@ -248,8 +223,6 @@ class VLLMSampler:
                 "or with those of another prompt: does it hold the policy's model and tokenizer?"
             )
         logprobs = answer["logprobs"]
-        self.counts.prefill_tokens += len(prompt)
-        self.counts.generated_tokens += sum(len(ids) for ids in found)
         return [to_rollout(self.policy, spec, (number, j), ids, logprobs[j], limit) for j, ids in enumerate(found)]
 
     def _check_server(self, spec: SamplingSpec) -> None:
@@ -260,7 +233,7 @@ class VLLMSampler:
         if mode != "processed_logprobs":
             raise ConfigError(
                 f"the vLLM server gives {mode}, which are not of the distribution that it samples from at temperature "
-                f"{spec.temperature:g}: start it with --logprobs-mode processed_logprobs (as {START} does)"
+                f"{spec.temperature:g}: start it with --logprobs-mode processed_logprobs, as in {START}"
             )
         self._checked = True
 
@@ -305,6 +278,7 @@ class ColocatedSampler:
         """Give the engine the policy's weights, once for every version."""
         if self._version != version:
             self._version = version
+            weight_facts(self.policy.model)  # refuses what cannot be merged
             for name, value in merged_weights(self.policy.model):
                 worker = self.engine.llm.llm_engine.model_executor.driver_worker
                 worker.model_runner.model.load_weights([(name, value)])

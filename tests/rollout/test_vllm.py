@@ -16,7 +16,8 @@ import torch
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec
 from stepkd.rollout import SamplingSpec
-from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, VLLMSpec, connect, make_sampler, merged_weights
+from stepkd.rollout.merged import merged_weights, weight_facts
+from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, VLLMSpec, connect, make_sampler
 from stepkd.teachers import HiddenSignals, ServerTeacher, TeacherSpec
 
 _FILE = Path(__file__).with_name("vllm_standin.py")
@@ -139,7 +140,15 @@ def test_prompts_that_leave_no_room(policy: Policy, server: Any) -> None:
         sampler(policy, server).sample([(5,) * int(policy.max_length or 0)], SamplingSpec())
 
 
-@pytest.mark.parametrize("lora", [None, LoraSpec(r=4), LoraSpec(r=4, modules_to_save=["lm_head"])])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        LoraSpec(r=4),
+        LoraSpec(r=4, modules_to_save=["lm_head"]),
+        LoraSpec(r=4, target_modules=["q_proj", "down_proj"]),
+    ],
+)
 def test_weights_that_are_sent(lora: LoraSpec | None, policy: Policy) -> None:
     """Those of the merged model under the plain names; the model itself is not touched."""
     assert policy.spec is not None
@@ -150,12 +159,77 @@ def test_weights_that_are_sent(lora: LoraSpec | None, policy: Policy) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
     before = {name: value.clone() for name, value in trained.model.state_dict().items()}
     sent = dict(merged_weights(trained.model))
+    facts = weight_facts(trained.model)
+    assert facts == [(name, "float32", list(value.shape)) for name, value in sent.items()]
     assert all(torch.equal(value, before[name]) for name, value in trained.model.state_dict().items())
     plain = trained.model if lora is None else trained.model.merge_and_unload()
     expected = dict(plain.named_parameters())
     assert sent.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(sent[name], value, atol=1e-6), name
+
+
+def adapted(policy: Policy, **settings: Any) -> Any:
+    """The tiny model under peft's own settings, with adapters that do something."""
+    from peft import LoraConfig, get_peft_model
+
+    assert policy.spec is not None
+    plain = Policy.load(PolicySpec(path=policy.spec.path)).model
+    if settings.pop("untied", False):
+        plain.config.tie_word_embeddings = False
+        plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    model = get_peft_model(plain, LoraConfig(r=2, **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def test_an_adapted_embedding_is_merged(policy: Policy) -> None:
+    model = adapted(policy, target_modules=["embed_tokens", "q_proj"], untied=True)
+    weight_facts(model)
+    sent = {name: value.clone() for name, value in merged_weights(model)}
+    before = model.get_base_model().get_input_embeddings().weight.detach().clone()
+    expected = dict(model.merge_and_unload().named_parameters())
+    assert sent.keys() == expected.keys()
+    assert all(torch.allclose(sent[name], value, atol=1e-6) for name, value in expected.items())
+    assert not torch.allclose(sent["model.embed_tokens.weight"], before, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_modules": ["q_proj"], "use_dora": True},
+            r"q_proj.* cannot be merged for vLLM: Dora.*more than a sum",
+        ),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias changes a bias"),
+        ({"target_modules": ["embed_tokens"]}, "the vocabulary head shares the weight"),
+    ],
+)
+def test_adapters_that_no_plain_model_equals(settings: dict[str, Any], message: str, policy: Policy) -> None:
+    with pytest.raises(ConfigError, match=message):
+        weight_facts(adapted(policy, **settings))
+
+
+def test_quantised_weights_are_not_sent(policy: Policy) -> None:
+    model = adapted(policy, target_modules=["q_proj"])
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ConfigError, match=r"up_proj.weight is quantised \(torch.int8\)"):
+        weight_facts(model)
+
+
+def test_memory_that_runs_out_is_not_a_mistake_in_the_recipe(policy: Policy, server: Any) -> None:
+    ours = sampler(policy, server)
+
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ours.client.init_communicator = full
+    with pytest.raises(torch.OutOfMemoryError):
+        ours.refresh(0)
 
 
 def test_weights_are_sent_once_a_version(policy: Policy, server: Any) -> None:
