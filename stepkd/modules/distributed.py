@@ -68,25 +68,15 @@ def check_micro_batches(strategy: Any, number: int) -> None:
 def gradient_sync(wrapped: Any, enabled: bool) -> Iterator[None]:
     """Synchronise gradients in this backward pass, or only accumulate them locally.
 
-    DDP skips its all-reduce inside ``no_sync``. FSDP2 modules want ``set_requires_gradient_sync`` instead (Lightning's
-    own ``block_backward_sync`` does nothing for them).
+    DDP skips its all-reduce inside ``no_sync``. FSDP2 goes on summing after every backward pass: what it adds up are a
+    rank's shares, where without it every rank would hold a whole gradient between the micro-batches of a step.
 
     Args:
         wrapped: what the strategy trains: the module itself, or its DDP wrapper.
         enabled: False for every micro-batch but the last.
     """
-    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        if enabled:
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not enabled:
+        with wrapped.no_sync():
             yield
-        else:
-            with wrapped.no_sync():
-                yield
-        return
-    sharded = (
-        [module for module in wrapped.modules() if hasattr(module, "set_requires_gradient_sync")]
-        if is_distributed()
-        else []
-    )
-    for module in sharded:
-        module.set_requires_gradient_sync(enabled, recurse=False)
-    yield
+    else:
+        yield

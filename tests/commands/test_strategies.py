@@ -74,13 +74,17 @@ def test_running_averages_are_cut_up_too(runs: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.slow
-def test_mixed_precision_gathers_in_bfloat16(runs: Callable[[str], Any]) -> None:
+def test_half_precision_in_parts(runs: Callable[[str], Any]) -> None:
+    """What is gathered in bfloat16 is looked at in tests/models/test_sharding.py."""
     made = runs("sft")
     mixed = ("--trainer.precision", "bf16-mixed")
     assert_done(made.fit("one", *mixed))
     assert_done(made.fit("two", *mixed, ranks=2, strategy="fsdp2"))
     assert losses(made.folder / "two") == pytest.approx(losses(made.folder / "one"), rel=0.02)
     assert {value.dtype for value in made.last("two")["state_dict"].values()} == {torch.float32}
+    assert_done(made.fit("true", "--trainer.precision", "bf16-true", ranks=2, strategy="fsdp2"))
+    assert losses(made.folder / "true") == pytest.approx(losses(made.folder / "one"), rel=0.05)
+    assert {value.dtype for value in made.last("true")["state_dict"].values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ def main(folder: str) -> None:
     ids = torch.arange(3, 11).unsqueeze(0)
     with torch.no_grad():
         expected = policy.head(policy.hidden(ids, torch.ones_like(ids)))
-    shard(policy, init_device_mesh("cpu", (2,)))
+    mesh = init_device_mesh("cpu", (2,))
+    shard(policy, mesh)
     seen["sharded"] = anonymous() - before
     seen["parts"] = all(is_sharded(p) for p in policy.parameters())
     parameters = dict(policy.named_parameters())
@@ -46,6 +47,11 @@ def main(folder: str) -> None:
                 found = policy.head(policy.hidden(ids, torch.ones_like(ids)))
                 seen["gap"] = float((found - expected).abs().max())
         seen["again"] = all(is_sharded(p) for p in policy.parameters())
+    mixed = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float32"))
+    shard(mixed, mesh, param_dtype=torch.bfloat16)
+    with mixed.gathered():
+        seen["gathered"] = sorted({str(p.dtype) for p in mixed.parameters()})
+    seen["kept"] = sorted({str(p.dtype) for p in mixed.parameters()})
     sys.stdout.write(json.dumps(seen) + "\n")
     dist.barrier()
     dist.destroy_process_group()

@@ -73,6 +73,12 @@ def test_ranks_do_different_work_in_a_gathered_block(ranks: list[dict[str, Any]]
     assert all(seen["again"] for seen in ranks)
 
 
+def test_mixed_precision_gathers_in_bfloat16(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["gathered"] == ["torch.bfloat16"]
+        assert seen["kept"] == ["torch.float32"]
+
+
 def test_what_cannot_be_cut() -> None:
     policy = Policy.load(PolicySpec(path="tiny-0.1m"))
     assert len(blocks_of(policy.causal_lm)) == policy.causal_lm.config.num_hidden_layers

@@ -61,10 +61,15 @@ def test_two_processes_equal_one(
 def test_two_processes_with_half_a_model_each_equal_one(
     rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
 ) -> None:
-    """FSDP2; with one row, rank 1 has nothing but fillers, and gathers weights all the same."""
+    """FSDP2; with one row, rank 1 has nothing but fillers, and gathers weights all the same.
+
+    Micro-batch by micro-batch the gradients are summed over ranks: no rank holds whole ones until the last.
+    """
     two = launch(LAUNCHERS["torchrun"], tmp_path / "two.pt", rows, STRATEGY="fsdp2")
     one = single[rows]
     assert two["world"] == 2
+    assert two["summed"].count(False) == 2, "a step begins without gradients, and there are two"
+    assert len(two["summed"]) > 2 or rows == 1
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert distance(two["gradients"], one["gradients"]) < 1e-10
     assert distance(two["weights"], one["weights"]) < 1e-8
