@@ -79,7 +79,8 @@ class StepModule(EvaluationLoops):
     """Whether a step in which no rank has a single item is skipped (it is an error otherwise)."""
 
     prepares_with_model = False
-    """Whether :meth:`prepare` runs the policy: where it is cut up over ranks (FSDP2) it is gathered for it."""
+    """Whether :meth:`prepare` runs the policy before it gives its first step: where the policy is cut up over ranks
+    (FSDP2) it is gathered until then."""
     scores_steps = False
     """Whether the method trains a step head; any other method refuses a reward model as its policy."""
     labels_give_accuracy = False
@@ -279,14 +280,13 @@ class StepModule(EvaluationLoops):
         self.position = batch.next_position
 
     def _prepared(self, batch: StepBatch) -> Iterator[Prepared]:
-        """What :meth:`prepare` gives, with the whole model in place for as long as it works, if it asks for that."""
+        """What :meth:`prepare` gives, with the whole model in place until its first step, if it asks for that."""
         found = iter(self.prepare(batch))
-        while True:
-            with self.gathered() if self.prepares_with_model else nullcontext():
-                prepared = next(found, None)
-            if prepared is None:
-                return
-            yield prepared
+        with self.gathered() if self.prepares_with_model else nullcontext():
+            first = next(found, None)
+        if first is not None:
+            yield first
+            yield from found
 
     def _optimizer_step(self, prepared: Prepared, filler: MicroBatch, *, begins: bool) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.

@@ -56,6 +56,7 @@ class KTOModule(PreferenceModule):
         self.beta = beta
         self.class_weights = _checked_weights("class_weights", class_weights)
         self.point_spec = reference_point or ReferencePointSpec()
+        self.prepares_with_model |= self.point_spec.needs_mismatches or self.point_spec.needs_batch
         self._estimator = PointEstimator(self.point_spec)
         self._points = Points()
 

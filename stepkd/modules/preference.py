@@ -48,7 +48,6 @@ class PreferenceModule(StepModule):
             :class:`~stepkd.modules.base.StepModule`.
     """
 
-    prepares_with_model = True
     feedback = ""
     """What the method learns from: matched with the data module."""
 
@@ -68,6 +67,7 @@ class PreferenceModule(StepModule):
         super().__init__(policy, optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed)
         check_choice("packing", packing, ("auto", "on", "off"))
         self.reference_spec = reference or ReferenceSpec()
+        self.prepares_with_model = not self.reference_spec.cache
         self.packing = packing
         self._cache: ReferenceCache | None = None
         self._reference_identity = ""

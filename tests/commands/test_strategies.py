@@ -74,6 +74,17 @@ def test_running_averages_are_cut_up_too(runs: Callable[[str], Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_cached_reference_gathers_nothing(runs: Callable[[str], Any]) -> None:
+    """Without reference points nothing is computed before a step: the reference comes from the cache."""
+    made = runs("step_kto")
+    cached = ("--model.init_args.reference.cache", "true")
+    cached += ("--model.init_args.reference_point", '{"outcome": "zero", "step": "zero"}')
+    assert_done(made.fit("one", *cached))
+    assert_done(made.fit("two", *cached, ranks=2, strategy="fsdp2"))
+    assert_same_training(made, "two", "one")
+
+
+@pytest.mark.slow
 def test_half_precision_in_parts(runs: Callable[[str], Any]) -> None:
     """What is gathered in bfloat16 is looked at in tests/models/test_sharding.py."""
     made = runs("sft")

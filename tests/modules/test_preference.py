@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepkd.models import LoraSpec, Policy, PolicySpec
-from stepkd.modules import ReferencePointSpec, ReferenceSpec
+from stepkd.modules import DPOModule, ReferencePointSpec, ReferenceSpec, StepKTOModule
 
 _SPEC = importlib.util.spec_from_file_location("preference_worker", Path(__file__).with_name("preference_worker.py"))
 assert _SPEC is not None
@@ -21,6 +21,7 @@ worker = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
 
 TOLERANCE = 1e-10
+ZERO = {"outcome": "zero", "step": "zero"}
 LAYOUTS = [
     {},
     {"packing": "off"},
@@ -295,6 +296,18 @@ def test_a_policy_that_is_its_reference_has_values_of_one_half(examples: list[An
     assert float(found["train/step"]) == pytest.approx(0.5, abs=1e-7)
     pairs = worker.run(worker.DPO, worker.pair_examples(), reference=ReferenceSpec())
     assert float(pairs.trainer.callback_metrics["train/dpo"]) == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cache", "points", "runs"),
+    [(False, {}, True), (True, {}, True), (True, {"outcome": "batch", "step": "zero"}, True), (True, ZERO, False)],
+)
+def test_what_is_computed_before_a_step(cache: bool, points: dict[str, Any], runs: bool) -> None:
+    """A model that is cut up over ranks is gathered for it."""
+    point, reference = ReferencePointSpec(**points), ReferenceSpec(cache=cache)
+    module = StepKTOModule(PolicySpec(path="tiny-0.1m"), reference, reference_point=point)
+    assert module.prepares_with_model == runs
+    assert DPOModule(PolicySpec(path="tiny-0.1m"), reference).prepares_with_model != cache
 
 
 def test_adapters_off_equal_a_copy(examples: list[Any], distance: Callable[..., float]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,34 @@ def test_a_batch_without_targets_is_refused(examples: Any, trainer: Any) -> None
     module = Blind(PolicySpec(path="tiny-0.1m"), STEADY)
     with pytest.raises(TrainingError, match="no row of the batch has a single target"):
         trainer().fit(module, train_dataloaders=loader_of(examples, module))
+
+
+def test_the_model_is_gathered_once_for_all_steps_of_a_batch(examples: Any, trainer: Any) -> None:
+    """And only by a method whose prepare() runs it."""
+
+    class TwoSteps(SFTModule):
+        steps_per_batch = 2
+        events: list[str]
+
+        def prepare(self, batch: Any) -> Iterator[Any]:
+            self.events.append("prepared")
+            for _ in range(2):
+                yield self.prepare_examples(batch.examples)
+
+        @contextmanager
+        def gathered(self) -> Iterator[None]:
+            self.events.append("gathered")
+            yield
+            self.events.append("cut up")
+
+        def after_step(self) -> None:
+            self.events.append("step")
+
+    for prepares, expected in ((False, ["prepared"]), (True, ["gathered", "prepared", "cut up"])):
+        module = TwoSteps(PolicySpec(path="tiny-0.1m"), STEADY)
+        module.prepares_with_model, module.events = prepares, []
+        trainer(max_steps=2).fit(module, train_dataloaders=loader_of(examples, module))
+        assert module.events == [*expected, "step", "step"]
 
 
 def test_loss_weights_scale_the_component(examples: Any, one_step: Any) -> None:
