@@ -31,6 +31,8 @@ from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
 from stepkd.safe import check_import
 
+WHOLE = {"bf16-true": "bfloat16", "64-true": "float64", "64": "float64"}
+"""Lightning's names for a module that is converted as a whole, and the dtype of its weights."""
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
 
 
@@ -228,6 +230,11 @@ def _refuse_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
         raise ConfigError(
             "trainer.accumulate_grad_batches is not used: one batch is one optimiser step. Set "
             "data.init_args.global_batch_size, and model.init_args.micro_batch_tokens for memory"
+        )
+    if dtype := WHOLE.get(str(settings.get("precision"))):
+        raise ConfigError(
+            f"trainer.precision {settings['precision']}: the weights' dtype is the model's own here, so set "
+            f"model.init_args.policy.dtype to {dtype} (with trainer.precision 32-true, the default)"
         )
     limits = (
         settings.get("max_steps", -1) != -1,

@@ -49,7 +49,6 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Cut the module up, then set it up as Lightning does."""
         module: Any = self.lightning_module
-        self.precision_plugin.convert_module(module)  # before it is cut up: afterwards no dtype can change
         module.shard(self.device_mesh["data_parallel"])
         super().setup(trainer)
 

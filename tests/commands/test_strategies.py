@@ -93,9 +93,10 @@ def test_half_precision_in_parts(runs: Callable[[str], Any]) -> None:
     assert_done(made.fit("two", *mixed, ranks=2, strategy="fsdp2"))
     assert losses(made.folder / "two") == pytest.approx(losses(made.folder / "one"), rel=0.02)
     assert {value.dtype for value in made.last("two")["state_dict"].values()} == {torch.float32}
-    assert_done(made.fit("true", "--trainer.precision", "bf16-true", ranks=2, strategy="fsdp2"))
-    assert losses(made.folder / "true") == pytest.approx(losses(made.folder / "one"), rel=0.05)
-    assert {value.dtype for value in made.last("true")["state_dict"].values()} == {torch.bfloat16}
+    whole = ("--model.init_args.policy.dtype", "bfloat16")
+    assert_done(made.fit("half", *whole, ranks=2, strategy="fsdp2"))
+    assert losses(made.folder / "half") == pytest.approx(losses(made.folder / "one"), rel=0.05)
+    assert {value.dtype for value in made.last("half")["state_dict"].values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow
