@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import stepkd
-from stepkd.errors import StepkdError, nearest
+from stepkd.errors import MachineError, StepkdError, nearest
 from stepkd.launch.failure import rank_name, tell_agent
 from stepkd.launch.leaving import leave_group
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StepkdError as error:
         tell_agent(error)
         print(f"stepkd {command}{rank_name()}: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, MachineError) else 2
     except Exception as error:
         tell_agent(error)
         raise

@@ -1,7 +1,8 @@
 """Errors that are meant for the person at the keyboard.
 
 Every error a user can cause derives from :class:`StepkdError`. The command line prints its message without a
-traceback and exits with code 2; library users can catch one class. Messages name the value, the place and the fix.
+traceback and exits with code 2 (1 for :class:`MachineError`); library users can catch one class. Messages name the
+value, the place and the fix.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ class ModelError(StepkdError):
 
 class TrainingError(StepkdError):
     """Training cannot go on: a non-finite loss or gradient, or a batch without a single target."""
+
+
+class MachineError(TrainingError):
+    """Training that the machine ended, and no mistake in the input: memory ran out, or another process is gone."""
 
 
 class DataError(StepkdError):

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stepkd.commands.suggestions import suggestions
-from stepkd.errors import ConfigError, StepkdError
+from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.launch import RunDir, check_launch, trainer_defaults
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
 from stepkd.launch.failure import explained
@@ -270,12 +270,16 @@ def run(arguments: Sequence[str]) -> int:
     except Preempted as stopped:
         return _after_preemption(stopped)
     except BaseException as error:  # an interrupted run is recorded too
-        words = explained(error, getattr(_PendingCLI.current, "model", None))
+        cli = _PendingCLI.current
+        run_dir = None if cli is None else cli.run_dir
+        words = explained(
+            error, getattr(cli, "model", None), None if run_dir is None else run_dir.checkpoints / "last.ckpt"
+        )
         _mark_failed(words or error)
         root = words or _user_mistake(error)
         if root is not None and root is not error:
             raise root from error
-        if isinstance(error, SystemExit | KeyboardInterrupt) and _PendingCLI.current is not None:
+        if isinstance(error, SystemExit | KeyboardInterrupt) and cli is not None:
             raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into an exit
         raise
     return 0
@@ -378,7 +382,8 @@ def _mark_failed(error: BaseException) -> None:
     cli = _PendingCLI.current
     if cli is None or cli.run_dir is None:
         return
-    if _user_mistake(error) is None or not cli.run_dir.abandon():
+    mistake = _user_mistake(error)
+    if mistake is None or isinstance(mistake, MachineError) or not cli.run_dir.abandon():
         text = str(error).splitlines()[0] if str(error) else ""
         with contextlib.suppress(ConfigError):  # a full disk must not hide the error itself
             cli.run_dir.mark_failed(f"{type(error).__name__}: {text}")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from stepkd.errors import StepkdError, TrainingError
+from stepkd.errors import MachineError, StepkdError
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _PEER = re.compile(
@@ -36,38 +37,42 @@ def tell_agent(error: BaseException) -> None:
     get_error_handler().record_exception(error)
 
 
-def explained(error: BaseException, module: Any = None) -> StepkdError | None:
+def explained(error: BaseException, module: Any = None, last: Path | None = None) -> MachineError | None:
     """The same failure in words, where it is one of the machine and not of the code; else None.
 
     Args:
         error: what was raised.
         module: the training module, for its phase and settings; None before there is one.
+        last: where the run keeps its last checkpoint, if it keeps one.
     """
     if not isinstance(error, RuntimeError | MemoryError) or isinstance(error, StepkdError):
         return None
     text = str(error)
     if isinstance(error, MemoryError) or _MEMORY.search(text):
-        return TrainingError(_memory(text, module))
+        return MachineError(_memory(text, module, last))
     if _PEER.search(text):
-        return TrainingError(
+        return MachineError(
             "another process of this run has ended, and this one waited for it: its own error says why (the launcher "
             f"reports the first that failed as the root cause). Here it came as: {_first_line(text)}"
         )
     return None
 
 
-def _memory(text: str, module: Any) -> str:
+def _memory(text: str, module: Any, last: Path | None) -> str:
     phase = getattr(getattr(module, "phases", None), "interrupted", None)
     size = getattr(module, "micro_batch_tokens", None)
     where = "" if phase is None else f" in the phase {phase.name!r}"
     first = "model.init_args.micro_batch_tokens" + ("" if size is None else f" (now {size}; half of it")
     first += "" if size is None else ", the gradient stays the same)"
     more = "; while sampling, a smaller max_rows" if phase is not None and "rollout" in phase.name else ""
+    kept = "" if last is None else "No checkpoint was written yet. "
+    if last is not None and last.is_file():
+        kept = f"{last} is intact: --resume goes on from it. "
     return (
         f"out of memory{where}. Three settings take less, in this order: {first}; "
         "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "
         f"(recipes/strategy/fsdp2.yaml) in place of all weights on every device{more}. `stepkd doctor --config ...` "
-        f"foretells the need. The last checkpoint is intact. ({_first_line(text)})"
+        f"foretells the need. {kept}({_first_line(text)})"
     )
 
 

@@ -2,7 +2,8 @@
 
 ``STOP_AT`` holds the point, ``PHASE:STEP:SIGNAL``: the optimiser step that is about to be taken when the phase
 (``optimizer``, ``batch_end``, or one that the module opens, ``rollout`` for instance) is next seen. The signal
-``MEMORY`` raises what torch raises when memory runs out. With ``STOP_RANK`` only that rank ends.
+``MEMORY`` raises what torch raises when memory runs out. With ``STOP_RANK`` only that rank ends. The file ``.ended``
+beside ``out`` is as old as that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -34,6 +36,7 @@ class Stopper(Callback):
     def reached(self, phase: str) -> None:
         if self.point[0] == phase and self.module.global_step == int(self.point[1]):
             name, self.point = self.point[2], [""]
+            Path(f"{self.out}.ended").touch()
             if name == "MEMORY":
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
             os.kill(os.getpid(), getattr(signal, name))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from stepkd.errors import ConfigError, TrainingError
+from stepkd.errors import ConfigError, MachineError
 from stepkd.launch import PhaseTracker
 from stepkd.launch.failure import explained, rank_name
 
@@ -23,7 +24,7 @@ from stepkd.launch.failure import explained, rank_name
 )
 def test_memory_that_ran_out_names_three_settings(error: Exception) -> None:
     found = explained(error, SimpleNamespace(micro_batch_tokens=512))
-    assert isinstance(found, TrainingError)
+    assert isinstance(found, MachineError)
     for words in ("micro_batch_tokens (now 512", "gradient_checkpointing: true", "policy.lora", "fsdp2.yaml", "doctor"):
         assert words in str(found)
     assert "max_rows" not in str(found)
@@ -42,10 +43,18 @@ def test_the_phase_is_named_from_the_wreck() -> None:
         assert phases.interrupted is None
 
 
+def test_the_checkpoint_is_named_where_there_is_one(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    assert "No checkpoint was written yet" in str(explained(MemoryError(), None, last))
+    last.touch()
+    assert f"{last} is intact: --resume goes on" in str(explained(MemoryError(), None, last))
+    assert "checkpoint" not in str(explained(MemoryError())).replace("gradient_checkpointing", "")
+
+
 def test_a_peer_that_is_gone() -> None:
     error = RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:41234\nmore")
     found = explained(error)
-    assert isinstance(found, TrainingError)
+    assert isinstance(found, MachineError)
     assert "another process of this run has ended" in str(found)
     assert "more" not in str(found)
 
