@@ -71,6 +71,8 @@ def fused_sum(
     if any(hasattr(parameter, "full_tensor") for parameter in trained):
         raise RuntimeError("the head is sharded and not gathered: compute the loss in the policy's forward pass")
     constants = tuple(tensor.detach() for tensor in (weights_N, *per_position))
+    if not torch.is_grad_enabled():  # nobody will ask for the gradients that are made on the way
+        hidden_NH, trained = hidden_NH.detach(), []
     total, values = _FusedSum.apply(fn, head, chunk_size, constants, hidden_NH, *trained)
     return total, values
 

@@ -128,6 +128,20 @@ def test_every_logit_is_made_once() -> None:
     assert hidden.grad is not None
 
 
+def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation, say: the same sum and values, without a backward pass over the vocabulary."""
+    linear, hidden = nn.Linear(H, V, dtype=torch.float64), torch.randn(N, H, dtype=torch.float64, requires_grad=True)
+    targets = torch.arange(N)
+    expected = fused_sum(target_logps, VocabHead(linear), hidden, weights(), targets, chunk_size=3)
+    calls: list[int] = []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: calls.append(1))
+    with torch.no_grad():
+        found = fused_sum(target_logps, VocabHead(linear), hidden, weights(), targets, chunk_size=3)
+    assert not calls
+    assert torch.equal(found[0], expected[0].detach())
+    assert torch.equal(found[1], expected[1])
+
+
 def test_what_is_not_trained_gets_no_gradient() -> None:
     linear = nn.Linear(H, V).requires_grad_(False)
     targets = torch.zeros(N, dtype=torch.int64)
