@@ -28,9 +28,12 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append columns; see ``DynamicLayer.update``."""
+        if not self.is_initialized:  # it was reset
+            self._rooms = None
+            return super().update(key_states, value_states, *args, **kwargs)
         seen = self.keys.shape[-2]
         width = seen + key_states.shape[-2]
-        if self._rooms is None or width > self._rooms[0].shape[-2]:
+        if self._rooms is None or width > self._rooms[0].shape[-2] or not self._is_in(self._rooms):
             size = width + max(LEAST_ROOM, width // 4)
             self._rooms = (_roomy(self.keys, size), _roomy(self.values, size))
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
@@ -38,8 +41,12 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[..., :width, :] for room in self._rooms)
         return self.keys, self.values
 
+    def _is_in(self, rooms: tuple[Tensor, Tensor]) -> bool:
+        """Whether the columns still lie in their rooms: rows may have been repeated, reordered or replaced."""
+        return len(self.keys) == len(rooms[0]) and self.keys.data_ptr() == rooms[0].data_ptr()
+
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows; the next column makes a room of their own."""
+        """Keep some rows, and let go of the room of all at once."""
         super().batch_select_indices(indices)
         self._rooms = None
 

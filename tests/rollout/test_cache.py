@@ -64,6 +64,29 @@ def test_a_copy_has_room_of_its_own() -> None:
     assert torch.equal(other.layers[0].keys[..., 5:, :], columns(1, seed=5)[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), 3),
+        (lambda cache: cache.batch_repeat_interleave(2), 6),
+        (lambda cache: cache.crop(-2), 3),
+        (lambda cache: cache.reset(), 3),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), 1),
+    ],
+)
+def test_rows_that_something_else_moves(change: Any, rows: int) -> None:
+    plain, roomy = both(5)
+    for cache in (plain, roomy):
+        cache.update(*columns(1), 0)
+        cache.update(*columns(1), 1)
+        change(cache)
+    for step in range(3):
+        for layer in range(2):
+            new = columns(1, rows, seed=step)
+            for ours, theirs in zip(roomy.update(*new, layer), plain.update(*new, layer), strict=True):
+                assert torch.equal(ours, theirs)
+
+
 def test_other_layers_stay() -> None:
     cache = DynamicCache()
     cache.layers = [DynamicSlidingWindowLayer(sliding_window=4)]
