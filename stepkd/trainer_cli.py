@@ -84,6 +84,7 @@ class StepkdCLI(LightningCLI):
     """LightningCLI whose runs live in a folder that is never silently overwritten."""
 
     run_dir: RunDir | None = None
+    last: LastCheckpoint | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of stepkd beside Lightning's own."""
@@ -153,8 +154,12 @@ class StepkdCLI(LightningCLI):
                 kwargs["default_root_dir"] = str(self.run_dir.path)
             if config.trainer.get("logger") in (None, True):
                 kwargs["logger"] = JsonlLogger(self.run_dir.path)
-            callbacks.append(SaveWhenPreempted(self.run_dir.checkpoints / "last.ckpt"))
-            callbacks += _checkpoints(self.run_dir, config.checkpoint, has_validation=_has_validation(config))
+            spec = config.checkpoint
+            self.last = LastCheckpoint(self.run_dir.checkpoints / "last.ckpt", spec.every_n_steps, spec.keep_previous)
+            callbacks.append(SaveWhenPreempted(self.last))
+            if _has_validation(config):
+                callbacks.append(_best(self.run_dir, spec))
+            callbacks.append(self.last)  # after the best one, so that the state it saves knows the newest best score
         elif config.trainer.get("logger") is None:
             kwargs["logger"] = False
         if self.run_dir is not None and self.subcommand == "predict":
@@ -170,8 +175,8 @@ class StepkdCLI(LightningCLI):
         """Keep the final state, and say what to do next."""
         if self.run_dir is None:
             return
-        last = self.run_dir.checkpoints / "last.ckpt"
-        self.trainer.save_checkpoint(last)
+        assert self.last is not None
+        self.last.save(self.trainer)
         self.run_dir.mark_finished()
         if self.trainer.is_global_zero:
             print(f"\nfinished after {self.trainer.global_step} steps: {self.run_dir.path}")
@@ -203,23 +208,17 @@ def _has_validation(config: Any) -> bool:
     return config.data is not None and config.data.init_args.get("validation") is not None
 
 
-def _checkpoints(run: RunDir, spec: Any, *, has_validation: bool) -> list[Callback]:
-    callbacks: list[Callback] = []
-    if has_validation:
-        best = BestCheckpoint(
-            dirpath=str(run.checkpoints),
-            filename="best",
-            monitor=spec.monitor,
-            mode=spec.mode,
-            save_top_k=1,
-            enable_version_counter=False,
-            auto_insert_metric_name=False,
-            save_on_train_epoch_end=False,
-        )
-        callbacks.append(best)
-    # After the best one, so that the state it saves knows the newest best score.
-    callbacks.append(LastCheckpoint(run.checkpoints / "last.ckpt", spec.every_n_steps, spec.keep_previous))
-    return callbacks
+def _best(run: RunDir, spec: Any) -> BestCheckpoint:
+    return BestCheckpoint(
+        dirpath=str(run.checkpoints),
+        filename="best",
+        monitor=spec.monitor,
+        mode=spec.mode,
+        save_top_k=1,
+        enable_version_counter=False,
+        auto_insert_metric_name=False,
+        save_on_train_epoch_end=False,
+    )
 
 
 def _refuse_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:

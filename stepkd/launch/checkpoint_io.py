@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,23 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from stepkd.errors import StepkdError
 from stepkd.models.checkpoint import read_checkpoint
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Writing a checkpoint, with its failures in words.
+
+    Raises:
+        StepkdError: the disk is full or the folder cannot be written; the previous checkpoint is intact.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer
+        raise StepkdError(
+            f"cannot write the checkpoint {path} ({error}): the previous checkpoint is intact. Free some space (or "
+            "fix the folder's permissions) and go on with --resume"
+        ) from error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,25 +48,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for left in path.parent.glob(f".{path.name}.*.tmp"):
-                left.unlink(missing_ok=True)  # of a process that was killed while it wrote
-            with open(temporary, "wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except (OSError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError of its zip writer
-            raise StepkdError(
-                f"cannot write the checkpoint {path} ({error}): the previous checkpoint is intact. Free some space (or "
-                "fix the folder's permissions) and go on with --resume"
-            ) from error
+            with told(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                for left in path.parent.glob(f".{path.name}.*.tmp"):
+                    left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+                with open(temporary, "wb") as stream:
+                    torch.save(checkpoint, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(temporary, path)
+                folder = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(folder)
+                finally:
+                    os.close(folder)
         finally:
             with contextlib.suppress(OSError):  # must not hide the error itself
                 temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from stepkd.launch.checkpoint_files import is_whole
+from stepkd.launch.checkpoint_io import told
 
 
 class LastCheckpoint(Checkpoint):
@@ -45,17 +46,23 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step // self.every_n_steps > self._saved_at // self.every_n_steps:
             self._due = True
             if not _validation_follows(trainer):
-                self._save(trainer)
+                self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what waited for the validation."""
         if self._due and not trainer.sanity_checking:
-            self._save(trainer)
+            self.save(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
+        """Write it now, on all ranks; the one before stays where earlier ones are kept.
+
+        Raises:
+            StepkdError: the disk is full or the folder cannot be written; what was there is intact.
+        """
         self._due = False
-        if trainer.is_global_zero and self.keep_previous:
-            self._keep(f"step={self._saved_at}.ckpt")
+        if trainer.is_global_zero and self.keep_previous and self._saved_at not in (None, trainer.global_step):
+            with told(self.path):
+                self._keep(f"step={self._saved_at}.ckpt")
         self._saved_at = trainer.global_step
         trainer.save_checkpoint(self.path, weights_only=False)
 
@@ -67,11 +74,23 @@ class LastCheckpoint(Checkpoint):
             try:
                 os.link(self.path, kept)
             except OSError:  # a file system without links
-                shutil.copyfile(self.path, kept)
+                _copy(self.path, kept)
         steps = [path for path in self.path.parent.glob("step=*.ckpt") if path.stem.partition("=")[2].isdigit()]
         steps.sort(key=lambda path: int(path.stem.partition("=")[2]))
         for old in steps[: -self.keep_previous]:
             old.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A whole copy or none, whatever ends this process."""
+    for left in target.parent.glob(".step=*.tmp"):
+        left.unlink(missing_ok=True)  # of a process that was killed while it copied
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

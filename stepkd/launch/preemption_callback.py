@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from stepkd.launch.last_checkpoint import LastCheckpoint
 from stepkd.launch.preemption import STOP_REQUEST, Preempted
 
 
@@ -18,11 +18,11 @@ class SaveWhenPreempted(Callback):
     stops between batches only, without a checkpoint.
 
     Args:
-        path: the checkpoint to write.
+        last: writes the checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, last: LastCheckpoint) -> None:
+        self.last = last
         self._restore: Callable[[], None] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -32,7 +32,7 @@ class SaveWhenPreempted(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save, on all ranks, when that is why the run ends."""
         if isinstance(exception, Preempted):
-            trainer.save_checkpoint(self.path, weights_only=False)
+            self.last.save(trainer)
         self._stop_listening()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -120,9 +120,59 @@ def test_earlier_ones_stay_and_a_torn_last_one_sends_back_to_them(tmp_path: Path
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 12
 
 
+def test_the_last_save_of_all_keeps_the_one_before(tmp_path: Path) -> None:
+    """And writing one step twice keeps nothing twice."""
+    trainer: Any = SimpleNamespace(global_step=0, is_global_zero=True)
+    trainer.save_checkpoint = lambda path, **_: AtomicCheckpointIO().save_checkpoint(
+        checkpoint(trainer.global_step), path
+    )
+    callback = LastCheckpoint(tmp_path / "last.ckpt", 2, keep_previous=2)
+    module: Any = None
+    callback.on_train_start(trainer, module)
+    for step in (2, 3, 3):
+        trainer.global_step = step
+        callback.save(trainer)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "step=2.ckpt"}
+    assert read_checkpoint(tmp_path / "step=2.ckpt")["global_step"] == 2
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_file_system_without_links(torn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are whole or not there, and a full disk is told as such."""
+    saved: list[Path] = []
+    trainer: Any = SimpleNamespace(global_step=4, is_global_zero=True, save_checkpoint=lambda p, **_: saved.append(p))
+    last = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint(2), last)
+    (tmp_path / ".step=1.ckpt.77.tmp").touch()
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no links here")
+
+    def fill(_: Path, target: Path) -> None:
+        target.write_bytes(b"PK")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.link", refuse)
+    if torn:
+        monkeypatch.setattr("shutil.copyfile", fill)
+    callback = LastCheckpoint(last, 2, keep_previous=1)
+    callback._saved_at = 2
+    if torn:
+        with pytest.raises(StepkdError, match=r"cannot write the checkpoint .*No space left on device.* is intact"):
+            callback.save(trainer)
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    else:
+        callback.save(trainer)
+        assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "step=2.ckpt"}
+        assert read_checkpoint(tmp_path / "step=2.ckpt")["global_step"] == 2
+        assert saved == [last]
+    assert read_checkpoint(last)["global_step"] == 2
+
+
 def test_only_rank_zero_keeps(tmp_path: Path) -> None:
     trainer: Any = SimpleNamespace(global_step=2, is_global_zero=False, save_checkpoint=lambda *_, **__: None)
     (tmp_path / "last.ckpt").write_bytes(b"x")
     callback = LastCheckpoint(tmp_path / "last.ckpt", 1, keep_previous=1)
-    callback._save(trainer)
+    callback.save(trainer)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
