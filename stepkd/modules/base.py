@@ -28,7 +28,7 @@ from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.average import WeightAverage
 from stepkd.models.sharding import shard
 from stepkd.modules.checkpoint_state import pack, unpack
-from stepkd.modules.distributed import all_reduce, check_micro_batches, gradient_sync
+from stepkd.modules.distributed import all_reduce, check_micro_batches, clip_in_engine, gradient_sync
 from stepkd.modules.evaluation_loops import EvaluationLoops
 from stepkd.modules.finite import require_finite
 from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule
@@ -186,6 +186,10 @@ class StepModule(EvaluationLoops):
         if self.policy is None:
             raise RuntimeError("the policy is loaded by configure_model(): call it first when using a module by hand")
         return self.policy
+
+    def setup(self, stage: str) -> None:
+        """Tell an engine that holds the gradients itself where to clip them."""
+        clip_in_engine(self.trainer.strategy, self.optimizer_spec.max_grad_norm)
 
     def configure_model(self) -> None:
         """Load the policy (once)."""

@@ -64,6 +64,18 @@ def check_micro_batches(strategy: Any, number: int) -> None:
         )
 
 
+def clip_in_engine(strategy: Any, limit: float | None) -> None:
+    """Have DeepSpeed clip: its engine holds the gradients, and a clipped copy would change nothing.
+
+    Args:
+        strategy: Lightning's, before it has read its settings.
+        limit: largest gradient norm; a ``gradient_clipping`` in DeepSpeed's own settings goes before it.
+    """
+    config = getattr(strategy, "config", None)
+    if type(strategy).__name__ == "DeepSpeedStrategy" and isinstance(config, dict) and limit:
+        config.setdefault("gradient_clipping", limit)
+
+
 @contextmanager
 def gradient_sync(wrapped: Any, enabled: bool) -> Iterator[None]:
     """Synchronise gradients in this backward pass, or only accumulate them locally.

@@ -125,3 +125,18 @@ def test_deepspeed_takes_one_micro_batch() -> None:
     check_micro_batches(object(), 2)
     with pytest.raises(ConfigError, match="the step has 2 micro-batches, and DeepSpeed takes the gradient of one"):
         check_micro_batches(deepspeed, 2)
+
+
+def test_deepspeed_clips_in_its_engine() -> None:
+    from stepkd.modules.distributed import clip_in_engine
+
+    deepspeed = type("DeepSpeedStrategy", (), {})
+    for own, limit, expected in ({}, 1.0, 1.0), ({"gradient_clipping": 0.3}, 1.0, 0.3), ({}, None, None):
+        strategy: Any = deepspeed()
+        strategy.config = dict(own)
+        clip_in_engine(strategy, limit)
+        assert strategy.config.get("gradient_clipping") == expected
+    other: Any = type("DDPStrategy", (), {})()
+    other.config = {}
+    clip_in_engine(other, 1.0)
+    assert other.config == {}
