@@ -3,7 +3,7 @@
 Weights, gradients and optimiser state are counted on a model without storage. What a layer keeps for the backward pass
 is not guessed from a formula: copies of the model of its real width and few layers are run forward and backward, the
 bytes of all tensors alive are counted, and their peak is carried forward to all layers and tokens. Key-value caches
-follow from shapes. Data parallelism only: nothing is sharded.
+follow from shapes. Models that are cut up over ranks: :mod:`stepkd.doctor.cut_up`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import torch
 from torch import nn
 
 from stepkd.data.batching import BatchPlan, micro_batches
+from stepkd.doctor.cut_up import cut_up
 from stepkd.doctor.live import peak_of
 from stepkd.errors import StepkdError
 from stepkd.losses import VocabHead, cross_entropy
 from stepkd.models.adapter import adapter_folder, add_empty_adapter, add_lora
 from stepkd.models.head import backbone_of
 from stepkd.models.load import checkpoint_layers, model_config
-from stepkd.models.sharding import blocks_of
 from stepkd.models.spec import FrozenSpec, PolicySpec
 from stepkd.models.unpadded import check_unpadded, is_worth_it, unpadded_hidden
+from stepkd.rollout.cache import room_columns
 
 PROBED_LAYERS = (2, 3)  # the first layer keeps less where only adapters are trained
 PROBED_TOKENS = (64, 128)
@@ -101,7 +102,7 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
     )
     if module.ema_decay is not None:
         found.held["running average"] = trained_bytes
-    _other_models(found, module, spec, trained_bytes)
+    teacher = _other_models(found, module, spec, trained_bytes)
     batch = largest_batch(module, data)
     found.facts["largest micro-batch"] = f"{batch.tokens:,} tokens" + ("" if batch.known else " (the recipe's limit)")
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -114,7 +115,7 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
     }
     _sampling(found, module, data, spec, batch, vocabulary)
     if shards > 1:
-        _cut_up(found, module, model, precision, shards)
+        cut_up(found, module, data, (model, teacher), "bf16-mixed" in precision, shards)
     found.held["allocator"] = int(ALLOCATOR[device] * found.peak)
     found.held["around"] = AROUND[device]
     return found
@@ -254,33 +255,12 @@ def _sampling(found: Footprint, module: Any, data: Any, spec: PolicySpec, batch:
     for most, number, length in asked:
         rows = min(most, number)
         parts = {
-            "key-value cache": rows * cache_bytes(spec, batch.prompt + length),
+            "key-value cache": rows * cache_bytes(spec, room_columns(batch.prompt, batch.prompt + length)),
             "drawing": rows * vocabulary * 8 * DRAW_COPIES,
         }
         if sum(parts.values()) > sum(found.phases.get("sampling", {}).values()):
             found.phases["sampling"] = parts
             found.facts["sampling"] = f"{rows} rows of {batch.prompt + length:,} tokens"
-
-
-def _cut_up(found: Footprint, module: Any, model: Any, precision: str, shards: int) -> None:
-    """Every rank's share of what is held, and what is gathered: two blocks and the rest for a pass, all to sample."""
-    teacher = getattr(getattr(module, "teacher", None), "spec", None)
-    names = ["weights", "gradients", "optimiser (AdamW)", "running average"]
-    if teacher is not None and teacher.sharded:
-        names.append("teacher")
-    whole = {name: found.held[name] for name in names if name in found.held}
-    found.held |= {name: -(-size // shards) for name, size in whole.items()}
-    found.facts["cut up"] = f"over {shards} ranks"
-    smaller = 2 if "bf16-mixed" in precision else 1  # gathered in bfloat16, kept in float32
-    blocks = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks_of(_plain_model(model))]
-    rest = whole["weights"] - sum(blocks)
-    trained = whole["gradients"] / max(whole["weights"], 1)
-    found.phases["training"]["gathered blocks"] = int((2 * max(blocks) + rest) * (1 + trained)) // smaller
-    gathered = {"gathered weights": (whole["weights"] + whole.get("teacher", 0)) // smaller}
-    if "sampling" in found.phases:
-        found.phases["sampling"] |= gathered
-    elif module.prepares_with_model:
-        found.phases["before a step"] = gathered
 
 
 def cache_bytes(spec: PolicySpec, tokens: int) -> int:
@@ -291,10 +271,11 @@ def cache_bytes(spec: PolicySpec, tokens: int) -> int:
     return int(2 * config.num_hidden_layers * heads * size * tokens * _dtype(spec, config).itemsize)
 
 
-def _other_models(found: Footprint, module: Any, spec: PolicySpec, trained_bytes: int) -> None:
-    """Teacher and frozen reference; of a model with adapters, the reference is its adapter-off view."""
+def _other_models(found: Footprint, module: Any, spec: PolicySpec, trained_bytes: int) -> Any:
+    """Teacher (without storage, it is returned) and frozen reference: with adapters that is their adapter-off view."""
     adapts = spec.lora is not None or adapter_folder(spec.path) is not None
     teacher = getattr(getattr(module, "teacher", None), "spec", None)
+    model = None
     if teacher is not None and teacher.path is not None:
         try:
             model = skeleton(PolicySpec(path=teacher.path, dtype=teacher.dtype or "auto"))
@@ -309,6 +290,7 @@ def _other_models(found: Footprint, module: Any, spec: PolicySpec, trained_bytes
     reference = getattr(module, "reference_spec", None)
     if reference is not None and not adapts and not reference.cache:  # a cache lets the copy go before the first step
         found.held["reference"] = found.held["weights"]
+    return model
 
 
 def _read(module: Any, data: Any) -> Sequence[Any]:

@@ -192,7 +192,7 @@ def test_a_recipe_that_does_not_fit(
 
 
 def test_a_model_that_is_cut_up() -> None:
-    """A quarter of what is held each; two blocks and the rest for a pass, everything to sample."""
+    """A quarter of what is held each; two blocks and the rest for a pass, everything to sample and to validate."""
     words = recipe(
         "kdrl",
         "data.init_args.train.options.n=16",
@@ -203,14 +203,38 @@ def test_a_model_that_is_cut_up() -> None:
     whole, cut = (footprint(*check_fit(words), shards=shards) for shards in (1, 4))
     for name in ("weights", "gradients", "optimiser (AdamW)", "teacher"):
         assert cut.held[name] == pytest.approx(whole.held[name] / 4, abs=1)
-    weights = whole.held["weights"]
-    gathered = cut.phases["training"]["gathered blocks"]
-    assert 0.2 * weights < gathered < 2 * weights
-    assert cut.phases["sampling"]["gathered weights"] == weights + whole.held["teacher"]
-    mixed = footprint(*check_fit(words), precision="bf16-mixed", shards=4)
-    assert mixed.phases["training"]["gathered blocks"] == pytest.approx(gathered / 2, abs=1)
-    given = recipe("sft", "data.init_args.train.options.n=16", "model.init_args.validation.samples=0")
-    assert "before a step" not in footprint(*check_fit(given), shards=2).phases
+    weights, teacher = whole.held["weights"], whole.held["teacher"]
+    training, sampling = cut.phases["training"], cut.phases["sampling"]
+    assert 0.2 * weights < training["gathered blocks"] < weights
+    assert 0.1 * weights < training["their gradients"] < training["gathered blocks"]
+    assert 0.2 * teacher < training["gathered teacher"] <= teacher
+    assert (sampling["gathered weights"], sampling["gathered teacher"]) == (weights, teacher)
+    assert cut.phases["before a step"] == {"gathered weights": weights, "gathered teacher": teacher}
+    mixed = footprint(*check_fit(words), precision="bf16-mixed", shards=4).phases
+    assert mixed["training"]["gathered blocks"] == training["gathered blocks"] // 2
+    assert mixed["training"]["gathered teacher"] == training["gathered teacher"], "in its own dtype"
+    assert mixed["sampling"]["gathered weights"] == weights // 2
+    half = footprint(
+        *check_fit([*words, "--model.init_args.policy.dtype", "bfloat16"]), precision="bf16-mixed", shards=4
+    ).phases
+    assert half["sampling"]["gathered weights"] == weights // 2
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_validation_gathers_the_model_too(validates: bool) -> None:
+    """Without sampling anything."""
+    words = recipe("sft", "data.init_args.train.options.n=16", "model.init_args.validation.samples=0")
+    if validates:
+        words += [
+            "--data.init_args.validation",
+            "{source: task, split: validation, options: {task: 'modular:terms=4', n: 4}}",
+        ]
+    cut = footprint(*check_fit(words), shards=2)
+    assert "before a step" not in cut.phases
+    assert ("validation" in cut.phases) == validates
+    if validates:
+        whole = footprint(*check_fit(words)).held["weights"]
+        assert cut.phases["validation"]["gathered weights"] == whole
 
 
 def test_the_command_knows_sharded_recipes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from stepkd.rollout.cache import LEAST_ROOM, RoomyLayer, make_room
+from stepkd.rollout.cache import LEAST_ROOM, RoomyLayer, make_room, room_columns
 
 
 def columns(width: int, rows: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +50,16 @@ def test_grows_like_the_plain_one(width: int) -> None:
             moved += roomy.layers[layer].keys.data_ptr() != before
         assert roomy.get_seq_length() == plain.get_seq_length()
     assert 0 < moved < 2 * 12  # not at every column
+
+
+@pytest.mark.parametrize(("prompt", "total"), [(1, 200), (40, 300), (7, 8), (7, 7)])
+def test_its_size_is_foretold(prompt: int, total: int) -> None:
+    _, roomy = both(prompt)
+    for step in range(total - prompt):
+        roomy.update(*columns(1, seed=step), 0)
+    rooms = roomy.layers[0]._rooms
+    assert room_columns(prompt, total) == (prompt if rooms is None else rooms[0].shape[-2])
+    assert total <= room_columns(prompt, total) <= 1.25 * total + LEAST_ROOM
 
 
 def test_a_copy_has_room_of_its_own() -> None:
