@@ -12,7 +12,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,8 +35,10 @@ PROBED_VOCABULARY = 512
 BATCHES = 50
 """Batches of the data that are looked at for the largest micro-batch."""
 PROBED_CHUNK = 16
-ALLOCATOR = {"cpu": 0.18, "cuda": 0.1}
-"""What an allocator holds beyond the tensors in it, as a share; measured on a CPU (glibc), assumed on a GPU."""
+ALLOCATOR = {"cpu": 0.52, "cuda": 0.1}
+"""What an allocator holds beyond the tensors of a phase, as a share; assumed on a GPU. On a CPU it was measured
+(glibc), and is that of tensors below HEAP: larger ones have pages of their own, which the system takes back at once."""
+HEAP = 32 * 2**20
 AROUND = {"cpu": 100 * 2**20, "cuda": 600 * 2**20}
 """Tokenised data, caches of libraries and, on a GPU, its context; measured on a CPU, assumed on a GPU."""
 DRAW_COPIES = 3
@@ -109,14 +111,17 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
     width = int(model.get_output_embeddings().weight.shape[1])
     heads = 2 if {"teacher", "self-teacher"} & found.held.keys() else 1
     chunk = head_peak(spec, width, vocabulary, min(module.chunk_size, batch.targets))
+    kept = activations(spec, batch, precision)
     found.phases["training"] = {
-        "activations": activations(spec, batch, precision),
+        "activations": kept.peak,
         "chunk of logits": heads * chunk,
     }
     _sampling(found, module, data, spec, batch, vocabulary)
     if shards > 1:
         cut_up(found, module, data, (model, teacher), "bf16-mixed" in precision, shards)
-    found.held["allocator"] = int(ALLOCATOR[device] * found.peak)
+    for name, phase in found.phases.items():
+        small = kept.small if device == "cpu" and name == "training" else 1.0
+        phase["allocator"] = int(ALLOCATOR[device] * small * sum(phase.values()))
     found.held["around"] = AROUND[device]
     return found
 
@@ -141,8 +146,17 @@ def weight_bytes(model: nn.Module, spec: PolicySpec) -> int:
     return int(total)
 
 
-def activations(spec: PolicySpec, batch: Batch, precision: str) -> int:
-    """Bytes that forward and backward pass of a micro-batch take at their peak, weights and gradients apart."""
+class Activations(NamedTuple):
+    """What forward and backward pass of a micro-batch take at their peak, weights and gradients apart."""
+
+    peak: int
+    """Bytes."""
+    small: float
+    """Share of it in tensors below HEAP, in [0, 1]."""
+
+
+def activations(spec: PolicySpec, batch: Batch, precision: str) -> Activations:
+    """See :class:`Activations`; ``precision`` is the Trainer's."""
     config = copy.deepcopy(model_config(spec))
     text = config.get_text_config()
     layers = int(text.num_hidden_layers)
@@ -156,17 +170,18 @@ def activations(spec: PolicySpec, batch: Batch, precision: str) -> int:
             text.layer_types = (text.layer_types * depth)[:depth]
         model = _probe_model(spec, config)
         for number in PROBED_TOKENS:
-            peaks[depth, number] = _pass_peak(model, number, batch.padding, precision)
+            peaks[depth, number], sizes = _pass_peak(model, number, batch.padding, precision)
     (low, high), (few, many) = PROBED_LAYERS, PROBED_TOKENS
     layer = {n: (peaks[high, n] - peaks[low, n]) / (high - low) for n in PROBED_TOKENS}
     by_token = (layer[many] - layer[few]) / (many - few)
     alone = layer[few] - by_token * few
     rest_by_token = (peaks[low, many] - peaks[low, few]) / (many - few) - low * by_token
-    return int(layers * (by_token * batch.tokens + alone) + rest_by_token * batch.tokens)
+    small = sum(size for size in sizes if size * batch.tokens / number < HEAP) / sum(sizes)
+    return Activations(int(layers * (by_token * batch.tokens + alone) + rest_by_token * batch.tokens), small)
 
 
-def _pass_peak(model: Any, tokens: int, padding: float, precision: str) -> int:
-    """Peak of a pass over rows of this many real tokens and this share of padding."""
+def _pass_peak(model: Any, tokens: int, padding: float, precision: str) -> tuple[int, list[int]]:
+    """Peak of a pass over rows of this many real tokens and this share of padding, and bytes of the tensors in it."""
     causal_lm = _plain_model(model)
     longest = max(int(tokens / 2 / (1 - padding)), tokens // 2)
     mask = torch.zeros(2, longest, dtype=torch.long)
@@ -183,10 +198,10 @@ def _pass_peak(model: Any, tokens: int, padding: float, precision: str) -> int:
                 states = backbone_of(causal_lm)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         states.float().sum().backward()
 
-    peak = peak_of(work)
+    live = peak_of(work)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.grad is not None)
     model.zero_grad(set_to_none=True)
-    return peak - trained
+    return live.peak - trained, live.sizes
 
 
 def head_peak(spec: PolicySpec, width: int, vocabulary: int, chunk: int) -> int:
@@ -202,7 +217,7 @@ def head_peak(spec: PolicySpec, width: int, vocabulary: int, chunk: int) -> int:
         sums = cross_entropy(VocabHead(head), hidden, targets, chunk_size=PROBED_CHUNK).sums
         sums["ce"].backward()
 
-    peak = peak_of(work) - (head.weight.numel() * head.weight.element_size() if trains else 0)
+    peak = peak_of(work).peak - (head.weight.numel() * head.weight.element_size() if trains else 0)
     return peak * chunk // PROBED_CHUNK
 
 

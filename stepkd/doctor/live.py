@@ -18,7 +18,9 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._known: set[int] = set()
+        self.sizes: list[int] = []
+        """Bytes of every storage alive at the peak."""
+        self._known: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {self._key(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
@@ -26,7 +28,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and self._key(tensor) not in before:
                 self._born(tensor)
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.peak, self.sizes = self.now, list(self._known.values())
         return result
 
     @staticmethod
@@ -38,18 +41,18 @@ class LiveBytes(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes()
-        self._known.add(key)
+        self._known[key] = size
         self.now += size
 
         def died() -> None:
-            self._known.discard(key)
+            self._known.pop(key, None)
             self.now -= size
 
         weakref.finalize(storage, died)
 
 
-def peak_of(work: Callable[[], Any]) -> int:
-    """Most bytes that the tensors made by a piece of work took at the same time."""
+def peak_of(work: Callable[[], Any]) -> LiveBytes:
+    """What the tensors made by a piece of work took at the same time: its ``peak``, and their ``sizes`` then."""
     with LiveBytes() as live:
         work()
-    return live.peak
+    return live

@@ -36,7 +36,8 @@ def test_live_bytes_are_counted_from_birth_to_death() -> None:
         del c
 
     before = torch.zeros(10**6)
-    assert peak_of(work) == 2 * 8000
+    assert peak_of(work).peak == 2 * 8000
+    assert sorted(peak_of(work).sizes) == [8000, 8000]
     with LiveBytes() as live:
         before.add_(1)
         kept = before[:10]
@@ -97,15 +98,23 @@ def test_activations_of_all_layers_follow_from_a_few(spec: PolicySpec, share: fl
     mask = torch.ones(40, 50, dtype=torch.long)
     mask[::2, int(50 * (1 - 2 * share)) :] = 0
     ids = torch.ones_like(mask)
-    real = peak_of(lambda: policy.hidden(ids, mask).sum().backward())
+    real = peak_of(lambda: policy.hidden(ids, mask).sum().backward()).peak
     real -= sum(p.grad.numel() * p.grad.element_size() for p in policy.parameters() if p.grad is not None)
     tokens = int(mask.sum())
-    assert activations(spec, Batch(tokens, share, tokens, 10, True), "32-true") == pytest.approx(real, rel=0.1)
+    assert activations(spec, Batch(tokens, share, tokens, 10, True), "32-true").peak == pytest.approx(real, rel=0.1)
+
+
+def test_large_tensors_have_pages_of_their_own() -> None:
+    few, many = (activations(TINY, Batch(n, 0.0, n, 10, True), "32-true").small for n in (1000, 10**6))
+    assert few == 1
+    assert many < 0.2
 
 
 def test_checkpointed_layers_keep_less() -> None:
     batch = Batch(4000, 0.0, 4000, 10, True)
-    plain, saved = (activations(replace(TINY, gradient_checkpointing=on), batch, "32-true") for on in (False, True))
+    plain, saved = (
+        activations(replace(TINY, gradient_checkpointing=on), batch, "32-true").peak for on in (False, True)
+    )
     assert saved < 0.6 * plain
 
 
@@ -129,7 +138,8 @@ def test_a_step_takes_what_was_foretold(words: list[str], tmp_path: Path, monkey
     """Tensors alive at the peak of real optimiser steps; allocator and libraries, which differ by machine, apart."""
     module, data = check_fit(words)
     found = footprint(module, data)
-    foretold = found.held["gradients"] + sum(found.phases["training"].values())
+    parts = {name: size for name, size in found.phases["training"].items() if name != "allocator"}
+    foretold = found.held["gradients"] + sum(parts.values())
     peaks = []
     step = StepModule.training_step
 
@@ -209,7 +219,7 @@ def test_a_model_that_is_cut_up() -> None:
     assert 0.1 * weights < training["their gradients"] < training["gathered blocks"]
     assert 0.2 * teacher < training["gathered teacher"] <= teacher
     assert (sampling["gathered weights"], sampling["gathered teacher"]) == (weights, teacher)
-    assert cut.phases["before a step"] == {"gathered weights": weights, "gathered teacher": teacher}
+    assert cut.phases["before a step"].items() >= {"gathered weights": weights, "gathered teacher": teacher}.items()
     mixed = footprint(*check_fit(words), precision="bf16-mixed", shards=4).phases
     assert mixed["training"]["gathered blocks"] == training["gathered blocks"] // 2
     assert mixed["training"]["gathered teacher"] == training["gathered teacher"], "in its own dtype"
