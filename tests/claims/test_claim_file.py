@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from stepkd.claims.claim_file import load_claim
-from stepkd.errors import DataError
+from stepkd.claims.experiment import get_experiment
+from stepkd.errors import DataError, StepkdError
 
 Write = Callable[..., Path]
 
@@ -151,3 +153,15 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_claim(path)
     with pytest.raises(DataError, match="cannot read the claim"):
         load_claim(tmp_path / "absent.yaml")
+
+
+def test_safe_mode_imports_no_experiment_of_a_stranger(
+    write_claim: Write, experiment_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_claim()
+    monkeypatch.setenv("STEPKD_SAFE", "1")
+    monkeypatch.delitem(sys.modules, "fake_claim_experiment", raising=False)
+    with pytest.raises(StepkdError, match="experiment names the code 'fake_claim_experiment', and --safe allows only"):
+        load_claim(path)
+    assert "fake_claim_experiment" not in sys.modules
+    assert get_experiment("noisy_student")  # stepkd's own
