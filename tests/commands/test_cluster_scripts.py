@@ -15,10 +15,16 @@ import pytest
 
 CLUSTER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 SRUN = """#!/bin/bash
+# Two tasks on one node; like srun it ends with the highest exit code of its tasks.
 [ "$1" = --wait=120 ] && shift
-export SLURM_NTASKS=1 SLURM_NTASKS_PER_NODE=1 SLURM_NNODES=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0
+export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=1 SLURM_NODEID=0
 export SLURM_JOB_NAME=stepkd SLURM_STEP_ID=0 SLURM_NODELIST=localhost
-exec "$@"
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
+first=$?
+wait $!
+second=$?
+exit $((first > second ? first : second))
 """
 
 
@@ -52,18 +58,20 @@ def test_a_preempted_slurm_job_queues_again_and_ends(settings: tuple[Any, list[s
     (commands / "scontrol").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
     for file in commands.iterdir():
         file.chmod(0o755)
-    job = {"PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    number = str(os.getpid())  # Lightning's port follows from it
+    job = {"PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": number}
     first = start("slurm.sbatch", arguments, **job, STOP_AT="batch_end:3:SIGTERM")
     text, _ = first.communicate(timeout=240)
     assert first.returncode == 85, text[-3000:]
-    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert (tmp_path / "asked").read_text() == f"requeue {number}\n"
     assert made.last("parts")["global_step"] == 3
     again = start("slurm.sbatch", arguments, **job, SLURM_RESTART_COUNT="1")
     text, _ = again.communicate(timeout=240)
     assert again.returncode == 0, text[-3000:]
     assert "resuming from last.ckpt" in text
     assert made.last("parts")["global_step"] == made.steps
-    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert len(made.batches("parts")) == 2, "two ranks trained"
+    assert (tmp_path / "asked").read_text() == f"requeue {number}\n"
 
 
 @pytest.mark.slow
