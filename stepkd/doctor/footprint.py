@@ -23,6 +23,7 @@ from stepkd.doctor.live import peak_of
 from stepkd.errors import StepkdError
 from stepkd.losses import VocabHead, cross_entropy
 from stepkd.models.adapter import adapter_folder, add_empty_adapter, add_lora
+from stepkd.models.checkpoint import trained_spec
 from stepkd.models.head import backbone_of
 from stepkd.models.load import checkpoint_layers, model_config
 from stepkd.models.spec import FrozenSpec, PolicySpec
@@ -293,7 +294,8 @@ def _other_models(found: Footprint, module: Any, spec: PolicySpec, trained_bytes
     model = None
     if teacher is not None and teacher.path is not None:
         try:
-            model = skeleton(PolicySpec(path=teacher.path, dtype=teacher.dtype or "auto"))
+            own = trained_spec(teacher.path)
+            model = skeleton(replace(own, dtype=teacher.dtype or ("auto" if own.path == teacher.path else own.dtype)))
         except StepkdError as error:
             found.held["teacher"] = 0
             found.facts["teacher"] = f"not counted, its settings cannot be read: {error}"

@@ -55,6 +55,24 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
+def trained_spec(path: str | Path) -> PolicySpec:
+    """What :func:`load_trained` would load from a path, before its weights are put in.
+
+    Raises:
+        ModelError: a checkpoint that cannot be read.
+    """
+    return _read(path)[2]
+
+
+def _read(path: str | Path) -> tuple[Path | None, dict[str, Any] | None, PolicySpec]:
+    """The checkpoint that a path means, where it means one, and the policy's settings."""
+    found = find_checkpoint(Path(path).expanduser())
+    if found is None:
+        return None, None, PolicySpec(path=str(path))
+    checkpoint = read_checkpoint(found)
+    return found, checkpoint, spec_from_dict(checkpoint["stepkd"]["policy"])
+
+
 def load_trained(
     path: str | Path,
     *,
@@ -77,9 +95,7 @@ def load_trained(
     Raises:
         ModelError: nothing loadable there.
     """
-    checkpoint_path = find_checkpoint(Path(path).expanduser())
-    checkpoint = None if checkpoint_path is None else read_checkpoint(checkpoint_path)
-    spec = PolicySpec(path=str(path)) if checkpoint is None else spec_from_dict(checkpoint["stepkd"]["policy"])
+    checkpoint_path, checkpoint, spec = _read(path)
     spec = replace(spec, gradient_checkpointing=False)
     if dequantise:
         spec = replace(spec, quantization="none")

@@ -14,6 +14,7 @@ from stepkd.cli import main
 from stepkd.doctor.footprint import Batch, activations, cache_bytes, footprint, skeleton, weight_bytes
 from stepkd.doctor.live import LiveBytes, peak_of
 from stepkd.models import LoraSpec, Policy, PolicySpec
+from stepkd.models.checkpoint import load_trained
 from stepkd.modules.base import StepModule
 from stepkd.trainer_cli import check_fit
 
@@ -181,6 +182,17 @@ def test_copies_of_the_policy_are_held_too() -> None:
     for form, copies in (("epoch", 1), ("ema", 2)):
         held = footprint(*check_fit(recipe("self_distill", *few, f"model.init_args.teacher.itself={form}"))).held
         assert held["self-teacher"] == copies * held["weights"]
+
+
+def test_a_teacher_that_is_a_run(tmp_path: Path) -> None:
+    """Its adapters count, its base in the dtype that it was trained in."""
+    few = ("data.init_args.train.options.n=16", "model.init_args.policy.path=tiny-0.1m")
+    adapted = ("model.init_args.policy.lora={r: 4}", "model.init_args.policy.dtype=bfloat16")
+    fit = ["fit", *recipe("sft", *few, *adapted), "--trainer.max_steps", "1", "--out", str(tmp_path / "run")]
+    assert main(fit) == 0
+    found = footprint(*check_fit(recipe("kdrl", *few, f"model.init_args.teacher.path={tmp_path / 'run'}")))
+    policy = load_trained(tmp_path / "run")
+    assert found.held["teacher"] == sum(p.numel() * p.element_size() for p in policy.parameters())
 
 
 def test_a_recipe_that_does_not_fit(
