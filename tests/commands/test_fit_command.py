@@ -128,6 +128,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert last(out, "best")["global_step"] == last(uninterrupted, "best")["global_step"]
 
 
+@pytest.mark.slow
 def test_killed_while_it_validates(overlay: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """The step's checkpoint is written after its validation, so nothing of it is lost."""
     out = tmp_path / "killed"

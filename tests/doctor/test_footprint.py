@@ -259,6 +259,7 @@ def test_a_validation_gathers_the_model_too(validates: bool) -> None:
         assert cut.phases["validation"]["gathered weights"] == whole
 
 
+@pytest.mark.slow
 def test_the_command_knows_sharded_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     from stepkd.cli import main
 

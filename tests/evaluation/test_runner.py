@@ -143,6 +143,7 @@ def test_cut_anywhere_the_run_ends_with_the_same_rows(spec: EvaluationSpec, poli
     assert (Path(spec.out) / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_sigkill_and_the_same_command(tmp_path: Path) -> None:
     task = "task=modular:terms=3,n=12"
     command = [

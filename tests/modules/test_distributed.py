@@ -43,7 +43,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]
     return {rows: launch([sys.executable], folder / f"{rows}.pt", rows) for rows in (13, 1)}
 
 
-@pytest.mark.parametrize(("launcher", "rows"), [("torchrun", 13), ("accelerate", 13), ("torchrun", 1)])
+@pytest.mark.parametrize(
+    ("launcher", "rows"), [("torchrun", 13), pytest.param("accelerate", 13, marks=pytest.mark.slow), ("torchrun", 1)]
+)
 def test_two_processes_equal_one(
     launcher: str, rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
 ) -> None:
@@ -57,7 +59,7 @@ def test_two_processes_equal_one(
     assert distance(two["weights"], one["weights"]) < 1e-8  # Adam divides by the gradient's own size
 
 
-@pytest.mark.parametrize("rows", [13, 1])
+@pytest.mark.parametrize("rows", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_with_half_a_model_each_equal_one(
     rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
 ) -> None:
@@ -75,6 +77,7 @@ def test_two_processes_with_half_a_model_each_equal_one(
     assert distance(two["weights"], one["weights"]) < 1e-8
 
 
+@pytest.mark.slow
 def test_half_an_adapted_model_each(tmp_path: Path, distance: Any) -> None:
     """LoRA on a frozen base that is cut up too, with activations computed again."""
     one = launch([sys.executable], tmp_path / "one.pt", 5, ADAPT="1")
@@ -85,7 +88,8 @@ def test_half_an_adapted_model_each(tmp_path: Path, distance: Any) -> None:
     assert distance(two["weights"], one["weights"]) < 1e-8
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_the_reward_model_of_one(strategy: str, tmp_path: Path, distance: Any) -> None:
     """Either head, class weights, and as many labelled steps on a rank as its rows happen to have."""
     one = launch([sys.executable], tmp_path / "one.pt", 7, "prm")

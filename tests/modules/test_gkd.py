@@ -254,6 +254,7 @@ def launch(prefix: list[str], out: Path, rows: int, ranks: int) -> list[dict[str
     return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(ranks)]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
     """The same samples, whoever draws them; then the same losses and gradients, with an odd number of rows."""
     two_ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -236,6 +236,7 @@ def test_the_end_token_may_be_left_to_the_policy(views: Any, rows: list[Any], di
     assert any(rollout.completion_ids[-1] in policy.eos_ids for rollout in rollouts)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -266,6 +267,7 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
                     assert found == pytest.approx(alone["logged"][step][metric], rel=1e-5, abs=1e-8), metric
 
 
+@pytest.mark.slow
 def test_a_rank_without_examples(tmp_path: Path, distance: Callable[..., float]) -> None:
     """It computes a filler, which is no sample and raises no alarm."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]

@@ -35,6 +35,7 @@ def launch(prefix: list[str], out: Path, rows: int) -> dict[str, Any]:
     return torch.load(out, weights_only=True)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
     """The same points, losses and gradients, with an odd number of rows and micro-batches that differ by rank."""
     two_ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
