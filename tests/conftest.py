@@ -36,3 +36,8 @@ def data_dir(request: pytest.FixtureRequest) -> Path:
 def repo_root() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that the other worker is not left waiting for it (``--no-loadscope-reorder``)."""
+    items.sort(key=lambda item: item.path.name != "test_real_model.py")
