@@ -10,7 +10,8 @@ A server runs beside the training, on GPUs of its own; :data:`START` is how it i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,7 +118,52 @@ def _is_plain(spec: SamplingSpec) -> bool:
     return spec.temperature in (0, 1) and spec.top_p == 1 and not spec.top_k
 
 
-class VLLMSampler:
+class _Sampler(ABC):
+    """What both ways share; see :class:`~stepkd.rollout.sampler.Sampler`."""
+
+    policy: Policy
+
+    def __init__(self) -> None:
+        self.counts = SampleCounts()
+        self._version: int | None = None
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "rollout",
+        step: int = 0,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Rollout]]:
+        """Draw completions. ``raw_logprobs`` are NaN where the server's are of another distribution.
+
+        Raises:
+            DataError: a prompt that leaves no room.
+            ConfigError: a server whose log-probabilities are not those of what it samples from.
+            ModelError: an answer that is no completion.
+        """
+        indices = range(len(prompts)) if indices is None else indices
+        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+        keys = [stream_key(spec.seed, purpose, step, index) for index in indices]
+        found = []
+        for prompt, row in zip(prompts, self._draw(prompts, spec, limits, keys), strict=True):
+            self.counts.prefill_tokens += len(prompt)
+            self.counts.generated_tokens += sum(len(each.token_ids) for each in row)
+            if on_progress is not None:
+                on_progress(len(row))
+            found.append(row)
+        return found
+
+    @abstractmethod
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+    ) -> Iterator[list[Rollout]]:
+        """The completions of every prompt, in order: at most ``limits`` tokens, noise by ``keys`` where it can be."""
+
+
+class VLLMSampler(_Sampler):
     """A :class:`~stepkd.rollout.sampler.Sampler` on a vLLM server.
 
     Args:
@@ -130,12 +176,11 @@ class VLLMSampler:
     def __init__(
         self, policy: Policy, client: Any, *, requests: int = 32, breaks_off: Callable[[], bool] | None = None
     ) -> None:
+        super().__init__()
         self.policy = policy
         self.client = client
         self.requests = requests
         self.breaks_off = breaks_off
-        self.counts = SampleCounts()
-        self._version: int | None = None
         self._checked = False
 
     def refresh(self, version: int) -> None:
@@ -165,42 +210,17 @@ class VLLMSampler:
                 raise
             raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        spec: SamplingSpec,
-        *,
-        purpose: str = "rollout",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-        on_progress: Callable[[int], Any] | None = None,
-    ) -> list[list[Rollout]]:
-        """Draw completions; see :class:`~stepkd.rollout.sampler.Sampler`. ``raw_logprobs`` are NaN where the
-        server's are of another distribution.
-
-        Raises:
-            DataError: a prompt that leaves no room.
-            ConfigError: a server whose log-probabilities are not those of what it samples from.
-            ModelError: an answer that is no completion.
-        """
-        indices = range(len(prompts)) if indices is None else indices
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+    ) -> Iterator[list[Rollout]]:
         self._check_server(spec)
-        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
 
         def ask(number: int) -> list[Rollout]:
             limit = 1 if self.breaks_off is not None and self.breaks_off() else limits[number]
-            key = stream_key(spec.seed, purpose, step, indices[number]) % 2**31
-            return self._ask(number, list(prompts[number]), spec, limit, key)
+            return self._ask(number, list(prompts[number]), spec, limit, keys[number] % 2**31)
 
-        found = []
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            for prompt, row in zip(prompts, pool.map(ask, range(len(prompts))), strict=True):
-                self.counts.prefill_tokens += len(prompt)
-                self.counts.generated_tokens += sum(len(each.token_ids) for each in row)
-                if on_progress is not None:
-                    on_progress(len(row))
-                found.append(row)
-        return found
+            yield from pool.map(ask, range(len(prompts)))
 
     def _ask(self, number: int, prompt: list[int], spec: SamplingSpec, limit: int, key: int) -> list[Rollout]:
         extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
@@ -238,7 +258,7 @@ class VLLMSampler:
         self._checked = True
 
 
-class ColocatedSampler:
+class ColocatedSampler(_Sampler):
     """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat.
 
     Args:
@@ -250,9 +270,9 @@ class ColocatedSampler:
     def __init__(self, policy: Policy, spec: VLLMSpec, sampling: SamplingSpec) -> None:
         if sampling.stop:
             raise ConfigError("vllm.colocate knows no stop strings: use vllm.server")
+        super().__init__()
         self.policy = policy
         self.sampling = sampling
-        self._version: int | None = None
         try:
             from accelerate import Accelerator
             from trl.generation.vllm_generation import VLLMGeneration
@@ -284,28 +304,17 @@ class ColocatedSampler:
                 worker.model_runner.model.load_weights([(name, value)])
             self.engine.llm.reset_prefix_cache()
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        spec: SamplingSpec,
-        *,
-        purpose: str = "rollout",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-        on_progress: Callable[[int], Any] | None = None,
-    ) -> list[list[Rollout]]:
-        """Draw completions; see :class:`~stepkd.rollout.sampler.Sampler`."""
-        indices = range(len(prompts)) if indices is None else indices
-        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+    ) -> Iterator[list[Rollout]]:
         repeated = [list(prompt) for prompt in prompts for _ in range(spec.n)]
         _, found, logprobs, _ = self.engine.generate(repeated, None, spec.n)
-        rollouts = []
-        for i, (ids, logps) in enumerate(zip(found, logprobs, strict=True)):
-            limit = limits[i // spec.n]
-            rollouts.append(to_rollout(self.policy, spec, divmod(i, spec.n), ids[:limit], logps[:limit], limit))
-        if on_progress is not None:
-            on_progress(len(rollouts))
-        return [rollouts[i : i + spec.n] for i in range(0, len(rollouts), spec.n)]
+        for number, limit in enumerate(limits):
+            rows = slice(number * spec.n, (number + 1) * spec.n)
+            yield [
+                to_rollout(self.policy, spec, (number, j), ids[:limit], logps[:limit], limit)
+                for j, (ids, logps) in enumerate(zip(found[rows], logprobs[rows], strict=True))
+            ]
 
 
 def make_sampler(
