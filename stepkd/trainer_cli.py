@@ -31,7 +31,7 @@ from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
 from stepkd.safe import check_import
 
-WHOLE = {"bf16-true": "bfloat16", "64-true": "float64", "64": "float64"}
+TRUE_PRECISION = {"bf16-true": "bfloat16", "64-true": "float64", "64": "float64"}
 """Lightning's names for a module that is converted as a whole, and the dtype of its weights."""
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
 
@@ -230,7 +230,7 @@ def _refuse_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
             "trainer.accumulate_grad_batches is not used: one batch is one optimiser step. Set "
             "data.init_args.global_batch_size, and model.init_args.micro_batch_tokens for memory"
         )
-    if dtype := WHOLE.get(str(settings.get("precision"))):
+    if dtype := TRUE_PRECISION.get(str(settings.get("precision"))):
         raise ConfigError(
             f"trainer.precision {settings['precision']}: the weights' dtype is the model's own here, so set "
             f"model.init_args.policy.dtype to {dtype} (with trainer.precision 32-true, the default)"
@@ -270,10 +270,8 @@ def run(arguments: Sequence[str]) -> int:
         return _after_preemption(stopped)
     except BaseException as error:  # an interrupted run is recorded too
         cli = _PendingCLI.current
-        run_dir = None if cli is None else cli.run_dir
-        words = explained(
-            error, getattr(cli, "model", None), None if run_dir is None else run_dir.checkpoints / "last.ckpt"
-        )
+        last = getattr(cli, "last", None)
+        words = explained(error, getattr(cli, "model", None), None if last is None else last.path)
         _mark_failed(words or error)
         root = words or _user_mistake(error)
         if root is not None and root is not error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from stepkd.models.adapter import plain_model
 from stepkd.models.sharding import blocks_of
 
 if TYPE_CHECKING:
@@ -67,8 +68,7 @@ def _of_a_pass(policy: nn.Module, mixed: bool) -> dict[str, int]:
 
 def _groups(model: Any) -> tuple[list[list[nn.Parameter]], list[nn.Parameter]]:
     """Weights of every block, and all others."""
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
-    blocks = [list(block.parameters()) for block in blocks_of(plain)]
+    blocks = [list(block.parameters()) for block in blocks_of(plain_model(model))]
     inside = {id(parameter) for block in blocks for parameter in block}
     return blocks, [parameter for parameter in model.parameters() if id(parameter) not in inside]
 

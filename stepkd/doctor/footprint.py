@@ -22,7 +22,7 @@ from stepkd.doctor.cut_up import cut_up
 from stepkd.doctor.live import peak_of
 from stepkd.errors import StepkdError
 from stepkd.losses import VocabHead, cross_entropy
-from stepkd.models.adapter import adapter_folder, add_empty_adapter, add_lora
+from stepkd.models.adapter import adapter_folder, add_empty_adapter, add_lora, plain_model
 from stepkd.models.checkpoint import trained_spec
 from stepkd.models.head import backbone_of
 from stepkd.models.load import checkpoint_layers, model_config
@@ -37,9 +37,11 @@ BATCHES = 50
 """Batches of the data that are looked at for the largest micro-batch."""
 PROBED_CHUNK = 16
 ALLOCATOR = {"cpu": 0.52, "cuda": 0.1}
-"""What an allocator holds beyond the tensors of a phase, as a share; assumed on a GPU. On a CPU it was measured
-(glibc), and is that of tensors below HEAP: larger ones have pages of their own, which the system takes back at once."""
+"""What an allocator holds beyond tensors, as a share. ``cuda``: of all of them, assumed. ``cpu``: of those of a phase,
+fitted to runs (glibc); activations count by how much of them is in tensors below HEAP, since larger ones have pages of
+their own, which the system takes back at once."""
 HEAP = 32 * 2**20
+"""Bytes; glibc never keeps larger pieces in its heap."""
 AROUND = {"cpu": 100 * 2**20, "cuda": 600 * 2**20}
 """Tokenised data, caches of libraries and, on a GPU, its context; measured on a CPU, assumed on a GPU."""
 DRAW_COPIES = 3
@@ -121,8 +123,12 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
     if shards > 1:
         cut_up(found, module, data, (model, teacher), "bf16-mixed" in precision, shards)
     for name, phase in found.phases.items():
-        small = kept.small if device == "cpu" and name == "training" else 1.0
-        phase["allocator"] = int(ALLOCATOR[device] * small * sum(phase.values()))
+        taken = sum(phase.values())
+        if device == "cuda":
+            taken += sum(found.held.values())
+        elif name == "training":
+            taken = int(taken * kept.small)
+        phase["allocator"] = int(ALLOCATOR[device] * taken)
     found.held["around"] = AROUND[device]
     return found
 
@@ -183,7 +189,7 @@ def activations(spec: PolicySpec, batch: Batch, precision: str) -> Activations:
 
 def _pass_peak(model: Any, tokens: int, padding: float, precision: str) -> tuple[int, list[int]]:
     """Peak of a pass over rows of this many real tokens and this share of padding, and bytes of the tensors in it."""
-    causal_lm = _plain_model(model)
+    causal_lm = plain_model(model)
     longest = max(int(tokens / 2 / (1 - padding)), tokens // 2)
     mask = torch.zeros(2, longest, dtype=torch.long)
     mask[0, : min(longest, tokens)] = 1
@@ -336,10 +342,6 @@ def _with_adapter(model: Any, spec: PolicySpec) -> Any:
     if folder is not None:
         return add_empty_adapter(model, folder)
     return model if spec.lora is None else add_lora(model, replace(spec, quantization="none"))
-
-
-def _plain_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def _dtype(spec: PolicySpec, config: Any) -> torch.dtype:

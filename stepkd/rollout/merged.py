@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stepkd.errors import ConfigError
+from stepkd.models.adapter import plain_model
 
 Fact = tuple[str, str, list[int]]
 """Name, dtype (``bfloat16``) and shape of a weight."""
@@ -63,7 +64,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _plain(name: str, model: Any) -> str:
     plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-    for adapter in getattr(model, "active_adapters", ()) if hasattr(model, "peft_config") else ():
+    for adapter in model.active_adapters if hasattr(model, "peft_config") else ():
         plain = plain.replace(f".modules_to_save.{adapter}", "")
     return plain
 
@@ -102,7 +103,7 @@ def _check(name: str, layer: Any, model: Any) -> None:
 
 def _is_tied(layer: Any, model: Any) -> bool:
     """Whether an adapted embedding is the vocabulary head too, which has no adapter."""
-    plain = model.get_base_model()
+    plain = plain_model(model)
     head = plain.get_output_embeddings()
     return layer is plain.get_input_embeddings() and head is not None and head.weight is layer.weight
 

@@ -205,9 +205,9 @@ class VLLMSampler(_Sampler):
         """Open the group through which weights are sent."""
         try:
             self.client.init_communicator(device=self.policy.device)
-        except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:  # what TRL's client raises: no CUDA, or no engine there
             raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
 
     def _draw(
@@ -297,12 +297,12 @@ class ColocatedSampler(_Sampler):
     def refresh(self, version: int) -> None:
         """Give the engine the policy's weights, once for every version."""
         if self._version != version:
-            self._version = version
             weight_facts(self.policy.model)  # refuses what cannot be merged
             for name, value in merged_weights(self.policy.model):
                 worker = self.engine.llm.llm_engine.model_executor.driver_worker
                 worker.model_runner.model.load_weights([(name, value)])
             self.engine.llm.reset_prefix_cache()
+            self._version = version
 
     def _draw(
         self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]

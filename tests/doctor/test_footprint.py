@@ -105,6 +105,14 @@ def test_activations_of_all_layers_follow_from_a_few(spec: PolicySpec, share: fl
     assert activations(spec, Batch(tokens, share, tokens, 10, True), "32-true").peak == pytest.approx(real, rel=0.1)
 
 
+def test_an_allocator_on_a_gpu_has_its_share_of_everything() -> None:
+    found = footprint(*check_fit(recipe("sft", "data.init_args.train.options.n=16")), device="cuda")
+    phase = found.phases["training"]
+    held = sum(size for name, size in found.held.items() if name != "around")
+    tensors = held + sum(size for name, size in phase.items() if name != "allocator")
+    assert phase["allocator"] == pytest.approx(0.1 * tensors, abs=1)
+
+
 def test_large_tensors_have_pages_of_their_own() -> None:
     few, many = (activations(TINY, Batch(n, 0.0, n, 10, True), "32-true").small for n in (1000, 10**6))
     assert few == 1
