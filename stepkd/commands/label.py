@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=float,
         default=0.5,
-        help="right from this score on, or above this chance of --convert (default 0.5)",
+        help="a step is correct from this score, or (--convert) this chance, on (default 0.5)",
     )
     who.add_argument("--soft", action="store_true", help="judge, prm: label by scores; --convert: take the values")
     steps = parser.add_argument_group("steps")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from stepkd.errors import DataError
+from stepkd.steps.labels import label_kind
 
 Check = Callable[[Any], str | None]
 RowCheck = Callable[[Mapping[str, Any]], tuple[str, str] | None]
-LabelKind = Literal["bool", "rating", "soft"]
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_LOGPROB = 1e-3
@@ -126,54 +126,6 @@ def labels(value: object) -> str | None:
     except DataError as error:
         return str(error)
     return None
-
-
-def label_kind(step_labels: Sequence[object]) -> LabelKind:
-    """Tell what a row's step labels are, without casting any of them.
-
-    Args:
-        step_labels: one per step; None marks a step without a label.
-
-    Returns:
-        "bool" (all True or False), "rating" (all whole numbers -1, 0 or 1, where 0 is neutral) or "soft" (floats in
-        [0, 1], the chance that the step is right; 0 and 1 may be written as whole numbers beside floats).
-
-    Raises:
-        DataError: no label at all, NaN, a value outside the range, or kinds mixed.
-    """
-    kinds = {
-        _one_label_kind(label, place=f"label {index} of {len(step_labels)}")
-        for index, label in enumerate(step_labels, start=1)
-        if label is not None
-    }
-    if not kinds:
-        raise DataError("has zero labelled steps; give at least one label that is not null, or drop the row")
-    if kinds == {"bool"}:
-        return "bool"
-    if "bool" in kinds:
-        raise DataError("mixes true/false with numbers; use one kind per row, nothing is cast")
-    if "soft" not in kinds:
-        return "rating"
-    if "negative" in kinds:
-        raise DataError("mixes the rating -1 with floats in [0, 1]; use one kind per row, nothing is cast")
-    return "soft"
-
-
-def _one_label_kind(label: object, *, place: str) -> str:
-    if isinstance(label, bool):
-        return "bool"
-    if isinstance(label, int):
-        if label not in (-1, 0, 1):
-            raise DataError(f"{place} is {label}; whole numbers must be -1, 0 or 1")
-        return "negative" if label < 0 else "rating"
-    if isinstance(label, float):
-        if math.isnan(label):
-            raise DataError(f"{place} is NaN; write null for a step without a label")
-        if not 0.0 <= label <= 1.0:
-            hint = " (the rating -1 must be a whole number)" if label == -1.0 else ""
-            raise DataError(f"{place} is {label}; a float must lie in [0, 1]{hint}")
-        return "soft"
-    raise DataError(f"{place} must be true/false, a float in [0, 1] or -1/0/1, found {shown(label)}")
 
 
 # --- other values --------------------------------------------------------------------------------------------------

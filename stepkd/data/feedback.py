@@ -135,8 +135,8 @@ def _hard(target: Target | None, name: str) -> int:
         return UNKNOWN
     if target[1] not in (0.0, 1.0):
         raise DataError(
-            f"a step label of {target[1]:g} is neither right nor wrong, and feedback is binary: set labels.harden (0 "
-            "is 'any continuation succeeded'), or convert the rows with --to binary",
+            f"a step label of {target[1]:g} is neither right nor wrong, and feedback is binary: set "
+            "labels.harden (0.001 is 'any continuation succeeded'), or convert the rows with --to binary",
             path=name,
             column="step_labels",
         )

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepkd.data import checks
-from stepkd.data.checks import Check, RowCheck, did_you_mean, label_kind
+from stepkd.data.checks import Check, RowCheck, did_you_mean
 from stepkd.errors import ConfigError, DataError
+from stepkd.steps.labels import label_kind
 
 ExtraRule = Literal["check", "keep", "error"]
 

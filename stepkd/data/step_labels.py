@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stepkd.data.checks import label_kind
-from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.errors import DataError, check_choice
+from stepkd.steps.labels import ANY_SUCCESS, Label, LabelKind, Neutral, check_threshold, label_kind, verdicts
 
 Target = tuple[float, ...]
 
@@ -20,16 +20,17 @@ Target = tuple[float, ...]
 class LabelRule:
     """How step labels become targets."""
 
-    kind: Literal["auto", "bool", "rating", "soft"] = "auto"
+    kind: Literal["auto"] | LabelKind = "auto"
     """What the labels must be: right/wrong, -1/0/1, or chances in [0, 1]; ``auto`` takes what each row has."""
     after_error: Literal["keep", "truncate", "mask"] = "truncate"
     """Steps after the first wrong one: keep their labels, cut the solution off there, or leave it whole without these
-    labels. A soft label is a wrong step where it is 0, or not above ``harden``. A causal model gives the same gradient
-    for ``truncate`` and ``mask``."""
-    neutral: Literal["right", "wrong", "mask"] = "right"
+    labels. A soft label is a wrong step below ``harden``, and without it only where it is 0. A causal model gives the
+    same gradient for ``truncate`` and ``mask``."""
+    neutral: Neutral = "right"
     """What a rating of 0 means to a head of two classes."""
     harden: float | None = None
-    """Soft labels above it become right and all others wrong; None keeps them soft. 0 is "any rollout succeeded"."""
+    """Threshold, in (0, 1), from which on a soft label becomes right, and below it wrong; None keeps labels soft. One
+    below the smallest share of continuations, such as 0.001, means "any continuation succeeded"."""
     scope: Literal["steps", "outcome"] = "steps"
     """``steps``: a process reward model; ``outcome``: one label at the last step, whether the answer is right (an
     outcome reward model)."""
@@ -39,8 +40,8 @@ class LabelRule:
         check_choice("labels.after_error", self.after_error, ("keep", "truncate", "mask"))
         check_choice("labels.neutral", self.neutral, ("right", "wrong", "mask"))
         check_choice("labels.scope", self.scope, ("steps", "outcome"))
-        if self.harden is not None and not 0 <= self.harden < 1:
-            raise ConfigError(f"labels.harden={self.harden}: a threshold in [0, 1), or null for soft labels")
+        if self.harden is not None:
+            check_threshold(self.harden, "labels.harden")
 
 
 def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule: LabelRule) -> list[Target | None]:
@@ -79,12 +80,19 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
             path=name,
             column=column,
         )
-    targets = [None if label is None else _target(label, kind, num_classes, rule, name, column) for label in labels]
-    if rule.after_error != "keep":
-        neutral_is_wrong = num_classes == 2 and rule.neutral == "wrong"
-        wrong = next(
-            (i for i, label in enumerate(labels) if _is_error(label, kind, rule.harden, neutral_is_wrong)), num_steps
+    if kind == "soft" and rule.harden is None and num_classes != 2:
+        raise DataError(
+            f"soft labels for {num_classes} classes: they need two classes, or set labels.harden",
+            path=name,
+            column=column,
         )
+    neutral = rule.neutral if num_classes == 2 else "right"
+    marks = verdicts(labels, neutral=neutral, threshold=ANY_SUCCESS if rule.harden is None else rule.harden)
+    targets = [
+        _target(label, mark, kind, num_classes, rule.harden is None) for label, mark in zip(labels, marks, strict=True)
+    ]
+    if rule.after_error != "keep" and False in marks:
+        wrong = marks.index(False)
         targets[wrong + 1 :] = [None] * (num_steps - wrong - 1)
     return targets
 
@@ -111,36 +119,12 @@ def _outcome(row: Mapping[str, Any], name: str, num_classes: int) -> Target:
     return _one_hot(num_classes - 1 if value else 0, num_classes)
 
 
-def _target(
-    label: bool | int | float, kind: str, num_classes: int, rule: LabelRule, name: str, column: str
-) -> Target | None:
-    best = num_classes - 1
-    if kind == "bool":
-        return _one_hot(best if label else 0, num_classes)
-    if kind == "rating":
-        if num_classes == 3:
-            return _one_hot(int(label) + 1, 3)
-        meaning = {1: "right", -1: "wrong", 0: rule.neutral}[int(label)]
-        return None if meaning == "mask" else _one_hot(best if meaning == "right" else 0, num_classes)
-    if rule.harden is not None:
-        return _one_hot(best if label > rule.harden else 0, num_classes)
-    if num_classes != 2:
-        raise DataError(
-            f"a soft label ({label}) for {num_classes} classes: soft labels need two classes, or set labels.harden",
-            path=name,
-            column=column,
-        )
-    return (1.0 - float(label), float(label))
-
-
-def _is_error(label: bool | int | float | None, kind: str, harden: float | None, neutral_is_wrong: bool) -> bool:
-    if label is None:
-        return False
-    if kind == "rating":
-        return label == -1 or (label == 0 and neutral_is_wrong)
-    if kind == "soft":
-        return label <= (harden or 0.0)
-    return not label
+def _target(label: Label, mark: bool | None, kind: str, num_classes: int, keep_soft: bool) -> Target | None:
+    if label is not None and kind == "soft" and keep_soft:
+        return (1.0 - float(label), float(label))
+    if label is not None and kind == "rating" and num_classes == 3:
+        return _one_hot(int(label) + 1, 3)
+    return None if mark is None else _one_hot(num_classes - 1 if mark else 0, num_classes)
 
 
 def _one_hot(index: int, num_classes: int) -> Target:

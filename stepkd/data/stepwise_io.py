@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from stepkd.data.checks import label_kind
 from stepkd.data.io import replace_file, write_jsonl_atomic
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
 from stepkd.data.sources.math_shepherd import FIRST_STEP, TAG
-from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.errors import DataError, check_choice
+from stepkd.steps.labels import Neutral, label_kind, verdicts
 
 Row = dict[str, Any]
 
@@ -58,7 +58,7 @@ def to_stepwise(row: Mapping[str, Any], steps: Sequence[str], *, soft: bool = Fa
 def trl_row(
     row: Mapping[str, Any],
     *,
-    neutral: Literal["right", "wrong", "mask"] = "right",
+    neutral: Neutral = "right",
     threshold: float = 0.5,
     separator: str = "\n",
     counts: Counter[str] | None = None,
@@ -71,7 +71,7 @@ def trl_row(
     Args:
         row: a STEPWISE row.
         neutral: what a rating of 0 becomes; ``mask``: such a step counts as unlabelled.
-        threshold: a chance above it is right, in [0, 1).
+        threshold: a chance is right from here on, in (0, 1).
         separator: text between joined steps.
         counts: updated with the number of steps that became ``right`` and ``wrong``, among them ``neutral`` ones, that
             were ``joined`` or ``cut``, and of rows left ``empty``.
@@ -80,25 +80,19 @@ def trl_row(
         The row with boolean labels and its other columns as they were; None when no label is left.
 
     Raises:
-        ConfigError: an unknown ``neutral`` or a threshold outside [0, 1).
+        ConfigError: an unknown ``neutral`` or a threshold outside (0, 1).
         DataError: the row breaks its contract.
     """
     check_choice("neutral", neutral, ("right", "wrong", "mask"))
-    if not 0 <= threshold < 1:
-        raise ConfigError(f"threshold={threshold}: must lie in [0, 1); a chance above it is right")
     validate(dict(row), STEPWISE, extra="keep")
-    kind = label_kind(row["labels"])
     found: Counter[str] = Counter()
+    if label_kind(row["labels"]) == "rating":
+        found["neutral"] += row["labels"].count(0)
+    marks = verdicts(row["labels"], neutral=neutral, threshold=threshold)
     steps: list[str] = []
     labels: list[bool] = []
     waiting: list[str] = []
-    for step, given in zip(row["completions"], row["labels"], strict=True):
-        label = given
-        if kind == "rating" and given is not None:
-            found["neutral"] += given == 0
-            label = {1: True, -1: False, 0: {"right": True, "wrong": False, "mask": None}[neutral]}[given]
-        elif kind == "soft" and given is not None:
-            label = given > threshold
+    for step, label in zip(row["completions"], marks, strict=True):
         if label is None:
             waiting.append(step)
             continue

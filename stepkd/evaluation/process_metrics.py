@@ -17,6 +17,7 @@ import numpy as np
 from stepkd.errors import DataError
 from stepkd.evaluation.intervals import FloatArray, Interval, check_level, cluster_bootstrap, wilson_interval
 from stepkd.randomness import generator
+from stepkd.steps.labels import passes
 
 NO_ERROR = -1
 """Label and prediction of a solution without a wrong step."""
@@ -60,7 +61,7 @@ def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> in
         DataError: no scores, or a step without a score (NaN).
     """
     check_step_scores([scores])
-    return next((index for index, score in enumerate(scores) if score < threshold), NO_ERROR)
+    return next((index for index, score in enumerate(scores) if not passes(score, threshold)), NO_ERROR)
 
 
 def harmonic_mean(a: float, b: float) -> float:

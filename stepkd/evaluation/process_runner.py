@@ -21,10 +21,11 @@ from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, RESULTS_NAME, package_versions
 from stepkd.evaluation.order_swap import task_swaps
-from stepkd.evaluation.process_summary import first_error, step_verdicts, summarise_process
+from stepkd.evaluation.process_summary import summarise_process
 from stepkd.evaluation.store import ResultStore
 from stepkd.scorers.rows import score_rows, step_scores
 from stepkd.scorers.scorer import StepScorer
+from stepkd.steps.labels import check_threshold, first_incorrect, verdicts
 
 PROCESS_BENCHMARKS = {
     "processbench": "ProcessBench: where is the first wrong step? (arXiv 2412.06559); needs a step scorer as --model",
@@ -68,8 +69,7 @@ class ProcessSpec:
         if self.benchmark not in PROCESS_BENCHMARKS:
             hint = nearest(self.benchmark, PROCESS_BENCHMARKS)
             raise ConfigError(f"unknown benchmark {self.benchmark!r}.{hint} Known: {', '.join(PROCESS_BENCHMARKS)}")
-        if not 0 < self.threshold < 1:
-            raise ConfigError(f"threshold={self.threshold}: must lie between 0 and 1")
+        check_threshold(self.threshold)
         if self.benchmark == "step_labels" and self.data is None:
             raise ConfigError("step_labels needs --data: a step-labelled set, for instance prm800k:path=...")
         if unknown := [name for name in self.subsets if name not in SUBSETS]:
@@ -181,8 +181,8 @@ def _result(
         "set": name,
         "prompt": row["prompt"],
         "scores": [None if score is None else round(float(score), 6) for score in scores],
-        "labels": step_verdicts(row["labels"]),
-        "first_error": first_error(row["labels"]),
+        "labels": verdicts(row["labels"]),
+        "first_error": first_incorrect(row["labels"]),
         "seconds": round(seconds, 4),
     }
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from stepkd.data.checks import label_kind
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.argmin_positions import argmin_positions
 from stepkd.evaluation.calibration_metrics import calibration_report
@@ -25,22 +24,6 @@ from stepkd.scorers.scorer import Meaning
 
 Row = Mapping[str, Any]
 _RANDOM_GRID = tuple(np.round(np.arange(0.02, 1.0, 0.02), 2))
-
-
-def step_verdicts(labels: Sequence[bool | int | float | None]) -> list[bool | None]:
-    """Right or wrong per step, by the row's kind of label; neutral ratings and soft labels from 0.5 on are right."""
-    if all(label is None for label in labels):
-        return [None] * len(labels)
-    least = {"bool": 1.0, "rating": 0.0, "soft": 0.5}[label_kind(labels)]
-    return [None if label is None else float(label) >= least for label in labels]
-
-
-def first_error(labels: Sequence[bool | int | float | None]) -> int | None:
-    """Index of the first wrong step, -1 when every step is right; None when missing labels leave it open."""
-    for i, right in enumerate(step_verdicts(labels)):
-        if right is not True:
-            return None if right is None else i
-    return -1
 
 
 def summarise_process(

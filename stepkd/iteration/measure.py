@@ -24,13 +24,14 @@ from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.runner import encode_prompts
 from stepkd.labels.job import SOLUTIONS
-from stepkd.labels.matching import row_labels, verdicts
+from stepkd.labels.matching import row_labels
 from stepkd.labels.settings import LabelSpec, asking
 from stepkd.labels.shards import Shards
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.rollout import annotate
 from stepkd.scorers.load import pick_device
+from stepkd.steps.labels import verdicts
 
 Row = Mapping[str, Any]
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError, check_choice
-from stepkd.labels.matching import Label, check_same_steps, first_error, label_column, row_labels, verdicts
+from stepkd.labels.matching import check_same_steps, label_column, row_labels
 from stepkd.labels.quality import LabelQuality, label_quality
+from stepkd.steps.labels import Label, first_incorrect, verdicts
 
 Row = Mapping[str, Any]
 Mode = Literal["first_error", "steps"]
@@ -94,7 +95,7 @@ def report_on(truth: Sequence[Row], labellings: Mapping[str, Sequence[Row]]) -> 
 
 
 def _first_error_reason(ours: Sequence[Label], theirs: Sequence[Label]) -> str:
-    places = first_error(ours), first_error(theirs)
+    places = first_incorrect(ours), first_incorrect(theirs)
     if None in places:
         return "unlabelled"
     return "kept" if places[0] == places[1] else "disagree"

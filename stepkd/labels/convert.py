@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.stepwise_io import to_stepwise, trl_row, write_math_shepherd, write_stepwise
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.labels.matching import Neutral, label_column
+from stepkd.labels.matching import label_column
 from stepkd.labels.reductions import balance_by_prefix_length
+from stepkd.steps.labels import Neutral, check_threshold
 
 Row = Mapping[str, Any]
 KEPT = ("labelling", "label_facts", "step_values", "task", "meta", "problem_id")
@@ -33,7 +34,7 @@ class ConvertOptions:
     neutral: Neutral = "right"
     """What a rating of 0 becomes where only right and wrong exist (``trl``, ``math_shepherd``, ``binary``)."""
     threshold: float = 0.5
-    """A soft label above it is right there, in [0, 1)."""
+    """A soft label is right there from this chance on, in (0, 1)."""
     seed: int = 0
     """Keys what is drawn (``balanced``, ``preference``)."""
     max_pairs: int = 1
@@ -44,8 +45,7 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         check_choice("neutral", self.neutral, get_args(Neutral))
         check_choice("--chosen-steps", self.chosen_steps, ("any", "clean"))
-        if not 0 <= self.threshold < 1:
-            raise ConfigError(f"threshold={self.threshold}: must lie in [0, 1); a chance above it is right")
+        check_threshold(self.threshold)
         if self.max_pairs < 1:
             raise ConfigError(f"max_pairs={self.max_pairs}: must be at least 1")
 

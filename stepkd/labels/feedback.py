@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.checks import label_kind
 from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.rows import ROLLOUT, STEPWISE, UNPAIRED, Contract, validate
 from stepkd.errors import DataError
 from stepkd.labels.convert import Converted, Converter, ConvertOptions, register
 from stepkd.labels.given import written_steps
-from stepkd.labels.matching import cast_labels, label_column
+from stepkd.labels.matching import label_column
 from stepkd.labels.solutions import PROBLEM_COLUMNS
 from stepkd.scorers.rows import problem_key
+from stepkd.steps.labels import label_kind, verdicts
 
 Row = Mapping[str, Any]
 
@@ -145,7 +145,7 @@ def _marks(each: Answered, labels: Sequence[Any], options: ConvertOptions) -> li
     if len(labels) != len(steps):
         raise DataError(f"has {len(labels)} labels for {len(steps)} steps", path=each.id)
     try:
-        return cast_labels(labels, neutral=options.neutral, threshold=options.threshold)
+        return verdicts(labels, neutral=options.neutral, threshold=options.threshold)
     except DataError as error:
         raise DataError(str(error), path=each.id, column=label_column(each.row)) from error
 

@@ -16,13 +16,14 @@ from stepkd.errors import DataError
 from stepkd.labels.folder import THRESHOLD_NAME
 from stepkd.labels.labeller import Labeller, Solution
 from stepkd.labels.manifest import segmenter_settings
-from stepkd.labels.matching import row_labels, verdicts
+from stepkd.labels.matching import row_labels
 from stepkd.labels.settings import LabelSpec
 from stepkd.labels.setup import JobParts, job_parts
 from stepkd.labels.sharded_job import Report, ShardedJob
 from stepkd.labels.solutions import Candidate, SolutionSource, cut, drop_duplicates, labelled_row
 from stepkd.labels.summary import summarise_labels
 from stepkd.steps import Segmenter, get_segmenter
+from stepkd.steps.labels import verdicts
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
 
 SOLUTIONS, LABELS = "solutions", "labels"

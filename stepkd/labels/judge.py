@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
 from stepkd.labels.labeller import Solution, StepLabels
 from stepkd.scorers.scorer import Solutions, StepScorer
+from stepkd.steps.labels import check_threshold, passes
 
 
 class ScorerLabeller:
@@ -22,8 +23,7 @@ class ScorerLabeller:
     """
 
     def __init__(self, scorer: StepScorer, *, threshold: float = 0.5, soft: bool = False, name: str = "judge") -> None:
-        if not 0 < threshold < 1:
-            raise ConfigError(f"threshold={threshold}: must lie between 0 and 1")
+        check_threshold(threshold)
         self.scorer = scorer
         self.threshold = threshold
         self.soft = soft
@@ -61,7 +61,7 @@ class ScorerLabeller:
         if wrong:
             raise DataError(f"the scorer gave {wrong[0]}: scores lie in [0, 1]", path=solution.id)
         known = tuple(None if math.isnan(score) else float(score) for score in scores)
-        hard = tuple(None if score is None else score >= self.threshold for score in known)
+        hard = tuple(passes(score, self.threshold) for score in known)
         return StepLabels(
             known if self.soft else hard,  # no values: a scorer's guess of the future is no rollout's success
             facts={"scores": list(known)},

@@ -1,20 +1,14 @@
-"""Labelled rows side by side: what a label says, where the first error is, and whether two rows cut alike."""
+"""Labelled rows side by side: where their labels stand, and whether two rows cut alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-from stepkd.data.checks import label_kind
 from stepkd.errors import DataError
+from stepkd.steps.labels import Label
 
 Row = Mapping[str, Any]
-Label = bool | int | float | None
-Neutral = Literal["right", "wrong", "mask"]
-"""What a rating of 0 becomes where only right and wrong exist; ``mask``: nothing."""
-
-SOFT_RIGHT = 0.5
-"""A soft label counts as right from here on."""
 
 
 def row_labels(row: Row) -> list[Label]:
@@ -32,46 +26,6 @@ def row_labels(row: Row) -> list[Label]:
 def label_column(row: Row) -> str:
     """Where a row keeps its labels."""
     return "labels" if row.get("step_labels") is None else "step_labels"
-
-
-def verdicts(labels: Sequence[Label]) -> list[bool | None]:
-    """What each label says: right, wrong, or nothing.
-
-    Args:
-        labels: of one row, of one kind: bool; -1/0/1, where neutral counts as right; or chances, right from 0.5 on.
-
-    Raises:
-        DataError: no label at all, kinds mixed, or a label out of range.
-    """
-    limit = {"bool": 1, "rating": 0, "soft": SOFT_RIGHT}[label_kind(labels)]
-    return [None if label is None else label >= limit for label in labels]
-
-
-def cast_labels(labels: Sequence[Label], *, neutral: Neutral = "right", threshold: float = 0.5) -> list[bool | None]:
-    """Labels as right, wrong or nothing, with the choices left open by :func:`verdicts`.
-
-    Args:
-        labels: of one row, of one kind.
-        neutral: what a rating of 0 becomes.
-        threshold: a chance above it is right.
-
-    Raises:
-        DataError: no label at all, kinds mixed, or a label out of range.
-    """
-    kind = label_kind(labels)
-    if kind == "rating":
-        meaning = {1: True, -1: False, 0: {"right": True, "wrong": False, "mask": None}[neutral], None: None}
-        return [meaning[None if label is None else int(label)] for label in labels]
-    limit = threshold if kind == "soft" else 0
-    return [None if label is None else label > limit for label in labels]
-
-
-def first_error(labels: Sequence[Label]) -> int | None:
-    """Place of the first wrong step: its 0-based index, -1 if every step is right, None if the labels leave it open."""
-    for index, right in enumerate(verdicts(labels)):
-        if right is not True:
-            return None if right is None else index
-    return -1
 
 
 def check_same_steps(row: Row, other: Row, *, names: tuple[str, str] = ("A", "B")) -> None:

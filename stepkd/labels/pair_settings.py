@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from stepkd.errors import ConfigError, check_choice
-from stepkd.labels.matching import Neutral
 from stepkd.labels.settings import JobSpec
 from stepkd.rollout import SamplingSpec
 from stepkd.steps import get_segmenter
+from stepkd.steps.labels import Neutral, check_threshold
 
 Take = Literal["wrong", "all"]
 
@@ -40,7 +40,7 @@ class StepPairSpec(JobSpec):
     reference: bool = False
     """Show the row's gold solution (else its answer) to the judge."""
     threshold: float = 0.5
-    """A soft step label is right above it; a step passes the check when its score is not below it; in (0, 1)."""
+    """A soft step label, and a step that is checked, is right from this chance or score on; in (0, 1)."""
     segmenter: str | None = None
     """What cuts continuations into steps; None: what cut the row (its ``labelling``), else ``newline``."""
 
@@ -49,8 +49,7 @@ class StepPairSpec(JobSpec):
         self._check_counts("continuations", "max_pairs")
         check_choice("--from", self.take, get_args(Take))
         check_choice("neutral", self.neutral, get_args(Neutral))
-        if not 0 < self.threshold < 1:
-            raise ConfigError(f"threshold={self.threshold}: must lie between 0 and 1")
+        check_threshold(self.threshold)
         if self.temperature == 0 and self.continuations > 1:
             raise ConfigError(
                 f"{self.continuations} continuations at temperature 0 would all be the same: set --temperature, or "

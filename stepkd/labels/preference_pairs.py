@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from stepkd.data.rows import PREFERENCE
 from stepkd.labels.convert import Converted, Converter, ConvertOptions, register
 from stepkd.labels.feedback import Answered, Row, answered, drop_repeated, label_values, writer
-from stepkd.labels.matching import cast_labels
 from stepkd.labels.solutions import PROBLEM_COLUMNS
 from stepkd.randomness import generator
+from stepkd.steps.labels import verdicts
 
 PURPOSE = "preference_pairs"
 
@@ -108,7 +108,7 @@ def _slips(each: Answered, options: ConvertOptions) -> bool:
     labels = label_values(each.row, soft=options.soft)
     if labels is None:
         return False
-    return False in cast_labels(labels, neutral=options.neutral, threshold=options.threshold)
+    return False in verdicts(labels, neutral=options.neutral, threshold=options.threshold)
 
 
 def _row(number: int, chosen: Answered, rejected: Answered, options: ConvertOptions) -> dict[str, Any]:

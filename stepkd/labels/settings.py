@@ -10,6 +10,7 @@ from stepkd.evaluation.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.labels.reductions import check_reduction
 from stepkd.rollout import SamplingSpec
 from stepkd.steps import get_segmenter
+from stepkd.steps.labels import check_threshold
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 from stepkd.tasks import Given
 
@@ -160,9 +161,9 @@ class LabelSpec(JobSpec):
                 f"{self.rollouts_per_step} continuations at temperature 0 would all be the same: set "
                 "--label-temperature, or --rollouts-per-step 1"
             )
-        for name in ("quantile", "threshold"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must lie between 0 and 1")
+        check_threshold(self.threshold)
+        if not 0 < self.quantile < 1:
+            raise ConfigError(f"quantile={self.quantile}: must lie between 0 and 1")
         if (self.segmenter_kind == "reject") != (self.teacher is not None):
             raise ConfigError("segmenter 'reject' and --teacher go together: give both or neither")
         if self.segmenter is not None and not self.fits_threshold:

@@ -9,6 +9,7 @@ from stepkd.errors import DataError
 from stepkd.labels.pair_settings import StepPairSpec
 from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.scorers.scorer import Solutions, StepScorer
+from stepkd.steps.labels import passes
 
 Asked = tuple[Mapping[str, Any], Sequence[str], Sequence[str]]
 """Problem row, the steps before, and candidates for the next step."""
@@ -43,7 +44,7 @@ class StepCheck:
             _, before, candidates = asked[number]
             if len(scores) != len(candidates) or any(len(values) != len(before) + 1 for values in scores):
                 raise DataError("the scorer gave another number of scores than it was asked for")
-            found[number] = [values[-1] >= self.threshold for values in scores]
+            found[number] = [passes(values[-1], self.threshold) is True for values in scores]
         return found
 
     def provenance(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from stepkd.errors import DataError
 from stepkd.labels.given import GivenSolutions
 from stepkd.labels.job_data import Workbench
 from stepkd.labels.labeller import Solution
-from stepkd.labels.matching import cast_labels
 from stepkd.labels.next_step import NextStep, next_step, segmenter_of, text_until_stop
 from stepkd.labels.pair_job import pair_record
 from stepkd.labels.pair_settings import StepPairSpec
@@ -28,6 +27,7 @@ from stepkd.models import Policy
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Rollout
 from stepkd.steps import Segmenter, get_segmenter
+from stepkd.steps.labels import verdicts
 
 Row = Mapping[str, Any]
 
@@ -65,7 +65,7 @@ def first_wrong_step(row: Row, spec: StepPairSpec) -> int | str:
         return "no_labels"
     if spec.take == "wrong" and row["correct"] is not False:
         return "ungraded" if row["correct"] is None else "right_answer"
-    marks = cast_labels(labels, neutral=spec.neutral, threshold=spec.threshold)
+    marks = verdicts(labels, neutral=spec.neutral, threshold=spec.threshold)
     if False not in marks:
         return "no_wrong_step"
     step = marks.index(False)

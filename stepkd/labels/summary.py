@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepkd.labels.matching import row_labels, verdicts
+from stepkd.labels.matching import row_labels
+from stepkd.steps.labels import verdicts
 
 Row = Mapping[str, Any]
 

@@ -15,6 +15,7 @@ from stepkd.data.encode import Example
 from stepkd.errors import ConfigError
 from stepkd.modules.step_scores import check_step_scorer, step_scores, step_texts
 from stepkd.scorers import ScorerOptions, StepScorer, load_scorer
+from stepkd.steps.labels import check_threshold, passes
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class FocusSpec:
     """Prompt template of the scorer; null: its own."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ConfigError(f"focus.threshold={self.threshold}: must lie between 0 and 1")
+        check_threshold(self.threshold, "focus.threshold")
         for name in ("wrong", "right", "after"):
             weight = getattr(self, name)
             if weight is not None and not 0 <= weight < math.inf:
@@ -51,7 +51,7 @@ class FocusSpec:
         weights: list[float] = []
         behind = False
         for score in scores:
-            wrong = score < self.threshold  # False for NaN
+            wrong = passes(score, self.threshold) is False
             weight = self.wrong if wrong else self.right
             weights.append(self.after if behind and self.after is not None else weight)
             behind = behind or wrong

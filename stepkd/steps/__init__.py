@@ -2,6 +2,7 @@
 
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
 from stepkd.steps.format import MARKER_CANDIDATES, Meaning, StepFormat
+from stepkd.steps.labels import THRESHOLD, Label, first_incorrect, label_kind, passes, verdicts
 from stepkd.steps.markers import auto_marker, marker_token_id
 from stepkd.steps.segment import (
     SEGMENTERS,
@@ -29,8 +30,10 @@ __all__ = [
     "MARKER_CANDIDATES",
     "SEGMENTERS",
     "SIGNAL_SEGMENTERS",
+    "THRESHOLD",
     "AdaptiveStepSegmenter",
     "EntropySegmenter",
+    "Label",
     "Meaning",
     "RegexSegmenter",
     "RejectSegmenter",
@@ -45,9 +48,12 @@ __all__ = [
     "auto_marker",
     "check_partition",
     "first_difference",
+    "first_incorrect",
     "fit_threshold",
     "get_segmenter",
+    "label_kind",
     "marker_token_id",
+    "passes",
     "segment",
     "spans_from_ends",
     "step_ends",
@@ -55,4 +61,5 @@ __all__ = [
     "text_from_ids",
     "tokenize_text",
     "truncate_spans",
+    "verdicts",
 ]

@@ -90,7 +90,7 @@ def test_values_stand_in_for_labels() -> None:
     row = rollout(step_values=[1.0, 0.25, 0.0, None])
     with pytest.raises(DataError, match=r"^r, column 'step_labels': a step label of 0.25 is neither right nor wrong"):
         make().example(row)
-    assert encode(make(harden=0.0), row).step_labels == (1, 1, 0, -1)
+    assert encode(make(harden=0.25), row).step_labels == (1, 1, 0, -1)
     assert encode(make(harden=0.5), row).step_labels == (1, 0, 0, -1)
     both = rollout([True] * 4, step_values=[0.0, 0.0, 0.0, 0.0])
     assert encode(make(), both).step_labels == (1,) * 4
@@ -140,8 +140,8 @@ def test_nothing_to_cut(labels: list[Any]) -> None:
         ([1, 0, 1, 1], {"neutral": "wrong"}, (1, 0)),
         ([1, 0, -1, 1], {"neutral": "right"}, (1, 1, 0)),
         ([1, 0, -1, 1], {"neutral": "mask"}, (1, -1, 0)),
-        ([0.9, 0.5, 0.1, 0.8], {"harden": 0.5}, (1, 0)),
-        ([0.9, 0.5, 0.0, 0.8], {"harden": 0.0}, (1, 1, 0)),
+        ([0.9, 0.5, 0.1, 0.8], {"harden": 0.5}, (1, 1, 0)),
+        ([0.9, 0.5, 0.0, 0.8], {"harden": 0.6}, (1, 0)),
     ],
 )
 def test_what_counts_as_the_first_error(labels: list[Any], rule: dict[str, Any], kept: tuple[int, ...]) -> None:

@@ -37,8 +37,8 @@ def test_neutral_in_two_classes(neutral: str, expected: list[Target | None]) -> 
 
 def test_harden() -> None:
     soft = [0.0, 0.125, 0.5, 0.51, 1.0, None]
-    assert targets(soft, harden=0.5) == [WRONG, WRONG, WRONG, RIGHT, RIGHT, None]
-    assert targets(soft, harden=0.0) == [WRONG, RIGHT, RIGHT, RIGHT, RIGHT, None], "any rollout succeeded"
+    assert targets(soft, harden=0.5) == [WRONG, WRONG, RIGHT, RIGHT, RIGHT, None]
+    assert targets(soft, harden=0.001) == [WRONG, RIGHT, RIGHT, RIGHT, RIGHT, None], "any rollout succeeded"
     assert targets([0.2, 0.9], 3, harden=0.5) == [ONE_OF_3[-1], ONE_OF_3[1]]
 
 
@@ -54,7 +54,7 @@ def test_harden() -> None:
         ([1, 0, 1, 1], {"neutral": "wrong"}, 2),
         ([1, 0, 1, 1], {"neutral": "mask"}, 4),
         ([0.5, 0.125, 0.0, 1.0], {}, 3),
-        ([0.75, 0.5, 0.75, 1.0], {"harden": 0.5}, 2),
+        ([0.75, 0.5, 0.25, 1.0], {"harden": 0.5}, 3),
     ],
 )
 def test_nothing_behind_the_first_error_is_trained_on(
@@ -100,7 +100,7 @@ def test_rows_without_a_single_label_give_no_targets() -> None:
         ([True, False], 2, 2, {"kind": "soft"}, "labels are of kind 'bool' and labels.kind asks for 'soft'"),
         ([0.5, 1.0], 2, 2, {"kind": "bool"}, "labels are of kind 'soft' and labels.kind asks for 'bool'"),
         ([1, -1], 2, 2, {"kind": "bool"}, "labels are of kind 'rating' and labels.kind asks for 'bool'"),
-        ([0.5, 1.0], 2, 3, {}, r"a soft label \(0.5\) for 3 classes"),
+        ([0.5, 1.0], 2, 3, {}, "soft labels for 3 classes: they need two"),
         ([0.5, float("nan")], 2, 2, {}, "label 2 of 2 is NaN; write null"),
         ([2, 1], 2, 2, {}, "label 1 of 2 is 2; whole numbers must be -1, 0 or 1"),
         ([1.5, 1.0], 2, 2, {}, r"label 1 of 2 is 1.5; a float must lie in \[0, 1\]"),
@@ -123,6 +123,7 @@ def test_refused(labels: Any, steps: int, classes: int, rule: dict[str, Any], me
         ({"scope": "step"}, "unknown labels.scope 'step': did you mean 'steps'"),
         ({"harden": 1.0}, "labels.harden=1.0"),
         ({"harden": -0.1}, "labels.harden=-0.1"),
+        ({"harden": 0.0}, "labels.harden=0.0: .* for 'any continuation succeeded' take a small one, such as 0.001"),
         ({"harden": float("nan")}, "labels.harden=nan"),
     ],
 )

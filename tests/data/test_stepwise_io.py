@@ -100,8 +100,8 @@ def test_to_stepwise_bad_input(change: dict[str, Any], steps: list[str], message
         ([True, False], {}, [True, False], {"right": 1, "wrong": 1}),
         ([1, 0, -1], {}, [True, True, False], {"right": 2, "wrong": 1, "neutral": 1}),
         ([1, 0, -1], {"neutral": "wrong"}, [True, False, False], {"right": 1, "wrong": 2, "neutral": 1}),
-        ([1.0, 0.5, 0.51, 0], {}, [True, False, True, False], {"right": 2, "wrong": 2}),
-        ([1.0, 0.125, 0.0], {"threshold": 0}, [True, True, False], {"right": 2, "wrong": 1}),
+        ([1.0, 0.5, 0.49, 0], {}, [True, True, False, False], {"right": 2, "wrong": 2}),
+        ([1.0, 0.125, 0.0], {"threshold": 0.125}, [True, True, False], {"right": 2, "wrong": 1}),
     ],
 )
 def test_cast_of_every_kind(
@@ -137,8 +137,8 @@ def test_cast_keeps_all_text_up_to_the_last_label() -> None:
 def test_cast_bad_input() -> None:
     with pytest.raises(ConfigError, match=r"unknown neutral 'drop'.*choose from right, wrong, mask"):
         trl_row(rated(1), neutral="drop")  # type: ignore[arg-type]
-    for threshold in (1.0, -0.1, float("nan")):
-        with pytest.raises(ConfigError, match=r"must lie in \[0, 1\)"):
+    for threshold in (1.0, 0, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match=f"threshold={threshold}: must lie between 0 and 1"):
             trl_row(rated(1), threshold=threshold)
     with pytest.raises(DataError, match="column 'labels': mixes true/false with numbers"):
         trl_row(rated(True, 1))

@@ -11,7 +11,7 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
-from stepkd.evaluation.process_summary import compare_process, first_error, step_verdicts
+from stepkd.evaluation.process_summary import compare_process
 from stepkd.evaluation.store import read_rows
 from stepkd.scorers.scorer import Meaning, Solutions
 
@@ -166,20 +166,6 @@ class _NoLabels(Scripted):
 
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         raise DataError("needs a step-labelled row")
-
-
-def test_labels_of_every_kind() -> None:
-    assert step_verdicts([True, False, None]) == [True, False, None]
-    assert step_verdicts([1, 0, -1]) == [True, True, False]  # neutral counts as right
-    assert step_verdicts([0.9, 0.5, 0.4, 0, 1]) == [True, True, False, False, True]  # whole numbers beside floats
-    assert step_verdicts([None, None]) == [None, None]
-    assert first_error([1, 0, -1]) == 2
-    assert first_error([0.9, 0]) == 1
-    assert first_error([True, False, None]) == 1
-    assert first_error([True, True]) == -1
-    assert first_error([True, None, False]) is None  # the missing label may be the first error
-    assert first_error([None, True]) is None
-    assert first_error([True, None]) is None
 
 
 def test_rows_without_a_known_first_error_stay_out_of_f1(tmp_path: Path) -> None:

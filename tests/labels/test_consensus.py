@@ -10,7 +10,6 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import consensus_filter, report_on
-from stepkd.labels.matching import first_error, verdicts
 
 CHOICES = (True, False, None)
 
@@ -76,23 +75,6 @@ def test_steps_mode_by_brute_force() -> None:
         assert result.counts[name] == count
     assert result.counts["kept"] == len(found)
     assert sum(result.counts[reason] for reason in ("kept", "disagree", "unlabelled")) == len(first)
-
-
-@pytest.mark.parametrize(
-    ("labels", "place", "said"),
-    [
-        ([True, False, True], 1, [True, False, True]),
-        ([1, 0, -1], 2, [True, True, False]),
-        ([0.9, 0.5, 0.4], 2, [True, True, False]),
-        ([1.0, 0.0], 1, [True, False]),
-        ([True, None, False], None, [True, None, False]),
-        ([False, None], 0, [False, None]),
-        ([True, True], -1, [True, True]),
-    ],
-)
-def test_kinds_of_labels(labels: list[Any], place: int | None, said: list[Any]) -> None:
-    assert first_error(labels) == place
-    assert verdicts(labels) == said
 
 
 def test_rows_of_only_one_side_are_counted() -> None:

@@ -46,7 +46,7 @@ def test_binary_by_count() -> None:
         rollout("a", 0, [True, False, None], True),  # a conflict
         rollout("a", 1, [True, True], None),  # not graded
         rollout("b", 0, [1, 0, -1], False),
-        rollout("c", 0, [0.9, 0.5, 0], True),  # 0.5 is not above the threshold, 0 is a chance; a conflict
+        rollout("c", 0, [0.9, 0.4, 0], True),  # 0.4 is below the threshold, 0 is a chance; a conflict
         rollout("d", 0, None, True),
         rollout("d", 1, [None, None], True),
         stepwise("e", [1, 0], True),
@@ -87,7 +87,7 @@ def test_binary_neutral(neutral: Any, marks: list[Any]) -> None:
 
 def test_binary_soft_takes_the_values() -> None:
     rows = [rollout("a", 0, [False, False], True, step_values=[1, 0.25]), rollout("a", 1, [True, True], True)]
-    found = convert_rows(rows, "binary", ConvertOptions(soft=True, threshold=0.0))
+    found = convert_rows(rows, "binary", ConvertOptions(soft=True, threshold=0.25))
     assert [row["step_labels"] for row in found.rows] == [[True, True]]
     assert found.counts["rows_without_labels"] == 1
     assert convert_rows(rows, "binary", ConvertOptions(soft=True)).rows[0]["step_labels"] == [True, False]

@@ -264,7 +264,7 @@ def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairSpec) -> None:
     assert step([1, 0, -1]) == 2
     assert step([1, 0, -1], neutral="wrong") == 1
     assert step([1, 0, -1], neutral="mask") == "first_error_unknown"
-    assert step([0.9, 0.6, 0.5]) == 2
+    assert step([0.9, 0.5, 0.4]) == 2
     assert step([0.9, 0.6, 0.5], threshold=0.7) == 1
     assert step([0.9, 0.6, 0.5], threshold=0.1) == "no_wrong_step"
 

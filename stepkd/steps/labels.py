@@ -1,0 +1,122 @@
+"""What a step label says: the one rule that labelling, training, search and evaluation share.
+
+A label is true or false; a rating -1, 0 or 1, where 0 is neutral; or a probability in [0, 1] that the step is correct.
+A probability is correct when it is **at least** the threshold, and so is a step score. None stands for no label.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Sequence
+from typing import Literal
+
+from stepkd.errors import ConfigError, DataError
+
+Label = bool | int | float | None
+LabelKind = Literal["bool", "rating", "soft"]
+Neutral = Literal["right", "wrong", "mask"]
+"""What a rating of 0 counts as: correct, incorrect, or (``mask``) no label."""
+
+THRESHOLD = 0.5
+"""The threshold where none is given."""
+ANY_SUCCESS = math.ulp(0.0)
+"""The threshold that every probability above 0 reaches: one continuation succeeded."""
+
+
+def check_threshold(threshold: float, name: str = "threshold") -> None:
+    """Refuse a threshold that would call every step correct, or none.
+
+    Raises:
+        ConfigError: it does not lie between 0 and 1.
+    """
+    if not 0 < threshold < 1:
+        hint = "0 would call every step correct; for 'any continuation succeeded' take a small one, such as 0.001"
+        raise ConfigError(f"{name}={threshold}: must lie between 0 and 1{f' ({hint})' if threshold == 0 else ''}")
+
+
+def passes(score: float | None, threshold: float = THRESHOLD) -> bool | None:
+    """Whether a step score calls its step correct: at least the threshold; None where there is no score (None, NaN)."""
+    return None if score is None or math.isnan(score) else bool(score >= threshold)
+
+
+def verdicts(labels: Sequence[Label], *, neutral: Neutral = "right", threshold: float = THRESHOLD) -> list[bool | None]:
+    """What each step label of a solution says: correct, incorrect, or None for nothing.
+
+    Args:
+        labels: (steps,) of one kind.
+        neutral: what a rating of 0 counts as.
+        threshold: a probability is correct from here on.
+
+    Raises:
+        ConfigError: a threshold that does not lie between 0 and 1.
+        DataError: kinds mixed, or a label out of range.
+    """
+    check_threshold(threshold)
+    if all(label is None for label in labels):
+        return [None] * len(labels)
+    if label_kind(labels) == "rating":
+        least = 0 if neutral == "right" else 1
+        return [None if label is None or (label == 0 and neutral == "mask") else label >= least for label in labels]
+    return [passes(label, threshold) for label in labels]  # True is 1 and False is 0
+
+
+def first_incorrect(labels: Sequence[Label], *, neutral: Neutral = "right", threshold: float = THRESHOLD) -> int | None:
+    """The 0-based index of the first incorrect step, -1 if all are correct, None if a missing label leaves it open.
+
+    Raises:
+        DataError: kinds mixed, or a label out of range.
+    """
+    for index, correct in enumerate(verdicts(labels, neutral=neutral, threshold=threshold)):
+        if correct is not True:
+            return None if correct is None else index
+    return -1
+
+
+def label_kind(labels: Sequence[object]) -> LabelKind:
+    """Tell what a row's step labels are, without casting any of them.
+
+    Args:
+        labels: one per step; None marks a step without a label.
+
+    Returns:
+        "bool" (all True or False), "rating" (all whole numbers -1, 0 or 1, where 0 is neutral) or "soft" (floats in
+        [0, 1], the probability that the step is correct; 0 and 1 may be written as whole numbers beside floats).
+
+    Raises:
+        DataError: no label at all, NaN, a value outside the range, or kinds mixed.
+    """
+    kinds = {
+        _one_label_kind(label, place=f"label {index} of {len(labels)}")
+        for index, label in enumerate(labels, start=1)
+        if label is not None
+    }
+    if not kinds:
+        raise DataError("has zero labelled steps; give at least one label that is not null, or drop the row")
+    if kinds == {"bool"}:
+        return "bool"
+    if "bool" in kinds:
+        raise DataError("mixes true/false with numbers; use one kind per row, nothing is cast")
+    if "soft" not in kinds:
+        return "rating"
+    if "negative" in kinds:
+        raise DataError("mixes the rating -1 with floats in [0, 1]; use one kind per row, nothing is cast")
+    return "soft"
+
+
+def _one_label_kind(label: object, *, place: str) -> str:
+    if isinstance(label, bool):
+        return "bool"
+    if isinstance(label, int):
+        if label not in (-1, 0, 1):
+            raise DataError(f"{place} is {label}; whole numbers must be -1, 0 or 1")
+        return "negative" if label < 0 else "rating"
+    if isinstance(label, float):
+        if math.isnan(label):
+            raise DataError(f"{place} is NaN; write null for a step without a label")
+        if not 0.0 <= label <= 1.0:
+            hint = " (the rating -1 must be a whole number)" if label == -1.0 else ""
+            raise DataError(f"{place} is {label}; a float must lie in [0, 1]{hint}")
+        return "soft"
+    shown = f"{type(label).__name__} {reprlib.repr(label)}"
+    raise DataError(f"{place} must be true/false, a float in [0, 1] or -1/0/1, found {shown}")

@@ -1,0 +1,145 @@
+"""Every room reads a soft label, and a step score, by one rule: correct when it is at least the threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.data.io import write_jsonl_atomic
+from stepkd.data.step_labels import LabelRule, step_targets
+from stepkd.data.stepwise_io import trl_row
+from stepkd.errors import DataError
+from stepkd.evaluation.process_metrics import predicted_first_error
+from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
+from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
+from stepkd.evaluation.store import read_rows
+from stepkd.labels import ConvertOptions, StepPairSpec, convert_rows
+from stepkd.labels.consensus import consensus_filter
+from stepkd.labels.judge import ScorerLabeller
+from stepkd.labels.labeller import Solution
+from stepkd.labels.quality import label_quality
+from stepkd.labels.step_check import StepCheck
+from stepkd.labels.step_pairs import first_wrong_step
+from stepkd.labels.summary import summarise_labels
+from stepkd.modules.focus import FocusSpec
+from stepkd.scorers.scorer import Meaning, Solutions
+
+Rule = Callable[[list[float], float], list[bool]]
+"""Step labels (or scores) and a threshold to which steps a room takes for correct."""
+
+
+class Says:
+    """A scorer whose score of a step is the step's text."""
+
+    meaning: Meaning = "correctness"
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        return [[[float(step) for step in steps] for steps in problem.solutions] for problem in problems]
+
+    def provenance(self) -> dict[str, Any]:
+        return {}
+
+
+def stepwise(*labels: Any) -> dict[str, Any]:
+    return {"id": "r", "prompt": "?", "completions": [str(label) for label in labels], "labels": list(labels)}
+
+
+def true(label: float) -> dict[str, Any]:
+    return stepwise(label) | {"labels": [True]}
+
+
+def rollout(*labels: float, **given: Any) -> dict[str, Any]:
+    steps = [f"{label}\n" for label in labels]
+    row = {"id": "p/0", "problem_id": "p", "prompt": "?", "completion": "".join(steps), "steps": steps, "model": "m"}
+    row |= {"token_ids": [*range(len(steps))], "logprobs": [-1.0] * len(steps), "correct": False, "finish": "stop"}
+    row |= {"step_ends": [*range(1, len(steps) + 1)], "step_labels": list(labels), "sampling": {}, "seed": 0}
+    return row | given
+
+
+def each(correct: Callable[[float, float], bool]) -> Rule:
+    """A room that is asked about one label at a time."""
+    return lambda labels, threshold: [correct(label, threshold) for label in labels]
+
+
+def to(kind: str, column: str, make: Callable[..., dict[str, Any]]) -> Rule:
+    return lambda labels, t: convert_rows([make(*labels)], kind, ConvertOptions(threshold=t)).rows[0][column]
+
+
+def hardened(num_classes: int) -> Rule:
+    def rule(labels: list[float], threshold: float) -> list[bool]:
+        targets = step_targets(
+            stepwise(*labels), len(labels), num_classes, LabelRule(harden=threshold, after_error="keep")
+        )
+        return [target is not None and target[-1] == 1 for target in targets]
+
+    return rule
+
+
+def kept_behind(label: float, threshold: float) -> bool:
+    """Whether hardened training keeps the step behind a label."""
+    return step_targets(stepwise(label, 1.0), 2, 2, LabelRule(harden=threshold))[1] is not None
+
+
+def clean(label: float, threshold: float) -> bool:
+    rows = [rollout(label, correct=True), rollout(1.0, id="p/1", completion="other", correct=False)]
+    try:
+        return bool(convert_rows(rows, "preference", ConvertOptions(threshold=threshold, chosen_steps="clean")).rows)
+    except DataError:  # none is left
+        return False
+
+
+def no_pair(label: float, threshold: float) -> bool:
+    spec = StepPairSpec(out="unused", rollouts="unused", threshold=threshold)
+    return first_wrong_step(rollout(label, 1.0), spec) == "no_wrong_step"
+
+
+def judged(labels: list[float], threshold: float) -> list[bool]:
+    solution = Solution("r", 0, {}, (), (), (), tuple(map(str, labels)), None)
+    return list(ScorerLabeller(Says(), threshold=threshold).label([solution])[0].labels)  # type: ignore[arg-type]
+
+
+ROOMS: dict[str, Rule] = {
+    "--to trl": to("trl", "labels", stepwise),
+    "trl_row": lambda labels, t: (trl_row(stepwise(*labels), threshold=t) or {})["labels"],
+    "--to binary": to("binary", "step_labels", rollout),
+    "--to binary, stepwise": to("binary", "labels", stepwise),
+    "--to preference": each(clean),
+    "hardened PRM": hardened(2),
+    "hardened PRM of three classes": hardened(3),
+    "hardened PRM, cut at the first error": each(kept_behind),
+    "Step-DPO": each(no_pair),
+    "judge": judged,
+    "check of the better step": lambda labels, t: StepCheck(Says(), t).passes([({}, [], list(map(str, labels)))])[0],
+    "focus": lambda labels, t: [weight == 0 for weight in FocusSpec("checker", threshold=t).weights(labels)],
+    "ProcessBench": each(lambda label, t: predicted_first_error([label], t) == -1),
+    "step accuracy": each(
+        lambda label, t: bool(step_metrics(labelled_steps([[label]], [[True]]), threshold=t).accuracy.value)
+    ),
+}
+AT_A_HALF: dict[str, Callable[[float], bool]] = {
+    "summary": lambda label: bool(summarise_labels([{"row": stepwise(label)}], 1, 0, [])["balance"]["right"]),
+    "quality": lambda label: bool(label_quality([stepwise(label)], [true(label)]).accuracy.value),
+    "consensus": lambda label: bool(consensus_filter([stepwise(label)], [true(label)]).counts["kept"]),
+}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_at_least_the_threshold_is_correct_in_every_room(room: str) -> None:
+    for labels, threshold in (([1.0, 0.5, 0.25], 0.5), ([1.0, 0.25, 0.5, 0.75], 0.75), ([0.125, 0.0], 0.125)):
+        assert ROOMS[room](labels, threshold) == [label >= threshold for label in labels]
+
+
+@pytest.mark.parametrize("room", AT_A_HALF)
+def test_a_half_is_correct_where_no_threshold_is_given(room: str) -> None:
+    assert [AT_A_HALF[room](label) for label in (1.0, 0.5, 0.25)] == [True, True, False]
+
+
+def test_evaluation_writes_the_same_verdicts(tmp_path: Path) -> None:
+    write_jsonl_atomic(tmp_path / "rows.jsonl", [stepwise(1.0, 0.5, 0.25)])
+    spec = ProcessSpec("says", "step_labels", str(tmp_path / "out"), data=f"rows:path={tmp_path}/rows.jsonl")
+    evaluate_process(spec, Says())
+    (result,) = read_rows(tmp_path / "out" / "results.jsonl")
+    assert (result["labels"], result["first_error"]) == ([True, True, False], 2)
