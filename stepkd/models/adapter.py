@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     Raises:
         ModelError: weights missing or of another base model, or an adapter that is more than weights in the layers.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder} holds {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}: was the export cut off?")
@@ -60,11 +61,49 @@ def load_adapter(model: Any, folder: Path) -> Any:
                 f"{folder} holds a prompt-learning adapter ({config.peft_type.value}); stepkd loads adapters inside "
                 "layers (LoRA and its kin)"
             )
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True, config=config)
+        renamed = getattr(model, "_checkpoint_conversion_mapping", None)
+        weights = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
+        adapted = add_empty_adapter(model, folder)
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except ModelError:
         raise
     except Exception as error:  # peft and safetensors raise many classes for a broken or foreign file
         raise ModelError(f"cannot load the adapter in {folder}: {first_line(error)}") from error
+    differing = misfit(expected, weights)
+    try:
+        report = set_peft_model_state_dict(adapted, weights)
+        trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+        if not report.unexpected_keys and trained.isdisjoint(report.missing_keys):
+            differing = ""  # older layouts, which only peft can read, or base weights beside the adapter's
+    except (KeyError, RuntimeError, ValueError) as error:
+        differing = differing or first_line(error)
+    if differing:
+        raise ModelError(
+            f"the adapter in {folder} does not fit {config.base_model_name_or_path}, the base model that its "
+            f"{ADAPTER_CONFIG} names ({differing}): it would be loaded in part, or not at all. Export it again, or "
+            "name the base model that it was trained on"
+        )
+    return adapted
+
+
+def misfit(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """How weights differ from those a model wants, with counts and examples; empty where names and shapes agree.
+
+    Args:
+        expected: names and weights (anything with a ``shape``) of the model.
+        found: of the file.
+    """
+    shapes = [name for name in expected if name in found and expected[name].shape != found[name].shape]
+    parts = {
+        "missing": sorted(set(expected) - set(found)),
+        "left over": sorted(set(found) - set(expected)),
+        "of another shape": [f"{n}: {[*found[n].shape]} for {[*expected[n].shape]}" for n in sorted(shapes)],
+    }
+    return "; ".join(
+        f"{len(names)} {what}: {', '.join(names[:2])}{', ...' if len(names) > 2 else ''}"
+        for what, names in parts.items()
+        if names
+    )
 
 
 def add_empty_adapter(model: Any, folder: Path) -> Any:
@@ -73,6 +112,7 @@ def add_empty_adapter(model: Any, folder: Path) -> Any:
 
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
+    model.name_or_path = config.base_model_name_or_path  # which peft would overwrite, with a warning
     return get_peft_model(model, config)
 
 

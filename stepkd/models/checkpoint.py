@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from stepkd.errors import ModelError
+from stepkd.models.adapter import misfit
 from stepkd.models.policy import Policy
 from stepkd.models.spec import FrozenSpec, PolicySpec, Quantization, spec_from_dict
 from stepkd.models.step_head_io import step_head_from_dict
@@ -115,6 +116,14 @@ def load_trained(
         spec = FrozenSpec(**{**frozen, "quantization": quantization})
     policy = Policy.load(spec)
     if checkpoint is not None:
+        trained = checkpoint["stepkd"]["policy"]
+        as_trained = (spec.dtype, spec.quantization) == (trained["dtype"], trained["quantization"])
+        base = checkpoint["stepkd"].get("base", "") if as_trained else ""
+        if base and base != base_fingerprint(policy):
+            raise ModelError(
+                f"{checkpoint_path} holds an adapter of {spec.path}, whose weights are others now than when it was "
+                "trained: put the old ones back"
+            )
         if "step_head" in checkpoint["stepkd"]:
             policy.attach_step_head(step_head_from_dict(checkpoint["stepkd"]["step_head"]))
         _load_weights(policy, checkpoint, str(checkpoint_path), ema=ema)
@@ -123,12 +132,25 @@ def load_trained(
 
 def _load_weights(policy: Policy, checkpoint: dict[str, Any], path: str, *, ema: bool) -> None:
     weights = {name.removeprefix("policy."): value for name, value in checkpoint["state_dict"].items()}
-    if ema and "ema" in checkpoint["stepkd"]:
-        weights.update(checkpoint["stepkd"]["ema"])
-    expected = {name: parameter.shape for name, parameter in policy.trainable_parameters()}
-    if expected != {name: value.shape for name, value in weights.items()}:
-        raise ModelError(f"{path} holds weights of another model than its own policy section describes")
+    expected = dict(policy.trainable_parameters())
+    averages = checkpoint["stepkd"].get("ema", weights)
+    if differing := misfit(expected, weights) or misfit(expected, averages):
+        raise ModelError(
+            f"{path} holds weights of another model than its own policy section describes ({differing}): was "
+            f"{policy.spec and policy.spec.path} changed since?"
+        )
+    if ema:
+        weights = averages
     policy.load_state_dict(weights, strict=False)
+
+
+def base_fingerprint(policy: Policy) -> str:
+    """:func:`weights_fingerprint` of what an adapter stands on; empty without an adapter."""
+    if not policy.has_adapter:
+        return ""
+    # Quantised weights are left out: they may differ from one kind of GPU to another.
+    named = policy.named_parameters()
+    return parameters_fingerprint((n, p) for n, p in named if p.is_floating_point() and not p.requires_grad)
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

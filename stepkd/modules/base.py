@@ -26,6 +26,7 @@ from stepkd.launch.preemption import STOP_REQUEST, Preempted
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.average import WeightAverage
+from stepkd.models.checkpoint import base_fingerprint
 from stepkd.models.sharding import shard
 from stepkd.modules.checkpoint_state import pack, unpack
 from stepkd.modules.distributed import all_reduce, check_micro_batches, clip_in_engine, gradient_sync
@@ -114,6 +115,7 @@ class StepModule(EvaluationLoops):
         self.phases = PhaseTracker()
         self.position = Position()
         self.policy: Policy | None = None
+        self.base_identity = ""  # of what an adapter stands on
         self.ema: WeightAverage | None = None
         self._tokenizer: Any = None
         self._restored_ema: dict[str, Tensor] | None = None
@@ -195,6 +197,7 @@ class StepModule(EvaluationLoops):
         """Load the policy (once)."""
         if self.policy is None:
             self.policy = Policy.load(self.policy_spec)
+            self.base_identity = base_fingerprint(self.policy)
             if self.policy.step_head is not None and not self.scores_steps:
                 raise ConfigError(
                     f"policy.path={self.policy_spec.path} is a reward model (it has a step head), and "

@@ -10,6 +10,7 @@ from torch import Tensor
 from stepkd.data.loader import Position
 from stepkd.errors import ModelError
 from stepkd.models import spec_to_dict
+from stepkd.models.adapter import misfit
 from stepkd.models.step_head_io import step_head_from_dict
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
         "position": asdict(module.position),
         "seed": module.seed,
         "data": _data_fingerprint(module),
+        "base": module.base_identity,
     }
     if module.model.step_head is not None:
         section["step_head"] = asdict(module.model.step_head.spec)
@@ -73,19 +75,17 @@ def unpack(module: StepModule, checkpoint: dict[str, Any]) -> tuple[Position, di
     section = checkpoint.get("stepkd")
     if not isinstance(section, dict) or section.get("format") != CHECKPOINT_FORMAT:
         raise ModelError(f"not a stepkd checkpoint of format {CHECKPOINT_FORMAT}: it has no such 'stepkd' section")
-    expected = {f"policy.{name}": tuple(p.shape) for name, p in module.model.trainable_parameters()}
-    found = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    if expected != found:
-        missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-        shapes = [
-            f"{n}: {found[n]} there, {expected[n]} here" for n in expected if n in found and expected[n] != found[n]
-        ]
+    expected = {f"policy.{name}": parameter for name, parameter in module.model.trainable_parameters()}
+    averages = {f"policy.{name}": value for name, value in section["ema"].items()} if "ema" in section else expected
+    if differing := misfit(expected, checkpoint["state_dict"]) or misfit(expected, averages):
         raise ModelError(
-            f"the checkpoint holds other weights than this recipe trains: missing {missing[:3]}, unexpected "
-            f"{surplus[:3]}, other shapes {shapes[:3]}. Use the policy (path, lora) and the head it was made with"
+            f"the checkpoint holds other weights than this recipe trains ({differing}): use the policy (path, lora) "
+            "and the head it was made with"
         )
     if module.trainer.state.fn == "fit":
         _check_resume(module, section)
+        then = section.get("base", module.base_identity)
+        check_frozen_model("with an adapter on another base model", then, module.base_identity, "policy.path")
         module.restore_method_state(section.get("method_state", {}))
     else:
         module.adopt_method_state(section.get("method_state", {}))

@@ -11,7 +11,13 @@ from torch import nn
 
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
-from stepkd.models.checkpoint import find_checkpoint, load_trained, read_checkpoint, weights_fingerprint
+from stepkd.models.checkpoint import (
+    base_fingerprint,
+    find_checkpoint,
+    load_trained,
+    read_checkpoint,
+    weights_fingerprint,
+)
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
 FULL = PolicySpec(path="tiny-0.1m")
@@ -166,6 +172,31 @@ def test_weights_of_another_recipe(folder: Path, tmp_path: Path) -> None:
         file = save(trained(FULL), tmp_path / "x.ckpt", spec=spec)
         with pytest.raises(ModelError, match="holds weights of another model than its own policy section describes"):
             load_trained(file)
+
+
+def test_missing_and_left_over_weights_are_counted(tmp_path: Path) -> None:
+    file = save(trained(LORA), tmp_path / "x.ckpt", ema=trained(LORA, 1))
+    content = torch.load(file)
+    first = next(iter(content["state_dict"]))
+    for section, prefix in ((content["state_dict"], ""), (content["stepkd"]["ema"], "policy.")):
+        value = section.pop(first.removeprefix(prefix))
+        section["policy.x".removeprefix(prefix)] = value
+        torch.save(content, file)
+        with pytest.raises(ModelError, match=rf"1 missing: {first.removeprefix('policy.')}; 1 left over: x\)"):
+            load_trained(file, ema=bool(prefix))
+        section[first.removeprefix(prefix)] = section.pop("policy.x".removeprefix(prefix))
+
+
+def test_an_adapter_on_changed_base_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    policy = trained(PolicySpec(path=str(folder), lora=LoraSpec(r=4)))
+    file = save(policy, tmp_path / "x.ckpt")
+    content = torch.load(file)
+    content["stepkd"]["base"] = base_fingerprint(policy)
+    torch.save(content, file)
+    assert torch.equal(logits(load_trained(file)), logits(policy))
+    build_tiny("tiny-0.1m", seed=4)[0].save_pretrained(folder)  # another model of the same shapes, in the same place
+    with pytest.raises(ModelError, match=r"holds an adapter of .*model, whose weights are others now"):
+        load_trained(file)
 
 
 def test_fingerprints_tell_weights_apart() -> None:

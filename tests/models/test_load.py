@@ -151,7 +151,7 @@ def test_broken_adapters(folder: Path, tmp_path: Path) -> None:
         load_model(PolicySpec(path=str(path), lora=LoraSpec()))
     tensors = load_file(weights)
     save_file({name: value[..., :2].contiguous() for name, value in tensors.items()}, weights)
-    with pytest.raises(ModelError, match="cannot load the adapter in "):
+    with pytest.raises(ModelError, match=r"does not fit .* of another shape: .*\[4, 2\] for \[4, \d+\]"):
         load_model(PolicySpec(path=str(path)))
     weights.write_bytes(b"torn")
     with pytest.raises(ModelError, match="cannot load the adapter in "):
@@ -164,6 +164,61 @@ def test_broken_adapters(folder: Path, tmp_path: Path) -> None:
         load_model(PolicySpec(path=str(path)))
     config.write_text("{")
     with pytest.raises(ModelError, match=r"cannot read .*adapter_config\.json"):
+        load_model(PolicySpec(path=str(path)))
+
+
+ADAPTERS: dict[str, Any] = {
+    "lora": lambda peft: peft.LoraConfig(r=4, target_modules="all-linear"),
+    "modules_to_save": lambda peft: peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "tokens": lambda peft: peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+    "dora": lambda peft: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=True),
+    "ia3": lambda peft: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "vera": lambda peft: peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "vblora": lambda peft: peft.VBLoRAConfig(r=2, num_vectors=16, vector_length=16, target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", list(ADAPTERS))
+def test_an_adapter_loads_as_a_whole_or_not_at_all(folder: Path, tmp_path: Path, kind: str) -> None:
+    import peft
+
+    config, path = ADAPTERS[kind](peft), tmp_path / "adapter"
+    config.task_type = "CAUSAL_LM"
+    base, _ = load_model(PolicySpec(path=str(folder)))
+    base.name_or_path = str(folder)
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(path)
+    found, _ = load_model(PolicySpec(path=str(path)))
+    assert torch.equal(logits(found), logits(model.eval()))
+    file = path / "adapter_model.safetensors"
+    whole = load_file(file)
+    count, first = len(whole), next(name for name in whole if "lora_A" not in name or kind != "vera")
+    renames = (("model.layers", "model.decoder"), ("lm_head", "head"), ("embed_tokens", "words"), ("vblora_v", "v"))
+    renamed = dict(whole)
+    for old, new in renames:
+        renamed = {name.replace(old, new): value for name, value in renamed.items()}
+    broken = {
+        f"{count} missing.*; {count} left over" if kind != "vera" else "missing.*; .* left over": renamed,
+        rf"\(1 missing: {first}\)": {name: value for name, value in whole.items() if name != first},
+        r"\(1 left over: base_model\.model\.x\)": whole | {"base_model.model.x": torch.zeros(1)},
+        rf"\(1 of another shape: {first}: ": whole | {first: whole[first].repeat_interleave(2, 0)},
+    }
+    for message, tensors in broken.items():
+        save_file(tensors, file)
+        with pytest.raises(ModelError, match=rf"does not fit {folder}, the base model .*{message}"):
+            load_model(PolicySpec(path=str(path)))
+
+
+def test_an_adapter_of_a_larger_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    path, _ = adapter(folder, tmp_path / "adapter")
+    edit_json(path / "adapter_config.json", base_model_name_or_path="tiny-0.5m")
+    with pytest.raises(
+        ModelError, match=r"does not fit tiny-0\.5m, .* \(28 of another shape: .*\[4, 176\] for \[4, 256\]"
+    ):
         load_model(PolicySpec(path=str(path)))
 
 

@@ -15,7 +15,7 @@ from stepkd.data.batching import BatchPlan
 from stepkd.data.loader import Position, StepLoader
 from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import LossTerms
-from stepkd.models import LoraSpec, PolicySpec
+from stepkd.models import LoraSpec, PolicySpec, build_tiny
 from stepkd.modules import OptimizerSpec, SFTModule, ValidationSpec
 
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
@@ -188,6 +188,21 @@ def test_resuming_something_else_is_refused(
         )
 
 
+def test_an_adapter_is_not_resumed_on_another_base(examples: Any, trainer: Any, tmp_path: Path) -> None:
+    for part in build_tiny("tiny-0.1m", seed=0):
+        part.save_pretrained(tmp_path / "base")
+    policy = PolicySpec(path=str(tmp_path / "base"), lora=LoraSpec(r=2))
+    module, runner = SFTModule(policy, STEADY), trainer()
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    resumed: dict[str, Any] = {"ckpt_path": tmp_path / "x.ckpt", "weights_only": True}
+    trainer(max_steps=2).fit(module := SFTModule(policy, STEADY), loader_of(examples, module), **resumed)
+    assert module.global_step == 2
+    build_tiny("tiny-0.1m", seed=1)[0].save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"begun with an adapter on another base model .*policy\.path again"):
+        trainer(max_steps=2).fit(module := SFTModule(policy, STEADY), loader_of(examples, module), **resumed)
+
+
 def test_float16_is_refused(examples: Any, one_step: Any) -> None:
     with pytest.raises(ConfigError, match="bf16-mixed"):
         one_step(examples[:2], dtype="float32", trainer={"precision": "16-true"})
@@ -289,7 +304,7 @@ def test_another_rank_is_a_model_error_not_a_traceback(examples: Any, trainer: A
     runner.fit(module, train_dataloaders=loader_of(examples, module))
     runner.save_checkpoint(tmp_path / "x.ckpt")
     other = SFTModule(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=8)), STEADY)
-    with pytest.raises(ModelError, match="other shapes"):
+    with pytest.raises(ModelError, match="28 of another shape"):
         trainer(max_steps=2).fit(
             other, train_dataloaders=loader_of(examples, other), ckpt_path=tmp_path / "x.ckpt", weights_only=True
         )
