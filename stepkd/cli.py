@@ -46,9 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        Exit code: 0 success, 1 failure while running, 2 a mistake in the command, the recipe or the data.
+        Exit code: 0 success, 1 failure while running, 2 a mistake in the command, the recipe or the data, 141 when the
+        reader of the output (``head``) left.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+            return 141
+        raise  # another pipe
+
+
+def _main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("httpx", "fsspec", "urllib3", "datasets", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -61,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--safe" in arguments or os.environ.get("STEPKD_SAFE") == "1":
         arguments = [argument for argument in arguments if argument != "--safe"]
         import_module("stepkd.safe").enter()
+    _find_own_modules()
     if not arguments:
         print(_overview())
         return 2
@@ -102,6 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def _find_own_modules() -> None:
+    """Put the current folder on the search path, behind all that is installed: one's own rewards, modules, callbacks.
+
+    Not under ``--safe``, unless stepkd itself is there (a checkout that is not installed).
+    """
+    here = os.getcwd()
+    in_checkout = os.path.dirname(os.path.dirname(os.path.abspath(stepkd.__file__))) == here
+    if here not in sys.path and (in_checkout or os.environ.get("STEPKD_SAFE") != "1"):
+        sys.path.append(here)
+
+
 def _overview() -> str:
     lines = [
         f"stepkd {stepkd.__version__}: step-level supervision for language-model reasoning",
@@ -118,6 +145,6 @@ def _overview() -> str:
         "first steps:",
         "  stepkd quickstart",
         "  stepkd recipes list",
-        "  stepkd fit --config recipes/tiny/sft.yaml --out runs/first",
+        "  stepkd fit --config tiny/sft --out runs/first",
     ]
     return "\n".join(lines)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from stepkd.commands.recipes import with_recipe_files
 from stepkd.commands.suggestions import suggestions
+from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.launch import RunDir, check_launch, trainer_defaults
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
@@ -31,6 +35,8 @@ from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
 from stepkd.safe import check_import
 
+DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
+"""Imported so that ``--data.help`` lists them and ``--data`` takes their names."""
 TRUE_PRECISION = {"bf16-true": "bfloat16", "64-true": "float64", "64": "float64"}
 """Lightning's names for a module that is converted as a whole, and the dtype of its weights."""
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
@@ -98,6 +104,11 @@ class StepkdCLI(LightningCLI):
         parser.add_dataclass_arguments(CheckpointSpec, "checkpoint")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with recipes by file or by name."""
+        words = sys.argv[1:] if args is None else args
+        super().parse_arguments(parser, with_recipe_files(words) if isinstance(words, list) else words)
 
     def before_instantiate_classes(self) -> None:
         """Guard the launch and open the run folder before anything slow happens."""
@@ -247,6 +258,8 @@ def _refuse_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one Trainer command; see ``stepkd fit --help``."""
     quiet_libraries()
+    if any(word == "-h" or word.partition("=")[0].endswith("help") for word in arguments):
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a second that a run need not wait
     _PendingCLI.current = None
     try:
         _PendingCLI(

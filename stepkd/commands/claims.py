@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stepkd.errors import ConfigError, StepkdError, nearest
+from stepkd.errors import ConfigError, StepkdError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,13 +98,10 @@ def all_claims() -> dict[str, Path]:
 
 
 def find_claim(name: str) -> Path:
-    """A claim's file, by its name or its path; ConfigError with the nearest name when there is none."""
-    found = all_claims()
-    if name in found:
-        return found[name]
-    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-        return Path(name)
-    raise ConfigError(f"no claim or file {name!r}.{nearest(name, found, cutoff=0.4)} `stepkd claims --list` shows all")
+    """A claim's file, by its path or its name; ConfigError with the nearest name when there is none."""
+    from stepkd.commands.recipes import find_recipe
+
+    return find_recipe(name, all_claims(), "claim")
 
 
 def _list() -> int:

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("give --model and --out (or --compare A B, or --list)")
     from rich.console import Console
 
-    from stepkd.evaluation.process_runner import PROCESS_BENCHMARKS
+    from stepkd.evaluation.benchmarks import PROCESS_BENCHMARKS
     from stepkd.evaluation.runner import EvaluationSpec, evaluate
     from stepkd.launch import check_launch
     from stepkd.launch.quiet import quiet_libraries
@@ -115,8 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list() -> int:
-    from stepkd.evaluation.benchmarks import BENCHMARKS
-    from stepkd.evaluation.process_runner import PROCESS_BENCHMARKS
+    from stepkd.evaluation.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
 
     for benchmark in BENCHMARKS.values():
         print(f"{benchmark.name:<14} {benchmark.help}")

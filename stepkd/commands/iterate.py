@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from stepkd.commands.recipes import find_recipe
     from stepkd.iteration.loop import run_iterations
     from stepkd.iteration.spec import load_spec
     from stepkd.iteration.table import print_summary
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if check_launch().world_size > 1:
         raise ConfigError("stepkd iterate starts its launcher itself: run it plainly, and give --launcher")
     quiet_libraries()
-    config = Path(arguments.config)
+    config = find_recipe(arguments.config)
     spec = load_spec(config, overrides(arguments))
     out = Path(arguments.out or f"runs/{config.stem}")
     console = Console()

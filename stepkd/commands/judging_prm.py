@@ -44,7 +44,7 @@ def check_used(arguments: argparse.Namespace) -> None:
         ConfigError: names them.
     """
     from stepkd.commands import evaluate
-    from stepkd.evaluation.process_runner import PROCESS_BENCHMARKS
+    from stepkd.evaluation.benchmarks import PROCESS_BENCHMARKS
 
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)

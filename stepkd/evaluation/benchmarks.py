@@ -55,6 +55,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     )
 }
 """Benchmarks by name."""
+PROCESS_BENCHMARKS = {
+    "processbench": "ProcessBench: where is the first wrong step? (arXiv 2412.06559); needs a step scorer as --model",
+    "step_labels": "any set of step-labelled solutions (--data SPEC); needs a step scorer as --model",
+}
+"""Benchmarks of step scorers, with one line of help each."""
 
 
 def get_benchmark(name: str) -> Benchmark:
@@ -65,7 +70,17 @@ def get_benchmark(name: str) -> Benchmark:
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    raise ConfigError(f"unknown benchmark {name!r}.{nearest(name, BENCHMARKS)} Known: {', '.join(BENCHMARKS)}")
+    raise unknown_benchmark(name)
+
+
+def unknown_benchmark(name: str) -> ConfigError:
+    """What to say of a benchmark that does not exist: all that do, and how a file of one's own is named."""
+    known = [*BENCHMARKS, *PROCESS_BENCHMARKS]
+    file = name if Path(name).exists() else "FILE"
+    return ConfigError(
+        f"unknown benchmark {name!r}.{nearest(name, known)} Known: {', '.join(known)}. Problems of your own: "
+        f"--benchmark rows --data {file}"
+    )
 
 
 def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) -> DataSpec:

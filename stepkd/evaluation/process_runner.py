@@ -16,7 +16,8 @@ from typing import Any
 
 from stepkd.data.io import fingerprint
 from stepkd.data.spec import DataSpec, load_rows, parse_spec
-from stepkd.errors import ConfigError, DataError, nearest
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.benchmarks import PROCESS_BENCHMARKS, unknown_benchmark
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, RESULTS_NAME, package_versions
@@ -27,11 +28,6 @@ from stepkd.scorers.rows import score_rows, step_scores
 from stepkd.scorers.scorer import StepScorer
 from stepkd.steps.labels import check_threshold, first_incorrect, verdicts
 
-PROCESS_BENCHMARKS = {
-    "processbench": "ProcessBench: where is the first wrong step? (arXiv 2412.06559); needs a step scorer as --model",
-    "step_labels": "any set of step-labelled solutions (--data SPEC); needs a step scorer as --model",
-}
-"""Benchmarks of step scorers, with one line of help each."""
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 """ProcessBench's subsets."""
 
@@ -67,8 +63,7 @@ class ProcessSpec:
 
     def __post_init__(self) -> None:
         if self.benchmark not in PROCESS_BENCHMARKS:
-            hint = nearest(self.benchmark, PROCESS_BENCHMARKS)
-            raise ConfigError(f"unknown benchmark {self.benchmark!r}.{hint} Known: {', '.join(PROCESS_BENCHMARKS)}")
+            raise unknown_benchmark(self.benchmark)
         check_threshold(self.threshold)
         if self.benchmark == "step_labels" and self.data is None:
             raise ConfigError("step_labels needs --data: a step-labelled set, for instance prm800k:path=...")

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stepkd.commands.recipes import find_recipe
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import check_training_use, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.manifest import manifest_differences, package_versions
-from stepkd.iteration.spec import IterateSpec, find_recipe
+from stepkd.iteration.spec import IterateSpec
 from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings
 from stepkd.iteration.table import summarise_run
 from stepkd.launch import RunDir

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from stepkd.commands.recipes import find_recipe
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.iteration.command import check_pairs
@@ -202,24 +203,6 @@ def explicit_word(word: str) -> str:
     if not (text == spec.source or text.startswith(f"{spec.source}:")):
         text = f"{spec.source}:path={spec.path}"  # a bare file, or the folder of a labelling job
     return f"{text}{',' if ':' in text else ':'}split={resolve_split(spec)}"
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe's file: the path as it is, or one of stepkd's own recipes.
-
-    Raises:
-        ConfigError: there is none; the nearest name is shown.
-    """
-    from stepkd.commands.recipes import all_recipes
-
-    if Path(name).expanduser().is_file():
-        return Path(name).expanduser()
-    own = {each: path for each, path in all_recipes().items() if not each.split("/")[-1].startswith("iterate_")}
-    short = name.removeprefix("recipes/").removesuffix(".yaml")
-    if short in own:
-        return own[short]
-    near = nearest(short, own, cutoff=0.4).replace("'?", ".yaml'?").replace("mean '", "mean 'recipes/")
-    raise ConfigError(f"train: recipes: no file {name!r}.{near}")
 
 
 def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> IterateSpec:

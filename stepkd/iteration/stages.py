@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from stepkd.commands.recipes import find_recipe
 from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
@@ -24,7 +25,7 @@ from stepkd.evaluation.folder import SUMMARY_NAME
 from stepkd.evaluation.manifest import RESULTS_NAME
 from stepkd.iteration.command import label_arguments, launch, pair_arguments, run_label
 from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
-from stepkd.iteration.spec import IterateSpec, find_recipe, iteration_seed, put
+from stepkd.iteration.spec import IterateSpec, iteration_seed, put
 from stepkd.labels.settings import LabelSpec
 
 Report = Callable[[str], None]

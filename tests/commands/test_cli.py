@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
+from stepkd.commands.recipes import with_recipe_files
 from stepkd.commands.suggestions import known_keys, suggestions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,12 +42,21 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
     assert len(text.splitlines()) > 8
 
 
-def test_help_of_fit() -> None:
+def test_help_of_fit_tells_what_every_setting_and_data_module_is() -> None:
+    main_words = "import sys; from stepkd.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass"
+    words = f"{main_words}\ntry: main(['fit', '--model.help', 'SFTModule'])\nexcept SystemExit: pass"
+    words += "\ntry: main(['fit', '--data.help', 'StepLabelData'])\nexcept SystemExit: pass"
     done = subprocess.run(
-        [sys.executable, "-m", "stepkd", "fit", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, "-c", words, "fit", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "--out" in done.stdout
+    assert not done.stderr
+    text = " ".join(done.stdout.split())
+    assert "A folder, a hub id (``org/name``)" in text, "a field's docstring"
+    assert "written every so many optimiser steps" in text
+    for name in ("StepData", "StepLabelData", "PairData", "FeedbackData"):
+        assert f"stepkd.data.{name}" in text
+    assert "--data.labels" in text
     for option in ("--config", "--resume", "--overwrite", "--checkpoint.every_n_steps", "--trainer.max_steps"):
         assert option in done.stdout
 
@@ -162,11 +173,13 @@ class TestRecipes:
         assert main(["recipes", "list"]) == 0
         listed = capsys.readouterr().out
         assert "tiny/sft" in listed
+        assert all(line.endswith((".", "?")) for line in listed.splitlines()), "whole sentences"
         assert "base/smollm2-135m-lora" in listed
         assert main(["recipes", "show", "tiny/sft"]) == 0
         assert capsys.readouterr().out == Path(RECIPE).read_text()
         assert main(["recipes", "copy", "recipes/tiny/sft.yaml", str(tmp_path)]) == 0
         assert (tmp_path / "sft.yaml").read_text() == Path(RECIPE).read_text()
+        assert f"copied the recipe tiny/sft to {tmp_path / 'sft.yaml'}" in capsys.readouterr().out
 
     def test_copy_never_overwrites(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         target = tmp_path / "mine.yaml"
@@ -177,7 +190,103 @@ class TestRecipes:
 
     def test_unknown_recipe(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["recipes", "show", "tiny/stf"]) == 2
-        assert "Did you mean 'tiny/sft'?" in capsys.readouterr().err
+        assert "Did you mean 'tiny/sft'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["recipes", "list"], ["label", "--help"], ["--help"]])
+def test_a_reader_that_leaves_gets_no_traceback(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)  # as `head` does, only sooner
+    done = subprocess.run([sys.executable, "-m", "stepkd", *words], stdout=write, stderr=subprocess.PIPE, timeout=120)
+    os.close(write)
+    assert done.stderr == b""
+    assert done.returncode == (0 if "label" in words else 141)  # argparse swallows the error itself
+
+
+@pytest.mark.parametrize("name", ["sft", "tiny/sft", "recipes/tiny/sft.yaml", "strategy/fsdp2", "recipes/sft"])
+def test_a_recipe_is_found_by_name_outside_a_checkout(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft").mkdir()  # no file
+    short = name.removeprefix("recipes/").removesuffix(".yaml")
+    expected = str(ROOT / "recipes" / f"{short}.yaml")
+    assert with_recipe_files(["fit", "--config", name]) == ["fit", "--config", expected]
+    assert with_recipe_files([f"--config={name}", "-c", name]) == [f"--config={expected}", "-c", expected]
+
+
+def test_a_file_wins_over_a_recipe_of_its_name_and_settings_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft.yaml").write_text("{}")
+    words = ["--config", "sft.yaml", "--config", "trainer: {max_steps: 1}", "--model", "sft", "--config"]
+    assert with_recipe_files(words) == words
+    assert with_recipe_files(["--config", "sft"])[1].endswith("recipes/sft.yaml")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fit", "--out", "x"],
+        ["validate"],
+        ["predict", "--out", "x"],
+        ["doctor"],
+        ["cache-teacher", "--out", "x"],
+        ["iterate"],
+    ],
+)
+def test_every_command_names_the_nearest_recipe(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--config", "fsdp2"]) == 2
+    told = capsys.readouterr().err
+    assert "no file 'fsdp2' here, and no recipe 'fsdp2'. Did you mean 'strategy/fsdp2'?" in told
+    assert main([*command, "--config", "tiny/iterate_step_kot"]) == 2
+    assert "Did you mean 'tiny/iterate_step_kto'" in capsys.readouterr().err
+
+
+def test_recipes_run_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepkd.trainer_cli import check_fit
+
+    monkeypatch.chdir(tmp_path)
+    small = ["--model.policy.path", "tiny-0.1m"]
+    module, data = check_fit(["--config", "tiny/sft", "--config=base/tiny", *small, "--data", "StepData"])
+    assert (type(module).__name__, type(data).__name__) == ("SFTModule", "StepData")
+
+
+OWN = """
+from lightning.pytorch import Callback
+from stepkd.modules import SFTModule
+class Mine(SFTModule): pass
+class Hello(Callback): pass
+def close(completions, **_): return [1.0 for _ in completions]
+"""
+
+
+@pytest.mark.parametrize("module", [False, True], ids=["stepkd", "python -m stepkd"])
+def test_modules_of_the_current_folder_are_found_and_shadow_nothing(module: bool, tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text(OWN)
+    for name in ("json", "torch", "argparse", "yaml", "tqdm"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} of the current folder')")
+    (tmp_path / "grpo.yaml").write_text("model: {init_args: {rewards: [{name: 'my_rewards:close'}]}}\n")
+    entry = "import sys; sys.path.remove(''); from stepkd.cli import main; sys.exit(main())"
+    start = ["-m", "stepkd"] if module else ["-c", entry]  # a console script puts its own folder first, no current one
+    words = ["doctor", "--config", "tiny/grpo", "--config", "grpo.yaml", "--set", "model.policy.path=tiny-0.1m"]
+    words += ["--set", "trainer.callbacks=my_rewards.Hello"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *start, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert "memory" in done.stdout, done.stderr
+    assert "my_rewards" not in done.stderr
+    safe = subprocess.run(
+        [sys.executable, *start, *words, "--safe"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert safe.returncode == 2
+    assert "names the code" in safe.stderr
+    assert "my_rewards" in safe.stderr
 
 
 def test_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

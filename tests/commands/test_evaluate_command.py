@@ -10,9 +10,8 @@ import pytest
 
 from stepkd.cli import main
 from stepkd.data.exemplars import EXEMPLARS
-from stepkd.evaluation.benchmarks import BENCHMARKS
+from stepkd.evaluation.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
 from stepkd.evaluation.manifest import read_manifest
-from stepkd.evaluation.process_runner import PROCESS_BENCHMARKS
 from stepkd.evaluation.store import read_rows
 
 SMALL = ["--model", "tiny-0.1m", "--benchmark", "task", "--data", "task=modular:terms=3,n=4", "--device", "cpu"]

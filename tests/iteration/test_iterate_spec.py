@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from stepkd.commands import iterate, label
+from stepkd.commands.recipes import find_recipe
 from stepkd.errors import ConfigError, DataError
 from stepkd.iteration.command import label_arguments, pair_arguments
-from stepkd.iteration.spec import explicit_word, find_recipe, iteration_seed, load_spec, put
+from stepkd.iteration.spec import explicit_word, iteration_seed, load_spec, put
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels import LabelSpec
 from stepkd.launch import LaunchInfo, detect_launch
@@ -132,7 +133,7 @@ def test_refused_files(write: Any, tmp_path: Path) -> None:
         load_spec(write("- 1\n"))
     with pytest.raises(DataError, match="this is a training recipe"):
         load_spec(find_recipe("recipes/tiny/sft.yaml"))
-    with pytest.raises(ConfigError, match=r"no file 'recipes/tiny/stf.yaml'. Did you mean 'recipes/tiny/sft.yaml'"):
+    with pytest.raises(ConfigError, match=r"no file 'recipes/tiny/stf.yaml' here.* Did you mean 'tiny/sft'"):
         find_recipe("recipes/tiny/stf.yaml")
 
 
