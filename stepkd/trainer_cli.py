@@ -37,7 +37,11 @@ from stepkd.safe import check_import
 
 DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
 """Imported so that ``--data.help`` lists them and ``--data`` takes their names."""
-TRUE_PRECISION = {"bf16-true": "bfloat16", "64-true": "float64", "64": "float64"}
+TRUE_PRECISION = {
+    "bf16-true": "bfloat16 with LoRA, or float32 with trainer.precision bf16-mixed",
+    "64-true": "float64",
+    "64": "float64",
+}
 """Lightning's names for a module that is converted as a whole, and the dtype of its weights."""
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
 
@@ -244,7 +248,7 @@ def _refuse_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
     if dtype := TRUE_PRECISION.get(str(settings.get("precision"))):
         raise ConfigError(
             f"trainer.precision {settings['precision']}: the weights' dtype is the model's own here, so set "
-            f"model.init_args.policy.dtype to {dtype} (with trainer.precision 32-true, the default)"
+            f"model.init_args.policy.dtype to {dtype} (trainer.precision 32-true is the default)"
         )
     limits = (
         settings.get("max_steps", -1) != -1,

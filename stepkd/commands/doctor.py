@@ -83,7 +83,7 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
                 ""
                 if fits
                 else "take a smaller model.init_args.micro_batch_tokens or chunk_size, "
-                "policy.gradient_checkpointing: true, LoRA, or policy.dtype bfloat16",
+                "policy.gradient_checkpointing: true, or LoRA with policy.dtype bfloat16",
             )
         )
     half = "bf16" in precision or module.policy_spec.dtype == "bfloat16"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.spec import PolicySpec
 
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+"""Dtypes in which updates of a usual learning rate are less than the rounding of the weights."""
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -113,7 +116,7 @@ def add_empty_adapter(model: Any, folder: Path) -> Any:
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     model.name_or_path = config.base_model_name_or_path  # which peft would overwrite, with a warning
-    return get_peft_model(model, config)
+    return _in_float32(get_peft_model(model, config))
 
 
 def add_lora(model: Any, spec: PolicySpec) -> Any:
@@ -144,10 +147,60 @@ def add_lora(model: Any, spec: PolicySpec) -> Any:
             adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ConfigError(f"policy.lora does not fit {spec.path}: {first_line(error)}") from error
+    if unknown := {
+        name
+        for name in lora.modules_to_save or ()
+        if not any(
+            f".{key}".endswith(f".{name}")
+            for key, module in adapted.named_modules()
+            if hasattr(module, "modules_to_save")
+        )
+    }:
+        raise ConfigError(f"policy.lora.modules_to_save names {sorted(unknown)}, which {spec.path} does not have")
     # peft records the model's own name, which is empty for tiny presets and only the folder for a GGUF file.
     adapted.active_peft_config.base_model_name_or_path = spec.path
     adapted.active_peft_config.revision = spec.revision
+    return _in_float32(adapted)
+
+
+def _in_float32(adapted: Any) -> Any:
+    """Keep modules that are trained in full beside an adapter in float32, as peft keeps the adapter.
+
+    They compute in the precision of the base, so that an untrained one gives what the base gives.
+    """
+    for wrapper, dtype in _saved_modules(adapted):
+        if dtype in LOW_PRECISION:
+            for module in wrapper.modules_to_save.values():
+                module.float().register_forward_pre_hook(partial(_round_weights, dtype))
+                module.register_forward_hook(_put_back, always_call=True)
     return adapted
+
+
+def in_base_precision(adapted: Any) -> Any:
+    """Round modules that are trained in full to the precision of the base, for a model that is stored whole."""
+    for wrapper, dtype in _saved_modules(adapted):
+        wrapper.modules_to_save.to(dtype)
+    return adapted
+
+
+def _saved_modules(adapted: Any) -> Iterator[tuple[Any, torch.dtype]]:
+    """Modules trained in full, and their precision in the base."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for wrapper in adapted.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            yield wrapper, next(wrapper.original_module.parameters()).dtype
+
+
+def _round_weights(dtype: torch.dtype, module: Any, _: Any) -> None:
+    module.masters = [(part._parameters, dict(part._parameters)) for part in module.modules()]
+    for weights, masters in module.masters:
+        weights.update({name: None if value is None else value.to(dtype) for name, value in masters.items()})
+
+
+def _put_back(module: Any, *_: Any) -> None:
+    for weights, masters in module.__dict__.pop("masters", ()):
+        weights.update(masters)
 
 
 def first_line(error: BaseException) -> str:

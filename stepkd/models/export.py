@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models.adapter import ADAPTER_CONFIG, first_line
+from stepkd.models.adapter import ADAPTER_CONFIG, first_line, in_base_precision
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
 from stepkd.models.step_head_io import save_step_head
@@ -83,7 +83,7 @@ def save_policy(policy: Policy, out: Path, *, mode: Literal["merged", "adapter"]
         policy.model.save_pretrained(out, safe_serialization=True)
     else:
         if policy.has_adapter:
-            _untie_adapted_head(policy.causal_lm)
+            _untie_adapted_head(in_base_precision(policy.model).get_base_model())
         model = policy.model.merge_and_unload() if policy.has_adapter else policy.model
         model.save_pretrained(out, safe_serialization=True)
     policy.tokenizer.save_pretrained(out)

@@ -139,7 +139,7 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _is_half(causal_lm: Any) -> bool:
-    return causal_lm.get_input_embeddings().weight.dtype in (torch.float16, torch.bfloat16)
+    return causal_lm.dtype in (torch.float16, torch.bfloat16)
 
 
 def real_vocab_size(tokenizer: Any, num_rows: int) -> int:

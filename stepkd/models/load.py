@@ -54,6 +54,12 @@ def load_model(spec: PolicySpec) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def training_spec(spec: PolicySpec) -> PolicySpec:
+    """A spec as training takes it: under ``auto`` weights that are all trained are float32, however they are stored."""
+    trains_all = spec.lora is None and adapter_folder(spec.path) is None
+    return replace(spec, dtype="float32") if trains_all and spec.dtype == "auto" else spec
+
+
 def checkpoint_layers(model: Any) -> None:
     """Have a model compute its layers again in the backward pass.
 

@@ -31,7 +31,7 @@ def packed_mask(causal_lm: Any, segments_BT: Tensor) -> Tensor:
     allowed_BTT |= torch.eye(length, dtype=torch.bool, device=segments_BT.device)
     if causal_lm.config._attn_implementation != "eager":
         return allowed_BTT.unsqueeze(1)
-    dtype = causal_lm.get_input_embeddings().weight.dtype
+    dtype = causal_lm.dtype
     zeros = torch.zeros(allowed_BTT.shape, dtype=dtype, device=segments_BT.device)
     return zeros.masked_fill(~allowed_BTT, torch.finfo(dtype).min).unsqueeze(1)
 
@@ -76,4 +76,4 @@ def check_packing(causal_lm: Any) -> bool:
         return False
     expected = torch.cat([alone[0], alone[1][:, 2:]], dim=1).double()
     error = float((packed.double() - expected).norm() / expected.norm().clamp(min=1e-30))
-    return error < (0.03 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-4)
+    return error < (0.03 if causal_lm.dtype in (torch.float16, torch.bfloat16) else 1e-4)

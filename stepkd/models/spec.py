@@ -54,7 +54,8 @@ class PolicySpec:
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer when it is not beside the weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
-    """Parameter dtype. LoRA adapters stay float32 on a half-precision base."""
+    """Parameter dtype; ``auto``: as stored. What is trained is float32: adapters and ``modules_to_save`` on any base,
+    all weights under ``auto``; ``bfloat16`` without adapters is refused by ``fit``."""
     attention: str | None = None
     """``sdpa``, ``eager``, ``flash_attention_2``, ``flex_attention``; None lets transformers choose."""
     gradient_checkpointing: bool = False

@@ -121,7 +121,7 @@ def check_unpadded(causal_lm: Any) -> bool:
         ).last_hidden_state
     found, expected = (states[mask.bool()].double() for states in (found, expected))
     error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-    return error < (0.03 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-4)
+    return error < (0.03 if causal_lm.dtype in (torch.float16, torch.bfloat16) else 1e-4)
 
 
 def _install() -> None:

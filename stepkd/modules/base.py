@@ -7,6 +7,7 @@ One loader batch is one optimiser step (or several, for on-policy methods that p
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,8 +26,10 @@ from stepkd.launch.phases import PhaseTracker
 from stepkd.launch.preemption import STOP_REQUEST, Preempted
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
+from stepkd.models.adapter import LOW_PRECISION
 from stepkd.models.average import WeightAverage
 from stepkd.models.checkpoint import base_fingerprint
+from stepkd.models.load import training_spec
 from stepkd.models.sharding import shard
 from stepkd.modules.checkpoint_state import pack, unpack
 from stepkd.modules.distributed import all_reduce, check_micro_batches, clip_in_engine, gradient_sync
@@ -37,6 +40,8 @@ from stepkd.modules.step_metrics import accumulate, step_values
 from stepkd.modules.throughput import Throughput
 from stepkd.modules.validation import SampledAccuracy, ValidationSpec
 from stepkd.randomness import stream_key
+
+logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 100
 """Batches in a row that may be skipped for want of items."""
@@ -196,6 +201,10 @@ class StepModule(EvaluationLoops):
     def configure_model(self) -> None:
         """Load the policy (once)."""
         if self.policy is None:
+            spec = self.policy_spec
+            self.policy_spec = training_spec(spec)
+            if spec != self.policy_spec:
+                logger.info("policy.dtype auto: all weights are trained, so they are loaded in float32")
             self.policy = Policy.load(self.policy_spec)
             self.base_identity = base_fingerprint(self.policy)
             if self.policy.step_head is not None and not self.scores_steps:
@@ -246,11 +255,18 @@ class StepModule(EvaluationLoops):
 
     def on_fit_start(self) -> None:
         """Refuse what manual optimisation cannot honour."""
-        precision, dtype = str(self.trainer.precision), next(self.model.parameters()).dtype
-        if ("16" in precision and "bf16" not in precision) or dtype == torch.float16:
+        precision, dtypes = str(self.trainer.precision), {p.dtype for p in self.model.parameters()}
+        if ("16" in precision and "bf16" not in precision) or torch.float16 in dtypes:
             raise ConfigError(
-                f"float16 training (trainer.precision {precision}, weights {dtype}) needs loss scaling, which is not "
-                "supported: use trainer.precision bf16-mixed, or policy.dtype bfloat16 with LoRA"
+                f"float16 training (trainer.precision {precision}, policy.dtype {self.policy_spec.dtype}) needs loss "
+                "scaling, which is not supported: use trainer.precision bf16-mixed, or policy.dtype bfloat16 with LoRA"
+            )
+        trained = self.model.trainable_parameters()
+        if low := [name for name, parameter in trained if parameter.dtype in LOW_PRECISION]:
+            raise ConfigError(
+                f"{len(low)} of {len(trained)} trained weights are bfloat16 ({low[0]}), which rounds most updates "
+                "away: set policy.dtype float32 with trainer.precision bf16-mixed, or train LoRA adapters "
+                "(policy.lora), which stay float32"
             )
         if unknown := sorted(set(self.loss_weights) - set(self.components)):
             raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(self.components)}")
@@ -259,7 +275,9 @@ class StepModule(EvaluationLoops):
             raise ConfigError(
                 f"data.max_length={longest} exceeds the model's context of {self.model.max_length} tokens: lower it"
             )
-        self._throughput = Throughput(self.model, self.device, torch.bfloat16 if "bf16" in precision else dtype)
+        self._throughput = Throughput(
+            self.model, self.device, torch.bfloat16 if "bf16" in precision else self.model.causal_lm.dtype
+        )
 
     def on_train_start(self) -> None:
         """Start the weight average, or go on with the checkpoint's (every strategy has restored weights by now)."""

@@ -128,7 +128,10 @@ def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
         (["--trainer.gradient_clip_val", "1.0"], "set model.init_args.optimizer.max_grad_norm"),
         (["--trainer.accumulate_grad_batches", "4"], "one batch is one optimiser step"),
         (["--trainer.max_steps", "-1"], "the run has no end"),
-        (["--trainer.precision", "bf16-true"], "set model.init_args.policy.dtype to bfloat16"),
+        (
+            ["--trainer.precision", "bf16-true"],
+            "set model.init_args.policy.dtype to bfloat16 with LoRA, or float32 with trainer.precision bf16-mixed",
+        ),
         (["--trainer.precision", "64"], "set model.init_args.policy.dtype to float64"),
         (["--model.init_args.policy.path", "/no/such/model"], "no model folder at /no/such/model"),
         (["--data.init_args.train.source", "math500"], "source 'math500'"),

@@ -13,7 +13,7 @@ import torch
 from stepkd.cli import main
 from stepkd.doctor.footprint import Batch, activations, cache_bytes, footprint, skeleton, weight_bytes
 from stepkd.doctor.live import LiveBytes, peak_of
-from stepkd.models import LoraSpec, Policy, PolicySpec
+from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny
 from stepkd.models.checkpoint import load_trained
 from stepkd.modules.base import StepModule
 from stepkd.trainer_cli import check_fit
@@ -68,6 +68,17 @@ def test_a_skeleton_has_the_weights_of_the_policy(spec: PolicySpec) -> None:
     assert weight_bytes(bones, spec) == sum(p.numel() * p.element_size() for p in real.parameters())
     packed = weight_bytes(bones, replace(spec, quantization="nf4", lora=LoraSpec()))
     assert packed < weight_bytes(bones, spec)
+
+
+def test_auto_counts_a_bfloat16_checkpoint_as_it_is_trained(tmp_path: Path) -> None:
+    for part in build_tiny("tiny-0.1m", seed=0, dtype="bfloat16"):
+        part.save_pretrained(tmp_path)
+    path, words = f"model.init_args.policy.path={tmp_path}", ("data.init_args.train.options.n=16",)
+    auto, full = (
+        footprint(*check_fit(recipe("sft", path, f"model.init_args.policy.dtype={dtype}", *words)))
+        for dtype in ("auto", "float32")
+    )
+    assert (auto.held, auto.peak) == (full.held, full.peak)
 
 
 def test_an_adapter_folder_is_trained_alone(tmp_path: Path) -> None:

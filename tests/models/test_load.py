@@ -244,6 +244,8 @@ def test_an_adapter_that_transformers_applies_by_itself_is_refused(folder: Path,
 def test_lora_that_fits_nowhere() -> None:
     with pytest.raises(ConfigError, match=r"policy\.lora does not fit tiny-0\.1m: .*nonsense"):
         load_model(PolicySpec(path=PRESET, lora=LoraSpec(target_modules=["nonsense"])))
+    with pytest.raises(ConfigError, match=r"modules_to_save names \['lm_haed'\], which tiny-0\.1m does not have"):
+        load_model(PolicySpec(path=PRESET, lora=LoraSpec(modules_to_save=["norm", "lm_haed"])))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

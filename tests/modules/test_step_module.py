@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stepkd.data import DataSpec, StepData
 from stepkd.data.batching import BatchPlan
@@ -16,6 +17,8 @@ from stepkd.data.loader import Position, StepLoader
 from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models import LoraSpec, PolicySpec, build_tiny
+from stepkd.models.checkpoint import load_trained
+from stepkd.models.export import export_model
 from stepkd.modules import OptimizerSpec, SFTModule, ValidationSpec
 
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
@@ -211,6 +214,75 @@ def test_float16_is_refused(examples: Any, one_step: Any) -> None:
 def test_float16_weights_are_refused(examples: Any, one_step: Any) -> None:
     with pytest.raises(ConfigError, match="loss scaling"):
         one_step(examples[:2], dtype="float16")
+
+
+def test_training_all_weights_in_bfloat16_is_refused(examples: Any, one_step: Any) -> None:
+    with pytest.raises(ConfigError, match=r"20 of 20 trained weights are bfloat16 .*set policy\.dtype float32 with"):
+        one_step(examples[:2], dtype="bfloat16", trainer={"precision": "bf16-mixed"})
+
+
+def test_a_single_bfloat16_weight_is_found(examples: Any, trainer: Any) -> None:
+    module = SFTModule(PolicySpec(path="tiny-0.1m"), STEADY)
+    module.configure_model()
+    module.model.causal_lm.model.layers[1].mlp.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"3 of 20 trained weights are bfloat16 \(model.*layers\.1\.mlp\.gate_proj"):
+        trainer().fit(module, train_dataloaders=loader_of(examples, module))
+
+
+def moved(before: dict[str, torch.Tensor], module: Any) -> dict[str, float]:
+    """Share of every trained weight's elements that training changed."""
+    now = dict(module.model.trainable_parameters())
+    return {name: float((now[name].float() != value.float()).float().mean()) for name, value in before.items()}
+
+
+def weights_of(module: Any) -> dict[str, torch.Tensor]:
+    module.configure_model()
+    return {name: parameter.detach().clone() for name, parameter in module.model.trainable_parameters()}
+
+
+SMALL_STEPS = OptimizerSpec(lr=2e-6, schedule="constant", warmup=0)
+
+
+def test_auto_trains_all_weights_of_a_bfloat16_checkpoint_in_float32(
+    examples: Any, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for part in build_tiny("tiny-0.1m", seed=0, dtype="bfloat16"):
+        part.save_pretrained(tmp_path / "base")
+    module = SFTModule(PolicySpec(path=str(tmp_path / "base"), dtype="auto"), SMALL_STEPS)
+    with caplog.at_level("INFO"):
+        before = weights_of(module)
+    assert "policy.dtype auto: all weights are trained, so they are loaded in float32" in caplog.text
+    runner = trainer(max_steps=3)
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    # Rows of characters that no example has get no gradient.
+    assert min(share for name, share in moved(before, module).items() if "embed" not in name) > 0.9
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    assert load_trained(tmp_path / "x.ckpt").causal_lm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens", "lm_head"], ["norm"], ["mlp"]])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_modules_to_save_train_in_float32_on_a_bfloat16_base(
+    saved: list[str], precision: Any, examples: Any, trainer: Any, tmp_path: Path
+) -> None:
+    lora = LoraSpec(r=2, target_modules=["q_proj"], modules_to_save=saved)
+    module = SFTModule(PolicySpec(path="tiny-0.1m", dtype="bfloat16", lora=lora), SMALL_STEPS)
+    before = weights_of(module)
+    ids = torch.tensor([[5, 17, 33, 8, 60, 4]])
+    with module.model.reference() as reference:  # its adapters and saved modules off
+        expected = reference.head(reference.hidden(ids, torch.ones_like(ids)))
+        assert torch.equal(module.model.head(module.model.hidden(ids, torch.ones_like(ids))), expected)
+    runner = trainer(max_steps=3, precision=precision)
+    runner.fit(module, train_dataloaders=loader_of(examples, module))
+    shares = {name: share for name, share in moved(before, module).items() if "modules_to_save" in name}
+    assert shares
+    assert min(share for name, share in shares.items() if "embed" not in name) > 0.9
+    runner.save_checkpoint(tmp_path / "x.ckpt")
+    trained = {name: value for name, value in module.model.named_parameters() if "modules_to_save" in name}
+    found = dict(load_trained(tmp_path / "x.ckpt").named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in trained.items())
+    out = export_model(tmp_path / "x.ckpt", tmp_path / "out")
+    assert {str(value.dtype) for value in load_file(out / "model.safetensors").values()} == {"torch.bfloat16"}
 
 
 def test_bf16_mixed_trains_close_to_float32(examples: Any, one_step: Any, distance: Any) -> None:
