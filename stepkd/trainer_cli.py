@@ -9,18 +9,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stepkd.commands.recipes import with_recipe_files
 from stepkd.commands.suggestions import suggestions
 from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.launch import RunDir, check_launch, trainer_defaults
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
@@ -31,6 +33,7 @@ from stepkd.launch.preemption import Preempted
 from stepkd.launch.preemption_callback import SaveWhenPreempted
 from stepkd.launch.progress import StepProgress
 from stepkd.launch.quiet import quiet_libraries
+from stepkd.models.trained_template import save_template
 from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
 from stepkd.safe import check_import
@@ -163,8 +166,10 @@ class StepkdCLI(LightningCLI):
         if self.subcommand is None:
             return super().instantiate_trainer(**kwargs)
         config = self.config[self.subcommand]
+        self.model.checkpoint = config.get("ckpt_path")
         callbacks: list[Callback] = [StepProgress()]
         if self.run_dir is not None and self.subcommand == "fit":
+            callbacks.append(_TemplateFile(self.run_dir.path))
             if config.trainer.get("default_root_dir") is None:
                 kwargs["default_root_dir"] = str(self.run_dir.path)
             if config.trainer.get("logger") in (None, True):
@@ -197,6 +202,19 @@ class StepkdCLI(LightningCLI):
             print(f"\nfinished after {self.trainer.global_step} steps: {self.run_dir.path}")
             for line in self.model.next_commands(str(self.config["fit"].out)):
                 print(f"  {line}")
+
+
+class _TemplateFile(Callback):
+    """Writes the run's prompt template beside its settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Not before, because a folder in which nothing has begun is removed when the run fails."""
+        template = getattr(getattr(trainer, "datamodule", None), "template", None)
+        if trainer.is_global_zero and isinstance(template, PromptTemplate):
+            save_template(template, self.folder)
 
 
 def _check_monitor(config: Any) -> None:

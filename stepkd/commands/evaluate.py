@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.commands import judging_prm
+from stepkd.commands.scorer_options import TEMPLATE_HELP
 from stepkd.errors import ConfigError
 
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--ks", type=int, nargs="+", metavar="K", help="k of pass@k and maj@k; default: powers of two")
     ask = parser.add_argument_group("prompt and grading")
-    ask.add_argument("--template", help="built-in template: gsm8k, math, plain, task; default: the benchmark's")
+    ask.add_argument("--template", help=TEMPLATE_HELP)
     ask.add_argument("--style", choices=("auto", "chat", "plain"), help="override the template's style")
     ask.add_argument("--system", help="system prompt")
     ask.add_argument("--few-shot", type=int, metavar="N", help="number of built-in worked examples, 0 to 4")
@@ -142,12 +143,16 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _template(arguments: argparse.Namespace) -> Any:
-    from stepkd.data.templates import get_template
+    """What is asked for, where anything is: a template, or changes to the one that is used without."""
     from stepkd.evaluation.benchmarks import get_benchmark
+    from stepkd.models.trained_template import template_for
 
-    template = get_template(arguments.template or get_benchmark(arguments.benchmark).template)
-    changes = {"style": arguments.style, "system": arguments.system, "few_shot": arguments.few_shot}
-    return dataclasses.replace(template, **{name: value for name, value in changes.items() if value is not None})
+    names = ("style", "system", "few_shot")
+    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if not changes:
+        return arguments.template
+    template = template_for(arguments.model, get_benchmark(arguments.benchmark).template, arguments.template)
+    return dataclasses.replace(template, **changes)
 
 
 def _reporter(console: Any) -> Any:

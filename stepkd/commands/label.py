@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepkd.commands.label_pairs import PAIR_JOBS, add_pair_arguments, print_pair_summary
+from stepkd.commands.scorer_options import TEMPLATE_HELP
 from stepkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--given", default="truth", help="checker: right by the problem (truth) or by the steps (claims)")
     who.add_argument("--outcome-scope", default="last", help="outcome: label the last step (default) or all")
     who.add_argument("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
-    who.add_argument("--judge-template", help="PRM: its built-in prompt template; default: its own")
+    who.add_argument("--judge-template", help="PRM: its prompt template (a name or YAML file); default: its own")
     who.add_argument("--reference", action="store_true", help="judge: show it the gold solution")
     who.add_argument(
         "--threshold",
@@ -87,7 +88,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--max-new-tokens", type=int, help="default: the data's benchmark's")
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
     how.add_argument("--keep-duplicates", action="store_true", help="label equal solutions of a problem each")
-    how.add_argument("--template", help="built-in template: gsm8k, math, plain, task; default: the data's benchmark's")
+    how.add_argument("--template", help=TEMPLATE_HELP)
     how.add_argument("--extractors", nargs="+", help="how answers are found, in order; default: the benchmark's")
     how.add_argument("--deadline", type=float, default=2.0, metavar="S", help="limit per graded answer (default 2)")
     how.add_argument("--seed", type=int, default=0)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stepkd.commands.scorer_options import add_scorer_arguments, scorer_options
+from stepkd.commands.scorer_options import TEMPLATE_HELP, add_scorer_arguments, scorer_options
 from stepkd.errors import ConfigError, check_choice
 
 REDUCTIONS = ("auto", "product", "min", "mean", "last")
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--segmenter", help="cuts solutions that come as one text (newline, blank_line, ...; default newline)"
     )
-    how.add_argument("--template", help="built-in prompt template; default: the one the model was trained with")
+    how.add_argument("--template", help=TEMPLATE_HELP)
     add_scorer_arguments(how)
     run_on = parser.add_argument_group("machine")
     run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")

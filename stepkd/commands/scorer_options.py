@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+TEMPLATE_HELP = "gsm8k, math, plain, task, or a YAML file; default: the one the model was trained with, else the data's"
+"""Help of ``--template``."""
+
 
 def add_scorer_arguments(group: Any) -> None:
     """Arguments that :func:`scorer_options` reads; ``--template`` and the machine's are the command's own."""

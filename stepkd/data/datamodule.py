@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from functools import cached_property
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -14,7 +15,7 @@ from stepkd.data.loader import Position, StepLoader
 from stepkd.data.overlap import overlap_report
 from stepkd.data.rows import DEMONSTRATION, PROBLEM
 from stepkd.data.spec import DataSpec, check_training_use, load_rows
-from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.data.templates import PromptTemplate, get_template, template_name
 from stepkd.errors import ConfigError
 from stepkd.steps import get_segmenter
 
@@ -31,7 +32,8 @@ class StepData(LightningDataModule):
         validation: rows for the held-out loss and sampled accuracy.
         test: rows for ``stepkd test``.
         predict: problems for ``stepkd predict``; solutions are not needed.
-        template: how a row becomes a prompt: a built-in name (``gsm8k``, ``math``, ``plain``, ``task``) or settings.
+        template: how a row becomes a prompt: a name (``gsm8k``, ``math``, ``plain``, ``task``), a YAML file, or
+            settings; None: the one that the policy was trained with, else :attr:`default_template`.
         segmenter: how solutions are cut into steps (``newline``, ``blank_line``, ``step_heading``, ``sentence``,
             ``whole``, ``regex:PATTERN``).
         max_length: longest prompt + completion in tokens; longer completions lose whole steps, and that is counted.
@@ -51,7 +53,7 @@ class StepData(LightningDataModule):
         validation: DataSpec | None = None,
         test: DataSpec | None = None,
         predict: DataSpec | None = None,
-        template: str | PromptTemplate = "gsm8k",
+        template: str | PromptTemplate | None = None,
         segmenter: str = "newline",
         max_length: int = 1024,
         global_batch_size: int = 32,
@@ -65,7 +67,7 @@ class StepData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.specs = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.template = get_template(template)
+        self._given_template = None if template is None else get_template(template)
         self.segmenter = get_segmenter(segmenter)
         self.max_length = max_length
         self.global_batch_size = global_batch_size
@@ -77,6 +79,22 @@ class StepData(LightningDataModule):
         self.overlap_ngram = overlap_ngram
         self.seed = seed
         self.examples: dict[str, list[Example]] = {}
+
+    default_template = "gsm8k"
+    """Template of a policy that says none, where the settings leave it open."""
+
+    @cached_property
+    def template(self) -> PromptTemplate:
+        """How a row becomes a prompt; a warning says where that is not how the policy (or checkpoint) was trained."""
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        trained = module.trained_template() if hasattr(module, "trained_template") else None
+        used = self._given_template or trained or get_template(self.default_template)
+        if trained not in (None, used) and getattr(self.trainer, "global_rank", 0) == 0:
+            logger.warning(
+                "prompt template: data.template is %s, which this run uses; the policy was trained with %s",
+                *(template_name(each) for each in (used, trained)),
+            )
+        return used
 
     def setup(self, stage: str) -> None:
         """Read, validate and tokenise the rows that a stage needs (once)."""

@@ -41,7 +41,7 @@ class PreferenceData(StepData):
         train: DataSpec | None = None,
         validation: DataSpec | None = None,
         test: DataSpec | None = None,
-        template: str | PromptTemplate = "gsm8k",
+        template: str | PromptTemplate | None = None,
         segmenter: str = "newline",
         max_length: int = 1024,
         keep_prompts_together: bool = False,

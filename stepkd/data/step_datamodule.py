@@ -40,7 +40,7 @@ class StepLabelData(StepData):
         validation: DataSpec | None = None,
         test: DataSpec | None = None,
         labels: LabelRule | None = None,
-        template: str | PromptTemplate = "math",
+        template: str | PromptTemplate | None = None,
         segmenter: str = "newline",
         max_length: int = 1024,
         allow_one_class: bool = False,
@@ -68,6 +68,8 @@ class StepLabelData(StepData):
         self.segmenter_name = segmenter
         self.labels = labels or LabelRule()
         self.allow_one_class = allow_one_class
+
+    default_template = "math"
 
     def make_encoder(self) -> StepEncoder:
         """The encoder for the module's tokenizer, markers and classes."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast
 
 from stepkd.data.checks import did_you_mean, filled_text, shown
 from stepkd.data.exemplars import EXEMPLARS
 from stepkd.errors import ConfigError, DataError
+from stepkd.yaml_files import build_settings, read_yaml
 
 Style = Literal["chat", "plain"]
 Message = dict[str, str]
@@ -185,6 +187,9 @@ class PromptTemplate:
         return [*before, {"role": "user", "content": self.user.replace(_PLACEHOLDER, prompt)}]
 
 
+_FIELDS = [each.name for each in fields(PromptTemplate)]
+
+
 def _check_few_shot(few_shot: object) -> None:
     if isinstance(few_shot, bool) or not isinstance(few_shot, int | list):
         raise ConfigError(f"few_shot must be a number or a list of {{prompt, solution}}, found {shown(few_shot)}")
@@ -243,16 +248,41 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def get_template(template: str | PromptTemplate) -> PromptTemplate:
-    """Return a template given by name or as such.
+    """Return a template given by name, as a file, or as such.
 
     Args:
-        template: a name in ``TEMPLATES``, or a template.
+        template: a name in ``TEMPLATES``, the path of a YAML or JSON file with the fields of :class:`PromptTemplate`,
+            or a template.
 
     Raises:
-        ConfigError: no template of that name.
+        ConfigError: no template of that name, or a field of the file that is wrong.
+        DataError: a file that cannot be read.
     """
     if isinstance(template, PromptTemplate):
         return template
-    if template not in TEMPLATES:
-        raise ConfigError(f"no prompt template named {template!r}; {did_you_mean(template, TEMPLATES)}")
-    return TEMPLATES[template]
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    path = Path(template).expanduser()
+    if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
+        return read_template(path)
+    raise ConfigError(
+        f"no prompt template named {template!r}; {did_you_mean(template, TEMPLATES)}, or the path of a YAML file"
+    )
+
+
+def read_template(path: Path) -> PromptTemplate:
+    """The template that a YAML or JSON file holds; see :func:`get_template`."""
+    raw = read_yaml(path, "prompt template")
+    if not isinstance(raw, Mapping) or not raw:
+        raise ConfigError(f"{path}: no prompt template: must be keys with values ({', '.join(_FIELDS)})")
+    try:
+        return cast(PromptTemplate, build_settings(PromptTemplate, raw, str(path)))
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def template_name(template: PromptTemplate) -> str:
+    """A built-in template's name; of any other the settings that are not the default."""
+    known = next((name for name, each in TEMPLATES.items() if each == template), None)
+    changed = {f.name: getattr(template, f.name) for f in fields(template) if getattr(template, f.name) != f.default}
+    return known or json.dumps({name: value for name, value in changed.items() if value != {}}, ensure_ascii=False)

@@ -31,6 +31,7 @@ from stepkd.evaluation.store import ResultStore
 from stepkd.grading import EXTRACTOR_VERSION, Grader
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
+from stepkd.models.trained_template import template_for
 from stepkd.rollout import SamplingSpec, TransformersSampler
 from stepkd.scorers.load import pick_device
 from stepkd.steps import get_segmenter
@@ -65,7 +66,8 @@ class EvaluationSpec:
     stop: tuple[str, ...] = ()
     """Strings that end a completion."""
     template: str | PromptTemplate | None = None
-    """Prompt template; None: the benchmark's."""
+    """Prompt template: a name, a YAML file, or settings; None: the one that the model was trained with, else the
+    benchmark's."""
     extractors: tuple[str, ...] | None = None
     """How answers are found; None: the benchmark's."""
     deadline_s: float = 2.0
@@ -129,7 +131,7 @@ def evaluate(
     """
     benchmark = get_benchmark(spec.benchmark)
     sampling = spec.sampling(benchmark)
-    template = get_template(spec.template or benchmark.template)
+    given = None if spec.template is None else get_template(spec.template)
     grader = Grader(extractors=spec.extractors or benchmark.extractors, deadline_s=spec.deadline_s)
     device, out = pick_device(spec.device), Path(spec.out)
     check_folder(out, overwrite=overwrite)
@@ -139,6 +141,7 @@ def evaluate(
     if policy is None:
         policy = load_trained(spec.model, dtype=spec.dtype, attention=spec.attention)
     policy.to(device)
+    template = template_for(spec.model, benchmark.template, given)
     prompts = encode_prompts(policy, template, rows)
     manifest = _manifest(spec, benchmark, data, policy, template, sampling, grader.extractors)
     prepare_folder(out, manifest, overwrite=overwrite)
@@ -259,6 +262,7 @@ def _manifest(
         data_fingerprint=fingerprint(whole),
         limit=data.limit,
         extra={
+            "template": asdict(template),
             "extractors": list(extractors),
             "deadline_s": spec.deadline_s,
             "tokenizer": tokenizer_fingerprint(policy.tokenizer),

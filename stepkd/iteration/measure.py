@@ -17,7 +17,6 @@ import numpy as np
 from stepkd.data.io import read_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
-from stepkd.data.templates import get_template
 from stepkd.evaluation.best_of_n_files import vote_of
 from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
 from stepkd.evaluation.manifest import read_manifest
@@ -29,6 +28,7 @@ from stepkd.labels.settings import LabelSpec, asking
 from stepkd.labels.shards import Shards
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
+from stepkd.models.trained_template import template_for
 from stepkd.rollout import annotate
 from stepkd.scorers.load import pick_device
 from stepkd.steps.labels import verdicts
@@ -104,7 +104,7 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelSpec
     policy, seed_policy = (_load(str(name), spec, device) for name in (spec.model, seed_model))
     source = parse_spec(str(spec.problems)).source
     is_task = all("task" in row and "meta" in row for row in problems)
-    template = get_template(spec.template or asking(source, is_task=is_task).template)
+    template = template_for(str(spec.model), asking(source, is_task=is_task).template, spec.template)
     prompts = encode_prompts(policy, template, [dict(row) for row in problems])
     pairs = [
         (prompt.prompt_ids, sample["token_ids"])

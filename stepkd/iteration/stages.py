@@ -293,6 +293,7 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     from stepkd.data.rows import PROBLEM
     from stepkd.evaluation import EvaluationSpec, evaluate
     from stepkd.labels.settings import asking
+    from stepkd.models.trained_template import template_for
 
     job = it.spec.held_out_spec(out=str(folder), model=it.model(it.k))
     benchmark, data = it.spec.evaluated_benchmark()
@@ -307,7 +308,7 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
             out=str(folder),
             max_new_tokens=job.max_new_tokens or how.max_new_tokens,
             stop=job.stop,
-            template=job.template or how.template,
+            template=template_for(str(job.model), how.template, job.template),
             extractors=job.extractors or how.extractors,
             deadline_s=job.deadline_s,
             dtype=job.dtype,

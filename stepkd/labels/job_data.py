@@ -18,6 +18,7 @@ from stepkd.labels.given import given_rows
 from stepkd.labels.settings import JobSpec, asking
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
+from stepkd.models.trained_template import template_for
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,13 @@ def open_workbench(spec: JobSpec, data: JobData, *, policy: Policy | None = None
         ConfigError, ModelError: settings or a model that cannot be used.
     """
     model = spec.model or named_model(data.rows)
-    template = get_template(spec.template or data.asking.template)
+    given = None if spec.template is None else get_template(spec.template)
     grader = Grader(extractors=spec.extractors or data.asking.extractors, deadline_s=spec.deadline_s)
+    policy = policy or load_trained(model, dtype=spec.dtype)
     return Workbench(
-        policy or load_trained(model, dtype=spec.dtype),
+        policy,
         model,
-        template,
+        template_for(model, data.asking.template, given),
         grader,
         spec.max_new_tokens or data.asking.max_new_tokens,
     )
@@ -123,7 +125,7 @@ def check_prompt(rows: Sequence[Mapping[str, Any]], prompt_id: str) -> None:
         if earlier is not None and earlier != prompt_id:
             raise ConfigError(
                 f"row {row.get('id', '?')!r} was labelled under another prompt template (prompt {earlier}) than the "
-                f"default of these rows ({prompt_id}): give the template that it was sampled with, --template NAME"
+                f"model is asked under ({prompt_id}): give the template that it was sampled with, --template NAME"
             )
 
 

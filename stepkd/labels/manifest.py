@@ -11,6 +11,7 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from stepkd.data.templates import PromptTemplate
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, package_versions
 from stepkd.evaluation.runner import tokenizer_fingerprint
 from stepkd.grading import EXTRACTOR_VERSION, Grader
@@ -24,7 +25,14 @@ from stepkd.steps import Segmenter, get_segmenter
 
 
 def base_manifest(
-    spec: JobSpec, *, kind: str, policy: Policy, model: str, data: Mapping[str, Any], prompt: str, grader: Grader
+    spec: JobSpec,
+    *,
+    kind: str,
+    policy: Policy,
+    model: str,
+    data: Mapping[str, Any],
+    template: PromptTemplate,
+    grader: Grader,
 ) -> dict[str, Any]:
     """Collect what decides the result of any job, as JSON values.
 
@@ -34,7 +42,7 @@ def base_manifest(
         policy: the model that samples, continues and tokenises.
         model: its name.
         data: source, number of rows and fingerprint of the data.
-        prompt: id of the prompt template.
+        template: the prompt template.
         grader: judges final answers.
     """
     return {
@@ -51,7 +59,8 @@ def base_manifest(
             "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
         },
         "data": dict(data),
-        "prompt": prompt,
+        "prompt": template.prompt_id(policy.tokenizer),
+        "template": asdict(template),
         "extractor": EXTRACTOR_VERSION,
         "extractors": list(grader.extractors),
         "deadline_s": spec.deadline_s,
@@ -74,7 +83,7 @@ def job_manifest(
     model: str,
     teacher: Policy | None,
     data: Mapping[str, Any],
-    prompt: str,
+    template: PromptTemplate,
     grader: Grader,
     sampling: SamplingSpec | None,
     labeller: Labeller,
@@ -83,12 +92,12 @@ def job_manifest(
 
     Args:
         spec: the job's settings.
-        policy, model, data, prompt, grader: see :func:`base_manifest`.
+        policy, model, data, template, grader: see :func:`base_manifest`.
         teacher: the second model of the ``reject`` segmenter.
         sampling: how solutions are drawn; None for given ones.
         labeller: what labels them.
     """
-    base = base_manifest(spec, kind=KIND, policy=policy, model=model, data=data, prompt=prompt, grader=grader)
+    base = base_manifest(spec, kind=KIND, policy=policy, model=model, data=data, template=template, grader=grader)
     return as_json(
         base
         | {

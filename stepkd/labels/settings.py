@@ -47,7 +47,8 @@ class JobSpec:
     stop: tuple[str, ...] = ()
     """Strings that end a completion."""
     template: str | None = None
-    """Built-in prompt template; None: what the data's benchmark has."""
+    """Prompt template, a name or a YAML file; None: the one that the model was trained with, else what the data's
+    benchmark has."""
     extractors: tuple[str, ...] | None = None
     """How answers are found; None: what the data's benchmark has."""
     deadline_s: float = 2.0
@@ -112,7 +113,7 @@ class LabelSpec(JobSpec):
     judge: str | None = None
     """Judge and PRM: the model that scores, as :func:`stepkd.scorers.load.load_scorer` reads it."""
     judge_template: str | None = None
-    """PRM: built-in prompt template of the scoring model; None: its own."""
+    """PRM: prompt template of the scoring model, a name or a YAML file; None: its own."""
     reference: bool = False
     """Judge: show the row's gold solution (else its answer) to the model."""
     threshold: float = 0.5

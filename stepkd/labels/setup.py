@@ -106,7 +106,7 @@ def job_parts(
             model=bench.model,
             teacher=teacher,
             data=data.facts(),
-            prompt=bench.prompt_id,
+            template=bench.template,
             grader=grader,
             sampling=spec.sampling(length) if data.drawn else None,
             labeller=labeller,

@@ -55,7 +55,7 @@ def step_pair_parts(
         policy=bench.policy,
         model=bench.model,
         data=data.facts(),
-        prompt=bench.prompt_id,
+        template=bench.template,
         grader=bench.grader,
     )
     return PairParts(builder, bench.grader, as_json(manifest | {"pairing": builder.provenance()}))

@@ -186,7 +186,7 @@ def tree_pair_parts(
         policy=bench.policy,
         model=bench.model,
         data=facts,
-        prompt=bench.prompt_id,
+        template=bench.template,
         grader=bench.grader,
     )
     pairing = as_json({"pairing": builder.provenance()})

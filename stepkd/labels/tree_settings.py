@@ -36,7 +36,7 @@ class TreePairSpec(JobSpec):
     """``scorer``: what scores, as :func:`stepkd.scorers.load.load_scorer` reads it. ``self_evaluation``: the model that
     is asked; None: the policy itself."""
     judge_template: str | None = None
-    """``scorer``: built-in prompt template of the scoring model; None: its own."""
+    """``scorer``: prompt template of the scoring model, a name or a YAML file; None: its own."""
     reduction: Reduction | None = None
     """``scorer`` and ``self_evaluation``: from the scores of all steps to one; None: ``product`` where they say whether
     a step is right, ``last`` (the newest step's) where they estimate the future."""

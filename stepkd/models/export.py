@@ -28,7 +28,7 @@ def export_model(
     overwrite: bool = False,
     push_to_hub: str | None = None,
 ) -> Path:
-    """Write weights (safetensors), configuration and tokenizer; of a reward model also its head and prompt template.
+    """Write weights (safetensors), configuration, tokenizer and prompt template; of a reward model also its head.
 
     Args:
         source: a run folder, a checkpoint, an adapter folder, or any model path.
@@ -52,8 +52,7 @@ def export_model(
         raise ConfigError(f"mode={mode!r}: must be 'merged' or 'adapter'")
     _check_target(out, overwrite=overwrite)
     policy = load_trained(source, dtype=dtype, ema=ema, dequantise=True)
-    # A reward model is worth nothing under another prompt; a policy is asked in whatever words its user likes.
-    template = None if policy.step_head is None else trained_template(source)
+    template = trained_template(source)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)

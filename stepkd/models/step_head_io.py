@@ -58,7 +58,7 @@ def saved_step_head(path: str, revision: str | None = None) -> SavedStepHead | N
         ModelError: its files cannot be read, or the classifier's weights are missing.
     """
     folder = Path(path).expanduser()
-    config = _file(path, folder, STEP_HEAD_CONFIG, revision)
+    config = model_file(path, folder, STEP_HEAD_CONFIG, revision)
     if config is None:
         return None
     from safetensors.torch import load_file
@@ -67,7 +67,7 @@ def saved_step_head(path: str, revision: str | None = None) -> SavedStepHead | N
         spec = step_head_from_dict(json.loads(config.read_text(encoding="utf-8")))
         if spec.kind != "classifier":
             return SavedStepHead(spec, None)
-        weights = _file(path, folder, STEP_HEAD_WEIGHTS, revision)
+        weights = model_file(path, folder, STEP_HEAD_WEIGHTS, revision)
         if weights is None:
             raise ModelError(f"{folder} has {STEP_HEAD_CONFIG} but no {STEP_HEAD_WEIGHTS}: was the export cut off?")
         return SavedStepHead(spec, load_file(weights))
@@ -77,7 +77,7 @@ def saved_step_head(path: str, revision: str | None = None) -> SavedStepHead | N
         raise ModelError(f"cannot read the step head in {folder}: {first_line(error)}") from error
 
 
-def _file(path: str, folder: Path, name: str, revision: str | None) -> Path | None:
+def model_file(path: str, folder: Path, name: str, revision: str | None) -> Path | None:
     """A file of the model: beside its weights, or (hub id) from the hub or its cache."""
     if (folder / name).is_file():
         return folder / name

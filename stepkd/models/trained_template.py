@@ -1,51 +1,93 @@
-"""The prompt template that a model was trained with: in a run's ``config.yaml``, in an export's own file."""
+"""The prompt template that a model was trained with, and the one that a job asks it under."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError, ModelError
-from stepkd.models.checkpoint import find_checkpoint
+from stepkd.data.templates import PromptTemplate, get_template, read_template, template_name
+from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.launch.guard import detect_launch
+from stepkd.launch.rundir import write_json
+from stepkd.models.checkpoint import find_checkpoint, read_checkpoint
+from stepkd.models.step_head_io import model_file
 
 TEMPLATE_NAME = "prompt_template.json"
+logger = logging.getLogger(__name__)
 
 
-def trained_template(path: str | Path) -> PromptTemplate | None:
-    """The prompt template of a run folder, a checkpoint in one, or an export; None where nothing says it.
+def trained_template(path: str | Path, revision: str | None = None) -> PromptTemplate | None:
+    """The prompt template of a run folder, a checkpoint, an export, an adapter folder or a hub repository.
+
+    Args:
+        path: the model as commands name it.
+        revision: hub revision.
+
+    Returns:
+        The template; None where nothing says it.
 
     Raises:
-        ModelError: an export's file that cannot be read.
+        ModelError: a file that cannot be read.
     """
-    folder = Path(path).expanduser()
-    if (folder / TEMPLATE_NAME).is_file():
-        try:
-            return _template(json.loads((folder / TEMPLATE_NAME).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, ConfigError) as error:
-            raise ModelError(f"{folder / TEMPLATE_NAME} holds no prompt template ({error}); export again") from error
-    checkpoint = find_checkpoint(folder)
-    if checkpoint is None:
+    saved = None
+    with contextlib.suppress(OSError):  # neither a folder nor a repository: whoever loads it says so
+        saved = model_file(str(path), Path(path).expanduser(), TEMPLATE_NAME, revision)
+    checkpoint = None if saved is not None else find_checkpoint(Path(path).expanduser())
+    if saved is None and checkpoint is None:
         return None
-    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    if not (folder / "config.yaml").is_file():
-        return None
+    try:
+        if checkpoint is None:
+            return read_template(Path(str(saved)))
+        if values := read_checkpoint(checkpoint)["stepkd"].get("template"):
+            return PromptTemplate(**values)
+        return _of_recipe(checkpoint)
+    except (TypeError, ConfigError, DataError) as error:
+        raise ModelError(f"the prompt template of {path} cannot be used ({error}): give one (--template)") from error
+
+
+def _of_recipe(checkpoint: Path) -> PromptTemplate | None:
+    """That of the ``config.yaml`` beside a checkpoint of version 0.1, which holds none."""
     import yaml
 
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return _template((config or {}).get("data", {}).get("init_args", {}).get("template"))
-
-
-def save_template(template: PromptTemplate, folder: Path) -> None:
-    """Write a template into a model folder."""
-    text = json.dumps(dataclasses.asdict(template), indent=2, ensure_ascii=False)
-    (folder / TEMPLATE_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _template(value: Any) -> PromptTemplate | None:
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    if not (run / "config.yaml").is_file():
+        return None
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    value: Any = (config or {}).get("data", {}).get("init_args", {}).get("template")
     if isinstance(value, Mapping):
         return PromptTemplate(**value.get("init_args", value))
     return None if value is None else get_template(value)
+
+
+def template_for(model: str | Path, benchmark: str, given: str | PromptTemplate | None = None) -> PromptTemplate:
+    """The prompt template that a job asks a model under.
+
+    Args:
+        model: the model as commands name it.
+        benchmark: name of the benchmark's own template.
+        given: what the user asked for, which wins; None: the one that the model was trained with, else the benchmark's.
+            Where the two differ, one line says so.
+
+    Raises:
+        ConfigError, DataError, ModelError: a template that cannot be used.
+    """
+    own = get_template(benchmark)
+    trained = trained_template(model) if given is None else get_template(given)
+    if given is None and trained is not None and trained != own and detect_launch(os.environ).is_rank_zero:
+        logger.warning(
+            "prompt template: %s, with which %s was trained (the benchmark's own: --template %s)",
+            template_name(trained),
+            model,
+            benchmark,
+        )
+    return own if trained is None else trained
+
+
+def save_template(template: PromptTemplate, folder: Path) -> None:
+    """Write a template into a model or run folder."""
+    write_json(folder / TEMPLATE_NAME, dataclasses.asdict(template))

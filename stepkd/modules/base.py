@@ -21,6 +21,7 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Example
 from stepkd.data.loader import Position, StepBatch
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.launch.phases import PhaseTracker
 from stepkd.launch.preemption import STOP_REQUEST, Preempted
@@ -31,6 +32,7 @@ from stepkd.models.average import WeightAverage
 from stepkd.models.checkpoint import base_fingerprint
 from stepkd.models.load import training_spec
 from stepkd.models.sharding import shard
+from stepkd.models.trained_template import trained_template
 from stepkd.modules.checkpoint_state import pack, unpack
 from stepkd.modules.distributed import all_reduce, check_micro_batches, clip_in_engine, gradient_sync
 from stepkd.modules.evaluation_loops import EvaluationLoops
@@ -91,6 +93,9 @@ class StepModule(EvaluationLoops):
     """Whether the method trains a step head; any other method refuses a reward model as its policy."""
     labels_give_accuracy = False
     """Whether validation gives ``val/accuracy`` without sampling anything."""
+
+    checkpoint: str | None = None
+    """The checkpoint that the command line starts from."""
 
     automatic_optimization = False
     strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks their names itself
@@ -193,6 +198,11 @@ class StepModule(EvaluationLoops):
         if self.policy is None:
             raise RuntimeError("the policy is loaded by configure_model(): call it first when using a module by hand")
         return self.policy
+
+    def trained_template(self) -> PromptTemplate | None:
+        """The prompt template that the checkpoint, or else the policy, was trained with; None: nothing says it."""
+        found = None if self.checkpoint is None else trained_template(self.checkpoint)
+        return found or trained_template(self.policy_spec.path, self.policy_spec.revision)
 
     def setup(self, stage: str) -> None:
         """Tell an engine that holds the gradients itself where to clip them."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stepkd.data.loader import Position
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ModelError
 from stepkd.models import spec_to_dict
 from stepkd.models.adapter import misfit
@@ -51,6 +52,9 @@ def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
         "data": _data_fingerprint(module),
         "base": module.base_identity,
     }
+    template = getattr(getattr(module.trainer, "datamodule", None), "template", None)
+    if isinstance(template, PromptTemplate):
+        section["template"] = asdict(template)
     if module.model.step_head is not None:
         section["step_head"] = asdict(module.model.step_head.spec)
     if module.ema is not None:

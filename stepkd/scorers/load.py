@@ -50,8 +50,8 @@ class ScorerOptions:
     """How a scorer is loaded and run; what a kind has no use for is refused, not ignored."""
 
     template: str | PromptTemplate | None = None
-    """Prompt template; None: that of the run, of the published model, or of the judge. A judge takes no built-in one:
-    those ask for a solution."""
+    """Prompt template, a name or a YAML file; None: that of the run, of the published model, or of the judge. A judge
+    takes no built-in one: those ask for a solution."""
     head: StepHeadSpec | None = None
     """How a plain model scores steps (``prm``)."""
     reference: bool = False
@@ -124,7 +124,7 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
         if template is None:
             raise ConfigError(
                 f"{path} does not say which prompt template it was trained with: give one (--template "
-                f"{', '.join(TEMPLATES)})"
+                f"{', '.join(TEMPLATES)}, or a YAML file)"
             )
         scorer = PRMScorer(policy, template=template, name=path, **common)
     scorer.policy.to(device)
@@ -192,7 +192,7 @@ def _check_options(kind: ScorerKind, options: ScorerOptions) -> None:
         "reference": kind == "judge",
         "answers": kind == "judge",
         "separator": kind == "trl",
-        "template": kind not in _WITHOUT_MODEL and not (kind == "judge" and isinstance(options.template, str)),
+        "template": kind not in _WITHOUT_MODEL and not (kind == "judge" and options.template in (*TEMPLATES,)),
         "temperature": kind not in _WITHOUT_MODEL,
     }
     for name, used in uses.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepkd.data.step_encode import Layout, StepEncoder
-from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.data.templates import PromptTemplate, get_template, template_name
 from stepkd.errors import ConfigError, ModelError, UnreadableSolution
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
@@ -277,6 +277,7 @@ def policy_provenance(scorer: Any) -> dict[str, Any]:
         "weights": weights_fingerprint(policy),
         "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
         "prompt": scorer.template.prompt_id(policy.tokenizer),
+        "template": template_name(scorer.template),
         "max_length": scorer.max_length,
         "meaning": scorer.meaning,
         "temperature": None if scorer.temperature is None else scorer.temperature.temperature,

@@ -30,11 +30,11 @@ def export(tmp_path: Path, make_policy: Callable[..., Policy]) -> Path:
 
 
 def with_template(folder: Path, template: object) -> Path:
-    """A run folder's ``config.yaml`` beside its checkpoint."""
+    """A run folder of version 0.1: ``config.yaml`` beside a checkpoint that says nothing of a template."""
     import yaml
 
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "checkpoints" / "last.ckpt").write_bytes(b"")
+    torch.save({"state_dict": {}, "stepkd": {"policy": {}}}, folder / "checkpoints" / "last.ckpt")
     config = {"data": {"class_path": "stepkd.data.StepLabelData", "init_args": {"template": template}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -95,7 +95,7 @@ def test_the_template_of_an_export(export: Path) -> None:
     assert scorer.template == own
     for text in ("{", "[1]", '{"unheard_of": 1}'):
         (export / "prompt_template.json").write_text(text)
-        with pytest.raises(ModelError, match=r"prompt_template\.json holds no prompt template .*export again"):
+        with pytest.raises(ModelError, match=r"cannot be used \(.*prompt_template\.json.*give one \(--template\)"):
             trained_template(export)
 
 
