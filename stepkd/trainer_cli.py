@@ -33,6 +33,7 @@ from stepkd.launch.preemption import Preempted
 from stepkd.launch.preemption_callback import SaveWhenPreempted
 from stepkd.launch.progress import StepProgress
 from stepkd.launch.quiet import quiet_libraries
+from stepkd.launch.trainer_settings import check_trainer_settings
 from stepkd.models.trained_template import save_template
 from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
@@ -40,12 +41,6 @@ from stepkd.safe import check_import
 
 DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
 """Imported so that ``--data.help`` lists them and ``--data`` takes their names."""
-TRUE_PRECISION = {
-    "bf16-true": "bfloat16 with LoRA, or float32 with trainer.precision bf16-mixed",
-    "64-true": "float64",
-    "64": "float64",
-}
-"""Lightning's names for a module that is converted as a whole, and the dtype of its weights."""
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
 
 
@@ -123,10 +118,13 @@ class StepkdCLI(LightningCLI):
             return  # only parsed and built (run=False)
         config = self.config[self.subcommand]
         settings = config.trainer.as_dict()
-        _refuse_trainer_settings(settings, self.subcommand)
+        check_trainer_settings(settings, self.subcommand)
         info = check_launch(os.environ, settings)
         for name, value in trainer_defaults(info, settings).items():
             config.trainer[name] = value
+        if info.bf16 and info.is_rank_zero:
+            source = "the recipe's" if settings.get("precision") else "the launcher's"
+            print(f"trainer.precision: {config.trainer.precision}, {source} (accelerate asks for mixed precision bf16)")
         if config.trainer.accelerator == "auto" and not torch.cuda.is_available():
             config.trainer.accelerator = "cpu"  # never Apple's MPS: it has no float64, which sampling needs
         if self.subcommand in ("fit", "predict"):
@@ -254,29 +252,6 @@ def _best(run: RunDir, spec: Any) -> BestCheckpoint:
     )
 
 
-def _refuse_trainer_settings(settings: dict[str, Any], subcommand: str) -> None:
-    """Settings that Lightning has and manual optimisation cannot honour."""
-    if settings.get("gradient_clip_val"):
-        raise ConfigError("trainer.gradient_clip_val has no effect here: set model.init_args.optimizer.max_grad_norm")
-    if settings.get("accumulate_grad_batches", 1) != 1:
-        raise ConfigError(
-            "trainer.accumulate_grad_batches is not used: one batch is one optimiser step. Set "
-            "data.init_args.global_batch_size, and model.init_args.micro_batch_tokens for memory"
-        )
-    if dtype := TRUE_PRECISION.get(str(settings.get("precision"))):
-        raise ConfigError(
-            f"trainer.precision {settings['precision']}: the weights' dtype is the model's own here, so set "
-            f"model.init_args.policy.dtype to {dtype} (trainer.precision 32-true is the default)"
-        )
-    limits = (
-        settings.get("max_steps", -1) != -1,
-        settings.get("max_epochs") not in (None, -1),
-        settings.get("max_time"),
-    )
-    if subcommand == "fit" and not any(limits):
-        raise ConfigError("the run has no end: set trainer.max_steps (or trainer.max_epochs)")
-
-
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one Trainer command; see ``stepkd fit --help``."""
     quiet_libraries()
@@ -362,7 +337,7 @@ class _ParsedCLI(StepkdCLI):
     """Parses, and builds module and data but no trainer."""
 
     def before_instantiate_classes(self) -> None:
-        _refuse_trainer_settings(self.config.trainer.as_dict(), "fit")
+        check_trainer_settings(self.config.trainer.as_dict(), "fit")
 
     built: Any = None
 

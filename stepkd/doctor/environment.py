@@ -161,7 +161,7 @@ def _launch(environ: Mapping[str, str]) -> Iterator[Finding]:
         "several GPUs need NCCL: install the CUDA build of torch" if alone else "",
     )
     try:
-        info = check_launch(environ)
+        info = check_launch(environ, {})
     except ConfigError as error:
         yield Finding(section, "launcher", "contradictions", "bad", str(error))
         return

@@ -9,7 +9,8 @@ Read off accelerate 1.15 (``accelerate/utils/launch.py``) and off child processe
   ``MASTER_PORT`` are set when more than one process or machine was asked for. Both can also be inherited from the
   user's shell, so where the parent's command line is readable (Linux, ``/proc``) and names a count, that one decides.
 - ``ACCELERATE_MIXED_PRECISION=no`` and ``ACCELERATE_DYNAMO_BACKEND=NO`` are always set: the defaults, which pass.
-- ``--gradient_accumulation_steps`` reaches the environment only with DeepSpeed; users also export it by hand.
+- ``--gradient_accumulation_steps`` reaches the environment only with DeepSpeed, or when users export it by hand; in
+  every mode the parent of the process is accelerate's own, so the option is read off its command line.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ from collections.abc import Mapping, Sequence
 
 _TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
 
-_FSDP2 = "`trainer.strategy` with class_path lightning.pytorch.strategies.ModelParallelStrategy (FSDP2)"
+_SHARDED = (
+    ("FSDP", "ACCELERATE_USE_FSDP", "FSDP_"),
+    ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_"),
+    ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM_"),
+    ("a parallelism config", "ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_"),
+)
+"""Ways of accelerate to shard a model: name, switch, and what the names of their settings start with."""
 
 
 def is_true(value: str | None) -> bool:
@@ -27,78 +34,47 @@ def is_true(value: str | None) -> bool:
     return value is not None and value.strip().lower() in _TRUE
 
 
-def ignored_settings(environ: Mapping[str, str]) -> list[str]:
+def ignored_settings(environ: Mapping[str, str], parent_command: Sequence[str] = ()) -> list[str]:
     """List the accelerate settings in force that Lightning would ignore, each with what to do instead.
 
     Args:
         environ: environment variables of this process.
+        parent_command: words of the parent's command line, empty when it cannot be read.
 
     Returns:
         One sentence or two per setting, empty when all are at their neutral value.
     """
-    found = [_mixed_precision(environ), _accumulation(environ), _dynamo(environ)]
-    found.append(
-        _sharding(
-            environ,
-            "FSDP",
-            "ACCELERATE_USE_FSDP",
-            ("FSDP_",),
-            f"Launch with `accelerate launch --multi_gpu` (or torchrun) and put sharding in the recipe: {_FSDP2}.",
-        )
-    )
-    found.append(
-        _sharding(
-            environ,
-            "DeepSpeed",
-            "ACCELERATE_USE_DEEPSPEED",
-            ("ACCELERATE_DEEPSPEED_",),
-            "Launch with `accelerate launch --multi_gpu` (or torchrun) and put the strategy in the recipe: "
-            f"{_FSDP2}, or lightning.pytorch.strategies.DeepSpeedStrategy (not tested by this project).",
-        )
-    )
-    found.append(
-        _sharding(
-            environ,
-            "Megatron-LM",
-            "ACCELERATE_USE_MEGATRON_LM",
-            ("MEGATRON_LM_",),
-            f"stepkd has no Megatron support. Launch with `accelerate launch --multi_gpu`; to shard, set {_FSDP2}.",
-        )
-    )
-    found.append(
-        _sharding(
-            environ,
-            "a parallelism config",
-            "ACCELERATE_USE_PARALLELISM_CONFIG",
-            ("PARALLELISM_CONFIG_",),
-            f"Launch without `--use_parallelism_config` and put the mesh in the recipe: {_FSDP2}.",
-        )
-    )
+    steps = launch_options(parent_command).get("gradient_accumulation_steps", "")
+    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip() or steps
+    found = [_mixed_precision(environ), _accumulation(steps), _dynamo(environ)]
+    found += [_sharding(environ, *names) for names in _SHARDED]
     return [sentence for sentence in found if sentence]
+
+
+def asks_for_bf16(environ: Mapping[str, str]) -> bool:
+    """Whether accelerate was asked for mixed precision with bfloat16, which ``trainer.precision`` takes over."""
+    return environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() == "bf16"
 
 
 def _mixed_precision(environ: Mapping[str, str]) -> str | None:
     value = environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower()
-    if value in ("", "no"):
+    if value in ("", "no", "bf16"):
         return None
-    advice = {
-        "bf16": "put `trainer.precision: bf16-mixed` in the recipe",
-        "fp16": "put `trainer.precision: bf16-mixed` in the recipe (float16 is not supported)",
-    }.get(value, "put `trainer.precision: bf16-mixed` in the recipe")
     return (
-        f"accelerate asks for mixed precision {value!r} (ACCELERATE_MIXED_PRECISION), which Lightning ignores. "
-        f"Launch with `--mixed_precision no` and {advice}."
+        f"accelerate asks for mixed precision {value!r} (ACCELERATE_MIXED_PRECISION), which is not supported: it needs "
+        "loss scaling. Launch with `--mixed_precision bf16`, or with `no` and `trainer.precision: bf16-mixed` in the "
+        "recipe."
     )
 
 
-def _accumulation(environ: Mapping[str, str]) -> str | None:
-    value = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip()
-    if value in ("", "1", "auto"):
+def _accumulation(steps: str) -> str | None:
+    if steps in ("", "1", "auto"):
         return None
     return (
-        f"accelerate asks for gradient accumulation over {value} batches (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), "
-        "which Lightning ignores. Unset it, and set the global batch size in the recipe's `data` section: one batch "
-        "is one optimiser step, and stepkd splits it into micro-batches that fit in memory."
+        f"accelerate asks for gradient accumulation over {steps} batches (--gradient_accumulation_steps or "
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS), which Lightning ignores. Drop it, and set "
+        "`data.init_args.global_batch_size` in the recipe: one batch is one optimiser step over all processes, and "
+        "stepkd splits it into micro-batches that fit in memory."
     )
 
 
@@ -112,8 +88,8 @@ def _dynamo(environ: Mapping[str, str]) -> str | None:
     )
 
 
-def _sharding(environ: Mapping[str, str], what: str, flag: str, prefixes: tuple[str, ...], advice: str) -> str | None:
-    seen = sorted(name for name, value in environ.items() if value and name.startswith(prefixes))
+def _sharding(environ: Mapping[str, str], what: str, flag: str, prefix: str) -> str | None:
+    seen = sorted(name for name, value in environ.items() if value and name.startswith(prefix))
     if flag in environ:
         # accelerate reads a false flag as "off", whatever else the section holds.
         if not is_true(environ[flag]):
@@ -124,7 +100,10 @@ def _sharding(environ: Mapping[str, str], what: str, flag: str, prefixes: tuple[
     listed = ", ".join(seen[:3]) + (f" and {len(seen) - 3} more" if len(seen) > 3 else "")
     return (
         f"accelerate asks for {what} ({listed}), which Lightning ignores, while transformers obeys parts of it when it "
-        f"loads weights. {advice}"
+        "loads weights. Launch with `accelerate launch --multi_gpu --num_processes N -m stepkd ...` (or torchrun), and "
+        "to shard weights, gradients and optimiser state add `--config recipes/strategy/fsdp2.yaml`"
+        + " (recipes/strategy/deepspeed_zero2.yaml and deepspeed_zero3.yaml are untested)" * (what == "DeepSpeed")
+        + "."
         + ("" if flag in environ else f" If {seen[0]} is left over from another job, unset it.")
     )
 
@@ -142,33 +121,31 @@ def single_child_count(environ: Mapping[str, str], parent_command: Sequence[str]
     """
     if "ACCELERATE_USE_CPU" not in environ or "TORCHELASTIC_RUN_ID" in environ or "LOCAL_RANK" in environ:
         return None
-    asked = _counts_in(parent_command)
-    if asked is not None:
-        return asked
+    options = launch_options(parent_command)
+    if options.get("num_processes", "").isdigit():
+        machines = options.get("num_machines", "")
+        return max(int(options["num_processes"]), int(machines) if machines.isdigit() else 1, 1)
     return 0 if "MASTER_ADDR" in environ and "MASTER_PORT" in environ else 1
 
 
-def _counts_in(command: Sequence[str]) -> int | None:
-    """The process count named by an ``accelerate launch`` command line, or None."""
+def launch_options(command: Sequence[str]) -> dict[str, str]:
+    """Options of an ``accelerate launch`` command line, by name with underscores; empty for any other command."""
     words = list(command)
-    if "launch" in words and any(os.path.basename(word) == "accelerate" for word in words):
+    names = [os.path.basename(word) for word in words]
+    if "accelerate" in names and "launch" in words:
         words = words[words.index("launch") + 1 :]
-    elif any(word in ("accelerate.commands.launch", "accelerate-launch") for word in map(os.path.basename, words)):
-        pass
+    elif ours := {"accelerate.commands.launch", "accelerate-launch"}.intersection(names):
+        words = words[names.index(ours.pop()) + 1 :]
     else:
-        return None
-    values: dict[str, int] = {}
-    for index, word in enumerate(words):
+        return {}
+    options: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in ("-m", "--module"):
+            break  # what follows belongs to the script
         name, equals, value = word.partition("=")
-        name = name.replace("-", "_").lstrip("_")
-        if not word.startswith("--") or name not in ("num_processes", "num_machines") or name in values:
-            continue
-        text = value if equals else (words[index + 1] if index + 1 < len(words) else "")
-        if text.isdigit():
-            values[name] = int(text)
-    if "num_processes" not in values:
-        return None
-    return max(values["num_processes"], values.get("num_machines", 1), 1)
+        if word.startswith("--"):
+            options.setdefault(name[2:].replace("-", "_"), value if equals else following)
+    return options
 
 
 def read_parent_command() -> tuple[str, ...]:

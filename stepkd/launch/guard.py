@@ -8,14 +8,22 @@ with a :class:`~stepkd.errors.ConfigError` that says what to change. Imports not
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stepkd.errors import ConfigError
-from stepkd.launch.accelerate_env import ignored_settings, is_true, read_parent_command, single_child_count
+from stepkd.launch.accelerate_env import (
+    asks_for_bf16,
+    ignored_settings,
+    is_true,
+    read_parent_command,
+    single_child_count,
+)
 
+logger = logging.getLogger(__name__)
 Launcher = Literal["plain", "elastic", "slurm"]
 
 _INTERACTIVE_JOBS = ("bash", "interactive")
@@ -41,6 +49,8 @@ class LaunchInfo:
     """Number of nodes; world_size = num_nodes * local_world_size."""
     cpu_only: bool = False
     """Whether the launcher was told to use the CPU (``accelerate launch --cpu``)."""
+    bf16: bool = False
+    """Whether the launcher was told to train in mixed precision (``accelerate launch --mixed_precision bf16``)."""
 
     def __post_init__(self) -> None:
         if self.num_nodes * self.local_world_size != self.world_size:
@@ -75,11 +85,12 @@ def detect_launch(environ: Mapping[str, str] | None = None) -> LaunchInfo:
         ConfigError: the variables contradict each other, or belong to a launch that Lightning cannot join.
     """
     environ = os.environ if environ is None else environ
+    read = _plain
     if "TORCHELASTIC_RUN_ID" in environ:
-        return _elastic(environ)
-    if "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOBS:
-        return _slurm(environ)
-    return _plain(environ)
+        read = _elastic
+    elif "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOBS:
+        read = _slurm
+    return replace(read(environ), bf16=asks_for_bf16(environ))
 
 
 def _elastic(environ: Mapping[str, str]) -> LaunchInfo:
@@ -168,7 +179,8 @@ def check_launch(
 
     Args:
         environ: environment variables; ``os.environ`` when None.
-        trainer_settings: Trainer arguments of the recipe; ``devices``, ``num_nodes`` and ``accelerator`` are read.
+        trainer_settings: Trainer arguments of the recipe, of which ``devices``, ``num_nodes`` and ``accelerator`` are
+            read; None for a command that trains nothing.
         parent_command: words of the parent's command line; read from ``/proc`` when None and ``environ`` is real.
 
     Returns:
@@ -183,12 +195,14 @@ def check_launch(
     if parent_command is None:
         parent_command = read_parent_command() if real else ()
     info = detect_launch(environ)
-    problems = ignored_settings(environ)
+    problems = ignored_settings(environ, parent_command)
     asked = single_child_count(environ, parent_command)
     # Under srun every task may run its own single-child `accelerate launch`; then SLURM holds the processes together.
     if asked not in (None, 1, info.world_size) and not (asked == 0 and info.launcher == "slurm"):
         problems.append(_one_process_only(environ, asked or 0))
     problems.extend(_contradictions(info, settings))
+    if trainer_settings is None and info.bf16 and info.is_rank_zero:
+        logger.warning("accelerate's mixed precision bf16 is for training; this command computes in the model's dtype")
     if problems:
         raise ConfigError(problems[0] if len(problems) == 1 else "\n".join(f"- {problem}" for problem in problems))
     return info
@@ -262,17 +276,20 @@ def trainer_defaults(info: LaunchInfo, settings: Mapping[str, Any] | None = None
         settings: Trainer arguments of the recipe; those set there are left out of the result.
 
     Returns:
-        ``devices``, ``num_nodes`` and ``accelerator``. Under "plain" the devices stay with Lightning ("auto": all GPUs,
-        or one CPU process). On CPU Lightning's "auto" strategy then runs DDP over gloo.
+        ``devices``, ``num_nodes`` and ``accelerator``, and ``precision`` where the launcher asks for one. Under "plain"
+        the devices stay with Lightning ("auto": all GPUs, or one CPU process). On CPU Lightning's "auto" strategy then
+        runs DDP over gloo.
     """
     derived: dict[str, Any] = {
         "devices": "auto" if info.launcher == "plain" else info.local_world_size,
         "num_nodes": 1 if info.launcher == "plain" else info.num_nodes,
         "accelerator": "cpu" if info.cpu_only else "auto",
     }
+    if info.bf16 and (settings is None or settings.get("precision") is None):
+        derived["precision"] = "bf16-mixed"
     if settings is None:
         return derived
     open_names = [name for name in ("devices", "num_nodes") if _left_open(name, settings.get(name))]
     if settings.get("accelerator") in (None, "auto"):
         open_names.append("accelerator")
-    return {name: derived[name] for name in open_names}
+    return {name: value for name, value in derived.items() if name in (*open_names, "precision")}

@@ -25,6 +25,7 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.launch.phases import PhaseTracker
 from stepkd.launch.preemption import STOP_REQUEST, Preempted
+from stepkd.launch.strategies import check_strategy
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.adapter import LOW_PRECISION
@@ -205,7 +206,8 @@ class StepModule(EvaluationLoops):
         return found or trained_template(self.policy_spec.path, self.policy_spec.revision)
 
     def setup(self, stage: str) -> None:
-        """Tell an engine that holds the gradients itself where to clip them."""
+        """Refuse a strategy that would train incorrectly; tell an engine that holds the gradients where to clip."""
+        check_strategy(self.trainer.strategy)
         clip_in_engine(self.trainer.strategy, self.optimizer_spec.max_grad_norm)
 
     def configure_model(self) -> None:

@@ -25,9 +25,14 @@ REWARDS = [
 ]
 ROLLOUT = {"group_size": 4, "max_new_tokens": 24, "max_rows": 8}
 SHORT = {"samples": 0}
+ACCELERATE = [
+    *("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/cluster/accelerate_8gpu.yaml")),
+    *("--num_processes", "{ranks}"),
+]
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "{ranks}"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "{ranks}"],
+    "accelerate": [*ACCELERATE, "--mixed_precision", "no"],
+    "accelerate-bf16": ACCELERATE,
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gkd": ("gkd", {"teacher": TEACHER, "source": {"student": 0.5, "max_new_tokens": 24, "max_rows": 2}}),
@@ -85,7 +90,7 @@ class Runs:
         stop_at: str = "",
         stop_rank: int = 0,
         ranks: int = 1,
-        launcher: Literal["torchrun", "accelerate"] = "torchrun",
+        launcher: Literal["torchrun", "accelerate", "accelerate-bf16"] = "torchrun",
         strategy: str | None = None,
         **checkpoint: Any,
     ) -> subprocess.CompletedProcess[str]:

@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 CLUSTER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
 SRUN = """#!/bin/bash
-# Two tasks on one node; like srun it ends with the highest exit code of its tasks.
-[ "$1" = --wait=120 ] && shift
+# Two tasks on one node. As with srun --kill-on-bad-exit=1, one that fails ends the other, and the highest code counts.
+while [[ "$1" == --* ]]; do echo "$1" >> "$ASKED"; shift; done
 export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=1 SLURM_NODEID=0
 export SLURM_JOB_NAME=stepkd SLURM_STEP_ID=0 SLURM_NODELIST=localhost
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" &
 SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
-SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
-first=$?
-wait $!
-second=$?
-exit $((first > second ? first : second))
+highest=0
+for task in 0 1; do
+    wait -n
+    code=$?
+    [ "$code" -gt "$highest" ] && highest=$code
+    [ "$code" -ne 0 ] && kill -9 $(jobs -p) 2> /dev/null
+done
+exit "$highest"
 """
 
 
@@ -59,11 +64,15 @@ def test_a_preempted_slurm_job_queues_again_and_ends(settings: tuple[Any, list[s
     for file in commands.iterdir():
         file.chmod(0o755)
     number = str(os.getpid())  # Lightning's port follows from it
-    job = {"PATH": f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_ID": number}
+    job = {"PATH": f"{commands}:{os.environ['PATH']}", "VENV": str(tmp_path / "venv"), "SLURM_JOB_ID": number}
+    job["ASKED"] = str(tmp_path / "options")
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
     first = start("slurm.sbatch", arguments, **job, STOP_AT="batch_end:3:SIGTERM")
     text, _ = first.communicate(timeout=240)
     assert first.returncode == 85, text[-3000:]
     assert (tmp_path / "asked").read_text() == f"requeue {number}\n"
+    assert (tmp_path / "options").read_text() == "--kill-on-bad-exit=1\n--wait=120\n"
     assert made.last("parts")["global_step"] == 3
     again = start("slurm.sbatch", arguments, **job, SLURM_RESTART_COUNT="1")
     text, _ = again.communicate(timeout=240)
@@ -94,7 +103,10 @@ def test_two_nodes(settings: tuple[Any, list[str]]) -> None:
 @pytest.mark.parametrize("script", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)
 def test_scripts_are_whole(script: Path) -> None:
     """They parse, and the recipes that their headers name are there."""
-    assert subprocess.run(["bash", "-n", script], timeout=30).returncode == 0
-    named = re.findall(r"recipes/[\w./-]+", script.read_text())
+    if script.suffix == ".yaml":
+        assert yaml.safe_load(script.read_text())["mixed_precision"] == "bf16"
+    else:
+        assert subprocess.run(["bash", "-n", script], timeout=30).returncode == 0
+    named = re.findall(r"recipes/[\w./-]+\w", script.read_text())
     assert len(named) >= 3
     assert all((CLUSTER.parents[1] / name).is_file() for name in named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from stepkd.launch.accelerate_env import ignored_settings
 from stepkd.launch.logger import read_metrics
 from stepkd.launch.rundir import read_marker
 
@@ -62,6 +64,23 @@ def test_two_processes_train_as_one(method: str, runs: Callable[[str], Any]) -> 
 
 
 @pytest.mark.slow
+def test_what_the_launch_guard_advises_trains_as_one(runs: Callable[[str], Any]) -> None:
+    """The overlay that it names to those who ask accelerate for FSDP; and options of DDP that are allowed."""
+    (message,) = ignored_settings({"ACCELERATE_USE_FSDP": "true"})
+    (advised,) = re.findall(r"recipes/strategy/(\w+)\.yaml", message)
+    options = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+    ddp = ("--trainer.strategy", json.dumps({"class_path": "DDPStrategy", "dict_kwargs": options}))
+    made = runs("sft")
+    assert_done(made.fit("one"))
+    assert_done(made.fit("advised", ranks=2, launcher="accelerate", strategy=advised))
+    assert_done(made.fit("options", *ddp, ranks=2))
+    for name in ("advised", "options"):
+        assert_same_training(made, name, "one")
+        norms = [[row["train/grad_norm"] for row in read_metrics(made.folder / each)] for each in (name, "one")]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_running_averages_are_cut_up_too(runs: Callable[[str], Any]) -> None:
     """A teacher that is the student's average, and the average that validation uses; resumed in the middle."""
     made = runs("self_distill")
@@ -96,7 +115,9 @@ def test_half_precision_in_parts(runs: Callable[[str], Any]) -> None:
     made = runs("sft")
     mixed = ("--trainer.precision", "bf16-mixed")
     assert_done(made.fit("one", *mixed))
-    assert_done(made.fit("two", *mixed, ranks=2, strategy="fsdp2"))
+    asked = made.fit("two", ranks=2, strategy="fsdp2", launcher="accelerate-bf16")
+    assert_done(asked)
+    assert asked.stdout.count("trainer.precision: bf16-mixed, the launcher's") == 1
     assert losses(made.folder / "two") == pytest.approx(losses(made.folder / "one"), rel=0.02)
     assert {value.dtype for value in made.last("two")["state_dict"].values()} == {torch.float32}
     whole = ("--model.init_args.policy.dtype", "bfloat16")

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -139,20 +141,22 @@ def test_missing_and_malformed_variables_are_named() -> None:
         detect_launch({**ELASTIC, "RANK": "9"})
 
 
+FSDP2 = "add `--config recipes/strategy/fsdp2.yaml`"
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "trainer.precision: bf16-mixed"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "trainer.precision: bf16-mixed"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "trainer.precision: bf16-mixed"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "global batch size in the recipe's `data` section"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed precision 'fp16'"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed precision 'fp8'"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "`data.init_args.global_batch_size` in the recipe"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "--dynamo_backend no"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "ModelParallelStrategy"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, FSDP2),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "left over from another job, unset it"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeedStrategy"),
-        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeedStrategy"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}, "no Megatron support"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "--use_parallelism_config"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, FSDP2 + " (recipes/strategy/deepspeed_zero2.yaml and"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, FSDP2),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}, FSDP2),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, FSDP2),
     ],
 )
 def test_settings_that_lightning_ignores_stop_with_advice(extra: dict[str, str], message: str) -> None:
@@ -176,8 +180,40 @@ def test_neutral_settings_pass(extra: dict[str, str]) -> None:
     assert check_launch({**ELASTIC, **ACCELERATE, **extra}, {}).world_size == 8
 
 
+@pytest.mark.parametrize("launch", [ELASTIC, SLURM, {"ACCELERATE_USE_CPU": "True"}])
+def test_the_launchers_bfloat16_is_taken_where_the_recipe_leaves_precision_open(launch: dict[str, str]) -> None:
+    info = check_launch({**launch, **ACCELERATE, "ACCELERATE_MIXED_PRECISION": "bf16"}, {})
+    assert info.bf16
+    assert trainer_defaults(info)["precision"] == "bf16-mixed"
+    assert trainer_defaults(info, {"precision": None})["precision"] == "bf16-mixed"
+    assert "precision" not in trainer_defaults(info, {"precision": "32-true"})
+    assert "precision" not in trainer_defaults(check_launch({**launch, **ACCELERATE}, {}))
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("5", 0)])
+def test_commands_that_train_nothing_say_that_bfloat16_is_not_theirs(
+    rank: str, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    environ = {**ELASTIC, "RANK": rank, **ACCELERATE, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    check_launch(environ)
+    assert caplog.text.count("is for training") == lines
+    check_launch(environ, {})
+    assert caplog.text.count("is for training") == lines
+
+
+@pytest.mark.parametrize("option", [["--gradient_accumulation_steps", "4"], ["--gradient-accumulation-steps=4"]])
+@pytest.mark.parametrize("start", [["accelerate", "launch"], ["python", "-m", "accelerate.commands.launch"]])
+def test_accumulation_is_read_off_the_launchers_command_line(option: list[str], start: list[str]) -> None:
+    command = [*start, "--multi_gpu", *option, "-m", "stepkd", "fit"]
+    with pytest.raises(ConfigError, match=r"gradient accumulation over 4 batches .*data\.init_args\.global_batch_size"):
+        check_launch({**ELASTIC, **ACCELERATE}, {}, parent_command=command)
+    neutral = [*start, "--gradient_accumulation_steps", "1", "x.py"]
+    for other in (["bash", *option], neutral, [*start, "-m", "x", *option]):
+        check_launch({**ELASTIC, **ACCELERATE}, {}, parent_command=other)
+
+
 def test_several_problems_are_all_told() -> None:
-    environ = {**ELASTIC, "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "true"}
+    environ = {**ELASTIC, "ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_FSDP": "true"}
     with pytest.raises(ConfigError) as caught:
         check_launch(environ, {"devices": 3})
     lines = str(caught.value).splitlines()
@@ -275,7 +311,14 @@ with open(os.path.join(sys.argv[1], f"{os.getpid()}.json"), "w") as stream:
 """
 
 
-def launch(command: list[str], folder: Path, root: Path, settings: dict[str, object] | None = None) -> list[dict]:
+def launch(
+    command: list[str],
+    folder: Path,
+    root: Path,
+    settings: dict[str, object] | None = None,
+    nodes: Sequence[list[str]] = ([],),
+) -> list[dict]:
+    """What the guard says in every process of a launch; ``nodes``: further options of every machine's launcher."""
     script, out = folder / "script.py", folder / "out"
     script.write_text(SCRIPT, encoding="utf-8")
     out.mkdir()
@@ -284,15 +327,18 @@ def launch(command: list[str], folder: Path, root: Path, settings: dict[str, obj
     environ["PYTHONPATH"] = str(root)
     # No accelerate config file of the machine may leak in.
     environ["HF_HOME"] = str(folder)
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(script), str(out), json.dumps(settings or {})],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", *command, *node, str(script), str(out), json.dumps(settings or {})],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in nodes
+    ]
+    texts = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), texts[0][-2000:]
     results = [json.loads(path.read_text(encoding="utf-8")) for path in out.iterdir()]
     assert all(result.pop("heavy") == [] for result in results), "the guard must not import torch"
     return sorted(results, key=lambda result: result.get("rank", 0))
@@ -307,17 +353,31 @@ def test_real_torchrun(tmp_path: Path, repo_root: Path) -> None:
 def test_real_accelerate_multi_gpu(tmp_path: Path, repo_root: Path) -> None:
     pytest.importorskip("accelerate")
     command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    results = launch(command, tmp_path, repo_root, {"devices": "auto"})
-    expected = {"launcher": "elastic", "world": 2, "devices": 2, "num_nodes": 1, "accelerator": "auto"}
-    assert results == [{"rank": rank, **expected} for rank in (0, 1)]
-
-
-def test_real_accelerate_multi_gpu_with_bf16(tmp_path: Path, repo_root: Path) -> None:
-    pytest.importorskip("accelerate")
-    command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    results = launch([*command, "--mixed_precision", "bf16"], tmp_path, repo_root)
+    accumulation = ["--gradient_accumulation_steps", "3"]
+    results = launch([*command, "--mixed_precision", "fp16", *accumulation], tmp_path, repo_root, {"devices": "auto"})
     assert len(results) == 2
-    assert all("trainer.precision: bf16-mixed" in result["error"] for result in results)
+    for result in results:
+        assert "mixed precision 'fp16'" in result["error"]
+        assert "gradient accumulation over 3 batches" in result["error"]
+
+
+CLUSTER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_the_files_for_accelerate_start_two_processes_on_cpus(machines: int, tmp_path: Path, repo_root: Path) -> None:
+    """Two processes in place of eight or sixteen, on one machine; two agents stand in for two machines."""
+    pytest.importorskip("accelerate")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = ["--main_process_ip", "localhost", "--main_process_port", str(free.getsockname()[1])]
+    file = CLUSTER / ("accelerate_8gpu.yaml" if machines == 1 else "accelerate_2nodes.yaml")
+    command = ["accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2", *address]
+    nodes = [["--machine_rank", str(rank)] for rank in range(machines)]
+    results = launch(command, tmp_path, repo_root, {"precision": None}, nodes)
+    expected = {"launcher": "elastic", "world": 2, "devices": 2 // machines, "num_nodes": machines}
+    expected |= {"accelerator": "auto", "precision": "bf16-mixed"}
+    assert results == [{"rank": rank, **expected} for rank in (0, 1)]
 
 
 def test_real_accelerate_cpu_with_two_processes(tmp_path: Path, repo_root: Path) -> None:
@@ -329,7 +389,6 @@ def test_real_accelerate_cpu_with_two_processes(tmp_path: Path, repo_root: Path)
 
 def test_real_accelerate_cpu_with_one_process(tmp_path: Path, repo_root: Path) -> None:
     pytest.importorskip("accelerate")
-    results = launch(["accelerate.commands.launch", "--cpu", "--num_processes", "1"], tmp_path, repo_root)
-    assert results == [
-        {"launcher": "plain", "rank": 0, "world": 1, "devices": "auto", "num_nodes": 1, "accelerator": "cpu"}
-    ]
+    command = ["accelerate.commands.launch", "--config_file", str(CLUSTER / "accelerate_1gpu.yaml"), "--cpu"]
+    expected = {"launcher": "plain", "rank": 0, "world": 1, "devices": "auto", "num_nodes": 1, "accelerator": "cpu"}
+    assert launch(command, tmp_path, repo_root) == [expected | {"precision": "bf16-mixed"}]
