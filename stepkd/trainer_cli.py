@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -25,6 +26,7 @@ from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.launch import RunDir, check_launch, trainer_defaults
+from stepkd.launch.checkpoint_files import find_last_checkpoint
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
 from stepkd.launch.failure import explained
 from stepkd.launch.last_checkpoint import BestCheckpoint, LastCheckpoint
@@ -33,11 +35,13 @@ from stepkd.launch.preemption import Preempted
 from stepkd.launch.preemption_callback import SaveWhenPreempted
 from stepkd.launch.progress import StepProgress
 from stepkd.launch.quiet import quiet_libraries
+from stepkd.launch.resume import check_changes, newest_config, recipe_settings, short_name
 from stepkd.launch.trainer_settings import check_trainer_settings
 from stepkd.models.trained_template import save_template
 from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
 from stepkd.safe import check_import
+from stepkd.yaml_files import read_yaml
 
 DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
 """Imported so that ``--data.help`` lists them and ``--data`` takes their names."""
@@ -101,6 +105,14 @@ class StepkdCLI(LightningCLI):
             "--resume", type=bool, default=False, nargs="?", const=True, help="continue the run in --out"
         )
         parser.add_argument(
+            "--resume_with",
+            type=str | None,
+            default=None,
+            metavar="NAME,...",
+            help="resume although these settings changed, for instance optimizer.lr,data (any others that decide what "
+            "the run learns are refused)",
+        )
+        parser.add_argument(
             "--overwrite", type=bool, default=False, nargs="?", const=True, help="delete the earlier run in --out"
         )
         parser.add_dataclass_arguments(CheckpointSpec, "checkpoint")
@@ -132,12 +144,14 @@ class StepkdCLI(LightningCLI):
                 raise ConfigError(f"stepkd {self.subcommand} writes files: give --out FOLDER, for instance runs/first")
             if self.subcommand == "predict" and config.resume:
                 raise ConfigError("stepkd predict cannot go on with a rollout file: use --overwrite or another --out")
+            config.resume = config.resume or config.resume_with is not None
+            changed = self._changes(Path(config.out)) if config.resume and info.is_rank_zero else []
             self.run_dir = RunDir.open(
                 config.out, resume=config.resume, overwrite=config.overwrite, kind=self.subcommand
             )
             if info.is_rank_zero and self.run_dir.message:
-                print(self.run_dir.message)
-            if self.subcommand == "fit" and config.resume and self.run_dir.resume_from is not None:
+                print("\n  ".join([self.run_dir.message, *changed]))
+            if self.subcommand == "fit" and self.run_dir.resume_from is not None:
                 config.ckpt_path = str(self.run_dir.resume_from)
             _check_monitor(config)
         config.weights_only = True
@@ -151,13 +165,29 @@ class StepkdCLI(LightningCLI):
         while path.exists():
             number += 1
             path = self.run_dir.path / f"config-{number}.yaml"
+        path.write_text(self._config_text(), encoding="utf-8")
+
+    def _config_text(self) -> str:
         assert self.subcommand is not None
-        parser = self._parser(self.subcommand)
         config = self.config[self.subcommand].clone()
-        for name in ("out", "resume", "overwrite", "ckpt_path", "weights_only"):
+        for name in ("out", "resume", "resume_with", "overwrite", "ckpt_path", "weights_only"):
             config.pop(name, None)  # belongs to this start of the run, not to the recipe
-        text = parser.dump(config, skip_none=False, skip_link_targets=False, skip_validation=True)
-        path.write_text(text, encoding="utf-8")
+        parser = self._parser(self.subcommand)
+        return str(parser.dump(config, skip_none=False, skip_link_targets=False, skip_validation=True))
+
+    def _changes(self, out: Path) -> list[str]:
+        """What differs from the run that is resumed, where a checkpoint is left of it."""
+        earlier = newest_config(out)
+        if earlier is None or find_last_checkpoint(out / "checkpoints") is None:
+            return []
+        then = recipe_settings(read_yaml(earlier, "run's settings"))
+        now = recipe_settings(yaml.safe_load(self._config_text()))
+        return check_changes(then, now, self._named(), str(out))
+
+    def _named(self) -> list[str]:
+        """What ``--resume_with`` names, under short names."""
+        given = self.config[self.subcommand].get("resume_with") or ""
+        return [short_name(name.strip()) for name in given.split(",") if name.strip()]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add logger, progress display and checkpoints of the run folder."""
@@ -187,6 +217,8 @@ class StepkdCLI(LightningCLI):
             kwargs["enable_checkpointing"] = False
         trainer = super().instantiate_trainer(**kwargs)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.subcommand == "fit":
+            self.model.resume_with = tuple(self._named())
         return trainer
 
     def after_fit(self) -> None:

@@ -1,10 +1,12 @@
-"""Which checkpoint to continue from: the newest whole one by name."""
+"""Which checkpoint to continue from: the newest whole one."""
 
 from __future__ import annotations
 
 import re
 import zipfile
 from pathlib import Path
+
+from stepkd.errors import ModelError
 
 _LAST = re.compile(r"^last(?:-v(\d+))?(?:\.ckpt)?$")
 _STEP = re.compile(r"(?:^|[-_])step[=_-]?(\d+)")
@@ -17,8 +19,9 @@ def find_last_checkpoint(folder: Path) -> Path | None:
         folder: the folder of checkpoints; it need not exist.
 
     Returns:
-        ``last.ckpt`` (of ``last-vN.ckpt`` the highest N) when it is whole, else the whole one with the highest
-        ``step=N`` in its name, else None. Torn files, temporary names and empty folders are passed over.
+        ``last.ckpt`` (of ``last-vN.ckpt`` the highest N) when it is whole, else of ``best.ckpt`` and those with
+        ``step=N`` in their names the whole one with the highest step, else None. Torn files, temporary names and empty
+        folders are passed over.
     """
     if not folder.is_dir():
         return None
@@ -28,12 +31,26 @@ def find_last_checkpoint(folder: Path) -> Path | None:
             continue
         if last := _LAST.match(entry.name):
             ranked.append((True, int(last.group(1) or 0), entry.name))
-        elif step := _STEP.search(entry.name):
-            ranked.append((False, int(step.group(1)), entry.name))
+        elif (step := step_of(entry)) is not None:
+            ranked.append((False, step, entry.name))
     for _, _, name in sorted(ranked, reverse=True):
         if is_whole(folder / name):
             return folder / name
     return None
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The optimiser step in a checkpoint's name, or that ``best.ckpt`` or ``last.ckpt`` holds; None where none is."""
+    if step := _STEP.search(checkpoint.name):
+        return int(step.group(1))
+    if checkpoint.name not in ("best.ckpt", "last.ckpt") or not checkpoint.is_file():
+        return None
+    from stepkd.models.checkpoint import read_checkpoint
+
+    try:
+        return int(read_checkpoint(checkpoint)["global_step"])
+    except (ModelError, KeyError):
+        return None
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -132,8 +132,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         path: ``metrics.jsonl`` or the run folder that holds it.
 
     Returns:
-        Rows in order of ``step``. Lines of one step are merged; where several starts of the run logged the same
-        metric at the same step, the newest wins. ``run`` is that of the newest line.
+        Rows in order of ``step``. Lines of one step are merged. What an earlier start of the run logged at steps that
+        a later one did again is left out. ``run`` is that of the newest line.
 
     Raises:
         DataError: there is no such file, or a line that no crash explains is broken.
@@ -143,7 +143,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"there are no metrics here; a training run writes {METRICS_FILE} into its --out", path=path)
     rows: dict[int, dict[str, Any]] = {}
+    run = 0
     for line in _lines(path):
+        if run and line["run"] > run:  # it was resumed before that step
+            rows = {step: row for step, row in rows.items() if step < line["step"]}
+        run = line["run"]
         rows.setdefault(line["step"], {}).update(line)
     return [rows[step] for step in sorted(rows)]
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import stepkd
 from stepkd.errors import ConfigError
-from stepkd.launch.checkpoint_files import find_last_checkpoint
+from stepkd.launch.checkpoint_files import find_last_checkpoint, step_of
 from stepkd.launch.guard import LaunchInfo, detect_launch
 
 MARKER = "run.json"
@@ -185,8 +185,16 @@ class RunDir:
             )
         last = self.last_checkpoint()
         if last is None:
-            return f"{self.path}: the earlier run left no whole checkpoint, starting from step 0"
-        return f"{self.path}: resuming from {last.name}"
+            if self.kind == "fit" and (seen := _seen(self.path, marker)):
+                raise ConfigError(
+                    f"{self.path} has trained and has no whole checkpoint left to resume from: {seen}. Put one back as "
+                    f"{self.checkpoints / 'last.ckpt'}, or give --overwrite to delete the run and start again"
+                )
+            return f"{self.path}: the earlier run left no checkpoint, starting from step 0"
+        if last.name.startswith("last"):
+            return f"{self.path}: resuming from {last.name}"
+        lost = "is torn" if (self.checkpoints / "last.ckpt").exists() else "is missing"
+        return f"{self.path}: last.ckpt {lost}, resuming from {last.name} at step {step_of(last)}"
 
     def _begin(self, earlier: Mapping[str, Any] | None, launch: str | None) -> None:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -279,6 +287,25 @@ def _empty(path: Path, marker: dict[str, Any]) -> None:
         else:
             entry.unlink()
     (path / MARKER).unlink()
+
+
+def _seen(path: Path, marker: Mapping[str, Any]) -> str:
+    """What shows that a run without a checkpoint once had one; empty when it ended before its first."""
+    from stepkd.launch.logger import METRICS_FILE, read_metrics
+    from stepkd.launch.resume import newest_config
+    from stepkd.yaml_files import read_yaml
+
+    folder = path / "checkpoints"
+    if torn := sorted(entry.name for entry in folder.glob("*") if not entry.name.startswith(".")):
+        return f"{folder} holds {', '.join(torn[:5])}, not whole"
+    if marker.get("status") in ("finished", "stopped"):
+        return f"{folder} is empty, and {MARKER} says {marker['status']}"
+    config = newest_config(path)
+    if config is None or not (path / METRICS_FILE).is_file():
+        return ""
+    every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
+    steps = max((row["step"] + 1 for row in read_metrics(path)), default=0)
+    return f"{folder} is empty, and {METRICS_FILE} goes to step {steps}" if steps >= every else ""
 
 
 def _live_process(marker: Mapping[str, Any]) -> int | None:

@@ -7,6 +7,7 @@ One loader batch is one optimiser step (or several, for on-policy methods that p
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
 from stepkd.data.batching import micro_batches
@@ -38,7 +40,7 @@ from stepkd.modules.checkpoint_state import pack, unpack
 from stepkd.modules.distributed import all_reduce, check_micro_batches, clip_in_engine, gradient_sync
 from stepkd.modules.evaluation_loops import EvaluationLoops
 from stepkd.modules.finite import require_finite
-from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule
+from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule, put_back
 from stepkd.modules.step_metrics import accumulate, step_values
 from stepkd.modules.throughput import Throughput
 from stepkd.modules.validation import SampledAccuracy, ValidationSpec
@@ -94,6 +96,8 @@ class StepModule(EvaluationLoops):
     """Whether the method trains a step head; any other method refuses a reward model as its policy."""
     labels_give_accuracy = False
     """Whether validation gives ``val/accuracy`` without sampling anything."""
+    resume_with: tuple[str, ...] = ()
+    """Settings that decide what a run learns and may differ all the same from those of the run that is resumed."""
 
     checkpoint: str | None = None
     """The checkpoint that the command line starts from."""
@@ -123,6 +127,9 @@ class StepModule(EvaluationLoops):
         self.loss_weights = dict(loss_weights or {})
         self.ema_decay = ema_decay
         self.seed = seed
+        self.arguments: dict[str, Any] = {}
+        for given in collect_init_args(cast(Any, inspect.currentframe()), [], classes=(StepModule,)):
+            self.arguments |= given
         self.phases = PhaseTracker()
         self.position = Position()
         self.policy: Policy | None = None
@@ -134,6 +141,7 @@ class StepModule(EvaluationLoops):
         self._accuracy: SampledAccuracy | None = None
         self._sums: dict[str, float] = defaultdict(float)
         self._skipped = 0
+        self._own_settings: list[dict[str, Any]] = []  # the optimiser's settings, before a checkpoint replaces them
         self.loss_scales: dict[str, float] = {}  # of the optimiser step that is being taken
 
     # ---- what a method defines -------------------------------------------------------------------------------------
@@ -237,7 +245,9 @@ class StepModule(EvaluationLoops):
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule over the planned number of optimiser steps."""
         optimizer = build_optimizer(self.optimizer_spec, self.model.trainable_parameters())
-        return [optimizer], [build_schedule(self.optimizer_spec, optimizer, self.planned_steps())]
+        schedule = build_schedule(self.optimizer_spec, optimizer, self.planned_steps())
+        self._own_settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return [optimizer], [schedule]
 
     def planned_steps(self) -> int | None:
         """Optimiser steps of the whole run; None where it has no end."""
@@ -292,8 +302,15 @@ class StepModule(EvaluationLoops):
         )
 
     def on_train_start(self) -> None:
-        """Start the weight average, or go on with the checkpoint's (every strategy has restored weights by now)."""
+        """Start or restore the weight average (the checkpoint is loaded by now); settings win over the checkpoint."""
         self.ensure_average()
+        if self._own_settings:
+            put_back(self._own_settings, cast(Any, self.optimizers()), cast(Any, self.lr_schedulers()))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Log by the number of batches done, which Lightning miscounts after some ends of the run before."""
+        loop = self.trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = loop.batch_progress.total.ready - 1
 
     def ensure_average(self) -> None:
         """Make the running average when this run keeps one, or, outside training, when the checkpoint holds one."""

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any, cast
 
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from stepkd.data.loader import Position
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ModelError
+from stepkd.launch.resume import check_changes, flat
 from stepkd.models import spec_to_dict
 from stepkd.models.adapter import misfit
-from stepkd.models.step_head_io import step_head_from_dict
 
 if TYPE_CHECKING:
     from stepkd.modules.base import StepModule
 
 CHECKPOINT_FORMAT = 1
-_POLICY_SETTINGS = ("path", "revision", "lora", "quantization", "init_seed")
 
 
 def check_frozen_model(what: str, earlier: str, now: str, setting: str) -> None:
@@ -51,6 +52,7 @@ def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
         "seed": module.seed,
         "data": _data_fingerprint(module),
         "base": module.base_identity,
+        "settings": _settings(module),
     }
     template = getattr(getattr(module.trainer, "datamodule", None), "template", None)
     if isinstance(template, PromptTemplate):
@@ -67,14 +69,15 @@ def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
 def unpack(module: StepModule, checkpoint: dict[str, Any]) -> tuple[Position, dict[str, Tensor] | None]:
     """Check a checkpoint against the module.
 
-    Weights must always fit. To go on training, everything that decides what comes next must be the same too: method,
-    policy, seed, data and batches.
+    Weights must always fit. To train on, every setting that decides what comes next must be the same too: method,
+    its settings, precision, data and batches; ``module.resume_with`` names exceptions.
 
     Returns:
         The data position and the weight average (or None).
 
     Raises:
-        ModelError: naming what differs, with both values.
+        ModelError: other weights than the module trains.
+        ConfigError: other settings, with both values.
     """
     section = checkpoint.get("stepkd")
     if not isinstance(section, dict) or section.get("format") != CHECKPOINT_FORMAT:
@@ -88,32 +91,63 @@ def unpack(module: StepModule, checkpoint: dict[str, Any]) -> tuple[Position, di
         )
     if module.trainer.state.fn == "fit":
         _check_resume(module, section)
-        then = section.get("base", module.base_identity)
-        check_frozen_model("with an adapter on another base model", then, module.base_identity, "policy.path")
-        module.restore_method_state(section.get("method_state", {}))
+        _settle(checkpoint, section["position"], module)
+        named = {name.partition(".")[0] for name in module.resume_with}
+        if "policy" not in named:
+            then = section.get("base", module.base_identity)
+            check_frozen_model("with an adapter on another base model", then, module.base_identity, "policy.path")
+        state = section.get("method_state", {})
+        module.restore_method_state({name: value for name, value in state.items() if name not in named})
     else:
         module.adopt_method_state(section.get("method_state", {}))
     return Position(**section["position"]), section.get("ema")
 
 
 def _check_resume(module: StepModule, section: dict[str, Any]) -> None:
-    here = spec_to_dict(module.policy_spec)
-    pairs = {f"policy.{name}": (section["policy"].get(name), here[name]) for name in _POLICY_SETTINGS}
+    then = section.get("settings", {})
+    now = _settings(module) if then else {}
+    rows = "data.rows_and_batches"
+    then |= {"method": section["module"], "seed": section["seed"], rows: section["data"]}
+    now |= {"method": _class_name(module), "seed": module.seed, rows: _data_fingerprint(module)}
+    then |= flat(section["policy"], "policy") | flat(section.get("step_head"), "head")
     head = module.model.step_head
-    pairs["step head"] = (
-        section.get("step_head") and step_head_from_dict(section["step_head"]),
-        None if head is None else head.spec,
-    )
-    pairs["method"] = (section["module"], _class_name(module))
-    pairs["seed"] = (section["seed"], module.seed)
-    pairs["data (rows, lengths, batch size and order)"] = (section["data"], _data_fingerprint(module))
-    differing = [f"  {name}: {then!r} then, {now!r} now" for name, (then, now) in pairs.items() if then != now]
-    if differing:
-        raise ModelError(
-            "this run cannot go on from that checkpoint, because what decides its next batches or weights changed:\n"
-            + "\n".join(differing)
-            + "\nGive the old settings again, or start a new run in another --out"
-        )
+    now |= flat(spec_to_dict(module.policy_spec), "policy") | flat(head and asdict(head.spec), "head")
+    data = [rows] if any(name.partition(".")[0] == "data" for name in module.resume_with) else []
+    check_changes(then, now, [*module.resume_with, *data], "this run")
+
+
+def _settings(module: StepModule) -> dict[str, Any]:
+    """The module's arguments, as plain values under dotted names, and the Trainer's precision."""
+    return flat(_plain(module.arguments)) | {"trainer.precision": str(module.trainer.precision)}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _settle(checkpoint: dict[str, Any], position: dict[str, int], module: StepModule) -> None:
+    """Count nothing twice: a batch that was given up, the epoch that the run's end broke off, a callback's patience."""
+    loop = checkpoint["loops"]["fit_loop"]
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+    for counts in (batches["total"], batches["current"]):
+        if counts["started"] > counts["processed"]:
+            counts["ready"] = counts["started"] = counts["processed"]
+    if epochs["current"]["processed"] > position["epoch"]:
+        for counts in (epochs["total"], epochs["current"]):
+            counts["processed"] -= 1
+            counts["completed"] = counts["processed"]
+    for callback in cast(Any, module.trainer).callbacks:
+        if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
+            checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
 
 
 def _class_name(module: StepModule) -> str:

@@ -43,7 +43,7 @@ def require_finite(module: StepModule, losses: list[Tensor], norm: float, micro:
         rows = [name for batch in micro for name in batch.ids][:_SHOWN]
         what = f"the losses are finite but the gradient norm is {norm} (rows of this rank: {', '.join(rows)}, ...)"
     raise TrainingError(
-        f"step {module.global_step}: {what}. The weights were not changed and the last checkpoint is intact; lower "
+        f"step {module.global_step}: {what}. The weights were not changed; lower "
         "optimizer.lr, look at these rows, or train in float32 / bf16-mixed"
     )
 

@@ -79,6 +79,21 @@ def build_optimizer(spec: OptimizerSpec, parameters: list[tuple[str, nn.Paramete
     return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps)
 
 
+def put_back(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    """Let an optimiser and its schedule go by their own settings, and not by those that a checkpoint brought along.
+
+    Args:
+        groups: settings of each parameter group, as they were when it was built.
+        optimizer, schedule: after their state was restored.
+    """
+    schedule.base_lrs = [group["initial_lr"] for group in groups]
+    schedule._last_lr = [
+        f(schedule.last_epoch) * lr for f, lr in zip(schedule.lr_lambdas, schedule.base_lrs, strict=True)
+    ]
+    for group, own, lr in zip(optimizer.param_groups, groups, schedule._last_lr, strict=True):
+        group.update(own, lr=lr)
+
+
 def build_schedule(spec: OptimizerSpec, optimizer: torch.optim.Optimizer, total_steps: int | None) -> Any:
     """Learning-rate schedule per optimiser step (transformers' own).
 

@@ -113,12 +113,19 @@ def test_resume_of_nothing_starts_fresh_and_says_so(tmp_path: Path, exists: bool
     assert "nothing to resume, starting fresh" in run.message
 
 
-def test_resume_without_a_whole_checkpoint_says_so(tmp_path: Path) -> None:
+def test_resume_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     run = start(tmp_path / "r")
-    (run.checkpoints / "last.ckpt").write_bytes(b"PK\x03\x04 torn")
     again = start(run.path, resume=True)
     assert again.resume_from is None
-    assert "no whole checkpoint, starting from step 0" in again.message
+    assert "left no checkpoint, starting from step 0" in again.message
+
+
+def test_resume_with_a_torn_checkpoint_alone_is_refused(tmp_path: Path) -> None:
+    """Starting again would overwrite what may still be mended."""
+    run = start(tmp_path / "r")
+    (run.checkpoints / "last.ckpt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(ConfigError, match=r"holds last\.ckpt, not whole"):
+        start(run.path, resume=True)
 
 
 def test_resume_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -144,14 +144,30 @@ def test_another_reference_is_another_run(rows: Path, tmp_path: Path) -> None:
     build_tiny("tiny-0.1m", seed=5)[0].save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     other = step_kto(reference=ReferenceSpec(path=str(tmp_path / "other")))
-    with pytest.raises(ModelError, match="begun against another reference model"):
+    with pytest.raises(ConfigError, match=r"reference\.path: .*other' now"):
         fit(tmp_path, other, data(rows), 4, tmp_path / "half.ckpt")
+    other.resume_with = ("reference",)
+    assert fit(tmp_path, other, data(rows), 4, tmp_path / "half.ckpt").trainer.global_step == 4
+
+
+def test_a_reference_whose_weights_changed_is_another_run(rows: Path, tmp_path: Path) -> None:
+    """Under the same path: the settings are equal, and the weights are told apart."""
+    from stepkd.models.tiny import build_tiny, tiny_tokenizer
+
+    spec = ReferenceSpec(path=str(tmp_path / "other"))
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    build_tiny("tiny-0.1m", seed=4)[0].save_pretrained(tmp_path / "other")
+    half = fit(tmp_path, step_kto(reference=spec), data(rows), 2)
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    build_tiny("tiny-0.1m", seed=5)[0].save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match="begun against another reference model"):
+        fit(tmp_path, step_kto(reference=spec), data(rows), 4, tmp_path / "half.ckpt")
 
 
 def test_changed_labels_are_other_data(rows: Path, tmp_path: Path) -> None:
     half = fit(tmp_path, step_kto(), data(rows), 2)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    with pytest.raises(ModelError, match="cannot go on from that checkpoint"):
+    with pytest.raises(ConfigError, match="cannot be resumed"):
         fit(tmp_path, step_kto(), data(rows, labels=LabelRule(after_error="mask")), 4, tmp_path / "half.ckpt")
 
 
