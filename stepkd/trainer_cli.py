@@ -37,6 +37,7 @@ from stepkd.launch.progress import StepProgress
 from stepkd.launch.quiet import quiet_libraries
 from stepkd.launch.resume import check_changes, newest_config, recipe_settings, short_name
 from stepkd.launch.trainer_settings import check_trainer_settings
+from stepkd.models.source import find_checkpoint, no_model
 from stepkd.models.trained_template import save_template
 from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
@@ -131,6 +132,7 @@ class StepkdCLI(LightningCLI):
         config = self.config[self.subcommand]
         settings = config.trainer.as_dict()
         check_trainer_settings(settings, self.subcommand)
+        _find_model(config, self.subcommand)
         info = check_launch(os.environ, settings)
         for name, value in trainer_defaults(info, settings).items():
             config.trainer[name] = value
@@ -245,6 +247,28 @@ class _TemplateFile(Callback):
         template = getattr(getattr(trainer, "datamodule", None), "template", None)
         if trainer.is_global_zero and isinstance(template, PromptTemplate):
             save_template(template, self.folder)
+
+
+def _find_model(config: Any, subcommand: str) -> None:
+    """Let ``--ckpt_path`` be a checkpoint, a run folder or (where nothing is trained) any other model."""
+    if config.ckpt_path is None:
+        return
+    path = Path(config.ckpt_path).expanduser()
+    found = find_checkpoint(path)
+    if subcommand == "fit" and found != path:
+        found = find_last_checkpoint(path / "checkpoints") or found
+    if found is not None:
+        config.ckpt_path = str(found)
+    elif (path / "run.json").is_file():
+        raise ConfigError(f"--ckpt_path: {no_model(path)}")
+    elif subcommand == "fit":
+        raise ConfigError(
+            f"--ckpt_path continues a run, and {path} holds no checkpoint: to start from a model, --model.policy.path"
+        )
+    else:
+        for name, value in {"path": config.ckpt_path, "revision": None, "tokenizer": None, "lora": None}.items():
+            config.model.init_args.policy[name] = value
+        config.ckpt_path = None
 
 
 def _check_monitor(config: Any) -> None:

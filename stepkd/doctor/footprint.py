@@ -26,6 +26,7 @@ from stepkd.models.adapter import adapter_folder, add_empty_adapter, add_lora, p
 from stepkd.models.checkpoint import trained_spec
 from stepkd.models.head import backbone_of
 from stepkd.models.load import checkpoint_layers, model_config, training_spec
+from stepkd.models.source import as_trained
 from stepkd.models.spec import FrozenSpec, PolicySpec
 from stepkd.models.unpadded import check_unpadded, is_worth_it, unpadded_hidden
 from stepkd.rollout.cache import room_columns
@@ -95,7 +96,7 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
         StepkdError: a model whose settings cannot be read.
     """
     found = Footprint()
-    spec: PolicySpec = training_spec(module.policy_spec)
+    spec = as_trained(training_spec(module.policy_spec))
     model = skeleton(spec)
     trained = [p for p in model.parameters() if p.requires_grad]
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)

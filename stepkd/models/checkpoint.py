@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,48 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepkd.errors import ModelError
-from stepkd.models.adapter import misfit
+from stepkd.errors import ConfigError, ModelError
+from stepkd.models.adapter import add_lora, misfit
+from stepkd.models.load import checkpoint_layers, load_tokenizer
 from stepkd.models.policy import Policy
+from stepkd.models.source import find_checkpoint as find_checkpoint
+from stepkd.models.source import read_checkpoint as read_checkpoint
 from stepkd.models.spec import FrozenSpec, PolicySpec, Quantization, spec_from_dict
 from stepkd.models.step_head_io import step_head_from_dict
-
-BEST, LAST = "best.ckpt", "last.ckpt"
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a ``.ckpt`` file written by a stepkd run.
-
-    Raises:
-        ModelError: no such file, not a whole checkpoint, or one that asks to execute code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path} holds more than tensors and plain values, and loading it would execute code: refused. Only load "
-            "checkpoints that stepkd wrote"
-        ) from error
-    except Exception as error:  # torch raises many classes for a torn or foreign file
-        raise ModelError(f"{path} is not a whole checkpoint ({type(error).__name__}): use an earlier one") from error
-    extra = checkpoint.get("stepkd") if isinstance(checkpoint, dict) else None
-    if not isinstance(extra, dict) or "policy" not in extra or "state_dict" not in checkpoint:
-        raise ModelError(f"{path} is not a stepkd checkpoint: it has no 'stepkd' section")
-    return checkpoint
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint a path means: a ``.ckpt`` file itself, or a run folder's best (else last) one."""
-    if path.suffix == ".ckpt":
-        return path
-    for folder in (path / "checkpoints", path):
-        for name in (BEST, LAST):
-            if (folder / name).is_file():
-                return folder / name
-    return None
 
 
 def trained_spec(path: str | Path) -> PolicySpec:
@@ -72,6 +37,35 @@ def _read(path: str | Path) -> tuple[Path | None, dict[str, Any] | None, PolicyS
         return None, None, PolicySpec(path=str(path))
     checkpoint = read_checkpoint(found)
     return found, checkpoint, spec_from_dict(checkpoint["stepkd"]["policy"])
+
+
+def load_policy(spec: PolicySpec) -> Policy:
+    """Load the policy that a spec describes, whose path may also be a run folder or a checkpoint.
+
+    An adapter that the run trained is trained further; ``spec.lora`` puts fresh ones on a run without.
+
+    Raises:
+        ModelError: nothing loadable there.
+        ConfigError: fresh adapters for a run that trained adapters, or other settings that do not fit the model.
+    """
+    found = find_checkpoint(Path(spec.path).expanduser())
+    if found is None:
+        return Policy.load(spec)
+    if spec.lora is not None and trained_spec(found).lora is not None:
+        raise ConfigError(
+            f"policy.path={spec.path} trained an adapter and policy.lora asks for a new one: drop policy.lora to go on "
+            "training this adapter, or merge it first (stepkd export) and give the export"
+        )
+    dtype = None if spec.dtype == "auto" else spec.dtype
+    trained = load_trained(found, dtype=dtype, attention=spec.attention, quantization=spec.quantization)
+    model = trained.model if spec.lora is None else add_lora(trained.model, spec)
+    if spec.gradient_checkpointing:
+        checkpoint_layers(model)
+    tokenizer = trained.tokenizer if spec.tokenizer is None else load_tokenizer(spec)
+    policy = Policy(model, tokenizer, spec)
+    if trained.step_head is not None:
+        policy.attach_step_head(trained.step_head.spec, weights=trained.step_head.state_dict())
+    return policy
 
 
 def load_trained(
@@ -114,7 +108,7 @@ def load_trained(
             )
         frozen = {field.name: getattr(spec, field.name) for field in fields(spec)}
         spec = FrozenSpec(**{**frozen, "quantization": quantization})
-    policy = Policy.load(spec)
+    policy = load_policy(spec)
     if checkpoint is not None:
         trained = checkpoint["stepkd"]["policy"]
         as_trained = (spec.dtype, spec.quantization) == (trained["dtype"], trained["quantization"])

@@ -13,6 +13,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import ADAPTER_CONFIG, first_line, in_base_precision
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
+from stepkd.models.source import find_checkpoint
 from stepkd.models.step_head_io import save_step_head
 from stepkd.models.tiny import TINY_PRESETS
 from stepkd.models.trained_template import save_template, trained_template
@@ -78,6 +79,11 @@ def save_policy(policy: Policy, out: Path, *, mode: Literal["merged", "adapter"]
             raise ConfigError(
                 f"an adapter on random weights (policy.init_seed={policy.spec.init_seed}) cannot name its base model; "
                 "use --mode merged"
+            )
+        if policy.spec is not None and find_checkpoint(Path(policy.spec.path).expanduser()) is not None:
+            raise ConfigError(
+                f"an adapter on the run {policy.spec.path} cannot name its base model: use --mode merged, or export "
+                "that run first and train on the export"
             )
         policy.model.save_pretrained(out, safe_serialization=True)
     else:

@@ -13,6 +13,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.launch.processor import compute_dtype, fast_bfloat16
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
 from stepkd.models.room import check_host_room
+from stepkd.models.source import as_trained, check_source, no_model
 from stepkd.models.spec import PolicySpec
 from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_config, tiny_tokenizer
 from stepkd.safe import check_remote_code
@@ -56,7 +57,8 @@ def load_model(spec: PolicySpec) -> tuple[Any, Any]:
 
 def training_spec(spec: PolicySpec) -> PolicySpec:
     """A spec as training takes it: under ``auto`` weights that are all trained are float32, however they are stored."""
-    trains_all = spec.lora is None and adapter_folder(spec.path) is None
+    base = as_trained(spec)
+    trains_all = base.lora is None and adapter_folder(base.path) is None
     return replace(spec, dtype="float32") if trains_all and spec.dtype == "auto" else spec
 
 
@@ -106,7 +108,7 @@ def _base_model(spec: PolicySpec) -> Any:
         arguments["attn_implementation"] = spec.attention
     if quantization is not None:
         arguments["quantization_config"] = quantization
-    _check_folder(source, gguf_file)
+    _check_folder(source, gguf_file, spec.revision)
     if gguf_file is None and quantization is None and Path(source).is_dir():
         check_host_room(Path(source), spec.dtype)
     try:
@@ -134,14 +136,14 @@ def model_config(spec: PolicySpec) -> Any:
     from transformers import AutoConfig
 
     check_remote_code(spec.trust_remote_code)
-    spec = _base_spec(spec)
+    spec = _base_spec(as_trained(spec))
     if spec.path in TINY_PRESETS:
         return tiny_config(spec.path, tiny_tokenizer())
     source, gguf_file = _split_gguf(spec.path)
     arguments: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     if gguf_file is not None:
         _require_gguf(spec.path)
-    _check_folder(source, gguf_file)
+    _check_folder(source, gguf_file, spec.revision)
     try:
         return AutoConfig.from_pretrained(
             source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **arguments
@@ -208,8 +210,8 @@ def load_tokenizer(spec: PolicySpec) -> Any:
     if where in TINY_PRESETS:
         return tiny_tokenizer()
     source, gguf_file = _split_gguf(where)
-    if gguf_file is None and _looks_local(source) and not Path(source).is_dir():
-        raise ModelError(f"no model folder at {source}")
+    if gguf_file is None:
+        check_source(source, revision)
     check_remote_code(spec.trust_remote_code)
     arguments: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     if revision is not None:
@@ -230,8 +232,9 @@ def load_tokenizer(spec: PolicySpec) -> Any:
 
 def _tokenizer_place(spec: PolicySpec) -> tuple[str, str | None]:
     """Path or hub id of the tokenizer, and its revision."""
+    spec = as_trained(spec)
     if spec.tokenizer is not None:
-        return spec.tokenizer, None
+        return _tokenizer_place(PolicySpec(path=spec.tokenizer))
     adapter = adapter_folder(spec.path)
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         return str(adapter), None
@@ -274,24 +277,18 @@ def _require_gguf(path: str) -> None:
         raise ModelError(f"{path} is a GGUF file: install the reader with pip install 'stepkd[gguf]'") from error
 
 
-def _check_folder(source: str, gguf_file: str | None) -> None:
+def _check_folder(source: str, gguf_file: str | None, revision: str | None) -> None:
     folder = Path(source)
     if gguf_file is not None:
         return
+    check_source(source, revision)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{source} is a folder without config.json: not a transformers model folder")
+            raise ModelError(no_model(folder))
         if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
             raise ModelError(
                 f"{source} holds a config.json but no weights (*.safetensors): was the download or the export cut off?"
             )
-    elif _looks_local(source):
-        raise ModelError(f"no model folder at {source}")
-
-
-def _looks_local(source: str) -> bool:
-    """Whether a path can only be a folder: hub ids are ``name`` or ``org/name``."""
-    return source.startswith((".", "/")) or source.count("/") > 1
 
 
 def _load_message(path: str, error: Exception) -> str:

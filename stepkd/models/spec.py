@@ -47,8 +47,8 @@ class PolicySpec:
     """The model that is trained."""
 
     path: str = "tiny-0.5m"
-    """A folder, a hub id (``org/name``), a ``.gguf`` file, a peft adapter folder, or a tiny preset (``tiny-0.1m``,
-    ``tiny-0.5m``, ``tiny-2m``: random weights, character tokenizer)."""
+    """A run folder, a model folder, a hub id (``org/name``), a ``.gguf`` file, a peft adapter folder, or a tiny preset
+    (``tiny-0.1m``, ``tiny-0.5m``, ``tiny-2m``: random weights, character tokenizer)."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
     tokenizer: str | None = None

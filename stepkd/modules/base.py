@@ -32,7 +32,7 @@ from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.adapter import LOW_PRECISION
 from stepkd.models.average import WeightAverage
-from stepkd.models.checkpoint import base_fingerprint
+from stepkd.models.checkpoint import base_fingerprint, load_policy
 from stepkd.models.load import training_spec
 from stepkd.models.sharding import shard
 from stepkd.models.trained_template import trained_template
@@ -225,7 +225,7 @@ class StepModule(EvaluationLoops):
             self.policy_spec = training_spec(spec)
             if spec != self.policy_spec:
                 logger.info("policy.dtype auto: all weights are trained, so they are loaded in float32")
-            self.policy = Policy.load(self.policy_spec)
+            self.policy = load_policy(self.policy_spec)
             self.base_identity = base_fingerprint(self.policy)
             if self.policy.step_head is not None and not self.scores_steps:
                 raise ConfigError(

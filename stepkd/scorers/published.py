@@ -35,8 +35,10 @@ from stepkd.models.adapter import first_line
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import check_tokenizer
 from stepkd.models.policy import Policy
+from stepkd.models.source import check_source
 from stepkd.models.spec import PolicySpec
 from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.tiny import TINY_PRESETS
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.prm import PRMScorer
 from stepkd.steps import StepFormat
@@ -92,7 +94,10 @@ def recognise(path: str) -> PublishedKind | None:
         path: folder or hub id.
 
     Returns:
-        The family; None for everything else (plain language models, stepkd's own exports, paths that do not exist).
+        The family; None for everything else (plain language models, stepkd's own exports).
+
+    Raises:
+        ModelError: nothing of that name here or on the hub.
     """
     config = _read_config(path)
     names = [str(name) for name in (config or {}).get("architectures") or []]
@@ -221,9 +226,10 @@ def _read_config(path: str) -> dict[str, Any] | None:
     """``config.json`` of a folder, or of a hub id that can be reached or is in the cache."""
     folder = Path(path).expanduser()
     file: str | Path = folder / "config.json"
+    if path in TINY_PRESETS:
+        return None
     if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            return None
+        check_source(path)
         from huggingface_hub import hf_hub_download
 
         try:
@@ -241,6 +247,7 @@ def _folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    check_source(path)
     from huggingface_hub import snapshot_download
 
     try:

@@ -259,6 +259,38 @@ def test_recipes_run_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (type(module).__name__, type(data).__name__) == ("SFTModule", "StepData")
 
 
+def test_a_run_or_an_export_is_taken_wherever_a_model_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--config", "tiny/sft", "--model.policy.path", "tiny-0.1m", "--data.train.options.n", "8"]
+    small += ["--data.validation.options.n", "4", "--trainer.val_check_interval", "1", "--trainer.callbacks", "[]"]
+    small += ["--data.global_batch_size", "8", "--model.validation.samples", "0", "--checkpoint.monitor", "val/loss"]
+    small += ["--checkpoint.mode", "min", "--trainer.max_steps", "2"]
+    run, export, second = (str(tmp_path / name) for name in ("run", "export", "second"))
+    assert main(["fit", *small, "--model.optimizer.lr", "0.01", "--out", run]) == 0
+    assert main(["export", run, "--to", export]) == 0
+
+    def loss(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["validate", *small, *words]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if "val/loss" in line)
+
+    start = loss()
+    best = loss("--ckpt_path", f"{run}/checkpoints/best.ckpt")
+    assert best != start
+    for words in (["--ckpt_path", run], ["--ckpt_path", export], ["--model.policy.path", run]):
+        assert loss(*words) == best
+    assert main(["fit", *small, "--model.policy.path", run, "--out", second]) == 0
+    assert main(["fit", *small, "--ckpt_path", run, "--trainer.max_steps", "3", "--out", f"{second}-continued"]) == 0
+    assert "finished after 3 steps" in capsys.readouterr().out
+    assert main(["fit", *small, "--ckpt_path", export, "--out", f"{second}-export"]) == 2
+    assert "holds no checkpoint: to start from a model, --model.policy.path" in capsys.readouterr().err
+    for file in Path(run, "checkpoints").iterdir():
+        file.unlink()
+    assert main(["validate", *small, "--ckpt_path", run]) == 2
+    assert "is a run folder (kind 'fit', status finished) without a checkpoint" in capsys.readouterr().err
+
+
 OWN = """
 from lightning.pytorch import Callback
 from stepkd.modules import SFTModule

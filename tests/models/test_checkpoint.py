@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
+from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, load_tokenizer, spec_to_dict
 from stepkd.models.checkpoint import (
     base_fingerprint,
     find_checkpoint,
+    load_policy,
     load_trained,
     read_checkpoint,
     weights_fingerprint,
 )
+from stepkd.models.export import save_policy
+from stepkd.models.load import model_config
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
 FULL = PolicySpec(path="tiny-0.1m")
@@ -73,6 +76,49 @@ def test_checkpoint_brings_the_trained_model_back(spec: PolicySpec, tmp_path: Pa
     assert not again.training
     assert torch.equal(logits(again), logits(policy))
     assert not torch.equal(logits(again), logits(Policy.load(spec)))
+
+
+@pytest.mark.parametrize("first", [FULL, LORA])
+@pytest.mark.parametrize("kind", ["run", "checkpoint"])
+def test_a_run_is_a_policy_to_start_from(first: PolicySpec, kind: str, tmp_path: Path) -> None:
+    begun = trained(first)
+    file = save(begun, tmp_path / "run" / "checkpoints" / "best.ckpt")
+    spec = PolicySpec(path=str(tmp_path / "run") if kind == "run" else str(file))
+    policy = load_policy(spec)
+    assert policy.spec == spec
+    assert torch.equal(logits(policy), logits(begun))
+    names = [name for name, _ in policy.trainable_parameters()]
+    assert names == [name for name, _ in begun.trainable_parameters()], "an adapter is trained further"
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.mul_(1.1)
+    again = load_trained(save(policy, tmp_path / "second" / "last.ckpt"))
+    assert torch.equal(logits(again), logits(policy)), "a run that started from a run"
+
+
+def test_fresh_adapters_stand_on_the_weights_of_a_run(tmp_path: Path) -> None:
+    begun = trained(FULL)
+    save(begun, tmp_path / "run" / "last.ckpt")
+    policy = load_policy(PolicySpec(path=str(tmp_path / "run"), lora=LoraSpec(r=4), gradient_checkpointing=True))
+    assert all("lora_" in name for name, _ in policy.trainable_parameters())
+    with policy.reference() as reference:
+        assert torch.equal(logits(reference), logits(begun))
+    with pytest.raises(ConfigError, match="cannot name its base model: use --mode merged"):
+        save_policy(policy, tmp_path / "export", mode="adapter")
+
+
+def test_fresh_adapters_on_those_of_a_run_are_refused(tmp_path: Path) -> None:
+    save(trained(LORA), tmp_path / "run" / "last.ckpt")
+    with pytest.raises(ConfigError, match="merge it first"):
+        load_policy(PolicySpec(path=str(tmp_path / "run"), lora=LoraSpec(r=4)))
+
+
+def test_a_run_has_a_tokenizer_and_a_configuration(tmp_path: Path) -> None:
+    save(trained(LORA), tmp_path / "run" / "last.ckpt")
+    spec = PolicySpec(path=str(tmp_path / "run"))
+    assert load_tokenizer(spec).eos_token == "<eos>"
+    assert load_tokenizer(PolicySpec(path="tiny-2m", tokenizer=spec.path)).eos_token == "<eos>"
+    assert model_config(spec).hidden_size == 64
 
 
 def test_on_a_folder_of_real_weights(folder: Path, tmp_path: Path) -> None:

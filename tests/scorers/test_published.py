@@ -354,7 +354,8 @@ def test_what_is_no_reward_model(tmp_path: Path) -> None:
 
 def test_unknown_paths_and_kinds(tmp_path: Path) -> None:
     assert recognise(str(tmp_path)) is None
-    assert recognise(str(tmp_path / "absent")) is None
+    with pytest.raises(ModelError, match="no model folder at"):
+        recognise(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("[1]")
     assert recognise(str(tmp_path)) is None
     (tmp_path / "config.json").write_text('{"architectures": ["Qwen2ForPrmModel"]}')
@@ -362,5 +363,5 @@ def test_unknown_paths_and_kinds(tmp_path: Path) -> None:
         load_published(str(tmp_path))
     with pytest.raises(ConfigError, match="unknown kind of published reward model 'qwen': did you mean 'qwen-prm'"):
         load_published(str(tmp_path), "qwen")  # type: ignore[arg-type]
-    with pytest.raises(ModelError, match="no reward model at 'no-such-organisation/prm'"):
+    with pytest.raises(ModelError, match="no folder 'no-such-organisation/prm' here"):
         load_published("no-such-organisation/prm", "qwen-prm")
