@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from stepkd.errors import DataError
@@ -42,7 +42,7 @@ def shown(value: object) -> str:
     """Return a value's type and a short form of it, for messages."""
     try:
         form = repr(value)
-    except ValueError:  # integers of more than 4,300 digits
+    except (ValueError, RecursionError):  # integers of more than 4,300 digits, deep nesting
         form = "(too long to show)"
     return f"{type(value).__name__} {form if len(form) <= 60 else form[:57] + '...'}"
 
@@ -79,7 +79,7 @@ def prompt(value: object) -> str | None:
     if not value:
         return "must not be an empty list of messages"
     for index, message in enumerate(value, start=1):
-        wrong = _message(message)
+        wrong = chat_message(message)
         if wrong is not None:
             return f"message {index} of {len(value)} {wrong}"
     if value[-1]["role"] == "assistant":
@@ -87,7 +87,8 @@ def prompt(value: object) -> str | None:
     return None
 
 
-def _message(message: object) -> str | None:
+def chat_message(message: object) -> str | None:
+    """Accept an object with a known ``role`` and a text as ``content``."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         return f"must be an object with 'role' and 'content', found {shown(message)}"
     if message["role"] not in ROLES:
@@ -205,6 +206,20 @@ def same_length(first: str, second: str) -> RowCheck:
         if left is None or right is None or len(left) == len(right):
             return None
         return second, f"has {len(right)} entries for {len(left)} {first}; there must be as many"
+
+    return check
+
+
+def one_of_columns(names: Sequence[str], reason: str) -> RowCheck:
+    """At least one of some columns must hold something, because somebody reads it."""
+
+    def check(row: Mapping[str, Any]) -> tuple[str, str] | None:
+        if any(row.get(name) is not None for name in names):
+            return None
+        return names[0], (
+            f"missing column {' or '.join(map(repr, names))}: {reason}. The row has {', '.join(map(repr, row))}; if "
+            f"another column holds it, say so with columns: {{{names[0]}: <that column>}}"
+        )
 
     return check
 

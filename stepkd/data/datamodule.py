@@ -8,15 +8,16 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from stepkd.data.batching import BatchPlan
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.loader import Position, StepLoader
 from stepkd.data.overlap import overlap_report
-from stepkd.data.rows import DEMONSTRATION, PROBLEM
-from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.rows import Contract, Needs, problem_with
+from stepkd.data.spec import DataSpec, Rows, as_spec, check_training_use, left_out, load_rows
 from stepkd.data.templates import PromptTemplate, get_template, template_name
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, DataError
 from stepkd.steps import get_segmenter
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,14 @@ _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": 
 class StepData(LightningDataModule):
     """Problems with solutions, tokenised once, in batches of one optimiser step.
 
+    Only the columns that the method reads are required: solutions where it trains on them, answers where it grades.
+
     Args:
-        train: rows to train on; evaluation-only data is refused unless the spec allows it.
+        train: rows to train on; evaluation-only data is refused unless the spec allows it. In Python ``train`` and its
+            like may also be a list of rows, a ``datasets.Dataset`` or a path.
         validation: rows for the held-out loss and sampled accuracy.
         test: rows for ``stepkd test``.
-        predict: problems for ``stepkd predict``; solutions are not needed.
+        predict: problems for ``stepkd predict``.
         template: how a row becomes a prompt: a name (``gsm8k``, ``math``, ``plain``, ``task``), a YAML file, or
             settings; None: the one that the policy was trained with, else :attr:`default_template`.
         segmenter: how solutions are cut into steps (``newline``, ``blank_line``, ``step_heading``, ``sentence``,
@@ -49,10 +53,10 @@ class StepData(LightningDataModule):
 
     def __init__(
         self,
-        train: DataSpec | None = None,
-        validation: DataSpec | None = None,
-        test: DataSpec | None = None,
-        predict: DataSpec | None = None,
+        train: Rows | None = None,
+        validation: Rows | None = None,
+        test: Rows | None = None,
+        predict: Rows | None = None,
         template: str | PromptTemplate | None = None,
         segmenter: str = "newline",
         max_length: int = 1024,
@@ -66,7 +70,9 @@ class StepData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.specs = {"train": train, "validation": validation, "test": test, "predict": predict}
+        given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.specs = {name: as_spec(data) for name, data in given.items()}
+        self.ratings = False
         self._given_template = None if template is None else get_template(template)
         self.segmenter = get_segmenter(segmenter)
         self.max_length = max_length
@@ -110,22 +116,44 @@ class StepData(LightningDataModule):
             self._report_overlap()
 
     def _load(self, name: str, spec: DataSpec) -> list[Example]:
-        if name == "train":
-            check_training_use(spec)
         encoder = self.make_encoder()
-        rows = load_rows(spec, contract=DEMONSTRATION if name == "train" else PROBLEM)
-        if name == "train":
+        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        default: Needs = {("solution",) if name == "train" else ("answer",): f"data.{name} is read with it"}
+        needs: Needs = module.reads(name) if hasattr(module, "reads") else default
+        rows = self._rows(name, spec, problem_with(needs))
+        if ("solution",) in needs:
             examples = encoder.examples(rows)
         else:
-            examples = [self._held_out(encoder, row, with_solution=name != "predict") for row in rows]
+            examples = [self._with_or_without(encoder, row, solution=name != "predict") for row in rows]
+        measured = needs or getattr(module, "fidelity_spec", None) or any(each.completion_ids for each in examples)
+        if name in ("validation", "test") and not measured:
+            raise DataError(
+                f"data.{name}: nothing would be measured, because no row has a solution and "
+                "model.init_args.validation.samples is 0"
+            )
         dropped = {key: count for key, count in sorted(encoder.counts.items()) if count}
         logger.info("%s: %d examples%s", name, len(examples), f", {dropped}" if dropped else "")
         return examples
 
+    def _rows(self, name: str, spec: DataSpec, contract: Contract | None = None) -> list[dict[str, Any]]:
+        """The rows of a split; what is wrong with them, or left out of a file of one's own, is told with its name."""
+        if name == "train":
+            check_training_use(spec)
+        try:
+            rows = load_rows(spec, contract=contract, ratings=self.ratings)
+        except DataError as error:
+            error.args = (f"data.{name}: {error}",)
+            raise
+        if contract is None:  # a -1 in one split: 0 is neutral in all
+            self.ratings |= any("completions" in row and -1 in row["labels"] for row in rows)
+        for said in left_out(spec, len(rows)):
+            rank_zero_warn(f"data.{name}: {said}")
+        return rows
+
     @staticmethod
-    def _held_out(encoder: Encoder, row: dict[str, Any], *, with_solution: bool) -> Example:
-        """An evaluation row; without a solution that fits it still counts for sampled accuracy."""
-        example = encoder.example(row) if with_solution and row.get("solution") else None
+    def _with_or_without(encoder: Encoder, row: dict[str, Any], *, solution: bool) -> Example:
+        """A row whose solution is not required: one without a solution that fits can still be sampled from."""
+        example = encoder.example(row) if solution and row.get("solution") else None
         return example or encoder.prompt_example(row)
 
     def make_encoder(self) -> Encoder:

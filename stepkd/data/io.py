@@ -11,6 +11,8 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -78,6 +80,23 @@ def file_ending(path: str | Path) -> str | None:
     return max(fitting, key=len) if fitting else None
 
 
+def count_rows(path: str | Path) -> int:
+    """Number of rows of a data file; a line is a row, whatever stands in it.
+
+    Args:
+        path: a readable file, see :func:`read_rows`.
+    """
+    path = Path(path)
+    if file_ending(path) == ".parquet":
+        from pyarrow import parquet
+
+        return int(parquet.ParquetFile(path).metadata.num_rows)
+    if file_ending(path) == ".json":
+        return sum(1 for _ in read_rows(path))
+    with _open_binary(path) as handle:
+        return sum(bool(line.strip()) for line in handle)
+
+
 def _read_json_lines(path: Path) -> Iterator[tuple[Row, int]]:
     number = 0
     try:
@@ -85,7 +104,8 @@ def _read_json_lines(path: Path) -> Iterator[tuple[Row, int]]:
             for number, raw in enumerate(handle, start=1):
                 text = _decode(raw, path=path, line=number)
                 if text.strip():
-                    yield _parse_object(text, path=path, line=number), number
+                    value = _parse(text.rstrip(), path=path, line=number, remedy="mend or delete this line")
+                    yield _as_object(value, path=path, line=number), number
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"the gzip data is damaged after line {number} ({error}); copy or download it again", path=path
@@ -113,16 +133,26 @@ def _decode(raw: bytes, *, path: Path, line: int) -> str:
         ) from error
 
 
-def _parse_object(text: str, *, path: Path, line: int) -> Row:
+def _parse(text: str, *, path: Path, line: int, remedy: str) -> Any:
+    """JSON text that begins at a line of a file."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"corrupt JSON at character {error.colno}: {error.msg}; mend or delete this line", path=path, line=line
+            f"corrupt JSON at character {error.colno}: {error.msg}; {remedy}", path=path, line=line + error.lineno - 1
         ) from error
     except RecursionError as error:
-        raise DataError("JSON nested too deeply; mend or delete this line", path=path, line=line) from error
-    return _as_object(value, path=path, line=line)
+        raise DataError(f"JSON nested too deeply; {remedy}", path=path, line=line) from error
+    except ValueError as error:  # an integer of more digits than Python reads
+        most = sys.get_int_max_str_digits()
+        found = re.search(rf'"((?:[^"\\]|\\.)*)"\s*:[^"]*?(\d{{{most + 1},}})', text)
+        place = found.start(2) if found else 0
+        raise DataError(
+            f"an integer of more than {most:,} digits at character {place - text.rfind(chr(10), 0, place)}: write text",
+            path=path,
+            line=line + text.count("\n", 0, place),
+            column=found[1] if found else None,
+        ) from error
 
 
 def _as_object(value: object, *, path: Path, line: int) -> Row:
@@ -151,13 +181,7 @@ def _read_json(path: Path) -> Iterator[tuple[Row, int]]:
     if not body.startswith(b"["):  # common in the wild: JSON Lines named .json
         yield from _read_json_lines(path)
         return
-    text = _decode(raw, path=path, line=1)
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"corrupt JSON at character {error.colno}: {error.msg}; mend the array", path=path, line=error.lineno
-        ) from error
+    values = _parse(_decode(raw, path=path, line=1), path=path, line=1, remedy="mend the array")
     for number, value in enumerate(values, start=1):
         yield _as_object(value, path=path, line=number), number
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from stepkd.data.batching import BatchPlan, rank_share
@@ -70,7 +70,10 @@ class StepLoader:
         self.rank = rank
         self.world_size = world_size
         self.position = position
-        self._filler = min(examples, key=lambda example: (example.length, example.id))
+        shortest = min(examples, key=lambda example: (not example.completion_ids, example.length, example.id))
+        if not shortest.completion_ids:  # prompts to sample from; a dummy batch needs a target all the same
+            shortest = replace(shortest, completion_ids=shortest.prompt_ids[-1:], spans=((0, 1),))
+        self._filler = shortest
 
     def __len__(self) -> int:
         if self.plan.num_batches is None:

@@ -11,7 +11,7 @@ from stepkd.data.encode import Encoder, Example
 from stepkd.data.feedback import RIGHT, WRONG, FeedbackEncoder, FeedbackExample
 from stepkd.data.pairs import PairEncoder, PairExample
 from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED, detect_contract
-from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.spec import DataSpec, Rows
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
@@ -38,9 +38,9 @@ class PreferenceData(StepData):
 
     def __init__(
         self,
-        train: DataSpec | None = None,
-        validation: DataSpec | None = None,
-        test: DataSpec | None = None,
+        train: Rows | None = None,
+        validation: Rows | None = None,
+        test: Rows | None = None,
         template: str | PromptTemplate | None = None,
         segmenter: str = "newline",
         max_length: int = 1024,
@@ -74,9 +74,7 @@ class PreferenceData(StepData):
         self.keep_prompts_together = keep_prompts_together
 
     def _load(self, name: str, spec: DataSpec) -> list[Example]:
-        if name == "train":
-            check_training_use(spec)
-        rows = load_rows(spec)
+        rows = self._rows(name, spec)
         contract = detect_contract(rows[0])
         if contract.name not in self.contracts:
             raise DataError(
@@ -131,15 +129,16 @@ class FeedbackData(PreferenceData):
 
     def __init__(
         self,
-        train: DataSpec | None = None,
-        validation: DataSpec | None = None,
-        test: DataSpec | None = None,
+        train: Rows | None = None,
+        validation: Rows | None = None,
+        test: Rows | None = None,
         labels: LabelRule | None = None,
         allow_one_class: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(train, validation, test, **settings)
         self.labels = labels or LabelRule(after_error="keep")
+        self.ratings = self.labels.kind == "rating"
         self.allow_one_class = allow_one_class
 
     def make_encoder(self) -> FeedbackEncoder:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,9 +40,11 @@ __all__ = [
     "Column",
     "Contract",
     "ExtraRule",
+    "Needs",
     "check_unique_ids",
     "detect_contract",
     "label_kind",
+    "problem_with",
     "validate",
 ]
 
@@ -179,6 +181,20 @@ PROBLEM = Contract(
     (_PROMPT, Column("answer", checks.filled_text), _ID, Column("solution", checks.filled_text, required=False)),
 )
 """A problem with its gold answer; `solution` is a worked solution."""
+
+Needs = Mapping[tuple[str, ...], str]
+"""Columns of which a row must have one -> who reads it, for the message."""
+
+
+def problem_with(needs: Needs) -> Contract:
+    """A problem of which only the prompt and what somebody reads is required.
+
+    Args:
+        needs: what is read beside the prompt.
+    """
+    columns = tuple(replace(column, required=column.name == "prompt") for column in PROBLEM.columns)
+    return Contract("problem", columns, tuple(checks.one_of_columns(names, why) for names, why in needs.items()))
+
 
 DEMONSTRATION = Contract("demonstration", (_PROMPT, Column("solution", checks.filled_text), _ID, _ANSWER))
 """A prompt with a worked solution, and perhaps no gold answer: enough for SFT, not for evaluation."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepkd.data.checks import did_you_mean
-from stepkd.data.io import file_ending
+from stepkd.data.io import count_rows, file_ending
 from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Contract, ExtraRule, detect_contract, label_kind, validate
 from stepkd.data.sources import reading
-from stepkd.data.sources.registry import Row, Source, get_source, place
+from stepkd.data.sources.registry import Row, Source, get_source, list_sources, place
 from stepkd.errors import ConfigError, DataError
 
 
@@ -26,13 +27,13 @@ class DataSpec:
     source: str = "rows"
     """Registry name (gsm8k, math500, task, ...), or `rows` for files and hub datasets in contract form."""
     path: str | None = None
-    """File, folder, or folder written by `datasets`' save_to_disk; None: the hub (or generated)."""
+    """File, folder, or folder written by `datasets`' save_to_disk; wins over the hub. None: the hub (or generated)."""
     hub: str | None = None
-    """Hub dataset id to use in place of the source's own."""
+    """Hub dataset id to use in place of the source's own; not read where there is a path."""
     hub_config: str | None = None
     """Hub configuration in place of the source's own."""
     split: str | None = None
-    """Split name; None: what the file's name says, else the source's default."""
+    """Split name; None: the source's default. A file whose name states a split is that split."""
     limit: int | None = None
     """Number of rows to keep, at least 1; None: all."""
     offset: int = 0
@@ -50,11 +51,10 @@ class DataSpec:
         source = get_source(self.source)
         source.settings(self.options)
         _check_choices(source, self.options)
-        if self.path is not None and (self.hub is not None or self.hub_config is not None):
-            raise ConfigError(f"path={self.path!r} and hub settings contradict each other; give one of them")
         if source.generate is not None and (self.path is not None or self.hub is not None or self.columns):
             raise ConfigError(f"source {self.source!r} generates its rows; drop path, hub and columns")
-        if source.generate is None and self.path is None and self.hub is None and source.hub is None:
+        given = self.path or self.hub or source.generate or source.hub or isinstance(self, RowsInMemory)
+        if not given:
             raise ConfigError(f"source {self.source!r} has no hub dataset of its own; give path=<file> or hub=<id>")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit}: must be at least 1, or absent for all rows")
@@ -65,6 +65,42 @@ class DataSpec:
                 raise ConfigError(
                     f"columns: source {self.source!r} reads no {name!r}; {did_you_mean(name, source.reads)}"
                 )
+
+
+@dataclass(frozen=True)
+class RowsInMemory(DataSpec):
+    """Rows that a script has at hand."""
+
+    rows: Iterable[Mapping[str, Any]] = ()
+    """In contract form or in TRL's: a list, a `datasets.Dataset`, anything that gives mappings."""
+
+
+if TYPE_CHECKING:
+    Rows = DataSpec | str | Path | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+else:  # what a recipe holds
+    Rows = DataSpec
+
+
+def as_spec(data: Rows | None) -> DataSpec | None:
+    """What a data module is given, as a spec.
+
+    Args:
+        data: a spec or a dict of its settings; a path, or a word as :func:`parse_spec` reads it; or rows themselves.
+
+    Raises:
+        ConfigError: something else, such as a `DatasetDict` of several splits.
+    """
+    if data is None or isinstance(data, DataSpec):
+        return data
+    if isinstance(data, str | Path):
+        return parse_spec(str(data))
+    if isinstance(data, Mapping):
+        if unknown := sorted(set(data) - {each.name for each in dataclasses.fields(DataSpec)}):
+            raise ConfigError(f"{unknown[0]!r} is no setting of data; of a dictionary of splits give one")
+        return DataSpec(**data)
+    if not isinstance(data, Iterable):
+        raise ConfigError(f"rows are a list of dicts, a datasets.Dataset or a path, not a {type(data).__name__}")
+    return RowsInMemory(rows=data)
 
 
 def _check_choices(source: Source, options: dict[str, Any]) -> None:
@@ -84,23 +120,16 @@ def resolve_split(spec: DataSpec) -> str:
         spec: what to load.
 
     Returns:
-        The split asked for, else the one the file's name states, else the source's default.
-
-    Raises:
-        ConfigError: the spec and the file's name state different splits.
+        The split that the file's name states, else the one asked for, else the source's default.
     """
     source = get_source(spec.source)
+    file = Path(spec.path) if spec.path is not None and file_ending(spec.path) else None
+    if file is not None and (stated := reading.split_of_file(file, source)) is not None:
+        return stated
     asked = spec.split
-    if asked is not None:
-        asked = next(
-            (ours for ours, hubs in source.splits.items() if hubs == asked and asked not in source.splits), asked
-        )
-    stated = None
-    if spec.path is not None and file_ending(spec.path):
-        stated = reading.split_of_file(Path(spec.path), source)
-    if asked is not None and stated is not None and asked != stated:
-        raise ConfigError(f"split={asked!r} contradicts the file name {Path(spec.path or '').name!r}; drop split")
-    return asked or stated or source.default_split
+    if asked is not None and asked not in source.splits:
+        asked = next((ours for ours, hubs in source.splits.items() if hubs == asked), asked)
+    return asked or source.default_split
 
 
 def check_training_use(spec: DataSpec) -> None:
@@ -121,16 +150,20 @@ def check_training_use(spec: DataSpec) -> None:
         )
 
 
-def load_rows(spec: DataSpec, *, contract: Contract | None = None) -> list[Row]:
+def load_rows(spec: DataSpec, *, contract: Contract | None = None, ratings: bool = False) -> list[Row]:
     """Read, map and validate the rows of a spec.
 
     Without shuffling, reading stops after the last row asked for. A row without an id gets ``source/split/index``,
     with the 0-based position in the file, so that ids do not depend on limit, offset or shuffling.
 
+    A file under another source's name whose columns are those of ``rows`` is read as ``rows``. Whole-number step labels
+    of ``rows`` among which there is no -1 mean incorrect (0) and correct (1) and become booleans.
+
     Args:
         spec: what to load.
         contract: what the caller needs; None: what the source gives (for `rows`: its option, or told from the first
             row).
+        ratings: whole-number step labels are ratings whose 0 is neutral, also where no -1 is among them.
 
     Returns:
         At least one row; every row has an ``id``.
@@ -139,6 +172,7 @@ def load_rows(spec: DataSpec, *, contract: Contract | None = None) -> list[Row]:
         DataError: the file or a row is not as it should be, or no row is left after offset and filtering.
         ConfigError: the spec contradicts itself.
     """
+    spec = _as_contract_rows(spec)
     rows: list[Row] = []
     stop = None if spec.limit is None or spec.shuffle_seed is not None else spec.offset + spec.limit
     for row in _valid_rows(spec, contract):
@@ -152,8 +186,56 @@ def load_rows(spec: DataSpec, *, contract: Contract | None = None) -> list[Row]:
     rows = rows[spec.offset : None if spec.limit is None else spec.offset + spec.limit]
     if not rows:
         raise DataError(f"no rows are left: {total} found, offset {spec.offset}; lower the offset", path=_where(spec))
-    _warn_of_zero_ratings(rows, spec)
+    if not ratings and spec.source == "rows":
+        _read_binary_labels(rows, spec)
     return rows
+
+
+def left_out(spec: DataSpec, used: int) -> list[str]:
+    """What a file of one's own makes of other settings of its spec, which a recipe may have brought.
+
+    Args:
+        spec: what has been loaded.
+        used: number of rows.
+
+    Returns:
+        A sentence each for a hub data set that is not read, and for rows that limit or offset leave out.
+    """
+    if spec.path is None:
+        return []
+    said = [f"{spec.path} is read, and hub: {spec.hub} is not"] if spec.hub is not None else []
+    cuts = [f"{name}: {getattr(spec, name)}" for name in ("limit", "offset") if getattr(spec, name)]
+    if cuts and (total := _count(spec, Path(spec.path).expanduser())) > used:
+        said.append(f"{used:,} of {total:,} rows of {spec.path} are used ({', '.join(cuts)})")
+    return said
+
+
+def _count(spec: DataSpec, path: Path) -> int:
+    source, split = get_source(spec.source), resolve_split(spec)
+    if reading.is_saved_dataset(path):
+        return sum(1 for _ in reading.read_saved(path, source, split))
+    return sum(map(count_rows, reading.data_files(path, source, split, spec.hub_config) if path.is_dir() else [path]))
+
+
+def _as_contract_rows(spec: DataSpec) -> DataSpec:
+    """The spec, with source `rows` where a file under another source's name has not its columns but those of `rows`."""
+    source, rows = get_source(spec.source), get_source("rows")
+    if spec.path is None or not source.reads:
+        return spec
+    values, path, line = next(_raw_rows(spec, source, {}, resolve_split(spec)))
+    try:
+        source.select(values, spec.columns, path=path, line=line)
+    except DataError:
+        with contextlib.suppress(DataError):
+            row = rows.map_row(rows.select(values, spec.columns, path=path, line=line), {})
+            if "prompt" in row or "chosen" in row:
+                warnings.warn(
+                    f"{path}: the columns ({', '.join(map(repr, values))}) are not those of source {source.name!r}, so "
+                    "the file is read as source 'rows'",
+                    stacklevel=3,
+                )
+                return dataclasses.replace(spec, source="rows", options={})
+    return spec
 
 
 def _shuffle_key(seed: int | None, index: int) -> bytes:
@@ -192,7 +274,7 @@ def _id_prefix(spec: DataSpec, source: Source, split: str) -> str:
         name = Path(spec.path).name
         ending = file_ending(name)
         return name[: -len(ending)] if ending else f"{name}/{split}"
-    return f"{spec.hub}/{split}"
+    return f"{spec.hub or source.name}/{split}"
 
 
 def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: str) -> Iterator[reading.Read]:
@@ -200,6 +282,9 @@ def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: st
         name = place(source.name, split)
         for number, row in enumerate(source.generate(options, split), start=1):
             yield row, name, number
+        return
+    if isinstance(spec, RowsInMemory):
+        yield from ((dict(each), "rows in memory", number) for number, each in enumerate(spec.rows, start=1))
         return
     if spec.path is None:
         hub = spec.hub or source.hub
@@ -217,16 +302,25 @@ def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: st
         yield from reading.read_files(reading.data_files(path, source, split, spec.hub_config))
 
 
-def _warn_of_zero_ratings(rows: list[Row], spec: DataSpec) -> None:
-    """Whole-number labels 0/1 without a single -1 usually mean wrong/right, yet 0 reads as neutral."""
-    ratings = [row["labels"] for row in rows if "completions" in row and label_kind(row["labels"]) == "rating"]
-    values = {label for labels in ratings for label in labels}
-    if 0 in values and -1 not in values:
-        warnings.warn(
-            f"{_where(spec)}: the labels are whole numbers with 0 but without any -1, so 0 reads as neutral. "
-            "If 0 means wrong, write the labels as true/false",
-            stacklevel=3,
-        )
+def _read_binary_labels(rows: list[Row], spec: DataSpec) -> None:
+    """Whole-number labels 0 and 1 without a -1 are incorrect and correct, as TRL and most hub data sets have them."""
+    steps = (("completions", "labels"), ("token_ids", "step_labels"))
+    found = [(row, column) for row in rows for texts, column in steps if texts in row and row.get(column) is not None]
+    kinds = [label_kind(row[column]) for row, column in found]
+    rated = [place for place, kind in zip(found, kinds, strict=True) if kind == "rating"]
+    values = {label for row, column in rated for label in row[column]}
+    if 0 not in values or -1 in values:
+        return
+    cast = float if "soft" in kinds else bool  # a chance of 0 may be written as a whole number
+    for row, column in rated:
+        row[column] = [None if label is None else cast(label) for label in row[column]]
+    if cast is float:
+        return
+    warnings.warn(
+        f"{_where(spec)}: the step labels are whole numbers without a -1, so 0 is read as incorrect and 1 as correct. "
+        "If 0 means neutral, set data.init_args.labels.kind: rating (labels.neutral then says what it counts as)",
+        stacklevel=3,
+    )
 
 
 # --- command-line shorthand ----------------------------------------------------------------------------------------
@@ -243,8 +337,8 @@ def parse_spec(text: str) -> DataSpec:
 
     ``gsm8k:path=x/test.jsonl,limit=8`` names a source and its settings; a key that only the source knows is one of its
     options (``task:task=modular,n=64,noise.rate=0.15``); ``columns.prompt=problem`` maps a column; a value with commas
-    stands in quotes; a bare file name (``x/rows.jsonl``) means source ``rows``, and so does the folder of a job
-    of ``stepkd label`` (its ``labels.jsonl`` or ``pairs.jsonl``).
+    stands in quotes; a bare file name (``x/rows.jsonl``) or folder means source ``rows``, and so does the folder of a
+    job of ``stepkd label`` (its ``labels.jsonl`` or ``pairs.jsonl``).
 
     Args:
         text: the word.
@@ -259,6 +353,8 @@ def parse_spec(text: str) -> DataSpec:
     for written in (LABELS_NAME, PAIRS_NAME):
         if (rows := Path(text).expanduser() / written).is_file():
             return DataSpec(path=str(rows))
+    if Path(text).expanduser().is_dir() and text not in {source.name for source in list_sources()}:
+        return DataSpec(path=text)
     if file_ending(text.partition(",")[0]) and "=" not in text.partition(",")[0]:
         text = f"rows:path={text}"
     name, _, rest = text.partition(":")

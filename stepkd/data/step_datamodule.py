@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import Example
-from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.spec import DataSpec, Rows
 from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
@@ -36,9 +36,9 @@ class StepLabelData(StepData):
 
     def __init__(
         self,
-        train: DataSpec | None = None,
-        validation: DataSpec | None = None,
-        test: DataSpec | None = None,
+        train: Rows | None = None,
+        validation: Rows | None = None,
+        test: Rows | None = None,
         labels: LabelRule | None = None,
         template: str | PromptTemplate | None = None,
         segmenter: str = "newline",
@@ -67,6 +67,7 @@ class StepLabelData(StepData):
         )
         self.segmenter_name = segmenter
         self.labels = labels or LabelRule()
+        self.ratings = self.labels.kind == "rating"
         self.allow_one_class = allow_one_class
 
     default_template = "math"
@@ -96,10 +97,8 @@ class StepLabelData(StepData):
         )
 
     def _load(self, name: str, spec: DataSpec) -> list[Example]:
-        if name == "train":
-            check_training_use(spec)
         encoder = self.make_encoder()
-        rows = load_rows(spec)  # a source knows its contract, a file's columns tell it
+        rows = self._rows(name, spec)  # a source knows its contract, a file's columns tell it
         examples = encoder.examples(rows)
         labelled = cast(list[StepExample], examples)
         counts = class_counts(labelled, encoder.num_classes)

@@ -103,7 +103,11 @@ class Weigher:
     ) -> Tensor:
         """(N,) of the answer, and of the steps where they have rewards."""
         loss = self.policy_loss
-        outcome_R = group_advantages(reward_R, group_R, kind=loss.advantage, ddof=loss.ddof, eps=loss.eps)
+        known_R = ~reward_R.isnan()  # what every reward passes over has no advantage, and no part in the mean
+        outcome_R = torch.zeros_like(reward_R)
+        outcome_R[known_R] = group_advantages(
+            reward_R[known_R], group_R[known_R], kind=loss.advantage, ddof=loss.ddof, eps=loss.eps
+        )
         outcome_N = torch.repeat_interleave(outcome_R, length_R)
         if self.step_credit is None:
             return outcome_N
@@ -164,7 +168,7 @@ class Weigher:
         return weight_R, count_R
 
     def _distilled(self, rollouts: Sequence[Rollout], group_R: Tensor) -> Tensor:
-        right_R = torch.tensor([rollout.correct for rollout in rollouts])
+        right_R = torch.tensor([bool(rollout.correct) for rollout in rollouts])
         if not self.distils or self.kd.mask == "none":
             return torch.full_like(right_R, self.distils)
         return ~right_R if self.kd.mask == "response" else ~torch.isin(group_R, group_R[right_R])

@@ -159,6 +159,15 @@ class GKDModule(TaughtModule):
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
+    def reads(self, split: str) -> dict[tuple[str, ...], str]:
+        """Solutions where batches are the data's own, answers where they are graded."""
+        student, teacher, fidelity = self.source.student, self.source.teacher, self.fidelity_spec
+        if split == "train":
+            reason = f"source.student: {student} leaves batches to the data's own solutions (1 samples all of them)"
+            return {("solution",): reason} if student < 1 and teacher < 1 else {}
+        answers = {("answer",): "fidelity.answers grades answers"} if fidelity is not None and fidelity.answers else {}
+        return answers | super().reads(split)
+
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
         """The batch's completions, from the source that its step draws; ``reuse`` optimiser steps of them."""
         if isinstance(self.teacher, SelfTeacher):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from stepkd.modules.credit import Weigher
 from stepkd.modules.kdrl_objective import TokenObjective, TokenTerms
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.mismatch import Mismatch
-from stepkd.modules.rewards import Rewards, RewardSpec
+from stepkd.modules.rewards import GivenReward, Rewards, RewardSpec
 from stepkd.modules.rollouts import GroupSampler, Rollout, TokenView
 from stepkd.modules.sample_log import SampleLog
 from stepkd.modules.step_scores import load_step_scorer
@@ -51,7 +51,7 @@ class KDRLModule(TaughtModule):
 
     Args:
         policy: the model to train.
-        rewards: weighted sum of reward functions; null: the right final answer.
+        rewards: weighted sum of reward functions; null: the right final answer. In Python also names and functions.
         teacher: the model that is distilled from; null: none.
         rollout: what is sampled.
         policy_loss: the policy-gradient term.
@@ -70,7 +70,7 @@ class KDRLModule(TaughtModule):
     def __init__(
         self,
         policy: PolicySpec,
-        rewards: list[RewardSpec] | None = None,
+        rewards: list[GivenReward] | None = None,
         teacher: TeacherSpec | None = None,
         rollout: RolloutSpec | None = None,
         policy_loss: PolicyLossSpec | None = None,
@@ -80,7 +80,11 @@ class KDRLModule(TaughtModule):
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
-        self.reward_specs = [RewardSpec()] if rewards is None else list(rewards)
+        self.reward_specs = (
+            [RewardSpec()]
+            if rewards is None
+            else [each if isinstance(each, RewardSpec) else RewardSpec(cast(Any, each)) for each in rewards]
+        )
         self.rollout = rollout or RolloutSpec()
         self.policy_loss = policy_loss or PolicyLossSpec()
         self.kd = kd or KDSpec()
@@ -152,6 +156,13 @@ class KDRLModule(TaughtModule):
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
+    def reads(self, split: str) -> dict[tuple[str, ...], str]:
+        """In training what the rewards read, and answers where right completions are not distilled on."""
+        if split != "train":
+            return super().reads(split)
+        needs = {spec.reads(): f"the reward {spec.name!r} reads it" for spec in self.reward_specs if spec.reads()}
+        return needs if self.kd.mask == "none" else needs | {("answer",): f"kd.mask: {self.kd.mask} grades answers"}
+
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
         """Sample groups, reward and weigh them, and yield ``inner_steps`` optimiser steps of them."""
         rollouts = self.weighed(self.sampled(batch))
@@ -166,8 +177,13 @@ class KDRLModule(TaughtModule):
     def sampled(self, batch: StepBatch) -> list[Rollout]:
         """Rewarded completions of the batch's prompts, group after group."""
         assert self._groups is not None
-        found = self._groups(batch, self.global_step, self.position.epoch)
-        self.log("perf/reward_seconds", sum(self._groups.rewards.seconds.values()), batch_size=1)
+        from transformers import TrainerState
+
+        rewards, step, epoch = self._groups.rewards, self.global_step, self.position.epoch
+        rewards.trainer_state = TrainerState(epoch=epoch, global_step=step, max_steps=self.planned_steps() or 0)
+        found = self._groups(batch, step, epoch)
+        self.log("perf/reward_seconds", sum(rewards.seconds.values()), batch_size=1)
+        self.log_dict({f"train/{name}": value for name, value in rewards.logged(self.device).items()}, batch_size=1)
         return found
 
     def weighed(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -268,10 +284,11 @@ class KDRLModule(TaughtModule):
 
     def _metrics(self, micro_batch: MicroBatch, found: TokenTerms, gap_N: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         rollouts: list[Any] = list(micro_batch.examples)
-        number, rows = (gap_N.new_tensor(float(len(each))) for each in (gap_N, rollouts))
+        number = gap_N.new_tensor(float(len(gap_N)))
 
-        def of_rows(values: Sequence[float]) -> tuple[Tensor, Tensor]:
-            return gap_N.new_tensor(float(sum(values))), rows
+        def of_rows(values: Sequence[float | None]) -> tuple[Tensor, Tensor]:
+            known = [value for value in values if value is not None and not math.isnan(value)]
+            return gap_N.new_tensor(float(sum(known))), gap_N.new_tensor(float(len(known)))
 
         metrics = {
             "reward": of_rows([rollout.reward for rollout in rollouts]),
@@ -286,7 +303,7 @@ class KDRLModule(TaughtModule):
             "sampler_kl": (gap_N.sum(), number),
         }
         names = sorted({name for rollout in rollouts for name in rollout.parts} | {s.name for s in self.reward_specs})
-        metrics |= {f"reward/{name}": of_rows([r.parts.get(name, 0.0) for r in rollouts]) for name in names}
+        metrics |= {f"reward/{name}": of_rows([r.parts.get(name) for r in rollouts]) for name in names}
         if self.teacher is not None:
             metrics["kl_to_teacher"] = ((found.logps_N - found.teacher_N).sum(), number)
             metrics["distilled"] = of_rows([rollout.kd_weight > 0 for rollout in rollouts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.data.loader import StepBatch
-from stepkd.errors import DataError
 from stepkd.launch.phases import PhaseTracker
 from stepkd.launch.preemption import STOP_REQUEST
 from stepkd.models import Policy
@@ -33,11 +33,13 @@ class Rollout(Example):
     text: str = ""
     """Its text as the sampler has it."""
     reward: float = 0.0
-    """Sum of its rewards, less what its length costs."""
-    parts: Mapping[str, float] = field(default_factory=dict, compare=False)
-    """Reward -> its value, before weights."""
-    correct: bool = False
-    """Whether its final answer is right."""
+    """Sum of its rewards, less what its length costs; NaN where every reward passes it over."""
+    parts: Mapping[str, float | None] = field(default_factory=dict, compare=False)
+    """Reward -> its value, before weights; None where it passes it over."""
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What reward functions said of it by ``log_extra``."""
+    correct: bool | None = None
+    """Whether its final answer is right; None without a gold answer."""
     cut_off: bool = False
     """Whether it was cut off."""
     step_scores: tuple[float, ...] = field(default=(), compare=False)
@@ -137,7 +139,6 @@ class GroupSampler:
             step, epoch: key the noise; a step that was skipped has another epoch when its prompts come again.
 
         Raises:
-            DataError: a row without an answer.
             TrainingError: a reward function that fails.
         """
         groups: dict[int, list[Rollout]] = {}
@@ -145,7 +146,7 @@ class GroupSampler:
         for attempt in range(self.spec.resample + 1):
             drawn = self._draw(batch, waiting, step, f"kdrl {epoch} {attempt}")
             groups |= dict(zip(waiting, drawn, strict=True))
-            waiting = [i for i in waiting if len({rollout.reward for rollout in groups[i]}) == 1]
+            waiting = [i for i in waiting if len({r.reward for r in groups[i] if not math.isnan(r.reward)}) < 2]
             if not waiting:
                 break
         return [rollout for number in sorted(groups) for rollout in groups[number]]
@@ -193,22 +194,21 @@ class GroupSampler:
         columns = self._columns(rollouts)
         ids = [f"{rollout.id}/{i % self.spec.group_size}" for i, rollout in enumerate(rollouts)]
         totals, parts = self.rewards(columns, ids)
-        right = parts.get("accuracy") or self.rewards.correct(columns)
+        right: Sequence[Any] = parts.get("accuracy") or self.rewards.correct(columns)
+        extra = {name: each for name, each in self.rewards.extra.items() if len(each) == len(rollouts)}
         return [
             replace(
                 rollout,
                 reward=total - self.spec.punishment(len(rollout.completion_ids)),
                 parts={name: values[i] for name, values in parts.items()},
-                correct=bool(right[i]),
+                extra={name: values[i] for name, values in extra.items()},
+                correct=None if right[i] is None else bool(right[i]),
             )
             for i, (rollout, total) in enumerate(zip(rollouts, totals, strict=True))
         ]
 
     def _columns(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
         """What reward functions are given: TRL's arguments, ``steps``, ``rows``, and the columns that all rows have."""
-        for rollout in rollouts:
-            if rollout.row.get("answer") is None:
-                raise DataError(f"row {rollout.id!r} has no 'answer': nothing says what its completions are worth")
         shared = set.intersection(*(set(rollout.row) for rollout in rollouts))
         columns: dict[str, list[Any]] = {name: [r.row[name] for r in rollouts] for name in shared}
         return columns | {

@@ -68,7 +68,7 @@ class SampleLog:
         try:
             start = "\n" if self.path.exists() and ends_torn(self.path) else ""
             with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(start + json.dumps(entry) + "\n")
+                stream.write(start + json.dumps(entry, default=str) + "\n")
         except OSError as error:
             raise TrainingError(
                 f"{self.path}: cannot write samples ({error.strerror or error}); the checkpoints are intact, so mend "
@@ -91,11 +91,12 @@ class SampleLog:
             "answer": rollout.row.get("answer"),
             "steps": step_texts(self.tokenizer, rollout),
             "step_scores": [None if math.isnan(score) else score for score in rollout.step_scores],
-            "reward": rollout.reward,
+            "reward": None if math.isnan(rollout.reward) else rollout.reward,
             "rewards": dict(rollout.parts),
             "correct": rollout.correct,
             "cut_off": rollout.cut_off,
             "tokens": len(rollout.completion_ids),
+            **({"extra": dict(rollout.extra)} if rollout.extra else {}),
         }
 
 

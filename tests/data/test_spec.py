@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.rows import DEMONSTRATION, PROBLEM, STEPWISE, validate
-from stepkd.data.spec import DataSpec, check_training_use, load_rows, parse_spec
+from stepkd.data.rows import DEMONSTRATION, PROBLEM, STEPWISE, problem_with, validate
+from stepkd.data.spec import DataSpec, check_training_use, left_out, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 
+ANYTHING = problem_with({})
 PROBLEMS = [{"prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(10)]
 
 
@@ -76,13 +77,22 @@ def test_rows_extra_column_rules(tmp_path: Path) -> None:
         load("rows", tmp_path / "a.jsonl", PROBLEMS[0] | {"zeal": 1}, options={"extra_columns": "error"})
 
 
-def test_whole_number_labels_without_a_negative_one_warn(tmp_path: Path) -> None:
-    raw = {"prompt": "p", "completions": ["a", "b"], "labels": [1, 0]}
-    with pytest.warns(UserWarning, match="0 reads as neutral"):
-        load("rows", tmp_path / "a.jsonl", raw)
+def test_whole_numbers_0_and_1_are_incorrect_and_correct_unless_a_minus_1_is_among_them(tmp_path: Path) -> None:
+    raw = {"prompt": "p", "completions": ["a", "b", "c"], "labels": [1, 0, None]}
+    with pytest.warns(UserWarning, match=r"a\.jsonl: .*0 is read as incorrect .*data\.init_args\.labels\.kind: rating"):
+        [row, ones] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, 1, 1]})
+    assert (row["labels"], ones["labels"]) == ([True, False, None], [True, True, True])
+    assert row["labels"][0] is True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, -1]})
+        [row, _] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, -1, 0]})
+        assert row["labels"] == [1, 0, None]
+        assert type(row["labels"][1]) is int
+        [row] = load_rows(DataSpec(path=write(tmp_path / "a.jsonl", raw)), ratings=True)
+        assert type(row["labels"][1]) is int
+        [row, _] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [0.5, 0, 1]})
+        assert row["labels"] == [1.0, 0.0, None]
+        assert type(row["labels"][1]) is float, "beside chances it is one"
 
 
 def test_boolean_labels_survive_parquet_and_saved_datasets(tmp_path: Path) -> None:
@@ -97,6 +107,54 @@ def test_boolean_labels_survive_parquet_and_saved_datasets(tmp_path: Path) -> No
         assert loaded[0]["labels"][0] is True
     with pytest.raises(DataError, match="the saved dataset has no split 'tset'; did you mean 'test'"):
         load_rows(DataSpec(path=str(tmp_path / "saved"), split="tset"))
+
+
+# --- a file of one's own under a recipe's other settings -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["gsm8k", "math", "multiarith"])
+def test_a_file_in_contract_form_is_read_as_rows_whatever_source_the_recipe_names(source: str, tmp_path: Path) -> None:
+    for raw in (PROBLEMS[0], {"prompt": "x", "completion": "y"}, {"messages": [{"role": "user", "content": "x"}]}):
+        with pytest.warns(UserWarning, match=f"mine.jsonl: the columns .* are not those of source '{source}', so"):
+            [found] = load_rows(DataSpec(source=source, path=write(tmp_path / "mine.jsonl", raw)), contract=ANYTHING)
+        [plain] = (
+            load("rows", tmp_path / "mine.jsonl", raw, options={"contract": "auto"}) if "answer" in raw else [found]
+        )
+        assert found == plain
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("gsm8k", tmp_path / "mine.jsonl", {"question": "q", "answer": "#### 2", "prompt": "not this"})
+    with pytest.raises(DataError, match=rf"missing column .* of source '{source}'.*of your own set source: rows"):
+        load(source, tmp_path / "mine.jsonl", {"text": "x"})
+
+
+def test_a_path_wins_over_hub_configuration_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepkd.data.sources.reading.read_hub", lambda *_: pytest.fail("asks the hub"))
+    recipe = {"hub": "a/b", "hub_config": "main", "split": "train[:90%]"}
+    rows = load("rows", tmp_path / "test.jsonl", *PROBLEMS, **recipe)
+    assert len(rows) == 10
+    assert left_out(DataSpec(path=str(tmp_path / "test.jsonl"), **recipe), 10) == [
+        f"{tmp_path / 'test.jsonl'} is read, and hub: a/b is not"
+    ]
+    with pytest.raises(ConfigError, match="kept for evaluation"):
+        check_training_use(DataSpec(source="gsm8k", path="x/test.jsonl", split="train"))
+
+
+def test_rows_that_limit_and_offset_leave_out_of_a_file_are_told(tmp_path: Path) -> None:
+    import datasets
+
+    path = tmp_path / "folder" / "train.jsonl"
+    write(path, *PROBLEMS)
+    datasets.Dataset.from_list(PROBLEMS).save_to_disk(str(tmp_path / "saved"))
+
+    def said(place: Path, **cuts: int) -> list[str]:
+        spec = DataSpec(path=str(place), **cuts)  # type: ignore[arg-type]
+        return left_out(spec, len(load_rows(spec)))
+
+    for place in (path, path.parent, tmp_path / "saved"):
+        assert said(place, limit=3) == [f"3 of 10 rows of {place} are used (limit: 3)"]
+    assert said(path, limit=3, offset=8) == [f"2 of 10 rows of {path} are used (limit: 3, offset: 8)"]
+    assert said(path, limit=10) == said(path) == said(path, limit=10, shuffle_seed=1) == []
 
 
 # --- limit, offset, order --------------------------------------------------------------------------------------------
@@ -168,7 +226,6 @@ def test_training_data_is_allowed() -> None:
         ({"source": "rows"}, "source 'rows' has no hub dataset of its own; give path=<file> or hub=<id>"),
         ({"source": "gsm8k", "limit": 0}, "limit=0: must be at least 1"),
         ({"source": "gsm8k", "offset": -1}, "offset=-1: must be 0 or more"),
-        ({"source": "gsm8k", "path": "x", "hub": "a/b"}, "path='x' and hub settings contradict each other"),
         ({"source": "task", "path": "x"}, "source 'task' generates its rows; drop path, hub and columns"),
         ({"source": "gsm8k", "options": {"calculator_mark": True}}, "no option 'calculator_mark'; did you mean"),
         ({"source": "gsm8k", "options": {"calculator_marks": 1}}, "must be bool, found int 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from stepkd.data.batching import BatchPlan
 from stepkd.data.loader import StepLoader
-from stepkd.errors import ConfigError, DataError, TrainingError
+from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import group_advantages, kl_estimate, reverse_kl
 from stepkd.models import Policy, PolicySpec
 from stepkd.modules import KDRLModule, KDSpec, PolicyLossSpec, RewardSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
@@ -469,7 +470,7 @@ def short(completions: list[str], **_: Any) -> list[float]:
 
 
 def undefined(completions: list[str], **_: Any) -> list[Any]:
-    return [0.5, None, *[1.0] * (len(completions) - 2)]
+    return [0.5, math.nan, *[1.0] * (len(completions) - 2)]
 
 
 @pytest.fixture
@@ -515,8 +516,47 @@ def test_rewards_of_steps() -> None:
 
 def test_rows_without_an_answer(rows: list[Any]) -> None:
     bare = [replace(row, row={"id": row.id, "prompt": "x"}) for row in rows]
-    with pytest.raises(DataError, match="has no 'answer': nothing says what its completions are worth"):
-        worker.run(bare, teacher=None)
+    assert all(rollout.correct is None for rollout in worker.run(bare, teacher=None).kept[0])
+    with pytest.raises(TrainingError, match=r"the reward 'accuracy' failed on .*: a row has no 'answer' to grade by"):
+        worker.run(bare, rewards=[RewardSpec("accuracy")], teacher=None)
+
+
+def skipping(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """Nothing to say of the first two completions of a group of four."""
+    return [float(len(ids)) if i % 4 > 1 else None for i, ids in enumerate(completion_ids)]
+
+
+def telling(
+    completion_ids: list[list[int]], log_metric: Any, log_extra: Any, trainer_state: Any, **_: Any
+) -> list[float | None]:
+    """One value, for the first completion of a group; the rest are passed over."""
+    log_metric("mine", 2.0 + trainer_state.global_step)
+    log_metric("mine", 4.0 + trainer_state.global_step)
+    log_extra("place", [f"{trainer_state.max_steps}/{i}" for i in range(len(completion_ids))])
+    return [1.0 if i % 4 == 0 else None for i in range(len(completion_ids))]
+
+
+def test_completions_that_rewards_pass_over(rows: list[Any], tmp_path: Path) -> None:
+    """A None is left out of the sum; where all are None the completion has no advantage, and no part in the mean."""
+    module = worker.run(rows, rewards=[skipping, RewardSpec(telling, weight=3.0)], teacher=None, folder=tmp_path)  # type: ignore[arg-type]
+    kept = module.kept[0]
+    for first in range(0, len(kept), 4):
+        group = kept[first : first + 4]
+        assert [r.parts["telling"] for r in group] == [1.0, None, None, None]
+        assert group[0].reward == 3.0
+        assert math.isnan(group[1].reward)
+        assert [r.reward for r in group[2:]] == [float(len(r.completion_ids)) for r in group[2:]]
+        known = [group[i] for i in (0, 2, 3)]
+        expected = group_advantages(torch.tensor([r.reward for r in known], dtype=torch.float64), torch.zeros(3).long())
+        assert [r.advantages[0] for r in known] == pytest.approx(expected.tolist())
+        assert set(group[1].advantages) == {0.0}
+    logged = module.logged[0]
+    assert logged["reward"] == pytest.approx(sum(r.reward for r in kept if r.reward == r.reward) / (len(kept) * 3 / 4))
+    assert logged["reward/telling"] == 1.0
+    assert logged["mine"] == 3.0
+    [sample, *_] = json.loads((tmp_path / "samples.jsonl").read_text())["samples"]
+    assert sample["extra"] == {"place": "1/0"}
+    assert sample["rewards"] == {"skipping": None, "telling": 1.0}
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,13 @@
-"""``rows``: files and hub datasets that are in contract form already, or become so through ``columns``.
+"""``rows``: files, hub datasets and rows in memory, in contract form, in TRL's, or so through ``columns``.
+
+TRL's types become contract rows:
+
+* ``messages`` (or ``conversations`` with ``from`` and ``value``): the last assistant turn is the ``solution`` and all
+  that stands before it the ``prompt``; earlier assistant turns are context and are not trained on.
+* ``prompt`` and ``completion``: the completion is the ``solution``, unless there is a ``label`` or ``token_ids``.
+* ``chosen`` and ``rejected`` without a prompt (or as whole conversations): their shared beginning is the ``prompt``.
+* A completion, solution or side of a pair that is a list of messages: the last one, an assistant turn, is the text.
+* ``instruction``, ``input``, ``output`` (Alpaca): instruction and input are the prompt, also where ``columns`` maps it.
 
 Ids and answers written as numbers become texts (42 -> "42", 7.0 -> "7"); nothing else is touched. Other columns are
 kept; one spelt nearly like a missing contract column is an error unless ``extra_columns: keep``.
@@ -6,18 +15,111 @@ kept; one spelt nearly like a missing contract column is an error unless ``extra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import takewhile
+from typing import Any
+
+from stepkd.data import checks
 from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, as_text, register
+
+Messages = list[dict[str, Any]]
+
+_KEYS = {"from": "role", "value": "content"}
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def _map(raw: RawRow, options: Options) -> Row:
-    texts = {name: as_text(raw[name]) for name in ("id", "problem_id", "answer") if name in raw}
-    return dict(raw) | texts
+    row = dict(raw)
+    _read_alpaca(row, raw.columns)
+    _read_conversation(row, raw)
+    for column in ("prompt", "solution", "completion"):
+        if isinstance(row.get(column), list):
+            turns = _messages(row[column], raw, column)
+            row[column] = turns if column == "prompt" else _last_turn(row, column, turns, raw)
+    if "chosen" in row and "rejected" in row:
+        _read_pair(row, raw)
+    if "completion" in row and not {"solution", "label", "token_ids"} & set(row):
+        row["solution"] = row["completion"]
+    return row | {name: as_text(row[name]) for name in ("id", "problem_id", "answer") if name in row}
+
+
+def _read_alpaca(row: Row, columns: Mapping[str, str]) -> None:
+    if "instruction" in row and "prompt" not in row:
+        row["prompt"] = row["instruction"]
+        row |= {"solution": row["output"]} if "output" in row and "solution" not in row else {}
+    elif columns.get("prompt") != "instruction":
+        return
+    more = row.get("input")
+    if isinstance(more, str) and more.strip() and isinstance(row["prompt"], str):
+        row["prompt"] = f"{row['prompt']}\n\n{more}"
+
+
+def _read_conversation(row: Row, raw: RawRow) -> None:
+    column = "messages" if "messages" in row else "conversations"
+    taken = any(row.get(name) is not None for name in ("solution", "completion", "completions", "chosen"))
+    if taken or not isinstance(row.get(column), list):
+        return
+    turns = _messages(row.pop(column), raw, column)
+    if turns[-1]["role"] == "assistant":
+        row["prompt"], row["solution"] = turns[:-1], turns[-1]["content"]
+    elif row.get("prompt") is None:
+        row["prompt"] = turns
+
+
+def _read_pair(row: Row, raw: RawRow) -> None:
+    """Texts of both sides, and their shared beginning as the prompt where there is none (TRL's ``extract_prompt``)."""
+    for side in ("chosen", "rejected"):
+        if isinstance(row[side], list):
+            row[side] = _messages(row[side], raw, side)
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    implicit = prompt is None or (isinstance(chosen, list) and not isinstance(prompt, list))
+    if implicit and isinstance(chosen, str | list) and type(chosen) is type(rejected):
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+        shared -= chosen[shared - 1 : shared] == " "  # belongs to the completion
+        if shared or prompt is None:
+            row["prompt"] = chosen[:shared]
+        row |= {"chosen": chosen[shared:], "rejected": rejected[shared:]}
+    for side in ("chosen", "rejected"):
+        if isinstance(turns := row[side], list):
+            if len(turns) != 1:
+                raise raw.error(f"has {len(turns)} messages behind the prompt; one assistant turn is read", column=side)
+            row[side] = _last_turn(row, side, turns, raw)
+
+
+def _last_turn(row: Row, column: str, turns: Messages, raw: RawRow) -> str:
+    """The text of an assistant turn; turns before it go to the prompt."""
+    if turns[-1]["role"] != "assistant":
+        raise raw.error(f"ends with the role {turns[-1]['role']!r}; end it with the assistant's turn", column=column)
+    if turns[:-1]:
+        if not isinstance(row.get("prompt", []), list):
+            raise raw.error("has several messages and the prompt is text; give messages in both", column=column)
+        row["prompt"] = [*row.get("prompt", []), *turns[:-1]]
+    return str(turns[-1]["content"])
+
+
+def _messages(value: list[Any], raw: RawRow, column: str) -> Messages:
+    """Chat messages with role and content; a content that is a list of text parts is joined."""
+    turns: Messages = []
+    for number, message in enumerate(value, start=1):
+        if isinstance(message, Mapping):
+            message = {_KEYS.get(key, key): each for key, each in message.items() if each is not None}
+            parts = message.get("content")
+            if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+                message["content"] = "".join(part["text"] for part in parts)
+            if isinstance(role := message.get("role"), str):
+                message["role"] = _ROLES.get(role, role)
+        if (wrong := checks.chat_message(message)) is not None:
+            raise raw.error(f"message {number} of {len(value)} {wrong}", column=column)
+        turns.append(message)
+    if not turns:
+        raise raw.error("must not be an empty list of messages", column=column)
+    return turns
 
 
 ROWS = register(
     Source(
         name="rows",
-        help="JSON Lines, JSON, Parquet, a saved dataset or a hub id, in contract form",
+        help="JSON Lines, JSON, Parquet, a saved dataset or a hub id, in contract form or in TRL's",
         contract=None,
         map_row=_map,
         options={

@@ -32,7 +32,8 @@ def _map(raw: RawRow, options: Options) -> Row:
     answer = final_answer(solution)
     if answer is None:
         raise raw.error(
-            "the solution has no '#### <answer>' line; use source 'rows' for other layouts", column="answer"
+            "the solution has no '#### <answer>' line; for other layouts set source: rows, columns: {prompt: question}",
+            column="answer",
         )
     if not options["calculator_marks"]:
         solution = _CALCULATOR_MARK.sub("", solution)

@@ -21,10 +21,13 @@ Options = Mapping[str, Any]
 
 
 class RawRow(dict[str, Any]):
-    """A row as read, its columns already under their contract names, with the place it came from."""
+    """A row as read, its columns already under their contract names, with the place it came from and the mapping."""
 
-    def __init__(self, values: Mapping[str, Any], *, path: str, line: int) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], *, path: str, line: int, columns: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(values)
+        self.columns = columns or {}
         self.path = path
         self.line = line
 
@@ -145,10 +148,11 @@ class Source:
             elif name not in self.optional:
                 raise DataError(
                     f"missing column {' or '.join(map(repr, candidates))} of source {self.name!r}; the row has "
-                    f"{listed}. If another column holds it, say so with columns: {{{name}: <that column>}}",
+                    f"{listed}. If another column holds it, say so with columns: {{{name}: <that column>}}; for a file "
+                    "of your own set source: rows",
                     path=path, line=line, column=candidates[0],
                 )  # fmt: skip
-        return RawRow(values, path=path, line=line)
+        return RawRow(values, path=path, line=line, columns=columns)
 
 
 def _same_type(value: object, default: object) -> bool:
@@ -215,7 +219,7 @@ def as_text(value: object) -> object:
     """
     if isinstance(value, bool):
         return value
-    if isinstance(value, int):
+    if isinstance(value, int) and value.bit_length() < 10_000:  # Python writes no integer of more than 4,300 digits
         return str(value)
     if isinstance(value, float) and value == value and abs(value) != float("inf"):
         return str(int(value)) if value.is_integer() else repr(value)
