@@ -5,9 +5,10 @@ it and the completion on its own, so no token straddles the two and training see
 ``boundary="joint"`` prompt and completion are tokenised as one text; a token that straddles the boundary counts as a
 completion token, and rows whose prompt ids then differ from those at inference are counted.
 
-The end rule. A finished solution ends in the tokenizer's end token (the turn end for chat models), which is a training
-target and belongs to the last step; it is never doubled. A completion given as ``token_ids`` (a rollout) is used as it
-is: sampled ids are never re-tokenised, and nothing is appended to one that was cut off.
+The end rule. A finished solution ends in the token that the chat template writes behind an answer (plain style: the
+tokenizer's end token), which is a training target and belongs to the last step; it is never doubled. A completion given
+as ``token_ids`` (a rollout) is used as it is: sampled ids are never re-tokenised, and nothing is appended to one that
+was cut off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stepkd.data.checks import ends_partition
-from stepkd.data.templates import PromptTemplate
+from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps import (
     Segmenter,
@@ -64,6 +65,14 @@ def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> 
     """16 bytes that a completion of a prompt is found by, in caches of what a frozen model says of it."""
     text = f"{','.join(map(str, prompt_ids))};{','.join(map(str, completion_ids))}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def with_end(completion: TokenizedText, template: PromptTemplate, tokenizer: Any) -> TokenizedText:
+    """A finished completion with its end token, unless it has one already."""
+    ids, text = completion.token_ids, completion.text
+    if not ids or ids[-1] in end_ids(tokenizer):
+        return completion
+    return TokenizedText((*ids, template.end_id(tokenizer)), text, (*completion.char_ends, len(text)))
 
 
 class Encoder:
@@ -206,13 +215,10 @@ class Encoder:
         return before, TokenizedText(whole.token_ids[cut:], text, char_ends)
 
     def _with_end(self, completion: TokenizedText, spans: list[Span]) -> tuple[TokenizedText, list[Span]]:
-        eos = self.tokenizer.eos_token_id
-        if not self.append_eos or not spans or completion.token_ids[-1] == eos:
+        if not self.append_eos or not spans:
             return completion, spans
-        ended = TokenizedText(
-            (*completion.token_ids, eos), completion.text, (*completion.char_ends, len(completion.text))
-        )
-        return ended, [*spans[:-1], (spans[-1][0], spans[-1][1] + 1)]
+        ended = with_end(completion, self.template, self.tokenizer)
+        return ended, [*spans[:-1], (spans[-1][0], len(ended))]
 
     def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
         """Encode rows, leaving out (and counting) those of which no whole step fits.

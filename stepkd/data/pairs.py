@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.encode import Encoder, Example, with_end
 from stepkd.data.packing import Completion
 from stepkd.errors import DataError
 from stepkd.steps import Span, TokenizedText, first_difference, segment, text_from_ids, tokenize_text
@@ -104,9 +104,8 @@ class PairEncoder(Encoder):
     def _whole(self, row: Mapping[str, Any], side: str) -> Ids:
         if (ids := self._sampled_side(row, side, str(row[side]))) is not None:
             return ids
-        ids = tokenize_text(self.tokenizer, row[side]).token_ids
-        eos = self.tokenizer.eos_token_id
-        return (*ids, eos) if self.append_eos and ids and ids[-1] != eos else ids
+        text = tokenize_text(self.tokenizer, row[side])
+        return (with_end(text, self.template, self.tokenizer) if self.append_eos else text).token_ids
 
     def _steps(self, row: Mapping[str, Any]) -> tuple[Ids, list[Ids]]:
         """Shared prefix and the two next steps."""

@@ -13,7 +13,7 @@ from typing import Any
 from stepkd.data.checks import ends_partition
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.step_labels import LabelRule, Target, step_targets
-from stepkd.data.templates import PromptTemplate
+from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.steps import (
     Span,
@@ -82,6 +82,9 @@ class StepEncoder(Encoder):
         self.marker_id = marker_id
         self.num_classes = num_classes
         self.labels = labels
+        # Models stop at tokens of their generation settings too, which a tokenizer does not list: all special ones.
+        special = {token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+        self._ends = (special | end_ids(tokenizer)) - {marker_id, tokenizer.unk_token_id}
 
     def layout(self, steps: Sequence[str], name: str = "?") -> Layout:
         """Token ids with markers of a solution given as step texts.
@@ -119,7 +122,7 @@ class StepEncoder(Encoder):
         Steps that do not end in white space get the separator's ids where :meth:`layout` gives the last step one.
         """
         length = len(completion)
-        while length and completion.token_ids[length - 1] == self.tokenizer.eos_token_id:
+        while length and completion.token_ids[length - 1] in self._ends:
             length -= 1
         if not length:
             raise UnreadableSolution("the solution has no tokens before its end token: drop the row", path=name)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -136,6 +137,11 @@ class PromptTemplate:
             ) from error
         return str(text) + self.answer_prefix
 
+    def end_id(self, tokenizer: Any) -> int:
+        """The token that ends a completion: in chat style what the chat template writes behind an answer."""
+        end = turn_end(tokenizer) if self.resolved_style(tokenizer) == "chat" else None
+        return int(tokenizer.eos_token_id if end is None else end)
+
     def prompt_id(self, tokenizer: Any | None = None) -> str:
         """Return a short stable hash of everything that shapes the text, to be recorded with results.
 
@@ -185,6 +191,29 @@ class PromptTemplate:
         if isinstance(prompt, list):
             return before + prompt
         return [*before, {"role": "user", "content": self.user.replace(_PLACEHOLDER, prompt)}]
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token with which a tokenizer's chat template ends an answer; None: there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    return _turn_end(tokenizer, str(template)) if template else None
+
+
+def end_ids(tokenizer: Any) -> frozenset[int]:
+    """Every token that may end a completion, as far as a tokenizer says: its end token, and the chat template's."""
+    return frozenset(int(each) for each in (tokenizer.eos_token_id, turn_end(tokenizer)) if each is not None)
+
+
+@lru_cache(maxsize=8)
+def _turn_end(tokenizer: Any, chat_template: str) -> int | None:
+    probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+    try:
+        _, found, behind = str(tokenizer.apply_chat_template(probe, tokenize=False)).rpartition("Answer")
+    except Exception:  # templates raise errors of their own making; `render` says so when it is used
+        return None
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+    special = {token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+    return next((token for token in ids if token in special or token == tokenizer.eos_token_id), None)
 
 
 _FIELDS = [each.name for each in fields(PromptTemplate)]

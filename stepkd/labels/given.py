@@ -159,7 +159,12 @@ class GivenSolutions:
         columns = {name: value for name, value in row.items() if name != "solution"}
         if "completions" not in row:
             return Candidate(
-                form="stepwise", columns=columns, text=row["solution"], ends_with_eos=True, signals=stored, **common
+                form="stepwise",
+                columns=columns,
+                text=row["solution"],
+                ended_by=self._encoder.template,
+                signals=stored,
+                **common,
             )
         steps = written_steps(row["completions"])
         return Candidate(

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, Protocol
 
+from stepkd.data.encode import with_end
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
+from stepkd.data.templates import PromptTemplate
 from stepkd.labels.labeller import Solution, StepLabels
 from stepkd.models import Policy
 from stepkd.rollout import annotate
@@ -55,8 +57,8 @@ class Candidate:
     """Sampled ids; None: ``text`` is to be tokenised."""
     text: str = ""
     """The solution's text."""
-    ends_with_eos: bool = False
-    """Whether a text is followed by the end token."""
+    ended_by: PromptTemplate | None = None
+    """The template whose end token follows the text; None: none does."""
     ends: tuple[int, ...] | None = None
     """Step ends in tokens, where the row has them."""
     steps: tuple[str, ...] | None = None
@@ -71,9 +73,7 @@ class Candidate:
         if self.token_ids is not None:
             return text_from_ids(tokenizer, self.token_ids)
         text = tokenize_text(tokenizer, self.text)
-        if not self.ends_with_eos or not len(text) or text.token_ids[-1] == tokenizer.eos_token_id:
-            return text
-        return TokenizedText((*text.token_ids, tokenizer.eos_token_id), text.text, (*text.char_ends, len(text.text)))
+        return text if self.ended_by is None else with_end(text, self.ended_by, tokenizer)
 
 
 class SolutionSource(Protocol):

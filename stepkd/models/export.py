@@ -12,6 +12,7 @@ from torch import nn
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import ADAPTER_CONFIG, first_line, in_base_precision
 from stepkd.models.checkpoint import load_trained
+from stepkd.models.load import listed_ends
 from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint
 from stepkd.models.step_head_io import save_step_head
@@ -87,6 +88,9 @@ def save_policy(policy: Policy, out: Path, *, mode: Literal["merged", "adapter"]
             )
         policy.model.save_pretrained(out, safe_serialization=True)
     else:
+        listed = listed_ends(policy.causal_lm)
+        if listed and (more := policy.eos_ids - listed):
+            policy.causal_lm.generation_config.eos_token_id = [*sorted(listed), *sorted(more)]
         if policy.has_adapter:
             _untie_adapted_head(in_base_precision(policy.model).get_base_model())
         model = policy.model.merge_and_unload() if policy.has_adapter else policy.model

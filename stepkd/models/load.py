@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from stepkd.data.templates import turn_end
 from stepkd.errors import ConfigError, ModelError
 from stepkd.launch.processor import compute_dtype, fast_bfloat16
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
@@ -45,6 +46,7 @@ def load_model(spec: PolicySpec) -> tuple[Any, Any]:
         )
     model = _base_model(_base_spec(spec))
     tokenizer = load_tokenizer(spec)
+    _warn_of_turn_end(model, tokenizer, spec.path)
     if adapter is not None:
         model = load_adapter(model, adapter)
     elif spec.lora is not None:
@@ -60,6 +62,23 @@ def training_spec(spec: PolicySpec) -> PolicySpec:
     base = as_trained(spec)
     trains_all = base.lora is None and adapter_folder(base.path) is None
     return replace(spec, dtype="float32") if trains_all and spec.dtype == "auto" else spec
+
+
+def listed_ends(causal_lm: Any) -> frozenset[int]:
+    """The ids at which the model's generation settings stop."""
+    ids = getattr(getattr(causal_lm, "generation_config", None), "eos_token_id", None)
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+
+
+def _warn_of_turn_end(causal_lm: Any, tokenizer: Any, path: str) -> None:
+    end = turn_end(tokenizer)
+    if end not in (None, tokenizer.eos_token_id, *listed_ends(causal_lm)):
+        logger.warning(
+            "%s: its chat template ends an answer with %r, which its generation settings do not list: answers in chat "
+            "style are trained to end in it, sampling stops at it too, and an export lists it",
+            path,
+            tokenizer.convert_ids_to_tokens(end),
+        )
 
 
 def checkpoint_layers(model: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from stepkd.data.templates import end_ids
 from stepkd.errors import ConfigError, ModelError
 from stepkd.losses.linear import VocabHead
 from stepkd.models.adapter import first_line
@@ -26,7 +27,7 @@ from stepkd.models.head import (
     real_vocab_size,
     vocab_head,
 )
-from stepkd.models.load import load_model
+from stepkd.models.load import listed_ends, load_model
 from stepkd.models.packed import check_packing, packed_mask
 from stepkd.models.sharding import gathered
 from stepkd.models.spec import PolicySpec
@@ -172,11 +173,9 @@ class Policy(nn.Module):
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """Every id that ends a generation: the tokenizer's end token and the model's generation settings."""
-        ids = {int(self.tokenizer.eos_token_id)}
-        configured = getattr(getattr(self.causal_lm, "generation_config", None), "eos_token_id", None)
-        if configured is not None:
-            ids.update([configured] if isinstance(configured, int) else configured)
+        """Every id that ends a generation: the tokenizer's end token, that which the chat template writes behind an
+        answer, and the model's generation settings."""
+        ids = end_ids(self.tokenizer) | listed_ends(self.causal_lm)
         return frozenset(i for i in ids if 0 <= i < self.vocab_size)
 
     @property

@@ -224,6 +224,7 @@ class VLLMSampler(_Sampler):
 
     def _ask(self, number: int, prompt: list[int], spec: SamplingSpec, limit: int, key: int) -> list[Rollout]:
         extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
+        extra["stop_token_ids"] = sorted(self.policy.eos_ids)
         if spec.stop:
             extra |= {"stop": list(spec.stop), "include_stop_str_in_output": True}
         answer = self.client.generate(
@@ -289,7 +290,8 @@ class ColocatedSampler(_Sampler):
                 top_k=sampling.top_k,
                 max_completion_length=sampling.max_new_tokens,
                 logprobs=0,
-                generation_kwargs={"seed": sampling.seed} if sampling.temperature == 0 else {},
+                generation_kwargs={"stop_token_ids": sorted(policy.eos_ids)}
+                | ({"seed": sampling.seed} if sampling.temperature == 0 else {}),
             )
         except ImportError as error:
             raise ConfigError(f"vllm.colocate needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error

@@ -87,6 +87,7 @@ def test_noise_is_keyed_by_prompt_and_step(policy: Policy, server: Any) -> None:
     again = ours.sample(texts, spec, step=2)
     assert [[r.token_ids for r in row] for row in again] != [[r.token_ids for r in row] for row in whole]
     assert len({body["seed"] for body in server.requests}) == 6
+    assert all(body["stop_token_ids"] == sorted(policy.eos_ids) for body in server.requests)
 
 
 def test_other_temperatures_need_the_right_log_probabilities(policy: Policy, server: Any) -> None:
