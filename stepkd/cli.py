@@ -101,8 +101,8 @@ def _main(arguments: list[str]) -> int:
             module.add_arguments(parser)
             return int(module.run(parser.parse_args(rest)) or 0)
     except StepkdError as error:
-        tell_agent(error)
-        print(f"stepkd {command}{rank_name()}: {error}", file=sys.stderr)
+        if not tell_agent(error):
+            print(f"stepkd {command}{rank_name()}: {error}", file=sys.stderr)
         return 1 if isinstance(error, MachineError) else 2
     except Exception as error:
         tell_agent(error)

@@ -198,6 +198,7 @@ class StepData(LightningDataModule):
             rank=rank,
             world_size=world_size,
             position=self._train_position if training else Position,
+            limit=trainer.limit_train_batches if training and trainer is not None else 1.0,
         )
 
     def _groups(self, examples: list[Example]) -> list[int] | None:

@@ -51,6 +51,8 @@ class StepLoader:
         plan: the batches of each epoch.
         rank, world_size: which share to deliver.
         position: returns where to start.
+        limit: how much of a pass counts as all of it: a number of batches, or a share of them (the Trainer's
+            ``limit_train_batches``). The pass after it starts afresh.
 
     Raises:
         ConfigError: on iteration, when the position lies beyond the epoch: the data or the batch size has changed.
@@ -64,12 +66,14 @@ class StepLoader:
         rank: int = 0,
         world_size: int = 1,
         position: Callable[[], Position] = Position,
+        limit: float = 1.0,
     ) -> None:
         self.examples = examples
         self.plan = plan
         self.rank = rank
         self.world_size = world_size
         self.position = position
+        self.limit = limit
         shortest = min(examples, key=lambda example: (not example.completion_ids, example.length, example.id))
         if not shortest.completion_ids:  # prompts to sample from; a dummy batch needs a target all the same
             shortest = replace(shortest, completion_ids=shortest.prompt_ids[-1:], spans=((0, 1),))
@@ -90,6 +94,7 @@ class StepLoader:
     def __iter__(self) -> Iterator[StepBatch]:
         start = self.position()
         batches = self.plan.batches(start.epoch)
+        batches = batches[: self.limit if isinstance(self.limit, int) else int(self.limit * len(batches))]
         if start.batch >= len(batches):
             raise ConfigError(
                 f"the run stands before batch {start.batch} of epoch {start.epoch}, and this data makes only "

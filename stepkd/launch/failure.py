@@ -5,8 +5,10 @@ Imports only the standard library until there is a failure.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,29 @@ def rank_name(environ: Mapping[str, str] | None = None) -> str:
     return f" (rank {environ.get('RANK', '?')})"
 
 
-def tell_agent(error: BaseException) -> None:
-    """Let the agent of torchrun or accelerate, if there is one, put this error on top of its report."""
-    if not os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        return
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+def tell_agent(error: BaseException) -> bool:
+    """Let the agent of torchrun or accelerate, if there is one, put this error on top of its report.
 
-    get_error_handler().record_exception(error)
+    A traceback goes with it only where the error does not explain itself.
+
+    Returns:
+        Whether the report says enough: the error is a mistake in the command or the recipe, which every rank finds,
+        and this is not the first rank of its machine.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return False
+    if not isinstance(error, StepkdError):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        return False
+    message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+    try:
+        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+    except OSError:
+        return False
+    return not isinstance(error, MachineError) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def explained(error: BaseException, module: Any = None, last: Path | None = None) -> MachineError | None:

@@ -17,6 +17,8 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # reports that were asked for
+    logging.getLogger("lightning").handlers.clear()  # it would repeat what the root logger prints
     for text in (
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*does not have many workers.*",
@@ -28,5 +30,6 @@ def quiet_libraries() -> None:
         ".*Total length of `list` across ranks is zero.*",
         ".*`is_gradient_checkpointing` is deprecated.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
+        r".*self\.log\('(val|test)/.*sync_dist=True.*",  # ours are reduced over ranks before they are logged
     ):
         warnings.filterwarnings("ignore", text)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 CLUSTER = Path(__file__).resolve().parents[2] / "recipes" / "cluster"
@@ -97,7 +98,7 @@ def test_two_nodes(settings: tuple[Any, list[str]]) -> None:
     assert sum("finished after" in text for text in texts) == 1
     assert made.fit("one").returncode == 0
     ours, theirs = (made.last(name)["state_dict"] for name in ("parts", "one"))
-    assert all(ours[name].sub(theirs[name]).abs().max() < 2e-5 for name in theirs)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-5) for name in theirs)
 
 
 @pytest.mark.parametrize("script", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)

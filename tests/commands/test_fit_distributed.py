@@ -59,6 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for out, two in (("one", False), ("two", True)):
         done = fit(folder, out, two=two)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "sync_dist" not in done.stderr, "validation is reduced over the ranks already"
     return folder
 
 
@@ -79,6 +80,7 @@ def test_an_existing_folder_stops_both_ranks(folder: Path) -> None:
     done = fit(folder, "two", two=True)
     assert done.returncode != 0
     assert "--resume" in done.stderr
+    assert done.stderr.count("Traceback (most recent call last)") == 1, "the agent's own"
 
 
 @pytest.mark.slow

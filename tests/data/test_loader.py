@@ -48,6 +48,15 @@ def test_positions(plan: dict[str, Any]) -> None:
     assert positions[-1] == Position(3, 0)
 
 
+@pytest.mark.parametrize(("limit", "batches"), [(2, 2), (0.5, 3), (1, 1), (1.0, 6), (99, 6)])
+def test_a_limited_pass_ends_early_and_the_next_starts_afresh(limit: float, batches: int) -> None:
+    first = list(loader(limit=limit))
+    assert first == [*loader()][: batches - 1] + first[-1:]
+    assert len(first) == batches
+    assert first[-1].next_position == Position(1, 0)
+    assert len(list(loader(Position(0, batches - 1), limit=limit))) == 1, "resumed within it"
+
+
 def test_iteration_reads_the_position_each_time() -> None:
     where = [Position(0, 0)]
     batches = loader(lambda: where[0])

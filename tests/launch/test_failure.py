@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stepkd.errors import ConfigError, MachineError
+from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.launch import PhaseTracker
-from stepkd.launch.failure import explained, rank_name
+from stepkd.launch.failure import explained, rank_name, tell_agent
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,49 @@ def test_other_errors_stay(error: Exception) -> None:
 def test_ranks_are_named_under_a_launcher() -> None:
     assert rank_name({}) == rank_name({"WORLD_SIZE": "1", "RANK": "0"}) == ""
     assert rank_name({"WORLD_SIZE": "4", "RANK": "3"}) == " (rank 3)"
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "enough"),
+    [
+        (ConfigError("no such recipe"), "0", False),
+        (ConfigError("no such recipe"), "1", True),
+        (MachineError("out of memory"), "1", False),
+    ],
+)
+def test_an_agent_is_told_what_happened_without_a_traceback(
+    error: Exception, rank: str, enough: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a mistake that all ranks find is printed by one of them."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    told = None
+    try:
+        raise error
+    except StepkdError as caught:
+        told = tell_agent(caught)
+    assert told == enough
+    failure = ProcessFailure(local_rank=int(rank), pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    report = str(ChildFailedError("stepkd", {int(rank): failure}))
+    assert f"traceback : {error}" in report
+    assert "Traceback (most recent call last)" not in report
+
+
+def test_other_errors_keep_their_traceback_in_the_agents_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    told = None
+    try:
+        raise ZeroDivisionError("why")
+    except ZeroDivisionError as caught:
+        told = tell_agent(caught)
+    assert told is False
+    assert "Traceback (most recent call last)" in (tmp_path / "error.json").read_text()
+
+
+def test_without_an_agent_everything_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert not tell_agent(ConfigError("no such recipe"))
