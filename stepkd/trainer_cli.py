@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stepkd.commands.recipes import with_recipe_files
@@ -30,7 +30,7 @@ from stepkd.launch.checkpoint_files import find_last_checkpoint
 from stepkd.launch.checkpoint_io import AtomicCheckpointIO
 from stepkd.launch.failure import explained
 from stepkd.launch.last_checkpoint import BestCheckpoint, LastCheckpoint
-from stepkd.launch.logger import JsonlLogger
+from stepkd.launch.logger import JsonlLogger, place_loggers
 from stepkd.launch.preemption import Preempted
 from stepkd.launch.preemption_callback import SaveWhenPreempted
 from stepkd.launch.progress import StepProgress
@@ -57,8 +57,8 @@ class CheckpointSpec:
     """``last.ckpt`` is written every so many optimiser steps, and at the end."""
     keep_previous: int = 0
     """How many earlier ones stay beside it, as ``step=N.ckpt``: where a torn ``last.ckpt`` sends ``--resume``."""
-    monitor: str = "val/loss"
-    """``best.ckpt`` is the checkpoint with the best value of this; needs validation data."""
+    monitor: str | None = "val/loss"
+    """``best.ckpt`` is the checkpoint with the best value of this; needs validation data. Null: there is none."""
     mode: str = "min"
     """Whether a smaller (``min``) or larger (``max``) value is better."""
     preempted_exit_code: int = 0
@@ -158,6 +158,7 @@ class StepkdCLI(LightningCLI):
             _check_monitor(config)
         config.weights_only = True
         self._write_config()
+        place_loggers(config.trainer.logger, Path() if self.run_dir is None else self.run_dir.path)
 
     def _write_config(self) -> None:
         if self.run_dir is None or not self.run_dir.info.is_rank_zero:
@@ -197,17 +198,21 @@ class StepkdCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         config = self.config[self.subcommand]
         self.model.checkpoint = config.get("ckpt_path")
-        callbacks: list[Callback] = [StepProgress()]
+        own = self._get(self.config_init, "trainer").callbacks or []
+        has_bar = any(isinstance(each, ProgressBar) for each in (own if isinstance(own, list) else [own]))
+        callbacks: list[Callback] = [] if has_bar or config.trainer.enable_progress_bar is False else [StepProgress()]
         if self.run_dir is not None and self.subcommand == "fit":
-            callbacks.append(_TemplateFile(self.run_dir.path))
+            callbacks.append(_RunFacts(self.run_dir.path, recipe_settings(yaml.safe_load(self._config_text()))))
             if config.trainer.get("default_root_dir") is None:
                 kwargs["default_root_dir"] = str(self.run_dir.path)
-            if config.trainer.get("logger") in (None, True):
-                kwargs["logger"] = JsonlLogger(self.run_dir.path)
+            if (given := self._get(self.config_init, "trainer").logger) is not False:
+                given = [] if given in (None, True) else list(given) if isinstance(given, Iterable) else [given]
+                ours = [] if any(isinstance(each, JsonlLogger) for each in given) else [JsonlLogger(self.run_dir.path)]
+                kwargs["logger"] = [*given, *ours]
             spec = config.checkpoint
             self.last = LastCheckpoint(self.run_dir.checkpoints / "last.ckpt", spec.every_n_steps, spec.keep_previous)
             callbacks.append(SaveWhenPreempted(self.last))
-            if _has_validation(config):
+            if _has_validation(config) and spec.monitor is not None:
                 callbacks.append(_best(self.run_dir, spec))
             callbacks.append(self.last)  # after the best one, so that the state it saves knows the newest best score
         elif config.trainer.get("logger") is None:
@@ -236,11 +241,17 @@ class StepkdCLI(LightningCLI):
                 print(f"  {line}")
 
 
-class _TemplateFile(Callback):
-    """Writes the run's prompt template beside its settings."""
+class _RunFacts(Callback):
+    """Tells every logger the run's settings, and writes its prompt template beside them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
+        self.settings = settings
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before Lightning saves the loggers without settings."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Not before, because a folder in which nothing has begun is removed when the run fails."""
@@ -274,7 +285,7 @@ def _find_model(config: Any, subcommand: str) -> None:
 def _check_monitor(config: Any) -> None:
     """Refuse a monitored value that no validation of this recipe can give."""
     monitor, samples = config.checkpoint.monitor, (config.model.init_args.get("validation") or {}).get("samples", 0)
-    if not _has_validation(config):
+    if not _has_validation(config) or monitor is None:
         return
     if not monitor.startswith("val/"):
         raise ConfigError(f"checkpoint.monitor={monitor!r}: must be a validation value, for instance val/loss")

@@ -29,6 +29,11 @@ Row = dict[str, Any]
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _PARQUET_BATCH_ROWS = 1024
+_ARRAY = "a JSON array, and this ending means one object per line"
+_TABLE = (
+    "is it a table? For CSV: python -c \"import pandas; pandas.read_csv('in.csv').to_json('out.jsonl', "
+    "orient='records', lines=True)\""
+)
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[Row, int]]:
@@ -104,7 +109,12 @@ def _read_json_lines(path: Path) -> Iterator[tuple[Row, int]]:
             for number, raw in enumerate(handle, start=1):
                 text = _decode(raw, path=path, line=number)
                 if text.strip():
-                    value = _parse(text.rstrip(), path=path, line=number, remedy="mend or delete this line")
+                    remedy = "mend or delete this line"
+                    if number == 1 and text.lstrip().startswith("["):
+                        raise DataError(f"{_ARRAY}: let the name end in .json", path=path, line=1)
+                    if number == 1 and not text.lstrip().startswith("{"):
+                        remedy = _TABLE
+                    value = _parse(text.rstrip(), path=path, line=number, remedy=remedy)
                     yield _as_object(value, path=path, line=number), number
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(

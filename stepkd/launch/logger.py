@@ -12,10 +12,12 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import IO, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from typing_extensions import override
 
@@ -123,6 +125,32 @@ class JsonlLogger(Logger):
             # The process died while it wrote: end that line, so that ours starts on its own.
             stream.write("\n")
         return stream
+
+
+for _logger in (CSVLogger, TensorBoardLogger):
+    if signature(_logger).parameters["save_dir"].default is Parameter.empty:  # a recipe need not name the run's folder
+        _logger.__init__.__defaults__ = (None, *_logger.__init__.__defaults__)  # type: ignore[misc]
+
+
+def place_loggers(settings: Any, folder: Path) -> None:
+    """Give loggers that are told neither folder nor name those of the run.
+
+    Args:
+        settings: of one logger or several, as parsed; changed in place.
+        folder: the run folder.
+    """
+    for logger in settings if isinstance(settings, list) else [settings]:
+        options = getattr(logger, "init_args", None) or {}
+        is_wandb = str(getattr(logger, "class_path", "")).endswith("WandbLogger")
+        for name, unset, value in (
+            ("save_dir", (None, "."), str(folder)),
+            ("save_dir", ("./mlruns",), str(folder / "mlruns")),
+            ("root_dir", (None,), str(folder)),
+            ("run_name", (None,), folder.name),
+            ("name", (None,) if is_wandb else (), folder.name),
+        ):
+            if name in options and options[name] in unset:
+                options[name] = value
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ class Phase:
     """One thing being done: its name, and how far it is when it can be counted."""
 
     name: str
-    """What is being done, one or two words ("rollout", "scoring", "training", "validation", "grading")."""
+    """What is being done, one or two words ("rollout", "scoring", "micro-batch", "validation", "grading")."""
     total: int | None = None
     """Number of units to do (sequences, micro-batches, problems), or None when it is not known beforehand."""
     done: int = 0

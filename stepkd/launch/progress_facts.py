@@ -27,7 +27,7 @@ def what_is_done(trainer: Trainer, tracker: PhaseTracker | None, batch: tuple[in
         batch: batches done and batches in all (may be infinite) of an evaluation, or None outside one.
 
     Returns:
-        "rollout 64/128", "validation 2/10 > grading 3", "training", ...
+        "rollout 64/128", "micro-batch 1/4", "validation 2/10 > grading 3", "training", ...
     """
     stage = trainer.state.stage
     name = "preparing" if stage is None else _STAGES.get(stage.value, str(stage.value))

@@ -129,7 +129,7 @@ class RunDir:
         """
         if not self.info.is_rank_zero or self.resume_from is not None:
             return False
-        left = {entry.name for entry in self.path.iterdir()} - {MARKER, "config.yaml"}
+        left = {entry.name for entry in self.path.iterdir()} - {MARKER, "config.yaml", "hparams.json"}
         if left - {"checkpoints"} or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
             return False
         shutil.rmtree(self.path)

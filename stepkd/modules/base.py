@@ -375,7 +375,7 @@ class StepModule(EvaluationLoops):
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
-        with self.phases.phase("training", total=longest):
+        with self.phases.phase("micro-batch", total=longest):
             for i, micro_batch in enumerate(padded):
                 with gradient_sync(self.trainer.strategy.model, enabled=i + 1 == longest):
                     loss, terms = self.model(self._micro_loss, micro_batch.to(self.device), counts)

@@ -12,7 +12,7 @@ from stepkd.launch.resume import check_changes, newest_config, recipe_settings
 
 THEN = {
     "seed_everything": 0,
-    "trainer": {"max_steps": 6, "devices": 1, "logger": None, "precision": None, "overfit_batches": 0.0},
+    "trainer": {"max_steps": 6, "devices": 1, "logger": None, "precision": None},
     "checkpoint": {"every_n_steps": 100, "monitor": "val/loss"},
     "model": {
         "class_path": "stepkd.modules.GKDModule",
@@ -68,7 +68,6 @@ def test_length_logging_and_hardware_are_applied_and_said(dotted: str, value: An
     [
         ("seed_everything", 1, "seed"),
         ("trainer.precision", "bf16-mixed", "trainer.precision"),
-        ("trainer.overfit_batches", 1, "trainer.overfit_batches"),
         ("checkpoint.monitor", "val/accuracy", "checkpoint.monitor"),
         ("model.class_path", "stepkd.modules.SFTModule", "model.class_path"),
         ("model.init_args.policy.lora", {"r": 4}, "policy.lora.r"),
