@@ -11,7 +11,7 @@ from stepkd.data.encode import Encoder, Example
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps import Segmenter, Span, TokenizedText, spans_from_ends, tokenize_text, truncate_spans
+from stepkd.steps import Segmenter, Span, TokenizedText, spans_from_ends, tokenize_text, truncate_spans, written_steps
 
 RIGHT, WRONG, UNKNOWN = 1, 0, -1
 
@@ -100,14 +100,12 @@ class FeedbackEncoder(Encoder):
     def _stepwise(self, row: Mapping[str, Any], name: str, outcome: int) -> Example | None:
         """A solution that comes as step texts; one whose outcome is not known may be unfinished and gets no end."""
         prompt = self.prompt_ids(row)
-        steps = row["completions"]
-        last = len(steps) - 1
-        written = [step if i == last or step[-1:].isspace() else step + "\n" for i, step in enumerate(steps)]
+        written = written_steps(row["completions"])
         text = tokenize_text(self.tokenizer, "".join(written))
         ends = [text.token_end(end) for end in accumulate(map(len, written))]
         if any(end <= before for before, end in zip([0, *ends], ends, strict=False)):
             raise DataError(
-                "two steps share a token: give steps that white space keeps apart", path=name, column="completions"
+                "two steps share a token: give steps that a line break keeps apart", path=name, column="completions"
             )
         spans: list[Span] = spans_from_ends(ends, len(text))
         if outcome != UNKNOWN:

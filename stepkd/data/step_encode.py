@@ -6,8 +6,10 @@ index, never something found again in decoded text.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from stepkd.data.checks import ends_partition
@@ -24,6 +26,8 @@ from stepkd.steps import (
     spans_from_ends,
     text_from_ids,
     tokenize_text,
+    tokenize_texts,
+    written_steps,
 )
 
 
@@ -90,36 +94,41 @@ class StepEncoder(Encoder):
         """Token ids with markers of a solution given as step texts.
 
         Raises:
-            DataError: no steps, an empty one, two steps that share a token, or the marker inside a step.
+            DataError: no steps, an empty one, one without a token, or the marker inside a step.
         """
         if not steps or any(not step.strip() for step in steps):
             raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
-        last = len(steps) - 1
-        written = [
-            step if step[-1].isspace() or (i == last and not self._closes_last) else step + self.format.separator
-            for i, step in enumerate(steps)
-        ]
-        if self.format.tokenize == "per_step":
-            parts = [tokenize_text(self.tokenizer, text) for text in written]
-            whole = _joined(parts)
-            ends = _cumulated([len(part) for part in parts])
-        else:
-            whole = tokenize_text(self.tokenizer, "".join(written))
-            ends = [whole.token_end(end) for end in _cumulated([len(text) for text in written])]
-        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), start=1):
-            if not whole.span_text(start, end).strip():
-                raise DataError(
-                    f"step {number} has no token of its own (it shares one with the step before): give steps that a "
-                    "separator keeps apart, or set tokenize to 'per_step'",
-                    path=name,
-                    column="completions",
-                )
-        return self._marked(whole, ends, name)
+        pieces: list[str] = []
+        counts: list[int] = []
+        for step in written_steps(steps, self.format.separator, close_last=self._closes_last):
+            text = step.rstrip() if self.format.marker_place == "before_separator" else step
+            pieces += [text, step[len(text) :]] if text != step else [text]
+            counts.append(len(pieces))
+        parts = self._tokenized(pieces)
+        ends = [sum(map(len, parts[:count])) for count in counts]
+        if 0 in ends or len(set(ends)) < len(ends):
+            raise DataError("a step has no token in this tokenizer: drop it", path=name, column="completions")
+        return self._marked(_joined(parts), ends, name)
+
+    def _tokenized(self, pieces: Sequence[str]) -> list[TokenizedText]:
+        """Pieces of one solution, each tokenised without the next: no token reaches over the end of a step, and none
+        depends on what follows it. All but the first are read as behind a line break, unless every step is to begin a
+        text (``per_step``)."""
+        alone = tokenize_texts(self.tokenizer, pieces)
+        if self.format.tokenize == "per_step" or not self._begins_texts:
+            return alone
+        return alone[:1] + _behind_line_break(self.tokenizer, alone[1:])
+
+    @cached_property
+    def _begins_texts(self) -> bool:
+        """Whether the tokenizer begins a text with a piece of its own (SentencePiece)."""
+        alone = tokenize_texts(self.tokenizer, ["1"])
+        return _behind_line_break(self.tokenizer, alone) != alone
 
     def layout_from_ids(self, completion: TokenizedText, spans: Sequence[Span], name: str = "?") -> Layout:
         """Token ids with markers of a sampled solution; its own ids are kept, without the end token.
 
-        Steps that do not end in white space get the separator's ids where :meth:`layout` gives the last step one.
+        Steps get the separator's ids as in :meth:`layout`, where that gives the last step one.
         """
         length = len(completion)
         while length and completion.token_ids[length - 1] in self._ends:
@@ -143,21 +152,18 @@ class StepEncoder(Encoder):
         return bool(self.format.separator) and self.format.marker_place == "step_end"
 
     def _closed(self, completion: TokenizedText, ends: Sequence[int]) -> tuple[TokenizedText, list[int]]:
-        """The solution with the separator's ids behind every step that does not end in white space.
+        """The solution with the separator's ids behind every step that :func:`written_steps` separates.
 
         Not behind the last one alone: where a segmenter cuts without a line end (sentences), that would tell it apart.
         """
-        text = self.format.separator
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) > 1 and not text.startswith(" ") and not self.tokenizer.decode(ids[:1]).strip(" "):
-            ids = ids[1:]  # SentencePiece's begin-of-word piece, which no separator behind a step has
-        separator = TokenizedText(tuple(ids), text, (len(text),) * len(ids))
+        separator = self._tokenized(["1", self.format.separator])[1]
         steps: list[TokenizedText] = []
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             before = completion.char_ends[start - 1] if start else 0
             char_ends = tuple(char_end - before for char_end in completion.char_ends[start:end])
             step = TokenizedText(completion.token_ids[start:end], completion.span_text(start, end), char_ends)
-            steps.append(step if step.text[-1:].isspace() else _joined([step, separator]))
+            (written,) = written_steps([step.text], separator.text, close_last=True)
+            steps.append(step if written == step.text else _joined([step, separator]))
         return _joined(steps), _cumulated([len(step) for step in steps])
 
     def _marked(self, whole: TokenizedText, ends: Sequence[int], name: str) -> Layout:
@@ -285,6 +291,16 @@ class StepEncoder(Encoder):
                 f"max_length={self.max_length} tokens ({dict(self.counts)}): label the rows, or raise max_length"
             )
         return kept
+
+
+def _behind_line_break(tokenizer: Any, alone: Sequence[TokenizedText]) -> list[TokenizedText]:
+    """Texts' tokens as they are behind a line break; as they are alone where one token holds the break and more."""
+    found = []
+    for text, behind in zip(alone, tokenize_texts(tokenizer, ["\n" + text.text for text in alone]), strict=True):
+        skip = bisect_left(behind.char_ends, 1) + 1
+        ids, char_ends = behind.token_ids[skip:], tuple(end - 1 for end in behind.char_ends[skip:])
+        found.append(TokenizedText(ids, text.text, char_ends) if 1 in behind.char_ends else text)
+    return found
 
 
 def _cumulated(lengths: Sequence[int]) -> list[int]:

@@ -15,8 +15,8 @@ from typing import Any
 from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.rows import DEMONSTRATION, validate
 from stepkd.labels.convert import Converted, Converter, ConvertOptions, register
-from stepkd.labels.given import written_steps
 from stepkd.labels.matching import label_column, row_labels
+from stepkd.steps.format import written_steps
 from stepkd.steps.labels import verdicts
 
 Row = Mapping[str, Any]

@@ -19,10 +19,10 @@ from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.rows import ROLLOUT, STEPWISE, UNPAIRED, Contract, validate
 from stepkd.errors import DataError
 from stepkd.labels.convert import Converted, Converter, ConvertOptions, register
-from stepkd.labels.given import written_steps
 from stepkd.labels.matching import label_column
 from stepkd.labels.solutions import PROBLEM_COLUMNS
 from stepkd.scorers.rows import problem_key
+from stepkd.steps.format import written_steps
 from stepkd.steps.labels import label_kind, verdicts
 
 Row = Mapping[str, Any]

@@ -15,9 +15,9 @@ from stepkd.labels.sampled import at_temperature_one
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Candidate, Row, token_signals
 from stepkd.models import Policy
 from stepkd.steps import Segmenter, get_segmenter
+from stepkd.steps.format import written_steps
 
 GROUP = 32  # rows whose signals are computed and stored together
-SEPARATOR = "\n"  # between two steps that come without white space
 
 
 def given_rows(data: DataSpec) -> list[dict[str, Any]]:
@@ -185,12 +185,6 @@ class GivenSolutions:
         if row.get("raw_logprobs") is not None:
             return {"logprobs": row["raw_logprobs"]}
         return {"logprobs": row["logprobs"]} if at_temperature_one(row["sampling"]) else {}
-
-
-def written_steps(steps: Sequence[str]) -> tuple[str, ...]:
-    """Step texts as they stand in the solution: a line break after each that does not end in white space."""
-    last = len(steps) - 1
-    return tuple(step if i == last or step[-1:].isspace() else step + SEPARATOR for i, step in enumerate(steps))
 
 
 def _stated_outcome(row: Mapping[str, Any]) -> bool | None:

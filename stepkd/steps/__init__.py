@@ -1,7 +1,7 @@
 """What a step is: token-index spans made once and used by labelling, training, search and evaluation."""
 
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
-from stepkd.steps.format import MARKER_CANDIDATES, Meaning, StepFormat
+from stepkd.steps.format import MARKER_CANDIDATES, Meaning, StepFormat, written_steps
 from stepkd.steps.labels import THRESHOLD, Label, first_incorrect, label_kind, passes, verdicts
 from stepkd.steps.markers import auto_marker, marker_token_id
 from stepkd.steps.segment import (
@@ -23,7 +23,7 @@ from stepkd.steps.spans import (
     step_index,
     truncate_spans,
 )
-from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
+from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text, tokenize_texts
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS, SegmentThreshold, fit_threshold
 
 __all__ = [
@@ -60,6 +60,8 @@ __all__ = [
     "step_index",
     "text_from_ids",
     "tokenize_text",
+    "tokenize_texts",
     "truncate_spans",
     "verdicts",
+    "written_steps",
 ]

@@ -5,6 +5,7 @@ Published process reward models differ in nothing so much as in this, and get it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,14 +25,15 @@ class StepFormat:
     :data:`MARKER_CANDIDATES` that the tokenizer has as one token; None: no marker, a step is scored at its last
     token."""
     separator: str = "\n"
-    """Text between two steps, where a step does not end in white space already; empty where the steps are cuts of one
-    text (AdaptiveStep) and joining them gives it back."""
+    """Text between two steps (:func:`written_steps`); empty where the steps are cuts of one text (AdaptiveStep) and
+    joining them gives it back."""
     marker_place: Literal["step_end", "before_separator"] = "step_end"
     """``step_end``: behind the separator, where the step's span ends; ``before_separator``: between the step's text and
     its separator (Math-Shepherd's ``ки`` before the newline)."""
     tokenize: Literal["whole", "per_step"] = "whole"
-    """``whole``: the solution once, as the policy reads it; ``per_step``: every step on its own, as models do whose
-    marker is a special token between steps without a separator (Qwen2.5-Math-PRM)."""
+    """``whole``: one solution, as the policy reads it, in which no token reaches over the end of a step; ``per_step``:
+    every step as the beginning of a text, as models do whose marker is a special token between steps without a
+    separator (Qwen2.5-Math-PRM). They differ for tokenizers that begin a text with a piece of its own."""
 
     def __post_init__(self) -> None:
         check_choice("marker_place", self.marker_place, ("step_end", "before_separator"))
@@ -40,6 +42,20 @@ class StepFormat:
             raise ConfigError("the step marker is empty text: name a token, 'auto', or null for no marker")
         if self.marker is None and self.marker_place == "before_separator":
             raise ConfigError("marker_place 'before_separator' needs a marker")
+
+
+def written_steps(steps: Sequence[str], separator: str = "\n", *, close_last: bool = False) -> tuple[str, ...]:
+    """Step texts as they stand in a solution: the separator behind each that does not end in it or in a line break.
+
+    A blank at a step's end separates nothing: tokenizers join it with the first word of the next step.
+
+    Args:
+        steps: texts of the steps, with or without separators.
+        separator: what stands between two steps.
+        close_last: whether the last step gets it too.
+    """
+    written = [step if step.endswith((separator, "\n")) else step + separator for step in steps]
+    return (*written,) if close_last else (*written[:-1], *steps[-1:])
 
 
 MARKER_CANDIDATES = (

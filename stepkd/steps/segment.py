@@ -2,8 +2,8 @@
 
 A segmenter looks at one :class:`~stepkd.steps.text.TokenizedText` and returns exclusive token ends. Delimiter
 segmenters find boundaries in the text and map them to tokens: separators belong to the step before them, a token that
-straddles a boundary belongs to the earlier step, and white space alone is never a step. Confidence-based segmenters
-(:mod:`stepkd.steps.confidence`) use the same interface and read per-token signals.
+straddles a boundary belongs to the earlier step unless it holds only white space of it, and white space alone is never
+a step. Confidence-based segmenters (:mod:`stepkd.steps.confidence`) use the same interface and read per-token signals.
 """
 
 from __future__ import annotations

@@ -56,9 +56,15 @@ class TokenizedText:
     def token_end(self, char_end: int) -> int:
         """Number of leading tokens needed to hold ``text[:char_end]``.
 
-        A token that straddles the boundary belongs to the text before it.
+        A token that straddles the boundary belongs to the text before it, unless all it holds of that is white space
+        (a blank that the tokenizer joined with the next word).
         """
-        return min(bisect_left(self.char_ends, char_end) + 1, len(self)) if char_end > 0 else 0
+        if char_end <= 0 or not len(self):
+            return 0
+        last = min(bisect_left(self.char_ends, char_end), len(self) - 1)
+        start = self.char_ends[last - 1] if last else 0
+        blank = last > 0 and self.char_ends[last] > char_end and not self.text[start:char_end].strip()
+        return last + (not blank)
 
     def span_text(self, start: int, end: int) -> str:
         """Text of the tokens ``[start, end)``."""
@@ -66,37 +72,48 @@ class TokenizedText:
 
 
 def tokenize_text(tokenizer: Any, text: str) -> TokenizedText:
-    """Tokenise a completion once, as a whole, without special tokens.
+    """Tokenise a completion once, as a whole, without special tokens; see :func:`tokenize_texts`."""
+    return tokenize_texts(tokenizer, [text])[0]
+
+
+def tokenize_texts(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedText]:
+    """Tokenise texts, each on its own, without special tokens.
 
     Args:
         tokenizer: a fast transformers tokenizer (offsets are needed).
-        text: the completion.
+        texts: what to tokenise.
 
     Raises:
         ModelError: the tokenizer is a slow one and gives no offsets.
-        DataError: the text cannot be encoded as UTF-8.
+        DataError: a text cannot be encoded as UTF-8.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{type(tokenizer).__name__} gives no character offsets: load the fast version (use_fast=True) or convert "
             "the tokenizer to a tokenizer.json"
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"character {error.start} of the text is a lone surrogate ({text[error.start]!r}), which no tokenizer can "
-            "encode: repair the text where it was written (for instance with errors='replace')"
-        ) from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"character {error.start} of the text is a lone surrogate ({text[error.start]!r}), which no tokenizer "
+                "can encode: repair the text where it was written (for instance with errors='replace')"
+            ) from error
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+    return [_aligned(*each) for each in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+
+
+def _aligned(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> TokenizedText:
     ends, last = [], 0
     for i, (_, end) in enumerate(offsets):
         # Byte-level tokens that share a character all report it whole; it is complete when the next token starts later.
         complete = min(end, offsets[i + 1][0]) if i + 1 < len(offsets) else len(text)
         last = max(last, complete)
         ends.append(last)
-    return TokenizedText(tuple(encoded["input_ids"]), text, tuple(ends))
+    return TokenizedText(tuple(ids), text, tuple(ends))
 
 
 def text_from_ids(

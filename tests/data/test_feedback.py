@@ -210,7 +210,7 @@ def test_stepwise_rows(outcome: bool | None) -> None:
 
 def test_steps_without_separators_get_line_ends() -> None:
     example = encode(make(), stepwise([True, True, False], ["a", "b ", "c"], outcome=False))
-    assert parts(example) == ["a\n", "b ", "c<eos>"]
+    assert parts(example) == ["a\n", "b \n", "c<eos>"], "a blank separates nothing: it is part of the next word's token"
     assert example.step_labels == (1, 1, 0)
 
 
@@ -310,7 +310,7 @@ def test_steps_that_share_a_token() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     encoder = FeedbackEncoder(tokenizer, PLAIN, get_segmenter("newline"))
     row = {"id": "s", "prompt": "Q", "labels": [True, False], "outcome": False}
-    with pytest.raises(DataError, match=r"^s, column 'completions': two steps share a token: give steps that white"):
+    with pytest.raises(DataError, match=r"^s, column 'completions': two steps share a token: give steps that a line"):
         encoder.example(row | {"completions": ["a", "b"]})
     example = encoder.example(row | {"completions": ["a", "bb"]})
     assert example is not None

@@ -204,26 +204,72 @@ def test_any_first_steps_are_a_prefix(tiny: Any, name: str, steps: list[str]) ->
         assert_prefixes(lambda kept: encoder.row_layout(row(steps[:kept])), len(steps), behind_last=behind_last)  # noqa: B023
 
 
-def test_where_it_cannot_hold() -> None:
-    """A token over a step's end is there only when the next step is: the price of one tokenisation of the whole.
-
-    ``step_end`` is safe from tokens of text and separator (both are always there), not from those that reach into the
-    next step; ``before_separator`` from neither. Tokenising per step is safe from both where the marker is behind the
-    separator.
-    """
+def reaching() -> Any:
+    """Byte-level BPE with tokens over every kind of step end: text and separator, separator and the next step."""
     tokenizer = byte_level()
-    tokenizer.add_tokens(["7.\n", "a\nb"])
+    tokenizer.add_tokens(["7.\n", "a\nb", " b", " \n", "\n\n", "\n ", "  "])
+    return tokenizer
 
-    def decoded(name: str, steps: list[str]) -> str:
-        return str(tokenizer.decode(list(make(tokenizer, name).layout(steps).ids)))
 
-    assert_prefixes(lambda kept: make(tokenizer, "step_end").layout(["so 7.", "so 7.", "7."][:kept]), 3)
-    assert decoded("step_end", ["so a", "bb"]) == "so a\nb<extra_0>b\n<extra_0>"
-    assert decoded("step_end", ["so a"]) == "so a\n<extra_0>"
-    assert decoded("before_separator", ["so 7.", "so"]) == "so 7.\n<extra_0>so<extra_0>"
-    assert decoded("before_separator", ["so 7."]) == "so 7.<extra_0>"
-    for steps in (["so 7.", "7."], ["so a", "bb"]):
-        assert_prefixes(lambda kept: make(tokenizer, "per_step").layout(steps[:kept]), 2)  # noqa: B023
+def gpt_like() -> Any:
+    """Byte-level BPE behind GPT-2's pattern, which looks past white space: what follows decides how it is cut."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer = reaching()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return tokenizer
+
+
+REACHING = {"reaching": reaching(), "gpt": gpt_like(), "pieces": sentencepiece_like()}
+ODD = st.lists(
+    st.tuples(
+        st.sampled_from(["", " ", "\n", "  ", "\t"]),
+        st.text("17+.ab so", min_size=1, max_size=5).filter(str.strip),
+        st.sampled_from(["", " ", "  ", "\t", "\n", " \n", "\n\n", "\n ", "\r\n", "\u00a0"]),
+    ).map("".join),
+    min_size=1,
+    max_size=5,
+)
+"""Steps that begin and end with any white space."""
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=40, deadline=None)
+@given(steps=ODD, tokenizer=st.sampled_from(sorted(REACHING)))
+def test_every_step_is_read_at_its_own_end_whatever_follows(name: str, steps: list[str], tokenizer: str) -> None:
+    encoder = make(REACHING[tokenizer], name)
+    layout = encoder.layout(steps)
+    assert_prefixes(lambda kept: encoder.layout(steps[:kept]), len(steps), behind_last=name == "before_separator")
+    assert len(layout.read_at) == len(steps)
+    for number, at in enumerate(layout.read_at, start=1):
+        read = [i for i in layout.ids[: at + 1] if i != encoder.marker_id]
+        assert words(REACHING[tokenizer].decode(read)) == words("".join(steps[:number])), "its text, and not more"
+        if name != "before_separator" and encoder.format.separator:
+            assert REACHING[tokenizer].decode(read).endswith("\n"), "behind its separator, as every step"
+
+
+def words(text: str) -> str:
+    return "".join(text.split())
+
+
+def test_a_blank_at_a_steps_end_separates_nothing() -> None:
+    tokenizer = gpt_like()
+    assert tokenizer.decode(tokenizer("so 7 b", add_special_tokens=False)["input_ids"][-1:]) == " b"
+    for name, text in (
+        ("step_end", "so 7 \n<extra_0>b\n<extra_0>"),
+        ("no marker", "so 7 \nb\n"),
+        ("before_separator", "so 7<extra_0> \nb<extra_0>"),
+        ("no separator", "so 7 <extra_0>b<extra_0>"),
+    ):
+        assert tokenizer.decode(list(make(tokenizer, name).layout(["so 7 ", "b"]).ids)) == text
+
+
+def test_a_sampled_step_that_ends_in_a_blank_gets_a_separator(tokenizer: Any) -> None:
+    texts = ["1+2=3 ", "7+7=14\n", "a"]
+    rollout = sampled(tokenizer, texts)
+    encoder = make(tokenizer, "step_end")
+    before = set(before_the_reading(encoder, encoder.row_layout(rollout)))
+    assert [tokenizer.decode([i]) for i in before] == ["\n"]
 
 
 # ---- text and ids ---------------------------------------------------------------------------------------------------

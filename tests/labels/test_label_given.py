@@ -13,7 +13,6 @@ from stepkd.data.rows import STEPWISE
 from stepkd.data.spec import DataSpec, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import LabelSpec, Solution
-from stepkd.labels.given import written_steps
 from stepkd.labels.solutions import Candidate, cut
 from stepkd.steps import get_segmenter
 from stepkd.tasks import make_rows
@@ -179,10 +178,6 @@ def test_long_rows_are_dropped(spec: LabelSpec, run: Any, tmp_path: Path, policy
     assert (summary["solutions"], summary["labelled"]) == (4, 3)
     with pytest.raises(DataError, match="no solution is left to label: every row is longer"):
         run(replace(given(spec, write(tmp_path / "l.jsonl", rows[:1]), "longer")))
-
-
-def test_written_steps() -> None:
-    assert written_steps(["a", "b\n", "c ", "d"]) == ("a\n", "b\n", "c ", "d")
 
 
 def test_data_settings_take_a_job_folder(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_special_tokens_add_no_characters(tokenizers_by_name: dict[str, Any]) ->
 
 def test_token_end_and_span_text() -> None:
     text = TokenizedText((5, 6, 7, 8), "ab\ncd", (2, 2, 4, 5))
-    assert [text.token_end(i) for i in range(7)] == [0, 1, 1, 3, 3, 4, 4]
+    assert [text.token_end(i) for i in range(7)] == [0, 1, 1, 2, 3, 4, 4]
     assert text.span_text(0, 2) == "ab"
     assert text.span_text(2, 4) == "\ncd"
     assert text.span_text(1, 1) == ""
@@ -164,3 +164,11 @@ def test_light_import(package: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_blank_in_the_next_words_token_is_no_part_of_the_text_before() -> None:
+    # tokens: "so", ".", " 7", "\n8", " "
+    text = TokenizedText((1, 2, 3, 4, 5), "so. 7\n8 ", (2, 3, 5, 7, 8))
+    assert [text.token_end(end) for end in (3, 4, 5, 6, 7, 8)] == [2, 2, 3, 3, 4, 5]
+    assert TokenizedText((1, 2), " a b", (2, 4)).token_end(1) == 1, "the first token has no other owner"
+    assert TokenizedText((), "", ()).token_end(3) == 0
