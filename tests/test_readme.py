@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from stepkd.cli import COMMANDS, TRAINER_COMMANDS
+from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", ROOT / "recipes" / "claims" / "README.md"]
@@ -34,3 +38,94 @@ def test_what_is_named_exists(path: Path) -> None:
         assert (ROOT / module).is_file(), module
     for package in set(re.findall(r"`stepkd\.(\w+)`", text)):
         assert (ROOT / "stepkd" / package).is_dir(), package
+
+
+# ---- README's code blocks -------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """The ``stepkd`` commands of README's blocks, as words, in their order."""
+    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    words = [line[line.index("stepkd") :] for line in found if "stepkd" in line]
+    return [line[1:] for line in words]
+
+
+def test_readme_commands_can_be_pasted() -> None:
+    assert len(commands()) > 15
+    for words in commands():
+        for word in words:
+            assert "..." not in word, f"{words}: literal dots"
+            assert not re.search(r"\b[A-Z]{4,}\b", word), f"{words}: {word} is to be filled in"
+
+
+def named(words: Sequence[str]) -> set[str]:
+    """Files and folders of one's own that a command names, and its recipes."""
+    own = {match for word in words for match in re.findall(r"(?:runs|models|data)/[\w./-]+", word)}
+    recipes = [ROOT / word for word in words if word.startswith("recipes/")]
+    return own | {match for path in recipes for match in re.findall(r"path: (runs/[\w./-]+)", path.read_text())}
+
+
+def test_every_folder_in_the_readme_is_made_by_a_command_above() -> None:
+    made: set[str] = set()
+    for words in commands():
+        out = next((words[words.index(name) + 1] for name in ("--out", "--to") if name in words), "")
+        out = words[words.index("--out") + 1] if "--out" in words else out
+        missing = {name for name in named(words) - {out} if not any(is_in(name, folder) for folder in made)}
+        assert not missing, f"stepkd {' '.join(words)}: no command above makes {missing}"
+        made.add(out)
+
+
+def is_in(name: str, folder: str) -> bool:
+    return bool(folder) and (name == folder or name.startswith(f"{folder}/"))
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: "_".join(words)[:60])
+def test_readme_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command's own parser takes it; nothing is run."""
+    monkeypatch.chdir(ROOT)
+    ran: list[str] = []
+    if words[0] in TRAINER_COMMANDS:
+        from stepkd import trainer_cli
+
+        monkeypatch.setattr(trainer_cli.StepkdCLI, "instantiate_classes", lambda self: ran.append(words[0]))
+        monkeypatch.setattr(trainer_cli.StepkdCLI, "_run_subcommand", lambda self, name: None)
+    else:
+        module = importlib.import_module(f"stepkd.commands.{words[0].replace('-', '_')}")
+        monkeypatch.setattr(module, "run", lambda arguments: ran.append(words[0]))
+    assert main(words) == 0
+    assert ran == [words[0]]
+
+
+def test_the_method_in_the_readme_is_supervised_fine_tuning(tmp_path: Path) -> None:
+    """As printed; a few steps in the tiny world give SFTModule's weights."""
+    import torch
+    from lightning.pytorch import Trainer, seed_everything
+
+    from stepkd.data import DataSpec, StepData
+    from stepkd.models import PolicySpec
+    from stepkd.modules import SFTModule
+
+    scope: dict[str, Any] = {"__name__": "readme"}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)
+    weights = []
+    for method in (scope["MyModule"], SFTModule):
+        seed_everything(0)
+        task = DataSpec(source="task", options={"task": "modular:terms=2,modulus=10", "n": 8})
+        data = StepData(train=task, validation=task, template="task", global_batch_size=4)
+        module = method(PolicySpec(path="tiny-0.1m"), loss_weights={"ce": 0.5})
+        trainer = Trainer(
+            max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+            default_root_dir=tmp_path, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        assert module.components == ("ce",)
+        assert float(trainer.callback_metrics["train/loss"]) > 0
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)

@@ -65,9 +65,9 @@ class Prepared:
 class StepModule(EvaluationLoops):
     """Base of all methods.
 
-    A method sets ``components`` and defines :meth:`count` and :meth:`loss_terms`; every component must reach every
-    trainable parameter, because DDP waits for all of them. ``loss_terms`` returns the same metric names for every
-    micro-batch (with count 0 where one does not apply), because ranks add them up name by name.
+    A method defines :meth:`count` and :meth:`loss_terms`. Every component must reach every trainable parameter, because
+    DDP waits for all of them. ``count`` names the same components, and ``loss_terms`` the same metrics (with count 0
+    where one does not apply), for every micro-batch, because ranks add them up name by name.
 
     Args:
         policy: the model to train.
@@ -171,6 +171,12 @@ class StepModule(EvaluationLoops):
     def count(self, micro_batch: MicroBatch) -> dict[str, float]:
         """How many items each loss component sums over in this micro-batch: its part of the denominators."""
         raise NotImplementedError(f"{type(self).__name__} must define count()")
+
+    def name_components(self, batch: StepBatch) -> None:
+        """Where the method does not name its components, take those that :meth:`count` names for any micro-batch."""
+        if not self.components:
+            self.components = tuple(self.count(self.make_filler(batch)))
+            self._check_weights()
 
     def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
         """Named sums and metrics of one micro-batch."""
@@ -300,8 +306,7 @@ class StepModule(EvaluationLoops):
                 "away: set policy.dtype float32 with trainer.precision bf16-mixed, or train LoRA adapters "
                 "(policy.lora), which stay float32"
             )
-        if unknown := sorted(set(self.loss_weights) - set(self.components)):
-            raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(self.components)}")
+        self._check_weights()
         longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
         if longest is not None and self.model.max_length is not None and longest > self.model.max_length:
             raise ConfigError(
@@ -310,6 +315,10 @@ class StepModule(EvaluationLoops):
         self._throughput = Throughput(
             self.model, self.device, torch.bfloat16 if "bf16" in precision else self.model.causal_lm.dtype
         )
+
+    def _check_weights(self) -> None:
+        if self.components and (unknown := sorted(set(self.loss_weights) - set(self.components))):
+            raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(self.components)}")
 
     def on_train_start(self) -> None:
         """Start or restore the weight average (the checkpoint is loaded by now); settings win over the checkpoint."""
@@ -334,6 +343,7 @@ class StepModule(EvaluationLoops):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Run the optimiser steps of one loader batch."""
+        self.name_components(batch)
         self.model.train()
         steps = 0
         for prepared in self._prepared(batch):

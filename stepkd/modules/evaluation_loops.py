@@ -28,7 +28,7 @@ class EvaluationLoops(LightningModule):
     when the run keeps them."""
 
     components: tuple[str, ...] = ()
-    """Names of the loss components, the same on every rank."""
+    """Names of the loss components, the same on every rank; empty: what ``count`` names."""
     policy_spec: PolicySpec
     validation_spec: ValidationSpec
     loss_weights: dict[str, float]
@@ -44,6 +44,7 @@ class EvaluationLoops(LightningModule):
         @property
         def model(self) -> Policy: ...
         def ensure_average(self) -> None: ...
+        def name_components(self, batch: StepBatch) -> None: ...
         def gathered(self) -> AbstractContextManager[Any]: ...
         def prepare_examples(self, examples: Iterable[Example]) -> Prepared: ...
         def derived_metrics(self, values: dict[str, float]) -> dict[str, float]: ...
@@ -77,6 +78,7 @@ class EvaluationLoops(LightningModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums of this rank's share; a rank without examples adds nothing."""
+        self.name_components(batch)
         with self._averaged():
             prepared = self.prepare_evaluation(batch)
             for name, count in prepared.denominators.items():

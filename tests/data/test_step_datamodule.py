@@ -139,7 +139,7 @@ def test_three_classes(tmp_path: Path) -> None:
     ("labels", "head", "rule", "message"),
     [
         ([[None, None]], {}, {}, "zero labelled steps"),
-        ([[0.5, 1.0]], {"kind": "classifier", "classes": 3}, {}, "a soft label .* for 3 classes"),
+        ([[0.5, 1.0]], {"kind": "classifier", "classes": 3}, {}, "soft labels for 3 classes"),
         ([[True, False]], {}, {"kind": "rating"}, "labels.kind asks for 'rating'"),
         ([[True, False]], {"meaning": "outcome"}, {"scope": "outcome"}, "found None: give rows with a boolean"),
     ],
