@@ -91,8 +91,9 @@ def test_readme_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch
     if words[0] in TRAINER_COMMANDS:
         from stepkd import trainer_cli
 
-        monkeypatch.setattr(trainer_cli.StepkdCLI, "instantiate_classes", lambda self: ran.append(words[0]))
-        monkeypatch.setattr(trainer_cli.StepkdCLI, "_run_subcommand", lambda self, name: None)
+        monkeypatch.setattr(trainer_cli._PendingCLI, "before_instantiate_classes", lambda self: ran.append(words[0]))
+        for name in ("instantiate_classes", "_run_subcommand"):
+            monkeypatch.setattr(trainer_cli.StepkdCLI, name, lambda *arguments: None)
     else:
         module = importlib.import_module(f"stepkd.commands.{words[0].replace('-', '_')}")
         monkeypatch.setattr(module, "run", lambda arguments: ran.append(words[0]))
