@@ -4,6 +4,7 @@ stepkd cache-teacher --config recipes/gkd_cached_teacher.yaml --config recipes/b
     --set 'model.init_args.teacher={path: HuggingFaceTB/SmolLM2-1.7B-Instruct}' --top-k 64 --out runs/teacher-cache
 
 The recipe's teacher.path is the teacher, its data are the completions: a cache cannot score what a student samples.
+The teacher computes in the recipe's trainer.precision, as it would beside the student; another one is refused by fit.
 Training then has teacher.cache in place of teacher.path. A killed job goes on when the same command is given again.
 """
 
@@ -33,11 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.scorers.load import pick_device
     from stepkd.teachers.cache_writer import write_cache
     from stepkd.teachers.local import LocalTeacher
-    from stepkd.trainer_cli import check_fit
+    from stepkd.trainer_cli import check_fit_settings
 
     if check_launch().world_size > 1:
         raise ConfigError("stepkd cache-teacher runs in one process: start it without a launcher")
-    module, data = check_fit(recipe_words(arguments))
+    module, data, trainer = check_fit_settings(recipe_words(arguments))
     if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
         raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with teacher.path")
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         temperature=module.divergence.logits_temperature,
         max_tokens=module.micro_batch_tokens,
         chunk_size=module.chunk_size,
+        precision="bf16-mixed" if "bf16" in str(trainer.get("precision")) else "32-true",
         report=_report(),
     )
     print(

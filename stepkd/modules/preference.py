@@ -89,7 +89,7 @@ class PreferenceModule(StepModule):
         if self.policy is not None:
             return
         super().configure_model()
-        if disable_dropout(self.model):
+        if disable_dropout(self.model.causal_lm):
             logger.info("dropout is switched off: policy and reference must be seen alike")
         attach_reference(self.model, self.reference_spec)
         self._reference_identity = reference_identity(self.model)
@@ -217,7 +217,7 @@ class PreferenceModule(StepModule):
     def _fill_cache(self) -> None:
         """Reference log-probabilities of everything this rank will meet; then the reference's weights are let go."""
         folder = Path(self.trainer.default_root_dir) / "reference"
-        cache = ReferenceCache(folder, self._reference_identity)
+        cache = ReferenceCache(folder, self._reference_identity, str(self.trainer.precision))
         wanted: dict[Completion, None] = {}
         for batch in self._future_batches():
             for example in (*batch.examples, batch.filler):
@@ -226,7 +226,8 @@ class PreferenceModule(StepModule):
         missing = [completion for completion in wanted if completion not in cache]
         units = [Unit(_as_example(number, each), (each,)) for number, each in enumerate(missing)]
         groups = plan_packs(units, self.micro_batch_tokens, share=self.shares_rows)
-        with self.gathered(), self.phases.phase("reference cache", total=len(groups)):
+        as_trained = self.trainer.precision_plugin.forward_context()  # no step has begun that would have entered it
+        with self.gathered(), as_trained, self.phases.phase("reference cache", total=len(groups)):
             for group in groups:
                 batch_ = self._referenced(self._pack(group))
                 assert batch_.reference_N is not None

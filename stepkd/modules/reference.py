@@ -63,14 +63,16 @@ class ReferenceCache:
     Args:
         folder: where the ranks' files are; read at once.
         identity: fingerprint of the reference; files of another one are refused.
+        precision: the Trainer's; what was computed in another one is not taken, and has to be computed again.
 
     Raises:
         ModelError: a file of another reference, or one that cannot be read.
     """
 
-    def __init__(self, folder: str | Path, identity: str) -> None:
+    def __init__(self, folder: str | Path, identity: str, precision: str = "32-true") -> None:
         self.folder = Path(folder)
         self.identity = identity
+        self.precision = precision
         self._logps: dict[bytes, Tensor] = {}
         for path in sorted(self.folder.glob("reference-*.safetensors")):
             self._read(path)
@@ -118,7 +120,7 @@ class ReferenceCache:
             "lengths": torch.tensor([len(each) for each in values]),
             "logps": torch.cat(values),
         }
-        facts = {"format": CACHE_FORMAT, "reference": self.identity}
+        facts = {"format": CACHE_FORMAT, "reference": self.identity, "precision": self.precision}
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
     def _read(self, path: Path) -> None:
@@ -133,5 +135,7 @@ class ReferenceCache:
                 f"{path} was made with another reference model ({facts.get('reference')} there, {self.identity} here): "
                 "delete it, or give the reference of the first run"
             )
+        if facts.get("precision", "32-true") != self.precision:
+            return
         for key, values in zip(keys, logps.split(lengths.tolist()), strict=True):
             self._logps[bytes(key.tolist())] = values.clone()

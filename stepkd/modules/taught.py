@@ -9,7 +9,7 @@ from typing import Any
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
-from stepkd.teachers import LocalTeacher, SelfTeacher
+from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class TaughtModule(StepModule):
         if self.policy is not None:
             return
         super().configure_model()
-        if disable_dropout(self.model):
+        if disable_dropout(self.model.causal_lm):
             logger.info("dropout is switched off: the model that samples is the one that learns")
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.follow(self.model)
@@ -37,8 +37,10 @@ class TaughtModule(StepModule):
             self._teacher_identity = self.teacher.identity()
 
     def on_fit_start(self) -> None:
-        """Refuse a teacher that was to be cut up and is not."""
+        """Refuse a teacher that was to be cut up and is not, and a cache of another precision."""
         super().on_fit_start()
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check_precision(str(self.trainer.precision))
         if isinstance(self.teacher, LocalTeacher):
             self.teacher.check_sharded()
 

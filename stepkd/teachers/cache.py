@@ -135,6 +135,19 @@ class CachedTeacher:
                 torch.tensor(tail.values.to_numpy()),
             )
 
+    def check_precision(self, precision: str) -> None:
+        """Called when training begins, with the Trainer's precision.
+
+        Raises:
+            ConfigError: the cache was computed in another one.
+        """
+        own = self.manifest.get("precision", "32-true")
+        if own != precision:
+            raise ConfigError(
+                f"the cache in {self.folder} was written with trainer.precision {own} and this run has {precision}: its "
+                "numbers are not those of a teacher beside the student; write it again with this run's settings"
+            )
+
     def identity(self) -> str:
         """Fingerprint of the teacher that wrote it, with k and temperature."""
         facts = {name: self.manifest[name] for name in ("teacher", "top_k", "temperature", "tokenizer", "data")}

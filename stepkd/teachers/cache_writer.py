@@ -44,6 +44,7 @@ def write_cache(
     temperature: float = 1.0,
     max_tokens: int = 8192,
     chunk_size: int = 1024,
+    precision: str = "32-true",
     report: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write a cache, or go on with one that was interrupted.
@@ -56,6 +57,7 @@ def write_cache(
         temperature: divides the teacher's logits; training must use the same.
         max_tokens: most tokens read at once, padding included.
         chunk_size: positions whose logits exist at once.
+        precision: the Trainer's in the runs that read it, ``32-true`` or ``bf16-mixed``; the teacher computes in it.
         report: called after every part with (completions done, completions in all).
 
     Returns:
@@ -81,6 +83,7 @@ def write_cache(
         "vocabulary": vocabulary,
         "top_k": top_k,
         "temperature": temperature,
+        "precision": precision,
         "completions": len(wanted),
         "data": hashlib.sha256(b"".join(wanted)).hexdigest()[:32],
     }
@@ -89,7 +92,11 @@ def write_cache(
     for number, start in enumerate(range(0, len(items), PART_SIZE)):
         part = items[start : start + PART_SIZE]
         if not (folder / f"{part_name(number)}.json").is_file():
-            entries = _score(teacher, [example for _, example in part], top_k, temperature, max_tokens, chunk_size)
+            examples = [example for _, example in part]
+            with torch.autocast(
+                teacher.policy.device.type, torch.bfloat16, precision == "bf16-mixed", cache_enabled=False
+            ):
+                entries = _score(teacher, examples, top_k, temperature, max_tokens, chunk_size)
             _write_part(folder, number, [key for key, _ in part], entries)
         if report is not None:
             report(start + len(part), len(items))
@@ -99,7 +106,7 @@ def write_cache(
 def _begin(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / MANIFEST_NAME
     if path.is_file():
-        earlier = read_json(path)
+        earlier = {"precision": "32-true"} | read_json(path)
         if different := [name for name in manifest if earlier.get(name) != manifest[name]]:
             name = different[0]
             raise ConfigError(

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, Starcoder2Config
 
 from stepkd.data import DataSpec, FeedbackData, LabelRule, PairData
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.models import PolicySpec
+from stepkd.models import PolicySpec, build_tiny
 from stepkd.modules import DPOModule, KTOModule, ReferencePointSpec, ReferenceSpec, StepKTOModule
 
 WORKER = Path(__file__).with_name("preference_worker.py")
@@ -69,8 +71,11 @@ def data(path: Path, **settings: Any) -> FeedbackData:
     return FeedbackData(**{"train": spec, "validation": spec, **common, **settings})
 
 
-def fit(folder: Path, module: Any, rows_of: Any, steps: int, checkpoint: Path | None = None) -> Any:
+def fit(
+    folder: Path, module: Any, rows_of: Any, steps: int, checkpoint: Path | None = None, precision: Any = "32-true"
+) -> Any:
     trainer = Trainer(
+        precision=precision,
         accelerator="cpu",
         max_steps=steps,
         logger=False,
@@ -107,6 +112,69 @@ def test_the_cache_serves_a_whole_run(rows: Path, tmp_path: Path) -> None:
     assert float(first) == pytest.approx(float(second), rel=1e-4, abs=1e-6)
     again = fit(tmp_path / "cached", step_kto(reference=ReferenceSpec(cache=True)), data(rows), 5)
     assert all(torch.equal(value, weights(cached)[name]) for name, value in weights(again).items())
+
+
+class AtStart(KTOModule):
+    """Keeps the largest log-ratio, and z0, of the first step, in which policy and reference are the same."""
+
+    largest = 0.0
+    z0 = 0.0
+
+    def logratios(self, batch: Any) -> torch.Tensor:
+        found = super().logratios(batch)
+        if self.global_step == 0 and self.trainer.training:
+            self.largest = max(self.largest, float(found.detach().abs().max()))
+            self.z0 = max(self.z0, self._points.z0)
+        return found
+
+
+def sharp(path: Path, config: Any = None) -> PolicySpec:
+    """A model that is sure of its tokens, so that rounding shows."""
+    model, tokenizer = build_tiny("tiny-0.1m", seed=0)
+    if config is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    for part in (model, tokenizer):
+        part.save_pretrained(path)
+    return PolicySpec(path=str(path), dtype="float32")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_cached_reference_is_computed_as_the_policy_is(rows: Path, tmp_path: Path, precision: Any) -> None:
+    spec = sharp(tmp_path / "model")
+    settings: dict[str, Any] = {"optimizer": worker.STEADY, "reference": ReferenceSpec(cache=True)}
+    rows_of = data(rows, validation=None)
+    cached = fit(tmp_path, AtStart(spec, **settings, micro_batch_tokens=1), rows_of, 1, precision=precision)
+    assert max(cached.largest, cached.z0) <= 1e-5
+    with safe_open(tmp_path / "reference" / "reference-0.safetensors", "pt") as file:
+        assert file.metadata()["precision"] == precision
+    # What was computed in another precision is computed again.
+    other = {"32-true": "bf16-mixed", "bf16-mixed": "32-true"}[precision]
+    again = fit(tmp_path, AtStart(spec, **settings, micro_batch_tokens=1), rows_of, 1, precision=other)
+    assert max(again.largest, again.z0) <= 1e-5
+
+
+def test_every_dropout_is_off_at_step_zero(rows: Path, tmp_path: Path) -> None:
+    config = Starcoder2Config(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=None,
+        residual_dropout=0.1,
+        embedding_dropout=0.1,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    module = AtStart(sharp(tmp_path / "model", config), optimizer=worker.STEADY)
+    assert fit(tmp_path, module, data(rows, validation=None), 1).largest <= 1e-5
+    assert module.z0 <= 1e-5
 
 
 def test_a_cache_of_another_reference_is_refused(rows: Path, tmp_path: Path) -> None:

@@ -82,6 +82,32 @@ def test_a_cache_says_what_its_teacher_says(
     assert cached.prompts(rows) == [row.prompt_ids for row in rows]
 
 
+def test_a_cache_is_computed_in_the_precision_of_the_run(student: Policy, rows: list[Any], tmp_path: Path) -> None:
+    teacher = LocalTeacher(replace(TEACHER, dtype="float32"), top_k=5)
+    teacher.bind(student.tokenizer)
+    with torch.no_grad():
+        for parameter in teacher.policy.parameters():  # sure of its tokens, so that rounding shows
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        write_cache(tmp_path / precision, teacher, rows, top_k=5, precision=precision)
+        cached = CachedTeacher(tmp_path / precision)
+        cached.bind(student.tokenizer)
+        with torch.autocast("cpu", torch.bfloat16, precision == "bf16-mixed"):
+            signals = teacher.signals(collate(rows, 0), temperature=1.0)
+            log_student = torch.zeros(len(signals.tensors[0]), 100).log_softmax(-1)
+            expected = signals.compare(log_student, *signals.tensors).log_teacher_CW.float()
+        own = cached.signals(collate(rows, 0), temperature=1.0)
+        found[precision] = own.compare(log_student, *own.tensors).log_teacher_CW
+        assert (found[precision] - expected)[:, :-1].abs().max() < 1e-4
+        other = {"32-true": "bf16-mixed", "bf16-mixed": "32-true"}[precision]
+        with pytest.raises(ConfigError, match=rf"written with trainer\.precision {precision} and this run has {other}"):
+            cached.check_precision(other)
+        with pytest.raises(ConfigError, match="holds another cache \\(precision"):
+            write_cache(tmp_path / precision, teacher, rows, top_k=5, precision=other)
+    assert (found["32-true"] - found["bf16-mixed"])[:, :-1].abs().max() > 1e-3
+
+
 def test_a_killed_job_goes_on(
     teacher: LocalTeacher, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +262,12 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert other == pytest.approx(local, rel=1e-4), name
         assert local
     assert all(math.isfinite(value) for value in local)
+    capsys.readouterr()
+    mixed = ["--trainer.precision", "bf16-mixed"]
+    assert main(["fit", "--config", str(recipe), "--out", str(tmp_path / "mixed"), *cached, *mixed]) == 2
+    assert "was written with trainer.precision 32-true and this run has bf16-mixed" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "mixed-cache"), "--set", "trainer.precision=bf16-mixed"]) == 0
+    assert json.loads((tmp_path / "mixed-cache" / "manifest.json").read_text())["precision"] == "bf16-mixed"
     assert main([*command, "--set", "model.init_args.source.student"]) == 2
     assert "write KEY=VALUE" in capsys.readouterr().err
     assert main([*command, "--set", "data.init_args.max_length=20"]) == 2
