@@ -128,6 +128,22 @@ def positions_from_mask(attention_mask_BT: Tensor) -> Tensor:
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def steady_length(config: Any) -> int | None:
+    """Tokens up to which rotary positions are the same whatever else is in the batch; None: always.
+
+    LongRoPE (Phi-3) goes over to other frequencies, for a whole batch at once, as soon as its longest sequence passes
+    the original context: a row's states would depend on its micro-batch, and sampled tokens on those read before the
+    change.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    lengths = []
+    for scaling in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one, or one per kind of layer
+        if scaling.get("rope_type") == "longrope" and scaling["long_factor"] != scaling["short_factor"]:
+            original = scaling.get("original_max_position_embeddings")
+            lengths.append(original or config.original_max_position_embeddings)
+    return min(lengths, default=None)
+
+
 def _probe_ids(causal_lm: Any) -> Tensor:
     weight = causal_lm.get_input_embeddings().weight
     return torch.tensor([[1, 2, 3, 0]], device=weight.device) % weight.shape[0]

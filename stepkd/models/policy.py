@@ -6,6 +6,7 @@ Axes: B rows, T padded length, H hidden size.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -25,6 +26,7 @@ from stepkd.models.head import (
     evaluation_mode,
     positions_from_mask,
     real_vocab_size,
+    steady_length,
     vocab_head,
 )
 from stepkd.models.load import listed_ends, load_model
@@ -34,6 +36,8 @@ from stepkd.models.spec import PolicySpec
 from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolve_ids
 from stepkd.models.step_head_io import saved_step_head
 from stepkd.models.unpadded import check_unpadded, is_worth_it, unpadded_hidden
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["HiddenStates", "Policy", "positions_from_mask"]
 
@@ -80,6 +84,14 @@ class Policy(nn.Module):
             check_head(self.causal_lm)
             check_padding(self.causal_lm)
             self.can_unpad  # noqa: B018 - looked at now, while no strategy has cut the weights up yet
+            if (steady := steady_length(self.causal_lm.config.get_text_config())) == self.max_length is not None:
+                logger.warning(
+                    "%s changes its rotary frequencies for a whole batch once a sequence is longer than %d tokens: "
+                    "that is its context here. For longer ones write its long_factor over its short_factor in "
+                    "config.json (the long frequencies at every length)",
+                    type(self.causal_lm).__name__,
+                    steady,
+                )
 
     @classmethod
     def load(cls, spec: PolicySpec) -> Policy:
@@ -180,8 +192,10 @@ class Policy(nn.Module):
 
     @property
     def max_length(self) -> int | None:
-        """Context length in tokens, or None when the model states none."""
-        return getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        """Context length in tokens, or None when the model states none (:func:`~stepkd.models.head.steady_length`)."""
+        config = self.causal_lm.config.get_text_config()
+        lengths = (getattr(config, "max_position_embeddings", None), steady_length(config))
+        return min((length for length in lengths if length is not None), default=None)
 
     def hidden(
         self,

@@ -312,6 +312,14 @@ class StepModule(EvaluationLoops):
             raise ConfigError(
                 f"data.max_length={longest} exceeds the model's context of {self.model.max_length} tokens: lower it"
             )
+        text = self.model.causal_lm.config.get_text_config()
+        if auxiliary := {name: value for name, value in vars(text).items() if "aux_loss" in name and value}:
+            logger.warning(
+                "%s is a mixture of experts: its auxiliary loss, which balances the experts (%s), is not part of this "
+                "method's loss. Watch validation, or train LoRA adapters without the router",
+                type(self.model.causal_lm).__name__,
+                ", ".join(f"{name} {value}" for name, value in auxiliary.items()),
+            )
         self._throughput = Throughput(
             self.model, self.device, torch.bfloat16 if "bf16" in precision else self.model.causal_lm.dtype
         )

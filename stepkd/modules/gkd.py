@@ -157,6 +157,10 @@ class GKDModule(TaughtModule):
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.after_step(self.global_step)
 
+    def new_tokens(self) -> int:
+        """See :class:`~stepkd.modules.taught.TaughtModule`."""
+        return self.source.max_new_tokens if self.source.student or self.source.teacher else 0
+
     # ---- batches ---------------------------------------------------------------------------------------------------
 
     def reads(self, split: str) -> dict[tuple[str, ...], str]:

@@ -154,6 +154,10 @@ class KDRLModule(TaughtModule):
         folder = None if self.trainer.logger is None else self.trainer.logger.save_dir
         self._sample_log = SampleLog(self.samples, folder, self.rollout.max_new_tokens, self.tokenizer)
 
+    def new_tokens(self) -> int:
+        """See :class:`~stepkd.modules.taught.TaughtModule`."""
+        return self.rollout.max_new_tokens
+
     # ---- batches ---------------------------------------------------------------------------------------------------
 
     def reads(self, split: str) -> dict[tuple[str, ...], str]:

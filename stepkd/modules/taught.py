@@ -6,6 +6,7 @@ import logging
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+from stepkd.errors import ConfigError
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
@@ -41,8 +42,29 @@ class TaughtModule(StepModule):
         super().on_fit_start()
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.check_precision(str(self.trainer.precision))
+        self._check_context()
         if isinstance(self.teacher, LocalTeacher):
             self.teacher.check_sharded()
+
+    def _check_context(self) -> None:
+        """Refuse data and samples that are longer than the teacher's context."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        context = getattr(self.teacher, "max_length", None)
+        if data is None or context is None:
+            return
+        longest, new = getattr(data, "max_length", None) or 0, self.new_tokens()
+        prompt = max((len(each.prompt_ids) for each in getattr(data, "examples", {}).get("train", ())), default=0)
+        sampled = min(prompt + new, self.model.max_length or 2**63) if new else 0
+        for what, length in ((f"data.max_length={longest}", longest), (f"a prompt and {new} new tokens", sampled)):
+            if length > context:
+                raise ConfigError(
+                    f"{what}: up to {length} tokens, and the teacher's context is {context}: lower it, or take a "
+                    "teacher of a longer context"
+                )
+
+    def new_tokens(self) -> int:
+        """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""
+        return 0
 
     def shard(self, mesh: Any) -> None:
         """The teacher, too, if it asks for that."""

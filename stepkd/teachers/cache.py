@@ -144,8 +144,8 @@ class CachedTeacher:
         own = self.manifest.get("precision", "32-true")
         if own != precision:
             raise ConfigError(
-                f"the cache in {self.folder} was written with trainer.precision {own} and this run has {precision}: its "
-                "numbers are not those of a teacher beside the student; write it again with this run's settings"
+                f"the cache in {self.folder} was written with trainer.precision {own} and this run has {precision}: "
+                "its numbers are not those of a teacher beside the student; write it again with this run's settings"
             )
 
     def identity(self) -> str:

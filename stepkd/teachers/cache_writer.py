@@ -28,7 +28,7 @@ from stepkd.teachers.cache import (
     sha256_of,
     tokenizer_hash,
 )
-from stepkd.teachers.local import LocalTeacher
+from stepkd.teachers.local import LocalTeacher, check_context
 from stepkd.teachers.signals import HiddenSignals
 
 PART_SIZE = 256
@@ -64,7 +64,8 @@ def write_cache(
         The manifest.
 
     Raises:
-        ConfigError: ``top_k`` out of range, or the folder holds another cache (what differs is named).
+        ConfigError: ``top_k`` out of range, rows that are longer than the teacher's context, or the folder holds
+            another cache (what differs is named).
         DataError: there is nothing to write.
     """
     folder = Path(folder).expanduser()
@@ -74,6 +75,7 @@ def write_cache(
     wanted = {completion_key(e.prompt_ids, e.completion_ids): e for e in examples if e.completion_ids}
     if not wanted:
         raise DataError("no row has a completion to score: a teacher's cache is written for given completions")
+    check_context(teacher, list(wanted.values()))
     manifest = {
         "format": FORMAT,
         "version": VERSION,

@@ -152,6 +152,11 @@ class LocalTeacher:
             self._encoder = Encoder(policy.tokenizer, template, get_segmenter("whole"), max_length=room)
         self._policy = policy
 
+    @property
+    def max_length(self) -> int | None:
+        """Its context in tokens."""
+        return self.policy.max_length
+
     def identity(self) -> str:
         """Fingerprint of its weights."""
         return weights_fingerprint(self.policy)
@@ -168,10 +173,15 @@ class LocalTeacher:
 
     @torch.no_grad()
     def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
-        """Hidden states at every target; see :class:`~stepkd.teachers.signals.Teacher`."""
+        """Hidden states at every target; see :class:`~stepkd.teachers.signals.Teacher`.
+
+        Raises:
+            ConfigError: a prompt and completion that are longer than its context.
+        """
         policy = self.policy
         self.place(batch.input_ids_BT.device)
         own = batch if self._encoder is None else self._reread(batch)
+        check_context(self, own.examples)
         own = own.to(policy.device)
         hidden_BTH = policy(policy.hidden, own.input_ids_BT, own.attention_mask_BT)  # gathers embeddings and head
         hidden_NH = hidden_BTH.flatten(0, 1)[own.needed_N]
@@ -218,6 +228,20 @@ class LocalTeacher:
             return
         check_room(policy, wanted)
         policy.to(wanted)
+
+
+def check_context(teacher: Any, examples: Sequence[Example]) -> None:
+    """Refuse text that is longer than a teacher's context.
+
+    Raises:
+        ConfigError: names the row.
+    """
+    for example in examples:
+        if teacher.max_length is not None and example.length > teacher.max_length:
+            raise ConfigError(
+                f"row {example.id!r} has {example.length} tokens and the teacher's context is {teacher.max_length}: "
+                "lower data.max_length or the number of new tokens, or take a teacher of a longer context"
+            )
 
 
 def check_room(policy: Policy, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from stepkd.models import PolicySpec, load_tokenizer
 from stepkd.rollout.annotate import check_same_vocabulary
 from stepkd.rollout.vllm import connect
 from stepkd.teachers.cache import CachedSignals
+from stepkd.teachers.local import check_context
 from stepkd.teachers.signals import Signals
 
 
@@ -39,6 +40,7 @@ class ServerTeacher:
         self.top_k = top_k
         self.tail = tail
         self.client = client
+        self.max_length: int | None = None  # of its context, once it is bound
 
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Connect (once) and compare vocabularies.
@@ -58,6 +60,10 @@ class ServerTeacher:
                 f"from {name!r} ({error}): name its folder or hub id in teacher.tokenizer"
             ) from error
         check_same_vocabulary(tokenizer, own)
+        if hasattr(self.client, "session"):
+            served = self.client.session.get(f"{self.client.base_url}/v1/models").json()["data"][0]
+            longest = served.get("max_model_len")
+            self.max_length = None if longest is None else int(longest) - 1  # it writes a token behind what it scores
 
     def identity(self) -> str:
         """The model that the server names; its weights cannot be seen from here."""
@@ -71,10 +77,12 @@ class ServerTeacher:
         """See :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:
+            ConfigError: a prompt and completion that are longer than its context.
             ModelError: the server scored other tokens than it was asked for.
         """
         device = batch.targets_N.device
         asked = [example for example in batch.examples if example.completion_ids]
+        check_context(self, asked)
         if not asked:
             empty = torch.zeros(0, self.top_k, device=device)
             return CachedSignals(empty.long(), empty, empty[:, 0], self.tail)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
+from stepkd.data import DataSpec, StepData
 from stepkd.data.batching import BatchPlan
 from stepkd.data.loader import StepLoader
 from stepkd.errors import ConfigError, ModelError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
-from stepkd.models import Policy, PolicySpec, StepHeadSpec
-from stepkd.modules import DivergenceSpec, FidelitySpec, FocusSpec, SourceSpec
+from stepkd.models import Policy, PolicySpec, StepHeadSpec, build_tiny
+from stepkd.modules import DivergenceSpec, FidelitySpec, FocusSpec, GKDModule, SourceSpec
 from stepkd.modules.fidelity import ANSWERS, _kind
 from stepkd.teachers import LocalTeacher, TeacherSpec
 
@@ -528,6 +532,29 @@ def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
     save_policy(scorer, tmp_path / "prm")
     with pytest.raises(ModelError, match="is a reward model: a teacher is a language model"):
         worker.run(rows, teacher=TeacherSpec(path=str(tmp_path / "prm")))
+
+
+@pytest.mark.parametrize(
+    ("max_length", "new", "message"),
+    [
+        (128, 0, r"data\.max_length=128: up to 128 tokens, and the teacher's context is 64"),
+        (64, 80, r"a prompt and 80 new tokens: up to \d\d tokens, and the teacher's context is 64"),
+        (64, 4, None),
+    ],
+)
+def test_the_teachers_context_is_checked(max_length: int, new: int, message: str | None, tmp_path: Path) -> None:
+    for part in build_tiny("tiny-0.1m", seed=1):
+        part.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    source = SourceSpec(student=1.0, max_new_tokens=new) if new else SourceSpec(student=0.0)
+    module = GKDModule(PolicySpec(path="tiny-0.1m"), TeacherSpec(path=str(tmp_path)), source=source)
+    spec = DataSpec(source="task", options={"task": "modular:terms=2-4", "n": 8})
+    data = StepData(spec, template="task", max_length=max_length, global_batch_size=4)
+    settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **settings)
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        trainer.fit(module, data)
 
 
 def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[Any]) -> None:

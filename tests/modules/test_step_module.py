@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from stepkd.data import DataSpec, StepData
 from stepkd.data.batching import BatchPlan
@@ -285,6 +286,28 @@ def test_modules_to_save_train_in_float32_on_a_bfloat16_base(
     assert all(torch.equal(found[name], value) for name, value in trained.items())
     out = export_model(tmp_path / "x.ckpt", tmp_path / "out")
     assert {str(value.dtype) for value in load_file(out / "model.safetensors").values()} == {"torch.bfloat16"}
+
+
+def test_a_mixture_of_experts_is_told_of_its_auxiliary_loss(
+    examples: Any, trainer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = MixtralConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        sliding_window=None,
+        router_aux_loss_coef=0.02,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    build_tiny("tiny-0.1m", seed=0)[1].save_pretrained(tmp_path)
+    module = SFTModule(PolicySpec(path=str(tmp_path)), STEADY)
+    trainer().fit(module, train_dataloaders=loader_of(examples, module))
+    assert "MixtralForCausalLM is a mixture of experts: its auxiliary loss, which balances the experts" in caplog.text
+    assert "(router_aux_loss_coef 0.02), is not part of this method's loss" in caplog.text
 
 
 def test_bf16_mixed_trains_close_to_float32(examples: Any, one_step: Any, distance: Any) -> None:

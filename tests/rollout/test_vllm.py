@@ -412,6 +412,17 @@ def test_teachers_that_do_not_fit(policy: Policy, server: Any, tmp_path: Path) -
         teacher.signals(batch_of(policy), temperature=1.0)
 
 
+def test_rows_beyond_the_servers_context(policy: Policy, server: Any) -> None:
+    batch = batch_of(policy)
+    longest = max(example.length for example in batch.examples)
+    server.context = longest  # which has to hold the token that a server writes behind them
+    teacher = ServerTeacher(server.address, top_k=5)
+    teacher.bind(policy.tokenizer)
+    assert teacher.max_length == longest - 1
+    with pytest.raises(ConfigError, match=rf"has {longest} tokens and the teacher's context is {longest - 1}: lower"):
+        teacher.signals(batch, temperature=1.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

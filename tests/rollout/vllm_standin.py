@@ -26,6 +26,7 @@ class StandIn:
         self.policy = policy
         self.name = name
         self.mode = logprobs_mode
+        self.context = 1024
         self.requests: list[dict[str, Any]] = []
         self.spoil: Any = lambda answer: answer
         lock = threading.Lock()
@@ -35,7 +36,7 @@ class StandIn:
             def do_GET(self) -> None:
                 answers: dict[str, Any] = {
                     "/health": {},
-                    "/v1/models": {"data": [{"id": outer.name}]},
+                    "/v1/models": {"data": [{"id": outer.name, "max_model_len": outer.context}]},
                     "/server_info": {
                         "vllm_config": {"model_config": {"logprobs_mode": outer.mode}, "weight_transfer_config": None}
                     },

@@ -108,6 +108,17 @@ def test_a_cache_is_computed_in_the_precision_of_the_run(student: Policy, rows: 
     assert (found["32-true"] - found["bf16-mixed"])[:, :-1].abs().max() > 1e-3
 
 
+def test_rows_beyond_the_teachers_context_are_refused(teacher: LocalTeacher, rows: list[Any], tmp_path: Path) -> None:
+    longest = max(rows, key=lambda row: row.length)
+    teacher.policy.causal_lm.config.max_position_embeddings = longest.length - 1
+    message = rf"row '{longest.id}' has {longest.length} tokens and the teacher's context is {longest.length - 1}"
+    with pytest.raises(ConfigError, match=message):
+        write_cache(tmp_path / "cache", teacher, rows, top_k=5)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ConfigError, match=message):
+        teacher.signals(collate(rows, 0), temperature=1.0)
+
+
 def test_a_killed_job_goes_on(
     teacher: LocalTeacher, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
