@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepkd.errors import ModelError
+from stepkd.errors import DataError, ModelError
 from stepkd.losses.linear import VocabHead
 
 
@@ -162,15 +162,39 @@ def real_vocab_size(tokenizer: Any, num_rows: int) -> int:
     """Number of token ids the tokenizer can produce, at most ``num_rows``.
 
     Model families pad their embedding matrices to round sizes, and sizes of one family differ in the padding (Qwen2.5:
-    151,936 and 152,064 rows for one tokenizer). Rows beyond the tokenizer are never targets and never sampled.
+    151,936 and 152,064 rows for one tokenizer). Rows beyond the tokenizer are never targets and never sampled. An added
+    token beyond the rows (Gemma 3 1B: one for images) does no harm until a text holds it: :func:`check_rows`.
 
     Raises:
-        ModelError: the tokenizer has ids beyond the embedding matrix.
+        ModelError: the tokenizer has ordinary tokens, or its end token, beyond the embedding matrix.
     """
-    size = max(tokenizer.get_vocab().values()) + 1
-    if size > num_rows:
+    ids = tokenizer.get_vocab().values()
+    spare = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id}
+    if max((i for i in ids if i not in spare), default=0) >= num_rows:
         raise ModelError(
-            f"the tokenizer knows {size} ids but the model has only {num_rows} embedding rows: "
-            "tokenizer and weights do not belong together, or the embeddings need resizing"
+            f"the tokenizer knows {max(ids) + 1} ids but the model has only {num_rows} embedding rows: take the "
+            f"tokenizer that belongs to the weights (policy.tokenizer), or {_grown(max(ids) + 1)}"
         )
-    return size
+    return max(i for i in ids if i < num_rows) + 1
+
+
+def check_rows(ids: Tensor, num_rows: int, tokenizer: Any) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Raises:
+        DataError: names the first one's token.
+    """
+    beyond = ids[ids >= num_rows]
+    if beyond.numel():
+        found, size = int(beyond[0]), max(tokenizer.get_vocab().values()) + 1
+        raise DataError(
+            f"a text holds {tokenizer.convert_ids_to_tokens(found)!r} (id {found}), for which the model has no "
+            f"embedding ({num_rows} rows): take it out of the text, or {_grown(size)}"
+        )
+
+
+def _grown(size: int) -> str:
+    return (
+        f"give the model rows for all tokens, in transformers: model.resize_token_embeddings({size}); "
+        "model.save_pretrained(FOLDER); tokenizer.save_pretrained(FOLDER); then name that folder"
+    )

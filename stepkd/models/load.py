@@ -47,6 +47,10 @@ def load_model(spec: PolicySpec) -> tuple[Any, Any]:
     model = _base_model(_base_spec(spec))
     tokenizer = load_tokenizer(spec)
     _warn_of_turn_end(model, tokenizer, spec.path)
+    if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
+        words = spec.path, tokenizer.pad_token, tokenizer.eos_token
+        logger.warning("%s has no embedding for its pad token %r: padding with %r", *words)
+        tokenizer.pad_token = tokenizer.eos_token
     if adapter is not None:
         model = load_adapter(model, adapter)
     elif spec.lora is not None:
@@ -216,13 +220,29 @@ def load_tokenizer(spec: PolicySpec) -> Any:
     """Load and check the tokenizer of a policy.
 
     It comes from ``spec.tokenizer``, else from beside the weights; for an adapter folder without tokenizer files, from
-    the base model. A missing pad token is replaced by the end token, with a warning: attention masks and target
-    positions, never pad ids, decide what counts. A missing end token is an error, because a policy that cannot stop
-    cannot be sampled.
+    the base model. ``spec.chat_template`` replaces its own chat template. A missing pad token is replaced by the end
+    token, with a warning: attention masks and target positions, never pad ids, decide what counts. A missing end token
+    is an error, because a policy that cannot stop cannot be sampled.
 
     Raises:
         ModelError: no tokenizer there, or one without an end token.
+        ConfigError: a chat template of one's own that is no Jinja text.
     """
+    from jinja2 import TemplateSyntaxError
+
+    tokenizer, own = _stored_tokenizer(spec), as_trained(spec).chat_template
+    if own is not None:
+        tokenizer.chat_template = own
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"policy.chat_template, line {error.lineno}: {first_line(error)}") from error
+        except Exception:  # a template may refuse this message: it says so when it is used
+            logger.debug("policy.chat_template refuses a lone user message")
+    return tokenizer
+
+
+def _stored_tokenizer(spec: PolicySpec) -> Any:
     from transformers import AutoTokenizer
 
     where, revision = _tokenizer_place(spec)

@@ -23,6 +23,7 @@ from stepkd.models.head import (
     backbone_of,
     check_head,
     check_padding,
+    check_rows,
     evaluation_mode,
     positions_from_mask,
     real_vocab_size,
@@ -78,7 +79,9 @@ class Policy(nn.Module):
         self.spec = spec
         self.training = model.training
         self.step_head: StepHead | None = None
-        self.vocab_size = real_vocab_size(tokenizer, self.causal_lm.get_output_embeddings().weight.shape[0])
+        self._rows = int(self.causal_lm.get_output_embeddings().weight.shape[0])
+        self.vocab_size = real_vocab_size(tokenizer, self._rows)
+        self._has_spare_ids = max(tokenizer.get_vocab().values()) >= self._rows
         self._frozen: list[Policy] = []  # in a list so that the reference never becomes a submodule
         if verify_head:
             check_head(self.causal_lm)
@@ -197,6 +200,11 @@ class Policy(nn.Module):
         lengths = (getattr(config, "max_position_embeddings", None), steady_length(config))
         return min((length for length in lengths if length is not None), default=None)
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse ids that only the tokenizer knows; see :func:`~stepkd.models.head.check_rows`."""
+        if self._has_spare_ids:
+            check_rows(ids, self._rows, self.tokenizer)
+
     def hidden(
         self,
         input_ids_BT: Tensor,
@@ -216,6 +224,7 @@ class Policy(nn.Module):
         Returns:
             (B, T, H) hidden states in the model's dtype; rows of padding hold arbitrary finite values.
         """
+        self.check_ids(input_ids_BT)
         if position_ids_BT is None:
             if self.can_unpad and is_worth_it(attention_mask_BT):
                 return unpadded_hidden(self.causal_lm, input_ids_BT, attention_mask_BT)

@@ -53,6 +53,9 @@ def find_checkpoint(path: Path) -> Path | None:
     return None
 
 
+_KEPT = ("tokenizer", "chat_template", "lora", "trust_remote_code")
+
+
 def as_trained(spec: PolicySpec) -> PolicySpec:
     """The same settings with the model that a run was trained from, and its adapter, where the path is a run's.
 
@@ -63,7 +66,7 @@ def as_trained(spec: PolicySpec) -> PolicySpec:
     if found is None:
         return spec
     base = as_trained(spec_from_dict(read_checkpoint(found)["stepkd"]["policy"]))
-    kept = {name: getattr(spec, name) or getattr(base, name) for name in ("tokenizer", "lora", "trust_remote_code")}
+    kept = {name: getattr(spec, name) or getattr(base, name) for name in _KEPT}
     dtype = base.dtype if spec.dtype == "auto" else spec.dtype
     return replace(spec, path=base.path, revision=base.revision, init_seed=base.init_seed, dtype=dtype, **kept)
 

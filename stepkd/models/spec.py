@@ -7,6 +7,7 @@ all of them.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from stepkd.errors import ConfigError
@@ -53,6 +54,9 @@ class PolicySpec:
     """Hub revision (branch, tag or commit)."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer when it is not beside the weights."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's: a Jinja file, or its text. Checkpoints hold it, exports write it into
+    the tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
     """Parameter dtype; ``auto``: as stored. What is trained is float32: adapters and ``modules_to_save`` on any base,
     all weights under ``auto``; ``bfloat16`` without adapters is refused by ``fit``."""
@@ -74,6 +78,8 @@ class PolicySpec:
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("policy.path is empty: give a folder, a hub id, a .gguf file or a tiny preset")
+        if self.chat_template is not None:
+            object.__setattr__(self, "chat_template", _jinja(self.chat_template))
         if self.dtype not in DTYPES:
             raise ConfigError(f"policy.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.quantization not in get_args(Quantization):
@@ -83,6 +89,19 @@ class PolicySpec:
                 f"policy.quantization={self.quantization!r} without policy.lora: quantised weights cannot be trained; "
                 "add a lora section, or load the weights unquantised"
             )
+
+
+def _jinja(value: str) -> str:
+    """The text of a chat template that is given as a file or as such."""
+    text = value
+    if "{" not in value:
+        try:
+            text = Path(value).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"policy.chat_template={value!r}: no readable Jinja file, and no Jinja text") from error
+    if "{{" not in text:
+        raise ConfigError(f"policy.chat_template={value!r}: writes nothing of a message (it holds no {{{{ }}}})")
+    return text
 
 
 class FrozenSpec(PolicySpec):

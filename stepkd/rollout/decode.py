@@ -95,6 +95,7 @@ class Decoder:
         empty, full = ([[bit] * n for n in sizes] for bit, sizes in ((0, [width - x for x in lengths]), (1, lengths)))
         mask = [e + f if padding == "left" else f + e for e, f in zip(empty, full, strict=True)]
         input_ids_PT = torch.tensor(ids, device=self.policy.device)
+        self.policy.check_ids(input_ids_PT)
         mask_PT = torch.tensor(mask, device=self.policy.device)
         output = self.forward(input_ids_PT, mask_PT, positions_from_mask(mask_PT), None)
         self.counts.prefill_tokens += sum(lengths)

@@ -140,6 +140,7 @@ class LocalTeacher:
         if policy.step_head is not None:
             raise ModelError(f"teacher.path={self.spec.path} is a reward model: a teacher is a language model")
         check_same_vocabulary(tokenizer, policy.tokenizer)
+        policy.vocab_size = min(policy.vocab_size, vocab_size or policy.vocab_size)  # the student may have spare ids
         if vocab_size not in (None, policy.vocab_size):
             raise ModelError(
                 f"the teacher has logits for {policy.vocab_size} tokens and the student for {vocab_size}, "

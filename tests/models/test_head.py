@@ -181,6 +181,9 @@ class Words:
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
+    eos_token_id = 1
+    added_tokens_decoder = frozenset[int]()
+
     def get_vocab(self) -> dict[str, int]:
         return {f"w{i}": i for i in self.ids}
 

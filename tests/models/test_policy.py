@@ -229,6 +229,6 @@ def test_gradient_checkpointing_changes_nothing(lora: LoraSpec | None) -> None:
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     model, tokenizer = build_tiny(PRESET, seed=0)
-    tokenizer.add_tokens(["<extra>"])
+    tokenizer.add_special_tokens({"eos_token": "<extra>"})
     with pytest.raises(ModelError, match="knows 101 ids but the model has only 100 embedding rows"):
         Policy(model, tokenizer)
