@@ -36,7 +36,7 @@ class Benchmark:
 
 
 _WORDS = ("hash", "boxed", "answer_phrase", "last_number")
-_LATEX = ("boxed", "hash", "answer_phrase", "last_number")
+_LATEX = ("boxed", "hash", "answer_phrase", "latex")
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark

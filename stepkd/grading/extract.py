@@ -6,13 +6,16 @@ process that it can kill.
 
 The extractors of a list are tried in order; the first that finds something wins. A *strict* reading (only the format
 that the benchmark prescribes counts, anything else is unparsed) is a list of one: ``("hash",)`` or ``("boxed",)``.
+What stands before the last ``</think>`` is a draft and is not read. An answer that was begun and not finished (an open
+last box, an open formula at the end) ends the search: nothing before it is the answer.
 
 Which occurrence counts is each extractor's own convention unless ``which`` says otherwise:
 
 * ``hash`` takes the *first* ``####`` answer. The mark ends a solution, and a model without a stop string goes on to
   write another question and answer after it. Markdown headings (``#### Step 2: ...``) are not answers.
-* ``boxed``, ``answer_phrase``, ``last_number`` and ``regex:`` take the *last*: a solution may box or name intermediate
-  results, and a correction comes after what it corrects.
+* ``boxed``, ``answer_phrase``, ``latex``, ``last_number`` and ``regex:`` take the *last*: a solution may box or name
+  intermediate results, and a correction comes after what it corrects. Boxes or formulas joined by "and", "or" or a
+  comma are one answer, a list. ``last_number`` is for word problems: it does not read numbers inside an expression.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ from typing import Literal
 
 from stepkd.errors import ConfigError
 
-EXTRACTOR_VERSION = "1"
+EXTRACTOR_VERSION = "2"
 """Written to evaluation manifests; raised whenever an extraction rule changes, because rules move scores."""
 
-DEFAULT_EXTRACTORS: tuple[str, ...] = ("hash", "boxed", "last_number")
+DEFAULT_EXTRACTORS: tuple[str, ...] = ("hash", "boxed", "answer_phrase", "latex", "last_number")
 
 Which = Literal["first", "last"]
 Extractor = Callable[[str, Which], str | None]
@@ -51,8 +54,28 @@ _PHRASE = re.compile(
     re.IGNORECASE,
 )
 _PHRASE_END = re.compile(r",\s+(?=[a-z]{2,})|\s(?:because|since|as we)\b|;\s")
+_THINK_START = re.compile(r"<(?:think|thinking|thought|reasoning)>")
+_THINK_END = re.compile(r"</(?:think|thinking|thought|reasoning)>")
+_JOINT = re.compile(
+    r"[\s$.:\\()\[\]}]{0,16}(?:,|(?:,?\s?\\text\s?\{)?\s?(and|or)\b)[\s$\\()\[\]}]{0,16}(?:(and|or)\b)?"
+    r"[\s$\\()\[\]]{0,16}(?:[A-Za-z]\w{0,2}\s?=\s?)?"
+)
+_DELIMITER = re.compile(r"\$\$?|\\[()\[\]]|\\[\s\S]")
+_CLOSES = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
+_BARE = re.compile(
+    r"(?:\\(?:text|mbox|textbf)\s?\{[^{}]{0,80}\}|\\(?!f?box)[A-Za-z]+|[ -@\[-`{-~\t½¼¾²³°×÷·±√π∞∪∩∈≤≥≠≈−]"
+    r"|(?<![A-Za-z])(?:and|or|pi|sqrt|[A-Za-z])(?![A-Za-z]{2})){1,300}"
+)
 _INLINE_MATH = re.compile(r"\$(?!\s)([^$\n]{1,300}?)(?<!\s)\$(?![0-9])|\\\((.{1,300}?)\\\)")
 
+_MOST_JOINED = 16
+_BEFORE_TERM = re.compile(
+    r"(?:[0-9A-Za-z)\]}%]\s*[-−–+]|[+^_{([/×÷√|≤≥≠]|(?<!\*)\*|(?<![<>])[<>]|(?:\\[A-Za-z]+))\s*$(?<!\\\()(?<!\\\[)"
+)
+_AFTER_TERM = re.compile(
+    r"\s*(?:[+*^_×÷}√|<≤≥≠]|[-−–]\s*[0-9$]|=\s*\S|\\(?:[dt]?frac|sqrt|pi|times|cdot|pm|le|ge|[lg]eq|ne|in|cup)\b)"
+    r"|[(\[]|[abcdefijknopqrtuvwxyz](?![A-Za-z])"
+)
 _SENTENCE_END = re.compile(r"[.?](?=\s|$)|<\||</|####")
 
 _INT = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
@@ -129,12 +152,13 @@ def extract_hash(text: str, which: Which = "first") -> str | None:
     return found
 
 
-def _boxes(text: str) -> list[str]:
-    """The contents of all balanced boxes, in order of their start."""
-    boxes: list[tuple[int, int, int]] = []
+def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
+    """(start, end, content) of all balanced boxes in order of their start, and whether a box stays open."""
+    boxes: list[tuple[int, int, int, int]] = []
     stack: list[tuple[int, int]] = []  # (start of the box or -1, position after the brace)
     begin = min((at for at in (text.find(r"\boxed"), text.find(r"\fbox")) if at >= 0), default=len(text))
     box_of_brace: tuple[int, int] | None = None
+    is_open = False
     for token in _BOX.finditer(text, begin):
         kind = token.group()
         if kind == "{":
@@ -144,23 +168,81 @@ def _boxes(text: str) -> list[str]:
             if stack:
                 start, after = stack.pop()
                 if start >= 0:
-                    boxes.append((start, after, token.start()))
+                    boxes.append((start, after, token.start(), token.end()))
         elif len(kind) > 2:
             brace = _BOX_BRACE.match(text, token.end())
             bare = None if brace else _BARE_BOX.match(text, token.end())
+            is_open = not text[token.end() :].strip() if not brace and not bare else False
             if brace:
                 box_of_brace = (token.start(), brace.end())
             elif bare:
-                boxes.append((token.start(), bare.start(1), bare.end(1)))
+                boxes.append((token.start(), bare.start(1), bare.end(1), bare.end(1)))
     # Only a box that holds no other box is cut out: nested boxes would make the total length quadratic.
     boxes.sort()
-    next_starts = [start for start, _, _ in boxes[1:]] + [len(text)]
-    return [text[a:b] for (_, a, b), following in zip(boxes, next_starts, strict=False) if following >= b]
+    next_starts = [start for start, *_ in boxes[1:]] + [len(text)]
+    pairs = zip(boxes, next_starts, strict=False)
+    inner = [(start, end, text[a:b]) for (start, a, b, end), after in pairs if after >= b]
+    return inner, is_open or any(start >= 0 for start, _ in stack)
 
 
 def extract_boxed(text: str, which: Which = "last") -> str | None:
-    r"""The content of a balanced ``\boxed{...}`` or ``\fbox{...}`` (innermost when nested), or of ``\boxed 5``."""
-    return _pick((tidy_ends(content) for content in _boxes(text)), which)
+    r"""The content of a balanced ``\boxed{...}`` or ``\fbox{...}`` (innermost when nested), or of ``\boxed 5``.
+
+    Empty where the last box stays open. Boxes joined by "and", "or" or a comma are one list.
+    """
+    boxes, is_open = _boxes(text)
+    if which == "first":
+        return _pick((tidy_ends(content) for _, _, content in boxes), which)
+    return "" if is_open else _joined(text, boxes)
+
+
+def _joined(text: str, spans: Sequence[tuple[int, int, str]]) -> str | None:
+    """The last span that holds something, with those joined to it."""
+    joined, begin, parts = "", 0, 0
+    for start, end, content in reversed(spans):
+        joint = _JOINT.fullmatch(text[end:begin]) if joined and begin - end < 60 else None
+        answer = tidy_ends(content)
+        if (joined and joint is None) or parts == _MOST_JOINED:
+            break
+        if answer:
+            between = "" if joint is None else " or " if "or" in joint.groups() else ", "
+            joined, begin, parts = answer + between + joined, start, parts + 1
+    return joined or None
+
+
+def extract_latex(text: str, which: Which = "last") -> str | None:
+    r"""The last formula (``$...$``, ``\(...\)``, ``\[...\]``), or a text that is nothing but one answer.
+
+    Empty where the text ends inside a formula.
+    """
+    spans: list[tuple[int, int, str]] = []
+    begun: tuple[str, int, int] | None = None
+    for match in _DELIMITER.finditer(text):
+        token, at, end = match[0], match.start(), match.end()
+        if (
+            begun
+            and token == _CLOSES[begun[0]]
+            and at > begun[2]
+            and not (token == "$" and not _may_close(text, begun[2], at))
+        ):
+            spans.append((begun[1], end, text[begun[2] : at]))
+            begun = None
+        elif token in _CLOSES and (token not in "$$" or begun is None or begun[0] == "$"):
+            begun = (token, at, end)
+    if begun and (begun[0] != "$" or "\\" in text[begun[2] :]):
+        return ""
+    if which == "first":
+        return _pick((tidy_ends(content) for _, _, content in spans), which)
+    whole = text.strip()
+    if not spans and len(whole) <= 300 and _BARE.fullmatch(whole) and re.search(r"[A-Za-z0-9]", whole):
+        return tidy_ends(whole)
+    return _joined(text, spans)
+
+
+def _may_close(text: str, begin: int, end: int) -> bool:
+    """Whether a dollar sign ends a formula; else it is money."""
+    blank = text[begin : begin + 1].isspace() or text[end - 1 : end].isspace()
+    return not blank and not text[end + 1 : end + 2].isdigit() and "\n" not in text[begin:end]
 
 
 def extract_answer_phrase(text: str, which: Which = "last") -> str | None:
@@ -188,15 +270,36 @@ def _phrase_payload(payload: str) -> str:
 def extract_last_number(text: str, which: Which = "last") -> str | None:
     """A number with its sign, currency, thousands separators, decimals, fraction and percent sign.
 
-    Exponents of units (``m^2``), subscripts and digits inside words (``H2O``) are not numbers of their own.
+    Exponents of units (``m^2``), subscripts and digits inside words (``H2O``) are not numbers of their own. Empty where
+    the number is part of an expression (``3y + 5``, ``\\sqrt{5}``).
     """
-    return _pick((match.group().strip() for match in _NUMBER.finditer(text)), which)
+    matches = _NUMBER.finditer(text)
+    chosen = next(matches, None) if which == "first" else next(iter(deque(matches, maxlen=1)), None)
+    if chosen is None:
+        return None
+    return "" if _in_expression(text, *chosen.span()) else chosen.group().strip()
+
+
+def numbers_in(text: str) -> list[str]:
+    """All numbers of a short text, as :func:`extract_last_number` reads them."""
+    return [match.group().strip() for match in _NUMBER.finditer(text)]
+
+
+def _in_expression(text: str, start: int, end: int) -> bool:
+    before = text[max(0, start - 40) : start].rpartition("\n")[2]
+    after = text[end : end + 40].partition("\n")[0]
+    while before and after and before[-1] in "*_`'\"" and after[0] == before[-1]:  # emphasis
+        before, after = before[:-1], after[1:]
+    if before[-1:] in ("(", "[") and after[:1] in (")", "]"):
+        before, after = before[:-1], after[1:]
+    return _BEFORE_TERM.search(before) is not None or _AFTER_TERM.match(after) is not None
 
 
 EXTRACTORS: dict[str, tuple[Extractor, Which]] = {
     "hash": (extract_hash, "first"),
     "boxed": (extract_boxed, "last"),
     "answer_phrase": (extract_answer_phrase, "last"),
+    "latex": (extract_latex, "last"),
     "last_number": (extract_last_number, "last"),
 }
 """Built-in extractors by name, each with the occurrence it takes by convention."""
@@ -237,15 +340,21 @@ def is_linear(extractors: Sequence[str]) -> bool:
 
 
 def extract_answer(
-    text: str, extractors: Sequence[str] = DEFAULT_EXTRACTORS, *, which: Which | None = None
+    text: str,
+    extractors: Sequence[str] = DEFAULT_EXTRACTORS,
+    *,
+    which: Which | None = None,
+    cut_off: bool = False,
 ) -> str | None:
     r"""Find the final answer in a completion.
 
     Args:
         text: the completion; any length, any characters (NUL and lone surrogates included).
-        extractors: names tried in order: ``hash``, ``boxed``, ``answer_phrase``, ``last_number`` or
+        extractors: names tried in order: ``hash``, ``boxed``, ``answer_phrase``, ``latex``, ``last_number`` or
             ``regex:<pattern>`` (group 1 if it has one, else the whole match). One name alone is a strict reading.
         which: ``"first"`` or ``"last"`` occurrence; ``None`` follows each extractor's convention (module docstring).
+        cut_off: whether the completion was cut off at its longest length: then only a closed box and a finished
+            ``####`` line are answers.
 
     Returns:
         The answer as written, without its marks (``####``, ``\boxed``), or ``None`` when nothing was found.
@@ -253,14 +362,24 @@ def extract_answer(
     Raises:
         ConfigError: an unknown extractor or a pattern that does not compile.
     """
-    for name in check_extractors(extractors):
+    names = check_extractors(extractors)
+    text = _without_drafts(text)
+    if cut_off:
+        names = tuple(name for name in names if name in ("hash", "boxed"))
+    for name in names:
         if name.startswith("regex:"):
             matches = re.finditer(name.removeprefix("regex:"), text)
             pieces = ((m.group(1) if m.re.groups else m.group()) or "" for m in matches)
             found = _pick((piece.strip() for piece in pieces), which or "last")
         else:
             extractor, convention = EXTRACTORS[name]
-            found = extractor(text, which or convention)
-        if found:
-            return found
+            whole_lines = text[: text.rfind("\n") + 1] if cut_off and name == "hash" else text
+            found = extractor(whole_lines, which or convention)
+        if found is not None:
+            return found or None
     return None
+
+
+def _without_drafts(text: str) -> str:
+    """The text behind the last thought; a thought that never ended is left out too."""
+    return _THINK_START.split(_THINK_END.split(text)[-1], maxsplit=1)[0]

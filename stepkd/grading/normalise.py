@@ -3,18 +3,23 @@ r"""Read short answers without a computer algebra system: plain numbers with uni
 Rules for word-problem answers, chosen to agree with what a person marking the paper would accept:
 
 * thousands separators, currency signs, trailing zeros and a full stop do not matter (``$1,234.00`` is 1234);
-* unit words after a number do not matter (``1234 apples``, ``5 km/h``, ``30^\circ``); scale words do (``5 thousand``);
+* unit words after a number do not matter (``1234 apples``, ``5 km/h``, ``30^\circ``); number words do (``5 thousand``,
+  ``3 dozen``, ``12 thousandths``);
 * a percent sign is a unit: ``50%`` and 50 match each other, ``50%`` and 0.5 (the value it stands for) too, but 0.5
   and 50 do not;
-* of an equation the right-hand side counts (``x = 5``, ``9 * 2 = 18``), unless several are listed;
+* of an answer that is an equation the right-hand side counts (``x = 5``, ``9 * 2 = 18``), unless several are listed; a
+  reference equation is one value only where its left side is a name (``x = 5``, not ``3a + b = 10``);
 * words are compared without case and punctuation (``\text{Evelyn}`` is ``evelyn``).
 
-Comparison of plain decimal numbers is exact: no rounding, no floating point.
+Comparison is exact: no floating point. (Two long decimals of which one may be the other rounded are left to
+:mod:`stepkd.grading.verify`.)
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -28,9 +33,14 @@ _MAX_UNIT_WORDS = 8
 _CHARACTERS = str.maketrans(
     {"\0": None, "−": "-", "–": "-", "\u00a0": " ", "\u202f": " ", "\n": " ", "\r": " ", "\t": " "}
 )
-_SPACING = re.compile(r"(\\\\)|\\[!,;:]|\\(?= )|~|\\(?:qquad|quad|displaystyle|left(?![a-z])|right(?![a-z]))")
+_GROUPS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\[,;:!]) ?(?=[0-9]{3}(?![0-9]))")
+_BLANK_GROUPS = re.compile(r"[-+]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]*)?")
+_NO_SPACE = re.compile(r"(\\\\)|\\!|\\(?:displaystyle|textstyle)(?![a-z])|\\(?:left|right)\s*(?:\.(?![0-9])|(?![a-z]))")
+_SPACE = re.compile(r"(\\\\)|\\[,;: ]|~|\\(?:qquad|quad|thinspace)(?![a-z])")
 _ESCAPED_SIGN = re.compile(r"\\([$%#&])")
-_WHOLE_COMMAND = re.compile(r"\\(?:boxed|fbox|text|mbox|textbf|mathbf|mathrm|textrm)\s*\{(.*)\}", re.DOTALL)
+_WHOLE_COMMAND = re.compile(
+    r"\\(?:boxed|fbox|text|mbox|textbf|mathbf|mathrm|textrm|boldsymbol|bm|textit|mathit)\s*\{(.*)\}", re.DOTALL
+)
 _INLINE_TEXT = re.compile(r"\\(?:text|mbox|textbf|mathbf|mathrm|textrm)\s*\{([^{}]*)\}")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"))
@@ -42,12 +52,24 @@ _NUMBER = re.compile(
     r"(?:(?P<grouped>[0-9]{1,3}(?:,[0-9]{3})+)|(?P<whole>[0-9]*))(?P<decimals>\.[0-9]*)?"
     r"(?P<tail>.*)"
 )
-_IN_BASE = re.compile(r"([0-9A-Za-z]{1,40})_\{?([0-9]{1,3})\}?")
 _PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b|pct\b)", re.IGNORECASE)
 _LEFT_SIDE = re.compile(r"(?:[A-Za-z0-9 _+\-*/().,$€£×÷%\\^{}=']*[^<>!\\=])?", re.ASCII)
 _LISTING = re.compile(r"\b(?:and|or)\b|,\s|\\(?:neq?|leq?|geq?|approx)\b")
 
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_POWERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_PARTS = {
+    "half": 2,
+    "halve": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "seventh": 7,
+    "eighth": 8,
+}
+_PARTS |= {"ninth": 9, "tenth": 10, **{f"{word}th": power for word, power in _POWERS.items() if power != 12}}
+_SCALES = {word: Fraction(power) for word, power in _POWERS.items()} | {w: Fraction(1, n) for w, n in _PARTS.items()}
 _SHORT_UNITS = frozenset(
     {"m", "g", "s", "h", "l", "cm", "mm", "km", "kg", "mg", "ml", "lb", "ft", "oz", "in", "yd", "hr", "min", "mi"}
     | {"kw", "gb", "mb", "tb", "mph", "kph", "kmh", "usd", "eur", "gbp", "sq", "cu", "lbs", "hrs", "mol"}
@@ -55,12 +77,17 @@ _SHORT_UNITS = frozenset(
 _NOT_UNITS = frozenset(
     {"pi", "sqrt", "log", "ln", "sin", "cos", "tan", "cot", "sec", "csc", "exp", "mod", "frac", "infinity", "factorial"}
     | {"and", "or", "to", "plus", "minus", "times", "over", "than", "divided", "squared", "cubed", "choose", "by"}
-    | {"half", "halves", "third", "thirds", "quarter", "quarters", "fourth", "fourths", "fifth", "fifths", "tenth"}
-    | {"tenths", "hundredths", "more", "less", "through", "between", "am", "pm", "a.m", "p.m"}
+    | {"more", "less", "through", "between", "am", "pm", "a.m", "p.m", "arcsin", "arccos", "arctan", "sinh", "cosh"}
+    | {"tanh", "max", "gcd", "lcm", "floor", "ceil", "base", "unknown", "none", "of"}
 )
 _UNIT_WORD = re.compile(r"[A-Za-z][A-Za-z'’./-]*|[$€£¥₹]")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z'’ -]{3,}")
-_EXPLICIT_WORDS = re.compile(r"\s*\\(?:text|mbox|textbf|mathrm|textrm)\s*\{[^{}]*[A-Za-z][^{}]*\}\s*")
+_WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z]+['’.]?(?:(?:['’-]|[ ]+)[A-Za-z]+['’.]?)*")
+_EXPLICIT_WORDS = re.compile(r"\s*\\(?:text|mbox|textbf|mathrm|textrm)\s*\{\s*[A-Za-z](?=[^{}]*[A-Za-z]{2})[^{}]*\}\s*")
+_ARTICLE = re.compile(r"(?:an?|the) (?=.{3})")
+_NAMED = re.compile(r"\s*(?:[A-Za-z]|[A-Za-z][A-Za-z ]{2,}|\\[A-Za-z]+(?:\s*\{[A-Za-z ]*\})?)\s*=(?!.*=)")
+_DECIMAL = re.compile(
+    r"[-+]?\s*([0-9]*)\.([0-9]*)\s*(?:\\?%|\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?[0-9]{1,4})\s*\}?|[eE]([-+]?[0-9]{1,4}))?"
+)
 _NOT_WORD_CHARACTERS = re.compile(r"[\W_]+")
 
 
@@ -83,7 +110,10 @@ def tidy(text: str) -> str:
     Returns:
         The answer on one line; may be empty.
     """
-    text = _SPACING.sub(lambda m: m[1] or "", text.translate(_CHARACTERS)).replace("{,}", ",")
+    text = _GROUPS.sub(",", text.translate(_CHARACTERS))
+    text = _SPACE.sub(lambda m: m[1] or " ", _NO_SPACE.sub(lambda m: m[1] or "", text)).replace("{,}", ",")
+    if _BLANK_GROUPS.fullmatch(text.strip()):
+        text = text.replace(" ", "")
     for _ in range(6):  # wrappings nest: **$\boxed{5}$**
         before = text
         text = text.strip()
@@ -96,7 +126,7 @@ def tidy(text: str) -> str:
         whole = _WHOLE_COMMAND.fullmatch(text)
         if whole and _balanced(whole.group(1)):
             text = whole.group(1)
-        text = text.rstrip(".;,: ") if not text.endswith("..") else text
+        text = text.rstrip(".;,:? ") if not text.endswith("..") else text
         if text == before:
             break
     return _ESCAPED_SIGN.sub(r"\1", text)
@@ -111,31 +141,39 @@ def _balanced(text: str) -> bool:
     return depth == 0
 
 
-def unit_scale(words: str) -> int | None:
+def unit_scale(words: str) -> Fraction | None:
     """The factor that the words after a number stand for.
 
     Args:
         words: what follows the number, e.g. ``"apples"``, ``"thousand dollars"``, ``"km/h"`` or nothing.
 
     Returns:
-        1 for units or nothing, the factor of scale words, ``None`` if the words are not units (``"pi"``, ``"and 7"``).
+        1 for units or nothing, the factor of number words (1/1000 for ``"thousandths"``), ``None`` if the words are
+        neither (``"pi"``, ``"and 7"``).
     """
     words = _POWER_OF_UNIT.sub("", words.strip().strip("()").strip())
-    scale = 1
+    scale = Fraction(1)
     pieces = words.replace("-", " ").split()
     if len(pieces) > _MAX_UNIT_WORDS:
         return None
     for index, piece in enumerate(pieces):
         low = piece.lower().rstrip(".,'’")
-        if index == 0 and low.rstrip("s") in _SCALES:
-            scale = _SCALES[low.rstrip("s")]
+        if (number := low.removesuffix("s")) in _SCALES and scale == _product(pieces[:index]):
+            scale *= _SCALES[number]
         elif not _UNIT_WORD.fullmatch(piece) or low in _NOT_UNITS or (index == 0 and not _is_unit(low)):
             return None
     return scale
 
 
+def _product(words: Sequence[str]) -> Fraction | None:
+    """The product of number words; None if one of them is another word."""
+    scales = [_SCALES.get(word.lower().removesuffix("s")) for word in words]
+    return None if None in scales else math.prod((scale for scale in scales if scale is not None), start=Fraction(1))
+
+
 def _is_unit(word: str) -> bool:
-    return len(word) > 2 or word in _SHORT_UNITS or word in "$€£¥₹"
+    is_product = len(word) == 3 and sorted(word) == list(word)  # "5 abc" and "2 xyz" multiply letters
+    return (len(word) > 2 and not is_product) or word in _SHORT_UNITS or word in "$€£¥₹"
 
 
 def _right_side(text: str) -> str:
@@ -190,17 +228,25 @@ def same_number(candidate: PlainNumber, gold: PlainNumber) -> bool:
     return stands_for == gold.value / (100 if gold.percent else 1)
 
 
+def decimal_places(text: str) -> tuple[int, int] | None:
+    """Significant digits of a number written with a decimal point, and the exponent of its last digit; else None."""
+    match = _DECIMAL.fullmatch(text.strip())
+    if match is None or not match[1] + match[2]:
+        return None
+    return len((match[1] + match[2]).lstrip("0")), int(match[3] or match[4] or 0) - len(match[2])
+
+
 def is_words(text: str) -> bool:
-    r"""Whether an untidied answer is words rather than mathematics: ``\text{...}``, or four letters and more."""
-    if _EXPLICIT_WORDS.fullmatch(text):
-        return True
+    r"""Whether an untidied answer is words rather than mathematics: ``\text{...}``, or a word of four letters."""
     plain = tidy(text)
-    return bool(_WORDS.fullmatch(plain)) and not _NOT_UNITS.intersection(plain.lower().split())
+    words = _EXPLICIT_WORDS.fullmatch(text) or _WORDS.fullmatch(plain)
+    return bool(words) and not _NOT_UNITS.intersection(plain.lower().split())
 
 
 def words_key(text: str) -> str:
-    """The form in which word answers are compared: no case, no punctuation, single spaces."""
-    return _NOT_WORD_CHARACTERS.sub(" ", _INLINE_TEXT.sub(r" \1 ", tidy(text))).strip().casefold()
+    """The form in which word answers are compared: no case, no punctuation, no article, single spaces."""
+    key = _NOT_WORD_CHARACTERS.sub(" ", _INLINE_TEXT.sub(r" \1 ", tidy(text))).strip().casefold()
+    return _ARTICLE.sub("", key, count=1) if _ARTICLE.match(key) else key
 
 
 def canonical_answer(text: str) -> str:
@@ -215,7 +261,7 @@ def canonical_answer(text: str) -> str:
     if len(text) > MAX_ANSWER_CHARS:
         return text
     plain = tidy(text)
-    number = read_number(plain)
+    number = None if "=" in plain and not _NAMED.match(plain) else read_number(plain)
     if number is not None:
         return f"{number.value}{'%' if number.percent else ''}"
     return words_key(text) if is_words(text) else plain.replace(" ", "")
@@ -241,12 +287,18 @@ def quick_verdict(candidate: str, gold: str) -> bool | None:
         return False
     if plain_candidate == plain_gold:
         return True
+    if "=" in plain_gold:
+        same_left = plain_candidate.partition("=")[0].strip() == plain_gold.partition("=")[0].strip()
+        if not _NAMED.match(plain_gold) or ("=" in plain_candidate and not same_left):
+            return None
     number_c, number_g = read_number(plain_candidate), read_number(plain_gold)
     if number_c is not None and number_g is not None:
-        return same_number(number_c, number_g)
-    base_c, base_g = _IN_BASE.fullmatch(plain_candidate), _IN_BASE.fullmatch(plain_gold)
-    if base_c and base_g and base_c[1].isdigit() and base_g[1].isdigit():
-        return base_c.groups() == base_g.groups()  # math-verify drops the base: 52_8 would equal 52_9
-    if is_words(gold):
+        equal = same_number(number_c, number_g)
+        return None if not equal and _may_be_rounded(plain_candidate, plain_gold) else equal
+    if is_words(gold) and (words_key(candidate) == words_key(gold) or is_words(candidate)):
         return words_key(candidate) == words_key(gold)
     return None
+
+
+def _may_be_rounded(candidate: str, gold: str) -> bool:
+    return all((places := decimal_places(text)) is not None and places[0] >= 6 for text in (candidate, gold))

@@ -1,8 +1,9 @@
-r"""The grader: verdicts on completions, from worker processes that are killed at a hard deadline.
+r"""The grader: verdicts on completions, from worker processes that are killed at a hard deadline of CPU time.
 
 math-verify can run for ever or eat all memory on text that a model wrote (``9^{9^{9^9}}``), and an alarm inside the
-process works neither in threads nor against C code. So the check runs in child processes; this module hands out items,
-watches the clock and replaces what it had to kill. Cases that need no computer algebra are settled without a worker.
+process works neither in threads nor against C code. So the check runs in child processes that the kernel ends when they
+have used their CPU time; this module hands out items and replaces what was ended. An item that was lost is tried once
+more, alone. Cases that need no computer algebra are settled without a worker.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 from typing import Any
@@ -25,11 +26,14 @@ from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.grading.extract import DEFAULT_EXTRACTORS, Which, check_extractors, extract_answer, is_linear
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
 from stepkd.grading.process import WorkerGone, WorkerProcess
+from stepkd.grading.verify import CONVENTIONS
 
 _START_LIMIT_S = 120.0
 """A fresh worker imports sympy; on a cold network file system that takes tens of seconds."""
 _START_ATTEMPTS = 3
 _MIN_MEMORY_MB = 192
+_WALL_FACTOR = 30.0
+"""Wall-clock seconds per second of CPU time before a worker counts as stuck: a busy machine is no answer's fault."""
 
 
 class Verdict(StrEnum):
@@ -64,6 +68,13 @@ class _Item:
     extracted: str | None
     gold: str
     returned: bool = False
+    retried: bool = False
+
+
+@dataclass
+class _Batch:
+    grades: dict[int, Grade] = field(default_factory=dict)
+    items: dict[tuple[str, str], _Item] = field(default_factory=dict)
 
 
 class Grader:
@@ -75,14 +86,16 @@ class Grader:
 
     Args:
         workers: number of worker processes, at least 1.
-        deadline_s: wall-clock seconds per item, counted from when a worker has the item (neither the time in the queue
-            nor a worker's start counts).
+        deadline_s: CPU seconds of a worker per item, so that a busy machine changes no verdict; 30 times as many
+            seconds of wall clock end an item too.
         memory_mb: cap on a worker's address space in MiB, at least 192.
         extractors: names for :func:`stepkd.grading.extract_answer`, tried in order.
         which: the occurrence that counts, ``"first"`` or ``"last"``; ``None`` follows each extractor's convention.
+        convention: ``"stepkd"``, or ``"prm800k"`` for what PRM800K's official grader accepts
+            (:func:`stepkd.grading.verify.equivalent`).
 
     Raises:
-        ConfigError: a value out of range or an unknown extractor.
+        ConfigError: a value out of range, an unknown extractor or convention.
     """
 
     def __init__(
@@ -93,6 +106,7 @@ class Grader:
         memory_mb: int = 1024,
         extractors: Sequence[str] = DEFAULT_EXTRACTORS,
         which: Which | None = None,
+        convention: str = "stepkd",
     ) -> None:
         if workers < 1:
             raise ConfigError(f"workers is {workers}; the grader needs at least 1")
@@ -102,6 +116,9 @@ class Grader:
             raise ConfigError(f"memory_mb is {memory_mb}; math-verify alone needs {_MIN_MEMORY_MB}")
         if which not in (None, "first", "last"):
             raise ConfigError(f"which is {which!r}; give 'first', 'last' or nothing")
+        if convention not in CONVENTIONS:
+            raise ConfigError(f"convention is {convention!r}; known: {', '.join(CONVENTIONS)}")
+        self.convention = convention
         self.workers = workers
         self.deadline_s = deadline_s
         self.memory_mb = memory_mb
@@ -118,7 +135,8 @@ class Grader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies (spawned ranks, deep copies of a module) carry the settings and start workers of their own.
-        settings = {name: getattr(self, name) for name in ("workers", "deadline_s", "memory_mb", "extractors", "which")}
+        names = ("workers", "deadline_s", "memory_mb", "extractors", "which", "convention")
+        settings = {name: getattr(self, name) for name in names}
         return (functools.partial(Grader, **settings), ())
 
     def __enter__(self) -> Grader:
@@ -139,13 +157,17 @@ class Grader:
         """Grade one completion; see :meth:`grade`."""
         return self.grade([completion], [answer])[0]
 
-    def grade(self, completions: Sequence[str | None], answers: Sequence[str]) -> list[Grade]:
+    def grade(
+        self, completions: Sequence[str | None], answers: Sequence[str], *, cut_off: Sequence[bool] | None = None
+    ) -> list[Grade]:
         r"""Grade completions against reference answers.
 
         Args:
             completions: the model's texts, of any length and content; ``None`` counts as empty.
             answers: one reference answer per completion, as text. A whole solution is reduced to its ``####`` or
                 ``\boxed`` answer.
+            cut_off: per completion whether it ended at its longest length. Of such a text a closed box and a finished
+                ``####`` line are answers; anything else is ``unparsed``.
 
         Returns:
             One grade per completion, in order. No text makes this raise: a deadline, a memory cap or a crash of the
@@ -157,29 +179,55 @@ class Grader:
             StepkdError: the workers cannot be started (math-verify missing, ``memory_mb`` too small).
         """
         golds = _check_input(completions, answers)
-        grades: dict[int, Grade] = {}
-        items: dict[tuple[str, str], _Item] = {}
-        in_parent = is_linear(self.extractors)
-        for index, (completion, gold) in enumerate(zip(completions, golds, strict=True)):
+        batch = _Batch()
+        linear = is_linear(self.extractors)
+        cut = [False] * len(golds) if cut_off is None else cut_off
+        for index, (completion, gold, is_cut) in enumerate(zip(completions, golds, cut, strict=True)):
             text = completion or ""
-            extracted = extract_answer(text, self.extractors, which=self.which) if in_parent else None
-            if (in_parent and not extracted) or not text:
-                grades[index] = Grade(Verdict.UNPARSED, None, gold)
-                continue
-            quick = quick_verdict(extracted, gold) if extracted else None
-            shown = extracted[:MAX_ANSWER_CHARS] if extracted else None
-            if quick is not None:
-                grades[index] = Grade(Verdict.CORRECT if quick else Verdict.WRONG, shown, gold)
-            elif (key := (extracted or text, gold)) in items:  # samples of one problem often agree
-                items[key].indices.append(index)
+            if not text or linear or is_cut:  # a pattern is not read in a text that was cut off
+                found = extract_answer(text, self.extractors, which=self.which, cut_off=is_cut) if text else None
+                if found is None:
+                    batch.grades[index] = Grade(Verdict.UNPARSED, None, gold)
+                else:
+                    self._add(batch, index, found, gold)
             else:
-                request: dict[str, Any] = {"gold": gold, "candidate": extracted}
-                if extracted is None:
-                    request |= {"text": text, "extractors": list(self.extractors), "which": self.which}
-                items[key] = _Item(request, [index], shown, gold)
-        if items:
-            self._run(list(items.values()), grades)
-        return [grades[index] for index in range(len(completions))]
+                extra = {"text": text, "extractors": list(self.extractors), "which": self.which}
+                self._add(batch, index, None, gold, extra)
+        return self._finish(batch)
+
+    def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether short answers are equal.
+
+        Args:
+            pairs: an answer and a reference answer each, as :func:`extract_answer` returns them.
+
+        Returns:
+            One verdict per pair; False also after a timeout.
+        """
+        batch = _Batch()
+        for index, (candidate, gold) in enumerate(pairs):
+            self._add(batch, index, candidate, gold)
+        return [grade.verdict is Verdict.CORRECT for grade in self._finish(batch)]
+
+    def _add(
+        self, batch: _Batch, index: int, found: str | None, gold: str, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Settle one answer at once, or queue it."""
+        quick = quick_verdict(found, gold) if found is not None and self.convention == "stepkd" else None
+        shown = found[:MAX_ANSWER_CHARS] if found else None
+        key = (found or str(extra), gold)
+        if quick is not None:
+            batch.grades[index] = Grade(Verdict.CORRECT if quick else Verdict.WRONG, shown, gold)
+        elif key in batch.items:  # samples of one problem often agree
+            batch.items[key].indices.append(index)
+        else:
+            request = {"gold": gold, "candidate": found, "convention": self.convention, **(extra or {})}
+            batch.items[key] = _Item(request, [index], shown, gold)
+
+    def _finish(self, batch: _Batch) -> list[Grade]:
+        if batch.items:
+            self._run(list(batch.items.values()), batch.grades)
+        return [batch.grades[index] for index in range(len(batch.grades))]
 
     def _run(self, items: list[_Item], grades: dict[int, Grade]) -> None:
         if self._owner != os.getpid():
@@ -198,6 +246,7 @@ class Grader:
 
     def _serve(self, items: list[_Item], grades: dict[int, Grade]) -> None:
         waiting = deque(range(len(items)))
+        lost: deque[int] = deque()
         open_items = len(items)
 
         def settle(number: int, verdict: str, extracted: str | None) -> None:
@@ -208,20 +257,24 @@ class Grader:
 
         def lose(worker: WorkerProcess, number: int) -> None:
             self._drop([worker])
-            if worker.taken or items[number].returned:
+            if items[number].retried:
                 settle(number, Verdict.TIMEOUT, items[number].extracted)
+            elif worker.taken or items[number].returned:  # once more, when no other item is being checked
+                items[number].retried = True
+                lost.append(number)
             else:  # it died before it began with the item, which gets a second chance
                 items[number].returned = True
                 waiting.appendleft(number)
 
         while open_items:
-            while len(self._pool) < min(self.workers, open_items):
+            while len(self._pool) < min(self.workers, max(1, open_items - len(lost))):
                 self._start()
             for worker in [w for w in self._pool if w.ready and w.item is None]:
-                if waiting:
-                    number = waiting.popleft()
+                alone = not waiting and all(other.item is None for other in self._pool)
+                if waiting or (lost and alone):
+                    number = waiting.popleft() if waiting else lost.popleft()
                     try:
-                        worker.send(number, items[number].request, deadline_s=self.deadline_s)
+                        worker.send(number, items[number].request, deadline_s=_WALL_FACTOR * self.deadline_s)
                     except WorkerGone:
                         lose(worker, number)
             for worker in self._wait():
@@ -236,16 +289,19 @@ class Grader:
                     continue
                 if reply is not None and busy_with is not None:
                     worker.item = None
+                    if reply["verdict"] == Verdict.TIMEOUT:
+                        lose(worker, busy_with)
+                        continue
                     settle(busy_with, reply["verdict"], reply.get("extracted", items[busy_with].extracted))
                     if reply["retire"]:
                         self._drop([worker])
                 elif reply is not None:
                     self._welcome(worker, reply)
                 elif time.monotonic() >= worker.limit:
-                    self._drop([worker])
                     if busy_with is not None:
-                        settle(busy_with, Verdict.TIMEOUT, items[busy_with].extracted)
+                        lose(worker, busy_with)
                     else:
+                        self._drop([worker])
                         self._note_failed_start(f"was not ready after {_START_LIMIT_S:.0f} s")
 
     def _wait(self) -> list[WorkerProcess]:

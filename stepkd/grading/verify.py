@@ -1,67 +1,346 @@
-"""Whether two short answers are the same mathematics: the check that runs inside a grading worker.
+r"""Whether two short answers are the same mathematics: the check that runs inside a grading worker.
 
-Easy cases are decided by :mod:`stepkd.grading.normalise`; the rest goes to math-verify (latex2sympy and sympy). Its own
-alarm-based timeouts are off: they work in main threads only and cannot interrupt C code. The worker running this is
-killed from outside instead, so call :func:`equivalent` directly only on answers you trust.
+Easy cases are decided by :mod:`stepkd.grading.normalise`; the rest is read by :mod:`stepkd.grading.reading` and
+compared by type. Expressions are equal where their values at several points agree to 30 digits. Nothing here has a time
+limit, because the worker that runs this can be ended at any moment: call :func:`equivalent` only on answers you trust.
 """
 
 from __future__ import annotations
 
-import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from stepkd.grading.extract import numbers_in
 from stepkd.grading.normalise import quick_verdict, tidy, unit_scale
+from stepkd.grading.reading import (
+    LOOSE,
+    NUMERALS,
+    Based,
+    Clock,
+    Grid,
+    Items,
+    Number,
+    Region,
+    Relation,
+    Words,
+    as_region,
+    clean,
+    read,
+)
 
-_TAIL_WORDS = re.compile(r"(.*[0-9})])\s+([A-Za-z][A-Za-z' -]*)", re.DOTALL)
-_MIXED_NUMBER = re.compile(r"(?<![0-9.])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])")
-_SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]+)(?![A-Za-z0-9])")
+CONVENTIONS = ("stepkd", "prm800k")
+"""``stepkd``: this module's rules. ``prm800k``: also what PRM800K's official grader asks (:func:`equivalent`)."""
 
-
-def as_latex(text: str) -> str:
-    """The form of an answer that math-verify reads best.
-
-    Args:
-        text: an extracted answer.
-
-    Returns:
-        The tidied answer without currency signs and unit words, mixed numbers and ``1e6`` written as LaTeX, inside
-        ``$...$``.
-    """
-    text = tidy(text).replace("$", "").replace("%", r"\%").strip()
-    tail = _TAIL_WORDS.fullmatch(text)
-    if tail and unit_scale(tail.group(2)) == 1:
-        text = tail.group(1)
-    text = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", text)
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", text)
-    return f"${text}$"
+_MIN_ROUNDED = 6
+_DIGITS = 30
 
 
-@functools.lru_cache(maxsize=64)
-def _parse(latex: str) -> list[Any]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    # None switches the alarm off (the annotation says int, the code allows None).
-    parsed: list[Any] = parse(
-        latex, extraction_config=[LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None
-    )
-    return parsed
-
-
-def equivalent(candidate: str, gold: str) -> bool:
-    """Whether a candidate answer equals the reference answer.
+def equivalent(candidate: str, gold: str, convention: str = "stepkd") -> bool:
+    r"""Whether a candidate answer equals the reference answer.
 
     Args:
         candidate: the extracted answer.
-        gold: the reference answer. The comparison is not symmetric: ``x = 5`` answers a gold of ``5``.
+        gold: the reference answer. Not symmetric: ``3a + b = 10`` answers a gold of ``10``, not the other way round.
+        convention: ``prm800k`` also refuses what PRM800K's official grader (openai/prm800k) refuses: a fraction that
+            is not the reduced one, anything but an integer for an integer, a list in another order, an equation or
+            inequality written otherwise.
 
     Returns:
-        ``True`` if they are equal as plain numbers, words or mathematics; ``False`` otherwise, also when math-verify
-        cannot read one of them. May run for ever or exhaust memory on hostile input (module docstring).
+        ``True`` if they are equal as plain numbers, words or mathematics; ``False`` otherwise, also when one of them
+        cannot be read. May run for ever or exhaust memory on hostile input (module docstring).
     """
     quick = quick_verdict(candidate, gold)
-    if quick is not None:
-        return quick
-    from math_verify import verify
+    equal = _equivalent(candidate, gold) if quick is None else quick
+    return equal and (convention == "stepkd" or _prm800k_allows(candidate, gold))
 
-    return bool(verify(_parse(as_latex(gold)), _parse(as_latex(candidate)), timeout_seconds=None))
+
+def _equivalent(candidate: str, gold: str) -> bool:
+    read_gold, read_candidate = read(gold), read(candidate)
+    if same(read_gold, read_candidate):
+        return True
+    if isinstance(read_gold, Number) and isinstance(read_candidate, Words):
+        return _in_prose(read_gold, read_candidate, candidate)
+    if re.search(r"[0-9],[0-9]{3}", gold) or re.search(r"[0-9],[0-9]{3}", candidate):
+        lists = read(gold, False), read(candidate, False)
+        return all(isinstance(each, Items) for each in lists) and same(*lists)
+    return False
+
+
+def _in_prose(gold: Number, words: Words, text: str) -> bool:
+    """A sentence answers by its only number, a numeral by its value."""
+    if words.key in NUMERALS:
+        return bool(gold.expr == NUMERALS.index(words.key))
+    numbers = numbers_in(text)
+    plain = tidy(text)
+    if len(numbers) != 1 or "\\" in plain or not re.search(r"[A-Za-z]{3,}\s+\S*[A-Za-z0-9]{1,}", plain):
+        return False
+    if any(unit_scale(word) != 1 for word in re.findall(r"[A-Za-z]{4,}", plain)):
+        return False
+    return same(gold, read(numbers[0]))
+
+
+def same(gold: Any, candidate: Any) -> bool:
+    """Whether two values of :mod:`stepkd.grading.reading` are the same answer."""
+    gold, candidate = _unwrap(gold), _unwrap(candidate)
+    if isinstance(gold, Relation) and isinstance(candidate, Relation):
+        return _same_relation(gold, candidate)
+    if isinstance(candidate, Relation):
+        return candidate.value is not None and same(gold, candidate.value)
+    if isinstance(gold, Relation):
+        return bool(gold.name) and gold.value is not None and same(gold.value, candidate)
+    if isinstance(gold, Region) or isinstance(candidate, Region):
+        return _same_region(gold, candidate)
+    if isinstance(gold, Based | Clock) or isinstance(candidate, Based | Clock):
+        return _same_numeral(gold, candidate)
+    if isinstance(gold, Number) and isinstance(candidate, Number):
+        return _same_number(gold, candidate)
+    if isinstance(gold, Words) and isinstance(candidate, Words):
+        return bool(gold.key) and gold.key == candidate.key
+    if isinstance(gold, Grid) and isinstance(candidate, Grid):
+        shapes = [[len(row) for row in grid.rows] for grid in (gold, candidate)]
+        return shapes[0] == shapes[1] and _in_order(sum(gold.rows, ()), sum(candidate.rows, ()))
+    gold, candidate = _as_tuple(gold), _as_tuple(candidate)
+    return isinstance(gold, Items) and isinstance(candidate, Items) and _same_items(gold, candidate)
+
+
+def _unwrap(value: Any) -> Any:
+    """The only item of a list; of one answer spelled twice (``1/2 or 0.5``), the first spelling."""
+    while isinstance(value, Items) and value.items and (value.kind == "or" or len(value.items) == 1):
+        if not all(same(value.items[0], other) for other in value.items[1:]):
+            return Items("list", value.items)
+        value = value.items[0]
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    """A column or a row as the tuple of its entries; anything else as it is."""
+    if isinstance(value, Grid) and (len(value.rows) == 1 or all(len(row) == 1 for row in value.rows)):
+        return Items("()", sum(value.rows, ()))
+    return value
+
+
+def _same_items(gold: Items, candidate: Items) -> bool:
+    if gold.kind in LOOSE and candidate.kind in LOOSE:
+        items = [_plain_items(each) for each in (gold, candidate)]
+        if any(isinstance(item, Relation) for item in items[0]) != any(isinstance(item, Relation) for item in items[1]):
+            items = [_without_names(each) for each in items]
+        if gold.kind == candidate.kind == "set":
+            items = [_distinct(each) for each in items]
+        return _match(*items)
+    tuples = {gold.kind, candidate.kind} - {"list", "spread", "or"}
+    if len(tuples) > 1 or "set" in tuples:
+        return False
+    return _in_order(_coordinates(gold), _coordinates(candidate))
+
+
+def _plain_items(value: Items) -> list[Any]:
+    """Items in a row, those of a plus-minus among them."""
+    return [part for item in value.items for part in (_plain_items(item) if _is_spread(item) else [item])]
+
+
+def _is_spread(value: Any) -> bool:
+    return isinstance(value, Items) and value.kind == "spread"
+
+
+def _without_names(items: Sequence[Any]) -> list[Any]:
+    """Values of ``x = 1, x = 2`` and ``x = 1, 2``: one name at most, else the items as they are."""
+    names = {item.name for item in items if isinstance(item, Relation)}
+    if len(names) != 1 or "" in names:
+        return list(items)
+    return [item.value if isinstance(item, Relation) else item for item in items]
+
+
+def _coordinates(value: Items) -> list[Any]:
+    """``x = 1, y = 2`` as 1, 2: by the names' order; other items as they are."""
+    named = [item for item in value.items if isinstance(item, Relation) and item.name]
+    if len(named) == len(value.items) and len({item.name for item in named}) == len(named):
+        return [item.value for item in sorted(named, key=lambda item: item.name)]
+    return list(value.items)
+
+
+def _distinct(items: Sequence[Any]) -> list[Any]:
+    kept: list[Any] = []
+    for item in items:
+        if not any(same(item, other) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _match(gold: Sequence[Any], candidate: Sequence[Any]) -> bool:
+    """As multisets."""
+    if len(gold) != len(candidate):
+        return False
+    left = list(candidate)
+    for item in gold:
+        found = next((i for i, other in enumerate(left) if same(item, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+def _in_order(gold: Sequence[Any], candidate: Sequence[Any]) -> bool:
+    return len(gold) == len(candidate) and all(map(same, gold, candidate))
+
+
+def _same_numeral(gold: Any, candidate: Any) -> bool:
+    import sympy
+
+    if isinstance(gold, Based) and isinstance(candidate, Based):
+        return gold == candidate
+    if isinstance(gold, Based):
+        return isinstance(candidate, Number) and str(candidate.expr) == gold.digits
+    if isinstance(gold, Clock) and isinstance(candidate, Clock):
+        if gold.half and candidate.half and gold.half != candidate.half:
+            return False
+        return gold.parts == candidate.parts
+    clock, other = (gold, candidate) if isinstance(gold, Clock) else (candidate, gold)
+    if not isinstance(clock, Clock) or not isinstance(other, Number) or clock.half or len(clock.parts) != 2:
+        return False
+    return clock.parts[1] != 0 and bool(other.expr == sympy.Rational(*clock.parts))
+
+
+def _same_region(gold: Any, candidate: Any) -> bool:
+    names = {each.name for each in (gold, candidate) if isinstance(each, Region)} - {""}
+    if len(names) > 1:
+        return False
+    regions = as_region(gold), as_region(candidate)
+    if regions[0] is None or regions[1] is None:
+        return False
+    parts = [_parts(region.reals) for region in regions if region is not None]
+    return (
+        parts[0] is not None
+        and parts[1] is not None
+        and len(parts[0]) == len(parts[1])
+        and all(a[1:] == b[1:] and all(map(equal, a[0], b[0])) for a, b in zip(*parts, strict=True))
+    )
+
+
+def _parts(reals: Any) -> list[tuple[tuple[Any, ...], bool, bool]] | None:
+    """Intervals and points of a set in their order; None for other sets."""
+    import sympy
+
+    pieces: list[Any] = []
+    for part in reals.args if isinstance(reals, sympy.Union) else [reals]:
+        if isinstance(part, sympy.FiniteSet):
+            pieces += [((point,), False, False) for point in part.args]
+        elif isinstance(part, sympy.Interval):
+            pieces.append(((part.start, part.end), bool(part.left_open), bool(part.right_open)))
+        elif part is sympy.Reals:
+            pieces.append(((-sympy.oo, sympy.oo), True, True))
+        elif part is not sympy.EmptySet:
+            return None
+    return sorted(pieces, key=lambda piece: float(piece[0][0].evalf()))
+
+
+def _same_number(gold: Number, candidate: Number) -> bool:
+    values = [(gold.expr, candidate.expr)]
+    if gold.percent or candidate.percent:
+        values.append((gold.expr / (100 if gold.percent else 1), candidate.expr / (100 if candidate.percent else 1)))
+    return any(equal(a, b) for a, b in values) or _rounded(gold, candidate)
+
+
+def _rounded(gold: Number, candidate: Number) -> bool:
+    """Whether a long decimal reference agrees to all its digits; an exact reference has no roundings."""
+    written = [number.places for number in (gold, candidate) if number.places is not None]
+    if gold.places is None or gold.percent != candidate.percent or any(digits < _MIN_ROUNDED for digits, _ in written):
+        return False
+    difference = abs((gold.expr - candidate.expr).evalf(_DIGITS))
+    return bool(difference.is_number and difference <= 5.0 * 10.0 ** (max(last for _, last in written) - 1))
+
+
+def _values(exprs: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """The values of expressions at a few points, to 30 digits; points where one has none are left out."""
+    import sympy
+
+    letters = sorted(set().union(*(expr.free_symbols for expr in exprs)), key=str)
+    rows = []
+    for round_ in range(6 if letters else 1):
+        point = {
+            letter: sympy.Rational(
+                (-1) ** (round_ * (i + 1) + (round_ > 3)) * (7 + 11 * i + 3 * round_ * (i + 2)), 10 + 3 * round_
+            )
+            for i, letter in enumerate(letters)
+        }
+        values = tuple(expr.subs(point).evalf(_DIGITS, maxn=400) for expr in exprs)
+        if all(value.is_number and value.is_finite is not False and value is not sympy.nan for value in values):
+            rows.append(values)
+    return rows
+
+
+def _near(a: Any, b: Any) -> bool:
+    scale = max(abs(a), abs(b), 1e-300)
+    return bool(abs(a - b) <= scale * 1e-20)
+
+
+def equal(gold: Any, candidate: Any) -> bool:
+    """Whether two sympy expressions are the same for all values of their letters."""
+    import sympy
+
+    if gold == candidate:
+        return True
+    if gold.is_infinite or candidate.is_infinite:
+        return False
+    rows = _values((gold, candidate))
+    if rows:
+        return all(_near(a, b) or abs(a - b) < 1e-24 for a, b in rows)
+    return bool(sympy.simplify(gold - candidate) == 0)
+
+
+def _same_relation(gold: Relation, candidate: Relation) -> bool:
+    if gold.name and candidate.name and (gold.name == candidate.name or {"y", "f(x)"} == {gold.name, candidate.name}):
+        return same(gold.value, candidate.value)
+    if len(gold.signs) != len(candidate.signs) or None in (*gold.sides, *candidate.sides):
+        return False
+    turned = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+    ours, theirs = (_differences(each, turned) for each in (gold, candidate))
+    if [sign for sign, _ in ours] != [sign for sign, _ in theirs]:
+        theirs = theirs[::-1]
+    return all(a[0] == b[0] and _proportional(a[1], b[1], a[0]) for a, b in zip(ours, theirs, strict=True))
+
+
+def _differences(relation: Relation, turned: dict[str, str]) -> list[tuple[str, Any]]:
+    pairs = zip(relation.signs, relation.sides, relation.sides[1:], strict=False)
+    return [(turned[s], b - a) if s in (">", ">=") else (s, a - b) for s, a, b in pairs]
+
+
+def _proportional(gold: Any, candidate: Any, sign: str) -> bool:
+    """Whether two left sides vanish (or are negative) at the same points."""
+    import sympy
+
+    if gold.free_symbols != candidate.free_symbols or not gold.free_symbols:
+        return equal(gold, candidate)
+    rows = [(a, b) for a, b in _values((gold, candidate)) if a != 0 and b != 0]
+    ratios = [a / b for a, b in rows]
+    if ratios and all(_near(ratio, ratios[0]) for ratio in ratios):
+        return sign in ("=", "!=") or bool(ratios[0].is_real and ratios[0] > 0)
+    if sign not in ("=", "!="):
+        return False
+    try:
+        factors = [
+            [factor for factor, _ in sympy.factor_list(sympy.numer(sympy.together(each)))[1]]
+            for each in (gold, candidate)
+        ]
+    except sympy.PolynomialError:
+        return False
+    if len(factors[0]) != len(factors[1]) or (len(factors[0]) == 1 and factors[0][0] == gold):
+        return False
+    return all(any(equal(a, b) or equal(a, -b) for b in factors[1]) for a in factors[0])
+
+
+_FRACTION = re.compile(r"-?\s*(?:\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
+
+
+def _prm800k_allows(candidate: str, gold: str) -> bool:
+    values = [read(gold), read(candidate)]
+    texts = [clean(gold), clean(candidate)]
+    fractions = [_FRACTION.fullmatch(text) for text in texts]
+    if fractions[0] and fractions[1]:
+        return [g for g in fractions[0].groups() if g] == [g for g in fractions[1].groups() if g]
+    integers = [re.fullmatch(r"-?\d[\d,]*(?:\.0*)?", text.replace(" ", "")) is not None for text in texts]
+    if all(isinstance(value, Number) for value in values):
+        return integers[0] == integers[1]
+    if all(isinstance(value, Items) for value in values):
+        return values[0].kind == values[1].kind and _in_order(values[0].items, values[1].items)
+    return type(values[0]) is type(values[1])

@@ -1,8 +1,9 @@
 """The grading worker: a process that reads one JSON line per item, answers with one, and may be killed at any moment.
 
 Started by :class:`stepkd.grading.process.WorkerProcess`. It guards itself: a cap on its address space, a cap on CPU
-time per item as a backstop for the case that its parent is gone, no core dumps, and it ends when its pipe closes or its
-parent changes. Interrupts meant for the training job (Ctrl-C, SLURM's signals) do not reach the verdicts.
+time per item (the kernel's profiling timer ends the process, whatever it is doing; a limit in whole seconds stands
+behind it), no core dumps, and it ends when its pipe closes or its parent changes. Interrupts meant for the training job
+(Ctrl-C, SLURM's signals) do not reach the verdicts.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ def main(memory_mb: int, deadline_s: float, parent: int) -> None:
 
     Args:
         memory_mb: cap on the address space, in MiB.
-        deadline_s: the parent's deadline per item, in seconds; CPU time a little above it ends the process.
+        deadline_s: CPU seconds per item; an item that takes more ends the process.
         parent: process id of the parent.
     """
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     requests, replies = _take_over_pipes()
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, memory_mb * 2**20)
     try:
         # The first call compiles math-verify's patterns and loads the LaTeX grammar: part of the start, not of an item.
         if not equivalent(r"\frac{1}{2} + x", r"x + \frac24"):
-            raise RuntimeError("math-verify does not find x + 2/4 equal to 1/2 + x")
+            raise RuntimeError("x + 2/4 is not found equal to 1/2 + x: the LaTeX grammar of math-verify does not work")
     except BaseException as error:
         _reply(replies, {"failed": f"{type(error).__name__}: {error}"})
         return
@@ -55,6 +57,7 @@ def main(memory_mb: int, deadline_s: float, parent: int) -> None:
             reply = _grade(json.loads(line))
         except MemoryError:
             reply = {"verdict": "timeout", "retire": True}
+        signal.setitimer(signal.ITIMER_PROF, 0)
         # sympy's caches only grow; a worker at half its cap would fail an item that is not to blame.
         reply["retire"] = reply.get("retire", False) or _address_space_bytes() > half
         _reply(replies, reply)
@@ -69,10 +72,10 @@ def _grade(item: dict[str, Any]) -> dict[str, Any]:
     if extracted is None:
         return {"verdict": "unparsed", "extracted": None}
     try:
-        verdict = "correct" if equivalent(extracted, item["gold"]) else "wrong"
+        verdict = "correct" if equivalent(extracted, item["gold"], item["convention"]) else "wrong"
     except MemoryError:
         raise
-    except Exception:  # math-verify catches nearly everything itself; what slips through is an answer it cannot read
+    except Exception:  # sympy raises nearly everything on what it cannot do
         verdict = "wrong"
     return {"verdict": verdict, "extracted": extracted[:MAX_ANSWER_CHARS]}
 
@@ -94,6 +97,7 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _allow_cpu(deadline_s: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, deadline_s)
     _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + deadline_s) + _CPU_GRACE_S)
 
 

@@ -125,8 +125,8 @@ def test_hostile_text_ends_in_time_and_leaves_the_pool_working() -> None:
         for name, text in HOSTILE.items():
             start = time.monotonic()
             grade = grader.grade_one(text, "\\frac{3}{7}")
-            # 1 s deadline; the rest is room for replacing a worker on a busy machine.
-            assert time.monotonic() - start < 20, name
+            # Twice 1 s of CPU time; the rest is room for replacing workers on a busy machine.
+            assert time.monotonic() - start < 300, name
             assert grade.verdict is not Verdict.CORRECT, name
         assert _works(grader)
     grown = _peak_kib() - before
@@ -190,22 +190,24 @@ def test_workers_are_kept_below_a_large_parent() -> None:
     del ballast
 
 
-def test_worker_killed_while_busy_gives_timeout_for_that_item() -> None:
-    with Grader(workers=1, deadline_s=60) as grader:
-        assert _works(grader)
+def test_an_item_whose_worker_was_killed_is_tried_once_more() -> None:
+    with Grader(workers=1, deadline_s=60, extractors=("regex:(a+)+$",)) as grader:
+        assert grader.grade_one("aaa", "aaa").verdict is Verdict.CORRECT
+        killed: list[int] = []
 
         def kill_when_busy() -> None:
-            while not (grader._pool and grader._pool[0].item is not None):
-                time.sleep(0.01)
-            os.kill(grader._pool[0].pid, signal.SIGKILL)
+            while not (grader._pool and grader._pool[0].taken):
+                time.sleep(0.001)
+            killed.append(grader._pool[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
 
+        grader._pool[0].taken = False
         killer = threading.Thread(target=kill_when_busy)
         killer.start()
-        start = time.monotonic()
-        grades = grader.grade(["\\boxed{10000000!}", HALF], ["\\frac{3}{7}", "0.5"])
+        grades = grader.grade(["a" * 21 + "b", "aaa"], ["aaa", "aaa"])
         killer.join()
-        assert [g.verdict.value for g in grades] == ["timeout", "correct"]
-        assert time.monotonic() - start < 50
+        assert [g.verdict.value for g in grades] == ["unparsed", "correct"]
+        assert killed and grader._pool[0].pid != killed[0]
 
 
 def test_worker_killed_while_idle_costs_nothing() -> None:
@@ -335,6 +337,7 @@ def test_import_is_light() -> None:
         ({"deadline_s": float("inf")}, "deadline_s is inf"),
         ({"memory_mb": 16}, "memory_mb is 16"),
         ({"which": "middle"}, "which is 'middle'"),
+        ({"convention": "prm8k"}, "convention is 'prm8k'; known: stepkd, prm800k"),
         ({"extractors": ("boxd",)}, "did you mean 'boxed'"),
     ],
 )
