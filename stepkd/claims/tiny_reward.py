@@ -157,16 +157,15 @@ def curves_tiny(
         seed: seed of the intervals and of drawn subsets.
     """
     from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
-    from stepkd.evaluation.best_of_n_files import vote_of
+    from stepkd.evaluation.judging import votes_of
+    from stepkd.grading import Grader
 
     groups, size = by_problem(rows), max(ks)
+    with Grader() as grader:
+        votes = votes_of(list(groups.values()), ("hash",), grader)
     problems = [
-        ProblemSamples(
-            name,
-            _padded([bool(row["correct"]) for row in group], False, size),
-            _padded([vote_of(row, ("hash",)) for row in group], None, size),
-        )
-        for name, group in groups.items()
+        ProblemSamples(name, _padded([bool(row["correct"]) for row in group], False, size), _padded(own, None, size))
+        for (name, group), own in zip(groups.items(), votes, strict=True)
     ]
     padded = {name: [_padded(solutions, None, size) for solutions in found] for name, found in scores.items()}
     return bon_curve(problems, ks, padded, seed=seed)

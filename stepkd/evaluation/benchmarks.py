@@ -13,6 +13,7 @@ from typing import Any
 
 from stepkd.data.spec import DataSpec, parse_spec
 from stepkd.errors import ConfigError, nearest
+from stepkd.grading import DEFAULT_EXTRACTORS
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,23 @@ _LATEX = ("boxed", "hash", "answer_phrase", "latex")
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("gsm8k", "gsm8k", "test", "gsm8k", _WORDS, 320, "GSM8K test, 1,319 word problems (arXiv 2110.14168)"),
-        Benchmark("math500", "math500", "test", "math", _LATEX, 1024, "MATH-500 (arXiv 2305.20050, appendix)"),
         Benchmark(
-            "svamp", "svamp", None, "gsm8k", _WORDS, 256, "SVAMP, one- and two-step word problems (arXiv 2103.07191)"
+            "gsm8k", "gsm8k", "test", "gsm8k", _WORDS, 1024, "GSM8K test, 1,319 word problems (arXiv 2110.14168)"
         ),
-        Benchmark("multiarith", "multiarith", None, "gsm8k", _WORDS, 256, "MultiArith, two-step word problems"),
+        Benchmark("math500", "math500", "test", "math", _LATEX, 2048, "MATH-500 (arXiv 2305.20050, appendix)"),
+        Benchmark(
+            "svamp", "svamp", None, "gsm8k", _WORDS, 1024, "SVAMP, one- and two-step word problems (arXiv 2103.07191)"
+        ),
+        Benchmark("multiarith", "multiarith", None, "gsm8k", _WORDS, 1024, "MultiArith, two-step word problems"),
         Benchmark("amc", "amc", None, "math", _LATEX, 2048, "AMC problems from a file or hub id"),
         Benchmark("aime", "aime", None, "math", _LATEX, 4096, "AIME problems from a file or hub id, integer answers"),
-        Benchmark("reasoning_gym", "reasoning_gym", "test", "gsm8k", _WORDS, 320, "generated problems (reasoning-gym)"),
+        Benchmark(
+            "reasoning_gym", "reasoning_gym", "test", "gsm8k", _WORDS, 1024, "generated problems (reasoning-gym)"
+        ),
         Benchmark("task", "task", "test", "task", ("hash",), 256, "the tiny world: every step has an exact checker"),
-        Benchmark("rows", "rows", None, "gsm8k", _WORDS, 512, "any file or hub data set with prompt and answer"),
+        Benchmark(
+            "rows", "rows", None, "gsm8k", DEFAULT_EXTRACTORS, 1024, "any file or hub data set with prompt and answer"
+        ),
     )
 }
 """Benchmarks by name."""

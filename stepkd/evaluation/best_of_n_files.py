@@ -9,7 +9,8 @@ from typing import Any
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.best_of_n import CurveResult, ProblemSamples, bon_curve
-from stepkd.grading import DEFAULT_EXTRACTORS, canonical_answer, extract_answer
+from stepkd.evaluation.judging import votes_of
+from stepkd.grading import DEFAULT_EXTRACTORS, Grader
 
 Row = Mapping[str, Any]
 
@@ -55,13 +56,11 @@ def best_of_n_from_files(
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in first:
         groups.setdefault(key[0], []).append(key)
+    with Grader(extractors=extractors) as grader:
+        votes = votes_of([[first[key] for key in keys] for keys in groups.values()], extractors, grader)
     problems = [
-        ProblemSamples(
-            problem,
-            [bool(first[key]["correct"]) for key in keys],
-            [vote_of(first[key], extractors) for key in keys],
-        )
-        for problem, keys in groups.items()
+        ProblemSamples(problem, [bool(first[key]["correct"]) for key in keys], own)
+        for (problem, keys), own in zip(groups.items(), votes, strict=True)
     ]
     smallest = min(len(keys) for keys in groups.values())
     chosen = ks or [k for k in (2**i for i in range(20)) if k <= smallest]
@@ -91,11 +90,3 @@ def _by_key(path: str | Path) -> dict[tuple[str, str], Row]:
             raise DataError(f"sample {key[1]} of problem {key[0]!r} occurs twice", path=path, line=number)
         rows[key] = row
     return rows
-
-
-def vote_of(row: Row, extractors: Sequence[str]) -> str | None:
-    """Key of the answer's equivalence class of a graded rollout row; None when it has no answer."""
-    if row["correct"] and row.get("answer") is not None:
-        return canonical_answer(str(row["answer"]))
-    found = extract_answer(str(row.get("completion", "")), extractors)
-    return canonical_answer(found) if found is not None else None

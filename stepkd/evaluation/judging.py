@@ -6,9 +6,10 @@ Evaluation, validation during training and rollout files all judge through this 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
-from stepkd.grading import Grader, canonical_answer
+from stepkd.grading import Grader, canonical_answer, extract_answer
 from stepkd.rollout import Rollout
 from stepkd.steps import TokenizedText, get_segmenter, segment
 from stepkd.tasks import check_row
@@ -26,16 +27,20 @@ def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Rollout]], grader: Gr
 
     Returns:
         For each row a list of sample records, the layout of :mod:`stepkd.evaluation.metrics`: ``completion``,
-        ``extracted``, ``verdict``, ``tokens``, ``finish``, ``vote`` (key of the answer's equivalence class: numbers by
-        value, other answers by tidied text, and one class for everything graded correct), ``logprob`` (summed,
-        temperature 1) and ``step_labels`` (None where no exact checker exists).
+        ``extracted``, ``verdict``, ``tokens``, ``finish``, ``vote`` (:func:`vote_keys`), ``logprob`` (summed,
+        temperature 1) and ``step_labels`` (None where no exact checker exists). A completion that was cut off counts
+        by a closed box or a finished ``####`` line only.
     """
     flat = [(row, rollout) for row, samples in zip(rows, rollouts, strict=True) for rollout in samples]
-    grades = grader.grade([rollout.text for _, rollout in flat], [str(row["answer"]) for row, _ in flat])
+    grades = grader.grade(
+        [rollout.text for _, rollout in flat],
+        [str(row["answer"]) for row, _ in flat],
+        cut_off=[rollout.finish == "length" for _, rollout in flat],
+    )
+    found = iter(grades)
+    votes = vote_keys([[next(found).extracted for _ in samples] for samples in rollouts], grader)
     judged = []
-    for (row, rollout), grade in zip(flat, grades, strict=True):
-        correct = grade.verdict == "correct"
-        vote = canonical_answer(grade.gold) if correct else grade.extracted and canonical_answer(grade.extracted)
+    for (row, rollout), grade, vote in zip(flat, grades, [key for keys in votes for key in keys], strict=True):
         judged.append(
             {
                 "completion": rollout.text,
@@ -43,13 +48,59 @@ def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Rollout]], grader: Gr
                 "verdict": str(grade.verdict),
                 "tokens": len(rollout.token_ids),
                 "finish": rollout.finish,
-                "vote": vote or None,
+                "vote": vote,
                 "logprob": sum(rollout.raw_logprobs),
                 "step_labels": step_labels(row, rollout.text),
             }
         )
     remaining = iter(judged)
     return [[next(remaining) for _ in samples] for samples in rollouts]
+
+
+def vote_keys(answers: Sequence[Sequence[str | None]], grader: Grader) -> list[list[str | None]]:
+    """Group the answers of each problem by what they say to each other; the reference answer has no part in it.
+
+    Args:
+        answers: for each problem the answers found, None where there is none.
+        grader: compares two answers; they are one where each answers the other.
+
+    Returns:
+        In the same layout a key per answer: equal keys are equal answers, None stays None. A key is the plain form
+        (:func:`~stepkd.grading.canonical_answer`) of the class's first answer.
+    """
+    plain = [[canonical_answer(answer) if answer else None for answer in row] for row in answers]
+    spelled = [
+        {key: answer for key, answer in zip(reversed(keys), reversed(row), strict=True) if key is not None and answer}
+        for keys, row in zip(plain, answers, strict=True)
+    ]
+    pairs = [
+        (number, first, second)
+        for number, keys in enumerate(plain)
+        for first, second in combinations(dict.fromkeys(key for key in keys if key is not None), 2)
+    ]
+    texts = [(spelled[number][a], spelled[number][b]) for number, a, b in pairs]
+    forth, back = grader.same(texts), grader.same([(b, a) for a, b in texts])
+    first_of: dict[tuple[int, str], str] = {}
+    for (number, first, second), *both in zip(pairs, forth, back, strict=True):
+        if all(both) and (number, first) not in first_of:
+            first_of.setdefault((number, second), first)
+    return [
+        [None if key is None else first_of.get((number, key), key) for key in keys] for number, keys in enumerate(plain)
+    ]
+
+
+def votes_of(rows: Sequence[Sequence[Row]], extractors: Sequence[str], grader: Grader) -> list[list[str | None]]:
+    """:func:`vote_keys` of rows with ``completion`` and ``finish``, grouped by problem."""
+    return vote_keys(
+        [
+            [
+                extract_answer(str(row.get("completion", "")), extractors, cut_off=row.get("finish") == "length")
+                for row in group
+            ]
+            for group in rows
+        ],
+        grader,
+    )
 
 
 def step_labels(row: Row, completion: str, steps: Sequence[str] | None = None) -> list[bool] | None:

@@ -177,8 +177,9 @@ def summarise(
     Returns:
         ``problems``, ``samples``, ``total_tokens``, ``level``, ``seed``, ``n_resamples`` and ``metrics``: a dict from
         name to ``{"value", "low", "high", "method"}``. Names: ``pass@K``, ``maj@K``, ``unparsed_rate``,
-        ``timeout_rate``, ``truncated_rate``, ``mean_tokens``, and with step labels ``step_accuracy`` (right steps
-        among labelled steps) and ``correct_with_wrong_step`` (among right samples with labels). A ratio without
+        ``timeout_rate``, ``truncated_rate``, ``truncated_answered_rate`` (samples cut off behind a complete answer),
+        ``mean_tokens``, and with step labels ``step_accuracy`` (right steps among labelled steps) and
+        ``correct_with_wrong_step`` (among right samples with labels). A ratio without
         denominator has the value None. The result does not depend on the order of the rows.
 
     Raises:
@@ -209,7 +210,7 @@ def summarise(
         metrics[f"pass@{k}"] = rate(pass_at_k(n, counts["correct"], k))
         if k > 1:
             metrics[f"maj@{k}"] = rate(np.array([maj_at_k(tally.votes, tally.correct, k) for tally in problems]))
-    for name in ("unparsed", "timeout", "truncated"):
+    for name in ("unparsed", "timeout", "truncated", "truncated_answered"):
         metrics[f"{name}_rate"] = rate(counts[name] / n)
     metrics["mean_tokens"] = cluster_bootstrap(counts["tokens"] / n, level=level, seed=seed, n_resamples=n_resamples)
     if counts["labelled"].any():
@@ -228,7 +229,16 @@ def summarise(
 
 _COUNTS = (
     *VERDICTS,
-    *("truncated", "tokens", "labelled", "steps", "right_steps", "correct_labelled", "correct_flawed"),
+    *(
+        "truncated",
+        "truncated_answered",
+        "tokens",
+        "labelled",
+        "steps",
+        "right_steps",
+        "correct_labelled",
+        "correct_flawed",
+    ),
 )
 
 
@@ -262,6 +272,7 @@ def _tally(row: Mapping[str, Any]) -> _Tally:
         good = verdict == "correct"
         counts[verdict] += 1
         counts["truncated"] += finish == "length"
+        counts["truncated_answered"] += finish == "length" and verdict != "unparsed"
         counts["tokens"] += tokens
         tally.votes.append(sample.get("vote"))
         tally.correct.append(good)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,6 +37,10 @@ from stepkd.rollout import SamplingSpec, TransformersSampler
 from stepkd.scorers.load import pick_device
 from stepkd.steps import get_segmenter
 
+logger = logging.getLogger(__name__)
+
+MOST_CUT_OFF = 0.05
+"""Share of cut-off completions above which an evaluation says so."""
 Report = Callable[[int, int, dict[str, float]], None]
 
 
@@ -171,8 +176,18 @@ def evaluate(
     summary["tokens_per_second"] = summary["total_tokens"] / seconds if seconds else None
     summary["benchmark"] = benchmark.name
     summary["model"] = spec.model
+    _warn_of_cut_off(summary["metrics"], sampling.max_new_tokens)
     write_atomically(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
     return summary | {"manifest": manifest}
+
+
+def _warn_of_cut_off(metrics: dict[str, Any], limit: int) -> None:
+    cut, answered = (metrics[name]["value"] for name in ("truncated_rate", "truncated_answered_rate"))
+    if cut > MOST_CUT_OFF:
+        logger.warning(
+            f"{cut:.1%} of the completions were cut off at {limit} new tokens; {cut - answered:.1%} have no complete "
+            "answer and count as incorrect: raise --max-new-tokens"
+        )
 
 
 def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Example]:

@@ -26,8 +26,9 @@ from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.grading.extract import DEFAULT_EXTRACTORS, Which, check_extractors, extract_answer, is_linear
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
 from stepkd.grading.process import WorkerGone, WorkerProcess
-from stepkd.grading.verify import CONVENTIONS
 
+CONVENTIONS = ("stepkd", "prm800k")
+"""Whose rules decide: this package's, or also those of PRM800K's official grader (:mod:`stepkd.grading.verify`)."""
 _START_LIMIT_S = 120.0
 """A fresh worker imports sympy; on a cold network file system that takes tens of seconds."""
 _START_ATTEMPTS = 3

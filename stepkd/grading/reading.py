@@ -8,13 +8,16 @@ Reading may run for ever on hostile input: call it in a grading worker.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from stepkd.grading.normalise import MAX_ANSWER_CHARS, decimal_places, is_words, tidy, unit_scale, words_key
+import sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+
+from stepkd.grading.normalise import MAX_ANSWER_CHARS, decimal_places, is_words, unit_scale, words_key
+from stepkd.grading.spelling import brackets, clean, split, tokens, with_braces
 
 
 @dataclass(frozen=True)
@@ -96,66 +99,18 @@ class Grid:
     rows: tuple[tuple[Any, ...], ...]
 
 
-NUMERALS = [
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
-]
-_SPELLINGS = {
-    **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"},
-    **{"⅕": r"\frac{1}{5}", "⅖": r"\frac{2}{5}", "⅗": r"\frac{3}{5}", "⅘": r"\frac{4}{5}", "⅙": r"\frac{1}{6}"},
-    **{"⅛": r"\frac{1}{8}", "⅜": r"\frac{3}{8}", "⅝": r"\frac{5}{8}", "⅞": r"\frac{7}{8}", "′": "'", "⁄": "/"},
-    **{
-        "²": "^{2}",
-        "³": "^{3}",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "√": r"\sqrt ",
-    },
-    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "×": r"\times ", "·": r"\cdot ", "÷": "/", "°": r"^{\circ}"},
-    **{
-        "±": r"\pm ",
-        "∓": r"\mp ",
-        "∅": r"\emptyset ",
-        "ℝ": r"\mathbb{R}",
-        "≈": r"\approx ",
-        "⟨": r"\langle ",
-        "⟩": r"\rangle ",
-    },
-    **{"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "<=": r"\le ", ">=": r"\ge ", "!=": r"\ne "},
-    **{r"\%": "%", "+/-": r"\pm ", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\dots": r"\ldots ", r"\colon": ":"},
-}
-_SPELLED = re.compile("|".join(re.escape(key) for key in sorted(_SPELLINGS, key=len, reverse=True)))
-_COMMANDS = (
-    (re.compile(r"\\(?:[dtc]frac)(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
-    (re.compile(r"\\(?:leqslant|leqq|leq)(?![A-Za-z])"), r"\\le "),
-    (re.compile(r"\\(?:geqslant|geqq|geq)(?![A-Za-z])"), r"\\ge "),
-    (re.compile(r"\\neq(?![A-Za-z])|\\not\s*="), r"\\ne "),
-    (re.compile(r"\\lt(?![A-Za-z])"), "<"),
-    (re.compile(r"\\gt(?![A-Za-z])"), ">"),
-    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset "),
-    (re.compile(r"\\[bB]igg?[lrm]?(?![A-Za-z])"), ""),
-    (re.compile(r"\\(?:[lr]?vert)(?![A-Za-z])"), "|"),
-    (re.compile(r"(?<![A-Za-z\\])(?:infinity|infty|inf)(?![A-Za-z])"), r"\\infty "),
-    (re.compile(r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])"), r"\\\1 "),
-    (re.compile(r"\\(?:mathrm|mathbf|boldsymbol|bm|mathit|mathsf|operatorname)\s+([A-Za-z0-9])(?![A-Za-z])"), r"\1"),
-    (re.compile(r"\\(?:mbox|textbf|textrm|textit|textnormal|emph|operatorname)(?=\s*\{)"), r"\\text"),
-    (re.compile(r",?\s*\\text\s*\{\s*,?\s*(and|or)\s*\}|,\s*(and|or)(?![A-Za-z])"), r" \1\2 "),
-    (re.compile(r"\\(?:lor|vee)(?![A-Za-z])"), " or "),
-    (re.compile(r"\\(?:land|wedge)(?![A-Za-z])"), " and "),
-    (re.compile(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])"), r"^{\\circ}"),
-    (re.compile(r"\{([^{}]*?)\\over(?![A-Za-z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
-    (re.compile(r"^\s*(?:\\approx|\\text\s*\{\s*(?:approximately|about)\s*\}|(?:approximately|about)\s|=)"), ""),
+NUMERALS = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty",
 )
+"""Numbers in words, by value."""
+
 _LABEL = re.compile(
     r"(?:\\[A-Za-z]+\s*)?\\?[A-Za-z]*['′]*(?:_(?:\{[^{}]*\}|\w))?\s*(?:\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?['′]*"
     r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\)|\|?\\?(?:angle|overline|triangle)?\s*\{?[A-Z]{1,4}\}?\|?"
     r"|(?:\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z']{2,}(?:\s[A-Za-z']+)*)(?:_\w)?"
 )
-_LETTER = re.compile(r"\\?[A-Za-z]+")
 _CHOICE = re.compile(
     r"(?:option|choice)?\s*\(?\s*([A-J])\s*(?:\)|[.:](?=\s))\s*([^\s+\-*/=^_(,\\].*|\\(?:frac|sqrt|text).*)?", re.S
 )
@@ -165,48 +120,14 @@ _CLOCK = re.compile(r"(\d{1,4}(?:\s*:\s*\d{1,4}){1,2})\s*(?:([ap])\.?\s*m\.?)?",
 _MATRIX = re.compile(
     r"[\[(|]?\s*\\begin\{([pbvVB]?(?:small)?matrix|array)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\{\1\}\s*[\])|]?", re.DOTALL
 )
-_TOKEN = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\\.|\s(?:and|or)\s|<|>|=|[(\[{}\])]|[,;]|.", re.DOTALL)
-_OPEN = frozenset({"(", "[", "{", r"\{", r"\langle"})
-_CLOSE = frozenset({")", "]", "}", r"\}", r"\rangle"})
 _SIGNS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\approx": "=", r"\equiv": "="}
+_RELATIONS = frozenset({*_SIGNS, r"\in"})
+_COMMAS = frozenset(",;")
+_LISTING = frozenset({",", ";", "and", "or"})
+_UNIONS = frozenset({r"\cup", r"\cap", r"\setminus", r"\backslash"})
 _MAX_DEPTH = 40
 _GROUPED = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|\\R|\\text\s*\{\s*all real(?: number)?s\s*\}|all real(?: number)?s")
-
-
-_FONT = re.compile(r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|bm|pmb)\s*(?=\{)")
-
-
-def _without_fonts(text: str) -> str:
-    r"""``\mathrm{cm}`` as ``\text{cm}``, ``\mathbf{v}`` and ``\boldsymbol{\frac{1}{2}}`` as what they hold."""
-    while match := _FONT.search(text):
-        inside, end = braced(text, match.end())
-        words = re.fullmatch(r"\s*[A-Za-z]{2,}[.\s]*", inside)
-        bare = not words and text[: match.start()].rstrip()[-1:] not in ("^", "_")
-        text = (
-            text[: match.start()]
-            + (inside if bare else f"{chr(92) + 'text' if words else ''}{{{inside}}}")
-            + text[end:]
-        )
-    return text
-
-
-def braced(text: str, at: int) -> tuple[str, int]:
-    """The content of the braces that open at a position, and the position behind them."""
-    depth = 0
-    for token, start, end, _ in _tokens(text[at:]):
-        depth += (token == "{") - (token == "}")
-        if depth == 0:
-            return text[at + 1 : at + start], at + end
-    return text[at + 1 :], len(text)
-
-
-def clean(text: str) -> str:
-    """One spelling for each sign: the answer as the readers below expect it."""
-    text = _without_fonts(_SPELLED.sub(lambda m: _SPELLINGS[m[0]], tidy(text)))
-    for pattern, replacement in _COMMANDS:
-        text = pattern.sub(replacement, text)
-    return re.sub(r"\s+", " ", text).strip()
 
 
 @lru_cache(maxsize=256)
@@ -220,7 +141,7 @@ def read(text: str, grouped: bool = True) -> Any:
     Returns:
         One of this module's values; :class:`Words` with the bare text for what cannot be read.
     """
-    if len(text) > MAX_ANSWER_CHARS or max((depth for *_, depth in _tokens(text)), default=0) > _MAX_DEPTH:
+    if len(text) > MAX_ANSWER_CHARS or max((depth for *_, depth in tokens(text)), default=0) > _MAX_DEPTH:
         return Words(text)
     if is_words(text):
         return Words(words_key(text))
@@ -233,31 +154,8 @@ def read(text: str, grouped: bool = True) -> Any:
     return _read_list(text)
 
 
-def _tokens(text: str) -> Iterator[tuple[str, int, int, int]]:
-    """(token, start, end, depth of brackets around it)."""
-    depth = 0
-    for match in _TOKEN.finditer(text):
-        token = match[0].strip() or " "
-        opens = token in _OPEN or token.startswith(r"\begin")
-        closes = token in _CLOSE or token.startswith(r"\end")
-        depth -= closes
-        yield token, match.start(), match.end(), depth
-        depth += opens
-
-
-def _split(text: str, marks: frozenset[str] | set[str]) -> tuple[list[str], list[str]]:
-    """The parts of a text between marks outside all brackets, and the marks."""
-    parts, found, begin = [], [], 0
-    for token, start, end, depth in _tokens(text):
-        if depth == 0 and token in marks:
-            parts.append(text[begin:start].strip())
-            found.append(token)
-            begin = end
-    return [*parts, text[begin:].strip()], found
-
-
 def _read_list(text: str) -> Any:
-    parts, marks = _split(text, {",", ";", "and", "or"})
+    parts, marks = split(text, _LISTING)
     if len(parts) == 1:
         return _read_one(text)
     values: list[Any] = []
@@ -279,15 +177,15 @@ def _read_one(text: str) -> Any:
         upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
         lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
         return Items("spread", (_read_one(upper), _read_one(lower)))
-    parts, marks = _split(text, _SIGNS.keys() | {r"\in"})
+    parts, marks = split(text, _RELATIONS)
     if marks:
         return _read_relation(parts, marks) if all(parts) else Words(text.replace(" ", ""))
     if _REALS.fullmatch(text):
-        return Region(_sympy().Reals)
+        return Region(sympy.Reals)
     if text == r"\emptyset":
         return Items("set", ())
-    parts, marks = _split(text, {r"\cup", r"\cap", r"\setminus", r"\backslash"})
-    if marks or (len(parts := _split(text, {"U"})[0]) > 1 and text[0] in "(["):
+    parts, marks = split(text, _UNIONS)
+    if marks or (len(parts := split(text, frozenset("U"))[0]) > 1 and text[0] in "(["):
         return _read_union(parts, marks or ["\\cup"] * (len(parts) - 1))
     matrix = _MATRIX.fullmatch(text)
     if matrix and r"\begin" not in matrix[2]:
@@ -297,25 +195,23 @@ def _read_one(text: str) -> Any:
 
 
 def _read_brackets(text: str) -> Any:
-    tokens = list(_tokens(text))
-    if len(tokens) < 2 or tokens[0][0] not in _OPEN or tokens[-1][0] not in _CLOSE:
+    found = brackets(text)
+    if found is None:
         return None
-    if any(depth == 0 for _, _, _, depth in tokens[1:-1]):
-        return None
-    left, right, inside = tokens[0][0], tokens[-1][0], text[tokens[0][2] : tokens[-1][1]].strip()
-    parts, _ = _split(inside, {",", ";"})
-    if (left, right) == (r"\{", r"\}") or ((left, right) == ("{", "}") and len(parts) > 1):
+    left, inside, right = found
+    parts, _ = split(inside, _COMMAS)
+    if left + right == r"\{\}" or (left + right == "{}" and len(parts) > 1):
         content = _read_list(inside) if inside else Items("list", ())
         return Items("set", content.items if isinstance(content, Items) and content.kind in LOOSE else (content,))
     if len(parts) == 1:
-        return _read_list(inside) if inside and (left, right) in {("(", ")"), ("{", "}"), ("[", "]")} else None
-    left, right = left.replace(r"\langle", "("), right.replace(r"\rangle", ")")
-    return Items(left + right, tuple(_read_one(part) for part in parts))
+        return _read_list(inside) if inside and left + right in ("()", "{}", "[]") else None
+    kind = left.replace(r"\langle", "(") + right.replace(r"\rangle", ")")
+    return Items(kind, tuple(_read_one(part) for part in parts))
 
 
 def _read_union(parts: list[str], marks: list[str]) -> Any:
-    values = [as_region(_read_one(part)) for part in parts]
-    if any(value is None for value in values):
+    values = [region for part in parts if (region := as_region(_read_one(part))) is not None]
+    if len(values) < len(parts):
         return Words("".join(parts).replace(" ", ""))
     total = values[0].reals
     for mark, value in zip(marks, values[1:], strict=True):
@@ -328,7 +224,6 @@ def _read_union(parts: list[str], marks: list[str]) -> Any:
 
 def as_region(value: Any) -> Region | None:
     """The set of reals that a value stands for: a region itself, ``(1,2]``, ``\\{1, 2\\}``; else None."""
-    sympy = _sympy()
     if isinstance(value, Region):
         return value
     if isinstance(value, Items) and all(
@@ -361,19 +256,17 @@ def _read_relation(parts: list[str], marks: list[str]) -> Any:
         value = _read_list(parts[-1])
         sides = tuple(v.expr if isinstance(v, Number) else None for v in (_read_one(parts[0]), value))
         return Relation(("=",), sides, name, value)
-    exprs = [value.expr if isinstance(value, Number) else None for value in map(_read_one, parts)]
-    if None in exprs:
+    exprs = [value.expr for value in map(_read_one, parts) if isinstance(value, Number)]
+    if len(exprs) < len(parts):
         return Words("".join(f"{p}{m}" for p, m in zip(parts, [*marks, ""], strict=True)).replace(" ", ""))
     letters = set().union(*(expr.free_symbols for expr in exprs))
     if len(letters) != 1:
         return Relation(signs, tuple(exprs), "", None)
-    return Region(
-        _solution(exprs, signs, letters.pop()), str(next(iter(set().union(*(e.free_symbols for e in exprs)))))
-    )
+    letter = letters.pop()
+    return Region(_solution(exprs, signs, letter), str(letter))
 
 
 def _solution(exprs: list[Any], signs: tuple[str, ...], letter: Any) -> Any:
-    sympy = _sympy()
     real = sympy.Symbol(str(letter), real=True)
     exprs = [expr.subs(letter, real) for expr in exprs]
     total = sympy.Reals
@@ -400,14 +293,10 @@ _WORD_TAIL = re.compile(r"(.*(?:[0-9})\]!%]|\\[a-z]+))\s+([A-Za-z][A-Za-z' /.-]*
 _LONG_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
 _CURRENCY = re.compile(r"\\?[$€£¥₹]|\b(?:USD|EUR|Rs\.?)\s")
 _PERCENT = re.compile(r"(.*?)\s*(?:%|\\text\s*\{\s*(?:percent|%)\s*\}|percent)", re.DOTALL)
-_DECIMAL = re.compile(
-    r"[-+]?\s*(\d*\.\d+|\d+\.)\s*(?:\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d)))?"
-)
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 _MIXED = re.compile(r"(?<![\d.}A-Za-z)^_\\])(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}")
 _MIXED_SLASH = re.compile(r"(?<![0-9.])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9.])")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9])([0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]+)(?![A-Za-z0-9])")
-_ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}
 _SCRAMBLED = re.compile(r"\d\s+\d|\d\.\d*\.|--|\+\+|[*/+^-]\s*[*/]|[+*/^-]\s*$|\?|\\ldots|[,:#&@]|\\\\")
 
 
@@ -437,66 +326,15 @@ def _read_leaf(text: str) -> Any:
         return Words(
             words_key(plain) if re.search(r"[A-Za-z]{3}", plain) and "\\" not in plain else plain.replace(" ", "")
         )
-    if isinstance(expr, _sympy().MatrixBase):
+    if isinstance(expr, sympy.MatrixBase):
         return Grid(tuple(tuple(Number(cell) for cell in row) for row in expr.tolist()))
     places = decimal_places(text)
-    return Number(expr * _sympy().Rational(scale.numerator, scale.denominator), places, percent is not None)
-
-
-def _with_braces(text: str) -> str:
-    r"""``\frac34i`` as ``\frac{3}{4}i``, ``\sqrt2`` as ``\sqrt{2}``."""
-    tokens = [match[0] for match in re.finditer(r"\\[A-Za-z]+|\\.|.", text, re.DOTALL)]
-    out: list[str] = []
-
-    def argument(at: int) -> tuple[str, int]:
-        while at < len(tokens) and tokens[at].isspace():
-            at += 1
-        if at >= len(tokens):
-            return "", at
-        if tokens[at] != "{":
-            if tokens[at] in _ARGUMENTS:
-                return command(at)
-            return f"{{{tokens[at]}}}", at + 1
-        depth, begin = 0, at
-        while at < len(tokens):
-            depth += (tokens[at] == "{") - (tokens[at] == "}")
-            at += 1
-            if depth == 0:
-                break
-        return "{" + _with_braces("".join(tokens[begin + 1 : at - 1])) + "}", at
-
-    def command(at: int) -> tuple[str, int]:
-        name, at, pieces = tokens[at], at + 1, []
-        if name == r"\sqrt" and tokens[at : at + 1] == ["["] and "]" in tokens[at:]:
-            close = tokens.index("]", at)
-            pieces.append("".join(tokens[at : close + 1]))
-            at = close + 1
-        elif name == r"\sqrt" and (rest := "".join(tokens[at:]).lstrip()).startswith("("):
-            inner = re.match(r"\(([^()]*)\)", rest)
-            if inner:
-                return f"\\sqrt{{{_with_braces(inner[1])}}}", len(tokens) - len(
-                    re.findall(r"\\[A-Za-z]+|\\.|.", rest[inner.end() :], re.DOTALL)
-                )
-        for _ in range(_ARGUMENTS[name]):
-            piece, at = argument(at)
-            pieces.append(piece)
-        return name + "".join(pieces), at
-
-    at = 0
-    while at < len(tokens):
-        if tokens[at] in _ARGUMENTS:
-            piece, at = command(at)
-            out.append(piece)
-        else:
-            out.append(tokens[at])
-            at += 1
-    return "".join(out)
+    return Number(expr * sympy.Rational(scale.numerator, scale.denominator), places, percent is not None)
 
 
 def _expression(text: str) -> Any:
     """A sympy expression (or matrix) without floats, or None where the grammar does not read it."""
-    sympy = _sympy()
-    text = _with_braces(text.strip())
+    text = with_braces(text.strip())
     if r"\circ" in text:
         turn = r"\\cdot\\frac{\\pi}{180}" if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text) else ""
         text = re.sub(r"([0-9.]+|\{[^{}]*\})?\s*\^\{\\circ\}", rf"{{(\g<1>{turn})}}" if turn else r"\1", text)
@@ -505,12 +343,8 @@ def _expression(text: str) -> Any:
     text = _MIXED.sub(r"(\1+\\frac{\2}{\3})", text)
     text = _SCIENTIFIC.sub(r"\1\\times 10^{\2}", text)
     text = _REPEATING.sub(_repeating, text).replace("*", r"\cdot ")
-    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
-    text = re.sub(r"\^\s*([0-9]+)|_\s*([0-9])", lambda m: f"^{{{m[1]}}}" if m[1] else f"_{{{m[2]}}}", text)
     if not text or len(text) > MAX_ANSWER_CHARS or _SCRAMBLED.search(text):
         return None
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-
     try:
         expr = latex2sympy(
             text,
@@ -534,9 +368,3 @@ def _repeating(match: re.Match[str]) -> str:
     whole, head, tail = match[1] or "0", match[2], match[3]
     top = int(whole + head + tail) - int(whole + head)
     return rf"\frac{{{top}}}{{{(10 ** len(tail) - 1) * 10 ** len(head)}}}"
-
-
-def _sympy() -> Any:
-    import sympy
-
-    return sympy

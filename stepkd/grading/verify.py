@@ -11,26 +11,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
+
+from stepkd.grading import reading
 from stepkd.grading.extract import numbers_in
 from stepkd.grading.normalise import quick_verdict, tidy, unit_scale
-from stepkd.grading.reading import (
-    LOOSE,
-    NUMERALS,
-    Based,
-    Clock,
-    Grid,
-    Items,
-    Number,
-    Region,
-    Relation,
-    Words,
-    as_region,
-    clean,
-    read,
-)
-
-CONVENTIONS = ("stepkd", "prm800k")
-"""``stepkd``: this module's rules. ``prm800k``: also what PRM800K's official grader asks (:func:`equivalent`)."""
+from stepkd.grading.reading import Grid, Items, Number, Region, Relation, Words, as_region, read
+from stepkd.grading.spelling import clean
 
 _MIN_ROUNDED = 6
 _DIGITS = 30
@@ -69,8 +56,8 @@ def _equivalent(candidate: str, gold: str) -> bool:
 
 def _in_prose(gold: Number, words: Words, text: str) -> bool:
     """A sentence answers by its only number, a numeral by its value."""
-    if words.key in NUMERALS:
-        return bool(gold.expr == NUMERALS.index(words.key))
+    if words.key in reading.NUMERALS:
+        return bool(gold.expr == reading.NUMERALS.index(words.key))
     numbers = numbers_in(text)
     plain = tidy(text)
     if len(numbers) != 1 or "\\" in plain or not re.search(r"[A-Za-z]{3,}\s+\S*[A-Za-z0-9]{1,}", plain):
@@ -91,7 +78,7 @@ def same(gold: Any, candidate: Any) -> bool:
         return bool(gold.name) and gold.value is not None and same(gold.value, candidate)
     if isinstance(gold, Region) or isinstance(candidate, Region):
         return _same_region(gold, candidate)
-    if isinstance(gold, Based | Clock) or isinstance(candidate, Based | Clock):
+    if isinstance(gold, reading.Based | reading.Clock) or isinstance(candidate, reading.Based | reading.Clock):
         return _same_numeral(gold, candidate)
     if isinstance(gold, Number) and isinstance(candidate, Number):
         return _same_number(gold, candidate)
@@ -121,7 +108,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _same_items(gold: Items, candidate: Items) -> bool:
-    if gold.kind in LOOSE and candidate.kind in LOOSE:
+    if gold.kind in reading.LOOSE and candidate.kind in reading.LOOSE:
         items = [_plain_items(each) for each in (gold, candidate)]
         if any(isinstance(item, Relation) for item in items[0]) != any(isinstance(item, Relation) for item in items[1]):
             items = [_without_names(each) for each in items]
@@ -185,18 +172,16 @@ def _in_order(gold: Sequence[Any], candidate: Sequence[Any]) -> bool:
 
 
 def _same_numeral(gold: Any, candidate: Any) -> bool:
-    import sympy
-
-    if isinstance(gold, Based) and isinstance(candidate, Based):
+    if isinstance(gold, reading.Based) and isinstance(candidate, reading.Based):
         return gold == candidate
-    if isinstance(gold, Based):
+    if isinstance(gold, reading.Based):
         return isinstance(candidate, Number) and str(candidate.expr) == gold.digits
-    if isinstance(gold, Clock) and isinstance(candidate, Clock):
+    if isinstance(gold, reading.Clock) and isinstance(candidate, reading.Clock):
         if gold.half and candidate.half and gold.half != candidate.half:
             return False
         return gold.parts == candidate.parts
-    clock, other = (gold, candidate) if isinstance(gold, Clock) else (candidate, gold)
-    if not isinstance(clock, Clock) or not isinstance(other, Number) or clock.half or len(clock.parts) != 2:
+    clock, other = (gold, candidate) if isinstance(gold, reading.Clock) else (candidate, gold)
+    if not isinstance(clock, reading.Clock) or not isinstance(other, Number) or clock.half or len(clock.parts) != 2:
         return False
     return clock.parts[1] != 0 and bool(other.expr == sympy.Rational(*clock.parts))
 
@@ -219,8 +204,6 @@ def _same_region(gold: Any, candidate: Any) -> bool:
 
 def _parts(reals: Any) -> list[tuple[tuple[Any, ...], bool, bool]] | None:
     """Intervals and points of a set in their order; None for other sets."""
-    import sympy
-
     pieces: list[Any] = []
     for part in reals.args if isinstance(reals, sympy.Union) else [reals]:
         if isinstance(part, sympy.FiniteSet):
@@ -252,8 +235,6 @@ def _rounded(gold: Number, candidate: Number) -> bool:
 
 def _values(exprs: Sequence[Any]) -> list[tuple[Any, ...]]:
     """The values of expressions at a few points, to 30 digits; points where one has none are left out."""
-    import sympy
-
     letters = sorted(set().union(*(expr.free_symbols for expr in exprs)), key=str)
     rows = []
     for round_ in range(6 if letters else 1):
@@ -276,8 +257,6 @@ def _near(a: Any, b: Any) -> bool:
 
 def equal(gold: Any, candidate: Any) -> bool:
     """Whether two sympy expressions are the same for all values of their letters."""
-    import sympy
-
     if gold == candidate:
         return True
     if gold.is_infinite or candidate.is_infinite:
@@ -307,26 +286,15 @@ def _differences(relation: Relation, turned: dict[str, str]) -> list[tuple[str, 
 
 def _proportional(gold: Any, candidate: Any, sign: str) -> bool:
     """Whether two left sides vanish (or are negative) at the same points."""
-    import sympy
-
     if gold.free_symbols != candidate.free_symbols or not gold.free_symbols:
         return equal(gold, candidate)
+    if sign in ("=", "!="):
+        gold, candidate = (sympy.numer(sympy.together(each)) for each in (gold, candidate))
     rows = [(a, b) for a, b in _values((gold, candidate)) if a != 0 and b != 0]
     ratios = [a / b for a, b in rows]
     if ratios and all(_near(ratio, ratios[0]) for ratio in ratios):
         return sign in ("=", "!=") or bool(ratios[0].is_real and ratios[0] > 0)
-    if sign not in ("=", "!="):
-        return False
-    try:
-        factors = [
-            [factor for factor, _ in sympy.factor_list(sympy.numer(sympy.together(each)))[1]]
-            for each in (gold, candidate)
-        ]
-    except sympy.PolynomialError:
-        return False
-    if len(factors[0]) != len(factors[1]) or (len(factors[0]) == 1 and factors[0][0] == gold):
-        return False
-    return all(any(equal(a, b) or equal(a, -b) for b in factors[1]) for a in factors[0])
+    return False
 
 
 _FRACTION = re.compile(r"-?\s*(?:\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")

@@ -17,11 +17,12 @@ import numpy as np
 from stepkd.data.io import read_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
-from stepkd.evaluation.best_of_n_files import vote_of
 from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
+from stepkd.evaluation.judging import votes_of
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.runner import encode_prompts
+from stepkd.grading import Grader
 from stepkd.labels.job import SOLUTIONS
 from stepkd.labels.matching import row_labels
 from stepkd.labels.settings import LabelSpec, asking
@@ -53,8 +54,11 @@ def problem_rows(samples: Path, labels: Path | None, spec: LabelSpec, *, seed_mo
     extractors = read_manifest(samples)["extractors"]
     marks = {} if labels is None else _step_marks(labels / LABELS_NAME)
     ratios = _log_ratios(records, [problems[record["id"]] for record in records], spec, seed_model)
+    texts = [[{"completion": s["text"], "finish": s["finish"]} for s in record["samples"]] for record in records]
+    with Grader() as grader:
+        votes = votes_of(texts, extractors, grader)
     rows = []
-    for record in records:
+    for record, own_votes in zip(records, votes, strict=True):
         answer = problems[record["id"]]["answer"]
         rows.append(
             {
@@ -67,9 +71,7 @@ def problem_rows(samples: Path, labels: Path | None, spec: LabelSpec, *, seed_mo
                         "verdict": "correct" if sample["correct"] else "wrong",
                         "tokens": len(sample["token_ids"]),
                         "finish": sample["finish"],
-                        "vote": vote_of(
-                            {"correct": sample["correct"], "answer": answer, "completion": sample["text"]}, extractors
-                        ),
+                        "vote": own_votes[j],
                         "step_labels": marks.get(f"{record['id']}/{j}"),
                         "log_ratio": next(ratios) if ratios is not None else None,
                     }

@@ -157,7 +157,9 @@ class MonteCarloLabeller:
         """Whether each solution's own answer is right; graded where that is not known."""
         ungraded = [s for s in solutions if s.correct is None]
         grades = self.grader.grade(
-            [self._until_stop(s.completion_ids) for s in ungraded], [str(s.row["answer"]) for s in ungraded]
+            [self._until_stop(s.completion_ids) for s in ungraded],
+            [str(s.row["answer"]) for s in ungraded],
+            cut_off=[s.finish == "length" for s in ungraded],
         )
         remaining = iter(grades)
         return [next(remaining).verdict == "correct" if s.correct is None else s.correct for s in solutions]
@@ -166,14 +168,15 @@ class MonteCarloLabeller:
         self, solutions: Sequence[Solution], open_steps: Sequence[Sequence[int]], drawn: Sequence[Drawn]
     ) -> list[int]:
         """Number of successes among the new continuations of each prefix."""
-        texts, answers = [], []
+        texts, answers, cut_off = [], [], []
         for each in drawn:
             solution = solutions[each.branch]
             prefix = solution.completion_ids[: solution.spans[open_steps[each.branch][each.cut_number]][1]]
             for rollout in each.rollouts:
                 texts.append(self._until_stop((*prefix, *rollout.token_ids), known=len(prefix)))
                 answers.append(str(solution.row["answer"]))
-        grades = iter(self.grader.grade(texts, answers))
+                cut_off.append(rollout.finish == "length")
+        grades = iter(self.grader.grade(texts, answers, cut_off=cut_off))
         return [sum(next(grades).verdict == "correct" for _ in each.rollouts) for each in drawn]
 
     def _text(self, ids: Sequence[int]) -> str:

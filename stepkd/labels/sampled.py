@@ -65,7 +65,11 @@ class SampledSolutions:
             [prompt.prompt_ids for prompt in prompts], self.sampling, purpose=PURPOSE, indices=list(items)
         )
         flat = [(prompt, rollout) for prompt, samples in zip(prompts, rollouts, strict=True) for rollout in samples]
-        grades = self.grader.grade([r.text for _, r in flat], [str(prompt.row["answer"]) for prompt, _ in flat])
+        grades = self.grader.grade(
+            [r.text for _, r in flat],
+            [str(prompt.row["answer"]) for prompt, _ in flat],
+            cut_off=[r.finish == "length" for _, r in flat],
+        )
         signals: list[dict[str, list[float]]] = [{} for _ in flat]
         if self.signals - {"logprobs"}:
             signals = token_signals(

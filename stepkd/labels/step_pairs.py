@@ -192,13 +192,14 @@ class StepPairBuilder:
         ]
 
     def _grade(self, wrongs: Sequence[_Wrong], drawn: Sequence[BranchRollouts]) -> list[bool]:
-        texts, answers = [], []
+        texts, answers, cut_off = [], [], []
         for wrong, result in zip(wrongs, drawn, strict=True):
             for rollout in result.rollouts[0]:
                 ids = (*wrong.prefix_ids, *rollout.token_ids)
                 texts.append(text_until_stop(self.policy.tokenizer, ids, self.sampling.stop, known=wrong.cut))
                 answers.append(str(wrong.row["answer"]))
-        return [grade.verdict == "correct" for grade in self.bench.grader.grade(texts, answers)]
+                cut_off.append(rollout.finish == "length")
+        return [grade.verdict == "correct" for grade in self.bench.grader.grade(texts, answers, cut_off=cut_off)]
 
     def _better_steps(self, wrong: _Wrong, right: Sequence[Rollout]) -> tuple[dict[NextStep, int], Counter[str]]:
         """Distinct first steps of right continuations with the number of their first sample, and what was left out."""

@@ -20,7 +20,7 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.errors import ConfigError
-from stepkd.evaluation.judging import judge
+from stepkd.evaluation.judging import judge, vote_keys
 from stepkd.grading import Grader
 from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
 from stepkd.models import Policy
@@ -231,7 +231,11 @@ class Fidelity:
             self._answers |= dict(zip(numbers, self._graded(chosen, drawn), strict=True))
         prompts = [example.prompt_ids for example in examples]
         own = self._graded(examples, self._sample(self.student, prompts, indices, 0.0, "fidelity answers"))
-        counts = Counter(_kind(mine, self._answers[index]) for mine, index in zip(own, indices, strict=True))
+        pairs = [(mine, self._answers[index]) for mine, index in zip(own, indices, strict=True)]
+        votes = vote_keys([[mine[1], theirs[1]] for mine, theirs in pairs], self.grader)
+        counts = Counter(
+            _kind((mine[0], vote[0]), (theirs[0], vote[1])) for (mine, theirs), vote in zip(pairs, votes, strict=True)
+        )
         return {f"answers_{name}": (float(counts[name]), float(len(examples))) for name in ANSWERS}
 
     def _graded(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> list[tuple[bool, str | None]]:

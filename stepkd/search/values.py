@@ -43,7 +43,8 @@ class RolloutValue:
         endings = self.generator.complete(going, self.rollouts) if going else []
         texts = [state.text + ending.text for state, group in zip(going, endings, strict=True) for ending in group]
         answers = [str(state.problem.row["answer"]) for state in going for _ in range(self.rollouts)]
-        grades = iter(self.grader.grade(texts, answers))
+        cut_off = [ending.end == "length" for group in endings for ending in group]
+        grades = iter(self.grader.grade(texts, answers, cut_off=cut_off))
         return [
             sum(next(grades).verdict == "correct" for _ in range(self.rollouts)) / self.rollouts
             if state.correct is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.best_of_n_files import best_of_n_from_files, vote_of
+from stepkd.evaluation.best_of_n_files import best_of_n_from_files
 
 
 def row(problem: str, sample: int, right: bool, score: float | None, answer: str = "4") -> dict[str, Any]:
@@ -40,10 +40,16 @@ def test_curves_by_hand(tmp_path: Path) -> None:
     assert [each.value for each in result.curves["majority"]] == pytest.approx([0.5, 0.5])
 
 
-def test_votes() -> None:
-    assert vote_of(row("p", 0, True, 1.0), ("hash",)) == vote_of(row("p", 1, True, 1.0, "4"), ("hash",))
-    assert vote_of(row("p", 0, False, 1.0), ("hash",)) == "5"
-    assert vote_of({"correct": False, "completion": "no answer", "answer": "4"}, ("hash",)) is None
+def test_spellings_of_a_wrong_answer_are_not_outvoted_by_fewer_right_ones(tmp_path: Path) -> None:
+    """Two spellings of a correct answer against three of a wrong one: the wrong one has the majority."""
+    texts = [(r"\frac{1}{2}", True), ("0.5", True), (r"\frac{1}{3}", False), ("2/6", False), (r"\frac{2}{6}", False)]
+    rows = [
+        {**row("p", i, right, 0.5), "completion": f"#### {text}", "answer": "1/2"}
+        for i, (text, right) in enumerate(texts)
+    ]
+    result = best_of_n_from_files({"prm": write(tmp_path / "a.jsonl", rows)}, ks=[5])
+    assert result.curves["majority"][0].value == 0.0
+    assert result.curves["pass"][0].value == 1.0
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

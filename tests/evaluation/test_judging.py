@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import ROLLOUT, validate
-from stepkd.evaluation.judging import judge, rollout_row, step_labels
+from stepkd.evaluation.judging import judge, rollout_row, step_labels, vote_keys
 from stepkd.evaluation.metrics import FINISHES, VERDICTS
 from stepkd.grading import Grader
 from stepkd.models.tiny import tiny_tokenizer
@@ -63,12 +63,47 @@ def test_everything_correct_is_one_class(grader: Grader) -> None:
 def test_several_rows_keep_their_samples(grader: Grader) -> None:
     rows = [{"id": str(i), "prompt": "?", "answer": str(i)} for i in range(4)]
     numbers = [[0, 5], [1], [], [9, 3, 3]]
-    judged = judge(rows, [[rollout(f"#### {n}", finish="length") for n in ns] for ns in numbers], grader)
+    judged = judge(rows, [[rollout(f"#### {n}\n", finish="length") for n in ns] for ns in numbers], grader)
     assert [[sample["vote"] for sample in samples] for samples in judged] == [[str(n) for n in ns] for ns in numbers]
     assert [[s["verdict"] == "correct" for s in samples] for samples in judged] == [
         [n == i for n in ns] for i, ns in enumerate(numbers)
     ]
     assert {sample["finish"] for samples in judged for sample in samples} == {"length"}
+
+
+def test_votes_group_answers_by_each_other_and_not_by_the_reference(grader: Grader) -> None:
+    row = {"id": "r", "prompt": "?", "answer": "1/2"}
+    texts = ["0.5", "1/2", r"\frac{1}{3}", "2/6", r"\frac{3}{9}", "x = 1/3"]
+    (samples,) = judge([row], [[rollout(f"#### {text}") for text in texts]], grader)
+    votes = [sample["vote"] for sample in samples]
+    assert len(set(votes[:2])) == 1
+    assert len(set(votes[2:])) == 1
+    assert votes[0] != votes[2]
+    (other,) = judge([{**row, "answer": "7"}], [[rollout(f"#### {text}") for text in texts]], grader)
+    assert [sample["vote"] for sample in other] == votes, "whatever the reference answer is"
+
+
+def test_vote_keys_of_lists_equations_words_and_nothing(grader: Grader) -> None:
+    answers = [
+        ["1, 2", "2,1", None, "3, 1", "x=1, x=2"],
+        ["a - b", "a + b", "-b + a"],
+        ["yes", r"\text{Yes}", "no"],
+        [],
+    ]
+    keys = vote_keys(answers, grader)
+    assert [len(set(row)) for row in keys] == [3, 2, 2, 0]
+    assert keys[0][0] == keys[0][1]
+    assert keys[0][2] is None
+    assert keys[1][0] == keys[1][2]
+
+
+def test_a_completion_that_was_cut_off_counts_by_a_finished_answer_only(grader: Grader) -> None:
+    row = {"id": "r", "prompt": "?", "answer": "18"}
+    texts = ["so 9 * 2 = 18", "#### 18", "#### 18\nNext", r"so \boxed{18} and", r"\boxed{18", "The answer is 18"]
+    (cut,) = judge([row], [[rollout(text, finish="length") for text in texts]], grader)
+    assert [sample["verdict"] == "correct" for sample in cut] == [False, False, True, True, False, False]
+    (ended,) = judge([row], [[rollout(text) for text in texts]], grader)
+    assert [sample["verdict"] == "correct" for sample in ended] == [True, True, True, True, False, True]
 
 
 def test_records_fit_the_metrics(grader: Grader, problem: dict[str, Any]) -> None:

@@ -336,6 +336,7 @@ def test_summarise_by_hand() -> None:
             "unparsed_rate": 1 / 8,
             "timeout_rate": 1 / 8,
             "truncated_rate": 1 / 8,
+            "truncated_answered_rate": 0.0,
             "mean_tokens": 15.0,
             "step_accuracy": 6 / 8,
             "correct_with_wrong_step": 1 / 2,

@@ -85,7 +85,7 @@ DEFAULT_CASES = [
     ("1e6", "1e6"),
     ("答案是18。", "18"),
     ("5kg.", "5"),
-    ("H2O and x_1", None),
+    ("some H2O and x_1", None),
     ("no number", None),
     ("", None),
     ("\0 18 \0", "18"),

@@ -207,7 +207,8 @@ def test_an_item_whose_worker_was_killed_is_tried_once_more() -> None:
         grades = grader.grade(["a" * 21 + "b", "aaa"], ["aaa", "aaa"])
         killer.join()
         assert [g.verdict.value for g in grades] == ["unparsed", "correct"]
-        assert killed and grader._pool[0].pid != killed[0]
+        assert killed
+        assert grader._pool[0].pid != killed[0]
 
 
 def test_worker_killed_while_idle_costs_nothing() -> None:

@@ -444,7 +444,7 @@ def test_a_real_sampler_draws_the_same_whatever_the_ranks(
     rows = many(policy)
     summary = build(pair_spec, rows)
     assert summary is not None
-    assert summary["pairs"] > 7
+    assert summary["pairs"] > 2
     assert summary["facts"]["right_continuations"] < summary["facts"]["continuations"] == 7 * 8
     solutions = {row["id"]: row for row in rows}
     for pair in pairs(pair_spec):

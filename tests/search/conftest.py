@@ -68,7 +68,7 @@ class _Grade(NamedTuple):
 class LastWordGrader:
     """Right iff the text's last word is the answer."""
 
-    def grade(self, texts: Sequence[str], answers: Sequence[str]) -> list[_Grade]:
+    def grade(self, texts: Sequence[str], answers: Sequence[str], **_: object) -> list[_Grade]:
         return [
             _Grade("correct" if text.split()[-1:] == [answer] else "wrong")
             for text, answer in zip(texts, answers, strict=True)
