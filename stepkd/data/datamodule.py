@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 
 from stepkd.data.batching import BatchPlan
 from stepkd.data.encode import Encoder, Example
@@ -118,8 +117,7 @@ class StepData(LightningDataModule):
     def _load(self, name: str, spec: DataSpec) -> list[Example]:
         encoder = self.make_encoder()
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        default: Needs = {("solution",) if name == "train" else ("answer",): f"data.{name} is read with it"}
-        needs: Needs = module.reads(name) if hasattr(module, "reads") else default
+        needs: Needs = getattr(module, "reads", lambda split: {})(name)
         rows = self._rows(name, spec, problem_with(needs))
         if ("solution",) in needs:
             examples = encoder.examples(rows)
@@ -127,10 +125,8 @@ class StepData(LightningDataModule):
             examples = [self._with_or_without(encoder, row, solution=name != "predict") for row in rows]
         measured = needs or getattr(module, "fidelity_spec", None) or any(each.completion_ids for each in examples)
         if name in ("validation", "test") and not measured:
-            raise DataError(
-                f"data.{name}: nothing would be measured, because no row has a solution and "
-                "model.init_args.validation.samples is 0"
-            )
+            reason = "no row has a solution and model.init_args.validation.samples is 0"
+            raise DataError(f"data.{name}: nothing would be measured, because {reason}")
         dropped = {key: count for key, count in sorted(encoder.counts.items()) if count}
         logger.info("%s: %d examples%s", name, len(examples), f", {dropped}" if dropped else "")
         return examples
@@ -147,7 +143,7 @@ class StepData(LightningDataModule):
         if contract is None:  # a -1 in one split: 0 is neutral in all
             self.ratings |= any("completions" in row and -1 in row["labels"] for row in rows)
         for said in left_out(spec, len(rows)):
-            rank_zero_warn(f"data.{name}: {said}")
+            logger.warning("data.%s: %s", name, said)
         return rows
 
     @staticmethod

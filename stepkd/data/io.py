@@ -85,23 +85,6 @@ def file_ending(path: str | Path) -> str | None:
     return max(fitting, key=len) if fitting else None
 
 
-def count_rows(path: str | Path) -> int:
-    """Number of rows of a data file; a line is a row, whatever stands in it.
-
-    Args:
-        path: a readable file, see :func:`read_rows`.
-    """
-    path = Path(path)
-    if file_ending(path) == ".parquet":
-        from pyarrow import parquet
-
-        return int(parquet.ParquetFile(path).metadata.num_rows)
-    if file_ending(path) == ".json":
-        return sum(1 for _ in read_rows(path))
-    with _open_binary(path) as handle:
-        return sum(bool(line.strip()) for line in handle)
-
-
 def _read_json_lines(path: Path) -> Iterator[tuple[Row, int]]:
     number = 0
     try:
@@ -156,11 +139,10 @@ def _parse(text: str, *, path: Path, line: int, remedy: str) -> Any:
     except ValueError as error:  # an integer of more digits than Python reads
         most = sys.get_int_max_str_digits()
         found = re.search(rf'"((?:[^"\\]|\\.)*)"\s*:[^"]*?(\d{{{most + 1},}})', text)
-        place = found.start(2) if found else 0
         raise DataError(
-            f"an integer of more than {most:,} digits at character {place - text.rfind(chr(10), 0, place)}: write text",
+            f"an integer of more than {most:,} digits, which Python does not read: write it as text",
             path=path,
-            line=line + text.count("\n", 0, place),
+            line=line + text.count("\n", 0, found.start(2) if found else 0),
             column=found[1] if found else None,
         ) from error
 

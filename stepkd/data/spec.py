@@ -6,18 +6,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import warnings
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepkd.data.checks import did_you_mean
-from stepkd.data.io import count_rows, file_ending
+from stepkd.data.io import file_ending
 from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Contract, ExtraRule, detect_contract, label_kind, validate
 from stepkd.data.sources import reading
 from stepkd.data.sources.registry import Row, Source, get_source, list_sources, place
 from stepkd.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,9 @@ def load_rows(spec: DataSpec, *, contract: Contract | None = None, ratings: bool
     total = len(rows)
     rows = rows[spec.offset : None if spec.limit is None else spec.offset + spec.limit]
     if not rows:
-        raise DataError(f"no rows are left: {total} found, offset {spec.offset}; lower the offset", path=_where(spec))
+        raise DataError(
+            f"no rows are left: {total} found, offset {spec.offset}; lower the offset (0 takes all)", path=_where(spec)
+        )
     if not ratings and spec.source == "rows":
         _read_binary_labels(rows, spec)
     return rows
@@ -205,16 +209,13 @@ def left_out(spec: DataSpec, used: int) -> list[str]:
         return []
     said = [f"{spec.path} is read, and hub: {spec.hub} is not"] if spec.hub is not None else []
     cuts = [f"{name}: {getattr(spec, name)}" for name in ("limit", "offset") if getattr(spec, name)]
-    if cuts and (total := _count(spec, Path(spec.path).expanduser())) > used:
+    total = 0
+    with contextlib.suppress(DataError):  # of a row that nobody has asked for
+        for _ in _raw_rows(spec, get_source(spec.source), {}, resolve_split(spec)) if cuts else ():
+            total += 1
+    if total > used:
         said.append(f"{used:,} of {total:,} rows of {spec.path} are used ({', '.join(cuts)})")
     return said
-
-
-def _count(spec: DataSpec, path: Path) -> int:
-    source, split = get_source(spec.source), resolve_split(spec)
-    if reading.is_saved_dataset(path):
-        return sum(1 for _ in reading.read_saved(path, source, split))
-    return sum(map(count_rows, reading.data_files(path, source, split, spec.hub_config) if path.is_dir() else [path]))
 
 
 def _as_contract_rows(spec: DataSpec) -> DataSpec:
@@ -229,10 +230,9 @@ def _as_contract_rows(spec: DataSpec) -> DataSpec:
         with contextlib.suppress(DataError):
             row = rows.map_row(rows.select(values, spec.columns, path=path, line=line), {})
             if "prompt" in row or "chosen" in row:
-                warnings.warn(
-                    f"{path}: the columns ({', '.join(map(repr, values))}) are not those of source {source.name!r}, so "
-                    "the file is read as source 'rows'",
-                    stacklevel=3,
+                columns = ", ".join(map(repr, values))
+                logger.warning(
+                    "%s has the columns %s, so it is read as source 'rows', not %r", path, columns, spec.source
                 )
                 return dataclasses.replace(spec, source="rows", options={})
     return spec
@@ -316,10 +316,10 @@ def _read_binary_labels(rows: list[Row], spec: DataSpec) -> None:
         row[column] = [None if label is None else cast(label) for label in row[column]]
     if cast is float:
         return
-    warnings.warn(
-        f"{_where(spec)}: the step labels are whole numbers without a -1, so 0 is read as incorrect and 1 as correct. "
-        "If 0 means neutral, set data.init_args.labels.kind: rating (labels.neutral then says what it counts as)",
-        stacklevel=3,
+    logger.warning(
+        "%s: the step labels are whole numbers without a -1, so 0 is read as incorrect and 1 as correct. If 0 means "
+        "neutral, set data.init_args.labels.kind: rating (labels.neutral then says what it counts as)",
+        _where(spec),
     )
 
 

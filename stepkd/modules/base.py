@@ -150,11 +150,9 @@ class StepModule(EvaluationLoops):
         """Columns beside the prompt of which a split's rows must have one, each with the reason."""
         if split == "train":
             return {("solution",): f"{type(self).__name__} trains on solutions"}
-        if split == "predict":
-            return {("answer",): "prediction grades what it samples"}
         samples = self.validation_spec.samples
-        reason = f"{split} samples and grades answers (model.init_args.validation.samples: {samples}; 0 only measures "
-        return {("answer",): f"{reason}the loss on given solutions)"} if samples else {}
+        reason = f"{split} samples and grades answers (model.init_args.validation.samples: {samples})"
+        return {("answer",): reason} if samples or split == "predict" else {}
 
     def prepare(self, batch: StepBatch) -> Iterable[Prepared]:
         """Turn a loader batch into one or more optimiser steps.

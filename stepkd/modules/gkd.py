@@ -177,15 +177,7 @@ class GKDModule(TaughtModule):
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.begin(self.position.epoch)
         chosen = self.draw_source()
-        if chosen == "data":
-            if bare := [example.id for example in batch.examples if not example.completion_ids]:
-                raise ConfigError(
-                    f"row {bare[0]!r} has no completion, and with source.student={self.source.student} some batches "
-                    "are the data's own: give rows with solutions, or set source.student: 1"
-                )
-            examples: Sequence[Example] = batch.examples
-        else:
-            examples = self.sample(batch, chosen)
+        examples: Sequence[Example] = batch.examples if chosen == "data" else self.sample(batch, chosen)
         if self.focus_spec is not None:
             with self.phases.phase("scoring steps", total=len(examples)):
                 examples = self._focused(examples)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stepkd.errors import ConfigError, DataError, TrainingError, nearest
+from stepkd.errors import ConfigError, TrainingError, nearest
 from stepkd.grading import Grader
 from stepkd.grading.pool import Verdict
 from stepkd.modules.distributed import all_reduce, union
@@ -110,7 +110,7 @@ class Rewards:
     def __init__(self, specs: Sequence[RewardSpec], grader: Grader) -> None:
         self.specs = tuple(specs)
         self.grader = grader
-        self.functions = [self._function(spec) for spec in self.specs]
+        self.functions = [spec.own or self._function(spec) for spec in self.specs]
         self.seconds: dict[str, float] = {}
         self.trainer_state: Any = None
         """What functions are told of the run: a ``transformers.TrainerState``."""
@@ -169,19 +169,10 @@ class Rewards:
             parts[spec.name] = values
         return totals, parts
 
-    def correct(self, columns: dict[str, list[Any]]) -> list[bool | None]:
-        """Whether each final answer is right; None where some row has no ``answer``."""
-        golds = columns.get("answer", [None])
-        if None in golds:
-            return [None] * len(columns["completions"])
-        grades = self.grader.grade(columns["completions"], [str(answer) for answer in golds])
-        return [grade.verdict is Verdict.CORRECT for grade in grades]
-
-    def _accuracy(self, **columns: list[Any]) -> list[float]:
-        right = self.correct(columns)
-        if None in right:
-            raise DataError("a row has no 'answer' to grade by", column="answer")
-        return [float(bool(each)) for each in right]
+    def correct(self, columns: dict[str, list[Any]]) -> list[bool]:
+        """Whether each final answer is right."""
+        golds = [str(answer) for answer in columns["answer"]]
+        return [grade.verdict is Verdict.CORRECT for grade in self.grader.grade(columns["completions"], golds)]
 
     def logged(self, device: torch.device) -> dict[str, float]:
         """Means, over calls and ranks, of what functions have logged since the last time; every rank calls it."""
@@ -194,10 +185,8 @@ class Rewards:
         return {name: sums[name] / counts[name] for name in names}
 
     def _function(self, spec: RewardSpec) -> RewardFunction:
-        if spec.own is not None:
-            return spec.own
         if spec.name == "accuracy":
-            return self._accuracy
+            return lambda **columns: [float(right) for right in self.correct(columns)]
         if spec.name == "format":
             given = spec.options["pattern"]
             if not isinstance(given, str):

@@ -194,7 +194,8 @@ class GroupSampler:
         columns = self._columns(rollouts)
         ids = [f"{rollout.id}/{i % self.spec.group_size}" for i, rollout in enumerate(rollouts)]
         totals, parts = self.rewards(columns, ids)
-        right: Sequence[Any] = parts.get("accuracy") or self.rewards.correct(columns)
+        known = "answer" in columns
+        right = parts.get("accuracy") or (self.rewards.correct(columns) if known else [None] * len(rollouts))
         extra = {name: each for name, each in self.rewards.extra.items() if len(each) == len(rollouts)}
         return [
             replace(
@@ -210,6 +211,7 @@ class GroupSampler:
     def _columns(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
         """What reward functions are given: TRL's arguments, ``steps``, ``rows``, and the columns that all rows have."""
         shared = set.intersection(*(set(rollout.row) for rollout in rollouts))
+        shared -= {"answer"} if any(rollout.row.get("answer") is None for rollout in rollouts) else set()
         columns: dict[str, list[Any]] = {name: [r.row[name] for r in rollouts] for name in shared}
         return columns | {
             "prompts": [rollout.row.get("prompt") for rollout in rollouts],

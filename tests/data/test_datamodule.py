@@ -28,7 +28,10 @@ def attach(tokenizer: Any) -> Any:
     """Give a data module the trainer it needs: a rank, and a module with a tokenizer and a position."""
 
     def attached(data: StepData, *, rank: int = 0, world_size: int = 1, position: Position = START) -> StepData:
-        module = SimpleNamespace(tokenizer=tokenizer, position=position)
+        def reads(split: str) -> dict[tuple[str, ...], str]:
+            return {("solution",) if split == "train" else ("answer",): "somebody reads it"}
+
+        module = SimpleNamespace(tokenizer=tokenizer, position=position, reads=reads)
         data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)  # type: ignore[assignment]
         return data
 
@@ -198,3 +201,18 @@ def test_lazy_names() -> None:
     assert all(getattr(stepkd.data, name) is not None for name in stepkd.data.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'StepDatum'"):
         stepkd.data.StepDatum  # noqa: B018
+
+
+def test_what_a_limit_leaves_out_of_a_file_of_ones_own_is_told(
+    attach: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = write(
+        tmp_path / "mine.jsonl", [{"prompt": f"{i}+1=", "answer": "2", "solution": "#### 2"} for i in range(9)]
+    )
+    limited = DataSpec(source="gsm8k", path=spec.path, limit=5, hub="owner/data", split="train")
+    attach(StepData(train=limited, validation=spec, template="task")).setup("fit")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{spec.path} has the columns 'prompt', 'answer', 'solution', so it is read as source 'rows', not 'gsm8k'",
+        f"data.train: {spec.path} is read, and hub: owner/data is not",
+        f"data.train: 5 of 9 rows of {spec.path} are used (limit: 5)",
+    ]

@@ -159,7 +159,6 @@ def test_masked_prefixes_count_every_rating_once(tmp_path: Path, data_dir: Path)
     assert labels[-1] + labels[0] + labels[1] == 1603 + sum(row["kind"] == "alternative" for row in rows)
 
 
-@pytest.mark.filterwarnings("ignore:.*so 0 reads as neutral")
 def test_repeats_and_disagreements(tmp_path: Path) -> None:
     """The chosen text again is no alternative; a repeat counts once; a text rated in two ways not at all."""
     beside = [{"text": text, "rating": rating} for text, rating in

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +77,25 @@ def test_rows_extra_column_rules(tmp_path: Path) -> None:
         load("rows", tmp_path / "a.jsonl", PROBLEMS[0] | {"zeal": 1}, options={"extra_columns": "error"})
 
 
-def test_whole_numbers_0_and_1_are_incorrect_and_correct_unless_a_minus_1_is_among_them(tmp_path: Path) -> None:
+def test_whole_numbers_0_and_1_are_incorrect_and_correct_unless_a_minus_1_is_among_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     raw = {"prompt": "p", "completions": ["a", "b", "c"], "labels": [1, 0, None]}
-    with pytest.warns(UserWarning, match=r"a\.jsonl: .*0 is read as incorrect .*data\.init_args\.labels\.kind: rating"):
-        [row, ones] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, 1, 1]})
+    [row, ones] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, 1, 1]})
     assert (row["labels"], ones["labels"]) == ([True, False, None], [True, True, True])
     assert row["labels"][0] is True
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        [row, _] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, -1, 0]})
-        assert row["labels"] == [1, 0, None]
-        assert type(row["labels"][1]) is int
-        [row] = load_rows(DataSpec(path=write(tmp_path / "a.jsonl", raw)), ratings=True)
-        assert type(row["labels"][1]) is int
-        [row, _] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [0.5, 0, 1]})
-        assert row["labels"] == [1.0, 0.0, None]
-        assert type(row["labels"][1]) is float, "beside chances it is one"
+    [record] = caplog.records
+    assert re.search(r"a\.jsonl: .*0 is read as incorrect .*data\.init_args\.labels\.kind: rating", record.getMessage())
+    caplog.clear()
+    [row, _] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, -1, 0]})
+    assert row["labels"] == [1, 0, None]
+    assert type(row["labels"][1]) is int
+    [row] = load_rows(DataSpec(path=write(tmp_path / "a.jsonl", raw)), ratings=True)
+    assert type(row["labels"][1]) is int
+    [row, _] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [0.5, 0, 1]})
+    assert row["labels"] == [1.0, 0.0, None]
+    assert type(row["labels"][1]) is float, "beside chances it is one"
+    assert not caplog.records
 
 
 def test_boolean_labels_survive_parquet_and_saved_datasets(tmp_path: Path) -> None:
@@ -113,19 +116,19 @@ def test_boolean_labels_survive_parquet_and_saved_datasets(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("source", ["gsm8k", "math", "multiarith"])
-def test_a_file_in_contract_form_is_read_as_rows_whatever_source_the_recipe_names(source: str, tmp_path: Path) -> None:
+def test_a_file_in_contract_form_is_read_as_rows_whatever_source_the_recipe_names(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mine.jsonl"
     for raw in (PROBLEMS[0], {"prompt": "x", "completion": "y"}, {"messages": [{"role": "user", "content": "x"}]}):
-        with pytest.warns(UserWarning, match=f"mine.jsonl: the columns .* are not those of source '{source}', so"):
-            [found] = load_rows(DataSpec(source=source, path=write(tmp_path / "mine.jsonl", raw)), contract=ANYTHING)
-        [plain] = (
-            load("rows", tmp_path / "mine.jsonl", raw, options={"contract": "auto"}) if "answer" in raw else [found]
-        )
-        assert found == plain
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load("gsm8k", tmp_path / "mine.jsonl", {"question": "q", "answer": "#### 2", "prompt": "not this"})
+        spec = DataSpec(source=source, path=write(path, raw))
+        assert load_rows(spec, contract=ANYTHING) == load_rows(DataSpec(path=str(path)), contract=ANYTHING)
+        assert f"so it is read as source 'rows', not '{source}'" in caplog.messages[-1]
+    caplog.clear()
+    load("gsm8k", path, {"question": "q", "answer": "#### 2", "prompt": "not this"})
+    assert not caplog.records
     with pytest.raises(DataError, match=rf"missing column .* of source '{source}'.*of your own set source: rows"):
-        load(source, tmp_path / "mine.jsonl", {"text": "x"})
+        load(source, path, {"text": "x"})
 
 
 def test_a_path_wins_over_hub_configuration_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
