@@ -32,7 +32,10 @@ def attach(tokenizer: Any) -> Any:
             return {("solution",) if split == "train" else ("answer",): "somebody reads it"}
 
         module = SimpleNamespace(tokenizer=tokenizer, position=position, reads=reads)
-        data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)  # type: ignore[assignment]
+        trainer: Any = SimpleNamespace(
+            lightning_module=module, global_rank=rank, world_size=world_size, limit_train_batches=1.0
+        )
+        data.trainer = trainer
         return data
 
     return attached

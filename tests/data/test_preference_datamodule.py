@@ -26,7 +26,10 @@ TOKENIZER = tiny_tokenizer()
 def attach(data: Any, module: Any = None, *, rank: int = 0, world_size: int = 1) -> Any:
     """Give a data module the trainer it needs, with a model that is never loaded."""
     module = module or (DPOModule(TINY) if isinstance(data, PairData) else KTOModule(TINY))
-    data.trainer = SimpleNamespace(lightning_module=module, global_rank=rank, world_size=world_size)
+    trainer: Any = SimpleNamespace(
+        lightning_module=module, global_rank=rank, world_size=world_size, limit_train_batches=1.0
+    )
+    data.trainer = trainer
     return data
 
 

@@ -32,7 +32,8 @@ def tokenizer() -> Any:
 def attach(data: StepLabelData, module: Any = None, **head: Any) -> StepLabelData:
     """Give a data module the trainer it needs, with a reward model that is never loaded."""
     module = module or PRMModule(PolicySpec(path="tiny-0.1m"), StepHeadSpec(**head))
-    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
+    trainer: Any = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, limit_train_batches=1.0)
+    data.trainer = trainer
     return data
 
 
