@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stepkd.commands.recipes import with_recipe_files
-from stepkd.commands.suggestions import suggestions
+from stepkd.commands.suggestions import explain
 from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, StepkdError
@@ -77,20 +77,19 @@ class CheckpointSpec:
 
 
 class SuggestingParser(LightningArgumentParser):
-    """A parser that answers an unknown key with the right one, and takes no abbreviations."""
+    """A parser that takes no abbreviations, and raises our errors."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        """Raise ConfigError with the message and, for unknown keys, the nearest known one."""
+        """Raise ConfigError."""
         if denied := re.search(r"Importing '([^']+)' is not allowed", message):
             try:
                 check_import(denied.group(1), "the recipe")
             except ConfigError as refused:
                 raise refused from ex
-        hints = suggestions(message)
-        raise ConfigError(message if hints in message else f"{hints}\n{message}") from ex
+        raise ConfigError(message) from ex
 
 
 class StepkdCLI(LightningCLI):
@@ -121,9 +120,15 @@ class StepkdCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with recipes by file or by name."""
-        words = sys.argv[1:] if args is None else args
-        super().parse_arguments(parser, with_recipe_files(words) if isinstance(words, list) else words)
+        """Parse, with recipes by file or by name, and say of a mistake where it is and what was meant."""
+        words = with_recipe_files(sys.argv[1:] if args is None else args)
+        try:
+            super().parse_arguments(parser, words)
+        except ConfigError as error:
+            if "--safe allows" in str(error):
+                raise
+            own = getattr(self, "_subcommand_parsers", {}).get(words[0], parser)
+            raise ConfigError(explain(own, words, str(error))) from error
 
     def before_instantiate_classes(self) -> None:
         """Guard the launch and open the run folder before anything slow happens."""
