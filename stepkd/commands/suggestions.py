@@ -110,7 +110,10 @@ def _class(name: str, base: type) -> type | None:
 
 
 def _subclasses(kind: type) -> list[type]:
-    return [kind, *(below for each in kind.__subclasses__() for below in _subclasses(each))]
+    found = [kind]
+    for each in found:
+        found += each.__subclasses__()
+    return found
 
 
 def _below(name: str, known: dict[str, Any]) -> list[str]:

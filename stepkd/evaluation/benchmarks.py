@@ -6,7 +6,8 @@ One line each; everything can be overridden on the command line, and everything 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,40 @@ def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) ->
     if limit is not None:
         changes["limit"] = limit
     return dataclasses.replace(spec, **changes)
+
+
+def next_evaluation(spec: DataSpec | None, template: str, *, steps: bool = False) -> str:
+    """Options of ``stepkd evaluate`` for a model that was trained on such data.
+
+    Args:
+        spec: its held-out rows, else None.
+        template: name of the prompt template it was trained with.
+        steps: whether it scores steps; else it solves problems.
+    """
+    source = "rows" if spec is None else spec.source
+    words = "" if spec is None else _data_words(spec)
+    own = [benchmark for benchmark in BENCHMARKS.values() if benchmark.source == source != "rows"]
+    if steps:
+        if spec is None or (source != "task" and spec.path is None):
+            return "--benchmark processbench"
+        more = f"path={words}" if spec.path else f"{words},split={spec.split}" if spec.split else words
+        return f"--benchmark step_labels --data {shlex.quote(words if source == 'rows' else f'{source}:{more}')}"
+    name = own[0].name if own else {"task": "task", "math": "math500"}.get(template, "rows") if not words else "rows"
+    words = words or "PROBLEMS.jsonl" * (name == "rows")
+    return f"--benchmark {name} --data {shlex.quote(words)}" if words else f"--benchmark {name}"
+
+
+def _data_words(spec: DataSpec) -> str:
+    """A file, or what else distinguishes a data setting, as ``--data`` takes it."""
+
+    def flat(options: Mapping[str, Any], start: str = "") -> list[str]:
+        parts: list[str] = []
+        for key, value in options.items():
+            parts += flat(value, f"{start}{key}.") if isinstance(value, Mapping) else [f"{start}{key}={value}"]
+        return parts
+
+    hub = {} if spec.hub is None else {"hub": spec.hub, **({} if spec.split is None else {"split": spec.split})}
+    return spec.path or ",".join(flat({**hub, **spec.options}))
 
 
 def _names_split(path: str | None) -> bool:

@@ -23,8 +23,10 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Example
 from stepkd.data.loader import Position, StepBatch
-from stepkd.data.templates import PromptTemplate
+from stepkd.data.preference_datamodule import PreferenceData
+from stepkd.data.templates import PromptTemplate, template_name
 from stepkd.errors import ConfigError, TrainingError
+from stepkd.evaluation.benchmarks import next_evaluation
 from stepkd.launch.phases import PhaseTracker
 from stepkd.launch.preemption import STOP_REQUEST, Preempted
 from stepkd.launch.strategies import check_strategy
@@ -200,9 +202,17 @@ class StepModule(EvaluationLoops):
     def next_commands(self, run: str) -> list[str]:
         """What to do with a finished run, one line each, for the end of ``stepkd fit``."""
         return [
-            f"evaluate: stepkd evaluate --model {run} --benchmark gsm8k --out ...",
+            f"evaluate: stepkd evaluate --model {run} {self._evaluation()} --out ...",
             f"export:   stepkd export {run} --to ...",
         ]
+
+    def _evaluation(self, *, steps: bool = False) -> str:
+        """What fits the data that the run was trained on."""
+        data = getattr(self.trainer, "datamodule", None)
+        spec = getattr(data, "specs", {}).get("validation")
+        template = getattr(data, "template", None)
+        name = template_name(template) if isinstance(template, PromptTemplate) else ""
+        return next_evaluation(None if isinstance(data, PreferenceData) else spec, name, steps=steps)
 
     # ---- model -----------------------------------------------------------------------------------------------------
 

@@ -327,6 +327,8 @@ def test_a_run_or_an_export_is_taken_wherever_a_model_is_named(
     small += ["--checkpoint.mode", "min", "--trainer.max_steps", "2"]
     run, export, second = (str(tmp_path / name) for name in ("run", "export", "second"))
     assert main(["fit", *small, "--model.optimizer.lr", "0.01", "--out", run]) == 0
+    hint = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("evaluate: "))
+    assert f"stepkd evaluate --model {run} --benchmark task --data task=modular:terms=4,n=4 --out" in hint
     assert main(["export", run, "--to", export]) == 0
 
     def loss(*words: str) -> str:
@@ -340,7 +342,8 @@ def test_a_run_or_an_export_is_taken_wherever_a_model_is_named(
     for words in (["--ckpt_path", run], ["--ckpt_path", export], ["--model.policy.path", run]):
         assert loss(*words) == best
     assert main(["fit", *small, "--model.policy.path", run, "--out", second]) == 0
-    assert main(["fit", *small, "--ckpt_path", run, "--trainer.max_steps", "3", "--out", f"{second}-continued"]) == 0
+    same = ["--model.optimizer.lr", "0.01", "--trainer.max_steps", "3"]
+    assert main(["fit", *small, *same, "--ckpt_path", run, "--out", f"{second}-continued"]) == 0
     assert "finished after 3 steps" in capsys.readouterr().out
     assert main(["fit", *small, "--ckpt_path", export, "--out", f"{second}-export"]) == 2
     assert "holds no checkpoint: to start from a model, --model.policy.path" in capsys.readouterr().err
