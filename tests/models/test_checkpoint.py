@@ -11,8 +11,8 @@ from torch import nn
 
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, load_tokenizer, spec_to_dict
+from stepkd.models import checkpoint as checkpoints
 from stepkd.models.checkpoint import (
-    base_fingerprint,
     find_checkpoint,
     load_policy,
     load_trained,
@@ -237,7 +237,7 @@ def test_an_adapter_on_changed_base_weights_is_refused(folder: Path, tmp_path: P
     policy = trained(PolicySpec(path=str(folder), lora=LoraSpec(r=4)))
     file = save(policy, tmp_path / "x.ckpt")
     content = torch.load(file)
-    content["stepkd"]["base"] = base_fingerprint(policy)
+    content["stepkd"]["base"] = checkpoints.base_fingerprint(policy)
     torch.save(content, file)
     assert torch.equal(logits(load_trained(file)), logits(policy))
     build_tiny("tiny-0.1m", seed=4)[0].save_pretrained(folder)  # another model of the same shapes, in the same place

@@ -24,7 +24,7 @@ MODELS: dict[str, Any] = {
     "opt, layers": lambda t: t.OPTConfig(**PLAIN, ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5, dropout=0.0),
     "falcon": lambda t: t.FalconConfig(**PLAIN, hidden_dropout=0.1, attention_dropout=0.1),
     "mixtral, router": lambda t: t.MixtralConfig(**SMALL, num_local_experts=4, router_jitter_noise=0.05),
-    "persimmon": lambda t: t.PersimmonConfig(**PLAIN, intermediate_size=48, hidden_dropout=0.1),
+    "persimmon": lambda t: t.PersimmonConfig(**PLAIN, intermediate_size=48, attention_dropout=0.1),
     "xglm, layers": lambda t: t.XGLMConfig(d_model=32, ffn_dim=48, num_layers=4, attention_heads=4, layerdrop=0.5),
     "phi3": lambda t: t.Phi3Config(**SMALL, resid_pdrop=0.1, embd_pdrop=0.1, attention_dropout=0.1),
     "bloom": lambda t: t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1),

@@ -11,8 +11,7 @@ from transformers import LlamaConfig, Phi3Config, Phi3ForCausalLM
 
 from stepkd.errors import DataError
 from stepkd.losses import token_logps
-from stepkd.models import Policy
-from stepkd.models.head import steady_length
+from stepkd.models import Policy, head
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.rollout import SamplingSpec, TransformersSampler
 
@@ -90,6 +89,6 @@ def test_scalings_of_single_layers_and_steady_ones() -> None:
         "full_attention": scaling | {"original_max_position_embeddings": 50},
         "other": {"rope_type": "default"},
     }
-    assert steady_length(SimpleNamespace(rope_parameters=of_layers)) == 50
-    assert steady_length(LlamaConfig(rope_scaling={"rope_type": "linear", "factor": 2.0})) is None
-    assert steady_length(SimpleNamespace()) is None
+    assert head.steady_length(SimpleNamespace(rope_parameters=of_layers)) == 50
+    assert head.steady_length(LlamaConfig(rope_scaling={"rope_type": "linear", "factor": 2.0})) is None
+    assert head.steady_length(SimpleNamespace()) is None
