@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,9 @@ def _base_model(spec: PolicySpec) -> Any:
     except Exception as error:  # transformers, safetensors, gguf and the hub raise many classes for a broken model
         raise ModelError(_load_message(spec.path, error)) from error
     _check_complete(spec.path, model, report)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks for inference; gradients then end at this layer
+            module.support_avx512bf16_for_cpu = False
     if gguf_file is not None:
         _forget_gguf(model)
     if model.dtype == torch.bfloat16 and not (torch.cuda.is_available() or fast_bfloat16()):
@@ -345,10 +349,14 @@ def _load_message(path: str, error: Exception) -> str:
 def _quantization(spec: PolicySpec) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if not torch.cuda.is_available():
+    if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"policy.quantization={spec.quantization!r} needs a CUDA device and there is none: drop the setting, or "
-            "run on a GPU machine with pip install 'stepkd[qlora]'"
+            f"policy.quantization={spec.quantization!r} needs bitsandbytes: pip install 'stepkd[qlora]', or drop the "
+            "setting"
+        )
+    if not torch.cuda.is_available():
+        logger.warning(
+            "policy.quantization=%r without a GPU: bitsandbytes computes on this CPU, slowly", spec.quantization
         )
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -30,7 +30,9 @@ def test_this_machine(tmp_path: Path) -> None:
 
 
 def test_launchers_that_promise_what_lightning_ignores(tmp_path: Path) -> None:
-    found = named(look_around(tmp_path, {"ACCELERATE_MIXED_PRECISION": "bf16"}), "launch", "launcher")
+    taken = named(look_around(tmp_path, {"ACCELERATE_MIXED_PRECISION": "bf16"}), "launch", "launcher")
+    assert taken.level == "ok", "a run takes it over"
+    found = named(look_around(tmp_path, {"ACCELERATE_MIXED_PRECISION": "fp16"}), "launch", "launcher")
     assert found.level == "bad"
     assert "precision" in found.advice
     ranks = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}

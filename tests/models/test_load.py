@@ -248,11 +248,13 @@ def test_lora_that_fits_nowhere() -> None:
         load_model(PolicySpec(path=PRESET, lora=LoraSpec(modules_to_save=["norm", "lm_haed"])))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantisation_without_cuda(folder: Path, kind: Any) -> None:
+def test_quantisation_without_its_package(folder: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepkd.models.load.find_spec", lambda name: None)
     for path in (PRESET, str(folder)):
-        with pytest.raises(ConfigError, match=rf"policy\.quantization='{kind}' needs a CUDA device and there is none"):
+        with pytest.raises(
+            ConfigError, match=rf"quantization='{kind}' needs bitsandbytes: pip install 'stepkd\[qlora\]'"
+        ):
             load_model(PolicySpec(path=path, lora=LoraSpec(), quantization=kind))
 
 

@@ -236,13 +236,13 @@ def test_bad_settings(make: Any, message: str) -> None:
         make()
 
 
-def test_a_quantised_teacher_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_teacher_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     from stepkd.teachers import LocalTeacher
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("stepkd.models.load.find_spec", lambda name: None)
     student = Policy.load(PolicySpec(path="tiny-0.1m"))
     folder = "tiny-0.1m"
-    with pytest.raises(ConfigError, match=r"quantization=.nf4. needs a CUDA device"):
+    with pytest.raises(ConfigError, match=r"quantization=.nf4. needs bitsandbytes"):
         LocalTeacher(TeacherSpec(path=folder, quantization="nf4")).bind(student.tokenizer, student.vocab_size)
 
 
