@@ -63,6 +63,10 @@ def test_what_names_foreign_code_is_refused(evil: tuple[Path, Path]) -> None:
     (folder / "reward.yaml").write_text("model: {init_args: {rewards: [{name: 'evil:reward'}]}}\n")
     grpo = FIT.replace("sft", "grpo") + f" --config {folder / 'reward.yaml'} {SMALL}"
     lines.append(f"{grpo} --model.init_args.validation.samples 0 --out {folder / 'reward'}")
+    (folder / "dotted.yaml").write_text("model: {init_args: {rewards: [{name: trl.rewards.accuracy_reward}]}}\n")
+    lines.append(f"{grpo.replace('reward.yaml', 'dotted.yaml')} --out {folder / 'dotted'}")
+    (folder / "data.yaml").write_text("data: {class_path: evil.Own}\n")  # beside a mistake, which is explained
+    lines.append(f"{FIT} --model.optimizer.lrr 1 --config {folder / 'data.yaml'} --out {folder / 'mistake'}")
     done = run(folder, *lines)
     assert done.stdout.strip().endswith(str([2] * len(lines))), done.stdout + done.stderr[-3000:]
     assert not mark.exists()
@@ -70,6 +74,7 @@ def test_what_names_foreign_code_is_refused(evil: tuple[Path, Path]) -> None:
     classes = ("evil.Own", "evil.Watch", "evil.Watch", "subprocess.Popen", "evil.Own")
     words = [f"the recipe names the code {name!r}, and --safe allows only stepkd, lightning" for name in classes]
     words += ["runs code of the model's repository", "rewards: name names the code 'evil'"]
+    words += ["rewards: name names the code 'trl.rewards'", "the recipe names the code 'evil.Own'"]
     for line, expected in zip(told, words, strict=True):
         assert expected in line
 

@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from stepkd.safe import check_import
+
 SYNONYMS = {
     "learning_rate": "lr",
     "batch_size": "global_batch_size",
@@ -100,13 +102,15 @@ def _classes(hint: Any) -> list[type]:
 
 
 def _class(name: str, base: type) -> type | None:
-    """The class of a name or an import path."""
+    """The class of a name or an import path, which ``--safe`` may forbid."""
     path, _, last = name.rpartition(".")
+    if not path:
+        return next((kind for kind in _subclasses(base) if kind.__name__ == name), None)
+    check_import(name, "the recipe")
     try:
-        found = getattr(import_module(path), last, None) if path else None
-    except ImportError:
-        found = None
-    return found or next((kind for kind in _subclasses(base) if kind.__name__ == name), None)
+        return getattr(import_module(path), last, None)
+    except Exception:  # a module of one's own may fail in any way; the parser has said how
+        return None
 
 
 def _subclasses(kind: type) -> list[type]:

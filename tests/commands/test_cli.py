@@ -277,6 +277,18 @@ def test_a_recipe_is_found_by_name_outside_a_checkout(
     assert with_recipe_files([f"--config={name}", "-c", name]) == [f"--config={expected}", "-c", expected]
 
 
+def test_an_installed_package_finds_its_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stepkd.commands import recipes
+
+    share = tmp_path / "share" / "stepkd" / "recipes"
+    share.mkdir(parents=True)
+    (share / "mine.yaml").write_text("# A recipe.\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "lib" / "stepkd" / "commands" / "recipes.py"))
+    monkeypatch.setattr(recipes.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert with_recipe_files(["--config", "recipes/mine.yaml"]) == ["--config", str(share / "mine.yaml")]
+
+
 def test_a_file_wins_over_a_recipe_of_its_name_and_settings_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
