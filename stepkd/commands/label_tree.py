@@ -10,7 +10,7 @@ from stepkd.errors import ConfigError
 
 def add_tree_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the tree search."""
-    tree = parser.add_argument_group("tree_preference: Monte-Carlo tree search (defaults: arXiv 2405.00451, maths)")
+    tree = parser.add_argument_group("tree_preference: Monte-Carlo tree search (after arXiv 2405.00451)")
     tree.add_argument("--iterations", type=int, default=64, metavar="N", help="walks per decision (default 64)")
     tree.add_argument("--root-factor", type=int, default=4, metavar="N", help="times as many at the root (default 4)")
     tree.add_argument("--actions", type=int, default=2, metavar="N", help="steps sampled at a node (default 2)")

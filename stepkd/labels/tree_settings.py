@@ -18,7 +18,8 @@ ValueKind = Literal["rollout", "scorer", "self_evaluation"]
 
 @dataclass(frozen=True, kw_only=True)
 class TreePairSpec(JobSpec):
-    """One job of tree-search pairs; the defaults of the search are the paper's (arXiv 2405.00451)."""
+    """One job of tree-search pairs, after arXiv 2405.00451; :mod:`stepkd.search.mcts` says what differs. The paper's
+    value is ``self_evaluation``, not the default."""
 
     problems: str
     """Problems with answers: file, folder or data settings in one word."""

@@ -151,7 +151,8 @@ def nkd(
     """Normalised knowledge distillation (NKD, arXiv 2303.13005): the target's term, and the shape of the others.
 
     ``-T_y log S_y - gamma temperature^2 sum over i != y of N(T)_i log N(S)_i``, where N renormalises over the tokens
-    other than the target y, at the temperature. A cross-entropy: not 0 where the two agree.
+    other than the target y, at the temperature. A cross-entropy: not 0 where the two agree. The paper adds the usual
+    cross-entropy with the target, which is no part of it here (``GKDModule``: ``ce_weight: 1``).
 
     Args:
         log_student_CV, log_teacher_CV: log-probabilities of the whole vocabulary (not of buckets), at temperature 1.

@@ -45,7 +45,7 @@ class GKDModule(TaughtModule):
         source: whose completions: the student's, the teacher's, the data's.
         average: ``tokens``: every token of the global batch weighs the same; ``sequences``: every completion does (the
             paper's 1/|y|).
-        ce_weight: weight of the cross-entropy of the same tokens beside the divergence, >= 0.
+        ce_weight: weight of the cross-entropy of the same tokens beside the divergence, >= 0. NKD's paper has 1.
         mix: in its place, weights a and 1 - a of divergence and cross-entropy, with a rising; null: not.
         focus: weigh every step by what a step scorer thinks of it, for instance only the wrong ones; the average is
             over the weights. A batch in which nothing counts is skipped. Validation weighs all tokens alike.

@@ -7,9 +7,19 @@ the search goes on from there, keeping the tree below, until a solution ends.
 Every tree runs in a coroutine that stops where a node needs children. The leaves of all trees that have stopped are
 expanded in one call of the generator, one of the grader and one of the value; no tree waits for another's walk.
 
-Source: Xie et al. 2024, arXiv 2405.00451, and its released code. Not taken over: actions are merged only where they
-are equal (the code also merges near-duplicates by their embeddings), a right solution is not worth more for differing
-from the reference, and a walk counts as one visit of each of its nodes (the code counts every backup on the way).
+Source: Xie et al. 2024, arXiv 2405.00451, and its released code. What differs from the code:
+
+* a step is a line, the look-ahead is three lines, and nothing ends a solution early; there a step is a share of the
+  whole solution, and the action at the last depth is forced to end it, so that nearly every walk meets an outcome;
+* candidates are samples only; there the reference's own next step is among them by default;
+* self-evaluation asks about every step and multiplies; there it is one question about the whole partial solution;
+* estimates are not divided by depth (``damp_after``) and come from continuations unless told otherwise; there both are
+  the other way round;
+* the best child has the highest value; there it has the most visits, weighted by the gap between its children's;
+* pairs need any right solution in the tree; there the chosen path must be right;
+* equal actions are merged; there near-duplicates by their embeddings, too;
+* a right solution is not worth more for differing from the reference;
+* a walk visits the root once; there twice, and a node under expansion counts as unvisited.
 """
 
 from __future__ import annotations
@@ -28,7 +38,8 @@ Until = Literal["end", "leaf"]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How trees are searched; the defaults are the paper's for mathematics."""
+    """How trees are searched. Walks, actions, depth and exploration are the paper's for mathematics; the module's text
+    says what is not."""
 
     iterations: int = 64
     """Walks per decision, >= 1."""
