@@ -21,7 +21,7 @@ from stepkd.data.loader import StepBatch, StepLoader
 from stepkd.data.packing import Completion, PackedBatch, Unit, collate_packed, plan_packs
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import DEFAULT_CHUNK, token_logps
-from stepkd.models import HiddenStates, PolicySpec
+from stepkd.models import HiddenStates, Policy, PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
@@ -107,8 +107,15 @@ class PreferenceModule(StepModule):
         return self.packing != "off" and self.model.can_pack
 
     def on_fit_start(self) -> None:
-        """Fill the reference cache, when one is asked for."""
+        """Check the reference's context, and fill its cache when one is asked for."""
         super().on_fit_start()
+        longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None) or 0
+        with self.model.reference() as view:
+            context = cast(Policy, view).max_length
+        if context is not None and longest > context:
+            raise ConfigError(
+                f"data.max_length={longest} exceeds the reference's context of {context} tokens: lower it"
+            )
         if self.reference_spec.cache:
             self._fill_cache()
 

@@ -158,6 +158,14 @@ def test_a_cached_reference_is_computed_as_the_policy_is(rows: Path, tmp_path: P
     assert max(again.largest, again.z0) <= 1e-5
 
 
+def test_the_references_context_is_checked(rows: Path, tmp_path: Path) -> None:
+    spec = sharp(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    with pytest.raises(ConfigError, match=r"data\.max_length=128 exceeds the reference's context of 100 tokens"):
+        fit(tmp_path, step_kto(reference=ReferenceSpec(path=spec.path)), data(rows), 1)
+
+
 def test_every_dropout_is_off_at_step_zero(rows: Path, tmp_path: Path) -> None:
     config = Starcoder2Config(
         vocab_size=100,
