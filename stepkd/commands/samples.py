@@ -72,14 +72,16 @@ def _show_sample(console: Any, sample: Mapping[str, Any]) -> None:
     console.print()
     console.print(Text(str(_prompt(sample["prompt"])).strip(), style="bold"))
     scores = sample["step_scores"] or [None] * len(sample["steps"])
-    whole = "green" if sample["correct"] else "red"
+    whole = {True: "green", False: "red"}.get(sample["correct"], "")
     for step, score in zip(sample["steps"], scores, strict=False):
         line = Text(step.strip("\n"), style=colour(score) if sample["step_scores"] else whole)
         if score is not None:
             line.append(f"  {score:.2f}", style="dim")
         console.print(line)
-    facts = [f"reward {sample['reward']:.3g}", "right" if sample["correct"] else f"wrong (answer {sample['answer']})"]
-    facts += [f"{name} {value:.3g}" for name, value in sample["rewards"].items() if len(sample["rewards"]) > 1]
+    values = {"reward": sample["reward"]} | (sample["rewards"] if len(sample["rewards"]) > 1 else {})
+    facts = [f"{name} {'none' if value is None else format(value, '.3g')}" for name, value in values.items()]
+    if sample["correct"] is not None:
+        facts.insert(1, "right" if sample["correct"] else f"wrong (answer {sample['answer']})")
     facts += [f"{sample['tokens']} tokens"] + ["cut off"] * bool(sample["cut_off"])
     console.print(Text(", ".join(facts), style="dim"))
 

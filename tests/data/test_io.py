@@ -190,7 +190,7 @@ def test_fingerprint_sees_content_and_row_order_not_key_order() -> None:
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": "y", "answer": %s}\n', "a.jsonl, line 2, column 'answer'"),
         ("a.jsonl", '{"prompt": "y", "meta": {"numbers": [1, %s]}}\n', "a.jsonl, line 1, column 'numbers'"),
         ("a.json", '[{"prompt": "x"},\n {"answer": %s}]', "a.json, line 2, column 'answer'"),
-        ("a.jsonl", "[%s]\n", "a.jsonl, line 1"),
+        ("a.json", "[%s]\n", "a.json, line 1"),
     ],
 )
 def test_an_integer_that_python_does_not_read_is_told_with_line_and_column(

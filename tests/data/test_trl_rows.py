@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stepkd.data.spec import RowsInMemory, load_rows
+from stepkd.data.spec import DataSpec, load_rows
 from stepkd.errors import DataError
 
 
@@ -23,9 +24,16 @@ def assistant(text: str) -> dict[str, str]:
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def read(row: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    [found] = load_rows(RowsInMemory(rows=[row], **settings))
-    return found
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """What a file of one row is read as."""
+
+    def reads(row: dict[str, Any], **settings: Any) -> dict[str, Any]:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        [found] = load_rows(DataSpec(path=str(tmp_path / "rows.jsonl"), **settings))
+        return found
+
+    return reads
 
 
 @pytest.mark.parametrize(
@@ -65,19 +73,19 @@ def read(row: dict[str, Any], **settings: Any) -> dict[str, Any]:
         ({"instruction": "Add 1+1.", "input": "", "output": "2"}, "Add 1+1.", "2"),
     ],
 )
-def test_demonstrations(row: dict[str, Any], prompt: Any, solution: str) -> None:
+def test_demonstrations(row: dict[str, Any], prompt: Any, solution: str, read: Any) -> None:
     found = read(row)
     assert (found["prompt"], found["solution"]) == (prompt, solution)
 
 
-def test_alpaca_by_mapping_keeps_its_input() -> None:
+def test_alpaca_by_mapping_keeps_its_input(read: Any) -> None:
     row = {"instruction": "Add.", "input": "1+1", "output": "2"}
     found = read(row, columns={"prompt": "instruction", "solution": "output"})
     assert (found["prompt"], found["solution"]) == ("Add.\n\n1+1", "2")
     assert read({"prompt": "p", "answer": "1", "input": "of its own"})["prompt"] == "p"
 
 
-def test_prompts_without_an_answer_of_theirs() -> None:
+def test_prompts_without_an_answer_of_theirs(read: Any) -> None:
     found = read({"messages": [SYSTEM, user("1+1?")], "answer": 2})
     assert (found["prompt"], found["answer"]) == ([SYSTEM, user("1+1?")], "2")
     assert "solution" not in found
@@ -97,7 +105,7 @@ def test_prompts_without_an_answer_of_theirs() -> None:
         {"chosen": "Human: q\n\nAssistant: abc", "rejected": "Human: q\n\nAssistant: abd"},
     ],
 )
-def test_pairs_have_the_prompt_that_trl_extracts(row: dict[str, Any]) -> None:
+def test_pairs_have_the_prompt_that_trl_extracts(row: dict[str, Any], read: Any) -> None:
     from trl.data_utils import maybe_extract_prompt
 
     def text(side: Any) -> str:
@@ -108,7 +116,7 @@ def test_pairs_have_the_prompt_that_trl_extracts(row: dict[str, Any]) -> None:
     assert (found["chosen"], found["rejected"]) == (text(theirs["chosen"]), text(theirs["rejected"]))
 
 
-def test_completions_with_a_label() -> None:
+def test_completions_with_a_label(read: Any) -> None:
     found = read({"prompt": [user("q")], "completion": [assistant("a")], "label": True})
     assert (found["prompt"], found["completion"], found["label"]) == ([user("q")], "a", True)
     assert "solution" not in found, "a labelled completion is no demonstration"
@@ -136,8 +144,8 @@ def test_completions_with_a_label() -> None:
         ),
     ],
 )
-def test_what_cannot_be_read_is_told_with_row_and_column(row: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=f"rows in memory, line 1, .*{message}"):
+def test_what_cannot_be_read_is_told_with_row_and_column(row: dict[str, Any], message: str, read: Any) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 1, .*{message}"):
         read(row)
 
 
@@ -145,7 +153,7 @@ def test_parquet_and_saved_datasets_hold_messages_too(tmp_path: Path) -> None:
     """Arrow fills the keys that only some messages have with nulls."""
     import datasets
 
-    from stepkd.data.spec import DataSpec
+    from stepkd.data.spec import RowsInMemory
 
     rows = [{"messages": [{**user("q"), "name": "Ann"}, assistant("a")]}] * 2
     made = datasets.Dataset.from_list(rows)

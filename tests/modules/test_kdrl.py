@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from stepkd.cli import main
 from stepkd.data.batching import BatchPlan
 from stepkd.data.loader import StepLoader
 from stepkd.errors import ConfigError, TrainingError
@@ -536,7 +537,9 @@ def telling(
     return [1.0 if i % 4 == 0 else None for i in range(len(completion_ids))]
 
 
-def test_completions_that_rewards_pass_over(rows: list[Any], tmp_path: Path) -> None:
+def test_completions_that_rewards_pass_over(
+    rows: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A None is left out of the sum; where all are None the completion has no advantage, and no part in the mean."""
     module = worker.run(rows, rewards=[skipping, RewardSpec(telling, weight=3.0)], teacher=None, folder=tmp_path)  # type: ignore[arg-type]
     kept = module.kept[0]
@@ -557,6 +560,11 @@ def test_completions_that_rewards_pass_over(rows: list[Any], tmp_path: Path) -> 
     [sample, *_] = json.loads((tmp_path / "samples.jsonl").read_text())["samples"]
     assert sample["extra"] == {"place": "1/0"}
     assert sample["rewards"] == {"skipping": None, "telling": 1.0}
+    assert main(["samples", str(tmp_path), "--number", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "reward 3, wrong" in shown
+    assert "skipping none, telling 1" in shown
+    assert "reward none, " in shown
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
