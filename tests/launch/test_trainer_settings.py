@@ -25,6 +25,7 @@ SEEN_HERE = {
     "default_root_dir",
     "detect_anomaly",
     "deterministic",
+    "enable_autolog_hparams",
     "enable_model_summary",
     "fast_dev_run",
     "inference_mode",
@@ -50,8 +51,7 @@ SEEN_ELSEWHERE = {
     "num_nodes": "tests/launch/test_guard.py",
     "strategy": "tests/launch/test_strategy_list.py",
     "logger": "tests/launch/test_logger.py",
-    "enable_progress_bar": "tests/launch/test_progress.py",
-    "enable_autolog_hparams": "tests/launch/test_logger.py",
+    "enable_progress_bar": "tests/commands/test_run_loggers.py",
 }
 NOT_NEUTRAL = {
     "accumulate_grad_batches": 4,
@@ -152,6 +152,7 @@ def test_without_them_nothing_is_switched_on(trained: Callable[..., Any], tmp_pa
     }
     assert watcher.counts == {"loaders": 1, "steps": 2, "epochs": 1}
     assert len(steps_logged(tmp_path / "run")) == 2
+    assert "lr" in (tmp_path / "run" / "hparams.json").read_text()
     text = "".join(capfd.readouterr())
     assert "Profiler Report" not in text
     assert "Trainable params" not in text
@@ -167,6 +168,7 @@ def test_switches_take_effect(trained: Callable[..., Any], tmp_path: Path, capfd
         precision="bf16-mixed",
         profiler="simple",
         enable_model_summary=True,
+        enable_autolog_hparams=False,
         log_every_n_steps=2,
         num_sanity_val_steps=1,
         val_check_interval=2,
@@ -183,6 +185,8 @@ def test_switches_take_effect(trained: Callable[..., Any], tmp_path: Path, capfd
     assert watcher.counts["validation batches"] == 3
     first, second = steps_logged(tmp_path / "run")
     assert second == first + 2
+    hparams = tmp_path / "run" / "hparams.json"
+    assert not hparams.exists() or "lr" not in hparams.read_text()
     assert "Trainable params" in "".join(capfd.readouterr())
     assert "Profiler Report" in caplog.text
 
