@@ -66,6 +66,7 @@ _BARE = re.compile(
     r"(?:\\(?:text|mbox|textbf)\s?\{[^{}]{0,80}\}|\\(?!f?box)[A-Za-z]+|\$(?=[0-9])|[ -#%-@\[-`{-~½¼¾²³°×÷·±√π∞∪∩∈≤≥≠≈−]"
     r"|(?<![A-Za-z])(?:and|or|pi|sqrt|[A-Za-z])(?![A-Za-z]{2})){1,300}"
 )
+_ONE_WORD = re.compile(r"[A-Za-z]{1,30}[.!]?")
 _INLINE_MATH = re.compile(r"\$(?!\s)([^$\n]{1,300}?)(?<!\s)\$(?![0-9])|\\\((.{1,300}?)\\\)")
 
 _MOST_JOINED = 16
@@ -234,8 +235,8 @@ def extract_latex(text: str, which: Which = "last") -> str | None:
     if which == "first":
         return _pick((tidy_ends(content) for _, _, content in spans), which)
     whole = text.strip()
-    if not spans and len(whole) <= 300 and _BARE.fullmatch(whole) and re.search(r"[A-Za-z0-9]", whole):
-        return tidy_ends(whole)
+    if not spans and len(whole) <= 300 and (_ONE_WORD.fullmatch(whole) or _BARE.fullmatch(whole)):
+        return tidy_ends(whole) or None
     return _joined(text, spans)
 
 
@@ -382,4 +383,6 @@ def extract_answer(
 
 def _without_drafts(text: str) -> str:
     """The text behind the last thought; a thought that never ended is left out too."""
+    if "<" not in text:
+        return text
     return _THINK_START.split(_THINK_END.split(text)[-1], maxsplit=1)[0]

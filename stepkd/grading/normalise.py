@@ -110,9 +110,13 @@ def tidy(text: str) -> str:
     Returns:
         The answer on one line; may be empty.
     """
-    text = _GROUPS.sub(",", text.translate(_CHARACTERS))
-    text = _SPACE.sub(lambda m: m[1] or " ", _NO_SPACE.sub(lambda m: m[1] or "", text)).replace("{,}", ",")
-    if _BLANK_GROUPS.fullmatch(text.strip()):
+    if text.isascii() and text.isalnum():
+        return text
+    text = text.translate(_CHARACTERS)
+    if "\\" in text or "{,}" in text or "~" in text:
+        text = _NO_SPACE.sub(lambda m: m[1] or "", _GROUPS.sub(",", text))
+        text = _SPACE.sub(lambda m: m[1] or " ", text).replace("{,}", ",")
+    if " " in text and _BLANK_GROUPS.fullmatch(text.strip()):
         text = text.replace(" ", "")
     for _ in range(6):  # wrappings nest: **$\boxed{5}$**
         before = text

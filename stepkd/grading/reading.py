@@ -38,6 +38,8 @@ class Number:
     """For a decimal: its significant digits, and the exponent of its last digit."""
     percent: bool = False
     """Whether a percent sign followed it."""
+    degrees: bool = False
+    """Whether it was an angle in degrees."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Clock:
 
 @dataclass(frozen=True)
 class Items:
-    """Several values: ``kind`` is ``list``, ``or``, ``set``, ``spread`` (a plus-minus), or the brackets of a tuple."""
+    """Several values: ``kind`` is ``list``, ``or``, ``set``, ``spread`` (a plus-minus), or the brackets of a tuple.
+
+    ``either`` holds a value and what it is about.
+    """
 
     kind: str
     items: tuple[Any, ...]
@@ -108,7 +113,7 @@ NUMERALS = re.findall(
 
 _LABEL = re.compile(
     r"(?:\\[A-Za-z]+\s*)?\\?[A-Za-z]*['′]*(?:_(?:\{[^{}]*\}|\w))?\s*(?:\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?['′]*"
-    r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\)|\|?\\?(?:angle|overline|triangle)?\s*\{?[A-Z]{1,4}\}?\|?"
+    r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\)|\|[A-Za-z]{1,3}\||\|?\\?(?:angle|overline|triangle)?\s*\{?[A-Z]{1,4}\}?\|?"
     r"|(?:\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z']{2,}(?:\s[A-Za-z']+)*)(?:_\w)?"
 )
 _CHOICE = re.compile(
@@ -127,6 +132,9 @@ _LISTING = frozenset({",", ";", "and", "or"})
 _UNIONS = frozenset({r"\cup", r"\cap", r"\setminus", r"\backslash"})
 _MAX_DEPTH = 40
 _GROUPED = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_NOTHING = re.compile(r"(?:there (?:are|is) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set")
+_BUILDER = re.compile(r"\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\||\\mid|:)\s*(.*)", re.DOTALL)
+_HEAD = re.compile(r"\\text\s*\{(?![^{}]*\b(?:not|minus|negative)\b)[^{}]*\}\s*(\S.*)", re.DOTALL)
 _REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?|\\R|\\text\s*\{\s*all real(?: number)?s\s*\}|all real(?: number)?s")
 
 
@@ -144,7 +152,7 @@ def read(text: str, grouped: bool = True) -> Any:
     if len(text) > MAX_ANSWER_CHARS or max((depth for *_, depth in tokens(text)), default=0) > _MAX_DEPTH:
         return Words(text)
     if is_words(text):
-        return Words(words_key(text))
+        return _read_words(words_key(text))
     text = clean(text)
     choice = _CHOICE.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text))
     if choice:
@@ -152,6 +160,12 @@ def read(text: str, grouped: bool = True) -> Any:
     if grouped and (", " in text or not re.search(r"[(\[{]", text)):
         text = _GROUPED.sub(lambda m: m[0].replace(",", ""), text)
     return _read_list(text)
+
+
+def _read_words(key: str) -> Any:
+    if key in NUMERALS:
+        return Number(sympy.Integer(NUMERALS.index(key)))
+    return Items("set", ()) if _NOTHING.fullmatch(key) else Words(key)
 
 
 def _read_list(text: str) -> Any:
@@ -201,7 +215,10 @@ def _read_brackets(text: str) -> Any:
     left, inside, right = found
     parts, _ = split(inside, _COMMAS)
     if left + right == r"\{\}" or (left + right == "{}" and len(parts) > 1):
-        content = _read_list(inside) if inside else Items("list", ())
+        builder = _BUILDER.fullmatch(inside)
+        content = _read_list(builder[2] if builder else inside) if inside else Items("list", ())
+        if builder and isinstance(content, Region):
+            return content
         return Items("set", content.items if isinstance(content, Items) and content.kind in LOOSE else (content,))
     if len(parts) == 1:
         return _read_list(inside) if inside and left + right in ("()", "{}", "[]") else None
@@ -248,6 +265,9 @@ def _read_relation(parts: list[str], marks: list[str]) -> Any:
         )
     if r"\in" in marks:
         return Words("".join(parts).replace(" ", ""))
+    if marks[-1] == r"\approx" and not (len(parts) == 2 and _LABEL.fullmatch(parts[0])):
+        exact = _read_relation(parts[:-1], marks[:-1]) if len(parts) > 2 else _read_one(parts[0])
+        return Items("either", (exact, _read_one(parts[-1])))
     signs = tuple(_SIGNS[mark] for mark in marks)
     if signs[-1] == "=" and len(set(signs)) == 1:
         if _LABEL.fullmatch(parts[-1]) and not _LABEL.fullmatch(parts[0]) and re.search(r"\d", parts[0]):
@@ -255,6 +275,8 @@ def _read_relation(parts: list[str], marks: list[str]) -> Any:
         name = parts[0].replace(" ", "") if _LABEL.fullmatch(parts[0]) else ""
         value = _read_list(parts[-1])
         sides = tuple(v.expr if isinstance(v, Number) else None for v in (_read_one(parts[0]), value))
+        if not name and not any(side is None or side.free_symbols for side in sides):
+            return value  # 2 + 3 = 5
         return Relation(("=",), sides, name, value)
     exprs = [value.expr for value in map(_read_one, parts) if isinstance(value, Number)]
     if len(exprs) < len(parts):
@@ -308,7 +330,10 @@ def _read_leaf(text: str) -> Any:
     clock = _CLOCK.fullmatch(plain)
     if clock:
         return Clock(tuple(int(part) for part in clock[1].split(":")), (clock[2] or "").lower())
-    text = _CURRENCY.sub("", text).strip()
+    text = whole = _CURRENCY.sub("", text).strip()
+    head = _HEAD.fullmatch(text)
+    if head and re.search(r"[0-9]|\\[a-z]", head[1]):
+        return _read_leaf(head[1])
     scale = Fraction(1)
     for pattern in (_TEXT_TAIL, _WORD_TAIL):
         tail = pattern.fullmatch(text)
@@ -329,7 +354,8 @@ def _read_leaf(text: str) -> Any:
     if isinstance(expr, sympy.MatrixBase):
         return Grid(tuple(tuple(Number(cell) for cell in row) for row in expr.tolist()))
     places = decimal_places(text)
-    return Number(expr * sympy.Rational(scale.numerator, scale.denominator), places, percent is not None)
+    degrees = r"^{\circ}" in text or "degree" in whole
+    return Number(expr * sympy.Rational(scale.numerator, scale.denominator), places, percent is not None, degrees)
 
 
 def _expression(text: str) -> Any:

@@ -34,8 +34,12 @@ _REWRITTEN = (
     (r"\^\s*\{?\s*\\circ\s*\}?|(?<!\^\{)\\circ(?![A-Za-z])", r"^{\\circ}"),
     (r"\{([^{}]*?)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"^\s*(?:\\approx|\\text\s*\{\s*(?:approximately|about)\s*\}|(?:approximately|about)\s|=)", ""),
+    (r"(?<=[0-9])\s*\^\s*\{?o\}?$", r"^{\\circ}"),
+    (r"(?<=[0-9])\s*\^?\s*\{?\s*(?:\\text\s*\{\s*)?(?:st|nd|rd|th)(?![A-Za-z])\s*\}{0,2}", ""),
+    (r"\\pmod\s*(?:\{[^{}]*\}|[0-9]+)|\(\s*(?:\\text\s*\{\s*mod\s*\}|\\b?mod|mod)[^()]*\)", ""),
     (r"\s+", " "),
 )
+_LINES = re.compile(r"\\(?:begin|end)\s*\{(?:align|aligned|cases|gather|gathered|equation|split)\*?\}|&")
 _FONT = re.compile(r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|bm|pmb)\s*(?=\{)")
 _TOKEN = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\\.|\s(?:and|or)\s|.", re.DOTALL)
 _OPEN = frozenset({"(", "[", "{", r"\{", r"\langle"})
@@ -47,6 +51,8 @@ _ARGUMENT = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})*|\((?=[^()]*\))[^()]*\)|.", r
 def clean(text: str) -> str:
     """The answer with one spelling for each sign."""
     text = _SPELLED.sub(lambda m: _SPELLINGS[m[0]], tidy(text))
+    if "matrix" not in text and "array" not in text and r"\begin" in text:
+        text = re.sub(r"\\\\\s*(?=.)", ", ", _LINES.sub("", text))
     text = _COMMAND.sub(lambda m: _renamed(m[1]), text)
     while font := _FONT.search(text):  # \mathrm{cm} is words, \mathbf{v} a letter
         inside, end = braced(text, font.end())

@@ -15,9 +15,9 @@ import sympy
 
 from stepkd.grading import reading
 from stepkd.grading.extract import numbers_in
-from stepkd.grading.normalise import quick_verdict, tidy, unit_scale
+from stepkd.grading.normalise import quick_verdict, read_number, tidy, unit_scale, words_key
 from stepkd.grading.reading import Grid, Items, Number, Region, Relation, Words, as_region, read
-from stepkd.grading.spelling import clean
+from stepkd.grading.spelling import clean, with_braces
 
 _MIN_ROUNDED = 6
 _DIGITS = 30
@@ -29,9 +29,12 @@ def equivalent(candidate: str, gold: str, convention: str = "stepkd") -> bool:
     Args:
         candidate: the extracted answer.
         gold: the reference answer. Not symmetric: ``3a + b = 10`` answers a gold of ``10``, not the other way round.
-        convention: ``prm800k`` also refuses what PRM800K's official grader (openai/prm800k) refuses: a fraction that
-            is not the reduced one, anything but an integer for an integer, a list in another order, an equation or
-            inequality written otherwise.
+        convention: ``prm800k`` also refuses what PRM800K's official grader (openai/prm800k) refuses by its rules:
+            another fraction of the same value (2/4 for 1/2), anything but an integer for an integer (10/2 for 5), a
+            list in another order, 0.5 for 50%, and an equation, inequality or interval written otherwise. Not taken
+            over is what that grader accepts or refuses because of its parser: it takes ``2^n - 1`` for ``2^{n-1}``,
+            ``y = 5`` for ``x = 5`` and ``R`` for ``r``, and evaluates no powers of two digits, and no expressions of
+            more than two letters.
 
     Returns:
         ``True`` if they are equal as plain numbers, words or mathematics; ``False`` otherwise, also when one of them
@@ -43,21 +46,22 @@ def equivalent(candidate: str, gold: str, convention: str = "stepkd") -> bool:
 
 
 def _equivalent(candidate: str, gold: str) -> bool:
+    moduli = [re.findall(r"mod\W+([0-9]+)", text) for text in (gold, candidate)]
+    if all(moduli) and moduli[0] != moduli[1]:
+        return False
     read_gold, read_candidate = read(gold), read(candidate)
     if same(read_gold, read_candidate):
         return True
     if isinstance(read_gold, Number) and isinstance(read_candidate, Words):
-        return _in_prose(read_gold, read_candidate, candidate)
+        return _in_prose(read_gold, candidate)
     if re.search(r"[0-9],[0-9]{3}", gold) or re.search(r"[0-9],[0-9]{3}", candidate):
         lists = read(gold, False), read(candidate, False)
         return all(isinstance(each, Items) for each in lists) and same(*lists)
     return False
 
 
-def _in_prose(gold: Number, words: Words, text: str) -> bool:
-    """A sentence answers by its only number, a numeral by its value."""
-    if words.key in reading.NUMERALS:
-        return bool(gold.expr == reading.NUMERALS.index(words.key))
+def _in_prose(gold: Number, text: str) -> bool:
+    """A sentence answers by its only number."""
     numbers = numbers_in(text)
     plain = tidy(text)
     if len(numbers) != 1 or "\\" in plain or not re.search(r"[A-Za-z]{3,}\s+\S*[A-Za-z0-9]{1,}", plain):
@@ -70,6 +74,9 @@ def _in_prose(gold: Number, words: Words, text: str) -> bool:
 def same(gold: Any, candidate: Any) -> bool:
     """Whether two values of :mod:`stepkd.grading.reading` are the same answer."""
     gold, candidate = _unwrap(gold), _unwrap(candidate)
+    for one, other in ((gold, candidate), (candidate, gold)):
+        if isinstance(one, Items) and one.kind == "either":
+            return any(same(item, other) if one is gold else same(other, item) for item in one.items)
     if isinstance(gold, Relation) and isinstance(candidate, Relation):
         return _same_relation(gold, candidate)
     if isinstance(candidate, Relation):
@@ -221,6 +228,8 @@ def _same_number(gold: Number, candidate: Number) -> bool:
     values = [(gold.expr, candidate.expr)]
     if gold.percent or candidate.percent:
         values.append((gold.expr / (100 if gold.percent else 1), candidate.expr / (100 if candidate.percent else 1)))
+    if gold.degrees != candidate.degrees:
+        values.append(tuple(n.expr * sympy.pi / 180 if n.degrees else n.expr for n in (gold, candidate)))
     return any(equal(a, b) for a, b in values) or _rounded(gold, candidate)
 
 
@@ -297,18 +306,23 @@ def _proportional(gold: Any, candidate: Any, sign: str) -> bool:
     return False
 
 
-_FRACTION = re.compile(r"-?\s*(?:\\frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
+_FRACTION = re.compile(r"(-?)\s*(?:\\frac\s*\{\s*(-?)(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d+)\s*/\s*(\d+))")
 
 
 def _prm800k_allows(candidate: str, gold: str) -> bool:
-    values = [read(gold), read(candidate)]
-    texts = [clean(gold), clean(candidate)]
+    values = read(gold), read(candidate)
+    texts = [with_braces(clean(text)).replace(" ", "") for text in (gold, candidate)]
+    if words_key(gold) == words_key(candidate) or all(isinstance(value, Relation | Region) for value in values):
+        return words_key(gold) == words_key(candidate)
+    numbers = [read_number(tidy(text)) for text in (gold, candidate)]
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0].value == numbers[1].value
     fractions = [_FRACTION.fullmatch(text) for text in texts]
     if fractions[0] and fractions[1]:
-        return [g for g in fractions[0].groups() if g] == [g for g in fractions[1].groups() if g]
-    integers = [re.fullmatch(r"-?\d[\d,]*(?:\.0*)?", text.replace(" ", "")) is not None for text in texts]
+        terms = [[term for term in fraction.groups() if term] for fraction in fractions if fraction]
+        return terms[0] == terms[1]
     if all(isinstance(value, Number) for value in values):
-        return integers[0] == integers[1]
+        return not any(number is not None and number.value.denominator == 1 for number in numbers)
     if all(isinstance(value, Items) for value in values):
-        return values[0].kind == values[1].kind and _in_order(values[0].items, values[1].items)
-    return type(values[0]) is type(values[1])
+        return _in_order(values[0].items, values[1].items)
+    return type(values[0]) is type(values[1]) or any(isinstance(value, Relation) for value in values)

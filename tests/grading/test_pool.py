@@ -133,6 +133,19 @@ def test_hostile_text_ends_in_time_and_leaves_the_pool_working() -> None:
     assert grown < 200 * 1024, f"the parent grew by {grown // 1024} MiB"
 
 
+def test_the_deadline_is_cpu_time_so_that_a_waiting_worker_loses_nothing() -> None:
+    """A worker that gets no processor for longer than the deadline, as on a busy machine."""
+    with Grader(workers=1, deadline_s=0.5) as grader:
+        assert _works(grader)
+        pid = grader._pool[0].pid
+        os.kill(pid, signal.SIGSTOP)
+        waker = threading.Timer(1.5, os.kill, (pid, signal.SIGCONT))
+        waker.start()
+        assert grader.grade_one("\\boxed{\\frac{5}{10}}", "0.5").verdict is Verdict.CORRECT
+        waker.join()
+        assert [worker.pid for worker in grader._pool] == [pid]
+
+
 def test_a_timeout_touches_its_own_item_only() -> None:
     with Grader(workers=2, deadline_s=1.0) as grader:
         completions = [

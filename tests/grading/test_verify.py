@@ -47,3 +47,29 @@ def test_equal_mathematics(candidate: str, gold: str) -> None:
 )
 def test_different_or_unreadable(candidate: str, gold: str) -> None:
     assert not equivalent(candidate, gold)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "gold", "official"),
+    [
+        ("2/4", "\\frac12", False),
+        ("1/2", "\\frac12", True),
+        ("\\frac{-35}{9}", "-\\frac{35}{9}", True),
+        ("10/2", "5", False),
+        ("5.0", "5", True),
+        ("\\$32,348", "32348", True),
+        ("0.5", "50\\%", False),
+        ("50", "50\\%", True),
+        ("-2, 1", "1, -2", False),
+        ("1, -2", "1,-2", True),
+        ("(3, 3/6)", "(3, \\frac{1}{2})", True),
+        ("x = 5", "5", True),
+        ("b + 3a = 10", "3a + b = 10", False),
+        ("3 < x \\le 4", "(3,4]", False),
+        ("x(x+1)", "x^2+x", True),
+        ("evelyn", "\\text{Evelyn}", True),
+    ],
+)
+def test_prm800k_convention(candidate: str, gold: str, official: bool) -> None:
+    assert equivalent(candidate, gold)
+    assert equivalent(candidate, gold, "prm800k") is official
