@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -56,7 +57,7 @@ class StepData(LightningDataModule):
         validation: Rows | None = None,
         test: Rows | None = None,
         predict: Rows | None = None,
-        template: str | PromptTemplate | None = None,
+        template: str | Path | PromptTemplate | None = None,
         segmenter: str = "newline",
         max_length: int = 1024,
         global_batch_size: int = 32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from stepkd.data.datamodule import StepData
@@ -41,7 +42,7 @@ class PreferenceData(StepData):
         train: Rows | None = None,
         validation: Rows | None = None,
         test: Rows | None = None,
-        template: str | PromptTemplate | None = None,
+        template: str | Path | PromptTemplate | None = None,
         segmenter: str = "newline",
         max_length: int = 1024,
         keep_prompts_together: bool = False,

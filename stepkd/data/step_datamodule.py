@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from stepkd.data.datamodule import StepData
@@ -40,7 +41,7 @@ class StepLabelData(StepData):
         validation: Rows | None = None,
         test: Rows | None = None,
         labels: LabelRule | None = None,
-        template: str | PromptTemplate | None = None,
+        template: str | Path | PromptTemplate | None = None,
         segmenter: str = "newline",
         max_length: int = 1024,
         allow_one_class: bool = False,

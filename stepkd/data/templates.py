@@ -6,6 +6,7 @@ so braces in a template or a problem (``\\boxed{}``) need no escaping.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -206,11 +207,12 @@ def end_ids(tokenizer: Any) -> frozenset[int]:
 
 @lru_cache(maxsize=8)
 def _turn_end(tokenizer: Any, chat_template: str) -> int | None:
-    probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
-    try:
-        _, found, behind = str(tokenizer.apply_chat_template(probe, tokenize=False)).rpartition("Answer")
-    except Exception:  # templates raise errors of their own making; `render` says so when it is used
-        return None
+    probe = [{"role": role, "content": text} for role, text in (("user", "Question"), ("assistant", "Answer"))]
+    written = ""
+    for messages in ([{"role": "system", "content": "System"}, *probe], probe):
+        with contextlib.suppress(Exception):  # errors of a template's own making; `render` says so when it is used
+            written = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    _, found, behind = written.rpartition("Answer")
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
     special = {token for token, each in tokenizer.added_tokens_decoder.items() if each.special}
     return next((token for token in ids if token in special or token == tokenizer.eos_token_id), None)
@@ -276,7 +278,7 @@ TEMPLATES: dict[str, PromptTemplate] = {
 """Built-in templates by name; `task` adds nothing to the prompt (tiny world)."""
 
 
-def get_template(template: str | PromptTemplate) -> PromptTemplate:
+def get_template(template: str | Path | PromptTemplate) -> PromptTemplate:
     """Return a template given by name, as a file, or as such.
 
     Args:
@@ -289,13 +291,14 @@ def get_template(template: str | PromptTemplate) -> PromptTemplate:
     """
     if isinstance(template, PromptTemplate):
         return template
-    if template in TEMPLATES:
+    if isinstance(template, str) and template in TEMPLATES:
         return TEMPLATES[template]
     path = Path(template).expanduser()
     if path.suffix in (".yaml", ".yml", ".json") or path.is_file():
         return read_template(path)
     raise ConfigError(
-        f"no prompt template named {template!r}; {did_you_mean(template, TEMPLATES)}, or the path of a YAML file"
+        f"no prompt template named {str(template)!r}; {did_you_mean(str(template), TEMPLATES)}, or the path of a YAML "
+        "file"
     )
 
 
@@ -307,7 +310,10 @@ def read_template(path: Path) -> PromptTemplate:
     try:
         return cast(PromptTemplate, build_settings(PromptTemplate, raw, str(path)))
     except ConfigError as error:
-        raise ConfigError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        problem = str(error)
+    raise ConfigError(
+        problem if str(path) in problem else f"{path}: {problem}"
+    )  # alone: whoever asks for the root gets it
 
 
 def template_name(template: PromptTemplate) -> str:

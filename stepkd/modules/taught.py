@@ -6,11 +6,13 @@ import logging
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError
 from stepkd.models.dropout import disable_dropout
+from stepkd.models.trained_template import trained_template
 from stepkd.modules.base import StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
-from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher
+from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, TeacherSpec
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,19 @@ class TaughtModule(StepModule):
         self._check_context()
         if isinstance(self.teacher, LocalTeacher):
             self.teacher.check_sharded()
+            self._warn_of_template(self.teacher.spec)
+
+    def _warn_of_template(self, spec: TeacherSpec) -> None:
+        """Say when the teacher was trained to read other prompts than the student's, and is to read those."""
+        used = getattr(getattr(self.trainer, "datamodule", None), "template", None)
+        trained = None if spec.template is not None else trained_template(str(spec.path))
+        if used is not None and trained not in (None, used) and self.trainer.is_global_zero:
+            names = template_name(used), template_name(trained)
+            logger.warning(
+                "prompt template: the teacher reads the student's prompts (%s); it was trained with %s, which "
+                "teacher.template gives it",
+                *names,
+            )
 
     def _check_context(self) -> None:
         """Refuse data and samples that are longer than the teacher's context."""

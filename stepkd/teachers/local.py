@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -57,7 +58,7 @@ class TeacherSpec:
     """Cut it up over the ranks like the student, under ``recipes/strategy/fsdp2.yaml``; false: whole on every rank."""
     attention: str | None = None
     """Attention implementation; null lets transformers choose."""
-    template: str | PromptTemplate | None = None
+    template: str | Path | PromptTemplate | None = None
     """Prompt template it reads the student's completions under, where that is another than the data's; null: the
     student's own prompt ids."""
 

@@ -137,6 +137,24 @@ def test_validation_of_a_checkpoint_takes_its_template(
     assert [record for record in caplog.records if "the policy was trained with task" in record.message]
 
 
+@pytest.mark.parametrize(("given", "warned"), [(None, True), ("task", False), ("gsm8k", False)])
+def test_a_teacher_that_reads_other_prompts_than_it_was_trained_on_is_named(
+    export: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str | None, warned: bool
+) -> None:
+    recipe = ROOT / "recipes" / "tiny" / "gkd.yaml"
+    words = ["fit", "--config", str(recipe), "--trainer.max_steps", "1", "--model.source.student", "0"]
+    words += ["--data.train", json.dumps({"source": "rows", "path": str(rows), "split": None, "options": {}})]
+    words += ["--data.validation", "null", "--data.template", "plain", "--model.policy.path", "tiny-0.1m"]
+    words += ["--model.teacher.path", str(export)]
+    words += [] if given is None else ["--model.teacher.template", given]
+    assert main([*words, "--data.global_batch_size", "2", "--out", str(tmp_path / "run")]) == 0
+    said = [record.message for record in caplog.records if "prompt template: the teacher" in record.message]
+    assert said == [
+        "prompt template: the teacher reads the student's prompts (plain); it was trained with task, which "
+        "teacher.template gives it"
+    ] * int(warned)
+
+
 def test_a_yaml_file_is_a_template_in_recipes_and_is_kept_with_the_run(rows: Path, tmp_path: Path) -> None:
     own = write(tmp_path / "own.yaml", OWN)
     assert fit(rows, tmp_path / "run", "--trainer.max_steps", "1", "--data.template", str(own)) == 0
@@ -173,6 +191,10 @@ def test_a_template_file_with_a_mistake_is_named_with_its_key(
         shown = capsys.readouterr().err
         assert str(file) in shown
         assert message in shown
+    assert fit(rows, tmp_path / "run", "--data.template", str(file)) == 2
+    shown = capsys.readouterr().err
+    assert str(file) in shown
+    assert message in shown
 
 
 def test_a_template_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,6 +194,39 @@ def test_a_template_that_writes_no_token_behind_an_answer_leaves_the_end_token(c
     assert PromptTemplate(style="auto").end_id(tokenizer) == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("chat", "end"),
+    [
+        # Llama 2 and Mistral: the end token behind a blank.
+        ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }} "
+         "{{ eos_token }}{% endif %}{% endfor %}", "<eos>"),
+        # Phi 3: a turn's end, and at the very end of the conversation the end token too.
+        ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{{ eos_token }}", "<|end|>"),
+        # Qwen 3: thoughts before the last answer.
+        ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
+         "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
+        # DeepSeek R1: what stands before the thoughts' end is dropped.
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
+         "{% endfor %}", "<|end|>"),
+        # A template that wants a system message.
+        ("{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+         "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "<|end|>"),
+        # One that refuses it.
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+         "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", "<|end|>"),
+        # Words behind the answer, before the token.
+        ("{% for m in messages %}{{ m.content }}\n### End <|end|>{% endfor %}", "<|end|>"),
+    ],
+    ids=["llama-2", "phi-3", "qwen-3", "deepseek-r1", "system first", "no system", "words"],
+)  # fmt: skip
+def test_the_end_of_an_answer_in_other_families(chat: str, end: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = chat
+    assert CHAT.end_id(tokenizer) == tokenizer.convert_tokens_to_ids(end)
+    assert PLAIN.end_id(tokenizer) == tokenizer.eos_token_id
+
+
 def test_a_model_that_was_trained_on_chat_stops_in_plain_transformers(tmp_path: Path) -> None:
     """Trained on one answer, a model writes the turn's end, and its export stops there."""
     policy = Policy.load(PolicySpec(path=str(save_model("gemma", tmp_path / "model"))))

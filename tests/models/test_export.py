@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
 from stepkd.models import export as export_module
 from stepkd.models.export import export_model, save_policy
+from stepkd.models.trained_template import trained_template
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
 
@@ -253,3 +256,15 @@ def test_a_policy_in_memory(tmp_path: Path) -> None:
     expected = logits(model)
     save_policy(Policy(model, tokenizer), tmp_path / "out")
     assert torch.equal(logits(plain(tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("mode", ["merged", "adapter"])
+def test_an_export_says_the_prompt_template_of_its_run(folder: Path, tmp_path: Path, mode: Any) -> None:
+    own = PromptTemplate(style="chat", system="Be brief.", few_shot=1)
+    file, _ = checkpoint(PolicySpec(path=str(folder), lora=LoraSpec(r=2)), tmp_path / "run" / "last.ckpt")
+    content = torch.load(file, weights_only=True)
+    content["stepkd"]["template"] = asdict(own)
+    torch.save(content, file)
+    out = export_model(tmp_path / "run", tmp_path / "out", mode=mode)
+    assert trained_template(out) == own
+    assert json.loads((out / "prompt_template.json").read_text())["system"] == "Be brief."
