@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,11 +80,8 @@ class KDRLModule(TaughtModule):
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
-        self.reward_specs = (
-            [RewardSpec()]
-            if rewards is None
-            else [each if isinstance(each, RewardSpec) else RewardSpec(cast(Any, each)) for each in rewards]
-        )
+        given: list[Any] = [RewardSpec()] if rewards is None else list(rewards)
+        self.reward_specs = [each if isinstance(each, RewardSpec) else RewardSpec(each) for each in given]
         self.rollout = rollout or RolloutSpec()
         self.policy_loss = policy_loss or PolicyLossSpec()
         self.kd = kd or KDSpec()
