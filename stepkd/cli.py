@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import stepkd
-from stepkd.errors import MachineError, StepkdError, nearest
+from stepkd.errors import MachineError, StepkdError, disk_error, nearest
 from stepkd.launch.failure import rank_name, tell_agent
 from stepkd.launch.leaving import leave_group
 
@@ -105,8 +105,12 @@ def _main(arguments: list[str]) -> int:
             print(f"stepkd {command}{rank_name()}: {error}", file=sys.stderr)
         return 1 if isinstance(error, MachineError) else 2
     except Exception as error:
-        tell_agent(error)
-        raise
+        words = disk_error(error)
+        tell_agent(words or error)
+        if words is None:
+            raise
+        print(f"stepkd {command}{rank_name()}: {words}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             f"\nstepkd {command}: interrupted; fit, evaluate, label, iterate, claims and quickstart can be resumed",

@@ -7,6 +7,10 @@ value, the place and the fix.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import shutil
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,7 +33,7 @@ class TrainingError(StepkdError):
 
 
 class MachineError(TrainingError):
-    """Training that the machine ended, and no mistake in the input: memory ran out, or another process is gone."""
+    """What the machine ended, and no mistake in the input: memory or a disk is full, or another process is gone."""
 
 
 class DataError(StepkdError):
@@ -65,6 +69,48 @@ class UnreadableSolution(DataError):
 
     Sampled solutions may; they are left out of training and not scored, and both are counted.
     """
+
+
+_PLACE = "write to a folder that you may write to"
+_DISK = {
+    errno.ENOSPC: "free some space there, or write to another disk",
+    errno.EDQUOT: "your share of that disk is used up: free some space there, or write to another disk",
+    errno.EFBIG: "no file may grow that large there: raise the limit (ulimit -f), or write elsewhere",
+    errno.EIO: "look at the disk or its connection, or write to another one",
+    errno.EROFS: _PLACE,
+    errno.EACCES: _PLACE,
+    errno.EPERM: _PLACE,
+    errno.ENOTDIR: "a part of that path is a file: give another",
+    errno.EISDIR: "that is a folder: give another name",
+    errno.EEXIST: "that is a file: give another name",
+}
+
+
+def disk_error(error: BaseException, path: str | Path | None = None, outcome: str = "") -> MachineError | None:
+    """A failed write in words, whichever library it comes from; None for any other error.
+
+    Args:
+        error: what was raised.
+        path: what was to be written; the error's own file when None.
+        outcome: a sentence about what is left, for the message.
+    """
+    if isinstance(error, StepkdError):
+        return None
+    text = str(error)
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (found := re.search(r"(?:os error|[Ee]rrno) (\d+)", text)):
+        code = int(found.group(1))
+    if code is None and "inline_container" in text:  # torch's writer says no more itself
+        code = getattr(error.__context__, "errno", None) or errno.ENOSPC
+    if code not in _DISK:
+        return None
+    place = path or getattr(error, "filename", None)
+    reason = os.strerror(code)
+    if code in (errno.ENOSPC, errno.EDQUOT) and place:
+        folder = next(each for each in Path(place).absolute().parents if each.is_dir())
+        reason += f" ({shutil.disk_usage(folder).free / 2**20:,.1f} MiB free there)"
+    remedy = _DISK[code]
+    return MachineError(f"cannot write {place or 'the output'}: {reason}. {outcome}{remedy[0].upper()}{remedy[1:]}")
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

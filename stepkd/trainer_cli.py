@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from stepkd.commands.recipes import with_recipe_files
 from stepkd.commands.suggestions import explain
 from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
+from stepkd.data.io import replace_file
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.launch import RunDir, check_launch, trainer_defaults
@@ -173,7 +174,7 @@ class StepkdCLI(LightningCLI):
         while path.exists():
             number += 1
             path = self.run_dir.path / f"config-{number}.yaml"
-        path.write_text(self._config_text(), encoding="utf-8")
+        replace_file(path, lambda temporary: Path(temporary).write_text(self._config_text(), encoding="utf-8"))
 
     def _config_text(self) -> str:
         assert self.subcommand is not None
@@ -232,6 +233,11 @@ class StepkdCLI(LightningCLI):
         if self.subcommand == "fit":
             self.model.resume_with = tuple(self._named())
         return trainer
+
+    def after_predict(self) -> None:
+        """Record the end."""
+        assert self.run_dir is not None
+        self.run_dir.mark_finished()
 
     def after_fit(self) -> None:
         """Keep the final state, and say what to do next."""

@@ -92,6 +92,7 @@ def fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress
     """Train in ``folder`` and export the last weights to ``folder/model``."""
     from lightning.pytorch import Trainer
 
+    from stepkd.launch.checkpoint_io import AtomicCheckpointIO
     from stepkd.launch.logger import JsonlLogger
     from stepkd.launch.progress import StepProgress
     from stepkd.models.export import export_model
@@ -110,6 +111,7 @@ def fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress
     )
     trainer.fit(module, data)
     checkpoint = folder / "last.ckpt"
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     trainer.save_checkpoint(checkpoint)
     return export_model(checkpoint, folder / "model", overwrite=True)
 

@@ -54,13 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
     run_dir = RunDir.open(out, resume=arguments.resume, overwrite=arguments.overwrite, kind="quickstart")
     console = Console()
     context = Context(run_dir.path, console, seed=arguments.seed, scale=arguments.scale)
-    context.load_summary()
-    settings = {"seed": arguments.seed, "scale": arguments.scale, "task": context.task}
-    if context.summary.get("settings", settings) != settings:
-        raise ConfigError(f"{out} was started with {context.summary['settings']}: resume it with the same settings")
-    context.summary["settings"] = settings
     start = time.perf_counter()
     try:
+        context.load_summary()
+        settings = {"seed": arguments.seed, "scale": arguments.scale, "task": context.task}
+        if context.summary.get("settings", settings) != settings:
+            raise ConfigError(f"{out} was started with {context.summary['settings']}: resume it with the same settings")
+        context.summary["settings"] = settings
         run_stages(context, chosen)
     except BaseException as error:
         run_dir.mark_failed(f"{type(error).__name__}: {error}")

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from stepkd.data.io import replace_file
 from stepkd.errors import ConfigError
 
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{target} already exists: give another name")
     if not target.parent.is_dir():
         raise ConfigError(f"no folder {target.parent}: make it first, or give another place")
-    shutil.copyfile(path, target)
+    replace_file(target, lambda temporary: shutil.copyfile(path, temporary))
     print(f"copied the recipe {name} to {target}")
     return 0
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stepkd.data.io import replace_file
+
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -49,8 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     for entry in entries:
         _show(console, entry, arguments.number)
     if arguments.html is not None:
-        arguments.html.parent.mkdir(parents=True, exist_ok=True)
-        console.save_html(str(arguments.html), inline_styles=True)
+        replace_file(arguments.html, lambda temporary: console.save_html(temporary, inline_styles=True))
         print(f"wrote {arguments.html}")
     return 0
 

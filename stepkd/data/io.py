@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from stepkd.errors import DataError
+from stepkd.errors import DataError, disk_error
 
 READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 """File endings that :func:`read_rows` understands."""
@@ -277,15 +277,20 @@ def _sync_folder(folder: Path) -> None:
 
 def replace_file(path: Path, write: Callable[[str], object]) -> None:
     """Have a file written beside the target and put in its place; a failure leaves the target as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(str(temporary))
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except Exception as error:  # safetensors and pyarrow have their own classes
+        if words := disk_error(error, path):
+            raise words from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from pathlib import Path
 
-from stepkd.errors import StepkdError
+from stepkd.errors import StepkdError, disk_error
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -32,20 +31,16 @@ def sync_directory(path: Path) -> None:
 
 def write_failure(path: Path, error: OSError, *, outcome: str) -> StepkdError:
     """The error to raise for a failed write: names the file, the cause, the free space, and what to do."""
-    try:
-        free = f"{shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB free there"
-    except OSError:
-        free = "free space there unknown"
-    return StepkdError(f"cannot write {path}: {error.strerror or error} ({free}). {outcome}")
+    return disk_error(error, path, f"{outcome} ") or StepkdError(f"cannot write {path}: {error}. {outcome}")
 
 
-def write_atomically(path: str | Path, data: bytes, *, outcome: str = "The previous file is intact.") -> None:
+def write_atomically(path: str | Path, data: bytes, *, outcome: str = "") -> None:
     """Replaces a file as a whole: readers see the old content or the new, never a part.
 
     Args:
         path: the file; its folder is made when missing.
         data: the new content.
-        outcome: last sentence of the error message.
+        outcome: a sentence of the error message; empty: what is left.
 
     Raises:
         StepkdError: the write failed (disk full, quota, permissions); the previous file is untouched.
@@ -57,7 +52,8 @@ def write_atomically(path: str | Path, data: bytes, *, outcome: str = "The previ
         _write_new(temporary, data)
         os.replace(temporary, path)
     except OSError as error:
-        raise write_failure(path, error, outcome=outcome) from error
+        intact = "The previous file is intact." if path.exists() else "Nothing was left there."
+        raise write_failure(path, error, outcome=outcome or intact) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

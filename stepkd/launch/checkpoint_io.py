@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from stepkd.errors import StepkdError
+from stepkd.errors import disk_error
+from stepkd.launch.checkpoint_files import find_last_checkpoint
 from stepkd.models.checkpoint import read_checkpoint
 
 
@@ -20,16 +21,16 @@ def told(path: Path) -> Iterator[None]:
     """Writing a checkpoint, with its failures in words.
 
     Raises:
-        StepkdError: the disk is full or the folder cannot be written; the previous checkpoint is intact.
+        MachineError: the disk is full or the folder cannot be written; a checkpoint that was there is intact.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch reports a full disk as a RuntimeError of its zip writer
-        raise StepkdError(
-            f"cannot write the checkpoint {path} ({error}): the previous checkpoint is intact. Free some space (or "
-            "fix the folder's permissions) and go on with --resume"
-        ) from error
+        last = find_last_checkpoint(path.parent)
+        kept = "No checkpoint was written before. " if last is None else f"{last.name} is intact, for --resume. "
+        if words := disk_error(error, path, kept):
+            raise words from error
+        raise
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint durably.
 
         Raises:
-            StepkdError: the disk is full or the folder cannot be written; the previous checkpoint is intact.
+            MachineError: the disk is full or the folder cannot be written; the previous checkpoint is intact.
         """
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

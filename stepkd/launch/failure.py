@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepkd.errors import MachineError, StepkdError
+from stepkd.errors import MachineError, StepkdError, disk_error
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _PEER = re.compile(
@@ -63,6 +63,8 @@ def explained(error: BaseException, module: Any = None, last: Path | None = None
         module: the training module, for its phase and settings; None before there is one.
         last: where the run keeps its last checkpoint, if it keeps one.
     """
+    if words := disk_error(error):
+        return words
     if not isinstance(error, RuntimeError | MemoryError) or isinstance(error, StepkdError):
         return None
     text = str(error)

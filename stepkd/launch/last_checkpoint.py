@@ -57,7 +57,7 @@ class LastCheckpoint(Checkpoint):
         """Write it now, on all ranks; the one before stays where earlier ones are kept.
 
         Raises:
-            StepkdError: the disk is full or the folder cannot be written; what was there is intact.
+            MachineError: the disk is full or the folder cannot be written; what was there is intact.
         """
         self._due = False
         if trainer.is_global_zero and self.keep_previous and self._saved_at not in (None, trainer.global_step):

@@ -6,7 +6,6 @@ Lightning's ``CSVLogger`` deletes the earlier lines when a run is resumed. Here 
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import time
@@ -21,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from typing_extensions import override
 
-from stepkd.errors import DataError, TrainingError
+from stepkd.errors import DataError, disk_error
 from stepkd.launch.rundir import write_json
 
 METRICS_FILE = "metrics.jsonl"
@@ -44,7 +43,7 @@ class JsonlLogger(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self._folder = Path(folder)
-        self._stream: IO[str] | None = None
+        self._stream: IO[bytes] | None = None
         self._run = 0
         self._start = time.monotonic()
         self._hparams: dict[str, Any] = {}
@@ -82,7 +81,7 @@ class JsonlLogger(Logger):
             step: what Lightning counts (batches that stepped) or the module logs as ``step``; -1 is written for None.
 
         Raises:
-            TrainingError: the line could not be written (disk full, folder gone).
+            MachineError: the line could not be written (disk full, folder gone); no part of it is left.
         """
         try:
             if self._stream is None:
@@ -90,14 +89,9 @@ class JsonlLogger(Logger):
             seconds = round(time.monotonic() - self._start, 3)
             line: dict[str, Any] = {"run": self._run, "step": -1 if step is None else int(step), "seconds": seconds}
             line.update((name, _plain(value)) for name, value in metrics.items() if name not in _OWN_KEYS)
-            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
-            self._stream.flush()
+            append(self._stream, json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
-            reason = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
-            raise TrainingError(
-                f"{self.metrics_path}: cannot write metrics ({reason}); the lines before and the checkpoints are "
-                "intact, so mend the disk and continue with --resume"
-            ) from None
+            raise disk_error(error, self.metrics_path, "The lines before are intact. ") or error from None
 
     @override
     @rank_zero_only
@@ -116,14 +110,14 @@ class JsonlLogger(Logger):
             self._stream.close()
             self._stream = None
 
-    def _open(self) -> IO[str]:
+    def _open(self) -> IO[bytes]:
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._run:
             self._run = 1 + max((line["run"] for line in _lines(self.metrics_path)), default=0)
-        stream = open(self.metrics_path, "a", encoding="utf-8")  # noqa: SIM115 - closed by finalize
+        stream = open(self.metrics_path, "ab", buffering=0)  # noqa: SIM115 - closed by finalize
         if ends_torn(self.metrics_path):
             # The process died while it wrote: end that line, so that ours starts on its own.
-            stream.write("\n")
+            append(stream, "\n")
         return stream
 
 
@@ -240,6 +234,21 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Iterable) and isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     return value if isinstance(value, bool) else _plain(value)
+
+
+def append(stream: IO[bytes], text: str) -> None:
+    """Add text to an unbuffered file, whole or not at all.
+
+    Raises:
+        OSError: it could not be written; the file is what it was.
+    """
+    data, end = memoryview(text.encode()), stream.seek(0, 2)
+    try:
+        while data:
+            data = data[stream.write(data) :]
+    except OSError:
+        stream.truncate(end)
+        raise
 
 
 def ends_torn(path: Path) -> bool:

@@ -7,6 +7,7 @@ neither trip over the folder that rank 0 has just made nor need a process group.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -93,6 +94,8 @@ class RunDir:
             run.resume_from = run.last_checkpoint() if resume else None
             run._begin(found.marker if resume else None, launch)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # if nothing is in it
             raise ConfigError(_explain(path, error)) from None
         return run
 
@@ -143,7 +146,10 @@ class RunDir:
         try:
             write_json(self.path / MARKER, marker)
         except OSError as error:
-            raise ConfigError(_explain(self.path, error)) from None
+            if status != "failed":
+                raise ConfigError(_explain(self.path, error)) from None
+            with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
+                _overwrite(self.path / MARKER, marker)
 
     def _enter(self, found: _Found, *, resume: bool, overwrite: bool) -> str:
         """Make the folder ready, or refuse; returns the sentence for the terminal."""
@@ -197,7 +203,7 @@ class RunDir:
         return f"{self.path}: last.ckpt {lost}, resuming from {last.name} at step {step_of(last)}"
 
     def _begin(self, earlier: Mapping[str, Any] | None, launch: str | None) -> None:
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         now = _now()
         write_json(
             self.path / MARKER,
@@ -216,6 +222,7 @@ class RunDir:
                 "launch": launch,
             },
         )
+        self.checkpoints.mkdir(exist_ok=True)
 
 
 @dataclass(frozen=True)
@@ -263,9 +270,19 @@ def write_json(path: Path, value: Any) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # that of a write is not told, or is the temporary one
         raise
+
+
+def _overwrite(path: Path, marker: dict[str, Any]) -> None:
+    """Put a marker in place of one that is there: no new file, and no more than the block that it has."""
+    with open(path, "r+", encoding="utf-8") as stream:
+        stream.write(json.dumps(marker | {name: marker.get(name, "")[:500] for name in ("message", "command")}))
+        stream.truncate()
 
 
 def _describe(path: Path, marker: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from stepkd.errors import ConfigError, ModelError
+from stepkd.errors import ConfigError, ModelError, disk_error
 from stepkd.models.adapter import ADAPTER_CONFIG, first_line, in_base_precision
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import listed_ends
@@ -47,7 +47,8 @@ def export_model(
 
     Raises:
         ConfigError: the folder exists, or ``adapter`` was asked of a model without one.
-        ModelError: the source cannot be loaded, the folder cannot be written, or the upload failed (the folder stays).
+        ModelError: the source cannot be loaded, or the upload failed (the folder stays).
+        MachineError: the disk is full or the folder cannot be written; nothing is left there.
     """
     out = Path(out).expanduser().absolute()
     if mode not in ("merged", "adapter"):
@@ -62,8 +63,10 @@ def export_model(
         if template is not None:
             save_template(template, temporary)
         _put_in_place(temporary, out)
-    except OSError as error:
-        raise ModelError(f"cannot write the export to {out}: {first_line(error)}; nothing was left there") from error
+    except Exception as error:  # safetensors and the tokenizer have their own classes
+        if words := disk_error(error, out, "Nothing was left there. "):
+            raise words from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if push_to_hub is not None:

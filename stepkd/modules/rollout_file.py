@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from stepkd.data.rows import ROLLOUT, validate
+from stepkd.errors import disk_error
+from stepkd.launch.logger import append
 
 
 class RolloutFile(Callback):
@@ -23,13 +25,13 @@ class RolloutFile(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = 0
-        self._stream: IO[str] | None = None
+        self._stream: IO[bytes] | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's file."""
         if trainer.world_size > 1:
             self.path = self.path.with_name(f"{self.path.stem}-{trainer.global_rank}{self.path.suffix}")
-        self._stream = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 (open over many batches)
+        self._stream = open(self.path, "wb", buffering=0)  # noqa: SIM115 (open over many batches)
 
     def on_predict_batch_end(
         self,
@@ -42,12 +44,15 @@ class RolloutFile(Callback):
     ) -> None:
         """Write the batch's rows and let them reach the disk."""
         assert self._stream is not None
-        for row in outputs:
-            validate(row, ROLLOUT, path=self.path, line=self.rows + 1)
-            self._stream.write(json.dumps(row) + "\n")
-            self.rows += 1
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        try:
+            for row in outputs:
+                validate(row, ROLLOUT, path=self.path, line=self.rows + 1)
+                append(self._stream, json.dumps(row) + "\n")
+                self.rows += 1
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            kept = f"The {self.rows} rows before are whole. "
+            raise disk_error(error, self.path, kept) or error from None
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the file and say where it is."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from stepkd.errors import DataError, TrainingError
-from stepkd.launch.logger import ends_torn
+from stepkd.errors import DataError, disk_error
+from stepkd.launch.logger import append, ends_torn
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.kdrl_settings import SampleLogSpec
 from stepkd.modules.rollouts import Rollout
@@ -67,13 +67,10 @@ class SampleLog:
         }
         try:
             start = "\n" if self.path.exists() and ends_torn(self.path) else ""
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(start + json.dumps(entry, default=str) + "\n")
+            with open(self.path, "ab", buffering=0) as stream:
+                append(stream, start + json.dumps(entry, default=str) + "\n")
         except OSError as error:
-            raise TrainingError(
-                f"{self.path}: cannot write samples ({error.strerror or error}); the checkpoints are intact, so mend "
-                "the disk and continue with --resume"
-            ) from None
+            raise disk_error(error, self.path, "The samples before are intact. ") or error from None
 
     def _chosen(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """One completion of every group, then another one, until there are enough."""

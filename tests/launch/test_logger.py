@@ -4,6 +4,7 @@ import errno
 import json
 import math
 from argparse import Namespace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
 
-from stepkd.errors import DataError, TrainingError
+from stepkd.errors import DataError, MachineError
 from stepkd.launch.logger import JsonlLogger, read_metrics
 
 
@@ -141,19 +142,22 @@ def test_a_full_disk_is_a_training_error_and_keeps_the_lines(tmp_path: Path) -> 
     logger = JsonlLogger(tmp_path)
     logger.log_metrics({"loss": 1.0}, step=0)
 
-    class Full:
-        def write(self, text: str) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    class Full(FileIO):
+        """Has room for ten bytes more."""
 
-        def close(self) -> None:
-            pass
+        def write(self, data: Any) -> int:
+            if len(data) < 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:10])
 
     assert logger._stream is not None
     logger._stream.close()
-    logger._stream = Full()  # type: ignore[assignment]
-    with pytest.raises(TrainingError, match=r"cannot write metrics \(no space left\)"):
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    logger._stream = Full(tmp_path / "metrics.jsonl", "ab")
+    with pytest.raises(MachineError, match=r"metrics\.jsonl: No space left .*The lines before are intact\. Free some"):
         logger.log_metrics({"loss": 2.0}, step=1)
-    assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0]
+    logger.finalize("failed")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 class Tiny(LightningModule):

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepkd.data.templates import PromptTemplate
-from stepkd.errors import ConfigError, ModelError
+from stepkd.errors import ConfigError, MachineError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
 from stepkd.models import export as export_module
 from stepkd.models.export import export_model, save_policy
@@ -197,7 +197,7 @@ def test_an_interrupted_export_leaves_what_was_there(
 
     monkeypatch.setattr(export_module, stage, cut)
     expected, message = (
-        (KeyboardInterrupt, None) if error is KeyboardInterrupt else (ModelError, "No space left on dev")
+        (KeyboardInterrupt, None) if error is KeyboardInterrupt else (MachineError, "No space left on dev")
     )
     for out, overwrite in ((tmp_path / "new", False), (old, True)):
         with pytest.raises(expected, match=message):
@@ -219,7 +219,7 @@ def test_a_failed_rename_puts_the_old_folder_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(ModelError, match=r"cannot write the export to .*Input/output error"):
+    with pytest.raises(MachineError, match=r"cannot write .*old: Input/output error\. Nothing was left there"):
         export_model(folder, old, overwrite=True)
     assert torch.equal(logits(plain(old)), before)
     assert hidden_files(tmp_path) == []
@@ -227,7 +227,7 @@ def test_a_failed_rename_puts_the_old_folder_back(
 
 def test_a_target_that_cannot_be_made(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelError, match=r"cannot write the export to .*file/out"):
+    with pytest.raises(MachineError, match=r"cannot write .*file/out"):
         export_model(folder, tmp_path / "file" / "out")
 
 
