@@ -12,6 +12,7 @@ from stepkd.data.spec import load_rows
 from stepkd.data.templates import TEMPLATES
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.benchmarks import BENCHMARKS, benchmark_data, default_ks, get_benchmark
+from stepkd.evaluation.runner import _warn_of_cut_off
 from stepkd.grading import EXTRACTORS
 
 
@@ -98,3 +99,21 @@ def test_bad_data(tmp_path: Path) -> None:
 )
 def test_default_ks(samples: int, ks: list[int]) -> None:
     assert default_ks(samples) == ks
+
+
+def test_limits_fit_chat_models_and_only_word_problems_take_the_last_number() -> None:
+    assert BENCHMARKS["gsm8k"].max_new_tokens == 1024
+    assert BENCHMARKS["math500"].max_new_tokens == 2048
+    assert {name for name, each in BENCHMARKS.items() if "last_number" in each.extractors} == {
+        *("gsm8k", "svamp", "multiarith", "reasoning_gym", "rows")
+    }
+    assert "latex" in BENCHMARKS["math500"].extractors
+
+
+def test_more_than_a_twentieth_cut_off_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = {"truncated_rate": {"value": 0.25}, "truncated_answered_rate": {"value": 0.05}}
+    _warn_of_cut_off(metrics, 320)
+    assert "25.0% of the completions were cut off at 320 new tokens; 20.0% have no complete answer" in caplog.text
+    caplog.clear()
+    _warn_of_cut_off({name: {"value": 0.05} for name in metrics}, 320)
+    assert not caplog.text
