@@ -89,11 +89,15 @@ class StepData(LightningDataModule):
     default_template = "gsm8k"
     """Template of a policy that says none, where the settings leave it open."""
 
+    @property
+    def _module(self) -> Any:
+        """The module that the trainer trains; None without a trainer."""
+        return getattr(self.trainer, "lightning_module", None)
+
     @cached_property
     def template(self) -> PromptTemplate:
         """How a row becomes a prompt; a warning says where that is not how the policy (or checkpoint) was trained."""
-        module: Any = getattr(self.trainer, "lightning_module", None)
-        trained = module.trained_template() if hasattr(module, "trained_template") else None
+        trained = self._module.trained_template() if hasattr(self._module, "trained_template") else None
         used = self._given_template or trained or get_template(self.default_template)
         if trained not in (None, used) and getattr(self.trainer, "global_rank", 0) == 0:
             logger.warning(
@@ -117,14 +121,15 @@ class StepData(LightningDataModule):
 
     def _load(self, name: str, spec: DataSpec) -> list[Example]:
         encoder = self.make_encoder()
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        needs: Needs = getattr(module, "reads", lambda split: {})(name)
+        needs: Needs = getattr(self._module, "reads", lambda split: {})(name)
         rows = self._rows(name, spec, problem_with(needs))
         if ("solution",) in needs:
             examples = encoder.examples(rows)
         else:
             examples = [self._with_or_without(encoder, row, solution=name != "predict") for row in rows]
-        measured = needs or getattr(module, "fidelity_spec", None) or any(each.completion_ids for each in examples)
+        measured = (
+            needs or getattr(self._module, "fidelity_spec", None) or any(each.completion_ids for each in examples)
+        )
         if name in ("validation", "test") and not measured:
             reason = "no row has a solution and model.init_args.validation.samples is 0"
             raise DataError(f"data.{name}: nothing would be measured, because {reason}")
@@ -155,13 +160,12 @@ class StepData(LightningDataModule):
 
     def make_encoder(self) -> Encoder:
         """The encoder for the policy's tokenizer; methods with other rows override this or :meth:`_load`."""
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        if module is None:
+        if self._module is None:
             raise RuntimeError(
                 "StepData needs a trainer whose module has a tokenizer: attach it, or use Encoder directly"
             )
         return Encoder(
-            module.tokenizer,
+            self._module.tokenizer,
             self.template,
             self.segmenter,
             max_length=self.max_length,
@@ -223,8 +227,7 @@ class StepData(LightningDataModule):
         return (example.id, example.prompt_ids, example.completion_ids)
 
     def _train_position(self) -> Position:
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(module, "position", Position())
+        return getattr(self._module, "position", Position())
 
     def train_dataloader(self) -> StepLoader:
         """Batches of one optimiser step, from where the run stands."""

@@ -159,6 +159,12 @@ class Encoder:
             completion, spans = self._with_end(completion, spans)
         if not spans:
             raise DataError("the completion has no steps (it is empty): drop the row", path=name, column=column)
+        return self._cut(name, prompt, completion, spans, row)
+
+    def _cut(
+        self, name: str, prompt: tuple[int, ...], completion: TokenizedText, spans: list[Span], row: Mapping[str, Any]
+    ) -> Example | None:
+        """The example with the steps that fit; None where not one does. What is dropped is counted."""
         kept, dropped = truncate_spans(spans, self.max_length - len(prompt))
         self.counts["steps_dropped"] += dropped
         self.counts["rows_truncated"] += bool(dropped)
@@ -221,17 +227,18 @@ class Encoder:
         return ended, [*spans[:-1], (spans[-1][0], len(ended))]
 
     def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
-        """Encode rows, leaving out (and counting) those of which no whole step fits.
+        """Encode rows, leaving out (and counting) those that :meth:`example` makes nothing of.
 
         Raises:
             DataError: nothing is left.
         """
         kept = [example for row in rows if (example := self.example(row)) is not None]
         if not kept:
-            raise DataError(
-                f"no row fits into max_length={self.max_length} tokens with at least one whole step: raise max_length"
-            )
+            raise DataError(self._nothing_left())
         return kept
+
+    def _nothing_left(self) -> str:
+        return f"no row fits into max_length={self.max_length} tokens with at least one whole step: raise max_length"
 
 
 def _check_encodable(text: str, row: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -11,7 +11,7 @@ from stepkd.data.encode import Encoder, Example
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps import Segmenter, Span, TokenizedText, spans_from_ends, tokenize_text, truncate_spans, written_steps
+from stepkd.steps import Segmenter, Span, spans_from_ends, tokenize_text, written_steps
 
 RIGHT, WRONG, UNKNOWN = 1, 0, -1
 
@@ -83,19 +83,11 @@ class FeedbackEncoder(Encoder):
         self.counts["rows_without_outcome"] += outcome == UNKNOWN
         return FeedbackExample(name, example.prompt_ids, ids, spans, row, outcome=outcome, step_labels=labels)
 
-    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
-        """Encode rows, leaving out (and counting) those without feedback or without a whole step that fits.
-
-        Raises:
-            DataError: nothing is left.
-        """
-        kept: list[Example] = [example for row in rows if (example := self.example(row)) is not None]
-        if not kept:
-            raise DataError(
-                f"no row has feedback (an outcome or a labelled step) and a step that fits into max_length="
-                f"{self.max_length} tokens ({dict(self.counts)})"
-            )
-        return kept
+    def _nothing_left(self) -> str:
+        return (
+            f"no row has feedback (an outcome or a labelled step) and a step that fits into max_length="
+            f"{self.max_length} tokens ({dict(self.counts)})"
+        )
 
     def _stepwise(self, row: Mapping[str, Any], name: str, outcome: int) -> Example | None:
         """A solution that comes as step texts; one whose outcome is not known may be unfinished and gets no end."""
@@ -110,22 +102,12 @@ class FeedbackEncoder(Encoder):
         spans: list[Span] = spans_from_ends(ends, len(text))
         if outcome != UNKNOWN:
             text, spans = self._with_end(text, spans)
-        kept, dropped = truncate_spans(spans, self.max_length - len(prompt))
-        self.counts["steps_dropped"] += dropped
-        self.counts["rows_truncated"] += bool(dropped)
-        if not kept:
-            self.counts["rows_without_a_whole_step"] += 1
-            return None
-        return Example(name, prompt, _first(text, kept[-1][1]), tuple(kept), row)
+        return self._cut(name, prompt, text, spans, row)
 
     def _labels(self, row: Mapping[str, Any], name: str, num_steps: int) -> tuple[int, ...]:
         if all(row.get(column) is None for column in ("labels", "step_labels", "step_values")):
             return (UNKNOWN,) * num_steps
         return tuple(_hard(target, name) for target in step_targets(row, num_steps, 2, self.labels))
-
-
-def _first(text: TokenizedText, count: int) -> tuple[int, ...]:
-    return text.token_ids[:count]
 
 
 def _hard(target: Target | None, name: str) -> int:

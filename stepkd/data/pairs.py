@@ -10,7 +10,7 @@ ended there.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,18 +88,8 @@ class PairEncoder(Encoder):
             visits=None if visits[0] is None or visits[1] is None else (int(visits[0]), int(visits[1])),
         )
 
-    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
-        """Encode rows, leaving out (and counting) pairs that cannot be used.
-
-        Raises:
-            DataError: nothing is left.
-        """
-        kept: list[Example] = [example for row in rows if (example := self.example(row)) is not None]
-        if not kept:
-            raise DataError(
-                f"no pair is left ({dict(self.counts)}): raise max_length={self.max_length}, or look at the builder"
-            )
-        return kept
+    def _nothing_left(self) -> str:
+        return f"no pair is left ({dict(self.counts)}): raise max_length={self.max_length}, or look at the builder"
 
     def _whole(self, row: Mapping[str, Any], side: str) -> Ids:
         if (ids := self._sampled_side(row, side, str(row[side]))) is not None:

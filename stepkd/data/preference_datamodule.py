@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import Encoder, Example
@@ -14,7 +13,6 @@ from stepkd.data.pairs import PairEncoder, PairExample
 from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED, detect_contract
 from stepkd.data.spec import DataSpec, Rows
 from stepkd.data.step_labels import LabelRule
-from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -25,13 +23,11 @@ class PreferenceData(StepData):
 
     Args:
         train, validation, test: rows; evaluation-only data is refused for training unless the spec allows it.
-        template: how a row becomes a prompt: that which the completions were sampled with.
-        segmenter: cuts completions that come as one text.
-        max_length: longest prompt + completion in tokens.
         keep_prompts_together: shuffle prompts in place of examples, so that completions of one prompt meet in a batch
             and the prompt is read once.
-        global_batch_size, batch_unit, bucket_window, shuffle, overlap_ngram, seed: as for
-            :class:`~stepkd.data.datamodule.StepData`.
+        bucket_window, overlap_ngram: as for :class:`~stepkd.data.datamodule.StepData`.
+        **settings: ``template`` (that which the completions were sampled with), ``segmenter`` (cuts completions that
+            come as one text) and what else :class:`~stepkd.data.datamodule.StepData` takes.
     """
 
     contracts: tuple[str, ...] = ()
@@ -42,30 +38,21 @@ class PreferenceData(StepData):
         train: Rows | None = None,
         validation: Rows | None = None,
         test: Rows | None = None,
-        template: str | Path | PromptTemplate | None = None,
-        segmenter: str = "newline",
-        max_length: int = 1024,
         keep_prompts_together: bool = False,
-        global_batch_size: int = 32,
-        batch_unit: Literal["sequences", "tokens"] = "sequences",
         bucket_window: int = 1,
-        shuffle: bool = True,
         overlap_ngram: int = 0,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
         super().__init__(
             train,
             validation,
             test,
-            template=template,
-            segmenter=segmenter,
-            max_length=max_length,
-            global_batch_size=global_batch_size,
-            batch_unit=batch_unit,
+            None,
             bucket_window=bucket_window,
-            shuffle=shuffle,
             overlap_ngram=overlap_ngram,
-            seed=seed,
+            boundary="separate",
+            append_eos=True,
+            **settings,
         )
         if keep_prompts_together and bucket_window > 1:
             raise ConfigError(
@@ -100,7 +87,7 @@ class PreferenceData(StepData):
         return [numbers.setdefault(example.prompt_ids, len(numbers)) for example in examples]
 
     def _tokenizer(self) -> Any:
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        module = self._module
         if module is None:
             raise RuntimeError(f"{type(self).__name__} needs a trainer whose module has a tokenizer: attach it")
         if getattr(module, "feedback", None) != self.feedback:
@@ -151,8 +138,7 @@ class FeedbackData(PreferenceData):
     def check(self, name: str, examples: list[Example]) -> dict[str, int]:
         """Counts of outcomes and steps by label; training data of one class only is refused."""
         counts = feedback_counts(cast(list[FeedbackExample], examples))
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        kinds = ("outcomes", "steps") if "step" in getattr(module, "components", ()) else ("outcomes",)
+        kinds = ("outcomes", "steps") if "step" in getattr(self._module, "components", ()) else ("outcomes",)
         for kind in kinds:
             right, wrong = counts[f"right_{kind}"], counts[f"wrong_{kind}"]
             if name == "train" and right + wrong and not (right and wrong) and not self.allow_one_class:
@@ -162,8 +148,8 @@ class FeedbackData(PreferenceData):
                 )
             if name == "train" and kind == kinds[-1] and not right + wrong:
                 raise DataError(
-                    f"no row has labelled {kind}, and {type(module).__name__} learns from them: label the rows (stepkd "
-                    "label), or use " + ("KTO, which needs none" if kind == "steps" else "other data")
+                    f"no row has labelled {kind}, and {type(self._module).__name__} learns from them: label the rows "
+                    "(stepkd label), or use " + ("KTO, which needs none" if kind == "steps" else "other data")
                 )
         return counts
 

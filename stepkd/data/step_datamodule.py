@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import Example
 from stepkd.data.spec import DataSpec, Rows
 from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
-from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -26,13 +24,10 @@ class StepLabelData(StepData):
         validation: held-out rows with labels.
         test: rows for ``stepkd test``.
         labels: how labels become targets.
-        template: how a row becomes a prompt: the one that the solutions were sampled with is the natural choice.
         segmenter: cuts solutions that come as one text without steps.
-        max_length: longest prompt + solution in tokens, markers included; longer solutions lose whole steps, and that
-            is counted.
         allow_one_class: train although all labels are the same; without it that is an error: nothing can be learnt.
-        global_batch_size, batch_unit, bucket_window, shuffle, overlap_ngram, seed: as for
-            :class:`~stepkd.data.datamodule.StepData`.
+        **settings: ``template`` (the one that the solutions were sampled with is the natural choice), ``max_length``
+            (markers included) and what else :class:`~stepkd.data.datamodule.StepData` takes.
     """
 
     def __init__(
@@ -41,30 +36,12 @@ class StepLabelData(StepData):
         validation: Rows | None = None,
         test: Rows | None = None,
         labels: LabelRule | None = None,
-        template: str | Path | PromptTemplate | None = None,
         segmenter: str = "newline",
-        max_length: int = 1024,
         allow_one_class: bool = False,
-        global_batch_size: int = 32,
-        batch_unit: Literal["sequences", "tokens"] = "sequences",
-        bucket_window: int = 1,
-        shuffle: bool = True,
-        overlap_ngram: int = 8,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
         super().__init__(
-            train,
-            validation,
-            test,
-            template=template,
-            segmenter=segmenter,
-            max_length=max_length,
-            global_batch_size=global_batch_size,
-            batch_unit=batch_unit,
-            bucket_window=bucket_window,
-            shuffle=shuffle,
-            overlap_ngram=overlap_ngram,
-            seed=seed,
+            train, validation, test, None, segmenter=segmenter, boundary="separate", append_eos=True, **settings
         )
         self.segmenter_name = segmenter
         self.labels = labels or LabelRule()
@@ -75,7 +52,7 @@ class StepLabelData(StepData):
 
     def make_encoder(self) -> StepEncoder:
         """The encoder for the module's tokenizer, markers and classes."""
-        module: Any = self.trainer.lightning_module if self.trainer is not None else None
+        module = self._module
         if not hasattr(module, "step_head_ids"):
             raise DataError(
                 f"StepLabelData serves reward models, and {type(module).__name__} is none: use stepkd.data.StepData"
@@ -104,7 +81,7 @@ class StepLabelData(StepData):
         labelled = cast(list[StepExample], examples)
         counts = class_counts(labelled, encoder.num_classes)
         different = {target for example in labelled for target in example.targets if target is not None}
-        if module_meaning(self.trainer) == "value" and self.labels.after_error != "keep":
+        if self._module.head_spec.meaning == "value" and self.labels.after_error != "keep":
             logger.warning(
                 "labels of future success (head.meaning: value) are cut off after the first wrong step "
                 "(labels.after_error: %s): the last step, which scores are reduced by, is then learnt from nearly "
@@ -138,9 +115,3 @@ def class_counts(examples: list[StepExample], num_classes: int) -> Counter[str]:
         for target in example.targets
         if target is not None
     )
-
-
-def module_meaning(trainer: Any) -> str | None:
-    """What the scores of the trainer's reward model estimate; None without one."""
-    head = getattr(getattr(trainer, "lightning_module", None), "head_spec", None)
-    return getattr(head, "meaning", None)

@@ -7,9 +7,10 @@ index, never something found again in decoded text.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from stepkd.data.checks import ends_partition
@@ -164,7 +165,7 @@ class StepEncoder(Encoder):
             step = TokenizedText(completion.token_ids[start:end], completion.span_text(start, end), char_ends)
             (written,) = written_steps([step.text], separator.text, close_last=True)
             steps.append(step if written == step.text else _joined([step, separator]))
-        return _joined(steps), _cumulated([len(step) for step in steps])
+        return _joined(steps), list(accumulate(map(len, steps)))
 
     def _marked(self, whole: TokenizedText, ends: Sequence[int], name: str) -> Layout:
         starts = [0, *ends[:-1]]
@@ -278,19 +279,11 @@ class StepEncoder(Encoder):
             targets=tuple(targets[:kept]),
         )
 
-    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
-        """Encode rows, leaving out (and counting) those without a labelled step.
-
-        Raises:
-            DataError: nothing is left.
-        """
-        kept: list[Example] = [example for row in rows if (example := self.example(row)) is not None]
-        if not kept:
-            raise DataError(
-                "no row has a single labelled step that fits into "
-                f"max_length={self.max_length} tokens ({dict(self.counts)}): label the rows, or raise max_length"
-            )
-        return kept
+    def _nothing_left(self) -> str:
+        return (
+            "no row has a single labelled step that fits into "
+            f"max_length={self.max_length} tokens ({dict(self.counts)}): label the rows, or raise max_length"
+        )
 
 
 def _behind_line_break(tokenizer: Any, alone: Sequence[TokenizedText]) -> list[TokenizedText]:
@@ -301,14 +294,6 @@ def _behind_line_break(tokenizer: Any, alone: Sequence[TokenizedText]) -> list[T
         ids, char_ends = behind.token_ids[skip:], tuple(end - 1 for end in behind.char_ends[skip:])
         found.append(TokenizedText(ids, text.text, char_ends) if 1 in behind.char_ends else text)
     return found
-
-
-def _cumulated(lengths: Sequence[int]) -> list[int]:
-    total, ends = 0, []
-    for length in lengths:
-        total += length
-        ends.append(total)
-    return ends
 
 
 def _joined(parts: Sequence[TokenizedText]) -> TokenizedText:

@@ -11,11 +11,11 @@ from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from stepkd.data.templates import PromptTemplate
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, package_versions
 from stepkd.evaluation.runner import tokenizer_fingerprint
-from stepkd.grading import EXTRACTOR_VERSION, Grader
+from stepkd.grading import EXTRACTOR_VERSION
 from stepkd.labels.folder import KIND
+from stepkd.labels.job_data import JobData, Workbench
 from stepkd.labels.labeller import Labeller
 from stepkd.labels.settings import JobSpec, LabelSpec
 from stepkd.models import Policy
@@ -24,33 +24,22 @@ from stepkd.rollout import SamplingSpec
 from stepkd.steps import Segmenter, get_segmenter
 
 
-def base_manifest(
-    spec: JobSpec,
-    *,
-    kind: str,
-    policy: Policy,
-    model: str,
-    data: Mapping[str, Any],
-    template: PromptTemplate,
-    grader: Grader,
-) -> dict[str, Any]:
+def base_manifest(spec: JobSpec, kind: str, bench: Workbench, data: JobData) -> dict[str, Any]:
     """Collect what decides the result of any job, as JSON values.
 
     Args:
         spec: the job's settings.
         kind: what the job makes, a key of :data:`~stepkd.labels.folder.KINDS`.
-        policy: the model that samples, continues and tokenises.
-        model: its name.
-        data: source, number of rows and fingerprint of the data.
-        template: the prompt template.
-        grader: judges final answers.
+        bench: model, prompt template and grader.
+        data: the rows.
     """
+    policy = bench.policy
     return {
         "format": MANIFEST_FORMAT,
         "kind": kind,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": {
-            "name": model,
+            "name": bench.model,
             "revision": None if policy.spec is None else policy.spec.revision,
             "weights": weights_fingerprint(policy),
             "tokenizer": tokenizer_fingerprint(policy.tokenizer),
@@ -58,11 +47,11 @@ def base_manifest(
             "attention": policy.causal_lm.config._attn_implementation,
             "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
         },
-        "data": dict(data),
-        "prompt": template.prompt_id(policy.tokenizer),
-        "template": asdict(template),
+        "data": data.facts(),
+        "prompt": bench.prompt_id,
+        "template": asdict(bench.template),
         "extractor": EXTRACTOR_VERSION,
-        "extractors": list(grader.extractors),
+        "extractors": list(bench.grader.extractors),
         "deadline_s": spec.deadline_s,
         "device": policy.device.type,
         "batch_size": spec.max_rows,
@@ -78,13 +67,10 @@ def as_json(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def job_manifest(
     spec: LabelSpec,
+    bench: Workbench,
+    data: JobData,
     *,
-    policy: Policy,
-    model: str,
     teacher: Policy | None,
-    data: Mapping[str, Any],
-    template: PromptTemplate,
-    grader: Grader,
     sampling: SamplingSpec | None,
     labeller: Labeller,
 ) -> dict[str, Any]:
@@ -92,14 +78,13 @@ def job_manifest(
 
     Args:
         spec: the job's settings.
-        policy, model, data, template, grader: see :func:`base_manifest`.
+        bench, data: see :func:`base_manifest`.
         teacher: the second model of the ``reject`` segmenter.
         sampling: how solutions are drawn; None for given ones.
         labeller: what labels them.
     """
-    base = base_manifest(spec, kind=KIND, policy=policy, model=model, data=data, template=template, grader=grader)
     return as_json(
-        base
+        base_manifest(spec, KIND, bench, data)
         | {
             "teacher": None if teacher is None else {"name": spec.teacher, "weights": weights_fingerprint(teacher)},
             "sampling": None if sampling is None else asdict(sampling),

@@ -49,15 +49,7 @@ def step_pair_parts(
     check = make_step_check(spec) if spec.check_step else None
     sampler = sampler or cast(BranchSampler, TransformersSampler(bench.policy, max_rows=spec.max_rows))
     builder = StepPairBuilder(data.rows, spec, bench, sampler, check)
-    manifest = base_manifest(
-        spec,
-        kind=PAIR_KIND,
-        policy=bench.policy,
-        model=bench.model,
-        data=data.facts(),
-        template=bench.template,
-        grader=bench.grader,
-    )
+    manifest = base_manifest(spec, PAIR_KIND, bench, data)
     return PairParts(builder, bench.grader, as_json(manifest | {"pairing": builder.provenance()}))
 
 

@@ -171,26 +171,16 @@ def tree_pair_parts(
         segmenter=spec.segmenter,
         max_step_tokens=spec.max_step_tokens,
     )
-    facts = data.facts()
     builder = TreePairBuilder(
         encode_prompts(bench.policy, bench.template, data.rows),
         spec,
         generator,
         _value(spec, bench, generator, scorer),
         bench.grader,
-        provenance={"model": bench.model, "prompt": bench.prompt_id, "data": facts["source"]},
+        provenance={"model": bench.model, "prompt": bench.prompt_id, "data": data.facts()["source"]},
     )
-    manifest = base_manifest(
-        spec,
-        kind=PAIR_KIND,
-        policy=bench.policy,
-        model=bench.model,
-        data=facts,
-        template=bench.template,
-        grader=bench.grader,
-    )
-    pairing = as_json({"pairing": builder.provenance()})
-    return PairParts(builder, bench.grader, as_json(manifest | pairing), summarise=tree_summary)
+    manifest = base_manifest(spec, PAIR_KIND, bench, data) | {"pairing": builder.provenance()}
+    return PairParts(builder, bench.grader, as_json(manifest), summarise=tree_summary)
 
 
 def _value(spec: TreePairSpec, bench: Workbench, generator: SampledSteps, scorer: StepScorer | None) -> StateValue:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -292,12 +292,15 @@ class StepModule(EvaluationLoops):
         """Cut examples into micro-batches and count their denominators."""
         kept = list(examples)
         groups = micro_batches([example.length for example in kept], self.micro_batch_tokens)
-        batches = [self._collate([kept[i] for i in group]) for group in groups]
+        return self.counted([self._collate([kept[i] for i in group]) for group in groups])
+
+    def counted(self, batches: Sequence[MicroBatch]) -> Prepared:
+        """Micro-batches with their denominators."""
         counts: dict[str, float] = defaultdict(float)
         for micro_batch in batches:
             for name, value in self.count(micro_batch).items():
                 counts[name] += value
-        return Prepared(batches, dict(counts))
+        return Prepared(list(batches), dict(counts))
 
     def on_fit_start(self) -> None:
         """Refuse what manual optimisation cannot honour."""
@@ -315,11 +318,7 @@ class StepModule(EvaluationLoops):
                 "(policy.lora), which stay float32"
             )
         self._check_weights()
-        longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
-        if longest is not None and self.model.max_length is not None and longest > self.model.max_length:
-            raise ConfigError(
-                f"data.max_length={longest} exceeds the model's context of {self.model.max_length} tokens: lower it"
-            )
+        self.check_data_fits("model", self.model.max_length)
         text = self.model.causal_lm.config.get_text_config()
         if auxiliary := {name: value for name, value in vars(text).items() if "aux_loss" in name and value}:
             logger.warning(
@@ -331,6 +330,12 @@ class StepModule(EvaluationLoops):
         self._throughput = Throughput(
             self.model, self.device, torch.bfloat16 if "bf16" in precision else self.model.causal_lm.dtype
         )
+
+    def check_data_fits(self, name: str, context: int | None) -> None:
+        """Refuse data that is longer than a model's context (None: unlimited)."""
+        longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
+        if longest is not None and context is not None and longest > context:
+            raise ConfigError(f"data.max_length={longest} exceeds the {name}'s context of {context} tokens: lower it")
 
     def _check_weights(self) -> None:
         if self.components and (unknown := sorted(set(self.loss_weights) - set(self.components))):

@@ -6,7 +6,6 @@ Axes: B rows, T padded length, N completion tokens, R completions, S steps.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +19,12 @@ from stepkd.data.encode import Example
 from stepkd.data.loader import StepBatch, StepLoader
 from stepkd.data.packing import Completion, PackedBatch, Unit, collate_packed, plan_packs
 from stepkd.errors import ConfigError, check_choice
-from stepkd.losses import DEFAULT_CHUNK, token_logps
+from stepkd.losses import token_logps
 from stepkd.models import HiddenStates, Policy, PolicySpec
 from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.checkpoint_state import check_frozen_model
-from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.reference import ReferenceCache, ReferenceSpec, attach_reference, reference_identity
-from stepkd.modules.validation import ValidationSpec
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +41,7 @@ class PreferenceModule(StepModule):
         policy: the model to train; LoRA or all weights.
         reference: the frozen model.
         packing: ``auto`` shares rows where the model allows it, ``on`` refuses a model that does not, ``off`` never.
-        optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
-            :class:`~stepkd.modules.base.StepModule`.
+        **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
     feedback = ""
@@ -56,15 +52,9 @@ class PreferenceModule(StepModule):
         policy: PolicySpec,
         reference: ReferenceSpec | None = None,
         packing: Packing = "auto",
-        optimizer: OptimizerSpec | None = None,
-        validation: ValidationSpec | None = None,
-        micro_batch_tokens: int = 8192,
-        chunk_size: int = DEFAULT_CHUNK,
-        loss_weights: dict[str, float] | None = None,
-        ema_decay: float | None = None,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(policy, optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed)
+        super().__init__(policy, **settings)
         check_choice("packing", packing, ("auto", "on", "off"))
         self.reference_spec = reference or ReferenceSpec()
         self.prepares_with_model = not self.reference_spec.cache
@@ -109,13 +99,8 @@ class PreferenceModule(StepModule):
     def on_fit_start(self) -> None:
         """Check the reference's context, and fill its cache when one is asked for."""
         super().on_fit_start()
-        longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None) or 0
         with self.model.reference() as view:
-            context = cast(Policy, view).max_length
-        if context is not None and longest > context:
-            raise ConfigError(
-                f"data.max_length={longest} exceeds the reference's context of {context} tokens: lower it"
-            )
+            self.check_data_fits("reference", cast(Policy, view).max_length)
         if self.reference_spec.cache:
             self._fill_cache()
 
@@ -152,12 +137,7 @@ class PreferenceModule(StepModule):
         """Packed micro-batches and their denominators."""
         units = [Unit(example, self.completions(example)) for example in examples]
         groups = plan_packs(units, self.micro_batch_tokens, share=self.shares_rows)
-        batches: list[MicroBatch] = [self._pack(group) for group in groups]
-        counts: dict[str, float] = defaultdict(float)
-        for micro_batch in batches:
-            for name, value in self.count(micro_batch).items():
-                counts[name] += value
-        return Prepared(batches, dict(counts))
+        return self.counted([self._pack(group) for group in groups])
 
     def make_filler(self, batch: StepBatch) -> MicroBatch:
         """A rank without work computes one example with weight zero."""

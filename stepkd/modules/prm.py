@@ -16,12 +16,10 @@ from stepkd.data.encode import Example
 from stepkd.data.loader import StepBatch
 from stepkd.data.step_collate import LabelledBatch, collate_steps
 from stepkd.errors import ConfigError
-from stepkd.losses import DEFAULT_CHUNK, LossTerms, cross_entropy, step_cross_entropy, step_weights
+from stepkd.losses import LossTerms, cross_entropy, step_cross_entropy, step_weights
 from stepkd.models import PolicySpec, StepHeadSpec
 from stepkd.models.step_head import StepHeadIds, resolve_ids
 from stepkd.modules.base import StepModule
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.validation import ValidationSpec
 
 
 class PRMModule(StepModule):
@@ -34,8 +32,7 @@ class PRMModule(StepModule):
         lm_weight: weight of next-token cross-entropy on the right steps' own tokens beside the step labels; 0 is off.
             The verifiers of Cobbe et al. 2021 (arXiv 2110.14168) are trained with both losses; leaving out the steps
             that are not labelled right is ours. It helps a model that cannot do the task yet.
-        optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
-            :class:`~stepkd.modules.base.StepModule`.
+        **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
     components: tuple[str, ...] = ("prm",)
@@ -48,15 +45,9 @@ class PRMModule(StepModule):
         head: StepHeadSpec | None = None,
         class_weights: list[float] | None = None,
         lm_weight: float = 0.0,
-        optimizer: OptimizerSpec | None = None,
-        validation: ValidationSpec | None = None,
-        micro_batch_tokens: int = 8192,
-        chunk_size: int = DEFAULT_CHUNK,
-        loss_weights: dict[str, float] | None = None,
-        ema_decay: float | None = None,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
-        super().__init__(policy, optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed)
+        super().__init__(policy, **settings)
         self.head_spec = head or StepHeadSpec()
         if self.validation_spec.samples:
             raise ConfigError("validation.samples: a process reward model scores steps and is not sampled from; use 0")
