@@ -113,39 +113,6 @@ def reliability_bins(
     return tuple(result)
 
 
-def expected_calibration_error(
-    probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 10, binning: Binning = "width"
-) -> float:
-    """Mean gap between confidence and accuracy, bins weighted by their count; arguments as `reliability_bins`."""
-    filled = reliability_bins(probabilities, labels, bins=bins, binning=binning)
-    n = sum(each.count for each in filled)
-    return sum(
-        each.count / n * abs(each.accuracy - each.confidence)
-        for each in filled
-        if each.accuracy is not None and each.confidence is not None
-    )
-
-
-def brier_score(probabilities: ArrayLike, labels: ArrayLike) -> float:
-    """Mean of (p - y)^2; arguments as `reliability_bins`."""
-    p, y = _checked(probabilities, labels)
-    return float(np.mean((p - y) ** 2))
-
-
-def brier_skill(probabilities: ArrayLike, labels: ArrayLike) -> float | None:
-    """``1 - brier / (ybar (1 - ybar))``; None when all labels are equal. Arguments as `reliability_bins`."""
-    p, y = _checked(probabilities, labels)
-    reference = float(y.mean() * (1 - y.mean()))
-    return None if reference == 0 else 1.0 - float(np.mean((p - y) ** 2)) / reference
-
-
-def over_confidence_rate(probabilities: ArrayLike, labels: ArrayLike, c: float) -> float | None:
-    """Share of negative labels among probabilities >= c; None when there are none. Arguments as `reliability_bins`."""
-    p, y = _checked(probabilities, labels)
-    sure = p >= c
-    return float(1.0 - y[sure].mean()) if sure.any() else None
-
-
 def calibration_report(
     probabilities: ArrayLike,
     labels: ArrayLike,

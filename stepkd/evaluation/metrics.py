@@ -56,28 +56,6 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> FloatArray:
     return np.asarray(1.0 - all_wrong, dtype=np.float64)
 
 
-def majority_vote(answers: Sequence[str | None]) -> str | None:
-    """The most frequent answer; of tied answers the one seen first.
-
-    With exchangeable samples "seen first" is a fair draw between tied answers, so on average over sample orders it
-    agrees with :func:`maj_at_k`, which splits ties evenly.
-
-    Args:
-        answers: equivalence-class keys, at least one; None is an unparsed answer and wins only if all are None.
-
-    Raises:
-        ConfigError: no answers.
-    """
-    if not answers:
-        raise ConfigError("a majority vote needs at least one answer")
-    counts: dict[str, int] = {}
-    for answer in answers:
-        if answer is not None:
-            counts[answer] = counts.get(answer, 0) + 1
-    # dicts keep insertion order and max() keeps the first of equals.
-    return max(counts, key=lambda key: counts[key]) if counts else None
-
-
 def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
     """Exact expected accuracy of a majority vote over k of the n samples drawn without replacement.
 

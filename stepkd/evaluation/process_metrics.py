@@ -1,4 +1,4 @@
-"""Does a process reward model find the first wrong step? ProcessBench F1, differences and means of it.
+"""Does a process reward model find the first wrong step? ProcessBench F1 and differences of it.
 
 Source: ProcessBench (Zheng et al. 2024, arXiv 2412.06559). A label is the 0-based index of the first wrong step, or -1
 when every step is right; a prediction has the same form. Every problem has one solution here, so problems are the rows.
@@ -8,15 +8,14 @@ All values are shares in [0, 1], not percent.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from stepkd.errors import DataError
-from stepkd.evaluation.intervals import FloatArray, Interval, check_level, cluster_bootstrap, wilson_interval
-from stepkd.randomness import generator
+from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, wilson_interval
 from stepkd.steps.labels import passes
 
 NO_ERROR = -1
@@ -138,62 +137,12 @@ def f1_difference(
     return cluster_bootstrap(columns, statistic, n_resamples=n_resamples, level=level, seed=seed)
 
 
-def mean_f1(
-    subsets: Mapping[str, tuple[Sequence[int], Sequence[int]]],
-    *,
-    level: float = 0.95,
-    seed: int = 0,
-    n_resamples: int = 10_000,
-) -> Interval:
-    """Unweighted mean of the subsets' F1 (how ProcessBench is summed up), resampling problems within each subset.
-
-    Args:
-        subsets: name -> (predictions, labels).
-        level, seed, n_resamples: as in :func:`processbench_f1`.
-
-    Returns:
-        The mean; its bounds are the means of the subsets' bounds where every resample gives the same value.
-
-    Raises:
-        DataError: no subset, or one whose F1 is undefined.
-    """
-    check_level(level)
-    if not subsets:
-        raise DataError("the mean F1 needs at least one subset")
-    results, drawn = [], np.zeros(n_resamples)
-    for name, (predictions, labels) in subsets.items():
-        result = processbench_f1(predictions, labels, level=level, seed=seed, n_resamples=n_resamples)
-        if result.f1 is None:
-            raise DataError(
-                f"subset {name!r} has {result.n_error} solutions with an error and {result.n_correct} without: its F1 "
-                "is undefined, leave it out of the mean"
-            )
-        results.append(result.f1)
-        hit_error, errors, hit_correct, corrects = _hits(predictions, labels).sum(axis=1)
-        # F1 depends on four counts only: resampling n problems is one multinomial draw of them.
-        kinds = np.array([hit_error, errors - hit_error, hit_correct, corrects - hit_correct])
-        rng = generator(seed, "processbench-mean", name)
-        sample = rng.multinomial(int(kinds.sum()), kinds / kinds.sum(), size=n_resamples).astype(np.float64)
-        drawn += _f1(sample[:, 0], sample[:, :2].sum(axis=1), sample[:, 2], sample[:, 2:].sum(axis=1))
-    value = math.fsum(f1.value for f1 in results) / len(results)
-    drawn = drawn[~np.isnan(drawn)] / len(results)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if drawn.size else (value, value)
-    if low == high:
-        low, high = (math.fsum(getattr(f1, end) for f1 in results) / len(results) for end in ("low", "high"))
-    return Interval(value, float(low), float(high), "bootstrap", level)
-
-
-def _f1(hit_error: FloatArray, errors: FloatArray, hit_correct: FloatArray, corrects: FloatArray) -> FloatArray:
-    """Elementwise F1; NaN where a kind of solution is absent."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        a, b = hit_error / errors, hit_correct / corrects
-        return np.where(a + b == 0, 0.0, 2 * a * b / (a + b))
-
-
 def _f1_statistic(resampled: FloatArray) -> FloatArray:
-    """(resamples, problems, 4 columns of `_hits`) -> (resamples,)."""
+    """(resamples, problems, 4 columns of `_hits`) -> (resamples,); NaN where a kind of solution is absent."""
     sums = resampled.sum(axis=1)
-    return _f1(sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        a, b = sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3]
+        return np.where(a + b == 0, 0.0, 2 * a * b / (a + b))
 
 
 def _hits(predictions: Sequence[int], labels: Sequence[int]) -> FloatArray:

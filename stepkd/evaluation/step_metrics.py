@@ -81,19 +81,6 @@ class StepMetrics:
         )
 
 
-def first_error_step_labels(first_error: int, n_steps: int) -> list[bool | None]:
-    """Step labels that a first-error index (ProcessBench) implies: right before it, wrong at it, unknown after it.
-
-    Raises:
-        DataError: an index outside [-1, n_steps).
-    """
-    if not -1 <= first_error < n_steps:
-        raise DataError(f"first error {first_error} is neither -1 nor one of {n_steps} steps (0-based)")
-    if first_error == -1:
-        return [True] * n_steps
-    return [True] * first_error + [False] + [None] * (n_steps - first_error - 1)
-
-
 def labelled_steps(
     scores: Sequence[Sequence[float]],
     labels: Sequence[Sequence[bool | int | None]],

@@ -13,11 +13,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.calibration_metrics import (
-    brier_score,
-    brier_skill,
     calibration_report,
-    expected_calibration_error,
-    over_confidence_rate,
     reliability_bins,
 )
 
@@ -30,16 +26,16 @@ def test_ece_equals_torchmetrics() -> None:
         p = rng.random(500)
         y = (rng.random(500) < p**2).astype(int)
         theirs = binary_calibration_error(torch.tensor(p), torch.tensor(y), n_bins=bins, norm="l1")
-        assert expected_calibration_error(p, y, bins=bins) == pytest.approx(float(theirs), abs=1e-6)
+        assert calibration_report(p, y, bins=bins, **FAST).ece.value == pytest.approx(float(theirs), abs=1e-6)
 
 
 def test_ece_closed_form() -> None:
     # Bin of 0.9s: accuracy 0.5, gap 0.4, weight 4/6; bin of 0.2s: accuracy 0, gap 0.2, weight 2/6.
     p, y = [0.9] * 4 + [0.2] * 2, [1, 1, 0, 0, 0, 0]
     expected = 4 / 6 * 0.4 + 2 / 6 * 0.2
-    assert expected_calibration_error(p, y) == pytest.approx(expected)
-    assert expected_calibration_error(p, y, bins=2, binning="mass") == pytest.approx(expected)
-    assert expected_calibration_error(p, y, bins=1) == pytest.approx(abs(2 / 6 - 4 / 6))
+    assert calibration_report(p, y, **FAST).ece.value == pytest.approx(expected)
+    assert calibration_report(p, y, bins=2, binning="mass", **FAST).ece.value == pytest.approx(expected)
+    assert calibration_report(p, y, bins=1, **FAST).ece.value == pytest.approx(abs(2 / 6 - 4 / 6))
 
 
 def test_bins_hold_their_lower_edge_and_the_last_is_closed() -> None:
@@ -61,30 +57,43 @@ def test_equal_mass_bins_keep_ties_together() -> None:
 def test_brier_and_skill() -> None:
     p, y = [0.9, 0.6, 0.2], [1, 0, 0]
     brier = (0.01 + 0.36 + 0.04) / 3
-    assert brier_score(p, y) == pytest.approx(brier)
-    assert brier_skill(p, y) == pytest.approx(1 - brier / (1 / 3 * 2 / 3))
-    assert brier_skill([1 / 3] * 3, y) == pytest.approx(0.0)  # the base rate itself
-    assert brier_skill([0.5], [1]) is None
-    assert over_confidence_rate(p, y, 0.6) == 0.5
-    assert over_confidence_rate(p, y, 0.95) is None
+    report = calibration_report(p, y, confident=(0.6, 0.95), **FAST)
+    assert report.brier.value == pytest.approx(brier)
+    assert report.skill_base_rate is not None
+    assert report.skill_base_rate.value == pytest.approx(1 - brier / (1 / 3 * 2 / 3))
+    base_rate = calibration_report([1 / 3] * 3, y, **FAST).skill_base_rate
+    assert base_rate is not None
+    assert base_rate.value == pytest.approx(0.0)
+    assert report.over_confidence[0.6] is not None
+    assert report.over_confidence[0.6].value == 0.5
+    assert report.over_confidence[0.95] is None
 
 
-def test_report_agrees_with_the_plain_functions() -> None:
+def brier_skill(p: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
+    return float(1 - np.mean((p - y) ** 2) / (y.mean() * (1 - y.mean())))
+
+
+def test_report_agrees_with_the_formulas() -> None:
     rng = np.random.default_rng(2)
     p = rng.random(300)
     y = rng.random(300) < p**2
     for binning in ("width", "mass"):
         report = calibration_report(p, y, problems=np.repeat(np.arange(60), 5), binning=binning, **FAST)
-        assert report.ece.value == pytest.approx(expected_calibration_error(p, y, binning=binning))
-        assert report.brier.value == pytest.approx(brier_score(p, y))
+        gaps = [
+            b.count / 300 * abs(b.accuracy - b.confidence)
+            for b in reliability_bins(p, y, binning=binning)
+            if b.accuracy is not None and b.confidence is not None
+        ]
+        assert report.ece.value == pytest.approx(sum(gaps))
+        assert report.brier.value == pytest.approx(np.mean((p - y) ** 2))
         assert report.skill_base_rate is not None
         assert report.skill_base_rate.value == pytest.approx(brier_skill(p, y))
         assert report.skill_base_rate.low < report.skill_base_rate.value < report.skill_base_rate.high
-        assert report.skill_coin.value == pytest.approx(1 - brier_score(p, y) / 0.25)
+        assert report.skill_coin.value == pytest.approx(1 - np.mean((p - y) ** 2) / 0.25)
         assert report.skill_coin.low < report.skill_coin.value < report.skill_coin.high
         over = report.over_confidence[0.9]
         assert over is not None
-        assert over.value == pytest.approx(over_confidence_rate(p, y, 0.9))
+        assert over.value == pytest.approx(1 - y[p >= 0.9].mean())
         assert (report.n, report.problems) == (300, 60)
     json.dumps(report.to_dict(), allow_nan=False)
 

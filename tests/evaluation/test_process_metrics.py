@@ -13,7 +13,6 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.process_metrics import (
     f1_difference,
     harmonic_mean,
-    mean_f1,
     predicted_first_error,
     processbench_f1,
 )
@@ -121,30 +120,6 @@ def test_difference_is_paired() -> None:
     assert back is not None
     assert (back.value, back.low, back.high) == pytest.approx((-gap.value, -gap.high, -gap.low))
     assert f1_difference([0], [1], [0]) is None
-
-
-def test_mean_over_subsets() -> None:
-    one, two = ([0, 1, -1, 0], [0, 0, -1, -1]), ([0, 0, -1, -1], [0, 0, -1, -1])
-    mean = mean_f1({"gsm8k": one, "math": two}, **FAST)
-    assert mean.value == pytest.approx((0.5 + 1) / 2)
-    assert mean.low < mean.value < mean.high
-    alone = mean_f1({"math": two}, **FAST)
-    f1 = processbench_f1(*two, **FAST).f1
-    assert f1 is not None
-    assert (alone.value, alone.low, alone.high) == (f1.value, f1.low, f1.high)
-    with pytest.raises(DataError, match="subset 'x' has 1 solutions with an error and 0 without"):
-        mean_f1({"x": ([0], [0])})
-    with pytest.raises(DataError, match="at least one subset"):
-        mean_f1({})
-
-
-def test_mean_of_one_subset_agrees_with_its_own_bootstrap() -> None:
-    labels = [0] * 200 + [-1] * 100
-    predictions = [0] * 90 + [-1] * 110 + [-1] * 70 + [0] * 30
-    f1 = processbench_f1(predictions, labels, n_resamples=5000).f1
-    mean = mean_f1({"x": (predictions, labels)}, n_resamples=5000)
-    assert f1 is not None
-    assert (mean.low, mean.high) == (pytest.approx(f1.low, abs=0.01), pytest.approx(f1.high, abs=0.01))
 
 
 # --- first error and threshold --------------------------------------------------------------------------------------

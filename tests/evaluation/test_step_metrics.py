@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from stepkd.errors import DataError
 from stepkd.evaluation import step_metrics as module
-from stepkd.evaluation.step_metrics import auroc, first_error_step_labels, labelled_steps, step_metrics
+from stepkd.evaluation.step_metrics import auroc, labelled_steps, step_metrics
 
 FAST: dict[str, Any] = {"n_resamples": 300}
 NAN = math.nan
@@ -91,13 +91,6 @@ def test_up_to_the_first_error() -> None:
     cut = labelled_steps(scores, labels, up_to_first_error=True)
     assert cut.scores.tolist() == [0.1, 0.2, 0.6]
     assert (cut.unlabelled, cut.after_error) == (1, 2)
-
-
-def test_labels_of_a_first_error() -> None:
-    assert first_error_step_labels(-1, 2) == [True, True]
-    assert first_error_step_labels(1, 3) == [True, False, None]
-    with pytest.raises(DataError, match="first error 3 is neither"):
-        first_error_step_labels(3, 3)
 
 
 def test_bad_input() -> None:
