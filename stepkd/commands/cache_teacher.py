@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 from types import SimpleNamespace
-from typing import Any
 
 from stepkd.commands.recipe_options import add_recipe_arguments, recipe_words
+from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError
 
 
@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd cache-teacher``."""
+    from rich.console import Console
+
     from stepkd.launch import check_launch
     from stepkd.modules import GKDModule
     from stepkd.scorers.load import pick_device
@@ -48,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     teacher = module.teacher
     teacher.bind(module.tokenizer)
     teacher.place(pick_device(arguments.device))
+    line = WorkLine(Console())
     manifest = write_cache(
         arguments.out,
         teacher,
@@ -57,22 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         max_tokens=module.micro_batch_tokens,
         chunk_size=module.chunk_size,
         precision="bf16-mixed" if "bf16" in str(trainer.get("precision")) else "32-true",
-        report=_report(),
+        report=lambda done, total: line.show("scoring", done, total, " completions"),
     )
     print(
         f"{manifest['completions']} completions, {manifest['top_k']} tokens per position: {arguments.out}\n"
         f"  train: stepkd fit ... --model.init_args.teacher '{{path: null, cache: {arguments.out}}}'"
     )
     return 0
-
-
-def _report() -> Any:
-    tenth = -1
-
-    def report(done: int, total: int) -> None:
-        nonlocal tenth
-        if done * 10 // total > tenth:
-            tenth = done * 10 // total
-            print(f"scoring {done}/{total} completions", flush=True)
-
-    return report

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 from stepkd.commands import judging_prm
 from stepkd.commands.scorer_options import TEMPLATE_HELP
+from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError
 
 
@@ -109,7 +109,13 @@ def run(arguments: argparse.Namespace) -> int:
         ks=tuple(arguments.ks or ()),
     )
     console = Console()
-    summary = evaluate(spec, report=_reporter(console), overwrite=arguments.overwrite)
+    line = WorkLine(console)
+
+    def report(done: int, total: int, figures: dict[str, float]) -> None:
+        facts = f"  right {figures['accuracy']:.1%}  {figures['tokens_per_second']:,.0f} tokens/s"
+        line.show("evaluating", done, total, facts)
+
+    summary = evaluate(spec, report=report, overwrite=arguments.overwrite)
     print_summary(console, summary)
     console.print(f"\nper-problem rows, manifest and summary: {arguments.out}", markup=False, soft_wrap=True)
     return 0
@@ -153,32 +159,6 @@ def _template(arguments: argparse.Namespace) -> Any:
         return arguments.template
     template = template_for(arguments.model, get_benchmark(arguments.benchmark).template, arguments.template)
     return dataclasses.replace(template, **changes)
-
-
-def _reporter(console: Any) -> Any:
-    """One line that redraws in a terminal; a line per tenth of the work elsewhere."""
-    from stepkd.launch.progress_facts import duration
-
-    start: dict[str, float] = {"time": time.monotonic(), "done": 0, "tenth": 0}
-
-    def report(done: int, total: int, figures: dict[str, float]) -> None:
-        if not start["done"]:
-            start["done"] = (
-                done  # what was there before (a resumed run) took no time; the first batch's is left out too
-            )
-            start["time"] = time.monotonic()
-        speed = (done - start["done"]) / max(time.monotonic() - start["time"], 1e-9)
-        left = f"  {duration((total - done) / speed)} left" if total > done and speed else ""
-        text = (
-            f"evaluating {done}/{total}  right {figures['accuracy']:.1%}  {figures['tokens_per_second']:,.0f} tokens/s"
-        )
-        if console.is_terminal:
-            console.print((text + left).ljust(console.width - 1), end="\n" if done == total else "\r", highlight=False)
-        elif done * 10 // total > start["tenth"] or done == total:
-            start["tenth"] = done * 10 // total
-            console.print(text + left, highlight=False)
-
-    return report
 
 
 def print_summary(console: Any, summary: dict[str, Any]) -> None:

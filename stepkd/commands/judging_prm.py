@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 from stepkd.commands.scorer_options import add_scorer_arguments, given_options, scorer_options
+from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError
 
 SAMPLING_ONLY = (
@@ -78,8 +78,12 @@ def run_process(arguments: argparse.Namespace) -> int:
     )
     options = scorer_options(arguments)
     console = Console()
+    line = WorkLine(console)
     summary = evaluate_process(
-        spec, lambda: load_scorer(spec.model, options), report=_reporter(console), overwrite=arguments.overwrite
+        spec,
+        lambda: load_scorer(spec.model, options),
+        report=lambda done, total, seconds: line.show("scoring", done, total, f"  {seconds:.2f} s a solution"),
+        overwrite=arguments.overwrite,
     )
     print_process(console, summary)
     if not arguments.no_figures:
@@ -205,26 +209,6 @@ def compare_scorers(arguments: argparse.Namespace, summaries: tuple[dict[str, An
     for name, interval in differences.items():
         print(f"  {name:<24} {_percent(interval.to_dict())}")
     return 0
-
-
-def _reporter(console: Any) -> Any:
-    from stepkd.launch.progress_facts import duration
-
-    start: dict[str, float] = {"time": time.monotonic(), "done": -1, "tenth": 0}
-
-    def report(done: int, total: int, seconds: float) -> None:
-        if start["done"] < 0:
-            start["time"], start["done"] = time.monotonic(), done
-        rate = (done - start["done"]) / max(time.monotonic() - start["time"], 1e-9)
-        left = f"  {duration((total - done) / rate)} left" if rate and done < total else ""
-        text = f"scoring {done}/{total}  {seconds:.2f} s a solution{left}"
-        if console.is_terminal:
-            console.print(text.ljust(console.width - 1), end="\n" if done == total else "\r", highlight=False)
-        elif done * 10 // total > start["tenth"] or done == total:
-            start["tenth"] = done * 10 // total
-            console.print(text, highlight=False)
-
-    return report
 
 
 def _shares(found: dict[str, Any]) -> tuple[str, str]:

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepkd.commands.label_pairs import PAIR_JOBS, add_pair_arguments, print_pair_summary
 from stepkd.commands.scorer_options import TEMPLATE_HELP
+from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -211,25 +211,13 @@ def _launch_id(environ: Mapping[str, str]) -> str | None:
 
 
 def _reporter(console: Any, launch: LaunchInfo) -> Any:
-    """One line that redraws in a terminal; a line per tenth of the work elsewhere."""
-    from stepkd.launch.progress_facts import duration
-
     rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
-    state: dict[str, Any] = {"phase": None, "start": 0.0, "done": 0, "tenth": 0}
     verbs = {"solutions": "preparing solutions", "labels": "labelling", "pairs": "building pairs of"}
+    line = WorkLine(console, redraw=launch.world_size == 1)
 
     def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        if state["phase"] != phase:  # what was there before, and the first group, are left out of the speed
-            state.update(phase=phase, start=time.monotonic(), done=done, tenth=0)
-        speed = (done - state["done"]) / max(time.monotonic() - state["start"], 1e-9)
-        left = f"  {duration((total - done) / speed)} left" if total > done and speed else ""
         shown = "".join(f"  {name} {value:.1%}" for name, value in figures.items())
-        text = f"{rank}{verbs[phase]} {done}/{total}{shown}{left}"
-        if console.is_terminal and launch.world_size == 1:
-            console.print(text.ljust(console.width - 1), end="\n" if done == total else "\r", highlight=False)
-        elif done * 10 // total > state["tenth"] or done == total:
-            state["tenth"] = done * 10 // total
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+        line.show(f"{rank}{verbs[phase]}", done, total, shown)
 
     return report
 

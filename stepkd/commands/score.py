@@ -13,11 +13,11 @@ same command is given again.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 from stepkd.commands.scorer_options import TEMPLATE_HELP, add_scorer_arguments, scorer_options
+from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError, check_choice
 
 REDUCTIONS = ("auto", "product", "min", "mean", "last")
@@ -77,31 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
         options=scorer_options(arguments, max_length=arguments.max_length),
     )
     console = Console()
-    summary = score_file(job, report=_reporter(console), overwrite=arguments.overwrite)
+    line = WorkLine(console)
+    summary = score_file(
+        job,
+        report=lambda done, total: line.show("scoring", done, total, " solutions"),
+        overwrite=arguments.overwrite,
+    )
     print_summary(console, summary)
     console.print(f"\nscored rows: {job.out}", markup=False, soft_wrap=True)
     return 0
-
-
-def _reporter(console: Any) -> Any:
-    """One line that redraws in a terminal; a line per tenth of the work elsewhere."""
-    from stepkd.launch.progress_facts import duration
-
-    start: dict[str, float] = {"time": time.monotonic(), "done": 0, "tenth": 0}
-
-    def report(done: int, total: int) -> None:
-        if not start["done"]:  # what a resumed run found took no time; the first batch is left out too
-            start["done"], start["time"] = done, time.monotonic()
-        speed = (done - start["done"]) / max(time.monotonic() - start["time"], 1e-9)
-        left = f"  {duration((total - done) / speed)} left" if total > done and speed else ""
-        text = f"scoring {done}/{total} solutions{left}"
-        if console.is_terminal:
-            console.print(text.ljust(console.width - 1), end="\n" if done == total else "\r", highlight=False)
-        elif done * 10 // total > start["tenth"] or done == total:
-            start["tenth"] = done * 10 // total
-            console.print(text, highlight=False)
-
-    return report
 
 
 def print_summary(console: Any, summary: dict[str, Any]) -> None:

@@ -165,54 +165,25 @@ class StepProgress(ProgressBar):
                 )
             )
 
-    def _evaluation_start(self) -> None:
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batch = (0, evaluation_batches(self.trainer))
         self._draw(urgent=True)
 
-    def _evaluation_batch_end(self) -> None:
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         done, total = self._batch or (0, evaluation_batches(self.trainer))
         self._batch = (done + 1, total)
         self._draw()
 
-    def _evaluation_end(self) -> None:
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(line=not self.trainer.sanity_checking)
         self._batch = None
 
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluation_start()
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluation_start()
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluation_start()
-
-    @override
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self._evaluation_batch_end()
-
-    @override
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self._evaluation_batch_end()
-
-    @override
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self._evaluation_batch_end()
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluation_end()
-
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluation_end()
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluation_end()
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    on_test_end = on_predict_end = on_validation_end
 
     # --- what the module's phases tell ---
 
@@ -221,12 +192,10 @@ class StepProgress(ProgressBar):
         self._draw(urgent=True)
 
     def on_phase_advance(self, tracker: PhaseTracker, phase: Phase) -> None:
-        """Show how far the phase is."""
+        """Show how far the phase is, or the one that is open again."""
         self._draw()
 
-    def on_phase_end(self, tracker: PhaseTracker, phase: Phase) -> None:
-        """Show the phase that is open again."""
-        self._draw()
+    on_phase_end = on_phase_advance
 
     # --- output ---
 
