@@ -37,6 +37,7 @@ from stepkd.launch.preemption_callback import SaveWhenPreempted
 from stepkd.launch.progress import StepProgress
 from stepkd.launch.quiet import quiet_libraries
 from stepkd.launch.resume import check_changes, newest_config, recipe_settings, short_name
+from stepkd.launch.rundir import free_path
 from stepkd.launch.trainer_settings import check_trainer_settings
 from stepkd.models.source import find_checkpoint, no_model
 from stepkd.models.trained_template import save_template
@@ -101,10 +102,9 @@ class StepkdCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of stepkd beside Lightning's own."""
+        switch: dict[str, Any] = {"type": bool, "default": False, "nargs": "?", "const": True}
         parser.add_argument("--out", type=str | None, default=None, help="run folder; required by fit and predict")
-        parser.add_argument(
-            "--resume", type=bool, default=False, nargs="?", const=True, help="continue the run in --out"
-        )
+        parser.add_argument("--resume", **switch, help="continue the run in --out")
         parser.add_argument(
             "--resume_with",
             type=str | None,
@@ -113,9 +113,7 @@ class StepkdCLI(LightningCLI):
             help="resume although these settings changed, for instance optimizer.lr,data (any others that decide what "
             "the run learns are refused)",
         )
-        parser.add_argument(
-            "--overwrite", type=bool, default=False, nargs="?", const=True, help="delete the earlier run in --out"
-        )
+        parser.add_argument("--overwrite", **switch, help="delete the earlier run in --out")
         parser.add_dataclass_arguments(CheckpointSpec, "checkpoint")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
@@ -162,19 +160,16 @@ class StepkdCLI(LightningCLI):
             if self.subcommand == "fit" and self.run_dir.resume_from is not None:
                 config.ckpt_path = str(self.run_dir.resume_from)
             _check_monitor(config)
+            if info.is_rank_zero:
+                self._write_config(self.run_dir.path)
         config.weights_only = True
-        self._write_config()
         place_loggers(config.trainer.logger, Path() if self.run_dir is None else self.run_dir.path)
 
-    def _write_config(self) -> None:
-        if self.run_dir is None or not self.run_dir.info.is_rank_zero:
-            return
-        path = self.run_dir.path / "config.yaml"
-        number = 1
-        while path.exists():
-            number += 1
-            path = self.run_dir.path / f"config-{number}.yaml"
-        replace_file(path, lambda temporary: Path(temporary).write_text(self._config_text(), encoding="utf-8"))
+    def _write_config(self, folder: Path) -> None:
+        replace_file(
+            free_path(folder / "config.yaml"),
+            lambda temporary: Path(temporary).write_text(self._config_text(), encoding="utf-8"),
+        )
 
     def _config_text(self) -> str:
         assert self.subcommand is not None
@@ -245,7 +240,7 @@ class StepkdCLI(LightningCLI):
             return
         assert self.last is not None
         self.last.save(self.trainer)
-        self.run_dir.mark_finished()
+        self.run_dir.mark("finished")
         if self.trainer.is_global_zero:
             print(f"\nfinished after {self.trainer.global_step} steps: {self.run_dir.path}")
             for line in self.model.next_commands(str(self.config["fit"].out)):
@@ -332,24 +327,11 @@ def _best(run: RunDir, spec: Any) -> BestCheckpoint:
 
 def run(arguments: Sequence[str]) -> int:
     """Parse and run one Trainer command; see ``stepkd fit --help``."""
-    quiet_libraries()
     if any(word == "-h" or word.partition("=")[0].endswith("help") for word in arguments):
         set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a second that a run need not wait
     _PendingCLI.current = None
     try:
-        _PendingCLI(
-            StepModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            parser_class=SuggestingParser,
-            seed_everything_default=0,
-            trainer_defaults=dict(DEFAULTS),
-            args=list(arguments),
-            run=True,
-        )
+        _start(_PendingCLI, arguments, run=True)
     except MisconfigurationException as error:
         mistake = ConfigError(str(error))
         _mark_failed(mistake)
@@ -388,36 +370,40 @@ def check_fit(arguments: Sequence[str]) -> tuple[StepModule, Any]:
 
 def check_fit_settings(arguments: Sequence[str]) -> tuple[StepModule, Any, dict[str, Any]]:
     """As :func:`check_fit`, with the Trainer's settings beside them."""
-    quiet_libraries()
     try:
-        parsed = _ParsedCLI(
-            StepModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            parser_class=SuggestingParser,
-            seed_everything_default=0,
-            trainer_defaults=dict(DEFAULTS),
-            args=list(arguments),
-            run=False,
-        )
-    except BaseException as error:
-        root = _user_mistake(error)
-        if root is not None and root is not error:
-            raise root from error
+        parsed = _start(_ParsedCLI, arguments, run=False)
+    except (ValueError, TypeError) as error:
+        if (mistake := _user_mistake(error)) is not None:
+            raise mistake from error
         raise
     return parsed.built.model, parsed.built.data, parsed.config.trainer.as_dict()
+
+
+def _start(kind: type[LightningCLI], arguments: Sequence[str], *, run: bool) -> Any:
+    """A command line of ours, parsed and, with ``run``, run."""
+    quiet_libraries()
+    return kind(
+        StepModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        parser_class=SuggestingParser,
+        seed_everything_default=0,
+        trainer_defaults=dict(DEFAULTS),
+        args=list(arguments),
+        run=run,
+    )
 
 
 class _ParsedCLI(StepkdCLI):
     """Parses, and builds module and data but no trainer."""
 
+    built: Any = None
+
     def before_instantiate_classes(self) -> None:
         check_trainer_settings(self.config.trainer.as_dict(), "fit")
-
-    built: Any = None
 
     def instantiate_classes(self) -> None:
         self.built = self.parser.instantiate(self.config)
@@ -427,11 +413,9 @@ def _user_mistake(error: BaseException) -> StepkdError | None:
     """Our own error at the root of one that jsonargparse raised while it parsed or built the settings."""
     if isinstance(error, StepkdError):
         return error
-    seen: set[int] = set()
     found: StepkdError | None = None
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen and isinstance(error, (ValueError, TypeError)):
-        seen.add(id(current))
+    current: BaseException | None = error if isinstance(error, ValueError | TypeError) else None
+    while current is not None:
         found = current if isinstance(current, StepkdError) else found
         current = current.__cause__ or current.__context__
     return found
@@ -452,7 +436,7 @@ def _after_preemption(stopped: Preempted) -> int:
     cli = _PendingCLI.current
     assert cli is not None
     assert cli.run_dir is not None
-    cli.run_dir.mark_stopped(str(stopped))
+    cli.run_dir.mark("stopped", str(stopped))
     if cli.trainer.is_global_zero:
         print(
             f"\n{stopped}: {cli.run_dir.path} holds the state after {cli.trainer.global_step} steps; give the same "
@@ -471,4 +455,4 @@ def _mark_failed(error: BaseException) -> None:
     if mistake is None or isinstance(mistake, MachineError) or not cli.run_dir.abandon():
         text = str(error).splitlines()[0] if str(error) else ""
         with contextlib.suppress(ConfigError):  # a full disk must not hide the error itself
-            cli.run_dir.mark_failed(f"{type(error).__name__}: {text}")
+            cli.run_dir.mark("failed", f"{type(error).__name__}: {text}")

@@ -59,7 +59,7 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
         if not missing:
             return earlier
     run_dir = RunDir.open(out, resume=not overwrite, overwrite=overwrite, kind="claims")
-    try:
+    with run_dir.recorded():
         if earlier is None:
             if (out / RESULTS_NAME).exists():
                 raise DataError(
@@ -68,10 +68,6 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
             write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=2).encode() + b"\n")
         with ResultStore(out / RESULTS_NAME) as store:
             _run_units(claim, _missing(units, store.rows()), store, out / UNITS_NAME, report)
-    except BaseException as error:
-        run_dir.mark_failed(f"{type(error).__name__}: {error}")
-        raise
-    run_dir.mark_finished()
     return manifest
 
 

@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stepkd.launch import RunDir, check_launch
+    from stepkd.launch.rundir import free_path
     from stepkd.quickstart.context import SUMMARY_NAME, Context, run_stages
     from stepkd.quickstart.stages import STAGES
 
@@ -50,34 +51,21 @@ def run(arguments: argparse.Namespace) -> int:
     if check_launch().world_size > 1:
         raise ConfigError("the quick start runs in one process: start it without a launcher")
     chosen = [stage for stage in STAGES if not arguments.stages or stage.name in arguments.stages]
-    out = Path(arguments.out) if arguments.out else _free_folder(Path("runs/quickstart"))
+    out = Path(arguments.out) if arguments.out else free_path(Path("runs/quickstart"))
     run_dir = RunDir.open(out, resume=arguments.resume, overwrite=arguments.overwrite, kind="quickstart")
     console = Console()
     context = Context(run_dir.path, console, seed=arguments.seed, scale=arguments.scale)
     start = time.perf_counter()
-    try:
+    with run_dir.recorded():
         context.load_summary()
         settings = {"seed": arguments.seed, "scale": arguments.scale, "task": context.task}
         if context.summary.get("settings", settings) != settings:
             raise ConfigError(f"{out} was started with {context.summary['settings']}: resume it with the same settings")
         context.summary["settings"] = settings
         run_stages(context, chosen)
-    except BaseException as error:
-        run_dir.mark_failed(f"{type(error).__name__}: {error}")
-        raise
-    run_dir.mark_finished()
     console.print(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; results in {out / SUMMARY_NAME}")
     console.print(
         f"look closer:  stepkd evaluate --compare {out}/evaluations/teacher-sampled {out}/evaluations/student-sampled"
     )
     console.print("train on your own data:  stepkd recipes list")
     return 0
-
-
-def _free_folder(base: Path) -> Path:
-    """The folder itself, or the first numbered one that does not exist."""
-    folder, number = base, 1
-    while folder.exists():
-        number += 1
-        folder = base.with_name(f"{base.name}-{number}")
-    return folder

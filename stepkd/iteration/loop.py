@@ -64,17 +64,13 @@ def run_iterations(spec: IterateSpec, out: str | Path, *, report: Report, overwr
             f"then, {weights} now): put it back, or start again with another --out"
         )
     run_dir = RunDir.open(out, resume=not overwrite, overwrite=overwrite, kind="iterate")
-    try:
+    with run_dir.recorded():
         with contextlib.suppress(OSError):
             run_dir.checkpoints.rmdir()  # every iteration's training has its own
         if earlier is None:
             manifest |= {"model": {"name": spec.model, "weights": weights}}
             write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=2).encode() + b"\n")
         summary = _summarise(spec, out, weights, report)
-    except BaseException as error:
-        run_dir.mark_failed(f"{type(error).__name__}: {error}")
-        raise
-    run_dir.mark_finished()
     return summary
 
 

@@ -29,6 +29,13 @@ Launcher = Literal["plain", "elastic", "slurm"]
 _INTERACTIVE_JOBS = ("bash", "interactive")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
 _STEP_MARKS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS")
+_LEFT_OPEN: dict[str, tuple[Any, ...]] = {
+    "devices": (None, "auto", -1, "-1"),
+    "num_nodes": (None, 1, "1", "auto"),  # 1 cannot be told from Lightning's default
+    "accelerator": (None, "auto"),
+    "precision": (None,),
+}
+"""Values by which the user leaves a setting to us."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,12 +216,11 @@ def check_launch(
 
 
 def _one_process_only(environ: Mapping[str, str], asked: int) -> str:
-    count = str(asked) if asked else "several"
     flag = "--cpu " if is_true(environ.get("ACCELERATE_USE_CPU")) else ""
-    number = str(asked) if asked else "N"
+    number = str(asked or "N")
     text = (
-        f"`accelerate launch {flag}--num_processes {number}` was asked for {count} processes but starts one plain "
-        f"process. Use `accelerate launch --multi_gpu --num_processes {number} -m stepkd ...` or "
+        f"`accelerate launch {flag}--num_processes {number}` was asked for {asked or 'several'} processes but starts "
+        f"one plain process. Use `accelerate launch --multi_gpu --num_processes {number} -m stepkd ...` or "
         f"`torchrun --nproc_per_node {number} -m stepkd ...` (both work on CPU machines over gloo), or "
         f"`--num_processes 1` with `trainer.devices: {number}` in the recipe."
     )
@@ -227,7 +233,7 @@ def _one_process_only(environ: Mapping[str, str], asked: int) -> str:
 
 def _contradictions(info: LaunchInfo, settings: Mapping[str, Any]) -> list[str]:
     problems: list[str] = []
-    if info.cpu_only and settings.get("accelerator") not in (None, "auto", "cpu"):
+    if info.cpu_only and settings.get("accelerator") not in (*_LEFT_OPEN["accelerator"], "cpu"):
         problems.append(
             f"`accelerate launch --cpu` contradicts `trainer.accelerator: {settings['accelerator']}` in the recipe; "
             "drop `--cpu` or put `trainer.accelerator: cpu` in the recipe"
@@ -236,25 +242,18 @@ def _contradictions(info: LaunchInfo, settings: Mapping[str, Any]) -> list[str]:
         return problems
     where = "the SLURM job" if info.launcher == "slurm" else "the launcher (torchrun or accelerate)"
     devices = settings.get("devices")
-    if not _left_open("devices", devices) and _device_count(devices) != info.local_world_size:
+    if devices not in _LEFT_OPEN["devices"] and _device_count(devices) != info.local_world_size:
         problems.append(
             f"`trainer.devices: {devices}` in the recipe, but {where} started {info.local_world_size} process(es) per "
             "node; remove `trainer.devices` (auto follows the launcher) or change the number of processes"
         )
     nodes = settings.get("num_nodes")
-    if not _left_open("num_nodes", nodes) and str(nodes) != str(info.num_nodes):
+    if nodes not in _LEFT_OPEN["num_nodes"] and str(nodes) != str(info.num_nodes):
         problems.append(
             f"`trainer.num_nodes: {nodes}` in the recipe, but {where} runs on {info.num_nodes} node(s); remove "
             "`trainer.num_nodes` (it follows the launcher) or change the number of nodes"
         )
     return problems
-
-
-def _left_open(name: str, value: Any) -> bool:
-    """Whether the user left the setting to us; ``num_nodes: 1`` cannot be told from Lightning's default."""
-    if name == "num_nodes":
-        return value in (None, 1, "1", "auto")
-    return value is None or (not isinstance(value, (list, tuple)) and str(value) in ("auto", "-1"))
 
 
 def _device_count(devices: Any) -> int:
@@ -285,11 +284,6 @@ def trainer_defaults(info: LaunchInfo, settings: Mapping[str, Any] | None = None
         "num_nodes": 1 if info.launcher == "plain" else info.num_nodes,
         "accelerator": "cpu" if info.cpu_only else "auto",
     }
-    if info.bf16 and (settings is None or settings.get("precision") is None):
+    if info.bf16:
         derived["precision"] = "bf16-mixed"
-    if settings is None:
-        return derived
-    open_names = [name for name in ("devices", "num_nodes") if _left_open(name, settings.get(name))]
-    if settings.get("accelerator") in (None, "auto"):
-        open_names.append("accelerator")
-    return {name: value for name, value in derived.items() if name in (*open_names, "precision")}
+    return {name: value for name, value in derived.items() if (settings or {}).get(name) in _LEFT_OPEN[name]}

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,7 @@ METRICS_FILE = "metrics.jsonl"
 HPARAMS_FILE = "hparams.json"
 
 _OWN_KEYS = ("run", "step", "seconds")
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class JsonlLogger(Logger):
@@ -40,9 +41,13 @@ class JsonlLogger(Logger):
         folder: the run folder; made on the first write.
     """
 
+    name = version = ""
+    """Empty, so that checkpoints go to ``<folder>/checkpoints``."""
+
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self._folder = Path(folder)
+        self._path = self._folder / METRICS_FILE
         self._stream: IO[bytes] | None = None
         self._run = 0
         self._start = time.monotonic()
@@ -50,26 +55,9 @@ class JsonlLogger(Logger):
 
     @property
     @override
-    def name(self) -> str:
-        """Empty, so that checkpoints go to ``<folder>/checkpoints``."""
-        return ""
-
-    @property
-    @override
-    def version(self) -> str:
-        """Empty, like :attr:`name`."""
-        return ""
-
-    @property
-    @override
     def save_dir(self) -> str:
         """The run folder."""
         return str(self._folder)
-
-    @property
-    def metrics_path(self) -> Path:
-        """The file of metrics."""
-        return self._folder / METRICS_FILE
 
     @override
     @rank_zero_only
@@ -91,7 +79,7 @@ class JsonlLogger(Logger):
             line.update((name, _plain(value)) for name, value in metrics.items() if name not in _OWN_KEYS)
             append(self._stream, json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
-            raise disk_error(error, self.metrics_path, "The lines before are intact. ") or error from None
+            raise disk_error(error, self._path, "The lines before are intact. ") or error from None
 
     @override
     @rank_zero_only
@@ -113,9 +101,9 @@ class JsonlLogger(Logger):
     def _open(self) -> IO[bytes]:
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._run:
-            self._run = 1 + max((line["run"] for line in _lines(self.metrics_path)), default=0)
-        stream = open(self.metrics_path, "ab", buffering=0)  # noqa: SIM115 - closed by finalize
-        if ends_torn(self.metrics_path):
+            self._run = 1 + max((line["run"] for line in _lines(self._path)), default=0)
+        stream = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by finalize
+        if ends_torn(self._path):
             # The process died while it wrote: end that line, so that ours starts on its own.
             append(stream, "\n")
         return stream
@@ -209,11 +197,7 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict) or not isinstance(line.get("run"), int) or not isinstance(line.get("step"), int):
         return None
-    return {name: _number(value) for name, value in line.items()}
-
-
-def _number(value: Any) -> Any:
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+    return {name: float(value) if value in _NOT_FINITE else value for name, value in line.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -231,7 +215,7 @@ def _jsonable(value: Any) -> Any:
         return _jsonable(vars(value))
     if isinstance(value, (set, frozenset)):
         return sorted((_jsonable(item) for item in value), key=str)
-    if isinstance(value, Iterable) and isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     return value if isinstance(value, bool) else _plain(value)
 

@@ -15,11 +15,10 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import stepkd
 from stepkd.errors import ConfigError
@@ -86,13 +85,13 @@ class RunDir:
             run.resume_from = run.last_checkpoint() if resume or restarted else None
             return run
         try:
-            found = _look(path)
-            if restarted and found.marker is not None and found.marker.get("launch") == launch:
+            entries, marker = _look(path)
+            if restarted and marker is not None and marker.get("launch") == launch:
                 resume, overwrite = True, False
             run = cls(path, kind=kind, info=info)
-            run.message = run._enter(found, resume=resume, overwrite=overwrite)
+            run.message = run._enter(entries, marker, resume=resume, overwrite=overwrite)
             run.resume_from = run.last_checkpoint() if resume else None
-            run._begin(found.marker if resume else None, launch)
+            run._begin(marker if resume else None, launch)
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.rmdir()  # if nothing is in it
@@ -112,17 +111,37 @@ class RunDir:
         """
         return find_last_checkpoint(self.checkpoints)
 
-    def mark_finished(self) -> None:
-        """Record in ``run.json`` that the run ended as planned (rank 0 only)."""
-        self._mark("finished", "")
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record how the work of a block ends: finished, or failed and why."""
+        try:
+            yield
+        except BaseException as error:
+            self.mark("failed", f"{type(error).__name__}: {error}")
+            raise
+        self.mark("finished")
 
-    def mark_stopped(self, message: str) -> None:
-        """Record in ``run.json`` that the run stopped on request, ready to go on (rank 0 only)."""
-        self._mark("stopped", message)
+    def mark(self, status: Literal["finished", "stopped", "failed"], message: str = "") -> None:
+        """Record in ``run.json`` how the run ended (rank 0 only).
 
-    def mark_failed(self, message: str) -> None:
-        """Record in ``run.json`` that the run ended early, and why (rank 0 only)."""
-        self._mark("failed", message)
+        Args:
+            status: ended as planned, stopped on request and ready to go on, or ended early.
+            message: why.
+
+        Raises:
+            ConfigError: the file cannot be written; not of a failure, which has an error of its own.
+        """
+        if not self.info.is_rank_zero:
+            return
+        marker = read_marker(self.path) or {"kind": self.kind, "stepkd": stepkd.__version__}
+        marker.update(status=status, message=message, ended=_now())
+        try:
+            write_json(self.path / MARKER, marker)
+        except OSError as error:
+            if status != "failed":
+                raise ConfigError(_explain(self.path, error)) from None
+            with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
+                _overwrite(self.path / MARKER, marker)
 
     def abandon(self) -> bool:
         """Remove a folder in which nothing was done yet, so that a corrected command needs no flag.
@@ -138,26 +157,12 @@ class RunDir:
         shutil.rmtree(self.path)
         return True
 
-    def _mark(self, status: str, message: str) -> None:
-        if not self.info.is_rank_zero:
-            return
-        marker = read_marker(self.path) or {"kind": self.kind, "stepkd": stepkd.__version__}
-        marker.update(status=status, message=message, ended=_now())
-        try:
-            write_json(self.path / MARKER, marker)
-        except OSError as error:
-            if status != "failed":
-                raise ConfigError(_explain(self.path, error)) from None
-            with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
-                _overwrite(self.path / MARKER, marker)
-
-    def _enter(self, found: _Found, *, resume: bool, overwrite: bool) -> str:
+    def _enter(self, entries: list[str], marker: dict[str, Any] | None, *, resume: bool, overwrite: bool) -> str:
         """Make the folder ready, or refuse; returns the sentence for the terminal."""
-        marker = found.marker
-        if not found.entries:
+        if not entries:
             return f"{self.path}: nothing to resume, starting fresh" if resume else f"{self.path}: new run"
         if marker is None:
-            some = ", ".join(found.entries[:3]) + (", ..." if len(found.entries) > 3 else "")
+            some = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
             raise ConfigError(
                 f"{self.path} already exists, was not made by stepkd (it has no {MARKER}) and is not empty ({some}); "
                 "stepkd neither resumes nor deletes it. Give another --out"
@@ -225,22 +230,24 @@ class RunDir:
         self.checkpoints.mkdir(exist_ok=True)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What lies at the path before the run starts."""
+def free_path(path: Path) -> Path:
+    """The path itself, or the first numbered one (``name-2``, ``name-3``, ...) at which there is nothing."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
 
-    entries: list[str]
-    marker: dict[str, Any] | None
 
-
-def _look(path: Path) -> _Found:
+def _look(path: Path) -> tuple[list[str], dict[str, Any] | None]:
+    """Names of what lies at the path before the run starts, and its marker."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file, not a folder; give another --out")
     if not path.exists():
-        return _Found([], None)
+        return [], None
     # Temporary files of an interrupted `write_json` do not make a folder "in use".
     entries = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(f".{MARKER}."))
-    return _Found(entries, read_marker(path))
+    return entries, read_marker(path)
 
 
 def read_marker(path: Path) -> dict[str, Any] | None:

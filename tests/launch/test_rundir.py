@@ -61,11 +61,11 @@ def test_an_empty_folder_is_used(tmp_path: Path) -> None:
 
 def test_finished_and_failed_are_recorded(tmp_path: Path) -> None:
     run = start(tmp_path / "r")
-    run.mark_failed("loss is NaN")
+    run.mark("failed", "loss is NaN")
     failed = read_marker(run.path)
     assert failed is not None
     assert (failed["status"], failed["message"]) == ("failed", "loss is NaN")
-    run.mark_finished()
+    run.mark("finished")
     finished = read_marker(run.path)
     assert finished is not None
     assert (finished["status"], finished["message"]) == ("finished", "")
@@ -74,7 +74,7 @@ def test_finished_and_failed_are_recorded(tmp_path: Path) -> None:
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     run = start(tmp_path / "r", kind="evaluate")
     checkpoint(run.checkpoints, "step=7.ckpt")
-    run.mark_finished()
+    run.mark("finished")
     before = tree(run.path)
     with pytest.raises(ConfigError) as caught:
         start(run.path)
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_old_marker(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match="no space left"):
-        run.mark_finished()
+        run.mark("finished")
     assert tree(run.path) == before
 
 
@@ -225,15 +225,15 @@ def test_other_ranks_neither_fail_nor_write(tmp_path: Path) -> None:
     before = tree(path)
     for flags in ({}, {"overwrite": True}, {"resume": True}):
         start(path, environ=RANK1, **flags)
-    early.mark_finished()
-    early.mark_failed("x")
+    early.mark("finished")
+    early.mark("failed", "x")
     assert tree(path) == before
 
 
 def test_all_ranks_agree_on_the_checkpoint(tmp_path: Path) -> None:
     run = start(tmp_path / "r", environ=RANK0)
     last = checkpoint(run.checkpoints, "last.ckpt")
-    run.mark_finished()
+    run.mark("finished")
     assert start(run.path, environ=RANK1).resume_from is None
     ranks = [start(run.path, environ=environ, resume=True).resume_from for environ in (RANK0, RANK1)]
     assert ranks == [last, last]
@@ -255,7 +255,7 @@ def test_an_elastic_restart_resumes_by_itself(tmp_path: Path, overwrite: bool) -
 
 def test_a_restart_does_not_take_over_another_launch(tmp_path: Path) -> None:
     run = start(tmp_path / "r", environ=restart(RANK0, 0))
-    run.mark_finished()
+    run.mark("finished")
     with pytest.raises(ConfigError, match="already holds a run"):
         start(run.path, environ=restart(RANK0, 1, agent="agent_b"))
 
