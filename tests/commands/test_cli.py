@@ -51,7 +51,7 @@ def test_help_of_fit_tells_what_every_setting_and_data_module_is() -> None:
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     text = " ".join(done.stdout.split())
-    assert "A folder, a hub id (``org/name``)" in text, "a field's docstring"
+    assert "A run folder, a model folder, a hub id (``org/name``)" in text, "a field's docstring"
     assert "written every so many optimiser steps" in text
     for name in ("StepData", "StepLabelData", "PairData", "FeedbackData"):
         assert f"stepkd.data.{name}" in text
