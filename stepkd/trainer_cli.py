@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
@@ -232,7 +231,7 @@ class StepkdCLI(LightningCLI):
     def after_predict(self) -> None:
         """Record the end."""
         assert self.run_dir is not None
-        self.run_dir.mark_finished()
+        self.run_dir.mark("finished")
 
     def after_fit(self) -> None:
         """Keep the final state, and say what to do next."""
@@ -454,5 +453,4 @@ def _mark_failed(error: BaseException) -> None:
     mistake = _user_mistake(error)
     if mistake is None or isinstance(mistake, MachineError) or not cli.run_dir.abandon():
         text = str(error).splitlines()[0] if str(error) else ""
-        with contextlib.suppress(ConfigError):  # a full disk must not hide the error itself
-            cli.run_dir.mark("failed", f"{type(error).__name__}: {text}")
+        cli.run_dir.mark("failed", f"{type(error).__name__}: {text}")
