@@ -191,7 +191,7 @@ def test_a_finished_prediction_says_so(inputs: dict[str, Path], tmp_path: Path) 
 def test_a_failed_run_is_marked_without_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir.open(tmp_path / "x", environ={})
     monkeypatch.setattr("stepkd.launch.rundir.write_json", _full)
-    run.mark_failed("no space " * 2000)
+    run.mark("failed", "no space " * 2000)
     marker = json.loads((run.path / "run.json").read_text())
     assert (marker["status"], marker["kind"]) == ("failed", "fit")
     assert (run.path / "run.json").stat().st_size <= 4096
