@@ -67,19 +67,16 @@ def _main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("httpx", "fsspec", "urllib3", "datasets", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if "--safe" in arguments or os.environ.get("STEPKD_SAFE") == "1":
+        arguments = [argument for argument in arguments if argument != "--safe"]
+        import_module("stepkd.safe").enter()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         print(f"stepkd {stepkd.__version__}")
         return 0
-    if "--safe" in arguments or os.environ.get("STEPKD_SAFE") == "1":
-        arguments = [argument for argument in arguments if argument != "--safe"]
-        import_module("stepkd.safe").enter()
     _find_own_modules()
-    if not arguments:
-        print(_overview())
-        return 2
     command, *rest = arguments
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would fill a log file with carriage returns

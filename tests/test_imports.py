@@ -38,7 +38,7 @@ def test_light_imports(name: str, forbidden: list[str]) -> None:
 
 
 LAYERS = [
-    {"errors", "randomness", "safe", "yaml_files"},
+    {"errors", "files", "randomness", "safe", "yaml_files"},
     {"steps", "losses"},
     {"data", "grading", "tasks"},
     {"models", "launch"},

@@ -91,12 +91,7 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
         findings.append(
             Finding("recipe", "bfloat16", "emulated", "note", "this processor computes it slowly: float32 is faster")
         )
-    return {
-        "peak_bytes": found.peak,
-        "held": found.held,
-        "phases": found.phases,
-        "facts": found.facts,
-    }, findings
+    return {"peak_bytes": found.peak, **asdict(found)}, findings
 
 
 def _show(findings: Sequence[Any], estimate: dict[str, Any] | None) -> None:

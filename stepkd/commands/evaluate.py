@@ -86,26 +86,17 @@ def run(arguments: argparse.Namespace) -> int:
     judging_prm.check_used(arguments)
     if arguments.benchmark in PROCESS_BENCHMARKS:
         return judging_prm.run_process(arguments)
+    same = (
+        *("model", "benchmark", "out", "data", "limit", "samples", "temperature", "top_p", "top_k", "max_new_tokens"),
+        *("dtype", "device", "attention", "seed"),
+    )
     spec = EvaluationSpec(
-        model=arguments.model,
-        benchmark=arguments.benchmark,
-        out=arguments.out,
-        data=arguments.data,
-        limit=arguments.limit,
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        max_new_tokens=arguments.max_new_tokens,
+        **{name: getattr(arguments, name) for name in same},
         stop=tuple(arguments.stop),
         template=_template(arguments),
         extractors=tuple(arguments.extractors) if arguments.extractors else None,
         deadline_s=arguments.deadline,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        attention=arguments.attention,
         max_rows=arguments.batch_size,
-        seed=arguments.seed,
         ks=tuple(arguments.ks or ()),
     )
     console = Console()

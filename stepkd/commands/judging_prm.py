@@ -64,17 +64,10 @@ def run_process(arguments: argparse.Namespace) -> int:
     from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
     from stepkd.scorers.load import load_scorer
 
+    same = ("model", "benchmark", "out", "data", "threshold", "tune_on", "limit", "batch_size", "seed")
     spec = ProcessSpec(
-        model=arguments.model,
-        benchmark=arguments.benchmark,
-        out=arguments.out,
-        data=arguments.data,
+        **{name: getattr(arguments, name) for name in same},
         subsets=tuple(arguments.subsets or ("gsm8k", "math")),
-        threshold=arguments.threshold,
-        tune_on=arguments.tune_on,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
     )
     options = scorer_options(arguments)
     console = Console()
@@ -125,14 +118,13 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
             where = "here: optimistic" if section["tuned"]["optimistic"] else f"on {summary['tuned_on']}"
             rules.append((f"below {section['tuned']['threshold']:.2f},\ntuned {where}", section["tuned"]))
         for i, (rule, found) in enumerate(rules):
-            shown = (_percent(found[key], "\n") for key in ("f1", "acc_error", "acc_correct"))
+            shown = (_percent(found[key], "\n") for key in _FIRST_ERROR)
             table.add_row(label if i == 0 else "", rule, *shown)
         for rule, found in section["baselines"].items():
             if found is None:
                 continue
-            f1 = found["f1"]
-            shown_f1 = _percent(f1, None) if isinstance(f1, dict) else f"{100 * f1:.1f}"
-            table.add_row("", f"{rule} (baseline)", shown_f1, *_shares(found), style="dim", end_section=False)
+            shown = (_percent(found[key], None) for key in _FIRST_ERROR)
+            table.add_row("", f"{rule} (baseline)", *shown, style="dim")
         table.add_section()
     console.print(table)
     steps = Table(title="steps up to and including the first error", title_justify="left")
@@ -211,24 +203,18 @@ def compare_scorers(arguments: argparse.Namespace, summaries: tuple[dict[str, An
     return 0
 
 
-def _shares(found: dict[str, Any]) -> tuple[str, str]:
-    shown = []
-    for key in ("acc_error", "acc_correct"):
-        value = found[key]
-        shown.append(_percent(value, None) if isinstance(value, dict) else f"{100 * value:.1f}")
-    return shown[0], shown[1]
+def _percent(figure: dict[str, Any] | float | None, gap: str | None = " ") -> str:
+    """A share, with its interval behind the gap where both are there."""
+    return _shown(figure, 100.0, 1, gap)
 
 
-def _percent(interval: dict[str, Any] | None, gap: str | None = " ") -> str:
-    return _shown(interval, 100.0, 1, gap)
+def _number(figure: dict[str, Any] | None) -> str:
+    return _shown(figure, 1.0, 3, " ")
 
 
-def _number(interval: dict[str, Any] | None) -> str:
-    return _shown(interval, 1.0, 3, " ")
-
-
-def _shown(interval: dict[str, Any] | None, scale: float, digits: int, gap: str | None) -> str:
-    if interval is None or interval["value"] is None:
+def _shown(figure: dict[str, Any] | float | None, scale: float, digits: int, gap: str | None) -> str:
+    interval = figure if isinstance(figure, dict) else {"value": figure, "low": None, "high": None}
+    if interval["value"] is None:
         return "-"
     value = f"{scale * interval['value']:.{digits}f}"
     if gap is None or interval["low"] is None or interval["high"] is None:
@@ -236,6 +222,8 @@ def _shown(interval: dict[str, Any] | None, scale: float, digits: int, gap: str 
     return f"{value}{gap}({scale * interval['low']:.{digits}f} to {scale * interval['high']:.{digits}f})"
 
 
+_FIRST_ERROR = ("f1", "acc_error", "acc_correct")
+"""Keys of a rule's figures, in the order of the table."""
 _STEP_ROWS: tuple[tuple[str, str, str, Any], ...] = (
     ("steps", "steps", "steps", str),
     ("right (%)", "steps", "positive_share", _percent),

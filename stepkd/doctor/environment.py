@@ -96,16 +96,13 @@ def _processor() -> Iterator[Finding]:
     if free is not None:
         inside = "" if limit is None else f", limit of this container {gib(limit)}"
         yield Finding(section, "memory", f"{gib(free)} free{inside}")
-    fast = fast_bfloat16()
-    yield Finding(
-        section,
-        "bfloat16",
-        "in hardware" if fast else "emulated",
-        "ok" if fast or torch.cuda.is_available() else "note",
-        ""
-        if fast or torch.cuda.is_available()
-        else "on this processor float32 is many times faster: policy.dtype float32",
-    )
+    if fast_bfloat16():
+        yield Finding(section, "bfloat16", "in hardware")
+    elif torch.cuda.is_available():
+        yield Finding(section, "bfloat16", "emulated")
+    else:
+        advice = "on this processor float32 is many times faster: policy.dtype float32"
+        yield Finding(section, "bfloat16", "emulated", "note", advice)
 
 
 def _gpus() -> Iterator[Finding]:
@@ -133,15 +130,8 @@ def _gpus() -> Iterator[Finding]:
 
 def _attention() -> Iterator[Finding]:
     section = "attention"
-    kernels = [
-        name
-        for name, on in (
-            ("flash", torch.backends.cuda.flash_sdp_enabled()),
-            ("memory-efficient", torch.backends.cuda.mem_efficient_sdp_enabled()),
-            ("cudnn", torch.backends.cuda.cudnn_sdp_enabled()),
-        )
-        if on
-    ]
+    names = {"flash": "flash", "mem_efficient": "memory-efficient", "cudnn": "cudnn"}
+    kernels = [name for key, name in names.items() if getattr(torch.backends.cuda, f"{key}_sdp_enabled")()]
     on_gpu = torch.cuda.is_available()
     yield Finding(section, "sdpa", ", ".join(kernels) if on_gpu else "the processor's kernels")
     known = find_spec("flash_attn") is not None
@@ -165,11 +155,8 @@ def _launch(environ: Mapping[str, str]) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding(section, "launcher", "contradictions", "bad", str(error))
         return
-    yield Finding(
-        section,
-        "launcher",
-        f"{info.launcher}: rank {info.rank} of {info.world_size}, {info.num_nodes} node(s)",
-    )
+    ranks = f"rank {info.rank} of {info.world_size}, {info.num_nodes} node(s)"
+    yield Finding(section, "launcher", f"{info.launcher}: {ranks}")
 
 
 def _disk(folder: Path, environ: Mapping[str, str]) -> Iterator[Finding]:

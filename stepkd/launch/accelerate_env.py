@@ -28,6 +28,29 @@ _SHARDED = (
 )
 """Ways of accelerate to shard a model: name, switch, and what the names of their settings start with."""
 
+_IGNORED = {
+    "MIXED_PRECISION": (
+        ("", "no", "bf16"),
+        "accelerate asks for mixed precision {!r} (ACCELERATE_MIXED_PRECISION), which is not supported: it needs loss "
+        "scaling. Launch with `--mixed_precision bf16`, or with `no` and `trainer.precision: bf16-mixed` in the "
+        "recipe.",
+    ),
+    "GRADIENT_ACCUMULATION_STEPS": (
+        ("", "1", "auto"),
+        "accelerate asks for gradient accumulation over {} batches (--gradient_accumulation_steps or "
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS), which Lightning ignores. Drop it, and set "
+        "`data.init_args.global_batch_size` in the recipe: one batch is one optimiser step over all processes, and "
+        "stepkd splits it into micro-batches that fit in memory.",
+    ),
+    "DYNAMO_BACKEND": (
+        ("", "no"),
+        "accelerate asks for compilation with the dynamo backend {!r} (ACCELERATE_DYNAMO_BACKEND), which Lightning "
+        "ignores. Launch with `--dynamo_backend no`; nothing in the recipe needs to change.",
+    ),
+}
+"""Settings that are single values, by the names that follow ``ACCELERATE_``: which are neutral, and what to say of
+others."""
+
 
 def is_true(value: str | None) -> bool:
     """Whether accelerate reads the text of a variable as true."""
@@ -44,48 +67,18 @@ def ignored_settings(environ: Mapping[str, str], parent_command: Sequence[str] =
     Returns:
         One sentence or two per setting, empty when all are at their neutral value.
     """
+    asked = {name: environ.get(f"ACCELERATE_{name}", "").strip() for name in _IGNORED}
     steps = launch_options(parent_command).get("gradient_accumulation_steps", "")
-    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip() or steps
-    found = [_mixed_precision(environ), _accumulation(steps), _dynamo(environ)]
-    found += [_sharding(environ, *names) for names in _SHARDED]
-    return [sentence for sentence in found if sentence]
+    asked["GRADIENT_ACCUMULATION_STEPS"] = asked["GRADIENT_ACCUMULATION_STEPS"] or steps
+    found = [
+        text.format(asked[name]) for name, (neutral, text) in _IGNORED.items() if asked[name].lower() not in neutral
+    ]
+    return found + [sentence for names in _SHARDED if (sentence := _sharding(environ, *names))]
 
 
 def asks_for_bf16(environ: Mapping[str, str]) -> bool:
     """Whether accelerate was asked for mixed precision with bfloat16, which ``trainer.precision`` takes over."""
     return environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() == "bf16"
-
-
-def _mixed_precision(environ: Mapping[str, str]) -> str | None:
-    value = environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower()
-    if value in ("", "no", "bf16"):
-        return None
-    return (
-        f"accelerate asks for mixed precision {value!r} (ACCELERATE_MIXED_PRECISION), which is not supported: it needs "
-        "loss scaling. Launch with `--mixed_precision bf16`, or with `no` and `trainer.precision: bf16-mixed` in the "
-        "recipe."
-    )
-
-
-def _accumulation(steps: str) -> str | None:
-    if steps in ("", "1", "auto"):
-        return None
-    return (
-        f"accelerate asks for gradient accumulation over {steps} batches (--gradient_accumulation_steps or "
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS), which Lightning ignores. Drop it, and set "
-        "`data.init_args.global_batch_size` in the recipe: one batch is one optimiser step over all processes, and "
-        "stepkd splits it into micro-batches that fit in memory."
-    )
-
-
-def _dynamo(environ: Mapping[str, str]) -> str | None:
-    value = environ.get("ACCELERATE_DYNAMO_BACKEND", "").strip()
-    if value.lower() in ("", "no"):
-        return None
-    return (
-        f"accelerate asks for compilation with the dynamo backend {value!r} (ACCELERATE_DYNAMO_BACKEND), which "
-        "Lightning ignores. Launch with `--dynamo_backend no`; nothing in the recipe needs to change."
-    )
 
 
 def _sharding(environ: Mapping[str, str], what: str, flag: str, prefix: str) -> str | None:

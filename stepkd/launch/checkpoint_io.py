@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from stepkd.errors import disk_error
+from stepkd.files import replaced
 from stepkd.launch.checkpoint_files import find_last_checkpoint
 from stepkd.models.checkpoint import read_checkpoint
 
@@ -47,25 +47,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             MachineError: the disk is full or the folder cannot be written; the previous checkpoint is intact.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with told(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                for left in path.parent.glob(f".{path.name}.*.tmp"):
-                    left.unlink(missing_ok=True)  # of a process that was killed while it wrote
-                with open(temporary, "wb") as stream:
-                    torch.save(checkpoint, stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, path)
-                folder = os.open(path.parent, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
-        finally:
-            with contextlib.suppress(OSError):  # must not hide the error itself
-                temporary.unlink(missing_ok=True)
+        with told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            with replaced(path) as temporary, open(temporary, "wb") as stream:
+                torch.save(checkpoint, stream)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Read a checkpoint; see :func:`stepkd.models.checkpoint.read_checkpoint`."""

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
+from stepkd.files import replaced
 from stepkd.launch.checkpoint_files import is_whole
 from stepkd.launch.checkpoint_io import told
 
@@ -74,23 +75,14 @@ class LastCheckpoint(Checkpoint):
             try:
                 os.link(self.path, kept)
             except OSError:  # a file system without links
-                _copy(self.path, kept)
+                for left in kept.parent.glob(".step=*.tmp"):
+                    left.unlink(missing_ok=True)  # of a process that was killed while it copied
+                with replaced(kept) as temporary:
+                    shutil.copyfile(self.path, temporary)
         steps = [path for path in self.path.parent.glob("step=*.ckpt") if path.stem.partition("=")[2].isdigit()]
         steps.sort(key=lambda path: int(path.stem.partition("=")[2]))
         for old in steps[: -self.keep_previous]:
             old.unlink(missing_ok=True)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """A whole copy or none, whatever ends this process."""
-    for left in target.parent.glob(".step=*.tmp"):
-        left.unlink(missing_ok=True)  # of a process that was killed while it copied
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

@@ -158,12 +158,7 @@ class StepProgress(ProgressBar):
         if self._start is not None:
             seconds = self._clock() - self._start[0]
             steps = trainer.global_step - self._start[1]
-            self._say(
-                f"trained {steps} steps in {duration(seconds)}"
-                + "".join(
-                    f"  {name} {metric(name, value)}" for name, value in self.trainer.progress_bar_metrics.items()
-                )
-            )
+            self._say("  ".join([f"trained {steps} steps in {duration(seconds)}", *self._metrics()]))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,8 +203,10 @@ class StepProgress(ProgressBar):
             started, first = self._start
             if total is not None and total >= step > first:
                 found.append(f"{duration((self._clock() - started) / (step - first) * (total - step))} left")
-        found.extend(f"{name} {metric(name, value)}" for name, value in self.trainer.progress_bar_metrics.items())
-        return found
+        return [*found, *self._metrics()]
+
+    def _metrics(self) -> list[str]:
+        return [f"{name} {metric(name, value)}" for name, value in self.trainer.progress_bar_metrics.items()]
 
     def _is_live(self) -> bool:
         if self.mode != "auto":

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import stepkd
 from stepkd.errors import ConfigError
+from stepkd.files import replaced
 from stepkd.launch.checkpoint_files import find_last_checkpoint, step_of
 from stepkd.launch.guard import LaunchInfo, detect_launch
 
@@ -269,19 +270,11 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         OSError: the file could not be written; the old one is intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2, ensure_ascii=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # that of a write is not told, or is the temporary one
+        with replaced(path) as temporary:
+            temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        error.filename = str(path)  # that of a write is not told, or is the temporary one
         raise
 
 

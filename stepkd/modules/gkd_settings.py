@@ -159,11 +159,6 @@ class SourceSpec:
             if getattr(self, name) < 1:
                 raise ConfigError(f"source.{name}={getattr(self, name)}: must be at least 1")
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether some batches are the data's own completions."""
-        return self.student < 1 and self.teacher < 1
-
     def sampling(self, seed: int) -> SamplingSpec:
         """The same settings as a sampler wants them. No nucleus and no top-k: they would change the distribution."""
         return SamplingSpec(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)

@@ -6,12 +6,9 @@ training and search cut alike.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.files import replaced
 from stepkd.steps.confidence import ROUNDING, AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter, Side
 
 Signal = Literal["confidence", "entropy"]
@@ -92,26 +90,15 @@ class SegmentThreshold:
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise DataError(f"the threshold cannot be written as JSON: {error}", path=path) from error
-        temporary: str | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-            with open(descriptor, "w", encoding="utf-8", newline="\n") as handle:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes private files
-            os.replace(temporary, path)
-            temporary = None
+            with replaced(path) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="\n")
         except OSError as error:
             raise DataError(
                 f"could not write the threshold: {error.strerror or error}. Free some space or choose another folder",
                 path=path,
             ) from error
-        finally:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> SegmentThreshold:

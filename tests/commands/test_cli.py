@@ -164,6 +164,13 @@ def test_a_module_of_ones_own_has_its_settings_known(
     assert "model.sharpness: expected float, got 'big'" in capsys.readouterr().err
 
 
+def test_help_and_version_go_with_safe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepkd.safe.enter", lambda: None)
+    for words, expected in ((["--safe", "--help"], "usage: stepkd COMMAND"), (["--safe", "--version"], "stepkd ")):
+        assert main(words) == 0
+        assert expected in capsys.readouterr().out
+
+
 def test_other_commands_suggest_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", "--benchmrk", "gsm8k"])

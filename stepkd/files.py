@@ -1,0 +1,38 @@
+"""Files that are whole: the new content or the old, whatever ends the process that writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A new file for a block to write, which takes the place of another one when the block ends.
+
+    Args:
+        path: the file to replace; its folder must exist.
+
+    Yields:
+        A temporary name beside it. It is flushed to the disk before it takes the file's place.
+
+    Raises:
+        OSError: the new file could not be written; the old one is intact, as after any other error in the block.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # some file systems refuse to open folders; the new name is there
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    finally:
+        with contextlib.suppress(OSError):  # must not hide the error itself
+            temporary.unlink(missing_ok=True)
