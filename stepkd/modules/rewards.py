@@ -170,9 +170,10 @@ class Rewards:
         return totals, parts
 
     def correct(self, columns: dict[str, list[Any]]) -> list[bool]:
-        """Whether each final answer is right."""
+        """Whether each final answer is right; of a completion that was cut off (``cut_off``), only a finished one."""
         golds = [str(answer) for answer in columns["answer"]]
-        return [grade.verdict is Verdict.CORRECT for grade in self.grader.grade(columns["completions"], golds)]
+        grades = self.grader.grade(columns["completions"], golds, cut_off=columns.get("cut_off"))
+        return [grade.verdict is Verdict.CORRECT for grade in grades]
 
     def logged(self, device: torch.device) -> dict[str, float]:
         """Means, over calls and ranks, of what functions have logged since the last time; every rank calls it."""

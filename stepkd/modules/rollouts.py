@@ -209,7 +209,7 @@ class GroupSampler:
         ]
 
     def _columns(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-        """What reward functions are given: TRL's arguments, ``steps``, ``rows``, and the columns that all rows have."""
+        """What reward functions get: TRL's arguments, ``steps``, ``cut_off``, ``rows``, the columns that all rows have."""
         shared = set.intersection(*(set(rollout.row) for rollout in rollouts))
         shared -= {"answer"} if any(rollout.row.get("answer") is None for rollout in rollouts) else set()
         columns: dict[str, list[Any]] = {name: [r.row[name] for r in rollouts] for name in shared}
@@ -218,5 +218,6 @@ class GroupSampler:
             "completions": [rollout.text for rollout in rollouts],
             "completion_ids": [list(rollout.completion_ids) for rollout in rollouts],
             "steps": [step_texts(self.policy.tokenizer, rollout) for rollout in rollouts],
+            "cut_off": [rollout.cut_off for rollout in rollouts],
             "rows": [rollout.row for rollout in rollouts],
         }

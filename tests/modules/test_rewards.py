@@ -228,3 +228,14 @@ def test_safe_mode_refuses_functions_with_a_dot_too(monkeypatch: pytest.MonkeyPa
     for name in ("trl.rewards.think_format_reward", "os.path.join", "os:getcwd"):
         with pytest.raises(ConfigError, match="--safe allows only"):
             assert RewardSpec(name).own
+
+
+# ---- completions that were cut off -----------------------------------------------------------------------------------
+
+
+def test_a_completion_that_was_cut_off_earns_its_reward_by_a_finished_answer_only() -> None:
+    rewards = Rewards([RewardSpec("accuracy")], Grader())
+    texts = ["so it is 3", r"\boxed{3}", "so it is 3"]
+    given_columns = columns(answer=["3"] * 3) | {"completions": texts, "cut_off": [False, True, True]}
+    assert rewards(given_columns, NAMES)[1]["accuracy"] == [1.0, 1.0, 0.0]
+    assert rewards.correct(given_columns) == [True, True, False]
