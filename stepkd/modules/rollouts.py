@@ -209,7 +209,7 @@ class GroupSampler:
         ]
 
     def _columns(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-        """What reward functions get: TRL's arguments, ``steps``, ``cut_off``, ``rows``, the columns that all rows have."""
+        """What reward functions get: TRL's arguments, ``steps``, ``cut_off``, ``rows``, and what all rows have."""
         shared = set.intersection(*(set(rollout.row) for rollout in rollouts))
         shared -= {"answer"} if any(rollout.row.get("answer") is None for rollout in rollouts) else set()
         columns: dict[str, list[Any]] = {name: [r.row[name] for r in rollouts] for name in shared}
