@@ -125,6 +125,26 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def check_bounds(place: str, settings: object, **bounds: str) -> None:
+    """Raise a ConfigError that names the first setting out of its bounds; NaN is out of any, None within.
+
+    Args:
+        place: what stands before the settings' names in the message, with its dot.
+        settings: has them as attributes.
+        **bounds: setting -> interval, such as ``[0, 1)``; ``inf)`` leaves infinity out.
+    """
+    for name, interval in bounds.items():
+        value = getattr(settings, name)
+        least, most = map(float, interval[1:-1].split(","))
+        on_edge = (interval[0] == "[" and value == least) or (interval[-1] == "]" and value == most)
+        if value is None or on_edge or least < value < most:
+            continue
+        words = f"lie in {interval}"
+        if interval.endswith("inf)"):
+            words = {"(0, inf)": "be positive", "[0, inf)": "be 0 or positive"}.get(interval, f"be at least {least:g}")
+        raise ConfigError(f"{place}{name}={value}: must {words}")
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise a ConfigError that names the nearest choice if ``value`` is not one of ``choices``.
 

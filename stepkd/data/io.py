@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -202,9 +203,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[Row, int]]:
 def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSON Lines so that a reader sees the old file or the whole new one, never a part.
 
-    The rows go to a temporary file in the same folder, which is flushed to disk and renamed. On any failure,
-    a full disk included, the temporary file is removed and the previous file stays as it was.
-
     Args:
         path: target ending in ``.jsonl``; missing folders are made.
         rows: JSON-serialisable rows; NaN and infinity are refused because they are not JSON.
@@ -213,36 +211,21 @@ def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> i
         The number of rows written.
 
     Raises:
-        DataError: wrong ending, a row that is not JSON, or a failed write.
+        DataError: wrong ending, or a row that is not JSON.
+        MachineError: a failed write; see :func:`replace_file`.
     """
     path = Path(path)
     if path.suffix != ".jsonl":
         raise DataError(f"rows are written as JSON Lines; let the name end in .jsonl, not {path.suffix!r}", path=path)
     number = 0
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as handle:
+
+    def write(temporary: str) -> None:
+        nonlocal number
+        with open(temporary, "w", encoding="utf-8", newline="\n") as handle:
             for number, row in enumerate(rows, start=1):
                 handle.write(_dump(row, path=path, line=number) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, _file_mode(path))
-        os.replace(temporary, path)
-        temporary = None
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise DataError(
-            f"could not write the rows: {error.strerror or error}; "
-            f"{'the previous file is intact' if path.exists() else 'nothing was written'}. "
-            "Free some space or choose another folder",
-            path=path,
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+
+    replace_file(path, write)
     return number
 
 
@@ -257,15 +240,6 @@ def _dump(row: Mapping[str, Any], *, path: Path, line: int) -> str:
     return text
 
 
-def _file_mode(path: Path) -> int:
-    """mkstemp makes private files; keep the old file's mode, or give what ``open`` would have given."""
-    if path.exists():
-        return path.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
 def _sync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems refuse to open folders; the rename itself has happened
         descriptor = os.open(folder, os.O_RDONLY)
@@ -276,16 +250,24 @@ def _sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Have a file written beside the target and put in its place; a failure leaves the target as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Have a file written beside the target, flushed to disk and put in its place.
+
+    Raises:
+        MachineError: a failed write, a full disk included; the target is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # hosts may share a disk and process ids
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(str(temporary))
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except Exception as error:  # safetensors and pyarrow have their own classes
-        if words := disk_error(error, path):
+        kept = "The previous file is intact. " if os.path.exists(path) else "Nothing was written. "
+        if words := disk_error(error, path, kept):
             raise words from error
         raise
     finally:

@@ -122,7 +122,8 @@ def write_stepwise(rows: Iterable[Mapping[str, Any]], path: str | Path) -> int:
         The number of rows written.
 
     Raises:
-        DataError: another ending, a row that breaks its contract, label kinds mixed in Parquet, or a failed write.
+        DataError: another ending, a row that breaks its contract, or label kinds mixed in Parquet.
+        MachineError: a failed write.
     """
     path = Path(path)
     checked = (
@@ -159,10 +160,6 @@ def _write_parquet(rows: list[Row], path: Path) -> int:
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"the rows do not fit a Parquet table: {reason}; write a .jsonl file", path=path) from error
-    except OSError as error:
-        raise DataError(
-            f"could not write the rows: {error.strerror or error}. Free some space or choose another folder", path=path
-        ) from error
     return len(rows)
 
 

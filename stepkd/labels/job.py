@@ -9,6 +9,7 @@ number and every group has a fixed composition, so the labels do not depend on t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from stepkd.data.spec import LABELS_NAME
@@ -65,7 +66,7 @@ def run_label_job(
     """
     made = parts or job_parts(spec, rank=rank, overwrite=overwrite)
     sharded = ShardedJob(
-        spec.out,
+        Path(spec.out),
         rank=rank,
         world_size=world_size,
         launch=launch,

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from stepkd.data.rows import STEP_PREFERENCE, Contract, validate
@@ -106,7 +107,7 @@ def run_pair_job(
         StepkdError: the folder cannot be written, or rank 0 does not come.
     """
     job = ShardedJob(
-        out,
+        Path(out),
         rank=rank,
         world_size=world_size,
         launch=launch,

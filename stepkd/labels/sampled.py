@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from stepkd.data.encode import Example
@@ -16,43 +16,28 @@ from stepkd.rollout import Rollout, Sampler, SamplingSpec
 PURPOSE = "label_solutions"
 
 
+@dataclass(eq=False)
 class SampledSolutions:
-    """``n`` solutions of every problem; an item is a problem.
+    """``n`` solutions of every problem; an item is a problem."""
 
-    Args:
-        prompts: tokenised problems.
-        sampler: draws the solutions.
-        sampling: how they are drawn.
-        grader: judges the final answers.
-        policy: the model that was sampled from; also computes signals that sampling does not give.
-        model: its name in the rows.
-        signals: per-token signals that the segmenter will read.
-        teacher: second model, for signals under a teacher.
-        max_rows: completions decoded at once.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[Example],
-        sampler: Sampler,
-        sampling: SamplingSpec,
-        grader: Grader,
-        *,
-        policy: Policy,
-        model: str,
-        signals: frozenset[str] = frozenset(),
-        teacher: Policy | None = None,
-        max_rows: int = 64,
-    ) -> None:
-        self.prompts = prompts
-        self.sampler = sampler
-        self.sampling = sampling
-        self.grader = grader
-        self.policy = policy
-        self.model = model
-        self.signals = signals
-        self.teacher = teacher
-        self.max_rows = max_rows
+    prompts: Sequence[Example]
+    """Tokenised problems."""
+    sampler: Sampler
+    """Draws the solutions."""
+    sampling: SamplingSpec
+    """How they are drawn."""
+    grader: Grader
+    """Judges the final answers."""
+    policy: Policy
+    """The model that was sampled from; also computes signals that sampling does not give."""
+    model: str
+    """Its name in the rows."""
+    signals: frozenset[str] = frozenset()
+    """Per-token signals that the segmenter will read."""
+    teacher: Policy | None = None
+    """Second model, for signals under a teacher."""
+    max_rows: int = 64
+    """Completions decoded at once."""
 
     def groups(self) -> list[list[int]]:
         """See :class:`~stepkd.labels.solutions.SolutionSource`."""

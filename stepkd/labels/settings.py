@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.evaluation.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.labels.reductions import check_reduction
 from stepkd.rollout import SamplingSpec
@@ -66,10 +66,7 @@ class JobSpec:
         self._check_counts("max_rows", "limit")
 
     def _check_counts(self, *names: str) -> None:
-        for name in names:
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{name}={number}: must be at least 1")
+        check_bounds("", self, **dict.fromkeys(names, "[1, inf)"))
 
     def drawing(self, n: int, max_new_tokens: int, *, temperature: float | None = None) -> SamplingSpec:
         """How ``n`` completions of a prompt or prefix are drawn; ``temperature`` in place of the job's."""
@@ -163,8 +160,7 @@ class LabelSpec(JobSpec):
                 "--label-temperature, or --rollouts-per-step 1"
             )
         check_threshold(self.threshold)
-        if not 0 < self.quantile < 1:
-            raise ConfigError(f"quantile={self.quantile}: must lie between 0 and 1")
+        check_bounds("", self, quantile="(0, 1)")
         if (self.segmenter_kind == "reject") != (self.teacher is not None):
             raise ConfigError("segmenter 'reject' and --teacher go together: give both or neither")
         if self.segmenter is not None and not self.fits_threshold:

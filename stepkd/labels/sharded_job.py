@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,40 +29,28 @@ Figures = Callable[[Sequence[Record]], tuple[str, int, int]]
 """Of the records of a group: name of a running figure, its numerator and its denominator."""
 
 
+@dataclass(eq=False)
 class ShardedJob:
-    """One rank's view of a job.
+    """One rank's view of a job."""
 
-    Args:
-        out: the job's folder, on a disk that all ranks share.
-        rank, world_size: this process among those at work; they need no process group. A resumed job may have another
-            number of ranks.
-        launch: a word that the ranks of this launch share; see :func:`~stepkd.labels.folder.prepare_job_folder`.
-        overwrite: delete an earlier job in the folder when this one begins.
-        wait_s: longest wait for other ranks without news (s).
-        report: told of progress after every group.
-        say: told what is waited for.
-    """
+    out: Path
+    """The job's folder, on a disk that all ranks share."""
+    rank: int = 0
+    """This process among those at work; they need no process group."""
+    world_size: int = 1
+    """Number of these; a resumed job may have another."""
+    launch: str | None = None
+    """A word that the ranks of this launch share; see :func:`~stepkd.labels.folder.prepare_job_folder`."""
+    overwrite: bool = False
+    """Delete an earlier job in the folder when this one begins."""
+    wait_s: float = 1800.0
+    """Longest wait for other ranks without news (s)."""
+    report: Report | None = None
+    """Told of progress after every group."""
+    say: Callable[[str], None] | None = None
+    """Told what is waited for."""
 
-    def __init__(
-        self,
-        out: str | Path,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        launch: str | None = None,
-        overwrite: bool = False,
-        wait_s: float = 1800.0,
-        report: Report | None = None,
-        say: Callable[[str], None] | None = None,
-    ) -> None:
-        self.out = Path(out)
-        self.rank = rank
-        self.world_size = world_size
-        self.launch = launch
-        self.overwrite = overwrite
-        self.wait_s = wait_s
-        self.report = report
-        self.say = say
+    def __post_init__(self) -> None:
         self._shards: dict[str, Shards] = {}
 
     def begin(self, manifest: Mapping[str, Any]) -> None:

@@ -111,39 +111,32 @@ def _base_spec(spec: PolicySpec) -> PolicySpec:
 def _base_model(spec: PolicySpec) -> Any:
     from transformers import AutoModelForCausalLM
 
-    check_remote_code(spec.trust_remote_code)
     quantization = None if spec.quantization == "none" else _quantization(spec)
     if spec.path in TINY_PRESETS:
         return _tiny_model(spec)
-    source, gguf_file = _split_gguf(spec.path)
-    arguments: dict[str, Any] = {
-        "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype),
-        "trust_remote_code": spec.trust_remote_code,
-        "output_loading_info": True,
-    }
-    if spec.revision is not None:
-        arguments["revision"] = spec.revision
-    if gguf_file is not None:
-        _require_gguf(spec.path)
-        arguments["gguf_file"] = gguf_file
-        if spec.dtype == "auto":
-            arguments["dtype"] = compute_dtype()
+    source, arguments = _place(spec.path, spec.revision, spec.trust_remote_code)
+    is_gguf = "gguf_file" in arguments
+    if spec.dtype != "auto":
+        arguments["dtype"] = getattr(torch, spec.dtype)
+    else:
+        arguments["dtype"] = compute_dtype() if is_gguf else "auto"
     if spec.attention is not None:
         arguments["attn_implementation"] = spec.attention
     if quantization is not None:
         arguments["quantization_config"] = quantization
-    _check_folder(source, gguf_file, spec.revision)
-    if gguf_file is None and quantization is None and Path(source).is_dir():
+    if not is_gguf:
+        _check_folder(Path(source))
+    if not is_gguf and quantization is None and Path(source).is_dir():
         check_host_room(Path(source), spec.dtype)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, **arguments)
+        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
     except Exception as error:  # transformers, safetensors, gguf and the hub raise many classes for a broken model
         raise ModelError(_load_message(spec.path, error)) from error
     _check_complete(spec.path, model, report)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks for inference; gradients then end at this layer
             module.support_avx512bf16_for_cpu = False
-    if gguf_file is not None:
+    if is_gguf:
         _forget_gguf(model)
     if model.dtype == torch.bfloat16 and not (torch.cuda.is_available() or fast_bfloat16()):
         logger.warning(
@@ -162,19 +155,14 @@ def model_config(spec: PolicySpec) -> Any:
     """
     from transformers import AutoConfig
 
-    check_remote_code(spec.trust_remote_code)
     spec = _base_spec(as_trained(spec))
     if spec.path in TINY_PRESETS:
         return tiny_config(spec.path, tiny_tokenizer())
-    source, gguf_file = _split_gguf(spec.path)
-    arguments: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    if gguf_file is not None:
-        _require_gguf(spec.path)
-    _check_folder(source, gguf_file, spec.revision)
+    source, arguments = _place(spec.path, spec.revision, spec.trust_remote_code)
+    if "gguf_file" not in arguments:
+        _check_folder(Path(source))
     try:
-        return AutoConfig.from_pretrained(
-            source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **arguments
-        )
+        return AutoConfig.from_pretrained(source, **arguments)
     except Exception as error:
         raise ModelError(_load_message(spec.path, error)) from error
 
@@ -252,16 +240,7 @@ def _stored_tokenizer(spec: PolicySpec) -> Any:
     where, revision = _tokenizer_place(spec)
     if where in TINY_PRESETS:
         return tiny_tokenizer()
-    source, gguf_file = _split_gguf(where)
-    if gguf_file is None:
-        check_source(source, revision)
-    check_remote_code(spec.trust_remote_code)
-    arguments: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    if revision is not None:
-        arguments["revision"] = revision
-    if gguf_file is not None:
-        _require_gguf(where)
-        arguments["gguf_file"] = gguf_file
+    source, arguments = _place(where, revision, spec.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except Exception as error:  # transformers, tokenizers and the hub raise many classes for a broken tokenizer
@@ -302,15 +281,22 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _split_gguf(path: str) -> tuple[str, str | None]:
+def _place(path: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """Folder or hub id of what a path names, and the arguments with which transformers loads it."""
+    check_remote_code(trust_remote_code)
     if path.startswith("~"):
         path = str(Path(path).expanduser())
-    if path.endswith(".gguf"):
-        file = Path(path)
-        if not file.is_file():
-            raise ModelError(f"no GGUF file at {path}: give the path of an existing .gguf file")
-        return str(file.parent), file.name
-    return path, None
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        arguments["revision"] = revision
+    if not path.endswith(".gguf"):
+        check_source(path, revision)
+        return path, arguments
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"no GGUF file at {path}: give the path of an existing .gguf file")
+    _require_gguf(path)
+    return str(file.parent), arguments | {"gguf_file": file.name}
 
 
 def _require_gguf(path: str) -> None:
@@ -320,18 +306,14 @@ def _require_gguf(path: str) -> None:
         raise ModelError(f"{path} is a GGUF file: install the reader with pip install 'stepkd[gguf]'") from error
 
 
-def _check_folder(source: str, gguf_file: str | None, revision: str | None) -> None:
-    folder = Path(source)
-    if gguf_file is not None:
-        return
-    check_source(source, revision)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(no_model(folder))
-        if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
-            raise ModelError(
-                f"{source} holds a config.json but no weights (*.safetensors): was the download or the export cut off?"
-            )
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no model (anything but a folder is a hub id)."""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(no_model(folder))
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise ModelError(
+            f"{folder} holds a config.json but no weights (*.safetensors): was the download or the export cut off?"
+        )
 
 
 def _load_message(path: str, error: Exception) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_bounds
 
 Quantization = Literal["none", "nf4", "int8"]
 """How base weights are kept: as they are, or in 4 or 8 bits."""
@@ -35,12 +35,7 @@ class LoraSpec:
     """Scale by ``alpha / sqrt(r)`` (rank-stabilised LoRA)."""
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"policy.lora.r={self.r}: the rank must be at least 1")
-        if self.alpha <= 0:
-            raise ConfigError(f"policy.lora.alpha={self.alpha}: must be positive")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"policy.lora.dropout={self.dropout}: must lie in [0, 1)")
+        check_bounds("policy.lora.", self, r="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,11 @@ def trained_template(path: str | Path, revision: str | None = None) -> PromptTem
     saved = None
     with contextlib.suppress(OSError):  # neither a folder nor a repository: whoever loads it says so
         saved = model_file(str(path), Path(path).expanduser(), TEMPLATE_NAME, revision)
-    checkpoint = None if saved is not None else find_checkpoint(Path(path).expanduser())
-    if saved is None and checkpoint is None:
-        return None
     try:
-        if checkpoint is None:
-            return read_template(Path(str(saved)))
+        if saved is not None:
+            return read_template(saved)
+        if (checkpoint := find_checkpoint(Path(path).expanduser())) is None:
+            return None
         if values := read_checkpoint(checkpoint)["stepkd"].get("template"):
             return PromptTemplate(**values)
         return _of_recipe(checkpoint)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stepkd.models.head import backbone_of, evaluation_mode, positions_from_mask
+from stepkd.models.head import backbone_of, evaluation_mode, positions_from_mask, reads_alike
 from stepkd.models.packed import has_windows
 
 WORTH = 0.03
@@ -119,9 +119,7 @@ def check_unpadded(causal_lm: Any) -> bool:
         expected = backbone_of(causal_lm)(
             input_ids=ids, attention_mask=mask, position_ids=positions_from_mask(mask), use_cache=False
         ).last_hidden_state
-    found, expected = (states[mask.bool()].double() for states in (found, expected))
-    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-    return error < (0.03 if causal_lm.dtype in (torch.float16, torch.bfloat16) else 1e-4)
+    return reads_alike(causal_lm, found[mask.bool()], expected[mask.bool()])
 
 
 def _install() -> None:

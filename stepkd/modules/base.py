@@ -208,7 +208,7 @@ class StepModule(EvaluationLoops):
 
     def _evaluation(self, *, steps: bool = False) -> str:
         """What fits the data that the run was trained on."""
-        data = getattr(self.trainer, "datamodule", None)
+        data = self.datamodule
         spec = getattr(data, "specs", {}).get("validation")
         template = getattr(data, "template", None)
         name = template_name(template) if isinstance(template, PromptTemplate) else ""
@@ -231,6 +231,11 @@ class StepModule(EvaluationLoops):
         if self.policy is None:
             raise RuntimeError("the policy is loaded by configure_model(): call it first when using a module by hand")
         return self.policy
+
+    @property
+    def datamodule(self) -> Any:
+        """The run's data module; None without one."""
+        return getattr(self._trainer, "datamodule", None)
 
     def trained_template(self) -> PromptTemplate | None:
         """The prompt template that the checkpoint, or else the policy, was trained with; None: nothing says it."""
@@ -333,9 +338,12 @@ class StepModule(EvaluationLoops):
 
     def check_data_fits(self, name: str, context: int | None) -> None:
         """Refuse data that is longer than a model's context (None: unlimited)."""
-        longest = getattr(getattr(self.trainer, "datamodule", None), "max_length", None)
+        longest = getattr(self.datamodule, "max_length", None)
         if longest is not None and context is not None and longest > context:
-            raise ConfigError(f"data.max_length={longest} exceeds the {name}'s context of {context} tokens: lower it")
+            raise ConfigError(
+                f"data.max_length={longest} exceeds the {name}'s context of {context} tokens: lower it, or take a "
+                f"{name} of a longer context"
+            )
 
     def _check_weights(self) -> None:
         if self.components and (unknown := sorted(set(self.loss_weights) - set(self.components))):

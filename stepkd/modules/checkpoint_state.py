@@ -54,7 +54,7 @@ def pack(module: StepModule, checkpoint: dict[str, Any]) -> None:
         "base": module.base_identity,
         "settings": _settings(module),
     }
-    template = getattr(getattr(module.trainer, "datamodule", None), "template", None)
+    template = getattr(module.datamodule, "template", None)
     if isinstance(template, PromptTemplate):
         section["template"] = asdict(template)
     if module.model.step_head is not None:
@@ -155,5 +155,5 @@ def _class_name(module: StepModule) -> str:
 
 
 def _data_fingerprint(module: StepModule) -> str | None:
-    data: Any = getattr(module.trainer, "datamodule", None)
+    data = module.datamodule
     return data.fingerprint() if hasattr(data, "fingerprint") else None

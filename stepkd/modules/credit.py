@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,34 +20,20 @@ from stepkd.modules.step_scores import step_scores, step_texts
 from stepkd.scorers import StepScorer
 
 
+@dataclass(eq=False)
 class Weigher:
-    """Gives rollouts their advantages, weights and counts.
+    """Gives rollouts their advantages, weights and counts."""
 
-    Args:
-        rollout, policy_loss, kd, step_credit: the settings.
-        distils: whether there is a teacher.
-        tokenizer: the policy's.
-        scorer: scores steps; needed where ``step_credit`` is given.
-    """
-
-    def __init__(
-        self,
-        rollout: RolloutSpec,
-        policy_loss: PolicyLossSpec,
-        kd: KDSpec,
-        step_credit: StepCreditSpec | None,
-        *,
-        distils: bool,
-        tokenizer: Any,
-        scorer: StepScorer | None,
-    ) -> None:
-        self.rollout = rollout
-        self.policy_loss = policy_loss
-        self.kd = kd
-        self.step_credit = step_credit
-        self.distils = distils
-        self.tokenizer = tokenizer
-        self.scorer = scorer
+    rollout: RolloutSpec
+    policy_loss: PolicyLossSpec
+    kd: KDSpec
+    step_credit: StepCreditSpec | None
+    distils: bool
+    """Whether there is a teacher."""
+    tokenizer: Any
+    """The policy's."""
+    scorer: StepScorer | None
+    """Scores steps; needed where ``step_credit`` is given."""
 
     def __call__(self, rollouts: Sequence[Rollout], extra_R: Tensor | None = None) -> list[Rollout]:
         """The rollouts with all that the loss needs.

@@ -19,7 +19,7 @@ from torch import Tensor
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
-from stepkd.errors import ConfigError
+from stepkd.errors import check_bounds
 from stepkd.evaluation.judging import judge, vote_keys
 from stepkd.grading import Grader
 from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
@@ -59,49 +59,32 @@ class FidelitySpec:
     """Completions decoded at once."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf or self.max_new_tokens < 1 or self.max_rows < 1:
-            raise ConfigError(
-                f"fidelity: temperature={self.temperature}, max_new_tokens={self.max_new_tokens}, max_rows="
-                f"{self.max_rows}: all must be positive"
-            )
-        if not 0 < self.likely_step < 1:
-            raise ConfigError(f"fidelity.likely_step={self.likely_step}: must lie between 0 and 1")
+        counts = {"max_new_tokens": "[1, inf)", "max_rows": "[1, inf)"}
+        check_bounds("fidelity.", self, **counts, temperature="(0, inf)", likely_step="(0, 1)")
 
 
+@dataclass(eq=False)
 class Fidelity:
-    """Compares a student with its teacher on validation problems.
+    """Compares a student with its teacher on validation problems."""
 
-    Args:
-        spec: what is measured.
-        student, teacher: the two; answers are compared with a teacher in this process only.
-        grader: judges answers.
-        collate: examples to a micro-batch, as training has it.
-        max_tokens: most tokens of a micro-batch, padding included.
-        chunk_size: positions whose logits exist at once.
-        seed: keys the samples: the same noise at every validation.
-    """
+    spec: FidelitySpec
+    """What is measured."""
+    student: Policy
+    teacher: Teacher
+    """Answers are compared with a teacher in this process only."""
+    grader: Grader
+    """Judges answers."""
+    collate: Callable[[list[Example]], MicroBatch]
+    """Examples to a micro-batch, as training has it."""
+    max_tokens: int
+    """Most tokens of a micro-batch, padding included."""
+    chunk_size: int
+    """Positions whose logits exist at once."""
+    seed: int
+    """Keys the samples: the same noise at every validation."""
 
-    def __init__(
-        self,
-        spec: FidelitySpec,
-        student: Policy,
-        teacher: Teacher,
-        grader: Grader,
-        collate: Callable[[list[Example]], MicroBatch],
-        *,
-        max_tokens: int,
-        chunk_size: int,
-        seed: int,
-    ) -> None:
-        self.spec = spec
-        self.student = student
-        self.teacher = teacher
-        self.grader = grader
-        self.collate = collate
-        self.max_tokens = max_tokens
-        self.chunk_size = chunk_size
-        self.seed = seed
-        self._segmenter = get_segmenter(spec.segmenter)
+    def __post_init__(self) -> None:
+        self._segmenter = get_segmenter(self.spec.segmenter)
         self._answers: dict[int, tuple[bool, str | None]] = {}
 
     def __call__(self, examples: Sequence[Example], indices: Sequence[int]) -> Sums:

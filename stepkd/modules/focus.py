@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.modules.step_scores import check_step_scorer, step_scores, step_texts
 from stepkd.scorers import ScorerOptions, StepScorer, load_scorer
 from stepkd.steps.labels import check_threshold, passes
@@ -39,10 +39,7 @@ class FocusSpec:
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold, "focus.threshold")
-        for name in ("wrong", "right", "after"):
-            weight = getattr(self, name)
-            if weight is not None and not 0 <= weight < math.inf:
-                raise ConfigError(f"focus.{name}={weight}: must be 0 or positive")
+        check_bounds("focus.", self, wrong="[0, inf)", right="[0, inf)", after="[0, inf)")
         if not self.wrong and not self.right and not self.after:
             raise ConfigError("focus: no step would count; raise wrong, right or after")
 

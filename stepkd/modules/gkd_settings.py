@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.losses import (
     balanced_kl,
     forward_kl,
@@ -56,15 +56,15 @@ class DivergenceSpec:
 
     def __post_init__(self) -> None:
         check_choice("divergence.kind", self.kind, get_args(Kind))
-        for name in ("beta", "skew"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"divergence.{name}={getattr(self, name)}: must lie in [0, 1]")
-        if not 1 <= self.delta < float("inf"):
-            raise ConfigError(f"divergence.delta={self.delta}: must be at least 1")
-        if not 0 <= self.gamma < float("inf"):
-            raise ConfigError(f"divergence.gamma={self.gamma}: must be at least 0")
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"divergence.temperature={self.temperature}: must be positive")
+        check_bounds(
+            "divergence.",
+            self,
+            beta="[0, 1]",
+            skew="[0, 1]",
+            delta="[1, inf)",
+            gamma="[0, inf)",
+            temperature="(0, inf)",
+        )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"divergence.top_k={self.top_k}: at least 1, or null for the whole vocabulary")
         if self.kind == "nkd" and self.top_k is not None:
@@ -108,9 +108,7 @@ class MixSpec:
     """Steps that the rise takes, >= 1; null: the whole run."""
 
     def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"mix.{name}={getattr(self, name)}: must lie in [0, 1]")
+        check_bounds("mix.", self, start="[0, 1]", end="[0, 1]")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"mix.steps={self.steps}: must be at least 1, or null for the whole run")
 
@@ -150,14 +148,10 @@ class SourceSpec:
     """Optimiser steps on every batch, >= 1; above 1 the student has moved on from its samples."""
 
     def __post_init__(self) -> None:
-        for name in ("student", "teacher"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"source.{name}={getattr(self, name)}: must lie in [0, 1]")
+        check_bounds("source.", self, student="[0, 1]", teacher="[0, 1]")
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"source.temperature={self.temperature}: must be positive; greedy samples are no samples")
-        for name in ("max_new_tokens", "max_rows", "reuse"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"source.{name}={getattr(self, name)}: must be at least 1")
+        check_bounds("source.", self, max_new_tokens="[1, inf)", max_rows="[1, inf)", reuse="[1, inf)")
 
     def sampling(self, seed: int) -> SamplingSpec:
         """The same settings as a sampler wants them. No nucleus and no top-k: they would change the distribution."""

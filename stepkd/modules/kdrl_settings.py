@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.losses.policy_gradient import STD_EPSILON, Advantage, Normalisation
 from stepkd.rollout import SamplingSpec
 from stepkd.rollout.vllm import VLLMSpec
@@ -36,16 +36,11 @@ class RolloutSpec:
     """How often prompts whose completions all earn the same are sampled anew (dynamic sampling), >= 0."""
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "max_new_tokens", "max_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"rollout.{name}={getattr(self, name)}: must be at least 1")
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"rollout.temperature={self.temperature}: must be positive")
+        counts = dict.fromkeys(("group_size", "max_new_tokens", "max_rows"), "[1, inf)")
+        check_bounds("rollout.", self, **counts, temperature="(0, inf)", resample="[0, inf)")
         check_choice("rollout.truncated", self.truncated, ("keep", "mask"))
         if self.overlong is not None and not 1 <= self.overlong <= self.max_new_tokens:
             raise ConfigError(f"rollout.overlong={self.overlong}: must lie between 1 and max_new_tokens")
-        if self.resample < 0:
-            raise ConfigError(f"rollout.resample={self.resample}: must be 0 or positive")
 
     def sampling(self, seed: int) -> SamplingSpec:
         """The same settings as a sampler wants them."""
@@ -86,19 +81,20 @@ class PolicyLossSpec:
     """Whether groups without a single advantage, which have nothing to say, count in this term's denominator."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise ConfigError(f"policy_loss.weight={self.weight}: must be 0 or positive")
+        check_bounds(
+            "policy_loss.",
+            self,
+            weight="[0, inf)",
+            eps="[0, inf)",
+            clip_low="[0, 1)",
+            clip_high="[0, inf)",
+            inner_steps="[1, inf)",
+        )
         check_choice("policy_loss.advantage", self.advantage, get_args(Advantage))
         check_choice("policy_loss.normalisation", self.normalisation, get_args(Normalisation))
         check_choice("policy_loss.equal_groups", self.equal_groups, ("keep", "drop"))
-        if self.ddof not in (0, 1) or not self.eps >= 0:
-            raise ConfigError(f"policy_loss.ddof={self.ddof}, eps={self.eps}: must be 0 or 1, and not negative")
-        if not 0 <= self.clip_low < 1 or not 0 <= self.clip_high < float("inf"):
-            raise ConfigError(
-                f"policy_loss.clip_low={self.clip_low}, clip_high={self.clip_high}: must be in [0, 1), and not negative"
-            )
-        if self.inner_steps < 1:
-            raise ConfigError(f"policy_loss.inner_steps={self.inner_steps}: must be at least 1")
+        if self.ddof not in (0, 1):
+            raise ConfigError(f"policy_loss.ddof={self.ddof}: must be 0 or 1")
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise ConfigError(f"policy_loss.importance_cap={self.importance_cap}: must be positive, or null")
 
@@ -141,9 +137,7 @@ class KDSpec:
     """Leave the end token out of this term: for a teacher that ends otherwise."""
 
     def __post_init__(self) -> None:
-        for name in ("beta", "delta", "beta_min"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"kd.{name}={getattr(self, name)}: must be 0 or positive")
+        check_bounds("kd.", self, beta="[0, inf)", delta="[0, inf)", beta_min="[0, inf)")
         check_choice("kd.schedule", self.schedule, ("constant", "linear", "switch"))
         check_choice("kd.estimator", self.estimator, ("k1", "k2", "k3", "full"))
         check_choice("kd.form", self.form, ("joint", "advantage", "reward"))
@@ -196,8 +190,7 @@ class SampleLogSpec:
     """Completions in an entry, one per prompt as far as they go, >= 0; the lengths of all are counted anyway."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.number < 0:
-            raise ConfigError(f"samples: every={self.every}, number={self.number}: at least 1, and not negative")
+        check_bounds("samples.", self, every="[1, inf)", number="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -220,11 +213,7 @@ class StepCreditSpec:
     """``to_go``: factor on a reward for every step that it is away, in [0, 1]; 0: a step has its own only."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "outcome_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"step_credit.{name}={getattr(self, name)}: must be 0 or positive")
+        check_bounds("step_credit.", self, weight="[0, inf)", outcome_weight="[0, inf)", discount="[0, 1]")
         check_choice("step_credit.form", self.form, ("to_go", "first_step"))
-        if not 0 <= self.discount <= 1:
-            raise ConfigError(f"step_credit.discount={self.discount}: must lie in [0, 1]")
         if self.form == "first_step" and self.discount != 1:
             raise ConfigError(f"step_credit.discount={self.discount} goes with form: to_go")

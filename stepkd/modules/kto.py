@@ -68,10 +68,9 @@ class KTOModule(PreferenceModule):
     def _resolved(self, kind: str, weights: ClassWeights | None) -> ClassWeights:
         if weights is not None:
             return weights
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "label_counts"):
+        if not hasattr(self.datamodule, "label_counts"):
             raise ConfigError("class weights by the ratio rule need the data's counts: use FeedbackData, or give them")
-        counts = data.label_counts()
+        counts = self.datamodule.label_counts()
         return ratio_rule(counts[f"right_{kind}"], counts[f"wrong_{kind}"])
 
     # ---- reference points ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_bounds
 
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
 
@@ -37,18 +37,19 @@ class OptimizerSpec:
     """Gradients are clipped to this global norm; 0 only measures it."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"optimizer.lr={self.lr}: must be positive")
+        check_bounds(
+            "optimizer.",
+            self,
+            lr="(0, inf)",
+            weight_decay="[0, inf)",
+            beta1="[0, 1)",
+            beta2="[0, 1)",
+            warmup="[0, inf)",
+            min_lr_ratio="[0, 1]",
+            max_grad_norm="[0, inf)",
+        )
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"optimizer.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: must lie in [0, 1)")
-        for name in ("weight_decay", "warmup", "max_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: must not be negative")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ConfigError(f"optimizer.min_lr_ratio={self.min_lr_ratio}: must lie in [0, 1]")
         if self.min_lr_ratio and self.schedule in ("constant", "linear"):
             raise ConfigError(
                 f"optimizer.min_lr_ratio has no effect on schedule {self.schedule!r}: drop it or use cosine"

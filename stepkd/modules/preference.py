@@ -230,7 +230,7 @@ class PreferenceModule(StepModule):
 
     def _future_batches(self) -> Iterator[StepBatch]:
         """This rank's training batches to the end of the run, and its validation batches."""
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = self.datamodule
         if data is None:
             raise ConfigError("reference.cache needs the run's data module, to know what it will meet")
         steps = self.trainer.estimated_stepping_batches

@@ -16,7 +16,7 @@ from stepkd.data.batching import mismatched
 from stepkd.data.encode import Example
 from stepkd.data.loader import StepBatch
 from stepkd.data.packing import Completion
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import check_bounds, check_choice
 from stepkd.losses import reference_point
 from stepkd.modules.distributed import all_reduce
 
@@ -44,8 +44,7 @@ class ReferencePointSpec:
         check_choice("reference_point.outcome", self.outcome, ("mismatch", "batch", "zero"))
         check_choice("reference_point.step", self.step, ("mismatch", "batch", "per_index", "zero"))
         check_choice("reference_point.rotation", self.rotation, ("global", "device"))
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"reference_point.ema={self.ema}: must lie in [0, 1)")
+        check_bounds("reference_point.", self, ema="[0, 1)")
 
     @property
     def needs_mismatches(self) -> bool:

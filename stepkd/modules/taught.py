@@ -51,7 +51,7 @@ class TaughtModule(StepModule):
 
     def _warn_of_template(self, spec: TeacherSpec) -> None:
         """Say when the teacher was trained to read other prompts than the student's, and is to read those."""
-        used = getattr(getattr(self.trainer, "datamodule", None), "template", None)
+        used = getattr(self.datamodule, "template", None)
         trained = None if spec.template is not None else trained_template(str(spec.path))
         if used is not None and trained not in (None, used) and self.trainer.is_global_zero:
             names = template_name(used), template_name(trained)
@@ -63,19 +63,16 @@ class TaughtModule(StepModule):
 
     def _check_context(self) -> None:
         """Refuse data and samples that are longer than the teacher's context."""
-        data: Any = getattr(self.trainer, "datamodule", None)
         context = getattr(self.teacher, "max_length", None)
-        if data is None or context is None:
-            return
-        longest, new = getattr(data, "max_length", None) or 0, self.new_tokens()
-        prompt = max((len(each.prompt_ids) for each in getattr(data, "examples", {}).get("train", ())), default=0)
+        self.check_data_fits("teacher", context)
+        new, examples = self.new_tokens(), getattr(self.datamodule, "examples", {}).get("train", ())
+        prompt = max((len(each.prompt_ids) for each in examples), default=0)
         sampled = min(prompt + new, self.model.max_length or 2**63) if new else 0
-        for what, length in ((f"data.max_length={longest}", longest), (f"a prompt and {new} new tokens", sampled)):
-            if length > context:
-                raise ConfigError(
-                    f"{what}: up to {length} tokens, and the teacher's context is {context}: lower it, or take a "
-                    "teacher of a longer context"
-                )
+        if context is not None and examples and sampled > context:
+            raise ConfigError(
+                f"a prompt and {new} new tokens: up to {sampled} tokens, and the teacher's context is {context}: lower "
+                "it, or take a teacher of a longer context"
+            )
 
     def new_tokens(self) -> int:
         """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""

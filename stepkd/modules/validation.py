@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepkd.data.loader import StepBatch
-from stepkd.errors import ConfigError
+from stepkd.errors import check_bounds
 from stepkd.evaluation.judging import judge, rollout_row
 from stepkd.grading import DEFAULT_EXTRACTORS, Grader
 from stepkd.launch.phases import PhaseTracker
@@ -36,8 +36,7 @@ class ValidationSpec:
     """How sampled completions are cut into steps in rollout files."""
 
     def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise ConfigError(f"validation.samples={self.samples}: must be 0 (off) or positive")
+        check_bounds("validation.", self, samples="[0, inf)")
         object.__setattr__(self, "extractors", tuple(self.extractors))
 
     def sampling(self, seed: int) -> SamplingSpec:

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -62,11 +63,7 @@ class _Case:
     @property
     def cuts(self) -> list[int]:
         """Tokens of head and steps that each question sees."""
-        ends, end = [], len(self.head)
-        for step in self.steps:
-            end += len(step)
-            ends.append(end)
-        return ends
+        return list(accumulate(map(len, self.steps), initial=len(self.head)))[1:]
 
     @property
     def solution(self) -> Ids:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.io import file_ending, fingerprint, read_rows, write_jsonl_atomic
-from stepkd.errors import DataError
+from stepkd.errors import DataError, MachineError
 
 ROWS = [{"prompt": "1+1", "answer": "2"}, {"prompt": "caf\u00e9 \u2028 x", "answer": "3"}]
 
@@ -162,8 +162,8 @@ def test_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    kept = "the previous file is intact" if existing else "nothing was written"
-    with pytest.raises(DataError, match=f"No space left on device; {kept}"):
+    kept = "The previous file is intact" if existing else "Nothing was written"
+    with pytest.raises(MachineError, match=rf"cannot write {path}: No space left on device .*{kept}\. Free some space"):
         write_jsonl_atomic(path, [{"a": 1}])
     monkeypatch.undo()
     assert os.listdir(tmp_path) == (["a.jsonl"] if existing else [])

@@ -13,7 +13,7 @@ from stepkd.data.io import read_rows
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
 from stepkd.data.spec import DataSpec, load_rows
 from stepkd.data.stepwise_io import to_stepwise, trl_row, write_math_shepherd, write_stepwise
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, MachineError
 
 ROLLED: dict[str, Any] = {
     "problem_id": "p/0",
@@ -226,7 +226,7 @@ def test_write_bad_input(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there are no rows to write"):
         write_stepwise([], tmp_path / "x.parquet")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match="could not write the rows"):
+    with pytest.raises(MachineError, match=r"cannot write .*That is a file: give another"):
         write_stepwise(BOOLS, tmp_path / "file" / "x.parquet")
 
 

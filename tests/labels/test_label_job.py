@@ -310,7 +310,7 @@ def test_foreign_folders_are_refused(spec: LabelSpec, run: Any, tmp_path: Path) 
         ({"samples": 0}, "samples=0: must be at least 1"),
         ({"temperature": 0.0}, "2 samples at temperature 0 would all be the same"),
         ({"label_temperature": 0.0}, "2 continuations at temperature 0 would all be the same"),
-        ({"quantile": 2.0}, "quantile=2.0: must lie between 0 and 1"),
+        ({"quantile": 2.0}, r"quantile=2.0: must lie in \(0, 1\)"),
         ({"segmenter": "newlines"}, "unknown segmenter 'newlines'"),
         ({"segmenter": "reject"}, "segmenter 'reject' and --teacher go together"),
         ({"teacher": "tiny-0.1m"}, "segmenter 'reject' and --teacher go together"),

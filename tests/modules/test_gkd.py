@@ -537,7 +537,7 @@ def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("max_length", "new", "message"),
     [
-        (128, 0, r"data\.max_length=128: up to 128 tokens, and the teacher's context is 64"),
+        (128, 0, r"data\.max_length=128 exceeds the teacher's context of 64 tokens"),
         (64, 80, r"a prompt and 80 new tokens: up to \d\d tokens, and the teacher's context is 64"),
         (64, 4, None),
     ],
@@ -580,7 +580,7 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[A
         (lambda: SourceSpec(student=-0.1), r"source.student=-0.1: must lie in \[0, 1\]"),
         (lambda: SourceSpec(temperature=0.0), "greedy samples are no samples"),
         (lambda: SourceSpec(reuse=0), "source.reuse=0: must be at least 1"),
-        (lambda: FidelitySpec(temperature=0.0), "fidelity: temperature=0.0"),
+        (lambda: FidelitySpec(temperature=0.0), "fidelity.temperature=0.0: must be positive"),
         (lambda: FidelitySpec(likely_step=1.0), "fidelity.likely_step=1.0"),
         (lambda: FocusSpec("checker", wrong=0.0), "focus: no step would count"),
         (lambda: FocusSpec("checker", after=-1.0), "focus.after=-1.0: must be 0 or positive"),

@@ -603,7 +603,7 @@ def test_completions_that_rewards_pass_over(
         (lambda: StepCreditSpec("checker", form="all"), "unknown step_credit.form 'all'"),  # type: ignore[arg-type]
         (lambda: StepCreditSpec("checker", discount=1.1), "step_credit.discount=1.1"),
         (lambda: StepCreditSpec("checker", form="first_step", discount=0.5), "goes with form: to_go"),
-        (lambda: SampleLogSpec(every=0), "samples: every=0"),
+        (lambda: SampleLogSpec(every=0), "samples.every=0: must be at least 1"),
         (lambda: RewardSpec("acuracy"), "unknown reward 'acuracy'. Did you mean 'accuracy'"),
         (lambda: RewardSpec("format"), "'format' needs the option 'pattern'"),
         (lambda: RewardSpec("length", options={"limit": 3, "max": 4}), "'length' has no option 'max'"),
