@@ -294,17 +294,13 @@ def _check_monitor(config: Any) -> None:
         return
     if not monitor.startswith("val/"):
         raise ConfigError(f"checkpoint.monitor={monitor!r}: must be a validation value, for instance val/loss")
-    if monitor == "val/accuracy" and not samples and not _measures_accuracy(config.model.class_path):
+    module, _, name = config.model.class_path.rpartition(".")
+    labels_give_accuracy = getattr(getattr(import_module(module), name), "labels_give_accuracy", False)  # without samples
+    if monitor == "val/accuracy" and not samples and not labels_give_accuracy:
         raise ConfigError(
             "checkpoint.monitor is val/accuracy, but validation samples nothing: set "
             "model.init_args.validation.samples to 1 or more, or monitor val/loss (mode min)"
         )
-
-
-def _measures_accuracy(class_path: str) -> bool:
-    """Whether a module's validation gives an accuracy without sampling (reward models: of the step labels)."""
-    module, _, name = class_path.rpartition(".")
-    return bool(getattr(getattr(import_module(module), name), "labels_give_accuracy", False))
 
 
 def _has_validation(config: Any) -> bool:

@@ -31,15 +31,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd cache-teacher``."""
     from rich.console import Console
 
-    from stepkd.launch import check_launch
+    from stepkd.launch.guard import check_alone
     from stepkd.modules import GKDModule
     from stepkd.scorers.load import pick_device
     from stepkd.teachers.cache_writer import write_cache
     from stepkd.teachers.local import LocalTeacher
     from stepkd.trainer_cli import check_fit_settings
 
-    if check_launch().world_size > 1:
-        raise ConfigError("stepkd cache-teacher runs in one process: start it without a launcher")
+    check_alone("stepkd cache-teacher")
     module, data, trainer = check_fit_settings(recipe_words(arguments))
     if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
         raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with teacher.path")

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stepkd.claims.claim_file import load_claim
-    from stepkd.launch import check_launch
+    from stepkd.launch.guard import check_alone
 
     if arguments.list:
         return _list()
@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.quick and arguments.save:
         raise ConfigError("--quick is no result, so --save does not go with it")
     claims = [load_claim(find_claim(name), quick=arguments.quick) for name in dict.fromkeys(arguments.names)]
-    if check_launch().world_size > 1:
-        raise ConfigError("stepkd claims runs in one process: start it without a launcher")
+    check_alone("stepkd claims")
 
     from stepkd.claims.results import save_results, summarise_claim
     from stepkd.claims.runner import run_claim

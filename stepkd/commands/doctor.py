@@ -73,19 +73,13 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
     free = device_room(torch.device("cuda", 0)) if on_gpu else memory_free()
     findings = []
     if free is not None:
-        fits = found.peak <= free
-        findings.append(
-            Finding(
-                "recipe",
-                "memory",
-                f"about {gib(found.peak)} of {gib(free)} free",
-                "bad" if not fits else "note" if found.peak > 0.9 * free else "ok",
-                ""
-                if fits
-                else "take a smaller model.init_args.micro_batch_tokens or chunk_size, "
-                "policy.gradient_checkpointing: true, or LoRA with policy.dtype bfloat16",
-            )
-        )
+        value = f"about {gib(found.peak)} of {gib(free)} free"
+        if found.peak > free:
+            advice = "take a smaller model.init_args.micro_batch_tokens or chunk_size, "
+            advice += "policy.gradient_checkpointing: true, or LoRA with policy.dtype bfloat16"
+            findings.append(Finding("recipe", "memory", value, "bad", advice))
+        else:
+            findings.append(Finding("recipe", "memory", value, "note" if found.peak > 0.9 * free else "ok"))
     half = "bf16" in precision or module.policy_spec.dtype == "bfloat16"
     if half and not on_gpu and not fast_bfloat16():
         findings.append(

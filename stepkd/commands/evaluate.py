@@ -75,14 +75,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from stepkd.evaluation.benchmarks import PROCESS_BENCHMARKS
     from stepkd.evaluation.runner import EvaluationSpec, evaluate
-    from stepkd.launch import check_launch
+    from stepkd.launch.guard import check_alone
     from stepkd.launch.quiet import quiet_libraries
 
     quiet_libraries()
-    if check_launch().world_size > 1:
-        raise ConfigError(
-            "stepkd evaluate runs in one process: start it without a launcher (shard with --data offset=)"
-        )
+    check_alone("stepkd evaluate", "start it without a launcher (shard with --data offset=)")
     judging_prm.check_used(arguments)
     if arguments.benchmark in PROCESS_BENCHMARKS:
         return judging_prm.run_process(arguments)

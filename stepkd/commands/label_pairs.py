@@ -82,17 +82,14 @@ def print_pair_summary(console: Any, summary: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in summary["dropped"].items())
-    facts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in summary["facts"].items() if value)
-    lines = [
-        f"{summary['pairs']} pairs of {summary['problems']} problems, from {summary['items_with_pairs']} of "
-        f"{summary['items']} items" + (f" (dropped: {dropped})" if dropped else "")
-    ]
-    lines += [facts] if facts else []
     more = {name: value for name, value in summary.items() if name not in _COMMON and value is not None}
-    lines += (
-        [", ".join(f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in more.items())] if more else []
+    lines = (
+        f"{summary['pairs']} pairs of {summary['problems']} problems, from {summary['items_with_pairs']} of "
+        f"{summary['items']} items" + (f" (dropped: {dropped})" if dropped else ""),
+        ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in summary["facts"].items() if value),
+        ", ".join(f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in more.items()),
     )
-    for line in lines:
+    for line in filter(None, lines):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = Table()
     for column in ("step", "pairs", "share"):

@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd quickstart``."""
     from rich.console import Console
 
-    from stepkd.launch import RunDir, check_launch
+    from stepkd.launch import RunDir
+    from stepkd.launch.guard import check_alone
     from stepkd.launch.rundir import free_path
     from stepkd.quickstart.context import SUMMARY_NAME, Context, run_stages
     from stepkd.quickstart.stages import STAGES
@@ -48,8 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.stages or ():
         if name not in known:
             raise ConfigError(f"unknown stage {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
-    if check_launch().world_size > 1:
-        raise ConfigError("the quick start runs in one process: start it without a launcher")
+    check_alone("the quick start")
     chosen = [stage for stage in STAGES if not arguments.stages or stage.name in arguments.stages]
     out = Path(arguments.out) if arguments.out else free_path(Path("runs/quickstart"))
     run_dir = RunDir.open(out, resume=arguments.resume, overwrite=arguments.overwrite, kind="quickstart")

@@ -18,7 +18,7 @@ from typing import Any
 
 from stepkd.commands.scorer_options import TEMPLATE_HELP, add_scorer_arguments, scorer_options
 from stepkd.commands.work_line import WorkLine
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import check_choice
 
 REDUCTIONS = ("auto", "product", "min", "mean", "last")
 
@@ -61,12 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stepkd.evaluation.score_rows import ScoreJob, score_file
-    from stepkd.launch import check_launch
+    from stepkd.launch.guard import check_alone
     from stepkd.launch.quiet import quiet_libraries
 
     quiet_libraries()
-    if check_launch().world_size > 1:
-        raise ConfigError("stepkd score runs in one process: start it without a launcher (shard with offset=, limit=)")
+    check_alone("stepkd score", "start it without a launcher (shard with offset=, limit=)")
     job = ScoreJob(
         model=arguments.model,
         rollouts=arguments.rollouts,

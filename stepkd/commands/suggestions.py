@@ -70,8 +70,7 @@ def _given(words: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
 def _flat(file: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
     if name:
         yield file, name, value
-    items: list[Any] = value if isinstance(value, list) else [value]
-    for each in items:
+    for each in value if isinstance(value, list) else [value]:
         for key, below in each.items() if isinstance(each, dict) else ():
             yield from _flat(file, name if key == "init_args" else f"{name}.{key}".lstrip("."), below)
 

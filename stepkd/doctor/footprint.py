@@ -116,10 +116,7 @@ def footprint(module: Any, data: Any, *, precision: str = "32-true", device: str
     heads = 2 if {"teacher", "self-teacher"} & found.held.keys() else 1
     chunk = head_peak(spec, width, vocabulary, min(module.chunk_size, batch.targets))
     kept = activations(spec, batch, precision)
-    found.phases["training"] = {
-        "activations": kept.peak,
-        "chunk of logits": heads * chunk,
-    }
+    found.phases["training"] = {"activations": kept.peak, "chunk of logits": heads * chunk}
     _sampling(found, module, data, spec, batch, vocabulary)
     if shards > 1:
         cut_up(found, module, data, (model, teacher), "bf16-mixed" in precision, shards)

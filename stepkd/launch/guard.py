@@ -215,6 +215,16 @@ def check_launch(
     return info
 
 
+def check_alone(command: str, instead: str = "start it without a launcher") -> None:
+    """Stop a command that runs in one process where a launcher started several.
+
+    Raises:
+        ConfigError: as :func:`check_launch`, or there are several processes.
+    """
+    if check_launch().world_size > 1:
+        raise ConfigError(f"{command} runs in one process: {instead}")
+
+
 def _one_process_only(environ: Mapping[str, str], asked: int) -> str:
     flag = "--cpu " if is_true(environ.get("ACCELERATE_USE_CPU")) else ""
     number = str(asked or "N")
@@ -224,11 +234,8 @@ def _one_process_only(environ: Mapping[str, str], asked: int) -> str:
         f"`torchrun --nproc_per_node {number} -m stepkd ...` (both work on CPU machines over gloo), or "
         f"`--num_processes 1` with `trainer.devices: {number}` in the recipe."
     )
-    if asked:
-        return text
-    return (
-        f"{text} If it was asked for one process, MASTER_ADDR and MASTER_PORT are left over in your shell: unset them."
-    )
+    left_over = " If it was asked for one process, MASTER_ADDR and MASTER_PORT are left over in your shell: unset them."
+    return text if asked else text + left_over
 
 
 def _contradictions(info: LaunchInfo, settings: Mapping[str, Any]) -> list[str]:

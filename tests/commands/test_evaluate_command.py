@@ -158,7 +158,7 @@ def test_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     from stepkd.launch.guard import LaunchInfo
 
     info: Any = LaunchInfo(launcher="elastic", world_size=2, local_world_size=2)
-    monkeypatch.setattr("stepkd.launch.check_launch", lambda: info)
+    monkeypatch.setattr("stepkd.launch.guard.check_launch", lambda: info)
     assert run("--out", str(tmp_path / "o")) == 2
     assert "runs in one process: start it without a launcher" in capsys.readouterr().err
 

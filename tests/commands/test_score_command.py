@@ -156,6 +156,6 @@ def test_under_a_launcher(
     from stepkd.launch.guard import LaunchInfo
 
     info: Any = LaunchInfo(launcher="elastic", world_size=2, local_world_size=2)
-    monkeypatch.setattr("stepkd.launch.check_launch", lambda: info)
+    monkeypatch.setattr("stepkd.launch.guard.check_launch", lambda: info)
     assert run(folder, tmp_path / "o.jsonl", "--template", "task") == 2
     assert "runs in one process: start it without a launcher" in capsys.readouterr().err
