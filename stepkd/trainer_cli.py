@@ -295,8 +295,8 @@ def _check_monitor(config: Any) -> None:
     if not monitor.startswith("val/"):
         raise ConfigError(f"checkpoint.monitor={monitor!r}: must be a validation value, for instance val/loss")
     module, _, name = config.model.class_path.rpartition(".")
-    labels_give_accuracy = getattr(getattr(import_module(module), name), "labels_give_accuracy", False)  # without samples
-    if monitor == "val/accuracy" and not samples and not labels_give_accuracy:
+    unsampled = getattr(getattr(import_module(module), name), "labels_give_accuracy", False)  # by the step labels
+    if monitor == "val/accuracy" and not samples and not unsampled:
         raise ConfigError(
             "checkpoint.monitor is val/accuracy, but validation samples nothing: set "
             "model.init_args.validation.samples to 1 or more, or monitor val/loss (mode min)"
