@@ -125,7 +125,10 @@ def _check_training(spec: IterateSpec, out: Path) -> None:
             hint = ""
             if spec.reference == "kept" and "reference" in str(error):
                 hint = " (reference: kept is for methods with a reference model)"
-            raise ConfigError(f"train: `stepkd fit` would refuse these recipes and overrides{hint}: {error}") from error
+            mistake = str(error).removeprefix(f"{path}: ")  # that file is gone when the message is read
+            raise ConfigError(
+                f"train: `stepkd fit` would refuse these recipes and overrides{hint}: {mistake}"
+            ) from error
 
 
 def _check_problems(spec: IterateSpec) -> None:

@@ -284,7 +284,10 @@ def test_training_reads_the_pairs_of_a_pair_job(
     [
         ({"launcher": "acelerate launch"}, "launcher: no command 'acelerate'"),
         ({"train.recipes": ["recipes/tiny/none.yaml"]}, "no file 'recipes/tiny/none.yaml'"),
-        ({"train.overrides.trainer.max_step": 3}, "'max_step' is not a setting of trainer; did you mean 'max_steps'"),
+        (
+            {"train.overrides.trainer.max_step": 3},
+            "overrides: 'max_step' is not a setting of trainer; did you mean 'max_steps'",
+        ),
         ({"train.overrides.model.init_args.optimizer.lr": -1.0}, "optimizer.lr=-1.0"),
         ({"reference": "kept"}, "reference: kept is for methods with a reference model"),
         ({"evaluation.problems": 'task:task="modular:terms=3,modulus=3",n=4'}, "4 of 4 held-out problems are training"),
