@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stepkd.errors import DataError
-from stepkd.evaluation.intervals import Interval, cluster_bootstrap, ratio_interval, ratio_of_sums
+from stepkd.evaluation.intervals import Interval, cluster_bootstrap, plain_dict, ratio_interval, ratio_of_sums
 from stepkd.evaluation.step_metrics import cluster_sums, proper_width
 
 
@@ -40,16 +40,7 @@ class ArgminPositions:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON."""
-        return {
-            "edges": list(self.edges),
-            "observed": list(self.observed),
-            "expected": list(self.expected),
-            "share_last": self.share_last.to_dict(),
-            "expected_last": self.expected_last,
-            "excess_last": self.excess_last.to_dict(),
-            "solutions": self.solutions,
-            "single_step": self.single_step,
-        }
+        return plain_dict(self)
 
 
 def argmin_positions(

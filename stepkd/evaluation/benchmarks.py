@@ -155,9 +155,4 @@ def _names_split(path: str | None) -> bool:
 
 def default_ks(samples: int) -> Sequence[int]:
     """The k of pass@k and maj@k that are reported: powers of two up to the number of samples, and that number."""
-    ks = {1, samples}
-    k = 2
-    while k < samples:
-        ks.add(k)
-        k *= 2
-    return sorted(ks)
+    return sorted({samples, *(2**i for i in range(samples.bit_length()))})

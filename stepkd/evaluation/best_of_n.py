@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, mean_interval, paired_bootstrap
+from stepkd.evaluation.intervals import (
+    FloatArray,
+    Interval,
+    cluster_bootstrap,
+    mean_interval,
+    paired_bootstrap,
+    plain_dict,
+)
 from stepkd.evaluation.metrics import maj_at_k, pass_at_k
 from stepkd.randomness import generator
 
@@ -59,7 +66,7 @@ class PairedDifference:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON."""
-        return {"a": self.a, "b": self.b, "k": self.k, "difference": self.difference.to_dict()}
+        return plain_dict(self)
 
 
 @dataclass(frozen=True)
@@ -90,16 +97,9 @@ class CurveResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON, without the values per problem."""
-        return {
-            "ks": list(self.ks),
-            "curves": {name: [interval.to_dict() for interval in curve] for name, curve in self.curves.items()},
-            "differences": [each.to_dict() for each in self.differences],
-            "growth": [each.to_dict() for each in self.growth],
-            "best_k": dict(self.best_k),
-            "fall": {name: interval.to_dict() for name, interval in self.fall.items()},
-            "unscored": dict(self.unscored),
-            "problems": self.problems,
-        }
+        result = plain_dict(self)
+        del result["per_problem"]
+        return result
 
 
 def best_of_k(scores: Sequence[float | None], correct: Sequence[bool], k: int) -> float:

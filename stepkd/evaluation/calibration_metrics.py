@@ -8,7 +8,7 @@ resample problems.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, ratio_interval, ratio_of_sums
+from stepkd.evaluation.intervals import (
+    FloatArray,
+    Interval,
+    cluster_bootstrap,
+    plain_dict,
+    ratio_interval,
+    ratio_of_sums,
+)
 from stepkd.evaluation.step_metrics import cluster_sums, proper_width
 
 Binning = Literal["width", "mass"]
@@ -73,18 +80,9 @@ class CalibrationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON."""
-        names = ("ece", "brier", "skill_base_rate", "skill_coin")
-        plain = ("brier_base_rate", "base_rate", "binning", "n", "problems")
-        return (
-            {name: part and part.to_dict() for name in names for part in [getattr(self, name)]}
-            | {name: getattr(self, name) for name in plain}
-            | {
-                "brier_coin": COIN_BRIER,
-                "over_confidence": {f"{c:g}": rate and rate.to_dict() for c, rate in self.over_confidence.items()},
-                "bins": [asdict(each) for each in self.bins],
-                "undefined": dict(self.undefined),
-            }
-        )
+        result = plain_dict(self) | {"brier_coin": COIN_BRIER}
+        result["over_confidence"] = {f"{c:g}": rate for c, rate in result["over_confidence"].items()}
+        return result
 
 
 def reliability_bins(

@@ -7,8 +7,8 @@ An undefined bound (one problem says nothing about the spread between problems) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from statistics import NormalDist
 from typing import Any, TypeAlias
 
@@ -52,6 +52,21 @@ class Interval:
         if math.isnan(self.low):
             return f"{self.value:{number}} [no interval]"
         return f"{self.value:{number}} [{self.low:{number}}, {self.high:{number}}]"
+
+
+def plain_dict(result: Any) -> dict[str, Any]:
+    """The fields of a result (a dataclass) as JSON takes them, its intervals as :meth:`Interval.to_dict` gives them."""
+    return {each.name: _plain(getattr(result, each.name)) for each in fields(result)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interval):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return plain_dict(value) if is_dataclass(value) else value
 
 
 def check_level(level: float) -> None:

@@ -69,15 +69,12 @@ def vote_keys(answers: Sequence[Sequence[str | None]], grader: Grader) -> list[l
         (:func:`~stepkd.grading.canonical_answer`) of the class's first answer.
     """
     plain = [[canonical_answer(answer) if answer else None for answer in row] for row in answers]
-    spelled = [
-        {key: answer for key, answer in zip(reversed(keys), reversed(row), strict=True) if key is not None and answer}
-        for keys, row in zip(plain, answers, strict=True)
-    ]
-    pairs = [
-        (number, first, second)
-        for number, keys in enumerate(plain)
-        for first, second in combinations(dict.fromkeys(key for key in keys if key is not None), 2)
-    ]
+    spelled: list[dict[str, str]] = [{} for _ in answers]
+    for forms, keys, row in zip(spelled, plain, answers, strict=True):
+        for key, answer in zip(keys, row, strict=True):
+            if key is not None and answer is not None:
+                forms.setdefault(key, answer)
+    pairs = [(number, *both) for number, forms in enumerate(spelled) for both in combinations(forms, 2)]
     texts = [(spelled[number][a], spelled[number][b]) for number, a, b in pairs]
     forth, back = grader.same(texts), grader.same([(b, a) for a, b in texts])
     first_of: dict[tuple[int, str], str] = {}

@@ -14,6 +14,7 @@ live in :mod:`stepkd.evaluation.intervals`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -175,7 +176,9 @@ def summarise(
         if not 1 <= k <= fewest.n:
             raise ConfigError(_too_few_samples("pass", k, fewest.n, fewest.id))
     n = np.array([tally.n for tally in problems], dtype=np.float64)
-    counts = {name: np.array([tally.counts[name] for tally in problems], dtype=np.float64) for name in _COUNTS}
+
+    def counted(name: str) -> FloatArray:
+        return np.array([tally.counts[name] for tally in problems], dtype=np.float64)
 
     def rate(values: FloatArray) -> Interval:
         return mean_interval(values, level=level, seed=seed, n_resamples=n_resamples)
@@ -185,39 +188,24 @@ def summarise(
 
     metrics: dict[str, Interval] = {}
     for k in sorted({1, *ks}):
-        metrics[f"pass@{k}"] = rate(pass_at_k(n, counts["correct"], k))
+        metrics[f"pass@{k}"] = rate(pass_at_k(n, counted("correct"), k))
         if k > 1:
             metrics[f"maj@{k}"] = rate(np.array([maj_at_k(tally.votes, tally.correct, k) for tally in problems]))
     for name in ("unparsed", "timeout", "truncated", "truncated_answered"):
-        metrics[f"{name}_rate"] = rate(counts[name] / n)
-    metrics["mean_tokens"] = cluster_bootstrap(counts["tokens"] / n, level=level, seed=seed, n_resamples=n_resamples)
-    if counts["labelled"].any():
-        metrics["step_accuracy"] = ratio(counts["right_steps"], counts["steps"])
-        metrics["correct_with_wrong_step"] = ratio(counts["correct_flawed"], counts["correct_labelled"])
+        metrics[f"{name}_rate"] = rate(counted(name) / n)
+    metrics["mean_tokens"] = cluster_bootstrap(counted("tokens") / n, level=level, seed=seed, n_resamples=n_resamples)
+    if counted("labelled").any():
+        metrics["step_accuracy"] = ratio(counted("right_steps"), counted("steps"))
+        metrics["correct_with_wrong_step"] = ratio(counted("correct_flawed"), counted("correct_labelled"))
     return {
         "problems": len(problems),
         "samples": int(n.sum()),
-        "total_tokens": int(counts["tokens"].sum()),
+        "total_tokens": int(counted("tokens").sum()),
         "level": level,
         "seed": seed,
         "n_resamples": n_resamples,
         "metrics": {name: interval.to_dict() for name, interval in metrics.items()},
     }
-
-
-_COUNTS = (
-    *VERDICTS,
-    *(
-        "truncated",
-        "truncated_answered",
-        "tokens",
-        "labelled",
-        "steps",
-        "right_steps",
-        "correct_labelled",
-        "correct_flawed",
-    ),
-)
 
 
 @dataclass
@@ -228,7 +216,7 @@ class _Tally:
     n: int
     votes: list[str | None] = field(default_factory=list)
     correct: list[bool] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def _tally(row: Mapping[str, Any]) -> _Tally:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.intervals import Interval, cluster_bootstrap, ratio_interval, ratio_of_sums
+from stepkd.evaluation.intervals import Interval, cluster_bootstrap, plain_dict, ratio_interval, ratio_of_sums
 from stepkd.evaluation.step_metrics import cluster_sums
 from stepkd.scorers.reductions import Reduction, reduce_scores
 from stepkd.scorers.scorer import Meaning, Solutions
@@ -64,11 +64,7 @@ class OrderSwapResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON."""
-        names = ("dependent_drop_rate", "independent_stay_rate", "dependent_mean_drop", "independent_mean_drop")
-        plain = ("dependent", "independent", "unscored", "tolerance")
-        return {name: part and part.to_dict() for name in names for part in [getattr(self, name)]} | {
-            name: getattr(self, name) for name in plain
-        }
+        return plain_dict(self)
 
 
 def swap_adjacent(steps: Sequence[str], position: int) -> list[str]:

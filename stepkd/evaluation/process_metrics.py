@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stepkd.errors import DataError
-from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, wilson_interval
+from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, plain_dict, wilson_interval
 from stepkd.steps.labels import passes
 
 NO_ERROR = -1
@@ -39,11 +39,7 @@ class F1Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON."""
-        parts = {"acc_error": self.acc_error, "acc_correct": self.acc_correct, "f1": self.f1}
-        return {name: part and part.to_dict() for name, part in parts.items()} | {
-            "n_error": self.n_error,
-            "n_correct": self.n_correct,
-        }
+        return plain_dict(self)
 
 
 def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> int:

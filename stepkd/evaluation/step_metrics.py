@@ -15,13 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import DataError
-from stepkd.evaluation.intervals import (
-    FloatArray,
-    Interval,
-    Statistic,
-    cluster_bootstrap,
-    ratio_interval,
-)
+from stepkd.evaluation.intervals import FloatArray, Interval, Statistic, cluster_bootstrap, plain_dict, ratio_interval
 
 IntArray: TypeAlias = NDArray[np.int64]
 
@@ -72,13 +66,7 @@ class StepMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON."""
-        names = ("accuracy", "balanced_accuracy", "auroc", "positive_share")
-        plain = ("threshold", "steps", "problems", "unlabelled", "after_error")
-        return (
-            {name: part and part.to_dict() for name in names for part in [getattr(self, name)]}
-            | {name: getattr(self, name) for name in plain}
-            | {"undefined": dict(self.undefined)}
-        )
+        return plain_dict(self)
 
 
 def labelled_steps(

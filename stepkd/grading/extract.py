@@ -20,13 +20,12 @@ Which occurrence counts is each extractor's own convention unless ``which`` says
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_choice
 
 EXTRACTOR_VERSION = "2"
 """Written to evaluation manifests; raised whenever an extraction rule changes, because rules move scores."""
@@ -36,9 +35,8 @@ DEFAULT_EXTRACTORS: tuple[str, ...] = ("hash", "boxed", "answer_phrase", "latex"
 Which = Literal["first", "last"]
 Extractor = Callable[[str, Which], str | None]
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])|\\[\s\S]|[{}]")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])(\s{0,8}\{)?|\\[\s\S]|[{}]")
 _BARE_BOX = re.compile(r"[^\S\n]{0,8}([^\s{}$]{1,64})")
-_BOX_BRACE = re.compile(r"\s{0,8}\{")
 
 _HASH = re.compile(r"(?<!#)####(?!#)[^\S\n]*\n?(?!####)([^\n]*)")
 _HEADING = re.compile(
@@ -142,15 +140,9 @@ def extract_hash(text: str, which: Which = "first") -> str | None:
     A line counts if it starts like a number or a formula. Words count on the last line only: elsewhere ``####`` before
     words is a Markdown heading.
     """
-    found: str | None = None
     end = len(text.rstrip())
-    for match in _HASH.finditer(text):
-        answer = _hash_line(match.group(1))
-        if answer and (_LOOKS_NUMERIC.match(answer) or match.end() >= end):
-            found = answer
-            if which == "first":
-                break
-    return found
+    lines = ((_hash_line(match.group(1)), match.end() >= end) for match in _HASH.finditer(text))
+    return _pick((answer for answer, is_last in lines if is_last or _LOOKS_NUMERIC.match(answer)), which)
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
@@ -158,25 +150,21 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
     boxes: list[tuple[int, int, int, int]] = []
     stack: list[tuple[int, int]] = []  # (start of the box or -1, position after the brace)
     begin = min((at for at in (text.find(r"\boxed"), text.find(r"\fbox")) if at >= 0), default=len(text))
-    box_of_brace: tuple[int, int] | None = None
+    end_of_text = len(text.rstrip())
     is_open = False
     for token in _BOX.finditer(text, begin):
         kind = token.group()
-        if kind == "{":
-            is_box = box_of_brace is not None and box_of_brace[1] == token.end()
-            stack.append((box_of_brace[0] if is_box and box_of_brace else -1, token.end()))
+        if kind == "{" or token[1]:
+            stack.append((token.start() if token[1] else -1, token.end()))
         elif kind == "}":
             if stack:
                 start, after = stack.pop()
                 if start >= 0:
                     boxes.append((start, after, token.start(), token.end()))
         elif len(kind) > 2:
-            brace = _BOX_BRACE.match(text, token.end())
-            bare = None if brace else _BARE_BOX.match(text, token.end())
-            is_open = not text[token.end() :].strip() if not brace and not bare else False
-            if brace:
-                box_of_brace = (token.start(), brace.end())
-            elif bare:
+            bare = _BARE_BOX.match(text, token.end())
+            is_open = not bare and token.end() >= end_of_text
+            if bare:
                 boxes.append((token.start(), bare.start(1), bare.end(1), bare.end(1)))
     # Only a box that holds no other box is cut out: nested boxes would make the total length quadratic.
     boxes.sort()
@@ -192,13 +180,13 @@ def extract_boxed(text: str, which: Which = "last") -> str | None:
     Empty where the last box stays open. Boxes joined by "and", "or" or a comma are one list.
     """
     boxes, is_open = _boxes(text)
+    return "" if is_open and which == "last" else _joined(text, boxes, which)
+
+
+def _joined(text: str, spans: Sequence[tuple[int, int, str]], which: Which) -> str | None:
+    """The first span that holds something, or the last one with those joined to it."""
     if which == "first":
-        return _pick((tidy_ends(content) for _, _, content in boxes), which)
-    return "" if is_open else _joined(text, boxes)
-
-
-def _joined(text: str, spans: Sequence[tuple[int, int, str]]) -> str | None:
-    """The last span that holds something, with those joined to it."""
+        return _pick((tidy_ends(content) for _, _, content in spans), which)
     joined, begin, parts = "", 0, 0
     for start, end, content in reversed(spans):
         joint = _JOINT.fullmatch(text[end:begin]) if joined and begin - end < 60 else None
@@ -220,29 +208,24 @@ def extract_latex(text: str, which: Which = "last") -> str | None:
     begun: tuple[str, int, int] | None = None
     for match in _DELIMITER.finditer(text):
         token, at, end = match[0], match.start(), match.end()
-        if (
-            begun
-            and token == _CLOSES[begun[0]]
-            and at > begun[2]
-            and not (token == "$" and not _may_close(text, begun[2], at))
-        ):
+        if begun and token == _CLOSES[begun[0]] and _may_close(text, token, begun[2], at):
             spans.append((begun[1], end, text[begun[2] : at]))
             begun = None
         elif token in _CLOSES and (token not in "$$" or begun is None or begun[0] == "$"):
             begun = (token, at, end)
     if begun and (begun[0] != "$" or "\\" in text[begun[2] :]):
         return ""
-    if which == "first":
-        return _pick((tidy_ends(content) for _, _, content in spans), which)
     whole = text.strip()
-    if not spans and len(whole) <= 300 and (_ONE_WORD.fullmatch(whole) or _BARE.fullmatch(whole)):
+    if which == "last" and not spans and len(whole) <= 300 and (_ONE_WORD.fullmatch(whole) or _BARE.fullmatch(whole)):
         return tidy_ends(whole) or None
-    return _joined(text, spans)
+    return _joined(text, spans, which)
 
 
-def _may_close(text: str, begin: int, end: int) -> bool:
-    """Whether a dollar sign ends a formula; else it is money."""
-    blank = text[begin : begin + 1].isspace() or text[end - 1 : end].isspace()
+def _may_close(text: str, token: str, begin: int, end: int) -> bool:
+    """Whether a mark ends a formula: one that holds something, and a dollar sign is not money."""
+    if end == begin or token != "$":
+        return end > begin
+    blank = text[begin].isspace() or text[end - 1].isspace()
     return not blank and not text[end + 1 : end + 2].isdigit() and "\n" not in text[begin:end]
 
 
@@ -326,12 +309,8 @@ def check_extractors(extractors: Sequence[str]) -> tuple[str, ...]:
                 re.compile(name.removeprefix("regex:"))
             except re.error as error:
                 raise ConfigError(f"extractor {name!r}: the pattern does not compile: {error}") from error
-        elif name not in EXTRACTORS:
-            close = difflib.get_close_matches(name, EXTRACTORS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(
-                f"unknown extractor {name!r}{hint} Known: {', '.join(sorted(EXTRACTORS))}, regex:<pattern>"
-            )
+        else:
+            check_choice("extractor", name, [*sorted(EXTRACTORS), "regex:<pattern>"])
     return tuple(extractors)
 
 

@@ -17,9 +17,7 @@ Comparison is exact: no floating point. (Two long decimals of which one may be t
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -57,18 +55,9 @@ _LEFT_SIDE = re.compile(r"(?:[A-Za-z0-9 _+\-*/().,$€£×÷%\\^{}=']*[^<>!\\=])
 _LISTING = re.compile(r"\b(?:and|or)\b|,\s|\\(?:neq?|leq?|geq?|approx)\b")
 
 _POWERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_PARTS = {
-    "half": 2,
-    "halve": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "sixth": 6,
-    "seventh": 7,
-    "eighth": 8,
-}
-_PARTS |= {"ninth": 9, "tenth": 10, **{f"{word}th": power for word, power in _POWERS.items() if power != 12}}
+_ORDINALS = ("third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_PARTS = {"half": 2, "halve": 2, "quarter": 4} | {word: n for n, word in enumerate(_ORDINALS, 3)}
+_PARTS |= {f"{word}th": power for word, power in _POWERS.items() if power != 12}
 _SCALES = {word: Fraction(power) for word, power in _POWERS.items()} | {w: Fraction(1, n) for w, n in _PARTS.items()}
 _SHORT_UNITS = frozenset(
     {"m", "g", "s", "h", "l", "cm", "mm", "km", "kg", "mg", "ml", "lb", "ft", "oz", "in", "yd", "hr", "min", "mi"}
@@ -156,23 +145,18 @@ def unit_scale(words: str) -> Fraction | None:
         neither (``"pi"``, ``"and 7"``).
     """
     words = _POWER_OF_UNIT.sub("", words.strip().strip("()").strip())
-    scale = Fraction(1)
+    scale, only_numbers = Fraction(1), True
     pieces = words.replace("-", " ").split()
     if len(pieces) > _MAX_UNIT_WORDS:
         return None
     for index, piece in enumerate(pieces):
         low = piece.lower().rstrip(".,'’")
-        if (number := low.removesuffix("s")) in _SCALES and scale == _product(pieces[:index]):
-            scale *= _SCALES[number]
+        only_numbers = only_numbers and low.removesuffix("s") in _SCALES
+        if only_numbers:
+            scale *= _SCALES[low.removesuffix("s")]
         elif not _UNIT_WORD.fullmatch(piece) or low in _NOT_UNITS or (index == 0 and not _is_unit(low)):
             return None
     return scale
-
-
-def _product(words: Sequence[str]) -> Fraction | None:
-    """The product of number words; None if one of them is another word."""
-    scales = [_SCALES.get(word.lower().removesuffix("s")) for word in words]
-    return None if None in scales else math.prod((scale for scale in scales if scale is not None), start=Fraction(1))
 
 
 def _is_unit(word: str) -> bool:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import functools
 import os
-import selectors
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from types import TracebackType
+from multiprocessing.connection import wait
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError, StepkdError
@@ -68,16 +67,10 @@ class _Item:
     indices: list[int]
     extracted: str | None
     gold: str
-    returned: bool = False
-    retried: bool = False
+    lost: bool = False
 
 
-@dataclass
-class _Batch:
-    grades: dict[int, Grade] = field(default_factory=dict)
-    items: dict[tuple[str, str], _Item] = field(default_factory=dict)
-
-
+@dataclass(kw_only=True, eq=False)
 class Grader:
     """Grades completions against reference answers; a context manager, usable from any thread.
 
@@ -85,46 +78,37 @@ class Grader:
     collection or the end of the interpreter. One call grades at a time; further threads wait. After a fork the child
     starts workers of its own. POSIX only.
 
-    Args:
-        workers: number of worker processes, at least 1.
-        deadline_s: CPU seconds of a worker per item, so that a busy machine changes no verdict; 30 times as many
-            seconds of wall clock end an item too.
-        memory_mb: cap on a worker's address space in MiB, at least 192.
-        extractors: names for :func:`stepkd.grading.extract_answer`, tried in order.
-        which: the occurrence that counts, ``"first"`` or ``"last"``; ``None`` follows each extractor's convention.
-        convention: ``"stepkd"``, or ``"prm800k"`` for what PRM800K's official grader accepts
-            (:func:`stepkd.grading.verify.equivalent`).
-
     Raises:
         ConfigError: a value out of range, an unknown extractor or convention.
     """
 
-    def __init__(
-        self,
-        *,
-        workers: int = 2,
-        deadline_s: float = 2.0,
-        memory_mb: int = 1024,
-        extractors: Sequence[str] = DEFAULT_EXTRACTORS,
-        which: Which | None = None,
-        convention: str = "stepkd",
-    ) -> None:
-        if workers < 1:
-            raise ConfigError(f"workers is {workers}; the grader needs at least 1")
-        if not 0 < deadline_s < float("inf"):
-            raise ConfigError(f"deadline_s is {deadline_s}; give a positive, finite number of seconds")
-        if memory_mb < _MIN_MEMORY_MB:
-            raise ConfigError(f"memory_mb is {memory_mb}; math-verify alone needs {_MIN_MEMORY_MB}")
-        if which not in (None, "first", "last"):
-            raise ConfigError(f"which is {which!r}; give 'first', 'last' or nothing")
-        if convention not in CONVENTIONS:
-            raise ConfigError(f"convention is {convention!r}; known: {', '.join(CONVENTIONS)}")
-        self.convention = convention
-        self.workers = workers
-        self.deadline_s = deadline_s
-        self.memory_mb = memory_mb
-        self.extractors = check_extractors(extractors)
-        self.which = which
+    workers: int = 2
+    """Number of worker processes, at least 1."""
+    deadline_s: float = 2.0
+    """CPU seconds of a worker per item, so that a busy machine changes no verdict; 30 times as many seconds of wall
+    clock end an item too."""
+    memory_mb: int = 1024
+    """Cap on a worker's address space in MiB, at least 192."""
+    extractors: Sequence[str] = DEFAULT_EXTRACTORS
+    """Names for :func:`stepkd.grading.extract_answer`, tried in order."""
+    which: Which | None = None
+    """The occurrence that counts, ``"first"`` or ``"last"``; ``None`` follows each extractor's convention."""
+    convention: str = "stepkd"
+    """``"stepkd"``, or ``"prm800k"`` for what PRM800K's official grader accepts
+    (:func:`stepkd.grading.verify.equivalent`)."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; the grader needs at least 1")
+        if not 0 < self.deadline_s < float("inf"):
+            raise ConfigError(f"deadline_s is {self.deadline_s}; give a positive, finite number of seconds")
+        if self.memory_mb < _MIN_MEMORY_MB:
+            raise ConfigError(f"memory_mb is {self.memory_mb}; math-verify alone needs {_MIN_MEMORY_MB}")
+        if self.which not in (None, "first", "last"):
+            raise ConfigError(f"which is {self.which!r}; give 'first', 'last' or nothing")
+        if self.convention not in CONVENTIONS:
+            raise ConfigError(f"convention is {self.convention!r}; known: {', '.join(CONVENTIONS)}")
+        self.extractors = check_extractors(self.extractors)
         self._become_owner()
 
     def _become_owner(self) -> None:
@@ -136,16 +120,13 @@ class Grader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies (spawned ranks, deep copies of a module) carry the settings and start workers of their own.
-        names = ("workers", "deadline_s", "memory_mb", "extractors", "which", "convention")
-        settings = {name: getattr(self, name) for name in names}
+        settings = {each.name: getattr(self, each.name) for each in fields(self)}
         return (functools.partial(Grader, **settings), ())
 
     def __enter__(self) -> Grader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -180,21 +161,9 @@ class Grader:
             StepkdError: the workers cannot be started (math-verify missing, ``memory_mb`` too small).
         """
         golds = _check_input(completions, answers)
-        batch = _Batch()
-        linear = is_linear(self.extractors)
         cut = [False] * len(golds) if cut_off is None else cut_off
-        for index, (completion, gold, is_cut) in enumerate(zip(completions, golds, cut, strict=True)):
-            text = completion or ""
-            if not text or linear or is_cut:  # a pattern is not read in a text that was cut off
-                found = extract_answer(text, self.extractors, which=self.which, cut_off=is_cut) if text else None
-                if found is None:
-                    batch.grades[index] = Grade(Verdict.UNPARSED, None, gold)
-                else:
-                    self._add(batch, index, found, gold)
-            else:
-                extra = {"text": text, "extractors": list(self.extractors), "which": self.which}
-                self._add(batch, index, None, gold, extra)
-        return self._finish(batch)
+        requests = [self._request(text or "", is_cut) for text, is_cut in zip(completions, cut, strict=True)]
+        return self._verdicts(requests, golds)
 
     def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether short answers are equal.
@@ -205,30 +174,33 @@ class Grader:
         Returns:
             One verdict per pair; False also after a timeout.
         """
-        batch = _Batch()
-        for index, (candidate, gold) in enumerate(pairs):
-            self._add(batch, index, candidate, gold)
-        return [grade.verdict is Verdict.CORRECT for grade in self._finish(batch)]
+        grades = self._verdicts([{"candidate": candidate} for candidate, _ in pairs], [gold for _, gold in pairs])
+        return [grade.verdict is Verdict.CORRECT for grade in grades]
 
-    def _add(
-        self, batch: _Batch, index: int, found: str | None, gold: str, extra: Mapping[str, Any] | None = None
-    ) -> None:
-        """Settle one answer at once, or queue it."""
-        quick = quick_verdict(found, gold) if found is not None and self.convention == "stepkd" else None
-        shown = found[:MAX_ANSWER_CHARS] if found else None
-        key = (found or str(extra), gold)
-        if quick is not None:
-            batch.grades[index] = Grade(Verdict.CORRECT if quick else Verdict.WRONG, shown, gold)
-        elif key in batch.items:  # samples of one problem often agree
-            batch.items[key].indices.append(index)
-        else:
-            request = {"gold": gold, "candidate": found, "convention": self.convention, **(extra or {})}
-            batch.items[key] = _Item(request, [index], shown, gold)
+    def _request(self, text: str, is_cut: bool) -> dict[str, Any]:
+        """What a worker needs to know: the answer (None: there is none), or the text where a pattern looks for it."""
+        if text and not is_cut and not is_linear(self.extractors):  # no pattern reads a text that was cut off
+            return {"text": text, "extractors": list(self.extractors), "which": self.which}
+        return {"candidate": extract_answer(text, self.extractors, which=self.which, cut_off=is_cut)}
 
-    def _finish(self, batch: _Batch) -> list[Grade]:
-        if batch.items:
-            self._run(list(batch.items.values()), batch.grades)
-        return [batch.grades[index] for index in range(len(batch.grades))]
+    def _verdicts(self, requests: Sequence[dict[str, Any]], golds: Sequence[str]) -> list[Grade]:
+        grades: dict[int, Grade] = {}
+        items: dict[tuple[str, str], _Item] = {}
+        for index, (request, gold) in enumerate(zip(requests, golds, strict=True)):
+            found = request.get("candidate")
+            shown = found and found[:MAX_ANSWER_CHARS]
+            quick = quick_verdict(found, gold) if found is not None and self.convention == "stepkd" else None
+            if found is None and "text" not in request:
+                grades[index] = Grade(Verdict.UNPARSED, None, gold)
+            elif quick is not None:
+                grades[index] = Grade(Verdict.CORRECT if quick else Verdict.WRONG, shown, gold)
+            else:  # samples of one problem often agree
+                request |= {"gold": gold, "convention": self.convention}
+                key = (request["text"] if found is None else found, gold)
+                items.setdefault(key, _Item(request, [], shown, gold)).indices.append(index)
+        if items:
+            self._run(list(items.values()), grades)
+        return [grades[index] for index in range(len(golds))]
 
     def _run(self, items: list[_Item], grades: dict[int, Grade]) -> None:
         if self._owner != os.getpid():
@@ -258,19 +230,17 @@ class Grader:
 
         def lose(worker: WorkerProcess, number: int) -> None:
             self._drop([worker])
-            if items[number].retried:
+            if items[number].lost:
                 settle(number, Verdict.TIMEOUT, items[number].extracted)
-            elif worker.taken or items[number].returned:  # once more, when no other item is being checked
-                items[number].retried = True
+            else:  # once more, when no other item is being checked
+                items[number].lost = True
                 lost.append(number)
-            else:  # it died before it began with the item, which gets a second chance
-                items[number].returned = True
-                waiting.appendleft(number)
 
         while open_items:
+            self._drop([worker for worker in self._pool if worker.idle and worker.exit_code is not None])
             while len(self._pool) < min(self.workers, max(1, open_items - len(lost))):
                 self._start()
-            for worker in [w for w in self._pool if w.ready and w.item is None]:
+            for worker in [w for w in self._pool if w.idle]:
                 alone = not waiting and all(other.item is None for other in self._pool)
                 if waiting or (lost and alone):
                     number = waiting.popleft() if waiting else lost.popleft()
@@ -283,40 +253,31 @@ class Grader:
                 try:
                     reply = worker.receive()
                 except WorkerGone:
-                    if busy_with is not None:
-                        lose(worker, busy_with)
-                    else:
-                        self._bury(worker)
-                    continue
-                if reply is not None and busy_with is not None:
-                    worker.item = None
-                    if reply["verdict"] == Verdict.TIMEOUT:
-                        lose(worker, busy_with)
+                    reply = {"verdict": Verdict.TIMEOUT}
+                    if busy_with is None:
+                        self._note_failed_start(worker)
                         continue
-                    settle(busy_with, reply["verdict"], reply.get("extracted", items[busy_with].extracted))
+                if reply is None:
+                    continue
+                if busy_with is None:
+                    self._welcome(worker, reply)
+                elif reply["verdict"] == Verdict.TIMEOUT:
+                    lose(worker, busy_with)
+                else:
+                    worker.item = None
+                    settle(busy_with, reply["verdict"], reply["extracted"])
                     if reply["retire"]:
                         self._drop([worker])
-                elif reply is not None:
-                    self._welcome(worker, reply)
-                elif time.monotonic() >= worker.limit:
-                    if busy_with is not None:
-                        lose(worker, busy_with)
-                    else:
-                        self._drop([worker])
-                        self._note_failed_start(f"was not ready after {_START_LIMIT_S:.0f} s")
 
     def _wait(self) -> list[WorkerProcess]:
         """The workers that have something to read or are past their limit; waits until there is one."""
-        active = [worker for worker in self._pool if worker.item is not None or not worker.ready]
+        active = [worker for worker in self._pool if not worker.idle]
         if not active:
             return []
-        with selectors.DefaultSelector() as selector:
-            for worker in active:
-                selector.register(worker, selectors.EVENT_READ)
-            patience = min(worker.limit for worker in active) - time.monotonic()
-            readable = {key.fileobj for key, _ in selector.select(max(0.0, patience))}
+        patience = min(worker.limit for worker in active) - time.monotonic()
+        readable = wait([worker.fileno() for worker in active], max(0.0, patience))
         now = time.monotonic()
-        return [worker for worker in active if worker in readable or now >= worker.limit]
+        return [worker for worker in active if worker.fileno() in readable or now >= worker.limit]
 
     def _start(self) -> None:
         try:
@@ -335,11 +296,10 @@ class Grader:
         worker.ready = True
         self._failed_starts = 0
 
-    def _bury(self, worker: WorkerProcess) -> None:
+    def _note_failed_start(self, worker: WorkerProcess) -> None:
+        late = time.monotonic() >= worker.limit
         self._drop([worker])
-        self._note_failed_start(f"ended with exit code {worker.exit_code}")
-
-    def _note_failed_start(self, reason: str) -> None:
+        reason = f"was not ready after {_START_LIMIT_S:.0f} s" if late else f"ended with exit code {worker.exit_code}"
         self._failed_starts += 1
         if self._failed_starts >= _START_ATTEMPTS:
             self._failed_starts = 0

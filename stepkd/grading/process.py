@@ -52,7 +52,6 @@ class WorkerProcess:
         self._buffer = b""
         self.ready = False
         self.item: int | None = None
-        self.taken = False
         self.limit = 0.0
 
     @property
@@ -64,6 +63,11 @@ class WorkerProcess:
     def exit_code(self) -> int | None:
         """Exit code, negative for a signal; ``None`` while running."""
         return self._process.poll()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is ready and has no item."""
+        return self.ready and self.item is None
 
     def fileno(self) -> int:
         """Descriptor that becomes readable when a reply, or the end of the worker, is there."""
@@ -82,45 +86,42 @@ class WorkerProcess:
         """
         data = memoryview(json.dumps(message).encode("ascii") + b"\n")
         give_up = time.monotonic() + deadline_s
-        self.item, self.taken = item, False
+        self.item = item
+        poller = select.poll()
+        poller.register(self._requests, select.POLLOUT)
         while data:
+            if not poller.poll(max(0.0, give_up - time.monotonic()) * 1000):
+                raise WorkerGone
             try:
                 data = data[os.write(self._requests, data) :]
-            except BlockingIOError:
-                wait = give_up - time.monotonic()
-                poller = select.poll()
-                poller.register(self._requests, select.POLLOUT)
-                if wait <= 0 or not poller.poll(wait * 1000):
-                    raise WorkerGone from None
             except OSError:
                 raise WorkerGone from None
         self.limit = time.monotonic() + deadline_s
 
     def receive(self) -> dict[str, Any] | None:
-        """Read what has arrived; notes in ``taken`` that the worker has begun with its item.
+        """Read what has arrived.
 
         Returns:
             One reply, or ``None`` when it is not complete yet.
 
         Raises:
-            WorkerGone: the worker has closed its pipe.
+            WorkerGone: the worker has closed its pipe, or is past its limit.
         """
-        while True:
-            while b"\n" not in self._buffer:
-                try:
-                    block = os.read(self._replies, 1 << 20)
-                except BlockingIOError:
+        while not self._buffer.endswith(b"\n"):
+            try:
+                block = os.read(self._replies, 1 << 20)
+            except BlockingIOError:
+                if time.monotonic() < self.limit:
                     return None
-                except OSError:
-                    raise WorkerGone from None
-                if not block:
-                    raise WorkerGone
-                self._buffer += block
-            line, _, self._buffer = self._buffer.partition(b"\n")
-            reply: dict[str, Any] = json.loads(line)
-            if "taken" not in reply:
-                return reply
-            self.taken = True
+                raise WorkerGone from None
+            except OSError:
+                raise WorkerGone from None
+            if not block:
+                raise WorkerGone
+            self._buffer += block
+        line, self._buffer = self._buffer, b""
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
     def stop(self) -> None:
         """Kill the worker, reap it and close the pipes; safe to repeat."""

@@ -7,6 +7,7 @@ Reading may run for ever on hostile input: call it in a grading worker.
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,10 +59,16 @@ class Clock:
     half: str
     """``a``, ``p`` or nothing."""
 
+    @property
+    def ratio(self) -> Any:
+        """The number that two parts without a half of the day stand for; else None."""
+        is_ratio = len(self.parts) == 2 and self.parts[1] and not self.half
+        return sympy.Rational(*self.parts) if is_ratio else None
+
 
 @dataclass(frozen=True)
 class Items:
-    """Several values: ``kind`` is ``list``, ``or``, ``set``, ``spread`` (a plus-minus), or the brackets of a tuple.
+    """Several values: ``kind`` is ``list`` (also a plus-minus), ``or``, ``set``, or the brackets of a tuple.
 
     ``either`` holds a value and what it is about.
     """
@@ -70,7 +77,7 @@ class Items:
     items: tuple[Any, ...]
 
 
-LOOSE = ("list", "set", "spread", "or")
+LOOSE = ("list", "set", "or")
 """Kinds of items without an order."""
 
 
@@ -129,7 +136,7 @@ _SIGNS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!="
 _RELATIONS = frozenset({*_SIGNS, r"\in"})
 _COMMAS = frozenset(",;")
 _LISTING = frozenset({",", ";", "and", "or"})
-_UNIONS = frozenset({r"\cup", r"\cap", r"\setminus", r"\backslash"})
+_UNIONS = {r"\cup": operator.or_, r"\cap": operator.and_, r"\setminus": operator.sub, r"\backslash": operator.sub}
 _MAX_DEPTH = 40
 _GROUPED = re.compile(r"(?<![0-9,.])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _NOTHING = re.compile(r"(?:there (?:are|is) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set")
@@ -175,7 +182,7 @@ def _read_list(text: str) -> Any:
     values: list[Any] = []
     for part in parts:
         value = _read_one(part) if part else Words("")
-        values.extend(value.items if isinstance(value, Items) and value.kind == "spread" else [value])
+        values.extend(value.items if isinstance(value, Items) and value.kind == "list" else [value])
     regions = [value for value in values if isinstance(value, Region)]
     if len(regions) == len(values) and len({region.name for region in regions}) == 1 and regions[0].name:
         union = both = regions[0].reals
@@ -187,18 +194,24 @@ def _read_list(text: str) -> Any:
 
 def _read_one(text: str) -> Any:
     text = text.strip()
+    value = _read_structure(text)
+    return Words(text.replace(" ", "")) if value is None else value
+
+
+def _read_structure(text: str) -> Any:
+    """What a part of an answer says, None where it cannot be read."""
     if (r"\pm" in text or r"\mp" in text) and not text.startswith(r"\{"):
         upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
         lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
-        return Items("spread", (_read_one(upper), _read_one(lower)))
+        return Items("list", (_read_one(upper), _read_one(lower)))
     parts, marks = split(text, _RELATIONS)
     if marks:
-        return _read_relation(parts, marks) if all(parts) else Words(text.replace(" ", ""))
+        return _read_relation(parts, marks) if all(parts) else None
     if _REALS.fullmatch(text):
         return Region(sympy.Reals)
     if text == r"\emptyset":
         return Items("set", ())
-    parts, marks = split(text, _UNIONS)
+    parts, marks = split(text, frozenset(_UNIONS))
     if marks or (len(parts := split(text, frozenset("U"))[0]) > 1 and text[0] in "(["):
         return _read_union(parts, marks or ["\\cup"] * (len(parts) - 1))
     matrix = _MATRIX.fullmatch(text)
@@ -229,13 +242,10 @@ def _read_brackets(text: str) -> Any:
 def _read_union(parts: list[str], marks: list[str]) -> Any:
     values = [region for part in parts if (region := as_region(_read_one(part))) is not None]
     if len(values) < len(parts):
-        return Words("".join(parts).replace(" ", ""))
+        return None
     total = values[0].reals
     for mark, value in zip(marks, values[1:], strict=True):
-        if mark == r"\cup":
-            total = total.union(value.reals)
-        else:
-            total = total.intersect(value.reals) if mark == r"\cap" else total - value.reals
+        total = _UNIONS[mark](total, value.reals)
     return Region(total)
 
 
@@ -258,13 +268,10 @@ def _read_relation(parts: list[str], marks: list[str]) -> Any:
     if marks == [r"\in"]:
         value = _read_list(parts[1])
         region = as_region(value)
-        return (
-            Region(region.reals, parts[0])
-            if region and not (isinstance(value, Items) and value.kind == "set")
-            else value
-        )
+        is_set = isinstance(value, Items) and value.kind == "set"
+        return Region(region.reals, parts[0]) if region and not is_set else value
     if r"\in" in marks:
-        return Words("".join(parts).replace(" ", ""))
+        return None
     if marks[-1] == r"\approx" and not (len(parts) == 2 and _LABEL.fullmatch(parts[0])):
         exact = _read_relation(parts[:-1], marks[:-1]) if len(parts) > 2 else _read_one(parts[0])
         return Items("either", (exact, _read_one(parts[-1])))
@@ -280,7 +287,7 @@ def _read_relation(parts: list[str], marks: list[str]) -> Any:
         return Relation(("=",), sides, name, value)
     exprs = [value.expr for value in map(_read_one, parts) if isinstance(value, Number)]
     if len(exprs) < len(parts):
-        return Words("".join(f"{p}{m}" for p, m in zip(parts, [*marks, ""], strict=True)).replace(" ", ""))
+        return None
     letters = set().union(*(expr.free_symbols for expr in exprs))
     if len(letters) != 1:
         return Relation(signs, tuple(exprs), "", None)
@@ -293,17 +300,7 @@ def _solution(exprs: list[Any], signs: tuple[str, ...], letter: Any) -> Any:
     exprs = [expr.subs(letter, real) for expr in exprs]
     total = sympy.Reals
     for sign, left, right in zip(signs, exprs, exprs[1:], strict=False):
-        equal = sympy.solveset(left - right, real, sympy.Reals) if sign in ("=", "!=") else None
-        if sign == "=":
-            part = equal
-        elif sign == "!=":
-            part = sympy.Reals - equal
-        elif {left, right} & {sympy.oo, -sympy.oo}:
-            part = sympy.Reals
-        else:
-            relation = {"<": sympy.Lt, ">": sympy.Gt, "<=": sympy.Le, ">=": sympy.Ge}[sign](left, right)
-            part = sympy.solve_univariate_inequality(relation, real, relational=False)
-        total = total.intersect(part)
+        total = total.intersect(sympy.Rel(left, right, "==" if sign == "=" else sign).as_set())
     return total
 
 

@@ -17,13 +17,13 @@ _SIGNS = (
 _SPELLINGS = {k.replace(":", "="): v + " " * v[-1].isalpha() for k, v in re.findall(r"(\S+?)=(\S+)", _SIGNS)}
 _SPELLED = re.compile("|".join(re.escape(key) for key in sorted(_SPELLINGS, key=len, reverse=True)))
 _NAMES = (
-    "dfrac=frac tfrac=frac cfrac=frac dbinom=binom tbinom=binom leq=le leqslant=le leqq=le geq=ge geqslant=ge geqq=ge "
-    "neq=ne varnothing=emptyset lbrace={ rbrace=} dots=ldots cdots=ldots mbox=text textbf=text textrm=text textit=text "
-    "textnormal=text emph=text operatorname=text vert=| lvert=| rvert=| lt=< gt=> lor=or vee=or land=and wedge=and "
-    "colon=: degree=circ infin=infty"
+    r"dfrac=\frac tfrac=\frac cfrac=\frac dbinom=\binom tbinom=\binom leq=\le leqslant=\le leqq=\le geq=\ge "
+    r"geqslant=\ge geqq=\ge neq=\ne varnothing=\emptyset lbrace=\{ rbrace=\} dots=\ldots cdots=\ldots mbox=\text "
+    r"textbf=\text textrm=\text textit=\text textnormal=\text emph=\text operatorname=\text vert=| lvert=| "
+    r"rvert=| lt=< gt=> lor=or vee=or land=and wedge=and colon=: degree=\circ infin=\infty or=or and=and"
 )
-_RENAMED = dict(re.findall(r"(\w+)=(\S+)", _NAMES))
-_COMMAND = re.compile(r"\\([A-Za-z]+)(?![A-Za-z])")
+_RENAMED = {rf"\{k}": f" {v} " if v.isalpha() else v for k, v in re.findall(r"(\w+)=(\S+)", _NAMES)}
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 _REWRITTEN = (
     (r"\\[bB]igg?[lrm]?(?![A-Za-z])", ""),
     (r"\\not\s*=", r"\\ne "),
@@ -53,7 +53,7 @@ def clean(text: str) -> str:
     text = _SPELLED.sub(lambda m: _SPELLINGS[m[0]], tidy(text))
     if "matrix" not in text and "array" not in text and r"\begin" in text:
         text = re.sub(r"\\\\\s*(?=.)", ", ", _LINES.sub("", text))
-    text = _COMMAND.sub(lambda m: _renamed(m[1]), text)
+    text = _COMMAND.sub(lambda m: _RENAMED.get(m[0], m[0]), text)
     while font := _FONT.search(text):  # \mathrm{cm} is words, \mathbf{v} a letter
         inside, end = braced(text, font.end())
         if re.fullmatch(r"\s*[A-Za-z]{2,}[.\s]*", inside):
@@ -64,13 +64,6 @@ def clean(text: str) -> str:
     for pattern, replacement in _REWRITTEN:
         text = re.sub(pattern, replacement, text)
     return text.strip()
-
-
-def _renamed(command: str) -> str:
-    name = _RENAMED.get(command, command)
-    if name.isalpha():
-        return f" {name} " if name in ("and", "or") else f"\\{name}"
-    return f"\\{name}" if name in "{}" else name
 
 
 def tokens(text: str) -> Iterator[tuple[str, int, int, int]]:

@@ -13,10 +13,9 @@ from typing import Any
 
 import sympy
 
-from stepkd.grading import reading
 from stepkd.grading.extract import numbers_in
 from stepkd.grading.normalise import quick_verdict, read_number, tidy, unit_scale, words_key
-from stepkd.grading.reading import Grid, Items, Number, Region, Relation, Words, as_region, read
+from stepkd.grading.reading import LOOSE, Based, Clock, Grid, Items, Number, Region, Relation, Words, as_region, read
 from stepkd.grading.spelling import clean, with_braces
 
 _MIN_ROUNDED = 6
@@ -85,7 +84,7 @@ def same(gold: Any, candidate: Any) -> bool:
         return bool(gold.name) and gold.value is not None and same(gold.value, candidate)
     if isinstance(gold, Region) or isinstance(candidate, Region):
         return _same_region(gold, candidate)
-    if isinstance(gold, reading.Based | reading.Clock) or isinstance(candidate, reading.Based | reading.Clock):
+    if isinstance(gold, Based | Clock) or isinstance(candidate, Based | Clock):
         return _same_numeral(gold, candidate)
     if isinstance(gold, Number) and isinstance(candidate, Number):
         return _same_number(gold, candidate)
@@ -115,26 +114,17 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _same_items(gold: Items, candidate: Items) -> bool:
-    if gold.kind in reading.LOOSE and candidate.kind in reading.LOOSE:
-        items = [_plain_items(each) for each in (gold, candidate)]
+    if gold.kind in LOOSE and candidate.kind in LOOSE:
+        items: list[Sequence[Any]] = [gold.items, candidate.items]
         if any(isinstance(item, Relation) for item in items[0]) != any(isinstance(item, Relation) for item in items[1]):
             items = [_without_names(each) for each in items]
         if gold.kind == candidate.kind == "set":
             items = [_distinct(each) for each in items]
         return _match(*items)
-    tuples = {gold.kind, candidate.kind} - {"list", "spread", "or"}
+    tuples = {gold.kind, candidate.kind} - {"list", "or"}
     if len(tuples) > 1 or "set" in tuples:
         return False
     return _in_order(_coordinates(gold), _coordinates(candidate))
-
-
-def _plain_items(value: Items) -> list[Any]:
-    """Items in a row, those of a plus-minus among them."""
-    return [part for item in value.items for part in (_plain_items(item) if _is_spread(item) else [item])]
-
-
-def _is_spread(value: Any) -> bool:
-    return isinstance(value, Items) and value.kind == "spread"
 
 
 def _without_names(items: Sequence[Any]) -> list[Any]:
@@ -179,47 +169,33 @@ def _in_order(gold: Sequence[Any], candidate: Sequence[Any]) -> bool:
 
 
 def _same_numeral(gold: Any, candidate: Any) -> bool:
-    if isinstance(gold, reading.Based) and isinstance(candidate, reading.Based):
-        return gold == candidate
-    if isinstance(gold, reading.Based):
-        return isinstance(candidate, Number) and str(candidate.expr) == gold.digits
-    if isinstance(gold, reading.Clock) and isinstance(candidate, reading.Clock):
-        if gold.half and candidate.half and gold.half != candidate.half:
-            return False
-        return gold.parts == candidate.parts
-    clock, other = (gold, candidate) if isinstance(gold, reading.Clock) else (candidate, gold)
-    if not isinstance(clock, reading.Clock) or not isinstance(other, Number) or clock.half or len(clock.parts) != 2:
-        return False
-    return clock.parts[1] != 0 and bool(other.expr == sympy.Rational(*clock.parts))
+    if isinstance(gold, Based):
+        return gold == candidate or (isinstance(candidate, Number) and str(candidate.expr) == gold.digits)
+    if isinstance(gold, Clock) and isinstance(candidate, Clock):
+        return gold.parts == candidate.parts and len({gold.half, candidate.half} - {""}) < 2
+    clock, other = (gold, candidate) if isinstance(gold, Clock) else (candidate, gold)
+    return isinstance(clock, Clock) and isinstance(other, Number) and bool(other.expr == clock.ratio)
 
 
 def _same_region(gold: Any, candidate: Any) -> bool:
     names = {each.name for each in (gold, candidate) if isinstance(each, Region)} - {""}
-    if len(names) > 1:
+    ours, theirs = (_parts(as_region(each)) for each in (gold, candidate))
+    if ours is None or theirs is None or len(ours) != len(theirs) or len(names) > 1:
         return False
-    regions = as_region(gold), as_region(candidate)
-    if regions[0] is None or regions[1] is None:
-        return False
-    parts = [_parts(region.reals) for region in regions if region is not None]
-    return (
-        parts[0] is not None
-        and parts[1] is not None
-        and len(parts[0]) == len(parts[1])
-        and all(a[1:] == b[1:] and all(map(equal, a[0], b[0])) for a, b in zip(*parts, strict=True))
-    )
+    return all(a[1:] == b[1:] and all(map(equal, a[0], b[0])) for a, b in zip(ours, theirs, strict=True))
 
 
-def _parts(reals: Any) -> list[tuple[tuple[Any, ...], bool, bool]] | None:
-    """Intervals and points of a set in their order; None for other sets."""
+def _parts(region: Region | None) -> list[tuple[tuple[Any, ...], bool, bool]] | None:
+    """Intervals and points of a set in their order; None for other sets, and where there is none."""
+    if region is None:
+        return None
     pieces: list[Any] = []
-    for part in reals.args if isinstance(reals, sympy.Union) else [reals]:
+    for part in region.reals.args if isinstance(region.reals, sympy.Union) else [region.reals]:
         if isinstance(part, sympy.FiniteSet):
             pieces += [((point,), False, False) for point in part.args]
         elif isinstance(part, sympy.Interval):
             pieces.append(((part.start, part.end), bool(part.left_open), bool(part.right_open)))
-        elif part is sympy.Reals:
-            pieces.append(((-sympy.oo, sympy.oo), True, True))
-        elif part is not sympy.EmptySet:
+        elif not part.is_empty:
             return None
     return sorted(pieces, key=lambda piece: float(piece[0][0].evalf()))
 
@@ -281,16 +257,16 @@ def _same_relation(gold: Relation, candidate: Relation) -> bool:
         return same(gold.value, candidate.value)
     if len(gold.signs) != len(candidate.signs) or None in (*gold.sides, *candidate.sides):
         return False
-    turned = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-    ours, theirs = (_differences(each, turned) for each in (gold, candidate))
+    ours, theirs = _differences(gold), _differences(candidate)
     if [sign for sign, _ in ours] != [sign for sign, _ in theirs]:
         theirs = theirs[::-1]
     return all(a[0] == b[0] and _proportional(a[1], b[1], a[0]) for a, b in zip(ours, theirs, strict=True))
 
 
-def _differences(relation: Relation, turned: dict[str, str]) -> list[tuple[str, Any]]:
+def _differences(relation: Relation) -> list[tuple[str, Any]]:
+    """Each sign with left side minus right side; every > turned into <."""
     pairs = zip(relation.signs, relation.sides, relation.sides[1:], strict=False)
-    return [(turned[s], b - a) if s in (">", ">=") else (s, a - b) for s, a, b in pairs]
+    return [(s.replace(">", "<"), b - a if ">" in s else a - b) for s, a, b in pairs]
 
 
 def _proportional(gold: Any, candidate: Any, sign: str) -> bool:
@@ -311,16 +287,14 @@ _FRACTION = re.compile(r"(-?)\s*(?:\\frac\s*\{\s*(-?)(\d+)\s*\}\s*\{\s*(\d+)\s*\
 
 def _prm800k_allows(candidate: str, gold: str) -> bool:
     values = read(gold), read(candidate)
-    texts = [with_braces(clean(text)).replace(" ", "") for text in (gold, candidate)]
     if words_key(gold) == words_key(candidate) or all(isinstance(value, Relation | Region) for value in values):
         return words_key(gold) == words_key(candidate)
     numbers = [read_number(tidy(text)) for text in (gold, candidate)]
-    if numbers[0] is not None and numbers[1] is not None:
+    if numbers[0] and numbers[1]:
         return numbers[0].value == numbers[1].value
-    fractions = [_FRACTION.fullmatch(text) for text in texts]
+    fractions = [_FRACTION.fullmatch(with_braces(clean(text)).replace(" ", "")) for text in (gold, candidate)]
     if fractions[0] and fractions[1]:
-        terms = [[term for term in fraction.groups() if term] for fraction in fractions if fraction]
-        return terms[0] == terms[1]
+        return [*filter(None, fractions[0].groups())] == [*filter(None, fractions[1].groups())]
     if all(isinstance(value, Number) for value in values):
         return not any(number is not None and number.value.denominator == 1 for number in numbers)
     if all(isinstance(value, Items) for value in values):

@@ -51,17 +51,16 @@ def main(memory_mb: int, deadline_s: float, parent: int) -> None:
     _reply(replies, {"ready": True})
     half = memory_mb * 2**20 // 2
     while (line := _next_line(requests, parent)) is not None:
-        _reply(replies, {"taken": True})  # from here on a death is the item's fault
         _allow_cpu(deadline_s)
         try:
             reply = _grade(json.loads(line))
         except MemoryError:
-            reply = {"verdict": "timeout", "retire": True}
+            reply = {"verdict": "timeout"}
         signal.setitimer(signal.ITIMER_PROF, 0)
         # sympy's caches only grow; a worker at half its cap would fail an item that is not to blame.
-        reply["retire"] = reply.get("retire", False) or _address_space_bytes() > half
-        _reply(replies, reply)
-        if reply["retire"]:
+        retire = _address_space_bytes() > half
+        _reply(replies, reply | {"retire": retire})
+        if retire:
             return
 
 
@@ -113,25 +112,16 @@ def _address_space_bytes() -> int:
         return 0
 
 
-_pending = bytearray()
-
-
 def _next_line(requests: int, parent: int) -> bytes | None:
-    seen = 0  # search new bytes only: a long line arrives in many pieces
-    while (end := _pending.find(b"\n", seen)) < 0:
-        seen = len(_pending)
+    """One request; None when the pipe is closed or the parent is gone."""
+    pieces: list[bytes] = []  # a long line arrives in many
+    while not pieces or not pieces[-1].endswith(b"\n"):
         readable, _, _ = select.select([requests], [], [], _PARENT_CHECK_S)
-        if not readable:
-            if os.getppid() != parent:
-                return None
-            continue
-        block = os.read(requests, 1 << 20)
-        if not block:
+        if readable:
+            pieces.append(os.read(requests, 1 << 20))
+        if (readable and not pieces[-1]) or os.getppid() != parent:
             return None
-        _pending.extend(block)
-    line = bytes(_pending[:end])
-    del _pending[: end + 1]
-    return line
+    return b"".join(pieces)
 
 
 def _reply(replies: int, message: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ HALF = "\\boxed{\\frac{2}{4}}"
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(workers=2) as grader:
+    with Grader(workers=2, deadline_s=1.0) as grader:
         yield grader
 
 
@@ -94,15 +94,9 @@ def test_equal_items_are_checked_once(grader: Grader, monkeypatch: pytest.Monkey
 
 
 HOSTILE = {
-    "tower": "\\boxed{9^9^9^9}",
-    "braced tower": "\\boxed{9^{9^{9^{9}}}}",
     "factorial": "\\boxed{10000000!}",
     "parentheses": "\\boxed{" + "(" * 5000 + "1" + ")" * 5000 + "}",
-    "few parentheses": "\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}",
     "square roots": "\\boxed{" + "\\sqrt{" * 250 + "2" + "}" * 250 + "}",
-    "fractions": "\\boxed{" + "\\frac{" * 150 + "1" + "}{2}" * 150 + "}",
-    "binomial": "\\boxed{\\binom{100000000}{50000000}}",
-    "power of two": "\\boxed{2^{10^{10}}}",
     "digits": "1" * 10**6,
     "boxed digits": "\\boxed{" + "1" * 10**6 + "}",
     "braces": "{" * 10**6,
@@ -115,17 +109,26 @@ HOSTILE = {
     "blank": " \n\t ",
     "empty box": "\\boxed{}",
 }
+SLOWLY_HOSTILE = {
+    "tower": "\\boxed{9^9^9^9}",
+    "braced tower": "\\boxed{9^{9^{9^{9}}}}",
+    "few parentheses": "\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}",
+    "fractions": "\\boxed{" + "\\frac{" * 150 + "1" + "}{2}" * 150 + "}",
+    "binomial": "\\boxed{\\binom{100000000}{50000000}}",
+    "power of two": "\\boxed{2^{10^{10}}}",
+}
 
 
-def test_hostile_text_ends_in_time_and_leaves_the_pool_working() -> None:
+@pytest.mark.parametrize("texts", [HOSTILE, pytest.param(SLOWLY_HOSTILE, marks=pytest.mark.slow)], ids=["few", "more"])
+def test_hostile_text_ends_in_time_and_leaves_the_pool_working(texts: dict[str, str]) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _peak_kib()
-    with Grader(workers=1, deadline_s=1.0) as grader:
+    with Grader(workers=1, deadline_s=0.5) as grader:
         assert _works(grader)
-        for name, text in HOSTILE.items():
+        for name, text in texts.items():
             start = time.monotonic()
             grade = grader.grade_one(text, "\\frac{3}{7}")
-            # Twice 1 s of CPU time; the rest is room for replacing workers on a busy machine.
+            # Twice 0.5 s of CPU time; the rest is room for replacing workers on a busy machine.
             assert time.monotonic() - start < 300, name
             assert grade.verdict is not Verdict.CORRECT, name
         assert _works(grader)
@@ -147,16 +150,10 @@ def test_the_deadline_is_cpu_time_so_that_a_waiting_worker_loses_nothing() -> No
 
 
 def test_a_timeout_touches_its_own_item_only() -> None:
-    with Grader(workers=2, deadline_s=1.0) as grader:
-        completions = [
-            HALF,
-            "\\boxed{10000000!}",
-            "\\boxed{\\frac{3}{6}}",
-            "\\boxed{9^{9^{9^9}}}",
-            "\\boxed{\\frac{4}{8}}",
-        ]
-        grades = grader.grade(completions, ["0.5"] * 5)
-    assert [g.verdict.value for g in grades] == ["correct", "timeout", "correct", "timeout", "correct"]
+    with Grader(workers=2, deadline_s=0.5) as grader:
+        completions = [HALF, "\\boxed{9^{9^{9^9}}}", "\\boxed{\\frac{3}{6}}", "\\boxed{\\frac{4}{8}}"]
+        grades = grader.grade(completions, ["0.5"] * 4)
+    assert [g.verdict.value for g in grades] == ["correct", "timeout", "correct", "correct"]
 
 
 def test_catastrophic_regex_is_killed_too() -> None:
@@ -209,12 +206,11 @@ def test_an_item_whose_worker_was_killed_is_tried_once_more() -> None:
         killed: list[int] = []
 
         def kill_when_busy() -> None:
-            while not (grader._pool and grader._pool[0].taken):
+            while not (grader._pool and grader._pool[0].item is not None):
                 time.sleep(0.001)
             killed.append(grader._pool[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-        grader._pool[0].taken = False
         killer = threading.Thread(target=kill_when_busy)
         killer.start()
         grades = grader.grade(["a" * 21 + "b", "aaa"], ["aaa", "aaa"])
@@ -262,7 +258,7 @@ def test_close_leaves_no_process_and_grading_can_go_on() -> None:
     assert _works(grader)
     pid = grader._pool[0].pid
     del grader
-    assert _gone(pid, within_s=10)
+    assert _gone(pid, within_s=60)
 
 
 def test_an_interrupt_leaves_no_stale_replies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +305,7 @@ def test_a_forked_child_starts_its_own_workers() -> None:
         """
     )
     assert done.stdout.startswith("fine"), done.stderr
-    assert _gone(int(done.stdout.split()[1]), within_s=10)
+    assert _gone(int(done.stdout.split()[1]), within_s=60)
 
 
 def test_workers_end_with_a_killed_parent_even_when_busy() -> None:

@@ -37,6 +37,7 @@ def test_equal_mathematics(candidate: str, gold: str) -> None:
         ("5x", "5"),
         ("x^2+1", "x^2+x"),
         ("(2,1)", "(1,2)"),
+        ("x > \\infty", "\\mathbb{R}"),
         ("[1,2)", "(1,2)"),
         ("\\frac{", "\\frac12"),
         ("(" * 5000 + "1" + ")" * 5000, "1"),
