@@ -12,7 +12,7 @@ from stepkd.cli import main
 
 PROBLEMS = ["--problems", 'task:task="modular:terms=3,modulus=2",n=4', "--model", "tiny-0.1m", "--samples", "4"]
 SMALL = [
-    *("--max-new-tokens", "6", "--device", "cpu", "--dtype", "float64", "--extractors", "last_number"),
+    *("--max-new-tokens", "48", "--device", "cpu", "--dtype", "float64", "--extractors", "last_number"),
     *("--segmenter", "regex:[^0-9]"),  # an untrained model writes few lines
 ]
 

@@ -304,7 +304,7 @@ def test_contradicting_settings(spec: EvaluationSpec, changes: dict[str, Any], m
         ({"template": "gsm"}, ConfigError, "no prompt template named 'gsm'"),
         ({"device": "gpu"}, ConfigError, "device='gpu': must be auto, cpu, cuda or cuda:N"),
         ({"data": "nowhere.jsonl", "benchmark": "rows"}, DataError, "nowhere.jsonl: no such file"),
-        ({"model": "tiny-0.2m"}, ModelError, "Did you mean 'tiny-0."),
+        ({"model": "tiny-0.2m"}, ModelError, "Did you mean 'tiny-0.5m'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
