@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +23,13 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the new file could not be written; the old one is intact, as after any other error in the block.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # hosts may share a disk and process ids
     try:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        if os.path.exists(path):
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # some file systems refuse to open folders; the new name is there
             folder = os.open(path.parent, os.O_RDONLY)

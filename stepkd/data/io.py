@@ -6,14 +6,11 @@ Every problem with a file is a :class:`~stepkd.errors.DataError` that names the 
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from stepkd.errors import DataError, disk_error
+from stepkd.files import replaced
 
 READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 """File endings that :func:`read_rows` understands."""
@@ -240,39 +238,21 @@ def _dump(row: Mapping[str, Any], *, path: Path, line: int) -> str:
     return text
 
 
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems refuse to open folders; the rename itself has happened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def replace_file(path: Path, write: Callable[[str], object]) -> None:
     """Have a file written beside the target, flushed to disk and put in its place.
 
     Raises:
         MachineError: a failed write, a full disk included; the target is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # hosts may share a disk and process ids
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(str(temporary))
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with replaced(path) as temporary:
+            write(str(temporary))
     except Exception as error:  # safetensors and pyarrow have their own classes
         kept = "The previous file is intact. " if os.path.exists(path) else "Nothing was written. "
         if words := disk_error(error, path, kept):
             raise words from error
         raise
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
