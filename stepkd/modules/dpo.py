@@ -55,7 +55,7 @@ class DPOModule(PreferenceModule):
     ) -> None:
         super().__init__(policy, reference, **settings)
         check_choice("loss", loss, ("sigmoid", "ipo", "hinge"))
-        if beta <= 0:
+        if not 0 < beta < float("inf"):
             raise ConfigError(f"beta={beta}: must be positive")
         if label_smoothing != "visits" and not (
             isinstance(label_smoothing, float | int) and 0 <= label_smoothing <= 0.5

@@ -51,7 +51,7 @@ class KTOModule(PreferenceModule):
         **settings: Any,
     ) -> None:
         super().__init__(policy, reference, **settings)
-        if beta <= 0:
+        if not 0 < beta < float("inf"):
             raise ConfigError(f"beta={beta}: must be positive")
         self.beta = beta
         self.class_weights = _checked_weights("class_weights", class_weights)
@@ -177,7 +177,7 @@ class StepKTOModule(KTOModule):
         super().__init__(policy, reference, beta, class_weights, reference_point, **settings)
         if not 0 <= step_weight < float("inf"):
             raise ConfigError(f"step_weight={step_weight}: must be 0 (KTO alone) or positive")
-        if beta_step is not None and beta_step <= 0:
+        if beta_step is not None and not 0 < beta_step < float("inf"):
             raise ConfigError(f"beta_step={beta_step}: must be positive, or null for beta")
         if reduction not in ("mean_steps", "sum_steps", "mean_all_steps"):
             raise ConfigError(f"reduction={reduction!r}: must be mean_steps, sum_steps or mean_all_steps")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepkd.errors import ConfigError
 from stepkd.models import LoraSpec, Policy, PolicySpec
-from stepkd.modules import DPOModule, ReferencePointSpec, ReferenceSpec, StepKTOModule
+from stepkd.modules import DPOModule, KTOModule, ReferencePointSpec, ReferenceSpec, StepKTOModule
 
 _SPEC = importlib.util.spec_from_file_location("preference_worker", Path(__file__).with_name("preference_worker.py"))
 assert _SPEC is not None
@@ -332,3 +333,10 @@ def test_dropout_is_off_in_both_views(examples: list[Any], distance: Callable[..
     dropping = {"lora": LoraSpec(r=4, target_modules=["q_proj"], dropout=0.5)}
     runs = [worker.run(worker.KTO, examples, steps=2, policy=policy, **worker.WEIGHTS) for policy in (plain, dropping)]
     assert distance(runs[0].gradients, runs[1].gradients) < TOLERANCE
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize(("module", "name"), [(DPOModule, "beta"), (KTOModule, "beta"), (StepKTOModule, "beta_step")])
+def test_a_beta_that_is_no_positive_number_is_refused(module: Any, name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name}={value}: must be positive"):
+        module(PolicySpec(path="tiny-0.1m"), **{name: value})
