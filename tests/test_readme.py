@@ -73,7 +73,6 @@ def test_every_folder_in_the_readme_is_made_by_a_command_above() -> None:
     made: set[str] = set()
     for words in commands():
         out = next((words[words.index(name) + 1] for name in ("--out", "--to") if name in words), "")
-        out = words[words.index("--out") + 1] if "--out" in words else out
         missing = {name for name in named(words) - {out} if not any(is_in(name, folder) for folder in made)}
         assert not missing, f"stepkd {' '.join(words)}: no command above makes {missing}"
         made.add(out)

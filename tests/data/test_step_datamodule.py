@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from stepkd.data import DataSpec, StepLabelData
-from stepkd.data.loader import Position
 from stepkd.data.step_collate import collate_steps
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
@@ -20,8 +19,6 @@ from stepkd.models import PolicySpec, StepHeadSpec
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import PRMModule, SFTModule
 from stepkd.steps import StepFormat
-
-START = Position()
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_a_decimal_is_a_fraction_only_where_it_is_that_number(top: int, bottom: 
     short = f"{top / bottom:.4f}"
     assert equivalent(short, gold) is (Fraction(short) == Fraction(top, bottom))
     assert not equivalent(f"\\frac{{{top + 1}}}{{{bottom}}}", gold)
-    assert not equivalent(f"\\frac{{{top}}}{{{bottom + 1}}}", gold) or top == 0
+    assert equivalent(f"\\frac{{{top}}}{{{bottom + 1}}}", gold) is (top == 0)
 
 
 def mutations(gold: str) -> Iterator[str]:

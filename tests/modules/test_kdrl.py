@@ -120,11 +120,6 @@ def expected(
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def of_long(rollout: Any, rollouts: list[Any]) -> float:
-    """Stands in for wrong answers: a random model has no right one."""
-    return float(not rollout.correct)
-
-
 @pytest.mark.parametrize("kind", ["group_token_mean", "dapo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("layout", [{}, {"micro_batch_tokens": 60, "chunk_size": 3}])
 def test_gradients_of_both_terms(
