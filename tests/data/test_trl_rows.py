@@ -73,7 +73,9 @@ def read(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         ({"instruction": "Add 1+1.", "input": "", "output": "2"}, "Add 1+1.", "2"),
     ],
 )
-def test_demonstrations(row: dict[str, Any], prompt: Any, solution: str, read: Any) -> None:
+def test_rows_of_trl_and_the_hub_are_read_as_demonstrations(
+    row: dict[str, Any], prompt: Any, solution: str, read: Any
+) -> None:
     found = read(row)
     assert (found["prompt"], found["solution"]) == (prompt, solution)
 
@@ -116,7 +118,7 @@ def test_pairs_have_the_prompt_that_trl_extracts(row: dict[str, Any], read: Any)
     assert (found["chosen"], found["rejected"]) == (text(theirs["chosen"]), text(theirs["rejected"]))
 
 
-def test_completions_with_a_label(read: Any) -> None:
+def test_a_labelled_completion_is_no_demonstration(read: Any) -> None:
     found = read({"prompt": [user("q")], "completion": [assistant("a")], "label": True})
     assert (found["prompt"], found["completion"], found["label"]) == ([user("q")], "a", True)
     assert "solution" not in found, "a labelled completion is no demonstration"

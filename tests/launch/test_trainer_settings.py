@@ -141,7 +141,7 @@ def trained(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.backends.cudnn.benchmark = False
 
 
-def test_without_them_nothing_is_switched_on(trained: Callable[..., Any], tmp_path: Path, capfd: Any) -> None:
+def test_a_plain_run_has_every_switch_off(trained: Callable[..., Any], tmp_path: Path, capfd: Any) -> None:
     watcher = trained(max_steps=2)
     assert watcher.seen == {
         "deterministic": False,

@@ -107,7 +107,7 @@ def test_what_can_only_be_a_folder_is_never_asked_for(load: Callable[[str], Any]
         (errors.RepositoryNotFoundError("401", response=Answer()), "if it is private, log in with hf auth login"),
     ],
 )
-def test_the_reason_is_told(answer: Exception, expected: str, hub: Hub) -> None:
+def test_a_refusal_of_the_hub_is_told_with_its_reason(answer: Exception, expected: str, hub: Hub) -> None:
     hub.answer = answer
     for _ in range(2):  # a refusal is not remembered
         with pytest.raises(ModelError) as caught:

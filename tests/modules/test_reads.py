@@ -203,7 +203,7 @@ def test_lists_datasets_and_paths_give_what_a_spec_gives(module: Any, data: Any,
     assert all(each == plain[0] for each in plain)
 
 
-def test_what_are_no_rows() -> None:
+def test_a_setting_that_holds_no_rows_is_refused() -> None:
     import datasets
 
     with pytest.raises(ConfigError, match="'train' is no setting of data; of a dictionary of splits give one"):

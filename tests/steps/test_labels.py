@@ -50,7 +50,7 @@ def test_a_missing_score_is_no_verdict() -> None:
 
 
 @pytest.mark.parametrize(("labels", "message"), [([True, 0.5], "mixes"), ([1.5], "must lie in"), ([2], "must be -1")])
-def test_labels_that_are_none(labels: list[Any], message: str) -> None:
+def test_labels_that_are_no_verdicts_are_refused(labels: list[Any], message: str) -> None:
     for read in (verdicts, first_incorrect):
         with pytest.raises(DataError, match=message):
             read(labels)
