@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ask.add_argument("--few-shot", type=int, metavar="N", help="number of built-in worked examples, 0 to 4")
     ask.add_argument("--extractors", nargs="+", help="how answers are found, in order; default: the benchmark's")
     ask.add_argument(
+        "--convention",
+        choices=("stepkd", "prm800k"),
+        default="stepkd",
+        help="when two answers are equal: stepkd's "
+        "rules (default), or also refusing what PRM800K's official grader refuses (2/4 for 1/2, 10/2 for 5)",
+    )
+    ask.add_argument(
         "--deadline", type=float, default=2.0, metavar="S", help="hard limit per graded answer (default 2)"
     )
     run_on = parser.add_argument_group("machine")
@@ -85,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         return judging_prm.run_process(arguments)
     same = (
         *("model", "benchmark", "out", "data", "limit", "samples", "temperature", "top_p", "top_k", "max_new_tokens"),
-        *("dtype", "device", "attention", "seed"),
+        *("convention", "dtype", "device", "attention", "seed"),
     )
     spec = EvaluationSpec(
         **{name: getattr(arguments, name) for name in same},

@@ -75,6 +75,8 @@ class EvaluationSpec:
     benchmark's."""
     extractors: tuple[str, ...] | None = None
     """How answers are found; None: the benchmark's."""
+    convention: str = "stepkd"
+    """When two answers are equal: by stepkd's rules, or (``prm800k``) by those of PRM800K's official grader, too."""
     deadline_s: float = 2.0
     """Hard limit per graded answer (s)."""
     dtype: str | None = None
@@ -137,7 +139,9 @@ def evaluate(
     benchmark = get_benchmark(spec.benchmark)
     sampling = spec.sampling(benchmark)
     given = None if spec.template is None else get_template(spec.template)
-    grader = Grader(extractors=spec.extractors or benchmark.extractors, deadline_s=spec.deadline_s)
+    grader = Grader(
+        extractors=spec.extractors or benchmark.extractors, convention=spec.convention, deadline_s=spec.deadline_s
+    )
     device, out = pick_device(spec.device), Path(spec.out)
     check_folder(out, overwrite=overwrite)
     data = benchmark_data(benchmark, spec.data, spec.limit)
@@ -279,6 +283,7 @@ def _manifest(
         extra={
             "template": asdict(template),
             "extractors": list(extractors),
+            "convention": spec.convention,
             "deadline_s": spec.deadline_s,
             "tokenizer": tokenizer_fingerprint(policy.tokenizer),
             "end_ids": sorted(policy.eos_ids),

@@ -190,6 +190,7 @@ def test_sigkill_and_the_same_command(tmp_path: Path) -> None:
         ({"stop": ("\n",)}, "sampling.stop: "),
         ({"template": get_template("plain")}, "prompt: "),
         ({"model": "other"}, "model.name: 'tiny-0.1m' then, 'other' now"),
+        ({"convention": "prm800k"}, "extra.convention: 'stepkd' then, 'prm800k' now"),
     ],
     ids=str,
 )
@@ -298,6 +299,7 @@ def test_contradicting_settings(spec: EvaluationSpec, changes: dict[str, Any], m
         ({"benchmark": "gms8k"}, ConfigError, "unknown benchmark 'gms8k'. Did you mean 'gsm8k'?"),
         ({"extractors": ("hahs",)}, ConfigError, "hahs"),
         ({"deadline_s": 0.0}, ConfigError, "deadline_s is 0.0"),
+        ({"convention": "prm"}, ConfigError, "convention is 'prm'; known: stepkd, prm800k"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0: must be at least 1"),
         ({"temperature": -1.0}, ConfigError, "temperature=-1.0"),
         ({"samples": 0}, ConfigError, "n=0: at least one sample per prompt"),
