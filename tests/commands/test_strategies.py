@@ -36,10 +36,14 @@ def tokens(made: Any, name: str) -> dict[int, list[Any]]:
 def assert_same_training(made: Any, name: str, other: str) -> None:
     assert tokens(made, name) == tokens(made, other)
     assert losses(made.folder / name) == pytest.approx(losses(made.folder / other), rel=1e-5)
-    ours, theirs = (made.last(each) for each in (name, other))
-    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
-    for key, value in ours["state_dict"].items():
-        assert torch.allclose(value, theirs["state_dict"][key], rtol=1e-3, atol=2e-5), key
+    assert_same_weights(made.last(name)["state_dict"], made.last(other)["state_dict"])
+
+
+def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """To 1e-4 of each tensor's norm: AdamW makes a whole step of a gradient that is rounding error."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (ours[name] - value).norm() <= 1e-4 * value.norm(), name
 
 
 def seconds_since_the_end(made: Any, name: str) -> float:
@@ -93,8 +97,7 @@ def test_running_averages_are_cut_up_too(runs: Callable[[str], Any]) -> None:
     for part in (("ema",), ("method_state", "itself", "weights")):
         for name in part:
             ours, theirs = ours[name], theirs[name]
-        assert ours.keys() == theirs.keys()
-        assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in theirs)
+        assert_same_weights(ours, theirs)
         ours, theirs = (made.last(name)["stepkd"] for name in ("two", "one"))
 
 
@@ -120,10 +123,9 @@ def test_half_precision_in_parts(runs: Callable[[str], Any]) -> None:
     assert asked.stdout.count("trainer.precision: bf16-mixed, the launcher's") == 1
     assert losses(made.folder / "two") == pytest.approx(losses(made.folder / "one"), rel=0.02)
     assert {value.dtype for value in made.last("two")["state_dict"].values()} == {torch.float32}
-    whole = ("--model.init_args.policy.dtype", "bfloat16")
-    assert_done(made.fit("half", *whole, ranks=2, strategy="fsdp2"))
-    assert losses(made.folder / "half") == pytest.approx(losses(made.folder / "one"), rel=0.05)
-    assert {value.dtype for value in made.last("half")["state_dict"].values()} == {torch.bfloat16}
+    refused = made.fit("half", "--model.init_args.policy.dtype", "bfloat16", ranks=2, strategy="fsdp2")
+    assert refused.returncode != 0
+    assert "trained weights are bfloat16" in refused.stderr
 
 
 @pytest.mark.slow
