@@ -10,7 +10,7 @@ from typing import Any
 from stepkd.errors import ConfigError
 
 _FREE = re.compile(
-    r"trainer\.(?!precision).*|checkpoint\.(?!monitor|mode).*|data\.(test|predict)\b.*"
+    r"trainer\.(?!precision|limit_train_batches).*|checkpoint\.(?!monitor|mode).*|data\.(test|predict)\b.*"
     r"|(micro_batch_tokens|chunk_size|policy\.gradient_checkpointing|samples\b.*)"
     r"|(.+\.)?(max_rows|server|gpu_memory|group_port|timeout_s|requests)"
 )

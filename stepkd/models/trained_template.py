@@ -15,7 +15,9 @@ from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.launch.guard import detect_launch
 from stepkd.launch.rundir import write_json
 from stepkd.models.checkpoint import find_checkpoint, read_checkpoint
+from stepkd.models.source import check_source
 from stepkd.models.step_head_io import model_file
+from stepkd.models.tiny import TINY_PRESETS
 
 TEMPLATE_NAME = "prompt_template.json"
 logger = logging.getLogger(__name__)
@@ -35,7 +37,9 @@ def trained_template(path: str | Path, revision: str | None = None) -> PromptTem
         ModelError: a file that cannot be read.
     """
     saved = None
-    with contextlib.suppress(OSError):  # neither a folder nor a repository: whoever loads it says so
+    with contextlib.suppress(OSError, ModelError):  # neither a folder nor a repository: whoever loads it says so
+        if str(path) not in TINY_PRESETS:
+            check_source(str(path), revision)
         saved = model_file(str(path), Path(path).expanduser(), TEMPLATE_NAME, revision)
     try:
         if saved is not None:

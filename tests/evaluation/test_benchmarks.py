@@ -35,7 +35,11 @@ def test_entries_refer_to_things_that_exist(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("gms8k", "Did you mean 'gsm8k'"), ("math-500", "Did you mean 'math500'"), ("zzz", "Known: gsm8k,")],
+    [
+        ("gms8k", "Did you mean 'gsm8k'"),
+        ("math-500", "Did you mean 'math500'"),
+        ("zzz", "Known: gsm8k,.*rows, processbench, step_labels.*--benchmark rows --data FILE"),
+    ],
 )
 def test_unknown_name(name: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown benchmark '{name}'.*{hint}"):

@@ -68,6 +68,7 @@ def test_length_logging_and_hardware_are_applied_and_said(dotted: str, value: An
     [
         ("seed_everything", 1, "seed"),
         ("trainer.precision", "bf16-mixed", "trainer.precision"),
+        ("trainer.limit_train_batches", 2, "trainer.limit_train_batches"),
         ("checkpoint.monitor", "val/accuracy", "checkpoint.monitor"),
         ("model.class_path", "stepkd.modules.SFTModule", "model.class_path"),
         ("model.init_args.policy.lora", {"r": 4}, "policy.lora.r"),

@@ -14,6 +14,7 @@ from stepkd.errors import ModelError
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import model_config
+from stepkd.models.trained_template import trained_template
 from stepkd.scorers.load import load_scorer
 
 
@@ -82,6 +83,18 @@ def test_a_name_that_is_nothing_costs_one_request_and_names_both_readings(
     assert f"no folder '{name}' here, and no model '{name}' on the hub (unknown there" in str(caught.value)
     assert len(hub.asked) == 1
     assert hub.asked[0].endswith(f"/{name}/resolve/main/config.json")
+
+
+def test_a_name_that_is_nothing_is_not_searched_for_a_template(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template may be asked for before the model is loaded, which then says what is wrong."""
+    searched: list[str] = []
+    monkeypatch.setattr("transformers.utils.cached_file", lambda path, *_, **__: searched.append(path))
+    hub.answer = errors.RepositoryNotFoundError("404", response=Answer())
+    assert trained_template("org/nosuchmodel") is None
+    assert (len(hub.asked), searched) == (1, [])
+    hub.answer = None
+    assert trained_template("org/amodel") is None
+    assert searched == ["org/amodel"]
 
 
 @pytest.mark.parametrize("load", DOORS)
