@@ -15,8 +15,8 @@ from importlib import import_module
 
 import stepkd
 from stepkd.errors import MachineError, StepkdError, disk_error, nearest
-from stepkd.launch.failure import rank_name, tell_agent
-from stepkd.launch.leaving import leave_group
+from stepkd.runs.launcher import leave_group
+from stepkd.training.failure import rank_name, tell_agent
 
 TRAINER_COMMANDS = {
     "fit": "train a model from a recipe",

@@ -25,24 +25,24 @@ from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
 from stepkd.data.io import replace_file
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, StepkdError
-from stepkd.launch import RunDir, check_launch, trainer_defaults
-from stepkd.launch.checkpoint_files import find_last_checkpoint
-from stepkd.launch.checkpoint_io import AtomicCheckpointIO
-from stepkd.launch.failure import explained
-from stepkd.launch.last_checkpoint import BestCheckpoint, LastCheckpoint
-from stepkd.launch.logger import JsonlLogger, place_loggers
-from stepkd.launch.preemption import Preempted
-from stepkd.launch.preemption_callback import SaveWhenPreempted
-from stepkd.launch.progress import StepProgress
-from stepkd.launch.quiet import quiet_libraries
-from stepkd.launch.resume import check_changes, newest_config, recipe_settings, short_name
-from stepkd.launch.rundir import free_path
-from stepkd.launch.trainer_settings import check_trainer_settings
 from stepkd.models.source import find_checkpoint, no_model
 from stepkd.models.trained_template import save_template
 from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
+from stepkd.runs import RunDir, check_launch, trainer_defaults
+from stepkd.runs.checkpoint_files import find_last_checkpoint
+from stepkd.runs.logger import JsonlLogger, place_loggers
+from stepkd.runs.preemption import Preempted
+from stepkd.runs.quiet import quiet_libraries
+from stepkd.runs.resume import check_changes, newest_config, recipe_settings, short_name
+from stepkd.runs.rundir import free_path
 from stepkd.safe import check_import
+from stepkd.training.checkpoint_io import AtomicCheckpointIO
+from stepkd.training.failure import explained
+from stepkd.training.last_checkpoint import BestCheckpoint, LastCheckpoint
+from stepkd.training.preemption_callback import SaveWhenPreempted
+from stepkd.training.progress import StepProgress
+from stepkd.training.trainer_settings import check_trainer_settings
 from stepkd.yaml_files import read_yaml
 
 DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +31,7 @@ def test_module_imports(name: str) -> None:
         ("stepkd.steps", ["lightning", "transformers", "trl", "datasets", "peft"]),
         ("stepkd.tasks", ["torch", "lightning", "transformers"]),
         ("stepkd.grading", ["torch", "lightning", "transformers", "math_verify"]),
-        ("stepkd.launch", ["torch", "lightning", "transformers"]),
+        ("stepkd.runs", ["torch", "lightning", "transformers"]),
     ],
 )
 def test_light_imports(name: str, forbidden: list[str]) -> None:
@@ -37,46 +40,71 @@ def test_light_imports(name: str, forbidden: list[str]) -> None:
     assert done.stdout.strip() == "[]"
 
 
-LAYERS = [
-    {"errors", "files", "randomness", "safe", "yaml_files"},
-    {"steps", "losses"},
-    {"data", "grading", "tasks"},
-    {"models", "launch"},
+ORDER = [
+    {"errors"},
+    {"randomness", "safe", "yaml_files", "statistics"},
+    {"steps"},
+    {"losses", "tasks"},
+    {"runs"},
+    {"data"},
+    {"models"},
+    {"grading"},
     {"rollout"},
     {"teachers"},
     {"scorers"},
     {"search"},
-    {"evaluation"},
     {"labels"},
     {"modules"},
-    {"doctor"},
-    {"claims", "quickstart", "iteration", "trainer_cli", "commands", "cli"},
+    {"training"},
+    {"evaluation"},
+    {"iteration"},
+    {"claims"},
+    {"quickstart"},
+    {"cli", "commands", "doctor", "trainer_cli", "__main__"},
 ]
+"""Rooms in the order in which they may import each other; those of one line do not (the command line's parts do)."""
+
+NOT_YET = {"labels": {"evaluation"}, "iteration": {"commands", "trainer_cli"}, "steps": {"runs"}}
+"""Arrows that still point up."""
 
 
-def test_imports_go_one_way() -> None:
-    """Nothing below imports something above (DESIGN section 2)."""
-    import ast
-    from pathlib import Path
-
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+def _imports() -> dict[str, set[str]]:
+    """Every module's imports of stepkd: at the top, in functions, and under TYPE_CHECKING."""
     root = Path(stepkd.__path__[0])
-    wrong = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        here = parts[0]
-        if here in ("__init__", "__main__"):
-            continue
-        assert here in level, f"{here} belongs to no layer: add it to LAYERS"
+    files = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found[name] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module]
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stepkd":
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[name] |= {each if each in files else node.module for each in named}
             elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            for name in names:
-                if name.startswith("stepkd.") and name.split(".")[1] in level:
-                    there = name.split(".")[1]
-                    if level[there] > level[here]:
-                        wrong.append(f"{path.relative_to(root)} imports {name}")
-    assert not wrong, "\n".join(wrong)
+                found[name] |= {alias.name for alias in node.names if alias.name in files}
+    return found
+
+
+def test_imports_point_only_to_earlier_rooms() -> None:
+    level = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
+    wrong = []
+    for name, imported in _imports().items():
+        here = name.partition(".")[2].partition(".")[0]
+        if not here:
+            continue
+        assert here in level, f"{here} stands in no room of ORDER"
+        for other in imported:
+            there = other.partition(".")[2].partition(".")[0]
+            if not there or there == here or there in NOT_YET.get(here, ()):
+                continue
+            if level[there] > level[here] or (level[there] == level[here] and "cli" not in ORDER[level[here]]):
+                wrong.append(f"{name} imports {other}")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+@pytest.mark.xfail(strict=True, reason="five circles are left")
+def test_no_import_circles() -> None:
+    order = graphlib.TopologicalSorter({name: others - {name, "stepkd"} for name, others in _imports().items()})
+    order.prepare()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.launch.processor import compute_dtype
+from stepkd.models.cpu import compute_dtype
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def trained(gguf: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_training_lowers_the_training_loss_and_validates(trained: Path) -> None:
-    from stepkd.launch.logger import read_metrics
+    from stepkd.runs.logger import read_metrics
 
     rows = read_metrics(trained)
     held_out = [row["val/loss"] for row in rows if "val/loss" in row]

@@ -23,8 +23,8 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.manifest import RESULTS_NAME, manifest_differences, package_versions
 from stepkd.evaluation.store import ResultStore, read_rows
-from stepkd.launch import RunDir
-from stepkd.launch.progress_facts import duration
+from stepkd.runs import RunDir
+from stepkd.runs.progress import duration
 
 MANIFEST_NAME = "claim.json"
 UNITS_NAME = "units"

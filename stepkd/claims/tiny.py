@@ -92,10 +92,10 @@ def fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress
     """Train in ``folder`` and export the last weights to ``folder/model``."""
     from lightning.pytorch import Trainer
 
-    from stepkd.launch.checkpoint_io import AtomicCheckpointIO
-    from stepkd.launch.logger import JsonlLogger
-    from stepkd.launch.progress import StepProgress
     from stepkd.models.export import export_model
+    from stepkd.runs.logger import JsonlLogger
+    from stepkd.training.checkpoint_io import AtomicCheckpointIO
+    from stepkd.training.progress import StepProgress
 
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(

@@ -157,8 +157,8 @@ def curves_tiny(
         seed: seed of the intervals and of drawn subsets.
     """
     from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
-    from stepkd.evaluation.judging import votes_of
     from stepkd.grading import Grader
+    from stepkd.grading.judge import votes_of
 
     groups, size = by_problem(rows), max(ks)
     with Grader() as grader:

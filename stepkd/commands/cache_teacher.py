@@ -14,8 +14,8 @@ import argparse
 from types import SimpleNamespace
 
 from stepkd.commands.recipe_options import add_recipe_arguments, recipe_words
-from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError
+from stepkd.runs.progress import WorkLine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd cache-teacher``."""
     from rich.console import Console
 
-    from stepkd.launch.guard import check_alone
     from stepkd.modules import GKDModule
+    from stepkd.runs.launcher import check_alone
     from stepkd.scorers.load import pick_device
     from stepkd.teachers.cache_writer import write_cache
     from stepkd.teachers.local import LocalTeacher

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stepkd.claims.claim_file import load_claim
-    from stepkd.launch.guard import check_alone
+    from stepkd.runs.launcher import check_alone
 
     if arguments.list:
         return _list()
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.claims.results import save_results, summarise_claim
     from stepkd.claims.runner import run_claim
     from stepkd.claims.table import print_results
-    from stepkd.launch.quiet import quiet_libraries
+    from stepkd.runs.quiet import quiet_libraries
 
     quiet_libraries()
     console = Console()

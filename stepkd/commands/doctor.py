@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd doctor``."""
     from stepkd.doctor.environment import look_around
-    from stepkd.launch.quiet import quiet_libraries
+    from stepkd.runs.quiet import quiet_libraries
 
     quiet_libraries()
     findings = look_around(arguments.out)
@@ -55,10 +55,10 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
     from stepkd.doctor.environment import Finding, gib
     from stepkd.doctor.footprint import footprint
     from stepkd.errors import ConfigError
-    from stepkd.launch import detect_launch
-    from stepkd.launch.limits import memory_free
-    from stepkd.launch.processor import fast_bfloat16
+    from stepkd.models.cpu import fast_bfloat16
+    from stepkd.models.limits import memory_free
     from stepkd.models.room import device_room
+    from stepkd.runs import detect_launch
     from stepkd.trainer_cli import check_fit_settings
 
     module, data, settings = check_fit_settings(words)

@@ -20,8 +20,8 @@ from typing import Any
 
 from stepkd.commands import judging_prm
 from stepkd.commands.scorer_options import TEMPLATE_HELP
-from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError
+from stepkd.runs.progress import WorkLine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("give --model and --out (or --compare A B, or --list)")
     from rich.console import Console
 
-    from stepkd.evaluation.benchmarks import PROCESS_BENCHMARKS
+    from stepkd.data.benchmarks import PROCESS_BENCHMARKS
     from stepkd.evaluation.runner import EvaluationSpec, evaluate
-    from stepkd.launch.guard import check_alone
-    from stepkd.launch.quiet import quiet_libraries
+    from stepkd.runs.launcher import check_alone
+    from stepkd.runs.quiet import quiet_libraries
 
     quiet_libraries()
     check_alone("stepkd evaluate", "start it without a launcher (shard with --data offset=)")
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list() -> int:
-    from stepkd.evaluation.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
+    from stepkd.data.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
 
     for benchmark in BENCHMARKS.values():
         print(f"{benchmark.name:<14} {benchmark.help}")
@@ -145,7 +145,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _template(arguments: argparse.Namespace) -> Any:
     """What is asked for, where anything is: a template, or changes to the one that is used without."""
-    from stepkd.evaluation.benchmarks import get_benchmark
+    from stepkd.data.benchmarks import get_benchmark
     from stepkd.models.trained_template import template_for
 
     names = ("style", "system", "few_shot")

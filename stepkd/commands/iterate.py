@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.iteration.loop import run_iterations
     from stepkd.iteration.spec import load_spec
     from stepkd.iteration.table import print_summary
-    from stepkd.launch import check_launch
-    from stepkd.launch.quiet import quiet_libraries
+    from stepkd.runs import check_launch
+    from stepkd.runs.quiet import quiet_libraries
 
     if check_launch().world_size > 1:
         raise ConfigError("stepkd iterate starts its launcher itself: run it plainly, and give --launcher")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.commands.scorer_options import add_scorer_arguments, given_options, scorer_options
-from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError
+from stepkd.runs.progress import WorkLine
 
 SAMPLING_ONLY = (
     *("samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop", "ks"),
@@ -44,7 +44,7 @@ def check_used(arguments: argparse.Namespace) -> None:
         ConfigError: names them.
     """
     from stepkd.commands import evaluate
-    from stepkd.evaluation.benchmarks import PROCESS_BENCHMARKS
+    from stepkd.data.benchmarks import PROCESS_BENCHMARKS
 
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 from stepkd.commands.label_pairs import PAIR_JOBS, add_pair_arguments, print_pair_summary
 from stepkd.commands.scorer_options import TEMPLATE_HELP
-from stepkd.commands.work_line import WorkLine
 from stepkd.errors import ConfigError
+from stepkd.runs.progress import WorkLine
 
 if TYPE_CHECKING:
     from stepkd.labels.quality import LabelQuality
     from stepkd.labels.settings import LabelSpec
-    from stepkd.launch import LaunchInfo
+    from stepkd.runs import LaunchInfo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,8 +129,8 @@ def _job(arguments: argparse.Namespace) -> int:
     """A labelling job or a pair job."""
     from rich.console import Console
 
-    from stepkd.launch import check_launch
-    from stepkd.launch.quiet import quiet_libraries
+    from stepkd.runs import check_launch
+    from stepkd.runs.quiet import quiet_libraries
 
     quiet_libraries()
     launch = check_launch()

@@ -33,11 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd quickstart``."""
     from rich.console import Console
 
-    from stepkd.launch import RunDir
-    from stepkd.launch.guard import check_alone
-    from stepkd.launch.rundir import free_path
     from stepkd.quickstart.context import SUMMARY_NAME, Context, run_stages
     from stepkd.quickstart.stages import STAGES
+    from stepkd.runs import RunDir
+    from stepkd.runs.launcher import check_alone
+    from stepkd.runs.rundir import free_path
 
     if arguments.list:
         for stage in STAGES:

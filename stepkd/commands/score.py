@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.commands.scorer_options import TEMPLATE_HELP, add_scorer_arguments, scorer_options
-from stepkd.commands.work_line import WorkLine
 from stepkd.errors import check_choice
+from stepkd.runs.progress import WorkLine
 
 REDUCTIONS = ("auto", "product", "min", "mean", "last")
 
@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stepkd.evaluation.score_rows import ScoreJob, score_file
-    from stepkd.launch.guard import check_alone
-    from stepkd.launch.quiet import quiet_libraries
+    from stepkd.runs.launcher import check_alone
+    from stepkd.runs.quiet import quiet_libraries
 
     quiet_libraries()
     check_alone("stepkd score", "start it without a launcher (shard with offset=, limit=)")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from stepkd.errors import DataError, disk_error
-from stepkd.files import replaced
+from stepkd.runs.files import replaced
 
 READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 """File endings that :func:`read_rows` understands."""

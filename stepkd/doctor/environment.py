@@ -16,9 +16,9 @@ import torch
 
 import stepkd
 from stepkd.errors import ConfigError
-from stepkd.launch.guard import check_launch
-from stepkd.launch.limits import memory_free, memory_limit, processors
-from stepkd.launch.processor import cpu_name, fast_bfloat16
+from stepkd.models.cpu import cpu_name, fast_bfloat16
+from stepkd.models.limits import memory_free, memory_limit, processors
+from stepkd.runs.launcher import check_launch
 
 Level = Literal["ok", "note", "bad"]
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "accelerate", "jsonargparse", "math-verify")

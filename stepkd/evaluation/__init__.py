@@ -1,6 +1,6 @@
 """Evaluation: benchmarks, a resumable runner, and metrics with intervals."""
 
-from stepkd.evaluation.benchmarks import BENCHMARKS, Benchmark, get_benchmark
+from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.evaluation.compare import Comparison, compare_runs
 from stepkd.evaluation.metrics import maj_at_k, pass_at_k, summarise
 from stepkd.evaluation.runner import EvaluationSpec, evaluate

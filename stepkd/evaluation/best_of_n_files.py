@@ -9,8 +9,8 @@ from typing import Any
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.best_of_n import CurveResult, ProblemSamples, bon_curve
-from stepkd.evaluation.judging import votes_of
 from stepkd.grading import DEFAULT_EXTRACTORS, Grader
+from stepkd.grading.judge import votes_of
 
 Row = Mapping[str, Any]
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stepkd.data.benchmarks import PROCESS_BENCHMARKS, unknown_benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.spec import DataSpec, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.benchmarks import PROCESS_BENCHMARKS, unknown_benchmark
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, RESULTS_NAME, package_versions

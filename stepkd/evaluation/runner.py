@@ -7,7 +7,6 @@ noise, so a killed run, given the same command, goes on where it stood and ends 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -16,26 +15,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.benchmarks import Benchmark, benchmark_data, default_ks, get_benchmark
+from stepkd.data.encode import Example
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.spec import DataSpec, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.benchmarks import Benchmark, benchmark_data, default_ks, get_benchmark
+from stepkd.errors import ConfigError
 from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
-from stepkd.evaluation.judging import judge
 from stepkd.evaluation.manifest import RESULTS_NAME, build_manifest
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.store import ResultStore
 from stepkd.grading import EXTRACTOR_VERSION, Grader
+from stepkd.grading.judge import judge
 from stepkd.models import Policy
-from stepkd.models.checkpoint import load_trained, weights_fingerprint
+from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.trained_template import template_for
 from stepkd.rollout import SamplingSpec, TransformersSampler
+from stepkd.rollout.prompts import encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
-from stepkd.steps import get_segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -194,32 +193,6 @@ def _warn_of_cut_off(metrics: dict[str, Any], limit: int) -> None:
         )
 
 
-def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Example]:
-    """Prompt ids of every row, each with room for at least one token in the model's context.
-
-    Raises:
-        DataError: a prompt fills the context.
-    """
-    encoder = Encoder(policy.tokenizer, template, get_segmenter("newline"), max_length=10**9)
-    prompts = [encoder.prompt_example(row) for row in rows]
-    longest = max(prompts, key=lambda prompt: len(prompt.prompt_ids))
-    if policy.max_length is not None and len(longest.prompt_ids) >= policy.max_length:
-        raise DataError(
-            f"the prompt has {len(longest.prompt_ids)} tokens and the model's context is {policy.max_length}: use "
-            "fewer few-shot examples, a model with a longer context, or drop the row",
-            path=longest.id,
-            column="prompt",
-        )
-    return prompts
-
-
-def fixed_batches(prompts: Sequence[Example], samples: int, max_rows: int) -> list[list[int]]:
-    """Problems grouped by prompt length; depends on nothing but the problems and the two numbers."""
-    size = max(1, max_rows // samples)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].prompt_ids), i))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def _running(rows: list[dict[str, Any]]) -> dict[str, float]:
     samples = [sample for row in rows for sample in row["samples"]]
     seconds = sum(row["seconds"] for row in rows)
@@ -241,14 +214,6 @@ def _result_row(
         "samples": samples,
         "seconds": round(seconds, 4),
     }
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Short hash of everything that decides how text becomes ids: vocabulary, merges, normaliser, special tokens."""
-    shape = json.loads(tokenizer.backend_tokenizer.to_str())
-    shape.pop("truncation", None)  # set by whoever called last
-    shape.pop("padding", None)
-    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _manifest(

@@ -23,7 +23,7 @@ from stepkd.evaluation.manifest import manifest_differences, package_versions
 from stepkd.iteration.spec import IterateSpec
 from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings
 from stepkd.iteration.table import summarise_run
-from stepkd.launch import RunDir
+from stepkd.runs import RunDir
 
 MANIFEST_NAME = "iterate.json"
 SUMMARY_NAME = "summary.json"

@@ -18,11 +18,10 @@ from stepkd.data.io import read_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
 from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
-from stepkd.evaluation.judging import votes_of
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.metrics import summarise
-from stepkd.evaluation.runner import encode_prompts
 from stepkd.grading import Grader
+from stepkd.grading.judge import votes_of
 from stepkd.labels.job import SOLUTIONS
 from stepkd.labels.matching import row_labels
 from stepkd.labels.settings import LabelSpec, asking
@@ -31,6 +30,7 @@ from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.trained_template import template_for
 from stepkd.rollout import annotate
+from stepkd.rollout.prompts import encode_prompts
 from stepkd.scorers.load import pick_device
 from stepkd.steps.labels import verdicts
 

@@ -170,7 +170,7 @@ class IterateSpec:
         Raises:
             ConfigError: problems of a source that is no benchmark.
         """
-        from stepkd.evaluation.benchmarks import BENCHMARKS
+        from stepkd.data.benchmarks import BENCHMARKS
 
         source, _, rest = explicit_word(self.evaluation.problems).partition(":")
         names = [benchmark.name for benchmark in BENCHMARKS.values() if benchmark.source == source]

@@ -260,7 +260,7 @@ def write_training_settings(it: Iteration, rows: Path) -> None:
 
 
 def _train(it: Iteration, rows: Path) -> dict[str, Any]:
-    from stepkd.launch.rundir import read_marker
+    from stepkd.runs.rundir import read_marker
 
     run = it.folder / "train"
     write_training_settings(it, rows)

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stepkd.data.benchmarks import Benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.spec import DataSpec, load_rows, parse_spec, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError
-from stepkd.evaluation.benchmarks import Benchmark
 from stepkd.grading import Grader
 from stepkd.labels.given import given_rows
 from stepkd.labels.settings import JobSpec, asking

@@ -12,14 +12,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, package_versions
-from stepkd.evaluation.runner import tokenizer_fingerprint
 from stepkd.grading import EXTRACTOR_VERSION
 from stepkd.labels.folder import KIND
 from stepkd.labels.job_data import JobData, Workbench
 from stepkd.labels.labeller import Labeller
 from stepkd.labels.settings import JobSpec, LabelSpec
 from stepkd.models import Policy
-from stepkd.models.checkpoint import weights_fingerprint
+from stepkd.models.checkpoint import tokenizer_fingerprint, weights_fingerprint
 from stepkd.rollout import SamplingSpec
 from stepkd.steps import Segmenter, get_segmenter
 

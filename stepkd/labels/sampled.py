@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stepkd.data.encode import Example
-from stepkd.evaluation.runner import fixed_batches
 from stepkd.grading import Grader
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Candidate, Row, token_signals
 from stepkd.models import Policy
 from stepkd.rollout import Rollout, Sampler, SamplingSpec
+from stepkd.rollout.prompts import fixed_batches
 
 PURPOSE = "label_solutions"
 

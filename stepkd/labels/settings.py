@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.errors import ConfigError, check_bounds, check_choice
-from stepkd.evaluation.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.labels.reductions import check_reduction
 from stepkd.rollout import SamplingSpec
 from stepkd.steps import get_segmenter

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from stepkd.errors import DataError
-from stepkd.evaluation.runner import encode_prompts
 from stepkd.grading import Grader
 from stepkd.labels.checker import CheckerLabeller
 from stepkd.labels.folder import check_job_folder
@@ -28,6 +27,7 @@ from stepkd.labels.solutions import SolutionSource
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
+from stepkd.rollout.prompts import encode_prompts
 from stepkd.scorers.arithmetic import ArithmeticScorer
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
 from stepkd.steps import SegmentThreshold

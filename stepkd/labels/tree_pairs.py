@@ -10,7 +10,6 @@ from typing import Any
 
 from stepkd.data.encode import Example
 from stepkd.errors import DataError
-from stepkd.evaluation.runner import encode_prompts, fixed_batches
 from stepkd.grading import Grader
 from stepkd.labels.folder import PAIR_KIND, check_job_folder
 from stepkd.labels.job_data import JobData, Workbench, load_job_data, open_workbench
@@ -20,6 +19,7 @@ from stepkd.labels.solutions import PROBLEM_COLUMNS
 from stepkd.labels.tree_settings import TreePairSpec
 from stepkd.models import Policy
 from stepkd.rollout import Sampler, TransformersSampler
+from stepkd.rollout.prompts import encode_prompts, fixed_batches
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
 from stepkd.scorers.scorer import StepScorer

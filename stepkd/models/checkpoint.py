@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from stepkd.models.adapter import add_lora, misfit
 from stepkd.models.load import checkpoint_layers, load_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint as find_checkpoint
-from stepkd.models.source import read_checkpoint as read_checkpoint
 from stepkd.models.spec import FrozenSpec, PolicySpec, Quantization, spec_from_dict
 from stepkd.models.step_head_io import step_head_from_dict
+from stepkd.runs.checkpoint_files import read_checkpoint
 
 
 def trained_spec(path: str | Path) -> PolicySpec:
@@ -166,3 +167,11 @@ def parameters_fingerprint(named: Iterable[tuple[str, torch.nn.Parameter]]) -> s
             stride = max(1, flat.numel() // 1000)
             digest.update(np.ascontiguousarray(flat[::stride].float().cpu().numpy()).tobytes())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Short hash of everything that decides how text becomes ids: vocabulary, merges, normaliser, special tokens."""
+    shape = json.loads(tokenizer.backend_tokenizer.to_str())
+    shape.pop("truncation", None)  # set by whoever called last
+    shape.pop("padding", None)
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]

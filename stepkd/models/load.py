@@ -12,8 +12,8 @@ import torch
 
 from stepkd.data.templates import turn_end
 from stepkd.errors import ConfigError, ModelError
-from stepkd.launch.processor import compute_dtype, fast_bfloat16
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
+from stepkd.models.cpu import compute_dtype, fast_bfloat16
 from stepkd.models.room import check_host_room
 from stepkd.models.source import as_trained, check_source, no_model
 from stepkd.models.spec import PolicySpec

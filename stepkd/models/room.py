@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from stepkd.errors import ModelError
-from stepkd.launch.limits import memory_free
+from stepkd.models.limits import memory_free
 
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

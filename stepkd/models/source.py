@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from stepkd.errors import ModelError, nearest
-from stepkd.launch.rundir import read_marker
 from stepkd.models.spec import PolicySpec, spec_from_dict
 from stepkd.models.tiny import TINY_PRESETS
+from stepkd.runs.checkpoint_files import read_checkpoint
+from stepkd.runs.rundir import read_marker
 
 BEST, LAST = "best.ckpt", "last.ckpt"
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a ``.ckpt`` file written by a stepkd run.
-
-    Raises:
-        ModelError: no such file, not a whole checkpoint, or one that asks to execute code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no checkpoint at {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path} holds more than tensors and plain values, and loading it would execute code: refused. Only load "
-            "checkpoints that stepkd wrote"
-        ) from error
-    except Exception as error:  # torch raises many classes for a torn or foreign file
-        raise ModelError(f"{path} is not a whole checkpoint ({type(error).__name__}): use an earlier one") from error
-    extra = checkpoint.get("stepkd") if isinstance(checkpoint, dict) else None
-    if not isinstance(extra, dict) or "policy" not in extra or "state_dict" not in checkpoint:
-        raise ModelError(f"{path} is not a stepkd checkpoint: it has no 'stepkd' section")
-    return checkpoint
 
 
 def find_checkpoint(path: Path) -> Path | None:

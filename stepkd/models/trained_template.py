@@ -12,12 +12,12 @@ from typing import Any
 
 from stepkd.data.templates import PromptTemplate, get_template, read_template, template_name
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.launch.guard import detect_launch
-from stepkd.launch.rundir import write_json
-from stepkd.models.checkpoint import find_checkpoint, read_checkpoint
-from stepkd.models.source import check_source
+from stepkd.models.source import check_source, find_checkpoint
 from stepkd.models.step_head_io import model_file
 from stepkd.models.tiny import TINY_PRESETS
+from stepkd.runs.checkpoint_files import read_checkpoint
+from stepkd.runs.launcher import detect_launch
+from stepkd.runs.rundir import write_json
 
 TEMPLATE_NAME = "prompt_template.json"
 logger = logging.getLogger(__name__)

@@ -20,16 +20,13 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
 from stepkd.data.batching import micro_batches
+from stepkd.data.benchmarks import next_evaluation
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Example
 from stepkd.data.loader import Position, StepBatch
 from stepkd.data.preference_datamodule import PreferenceData
 from stepkd.data.templates import PromptTemplate, template_name
 from stepkd.errors import ConfigError, TrainingError
-from stepkd.evaluation.benchmarks import next_evaluation
-from stepkd.launch.phases import PhaseTracker
-from stepkd.launch.preemption import STOP_REQUEST, Preempted
-from stepkd.launch.strategies import check_strategy
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.adapter import LOW_PRECISION
@@ -44,9 +41,12 @@ from stepkd.modules.evaluation_loops import EvaluationLoops
 from stepkd.modules.finite import require_finite
 from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule, put_back
 from stepkd.modules.step_metrics import accumulate, step_values
+from stepkd.modules.strategies import check_strategy
 from stepkd.modules.throughput import Throughput
 from stepkd.modules.validation import SampledAccuracy, ValidationSpec
 from stepkd.randomness import stream_key
+from stepkd.runs.phases import PhaseTracker
+from stepkd.runs.preemption import STOP_REQUEST, Preempted
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from stepkd.data.loader import Position
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ModelError
-from stepkd.launch.resume import check_changes, flat
 from stepkd.models import spec_to_dict
 from stepkd.models.adapter import misfit
+from stepkd.runs.resume import check_changes, flat
 
 if TYPE_CHECKING:
     from stepkd.modules.base import StepModule

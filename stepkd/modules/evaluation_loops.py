@@ -10,13 +10,13 @@ from lightning.pytorch import LightningModule
 
 from stepkd.data.encode import Example
 from stepkd.data.loader import StepBatch
-from stepkd.launch.phases import PhaseTracker
 from stepkd.losses import LossTerms
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.average import WeightAverage
 from stepkd.modules.distributed import all_reduce, union
 from stepkd.modules.throughput import Throughput
 from stepkd.modules.validation import SampledAccuracy, ValidationSpec
+from stepkd.runs.phases import PhaseTracker
 
 if TYPE_CHECKING:
     from stepkd.data.collate import MicroBatch

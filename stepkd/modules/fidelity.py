@@ -20,8 +20,8 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.errors import check_bounds
-from stepkd.evaluation.judging import judge, vote_keys
 from stepkd.grading import Grader
+from stepkd.grading.judge import judge, vote_keys
 from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
 from stepkd.models import Policy
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler

@@ -15,7 +15,6 @@ from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.data.loader import StepBatch
 from stepkd.errors import ConfigError, check_choice
-from stepkd.launch.preemption import STOP_REQUEST
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models import Policy, PolicySpec
 from stepkd.modules.base import Prepared
@@ -26,6 +25,7 @@ from stepkd.modules.taught import TaughtModule
 from stepkd.randomness import generator
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
+from stepkd.runs.preemption import STOP_REQUEST
 from stepkd.steps import get_segmenter
 from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServerTeacher, Teacher, TeacherSpec
 

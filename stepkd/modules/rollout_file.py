@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from stepkd.data.rows import ROLLOUT, validate
 from stepkd.errors import disk_error
-from stepkd.launch.logger import append
+from stepkd.runs.logger import append
 
 
 class RolloutFile(Callback):

@@ -13,14 +13,14 @@ from torch import Tensor
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.data.loader import StepBatch
-from stepkd.launch.phases import PhaseTracker
-from stepkd.launch.preemption import STOP_REQUEST
 from stepkd.models import Policy
 from stepkd.modules.kdrl_settings import RolloutSpec
 from stepkd.modules.rewards import Rewards
 from stepkd.modules.step_scores import step_texts
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
+from stepkd.runs.phases import PhaseTracker
+from stepkd.runs.preemption import STOP_REQUEST
 from stepkd.steps import get_segmenter
 
 

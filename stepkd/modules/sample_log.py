@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from stepkd.errors import DataError, disk_error
-from stepkd.launch.logger import append, ends_torn
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.kdrl_settings import SampleLogSpec
 from stepkd.modules.rollouts import Rollout
 from stepkd.modules.step_scores import step_texts
+from stepkd.runs.logger import append, ends_torn
 
 SAMPLES_FILE = "samples.jsonl"
 BINS = 16

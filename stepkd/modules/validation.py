@@ -8,11 +8,11 @@ from typing import Any
 
 from stepkd.data.loader import StepBatch
 from stepkd.errors import check_bounds
-from stepkd.evaluation.judging import judge, rollout_row
 from stepkd.grading import DEFAULT_EXTRACTORS, Grader
-from stepkd.launch.phases import PhaseTracker
+from stepkd.grading.judge import judge, rollout_row
 from stepkd.models import Policy
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
+from stepkd.runs.phases import PhaseTracker
 from stepkd.steps import get_segmenter, segment, step_ends, text_from_ids
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stepkd.errors import ConfigError
-from stepkd.evaluation.judging import solution_steps
+from stepkd.grading.judge import solution_steps
 from stepkd.quickstart.context import Context, Stage, evaluate_task, percent, train_sft
 from stepkd.quickstart.gkd_stage import train_gkd
 from stepkd.quickstart.kdrl_stage import train_kdrl

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.files import replaced
+from stepkd.runs.files import replaced
 from stepkd.steps.confidence import ROUNDING, AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter, Side
 
 Signal = Literal["confidence", "entropy"]

@@ -17,7 +17,7 @@ import yaml
 
 from stepkd.cli import main
 from stepkd.errors import MachineError, disk_error
-from stepkd.launch import RunDir
+from stepkd.runs import RunDir
 from stepkd.tasks import Noise, make_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +190,7 @@ def test_a_finished_prediction_says_so(inputs: dict[str, Path], tmp_path: Path) 
 
 def test_a_failed_run_is_marked_without_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir.open(tmp_path / "x", environ={})
-    monkeypatch.setattr("stepkd.launch.rundir.write_json", _full)
+    monkeypatch.setattr("stepkd.runs.rundir.write_json", _full)
     run.mark("failed", "no space " * 2000)
     marker = json.loads((run.path / "run.json").read_text())
     assert (marker["status"], marker["kind"]) == ("failed", "fit")

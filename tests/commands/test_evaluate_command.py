@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from stepkd.cli import main
+from stepkd.data.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
 from stepkd.data.exemplars import EXEMPLARS
-from stepkd.evaluation.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.store import read_rows
 
@@ -155,10 +155,10 @@ def test_model_folder_without_weights(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from stepkd.launch.guard import LaunchInfo
+    from stepkd.runs.launcher import LaunchInfo
 
     info: Any = LaunchInfo(launcher="elastic", world_size=2, local_world_size=2)
-    monkeypatch.setattr("stepkd.launch.guard.check_launch", lambda: info)
+    monkeypatch.setattr("stepkd.runs.launcher.check_launch", lambda: info)
     assert run("--out", str(tmp_path / "o")) == 2
     assert "runs in one process: start it without a launcher" in capsys.readouterr().err
 

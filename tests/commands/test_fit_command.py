@@ -50,7 +50,7 @@ def last(out: Path, name: str = "last") -> dict[str, Any]:
 
 def validated(out: Path) -> dict[int, float]:
     """Accuracy at every step that was validated."""
-    from stepkd.launch.logger import read_metrics
+    from stepkd.runs.logger import read_metrics
 
     return {row["step"]: row["val/accuracy"] for row in read_metrics(out) if "val/accuracy" in row}
 
@@ -74,7 +74,7 @@ def uninterrupted(overlay: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_the_folder_holds_what_a_reader_needs(uninterrupted: Path) -> None:
-    from stepkd.launch.logger import read_metrics
+    from stepkd.runs.logger import read_metrics
 
     run = json.loads((uninterrupted / "run.json").read_text())
     assert (run["kind"], run["status"]) == ("fit", "finished")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepkd.launch.logger import read_metrics
+from stepkd.runs.logger import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = """

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from stepkd.cli import main
-from stepkd.launch.logger import read_metrics
+from stepkd.runs.logger import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAY = {

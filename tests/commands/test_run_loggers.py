@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from stepkd.cli import main
-from stepkd.launch.logger import read_metrics
+from stepkd.runs.logger import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +92,7 @@ def test_no_progress_is_shown_when_none_is_wanted(tmp_path: Path, capsys: pytest
 
 
 def test_a_line_says_how_many_micro_batches_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = {"class_path": "stepkd.launch.progress.StepProgress", "init_args": {"every_n_seconds": 1e-9}}
+    progress = {"class_path": "stepkd.training.progress.StepProgress", "init_args": {"every_n_seconds": 1e-9}}
     fit(tmp_path, callbacks=[progress], enable_progress_bar=None)
     text = capsys.readouterr().out
     assert "micro-batch 1/1  step" in text

@@ -153,9 +153,9 @@ def test_mistakes(
 def test_under_a_launcher(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stepkd.launch.guard import LaunchInfo
+    from stepkd.runs.launcher import LaunchInfo
 
     info: Any = LaunchInfo(launcher="elastic", world_size=2, local_world_size=2)
-    monkeypatch.setattr("stepkd.launch.guard.check_launch", lambda: info)
+    monkeypatch.setattr("stepkd.runs.launcher.check_launch", lambda: info)
     assert run(folder, tmp_path / "o.jsonl", "--template", "task") == 2
     assert "runs in one process: start it without a launcher" in capsys.readouterr().err

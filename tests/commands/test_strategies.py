@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.launch.accelerate_env import ignored_settings
-from stepkd.launch.logger import read_metrics
-from stepkd.launch.rundir import read_marker
+from stepkd.runs.accelerate_env import ignored_settings
+from stepkd.runs.logger import read_metrics
+from stepkd.runs.rundir import read_marker
 
 METHODS = ["sft", "prm", "step_kto", "gkd", "kdrl"]
 WAYS = [("torchrun", "ddp"), ("accelerate", "fsdp2"), ("accelerate", "ddp"), ("torchrun", "fsdp2")]

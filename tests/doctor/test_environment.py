@@ -11,8 +11,8 @@ import torch
 from stepkd.cli import main
 from stepkd.doctor import environment
 from stepkd.doctor.environment import Finding, gib, look_around
-from stepkd.launch import processor
-from stepkd.launch.limits import memory_free, memory_limit, memory_used, processors
+from stepkd.models import cpu
+from stepkd.models.limits import memory_free, memory_limit, memory_used, processors
 
 
 def named(findings: list[Finding], section: str, name: str) -> Finding:
@@ -51,7 +51,7 @@ def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
 def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
     monkeypatch.setattr(environment, "processors", lambda: 0.5)
-    monkeypatch.setattr(processor, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx2"}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = look_around(tmp_path, {})
     missing = named(found, "versions", "no-such-package")
@@ -59,7 +59,7 @@ def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pyt
     if torch.get_num_threads() > 1:
         assert "OMP_NUM_THREADS=1" in named(found, "processor", "threads").advice
     assert "policy.dtype float32" in named(found, "processor", "bfloat16").advice
-    monkeypatch.setattr(processor, "cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"amx_bf16"}))
     assert named(look_around(tmp_path, {}), "processor", "bfloat16").value == "in hardware"
 
 

@@ -222,7 +222,7 @@ def test_a_recipe_that_does_not_fit(
     assert main([*words, "--json"]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert memory["peak_bytes"] > 100 * 2**20
-    monkeypatch.setattr("stepkd.launch.limits.memory_free", lambda *_: 50 * 2**20)
+    monkeypatch.setattr("stepkd.models.limits.memory_free", lambda *_: 50 * 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(words) == 1

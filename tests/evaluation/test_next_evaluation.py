@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from stepkd.data import DataSpec, parse_spec
-from stepkd.evaluation.benchmarks import benchmark_data, get_benchmark, next_evaluation
+from stepkd.data.benchmarks import benchmark_data, get_benchmark, next_evaluation
 
 TINY = {"task": "modular:terms=4", "n": 128}
 

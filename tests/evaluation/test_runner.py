@@ -22,9 +22,10 @@ from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError, ModelError, StepkdError
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.metrics import summarise
-from stepkd.evaluation.runner import EvaluationSpec, evaluate, tokenizer_fingerprint
+from stepkd.evaluation.runner import EvaluationSpec, evaluate
 from stepkd.evaluation.store import read_rows
 from stepkd.models import Policy, PolicySpec
+from stepkd.models.checkpoint import tokenizer_fingerprint
 
 TASK = "task=modular:terms=3,n=7"  # the data of the `spec` fixture
 FILES = ["manifest.json", "results.jsonl", "summary.json"]

@@ -8,7 +8,7 @@ from runpy import run_path
 
 import pytest
 
-from stepkd.evaluation.benchmarks import BENCHMARKS
+from stepkd.data.benchmarks import BENCHMARKS
 from stepkd.grading import Grader, Verdict
 
 _TABLES = run_path(str(Path(__file__).with_name("pairs.py")))

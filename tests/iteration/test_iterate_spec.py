@@ -15,7 +15,7 @@ from stepkd.iteration.command import label_arguments, pair_arguments
 from stepkd.iteration.spec import explicit_word, iteration_seed, load_spec, put
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels import LabelSpec
-from stepkd.launch import LaunchInfo, detect_launch
+from stepkd.runs import LaunchInfo, detect_launch
 
 
 def parsed(arguments: list[str], module: Any) -> argparse.Namespace:

@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from stepkd.launch.logger import read_metrics
 from stepkd.models import PolicySpec
 from stepkd.models.load import load_model
 from stepkd.models.spec import LoraSpec
 from stepkd.models.tiny import tiny_config, tiny_tokenizer
+from stepkd.runs.logger import read_metrics
 from stepkd.trainer_cli import run
 
 LORA = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}

@@ -24,17 +24,17 @@ from stepkd.data.step_encode import StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.errors import TrainingError
-from stepkd.launch import check_launch, trainer_defaults
-from stepkd.launch.leaving import leave_group
-from stepkd.launch.sharded import FSDP2Strategy
 from stepkd.losses import LossTerms
 from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
 from stepkd.models.sharding import whole_tensor
 from stepkd.models.step_head import resolve_ids
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
+from stepkd.runs import check_launch, trainer_defaults
+from stepkd.runs.launcher import leave_group
 from stepkd.steps import get_segmenter
 from stepkd.tasks import Noise, make_rows
+from stepkd.training.sharded import FSDP2Strategy
 
 ADAPTED: dict[str, Any] = {"lora": LoraSpec(r=4), "gradient_checkpointing": True}
 TINY = PolicySpec(path="tiny-0.1m", dtype="float64", **(ADAPTED if os.environ.get("ADAPT") else {}))

@@ -17,10 +17,10 @@ from stepkd.data.collate import collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.loader import StepLoader
 from stepkd.data.templates import get_template
-from stepkd.launch import check_launch, trainer_defaults
 from stepkd.models import PolicySpec
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import DivergenceSpec, GKDModule, OptimizerSpec, SourceSpec
+from stepkd.runs import check_launch, trainer_defaults
 from stepkd.steps import get_segmenter
 from stepkd.tasks import Noise, make_rows
 from stepkd.teachers import TeacherSpec

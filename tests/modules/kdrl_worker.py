@@ -17,12 +17,12 @@ from stepkd.data.batching import BatchPlan
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.loader import StepLoader
 from stepkd.data.templates import get_template
-from stepkd.launch import check_launch, trainer_defaults
-from stepkd.launch.logger import JsonlLogger
 from stepkd.models import PolicySpec
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import KDRLModule, KDSpec, OptimizerSpec, PolicyLossSpec, RewardSpec, RolloutSpec
 from stepkd.modules.rollouts import Rollout
+from stepkd.runs import check_launch, trainer_defaults
+from stepkd.runs.logger import JsonlLogger
 from stepkd.steps import get_segmenter
 from stepkd.tasks import make_rows
 from stepkd.teachers import TeacherSpec

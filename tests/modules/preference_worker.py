@@ -18,7 +18,6 @@ from stepkd.data.loader import StepLoader
 from stepkd.data.packing import collate_packed
 from stepkd.data.pairs import PairEncoder
 from stepkd.data.templates import get_template
-from stepkd.launch import check_launch, trainer_defaults
 from stepkd.models import PolicySpec
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import (
@@ -30,6 +29,7 @@ from stepkd.modules import (
     ReferenceSpec,
     StepKTOModule,
 )
+from stepkd.runs import check_launch, trainer_defaults
 from stepkd.steps import get_segmenter
 from stepkd.tasks import Noise, make_rows
 

@@ -306,10 +306,10 @@ def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.Monk
 
 def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """GRPO's groups and GKD's students come from the server, which is given the weights before every step."""
-    from stepkd.launch import PhaseTracker
     from stepkd.modules import GKDModule, RolloutSpec
     from stepkd.modules.gkd_settings import SourceSpec
     from stepkd.modules.rollouts import GroupSampler
+    from stepkd.runs import PhaseTracker
 
     given: list[int] = []
     monkeypatch.setattr(VLLMSampler, "refresh", lambda _, version: given.append(version))

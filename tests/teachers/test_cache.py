@@ -256,7 +256,7 @@ data:
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training from the cache is training from the teacher, without the teacher."""
-    from stepkd.launch.logger import read_metrics
+    from stepkd.runs.logger import read_metrics
 
     recipe = tmp_path / "gkd.yaml"
     recipe.write_text(RECIPE)

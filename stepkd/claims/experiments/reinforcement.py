@@ -165,7 +165,7 @@ def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Pa
 def _facts(folder: Path, settings: ReinforcementSettings) -> dict[str, float]:
     """Samples drawn, and the share of right ones among them over the whole training: how fast an arm learns."""
     from stepkd.claims.tiny_rl import GROUP, PROMPTS
-    from stepkd.launch.logger import read_metrics
+    from stepkd.runs.logger import read_metrics
 
     rows = [row for row in read_metrics(folder) if "train/accuracy" in row]
     return {

@@ -1,0 +1,186 @@
+"""Sampled completions to judged samples: verdict, vote, and, in the tiny world, a label for every step.
+
+Evaluation, validation during training and rollout files all judge through this one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any, Protocol
+
+from stepkd.grading import Grader, canonical_answer, extract_answer
+from stepkd.steps import TokenizedText, get_segmenter, segment
+from stepkd.tasks import check_row
+
+Row = Mapping[str, Any]
+
+
+class Sampled(Protocol):
+    """What is judged of a sampled completion."""
+
+    @property
+    def text(self) -> str:
+        """Decoded completion."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """Its tokens."""
+
+    @property
+    def finish(self) -> str:
+        """``stop``, or ``length`` when it was cut off."""
+
+    @property
+    def logprobs(self) -> Sequence[float]:
+        """Log-probability of each token under the distribution that was sampled from."""
+
+    @property
+    def raw_logprobs(self) -> Sequence[float]:
+        """Log-probability of each token at temperature 1."""
+
+
+def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Sampled]], grader: Grader) -> list[list[dict[str, Any]]]:
+    """Grade every rollout of every row.
+
+    Args:
+        rows: P problem rows with ``answer``; rows of the tiny world also carry ``task`` and ``meta``.
+        rollouts: for each row its samples.
+        grader: extracts and compares answers.
+
+    Returns:
+        For each row a list of sample records, the layout of :mod:`stepkd.evaluation.metrics`: ``completion``,
+        ``extracted``, ``verdict``, ``tokens``, ``finish``, ``vote`` (:func:`vote_keys`), ``logprob`` (summed,
+        temperature 1) and ``step_labels`` (None where no exact checker exists). A completion that was cut off counts
+        by a closed box or a finished ``####`` line only.
+    """
+    flat = [(row, rollout) for row, samples in zip(rows, rollouts, strict=True) for rollout in samples]
+    grades = grader.grade(
+        [rollout.text for _, rollout in flat],
+        [str(row["answer"]) for row, _ in flat],
+        cut_off=[rollout.finish == "length" for _, rollout in flat],
+    )
+    found = iter(grades)
+    votes = vote_keys([[next(found).extracted for _ in samples] for samples in rollouts], grader)
+    judged = []
+    for (row, rollout), grade, vote in zip(flat, grades, [key for keys in votes for key in keys], strict=True):
+        judged.append(
+            {
+                "completion": rollout.text,
+                "extracted": grade.extracted,
+                "verdict": str(grade.verdict),
+                "tokens": len(rollout.token_ids),
+                "finish": rollout.finish,
+                "vote": vote,
+                "logprob": sum(rollout.raw_logprobs),
+                "step_labels": step_labels(row, rollout.text),
+            }
+        )
+    remaining = iter(judged)
+    return [[next(remaining) for _ in samples] for samples in rollouts]
+
+
+def vote_keys(answers: Sequence[Sequence[str | None]], grader: Grader) -> list[list[str | None]]:
+    """Group the answers of each problem by what they say to each other; the reference answer has no part in it.
+
+    Args:
+        answers: for each problem the answers found, None where there is none.
+        grader: compares two answers; they are one where each answers the other.
+
+    Returns:
+        In the same layout a key per answer: equal keys are equal answers, None stays None. A key is the plain form
+        (:func:`~stepkd.grading.canonical_answer`) of the class's first answer.
+    """
+    plain = [[canonical_answer(answer) if answer else None for answer in row] for row in answers]
+    spelled: list[dict[str, str]] = [{} for _ in answers]
+    for forms, keys, row in zip(spelled, plain, answers, strict=True):
+        for key, answer in zip(keys, row, strict=True):
+            if key is not None and answer is not None:
+                forms.setdefault(key, answer)
+    pairs = [(number, *both) for number, forms in enumerate(spelled) for both in combinations(forms, 2)]
+    texts = [(spelled[number][a], spelled[number][b]) for number, a, b in pairs]
+    forth, back = grader.same(texts), grader.same([(b, a) for a, b in texts])
+    first_of: dict[tuple[int, str], str] = {}
+    for (number, first, second), *both in zip(pairs, forth, back, strict=True):
+        if all(both) and (number, first) not in first_of:
+            first_of.setdefault((number, second), first)
+    return [
+        [None if key is None else first_of.get((number, key), key) for key in keys] for number, keys in enumerate(plain)
+    ]
+
+
+def votes_of(rows: Sequence[Sequence[Row]], extractors: Sequence[str], grader: Grader) -> list[list[str | None]]:
+    """:func:`vote_keys` of rows with ``completion`` and ``finish``, grouped by problem."""
+    return vote_keys(
+        [
+            [
+                extract_answer(str(row.get("completion", "")), extractors, cut_off=row.get("finish") == "length")
+                for row in group
+            ]
+            for group in rows
+        ],
+        grader,
+    )
+
+
+def step_labels(row: Row, completion: str, steps: Sequence[str] | None = None) -> list[bool] | None:
+    """Exact label of every step of a completion.
+
+    Args:
+        row: the problem row.
+        completion: the completion's text.
+        steps: texts of its steps; None cuts the text with the ``newline`` segmenter, so that blank lines are no steps
+            here any more than they are in training. A completion without text is one (wrong) step.
+
+    Returns:
+        One label per step, or None for rows that no task generated.
+    """
+    if "task" not in row or "meta" not in row:
+        return None
+    return check_row(row, solution_steps(completion) if steps is None else steps)
+
+
+def solution_steps(completion: str) -> list[str]:
+    """The steps of a text, a character at a time in place of tokens."""
+    length = len(completion)
+    text = TokenizedText(tuple(range(length)), completion, tuple(range(1, length + 1)))
+    return [text.span_text(*span) for span in segment(get_segmenter("newline"), text)] or [""]
+
+
+def rollout_row(
+    row: Row,
+    rollout: Sampled,
+    sample: Mapping[str, Any],
+    step_ends: Sequence[int],
+    steps: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """One line of a rollout file (the ROLLOUT contract of :mod:`stepkd.data.rows`), without provenance columns.
+
+    Args:
+        row: the problem row.
+        rollout: the sampled completion.
+        sample: its record from :func:`judge`.
+        step_ends: exclusive token ends of its steps.
+        steps: texts of these steps, which are then judged one by one. None keeps the labels that ``sample`` has where
+            there are as many as steps; else (another segmenter, a token across a line's end) the row has no labels.
+    """
+    result = {
+        "problem_id": str(row["id"]),
+        "prompt": row["prompt"],
+        "completion": rollout.text,
+        "token_ids": list(rollout.token_ids),
+        "logprobs": list(rollout.logprobs),
+        "step_ends": list(step_ends),
+        "finish": rollout.finish,
+        "correct": sample["verdict"] == "correct",
+        "answer": row["answer"],
+    }
+    if rollout.raw_logprobs != rollout.logprobs:
+        result["raw_logprobs"] = list(rollout.raw_logprobs)
+    labels = sample["step_labels"] if steps is None else step_labels(row, rollout.text, steps)
+    if labels is not None and len(labels) == len(step_ends):
+        result["step_labels"] = labels
+    if steps is not None:
+        result["steps"] = list(steps)
+    result |= {name: row[name] for name in ("task", "meta") if name in row}
+    return result

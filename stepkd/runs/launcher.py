@@ -1,0 +1,312 @@
+"""Who started this process, and does the recipe agree with it.
+
+The rules are Lightning 2.6's own (``AcceleratorConnector._choose_and_init_cluster_environment``): a torch elastic
+agent wins over SLURM, SLURM counts when ``SLURM_NTASKS`` is set and the job is not called ``bash`` or ``interactive``,
+and otherwise Lightning is the launcher. What Lightning would meet with a hang, a bare traceback or silence stops here
+with a :class:`~stepkd.errors.ConfigError` that says what to change. Imports nothing heavy: it runs before torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from stepkd.errors import ConfigError
+from stepkd.runs.accelerate_env import (
+    asks_for_bf16,
+    ignored_settings,
+    is_true,
+    read_parent_command,
+    single_child_count,
+)
+
+logger = logging.getLogger(__name__)
+Launcher = Literal["plain", "elastic", "slurm"]
+
+_INTERACTIVE_JOBS = ("bash", "interactive")
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
+_STEP_MARKS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS")
+_LEFT_OPEN: dict[str, tuple[Any, ...]] = {
+    "devices": (None, "auto", -1, "-1"),
+    "num_nodes": (None, 1, "1", "auto"),  # 1 cannot be told from Lightning's default
+    "accelerator": (None, "auto"),
+    "precision": (None,),
+}
+"""Values by which the user leaves a setting to us."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchInfo:
+    """Where this process stands among the processes of the launch."""
+
+    launcher: Launcher = "plain"
+    """"elastic" (torchrun, ``accelerate launch --multi_gpu``), "slurm" (srun), "plain" (Lightning starts the rest)."""
+    rank: int = 0
+    """Index of this process over all nodes, 0 to world_size - 1."""
+    local_rank: int = 0
+    """Index of this process on its node, 0 to local_world_size - 1."""
+    world_size: int = 1
+    """Number of processes over all nodes, as far as the environment tells ("plain": those started so far)."""
+    local_world_size: int = 1
+    """Number of processes on each node; the same on all nodes."""
+    num_nodes: int = 1
+    """Number of nodes; world_size = num_nodes * local_world_size."""
+    cpu_only: bool = False
+    """Whether the launcher was told to use the CPU (``accelerate launch --cpu``)."""
+    bf16: bool = False
+    """Whether the launcher was told to train in mixed precision (``accelerate launch --mixed_precision bf16``)."""
+
+    def __post_init__(self) -> None:
+        if self.num_nodes * self.local_world_size != self.world_size:
+            raise ConfigError(
+                f"the {self.launcher} launcher started {self.world_size} processes, but {self.num_nodes} node(s) with "
+                f"{self.local_world_size} process(es) each make {self.num_nodes * self.local_world_size}; "
+                "start the same number of processes on every node"
+            )
+        if not 0 <= self.rank < self.world_size or not 0 <= self.local_rank < self.local_world_size:
+            raise ConfigError(
+                f"rank {self.rank} (local rank {self.local_rank}) is outside a launch of {self.world_size} processes "
+                f"({self.local_world_size} per node); check the variables that the launcher exports"
+            )
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+
+def detect_launch(environ: Mapping[str, str] | None = None) -> LaunchInfo:
+    """Read the launcher, the ranks and the sizes off the environment.
+
+    Args:
+        environ: environment variables; ``os.environ`` when None.
+
+    Returns:
+        The launch. For "plain" the sizes are 1 until Lightning has started more processes; over several nodes they
+        are then lower bounds, and only :attr:`LaunchInfo.is_rank_zero` is exact.
+
+    Raises:
+        ConfigError: the variables contradict each other, or belong to a launch that Lightning cannot join.
+    """
+    environ = os.environ if environ is None else environ
+    read = _plain
+    if "TORCHELASTIC_RUN_ID" in environ:
+        read = _elastic
+    elif "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOBS:
+        read = _slurm
+    return replace(read(environ), bf16=asks_for_bf16(environ))
+
+
+def _elastic(environ: Mapping[str, str]) -> LaunchInfo:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    rank, local_rank, world_size, local_world_size = (_integer(environ, name) for name in names)
+    return LaunchInfo(
+        launcher="elastic",
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        num_nodes=max(world_size // max(local_world_size, 1), 1),
+    )
+
+
+def _slurm(environ: Mapping[str, str]) -> LaunchInfo:
+    world_size = _integer(environ, "SLURM_NTASKS")
+    if world_size > 1 and not any(name in environ for name in _STEP_MARKS):
+        raise ConfigError(
+            f"SLURM gave this job {world_size} tasks (SLURM_NTASKS), but this process was not started by srun, so it "
+            "would wait for the other tasks for ever. Put `srun` before the command in the batch script; to run one "
+            "process by hand, unset SLURM_NTASKS or name the job `interactive`"
+        )
+    if world_size > 1 and "SLURM_NTASKS_PER_NODE" not in environ:
+        raise ConfigError(
+            f"the SLURM job asks for --ntasks={world_size}, which Lightning does not support; ask for "
+            "--nodes=N and --ntasks-per-node=G (one task per GPU) instead"
+        )
+    local_world_size = _integer(environ, "SLURM_NTASKS_PER_NODE", 1)
+    return LaunchInfo(
+        launcher="slurm",
+        rank=_integer(environ, "SLURM_PROCID", 0),
+        local_rank=_integer(environ, "SLURM_LOCALID", 0),
+        world_size=world_size,
+        local_world_size=local_world_size,
+        num_nodes=_integer(environ, "SLURM_NNODES", max(world_size // max(local_world_size, 1), 1)),
+        cpu_only=is_true(environ.get("ACCELERATE_USE_CPU")),
+    )
+
+
+def _plain(environ: Mapping[str, str]) -> LaunchInfo:
+    if "LOCAL_RANK" not in environ:
+        for name in _MPI_SIZES:
+            if environ.get(name, "1") not in ("", "0", "1"):
+                raise ConfigError(
+                    f"MPI started {environ[name]} processes ({name}), which stepkd does not support; start them with "
+                    "torchrun, srun or `accelerate launch --multi_gpu` (it works on CPU machines too)"
+                )
+    # Lightning exports LOCAL_RANK, NODE_RANK and WORLD_SIZE to itself and to the processes that it starts, but not how
+    # many run on each node: over several nodes the sizes are lower bounds, and only "rank is 0" is exact.
+    local_rank = _integer(environ, "LOCAL_RANK", 0)
+    node_rank = _integer(environ, "NODE_RANK", _integer(environ, "GROUP_RANK", 0))
+    local_world_size = max(_integer(environ, "WORLD_SIZE", 1) if node_rank == 0 else 1, local_rank + 1)
+    return LaunchInfo(
+        rank=node_rank * local_world_size + local_rank,
+        local_rank=local_rank,
+        world_size=(node_rank + 1) * local_world_size,
+        local_world_size=local_world_size,
+        num_nodes=node_rank + 1,
+        cpu_only=is_true(environ.get("ACCELERATE_USE_CPU")),
+    )
+
+
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None:
+        if default is None:
+            raise ConfigError(
+                f"the launcher set no {name}; start the run with torchrun, srun, `accelerate launch --multi_gpu` or "
+                "plainly, and unset the variables left over from another launch"
+            )
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"the environment variable {name} is {text!r}, which is not a whole number") from None
+
+
+def check_launch(
+    environ: Mapping[str, str] | None = None,
+    trainer_settings: Mapping[str, Any] | None = None,
+    *,
+    parent_command: Sequence[str] | None = None,
+) -> LaunchInfo:
+    """Stop when the launcher promises something that Lightning would ignore or contradict.
+
+    Args:
+        environ: environment variables; ``os.environ`` when None.
+        trainer_settings: Trainer arguments of the recipe, of which ``devices``, ``num_nodes`` and ``accelerator`` are
+            read; None for a command that trains nothing.
+        parent_command: words of the parent's command line; read from ``/proc`` when None and ``environ`` is real.
+
+    Returns:
+        The launch, for :func:`trainer_defaults`.
+
+    Raises:
+        ConfigError: one line per contradiction, each with what to put in the recipe or on the command line instead.
+    """
+    settings = {} if trainer_settings is None else trainer_settings
+    real = environ is None or environ is os.environ
+    environ = os.environ if environ is None else environ
+    if parent_command is None:
+        parent_command = read_parent_command() if real else ()
+    info = detect_launch(environ)
+    problems = ignored_settings(environ, parent_command)
+    asked = single_child_count(environ, parent_command)
+    # Under srun every task may run its own single-child `accelerate launch`; then SLURM holds the processes together.
+    if asked not in (None, 1, info.world_size) and not (asked == 0 and info.launcher == "slurm"):
+        problems.append(_one_process_only(environ, asked or 0))
+    problems.extend(_contradictions(info, settings))
+    if trainer_settings is None and info.bf16 and info.is_rank_zero:
+        logger.warning("accelerate's mixed precision bf16 is for training; this command computes in the model's dtype")
+    if problems:
+        raise ConfigError(problems[0] if len(problems) == 1 else "\n".join(f"- {problem}" for problem in problems))
+    return info
+
+
+def check_alone(command: str, instead: str = "start it without a launcher") -> None:
+    """Stop a command that runs in one process where a launcher started several.
+
+    Raises:
+        ConfigError: as :func:`check_launch`, or there are several processes.
+    """
+    if check_launch().world_size > 1:
+        raise ConfigError(f"{command} runs in one process: {instead}")
+
+
+def _one_process_only(environ: Mapping[str, str], asked: int) -> str:
+    flag = "--cpu " if is_true(environ.get("ACCELERATE_USE_CPU")) else ""
+    number = str(asked or "N")
+    text = (
+        f"`accelerate launch {flag}--num_processes {number}` was asked for {asked or 'several'} processes but starts "
+        f"one plain process. Use `accelerate launch --multi_gpu --num_processes {number} -m stepkd ...` or "
+        f"`torchrun --nproc_per_node {number} -m stepkd ...` (both work on CPU machines over gloo), or "
+        f"`--num_processes 1` with `trainer.devices: {number}` in the recipe."
+    )
+    left_over = " If it was asked for one process, MASTER_ADDR and MASTER_PORT are left over in your shell: unset them."
+    return text if asked else text + left_over
+
+
+def _contradictions(info: LaunchInfo, settings: Mapping[str, Any]) -> list[str]:
+    problems: list[str] = []
+    if info.cpu_only and settings.get("accelerator") not in (*_LEFT_OPEN["accelerator"], "cpu"):
+        problems.append(
+            f"`accelerate launch --cpu` contradicts `trainer.accelerator: {settings['accelerator']}` in the recipe; "
+            "drop `--cpu` or put `trainer.accelerator: cpu` in the recipe"
+        )
+    if info.launcher == "plain":
+        return problems
+    where = "the SLURM job" if info.launcher == "slurm" else "the launcher (torchrun or accelerate)"
+    devices = settings.get("devices")
+    if devices not in _LEFT_OPEN["devices"] and _device_count(devices) != info.local_world_size:
+        problems.append(
+            f"`trainer.devices: {devices}` in the recipe, but {where} started {info.local_world_size} process(es) per "
+            "node; remove `trainer.devices` (auto follows the launcher) or change the number of processes"
+        )
+    nodes = settings.get("num_nodes")
+    if nodes not in _LEFT_OPEN["num_nodes"] and str(nodes) != str(info.num_nodes):
+        problems.append(
+            f"`trainer.num_nodes: {nodes}` in the recipe, but {where} runs on {info.num_nodes} node(s); remove "
+            "`trainer.num_nodes` (it follows the launcher) or change the number of nodes"
+        )
+    return problems
+
+
+def _device_count(devices: Any) -> int:
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    text = str(devices).strip()
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    if not text.isdigit():
+        raise ConfigError(f"`trainer.devices: {devices}` is neither a number, a list of device numbers, nor auto")
+    return int(text)
+
+
+def trainer_defaults(info: LaunchInfo, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Give the Trainer arguments that follow from the launch.
+
+    Args:
+        info: the launch, from :func:`check_launch`.
+        settings: Trainer arguments of the recipe; those set there are left out of the result.
+
+    Returns:
+        ``devices``, ``num_nodes`` and ``accelerator``, and ``precision`` where the launcher asks for one. Under "plain"
+        the devices stay with Lightning ("auto": all GPUs, or one CPU process). On CPU Lightning's "auto" strategy then
+        runs DDP over gloo.
+    """
+    derived: dict[str, Any] = {
+        "devices": "auto" if info.launcher == "plain" else info.local_world_size,
+        "num_nodes": 1 if info.launcher == "plain" else info.num_nodes,
+        "accelerator": "cpu" if info.cpu_only else "auto",
+    }
+    if info.bf16:
+        derived["precision"] = "bf16-mixed"
+    return {name: value for name, value in derived.items() if (settings or {}).get(name) in _LEFT_OPEN[name]}
+
+
+def leave_group() -> None:
+    """End a gloo group and its threads while Python still runs; all ranks call it, and nothing else needs it.
+
+    Lightning ends an NCCL group itself and leaves a gloo group to the interpreter's end. A thread of the group that
+    lets go of a tensor just then finds no interpreter, and the finished process dies with ``terminate called without an
+    active exception``.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        distributed.barrier()  # what still holds the group may keep its threads; while this waits, they let go
+        distributed.destroy_process_group()

@@ -1,0 +1,244 @@
+"""Metrics as JSON Lines that survive resuming: ``metrics.jsonl`` is only ever appended to.
+
+Lightning's ``CSVLogger`` deletes the earlier lines when a run is resumed. Here each start of the run gets a number
+(``run``), and a reader takes the newest value of each metric at each step (:func:`read_metrics`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+from typing_extensions import override
+
+from stepkd.errors import DataError, disk_error
+from stepkd.runs.rundir import write_json
+
+METRICS_FILE = "metrics.jsonl"
+HPARAMS_FILE = "hparams.json"
+
+_OWN_KEYS = ("run", "step", "seconds")
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+class JsonlLogger(Logger):
+    """Lightning logger that appends one line per logging call to ``metrics.jsonl`` in the run folder.
+
+    A line holds ``run`` (1 for the first start, one more per resume), ``step``, ``seconds`` (wall
+    time since this start), then the metrics (Lightning adds ``epoch``). NaN and infinities are written as the
+    strings "NaN", "Infinity", "-Infinity". Each line is flushed; only rank 0 writes.
+
+    Args:
+        folder: the run folder; made on the first write.
+    """
+
+    name = version = ""
+    """Empty, so that checkpoints go to ``<folder>/checkpoints``."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self._folder = Path(folder)
+        self._path = self._folder / METRICS_FILE
+        self._stream: IO[bytes] | None = None
+        self._run = 0
+        self._start = time.monotonic()
+        self._hparams: dict[str, Any] = {}
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self._folder)
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append one line.
+
+        Args:
+            metrics: names to numbers (or one-element tensors).
+            step: what Lightning counts (batches that stepped) or the module logs as ``step``; -1 is written for None.
+
+        Raises:
+            MachineError: the line could not be written (disk full, folder gone); no part of it is left.
+        """
+        try:
+            if self._stream is None:
+                self._stream = self._open()
+            seconds = round(time.monotonic() - self._start, 3)
+            line: dict[str, Any] = {"run": self._run, "step": -1 if step is None else int(step), "seconds": seconds}
+            line.update((name, _plain(value)) for name, value in metrics.items() if name not in _OWN_KEYS)
+            append(self._stream, json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise disk_error(error, self._path, "The lines before are intact. ") or error from None
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any) -> None:
+        """Merge the settings into ``hparams.json``; what JSON cannot hold is written as its text."""
+        given = vars(params) if isinstance(params, Namespace) else dict(params or {})
+        self._hparams.update(_jsonable(given))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / HPARAMS_FILE, self._hparams)
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the file; a later call of :meth:`log_metrics` opens it again within the same ``run``."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _open(self) -> IO[bytes]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not self._run:
+            self._run = 1 + max((line["run"] for line in _lines(self._path)), default=0)
+        stream = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by finalize
+        if ends_torn(self._path):
+            # The process died while it wrote: end that line, so that ours starts on its own.
+            append(stream, "\n")
+        return stream
+
+
+for _logger in (CSVLogger, TensorBoardLogger):
+    if signature(_logger).parameters["save_dir"].default is Parameter.empty:  # a recipe need not name the run's folder
+        _logger.__init__.__defaults__ = (None, *_logger.__init__.__defaults__)  # type: ignore[misc]
+
+
+def place_loggers(settings: Any, folder: Path) -> None:
+    """Give loggers that are told neither folder nor name those of the run.
+
+    Args:
+        settings: of one logger or several, as parsed; changed in place.
+        folder: the run folder.
+    """
+    for logger in settings if isinstance(settings, list) else [settings]:
+        options = getattr(logger, "init_args", None) or {}
+        is_wandb = str(getattr(logger, "class_path", "")).endswith("WandbLogger")
+        for name, unset, value in (
+            ("save_dir", (None, "."), str(folder)),
+            ("save_dir", ("./mlruns",), str(folder / "mlruns")),
+            ("root_dir", (None,), str(folder)),
+            ("run_name", (None,), folder.name),
+            ("name", (None,) if is_wandb else (), folder.name),
+        ):
+            if name in options and options[name] in unset:
+                options[name] = value
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read a run's metrics as one row per step.
+
+    Args:
+        path: ``metrics.jsonl`` or the run folder that holds it.
+
+    Returns:
+        Rows in order of ``step``. Lines of one step are merged. What an earlier start of the run logged at steps that
+        a later one did again is left out. ``run`` is that of the newest line.
+
+    Raises:
+        DataError: there is no such file, or a line that no crash explains is broken.
+    """
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(f"there are no metrics here; a training run writes {METRICS_FILE} into its --out", path=path)
+    rows: dict[int, dict[str, Any]] = {}
+    run = 0
+    for line in _lines(path):
+        if run and line["run"] > run:  # it was resumed before that step
+            rows = {step: row for step, row in rows.items() if step < line["step"]}
+        run = line["run"]
+        rows.setdefault(line["step"], {}).update(line)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole lines; a torn one is passed over where a start of the run ended."""
+    if not path.is_file():
+        return
+    torn: int | None = None
+    run = 0
+    with open(path, "rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if not raw.strip():
+                continue
+            line = _parse(raw)
+            if line is None:
+                if torn is not None:
+                    raise _broken(path, torn)
+                torn = number
+                continue
+            if torn is not None:
+                if line["run"] <= run:
+                    raise _broken(path, torn)
+                torn = None
+            run = line["run"]
+            yield line
+
+
+def _broken(path: Path, line: int) -> DataError:
+    return DataError("this line is not a metrics record; was the file edited? Remove the line", path=path, line=line)
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("run"), int) or not isinstance(line.get("step"), int):
+        return None
+    return {name: float(value) if value in _NOT_FINITE else value for name, value in line.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value for a metric: numbers stay numbers, what is not finite becomes its name."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value if isinstance(value, (int, float, str)) or value is None else str(value)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _jsonable(item) for name, item in value.items()}
+    if isinstance(value, Namespace):
+        return _jsonable(vars(value))
+    if isinstance(value, (set, frozenset)):
+        return sorted((_jsonable(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return value if isinstance(value, bool) else _plain(value)
+
+
+def append(stream: IO[bytes], text: str) -> None:
+    """Add text to an unbuffered file, whole or not at all.
+
+    Raises:
+        OSError: it could not be written; the file is what it was.
+    """
+    data, end = memoryview(text.encode()), stream.seek(0, 2)
+    try:
+        while data:
+            data = data[stream.write(data) :]
+    except OSError:
+        stream.truncate(end)
+        raise
+
+
+def ends_torn(path: Path) -> bool:
+    """Whether a file's last line has no end, as a process leaves it that dies while it writes."""
+    with open(path, "rb") as stream:
+        if stream.seek(0, 2) == 0:
+            return False
+        stream.seek(-1, 2)
+        return stream.read(1) != b"\n"

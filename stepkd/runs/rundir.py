@@ -1,0 +1,376 @@
+"""The folder that holds one run: made once, never silently overwritten, resumed on request.
+
+A folder made by stepkd carries ``run.json`` (kind, when, version, command, status, process, launch). Only the process
+of rank 0 creates, empties or marks folders. The other ranks decide from the flags and the environment alone, so they
+neither trip over the folder that rank 0 has just made nor need a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import stepkd
+from stepkd.errors import ConfigError
+from stepkd.runs.checkpoint_files import find_last_checkpoint, step_of
+from stepkd.runs.files import replaced
+from stepkd.runs.launcher import LaunchInfo, detect_launch
+
+MARKER = "run.json"
+
+
+class RunDir:
+    """An opened run folder.
+
+    Attributes:
+        path: the folder.
+        kind: what runs in it ("fit", "evaluate", "quickstart", ...).
+        resume_from: the checkpoint to continue from, or None for a fresh start; the same on every rank.
+        message: one sentence for the terminal about what was found and done.
+    """
+
+    def __init__(
+        self, path: Path, *, kind: str, info: LaunchInfo, resume_from: Path | None = None, message: str = ""
+    ) -> None:
+        self.path = path
+        self.kind = kind
+        self.info = info
+        self.resume_from = resume_from
+        self.message = message
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        kind: str = "fit",
+        environ: Mapping[str, str] | None = None,
+    ) -> RunDir:
+        """Create the folder, or open it again as the flags allow.
+
+        A relaunch by the scheduler itself (torchrun ``--max-restarts``, SLURM requeue) resumes its own folder without a
+        flag, and does not repeat ``--overwrite``.
+
+        Args:
+            path: the run folder (``--out``).
+            resume: continue the run in the folder; starts fresh when there is nothing to continue.
+            overwrite: delete what an earlier stepkd run left in the folder; other folders are never touched.
+            kind: what will run; a folder of another kind is not resumed.
+            environ: environment variables; ``os.environ`` when None.
+
+        Raises:
+            ConfigError: both flags given, the folder holds something and no flag says what to do with it, it is in use
+                by a live process, is not stepkd's, is of another kind, or cannot be written.
+        """
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite contradict each other; give one of them")
+        environ = os.environ if environ is None else environ
+        info = detect_launch(environ)
+        path = Path(path).expanduser().absolute()
+        launch, restarted = _launch_identity(environ, info)
+        if not info.is_rank_zero:
+            # Rank 0 raises if this assumption does not hold, and the launcher then stops every rank.
+            run = cls(path, kind=kind, info=info)
+            run.resume_from = run.last_checkpoint() if resume or restarted else None
+            return run
+        try:
+            entries, marker = _look(path)
+            if restarted and marker is not None and marker.get("launch") == launch:
+                resume, overwrite = True, False
+            run = cls(path, kind=kind, info=info)
+            run.message = run._enter(entries, marker, resume=resume, overwrite=overwrite)
+            run.resume_from = run.last_checkpoint() if resume else None
+            run._begin(marker if resume else None, launch)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # if nothing is in it
+            raise ConfigError(_explain(path, error)) from None
+        return run
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    def last_checkpoint(self) -> Path | None:
+        """Find the checkpoint to continue from.
+
+        Returns:
+            See :func:`~stepkd.runs.checkpoint_files.find_last_checkpoint`; None when there is no whole one.
+        """
+        return find_last_checkpoint(self.checkpoints)
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record how the work of a block ends: finished, or failed and why."""
+        try:
+            yield
+        except BaseException as error:
+            self.mark("failed", f"{type(error).__name__}: {error}")
+            raise
+        self.mark("finished")
+
+    def mark(self, status: Literal["finished", "stopped", "failed"], message: str = "") -> None:
+        """Record in ``run.json`` how the run ended (rank 0 only).
+
+        Args:
+            status: ended as planned, stopped on request and ready to go on, or ended early.
+            message: why.
+
+        Raises:
+            ConfigError: the file cannot be written; not of a failure, which has an error of its own.
+        """
+        if not self.info.is_rank_zero:
+            return
+        marker = read_marker(self.path) or {"kind": self.kind, "stepkd": stepkd.__version__}
+        marker.update(status=status, message=message, ended=_now())
+        try:
+            write_json(self.path / MARKER, marker)
+        except OSError as error:
+            if status != "failed":
+                raise ConfigError(_explain(self.path, error)) from None
+            with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
+                _overwrite(self.path / MARKER, marker)
+
+    def abandon(self) -> bool:
+        """Remove a folder in which nothing was done yet, so that a corrected command needs no flag.
+
+        Returns:
+            Whether it was removed: only when it holds nothing but what opening a fresh run wrote.
+        """
+        if not self.info.is_rank_zero or self.resume_from is not None:
+            return False
+        left = {entry.name for entry in self.path.iterdir()} - {MARKER, "config.yaml", "hparams.json"}
+        if left - {"checkpoints"} or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+            return False
+        shutil.rmtree(self.path)
+        return True
+
+    def _enter(self, entries: list[str], marker: dict[str, Any] | None, *, resume: bool, overwrite: bool) -> str:
+        """Make the folder ready, or refuse; returns the sentence for the terminal."""
+        if not entries:
+            return f"{self.path}: nothing to resume, starting fresh" if resume else f"{self.path}: new run"
+        if marker is None:
+            some = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
+            raise ConfigError(
+                f"{self.path} already exists, was not made by stepkd (it has no {MARKER}) and is not empty ({some}); "
+                "stepkd neither resumes nor deletes it. Give another --out"
+            )
+        user = _live_process(marker)
+        if user is not None and (resume or overwrite):
+            raise ConfigError(
+                f"{self.path} is in use by process {user} on this machine (command: {marker.get('command', '?')}); "
+                "wait for it, stop it, or give another --out"
+            )
+        if resume:
+            return self._check_resume(marker)
+        if overwrite:
+            _empty(self.path, marker)
+            return f"{self.path}: the earlier run ({_describe(self.path, marker)}) was deleted, starting fresh"
+        raise ConfigError(
+            f"{self.path} already holds a run ({_describe(self.path, marker)}). Add --resume to continue it, "
+            "--overwrite to delete it and start again, or give another --out"
+        )
+
+    def _check_resume(self, marker: Mapping[str, Any]) -> str:
+        if marker.get("kind") != self.kind:
+            raise ConfigError(
+                f"{self.path} holds a run of kind {marker.get('kind')!r}, so --resume cannot continue it as "
+                f"{self.kind!r}; give another --out, or --overwrite to delete it"
+            )
+        if marker.get("status") == "deleting":
+            raise ConfigError(
+                f"{self.path} is half deleted: an earlier --overwrite was interrupted. Give --overwrite again to "
+                "finish it, or another --out"
+            )
+        last = self.last_checkpoint()
+        if last is None:
+            if self.kind == "fit" and (seen := _seen(self.path, marker)):
+                raise ConfigError(
+                    f"{self.path} has trained and has no whole checkpoint left to resume from: {seen}. Put one back as "
+                    f"{self.checkpoints / 'last.ckpt'}, or give --overwrite to delete the run and start again"
+                )
+            return f"{self.path}: the earlier run left no checkpoint, starting from step 0"
+        if last.name.startswith("last"):
+            return f"{self.path}: resuming from {last.name}"
+        lost = "is torn" if (self.checkpoints / "last.ckpt").exists() else "is missing"
+        return f"{self.path}: last.ckpt {lost}, resuming from {last.name} at step {step_of(last)}"
+
+    def _begin(self, earlier: Mapping[str, Any] | None, launch: str | None) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        now = _now()
+        write_json(
+            self.path / MARKER,
+            {
+                "kind": self.kind,
+                "created": now if earlier is None else earlier.get("created", now),
+                "started": now,
+                "starts": 1 if earlier is None else int(earlier.get("starts", 1)) + 1,
+                "stepkd": stepkd.__version__,
+                "command": shlex.join(sys.argv),
+                "status": "running",
+                "message": "",
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "pid_start": _process_start(os.getpid()),
+                "launch": launch,
+            },
+        )
+        self.checkpoints.mkdir(exist_ok=True)
+
+
+def free_path(path: Path) -> Path:
+    """The path itself, or the first numbered one (``name-2``, ``name-3``, ...) at which there is nothing."""
+    free, number = path, 1
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def _look(path: Path) -> tuple[list[str], dict[str, Any] | None]:
+    """Names of what lies at the path before the run starts, and its marker."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file, not a folder; give another --out")
+    if not path.exists():
+        return [], None
+    # Temporary files of an interrupted `write_json` do not make a folder "in use".
+    entries = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(f".{MARKER}."))
+    return entries, read_marker(path)
+
+
+def read_marker(path: Path) -> dict[str, Any] | None:
+    """Read ``run.json`` of a run folder; None when there is none or it is not stepkd's."""
+    try:
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) and "stepkd" in marker and "kind" in marker else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader, also after a crash, sees the old or the new text and never a part.
+
+    Args:
+        path: the file; its folder must exist.
+        value: anything ``json`` can write.
+
+    Raises:
+        OSError: the file could not be written; the old one is intact.
+    """
+    try:
+        with replaced(path) as temporary:
+            temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        error.filename = str(path)  # that of a write is not told, or is the temporary one
+        raise
+
+
+def _overwrite(path: Path, marker: dict[str, Any]) -> None:
+    """Put a marker in place of one that is there: no new file, and no more than the block that it has."""
+    with open(path, "r+", encoding="utf-8") as stream:
+        stream.write(json.dumps(marker | {name: marker.get(name, "")[:500] for name in ("message", "command")}))
+        stream.truncate()
+
+
+def _describe(path: Path, marker: Mapping[str, Any]) -> str:
+    last = find_last_checkpoint(path / "checkpoints")
+    return (
+        f"kind {marker.get('kind')!r}, created {marker.get('created', 'unknown')}, status {marker.get('status')}, "
+        f"last checkpoint {last.name if last else 'none'}"
+    )
+
+
+def _empty(path: Path, marker: dict[str, Any]) -> None:
+    """Delete the folder's content, the marker last, so that an interrupted deletion can be told and repeated."""
+    write_json(path / MARKER, {**marker, "status": "deleting"})
+    for entry in list(path.iterdir()):
+        if entry.name == MARKER:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (path / MARKER).unlink()
+
+
+def _seen(path: Path, marker: Mapping[str, Any]) -> str:
+    """What shows that a run without a checkpoint once had one; empty when it ended before its first."""
+    from stepkd.runs.logger import METRICS_FILE, read_metrics
+    from stepkd.runs.resume import newest_config
+    from stepkd.yaml_files import read_yaml
+
+    folder = path / "checkpoints"
+    if torn := sorted(entry.name for entry in folder.glob("*") if not entry.name.startswith(".")):
+        return f"{folder} holds {', '.join(torn[:5])}, not whole"
+    if marker.get("status") in ("finished", "stopped"):
+        return f"{folder} is empty, and {MARKER} says {marker['status']}"
+    config = newest_config(path)
+    if config is None or not (path / METRICS_FILE).is_file():
+        return ""
+    every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
+    steps = max((row["step"] + 1 for row in read_metrics(path)), default=0)
+    return f"{folder} is empty, and {METRICS_FILE} goes to step {steps}" if steps >= every else ""
+
+
+def _live_process(marker: Mapping[str, Any]) -> int | None:
+    """The process that still works in the folder, when that can be told: same machine, same process start."""
+    pid, start = marker.get("pid"), marker.get("pid_start")
+    if marker.get("status") != "running" or marker.get("host") != socket.gethostname():
+        return None
+    if not isinstance(pid, int) or start is None or pid == os.getpid():
+        return None
+    return pid if _process_start(pid) == start else None
+
+
+def _process_start(pid: int) -> str | None:
+    """Boot id and start tick of a process from ``/proc``, which tell it from a later one with the same number."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else f"{boot}:{fields[19]}"
+
+
+def _launch_identity(environ: Mapping[str, str], info: LaunchInfo) -> tuple[str | None, bool]:
+    """A token that a scheduler's own relaunch shares with the first launch, and whether this is such a relaunch.
+
+    accelerate gives every job the elastic run id "none", so the agent's private log folder (part of
+    ``TORCHELASTIC_ERROR_FILE``, the same for every restart of one agent) is part of the token.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        agent = environ.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
+        restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return f"elastic:{environ['TORCHELASTIC_RUN_ID']}:{agent}", restarts not in ("", "0")
+    if info.launcher == "slurm" and environ.get("SLURM_JOB_ID"):
+        return f"slurm:{environ['SLURM_JOB_ID']}", environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    return None, False
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _explain(path: Path, error: OSError) -> str:
+    place = error.filename or path
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place}: no space left for the run folder {path}; free some, or give an --out on another disk"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place}: no permission to write the run folder {path}; give an --out that you may write to"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{place}: part of the path {path} is a file, not a folder; give another --out"
+    return f"{place}: cannot write the run folder {path} ({error.strerror or error}); give another --out"

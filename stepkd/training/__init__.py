@@ -1,0 +1,1 @@
+"""What a Trainer needs around a module: callbacks, checkpoint I/O, strategies, its settings."""

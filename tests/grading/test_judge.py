@@ -1,0 +1,192 @@
+"""Verdict, vote and step labels of sampled completions, and the rollout rows made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from stepkd.data.rows import ROLLOUT, validate
+from stepkd.evaluation.metrics import FINISHES, VERDICTS
+from stepkd.grading import Grader
+from stepkd.grading.judge import judge, rollout_row, step_labels, vote_keys
+from stepkd.models.tiny import tiny_tokenizer
+from stepkd.rollout import Rollout
+from stepkd.steps import get_segmenter, segment, step_ends, text_from_ids
+from stepkd.tasks import make_rows
+
+PROVENANCE = {"sample": 0, "model": "m", "sampling": {"n": 1}, "seed": 0, "segmenter": "newline"}
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(workers=1) as grader:
+        yield grader
+
+
+@pytest.fixture(scope="module")
+def problem() -> dict[str, Any]:
+    return make_rows("modular:terms=4", 1, seed=0, split="test")[0]
+
+
+def rollout(text: str, *, finish: Any = "stop", sample: int = 0) -> Rollout:
+    """A completion of the character tokenizer; a finished one ends in the end token."""
+    tokenizer = tiny_tokenizer()
+    ids = tuple(tokenizer(text)["input_ids"]) + ((tokenizer.eos_token_id,) if finish == "stop" else ())
+    shown = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return Rollout(0, sample, ids, (-0.5,) * len(ids), (-0.25,) * len(ids), finish, shown)
+
+
+def test_ordinary_row(grader: Grader) -> None:
+    row = {"id": "r", "prompt": "?", "answer": "1234"}
+    texts = ["so\n#### 1,234", "#### $1234.00", "#### 7", "#### 7.0", "nothing here", ""]
+    (samples,) = judge([row], [[rollout(text, sample=i) for i, text in enumerate(texts)]], grader)
+    assert [sample["verdict"] for sample in samples] == ["correct", "correct", "wrong", "wrong", "unparsed", "unparsed"]
+    assert [sample["vote"] for sample in samples] == ["1234", "1234", "7", "7", None, None]
+    assert [sample["extracted"] for sample in samples][2:] == ["7", "7.0", None, None]
+    assert [sample["tokens"] for sample in samples] == [len(rollout(text).token_ids) for text in texts]
+    assert samples[0]["logprob"] == -0.25 * samples[0]["tokens"], "summed at temperature 1"
+    assert all(sample["step_labels"] is None for sample in samples)
+    assert all(type(sample["verdict"]) is str for sample in samples), "plain JSON values"
+    assert samples[0]["completion"] == texts[0]
+
+
+def test_everything_correct_is_one_class(grader: Grader) -> None:
+    row = {"id": "r", "prompt": "?", "answer": r"\frac{1}{2}"}
+    (samples,) = judge([row], [[rollout(r"\boxed{0.5}"), rollout(r"\boxed{\frac{1}{2}}"), rollout("#### 2/4")]], grader)
+    assert [sample["verdict"] for sample in samples] == ["correct"] * 3
+    assert len({sample["vote"] for sample in samples}) == 1
+    assert samples[0]["vote"]
+
+
+def test_several_rows_keep_their_samples(grader: Grader) -> None:
+    rows = [{"id": str(i), "prompt": "?", "answer": str(i)} for i in range(4)]
+    numbers = [[0, 5], [1], [], [9, 3, 3]]
+    judged = judge(rows, [[rollout(f"#### {n}\n", finish="length") for n in ns] for ns in numbers], grader)
+    assert [[sample["vote"] for sample in samples] for samples in judged] == [[str(n) for n in ns] for ns in numbers]
+    assert [[s["verdict"] == "correct" for s in samples] for samples in judged] == [
+        [n == i for n in ns] for i, ns in enumerate(numbers)
+    ]
+    assert {sample["finish"] for samples in judged for sample in samples} == {"length"}
+
+
+def test_votes_group_answers_by_each_other_and_not_by_the_reference(grader: Grader) -> None:
+    row = {"id": "r", "prompt": "?", "answer": "1/2"}
+    texts = ["0.5", "1/2", r"\frac{1}{3}", "2/6", r"\frac{3}{9}", "x = 1/3"]
+    (samples,) = judge([row], [[rollout(f"#### {text}") for text in texts]], grader)
+    votes = [sample["vote"] for sample in samples]
+    assert len(set(votes[:2])) == 1
+    assert len(set(votes[2:])) == 1
+    assert votes[0] != votes[2]
+    (other,) = judge([{**row, "answer": "7"}], [[rollout(f"#### {text}") for text in texts]], grader)
+    assert [sample["vote"] for sample in other] == votes, "whatever the reference answer is"
+
+
+def test_vote_keys_of_lists_equations_words_and_nothing(grader: Grader) -> None:
+    answers = [
+        ["1, 2", "2,1", None, "3, 1", "x=1, x=2"],
+        ["a - b", "a + b", "-b + a"],
+        ["yes", r"\text{Yes}", "no"],
+        [],
+    ]
+    keys = vote_keys(answers, grader)
+    assert [len(set(row)) for row in keys] == [3, 2, 2, 0]
+    assert keys[0][0] == keys[0][1]
+    assert keys[0][2] is None
+    assert keys[1][0] == keys[1][2]
+
+
+def test_a_completion_that_was_cut_off_counts_by_a_finished_answer_only(grader: Grader) -> None:
+    row = {"id": "r", "prompt": "?", "answer": "18"}
+    texts = ["so 9 * 2 = 18", "#### 18", "#### 18\nNext", r"so \boxed{18} and", r"\boxed{18", "The answer is 18"]
+    (cut,) = judge([row], [[rollout(text, finish="length") for text in texts]], grader)
+    assert [sample["verdict"] == "correct" for sample in cut] == [False, False, True, True, False, False]
+    (ended,) = judge([row], [[rollout(text) for text in texts]], grader)
+    assert [sample["verdict"] == "correct" for sample in ended] == [True, True, True, True, False, True]
+
+
+def test_records_fit_the_metrics(grader: Grader, problem: dict[str, Any]) -> None:
+    (samples,) = judge([problem], [[rollout(problem["solution"]), rollout("x", finish="length")]], grader)
+    assert all(sample["verdict"] in VERDICTS and sample["finish"] in FINISHES for sample in samples)
+    assert samples[0]["verdict"] == "correct"
+    assert samples[0]["step_labels"] == [True] * len(problem["steps"])
+    assert samples[1]["step_labels"] == [False]
+
+
+def test_a_wrong_step_under_a_right_answer(grader: Grader, problem: dict[str, Any]) -> None:
+    steps = [*problem["steps"]]
+    steps[1] = "0*0=5\n"
+    (samples,) = judge([problem], [[rollout("".join(steps))]], grader)
+    assert samples[0]["verdict"] == "correct"
+    assert samples[0]["step_labels"] == [True, False, *[True] * (len(steps) - 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("", [False]),
+        ("\n\n", [False]),
+        ("{0}\n\n{1}", [True, True]),
+        ("\n{0}{1}", [False, True]),
+        ("{0}{1}\n\n", [True, True]),
+        ("{0}x\x0cy\u2028z\n{2}", [True, False, True]),
+        ("{0}x\r\n{2}", [True, False, True]),
+    ],
+    ids=repr,
+)
+def test_blank_lines_are_no_steps(problem: dict[str, Any], text: str, labels: list[bool]) -> None:
+    # As in training: a blank line belongs to the step before it; only a newline ends a step.
+    steps = problem["steps"]
+    assert step_labels(problem, text.format(*steps)) == labels
+
+
+def test_no_labels_without_a_checker(problem: dict[str, Any]) -> None:
+    assert step_labels({"id": "r", "prompt": "?", "answer": "1"}, "a\nb") is None
+    assert step_labels({key: problem[key] for key in ("id", "prompt", "answer", "task")}, "a") is None
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+@pytest.mark.parametrize(
+    "text",
+    ["{solution}", "a\n\n\nb\n\n", "\n\n\nccc", " \n \n", "#### #### 3\n\n", "é\né", "{solution}\n{solution}", "."],
+)
+def test_rollout_rows_keep_the_contract(grader: Grader, problem: dict[str, Any], text: str, finish: Any) -> None:
+    sampled = rollout(text.format(**problem), finish=finish)
+    completion = text_from_ids(tiny_tokenizer(), sampled.token_ids, sampled.logprobs)
+    ends = step_ends(segment(get_segmenter("newline"), completion))
+    ((sample,),) = judge([problem], [[sampled]], grader)
+    row = rollout_row(problem, sampled, sample, ends) | PROVENANCE
+    validate(row, ROLLOUT, extra="keep")
+    assert len(row["step_labels"]) == len(ends)
+    assert row["correct"] is (sample["verdict"] == "correct")
+    assert (row["problem_id"], row["answer"]) == (problem["id"], problem["answer"])
+    assert (row["token_ids"], row["logprobs"]) == (list(sampled.token_ids), list(sampled.logprobs))
+
+
+def test_an_empty_completion_that_ends_at_once(grader: Grader, problem: dict[str, Any]) -> None:
+    sampled = rollout("")
+    ((sample,),) = judge([problem], [[sampled]], grader)
+    row = rollout_row(problem, sampled, sample, [1]) | PROVENANCE
+    assert validate(row, ROLLOUT, extra="keep")["step_labels"] == [False]
+
+
+def test_other_segmenters_need_the_step_texts(grader: Grader, problem: dict[str, Any]) -> None:
+    sampled = rollout(problem["solution"])
+    completion = text_from_ids(tiny_tokenizer(), sampled.token_ids)
+    spans = segment(get_segmenter("whole"), completion)
+    ((sample,),) = judge([problem], [[sampled]], grader)
+    without = rollout_row(problem, sampled, sample, step_ends(spans)) | PROVENANCE
+    assert "step_labels" not in validate(without, ROLLOUT, extra="keep")
+    steps = [completion.span_text(*span) for span in spans]
+    judged = rollout_row(problem, sampled, sample, step_ends(spans), steps) | PROVENANCE
+    assert validate(judged, ROLLOUT, extra="keep")["step_labels"] == [False], "a whole solution is not the first line"
+
+
+def test_rollout_row_of_an_ordinary_problem(grader: Grader) -> None:
+    row = {"id": "r", "prompt": "?", "answer": "3"}
+    sampled = rollout("#### 3")
+    ((sample,),) = judge([row], [[sampled]], grader)
+    made = rollout_row(row, sampled, sample, [len(sampled.token_ids)]) | PROVENANCE
+    assert "step_labels" not in validate(made, ROLLOUT, extra="keep")
+    assert made["correct"] is True
