@@ -1,13 +1,56 @@
-"""Settings files of our own: YAML read into dataclasses, with errors that name the file, the key and a near one."""
+"""Recipes by name, and settings files read into dataclasses, with errors that name the file, the key and a near one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from stepkd.errors import ConfigError, DataError, nearest
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise ConfigError(f"no recipes in {package}: reinstall stepkd, or work in a checkout")
+
+
+def all_recipes() -> dict[str, Path]:
+    """Recipe files by name (path below ``recipes/`` without the ending), methods first."""
+    folder = recipes_folder()
+    paths = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.relative_to(folder).parts), str(path)))
+    return {str(path.relative_to(folder).with_suffix("")): path for path in paths}
+
+
+def find_recipe(name: str, known: Mapping[str, Path] | None = None, what: str = "recipe") -> Path:
+    """The file that a name means: that file itself where there is one, else one of stepkd's own.
+
+    Args:
+        name: a path; or a name of ``stepkd recipes list``, with or without ``recipes/`` and ``.yaml``.
+        known: files by name; None: all recipes.
+        what: what they are, for the message.
+
+    Raises:
+        ConfigError: neither; the nearest names are shown.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = all_recipes() if known is None else known
+    short = name.removeprefix("recipes/").removeprefix(f"{what}s/").removesuffix(".yaml")
+    if short in known:
+        return known[short]
+    last = short.rpartition("/")[2]
+    near = [each for each in known if each.rpartition("/")[2] == last]
+    near = near or get_close_matches(short, known, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(map(repr, near[:3]))}?" if near else ""
+    shown = "`stepkd recipes list`" if what == "recipe" else f"`stepkd {what}s --list`"
+    raise ConfigError(f"no file {name!r} here, and no {what} {short!r}.{hint} {shown} shows all")
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -91,14 +91,14 @@ def _quiet_trainings() -> Iterator[None]:
 
 def all_claims() -> dict[str, Path]:
     """Claim files by name."""
-    from stepkd.commands.recipes import recipes_folder
+    from stepkd.yaml_files import recipes_folder
 
     return {path.stem: path for path in sorted((recipes_folder() / "claims").glob("*.yaml"))}
 
 
 def find_claim(name: str) -> Path:
     """A claim's file, by its path or its name; ConfigError with the nearest name when there is none."""
-    from stepkd.commands.recipes import find_recipe
+    from stepkd.yaml_files import find_recipe
 
     return find_recipe(name, all_claims(), "claim")
 

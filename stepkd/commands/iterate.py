@@ -49,12 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from stepkd.commands.recipes import find_recipe
     from stepkd.iteration.loop import run_iterations
     from stepkd.iteration.spec import load_spec
     from stepkd.iteration.table import print_summary
     from stepkd.runs import check_launch
     from stepkd.runs.quiet import quiet_libraries
+    from stepkd.yaml_files import find_recipe
 
     if check_launch().world_size > 1:
         raise ConfigError("stepkd iterate starts its launcher itself: run it plainly, and give --launcher")

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import site
-import sysconfig
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 
 from stepkd.data.io import replace_file
 from stepkd.errors import ConfigError
+from stepkd.yaml_files import all_recipes, find_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,25 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def recipes_folder() -> Path:
-    """Where the recipes are: beside the package in a checkout, else where the wheel put them."""
-    checkout = Path(__file__).resolve().parents[2] / "recipes"
-    installed = [
-        Path(base) / "share" / "stepkd" / "recipes" for base in (sysconfig.get_path("data"), site.USER_BASE or "")
-    ]
-    for folder in (checkout, *installed):
-        if folder.is_dir():
-            return folder
-    raise ConfigError(f"no recipes at {checkout} or {installed[0]}: reinstall stepkd, or work in a checkout")
-
-
-def all_recipes() -> dict[str, Path]:
-    """Recipe files by name (path below ``recipes/`` without the ending), methods first."""
-    folder = recipes_folder()
-    paths = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.relative_to(folder).parts), str(path)))
-    return {str(path.relative_to(folder).with_suffix("")): path for path in paths}
-
-
 def headline(path: Path) -> str:
     """First sentence of a recipe's comment, over as many lines as it takes."""
     words: list[str] = []
@@ -90,32 +69,6 @@ def headline(path: Path) -> str:
     text = " ".join(words)
     end = re.search(r"(?<!\bDr)\. (?=[A-Z])", text)
     return text if end is None else text[: end.start() + 1]
-
-
-def find_recipe(name: str, known: Mapping[str, Path] | None = None, what: str = "recipe") -> Path:
-    """The file that a name means: that file itself where there is one, else one of stepkd's own.
-
-    Args:
-        name: a path; or a name of ``stepkd recipes list``, with or without ``recipes/`` and ``.yaml``.
-        known: files by name; None: all recipes.
-        what: what they are, for the message.
-
-    Raises:
-        ConfigError: neither; the nearest names are shown.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    known = all_recipes() if known is None else known
-    short = name.removeprefix("recipes/").removeprefix(f"{what}s/").removesuffix(".yaml")
-    if short in known:
-        return known[short]
-    last = short.rpartition("/")[2]
-    near = [each for each in known if each.rpartition("/")[2] == last]
-    near = near or get_close_matches(short, known, n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(map(repr, near[:3]))}?" if near else ""
-    shown = "`stepkd recipes list`" if what == "recipe" else f"`stepkd {what}s --list`"
-    raise ConfigError(f"no file {name!r} here, and no {what} {short!r}.{hint} {shown} shows all")
 
 
 def with_recipe_files(words: Sequence[str]) -> list[str]:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepkd.commands.recipes import find_recipe
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import check_training_use, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
@@ -24,6 +23,7 @@ from stepkd.iteration.spec import IterateSpec
 from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings
 from stepkd.iteration.table import summarise_run
 from stepkd.runs import RunDir
+from stepkd.yaml_files import find_recipe
 
 MANIFEST_NAME = "iterate.json"
 SUMMARY_NAME = "summary.json"

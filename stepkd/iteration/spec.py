@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from stepkd.commands.recipes import find_recipe
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.iteration.command import check_pairs
 from stepkd.labels.convert import CONVERTERS, ConvertOptions
 from stepkd.labels.settings import LabelSpec
 from stepkd.randomness import stream_key
-from stepkd.yaml_files import build_settings, check_keys, mapping, read_yaml
+from stepkd.yaml_files import build_settings, check_keys, find_recipe, mapping, read_yaml
 
 OWN = frozenset({"out", "problems", "rollouts", "model", "seed"})
 """Settings of a labelling job that the iteration decides."""

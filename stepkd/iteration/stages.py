@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from stepkd.commands.recipes import find_recipe
 from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
@@ -27,6 +26,7 @@ from stepkd.iteration.command import label_arguments, launch, pair_arguments, ru
 from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
 from stepkd.iteration.spec import IterateSpec, iteration_seed, put
 from stepkd.labels.settings import LabelSpec
+from stepkd.yaml_files import find_recipe
 
 Report = Callable[[str], None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepkd import yaml_files
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
 from stepkd.commands.recipes import with_recipe_files
+from stepkd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "tiny" / "sft.yaml")
@@ -285,15 +288,18 @@ def test_a_recipe_is_found_by_name_outside_a_checkout(
 
 
 def test_an_installed_package_finds_its_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepkd.commands import recipes
-
-    share = tmp_path / "share" / "stepkd" / "recipes"
-    share.mkdir(parents=True)
-    (share / "mine.yaml").write_text("# A recipe.\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "lib" / "stepkd" / "commands" / "recipes.py"))
-    monkeypatch.setattr(recipes.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert with_recipe_files(["--config", "recipes/mine.yaml"]) == ["--config", str(share / "mine.yaml")]
+    inside, beside = tmp_path / "stepkd" / "recipes", tmp_path / "recipes"
+    for folder in (inside, beside):  # another package's folder may be called recipes too
+        folder.mkdir(parents=True)
+        (folder / "mine.yaml").write_text("# A recipe.\n")
+    monkeypatch.chdir(tmp_path / "stepkd")
+    monkeypatch.setattr(yaml_files, "__file__", str(tmp_path / "stepkd" / "yaml_files.py"))
+    assert with_recipe_files(["--config", "mine"]) == ["--config", str(inside / "mine.yaml")]
+    shutil.rmtree(inside)
+    assert with_recipe_files(["--config", "mine"]) == ["--config", str(beside / "mine.yaml")]
+    shutil.rmtree(beside)
+    with pytest.raises(ConfigError, match=r"no recipes in .*: reinstall stepkd"):
+        with_recipe_files(["--config", "mine"])
 
 
 def test_a_file_wins_over_a_recipe_of_its_name_and_settings_stay(

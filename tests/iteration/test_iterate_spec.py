@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from stepkd.commands import iterate, label
-from stepkd.commands.recipes import find_recipe
 from stepkd.errors import ConfigError, DataError
 from stepkd.iteration.command import label_arguments, pair_arguments
 from stepkd.iteration.spec import explicit_word, iteration_seed, load_spec, put
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels import LabelSpec
 from stepkd.runs import LaunchInfo, detect_launch
+from stepkd.yaml_files import find_recipe
 
 
 def parsed(arguments: list[str], module: Any) -> argparse.Namespace:
