@@ -2,7 +2,17 @@
 
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
 from stepkd.steps.format import MARKER_CANDIDATES, Meaning, StepFormat, written_steps
-from stepkd.steps.labels import THRESHOLD, Label, first_incorrect, label_kind, passes, verdicts
+from stepkd.steps.labels import (
+    THRESHOLD,
+    Label,
+    Tally,
+    first_incorrect,
+    is_settled,
+    label_kind,
+    passes,
+    tally,
+    verdicts,
+)
 from stepkd.steps.markers import auto_marker, marker_token_id
 from stepkd.steps.segment import (
     SEGMENTERS,
@@ -42,6 +52,7 @@ __all__ = [
     "SentenceSegmenter",
     "Span",
     "StepFormat",
+    "Tally",
     "TokenizedText",
     "TruncatedSpans",
     "WholeSegmenter",
@@ -51,6 +62,7 @@ __all__ = [
     "first_incorrect",
     "fit_threshold",
     "get_segmenter",
+    "is_settled",
     "label_kind",
     "marker_token_id",
     "passes",
@@ -58,6 +70,7 @@ __all__ = [
     "spans_from_ends",
     "step_ends",
     "step_index",
+    "tally",
     "text_from_ids",
     "tokenize_text",
     "tokenize_texts",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from stepkd.errors import ConfigError, DataError
 
@@ -71,6 +71,47 @@ def first_incorrect(labels: Sequence[Label], *, neutral: Neutral = "right", thre
         if correct is not True:
             return None if correct is None else index
     return -1
+
+
+class Tally(NamedTuple):
+    """Correct answers of a set of completions, and what their step labels say of them."""
+
+    correct: int
+    """Completions whose answer is correct."""
+    labelled: int
+    """Of these, those whose steps are all labelled. Labels up to an incorrect step are enough: they settle it."""
+    flawed: int
+    """Of these, those with an incorrect step (Step-KTO's conflicts, arXiv 2501.10799)."""
+
+    @property
+    def share(self) -> float | None:
+        """Correct answers with an incorrect step among the labelled ones; None where none is labelled."""
+        return self.flawed / self.labelled if self.labelled else None
+
+
+def tally(outcomes: Iterable[bool | None], marks: Iterable[Sequence[bool | None] | None]) -> Tally:
+    """Count the correct answers that hold an incorrect step.
+
+    Args:
+        outcomes: (completions,) whether the answer is correct; None: not graded.
+        marks: (completions,) what :func:`verdicts` says of the steps of each; None or empty: no labels.
+    """
+    correct = [steps or () for outcome, steps in zip(outcomes, marks, strict=True) if outcome is True]
+    labelled = [steps for steps in correct if is_settled(len(steps), steps.count(True), steps.count(False))]
+    return Tally(len(correct), len(labelled), sum(False in steps for steps in labelled))
+
+
+def is_settled(steps: Any, correct: Any, incorrect: Any) -> Any:
+    """Whether labels settle if a completion holds an incorrect step: one is incorrect, or all are labelled.
+
+    Args:
+        steps, correct, incorrect: how many steps it has, and how many of them are labelled so: numbers, or arrays or
+            tensors of one shape.
+
+    Returns:
+        A boolean, or a boolean array or tensor of that shape; False without steps.
+    """
+    return (incorrect > 0) | ((steps > 0) & (correct == steps))
 
 
 def label_kind(labels: Sequence[object]) -> LabelKind:

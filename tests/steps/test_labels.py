@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps.labels import ANY_SUCCESS, check_threshold, first_incorrect, passes, verdicts
+from stepkd.steps.labels import ANY_SUCCESS, check_threshold, first_incorrect, is_settled, passes, tally, verdicts
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,30 @@ def test_labels_that_are_no_verdicts_are_refused(labels: list[Any], message: str
     for read in (verdicts, first_incorrect):
         with pytest.raises(DataError, match=message):
             read(labels)
+
+
+def test_the_share_of_correct_answers_with_an_incorrect_step_is_of_the_labelled_ones() -> None:
+    outcomes = [True, True, True, True, True, True, False, None]
+    marks = [[True, True], [True, False], [False, None], [True, None], None, [], [False], [False]]
+    counts = tally(outcomes, marks)
+    assert counts == (6, 3, 2), "two with an incorrect step, one without, three of which labels do not say"
+    assert counts.share == 2 / 3
+    assert tally([True, False], [None, [True]]).share is None
+
+
+def test_labels_settle_arrays_as_they_settle_lists() -> None:
+    marks: list[list[bool | None]] = [[True, True], [True, False], [False, None], [True, None], [None], []]
+    steps, correct, incorrect = (np.array([count(each) for each in marks]) for count in (len, positives, negatives))
+    expected = [bool(tally([True], [each]).labelled) for each in marks]
+    assert is_settled(steps, correct, incorrect).tolist() == expected == [True, True, True, False, False, False]
+
+
+def positives(marks: list[bool | None]) -> int:
+    return marks.count(True)
+
+
+def negatives(marks: list[bool | None]) -> int:
+    return marks.count(False)
 
 
 def test_thresholds_that_judge_nothing_are_refused() -> None:
