@@ -26,35 +26,34 @@ from stepkd.data.spec import DataSpec, check_training_use, load_rows, parse_spec
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 
 if TYPE_CHECKING:
+    from stepkd.data.batching import Position, StepBatch, StepLoader
     from stepkd.data.collate import MicroBatch
     from stepkd.data.datamodule import StepData
     from stepkd.data.encode import Encoder, Example
     from stepkd.data.feedback import FeedbackEncoder, FeedbackExample
-    from stepkd.data.loader import Position, StepBatch, StepLoader
+    from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
     from stepkd.data.pairs import PairEncoder, PairExample
-    from stepkd.data.preference_datamodule import FeedbackData, PairData
-    from stepkd.data.step_datamodule import StepLabelData
     from stepkd.data.step_encode import StepEncoder, StepExample
     from stepkd.data.step_labels import LabelRule
 
 _LAZY = {
     "Encoder": "encode",
     "Example": "encode",
-    "FeedbackData": "preference_datamodule",
+    "FeedbackData": "labelled_data",
     "FeedbackEncoder": "feedback",
     "FeedbackExample": "feedback",
     "LabelRule": "step_labels",
     "MicroBatch": "collate",
-    "PairData": "preference_datamodule",
+    "PairData": "labelled_data",
     "PairEncoder": "pairs",
     "PairExample": "pairs",
-    "Position": "loader",
-    "StepBatch": "loader",
+    "Position": "batching",
+    "StepBatch": "batching",
     "StepData": "datamodule",
     "StepEncoder": "step_encode",
     "StepExample": "step_encode",
-    "StepLabelData": "step_datamodule",
-    "StepLoader": "loader",
+    "StepLabelData": "labelled_data",
+    "StepLoader": "batching",
 }
 
 __all__ = [

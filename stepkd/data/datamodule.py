@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
-from stepkd.data.batching import BatchPlan
+from stepkd.data.batching import BatchPlan, Position, StepLoader
 from stepkd.data.encode import Encoder, Example
-from stepkd.data.loader import Position, StepLoader
 from stepkd.data.overlap import overlap_report
 from stepkd.data.rows import Contract, Needs, problem_with
 from stepkd.data.spec import DataSpec, Rows, as_spec, check_training_use, left_out, load_rows

@@ -15,8 +15,21 @@ from typing import TYPE_CHECKING, Any
 from stepkd.data.checks import did_you_mean
 from stepkd.data.io import file_ending
 from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Contract, ExtraRule, detect_contract, label_kind, validate
-from stepkd.data.sources import reading
-from stepkd.data.sources.registry import Row, Source, get_source, list_sources, place
+from stepkd.data.sources.registry import (
+    Read,
+    Row,
+    Source,
+    data_files,
+    get_source,
+    hub_split,
+    is_saved_dataset,
+    list_sources,
+    place,
+    read_files,
+    read_hub,
+    read_saved,
+    split_of_file,
+)
 from stepkd.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -126,7 +139,7 @@ def resolve_split(spec: DataSpec) -> str:
     """
     source = get_source(spec.source)
     file = Path(spec.path) if spec.path is not None and file_ending(spec.path) else None
-    if file is not None and (stated := reading.split_of_file(file, source)) is not None:
+    if file is not None and (stated := split_of_file(file, source)) is not None:
         return stated
     asked = spec.split
     if asked is not None and asked not in source.splits:
@@ -277,7 +290,7 @@ def _id_prefix(spec: DataSpec, source: Source, split: str) -> str:
     return f"{spec.hub or source.name}/{split}"
 
 
-def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: str) -> Iterator[reading.Read]:
+def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: str) -> Iterator[Read]:
     if source.generate is not None:
         name = place(source.name, split)
         for number, row in enumerate(source.generate(options, split), start=1):
@@ -291,15 +304,15 @@ def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: st
         assert hub is not None, "DataSpec asks for a path or a hub id"
         own = hub == source.hub
         configs = (spec.hub_config,) if spec.hub_config is not None else source.hub_configs if own else ()
-        yield from reading.read_hub(hub, configs, reading.hub_split(source, spec.split or split, own_hub=own))
+        yield from read_hub(hub, configs, hub_split(source, spec.split or split, own_hub=own))
         return
     path = Path(spec.path).expanduser()
     if not path.is_dir():
-        yield from reading.read_files([path])
-    elif reading.is_saved_dataset(path):
-        yield from reading.read_saved(path, source, split)
+        yield from read_files([path])
+    elif is_saved_dataset(path):
+        yield from read_saved(path, source, split)
     else:
-        yield from reading.read_files(reading.data_files(path, source, split, spec.hub_config))
+        yield from read_files(data_files(path, source, split, spec.hub_config))
 
 
 def _read_binary_labels(rows: list[Row], spec: DataSpec) -> None:

@@ -19,12 +19,11 @@ import torch
 from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
-from stepkd.data.batching import micro_batches
+from stepkd.data.batching import Position, StepBatch, micro_batches
 from stepkd.data.benchmarks import next_evaluation
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Example
-from stepkd.data.loader import Position, StepBatch
-from stepkd.data.preference_datamodule import PreferenceData
+from stepkd.data.labelled_data import PreferenceData
 from stepkd.data.templates import PromptTemplate, template_name
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
-from stepkd.data.loader import Position
+from stepkd.data.batching import Position
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ModelError
 from stepkd.models import spec_to_dict

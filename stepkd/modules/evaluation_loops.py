@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 
+from stepkd.data.batching import StepBatch
 from stepkd.data.encode import Example
-from stepkd.data.loader import StepBatch
 from stepkd.losses import LossTerms
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.average import WeightAverage

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stepkd.data.batching import StepBatch
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
-from stepkd.data.loader import StepBatch
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models import Policy, PolicySpec

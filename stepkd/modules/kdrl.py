@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepkd.data.batching import StepBatch
 from stepkd.data.collate import MicroBatch
-from stepkd.data.loader import StepBatch
 from stepkd.errors import ConfigError
 from stepkd.losses import (
     LossTerms,

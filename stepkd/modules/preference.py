@@ -14,9 +14,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from stepkd.data.batching import StepBatch, StepLoader
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
-from stepkd.data.loader import StepBatch, StepLoader
 from stepkd.data.packing import Completion, PackedBatch, Unit, collate_packed, plan_packs
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import token_logps

@@ -11,10 +11,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.batching import StepBatch
+from stepkd.data.collate import LabelledBatch, MicroBatch, collate_steps
 from stepkd.data.encode import Example
-from stepkd.data.loader import StepBatch
-from stepkd.data.step_collate import LabelledBatch, collate_steps
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, cross_entropy, step_cross_entropy, step_weights
 from stepkd.models import PolicySpec, StepHeadSpec

@@ -12,9 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stepkd.data.batching import mismatched
+from stepkd.data.batching import StepBatch, mismatched
 from stepkd.data.encode import Example
-from stepkd.data.loader import StepBatch
 from stepkd.data.packing import Completion
 from stepkd.errors import check_bounds, check_choice
 from stepkd.losses import reference_point

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepkd.data.batching import StepBatch
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
-from stepkd.data.loader import StepBatch
 from stepkd.models import Policy
 from stepkd.modules.kdrl_settings import RolloutSpec
 from stepkd.modules.rewards import Rewards

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stepkd.data.loader import StepBatch
+from stepkd.data.batching import StepBatch
 from stepkd.errors import check_bounds
 from stepkd.grading import DEFAULT_EXTRACTORS, Grader
 from stepkd.grading.judge import judge, rollout_row

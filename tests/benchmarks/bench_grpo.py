@@ -76,9 +76,8 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     """Seconds of every step but the first, and completion tokens of a step."""
     from lightning.pytorch import Callback, Trainer
 
-    from stepkd.data.batching import BatchPlan
+    from stepkd.data.batching import BatchPlan, StepLoader
     from stepkd.data.encode import Encoder
-    from stepkd.data.loader import StepLoader
     from stepkd.data.templates import PromptTemplate
     from stepkd.models import PolicySpec
     from stepkd.modules import KDRLModule, KDSpec, OptimizerSpec, PolicyLossSpec, RewardSpec, RolloutSpec

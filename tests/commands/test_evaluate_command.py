@@ -10,7 +10,7 @@ import pytest
 
 from stepkd.cli import main
 from stepkd.data.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
-from stepkd.data.exemplars import EXEMPLARS
+from stepkd.data.templates import EXEMPLARS
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.store import read_rows
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stepkd.data import DataSpec, StepData
-from stepkd.data.loader import Position
+from stepkd.data.batching import Position
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.tiny import tiny_tokenizer
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.batching import BatchPlan
+from stepkd.data.batching import BatchPlan, Position, StepBatch, StepLoader
 from stepkd.data.encode import Example
-from stepkd.data.loader import Position, StepBatch, StepLoader
 from stepkd.errors import ConfigError
 
 EXAMPLES = [Example(f"e{i}", (1,) * (1 + i * 7 % 11), (2, 3), ((0, 2),)) for i in range(23)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stepkd.data import DataSpec, FeedbackData, PairData
-from stepkd.data.loader import Position
+from stepkd.data.batching import Position
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
 from stepkd.models import PolicySpec

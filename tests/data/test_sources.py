@@ -11,10 +11,9 @@ import pytest
 
 from stepkd.data.rows import PROBLEM, STEPWISE, check_unique_ids, validate
 from stepkd.data.sources import Option, RawRow, Source, get_source, list_sources, register, registry
-from stepkd.data.sources.contests import whole_answer
 from stepkd.data.sources.generated import GENERATED_SPLITS, stream_seed
-from stepkd.data.sources.gsm8k import final_answer
-from stepkd.data.sources.math import last_boxed
+from stepkd.data.sources.math import last_boxed, whole_answer
+from stepkd.data.sources.word_problems import final_answer
 from stepkd.data.spec import DataSpec, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 

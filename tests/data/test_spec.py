@@ -132,7 +132,7 @@ def test_a_file_in_contract_form_is_read_as_rows_whatever_source_the_recipe_name
 
 
 def test_a_path_wins_over_hub_configuration_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepkd.data.sources.reading.read_hub", lambda *_: pytest.fail("asks the hub"))
+    monkeypatch.setattr("stepkd.data.spec.read_hub", lambda *_: pytest.fail("asks the hub"))
     recipe = {"hub": "a/b", "hub_config": "main", "split": "train[:90%]"}
     rows = load("rows", tmp_path / "test.jsonl", *PROBLEMS, **recipe)
     assert len(rows) == 10

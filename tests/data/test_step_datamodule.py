@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepkd.data import DataSpec, StepLabelData
-from stepkd.data.step_collate import collate_steps
+from stepkd.data.collate import collate_steps
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
 from stepkd.models import PolicySpec, StepHeadSpec

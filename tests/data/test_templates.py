@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.exemplars import EXEMPLARS
 from stepkd.data.overlap import overlap_report
-from stepkd.data.sources.gsm8k import final_answer
+from stepkd.data.sources.word_problems import final_answer
 from stepkd.data.spec import DataSpec, load_rows
-from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
+from stepkd.data.templates import EXEMPLARS, TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 
 CHAT = (

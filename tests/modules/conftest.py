@@ -10,11 +10,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
-from stepkd.data.batching import BatchPlan
-from stepkd.data.collate import MicroBatch, collate
+from stepkd.data.batching import BatchPlan, StepLoader
+from stepkd.data.collate import MicroBatch, collate, collate_steps
 from stepkd.data.encode import Encoder, Example
-from stepkd.data.loader import StepLoader
-from stepkd.data.step_collate import collate_steps
 from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template

@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
-from stepkd.data.batching import BatchPlan
+from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Encoder
-from stepkd.data.loader import StepLoader
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template

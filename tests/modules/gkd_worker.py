@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from stepkd.data.batching import BatchPlan
+from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import collate
 from stepkd.data.encode import Encoder, Example
-from stepkd.data.loader import StepLoader
 from stepkd.data.templates import get_template
 from stepkd.models import PolicySpec
 from stepkd.models.tiny import tiny_tokenizer

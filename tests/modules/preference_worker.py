@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from stepkd.data.batching import BatchPlan
+from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.feedback import FeedbackEncoder
-from stepkd.data.loader import StepLoader
 from stepkd.data.packing import collate_packed
 from stepkd.data.pairs import PairEncoder
 from stepkd.data.templates import get_template

@@ -21,8 +21,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from stepkd.data import DataSpec, StepData
-from stepkd.data.batching import BatchPlan
-from stepkd.data.loader import StepLoader
+from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models import Policy, PolicySpec, StepHeadSpec, build_tiny

@@ -22,8 +22,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from stepkd.cli import main
-from stepkd.data.batching import BatchPlan
-from stepkd.data.loader import StepLoader
+from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import group_advantages, kl_estimate, reverse_kl
 from stepkd.models import Policy, PolicySpec

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from stepkd.data.batching import micro_batches
-from stepkd.data.step_collate import LabelledBatch, collate_steps
+from stepkd.data.collate import LabelledBatch, collate_steps
 from stepkd.data.step_encode import StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec

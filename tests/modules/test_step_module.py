@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from stepkd.data import DataSpec, StepData
-from stepkd.data.batching import BatchPlan
-from stepkd.data.loader import Position, StepLoader
+from stepkd.data.batching import BatchPlan, Position, StepLoader
 from stepkd.errors import ConfigError, ModelError, StepkdError, TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models import LoraSpec, PolicySpec, build_tiny

@@ -13,9 +13,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from stepkd.data.batching import BatchPlan
+from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.feedback import FeedbackExample
-from stepkd.data.loader import StepLoader
 from stepkd.data.pairs import PairExample
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.tiny import build_tiny

@@ -2,7 +2,15 @@
 
 The files are Git LFS objects of github ``openai/prm800k`` (``phase1_train.jsonl``, ``phase1_test.jsonl``, and the same
 for phase 2); give their ``path``. TRL's processed form on the hub, ``trl-lib/prm800k``, has TRL's columns already: read
-it with source ``rows``. Both layouts in :mod:`stepkd.data.sources.prm800k_layouts` are read here.
+it with source ``rows``. Two layouts are read:
+
+*Released lines* (github ``openai/prm800k``, whose README describes them): ``question`` (``problem``,
+``ground_truth_answer``, ...), ``label`` (``steps``, ``finish_reason``), ``is_quality_control_question``, ... A chosen
+step is ``completions[chosen_completion]``, or ``human_completion`` where a labeller wrote it. A text that ends the
+solution carries a tail ``# Answer`` with the stated answer.
+
+*One record per trajectory*: ``problem``, ``steps``, ``labels``, ``alternatives`` (per position the completions that
+were not chosen, as objects with ``text`` and ``rating``), ``final_answer``; the tail is split off already.
 
 Each record gives several step-labelled rows. The chosen path holds right (and in phase 2 neutral) steps only; **wrong
 steps are among the alternatives**: an alternative at position i gives the trajectory ``path[:i] + [alternative]``. Its
@@ -18,11 +26,14 @@ The test problems are MATH-500 problems: files named ``..._test`` and the split 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from stepkd.data.checks import shown
 from stepkd.data.rows import STEPWISE
-from stepkd.data.sources.prm800k_layouts import RatedStep, Record, read_record
 from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, register
 from stepkd.errors import ConfigError, check_choice
 from stepkd.randomness import generator
@@ -147,3 +158,210 @@ PRM800K = register(
     )
 )  # fmt: skip
 """The PRM800K source."""
+
+
+_TAIL = re.compile(r"\s*# Answer\s*\n\s*(?P<answer>.*?)\s*", re.DOTALL)
+_UNFINISHED = ("bad_problem", "give_up")
+
+
+@dataclass(frozen=True)
+class RatedStep:
+    """One step text with what a labeller said of it."""
+
+    text: str
+    """Without the answer tail."""
+    rating: int | None
+    """1 good, 0 neutral, -1 bad; None: not rated (human-written or flagged)."""
+    final_answer: str | None = None
+    """The answer it states where it ends the solution."""
+
+    def written(self, *, tail: bool) -> str:
+        """Its text, with the ``# Answer`` tail where asked for and where there is one."""
+        return f"{self.text}\n\n# Answer\n\n{self.final_answer}" if tail and self.final_answer else self.text
+
+
+@dataclass(frozen=True)
+class Record:
+    """One labelled trajectory."""
+
+    name: str
+    """Unique in its file."""
+    problem: object
+    """The problem's text, for the contract to judge."""
+    path: tuple[RatedStep, ...]
+    """The chosen steps."""
+    alternatives: tuple[tuple[RatedStep, ...], ...]
+    """Per position the steps that were not chosen; at most one position more than ``path``."""
+    answer: str | None = None
+    """Gold answer, where the layout has it."""
+    solved: bool | None = None
+    """Whether the path ends in the right answer; None: the layout does not say."""
+
+
+def read_record(raw: RawRow, *, keep_unfinished: bool) -> Record | None:
+    """Read a row of either layout, told apart by its columns.
+
+    Args:
+        raw: the row.
+        keep_unfinished: whether records that ended in ``bad_problem`` or ``give_up`` count.
+
+    Returns:
+        The record; None for quality-control and screening questions, and for unfinished records unless kept. (A file
+        of trajectories no longer says which these were.)
+
+    Raises:
+        DataError: neither layout, or a value that does not fit its layout.
+    """
+    if "question" in raw and "label" in raw:
+        return _released(raw, keep_unfinished=keep_unfinished)
+    if "prompt" in raw and "completions" in raw and "labels" in raw:
+        return _trajectory(raw)
+    raise raw.error(
+        "fits neither layout of PRM800K: released lines have 'question' and 'label', trajectories have 'problem', "
+        f"'steps' and 'labels'; this row has {', '.join(map(repr, raw)) or 'none of them'}. "
+        "TRL's form (trl-lib/prm800k) is read by source 'rows'"
+    )
+
+
+# --- released lines --------------------------------------------------------------------------------------------------
+
+
+def _released(raw: RawRow, *, keep_unfinished: bool) -> Record | None:
+    question, label = _mapping(raw, raw["question"], "question"), _mapping(raw, raw["label"], "label")
+    if raw.get("is_quality_control_question") or raw.get("is_initial_screening_question"):
+        return None
+    finish = label.get("finish_reason")
+    if finish in _UNFINISHED and not keep_unfinished:
+        return None
+    path: list[RatedStep] = []
+    beside: list[tuple[RatedStep, ...]] = []
+    for number, step in enumerate(_list(raw, label.get("steps"), "label", what="label.steps"), start=1):
+        place = f"label.steps[{number - 1}]"
+        chosen, others = _released_step(raw, _mapping(raw, step, "label", what=place), place)
+        beside.append(others)
+        if chosen is None:  # nothing was chosen: the trajectory ends here
+            break
+        path.append(chosen)
+    labeler, time = raw.get("labeler"), raw.get("timestamp")
+    answer = question.get("ground_truth_answer")
+    return Record(
+        name=f"{labeler}/{time}" if labeler and time else f"{Path(raw.path).stem}/{raw.line}",
+        problem=question.get("problem"),
+        path=tuple(path),
+        alternatives=tuple(beside),
+        answer=answer if isinstance(answer, str) and answer.strip() else None,
+        solved=True if finish == "solution" else None,
+    )
+
+
+def _released_step(raw: RawRow, step: Mapping[str, Any], place: str) -> tuple[RatedStep | None, tuple[RatedStep, ...]]:
+    """The chosen step of a position (None: none was chosen) and the rated steps beside it."""
+    given = step.get("completions")
+    completions = [] if given is None else _list(raw, given, "label", what=f"{place}.completions")
+    read = [_completion(raw, item, f"{place}.completions[{index}]") for index, item in enumerate(completions)]
+    index, human = step.get("chosen_completion"), step.get("human_completion")
+    chosen: RatedStep | None = None
+    if index is not None:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(read):
+            raise raw.error(
+                f"{place}.chosen_completion is {shown(index)}, with {len(read)} completions; must be null or an index",
+                column="label",
+            )
+        chosen = read[index]
+    elif human is not None:
+        item = {"text": human, "rating": None} if isinstance(human, str) else human
+        chosen = _completion(raw, item, f"{place}.human_completion")
+    return chosen, tuple(item for number, item in enumerate(read) if item is not None and number != index)
+
+
+def _completion(raw: RawRow, item: object, place: str) -> RatedStep | None:
+    """None for an empty text: nothing can be placed after it."""
+    values = _mapping(raw, item, "label", what=place)
+    text, rating = _text(raw, values.get("text"), "label", place), _rating(raw, values.get("rating"), "label", place)
+    found = _split_tail(text)
+    if not found[0].strip():
+        return None
+    return RatedStep(found[0], None if values.get("flagged") else rating, found[1])
+
+
+def _split_tail(text: str) -> tuple[str, str | None]:
+    head, mark, _ = text.rpartition("# Answer")
+    tail = _TAIL.fullmatch(text, len(head.rstrip())) if mark else None
+    if tail is None or not tail["answer"] or not head.strip():
+        return text, None
+    return head.rstrip(), tail["answer"]
+
+
+# --- one record per trajectory ---------------------------------------------------------------------------------------
+
+
+def _trajectory(raw: RawRow) -> Record:
+    steps = _list(raw, raw["completions"], "steps", what="steps")
+    labels = _list(raw, raw["labels"], "labels", what="labels")
+    if len(steps) != len(labels):
+        raise raw.error(f"has {len(labels)} entries for {len(steps)} steps; there must be as many", column="labels")
+    final = raw.get("final_answer")
+    path = [
+        RatedStep(_text(raw, text, "steps", f"steps[{i}]"), _rating(raw, label, "labels", f"labels[{i}]"))
+        for i, (text, label) in enumerate(zip(steps, labels, strict=True))
+    ]
+    if path and isinstance(final, str) and final.strip():
+        path[-1] = RatedStep(path[-1].text, path[-1].rating, final)
+    given = raw.get("alternatives")
+    positions = [] if given is None else _list(raw, given, "alternatives", what="alternatives")
+    if len(positions) > len(path) + 1:
+        raise raw.error(
+            f"has {len(positions)} positions for {len(path)} steps; there can be one more than steps at most",
+            column="alternatives",
+        )
+    identity = raw.get("id")
+    return Record(
+        name=f"{Path(raw.path).stem}/{raw.line}" if identity is None else str(identity),
+        problem=raw["prompt"],
+        path=tuple(path),
+        alternatives=tuple(_rated(raw, items, f"alternatives[{i}]") for i, items in enumerate(positions)),
+    )
+
+
+def _rated(raw: RawRow, items: object, place: str) -> tuple[RatedStep, ...]:
+    read = []
+    for index, item in enumerate(_list(raw, items, "alternatives", what=place)):
+        here = f"{place}[{index}]"
+        values = _mapping(raw, item, "alternatives", what=here)
+        text = _text(raw, values.get("text"), "alternatives", here)
+        stated = values.get("answer")
+        if text.strip():
+            rating = _rating(raw, values.get("rating"), "alternatives", here)
+            read.append(RatedStep(text, rating, stated if isinstance(stated, str) and stated.strip() else None))
+    return tuple(read)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def _mapping(raw: RawRow, value: object, column: str, *, what: str | None = None) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise raw.error(f"{what or column} must be an object, found {shown(value)}", column=column)
+    return value
+
+
+def _list(raw: RawRow, value: object, column: str, *, what: str) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise raw.error(f"{what} must be a list, found {shown(value)}", column=column)
+    return value
+
+
+def _text(raw: RawRow, value: object, column: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise raw.error(f"the text of {place} must be text, found {shown(value)}", column=column)
+    return value
+
+
+def _rating(raw: RawRow, value: object, column: str, place: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (-1, 0, 1):
+        raise raw.error(
+            f"the rating of {place} must be -1, 0, 1 or null, found {shown(value)}; nothing is cast", column=column
+        )
+    return value
