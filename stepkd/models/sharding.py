@@ -20,8 +20,6 @@ from stepkd.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from stepkd.models.policy import Policy
-
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is only a part of itself on this rank (a DTensor)."""
@@ -69,11 +67,11 @@ def _holds(module: nn.Module, other: nn.Module) -> bool:
     return any(child is other for child in module.modules())
 
 
-def shard(policy: Policy, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> None:
+def shard(policy: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> None:
     """Cut a policy up, in place.
 
     Args:
-        policy: loaded and complete; no weight may be added later.
+        policy: a :class:`~stepkd.models.policy.Policy`, loaded and complete; no weight may be added later.
         mesh: one dimension, the ranks that share it.
         param_dtype: weights are gathered, and computed with, in this dtype (mixed precision; gradients are summed in
             float32); None: their own.

@@ -16,8 +16,8 @@ from stepkd.models.source import check_source, find_checkpoint
 from stepkd.models.step_head_io import model_file
 from stepkd.models.tiny import TINY_PRESETS
 from stepkd.runs.checkpoint_files import read_checkpoint
+from stepkd.runs.files import write_json
 from stepkd.runs.launcher import detect_launch
-from stepkd.runs.rundir import write_json
 
 TEMPLATE_NAME = "prompt_template.json"
 logger = logging.getLogger(__name__)

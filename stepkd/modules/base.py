@@ -1,50 +1,37 @@
 """StepModule: the optimiser step that every method shares.
 
 A method says what to train on (:meth:`StepModule.prepare`) and what its loss is (:meth:`StepModule.loss_terms`); this
-class runs micro-batches, normalises over the whole step and all ranks, clips, steps, logs, validates and checkpoints.
-One loader batch is one optimiser step (or several, for on-policy methods that prepare more than one).
+class runs micro-batches, normalises over the whole step and all ranks, clips, steps, logs and validates. One loader
+batch is one optimiser step (or several, for on-policy methods that prepare more than one).
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor, nn
 
-from stepkd.data.batching import Position, StepBatch, micro_batches
+from stepkd.data.batching import StepBatch, micro_batches
 from stepkd.data.benchmarks import next_evaluation
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Example
 from stepkd.data.labelled_data import PreferenceData
-from stepkd.data.templates import PromptTemplate, template_name
+from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
-from stepkd.losses import DEFAULT_CHUNK, LossTerms, component_scales, reduce
-from stepkd.models import Policy, PolicySpec, load_tokenizer
+from stepkd.losses import LossTerms, component_scales, reduce
 from stepkd.models.adapter import LOW_PRECISION
-from stepkd.models.average import WeightAverage
-from stepkd.models.checkpoint import base_fingerprint, load_policy
-from stepkd.models.load import training_spec
-from stepkd.models.sharding import shard
-from stepkd.models.trained_template import trained_template
-from stepkd.modules.checkpoint_state import pack, unpack
-from stepkd.modules.distributed import all_reduce, check_micro_batches, clip_in_engine, gradient_sync
-from stepkd.modules.evaluation_loops import EvaluationLoops
-from stepkd.modules.finite import require_finite
-from stepkd.modules.optim import OptimizerSpec, build_optimizer, build_schedule, put_back
-from stepkd.modules.step_metrics import accumulate, step_values
-from stepkd.modules.strategies import check_strategy
-from stepkd.modules.throughput import Throughput
-from stepkd.modules.validation import SampledAccuracy, ValidationSpec
+from stepkd.modules.distributed import all_reduce, check_micro_batches, gradient_sync, union
+from stepkd.modules.optim import build_optimizer, build_schedule, put_back
+from stepkd.modules.policy_module import PolicyModule
+from stepkd.modules.step_metrics import Throughput, accumulate, require_finite, step_values
+from stepkd.modules.validation import SampledAccuracy
 from stepkd.randomness import stream_key
-from stepkd.runs.phases import PhaseTracker
 from stepkd.runs.preemption import STOP_REQUEST, Preempted
 
 logger = logging.getLogger(__name__)
@@ -63,87 +50,38 @@ class Prepared:
     """Per loss component, this rank's count over all micro-batches; reduced over ranks before the first backward."""
 
 
-class StepModule(EvaluationLoops):
+class StepModule(PolicyModule):
     """Base of all methods.
 
     A method defines :meth:`count` and :meth:`loss_terms`. Every component must reach every trainable parameter, because
     DDP waits for all of them. ``count`` names the same components, and ``loss_terms`` the same metrics (with count 0
     where one does not apply), for every micro-batch, because ranks add them up name by name.
 
-    Args:
-        policy: the model to train.
-        optimizer: optimiser and schedule.
-        validation: how validation samples and scores; its loss is always measured.
-        micro_batch_tokens: most tokens (padding included) in one forward pass: trades memory for speed, never changes
-            the gradient.
-        chunk_size: positions whose logits exist at the same time.
-        loss_weights: factor per loss component; missing ones are 1.
-        ema_decay: keep a running average of the trainable weights, validate and export with it; null for none.
-        seed: keys dropout and sampling noise. Dropout is drawn per rank and micro-batch, so with ``lora.dropout`` the
-            gradient does depend on the split; nothing else does.
+    Arguments are those of :class:`~stepkd.modules.policy_module.PolicyModule`.
     """
 
+    components: tuple[str, ...] = ()
+    """Names of the loss components, the same on every rank; empty: what ``count`` names."""
     steps_per_batch = 1
     """Optimiser steps that one loader batch serves (more than 1 for on-policy methods with inner steps)."""
     shown: tuple[str, ...] = ("train/loss",)
     """What the progress line shows of training, beside its speed."""
     skip_empty_steps = False
     """Whether a step in which no rank has a single item is skipped (it is an error otherwise)."""
-
     prepares_with_model = False
-    """Whether :meth:`prepare` runs the policy before it gives its first step: where the policy is cut up over ranks
-    (FSDP2) it is gathered until then."""
-    scores_steps = False
-    """Whether the method trains a step head; any other method refuses a reward model as its policy."""
+    """Whether :meth:`prepare` runs the policy before it gives its first step: where the policy is sharded (FSDP2) it is
+    gathered until then."""
     labels_give_accuracy = False
     """Whether validation gives ``val/accuracy`` without sampling anything."""
-    resume_with: tuple[str, ...] = ()
-    """Settings that decide what a run learns and may differ all the same from those of the run that is resumed."""
-
-    checkpoint: str | None = None
-    """The checkpoint that the command line starts from."""
 
     automatic_optimization = False
-    strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks their names itself
-
-    def __init__(
-        self,
-        policy: PolicySpec,
-        optimizer: OptimizerSpec | None = None,
-        validation: ValidationSpec | None = None,
-        micro_batch_tokens: int = 8192,
-        chunk_size: int = DEFAULT_CHUNK,
-        loss_weights: dict[str, float] | None = None,
-        ema_decay: float | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        if micro_batch_tokens < 1 or chunk_size < 1:
-            raise ConfigError(f"micro_batch_tokens={micro_batch_tokens}, chunk_size={chunk_size}: both at least 1")
-        self.policy_spec = policy
-        self.optimizer_spec = optimizer or OptimizerSpec()
-        self.validation_spec = validation or ValidationSpec()
-        self.micro_batch_tokens = micro_batch_tokens
-        self.chunk_size = chunk_size
-        self.loss_weights = dict(loss_weights or {})
-        self.ema_decay = ema_decay
-        self.seed = seed
-        self.arguments: dict[str, Any] = {}
-        for given in collect_init_args(cast(Any, inspect.currentframe()), [], classes=(StepModule,)):
-            self.arguments |= given
-        self.phases = PhaseTracker()
-        self.position = Position()
-        self.policy: Policy | None = None
-        self.base_identity = ""  # of what an adapter stands on
-        self.ema: WeightAverage | None = None
-        self._tokenizer: Any = None
-        self._restored_ema: dict[str, Tensor] | None = None
-        self._throughput: Throughput | None = None
-        self._accuracy: SampledAccuracy | None = None
-        self._sums: dict[str, float] = defaultdict(float)
-        self._skipped = 0
-        self._own_settings: list[dict[str, Any]] = []  # the optimiser's settings, before a checkpoint replaces them
-        self.loss_scales: dict[str, float] = {}  # of the optimiser step that is being taken
+    loss_scales: Mapping[str, float] = {}
+    """Factor of each component's sum in the optimiser step that is being taken."""
+    _throughput: Throughput | None = None
+    _accuracy: SampledAccuracy | None = None
+    _skipped = 0
+    _own_settings: Sequence[dict[str, Any]] = ()  # the optimiser's settings, before a checkpoint replaces them
+    _sums: dict[str, float]  # of the evaluation that runs
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
@@ -188,16 +126,6 @@ class StepModule(EvaluationLoops):
     def after_step(self) -> None:
         """Called after every optimiser step, before anything is logged."""
 
-    def method_state(self) -> dict[str, Any]:
-        """State of the method that a checkpoint must hold (running averages, ...): plain values and tensors."""
-        return {}
-
-    def restore_method_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`method_state` gave, to go on training."""
-
-    def adopt_method_state(self, state: dict[str, Any]) -> None:
-        """Take from it what validation, test and prediction need; nothing has to fit the run that wrote it."""
-
     def next_commands(self, run: str) -> list[str]:
         """What to do with a finished run, one line each, for the end of ``stepkd fit``."""
         return [
@@ -209,66 +137,10 @@ class StepModule(EvaluationLoops):
         """What fits the data that the run was trained on."""
         data = self.datamodule
         spec = getattr(data, "specs", {}).get("validation")
-        template = getattr(data, "template", None)
-        name = template_name(template) if isinstance(template, PromptTemplate) else ""
+        name = "" if self.template is None else template_name(self.template)
         return next_evaluation(None if isinstance(data, PreferenceData) else spec, name, steps=steps)
 
-    # ---- model -----------------------------------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """The policy's tokenizer; available before the weights are loaded."""
-        if self.policy is not None:
-            return self.policy.tokenizer
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.policy_spec)
-        return self._tokenizer
-
-    @property
-    def model(self) -> Policy:
-        """The loaded policy."""
-        if self.policy is None:
-            raise RuntimeError("the policy is loaded by configure_model(): call it first when using a module by hand")
-        return self.policy
-
-    @property
-    def datamodule(self) -> Any:
-        """The run's data module; None without one."""
-        return getattr(self._trainer, "datamodule", None)
-
-    def trained_template(self) -> PromptTemplate | None:
-        """The prompt template that the checkpoint, or else the policy, was trained with; None: nothing says it."""
-        found = None if self.checkpoint is None else trained_template(self.checkpoint)
-        return found or trained_template(self.policy_spec.path, self.policy_spec.revision)
-
-    def setup(self, stage: str) -> None:
-        """Refuse a strategy that would train incorrectly; tell an engine that holds the gradients where to clip."""
-        check_strategy(self.trainer.strategy)
-        clip_in_engine(self.trainer.strategy, self.optimizer_spec.max_grad_norm)
-
-    def configure_model(self) -> None:
-        """Load the policy (once)."""
-        if self.policy is None:
-            spec = self.policy_spec
-            self.policy_spec = training_spec(spec)
-            if spec != self.policy_spec:
-                logger.info("policy.dtype auto: all weights are trained, so they are loaded in float32")
-            self.policy = load_policy(self.policy_spec)
-            self.base_identity = base_fingerprint(self.policy)
-            if self.policy.step_head is not None and not self.scores_steps:
-                raise ConfigError(
-                    f"policy.path={self.policy_spec.path} is a reward model (it has a step head), and "
-                    f"{type(self).__name__} trains a policy: start from the language model it was made of"
-                )
-
-    def shard(self, mesh: Any) -> None:
-        """Cut the model up over a mesh of ranks (FSDP2); called by the strategy once the module is complete."""
-        mixed = str(self.trainer.precision) == "bf16-mixed"
-        shard(self.model, mesh, param_dtype=torch.bfloat16 if mixed else None)
-
-    def gathered(self) -> AbstractContextManager[Any]:
-        """A block without gradients in which ranks may use the model differently often, however it is cut up."""
-        return self.model.gathered()
+    # ---- training --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule over the planned number of optimiser steps."""
@@ -284,13 +156,6 @@ class StepModule(EvaluationLoops):
         if planned is not None and planned != self.trainer.max_steps:
             planned *= self.steps_per_batch  # Lightning counts batches
         return planned
-
-    def needed_hidden(self, micro_batch: MicroBatch) -> Tensor:
-        """Hidden states (N, H) that predict the micro-batch's targets."""
-        hidden_BTH = self.model.hidden(micro_batch.input_ids_BT, micro_batch.attention_mask_BT)
-        return hidden_BTH.flatten(0, 1)[micro_batch.needed_N]
-
-    # ---- training --------------------------------------------------------------------------------------------------
 
     def prepare_examples(self, examples: Iterable[Example]) -> Prepared:
         """Cut examples into micro-batches and count their denominators."""
@@ -335,15 +200,6 @@ class StepModule(EvaluationLoops):
             self.model, self.device, torch.bfloat16 if "bf16" in precision else self.model.causal_lm.dtype
         )
 
-    def check_data_fits(self, name: str, context: int | None) -> None:
-        """Refuse data that is longer than a model's context (None: unlimited)."""
-        longest = getattr(self.datamodule, "max_length", None)
-        if longest is not None and context is not None and longest > context:
-            raise ConfigError(
-                f"data.max_length={longest} exceeds the {name}'s context of {context} tokens: lower it, or take a "
-                f"{name} of a longer context"
-            )
-
     def _check_weights(self) -> None:
         if self.components and (unknown := sorted(set(self.loss_weights) - set(self.components))):
             raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(self.components)}")
@@ -358,16 +214,6 @@ class StepModule(EvaluationLoops):
         """Log by the number of batches done, which Lightning miscounts after some ends of the run before."""
         loop = self.trainer.fit_loop.epoch_loop
         loop._batches_that_stepped = loop.batch_progress.total.ready - 1
-
-    def ensure_average(self) -> None:
-        """Make the running average when this run keeps one, or, outside training, when the checkpoint holds one."""
-        training = self.trainer.state.fn == "fit"
-        if self.ema is not None or (self.ema_decay is None and (training or self._restored_ema is None)):
-            return
-        decay = 0.5 if self.ema_decay is None else self.ema_decay  # without a decay it is only read, never updated
-        self.ema = WeightAverage(self.model.trainable_parameters(), decay)
-        if self._restored_ema is not None:
-            self.ema.load_state_dict(self._restored_ema)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Run the optimiser steps of one loader batch."""
@@ -423,7 +269,7 @@ class StepModule(EvaluationLoops):
                     accumulate(sums, terms)
                 self.phases.advance()
         norm = self._clip()
-        require_finite(self, losses, norm, padded)
+        require_finite(losses, norm, padded, step=self.global_step, device=self.device)
         lr = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -473,15 +319,114 @@ class StepModule(EvaluationLoops):
                 self.log(name, values.pop(name), prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)
 
+    # ---- validation, test, prediction ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Evaluation mode, with averaged weights where there are some; ranks may do different work in it."""
+        self.ensure_average()
+        self.model.eval()
+        averaged = nullcontext() if self.ema is None else self.ema.applied(self.model.trainable_parameters())
+        with averaged, self.gathered():
+            yield
+
+    def _sampled(self) -> SampledAccuracy:
+        if self._accuracy is None:
+            self._accuracy = SampledAccuracy(self.model, self.validation_spec, self.seed)
+        return self._accuracy
+
+    def prepare_evaluation(self, batch: StepBatch) -> Prepared:
+        """What validation measures the loss on; every rank calls it for every batch."""
+        return self.prepare_examples([example for example in batch.examples if example.completion_ids])
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh sums."""
+        self._sums = defaultdict(float)
+
+    def on_test_epoch_start(self) -> None:
+        """Fresh sums."""
+        self.on_validation_epoch_start()
+
+    def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sums of this rank's share; a rank without examples adds nothing."""
+        self.name_components(batch)
+        with self._averaged():
+            prepared = self.prepare_evaluation(batch)
+            for name, count in prepared.denominators.items():
+                self._sums[f"count/{name}"] += count
+            with self.phases.phase("validation", total=len(prepared.micro_batches)):
+                for micro_batch in prepared.micro_batches:
+                    terms = self.loss_terms(micro_batch.to(self.device))
+                    for name, value in terms.sums.items():
+                        self._sums[f"sum/{name}"] += float(value)
+                    for name, (total, items) in terms.metrics.items():
+                        self._sums[f"metric/{name}"] += float(total)
+                        self._sums[f"number/{name}"] += float(items)
+                    self.phases.advance()
+            if self.validation_spec.samples and batch.examples:
+                for name, number in self._sampled()(batch, self.phases).items():
+                    self._sums[f"sampled/{name}"] += number
+
+    def test_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As validation, on the test set."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduce over ranks and log ``val/...``."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Reduce over ranks and log ``test/...``."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, prefix: str) -> None:
+        # Metric names are known only to ranks that had a batch; everything else has fixed names.
+        fixed = [f"{part}/{name}" for name in self.components for part in ("sum", "count")]
+        fixed += [f"sampled/{name}" for name in SampledAccuracy.NAMES]
+        totals = all_reduce({name: self._sums.get(name, 0.0) for name in fixed}, self.device)
+        values = {
+            f"{prefix}/{name}": totals[f"sum/{name}"] / totals[f"count/{name}"]
+            for name in self.components
+            if totals[f"count/{name}"]
+        }
+        if values:
+            weights = self.loss_weights
+            values[f"{prefix}/loss"] = sum(
+                weights.get(name, 1.0) * values.get(f"{prefix}/{name}", 0.0) for name in self.components
+            )
+        means = self.evaluation_metrics(self._metric_totals())
+        values |= {f"{prefix}/{name}": value for name, value in (means | self.derived_metrics(means)).items()}
+        sampled = {name.removeprefix("sampled/"): value for name, value in totals.items()}
+        values |= {f"{prefix}/{name}": value for name, value in SampledAccuracy.rates(sampled).items()}
+        shown = {name: values.pop(name) for name in (f"{prefix}/loss", f"{prefix}/accuracy") if name in values}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        self.log_dict(values, batch_size=1)
+        if self._throughput is not None:
+            self._throughput.restart()
+
+    def evaluation_metrics(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """What an evaluation logs, from every metric's sum and number over all batches and ranks: their means."""
+        return {name: total / number for name, (total, number) in totals.items() if number}
+
+    def _metric_totals(self) -> dict[str, tuple[float, float]]:
+        names = union(name.removeprefix("metric/") for name in self._sums if name.startswith("metric/"))
+        totals = all_reduce(
+            {
+                f"{part}/{name}": self._sums.get(f"{part}/{name}", 0.0)
+                for name in names
+                for part in ("metric", "number")
+            },
+            self.device,
+        )
+        return {name: (totals[f"metric/{name}"], totals[f"number/{name}"]) for name in names}
+
+    def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Sample completions and return them as rollout rows (see ``stepkd.data.rows.ROLLOUT``)."""
+        source = str(self.trainer.ckpt_path or self.policy_spec.path)
+        with self._averaged():
+            return self._sampled().rollout_rows(batch, self.phases, model_id=source)
+
     # ---- plumbing --------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trainable weights only, and everything that cannot be recomputed."""
-        pack(self, checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits this module, and restore what is not weights."""
-        self.position, self._restored_ema = unpack(self, checkpoint)
 
     def _collate(self, examples: list[Example], *, is_filler: bool = False) -> MicroBatch:
         return collate(examples, int(self.tokenizer.pad_token_id or 0), is_filler=is_filler)

@@ -37,14 +37,18 @@ def all_reduce(values: Mapping[str, float | Tensor], device: torch.device, op: s
     return dict(zip(numbers, stacked.tolist(), strict=True))
 
 
+def all_names(names: Iterable[str]) -> list[str]:
+    """The names that the ranks have, rank after rank; every rank must call it."""
+    parts = [list(names)]
+    if is_distributed():
+        mine, parts = parts[0], [[]] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+    return [name for part in parts for name in part]
+
+
 def union(names: Iterable[str]) -> list[str]:
     """All names that any rank has, sorted; every rank must call it."""
-    mine = sorted(set(names))
-    if not is_distributed():
-        return mine
-    parts: list[list[str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return sorted({name for part in parts for name in part or ()})
+    return sorted(set(all_names(names)))
 
 
 def check_micro_batches(strategy: Any, number: int) -> None:

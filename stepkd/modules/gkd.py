@@ -5,7 +5,9 @@ Axes: N completion tokens of a micro-batch, C of one chunk, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
 
 import torch
@@ -14,14 +16,15 @@ from torch import Tensor
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
+from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models import Policy, PolicySpec
-from stepkd.modules.base import Prepared
+from stepkd.models.trained_template import trained_template
+from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
 from stepkd.modules.focus import Focus, FocusSpec, token_weights
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
-from stepkd.modules.taught import TaughtModule
 from stepkd.randomness import generator
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
@@ -29,7 +32,80 @@ from stepkd.runs.preemption import STOP_REQUEST
 from stepkd.steps import get_segmenter
 from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServerTeacher, Teacher, TeacherSpec
 
+logger = logging.getLogger(__name__)
+
 Average = Literal["tokens", "sequences"]
+
+
+class TaughtModule(StepModule):
+    """Base of methods whose ``teacher`` scores the policy's text; None: there is none.
+
+    Dropout is off, so that the policy that samples is the one that learns.
+    """
+
+    teacher: Any = None
+    without_dropout = "the model that samples is the one that learns"
+
+    def complete_model(self) -> None:
+        """Bind the teacher to the policy."""
+        if isinstance(self.teacher, SelfTeacher):
+            self.teacher.follow(self.model)
+        if self.teacher is not None:
+            self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
+            self.keep_in_mind("teacher", self.teacher.identity(), "under another teacher")
+
+    def on_fit_start(self) -> None:
+        """Refuse a teacher that was to be sharded and is not, and a cache of another precision."""
+        super().on_fit_start()
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check_precision(str(self.trainer.precision))
+        self._check_context()
+        if isinstance(self.teacher, LocalTeacher):
+            self.teacher.check_sharded()
+            self._warn_of_template(self.teacher.spec)
+
+    def _warn_of_template(self, spec: TeacherSpec) -> None:
+        """Say when the teacher was trained to read other prompts than the student's, and is to read those."""
+        used = self.template
+        trained = None if spec.template is not None else trained_template(str(spec.path))
+        if used is not None and trained not in (None, used) and self.trainer.is_global_zero:
+            names = template_name(used), template_name(trained)
+            logger.warning(
+                "prompt template: the teacher reads the student's prompts (%s); it was trained with %s, which "
+                "teacher.template gives it",
+                *names,
+            )
+
+    def _check_context(self) -> None:
+        """Refuse data and samples that are longer than the teacher's context."""
+        context = getattr(self.teacher, "max_length", None)
+        self.check_data_fits("teacher", context)
+        new, examples = self.new_tokens(), getattr(self.datamodule, "examples", {}).get("train", ())
+        prompt = max((len(each.prompt_ids) for each in examples), default=0)
+        sampled = min(prompt + new, self.model.max_length or 2**63) if new else 0
+        if context is not None and examples and sampled > context:
+            raise ConfigError(
+                f"a prompt and {new} new tokens: up to {sampled} tokens, and the teacher's context is {context}: lower "
+                "it, or take a teacher of a longer context"
+            )
+
+    def new_tokens(self) -> int:
+        """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""
+        return 0
+
+    def shard(self, mesh: Any) -> None:
+        """The teacher, too, if it asks for that."""
+        super().shard(mesh)
+        if isinstance(self.teacher, LocalTeacher):
+            self.teacher.shard(mesh)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """With the teacher whole, too."""
+        whole = ExitStack()
+        whole.enter_context(super().gathered())
+        if isinstance(self.teacher, LocalTeacher):
+            whole.enter_context(self.teacher.gathered())
+        return whole
 
 
 class GKDModule(TaughtModule):
@@ -138,13 +214,11 @@ class GKDModule(TaughtModule):
     # ---- model -----------------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        """With the weights of a teacher that keeps up with the student."""
-        own = {"itself": self.teacher.state()} if isinstance(self.teacher, SelfTeacher) else {}
-        return super().method_state() | own
+        """The weights of a teacher that keeps up with the student."""
+        return {"itself": self.teacher.state()} if isinstance(self.teacher, SelfTeacher) else {}
 
     def restore_method_state(self, state: dict[str, Any]) -> None:
-        """Refuse to go on under another teacher; take back one that keeps up with the student."""
-        super().restore_method_state(state)
+        """Take back the weights of a teacher that keeps up with the student."""
         self.adopt_method_state(state)
 
     def adopt_method_state(self, state: dict[str, Any]) -> None:
@@ -158,7 +232,7 @@ class GKDModule(TaughtModule):
             self.teacher.after_step(self.global_step)
 
     def new_tokens(self) -> int:
-        """See :class:`~stepkd.modules.taught.TaughtModule`."""
+        """Tokens of a sample, where there are samples."""
         return self.source.max_new_tokens if self.source.student or self.source.teacher else 0
 
     # ---- batches ---------------------------------------------------------------------------------------------------

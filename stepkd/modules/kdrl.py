@@ -27,14 +27,13 @@ from stepkd.losses import (
 from stepkd.models import PolicySpec
 from stepkd.modules.base import Prepared
 from stepkd.modules.credit import Weigher
-from stepkd.modules.kdrl_objective import TokenObjective, TokenTerms
+from stepkd.modules.gkd import TaughtModule
+from stepkd.modules.kdrl_objective import Mismatch, TokenObjective, TokenTerms
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
-from stepkd.modules.mismatch import Mismatch
 from stepkd.modules.rewards import GivenReward, Rewards, RewardSpec
 from stepkd.modules.rollouts import GroupSampler, Rollout, TokenView
 from stepkd.modules.sample_log import SampleLog
 from stepkd.modules.step_scores import load_step_scorer
-from stepkd.modules.taught import TaughtModule
 from stepkd.scorers import ScorerOptions
 from stepkd.teachers import LocalTeacher, TeacherSpec
 from stepkd.teachers.signals import Signals
@@ -152,7 +151,7 @@ class KDRLModule(TaughtModule):
         self._sample_log = SampleLog(self.samples, folder, self.rollout.max_new_tokens, self.tokenizer)
 
     def new_tokens(self) -> int:
-        """See :class:`~stepkd.modules.taught.TaughtModule`."""
+        """Those of a rollout."""
         return self.rollout.max_new_tokens
 
     # ---- batches ---------------------------------------------------------------------------------------------------

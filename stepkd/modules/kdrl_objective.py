@@ -6,6 +6,7 @@ Axes: N completion tokens of a micro-batch, C of one chunk, V vocabulary.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor
 
 from stepkd.losses import clipped_loss, entropy, kl_estimate, reverse_kl, target_logps, tempered, top_k_buckets
+from stepkd.modules.distributed import all_reduce
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec
 from stepkd.modules.rollouts import TokenView
 from stepkd.teachers.signals import Signals
+
+MISMATCH_ALARM = 0.05
+"""Mean distance in nats beyond which something is wrong."""
 
 
 class TokenTerms(NamedTuple):
@@ -142,3 +147,39 @@ def exact_kl(kd: KDSpec, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
         ids_Ck = teacher_CV.topk(kd.top_k, dim=-1).indices
         student_CV, teacher_CV = (top_k_buckets(each, ids_Ck, tail=kd.tail) for each in (student_CV, teacher_CV))
     return reverse_kl(student_CV, teacher_CV)
+
+
+class Mismatch:
+    """How far the sampler's log-probabilities are from the trainer's: sums of one optimiser step, and one warning.
+
+    They are of one policy and should be equal; a temperature that is missing in one place, weights of another step, or
+    a narrow dtype sets them apart, and the samples are off-policy without anybody saying so.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.most = 0.0
+        self.number = 0
+        self.warned = False
+
+    def add(self, gap_N: Tensor) -> None:
+        """Differences of a micro-batch's tokens, in nats."""
+        if len(gap_N):
+            self.total += float(gap_N.abs().sum())
+            self.most = max(self.most, float(gap_N.abs().max()))
+            self.number += len(gap_N)
+
+    def finish(self, step: int, device: torch.device) -> float:
+        """End an optimiser step: the largest distance on any rank; warns where this rank's mean is too large."""
+        mean = self.total / self.number if self.number else 0.0
+        most = all_reduce({"most": self.most}, device, op="max")["most"]
+        self.total = self.most = 0.0
+        self.number = 0
+        if mean > MISMATCH_ALARM and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"step {step}: the log-probabilities of sampler and trainer differ by {mean:.3f} nats a token (alarm "
+                f"above {MISMATCH_ALARM}): another temperature or weights, too narrow a dtype? The samples are not "
+                "on-policy; policy_loss.importance_cap corrects small gaps",
+                stacklevel=3,
+            )
+        return most

@@ -97,12 +97,11 @@ class KTOModule(PreferenceModule):
         yield from super().prepare(batch)
 
     def method_state(self) -> dict[str, Any]:
-        """With the running averages of the reference points."""
-        return super().method_state() | {"point_averages": list(self._estimator.averages)}
+        """The running averages of the reference points."""
+        return {"point_averages": list(self._estimator.averages)}
 
     def restore_method_state(self, state: dict[str, Any]) -> None:
         """Take back :meth:`method_state`."""
-        super().restore_method_state(state)
         self._estimator.averages = list(state.get("point_averages", []))
 
     # ---- loss ------------------------------------------------------------------------------------------------------

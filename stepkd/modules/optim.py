@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def build_optimizer(spec: OptimizerSpec, parameters: list[tuple[str, nn.Paramete
     return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.beta1, spec.beta2), eps=spec.eps)
 
 
-def put_back(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+def put_back(groups: Sequence[dict[str, Any]], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
     """Let an optimiser and its schedule go by their own settings, and not by those that a checkpoint brought along.
 
     Args:

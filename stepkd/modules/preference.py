@@ -5,7 +5,6 @@ Axes: B rows, T padded length, N completion tokens, R completions, S steps.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,8 @@ from stepkd.data.packing import Completion, PackedBatch, Unit, collate_packed, p
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import token_logps
 from stepkd.models import HiddenStates, Policy, PolicySpec
-from stepkd.models.dropout import disable_dropout
 from stepkd.modules.base import Prepared, StepModule
-from stepkd.modules.checkpoint_state import check_frozen_model
 from stepkd.modules.reference import ReferenceCache, ReferenceSpec, attach_reference, reference_identity
-
-logger = logging.getLogger(__name__)
 
 Packing = Literal["auto", "on", "off"]
 
@@ -46,6 +41,7 @@ class PreferenceModule(StepModule):
 
     feedback = ""
     """What the method learns from: matched with the data module."""
+    without_dropout = "policy and reference must be seen alike"
 
     def __init__(
         self,
@@ -60,7 +56,6 @@ class PreferenceModule(StepModule):
         self.prepares_with_model = not self.reference_spec.cache
         self.packing = packing
         self._cache: ReferenceCache | None = None
-        self._reference_identity = ""
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
@@ -74,15 +69,11 @@ class PreferenceModule(StepModule):
 
     # ---- model -----------------------------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        """Load the policy, switch its dropout off, and give it its reference (once)."""
-        if self.policy is not None:
-            return
-        super().configure_model()
-        if disable_dropout(self.model.causal_lm):
-            logger.info("dropout is switched off: policy and reference must be seen alike")
+    def complete_model(self) -> None:
+        """Give the policy its reference."""
         attach_reference(self.model, self.reference_spec)
-        self._reference_identity = reference_identity(self.model)
+        identity = reference_identity(self.model)
+        self.keep_in_mind("reference", identity, "against another reference model", "reference.path (or policy.path)")
         packs = self.packing != "off" and self.model.can_pack  # looked at now, while no strategy has cut it up yet
         if self.packing == "on" and not packs:
             raise ConfigError(
@@ -103,21 +94,6 @@ class PreferenceModule(StepModule):
             self.check_data_fits("reference", cast(Policy, view).max_length)
         if self.reference_spec.cache:
             self._fill_cache()
-
-    def method_state(self) -> dict[str, Any]:
-        """Which reference the run has been measured against."""
-        return {"reference": self._reference_identity}
-
-    def restore_method_state(self, state: dict[str, Any]) -> None:
-        """Refuse to go on against another reference.
-
-        Raises:
-            ModelError: the reference's weights are not those of the run so far.
-        """
-        earlier = state.get("reference", self._reference_identity)
-        check_frozen_model(
-            "against another reference model", earlier, self._reference_identity, "reference.path (or policy.path)"
-        )
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +180,7 @@ class PreferenceModule(StepModule):
     def _fill_cache(self) -> None:
         """Reference log-probabilities of everything this rank will meet; then the reference's weights are let go."""
         folder = Path(self.trainer.default_root_dir) / "reference"
-        cache = ReferenceCache(folder, self._reference_identity, str(self.trainer.precision))
+        cache = ReferenceCache(folder, self._frozen["reference"][0], str(self.trainer.precision))
         wanted: dict[Completion, None] = {}
         for batch in self._future_batches():
             for example in (*batch.examples, batch.filler):

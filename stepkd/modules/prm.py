@@ -72,9 +72,8 @@ class PRMModule(StepModule):
             self._ids = resolve_ids(self.head_spec, self.tokenizer)
         return self._ids
 
-    def configure_model(self) -> None:
-        """Load the policy and put the step head on it (once)."""
-        super().configure_model()
+    def complete_model(self) -> None:
+        """Put the step head on the policy."""
         self.model.attach_step_head(self.head_spec, seed=self.policy_spec.init_seed)
 
     def count(self, micro_batch: MicroBatch) -> dict[str, float]:

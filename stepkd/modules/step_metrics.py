@@ -1,14 +1,23 @@
-"""What an optimiser step logs: sums over its micro-batches and ranks, and the means that follow."""
+"""What an optimiser step measures: sums over its micro-batches and ranks, whether they are finite, and its speed."""
 
 from __future__ import annotations
 
+import resource
+import sys
+import time
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from lightning.fabric.utilities.throughput import get_available_flops
+from torch import Tensor, nn
 
+from stepkd.data.collate import MicroBatch
+from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
-from stepkd.modules.distributed import all_reduce
+from stepkd.modules.distributed import all_names, all_reduce
+
+_SHOWN = 16
+"""Rows that a message names at most."""
 
 
 def accumulate(totals: dict[str, Tensor], terms: LossTerms) -> None:
@@ -50,3 +59,89 @@ def step_values(
         name: totals[f"metric/{name}"] / totals[f"count/{name}"] for name in last.metrics if totals[f"count/{name}"]
     }
     return values, totals["tokens"]
+
+
+def require_finite(
+    losses: list[Tensor], norm: float, micro: list[MicroBatch], *, step: int, device: torch.device
+) -> None:
+    """Check the losses of all micro-batches and the gradient norm, between the backward passes and the optimiser step.
+
+    Args:
+        losses: scalar loss of each micro-batch of this rank.
+        norm: global gradient norm.
+        micro: the micro-batches.
+        step: optimiser steps taken so far, for the message.
+        device: of the collective.
+
+    Raises:
+        TrainingError: on all ranks alike, naming the rows of the offending micro-batches, whichever rank had them.
+    """
+    finite = torch.isfinite(torch.stack(losses)).tolist()
+    bad = [name for ok, batch in zip(finite, micro, strict=True) if not ok for name in batch.ids]
+    norm_is_bad = norm != norm or norm == float("inf")
+    if not all_reduce({"bad": float(bool(bad) or norm_is_bad)}, device, op="max")["bad"]:
+        return
+    bad = all_names(bad)
+    if bad:
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        what = f"the loss is not finite in a micro-batch with rows {', '.join(bad[:_SHOWN])}{more}"
+    else:
+        rows = [name for batch in micro for name in batch.ids][:_SHOWN]
+        what = f"the losses are finite but the gradient norm is {norm} (rows of this rank: {', '.join(rows)}, ...)"
+    raise TrainingError(
+        f"step {step}: {what}. The weights were not changed; lower "
+        "optimizer.lr, look at these rows, or train in float32 / bf16-mixed"
+    )
+
+
+def train_flops_per_token(model: nn.Module) -> float:
+    """Floating-point operations to train on one token.
+
+    ``2 N`` for the forward pass, ``2 N`` for gradients of activations, ``2 N_trainable`` for gradients of weights (so
+    ``6 N`` when everything is trained). Attention scores and recomputation are not counted, as usual for MFU (Chowdhery
+    et al. 2022, arXiv 2204.02311, appendix B, without the attention term).
+    """
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 4.0 * total + 2.0 * trainable
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: allocated on a CUDA device, resident size of the process elsewhere (GiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class Throughput:
+    """Rate over the time between two calls of :meth:`measure`."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.flops_per_token = train_flops_per_token(model)
+        # Lightning knows the peak of CUDA devices and TPUs; for anything else there is no honest figure, so no MFU.
+        self.peak_flops = get_available_flops(device, dtype) if device.type == "cuda" else None
+        self.device = device
+        self._last = time.perf_counter()
+
+    def measure(self, tokens: float, world_size: int = 1) -> dict[str, float]:
+        """Rates since the last call.
+
+        Args:
+            tokens: tokens trained on since then, over all ranks.
+            world_size: devices that shared the work.
+        """
+        now = time.perf_counter()
+        seconds, self._last = max(now - self._last, 1e-9), now
+        result = {
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/step_seconds": seconds,
+            "perf/memory_gib": peak_memory_gib(self.device),
+        }
+        if self.peak_flops:
+            result["perf/mfu"] = self.flops_per_token * tokens / seconds / (self.peak_flops * world_size)
+        return result
+
+    def restart(self) -> None:
+        """Leave out time that was not training (validation, checkpoints)."""
+        self._last = time.perf_counter()

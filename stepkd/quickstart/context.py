@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from stepkd.errors import ConfigError
+from stepkd.runs.files import write_json
 from stepkd.runs.quiet import quiet_libraries
-from stepkd.runs.rundir import write_json
 
 SUMMARY_NAME = "summary.json"
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -40,3 +42,21 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # must not hide the error itself
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader, also after a crash, sees the old or the new text and never a part.
+
+    Args:
+        path: the file; its folder must exist.
+        value: anything ``json`` can write.
+
+    Raises:
+        OSError: the file could not be written; the old one is intact.
+    """
+    try:
+        with replaced(path) as temporary:
+            temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        error.filename = str(path)  # that of a write is not told, or is the temporary one
+        raise

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers.logger import Logger
 from typing_extensions import override
 
 from stepkd.errors import DataError, disk_error
-from stepkd.runs.rundir import write_json
+from stepkd.runs.files import write_json
 
 METRICS_FILE = "metrics.jsonl"
 HPARAMS_FILE = "hparams.json"

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import stepkd
 from stepkd.errors import ConfigError
 from stepkd.runs.checkpoint_files import find_last_checkpoint, step_of
-from stepkd.runs.files import replaced
+from stepkd.runs.files import write_json
 from stepkd.runs.launcher import LaunchInfo, detect_launch
 
 MARKER = "run.json"
@@ -258,24 +258,6 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return marker if isinstance(marker, dict) and "stepkd" in marker and "kind" in marker else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader, also after a crash, sees the old or the new text and never a part.
-
-    Args:
-        path: the file; its folder must exist.
-        value: anything ``json`` can write.
-
-    Raises:
-        OSError: the file could not be written; the old one is intact.
-    """
-    try:
-        with replaced(path) as temporary:
-            temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        error.filename = str(path)  # that of a write is not told, or is the temporary one
-        raise
 
 
 def _overwrite(path: Path, marker: dict[str, Any]) -> None:

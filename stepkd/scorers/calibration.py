@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.runs.rundir import write_json
+from stepkd.runs.files import write_json
 
 CLIP = 1e-6
 """Scores are clipped to [CLIP, 1 - CLIP] before their logit is taken: exactly 0 and 1 have none."""

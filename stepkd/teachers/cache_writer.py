@@ -16,7 +16,7 @@ from stepkd.data.encode import Example, completion_key
 from stepkd.data.io import replace_file
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import chunked_head, tempered, top_k_buckets
-from stepkd.runs.rundir import write_json
+from stepkd.runs.files import write_json
 from stepkd.teachers.cache import (
     FORMAT,
     MANIFEST_NAME,

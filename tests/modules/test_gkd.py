@@ -471,10 +471,12 @@ def test_the_teacher_is_no_part_of_the_student(rows: list[Any]) -> None:
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     assert not [name for name in checkpoint["state_dict"] if "teacher" in name]
-    state = module.method_state()
-    module.restore_method_state(state)
+    loop = {"total": {"started": 0, "processed": 0}, "current": {"started": 0, "processed": 0}}
+    checkpoint["loops"] = {"fit_loop": {"epoch_loop.batch_progress": loop, "epoch_progress": loop}}
+    module.on_load_checkpoint(checkpoint)
+    checkpoint["stepkd"]["frozen"]["teacher"] = "other"
     with pytest.raises(ModelError, match=r"begun under another teacher \(weights other then"):
-        module.restore_method_state({"teacher": "other"})
+        module.on_load_checkpoint(checkpoint)
 
 
 def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:

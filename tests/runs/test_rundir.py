@@ -14,7 +14,8 @@ import pytest
 
 import stepkd
 from stepkd.errors import ConfigError
-from stepkd.runs.rundir import RunDir, read_marker, write_json
+from stepkd.runs.files import write_json
+from stepkd.runs.rundir import RunDir, read_marker
 
 RANK1 = {
     "TORCHELASTIC_RUN_ID": "none",

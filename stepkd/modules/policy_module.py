@@ -1,0 +1,333 @@
+"""PolicyModule: the model that a method trains, its running average, and what a checkpoint holds of both."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, is_dataclass
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.parsing import collect_init_args
+from torch import Tensor
+
+from stepkd.data.batching import Position
+from stepkd.data.collate import MicroBatch
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import ConfigError, ModelError
+from stepkd.losses import DEFAULT_CHUNK
+from stepkd.models import Policy, PolicySpec, load_tokenizer, spec_to_dict
+from stepkd.models.adapter import misfit
+from stepkd.models.average import WeightAverage
+from stepkd.models.checkpoint import base_fingerprint, load_policy
+from stepkd.models.dropout import disable_dropout
+from stepkd.models.load import training_spec
+from stepkd.models.sharding import shard
+from stepkd.models.trained_template import trained_template
+from stepkd.modules.distributed import clip_in_engine
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.strategies import check_strategy
+from stepkd.modules.validation import ValidationSpec
+from stepkd.runs.phases import PhaseTracker
+from stepkd.runs.resume import check_changes, flat
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = 2
+
+
+class PolicyModule(LightningModule):
+    """A policy with the settings that every method has.
+
+    Args:
+        policy: the model to train.
+        optimizer: optimiser and schedule.
+        validation: how validation samples and scores; its loss is always measured.
+        micro_batch_tokens: most tokens (padding included) in one forward pass: trades memory for speed, never changes
+            the gradient.
+        chunk_size: positions whose logits exist at the same time.
+        loss_weights: factor per loss component; missing ones are 1.
+        ema_decay: keep a running average of the trainable weights, validate and export with it; null for none.
+        seed: keys dropout and sampling noise. Dropout is drawn per rank and micro-batch, so with ``lora.dropout`` the
+            gradient does depend on the split; nothing else does.
+    """
+
+    scores_steps = False
+    """Whether the method trains a step head; any other method refuses a reward model as its policy."""
+    without_dropout = ""
+    """Why the policy's dropout is switched off; empty: it is not."""
+    resume_with: tuple[str, ...] = ()
+    """Settings that decide what a run learns and may differ all the same from those of the run that is resumed."""
+    checkpoint: str | None = None
+    """The checkpoint that the command line starts from."""
+
+    strict_loading = False  # checkpoints hold trainable weights only; on_load_checkpoint checks their names itself
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        optimizer: OptimizerSpec | None = None,
+        validation: ValidationSpec | None = None,
+        micro_batch_tokens: int = 8192,
+        chunk_size: int = DEFAULT_CHUNK,
+        loss_weights: dict[str, float] | None = None,
+        ema_decay: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if micro_batch_tokens < 1 or chunk_size < 1:
+            raise ConfigError(f"micro_batch_tokens={micro_batch_tokens}, chunk_size={chunk_size}: both at least 1")
+        self.policy_spec = policy
+        self.optimizer_spec = optimizer or OptimizerSpec()
+        self.validation_spec = validation or ValidationSpec()
+        self.micro_batch_tokens = micro_batch_tokens
+        self.chunk_size = chunk_size
+        self.loss_weights = dict(loss_weights or {})
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.arguments: dict[str, Any] = {}
+        for given in collect_init_args(cast(Any, inspect.currentframe()), [], classes=(PolicyModule,)):
+            self.arguments |= given
+        self.phases = PhaseTracker()
+        self.position = Position()
+        self.policy: Policy | None = None
+        self.ema: WeightAverage | None = None
+        self._frozen: dict[str, tuple[str, str, str]] = {}
+        self._tokenizer: Any = None
+        self._restored_ema: dict[str, Tensor] | None = None
+
+    # ---- what a method defines -------------------------------------------------------------------------------------
+
+    def complete_model(self) -> None:
+        """Called once the policy is loaded: add what the method needs beside it, and :meth:`keep_in_mind` it."""
+
+    def method_state(self) -> dict[str, Any]:
+        """State of the method that a checkpoint must hold (running averages, ...): plain values and tensors."""
+        return {}
+
+    def restore_method_state(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`method_state` gave, to go on training."""
+
+    def adopt_method_state(self, state: dict[str, Any]) -> None:
+        """Take from it what validation, test and prediction need; nothing has to fit the run that wrote it."""
+
+    # ---- model -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer; available before the weights are loaded."""
+        if self.policy is not None:
+            return self.policy.tokenizer
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.policy_spec)
+        return self._tokenizer
+
+    @property
+    def model(self) -> Policy:
+        """The loaded policy."""
+        if self.policy is None:
+            raise RuntimeError("the policy is loaded by configure_model(): call it first when using a module by hand")
+        return self.policy
+
+    @property
+    def datamodule(self) -> Any:
+        """The run's data module; None without one."""
+        return getattr(self._trainer, "datamodule", None)
+
+    @property
+    def template(self) -> PromptTemplate | None:
+        """The prompt template of the run's data; None without one."""
+        found = getattr(self.datamodule, "template", None)
+        return found if isinstance(found, PromptTemplate) else None
+
+    def trained_template(self) -> PromptTemplate | None:
+        """The prompt template that the checkpoint, or else the policy, was trained with; None: nothing says it."""
+        found = None if self.checkpoint is None else trained_template(self.checkpoint)
+        return found or trained_template(self.policy_spec.path, self.policy_spec.revision)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy that would train incorrectly; tell an engine that holds the gradients where to clip."""
+        check_strategy(self.trainer.strategy)
+        clip_in_engine(self.trainer.strategy, self.optimizer_spec.max_grad_norm)
+
+    def configure_model(self) -> None:
+        """Load the policy, and what the method needs beside it (once)."""
+        if self.policy is not None:
+            return
+        spec = self.policy_spec
+        self.policy_spec = training_spec(spec)
+        if spec != self.policy_spec:
+            logger.info("policy.dtype auto: all weights are trained, so they are loaded in float32")
+        self.policy = load_policy(self.policy_spec)
+        self.keep_in_mind("policy", base_fingerprint(self.policy), "with an adapter on another base model")
+        if self.policy.step_head is not None and not self.scores_steps:
+            raise ConfigError(
+                f"policy.path={self.policy_spec.path} is a reward model (it has a step head), and "
+                f"{type(self).__name__} trains a policy: start from the language model it was made of"
+            )
+        if self.without_dropout and disable_dropout(self.policy.causal_lm):
+            logger.info("dropout is switched off: %s", self.without_dropout)
+        self.complete_model()
+
+    def keep_in_mind(self, setting: str, fingerprint: str, other: str, path: str = "") -> None:
+        """Have every checkpoint name a frozen model, and refuse to resume the run beside another one.
+
+        Args:
+            setting: the group of settings that it is from.
+            fingerprint: of its weights.
+            other: completes "the run was begun ..." where the weights are others.
+            path: the setting that names it, for the message; ``<setting>.path`` when empty.
+        """
+        self._frozen[setting] = (fingerprint, other, path or f"{setting}.path")
+
+    def shard(self, mesh: Any) -> None:
+        """Shard the model over a mesh of ranks (FSDP2); called by the strategy once the module is complete."""
+        mixed = str(self.trainer.precision) == "bf16-mixed"
+        shard(self.model, mesh, param_dtype=torch.bfloat16 if mixed else None)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """A block without gradients in which ranks may use the model differently often, however it is sharded."""
+        return self.model.gathered()
+
+    def needed_hidden(self, micro_batch: MicroBatch) -> Tensor:
+        """Hidden states (N, H) that predict the micro-batch's targets."""
+        hidden_BTH = self.model.hidden(micro_batch.input_ids_BT, micro_batch.attention_mask_BT)
+        return hidden_BTH.flatten(0, 1)[micro_batch.needed_N]
+
+    def check_data_fits(self, name: str, context: int | None) -> None:
+        """Refuse data that is longer than a model's context (None: unlimited)."""
+        longest = getattr(self.datamodule, "max_length", None)
+        if longest is not None and context is not None and longest > context:
+            raise ConfigError(
+                f"data.max_length={longest} exceeds the {name}'s context of {context} tokens: lower it, or take a "
+                f"{name} of a longer context"
+            )
+
+    def ensure_average(self) -> None:
+        """Make the running average when this run keeps one, or, outside training, when the checkpoint holds one."""
+        training = self.trainer.state.fn == "fit"
+        if self.ema is not None or (self.ema_decay is None and (training or self._restored_ema is None)):
+            return
+        decay = 0.5 if self.ema_decay is None else self.ema_decay  # without a decay it is only read, never updated
+        self.ema = WeightAverage(self.model.trainable_parameters(), decay)
+        if self._restored_ema is not None:
+            self.ema.load_state_dict(self._restored_ema)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trainable weights only, and everything that cannot be recomputed (plain values and tensors)."""
+        trainable = {f"policy.{name}" for name, _ in self.model.trainable_parameters()}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        section: dict[str, Any] = {
+            "format": CHECKPOINT_FORMAT,
+            "module": self._class_name(),
+            "policy": spec_to_dict(self.policy_spec),
+            "position": asdict(self.position),
+            "seed": self.seed,
+            "data": self._data_fingerprint(),
+            "base": self._frozen["policy"][0],
+            "frozen": {name: fingerprint for name, (fingerprint, _, _) in self._frozen.items()},
+            "settings": self._settings(),
+        }
+        if self.template is not None:
+            section["template"] = asdict(self.template)
+        if self.model.step_head is not None:
+            section["step_head"] = asdict(self.model.step_head.spec)
+        if self.ema is not None:
+            section["ema"] = self.ema.state_dict()
+        if state := self.method_state():
+            section["method_state"] = state
+        checkpoint["stepkd"] = section
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits this module, and restore what is not weights.
+
+        Weights must always fit. To train on, every setting that decides what comes next must be the same too: method,
+        its settings, precision, data and batches; ``resume_with`` names exceptions.
+
+        Raises:
+            ModelError: other weights than the module trains, or another frozen model beside them.
+            ConfigError: other settings, with both values.
+        """
+        section = checkpoint.get("stepkd")
+        if isinstance(section, dict) and section.get("format") == 1:
+            raise ModelError(
+                "the checkpoint was written by stepkd 0.1, which alone can go on with it: evaluate or export the run's "
+                "folder, or start a new run with policy.path set to it"
+            )
+        if not isinstance(section, dict) or section.get("format") != CHECKPOINT_FORMAT:
+            raise ModelError(f"not a stepkd checkpoint of format {CHECKPOINT_FORMAT}: it has no such 'stepkd' section")
+        expected = {f"policy.{name}": parameter for name, parameter in self.model.trainable_parameters()}
+        averages = {f"policy.{name}": value for name, value in section["ema"].items()} if "ema" in section else expected
+        if differing := misfit(expected, checkpoint["state_dict"]) or misfit(expected, averages):
+            raise ModelError(
+                f"the checkpoint holds other weights than this recipe trains ({differing}): use the policy (path, "
+                "lora) and the head it was made with"
+            )
+        state = section.get("method_state", {})
+        if self.trainer.state.fn == "fit":
+            self._check_resume(section)
+            self._settle(checkpoint, section["position"])
+            named = {name.partition(".")[0] for name in self.resume_with}
+            for name, (now, other, path) in self._frozen.items():
+                if name not in named and (then := section["frozen"].get(name, now)) != now:
+                    raise ModelError(
+                        f"the run was begun {other} (weights {then} then, {now} now): give the old {path} again, or "
+                        "start a new run in another --out"
+                    )
+            self.restore_method_state({name: value for name, value in state.items() if name not in named})
+        else:
+            self.adopt_method_state(state)
+        self.position, self._restored_ema = Position(**section["position"]), section.get("ema")
+
+    def _check_resume(self, section: dict[str, Any]) -> None:
+        head, rows = self.model.step_head, "data.rows_and_batches"
+        then = {"method": section["module"], "seed": section["seed"], rows: section["data"], **section["settings"]}
+        now = {"method": self._class_name(), "seed": self.seed, rows: self._data_fingerprint(), **self._settings()}
+        then |= flat(section["policy"], "policy") | flat(section.get("step_head"), "head")
+        now |= flat(spec_to_dict(self.policy_spec), "policy") | flat(head and asdict(head.spec), "head")
+        data = [rows] if any(name.partition(".")[0] == "data" for name in self.resume_with) else []
+        check_changes(then, now, [*self.resume_with, *data], "this run")
+
+    def _settings(self) -> dict[str, Any]:
+        """The module's arguments, as plain values under dotted names, and the Trainer's precision."""
+        return flat(_plain(self.arguments)) | {"trainer.precision": str(self.trainer.precision)}
+
+    def _settle(self, checkpoint: dict[str, Any], position: dict[str, int]) -> None:
+        """Count nothing twice: a batch given up, the epoch that the run's end broke off, a callback's patience."""
+        loop = checkpoint["loops"]["fit_loop"]
+        batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+        for counts in (batches["total"], batches["current"]):
+            if counts["started"] > counts["processed"]:
+                counts["ready"] = counts["started"] = counts["processed"]
+        if epochs["current"]["processed"] > position["epoch"]:
+            for counts in (epochs["total"], epochs["current"]):
+                counts["processed"] -= 1
+                counts["completed"] = counts["processed"]
+        for callback in cast(Any, self.trainer).callbacks:
+            if isinstance(callback, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
+                checkpoint["callbacks"][callback.state_key]["patience"] = callback.patience
+
+    def _class_name(self) -> str:
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def _data_fingerprint(self) -> str | None:
+        return self.datamodule.fingerprint() if hasattr(self.datamodule, "fingerprint") else None
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
