@@ -6,15 +6,18 @@ A problem's prompt is one line; its solution is a scratchpad with one step per l
 
 from __future__ import annotations
 
-from stepkd.tasks.addition import LongAddition
-from stepkd.tasks.arithmetic import ArithmeticChain
 from stepkd.tasks.base import Given, Task, TaskProblem
-from stepkd.tasks.cellular import CellularAutomaton
-from stepkd.tasks.modular import ModularChain
-from stepkd.tasks.noise import Noise, demonstration
-from stepkd.tasks.registry import TASKS, get_task, list_tasks
-from stepkd.tasks.rows import Split, check_row, make_rows, row_problem, split_of
-from stepkd.tasks.star_graph import StarGraph
+from stepkd.tasks.families import (
+    TASKS,
+    ArithmeticChain,
+    CellularAutomaton,
+    LongAddition,
+    ModularChain,
+    StarGraph,
+    get_task,
+    list_tasks,
+)
+from stepkd.tasks.rows import Noise, Split, check_row, demonstration, make_rows, row_problem, split_of
 
 __all__ = [
     "TASKS",

@@ -2,12 +2,15 @@
 
 A step is one line. All steps end in a newline except the last, the answer line ``#### <answer>``; joined they are the
 completion. A concrete task says how a problem is drawn and which step follows from the steps before it
-(`Task.next_step`); the solution and both checkers follow from that one definition.
+(`Task.next_step`); the solution and both checkers follow from that one definition. Everything drawn is keyed by hashes:
+the same parts give the same draw in every process, on every machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import random
 import re
 from abc import ABC, abstractmethod
@@ -34,45 +37,6 @@ class TaskProblem:
     """The right final answer, as it stands after ``#### ``."""
     meta: dict[str, Any]
     """What the checker needs to know, as JSON values only."""
-
-
-@dataclass(frozen=True)
-class IntRange:
-    """An inclusive range of integers, written ``5`` or ``3-6`` in a task's settings."""
-
-    low: int
-    """Smallest value."""
-    high: int
-    """Largest value; equal to `low` for a fixed setting."""
-
-    @classmethod
-    def parse(cls, value: int | str, *, name: str, minimum: int, maximum: int) -> IntRange:
-        """Read a fixed number or a range.
-
-        Args:
-            value: ``5``, ``"5"`` or ``"3-6"``.
-            name: the setting's name, for the message.
-            minimum: the smallest value that makes a problem.
-            maximum: the largest value allowed.
-
-        Raises:
-            ConfigError: not a number or a range, reversed, or out of bounds.
-        """
-        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", str(value))
-        if match is None or isinstance(value, bool):
-            raise ConfigError(f"{name}={value!r} is neither a number such as 5 nor a range such as 3-6")
-        low = int(match[1])
-        high = low if match[2] is None else int(match[2])
-        if low > high:
-            raise ConfigError(f"{name}={value} is a reversed range; write {name}={high}-{low}")
-        if low < minimum or high > maximum:
-            raise ConfigError(f"{name}={value} is out of range; it must lie between {minimum} and {maximum}")
-        return cls(low, high)
-
-    @property
-    def value(self) -> int | str:
-        """The canonical way to write the range: a plain number when it is fixed."""
-        return self.low if self.low == self.high else f"{self.low}-{self.high}"
 
 
 @dataclass(frozen=True)
@@ -187,11 +151,26 @@ class Task(ABC):
         truth = self.solution(problem)
         return [index < len(truth) and trim(step) == trim(truth[index]) for index, step in enumerate(steps)]
 
-    def _store_range(self, name: str, *, minimum: int, maximum: int) -> IntRange:
-        """Check a range setting and keep it in its canonical form, so that equal settings compare equal."""
-        parsed = IntRange.parse(getattr(self, name), name=f"{self.name}: {name}", minimum=minimum, maximum=maximum)
-        object.__setattr__(self, name, parsed.value)
-        return parsed
+    def _store_range(self, name: str, *, minimum: int, maximum: int) -> int:
+        """Check a setting such as ``5`` or ``3-6``, and keep one spelling of it, so that equal settings compare equal.
+
+        Returns:
+            The largest value.
+
+        Raises:
+            ConfigError: not a number or a range, reversed, or out of bounds.
+        """
+        value, place = getattr(self, name), f"{self.name}: {name}"
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", str(value))
+        if match is None or isinstance(value, bool):
+            raise ConfigError(f"{place}={value!r} is neither a number such as 5 nor a range such as 3-6")
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            raise ConfigError(f"{place}={value} is a reversed range; write {place}={high}-{low}")
+        if low < minimum or high > maximum:
+            raise ConfigError(f"{place}={value} is out of range; it must lie between {minimum} and {maximum}")
+        object.__setattr__(self, name, low if low == high else f"{low}-{high}")
+        return high
 
 
 def draw_length(value: int | str, rng: random.Random) -> int:
@@ -222,3 +201,26 @@ def check_integer(name: str, value: object, *, minimum: int, maximum: int | None
     if value < minimum or (maximum is not None and value > maximum):
         bounds = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
         raise ConfigError(f"{name}={value} is out of range; it must be {bounds}")
+
+
+def keyed_bits(*parts: str | int) -> int:
+    """Hash the parts to 64 bits, independently of `PYTHONHASHSEED`.
+
+    Args:
+        parts: what the value is keyed by, in order; ``1`` and ``"1"`` are different parts.
+
+    Returns:
+        An integer in [0, 2**64).
+    """
+    text = json.dumps(parts, ensure_ascii=True)
+    return int.from_bytes(hashlib.blake2b(text.encode("ascii"), digest_size=8).digest(), "big")
+
+
+def keyed_fraction(*parts: str | int) -> float:
+    """Hash the parts to a number in [0, 1), uniform over different keys."""
+    return (keyed_bits(*parts) >> 11) / 2**53
+
+
+def keyed_rng(*parts: str | int) -> random.Random:
+    """Return a fresh generator keyed by the parts (seed, purpose, index, ...)."""
+    return random.Random(keyed_bits(*parts))

@@ -14,7 +14,7 @@ from stepkd.data import write_jsonl_atomic
 from stepkd.models import Policy, StepHeadSpec, build_tiny
 from stepkd.models.export import save_policy
 from stepkd.tasks import make_rows
-from stepkd.tasks.noise import Noise
+from stepkd.tasks.rows import Noise
 
 
 @pytest.fixture(scope="module")

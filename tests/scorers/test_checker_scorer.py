@@ -7,7 +7,7 @@ import pytest
 from stepkd.errors import ConfigError, DataError
 from stepkd.scorers import CheckerScorer, Solutions
 from stepkd.tasks import check_row, make_rows
-from stepkd.tasks.noise import Noise
+from stepkd.tasks.rows import Noise
 
 
 def test_scores_are_the_labels_of_noisy_solutions() -> None:

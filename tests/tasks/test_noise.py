@@ -10,7 +10,7 @@ import pytest
 
 from stepkd.errors import ConfigError
 from stepkd.tasks import Noise, demonstration, get_task
-from stepkd.tasks.keys import keyed_rng
+from stepkd.tasks.base import keyed_rng
 
 SPECS = [
     "arithmetic:terms=2-5",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError
 from stepkd.tasks import Task, TaskProblem, get_task, list_tasks
-from stepkd.tasks.keys import keyed_rng
+from stepkd.tasks.base import keyed_rng
 
 SPECS = [
     "arithmetic:terms=2-5,maximum=20",
