@@ -29,7 +29,7 @@ from stepkd.models.load import checkpoint_layers, model_config, training_spec
 from stepkd.models.source import as_trained
 from stepkd.models.spec import FrozenSpec, PolicySpec
 from stepkd.models.unpadded import check_unpadded, is_worth_it, unpadded_hidden
-from stepkd.rollout.cache import room_columns
+from stepkd.rollout.decode import room_columns
 
 PROBED_LAYERS = (2, 3)  # the first layer keeps less where only adapters are trained
 PROBED_TOKENS = (64, 128)

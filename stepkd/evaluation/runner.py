@@ -33,7 +33,7 @@ from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.trained_template import template_for
 from stepkd.rollout import SamplingSpec, TransformersSampler
-from stepkd.rollout.prompts import encode_prompts, fixed_batches
+from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.trained_template import template_for
 from stepkd.rollout import annotate
-from stepkd.rollout.prompts import encode_prompts
+from stepkd.rollout.transformers_sampler import encode_prompts
 from stepkd.scorers.load import pick_device
 from stepkd.steps.labels import verdicts
 

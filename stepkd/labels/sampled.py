@@ -11,7 +11,7 @@ from stepkd.grading import Grader
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Candidate, Row, token_signals
 from stepkd.models import Policy
 from stepkd.rollout import Rollout, Sampler, SamplingSpec
-from stepkd.rollout.prompts import fixed_batches
+from stepkd.rollout.transformers_sampler import fixed_batches
 
 PURPOSE = "label_solutions"
 

@@ -27,7 +27,7 @@ from stepkd.labels.solutions import SolutionSource
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
-from stepkd.rollout.prompts import encode_prompts
+from stepkd.rollout.transformers_sampler import encode_prompts
 from stepkd.scorers.arithmetic import ArithmeticScorer
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
 from stepkd.steps import SegmentThreshold

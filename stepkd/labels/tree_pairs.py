@@ -19,7 +19,7 @@ from stepkd.labels.solutions import PROBLEM_COLUMNS
 from stepkd.labels.tree_settings import TreePairSpec
 from stepkd.models import Policy
 from stepkd.rollout import Sampler, TransformersSampler
-from stepkd.rollout.prompts import encode_prompts, fixed_batches
+from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
 from stepkd.scorers.scorer import StepScorer

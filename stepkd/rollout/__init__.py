@@ -1,7 +1,7 @@
 """Sampling completions: the Sampler protocol, its transformers backend, and the signals of given completions."""
 
 from stepkd.rollout.annotate import TokenSignals, annotate
-from stepkd.rollout.draw import draw, sampling_logprobs
+from stepkd.rollout.decode import draw, sampling_logprobs
 from stepkd.rollout.sampler import (
     Branch,
     BranchRollouts,

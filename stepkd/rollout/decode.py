@@ -1,10 +1,15 @@
-"""The decode loop of the transformers backend, on the model's own cache.
+"""The decode loop of the transformers backend: one draw per row and token, on the model's own cache with room to grow.
 
 ``generate`` repeats prompts before the prefill and draws from one global generator. Here a prompt is read once, its
 cache is repeated for the rows that continue it, rows that are finished leave the batch, and every row draws from its
-own stream.
+own stream by the inverse of the cumulative distribution. That needs a single number per token, so a row's draw depends
+only on its own logits and its own stream: the same for any batch size, order or rank.
 
-Axes: P sequences read, B rows decoded, T padded length, H hidden size, V vocabulary.
+transformers' own cache layer copies all columns for every new token. Here columns are written into a larger tensor, and
+only when it is full are they copied into one a quarter larger.
+
+Axes: P sequences read, B rows decoded, T padded length (columns of the cache), H hidden size, V vocabulary,
+K key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -17,14 +22,134 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of
 from stepkd.models.policy import Policy, positions_from_mask
 from stepkd.randomness import generator
-from stepkd.rollout.cache import make_room
-from stepkd.rollout.draw import Draw, draw
 from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec
+
+
+class Draw(NamedTuple):
+    """One decoding step of B rows."""
+
+    tokens_B: Tensor
+    """int64 ids."""
+    logprobs_B: Tensor
+    """Log-probability under the sampling distribution (0 when greedy)."""
+    raw_logprobs_B: Tensor
+    """Log-probability under the model at temperature 1."""
+
+
+def sampling_logprobs(logits_BV: Tensor, spec: SamplingSpec) -> Tensor:
+    """Log-probabilities of the distribution that is sampled from; cut tokens are ``-inf``.
+
+    Order: temperature, then top-k, then top-p on the renormalised rest (the order of transformers).
+
+    Args:
+        logits_BV: float logits.
+        spec: temperature must be positive.
+    """
+    logprobs_BV = torch.log_softmax(logits_BV / spec.temperature, dim=-1)
+    if 0 < spec.top_k < logits_BV.shape[-1]:
+        kth_B1 = logprobs_BV.topk(spec.top_k, dim=-1).values[:, -1:]
+        logprobs_BV = torch.log_softmax(logprobs_BV.masked_fill(logprobs_BV < kth_B1, float("-inf")), dim=-1)
+    if spec.top_p < 1:
+        sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()  # probability of the strictly more likely tokens
+        cut_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= spec.top_p)
+        logprobs_BV = torch.log_softmax(logprobs_BV.masked_fill(cut_BV, float("-inf")), dim=-1)
+    return logprobs_BV
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, spec: SamplingSpec) -> Draw:
+    """Draw one token per row.
+
+    Args:
+        logits_BV: logits over the real vocabulary, at least float32.
+        uniform_B: float64 numbers in [0, 1), one per row; unused when greedy.
+        spec: how to draw.
+    """
+    raw_BV = torch.log_softmax(logits_BV, dim=-1)
+    if spec.temperature == 0:
+        tokens_B = logits_BV.argmax(-1)
+        logprobs_B = torch.zeros_like(raw_BV[:, 0])
+    else:
+        plain = spec.temperature == 1 and not spec.top_k and spec.top_p == 1
+        logprobs_BV = raw_BV if plain else sampling_logprobs(logits_BV, spec)
+        cdf_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
+        # The first entry whose cumulative probability exceeds u * total: tokens of probability zero are never hit.
+        total_B1 = cdf_BV[:, -1:]
+        wanted_B1 = torch.minimum(uniform_B.unsqueeze(-1) * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+        found_B1 = torch.searchsorted(cdf_BV, wanted_B1, right=True)
+        tokens_B = found_B1.clamp(max=cdf_BV.shape[-1] - 1).squeeze(-1)  # NaN logits find nothing; the caller says so
+        logprobs_B = logprobs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1)
+    return Draw(tokens_B, logprobs_B, raw_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1))
+
+
+LEAST_ROOM = 32
+"""Columns of a new room beyond those that are needed at once."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer as views (B, K, T, D) of larger tensors."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.keys, self.values = layer.keys, layer.values
+        self._rooms: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; see ``DynamicLayer.update``."""
+        if not self.is_initialized:  # it was reset
+            self._rooms = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        seen = self.keys.shape[-2]
+        width = seen + key_states.shape[-2]
+        if self._rooms is None or width > self._rooms[0].shape[-2] or not self._is_in(self._rooms):
+            size = _larger(width)
+            self._rooms = (_roomy(self.keys, size), _roomy(self.values, size))
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., seen:width, :] = new
+        self.keys, self.values = (room[..., :width, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def _is_in(self, rooms: tuple[Tensor, Tensor]) -> bool:
+        """Whether the columns still lie in their rooms: rows may have been repeated, reordered or replaced."""
+        return len(self.keys) == len(rooms[0]) and self.keys.data_ptr() == rooms[0].data_ptr()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, and let go of the room of all at once."""
+        super().batch_select_indices(indices)
+        self._rooms = None
+
+
+def _larger(width: int) -> int:
+    """Columns of a new room for so many."""
+    return width + max(LEAST_ROOM, width // 4)
+
+
+def room_columns(prompt: int, total: int) -> int:
+    """Columns of the room that a cache of ``prompt`` columns has once there are ``total``."""
+    room = prompt
+    while room < total:
+        room = _larger(room + 1)
+    return room
+
+
+def _roomy(columns: Tensor, size: int) -> Tensor:
+    """The columns at the beginning of a tensor of ``size`` columns."""
+    room = columns.new_empty(*columns.shape[:-2], size, columns.shape[-1])
+    room[..., : columns.shape[-2], :] = columns
+    return room
+
+
+def make_room(cache: Any) -> None:
+    """Let the layers of a cache grow in place, where they are of transformers' plain growing kind; others stay."""
+    cache.layers = [RoomyLayer(x) if type(x) is DynamicLayer and x.is_initialized else x for x in cache.layers]
+
 
 _STOP_WINDOW = 8  # tokens looked at beyond the longest stop string's bytes
 

@@ -27,8 +27,8 @@ from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses.prm import label_token_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
+from stepkd.rollout.branches import gap_limit
 from stepkd.rollout.decode import Decoder
-from stepkd.rollout.gaps import gap_limit
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.prefix import continue_rows, packed, padded_right
 from stepkd.scorers.prm import calibrated, check_limits, longest, not_numbers, policy_provenance

@@ -30,7 +30,7 @@ def continue_rows(
         sources: for each of the B continuations, which row it continues.
         ids: ids of the continuations, none empty.
         cuts: how many tokens of its row each continuation sees, counted from the row's first; None: all. Needs a model
-            that allows gaps of this size (:func:`stepkd.rollout.gaps.gap_limit`).
+            that allows gaps of this size (:func:`stepkd.rollout.branches.gap_limit`).
 
     Returns:
         The continuations' hidden states (B, T', H), with mask and cache of the whole rows.

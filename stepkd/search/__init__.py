@@ -1,11 +1,10 @@
 """Test-time methods over one pair: a generator that proposes steps, and a value (or step scorer) that judges them.
 
-* :mod:`~stepkd.search.protocols`: `Problem`, `State` (a solution so far), `Step`; the protocols `StepGenerator`
-  (propose next steps, complete solutions) and `StateValue` (estimate states). A method needs nothing else.
-* :mod:`~stepkd.search.generate`: `SampledSteps`, steps from a language model, cut by any segmenter.
-* :mod:`~stepkd.search.values`: `RolloutValue` (share of right continuations), `ScorerValue` (a reward model, a prompted
-  judge, an exact checker).
-* :mod:`~stepkd.search.tree`: nodes, priors, PUCT selection and backup; pure Python, by the formulas of the paper.
+* :mod:`~stepkd.search.tree`: `Problem`, `State` (a solution so far), `Step`; the protocols `StepGenerator`
+  (propose next steps, complete solutions) and `StateValue` (estimate states): a method needs nothing else. Nodes,
+  priors, PUCT selection and backup; pure Python, by the formulas of the paper.
+* :mod:`~stepkd.search.generate`: `SampledSteps`, steps from a language model, cut by any segmenter; `RolloutValue`
+  (share of correct continuations), `ScorerValue` (a reward model, a prompted judge, an exact checker).
 * :mod:`~stepkd.search.mcts`: `tree_search`, Monte-Carlo tree search of many problems in lockstep: the leaves of all
   trees are expanded in one batch, and every tree is as if it were searched alone.
 * :mod:`~stepkd.search.pairs`: `tree_pairs`, step preference pairs along the chosen path with values and visit counts.
@@ -13,12 +12,10 @@
 ``stepkd label --to tree_preference`` runs all of this as a resumable job (:mod:`stepkd.labels.tree_pairs`).
 """
 
-from stepkd.search.generate import SampledSteps
+from stepkd.search.generate import RolloutValue, SampledSteps, ScorerValue
 from stepkd.search.mcts import Decision, Option, SearchSettings, SearchTree, tree_search
 from stepkd.search.pairs import PairSettings, TreePairs, tree_pairs
-from stepkd.search.protocols import Problem, State, StateValue, Step, StepGenerator
-from stepkd.search.tree import Node
-from stepkd.search.values import RolloutValue, ScorerValue
+from stepkd.search.tree import Node, Problem, State, StateValue, Step, StepGenerator
 
 __all__ = [
     "Decision",

@@ -30,8 +30,7 @@ from typing import Literal, get_args
 
 from stepkd.errors import ConfigError, DataError, check_choice
 from stepkd.grading import Grader
-from stepkd.search.protocols import Problem, StateValue, Step, StepGenerator
-from stepkd.search.tree import Node, back_up, best_child, select
+from stepkd.search.tree import Node, Problem, StateValue, Step, StepGenerator, back_up, best_child, select
 
 Until = Literal["end", "leaf"]
 

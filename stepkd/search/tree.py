@@ -1,6 +1,7 @@
-"""The search tree: nodes, priors, PUCT selection and backup. Pure Python; the same input gives the same tree.
+"""What search works with: states, steps and the protocols that give and judge them; the tree of them, in pure Python.
 
-Source: Xie et al. 2024, arXiv 2405.00451, and its released code:
+Nodes, priors, PUCT selection and backup; the same input gives the same tree. Source: Xie et al. 2024, arXiv 2405.00451,
+and its released code:
 
 * prior of an action of L tokens: ``p = exp(sum log pi / L^1.25)``
 * selection: the child with the highest ``Q + c * p * sqrt(N_parent) / (1 + N)``
@@ -11,10 +12,107 @@ Source: Xie et al. 2024, arXiv 2405.00451, and its released code:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-from stepkd.search.protocols import Problem, State, Step
+End = Literal["step", "stop", "length"]
+"""How a step ends: the solution goes on (``step``), is over (``stop``: end token or stop string), or was cut off
+(``length``: no room for more tokens)."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem to search solutions of."""
+
+    index: int
+    """Number of the problem in the whole run; keys everything that is drawn for it."""
+    row: Mapping[str, Any]
+    """Problem row: ``id``, ``prompt``, ``answer``; scorers may want ``solution``, ``task`` and ``meta``."""
+    prompt_ids: tuple[int, ...]
+    """Prompt as the generator reads it."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A solution so far."""
+
+    problem: Problem
+    """What is being solved."""
+    steps: tuple[str, ...] = ()
+    """Texts of the steps, separators included; joined they are the solution's text."""
+    token_ids: tuple[int, ...] = ()
+    """Sampled ids of all steps, without the prompt."""
+    path: tuple[int, ...] = ()
+    """Which of its siblings each step was when it was sampled: names the state within its problem, and keys what is
+    drawn from it."""
+    correct: bool | None = None
+    """Whether the final answer is right; None: the solution goes on."""
+
+    @property
+    def text(self) -> str:
+        """The solution's text."""
+        return "".join(self.steps)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What continues a state: its next step, or all the rest of the solution."""
+
+    text: str
+    """Text, separator included; blank where the solution ends at once."""
+    token_ids: tuple[int, ...]
+    """Sampled ids; an end token only where it ends the solution."""
+    logprob: float
+    """Sum of the tokens' log-probabilities under the model at temperature 1 (nats, <= 0)."""
+    end: End
+    """How it ends."""
+    sample: int = 0
+    """Which of the samples it was, from 0."""
+
+
+class StepGenerator(Protocol):
+    """Continues states. What it gives for a state depends on the state alone, not on the others of a call."""
+
+    def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
+        """Draw ``n`` next steps of every state.
+
+        Args:
+            states: unfinished solutions, of any problems.
+            n: steps per state, >= 1.
+
+        Returns:
+            For each state its steps by sample number; several may say the same.
+        """
+        ...
+
+    def complete(self, states: Sequence[State], n: int) -> list[list[Step]]:
+        """Draw ``n`` continuations of every state to the end of the solution; as :meth:`propose`."""
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """What the steps come from, as JSON values: model, sampling settings, segmenter, seed."""
+        ...
+
+
+class StateValue(Protocol):
+    """Estimates how good states are."""
+
+    def values(self, states: Sequence[State]) -> list[float | None]:
+        """Estimate states.
+
+        Args:
+            states: solutions of at least one step, finished ones (``correct`` is known) among them.
+
+        Returns:
+            For each a number in [0, 1], the higher the better; None: no estimate.
+        """
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """What the values come from, as JSON values."""
+        ...
+
 
 LENGTH_POWER = 1.25
 """Exponent of the token count in the prior; 1 would be the geometric mean of the tokens' probabilities."""

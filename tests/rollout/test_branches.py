@@ -14,7 +14,7 @@ import torch
 from stepkd.errors import DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.tiny import build_tiny, tiny_tokenizer
-from stepkd.rollout import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec, TransformersSampler, branches, gaps
+from stepkd.rollout import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec, TransformersSampler, branches
 from stepkd.rollout.decode import Decoder
 
 SPEC = SamplingSpec(n=3, max_new_tokens=10, seed=4)
@@ -343,10 +343,10 @@ def test_a_window_longer_than_the_sequence_is_no_obstacle(some: list[Branch]) ->
 
 
 def test_the_probe_sees_a_gap_that_matters(policy: Policy) -> None:
-    assert gaps.gap_limit(Decoder(policy, max_rows=1)) == gaps.GapLimit(None)
-    assert gaps.gap_limit(Decoder(tiny_policy("bfloat16"), max_rows=1)) == gaps.GapLimit(None)
-    assert gaps.gap_limit(Decoder(architecture("mistral", 40), max_rows=1)).columns == 39
-    assert not gaps.gap_limit(Decoder(architecture("mpt"), max_rows=1)).allows(2)
+    assert branches.gap_limit(Decoder(policy, max_rows=1)) == branches.GapLimit(None)
+    assert branches.gap_limit(Decoder(tiny_policy("bfloat16"), max_rows=1)) == branches.GapLimit(None)
+    assert branches.gap_limit(Decoder(architecture("mistral", 40), max_rows=1)).columns == 39
+    assert not branches.gap_limit(Decoder(architecture("mpt"), max_rows=1)).allows(2)
 
 
 def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.Mon
     with pytest.raises(DataError, match="branch 9: the prefix of 8 tokens leaves no room in the model's context of 8"):
         sampler.sample_branches([Branch([5] * 9, [7, 8], 9)], spec)
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 5)
-    assert gaps.gap_limit(Decoder(policy, max_rows=1)) == gaps.GapLimit(0, "its context is 5 tokens")
+    assert branches.gap_limit(Decoder(policy, max_rows=1)) == branches.GapLimit(0, "its context is 5 tokens")
 
 
 def test_modes_stay_as_they_were() -> None:

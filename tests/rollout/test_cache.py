@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from stepkd.rollout.cache import LEAST_ROOM, RoomyLayer, make_room, room_columns
+from stepkd.rollout.decode import LEAST_ROOM, RoomyLayer, make_room, room_columns
 
 
 def columns(width: int, rows: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,8 +16,15 @@ import torch
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec
 from stepkd.rollout import SamplingSpec
-from stepkd.rollout.merged import merged_weights, weight_facts
-from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, VLLMSpec, connect, make_sampler
+from stepkd.rollout.vllm import (
+    ColocatedSampler,
+    VLLMSampler,
+    VLLMSpec,
+    connect,
+    make_sampler,
+    merged_weights,
+    weight_facts,
+)
 from stepkd.teachers import HiddenSignals, ServerTeacher, TeacherSpec
 
 _FILE = Path(__file__).with_name("vllm_standin.py")
