@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from stepkd.data.checks import ends_partition
+from stepkd.data.rows import ends_partition
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps import (
@@ -178,8 +178,8 @@ class Encoder:
         if not completion.token_ids or row.get("step_ends") is None:
             return completion, segment(self.segmenter, completion)
         # Labels and values are stored one per step, so a repaired partition would shift them.
-        if (wrong := ends_partition(row)) is not None:
-            raise DataError(wrong[1], path=name, column=wrong[0])
+        if (wrong := ends_partition(row["step_ends"], len(row["token_ids"]))) is not None:
+            raise DataError(wrong, path=name, column="step_ends")
         return completion, spans_from_ends(row["step_ends"], len(completion))
 
     def _written(

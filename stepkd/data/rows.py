@@ -1,9 +1,11 @@
-"""The row contracts: which columns a row has, of which type, and what is refused.
+"""The row contracts, one pydantic model each: which columns a row has, of which type, and what is refused.
 
 Two rules hold for every contract.
 
 *Nothing is cast.* ``True`` is never read as 1, ``1`` never as ``True``, and ``1.0`` never as a -1/0/1 rating: a
-silent cast of step labels turns ignored steps into right ones. A validator returns the row as it came, or raises.
+silent cast of step labels turns ignored steps into correct ones. :func:`validate` returns the row as it came, or
+raises. (Pydantic's strict float takes whatever converts itself, ``numpy.bool_`` included, so numbers are judged by
+their type.)
 
 *Extra columns are kept*, because files in the wild carry them, with one exception: an unknown column whose name is
 nearly that of a contract column the row lacks (``label`` for ``labels``) is a slip and an error. ``extra="keep"``
@@ -13,84 +15,392 @@ switches that check off; ``extra="error"`` refuses every unknown column.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from stepkd.data import checks
-from stepkd.data.checks import Check, RowCheck, did_you_mean
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainValidator,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.labels import label_kind
 
+Row = dict[str, Any]
+"""A row under the column names of its file or of its contract."""
 ExtraRule = Literal["check", "keep", "error"]
-
-EXTRA_RULES: tuple[ExtraRule, ...] = ("check", "keep", "error")
-
-__all__ = [
-    "CONTRACTS",
-    "DEMONSTRATION",
-    "EXTRA_RULES",
-    "PREFERENCE",
-    "PROBLEM",
-    "ROLLOUT",
-    "STEPWISE",
-    "STEP_PREFERENCE",
-    "UNPAIRED",
-    "Column",
-    "Contract",
-    "ExtraRule",
-    "Needs",
-    "check_unique_ids",
-    "detect_contract",
-    "label_kind",
-    "problem_with",
-    "validate",
-]
+EXTRA_RULES: tuple[ExtraRule, ...] = get_args(ExtraRule)
+Role = Literal["system", "user", "assistant", "tool"]
+MAX_LOGPROB = 1e-3
+"""Log-probabilities may exceed 0 by this much: low-precision softmax rounds."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of a contract."""
-
-    name: str
-    """The column's name, as the field uses it."""
-    check: Check
-    """Returns what is wrong with a value and how to mend it, or None."""
-    required: bool = True
-    """Whether the row must have it; an optional column may also hold null."""
+# --- words for what is wrong ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Contract:
-    """A kind of row: its columns and the checks that need more than one column."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint naming the closest known name, or else all of them.
 
-    name: str
+    Args:
+        name: what the user wrote.
+        known: the names that would have been accepted.
+
+    Returns:
+        ``did you mean 'x'?`` or ``known are a, b, c``.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names) or 'none'}"
+
+
+def shown(value: object) -> str:
+    """Return a value's type and a short form of it, for messages."""
+    try:
+        form = repr(value)
+    except (ValueError, RecursionError):  # integers of more than 4,300 digits, deep nesting
+        form = "(too long to show)"
+    return f"{type(value).__name__} {form if len(form) <= 60 else form[:57] + '...'}"
+
+
+_WORDS = {
+    "string_type": "must be text, found {}",
+    "string_pattern_mismatch": "must not be empty",
+    "bool_type": "must be true or false, found {}; nothing is cast",
+    "int_type": "must be a whole number, found {}",
+    "dict_type": "must be an object, found {}",
+    "list_type": "must be a list of step texts, found {}",
+    "too_short": "has zero steps; drop the row or segment the completion",
+}
+
+
+def _words(error: ValidationError) -> str:
+    """The first thing that pydantic found, as we say it."""
+    found = error.errors()[0]
+    kind, value = found["type"], found["input"]
+    if kind == "string_unicode":
+        start = next(index for index, each in enumerate(value, start=1) if "\ud800" <= each <= "\udfff")
+        return f"half of a surrogate pair at character {start}; export the file again as valid UTF-8"
+    if kind == "literal_error":
+        allowed = found["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"must be one of {allowed}, found {shown(value)}"
+    return _WORDS[kind].format(shown(value)) if kind in _WORDS else found["msg"]
+
+
+def _wrong(message: str, **context: Any) -> PydanticCustomError:
+    return PydanticCustomError("row", "{message}", {"message": message, **context})
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+Text = Annotated[str, StringConstraints(strict=True, min_length=0)]
+"""Any text that can be encoded as UTF-8 (pydantic looks at the characters only where there is a constraint)."""
+Filled = Annotated[str, StringConstraints(strict=True, pattern=r"\S")]
+"""Text that is more than white space."""
+_TEXT, _FILLED = TypeAdapter[str](Text), TypeAdapter[str](Filled)
+
+
+def filled_text(value: object) -> str | None:
+    """What is wrong with a value that should be text and more than white space; None: nothing."""
+    return _text(value, _FILLED)
+
+
+def _text(value: object, kind: TypeAdapter[str]) -> str | None:
+    try:
+        kind.validate_python(value)
+    except ValidationError as error:
+        return _words(error)
+    return None
+
+
+def chat_message(message: object) -> str | None:
+    """What is wrong with a chat message, an object with a known ``role`` and a text as ``content``; None: nothing."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        return f"must be an object with 'role' and 'content', found {shown(message)}"
+    if message["role"] not in get_args(Role):
+        return f"has role {message['role']!r}; {did_you_mean(str(message['role']), get_args(Role))}"
+    wrong = _text(message["content"], _TEXT)
+    return None if wrong is None else f"has a content that is wrong: {wrong}"
+
+
+def _prompt(value: object) -> object:
+    if isinstance(value, str):
+        if (wrong := filled_text(value)) is not None:
+            raise _wrong(wrong)
+        return value
+    if not isinstance(value, list):
+        raise _wrong(f"must be text or a list of chat messages, found {shown(value)}")
+    if not value:
+        raise _wrong("must not be an empty list of messages")
+    for index, message in enumerate(value, start=1):
+        if (wrong := chat_message(message)) is not None:
+            raise _wrong(f"message {index} of {len(value)} {wrong}")
+    if value[-1]["role"] == "assistant":
+        raise _wrong(
+            "ends with an assistant message; end a prompt with the user (a start of the answer is answer_prefix)"
+        )
+    return value
+
+
+def _labels(value: object) -> object:
+    if not isinstance(value, list):
+        raise _wrong(f"must be a list with one label per step, found {shown(value)}")
+    try:
+        label_kind(value)
+    except DataError as error:
+        raise _wrong(str(error)) from error
+    return value
+
+
+def _numbers(what: str, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> WrapValidator:
+    """A list of numbers within bounds (None passes where the type has it); the message says which item does not fit."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        if not isinstance(value, list):
+            raise _wrong(f"must be a list of {what}, found {shown(value)}")
+        try:
+            handler(value)
+            index = next((i for i, each in enumerate(value) if each is not None and not least <= each <= most), None)
+        except ValidationError as error:
+            index = int(error.errors()[0]["loc"][0])
+        if index is not None:
+            place = f"item {index + 1} of {len(value)}"
+            raise _wrong(f"{place} does not fit a list of {what}: found {shown(value[index])}")
+        return value
+
+    return WrapValidator(check)
+
+
+Prompt = Annotated[Any, PlainValidator(_prompt)]
+"""Text, or chat messages that do not end with the assistant."""
+Labels = Annotated[list[Any], PlainValidator(_labels)]
+"""One label per step, of one kind (see :func:`stepkd.steps.labels.label_kind`), at least one of them not null."""
+_Whole = Annotated[int, Field(strict=True)]
+_Number = InstanceOf[float] | _Whole
+TokenIds = Annotated[list[_Whole], _numbers("token ids (whole numbers from 0)", 0)]
+Logprobs = Annotated[list[_Number], _numbers("log-probabilities (finite, at most 0)", most=MAX_LOGPROB)]
+Values = Annotated[list[_Number | None], _numbers("values in [0, 1] or null", 0, 1)]
+Scores = Annotated[list[_Number | None], _numbers("scores in [0, 1] or null", 0, 1)]
+
+
+# --- the contracts -------------------------------------------------------------------------------------------------
+
+
+class RowModel(BaseModel):
+    """A kind of row: a field per column, and the checks that need more than one column.
+
+    A field with a default is a column that a row may lack, or have as null.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    name: ClassVar[str]
     """Used in messages and in the ``contract`` option of files."""
-    columns: tuple[Column, ...]
-    """All known columns."""
-    row_checks: tuple[RowCheck, ...] = ()
-    """Each returns (column, message) or None; run after the columns have passed."""
+    names: ClassVar[tuple[str, ...]]
+    """All known column names."""
+    required: ClassVar[tuple[str, ...]]
+    """The names of the columns that a row must have."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All known column names."""
-        return tuple(column.name for column in self.columns)
+    prompt: Prompt
+    id: Filled | None = None
+    answer: Filled | None = None
 
-    @property
-    def required(self) -> tuple[str, ...]:
-        """The names of the columns that a row must have."""
-        return tuple(column.name for column in self.columns if column.required)
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        cls.names = tuple(cls.model_fields)
+        cls.required = tuple(name for name, field in cls.model_fields.items() if field.is_required())
+
+
+Contract = type[RowModel]
+
+
+class ProblemRow(RowModel):
+    """A problem with its gold answer; `solution` is a worked solution."""
+
+    name = "problem"
+    answer: Filled
+    solution: Filled | None = None
+
+
+class DemonstrationRow(RowModel):
+    """A prompt with a worked solution, and perhaps no gold answer: enough for SFT, not for evaluation."""
+
+    name = "demonstration"
+    solution: Filled
+
+
+class StepwiseRow(RowModel):
+    """Step texts with one label each (TRL's stepwise-supervision type); a null label marks an unrated step."""
+
+    name = "stepwise"
+    completions: Annotated[list[Filled], Field(min_length=1)]
+    labels: Labels
+    outcome: bool | None = None
+
+    @model_validator(mode="after")
+    def _as_many(self) -> StepwiseRow:
+        _same_length(self, "completions", "labels")
+        return self
+
+
+class UnpairedRow(RowModel):
+    """A completion that is desirable or not (TRL's unpaired preference type, what KTO reads)."""
+
+    name = "unpaired"
+    completion: Filled
+    label: bool
+
+
+class PreferenceRow(RowModel):
+    """Two completions of one prompt, the better one first.
+
+    `chosen_ids` and `rejected_ids` are those that were sampled, the end token included where there is one,
+    `..._visits` how often a tree search came by.
+    """
+
+    name = "preference"
+    chosen: Filled
+    rejected: Filled
+    chosen_ids: TokenIds | None = None
+    rejected_ids: TokenIds | None = None
+    chosen_visits: int | None = None
+    rejected_visits: int | None = None
+
+    @model_validator(mode="after")
+    def _sides_differ(self) -> PreferenceRow:
+        if self.chosen == self.rejected:
+            raise _wrong("is the same text as 'chosen'; such a pair teaches nothing, drop the row", column="rejected")
+        return self
+
+
+class StepPreferenceRow(PreferenceRow):
+    """Two next steps after a shared `prefix` of steps (empty at the start of the solution).
+
+    Texts keep their separators, so that ``"".join(prefix) + chosen`` is what was written; `prefix_ids` are the sampled
+    ids of the prefix.
+    """
+
+    name = "step_preference"
+    prefix: list[Filled]
+    prefix_ids: TokenIds | None = None
+
+
+class RolloutRow(RowModel):
+    """A sampled completion with its token ids; `step_ends` are exclusive token ends; `correct` is null until graded.
+
+    `logprobs` are under the distribution that was sampled from; `raw_logprobs`, where they differ, at temperature 1.
+    `step_values` are chances of a correct answer estimated by rollouts, `step_scores` what a step scorer says.
+    """
+
+    name = "rollout"
+    problem_id: Filled
+    completion: Text
+    token_ids: TokenIds
+    logprobs: Logprobs
+    step_ends: Annotated[list[_Whole], _numbers("token positions (whole numbers)")]
+    finish: Literal["stop", "length"]
+    correct: bool | None
+    model: Filled
+    sampling: dict[Any, Any]
+    seed: int
+    raw_logprobs: Logprobs | None = None
+    step_labels: Labels | None = None
+    step_values: Values | None = None
+    step_scores: Scores | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RolloutRow:
+        _same_length(self, "token_ids", "logprobs", "raw_logprobs")
+        if (wrong := ends_partition(self.step_ends, len(self.token_ids))) is not None:
+            raise _wrong(wrong, column="step_ends")
+        _same_length(self, "step_ends", "step_labels", "step_values", "step_scores")
+        return self
+
+
+def _same_length(row: RowModel, first: str, *others: str) -> None:
+    count = len(getattr(row, first))
+    for name in others:
+        if (value := getattr(row, name)) is not None and len(value) != count:
+            raise _wrong(f"has {len(value)} entries for {count} {first}; there must be as many", column=name)
+
+
+def ends_partition(ends: Sequence[int], length: int) -> str | None:
+    """What keeps exclusive step ends from cutting ``length`` tokens into non-empty steps without a rest, or None."""
+    if not ends:
+        return "has zero steps; drop the rollout or segment its completion"
+    if ends[0] < 1 or any(a >= b for a, b in itertools.pairwise(ends)):
+        return f"must be positive and strictly increasing (no empty step), found {shown(ends)}"
+    if ends[-1] != length:
+        return f"must end at the number of token_ids, {length}, found {ends[-1]}"
+    return None
+
+
+PROBLEM, DEMONSTRATION, STEPWISE, UNPAIRED = ProblemRow, DemonstrationRow, StepwiseRow, UnpairedRow
+PREFERENCE, STEP_PREFERENCE, ROLLOUT = PreferenceRow, StepPreferenceRow, RolloutRow
+_TELLING: dict[Contract, set[str]] = {
+    ROLLOUT: {"token_ids", "completion"},
+    STEPWISE: {"completions", "labels"},
+    STEP_PREFERENCE: {"chosen", "rejected", "prefix"},
+    PREFERENCE: {"chosen", "rejected"},
+    UNPAIRED: {"completion", "label"},
+    PROBLEM: {"prompt", "answer"},
+    DEMONSTRATION: {"prompt", "solution"},
+}
+"""Contracts with the columns that tell them, the most specific first."""
+CONTRACTS: dict[str, Contract] = {contract.name: contract for contract in _TELLING}
+"""All contracts by name."""
+
+Needs = Mapping[tuple[str, ...], str]
+"""Columns of which a row must have one -> who reads it, for the message."""
+
+
+def problem_with(needs: Needs) -> Contract:
+    """A problem of which only the prompt and what somebody reads is required.
+
+    Args:
+        needs: what is read beside the prompt.
+    """
+
+    class Needed(ProblemRow):
+        answer: Filled | None = None  # type: ignore[assignment]
+
+        @model_validator(mode="wrap")
+        @classmethod
+        def _is_read(cls, row: Any, handler: Callable[[Any], Any]) -> Any:
+            model = handler(row)
+            for names, reason in needs.items():
+                if all(row.get(name) is None for name in names):
+                    raise _wrong(
+                        f"missing column {' or '.join(map(repr, names))}: {reason}. The row has {_listed(row)}; if "
+                        f"another column holds it, say so with columns: {{{names[0]}: <that column>}}",
+                        column=names[0],
+                    )
+            return model
+
+    return Needed
+
+
+# --- validation ----------------------------------------------------------------------------------------------------
 
 
 def validate(
-    row: dict[str, Any],
+    row: Row,
     contract: Contract,
     *,
     path: str | Path | None = None,
     line: int | None = None,
     extra: ExtraRule = "check",
-) -> dict[str, Any]:
+) -> Row:
     """Check a row against a contract.
 
     Args:
@@ -108,58 +418,50 @@ def validate(
     """
     if extra not in EXTRA_RULES:
         raise ConfigError(f"extra={extra!r}: must be one of {', '.join(EXTRA_RULES)}")
-    _check_unknown(row, contract, path=path, line=line, extra=extra)
-    for column in contract.columns:
-        present = column.name in row
-        if not present and column.required:
-            raise DataError(
-                f"missing column {column.name!r} of a {contract.name} row; the row has {_listed(row)}. "
-                f"If another column holds it, say so with columns: {{{column.name}: <that column>}}",
-                path=path,
-                line=line,
-                column=column.name,
-            )
-        if not present or (row[column.name] is None and not column.required):
-            continue
-        message = column.check(row[column.name])
-        if message is not None:
-            raise DataError(message, path=path, line=line, column=column.name)
-    for row_check in contract.row_checks:
-        found = row_check(row)
-        if found is not None:
-            raise DataError(found[1], path=path, line=line, column=found[0])
-    return row
+    found = _unknown(row, contract, extra) if extra != "keep" else None
+    if found is None:
+        try:
+            contract.model_validate(row)
+            return row
+        except ValidationError as error:
+            found = _place_and_words(error, row, contract)
+    raise DataError(found[1], path=path, line=line, column=found[0])
+
+
+def _place_and_words(error: ValidationError, row: Row, contract: Contract) -> tuple[str, str]:
+    """The column concerned, and what is wrong with it."""
+    found = error.errors()[0]
+    place = found["loc"]
+    if not place:  # a check of several columns
+        return found["ctx"]["column"], found["msg"]
+    column = str(place[0])
+    if found["type"] == "missing":
+        return column, (
+            f"missing column {column!r} of a {contract.name} row; the row has {_listed(row)}. "
+            f"If another column holds it, say so with columns: {{{column}: <that column>}}"
+        )
+    step = f"step {int(place[1]) + 1} of {len(row[column])} " if len(place) > 1 else ""
+    return column, step + _words(error)
 
 
 def _listed(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(name) for name in row) if row else "no columns"
 
 
-def _check_unknown(
-    row: Mapping[str, Any], contract: Contract, *, path: str | Path | None, line: int | None, extra: ExtraRule
-) -> None:
-    if extra == "keep":
-        return
+def _unknown(row: Row, contract: Contract, extra: ExtraRule) -> tuple[str, str] | None:
+    """The first column that the contract does not know and that is not kept, and what to do about it."""
     absent = [name for name in contract.names if name not in row]
-    for name in row:
+    for name in map(str, row):
         if name in contract.names:
             continue
-        meant = _slip_of(str(name), absent)
-        if meant is not None:
-            raise DataError(
+        if (meant := _slip_of(name, absent)) is not None:
+            return name, (
                 f"unknown column {name!r}; did you mean {meant!r}? Rename it with columns: {{{meant}: {name}}}"
-                ", or keep it under its name with extra_columns: keep",
-                path=path,
-                line=line,
-                column=str(name),
+                ", or keep it under its name with extra_columns: keep"
             )
         if extra == "error":
-            raise DataError(
-                f"unknown column {name!r} in a {contract.name} row; {did_you_mean(str(name), contract.names)}",
-                path=path,
-                line=line,
-                column=str(name),
-            )
+            return name, f"unknown column {name!r} in a {contract.name} row; {did_you_mean(name, contract.names)}"
+    return None
 
 
 def _slip_of(name: str, absent: Sequence[str]) -> str | None:
@@ -168,135 +470,6 @@ def _slip_of(name: str, absent: Sequence[str]) -> str | None:
         return name.lower()
     close = difflib.get_close_matches(name.lower(), [known for known in absent if len(known) > 3], n=1, cutoff=0.8)
     return close[0] if close else None
-
-
-# --- the contracts -------------------------------------------------------------------------------------------------
-
-_PROMPT = Column("prompt", checks.prompt)
-_ID = Column("id", checks.filled_text, required=False)
-_ANSWER = Column("answer", checks.filled_text, required=False)
-
-PROBLEM = Contract(
-    "problem",
-    (_PROMPT, Column("answer", checks.filled_text), _ID, Column("solution", checks.filled_text, required=False)),
-)
-"""A problem with its gold answer; `solution` is a worked solution."""
-
-Needs = Mapping[tuple[str, ...], str]
-"""Columns of which a row must have one -> who reads it, for the message."""
-
-
-def problem_with(needs: Needs) -> Contract:
-    """A problem of which only the prompt and what somebody reads is required.
-
-    Args:
-        needs: what is read beside the prompt.
-    """
-    columns = tuple(replace(column, required=column.name == "prompt") for column in PROBLEM.columns)
-    return Contract("problem", columns, tuple(checks.one_of_columns(names, why) for names, why in needs.items()))
-
-
-DEMONSTRATION = Contract("demonstration", (_PROMPT, Column("solution", checks.filled_text), _ID, _ANSWER))
-"""A prompt with a worked solution, and perhaps no gold answer: enough for SFT, not for evaluation."""
-
-STEPWISE = Contract(
-    "stepwise",
-    (
-        _PROMPT,
-        Column("completions", checks.steps),
-        Column("labels", checks.labels),
-        Column("outcome", checks.boolean, required=False),
-        _ANSWER,
-        _ID,
-    ),
-    (checks.same_length("completions", "labels"),),
-)
-"""Step texts with one label each (TRL's stepwise-supervision type); a null label marks an unrated step."""
-
-UNPAIRED = Contract(
-    "unpaired",
-    (_PROMPT, Column("completion", checks.filled_text), Column("label", checks.boolean), _ID, _ANSWER),
-)
-"""A completion that is desirable or not (TRL's unpaired preference type, what KTO reads)."""
-
-_TOKEN_IDS = checks.list_of(checks.is_token_id, "token ids (whole numbers from 0)")
-
-PREFERENCE = Contract(
-    "preference",
-    (
-        _PROMPT,
-        Column("chosen", checks.filled_text),
-        Column("rejected", checks.filled_text),
-        Column("chosen_ids", _TOKEN_IDS, required=False),
-        Column("rejected_ids", _TOKEN_IDS, required=False),
-        Column("chosen_visits", checks.whole_number, required=False),
-        Column("rejected_visits", checks.whole_number, required=False),
-        _ID,
-        _ANSWER,
-    ),
-    (checks.sides_differ,),
-)
-"""Two completions of one prompt, the better one first; `chosen_ids` and `rejected_ids` are those that were sampled, the
-end token included where there is one, `..._visits` how often a tree search came by."""
-
-STEP_PREFERENCE = Contract(
-    "step_preference",
-    (
-        *PREFERENCE.columns,
-        Column("prefix", checks.prefix_steps),
-        Column("prefix_ids", _TOKEN_IDS, required=False),
-    ),
-    PREFERENCE.row_checks,
-)
-"""Two next steps after a shared `prefix` of steps (empty at the start of the solution). Texts keep their separators, so
-that ``"".join(prefix) + chosen`` is what was written; `prefix_ids` are the sampled ids of the prefix."""
-
-ROLLOUT = Contract(
-    "rollout",
-    (
-        Column("problem_id", checks.filled_text),
-        _PROMPT,
-        Column("completion", checks.text),
-        Column("token_ids", checks.list_of(checks.is_token_id, "token ids (whole numbers from 0)")),
-        Column("logprobs", checks.list_of(checks.is_logprob, "log-probabilities (finite, at most 0)")),
-        Column("step_ends", checks.list_of(checks.is_whole_number, "token positions (whole numbers)")),
-        Column("finish", checks.one_of("stop", "length")),
-        Column("correct", checks.boolean_or_null),
-        Column("model", checks.filled_text),
-        Column("sampling", checks.mapping),
-        Column("seed", checks.whole_number),
-        Column(
-            "raw_logprobs", checks.list_of(checks.is_logprob, "log-probabilities (finite, at most 0)"), required=False
-        ),
-        Column("step_labels", checks.labels, required=False),
-        Column(
-            "step_values", checks.list_of(checks.is_probability_or_null, "values in [0, 1] or null"), required=False
-        ),
-        Column(
-            "step_scores", checks.list_of(checks.is_probability_or_null, "scores in [0, 1] or null"), required=False
-        ),
-        _ID,
-        _ANSWER,
-    ),
-    (
-        checks.same_length("token_ids", "logprobs"),
-        checks.same_length("token_ids", "raw_logprobs"),
-        checks.ends_partition,
-        checks.same_length("step_ends", "step_labels"),
-        checks.same_length("step_ends", "step_values"),
-        checks.same_length("step_ends", "step_scores"),
-    ),
-)
-"""A sampled completion with its token ids; `step_ends` are exclusive token ends; `correct` is null until graded.
-
-`logprobs` are under the distribution that was sampled from; `raw_logprobs`, where they differ, at temperature 1.
-`step_values` are chances of a right answer estimated by rollouts, `step_scores` what a step scorer says."""
-
-CONTRACTS: dict[str, Contract] = {
-    contract.name: contract
-    for contract in (PROBLEM, DEMONSTRATION, STEPWISE, UNPAIRED, PREFERENCE, STEP_PREFERENCE, ROLLOUT)
-}
-"""All contracts by name."""
 
 
 def detect_contract(row: Mapping[str, Any], *, path: str | Path | None = None, line: int | None = None) -> Contract:
@@ -313,19 +486,10 @@ def detect_contract(row: Mapping[str, Any], *, path: str | Path | None = None, l
     Raises:
         DataError: no contract fits; the message names the nearest one and what it lacks.
     """
-    telling = (
-        (ROLLOUT, {"token_ids", "completion"}),
-        (STEPWISE, {"completions", "labels"}),
-        (STEP_PREFERENCE, {"chosen", "rejected", "prefix"}),
-        (PREFERENCE, {"chosen", "rejected"}),
-        (UNPAIRED, {"completion", "label"}),
-        (PROBLEM, {"prompt", "answer"}),
-        (DEMONSTRATION, {"prompt", "solution"}),
-    )
-    for contract, names in telling:
+    for contract, names in _TELLING.items():
         if names <= set(row):
             return contract
-    nearest = max((contract for contract, _ in telling), key=lambda c: _share(c, row))
+    nearest = max(_TELLING, key=lambda each: sum(name in row for name in each.required) / len(each.required))
     lacking = [name for name in nearest.required if name not in row]
     hints = [f"{name}: <column>" for name in lacking]
     raise DataError(
@@ -335,10 +499,6 @@ def detect_contract(row: Mapping[str, Any], *, path: str | Path | None = None, l
         path=path,
         line=line,
     )
-
-
-def _share(contract: Contract, row: Mapping[str, Any]) -> float:
-    return sum(name in row for name in contract.required) / len(contract.required)
 
 
 def check_unique_ids(rows: Sequence[Mapping[str, Any]], *, path: str | Path | None = None) -> None:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepkd.data.checks import did_you_mean
 from stepkd.data.io import file_ending
-from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Contract, ExtraRule, detect_contract, label_kind, validate
+from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Contract, ExtraRule, detect_contract, did_you_mean, validate
 from stepkd.data.sources.registry import (
     Read,
     Row,
@@ -31,6 +30,7 @@ from stepkd.data.sources.registry import (
     split_of_file,
 )
 from stepkd.errors import ConfigError, DataError
+from stepkd.steps.labels import label_kind
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from stepkd.data.checks import ends_partition
 from stepkd.data.encode import Encoder, Example
+from stepkd.data.rows import ends_partition
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
@@ -205,8 +205,8 @@ class StepEncoder(Encoder):
             completion = text_from_ids(self.tokenizer, row["token_ids"])
             if row.get("completion") in (None, completion.text):
                 # Labels are stored one per step, so a repaired partition would shift them.
-                if (wrong := ends_partition(row)) is not None:
-                    raise DataError(wrong[1], path=name, column=wrong[0])
+                if (wrong := ends_partition(row["step_ends"], len(row["token_ids"]))) is not None:
+                    raise DataError(wrong, path=name, column="step_ends")
                 spans = spans_from_ends(row["step_ends"], len(completion))
                 return self.layout_from_ids(completion, spans, name)
         for column in ("completions", "steps"):

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from stepkd.data.checks import did_you_mean, filled_text, shown
+from stepkd.data.rows import did_you_mean, filled_text, shown
 from stepkd.errors import ConfigError, DataError
 from stepkd.yaml_files import build_settings, read_yaml
 

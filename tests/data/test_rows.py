@@ -6,11 +6,11 @@ import copy
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepkd.data.checks import did_you_mean
 from stepkd.data.rows import (
     CONTRACTS,
     DEMONSTRATION,
@@ -22,10 +22,11 @@ from stepkd.data.rows import (
     Contract,
     check_unique_ids,
     detect_contract,
-    label_kind,
+    did_you_mean,
     validate,
 )
 from stepkd.errors import ConfigError, DataError
+from stepkd.steps.labels import label_kind
 
 GOOD: dict[str, dict[str, Any]] = {
     "problem": {"prompt": "1+1?", "answer": "2", "id": "a", "solution": "1+1=2"},
@@ -91,17 +92,17 @@ def test_each_required_column_is_missed(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_no_column_accepts_a_foreign_type(name: str) -> None:
-    for column in CONTRACTS[name].columns:
+    for column in CONTRACTS[name].names:
         for value in (object(), 3.5, {1}):
-            with pytest.raises(DataError, match=f"column '{column.name}': must be"):
-                validate(good(name, **{column.name: value}), CONTRACTS[name])
+            with pytest.raises(DataError, match=f"column '{column}': must be"):
+                validate(good(name, **{column: value}), CONTRACTS[name])
 
 
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_optional_columns_may_be_null_required_ones_not(name: str) -> None:
-    for column in CONTRACTS[name].columns:
-        row = good(name, **{column.name: None})
-        if not column.required or column.name == "correct":
+    for column in CONTRACTS[name].names:
+        row = good(name, **{column: None})
+        if column not in CONTRACTS[name].required or column == "correct":
             validate(row, CONTRACTS[name])
         else:
             with pytest.raises(DataError, match="NoneType None"):
@@ -253,6 +254,9 @@ def test_numbers_are_never_booleans(column: str) -> None:
         ({"logprobs": [-math.inf, -1.0, -1.0]}, "'logprobs': item 1 of 3"),
         ({"logprobs": [math.nan, -1.0, -1.0]}, "'logprobs': item 1 of 3"),
         ({"token_ids": [1, -1, 2]}, "'token_ids': item 2 of 3.*found int -1"),
+        ({"completion": "half \ud83d pair"}, "'completion': half of a surrogate pair at character 6"),
+        ({"step_values": [np.bool_(True), 0.5]}, "'step_values': item 1 of 2.*found bool"),
+        ({"logprobs": [-1.0, np.float32(-1.0), -1.0]}, "'logprobs': item 2 of 3.*found float32"),
         ({"finish": "eos"}, "'finish': must be one of stop, length, found str 'eos'"),
         ({"step_labels": [True]}, "'step_labels': has 1 entries for 2 step_ends"),
         ({"step_values": [0.5, 1.5]}, "'step_values': item 2 of 2"),

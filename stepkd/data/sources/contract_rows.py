@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from stepkd.data import checks
+from stepkd.data.rows import chat_message
 from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, as_text, register
 
 Messages = list[dict[str, Any]]
@@ -108,7 +108,7 @@ def _messages(value: list[Any], raw: RawRow, column: str) -> Messages:
                 message["content"] = "".join(part["text"] for part in parts)
             if isinstance(role := message.get("role"), str):
                 message["role"] = _ROLES.get(role, role)
-        if (wrong := checks.chat_message(message)) is not None:
+        if (wrong := chat_message(message)) is not None:
             raise raw.error(f"message {number} of {len(value)} {wrong}", column=column)
         turns.append(message)
     if not turns:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from stepkd.data.checks import did_you_mean
-from stepkd.data.rows import PROBLEM
+from stepkd.data.rows import PROBLEM, did_you_mean
 from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, as_text, passed_on, register
 from stepkd.errors import ConfigError
 

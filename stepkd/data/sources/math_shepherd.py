@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import re
 
-from stepkd.data.checks import shown
-from stepkd.data.rows import STEPWISE
+from stepkd.data.rows import STEPWISE, shown
 from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, as_text, passed_on, register
 from stepkd.errors import DataError, check_choice
 

@@ -32,8 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.checks import shown
-from stepkd.data.rows import STEPWISE
+from stepkd.data.rows import STEPWISE, shown
 from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, register
 from stepkd.errors import ConfigError, check_choice
 from stepkd.randomness import generator

@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from stepkd.data.checks import shown
-from stepkd.data.rows import STEPWISE
+from stepkd.data.rows import STEPWISE, shown
 from stepkd.data.sources.registry import Options, RawRow, Row, Source, as_text, passed_on, register
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.checks import did_you_mean, shown
 from stepkd.data.io import READABLE_ENDINGS, file_ending, read_rows
-from stepkd.data.rows import Contract
+from stepkd.data.rows import Contract, did_you_mean, shown
 from stepkd.errors import ConfigError, DataError
 
 Row = dict[str, Any]
