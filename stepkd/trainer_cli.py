@@ -22,7 +22,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from stepkd.commands.recipes import with_recipe_files
 from stepkd.commands.suggestions import explain
 from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
-from stepkd.data.io import replace_file
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.models.source import find_checkpoint, no_model
@@ -31,6 +30,7 @@ from stepkd.modules import StepModule
 from stepkd.modules.rollout_file import RolloutFile
 from stepkd.runs import RunDir, check_launch, trainer_defaults
 from stepkd.runs.checkpoint_files import find_last_checkpoint
+from stepkd.runs.files import write_file
 from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.preemption import Preempted
 from stepkd.runs.quiet import quiet_libraries
@@ -165,7 +165,7 @@ class StepkdCLI(LightningCLI):
         place_loggers(config.trainer.logger, Path() if self.run_dir is None else self.run_dir.path)
 
     def _write_config(self, folder: Path) -> None:
-        replace_file(
+        write_file(
             free_path(folder / "config.yaml"),
             lambda temporary: Path(temporary).write_text(self._config_text(), encoding="utf-8"),
         )

@@ -13,7 +13,7 @@ from stepkd.claims.runner import seed_values
 from stepkd.claims.statements import SeedValues, overall
 from stepkd.claims.statistics import RESAMPLES, Estimate, estimate_mean
 from stepkd.errors import DataError
-from stepkd.evaluation.disk import write_atomically
+from stepkd.runs.files import write_file
 
 RESULTS_FORMAT = 1
 RESULTS_FOLDER = "results"
@@ -112,7 +112,7 @@ def save_results(claim: Claim, summary: Mapping[str, Any]) -> Path:
     """Write the committed file: sorted keys, the same bytes for the same rows."""
     path = results_path(claim)
     text = json.dumps(summary, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, text.encode() + b"\n")
+    write_file(path, text.encode() + b"\n")
     return path
 
 

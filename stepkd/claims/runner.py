@@ -20,10 +20,10 @@ from stepkd.claims.claim_file import Claim
 from stepkd.claims.experiment import ArmResult, Report, Unit, check_results, value_array
 from stepkd.claims.statements import SeedValues
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.manifest import RESULTS_NAME, manifest_differences, package_versions
 from stepkd.evaluation.store import ResultStore, read_rows
 from stepkd.runs import RunDir
+from stepkd.runs.files import write_json
 from stepkd.runs.progress import duration
 
 MANIFEST_NAME = "claim.json"
@@ -65,7 +65,7 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
                 raise DataError(
                     f"results without {MANIFEST_NAME}: nothing says of what; --overwrite deletes them", path=out
                 )
-            write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=2).encode() + b"\n")
+            write_json(out / MANIFEST_NAME, manifest)
         with ResultStore(out / RESULTS_NAME) as store:
             _run_units(claim, _missing(units, store.rows()), store, out / UNITS_NAME, report)
     return manifest

@@ -128,8 +128,8 @@ def _list() -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from stepkd.evaluation.compare import compare_runs
-    from stepkd.evaluation.disk import write_atomically
     from stepkd.evaluation.folder import COMPARISON_NAME, SUMMARY_NAME
+    from stepkd.runs.files import write_file
 
     folders = [Path(folder) / SUMMARY_NAME for folder in arguments.compare]
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in folders if path.is_file()]
@@ -139,7 +139,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(comparison)
     if arguments.out:
         text = json.dumps(comparison.to_dict(), indent=2) + "\n"
-        write_atomically(Path(arguments.out) / COMPARISON_NAME, text.encode())
+        write_file(Path(arguments.out) / COMPARISON_NAME, text.encode())
     return 0
 
 

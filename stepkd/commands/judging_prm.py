@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +152,8 @@ def run_best_of_n(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from stepkd.evaluation.best_of_n_files import best_of_n_from_files
-    from stepkd.evaluation.disk import write_atomically
     from stepkd.evaluation.figures import best_of_n_figure
+    from stepkd.runs.files import write_json
 
     files: dict[str, str] = {}
     for word in arguments.best_of_n:
@@ -186,7 +185,7 @@ def run_best_of_n(arguments: argparse.Namespace) -> int:
     if arguments.out:
         out = Path(arguments.out)
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "best_of_n.json", (json.dumps(result.to_dict(), indent=2) + "\n").encode())
+        write_json(out / "best_of_n.json", result.to_dict())
         console.print(f"figure: {best_of_n_figure(result.to_dict(), out / 'best_of_n.svg')}", markup=False)
     return 0
 

@@ -253,8 +253,8 @@ def print_summary(console: Any, summary: Mapping[str, Any]) -> None:
 
 
 def _consensus(arguments: argparse.Namespace) -> int:
-    from stepkd.data.io import write_jsonl_atomic
     from stepkd.labels.consensus import consensus_filter, report_on
+    from stepkd.runs.files import write_jsonl
 
     names = tuple(arguments.consensus)
     first, second = (_labelled(name) for name in names)
@@ -266,7 +266,7 @@ def _consensus(arguments: argparse.Namespace) -> int:
         kept = {"A": first, "B": second, "agreed": agreed.rows}
         for name, quality in report_on(_labelled(arguments.truth), kept).items():
             _print_quality(name, quality)
-    written = write_jsonl_atomic(Path(arguments.out), agreed.rows)
+    written = write_jsonl(Path(arguments.out), agreed.rows)
     print(f"{written} rows in {arguments.out}")
     return 0
 

@@ -16,8 +16,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from stepkd.data.io import replace_file
 from stepkd.errors import ConfigError
+from stepkd.runs.files import write_file
 from stepkd.yaml_files import all_recipes, find_recipe
 
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{target} already exists: give another name")
     if not target.parent.is_dir():
         raise ConfigError(f"no folder {target.parent}: make it first, or give another place")
-    replace_file(target, lambda temporary: shutil.copyfile(path, temporary))
+    write_file(target, lambda temporary: shutil.copyfile(path, temporary))
     print(f"copied the recipe {name} to {target}")
     return 0
 

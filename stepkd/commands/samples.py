@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.io import replace_file
+from stepkd.runs.files import write_file
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     for entry in entries:
         _show(console, entry, arguments.number)
     if arguments.html is not None:
-        replace_file(arguments.html, lambda temporary: console.save_html(temporary, inline_styles=True))
+        write_file(arguments.html, lambda temporary: console.save_html(temporary, inline_styles=True))
         print(f"wrote {arguments.html}")
     return 0
 

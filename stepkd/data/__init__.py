@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stepkd.data.batching import BatchPlan, micro_batches, rank_share
-from stepkd.data.io import read_rows, write_jsonl_atomic
+from stepkd.data.io import read_rows
 from stepkd.data.overlap import overlap_report
 from stepkd.data.rows import (
     CONTRACTS,
@@ -95,7 +95,6 @@ __all__ = [
     "rank_share",
     "read_rows",
     "validate",
-    "write_jsonl_atomic",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Row files: streaming readers, an atomic JSON Lines writer, and a content fingerprint.
+"""Row files: streaming readers and a content fingerprint (:func:`stepkd.runs.files.write_jsonl` writes them).
 
 Every problem with a file is a :class:`~stepkd.errors.DataError` that names the file and the line. ``line`` is the
 1-based line of a JSON Lines file, and the 1-based row number of a JSON array or a Parquet file.
@@ -9,16 +9,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from stepkd.errors import DataError, disk_error
-from stepkd.runs.files import replaced
+from stepkd.errors import DataError
 
 READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 """File endings that :func:`read_rows` understands."""
@@ -196,63 +194,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[Row, int]]:
         raise DataError(
             f"not a readable Parquet file (after row {number}): {reason}; copy or download it again", path=path
         ) from error
-
-
-def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write rows as JSON Lines so that a reader sees the old file or the whole new one, never a part.
-
-    Args:
-        path: target ending in ``.jsonl``; missing folders are made.
-        rows: JSON-serialisable rows; NaN and infinity are refused because they are not JSON.
-
-    Returns:
-        The number of rows written.
-
-    Raises:
-        DataError: wrong ending, or a row that is not JSON.
-        MachineError: a failed write; see :func:`replace_file`.
-    """
-    path = Path(path)
-    if path.suffix != ".jsonl":
-        raise DataError(f"rows are written as JSON Lines; let the name end in .jsonl, not {path.suffix!r}", path=path)
-    number = 0
-
-    def write(temporary: str) -> None:
-        nonlocal number
-        with open(temporary, "w", encoding="utf-8", newline="\n") as handle:
-            for number, row in enumerate(rows, start=1):
-                handle.write(_dump(row, path=path, line=number) + "\n")
-
-    replace_file(path, write)
-    return number
-
-
-def _dump(row: Mapping[str, Any], *, path: Path, line: int) -> str:
-    try:
-        text = json.dumps(dict(row), ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(dict(row), allow_nan=False)  # a lone surrogate survives only as an escape
-    except (TypeError, ValueError) as error:
-        raise DataError(f"this row cannot be written as JSON: {error}", path=path, line=line) from error
-    return text
-
-
-def replace_file(path: Path, write: Callable[[str], object]) -> None:
-    """Have a file written beside the target, flushed to disk and put in its place.
-
-    Raises:
-        MachineError: a failed write, a full disk included; the target is as it was.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as temporary:
-            write(str(temporary))
-    except Exception as error:  # safetensors and pyarrow have their own classes
-        kept = "The previous file is intact. " if os.path.exists(path) else "Nothing was written. "
-        if words := disk_error(error, path, kept):
-            raise words from error
-        raise
 
 
 def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:

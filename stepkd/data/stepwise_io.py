@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.io import replace_file, write_jsonl_atomic
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
 from stepkd.data.sources.math_shepherd import FIRST_STEP, TAG
 from stepkd.errors import DataError, check_choice
+from stepkd.runs.files import write_file, write_jsonl
 from stepkd.steps.labels import Neutral, label_kind, verdicts
 
 Row = dict[str, Any]
@@ -130,7 +130,7 @@ def write_stepwise(rows: Iterable[Mapping[str, Any]], path: str | Path) -> int:
         validate(dict(row), STEPWISE, path=path, line=line, extra="keep") for line, row in enumerate(rows, start=1)
     )
     if path.suffix == ".jsonl":
-        return write_jsonl_atomic(path, checked)
+        return write_jsonl(path, checked)
     if path.suffix != ".parquet":
         raise DataError(f"rows are written as .jsonl or .parquet, not {path.suffix!r}; rename the target", path=path)
     return _write_parquet(list(checked), path)
@@ -156,7 +156,7 @@ def _write_parquet(rows: list[Row], path: Path) -> int:
     names = list(dict.fromkeys(name for row in rows for name in row))
     try:
         table = pyarrow.table({name: pyarrow.array([row.get(name) for row in rows]) for name in names})
-        replace_file(path, lambda temporary: parquet.write_table(table, temporary))
+        write_file(path, lambda temporary: parquet.write_table(table, temporary))
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"the rows do not fit a Parquet table: {reason}; write a .jsonl file", path=path) from error
@@ -179,7 +179,7 @@ def write_math_shepherd(rows: Iterable[Mapping[str, Any]], path: str | Path) -> 
     Raises:
         DataError: labels of another kind, chat messages as prompt, or texts that a reader would cut elsewhere.
     """
-    return write_jsonl_atomic(path, (_shepherd_row(row, Path(path), line) for line, row in enumerate(rows, start=1)))
+    return write_jsonl(path, (_shepherd_row(row, Path(path), line) for line, row in enumerate(rows, start=1)))
 
 
 def _shepherd_row(row: Mapping[str, Any], path: Path, line: int) -> Row:

@@ -32,38 +32,3 @@ def sync_directory(path: Path) -> None:
 def write_failure(path: Path, error: OSError, *, outcome: str) -> StepkdError:
     """The error to raise for a failed write: names the file, the cause, the free space, and what to do."""
     return disk_error(error, path, f"{outcome} ") or StepkdError(f"cannot write {path}: {error}. {outcome}")
-
-
-def write_atomically(path: str | Path, data: bytes, *, outcome: str = "") -> None:
-    """Replaces a file as a whole: readers see the old content or the new, never a part.
-
-    Args:
-        path: the file; its folder is made when missing.
-        data: the new content.
-        outcome: a sentence of the error message; empty: what is left.
-
-    Raises:
-        StepkdError: the write failed (disk full, quota, permissions); the previous file is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_new(temporary, data)
-        os.replace(temporary, path)
-    except OSError as error:
-        intact = "The previous file is intact." if path.exists() else "Nothing was left there."
-        raise write_failure(path, error, outcome=outcome or intact) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    sync_directory(path.parent)
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)

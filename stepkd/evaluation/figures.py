@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.disk import write_atomically
+from stepkd.runs.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,5 +175,5 @@ def _write(draw: Any, path: str | Path, *, size: tuple[float, float]) -> Path:
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    write_atomically(path, content.getvalue())
+    write_file(path, content.getvalue())
     return path

@@ -16,7 +16,7 @@ from typing import Any
 
 import stepkd
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.disk import write_atomically
+from stepkd.runs.files import write_file
 
 MANIFEST_NAME = "manifest.json"
 RESULTS_NAME = "results.jsonl"
@@ -115,7 +115,7 @@ def write_manifest(directory: str | Path, manifest: Mapping[str, Any]) -> None:
         ConfigError: a value JSON cannot hold.
         StepkdError: the write failed; an earlier manifest is intact.
     """
-    write_atomically(Path(directory) / MANIFEST_NAME, _dump(manifest))
+    write_file(Path(directory) / MANIFEST_NAME, _dump(manifest))
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

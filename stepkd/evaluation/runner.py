@@ -7,7 +7,6 @@ noise, so a killed run, given the same command, goes on where it stood and ends 
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.spec import DataSpec, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError
-from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
 from stepkd.evaluation.manifest import RESULTS_NAME, build_manifest
 from stepkd.evaluation.metrics import summarise
@@ -34,6 +32,7 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.trained_template import template_for
 from stepkd.rollout import SamplingSpec, TransformersSampler
 from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
+from stepkd.runs.files import write_json
 from stepkd.scorers.load import pick_device
 
 logger = logging.getLogger(__name__)
@@ -180,7 +179,7 @@ def evaluate(
     summary["benchmark"] = benchmark.name
     summary["model"] = spec.model
     _warn_of_cut_off(summary["metrics"], sampling.max_new_tokens)
-    write_atomically(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(out / SUMMARY_NAME, summary)
     return summary | {"manifest": manifest}
 
 

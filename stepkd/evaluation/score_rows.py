@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from stepkd.data.io import fingerprint, read_rows, write_jsonl_atomic
+from stepkd.data.io import fingerprint, read_rows
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.manifest import (
     MANIFEST_FORMAT,
     MANIFEST_NAME,
@@ -33,6 +32,7 @@ from stepkd.evaluation.manifest import (
     write_manifest,
 )
 from stepkd.evaluation.score_batches import Report, score_batches
+from stepkd.runs.files import write_file, write_jsonl
 from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
 from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.scorers.reductions import Reduction, default_reduction, reduce_scores
@@ -289,8 +289,8 @@ def _check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _finish(job: ScoreJob, scored: Sequence[Mapping[str, Any]]) -> None:
     """Rows first, then what makes them a finished result; a kill in between leaves the work folder, which goes last."""
-    write_jsonl_atomic(job.out, scored)
+    write_jsonl(job.out, scored)
     if (job.work / _TEMPERATURE).is_file():
-        write_atomically(job.beside(_TEMPERATURE), (job.work / _TEMPERATURE).read_bytes())
-    write_atomically(job.beside(MANIFEST_NAME), (job.work / MANIFEST_NAME).read_bytes())
+        write_file(job.beside(_TEMPERATURE), (job.work / _TEMPERATURE).read_bytes())
+    write_file(job.beside(MANIFEST_NAME), (job.work / MANIFEST_NAME).read_bytes())
     shutil.rmtree(job.work, ignore_errors=True)

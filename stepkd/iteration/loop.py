@@ -17,12 +17,12 @@ from typing import Any
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import check_training_use, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.manifest import manifest_differences, package_versions
 from stepkd.iteration.spec import IterateSpec
 from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings
 from stepkd.iteration.table import summarise_run
 from stepkd.runs import RunDir
+from stepkd.runs.files import write_json
 from stepkd.yaml_files import find_recipe
 
 MANIFEST_NAME = "iterate.json"
@@ -69,7 +69,7 @@ def run_iterations(spec: IterateSpec, out: str | Path, *, report: Report, overwr
             run_dir.checkpoints.rmdir()  # every iteration's training has its own
         if earlier is None:
             manifest |= {"model": {"name": spec.model, "weights": weights}}
-            write_atomically(out / MANIFEST_NAME, json.dumps(manifest, indent=2).encode() + b"\n")
+            write_json(out / MANIFEST_NAME, manifest)
         summary = _summarise(spec, out, weights, report)
     return summary
 
@@ -86,7 +86,7 @@ def _summarise(spec: IterateSpec, out: Path, weights: str, report: Report) -> di
         else:
             facts.append((train_next(it) if it.k else {}) | evaluate_model(it))
         summary = summarise_run(spec, [each.folder for each in iterations[: it.k + 1]], facts)
-        write_atomically(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
+        write_json(out / SUMMARY_NAME, summary)
     return summary
 
 

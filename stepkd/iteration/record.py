@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.manifest import manifest_differences
+from stepkd.runs.files import write_file
 
 RECORD_NAME = "iteration.json"
 FORMAT = 1
@@ -79,7 +79,7 @@ class IterationRecord:
         facts = json.loads(json.dumps(work()))
         self.stages[name] = {"inputs": inputs, "facts": facts, "seconds": round(time.perf_counter() - start, 1)}
         text = json.dumps({"format": FORMAT, "iteration": self.k, "stages": self.stages}, indent=2) + "\n"
-        write_atomically(self.path, text.encode())
+        write_file(self.path, text.encode())
         return dict(facts)
 
 

@@ -16,16 +16,15 @@ from typing import Any
 
 import yaml
 
-from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME
 from stepkd.evaluation.manifest import RESULTS_NAME
 from stepkd.iteration.command import label_arguments, launch, pair_arguments, run_label
 from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
 from stepkd.iteration.spec import IterateSpec, iteration_seed, put
 from stepkd.labels.settings import LabelSpec
+from stepkd.runs.files import write_file, write_jsonl
 from stepkd.yaml_files import find_recipe
 
 Report = Callable[[str], None]
@@ -148,7 +147,7 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
 
     def measure() -> dict[str, Any]:
         rows = problem_rows(Path(drawn.out), folders[0] if folders else None, drawn, seed_model=it.spec.model)
-        write_jsonl_atomic(folder / RESULTS_NAME, rows)
+        write_jsonl(folder / RESULTS_NAME, rows)
         return {"problems": len(rows), "samples": sum(len(row["samples"]) for row in rows)}
 
     run("measure", measure, f"comparing M{k} with M0" if k else "the results of M0", samples=samples)
@@ -256,7 +255,7 @@ def write_training_settings(it: Iteration, rows: Path) -> None:
     """Write the overlay that :func:`fit_arguments` names."""
     text = f"# Written by stepkd iterate: what iteration {it.k} adds to the training recipes.\n"
     text += yaml.safe_dump(training_settings(it, rows), sort_keys=False)
-    write_atomically(it.folder / SETTINGS_NAME, text.encode())
+    write_file(it.folder / SETTINGS_NAME, text.encode())
 
 
 def _train(it: Iteration, rows: Path) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.stepwise_io import to_stepwise, trl_row, write_math_shepherd, write_stepwise
 from stepkd.errors import ConfigError, DataError, check_choice
 from stepkd.labels.matching import label_column
 from stepkd.labels.reductions import balance_by_prefix_length
+from stepkd.runs.files import write_jsonl
 from stepkd.steps.labels import Neutral, check_threshold
 
 Row = Mapping[str, Any]
@@ -179,7 +179,7 @@ def _balanced(rows: Sequence[Row], options: ConvertOptions) -> Converted:
 
 
 def _write_lines(rows: Iterable[Row], path: str | Path) -> int:
-    return write_jsonl_atomic(path, (dict(row) for row in rows))
+    return write_jsonl(path, (dict(row) for row in rows))
 
 
 register(Converter("stepwise", "prompt, completions, labels, with what else the rows carry", _to_stepwise))

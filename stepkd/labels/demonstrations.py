@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.rows import DEMONSTRATION, validate
 from stepkd.labels.convert import Converted, Converter, ConvertOptions, register
 from stepkd.labels.matching import label_column, row_labels
+from stepkd.runs.files import write_jsonl
 from stepkd.steps.format import written_steps
 from stepkd.steps.labels import verdicts
 
@@ -66,7 +66,7 @@ def _demonstration(row: Row) -> dict[str, Any]:
 
 
 def _write(rows: Iterable[Row], path: str | Path) -> int:
-    return write_jsonl_atomic(path, rows)
+    return write_jsonl(path, rows)
 
 
 register(Converter("demonstrations", "solutions whose answer is right, to fine-tune on", _to_demonstrations, _write))

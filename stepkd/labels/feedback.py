@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.rows import ROLLOUT, STEPWISE, UNPAIRED, Contract, validate
 from stepkd.errors import DataError
 from stepkd.labels.convert import Converted, Converter, ConvertOptions, register
 from stepkd.labels.matching import label_column
 from stepkd.labels.solutions import PROBLEM_COLUMNS
+from stepkd.runs.files import write_jsonl
 from stepkd.scorers.rows import problem_key
 from stepkd.steps.format import written_steps
 from stepkd.steps.labels import label_kind, verdicts
@@ -104,7 +104,7 @@ def writer(*contracts: Contract) -> Callable[[Iterable[Row], str | Path], int]:
     """What writes rows that follow one of the contracts (the first whose required columns a row has)."""
 
     def write(rows: Iterable[Row], path: str | Path) -> int:
-        return write_jsonl_atomic(path, (_checked(dict(row), contracts, path) for row in rows))
+        return write_jsonl(path, (_checked(dict(row), contracts, path) for row in rows))
 
     return write
 

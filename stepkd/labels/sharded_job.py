@@ -7,18 +7,16 @@ whoever finds that no group is missing writes the end result, and everybody who 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.io import write_jsonl_atomic
 from stepkd.errors import DataError
-from stepkd.evaluation.disk import write_atomically
 from stepkd.evaluation.folder import SUMMARY_NAME
 from stepkd.labels.folder import prepare_job_folder
 from stepkd.labels.shards import Shards, work_through
+from stepkd.runs.files import write_json, write_jsonl
 
 Record = Mapping[str, Any]
 
@@ -126,10 +124,10 @@ class ShardedJob:
         Raises:
             DataError: ``refuse``, after the summary was written.
         """
-        write_atomically(self.out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
+        write_json(self.out / SUMMARY_NAME, summary)
         if refuse is not None:
             raise DataError(refuse, path=self.out)
-        write_jsonl_atomic(self.out / name, rows)
+        write_jsonl(self.out / name, rows)
 
     def _phase(self, phase: str) -> Shards:
         return self._shards.setdefault(phase, Shards(self.out, phase, rank=self.rank))

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepkd.data.encode import completion_key
-from stepkd.data.io import replace_file
 from stepkd.data.packing import Completion
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, parameters_fingerprint
 from stepkd.rollout.annotate import check_same_vocabulary
+from stepkd.runs.files import write_file
 
 CACHE_FORMAT = "1"
 
@@ -121,7 +121,7 @@ class ReferenceCache:
             "logps": torch.cat(values),
         }
         facts = {"format": CACHE_FORMAT, "reference": self.identity, "precision": self.precision}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
+        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
     def _read(self, path: Path) -> None:
         try:

@@ -1,4 +1,7 @@
-"""Files that are whole: the new content or the old, whatever ends the process that writes."""
+"""Files that are whole: the new content or the old, whatever ends the process that writes.
+
+:func:`replaced` is the one place where a file is replaced; everything else here is built on it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from stepkd.errors import DataError, disk_error
 
 
 @contextlib.contextmanager
@@ -44,19 +49,82 @@ def replaced(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader, also after a crash, sees the old or the new text and never a part.
+def write_file(path: str | Path, content: bytes | Callable[[Path], object], *, outcome: str = "") -> None:
+    """Replace a file as a whole, and make its folder when it is missing.
 
     Args:
-        path: the file; its folder must exist.
-        value: anything ``json`` can write.
+        path: the file.
+        content: its bytes, or a function that writes them to the path it is given.
+        outcome: a sentence for the error message about what is left; empty: whether there was a file before.
 
     Raises:
-        OSError: the file could not be written; the old one is intact.
+        MachineError: a failed write (disk full, quota, permissions), in words; the file that was there is intact.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary:
+            if isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
+                content(temporary)
+    except Exception as error:  # safetensors and pyarrow have their own classes
+        kept = outcome or ("The previous file is intact." if path.exists() else "Nothing was written.")
+        if words := disk_error(error, path, f"{kept} "):
+            raise words from error
+        raise
+
+
+def write_json(path: str | Path, value: Any, *, outcome: str = "") -> None:
+    """Write a value as indented JSON, as :func:`write_file` does.
+
+    Raises:
+        DataError: JSON cannot hold the value.
+        MachineError: a failed write.
+    """
+    write_file(path, (json_text(value, path=path, indent=2) + "\n").encode(), outcome=outcome)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]], *, outcome: str = "") -> int:
+    """Write rows as JSON Lines, as :func:`write_file` does.
+
+    Args:
+        path: a name that ends in ``.jsonl``.
+        rows: rows of JSON values.
+        outcome: see :func:`write_file`.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        DataError: wrong ending, or a row that JSON cannot hold, with its line.
+        MachineError: a failed write.
+    """
+    path, number = Path(path), 0
+    if path.suffix != ".jsonl":
+        raise DataError(f"rows are written as JSON Lines; let the name end in .jsonl, not {path.suffix!r}", path=path)
+
+    def write(temporary: Path) -> None:
+        nonlocal number
+        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            for number, row in enumerate(rows, start=1):
+                stream.write(json_text(dict(row), path=path, line=number) + "\n")
+
+    write_file(path, write, outcome=outcome)
+    return number
+
+
+def json_text(value: Any, *, path: str | Path | None = None, line: int | None = None, indent: int | None = None) -> str:
+    """A value as JSON text that UTF-8 can encode.
+
+    Raises:
+        DataError: not a JSON value (NaN and infinity are none), with the path and line given.
     """
     try:
-        with replaced(path) as temporary:
-            temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        error.filename = str(path)  # that of a write is not told, or is the temporary one
-        raise
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False, indent=indent)  # a lone surrogate survives only as an escape
+    except (TypeError, ValueError) as error:
+        raise DataError(f"this cannot be written as JSON: {error}", path=path, line=line) from error
+    return text

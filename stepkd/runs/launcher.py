@@ -101,6 +101,22 @@ def detect_launch(environ: Mapping[str, str] | None = None) -> LaunchInfo:
     return replace(read(environ), bf16=asks_for_bf16(environ))
 
 
+def launch_id(info: LaunchInfo, environ: Mapping[str, str] | None = None) -> str | None:
+    """A word that all processes of this launch share and no other launch has, where the launcher gives one.
+
+    accelerate calls every launch "none"; on one node the elastic agent's private folder then tells launches apart.
+    """
+    environ = os.environ if environ is None else environ
+    if info.launcher == "elastic":
+        run, agent = (
+            environ["TORCHELASTIC_RUN_ID"],
+            environ.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0],
+        )
+        return f"elastic:{run}" if run != "none" else f"elastic:{agent}" if agent and info.num_nodes == 1 else None
+    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
+    return f"slurm:{job}.{step}" if job and step else None
+
+
 def _elastic(environ: Mapping[str, str]) -> LaunchInfo:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     rank, local_rank, world_size, local_world_size = (_integer(environ, name) for name in names)

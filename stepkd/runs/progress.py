@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
+
+from stepkd.runs.job import JobOptions
+from stepkd.runs.launcher import LaunchInfo, launch_id
 
 
 class WorkLine:
@@ -42,6 +46,40 @@ class WorkLine:
         elif done * 10 // total > self._tenth or done == total:
             self._tenth = done * 10 // total
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def job_options(
+    console: Any,
+    launch: LaunchInfo,
+    *,
+    verbs: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    wait_s: float = 1800.0,
+) -> JobOptions:
+    """How this process of a launch takes part in a job, with one progress line on a console.
+
+    Args:
+        console: the rich console to print on.
+        launch: which process this is (:func:`stepkd.runs.launcher.check_launch`).
+        verbs: what is shown for a phase; its name where none is given.
+        overwrite, wait_s: see :class:`~stepkd.runs.job.JobOptions`.
+    """
+    rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
+    line = WorkLine(console, redraw=launch.world_size == 1)
+
+    def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        shown = "".join(f"  {name} {value:.1%}" for name, value in figures.items())
+        line.show(f"{rank}{(verbs or {}).get(phase, phase)}", done, total, shown)
+
+    return JobOptions(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        launch=launch_id(launch),
+        overwrite=overwrite,
+        wait_s=wait_s,
+        report=report,
+        say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+    )
 
 
 def duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import stepkd
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, MachineError
 from stepkd.runs.checkpoint_files import find_last_checkpoint, step_of
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import LaunchInfo, detect_launch
@@ -97,6 +97,10 @@ class RunDir:
             with contextlib.suppress(OSError):
                 path.rmdir()  # if nothing is in it
             raise ConfigError(_explain(path, error)) from None
+        except MachineError:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            raise
         return run
 
     @property
@@ -130,7 +134,7 @@ class RunDir:
             message: why.
 
         Raises:
-            ConfigError: the file cannot be written; not of a failure, which has an error of its own.
+            MachineError: the file cannot be written; not of a failure, which has an error of its own.
         """
         if not self.info.is_rank_zero:
             return
@@ -138,9 +142,9 @@ class RunDir:
         marker.update(status=status, message=message, ended=_now())
         try:
             write_json(self.path / MARKER, marker)
-        except OSError as error:
+        except MachineError:
             if status != "failed":
-                raise ConfigError(_explain(self.path, error)) from None
+                raise
             with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
                 _overwrite(self.path / MARKER, marker)
 

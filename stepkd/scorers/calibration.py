@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.errors import ConfigError, DataError
 from stepkd.runs.files import write_json
 
 CLIP = 1e-6
@@ -70,14 +70,9 @@ class TemperatureScaling:
         """Write the fit as JSON; a reader sees the old file or the new, never a part.
 
         Raises:
-            StepkdError: the file cannot be written.
+            MachineError: the file cannot be written.
         """
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self)})
-        except OSError as error:
-            raise StepkdError(f"cannot write {path}: {error.strerror or error}; an earlier file is intact") from error
+        write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> TemperatureScaling:

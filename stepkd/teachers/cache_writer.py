@@ -13,10 +13,9 @@ from torch import Tensor
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import collate
 from stepkd.data.encode import Example, completion_key
-from stepkd.data.io import replace_file
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import chunked_head, tempered, top_k_buckets
-from stepkd.runs.files import write_json
+from stepkd.runs.files import write_file, write_json
 from stepkd.teachers.cache import (
     FORMAT,
     MANIFEST_NAME,
@@ -159,5 +158,5 @@ def _write_part(folder: Path, number: int, keys: list[Key], entries: list[Entry]
         "tail": pyarrow.array([tail.tolist() for _, _, tail in entries], pyarrow.list_(pyarrow.float32())),
     }
     path = folder / f"{part_name(number)}.parquet"
-    replace_file(path, lambda temporary: parquet.write_table(pyarrow.table(columns), temporary))
+    write_file(path, lambda temporary: parquet.write_table(pyarrow.table(columns), temporary))
     write_json(folder / f"{part_name(number)}.json", {"sha256": sha256_of(path), "completions": len(keys)})

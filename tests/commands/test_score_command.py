@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from stepkd.cli import main
-from stepkd.data import write_jsonl_atomic
 from stepkd.models import Policy, StepHeadSpec, build_tiny
 from stepkd.models.export import save_policy
+from stepkd.runs.files import write_jsonl
 from stepkd.tasks import make_rows
 from stepkd.tasks.rows import Noise
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             | {"completions": row["steps"], "labels": row["step_labels"], "outcome": all(row["step_labels"])}
             for row in make_rows("modular:terms=3", 12, seed=seed, noise=Noise(rate=0.4))
         ]
-        write_jsonl_atomic(folder / f"{name}.jsonl", rows)
+        write_jsonl(folder / f"{name}.jsonl", rows)
     return folder
 
 
@@ -87,7 +87,7 @@ def test_solutions_that_cannot_be_read_are_counted(
 ) -> None:
     rows = read(folder / "rows.jsonl")
     rows[3]["completions"][1] = "the marker ~ itself"
-    write_jsonl_atomic(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "prm").symlink_to(folder / "prm")
     assert run(tmp_path, tmp_path / "o.jsonl", "--template", "task") == 0
     shown = capsys.readouterr().out

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stepkd.data.io import file_ending, fingerprint, read_rows, write_jsonl_atomic
-from stepkd.errors import DataError, MachineError
+from stepkd.data.io import file_ending, fingerprint, read_rows
+from stepkd.errors import DataError
 
 ROWS = [{"prompt": "1+1", "answer": "2"}, {"prompt": "caf\u00e9 \u2028 x", "answer": "3"}]
 
@@ -118,62 +115,6 @@ def test_file_ending() -> None:
     assert file_ending("x/a.JSONL.GZ") == ".jsonl.gz"
     assert file_ending("a.b.json") == ".json"
     assert file_ending("json") is None
-
-
-def test_write_then_read(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.jsonl"
-    rows: list[dict[str, Any]] = [*ROWS, {"prompt": "half \ud83d", "answer": None}]
-    assert write_jsonl_atomic(path, rows) == 3
-    assert [row for row, _ in read_rows(path)] == rows
-    assert os.listdir(path.parent) == ["a.jsonl"]
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
-
-
-def test_write_keeps_the_old_file_when_a_row_fails(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    write_jsonl_atomic(path, ROWS)
-
-    def rows() -> Any:
-        yield {"a": 1}
-        raise RuntimeError("sampler died")
-
-    with pytest.raises(RuntimeError, match="sampler died"):
-        write_jsonl_atomic(path, rows())
-    assert [row for row, _ in read_rows(path)] == ROWS
-    assert os.listdir(tmp_path) == ["a.jsonl"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}])
-def test_write_refuses_what_is_not_json(tmp_path: Path, value: object) -> None:
-    with pytest.raises(DataError, match="line 2: this row cannot be written as JSON"):
-        write_jsonl_atomic(tmp_path / "a.jsonl", [{"a": 1}, {"a": value}])
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("existing", [True, False])
-def test_full_disk_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool) -> None:
-    path = tmp_path / "a.jsonl"
-    if existing:
-        write_jsonl_atomic(path, ROWS)
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    kept = "The previous file is intact" if existing else "Nothing was written"
-    with pytest.raises(MachineError, match=rf"cannot write {path}: No space left on device .*{kept}\. Free some space"):
-        write_jsonl_atomic(path, [{"a": 1}])
-    monkeypatch.undo()
-    assert os.listdir(tmp_path) == (["a.jsonl"] if existing else [])
-    if existing:
-        assert [row for row, _ in read_rows(path)] == ROWS
-
-
-def test_write_refuses_other_endings(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"end in \.jsonl"):
-        write_jsonl_atomic(tmp_path / "a.jsonl.gz", ROWS)
 
 
 def test_fingerprint_sees_content_and_row_order_not_key_order() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from stepkd.data import write_jsonl_atomic
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.evaluation import score_rows as module
 from stepkd.evaluation.score_rows import ScoreJob, labelled_scores, score_file
+from stepkd.runs.files import write_jsonl
 from stepkd.scorers import ScorerOptions, Solutions, TemperatureScaling
 
 
@@ -56,7 +56,7 @@ ROWS = [
 
 @pytest.fixture
 def job(tmp_path: Path) -> ScoreJob:
-    write_jsonl_atomic(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
     return ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", options=ScorerOptions(max_rows=2))
 
 
@@ -103,7 +103,7 @@ def test_reductions_and_meanings(job: ScoreJob, tmp_path: Path) -> None:
 
 
 def test_an_outcome_scorer_owes_only_the_last_step(tmp_path: Path) -> None:
-    write_jsonl_atomic(tmp_path / "rows.jsonl", [row("a", "p", [-1, -1, 30]), row("b", "q", [-1, -1])])
+    write_jsonl(tmp_path / "rows.jsonl", [row("a", "p", [-1, -1, 30]), row("b", "q", [-1, -1])])
     job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl")
     summary = score_file(job, scorer=Toy("outcome"))
     assert [r["score"] for r in read(job.out)] == [0.3, None]
@@ -133,7 +133,7 @@ def test_a_kill_between_the_last_writes(job: ScoreJob, monkeypatch: pytest.Monke
         raise StepkdError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_atomically", full)
+        patch.setattr(module, "write_file", full)
         with pytest.raises(StepkdError, match="disk full"):
             score_file(job, scorer=Toy())
     assert job.out.exists()
@@ -157,7 +157,7 @@ class Picky(Toy):
 
 def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None:
     rows = [row("a", "p", [90, 80]), row("b", "p", [13, 50]), row("c", "q", [13]), row("d", "r", [70])]
-    write_jsonl_atomic(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", options=ScorerOptions(max_rows=2))
     summary = score_file(job, scorer=Picky())
     out = read(job.out)
@@ -172,12 +172,12 @@ def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("scores", [[[13]], [[13], [13, 1]]])
 def test_when_no_row_of_the_first_batch_can_be_read_the_job_stops(tmp_path: Path, scores: list[list[int]]) -> None:
-    write_jsonl_atomic(tmp_path / "rows.jsonl", [row(str(i), "p", values) for i, values in enumerate(scores)])
+    write_jsonl(tmp_path / "rows.jsonl", [row(str(i), "p", values) for i, values in enumerate(scores)])
     job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl")
     with pytest.raises(DataError, match="0: 13 is no number"):
         score_file(job, scorer=Picky())
     assert not job.out.exists()
-    write_jsonl_atomic(tmp_path / "rows.jsonl", [row("a", "p", [12])])
+    write_jsonl(tmp_path / "rows.jsonl", [row("a", "p", [12])])
     score_file(job, scorer=Picky())
     assert len(read(job.out)) == 1, "a mended file is another job, and nothing had been scored"
 
@@ -202,7 +202,7 @@ def test_another_job_is_refused_and_overwrite_replaces(job: ScoreJob, tmp_path: 
         score_file(job, scorer=Toy(dies_after=1), overwrite=True)
     with pytest.raises(ConfigError, match=r"scorer.model: 'toy' then, 'other' now"):
         score_file(job, scorer=Toy(name="other"))
-    write_jsonl_atomic(tmp_path / "rows.jsonl", ROWS[:-1])
+    write_jsonl(tmp_path / "rows.jsonl", ROWS[:-1])
     with pytest.raises(ConfigError, match="rows: "):
         score_file(job, scorer=Toy())
 
@@ -219,7 +219,7 @@ def test_a_temperature_is_fitted_once_saved_and_applied(job: ScoreJob, tmp_path:
     held_out = [row(f"h{i}", f"h{i}", [98, 97, 3]) for i in range(9)] + [
         row("h", "h", [90, 95]) | {"labels": [False, None]}
     ]
-    write_jsonl_atomic(tmp_path / "held.jsonl", held_out)
+    write_jsonl(tmp_path / "held.jsonl", held_out)
     fitting = replace(job, fit_on=str(tmp_path / "held.jsonl"))
     scores, labels = labelled_scores(Toy(), held_out)
     assert (len(scores), sum(labels)) == (28, 18)
@@ -259,7 +259,7 @@ def test_solutions_in_one_text_are_cut_as_asked(job: ScoreJob) -> None:
         {"id": "b", "prompt": "p", "completion": text, "answer": "1", "segmenter": "newline"},
         {"id": "c", "prompt": "p", "completion": text, "answer": "1", "steps": ["10\n20\n\n30"]},
     ]
-    write_jsonl_atomic(Path(job.rollouts), texts)
+    write_jsonl(Path(job.rollouts), texts)
     score_file(replace(job, segmenter="blank_line"), scorer=Toy())
     assert [len(found["step_scores"]) for found in read(job.out)] == [2, 3, 1]
     with pytest.raises(ConfigError, match="unknown segmenter 'blank_lin': did you mean 'blank_line'"):
@@ -273,7 +273,7 @@ def test_mistakes(job: ScoreJob, tmp_path: Path) -> None:
         replace(job, fit_on="x", options=ScorerOptions(temperature=TemperatureScaling(2.0, 1.0, 1.0, 1)))
     with pytest.raises(ConfigError, match="are the rows to score: give held-out ones"):
         score_file(replace(job, fit_on=job.rollouts), scorer=Toy())
-    write_jsonl_atomic(tmp_path / "bad.jsonl", [row("a", "p", [1]) | {"completions": []}])
+    write_jsonl(tmp_path / "bad.jsonl", [row("a", "p", [1]) | {"completions": []}])
     with pytest.raises(DataError, match="column 'completions'"):
         score_file(replace(job, rollouts=str(tmp_path / "bad.jsonl")), scorer=Toy())
     assert not job.out.exists()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.io import write_jsonl_atomic
 from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.data.stepwise_io import trl_row
 from stepkd.errors import DataError
@@ -25,6 +24,7 @@ from stepkd.labels.step_check import StepCheck
 from stepkd.labels.step_pairs import first_wrong_step
 from stepkd.labels.summary import summarise_labels
 from stepkd.modules.focus import FocusSpec
+from stepkd.runs.files import write_jsonl
 from stepkd.scorers.scorer import Meaning, Solutions
 
 Rule = Callable[[list[float], float], list[bool]]
@@ -138,7 +138,7 @@ def test_a_half_is_correct_where_no_threshold_is_given(room: str) -> None:
 
 
 def test_evaluation_writes_the_same_verdicts(tmp_path: Path) -> None:
-    write_jsonl_atomic(tmp_path / "rows.jsonl", [stepwise(1.0, 0.5, 0.25)])
+    write_jsonl(tmp_path / "rows.jsonl", [stepwise(1.0, 0.5, 0.25)])
     spec = ProcessSpec("says", "step_labels", str(tmp_path / "out"), data=f"rows:path={tmp_path}/rows.jsonl")
     evaluate_process(spec, Says())
     (result,) = read_rows(tmp_path / "out" / "results.jsonl")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import stepkd
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, MachineError
 from stepkd.runs.files import write_json
 from stepkd.runs.rundir import RunDir, read_marker
 
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_old_marker(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match="no space left"):
+    with pytest.raises(MachineError, match="No space left"):
         run.mark("finished")
     assert tree(run.path) == before
 

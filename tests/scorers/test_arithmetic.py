@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.io import read_rows, write_jsonl_atomic
+from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError
 from stepkd.labels import LabelSpec, run_label_job
 from stepkd.labels.matching import row_labels
 from stepkd.modules.focus import Focus, FocusSpec
+from stepkd.runs.files import write_jsonl
 from stepkd.scorers import ArithmeticScorer, Solutions, load_scorer
 from stepkd.scorers.arithmetic import equations
 
@@ -174,7 +175,7 @@ def test_as_a_labeller(tmp_path: Path) -> None:
         {"id": "a", "prompt": "p", "answer": "15", "solution": "3 + 4 = 7\n7 * 2 = 15\n#### 15"},
         {"id": "b", "prompt": "q", "answer": "7", "solution": "She has them all.\n3 + 4 = 7\n#### 7"},
     ]
-    write_jsonl_atomic(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     out = tmp_path / "labels"
     run_label_job(
         LabelSpec(

@@ -64,7 +64,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
     from stepkd.claims.tiny_preference import train_tiny_preference
-    from stepkd.data.io import write_jsonl_atomic
+    from stepkd.runs.files import write_jsonl
 
     settings: StepPairSettings = unit.settings
     if all(arm.pairs == "none" for arm in unit.arms.values()):
@@ -82,7 +82,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
             facts = {"train_pairs": float(count), "available_pairs": float(len(found))}
             rows = unit.folder / f"{name}-pairs.jsonl"
             picked = sorted(generator(unit.seed, "step pairs", name).permutation(len(found))[:count])
-            write_jsonl_atomic(rows, [found[i] for i in picked])
+            write_jsonl(rows, [found[i] for i in picked])
             model = train_tiny_preference(
                 unit.folder / name,
                 method="dpo",

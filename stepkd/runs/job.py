@@ -1,0 +1,424 @@
+"""Jobs: long work that fills a folder, unit by unit, and that any number of processes share.
+
+A job's folder holds
+
+- ``settings.json``: the kind of the job and everything that decides its result; another job, or the same one under
+  other settings, is refused with the difference named;
+- ``parts/PHASE/KEY.jsonl``: the rows of one unit of work, written as a whole when the unit is done, so that a file that
+  is there is a unit that is done (:meth:`Job.missing` is the one place that decides this);
+- the job's outputs, merged from the parts when none is missing;
+- ``log/rank-N.jsonl``: when and where each unit was done. Times and names of machines stand here and nowhere else.
+
+A job has one or more phases, each a fixed list of units; what is done of a unit depends on nothing but the settings and
+the unit. Rank r of n works on the units r, r + n, ... that are missing. Ranks share a disk and nothing else: none talks
+to another, whoever finds nothing missing writes the outputs, and two that do write the same bytes. A killed job loses
+the units in flight; the same command, with any number of ranks, does what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import stepkd
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.runs.files import json_text, write_json, write_jsonl
+
+SETTINGS_NAME, SUMMARY_NAME, RESULTS_NAME = "settings.json", "summary.json", "results.jsonl"
+PARTS, LOG = "parts", "log"
+PACKAGES = ("torch", "transformers", "peft", "math-verify")
+"""Packages whose versions can change a job's result."""
+ABSENT = "(absent)"
+"""The value of a setting that only the other side has."""
+_OF_0_1 = ("manifest.json", "claim.json", "iterate.json")
+
+Row = Mapping[str, Any]
+U = TypeVar("U")
+
+Report = Callable[[str, int, int, Mapping[str, float]], None]
+"""Called with the phase, this rank's units that are done, its units in all, and running figures."""
+Figures = Callable[[Sequence[Row]], Mapping[str, tuple[float, float]]]
+"""Rows of a unit to running figures: name -> (numerator, denominator), summed over the units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """How this process takes part in a job; nothing here changes the result."""
+
+    rank: int = 0
+    """This process among those at work, from 0; they need no process group."""
+    world_size: int = 1
+    """Number of processes at work; a resumed job may have another."""
+    launch: str | None = None
+    """A word that all ranks of this launch share and no other launch has (:func:`stepkd.runs.launcher.launch_id`)."""
+    overwrite: bool = False
+    """Delete an earlier job of this kind in the folder first."""
+    wait_s: float = 1800.0
+    """Longest wait for other ranks without news, in seconds."""
+    report: Report | None = None
+    """Told of progress after every unit."""
+    say: Callable[[str], None] | None = None
+    """Told what is waited for, one line at a time."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One rank's view of a job.
+
+    Raises (every method that writes):
+        MachineError: a failed write (disk full, quota, permissions); every finished unit is intact.
+    """
+
+    out: Path
+    """The folder, on a disk that all ranks share."""
+    kind: str
+    """What the job is, a noun for messages and settings: ``evaluation``, ``labelling job``."""
+    outputs: Sequence[str] = ()
+    """Names of the files and folders that the job leaves beside its settings and parts."""
+    options: JobOptions = field(default_factory=JobOptions)
+    """How this process takes part."""
+
+    # ---- the folder ------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse a folder that cannot take this job, before anything slow and without changing anything.
+
+        Raises:
+            ConfigError: not a folder, files of something else in it, a job of another kind or of version 0.1, or
+                (``overwrite``) more than such a job in it.
+        """
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--out {self.out} is a file: give a folder")
+        names = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
+        own = {SETTINGS_NAME, PARTS, LOG, *self.outputs}
+        foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
+        if SETTINGS_NAME not in names:
+            if found := foreign or [name for name in names if name in own - {LOG}]:
+                old = [name for name in found if name in _OF_0_1]
+                why = (
+                    f"is of stepkd 0.1 ({old[0]}), whose jobs this version cannot resume"
+                    if old
+                    else (f"is not empty ({_some(found)}) and holds no {self.kind} (no {SETTINGS_NAME})")
+                )
+                raise ConfigError(f"{self.out} {why}: give another --out")
+        elif (kind := read_settings(self.out)["kind"]) != self.kind:
+            raise ConfigError(f"{self.out} holds another kind of job ({kind}), not a {self.kind}: give another --out")
+        elif self.options.overwrite and foreign:
+            raise ConfigError(
+                f"{self.out} holds more than a {self.kind} ({_some(foreign)}), so --overwrite does not touch it: move "
+                "those files away, or give another --out"
+            )
+
+    def begin(self, settings: Mapping[str, Any], *, free: Iterable[str] = ()) -> dict[str, Any]:
+        """Make the folder ready: begin the job, resume it, or (``overwrite``) delete an earlier one first.
+
+        Args:
+            settings: everything that decides the result, JSON values; the kind is added.
+            free: settings (dotted names, or groups of them) that may differ from those of an earlier start.
+
+        Returns:
+            The settings that the folder holds.
+
+        Raises:
+            ConfigError: the folder holds something else, or the job under other settings (they are named).
+            StepkdError: rank 0 does not come.
+        """
+        self.check()
+        wanted = json.loads(json_text({"kind": self.kind, **settings}, path=self.out / SETTINGS_NAME))
+        if self.options.overwrite:
+            self._empty()
+        if (self.out / SETTINGS_NAME).is_file():
+            found = read_settings(self.out)
+            check_same(found, wanted, self.out, free=free)
+        else:
+            found = wanted
+            write_json(self.out / SETTINGS_NAME, wanted)
+        self._log({"event": "start", "command": shlex.join(sys.argv), "host": socket.gethostname(), "pid": os.getpid()})
+        return dict(found)
+
+    def _empty(self) -> None:
+        """Delete an earlier job's files (rank 0), or wait until that is done; once per launch."""
+        rank, launch = self.options.rank, self.options.launch
+        if self.options.world_size > 1 and launch is None:
+            raise ConfigError(
+                f"--overwrite with {self.options.world_size} processes that share no run id cannot tell who deletes "
+                f"what: delete {self.out} yourself, or start with torchrun --standalone"
+            )
+        mark = self.out / LOG / "overwritten.json"
+
+        def is_done() -> bool:
+            with contextlib.suppress(OSError, ValueError):
+                return launch is not None and bool(json.loads(mark.read_bytes()) == launch)
+            return False
+
+        if is_done():
+            return
+        if rank:
+            self._await(is_done, lambda: f"rank {rank} waits for rank 0 to begin {self.out}", "rank 0 did not begin")
+            return
+        # The settings go last: a kill in between leaves a folder that --overwrite still accepts.
+        for path in [self.out / name for name in (*self.outputs, PARTS, LOG, SETTINGS_NAME)]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        if launch is not None:
+            write_json(mark, launch)
+
+    # ---- units -----------------------------------------------------------------------------------------------------
+
+    def missing(self, phase: str, units: Iterable[str]) -> list[str]:
+        """The units of a phase that nobody has done yet, in their order: those without a part."""
+        folder = self.out / PARTS / phase
+        done = {path.stem for path in folder.iterdir() if path.suffix != ".tmp"} if folder.is_dir() else set()
+        return [key for key in units if key not in done]
+
+    def work(
+        self, phase: str, units: Mapping[str, U], do: Callable[[U], Sequence[Row]], figures: Figures | None = None
+    ) -> None:
+        """Do this rank's units of a phase that nobody has done yet.
+
+        Args:
+            phase: its name, that of a folder.
+            units: every unit of the phase by its key, the same and in the same order on all ranks.
+            do: a unit to its rows, JSON values; they depend on nothing but the settings and the unit.
+            figures: running figures for the progress line.
+
+        Raises:
+            DataError: a row that JSON cannot hold.
+        """
+        self.work_files(phase, units, lambda unit, path: write_jsonl(path, do(unit)), ".jsonl", figures)
+
+    def work_files(
+        self,
+        phase: str,
+        units: Mapping[str, U],
+        write: Callable[[U, Path], object],
+        suffix: str,
+        figures: Figures | None = None,
+    ) -> None:
+        """:meth:`work` for parts in another format: ``write`` is given the unit and the path of its part."""
+        mine = list(units)[self.options.rank :: self.options.world_size]
+        todo = self.missing(phase, mine)
+        sums: dict[str, tuple[float, float]] = {}
+        for number, key in enumerate(todo, start=1):
+            start = time.perf_counter()
+            path = self.part(phase, key, suffix)
+            write(units[key], path)
+            self._log({"phase": phase, "unit": key, "seconds": round(time.perf_counter() - start, 3)})
+            for name, (more, of) in (figures(_read_part(path)) if figures else {}).items():
+                good, seen = sums.get(name, (0.0, 0.0))
+                sums[name] = (good + more, seen + of)
+            if self.options.report is not None:
+                shown = {name: good / seen for name, (good, seen) in sums.items() if seen}
+                self.options.report(phase, len(mine) - len(todo) + number, len(mine), shown)
+
+    def once(
+        self, phase: str, key: str, do: Callable[[], Row], *, inputs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Do one unit unless it is done, and give what it left.
+
+        Args:
+            phase, key: which unit.
+            do: does it; returns facts about the result, JSON values.
+            inputs: fingerprints of what it works from, kept beside the facts.
+
+        Returns:
+            The facts.
+
+        Raises:
+            ConfigError: the unit was done from other inputs (they are named).
+        """
+        wanted = json.loads(json_text(dict(inputs or {})))
+        if not self.missing(phase, [key]):
+            (record,) = _read_part(self.part(phase, key))
+            check_same(record["inputs"], wanted, f"{self.part(phase, key)} is finished, and what it worked from")
+        else:
+            self.work(phase, {key: None}, lambda _: [{"inputs": wanted, "facts": do()}])
+            (record,) = _read_part(self.part(phase, key))
+        return dict(record["facts"])
+
+    def rows(self, phase: str, units: Iterable[str]) -> list[dict[str, Any]] | None:
+        """All rows of a phase, by their ``index`` where they have one; None while a unit is missing."""
+        units = list(units)
+        if self.missing(phase, units):
+            return None
+        rows = [row for key in units for row in _read_part(self.part(phase, key))]
+        return sorted(rows, key=lambda row: row.get("index", 0))
+
+    def wait(self, phase: str, units: Iterable[str]) -> list[dict[str, Any]]:
+        """All rows of a phase, waiting for the other ranks' units.
+
+        Raises:
+            StepkdError: no unit became ready for ``wait_s``.
+        """
+        units = list(units)
+
+        def whom() -> str:
+            ranks = sorted({units.index(key) % self.options.world_size for key in self.missing(phase, units)})
+            return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+        self._await(
+            lambda: not self.missing(phase, units),
+            lambda: f"rank {self.options.rank} has finished its {phase} and waits for {whom()}",
+            f"rank {self.options.rank} waits for units of {phase}",
+            lambda: len(self.missing(phase, units)),
+        )
+        return self.rows(phase, units) or []
+
+    def part(self, phase: str, key: str, suffix: str = ".jsonl") -> Path:
+        """The file that a unit leaves when it is done."""
+        return self.out / PARTS / phase / f"{key}{suffix}"
+
+    # ---- outputs ---------------------------------------------------------------------------------------------------
+
+    def finish(self, name: str, rows: Iterable[Row], summary: Mapping[str, Any]) -> None:
+        """Write a file of rows and ``summary.json``; every rank that gets here writes the same bytes."""
+        write_jsonl(self.out / name, rows)
+        write_json(self.out / SUMMARY_NAME, summary)
+        for path in (self.out / PARTS).rglob(".*.tmp"):  # of processes that were killed while they wrote
+            path.unlink(missing_ok=True)
+
+    def _log(self, entry: Mapping[str, Any]) -> None:
+        path = self.out / LOG / f"rank-{self.options.rank}.jsonl"
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with contextlib.suppress(OSError):  # a full disk is reported where a result is lost, not here
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as stream:
+                stream.write(json_text({"time": now, **entry}) + "\n")
+
+    def _await(
+        self,
+        ready: Callable[[], bool],
+        line: Callable[[], str],
+        failure: str,
+        news: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """Wait until something is there; give up after ``wait_s`` without news."""
+        seen, since, pause, told = news(), time.monotonic(), 0.1, False
+        while not ready():
+            if (now := news()) != seen:
+                seen, since = now, time.monotonic()
+            if time.monotonic() - since >= self.options.wait_s:
+                raise StepkdError(
+                    f"{failure} in {self.out}, and nothing new came for {self.options.wait_s:g} s: are all ranks "
+                    "running, on the same disk? What is done is kept: give the same command again, with any number of "
+                    "processes, or wait longer (--wait)"
+                )
+            if self.options.say is not None and not told:
+                self.options.say(line())
+                told = True
+            time.sleep(min(pause, self.options.wait_s))
+            pause = min(2 * pause, 10.0)
+
+
+def numbered(groups: Sequence[U]) -> dict[str, U]:
+    """Units by their number, in order: ``000000``, ``000001``, ..."""
+    return {f"{number:06d}": group for number, group in enumerate(groups)}
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of stepkd and of the packages that touch results; None for one that is not installed."""
+    versions: dict[str, str | None] = {"stepkd": stepkd.__version__}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """``settings.json`` of a job's folder.
+
+    Raises:
+        DataError: none there, or damaged.
+    """
+    path = Path(folder) / SETTINGS_NAME
+    try:
+        settings = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"no settings of a job there ({error.strerror}): is this the --out of a job?", path=path
+        ) from error
+    except ValueError as error:
+        raise DataError(f"not valid JSON ({error}): give another --out", path=path) from error
+    if not isinstance(settings, dict) or "kind" not in settings:
+        raise DataError("not the settings of a job: give another --out", path=path)
+    return settings
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, free: Iterable[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, as dotted name -> (old value, new value); :data:`ABSENT` where a side has none.
+
+    The number of CPU threads decides rounding and counts, but not where both sides computed on an accelerator.
+
+    Args:
+        old, new: nested settings.
+        free: dotted names, or groups of them, that are left out.
+    """
+    then, now, allowed = _flat(old), _flat(new), tuple(free)
+    if all(not str(side.get("device", "cpu")).startswith("cpu") for side in (then, now)):
+        allowed += ("threads",)
+    return {
+        key: (then.get(key, ABSENT), now.get(key, ABSENT))
+        for key in {**then, **now}
+        if then.get(key, ABSENT) != now.get(key, ABSENT)
+        and not any(key == name or key.startswith(f"{name}.") for name in allowed)
+    }
+
+
+def check_same(old: Mapping[str, Any], new: Mapping[str, Any], place: str | Path, *, free: Iterable[str] = ()) -> None:
+    """Refuse to resume under settings that would give another result.
+
+    Args:
+        old, new: settings then and now.
+        place: the folder, for the message.
+        free: see :func:`differences`.
+
+    Raises:
+        ConfigError: naming every setting that differs, with both values.
+    """
+    if found := differences(old, new, free=free):
+        lines = [f"  {key}: {then!r} then, {now!r} now" for key, (then, now) in found.items()]
+        raise ConfigError(
+            f"{place} was begun under other settings, so it cannot be resumed:\n"
+            + "\n".join(lines)
+            + "\nGive the old settings again, another --out, or --overwrite to start again."
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {name: value}
+    return {
+        key: leaf
+        for part, item in value.items()
+        for key, leaf in _flat(item, f"{name}.{part}" if name else str(part)).items()
+    }
+
+
+def _read_part(path: Path) -> list[dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return [json.loads(line) for line in stream]
+    except (OSError, ValueError) as error:
+        raise DataError(f"a damaged part ({error}): delete it and give the same command again", path=path) from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
