@@ -20,12 +20,14 @@ import stepkd.evaluation.disk as disk
 import stepkd.evaluation.store as store
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError, ModelError, StepkdError
+from stepkd.evaluation import runner
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.runner import EvaluationSpec, evaluate
 from stepkd.evaluation.store import read_rows
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.checkpoint import tokenizer_fingerprint
+from stepkd.runs.files import write_json
 
 TASK = "task=modular:terms=3,n=7"  # the data of the `spec` fixture
 FILES = ["manifest.json", "results.jsonl", "summary.json"]
@@ -375,17 +377,19 @@ def test_disk_full_while_writing_results(
     assert results(spec.out) == results(tmp_path / "whole")
 
 
+def _no_space(fd: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_disk_full_while_writing_the_summary(
     spec: EvaluationSpec, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(fd: int, data: bytes) -> None:
-        if b'"metrics"' in data:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(fd, data)
+    def full(path: Path, summary: dict[str, Any]) -> None:
+        patch.setattr(os, "fsync", _no_space)
+        write_json(path, summary)
 
-    real = disk.write_all
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "write_all", full)
+        patch.setattr(runner, "write_json", full)
         with pytest.raises(StepkdError, match=r"summary\.json: No space left on device"):
             evaluate(spec, policy=policy)
     assert len(results(spec.out)) == 7
