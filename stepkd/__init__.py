@@ -4,4 +4,4 @@ Process reward models, step-level preference training and on-policy distillation
 loss functions. The package root imports nothing heavy; take what you need from the subpackages.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

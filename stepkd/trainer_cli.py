@@ -35,7 +35,7 @@ from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.preemption import Preempted
 from stepkd.runs.quiet import quiet_libraries
 from stepkd.runs.resume import check_changes, newest_config, recipe_settings, short_name
-from stepkd.runs.rundir import free_path
+from stepkd.runs.rundir import check_version, free_path
 from stepkd.safe import check_import
 from stepkd.training.checkpoint_io import AtomicCheckpointIO
 from stepkd.training.failure import explained
@@ -180,6 +180,7 @@ class StepkdCLI(LightningCLI):
 
     def _changes(self, out: Path) -> list[str]:
         """What differs from the run that is resumed, where a checkpoint is left of it."""
+        check_version(out)
         earlier = newest_config(out)
         if earlier is None or find_last_checkpoint(out / "checkpoints") is None:
             return []

@@ -189,6 +189,7 @@ class RunDir:
         )
 
     def _check_resume(self, marker: Mapping[str, Any]) -> str:
+        check_version(self.path)
         if marker.get("kind") != self.kind:
             raise ConfigError(
                 f"{self.path} holds a run of kind {marker.get('kind')!r}, so --resume cannot continue it as "
@@ -262,6 +263,20 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return marker if isinstance(marker, dict) and "stepkd" in marker and "kind" in marker else None
+
+
+def check_version(path: Path) -> None:
+    """Refuse to resume a run of stepkd 0.1.
+
+    Raises:
+        ConfigError: the folder's marker says 0.1.
+    """
+    version = str((read_marker(path) or {}).get("stepkd"))
+    if version.startswith("0.1."):
+        raise ConfigError(
+            f"{path} holds a run of stepkd {version}, which this version ({stepkd.__version__}) cannot resume: "
+            "continue it with that version, or give another --out, or --overwrite to delete it"
+        )
 
 
 def _overwrite(path: Path, marker: dict[str, Any]) -> None:

@@ -415,3 +415,17 @@ def test_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["export", str(tmp_path / "none.ckpt"), "--to", str(tmp_path / "out")]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_version_0_1_is_exported_and_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--config", RECIPE, "--trainer.max_steps", "1", "--data.train.options.n", "4", "--data.validation", "null"]
+    run = tmp_path / "run"
+    assert main(["fit", *small, "--model.policy.path", "tiny-0.1m", "--out", str(run)]) == 0
+    last = run / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content["stepkd"]["format"] = 1
+    torch.save(content, last)
+    assert main(["export", str(run), "--to", str(tmp_path / "model")]) == 0
+    again = ["fit", *small, "--model.policy.path", "tiny-0.1m"]
+    assert main([*again, "--ckpt_path", str(run), "--out", str(tmp_path / "other")]) == 2
+    assert "was written by stepkd 0.1" in capsys.readouterr().err

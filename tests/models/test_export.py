@@ -15,6 +15,7 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
 from stepkd.models import export as export_module
+from stepkd.models.checkpoint import load_trained
 from stepkd.models.export import export_model, save_policy
 from stepkd.models.trained_template import trained_template
 
@@ -268,3 +269,33 @@ def test_an_export_says_the_prompt_template_of_its_run(folder: Path, tmp_path: P
     out = export_model(tmp_path / "run", tmp_path / "out", mode=mode)
     assert trained_template(out) == own
     assert json.loads((out / "prompt_template.json").read_text())["system"] == "Be brief."
+
+
+HEAD_OF_0_1 = """{
+  "kind": "label_tokens",
+  "format": {"marker": "~", "separator": "\\n", "marker_place": "step_end", "tokenize": "whole"},
+  "labels": ["-", "+"],
+  "restricted": true,
+  "classes": 2,
+  "layers": 2,
+  "neutral": "right",
+  "meaning": "correctness"
+}
+"""
+TEMPLATE_OF_0_1 = """{
+  "style": "plain", "system": null, "user": "{prompt}", "plain": "{prompt}", "few_shot": 0,
+  "answer_line": "#### {answer}", "separator": "\\n\\n", "answer_prefix": "", "chat_kwargs": {}
+}
+"""
+
+
+def test_exports_of_version_0_1_still_load(folder: Path) -> None:
+    """Its files as it wrote them, beside a plain model folder."""
+    plain_logits = logits(load_trained(folder).model)
+    (folder / "step_head.json").write_text(HEAD_OF_0_1)
+    (folder / "prompt_template.json").write_text(TEMPLATE_OF_0_1)
+    policy = load_trained(folder)
+    assert torch.equal(logits(policy.model), plain_logits)
+    head = policy.require_step_head().spec
+    assert (head.kind, head.format.marker, head.format.tokenize) == ("label_tokens", "~", "whole")
+    assert trained_template(folder) == PromptTemplate(style="plain", separator="\n\n", few_shot=0)

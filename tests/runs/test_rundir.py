@@ -56,6 +56,16 @@ def test_a_new_folder_is_made_with_its_marker(tmp_path: Path) -> None:
     assert marker["created"].endswith("+00:00")
 
 
+def test_a_run_of_version_0_1_is_not_resumed(tmp_path: Path) -> None:
+    run = start(tmp_path / "r")
+    marker = read_marker(run.path) or {}
+    write_json(run.path / "run.json", {**marker, "stepkd": "0.1.0", "status": "stopped"})
+    for status in ({"resume": True}, {"resume": True, "kind": "evaluate"}):
+        with pytest.raises(ConfigError, match=r"of stepkd 0\.1\.0, which this version .* cannot resume"):
+            start(run.path, **status)
+    assert "was deleted" in start(run.path, overwrite=True).message
+
+
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     assert start(tmp_path).path == tmp_path
 
