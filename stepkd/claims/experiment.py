@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from stepkd.errors import ConfigError, DataError, nearest
-from stepkd.evaluation.intervals import FloatArray
 from stepkd.safe import check_import
+from stepkd.statistics import FloatArray
 
 Report: TypeAlias = Callable[[str], None]
 """Takes one line about what is being done now."""

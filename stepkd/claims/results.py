@@ -11,9 +11,9 @@ from typing import Any
 from stepkd.claims.claim_file import Claim
 from stepkd.claims.runner import seed_values
 from stepkd.claims.statements import SeedValues, overall
-from stepkd.claims.statistics import RESAMPLES, Estimate, estimate_mean
 from stepkd.errors import DataError
 from stepkd.runs.files import write_file
+from stepkd.statistics import RESAMPLES, Estimate, estimate_mean
 
 RESULTS_FORMAT = 1
 RESULTS_FOLDER = "results"
@@ -80,7 +80,7 @@ def _metrics(claim: Claim, variant: str, values: SeedValues) -> dict[str, Any]:
     """Arm -> metric or fact -> numbers, facts last."""
     names = [*claim.experiment.metric_names(claim.variants[variant]), *claim.experiment.facts]
     return {
-        arm: {name: _numbers(estimate_mean(values[arm][name], level=LEVEL)) for name in names if name in values[arm]}
+        arm: {name: _numbers(estimate_mean(values[arm][name])) for name in names if name in values[arm]}
         for arm in claim.arms
     }
 

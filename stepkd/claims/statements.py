@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from stepkd.claims.statistics import (
+from stepkd.errors import ConfigError, check_choice
+from stepkd.statistics import (
     Estimate,
+    FloatArray,
+    Interval,
     estimate_difference,
     estimate_mean,
     estimate_ratio,
     estimate_seed_ratio,
 )
-from stepkd.errors import ConfigError, check_choice
-from stepkd.evaluation.intervals import FloatArray, Interval
 
 Verdict: TypeAlias = Literal["reproduced", "not reproduced", "inconclusive"]
 Direction: TypeAlias = Literal["higher", "lower"]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from stepkd.errors import DataError
-from stepkd.evaluation.intervals import Interval, cluster_bootstrap, plain_dict, ratio_interval, ratio_of_sums
 from stepkd.evaluation.step_metrics import cluster_sums, proper_width
+from stepkd.statistics import Interval, cluster_bootstrap, plain_dict, ratio_interval, ratio_of_sums
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def argmin_positions(
         scores: per solution its step scores, none missing.
         problems: per solution the id of its problem; None when every solution belongs to another problem.
         bins: bins of the relative position, at least 1.
-        level, seed, n_resamples: as in :func:`~stepkd.evaluation.intervals.cluster_bootstrap`.
+        level, seed, n_resamples: as in :func:`~stepkd.statistics.cluster_bootstrap`.
 
     Raises:
         DataError: a missing score (an outcome scorer has no positions), different lengths, no bins, or no solution

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.intervals import (
+from stepkd.evaluation.metrics import maj_at_k, pass_at_k
+from stepkd.randomness import generator
+from stepkd.statistics import (
     FloatArray,
     Interval,
     cluster_bootstrap,
@@ -26,8 +28,6 @@ from stepkd.evaluation.intervals import (
     paired_bootstrap,
     plain_dict,
 )
-from stepkd.evaluation.metrics import maj_at_k, pass_at_k
-from stepkd.randomness import generator
 
 MAX_EXACT_SUBSETS = 2_000
 """Most subsets a weighted vote enumerates; beyond it, subsets are drawn."""
@@ -195,7 +195,7 @@ def bon_curve(
         problems: the problems with their samples; each has at least max(ks), and what is drawn is k of all it has.
         ks: numbers of samples, each at least 1.
         scores: name -> per problem one score in [0, 1] per sample, or None (unscored).
-        level, seed, n_resamples: as in :func:`~stepkd.evaluation.intervals.cluster_bootstrap`; the seed also draws the
+        level, seed, n_resamples: as in :func:`~stepkd.statistics.cluster_bootstrap`; the seed also draws the
             subsets of large weighted votes.
 
     Returns:

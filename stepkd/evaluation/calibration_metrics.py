@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.evaluation.intervals import (
+from stepkd.evaluation.step_metrics import cluster_sums, proper_width
+from stepkd.statistics import (
     FloatArray,
     Interval,
     cluster_bootstrap,
@@ -24,7 +25,6 @@ from stepkd.evaluation.intervals import (
     ratio_interval,
     ratio_of_sums,
 )
-from stepkd.evaluation.step_metrics import cluster_sums, proper_width
 
 Binning = Literal["width", "mass"]
 """Bins of equal width on [0, 1], or of about equal count (equal probabilities stay together)."""
@@ -131,7 +131,7 @@ def calibration_report(
         problems: (n,) id of the problem each comes from; None when each comes from another one.
         bins, binning: as in :func:`reliability_bins`; the bins stay fixed under resampling.
         confident: the values c of the over-confidence rate, each in [0, 1].
-        level, seed, n_resamples: as in :func:`~stepkd.evaluation.intervals.cluster_bootstrap`.
+        level, seed, n_resamples: as in :func:`~stepkd.statistics.cluster_bootstrap`.
 
     Returns:
         The report; bounds are NaN where every resample gives the same value.

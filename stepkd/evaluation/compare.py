@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.intervals import Interval, mcnemar_exact, mean_interval, paired_bootstrap
 from stepkd.evaluation.manifest import RESULTS_NAME, manifest_differences, read_manifest
 from stepkd.evaluation.store import read_rows
+from stepkd.statistics import Interval, mcnemar_exact, mean_interval, paired_bootstrap
 
 LISTED_IDS = 10
 """Most problem ids printed per list; ``to_dict`` has them all."""

@@ -8,7 +8,7 @@ A result row is one problem::
                   "step_labels": [bool] | None}, ...]}
 
 ``vote`` is the key of the answer's equivalence class: equal keys are equal answers. The intervals and paired tests
-live in :mod:`stepkd.evaluation.intervals`.
+live in :mod:`stepkd.statistics`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, mean_interval, ratio_interval
+from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, mean_interval, ratio_interval
 
 VERDICTS = ("correct", "wrong", "unparsed", "timeout")
 FINISHES = ("stop", "length")

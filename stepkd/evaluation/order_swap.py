@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.intervals import Interval, cluster_bootstrap, plain_dict, ratio_interval, ratio_of_sums
 from stepkd.evaluation.step_metrics import cluster_sums
 from stepkd.scorers.reductions import Reduction, reduce_scores
 from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.statistics import Interval, cluster_bootstrap, plain_dict, ratio_interval, ratio_of_sums
 from stepkd.tasks import row_problem
 from stepkd.tasks.base import is_answer
 
@@ -131,7 +131,7 @@ def order_swap_test(
         scores: for each swap the step scores of its two solutions: ``scorer.score([s.solutions() for s in swaps])``.
         meaning, reduction: how step scores become one, as in :func:`~stepkd.scorers.reductions.reduce_scores`.
         tolerance: changes up to this are no change, in [0, 1].
-        level, seed, n_resamples: as in :func:`~stepkd.evaluation.intervals.cluster_bootstrap`; problems are resampled.
+        level, seed, n_resamples: as in :func:`~stepkd.statistics.cluster_bootstrap`; problems are resampled.
 
     Raises:
         DataError: no swaps, scores that do not fit them, or none that has both scores.

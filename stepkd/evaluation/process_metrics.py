@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stepkd.errors import DataError
-from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, plain_dict, wilson_interval
+from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, plain_dict, wilson_interval
 from stepkd.steps.labels import passes
 
 NO_ERROR = -1
@@ -77,7 +77,7 @@ def processbench_f1(
     Args:
         predictions: (n,) predicted index of the first wrong step, or -1.
         labels: (n,) true ones.
-        level, seed, n_resamples: as in :func:`~stepkd.evaluation.intervals.cluster_bootstrap`.
+        level, seed, n_resamples: as in :func:`~stepkd.statistics.cluster_bootstrap`.
 
     Returns:
         The accuracies with Wilson intervals; the F1 with the bootstrap over problems. Where every resample gives the

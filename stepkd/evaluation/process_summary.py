@@ -13,7 +13,6 @@ import numpy as np
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.argmin_positions import argmin_positions
 from stepkd.evaluation.calibration_metrics import calibration_report
-from stepkd.evaluation.intervals import Interval
 from stepkd.evaluation.manifest import RESULTS_NAME
 from stepkd.evaluation.order_swap import Swap, order_swap_test
 from stepkd.evaluation.process_metrics import f1_difference, predicted_first_error, processbench_f1
@@ -21,6 +20,7 @@ from stepkd.evaluation.process_threshold import always_positive_baseline, random
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.evaluation.store import read_rows
 from stepkd.scorers.scorer import Meaning
+from stepkd.statistics import Interval
 
 Row = Mapping[str, Any]
 _RANDOM_GRID = tuple(np.round(np.arange(0.02, 1.0, 0.02), 2))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.intervals import FloatArray
 from stepkd.evaluation.process_metrics import (
     NO_ERROR,
     F1Result,
@@ -22,6 +21,7 @@ from stepkd.evaluation.process_metrics import (
     processbench_f1,
 )
 from stepkd.randomness import generator
+from stepkd.statistics import FloatArray
 
 
 @dataclass(frozen=True)

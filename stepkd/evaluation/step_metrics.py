@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import DataError
-from stepkd.evaluation.intervals import FloatArray, Interval, Statistic, cluster_bootstrap, plain_dict, ratio_interval
+from stepkd.statistics import FloatArray, Interval, Statistic, cluster_bootstrap, plain_dict, ratio_interval
 
 IntArray: TypeAlias = NDArray[np.int64]
 
@@ -141,7 +141,7 @@ def step_metrics(
     Args:
         steps: what :func:`labelled_steps` gives.
         threshold: a step is called right when its score is not below it.
-        level, seed, n_resamples: as in :func:`~stepkd.evaluation.intervals.cluster_bootstrap`.
+        level, seed, n_resamples: as in :func:`~stepkd.statistics.cluster_bootstrap`.
 
     Returns:
         The values with intervals; bounds are NaN where every resample gives the same value (a perfect ranking).

@@ -17,7 +17,6 @@ import numpy as np
 from stepkd.data.io import read_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
-from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.metrics import summarise
 from stepkd.grading import Grader
@@ -32,6 +31,7 @@ from stepkd.models.trained_template import template_for
 from stepkd.rollout import annotate
 from stepkd.rollout.transformers_sampler import encode_prompts
 from stepkd.scorers.load import pick_device
+from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
 from stepkd.steps.labels import verdicts
 
 Row = Mapping[str, Any]

@@ -10,8 +10,8 @@ import numpy as np
 
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError
-from stepkd.evaluation.intervals import FloatArray, Interval, cluster_bootstrap, ratio_interval
 from stepkd.labels.matching import check_same_steps, row_labels
+from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, ratio_interval
 from stepkd.steps.labels import verdicts
 
 Row = Mapping[str, Any]

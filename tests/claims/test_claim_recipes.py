@@ -14,9 +14,8 @@ from stepkd.claims.claim_file import load_claim
 from stepkd.claims.experiment import experiment_names, get_experiment
 from stepkd.claims.results import read_results, results_path
 from stepkd.claims.statements import Statement, overall
-from stepkd.claims.statistics import t_interval
 from stepkd.cli import main
-from stepkd.evaluation.intervals import Interval
+from stepkd.statistics import Interval, t_interval
 
 ROOT = Path(__file__).resolve().parents[2] / "recipes" / "claims"
 CLAIMS = sorted(ROOT.glob("*.yaml"))

@@ -14,10 +14,10 @@ from rich.console import Console
 from stepkd.claims.claim_file import load_claim
 from stepkd.claims.results import committed_verdict, read_results, results_path, save_results, summarise_claim
 from stepkd.claims.runner import run_claim
-from stepkd.claims.statistics import t_interval
 from stepkd.claims.table import number_text, print_results
 from stepkd.cli import main
 from stepkd.errors import DataError
+from stepkd.statistics import t_interval
 
 Write = Callable[..., Path]
 

@@ -9,7 +9,7 @@ import pytest
 from stepkd.claims.experiment import value_array
 from stepkd.claims.statements import Statement, overall
 from stepkd.errors import ConfigError
-from stepkd.evaluation.intervals import Interval
+from stepkd.statistics import Interval
 
 
 def interval(low: float, high: float) -> Interval:

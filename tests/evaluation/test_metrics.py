@@ -1,4 +1,4 @@
-"""pass@k, maj@k, intervals and paired tests against closed forms and enumeration."""
+"""pass@k, maj@k and summaries of result rows against closed forms and enumeration."""
 
 from __future__ import annotations
 
@@ -16,17 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation import intervals
-from stepkd.evaluation.intervals import (
-    cluster_bootstrap,
-    mcnemar_exact,
-    mean_interval,
-    paired_bootstrap,
-    ratio_interval,
-    ratio_of_sums,
-    wilson_interval,
-)
 from stepkd.evaluation.metrics import maj_at_k, pass_at_k, summarise
+from stepkd.statistics import wilson_interval
 
 
 def enumerated_maj(answers: list[str | None], correct: list[bool], k: int) -> float:
@@ -131,159 +122,6 @@ def test_maj_at_k_bad_input() -> None:
         maj_at_k(["a", "b"], [True], 1)
     with pytest.raises(ConfigError, match=r"maj@3 needs .* there are 2; draw more samples or lower k"):
         maj_at_k(["a", "b"], [True, False], 3)
-
-
-# --- intervals ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    # Newcombe 1998, table I, method 3 (Wilson score without continuity correction), to four decimals.
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_known_values(successes: int, n: int, low: float, high: float) -> None:
-    interval = wilson_interval(successes, n)
-    assert interval.value == successes / n
-    assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
-
-
-def test_wilson_bounds_solve_the_score_equation() -> None:
-    z = 2.5758293035489004  # 99%
-    interval = wilson_interval(7, 30, level=0.99)
-    for bound in (interval.low, interval.high):
-        assert abs(7 / 30 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 30), rel=1e-9)
-
-
-def test_wilson_is_symmetric_and_refuses_bad_input() -> None:
-    few, many = wilson_interval(3, 10), wilson_interval(7, 10)
-    assert few.low == pytest.approx(1 - many.high)
-    assert wilson_interval(10, 10).high == 1.0
-    with pytest.raises(ConfigError, match="successes=0, n=0"):
-        wilson_interval(0, 0)
-    with pytest.raises(ConfigError, match=r"level 95 must lie between 0 and 1"):
-        wilson_interval(1, 2, level=95)
-
-
-def test_bootstrap_equals_exact_distribution_of_two_problems() -> None:
-    # Resampled means of {0, 1}: 0 (1/4), 1/2 (1/2), 1 (1/4). Their 10% and 90% points are 0 and 1, 30% and 70% are 1/2.
-    wide = cluster_bootstrap([0.0, 1.0], level=0.8)
-    narrow = cluster_bootstrap([0.0, 1.0], level=0.4)
-    assert (wide.value, wide.low, wide.high) == (0.5, 0.0, 1.0)
-    assert (narrow.low, narrow.high) == (0.5, 0.5)
-
-
-def test_bootstrap_width_near_normal_theory_and_free_of_order_effects_of_chunks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    values = np.random.default_rng(1).normal(size=400)
-    whole = cluster_bootstrap(values, seed=3)
-    standard_error = values.std() / math.sqrt(values.size)
-    assert whole.high - whole.low == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
-    monkeypatch.setattr(intervals, "RESAMPLE_ELEMENTS", 4_001)
-    assert cluster_bootstrap(values, seed=3) == whole
-    assert cluster_bootstrap(values, seed=4) != whole
-
-
-def test_bootstrap_by_problem_covers_the_truth() -> None:
-    """Samples of one problem share a hidden success rate; the interval covers the mean rate about 95% of the time."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(300):
-        rates = rng.beta(0.5, 0.5, size=60)  # true mean 1/2, strong clustering
-        shares = rng.binomial(8, rates) / 8
-        interval = cluster_bootstrap(shares, n_resamples=400, seed=trial)
-        covered += interval.low <= 0.5 <= interval.high
-    assert 0.90 <= covered / 300 <= 0.98
-    # Treating the 480 samples as independent is what the cluster bootstrap guards against: much too narrow.
-    naive = wilson_interval(240, 480)
-    assert interval.high - interval.low > 1.5 * (naive.high - naive.low)
-
-
-def test_ratio_bootstrap_resamples_both_parts_together() -> None:
-    # Every problem has the same ratio, so the ratio of sums never moves although both parts do.
-    pairs = np.array([[1, 2], [5, 10], [50, 100]])
-    interval = cluster_bootstrap(pairs, ratio_of_sums, n_resamples=500)
-    assert (interval.value, interval.low, interval.high) == (0.5, 0.5, 0.5)
-    # Without a denominator: undefined, and null in JSON; resamples without one are left out.
-    empty = cluster_bootstrap([[0, 0], [0, 0]], ratio_of_sums)
-    assert empty.to_dict() == {"value": None, "low": None, "high": None, "method": "bootstrap"}
-    sparse = cluster_bootstrap([[1, 1], [0, 0]], ratio_of_sums)
-    assert (sparse.value, sparse.low, sparse.high) == (1.0, 1.0, 1.0)
-
-
-def test_ratio_interval_falls_back_to_wilson_where_the_bootstrap_sees_no_spread() -> None:
-    mixed = ratio_interval([1, 0, 4], [2, 3, 4], n_resamples=300)
-    assert mixed == cluster_bootstrap([[1, 2], [0, 3], [4, 4]], ratio_of_sums, n_resamples=300)
-    assert mixed.value == pytest.approx(5 / 9)
-    assert ratio_interval([0, 0, 0, 0], [3, 1, 2, 0]) == wilson_interval(0, 3)  # three problems have a denominator
-    assert ratio_interval([1, 2], [2, 4]) == wilson_interval(1, 2)
-    assert math.isnan(ratio_interval([0, 0], [0, 0]).value)
-    with pytest.raises(ConfigError, match="0 <= top <= bottom"):
-        ratio_interval([2, 1], [1, 1])
-    with pytest.raises(ConfigError, match="at least one"):
-        ratio_interval([], [])
-
-
-def test_bootstrap_degenerate_and_bad_input() -> None:
-    one = cluster_bootstrap([3.0])
-    assert one.value == 3.0
-    assert math.isnan(one.low)
-    assert str(one) == "3.000 [no interval]"
-    with pytest.raises(ConfigError, match="at least one"):
-        cluster_bootstrap([])
-    with pytest.raises(ConfigError, match="finite"):
-        cluster_bootstrap([1.0, math.nan])
-    with pytest.raises(ConfigError, match="n_resamples=0"):
-        cluster_bootstrap([1.0, 2.0], n_resamples=0)
-
-
-def test_mean_interval_chooses_the_method() -> None:
-    assert mean_interval([0, 1, 1, 0]) == wilson_interval(2, 4)
-    assert mean_interval([0.5, 0.25, 1.0]).method == "bootstrap"
-    same = mean_interval([0.25] * 8)  # the bootstrap would have zero width
-    assert same == wilson_interval(2, 8)
-    assert same.high > same.low
-    with pytest.raises(ConfigError, match=r"lie in \[0, 1\]"):
-        mean_interval([2.0, 3.0])
-    with pytest.raises(ConfigError, match="at least one"):
-        mean_interval([])
-
-
-# --- paired tests ---------------------------------------------------------------------------------------------------
-
-
-def test_mcnemar_equals_the_binomial_sum() -> None:
-    for b, c in itertools.product(range(9), repeat=2):
-        n = b + c
-        mass = [Fraction(math.comb(n, i), 2**n) for i in range(n + 1)]
-        extreme = sum((m for i, m in enumerate(mass) if abs(2 * i - n) >= abs(b - c)), Fraction(0))
-        equal = sum((m for i, m in enumerate(mass) if abs(2 * i - n) == abs(b - c)), Fraction(0))
-        assert mcnemar_exact(b, c) == pytest.approx(float(extreme), rel=1e-14)
-        if n:
-            assert mcnemar_exact(b, c, mid_p=True) == pytest.approx(float(extreme - equal / 2), rel=1e-14)
-    assert mcnemar_exact(0, 0) == mcnemar_exact(0, 0, mid_p=True) == 1.0
-
-
-def test_mcnemar_large_counts_and_bad_input() -> None:
-    # Normal approximation with continuity correction, far inside its range.
-    z = (abs(5200 - 5000) - 1) / math.sqrt(10_200)
-    assert mcnemar_exact(5200, 5000) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-2)
-    assert mcnemar_exact(10, 3) == mcnemar_exact(3, 10)
-    with pytest.raises(ConfigError, match="b=-1"):
-        mcnemar_exact(-1, 2)
-
-
-def test_paired_bootstrap_uses_pairs() -> None:
-    rng = np.random.default_rng(0)
-    a = rng.random(200)
-    b = a + 0.1 + 0.01 * rng.random(200)
-    paired = paired_bootstrap(list(a), list(b))
-    assert paired.value == pytest.approx(float(np.mean(b - a)))
-    assert paired.high - paired.low < 0.002  # the shared spread of the problems cancels
-    mirrored = paired_bootstrap(list(b), list(a))
-    assert (mirrored.low, mirrored.high) == pytest.approx((-paired.high, -paired.low), abs=2e-4)
-    with pytest.raises(ConfigError, match="got 2 and 1"):
-        paired_bootstrap([1.0, 2.0], [1.0])
 
 
 # --- summarise ------------------------------------------------------------------------------------------------------
