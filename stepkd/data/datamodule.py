@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from stepkd.data.batching import BatchPlan, Position, StepLoader
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.overlap import overlap_report
-from stepkd.data.rows import Contract, Needs, problem_with
+from stepkd.data.rows import Contract, Needs, Row, detect_contract, problem_with
 from stepkd.data.spec import DataSpec, Rows, as_spec, check_training_use, left_out, load_rows
 from stepkd.data.templates import PromptTemplate, get_template, template_name
 from stepkd.errors import ConfigError, DataError
@@ -120,23 +121,40 @@ class StepData(LightningDataModule):
 
     def _load(self, name: str, spec: DataSpec) -> list[Example]:
         encoder = self.make_encoder()
-        needs: Needs = getattr(self._module, "reads", lambda split: {})(name)
-        rows = self._rows(name, spec, problem_with(needs))
-        if ("solution",) in needs:
-            examples = encoder.examples(rows)
-        else:
+        rows = self._rows(name, spec, None if self.contracts is not None else problem_with(self._needs(name)))
+        if self.contracts and (found := detect_contract(rows[0]).name) not in self.contracts:
+            raise DataError(
+                f"{type(self).__name__} reads rows of the kinds {', '.join(self.contracts)}, and these are of kind "
+                f"{found!r}: label or convert them first (stepkd label)",
+                path=spec.path or spec.hub or spec.source,
+            )
+        if self.contracts is None and ("solution",) not in self._needs(name):
             examples = [self._with_or_without(encoder, row, solution=name != "predict") for row in rows]
+        else:
+            examples = encoder.examples(rows)
+        facts = self.check(name, examples) | {key: count for key, count in sorted(encoder.counts.items()) if count}
+        logger.info("%s: %d of %d rows%s", name, len(examples), len(rows), f", {facts}" if facts else "")
+        return examples
+
+    contracts: tuple[str, ...] | None = None
+    """Names of the row contracts that are read; empty: any; None: problems, with the columns that the method reads."""
+
+    def _needs(self, name: str) -> Needs:
+        return getattr(self._module, "reads", lambda split: {})(name)
+
+    def check(self, name: str, examples: list[Example]) -> dict[str, int]:
+        """Counts to report; refuses data of which nothing can be learnt or measured."""
         measured = (
-            needs or getattr(self._module, "fidelity_spec", None) or any(each.completion_ids for each in examples)
+            self._needs(name)
+            or getattr(self._module, "fidelity_spec", None)
+            or any(each.completion_ids for each in examples)
         )
         if name in ("validation", "test") and not measured:
             reason = "no row has a solution and model.init_args.validation.samples is 0"
             raise DataError(f"data.{name}: nothing would be measured, because {reason}")
-        dropped = {key: count for key, count in sorted(encoder.counts.items()) if count}
-        logger.info("%s: %d examples%s", name, len(examples), f", {dropped}" if dropped else "")
-        return examples
+        return {}
 
-    def _rows(self, name: str, spec: DataSpec, contract: Contract | None = None) -> list[dict[str, Any]]:
+    def _rows(self, name: str, spec: DataSpec, contract: Contract | None = None) -> list[Row]:
         """The rows of a split; what is wrong with them, or left out of a file of one's own, is told with its name."""
         if name == "train":
             check_training_use(spec)
@@ -152,13 +170,13 @@ class StepData(LightningDataModule):
         return rows
 
     @staticmethod
-    def _with_or_without(encoder: Encoder, row: dict[str, Any], *, solution: bool) -> Example:
+    def _with_or_without(encoder: Encoder, row: Row, *, solution: bool) -> Example:
         """A row whose solution is not required: one without a solution that fits can still be sampled from."""
         example = encoder.example(row) if solution and row.get("solution") else None
         return example or encoder.prompt_example(row)
 
     def make_encoder(self) -> Encoder:
-        """The encoder for the policy's tokenizer; methods with other rows override this or :meth:`_load`."""
+        """The encoder for the policy's tokenizer; methods with other rows override this."""
         if self._module is None:
             raise RuntimeError(
                 "StepData needs a trainer whose module has a tokenizer: attach it, or use Encoder directly"
@@ -201,9 +219,15 @@ class StepData(LightningDataModule):
             limit=trainer.limit_train_batches if training and trainer is not None else 1.0,
         )
 
+    keep_prompts_together = False
+    """Whether prompts are shuffled in place of examples."""
+
     def _groups(self, examples: list[Example]) -> list[int] | None:
         """Group of every training example that is to stay with others; None: each for itself."""
-        return None
+        if not self.keep_prompts_together:
+            return None
+        numbers: dict[tuple[int, ...], int] = {}
+        return [numbers.setdefault(example.prompt_ids, len(numbers)) for example in examples]
 
     def _evaluation_batch_size(self, examples: list[Example]) -> int:
         """Sequences per batch, so that the number of batches is known; about as many tokens as a training batch."""
@@ -216,14 +240,11 @@ class StepData(LightningDataModule):
         if "train" not in self.examples:
             return None
         plan = (self.global_batch_size, self.batch_unit, self.bucket_window, self.shuffle, self.seed)
-        digest = hashlib.sha256(repr(plan).encode())
+        digest = hashlib.sha256(repr((*plan, self.keep_prompts_together)).encode())
         for example in self.examples["train"]:
-            digest.update(repr(self._identity(example)).encode())
+            values = [getattr(example, each.name) for each in fields(example) if each.compare]
+            digest.update(repr(values).encode())
         return digest.hexdigest()[:16]
-
-    def _identity(self, example: Example) -> tuple[Any, ...]:
-        """What of an example decides the training batches; methods with labels add them."""
-        return (example.id, example.prompt_ids, example.completion_ids)
 
     def _train_position(self) -> Position:
         return getattr(self._module, "position", Position())

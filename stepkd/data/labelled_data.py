@@ -10,8 +10,8 @@ from stepkd.data.datamodule import StepData
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.feedback import RIGHT, WRONG, FeedbackEncoder, FeedbackExample
 from stepkd.data.pairs import PairEncoder, PairExample
-from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED, detect_contract
-from stepkd.data.spec import DataSpec, Rows
+from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED
+from stepkd.data.spec import Rows
 from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
@@ -27,10 +27,10 @@ class StepLabelData(StepData):
         validation: held-out rows with labels.
         test: rows for ``stepkd test``.
         labels: how labels become targets.
-        segmenter: cuts solutions that come as one text without steps.
         allow_one_class: train although all labels are the same; without it that is an error: nothing can be learnt.
         **settings: ``template`` (the one that the solutions were sampled with is the natural choice), ``max_length``
-            (markers included) and what else :class:`~stepkd.data.datamodule.StepData` takes.
+            (markers included), ``segmenter`` (cuts solutions that come as one text) and what else
+            :class:`~stepkd.data.datamodule.StepData` takes.
     """
 
     def __init__(
@@ -39,18 +39,15 @@ class StepLabelData(StepData):
         validation: Rows | None = None,
         test: Rows | None = None,
         labels: LabelRule | None = None,
-        segmenter: str = "newline",
         allow_one_class: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(
-            train, validation, test, None, segmenter=segmenter, boundary="separate", append_eos=True, **settings
-        )
-        self.segmenter_name = segmenter
+        super().__init__(train, validation, test, None, boundary="separate", append_eos=True, **settings)
         self.labels = labels or LabelRule()
         self.ratings = self.labels.kind == "rating"
         self.allow_one_class = allow_one_class
 
+    contracts = ()  # a source knows its contract, a file's columns tell it
     default_template = "math"
 
     def make_encoder(self) -> StepEncoder:
@@ -74,53 +71,30 @@ class StepLabelData(StepData):
             max_length=self.max_length,
             num_classes=module.head_spec.num_classes,
             labels=self.labels,
-            segmenter=self.segmenter_name,
+            segmenter=self.segmenter,
         )
 
-    def _load(self, name: str, spec: DataSpec) -> list[Example]:
-        encoder = self.make_encoder()
-        rows = self._rows(name, spec)  # a source knows its contract, a file's columns tell it
-        examples = encoder.examples(rows)
+    def check(self, name: str, examples: list[Example]) -> dict[str, int]:
+        """Labelled steps per class (soft ones by the likelier class); training labels that all agree are refused."""
+        head = self._module.head_spec
         labelled = cast(list[StepExample], examples)
-        counts = class_counts(labelled, encoder.num_classes)
-        different = {target for example in labelled for target in example.targets if target is not None}
-        if self._module.head_spec.meaning == "value" and self.labels.after_error != "keep":
+        targets = [target for example in labelled for target in example.targets if target is not None]
+        names = ("wrong", "right") if head.num_classes == 2 else ("wrong", "neutral", "right")
+        counts = Counter(names[max(range(head.num_classes), key=target.__getitem__)] for target in targets)
+        if head.meaning == "value" and self.labels.after_error != "keep":
             logger.warning(
                 "labels of future success (head.meaning: value) are cut off after the first wrong step "
                 "(labels.after_error: %s): the last step, which scores are reduced by, is then learnt from nearly "
                 "right solutions only; keep them, or reduce by the minimum",
                 self.labels.after_error,
             )
-        if name == "train" and len(different) < 2 and not self.allow_one_class:
+        if name == "train" and len(set(targets)) < 2 and not self.allow_one_class:
             raise DataError(
-                f"all {sum(counts.values())} training labels are the same ({next(iter(counts))}): a reward model "
+                f"all {len(targets)} training labels are the same ({next(iter(counts))}): a reward model "
                 "trained on them learns a constant. Give rows with right and wrong steps, or set data.allow_one_class",
                 column="labels",
             )
-        dropped = {key: count for key, count in sorted(encoder.counts.items()) if count}
-        logger.info(
-            "%s: %d solutions, labels %s%s", name, len(examples), dict(counts), f", {dropped}" if dropped else ""
-        )
-        return examples
-
-    def _identity(self, example: Example) -> tuple[Any, ...]:
-        """With the targets: changed labels are other data."""
-        labelled = cast(StepExample, example)
-        return (*super()._identity(example), labelled.read_at, labelled.targets)
-
-
-def class_counts(examples: list[StepExample], num_classes: int) -> Counter[str]:
-    """How many labelled steps there are per class (soft labels by their more likely class)."""
-    names = ("wrong", "right") if num_classes == 2 else ("wrong", "neutral", "right")
-    return Counter(
-        names[max(range(num_classes), key=target.__getitem__)]
-        for example in examples
-        for target in example.targets
-        if target is not None
-    )
-
-
-logger = logging.getLogger(__name__)
+        return dict(counts)
 
 
 class PreferenceData(StepData):
@@ -134,9 +108,6 @@ class PreferenceData(StepData):
         **settings: ``template`` (that which the completions were sampled with), ``segmenter`` (cuts completions that
             come as one text) and what else :class:`~stepkd.data.datamodule.StepData` takes.
     """
-
-    contracts: tuple[str, ...] = ()
-    """Names of the row contracts that are read."""
 
     def __init__(
         self,
@@ -165,31 +136,6 @@ class PreferenceData(StepData):
                 "of one prompt in a batch: drop one of the two"
             )
         self.keep_prompts_together = keep_prompts_together
-
-    def _load(self, name: str, spec: DataSpec) -> list[Example]:
-        rows = self._rows(name, spec)
-        contract = detect_contract(rows[0])
-        if contract.name not in self.contracts:
-            raise DataError(
-                f"{type(self).__name__} reads rows of the kinds {', '.join(self.contracts)}, and these are of kind "
-                f"{contract.name!r}: label or convert them first (stepkd label)",
-                path=spec.path or spec.hub or spec.source,
-            )
-        encoder = self.make_encoder()
-        examples = encoder.examples(rows)
-        facts = self.check(name, examples) | {key: n for key, n in sorted(encoder.counts.items()) if n}
-        logger.info("%s: %d of %d rows%s", name, len(examples), len(rows), f", {facts}" if facts else "")
-        return examples
-
-    def check(self, name: str, examples: list[Example]) -> dict[str, int]:
-        """Counts to report; refuses data that nothing can be learnt from."""
-        return {}
-
-    def _groups(self, examples: list[Example]) -> list[int] | None:
-        if not self.keep_prompts_together:
-            return None
-        numbers: dict[tuple[int, ...], int] = {}
-        return [numbers.setdefault(example.prompt_ids, len(numbers)) for example in examples]
 
     def _tokenizer(self) -> Any:
         module = self._module
@@ -262,10 +208,6 @@ class FeedbackData(PreferenceData):
         """Counts of :func:`feedback_counts` over the training data, for class weights by the ratio rule."""
         return feedback_counts(cast(list[FeedbackExample], self.examples["train"]))
 
-    def _identity(self, example: Example) -> tuple[Any, ...]:
-        labelled = cast(FeedbackExample, example)
-        return (*super()._identity(example), labelled.outcome, labelled.step_labels, self.keep_prompts_together)
-
 
 class PairData(PreferenceData):
     """Pairs of completions, or of next steps after a shared prefix.
@@ -291,10 +233,6 @@ class PairData(PreferenceData):
             }
         )
         return {key: count for key, count in counts.items() if count}
-
-    def _identity(self, example: Example) -> tuple[Any, ...]:
-        pair = cast(PairExample, example)
-        return (*super()._identity(example), pair.rejected_ids, pair.visits, self.keep_prompts_together)
 
 
 def feedback_counts(examples: list[FeedbackExample]) -> dict[str, int]:

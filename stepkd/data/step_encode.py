@@ -19,6 +19,7 @@ from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.steps import (
+    Segmenter,
     Span,
     StepFormat,
     TokenizedText,
@@ -78,9 +79,10 @@ class StepEncoder(Encoder):
         max_length: int = 1024,
         num_classes: int = 2,
         labels: LabelRule | None = None,
-        segmenter: str = "newline",
+        segmenter: str | Segmenter = "newline",
     ) -> None:
-        super().__init__(tokenizer, template, get_segmenter(segmenter), max_length=max_length, append_eos=False)
+        cuts = get_segmenter(segmenter) if isinstance(segmenter, str) else segmenter
+        super().__init__(tokenizer, template, cuts, max_length=max_length, append_eos=False)
         if (marker_id is None) != (format.marker is None):
             raise ConfigError(f"marker_id={marker_id} does not go with format.marker={format.marker!r}")
         self.format = format

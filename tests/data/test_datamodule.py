@@ -148,7 +148,7 @@ def test_truncation_and_overlap_are_reported(attach: Any, tmp_path: Path, caplog
     data = attach(StepData(train=train, validation=validation, template="task", max_length=60))
     with caplog.at_level(logging.INFO):
         data.setup("fit")
-    assert "train: 2 examples, {'rows_truncated': 1, 'steps_dropped': 1}" in caplog.text
+    assert "train: 2 of 2 rows, {'rows_truncated': 1, 'steps_dropped': 1}" in caplog.text
     assert "1 (100.00%) are exact duplicates" in caplog.text
     assert "Largely seen: v1." in caplog.text
 

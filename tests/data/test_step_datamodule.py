@@ -60,7 +60,7 @@ def test_tasks_in_batches_of_one_step(tokenizer: Any, caplog: pytest.LogCaptureF
     batches = list(data.train_dataloader())
     assert [len(batch.examples) for batch in batches] == [4, 4, 4]
     assert len(data.examples["validation"]) == 5
-    assert "12 solutions, labels {" in caplog.text
+    assert "train: 12 of 12 rows, {" in caplog.text
     assert "n-grams" in caplog.text or "overlap" in caplog.text
     for example in data.examples["train"]:
         labels = example.row["step_labels"]
@@ -121,8 +121,8 @@ def test_skips_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     data = attach(made(write(tmp_path / "a.jsonl", labels)))
     with caplog.at_level(logging.INFO):
         data.setup("fit")
-    assert "2 solutions, labels {'right': 26, 'wrong': 1}" in caplog.text
-    assert "{'rows_truncated': 2, 'rows_truncated_before_a_label': 1, 'steps_dropped': 111}" in caplog.text
+    assert "train: 2 of 3 rows, {'right': 26, 'wrong': 1, 'rows_truncated': 2" in caplog.text
+    assert "'rows_truncated': 2, 'rows_truncated_before_a_label': 1, 'steps_dropped': 111}" in caplog.text
 
 
 def test_three_classes(tmp_path: Path) -> None:
