@@ -183,10 +183,11 @@ def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] =
 
     Returns:
         ``pass@1`` (share of right samples), ``mean_tokens``, ``step_accuracy`` (pairs: right steps, steps),
-        ``correct_with_wrong_step`` (pairs: right samples with a wrong step, right samples), ``clean@1`` (share of right
-        samples without a wrong step) and ``maj@k``; one entry per problem each.
+        ``correct_with_wrong_step`` (pairs: correct samples with an incorrect step, those whose steps are labelled),
+        ``clean@1`` (share of right samples without a wrong step) and ``maj@k``; one entry per problem each.
     """
     from stepkd.evaluation.metrics import maj_at_k
+    from stepkd.steps.labels import tally
 
     metrics: dict[str, list[Any]] = {
         name: [] for name in ("pass@1", "mean_tokens", "step_accuracy", "correct_with_wrong_step", "clean@1")
@@ -195,13 +196,15 @@ def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] =
     for row in rows:
         samples = row["samples"]
         right = [sample["verdict"] == "correct" for sample in samples]
-        labels = [[bool(label) for label in sample["step_labels"] or ()] for sample in samples]
-        flawed = sum(good and not all(steps) for good, steps in zip(right, labels, strict=True))
+        labels = [sample["step_labels"] or [] for sample in samples]
+        counts = tally(right, labels)
         metrics["pass@1"].append(sum(right) / len(samples))
         metrics["mean_tokens"].append(sum(sample["tokens"] for sample in samples) / len(samples))
-        metrics["step_accuracy"].append([sum(map(sum, labels)), sum(map(len, labels))])
-        metrics["correct_with_wrong_step"].append([flawed, sum(right)])
-        metrics["clean@1"].append((sum(right) - flawed) / len(samples))
+        metrics["step_accuracy"].append(
+            [sum(steps.count(True) for steps in labels), sum(len(steps) - steps.count(None) for steps in labels)]
+        )
+        metrics["correct_with_wrong_step"].append([counts.flawed, counts.labelled])
+        metrics["clean@1"].append((counts.correct - counts.flawed) / len(samples))
         for k in votes:
             metrics[f"maj@{k}"].append(maj_at_k([sample["vote"] for sample in samples], right, k))
     return metrics

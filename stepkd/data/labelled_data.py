@@ -8,13 +8,14 @@ from typing import Any, cast
 
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import Encoder, Example
-from stepkd.data.feedback import RIGHT, WRONG, FeedbackEncoder, FeedbackExample
+from stepkd.data.feedback import RIGHT, UNKNOWN, WRONG, FeedbackEncoder, FeedbackExample
 from stepkd.data.pairs import PairEncoder, PairExample
 from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED
 from stepkd.data.spec import Rows
 from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
+from stepkd.steps.labels import tally
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +237,7 @@ class PairData(PreferenceData):
 
 
 def feedback_counts(examples: list[FeedbackExample]) -> dict[str, int]:
-    """Right and wrong outcomes and steps, and conflicts (right answers with a wrong step)."""
+    """Correct and incorrect outcomes and steps, and conflicts (:func:`~stepkd.steps.labels.tally`)."""
     outcomes = Counter(example.outcome for example in examples)
     steps = Counter(label for example in examples for label in example.step_labels)
     return {
@@ -244,5 +245,8 @@ def feedback_counts(examples: list[FeedbackExample]) -> dict[str, int]:
         "wrong_outcomes": outcomes[WRONG],
         "right_steps": steps[RIGHT],
         "wrong_steps": steps[WRONG],
-        "conflicts": sum(example.outcome == RIGHT and WRONG in example.step_labels for example in examples),
+        "conflicts": tally(
+            (example.outcome == RIGHT for example in examples),
+            ([None if label == UNKNOWN else label == RIGHT for label in example.step_labels] for example in examples),
+        ).flawed,
     }

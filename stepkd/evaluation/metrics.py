@@ -5,7 +5,7 @@ A result row is one problem::
     {"id": str, "index": int, "prompt": str, "answer": str, "batch": int, "seconds": float,
      "samples": [{"completion": str, "extracted": str | None, "verdict": "correct" | "wrong" | "unparsed" | "timeout",
                   "tokens": int, "finish": "stop" | "length", "vote": str | None, "logprob": float,
-                  "step_labels": [bool] | None}, ...]}
+                  "step_labels": [bool | None] | None}, ...]}
 
 ``vote`` is the key of the answer's equivalence class: equal keys are equal answers. The intervals and paired tests
 live in :mod:`stepkd.statistics`.
@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, mean_interval, ratio_interval
+from stepkd.steps.labels import tally
 
 VERDICTS = ("correct", "wrong", "unparsed", "timeout")
 FINISHES = ("stop", "length")
@@ -158,27 +159,27 @@ def summarise(
         name to ``{"value", "low", "high", "method"}``. Names: ``pass@K``, ``maj@K``, ``unparsed_rate``,
         ``timeout_rate``, ``truncated_rate``, ``truncated_answered_rate`` (samples cut off behind a complete answer),
         ``mean_tokens``, and with step labels ``step_accuracy`` (right steps among labelled steps) and
-        ``correct_with_wrong_step`` (among right samples with labels). A ratio without
+        ``correct_with_wrong_step`` (:func:`~stepkd.steps.labels.tally`). A ratio without
         denominator has the value None. The result does not depend on the order of the rows.
 
     Raises:
         DataError: no rows, a problem without samples, a repeated id, or a bad verdict, finish or token count.
         ConfigError: a k larger than some problem's number of samples, or settings out of range.
     """
-    problems = sorted((_tally(row) for row in rows), key=lambda tally: tally.id)
+    problems = sorted((_counted(row) for row in rows), key=lambda problem: problem.id)
     if not problems:
         raise DataError("there are no results to summarise")
     for first, second in pairwise(problems):
         if first.id == second.id:
             raise DataError(f"problem id {first.id!r} occurs twice in the results", column="id")
-    fewest = min(problems, key=lambda tally: tally.n)
+    fewest = min(problems, key=lambda problem: problem.n)
     for k in ks:
         if not 1 <= k <= fewest.n:
             raise ConfigError(_too_few_samples("pass", k, fewest.n, fewest.id))
-    n = np.array([tally.n for tally in problems], dtype=np.float64)
+    n = np.array([problem.n for problem in problems], dtype=np.float64)
 
     def counted(name: str) -> FloatArray:
-        return np.array([tally.counts[name] for tally in problems], dtype=np.float64)
+        return np.array([problem.counts[name] for problem in problems], dtype=np.float64)
 
     def rate(values: FloatArray) -> Interval:
         return mean_interval(values, level=level, seed=seed, n_resamples=n_resamples)
@@ -190,7 +191,7 @@ def summarise(
     for k in sorted({1, *ks}):
         metrics[f"pass@{k}"] = rate(pass_at_k(n, counted("correct"), k))
         if k > 1:
-            metrics[f"maj@{k}"] = rate(np.array([maj_at_k(tally.votes, tally.correct, k) for tally in problems]))
+            metrics[f"maj@{k}"] = rate(np.array([maj_at_k(problem.votes, problem.correct, k) for problem in problems]))
     for name in ("unparsed", "timeout", "truncated", "truncated_answered"):
         metrics[f"{name}_rate"] = rate(counted(name) / n)
     metrics["mean_tokens"] = cluster_bootstrap(counted("tokens") / n, level=level, seed=seed, n_resamples=n_resamples)
@@ -209,7 +210,7 @@ def summarise(
 
 
 @dataclass
-class _Tally:
+class _Problem:
     """Counts of one problem's samples."""
 
     id: str
@@ -219,13 +220,13 @@ class _Tally:
     counts: Counter[str] = field(default_factory=Counter)
 
 
-def _tally(row: Mapping[str, Any]) -> _Tally:
+def _counted(row: Mapping[str, Any]) -> _Problem:
     problem_id = str(row.get("id"))
     samples = row.get("samples")
     if row.get("id") is None or not samples:
         raise DataError(f"result row with id {row.get('id')!r} has no id or no samples", column="samples")
-    tally = _Tally(problem_id, len(samples))
-    counts = tally.counts
+    problem = _Problem(problem_id, len(samples))
+    counts = problem.counts
     for sample in samples:
         verdict, finish = sample.get("verdict"), sample.get("finish")
         if verdict not in VERDICTS:
@@ -235,21 +236,20 @@ def _tally(row: Mapping[str, Any]) -> _Tally:
         tokens = sample.get("tokens")
         if not isinstance(tokens, int) or tokens < 0:
             raise DataError(f"problem {problem_id!r}: token count {tokens!r} is not a whole number", column="tokens")
-        good = verdict == "correct"
         counts[verdict] += 1
         counts["truncated"] += finish == "length"
         counts["truncated_answered"] += finish == "length" and verdict != "unparsed"
         counts["tokens"] += tokens
-        tally.votes.append(sample.get("vote"))
-        tally.correct.append(good)
+        problem.votes.append(sample.get("vote"))
+        problem.correct.append(verdict == "correct")
         labels = sample.get("step_labels")
         if labels is not None:
             counts["labelled"] += 1
-            counts["steps"] += len(labels)
+            counts["steps"] += len(labels) - labels.count(None)
             counts["right_steps"] += sum(map(bool, labels))
-            counts["correct_labelled"] += good
-            counts["correct_flawed"] += good and not all(labels)
-    return tally
+    said = tally(problem.correct, [sample.get("step_labels") for sample in samples])
+    counts.update(correct_labelled=said.labelled, correct_flawed=said.flawed)
+    return problem
 
 
 def _too_few_samples(metric: str, k: int, n: int, problem_id: str | None = None) -> str:

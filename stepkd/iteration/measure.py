@@ -32,7 +32,7 @@ from stepkd.rollout import annotate
 from stepkd.rollout.transformers_sampler import encode_prompts
 from stepkd.scorers.load import pick_device
 from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
-from stepkd.steps.labels import verdicts
+from stepkd.steps.labels import tally, verdicts
 
 Row = Mapping[str, Any]
 
@@ -82,14 +82,10 @@ def problem_rows(samples: Path, labels: Path | None, spec: LabelSpec, *, seed_mo
     return rows
 
 
-def _step_marks(path: Path) -> dict[str, list[bool]]:
-    """Right and wrong steps of every labelled solution by its id; unlabelled steps are left out."""
-    marks = {}
-    for row, _ in read_rows(path):
-        known = [mark for mark in verdicts(row_labels(row)) if mark is not None]
-        if known:
-            marks[str(row["id"])] = known
-    return marks
+def _step_marks(path: Path) -> dict[str, list[bool | None]]:
+    """What the labels say of the steps of every solution that has any, by its id."""
+    marks = {str(row["id"]): verdicts(row_labels(row)) for row, _ in read_rows(path)}
+    return {name: steps for name, steps in marks.items() if any(mark is not None for mark in steps)}
 
 
 def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelSpec, seed_model: str) -> Any:
@@ -209,11 +205,8 @@ def _counts(row: Row, name: str) -> tuple[float, float]:
         return sum(right), len(samples)
     if name == "mean_tokens":
         return sum(sample["tokens"] for sample in samples), len(samples)
-    labelled = [
-        (good, sample["step_labels"])
-        for good, sample in zip(right, samples, strict=True)
-        if sample["step_labels"] is not None
-    ]
+    labels = [sample["step_labels"] or () for sample in samples]
     if name == "step_accuracy":
-        return sum(sum(steps) for _, steps in labelled), sum(len(steps) for _, steps in labelled)
-    return sum(good and not all(steps) for good, steps in labelled), sum(good for good, _ in labelled)
+        return sum(steps.count(True) for steps in labels), sum(len(steps) - steps.count(None) for steps in labels)
+    counts = tally(right, labels)
+    return counts.flawed, counts.labelled

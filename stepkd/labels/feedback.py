@@ -23,7 +23,7 @@ from stepkd.labels.solutions import PROBLEM_COLUMNS
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers.rows import problem_key
 from stepkd.steps.format import written_steps
-from stepkd.steps.labels import label_kind, verdicts
+from stepkd.steps.labels import label_kind, tally, verdicts
 
 Row = Mapping[str, Any]
 
@@ -129,7 +129,7 @@ def _binary(rows: Sequence[Row], options: ConvertOptions) -> Converted:
         counts["unlabelled_steps"] += labels.count(None)
         counts["neutral_steps"] += labels.count(0) if label_kind(labels) == "rating" else 0
         counts["rows_without_outcome"] += each.outcome is None
-        counts["right_answers_with_a_wrong_step"] += each.outcome is True and False in marks
+        counts["right_answers_with_a_wrong_step"] += tally([each.outcome], [marks]).flawed
         done.append(dict(each.row) | {"step_labels" if each.token_ids is not None else "labels": marks})
     return Converted(done, {"rows": len(done)} | _in_order(counts, _BINARY_COUNTS))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepkd.labels.matching import row_labels
-from stepkd.steps.labels import verdicts
+from stepkd.steps.labels import tally, verdicts
 
 Row = Mapping[str, Any]
 
@@ -42,9 +42,7 @@ def summarise_labels(
         "right_answers": sum(graded),
         "wrong_answers": len(graded) - sum(graded),
         "cut_off": sum(row.get("finish") == "length" for row in rows),
-        "right_answers_with_a_wrong_step": sum(
-            outcome is True and False in steps for outcome, steps in zip(known, marks, strict=True)
-        ),
+        "right_answers_with_a_wrong_step": tally(known, marks).flawed,
         "steps": sum(map(len, marks)),
         "balance": _balance(marks),
         "by_position": [

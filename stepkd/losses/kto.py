@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepkd.losses.reduce import LossTerms, segment_sum
+from stepkd.steps.labels import is_settled
 
 Reduction = Literal["mean_steps", "sum_steps", "mean_all_steps"]
 DEFAULT_REDUCTION: Reduction = "sum_steps"
@@ -127,7 +128,8 @@ def step_kto(
 
     Returns:
         ``sums["outcome"]`` and ``sums["step"]``, whose denominators are :func:`step_kto_counts`. Metrics: those of
-        :func:`kto`, the same with ``step_`` before them, and ``conflicts`` (share of right answers with a wrong step).
+        :func:`kto`, the same with ``step_`` before them, and ``conflicts`` (correct answers
+        with an incorrect step among those whose steps are labelled, :func:`~stepkd.steps.labels.is_settled`).
 
     Raises:
         ValueError: an unknown reduction, beta not positive, or shapes that differ.
@@ -209,8 +211,12 @@ def _check_reduction(reduction: str) -> None:
 
 
 def _conflicts(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Right answers that contain a wrong step, and right answers with any labelled step."""
-    ones_S = (step_labels_S >= 0).float()
-    judged_R = (labels_R == 1) & (segment_sum(ones_S, completion_S, len(labels_R)) > 0)
-    flawed_R = judged_R & (segment_sum((step_labels_S == 0).float(), completion_S, len(labels_R)) > 0)
-    return flawed_R.sum().float(), judged_R.sum().float()
+    """Correct answers with an incorrect step, and correct answers whose steps are labelled."""
+
+    def count(chosen_S: Tensor) -> Tensor:
+        return segment_sum(chosen_S.float(), completion_S, len(labels_R))
+
+    incorrect_R = count(step_labels_S == 0)
+    labelled_R = is_settled(count(torch.ones_like(step_labels_S)), count(step_labels_S == 1), incorrect_R)
+    labelled_R &= labels_R == 1
+    return (labelled_R & (incorrect_R > 0)).sum().float(), labelled_R.sum().float()

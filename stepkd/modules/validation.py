@@ -14,6 +14,7 @@ from stepkd.models import Policy
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
 from stepkd.runs.phases import PhaseTracker
 from stepkd.steps import get_segmenter, segment, step_ends, text_from_ids
+from stepkd.steps.labels import tally
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class SampledAccuracy:
         seed: keys the sampling noise; the same noise is used at every validation, so that changes come from the model.
     """
 
-    NAMES = ("samples", "correct", "unparsed", "truncated", "tokens", "labelled_steps", "right_steps", "flawed")
+    NAMES = (
+        *("samples", "correct", "unparsed", "truncated", "tokens"),
+        *("labelled_steps", "right_steps", "correct_labelled", "correct_flawed"),
+    )
     """Names of the sums that :meth:`__call__` returns."""
 
     def __init__(self, policy: Policy, spec: ValidationSpec, seed: int) -> None:
@@ -66,22 +70,27 @@ class SampledAccuracy:
         self.grader = Grader(extractors=spec.extractors, deadline_s=spec.deadline_s)
 
     def __call__(self, batch: StepBatch, phases: PhaseTracker) -> dict[str, float]:
-        """Sums over this rank's problems; ``flawed`` counts right answers with a wrong step."""
+        """Sums over this rank's problems; ``correct_flawed`` of :func:`~stepkd.steps.labels.tally`."""
         _, judged = self._judged(batch, phases, "validation")
         sums = dict.fromkeys(self.NAMES, 0.0)
-        for sample in (sample for samples in judged for sample in samples):
+        together = [sample for samples in judged for sample in samples]
+        for sample in together:
             labels = sample["step_labels"]
-            correct = sample["verdict"] == "correct"
             sums["samples"] += 1
-            sums["correct"] += correct
             sums["unparsed"] += sample["verdict"] == "unparsed"
             sums["truncated"] += sample["finish"] == "length"
             sums["tokens"] += sample["tokens"]
             if labels is not None:
-                sums["labelled_steps"] += len(labels)
-                sums["right_steps"] += sum(labels)
-                sums["flawed"] += correct and not all(labels)
-        return sums
+                sums["labelled_steps"] += len(labels) - labels.count(None)
+                sums["right_steps"] += labels.count(True)
+        counts = tally(
+            [sample["verdict"] == "correct" for sample in together], [sample["step_labels"] for sample in together]
+        )
+        return sums | {
+            "correct": counts.correct,
+            "correct_labelled": counts.labelled,
+            "correct_flawed": counts.flawed,
+        }
 
     @staticmethod
     def rates(sums: Mapping[str, float]) -> dict[str, float]:
@@ -97,8 +106,8 @@ class SampledAccuracy:
         }
         if sums["labelled_steps"]:
             rates["step_accuracy"] = sums["right_steps"] / sums["labelled_steps"]
-            if sums["correct"]:
-                rates["correct_with_wrong_step"] = sums["flawed"] / sums["correct"]
+            if sums["correct_labelled"]:
+                rates["correct_with_wrong_step"] = sums["correct_flawed"] / sums["correct_labelled"]
         return rates
 
     def rollout_rows(self, batch: StepBatch, phases: PhaseTracker, *, model_id: str) -> list[dict[str, Any]]:

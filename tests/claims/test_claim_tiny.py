@@ -16,20 +16,21 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "claims" / "noisy_stu
 
 
 def test_problem_metrics() -> None:
-    def sample(verdict: str, labels: list[bool], vote: str) -> dict[str, object]:
-        return {"verdict": verdict, "step_labels": labels, "vote": vote, "tokens": 10 * len(labels)}
+    def sample(verdict: str, labels: list[bool | None] | None, vote: str) -> dict[str, object]:
+        return {"verdict": verdict, "step_labels": labels, "vote": vote, "tokens": 10 * len(labels or ())}
 
     rows = [
         {"id": "a", "samples": [sample("correct", [True, True], "5"), sample("correct", [False, True], "5")]},
         {"id": "b", "samples": [sample("wrong", [False, False, True], "4"), sample("correct", [True], "3")]},
+        {"id": "c", "samples": [sample("correct", None, "5"), sample("correct", [True, None], "5")]},
     ]
     assert problem_metrics(rows, votes=(2,)) == {
-        "pass@1": [1.0, 0.5],
-        "mean_tokens": [20.0, 20.0],
-        "step_accuracy": [[3, 4], [2, 4]],
-        "correct_with_wrong_step": [[1, 2], [0, 1]],
-        "clean@1": [0.5, 0.5],
-        "maj@2": [1.0, 0.5],
+        "pass@1": [1.0, 0.5, 1.0],
+        "mean_tokens": [20.0, 20.0, 10.0],
+        "step_accuracy": [[3, 4], [2, 4], [1, 1]],
+        "correct_with_wrong_step": [[1, 2], [0, 1], [0, 0]],
+        "clean@1": [0.5, 0.5, 1.0],
+        "maj@2": [1.0, 0.5, 1.0],
     }
 
 

@@ -1,20 +1,27 @@
-"""Every room reads a soft label, and a step score, by one rule: correct when it is at least the threshold."""
+"""Every room reads step labels by one rule, and counts correct answers with an incorrect step by one tally."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from stepkd.claims.tiny import problem_metrics
+from stepkd.data.feedback import FeedbackExample
+from stepkd.data.labelled_data import feedback_counts
 from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.data.stepwise_io import trl_row
 from stepkd.errors import DataError
+from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.process_metrics import predicted_first_error
 from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.evaluation.store import read_rows
+from stepkd.iteration.measure import differences
 from stepkd.labels import ConvertOptions, StepPairSpec, convert_rows
 from stepkd.labels.consensus import consensus_filter
 from stepkd.labels.judge import ScorerLabeller
@@ -23,9 +30,12 @@ from stepkd.labels.quality import label_quality
 from stepkd.labels.step_check import StepCheck
 from stepkd.labels.step_pairs import first_wrong_step
 from stepkd.labels.summary import summarise_labels
+from stepkd.losses import step_kto
 from stepkd.modules.focus import FocusSpec
+from stepkd.modules.validation import SampledAccuracy
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.steps import tally
 
 Rule = Callable[[list[float], float], list[bool]]
 """Step labels (or scores) and a threshold to which steps a room takes for correct."""
@@ -143,3 +153,89 @@ def test_evaluation_writes_the_same_verdicts(tmp_path: Path) -> None:
     evaluate_process(spec, Says())
     (result,) = read_rows(tmp_path / "out" / "results.jsonl")
     assert (result["labels"], result["first_error"]) == ([True, True, False], 2)
+
+
+Judged = tuple[bool, list[bool | None] | None]
+"""Whether the answer is correct, and what the labels say of the steps."""
+CORRECT: list[Judged] = [
+    *[(True, [True, True, True]), (True, [True, False, True]), (True, [False, None, None])],  # labelled
+    *[(True, None), (True, [True, None, None])],  # a step may still be incorrect
+]
+JUDGED = [*CORRECT, (False, [False]), (False, None)]
+
+
+def problem(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    samples = [
+        {"verdict": "correct" if good else "wrong", "finish": "stop", "tokens": 3, "vote": "1", "step_labels": labels}
+        for good, labels in judged
+    ]
+    return [{"id": "p", "samples": samples}]
+
+
+def labelled(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    return [
+        rollout(*(labels or [None] * 3), id=f"p/{i}", completion=f"{i}", correct=good)  # type: ignore[arg-type]
+        for i, (good, labels) in enumerate(judged)
+    ]
+
+
+def evaluation(judged: Sequence[Judged]) -> float | None:
+    share: float | None = summarise(problem(judged), n_resamples=10)["metrics"]["correct_with_wrong_step"]["value"]
+    return share
+
+
+def iteration(judged: Sequence[Judged]) -> float | None:
+    base = problem([(True, [True])])
+    found = differences(problem(judged), base, n_resamples=10)["correct_with_wrong_step"]
+    return None if found is None else float(found["value"])
+
+
+def claims(judged: Sequence[Judged]) -> float | None:
+    ((flawed, among),) = problem_metrics(problem(judged))["correct_with_wrong_step"]
+    return flawed / among if among else None
+
+
+def validation(judged: Sequence[Judged]) -> float | None:
+    batch = SimpleNamespace(_judged=lambda *_: (None, [problem(judged)[0]["samples"]]), NAMES=SampledAccuracy.NAMES)
+    sums = SampledAccuracy.__call__(batch, None, None)  # type: ignore[arg-type]
+    return SampledAccuracy.rates(sums).get("correct_with_wrong_step")
+
+
+def signs(labels: list[bool | None] | None) -> tuple[int, ...]:
+    return tuple(-1 if label is None else int(label) for label in labels or [None] * 3)
+
+
+def training(judged: Sequence[Judged]) -> float | None:
+    steps = [(number, label) for number, (_, labels) in enumerate(judged) for label in signs(labels)]
+    numbers, labels = (torch.tensor(each) for each in zip(*steps, strict=True))
+    outcomes = torch.tensor([int(good) for good, _ in judged])
+    flawed, among = step_kto(torch.zeros(len(steps)), labels, numbers, outcomes, beta=0.1).metrics["conflicts"]
+    return float(flawed / among) if among else None
+
+
+@pytest.mark.parametrize("room", [evaluation, iteration, claims, validation, training])
+def test_every_room_takes_the_share_of_the_labelled_correct_answers(
+    room: Callable[[Sequence[Judged]], float | None],
+) -> None:
+    assert room(JUDGED) == pytest.approx(2 / 3)
+    assert room([(True, [True, None]), (False, [False])]) is None, "no correct answer whose steps are labelled"
+    assert tally(*zip(*JUDGED, strict=True)).share == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda judged: summarise_labels([{"row": row} for row in labelled(judged)], 7, 0, [])[
+            "right_answers_with_a_wrong_step"
+        ],
+        lambda judged: convert_rows(labelled(judged), "binary").counts["right_answers_with_a_wrong_step"],
+        lambda judged: feedback_counts(
+            [FeedbackExample("a", (), (), (), {}, outcome=int(good), step_labels=signs(s)) for good, s in judged]
+        )["conflicts"],
+    ],
+    ids=["labelling", "--to binary", "Step-KTO's data"],
+)
+def test_every_room_counts_the_same_correct_answers_with_an_incorrect_step(
+    count: Callable[[Sequence[Judged]], int],
+) -> None:
+    assert count(JUDGED) == 2
