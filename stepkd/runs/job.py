@@ -26,7 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -48,9 +48,11 @@ Row = Mapping[str, Any]
 U = TypeVar("U")
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
-"""Called with the phase, this rank's units that are done, its units in all, and running figures."""
-Figures = Callable[[Sequence[Row]], Mapping[str, tuple[float, float]]]
-"""Rows of a unit to running figures: name -> (numerator, denominator), summed over the units."""
+"""Called with the phase, how far this rank is, its work in all, and running figures; a unit that is a list counts as
+many as it holds, any other counts 1."""
+Figures = Callable[[Sequence[Row]], Mapping[str, tuple[float, float | None]]]
+"""Rows of a unit to running figures: name -> (numerator, denominator), summed over the units; None stands for the
+unit's seconds. They go to the progress line and to the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,10 @@ class JobOptions:
     """Told what is waited for, one line at a time."""
 
 
+ALONE = JobOptions()
+"""One process that does all units, resumes what it finds, and says nothing."""
+
+
 @dataclass(eq=False)
 class Job:
     """One rank's view of a job.
@@ -86,8 +92,8 @@ class Job:
     kind: str
     """What the job is, a noun for messages and settings: ``evaluation``, ``labelling job``."""
     outputs: Sequence[str] = ()
-    """Names of the files and folders that the job leaves beside its settings and parts."""
-    options: JobOptions = field(default_factory=JobOptions)
+    """Names of the files and folders that the job leaves beside its settings and parts; absolute paths for others."""
+    options: JobOptions = ALONE
     """How this process takes part."""
 
     # ---- the folder ------------------------------------------------------------------------------------------------
@@ -114,11 +120,11 @@ class Job:
                 )
                 raise ConfigError(f"{self.out} {why}: give another --out")
         elif (kind := read_settings(self.out)["kind"]) != self.kind:
-            raise ConfigError(f"{self.out} holds another kind of job ({kind}), not a {self.kind}: give another --out")
+            raise ConfigError(f"{self.out} holds another kind of job ({kind}), not {_a(self.kind)}: give another --out")
         elif self.options.overwrite and foreign:
             raise ConfigError(
-                f"{self.out} holds more than a {self.kind} ({_some(foreign)}), so --overwrite does not touch it: move "
-                "those files away, or give another --out"
+                f"{self.out} holds more than {_a(self.kind)} ({_some(foreign)}), so --overwrite does not touch it: "
+                "move those files away, or give another --out"
             )
 
     def begin(self, settings: Mapping[str, Any], *, free: Iterable[str] = ()) -> dict[str, Any]:
@@ -212,18 +218,26 @@ class Job:
         """:meth:`work` for parts in another format: ``write`` is given the unit and the path of its part."""
         mine = list(units)[self.options.rank :: self.options.world_size]
         todo = self.missing(phase, mine)
+        sizes = {key: len(unit) if isinstance(unit := units[key], list) else 1 for key in mine}
+        total = sum(sizes.values())
+        done = total - sum(sizes[key] for key in todo)
         sums: dict[str, tuple[float, float]] = {}
-        for number, key in enumerate(todo, start=1):
+        for key in todo:
             start = time.perf_counter()
             path = self.part(phase, key, suffix)
             write(units[key], path)
-            self._log({"phase": phase, "unit": key, "seconds": round(time.perf_counter() - start, 3)})
-            for name, (more, of) in (figures(_read_part(path)) if figures else {}).items():
+            seconds = time.perf_counter() - start
+            found = figures(_read_part(path)) if figures else {}
+            pairs = {name: (more, seconds if of is None else of) for name, (more, of) in found.items()}
+            entry = {name: round(more / of, 4) for name, (more, of) in pairs.items() if of}
+            self._log({"phase": phase, "unit": key, "seconds": round(seconds, 3), **entry})
+            done += sizes[key]
+            for name, (more, of) in pairs.items():
                 good, seen = sums.get(name, (0.0, 0.0))
                 sums[name] = (good + more, seen + of)
             if self.options.report is not None:
                 shown = {name: good / seen for name, (good, seen) in sums.items() if seen}
-                self.options.report(phase, len(mine) - len(todo) + number, len(mine), shown)
+                self.options.report(phase, done, total, shown)
 
     def once(
         self, phase: str, key: str, do: Callable[[], Row], *, inputs: Mapping[str, Any] | None = None
@@ -255,8 +269,7 @@ class Job:
         units = list(units)
         if self.missing(phase, units):
             return None
-        rows = [row for key in units for row in _read_part(self.part(phase, key))]
-        return sorted(rows, key=lambda row: row.get("index", 0))
+        return _merged(self.part(phase, key) for key in units)
 
     def wait(self, phase: str, units: Iterable[str]) -> list[dict[str, Any]]:
         """All rows of a phase, waiting for the other ranks' units.
@@ -340,13 +353,13 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """``settings.json`` of a job's folder.
+def read_settings(folder: str | Path, name: str = SETTINGS_NAME) -> dict[str, Any]:
+    """``settings.json`` of a job's folder, or the file of that name that a job left beside its result.
 
     Raises:
         DataError: none there, or damaged.
     """
-    path = Path(folder) / SETTINGS_NAME
+    path = Path(folder) / name
     try:
         settings = json.loads(path.read_bytes())
     except OSError as error:
@@ -358,6 +371,28 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or "kind" not in settings:
         raise DataError("not the settings of a job: give another --out", path=path)
     return settings
+
+
+def finished_rows(folder: str | Path, phase: str) -> list[dict[str, Any]]:
+    """All rows of a phase of a finished job, by their ``index`` where they have one.
+
+    Raises:
+        DataError: a damaged part.
+    """
+    return _merged(sorted((Path(folder) / PARTS / phase).glob("*.jsonl")))
+
+
+def read_results(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows that a job left in ``results.jsonl``; while it is not finished, those of its parts so far.
+
+    Raises:
+        DataError: there are none, or they are damaged.
+    """
+    path = Path(folder) / RESULTS_NAME
+    rows = _read_part(path) if path.is_file() else _merged((Path(folder) / PARTS).glob("*/*.jsonl"))
+    if not rows:
+        raise DataError("no results there: is this the --out of a job, and is it finished?", path=path)
+    return rows
 
 
 def differences(
@@ -395,6 +430,8 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], place: str | Path
     """
     if found := differences(old, new, free=free):
         lines = [f"  {key}: {then!r} then, {now!r} now" for key, (then, now) in found.items()]
+        if "threads" in found:
+            lines.append("  (the number of CPU threads changes rounding; OMP_NUM_THREADS sets it)")
         raise ConfigError(
             f"{place} was begun under other settings, so it cannot be resumed:\n"
             + "\n".join(lines)
@@ -412,12 +449,20 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     }
 
 
+def _merged(parts: Iterable[Path]) -> list[dict[str, Any]]:
+    return sorted((row for part in parts for row in _read_part(part)), key=lambda row: row.get("index", 0))
+
+
 def _read_part(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as stream:
             return [json.loads(line) for line in stream]
     except (OSError, ValueError) as error:
         raise DataError(f"a damaged part ({error}): delete it and give the same command again", path=path) from error
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _some(names: Sequence[str]) -> str:

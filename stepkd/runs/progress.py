@@ -68,7 +68,10 @@ def job_options(
     line = WorkLine(console, redraw=launch.world_size == 1)
 
     def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        shown = "".join(f"  {name} {value:.1%}" for name, value in figures.items())
+        shown = "".join(
+            f"  {metric(name, value)} {name}" if name.endswith("/s") else f"  {name} {value:.1%}"
+            for name, value in figures.items()
+        )
         line.show(f"{rank}{(verbs or {}).get(phase, phase)}", done, total, shown)
 
     return JobOptions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from stepkd.runs.job import (
     check_same,
     differences,
     numbered,
+    read_results,
     read_settings,
 )
 from stepkd.runs.launcher import detect_launch, launch_id
@@ -210,15 +212,39 @@ def test_a_full_disk_keeps_the_finished_units(tmp_path: Path, monkeypatch: pytes
     assert job.missing("squares", UNITS) == ["000001", "000002"]
 
 
-def test_progress_counts_this_ranks_units_and_sums_the_figures(tmp_path: Path) -> None:
+def test_progress_counts_this_ranks_rows_and_sums_the_figures(tmp_path: Path) -> None:
     seen: list[Any] = []
     job = start(tmp_path, report=lambda *facts: seen.append(facts))
     job.work("squares", UNITS, rows_of, lambda rows: {"even": (sum(r["index"] % 2 == 0 for r in rows), len(rows))})
     assert seen == [
-        ("squares", 1, 3, {"even": 0.5}),
-        ("squares", 2, 3, {"even": 1 / 3}),
-        ("squares", 3, 3, {"even": 2 / 5}),
+        ("squares", 2, 5, {"even": 0.5}),
+        ("squares", 3, 5, {"even": 1 / 3}),
+        ("squares", 5, 5, {"even": 2 / 5}),
     ]
+
+
+def test_speeds_are_reported_and_logged_and_stand_in_no_result(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    job = start(tmp_path, report=lambda *facts: seen.append(facts[-1]))
+    job.work("squares", UNITS, rows_of, lambda rows: {"rows/s": (len(rows), None)})
+    log = [json.loads(line) for line in (tmp_path / "log" / "rank-0.jsonl").read_text().splitlines()]
+    assert all(entry["rows/s"] > 0 for entry in log[1:])
+    assert seen[-1]["rows/s"] > 0
+    assert all(set(row) == {"index", "square"} for row in job.rows("squares", UNITS) or [])
+
+
+def test_results_are_read_when_finished_and_so_far(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no results there: is this the --out of a job"):
+        read_results(tmp_path)
+    job = Job(tmp_path, "test job", ("results.jsonl", "summary.json"))
+    job.begin(SETTINGS)
+    with pytest.raises(RuntimeError):
+        job.work("squares", UNITS, dies_at_the_second)
+    assert [row["index"] for row in read_results(tmp_path)] == [1, 2]
+    job.work("squares", UNITS, rows_of)
+    job.finish("results.jsonl", job.rows("squares", UNITS) or [], {})
+    shutil.rmtree(tmp_path / "parts")
+    assert [row["index"] for row in read_results(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_differences_name_nested_settings_and_ignore_threads_on_accelerators() -> None:
