@@ -15,8 +15,7 @@ from importlib import import_module
 
 import stepkd
 from stepkd.errors import MachineError, StepkdError, disk_error, nearest
-from stepkd.runs.launcher import leave_group
-from stepkd.training.failure import rank_name, tell_agent
+from stepkd.runs.process import leave_group, rank_name, tell_agent
 
 TRAINER_COMMANDS = {
     "fit": "train a model from a recipe",
@@ -82,7 +81,7 @@ def _main(arguments: list[str]) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars would fill a log file with carriage returns
     try:
         if command in TRAINER_COMMANDS:
-            code = int(import_module("stepkd.trainer_cli").run([command, *rest]))
+            code = int(import_module("stepkd.training.fit").run([command, *rest]))
             leave_group()
             return code
         if command in COMMANDS:

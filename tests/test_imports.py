@@ -60,11 +60,11 @@ ORDER = [
     {"iteration"},
     {"claims"},
     {"quickstart"},
-    {"cli", "commands", "doctor", "trainer_cli", "__main__"},
+    {"cli", "commands", "doctor", "__main__"},
 ]
 """Rooms in the order in which they may import each other; those of one line do not (the command line's parts do)."""
 
-NOT_YET = {"labels": {"evaluation"}, "iteration": {"commands", "trainer_cli"}, "steps": {"runs"}}
+NOT_YET = {"labels": {"evaluation"}, "iteration": {"commands"}, "steps": {"runs"}}
 """Arrows that still point up."""
 
 

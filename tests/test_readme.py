@@ -88,11 +88,11 @@ def test_readme_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     ran: list[str] = []
     if words[0] in TRAINER_COMMANDS:
-        from stepkd import trainer_cli
+        from stepkd.training.fit import StepkdCLI
 
-        monkeypatch.setattr(trainer_cli._PendingCLI, "before_instantiate_classes", lambda self: ran.append(words[0]))
+        monkeypatch.setattr(StepkdCLI, "before_instantiate_classes", lambda self: ran.append(words[0]))
         for name in ("instantiate_classes", "_run_subcommand"):
-            monkeypatch.setattr(trainer_cli.StepkdCLI, name, lambda *arguments: None)
+            monkeypatch.setattr(StepkdCLI, name, lambda *arguments: None)
     else:
         module = importlib.import_module(f"stepkd.commands.{words[0].replace('-', '_')}")
         monkeypatch.setattr(module, "run", lambda arguments: ran.append(words[0]))

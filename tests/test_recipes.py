@@ -20,30 +20,16 @@ EVERY = sorted(ROOT.rglob("*.yaml"))
 
 
 def instantiate(*configs: Path, extra: tuple[str, ...] = (), build: bool = True) -> Any:
-    """Parse and (unless told otherwise) build module and data through the real command-line classes."""
-    from lightning.pytorch import LightningDataModule
-
-    from stepkd.modules import StepModule
-    from stepkd.trainer_cli import StepkdCLI, SuggestingParser
+    """Parse and (unless told otherwise) build module and data through the real command-line class."""
+    from stepkd.training.fit import StepkdCLI
 
     class OnlyParsed(StepkdCLI):
         def instantiate_classes(self) -> None:
             pass
 
-    arguments = [part for config in configs for part in ("--config", str(config))]
-    return (StepkdCLI if build else OnlyParsed)(
-        StepModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        seed_everything_default=0,
-        parser_class=SuggestingParser,
-        trainer_defaults={"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-        args=[*arguments, *extra],
-        run=False,
-    )
+    cli = StepkdCLI() if build else OnlyParsed()
+    cli.start([*(part for config in configs for part in ("--config", str(config))), *extra], run=False)
+    return cli
 
 
 def name(path: Path) -> str:

@@ -94,7 +94,7 @@ def fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress
 
     from stepkd.models.export import export_model
     from stepkd.runs.logger import JsonlLogger
-    from stepkd.training.checkpoint_io import AtomicCheckpointIO
+    from stepkd.training.checkpoints import AtomicCheckpointIO
     from stepkd.training.progress import StepProgress
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,10 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.scorers.load import pick_device
     from stepkd.teachers.cache_writer import write_cache
     from stepkd.teachers.local import LocalTeacher
-    from stepkd.trainer_cli import check_fit_settings
+    from stepkd.training.fit import check_fit
 
     check_alone("stepkd cache-teacher")
-    module, data, trainer = check_fit_settings(recipe_words(arguments))
+    module, data, trainer = check_fit(words=recipe_words(arguments))
     if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
         raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with teacher.path")
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)

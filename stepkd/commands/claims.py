@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.claims.results import save_results, summarise_claim
     from stepkd.claims.runner import run_claim
     from stepkd.claims.table import print_results
-    from stepkd.runs.quiet import quiet_libraries
+    from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
     console = Console()

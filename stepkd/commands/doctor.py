@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd doctor``."""
     from stepkd.doctor.environment import look_around
-    from stepkd.runs.quiet import quiet_libraries
+    from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
     findings = look_around(arguments.out)
@@ -59,9 +59,9 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
     from stepkd.models.limits import memory_free
     from stepkd.models.room import device_room
     from stepkd.runs import detect_launch
-    from stepkd.trainer_cli import check_fit_settings
+    from stepkd.training.fit import check_fit
 
-    module, data, settings = check_fit_settings(words)
+    module, data, settings = check_fit(words=words)
     precision = str(settings.get("precision") or "32-true")
     on_gpu = torch.cuda.is_available() and settings.get("accelerator") != "cpu"
     shards = 1

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.data.benchmarks import PROCESS_BENCHMARKS
     from stepkd.evaluation.runner import EvaluationSpec, evaluate
     from stepkd.runs.launcher import check_alone
-    from stepkd.runs.quiet import quiet_libraries
+    from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
     check_alone("stepkd evaluate", "start it without a launcher (shard with --data offset=)")

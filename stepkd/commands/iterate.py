@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.iteration.spec import load_spec
     from stepkd.iteration.table import print_summary
     from stepkd.runs import check_launch
-    from stepkd.runs.quiet import quiet_libraries
+    from stepkd.runs.process import quiet_libraries
     from stepkd.yaml_files import find_recipe
 
     if check_launch().world_size > 1:

@@ -130,7 +130,7 @@ def _job(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stepkd.runs import check_launch
-    from stepkd.runs.quiet import quiet_libraries
+    from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
     launch = check_launch()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from stepkd.errors import ConfigError
@@ -69,21 +68,3 @@ def headline(path: Path) -> str:
     text = " ".join(words)
     end = re.search(r"(?<!\bDr)\. (?=[A-Z])", text)
     return text if end is None else text[: end.start() + 1]
-
-
-def with_recipe_files(words: Sequence[str]) -> list[str]:
-    """Words of a command line with every recipe's name after ``--config`` as its file; YAML text stays as it is.
-
-    Raises:
-        ConfigError: a name that is neither a file nor a recipe.
-    """
-    given = list(words)
-    for i, word in enumerate(given):
-        flag, equals, value = word.partition("=")
-        if flag not in ("--config", "-c") or (not equals and i + 1 == len(given)):
-            continue
-        value = value if equals else given[i + 1]
-        if ":" not in value and value.strip():
-            place, start = (i, f"{flag}=") if equals else (i + 1, "")
-            given[place] = f"{start}{find_recipe(value)}"
-    return given

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from stepkd.evaluation.score_rows import ScoreJob, score_file
     from stepkd.runs.launcher import check_alone
-    from stepkd.runs.quiet import quiet_libraries
+    from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
     check_alone("stepkd score", "start it without a launcher (shard with offset=, limit=)")

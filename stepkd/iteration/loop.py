@@ -23,7 +23,6 @@ from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_nex
 from stepkd.iteration.table import summarise_run
 from stepkd.runs import RunDir
 from stepkd.runs.files import write_json
-from stepkd.yaml_files import find_recipe
 
 MANIFEST_NAME = "iterate.json"
 SUMMARY_NAME = "summary.json"
@@ -108,27 +107,16 @@ def _check(spec: IterateSpec, out: Path) -> None:
 
 def _check_training(spec: IterateSpec, out: Path) -> None:
     """Parse the training settings of the first iteration as ``stepkd fit`` will."""
-    import tempfile
-
-    import yaml
-
-    from stepkd.trainer_cli import check_fit
+    from stepkd.training.fit import check_fit
 
     first = Iteration(spec, out, 1, "", lambda _: None)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "settings.yaml"
-        path.write_text(yaml.safe_dump(training_settings(first, out / "rows.jsonl")), encoding="utf-8")
-        recipes = [str(find_recipe(name)) for name in spec.train.recipes]
-        try:
-            check_fit([part for name in (*recipes, str(path)) for part in ("--config", name)])
-        except StepkdError as error:
-            hint = ""
-            if spec.reference == "kept" and "reference" in str(error):
-                hint = " (reference: kept is for methods with a reference model)"
-            mistake = str(error).removeprefix(f"{path}: ")  # that file is gone when the message is read
-            raise ConfigError(
-                f"train: `stepkd fit` would refuse these recipes and overrides{hint}: {mistake}"
-            ) from error
+    try:
+        check_fit(spec.train.recipes, training_settings(first, out / "rows.jsonl"))
+    except StepkdError as error:
+        hint = ""
+        if spec.reference == "kept" and "reference" in str(error):
+            hint = " (reference: kept is for methods with a reference model)"
+        raise ConfigError(f"train: `stepkd fit` would refuse these recipes and overrides{hint}: {error}") from error
 
 
 def _check_problems(spec: IterateSpec) -> None:

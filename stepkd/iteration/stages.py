@@ -264,13 +264,13 @@ def _train(it: Iteration, rows: Path) -> dict[str, Any]:
     run = it.folder / "train"
     write_training_settings(it, rows)
     if (read_marker(run) or {}).get("status") != "finished":
-        arguments = ["fit", *fit_arguments(it), "--out", str(run), "--resume", "true"]
         if it.spec.launcher is not None:
+            arguments = ["fit", *fit_arguments(it), "--out", str(run), "--resume", "true"]
             launch(it.spec.launcher, arguments, where=f"iteration {it.k}", say=it.tell)
         else:
-            from stepkd.trainer_cli import run as run_trainer
+            from stepkd.training.fit import fit
 
-            run_trainer(arguments)
+            fit(it.spec.train.recipes, training_settings(it, rows), out=run, resume=True)
     marker = read_marker(run) or {}
     if marker.get("status") != "finished":
         raise StepkdError(

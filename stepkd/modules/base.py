@@ -32,7 +32,7 @@ from stepkd.modules.policy_module import PolicyModule
 from stepkd.modules.step_metrics import Throughput, accumulate, require_finite, step_values
 from stepkd.modules.validation import SampledAccuracy
 from stepkd.randomness import stream_key
-from stepkd.runs.preemption import STOP_REQUEST, Preempted
+from stepkd.runs.process import STOP_REQUEST, Preempted
 
 logger = logging.getLogger(__name__)
 

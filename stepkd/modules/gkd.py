@@ -28,7 +28,7 @@ from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.randomness import generator
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
-from stepkd.runs.preemption import STOP_REQUEST
+from stepkd.runs.process import STOP_REQUEST
 from stepkd.steps import get_segmenter
 from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServerTeacher, Teacher, TeacherSpec
 

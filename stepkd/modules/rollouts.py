@@ -20,7 +20,7 @@ from stepkd.modules.step_scores import step_texts
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
 from stepkd.runs.phases import PhaseTracker
-from stepkd.runs.preemption import STOP_REQUEST
+from stepkd.runs.process import STOP_REQUEST
 from stepkd.steps import get_segmenter
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from stepkd.errors import ConfigError
 from stepkd.runs.files import write_json
-from stepkd.runs.quiet import quiet_libraries
+from stepkd.runs.process import quiet_libraries
 
 SUMMARY_NAME = "summary.json"
 

@@ -13,8 +13,8 @@ import torch
 
 from stepkd import yaml_files
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
-from stepkd.commands.recipes import with_recipe_files
 from stepkd.errors import ConfigError
+from stepkd.training.recipe_parser import with_recipe_files
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "tiny" / "sft.yaml")
@@ -335,11 +335,11 @@ def test_every_command_names_the_nearest_recipe(
 
 
 def test_recipes_run_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepkd.trainer_cli import check_fit
+    from stepkd.training.fit import check_fit
 
     monkeypatch.chdir(tmp_path)
     small = ["--model.policy.path", "tiny-0.1m"]
-    module, data = check_fit(["--config", "tiny/sft", "--config=base/tiny", *small, "--data", "StepData"])
+    module, data, _ = check_fit(words=["--config", "tiny/sft", "--config=base/tiny", *small, "--data", "StepData"])
     assert (type(module).__name__, type(data).__name__) == ("SFTModule", "StepData")
 
 

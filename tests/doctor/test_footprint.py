@@ -16,10 +16,15 @@ from stepkd.doctor.live import LiveBytes, peak_of
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny
 from stepkd.models.checkpoint import load_trained
 from stepkd.modules.base import StepModule
-from stepkd.trainer_cli import check_fit
+from stepkd.training import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = PolicySpec(path="tiny-0.1m")
+
+
+def check_fit(words: list[str]) -> tuple[Any, Any]:
+    """Module and data of a recipe."""
+    return fit.check_fit(words=words)[:2]
 
 
 def recipe(name: str, *settings: str) -> list[str]:

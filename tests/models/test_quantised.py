@@ -15,7 +15,7 @@ from stepkd.models.load import load_model
 from stepkd.models.spec import LoraSpec
 from stepkd.models.tiny import tiny_config, tiny_tokenizer
 from stepkd.runs.logger import read_metrics
-from stepkd.trainer_cli import run
+from stepkd.training.fit import run
 
 LORA = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 

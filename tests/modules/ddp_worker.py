@@ -30,7 +30,7 @@ from stepkd.models.step_head import resolve_ids
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
 from stepkd.runs import check_launch, trainer_defaults
-from stepkd.runs.launcher import leave_group
+from stepkd.runs.process import leave_group
 from stepkd.steps import get_segmenter
 from stepkd.tasks import Noise, make_rows
 from stepkd.training.sharded import FSDP2Strategy

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from stepkd.errors import ConfigError
 from stepkd.modules.strategies import check_strategy
-from stepkd.trainer_cli import check_fit_settings
+from stepkd.training.fit import check_fit
 
 OVERLAYS = Path(__file__).resolve().parents[2] / "recipes" / "strategy"
 LIGHTNING = "lightning.pytorch.strategies."
@@ -103,4 +103,4 @@ def test_the_command_refuses_before_it_builds_anything(repo_root: Path) -> None:
     recipe = str(repo_root / "recipes" / "tiny" / "sft.yaml")
     for strategy in ("ddp_spawn", "ModelParallelStrategy", "FSDPStrategy"):
         with pytest.raises(ConfigError, match=REFUSED):
-            check_fit_settings(["--config", recipe, "--trainer.strategy", strategy])
+            check_fit([recipe], words=["--trainer.strategy", strategy])

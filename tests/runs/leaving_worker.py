@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from stepkd.runs.launcher import leave_group
+from stepkd.runs.process import leave_group
 
 
 def work(rank: int, meeting: str) -> None:

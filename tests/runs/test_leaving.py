@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from stepkd.runs.launcher import leave_group
+from stepkd.runs.process import leave_group
 
 WORKER = Path(__file__).with_name("leaving_worker.py")
 PAIRS = 12

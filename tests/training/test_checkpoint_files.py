@@ -15,8 +15,7 @@ import torch
 
 from stepkd.errors import StepkdError
 from stepkd.runs.checkpoint_files import find_last_checkpoint, read_checkpoint
-from stepkd.training.checkpoint_io import AtomicCheckpointIO
-from stepkd.training.last_checkpoint import LastCheckpoint
+from stepkd.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
 
 
 def checkpoint(step: int, size: int = 4) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.runs import PhaseTracker
-from stepkd.training.failure import explained, rank_name, tell_agent
+from stepkd.runs.process import rank_name, tell_agent
+from stepkd.training.fit import explained
 
 
 @pytest.mark.parametrize(

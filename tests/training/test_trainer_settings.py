@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from stepkd.errors import ConfigError
-from stepkd.trainer_cli import run
+from stepkd.training.fit import run
 from stepkd.training.trainer_settings import CALLBACKS, REFUSED, check_trainer_settings
 
 SEEN_HERE = {

@@ -1,53 +1,53 @@
-"""``stepkd fit | validate | test | predict``: LightningCLI with stepkd's run folders, guard and defaults."""
+"""Fitting as a function, and the Trainer's commands: LightningCLI with stepkd's run folders, guard and defaults.
+
+:func:`fit` and :func:`check_fit` take recipes and settings, :func:`run` the words of ``stepkd fit``, ``validate``,
+``test`` and ``predict``. All of them parse, refuse and train alike.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from stepkd.commands.recipes import with_recipe_files
-from stepkd.commands.suggestions import explain
 from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
-from stepkd.data.templates import PromptTemplate
-from stepkd.errors import ConfigError, MachineError, StepkdError
+from stepkd.errors import ConfigError, MachineError, StepkdError, disk_error
 from stepkd.models.source import find_checkpoint, no_model
-from stepkd.models.trained_template import save_template
 from stepkd.modules import StepModule
-from stepkd.modules.rollout_file import RolloutFile
 from stepkd.runs import RunDir, check_launch, trainer_defaults
 from stepkd.runs.checkpoint_files import find_last_checkpoint
 from stepkd.runs.files import write_file
 from stepkd.runs.logger import JsonlLogger, place_loggers
-from stepkd.runs.preemption import Preempted
-from stepkd.runs.quiet import quiet_libraries
+from stepkd.runs.process import Preempted, quiet_libraries
 from stepkd.runs.resume import check_changes, newest_config, recipe_settings, short_name
 from stepkd.runs.rundir import check_version, free_path
-from stepkd.safe import check_import
-from stepkd.training.checkpoint_io import AtomicCheckpointIO
-from stepkd.training.failure import explained
-from stepkd.training.last_checkpoint import BestCheckpoint, LastCheckpoint
-from stepkd.training.preemption_callback import SaveWhenPreempted
+from stepkd.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, SaveWhenPreempted
 from stepkd.training.progress import StepProgress
+from stepkd.training.recipe_parser import RecipeParser, explain, with_recipe_files
+from stepkd.training.run_files import RolloutFile, RunFacts
 from stepkd.training.trainer_settings import check_trainer_settings
 from stepkd.yaml_files import read_yaml
 
 DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
 """Imported so that ``--data.help`` lists them and ``--data`` takes their names."""
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_PEER = re.compile(
+    r"connection closed by peer|connection reset by peer|remote process exited|ncclRemoteError|broken pipe",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -77,27 +77,152 @@ class CheckpointSpec:
             raise ConfigError(f"checkpoint.preempted_exit_code={self.preempted_exit_code}: must lie in 0 to 255")
 
 
-class SuggestingParser(LightningArgumentParser):
-    """A parser that takes no abbreviations, and raises our errors."""
+class FitResult(NamedTuple):
+    """How a fit ended."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+    folder: Path
+    """The run folder."""
+    status: Literal["finished", "stopped"]
+    """``stopped``: SIGTERM ended it with its state saved, for a later start with ``resume``."""
+    steps: int
+    """Optimiser steps that the run has taken, those before a resume included."""
+    exit_code: int
+    """That of ``stepkd fit``."""
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
-        """Raise ConfigError."""
-        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
-            try:
-                check_import(denied.group(1), "the recipe")
-            except ConfigError as refused:
-                raise refused from ex
-        raise ConfigError(message) from ex
+
+class CheckedFit(NamedTuple):
+    """What the settings of a fit describe; nothing is loaded yet."""
+
+    module: StepModule
+    data: Any
+    """The data module."""
+    trainer: dict[str, Any]
+    """Arguments of the Trainer."""
+
+
+def fit(
+    recipes: Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> FitResult:
+    """Train as ``stepkd fit`` does.
+
+    Args:
+        recipes: files, or names of ``stepkd recipes list``; later ones go before earlier ones.
+        settings: nested as in a recipe; they go before all recipes.
+        out: the run folder.
+        resume: continue the run in it; starts fresh when there is nothing to continue.
+        overwrite: delete what an earlier run left in it.
+
+    Raises:
+        StepkdError: what ``stepkd fit`` would report. The run folder tells of a failure too, or is removed where
+            nothing had begun.
+    """
+    flags = [f"--out={out}", f"--resume={str(resume).lower()}", f"--overwrite={str(overwrite).lower()}"]
+    cli = _run(["fit", *_words(recipes, settings), *flags])
+    assert cli.run_dir is not None
+    return FitResult(cli.run_dir.path, cli.status, cli.trainer.global_step, cli.exit_code)
+
+
+def check_fit(
+    recipes: Sequence[str | Path] = (), settings: Mapping[str, Any] | None = None, *, words: Sequence[str] = ()
+) -> CheckedFit:
+    """Parse the settings of a fit and build its module and data, without a model, a trainer or a run folder.
+
+    Args:
+        recipes, settings: as for :func:`fit`.
+        words: more of them as words of ``stepkd fit``.
+
+    Raises:
+        StepkdError: what ``stepkd fit`` would refuse before it reads data or loads a model.
+    """
+    cli = StepkdCLI()
+    try:
+        cli.start([*_words(recipes, settings), *words], run=False)
+    except (ValueError, TypeError) as error:
+        if (mistake := _user_mistake(error)) is not None:
+            raise mistake from error
+        raise
+    return CheckedFit(cli.model, cli.datamodule, cli.config.trainer.as_dict())
+
+
+def _words(recipes: Sequence[str | Path], settings: Mapping[str, Any] | None) -> list[str]:
+    words = [word for recipe in recipes for word in ("--config", str(recipe))]
+    return [*words, "--config", yaml.safe_dump(dict(settings), sort_keys=False)] if settings else words
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse and run one Trainer command; see ``stepkd fit --help``.
+
+    Returns:
+        Its exit code.
+    """
+    if any(word == "-h" or word.partition("=")[0].endswith("help") for word in words):
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a second that a run need not wait
+    return _run(words).exit_code
+
+
+def _run(words: Sequence[str]) -> StepkdCLI:
+    cli = StepkdCLI()
+    try:
+        cli.start(words)
+    except MisconfigurationException as error:
+        mistake = ConfigError(str(error))
+        cli.mark_failed(mistake)
+        raise mistake from error
+    except Preempted as stopped:
+        cli.mark_stopped(stopped)
+    except BaseException as error:  # an interrupted run is recorded too
+        told = explained(error, getattr(cli, "model", None), None if cli.last is None else cli.last.path)
+        cli.mark_failed(told or error)
+        root = told or _user_mistake(error)
+        if root is not None and root is not error:
+            raise root from error
+        if isinstance(error, SystemExit | KeyboardInterrupt) and cli.subcommand is not None:
+            raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into an exit
+        raise
+    return cli
 
 
 class StepkdCLI(LightningCLI):
     """LightningCLI whose runs live in a folder that is never silently overwritten."""
 
-    run_dir: RunDir | None = None
-    last: LastCheckpoint | None = None
+    def __init__(self) -> None:
+        """Nothing happens before :meth:`start`."""
+        self.subcommand: str | None = None
+        self.run_dir: RunDir | None = None
+        self.last: LastCheckpoint | None = None
+        self.status: Literal["finished", "stopped"] = "finished"
+
+    def start(self, words: Sequence[str], *, run: bool = True) -> None:
+        """Parse words of a command line, and run the command.
+
+        Args:
+            words: the command first; without ``run`` the settings of a fit alone.
+            run: False: only build module and data.
+        """
+        quiet_libraries()
+        super().__init__(
+            StepModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            parser_class=RecipeParser,
+            seed_everything_default=0,
+            trainer_defaults=dict(DEFAULTS),
+            args=list(words),
+            run=run,
+        )
+
+    @property
+    def exit_code(self) -> int:
+        """0; of a run that was stopped, what its recipe asks for."""
+        return 0 if self.status == "finished" else int(self.config["fit"].checkpoint.preempted_exit_code)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of stepkd beside Lightning's own."""
@@ -119,7 +244,7 @@ class StepkdCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with recipes by file or by name, and say of a mistake where it is and what was meant."""
-        words = with_recipe_files(sys.argv[1:] if args is None else args)
+        words = with_recipe_files(args)
         try:
             super().parse_arguments(parser, words)
         except ConfigError as error:
@@ -131,7 +256,8 @@ class StepkdCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Guard the launch and open the run folder before anything slow happens."""
         if self.subcommand is None:
-            return  # only parsed and built (run=False)
+            check_trainer_settings(self.config.trainer.as_dict(), "fit")
+            return
         config = self.config[self.subcommand]
         settings = config.trainer.as_dict()
         check_trainer_settings(settings, self.subcommand)
@@ -193,17 +319,22 @@ class StepkdCLI(LightningCLI):
         given = self.config[self.subcommand].get("resume_with") or ""
         return [short_name(name.strip()) for name in given.split(",") if name.strip()]
 
+    def instantiate_classes(self) -> None:
+        """Build module, data and, for a command that runs, the Trainer."""
+        if self.subcommand is not None:
+            return super().instantiate_classes()
+        self.config_init = self.parser.instantiate(self.config)
+        self.model, self.datamodule = self.config_init.model, self.config_init.data
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add logger, progress display and checkpoints of the run folder."""
-        if self.subcommand is None:
-            return super().instantiate_trainer(**kwargs)
         config = self.config[self.subcommand]
         self.model.checkpoint = config.get("ckpt_path")
         own = self._get(self.config_init, "trainer").callbacks or []
         has_bar = any(isinstance(each, ProgressBar) for each in (own if isinstance(own, list) else [own]))
         callbacks: list[Callback] = [] if has_bar or config.trainer.enable_progress_bar is False else [StepProgress()]
         if self.run_dir is not None and self.subcommand == "fit":
-            callbacks.append(_RunFacts(self.run_dir.path, recipe_settings(yaml.safe_load(self._config_text()))))
+            callbacks.append(RunFacts(self.run_dir.path, recipe_settings(yaml.safe_load(self._config_text()))))
             if config.trainer.get("default_root_dir") is None:
                 kwargs["default_root_dir"] = str(self.run_dir.path)
             if (given := self._get(self.config_init, "trainer").logger) is not False:
@@ -246,24 +377,26 @@ class StepkdCLI(LightningCLI):
             for line in self.model.next_commands(str(self.config["fit"].out)):
                 print(f"  {line}")
 
+    def mark_stopped(self, stopped: Preempted) -> None:
+        """Record that the run stopped on request, and say how to go on."""
+        assert self.run_dir is not None
+        self.status = "stopped"
+        self.run_dir.mark("stopped", str(stopped))
+        if self.trainer.is_global_zero:
+            print(
+                f"\n{stopped}: {self.run_dir.path} holds the state after {self.trainer.global_step} steps; give the "
+                "same command with --resume to go on",
+                flush=True,
+            )
 
-class _RunFacts(Callback):
-    """Tells every logger the run's settings, and writes its prompt template beside them."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
-        self.settings = settings
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before Lightning saves the loggers without settings."""
-        for logger in trainer.loggers if trainer.enable_autolog_hparams else ():
-            logger.log_hyperparams(self.settings)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not before, because a folder in which nothing has begun is removed when the run fails."""
-        template = getattr(getattr(trainer, "datamodule", None), "template", None)
-        if trainer.is_global_zero and isinstance(template, PromptTemplate):
-            save_template(template, self.folder)
+    def mark_failed(self, error: BaseException) -> None:
+        """Record the failure in the run folder, or remove the folder when nothing had begun."""
+        if self.run_dir is None:
+            return
+        mistake = _user_mistake(error)
+        if mistake is None or isinstance(mistake, MachineError) or not self.run_dir.abandon():
+            text = str(error).splitlines()[0] if str(error) else ""
+            self.run_dir.mark("failed", f"{type(error).__name__}: {text}")
 
 
 def _find_model(config: Any, subcommand: str) -> None:
@@ -321,90 +454,6 @@ def _best(run: RunDir, spec: Any) -> BestCheckpoint:
     )
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Parse and run one Trainer command; see ``stepkd fit --help``."""
-    if any(word == "-h" or word.partition("=")[0].endswith("help") for word in arguments):
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a second that a run need not wait
-    _PendingCLI.current = None
-    try:
-        _start(_PendingCLI, arguments, run=True)
-    except MisconfigurationException as error:
-        mistake = ConfigError(str(error))
-        _mark_failed(mistake)
-        raise mistake from error
-    except Preempted as stopped:
-        return _after_preemption(stopped)
-    except BaseException as error:  # an interrupted run is recorded too
-        cli = _PendingCLI.current
-        last = getattr(cli, "last", None)
-        words = explained(error, getattr(cli, "model", None), None if last is None else last.path)
-        _mark_failed(words or error)
-        root = words or _user_mistake(error)
-        if root is not None and root is not error:
-            raise root from error
-        if isinstance(error, SystemExit | KeyboardInterrupt) and cli is not None:
-            raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into an exit
-        raise
-    return 0
-
-
-def check_fit(arguments: Sequence[str]) -> tuple[StepModule, Any]:
-    """Parse the settings of a ``stepkd fit`` and build its module and data, without a model, a trainer or a run folder.
-
-    Args:
-        arguments: those of ``stepkd fit``, without ``--out``.
-
-    Returns:
-        Module and data module.
-
-    Raises:
-        StepkdError: what ``stepkd fit`` would refuse before it reads data or loads a model.
-    """
-    module, data, _ = check_fit_settings(arguments)
-    return module, data
-
-
-def check_fit_settings(arguments: Sequence[str]) -> tuple[StepModule, Any, dict[str, Any]]:
-    """As :func:`check_fit`, with the Trainer's settings beside them."""
-    try:
-        parsed = _start(_ParsedCLI, arguments, run=False)
-    except (ValueError, TypeError) as error:
-        if (mistake := _user_mistake(error)) is not None:
-            raise mistake from error
-        raise
-    return parsed.built.model, parsed.built.data, parsed.config.trainer.as_dict()
-
-
-def _start(kind: type[LightningCLI], arguments: Sequence[str], *, run: bool) -> Any:
-    """A command line of ours, parsed and, with ``run``, run."""
-    quiet_libraries()
-    return kind(
-        StepModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        parser_class=SuggestingParser,
-        seed_everything_default=0,
-        trainer_defaults=dict(DEFAULTS),
-        args=list(arguments),
-        run=run,
-    )
-
-
-class _ParsedCLI(StepkdCLI):
-    """Parses, and builds module and data but no trainer."""
-
-    built: Any = None
-
-    def before_instantiate_classes(self) -> None:
-        check_trainer_settings(self.config.trainer.as_dict(), "fit")
-
-    def instantiate_classes(self) -> None:
-        self.built = self.parser.instantiate(self.config)
-
-
 def _user_mistake(error: BaseException) -> StepkdError | None:
     """Our own error at the root of one that jsonargparse raised while it parsed or built the settings."""
     if isinstance(error, StepkdError):
@@ -417,37 +466,45 @@ def _user_mistake(error: BaseException) -> StepkdError | None:
     return found
 
 
-class _PendingCLI(StepkdCLI):
-    """Remembers the run folder while the constructor runs the command, so that a failure can be recorded in it."""
+def explained(error: BaseException, module: Any = None, last: Path | None = None) -> MachineError | None:
+    """The same failure in words, where it is one of the machine and not of the code; else None.
 
-    current: StepkdCLI | None = None
-
-    def before_instantiate_classes(self) -> None:
-        _PendingCLI.current = self
-        super().before_instantiate_classes()
-
-
-def _after_preemption(stopped: Preempted) -> int:
-    """Record that the run stopped on request, say how to go on, and give the exit code that the recipe asks for."""
-    cli = _PendingCLI.current
-    assert cli is not None
-    assert cli.run_dir is not None
-    cli.run_dir.mark("stopped", str(stopped))
-    if cli.trainer.is_global_zero:
-        print(
-            f"\n{stopped}: {cli.run_dir.path} holds the state after {cli.trainer.global_step} steps; give the same "
-            "command with --resume to go on",
-            flush=True,
+    Args:
+        error: what was raised.
+        module: the training module, for its phase and settings; None before there is one.
+        last: where the run keeps its last checkpoint, if it keeps one.
+    """
+    if words := disk_error(error):
+        return words
+    if not isinstance(error, RuntimeError | MemoryError) or isinstance(error, StepkdError):
+        return None
+    text = str(error)
+    if isinstance(error, MemoryError) or _MEMORY.search(text):
+        return MachineError(_memory(text, module, last))
+    if _PEER.search(text):
+        return MachineError(
+            "another process of this run has ended, and this one waited for it: its own error says why (the launcher "
+            f"reports the first that failed as the root cause). Here it came as: {_first_line(text)}"
         )
-    return int(cli.config["fit"].checkpoint.preempted_exit_code)
+    return None
 
 
-def _mark_failed(error: BaseException) -> None:
-    """Record the failure in the run folder, or remove the folder when nothing had begun."""
-    cli = _PendingCLI.current
-    if cli is None or cli.run_dir is None:
-        return
-    mistake = _user_mistake(error)
-    if mistake is None or isinstance(mistake, MachineError) or not cli.run_dir.abandon():
-        text = str(error).splitlines()[0] if str(error) else ""
-        cli.run_dir.mark("failed", f"{type(error).__name__}: {text}")
+def _memory(text: str, module: Any, last: Path | None) -> str:
+    phase = getattr(getattr(module, "phases", None), "interrupted", None)
+    size = getattr(module, "micro_batch_tokens", None)
+    where = "" if phase is None else f" in the phase {phase.name!r}"
+    now = "" if size is None else f" (now {size}; half of it, the gradient stays the same)"
+    more = "; while sampling, a smaller max_rows" if phase is not None and "rollout" in phase.name else ""
+    kept = "" if last is None else "No checkpoint was written yet. "
+    if last is not None and last.is_file():
+        kept = f"{last} is intact: --resume goes on from it. "
+    return (
+        f"out of memory{where}. Three settings take less, in this order: model.init_args.micro_batch_tokens{now}; "
+        "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "
+        f"(recipes/strategy/fsdp2.yaml) in place of all weights on every device{more}. `stepkd doctor --config ...` "
+        f"foretells the need. {kept}({_first_line(text)})"
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "no message"

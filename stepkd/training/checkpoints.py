@@ -1,18 +1,67 @@
-"""``last.ckpt``, where a run goes on after it was stopped, and ``best.ckpt``."""
+"""Checkpoints: written whole or not at all, loaded without executing anything, and when: ``last.ckpt``, ``best.ckpt``,
+and before a run stops on request."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
-from stepkd.runs.checkpoint_files import is_whole
+from stepkd.errors import disk_error
+from stepkd.runs.checkpoint_files import find_last_checkpoint, is_whole, read_checkpoint
 from stepkd.runs.files import replaced
-from stepkd.training.checkpoint_io import told
+from stepkd.runs.process import STOP_REQUEST, Preempted
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Writing a checkpoint, with its failures in words.
+
+    Raises:
+        MachineError: the disk is full or the folder cannot be written; a checkpoint that was there is intact.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        last = find_last_checkpoint(path.parent)
+        kept = "No checkpoint was written before. " if last is None else f"{last.name} is intact, for --resume. "
+        if words := disk_error(error, path, kept):
+            raise words from error
+        raise
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write to a temporary file in the same folder, sync, rename; load with ``weights_only``.
+
+    Lightning's own writer goes through the system's temporary folder, so that on another file system the last step is
+    a copy, which a kill can cut in half.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint durably.
+
+        Raises:
+            MachineError: the disk is full or the folder cannot be written; the previous checkpoint is intact.
+        """
+        path = Path(path)
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+            with replaced(path) as temporary, open(temporary, "wb") as stream:
+                torch.save(checkpoint, stream)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Read a checkpoint; see :func:`stepkd.models.checkpoint.read_checkpoint`."""
+        return read_checkpoint(path)
 
 
 class LastCheckpoint(Checkpoint):
@@ -62,7 +111,7 @@ class LastCheckpoint(Checkpoint):
         """
         self._due = False
         if trainer.is_global_zero and self.keep_previous and self._saved_at not in (None, trainer.global_step):
-            with told(self.path):
+            with _told(self.path):
                 self._keep(f"step={self._saved_at}.ckpt")
         self._saved_at = trainer.global_step
         trainer.save_checkpoint(self.path, weights_only=False)
@@ -111,3 +160,37 @@ class BestCheckpoint(ModelCheckpoint):
         }
         scores = {moved(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict({**state_dict, **changed, "best_k_models": scores, "dirpath": here})
+
+
+class SaveWhenPreempted(Callback):
+    """Take SIGTERM as a request while a run trains, and save its state when all ranks have agreed to stop.
+
+    Lightning's own handler is replaced: it broadcasts from within the signal, in the middle of other communication, and
+    stops between batches only, without a checkpoint.
+
+    Args:
+        last: writes the checkpoint.
+    """
+
+    def __init__(self, last: LastCheckpoint) -> None:
+        self.last = last
+        self._restore: Callable[[], None] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen; Lightning has installed its handler by now."""
+        self._restore = STOP_REQUEST.listen()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save, on all ranks, when that is why the run ends."""
+        if isinstance(exception, Preempted):
+            self.last.save(trainer)
+        self._stop_listening()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop listening, before Lightning puts back the handlers that were there before it."""
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._restore is not None:
+            self._restore()
+            self._restore = None

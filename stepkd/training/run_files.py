@@ -1,4 +1,4 @@
-"""``stepkd predict`` writes its rollouts as they come, one file per rank."""
+"""What a Trainer's run writes into its folder beside checkpoints and metrics: settings, template, rollouts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,34 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from stepkd.data.rows import ROLLOUT, validate
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import disk_error
+from stepkd.models.trained_template import save_template
 from stepkd.runs.logger import append
+
+
+class RunFacts(Callback):
+    """Tells every logger the run's settings, and writes its prompt template beside them.
+
+    Args:
+        folder: the run folder.
+        settings: of the run, under dotted names.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.settings = settings
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before Lightning saves the loggers without settings."""
+        for logger in trainer.loggers if trainer.enable_autolog_hparams else ():
+            logger.log_hyperparams(self.settings)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Not before, because a folder in which nothing has begun is removed when the run fails."""
+        template = getattr(getattr(trainer, "datamodule", None), "template", None)
+        if trainer.is_global_zero and isinstance(template, PromptTemplate):
+            save_template(template, self.folder)
 
 
 class RolloutFile(Callback):

@@ -1,0 +1,138 @@
+"""This process among others: a request to stop it, its launcher's report, the end of its group, notices of libraries.
+
+SIGTERM: a scheduler takes the machine back, and the run has a grace period to leave a state to go on from. The signal
+only sets a flag. Sampling for training looks at it at every token and breaks off; the module looks at it before every
+batch's first optimiser step, together with all other ranks, and gives up that batch, which a resumed run draws again
+with the same noise. Nothing of the step before is lost, and no rank waits for another.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+
+from stepkd.errors import MachineError, StepkdError
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+    def listen(self, signum: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+        """Take the signal as a request from now on; only the main thread can.
+
+        Returns:
+            A function that gives the signal its earlier meaning back, and forgets the request.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        before = signal.signal(signum, self._on_signal)
+
+        def restore() -> None:
+            signal.signal(signum, before)
+            self.name = None
+
+        return restore
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.name is None:
+            self.name = signal.Signals(signum).name
+            os.write(2, f"\n{self.name}: stopping after this step\n".encode())  # print is not safe in a handler
+
+
+STOP_REQUEST = StopRequest()
+"""The request to this process."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and every rank agreed to; its state is that of the last finished step."""
+
+
+def rank_name(environ: Mapping[str, str] | None = None) -> str:
+    """``" (rank 1)"`` where a launcher started several processes, else nothing."""
+    environ = os.environ if environ is None else environ
+    if environ.get("WORLD_SIZE", "1") in ("", "1"):
+        return ""
+    return f" (rank {environ.get('RANK', '?')})"
+
+
+def tell_agent(error: BaseException) -> bool:
+    """Let the agent of torchrun or accelerate, if there is one, put this error on top of its report.
+
+    A traceback goes with it only where the error does not explain itself.
+
+    Returns:
+        Whether the report says enough: the error is a mistake in the command or the recipe, which every rank finds,
+        and this is not the first rank of its machine.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return False
+    if not isinstance(error, StepkdError):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        return False
+    message = {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}
+    try:
+        Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
+    except OSError:
+        return False
+    return not isinstance(error, MachineError) and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def leave_group() -> None:
+    """End a gloo group and its threads while Python still runs; all ranks call it, and nothing else needs it.
+
+    Lightning ends an NCCL group itself and leaves a gloo group to the interpreter's end. A thread of the group that
+    lets go of a tensor just then finds no interpreter, and the finished process dies with ``terminate called without an
+    active exception``.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        distributed.barrier()  # what still holds the group may keep its threads; while this waits, they let go
+        distributed.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Turn down notices of Lightning, and progress bars of transformers."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import lightning.pytorch  # noqa: F401 (importing it sets the levels that are lowered here)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # reports that were asked for
+    logging.getLogger("lightning").handlers.clear()  # it would repeat what the root logger prints
+    for text in (
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*does not have many workers.*",
+        ".*in eval mode at the start of training.*",
+        ".*overridden `transfer_batch_to_device`.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*Using ModelCheckpoint with manual optimization.*",
+        ".*LightningCLI's args parameter is intended.*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*`is_gradient_checkpointing` is deprecated.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+        r".*self\.log\('(val|test)/.*sync_dist=True.*",  # ours are reduced over ranks before they are logged
+    ):
+        warnings.filterwarnings("ignore", text)
