@@ -32,7 +32,7 @@ from stepkd.modules.distributed import clip_in_engine
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.strategies import check_strategy
 from stepkd.modules.validation import ValidationSpec
-from stepkd.runs.phases import PhaseTracker
+from stepkd.runs.progress import PhaseTracker
 from stepkd.runs.resume import check_changes, flat
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from stepkd.modules.rewards import Rewards
 from stepkd.modules.step_scores import step_texts
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
-from stepkd.runs.phases import PhaseTracker
 from stepkd.runs.process import STOP_REQUEST
+from stepkd.runs.progress import PhaseTracker
 from stepkd.steps import get_segmenter
 
 

@@ -12,7 +12,7 @@ from stepkd.grading import DEFAULT_EXTRACTORS, Grader
 from stepkd.grading.judge import judge, rollout_row
 from stepkd.models import Policy
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
-from stepkd.runs.phases import PhaseTracker
+from stepkd.runs.progress import PhaseTracker
 from stepkd.steps import get_segmenter, segment, step_ends, text_from_ids
 from stepkd.steps.labels import tally
 

@@ -1,13 +1,147 @@
-"""How far a long command is, and how long it will take."""
+"""What a run is doing and how far it is: named, nested phases that a module opens, and the line of a long command.
+
+A module needs nothing but its tracker: ``with module.phases.phase("rollout", total=128): ... advance(8)``.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from stepkd.runs.job import JobOptions
 from stepkd.runs.launcher import LaunchInfo, launch_id
+
+
+@dataclass(eq=False)
+class Phase:
+    """One thing being done: its name, and how far it is when it can be counted."""
+
+    name: str
+    """What is being done, one or two words ("rollout", "scoring", "micro-batch", "validation", "grading")."""
+    total: int | None = None
+    """Number of units to do (sequences, micro-batches, problems), or None when it is not known beforehand."""
+    done: int = 0
+    """Number of units done so far, at most ``total``."""
+    seconds: float = 0.0
+    """Wall time spent in the phase, nested phases included; set when it ends."""
+
+    def __str__(self) -> str:
+        if self.total is None:
+            return self.name if not self.done else f"{self.name} {self.done}"
+        return f"{self.name} {self.done}/{self.total}"
+
+
+Listener = Callable[[Literal["start", "advance", "end"], Phase], None]
+"""Is called after a phase was opened, has advanced, or was closed (also by an exception)."""
+
+
+class PhaseTracker:
+    """The stack of open phases of one module, and who wants to hear about it."""
+
+    def __init__(self) -> None:
+        self._stack: list[Phase] = []
+        self._listeners: list[Listener] = []
+        self.interrupted: Phase | None = None
+        """The innermost phase that the last exception ended; None once another one has begun."""
+
+    @property
+    def stack(self) -> tuple[Phase, ...]:
+        """The open phases, outermost first."""
+        return tuple(self._stack)
+
+    @property
+    def current(self) -> Phase | None:
+        """The innermost open phase, or None between phases."""
+        return self._stack[-1] if self._stack else None
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
+        """Say what is being done while the block runs.
+
+        Args:
+            name: what is being done, one or two words.
+            total: number of units to do, when known; at least 0.
+
+        Yields:
+            The phase; its ``total`` may be set later, and ``seconds`` is there to log after the block.
+        """
+        if total is not None and total < 0:
+            raise ValueError(f"phase {name!r}: total must be at least 0, got {total}")
+        phase = Phase(name, total)
+        self._stack.append(phase)
+        self.interrupted = None
+        start = time.monotonic()
+        try:
+            self._tell("start", phase)
+            yield phase
+        except BaseException:
+            self.interrupted = self.interrupted or phase
+            raise
+        finally:
+            phase.seconds = time.monotonic() - start
+            self._stack.remove(phase)
+            self._tell("end", phase)
+
+    def advance(self, n: int = 1) -> None:
+        """Count ``n`` more units (at least 0) as done in the innermost phase; outside any phase it does nothing."""
+        if (phase := self.current) is not None:
+            phase.done += n if phase.total is None else min(n, max(phase.total - phase.done, 0))
+            self._tell("advance", phase)
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Tell ``listener`` about every later change.
+
+        Returns:
+            A function that ends the subscription; calling it twice is harmless.
+        """
+        self._listeners.append(listener)
+
+        def unsubscribe() -> None:
+            if listener in self._listeners:
+                self._listeners.remove(listener)
+
+        return unsubscribe
+
+    def _tell(self, event: Literal["start", "advance", "end"], phase: Phase) -> None:
+        for listener in tuple(self._listeners):
+            listener(event, phase)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PhaseTracker:
+        """A copied module (an EMA or self-teacher copy) gets a tracker of its own, without listeners."""
+        return PhaseTracker()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Neither open phases nor listeners travel to another process."""
+        return {"_stack": [], "_listeners": [], "interrupted": None}
+
+
+class Pace:
+    """The time that work will still take, at its speed so far.
+
+    Args:
+        done: units that were done before the clock was started.
+        clock: seconds.
+    """
+
+    def __init__(self, done: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.first = done
+        self._clock = clock
+        self._start = clock()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start."""
+        return self._clock() - self._start
+
+    def left(self, done: int, total: int) -> str:
+        """``"  0:40 left"``, or nothing where no speed is known."""
+        if total < done or done <= self.first:
+            return ""
+        return f"  {duration(self.seconds / (done - self.first) * (total - done))} left"
 
 
 class WorkLine:
@@ -20,9 +154,9 @@ class WorkLine:
 
     def __init__(self, console: Any, *, redraw: bool = True) -> None:
         self._console = console
-        self._redraws = redraw and console.is_terminal
+        self._redraws = redraw and is_live(console)
         self._what = ""
-        self._first = (0, 0.0)
+        self._pace = Pace(0)
         self._tenth = 0
 
     def show(self, what: str, done: int, total: int, facts: str = "") -> None:
@@ -34,11 +168,9 @@ class WorkLine:
             total: units in all, at least 1.
             facts: what stands behind the count, before the time left.
         """
-        now = time.monotonic()
-        if what != self._what or not self._first[0]:  # what a resumed run found, and the first batch, took no time
-            self._what, self._first, self._tenth = what, (done, now), 0
-        speed = (done - self._first[0]) / max(now - self._first[1], 1e-9)
-        left = f"  {duration((total - done) / speed)} left" if total > done and speed else ""
+        if what != self._what or not self._pace.first:  # what a resumed run found, and the first batch, took no time
+            self._what, self._pace, self._tenth = what, Pace(done), 0
+        left = self._pace.left(done, total) if total > done else ""
         text = f"{what} {done}/{total}{facts}{left}"
         if self._redraws:
             end = "\n" if done == total else "\r"
@@ -46,6 +178,12 @@ class WorkLine:
         elif done * 10 // total > self._tenth or done == total:
             self._tenth = done * 10 // total
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def is_live(console: Any) -> bool:
+    """Whether a line can be redrawn on a rich console: a terminal that is not a CI log."""
+    in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return bool(console.is_terminal and not console.is_dumb_terminal and not in_ci)
 
 
 def job_options(

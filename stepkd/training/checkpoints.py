@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,37 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
-from stepkd.errors import disk_error
+from stepkd.errors import ConfigError, disk_error
 from stepkd.runs.checkpoint_files import find_last_checkpoint, is_whole, read_checkpoint
 from stepkd.runs.files import replaced
 from stepkd.runs.process import STOP_REQUEST, Preempted
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """When checkpoints are written."""
+
+    every_n_steps: int = 100
+    """``last.ckpt`` is written every so many optimiser steps, and at the end."""
+    keep_previous: int = 0
+    """How many earlier ones stay beside it, as ``step=N.ckpt``: where a torn ``last.ckpt`` sends ``--resume``."""
+    monitor: str | None = "val/loss"
+    """``best.ckpt`` is the checkpoint with the best value of this; needs validation data. Null: there is none."""
+    mode: str = "min"
+    """Whether a smaller (``min``) or larger (``max``) value is better."""
+    preempted_exit_code: int = 0
+    """Exit code of a run that SIGTERM stopped with its state saved, 0 to 255. Some schedulers read 0 as finished and do
+    not start the job again. Under torchrun and accelerate the agent's own code is what they see."""
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ConfigError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1")
+        if self.keep_previous < 0:
+            raise ConfigError(f"checkpoint.keep_previous={self.keep_previous}: must not be negative")
+        if self.mode not in ("min", "max"):
+            raise ConfigError(f"checkpoint.mode={self.mode!r}: must be min or max")
+        if not 0 <= self.preempted_exit_code <= 255:
+            raise ConfigError(f"checkpoint.preempted_exit_code={self.preempted_exit_code}: must lie in 0 to 255")
 
 
 @contextlib.contextmanager
@@ -147,6 +175,20 @@ class BestCheckpoint(ModelCheckpoint):
     Lightning forgets the best score when the folder's path changed since the checkpoint, and the next validation would
     replace a better ``best.ckpt``. Here the paths are rewritten to the folder's new place.
     """
+
+    @classmethod
+    def of(cls, folder: Path, spec: CheckpointSpec) -> BestCheckpoint:
+        """The one of a run: ``best.ckpt`` in the folder of its checkpoints."""
+        return cls(
+            dirpath=str(folder),
+            filename="best",
+            monitor=spec.monitor,
+            mode=spec.mode,
+            save_top_k=1,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score under this folder's path."""

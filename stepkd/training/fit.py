@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +21,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
-from stepkd.errors import ConfigError, MachineError, StepkdError, disk_error
+from stepkd.errors import ConfigError, MachineError
 from stepkd.models.source import find_checkpoint, no_model
 from stepkd.modules import StepModule
 from stepkd.runs import RunDir, check_launch, trainer_defaults
@@ -33,9 +31,15 @@ from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.process import Preempted, quiet_libraries
 from stepkd.runs.resume import check_changes, newest_config, recipe_settings, short_name
 from stepkd.runs.rundir import check_version, free_path
-from stepkd.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, SaveWhenPreempted
+from stepkd.training.checkpoints import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    CheckpointSpec,
+    LastCheckpoint,
+    SaveWhenPreempted,
+)
+from stepkd.training.failures import RecipeParser, explain, explained, user_mistake, with_recipe_files
 from stepkd.training.progress import StepProgress
-from stepkd.training.recipe_parser import RecipeParser, explain, with_recipe_files
 from stepkd.training.run_files import RolloutFile, RunFacts
 from stepkd.training.trainer_settings import check_trainer_settings
 from stepkd.yaml_files import read_yaml
@@ -43,38 +47,6 @@ from stepkd.yaml_files import read_yaml
 DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
 """Imported so that ``--data.help`` lists them and ``--data`` takes their names."""
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
-_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-_PEER = re.compile(
-    r"connection closed by peer|connection reset by peer|remote process exited|ncclRemoteError|broken pipe",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class CheckpointSpec:
-    """When checkpoints are written."""
-
-    every_n_steps: int = 100
-    """``last.ckpt`` is written every so many optimiser steps, and at the end."""
-    keep_previous: int = 0
-    """How many earlier ones stay beside it, as ``step=N.ckpt``: where a torn ``last.ckpt`` sends ``--resume``."""
-    monitor: str | None = "val/loss"
-    """``best.ckpt`` is the checkpoint with the best value of this; needs validation data. Null: there is none."""
-    mode: str = "min"
-    """Whether a smaller (``min``) or larger (``max``) value is better."""
-    preempted_exit_code: int = 0
-    """Exit code of a run that SIGTERM stopped with its state saved, 0 to 255. Some schedulers read 0 as finished and do
-    not start the job again. Under torchrun and accelerate the agent's own code is what they see."""
-
-    def __post_init__(self) -> None:
-        if self.every_n_steps < 1:
-            raise ConfigError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1")
-        if self.keep_previous < 0:
-            raise ConfigError(f"checkpoint.keep_previous={self.keep_previous}: must not be negative")
-        if self.mode not in ("min", "max"):
-            raise ConfigError(f"checkpoint.mode={self.mode!r}: must be min or max")
-        if not 0 <= self.preempted_exit_code <= 255:
-            raise ConfigError(f"checkpoint.preempted_exit_code={self.preempted_exit_code}: must lie in 0 to 255")
 
 
 class FitResult(NamedTuple):
@@ -143,7 +115,7 @@ def check_fit(
     try:
         cli.start([*_words(recipes, settings), *words], run=False)
     except (ValueError, TypeError) as error:
-        if (mistake := _user_mistake(error)) is not None:
+        if (mistake := user_mistake(error)) is not None:
             raise mistake from error
         raise
     return CheckedFit(cli.model, cli.datamodule, cli.config.trainer.as_dict())
@@ -178,7 +150,7 @@ def _run(words: Sequence[str]) -> StepkdCLI:
     except BaseException as error:  # an interrupted run is recorded too
         told = explained(error, getattr(cli, "model", None), None if cli.last is None else cli.last.path)
         cli.mark_failed(told or error)
-        root = told or _user_mistake(error)
+        root = told or user_mistake(error)
         if root is not None and root is not error:
             raise root from error
         if isinstance(error, SystemExit | KeyboardInterrupt) and cli.subcommand is not None:
@@ -345,7 +317,7 @@ class StepkdCLI(LightningCLI):
             self.last = LastCheckpoint(self.run_dir.checkpoints / "last.ckpt", spec.every_n_steps, spec.keep_previous)
             callbacks.append(SaveWhenPreempted(self.last))
             if _has_validation(config) and spec.monitor is not None:
-                callbacks.append(_best(self.run_dir, spec))
+                callbacks.append(BestCheckpoint.of(self.run_dir.checkpoints, spec))
             callbacks.append(self.last)  # after the best one, so that the state it saves knows the newest best score
         elif config.trainer.get("logger") is None:
             kwargs["logger"] = False
@@ -393,7 +365,7 @@ class StepkdCLI(LightningCLI):
         """Record the failure in the run folder, or remove the folder when nothing had begun."""
         if self.run_dir is None:
             return
-        mistake = _user_mistake(error)
+        mistake = user_mistake(error)
         if mistake is None or isinstance(mistake, MachineError) or not self.run_dir.abandon():
             text = str(error).splitlines()[0] if str(error) else ""
             self.run_dir.mark("failed", f"{type(error).__name__}: {text}")
@@ -439,72 +411,3 @@ def _check_monitor(config: Any) -> None:
 
 def _has_validation(config: Any) -> bool:
     return config.data is not None and config.data.init_args.get("validation") is not None
-
-
-def _best(run: RunDir, spec: Any) -> BestCheckpoint:
-    return BestCheckpoint(
-        dirpath=str(run.checkpoints),
-        filename="best",
-        monitor=spec.monitor,
-        mode=spec.mode,
-        save_top_k=1,
-        enable_version_counter=False,
-        auto_insert_metric_name=False,
-        save_on_train_epoch_end=False,
-    )
-
-
-def _user_mistake(error: BaseException) -> StepkdError | None:
-    """Our own error at the root of one that jsonargparse raised while it parsed or built the settings."""
-    if isinstance(error, StepkdError):
-        return error
-    found: StepkdError | None = None
-    current: BaseException | None = error if isinstance(error, ValueError | TypeError) else None
-    while current is not None:
-        found = current if isinstance(current, StepkdError) else found
-        current = current.__cause__ or current.__context__
-    return found
-
-
-def explained(error: BaseException, module: Any = None, last: Path | None = None) -> MachineError | None:
-    """The same failure in words, where it is one of the machine and not of the code; else None.
-
-    Args:
-        error: what was raised.
-        module: the training module, for its phase and settings; None before there is one.
-        last: where the run keeps its last checkpoint, if it keeps one.
-    """
-    if words := disk_error(error):
-        return words
-    if not isinstance(error, RuntimeError | MemoryError) or isinstance(error, StepkdError):
-        return None
-    text = str(error)
-    if isinstance(error, MemoryError) or _MEMORY.search(text):
-        return MachineError(_memory(text, module, last))
-    if _PEER.search(text):
-        return MachineError(
-            "another process of this run has ended, and this one waited for it: its own error says why (the launcher "
-            f"reports the first that failed as the root cause). Here it came as: {_first_line(text)}"
-        )
-    return None
-
-
-def _memory(text: str, module: Any, last: Path | None) -> str:
-    phase = getattr(getattr(module, "phases", None), "interrupted", None)
-    size = getattr(module, "micro_batch_tokens", None)
-    where = "" if phase is None else f" in the phase {phase.name!r}"
-    now = "" if size is None else f" (now {size}; half of it, the gradient stays the same)"
-    more = "; while sampling, a smaller max_rows" if phase is not None and "rollout" in phase.name else ""
-    kept = "" if last is None else "No checkpoint was written yet. "
-    if last is not None and last.is_file():
-        kept = f"{last} is intact: --resume goes on from it. "
-    return (
-        f"out of memory{where}. Three settings take less, in this order: model.init_args.micro_batch_tokens{now}; "
-        "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "
-        f"(recipes/strategy/fsdp2.yaml) in place of all weights on every device{more}. `stepkd doctor --config ...` "
-        f"foretells the need. {kept}({_first_line(text)})"
-    )
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else "no message"

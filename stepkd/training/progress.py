@@ -1,30 +1,30 @@
 """Progress of a run: one live line in a terminal, plain lines elsewhere.
 
 Both say the same: what is being done now (rollout, scoring, training, validation, ...) and how far it is, the
-optimiser step, the time left, and every metric that the module logs with ``prog_bar=True``. It works with manual
-optimisation, where Lightning's own bars count batches, and listens to the module's ``phases``
-(:class:`~stepkd.runs.phases.PhaseTracker`) when it has one.
+optimiser step, the time left, and every metric that the module logs with ``prog_bar=True``. It listens to the module's
+``phases`` (:class:`~stepkd.runs.progress.PhaseTracker`) when it has one.
+
+Lightning's own RichProgressBar was tried: under manual optimisation it counts batches for steps, its time left is that
+of an epoch, and in a log file it writes nothing before the training ends.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 from typing_extensions import override
 
 from stepkd.errors import ConfigError
-from stepkd.runs.phases import Phase, PhaseTracker
-from stepkd.runs.progress import duration, metric
+from stepkd.runs.progress import Pace, Phase, PhaseTracker, duration, is_live, metric
 
 _REFRESH_SECONDS = 0.1
 _BAR_WIDTH = 20
@@ -65,49 +65,42 @@ class StepProgress(ProgressBar):
         self.console = Console()
         self._clock: Callable[[], float] = time.monotonic
         self._enabled = True
-        self._open = False
+        self._close: Callable[[], None] | None = None  # between setup and teardown
         self._live: Live | None = None
-        self._tracker: PhaseTracker | None = None
-        self._unsubscribe: Callable[[], None] | None = None
+        self._tracker = PhaseTracker()
         self._batch: tuple[int, float] | None = None
-        self._start: tuple[float, int] | None = None
+        self._pace: Pace | None = None
         self._batches = 0
-        self._steps_per_batch = 1.0
-        self._last_drawn = -math.inf
-        self._last_line = -math.inf
+        self._drawn = self._last_line = -math.inf
         self._last_step_line = 0
 
-    # --- life cycle ---
+    # ---- life cycle ------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._close()
+        self._end()
         if not trainer.is_global_zero:
             return
-        self._open = True
-        self._batch = self._start = None
-        self._last_drawn = -math.inf
-        self._last_line = self._clock()
-        tracker = getattr(pl_module, "phases", None)
-        if isinstance(tracker, PhaseTracker):
-            self._tracker = tracker
-            self._unsubscribe = tracker.subscribe(self)
+        self._batch = self._pace = None
+        self._drawn, self._last_line = -math.inf, self._clock()
+        phases = getattr(pl_module, "phases", None)
+        self._tracker = phases if isinstance(phases, PhaseTracker) else PhaseTracker()
+        self._close = self._tracker.subscribe(self._on_phase)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._close()
+        self._end()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        self._end()
 
-    def _close(self) -> None:
-        """End all output until the next :meth:`setup`."""
-        self._open = False
-        if self._unsubscribe is not None:
-            self._unsubscribe()
-        self._unsubscribe = self._tracker = None
+    def _end(self) -> None:
+        """No output until the next :meth:`setup`."""
+        close, self._close = self._close, None
+        if close is not None:
+            close()
         self._stop_live()
 
     def _stop_live(self) -> None:
@@ -129,20 +122,14 @@ class StepProgress(ProgressBar):
     @property
     def is_enabled(self) -> bool:
         """Whether there is output now; ``LightningModule.print`` asks, though Lightning's base class lacks it."""
-        return self._enabled and self._open
+        return self._enabled and self._close is not None
 
-    @override
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the live line."""
-        self._say(kwargs.get("sep", " ").join(str(arg) for arg in args), end=kwargs.get("end", "\n"))
-
-    # --- what the trainer tells ---
+    # ---- what the Trainer and the module's phases tell ---------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batch = None
-        self._start = (self._clock(), trainer.global_step)
-        self._batches, self._steps_per_batch = 0, 1.0
+        self._batch, self._batches = None, 0
+        self._pace = Pace(trainer.global_step, self._clock)
         self._last_step_line = trainer.global_step
         self._draw()
 
@@ -150,11 +137,9 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._start is not None:
-            self._batches += 1
-            self._steps_per_batch = (trainer.global_step - self._start[1]) / self._batches or 1.0
+        self._batches += 1
         due = trainer.global_step // self.every_n_steps > self._last_step_line // self.every_n_steps
-        if due or trainer.global_step == total_steps(self.trainer, self._steps_per_batch):
+        if due or trainer.global_step == self._total():
             self._last_step_line = trainer.global_step
             self._draw(line=True)
         else:
@@ -162,168 +147,122 @@ class StepProgress(ProgressBar):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._start is not None:
-            seconds = self._clock() - self._start[0]
-            steps = trainer.global_step - self._start[1]
-            self._say("  ".join([f"trained {steps} steps in {duration(seconds)}", *self._metrics()]))
+        if self._pace is not None:
+            steps = trainer.global_step - self._pace.first
+            self.print("  ".join([f"trained {steps} steps in {duration(self._pace.seconds)}", *self._metrics()]))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batch = (0, evaluation_batches(self.trainer))
+        self._batch = (0, evaluation_batches(trainer))
         self._draw(urgent=True)
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        done, total = self._batch or (0, evaluation_batches(self.trainer))
+        done, total = self._batch or (0, evaluation_batches(trainer))
         self._batch = (done + 1, total)
         self._draw()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(line=not self.trainer.sanity_checking)
+        self._draw(line=not trainer.sanity_checking)
         self._batch = None
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_end = on_predict_end = on_validation_end
 
-    # --- what the module's phases tell ---
+    def _on_phase(self, event: str, phase: Phase) -> None:
+        self._draw(urgent=event == "start")
 
-    def on_phase_start(self, tracker: PhaseTracker, phase: Phase) -> None:
-        """Show the new phase at once."""
-        self._draw(urgent=True)
+    # ---- output ----------------------------------------------------------------------------------------------------
 
-    def on_phase_advance(self, tracker: PhaseTracker, phase: Phase) -> None:
-        """Show how far the phase is, or the one that is open again."""
-        self._draw()
+    def _total(self) -> int | None:
+        """Optimiser steps of the whole fit, or None when nothing limits it."""
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+        batches = trainer.num_training_batches
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(batches):
+            # On-policy methods with inner steps take several a batch; the small term keeps rounding from adding one.
+            first = 0 if self._pace is None else self._pace.first
+            a_batch = (trainer.global_step - first) / self._batches if self._batches else 1.0
+            limits.append(math.ceil(trainer.max_epochs * batches * (a_batch or 1.0) - 1e-6))
+        return min(limits) if limits else None
 
-    on_phase_end = on_phase_advance
+    def _what(self) -> str:
+        """``rollout 64/128``, ``micro-batch 1/4``, ``validation 2/10 > grading 3``, ``training``, ..."""
+        stage = self.trainer.state.stage
+        name = "preparing" if stage is None else _STAGES.get(stage.value, str(stage.value))
+        phases = self._tracker.stack
+        if self._batch is None:  # while it trains, the phase says more than the stage
+            return " > ".join(map(str, phases)) or name
+        done, total = self._batch
+        counted = f"{name} {done}" if math.isinf(total) else f"{name} {done}/{int(total)}"
+        return " > ".join([counted, *(str(phase) for phase in phases if phase.name != name)])
 
-    # --- output ---
-
-    def _facts(self) -> list[str]:
-        """What stands after the phase: step, time left, metrics."""
-        found: list[str] = []
-        if self._start is not None:
-            step, total = self.trainer.global_step, total_steps(self.trainer, self._steps_per_batch)
-            found.append(f"step {step}" if total is None else f"step {step}/{total}")
-            started, first = self._start
-            if total is not None and total >= step > first:
-                found.append(f"{duration((self._clock() - started) / (step - first) * (total - step))} left")
-        return [*found, *self._metrics()]
+    def _facts(self) -> str:
+        """Step, time left and metrics."""
+        if self._pace is None:
+            return "  ".join(self._metrics())
+        step, total = self.trainer.global_step, self._total()
+        counted = f"step {step}" if total is None else f"step {step}/{total}{self._pace.left(step, total)}"
+        return "  ".join([counted, *self._metrics()])
 
     def _metrics(self) -> list[str]:
         return [f"{name} {metric(name, value)}" for name, value in self.trainer.progress_bar_metrics.items()]
-
-    def _is_live(self) -> bool:
-        if self.mode != "auto":
-            return self.mode == "live"
-        in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-        return self.console.is_terminal and not self.console.is_dumb_terminal and not in_ci
 
     def _draw(self, *, urgent: bool = False, line: bool = False) -> None:
         """Redraw the live line, or print a plain one when it is due."""
         if not self.is_enabled:
             return
         now = self._clock()
-        try:
-            if self._is_live():
-                if urgent or line or now - self._last_drawn >= _REFRESH_SECONDS:
-                    self._last_drawn = now
-                    self._redraw()
-            elif line or now - self._last_line >= self.every_n_seconds:
+        if not (self.mode == "live" or (self.mode == "auto" and is_live(self.console))):
+            if line or now - self._last_line >= self.every_n_seconds:
                 self._last_line = now
-                self._write("  ".join([what_is_done(self.trainer, self._tracker, self._batch), *self._facts()]))
-        except OSError:
-            # The reader of our output went away (a closed pipe, a hung-up terminal): that must not end the training.
-            self.disable()
+                self.print("  ".join(filter(None, (self._what(), self._facts()))))
+        elif urgent or line or now - self._drawn >= _REFRESH_SECONDS:
+            self._drawn = now
+            with self._reader():
+                if self._live is None:
+                    # No refresh thread: a fork (data workers, graders) while it held a lock would hang the child.
+                    live = Live(console=self.console, auto_refresh=False, transient=True)
+                    live.start()
+                    self._live = live
+                self._live.update(self._line(), refresh=True)
 
-    def _redraw(self) -> None:
-        if self._live is None:
-            # No refresh thread: a fork (data workers, graders) while it held a lock would hang the child.
-            live = Live(console=self.console, auto_refresh=False, transient=True)
-            live.start()
-            self._live = live
-        self._live.update(self._render(), refresh=True)
-
-    def _render(self) -> Group:
-        total = total_steps(self.trainer, self._steps_per_batch) if self._start is not None else None
-        bar = ""
-        if total:
-            filled = min(_BAR_WIDTH, _BAR_WIDTH * self.trainer.global_step // total)
-            bar = "━" * filled + "─" * (_BAR_WIDTH - filled) + "  "
+    def _line(self) -> Text:
         text = Text(no_wrap=True, overflow="ellipsis")
-        text.append(what_is_done(self.trainer, self._tracker, self._batch), style="bold cyan")
-        text.append("  " + bar, style="green")
-        text.append("  ".join(self._facts()))
-        return Group(text)
+        text.append(self._what() + "  ", style="bold cyan")
+        if self._pace is not None and (total := self._total()):
+            filled = min(_BAR_WIDTH, _BAR_WIDTH * self.trainer.global_step // total)
+            text.append("━" * filled + "─" * (_BAR_WIDTH - filled) + "  ", style="green")
+        return text.append(self._facts())
 
-    def _say(self, text: str, end: str = "\n") -> None:
-        """Print text that stays, in either mode."""
+    @override
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print text that stays: above the live line, where there is one."""
         if not self.is_enabled:
             return
-        try:
+        text, end = kwargs.get("sep", " ").join(map(str, args)), kwargs.get("end", "\n")
+        with self._reader():
             if self._live is not None:
                 self.console.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
             else:
-                self._write(text, end)
+                self.console.file.write(text + end)
+                self.console.file.flush()
+
+    @contextmanager
+    def _reader(self) -> Iterator[None]:
+        """A reader of our output that goes away (a closed pipe, a hung-up terminal) must not end the training."""
+        try:
+            yield
         except OSError:
             self.disable()
-
-    def _write(self, text: str, end: str = "\n") -> None:
-        stream = self.console.file
-        stream.write(text + end)
-        stream.flush()
-
-
-def what_is_done(trainer: Trainer, tracker: PhaseTracker | None, batch: tuple[int, float] | None) -> str:
-    """Name what is being done now.
-
-    Args:
-        trainer: its stage is the outermost name.
-        tracker: the module's phases, or None.
-        batch: batches done and batches in all (may be infinite) of an evaluation, or None outside one.
-
-    Returns:
-        "rollout 64/128", "micro-batch 1/4", "validation 2/10 > grading 3", "training", ...
-    """
-    stage = trainer.state.stage
-    name = "preparing" if stage is None else _STAGES.get(stage.value, str(stage.value))
-    phases = [] if tracker is None else list(tracker.stack)
-    if batch is None:
-        # While it trains, the phase says more than the stage.
-        return " > ".join(str(phase) for phase in phases) or name
-    done, total = batch
-    counted = f"{name} {done}" if math.isinf(total) else f"{name} {done}/{int(total)}"
-    return " > ".join([counted, *(str(phase) for phase in phases if phase.name != name)])
-
-
-def total_steps(trainer: Trainer, steps_per_batch: float = 1.0) -> int | None:
-    """Optimiser steps of the whole fit, or None when nothing limits it.
-
-    Args:
-        trainer: its ``max_steps`` and ``max_epochs`` are the limits.
-        steps_per_batch: optimiser steps that one batch has served so far (more than 1 for on-policy methods with inner
-            steps); it turns a limit in epochs into steps.
-    """
-    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
-    batches = trainer.num_training_batches
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and not math.isinf(batches):
-        # The small term keeps rounding noise from adding a step.
-        limits.append(math.ceil(trainer.max_epochs * batches * steps_per_batch - 1e-6))
-    return min(limits) if limits else None
 
 
 def evaluation_batches(trainer: Trainer) -> float:
     """Batches of the evaluation that runs now, over all its loaders; may be infinite."""
-    stage = trainer.state.stage
-    batches: Any
-    if trainer.sanity_checking:
-        batches = trainer.num_sanity_val_batches
-    elif stage is not None and stage.value == "test":
-        batches = trainer.num_test_batches
-    elif stage is not None and stage.value == "predict":
-        batches = trainer.num_predict_batches
-    else:
-        batches = trainer.num_val_batches
+    stage = "" if trainer.state.stage is None else trainer.state.stage.value
+    of_stage: dict[str, Any] = {"test": trainer.num_test_batches, "predict": trainer.num_predict_batches}
+    of_stage["sanity_check"] = trainer.num_sanity_val_batches
+    batches = of_stage.get(stage, trainer.num_val_batches)
     return float(sum(batches)) if isinstance(batches, list) else float(batches)

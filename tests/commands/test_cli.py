@@ -14,7 +14,7 @@ import torch
 from stepkd import yaml_files
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
 from stepkd.errors import ConfigError
-from stepkd.training.recipe_parser import with_recipe_files
+from stepkd.training.failures import with_recipe_files
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "tiny" / "sft.yaml")

@@ -12,7 +12,7 @@ import torch
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.runs import PhaseTracker
 from stepkd.runs.process import rank_name, tell_agent
-from stepkd.training.fit import explained
+from stepkd.training.failures import explained
 
 
 @pytest.mark.parametrize(

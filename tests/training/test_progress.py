@@ -13,8 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
 from stepkd.errors import ConfigError
-from stepkd.runs.phases import PhaseTracker
-from stepkd.runs.progress import duration, metric
+from stepkd.runs.progress import PhaseTracker
 from stepkd.training.progress import StepProgress
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -258,27 +257,3 @@ def test_a_lost_reader_does_not_end_the_training(live: bool) -> None:
 def test_bad_settings_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         StepProgress(**options)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("loss", 0.693147, "0.6931"),
-        ("loss", math.nan, "nan"),
-        ("tokens/s", 950.0, "950"),
-        ("tokens/s", 12345.0, "12.3k"),
-        ("tokens_per_second", 2.5e6, "2.5M"),
-        ("rows", 12345, "12345"),
-        ("accuracy", torch.tensor(0.5), "0.5"),
-        ("name", "abc", "abc"),
-    ],
-)
-def test_metric(name: str, value: Any, text: str) -> None:
-    assert metric(name, value) == text

@@ -1,33 +1,29 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+from typing import Any
 
 import pytest
+import torch
 
-from stepkd.runs.phases import Phase, PhaseTracker
+from stepkd.runs.progress import Phase, PhaseTracker, duration, metric
 
 
 class Recorder:
-    def __init__(self) -> None:
+    def __init__(self, tracker: PhaseTracker) -> None:
         self.seen: list[tuple[str, str, tuple[str, ...]]] = []
+        self.tracker = tracker
+        self.unsubscribe = tracker.subscribe(self.note)
 
-    def note(self, event: str, tracker: PhaseTracker, phase: Phase) -> None:
-        self.seen.append((event, str(phase), tuple(open_.name for open_ in tracker.stack)))
-
-    def on_phase_start(self, tracker: PhaseTracker, phase: Phase) -> None:
-        self.note("start", tracker, phase)
-
-    def on_phase_advance(self, tracker: PhaseTracker, phase: Phase) -> None:
-        self.note("advance", tracker, phase)
-
-    def on_phase_end(self, tracker: PhaseTracker, phase: Phase) -> None:
-        self.note("end", tracker, phase)
+    def note(self, event: str, phase: Phase) -> None:
+        self.seen.append((event, str(phase), tuple(open_.name for open_ in self.tracker.stack)))
 
 
 def test_listeners_hear_nested_phases_in_order() -> None:
-    tracker, recorder = PhaseTracker(), Recorder()
-    tracker.subscribe(recorder)
+    tracker = PhaseTracker()
+    recorder = Recorder(tracker)
     with tracker.phase("validation"):
         with tracker.phase("rollout", total=4):
             tracker.advance(3)
@@ -51,8 +47,8 @@ def test_done_never_passes_the_total() -> None:
 
 
 def test_an_exception_closes_the_phase() -> None:
-    tracker, recorder = PhaseTracker(), Recorder()
-    tracker.subscribe(recorder)
+    tracker = PhaseTracker()
+    recorder = Recorder(tracker)
     with pytest.raises(RuntimeError), tracker.phase("a"), tracker.phase("b"):
         raise RuntimeError
     assert tracker.current is None
@@ -68,10 +64,10 @@ def test_phases_of_one_name_are_told_apart() -> None:
 
 
 def test_unsubscribing_ends_the_events_and_may_be_repeated() -> None:
-    tracker, recorder = PhaseTracker(), Recorder()
-    unsubscribe = tracker.subscribe(recorder)
-    unsubscribe()
-    unsubscribe()
+    tracker = PhaseTracker()
+    recorder = Recorder(tracker)
+    recorder.unsubscribe()
+    recorder.unsubscribe()
     with tracker.phase("a"):
         pass
     assert recorder.seen == []
@@ -91,8 +87,8 @@ def test_a_negative_total_is_refused() -> None:
 
 
 def test_copies_have_no_listeners_and_no_open_phases() -> None:
-    tracker, recorder = PhaseTracker(), Recorder()
-    tracker.subscribe(recorder)
+    tracker = PhaseTracker()
+    recorder = Recorder(tracker)
     with tracker.phase("a"):
         copies = [copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))]
     heard = len(recorder.seen)
@@ -101,3 +97,27 @@ def test_copies_have_no_listeners_and_no_open_phases() -> None:
         with other.phase("b"):
             pass
     assert len(recorder.seen) == heard
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (90061, "25:01:01")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("loss", 0.693147, "0.6931"),
+        ("loss", math.nan, "nan"),
+        ("tokens/s", 950.0, "950"),
+        ("tokens/s", 12345.0, "12.3k"),
+        ("tokens_per_second", 2.5e6, "2.5M"),
+        ("rows", 12345, "12345"),
+        ("accuracy", torch.tensor(0.5), "0.5"),
+        ("name", "abc", "abc"),
+    ],
+)
+def test_metric(name: str, value: Any, text: str) -> None:
+    assert metric(name, value) == text

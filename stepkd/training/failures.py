@@ -1,4 +1,5 @@
-"""How recipes are parsed, and what to say of a mistake in one: its place, and the nearest setting that exists."""
+"""What to say of a failure: a mistake in a recipe, with its place and the nearest setting that exists; memory that ran
+out; another rank that is gone."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any, get_args
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, MachineError, StepkdError, disk_error
 from stepkd.safe import check_import
 from stepkd.yaml_files import find_recipe
 
@@ -29,6 +30,11 @@ SYNONYMS = {
     "model_name_or_path": "path",
 }
 """Other programs' names of settings -> ours."""
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_PEER = re.compile(
+    r"connection closed by peer|connection reset by peer|remote process exited|ncclRemoteError|broken pipe",
+    re.IGNORECASE,
+)
 
 
 class RecipeParser(LightningArgumentParser):
@@ -233,3 +239,59 @@ def _plain(text: str) -> str:
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     text = re.sub(r"^Expected an? (?:typing\.Literal)?", "expected ", text).replace("expected [", "expected one of [")
     return re.sub(r"\. Got value: (.*)$", lambda got: f", got {got[1]!r}", text)
+
+
+def user_mistake(error: BaseException) -> StepkdError | None:
+    """Our own error at the root of one that jsonargparse raised while it parsed or built the settings."""
+    if isinstance(error, StepkdError):
+        return error
+    found: StepkdError | None = None
+    current: BaseException | None = error if isinstance(error, ValueError | TypeError) else None
+    while current is not None:
+        found = current if isinstance(current, StepkdError) else found
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def explained(error: BaseException, module: Any = None, last: Path | None = None) -> MachineError | None:
+    """The same failure in words, where it is one of the machine and not of the code; else None.
+
+    Args:
+        error: what was raised.
+        module: the training module, for its phase and settings; None before there is one.
+        last: where the run keeps its last checkpoint, if it keeps one.
+    """
+    if words := disk_error(error):
+        return words
+    if not isinstance(error, RuntimeError | MemoryError) or isinstance(error, StepkdError):
+        return None
+    text = str(error)
+    if isinstance(error, MemoryError) or _MEMORY.search(text):
+        return MachineError(_memory(text, module, last))
+    if _PEER.search(text):
+        return MachineError(
+            "another process of this run has ended, and this one waited for it: its own error says why (the launcher "
+            f"reports the first that failed as the root cause). Here it came as: {_first_line(text)}"
+        )
+    return None
+
+
+def _memory(text: str, module: Any, last: Path | None) -> str:
+    phase = getattr(getattr(module, "phases", None), "interrupted", None)
+    size = getattr(module, "micro_batch_tokens", None)
+    where = "" if phase is None else f" in the phase {phase.name!r}"
+    now = "" if size is None else f" (now {size}; half of it, the gradient stays the same)"
+    more = "; while sampling, a smaller max_rows" if phase is not None and "rollout" in phase.name else ""
+    kept = "" if last is None else "No checkpoint was written yet. "
+    if last is not None and last.is_file():
+        kept = f"{last} is intact: --resume goes on from it. "
+    return (
+        f"out of memory{where}. Three settings take less, in this order: model.init_args.micro_batch_tokens{now}; "
+        "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "
+        f"(recipes/strategy/fsdp2.yaml) in place of all weights on every device{more}. `stepkd doctor --config ...` "
+        f"foretells the need. {kept}({_first_line(text)})"
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "no message"
