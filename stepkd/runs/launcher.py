@@ -1,32 +1,39 @@
-"""Who started this process, and does the recipe agree with it.
+"""Who started this process, does the recipe agree with it, and which of accelerate's settings would have no effect.
 
 The rules are Lightning 2.6's own (``AcceleratorConnector._choose_and_init_cluster_environment``): a torch elastic
 agent wins over SLURM, SLURM counts when ``SLURM_NTASKS`` is set and the job is not called ``bash`` or ``interactive``,
 and otherwise Lightning is the launcher. What Lightning would meet with a hang, a bare traceback or silence stops here
-with a :class:`~stepkd.errors.ConfigError` that says what to change. Imports nothing heavy: it runs before torch.
+with a :class:`~stepkd.errors.ConfigError` that says what to change. Lightning's classes for these environments say the
+same of ranks and sizes (a test compares them); they are not used, because this runs before torch and refuses what they
+only warn of.
+
+What ``accelerate launch`` tells a process, read off accelerate 1.15 (``accelerate/utils/launch.py``) and its children:
+
+- ``--multi_gpu``, FSDP, Megatron and single-node DeepSpeed start a torch elastic agent: the child sees
+  ``TORCHELASTIC_RUN_ID``, ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``LOCAL_WORLD_SIZE``.
+- Every other mode starts *one* child and always sets ``ACCELERATE_USE_CPU`` (``True`` or ``False``), which the
+  elastic modes never set. The process count itself is not passed on. Its only trace is that ``MASTER_ADDR`` and
+  ``MASTER_PORT`` are set when more than one process or machine was asked for. Both can also be inherited from the
+  user's shell, so where the parent's command line is readable (Linux, ``/proc``) and names a count, that one decides.
+- ``ACCELERATE_MIXED_PRECISION=no`` and ``ACCELERATE_DYNAMO_BACKEND=NO`` are always set: the defaults, which pass.
+- ``--gradient_accumulation_steps`` reaches the environment only with DeepSpeed, or when users export it by hand; in
+  every mode the parent of the process is accelerate's own, so the option is read off its command line.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepkd.errors import ConfigError
-from stepkd.runs.accelerate_env import (
-    asks_for_bf16,
-    ignored_settings,
-    is_true,
-    read_parent_command,
-    single_child_count,
-)
 
 logger = logging.getLogger(__name__)
 Launcher = Literal["plain", "elastic", "slurm"]
 
-_INTERACTIVE_JOBS = ("bash", "interactive")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
 _STEP_MARKS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS")
 _LEFT_OPEN: dict[str, tuple[Any, ...]] = {
@@ -36,6 +43,35 @@ _LEFT_OPEN: dict[str, tuple[Any, ...]] = {
     "precision": (None,),
 }
 """Values by which the user leaves a setting to us."""
+_SHARDED = (
+    ("FSDP", "ACCELERATE_USE_FSDP", "FSDP_"),
+    ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_"),
+    ("Megatron-LM", "ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM_"),
+    ("a parallelism config", "ACCELERATE_USE_PARALLELISM_CONFIG", "PARALLELISM_CONFIG_"),
+)
+"""Ways of accelerate to shard a model: name, switch, and what the names of their settings start with."""
+_IGNORED = {
+    "MIXED_PRECISION": (
+        ("", "no", "bf16"),
+        "accelerate asks for mixed precision {!r} (ACCELERATE_MIXED_PRECISION), which is not supported: it needs loss "
+        "scaling. Launch with `--mixed_precision bf16`, or with `no` and `trainer.precision: bf16-mixed` in the "
+        "recipe.",
+    ),
+    "GRADIENT_ACCUMULATION_STEPS": (
+        ("", "1", "auto"),
+        "accelerate asks for gradient accumulation over {} batches (--gradient_accumulation_steps or "
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS), which Lightning ignores. Drop it, and set "
+        "`data.init_args.global_batch_size` in the recipe: one batch is one optimiser step over all processes, and "
+        "stepkd splits it into micro-batches that fit in memory.",
+    ),
+    "DYNAMO_BACKEND": (
+        ("", "no"),
+        "accelerate asks for compilation with the dynamo backend {!r} (ACCELERATE_DYNAMO_BACKEND), which Lightning "
+        "ignores. Launch with `--dynamo_backend no`; nothing in the recipe needs to change.",
+    ),
+}
+"""Settings that are single values, by the names that follow ``ACCELERATE_``: which are neutral, and what to say of
+others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +128,36 @@ def detect_launch(environ: Mapping[str, str] | None = None) -> LaunchInfo:
         ConfigError: the variables contradict each other, or belong to a launch that Lightning cannot join.
     """
     environ = os.environ if environ is None else environ
-    read = _plain
+    launcher: Launcher = "plain"
     if "TORCHELASTIC_RUN_ID" in environ:
-        read = _elastic
-    elif "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOBS:
-        read = _slurm
-    return replace(read(environ), bf16=asks_for_bf16(environ))
+        launcher = "elastic"
+        rank, local_rank = _integer(environ, "RANK"), _integer(environ, "LOCAL_RANK")
+        world_size, local_size = _integer(environ, "WORLD_SIZE"), _integer(environ, "LOCAL_WORLD_SIZE")
+    elif "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        launcher = "slurm"
+        rank, local_rank = _integer(environ, "SLURM_PROCID", 0), _integer(environ, "SLURM_LOCALID", 0)
+        world_size, local_size = _integer(environ, "SLURM_NTASKS"), _integer(environ, "SLURM_NTASKS_PER_NODE", 1)
+        if world_size > 1:
+            _check_slurm(environ, world_size)
+    else:
+        _check_mpi(environ)
+        # Lightning exports LOCAL_RANK, NODE_RANK and WORLD_SIZE to itself and to the processes that it starts, but not
+        # how many run on each node: over several nodes the sizes are lower bounds, and only "rank is 0" is exact.
+        local_rank = _integer(environ, "LOCAL_RANK", 0)
+        node_rank = _integer(environ, "NODE_RANK", _integer(environ, "GROUP_RANK", 0))
+        local_size = max(_integer(environ, "WORLD_SIZE", 1) if node_rank == 0 else 1, local_rank + 1)
+        rank, world_size = node_rank * local_size + local_rank, (node_rank + 1) * local_size
+    nodes = max(world_size // max(local_size, 1), 1)
+    return LaunchInfo(
+        launcher=launcher,
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_size,
+        num_nodes=_integer(environ, "SLURM_NNODES", nodes) if launcher == "slurm" else nodes,
+        cpu_only=launcher != "elastic" and _is_true(environ.get("ACCELERATE_USE_CPU")),
+        bf16=environ.get("ACCELERATE_MIXED_PRECISION", "").strip().lower() == "bf16",
+    )
 
 
 def launch_id(info: LaunchInfo, environ: Mapping[str, str] | None = None) -> str | None:
@@ -116,80 +176,45 @@ def launch_id(info: LaunchInfo, environ: Mapping[str, str] | None = None) -> str
     return f"slurm:{job}.{step}" if job and step else None
 
 
-def _elastic(environ: Mapping[str, str]) -> LaunchInfo:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    rank, local_rank, world_size, local_world_size = (_integer(environ, name) for name in names)
-    return LaunchInfo(
-        launcher="elastic",
-        rank=rank,
-        local_rank=local_rank,
-        world_size=world_size,
-        local_world_size=local_world_size,
-        num_nodes=max(world_size // max(local_world_size, 1), 1),
-    )
-
-
-def _slurm(environ: Mapping[str, str]) -> LaunchInfo:
-    world_size = _integer(environ, "SLURM_NTASKS")
-    if world_size > 1 and not any(name in environ for name in _STEP_MARKS):
+def _check_slurm(environ: Mapping[str, str], tasks: int) -> None:
+    if not any(name in environ for name in _STEP_MARKS):
         raise ConfigError(
-            f"SLURM gave this job {world_size} tasks (SLURM_NTASKS), but this process was not started by srun, so it "
+            f"SLURM gave this job {tasks} tasks (SLURM_NTASKS), but this process was not started by srun, so it "
             "would wait for the other tasks for ever. Put `srun` before the command in the batch script; to run one "
             "process by hand, unset SLURM_NTASKS or name the job `interactive`"
         )
-    if world_size > 1 and "SLURM_NTASKS_PER_NODE" not in environ:
+    if "SLURM_NTASKS_PER_NODE" not in environ:
         raise ConfigError(
-            f"the SLURM job asks for --ntasks={world_size}, which Lightning does not support; ask for "
+            f"the SLURM job asks for --ntasks={tasks}, which Lightning does not support; ask for "
             "--nodes=N and --ntasks-per-node=G (one task per GPU) instead"
         )
-    local_world_size = _integer(environ, "SLURM_NTASKS_PER_NODE", 1)
-    return LaunchInfo(
-        launcher="slurm",
-        rank=_integer(environ, "SLURM_PROCID", 0),
-        local_rank=_integer(environ, "SLURM_LOCALID", 0),
-        world_size=world_size,
-        local_world_size=local_world_size,
-        num_nodes=_integer(environ, "SLURM_NNODES", max(world_size // max(local_world_size, 1), 1)),
-        cpu_only=is_true(environ.get("ACCELERATE_USE_CPU")),
-    )
 
 
-def _plain(environ: Mapping[str, str]) -> LaunchInfo:
-    if "LOCAL_RANK" not in environ:
-        for name in _MPI_SIZES:
-            if environ.get(name, "1") not in ("", "0", "1"):
-                raise ConfigError(
-                    f"MPI started {environ[name]} processes ({name}), which stepkd does not support; start them with "
-                    "torchrun, srun or `accelerate launch --multi_gpu` (it works on CPU machines too)"
-                )
-    # Lightning exports LOCAL_RANK, NODE_RANK and WORLD_SIZE to itself and to the processes that it starts, but not how
-    # many run on each node: over several nodes the sizes are lower bounds, and only "rank is 0" is exact.
-    local_rank = _integer(environ, "LOCAL_RANK", 0)
-    node_rank = _integer(environ, "NODE_RANK", _integer(environ, "GROUP_RANK", 0))
-    local_world_size = max(_integer(environ, "WORLD_SIZE", 1) if node_rank == 0 else 1, local_rank + 1)
-    return LaunchInfo(
-        rank=node_rank * local_world_size + local_rank,
-        local_rank=local_rank,
-        world_size=(node_rank + 1) * local_world_size,
-        local_world_size=local_world_size,
-        num_nodes=node_rank + 1,
-        cpu_only=is_true(environ.get("ACCELERATE_USE_CPU")),
-    )
+def _check_mpi(environ: Mapping[str, str]) -> None:
+    for name in () if "LOCAL_RANK" in environ else _MPI_SIZES:
+        if environ.get(name, "1") not in ("", "0", "1"):
+            raise ConfigError(
+                f"MPI started {environ[name]} processes ({name}), which stepkd does not support; start them with "
+                "torchrun, srun or `accelerate launch --multi_gpu` (it works on CPU machines too)"
+            )
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environ.get(name)
+    text = environ.get(name, default)
     if text is None:
-        if default is None:
-            raise ConfigError(
-                f"the launcher set no {name}; start the run with torchrun, srun, `accelerate launch --multi_gpu` or "
-                "plainly, and unset the variables left over from another launch"
-            )
-        return default
+        raise ConfigError(
+            f"the launcher set no {name}; start the run with torchrun, srun, `accelerate launch --multi_gpu` or "
+            "plainly, and unset the variables left over from another launch"
+        )
     try:
         return int(text)
     except ValueError:
         raise ConfigError(f"the environment variable {name} is {text!r}, which is not a whole number") from None
+
+
+def _is_true(value: str | None) -> bool:
+    """Whether accelerate reads the text of a variable as true."""
+    return value is not None and value.strip().lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def check_launch(
@@ -212,18 +237,16 @@ def check_launch(
     Raises:
         ConfigError: one line per contradiction, each with what to put in the recipe or on the command line instead.
     """
-    settings = {} if trainer_settings is None else trainer_settings
-    real = environ is None or environ is os.environ
-    environ = os.environ if environ is None else environ
     if parent_command is None:
-        parent_command = read_parent_command() if real else ()
+        parent_command = _parent_command() if environ is None or environ is os.environ else ()
+    environ = os.environ if environ is None else environ
     info = detect_launch(environ)
     problems = ignored_settings(environ, parent_command)
     asked = single_child_count(environ, parent_command)
     # Under srun every task may run its own single-child `accelerate launch`; then SLURM holds the processes together.
     if asked not in (None, 1, info.world_size) and not (asked == 0 and info.launcher == "slurm"):
         problems.append(_one_process_only(environ, asked or 0))
-    problems.extend(_contradictions(info, settings))
+    problems += _contradictions(info, trainer_settings or {})
     if trainer_settings is None and info.bf16 and info.is_rank_zero:
         logger.warning("accelerate's mixed precision bf16 is for training; this command computes in the model's dtype")
     if problems:
@@ -241,8 +264,89 @@ def check_alone(command: str, instead: str = "start it without a launcher") -> N
         raise ConfigError(f"{command} runs in one process: {instead}")
 
 
+def ignored_settings(environ: Mapping[str, str], parent_command: Sequence[str] = ()) -> list[str]:
+    """List the accelerate settings in force that Lightning would ignore, each with what to do instead.
+
+    Args:
+        environ: environment variables of this process.
+        parent_command: words of the parent's command line, empty when it cannot be read.
+
+    Returns:
+        One sentence or two per setting, empty when all are at their neutral value.
+    """
+    found = []
+    for name, (neutral, text) in _IGNORED.items():
+        asked = environ.get(f"ACCELERATE_{name}", "").strip() or _options(parent_command).get(name.lower(), "")
+        if asked.lower() not in neutral:
+            found.append(text.format(asked))
+    for what, switch, prefix in _SHARDED:
+        seen = sorted(name for name, value in environ.items() if value and name.startswith(prefix))
+        if switch in environ:
+            # accelerate reads a false switch as "off", whatever else the section holds.
+            seen = [switch, *seen] if _is_true(environ[switch]) else []
+        if seen:
+            listed = ", ".join(seen[:3]) + (f" and {len(seen) - 3} more" if len(seen) > 3 else "")
+            untested = " (recipes/strategy/deepspeed_zero2.yaml and deepspeed_zero3.yaml are untested)"
+            found.append(
+                f"accelerate asks for {what} ({listed}), which Lightning ignores, while transformers obeys parts of it "
+                "when it loads weights. Launch with `accelerate launch --multi_gpu --num_processes N -m stepkd ...` "
+                "(or torchrun), and to shard weights, gradients and optimiser state add `--config "
+                f"recipes/strategy/fsdp2.yaml`{untested if what == 'DeepSpeed' else ''}."
+                + ("" if switch in environ else f" If {seen[0]} is left over from another job, unset it.")
+            )
+    return found
+
+
+def single_child_count(environ: Mapping[str, str], parent_command: Sequence[str] = ()) -> int | None:
+    """How many processes the user asked of an ``accelerate launch`` mode that starts only one.
+
+    Args:
+        environ: environment variables of this process.
+        parent_command: words of the parent's command line, empty when it cannot be read.
+
+    Returns:
+        None when this process was not started by accelerate's single-child launcher; 1 when one process was asked
+        for; the number asked for when it is known; 0 when it is more than one but the number cannot be seen.
+    """
+    if "ACCELERATE_USE_CPU" not in environ or "TORCHELASTIC_RUN_ID" in environ or "LOCAL_RANK" in environ:
+        return None
+    options = _options(parent_command)
+    if options.get("num_processes", "").isdigit():
+        machines = options.get("num_machines", "")
+        return max(int(options["num_processes"]), int(machines) if machines.isdigit() else 1, 1)
+    return 0 if "MASTER_ADDR" in environ and "MASTER_PORT" in environ else 1
+
+
+def _options(command: Sequence[str]) -> dict[str, str]:
+    """Options of an ``accelerate launch`` command line, by name with underscores; empty for any other command."""
+    names = [os.path.basename(word) for word in command]
+    if "accelerate" in names and "launch" in command:
+        start = list(command).index("launch")
+    elif ours := {"accelerate.commands.launch", "accelerate-launch"}.intersection(names):
+        start = names.index(ours.pop())
+    else:
+        return {}
+    options: dict[str, str] = {}
+    for word, following in itertools.pairwise([*command[start + 1 :], ""]):
+        if word in ("-m", "--module"):
+            break  # what follows belongs to the script
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            options.setdefault(name[2:].replace("-", "_"), value if equals else following)
+    return options
+
+
+def _parent_command() -> tuple[str, ...]:
+    """Words of the parent's command line from ``/proc``; empty where that is not available."""
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline", "rb") as stream:
+            return tuple(part.decode(errors="replace") for part in stream.read().split(b"\0") if part)
+    except OSError:
+        return ()
+
+
 def _one_process_only(environ: Mapping[str, str], asked: int) -> str:
-    flag = "--cpu " if is_true(environ.get("ACCELERATE_USE_CPU")) else ""
+    flag = "--cpu " if _is_true(environ.get("ACCELERATE_USE_CPU")) else ""
     number = str(asked or "N")
     text = (
         f"`accelerate launch {flag}--num_processes {number}` was asked for {asked or 'several'} processes but starts "

@@ -1,6 +1,6 @@
 """Arguments of Lightning's Trainer that a run cannot honour: refused by name, with what to set instead.
 
-All others take effect. ``tests/launch/test_trainer_settings.py`` holds the list of them, so that a new argument of
+All others take effect. ``tests/training/test_trainer_settings.py`` holds the list of them, so that a new argument of
 Lightning's is looked at before it counts as one of them.
 """
 

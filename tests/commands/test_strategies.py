@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.runs.accelerate_env import ignored_settings
+from stepkd.runs.launcher import ignored_settings
 from stepkd.runs.logger import read_metrics
 from stepkd.runs.rundir import read_marker
 

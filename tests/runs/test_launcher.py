@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from stepkd.errors import ConfigError
-from stepkd.runs.accelerate_env import single_child_count
-from stepkd.runs.launcher import LaunchInfo, check_launch, detect_launch, trainer_defaults
+from stepkd.runs.launcher import LaunchInfo, check_launch, detect_launch, single_child_count, trainer_defaults
 
 # What accelerate 1.15 sets whatever the user asked for.
 ACCELERATE = {

@@ -46,11 +46,11 @@ SEEN_HERE = {
     "val_check_interval",
 }
 SEEN_ELSEWHERE = {
-    "accelerator": "tests/launch/test_guard.py",
-    "devices": "tests/launch/test_guard.py",
-    "num_nodes": "tests/launch/test_guard.py",
-    "strategy": "tests/launch/test_strategy_list.py",
-    "logger": "tests/launch/test_logger.py",
+    "accelerator": "tests/runs/test_launcher.py",
+    "devices": "tests/runs/test_launcher.py",
+    "num_nodes": "tests/runs/test_launcher.py",
+    "strategy": "tests/modules/test_strategy_list.py",
+    "logger": "tests/runs/test_logger.py",
     "enable_progress_bar": "tests/commands/test_run_loggers.py",
 }
 NOT_NEUTRAL = {
