@@ -7,7 +7,6 @@ Lightning's ``CSVLogger`` deletes the earlier lines when a run is resumed. Here 
 from __future__ import annotations
 
 import json
-import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -26,7 +25,6 @@ from stepkd.runs.files import write_json
 METRICS_FILE = "metrics.jsonl"
 HPARAMS_FILE = "hparams.json"
 
-_OWN_KEYS = ("run", "step", "seconds")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -76,8 +74,8 @@ class JsonlLogger(Logger):
                 self._stream = self._open()
             seconds = round(time.monotonic() - self._start, 3)
             line: dict[str, Any] = {"run": self._run, "step": -1 if step is None else int(step), "seconds": seconds}
-            line.update((name, _plain(value)) for name, value in metrics.items() if name not in _OWN_KEYS)
-            append(self._stream, json.dumps(line, allow_nan=False) + "\n")
+            line |= _jsonable({name: value for name, value in metrics.items() if name not in line})
+            append(self._stream, json.dumps(line) + "\n")
         except OSError as error:
             raise disk_error(error, self._path, "The lines before are intact. ") or error from None
 
@@ -85,9 +83,7 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any) -> None:
         """Merge the settings into ``hparams.json``; what JSON cannot hold is written as its text."""
-        given = vars(params) if isinstance(params, Namespace) else dict(params or {})
-        self._hparams.update(_jsonable(given))
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._hparams |= _jsonable(params or {})
         write_json(self._folder / HPARAMS_FILE, self._hparams)
 
     @override
@@ -170,24 +166,16 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     run = 0
     with open(path, "rb") as stream:
         for number, raw in enumerate(stream, start=1):
-            if not raw.strip():
-                continue
             line = _parse(raw)
-            if line is None:
-                if torn is not None:
-                    raise _broken(path, torn)
+            if torn is not None and raw.strip() and (line is None or line["run"] <= run):
+                raise DataError(
+                    "this line is not a metrics record; was the file edited? Remove the line", path=path, line=torn
+                )
+            if line is not None:
+                torn, run = None, line["run"]
+                yield line
+            elif raw.strip():
                 torn = number
-                continue
-            if torn is not None:
-                if line["run"] <= run:
-                    raise _broken(path, torn)
-                torn = None
-            run = line["run"]
-            yield line
-
-
-def _broken(path: Path, line: int) -> DataError:
-    return DataError("this line is not a metrics record; was the file edited? Remove the line", path=path, line=line)
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
@@ -200,24 +188,15 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return {name: float(value) if value in _NOT_FINITE else value for name, value in line.items()}
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value for a metric: numbers stay numbers, what is not finite becomes its name."""
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value if isinstance(value, (int, float, str)) or value is None else str(value)
-
-
 def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _jsonable(item) for name, item in value.items()}
-    if isinstance(value, Namespace):
-        return _jsonable(vars(value))
-    if isinstance(value, (set, frozenset)):
-        return sorted((_jsonable(item) for item in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    return value if isinstance(value, bool) else _plain(value)
+    """Values as JSON holds them: numbers stay numbers, what is not finite becomes its name, the rest its text."""
+    return json.loads(json.dumps(value, default=_simpler), parse_constant=str)
+
+
+def _simpler(value: Any) -> Any:
+    if isinstance(value, Namespace | set | frozenset):
+        return vars(value) if isinstance(value, Namespace) else sorted(value, key=str)
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def append(stream: IO[bytes], text: str) -> None:

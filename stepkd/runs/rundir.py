@@ -8,7 +8,6 @@ neither trip over the folder that rank 0 has just made nor need a process group.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shlex
@@ -20,8 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil  # type: ignore[import-untyped]
+
 import stepkd
-from stepkd.errors import ConfigError, MachineError
+from stepkd.errors import ConfigError, MachineError, disk_error
 from stepkd.runs.checkpoint_files import find_last_checkpoint, step_of
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import LaunchInfo, detect_launch
@@ -39,14 +40,12 @@ class RunDir:
         message: one sentence for the terminal about what was found and done.
     """
 
-    def __init__(
-        self, path: Path, *, kind: str, info: LaunchInfo, resume_from: Path | None = None, message: str = ""
-    ) -> None:
+    def __init__(self, path: Path, kind: str, info: LaunchInfo) -> None:
         self.path = path
         self.kind = kind
         self.info = info
-        self.resume_from = resume_from
-        self.message = message
+        self.resume_from: Path | None = None
+        self.message = ""
 
     @classmethod
     def open(
@@ -72,35 +71,29 @@ class RunDir:
 
         Raises:
             ConfigError: both flags given, the folder holds something and no flag says what to do with it, it is in use
-                by a live process, is not stepkd's, is of another kind, or cannot be written.
+                by a live process, is not stepkd's, or is of another kind.
+            MachineError: it cannot be written.
         """
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite contradict each other; give one of them")
         environ = os.environ if environ is None else environ
-        info = detect_launch(environ)
-        path = Path(path).expanduser().absolute()
-        launch, restarted = _launch_identity(environ, info)
-        if not info.is_rank_zero:
+        run = cls(Path(path).expanduser().absolute(), kind, detect_launch(environ))
+        launch, restarted = _launch_identity(environ, run.info)
+        if not run.info.is_rank_zero:
             # Rank 0 raises if this assumption does not hold, and the launcher then stops every rank.
-            run = cls(path, kind=kind, info=info)
             run.resume_from = run.last_checkpoint() if resume or restarted else None
             return run
+        marker = read_marker(run.path)
+        if restarted and marker is not None and marker.get("launch") == launch:
+            resume, overwrite = True, False
         try:
-            entries, marker = _look(path)
-            if restarted and marker is not None and marker.get("launch") == launch:
-                resume, overwrite = True, False
-            run = cls(path, kind=kind, info=info)
-            run.message = run._enter(entries, marker, resume=resume, overwrite=overwrite)
+            run.message = run._enter(marker, resume=resume, overwrite=overwrite)
             run.resume_from = run.last_checkpoint() if resume else None
             run._begin(marker if resume else None, launch)
-        except OSError as error:
+        except (OSError, MachineError) as error:
             with contextlib.suppress(OSError):
-                path.rmdir()  # if nothing is in it
-            raise ConfigError(_explain(path, error)) from None
-        except MachineError:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-            raise
+                run.path.rmdir()  # if nothing is in it
+            raise disk_error(error, run.path) or error from None
         return run
 
     @property
@@ -162,8 +155,13 @@ class RunDir:
         shutil.rmtree(self.path)
         return True
 
-    def _enter(self, entries: list[str], marker: dict[str, Any] | None, *, resume: bool, overwrite: bool) -> str:
+    def _enter(self, marker: dict[str, Any] | None, *, resume: bool, overwrite: bool) -> str:
         """Make the folder ready, or refuse; returns the sentence for the terminal."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, not a folder; give another --out")
+        # Temporary files of an interrupted `write_json` do not make a folder "in use".
+        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        entries = [name for name in names if not name.startswith(f".{MARKER}.")]
         if not entries:
             return f"{self.path}: nothing to resume, starting fresh" if resume else f"{self.path}: new run"
         if marker is None:
@@ -172,8 +170,7 @@ class RunDir:
                 f"{self.path} already exists, was not made by stepkd (it has no {MARKER}) and is not empty ({some}); "
                 "stepkd neither resumes nor deletes it. Give another --out"
             )
-        user = _live_process(marker)
-        if user is not None and (resume or overwrite):
+        if (resume or overwrite) and (user := _live_process(marker)) is not None:
             raise ConfigError(
                 f"{self.path} is in use by process {user} on this machine (command: {marker.get('command', '?')}); "
                 "wait for it, stop it, or give another --out"
@@ -181,10 +178,11 @@ class RunDir:
         if resume:
             return self._check_resume(marker)
         if overwrite:
-            _empty(self.path, marker)
-            return f"{self.path}: the earlier run ({_describe(self.path, marker)}) was deleted, starting fresh"
+            described = self._described(marker)
+            self._empty(marker)
+            return f"{self.path}: the earlier run ({described}) was deleted, starting fresh"
         raise ConfigError(
-            f"{self.path} already holds a run ({_describe(self.path, marker)}). Add --resume to continue it, "
+            f"{self.path} already holds a run ({self._described(marker)}). Add --resume to continue it, "
             "--overwrite to delete it and start again, or give another --out"
         )
 
@@ -229,11 +227,28 @@ class RunDir:
                 "message": "",
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "pid_start": _process_start(os.getpid()),
+                "pid_start": psutil.Process().create_time(),
                 "launch": launch,
             },
         )
         self.checkpoints.mkdir(exist_ok=True)
+
+    def _described(self, marker: Mapping[str, Any]) -> str:
+        last = self.last_checkpoint()
+        return (
+            f"kind {marker.get('kind')!r}, created {marker.get('created', 'unknown')}, status {marker.get('status')}, "
+            f"last checkpoint {last.name if last else 'none'}"
+        )
+
+    def _empty(self, marker: dict[str, Any]) -> None:
+        """Delete the content, the marker last, so that an interrupted deletion can be recognised and repeated."""
+        write_json(self.path / MARKER, {**marker, "status": "deleting"})
+        for entry in [entry for entry in self.path.iterdir() if entry.name != MARKER]:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        (self.path / MARKER).unlink()
 
 
 def free_path(path: Path) -> Path:
@@ -243,17 +258,6 @@ def free_path(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return free
-
-
-def _look(path: Path) -> tuple[list[str], dict[str, Any] | None]:
-    """Names of what lies at the path before the run starts, and its marker."""
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file, not a folder; give another --out")
-    if not path.exists():
-        return [], None
-    # Temporary files of an interrupted `write_json` do not make a folder "in use".
-    entries = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(f".{MARKER}."))
-    return entries, read_marker(path)
 
 
 def read_marker(path: Path) -> dict[str, Any] | None:
@@ -286,27 +290,6 @@ def _overwrite(path: Path, marker: dict[str, Any]) -> None:
         stream.truncate()
 
 
-def _describe(path: Path, marker: Mapping[str, Any]) -> str:
-    last = find_last_checkpoint(path / "checkpoints")
-    return (
-        f"kind {marker.get('kind')!r}, created {marker.get('created', 'unknown')}, status {marker.get('status')}, "
-        f"last checkpoint {last.name if last else 'none'}"
-    )
-
-
-def _empty(path: Path, marker: dict[str, Any]) -> None:
-    """Delete the folder's content, the marker last, so that an interrupted deletion can be told and repeated."""
-    write_json(path / MARKER, {**marker, "status": "deleting"})
-    for entry in list(path.iterdir()):
-        if entry.name == MARKER:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-    (path / MARKER).unlink()
-
-
 def _seen(path: Path, marker: Mapping[str, Any]) -> str:
     """What shows that a run without a checkpoint once had one; empty when it ended before its first."""
     from stepkd.runs.logger import METRICS_FILE, read_metrics
@@ -328,23 +311,13 @@ def _seen(path: Path, marker: Mapping[str, Any]) -> str:
 
 def _live_process(marker: Mapping[str, Any]) -> int | None:
     """The process that still works in the folder, when that can be told: same machine, same process start."""
-    pid, start = marker.get("pid"), marker.get("pid_start")
-    if marker.get("status") != "running" or marker.get("host") != socket.gethostname():
+    if marker.get("status") != "running" or marker.get("host") != socket.gethostname() or marker["pid"] == os.getpid():
         return None
-    if not isinstance(pid, int) or start is None or pid == os.getpid():
-        return None
-    return pid if _process_start(pid) == start else None
-
-
-def _process_start(pid: int) -> str | None:
-    """Boot id and start tick of a process from ``/proc``, which tell it from a later one with the same number."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else f"{boot}:{fields[19]}"
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(marker["pid"])
+        is_same = abs(process.create_time() - marker["pid_start"]) < 2  # not a later process of the same number
+        return int(process.pid) if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+    return None
 
 
 def _launch_identity(environ: Mapping[str, str], info: LaunchInfo) -> tuple[str | None, bool]:
@@ -364,14 +337,3 @@ def _launch_identity(environ: Mapping[str, str], info: LaunchInfo) -> tuple[str 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _explain(path: Path, error: OSError) -> str:
-    place = error.filename or path
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{place}: no space left for the run folder {path}; free some, or give an --out on another disk"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{place}: no permission to write the run folder {path}; give an --out that you may write to"
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{place}: part of the path {path} is a file, not a folder; give another --out"
-    return f"{place}: cannot write the run folder {path} ({error.strerror or error}); give another --out"
