@@ -30,12 +30,219 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stepkd.data.rows import STEPWISE, shown
 from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, register
 from stepkd.errors import ConfigError, check_choice
 from stepkd.randomness import generator
+
+_TAIL = re.compile(r"\s*# Answer\s*\n\s*(?P<answer>.*?)\s*", re.DOTALL)
+_UNFINISHED = ("bad_problem", "give_up")
+
+
+@dataclass(frozen=True)
+class RatedStep:
+    """One step text with what a labeller said of it."""
+
+    text: str
+    """Without the answer tail."""
+    rating: int | None
+    """1 good, 0 neutral, -1 bad; None: not rated (human-written or flagged)."""
+    final_answer: str | None = None
+    """The answer it states where it ends the solution."""
+
+    def written(self, *, tail: bool) -> str:
+        """Its text, with the ``# Answer`` tail where asked for and where there is one."""
+        return f"{self.text}\n\n# Answer\n\n{self.final_answer}" if tail and self.final_answer else self.text
+
+
+@dataclass(frozen=True)
+class Record:
+    """One labelled trajectory."""
+
+    name: str
+    """Unique in its file."""
+    problem: object
+    """The problem's text, for the contract to judge."""
+    path: tuple[RatedStep, ...]
+    """The chosen steps."""
+    alternatives: tuple[tuple[RatedStep, ...], ...]
+    """Per position the steps that were not chosen; at most one position more than ``path``."""
+    answer: str | None = None
+    """Gold answer, where the layout has it."""
+    solved: bool | None = None
+    """Whether the path ends in the right answer; None: the layout does not say."""
+
+
+def read_record(raw: RawRow, *, keep_unfinished: bool) -> Record | None:
+    """Read a row of either layout, told apart by its columns.
+
+    Args:
+        raw: the row.
+        keep_unfinished: whether records that ended in ``bad_problem`` or ``give_up`` count.
+
+    Returns:
+        The record; None for quality-control and screening questions, and for unfinished records unless kept. (A file
+        of trajectories no longer says which these were.)
+
+    Raises:
+        DataError: neither layout, or a value that does not fit its layout.
+    """
+    if "question" in raw and "label" in raw:
+        return _released(raw, keep_unfinished=keep_unfinished)
+    if "prompt" in raw and "completions" in raw and "labels" in raw:
+        return _trajectory(raw)
+    raise raw.error(
+        "fits neither layout of PRM800K: released lines have 'question' and 'label', trajectories have 'problem', "
+        f"'steps' and 'labels'; this row has {', '.join(map(repr, raw)) or 'none of them'}. "
+        "TRL's form (trl-lib/prm800k) is read by source 'rows'"
+    )
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+_Rating = Annotated[int, Field(ge=-1, le=1)] | None  # a Literal would take true and 1.0 for 1
+
+
+class _Said(_Part):
+    text: str
+    rating: _Rating = None
+    flagged: Any = None
+    answer: Any = None
+
+    def step(self) -> RatedStep | None:
+        """Without its tail and, where it was flagged, its rating; None for an empty text: nothing can follow it."""
+        text, final = _split_tail(self.text)
+        return RatedStep(text, None if self.flagged else self.rating, final) if text.strip() else None
+
+
+def _as_object(value: object) -> object:
+    return {"text": value} if isinstance(value, str) else value
+
+
+class _Position(_Part):
+    completions: list[_Said] | None = None
+    chosen_completion: Any = None
+    human_completion: Annotated[_Said | None, BeforeValidator(_as_object)] = None
+
+
+class _Label(_Part):
+    steps: list[_Position]
+    finish_reason: Any = None
+
+
+class _Released(_Part):
+    question: dict[str, Any]
+    label: _Label
+
+
+class _Trajectory(_Part):
+    steps: list[str]
+    labels: list[_Rating]
+    alternatives: list[list[_Said]] | None = None
+
+
+_Layout = TypeVar("_Layout", bound=_Part)
+_WORDS = {
+    "model_type": "{} must be an object, found {}",
+    "dict_type": "{} must be an object, found {}",
+    "list_type": "{} must be a list, found {}",
+    "string_type": "the text of {} must be text, found {}",
+}
+_RATING = "the rating of {} must be -1, 0, 1 or null, found {}; nothing is cast"
+
+
+def _read(layout: type[_Layout], values: Mapping[str, Any], raw: RawRow) -> _Layout:
+    try:
+        return layout.model_validate(dict(values))
+    except ValidationError as error:
+        found = error.errors()[0]
+    place, kind, value = found["loc"], found["type"], found["input"]
+    if kind == "missing":
+        kind, value = "list_type" if place[-1] == "steps" else "string_type", None
+    outer = place[:-1] if place[-1] in ("text", "rating") else place
+    name = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in outer)[1:]
+    raise raw.error(_WORDS.get(kind, _RATING).format(name, shown(value)), column=str(place[0]))
+
+
+def _released(raw: RawRow, *, keep_unfinished: bool) -> Record | None:
+    finish = raw["label"].get("finish_reason") if isinstance(raw["label"], Mapping) else None
+    if raw.get("is_quality_control_question") or raw.get("is_initial_screening_question"):
+        return None
+    if finish in _UNFINISHED and not keep_unfinished:
+        return None
+    read = _read(_Released, raw, raw)
+    path: list[RatedStep] = []
+    beside: list[tuple[RatedStep, ...]] = []
+    for number, position in enumerate(read.label.steps):
+        steps = [said.step() for said in position.completions or ()]
+        index = position.chosen_completion
+        chosen = None if position.human_completion is None else position.human_completion.step()
+        if index is not None:
+            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(steps):
+                raise raw.error(
+                    f"label.steps[{number}].chosen_completion is {shown(index)}, with {len(steps)} completions; must "
+                    "be null or an index",
+                    column="label",
+                )
+            chosen = steps[index]
+        beside.append(tuple(step for i, step in enumerate(steps) if step is not None and i != index))
+        if chosen is None:  # nothing was chosen: the trajectory ends here
+            break
+        path.append(chosen)
+    labeler, time = raw.get("labeler"), raw.get("timestamp")
+    return Record(
+        name=f"{labeler}/{time}" if labeler and time else f"{Path(raw.path).stem}/{raw.line}",
+        problem=read.question.get("problem"),
+        path=tuple(path),
+        alternatives=tuple(beside),
+        answer=_stated(read.question.get("ground_truth_answer")),
+        solved=True if finish == "solution" else None,
+    )
+
+
+def _stated(answer: object) -> str | None:
+    return answer if isinstance(answer, str) and answer.strip() else None
+
+
+def _trajectory(raw: RawRow) -> Record:
+    columns = {"steps": raw["completions"], "labels": raw["labels"], "alternatives": raw.get("alternatives")}
+    read = _read(_Trajectory, columns, raw)
+    count, positions = len(read.steps), read.alternatives or []
+    if count != len(read.labels):
+        raise raw.error(f"has {len(read.labels)} entries for {count} steps; there must be as many", column="labels")
+    if len(positions) > count + 1:
+        raise raw.error(
+            f"has {len(positions)} positions for {count} steps; there can be one more than steps at most",
+            column="alternatives",
+        )
+    finals = [*[None] * (count - 1), _stated(raw.get("final_answer"))]
+    identity = raw.get("id")
+    return Record(
+        name=f"{Path(raw.path).stem}/{raw.line}" if identity is None else str(identity),
+        problem=raw["prompt"],
+        path=tuple(map(RatedStep, read.steps, read.labels, finals)),
+        alternatives=tuple(
+            tuple(RatedStep(said.text, said.rating, _stated(said.answer)) for said in beside if said.text.strip())
+            for beside in positions
+        ),
+    )
+
+
+def _split_tail(text: str) -> tuple[str, str | None]:
+    head, mark, _ = text.rpartition("# Answer")
+    tail = _TAIL.fullmatch(text, len(head.rstrip())) if mark else None
+    if tail is None or not tail["answer"] or not head.strip():
+        return text, None
+    return head.rstrip(), tail["answer"]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -157,210 +364,3 @@ PRM800K = register(
     )
 )  # fmt: skip
 """The PRM800K source."""
-
-
-_TAIL = re.compile(r"\s*# Answer\s*\n\s*(?P<answer>.*?)\s*", re.DOTALL)
-_UNFINISHED = ("bad_problem", "give_up")
-
-
-@dataclass(frozen=True)
-class RatedStep:
-    """One step text with what a labeller said of it."""
-
-    text: str
-    """Without the answer tail."""
-    rating: int | None
-    """1 good, 0 neutral, -1 bad; None: not rated (human-written or flagged)."""
-    final_answer: str | None = None
-    """The answer it states where it ends the solution."""
-
-    def written(self, *, tail: bool) -> str:
-        """Its text, with the ``# Answer`` tail where asked for and where there is one."""
-        return f"{self.text}\n\n# Answer\n\n{self.final_answer}" if tail and self.final_answer else self.text
-
-
-@dataclass(frozen=True)
-class Record:
-    """One labelled trajectory."""
-
-    name: str
-    """Unique in its file."""
-    problem: object
-    """The problem's text, for the contract to judge."""
-    path: tuple[RatedStep, ...]
-    """The chosen steps."""
-    alternatives: tuple[tuple[RatedStep, ...], ...]
-    """Per position the steps that were not chosen; at most one position more than ``path``."""
-    answer: str | None = None
-    """Gold answer, where the layout has it."""
-    solved: bool | None = None
-    """Whether the path ends in the right answer; None: the layout does not say."""
-
-
-def read_record(raw: RawRow, *, keep_unfinished: bool) -> Record | None:
-    """Read a row of either layout, told apart by its columns.
-
-    Args:
-        raw: the row.
-        keep_unfinished: whether records that ended in ``bad_problem`` or ``give_up`` count.
-
-    Returns:
-        The record; None for quality-control and screening questions, and for unfinished records unless kept. (A file
-        of trajectories no longer says which these were.)
-
-    Raises:
-        DataError: neither layout, or a value that does not fit its layout.
-    """
-    if "question" in raw and "label" in raw:
-        return _released(raw, keep_unfinished=keep_unfinished)
-    if "prompt" in raw and "completions" in raw and "labels" in raw:
-        return _trajectory(raw)
-    raise raw.error(
-        "fits neither layout of PRM800K: released lines have 'question' and 'label', trajectories have 'problem', "
-        f"'steps' and 'labels'; this row has {', '.join(map(repr, raw)) or 'none of them'}. "
-        "TRL's form (trl-lib/prm800k) is read by source 'rows'"
-    )
-
-
-# --- released lines --------------------------------------------------------------------------------------------------
-
-
-def _released(raw: RawRow, *, keep_unfinished: bool) -> Record | None:
-    question, label = _mapping(raw, raw["question"], "question"), _mapping(raw, raw["label"], "label")
-    if raw.get("is_quality_control_question") or raw.get("is_initial_screening_question"):
-        return None
-    finish = label.get("finish_reason")
-    if finish in _UNFINISHED and not keep_unfinished:
-        return None
-    path: list[RatedStep] = []
-    beside: list[tuple[RatedStep, ...]] = []
-    for number, step in enumerate(_list(raw, label.get("steps"), "label", what="label.steps"), start=1):
-        place = f"label.steps[{number - 1}]"
-        chosen, others = _released_step(raw, _mapping(raw, step, "label", what=place), place)
-        beside.append(others)
-        if chosen is None:  # nothing was chosen: the trajectory ends here
-            break
-        path.append(chosen)
-    labeler, time = raw.get("labeler"), raw.get("timestamp")
-    answer = question.get("ground_truth_answer")
-    return Record(
-        name=f"{labeler}/{time}" if labeler and time else f"{Path(raw.path).stem}/{raw.line}",
-        problem=question.get("problem"),
-        path=tuple(path),
-        alternatives=tuple(beside),
-        answer=answer if isinstance(answer, str) and answer.strip() else None,
-        solved=True if finish == "solution" else None,
-    )
-
-
-def _released_step(raw: RawRow, step: Mapping[str, Any], place: str) -> tuple[RatedStep | None, tuple[RatedStep, ...]]:
-    """The chosen step of a position (None: none was chosen) and the rated steps beside it."""
-    given = step.get("completions")
-    completions = [] if given is None else _list(raw, given, "label", what=f"{place}.completions")
-    read = [_completion(raw, item, f"{place}.completions[{index}]") for index, item in enumerate(completions)]
-    index, human = step.get("chosen_completion"), step.get("human_completion")
-    chosen: RatedStep | None = None
-    if index is not None:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(read):
-            raise raw.error(
-                f"{place}.chosen_completion is {shown(index)}, with {len(read)} completions; must be null or an index",
-                column="label",
-            )
-        chosen = read[index]
-    elif human is not None:
-        item = {"text": human, "rating": None} if isinstance(human, str) else human
-        chosen = _completion(raw, item, f"{place}.human_completion")
-    return chosen, tuple(item for number, item in enumerate(read) if item is not None and number != index)
-
-
-def _completion(raw: RawRow, item: object, place: str) -> RatedStep | None:
-    """None for an empty text: nothing can be placed after it."""
-    values = _mapping(raw, item, "label", what=place)
-    text, rating = _text(raw, values.get("text"), "label", place), _rating(raw, values.get("rating"), "label", place)
-    found = _split_tail(text)
-    if not found[0].strip():
-        return None
-    return RatedStep(found[0], None if values.get("flagged") else rating, found[1])
-
-
-def _split_tail(text: str) -> tuple[str, str | None]:
-    head, mark, _ = text.rpartition("# Answer")
-    tail = _TAIL.fullmatch(text, len(head.rstrip())) if mark else None
-    if tail is None or not tail["answer"] or not head.strip():
-        return text, None
-    return head.rstrip(), tail["answer"]
-
-
-# --- one record per trajectory ---------------------------------------------------------------------------------------
-
-
-def _trajectory(raw: RawRow) -> Record:
-    steps = _list(raw, raw["completions"], "steps", what="steps")
-    labels = _list(raw, raw["labels"], "labels", what="labels")
-    if len(steps) != len(labels):
-        raise raw.error(f"has {len(labels)} entries for {len(steps)} steps; there must be as many", column="labels")
-    final = raw.get("final_answer")
-    path = [
-        RatedStep(_text(raw, text, "steps", f"steps[{i}]"), _rating(raw, label, "labels", f"labels[{i}]"))
-        for i, (text, label) in enumerate(zip(steps, labels, strict=True))
-    ]
-    if path and isinstance(final, str) and final.strip():
-        path[-1] = RatedStep(path[-1].text, path[-1].rating, final)
-    given = raw.get("alternatives")
-    positions = [] if given is None else _list(raw, given, "alternatives", what="alternatives")
-    if len(positions) > len(path) + 1:
-        raise raw.error(
-            f"has {len(positions)} positions for {len(path)} steps; there can be one more than steps at most",
-            column="alternatives",
-        )
-    identity = raw.get("id")
-    return Record(
-        name=f"{Path(raw.path).stem}/{raw.line}" if identity is None else str(identity),
-        problem=raw["prompt"],
-        path=tuple(path),
-        alternatives=tuple(_rated(raw, items, f"alternatives[{i}]") for i, items in enumerate(positions)),
-    )
-
-
-def _rated(raw: RawRow, items: object, place: str) -> tuple[RatedStep, ...]:
-    read = []
-    for index, item in enumerate(_list(raw, items, "alternatives", what=place)):
-        here = f"{place}[{index}]"
-        values = _mapping(raw, item, "alternatives", what=here)
-        text = _text(raw, values.get("text"), "alternatives", here)
-        stated = values.get("answer")
-        if text.strip():
-            rating = _rating(raw, values.get("rating"), "alternatives", here)
-            read.append(RatedStep(text, rating, stated if isinstance(stated, str) and stated.strip() else None))
-    return tuple(read)
-
-
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
-def _mapping(raw: RawRow, value: object, column: str, *, what: str | None = None) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise raw.error(f"{what or column} must be an object, found {shown(value)}", column=column)
-    return value
-
-
-def _list(raw: RawRow, value: object, column: str, *, what: str) -> Sequence[Any]:
-    if not isinstance(value, list):
-        raise raw.error(f"{what} must be a list, found {shown(value)}", column=column)
-    return value
-
-
-def _text(raw: RawRow, value: object, column: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise raw.error(f"the text of {place} must be text, found {shown(value)}", column=column)
-    return value
-
-
-def _rating(raw: RawRow, value: object, column: str, place: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value not in (-1, 0, 1):
-        raise raw.error(
-            f"the rating of {place} must be -1, 0, 1 or null, found {shown(value)}; nothing is cast", column=column
-        )
-    return value
