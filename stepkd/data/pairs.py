@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stepkd.data.collate import Completion
 from stepkd.data.encode import Encoder, Example, with_end
-from stepkd.data.packing import Completion
 from stepkd.errors import DataError
 from stepkd.steps import Span, TokenizedText, first_difference, segment, text_from_ids, tokenize_text
 

@@ -10,9 +10,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Completion, MicroBatch, PackedBatch
 from stepkd.data.encode import Example
-from stepkd.data.packing import Completion, PackedBatch
 from stepkd.data.pairs import PairExample
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Completion, MicroBatch, PackedBatch
 from stepkd.data.feedback import FeedbackExample
-from stepkd.data.packing import Completion, PackedBatch
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, kto, ratio_rule, segment_sum, step_kto, step_kto_counts
 from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch, StepLoader
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Completion, MicroBatch, PackedBatch, Unit, collate_packed, plan_packs
 from stepkd.data.encode import Example
-from stepkd.data.packing import Completion, PackedBatch, Unit, collate_packed, plan_packs
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import token_logps
 from stepkd.models import HiddenStates, Policy, PolicySpec

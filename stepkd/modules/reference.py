@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepkd.data.collate import Completion
 from stepkd.data.encode import completion_key
-from stepkd.data.packing import Completion
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, parameters_fingerprint

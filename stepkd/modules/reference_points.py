@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch, mismatched
+from stepkd.data.collate import Completion
 from stepkd.data.encode import Example
-from stepkd.data.packing import Completion
 from stepkd.errors import check_bounds, check_choice
 from stepkd.losses import reference_point
 from stepkd.modules.distributed import all_reduce

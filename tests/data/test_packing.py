@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepkd.data.collate import collate
+from stepkd.data.collate import Completion, Pack, PackedBatch, Unit, collate, collate_packed, plan_packs
 from stepkd.data.encode import Example
-from stepkd.data.packing import Completion, Pack, PackedBatch, Unit, collate_packed, plan_packs
 from stepkd.steps import spans_from_ends
 
 PAD = 99

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stepkd.data.collate import Completion, Pack, PackedBatch, Unit, collate_packed
 from stepkd.data.encode import Example
-from stepkd.data.packing import Completion, Pack, PackedBatch, Unit, collate_packed
 from stepkd.losses import token_logps
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny
 from stepkd.models.packed import packed_mask

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan, StepLoader
+from stepkd.data.collate import collate_packed
 from stepkd.data.feedback import FeedbackEncoder
-from stepkd.data.packing import collate_packed
 from stepkd.data.pairs import PairEncoder
 from stepkd.data.templates import get_template
 from stepkd.models import PolicySpec
