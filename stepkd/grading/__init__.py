@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from stepkd.grading.extract import DEFAULT_EXTRACTORS, EXTRACTOR_VERSION, EXTRACTORS, extract_answer
 from stepkd.grading.normalise import canonical_answer
-from stepkd.grading.pool import Grade, Grader, Verdict, verdict_counts
-from stepkd.grading.rewards import accuracy_reward
+from stepkd.grading.pool import Grade, Grader, Verdict, accuracy_reward, verdict_counts
 
 __all__ = [
     "DEFAULT_EXTRACTORS",

@@ -2,29 +2,38 @@ r"""The grader: verdicts on completions, from worker processes that are killed a
 
 math-verify can run for ever or eat all memory on text that a model wrote (``9^{9^{9^9}}``), and an alarm inside the
 process works neither in threads nor against C code. So the check runs in child processes that the kernel ends when they
-have used their CPU time; this module hands out items and replaces what was ended. An item that was lost is tried once
-more, alone. Cases that need no computer algebra are settled without a worker.
+have used their CPU time. One thread per worker hands out items and replaces a worker that was ended; an item that was
+lost is tried once more, alone. Cases that need no computer algebra are settled without a worker.
+
+pebble's ``ProcessPool`` (5.2.3) was tried in place of this. Its workers come from ``multiprocessing``: they run the
+parent's main script again (torch is loaded in every worker, and a script without a guard fails), and a hash seed of
+their own cannot be given to them. They share one pipe and one lock: a worker that is killed while idle or while it
+holds the lock ends or stops the whole pool, SIGTERM to a job's processes too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import math
 import os
+import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from multiprocessing.connection import wait
+from multiprocessing.connection import Pipe
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.grading.extract import DEFAULT_EXTRACTORS, Which, check_extractors, extract_answer, is_linear
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
-from stepkd.grading.process import WorkerGone, WorkerProcess
 
 CONVENTIONS = ("stepkd", "prm800k")
 """Whose rules decide: this package's, or also those of PRM800K's official grader (:mod:`stepkd.grading.verify`)."""
@@ -34,6 +43,12 @@ _START_ATTEMPTS = 3
 _MIN_MEMORY_MB = 192
 _WALL_FACTOR = 30.0
 """Wall-clock seconds per second of CPU time before a worker counts as stuck: a busy machine is no answer's fault."""
+_WATCH_S = 0.5
+"""How often it is looked for workers that are stuck."""
+_BOOT = (
+    "import sys, json; sys.path[:], *arguments = json.loads(sys.argv[1]); "
+    "from stepkd.grading.worker import main; main(*arguments)"
+)
 
 
 class Verdict(StrEnum):
@@ -63,11 +78,60 @@ class Grade:
 
 @dataclass
 class _Item:
+    """A check that takes a worker, and its outcome."""
+
     request: dict[str, Any]
     indices: list[int]
     extracted: str | None
-    gold: str
-    lost: bool = False
+    verdict: Verdict = Verdict.TIMEOUT
+
+
+class _Worker:
+    """A child interpreter and this side of its pipe.
+
+    It is a fresh interpreter (not a fork: the parent may hold torch's threads; not ``multiprocessing``: that would
+    import the parent's main script again).
+    """
+
+    def __init__(self, memory_mb: int, deadline_s: float) -> None:
+        self._pipe, theirs = Pipe()
+        with theirs:
+            paths = [path for path in sys.path if isinstance(path, str)]
+            arguments = json.dumps([paths, theirs.fileno(), os.getpid(), memory_mb, deadline_s])
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                # A fixed hash seed: the order of sympy's sets, and so a verdict, must not differ between runs.
+                env={**os.environ, "PYTHONHASHSEED": "0"},
+            )
+        self.limit = math.inf  # when it counts as stuck
+
+    def ask(self, request: Mapping[str, Any] | None, wall_s: float) -> dict[str, Any] | None:
+        """The reply to a request (to None: its first message); None where it has ended."""
+        self.limit = time.monotonic() + wall_s
+        try:
+            if request is not None:
+                self._pipe.send_bytes(json.dumps(request).encode("ascii"))
+            reply: dict[str, Any] = json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        self.limit = math.inf
+        return reply
+
+    def stop(self) -> None:
+        """Kill the worker, reap it and close the pipe; safe to repeat."""
+        self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the kernel is reaped later
+            self.process.wait(timeout=5.0)
+        self._pipe.close()
+
+    def disown(self) -> None:
+        """After a fork: let go of a worker that another process started."""
+        self._pipe.close()
+        self.process.returncode = 0  # nothing to reap here
 
 
 @dataclass(kw_only=True, eq=False)
@@ -114,8 +178,7 @@ class Grader:
     def _become_owner(self) -> None:
         self._owner = os.getpid()
         self._lock = threading.Lock()
-        self._pool: list[WorkerProcess] = []
-        self._failed_starts = 0
+        self._pool: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _stop_all, self._pool, self._owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -197,12 +260,13 @@ class Grader:
             else:  # samples of one problem often agree
                 request |= {"gold": gold, "convention": self.convention}
                 key = (request["text"] if found is None else found, gold)
-                items.setdefault(key, _Item(request, [], shown, gold)).indices.append(index)
+                items.setdefault(key, _Item(request, [], shown)).indices.append(index)
         if items:
-            self._run(list(items.values()), grades)
+            self._run(list(items.values()))
+        grades |= {i: Grade(item.verdict, item.extracted, golds[i]) for item in items.values() for i in item.indices}
         return [grades[index] for index in range(len(golds))]
 
-    def _run(self, items: list[_Item], grades: dict[int, Grade]) -> None:
+    def _run(self, items: Sequence[_Item]) -> None:
         if self._owner != os.getpid():
             inherited = self._pool
             self._finalizer.detach()
@@ -211,110 +275,88 @@ class Grader:
                 worker.disown()
         with self._lock:
             try:
-                self._serve(items, grades)
+                for lost in self._check(items):
+                    self._check([lost])  # once more, when no other item is being checked
             except BaseException:
-                # An interrupt leaves workers with items whose replies nobody awaits.
                 self._drop(list(self._pool))
                 raise
 
-    def _serve(self, items: list[_Item], grades: dict[int, Grade]) -> None:
-        waiting = deque(range(len(items)))
-        lost: deque[int] = deque()
-        open_items = len(items)
+    def _check(self, items: Sequence[_Item]) -> list[_Item]:
+        """Have items checked; returns those whose worker was ended."""
+        waiting, lost = deque(items), list[_Item]()
+        self._drop([worker for worker in self._pool if worker.process.poll() is not None])
+        count = min(self.workers, len(items))
+        with ThreadPoolExecutor(count, thread_name_prefix="grading") as threads:
+            try:
+                idle = [*self._pool, *[None] * count][:count]
+                going = {threads.submit(self._serve, worker, waiting, lost) for worker in idle}
+                while going:
+                    done, going = wait(going, _WATCH_S, FIRST_EXCEPTION)
+                    for thread in done:
+                        thread.result()
+                    for worker in list(self._pool):
+                        if time.monotonic() >= worker.limit:
+                            worker.process.kill()
+            except BaseException:
+                waiting.clear()
+                for worker in list(self._pool):
+                    worker.process.kill()  # its thread ends with it
+                raise
+        return lost
 
-        def settle(number: int, verdict: str, extracted: str | None) -> None:
-            nonlocal open_items
-            open_items -= 1
-            for index in items[number].indices:
-                grades[index] = Grade(Verdict(verdict), extracted, items[number].gold)
+    def _serve(self, worker: _Worker | None, waiting: deque[_Item], lost: list[_Item]) -> None:
+        """Have items checked by one worker, or those that come in its place, until there are none left."""
+        while True:
+            try:
+                item = waiting.popleft()
+            except IndexError:
+                return
+            worker = worker or self._start()
+            reply = worker.ask(item.request, _WALL_FACTOR * self.deadline_s)
+            if reply is None or reply["verdict"] == Verdict.TIMEOUT:
+                lost.append(item)
+            else:
+                item.verdict, item.extracted = Verdict(reply["verdict"]), reply["extracted"]
+            if reply is None or reply["retire"]:
+                self._drop([worker])
+                worker = None
 
-        def lose(worker: WorkerProcess, number: int) -> None:
+    def _start(self) -> _Worker:
+        for _ in range(_START_ATTEMPTS):
+            try:
+                worker = _Worker(self.memory_mb, self.deadline_s)
+            except OSError as error:
+                raise StepkdError(f"cannot start a grading worker: {error}") from error
+            self._pool.append(worker)
+            if (first := worker.ask(None, _START_LIMIT_S)) is not None:
+                break
+            late = time.monotonic() >= worker.limit
             self._drop([worker])
-            if items[number].lost:
-                settle(number, Verdict.TIMEOUT, items[number].extracted)
-            else:  # once more, when no other item is being checked
-                items[number].lost = True
-                lost.append(number)
-
-        while open_items:
-            self._drop([worker for worker in self._pool if worker.idle and worker.exit_code is not None])
-            while len(self._pool) < min(self.workers, max(1, open_items - len(lost))):
-                self._start()
-            for worker in [w for w in self._pool if w.idle]:
-                alone = not waiting and all(other.item is None for other in self._pool)
-                if waiting or (lost and alone):
-                    number = waiting.popleft() if waiting else lost.popleft()
-                    try:
-                        worker.send(number, items[number].request, deadline_s=_WALL_FACTOR * self.deadline_s)
-                    except WorkerGone:
-                        lose(worker, number)
-            for worker in self._wait():
-                busy_with = worker.item
-                try:
-                    reply = worker.receive()
-                except WorkerGone:
-                    reply = {"verdict": Verdict.TIMEOUT}
-                    if busy_with is None:
-                        self._note_failed_start(worker)
-                        continue
-                if reply is None:
-                    continue
-                if busy_with is None:
-                    self._welcome(worker, reply)
-                elif reply["verdict"] == Verdict.TIMEOUT:
-                    lose(worker, busy_with)
-                else:
-                    worker.item = None
-                    settle(busy_with, reply["verdict"], reply["extracted"])
-                    if reply["retire"]:
-                        self._drop([worker])
-
-    def _wait(self) -> list[WorkerProcess]:
-        """The workers that have something to read or are past their limit; waits until there is one."""
-        active = [worker for worker in self._pool if not worker.idle]
-        if not active:
-            return []
-        patience = min(worker.limit for worker in active) - time.monotonic()
-        readable = wait([worker.fileno() for worker in active], max(0.0, patience))
-        now = time.monotonic()
-        return [worker for worker in active if worker.fileno() in readable or now >= worker.limit]
-
-    def _start(self) -> None:
-        try:
-            worker = WorkerProcess(memory_mb=self.memory_mb, deadline_s=self.deadline_s)
-        except OSError as error:
-            raise StepkdError(f"cannot start a grading worker: {error}") from error
-        worker.limit = time.monotonic() + _START_LIMIT_S
-        self._pool.append(worker)
-
-    def _welcome(self, worker: WorkerProcess, reply: dict[str, Any]) -> None:
-        if "failed" in reply:
-            raise StepkdError(
-                f"a grading worker cannot start: {reply['failed']} (memory_mb={self.memory_mb}; is math-verify "
-                "installed with its 'antlr4' extra?)"
+        else:
+            last = (
+                f"was not ready after {_START_LIMIT_S:.0f} s"
+                if late
+                else f"ended with exit code {worker.process.poll()}"
             )
-        worker.ready = True
-        self._failed_starts = 0
-
-    def _note_failed_start(self, worker: WorkerProcess) -> None:
-        late = time.monotonic() >= worker.limit
-        self._drop([worker])
-        reason = f"was not ready after {_START_LIMIT_S:.0f} s" if late else f"ended with exit code {worker.exit_code}"
-        self._failed_starts += 1
-        if self._failed_starts >= _START_ATTEMPTS:
-            self._failed_starts = 0
             raise StepkdError(
-                f"{_START_ATTEMPTS} grading workers in a row failed to start; the last one {reason}. Raise memory_mb "
+                f"{_START_ATTEMPTS} grading workers in a row failed to start; the last one {last}. Raise memory_mb "
                 f"(now {self.memory_mb}) or check that {sys.executable} can import math_verify"
             )
+        if "failed" in first:
+            raise StepkdError(
+                f"a grading worker cannot start: {first['failed']} (memory_mb={self.memory_mb}; is math-verify "
+                "installed with its 'antlr4' extra?)"
+            )
+        return worker
 
-    def _drop(self, workers: Iterable[WorkerProcess]) -> None:
+    def _drop(self, workers: Iterable[_Worker]) -> None:
         for worker in workers:
-            self._pool.remove(worker)
+            with contextlib.suppress(ValueError):
+                self._pool.remove(worker)
             worker.stop()
 
 
-def _stop_all(pool: list[WorkerProcess], owner: int) -> None:
+def _stop_all(pool: list[_Worker], owner: int) -> None:
     if os.getpid() == owner:
         for worker in pool:
             worker.stop()
@@ -331,20 +373,75 @@ def _check_input(completions: Sequence[str | None], answers: Sequence[str]) -> l
     for index, completion in enumerate(completions):
         if completion is not None and not isinstance(completion, str):
             raise DataError(f"completions[{index}] is {type(completion).__name__}, not text", column="completions")
-    golds = []
     for index, answer in enumerate(answers):
         if not isinstance(answer, str):
             raise DataError(f"answers[{index}] is {type(answer).__name__}, not text; use str()", column="answers")
-        gold = extract_answer(answer, ("hash", "boxed")) or answer.strip()
-        if not gold:
-            raise DataError(f"answers[{index}] is empty; every problem needs a reference answer", column="answers")
-        golds.append(gold)
+    golds = [extract_answer(answer, ("hash", "boxed")) or answer.strip() for answer in answers]
+    if "" in golds:
+        raise DataError(
+            f"answers[{golds.index('')}] is empty; every problem needs a reference answer", column="answers"
+        )
     return golds
 
 
 def verdict_counts(grades: Iterable[Grade]) -> dict[str, int]:
     """How often each verdict occurs, with a zero for those that do not."""
-    counts = {verdict.value: 0 for verdict in Verdict}
-    for grade in grades:
-        counts[grade.verdict.value] += 1
-    return counts
+    counts = Counter(grade.verdict for grade in grades)
+    return {verdict.value: counts[verdict] for verdict in Verdict}
+
+
+@functools.cache
+def shared_grader() -> Grader:
+    """The grader with default settings that all reward calls of this process share; made at the first call."""
+    return Grader()
+
+
+def completion_text(completion: str | Sequence[Any] | None) -> str:
+    """The text of a completion in either of TRL's forms.
+
+    Args:
+        completion: a string, or chat messages (the last one counts; ``content`` is text or a list of parts with a
+            ``text`` key). ``None`` counts as empty.
+
+    Returns:
+        The text that holds the answer.
+
+    Raises:
+        DataError: the completion is of neither form.
+    """
+    if completion is None or isinstance(completion, str):
+        return completion or ""
+    if isinstance(completion, Sequence) and all(isinstance(message, Mapping) for message in completion):
+        messages: list[Any] = list(completion)
+        content = messages[-1].get("content") if messages else None
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+        if content is None or isinstance(content, str):
+            return content or ""
+    raise DataError(
+        f"a completion of type {type(completion).__name__} is neither text nor a list of chat messages with 'content'",
+        column="completions",
+    )
+
+
+def accuracy_reward(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any
+) -> list[float]:
+    """1.0 for each completion whose final answer equals the reference answer, else 0.0.
+
+    Args:
+        prompts: the prompts; not read (TRL passes them).
+        completions: strings or lists of chat messages.
+        answer: the reference answers, text or numbers; a GSM8K solution that ends in ``#### x`` counts as ``x``.
+        **kwargs: the other columns; not read.
+
+    Returns:
+        One reward per completion. Unparsed answers and timeouts earn 0.0.
+
+    Raises:
+        DataError: lengths differ, or a column has the wrong type.
+    """
+    del prompts, kwargs
+    golds = [str(a) if isinstance(a, int | float) and not isinstance(a, bool) else a for a in answer]
+    grades = shared_grader().grade([completion_text(c) for c in completions], golds)
+    return [1.0 if grade.verdict is Verdict.CORRECT else 0.0 for grade in grades]

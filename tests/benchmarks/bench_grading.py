@@ -17,7 +17,7 @@ def _worker_cpu_s(grader: Grader) -> float:
     """CPU seconds of the live workers so far (Linux)."""
     total = 0.0
     for worker in grader._pool:
-        fields = Path(f"/proc/{worker.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        fields = Path(f"/proc/{worker.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.grading import Grade, Grader, Verdict, process, verdict_counts
+from stepkd.grading import Grade, Grader, Verdict, pool, verdict_counts
 
 HALF = "\\boxed{\\frac{2}{4}}"
 """Takes a worker when the reference answer is 1/2 in another form."""
@@ -80,17 +81,17 @@ def test_reference_may_be_a_whole_solution(grader: Grader) -> None:
 
 
 def test_equal_items_are_checked_once(grader: Grader, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
-    original = process.WorkerProcess.send
+    sent: list[object] = []
+    original = pool._Worker.ask
 
-    def spy(self: process.WorkerProcess, item: int, *args: object, **kwargs: object) -> None:
-        sent.append(item)
-        original(self, item, *args, **kwargs)  # type: ignore[arg-type]
+    def spy(self: pool._Worker, request: object, wall_s: float) -> object:
+        sent.append(request)
+        return original(self, request, wall_s)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(process.WorkerProcess, "send", spy)
+    monkeypatch.setattr(pool._Worker, "ask", spy)
     grades = grader.grade([HALF] * 8, ["0.5"] * 8)
     assert [g.verdict for g in grades] == [Verdict.CORRECT] * 8
-    assert sent == [0]
+    assert len([request for request in sent if request is not None]) == 1
 
 
 HOSTILE = {
@@ -140,13 +141,13 @@ def test_the_deadline_is_cpu_time_so_that_a_waiting_worker_loses_nothing() -> No
     """A worker that gets no processor for longer than the deadline, as on a busy machine."""
     with Grader(workers=1, deadline_s=0.5) as grader:
         assert _works(grader)
-        pid = grader._pool[0].pid
+        pid = grader._pool[0].process.pid
         os.kill(pid, signal.SIGSTOP)
         waker = threading.Timer(1.5, os.kill, (pid, signal.SIGCONT))
         waker.start()
         assert grader.grade_one("\\boxed{\\frac{5}{10}}", "0.5").verdict is Verdict.CORRECT
         waker.join()
-        assert [worker.pid for worker in grader._pool] == [pid]
+        assert [worker.process.pid for worker in grader._pool] == [pid]
 
 
 def test_a_timeout_touches_its_own_item_only() -> None:
@@ -168,9 +169,9 @@ def test_catastrophic_regex_is_killed_too() -> None:
 def test_memory_is_capped_and_only_the_item_pays() -> None:
     with Grader(workers=1, memory_mb=256, deadline_s=30, extractors=("regex:x(.)",)) as grader:
         assert grader.grade_one("x5", "5").verdict is Verdict.CORRECT
-        limits = Path(f"/proc/{grader._pool[0].pid}/limits").read_text()
+        limits = Path(f"/proc/{grader._pool[0].process.pid}/limits").read_text()
         assert str(256 * 2**20) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
-        bomb = grader.grade_one("a" * (80 * 2**20), "5")  # several copies of it are over the cap
+        bomb = grader.grade_one("a" * (150 * 2**20), "5")  # several copies of it are over the cap
         assert bomb.verdict is Verdict.TIMEOUT
         assert grader.grade_one("x5", "5").verdict is Verdict.CORRECT
 
@@ -179,12 +180,12 @@ def test_a_worker_past_half_its_memory_is_replaced_after_its_item(monkeypatch: p
     with Grader(workers=1) as grader:
         assert _works(grader)
         assert len(grader._pool) == 1
-    full = process._BOOT.replace(
+    full = pool._BOOT.replace(
         "from stepkd.grading.worker import main;",
         "from stepkd.grading import worker; worker._address_space_bytes = lambda: 1 << 40; main = worker.main;",
     )
-    assert full != process._BOOT
-    monkeypatch.setattr(process, "_BOOT", full)
+    assert full != pool._BOOT
+    monkeypatch.setattr(pool, "_BOOT", full)
     with Grader(workers=1) as grader:
         grades = grader.grade([HALF, "\\boxed{\\frac{3}{6}}"], ["0.5", "0.5"])
         assert [g.verdict for g in grades] == [Verdict.CORRECT] * 2
@@ -206,9 +207,9 @@ def test_an_item_whose_worker_was_killed_is_tried_once_more() -> None:
         killed: list[int] = []
 
         def kill_when_busy() -> None:
-            while not (grader._pool and grader._pool[0].item is not None):
+            while not (grader._pool and grader._pool[0].limit < math.inf):
                 time.sleep(0.001)
-            killed.append(grader._pool[0].pid)
+            killed.append(grader._pool[0].process.pid)
             os.kill(killed[0], signal.SIGKILL)
 
         killer = threading.Thread(target=kill_when_busy)
@@ -217,24 +218,24 @@ def test_an_item_whose_worker_was_killed_is_tried_once_more() -> None:
         killer.join()
         assert [g.verdict.value for g in grades] == ["unparsed", "correct"]
         assert killed
-        assert grader._pool[0].pid != killed[0]
+        assert grader._pool[0].process.pid != killed[0]
 
 
 def test_worker_killed_while_idle_costs_nothing() -> None:
     with Grader(workers=1) as grader:
         assert _works(grader)
-        os.kill(grader._pool[0].pid, signal.SIGKILL)
+        os.kill(grader._pool[0].process.pid, signal.SIGKILL)
         assert _works(grader)
 
 
 def test_signals_for_the_job_do_not_reach_the_workers(grader: Grader) -> None:
     assert _works(grader)
-    pids = [worker.pid for worker in grader._pool]
+    pids = [worker.process.pid for worker in grader._pool]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for pid in pids:
             os.kill(pid, number)
     assert _works(grader)
-    assert [worker.pid for worker in grader._pool] == pids
+    assert [worker.process.pid for worker in grader._pool] == pids
 
 
 def test_works_from_threads(grader: Grader) -> None:
@@ -252,11 +253,11 @@ def test_works_from_threads(grader: Grader) -> None:
 def test_close_leaves_no_process_and_grading_can_go_on() -> None:
     grader = Grader(workers=1)
     assert _works(grader)
-    pid = grader._pool[0].pid
+    pid = grader._pool[0].process.pid
     grader.close()
     assert not Path(f"/proc/{pid}").exists()  # reaped, so not even a zombie
     assert _works(grader)
-    pid = grader._pool[0].pid
+    pid = grader._pool[0].process.pid
     del grader
     assert _gone(pid, within_s=60)
 
@@ -265,15 +266,53 @@ def test_an_interrupt_leaves_no_stale_replies(monkeypatch: pytest.MonkeyPatch) -
     with Grader(workers=1) as grader:
         assert _works(grader)
 
-        def interrupt() -> None:
+        def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(grader, "_wait", interrupt)
+            patch.setattr(pool, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
-                grader.grade_one("\\boxed{\\frac{3}{4}}", "0.5")
+                grader.grade(["\\boxed{10000000!}", "\\boxed{\\frac{3}{4}}"], ["\\frac{3}{7}", "0.5"])
         assert not grader._pool
         assert _works(grader)
+
+
+def test_a_worker_that_stands_still_is_ended_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_WALL_FACTOR", 2.0)
+    with Grader(workers=1, deadline_s=1.0) as grader:
+        assert _works(grader)
+        stopped = grader._pool[0].process.pid
+        os.kill(stopped, signal.SIGSTOP)
+        assert grader.grade_one("\\boxed{\\frac{5}{10}}", "0.5").verdict is Verdict.CORRECT  # by another worker
+        assert _gone(stopped, within_s=60)
+
+
+@pytest.mark.parametrize(
+    ("number", "deadline_s"),
+    [(signal.SIGINT, 300), (signal.SIGTERM, 2)],
+    ids=["killed by the interrupt", "ended by their own limit"],
+)
+def test_a_signal_to_the_job_leaves_no_worker(number: signal.Signals, deadline_s: float) -> None:
+    done = _script(
+        f"""
+        import os, threading, time
+        from stepkd.grading import Grader
+        grader = Grader(workers=2, deadline_s={deadline_s})
+        works = grader.grade(["\\\\boxed{{\\\\frac{{2}}{{4}}}}", "\\\\boxed{{\\\\frac{{3}}{{4}}}}"], ["0.5", "0.5"])
+        assert [grade.verdict.value for grade in works] == ["correct", "wrong"]
+        def end():
+            while any(worker.limit == float("inf") for worker in grader._pool):
+                time.sleep(0.01)
+            print(*(worker.process.pid for worker in grader._pool), flush=True)
+            os.kill(os.getpid(), {int(number)})
+        threading.Thread(target=end, daemon=True).start()
+        grader.grade(["\\\\boxed{{10000000!}}", "\\\\boxed{{10000001!}}"], ["\\\\frac{{3}}{{7}}"] * 2)
+        """
+    )
+    assert done.returncode != 0
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2, done.stderr
+    assert all(_gone(pid, within_s=120) for pid in pids)
 
 
 def test_copies_carry_settings_not_processes(grader: Grader) -> None:
@@ -293,14 +332,14 @@ def test_a_forked_child_starts_its_own_workers() -> None:
         grader = Grader(workers=1)
         right = lambda: grader.grade_one("\\boxed{\\frac{2}{4}}", "0.5").verdict == "correct"
         assert right()
-        pid = grader._pool[0].pid
+        pid = grader._pool[0].process.pid
         child = os.fork()
         if child == 0:
-            ok = right() and grader._pool[0].pid != pid
+            ok = right() and grader._pool[0].process.pid != pid
             grader.close()
             raise SystemExit(0 if ok else 1)
         assert os.waitpid(child, 0)[1] == 0
-        assert right() and grader._pool[0].pid == pid
+        assert right() and grader._pool[0].process.pid == pid
         print("fine", pid)
         """
     )
@@ -316,9 +355,9 @@ def test_workers_end_with_a_killed_parent_even_when_busy() -> None:
         grader = Grader(workers=1, deadline_s=1.0)
         assert grader.grade_one("\\boxed{\\frac{2}{4}}", "0.5").verdict == "correct"
         def end():
-            while grader._pool[0].item is None:
+            while grader._pool[0].limit == float('inf'):
                 time.sleep(0.01)
-            print(grader._pool[0].pid, flush=True)
+            print(grader._pool[0].process.pid, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         threading.Thread(target=end).start()
         grader.grade_one("\\boxed{10000000!}", "\\frac{3}{7}")
@@ -373,11 +412,16 @@ def test_bad_columns(grader: Grader) -> None:
     ("boot", "message"),
     [
         ("raise SystemExit(3)", "3 grading workers in a row failed to start"),
-        ('print(\'{"failed": "ModuleNotFoundError: math_verify"}\')', "cannot start: ModuleNotFoundError: math_verify"),
+        (
+            "import json, sys; from multiprocessing.connection import Connection; "
+            "pipe = Connection(json.loads(sys.argv[1])[1]); "
+            'pipe.send_bytes(b\'{"failed": "ModuleNotFoundError: math_verify"}\')',
+            "cannot start: ModuleNotFoundError: math_verify",
+        ),
     ],
 )
 def test_workers_that_cannot_start_are_an_error(boot: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_BOOT", boot)
+    monkeypatch.setattr(pool, "_BOOT", boot)
     with Grader(workers=1) as grader, pytest.raises(StepkdError, match=message):
         grader.grade_one(HALF, "0.5")
     assert not grader._pool

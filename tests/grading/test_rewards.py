@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from stepkd.errors import DataError
-from stepkd.grading.rewards import accuracy_reward, completion_text, shared_grader
+from stepkd.grading.pool import accuracy_reward, completion_text, shared_grader
 
 
 def test_strings_messages_and_numbers() -> None:
