@@ -108,43 +108,34 @@ class _Prefix:
     settled: bool = False
 
 
+@dataclass
 class BranchRun:
     """One call of :meth:`~stepkd.rollout.sampler.BranchSampler.sample_branches`.
-
-    Args:
-        decoder: reads sequences and decodes rows; its model is in evaluation mode.
-        branches: sequences with their cuts.
-        spec: how to draw.
-        key: purpose and step, the first parts of every row's noise key.
-        waves: numbers of samples, in all ``spec.n``; None is one wave.
-        settled: says after a wave which prefixes need no more samples.
-        on_progress: called with the number of rows just finished.
 
     Raises:
         DataError: a cut that cannot be continued.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        branches: Sequence[Branch],
-        spec: SamplingSpec,
-        key: tuple[str, int],
-        waves: Sequence[int] | None,
-        settled: Callable[[Sequence[Drawn]], Sequence[bool]] | None,
-        on_progress: Progress | None,
-    ) -> None:
-        self.decoder = decoder
-        self.branches = branches
-        self.spec = spec
-        self.key = key
-        self.waves = (spec.n,) if waves is None else tuple(waves)
-        self.settled = settled
-        self.on_progress = on_progress
-        if sum(self.waves) != spec.n or min(self.waves) < 1:
-            raise ValueError(f"waves {list(self.waves)} must be positive and add up to the {spec.n} samples")
-        context = decoder.policy.max_length
-        self.prefixes = [_prefixes(b, branch, spec, context) for b, branch in enumerate(branches)]
+    decoder: Decoder
+    """Reads sequences and decodes rows; its model is in evaluation mode."""
+    branches: Sequence[Branch]
+    """Sequences with their cuts."""
+    spec: SamplingSpec
+    """How to draw."""
+    key: tuple[str, int]
+    """Purpose and step, the first parts of every row's noise key."""
+    waves: Sequence[int]
+    """Numbers of samples, in all ``spec.n``."""
+    settled: Callable[[Sequence[Drawn]], Sequence[bool]] | None
+    """Says after a wave which prefixes need no more samples."""
+    on_progress: Progress | None
+    """Called with the number of rows just finished."""
+
+    def __post_init__(self) -> None:
+        if sum(self.waves) != self.spec.n or min(self.waves) < 1:
+            raise ValueError(f"waves {list(self.waves)} must be positive and add up to the {self.spec.n} samples")
+        context = self.decoder.policy.max_length
+        self.prefixes = [_prefixes(b, branch, self.spec, context) for b, branch in enumerate(self.branches)]
 
     def results(self, gaps: GapLimit | None) -> list[BranchRollouts]:
         """Draw everything.

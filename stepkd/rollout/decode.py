@@ -28,7 +28,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of
 from stepkd.models.policy import Policy, positions_from_mask
 from stepkd.randomness import generator
-from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec
+from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec, before_stop, decode_text
 
 
 class Draw(NamedTuple):
@@ -301,17 +301,9 @@ class Decoder:
     def finished(self, row: Row, spec: SamplingSpec) -> Rollout:
         """The rollout of a row that was decoded."""
         assert row.finish is not None
-        text = self._text(row.token_ids)
-        cuts = [text.find(stop) for stop in spec.stop if stop in text]
-        return Rollout(
-            row.prompt_index,
-            row.sample_index,
-            tuple(row.token_ids),
-            tuple(row.logprobs),
-            tuple(row.raw_logprobs),
-            row.finish,
-            text[: min(cuts)] if cuts else text,
-        )
+        ids, values = tuple(row.token_ids), (tuple(row.logprobs), tuple(row.raw_logprobs))
+        text = before_stop(decode_text(self.policy.tokenizer, ids), spec.stop)
+        return Rollout(row.prompt_index, row.sample_index, ids, *values, row.finish, text)
 
     @staticmethod
     def _uniforms(row: Row, spec: SamplingSpec) -> Sequence[float]:
@@ -338,13 +330,7 @@ class Decoder:
             elif len(row.token_ids) >= row.limit:
                 row.finish = "length"
 
-    def _text(self, token_ids: Sequence[int]) -> str:
-        decoded = self.policy.tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(decoded)
-
     def _ends_in_stop(self, token_ids: list[int], spec: SamplingSpec) -> bool:
         window = max(len(text.encode()) for text in spec.stop) + _STOP_WINDOW
-        tail = self._text(token_ids[-window:])
+        tail = decode_text(self.policy.tokenizer, token_ids[-window:])
         return any(text in tail for text in spec.stop)

@@ -171,3 +171,13 @@ class BranchSampler(Protocol):
             One record per branch, in order.
         """
         ...
+
+
+def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The text of sampled ids, without special tokens."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]

@@ -102,6 +102,7 @@ class TransformersSampler:
                 room for a single token in the model's context.
             ModelError: the model's logits are not numbers.
         """
+        waves = (spec.n,) if waves is None else waves
         run = BranchRun(self._decoder, branches, spec, (purpose, step), waves, settled, on_progress)
         with evaluation_mode(self.policy):
             if shared and self._gap_limit is None:

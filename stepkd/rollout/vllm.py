@@ -25,7 +25,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import plain_model
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec
+from stepkd.rollout.sampler import Rollout, SampleCounts, SamplingSpec, before_stop, decode_text
 from stepkd.rollout.transformers_sampler import room_for
 
 START = (
@@ -109,10 +109,10 @@ def to_rollout(
     values = tuple(float(each[0]) for each in logprobs)
     drawn = (0.0,) * len(ids) if spec.temperature == 0 else values
     raw = values if _is_plain(spec) else (math.nan,) * len(ids)
-    text = str(policy.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    cuts = [text.find(stop) for stop in spec.stop if stop in text]
-    finish: Literal["stop", "length"] = "stop" if ids[-1] in policy.eos_ids or cuts else "length"
-    return Rollout(number, sample, tuple(ids), drawn, raw, finish, text[: min(cuts)] if cuts else text)
+    text = decode_text(policy.tokenizer, ids)
+    cut = before_stop(text, spec.stop)
+    finish: Literal["stop", "length"] = "stop" if ids[-1] in policy.eos_ids or cut != text else "length"
+    return Rollout(number, sample, tuple(ids), drawn, raw, finish, cut)
 
 
 def _is_plain(spec: SamplingSpec) -> bool:
@@ -348,17 +348,16 @@ def weight_facts(model: Any) -> list[Fact]:
     Raises:
         ConfigError: weights that no plain model has (quantised, or under an adapter that is more than a sum).
     """
-    layers = _adapted(model)
     facts = []
-    for name, parameter in _parameters(model):
+    for name, plain, parameter, layer in _parameters(model):
         if not parameter.is_floating_point():
             raise ConfigError(
                 f"{name} is quantised ({parameter.dtype}), which cannot be sent: load the policy whole "
                 "(policy.quantization none), or sample without vLLM"
             )
-        if name in layers:
-            _check(name, layers[name], model)
-        facts.append((_plain(name, model), str(parameter.dtype).removeprefix("torch."), list(parameter.shape)))
+        if layer is not None:
+            _check(name, layer, model)
+        facts.append((plain, str(parameter.dtype).removeprefix("torch."), list(parameter.shape)))
     return facts
 
 
@@ -371,39 +370,33 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     Yields:
         Tied weights once, under the names of the plain model.
     """
-    layers = _adapted(model)
-    for name, parameter in _parameters(model):
+    for _, plain, parameter, layer in _parameters(model):
         value = parameter.detach()
-        if name in layers and (delta := _delta(layers[name], model.active_adapters)) is not None:
+        if layer is not None and (delta := _delta(layer, model.active_adapters)) is not None:
             value = (value.float() + delta.to(value.device).float()).to(value.dtype)
-        yield _plain(name, model), value
+        yield plain, value
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Weights that the plain model has too: no adapter's own, and none that a trained copy stands for."""
+def _parameters(model: Any) -> Iterator[tuple[str, str, Tensor, Any]]:
+    """Weights that the plain model has too: no adapter's own, and none that a trained copy stands for.
+
+    Yields:
+        Name, the plain model's name, the weight, and the adapter layer that changes it (or None).
+    """
+    layers: dict[str, Any] = {}
+    adapters: Sequence[str] = ()
+    if hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        adapters = model.active_adapters
     for name, parameter in model.named_parameters():
         if ".lora_" not in name and ".original_module." not in name:
-            yield name, parameter
-
-
-def _plain(name: str, model: Any) -> str:
-    plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-    for adapter in model.active_adapters if hasattr(model, "peft_config") else ():
-        plain = plain.replace(f".modules_to_save.{adapter}", "")
-    return plain
-
-
-def _adapted(model: Any) -> dict[str, Any]:
-    """Adapter layers by the name of the weight that they change."""
-    if not hasattr(model, "peft_config"):
-        return {}
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {
-        f"{name}.base_layer.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            for adapter in adapters:
+                plain = plain.replace(f".modules_to_save.{adapter}", "")
+            layer = layers.get(name.removesuffix(".base_layer.weight")) if name.endswith(".base_layer.weight") else None
+            yield name, plain, parameter, layer
 
 
 def _check(name: str, layer: Any, model: Any) -> None:
@@ -419,17 +412,12 @@ def _check(name: str, layer: Any, model: Any) -> None:
         problem = f"{', '.join(sorted(variants))} is more than a sum"
     elif any(layer.lora_bias.get(adapter) for adapter in model.active_adapters):
         problem = "lora_bias changes a bias as well"
-    elif _is_tied(layer, model):
-        problem = "the vocabulary head shares the weight and would change with it"
+    elif layer is (plain := plain_model(model)).get_input_embeddings() and (
+        (head := plain.get_output_embeddings()) is not None and head.weight is layer.weight
+    ):
+        problem = "the vocabulary head shares the weight and would change with it"  # and it has no adapter
     if problem is not None:
         raise ConfigError(f"the adapter on {name} cannot be merged for vLLM: {problem}; sample without vLLM")
-
-
-def _is_tied(layer: Any, model: Any) -> bool:
-    """Whether an adapted embedding is the vocabulary head too, which has no adapter."""
-    plain = plain_model(model)
-    head = plain.get_output_embeddings()
-    return layer is plain.get_input_embeddings() and head is not None and head.weight is layer.weight
 
 
 @torch.no_grad()

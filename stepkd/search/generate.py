@@ -28,6 +28,7 @@ from stepkd.models import Policy
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.randomness import stream_key
 from stepkd.rollout import Rollout, Sampler, SamplingSpec
+from stepkd.rollout.sampler import before_stop, decode_text
 from stepkd.scorers.reductions import Reduction, default_reduction, reduce_scores
 from stepkd.scorers.scorer import Solutions, StepScorer
 from stepkd.search.tree import End, State, Step, StepGenerator
@@ -187,13 +188,8 @@ class SampledSteps:
             draft.finish == "stop"
             and self._room(draft) >= 1
             and draft.token_ids[-1] not in self.policy.eos_ids
-            and not (text := self._decode(draft.token_ids)).strip()
-            and _until(draft.state.text + text, self.sampling.stop) == draft.state.text + text
-        )
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(
-            self.policy.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            and not (text := decode_text(self.policy.tokenizer, draft.token_ids)).strip()
+            and before_stop(draft.state.text + text, self.sampling.stop) == draft.state.text + text
         )
 
     def _behind(self, draft: _Draft) -> TokenizedText:
@@ -232,7 +228,7 @@ class SampledSteps:
 
     def _until_stop(self, state: State, text: str) -> str:
         """The new text before a string that ends the solution; such a string may begin in an earlier step."""
-        return _until(state.text + text, self.sampling.stop)[len(state.text) :]
+        return before_stop(state.text + text, self.sampling.stop)[len(state.text) :]
 
     @staticmethod
     def _end(draft: _Draft) -> End:
@@ -248,11 +244,6 @@ def _extend(draft: _Draft, rollout: Rollout) -> None:
 def _settings(segmenter: Segmenter) -> dict[str, Any]:
     """What a segmenter does, whatever file its threshold came from."""
     return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
 
 
 def _index(*parts: int | str) -> int:
