@@ -23,6 +23,7 @@ from stepkd.labels.setup import JobParts, job_parts
 from stepkd.labels.sharded_job import Report, ShardedJob
 from stepkd.labels.solutions import Candidate, SolutionSource, cut, drop_duplicates, labelled_row
 from stepkd.labels.summary import summarise_labels
+from stepkd.runs.files import write_json
 from stepkd.steps import Segmenter, get_segmenter
 from stepkd.steps.labels import verdicts
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
@@ -134,7 +135,7 @@ class _Labelling:
             sampling=self.parts.manifest["sampling"],
             seed=spec.seed,
         )
-        threshold.save(path)
+        write_json(path, threshold.to_dict())
         return threshold.segmenter()
 
     def _provenance(self, segmenter: Segmenter | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a step is: token-index spans made once and used by labelling, training, search and evaluation."""
 
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
-from stepkd.steps.format import MARKER_CANDIDATES, Meaning, StepFormat, written_steps
+from stepkd.steps.format import MARKER_CANDIDATES, Meaning, StepFormat, auto_marker, marker_token_id, written_steps
 from stepkd.steps.labels import (
     THRESHOLD,
     Label,
@@ -13,21 +13,18 @@ from stepkd.steps.labels import (
     tally,
     verdicts,
 )
-from stepkd.steps.markers import auto_marker, marker_token_id
 from stepkd.steps.segment import (
     SEGMENTERS,
     RegexSegmenter,
     Segmenter,
     SentenceSegmenter,
-    WholeSegmenter,
-    get_segmenter,
-    segment,
-)
-from stepkd.steps.spans import (
     Span,
     TruncatedSpans,
+    WholeSegmenter,
     check_partition,
     first_difference,
+    get_segmenter,
+    segment,
     spans_from_ends,
     step_ends,
     step_index,

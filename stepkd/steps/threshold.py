@@ -1,4 +1,4 @@
-"""Thresholds for confidence-based segmenters: computed once from a pool of responses, saved, and reused.
+"""Thresholds for confidence-based segmenters: computed once from a pool of responses, kept in a file, and reused.
 
 A threshold belongs to the model and the sampling settings it was computed from. The file says which, so that labels,
 training and search cut alike.
@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.runs.files import replaced
+from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
 from stepkd.steps.confidence import ROUNDING, AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter, Side
 
 Signal = Literal["confidence", "entropy"]
 
 _FORMAT = "stepkd segment threshold"
 _VERSION = 1
+_AGAIN = "fit it again (stepkd label --segmenter adaptive_step, or fit_threshold)"
 _SEGMENTER_OF: dict[str, str] = {"confidence": "adaptive_step", "entropy": "entropy"}
 
 
@@ -59,16 +59,12 @@ class SegmentThreshold:
 
     def __post_init__(self) -> None:
         check_choice("signal", self.signal, _SEGMENTER_OF)
-        for name in ("value", "quantile", "share"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise ConfigError(f"{name}={number!r}: must be a number")
-            if name != "value" and not 0 < number < 1:
-                raise ConfigError(f"{name}={number}: must lie between 0 and 1")
-        for name in ("num_tokens", "num_responses", "min_tokens"):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ConfigError(f"{name}={count!r}: must be a whole number, at least 1")
+        for name in ("value", "quantile", "share", "num_tokens", "num_responses", "min_tokens"):
+            number, whole = getattr(self, name), "num" in name or "min" in name
+            if isinstance(number, bool) or not isinstance(number, int if whole else int | float):
+                raise ConfigError(f"{name}={number!r}: must be a {'whole ' if whole else ''}number")
+        counts = dict.fromkeys(("num_tokens", "num_responses", "min_tokens"), "[1, inf)")
+        check_bounds("", self, quantile="(0, 1)", share="(0, 1)", **counts)
         if not isinstance(self.sampling, Mapping):
             raise ConfigError(f"sampling={self.sampling!r}: must be a mapping of settings")
         self.segmenter()  # checks the value's range and the side
@@ -78,52 +74,32 @@ class SegmentThreshold:
         kind = AdaptiveStepSegmenter if self.signal == "confidence" else EntropySegmenter
         return kind(self.value, self.side, self.min_tokens)
 
-    def save(self, path: str | Path) -> None:
-        """Write the threshold as JSON; a reader sees the old file or the whole new one.
-
-        Raises:
-            DataError: the file cannot be written, or a sampling setting is not JSON.
-        """
-        path = Path(path)
-        content = {"format": _FORMAT, "version": _VERSION} | asdict(self)
-        try:
-            text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise DataError(f"the threshold cannot be written as JSON: {error}", path=path) from error
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(path) as temporary:
-                temporary.write_text(text, encoding="utf-8", newline="\n")
-        except OSError as error:
-            raise DataError(
-                f"could not write the threshold: {error.strerror or error}. Free some space or choose another folder",
-                path=path,
-            ) from error
+    def to_dict(self) -> dict[str, Any]:
+        """What a file of it holds, as JSON values (:func:`stepkd.runs.files.write_json` writes it)."""
+        return {"format": _FORMAT, "version": _VERSION} | asdict(self)
 
     @classmethod
     def load(cls, path: str | Path) -> SegmentThreshold:
-        """Read a saved threshold.
+        """Read a threshold from a file of what :meth:`to_dict` gives, such as a labelling job's ``threshold.json``.
 
         Raises:
             DataError: no such file, or one that does not hold a threshold of a version known here.
         """
-        content = _read_object(Path(path))
-        if content.pop("format", None) != _FORMAT:
-            raise DataError("not a saved threshold: make one with fit_threshold(...).save(path)", path=path)
-        if (version := content.pop("version", None)) != _VERSION:
-            raise DataError(
-                f"threshold file of version {version!r}; this stepkd reads version {_VERSION}: fit and save it again",
-                path=path,
-            )
-        names = {each.name for each in fields(cls)}
-        if missing := sorted(names - set(content)):
-            raise DataError(f"the threshold file lacks {', '.join(missing)}: fit and save it again", path=path)
-        if unknown := sorted(set(content) - names):
-            raise DataError(f"the threshold file has unknown entries {', '.join(unknown)}: remove them", path=path)
         try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+                raise ConfigError("not a saved threshold")
+            if (version := content.pop("version", None)) != _VERSION:
+                raise ConfigError(f"threshold file of version {version!r}; this stepkd reads version {_VERSION}")
+            if other := sorted({each.name for each in fields(cls)} ^ set(content)):
+                raise ConfigError(f"entries missing or unknown in the threshold file: {', '.join(other)}")
             return cls(**content)
+        except OSError as error:
+            raise DataError(f"cannot read the threshold: {error.strerror or error}", path=path) from error
         except ConfigError as error:
-            raise DataError(f"{error}; fit and save the threshold again", path=path) from error
+            raise DataError(f"{error}; {_AGAIN}", path=path) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"the threshold file is damaged ({error}); {_AGAIN}", path=path) from error
 
 
 def fit_threshold(
@@ -230,29 +206,18 @@ def _check_response(response: Sequence[float], number: int, signal: str) -> np.n
     return numbers
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read the threshold: {error.strerror or error}", path=path) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the threshold file is damaged ({error}): fit and save it again", path=path) from error
-    if not isinstance(content, dict):
-        raise DataError("not a saved threshold: make one with fit_threshold(...).save(path)", path=path)
-    return content
-
-
 def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter | EntropySegmenter:
     """Segmenter from the FILE_OR_NUMBER of a recipe."""
     name = _SEGMENTER_OF[signal]
-    number = _as_number(argument)
-    if number is not None:
-        return AdaptiveStepSegmenter(number) if signal == "confidence" else EntropySegmenter(number)
+    try:
+        return (AdaptiveStepSegmenter if signal == "confidence" else EntropySegmenter)(float(argument))
+    except ValueError:  # no number
+        pass
     example = "0.05" if signal == "confidence" else "1.5"
     if not argument:
         raise ConfigError(
-            f"segmenter {name!r} needs a threshold: {name}:{example}, or {name}:FILE with a file saved by "
-            "fit_threshold(...).save(FILE)"
+            f"segmenter {name!r} needs a threshold: {name}:{example}, or {name}:FILE with the threshold.json of a "
+            "labelling job that fitted one"
         )
     if not Path(argument).is_file():
         raise ConfigError(
@@ -268,19 +233,12 @@ def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter
 
 
 def _reject_segmenter(argument: str) -> RejectSegmenter:
-    if not argument:
-        return RejectSegmenter()
-    number = _as_number(argument)
-    if number is None:
-        raise ConfigError(f"segmenter 'reject:{argument}': {argument!r} is not a number; write reject:0.3, say")
-    return RejectSegmenter(number)
-
-
-def _as_number(text: str) -> float | None:
     try:
-        return float(text)
-    except ValueError:
-        return None
+        return RejectSegmenter(float(argument)) if argument else RejectSegmenter()
+    except ValueError as error:
+        raise ConfigError(
+            f"segmenter 'reject:{argument}': {argument!r} is not a number; write reject:0.3, say"
+        ) from error
 
 
 SIGNAL_SEGMENTERS: dict[str, Callable[[str], AdaptiveStepSegmenter | EntropySegmenter | RejectSegmenter]] = {

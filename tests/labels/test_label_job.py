@@ -18,6 +18,7 @@ from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.evaluation.manifest import read_manifest
 from stepkd.labels import LabelSpec, Solution, StepLabels
 from stepkd.rollout import Rollout
+from stepkd.runs.files import write_json
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
 from stepkd.tasks import check_row
 
@@ -206,18 +207,18 @@ def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelSpec, run: Any,
     other = replace(spec, out=spec.out + "-2", labeller="monte_carlo")
     with pytest.raises(KeyboardInterrupt):
         run(other, sampler=recording(stop_at=4))
-    replace(found, value=0.5).save(Path(other.out) / "threshold.json")
+    write_json(Path(other.out) / "threshold.json", replace(found, value=0.5).to_dict())
     assert run(other)["threshold"] == 0.5
 
 
 def test_a_threshold_of_another_model_is_said(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
     file = tmp_path / "threshold.json"
     threshold = fit_threshold([[-0.1, -2.0, -0.3, -0.01]] * 5, 0.3, model="tiny-0.5m")
-    threshold.save(file)
+    write_json(file, threshold.to_dict())
     spec = replace(spec, segmenter=f"adaptive_step:{file}", labeller="checker")
     with pytest.warns(UserWarning, match=r"fitted on samples of tiny-0.5m, and tiny-0.1m is another model.*30.0%"):
         run(spec)
-    replace(threshold, model="tiny-0.1m").save(file)
+    write_json(file, replace(threshold, model="tiny-0.1m").to_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(replace(spec, out=spec.out + "-2"))

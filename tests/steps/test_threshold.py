@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
+from stepkd.runs.files import write_json
 from stepkd.steps import TokenizedText, get_segmenter, segment
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
@@ -129,40 +129,20 @@ def fitted() -> SegmentThreshold:
 
 def test_saved_and_loaded(fitted: SegmentThreshold, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "threshold.json"
-    fitted.save(path)
+    write_json(path, fitted.to_dict())
     assert SegmentThreshold.load(path) == fitted
     assert SegmentThreshold.load(path).value.hex() == fitted.value.hex()
     content = json.loads(path.read_text())
     assert (content["format"], content["version"], content["model"]) == ("stepkd segment threshold", 1, "tiny-0.1m")
     assert get_segmenter(f"adaptive_step:{path}") == AdaptiveStepSegmenter(fitted.value, "open", 2)
     other = fit_threshold(pool_of(300), 0.1)
-    other.save(path)  # replaces, and leaves nothing behind
+    write_json(path, other.to_dict())
     assert SegmentThreshold.load(path) == other
-    assert os.listdir(path.parent) == ["threshold.json"]
-
-
-def test_a_failed_save_leaves_the_old_file(
-    fitted: SegmentThreshold, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "threshold.json"
-    fitted.save(path)
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"threshold\.json: could not write the threshold: No space left on device"):
-        fit_threshold(pool_of(300), 0.1).save(path)
-    assert SegmentThreshold.load(path) == fitted
-    assert os.listdir(tmp_path) == ["threshold.json"]
-    odd = fit_threshold(pool_of(300), 0.1, sampling={"stop": {1, 2}})
-    with pytest.raises(DataError, match="cannot be written as JSON"):
-        odd.save(path)
 
 
 def test_segmenters_by_name(fitted: SegmentThreshold, tmp_path: Path) -> None:
     entropy = tmp_path / "entropy.json"
-    fit_threshold([[float(i) for i in range(100)]], 0.1, signal="entropy").save(entropy)
+    write_json(entropy, fit_threshold([[float(i) for i in range(100)]], 0.1, signal="entropy").to_dict())
     assert get_segmenter("adaptive_step:0.05") == AdaptiveStepSegmenter(0.05)
     assert get_segmenter("entropy:1.5") == EntropySegmenter(1.5)
     assert get_segmenter(f"entropy:{entropy}") == EntropySegmenter(89.0)
@@ -202,7 +182,7 @@ def test_bad_names(name: str, message: str) -> None:
 
 def test_file_of_another_signal(fitted: SegmentThreshold, tmp_path: Path) -> None:
     path = tmp_path / "threshold.json"
-    fitted.save(path)
+    write_json(path, fitted.to_dict())
     message = f"segmenter 'entropy:{path}': the file holds a threshold on confidence; write adaptive_step:{path}"
     with pytest.raises(ConfigError, match=re.escape(message)):
         get_segmenter(f"entropy:{path}")
@@ -214,16 +194,22 @@ def test_file_of_another_signal(fitted: SegmentThreshold, tmp_path: Path) -> Non
         (lambda text: "", "the threshold file is damaged"),
         (lambda text: text[: len(text) // 2], "the threshold file is damaged"),
         (lambda text: "\x00\ud800", "the threshold file is damaged"),
-        (lambda text: "[1, 2]", "not a saved threshold: make one with fit_threshold"),
+        (lambda text: "[1, 2]", "not a saved threshold; fit it again (stepkd label --segmenter adaptive_step"),
         (lambda text: text.replace('"stepkd segment threshold"', '"other"'), "not a saved threshold"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "threshold file of version 2; this stepkd reads"),
-        (lambda text: text.replace('"share"', '"shre"'), "the threshold file lacks share"),
-        (lambda text: text.replace("{", '{"extra": 1,', 1), "the threshold file has unknown entries extra: remove"),
+        (
+            lambda text: text.replace('"share"', '"shre"'),
+            "entries missing or unknown in the threshold file: share, shre; fit it again",
+        ),
+        (
+            lambda text: text.replace("{", '{"extra": 1,', 1),
+            "entries missing or unknown in the threshold file: extra",
+        ),
         (lambda text: re.sub(r'"value": [^,]*', '"value": 7', text), "confidence threshold 7"),
         (lambda text: re.sub(r'"value": [^,]*', '"value": NaN', text), "confidence threshold nan"),
         (lambda text: re.sub(r'"value": [^,]*', '"value": "x"', text), "value='x': must be a number"),
-        (lambda text: re.sub(r'"share": [^,]*', '"share": 0', text), "share=0: must lie between 0 and 1"),
-        (lambda text: text.replace('"num_tokens": 300', '"num_tokens": 0'), "num_tokens=0: must be a whole number"),
+        (lambda text: re.sub(r'"share": [^,]*', '"share": 0', text), "share=0: must lie in (0, 1)"),
+        (lambda text: text.replace('"num_tokens": 300', '"num_tokens": 0'), "num_tokens=0: must be at least 1"),
         (lambda text: text.replace('"min_tokens": 2', '"min_tokens": 1.5'), "min_tokens=1.5: must be a whole number"),
         (lambda text: text.replace('"open"', '"up"'), "unknown side 'up'"),
         (lambda text: text.replace('"confidence"', '"surprise"'), "unknown signal 'surprise'"),
@@ -232,7 +218,7 @@ def test_file_of_another_signal(fitted: SegmentThreshold, tmp_path: Path) -> Non
 )
 def test_bad_files(fitted: SegmentThreshold, tmp_path: Path, change: Callable[[str], str], message: str) -> None:
     path = tmp_path / "threshold.json"
-    fitted.save(path)
+    write_json(path, fitted.to_dict())
     path.write_bytes(change(path.read_text()).encode(errors="surrogatepass"))
     with pytest.raises(DataError, match=re.escape(message)) as caught:
         SegmentThreshold.load(path)
