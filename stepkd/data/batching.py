@@ -29,9 +29,7 @@ class BatchPlan:
             one would exceed ``size``, and holds at least one.
         seed: seed of the shuffle.
         shuffle: keep file order when False.
-        bucket_window: number of batches whose examples are sorted by length together before they are grouped; 1 leaves
-            the composition of batches random. Larger windows make batches of similar length, which also makes their
-            composition depend on length.
+        groups: group of every example; examples of a group stay together.
     """
 
     def __init__(
@@ -42,30 +40,21 @@ class BatchPlan:
         unit: Literal["sequences", "tokens"] = "sequences",
         seed: int = 0,
         shuffle: bool = True,
-        bucket_window: int = 1,
         groups: Sequence[int] | None = None,
     ) -> None:
         if unit not in ("sequences", "tokens"):
             raise ConfigError(f"batch unit {unit!r}: must be 'sequences' or 'tokens'")
         if size < 1:
             raise ConfigError(f"global batch size {size}: must be at least 1")
-        if bucket_window < 1:
-            raise ConfigError(f"bucket_window={bucket_window}: must be at least 1")
         if not len(lengths):
             raise ConfigError("there are no examples to form batches of")
         if groups is not None and len(groups) != len(lengths):
             raise ValueError(f"{len(groups)} groups for {len(lengths)} examples")
-        if groups is not None and bucket_window > 1:
-            raise ConfigError(
-                f"bucket_window={bucket_window} sorts examples by length, and examples of one prompt are to stay "
-                "together: drop one of the two"
-            )
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.size = size
         self.unit = unit
         self.seed = seed
         self.shuffle = shuffle
-        self.bucket_window = bucket_window
         self.groups = groups
 
     @property
@@ -79,17 +68,11 @@ class BatchPlan:
     def batches(self, epoch: int) -> list[list[int]]:
         """Example numbers of every global batch of an epoch, every example exactly once."""
         order = np.arange(len(self.lengths))
-        rng = generator(self.seed, "shuffle", epoch)
         if self.shuffle:
-            order = rng.permutation(order)
+            order = generator(self.seed, "shuffle", epoch).permutation(order)
         if self.groups is not None:
             order = self._grouped(order)
-        if self.bucket_window > 1:
-            order = self._bucketed(order)
-        batches = self._group(order)
-        if self.bucket_window > 1 and self.shuffle:
-            batches = [batches[i] for i in rng.permutation(len(batches))]
-        return batches
+        return self._group(order)
 
     def _grouped(self, order: np.ndarray) -> np.ndarray:
         """Groups in the order of their first example, examples within a group in the given order."""
@@ -98,12 +81,6 @@ class BatchPlan:
         for i in order.tolist():
             members.setdefault(self.groups[i], []).append(i)
         return np.array([i for group in members.values() for i in group], dtype=np.int64)
-
-    def _bucketed(self, order: np.ndarray) -> np.ndarray:
-        mean = 1.0 if self.unit == "sequences" else float(self.lengths.mean())
-        window = max(1, int(self.bucket_window * self.size / mean))
-        parts = [order[i : i + window] for i in range(0, len(order), window)]
-        return np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
 
     def _group(self, order: np.ndarray) -> list[list[int]]:
         if self.unit == "sequences":

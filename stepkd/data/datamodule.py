@@ -43,9 +43,6 @@ class StepData(LightningDataModule):
         max_length: longest prompt + completion in tokens; longer completions lose whole steps, and that is counted.
         global_batch_size: examples (or tokens) per optimiser step, over all ranks.
         batch_unit: what ``global_batch_size`` counts: ``sequences`` or ``tokens`` (padding not counted).
-        bucket_window: see :class:`~stepkd.data.batching.BatchPlan`.
-        boundary: prompt/completion boundary rule, see :mod:`stepkd.data.encode`.
-        append_eos: whether a finished solution ends in the end token.
         shuffle: shuffle the training rows each epoch.
         overlap_ngram: report how many n-grams of the validation problems occur in the training problems; 0 is off.
         seed: seed of the shuffle.
@@ -62,9 +59,6 @@ class StepData(LightningDataModule):
         max_length: int = 1024,
         global_batch_size: int = 32,
         batch_unit: Literal["sequences", "tokens"] = "sequences",
-        bucket_window: int = 1,
-        boundary: Literal["separate", "joint"] = "separate",
-        append_eos: bool = True,
         shuffle: bool = True,
         overlap_ngram: int = 8,
         seed: int = 0,
@@ -78,9 +72,6 @@ class StepData(LightningDataModule):
         self.max_length = max_length
         self.global_batch_size = global_batch_size
         self.batch_unit = batch_unit
-        self.bucket_window = bucket_window
-        self.boundary = boundary
-        self.append_eos = append_eos
         self.shuffle = shuffle
         self.overlap_ngram = overlap_ngram
         self.seed = seed
@@ -186,8 +177,6 @@ class StepData(LightningDataModule):
             self.template,
             self.segmenter,
             max_length=self.max_length,
-            boundary=self.boundary,
-            append_eos=self.append_eos,
         )
 
     def _report_overlap(self) -> None:
@@ -205,7 +194,6 @@ class StepData(LightningDataModule):
             unit=self.batch_unit if training else "sequences",
             seed=self.seed,
             shuffle=shuffle,
-            bucket_window=self.bucket_window if training else 1,
             groups=self._groups(examples) if training else None,
         )
         trainer = self.trainer
@@ -239,7 +227,7 @@ class StepData(LightningDataModule):
         """Short hash of what decides the training batches; None before the training data is loaded."""
         if "train" not in self.examples:
             return None
-        plan = (self.global_batch_size, self.batch_unit, self.bucket_window, self.shuffle, self.seed)
+        plan = (self.global_batch_size, self.batch_unit, self.shuffle, self.seed)
         digest = hashlib.sha256(repr((*plan, self.keep_prompts_together)).encode())
         for example in self.examples["train"]:
             values = [getattr(example, each.name) for each in fields(example) if each.compare]

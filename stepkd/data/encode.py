@@ -1,9 +1,7 @@
 """Rows to token ids: the prompt as at inference, the completion once and as a whole.
 
-The boundary rule. With ``boundary="separate"`` (default) the prompt is tokenised exactly as the sampler will tokenise
-it and the completion on its own, so no token straddles the two and training sees the ids that inference sees. With
-``boundary="joint"`` prompt and completion are tokenised as one text; a token that straddles the boundary counts as a
-completion token, and rows whose prompt ids then differ from those at inference are counted.
+The boundary rule. The prompt is tokenised exactly as the sampler will tokenise it and the completion on its own, so no
+token straddles the two and training sees the ids that inference sees.
 
 The end rule. A finished solution ends in the token that the chat template writes behind an answer (plain style: the
 tokenizer's end token), which is a training target and belongs to the last step; it is never doubled. A completion given
@@ -17,7 +15,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from stepkd.data.rows import ends_partition
 from stepkd.data.templates import PromptTemplate, end_ids
@@ -84,8 +82,6 @@ class Encoder:
         segmenter: how a completion is cut into steps.
         max_length: longest prompt + completion in tokens. Whole steps are dropped from the end of a completion that
             does not fit; a row that would lose all its steps is left out. Both are counted in ``counts``.
-        boundary: see the module's text.
-        append_eos: whether a text completion ends in the end token.
     """
 
     def __init__(
@@ -95,19 +91,13 @@ class Encoder:
         segmenter: Segmenter,
         *,
         max_length: int = 1024,
-        boundary: Literal["separate", "joint"] = "separate",
-        append_eos: bool = True,
     ) -> None:
         if max_length < 2:
             raise ConfigError(f"max_length={max_length}: at least one prompt and one completion token")
-        if boundary not in ("separate", "joint"):
-            raise ConfigError(f"boundary={boundary!r}: must be 'separate' or 'joint'")
         self.tokenizer = tokenizer
         self.template = template
         self.segmenter = segmenter
         self.max_length = max_length
-        self.boundary = boundary
-        self.append_eos = append_eos
         self.counts: Counter[str] = Counter()
 
     def prompt_ids(self, row: Mapping[str, Any]) -> tuple[int, ...]:
@@ -154,7 +144,7 @@ class Encoder:
             column = "token_ids"
             completion, spans = self._sampled(row, name)
         else:
-            prompt, completion = self._written(row, prompt, name)
+            completion = self._written(row, name)
             spans = segment(self.segmenter, completion)
             completion, spans = self._with_end(completion, spans)
         if not spans:
@@ -182,9 +172,7 @@ class Encoder:
             raise DataError(wrong, path=name, column="step_ends")
         return completion, spans_from_ends(row["step_ends"], len(completion))
 
-    def _written(
-        self, row: Mapping[str, Any], prompt: tuple[int, ...], name: str
-    ) -> tuple[tuple[int, ...], TokenizedText]:
+    def _written(self, row: Mapping[str, Any], name: str) -> TokenizedText:
         text = row.get("solution") if row.get("solution") is not None else row.get("completion")
         if not isinstance(text, str):
             raise DataError(
@@ -192,36 +180,10 @@ class Encoder:
                 path=name,
                 column="solution",
             )
-        if self.boundary == "separate":
-            return prompt, tokenize_text(self.tokenizer, text)
-        return self._joint(self.template.render(row, self.tokenizer), text, prompt, name)
-
-    def _joint(
-        self, prompt_text: str, text: str, prompt: tuple[int, ...], name: str
-    ) -> tuple[tuple[int, ...], TokenizedText]:
-        """Tokenise prompt and completion as one text; a straddling token becomes the first completion token."""
-        special = self.template.adds_special_tokens(self.tokenizer)
-        lead = prompt[: len(prompt) - len(self.tokenizer(prompt_text, add_special_tokens=False)["input_ids"])]
-        lead = lead if special else ()
-        whole = tokenize_text(self.tokenizer, prompt_text + text)
-        # Raw offsets: a token with the first bytes of a character completes nothing, yet it is the completion's.
-        encoded = self.tokenizer(prompt_text + text, add_special_tokens=False, return_offsets_mapping=True)
-        beyond = (i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt_text))
-        cut = next(beyond, len(whole))
-        before = (*lead, *whole.token_ids[:cut])
-        if not before:
-            raise DataError(
-                "one token holds the whole prompt and the start of the completion, so no prompt is left: use boundary "
-                "'separate'",
-                path=name,
-                column="prompt",
-            )
-        self.counts["rows_with_straddling_token"] += before != prompt
-        char_ends = tuple(max(end - len(prompt_text), 0) for end in whole.char_ends[cut:])
-        return before, TokenizedText(whole.token_ids[cut:], text, char_ends)
+        return tokenize_text(self.tokenizer, text)
 
     def _with_end(self, completion: TokenizedText, spans: list[Span]) -> tuple[TokenizedText, list[Span]]:
-        if not self.append_eos or not spans:
+        if not spans:
             return completion, spans
         ended = with_end(completion, self.template, self.tokenizer)
         return ended, [*spans[:-1], (spans[-1][0], len(ended))]

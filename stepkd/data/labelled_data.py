@@ -43,7 +43,7 @@ class StepLabelData(StepData):
         allow_one_class: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(train, validation, test, None, boundary="separate", append_eos=True, **settings)
+        super().__init__(train, validation, test, None, **settings)
         self.labels = labels or LabelRule()
         self.ratings = self.labels.kind == "rating"
         self.allow_one_class = allow_one_class
@@ -105,7 +105,7 @@ class PreferenceData(StepData):
         train, validation, test: rows; evaluation-only data is refused for training unless the spec allows it.
         keep_prompts_together: shuffle prompts in place of examples, so that completions of one prompt meet in a batch
             and the prompt is read once.
-        bucket_window, overlap_ngram: as for :class:`~stepkd.data.datamodule.StepData`.
+        overlap_ngram: as for :class:`~stepkd.data.datamodule.StepData`.
         **settings: ``template`` (that which the completions were sampled with), ``segmenter`` (cuts completions that
             come as one text) and what else :class:`~stepkd.data.datamodule.StepData` takes.
     """
@@ -116,26 +116,10 @@ class PreferenceData(StepData):
         validation: Rows | None = None,
         test: Rows | None = None,
         keep_prompts_together: bool = False,
-        bucket_window: int = 1,
         overlap_ngram: int = 0,
         **settings: Any,
     ) -> None:
-        super().__init__(
-            train,
-            validation,
-            test,
-            None,
-            bucket_window=bucket_window,
-            overlap_ngram=overlap_ngram,
-            boundary="separate",
-            append_eos=True,
-            **settings,
-        )
-        if keep_prompts_together and bucket_window > 1:
-            raise ConfigError(
-                f"data: bucket_window={bucket_window} sorts examples by length, and keep_prompts_together keeps those "
-                "of one prompt in a batch: drop one of the two"
-            )
+        super().__init__(train, validation, test, None, overlap_ngram=overlap_ngram, **settings)
         self.keep_prompts_together = keep_prompts_together
 
     def _tokenizer(self) -> Any:

@@ -95,7 +95,7 @@ class PairEncoder(Encoder):
         if (ids := self._sampled_side(row, side, str(row[side]))) is not None:
             return ids
         text = tokenize_text(self.tokenizer, row[side])
-        return (with_end(text, self.template, self.tokenizer) if self.append_eos else text).token_ids
+        return with_end(text, self.template, self.tokenizer).token_ids
 
     def _steps(self, row: Mapping[str, Any]) -> tuple[Ids, list[Ids]]:
         """Shared prefix and the two next steps."""

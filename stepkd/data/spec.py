@@ -13,22 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepkd.data.io import file_ending
-from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Contract, ExtraRule, detect_contract, did_you_mean, validate
-from stepkd.data.sources.registry import (
-    Read,
-    Row,
-    Source,
-    data_files,
-    get_source,
-    hub_split,
-    is_saved_dataset,
-    list_sources,
-    place,
-    read_files,
-    read_hub,
-    read_saved,
-    split_of_file,
-)
+from stepkd.data.rows import CONTRACTS, Contract, ExtraRule, Row, detect_contract, did_you_mean, validate
+from stepkd.data.sources.registry import Read, Source, get_source, list_sources, read_hub, read_path, split_of_file
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.labels import label_kind
 
@@ -65,7 +51,6 @@ class DataSpec:
     def __post_init__(self) -> None:
         source = get_source(self.source)
         source.settings(self.options)
-        _check_choices(source, self.options)
         if source.generate is not None and (self.path is not None or self.hub is not None or self.columns):
             raise ConfigError(f"source {self.source!r} generates its rows; drop path, hub and columns")
         given = self.path or self.hub or source.generate or source.hub or isinstance(self, RowsInMemory)
@@ -116,16 +101,6 @@ def as_spec(data: Rows | None) -> DataSpec | None:
     if not isinstance(data, Iterable):
         raise ConfigError(f"rows are a list of dicts, a datasets.Dataset or a path, not a {type(data).__name__}")
     return RowsInMemory(rows=data)
-
-
-def _check_choices(source: Source, options: dict[str, Any]) -> None:
-    choices = {"contract": ("auto", *CONTRACTS), "extra_columns": EXTRA_RULES}
-    if source.name != "rows":
-        return
-    for name, allowed in choices.items():
-        if name in options and options[name] not in allowed:
-            hint = did_you_mean(str(options[name]), allowed)
-            raise ConfigError(f"option {name}={options[name]!r} of source 'rows' is unknown; {hint}")
 
 
 def resolve_split(spec: DataSpec) -> str:
@@ -256,7 +231,7 @@ def _shuffle_key(seed: int | None, index: int) -> bytes:
 
 
 def _where(spec: DataSpec) -> str:
-    return spec.path or place(spec.hub or spec.source, resolve_split(spec))
+    return spec.path or f"{spec.hub or spec.source}:{resolve_split(spec)}"
 
 
 def _valid_rows(spec: DataSpec, contract: Contract | None) -> Iterator[Row]:
@@ -292,27 +267,14 @@ def _id_prefix(spec: DataSpec, source: Source, split: str) -> str:
 
 def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: str) -> Iterator[Read]:
     if source.generate is not None:
-        name = place(source.name, split)
-        for number, row in enumerate(source.generate(options, split), start=1):
-            yield row, name, number
-        return
-    if isinstance(spec, RowsInMemory):
+        generated = enumerate(source.generate(options, split), start=1)
+        yield from ((row, f"{source.name}:{split}", number) for number, row in generated)
+    elif isinstance(spec, RowsInMemory):
         yield from ((dict(each), "rows in memory", number) for number, each in enumerate(spec.rows, start=1))
-        return
-    if spec.path is None:
-        hub = spec.hub or source.hub
-        assert hub is not None, "DataSpec asks for a path or a hub id"
-        own = hub == source.hub
-        configs = (spec.hub_config,) if spec.hub_config is not None else source.hub_configs if own else ()
-        yield from read_hub(hub, configs, hub_split(source, spec.split or split, own_hub=own))
-        return
-    path = Path(spec.path).expanduser()
-    if not path.is_dir():
-        yield from read_files([path])
-    elif is_saved_dataset(path):
-        yield from read_saved(path, source, split)
+    elif spec.path is None:
+        yield from read_hub(source, spec.split or split, spec.hub, spec.hub_config)
     else:
-        yield from read_files(data_files(path, source, split, spec.hub_config))
+        yield from read_path(Path(spec.path).expanduser(), source, split, spec.hub_config)
 
 
 def _read_binary_labels(rows: list[Row], spec: DataSpec) -> None:

@@ -82,7 +82,7 @@ class StepEncoder(Encoder):
         segmenter: str | Segmenter = "newline",
     ) -> None:
         cuts = get_segmenter(segmenter) if isinstance(segmenter, str) else segmenter
-        super().__init__(tokenizer, template, cuts, max_length=max_length, append_eos=False)
+        super().__init__(tokenizer, template, cuts, max_length=max_length)
         if (marker_id is None) != (format.marker is None):
             raise ConfigError(f"marker_id={marker_id} does not go with format.marker={format.marker!r}")
         self.format = format

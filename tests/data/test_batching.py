@@ -20,10 +20,9 @@ LENGTHS = np.random.default_rng(0).integers(5, 200, size=103).tolist()
 lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 PLANS = [
     {"size": 8},
-    {"size": 8, "bucket_window": 4},
     {"size": 8, "shuffle": False},
     {"size": 600, "unit": "tokens"},
-    {"size": 600, "unit": "tokens", "bucket_window": 4},
+    {"size": 600, "unit": "tokens"},
     {"size": 1},
     {"size": 1000},
     {"size": 1, "unit": "tokens"},
@@ -56,16 +55,16 @@ def test_same_key_same_plan(plan: dict[str, Any]) -> None:
 def test_the_same_in_another_process() -> None:
     code = (
         "from stepkd.data.batching import BatchPlan; "
-        f"print(BatchPlan({LENGTHS}, size=300, unit='tokens', seed=5, bucket_window=3).batches(7))"
+        f"print(BatchPlan({LENGTHS}, size=300, unit='tokens', seed=5).batches(7))"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert other.strip() == str(BatchPlan(LENGTHS, size=300, unit="tokens", seed=5, bucket_window=3).batches(7))
+    assert other.strip() == str(BatchPlan(LENGTHS, size=300, unit="tokens", seed=5).batches(7))
 
 
-@given(lengths_lists, st.integers(1, 120), st.integers(1, 4), st.integers(0, 3))
+@given(lengths_lists, st.integers(1, 120), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
-def test_token_batches_stay_within_the_budget(lengths: list[int], size: int, window: int, epoch: int) -> None:
-    batches = BatchPlan(lengths, size=size, unit="tokens", bucket_window=window).batches(epoch)
+def test_token_batches_stay_within_the_budget(lengths: list[int], size: int, epoch: int) -> None:
+    batches = BatchPlan(lengths, size=size, unit="tokens").batches(epoch)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert sum(lengths[i] for i in batch) <= size or len(batch) == 1
@@ -92,28 +91,6 @@ def test_ranks_get_similar_work() -> None:
     batch = list(range(64))
     work = [sum(LENGTHS[i] for i in rank_share(batch, LENGTHS, rank, 4)) for rank in range(4)]
     assert max(work) / min(work) < 1.15
-
-
-def padding(batches: list[list[int]]) -> float:
-    """Share of padding when every batch is padded to its longest row."""
-    cells = sum(len(batch) * max(LENGTHS[i] for i in batch) for batch in batches)
-    return 1 - sum(LENGTHS) / cells
-
-
-@pytest.mark.parametrize("unit", [{"size": 8}, {"size": 800, "unit": "tokens"}], ids=str)
-def test_buckets_reduce_padding(unit: dict[str, Any]) -> None:
-    shares = [padding(BatchPlan(LENGTHS, **unit, bucket_window=window).batches(0)) for window in (1, 3, 13)]
-    assert shares[0] > shares[1] > shares[2]
-    assert shares[0] > 0.3
-    assert shares[2] < 0.15
-
-
-def test_bucketed_batches_come_in_random_order() -> None:
-    means = [np.mean([LENGTHS[i] for i in b]) for b in BatchPlan(LENGTHS, size=8, bucket_window=13).batches(0)]
-    assert means != sorted(means)
-    ordered = BatchPlan(LENGTHS, size=8, bucket_window=13, shuffle=False).batches(0)
-    means = [np.mean([LENGTHS[i] for i in b]) for b in ordered]
-    assert means == sorted(means)
 
 
 @pytest.mark.parametrize(("rows", "full", "rest"), [(103, 12, 7), (96, 12, 0)])
@@ -174,8 +151,6 @@ def test_ranks_share_whole_groups(examples: list[tuple[int, int]], world_size: i
 def test_bad_groups() -> None:
     with pytest.raises(ValueError, match="2 groups for 3 examples"):
         BatchPlan([1, 2, 3], size=2, groups=[0, 0])
-    with pytest.raises(ConfigError, match=r"bucket_window=2 sorts examples by length, .* stay together: drop one"):
-        BatchPlan([1, 2, 3], size=2, groups=[0, 0, 1], bucket_window=2)
 
 
 # ---- mismatched pairs -----------------------------------------------------------------------------------------------
@@ -240,7 +215,6 @@ def test_micro_batches_of_nothing() -> None:
     [
         ({"unit": "rows"}, "batch unit 'rows': must be 'sequences' or 'tokens'"),
         ({"size": 0}, "global batch size 0: must be at least 1"),
-        ({"bucket_window": 0}, "bucket_window=0: must be at least 1"),
         ({"lengths": []}, "there are no examples"),
     ],
     ids=str,

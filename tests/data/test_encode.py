@@ -94,45 +94,6 @@ def test_separate_holds_where_bpe_would_merge_across(bpe: Any) -> None:
     assert bpe.decode(list(example.completion_ids[:-1])) == row["solution"]
 
 
-def test_joint_gives_a_straddling_token_to_the_completion(bpe: Any) -> None:
-    row = {"id": "r", "prompt": "x: A:", "solution": " 7 apples\nB"}
-    encoder = make(bpe, boundary="joint")
-    example = encode(encoder, row)
-    text = row["prompt"] + row["solution"]
-    encoded = bpe(text, add_special_tokens=False, return_offsets_mapping=True)
-    assert (*example.prompt_ids, *example.completion_ids[:-1]) == tuple(encoded["input_ids"])
-    straddling = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < len("x: A:") < b]
-    assert straddling == [len(example.prompt_ids)], "exactly one token straddles, and it opens the completion"
-    assert encoder.counts["rows_with_straddling_token"] == 1
-    assert bpe.decode(list(example.completion_ids[slice(*example.spans[1])])) == "B<eos>"
-
-
-def test_joint_without_a_straddling_token_equals_separate(tiny: Any) -> None:
-    joint, separate = make(tiny, boundary="joint"), make(tiny)
-    assert joint.example(ROW) == separate.example(ROW)
-    assert joint.counts["rows_with_straddling_token"] == 0
-
-
-def test_joint_keeps_a_leading_bos_once(bpe: Any) -> None:
-    tokenizer = with_specials(bpe, "<bos> $A")
-    example = encode(make(tokenizer, boundary="joint"), {"id": "r", "prompt": "x: A:", "solution": " 7 apples"})
-    assert example.prompt_ids[0] == tokenizer.bos_token_id
-    assert tokenizer.bos_token_id not in (*example.prompt_ids[1:], *example.completion_ids)
-
-
-def test_joint_completion_that_opens_with_a_split_character(bpe: Any) -> None:
-    # The first bytes of the emoji complete no character; they still belong to the completion.
-    row = {"id": "r", "prompt": "Q", "solution": "😀 B"}
-    joint, separate = encode(make(bpe, boundary="joint"), row), encode(make(bpe), row)
-    assert len(bpe("😀", add_special_tokens=False)["input_ids"]) > 1
-    assert joint == separate
-
-
-def test_joint_refuses_a_row_whose_prompt_disappears(bpe: Any) -> None:
-    with pytest.raises(DataError, match=r"^r, column 'prompt': one token holds the whole prompt .*'separate'"):
-        make(bpe, boundary="joint").example({"id": "r", "prompt": "A:", "solution": " 7 apples"})
-
-
 # ---- the end rule --------------------------------------------------------------------------------------------------
 
 
@@ -153,12 +114,6 @@ def test_end_token_is_not_doubled(tiny: Any) -> None:
     assert twice.completion_ids == encode(make(tiny), ROW).completion_ids
 
 
-def test_append_eos_off(tiny: Any) -> None:
-    example = encode(make(tiny, append_eos=False), ROW)
-    assert tiny.eos_token_id not in example.completion_ids
-    assert tiny.decode(list(example.completion_ids)) == ROW["solution"]
-
-
 def test_chat_prompt_has_one_bos(bpe: Any) -> None:
     tokenizer = with_specials(bpe, "<bos> $A")
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %} A:"
@@ -169,11 +124,10 @@ def test_chat_prompt_has_one_bos(bpe: Any) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["Q: B", "Q: B<eos>"])
-@pytest.mark.parametrize("boundary", ["separate", "joint"])
-def test_tokenizer_that_ends_every_text_by_itself(bpe: Any, prompt: str, boundary: Any) -> None:
+def test_tokenizer_that_ends_every_text_by_itself(bpe: Any, prompt: str) -> None:
     tokenizer = with_specials(bpe, "<bos> $A <eos>")
     own = tuple(bpe(prompt, add_special_tokens=False)["input_ids"])
-    encoder = make(tokenizer, boundary=boundary)
+    encoder = make(tokenizer)
     assert encoder.prompt_ids({"id": "r", "prompt": prompt}) == (tokenizer.bos_token_id, *own)
     example = encode(encoder, {"id": "r", "prompt": prompt, "solution": "\nB"})
     assert example.prompt_ids == (tokenizer.bos_token_id, *own)
@@ -295,10 +249,8 @@ def test_prompt_without_tokens() -> None:
 def test_bad_settings(tiny: Any) -> None:
     with pytest.raises(ConfigError, match="max_length=1: at least one prompt and one completion token"):
         make(tiny, max_length=1)
-    with pytest.raises(ConfigError, match="boundary='both': must be 'separate' or 'joint'"):
-        make(tiny, boundary="both")
 
 
 def test_a_prompt_with_room_for_exactly_one_token(tiny: Any) -> None:
-    encoder = make(tiny, max_length=3, append_eos=False)
-    assert len(encode(encoder, {"id": "r", "prompt": "12", "solution": "3"}).completion_ids) == 1
+    encoder = make(tiny, max_length=3)
+    assert len(encode(encoder, {"id": "r", "prompt": "12", "token_ids": tiny("3")["input_ids"]}).completion_ids) == 1

@@ -15,7 +15,7 @@ from stepkd.errors import ConfigError
 EXAMPLES = [Example(f"e{i}", (1,) * (1 + i * 7 % 11), (2, 3), ((0, 2),)) for i in range(23)]
 LENGTHS = [example.length for example in EXAMPLES]
 START = Position()
-PLANS: list[dict[str, Any]] = [{"size": 4}, {"size": 4, "bucket_window": 3}, {"size": 20, "unit": "tokens"}]
+PLANS: list[dict[str, Any]] = [{"size": 4}, {"size": 20, "unit": "tokens"}]
 
 
 def loader(position: Position | Callable[[], Position] = START, plan: Any = None, **settings: Any) -> StepLoader:

@@ -94,7 +94,6 @@ def test_whole_solutions_end_in_the_end_token() -> None:
 
 def test_the_end_token_is_not_doubled() -> None:
     assert written(encode(make(), whole("1<eos>", "2"))) == ("Q", "1<eos>", "2<eos>")
-    assert written(encode(make(append_eos=False), whole())) == ("Q", "1\n#### 2", "3")
 
 
 def test_sampled_solutions_are_used_as_they_are() -> None:

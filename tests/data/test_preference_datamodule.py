@@ -270,12 +270,6 @@ def test_ranks_share_whole_prompts(tmp_path: Path) -> None:
     assert sorted(place for batches in shares for place in batches[0].places) == list(range(24))
 
 
-@pytest.mark.parametrize("kind", [FeedbackData, PairData])
-def test_prompts_together_and_buckets_contradict(kind: Any) -> None:
-    with pytest.raises(ConfigError, match=r"bucket_window=2 sorts examples by length, .* drop one of the two"):
-        kind(keep_prompts_together=True, bucket_window=2)
-
-
 def test_held_out_batches_keep_the_files_order(tmp_path: Path) -> None:
     spec = write(tmp_path / "a.jsonl", unpaired([i % 3 == 0 for i in range(9)], [f"Q{i % 2}" for i in range(9)]))
     data = attach(feedback(spec, validation=spec, global_batch_size=4, keep_prompts_together=True))

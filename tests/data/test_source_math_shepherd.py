@@ -144,5 +144,5 @@ def test_options_and_source() -> None:
 
 @pytest.mark.parametrize("options", [{"step_prefix": "cut"}, {"malformed": None}])
 def test_bad_options(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"unknown option {next(iter(options))} of source 'math_shepherd'"):
+    with pytest.raises(ConfigError, match=f"option {next(iter(options))} of source 'math_shepherd'"):
         load(tmp_path, pair(INPUT, "+++"), **options)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import PROBLEM, STEPWISE, check_unique_ids, validate
-from stepkd.data.sources import Option, RawRow, Source, get_source, list_sources, register, registry
+from stepkd.data.sources import RawRow, Source, SourceOption, get_source, list_sources, register, registry
 from stepkd.data.sources.generated import GENERATED_SPLITS, stream_seed
 from stepkd.data.sources.math import last_boxed, whole_answer
 from stepkd.data.sources.word_problems import final_answer
@@ -249,7 +249,7 @@ def test_a_new_source_may_give_several_rows_per_raw_row(tmp_path: Path) -> None:
             contract=STEPWISE,
             map_row=map_row,
             reads={"prompt": ("problem",), "completions": ("steps",), "labels": ("labels",)},
-            options={"prefixes": Option(False, "one row per prefix")},
+            options={"prefixes": SourceOption(False, "one row per prefix")},
         )
     )
     raw = {"problem": "p", "steps": ["a", "b"], "labels": [1, -1]}

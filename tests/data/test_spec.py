@@ -234,8 +234,14 @@ def test_training_data_is_allowed() -> None:
         ({"source": "gsm8k", "options": {"calculator_marks": 1}}, "must be bool, found int 1"),
         ({"source": "reasoning_gym", "options": {"size": True}}, "must be int, found bool True"),
         ({"source": "reasoning_gym", "options": {"config": 3}}, "must be dict, found int 3"),
-        ({"path": "x", "options": {"contract": "stepwize"}}, "contract='stepwize'.*did you mean 'stepwise'"),
-        ({"path": "x", "options": {"extra_columns": "drop"}}, "extra_columns='drop'.*known are check, error, keep"),
+        (
+            {"path": "x", "options": {"contract": "stepwize"}},
+            "option contract of .*'stepwize': did you mean 'stepwise'",
+        ),
+        (
+            {"path": "x", "options": {"extra_columns": "drop"}},
+            "extra_columns of .*'drop': choose from check, keep, error",
+        ),
     ],
 )
 def test_bad_specs(settings: dict[str, Any], message: str) -> None:

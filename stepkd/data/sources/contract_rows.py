@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any
 
-from stepkd.data.rows import chat_message
-from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, as_text, register
+from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Row, chat_message
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, as_text, register
 
 Messages = list[dict[str, Any]]
 
@@ -40,7 +40,7 @@ def _map(raw: RawRow, options: Options) -> Row:
         _read_pair(row, raw)
     if "completion" in row and not {"solution", "label", "token_ids"} & set(row):
         row["solution"] = row["completion"]
-    return row | {name: as_text(row[name]) for name in ("id", "problem_id", "answer") if name in row}
+    return row | {name: as_text(row[name]) for name in ("problem_id", "answer") if name in row}
 
 
 def _read_alpaca(row: Row, columns: Mapping[str, str]) -> None:
@@ -123,8 +123,10 @@ ROWS = register(
         contract=None,
         map_row=_map,
         options={
-            "contract": Option("auto", "problem, demonstration, stepwise, preference, step_preference or rollout"),
-            "extra_columns": Option("check", "check (refuse near misses), keep (all) or error (refuse all)"),
+            "contract": SourceOption("auto", "what the rows are; auto: told from the first", ("auto", *CONTRACTS)),
+            "extra_columns": SourceOption(
+                "check", "check (refuse near misses), keep (all) or error (refuse all)", EXTRA_RULES
+            ),
         },
     )
 )

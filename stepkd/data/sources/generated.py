@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from stepkd.data.rows import PROBLEM, did_you_mean
-from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, as_text, passed_on, register
+from stepkd.data.rows import PROBLEM, Row, did_you_mean
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, as_text, passed_on, register
 from stepkd.errors import ConfigError
 
 GENERATED_SPLITS = ("train", "validation", "test")
@@ -81,10 +81,10 @@ REASONING_GYM = register(
         map_row=_map_gym,
         splits={split: split for split in GENERATED_SPLITS},
         options={
-            "dataset": Option("gsm_symbolic", "name of the set in the library"),
-            "size": Option(500, "number of problems"),
-            "seed": Option(0, "same seed and split: the same problems"),
-            "config": Option({}, "further settings of the set, by the library's names"),
+            "dataset": SourceOption("gsm_symbolic", "name of the set in the library"),
+            "size": SourceOption(500, "number of problems"),
+            "seed": SourceOption(0, "same seed and split: the same problems"),
+            "config": SourceOption({}, "further settings of the set, by the library's names"),
         },
         generate=_generate_gym,
     )
@@ -122,11 +122,11 @@ TASK = register(
         map_row=_map_task,
         splits={split: split for split in GENERATED_SPLITS},
         options={
-            "task": Option("modular", "task text, for example modular:terms=5,modulus=10; see stepkd.tasks"),
-            "n": Option(1000, "number of rows"),
-            "seed": Option(0, "same seed and split: the same rows"),
-            "noise": Option(None, "slips in the demonstrations: {rate, kind, recover, seed}; none: clean"),
-            "unique": Option(True, "every problem at most once"),
+            "task": SourceOption("modular", "task text, for example modular:terms=5,modulus=10; see stepkd.tasks"),
+            "n": SourceOption(1000, "number of rows"),
+            "seed": SourceOption(0, "same seed and split: the same rows"),
+            "noise": SourceOption(None, "slips in the demonstrations: {rate, kind, recover, seed}; none: clean"),
+            "unique": SourceOption(True, "every problem at most once"),
         },
         generate=_generate_task,
     )

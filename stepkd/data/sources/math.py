@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import re
 
-from stepkd.data.rows import PROBLEM
-from stepkd.data.sources.registry import Options, RawRow, Row, Source, as_text, passed_on, register
+from stepkd.data.rows import PROBLEM, Row
+from stepkd.data.sources.registry import Options, RawRow, Source, as_text, passed_on, register
 
 _READS = {
     "prompt": ("problem", "question"),
@@ -66,7 +66,7 @@ def _map(raw: RawRow, options: Options) -> Row:
     row = {"prompt": raw["prompt"], "answer": answer, **passed_on(raw, "solution", "level", "subject")}
     if "subject" not in row and "type" in raw:  # the original files call it `type`
         row["subject"] = raw["type"]
-    return row | {name: as_text(value) for name, value in passed_on(raw, "id").items()}
+    return row | passed_on(raw, "id")
 
 
 MATH500 = register(
@@ -131,8 +131,7 @@ def _map_contest(raw: RawRow, options: Options) -> Row:
     solution = raw.get("solution")
     if isinstance(solution, str) and solution.strip():  # some copies hold empty solutions
         row["solution"] = solution
-    row |= {name: as_text(value) for name, value in passed_on(raw, "id").items()}
-    return row | passed_on(raw, "url", "year")
+    return row | passed_on(raw, "id", "url", "year")
 
 
 def _contest(name: str, text: str, hub: str, hub_split: str) -> Source:

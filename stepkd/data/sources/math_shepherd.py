@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import re
 
-from stepkd.data.rows import STEPWISE, shown
-from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, as_text, passed_on, register
-from stepkd.errors import DataError, check_choice
+from stepkd.data.rows import STEPWISE, Row, shown
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, passed_on, register
+from stepkd.errors import DataError
 
 TAG = "ки"
 """Marks the end of a step in ``input``."""
@@ -29,8 +29,6 @@ _ANSWER_MARK = "The answer is:"
 
 
 def _map(raw: RawRow, options: Options) -> Row | list[Row]:
-    check_choice("option step_prefix of source 'math_shepherd'", options["step_prefix"], ("keep", "strip"))
-    check_choice("option malformed of source 'math_shepherd'", options["malformed"], ("error", "drop"))
     try:
         return _parsed(raw, strip=options["step_prefix"] == "strip")
     except DataError:
@@ -71,8 +69,7 @@ def _parsed(raw: RawRow, *, strip: bool) -> Row:
     stated = steps[-1].rpartition(_ANSWER_MARK)
     if stated[1] and stated[2].strip():
         row["final_answer"] = stated[2].strip()
-    row |= {name: as_text(value) for name, value in passed_on(raw, "id").items()}
-    return row | passed_on(raw, "subset")
+    return row | passed_on(raw, "id", "subset")
 
 
 def _tagged(raw: RawRow) -> tuple[list[str], list[bool]]:
@@ -159,8 +156,8 @@ MATH_SHEPHERD = register(
         hub="peiyi9979/Math-Shepherd",
         splits={"train": "train"},
         options={
-            "step_prefix": Option("keep", "the 'Step 1: ' before a step: keep or strip"),
-            "malformed": Option("error", "rows that cannot be read: error or drop"),
+            "step_prefix": SourceOption("keep", "the 'Step 1: ' before a step: keep or strip", ("keep", "strip")),
+            "malformed": SourceOption("error", "rows that cannot be read: error or drop", ("error", "drop")),
         },
     )
 )

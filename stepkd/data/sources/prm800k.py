@@ -34,9 +34,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from stepkd.data.rows import STEPWISE, shown
-from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, register
-from stepkd.errors import ConfigError, check_choice
+from stepkd.data.rows import STEPWISE, Row, shown
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, register
+from stepkd.errors import ConfigError
 from stepkd.randomness import generator
 
 _TAIL = re.compile(r"\s*# Answer\s*\n\s*(?P<answer>.*?)\s*", re.DOTALL)
@@ -268,11 +268,6 @@ def _map(raw: RawRow, options: Options) -> list[Row]:
 
 
 def _check(options: Options) -> None:
-    for name, value in options.items():
-        if value is None:
-            raise ConfigError(f"option {name} of source 'prm800k' is null; leave it out for its default")
-    check_choice("option alternatives of source 'prm800k'", options["alternatives"], ("all", "negative", "none"))
-    check_choice("option prefix_labels of source 'prm800k'", options["prefix_labels"], ("auto", "keep", "mask"))
     if options["per_record"] < 0:
         raise ConfigError(f"option per_record={options['per_record']} of source 'prm800k': must be 0 (all) or more")
     if not options["chosen"] and options["alternatives"] == "none":
@@ -353,13 +348,21 @@ PRM800K = register(
         },
         evaluation_only=frozenset({"test", "phase1_test", "phase2_test"}),
         options={
-            "alternatives": Option("all", "trajectories that end in a step not chosen: all, negative (wrong) or none"),
-            "chosen": Option(True, "a row for the chosen path"),
-            "per_record": Option(0, "at most so many alternatives per record, half of them wrong; 0: all"),
-            "seed": Option(0, "seed of the choice that per_record makes"),
-            "prefix_labels": Option("auto", "an alternative's prefix labels: keep, mask, or auto (mask with chosen)"),
-            "keep_unfinished": Option(False, "keep records marked bad_problem or give_up"),
-            "answer_tail": Option(False, "write the '# Answer' tail where a step ends the solution"),
+            "alternatives": SourceOption(
+                "all",
+                "trajectories that end in a step not chosen: all, negative (wrong) or none",
+                ("all", "negative", "none"),
+            ),
+            "chosen": SourceOption(True, "a row for the chosen path"),
+            "per_record": SourceOption(0, "at most so many alternatives per record, half of them wrong; 0: all"),
+            "seed": SourceOption(0, "seed of the choice that per_record makes"),
+            "prefix_labels": SourceOption(
+                "auto",
+                "an alternative's prefix labels: keep, mask, or auto (mask with chosen)",
+                ("auto", "keep", "mask"),
+            ),
+            "keep_unfinished": SourceOption(False, "keep records marked bad_problem or give_up"),
+            "answer_tail": SourceOption(False, "write the '# Answer' tail where a step ends the solution"),
         },
     )
 )  # fmt: skip

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from stepkd.data.rows import STEPWISE, shown
-from stepkd.data.sources.registry import Options, RawRow, Row, Source, as_text, passed_on, register
+from stepkd.data.rows import STEPWISE, Row, shown
+from stepkd.data.sources.registry import Options, RawRow, Source, as_text, passed_on, register
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 """The benchmark's parts, in its order."""
@@ -61,7 +61,7 @@ def first_error_row(raw: RawRow) -> Row:
         labels[first:] = [False, *[None] * (len(steps) - first - 1)]
     row: Row = {"prompt": raw["prompt"], "completions": steps, "labels": labels, "first_error": first}
     row |= passed_on(raw, "outcome")
-    return row | {name: as_text(value) for name, value in passed_on(raw, "id").items()}
+    return row | passed_on(raw, "id")
 
 
 def _map(raw: RawRow, options: Options) -> Row:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.io import READABLE_ENDINGS, file_ending, read_rows
-from stepkd.data.rows import Contract, did_you_mean, shown
-from stepkd.errors import ConfigError, DataError
+from pydantic import TypeAdapter, ValidationError
 
-Row = dict[str, Any]
+from stepkd.data.io import READABLE_ENDINGS, file_ending, read_rows
+from stepkd.data.rows import Contract, Row, did_you_mean, shown
+from stepkd.errors import ConfigError, DataError, check_choice
+
 Options = Mapping[str, Any]
 
 
@@ -41,13 +42,15 @@ Generate = Callable[[Options, str], Iterator[Row]]
 
 
 @dataclass(frozen=True)
-class Option:
+class SourceOption:
     """A setting that only one source has."""
 
     default: Any
     """Value when the option is not given; its type is the type asked for (None: anything)."""
     help: str
     """One line for listings."""
+    choices: tuple[str, ...] = ()
+    """The values that are allowed; empty: any of the default's type."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Source:
     """Split when none is asked for."""
     evaluation_only: frozenset[str] = frozenset()
     """Splits that must not be trained on; "*" stands for all of them."""
-    options: Mapping[str, Option] = field(default_factory=dict)
+    options: Mapping[str, SourceOption] = field(default_factory=dict)
     """The options it understands."""
     generate: Generate | None = None
     """For generated sources: (options, split) -> raw rows; such a source takes no path and no hub id."""
@@ -102,12 +105,20 @@ class Source:
         for name, value in options.items():
             if name not in self.options:
                 raise ConfigError(f"source {self.name!r} has no option {name!r}; {did_you_mean(name, self.options)}")
-            default = self.options[name].default
-            if value is None or default is None or _same_type(value, default):
+            option = self.options[name]
+            if option.default is None:
                 continue
-            raise ConfigError(
-                f"option {name!r} of source {self.name!r} must be {type(default).__name__}, found {shown(value)}"
-            )
+            if value is None:
+                raise ConfigError(f"option {name} of source {self.name!r} is null; leave it out for its default")
+            kind = type(option.default)
+            try:
+                TypeAdapter(kind).validate_python(value, strict=True)
+            except ValidationError:
+                raise ConfigError(
+                    f"option {name!r} of source {self.name!r} must be {kind.__name__}, found {shown(value)}"
+                ) from None
+            if option.choices:
+                check_choice(f"option {name} of source {self.name!r}", value, option.choices)
         return {name: options.get(name, option.default) for name, option in self.options.items()}
 
     def select(self, row: Mapping[str, Any], columns: Mapping[str, str], *, path: str, line: int) -> RawRow:
@@ -152,17 +163,9 @@ class Source:
                     "of your own set source: rows",
                     path=path, line=line, column=candidates[0],
                 )  # fmt: skip
+        if values.get("id") is not None:
+            values["id"] = as_text(values["id"])
         return RawRow(values, path=path, line=line, columns=columns)
-
-
-def _same_type(value: object, default: object) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, int | float)
-    if isinstance(default, Mapping):
-        return isinstance(value, Mapping)
-    return isinstance(value, type(default))
 
 
 _SOURCES: dict[str, Source] = {}
@@ -239,11 +242,6 @@ def passed_on(raw: RawRow, *names: str) -> Row:
     return {name: raw[name] for name in names if raw.get(name) is not None}
 
 
-def place(path: str | Path, split: str | None = None) -> str:
-    """Return the name of a place that is not a plain file: ``openai/gsm8k:test``."""
-    return str(path) if split is None else f"{path}:{split}"
-
-
 Read = tuple[Row, str, int]
 """A raw row, the place it came from, and its line there."""
 
@@ -311,39 +309,25 @@ def _data_files_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file_ending(file) and not file.name.startswith("."))
 
 
-def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder was written by ``datasets``' ``save_to_disk``."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def read_files(files: list[Path]) -> Iterator[Read]:
-    """Stream the rows of one file or of several shards.
+def read_path(path: Path, source: Source, split: str, config: str | None) -> Iterator[Read]:
+    """Stream a file, the files of a split in a folder, or a folder written by ``datasets``' ``save_to_disk``.
 
     Args:
-        files: in order.
-
-    Yields:
-        ``(row, path, line)``.
-    """
-    for file in files:
-        for row, line in read_rows(file):
-            yield row, str(file), line
-
-
-def read_saved(path: Path, source: Source, split: str) -> Iterator[Read]:
-    """Stream a folder written by ``save_to_disk``.
-
-    Args:
-        path: the folder.
+        path: what to read.
         source: for its split names.
-        split: our split name; of no account when the folder holds a single dataset.
+        split: our split name; of no account in a file, and in a saved folder that holds a single dataset.
+        config: see :func:`data_files`.
 
     Yields:
-        ``(row, "path:split", row number)``.
+        ``(row, path, line)``; of a saved folder ``(row, "path:split", row number)``.
 
     Raises:
         DataError: the split is not there, or the folder cannot be read.
     """
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        for file in data_files(path, source, split, config) if path.is_dir() else [path]:
+            yield from ((row, str(file), line) for row, line in read_rows(file))
+        return
     import datasets
 
     try:
@@ -355,36 +339,43 @@ def read_saved(path: Path, source: Source, split: str) -> Iterator[Read]:
         if key not in loaded:
             raise DataError(f"the saved dataset has no split {split!r}; {did_you_mean(split, loaded)}", path=path)
         loaded = loaded[key]
-    yield from _numbered(loaded, place(path, split))
+    yield from _numbered(loaded, f"{path}:{split}")
 
 
-def read_hub(hub: str, configs: tuple[str, ...], split: str) -> Iterator[Read]:
+def read_hub(source: Source, split: str, hub: str | None = None, config: str | None = None) -> Iterator[Read]:
     """Stream a hub dataset, downloading it unless it is cached.
 
     Args:
-        hub: dataset id, ``owner/name``.
-        configs: configurations to join; empty: the only one.
-        split: the hub's own split name.
+        source: for its dataset, configurations and split names.
+        split: our split name, or the hub's.
+        hub: dataset id (``owner/name``) in place of the source's own, with splits of its own.
+        config: configuration in place of the source's own, which are joined.
 
     Yields:
         ``(row, "hub id:split", row number)``.
 
     Raises:
+        ConfigError: the source has no such split.
         DataError: no network and no cache, or no such dataset, configuration or split.
     """
     import datasets
 
-    for config in configs or (None,):
-        name = place(hub if config is None else f"{hub}/{config}", split)
+    own, dataset = hub in (None, source.hub), hub or source.hub or ""
+    if own:
+        asked, split = split, source.splits.get(split, split)
+        if split not in source.splits.values():
+            raise ConfigError(f"source {source.name!r} has no split {asked!r}; {did_you_mean(asked, source.splits)}")
+    for name in (config,) if config is not None else (own and source.hub_configs) or (None,):
+        place = f"{dataset}{'' if name is None else f'/{name}'}:{split}"
         try:
-            loaded = datasets.load_dataset(hub, config, split=split)
+            loaded = datasets.load_dataset(dataset, name, split=split)
         except Exception as error:  # network, cache, id, config and split errors come as many unrelated classes
             raise DataError(
                 f"cannot load this from the hub: {_reason(error)}. No network? Give path=<file or folder> instead; "
                 "otherwise check the dataset id, hub_config and split",
-                path=name,
+                path=place,
             ) from error
-        yield from _numbered(loaded, name)
+        yield from _numbered(loaded, place)
 
 
 def _numbered(rows: Any, name: str) -> Iterator[Read]:
@@ -398,23 +389,3 @@ def _numbered(rows: Any, name: str) -> Iterator[Read]:
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def hub_split(source: Source, split: str, *, own_hub: bool) -> str:
-    """Translate our split name to the hub's.
-
-    Args:
-        source: whose splits these are.
-        split: our split name.
-        own_hub: the dataset is the source's own; on another one the name is passed on as it is.
-
-    Raises:
-        ConfigError: the source has no such split.
-    """
-    if not own_hub:
-        return split
-    if split in source.splits:
-        return source.splits[split]
-    if split in source.splits.values():
-        return split
-    raise ConfigError(f"source {source.name!r} has no split {split!r}; {did_you_mean(split, source.splits)}")

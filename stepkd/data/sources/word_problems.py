@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import re
 
-from stepkd.data.rows import PROBLEM
-from stepkd.data.sources.registry import Option, Options, RawRow, Row, Source, as_text, passed_on, register
+from stepkd.data.rows import PROBLEM, Row
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, as_text, passed_on, register
 
 
 def _map(raw: RawRow, options: Options) -> Row:
     row = {"prompt": _prompt(raw), "answer": _number(raw["answer"])}
-    return row | {name: as_text(value) for name, value in passed_on(raw, "id").items()} | passed_on(raw, "equation")
+    return row | passed_on(raw, "id", "equation")
 
 
 def _prompt(raw: RawRow) -> object:
@@ -119,7 +119,7 @@ GSM8K = register(
         hub="openai/gsm8k",
         hub_configs=("main",),
         evaluation_only=frozenset({"test"}),
-        options={"calculator_marks": Option(False, "keep the <<48/2=24>> marks in the solution text")},
+        options={"calculator_marks": SourceOption(False, "keep the <<48/2=24>> marks in the solution text")},
     )
 )
 """The GSM8K source."""
