@@ -60,7 +60,7 @@ ORDER = [
     {"iteration"},
     {"claims"},
     {"quickstart"},
-    {"cli", "commands", "doctor", "__main__"},
+    {"cli", "commands", "__main__"},
 ]
 """Rooms in the order in which they may import each other; those of one line do not (the command line's parts do)."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from types import SimpleNamespace
 
-from stepkd.commands.recipe_options import add_recipe_arguments, recipe_words
+from stepkd.commands.recipes import add_recipe_arguments, recipe_words
 from stepkd.errors import ConfigError
 from stepkd.runs.progress import WorkLine
 

@@ -38,6 +38,11 @@ def memory_free(root: Path = _ROOT, meminfo: Path = Path("/proc/meminfo")) -> in
     return min(known) if known else None
 
 
+def memory_peak() -> int | None:
+    """Bytes of this process's largest resident set so far; unlike ``getrusage``'s, not that of the process before."""
+    return _field(Path("/proc/self/status"), "VmHWM:") * 1024 or None
+
+
 def processors(root: Path = _ROOT) -> float:
     """Processors that this process may use: those it is bound to, within its control group's share."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

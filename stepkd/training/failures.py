@@ -289,7 +289,7 @@ def _memory(text: str, module: Any, last: Path | None) -> str:
         f"out of memory{where}. Three settings take less, in this order: model.init_args.micro_batch_tokens{now}; "
         "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "
         f"(recipes/strategy/fsdp2.yaml) in place of all weights on every device{more}. `stepkd doctor --config ...` "
-        f"foretells the need. {kept}({_first_line(text)})"
+        f"measures the need. {kept}({_first_line(text)})"
     )
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stepkd.cli import main
-from stepkd.doctor import environment
-from stepkd.doctor.environment import Finding, gib, look_around
-from stepkd.models import cpu
+from stepkd.commands import doctor
+from stepkd.commands.doctor import Finding, gib, look_around
+from stepkd.models import cpu, limits
 from stepkd.models.limits import memory_free, memory_limit, memory_used, processors
 
 
@@ -49,8 +49,8 @@ def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
-    monkeypatch.setattr(environment, "processors", lambda: 0.5)
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(limits, "processors", lambda: 0.5)
     monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx2"}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = look_around(tmp_path, {})
