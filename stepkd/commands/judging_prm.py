@@ -192,7 +192,7 @@ def run_best_of_n(arguments: argparse.Namespace) -> int:
 
 def compare_scorers(arguments: argparse.Namespace, summaries: tuple[dict[str, Any], dict[str, Any]]) -> int:
     """``stepkd evaluate --compare A B`` of two step scorers."""
-    from stepkd.evaluation.process_summary import compare_process
+    from stepkd.evaluation.process import compare_process
 
     a, b = arguments.compare
     differences = compare_process(a, b, summaries, seed=arguments.seed)

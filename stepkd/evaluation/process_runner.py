@@ -18,14 +18,13 @@ from stepkd.data.benchmarks import PROCESS_BENCHMARKS, unknown_benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.spec import DataSpec, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.diagnostics import task_swaps
 from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
 from stepkd.evaluation.manifest import MANIFEST_FORMAT, RESULTS_NAME, package_versions
-from stepkd.evaluation.order_swap import task_swaps
-from stepkd.evaluation.process_summary import summarise_process
+from stepkd.evaluation.process import summarise_process
 from stepkd.evaluation.store import ResultStore
 from stepkd.runs.files import write_json
-from stepkd.scorers.rows import score_rows, step_scores
-from stepkd.scorers.scorer import StepScorer
+from stepkd.scorers.scorer import StepScorer, score_rows, step_scores
 from stepkd.steps.labels import check_threshold, first_incorrect, verdicts
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")

@@ -11,9 +11,8 @@ from typing import Any
 
 from stepkd.errors import DataError
 from stepkd.evaluation.store import ResultStore
-from stepkd.scorers.prefix import packed
-from stepkd.scorers.rows import problem_key, score_rows
-from stepkd.scorers.scorer import StepScorer
+from stepkd.scorers.prm import packed
+from stepkd.scorers.scorer import StepScorer, problem_key, score_rows
 
 Report = Callable[[int, int], None]
 

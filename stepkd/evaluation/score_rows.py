@@ -35,9 +35,15 @@ from stepkd.evaluation.score_batches import Report, score_batches
 from stepkd.runs.files import write_file, write_jsonl
 from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
 from stepkd.scorers.load import ScorerOptions, load_scorer
-from stepkd.scorers.reductions import Reduction, default_reduction, reduce_scores
-from stepkd.scorers.rows import problem_key, score_rows, step_scores
-from stepkd.scorers.scorer import StepScorer
+from stepkd.scorers.scorer import (
+    Reduction,
+    StepScorer,
+    default_reduction,
+    problem_key,
+    reduce_scores,
+    score_rows,
+    step_scores,
+)
 from stepkd.steps import SEGMENTERS
 
 _TEMPERATURE = "temperature.json"

@@ -21,7 +21,7 @@ from stepkd.labels.convert import Converted, Converter, ConvertOptions, register
 from stepkd.labels.matching import label_column
 from stepkd.labels.solutions import PROBLEM_COLUMNS
 from stepkd.runs.files import write_jsonl
-from stepkd.scorers.rows import problem_key
+from stepkd.scorers.scorer import problem_key
 from stepkd.steps.format import written_steps
 from stepkd.steps.labels import label_kind, tally, verdicts
 

@@ -28,8 +28,8 @@ from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
 from stepkd.rollout.transformers_sampler import encode_prompts
-from stepkd.scorers.arithmetic import ArithmeticScorer
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
+from stepkd.scorers.rules import ArithmeticScorer
 from stepkd.steps import SegmentThreshold
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from stepkd.errors import ConfigError, check_choice
 from stepkd.labels.settings import JobSpec
-from stepkd.scorers.reductions import Reduction
+from stepkd.scorers.scorer import Reduction
 from stepkd.search.mcts import SearchSettings
 from stepkd.search.pairs import PairSettings
 from stepkd.steps import get_segmenter

@@ -84,7 +84,7 @@ def _choose(context: Context, model: str, student: str) -> dict[str, Any]:
     scores = score_tiny(model, rows)
     curve = curves_tiny(
         rows,
-        {"prm": reduce_solutions(scores, "product", meaning="correctness").values},
+        {"prm": reduce_solutions(scores, "product", meaning="correctness")},
         (1, 2, 4, SAMPLES),
         seed=context.seed,
     )

@@ -7,35 +7,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from stepkd.scorers.scorer import Meaning, Solutions, StepScorer, score_one
+from stepkd.scorers.scorer import (
+    Meaning,
+    Reduction,
+    Solutions,
+    StepScorer,
+    default_reduction,
+    reduce_scores,
+    reduce_solutions,
+    score_one,
+    score_rows,
+)
 
 if TYPE_CHECKING:
-    from stepkd.scorers.arithmetic import ArithmeticScorer
     from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
-    from stepkd.scorers.checker import CheckerScorer
-    from stepkd.scorers.gain import GainScorer
     from stepkd.scorers.judge import PromptedJudge
     from stepkd.scorers.load import ScorerOptions, load_scorer
     from stepkd.scorers.prm import PRMScorer
     from stepkd.scorers.published import load_published
-    from stepkd.scorers.reductions import default_reduction, reduce_scores, reduce_solutions
-    from stepkd.scorers.rows import score_rows
+    from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer
 
 _LAZY = {
-    "ArithmeticScorer": "arithmetic",
-    "CheckerScorer": "checker",
-    "GainScorer": "gain",
+    "ArithmeticScorer": "rules",
+    "CheckerScorer": "rules",
+    "GainScorer": "rules",
     "PRMScorer": "prm",
     "PromptedJudge": "judge",
     "ScorerOptions": "load",
     "TemperatureScaling": "calibration",
-    "default_reduction": "reductions",
     "fit_temperature": "calibration",
     "load_published": "published",
     "load_scorer": "load",
-    "reduce_scores": "reductions",
-    "reduce_solutions": "reductions",
-    "score_rows": "rows",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Meaning",
     "PRMScorer",
     "PromptedJudge",
+    "Reduction",
     "ScorerOptions",
     "Solutions",
     "StepScorer",

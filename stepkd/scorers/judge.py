@@ -13,26 +13,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import ConfigError, DataError
 from stepkd.losses.prm import label_token_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.rollout.branches import gap_limit
 from stepkd.rollout.decode import Decoder
-from stepkd.scorers.calibration import TemperatureScaling
-from stepkd.scorers.prefix import continue_rows, packed, padded_right
-from stepkd.scorers.prm import calibrated, check_limits, longest, not_numbers, policy_provenance
-from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.scorers.prm import Ids, PolicyScorer, ReadingOptions, continue_rows, packed, padded_right
+from stepkd.scorers.scorer import Meaning, Row, Solutions
 from stepkd.steps import marker_token_id
 
 JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
@@ -42,10 +39,8 @@ YES = ("Yes", " Yes", "yes", " yes")
 NO = ("No", " No", "no", " no")
 _PLACE = "<<<the steps go here>>>"
 
-Ids = tuple[int, ...]
 
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Case:
     """One solution with its questions."""
 
@@ -59,6 +54,8 @@ class _Case:
     """Ids of each step's question."""
     total: int
     """Number of steps, those that do not fit included."""
+    scores: list[float] = field(default_factory=list)
+    """Scores of the steps that are judged, in their order."""
 
     @property
     def cuts(self) -> list[int]:
@@ -66,12 +63,12 @@ class _Case:
         return list(accumulate(map(len, self.steps), initial=len(self.head)))[1:]
 
     @property
-    def solution(self) -> Ids:
+    def ids(self) -> Ids:
         """All steps."""
         return tuple(token for step in self.steps for token in step)
 
 
-class PromptedJudge:
+class PromptedJudge(PolicyScorer):
     """Scores steps by asking a language model about each.
 
     Args:
@@ -80,16 +77,9 @@ class PromptedJudge:
         question: asked behind the steps; must hold ``{step}``, the step's number from 1.
         yes, no: surface forms whose probabilities are added up, in pairs; None: the usual pairs of single tokens.
         reference: show the row's ``solution`` (else its ``answer``) to the model.
-        max_length: longest question with all before it in tokens, at least 2; None: the model's context. Steps beyond
-            it are not scored.
-        max_rows: most rows in one forward pass, at least 1.
-        shared_prefix: read each problem and solution once; False reads them again for every step (the same scores), and
-            so it is done where the model's attention does not allow the other (a sliding window that is too short).
-        temperature: scaling of the scores, fitted on held-out labels.
-        name: what to call the model in the provenance; None: its path.
-
-    Attributes:
-        tokens: tokens read so far, without padding: ``prompt``, ``solution`` and ``question``.
+        **reading: see :class:`~stepkd.scorers.prm.ReadingOptions`. Without ``shared_prefix`` problem and solution are
+            read again for every step (the same scores), and so it is done where the model's attention does not allow
+            the other (a sliding window that is too short).
 
     Raises:
         ConfigError: a form that is not one token, no usable pair of forms, a question without ``{step}``, or a number
@@ -107,27 +97,14 @@ class PromptedJudge:
         yes: Sequence[str] | None = None,
         no: Sequence[str] | None = None,
         reference: bool = False,
-        max_length: int | None = None,
-        max_rows: int = 32,
-        shared_prefix: bool = True,
-        temperature: TemperatureScaling | None = None,
-        name: str | None = None,
+        **reading: Unpack[ReadingOptions],
     ) -> None:
-        check_limits(max_length, max_rows)
+        super().__init__(policy, template, **reading)
         if question.count("{step}") != 1:
             raise ConfigError(f"the judge's question must hold {{step}} once, found {question!r}")
-        self.policy = policy
-        self.tokenizer = policy.tokenizer
-        self.template = get_template(template)
         self.question = question
         self.yes_ids, self.no_ids = answer_ids(policy.tokenizer, yes, no)
         self.reference = reference
-        self.max_length = longest(policy, max_length)
-        self.max_rows = max_rows
-        self.shared_prefix = shared_prefix
-        self.temperature = temperature
-        self.name = name
-        self.tokens: Counter[str] = Counter()
 
     @torch.no_grad()
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
@@ -138,7 +115,6 @@ class PromptedJudge:
             ModelError: the model's probabilities are not numbers.
         """
         cases = [[self._case(problem, steps) for steps in problem.solutions] for problem in problems]
-        scores: dict[int, list[float]] = {}
         groups = [[case for case in group if case.steps] for group in cases]
         groups = sorted((group for group in groups if group), key=lambda group: -len(group[0].head))
         decoder = Decoder(self.policy, max_rows=self.max_rows)
@@ -147,19 +123,16 @@ class PromptedJudge:
             for block in packed([len(group) for group in groups], self.max_rows):
                 chosen = [groups[g] for g in block]
                 if gaps is not None and gaps.allows(_width(chosen)):
-                    scores |= self._shared(decoder, chosen)
+                    self._shared(decoder, chosen)
                 else:
-                    scores |= self._apart([case for group in chosen for case in group])
-        return [
-            [scores.get(id(case), []) + [math.nan] * (case.total - len(case.steps)) for case in group]
-            for group in cases
-        ]
+                    self._apart([case for group in chosen for case in group])
+        return [[case.scores + [math.nan] * (case.total - len(case.steps)) for case in group] for group in cases]
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
         forms = {"yes": list(self.yes_ids), "no": list(self.no_ids)}
         asked = {"scorer": "judge", "question": self.question, "reference": self.reference, "answer_ids": forms}
-        return asked | policy_provenance(self)
+        return asked | super().provenance()
 
     def _case(self, problem: Solutions, steps: Sequence[str]) -> _Case:
         name = str(problem.row.get("id", "?"))
@@ -178,7 +151,7 @@ class PromptedJudge:
             kept += 1
         return _Case(name, head, tuple(step_ids[:kept]), tuple(asked[:kept]), len(steps))
 
-    def _text(self, row: Any, name: str) -> str:
+    def _text(self, row: Row, name: str) -> str:
         """Problem and reference, with a place for the steps."""
         prompt = row.get("prompt")
         if isinstance(prompt, list):
@@ -207,17 +180,9 @@ class PromptedJudge:
         lead = next((n for n in range(len(whole)) if whole[n : n + len(own)] == own), 0)
         return whole[:lead] + own  # what some tokenizers put behind every text is left out
 
-    def _shared(self, decoder: Decoder, groups: list[list[_Case]]) -> dict[int, list[float]]:
+    def _shared(self, decoder: Decoder, groups: list[list[_Case]]) -> None:
         """Heads once, solutions once behind them, then every question on a copy of its solution's cache."""
-        heads = [group[0].head for group in groups]
-        self.tokens["prompt"] += sum(map(len, heads))
-        read = decoder.read(heads, padding="left")
-        rows = [(g, case) for g, group in enumerate(groups) for case in sorted(group, key=lambda c: -len(c.solution))]
-        scores: dict[int, list[float]] = {}
-        for start in range(0, len(rows), self.max_rows):
-            sources, cases = zip(*rows[start : start + self.max_rows], strict=True)
-            self.tokens["solution"] += sum(len(case.solution) for case in cases)
-            solved = continue_rows(decoder, read, sources, [case.solution for case in cases])
+        for cases, solved in self._continued(decoder, groups):
             asked = [
                 (b, cut, question)
                 for b, case in enumerate(cases)
@@ -227,17 +192,13 @@ class PromptedJudge:
                 owners, cuts, questions = zip(*asked[first : first + self.max_rows], strict=True)
                 self.tokens["question"] += sum(map(len, questions))
                 hidden_BTH = continue_rows(decoder, solved, owners, questions, cuts=cuts).hidden_PTH
-                names = [cases[b].name for b in owners]
-                for b, score in zip(owners, self._answers(hidden_BTH, questions, names), strict=True):
-                    scores.setdefault(id(cases[b]), []).append(score)
-        return scores
+                self._answer([cases[b] for b in owners], questions, hidden_BTH)
 
-    def _apart(self, cases: list[_Case]) -> dict[int, list[float]]:
+    def _apart(self, cases: list[_Case]) -> None:
         """Every question with all before it."""
-        scores: dict[int, list[float]] = {}
         rows = []
         for case in cases:
-            whole = case.head + case.solution
+            whole = case.head + case.ids
             for cut, question in zip(case.cuts, case.questions, strict=True):
                 rows.append((case, whole[:cut] + question))
                 self.tokens["prompt"] += len(case.head)
@@ -245,21 +206,16 @@ class PromptedJudge:
                 self.tokens["question"] += len(question)
         for start in range(0, len(rows), self.max_rows):
             owners, texts = zip(*rows[start : start + self.max_rows], strict=True)
-            hidden_BTH = self.policy.hidden(*padded_right(self.policy, texts))
-            names = [case.name for case in owners]
-            for case, score in zip(owners, self._answers(hidden_BTH, texts, names), strict=True):
-                scores.setdefault(id(case), []).append(score)
-        return scores
+            self._answer(owners, texts, self.policy.hidden(*padded_right(self.policy, texts)))
 
-    def _answers(self, hidden_BTH: Tensor, rows: Sequence[Ids], names: Sequence[str]) -> list[float]:
-        """P(yes) against P(no) behind each row's last token."""
+    def _answer(self, owners: Sequence[_Case], rows: Sequence[Ids], hidden_BTH: Tensor) -> None:
+        """Give each row's case P(yes) against P(no) behind the row's last token."""
         last_B = torch.tensor([len(row) - 1 for row in rows], device=hidden_BTH.device)
         hidden_SH = hidden_BTH[torch.arange(len(rows), device=hidden_BTH.device), last_B]
         logps_SC = label_token_logps(self.policy.head, hidden_SH, [*self.no_ids, *self.yes_ids])
-        yes_S = logps_SC[:, len(self.no_ids) :].double().exp().sum(-1).cpu()
-        if torch.isnan(yes_S).any():
-            raise ModelError(not_numbers(names[int(torch.isnan(yes_S).nonzero()[0])]))
-        return calibrated(yes_S.clamp(0, 1).tolist(), self.temperature)
+        yes_S = logps_SC[:, len(self.no_ids) :].double().exp().sum(-1)
+        for case, score in zip(owners, self._scores(yes_S, [case.name for case in owners]), strict=True):
+            case.scores.append(score)
 
 
 def answer_ids(
@@ -307,4 +263,4 @@ def _width(groups: list[list[_Case]]) -> int:
     """Cached positions of a block and its longest question, padding included."""
     cases = [case for group in groups for case in group]
     asked = max(len(question) for case in cases for question in case.questions)
-    return max(len(case.head) for case in cases) + max(len(case.solution) for case in cases) + asked
+    return max(len(case.head) for case in cases) + max(len(case.ids) for case in cases) + asked

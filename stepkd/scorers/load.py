@@ -16,13 +16,11 @@ from stepkd.models.checkpoint import find_checkpoint, load_trained
 from stepkd.models.step_head import StepHeadSpec
 from stepkd.models.step_head_io import step_head_from_dict
 from stepkd.models.trained_template import trained_template
-from stepkd.scorers.arithmetic import ArithmeticScorer
 from stepkd.scorers.calibration import TemperatureScaling
-from stepkd.scorers.checker import CheckerScorer
-from stepkd.scorers.gain import GainScorer
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.published import PublishedKind, load_published, recognise
+from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer
 from stepkd.scorers.scorer import StepScorer
 
 ScorerKind = Literal["prm", "judge", "checker", "arithmetic", "gain", "math-shepherd", "qwen-prm", "trl"]

@@ -1,15 +1,17 @@
-"""Trained process reward models as scorers: many solutions of one problem, its prompt read once.
+"""Trained process reward models as scorers, and what they share with judges: many solutions of one problem, its prompt
+read once, every solution read on a copy of the prompt's cache.
 
 Axes: B rows, T padded length, S scored steps, H hidden size.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -20,52 +22,146 @@ from stepkd.errors import ConfigError, ModelError, UnreadableSolution
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
-from stepkd.rollout.decode import Decoder
+from stepkd.rollout.decode import Decoder, Reading
 from stepkd.scorers.calibration import TemperatureScaling
-from stepkd.scorers.prefix import continue_rows, packed, padded_right
-from stepkd.scorers.rows import row_steps
-from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
 
 _NO_LIMIT = 10**9
 
+Ids = tuple[int, ...]
 
-@dataclass(frozen=True)
+
+class ReadingOptions(TypedDict, total=False):
+    """How a scorer reads with its language model."""
+
+    max_length: int | None
+    """Longest row (prompt, solution and a judge's question) in tokens, at least 2; None: the model's context. Steps
+    beyond it are not scored."""
+    max_rows: int
+    """Most rows in one forward pass, at least 1; changes memory and speed, and results by rounding. Default 32."""
+    shared_prefix: bool
+    """Read what several rows begin with once; False reads it again for each (the same scores)."""
+    temperature: TemperatureScaling | None
+    """Scaling of the scores, fitted on held-out labels."""
+    name: str | None
+    """What to call the model in the provenance; None: its path."""
+
+
+class _Read(Protocol):
+    """A row that is read behind a head that others share."""
+
+    head: Ids
+
+    @property
+    def ids(self) -> Ids: ...
+
+
+R = TypeVar("R", bound=_Read)
+
+
+class PolicyScorer:
+    """What scorers that read with a language model share.
+
+    Args:
+        policy: the model; in evaluation mode while it scores.
+        template: prompt template.
+        max_length, max_rows, shared_prefix, temperature, name: see :class:`ReadingOptions`.
+
+    Attributes:
+        tokens: tokens read so far, without padding: ``prompt``, ``solution`` and, of a judge, ``question``.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+
+    meaning: Meaning
+
+    def __init__(
+        self,
+        policy: Policy,
+        template: str | PromptTemplate,
+        *,
+        max_length: int | None = None,
+        max_rows: int = 32,
+        shared_prefix: bool = True,
+        temperature: TemperatureScaling | None = None,
+        name: str | None = None,
+    ) -> None:
+        if max_rows < 1:
+            raise ConfigError(f"max_rows={max_rows}: at least one row must be read at once")
+        if max_length is not None and max_length < 2:
+            raise ConfigError(f"max_length={max_length}: at least one prompt and one solution token")
+        self.policy = policy
+        self.tokenizer = policy.tokenizer
+        self.template = get_template(template)
+        self.max_length = min(max_length or _NO_LIMIT, policy.max_length or _NO_LIMIT)
+        self.max_rows = max_rows
+        self.shared_prefix = shared_prefix
+        self.temperature = temperature
+        self.name = name
+        self.tokens: Counter[str] = Counter()
+
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
+        return {
+            "model": self.name or (None if self.policy.spec is None else self.policy.spec.path),
+            "weights": weights_fingerprint(self.policy),
+            "dtype": str(next(self.policy.parameters()).dtype).removeprefix("torch."),
+            "prompt": self.template.prompt_id(self.tokenizer),
+            "template": template_name(self.template),
+            "max_length": self.max_length,
+            "meaning": self.meaning,
+            "temperature": None if self.temperature is None else self.temperature.temperature,
+        }
+
+    def _continued(self, decoder: Decoder, groups: Sequence[Sequence[R]]) -> Iterator[tuple[Sequence[R], Reading]]:
+        """The heads of groups, read once each; then the groups' rows, ``max_rows`` at a time, behind their heads."""
+        heads = [group[0].head for group in groups]
+        self.tokens["prompt"] += sum(map(len, heads))
+        read = decoder.read(heads, padding="left")
+        rows = [(g, row) for g, group in enumerate(groups) for row in sorted(group, key=lambda row: -len(row.ids))]
+        for start in range(0, len(rows), self.max_rows):
+            sources, part = zip(*rows[start : start + self.max_rows], strict=True)
+            self.tokens["solution"] += sum(len(row.ids) for row in part)
+            yield part, continue_rows(decoder, read, sources, [row.ids for row in part])
+
+    def _scores(self, values_S: Tensor, problems: Sequence[str]) -> list[float]:
+        """Scores in [0, 1], scaled by the temperature; ``problems`` names each one's problem for the message."""
+        values_S = values_S.double().cpu()
+        if torch.isnan(values_S).any():
+            raise ModelError(
+                f"the scores of problem {problems[int(torch.isnan(values_S).nonzero()[0])]!r} are not numbers (NaN): "
+                "the model's weights have diverged, or float16 overflowed (use bfloat16 or float32)"
+            )
+        scores: list[float] = values_S.clamp(0, 1).tolist()
+        return scores if self.temperature is None else [float(score) for score in self.temperature.apply(scores)]
+
+
+@dataclass(eq=False)
 class _Item:
     """One solution, ready to be read."""
 
     name: str
     """Its problem's id, for messages."""
-    prompt_ids: tuple[int, ...]
+    head: Ids
     """Prompt ids."""
-    ids: tuple[int, ...]
+    ids: Ids
     """Solution ids up to the last position that is needed."""
     places: tuple[tuple[int, int], ...]
     """(step, index in ``ids`` at which it is scored)."""
-    steps: int
-    """Number of steps, those that were cut off included."""
+    scores: list[float]
+    """One per step: NaN until it is scored, and where it was cut off."""
 
 
-def _unread(steps: int) -> Layout:
-    return Layout((), (), (_NO_LIMIT,) * steps)
-
-
-class PRMScorer:
+class PRMScorer(PolicyScorer):
     """Scores steps with a model that has a step head.
 
     Args:
         policy: the model, with :meth:`~stepkd.models.policy.Policy.attach_step_head` done; in evaluation mode while it
             scores.
         template: prompt template; must be the one that the model was trained with.
-        max_length: longest prompt + solution in tokens, at least 2; None: the model's context. Steps beyond it are not
-            scored.
-        max_rows: most solutions in one forward pass, at least 1; changes memory and speed, and results by rounding.
-        shared_prefix: read the prompt of several solutions once; False reads it again for each (the same scores).
-        temperature: scaling of the scores, fitted on held-out labels.
-        name: what to call the model in the provenance; None: its path.
         encoder: how solutions become token ids.
-
-    Attributes:
-        tokens: tokens read so far, without padding: ``prompt`` and ``solution``.
+        **reading: see :class:`ReadingOptions`.
 
     Raises:
         ModelError: the model has no step head.
@@ -77,24 +173,12 @@ class PRMScorer:
         policy: Policy,
         *,
         template: str | PromptTemplate,
-        max_length: int | None = None,
-        max_rows: int = 32,
-        shared_prefix: bool = True,
-        temperature: TemperatureScaling | None = None,
-        name: str | None = None,
         encoder: type[StepEncoder] = StepEncoder,
+        **reading: Unpack[ReadingOptions],
     ) -> None:
         head = policy.require_step_head()
-        check_limits(max_length, max_rows)
-        self.policy = policy
-        self.tokenizer = policy.tokenizer
-        self.template = get_template(template)
-        self.meaning: Meaning = head.spec.meaning
-        self.max_length = longest(policy, max_length)
-        self.max_rows = max_rows
-        self.shared_prefix = shared_prefix
-        self.temperature = temperature
-        self.name = name
+        super().__init__(policy, template, **reading)
+        self.meaning = head.spec.meaning
         self.encoder = encoder(
             policy.tokenizer,
             self.template,
@@ -102,7 +186,6 @@ class PRMScorer:
             marker_id=head.ids.marker,
             max_length=_NO_LIMIT,
         )
-        self.tokens: Counter[str] = Counter()
 
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         """Score every step; see :class:`~stepkd.scorers.scorer.StepScorer`.
@@ -121,20 +204,7 @@ class PRMScorer:
         scores = iter(self._score_items(items))
         return [[next(scores) for _ in problem.solutions] for problem in problems]
 
-    def _layout(self, steps: Sequence[str], name: str) -> Layout:
-        """The solution's layout; one whose steps are read nowhere when it cannot be laid out."""
-        try:
-            return self.encoder.layout(steps, name)
-        except UnreadableSolution:
-            return _unread(len(steps))
-
-    def _row_layout(self, row: Mapping[str, Any]) -> Layout:
-        try:
-            return self.encoder.row_layout(row)
-        except UnreadableSolution:
-            return _unread(len(row.get("step_ends") or row.get("completions") or row.get("steps") or row_steps(row)))
-
-    def score_rows(self, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    def score_rows(self, rows: Sequence[Row]) -> list[list[float]]:
         """Score rows that carry their solution; sampled token ids are used as they are where this tokenizer wrote them.
 
         Args:
@@ -150,7 +220,7 @@ class PRMScorer:
             [self._item(str(row.get("id", "?")), self.encoder.prompt_ids(row), self._row_layout(row)) for row in rows]
         )
 
-    def unreadable(self, row: Mapping[str, Any]) -> str | None:
+    def unreadable(self, row: Row) -> str | None:
         """Why the solution of a row cannot be laid out, for the report; None when it can."""
         try:
             self.encoder.row_layout(row)
@@ -160,125 +230,142 @@ class PRMScorer:
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
-        return {"scorer": "prm", "head": asdict(self.policy.require_step_head().spec)} | policy_provenance(self)
+        return {"scorer": "prm", "head": asdict(self.policy.require_step_head().spec)} | super().provenance()
 
-    def _item(self, name: str, prompt: tuple[int, ...], layout: Layout) -> _Item:
-        room = self.max_length - len(prompt)
-        places = tuple((step, at) for step, at in enumerate(layout.read_at) if at < room)
-        if self.meaning == "outcome":
-            places = tuple(place for place in places if place[0] == len(layout.read_at) - 1)
+    def _layout(self, steps: Sequence[str], name: str) -> Layout:
+        """The solution's layout; one whose steps are read nowhere when it cannot be laid out."""
+        try:
+            return self.encoder.layout(steps, name)
+        except UnreadableSolution:
+            return _unread(len(steps))
+
+    def _row_layout(self, row: Row) -> Layout:
+        try:
+            return self.encoder.row_layout(row)
+        except UnreadableSolution:
+            return _unread(len(row.get("step_ends") or row.get("completions") or row.get("steps") or row_steps(row)))
+
+    def _item(self, name: str, prompt: Ids, layout: Layout) -> _Item:
+        room, steps = self.max_length - len(prompt), len(layout.read_at)
+        judged = range(steps - 1, steps) if self.meaning == "outcome" else range(steps)
+        places = tuple((step, layout.read_at[step]) for step in judged if layout.read_at[step] < room)
         end = places[-1][1] + 1 if places else 0
-        return _Item(name, prompt, layout.ids[:end], places, len(layout.read_at))
+        return _Item(name, prompt, layout.ids[:end], places, [math.nan] * steps)
 
     @torch.no_grad()
     def _score_items(self, items: Sequence[_Item]) -> list[list[float]]:
-        results = [[math.nan] * item.steps for item in items]
-        groups: dict[tuple[int, ...], list[_Item]] = defaultdict(list)
-        number = {id(item): i for i, item in enumerate(items)}
+        groups: dict[Ids, list[_Item]] = defaultdict(list)
         for item in items:
             if item.places:
-                groups[item.prompt_ids].append(item)
+                groups[item.head].append(item)
         shared = [group for group in groups.values() if self.shared_prefix and len(group) > 1]
         alone = [item for group in groups.values() if not (self.shared_prefix and len(group) > 1) for item in group]
         with evaluation_mode(self.policy):
-            for item, scores in [*self._score_alone(alone), *self._score_shared(shared)]:
-                for (step, _), score in zip(item.places, scores, strict=True):
-                    results[number[id(item)]][step] = score
-        return results
+            self._score_alone(sorted(alone, key=lambda item: -len(item.head) - len(item.ids)))
+            self._score_shared(sorted(shared, key=lambda group: -len(group[0].head)))
+        return [item.scores for item in items]
 
-    def _score_alone(self, items: list[_Item]) -> list[tuple[_Item, list[float]]]:
+    def _score_alone(self, items: list[_Item]) -> None:
         """Prompt and solution in one pass."""
-        items = sorted(items, key=lambda item: -len(item.prompt_ids) - len(item.ids))
-        scored: list[tuple[_Item, list[float]]] = []
         for start in range(0, len(items), self.max_rows):
             part = items[start : start + self.max_rows]
-            self._count(part, [item.prompt_ids for item in part])
-            ids_BT, mask_BT = padded_right(self.policy, [item.prompt_ids + item.ids for item in part])
-            hidden_BTH = self.policy.hidden(ids_BT, mask_BT)
-            scored += self._read(part, hidden_BTH, [len(item.prompt_ids) for item in part])
-        return scored
+            self.tokens["prompt"] += sum(len(item.head) for item in part)
+            self.tokens["solution"] += sum(len(item.ids) for item in part)
+            hidden_BTH = self.policy.hidden(*padded_right(self.policy, [item.head + item.ids for item in part]))
+            self._read(part, hidden_BTH, [len(item.head) for item in part])
 
-    def _score_shared(self, groups: list[list[_Item]]) -> list[tuple[_Item, list[float]]]:
+    def _score_shared(self, groups: list[list[_Item]]) -> None:
         """Prompts first, once each; then their solutions on copies of the cache."""
         decoder = Decoder(self.policy, max_rows=self.max_rows)
-        groups = sorted(groups, key=lambda group: -len(group[0].prompt_ids))
-        scored: list[tuple[_Item, list[float]]] = []
         for block in packed([len(group) for group in groups], self.max_rows):
-            prompts = [groups[g][0].prompt_ids for g in block]
-            self._count([], prompts)
-            read = decoder.read(prompts, padding="left")
-            rows = [
-                (p, item) for p, g in enumerate(block) for item in sorted(groups[g], key=lambda item: -len(item.ids))
-            ]
-            for start in range(0, len(rows), self.max_rows):
-                sources, part = zip(*rows[start : start + self.max_rows], strict=True)
-                self._count(part, [])
-                solved = continue_rows(decoder, read, sources, [item.ids for item in part])
-                scored += self._read(part, solved.hidden_PTH, [0] * len(part))
-        return scored
+            for part, solved in self._continued(decoder, [groups[g] for g in block]):
+                self._read(part, solved.hidden_PTH, [0] * len(part))
 
-    def _read(
-        self, items: Sequence[_Item], hidden_BTH: Tensor, offsets: Sequence[int]
-    ) -> list[tuple[_Item, list[float]]]:
-        """Scores at the reading positions, ``offsets`` tokens behind the start of each row."""
-        places = [(row, offsets[row] + at) for row, item in enumerate(items) for _, at in item.places]
-        rows_S, columns_S = torch.tensor(places, device=hidden_BTH.device).unbind(-1)
-        values_S = self.policy.step_scores(hidden_BTH[rows_S, columns_S]).double().cpu()
-        if torch.isnan(values_S).any():
-            row = places[int(torch.isnan(values_S).nonzero()[0])][0]
-            raise ModelError(not_numbers(items[row].name))
-        values = calibrated(values_S.clamp(0, 1).tolist(), self.temperature)
-        parts, start = [], 0
-        for item in items:
-            parts.append((item, values[start : start + len(item.places)]))
-            start += len(item.places)
-        return parts
-
-    def _count(self, items: Sequence[_Item], prompts: Sequence[Sequence[int]]) -> None:
-        self.tokens["prompt"] += sum(map(len, prompts))
-        self.tokens["solution"] += sum(len(item.ids) for item in items)
+    def _read(self, items: Sequence[_Item], hidden_BTH: Tensor, offsets: Sequence[int]) -> None:
+        """Score at the reading positions, ``offsets`` tokens behind the start of each row."""
+        places = [(row, step, offsets[row] + at) for row, item in enumerate(items) for step, at in item.places]
+        rows_S, _, columns_S = torch.tensor(places, device=hidden_BTH.device).unbind(-1)
+        values_S = self.policy.step_scores(hidden_BTH[rows_S, columns_S])
+        scores = self._scores(values_S, [items[row].name for row, _, _ in places])
+        for (row, step, _), score in zip(places, scores, strict=True):
+            items[row].scores[step] = score
 
 
-def longest(policy: Policy, max_length: int | None) -> int:
-    """Most tokens of a row: what was asked for, within the model's context."""
-    return min(max_length or _NO_LIMIT, policy.max_length or _NO_LIMIT)
+def _unread(steps: int) -> Layout:
+    return Layout((), (), (_NO_LIMIT,) * steps)
 
 
-def check_limits(max_length: int | None, max_rows: int) -> None:
-    """Refuse numbers out of range.
+def continue_rows(
+    decoder: Decoder,
+    reading: Reading,
+    sources: Sequence[int],
+    ids: Sequence[Sequence[int]],
+    *,
+    cuts: Sequence[int] | None = None,
+) -> Reading:
+    """Read continuations, padded on the right, of rows that have been read.
 
-    Raises:
-        ConfigError: naming the number.
+    Args:
+        decoder: reads with the model that read the rows, in evaluation mode and without gradients.
+        reading: what has been read, padded on the left or a continuation itself; left as it is, so that more
+            continuations can follow.
+        sources: for each of the B continuations, which row it continues.
+        ids: ids of the continuations, none empty.
+        cuts: how many tokens of its row each continuation sees, counted from the row's first; None: all. Needs a model
+            that allows gaps of this size (:func:`stepkd.rollout.branches.gap_limit`).
+
+    Returns:
+        The continuations' hidden states (B, T', H), with mask and cache of the whole rows.
     """
-    if max_rows < 1:
-        raise ConfigError(f"max_rows={max_rows}: at least one row must be read at once")
-    if max_length is not None and max_length < 2:
-        raise ConfigError(f"max_length={max_length}: at least one prompt and one solution token")
-
-
-def calibrated(scores: list[float], temperature: TemperatureScaling | None) -> list[float]:
-    """Scores after temperature scaling, if there is one."""
-    return scores if temperature is None else [float(score) for score in temperature.apply(scores)]
-
-
-def not_numbers(problem: str) -> str:
-    """The message for NaN scores."""
-    return (
-        f"the scores of problem {problem!r} are not numbers (NaN): the model's weights have diverged, or float16 "
-        "overflowed (use bfloat16 or float32)"
+    policy = decoder.policy
+    index_B = torch.tensor(sources, device=policy.device)
+    seen_BT = reading.mask_PT[index_B]
+    if cuts is not None:
+        cuts_B = torch.tensor(cuts, device=policy.device)
+        seen_BT = seen_BT * (seen_BT.cumsum(-1) <= cuts_B[:, None])
+    ids_BT, mask_BT = padded_right(policy, ids)
+    # Padding repeats its row's last position, so that no position exceeds the context; nothing ever looks at it.
+    ahead_BT = mask_BT.cumsum(-1) - 1
+    whole_BT = torch.cat([seen_BT, mask_BT], dim=1)
+    output = decoder.forward(
+        ids_BT, whole_BT, seen_BT.sum(-1, keepdim=True) + ahead_BT, _selected(reading.cache, index_B)
     )
+    return Reading(output.last_hidden_state, whole_BT, output.past_key_values)
 
 
-def policy_provenance(scorer: Any) -> dict[str, Any]:
-    """What is common to scorers that read with a language model."""
-    policy: Policy = scorer.policy
-    return {
-        "model": scorer.name or (None if policy.spec is None else policy.spec.path),
-        "weights": weights_fingerprint(policy),
-        "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
-        "prompt": scorer.template.prompt_id(policy.tokenizer),
-        "template": template_name(scorer.template),
-        "max_length": scorer.max_length,
-        "meaning": scorer.meaning,
-        "temperature": None if scorer.temperature is None else scorer.temperature.temperature,
-    }
+def padded_right(policy: Policy, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) padded on the right, and their mask."""
+    width = max(map(len, ids))
+    pad = int(policy.tokenizer.pad_token_id or 0)
+    ids_BT = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=policy.device)
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=policy.device)
+    return ids_BT, mask_BT
+
+
+def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Put groups into blocks of at most ``limit`` rows, in order; a group of more rows has a block of its own.
+
+    Args:
+        sizes: number of rows of each group, each at least 1.
+        limit: most rows of a block.
+
+    Returns:
+        Indices of the groups of each block.
+    """
+    blocks: list[list[int]] = []
+    filled = limit
+    for group, size in enumerate(sizes):
+        if filled + size > limit:
+            blocks.append([])
+            filled = 0
+        blocks[-1].append(group)
+        filled += size
+    return blocks
+
+
+def _selected(cache: Any, index_B: Tensor) -> Any:
+    """Copies of some rows of a cache; reading on puts new tensors in the copy and leaves the cache as it is."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(index_B)
+    return chosen

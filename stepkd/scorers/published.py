@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ from stepkd.models.source import check_source
 from stepkd.models.spec import PolicySpec
 from stepkd.models.step_head import StepHeadSpec
 from stepkd.models.tiny import TINY_PRESETS
-from stepkd.scorers.calibration import TemperatureScaling
-from stepkd.scorers.prm import PRMScorer
+from stepkd.scorers.prm import PRMScorer, ReadingOptions
 from stepkd.steps import StepFormat
 
 PublishedKind = Literal["math-shepherd", "qwen-prm", "trl"]
@@ -117,10 +116,7 @@ def load_published(
     attention: str | None = None,
     separator: str = "\n",
     template: str | PromptTemplate | None = None,
-    max_length: int | None = None,
-    max_rows: int = 32,
-    shared_prefix: bool = True,
-    temperature: TemperatureScaling | None = None,
+    **reading: Unpack[ReadingOptions],
 ) -> PRMScorer:
     """Load a published process reward model.
 
@@ -131,7 +127,7 @@ def load_published(
         attention: attention implementation.
         separator: ``trl`` only: the ``step_separator`` it was trained with.
         template: prompt template in place of the family's own.
-        max_length, max_rows, shared_prefix, temperature: as for :class:`~stepkd.scorers.prm.PRMScorer`.
+        **reading: see :class:`~stepkd.scorers.prm.ReadingOptions`.
 
     Raises:
         ModelError: nothing there, an unknown family, weights missing, or a head of another shape.
@@ -161,16 +157,8 @@ def load_published(
         own = (
             PromptTemplate(style="chat", system=QWEN_SYSTEM) if kind == "qwen-prm" else _trl_template(policy.tokenizer)
         )
-    return PRMScorer(
-        policy,
-        template=own if template is None else template,
-        max_length=max_length,
-        max_rows=max_rows,
-        shared_prefix=shared_prefix,
-        temperature=temperature,
-        name=path,
-        encoder=encoder,
-    )
+    reading.setdefault("name", path)
+    return PRMScorer(policy, template=own if template is None else template, encoder=encoder, **reading)
 
 
 def _trl_template(tokenizer: Any) -> PromptTemplate:

@@ -1,21 +1,41 @@
-"""What a step scorer is: problems with solutions in, one probability per step out."""
+"""What a step scorer is, how rows are given to one, and how its step scores become one score per solution.
+
+Which reduction suits which scores (Zhang et al. 2025, arXiv 2501.07301; core-methods 5.4): judged or human labels say
+whether a step is correct, so a solution is as good as all its steps together (``product``, Lightman et al. 2023, or
+``min``, Wang et al. 2023); Monte-Carlo labels estimate future success, so the ``last`` one already sums up the rest.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
-from stepkd.steps import Meaning
+from stepkd.errors import DataError, check_choice
+from stepkd.steps import (
+    SEGMENTERS,
+    Meaning,
+    TokenizedText,
+    get_segmenter,
+    segment,
+    spans_from_ends,
+    text_from_ids,
+)
 
-__all__ = ["Meaning", "Solutions", "StepScorer", "score_one"]
+__all__ = ["Meaning"]
+
+Reduction = Literal["product", "min", "mean", "last"]
+"""How step scores become one: their product (favours short solutions), lowest, mean, or last score."""
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Solutions:
     """One problem with the solutions to score; they share the prompt."""
 
-    row: Mapping[str, Any]
+    row: Row
     """Problem row: ``prompt``, and for checkers ``task`` and ``meta``; a judge may use ``answer`` or ``solution``."""
     solutions: Sequence[Sequence[str]]
     """Step texts of every solution, each with at least one step; separators at a step's end are optional."""
@@ -48,3 +68,194 @@ class StepScorer(Protocol):
 def score_one(scorer: StepScorer, prompt: str, steps: Sequence[str]) -> list[float]:
     """Scores of one solution's steps: the simplest use of a scorer."""
     return scorer.score([Solutions({"id": "0", "prompt": prompt}, [steps])])[0][0]
+
+
+# --- rows that carry a solution each: rollouts and step-labelled rows -------------------------------------------------
+
+
+def problem_key(row: Row) -> str:
+    """What rows of one problem have in common: their ``problem_id``, else their prompt."""
+    if row.get("problem_id") is not None:
+        return str(row["problem_id"])
+    return json.dumps(row.get("prompt"), sort_keys=True)
+
+
+def score_rows(scorer: StepScorer, rows: Sequence[Row]) -> list[list[float]]:
+    """Score the solution of every row; rows of one problem are scored together.
+
+    A scorer with a ``score_rows`` of its own (a trained model, which reads sampled token ids as they are) is asked that
+    way, any other gets step texts.
+
+    Args:
+        scorer: any step scorer.
+        rows: rollouts or rows with ``completions``.
+
+    Returns:
+        For each row one number in [0, 1] per step, NaN where there is none. A rollout whose last step holds nothing but
+        the end token has no score there; it is left out of the list.
+
+    Raises:
+        DataError: a row without steps, or whose step texts cannot be told.
+    """
+    own = getattr(scorer, "score_rows", None)
+    if own is not None:
+        return list(own(rows))
+    tokenizer = getattr(scorer, "tokenizer", None)
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(problem_key(row), []).append(number)
+    problems = [
+        Solutions(rows[numbers[0]], [row_steps(rows[i], tokenizer) for i in numbers]) for numbers in groups.values()
+    ]
+    scores: list[list[float]] = [[] for _ in rows]
+    for numbers, solutions in zip(groups.values(), scorer.score(problems), strict=True):
+        for number, values in zip(numbers, solutions, strict=True):
+            scores[number] = values
+    return scores
+
+
+def row_steps(row: Row, tokenizer: Any | None = None) -> list[str]:
+    """Step texts of a row.
+
+    Args:
+        row: has ``completions`` or ``steps``; or ``token_ids`` with ``step_ends`` that the tokenizer decodes to the
+            row's ``completion``; or else a ``completion`` (or ``solution``) text, which is cut into steps (by the row's
+            ``segmenter``, else at newlines) and must then have as many as there are ``step_ends``.
+        tokenizer: tells the texts of ``token_ids``; None: they cannot be read.
+
+    Raises:
+        DataError: none of these, or another number of steps than ``step_ends``.
+    """
+    name = str(row.get("id", "?"))
+    for column in ("completions", "steps"):
+        if row.get(column) is not None:
+            return list(row[column])
+    ends = row.get("step_ends")
+    if ends is not None and tokenizer is not None:
+        completion = text_from_ids(tokenizer, row["token_ids"])
+        if row.get("completion") in (None, completion.text):
+            texts = [completion.span_text(*span) for span in spans_from_ends(ends, len(completion))]
+            while texts and not texts[-1].strip():
+                texts.pop()  # the end token alone
+            return _some(texts, name)
+    text = row.get("completion") if row.get("completion") is not None else row.get("solution")
+    if not isinstance(text, str):
+        raise DataError("the row has no steps: neither 'completions' nor a 'completion' text", path=name)
+    cut_by = row["segmenter"] if row.get("segmenter") in SEGMENTERS else "newline"
+    characters = TokenizedText(tuple(range(len(text))), text, tuple(range(1, len(text) + 1)))
+    texts = _some([text[slice(*span)] for span in segment(get_segmenter(cut_by), characters)], name)
+    if ends is not None and len(texts) != len(ends):
+        raise DataError(
+            f"the row's {len(ends)} steps cannot be told: its token ids are not of this scorer's tokenizer, and its "
+            f"text has {len(texts)} steps (segmenter {cut_by!r}); give rows with the step texts in a column 'steps'",
+            path=name,
+            column="token_ids",
+        )
+    return texts
+
+
+def _some(texts: list[str], name: str) -> list[str]:
+    if not texts or any(not text.strip() for text in texts):
+        raise DataError("the row's solution is empty, or one of its steps is: drop the row", path=name)
+    return texts
+
+
+def step_scores(row: Row, scores: Sequence[float]) -> list[float | None]:
+    """Scores as JSON: None for NaN, and for a last step of a rollout that holds nothing but the end token.
+
+    Raises:
+        DataError: the row declares fewer steps than were scored.
+    """
+    values = [None if math.isnan(score) else score for score in scores]
+    declared = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
+    if declared is None:
+        return values
+    missing = len(declared) - len(values)
+    if missing < 0 or (missing and row.get("step_ends") is None):
+        raise DataError(
+            f"the row has {len(declared)} steps and {len(values)} were scored: its 'steps' and 'step_ends' do not "
+            "belong together",
+            path=str(row.get("id", "?")),
+        )
+    return [*values, *[None] * missing]
+
+
+# --- one score per solution -------------------------------------------------------------------------------------------
+
+
+def default_reduction(meaning: Meaning) -> Reduction:
+    """The reduction that suits what the scores mean: ``product`` for correctness, ``last`` for value and outcome.
+
+    Raises:
+        ConfigError: an unknown meaning.
+    """
+    check_choice("meaning of scores", meaning, get_args(Meaning))
+    return "product" if meaning == "correctness" else "last"
+
+
+def reduce_scores(scores: Sequence[float], reduction: Reduction | None = None, *, meaning: Meaning) -> float | None:
+    """Reduce the step scores of one solution to one.
+
+    Args:
+        scores: (steps,) numbers in [0, 1], the higher the better; NaN where a step has no score.
+        reduction: how; None for the one that suits ``meaning``.
+        meaning: what the scores estimate. An ``outcome`` scorer judges only the last step: NaN before it is ignored.
+
+    Returns:
+        A score in [0, 1]; None (the solution is unscored) when a step is NaN, save those just named: half a solution's
+        product or minimum is not comparable with a whole one's.
+
+    Raises:
+        DataError: no scores, or a score outside [0, 1].
+        ConfigError: an unknown reduction or meaning.
+    """
+    default = default_reduction(meaning)
+    reduction = default if reduction is None else reduction
+    check_choice("reduction", reduction, get_args(Reduction))
+    values = _checked(scores)
+    if meaning == "outcome":
+        values = [value for value in values[:-1] if not math.isnan(value)] + values[-1:]
+    if any(map(math.isnan, values)):
+        return None
+    if reduction == "product":
+        return 0.0 if 0.0 in values else math.exp(math.fsum(map(math.log, values)))
+    if reduction == "min":
+        return min(values)
+    return math.fsum(values) / len(values) if reduction == "mean" else values[-1]
+
+
+def reduce_solutions(
+    scores: Sequence[Sequence[Sequence[float]]], reduction: Reduction | None = None, *, meaning: Meaning
+) -> list[list[float | None]]:
+    """Reduce what `StepScorer.score` returns.
+
+    Args:
+        scores: per problem and solution the step scores.
+        reduction, meaning: as in `reduce_scores`.
+
+    Returns:
+        Per problem and solution a score in [0, 1], or None where the solution is unscored.
+
+    Raises:
+        DataError: as in `reduce_scores`, naming problem and solution (both counted from 0).
+        ConfigError: an unknown reduction or meaning.
+    """
+    reduced: list[list[float | None]] = []
+    for problem, solutions in enumerate(scores):
+        reduced.append([])
+        for index, steps in enumerate(solutions):
+            try:
+                reduced[-1].append(reduce_scores(steps, reduction, meaning=meaning))
+            except DataError as error:
+                raise DataError(f"problem {problem}, solution {index}: {error}") from None
+    return reduced
+
+
+def _checked(scores: Sequence[float]) -> list[float]:
+    values = [float(score) for score in scores]
+    if not values:
+        raise DataError("a solution without step scores cannot be reduced: give at least one step")
+    for index, value in enumerate(values):
+        if not (math.isnan(value) or 0.0 <= value <= 1.0):
+            raise DataError(f"step {index} has score {value!r}: step scores are probabilities in [0, 1]")
+    return values

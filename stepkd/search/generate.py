@@ -29,8 +29,7 @@ from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.randomness import stream_key
 from stepkd.rollout import Rollout, Sampler, SamplingSpec
 from stepkd.rollout.sampler import before_stop, decode_text
-from stepkd.scorers.reductions import Reduction, default_reduction, reduce_scores
-from stepkd.scorers.scorer import Solutions, StepScorer
+from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
 from stepkd.search.tree import End, State, Step, StepGenerator
 from stepkd.steps import Segmenter, TokenizedText, get_segmenter, segment, text_from_ids
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.process import compare_process
 from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
-from stepkd.evaluation.process_summary import compare_process
 from stepkd.evaluation.store import read_rows
 from stepkd.scorers.scorer import Meaning, Solutions
 

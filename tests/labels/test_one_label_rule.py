@@ -17,7 +17,7 @@ from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.data.stepwise_io import trl_row
 from stepkd.errors import DataError
 from stepkd.evaluation.metrics import summarise
-from stepkd.evaluation.process_metrics import predicted_first_error
+from stepkd.evaluation.process import predicted_first_error
 from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.evaluation.store import read_rows

@@ -125,7 +125,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
         model = _reward_model(unit, arm, student, labels[labelling])
         report(f"scoring with {arm}")
         rows = held_out["adaptive" if arm == "prm_adaptive" else "newline"]
-        found = reduce_solutions(score_tiny(model, rows), _REDUCTIONS[arm], meaning=_MEANINGS[arm]).values
+        found = reduce_solutions(score_tiny(model, rows), _REDUCTIONS[arm], meaning=_MEANINGS[arm])
         scores[arm] = align_scores(rows, found, held_out["newline"])
     curve = curves_tiny(held_out["newline"], scores, (SMALL_N, settings.samples), seed=unit.seed)
     names = {"majority": "majority", "ceiling": "pass"} | {arm: arm for arm in scores}

@@ -1,20 +1,123 @@
-"""The sums that a step writes out, done again: exact, free, and blind to everything else.
+"""Scorers that need no model: the exact checker of the tiny world, the sums that a step writes out, and the gain.
 
-In GSM8K and its kin a step says ``48 / 2 = 24 clips``. Whether 48 / 2 is what the problem asks for takes a reader;
-whether it is 24 does not. So a score of 0 is nearly always deserved, while one of 1 only says that no sum is wrong.
+* ``checker``: the ceiling that a reward model is measured against.
+* ``arithmetic``: in GSM8K and its kin a step says ``48 / 2 = 24 clips``. Whether 48 / 2 is what the problem asks for
+  takes a reader; whether it is 24 does not. The sums are done again: exact, free, and blind to everything else. So a
+  score of 0 is nearly always deserved, while one of 1 only says that no sum is incorrect.
+* ``gain``: what of a reference solution each step adds, and what it only says again. After StepSearch (arXiv
+  2505.15107, section 3), where a round of searching is worth the gain in similarity to the gold documents, less the
+  share of documents that were there before. Here the gold units are the lines of the row's own ``solution``, and a step
+  takes the place of a round: a transfer, not the paper's setting. It is a heuristic: a correct step that goes another
+  way than the solution earns nothing.
 """
 
 from __future__ import annotations
 
 import ast
 import itertools
+import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from stepkd.scorers.scorer import Meaning, Solutions
+from stepkd.errors import DataError
+from stepkd.scorers.scorer import Meaning, Row, Solutions
+from stepkd.tasks import check_row
+
+
+class CheckerScorer:
+    """Scores 1.0 for a step that is what the tiny-world problem demands at its place, and 0.0 for any other."""
+
+    meaning: Meaning = "correctness"
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`.
+
+        Raises:
+            DataError: a row that is not of the tiny world.
+        """
+        return [[list(map(float, check_row(each.row, steps))) for steps in each.solutions] for each in problems]
+
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
+        return {"scorer": "checker", "given": "truth", "meaning": self.meaning}
+
+
+# --- gain -------------------------------------------------------------------------------------------------------------
+
+
+NGRAM = 4
+"""Words that are looked for in earlier steps; a shorter step counts as one."""
+
+_WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]")
+
+
+class GainScorer:
+    """Scores ``(1 + gain - repetition) / 2`` of every step; 0.5 for one that adds nothing and repeats nothing.
+
+    With ``c`` the TF-IDF cosine of a step to each of the n lines of the solution, and ``m`` the best of it so far,
+
+    - gain: ``1/n sum max(c - m, 0)``, in [0, 1]; those of all steps of a solution sum to at most 1;
+    - repetition: share of the step's runs of four words that an earlier step has, in [0, 1].
+    """
+
+    meaning: Meaning = "correctness"
+
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`.
+
+        Raises:
+            DataError: a row without a solution.
+        """
+        return [[self._of_solution(problem.row, steps) for steps in problem.solutions] for problem in problems]
+
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
+        return {"scorer": "gain", "ngram": NGRAM, "meaning": self.meaning}
+
+    def _of_solution(self, row: Row, steps: Sequence[str]) -> list[float]:
+        solution = row.get("solution")
+        units = [Counter(words) for line in str(solution or "").splitlines() if (words := _words(line))]
+        if not units:
+            raise DataError(f"row {row.get('id')!r} has no 'solution': the scorer 'gain' compares steps with its lines")
+        frequency = Counter(word for unit in units for word in unit)
+        best = [0.0] * len(units)
+        seen: set[tuple[str, ...]] = set()
+        scores = []
+        for step in steps:
+            words = _words(step)
+            vector = Counter(words)
+            found = [_cosine(vector, unit, frequency, len(units)) for unit in units]
+            gain = math.fsum(max(c - m, 0.0) for c, m in zip(found, best, strict=True)) / len(units)
+            best = [max(pair) for pair in zip(found, best, strict=True)]
+            runs = {tuple(words[i : i + NGRAM]) for i in range(max(len(words) - NGRAM + 1, 1))} if words else set()
+            repetition = len(runs & seen) / len(runs) if runs else 0.0
+            seen |= runs
+            scores.append((1 + gain - repetition) / 2)
+        return scores
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _cosine(a: Counter[str], b: Counter[str], frequency: Counter[str], units: int) -> float:
+    """Of counts weighed by ``log(1 + units / frequency)``; a word that no unit has weighs as one that one unit has."""
+
+    def weight(word: str) -> float:
+        return math.log(1 + units / max(frequency[word], 1))
+
+    def length(vector: Counter[str]) -> float:
+        return math.sqrt(math.fsum((count * weight(word)) ** 2 for word, count in vector.items()))
+
+    product = math.fsum(a[word] * b[word] * weight(word) ** 2 for word in a.keys() & b.keys())
+    return min(product / (length(a) * length(b)), 1.0) if product else 0.0
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
 
 _LONGEST = 200  # characters of one side of an equation; longer ones are no sums that people write
 _LARGEST_EXPONENT, _LARGEST_BASE = 64, 10**12

@@ -1,4 +1,4 @@
-"""The sums of a step, done again."""
+"""Scorers that need no model: sums done again, what a step adds, the exact checker."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 
 from stepkd.data.io import read_rows
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, DataError
 from stepkd.labels import LabelSpec, run_label_job
 from stepkd.labels.matching import row_labels
 from stepkd.modules.focus import Focus, FocusSpec
 from stepkd.runs.files import write_jsonl
-from stepkd.scorers import ArithmeticScorer, Solutions, load_scorer
-from stepkd.scorers.arithmetic import equations
+from stepkd.scorers import ArithmeticScorer, CheckerScorer, Solutions, load_scorer, score_one
+from stepkd.scorers.rules import GainScorer, equations
+from stepkd.tasks import make_rows
+from stepkd.tasks.rows import Noise
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,3 +195,76 @@ def test_as_a_labeller(tmp_path: Path) -> None:
     assert row_labels(labelled["a"]) == [True, False, None]
     assert row_labels(labelled["b"]) == [None, True, None]
     assert labelled["a"]["labelling"]["labeller"] == "arithmetic"
+
+
+# --- gain -------------------------------------------------------------------------------------------------------------
+
+
+ROW = {"id": "p1", "prompt": "?", "solution": "He buys 3 apples for 6\nShe sells 4 pears for 8\n#### 14"}
+
+
+def of(*steps: str) -> list[float]:
+    return GainScorer().score([Solutions(ROW, [steps])])[0][0]
+
+
+def test_the_solution_itself_covers_everything() -> None:
+    scores = of("He buys 3 apples for 6\n", "She sells 4 pears for 8\n", "#### 14")
+    # "for" stands in two lines, so the first step has a part of the second already.
+    assert math.fsum(2 * score - 1 for score in scores) == pytest.approx(1.0)
+    assert scores[0] > 0.5 + 1 / 6 - 1e-12
+    assert scores[1] < 0.5 + 1 / 6
+
+
+def test_written_out() -> None:
+    """Two units with one word in common: log(1 + 2/1) for the others, log(1 + 2/2) for it."""
+    row = {"id": "q", "prompt": "?", "solution": "a b\nb c"}
+    rare, common = math.log(3), math.log(2)
+    norm = math.hypot(rare, common)
+    found = GainScorer().score([Solutions(row, [["a b", "b", "d"]])])[0][0]
+    other = common**2 / norm**2  # of "a b" to "b c"
+    first = (1 + other) / 2
+    second = (max(common / norm - 1, 0) + max(common / norm - other, 0)) / 2
+    assert found == pytest.approx([(1 + first) / 2, (1 + second) / 2, 0.5])
+
+
+def test_repetition_costs() -> None:
+    step = "He buys 3 apples for 6"
+    first, again, once_more = of(step, "\n" + step.upper(), "So " + step)
+    assert first > 0.5
+    assert again == 0.0
+    assert once_more == pytest.approx(0.5 * (1 - 3 / 4))  # three of its four runs of words were there
+    assert of("something else altogether") == [0.5]
+
+
+def test_order_and_companions() -> None:
+    """A step's worth depends on those before it only, and solutions of one problem know nothing of each other."""
+    steps = ["He buys 3 apples", "nothing at all", "She sells 4 pears for 8"]
+    whole = of(*steps)
+    assert of(*steps[:2]) == whole[:2]
+    assert GainScorer().score([Solutions(ROW, [steps, steps])])[0] == [whole, whole]
+    assert all(0 <= score <= 1 for score in whole)
+
+
+def test_rows_without_a_solution() -> None:
+    with pytest.raises(DataError, match="row '0' has no 'solution'"):
+        score_one(load_scorer("gain"), "1+1=", ["2"])
+
+
+# --- the exact checker ------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_the_labels_of_noisy_solutions() -> None:
+    rows = make_rows("modular:terms=4", 40, seed=3, noise=Noise(rate=0.3))
+    scorer = CheckerScorer()
+    scores = scorer.score([Solutions(row, [row["steps"], row["steps"][:2]]) for row in rows])
+    for row, (whole, start) in zip(rows, scores, strict=True):
+        assert whole == [float(label) for label in row["step_labels"]]
+        assert start == whole[:2]
+    assert {value for pair in scores for value in pair[0]} == {0.0, 1.0}
+    assert scorer.meaning == "correctness"
+    assert scorer.provenance() == {"scorer": "checker", "given": "truth", "meaning": "correctness"}
+
+
+def test_the_checker_refuses_rows_of_other_worlds() -> None:
+    with pytest.raises(DataError, match="row x, column 'answer': missing"):
+        CheckerScorer().score([Solutions({"id": "x", "prompt": "1"}, [["a"]])])

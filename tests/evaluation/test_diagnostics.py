@@ -1,4 +1,4 @@
-"""Swaps of adjacent steps, and how a scorer reacts to them."""
+"""The lowest score's place in its solution; swaps of adjacent steps, and how a scorer reacts to them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,59 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.order_swap import Swap, order_swap_test, swap_adjacent, task_swaps
+from stepkd.evaluation.diagnostics import Swap, argmin_positions, order_swap_test, swap_adjacent, task_swaps
 from stepkd.tasks import TASKS, check_row, make_rows
+
+# --- the lowest score's place -----------------------------------------------------------------------------------------
+
+
+def test_positions_in_closed_form() -> None:
+    # Lowest at 1 of 2 (last), at 0 of 4; the third has one step and says nothing.
+    result = argmin_positions([[0.9, 0.1], [0.1, 0.5, 0.5, 0.5], [0.3]], bins=2, n_resamples=200)
+    assert result.edges == (0.0, 0.5, 1.0)
+    assert result.observed == (1.0, 1.0)
+    assert result.expected == (1.0, 1.0)
+    assert result.share_last.value == 0.5
+    assert result.expected_last == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert result.excess_last.value == pytest.approx(0.5 - 0.375)
+    assert (result.solutions, result.single_step) == (2, 1)
+    json.dumps(result.to_dict())
+
+
+def test_equal_lowest_scores_share_their_solution() -> None:
+    result = argmin_positions([[0.1, 0.1, 0.1, 0.1]] * 3, bins=4, n_resamples=200)
+    assert result.observed == (0.75,) * 4
+    assert result.excess_last.value == 0.0
+
+
+def test_random_scores_show_no_excess_and_an_orm_does() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 9, size=600)
+    noise = argmin_positions([rng.random(n).tolist() for n in lengths], n_resamples=500)
+    assert noise.excess_last.low < 0 < noise.excess_last.high
+    assert sum(noise.observed) == pytest.approx(600)
+    assert sum(noise.expected) == pytest.approx(600)
+    orm = argmin_positions([[*(0.5 + rng.random(n - 1) / 2), 0.4] for n in lengths], n_resamples=500)
+    assert orm.share_last.value == 1.0
+    assert orm.share_last.low < 1.0
+    assert orm.excess_last.low > 0.5
+
+
+def test_positions_that_cannot_be_compared() -> None:
+    with pytest.raises(DataError, match="solution 1, step 0 has no score"):
+        argmin_positions([[0.1, 0.2], [math.nan, 0.2]])
+    with pytest.raises(DataError, match="none of 1 solutions has two steps"):
+        argmin_positions([[0.1]])
+    with pytest.raises(DataError, match="one id each"):
+        argmin_positions([[0.1, 0.2]], problems=[])
+
+
+# --- swapped steps ----------------------------------------------------------------------------------------------------
+
 
 FAST: dict[str, Any] = {"n_resamples": 300, "meaning": "correctness"}
 
@@ -96,7 +144,7 @@ def test_unscored_pairs_are_counted() -> None:
         order_swap_test([pair(True)], scores[:1], **FAST)
 
 
-def test_bad_input() -> None:
+def test_swaps_that_cannot_be_compared() -> None:
     with pytest.raises(DataError, match="1 scored pairs for 2 swaps"):
         order_swap_test([pair(True)] * 2, [[[0.1, 0.1], [0.1, 0.1]]], **FAST)
     with pytest.raises(DataError, match=r"swap 0 has \[2, 1\] step scores"):

@@ -1,0 +1,450 @@
+"""Does a process reward model find the first incorrect step? ProcessBench F1, its threshold, and a set's summary.
+
+Source: ProcessBench (Zheng et al. 2024, arXiv 2412.06559). A label is the 0-based index of the first incorrect step, or
+-1 when every step is correct; a prediction has the same form. Every problem has one solution here, so problems are the
+rows. All values are shares in [0, 1], not percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.calibration_metrics import calibration_report
+from stepkd.evaluation.diagnostics import Swap, argmin_positions, order_swap_test
+from stepkd.evaluation.manifest import RESULTS_NAME
+from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
+from stepkd.evaluation.store import read_rows
+from stepkd.randomness import generator
+from stepkd.scorers.scorer import Meaning
+from stepkd.statistics import FloatArray, Interval, Resampling, cluster_bootstrap, plain_dict, wilson_interval
+from stepkd.steps.labels import passes
+
+NO_ERROR = -1
+"""Label and prediction of a solution without an incorrect step."""
+_RANDOM_GRID = np.round(np.arange(0.02, 1.0, 0.02), 2)
+"""Thresholds that the tuned random baseline chooses from."""
+
+Row = Mapping[str, Any]
+
+
+# --- F1 ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class F1Result:
+    """ProcessBench F1 of one set; a part that has no rows is None, and then so is the F1."""
+
+    acc_error: Interval | None
+    """Share of solutions with an error whose first error is predicted exactly."""
+    acc_correct: Interval | None
+    """Share of solutions without an error that are predicted to have none."""
+    f1: Interval | None
+    """Harmonic mean of the two; 0 when both are 0."""
+    n_error: int
+    """Solutions with an error."""
+    n_correct: int
+    """Solutions without an error."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for JSON."""
+        return plain_dict(self)
+
+
+def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> int:
+    """The first step with a score below the threshold.
+
+    Args:
+        scores: (steps,) scores, at least one, none missing.
+        threshold: a step is incorrect when its score is strictly below it.
+
+    Returns:
+        The step's 0-based index, or -1.
+
+    Raises:
+        DataError: no scores, or a step without a score (NaN).
+    """
+    _check_step_scores([scores])
+    return next((index for index, score in enumerate(scores) if not passes(score, threshold)), NO_ERROR)
+
+
+def harmonic_mean(a: ArrayLike, b: ArrayLike) -> FloatArray:
+    """``2ab / (a + b)`` of numbers >= 0, and 0 when both are 0; NaN where one of them is."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    total = a + b
+    return np.divide(2 * a * b, total, out=np.zeros(np.shape(total)), where=total != 0)
+
+
+def processbench_f1(predictions: Sequence[int], labels: Sequence[int], **settings: Unpack[Resampling]) -> F1Result:
+    """Harmonic mean of the accuracies on solutions with and without an error.
+
+    Args:
+        predictions: (n,) predicted index of the first incorrect step, or -1.
+        labels: (n,) true ones.
+        **settings: see :class:`~stepkd.statistics.Resampling`.
+
+    Returns:
+        The accuracies with Wilson intervals; the F1 with the bootstrap over problems. Where every resample gives the
+        same F1 (an accuracy of 0, or both 1), its bounds are the F1 of the accuracies' lower and of their upper bounds:
+        F1 rises with both, so this is wider.
+
+    Raises:
+        DataError: no rows, different lengths, or an index that is not an integer >= -1.
+    """
+    hit_error, errors, hit_correct, corrects = counts = _hits(predictions, labels)
+    n_error, n_correct, level = int(errors.sum()), int(corrects.sum()), settings.get("level", 0.95)
+    acc_error = wilson_interval(hit_error.sum(), n_error, level) if n_error else None
+    acc_correct = wilson_interval(hit_correct.sum(), n_correct, level) if n_correct else None
+    f1 = None
+    if acc_error and acc_correct:
+        f1 = cluster_bootstrap(counts.T, _f1_statistic, **settings)
+        if f1.low == f1.high or math.isnan(f1.low):
+            low, high = harmonic_mean([acc_error.low, acc_error.high], [acc_correct.low, acc_correct.high])
+            f1 = Interval(f1.value, float(low), float(high), "wilson", level)
+    return F1Result(acc_error, acc_correct, f1, n_error, n_correct)
+
+
+def f1_difference(
+    predictions_a: Sequence[int],
+    predictions_b: Sequence[int],
+    labels: Sequence[int],
+    **settings: Unpack[Resampling],
+) -> Interval | None:
+    """F1 of B minus F1 of A on the same problems, with an interval that resamples the problems for both together.
+
+    Args:
+        predictions_a, predictions_b: (n,) predictions of the two scorers, same order.
+        labels: (n,) true indices of the first incorrect step, or -1.
+        **settings: see :class:`~stepkd.statistics.Resampling`.
+
+    Returns:
+        The difference; None when the set has no solution with an error, or none without.
+
+    Raises:
+        DataError: as in :func:`processbench_f1`.
+    """
+    a, b = _hits(predictions_a, labels), _hits(predictions_b, labels)
+    if not (a[1].any() and a[3].any()):
+        return None
+
+    def statistic(resampled: FloatArray) -> FloatArray:
+        return _f1_statistic(resampled[..., 4:]) - _f1_statistic(resampled[..., :4])
+
+    return cluster_bootstrap(np.concatenate([a, b]).T, statistic, **settings)
+
+
+def _f1_statistic(resampled: FloatArray) -> FloatArray:
+    """(resamples, problems, 4 columns of `_hits`) -> (resamples,); NaN where a kind of solution is absent."""
+    sums = resampled.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return harmonic_mean(sums[:, 0] / sums[:, 1], sums[:, 2] / sums[:, 3])
+
+
+def _hits(predictions: Sequence[int], labels: Sequence[int]) -> FloatArray:
+    """(4, n): hit on a solution with an error, has an error, hit on one without, has none; each 0 or 1."""
+    _check_first_errors(labels)
+    if len(predictions) != len(labels):
+        raise DataError(f"{len(predictions)} predictions for {len(labels)} labels: give one for each")
+    _check_first_errors(predictions, what="prediction")
+    truth = np.asarray(labels)
+    hit, error = np.asarray(predictions) == truth, truth != NO_ERROR
+    return np.stack([hit & error, error, hit & ~error, ~error]).astype(np.float64)
+
+
+def _check_first_errors(labels: Sequence[int], n_steps: Sequence[int] | None = None, *, what: str = "label") -> None:
+    """Raises DataError unless all are integers >= -1 and, given the solutions' steps, within them."""
+    if len(labels) == 0:
+        raise DataError(f"there are no {what}s: a set needs at least one solution")
+    if n_steps is not None and len(n_steps) != len(labels):
+        raise DataError(f"{len(n_steps)} solutions for {len(labels)} labels: give one for each")
+    for index, label in enumerate(labels):
+        whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
+        if not whole or label < NO_ERROR:
+            raise DataError(f"{what} {index} is {label!r}: it is the index of the first incorrect step, or -1 for none")
+        if n_steps is not None and label >= n_steps[index]:
+            raise DataError(f"{what} {index} is {label}, but that solution has {n_steps[index]} steps (0-based)")
+
+
+def _check_step_scores(scores: Sequence[Sequence[float]]) -> None:
+    """Raises DataError for a solution without scores or with a missing (NaN) one, naming solution and step."""
+    for index, row in enumerate(scores):
+        where = f"solution {index}: " if len(scores) > 1 else ""
+        if len(row) == 0:
+            raise DataError(f"{where}a solution without step scores has no first error")
+        missing = next((step for step, score in enumerate(row) if math.isnan(score)), None)
+        if missing is not None:
+            raise DataError(
+                f"{where}step {missing} has no score (NaN): it was cut off or comes from an outcome scorer; leave "
+                "the solution out and count it"
+            )
+
+
+# --- the threshold, and F1 without a model ----------------------------------------------------------------------------
+
+
+def tune_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> float:
+    """The threshold of highest F1 on a split; use it on other splits: on this one its F1 is optimistic.
+
+    Compared are all thresholds that can matter: the mid-points between neighbouring distinct scores, 0 (nothing is
+    incorrect), one above the highest score, and 0.5. Of equal ones the nearest to 0.5 is taken.
+
+    Args:
+        scores: per solution its step scores in [0, 1], none missing.
+        labels: (n,) true indices of the first incorrect step, or -1.
+
+    Returns:
+        The threshold: a step with a lower score is predicted incorrect.
+
+    Raises:
+        DataError: a missing score, labels that do not fit, or a split without one of the two kinds of solutions.
+    """
+    _check_first_errors(labels, [len(row) for row in scores])
+    _check_step_scores(scores)
+    error = np.asarray(labels) != NO_ERROR
+    if error.all() or not error.any():
+        raise DataError(
+            f"F1 is undefined on {error.sum()} solutions with an error and {(~error).sum()} without: tune the "
+            "threshold on a split that has both"
+        )
+    candidates = _candidates(np.concatenate([np.asarray(row, dtype=np.float64) for row in scores]))
+    # A solution is predicted correctly for the thresholds t in (low, high]: every step before the error >= t, it < t.
+    ends = [None if label == NO_ERROR else label for label in labels]
+    low_N = np.array([-math.inf if end is None else row[end] for row, end in zip(scores, ends, strict=True)])
+    high_N = np.array([min(row[:end], default=math.inf) for row, end in zip(scores, ends, strict=True)])
+
+    def accuracy(kind_N: NDArray[np.bool_]) -> FloatArray:
+        usable = kind_N & (low_N < high_N)
+        opened, closed = (np.searchsorted(np.sort(bound_N[usable]), candidates) for bound_N in (low_N, high_N))
+        return np.asarray((opened - closed) / kind_N.sum(), dtype=np.float64)
+
+    f1 = harmonic_mean(accuracy(error), accuracy(~error))
+    best = candidates[f1 >= f1.max() - 1e-12]
+    return float(min(best, key=lambda threshold: (abs(threshold - 0.5), threshold)))
+
+
+def _candidates(scores: FloatArray) -> FloatArray:
+    distinct = np.unique(scores)
+    middle = (distinct[:-1] + distinct[1:]) / 2
+    # Between neighbouring floats the mid-point may round down onto the lower score, which it must exceed.
+    middle = np.where(middle > distinct[:-1], middle, distinct[1:])
+    top = [(distinct[-1] + 1) / 2] if distinct[-1] < 1 else []
+    return np.unique(np.concatenate([[0.0, 0.5], middle, top]))
+
+
+@dataclass(frozen=True)
+class RandomBaseline:
+    """What uniformly random step scores reach."""
+
+    acc_error: float
+    """Exact expected accuracy on solutions with an error."""
+    acc_correct: float
+    """Exact expected accuracy on solutions without one."""
+    f1: float
+    """Mean F1 over the draws."""
+    f1_low: float
+    """Lower end of the range that holds 95% of the draws' F1 (not an interval of the mean)."""
+    f1_high: float
+    """Upper end of that range."""
+    draws: int
+    """Random score sets drawn."""
+
+
+def random_baseline(
+    labels: Sequence[int], n_steps: Sequence[int], *, threshold: float = 0.5, draws: int = 1000, seed: int = 0
+) -> RandomBaseline:
+    """F1 of uniformly random step scores under the same rule.
+
+    With scores uniform on [0, 1] the first error falls on step l with probability ``(1-t)^l t``, and nowhere in H
+    steps with ``(1-t)^H``; so whole draws of hits are made, not single scores.
+
+    Args:
+        labels: (n,) true indices of the first incorrect step, or -1.
+        n_steps: (n,) steps of every solution.
+        threshold: t in [0, 1].
+        draws: random score sets, at least 1; draw i does not depend on how many there are.
+        seed: seed of the draws.
+
+    Raises:
+        DataError: as in :func:`processbench_f1`, a label beyond the steps, or a set without one of the two kinds.
+        ConfigError: threshold or draws out of range.
+    """
+    if not 0.0 <= threshold <= 1.0 or draws < 1:
+        raise ConfigError(f"a random baseline needs a threshold in [0, 1] and draws >= 1, got {threshold}, {draws}")
+    _check_first_errors(labels, n_steps)
+    truth = np.asarray(labels)
+    error = truth != NO_ERROR
+    if error.all() or not error.any():
+        raise DataError("the random baseline's F1 needs solutions with an error and solutions without")
+    chance = np.where(
+        error, (1 - threshold) ** np.maximum(truth, 0) * threshold, (1 - threshold) ** np.asarray(n_steps)
+    )
+    hits = np.array([generator(seed, "random-baseline", draw).random(truth.size) < chance for draw in range(draws)])
+    f1 = harmonic_mean(hits[:, error].mean(axis=1), hits[:, ~error].mean(axis=1))
+    low, high = np.quantile(f1, [0.025, 0.975])
+    return RandomBaseline(
+        float(chance[error].mean()), float(chance[~error].mean()), float(f1.mean()), float(low), float(high), draws
+    )
+
+
+# --- the summary of a set ---------------------------------------------------------------------------------------------
+
+
+def summarise_process(
+    results: Sequence[Row],
+    *,
+    threshold: float = 0.5,
+    tune_on: str | None = None,
+    meaning: Meaning = "correctness",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All numbers of one evaluation of a step scorer.
+
+    Args:
+        results: rows of ``results.jsonl``.
+        threshold: the fixed threshold.
+        tune_on: name of the set whose F1 decides the tuned threshold; None for none. On that set itself the tuned F1
+            is optimistic, and marked so.
+        meaning: what the scores estimate; decides how they are reduced in the order-swap test.
+        seed: seed of the intervals.
+
+    Returns:
+        JSON values: ``sets`` (one entry per set), ``tuned_threshold`` and settings. Solutions with a step that has no
+        score (cut off by the context) are left out of every metric and counted; those whose first error missing labels
+        leave open are left out of F1, and counted. A number that a set cannot give (F1 without a solution with an
+        error, or without one without) is None.
+    """
+    sets: dict[str, list[Row]] = {}
+    for row in results:
+        sets.setdefault(row["set"], []).append(row)
+    whole = {name: [row for row in rows if None not in row["scores"]] for name, rows in sets.items()}
+    tuned, random_threshold = None, 0.5
+    undefined: dict[str, str] = {}
+    if tune_on is not None:
+        scores, labels = _located(whole[tune_on])
+        try:
+            tuned = tune_threshold(scores, labels)
+            random_f1 = [
+                random_baseline(labels, list(map(len, scores)), threshold=value, draws=50, seed=seed).f1
+                for value in _RANDOM_GRID
+            ]
+            random_threshold = float(_RANDOM_GRID[np.argmax(random_f1)])
+        except DataError as error:
+            undefined["tuned_threshold"] = str(error)
+    sections = {}
+    for name, rows in whole.items():
+        if not rows:
+            raise DataError(f"no solution of {name!r} has a score for each of its steps: the context is too short")
+        section = sections[name] = _section(rows, threshold, seed)
+        section["order_swap"] = _order_swap(rows, meaning, seed)
+        section["unscored_solutions"] = len(sets[name]) - len(rows)
+        if tuned is not None:
+            section["tuned"] = _f1(rows, tuned, seed) | {"optimistic": name == tune_on}
+            section["baselines"]["random, tuned"] = _random(rows, random_threshold, seed)
+    return {
+        "kind": "process",
+        "threshold": threshold,
+        "tuned_on": tune_on,
+        "tuned_threshold": tuned,
+        "undefined": undefined,
+        "sets": sections,
+    }
+
+
+def _section(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
+    scores, problems = [row["scores"] for row in rows], [str(row["prompt"]) for row in rows]
+    labels = _located(rows)[1]
+    steps = labelled_steps(scores, [row["labels"] for row in rows], problems=problems, up_to_first_error=True)
+    several_steps = any(len(found) > 1 for found in scores)
+    calibration = calibration_report(steps.scores, steps.labels, problems=steps.problems, seed=seed)
+    return {
+        "solutions": len(rows),
+        "unknown_first_error": len(rows) - len(labels),
+        "fixed": _f1(rows, threshold, seed),
+        "baselines": {
+            "always positive": processbench_f1([NO_ERROR] * len(labels), labels, seed=seed).to_dict()
+            if labels
+            else None,
+            "random": _random(rows, threshold, seed),
+        },
+        "argmin": argmin_positions(scores, problems=problems, seed=seed).to_dict() if several_steps else None,
+        "steps": step_metrics(steps, threshold=threshold, seed=seed).to_dict(),
+        "calibration": calibration.to_dict(),
+    }
+
+
+def _located(rows: Sequence[Row]) -> tuple[list[list[float]], list[int]]:
+    """Scores and first errors of the rows whose first error is known: labels may be missing after it, not before."""
+    known = [row for row in rows if row["first_error"] is not None]
+    return [row["scores"] for row in known], [row["first_error"] for row in known]
+
+
+def _random(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any] | None:
+    """The random baseline; None where the F1 is undefined (no solution with an error, or none without)."""
+    scores, labels = _located(rows)
+    if all(label == NO_ERROR for label in labels) or NO_ERROR not in labels:
+        return None
+    return asdict(random_baseline(labels, list(map(len, scores)), threshold=threshold, seed=seed))
+
+
+def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
+    scores, labels = _located(rows)
+    result = F1Result(None, None, None, 0, 0)
+    if labels:
+        result = processbench_f1([predicted_first_error(row, threshold) for row in scores], labels, seed=seed)
+    return result.to_dict() | {"threshold": threshold}
+
+
+def _order_swap(rows: Sequence[Row], meaning: Meaning, seed: int) -> dict[str, Any] | None:
+    """The order-swap test over the rows that have swaps; None without one."""
+    swaps, scores = [], []
+    for row in rows:
+        for found in row.get("swaps", ()):
+            steps = ("",) * len(found["scores"][0])  # the test counts them; their texts are not stored
+            swaps.append(Swap({"id": row["prompt"]}, steps, steps, found["position"], found["dependent"]))
+            scores.append([[math.nan if value is None else value for value in part] for part in found["scores"]])
+    return order_swap_test(swaps, scores, meaning=meaning, seed=seed).to_dict() if swaps else None
+
+
+def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:
+    """F1 of B minus F1 of A on the solutions both scored, per set and threshold rule, with intervals.
+
+    Args:
+        a, b: two folders of :func:`~stepkd.evaluation.process_runner.evaluate_process`.
+        summaries: their summaries.
+        seed: seed of the intervals.
+
+    Returns:
+        ``"<set>, fixed"`` and ``"<set>, tuned"`` -> difference.
+
+    Raises:
+        ConfigError: no set in common.
+    """
+    sides = [{row["id"]: row for row in read_rows(Path(folder) / RESULTS_NAME)} for folder in (a, b)]
+    shared: dict[str, list[str]] = {}
+    for i, row in sides[0].items():
+        if i in sides[1] and row["first_error"] is not None and not any(None in side[i]["scores"] for side in sides):
+            shared.setdefault(row["set"], []).append(i)
+    if not shared:
+        raise ConfigError(f"{a} and {b} have no scored solution in common: evaluate both on the same data")
+    differences: dict[str, Interval] = {}
+    for name, ids in shared.items():
+        labels = [sides[0][i]["first_error"] for i in ids]
+        for rule, key in (("fixed", "threshold"), ("tuned", "tuned_threshold")):
+            thresholds = [summary[key] for summary in summaries]
+            if None in thresholds:
+                continue
+            predictions = [
+                [predicted_first_error(side[i]["scores"], value) for i in ids]
+                for side, value in zip(sides, thresholds, strict=True)
+            ]
+            found = f1_difference(predictions[0], predictions[1], labels, seed=seed)
+            if found is not None:
+                differences[f"{name}, {rule}"] = found
+    return differences
