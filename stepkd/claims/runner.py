@@ -1,16 +1,15 @@
-"""Runs a claim: one row per variant, seed and arm, durable after every seed, resumable at any moment.
+"""Runs a claim: a job whose units are the seeds of its variants, resumable at any moment.
 
-The folder holds ``claim.json`` (what decides a seed's values), ``results.jsonl`` (the rows) and ``units/`` (each seed's
-models and evaluations, where an interrupted seed goes on). Statements and further seeds may be added later: rows that
-are there already are used again.
+The folder holds ``settings.json`` (what decides a seed's values), ``parts/`` (the rows of every seed: one per arm),
+``units/`` (each seed's models and evaluations, where an interrupted seed is resumed) and, when no seed is missing,
+``results.jsonl`` (all rows). Statements and further seeds may be added later: rows that are there are used again.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,12 @@ import numpy as np
 from stepkd.claims.claim_file import Claim
 from stepkd.claims.experiment import ArmResult, Report, Unit, check_results, value_array
 from stepkd.claims.statements import SeedValues
-from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.manifest import RESULTS_NAME, manifest_differences, package_versions
-from stepkd.evaluation.store import ResultStore, read_rows
-from stepkd.runs import RunDir
-from stepkd.runs.files import write_json
+from stepkd.errors import DataError
+from stepkd.runs.files import write_jsonl
+from stepkd.runs.job import PARTS, RESULTS_NAME, Job, JobOptions, package_versions
 from stepkd.runs.progress import duration
 
-MANIFEST_NAME = "claim.json"
 UNITS_NAME = "units"
-MANIFEST_FORMAT = 1
 
 
 def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool = False) -> dict[str, Any]:
@@ -36,39 +31,56 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
 
     Args:
         claim: the claim.
-        out: its folder; begun, or gone on with.
+        out: its folder; begun, or resumed.
         report: called with one line about progress.
         overwrite: delete an earlier run in the folder first.
 
     Returns:
-        The manifest of the run: ``packages`` (versions) and what :meth:`Claim.identity` says. The rows are read with
+        The settings of the run: ``packages`` (versions) and what :meth:`Claim.identity` says. The rows are read with
         :func:`seed_values`.
 
     Raises:
         ConfigError: the folder holds other settings, or something else.
         DataError: the experiment returned something other than it declares.
     """
-    out = Path(out)
-    units = [(variant, seed) for variant in claim.variants for seed in claim.seeds]
-    manifest = {"format": MANIFEST_FORMAT, "packages": package_versions(), **claim.identity()}
-    earlier = None if overwrite else _read_manifest(out)
-    if earlier is not None:
-        missing = _missing(units, _rows(out))
-        # A finished run may be looked at under other package versions.
-        _check_same(earlier, manifest if missing else manifest | {"packages": earlier["packages"]}, out)
-        if not missing:
-            return earlier
-    run_dir = RunDir.open(out, resume=not overwrite, overwrite=overwrite, kind="claims")
-    with run_dir.recorded():
-        if earlier is None:
-            if (out / RESULTS_NAME).exists():
-                raise DataError(
-                    f"results without {MANIFEST_NAME}: nothing says of what; --overwrite deletes them", path=out
-                )
-            write_json(out / MANIFEST_NAME, manifest)
-        with ResultStore(out / RESULTS_NAME) as store:
-            _run_units(claim, _missing(units, store.rows()), store, out / UNITS_NAME, report)
-    return manifest
+    job = _job(Path(out), overwrite=overwrite)
+    missing = [(v, s) for v in claim.variants for s in claim.seeds if overwrite or job.missing(v, [_key(s)])]
+    settings = {"packages": package_versions(), **claim.identity()}
+    found = job.begin(settings, free=() if missing else ("packages",))  # a finished run may be looked at later
+    for number, (variant, seed) in enumerate(missing, start=1):
+        label = f"seed {seed}" if len(claim.variants) == 1 else f"{variant}, seed {seed}"
+        head = f"{claim.name} {number}/{len(missing)}, {label}"
+        start = time.perf_counter()
+
+        def rows_of(unit: Unit, head: str = head) -> list[dict[str, Any]]:
+            return _unit_rows(claim, unit, lambda line: report(f"{head}: {line}"))
+
+        job.work(
+            variant,
+            {_key(seed): Unit(claim.variants[variant], claim.arms, seed, _folder(job, variant, seed), variant)},
+            rows_of,
+        )
+        seconds = time.perf_counter() - start
+        left = f", about {duration(seconds * (len(missing) - number))} left" if number < len(missing) else ""
+        report(f"{head}: done in {duration(seconds)}{left}")
+    phases = {
+        folder.name: sorted(part.stem for part in folder.glob("*.jsonl")) for folder in (job.out / PARTS).iterdir()
+    }
+    rows = [row for variant in sorted(phases) for row in job.rows(variant, phases[variant]) or ()]
+    write_jsonl(job.out / RESULTS_NAME, sorted(rows, key=lambda row: (row["seed"], row["index"])))
+    return found
+
+
+def _job(out: Path, *, overwrite: bool = False) -> Job:
+    return Job(out, "claim", (RESULTS_NAME, UNITS_NAME), JobOptions(overwrite=overwrite))
+
+
+def _key(seed: int) -> str:
+    return f"seed-{seed}"
+
+
+def _folder(job: Job, variant: str, seed: int) -> Path:
+    return job.out / UNITS_NAME / variant / _key(seed)
 
 
 def seed_values(claim: Claim, out: str | Path, variant: str) -> SeedValues:
@@ -77,14 +89,14 @@ def seed_values(claim: Claim, out: str | Path, variant: str) -> SeedValues:
     Raises:
         DataError: a seed has not been run.
     """
-    rows = {(row["variant"], row["seed"], row["arm"]): row for row in _rows(Path(out))}
+    job = _job(Path(out))
     values: dict[str, dict[str, list[Any]]] = {arm: {} for arm in claim.arms}
-    for arm, metrics in values.items():
-        for number, seed in enumerate(claim.seeds):
-            row = rows.get((variant, seed, arm))
-            if row is None:
+    for number, seed in enumerate(claim.seeds):
+        rows = {row["arm"]: row for row in job.rows(variant, [_key(seed)]) or ()}
+        for arm, metrics in values.items():
+            if arm not in rows:
                 raise DataError(f"variant {variant!r}, seed {seed}, arm {arm!r} has not been run", path=out)
-            for name, numbers in {**row["metrics"], **row["facts"]}.items():
+            for name, numbers in {**rows[arm]["metrics"], **rows[arm]["facts"]}.items():
                 metrics.setdefault(name, []).append(value_array(numbers))
             if short := [name for name, arrays in metrics.items() if len(arrays) != number + 1]:
                 raise DataError(
@@ -93,36 +105,17 @@ def seed_values(claim: Claim, out: str | Path, variant: str) -> SeedValues:
     return values
 
 
-def _run_units(
-    claim: Claim, units: Sequence[tuple[str, int]], store: ResultStore, folder: Path, report: Report
-) -> None:
-    variants = list(claim.variants)
-    for number, (variant, seed) in enumerate(units, start=1):
-        label = f"seed {seed}" if len(variants) == 1 else f"{variant}, seed {seed}"
-        where = folder / variant / f"seed-{seed}"
-        where.mkdir(parents=True, exist_ok=True)
-        unit = Unit(claim.variants[variant], claim.arms, seed, where, variant)
-        start = time.perf_counter()
-
-        def tell(line: str, head: str = f"{claim.name} {number}/{len(units)}, {label}") -> None:
-            report(f"{head}: {line}")
-
-        results = list(claim.experiment.run(unit, tell))
-        check_results(claim.experiment, unit, results)
-        _check_claim(claim, unit, results)
-        batch = seed * len(variants) + variants.index(variant)
-        store.append_batch(batch, _unit_rows(unit, results, batch * len(claim.arms)))
-        seconds = time.perf_counter() - start
-        left = f", about {duration(seconds * (len(units) - number))} left" if number < len(units) else ""
-        tell(f"done in {duration(seconds)}{left}")
-
-
-def _unit_rows(unit: Unit, results: Sequence[ArmResult], first: int) -> list[dict[str, Any]]:
+def _unit_rows(claim: Claim, unit: Unit, report: Report) -> list[dict[str, Any]]:
+    """Run a unit; its rows, one per arm."""
+    unit.folder.mkdir(parents=True, exist_ok=True)
+    results = list(claim.experiment.run(unit, report))
+    check_results(claim.experiment, unit, results)
+    _check_claim(claim, unit, results)
     by_arm = {result.arm: result for result in results}
     return [
         {
             "id": f"{unit.variant}/{unit.seed}/{arm}",
-            "index": first + position,
+            "index": position,
             "variant": unit.variant,
             "seed": unit.seed,
             "arm": arm,
@@ -151,36 +144,3 @@ def _check_claim(claim: Claim, unit: Unit, results: Sequence[ArmResult]) -> None
             raise DataError(
                 f"variant {unit.variant!r}, seed {unit.seed}: the claim wants equal {fact}, and the arms have {shown}"
             )
-
-
-def _rows(out: Path) -> list[dict[str, Any]]:
-    path = out / RESULTS_NAME
-    return read_rows(path) if path.is_file() else []
-
-
-def _missing(units: Sequence[tuple[str, int]], rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    done = {(row["variant"], row["seed"]) for row in rows}
-    return [unit for unit in units if unit not in done]
-
-
-def _read_manifest(out: Path) -> dict[str, Any] | None:
-    path = out / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"not a readable claim manifest: {error}; --overwrite starts again", path=path) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise DataError(f"not a claim manifest of format {MANIFEST_FORMAT}; --overwrite starts again", path=path)
-    return manifest
-
-
-def _check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    if differences := manifest_differences(earlier, now):
-        lines = [f"  {key}: {then!r} then, {today!r} now" for key, (then, today) in differences.items()]
-        raise ConfigError(
-            f"{out} was begun under other settings, so it cannot be gone on with:\n"
-            + "\n".join(lines)
-            + "\nGive the old settings again, another --out, or --overwrite to start again."
-        )

@@ -177,8 +177,8 @@ def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.C
 def test_a_statement_about_what_the_run_lacks(write_claim: Write, tmp_path: Path) -> None:
     path = write_claim(run="both")
     summary_of(path, tmp_path / "out")
-    rows = (tmp_path / "out" / "results.jsonl").read_text()
-    (tmp_path / "out" / "results.jsonl").write_text(rows.replace('"right"', '"wrong"'))
+    for part in (tmp_path / "out" / "parts").rglob("*.jsonl"):
+        part.write_text(part.read_text().replace('"right"', '"wrong"'))
     with pytest.raises(DataError, match="the arm 'better' returned no 'right'"):
         summary_of(path, tmp_path / "out")
 

@@ -19,9 +19,12 @@ from stepkd.claims.claim_file import Claim, load_claim
 from stepkd.claims.experiment import ArmResult, Report, Unit
 from stepkd.claims.runner import run_claim, seed_values
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.store import read_rows
 
 Write = Callable[..., Path]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def quiet(line: str) -> None:
@@ -61,7 +64,7 @@ def test_a_second_call_does_nothing_and_more_seeds_only_themselves(write_claim: 
     run_claim(load_claim(write_claim(seeds=[0, 1])), out, report=quiet)
     assert (out / "results.jsonl").read_bytes() == before
     run_claim(load_claim(write_claim(seeds=[2, 1, 0])), out, report=quiet)
-    assert (out / "results.jsonl").read_bytes().startswith(before)
+    assert [row["seed"] for row in read_rows(out / "results.jsonl")] == [0, 0, 1, 1, 2, 2]
     assert calls(out) == {"main/seed-0": 1, "main/seed-1": 1, "main/seed-2": 1}
 
 
@@ -73,7 +76,7 @@ def test_killed_and_resumed(write_claim: Write, experiment_folder: Path, tmp_pat
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL
     out = tmp_path / "runs" / "fake"
-    assert [row["seed"] for row in read_rows(out / "results.jsonl")] == [0, 0, 1, 1]
+    assert sorted(path.name for path in (out / "parts" / "main").iterdir()) == ["seed-0.jsonl", "seed-1.jsonl"]
     again = subprocess.run(command, env={**environment, "SPARE": "1"}, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert calls(out) == {"main/seed-0": 1, "main/seed-1": 1, "main/seed-2": 2, "main/seed-3": 1, "main/seed-4": 1}
@@ -101,9 +104,9 @@ def test_other_settings_are_refused_by_name(write_claim: Write, tmp_path: Path) 
 def test_other_packages_are_refused_only_where_something_is_missing(write_claim: Write, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_claim(load_claim(write_claim(seeds=[0])), out, report=quiet)
-    manifest = json.loads((out / "claim.json").read_text())
+    manifest = json.loads((out / "settings.json").read_text())
     manifest["packages"]["torch"] = "1.0"
-    (out / "claim.json").write_text(json.dumps(manifest))
+    (out / "settings.json").write_text(json.dumps(manifest))
     assert run_claim(load_claim(write_claim(seeds=[0])), out, report=quiet)["packages"]["torch"] == "1.0"
     with pytest.raises(ConfigError, match=r"packages\.torch: '1\.0' then"):
         run_claim(load_claim(write_claim(seeds=[0, 1])), out, report=quiet)
@@ -115,16 +118,13 @@ def test_folders_of_others_are_left_alone(write_claim: Write, tmp_path: Path) ->
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years")
     for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="not made by stepkd"):
+        with pytest.raises(ConfigError, match="holds no claim"):
             run_claim(claim, foreign, report=quiet, overwrite=overwrite)
     assert (foreign / "thesis.txt").read_text() == "years"
     out = tmp_path / "out"
     run_claim(claim, out, report=quiet)
-    (out / "claim.json").write_text("{")
-    with pytest.raises(DataError, match="--overwrite starts again"):
-        run_claim(claim, out, report=quiet)
-    (out / "claim.json").write_text('{"format": 99}')
-    with pytest.raises(DataError, match="not a claim manifest of format 1"):
+    (out / "settings.json").write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
         run_claim(claim, out, report=quiet)
 
 
@@ -184,7 +184,7 @@ def test_an_experiment_that_breaks_its_word(
 
     with pytest.raises(DataError, match=message):
         run_claim(with_run(load_claim(write_claim(seeds=[0])), run), tmp_path / "out", report=quiet)
-    assert read_rows(tmp_path / "out" / "results.jsonl") == []
+    assert not (tmp_path / "out" / "parts").exists()
 
 
 def test_an_arm_may_lack_a_metric_but_not_for_some_seeds(write_claim: Write, tmp_path: Path) -> None:
@@ -214,11 +214,9 @@ def test_a_name_may_not_be_metric_and_fact(write_claim: Write, tmp_path: Path) -
 def test_results_without_a_manifest_are_not_used(write_claim: Write, tmp_path: Path) -> None:
     claim, out = load_claim(write_claim(seeds=[0])), tmp_path / "out"
     run_claim(claim, out, report=quiet)
-    (out / "claim.json").unlink()
-    with pytest.raises(DataError, match="nothing says of what"):
+    (out / "settings.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no claim \(no settings\.json\)"):
         run_claim(claim, out, report=quiet)
-    run_claim(claim, out, report=quiet, overwrite=True)
-    assert len(read_rows(out / "results.jsonl")) == 2
 
 
 def test_numpy_values_are_stored(write_claim: Write, tmp_path: Path) -> None:
