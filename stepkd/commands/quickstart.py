@@ -33,10 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd quickstart``."""
     from rich.console import Console
 
-    from stepkd.quickstart.context import SUMMARY_NAME, Context, run_stages
-    from stepkd.quickstart.stages import STAGES
-    from stepkd.runs import RunDir
+    from stepkd.quickstart.context import Context
+    from stepkd.quickstart.stages import STAGES, run_stages
+    from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions, package_versions
     from stepkd.runs.launcher import check_alone
+    from stepkd.runs.process import quiet_libraries
     from stepkd.runs.rundir import free_path
 
     if arguments.list:
@@ -52,17 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
     check_alone("the quick start")
     chosen = [stage for stage in STAGES if not arguments.stages or stage.name in arguments.stages]
     out = Path(arguments.out) if arguments.out else free_path(Path("runs/quickstart"))
-    run_dir = RunDir.open(out, resume=arguments.resume, overwrite=arguments.overwrite, kind="quickstart")
+    if (out / SETTINGS_NAME).exists() and not (arguments.resume or arguments.overwrite):
+        raise ConfigError(
+            f"{out} already holds a quick start. Add --resume to continue it, --overwrite to delete it and start "
+            "again, or give another --out"
+        )
+    outputs = [SUMMARY_NAME, "evaluations", "labels", *known]
+    job = Job(out, "quick start", outputs, JobOptions(overwrite=arguments.overwrite))
     console = Console()
-    context = Context(run_dir.path, console, seed=arguments.seed, scale=arguments.scale)
+    context = Context(out, console, seed=arguments.seed, scale=arguments.scale)
     start = time.perf_counter()
-    with run_dir.recorded():
-        context.load_summary()
-        settings = {"seed": arguments.seed, "scale": arguments.scale, "task": context.task}
-        if context.summary.get("settings", settings) != settings:
-            raise ConfigError(f"{out} was started with {context.summary['settings']}: resume it with the same settings")
-        context.summary["settings"] = settings
-        run_stages(context, chosen)
+    job.begin({"seed": context.seed, "scale": context.scale, "task": context.task, "packages": package_versions()})
+    quiet_libraries()
+    run_stages(context, chosen, job)
     console.print(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; results in {out / SUMMARY_NAME}")
     console.print(
         f"look closer:  stepkd evaluate --compare {out}/evaluations/teacher-sampled {out}/evaluations/student-sampled"

@@ -1,11 +1,9 @@
-"""What the stages of the quick start share: the folder, the task, the summary, and how to train and evaluate."""
+"""What the stages of the quick start share: the folder, the task, and how to train and evaluate."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from stepkd.errors import ConfigError
-from stepkd.runs.files import write_json
-from stepkd.runs.process import quiet_libraries
-
-SUMMARY_NAME = "summary.json"
 
 
 @dataclass
@@ -33,8 +27,6 @@ class Context:
     """Factor on every stage's number of optimiser steps and problems."""
     task: str = "modular:terms=4,modulus=10"
     """The tiny-world task: chains of three operations modulo 10, where a wrong line can still end right."""
-    summary: dict[str, Any] = field(default_factory=dict)
-    """What ``summary.json`` holds: one section per finished stage."""
 
     def steps(self, full: int) -> int:
         """Optimiser steps of a stage whose full budget is ``full``."""
@@ -43,11 +35,6 @@ class Context:
     def problems(self, full: int) -> int:
         """Problems evaluated by a stage whose full budget is ``full``."""
         return max(8, round(full * self.scale))
-
-    def finish(self, stage: str, section: dict[str, Any]) -> None:
-        """Record a stage's results and write ``summary.json``."""
-        self.summary.setdefault("stages", {})[stage] = section
-        write_json(self.out / SUMMARY_NAME, self.summary)
 
     def model_folder(self, name: str) -> Path:
         """Folder of an exported model that an earlier stage left.
@@ -59,12 +46,6 @@ class Context:
         if not folder.is_dir():
             raise ConfigError(f"this stage needs the model of stage {name!r}: run it first (--stages {name} ...)")
         return folder
-
-    def load_summary(self) -> None:
-        """Take over the sections of an earlier, interrupted quick start in the same folder."""
-        path = self.out / SUMMARY_NAME
-        if path.is_file():
-            self.summary = json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -123,6 +104,20 @@ def evaluate_task(context: Context, name: str, model: Path, *, samples: int, tem
     return {key: summary[key] for key in ("problems", "samples", "metrics")}
 
 
+def student_labels(context: Context) -> tuple[Path, dict[str, Any]]:
+    """The student's own solutions, every step labelled by the exact checker; drawn once for all stages."""
+    from stepkd.claims.tiny_reward import label_tiny
+
+    return label_tiny(
+        context.out / "labels",
+        model=context.model_folder("student"),
+        seed=context.seed,
+        problems=f'task:task="{context.task}",n={context.problems(2000)},seed={context.seed},split=train',
+        labeller="checker",
+        samples=4,
+    )
+
+
 def compare_samples(context: Context, models: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Sample models on the held-out problems (what an earlier stage sampled is used again) and show them side by side.
 
@@ -153,19 +148,3 @@ def percent(metric: dict[str, Any]) -> str:
         return "-"
     interval = "" if metric["low"] is None else f"\n({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
     return f"{100 * metric['value']:.1f}%{interval}"
-
-
-def run_stages(context: Context, stages: list[Stage]) -> None:
-    """Run stages in order, each with its title and wall time; finished ones are not repeated."""
-    quiet_libraries()
-    done = context.summary.get("stages", {})
-    for number, stage in enumerate(stages, start=1):
-        context.console.rule(f"[bold]{number}/{len(stages)} {stage.name}[/bold]: {stage.title}", align="left")
-        if stage.name in done:
-            context.console.print("finished earlier, not repeated")
-            continue
-        start = time.perf_counter()
-        section = stage.run(context)
-        section["seconds"] = round(time.perf_counter() - start, 1)
-        context.finish(stage.name, section)
-        context.console.print(f"{stage.name} took {section['seconds']:.0f} s\n", style="dim")

@@ -8,8 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from stepkd.errors import DataError
-from stepkd.quickstart.context import Context, percent
-from stepkd.quickstart.step_kto_stage import student_labels
+from stepkd.quickstart.context import Context, percent, student_labels
 
 SAMPLES = 8
 """Solutions per held-out problem that the reward model chooses from."""

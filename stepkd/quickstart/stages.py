@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -10,14 +13,26 @@ from rich.text import Text
 
 from stepkd.errors import ConfigError
 from stepkd.grading.judge import solution_steps
-from stepkd.quickstart.context import Context, Stage, evaluate_task, percent, train_sft
-from stepkd.quickstart.gkd_stage import train_gkd
-from stepkd.quickstart.kdrl_stage import train_kdrl
+from stepkd.quickstart.context import (
+    Context,
+    Stage,
+    compare_samples,
+    evaluate_task,
+    percent,
+    student_labels,
+    train_sft,
+)
 from stepkd.quickstart.prm_stage import train_prm
-from stepkd.quickstart.step_kto_stage import train_step_kto
+from stepkd.runs.files import write_json
+from stepkd.runs.job import SUMMARY_NAME, Job
 
 STUDENT_NOISE = {"rate": 0.15, "kind": "random", "recover": 0.5}
 """Each line's result is replaced with probability 0.15; half of the slips are silently recovered in the next line."""
+STEP_KTO: dict[str, Any] = {"beta": 0.5}
+"""KTO's beta, of answers and steps."""
+DIVERGENCE: dict[str, Any] = {"kind": "jsd", "beta": 0.5, "scaled": True}
+KD: dict[str, Any] = {"beta": 0.05}
+"""Coefficient of the reverse KL to the teacher."""
 
 
 def train_teacher(context: Context) -> dict[str, Any]:
@@ -105,6 +120,92 @@ def marked_solution(prompt: str, sample: dict[str, Any]) -> Text:
     return text
 
 
+def train_step_kto(context: Context) -> dict[str, Any]:
+    """Step-KTO from the student's weights, and what it does to right answers and to the wrong steps in them."""
+    from stepkd.claims.tiny_preference import train_tiny_preference
+
+    labels, summary = student_labels(context)
+    model = train_tiny_preference(
+        context.out / "step_kto",
+        method="step_kto",
+        start=context.model_folder("student"),
+        rows=labels,
+        steps=context.steps(60),
+        lr=1e-4,
+        seed=context.seed,
+        settings=STEP_KTO,
+        global_batch_size=64,
+        allow_one_class=context.scale < 1,
+        progress=True,
+    )
+    sections = compare_samples(context, {"student": context.model_folder("student"), "step_kto": model})
+    return {
+        "model": str(model.relative_to(context.out)),
+        "steps": context.steps(60),
+        "labelled_solutions": summary["labelled"],
+        "conflicts": summary["right_answers_with_a_wrong_step"],
+        "evaluation": sections["step_kto"],
+    }
+
+
+def train_gkd(context: Context) -> dict[str, Any]:
+    """On-policy GKD from the student's weights, and how like its teacher the student was and has become."""
+    from stepkd.claims.tiny_distillation import distil_tiny, tiny_fidelity
+
+    teacher, student = (context.model_folder(name) for name in ("teacher", "student"))
+    model = distil_tiny(
+        context.out / "gkd",
+        start=student,
+        teacher=teacher,
+        task=context.task,
+        demonstrations=20_000,
+        steps=context.steps(50),
+        lr=3e-4,
+        seed=context.seed,
+        divergence=DIVERGENCE,
+        student=1.0,
+        progress=True,
+    )
+    models = {"student": student, "gkd": model}
+    sections = compare_samples(context, models)
+    problems = context.problems(64)
+    alike = {
+        name: tiny_fidelity(folder, teacher, task=context.task, problems=problems, seed=context.seed)
+        for name, folder in models.items()
+    }
+    context.console.print(
+        f"reverse KL to the teacher on own samples of {problems} problems, nats a token: "
+        f"{alike['student']['reverse_kl']:.3f} before, {alike['gkd']['reverse_kl']:.3f} after"
+    )
+    return {
+        "model": str(model.relative_to(context.out)),
+        "steps": context.steps(50),
+        "evaluation": sections["gkd"],
+        "fidelity": alike,
+    }
+
+
+def train_kdrl(context: Context) -> dict[str, Any]:
+    """KDRL from the student's weights: one objective of rewards and distillation, on the same samples."""
+    from stepkd.claims.tiny_rl import train_tiny_rl
+
+    teacher, student = (context.model_folder(name) for name in ("teacher", "student"))
+    model = train_tiny_rl(
+        context.out / "kdrl",
+        start=student,
+        teacher=teacher,
+        task=context.task,
+        demonstrations=20_000,
+        steps=context.steps(30),
+        lr=1e-4,
+        seed=context.seed,
+        kd=KD,
+        progress=True,
+    )
+    sections = compare_samples(context, {"student": student, "kdrl": model})
+    return {"model": str(model.relative_to(context.out)), "steps": context.steps(30), "evaluation": sections["kdrl"]}
+
+
 STAGES: list[Stage] = [
     Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", train_teacher),
     Stage("student", "make a sloppy student of it: a little more training, on solutions with slips", train_student),
@@ -116,3 +217,27 @@ STAGES: list[Stage] = [
     Stage("kdrl", "KDRL: rewards for right answers and the teacher's word, in one objective", train_kdrl),
 ]
 """All stages in order; later methods append theirs."""
+
+PHASE = "stages"
+
+
+def run_stages(context: Context, stages: Sequence[Stage], job: Job) -> None:
+    """Run stages in order, each with its title and wall time; finished ones are not repeated.
+
+    Args:
+        context: the quick start.
+        stages: what to run, in order.
+        job: the quick start's job, begun; ``summary.json`` holds one section per finished stage.
+    """
+    for number, stage in enumerate(stages, start=1):
+        context.console.rule(f"[bold]{number}/{len(stages)} {stage.name}[/bold]: {stage.title}", align="left")
+        if not job.missing(PHASE, [stage.name]):
+            context.console.print("finished earlier, not repeated")
+            continue
+        start = time.perf_counter()
+        job.once(PHASE, stage.name, partial(stage.run, context))
+        done = [each.name for each in STAGES if not job.missing(PHASE, [each.name])]
+        sections = {name: job.once(PHASE, name, dict) for name in done}
+        settings = {"seed": context.seed, "scale": context.scale, "task": context.task}
+        write_json(job.out / SUMMARY_NAME, {"settings": settings, "stages": sections})
+        context.console.print(f"{stage.name} took {time.perf_counter() - start:.0f} s\n", style="dim")
