@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepkd.data import FeedbackEncoder, FeedbackExample
+from stepkd.data.feedback import FeedbackEncoder, FeedbackExample
 from stepkd.data.rows import ROLLOUT, STEPWISE, UNPAIRED, validate
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
