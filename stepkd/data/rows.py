@@ -21,18 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    InstanceOf,
-    PlainValidator,
-    StringConstraints,
-    TypeAdapter,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+import pydantic
 from pydantic_core import PydanticCustomError
 
 from stepkd.errors import ConfigError, DataError
@@ -85,7 +74,7 @@ _WORDS = {
 }
 
 
-def _words(error: ValidationError) -> str:
+def _words(error: pydantic.ValidationError) -> str:
     """The first thing that pydantic found, as we say it."""
     found = error.errors()[0]
     kind, value = found["type"], found["input"]
@@ -104,11 +93,11 @@ def _wrong(message: str, **context: Any) -> PydanticCustomError:
 
 # --- values --------------------------------------------------------------------------------------------------------
 
-Text = Annotated[str, StringConstraints(strict=True, min_length=0)]
+Text = Annotated[str, pydantic.StringConstraints(strict=True, min_length=0)]
 """Any text that can be encoded as UTF-8 (pydantic looks at the characters only where there is a constraint)."""
-Filled = Annotated[str, StringConstraints(strict=True, pattern=r"\S")]
+Filled = Annotated[str, pydantic.StringConstraints(strict=True, pattern=r"\S")]
 """Text that is more than white space."""
-_TEXT, _FILLED = TypeAdapter[str](Text), TypeAdapter[str](Filled)
+_TEXT, _FILLED = pydantic.TypeAdapter[str](Text), pydantic.TypeAdapter[str](Filled)
 
 
 def filled_text(value: object) -> str | None:
@@ -116,10 +105,10 @@ def filled_text(value: object) -> str | None:
     return _text(value, _FILLED)
 
 
-def _text(value: object, kind: TypeAdapter[str]) -> str | None:
+def _text(value: object, kind: pydantic.TypeAdapter[str]) -> str | None:
     try:
         kind.validate_python(value)
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         return _words(error)
     return None
 
@@ -163,7 +152,7 @@ def _labels(value: object) -> object:
     return value
 
 
-def _numbers(what: str, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> WrapValidator:
+def _numbers(what: str, least: float = -sys.float_info.max, most: float = sys.float_info.max) -> pydantic.WrapValidator:
     """A list of numbers within bounds (None passes where the type has it); the message says which item does not fit."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
@@ -172,22 +161,22 @@ def _numbers(what: str, least: float = -sys.float_info.max, most: float = sys.fl
         try:
             handler(value)
             index = next((i for i, each in enumerate(value) if each is not None and not least <= each <= most), None)
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             index = int(error.errors()[0]["loc"][0])
         if index is not None:
             place = f"item {index + 1} of {len(value)}"
             raise _wrong(f"{place} does not fit a list of {what}: found {shown(value[index])}")
         return value
 
-    return WrapValidator(check)
+    return pydantic.WrapValidator(check)
 
 
-Prompt = Annotated[Any, PlainValidator(_prompt)]
+Prompt = Annotated[Any, pydantic.PlainValidator(_prompt)]
 """Text, or chat messages that do not end with the assistant."""
-Labels = Annotated[list[Any], PlainValidator(_labels)]
+Labels = Annotated[list[Any], pydantic.PlainValidator(_labels)]
 """One label per step, of one kind (see :func:`stepkd.steps.labels.label_kind`), at least one of them not null."""
-_Whole = Annotated[int, Field(strict=True)]
-_Number = InstanceOf[float] | _Whole
+_Whole = Annotated[int, pydantic.Field(strict=True)]
+_Number = pydantic.InstanceOf[float] | _Whole
 TokenIds = Annotated[list[_Whole], _numbers("token ids (whole numbers from 0)", 0)]
 Logprobs = Annotated[list[_Number], _numbers("log-probabilities (finite, at most 0)", most=MAX_LOGPROB)]
 Values = Annotated[list[_Number | None], _numbers("values in [0, 1] or null", 0, 1)]
@@ -197,13 +186,13 @@ Scores = Annotated[list[_Number | None], _numbers("scores in [0, 1] or null", 0,
 # --- the contracts -------------------------------------------------------------------------------------------------
 
 
-class RowModel(BaseModel):
+class RowModel(pydantic.BaseModel):
     """A kind of row: a field per column, and the checks that need more than one column.
 
     A field with a default is a column that a row may lack, or have as null.
     """
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = pydantic.ConfigDict(strict=True, extra="ignore")
     name: ClassVar[str]
     """Used in messages and in the ``contract`` option of files."""
     names: ClassVar[tuple[str, ...]]
@@ -243,11 +232,11 @@ class StepwiseRow(RowModel):
     """Step texts with one label each (TRL's stepwise-supervision type); a null label marks an unrated step."""
 
     name = "stepwise"
-    completions: Annotated[list[Filled], Field(min_length=1)]
+    completions: Annotated[list[Filled], pydantic.Field(min_length=1)]
     labels: Labels
     outcome: bool | None = None
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _as_many(self) -> StepwiseRow:
         _same_length(self, "completions", "labels")
         return self
@@ -276,7 +265,7 @@ class PreferenceRow(RowModel):
     chosen_visits: int | None = None
     rejected_visits: int | None = None
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _sides_differ(self) -> PreferenceRow:
         if self.chosen == self.rejected:
             raise _wrong("is the same text as 'chosen'; such a pair teaches nothing, drop the row", column="rejected")
@@ -318,7 +307,7 @@ class RolloutRow(RowModel):
     step_values: Values | None = None
     step_scores: Scores | None = None
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _fits_together(self) -> RolloutRow:
         _same_length(self, "token_ids", "logprobs", "raw_logprobs")
         if (wrong := ends_partition(self.step_ends, len(self.token_ids))) is not None:
@@ -374,7 +363,7 @@ def problem_with(needs: Needs) -> Contract:
     class Needed(ProblemRow):
         answer: Filled | None = None  # type: ignore[assignment]
 
-        @model_validator(mode="wrap")
+        @pydantic.model_validator(mode="wrap")
         @classmethod
         def _is_read(cls, row: Any, handler: Callable[[Any], Any]) -> Any:
             model = handler(row)
@@ -423,12 +412,12 @@ def validate(
         try:
             contract.model_validate(row)
             return row
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             found = _place_and_words(error, row, contract)
     raise DataError(found[1], path=path, line=line, column=found[0])
 
 
-def _place_and_words(error: ValidationError, row: Row, contract: Contract) -> tuple[str, str]:
+def _place_and_words(error: pydantic.ValidationError, row: Row, contract: Contract) -> tuple[str, str]:
     """The column concerned, and what is wrong with it."""
     found = error.errors()[0]
     place = found["loc"]

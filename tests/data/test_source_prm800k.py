@@ -113,7 +113,7 @@ def test_released_line(tmp_path: Path) -> None:
 
 def test_both_layouts_agree(tmp_path: Path) -> None:
     """The trajectory layout lacks the gold answer, the finish reason and flags; all else is the same."""
-    for options in ({}, {"answer_tail": True}, {"prefix_labels": "keep"}, {"chosen": False}):
+    for options in ({}, {"answer_tail": True}, {"chosen": False}):
         released = load(tmp_path, RELEASED, **options)
         trajectory = load(tmp_path, TRAJECTORY, **options)
         lost = {"answer", "outcome", "id"}
@@ -142,8 +142,6 @@ def test_answer_tail(tmp_path: Path) -> None:
         ({"alternatives": "none"}, [[1, None, 1]]),
         ({"alternatives": "negative"}, [[1, None, 1], [None, -1], [None, None, -1]]),
         ({"alternatives": "negative", "chosen": False}, [[1, -1], [1, None, -1]]),
-        ({"alternatives": "negative", "chosen": False, "prefix_labels": "mask"}, [[None, -1], [None, None, -1]]),
-        ({"alternatives": "negative", "prefix_labels": "keep"}, [[1, None, 1], [1, -1], [1, None, -1]]),
     ],
 )
 def test_which_rows_and_labels(tmp_path: Path, options: dict[str, Any], labels: list[list[int | None]]) -> None:
@@ -206,7 +204,6 @@ def test_rows_left_out(tmp_path: Path) -> None:
     ]
     rows = load(tmp_path, *left_out, keep)
     assert {row["id"].partition("/")[0] for row in rows} == {"K"}
-    assert len(load(tmp_path, *left_out, keep, keep_unfinished=True)) == 3 * len(rows)
     with pytest.raises(DataError, match="no rows are left: 0 found"):
         load(tmp_path, *left_out)
 
@@ -340,7 +337,7 @@ def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     ("options", "message"),
     [
         ({"alternatives": "wrong"}, "unknown option alternatives of source 'prm800k' 'wrong'"),
-        ({"prefix_labels": "null"}, "choose from auto, keep, mask"),
+        ({"alternatives": "null"}, "choose from all, negative, none"),
         ({"per_record": -1}, "option per_record=-1 of source 'prm800k': must be 0"),
         ({"per_record": None}, "option per_record of source 'prm800k' is null; leave it out"),
         ({"chosen": False, "alternatives": "none"}, "gives no rows; keep one of them"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stepkd.data.rows import PROBLEM, Row, did_you_mean
-from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, as_text, passed_on, register
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, as_text, register
 from stepkd.errors import ConfigError
 
 GENERATED_SPLITS = ("train", "validation", "test")
@@ -111,7 +111,7 @@ def _generate_task(options: Options, split: str) -> Iterator[Row]:
 
 
 def _map_task(raw: RawRow, options: Options) -> Row:
-    return dict(raw) | {name: as_text(value) for name, value in passed_on(raw, "id", "answer").items()}
+    return dict(raw)
 
 
 TASK = register(

@@ -40,7 +40,6 @@ from stepkd.errors import ConfigError
 from stepkd.randomness import generator
 
 _TAIL = re.compile(r"\s*# Answer\s*\n\s*(?P<answer>.*?)\s*", re.DOTALL)
-_UNFINISHED = ("bad_problem", "give_up")
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,21 @@ class Record:
     """Whether the path ends in the right answer; None: the layout does not say."""
 
 
-def read_record(raw: RawRow, *, keep_unfinished: bool) -> Record | None:
+def read_record(raw: RawRow) -> Record | None:
     """Read a row of either layout, told apart by its columns.
 
     Args:
         raw: the row.
-        keep_unfinished: whether records that ended in ``bad_problem`` or ``give_up`` count.
 
     Returns:
-        The record; None for quality-control and screening questions, and for unfinished records unless kept. (A file
-        of trajectories no longer says which these were.)
+        The record; None for quality-control and screening questions, and for records that ended in ``bad_problem`` or
+        ``give_up``. (A file of trajectories no longer says which these were.)
 
     Raises:
         DataError: neither layout, or a value that does not fit its layout.
     """
     if "question" in raw and "label" in raw:
-        return _released(raw, keep_unfinished=keep_unfinished)
+        return _released(raw)
     if "prompt" in raw and "completions" in raw and "labels" in raw:
         return _trajectory(raw)
     raise raw.error(
@@ -170,11 +168,10 @@ def _read(layout: type[_Layout], values: Mapping[str, Any], raw: RawRow) -> _Lay
     raise raw.error(_WORDS.get(kind, _RATING).format(name, shown(value)), column=str(place[0]))
 
 
-def _released(raw: RawRow, *, keep_unfinished: bool) -> Record | None:
+def _released(raw: RawRow) -> Record | None:
     finish = raw["label"].get("finish_reason") if isinstance(raw["label"], Mapping) else None
-    if raw.get("is_quality_control_question") or raw.get("is_initial_screening_question"):
-        return None
-    if finish in _UNFINISHED and not keep_unfinished:
+    checks = ("is_quality_control_question", "is_initial_screening_question")
+    if any(raw.get(name) for name in checks) or finish in ("bad_problem", "give_up"):
         return None
     read = _read(_Released, raw, raw)
     path: list[RatedStep] = []
@@ -254,14 +251,13 @@ class _Alternative:
 
 def _map(raw: RawRow, options: Options) -> list[Row]:
     _check(options)
-    record = read_record(raw, keep_unfinished=options["keep_unfinished"])
+    record = read_record(raw)
     if record is None:
         return []
     rows = [_chosen_row(record, options)] if options["chosen"] else []
-    masked = options["prefix_labels"] == "mask" or (options["prefix_labels"] == "auto" and options["chosen"])
     for found in _picked(_alternatives(record, options), record, options):
         prefix = record.path[: found.position]
-        labels = [None if masked else step.rating for step in prefix]
+        labels = [None if options["chosen"] else step.rating for step in prefix]
         row = _row(record, (*prefix, found.step), [*labels, found.step.rating], options)
         rows.append(row | {"id": f"{record.name}/{found.position}-{found.number}", "kind": "alternative"})
     return [row for row in rows if any(label is not None for label in row["labels"])]
@@ -356,12 +352,6 @@ PRM800K = register(
             "chosen": SourceOption(True, "a row for the chosen path"),
             "per_record": SourceOption(0, "at most so many alternatives per record, half of them wrong; 0: all"),
             "seed": SourceOption(0, "seed of the choice that per_record makes"),
-            "prefix_labels": SourceOption(
-                "auto",
-                "an alternative's prefix labels: keep, mask, or auto (mask with chosen)",
-                ("auto", "keep", "mask"),
-            ),
-            "keep_unfinished": SourceOption(False, "keep records marked bad_problem or give_up"),
             "answer_tail": SourceOption(False, "write the '# Answer' tail where a step ends the solution"),
         },
     )
