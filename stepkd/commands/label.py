@@ -272,7 +272,8 @@ def _consensus(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from stepkd.labels.convert import CONVERTERS, ConvertOptions, convert_rows
+    from stepkd.labels.convert import CONVERTERS, convert_rows
+    from stepkd.labels.feedback import ConvertOptions
 
     same = ("soft", "neutral", "threshold", "seed", "chosen_steps")
     limit = {} if arguments.max_pairs is None else {"max_pairs": arguments.max_pairs}

@@ -22,7 +22,7 @@ from stepkd.evaluation.metrics import summarise
 from stepkd.grading import Grader
 from stepkd.grading.judge import votes_of
 from stepkd.labels.job import SOLUTIONS
-from stepkd.labels.matching import row_labels
+from stepkd.labels.quality import row_labels
 from stepkd.labels.settings import LabelSpec, asking
 from stepkd.labels.shards import Shards
 from stepkd.models import Policy

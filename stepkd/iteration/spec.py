@@ -15,7 +15,8 @@ from typing import Any, Literal
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.iteration.command import check_pairs
-from stepkd.labels.convert import CONVERTERS, ConvertOptions
+from stepkd.labels.convert import CONVERTERS
+from stepkd.labels.feedback import ConvertOptions
 from stepkd.labels.settings import LabelSpec
 from stepkd.randomness import stream_key
 from stepkd.yaml_files import build_settings, check_keys, find_recipe, mapping, read_yaml

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError, check_choice
-from stepkd.labels.matching import check_same_steps, label_column, row_labels
-from stepkd.labels.quality import LabelQuality, label_quality
+from stepkd.labels.quality import LabelQuality, check_same_steps, label_column, label_quality, row_labels
 from stepkd.steps.labels import Label, first_incorrect, verdicts
 
 Row = Mapping[str, Any]

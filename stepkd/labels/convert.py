@@ -1,63 +1,34 @@
 """From labelled rows to other kinds of rows: the registry behind ``stepkd label --to``.
 
-A converter is a function from rows and options to rows and counts of what was left out. To add one, write the function,
-register it, and import its module in the package's ``__init__``, so that the registry is whole whoever imports it.
-Binary feedback is in :mod:`stepkd.labels.feedback`, pairs from outcomes are in :mod:`stepkd.labels.preference_pairs`.
+A converter is a function from rows and options to rows and counts of what was left out. To add one, write the function
+and put it into :data:`CONVERTERS`. Feedback and pairs from outcomes are in :mod:`stepkd.labels.feedback`.
+
+``demonstrations`` keeps the solutions whose answer is correct, to fine-tune a model on its own (rejection sampling:
+RFT, arXiv 2308.01825; STaR, arXiv 2203.14465 without its hints); ``clean_demonstrations`` drops those among them with
+an incorrect step. The rows hold texts and no sampled ids, so that a model with another tokenizer may learn from them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+from stepkd.data.rows import DEMONSTRATION, PREFERENCE, ROLLOUT, STEPWISE, UNPAIRED, validate
 from stepkd.data.stepwise_io import to_stepwise, trl_row, write_math_shepherd, write_stepwise
-from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.labels.matching import label_column
-from stepkd.labels.reductions import balance_by_prefix_length
+from stepkd.errors import DataError, check_choice
+from stepkd.labels.feedback import Converted, ConvertOptions, Row, binary, preference, unpaired, writer
+from stepkd.labels.quality import label_column, row_labels
+from stepkd.randomness import generator
 from stepkd.runs.files import write_jsonl
-from stepkd.steps.labels import Neutral, check_threshold
+from stepkd.steps.format import written_steps
+from stepkd.steps.labels import Label, verdicts
 
-Row = Mapping[str, Any]
 KEPT = ("labelling", "label_facts", "step_values", "task", "meta", "problem_id")
 """Columns of a labelled rollout that its stepwise row keeps."""
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Settings of converters; each reads what it needs."""
-
-    soft: bool = False
-    """Take the estimated values as labels, not right or wrong (``stepwise``, ``trl``, ``binary``, ``preference``)."""
-    neutral: Neutral = "right"
-    """What a rating of 0 becomes where only right and wrong exist (``trl``, ``math_shepherd``, ``binary``)."""
-    threshold: float = 0.5
-    """A soft label is right there from this chance on, in (0, 1)."""
-    seed: int = 0
-    """Keys what is drawn (``balanced``, ``preference``)."""
-    max_pairs: int = 1
-    """Most pairs per problem, >= 1 (``preference``)."""
-    chosen_steps: Literal["any", "clean"] = "any"
-    """``clean``: a solution with a wrong step is never the better one (``preference``)."""
-
-    def __post_init__(self) -> None:
-        check_choice("neutral", self.neutral, get_args(Neutral))
-        check_choice("--chosen-steps", self.chosen_steps, ("any", "clean"))
-        check_threshold(self.threshold)
-        if self.max_pairs < 1:
-            raise ConfigError(f"max_pairs={self.max_pairs}: must be at least 1")
-
-
-@dataclass(frozen=True)
-class Converted:
-    """Rows of the new kind."""
-
-    rows: list[dict[str, Any]]
-    """At least one, else the caller refuses."""
-    counts: dict[str, int]
-    """What was kept, changed and left out, by reason."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +43,6 @@ class Converter:
     """Labelled rows (rollout or stepwise contract) and options to new rows."""
     write: Callable[[Iterable[Row], str | Path], int] = write_stepwise
     """Writes the new rows; returns their number."""
-
-
-CONVERTERS: dict[str, Converter] = {}
-"""Converters by name."""
-
-
-def register(converter: Converter) -> Converter:
-    """Add a converter; its name must be new."""
-    assert converter.name not in CONVERTERS, converter.name
-    CONVERTERS[converter.name] = converter
-    return converter
 
 
 def convert_rows(rows: Sequence[Row], to: str, options: ConvertOptions | None = None) -> Converted:
@@ -137,13 +97,9 @@ def _to_stepwise(rows: Sequence[Row], options: ConvertOptions) -> Converted:
 
 
 def _to_trl(rows: Sequence[Row], options: ConvertOptions) -> Converted:
-    counts: Counter[str] = Counter()
-    cast = [
-        trl_row(row, neutral=options.neutral, threshold=options.threshold, counts=counts)
-        for row in stepwise_rows(rows, soft=options.soft)
-    ]
-    kept = [{name: row[name] for name in ("prompt", "completions", "labels")} for row in cast if row is not None]
-    return Converted(kept, {"rows": len(kept)} | dict(counts))
+    done = _to_math_shepherd(rows, options)
+    columns = ("prompt", "completions", "labels")
+    return Converted([{name: row[name] for name in columns} for row in done.rows], done.counts)
 
 
 def _to_math_shepherd(rows: Sequence[Row], options: ConvertOptions) -> Converted:
@@ -157,38 +113,117 @@ def _to_math_shepherd(rows: Sequence[Row], options: ConvertOptions) -> Converted
 
 
 def _balanced(rows: Sequence[Row], options: ConvertOptions) -> Converted:
-    """Equal numbers of right and wrong labels at every prefix length (GLoRe, arXiv 2402.10963)."""
-    columns = [label_column(row) for row in rows]
-    balanced = balance_by_prefix_length(
-        [{"labels": row.get(column)} for row, column in zip(rows, columns, strict=True)], options.seed
-    )
+    before = [row_labels(row) for row in rows]
+    for row, labels in zip(rows, before, strict=True):
+        if odd := [label for label in labels if isinstance(label, float) or label not in (None, -1, 0, 1)]:
+            raise DataError(
+                f"{odd[0]!r} is no hard label (true, false, -1, 0, 1): soft labels cannot be balanced",
+                path=str(row.get("id", "?")),
+                column=label_column(row),
+            )
+    after = balance_by_prefix_length(before, options.seed)
     kept = [
-        dict(row) | {column: new["labels"]}
-        for row, column, new in zip(rows, columns, balanced.rows, strict=True)
-        if any(label is not None for label in new["labels"])
+        dict(row) | {label_column(row): labels}
+        for row, labels in zip(rows, after, strict=True)
+        if any(label is not None for label in labels)
     ]
+    signed = [sum(_sign(label) != 0 for labels in each for label in labels) for each in (before, after)]
+    left_out = len(rows) - len(kept)
     return Converted(
         kept,
-        {
-            "rows": len(kept),
-            "rows_without_labels_now": len(rows) - len(kept),
-            "labels_before": sum(step.positives + step.negatives for step in balanced.steps),
-            "labels_kept": sum(2 * step.kept for step in balanced.steps),
-        },
+        {"rows": len(kept), "rows_without_labels_now": left_out, "labels_before": signed[0], "labels_kept": signed[1]},
     )
+
+
+def balance_by_prefix_length(labels: Sequence[Sequence[Label]], seed: int) -> list[list[Label]]:
+    """Make positive and negative labels equal in number at every prefix length, by dropping labels in surplus.
+
+    Without it a model learns "early is good", because an early prefix can nearly always still be solved. Which labels
+    go is drawn by the stream of ``(seed, "balance", step)``. Where all labels of a prefix length have one sign, all go.
+
+    Args:
+        labels: per solution true or false, or -1/0/1 of which 0 counts as neither and stays; None: no label.
+        seed: seed of the run.
+
+    Returns:
+        The labels, None in the place of those in surplus.
+
+    Source: GLoRe (arXiv 2402.10963).
+    """
+    kept = [list(each) for each in labels]
+    for step in range(max(map(len, kept), default=0)):
+        signs = [_sign(each[step]) if step < len(each) else 0 for each in kept]
+        positives, negatives = ([i for i, each in enumerate(signs) if each == sign] for sign in (1, -1))
+        surplus = max(positives, negatives, key=len)
+        for i in generator(seed, "balance", step).permutation(len(surplus))[min(len(positives), len(negatives)) :]:
+            kept[surplus[i]][step] = None
+    return kept
+
+
+def _sign(label: Label) -> int:
+    """1, -1, or 0 for a neutral rating and for no label."""
+    return -1 if label is False else 0 if label is None else int(label)
+
+
+def _to_demonstrations(rows: Sequence[Row], options: ConvertOptions, *, clean: bool = False) -> Converted:
+    counts: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        if (reason := _no_demonstration(row, clean)) is not None:
+            counts[reason] += 1
+            continue
+        text = row["completion"] if "completion" in row else "".join(written_steps(row["completions"]))
+        done = {"prompt": row["prompt"], "solution": text}
+        for name in ("id", "answer", "problem_id", "task", "meta", "labelling"):
+            if row.get(name) is not None:
+                done[name] = row[name]
+        kept.append(validate(done, DEMONSTRATION, path=str(row.get("id", "?")), extra="keep"))
+    return Converted(kept, {"rows": len(kept)} | dict(sorted(counts.items())))
+
+
+def _no_demonstration(row: Row, clean: bool) -> str | None:
+    """Why a solution is no demonstration; None if it is one."""
+    correct = row.get("correct", row.get("outcome"))
+    if correct is None:
+        return "ungraded"
+    if not correct:
+        return "wrong_answer"
+    if row.get("finish") == "length":  # the answer is there, and no end: it would teach to go on for ever
+        return "cut_off"
+    if clean and row.get(label_column(row)) is not None and False in verdicts(row_labels(row)):
+        return "wrong_step"
+    return None
 
 
 def _write_lines(rows: Iterable[Row], path: str | Path) -> int:
     return write_jsonl(path, (dict(row) for row in rows))
 
 
-register(Converter("stepwise", "prompt, completions, labels, with what else the rows carry", _to_stepwise))
-register(Converter("trl", "TRL's stepwise-supervision type: one true or false per step", _to_trl))
-register(
-    Converter("math_shepherd", "Math-Shepherd's texts with step tags and +/-", _to_math_shepherd, write_math_shepherd)
-)
-register(
-    Converter(
-        "balanced", "the same rows with as many right as wrong labels at every step number", _balanced, _write_lines
+CONVERTERS: dict[str, Converter] = {
+    each.name: each
+    for each in (
+        Converter("stepwise", "prompt, completions, labels, with what else the rows carry", _to_stepwise),
+        Converter("trl", "TRL's stepwise-supervision type: one true or false per step", _to_trl),
+        Converter(
+            "math_shepherd", "Math-Shepherd's texts with step tags and +/-", _to_math_shepherd, write_math_shepherd
+        ),
+        Converter(
+            "balanced", "the same rows with as many right as wrong labels at every step number", _balanced, _write_lines
+        ),
+        Converter(
+            "demonstrations", "solutions whose answer is right, to fine-tune on", _to_demonstrations, _write_lines
+        ),
+        Converter(
+            "clean_demonstrations",
+            "the same without those that have a wrong step",
+            partial(_to_demonstrations, clean=True),
+            _write_lines,
+        ),
+        Converter("binary", "the same rows with right or wrong for every step", binary, writer(ROLLOUT, STEPWISE)),
+        Converter("unpaired", "TRL's KTO rows: prompt, completion, label = the outcome", unpaired, writer(UNPAIRED)),
+        Converter(
+            "preference", "pairs of a right and a wrong solution of each problem", preference, writer(PREFERENCE)
+        ),
     )
-)
+}
+"""Converters by name."""

@@ -15,14 +15,13 @@ from typing import Any
 from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import DataError
 from stepkd.labels.folder import THRESHOLD_NAME
-from stepkd.labels.labeller import Labeller, Solution
+from stepkd.labels.labellers import Labeller, Solution
 from stepkd.labels.manifest import segmenter_settings
-from stepkd.labels.matching import row_labels
+from stepkd.labels.quality import row_labels, summarise_labels
 from stepkd.labels.settings import LabelSpec
 from stepkd.labels.setup import JobParts, job_parts
 from stepkd.labels.sharded_job import Report, ShardedJob
 from stepkd.labels.solutions import Candidate, SolutionSource, cut, drop_duplicates, labelled_row
-from stepkd.labels.summary import summarise_labels
 from stepkd.runs.files import write_json
 from stepkd.steps import Segmenter, get_segmenter
 from stepkd.steps.labels import verdicts

@@ -15,7 +15,7 @@ from stepkd.evaluation.manifest import MANIFEST_FORMAT, package_versions
 from stepkd.grading import EXTRACTOR_VERSION
 from stepkd.labels.folder import KIND
 from stepkd.labels.job_data import JobData, Workbench
-from stepkd.labels.labeller import Labeller
+from stepkd.labels.labellers import Labeller
 from stepkd.labels.settings import JobSpec, LabelSpec
 from stepkd.models import Policy
 from stepkd.models.checkpoint import tokenizer_fingerprint, weights_fingerprint

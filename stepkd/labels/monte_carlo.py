@@ -15,9 +15,8 @@ from typing import Any
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading import Grader, extract_answer
-from stepkd.labels.labeller import Solution, StepLabels
+from stepkd.labels.labellers import Reduce, Solution, StepLabels, check_reduction, reduce_values
 from stepkd.labels.next_step import text_until_stop
-from stepkd.labels.reductions import Reduce, check_reduction, reduce_values
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Drawn, SamplingSpec
@@ -36,7 +35,7 @@ class MonteCarloLabeller:
         grader: compares the final answers with the row's ``answer``.
         spec: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the
             noise.
-        reduce: from values to labels; see :func:`~stepkd.labels.reductions.reduce_values`.
+        reduce: from values to labels; see :func:`~stepkd.labels.labellers.reduce_values`.
         early_stop: draw 1, 1, 2, 4, ... continuations and stop at the first wave with a success. Labels are those of
             all J; values are estimated from the continuations made, and biased upwards.
         propagate_positive: a positive step makes all before it positive.
@@ -70,7 +69,7 @@ class MonteCarloLabeller:
         self.propagate_positive = propagate_positive
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """See :class:`~stepkd.labels.labeller.Labeller`.
+        """See :class:`~stepkd.labels.labellers.Labeller`.
 
         No continuations are drawn where the solution is over: at its end (unless it was cut off), once it holds an end
         token or, marked as such, the answer it ends with, and where the context is full. The value there is 1 or 0 by

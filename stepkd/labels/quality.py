@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,11 +11,54 @@ import numpy as np
 
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError
-from stepkd.labels.matching import check_same_steps, row_labels
 from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, ratio_interval
-from stepkd.steps.labels import verdicts
+from stepkd.steps.labels import Label, tally, verdicts
 
 Row = Mapping[str, Any]
+
+
+def row_labels(row: Row) -> list[Label]:
+    """The step labels of a rollout row or a stepwise row, in the column of its contract.
+
+    Raises:
+        DataError: the row has none.
+    """
+    column = label_column(row)
+    if row.get(column) is None:
+        raise DataError("no step labels: label the rows first (stepkd label)", path=str(row.get("id", "?")))
+    return list(row[column])
+
+
+def label_column(row: Row) -> str:
+    """Where a row keeps its labels."""
+    return "labels" if row.get("step_labels") is None else "step_labels"
+
+
+def check_same_steps(row: Row, other: Row, *, names: tuple[str, str] = ("A", "B")) -> None:
+    """Check that two rows hold one solution, cut at the same places.
+
+    Raises:
+        DataError: naming the row and what differs.
+    """
+    where = f"row {row['id']!r} of {names[0]} and {names[1]}"
+    hint = "label the same solutions, cut by the same segmenter"
+    for column, what in (("token_ids", "other tokens"), ("step_ends", "steps that end elsewhere")):
+        if row.get(column) is not None and other.get(column) is not None and row[column] != other[column]:
+            raise DataError(f"{where} has {what}: {hint}", column=column)
+    ours, theirs = len(row_labels(row)), len(row_labels(other))
+    if ours != theirs:
+        raise DataError(f"{where} has {ours} and {theirs} steps: {hint}")
+    texts, other_texts = _step_texts(row), _step_texts(other)
+    if texts is not None and other_texts is not None and texts != other_texts:
+        step = next(i for i, (a, b) in enumerate(zip(texts, other_texts, strict=True)) if a != b)
+        raise DataError(f"{where} has another step {step} ({texts[step]!r} and {other_texts[step]!r}): {hint}")
+
+
+def _step_texts(row: Row) -> list[str] | None:
+    """Step texts without the white space around them: a stepwise file may have dropped separators."""
+    texts = row["steps"] if row.get("steps") is not None else row.get("completions")
+    return None if texts is None else [text.strip() for text in texts]
+
 
 _RIGHT_RIGHT, _RIGHT_WRONG, _WRONG_RIGHT, _WRONG_WRONG = range(4)  # label, truth
 
@@ -176,3 +220,73 @@ def _balanced(counts: FloatArray, seed: int) -> Interval | None:
         return np.asarray((right + wrong) / 2, dtype=np.float64)
 
     return cluster_bootstrap(counts, statistic, seed=seed)
+
+
+def summarise_labels(
+    records: Sequence[Row], candidates: int, duplicates: int, drawn: Sequence[Row], *, too_long: int = 0
+) -> dict[str, Any]:
+    """Summary of a finished job.
+
+    Args:
+        records: one per solution that went to the labeller: ``row``, or ``dropped`` with the reason.
+        candidates: solutions there were at first.
+        duplicates: those dropped because another one of their problem has the same text.
+        drawn: records of the first phase.
+        too_long: rows dropped because they do not fit into the model's context.
+
+    Returns:
+        Plain values for JSON; depends on nothing but its arguments.
+    """
+    rows = [record["row"] for record in records if "row" in record]
+    dropped = Counter(record["dropped"] for record in records if "dropped" in record)
+    dropped += Counter({"duplicate": duplicates, "longer_than_context": too_long})
+    known = [row.get("correct", row.get("outcome")) for row in rows]
+    graded = [bool(outcome) for outcome in known if outcome is not None]
+    marks = [verdicts(row_labels(row)) for row in rows]
+    samples = [sample for record in drawn for sample in record.get("samples", ())]
+    return {
+        "solutions": candidates,
+        "labelled": len(rows),
+        "dropped": {reason: dropped[reason] for reason in sorted(dropped)},
+        "problems": len({str(row.get("problem_id", row["id"])) for row in rows}),
+        "right_answers": sum(graded),
+        "wrong_answers": len(graded) - sum(graded),
+        "cut_off": sum(row.get("finish") == "length" for row in rows),
+        "right_answers_with_a_wrong_step": tally(known, marks).flawed,
+        "steps": sum(map(len, marks)),
+        "balance": _balance(marks),
+        "by_position": [
+            {"position": i} | _balance([steps[i : i + 1] for steps in marks if len(steps) > i])
+            for i in range(max(map(len, marks), default=0))
+        ],
+        "sampling": {
+            "solutions": len(samples),
+            "tokens_generated": sum(len(sample["token_ids"]) for sample in samples),
+            "tokens_prefilled": sum(record["prefilled"] for record in drawn if "samples" in record),
+        },
+        "labelling": _totals(records),
+    }
+
+
+def _balance(marks: Sequence[Sequence[bool | None]]) -> dict[str, Any]:
+    counts = Counter(mark for steps in marks for mark in steps)
+    labelled = counts[True] + counts[False]
+    return {
+        "right": counts[True],
+        "wrong": counts[False],
+        "unlabelled": counts[None],
+        "right_share": counts[True] / labelled if labelled else None,
+    }
+
+
+def _totals(records: Sequence[Row]) -> dict[str, int]:
+    """Sums of the labeller's whole-number facts (tokens generated, tokens read) and of its trials (rollouts made)."""
+    totals: Counter[str] = Counter()
+    for record in records:
+        facts = record["row"].get("label_facts", {}) if "row" in record else record.get("facts", {})
+        if "trials" in facts:
+            totals["rollouts"] += sum(facts["trials"])
+        totals.update(
+            {name: value for name, value in facts.items() if isinstance(value, int) and not isinstance(value, bool)}
+        )
+    return dict(sorted(totals.items()))

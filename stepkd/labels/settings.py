@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.errors import ConfigError, check_bounds, check_choice
-from stepkd.labels.reductions import check_reduction
+from stepkd.labels.labellers import check_reduction
 from stepkd.rollout import SamplingSpec
 from stepkd.steps import get_segmenter
 from stepkd.steps.labels import check_threshold

@@ -11,16 +11,12 @@ from typing import Any, cast
 
 from stepkd.errors import DataError
 from stepkd.grading import Grader
-from stepkd.labels.checker import CheckerLabeller
 from stepkd.labels.folder import check_job_folder
 from stepkd.labels.given import GivenSolutions
 from stepkd.labels.job_data import JobData, Workbench, check_prompt, load_job_data, open_workbench
-from stepkd.labels.judge import ScorerLabeller
-from stepkd.labels.labeller import Labeller
+from stepkd.labels.labellers import CheckerLabeller, Labeller, OutcomeLabeller, Reduce, ScorerLabeller
 from stepkd.labels.manifest import job_manifest
 from stepkd.labels.monte_carlo import MonteCarloLabeller
-from stepkd.labels.outcome import OutcomeLabeller
-from stepkd.labels.reductions import Reduce
 from stepkd.labels.sampled import SampledSolutions
 from stepkd.labels.settings import FITTED, SCORER_LABELLERS, LabelSpec
 from stepkd.labels.solutions import SolutionSource

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from stepkd.data.encode import with_end
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
 from stepkd.data.templates import PromptTemplate
-from stepkd.labels.labeller import Solution, StepLabels
+from stepkd.labels.labellers import Solution, StepLabels
 from stepkd.models import Policy
 from stepkd.rollout import annotate
 from stepkd.steps import Segmenter, TokenizedText, segment, spans_from_ends, step_ends, text_from_ids, tokenize_text

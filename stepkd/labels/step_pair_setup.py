@@ -7,15 +7,15 @@ from typing import cast
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.folder import PAIR_KIND, check_job_folder
 from stepkd.labels.job_data import JobData, check_prompt, load_job_data, open_workbench
+from stepkd.labels.labellers import StepCheck
 from stepkd.labels.manifest import as_json, base_manifest
 from stepkd.labels.next_step import segmenter_of
 from stepkd.labels.pair_job import PairParts
 from stepkd.labels.pair_settings import StepPairSpec
-from stepkd.labels.step_check import make_step_check
 from stepkd.labels.step_pairs import StepPairBuilder, first_wrong_step
 from stepkd.models import Policy
 from stepkd.rollout import BranchSampler, TransformersSampler
-from stepkd.scorers.load import pick_device
+from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
 
 
 def step_pair_parts(
@@ -72,3 +72,15 @@ def _check_rows(data: JobData, spec: StepPairSpec) -> None:
                 f"--check-step has no exact checker for row {name!r}, which is not of the tiny world (source 'task'): "
                 "give a model that scores steps, --judge"
             )
+
+
+def make_step_check(spec: StepPairSpec) -> StepCheck:
+    """The check that a pair job's settings name: ``judge``, else the exact checker.
+
+    Raises:
+        ConfigError, ModelError: a scorer that cannot be loaded.
+    """
+    if spec.judge is None:
+        return StepCheck(load_scorer("checker"), spec.threshold)
+    options = ScorerOptions(reference=spec.reference, dtype=spec.dtype, device=spec.device, max_rows=spec.max_rows)
+    return StepCheck(load_scorer(spec.judge, options), spec.threshold)

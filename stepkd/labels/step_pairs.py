@@ -17,12 +17,11 @@ from typing import Any
 from stepkd.errors import DataError
 from stepkd.labels.given import GivenSolutions
 from stepkd.labels.job_data import Workbench
-from stepkd.labels.labeller import Solution
+from stepkd.labels.labellers import Solution, StepCheck
 from stepkd.labels.next_step import NextStep, next_step, segmenter_of, text_until_stop
 from stepkd.labels.pair_job import pair_record
 from stepkd.labels.pair_settings import StepPairSpec
 from stepkd.labels.solutions import PROBLEM_COLUMNS, cut
-from stepkd.labels.step_check import StepCheck
 from stepkd.models import Policy
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Rollout

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stepkd.data.rows import STEPWISE, validate
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import CONVERTERS, Converted, Converter, ConvertOptions, convert_rows
-from stepkd.labels.convert import register
+from stepkd.labels.convert import balance_by_prefix_length
 
 
 def rollout(number: int, labels: list[Any], values: list[float] | None = None) -> dict[str, Any]:
@@ -97,7 +101,61 @@ def test_what_is_refused() -> None:
 
 
 def test_a_new_converter(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = dict(CONVERTERS)
-    monkeypatch.setattr("stepkd.labels.convert.CONVERTERS", before | {})
-    register(Converter("first", "the first row", lambda rows, options: Converted([dict(rows[0])], {"rows": 1})))
+    first = Converter("first", "the first row", lambda rows, options: Converted([dict(rows[0])], {"rows": 1}))
+    monkeypatch.setitem(CONVERTERS, "first", first)
     assert convert_rows(ROWS, "first").rows == ROWS[:1]
+
+
+LABELS = st.lists(st.lists(st.sampled_from([True, False, None]), max_size=5), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(labels=LABELS, seed=st.integers(0, 3), signs=st.booleans())
+def test_balance_against_counting(labels: list[list[bool | None]], seed: int, signs: bool) -> None:
+    """At every prefix length as many positives as negatives remain, and as many as can."""
+    as_signs = {True: 1, False: -1, None: None}
+    used: list[list[Any]] = [[as_signs[label] for label in row] for row in labels] if signs else [[*r] for r in labels]
+    before = [list(row) for row in used]
+    balanced = balance_by_prefix_length(used, seed)
+    assert used == before, "the labels given are left alone"
+    for step in range(max(map(len, used), default=0)):
+        there = [(old[step], new[step]) for old, new in zip(used, balanced, strict=True) if len(old) > step]
+        positive, negative = (1, -1) if signs else (True, False)
+        count = Counter(old for old, _ in there)
+        kept = Counter(new for _, new in there)
+        assert kept[positive] == kept[negative] == min(count[positive], count[negative])
+        assert all(new is None or new == old for old, new in there)
+
+
+def test_balance_is_keyed_and_fair() -> None:
+    labels = [[True]] * 40 + [[False]] * 20
+    once = balance_by_prefix_length(labels, 3)
+    assert balance_by_prefix_length(labels, 3) == once
+    assert balance_by_prefix_length(labels, 4) != once
+    kept = Counter[int]()
+    for seed in range(200):
+        kept.update(i for i, each in enumerate(balance_by_prefix_length(labels, seed)) if each[0])
+    # Every positive is kept half of the time: 200 draws, standard deviation 7.
+    assert len(kept) == 40
+    assert all(65 <= count <= 135 for count in kept.values())
+
+
+def test_neutral_labels_stay() -> None:
+    balanced = balance_by_prefix_length([[1, 0], [1, 0], [-1, 1], [0]], 0)
+    assert [labels[1] for labels in balanced[:3]] == [0, 0, None]
+    assert balanced[3] == [0]
+    rows = [rollout(i, labels) for i, labels in enumerate([[1, 0], [1, 1], [-1, 1]])]
+    assert convert_rows(rows, "balanced").counts["labels_before"] == 5, "a neutral one has no sign"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (rollout(1, [0.5]), "p1/0, column 'step_labels': 0.5 is no hard label"),
+        (rollout(1, [2]), "2 is no hard label"),
+        ({"id": "a", "label": 1}, "a: no step labels: label the rows first"),
+    ],
+)
+def test_what_cannot_be_balanced(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        convert_rows([rollout(0, [True]), row], "balanced")

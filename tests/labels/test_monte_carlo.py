@@ -13,7 +13,7 @@ import torch
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading import Grader
-from stepkd.labels.labeller import Labeller, Solution, StepLabels
+from stepkd.labels.labellers import Labeller, Solution, StepLabels
 from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.models.policy import Policy
 from stepkd.models.tiny import build_tiny, tiny_tokenizer

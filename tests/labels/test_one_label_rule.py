@@ -24,12 +24,9 @@ from stepkd.evaluation.store import read_rows
 from stepkd.iteration.measure import differences
 from stepkd.labels import ConvertOptions, StepPairSpec, convert_rows
 from stepkd.labels.consensus import consensus_filter
-from stepkd.labels.judge import ScorerLabeller
-from stepkd.labels.labeller import Solution
-from stepkd.labels.quality import label_quality
-from stepkd.labels.step_check import StepCheck
+from stepkd.labels.labellers import ScorerLabeller, Solution, StepCheck
+from stepkd.labels.quality import label_quality, summarise_labels
 from stepkd.labels.step_pairs import first_wrong_step
-from stepkd.labels.summary import summarise_labels
 from stepkd.losses import step_kto
 from stepkd.modules.focus import FocusSpec
 from stepkd.modules.validation import SampledAccuracy

@@ -12,7 +12,7 @@ import pytest
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import LabelSpec, run_label_job
-from stepkd.labels.matching import row_labels
+from stepkd.labels.quality import row_labels
 from stepkd.modules.focus import Focus, FocusSpec
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers import ArithmeticScorer, CheckerScorer, Solutions, load_scorer, score_one

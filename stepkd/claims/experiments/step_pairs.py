@@ -107,7 +107,8 @@ def _pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path, report: Re
     if arm.pairs == "none":
         return None
     if arm.pairs == "answers":
-        from stepkd.labels.convert import ConvertOptions, convert_rows
+        from stepkd.labels.convert import convert_rows
+        from stepkd.labels.feedback import ConvertOptions
 
         options = ConvertOptions(seed=unit.seed, max_pairs=unit.settings.label_samples, chosen_steps=arm.chosen_steps)
         found: list[Row] = list(convert_rows([row for row, _ in read_rows(labels)], "preference", options).rows)

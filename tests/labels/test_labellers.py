@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import CheckerLabeller, OutcomeLabeller, ScorerLabeller, Solution
+from stepkd.labels.labellers import check_reduction, reduce_values
 from stepkd.scorers.scorer import Meaning, Solutions
 from stepkd.tasks import make_rows
 
@@ -108,3 +111,53 @@ def test_scorer_bad_answers() -> None:
             ScorerLabeller(scorer).label([solution(["a", "b"])])
     with pytest.raises(ConfigError, match=r"threshold=1: must lie between 0 and 1"):
         ScorerLabeller(scorer, threshold=1)
+
+
+def test_fixed_cases() -> None:
+    values = (1.0, 0.5, 0.0, 0.125, 0.0)
+    assert reduce_values(values, "any") == (True, True, False, True, False)
+    assert reduce_values(values, "mean") == values
+    assert reduce_values(values, "first_error") == (True, True, False, None, None)
+    assert reduce_values(values, "any", propagate_positive=True) == (True, True, True, True, False)
+    assert reduce_values(values, "first_error", propagate_positive=True) == (True, True, True, True, False)
+    assert reduce_values((0.0, 1.0), "first_error") == (False, None)
+    assert reduce_values((0.25, 1.0), "first_error") == (True, True)
+    assert [reduce_values((), reduce) for reduce in ("any", "mean", "first_error")] == [(), (), ()]
+
+
+@pytest.mark.parametrize("length", range(6))
+def test_brute_force(length: int) -> None:
+    for values in itertools.product((0.0, 0.25, 1.0), repeat=length):
+        hard = []
+        for value in values:
+            hard.append(value > 0)
+        assert reduce_values(values, "any") == tuple(hard)
+        assert reduce_values(values, "mean") == values
+        reached = [any(hard[j] for j in range(i, length)) for i in range(length)]
+        assert reduce_values(values, "any", propagate_positive=True) == tuple(reached)
+        for labels in (hard, reached):
+            cut = [None if any(not labels[j] for j in range(i)) else labels[i] for i in range(length)]
+            assert reduce_values(values, "first_error", propagate_positive=labels is reached) == tuple(cut)
+
+
+def test_labels_are_of_one_plain_kind() -> None:
+    assert {type(label) for label in reduce_values([1, 0, 0.5], "mean")} == {float}
+    assert {type(label) for label in reduce_values([1, 0, 0.5], "any", propagate_positive=True)} == {bool}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: check_reduction("frist_error"), ConfigError, "did you mean 'first_error'?"),
+        (
+            lambda: check_reduction("mean", propagate_positive=True),
+            ConfigError,
+            "propagate_positive needs labels that are right or wrong",
+        ),
+        (lambda: reduce_values([0.5, 1.5], "any"), DataError, "1.5 is no share of continuations"),
+        (lambda: reduce_values([float("nan")], "mean"), DataError, "nan is no share of continuations"),
+    ],
+)
+def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call()
