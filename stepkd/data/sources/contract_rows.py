@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Row, chat_message
-from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, as_text, register
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, register
 
 Messages = list[dict[str, Any]]
 
@@ -40,7 +40,7 @@ def _map(raw: RawRow, options: Options) -> Row:
         _read_pair(row, raw)
     if "completion" in row and not {"solution", "label", "token_ids"} & set(row):
         row["solution"] = row["completion"]
-    return row | {name: as_text(row[name]) for name in ("problem_id", "answer") if name in row}
+    return row
 
 
 def _read_alpaca(row: Row, columns: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stepkd.data.rows import PROBLEM, Row, did_you_mean
-from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, as_text, register
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, register
 from stepkd.errors import ConfigError
 
 GENERATED_SPLITS = ("train", "validation", "test")
@@ -70,7 +70,7 @@ def _map_gym(raw: RawRow, options: Options) -> Row:
             f"{raw['dataset']!r} has no single gold answer (it is judged by its own scorer); choose another dataset",
             column="answer",
         )
-    return dict(raw) | {"answer": as_text(raw["answer"])}
+    return dict(raw)
 
 
 REASONING_GYM = register(

@@ -18,6 +18,7 @@ reads as well.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from stepkd.data.rows import PROBLEM, Row
 from stepkd.data.sources.registry import Options, RawRow, Source, as_text, passed_on, register
@@ -57,7 +58,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _map(raw: RawRow, options: Options) -> Row:
-    answer = as_text(raw.get("answer"))
+    answer = raw.get("answer")
     solution = raw.get("solution")
     if answer is None and isinstance(solution, str):
         answer = last_boxed(solution)
@@ -69,36 +70,37 @@ def _map(raw: RawRow, options: Options) -> Row:
     return row | passed_on(raw, "id")
 
 
-MATH500 = register(
-    Source(
-        name="math500",
-        help="MATH-500: 500 held-out competition problems, for evaluation only",
-        contract=PROBLEM,
-        map_row=_map,
-        reads=_READS,
-        optional=frozenset({"id", "answer", "solution"}),
-        keeps=("level", "subject", "type"),
-        hub="HuggingFaceH4/MATH-500",
-        splits={"test": "test"},
-        default_split="test",
-        evaluation_only=frozenset({"*"}),
+def _math(name: str, text: str, hub: str, **more: Any) -> Source:
+    return register(
+        Source(
+            name=name,
+            help=text,
+            contract=PROBLEM,
+            map_row=_map,
+            reads=_READS,
+            optional=frozenset({"id", "answer", "solution"}),
+            keeps=("level", "subject", "type"),
+            hub=hub,
+            **more,
+        )
     )
+
+
+MATH500 = _math(
+    "math500",
+    "MATH-500: 500 held-out competition problems, for evaluation only",
+    "HuggingFaceH4/MATH-500",
+    splits={"test": "test"},
+    default_split="test",
+    evaluation_only=frozenset({"*"}),
 )
 """The MATH-500 source."""
-
-MATH = register(
-    Source(
-        name="math",
-        help="competition problems in the MATH layout (problem, solution, perhaps answer)",
-        contract=PROBLEM,
-        map_row=_map,
-        reads=_READS,
-        optional=frozenset({"id", "answer", "solution"}),
-        keeps=("level", "subject", "type"),
-        hub="EleutherAI/hendrycks_math",
-        hub_configs=_SUBJECTS,
-        evaluation_only=frozenset({"test"}),
-    )
+MATH = _math(
+    "math",
+    "competition problems in the MATH layout (problem, solution, perhaps answer)",
+    "EleutherAI/hendrycks_math",
+    hub_configs=_SUBJECTS,
+    evaluation_only=frozenset({"test"}),
 )
 """Files in the MATH layout."""
 
@@ -118,10 +120,9 @@ def whole_answer(value: object) -> object:
     Args:
         value: the file's cell.
     """
-    text = as_text(value)
-    if not isinstance(text, str):
-        return text
-    text = text.strip().strip("$").strip()
+    if not isinstance(value := as_text(value), str):
+        return value
+    text = value.strip().strip("$").strip()
     found = _WHOLE.fullmatch(text.replace(",", ""))
     return f"{'-' if found[1] == '-' else ''}{found[2]}" if found else text
 

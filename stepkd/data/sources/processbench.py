@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stepkd.data.rows import STEPWISE, Row, shown
-from stepkd.data.sources.registry import Options, RawRow, Source, as_text, passed_on, register
+from stepkd.data.sources.registry import MapRow, Options, RawRow, Source, passed_on, register
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 """The benchmark's parts, in its order."""
@@ -60,8 +61,7 @@ def first_error_row(raw: RawRow) -> Row:
     if first >= 0:
         labels[first:] = [False, *[None] * (len(steps) - first - 1)]
     row: Row = {"prompt": raw["prompt"], "completions": steps, "labels": labels, "first_error": first}
-    row |= passed_on(raw, "outcome")
-    return row | passed_on(raw, "id")
+    return row | passed_on(raw, "outcome", "id", "answer", "final_answer")
 
 
 def _map(raw: RawRow, options: Options) -> Row:
@@ -76,20 +76,32 @@ def _subset(identity: object, path: str) -> str | None:
     return next((name for name in names if name in SUBSETS), None)
 
 
-PROCESSBENCH = register(
-    Source(
-        name="processbench",
-        help="ProcessBench: first wrong steps marked by humans, for evaluation only",
-        contract=STEPWISE,
-        map_row=_map,
-        reads=FIRST_ERROR_READS,
-        optional=frozenset({"outcome", "id"}),
-        keeps=("generator",),
-        hub="Qwen/ProcessBench",
-        splits={name: name for name in SUBSETS},
-        default_split="gsm8k",
-        evaluation_only=frozenset({"*"}),
+def _first_errors(
+    name: str, text: str, map_row: MapRow, reads: Mapping[str, tuple[str, ...]] = FIRST_ERROR_READS, **more: Any
+) -> Source:
+    only_test: dict[str, Any] = {"splits": {"test": "test"}, "default_split": "test"}
+    return register(
+        Source(
+            name=name,
+            help=f"{text}: first wrong steps marked by humans, for evaluation only",
+            contract=STEPWISE,
+            map_row=map_row,
+            reads=reads,
+            optional=frozenset(reads) - {"prompt", "completions", "first_error"},
+            evaluation_only=frozenset({"*"}),
+            **only_test | more,
+        )
     )
+
+
+PROCESSBENCH = _first_errors(
+    "processbench",
+    "ProcessBench",
+    _map,
+    keeps=("generator",),
+    hub="Qwen/ProcessBench",
+    splits={name: name for name in SUBSETS},
+    default_split="gsm8k",
 )
 """The ProcessBench source."""
 
@@ -97,52 +109,31 @@ PROCESSBENCH = register(
 def _map_bigbench(raw: RawRow, options: Options) -> Row:
     if raw["first_error"] is None:  # the original's way to say that no step is wrong
         raw["first_error"] = -1
-    return first_error_row(raw) | _texts(raw, answer="gold", final_answer="stated")
+    return first_error_row(raw)
 
 
 def _map_mr_gsm8k(raw: RawRow, options: Options) -> Row:
-    row = first_error_row(raw) | _texts(raw, answer="gold")
-    return row | passed_on(raw, "question_type", "error_reason")
+    return first_error_row(raw) | passed_on(raw, "question_type", "error_reason")
 
 
-def _texts(raw: RawRow, **columns: str) -> Row:
-    """Row column -> text of the raw column, where there is one."""
-    return {name: as_text(raw[column]) for name, column in columns.items() if raw.get(column) is not None}
-
-
-BIGBENCH_MISTAKE = register(
-    Source(
-        name="bigbench_mistake",
-        help="BIG-Bench Mistake: first wrong steps marked by humans, for evaluation only",
-        contract=STEPWISE,
-        map_row=_map_bigbench,
-        reads={
-            **FIRST_ERROR_READS,
-            "prompt": ("problem", "input"),
-            "first_error": ("label", "mistake_index"),
-            "gold": ("target",),
-            "stated": ("answer",),
-        },
-        optional=frozenset({"outcome", "id", "gold", "stated"}),
-        splits={"test": "test"},
-        default_split="test",
-        evaluation_only=frozenset({"*"}),
-    )
+BIGBENCH_MISTAKE = _first_errors(
+    "bigbench_mistake",
+    "BIG-Bench Mistake",
+    _map_bigbench,
+    reads={
+        **FIRST_ERROR_READS,
+        "prompt": ("problem", "input"),
+        "first_error": ("label", "mistake_index"),
+        "answer": ("target",),
+        "final_answer": ("answer",),
+    },
 )
 """The BIG-Bench Mistake source."""
-
-MR_GSM8K = register(
-    Source(
-        name="mr_gsm8k",
-        help="MR-GSM8K: first wrong steps marked by humans, for evaluation only",
-        contract=STEPWISE,
-        map_row=_map_mr_gsm8k,
-        reads={**FIRST_ERROR_READS, "gold": ("gold_answer",)},
-        optional=frozenset({"outcome", "id", "gold"}),
-        keeps=("question_type", "error_reason"),
-        splits={"test": "test"},
-        default_split="test",
-        evaluation_only=frozenset({"*"}),
-    )
+MR_GSM8K = _first_errors(
+    "mr_gsm8k",
+    "MR-GSM8K",
+    _map_mr_gsm8k,
+    reads={**FIRST_ERROR_READS, "answer": ("gold_answer",)},
+    keeps=("question_type", "error_reason"),
 )
 """The MR-GSM8K source."""

@@ -131,7 +131,7 @@ class Source:
             line: 1-based line or row number.
 
         Returns:
-            The raw row that ``map_row`` takes.
+            The raw row that ``map_row`` takes; ids and answers that are numbers are texts (:func:`as_text`).
 
         Raises:
             DataError: a column that is not there, named together with those that are.
@@ -163,8 +163,9 @@ class Source:
                     "of your own set source: rows",
                     path=path, line=line, column=candidates[0],
                 )  # fmt: skip
-        if values.get("id") is not None:
-            values["id"] = as_text(values["id"])
+        for name in ("id", "problem_id", "answer", "final_answer"):
+            if name in values:
+                values[name] = as_text(values[name])
         return RawRow(values, path=path, line=line, columns=columns)
 
 
