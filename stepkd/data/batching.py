@@ -8,92 +8,77 @@ normalised over the whole batch, none of this changes a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, Literal
-
-import numpy as np
 
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError
 from stepkd.randomness import generator
 
 
+@dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Order and grouping of examples, epoch by epoch.
+    """Order and grouping of examples, epoch by epoch."""
 
-    Args:
-        lengths: tokens of every example, each >= 1.
-        size: global batch size in ``unit``.
-        unit: ``sequences``, or ``tokens`` (prompt + completion, without padding): a batch takes examples until the next
-            one would exceed ``size``, and holds at least one.
-        seed: seed of the shuffle.
-        shuffle: keep file order when False.
-        groups: group of every example; examples of a group stay together.
-    """
+    lengths: Sequence[int]
+    """Tokens of every example, each >= 1."""
+    _: KW_ONLY
+    size: int
+    """Global batch size in ``unit``."""
+    unit: Literal["sequences", "tokens"] = "sequences"
+    """``sequences``, or ``tokens`` (prompt + completion, without padding): a batch takes examples until the next one
+    would exceed ``size``, and holds at least one."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    shuffle: bool = True
+    """Keep file order when False."""
+    groups: Sequence[int] | None = None
+    """Group of every example; examples of a group stay together."""
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        *,
-        size: int,
-        unit: Literal["sequences", "tokens"] = "sequences",
-        seed: int = 0,
-        shuffle: bool = True,
-        groups: Sequence[int] | None = None,
-    ) -> None:
-        if unit not in ("sequences", "tokens"):
-            raise ConfigError(f"batch unit {unit!r}: must be 'sequences' or 'tokens'")
-        if size < 1:
-            raise ConfigError(f"global batch size {size}: must be at least 1")
-        if not len(lengths):
+    def __post_init__(self) -> None:
+        if self.unit not in ("sequences", "tokens"):
+            raise ConfigError(f"batch unit {self.unit!r}: must be 'sequences' or 'tokens'")
+        if self.size < 1:
+            raise ConfigError(f"global batch size {self.size}: must be at least 1")
+        if not len(self.lengths):
             raise ConfigError("there are no examples to form batches of")
-        if groups is not None and len(groups) != len(lengths):
-            raise ValueError(f"{len(groups)} groups for {len(lengths)} examples")
-        self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.size = size
-        self.unit = unit
-        self.seed = seed
-        self.shuffle = shuffle
-        self.groups = groups
+        if self.groups is not None and len(self.groups) != len(self.lengths):
+            raise ValueError(f"{len(self.groups)} groups for {len(self.lengths)} examples")
 
     @property
     def num_batches(self) -> int | None:
         """Batches per epoch; None in token units, where it varies with the shuffle."""
         if self.unit == "tokens":
             return None
-        full, rest = divmod(len(self.lengths), self.size)
-        return full + (1 if rest else 0)
+        return -(-len(self.lengths) // self.size)
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Example numbers of every global batch of an epoch, every example exactly once."""
-        order = np.arange(len(self.lengths))
+        order = list(range(len(self.lengths)))
         if self.shuffle:
-            order = generator(self.seed, "shuffle", epoch).permutation(order)
-        if self.groups is not None:
-            order = self._grouped(order)
-        return self._group(order)
-
-    def _grouped(self, order: np.ndarray) -> np.ndarray:
-        """Groups in the order of their first example, examples within a group in the given order."""
-        assert self.groups is not None
-        members: dict[int, list[int]] = {}
-        for i in order.tolist():
-            members.setdefault(self.groups[i], []).append(i)
-        return np.array([i for group in members.values() for i in group], dtype=np.int64)
-
-    def _group(self, order: np.ndarray) -> list[list[int]]:
+            order = generator(self.seed, "shuffle", epoch).permutation(len(order)).tolist()
+        if self.groups is not None:  # groups in the order of their first example
+            order = [i for group in _grouped(order, self.groups) for i in group]
         if self.unit == "sequences":
-            return [order[i : i + self.size].tolist() for i in range(0, len(order), self.size)]
+            return [order[i : i + self.size] for i in range(0, len(order), self.size)]
         batches: list[list[int]] = []
         tokens = 0
-        for i in order.tolist():
+        for i in order:
             if not batches or tokens + self.lengths[i] > self.size:
                 batches.append([])
                 tokens = 0
             batches[-1].append(i)
-            tokens += int(self.lengths[i])
+            tokens += self.lengths[i]
         return batches
+
+
+def _grouped(indices: Iterable[int], keys: Sequence[Hashable]) -> list[list[int]]:
+    """Examples of one key together, keys and examples in the given order."""
+    members: dict[Hashable, list[int]] = {}
+    for i in indices:
+        members.setdefault(keys[i], []).append(i)
+    return list(members.values())
 
 
 def rank_share(
@@ -107,12 +92,10 @@ def rank_share(
 
     The union over ranks is the batch, without repeats; a rank can get nothing when the batch is smaller than the world.
     """
+    ordered = sorted(indices, key=lambda i: (lengths[i], i))
     if groups is None:
-        return sorted(indices, key=lambda i: (lengths[i], i))[rank::world_size]
-    members: dict[int, list[int]] = {}
-    for i in sorted(indices, key=lambda i: (lengths[i], i)):
-        members.setdefault(groups[i], []).append(i)
-    by_length = sorted(members.values(), key=lambda group: (sum(lengths[i] for i in group), group[0]))
+        return ordered[rank::world_size]
+    by_length = sorted(_grouped(ordered, groups), key=lambda group: (sum(lengths[i] for i in group), group[0]))
     return [i for group in by_length[rank::world_size] for i in group]
 
 
@@ -127,11 +110,9 @@ def mismatched(prompts: Sequence[Hashable]) -> list[int | None]:
     Args:
         prompts: prompt of every example, in the order of the global batch.
     """
-    members: dict[Hashable, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        members.setdefault(prompt, []).append(i)
-    order = [i for group in members.values() for i in group]
-    shift = max(map(len, members.values()), default=0)
+    groups = _grouped(range(len(prompts)), prompts)
+    order = [i for group in groups for i in group]
+    shift = max(map(len, groups), default=0)
     partners: list[int | None] = [None] * len(prompts)
     for place, i in enumerate(order):
         partner = order[(place - shift) % len(order)]
@@ -191,6 +172,7 @@ class StepBatch:
     """Position of each of this rank's examples among the peers."""
 
 
+@dataclass(eq=False)
 class StepLoader:
     """Iterates one pass over the data from the position the run stands at.
 
@@ -198,35 +180,27 @@ class StepLoader:
     reads the position through ``position`` each time, so the training module is the only place that knows how far the
     run has come, and prefetching can neither skip nor repeat a batch.
 
-    Args:
-        examples: the data set.
-        plan: the batches of each epoch.
-        rank, world_size: which share to deliver.
-        position: returns where to start.
-        limit: how much of a pass counts as all of it: a number of batches, or a share of them (the Trainer's
-            ``limit_train_batches``). The pass after it starts afresh.
-
     Raises:
         ConfigError: on iteration, when the position lies beyond the epoch: the data or the batch size has changed.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        plan: BatchPlan,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        position: Callable[[], Position] = Position,
-        limit: float = 1.0,
-    ) -> None:
-        self.examples = examples
-        self.plan = plan
-        self.rank = rank
-        self.world_size = world_size
-        self.position = position
-        self.limit = limit
-        shortest = min(examples, key=lambda example: (not example.completion_ids, example.length, example.id))
+    examples: Sequence[Example]
+    """The data set."""
+    plan: BatchPlan
+    """The batches of each epoch."""
+    _: KW_ONLY
+    rank: int = 0
+    """Which share to deliver."""
+    world_size: int = 1
+    """Number of shares."""
+    position: Callable[[], Position] = Position
+    """Returns where to start."""
+    limit: float = 1.0
+    """How much of a pass counts as all of it: a number of batches, or a share of them (the Trainer's
+    ``limit_train_batches``). The pass after it starts afresh."""
+
+    def __post_init__(self) -> None:
+        shortest = min(self.examples, key=lambda example: (not example.completion_ids, example.length, example.id))
         if not shortest.completion_ids:  # prompts to sample from; a dummy batch needs a target all the same
             shortest = replace(shortest, completion_ids=shortest.prompt_ids[-1:], spans=((0, 1),))
         self._filler = shortest
@@ -254,13 +228,7 @@ class StepLoader:
             )
         for b in range(start.batch, len(batches)):
             last = b + 1 == len(batches)
-            mine = rank_share(
-                batches[b],
-                self.plan.lengths,  # type: ignore[arg-type]
-                self.rank,
-                self.world_size,
-                self.plan.groups,
-            )
+            mine = rank_share(batches[b], self.plan.lengths, self.rank, self.world_size, self.plan.groups)
             place = {i: position for position, i in enumerate(batches[b])}
             yield StepBatch(
                 tuple(self.examples[i] for i in mine),

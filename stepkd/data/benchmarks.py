@@ -105,7 +105,8 @@ def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) ->
     else:
         spec = parse_spec(f"{benchmark.source}:{data}")
     changes: dict[str, Any] = {}
-    if spec.split is None and benchmark.split is not None and not _names_split(spec.path):
+    single = spec.path is not None and Path(spec.path).expanduser().is_file()  # is evaluated whatever its name says
+    if spec.split is None and benchmark.split is not None and not single:
         changes["split"] = benchmark.split
     if limit is not None:
         changes["limit"] = limit
@@ -144,11 +145,6 @@ def _data_words(spec: DataSpec) -> str:
 
     hub = {} if spec.hub is None else {"hub": spec.hub, **({} if spec.split is None else {"split": spec.split})}
     return spec.path or ",".join(flat({**hub, **spec.options}))
-
-
-def _names_split(path: str | None) -> bool:
-    """A single file is evaluated whatever its name says."""
-    return path is not None and Path(path).expanduser().is_file()
 
 
 def default_ks(samples: int) -> Sequence[int]:
