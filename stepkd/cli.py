@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 import stepkd
 from stepkd.errors import MachineError, StepkdError, disk_error, nearest
@@ -86,8 +89,6 @@ def _main(arguments: list[str]) -> int:
             return code
         if command in COMMANDS:
             module = import_module(f"stepkd.commands.{command.replace('-', '_')}")
-            from stepkd.commands.suggestions import HelpfulParser
-
             parser = HelpfulParser(
                 prog=f"stepkd {command}",
                 description=module.__doc__,
@@ -116,6 +117,19 @@ def _main(arguments: list[str]) -> int:
     hint = nearest(command, [*TRAINER_COMMANDS, *COMMANDS])
     print(f"stepkd: no command {command!r}.{hint} `stepkd --help` lists them", file=sys.stderr)
     return 2
+
+
+class HelpfulParser(argparse.ArgumentParser):
+    """An argparse parser that answers an unknown option with the nearest known one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 after the message and a suggestion."""
+        options = [option for action in self._actions for option in action.option_strings]
+        for wrong in re.findall(r"(--[\w-]+)", message.partition("unrecognized arguments:")[2]):
+            near = get_close_matches(wrong, options, n=1)
+            if near:
+                message += f". Did you mean {near[0]}?"
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists the options\n")
 
 
 def _find_own_modules() -> None:

@@ -93,7 +93,7 @@ def checkpoint_layers(model: Any) -> None:
         ConfigError: it cannot.
     """
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"policy.gradient_checkpointing does not work: {first_line(error)}") from error
     model.enable_input_require_grads()

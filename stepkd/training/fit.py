@@ -210,7 +210,7 @@ class StepkdCLI(LightningCLI):
             "the run learns are refused)",
         )
         parser.add_argument("--overwrite", **switch, help="delete the earlier run in --out")
-        parser.add_dataclass_arguments(CheckpointSpec, "checkpoint")
+        parser.add_class_arguments(CheckpointSpec, "checkpoint")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -274,7 +274,7 @@ class StepkdCLI(LightningCLI):
         for name in ("out", "resume", "resume_with", "overwrite", "ckpt_path", "weights_only"):
             config.pop(name, None)  # belongs to this start of the run, not to the recipe
         parser = self._parser(self.subcommand)
-        return str(parser.dump(config, skip_none=False, skip_link_targets=False, skip_validation=True))
+        return str(parser.dump(config, skip_unset=False, skip_link_targets=False, skip_validation=True))
 
     def _changes(self, out: Path) -> list[str]:
         """What differs from the run that is resumed, where a checkpoint is left of it."""

@@ -97,7 +97,7 @@ def _rms_norm(norm: Any, x: Tensor) -> Tensor:
 def _close(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> None:
     assert a.shape == b.shape
     assert torch.isfinite(a).all()
-    assert float((a - b).detach().norm()) <= TOLERANCE[dtype] * float(b.norm())
+    assert float((a - b).detach().norm()) <= TOLERANCE[dtype] * float(b.detach().norm())
 
 
 @pytest.fixture

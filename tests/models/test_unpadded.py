@@ -118,7 +118,7 @@ def test_gradient_checkpointing_recomputes_the_same_rows() -> None:
     batch = batch_of(SIZES[-1])
     policy.train()
     wanted = gradients(policy, padded(policy, batch), batch)
-    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     policy.model.enable_input_require_grads()
     hidden = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)[batch.needed_N]
     found = gradients(policy, hidden, batch)

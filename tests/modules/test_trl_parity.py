@@ -57,7 +57,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "beta": BETA,
         "max_length": 256,
         "disable_dropout": True,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
     }
 
 

@@ -317,7 +317,6 @@ def test_modes_stay_as_they_were() -> None:
     assert not policy.training
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -327,7 +326,7 @@ def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
         get_peft_model(copy.deepcopy(plain.model), LoraConfig(r=2, lora_dropout=0.9, target_modules="all-linear")),
         plain.tokenizer,
     )
-    adapted.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapted.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     adapted.train()
     assert TransformersSampler(adapted).sample([[5, 6, 7]], SPEC) == expected  # a new adapter changes nothing
     assert all(p.grad is None for p in adapted.parameters())
