@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.commands import judging_prm
-from stepkd.commands.scorer_options import TEMPLATE_HELP
+from stepkd.commands.score import TEMPLATE_HELP
 from stepkd.errors import ConfigError
 from stepkd.runs.progress import WorkLine
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from stepkd.commands.scorer_options import add_scorer_arguments, given_options, scorer_options
+from stepkd.commands.score import add_scorer_arguments, given_options, scorer_options
 from stepkd.errors import ConfigError
 from stepkd.runs.progress import WorkLine
 

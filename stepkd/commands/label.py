@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepkd.commands.label_pairs import PAIR_JOBS, add_pair_arguments, print_pair_summary
-from stepkd.commands.scorer_options import TEMPLATE_HELP
+from stepkd.commands.score import TEMPLATE_HELP
 from stepkd.errors import ConfigError
 from stepkd.runs.progress import WorkLine
 
