@@ -166,18 +166,25 @@ class StepData(LightningDataModule):
         example = encoder.example(row) if solution and row.get("solution") else None
         return example or encoder.prompt_example(row)
 
+    encoder_type: type[Encoder] = Encoder
+    """What turns rows into examples."""
+    feedback: str | None = None
+    """What a module must say it learns from (its attribute ``feedback``); None: any module will do."""
+
     def make_encoder(self) -> Encoder:
         """The encoder for the policy's tokenizer; methods with other rows override this."""
-        if self._module is None:
-            raise RuntimeError(
-                "StepData needs a trainer whose module has a tokenizer: attach it, or use Encoder directly"
+        return self.encoder_type(self._tokenizer(), self.template, self.segmenter, max_length=self.max_length)
+
+    def _tokenizer(self) -> Any:
+        name, module = type(self).__name__, self._module
+        if module is None:
+            raise RuntimeError(f"{name} needs a trainer whose module has a tokenizer: attach it, or use an encoder")
+        if self.feedback is not None and getattr(module, "feedback", None) != self.feedback:
+            raise ConfigError(
+                f"{name} serves methods that learn from {self.feedback}, and {type(module).__name__} does not: use the "
+                "data class of its recipe"
             )
-        return Encoder(
-            self._module.tokenizer,
-            self.template,
-            self.segmenter,
-            max_length=self.max_length,
-        )
+        return module.tokenizer
 
     def _report_overlap(self) -> None:
         texts = {name: [str(e.row.get("prompt")) for e in self.examples[name]] for name in ("train", "validation")}

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any, cast
 
 from stepkd.data.datamodule import StepData
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.encode import Example
 from stepkd.data.feedback import RIGHT, UNKNOWN, WRONG, FeedbackEncoder, FeedbackExample
 from stepkd.data.pairs import PairEncoder, PairExample
 from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED
@@ -122,20 +122,6 @@ class PreferenceData(StepData):
         super().__init__(train, validation, test, None, overlap_ngram=overlap_ngram, **settings)
         self.keep_prompts_together = keep_prompts_together
 
-    def _tokenizer(self) -> Any:
-        module = self._module
-        if module is None:
-            raise RuntimeError(f"{type(self).__name__} needs a trainer whose module has a tokenizer: attach it")
-        if getattr(module, "feedback", None) != self.feedback:
-            raise ConfigError(
-                f"{type(self).__name__} serves methods that learn from {self.feedback}, and {type(module).__name__} "
-                "does not: use the data class of its recipe"
-            )
-        return module.tokenizer
-
-    feedback: str = ""
-    """What a module must say it learns from (its attribute ``feedback``)."""
-
 
 class FeedbackData(PreferenceData):
     """Completions with an outcome and step labels: labelled rollouts, stepwise rows, or unpaired rows (outcome only).
@@ -202,11 +188,8 @@ class PairData(PreferenceData):
     """
 
     contracts = (PREFERENCE.name, STEP_PREFERENCE.name)
+    encoder_type = PairEncoder
     feedback = "pairs"
-
-    def make_encoder(self) -> Encoder:
-        """The encoder for the policy's tokenizer."""
-        return PairEncoder(self._tokenizer(), self.template, self.segmenter, max_length=self.max_length)
 
     def check(self, name: str, examples: list[Example]) -> dict[str, int]:
         """How many pairs have a prefix, and how many have visit counts."""

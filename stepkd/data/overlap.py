@@ -90,7 +90,7 @@ def overlap_report(
     grams: list[frozenset[int]] = []
     for text in test_texts:
         words = normalised_words(text)
-        wholes.append(_whole(words))
+        wholes.append(_hash("whole", words))
         grams.append(frozenset(_hashes(words, n)))
     ids = [str(index) for index in range(len(grams))] if test_ids is None else list(test_ids)
     if len(ids) != len(grams):
@@ -103,7 +103,7 @@ def overlap_report(
         train_count += 1
         words = normalised_words(text)
         seen.update(wanted.intersection(_hashes(words, n)))
-        seen.update(wanted & {_whole(words)})
+        seen.update(wanted & {_hash("whole", words)})
 
     shares = tuple(len(own & seen) / len(own) if own else 0.0 for own in grams)
     return OverlapReport(
@@ -126,16 +126,10 @@ def normalised_words(text: str) -> list[str]:
 
 
 def _hashes(words: Sequence[str], n: int) -> Iterator[int]:
-    if len(words) < n:
-        if words:
-            yield _whole(words)
-        return
+    if 0 < len(words) < n:
+        yield _hash("whole", words)
     for start in range(len(words) - n + 1):
         yield _hash("gram", words[start : start + n])
-
-
-def _whole(words: Sequence[str]) -> int:
-    return _hash("whole", words)
 
 
 def _hash(kind: str, words: Sequence[str]) -> int:

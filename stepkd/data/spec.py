@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -336,7 +337,7 @@ def parse_spec(text: str) -> DataSpec:
     source = get_source(name)
     fields = {item.name: item for item in dataclasses.fields(DataSpec) if item.name != "source"}
     settings: dict[str, Any] = {}
-    for part in _split_commas(rest):
+    for part in filter(str.strip, _PART.findall(rest)):
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals or not key:
@@ -354,20 +355,8 @@ def parse_spec(text: str) -> DataSpec:
     return DataSpec(source=name, **settings)
 
 
-def _split_commas(text: str) -> list[str]:
-    """Split at commas that stand outside quotes and brackets."""
-    parts, current, closing = [], "", ""
-    for character in text:
-        if closing:
-            closing = "" if character == closing else closing
-        elif character in "\"'{[" and current.endswith("="):
-            closing = {"{": "}", "[": "]"}.get(character, character)
-        elif character == ",":
-            parts.append(current)
-            current = ""
-            continue
-        current += character
-    return [part for part in (*parts, current) if part.strip()]
+_PART = re.compile(r"""(?:="[^"]*"?|='[^']*'?|=\{[^}]*\}?|=\[[^\]]*\]?|[^,])+""")
+"""What stands between commas; those in quotes or brackets behind an equals sign do not count."""
 
 
 def _nest(settings: dict[str, Any], head: str, tail: str, value: str) -> None:
