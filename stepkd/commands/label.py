@@ -1,4 +1,4 @@
-r"""Label the steps of solutions, compare two labellings, or convert labelled rows.
+r"""Label the steps of solutions, compare two labellings, convert labelled rows, or make preference pairs.
 
   stepkd label --labeller monte_carlo --model MODEL --problems gsm8k:split=train --samples 8 --rollouts-per-step 8 \
       --out runs/labels
@@ -12,107 +12,142 @@ r"""Label the steps of solutions, compare two labellings, or convert labelled ro
   stepkd label --rollouts runs/true --to step_preference --continuations 20 --check-step --out runs/pairs   (Step-DPO)
   stepkd label --problems gsm8k:split=train --model MODEL --to tree_preference --out runs/tree              (MCTS-DPO)
 
---to without --convert samples: it is a job like labelling itself. A killed job goes on where it stood when the same
-command is given again, with any number of processes, and ends with the same result. --out then holds labels.jsonl (or
-pairs.jsonl), summary.json, manifest.json and, where one was fitted, threshold.json.
+--to without --convert samples: it is a job like labelling itself. A killed job is resumed by the same command, with any
+number of processes, and ends with the same result. --out then holds labels.jsonl (or pairs.jsonl), summary.json,
+settings.json and, where one was fitted, threshold.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepkd.commands.label_pairs import PAIR_JOBS, add_pair_arguments, print_pair_summary
 from stepkd.commands.score import TEMPLATE_HELP
 from stepkd.errors import ConfigError
-from stepkd.runs.progress import WorkLine
 
 if TYPE_CHECKING:
     from stepkd.labels.quality import LabelQuality
-    from stepkd.labels.settings import LabelSpec
     from stepkd.runs import LaunchInfo
+
+SAMPLED = {"step_preference": "rollouts", "tree_preference": "problems"}
+"""Kinds of ``--to`` that sample, and the option that gives their rows."""
+VERBS = {"solutions": "preparing solutions", "labels": "labelling", "pairs": "building pairs of"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``stepkd label``."""
-    what = parser.add_argument_group("what")
-    what.add_argument("--problems", metavar="SPEC", help="problems to sample solutions of (file or data settings)")
-    what.add_argument("--rollouts", metavar="SPEC", help="solutions there are: a file, an earlier --out, data settings")
-    what.add_argument("--model", help="policy that samples, continues and tokenises; default: the one rollouts name")
-    what.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
-    what.add_argument("--out", help="folder of the job (file of rows with --consensus and --convert)")
-    what.add_argument("--overwrite", action="store_true", help="delete an earlier job in --out and start again")
-    who = parser.add_argument_group("labeller")
-    who.add_argument(
-        "--labeller", default="monte_carlo", help="monte_carlo (default), checker, arithmetic, outcome, judge or prm"
-    )
-    who.add_argument("--rollouts-per-step", type=int, default=8, metavar="J", help="continuations per step (default 8)")
-    who.add_argument("--reduce", default="any", help="any (default), mean or first_error")
-    who.add_argument("--early-stop", action="store_true", help="no further continuations after a step's first success")
-    who.add_argument("--propagate-positive", action="store_true", help="steps before a right one are right too")
-    who.add_argument("--label-temperature", type=float, metavar="T", help="of continuations; default: --temperature")
-    who.add_argument("--given", default="truth", help="checker: right by the problem (truth) or by the steps (claims)")
-    who.add_argument("--outcome-scope", default="last", help="outcome: label the last step (default) or all")
-    who.add_argument("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
-    who.add_argument("--judge-template", help="PRM: its prompt template (a name or YAML file); default: its own")
-    who.add_argument("--reference", action="store_true", help="judge: show it the gold solution")
-    who.add_argument(
+    """Arguments of ``stepkd label``; their names are those of the settings, which know the defaults."""
+    add = parser.add_argument_group("what").add_argument
+    add("--problems", metavar="SPEC", help="problems to sample solutions of (file or data settings)")
+    add("--rollouts", metavar="SPEC", help="solutions there are: a file, an earlier --out, data settings")
+    add("--model", help="policy that samples, continues and tokenises; default: the one rollouts name")
+    add("--limit", type=int, metavar="N", help="only the first N rows")
+    add("--out", help="folder of the job (file of rows with --consensus and --convert)")
+    add("--overwrite", action="store_true", help="delete an earlier job in --out and start again")
+    add = parser.add_argument_group("labeller").add_argument
+    add("--labeller", help="monte_carlo (default), checker, arithmetic, outcome, judge or prm")
+    add("--rollouts-per-step", type=int, metavar="J", help="continuations per step (default 8)")
+    add("--reduce", help="any (default), mean or first_error")
+    add("--early-stop", action="store_true", help="no further continuations after a step's first success")
+    add("--propagate-positive", action="store_true", help="steps before a correct one are correct too")
+    add("--label-temperature", type=float, metavar="T", help="of continuations; default: --temperature")
+    add("--given", help="checker: correct by the problem (truth) or by the steps (claims)")
+    add("--outcome-scope", help="outcome: label the last step (default) or all")
+    add("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
+    add("--judge-template", help="PRM: its prompt template (a name or YAML file); default: its own")
+    add("--reference", action="store_true", help="judge: show it the gold solution")
+    add(
         "--threshold",
         type=float,
-        default=0.5,
         help="a step is correct from this score, or (--convert) this chance, on (default 0.5)",
     )
-    who.add_argument("--soft", action="store_true", help="judge, prm: label by scores; --convert: take the values")
-    steps = parser.add_argument_group("steps")
-    steps.add_argument("--segmenter", help="default: the rows' own steps, else newline")
-    steps.add_argument("--quantile", type=float, default=0.02, help="of a threshold fitted here (default 0.02)")
-    steps.add_argument("--teacher", metavar="MODEL", help="second model, for the reject segmenter")
-    _add_sampling(parser)
-    after = parser.add_argument_group("labelled rows")
-    after.add_argument("--consensus", nargs=2, metavar=("A", "B"), help="keep what two labellings agree on (rows of A)")
-    after.add_argument("--mode", default="first_error", help="agreement on first_error (default) or on steps")
-    after.add_argument("--truth", metavar="FILE", help="true labels: report precision and recall of both against them")
-    after.add_argument("--neutral", default="right", help="a rating of 0 becomes right (default), wrong or mask")
-    add_pair_arguments(parser)
+    add("--soft", action="store_true", help="judge, prm: label by scores; --convert: take the values")
+    add = parser.add_argument_group("steps").add_argument
+    add("--segmenter", help="default: the rows' own steps, else newline")
+    add("--quantile", type=float, help="of a threshold fitted here (default 0.02)")
+    add("--teacher", metavar="MODEL", help="second model, for the reject segmenter")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--samples", type=int, metavar="K", help="solutions per problem (default 4)")
+    add("--temperature", type=float, help="default 1 (step_preference: 0.8); 0 is greedy")
+    add("--top-p", type=float, help="default 1, which is off (step_preference: 0.95)")
+    add("--top-k", type=int, help="default 0, which is off")
+    add("--max-new-tokens", type=int, help="default: the data's benchmark's")
+    add("--stop", action="append", metavar="TEXT", help="ends a completion; may be repeated")
+    add("--keep-duplicates", dest="dedupe", action="store_false", help="label equal solutions of a problem each")
+    add("--template", help=TEMPLATE_HELP)
+    add("--extractors", nargs="+", help="how answers are found, in order; default: the benchmark's")
+    add("--deadline", dest="deadline_s", type=float, metavar="S", help="limit per graded answer (default 2)")
+    add("--seed", type=int, help="default 0")
+    add = parser.add_argument_group("machine").add_argument
+    add("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--batch-size", dest="max_rows", type=int, metavar="ROWS", help="completions decoded at once (default 64)")
+    add("--wait", type=float, default=1800.0, metavar="S", help="longest wait for other processes (default 1800)")
+    add = parser.add_argument_group("labelled rows").add_argument
+    add("--consensus", nargs=2, metavar=("A", "B"), help="keep what two labellings agree on (rows of A)")
+    add("--mode", default="first_error", help="agreement on first_error (default) or on steps")
+    add("--truth", metavar="FILE", help="true labels: report precision and recall of both against them")
+    add("--neutral", help="a rating of 0 becomes right (default), wrong or mask")
+    _add_pair_arguments(parser)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    how = parser.add_argument_group("sampling")
-    how.add_argument("--samples", type=int, default=4, metavar="K", help="solutions per problem (default 4)")
-    how.add_argument("--temperature", type=float, help="default 1 (step_preference: 0.8); 0 is greedy")
-    how.add_argument("--top-p", type=float, help="default 1, which is off (step_preference: 0.95)")
-    how.add_argument("--top-k", type=int, default=0)
-    how.add_argument("--max-new-tokens", type=int, help="default: the data's benchmark's")
-    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
-    how.add_argument("--keep-duplicates", action="store_true", help="label equal solutions of a problem each")
-    how.add_argument("--template", help=TEMPLATE_HELP)
-    how.add_argument("--extractors", nargs="+", help="how answers are found, in order; default: the benchmark's")
-    how.add_argument("--deadline", type=float, default=2.0, metavar="S", help="limit per graded answer (default 2)")
-    how.add_argument("--seed", type=int, default=0)
-    run_on = parser.add_argument_group("machine")
-    run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
-    run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    run_on.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="completions decoded at once")
-    run_on.add_argument(
-        "--wait", type=float, default=1800.0, metavar="S", help="longest wait for other processes (default 1800)"
+def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("other kinds of rows").add_argument
+    add("--convert", metavar="FILE", help="labelled rows to convert (a file, or the folder of a job)")
+    add(
+        "--to",
+        metavar="KIND",
+        help="of --convert: stepwise, trl, math_shepherd, balanced, binary, unpaired or preference; of --rollouts: "
+        "step_preference; of --problems: tree_preference",
+    )
+    add("--max-pairs", type=int, metavar="N", help="per problem, or per solution (default 1; tree_preference: 8)")
+    add("--chosen-steps", help="preference: chosen solutions may hold incorrect steps (any, default) or not (clean)")
+    add("--from", dest="take", help="step_preference: solutions wrong (default) or all")
+    add("--continuations", type=int, metavar="N", help="step_preference: per correct prefix (default 20)")
+    add(
+        "--check-step",
+        action="store_true",
+        help="step_preference: the better step must be correct, by --judge MODEL or else the tiny world's checker",
+    )
+    add = parser.add_argument_group("tree_preference: Monte-Carlo tree search (after arXiv 2405.00451)").add_argument
+    add("--iterations", type=int, metavar="N", help="walks per decision (default 64)")
+    add("--root-factor", type=int, metavar="N", help="times as many at the root (default 4)")
+    add("--actions", type=int, metavar="N", help="steps sampled at a node (default 2)")
+    add("--root-actions", type=int, metavar="N", help="steps sampled at the root; default: --actions")
+    add("--depth", type=int, metavar="N", help="look-ahead in steps (default 3)")
+    add("--max-steps", type=int, metavar="N", help="longest solution in steps (default 32)")
+    add("--max-step-tokens", type=int, metavar="N", help="longest step (default 128)")
+    add("--until", help="a walk ends where the solution does (end, the default) or at a new node (leaf)")
+    add("--exploration", type=float, metavar="C", help="of PUCT (default 1)")
+    add("--gamma", type=float, help="discount of what follows a step (default 1)")
+    add("--outcome", type=float, metavar="X", help="for a correct end, against an incorrect one (default 1)")
+    add("--damp-after", type=int, metavar="DEPTH", help="smaller estimates deeper down (default: off)")
+    add(
+        "--value",
+        help="of a state: rollout (--rollouts-per-step continuations; default), scorer (--judge MODEL) or "
+        "self_evaluation (the policy, or --judge, asked with the reference shown)",
+    )
+    add("--reduction", help="of scores: product, last (the newest step's), min or mean; default: by their meaning")
+    add("--choose", help="the worse side: worst (default) or second best")
+    add(
+        "--keep-unsolved",
+        dest="solved_only",
+        action="store_false",
+        help="pairs of trees without a correct solution, too",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd label``."""
-    modes = [name for name in ("consensus", "convert") if getattr(arguments, name)]
-    if len(modes) > 1:
+    to = arguments.to
+    if arguments.consensus and arguments.convert:
         raise ConfigError("--consensus and --convert are two commands: give one of them")
-    sampled = arguments.to in PAIR_JOBS
-    if sampled and arguments.convert:
-        rows = "problems" if arguments.to == "tree_preference" else "rollouts"
-        raise ConfigError(f"--to {arguments.to} samples continuations: give the rows as --{rows}, not as --convert")
-    if not sampled and (arguments.to is not None) != (arguments.convert is not None):
+    if to in SAMPLED and arguments.convert:
+        raise ConfigError(f"--to {to} samples continuations: give the rows as --{SAMPLED[to]}, not as --convert")
+    if to not in SAMPLED and (to is not None) != (arguments.convert is not None):
         raise ConfigError(
-            f"--convert FILE and --to KIND go together (--to {' and '.join(PAIR_JOBS)} stand alone: they sample)"
+            f"--convert FILE and --to KIND go together (--to {' and '.join(SAMPLED)} stand alone: they sample)"
         )
     if arguments.truth and not arguments.consensus:
         raise ConfigError("--truth goes with --consensus A B")
@@ -120,76 +155,40 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("give --out: a folder for a labelling job, a file of rows for --consensus and --convert")
     if arguments.consensus:
         return _consensus(arguments)
-    if arguments.convert:
-        return _convert(arguments)
-    return _job(arguments)
+    return _convert(arguments) if arguments.convert else _job(arguments)
 
 
 def _job(arguments: argparse.Namespace) -> int:
     """A labelling job or a pair job."""
+    if arguments.to == "step_preference" and arguments.rollouts is None:
+        raise ConfigError("--to step_preference needs labelled rollouts: --rollouts FOLDER (an --out of stepkd label)")
+    if arguments.to == "step_preference" and arguments.problems is not None:
+        raise ConfigError("--to step_preference starts from labelled rollouts: label --problems first, then drop it")
+    if arguments.to == "tree_preference" and (arguments.problems is None or arguments.rollouts is not None):
+        raise ConfigError("--to tree_preference searches solutions of problems: give --problems SPEC, not --rollouts")
+
     from rich.console import Console
 
+    from stepkd.labels import PAIR_JOBS, LabelSpec, run_label_job, run_pair_job
+    from stepkd.labels.settings import settings_from
     from stepkd.runs import check_launch
     from stepkd.runs.process import quiet_libraries
+    from stepkd.runs.progress import job_options
 
     quiet_libraries()
-    launch = check_launch()
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    options: dict[str, Any] = {
-        "rank": launch.rank,
-        "world_size": launch.world_size,
-        "launch": _launch_id(os.environ),
-        "overwrite": arguments.overwrite,
-        "wait_s": arguments.wait,
-        "report": _reporter(console, launch),
-        "say": say,
-    }
-    made = "labels" if arguments.to is None else "pairs"
+    console, launch = Console(), check_launch()
+    options = job_options(console, launch, verbs=VERBS, overwrite=arguments.overwrite, wait_s=arguments.wait)
+    given = vars(arguments) | {"device": _device(arguments.device, launch)}
     if arguments.to is None:
-        from stepkd.labels.job import run_label_job
-
-        summary = run_label_job(_spec(arguments, launch), **options)
+        made, summary = "labels", run_label_job(settings_from(LabelSpec, given), options=options)
     else:
-        summary = PAIR_JOBS[arguments.to](arguments, common_settings(arguments, launch), options)
+        made, summary = "pairs", run_pair_job(settings_from(PAIR_JOBS[arguments.to], given), options=options)
     if summary is None:
-        say(f"rank {launch.rank} has done its share; the last rank to finish writes the {made}")
+        _say(console, f"rank {launch.rank} has done its share; the last rank to finish writes the {made}")
         return 0
     (print_summary if arguments.to is None else print_pair_summary)(console, summary)
-    say(f"\n{made}, summary and manifest: {arguments.out}")
+    _say(console, f"\n{made}, summary and settings: {arguments.out}")
     return 0
-
-
-def _spec(arguments: argparse.Namespace, launch: LaunchInfo) -> LabelSpec:
-    from stepkd.labels.settings import LabelSpec
-
-    same = (
-        *("problems", "rollouts", "labeller", "rollouts_per_step", "reduce", "early_stop", "propagate_positive"),
-        *("label_temperature", "given", "outcome_scope", "judge", "judge_template", "reference", "threshold", "soft"),
-        *("samples", "segmenter", "quantile", "teacher"),
-    )
-    return LabelSpec(
-        **{name: getattr(arguments, name) for name in same},
-        **common_settings(arguments, launch),
-        dedupe=not arguments.keep_duplicates,
-    )
-
-
-def common_settings(arguments: argparse.Namespace, launch: LaunchInfo) -> dict[str, Any]:
-    """What every job has settings for (:class:`~stepkd.labels.settings.JobSpec`), as given."""
-    same = ("out", "model", "limit", "top_k", "max_new_tokens", "template", "dtype", "seed")
-    left_open = {name: getattr(arguments, name) for name in ("temperature", "top_p")}
-    return {name: getattr(arguments, name) for name in same} | {
-        **{name: value for name, value in left_open.items() if value is not None},
-        "stop": tuple(arguments.stop),
-        "extractors": tuple(arguments.extractors) if arguments.extractors else None,
-        "deadline_s": arguments.deadline,
-        "device": _device(arguments.device, launch),
-        "max_rows": arguments.batch_size,
-    }
 
 
 def _device(name: str, launch: LaunchInfo) -> str:
@@ -201,54 +200,68 @@ def _device(name: str, launch: LaunchInfo) -> str:
     return name
 
 
-def _launch_id(environ: Mapping[str, str]) -> str | None:
-    """A word that all processes of this launch share and no other launch has, where the launcher gives one."""
-    run = environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run != "none":
-        return f"elastic:{run}"
-    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
-    return f"slurm:{job}.{step}" if job and step else None
-
-
-def _reporter(console: Any, launch: LaunchInfo) -> Any:
-    rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
-    verbs = {"solutions": "preparing solutions", "labels": "labelling", "pairs": "building pairs of"}
-    line = WorkLine(console, redraw=launch.world_size == 1)
-
-    def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        shown = "".join(f"  {name} {value:.1%}" for name, value in figures.items())
-        line.show(f"{rank}{verbs[phase]}", done, total, shown)
-
-    return report
-
-
 def print_summary(console: Any, summary: Mapping[str, Any]) -> None:
     """Counts, label balance per step, and what it cost."""
-    from rich.table import Table
-
-    dropped = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in summary["dropped"].items())
-    lines = [
+    _say(
+        console,
         f"{summary['labelled']} of {summary['solutions']} solutions of {summary['problems']} problems labelled"
-        + (f" (dropped: {dropped})" if dropped else ""),
+        + _dropped(summary),
         f"answers: {summary['right_answers']} right ({summary['right_answers_with_a_wrong_step']} of them with a wrong "
         f"step), {summary['wrong_answers']} wrong; {summary['cut_off']} solutions cut off",
-    ]
-    if summary["threshold"] is not None:
-        lines.append(f"segmenter threshold: {summary['threshold']:.6g}")
-    for name in ("sampling", "labelling"):
-        facts = [f"{value:,} {key.replace('_', ' ')}" for key, value in summary[name].items() if value]
-        lines += [f"{name}: {', '.join(facts)}"] if facts else []
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    table = Table()
-    for column in ("step", "solutions", "right", "wrong", "unlabelled", "share right"):
-        table.add_column(column, justify="right")
-    shown = summary["by_position"][:12]
-    for row in [*shown, {"position": None} | summary["balance"]]:
+        "" if summary["threshold"] is None else f"segmenter threshold: {summary['threshold']:.6g}",
+        *(f"{name}: {facts}" for name in ("sampling", "labelling") if (facts := _facts(summary[name]))),
+    )
+    rows = []
+    for row in [*summary["by_position"][:12], {"position": None} | summary["balance"]]:
         counts = [row[name] for name in ("right", "wrong", "unlabelled")]
         share = "-" if row["right_share"] is None else f"{row['right_share']:.1%}"
-        label = "all" if row["position"] is None else str(row["position"] + 1)
-        table.add_row(label, str(sum(counts)), *map(str, counts), share)
+        rows.append(["all" if row["position"] is None else row["position"] + 1, sum(counts), *counts, share])
+    _table(console, ("step", "solutions", "right", "wrong", "unlabelled", "share right"), rows)
+
+
+def print_pair_summary(console: Any, summary: Mapping[str, Any]) -> None:
+    """Counts, what was left out and why, and where in the solutions the pairs are."""
+    common = ("items", "items_with_pairs", "pairs", "problems", "dropped", "by_position", "facts")
+    more = {name: value for name, value in summary.items() if name not in common and value is not None}
+    _say(
+        console,
+        f"{summary['pairs']} pairs of {summary['problems']} problems, from {summary['items_with_pairs']} of "
+        f"{summary['items']} items" + _dropped(summary),
+        _facts(summary["facts"]),
+        ", ".join(f"{name.replace('_', ' ')} {_shown(name, value)}" for name, value in more.items()),
+    )
+    rows = [[part["position"] + 1, part["pairs"], f"{part['share']:.1%}"] for part in summary["by_position"][:12]]
+    _table(console, ("step", "pairs", "share"), rows)
+
+
+def _dropped(summary: Mapping[str, Any]) -> str:
+    reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in summary["dropped"].items())
+    return f" (dropped: {reasons})" if reasons else ""
+
+
+def _facts(facts: Mapping[str, int]) -> str:
+    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in facts.items() if value)
+
+
+def _shown(name: str, value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.1%}" if name.endswith("share") else f"{value:.2f}"
+
+
+def _say(console: Any, *lines: str) -> None:
+    for line in filter(None, lines):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(console: Any, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row))
     console.print(table)
 
 
@@ -274,10 +287,9 @@ def _consensus(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from stepkd.labels.convert import CONVERTERS, convert_rows
     from stepkd.labels.feedback import ConvertOptions
+    from stepkd.labels.settings import settings_from
 
-    same = ("soft", "neutral", "threshold", "seed", "chosen_steps")
-    limit = {} if arguments.max_pairs is None else {"max_pairs": arguments.max_pairs}
-    options = ConvertOptions(**{name: getattr(arguments, name) for name in same}, **limit)
+    options = settings_from(ConvertOptions, vars(arguments))
     converted = convert_rows(_labelled(arguments.convert), arguments.to, options)
     written = CONVERTERS[arguments.to].write(converted.rows, Path(arguments.out))
     _print_counts(converted.counts)
@@ -296,12 +308,10 @@ def _print_counts(counts: Mapping[str, int]) -> None:
 
 
 def _print_quality(name: str, quality: LabelQuality) -> None:
-    facts: Sequence[str] = (
+    facts = (
         *("precision", "recall", "error_precision", "error_recall", "balanced_accuracy", "always_positive"),
         *("first_error_accuracy", "recoverable"),
     )
-    shown = {fact: getattr(quality, fact) for fact in facts}
-    texts = [
-        f"{fact.replace('_', ' ')} {'-' if value is None else f'{value.value:.1%}'}" for fact, value in shown.items()
-    ]
+    shown = [(fact.replace("_", " "), getattr(quality, fact)) for fact in facts]
+    texts = [f"{fact} {'-' if value is None else f'{value.value:.1%}'}" for fact, value in shown]
     print(f"{name}: {', '.join(texts)}  ({quality.solutions} solutions, {quality.steps} steps up to the first error)")

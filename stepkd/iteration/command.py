@@ -65,7 +65,7 @@ def check_pairs(pairs: Mapping[str, Any], job: LabelSpec) -> None:
     Raises:
         ConfigError: no such kind or option, or a value that is none.
     """
-    from stepkd.commands.label_pairs import PAIR_JOBS
+    from stepkd.labels.settings import PAIR_JOBS
 
     if pairs.get("to") not in PAIR_JOBS:
         hint = nearest(str(pairs.get("to")), PAIR_JOBS)

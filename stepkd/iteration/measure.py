@@ -17,19 +17,18 @@ import numpy as np
 from stepkd.data.io import read_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
-from stepkd.evaluation.manifest import read_manifest
 from stepkd.evaluation.metrics import summarise
 from stepkd.grading import Grader
 from stepkd.grading.judge import votes_of
-from stepkd.labels.job import SOLUTIONS
+from stepkd.labels.job import drawn_records
 from stepkd.labels.quality import row_labels
 from stepkd.labels.settings import LabelSpec, asking
-from stepkd.labels.shards import Shards
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.trained_template import template_for
 from stepkd.rollout import annotate
 from stepkd.rollout.transformers_sampler import encode_prompts
+from stepkd.runs.job import read_settings
 from stepkd.scorers.load import pick_device
 from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
 from stepkd.steps.labels import tally, verdicts
@@ -49,9 +48,9 @@ def problem_rows(samples: Path, labels: Path | None, spec: LabelSpec, *, seed_mo
         spec: settings of the job in ``samples``.
         seed_model: M0, whose log-probabilities the samples get; the model's own name gives ratios of exactly 0.
     """
-    records = Shards(samples, SOLUTIONS).rows()
+    records = drawn_records(samples)
     problems = {str(row["id"]): row for row in load_rows(parse_spec(str(spec.problems)), contract=PROBLEM)}
-    extractors = read_manifest(samples)["extractors"]
+    extractors = read_settings(samples)["extractors"]
     marks = {} if labels is None else _step_marks(labels / LABELS_NAME)
     ratios = _log_ratios(records, [problems[record["id"]] for record in records], spec, seed_model)
     texts = [[{"completion": s["text"], "finish": s["finish"]} for s in record["samples"]] for record in records]

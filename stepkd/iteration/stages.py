@@ -25,6 +25,7 @@ from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fi
 from stepkd.iteration.spec import IterateSpec, iteration_seed, put
 from stepkd.labels.settings import LabelSpec
 from stepkd.runs.files import write_file, write_jsonl
+from stepkd.runs.job import JobOptions
 from stepkd.yaml_files import find_recipe
 
 Report = Callable[[str], None]
@@ -164,7 +165,7 @@ def _label(it: Iteration, job: LabelSpec) -> dict[str, Any]:
     else:
         from stepkd.labels.job import run_label_job
 
-        run_label_job(job, report=_tenths(it))
+        run_label_job(job, options=JobOptions(report=_tenths(it)))
     summary = json.loads((out / SUMMARY_NAME).read_bytes())
     summary.pop("by_position")
     return dict(summary)

@@ -1,192 +1,337 @@
-"""The labelling job: draw or read solutions, cut them into steps, label the steps; sharded and resumable.
+"""The labelling job: draw or read solutions, cut them into steps, label the steps; a job of :mod:`stepkd.runs.job`.
 
-Two phases, each a fixed list of groups whose results are appended to the shards (:mod:`stepkd.labels.shards`). First
-the solutions are drawn (or given ones graded), then they are cut and labelled. A threshold that is to be fitted is
-fitted between the two, on all solutions, and saved; a resumed job reads it. Every draw is keyed by the solution's
-number and every group has a fixed composition, so the labels do not depend on the number of ranks or on interruptions.
+Two phases. First the solutions are drawn (or those of the rows graded), then they are cut and labelled. A threshold
+that is to be fitted is fitted between the two, on all solutions. Every draw is keyed by the solution's number and every
+unit has a fixed composition, so the labels do not depend on the number of ranks or on interruptions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import DataError
-from stepkd.labels.folder import THRESHOLD_NAME
-from stepkd.labels.labellers import Labeller, Solution
-from stepkd.labels.manifest import segmenter_settings
+from stepkd.grading import Grader
+from stepkd.labels.labellers import CheckerLabeller, Labeller, OutcomeLabeller, Reduce, ScorerLabeller, Solution
+from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.labels.quality import row_labels, summarise_labels
-from stepkd.labels.settings import LabelSpec
-from stepkd.labels.setup import JobParts, job_parts
-from stepkd.labels.sharded_job import Report, ShardedJob
-from stepkd.labels.solutions import Candidate, SolutionSource, cut, drop_duplicates, labelled_row
+from stepkd.labels.settings import FITTED, SCORER_LABELLERS, LabelSpec
+from stepkd.labels.solutions import Candidate, Row, SolutionSource, cut, drop_duplicates, labelled_row
+from stepkd.labels.sources import GivenSolutions, SampledSolutions
+from stepkd.labels.workbench import Workbench, finish_job, of_the_tiny_world, open_workbench
+from stepkd.models import Policy
+from stepkd.models.checkpoint import load_trained, weights_fingerprint
+from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
+from stepkd.rollout.transformers_sampler import encode_prompts
 from stepkd.runs.files import write_json
+from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
+from stepkd.scorers.load import ScorerOptions, load_scorer
+from stepkd.scorers.rules import ArithmeticScorer
 from stepkd.steps import Segmenter, get_segmenter
 from stepkd.steps.labels import verdicts
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
 
+KIND, THRESHOLD_NAME = "labelling job", "threshold.json"
 SOLUTIONS, LABELS = "solutions", "labels"
 
 
+@dataclass(frozen=True)
+class JobParts:
+    """What a labelling job works with."""
+
+    bench: Workbench
+    """Rows, policy, template and grader."""
+    source: SolutionSource
+    """Where solutions come from."""
+    labeller: Labeller
+    """What labels them."""
+    settings: Mapping[str, Any]
+    """What decides the labels."""
+
+
 def run_label_job(
-    spec: LabelSpec,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    launch: str | None = None,
-    overwrite: bool = False,
-    wait_s: float = 1800.0,
-    parts: JobParts | None = None,
-    report: Report | None = None,
-    say: Callable[[str], None] | None = None,
+    spec: LabelSpec, *, options: JobOptions = ALONE, parts: JobParts | None = None
 ) -> dict[str, Any] | None:
-    """Run a labelling job, go on with it, or do one rank's share of it.
+    """Run a labelling job, resume it, or do one rank's share of it.
 
     Args:
         spec: what to label, how, and where to write.
-        rank, world_size: this process among those at work, on one shared disk; they need no process group. A resumed
-            job may have another number of ranks.
-        launch: a word that the ranks of this launch share; see :func:`~stepkd.labels.folder.prepare_job_folder`.
-        overwrite: delete an earlier job in the folder, once everything else has been found to be in order.
-        wait_s: longest wait for other ranks without news (s).
-        parts: an already made source of solutions, labeller and manifest, in place of those that ``spec`` describes.
-        report: told of progress after every group.
-        say: told what is waited for.
+        options: how this process takes part.
+        parts: what :func:`job_parts` makes of ``spec``, already made.
 
     Returns:
-        The summary, written to ``summary.json`` beside ``labels.jsonl``; None while groups of other ranks are missing
+        The summary, written to ``summary.json`` beside ``labels.jsonl``; None while units of other ranks are missing
         (the last rank to finish writes them).
 
     Raises:
         ConfigError: the folder holds another job (its settings are named), or settings contradict each other.
         DataError, ModelError: data or model cannot be used.
-        StepkdError: the folder cannot be written, or other ranks do not come.
+        MachineError: the folder cannot be written.
+        StepkdError: other ranks do not come.
     """
-    made = parts or job_parts(spec, rank=rank, overwrite=overwrite)
-    sharded = ShardedJob(
-        Path(spec.out),
-        rank=rank,
-        world_size=world_size,
-        launch=launch,
-        overwrite=overwrite,
-        wait_s=wait_s,
-        report=report,
-        say=say,
+    job = Job(Path(spec.out), KIND, (LABELS_NAME, SUMMARY_NAME, THRESHOLD_NAME), options)
+    job.check()
+    parts = parts or job_parts(spec)
+    if options.rank == 0:
+        _warn_of_foreign_threshold(spec, parts.bench.model)
+    with parts.bench.grader:
+        job.begin(parts.settings)
+        units = numbered(parts.source.groups())
+        job.work(SOLUTIONS, units, parts.source.work, _correct_answers)
+        return _label(job, spec, parts, job.wait(SOLUTIONS, units))
+
+
+def drawn_records(out: str | Path) -> list[dict[str, Any]]:
+    """Records of a finished job's first phase: the solutions as they were drawn, also those that were not labelled."""
+    return finished_rows(out, SOLUTIONS)
+
+
+def _label(job: Job, spec: LabelSpec, parts: JobParts, drawn: Sequence[Row]) -> dict[str, Any] | None:
+    """This rank's share of the second phase; the summary when nothing is left to do for anybody."""
+    bench = parts.bench
+    found = [candidate for record in drawn for candidate in parts.source.candidates(record)]
+    kept, duplicates = drop_duplicates(found) if spec.dedupe and bench.drawn else (found, 0)
+    if not kept:
+        raise DataError("no solution is left to label: every row is longer than the model's context")
+    segmenter = _segmenter(job.out, spec, parts, kept)
+    cut_by = {"name": "of the row"}
+    if segmenter is not None:
+        cut_by = {"name": spec.segmenter_kind or "newline"} | segmenter_settings(segmenter)
+    provenance = parts.labeller.provenance() | {
+        "segmenter": cut_by,
+        "prompt": bench.prompt_id,
+        "data": bench.source,
+        "dedupe": spec.dedupe and bench.drawn,
+    }
+    size = max(1, spec.max_rows // (spec.rollouts_per_step if spec.labeller == "monte_carlo" else 1))
+    units = numbered([kept[start : start + size] for start in range(0, len(kept), size)])
+    job.work(LABELS, units, lambda group: _label_group(group, parts, segmenter, provenance), _correct_steps)
+    records = job.rows(LABELS, units)
+    if records is None:
+        return None
+    too_long = sum(bool(record.get("too_long")) for record in drawn)
+    summary = summarise_labels(records, len(found) + too_long, duplicates, drawn, too_long=too_long)
+    summary |= {"threshold": getattr(segmenter, "threshold", None), "segmenter": cut_by}
+    rows = [record["row"] for record in records if "row" in record]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())
+    nothing = f"none of {summary['solutions']} solutions could be labelled ({reasons})"
+    return finish_job(job, LABELS_NAME, rows, summary, nothing=nothing)
+
+
+def _segmenter(out: Path, spec: LabelSpec, parts: JobParts, candidates: Sequence[Candidate]) -> Segmenter | None:
+    """The job's segmenter; a threshold that is to be fitted is fitted on all solutions, and is one of the outputs."""
+    if spec.segmenter is None:
+        return get_segmenter("newline") if parts.bench.drawn else None
+    if not spec.fits_threshold:
+        return get_segmenter(spec.segmenter)
+    (signal,) = spec.signals
+    threshold = fit_threshold(
+        [candidate.signals[signal] for candidate in candidates],
+        spec.quantile,
+        signal="confidence" if signal == "logprobs" else "entropy",
+        model=parts.bench.model,
+        sampling=parts.settings["sampling"],
+        seed=spec.seed,
     )
-    with made.grader:
-        sharded.begin(made.manifest)
-        groups = made.source.groups()
-        sharded.work(SOLUTIONS, groups, made.source.work, _right_answers)
-        return _Labelling(spec, made, sharded).run(sharded.wait(SOLUTIONS, groups))
+    write_json(out / THRESHOLD_NAME, threshold.to_dict())
+    return threshold.segmenter()
 
 
-class _Labelling:
-    """One rank's view of the second phase."""
-
-    def __init__(self, spec: LabelSpec, parts: JobParts, job: ShardedJob) -> None:
-        self.spec = spec
-        self.source: SolutionSource = parts.source
-        self.labeller: Labeller = parts.labeller
-        self.parts = parts
-        self.job = job
-
-    def run(self, drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-        """This rank's share of the second phase; the summary when nothing is left to do for anybody."""
-        found = [candidate for record in drawn for candidate in self.source.candidates(record)]
-        kept, duplicates = drop_duplicates(found) if self.spec.dedupe and self.parts.drawn else (found, 0)
-        if not kept:
-            raise DataError("no solution is left to label: every row is longer than the model's context")
-        segmenter = self._segmenter(kept)
-        provenance = self._provenance(segmenter)
-        size = self.parts.group_size
-        groups = [list(range(start, min(start + size, len(kept)))) for start in range(0, len(kept), size)]
-
-        def work(items: Sequence[int]) -> list[dict[str, Any]]:
-            return self._label_group([kept[item] for item in items], segmenter, provenance)
-
-        self.job.work(LABELS, groups, work, _right_steps)
-        records = self.job.records(LABELS, groups)
-        if records is None:
-            return None
-        too_long = sum(bool(record.get("too_long")) for record in drawn)
-        summary = summarise_labels(records, len(found) + too_long, duplicates, drawn, too_long=too_long)
-        summary |= {"threshold": getattr(segmenter, "threshold", None), "segmenter": provenance["segmenter"]}
-        return self._merge(records, summary)
-
-    def _segmenter(self, candidates: Sequence[Candidate]) -> Segmenter | None:
-        """The job's segmenter; a threshold that is to be fitted is fitted once and read from then on."""
-        spec = self.spec
-        if spec.segmenter is None:
-            return None if not self.parts.drawn else get_segmenter("newline")
-        if not spec.fits_threshold:
-            return get_segmenter(spec.segmenter)
-        path = self.job.out / THRESHOLD_NAME
-        if path.is_file():
-            return SegmentThreshold.load(path).segmenter()
-        (signal,) = spec.signals
-        threshold = fit_threshold(
-            [candidate.signals[signal] for candidate in candidates],
-            spec.quantile,
-            signal="confidence" if signal == "logprobs" else "entropy",
-            model=self.parts.model,
-            sampling=self.parts.manifest["sampling"],
-            seed=spec.seed,
-        )
-        write_json(path, threshold.to_dict())
-        return threshold.segmenter()
-
-    def _provenance(self, segmenter: Segmenter | None) -> dict[str, Any]:
-        settings = {} if segmenter is None else segmenter_settings(segmenter)
-        name = "of the row" if segmenter is None else self.spec.segmenter_kind or "newline"
-        return self.labeller.provenance() | {
-            "segmenter": {"name": name} | settings,
-            "prompt": self.parts.manifest["prompt"],
-            "data": self.parts.manifest["data"]["source"],
-            "dedupe": self.spec.dedupe and self.parts.drawn,
-        }
-
-    def _label_group(
-        self, candidates: Sequence[Candidate], segmenter: Segmenter | None, provenance: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
-        default = get_segmenter("newline")
-        found = [cut(candidate, self.parts.tokenizer, segmenter, default) for candidate in candidates]
-        solutions = [solution for solution in found if isinstance(solution, Solution)]
-        labelled = iter(self.labeller.label(solutions) if solutions else [])
-        records: list[dict[str, Any]] = []
-        for candidate, solution in zip(candidates, found, strict=True):
-            record: dict[str, Any] = {"id": candidate.id, "index": candidate.index}
-            if isinstance(solution, str):
-                record["dropped"] = solution
+def _label_group(
+    candidates: Sequence[Candidate], parts: JobParts, segmenter: Segmenter | None, provenance: Row
+) -> list[dict[str, Any]]:
+    default = get_segmenter("newline")
+    found = [cut(candidate, parts.bench.policy.tokenizer, segmenter, default) for candidate in candidates]
+    solutions = [solution for solution in found if isinstance(solution, Solution)]
+    labelled = iter(parts.labeller.label(solutions) if solutions else [])
+    records: list[dict[str, Any]] = []
+    for candidate, solution in zip(candidates, found, strict=True):
+        record: dict[str, Any] = {"id": candidate.id, "index": candidate.index}
+        if isinstance(solution, str):
+            record["dropped"] = solution
+        else:
+            labels = next(labelled)
+            if all(label is None for label in labels.labels):
+                record |= {"dropped": "no_labels", "facts": dict(labels.facts)}
             else:
-                labels = next(labelled)
-                if all(label is None for label in labels.labels):
-                    record |= {"dropped": "no_labels", "facts": dict(labels.facts)}
-                else:
-                    earlier = (candidate.columns.get("labelling") or {}).get("segmenter")
-                    own = {"segmenter": earlier} if segmenter is None and earlier else {}
-                    record["row"] = labelled_row(candidate, solution, labels, {**provenance, **own})
-            records.append(record)
-        return records
-
-    def _merge(self, records: Sequence[Mapping[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
-        """Write the labels and the summary; every rank that gets here writes the same."""
-        refuse = None
-        if not summary["labelled"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())
-            refuse = f"none of {summary['solutions']} solutions could be labelled ({reasons})"
-        rows = (record["row"] for record in records if "row" in record)
-        self.job.write(LABELS_NAME, rows, summary, refuse=refuse)
-        return summary
+                earlier = (candidate.columns.get("labelling") or {}).get("segmenter")
+                own = {"segmenter": earlier} if segmenter is None and earlier else {}
+                record["row"] = labelled_row(candidate, solution, labels, {**provenance, **own})
+        records.append(record)
+    return records
 
 
-def _right_answers(rows: Sequence[Mapping[str, Any]]) -> tuple[str, int, int]:
+def _correct_answers(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     known = [sample["correct"] for row in rows for sample in row.get("samples", [row])]
     known = [correct for correct in known if correct is not None]
-    return "answers right", sum(known), len(known)
+    return {"answers correct": (sum(known), len(known))}
 
 
-def _right_steps(rows: Sequence[Mapping[str, Any]]) -> tuple[str, int, int]:
+def _correct_steps(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     marks = [mark for row in rows if "row" in row for mark in verdicts(row_labels(row["row"])) if mark is not None]
-    return "steps right", sum(marks), len(marks)
+    return {"steps correct": (sum(marks), len(marks))}
+
+
+# ---- from the settings to the parts --------------------------------------------------------------------------------
+
+
+def job_parts(
+    spec: LabelSpec,
+    *,
+    policy: Policy | None = None,
+    sampler: Sampler | None = None,
+    labeller: Labeller | None = None,
+) -> JobParts:
+    """Load what a job needs, checking everything that can be checked before the work begins.
+
+    Args:
+        spec: the job's settings.
+        policy, sampler, labeller: already made ones to use in place of those that ``spec`` describes.
+
+    Raises:
+        ConfigError, DataError, ModelError: settings, data or models that cannot be used.
+    """
+    drawn = spec.problems is not None
+    word = str(spec.problems if drawn else spec.rollouts)
+    bench = open_workbench(spec, word, lambda row, place: _check_row(spec, row, place), problems=drawn, policy=policy)
+    policy = bench.policy
+    continued = spec.labeller == "monte_carlo" or bool(spec.signals)
+    if continued and not drawn:
+        bench.check_prompt()
+    if continued or drawn:
+        policy.to(bench.device)  # else only its tokenizer is used
+    teacher = None if spec.teacher is None else load_trained(spec.teacher, dtype=spec.dtype).to(bench.device)
+    sampler = sampler or TransformersSampler(policy, max_rows=spec.max_rows)
+    labeller = labeller or make_labeller(
+        spec, policy=policy, sampler=sampler, grader=bench.grader, max_new_tokens=bench.max_new_tokens
+    )
+    sampling = spec.sampling(bench.max_new_tokens) if drawn else None
+    source: SolutionSource
+    if sampling is not None:
+        source = SampledSolutions(
+            encode_prompts(policy, bench.template, bench.rows),
+            sampler,
+            sampling,
+            bench.grader,
+            policy=policy,
+            model=bench.model,
+            signals=spec.signals,
+            teacher=teacher,
+            max_rows=spec.max_rows,
+        )
+    else:
+        source = GivenSolutions(
+            bench.rows,
+            bench.template,
+            bench.grader,
+            policy=policy,
+            keep_steps=spec.segmenter is None,
+            signals=spec.signals,
+            teacher=teacher,
+        )
+    settings = bench.settings() | {
+        "teacher": None if teacher is None else {"name": spec.teacher, "weights": weights_fingerprint(teacher)},
+        "sampling": None if sampling is None else asdict(sampling),
+        "dedupe": None if sampling is None else spec.dedupe,
+        "labeller": labeller.provenance(),
+        "segmenter": _segmenter_settings(spec),
+    }
+    return JobParts(bench, source, labeller, settings)
+
+
+def segmenter_settings(segmenter: Segmenter) -> dict[str, Any]:
+    """A segmenter's settings, where it has any."""
+    return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
+
+
+def _segmenter_settings(spec: LabelSpec) -> dict[str, Any] | None:
+    """The segmenter by its settings, so that a threshold file counts by what it says and not by its name."""
+    if spec.segmenter is None:
+        return None
+    if spec.fits_threshold:
+        return {"name": spec.segmenter_kind, "threshold": "fitted", "quantile": spec.quantile}
+    return {"name": spec.segmenter_kind, **segmenter_settings(get_segmenter(spec.segmenter))}
+
+
+def _warn_of_foreign_threshold(spec: LabelSpec, model: str) -> None:
+    """A threshold file belongs to the model whose samples it was fitted on; another model's signals are others."""
+    file = (spec.segmenter or "").partition(":")[2]
+    if spec.segmenter_kind not in FITTED or not Path(file).is_file():
+        return
+    threshold = SegmentThreshold.load(file)
+    if threshold.model not in (None, model):
+        warnings.warn(
+            f"segmenter {spec.segmenter!r}: its threshold was fitted on samples of {threshold.model}, and {model} is "
+            f"another model: it may divide at more or fewer than {threshold.quantile:.1%} of the tokens. To fit one "
+            f"on this job's solutions, write {spec.segmenter_kind} alone",
+            stacklevel=2,
+        )
+
+
+def make_labeller(
+    spec: LabelSpec, *, policy: Policy, sampler: Sampler, grader: Grader, max_new_tokens: int
+) -> Labeller:
+    """The labeller that a job's settings name.
+
+    Args:
+        spec: the settings.
+        policy, sampler: what Monte-Carlo continuations come from.
+        grader: judges the continuations' answers.
+        max_new_tokens: longest continuation in tokens.
+    """
+    if spec.labeller == "checker":
+        return CheckerLabeller(spec.given)
+    if spec.labeller == "arithmetic":
+        return ScorerLabeller(ArithmeticScorer(unchecked=math.nan), name=spec.labeller)
+    if spec.labeller == "outcome":
+        return OutcomeLabeller(spec.outcome_scope)
+    if spec.labeller in SCORER_LABELLERS:
+        options = ScorerOptions(
+            template=spec.judge_template,
+            reference=spec.reference,
+            dtype=spec.dtype,
+            device=spec.device,
+            max_rows=spec.max_rows,
+        )
+        named = str(spec.judge)
+        word = named if spec.labeller == "prm" or named.startswith("judge:") else f"judge:{named}"
+        return ScorerLabeller(load_scorer(word, options), threshold=spec.threshold, soft=spec.soft, name=spec.labeller)
+    return MonteCarloLabeller(
+        cast(BranchSampler, sampler),
+        policy,
+        grader,
+        spec.continuation(max_new_tokens),
+        reduce=cast(Reduce, spec.reduce),
+        early_stop=spec.early_stop,
+        propagate_positive=spec.propagate_positive,
+    )
+
+
+def _check_row(spec: LabelSpec, row: Row, place: str) -> None:
+    """Refuse a row that the labeller has no use for, before any work is done."""
+    name = str(row["id"])
+    if spec.labeller == "monte_carlo" and row.get("answer") is None:
+        raise DataError(
+            f"row {name!r} has no 'answer', and Monte-Carlo labels compare continuations with it: add the column, "
+            "or use another labeller",
+            path=place,
+            column="answer",
+        )
+    if spec.labeller == "checker" and not of_the_tiny_world(row):
+        raise DataError(
+            f"row {name!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an exact "
+            "checker; use another labeller",
+            path=place,
+            column="task",
+        )
+    if spec.labeller == "outcome" and row.get("correct", row.get("outcome", row.get("answer"))) is None:
+        raise DataError(
+            f"row {name!r} has neither an 'answer' nor a stated outcome: nothing says whether its answer is correct",
+            path=place,
+            column="answer",
+        )

@@ -1,146 +1,78 @@
-"""The pair job: items to preference rows, for builders that sample; sharded and resumable.
+"""The jobs that make preference pairs and sample for it; jobs of :mod:`stepkd.runs.job`.
 
-One phase. A builder names its items in groups and turns a group into one record per item; the records are appended to
-the shards (:mod:`stepkd.labels.shards`), and when no group is missing their rows go to ``pairs.jsonl`` in the order of
-the items, with a summary of what was left out and what it cost. Whatever a builder draws is keyed by the item's
-number and its groups have a fixed composition, so the pairs do not depend on the number of ranks or on interruptions.
-
-A record holds ``id``, ``index`` and
-    rows: the item's preference rows, perhaps none;
-    dropped: number of pairs (or of the whole item) left out, by reason;
-    facts: whole numbers to be added up over the job (tokens generated, continuations drawn, ...); none for an item
-        that was left out before anything was drawn.
+One phase. A builder names its items in groups and turns a group into one record per item; when no group is missing,
+the records' rows go to ``pairs.jsonl`` in the order of the items, with a summary of what was left out and what it cost.
+Whatever a builder draws is keyed by the item's number and its groups have a fixed composition, so the pairs do not
+depend on the number of ranks or on interruptions.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from stepkd.data.rows import STEP_PREFERENCE, Contract, validate
+from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.data.spec import PAIRS_NAME
-from stepkd.grading import Grader
-from stepkd.labels.sharded_job import Report, ShardedJob
+from stepkd.labels.settings import JobSpec, StepPairSpec, TreePairSpec
+from stepkd.labels.step_pairs import step_pair_builder
+from stepkd.labels.tree_pairs import tree_pair_builder
+from stepkd.labels.workbench import PairBuilder, finish_job
+from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, numbered
 
-PAIRS = "pairs"
-"""Name of the phase."""
+KIND, PAIRS = "pair job", "pairs"
 
-
-class PairBuilder(Protocol):
-    """What makes the pairs of an item."""
-
-    def groups(self) -> list[list[int]]:
-        """Item numbers of every group, all items once; depends on nothing but the data and the settings."""
-        ...
-
-    def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
-        """One record per item, see the module's text; the record of an item does not depend on the others."""
-        ...
-
-
-@dataclass(frozen=True)
-class PairParts:
-    """What a pair job works with."""
-
-    builder: PairBuilder
-    """Makes the pairs."""
-    grader: Grader
-    """Judges final answers; closed at the job's end."""
-    manifest: Mapping[str, Any]
-    """What decides the pairs; of kind :data:`~stepkd.labels.folder.PAIR_KIND`."""
-    contract: Contract = STEP_PREFERENCE
-    """What every row must be."""
-    summarise: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] | None = None
-    """Further entries of the summary, from all records; None: none."""
-
-
-def pair_record(
-    identity: str,
-    index: int,
-    rows: Sequence[dict[str, Any]] = (),
-    *,
-    dropped: Mapping[str, int] | None = None,
-    facts: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """The record of one item; reasons with a count of 0 are left out.
-
-    Args:
-        identity: id of the item, unique over the job.
-        index: its number.
-        rows: its preference rows.
-        dropped: what was left out, by reason.
-        facts: whole numbers to be added up.
-    """
-    reasons = {reason: count for reason, count in (dropped or {}).items() if count}
-    return {"id": identity, "index": index, "rows": list(rows), "dropped": reasons, "facts": dict(facts or {})}
+_BUILDERS: dict[type[JobSpec], Callable[[Any], PairBuilder]] = {
+    StepPairSpec: step_pair_builder,
+    TreePairSpec: tree_pair_builder,
+}
 
 
 def run_pair_job(
-    parts: PairParts,
-    out: str,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    launch: str | None = None,
-    overwrite: bool = False,
-    wait_s: float = 1800.0,
-    report: Report | None = None,
-    say: Callable[[str], None] | None = None,
+    spec: JobSpec, *, options: JobOptions = ALONE, builder: PairBuilder | None = None
 ) -> dict[str, Any] | None:
-    """Run a pair job, go on with it, or do one rank's share of it.
+    """Run a pair job, resume it, or do one rank's share of it.
 
     Args:
-        parts: builder, grader and manifest.
-        out: the job's folder.
-        rank, world_size, launch, overwrite, wait_s, report, say: see :class:`~stepkd.labels.sharded_job.ShardedJob`.
+        spec: its settings, of a class in :data:`~stepkd.labels.settings.PAIR_JOBS`.
+        options: how this process takes part.
+        builder: what makes the pairs, in place of the one that ``spec`` describes.
 
     Returns:
-        The summary, written to ``summary.json`` beside ``pairs.jsonl``; None while groups of other ranks are missing
+        The summary, written to ``summary.json`` beside ``pairs.jsonl``; None while units of other ranks are missing
         (the last rank to finish writes them).
 
     Raises:
         ConfigError: the folder holds another job (its settings are named), or something else.
-        DataError: no pair could be made; the summary says why.
-        StepkdError: the folder cannot be written, or rank 0 does not come.
+        DataError: rows that cannot be used; or no pair could be made, and the summary says why.
+        ModelError: a model that cannot be used.
+        MachineError: the folder cannot be written.
+        StepkdError: rank 0 does not come.
     """
-    job = ShardedJob(
-        Path(out),
-        rank=rank,
-        world_size=world_size,
-        launch=launch,
-        overwrite=overwrite,
-        wait_s=wait_s,
-        report=report,
-        say=say,
-    )
-    with parts.grader:
-        job.begin(parts.manifest)
-        groups = parts.builder.groups()
+    job = Job(Path(spec.out), KIND, (PAIRS_NAME, SUMMARY_NAME), options)
+    job.check()
+    made = builder or _BUILDERS[type(spec)](spec)
 
-        def work(items: Sequence[int]) -> list[dict[str, Any]]:
-            records = parts.builder.work(items)
-            for record in records:
-                for row in record["rows"]:
-                    validate(row, parts.contract, path=record["id"], extra="keep")
-            return records
+    def work(items: Sequence[int]) -> list[dict[str, Any]]:
+        records = made.work(items)
+        for record in records:
+            for row in record["rows"]:
+                validate(row, STEP_PREFERENCE, path=record["id"], extra="keep")
+        return records
 
-        job.work(PAIRS, groups, work, _pairs_per_item)
-        records = job.records(PAIRS, groups)
-    if records is None:
+    with made.bench.grader:
+        job.begin(made.bench.settings() | {"pairing": made.provenance()})
+        units = numbered(made.groups())
+        job.work(PAIRS, units, work, _pairs_per_item)
+        found = job.rows(PAIRS, units)
+    if found is None:
         return None
-    records = drop_repeated_pairs(records)
-    summary = summarise_pairs(records)
-    if parts.summarise is not None:
-        summary |= parts.summarise(records)
-    refuse = None
-    if not summary["pairs"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())
-        refuse = f"no pair could be made from {summary['items']} items ({reasons or 'no reason given'})"
-    job.write(PAIRS_NAME, (row for record in records for row in record["rows"]), summary, refuse=refuse)
-    return summary
+    records = drop_repeated_pairs(found)
+    summary = summarise_pairs(records) | made.summary(records)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())
+    nothing = f"no pair could be made from {summary['items']} items ({reasons or 'no reason given'})"
+    return finish_job(job, PAIRS_NAME, [row for record in records for row in record["rows"]], summary, nothing=nothing)
 
 
 def drop_repeated_pairs(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -192,6 +124,6 @@ def summarise_pairs(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _pairs_per_item(records: Sequence[Mapping[str, Any]]) -> tuple[str, int, int]:
+def _pairs_per_item(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     # An item without facts was left out before anything was drawn for it.
-    return "items with a pair", sum(bool(r["rows"]) for r in records), sum(bool(r["facts"]) for r in records)
+    return {"items with a pair": (sum(bool(r["rows"]) for r in records), sum(bool(r["facts"]) for r in records))}

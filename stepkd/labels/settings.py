@@ -1,16 +1,20 @@
-"""The settings of the jobs of ``stepkd label``: what all have in common, and those of a labelling job."""
+"""The settings of the jobs of ``stepkd label``: what all have in common, labelling, and the builders of pairs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.labels.labellers import check_reduction
 from stepkd.rollout import SamplingSpec
+from stepkd.scorers.scorer import Reduction
+from stepkd.search.mcts import SearchSettings
+from stepkd.search.pairs import PairSettings
 from stepkd.steps import get_segmenter
-from stepkd.steps.labels import check_threshold
+from stepkd.steps.labels import Neutral, check_threshold
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 from stepkd.tasks import Given
 
@@ -25,13 +29,17 @@ SCORER_LABELLERS = ("judge", "prm")
 FITTED = ("adaptive_step", "entropy")
 """Segmenters whose threshold the job fits on its own pool when none is given."""
 
+Take = Literal["wrong", "all"]
+ValueKind = Literal["rollout", "scorer", "self_evaluation"]
+S = TypeVar("S")
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
     """What every job of ``stepkd label`` has settings for: the policy, how it samples, how answers are graded."""
 
     out: str
-    """Folder for shards, rows, summary and manifest."""
+    """Folder for the job's settings, parts, rows and summary."""
     model: str | None = None
     """Policy that samples, continues and tokenises; None: the one the rollout rows name."""
     limit: int | None = None
@@ -63,10 +71,7 @@ class JobSpec:
     """Keys everything that is drawn."""
 
     def __post_init__(self) -> None:
-        self._check_counts("max_rows", "limit")
-
-    def _check_counts(self, *names: str) -> None:
-        check_bounds("", self, **dict.fromkeys(names, "[1, inf)"))
+        check_bounds("", self, max_rows="[1, inf)", limit="[1, inf)")
 
     def drawing(self, n: int, max_new_tokens: int, *, temperature: float | None = None) -> SamplingSpec:
         """How ``n`` completions of a prompt or prefix are drawn; ``temperature`` in place of the job's."""
@@ -151,7 +156,7 @@ class LabelSpec(JobSpec):
             raise ConfigError(f"--reference goes with --labeller judge, not with {self.labeller}")
         if self.problems is not None and self.model is None:
             raise ConfigError("sampling solutions of --problems needs --model")
-        self._check_counts("samples", "rollouts_per_step")
+        check_bounds("", self, samples="[1, inf)", rollouts_per_step="[1, inf)", quantile="(0, 1)")
         if self.samples > 1 and self.temperature == 0 and self.problems is not None:
             raise ConfigError(f"{self.samples} samples at temperature 0 would all be the same: set --temperature")
         if self.labeller == "monte_carlo" and self.rollouts_per_step > 1 and self.continuation_temperature == 0:
@@ -160,7 +165,6 @@ class LabelSpec(JobSpec):
                 "--label-temperature, or --rollouts-per-step 1"
             )
         check_threshold(self.threshold)
-        check_bounds("", self, quantile="(0, 1)")
         if (self.segmenter_kind == "reject") != (self.teacher is not None):
             raise ConfigError("segmenter 'reject' and --teacher go together: give both or neither")
         if self.segmenter is not None and not self.fits_threshold:
@@ -201,6 +205,140 @@ class LabelSpec(JobSpec):
     def continuation(self, max_new_tokens: int) -> SamplingSpec:
         """How Monte-Carlo continuations are drawn."""
         return self.drawing(self.rollouts_per_step, max_new_tokens, temperature=self.continuation_temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPairSpec(JobSpec):
+    """One Step-DPO pair job. The sampling defaults are those of the paper (arXiv 2406.18629)."""
+
+    rollouts: str
+    """Labelled rollout rows: a file, the folder of a labelling job, or data settings in one word."""
+    take: Take = "wrong"
+    """``wrong``: solutions with a wrong answer; ``all``: also those with a right answer and a wrong step."""
+    continuations: int = 20
+    """Continuations of every correct prefix, >= 1."""
+    temperature: float = 0.8
+    """Temperature of the continuations; 0 is greedy, and then there is one."""
+    top_p: float = 0.95
+    """Nucleus of the continuations, in (0, 1]; 1 is off."""
+    max_pairs: int = 1
+    """Most pairs per solution, >= 1; they share the wrong step."""
+    neutral: Neutral = "right"
+    """What a step rated 0 is. The paper's script has ``wrong``; with ``mask`` a solution is dropped whose first wrong
+    step comes behind one."""
+    check_step: bool = False
+    """Whether the better step must itself be right: by ``judge``, else by the tiny world's exact checker."""
+    judge: str | None = None
+    """Scorer of the better step, as :func:`stepkd.scorers.load.load_scorer` reads it."""
+    reference: bool = False
+    """Show the row's gold solution (else its answer) to the judge."""
+    threshold: float = 0.5
+    """A soft step label, and a step that is checked, is right from this chance or score on; in (0, 1)."""
+    segmenter: str | None = None
+    """What cuts continuations into steps; None: what cut the row (its ``labelling``), else ``newline``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("", self, continuations="[1, inf)", max_pairs="[1, inf)")
+        check_choice("--from", self.take, get_args(Take))
+        check_choice("neutral", self.neutral, get_args(Neutral))
+        check_threshold(self.threshold)
+        if self.temperature == 0 and self.continuations > 1:
+            raise ConfigError(
+                f"{self.continuations} continuations at temperature 0 would all be the same: set --temperature, or "
+                "--continuations 1"
+            )
+        if self.judge is not None and not self.check_step:
+            raise ConfigError("--judge goes with --check-step: it checks the better step of every pair")
+        if self.reference and self.judge is None:
+            raise ConfigError("--reference goes with --judge, the model that checks steps")
+        if self.segmenter is not None:
+            if self.segmenter.partition(":")[0] == "reject":
+                raise ConfigError("segmenter 'reject' needs a teacher's signals, which continuations do not have")
+            get_segmenter(self.segmenter)
+
+    def continuation(self, max_new_tokens: int) -> SamplingSpec:
+        """How continuations are drawn."""
+        return self.drawing(self.continuations, max_new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreePairSpec(JobSpec):
+    """One job of tree-search pairs, after arXiv 2405.00451; :mod:`stepkd.search.mcts` says what differs. The paper's
+    value is ``self_evaluation``, not the default."""
+
+    problems: str
+    """Problems with answers: file, folder or data settings in one word."""
+    search: SearchSettings = field(default_factory=SearchSettings)
+    """How trees are searched."""
+    pairs: PairSettings = field(default_factory=PairSettings)
+    """Which pairs a tree gives."""
+    value: ValueKind = "rollout"
+    """What estimates a state: the share of right answers among simulated continuations (``rollout``); what a step
+    scorer says of it (``scorer``); what the policy itself, or ``judge``, answers when asked whether each step is right,
+    with the reference before it (``self_evaluation``)."""
+    rollouts_per_step: int = 8
+    """``rollout``: continuations per state, >= 1."""
+    judge: str | None = None
+    """``scorer``: what scores, as :func:`stepkd.scorers.load.load_scorer` reads it. ``self_evaluation``: the model that
+    is asked; None: the policy itself."""
+    judge_template: str | None = None
+    """``scorer``: prompt template of the scoring model, a name or a YAML file; None: its own."""
+    reduction: Reduction | None = None
+    """``scorer`` and ``self_evaluation``: from the scores of all steps to one; None: ``product`` where they say whether
+    a step is right, ``last`` (the newest step's) where they estimate the future."""
+    segmenter: str = "newline"
+    """What a step is."""
+    max_step_tokens: int = 128
+    """Longest step in tokens, >= 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("", self, rollouts_per_step="[1, inf)", max_step_tokens="[1, inf)")
+        check_choice("value", self.value, get_args(ValueKind))
+        if self.reduction is not None:
+            check_choice("reduction", self.reduction, get_args(Reduction))
+        if self.temperature == 0:
+            raise ConfigError("a tree needs different steps from one state: set --temperature above 0")
+        if self.model is None:
+            raise ConfigError("searching trees for --problems needs --model")
+        if self.value == "scorer" and self.judge is None:
+            raise ConfigError("--value scorer needs the model that scores the steps: --judge MODEL (or checker)")
+        if self.value == "rollout" and self.judge is not None:
+            raise ConfigError("--judge goes with --value scorer or self_evaluation, not with rollout")
+        if self.reduction is not None and self.value == "rollout":
+            raise ConfigError("--reduction goes with --value scorer or self_evaluation, not with rollout")
+        if self.judge_template is not None and self.value != "scorer":
+            raise ConfigError(f"--judge-template goes with --value scorer, not with {self.value}")
+        get_segmenter(self.segmenter)  # a wrong name is said before anything is loaded
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the pairs beside model, data and sampling, as JSON values."""
+        return {"search": asdict(self.search), **asdict(self.pairs)}
+
+
+PAIR_JOBS: dict[str, type[JobSpec]] = {"step_preference": StepPairSpec, "tree_preference": TreePairSpec}
+"""Jobs that make preference pairs and sample for it: what ``--to`` calls them, and their settings."""
+
+
+def settings_from(
+    kind: type[S], values: Mapping[str, Any], make: Callable[[type, dict[str, Any]], Any] | None = None
+) -> S:
+    """Settings from one flat mapping, as a command line gives them.
+
+    Args:
+        kind: the settings' class; a field that is a settings class itself takes its fields from the same mapping.
+        values: field -> value; None leaves the default, a list becomes a tuple, and names of no field are left out.
+        make: makes the settings from class and fields; None: the class does.
+    """
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            found[name] = settings_from(hint, values, make)
+        elif (value := values.get(name)) is not None:
+            found[name] = tuple(value) if isinstance(value, list) else value
+    settings: S = kind(**found) if make is None else make(kind, found)
+    return settings
 
 
 def asking(source: str, *, is_task: bool) -> Benchmark:

@@ -12,23 +12,21 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
-from stepkd.errors import DataError
-from stepkd.labels.given import GivenSolutions
-from stepkd.labels.job_data import Workbench
+from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import Solution, StepCheck
 from stepkd.labels.next_step import NextStep, next_step, segmenter_of, text_until_stop
-from stepkd.labels.pair_job import pair_record
-from stepkd.labels.pair_settings import StepPairSpec
-from stepkd.labels.solutions import PROBLEM_COLUMNS, cut
+from stepkd.labels.settings import StepPairSpec
+from stepkd.labels.solutions import PROBLEM_COLUMNS, Row, cut
+from stepkd.labels.sources import GivenSolutions
+from stepkd.labels.workbench import Workbench, of_the_tiny_world, open_workbench, pair_record
 from stepkd.models import Policy
 from stepkd.models.checkpoint import weights_fingerprint
-from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Rollout
+from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Rollout, TransformersSampler
+from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.steps import Segmenter, get_segmenter
 from stepkd.steps.labels import verdicts
-
-Row = Mapping[str, Any]
 
 PURPOSE = "step_preference"
 _LIGHT = 256  # rows per group where nothing is drawn
@@ -77,35 +75,26 @@ class StepPairBuilder:
     """Makes Step-DPO pairs; an item is a labelled rollout row.
 
     Args:
-        rows: rollout rows with step labels and answers, as :func:`~stepkd.labels.job_data.load_job_data` gives them.
         spec: the job's settings.
-        bench: policy, template and grader.
+        bench: rows with step labels and answers, policy, template and grader.
         sampler: draws the continuations; its model is ``bench.policy``.
-        check: says whether better steps are right; None: not asked.
+        check: says whether better steps are correct; None: not asked.
     """
 
     def __init__(
-        self,
-        rows: Sequence[Row],
-        spec: StepPairSpec,
-        bench: Workbench,
-        sampler: BranchSampler,
-        check: StepCheck | None = None,
+        self, spec: StepPairSpec, bench: Workbench, sampler: BranchSampler, check: StepCheck | None = None
     ) -> None:
-        self.rows = rows
-        self.spec = spec
-        self.bench = bench
-        self.policy: Policy = bench.policy
-        self.sampler = sampler
-        self.check = check
+        self.spec, self.bench, self.sampler, self.check = spec, bench, sampler, check
+        self.rows = bench.rows
+        self.policy = bench.policy
         self.sampling = spec.continuation(bench.max_new_tokens)
-        self._source = GivenSolutions(rows, bench.template, bench.grader, policy=bench.policy, keep_steps=True)
-        self._found = [first_wrong_step(row, spec) for row in rows]
+        self._source = GivenSolutions(bench.rows, bench.template, bench.grader, policy=bench.policy, keep_steps=True)
+        self._found = [first_wrong_step(row, spec) for row in bench.rows]
         self._segmenters: dict[str, Segmenter] = {}
         self._pairing = self._provenance()
 
     def groups(self) -> list[list[int]]:
-        """See :class:`~stepkd.labels.pair_job.PairBuilder`: solutions with a wrong step first, then all others."""
+        """See :class:`~stepkd.labels.workbench.PairBuilder`: solutions with a wrong step first, then all others."""
         groups: list[list[int]] = []
         for drawn, size in ((True, max(1, self.spec.max_rows // self.spec.continuations)), (False, _LIGHT)):
             items = [item for item, found in enumerate(self._found) if isinstance(found, int) is drawn]
@@ -113,7 +102,7 @@ class StepPairBuilder:
         return groups
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
-        """See :class:`~stepkd.labels.pair_job.PairBuilder`."""
+        """See :class:`~stepkd.labels.workbench.PairBuilder`."""
         plans = {item: self._plan(item) for item in items}
         wrongs = [plan for plan in plans.values() if isinstance(plan, _Wrong)]
         records = {plan.index: record for plan, record in zip(wrongs, self._pair(wrongs), strict=True)}
@@ -125,6 +114,10 @@ class StepPairBuilder:
     def provenance(self) -> dict[str, Any]:
         """What the pairs came from, as JSON values."""
         return dict(self._pairing)
+
+    def summary(self, records: Sequence[Row]) -> dict[str, Any]:
+        """See :class:`~stepkd.labels.workbench.PairBuilder`; none."""
+        return {}
 
     def _provenance(self) -> dict[str, Any]:
         sampling = asdict(self.sampling)
@@ -299,3 +292,57 @@ class StepPairBuilder:
             "right_continuations": facts["right_continuations"],
         }
         return out
+
+
+def step_pair_builder(
+    spec: StepPairSpec, *, policy: Policy | None = None, sampler: BranchSampler | None = None
+) -> StepPairBuilder:
+    """Load what a Step-DPO pair job needs, checking everything that can be checked before the work begins.
+
+    Args:
+        spec: the job's settings.
+        policy, sampler: already made ones to use in place of those that ``spec`` describes.
+
+    Raises:
+        ConfigError, DataError, ModelError: settings, data or models that cannot be used.
+    """
+    bench = open_workbench(
+        spec, spec.rollouts, lambda row, place: _check_row(spec, row, place), problems=False, policy=policy
+    )
+    bench.check_prompt()
+    bench.policy.to(bench.device)
+    check = make_step_check(spec) if spec.check_step else None
+    sampler = sampler or cast(BranchSampler, TransformersSampler(bench.policy, max_rows=spec.max_rows))
+    return StepPairBuilder(spec, bench, sampler, check)
+
+
+def _check_row(spec: StepPairSpec, row: Row, place: str) -> None:
+    name = str(row["id"])
+    if "token_ids" not in row:
+        raise DataError(
+            f"row {name!r} is no rollout: the wrong step of a pair is kept in the ids that were sampled; sample "
+            "solutions with `stepkd label --problems`",
+            path=place,
+            column="token_ids",
+        )
+    if row.get("answer") is None:
+        raise DataError(f"row {name!r} has no 'answer' to grade continuations by", path=place, column="answer")
+    if spec.segmenter is None and isinstance(first_wrong_step(row, spec), int):
+        segmenter_of(row)
+    if spec.check_step and spec.judge is None and not of_the_tiny_world(row):
+        raise ConfigError(
+            f"--check-step has no exact checker for row {name!r}, which is not of the tiny world (source 'task'): "
+            "give a model that scores steps, --judge"
+        )
+
+
+def make_step_check(spec: StepPairSpec) -> StepCheck:
+    """The check that a pair job's settings name: ``judge``, else the exact checker.
+
+    Raises:
+        ConfigError, ModelError: a scorer that cannot be loaded.
+    """
+    if spec.judge is None:
+        return StepCheck(load_scorer("checker"), spec.threshold)
+    options = ScorerOptions(reference=spec.reference, dtype=spec.dtype, device=spec.device, max_rows=spec.max_rows)
+    return StepCheck(load_scorer(spec.judge, options), spec.threshold)

@@ -5,23 +5,18 @@ Source: Xie et al. 2024, arXiv 2405.00451. The search itself is :mod:`stepkd.sea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from stepkd.data.encode import Example
 from stepkd.errors import DataError
-from stepkd.grading import Grader
-from stepkd.labels.folder import PAIR_KIND, check_job_folder
-from stepkd.labels.job_data import JobData, Workbench, load_job_data, open_workbench
-from stepkd.labels.manifest import as_json, base_manifest
-from stepkd.labels.pair_job import PairParts, pair_record
-from stepkd.labels.solutions import PROBLEM_COLUMNS
-from stepkd.labels.tree_settings import TreePairSpec
+from stepkd.labels.settings import TreePairSpec
+from stepkd.labels.solutions import PROBLEM_COLUMNS, Row
+from stepkd.labels.workbench import Workbench, of_the_tiny_world, open_workbench, pair_record
 from stepkd.models import Policy
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.scorers.judge import PromptedJudge
-from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
+from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.scorers.scorer import StepScorer
 from stepkd.search import (
     Problem,
@@ -39,33 +34,21 @@ class TreePairBuilder:
     """Searches a tree for each problem of a group, and takes pairs from it; an item is a problem.
 
     Args:
-        prompts: tokenised problems, with their rows.
         spec: the job's settings.
+        bench: problems, policy, template and grader.
         generator: proposes steps.
         value: estimates states.
-        grader: judges final answers.
-        provenance: further JSON values of where the pairs come from.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Example],
-        spec: TreePairSpec,
-        generator: SampledSteps,
-        value: StateValue,
-        grader: Grader,
-        *,
-        provenance: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.prompts = prompts
-        self.spec = spec
-        self.generator = generator
-        self.value = value
-        self.grader = grader
+    def __init__(self, spec: TreePairSpec, bench: Workbench, generator: SampledSteps, value: StateValue) -> None:
+        self.spec, self.bench, self.generator, self.value = spec, bench, generator, value
+        self.prompts = encode_prompts(bench.policy, bench.template, bench.rows)
         self._pairing = {
             "builder": "tree",
             **generator.provenance(),
-            **(provenance or {}),
+            "model": bench.model,
+            "prompt": bench.prompt_id,
+            "data": bench.source,
             **spec.settings(),
             "value": value.provenance(),
         }
@@ -75,14 +58,14 @@ class TreePairBuilder:
         return dict(self._pairing)
 
     def groups(self) -> list[list[int]]:
-        """See :class:`~stepkd.labels.pair_job.PairBuilder`: the trees of a group fill the batch with their actions."""
+        """See :class:`~stepkd.labels.workbench.PairBuilder`: the trees of a group fill the batch with their actions."""
         search = self.spec.search
         return fixed_batches(self.prompts, max(search.actions, search.root_actions or 0), self.spec.max_rows)
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
-        """See :class:`~stepkd.labels.pair_job.PairBuilder`."""
+        """See :class:`~stepkd.labels.workbench.PairBuilder`."""
         problems = [Problem(item, self.prompts[item].row, self.prompts[item].prompt_ids) for item in items]
-        trees = tree_search(problems, self.generator, self.value, self.grader, self.spec.search)
+        trees = tree_search(problems, self.generator, self.value, self.bench.grader, self.spec.search)
         return [self._record(tree) for tree in trees]
 
     def _record(self, tree: SearchTree) -> dict[str, Any]:
@@ -99,6 +82,22 @@ class TreePairBuilder:
                 "tokens_of_rollouts": self.generator.rest_tokens.pop(index, 0),
             },
         )
+
+    def summary(self, records: Sequence[Row]) -> dict[str, Any]:
+        """Shares and means over all trees of a job."""
+
+        def total(fact: str) -> int:
+            return sum(int(record["facts"][fact]) for record in records)
+
+        trees, depths = total("trees"), [len(row["prefix"]) for record in records for row in record["rows"]]
+        return {
+            "solved_share": total("trees_with_a_right_end") / trees,
+            "right_path_share": total("right_paths") / trees,
+            "mean_tree_depth": total("depth_of_trees") / trees,
+            "mean_path_steps": total("steps_of_paths") / trees,
+            "mean_pair_depth": sum(depths) / len(depths) if depths else None,
+            "tokens_generated": total("tokens_of_steps") + total("tokens_of_rollouts"),
+        }
 
 
 def tree_facts(tree: SearchTree) -> dict[str, int]:
@@ -119,74 +118,40 @@ def tree_facts(tree: SearchTree) -> dict[str, int]:
     }
 
 
-def tree_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares and means over all trees of a job."""
-
-    def total(fact: str) -> int:
-        return sum(int(record["facts"][fact]) for record in records)
-
-    trees, depths = total("trees"), [len(row["prefix"]) for record in records for row in record["rows"]]
-    return {
-        "solved_share": total("trees_with_a_right_end") / trees,
-        "right_path_share": total("right_paths") / trees,
-        "mean_tree_depth": total("depth_of_trees") / trees,
-        "mean_path_steps": total("steps_of_paths") / trees,
-        "mean_pair_depth": sum(depths) / len(depths) if depths else None,
-        "tokens_generated": total("tokens_of_steps") + total("tokens_of_rollouts"),
-    }
-
-
-def tree_pair_parts(
+def tree_pair_builder(
     spec: TreePairSpec,
     *,
-    rank: int = 0,
-    overwrite: bool = False,
     policy: Policy | None = None,
     sampler: Sampler | None = None,
     scorer: StepScorer | None = None,
-) -> PairParts:
+) -> TreePairBuilder:
     """Load what a job of tree-search pairs needs, checking what can be checked before the work begins.
 
     Args:
         spec: the job's settings.
-        rank: this process; only rank 0 may find the folder half begun.
-        overwrite: whether an earlier job in the folder is to be deleted later.
         policy, sampler, scorer: already made ones to use in place of those that ``spec`` describes.
 
     Raises:
         ConfigError, DataError, ModelError: settings, data or models that cannot be used.
     """
-    if rank == 0:
-        check_job_folder(spec.out, overwrite=overwrite, kind=PAIR_KIND)
-    data = load_job_data(spec.problems, problems=True, limit=spec.limit)
-    _check_rows(data, spec)
-    device = pick_device(spec.device)
-    bench = open_workbench(spec, data, policy=policy)
-    bench.policy.to(device)
-    sampler = sampler or TransformersSampler(bench.policy, max_rows=spec.max_rows)
+    bench = open_workbench(
+        spec, spec.problems, lambda row, place: _check_row(spec, row, place), problems=True, policy=policy
+    )
+    bench.policy.to(bench.device)
     generator = SampledSteps(
-        sampler,
+        sampler or TransformersSampler(bench.policy, max_rows=spec.max_rows),
         bench.policy,
         spec.drawing(1, bench.max_new_tokens),
         segmenter=spec.segmenter,
         max_step_tokens=spec.max_step_tokens,
     )
-    builder = TreePairBuilder(
-        encode_prompts(bench.policy, bench.template, data.rows),
-        spec,
-        generator,
-        _value(spec, bench, generator, scorer),
-        bench.grader,
-        provenance={"model": bench.model, "prompt": bench.prompt_id, "data": data.facts()["source"]},
-    )
-    manifest = base_manifest(spec, PAIR_KIND, bench, data) | {"pairing": builder.provenance()}
-    return PairParts(builder, bench.grader, as_json(manifest), summarise=tree_summary)
+    return TreePairBuilder(spec, bench, generator, _value(spec, bench, generator, scorer))
 
 
 def _value(spec: TreePairSpec, bench: Workbench, generator: SampledSteps, scorer: StepScorer | None) -> StateValue:
     """What the settings name as the estimate of a state."""
     if spec.value == "rollout":
-        return RolloutValue(generator, bench.grader, rollouts=spec.rollouts)
+        return RolloutValue(generator, bench.grader, rollouts=spec.rollouts_per_step)
     if scorer is None and spec.judge is None:
         scorer = PromptedJudge(bench.policy, reference=True, max_rows=spec.max_rows, name=bench.model)
     elif scorer is None:
@@ -203,12 +168,11 @@ def _value(spec: TreePairSpec, bench: Workbench, generator: SampledSteps, scorer
     return ScorerValue(scorer, reduction=spec.reduction, name=spec.value)
 
 
-def _check_rows(data: JobData, spec: TreePairSpec) -> None:
-    for row in data.rows:
-        if spec.judge == "checker" and not ("task" in row and "meta" in row):
-            raise DataError(
-                f"row {str(row['id'])!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an "
-                "exact checker; give a model that scores steps, --judge MODEL",
-                path=data.place,
-                column="task",
-            )
+def _check_row(spec: TreePairSpec, row: Row, place: str) -> None:
+    if spec.judge == "checker" and not of_the_tiny_world(row):
+        raise DataError(
+            f"row {str(row['id'])!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an "
+            "exact checker; give a model that scores steps, --judge MODEL",
+            path=place,
+            column="task",
+        )

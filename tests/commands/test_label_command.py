@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from stepkd.cli import main
-from stepkd.commands.label import _launch_id
 
 PROBLEMS = ["--problems", 'task:task="modular:terms=3,modulus=2",n=3', "--model", "tiny-0.1m", "--samples", "2"]
 SMALL = [
@@ -33,7 +32,7 @@ def test_label_consensus_and_convert(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert text in shown
     assert "sampling: 6 solutions" in shown
     assert "rollouts" in shown
-    assert f"labels, summary and manifest: {out}" in shown
+    assert f"labels, summary and settings: {out}" in shown
     before = (out / "labels.jsonl").read_bytes()
     assert run(*PROBLEMS, *SMALL, "--out", str(out), "--seed", "3", "--segmenter", "sentence") == 0
     assert (out / "labels.jsonl").read_bytes() == before
@@ -104,10 +103,3 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert run(*arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-
-
-def test_what_a_launch_shares() -> None:
-    assert _launch_id({"TORCHELASTIC_RUN_ID": "abc"}) == "elastic:abc"
-    assert _launch_id({"TORCHELASTIC_RUN_ID": "none"}) is None, "accelerate gives every launch this one"
-    assert _launch_id({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}) == "slurm:7.0"
-    assert _launch_id({}) is None

@@ -42,11 +42,12 @@ def test_step_preference(labelled: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert f"{len(pairs)} pairs of {summary['problems']} problems, from" in shown
     assert "tokens generated" in shown
     assert f"building pairs of {summary['items']}/{summary['items']}" in shown
-    assert f"pairs, summary and manifest: {tmp_path / 'job'}" in shown
+    assert f"pairs, summary and settings: {tmp_path / 'job'}" in shown
     assert sorted(path.name for path in (tmp_path / "job").iterdir()) == [
-        "manifest.json",
+        "log",
         "pairs.jsonl",
-        "shards",
+        "parts",
+        "settings.json",
         "summary.json",
     ]
     solutions = {row["id"]: row for row in lines(labelled / "labels.jsonl")}

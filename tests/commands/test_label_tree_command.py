@@ -29,7 +29,7 @@ def test_search_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     for text in ("building pairs of 3/3", "of 3 items", "solved share", "mean tree depth", "tokens generated"):
         assert text in shown
-    assert f"pairs, summary and manifest: {out}" in shown
+    assert f"pairs, summary and settings: {out}" in shown
     rows = load_rows(parse_spec(str(out)), contract=STEP_PREFERENCE)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["pairs"] == len(rows) > 0

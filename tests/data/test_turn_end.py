@@ -16,7 +16,7 @@ from stepkd.data.pairs import PairEncoder
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.templates import PromptTemplate
 from stepkd.grading import Grader
-from stepkd.labels.given import GivenSolutions
+from stepkd.labels.sources import GivenSolutions
 from stepkd.models import Policy, PolicySpec, tiny_tokenizer
 from stepkd.models.export import export_model
 from stepkd.steps import StepFormat, get_segmenter, text_from_ids

@@ -133,7 +133,7 @@ def interrupt_after_every_stage(monkeypatch: pytest.MonkeyPatch) -> Counter[str]
 def test_interrupted_after_every_stage(
     whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stepkd.labels.sampled import SampledSolutions
+    from stepkd.labels.sources import SampledSolutions
 
     out, drawn = tmp_path / "run", Counter[tuple[int, int]]()
     work = SampledSolutions.work
@@ -250,8 +250,8 @@ def test_who_labels_the_held_out_steps(settings: Path, tmp_path: Path, labeller:
     assert len(marks) == 24
     assert any(mark is not None for mark in marks) == judged
     if judged:
-        manifest = json.loads((folder / "labels" / "manifest.json").read_text())
-        assert (manifest["labeller"]["labeller"], manifest["model"]["name"]) == ("monte_carlo", spec.model)
+        used = json.loads((folder / "labels" / "settings.json").read_text())
+        assert (used["labeller"]["labeller"], used["model"]["name"]) == ("monte_carlo", spec.model)
 
 
 def test_training_reads_the_pairs_of_a_pair_job(
@@ -275,8 +275,9 @@ def test_training_reads_the_pairs_of_a_pair_job(
     facts = IterationRecord(tmp_path / "iteration-1", 1).stages["pairs"]["facts"]
     assert facts["counts"]["pairs"] == len(rows) > 0
     assert {"prefix", "chosen", "rejected"} <= set(rows[0])
-    shard = (tmp_path / "iteration-1" / "pairs" / "shards" / "pairs-0.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["id"] for line in shard}) == len(shard)
+    log = (tmp_path / "iteration-1" / "pairs" / "log" / "rank-0.jsonl").read_text().splitlines()
+    units = [entry["unit"] for entry in map(json.loads, log) if "unit" in entry]
+    assert len(set(units)) == len(units) > 0
 
 
 @pytest.mark.parametrize(

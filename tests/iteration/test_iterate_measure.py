@@ -17,7 +17,7 @@ from stepkd.iteration.measure import differences, divergence, model_metrics, pro
 from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
 from stepkd.iteration.table import metric_text, notes, print_summary
 from stepkd.labels import LabelSpec, run_label_job
-from stepkd.labels.shards import Shards
+from stepkd.labels.job import drawn_records
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.export import save_policy
 
@@ -143,7 +143,7 @@ def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
     assert {each["log_ratio"] for problem in own for each in problem["samples"]} == {0.0}
     assert all(each["step_labels"] is None for problem in own for each in problem["samples"])
     problems = load_rows(parse_spec(str(spec.problems)))
-    drawn = Shards(tmp_path / "samples", "solutions").rows()
+    drawn = drawn_records(tmp_path / "samples")
     for model_seed, sign in ((1, 1.0), (0, -1.0)):
         policy = Policy.load(PolicySpec(path=str(tmp_path / f"m{model_seed}"), dtype="float64"))
         for problem, record, found in zip(problems, drawn, rows, strict=True):

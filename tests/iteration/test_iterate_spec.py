@@ -14,7 +14,7 @@ from stepkd.iteration.command import label_arguments, pair_arguments
 from stepkd.iteration.spec import explicit_word, iteration_seed, load_spec, put
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels import LabelSpec
-from stepkd.runs import LaunchInfo, detect_launch
+from stepkd.labels.settings import settings_from
 from stepkd.yaml_files import find_recipe
 
 
@@ -174,7 +174,7 @@ def test_command_line_overrides() -> None:
 )
 def test_label_arguments_say_the_whole_job(changes: dict[str, Any]) -> None:
     spec = LabelSpec(out="o", problems="task:task=modular", model="m", **changes)
-    assert label._spec(parsed(label_arguments(spec), label), one_process()) == spec
+    assert settings_from(LabelSpec, vars(parsed(label_arguments(spec), label))) == spec
 
 
 def test_pair_arguments_share_the_labelling_jobs_settings(small: Any, write: Any) -> None:
@@ -186,7 +186,3 @@ def test_pair_arguments_share_the_labelling_jobs_settings(small: Any, write: Any
     assert (arguments.rollouts, arguments.model, arguments.out, arguments.seed) == ("labels", "m", "pairs", 5)
     assert (arguments.continuations, arguments.check_step, arguments.max_new_tokens) == (4, True, 24)
     assert (arguments.problems, arguments.device) == (None, "cpu")
-
-
-def one_process() -> LaunchInfo:
-    return detect_launch({})

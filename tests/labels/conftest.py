@@ -12,6 +12,7 @@ from stepkd.errors import StepkdError
 from stepkd.labels import LabelSpec, job_parts, run_label_job
 from stepkd.models import Policy, PolicySpec
 from stepkd.rollout import Branch, BranchRollouts, Rollout, SamplingSpec, TransformersSampler
+from stepkd.runs.job import JobOptions
 
 
 class RecordingSampler:
@@ -71,11 +72,9 @@ Run = Callable[..., dict[str, Any] | None]
 def run(policy: Policy) -> Run:
     """Run a job in this process; ``sampler`` and ``labeller`` go to its parts."""
 
-    def start(
-        spec: LabelSpec, *, sampler: Any = None, labeller: Any = None, overwrite: bool = False, **options: Any
-    ) -> dict[str, Any] | None:
-        parts = job_parts(spec, policy=policy, sampler=sampler, labeller=labeller, overwrite=overwrite)
-        return run_label_job(spec, parts=parts, overwrite=overwrite, **options)
+    def start(spec: LabelSpec, *, sampler: Any = None, labeller: Any = None, **options: Any) -> dict[str, Any] | None:
+        parts = job_parts(spec, policy=policy, sampler=sampler, labeller=labeller)
+        return run_label_job(spec, parts=parts, options=JobOptions(**options))
 
     return start
 

@@ -71,7 +71,7 @@ def test_confidence_comes_from_the_rows(
 ) -> None:
     """Log-probabilities at temperature 1 are in the rows; nothing is computed again."""
     run(replace(spec, labeller="checker", temperature=temperature, segmenter="adaptive_step:0.02"))
-    monkeypatch.setattr("stepkd.labels.given.token_signals", None)
+    monkeypatch.setattr("stepkd.labels.sources.token_signals", None)
     again = given(spec, spec.out, "again", segmenter="adaptive_step:0.02")
     run(again)
     assert [row["step_ends"] for row in labelled(again)] == [row["step_ends"] for row in labelled(spec)]

@@ -56,8 +56,7 @@ def test_killed_and_resumed(spec: LabelSpec, run: Any, run_ranks: Any, recording
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (Path(torn.out) / "labels.jsonl").exists()
     # A write may be cut off in the middle as well; the job is then resumed by two ranks.
-    with open(Path(torn.out) / "shards" / "labels-0.jsonl", "ab") as file:
-        file.write(b'{"batch": 3, "batch_rows": 2, "id": "tor')
+    (Path(torn.out) / "parts" / "labels" / ".000003.jsonl.0.tmp").write_bytes(b'{"id": "tor')
     last = recording()
     run_ranks(torn, 2, sampler=last)
     assert [(Path(torn.out) / name).read_bytes() for name in ("labels.jsonl", "summary.json")] == expected

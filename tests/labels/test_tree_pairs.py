@@ -16,13 +16,11 @@ import pytest
 from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.evaluation.manifest import read_manifest
-from stepkd.labels.pair_job import run_pair_job
-from stepkd.labels.tree_pairs import tree_pair_parts
-from stepkd.labels.tree_settings import TreePairSpec
+from stepkd.labels import TreePairSpec, run_pair_job, tree_pair_builder
 from stepkd.models import Policy
 from stepkd.randomness import generator
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
+from stepkd.runs.job import JobOptions, read_settings
 from stepkd.scorers import PromptedJudge
 from stepkd.search import PairSettings, SearchSettings
 from stepkd.tasks import check_row
@@ -40,7 +38,7 @@ def spec(tmp_path: Path) -> TreePairSpec:
         model="tiny-0.1m",
         search=SearchSettings(iterations=1, root_factor=2, actions=2, depth=2, max_steps=2),
         pairs=PairSettings(solved_only=False),
-        rollouts=1,
+        rollouts_per_step=1,
         segmenter="regex:[a-m]",
         max_step_tokens=10,
         max_new_tokens=10,
@@ -53,12 +51,9 @@ def spec(tmp_path: Path) -> TreePairSpec:
 
 @pytest.fixture
 def run(policy: Policy) -> Run:
-    def start(
-        spec: TreePairSpec, *, sampler: Any = None, scorer: Any = None, overwrite: bool = False, **options: Any
-    ) -> dict[str, Any] | None:
-        rank = options.get("rank", 0)
-        parts = tree_pair_parts(spec, rank=rank, overwrite=overwrite, policy=policy, sampler=sampler, scorer=scorer)
-        return run_pair_job(parts, spec.out, overwrite=overwrite, **options)
+    def start(spec: TreePairSpec, *, sampler: Any = None, scorer: Any = None, **options: Any) -> dict[str, Any] | None:
+        builder = tree_pair_builder(spec, policy=policy, sampler=sampler, scorer=scorer)
+        return run_pair_job(spec, builder=builder, options=JobOptions(**options))
 
     return start
 
@@ -113,10 +108,10 @@ def test_rows_and_summary(spec: TreePairSpec, run: Run, policy: Policy) -> None:
         assert set(row) >= {"problem_id", "answer", "task", "meta"}
         assert row["pairing"]["builder"] == "tree"
         assert (row["pairing"]["model"], row["pairing"]["search"]["depth"]) == ("tiny-0.1m", 2)
-    manifest = read_manifest(spec.out)
-    assert manifest["kind"] == "pairs"
-    assert manifest["pairing"] == pairs[0]["pairing"]
-    assert str(Path.home()) not in json.dumps(manifest)
+    settings = read_settings(spec.out)
+    assert settings["kind"] == "pair job"
+    assert settings["pairing"] == pairs[0]["pairing"]
+    assert str(Path.home()) not in json.dumps(settings)
 
 
 class NoisySolver:
@@ -163,7 +158,7 @@ def test_the_better_side_is_right(spec: TreePairSpec, run: Run, policy: Policy, 
         pairs=PairSettings(),
         value=value,
         judge="checker" if value == "scorer" else None,
-        rollouts=8,
+        rollouts_per_step=8,
         segmenter="newline",
         max_step_tokens=64,
         max_new_tokens=256,
@@ -199,10 +194,7 @@ def test_ranks_batches_and_interruptions_change_nothing(
     assert run(two, rank=0, world_size=2) is None
     assert run(two, rank=1, world_size=2) is not None
     assert content(two) == expected
-    assert sorted(path.name for path in (Path(two.out) / "shards").glob("*.jsonl")) == [
-        "pairs-0.jsonl",
-        "pairs-1.jsonl",
-    ]
+    assert sorted(path.name for path in (Path(two.out) / "log").iterdir()) == ["rank-0.jsonl", "rank-1.jsonl"]
 
     wide = replace(spec, out=str(tmp_path / "wide"), max_rows=64)
     run(wide)
@@ -221,9 +213,7 @@ def test_ranks_batches_and_interruptions_change_nothing(
 
 WORKER = """
 import os, signal, sys
-from stepkd.labels.pair_job import run_pair_job
-from stepkd.labels.tree_pairs import tree_pair_parts
-from stepkd.labels.tree_settings import TreePairSpec
+from stepkd.labels import TreePairSpec, run_pair_job, tree_pair_builder
 from stepkd.models import Policy, PolicySpec
 from stepkd.rollout import TransformersSampler
 from stepkd.search import PairSettings, SearchSettings
@@ -240,7 +230,7 @@ class Killed(TransformersSampler):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().sample(prompts, spec, **options)
 
-run_pair_job(tree_pair_parts(spec, policy=policy, sampler=Killed(policy, max_rows=4)), spec.out)
+run_pair_job(spec, builder=tree_pair_builder(spec, policy=policy, sampler=Killed(policy, max_rows=4)))
 """
 
 
@@ -253,8 +243,7 @@ def test_killed_and_resumed_by_two_ranks(spec: TreePairSpec, run: Run, policy: P
         [sys.executable, "-c", WORKER, repr(torn), str(first_group + 3)], capture_output=True, text=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    with open(Path(torn.out) / "shards" / "pairs-0.jsonl", "ab") as file:
-        file.write(b'{"batch": 1, "batch_rows": 2, "id": "tor')
+    (Path(torn.out) / "parts" / "pairs" / ".000001.jsonl.0.tmp").write_bytes(b'{"id": "tor')
     assert run(torn, rank=1, world_size=2) is None
     assert run(torn, rank=0, world_size=2) is not None
     assert content(torn) == content(spec)
@@ -299,7 +288,7 @@ def test_self_evaluation_by_the_policy(spec: TreePairSpec, run: Run, policy: Pol
         ({"value": "rollouts"}, "rollout"),
         ({"reduction": "min"}, "--reduction goes with --value scorer"),
         ({"judge_template": "gsm8k"}, "--judge-template"),
-        ({"rollouts": 0}, "rollouts=0"),
+        ({"rollouts_per_step": 0}, "rollouts_per_step=0"),
         ({"max_step_tokens": 0}, "max_step_tokens=0"),
         ({"segmenter": "newlines"}, "newline"),
     ],

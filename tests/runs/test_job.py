@@ -23,6 +23,7 @@ from stepkd.runs.job import (
     JobOptions,
     check_same,
     differences,
+    finished_rows,
     numbered,
     read_results,
     read_settings,
@@ -221,6 +222,9 @@ def test_progress_counts_this_ranks_rows_and_sums_the_figures(tmp_path: Path) ->
         ("squares", 3, 5, {"even": 1 / 3}),
         ("squares", 5, 5, {"even": 2 / 5}),
     ]
+    job.work("more", {"a": None, "b": None}, lambda unit: [])
+    assert seen[3:] == [("more", 1, 2, {}), ("more", 2, 2, {})]
+    assert finished_rows(tmp_path, "squares") == job.rows("squares", UNITS)
 
 
 def test_speeds_are_reported_and_logged_and_stand_in_no_result(tmp_path: Path) -> None:
@@ -254,6 +258,8 @@ def test_differences_name_nested_settings_and_ignore_threads_on_accelerators() -
         "threads": (2, 4),
         "new": (ABSENT, None),
     }
+    with pytest.raises(ConfigError, match=r"threads: 2 then, 4 now\n.*OMP_NUM_THREADS sets it"):
+        check_same(old, old | {"threads": 4}, "x")
     gpu = {"device": "cuda", "threads": 2}
     assert differences(gpu, gpu | {"threads": 4}) == {}
     check_same(old, old | {"a": 7}, "x", free=["a"])

@@ -120,9 +120,7 @@ def _pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path, report: Re
 def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> list[Row]:
     from stepkd.data.io import read_rows
     from stepkd.data.spec import PAIRS_NAME
-    from stepkd.labels.pair_job import run_pair_job
-    from stepkd.labels.pair_settings import StepPairSpec
-    from stepkd.labels.step_pair_setup import step_pair_parts
+    from stepkd.labels import StepPairSpec, run_pair_job
 
     out = unit.folder / f"pairs-{arm.take}{'' if arm.check_step else '-unchecked'}"
     spec = StepPairSpec(
@@ -141,7 +139,7 @@ def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> li
         max_rows=256,
         seed=unit.seed,
     )
-    if run_pair_job(step_pair_parts(spec), spec.out) is None:
+    if run_pair_job(spec) is None:
         raise DataError("one rank does all the work, and groups are missing", path=out)
     return [row for row, _ in read_rows(out / PAIRS_NAME)]
 

@@ -1,0 +1,253 @@
+"""What the jobs of ``stepkd label`` work with: rows, the policy with its prompt template, a grader, pair builders."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+
+from stepkd.data.benchmarks import Benchmark
+from stepkd.data.io import fingerprint
+from stepkd.data.rows import PROBLEM, check_unique_ids, detect_contract
+from stepkd.data.spec import DataSpec, load_rows, parse_spec, resolve_split
+from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.errors import ConfigError, DataError
+from stepkd.grading import EXTRACTOR_VERSION, Grader
+from stepkd.labels.settings import JobSpec, asking
+from stepkd.models import Policy
+from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
+from stepkd.models.trained_template import template_for
+from stepkd.runs.files import write_json
+from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
+from stepkd.scorers.load import pick_device
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What every job works with."""
+
+    spec: JobSpec
+    """The job's settings."""
+    data: DataSpec
+    """Where the rows came from."""
+    rows: list[dict[str, Any]]
+    """Problems, or solutions; their ids are unique."""
+    drawn: bool
+    """Whether these are problems whose solutions are to be drawn, not solutions."""
+    policy: Policy
+    """Samples, continues and tokenises; still on the CPU."""
+    model: str
+    """Its name."""
+    template: PromptTemplate
+    """How a problem becomes a prompt."""
+    grader: Grader
+    """Judges final answers; closed at the job's end."""
+    max_new_tokens: int
+    """Longest completion in tokens."""
+    device: torch.device
+    """Where models compute."""
+
+    @property
+    def prompt_id(self) -> str:
+        """Id of the prompt template, as settings and label provenance have it."""
+        return self.template.prompt_id(self.policy.tokenizer)
+
+    @property
+    def source(self) -> str:
+        """Data source and split, as settings and label provenance have them; no paths."""
+        return f"{self.data.source}:{resolve_split(self.data)}"
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result of any job, for its ``settings.json``."""
+        policy = self.policy
+        return {
+            "model": {
+                "name": self.model,
+                "revision": None if policy.spec is None else policy.spec.revision,
+                "weights": weights_fingerprint(policy),
+                "tokenizer": tokenizer_fingerprint(policy.tokenizer),
+                "end_ids": sorted(policy.eos_ids),
+                "attention": policy.causal_lm.config._attn_implementation,
+                "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
+            },
+            "data": {
+                "source": self.source,
+                "rows": len(self.rows),
+                "fingerprint": fingerprint(self.rows),
+                "options": dict(self.data.options),
+            },
+            "prompt": self.prompt_id,
+            "template": asdict(self.template),
+            "extractor": EXTRACTOR_VERSION,
+            "extractors": list(self.grader.extractors),
+            "deadline_s": self.spec.deadline_s,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "batch_size": self.spec.max_rows,
+            "seed": self.spec.seed,
+            "versions": package_versions(),
+        }
+
+    def check_prompt(self) -> None:
+        """Refuse another prompt than the rows were labelled (and sampled) with, unless it was asked for.
+
+        Raises:
+            ConfigError: a row names another prompt.
+        """
+        for row in [] if self.spec.template is not None else self.rows:
+            earlier = (row.get("labelling") or {}).get("prompt")
+            if earlier is not None and earlier != self.prompt_id:
+                raise ConfigError(
+                    f"row {row.get('id', '?')!r} was labelled under another prompt template (prompt {earlier}) than "
+                    f"the model is asked under ({self.prompt_id}): give the template that it was sampled with, "
+                    "--template NAME"
+                )
+
+
+def open_workbench(
+    spec: JobSpec,
+    word: str,
+    check_row: Callable[[Row, str], None],
+    *,
+    problems: bool,
+    policy: Policy | None = None,
+) -> Workbench:
+    """Load rows and policy, and choose template, extractors and length.
+
+    Args:
+        spec: the job's settings.
+        word: the rows in one word: file, folder or data settings.
+        check_row: refuses a row that the job has no use for; given the row and where it came from.
+        problems: whether the word names problems, not solutions.
+        policy: an already loaded one.
+
+    Raises:
+        ConfigError, DataError, ModelError: settings, rows or a model that cannot be used.
+    """
+    data = parse_spec(word)
+    if spec.limit is not None:
+        data = dataclasses.replace(data, limit=spec.limit)
+    rows, place = load_rows(data, contract=PROBLEM if problems else None), data.path or data.source
+    if not problems:
+        _check_solutions(rows, place)
+    check_unique_ids(rows, path=place)
+    for row in rows:
+        check_row(row, place)
+    device = pick_device(spec.device)
+    benchmark: Benchmark = asking(data.source, is_task=all(map(of_the_tiny_world, rows)))
+    model = spec.model or named_model(rows)
+    template = None if spec.template is None else get_template(spec.template)
+    grader = Grader(extractors=spec.extractors or benchmark.extractors, deadline_s=spec.deadline_s)
+    return Workbench(
+        spec,
+        data,
+        rows,
+        problems,
+        policy or load_trained(model, dtype=spec.dtype),
+        model,
+        template_for(model, benchmark.template, template),
+        grader,
+        spec.max_new_tokens or benchmark.max_new_tokens,
+        device,
+    )
+
+
+def of_the_tiny_world(row: Row) -> bool:
+    """Whether a row has an exact checker."""
+    return "task" in row and "meta" in row
+
+
+def _check_solutions(rows: Sequence[Row], place: str) -> None:
+    contract = detect_contract(rows[0])
+    if contract.name.endswith("preference"):
+        raise DataError(f"{contract.name} rows hold no single solution to label", path=place)
+    for row in rows if contract is PROBLEM else []:
+        if row.get("solution") is None:
+            raise DataError(
+                f"row {row['id']!r} is a problem without a solution: give it as --problems to sample solutions of it",
+                path=place,
+                column="solution",
+            )
+
+
+def named_model(rows: Sequence[Row]) -> str:
+    """The one model that rollout rows name.
+
+    Raises:
+        ConfigError: they name none, or several.
+    """
+    named = sorted({str(row["model"]) for row in rows if row.get("model")})
+    if len(named) == 1:
+        return named[0]
+    found = f"the rows name {len(named)} models ({', '.join(named[:3])})" if named else "the rows name none"
+    raise ConfigError(f"give --model, whose tokenizer reads the solutions: {found}")
+
+
+class PairBuilder(Protocol):
+    """What makes the preference pairs of an item: of a solution, or a problem."""
+
+    bench: Workbench
+    """What it works with."""
+
+    def groups(self) -> list[list[int]]:
+        """Item numbers of every group, all items once; depends on nothing but the data and the settings."""
+        ...
+
+    def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
+        """One record per item (:func:`pair_record`); the record of an item does not depend on the others."""
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """What the pairs come from, as JSON values: the column ``pairing`` of every row."""
+        ...
+
+    def summary(self, records: Sequence[Row]) -> dict[str, Any]:
+        """Further entries of the job's summary, from all records."""
+        ...
+
+
+def pair_record(
+    identity: str,
+    index: int,
+    rows: Sequence[dict[str, Any]] = (),
+    *,
+    dropped: Mapping[str, int] | None = None,
+    facts: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """The record of one item of a pair job; reasons with a count of 0 are left out.
+
+    Args:
+        identity: id of the item, unique over the job.
+        index: its number.
+        rows: its preference rows, perhaps none.
+        dropped: number of pairs (or of the whole item) left out, by reason.
+        facts: whole numbers to be added up over the job (tokens generated, continuations drawn, ...); none for an item
+            that was left out before anything was drawn.
+    """
+    reasons = {reason: count for reason, count in (dropped or {}).items() if count}
+    return {"id": identity, "index": index, "rows": list(rows), "dropped": reasons, "facts": dict(facts or {})}
+
+
+def finish_job(job: Job, name: str, rows: Sequence[Row], summary: dict[str, Any], *, nothing: str) -> dict[str, Any]:
+    """Write a job's rows and its summary; where there are no rows the summary alone, and say why.
+
+    Args:
+        job: the job, whose units are all done.
+        name: file of the rows.
+        rows: what the job made.
+        summary: counts; also what is returned.
+        nothing: why there are no rows.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not rows:
+        write_json(job.out / SUMMARY_NAME, summary)
+        raise DataError(nothing, path=job.out)
+    job.finish(name, rows, summary)
+    return summary
