@@ -8,8 +8,7 @@ from typing import Any, cast
 
 from stepkd.data.datamodule import StepData
 from stepkd.data.encode import Example
-from stepkd.data.feedback import RIGHT, UNKNOWN, WRONG, FeedbackEncoder, FeedbackExample
-from stepkd.data.pairs import PairEncoder, PairExample
+from stepkd.data.feedback import RIGHT, UNKNOWN, WRONG, FeedbackEncoder, FeedbackExample, PairEncoder, PairExample
 from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED
 from stepkd.data.spec import Rows
 from stepkd.data.step_encode import StepEncoder, StepExample

@@ -28,6 +28,7 @@ from stepkd.statistics import (
     proper_width,
     ratio_interval,
 )
+from stepkd.steps.labels import passes
 
 CHUNK_ELEMENTS = 1 << 16
 """Step weights held at once by the AUROC bootstrap: what fits into a cache is faster; does not change the result."""
@@ -152,7 +153,7 @@ def step_metrics(
     Returns:
         The values with intervals; bounds are NaN where every resample gives the same value (a perfect ranking).
     """
-    called, right = steps.scores >= threshold, steps.labels
+    called, right = np.array([passes(score, threshold) is True for score in steps.scores]), steps.labels
     columns = np.stack([called == right, np.ones_like(right), called & right, right, ~called & ~right, ~right], axis=1)
     sums = cluster_sums(columns, steps.problems)
     balanced = area = None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.data.rows import DEMONSTRATION, PREFERENCE, ROLLOUT, STEPWISE, UNPAIRED, validate
-from stepkd.data.stepwise_io import to_stepwise, trl_row, write_math_shepherd, write_stepwise
+from stepkd.data.step_labels import to_stepwise, trl_row, write_math_shepherd, write_stepwise
 from stepkd.errors import DataError, check_choice
 from stepkd.labels.feedback import Converted, ConvertOptions, Row, binary, preference, unpaired, writer
 from stepkd.labels.quality import label_column, row_labels

@@ -12,7 +12,7 @@ import numpy as np
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError
 from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, ratio_interval
-from stepkd.steps.labels import Label, tally, verdicts
+from stepkd.steps.labels import ANY_SUCCESS, Label, first_incorrect, passes, tally, verdicts
 
 Row = Mapping[str, Any]
 
@@ -125,85 +125,61 @@ def label_quality(
     for each, name in ((rows, names[0]), (truth_rows, names[1])):
         check_unique_ids(each, path=name)
     truths = {row["id"]: row for row in truth_rows}
-    tally = _Tally()
+    found: dict[str, FloatArray] = {}
+    unlabelled = after_error = 0
+    has_values = False
     for row in rows:
         if row["id"] not in truths:
             raise DataError(f"row {row['id']!r} has no true labels: give the truth of the same solutions")
         check_same_steps(row, truths[row["id"]], names=names)
-        tally.add(row, truths[row["id"]], up_to_first_error)
-    return tally.quality(seed)
-
-
-class _Tally:
-    """Counts per problem: four of labels against truth, the same for recoverable steps, solutions and exact ones."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, np.ndarray] = {}
-        self.recoverable: dict[str, np.ndarray] = {}
-        self.solutions: dict[str, np.ndarray] = {}
-        self.unlabelled = self.after_error = 0
-        self.has_values = False
-
-    def add(self, row: Row, truth: Row, up_to_first_error: bool) -> None:
-        """Count one solution."""
-        problem = str(row.get("problem_id") or row["id"])
-        steps = self.steps.setdefault(problem, np.zeros(4))
-        recoverable = self.recoverable.setdefault(problem, np.zeros(4))
-        solutions = self.solutions.setdefault(problem, np.zeros(2))
-        marks, true = verdicts(row_labels(row)), verdicts(row_labels(truth))
+        # Of each problem: steps by cell, those of them that are recoverable, solutions labelled exactly, solutions.
+        counts = found.setdefault(str(row.get("problem_id") or row["id"]), np.zeros(10))
+        marks, true = verdicts(row_labels(row)), verdicts(row_labels(truths[row["id"]]))
         values = row.get("step_values") or [None] * len(marks)
-        wrong = next((i for i, right in enumerate(true) if right is False), len(true))
+        wrong = true.index(False) if False in true else -1
         for i, (mark, right, value) in enumerate(zip(marks, true, values, strict=True)):
-            if up_to_first_error and i > wrong:
-                self.after_error += 1
+            if up_to_first_error and i > wrong >= 0:
+                after_error += 1
             elif mark is None or right is None:
-                self.unlabelled += 1
+                unlabelled += 1
             else:
-                cell = (_RIGHT_RIGHT if right else _RIGHT_WRONG) if mark else (_WRONG_RIGHT if right else _WRONG_WRONG)
-                steps[cell] += 1
-                self.has_values |= value is not None
-                if not right and value is not None and value > 0:
-                    recoverable[cell] += 1
-        place = next((i for i, mark in enumerate(marks) if mark is not True), len(marks))
-        exact = place == wrong and (place == len(marks) or marks[place] is False)
-        solutions += (exact, 1)
+                cell = 2 * (not mark) + (not right)
+                counts[cell] += 1
+                counts[4 + cell] += not right and passes(value, ANY_SUCCESS) is True
+                has_values |= value is not None
+        counts[8:] += (first_incorrect(row_labels(row)) == wrong, 1)
+    if not sum(each[:4].sum() for each in found.values()):
+        raise DataError(f"no step has both a label and a true one ({unlabelled} steps lack one of them)")
+    columns = np.array(list(found.values()))
+    steps, recoverable = columns[:, :4], columns[:, 4:8]
 
-    def quality(self, seed: int) -> LabelQuality:
-        """All shares with intervals over problems."""
-        counts = np.array(list(self.steps.values()))
-        if not counts.sum():
-            raise DataError(f"no step has both a label and a true one ({self.unlabelled} steps lack one of them)")
-        recoverable = np.array(list(self.recoverable.values()))
-        solutions = np.array(list(self.solutions.values()))
+    def share(top: Sequence[int], bottom: Sequence[int]) -> Interval | None:
+        below = steps[:, bottom].sum(1)
+        return ratio_interval(steps[:, top].sum(1), below, seed=seed) if below.sum() else None
 
-        def share(top: Sequence[int], bottom: Sequence[int]) -> Interval | None:
-            below = counts[:, list(bottom)].sum(1)
-            return None if not below.sum() else ratio_interval(counts[:, list(top)].sum(1), below, seed=seed)
-
-        accuracy = share((_RIGHT_RIGHT, _WRONG_WRONG), range(4))
-        positive = share((_RIGHT_RIGHT, _WRONG_RIGHT), range(4))
-        assert accuracy is not None
-        assert positive is not None
-        wrong = counts[:, [_RIGHT_WRONG, _WRONG_WRONG]].sum(1)
-        return LabelQuality(
-            balanced_accuracy=_balanced(counts, seed),
-            accuracy=accuracy,
-            always_positive=positive,
-            precision=share([_RIGHT_RIGHT], (_RIGHT_RIGHT, _RIGHT_WRONG)),
-            recall=share([_RIGHT_RIGHT], (_RIGHT_RIGHT, _WRONG_RIGHT)),
-            error_precision=share([_WRONG_WRONG], (_WRONG_WRONG, _WRONG_RIGHT)),
-            error_recall=share([_WRONG_WRONG], (_WRONG_WRONG, _RIGHT_WRONG)),
-            first_error_accuracy=ratio_interval(solutions[:, 0], solutions[:, 1], seed=seed),
-            recoverable=ratio_interval(recoverable.sum(1), wrong, seed=seed)
-            if self.has_values and wrong.sum()
-            else None,
-            balanced_accuracy_unrecoverable=_balanced(counts - recoverable, seed) if self.has_values else None,
-            steps=int(counts.sum()),
-            solutions=int(solutions[:, 1].sum()),
-            problems=len(counts),
-            unlabelled=self.unlabelled,
-            after_error=self.after_error,
-        )
+    accuracy, positive = share([_RIGHT_RIGHT, _WRONG_WRONG], range(4)), share([_RIGHT_RIGHT, _WRONG_RIGHT], range(4))
+    assert accuracy is not None
+    assert positive is not None
+    truly_wrong = steps[:, [_RIGHT_WRONG, _WRONG_WRONG]].sum(1)
+    return LabelQuality(
+        balanced_accuracy=_balanced(steps, seed),
+        accuracy=accuracy,
+        always_positive=positive,
+        precision=share([_RIGHT_RIGHT], [_RIGHT_RIGHT, _RIGHT_WRONG]),
+        recall=share([_RIGHT_RIGHT], [_RIGHT_RIGHT, _WRONG_RIGHT]),
+        error_precision=share([_WRONG_WRONG], [_WRONG_WRONG, _WRONG_RIGHT]),
+        error_recall=share([_WRONG_WRONG], [_WRONG_WRONG, _RIGHT_WRONG]),
+        first_error_accuracy=ratio_interval(columns[:, 8], columns[:, 9], seed=seed),
+        recoverable=ratio_interval(recoverable.sum(1), truly_wrong, seed=seed)
+        if has_values and truly_wrong.sum()
+        else None,
+        balanced_accuracy_unrecoverable=_balanced(steps - recoverable, seed) if has_values else None,
+        steps=int(steps.sum()),
+        solutions=int(columns[:, 9].sum()),
+        problems=len(columns),
+        unlabelled=unlabelled,
+        after_error=after_error,
+    )
 
 
 def _balanced(counts: FloatArray, seed: int) -> Interval | None:

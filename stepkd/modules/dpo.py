@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepkd.data.collate import Completion, MicroBatch, PackedBatch
 from stepkd.data.encode import Example
-from stepkd.data.pairs import PairExample
+from stepkd.data.feedback import PairExample
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing
 from stepkd.losses.dpo import PairLoss

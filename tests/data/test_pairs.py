@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepkd.data.pairs import PairEncoder, PairExample
+from stepkd.data.feedback import PairEncoder, PairExample
 from stepkd.data.rows import PREFERENCE, STEP_PREFERENCE, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError

@@ -12,7 +12,7 @@ import pytest
 from stepkd.data.io import read_rows
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
 from stepkd.data.spec import DataSpec, load_rows
-from stepkd.data.stepwise_io import to_stepwise, trl_row, write_math_shepherd, write_stepwise
+from stepkd.data.step_labels import to_stepwise, trl_row, write_math_shepherd, write_stepwise
 from stepkd.errors import ConfigError, DataError, MachineError
 
 ROLLED: dict[str, Any] = {

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stepkd.data.encode import Encoder
-from stepkd.data.feedback import FeedbackEncoder
-from stepkd.data.pairs import PairEncoder
+from stepkd.data.feedback import FeedbackEncoder, PairEncoder
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.templates import PromptTemplate
 from stepkd.grading import Grader

@@ -13,8 +13,7 @@ import torch
 from stepkd.claims.tiny import problem_metrics
 from stepkd.data.feedback import FeedbackExample
 from stepkd.data.labelled_data import feedback_counts
-from stepkd.data.step_labels import LabelRule, step_targets
-from stepkd.data.stepwise_io import trl_row
+from stepkd.data.step_labels import LabelRule, step_targets, trl_row
 from stepkd.errors import DataError
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.process import predicted_first_error

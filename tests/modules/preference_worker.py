@@ -14,8 +14,7 @@ from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import collate_packed
-from stepkd.data.feedback import FeedbackEncoder
-from stepkd.data.pairs import PairEncoder
+from stepkd.data.feedback import FeedbackEncoder, PairEncoder
 from stepkd.data.templates import get_template
 from stepkd.models import PolicySpec
 from stepkd.models.tiny import tiny_tokenizer

@@ -14,8 +14,7 @@ import torch
 from datasets import Dataset
 
 from stepkd.data.batching import BatchPlan, StepLoader
-from stepkd.data.feedback import FeedbackExample
-from stepkd.data.pairs import PairExample
+from stepkd.data.feedback import FeedbackExample, PairExample
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.tiny import build_tiny
 from stepkd.modules import DPOModule, KTOModule, OptimizerSpec, ReferencePointSpec, ReferenceSpec
