@@ -9,7 +9,7 @@ that the benchmark prescribes counts, anything else is unparsed) is a list of on
 What stands before the last ``</think>`` is a draft and is not read. An answer that was begun and not finished (an open
 last box, an open formula at the end) ends the search: nothing before it is the answer.
 
-Which occurrence counts is each extractor's own convention unless ``which`` says otherwise:
+Which occurrence counts is each extractor's own convention:
 
 * ``hash`` takes the *first* ``####`` answer. The mark ends a solution, and a model without a stop string goes on to
   write another question and answer after it. Markdown headings (``#### Step 2: ...``) are not answers.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
 from stepkd.errors import ConfigError, check_choice
 
@@ -31,9 +30,6 @@ EXTRACTOR_VERSION = "2"
 """Written to evaluation manifests; raised whenever an extraction rule changes, because rules move scores."""
 
 DEFAULT_EXTRACTORS: tuple[str, ...] = ("hash", "boxed", "answer_phrase", "latex", "last_number")
-
-Which = Literal["first", "last"]
-Extractor = Callable[[str, Which], str | None]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])(\s{0,8}\{)?|\\[\s\S]|[{}]")
 _BARE_BOX = re.compile(r"[^\S\n]{0,8}([^\s{}$]{1,64})")
@@ -116,14 +112,9 @@ def _first_sentence(text: str) -> str:
     return text[: end.start()] if end and end.start() > 0 else text
 
 
-def _pick(found: Iterable[str], which: Which) -> str | None:
-    chosen: str | None = None
-    for item in found:
-        if item:
-            chosen = item
-            if which == "first":
-                break
-    return chosen
+def _last(found: Iterable[str]) -> str | None:
+    """The last text that is not empty."""
+    return next(iter(deque(filter(None, found), maxlen=1)), None)
 
 
 def _hash_line(line: str) -> str:
@@ -134,15 +125,15 @@ def _hash_line(line: str) -> str:
     return tidy_ends(_first_sentence(line[lead.end() :] if lead and lead.end() < len(line) else line))
 
 
-def extract_hash(text: str, which: Which = "first") -> str | None:
-    """The answer on a ``####`` line (GSM8K's mark).
+def extract_hash(text: str) -> str | None:
+    """The answer on the first ``####`` line (GSM8K's mark).
 
     A line counts if it starts like a number or a formula. Words count on the last line only: elsewhere ``####`` before
     words is a Markdown heading.
     """
     end = len(text.rstrip())
     lines = ((_hash_line(match.group(1)), match.end() >= end) for match in _HASH.finditer(text))
-    return _pick((answer for answer, is_last in lines if is_last or _LOOKS_NUMERIC.match(answer)), which)
+    return next((answer for answer, is_last in lines if answer and (is_last or _LOOKS_NUMERIC.match(answer))), None)
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
@@ -174,19 +165,17 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
     return inner, is_open or any(start >= 0 for start, _ in stack)
 
 
-def extract_boxed(text: str, which: Which = "last") -> str | None:
-    r"""The content of a balanced ``\boxed{...}`` or ``\fbox{...}`` (innermost when nested), or of ``\boxed 5``.
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the last balanced ``\boxed{...}`` or ``\fbox{...}`` (innermost when nested), or of ``\boxed 5``.
 
     Empty where the last box stays open. Boxes joined by "and", "or" or a comma are one list.
     """
     boxes, is_open = _boxes(text)
-    return "" if is_open and which == "last" else _joined(text, boxes, which)
+    return "" if is_open else _joined(text, boxes)
 
 
-def _joined(text: str, spans: Sequence[tuple[int, int, str]], which: Which) -> str | None:
-    """The first span that holds something, or the last one with those joined to it."""
-    if which == "first":
-        return _pick((tidy_ends(content) for _, _, content in spans), which)
+def _joined(text: str, spans: Sequence[tuple[int, int, str]]) -> str | None:
+    """The last span that holds something, with those joined to it."""
     joined, begin, parts = "", 0, 0
     for start, end, content in reversed(spans):
         joint = _JOINT.fullmatch(text[end:begin]) if joined and begin - end < 60 else None
@@ -199,7 +188,7 @@ def _joined(text: str, spans: Sequence[tuple[int, int, str]], which: Which) -> s
     return joined or None
 
 
-def extract_latex(text: str, which: Which = "last") -> str | None:
+def extract_latex(text: str) -> str | None:
     r"""The last formula (``$...$``, ``\(...\)``, ``\[...\]``), or a text that is nothing but one answer.
 
     Empty where the text ends inside a formula.
@@ -216,9 +205,9 @@ def extract_latex(text: str, which: Which = "last") -> str | None:
     if begun and (begun[0] != "$" or "\\" in text[begun[2] :]):
         return ""
     whole = text.strip()
-    if which == "last" and not spans and len(whole) <= 300 and (_ONE_WORD.fullmatch(whole) or _BARE.fullmatch(whole)):
+    if not spans and len(whole) <= 300 and (_ONE_WORD.fullmatch(whole) or _BARE.fullmatch(whole)):
         return tidy_ends(whole) or None
-    return _joined(text, spans, which)
+    return _joined(text, spans)
 
 
 def _may_close(text: str, token: str, begin: int, end: int) -> bool:
@@ -229,13 +218,11 @@ def _may_close(text: str, token: str, begin: int, end: int) -> bool:
     return not blank and not text[end + 1 : end + 2].isdigit() and "\n" not in text[begin:end]
 
 
-def extract_answer_phrase(text: str, which: Which = "last") -> str | None:
-    """What follows "the (final) answer is ..." or "Answer: ...", up to the end of the sentence."""
-    matches = _PHRASE.finditer(text)
-    if which == "first":
-        return _pick((_phrase_payload(match.group(1)) for match in matches), which)
-    newest_first = reversed(deque(matches, maxlen=256))  # read lazily: only the payload that wins is cut out
-    return _pick((_phrase_payload(match.group(1)) for match in newest_first), "first")
+def extract_answer_phrase(text: str) -> str | None:
+    """What follows the last "the (final) answer is ..." or "Answer: ...", up to the end of the sentence."""
+    newest_first = reversed(deque(_PHRASE.finditer(text), maxlen=256))
+    payloads = (_phrase_payload(match.group(1)) for match in newest_first)  # only those looked at are cut out
+    return next(filter(None, payloads), None)
 
 
 def _phrase_payload(payload: str) -> str:
@@ -251,14 +238,13 @@ def _phrase_payload(payload: str) -> str:
     return tidy_ends(payload[: end.start()] if end else payload)
 
 
-def extract_last_number(text: str, which: Which = "last") -> str | None:
-    """A number with its sign, currency, thousands separators, decimals, fraction and percent sign.
+def extract_last_number(text: str) -> str | None:
+    """The last number, with its sign, currency, thousands separators, decimals, fraction and percent sign.
 
     Exponents of units (``m^2``), subscripts and digits inside words (``H2O``) are not numbers of their own. Empty where
     the number is part of an expression (``3y + 5``, ``\\sqrt{5}``).
     """
-    matches = _NUMBER.finditer(text)
-    chosen = next(matches, None) if which == "first" else next(iter(deque(matches, maxlen=1)), None)
+    chosen = next(iter(deque(_NUMBER.finditer(text), maxlen=1)), None)
     if chosen is None:
         return None
     return "" if _in_expression(text, *chosen.span()) else chosen.group().strip()
@@ -279,14 +265,14 @@ def _in_expression(text: str, start: int, end: int) -> bool:
     return _BEFORE_TERM.search(before) is not None or _AFTER_TERM.match(after) is not None
 
 
-EXTRACTORS: dict[str, tuple[Extractor, Which]] = {
-    "hash": (extract_hash, "first"),
-    "boxed": (extract_boxed, "last"),
-    "answer_phrase": (extract_answer_phrase, "last"),
-    "latex": (extract_latex, "last"),
-    "last_number": (extract_last_number, "last"),
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "hash": extract_hash,
+    "boxed": extract_boxed,
+    "answer_phrase": extract_answer_phrase,
+    "latex": extract_latex,
+    "last_number": extract_last_number,
 }
-"""Built-in extractors by name, each with the occurrence it takes by convention."""
+"""Built-in extractors by name."""
 
 
 def check_extractors(extractors: Sequence[str]) -> tuple[str, ...]:
@@ -319,20 +305,13 @@ def is_linear(extractors: Sequence[str]) -> bool:
     return not any(name.startswith("regex:") for name in extractors)
 
 
-def extract_answer(
-    text: str,
-    extractors: Sequence[str] = DEFAULT_EXTRACTORS,
-    *,
-    which: Which | None = None,
-    cut_off: bool = False,
-) -> str | None:
+def extract_answer(text: str, extractors: Sequence[str] = DEFAULT_EXTRACTORS, *, cut_off: bool = False) -> str | None:
     r"""Find the final answer in a completion.
 
     Args:
         text: the completion; any length, any characters (NUL and lone surrogates included).
         extractors: names tried in order: ``hash``, ``boxed``, ``answer_phrase``, ``latex``, ``last_number`` or
             ``regex:<pattern>`` (group 1 if it has one, else the whole match). One name alone is a strict reading.
-        which: ``"first"`` or ``"last"`` occurrence; ``None`` follows each extractor's convention (module docstring).
         cut_off: whether the completion was cut off at its longest length: then only a closed box and a finished
             ``####`` line are answers.
 
@@ -350,11 +329,10 @@ def extract_answer(
         if name.startswith("regex:"):
             matches = re.finditer(name.removeprefix("regex:"), text)
             pieces = ((m.group(1) if m.re.groups else m.group()) or "" for m in matches)
-            found = _pick((piece.strip() for piece in pieces), which or "last")
+            found = _last(piece.strip() for piece in pieces)
         else:
-            extractor, convention = EXTRACTORS[name]
             whole_lines = text[: text.rfind("\n") + 1] if cut_off and name == "hash" else text
-            found = extractor(whole_lines, which or convention)
+            found = EXTRACTORS[name](whole_lines)
         if found is not None:
             return found or None
     return None

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from stepkd.grading import Grader, canonical_answer, extract_answer
 from stepkd.steps import TokenizedText, get_segmenter, segment
 from stepkd.tasks import check_row
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class Sampled(Protocol):
@@ -60,24 +61,27 @@ def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Sampled]], grader: Gr
         [str(row["answer"]) for row, _ in flat],
         cut_off=[rollout.finish == "length" for _, rollout in flat],
     )
-    found = iter(grades)
-    votes = vote_keys([[next(found).extracted for _ in samples] for samples in rollouts], grader)
-    judged = []
-    for (row, rollout), grade, vote in zip(flat, grades, [key for keys in votes for key in keys], strict=True):
-        judged.append(
-            {
-                "completion": rollout.text,
-                "extracted": grade.extracted,
-                "verdict": str(grade.verdict),
-                "tokens": len(rollout.token_ids),
-                "finish": rollout.finish,
-                "vote": vote,
-                "logprob": sum(rollout.raw_logprobs),
-                "step_labels": step_labels(row, rollout.text),
-            }
-        )
-    remaining = iter(judged)
-    return [[next(remaining) for _ in samples] for samples in rollouts]
+    votes = vote_keys(_grouped([grade.extracted for grade in grades], rollouts), grader)
+    judged = [
+        {
+            "completion": rollout.text,
+            "extracted": grade.extracted,
+            "verdict": str(grade.verdict),
+            "tokens": len(rollout.token_ids),
+            "finish": rollout.finish,
+            "vote": vote,
+            "logprob": sum(rollout.raw_logprobs),
+            "step_labels": step_labels(row, rollout.text),
+        }
+        for (row, rollout), grade, vote in zip(flat, grades, [key for keys in votes for key in keys], strict=True)
+    ]
+    return _grouped(judged, rollouts)
+
+
+def _grouped(flat: Sequence[T], like: Sequence[Sequence[object]]) -> list[list[T]]:
+    """A flat list in the groups of another."""
+    remaining = iter(flat)
+    return [[next(remaining) for _ in group] for group in like]
 
 
 def vote_keys(answers: Sequence[Sequence[str | None]], grader: Grader) -> list[list[str | None]]:

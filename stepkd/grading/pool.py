@@ -32,7 +32,7 @@ from multiprocessing.connection import Pipe
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.grading.extract import DEFAULT_EXTRACTORS, Which, check_extractors, extract_answer, is_linear
+from stepkd.grading.extract import DEFAULT_EXTRACTORS, check_extractors, extract_answer, is_linear
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
 
 CONVENTIONS = ("stepkd", "prm800k")
@@ -155,8 +155,6 @@ class Grader:
     """Cap on a worker's address space in MiB, at least 192."""
     extractors: Sequence[str] = DEFAULT_EXTRACTORS
     """Names for :func:`stepkd.grading.extract_answer`, tried in order."""
-    which: Which | None = None
-    """The occurrence that counts, ``"first"`` or ``"last"``; ``None`` follows each extractor's convention."""
     convention: str = "stepkd"
     """``"stepkd"``, or ``"prm800k"`` for what PRM800K's official grader accepts
     (:func:`stepkd.grading.verify.equivalent`)."""
@@ -168,8 +166,6 @@ class Grader:
             raise ConfigError(f"deadline_s is {self.deadline_s}; give a positive, finite number of seconds")
         if self.memory_mb < _MIN_MEMORY_MB:
             raise ConfigError(f"memory_mb is {self.memory_mb}; math-verify alone needs {_MIN_MEMORY_MB}")
-        if self.which not in (None, "first", "last"):
-            raise ConfigError(f"which is {self.which!r}; give 'first', 'last' or nothing")
         if self.convention not in CONVENTIONS:
             raise ConfigError(f"convention is {self.convention!r}; known: {', '.join(CONVENTIONS)}")
         self.extractors = check_extractors(self.extractors)
@@ -243,8 +239,8 @@ class Grader:
     def _request(self, text: str, is_cut: bool) -> dict[str, Any]:
         """What a worker needs to know: the answer (None: there is none), or the text where a pattern looks for it."""
         if text and not is_cut and not is_linear(self.extractors):  # no pattern reads a text that was cut off
-            return {"text": text, "extractors": list(self.extractors), "which": self.which}
-        return {"candidate": extract_answer(text, self.extractors, which=self.which, cut_off=is_cut)}
+            return {"text": text, "extractors": list(self.extractors)}
+        return {"candidate": extract_answer(text, self.extractors, cut_off=is_cut)}
 
     def _verdicts(self, requests: Sequence[dict[str, Any]], golds: Sequence[str]) -> list[Grade]:
         grades: dict[int, Grade] = {}

@@ -72,7 +72,7 @@ def _warm_up() -> dict[str, Any]:
 def _grade(item: dict[str, Any]) -> dict[str, Any]:
     extracted = item.get("candidate")
     if extracted is None:
-        extracted = extract_answer(item["text"], item["extractors"], which=item["which"])
+        extracted = extract_answer(item["text"], item["extractors"])
     if extracted is None:
         return {"verdict": "unparsed", "extracted": None}
     try:

@@ -150,7 +150,7 @@ class MonteCarloLabeller:
 
     def _marked_answer(self, ids: Sequence[int]) -> str | None:
         marks = [name for name in self.grader.extractors if name in _MARKS]
-        return extract_answer(self._text(ids), marks, which=self.grader.which) if marks else None
+        return extract_answer(self._text(ids), marks) if marks else None
 
     def _outcomes(self, solutions: Sequence[Solution]) -> list[bool]:
         """Whether each solution's own answer is right; graded where that is not known."""

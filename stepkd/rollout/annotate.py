@@ -77,14 +77,11 @@ def annotate(
     for model, who in ((policy, "model"), (teacher, "teacher")):
         if model is not None:
             _check_rows(rows, model, who)
-    own = _score(policy, rows, _logp_and_entropy, max_tokens, chunk_size)
-    if teacher is None:
-        return [TokenSignals(*_columns(scores_N2, 2)) for scores_N2 in own]
-    other = _score(teacher, rows, _logp, max_tokens, chunk_size)
-    return [
-        TokenSignals(*_columns(scores_N2, 2), *_columns(scores_N1, 1))
-        for scores_N2, scores_N1 in zip(own, other, strict=True)
-    ]
+    scores = [_score(policy, rows, _logp_and_entropy, max_tokens, chunk_size)]
+    if teacher is not None:
+        scores.append(_score(teacher, rows, _logp, max_tokens, chunk_size))
+    columns = [[column for score_NK in parts for column in score_NK.T.tolist()] for parts in zip(*scores, strict=True)]
+    return [TokenSignals(*map(tuple, row[: 2 if teacher is None else 3])) for row in columns]
 
 
 def check_same_vocabulary(tokenizer: Any, of_teacher: Any) -> None:
@@ -183,7 +180,3 @@ def _logp_and_entropy(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     # entr(0) is 0, so tokens that a model rules out (logits of -inf) add nothing.
     entropy_C = torch.special.entr(logits_CV.softmax(-1)).sum(-1).clamp(min=0)
     return torch.cat([_logp(logits_CV, targets_C), entropy_C.unsqueeze(-1)], dim=-1)
-
-
-def _columns(scores_NK: Tensor, count: int) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(scores_NK[:, k].tolist()) for k in range(count))

@@ -215,13 +215,15 @@ class Decoder:
         """
         lengths = [len(sequence) for sequence in sequences]
         width, pad = max(lengths), int(self.policy.tokenizer.pad_token_id or 0)
-        fill = [[pad] * (width - length) for length in lengths]
-        ids = [f + list(s) if padding == "left" else list(s) + f for f, s in zip(fill, sequences, strict=True)]
-        empty, full = ([[bit] * n for n in sizes] for bit, sizes in ((0, [width - x for x in lengths]), (1, lengths)))
-        mask = [e + f if padding == "left" else f + e for e, f in zip(empty, full, strict=True)]
-        input_ids_PT = torch.tensor(ids, device=self.policy.device)
+
+        def padded(rows: list[list[int]], fill: int) -> Tensor:
+            gaps = [[fill] * (width - len(row)) for row in rows]
+            both = [gap + row if padding == "left" else row + gap for gap, row in zip(gaps, rows, strict=True)]
+            return torch.tensor(both, device=self.policy.device)
+
+        input_ids_PT = padded([list(sequence) for sequence in sequences], pad)
         self.policy.check_ids(input_ids_PT)
-        mask_PT = torch.tensor(mask, device=self.policy.device)
+        mask_PT = padded([[1] * length for length in lengths], 0)
         output = self.forward(input_ids_PT, mask_PT, positions_from_mask(mask_PT), None)
         self.counts.prefill_tokens += sum(lengths)
         return Reading(output.last_hidden_state, mask_PT, output.past_key_values)

@@ -52,52 +52,42 @@ class _Draft:
     finish: str = "length"
 
 
+@dataclass(eq=False)
 class SampledSteps:
     """Samples steps from a policy.
-
-    Args:
-        sampler: draws the tokens.
-        policy: the sampler's model, whose tokenizer turns ids into text.
-        sampling: temperature, top-p, top-k, seed, strings that end a *solution* (``stop``), and ``max_new_tokens``, the
-            longest completion of a state. ``n`` is not read.
-        segmenter: name of the segmenter; one that reads log-probabilities may be used, other signals may not.
-        max_step_tokens: longest step in tokens, >= 1; one that is longer is cut off, and ends the solution.
-
-    Attributes:
-        step_tokens, rest_tokens: tokens drawn so far for steps (those thrown away included) and for completions, by
-            the problem's number.
 
     Raises:
         ConfigError: a number out of range, greedy sampling, or a segmenter that needs more than the sampler gives.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        policy: Policy,
-        sampling: SamplingSpec,
-        *,
-        segmenter: str = "newline",
-        max_step_tokens: int = 128,
-    ) -> None:
-        if max_step_tokens < 1:
-            raise ConfigError(f"max_step_tokens={max_step_tokens}: must be at least 1")
-        if sampling.temperature == 0:
+    sampler: Sampler
+    """Draws the tokens."""
+    policy: Policy
+    """The sampler's model, whose tokenizer turns ids into text."""
+    sampling: SamplingSpec
+    """Temperature, top-p, top-k, seed, strings that end a *solution* (``stop``), and ``max_new_tokens``, the longest
+    completion of a state. ``n`` is not read."""
+    segmenter: str = field(default="newline", kw_only=True)
+    """Name of the segmenter; one that reads log-probabilities may be used, other signals may not."""
+    max_step_tokens: int = field(default=128, kw_only=True)
+    """Longest step in tokens, >= 1; one that is longer is cut off, and ends the solution."""
+    step_tokens: Counter[int] = field(default_factory=Counter, init=False)
+    """Tokens drawn so far for steps, those thrown away included, by the problem's number."""
+    rest_tokens: Counter[int] = field(default_factory=Counter, init=False)
+    """Tokens drawn so far for completions, by the problem's number."""
+
+    def __post_init__(self) -> None:
+        if self.max_step_tokens < 1:
+            raise ConfigError(f"max_step_tokens={self.max_step_tokens}: must be at least 1")
+        if self.sampling.temperature == 0:
             raise ConfigError("search needs different steps from one state: temperature 0 gives the same one always")
-        kind = segmenter.partition(":")[0]
+        kind = self.segmenter.partition(":")[0]
         if kind in SIGNAL_SEGMENTERS and kind != "adaptive_step":
             raise ConfigError(
-                f"segmenter {segmenter!r} reads signals that sampling does not give; search can cut with adaptive_step "
-                "and a threshold, or with a segmenter of plain text"
+                f"segmenter {self.segmenter!r} reads signals that sampling does not give; search can cut with "
+                "adaptive_step and a threshold, or with a segmenter of plain text"
             )
-        self.sampler = sampler
-        self.policy = policy
-        self.sampling = sampling
-        self.segmenter_name = segmenter
-        self.segmenter = get_segmenter(segmenter)
-        self.max_step_tokens = max_step_tokens
-        self.step_tokens: Counter[int] = Counter()
-        self.rest_tokens: Counter[int] = Counter()
+        self._cut = get_segmenter(self.segmenter)
 
     def propose(self, states: Sequence[State], n: int) -> list[list[Step]]:
         """See :class:`~stepkd.search.tree.StepGenerator`.
@@ -106,7 +96,7 @@ class SampledSteps:
             DataError: a state that fills the model's context.
         """
         drafts = [[_Draft(state, j) for j in range(n)] for state in states]
-        stops = (*STEP_STOPS.get(self.segmenter_name, ()), *self.sampling.stop)
+        stops = (*STEP_STOPS.get(self.segmenter, ()), *self.sampling.stop)
         spec = replace(self.sampling, n=n, max_new_tokens=self.max_step_tokens, stop=stops)
         self._first(states, drafts, spec, PROPOSE)
         flat = [draft for group in drafts for draft in group]
@@ -139,7 +129,7 @@ class SampledSteps:
             "revision": None if spec is None else spec.revision,
             "weights": weights_fingerprint(self.policy),
             **sampling,
-            "segmenter": {"name": self.segmenter_name.partition(":")[0], **_settings(self.segmenter)},
+            "segmenter": {"name": self.segmenter.partition(":")[0], **_settings(self._cut)},
             "max_step_tokens": self.max_step_tokens,
         }
 
@@ -206,7 +196,7 @@ class SampledSteps:
 
     def _step(self, draft: _Draft) -> Step:
         new = self._behind(draft)
-        _, end = segment(self.segmenter, new)[0]
+        _, end = segment(self._cut, new)[0]
         ids, text = new.token_ids[:end], new.span_text(0, end)
         how: End = "step" if end < len(new) else self._end(draft)
         stopped = self._until_stop(draft.state, text)
@@ -250,24 +240,24 @@ def _index(*parts: int | str) -> int:
     return stream_key(0, "search", *parts) >> (128 - _INDEX_BITS)
 
 
+@dataclass(eq=False)
 class RolloutValue:
-    """Share of right answers among simulated continuations; the outcome itself where the solution is over.
-
-    Args:
-        generator: continues states.
-        grader: compares final answers with the problem's ``answer``.
-        rollouts: continuations per state, >= 1.
+    """Share of correct answers among simulated continuations; the outcome itself where the solution is over.
 
     Raises:
         ConfigError: ``rollouts`` is not positive.
     """
 
-    def __init__(self, generator: StepGenerator, grader: Grader, *, rollouts: int = 4) -> None:
-        if rollouts < 1:
-            raise ConfigError(f"rollouts={rollouts}: must be at least 1")
-        self.generator = generator
-        self.grader = grader
-        self.rollouts = rollouts
+    generator: StepGenerator
+    """Continues states."""
+    grader: Grader
+    """Compares final answers with the problem's ``answer``."""
+    rollouts: int = field(default=4, kw_only=True)
+    """Continuations per state, >= 1."""
+
+    def __post_init__(self) -> None:
+        if self.rollouts < 1:
+            raise ConfigError(f"rollouts={self.rollouts}: must be at least 1")
 
     def values(self, states: Sequence[State]) -> list[float | None]:
         """See :class:`~stepkd.search.tree.StateValue`."""

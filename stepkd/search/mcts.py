@@ -211,15 +211,12 @@ class _Expansion:
 
     def __call__(self, leaves: Sequence[tuple[SearchTree, Node]]) -> None:
         """Expand leaves, at most one of each tree."""
-        root_actions = self.settings.root_actions or self.settings.actions
-        for actions in sorted({root_actions, self.settings.actions}):
-            group = [
-                (tree, leaf)
-                for tree, leaf in leaves
-                if actions == (self.settings.actions if leaf.depth else root_actions)
-            ]
-            if not group:
-                continue
+        everywhere = self.settings.actions
+        by_actions: dict[int, list[tuple[SearchTree, Node]]] = {}
+        for tree, leaf in leaves:
+            actions = everywhere if leaf.depth else self.settings.root_actions or everywhere
+            by_actions.setdefault(actions, []).append((tree, leaf))
+        for actions, group in sorted(by_actions.items(), key=lambda item: item[0]):
             proposed = self.generator.propose([leaf.state(tree.problem) for tree, leaf in group], actions)
             for (_, leaf), steps in zip(group, proposed, strict=True):
                 leaf.children = _merged(leaf, steps)
@@ -237,14 +234,12 @@ class _Expansion:
         for (_, node), estimate in zip(new, estimates, strict=True):
             assert node.parent is not None
             # Without an estimate the step neither gains nor loses.
-            node.value = node.parent.value if estimate is None else estimate / self._damping(node.parent.depth)
+            after = self.settings.damp_after
+            damping = 1 if after is None else max(node.parent.depth - after, 1)
+            node.value = node.parent.value if estimate is None else estimate / damping
             if node.correct is not None:
                 node.value += self.settings.outcome * (1 if node.correct else -1)
             node.q = node.reward
-
-    def _damping(self, depth: int) -> int:
-        after = self.settings.damp_after
-        return 1 if after is None else max(depth - after, 1)
 
 
 def _merged(parent: Node, steps: Sequence[Step]) -> list[Node]:

@@ -388,12 +388,8 @@ def get_task(spec: str) -> Task:
         check_choice(f"setting of task {name!r}", key, fields)
         if key in values:
             raise ConfigError(f"task {spec!r}: the setting {key!r} is given twice")
-        values[key] = _whole_number(f"{name}: {key}", value) if fields[key].type == "int" else value
+        try:
+            values[key] = int(value) if fields[key].type == "int" else value
+        except ValueError:
+            raise ConfigError(f"{name}: {key}={value!r} is not a whole number") from None
     return task(**values)
-
-
-def _whole_number(name: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise ConfigError(f"{name}={value!r} is not a whole number") from None

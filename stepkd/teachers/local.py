@@ -69,15 +69,17 @@ class TeacherSpec:
         if len(given) > 1:
             raise ConfigError(f"teacher: {' and '.join(given)} are both given: set the other one to null")
         if self.itself is not None:
-            self._check_itself(self.itself)
-        elif self.every is not None or self.decay is not None:
-            raise ConfigError(f"teacher.every={self.every}, decay={self.decay} go with itself: epoch and ema")
+            check_choice("teacher.itself", self.itself, ("epoch", "ema", "base"))
+        if self.every is not None and (self.itself != "epoch" or self.every < 1):
+            raise ConfigError(f"teacher.every={self.every}: at least 1, and only with itself: epoch")
+        if self.decay is not None and (self.itself != "ema" or not 0 < self.decay < 1):
+            raise ConfigError(f"teacher.decay={self.decay}: strictly between 0 and 1, and only with itself: ema")
         if self.tokenizer is not None and self.server is None:
             raise ConfigError(f"teacher.tokenizer={self.tokenizer!r} goes with teacher.server")
-        if self.server is not None:
-            for name in ("dtype", "device", "attention", "template"):
+        for other, whose in ((self.server, "the server"), (self.itself, "the student itself")):
+            for name in ("dtype", "device", "attention", "template") if other is not None else ():
                 if getattr(self, name) is not None:
-                    raise ConfigError(f"teacher.{name} goes with teacher.path; the server has its own")
+                    raise ConfigError(f"teacher.{name} goes with teacher.path; {whose} has its own")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"teacher.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}, or null")
         check_choice("teacher.quantization", self.quantization, get_args(Quantization))
@@ -88,16 +90,6 @@ class TeacherSpec:
             )
         if self.quantization != "none" and self.path is None:
             raise ConfigError(f"teacher.quantization={self.quantization!r} goes with teacher.path")
-
-    def _check_itself(self, form: str) -> None:
-        check_choice("teacher.itself", form, ("epoch", "ema", "base"))
-        if self.every is not None and (form != "epoch" or self.every < 1):
-            raise ConfigError(f"teacher.every={self.every}: at least 1, and only with itself: epoch")
-        if self.decay is not None and (form != "ema" or not 0 < self.decay < 1):
-            raise ConfigError(f"teacher.decay={self.decay}: strictly between 0 and 1, and only with itself: ema")
-        for name in ("dtype", "device", "attention", "template"):
-            if getattr(self, name) is not None:
-                raise ConfigError(f"teacher.{name} goes with teacher.path; the student itself has its own")
 
 
 class LocalTeacher:

@@ -6,6 +6,7 @@ Through TRL's client (``pip install 'stepkd[vllm]'``); the contract is tested ag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -21,26 +22,23 @@ from stepkd.teachers.local import check_context
 from stepkd.teachers.signals import Signals
 
 
+@dataclass(eq=False)
 class ServerTeacher:
-    """See :attr:`TeacherSpec.server <stepkd.teachers.local.TeacherSpec.server>`.
+    """See :attr:`TeacherSpec.server <stepkd.teachers.local.TeacherSpec.server>`."""
 
-    Args:
-        address: ``http://host:port``.
-        tokenizer: folder or hub id of its tokenizer; None: the model that the server names.
-        top_k: how many likeliest tokens are asked for, >= 1.
-        tail: whether the rest is a bucket of its own.
-        client: in place of TRL's, already connected.
-    """
-
-    def __init__(
-        self, address: str, *, tokenizer: str | None = None, top_k: int, tail: bool = True, client: Any = None
-    ) -> None:
-        self.address = address
-        self.tokenizer = tokenizer
-        self.top_k = top_k
-        self.tail = tail
-        self.client = client
-        self.max_length: int | None = None  # of its context, once it is bound
+    address: str
+    """``http://host:port``."""
+    tokenizer: str | None = None
+    """Folder or hub id of its tokenizer; None: the model that the server names."""
+    _: KW_ONLY
+    top_k: int
+    """How many likeliest tokens are asked for, >= 1."""
+    tail: bool = True
+    """Whether the rest is a bucket of its own."""
+    client: Any = None
+    """In place of TRL's, already connected."""
+    max_length: int | None = field(default=None, init=False)
+    """Of its context in tokens, once it is bound."""
 
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Connect (once) and compare vocabularies.

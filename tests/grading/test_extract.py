@@ -132,17 +132,16 @@ def test_one_extractor_is_a_strict_reading() -> None:
     assert extract_answer("The answer is 18.", ("boxed",)) is None
 
 
-def test_which_overrides_each_convention() -> None:
+def test_a_mark_counts_the_first_time_and_everything_else_the_last() -> None:
     assert extract_answer("#### 1\n#### 2") == "1"
-    assert extract_answer("#### 1\n#### 2", which="last") == "2"
-    assert extract_answer("\\boxed{1} \\boxed{2}", which="first") == "1"
-    assert extract_answer("1 or 2", ("last_number",), which="first") == "1"
-    assert extract_answer("Answer: 1\nAnswer: 2", ("answer_phrase",), which="first") == "1"
+    assert extract_answer("\\boxed{1} \\boxed{2}") == "2"
+    assert extract_answer("1 or 2", ("last_number",)) == "2"
+    assert extract_answer("Answer: 1\nAnswer: 2", ("answer_phrase",)) == "2"
 
 
 def test_regex_takes_the_group_or_the_match() -> None:
     assert extract_answer("a=1 a=2", (r"regex:a=(\d)",)) == "2"
-    assert extract_answer("a=1 a=2", (r"regex:a=\d",), which="first") == "a=1"
+    assert extract_answer("a=1 a=2", (r"regex:a=\d",)) == "a=2"
     assert extract_answer("b", (r"regex:a=(\d)",)) is None
     assert not is_linear((r"regex:a", "hash"))
     assert is_linear(("hash", "boxed"))

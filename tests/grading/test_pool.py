@@ -317,9 +317,9 @@ def test_a_signal_to_the_job_leaves_no_worker(number: signal.Signals, deadline_s
 
 def test_copies_carry_settings_not_processes(grader: Grader) -> None:
     assert _works(grader)
-    twin = copy.deepcopy(Grader(workers=3, deadline_s=1.5, memory_mb=512, extractors=("boxed",), which="first"))
-    assert (twin.workers, twin.deadline_s, twin.memory_mb, twin.extractors, twin.which) == (
-        3, 1.5, 512, ("boxed",), "first",
+    twin = copy.deepcopy(Grader(workers=3, deadline_s=1.5, memory_mb=512, extractors=("boxed",)))
+    assert (twin.workers, twin.deadline_s, twin.memory_mb, twin.extractors) == (
+        3, 1.5, 512, ("boxed",),
     )  # fmt: skip
     assert copy.deepcopy(grader)._pool == []
 
@@ -385,7 +385,6 @@ def test_import_is_light() -> None:
         ({"deadline_s": 0.0}, "deadline_s is 0.0"),
         ({"deadline_s": float("inf")}, "deadline_s is inf"),
         ({"memory_mb": 16}, "memory_mb is 16"),
-        ({"which": "middle"}, "which is 'middle'"),
         ({"convention": "prm8k"}, "convention is 'prm8k'; known: stepkd, prm800k"),
         ({"extractors": ("boxd",)}, "did you mean 'boxed'"),
     ],
