@@ -5,10 +5,11 @@ process works neither in threads nor against C code. So the check runs in child 
 have used their CPU time. One thread per worker hands out items and replaces a worker that was ended; an item that was
 lost is tried once more, alone. Cases that need no computer algebra are settled without a worker.
 
-pebble's ``ProcessPool`` (5.2.3) was tried in place of this. Its workers come from ``multiprocessing``: they run the
-parent's main script again (torch is loaded in every worker, and a script without a guard fails), and a hash seed of
-their own cannot be given to them. They share one pipe and one lock: a worker that is killed while idle or while it
-holds the lock ends or stops the whole pool, SIGTERM to a job's processes too.
+pebble's ``ProcessPool`` (5.2.3) was tried in place of this, and loses what is promised here. Its workers come from
+``multiprocessing``: they import the parent's main script (and torch with it; a script without a main guard fails), and
+cannot be given a hash seed of their own. A worker that is killed while it has no item, or by the SIGTERM that a cluster
+sends to all processes of a job, breaks the pool. Workers share a lock: one that is killed while it holds it leaves
+items without an answer.
 """
 
 from __future__ import annotations
@@ -328,12 +329,9 @@ class Grader:
                 break
             late = time.monotonic() >= worker.limit
             self._drop([worker])
+            code = worker.process.poll()
         else:
-            last = (
-                f"was not ready after {_START_LIMIT_S:.0f} s"
-                if late
-                else f"ended with exit code {worker.process.poll()}"
-            )
+            last = f"was not ready after {_START_LIMIT_S:.0f} s" if late else f"ended with exit code {code}"
             raise StepkdError(
                 f"{_START_ATTEMPTS} grading workers in a row failed to start; the last one {last}. Raise memory_mb "
                 f"(now {self.memory_mb}) or check that {sys.executable} can import math_verify"

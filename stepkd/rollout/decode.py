@@ -189,22 +189,22 @@ class Reading(NamedTuple):
     """Keys and values of every layer."""
 
 
+@dataclass(eq=False)
 class Decoder:
-    """Reads sequences and decodes rows from them.
+    """Reads sequences and decodes rows from them."""
 
-    Args:
-        policy: the model; the caller puts it into evaluation mode and switches gradients off.
-        max_rows: most rows decoded at once, >= 1.
-        breaks_off: asked before every token; once it says yes, rows end where they are, as if cut off by their limit.
-    """
+    policy: Policy
+    """The model; the caller puts it into evaluation mode and switches gradients off."""
+    max_rows: int = field(kw_only=True)
+    """Most rows decoded at once, >= 1."""
+    breaks_off: Callable[[], bool] | None = field(default=None, kw_only=True)
+    """Asked before every token; once it says yes, rows end where they are, as if cut off by their limit."""
+    counts: SampleCounts = field(default_factory=SampleCounts, init=False)
+    """Tokens read and drawn so far."""
 
-    def __init__(self, policy: Policy, *, max_rows: int, breaks_off: Callable[[], bool] | None = None) -> None:
-        if max_rows < 1:
-            raise ConfigError(f"max_rows={max_rows}: must be at least 1")
-        self.policy = policy
-        self.max_rows = max_rows
-        self.breaks_off = breaks_off
-        self.counts = SampleCounts()
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise ConfigError(f"max_rows={self.max_rows}: must be at least 1")
 
     def read(self, sequences: Sequence[Sequence[int]], *, padding: Literal["left", "right"]) -> Reading:
         """Read sequences in one forward pass.

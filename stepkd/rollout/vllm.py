@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -120,14 +120,16 @@ def _is_plain(spec: SamplingSpec) -> bool:
     return spec.temperature in (0, 1) and spec.top_p == 1 and not spec.top_k
 
 
+@dataclass(eq=False)
 class _Sampler(ABC):
     """What both ways share; see :class:`~stepkd.rollout.sampler.Sampler`."""
 
     policy: Policy
-
-    def __init__(self) -> None:
-        self.counts = SampleCounts()
-        self._version: int | None = None
+    """Whose weights are sampled from, and whose tokenizer decodes; for an engine in a folder or with a hub id that vLLM
+    loads."""
+    counts: SampleCounts = field(default_factory=SampleCounts, init=False)
+    """Tokens read and drawn so far."""
+    _version: int | None = field(default=None, init=False)
 
     def sample(
         self,
@@ -158,6 +160,20 @@ class _Sampler(ABC):
             found.append(row)
         return found
 
+    def refresh(self, version: int) -> None:
+        """Give the server or engine the policy's weights, once for every version; all ranks must call it.
+
+        Raises:
+            ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
+        """
+        if self._version != version:
+            self._send()
+            self._version = version
+
+    @abstractmethod
+    def _send(self) -> None:
+        """Give it the policy's weights."""
+
     @abstractmethod
     def _draw(
         self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
@@ -165,34 +181,19 @@ class _Sampler(ABC):
         """The completions of every prompt, in order: at most ``limits`` tokens, noise by ``keys`` where it can be."""
 
 
+@dataclass(eq=False)
 class VLLMSampler(_Sampler):
-    """A :class:`~stepkd.rollout.sampler.Sampler` on a vLLM server.
+    """A :class:`~stepkd.rollout.sampler.Sampler` on a vLLM server."""
 
-    Args:
-        policy: whose weights the server is given, and whose tokenizer decodes.
-        client: TRL's ``VLLMClient``.
-        requests: most prompts asked for at the same time.
-        breaks_off: asked before every prompt; once it says yes, prompts not asked yet get one token of nothing more.
-    """
+    client: Any
+    """TRL's ``VLLMClient``."""
+    requests: int = field(default=32, kw_only=True)
+    """Most prompts asked for at the same time."""
+    breaks_off: Callable[[], bool] | None = field(default=None, kw_only=True)
+    """Asked before every prompt; once it says yes, prompts not asked yet get one token of nothing more."""
+    _checked: bool = field(default=False, init=False)
 
-    def __init__(
-        self, policy: Policy, client: Any, *, requests: int = 32, breaks_off: Callable[[], bool] | None = None
-    ) -> None:
-        super().__init__()
-        self.policy = policy
-        self.client = client
-        self.requests = requests
-        self.breaks_off = breaks_off
-        self._checked = False
-
-    def refresh(self, version: int) -> None:
-        """Give the server the policy's weights, once for every version; all ranks must call it.
-
-        Raises:
-            ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
-        """
-        if self._version == version:
-            return
+    def _send(self) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             facts = weight_facts(self.policy.model)
             if self.client.communicator is None:
@@ -201,7 +202,6 @@ class VLLMSampler(_Sampler):
             self.client.reset_prefix_cache()
         if dist.is_initialized():
             dist.barrier()
-        self._version = version
 
     def _open(self) -> None:
         """Open the group through which weights are sent."""
@@ -261,21 +261,19 @@ class VLLMSampler(_Sampler):
         self._checked = True
 
 
+@dataclass(eq=False)
 class ColocatedSampler(_Sampler):
-    """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat.
+    """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat."""
 
-    Args:
-        policy: the model, in a folder or with a hub id that vLLM loads.
-        spec: its memory.
-        sampling: how to draw; one engine draws in one way.
-    """
+    spec: VLLMSpec
+    """Its memory."""
+    sampling: SamplingSpec
+    """How to draw; one engine draws in one way."""
 
-    def __init__(self, policy: Policy, spec: VLLMSpec, sampling: SamplingSpec) -> None:
+    def __post_init__(self) -> None:
+        policy, sampling = self.policy, self.sampling
         if sampling.stop:
             raise ConfigError("vllm.colocate knows no stop strings: use vllm.server")
-        super().__init__()
-        self.policy = policy
-        self.sampling = sampling
         try:
             from accelerate import Accelerator
             from trl.generation.vllm_generation import VLLMGeneration
@@ -285,7 +283,7 @@ class ColocatedSampler(_Sampler):
                 accelerator=Accelerator(),
                 processing_class=policy.tokenizer,
                 mode="colocate",
-                gpu_memory_utilization=spec.gpu_memory,
+                gpu_memory_utilization=self.spec.gpu_memory,
                 max_model_length=policy.max_length,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -298,15 +296,12 @@ class ColocatedSampler(_Sampler):
         except ImportError as error:
             raise ConfigError(f"vllm.colocate needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
 
-    def refresh(self, version: int) -> None:
-        """Give the engine the policy's weights, once for every version."""
-        if self._version != version:
-            weight_facts(self.policy.model)  # refuses what cannot be merged
-            for name, value in merged_weights(self.policy.model):
-                worker = self.engine.llm.llm_engine.model_executor.driver_worker
-                worker.model_runner.model.load_weights([(name, value)])
-            self.engine.llm.reset_prefix_cache()
-            self._version = version
+    def _send(self) -> None:
+        weight_facts(self.policy.model)  # refuses what cannot be merged
+        for name, value in merged_weights(self.policy.model):
+            worker = self.engine.llm.llm_engine.model_executor.driver_worker
+            worker.model_runner.model.load_weights([(name, value)])
+        self.engine.llm.reset_prefix_cache()
 
     def _draw(
         self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]

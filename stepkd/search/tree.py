@@ -166,20 +166,13 @@ class Node:
 
     def path(self) -> list[Node]:
         """The nodes from the root (left out) to this one."""
-        nodes: list[Node] = []
-        node: Node | None = self
-        while node is not None and node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
+        return [] if self.parent is None else [*self.parent.path(), self]
 
     def subtree(self) -> Iterator[Node]:
         """This node and all below it, parents first."""
-        waiting = [self]
-        while waiting:
-            node = waiting.pop()
-            yield node
-            waiting.extend(reversed(node.children))
+        yield self
+        for child in self.children:
+            yield from child.subtree()
 
     def state(self, problem: Problem) -> State:
         """The solution so far."""

@@ -127,13 +127,7 @@ class Task(ABC):
         Raises:
             ConfigError: an unknown `given`.
         """
-        check_choice("given", given, get_args(Given))
-        if given == "claims":
-            expected = self.next_step(problem, [trim(text) for text in previous_steps])
-        else:
-            truth = self.solution(problem)
-            expected = truth[len(previous_steps)] if len(previous_steps) < len(truth) else None
-        return expected is not None and trim(step) == trim(expected)
+        return self.check_solution(problem, [*previous_steps, step], given=given)[-1]
 
     def check_solution(self, problem: TaskProblem, steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
         """Judge every step of a solution, as `check_step` would.
@@ -145,11 +139,17 @@ class Task(ABC):
 
         Returns:
             One bool per step. A solution that stops early can be all True: that it answers is the grader's business.
+
+        Raises:
+            ConfigError: an unknown `given`.
         """
-        if given != "truth":
-            return [self.check_step(problem, steps[:index], step, given=given) for index, step in enumerate(steps)]
-        truth = self.solution(problem)
-        return [index < len(truth) and trim(step) == trim(truth[index]) for index, step in enumerate(steps)]
+        check_choice("given", given, get_args(Given))
+        texts = [trim(step) for step in steps]
+        if given == "truth":
+            expected = [*self.solution(problem), *[None] * len(texts)]
+        else:
+            expected = [self.next_step(problem, texts[:index]) for index in range(len(texts))]
+        return [after is not None and text == trim(after) for text, after in zip(texts, expected, strict=False)]
 
     def _store_range(self, name: str, *, minimum: int, maximum: int) -> int:
         """Check a setting such as ``5`` or ``3-6``, and keep one spelling of it, so that equal settings compare equal.

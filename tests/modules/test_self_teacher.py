@@ -206,10 +206,13 @@ def test_validation_reads_the_teacher_of_the_run(tmp_path: Path, capsys: pytest.
         (lambda: TeacherSpec(itself="ema", path="x"), "path and itself are both given"),
         (lambda: TeacherSpec(itself="ema", every=2), "teacher.every=2"),
         (lambda: TeacherSpec(itself="epoch", every=0), "teacher.every=0"),
-        (lambda: TeacherSpec(path="x", every=2), "teacher.every=2, decay=None go with itself"),
+        (lambda: TeacherSpec(path="x", every=2), "teacher.every=2: at least 1, and only with itself: epoch"),
         (lambda: TeacherSpec(itself="ema", decay=1.0), "teacher.decay=1.0"),
         (lambda: TeacherSpec(itself="epoch", decay=0.5), "teacher.decay=0.5: .* only with itself: ema"),
-        (lambda: TeacherSpec(path="x", decay=0.5), "teacher.every=None, decay=0.5 go with itself"),
+        (
+            lambda: TeacherSpec(path="x", decay=0.5),
+            "teacher.decay=0.5: strictly between 0 and 1, and only with itself: ema",
+        ),
         (
             lambda: GKDModule(PolicySpec(), TeacherSpec(itself="ema"), fidelity=FidelitySpec()),
             "fidelity.answers compares with another model",
