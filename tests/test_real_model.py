@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.models.cpu import compute_dtype
+from stepkd.models.machine import compute_dtype
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

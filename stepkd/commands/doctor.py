@@ -82,9 +82,7 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
     import torch
 
     from stepkd.commands.memory import ADVICE, lower_bound, measured_peak
-    from stepkd.models.cpu import fast_bfloat16
-    from stepkd.models.limits import memory_free
-    from stepkd.models.room import device_room
+    from stepkd.models.machine import device_room, fast_bfloat16, memory_free
     from stepkd.training.fit import check_fit
 
     module, data, settings = check_fit(words=words)
@@ -202,8 +200,7 @@ def _versions() -> Looked:
 def _processor() -> Looked:
     import torch
 
-    from stepkd.models.cpu import cpu_name, fast_bfloat16
-    from stepkd.models.limits import memory_free, memory_limit, processors
+    from stepkd.models.machine import cpu_name, fast_bfloat16, memory_free, memory_limit, processors
 
     yield "model", cpu_name()
     cores, threads = processors(), torch.get_num_threads()

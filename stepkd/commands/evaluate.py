@@ -146,7 +146,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _template(arguments: argparse.Namespace) -> Any:
     """What is asked for, where anything is: a template, or changes to the one that is used without."""
     from stepkd.data.benchmarks import get_benchmark
-    from stepkd.models.trained_template import template_for
+    from stepkd.models.source import template_for
 
     names = ("style", "system", "few_shot")
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}

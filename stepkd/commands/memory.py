@@ -24,8 +24,8 @@ from torch import nn
 from stepkd.errors import MachineError, StepkdError
 from stepkd.models.adapter import adapter_folder, add_empty_adapter, add_lora
 from stepkd.models.checkpoint import trained_spec
-from stepkd.models.limits import memory_peak
 from stepkd.models.load import model_config, training_spec
+from stepkd.models.machine import memory_peak
 from stepkd.models.source import as_trained
 from stepkd.models.spec import FrozenSpec, PolicySpec
 from stepkd.safe import enter, is_safe

@@ -29,7 +29,7 @@ from stepkd.grading import EXTRACTOR_VERSION, Grader
 from stepkd.grading.judge import judge
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
-from stepkd.models.trained_template import template_for
+from stepkd.models.source import template_for
 from stepkd.rollout import SamplingSpec, TransformersSampler
 from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.runs.files import write_json

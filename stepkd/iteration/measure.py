@@ -25,7 +25,7 @@ from stepkd.labels.quality import row_labels
 from stepkd.labels.settings import LabelSpec, asking
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.trained_template import template_for
+from stepkd.models.source import template_for
 from stepkd.rollout import annotate
 from stepkd.rollout.transformers_sampler import encode_prompts
 from stepkd.runs.job import read_settings

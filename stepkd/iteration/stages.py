@@ -293,7 +293,7 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     from stepkd.data.rows import PROBLEM
     from stepkd.evaluation import EvaluationSpec, evaluate
     from stepkd.labels.settings import asking
-    from stepkd.models.trained_template import template_for
+    from stepkd.models.source import template_for
 
     job = it.spec.held_out_spec(out=str(folder), model=it.model(it.k))
     benchmark, data = it.spec.evaluated_benchmark()

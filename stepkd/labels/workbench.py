@@ -19,7 +19,7 @@ from stepkd.grading import EXTRACTOR_VERSION, Grader
 from stepkd.labels.settings import JobSpec, asking
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
-from stepkd.models.trained_template import template_for
+from stepkd.models.source import template_for
 from stepkd.runs.files import write_json
 from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
 from stepkd.scorers.load import pick_device

@@ -18,7 +18,7 @@ from stepkd.models.load import checkpoint_layers, load_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint as find_checkpoint
 from stepkd.models.spec import FrozenSpec, PolicySpec, Quantization, spec_from_dict
-from stepkd.models.step_head_io import step_head_from_dict
+from stepkd.models.step_head import step_head_from_dict
 from stepkd.runs.checkpoint_files import read_checkpoint
 
 

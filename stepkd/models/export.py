@@ -14,10 +14,9 @@ from stepkd.models.adapter import ADAPTER_CONFIG, first_line, in_base_precision
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import listed_ends
 from stepkd.models.policy import Policy
-from stepkd.models.source import find_checkpoint
-from stepkd.models.step_head_io import save_step_head
+from stepkd.models.source import find_checkpoint, save_template, trained_template
+from stepkd.models.step_head import save_step_head
 from stepkd.models.tiny import TINY_PRESETS
-from stepkd.models.trained_template import save_template, trained_template
 
 
 def export_model(

@@ -13,8 +13,7 @@ import torch
 from stepkd.data.templates import turn_end
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
-from stepkd.models.cpu import compute_dtype, fast_bfloat16
-from stepkd.models.room import check_host_room
+from stepkd.models.machine import check_host_room, compute_dtype, fast_bfloat16
 from stepkd.models.source import as_trained, check_source, no_model
 from stepkd.models.spec import PolicySpec
 from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_config, tiny_tokenizer

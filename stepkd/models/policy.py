@@ -31,12 +31,10 @@ from stepkd.models.head import (
     vocab_head,
 )
 from stepkd.models.load import listed_ends, load_model
-from stepkd.models.packed import check_packing, packed_mask
+from stepkd.models.packed import check_packing, check_unpadded, is_worth_it, packed_mask, unpadded_hidden
 from stepkd.models.sharding import gathered
 from stepkd.models.spec import PolicySpec
-from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolve_ids
-from stepkd.models.step_head_io import saved_step_head
-from stepkd.models.unpadded import check_unpadded, is_worth_it, unpadded_hidden
+from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolve_ids, saved_step_head
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +255,7 @@ class Policy(nn.Module):
 
     @cached_property
     def can_unpad(self) -> bool:
-        """Whether padding can be left out of forward passes (:func:`~stepkd.models.unpadded.check_unpadded`)."""
+        """Whether padding can be left out of forward passes (:func:`~stepkd.models.packed.check_unpadded`)."""
         return check_unpadded(self.causal_lm)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:

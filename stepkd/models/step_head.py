@@ -9,16 +9,23 @@ Axes: S steps, H hidden size, C classes from worst to best.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
 from stepkd.losses.prm import label_token_logps
+from stepkd.models.adapter import first_line
+from stepkd.models.source import model_file
 from stepkd.steps import Meaning, StepFormat, auto_marker, marker_token_id
+
+STEP_HEAD_CONFIG, STEP_HEAD_WEIGHTS = "step_head.json", "step_head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -152,3 +159,61 @@ class StepHead(nn.Module):
         if probs_SC.shape[-1] == 3:
             right_S = right_S + probs_SC[:, 1] * {"right": 1.0, "wrong": 0.0, "half": 0.5}[self.spec.neutral]
         return right_S
+
+
+@dataclass(frozen=True)
+class SavedStepHead:
+    """What an exported reward model's folder holds beside the language model."""
+
+    spec: StepHeadSpec
+    """How it scores steps."""
+    weights: Mapping[str, Tensor] | None
+    """A classifier's weights; None for label tokens."""
+
+
+def step_head_from_dict(values: Mapping[str, Any]) -> StepHeadSpec:
+    """Inverse of ``dataclasses.asdict``; unknown keys (from a newer version) raise ModelError."""
+    layout = dict(values.get("format", {}))
+    unknown = (set(values) - {f.name for f in fields(StepHeadSpec)}) | (
+        set(layout) - {f.name for f in fields(StepFormat)}
+    )
+    if unknown:
+        raise ModelError(f"unknown step head settings {sorted(unknown)}: was this written by a newer stepkd?")
+    return StepHeadSpec(**{**values, "format": StepFormat(**layout), "labels": tuple(values.get("labels", ()))})
+
+
+def save_step_head(head: StepHead, folder: Path) -> None:
+    """Write a step head into a model folder."""
+    from safetensors.torch import save_file
+
+    text = json.dumps(asdict(head.spec), indent=2, ensure_ascii=False)
+    (folder / STEP_HEAD_CONFIG).write_text(text + "\n", encoding="utf-8")
+    if head.score is not None:
+        weights = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+        save_file(weights, folder / STEP_HEAD_WEIGHTS)
+
+
+def saved_step_head(path: str, revision: str | None = None) -> SavedStepHead | None:
+    """Read the step head of a model folder or hub repository; None when there is none.
+
+    Raises:
+        ModelError: its files cannot be read, or the classifier's weights are missing.
+    """
+    folder = Path(path).expanduser()
+    config = model_file(path, folder, STEP_HEAD_CONFIG, revision)
+    if config is None:
+        return None
+    from safetensors.torch import load_file
+
+    try:
+        spec = step_head_from_dict(json.loads(config.read_text(encoding="utf-8")))
+        if spec.kind != "classifier":
+            return SavedStepHead(spec, None)
+        weights = model_file(path, folder, STEP_HEAD_WEIGHTS, revision)
+        if weights is None:
+            raise ModelError(f"{folder} has {STEP_HEAD_CONFIG} but no {STEP_HEAD_WEIGHTS}: was the export cut off?")
+        return SavedStepHead(spec, load_file(weights))
+    except ModelError:
+        raise
+    except Exception as error:  # broken JSON, foreign settings, a torn safetensors file
+        raise ModelError(f"cannot read the step head in {folder}: {first_line(error)}") from error

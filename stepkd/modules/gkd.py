@@ -20,7 +20,7 @@ from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models import Policy, PolicySpec
-from stepkd.models.trained_template import trained_template
+from stepkd.models.source import trained_template
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
 from stepkd.modules.focus import Focus, FocusSpec, token_weights

@@ -22,12 +22,11 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.losses import DEFAULT_CHUNK
 from stepkd.models import Policy, PolicySpec, load_tokenizer, spec_to_dict
 from stepkd.models.adapter import misfit
-from stepkd.models.average import WeightAverage
 from stepkd.models.checkpoint import base_fingerprint, load_policy
 from stepkd.models.dropout import disable_dropout
 from stepkd.models.load import training_spec
-from stepkd.models.sharding import shard
-from stepkd.models.trained_template import trained_template
+from stepkd.models.sharding import WeightAverage, shard
+from stepkd.models.source import trained_template
 from stepkd.modules.distributed import clip_in_engine
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.strategies import check_strategy

@@ -13,9 +13,8 @@ import torch
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, nearest
 from stepkd.models.checkpoint import find_checkpoint, load_trained
-from stepkd.models.step_head import StepHeadSpec
-from stepkd.models.step_head_io import step_head_from_dict
-from stepkd.models.trained_template import trained_template
+from stepkd.models.source import trained_template
+from stepkd.models.step_head import StepHeadSpec, step_head_from_dict
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 from stepkd.scorers.prm import PRMScorer

@@ -16,7 +16,7 @@ from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
-from stepkd.models.room import device_room
+from stepkd.models.machine import device_room
 from stepkd.models.sharding import shard
 from stepkd.models.spec import DTYPES, Quantization
 from stepkd.rollout.annotate import check_same_vocabulary

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from stepkd.data.rows import ROLLOUT, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import disk_error
-from stepkd.models.trained_template import save_template
+from stepkd.models.source import save_template
 from stepkd.runs.logger import append
 
 

@@ -61,7 +61,7 @@ def stepkd_step(student: Any, teacher: Any) -> Callable[[], Tensor]:
     from stepkd.data.encode import Example
     from stepkd.losses import fused_sum, generalized_jsd, tempered
     from stepkd.models.head import vocab_head
-    from stepkd.models.unpadded import check_unpadded, unpadded_hidden
+    from stepkd.models.packed import check_unpadded, unpadded_hidden
     from stepkd.teachers import HiddenSignals
 
     examples = [Example(str(i), tuple(p), tuple(c), ((0, len(c)),)) for i, (p, c) in enumerate(rows())]

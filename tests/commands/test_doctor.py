@@ -11,8 +11,8 @@ import torch
 from stepkd.cli import main
 from stepkd.commands import doctor
 from stepkd.commands.doctor import Finding, gib, look_around
-from stepkd.models import cpu, limits
-from stepkd.models.limits import memory_free, memory_limit, memory_used, processors
+from stepkd.models import machine
+from stepkd.models.machine import memory_free, memory_limit, memory_used, processors
 
 
 def named(findings: list[Finding], section: str, name: str) -> Finding:
@@ -50,8 +50,8 @@ def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
-    monkeypatch.setattr(limits, "processors", lambda: 0.5)
-    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(machine, "processors", lambda: 0.5)
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"avx2"}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = look_around(tmp_path, {})
     missing = named(found, "versions", "no-such-package")
@@ -59,7 +59,7 @@ def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pyt
     if torch.get_num_threads() > 1:
         assert "OMP_NUM_THREADS=1" in named(found, "processor", "threads").advice
     assert "policy.dtype float32" in named(found, "processor", "bfloat16").advice
-    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"amx_bf16"}))
     assert named(look_around(tmp_path, {}), "processor", "bfloat16").value == "in hardware"
 
 

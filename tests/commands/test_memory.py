@@ -18,7 +18,7 @@ from stepkd.commands.memory import Bound, cache_bytes, in_own_process, lower_bou
 from stepkd.errors import ConfigError, DataError, MachineError
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.limits import memory_peak
+from stepkd.models.machine import memory_peak
 from stepkd.modules.base import StepModule
 from stepkd.training import fit
 
@@ -257,7 +257,7 @@ def test_what_a_measurement_says(
         return outcome
 
     monkeypatch.setattr(memory, "measured_peak", measured)
-    monkeypatch.setattr("stepkd.models.limits.memory_free", lambda *_: 50 * 2**20)
+    monkeypatch.setattr("stepkd.models.machine.memory_free", lambda *_: 50 * 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "200")
     words = ["doctor", "--out", str(tmp_path), *recipe("sft")[:2], "--set", FEW[1]]
@@ -269,7 +269,7 @@ def test_the_command_measures_nothing_that_cannot_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "measured_peak", None)
-    monkeypatch.setattr("stepkd.models.limits.memory_free", lambda *_: 2**20)
+    monkeypatch.setattr("stepkd.models.machine.memory_free", lambda *_: 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "200")
     words = ["doctor", "--out", str(tmp_path), *recipe("sft")[:2], "--set", FEW[1]]

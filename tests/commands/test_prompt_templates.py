@@ -15,7 +15,7 @@ import torch
 from stepkd.cli import main
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.evaluation.manifest import read_manifest
-from stepkd.models.trained_template import TEMPLATE_NAME, trained_template
+from stepkd.models.source import TEMPLATE_NAME, trained_template
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = "style: plain\nplain: 'Q {prompt}'\nanswer_prefix: 'A '\n"
@@ -204,7 +204,7 @@ def test_a_template_file_that_is_not_there(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_what_is_logged_is_a_name_or_the_settings(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    from stepkd.models.trained_template import save_template, template_for
+    from stepkd.models.source import save_template, template_for
 
     save_template(PromptTemplate(style="plain", plain="Q {prompt}"), tmp_path)
     with caplog.at_level(logging.WARNING):

@@ -14,7 +14,7 @@ from stepkd.errors import ModelError
 from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import model_config
-from stepkd.models.trained_template import trained_template
+from stepkd.models.source import trained_template
 from stepkd.scorers.load import load_scorer
 
 

@@ -15,10 +15,12 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, StepHeadSpec, build_tiny, spec_to_dict
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.export import export_model, save_policy
-from stepkd.models.step_head import StepHeadIds, named_marker, resolve_ids
-from stepkd.models.step_head_io import (
+from stepkd.models.step_head import (
     STEP_HEAD_CONFIG,
     STEP_HEAD_WEIGHTS,
+    StepHeadIds,
+    named_marker,
+    resolve_ids,
     save_step_head,
     saved_step_head,
     step_head_from_dict,

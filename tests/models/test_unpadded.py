@@ -14,7 +14,7 @@ from stepkd.data.encode import Example
 from stepkd.losses import token_logps
 from stepkd.models import LoraSpec, Policy, PolicySpec
 from stepkd.models.head import backbone_of, positions_from_mask
-from stepkd.models.unpadded import is_worth_it, unpadded_hidden
+from stepkd.models.packed import is_worth_it, unpadded_hidden
 
 SIZES = [[(3, 4)], [(1, 1), (5, 9)], [(4, 2), (2, 7), (6, 6), (1, 3)]]
 
@@ -96,7 +96,7 @@ def test_the_probe_alone_refuses_biases_by_distance(name: str, policy_of: Any, m
     """Models whose layers never ask for sdpa by name, were they to claim it."""
     policy = policy_of(name, "eager" if name == "bloom" else "sdpa")
     monkeypatch.setattr(type(policy.causal_lm.config), "_attn_implementation", "sdpa", raising=False)
-    from stepkd.models.unpadded import check_unpadded
+    from stepkd.models.packed import check_unpadded
 
     assert not check_unpadded(policy.causal_lm)
 

@@ -1,0 +1,162 @@
+"""What this machine can do: memory and processors that this process may really use, what fits, and bfloat16.
+
+A container often has less than its machine. Weights that do not fit are refused before the machine swaps itself to
+death, or a kernel kills the process without a word. Only folders are looked at for that, not hub ids that are still to
+be downloaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from stepkd.errors import ModelError
+
+_ROOT = Path("/sys/fs/cgroup")
+_UNLIMITED = 2**60  # version 1 of control groups writes a huge number where there is no limit
+_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def memory_limit(root: Path = _ROOT) -> int | None:
+    """Bytes that the control group of this process may take, or None without a limit."""
+    return _number(root / "memory.max") or _number(root / "memory" / "memory.limit_in_bytes")
+
+
+def memory_used(root: Path = _ROOT) -> int | None:
+    """Bytes that the control group takes now, without what is only cached from files."""
+    for used, stat, name in (
+        (root / "memory.current", root / "memory.stat", "inactive_file"),
+        (root / "memory" / "memory.usage_in_bytes", root / "memory" / "memory.stat", "total_inactive_file"),
+    ):
+        current = _number(used)
+        if current is not None:
+            return max(current - _field(stat, name), 0)
+    return None
+
+
+def memory_free(root: Path = _ROOT, meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that this process can still get: of the machine, and within its control group."""
+    machine = _field(meminfo, "MemAvailable:") * 1024 or None
+    limit, used = memory_limit(root), memory_used(root)
+    within = None if limit is None or used is None else max(limit - used, 0)
+    known = [number for number in (machine, within) if number is not None]
+    return min(known) if known else None
+
+
+def memory_peak() -> int | None:
+    """Bytes of this process's largest resident set so far; unlike ``getrusage``'s, not that of the process before."""
+    return _field(Path("/proc/self/status"), "VmHWM:") * 1024 or None
+
+
+def processors(root: Path = _ROOT) -> float:
+    """Processors that this process may use: those it is bound to, within its control group's share."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
+        return float(bound) if quota == "max" else min(float(bound), int(quota) / int(period))
+    except (OSError, ValueError):
+        return float(bound)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        value = int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+    return value if value < _UNLIMITED else None
+
+
+def _field(path: Path, name: str) -> int:
+    """The number behind a name in a file of such lines, 0 when it is not there."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
+
+
+def check_host_room(folder: Path, dtype: str) -> None:
+    """Refuse to load a folder's weights that are larger than the memory that is free.
+
+    Args:
+        folder: a transformers model folder.
+        dtype: what they become in memory; ``auto``: as stored.
+
+    Raises:
+        ModelError: names the bytes needed and free.
+    """
+    stored = sum(file.stat().st_size for file in _weight_files(folder))
+    wanted = _BYTES.get(dtype)
+    if wanted is not None:
+        stored = stored * wanted // _BYTES.get(_stored_dtype(folder), wanted)
+    free = memory_free()
+    if free is not None and stored > free:
+        raise ModelError(
+            f"{folder} needs {stored:,} bytes ({stored / 2**30:.1f} GiB) for its weights"
+            f"{'' if wanted is None else f' in {dtype}'}, and this machine has {free:,} ({free / 2**30:.1f} GiB) free: "
+            "load it in bfloat16, quantise it, or take a smaller model"
+        )
+
+
+def device_room(device: torch.device) -> int:
+    """Free memory of a CUDA device, in bytes."""
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads, not every copy of the weights that lies there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        return [folder / name for name in names if (folder / name).is_file()]
+    return list(folder.glob("model*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+
+
+def _stored_dtype(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(config.get("dtype") or config.get("torch_dtype") or "")
+
+
+def fast_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16 matrices.
+
+    Without them torch emulates the type, tens to hundreds of times slower than float32. GPUs are not looked at.
+    """
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "bf16" in cpu_flags()
+    return any(flag in cpu_flags() for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def compute_dtype() -> torch.dtype:
+    """Dtype for weights that are stored in a form nothing computes in (GGUF): bfloat16 where that is fast."""
+    return torch.bfloat16 if torch.cuda.is_available() or fast_bfloat16() else torch.float32
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Features of the processor as Linux names them; empty where it does not say."""
+    for line in _cpuinfo():
+        if line.lower().startswith(("flags", "features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    names = (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
