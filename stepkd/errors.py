@@ -13,7 +13,10 @@ import re
 import shutil
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class StepkdError(Exception):
@@ -128,11 +131,16 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
 def check_bounds(place: str, settings: object, **bounds: str) -> None:
     """Raise a ConfigError that names the first setting out of its bounds; NaN is out of any, None within.
 
+    Fields whose type is a Literal are checked too: see :func:`check_choice`.
+
     Args:
         place: what stands before the settings' names in the message, with its dot.
         settings: has them as attributes.
         **bounds: setting -> interval, such as ``[0, 1)``; ``inf)`` leaves infinity out.
     """
+    for name, choices in _literals(type(settings)).items():  # type: ignore[arg-type]
+        if getattr(settings, name) is not None:
+            check_choice(f"{place}{name}", getattr(settings, name), choices)
     for name, interval in bounds.items():
         value = getattr(settings, name)
         least, most = map(float, interval[1:-1].split(","))
@@ -143,6 +151,18 @@ def check_bounds(place: str, settings: object, **bounds: str) -> None:
         if interval.endswith("inf)"):
             words = {"(0, inf)": "be positive", "[0, inf)": "be 0 or positive"}.get(interval, f"be at least {least:g}")
         raise ConfigError(f"{place}{name}={value}: must {words}")
+
+
+@cache
+def _literals(kind: Any) -> dict[str, list[str]]:
+    """What the fields of a class may be that are one of several words (or None)."""
+    found = {}
+    for name, hint in get_type_hints(kind).items():
+        members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        members = tuple(each for each in members if each is not type(None))
+        if members and all(get_origin(each) is Literal for each in members):
+            found[name] = [word for each in members for word in get_args(each)]
+    return found
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from stepkd.errors import ConfigError, check_bounds
 
@@ -75,10 +75,7 @@ class PolicySpec:
             raise ConfigError("policy.path is empty: give a folder, a hub id, a .gguf file or a tiny preset")
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", _jinja(self.chat_template))
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"policy.dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
-        if self.quantization not in get_args(Quantization):
-            raise ConfigError(f"policy.quantization={self.quantization!r}: must be none, nf4 or int8")
+        check_bounds("policy.", self)
         if self.trained and self.quantization != "none" and self.lora is None:
             raise ConfigError(
                 f"policy.quantization={self.quantization!r} without policy.lora: quantised weights cannot be trained; "

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stepkd.errors import ConfigError, ModelError, check_choice
+from stepkd.errors import ConfigError, ModelError, check_bounds
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
 from stepkd.losses.prm import label_token_logps
 from stepkd.models.adapter import first_line
@@ -52,9 +52,7 @@ class StepHeadSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
-        check_choice("step head", self.kind, ("label_tokens", "classifier"))
-        check_choice("neutral", self.neutral, ("right", "wrong", "half"))
-        check_choice("meaning", self.meaning, ("correctness", "value", "outcome"))
+        check_bounds("head.", self)
         if self.kind == "label_tokens":
             if len(self.labels) not in (2, 3) or len(set(self.labels)) != len(self.labels):
                 raise ConfigError(f"labels={list(self.labels)}: two or three different tokens, from worst to best")

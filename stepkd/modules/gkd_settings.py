@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
-from stepkd.errors import ConfigError, check_bounds, check_choice
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import (
     balanced_kl,
     forward_kl,
@@ -55,7 +55,6 @@ class DivergenceSpec:
     """Whether ``top_k`` has that bucket; false renormalises the k."""
 
     def __post_init__(self) -> None:
-        check_choice("divergence.kind", self.kind, get_args(Kind))
         check_bounds(
             "divergence.",
             self,

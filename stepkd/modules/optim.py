@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from stepkd.errors import ConfigError, check_bounds
-
-SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class OptimizerSpec:
     """Decay of the second moment, in [0, 1)."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    schedule: str = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     """``constant``, ``linear``, ``cosine`` or ``warmup_stable_decay`` (decay over the last fifth)."""
     warmup: float = 0.03
     """Warm-up: a share of all steps when below 1, else a number of steps."""
@@ -49,8 +47,6 @@ class OptimizerSpec:
             min_lr_ratio="[0, 1]",
             max_grad_norm="[0, inf)",
         )
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"optimizer.schedule={self.schedule!r}: must be one of {', '.join(SCHEDULES)}")
         if self.min_lr_ratio and self.schedule in ("constant", "linear"):
             raise ConfigError(
                 f"optimizer.min_lr_ratio has no effect on schedule {self.schedule!r}: drop it or use cosine"

@@ -15,7 +15,7 @@ from torch import Tensor
 from stepkd.data.batching import StepBatch, mismatched
 from stepkd.data.collate import Completion
 from stepkd.data.encode import Example
-from stepkd.errors import check_bounds, check_choice
+from stepkd.errors import check_bounds
 from stepkd.losses import reference_point
 from stepkd.modules.distributed import all_reduce
 
@@ -40,9 +40,6 @@ class ReferencePointSpec:
     """``per_index``: decay of the running average, in [0, 1); 0 takes each batch by itself."""
 
     def __post_init__(self) -> None:
-        check_choice("reference_point.outcome", self.outcome, ("mismatch", "batch", "zero"))
-        check_choice("reference_point.step", self.step, ("mismatch", "batch", "per_index", "zero"))
-        check_choice("reference_point.rotation", self.rotation, ("global", "device"))
         check_bounds("reference_point.", self, ema="[0, 1)")
 
     @property

@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
-from stepkd.errors import ConfigError, disk_error
+from stepkd.errors import check_bounds, disk_error
 from stepkd.runs.checkpoint_files import find_last_checkpoint, is_whole, read_checkpoint
 from stepkd.runs.files import replaced
 from stepkd.runs.process import STOP_REQUEST, Preempted
@@ -32,21 +32,15 @@ class CheckpointSpec:
     """How many earlier ones stay beside it, as ``step=N.ckpt``: where a torn ``last.ckpt`` sends ``--resume``."""
     monitor: str | None = "val/loss"
     """``best.ckpt`` is the checkpoint with the best value of this; needs validation data. Null: there is none."""
-    mode: str = "min"
+    mode: Literal["min", "max"] = "min"
     """Whether a smaller (``min``) or larger (``max``) value is better."""
     preempted_exit_code: int = 0
     """Exit code of a run that SIGTERM stopped with its state saved, 0 to 255. Some schedulers read 0 as finished and do
     not start the job again. Under torchrun and accelerate the agent's own code is what they see."""
 
     def __post_init__(self) -> None:
-        if self.every_n_steps < 1:
-            raise ConfigError(f"checkpoint.every_n_steps={self.every_n_steps}: must be at least 1")
-        if self.keep_previous < 0:
-            raise ConfigError(f"checkpoint.keep_previous={self.keep_previous}: must not be negative")
-        if self.mode not in ("min", "max"):
-            raise ConfigError(f"checkpoint.mode={self.mode!r}: must be min or max")
-        if not 0 <= self.preempted_exit_code <= 255:
-            raise ConfigError(f"checkpoint.preempted_exit_code={self.preempted_exit_code}: must lie in 0 to 255")
+        least = {"every_n_steps": "[1, inf)", "keep_previous": "[0, inf)"}
+        check_bounds("checkpoint.", self, **least, preempted_exit_code="[0, 255]")
 
 
 @contextlib.contextmanager

@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import yaml
@@ -46,6 +47,12 @@ from stepkd.yaml_files import read_yaml
 
 DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
 """Imported so that ``--data.help`` lists them and ``--data`` takes their names."""
+_HINTS = inspect.unwrap(Trainer.__init__).__annotations__
+for _name, _hint in _HINTS.items():
+    # ``typing`` keeps one order of two types for a whole process, that of the library which named them first. With
+    # float before int, ``limit_val_batches: 1`` would be 1.0, all batches.
+    if {int, float} <= set(get_args(_hint)):
+        _HINTS[_name] = int | float | None
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stepkd.errors import ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec, cpu, load_model
+from stepkd.models import LoraSpec, Policy, PolicySpec, load_model, machine
 from stepkd.models.export import export_model
 
 PRESET = "tiny-0.1m"
@@ -85,7 +85,7 @@ def test_gguf_loads_in_a_dtype_that_the_processor_is_fast_in(
     flag: str, dtype: torch.dtype, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({flag}))
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({flag}))
     assert load_model(PolicySpec(path=str(gguf_file), dtype="auto"))[0].dtype == dtype
     load_model(PolicySpec(path=str(gguf_file), dtype="bfloat16"))
     assert ("emulates" in caplog.text) == (flag == "avx2")

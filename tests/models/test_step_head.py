@@ -181,7 +181,7 @@ def test_tokens_that_do_not_fit(spec: StepHeadSpec, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "regression"}, "unknown step head 'regression'"),
+        ({"kind": "regression"}, "unknown head.kind 'regression'"),
         ({"labels": ("+",)}, r"labels=\['\+'\]: two or three different tokens"),
         ({"labels": ("+", "+")}, "two or three different tokens"),
         ({"labels": ("a", "b", "c", "d")}, "two or three different tokens"),
@@ -190,8 +190,8 @@ def test_tokens_that_do_not_fit(spec: StepHeadSpec, message: str) -> None:
         ({"kind": "classifier", "layers": 3}, "layers=3"),
         ({"classes": 3}, "three classes are three labels"),
         ({"layers": 1}, "describe a classifier"),
-        ({"neutral": "ignore"}, "unknown neutral"),
-        ({"meaning": "reward"}, "unknown meaning"),
+        ({"neutral": "ignore"}, "unknown head.neutral"),
+        ({"meaning": "reward"}, "unknown head.meaning"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
@@ -340,7 +340,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
     for text, message in [
         (whole[:20], "cannot read the step head"),
         ("[]", "cannot read the step head"),
-        (whole.replace('"classifier"', '"regression"'), "unknown step head 'regression'"),
+        (whole.replace('"classifier"', '"regression"'), "unknown head.kind 'regression'"),
         (whole.replace('"classes"', '"outputs"'), r"unknown step head settings \['outputs'\]"),
         (whole.replace('"separator"', '"joint"'), r"unknown step head settings \['joint'\]"),
     ]:

@@ -136,7 +136,7 @@ def test_options_that_a_kind_has_no_use_for(text: str, options: dict[str, object
         ("{", "the head setting is not JSON"),
         ("[1]", "must be a JSON object"),
         (json.dumps({"knd": "classifier"}), r"cannot be used: unknown step head settings \['knd'\]"),
-        (json.dumps({"kind": "clasifier"}), "cannot be used: unknown step head 'clasifier'"),
+        (json.dumps({"kind": "clasifier"}), "cannot be used: unknown head.kind 'clasifier'"),
         (json.dumps({"format": 3}), "cannot be used"),
     ],
 )

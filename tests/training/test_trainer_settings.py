@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +232,16 @@ def test_settings_of_other_commands_take_effect(
     watcher = trained(f"--data.init_args.{command}", data, command=command, **settings)
     assert watcher.counts[f"{command} batches"] == 1
     assert watcher.seen["inference_mode"] == inference_mode
+
+
+def test_a_whole_number_is_a_number_of_batches_whichever_library_named_the_types_first() -> None:
+    code = (
+        "import inspect, typing\nfrom lightning.pytorch import Trainer\n"
+        "hints = inspect.unwrap(Trainer.__init__).__annotations__\n"
+        "hints.update(limit_val_batches=typing.Union[float, int, None])\n"
+        "from stepkd.training.fit import check_fit\n"
+        "found = check_fit(['tiny/sft'], {'trainer': {'limit_val_batches': 1, 'max_steps': 1}}).trainer\n"
+        "print(type(found['limit_val_batches']).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("int")

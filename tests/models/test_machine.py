@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stepkd.errors import ModelError
-from stepkd.models import Policy, PolicySpec, room
+from stepkd.models import Policy, PolicySpec, machine
 from stepkd.models.export import save_policy
 from stepkd.teachers import LocalTeacher, TeacherSpec
 from stepkd.teachers.local import check_room
@@ -24,16 +24,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("dtype", "times"), [("auto", 1.0), ("float32", 1.0), ("bfloat16", 0.5), ("float64", 2.0)])
 def test_memory_of_this_machine(folder: Path, dtype: str, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = int(sum(file.stat().st_size for file in folder.glob("*.safetensors")) * times)
-    monkeypatch.setattr(room, "memory_free", lambda: needed - 1)
+    monkeypatch.setattr(machine, "memory_free", lambda: needed - 1)
     spec = PolicySpec(path=str(folder), dtype=dtype)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=rf"needs {needed:,} bytes .* this machine has {needed - 1:,}"):
         Policy.load(spec)
-    monkeypatch.setattr(room, "memory_free", lambda: needed)
+    monkeypatch.setattr(machine, "memory_free", lambda: needed)
     Policy.load(spec)
 
 
 def test_a_teacher_too_large_for_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "memory_free", lambda: 1000)
+    monkeypatch.setattr(machine, "memory_free", lambda: 1000)
     student = Policy.load(PolicySpec(path="tiny-0.1m"))
     with pytest.raises(ModelError, match=r"needs .* bytes .* 1,000 .* free: load it in bfloat16, quantise it"):
         LocalTeacher(TeacherSpec(path=str(folder))).bind(student.tokenizer, student.vocab_size)
@@ -51,5 +51,5 @@ def test_a_teacher_too_large_for_its_gpu(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_where_free_memory_is_not_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "memory_free", lambda: None)
+    monkeypatch.setattr(machine, "memory_free", lambda: None)
     Policy.load(PolicySpec(path=str(folder)))
