@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stepkd.errors import ConfigError
-    from stepkd.modules.sample_log import read_samples
+    from stepkd.modules.rollouts import read_samples
 
     entries = read_samples(arguments.run)
     if arguments.number is not None and arguments.number < 0:

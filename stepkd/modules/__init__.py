@@ -8,12 +8,11 @@ from stepkd.modules.gkd import GKDModule
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
-from stepkd.modules.kto import KTOModule, StepKTOModule
+from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.preference import PreferenceModule
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.reference import ReferenceSpec
-from stepkd.modules.reference_points import ReferencePointSpec
 from stepkd.modules.rewards import RewardSpec
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationSpec

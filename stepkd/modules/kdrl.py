@@ -31,8 +31,7 @@ from stepkd.modules.gkd import TaughtModule
 from stepkd.modules.kdrl_objective import Mismatch, TokenObjective, TokenTerms
 from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.rewards import GivenReward, Rewards, RewardSpec
-from stepkd.modules.rollouts import GroupSampler, Rollout, TokenView
-from stepkd.modules.sample_log import SampleLog
+from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog, TokenView
 from stepkd.modules.step_scores import load_step_scorer
 from stepkd.scorers import ScorerOptions
 from stepkd.teachers import LocalTeacher, TeacherSpec

@@ -27,9 +27,8 @@ from stepkd.models.dropout import disable_dropout
 from stepkd.models.load import training_spec
 from stepkd.models.sharding import WeightAverage, shard
 from stepkd.models.source import trained_template
-from stepkd.modules.distributed import clip_in_engine
+from stepkd.modules.distributed import check_strategy, clip_in_engine
 from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.strategies import check_strategy
 from stepkd.modules.validation import ValidationSpec
 from stepkd.runs.progress import PhaseTracker
 from stepkd.runs.resume import check_changes, flat

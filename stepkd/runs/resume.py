@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.errors import ConfigError
+from stepkd.runs.job import ABSENT, differences
 
 _FREE = re.compile(
     r"trainer\.(?!precision|limit_train_batches).*|checkpoint\.(?!monitor|mode).*|data\.(test|predict)\b.*"
@@ -15,7 +16,6 @@ _FREE = re.compile(
     r"|(.+\.)?(max_rows|server|gpu_memory|group_port|timeout_s|requests)"
 )
 """Settings that a resumed run takes as they are: how long it runs, what it logs, on what hardware."""
-_ABSENT = object()
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -60,11 +60,9 @@ def check_changes(then: Mapping[str, Any], now: Mapping[str, Any], named: Iterab
     """
     free: dict[str, str] = {}
     refused: dict[str, str] = {}
-    for name in dict.fromkeys([*then, *now]):
-        old, new = then.get(name, _ABSENT), now.get(name, _ABSENT)
-        empty = [value in (None, {}, []) for value in (old, new) if value is not _ABSENT]
-        if old == new or (len(empty) == 1 and empty[0]):  # a group that was null, or a setting that a version lacks
-            continue
+    for name, (old, new) in differences(then, now).items():
+        if ABSENT in (old, new) and any(value in (None, {}, []) for value in (old, new)):
+            continue  # a group that was null, or a setting that a version lacks
         allowed = any(name == each or name.startswith(f"{each}.") for each in named)
         (free if allowed or _FREE.fullmatch(name) else refused)[name] = f"{name}: {_said(old)} then, {_said(new)} now"
     if refused:
@@ -78,7 +76,7 @@ def check_changes(then: Mapping[str, Any], now: Mapping[str, Any], named: Iterab
 
 
 def _said(value: Any) -> str:
-    text = "not set" if value is _ABSENT else repr(value)
+    text = "not set" if value == ABSENT else repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

@@ -30,7 +30,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """
 
     matches_one_process = True
-    """The tests compare its training with that of one process (:mod:`stepkd.modules.strategies`)."""
+    """The tests compare its training with that of one process (:mod:`stepkd.modules.distributed`)."""
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta = default_pg_timeout) -> None:
         super().__init__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from stepkd.errors import ConfigError
-from stepkd.modules.strategies import check_strategy
+from stepkd.modules.distributed import check_strategy
 
 TRUE_PRECISION = {
     "bf16-true": "bfloat16 with LoRA, or float32 with trainer.precision bf16-mixed",

@@ -16,7 +16,7 @@ from stepkd.commands.samples import bars, colour
 from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.losses import group_advantages
 from stepkd.modules import PolicyLossSpec, RewardSpec, SampleLogSpec, StepCreditSpec
-from stepkd.modules.sample_log import SampleLog, read_samples
+from stepkd.modules.rollouts import SampleLog, read_samples
 from stepkd.modules.step_scores import step_texts
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from stepkd.errors import ConfigError
-from stepkd.modules.strategies import check_strategy
+from stepkd.modules.distributed import check_strategy
 from stepkd.training.fit import check_fit
 
 OVERLAYS = Path(__file__).resolve().parents[2] / "recipes" / "strategy"
