@@ -29,7 +29,7 @@ class Stopper(Callback):
         if os.environ.get("STOP_RANK", str(trainer.global_rank)) != str(trainer.global_rank):
             self.point = [""]
         self.rank = trainer.global_rank
-        pl_module.phases.subscribe(self)
+        pl_module.phases.subscribe(self.heard)
         if stage == "fit":
             self._take_step, pl_module._optimizer_step = pl_module._optimizer_step, self._recorded
 
@@ -60,11 +60,6 @@ class Stopper(Callback):
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.reached("optimizer")
 
-    def on_phase_start(self, tracker: Any, phase: Any) -> None:
-        pass
-
-    def on_phase_advance(self, tracker: Any, phase: Any) -> None:
-        self.reached(phase.name)
-
-    def on_phase_end(self, tracker: Any, phase: Any) -> None:
-        pass
+    def heard(self, event: str, phase: Any) -> None:
+        if event == "advance":
+            self.reached(phase.name)
