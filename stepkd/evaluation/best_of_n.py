@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -23,9 +23,9 @@ from stepkd.randomness import generator
 from stepkd.statistics import (
     FloatArray,
     Interval,
+    Resampling,
     cluster_bootstrap,
     mean_interval,
-    paired_bootstrap,
     plain_dict,
 )
 
@@ -184,10 +184,7 @@ def bon_curve(
     problems: Sequence[ProblemSamples],
     ks: Sequence[int],
     scores: Mapping[str, Sequence[Sequence[float | None]]],
-    *,
-    level: float = 0.95,
-    seed: int = 0,
-    n_resamples: int = 10_000,
+    **settings: Unpack[Resampling],
 ) -> CurveResult:
     """Curves over k of best-of-k and weighted vote by each score, of the majority vote and of pass@k.
 
@@ -195,8 +192,7 @@ def bon_curve(
         problems: the problems with their samples; each has at least max(ks), and what is drawn is k of all it has.
         ks: numbers of samples, each at least 1.
         scores: name -> per problem one score in [0, 1] per sample, or None (unscored).
-        level, seed, n_resamples: as in :func:`~stepkd.statistics.cluster_bootstrap`; the seed also draws the
-            subsets of large weighted votes.
+        **settings: see :class:`~stepkd.statistics.Resampling`; the seed also draws the subsets of large weighted votes.
 
     Returns:
         The curves with intervals, their paired differences, how the gaps grow, and where each is best.
@@ -205,7 +201,7 @@ def bon_curve(
         ConfigError: no k, a k below 1 or above some problem's samples (named), or a reserved or repeated name.
         DataError: no problems, repeated ids, or lengths and scores that do not fit (problem named).
     """
-    sizes = _check_problems(problems, ks, scores)
+    sizes, seed = _check_problems(problems, ks, scores), settings.get("seed", 0)
     grid = tuple(sorted(set(ks)))
     curves: dict[str, FloatArray] = {
         CEILING: np.stack([pass_at_k(sizes, [sum(map(bool, p.correct)) for p in problems], k) for k in grid], axis=1),
@@ -222,10 +218,9 @@ def bon_curve(
             except DataError as error:
                 raise DataError(f"problem {problem.id!r}, score {name!r}: {error}") from None
         curves[name], curves[f"{name}_vote"] = best, vote
-    settings: dict[str, Any] = {"level": level, "seed": seed, "n_resamples": n_resamples}
     pairs = list(combinations([name for name in curves if name != CEILING], 2))
     differences = tuple(
-        PairedDifference(a, b, k, paired_bootstrap(list(curves[a][:, i]), list(curves[b][:, i]), **settings))
+        PairedDifference(a, b, k, cluster_bootstrap(curves[b][:, i] - curves[a][:, i], **settings))
         for a, b in pairs
         for i, k in enumerate(grid)
     )
@@ -314,11 +309,6 @@ def _check_problems(
     for name, per_problem in scores.items():
         if len(per_problem) != len(problems):
             raise DataError(f"score {name!r} is given for {len(per_problem)} problems, there are {len(problems)}")
-        for problem, own in zip(problems, per_problem, strict=True):
-            if len(own) != len(problem.correct):
-                raise DataError(
-                    f"problem {problem.id!r} has {len(problem.correct)} samples but {len(own)} values of score {name!r}"
-                )
     for problem in problems:
         if len(problem.votes) != len(problem.correct):
             raise DataError(f"problem {problem.id!r}: {len(problem.correct)} verdicts but {len(problem.votes)} votes")

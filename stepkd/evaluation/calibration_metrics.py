@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.scorers.calibration import checked_labels
 from stepkd.statistics import (
     FloatArray,
     Interval,
@@ -106,7 +107,7 @@ def reliability_bins(
         DataError: no data, different lengths, a missing or impossible probability, another label.
         ConfigError: no bins, or an unknown binning.
     """
-    p, y = _checked(probabilities, labels)
+    p, y = checked_labels(probabilities, labels)
     edges, place = _place(p, bins, binning)
     result = []
     for index, (low, high) in enumerate(pairwise(edges)):
@@ -144,7 +145,7 @@ def calibration_report(
         DataError: as in :func:`reliability_bins`, or another number of problem ids.
         ConfigError: settings out of range.
     """
-    p, y = _checked(probabilities, labels)
+    p, y = checked_labels(probabilities, labels)
     owners = range(p.size) if problems is None else problems
     if len(owners) != p.size:
         raise DataError(f"{len(owners)} problem ids for {p.size} probabilities: give one for each")
@@ -218,18 +219,3 @@ def _place(p: FloatArray, bins: int, binning: Binning) -> tuple[FloatArray, NDAr
         inner = np.unique([start for start in starts if start > p.min()])
     place = np.searchsorted(inner, p, side="right")
     return np.concatenate([[0.0], inner, [1.0]]), place.astype(np.int64)
-
-
-def _checked(probabilities: ArrayLike, labels: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    p, y = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    if p.ndim != 1 or p.shape != y.shape or p.size == 0:
-        raise DataError(f"calibration needs one label per probability and at least one, got {p.shape} and {y.shape}")
-    outside = ~((p >= 0) & (p <= 1))
-    if outside.any():
-        where = int(outside.argmax())
-        raise DataError(f"probability {where} is {p[where]}: must lie in [0, 1]; leave unscored (NaN) steps out")
-    strange = ~np.isin(y, (0.0, 1.0))
-    if strange.any():
-        where = int(strange.argmax())
-        raise DataError(f"label {where} is {y[where]}: calibration needs labels 0 and 1")
-    return p, y

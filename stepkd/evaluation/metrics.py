@@ -16,20 +16,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, mean_interval, ratio_interval
+from stepkd.statistics import FloatArray, Interval, Resampling, cluster_bootstrap, mean_interval, ratio_interval
 from stepkd.steps.labels import tally
-
-VERDICTS = ("correct", "wrong", "unparsed", "timeout")
-FINISHES = ("stop", "length")
 
 
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> FloatArray:
@@ -163,7 +159,7 @@ def summarise(
         denominator has the value None. The result does not depend on the order of the rows.
 
     Raises:
-        DataError: no rows, a problem without samples, a repeated id, or a bad verdict, finish or token count.
+        DataError: no rows, a problem without samples, or a repeated id.
         ConfigError: a k larger than some problem's number of samples, or settings out of range.
     """
     problems = sorted((_counted(row) for row in rows), key=lambda problem: problem.id)
@@ -172,21 +168,17 @@ def summarise(
     for first, second in pairwise(problems):
         if first.id == second.id:
             raise DataError(f"problem id {first.id!r} occurs twice in the results", column="id")
-    fewest = min(problems, key=lambda problem: problem.n)
+    fewest = min(problems, key=lambda problem: len(problem.correct))
     for k in ks:
-        if not 1 <= k <= fewest.n:
-            raise ConfigError(_too_few_samples("pass", k, fewest.n, fewest.id))
-    n = np.array([problem.n for problem in problems], dtype=np.float64)
+        if not 1 <= k <= len(fewest.correct):
+            raise ConfigError(_too_few_samples("pass", k, len(fewest.correct), fewest.id))
+    n = np.array([len(problem.correct) for problem in problems], dtype=np.float64)
 
     def counted(name: str) -> FloatArray:
         return np.array([problem.counts[name] for problem in problems], dtype=np.float64)
 
-    def rate(values: FloatArray) -> Interval:
-        return mean_interval(values, level=level, seed=seed, n_resamples=n_resamples)
-
-    def ratio(top: FloatArray, bottom: FloatArray) -> Interval:
-        return ratio_interval(top, bottom, level=level, seed=seed, n_resamples=n_resamples)
-
+    settings: Resampling = {"level": level, "seed": seed, "n_resamples": n_resamples}
+    rate, ratio = partial(mean_interval, **settings), partial(ratio_interval, **settings)
     metrics: dict[str, Interval] = {}
     for k in sorted({1, *ks}):
         metrics[f"pass@{k}"] = rate(pass_at_k(n, counted("correct"), k))
@@ -194,7 +186,7 @@ def summarise(
             metrics[f"maj@{k}"] = rate(np.array([maj_at_k(problem.votes, problem.correct, k) for problem in problems]))
     for name in ("unparsed", "timeout", "truncated", "truncated_answered"):
         metrics[f"{name}_rate"] = rate(counted(name) / n)
-    metrics["mean_tokens"] = cluster_bootstrap(counted("tokens") / n, level=level, seed=seed, n_resamples=n_resamples)
+    metrics["mean_tokens"] = cluster_bootstrap(counted("tokens") / n, **settings)
     if counted("labelled").any():
         metrics["step_accuracy"] = ratio(counted("right_steps"), counted("steps"))
         metrics["correct_with_wrong_step"] = ratio(counted("correct_flawed"), counted("correct_labelled"))
@@ -202,54 +194,35 @@ def summarise(
         "problems": len(problems),
         "samples": int(n.sum()),
         "total_tokens": int(counted("tokens").sum()),
-        "level": level,
-        "seed": seed,
-        "n_resamples": n_resamples,
+        **settings,
         "metrics": {name: interval.to_dict() for name, interval in metrics.items()},
     }
 
 
-@dataclass
-class _Problem:
-    """Counts of one problem's samples."""
+class _Problem(NamedTuple):
+    """One problem's samples, counted."""
 
     id: str
-    n: int
-    votes: list[str | None] = field(default_factory=list)
-    correct: list[bool] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    votes: list[str | None]
+    correct: list[bool]
+    counts: Counter[str]
 
 
 def _counted(row: Mapping[str, Any]) -> _Problem:
-    problem_id = str(row.get("id"))
     samples = row.get("samples")
     if row.get("id") is None or not samples:
         raise DataError(f"result row with id {row.get('id')!r} has no id or no samples", column="samples")
-    problem = _Problem(problem_id, len(samples))
-    counts = problem.counts
-    for sample in samples:
-        verdict, finish = sample.get("verdict"), sample.get("finish")
-        if verdict not in VERDICTS:
-            raise DataError(f"problem {problem_id!r}: {verdict!r} is not one of {VERDICTS}", column="verdict")
-        if finish not in FINISHES:
-            raise DataError(f"problem {problem_id!r}: {finish!r} is not one of {FINISHES}", column="finish")
-        tokens = sample.get("tokens")
-        if not isinstance(tokens, int) or tokens < 0:
-            raise DataError(f"problem {problem_id!r}: token count {tokens!r} is not a whole number", column="tokens")
-        counts[verdict] += 1
-        counts["truncated"] += finish == "length"
-        counts["truncated_answered"] += finish == "length" and verdict != "unparsed"
-        counts["tokens"] += tokens
-        problem.votes.append(sample.get("vote"))
-        problem.correct.append(verdict == "correct")
-        labels = sample.get("step_labels")
-        if labels is not None:
-            counts["labelled"] += 1
-            counts["steps"] += len(labels) - labels.count(None)
-            counts["right_steps"] += sum(map(bool, labels))
-    said = tally(problem.correct, [sample.get("step_labels") for sample in samples])
-    counts.update(correct_labelled=said.labelled, correct_flawed=said.flawed)
-    return problem
+    correct = [sample["verdict"] == "correct" for sample in samples]
+    labels = [sample.get("step_labels") for sample in samples]
+    marks = [mark for steps in labels for mark in steps or ()]
+    counts = Counter(sample["verdict"] for sample in samples)
+    counts["truncated"] = sum(sample["finish"] == "length" for sample in samples)
+    counts["truncated_answered"] = sum(s["finish"] == "length" and s["verdict"] != "unparsed" for s in samples)
+    counts["tokens"] = sum(sample["tokens"] for sample in samples)
+    counts["labelled"] = sum(steps is not None for steps in labels)
+    counts["steps"], counts["right_steps"] = len(marks) - marks.count(None), sum(map(bool, marks))
+    _, counts["correct_labelled"], counts["correct_flawed"] = tally(correct, labels)
+    return _Problem(str(row["id"]), [sample.get("vote") for sample in samples], correct, counts)
 
 
 def _too_few_samples(metric: str, k: int, n: int, problem_id: str | None = None) -> str:

@@ -62,9 +62,9 @@ class TemperatureScaling:
         Raises:
             DataError: a score outside [0, 1].
         """
-        values = np.asarray(scores, dtype=np.float64)
-        _check_range(values)
-        return np.asarray(_sigmoid(_logit(values) / self.temperature), dtype=np.float64)
+        from scipy.special import expit
+
+        return np.asarray(expit(_logit(check_scores(scores)) / self.temperature), dtype=np.float64)
 
     def save(self, path: str | Path) -> None:
         """Write the fit as JSON; a reader sees the old file or the new, never a part.
@@ -103,8 +103,8 @@ class TemperatureScaling:
 def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureScaling:
     """Fit the temperature that makes the labels most likely.
 
-    The negative log-likelihood is convex in 1/T, so the root of its slope is found by bisection: no start value, no
-    learning rate.
+    The negative log-likelihood is convex in 1/T, so the root of its slope is bracketed: no start value, no learning
+    rate.
 
     Args:
         scores: (n,) numbers in [0, 1], none missing; clipped to [1e-6, 1 - 1e-6].
@@ -117,65 +117,67 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureScaling:
         DataError: different lengths, no data, a missing or impossible score, a label that is not 0 or 1, only one
             class, or all scores 0.5.
     """
-    values, targets = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    if values.ndim != 1 or values.shape != targets.shape or values.size == 0:
-        raise DataError(
-            f"temperature scaling needs as many labels as scores and at least one, got shapes {values.shape} and "
-            f"{targets.shape}"
-        )
-    if np.isnan(values).any():
-        raise DataError(f"score {int(np.isnan(values).argmax())} is missing (NaN): leave unscored steps out of the fit")
-    _check_range(values)
-    strange = ~np.isin(targets, (0.0, 1.0))
-    if strange.any():
-        where = int(strange.argmax())
-        raise DataError(f"label {where} is {targets[where]}: temperature scaling needs labels 0 and 1")
+    from scipy.optimize import brentq
+    from scipy.special import expit
+
+    values, targets = checked_labels(scores, labels)
     if targets.min() == targets.max():
         raise DataError(
             f"all {targets.size} labels are {int(targets[0])}: a temperature cannot be fitted on one class; "
-            "use held-out data with right and wrong steps"
+            "use held-out data with correct and incorrect steps"
         )
     logits = _logit(values)
     if not logits.any():
         raise DataError("all scores are 0.5: no temperature changes them")
-    temperature = _root(logits, targets)
-    before, after = _nll(logits, targets), _nll(logits / temperature, targets)
-    return TemperatureScaling(temperature, before, after, int(values.size))
-
-
-def _root(logits: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
-    """Temperature where d NLL / d(1/T) = sum logit * (sigmoid(logit/T) - label) is 0; it falls as T grows."""
 
     def slope(log_t: float) -> float:
-        return float((logits * (_sigmoid(logits / math.exp(log_t)) - targets)).sum())
+        """d NLL / d(1/T) = sum logit * (sigmoid(logit/T) - label); it falls as T grows."""
+        return float((logits * (expit(logits / math.exp(log_t)) - targets)).sum())
+
+    def nll(scaled: NDArray[np.float64]) -> float:
+        return float(np.mean(np.logaddexp(0.0, scaled) - targets * scaled))
 
     low, high = math.log(LOWEST), math.log(HIGHEST)
     if slope(low) <= 0:
-        return LOWEST
-    if slope(high) >= 0:
-        return HIGHEST
-    for _ in range(60):  # halves ln(10^4) to below one float64 spacing
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return math.exp((low + high) / 2)
+        temperature = LOWEST
+    elif slope(high) >= 0:
+        temperature = HIGHEST
+    else:
+        temperature = math.exp(brentq(slope, low, high, xtol=1e-15))
+    return TemperatureScaling(temperature, nll(logits), nll(logits / temperature), int(values.size))
 
 
-def _nll(logits: NDArray[np.float64], targets: NDArray[np.float64]) -> float:
-    return float(np.mean(np.logaddexp(0.0, logits) - targets * logits))
+def checked_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Scores and labels as arrays.
+
+    Raises:
+        DataError: different lengths, no data, a score that is missing or outside [0, 1], or a label that is not 0 or 1.
+    """
+    values, targets = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
+    if values.ndim != 1 or values.shape != targets.shape or values.size == 0:
+        raise DataError(f"there must be one label per score and at least one, got {values.shape} and {targets.shape}")
+    if np.isnan(values).any():
+        raise DataError(f"score {int(np.isnan(values).argmax())} is missing (NaN): leave unscored steps out")
+    strange = ~np.isin(targets, (0.0, 1.0))
+    if strange.any():
+        raise DataError(f"label {int(strange.argmax())} is {targets[strange][0]}: must be 0 or 1")
+    return check_scores(values), targets
+
+
+def check_scores(scores: ArrayLike) -> NDArray[np.float64]:
+    """Scores as an array; NaN is a missing one and stays.
+
+    Raises:
+        DataError: a score outside [0, 1].
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    outside = (values < 0) | (values > 1)
+    if outside.any():
+        where = int(outside.reshape(-1).argmax())
+        raise DataError(f"score {where} is {values.reshape(-1)[where]}: scores are probabilities in [0, 1]")
+    return values
 
 
 def _logit(values: NDArray[np.float64]) -> NDArray[np.float64]:
     clipped = np.clip(values, CLIP, 1.0 - CLIP)
     return np.asarray(np.log(clipped) - np.log1p(-clipped), dtype=np.float64)
-
-
-def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # NaN is a missing score and stays one
-        return np.asarray(np.exp(-np.logaddexp(0.0, -logits)), dtype=np.float64)
-
-
-def _check_range(values: NDArray[np.float64]) -> None:
-    outside = (values < 0) | (values > 1)
-    if outside.any():
-        where = int(outside.reshape(-1).argmax())
-        raise DataError(f"score {where} is {values.reshape(-1)[where]}: scores are probabilities in [0, 1]")

@@ -17,7 +17,7 @@ from stepkd.models.source import trained_template
 from stepkd.models.step_head import StepHeadSpec, step_head_from_dict
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
-from stepkd.scorers.prm import PRMScorer
+from stepkd.scorers.prm import PRMScorer, ReadingOptions
 from stepkd.scorers.published import PublishedKind, load_published, recognise
 from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer
 from stepkd.scorers.scorer import StepScorer
@@ -92,28 +92,26 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
     if kind in _WITHOUT_MODEL:
         return _WITHOUT_MODEL[kind]()
     device = pick_device(options.device)
-    common: dict[str, Any] = {
-        name: getattr(options, name) for name in ("max_length", "max_rows", "shared_prefix", "temperature")
+    weights: dict[str, Any] = {"dtype": options.dtype, "attention": options.attention}
+    reading: ReadingOptions = {
+        "max_length": options.max_length,
+        "max_rows": options.max_rows,
+        "shared_prefix": options.shared_prefix,
+        "temperature": options.temperature,
+        "name": path,
     }
     scorer: PRMScorer | PromptedJudge
     if kind == "judge":
-        policy = load_trained(path, dtype=options.dtype, attention=options.attention)
+        policy = load_trained(path, **weights)
         asked = JUDGE_TEMPLATE if options.template is None else options.template
         yes, no = ([form] for form in options.answers) if options.answers else (None, None)
-        scorer = PromptedJudge(policy, template=asked, yes=yes, no=no, reference=options.reference, name=path, **common)
+        scorer = PromptedJudge(policy, template=asked, yes=yes, no=no, reference=options.reference, **reading)
     elif kind in get_args(PublishedKind):
         if options.separator is not None:
-            common["separator"] = options.separator
-        scorer = load_published(
-            path,
-            cast(PublishedKind, kind),
-            dtype=options.dtype,
-            attention=options.attention,
-            template=options.template,
-            **common,
-        )
+            weights["separator"] = options.separator
+        scorer = load_published(path, cast(PublishedKind, kind), template=options.template, **weights, **reading)
     else:
-        policy = load_trained(path, dtype=options.dtype, attention=options.attention)
+        policy = load_trained(path, **weights)
         if options.head is not None:
             policy.attach_step_head(options.head)
         policy.require_step_head()
@@ -123,7 +121,7 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
                 f"{path} does not say which prompt template it was trained with: give one (--template "
                 f"{', '.join(TEMPLATES)}, or a YAML file)"
             )
-        scorer = PRMScorer(policy, template=template, name=path, **common)
+        scorer = PRMScorer(policy, template=template, **reading)
     scorer.policy.to(device)
     return scorer
 

@@ -212,7 +212,7 @@ def test_bad_input() -> None:
         (one, [1], {"majority": [[0.1, 0.2]]}, ConfigError, "would share a name"),
         (one, [1], {"x": [[0.1, 0.2]], "x_vote": [[0.1, 0.2]]}, ConfigError, "would share a name"),
         (one, [1], {"x": []}, DataError, "score 'x' is given for 0 problems"),
-        (one, [1], {"x": [[0.1]]}, DataError, "problem 'a' has 2 samples but 1 values of score 'x'"),
+        (one, [1], {"x": [[0.1]]}, DataError, "problem 'a', score 'x': 1 scores for 2 samples"),
         (one, [1], {"x": [[0.1, math.nan]]}, DataError, "problem 'a', score 'x': sample 1 has score nan"),
         (one, [1], {"x": [[0.1, -1.0]]}, DataError, r"problem 'a', score 'x': score -1\.0 is negative"),
         ([ProblemSamples("a", [True], [])], [1], {}, DataError, "problem 'a': 1 verdicts but 0 votes"),

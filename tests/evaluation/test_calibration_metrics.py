@@ -137,10 +137,10 @@ def test_undefined_values_have_reasons() -> None:
 
 def test_bad_input() -> None:
     for p, y, message in [
-        ([0.5], [1, 0], "one label per probability"),
+        ([0.5], [1, 0], "one label per score"),
         ([], [], "at least one"),
-        ([0.5, math.nan], [1, 0], r"probability 1 is nan"),
-        ([1.5], [1], r"probability 0 is 1\.5"),
+        ([0.5, math.nan], [1, 0], r"score 1 is missing \(NaN\)"),
+        ([1.5], [1], r"score 0 is 1\.5"),
         ([0.5], [2], r"label 0 is 2\.0"),
     ]:
         with pytest.raises(DataError, match=message):

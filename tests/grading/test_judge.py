@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import ROLLOUT, validate
-from stepkd.evaluation.metrics import FINISHES, VERDICTS
 from stepkd.grading import Grader
 from stepkd.grading.judge import judge, rollout_row, step_labels, vote_keys
 from stepkd.models.tiny import tiny_tokenizer
@@ -108,7 +107,8 @@ def test_a_completion_that_was_cut_off_counts_by_a_finished_answer_only(grader: 
 
 def test_records_fit_the_metrics(grader: Grader, problem: dict[str, Any]) -> None:
     (samples,) = judge([problem], [[rollout(problem["solution"]), rollout("x", finish="length")]], grader)
-    assert all(sample["verdict"] in VERDICTS and sample["finish"] in FINISHES for sample in samples)
+    assert {sample["verdict"] for sample in samples} <= {"correct", "wrong", "unparsed", "timeout"}
+    assert {sample["finish"] for sample in samples} <= {"stop", "length"}
     assert samples[0]["verdict"] == "correct"
     assert samples[0]["step_labels"] == [True] * len(problem["steps"])
     assert samples[1]["step_labels"] == [False]

@@ -71,7 +71,7 @@ def test_bounds() -> None:
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
-        ([0.5, 0.6], [1], "as many labels as scores"),
+        ([0.5, 0.6], [1], "one label per score"),
         ([], [], "at least one"),
         ([0.5, math.nan], [1, 0], r"score 1 is missing \(NaN\)"),
         ([0.5, 1.2], [1, 0], r"score 1 is 1\.2"),
