@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from statistics import NormalDist
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -84,19 +84,20 @@ class Interval:
         return f"{self.value:{number}} [{self.low:{number}}, {self.high:{number}}]"
 
 
-def plain_dict(result: Any) -> dict[str, Any]:
-    """The fields of a result (a dataclass) as JSON takes them, its intervals as :meth:`Interval.to_dict` gives them."""
-    return {each.name: _plain(getattr(result, each.name)) for each in fields(result)}
+class Result:
+    """Base of results: dataclasses of numbers, intervals, and other results."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict for JSON: the fields, intervals as :meth:`Interval.to_dict` gives them."""
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}  # type: ignore[arg-type]
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
+    if isinstance(value, Interval | Result):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return plain_dict(value) if is_dataclass(value) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def check_level(level: float) -> None:

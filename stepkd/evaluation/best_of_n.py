@@ -9,6 +9,7 @@ over-optimisation of the scorer.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,9 +25,9 @@ from stepkd.statistics import (
     FloatArray,
     Interval,
     Resampling,
+    Result,
     cluster_bootstrap,
     mean_interval,
-    plain_dict,
 )
 
 MAX_EXACT_SUBSETS = 2_000
@@ -52,7 +53,7 @@ class ProblemSamples:
 
 
 @dataclass(frozen=True)
-class PairedDifference:
+class PairedDifference(Result):
     """B minus A on the same problems."""
 
     a: str
@@ -64,13 +65,9 @@ class PairedDifference:
     difference: Interval
     """Difference of expected accuracies, paired bootstrap over problems."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return plain_dict(self)
-
 
 @dataclass(frozen=True)
-class CurveResult:
+class CurveResult(Result):
     """Best-of-k curves of several methods on the same problems."""
 
     ks: tuple[int, ...]
@@ -97,7 +94,7 @@ class CurveResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON, without the values per problem."""
-        result = plain_dict(self)
+        result = super().to_dict()
         del result["per_problem"]
         return result
 
@@ -302,9 +299,8 @@ def _check_problems(
         raise ConfigError(
             f"methods {names} would share a name: rename the scores, {CEILING!r} and {MAJORITY!r} are taken"
         )
-    ids = [problem.id for problem in problems]
-    if len(set(ids)) < len(ids):
-        repeated = next(each for each in ids if ids.count(each) > 1)
+    repeated, times = Counter(problem.id for problem in problems).most_common(1)[0]
+    if times > 1:
         raise DataError(f"problem id {repeated!r} occurs twice", column="id")
     for name, per_problem in scores.items():
         if len(per_problem) != len(problems):

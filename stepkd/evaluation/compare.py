@@ -10,7 +10,7 @@ from typing import Any
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.manifest import RESULTS_NAME, manifest_differences, read_manifest
 from stepkd.evaluation.store import read_rows
-from stepkd.statistics import Interval, mcnemar_exact, mean_interval, paired_bootstrap
+from stepkd.statistics import Interval, Resampling, mcnemar_exact, mean_interval, paired_bootstrap
 
 LISTED_IDS = 10
 """Most problem ids printed per list; ``to_dict`` has them all."""
@@ -123,24 +123,18 @@ def compare_runs(
     only_a, only_b = len(a_rows) - len(ids), len(b_rows) - len(ids)
     if only_a or only_b:
         warnings.append(f"{only_a} problems only in A and {only_b} only in B are left out")
-    a_right = [a_rows[problem_id] for problem_id in ids]
-    b_right = [b_rows[problem_id] for problem_id in ids]
-    a_rate, b_rate = _shares(a_right), _shares(b_right)
-    pairs = list(zip(ids, a_right, b_right, strict=True))
-    fixed = tuple(problem_id for problem_id, a, b in pairs if b[0] and not a[0])
-    broken = tuple(problem_id for problem_id, a, b in pairs if a[0] and not b[0])
-
-    def interval(rates: list[float]) -> Interval:
-        return mean_interval(rates, level=level, seed=seed, n_resamples=n_resamples)
-
+    a_rate, b_rate = ([sum(rows[i]) / len(rows[i]) for i in ids] for rows in (a_rows, b_rows))
+    fixed = tuple(i for i in ids if b_rows[i][0] and not a_rows[i][0])
+    broken = tuple(i for i in ids if a_rows[i][0] and not b_rows[i][0])
+    resampling: Resampling = {"level": level, "seed": seed, "n_resamples": n_resamples}
     return Comparison(
         name_a=str(dir_a),
         name_b=str(dir_b),
         benchmark=str(manifest_a["benchmark"]["name"]),
         problems=len(ids),
-        pass1_a=interval(a_rate),
-        pass1_b=interval(b_rate),
-        difference=paired_bootstrap(a_rate, b_rate, level=level, seed=seed, n_resamples=n_resamples),
+        pass1_a=mean_interval(a_rate, **resampling),
+        pass1_b=mean_interval(b_rate, **resampling),
+        difference=paired_bootstrap(a_rate, b_rate, **resampling),
         fixed=fixed,
         broken=broken,
         p_value=mcnemar_exact(len(broken), len(fixed)),
@@ -160,10 +154,6 @@ def _by_id(directory: str | Path) -> dict[str, list[bool]]:
             raise DataError(f"problem {row['id']!r} has no samples", path=path, column="samples")
         right[row["id"]] = [sample.get("verdict") == "correct" for sample in samples]
     return right
-
-
-def _shares(right: Sequence[Sequence[bool]]) -> list[float]:
-    return [sum(samples) / len(samples) for samples in right]
 
 
 def _shorten(ids: Sequence[str]) -> str:

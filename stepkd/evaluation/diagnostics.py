@@ -22,9 +22,9 @@ from stepkd.statistics import (
     FloatArray,
     Interval,
     Resampling,
+    Result,
     cluster_bootstrap,
     cluster_sums,
-    plain_dict,
     proper_width,
     ratio_interval,
     ratio_of_sums,
@@ -34,7 +34,7 @@ from stepkd.tasks.base import is_answer
 
 
 @dataclass(frozen=True)
-class ArgminPositions:
+class ArgminPositions(Result):
     """Where in its solution the lowest step score falls, against a place drawn at random."""
 
     edges: tuple[float, ...]
@@ -53,10 +53,6 @@ class ArgminPositions:
     """Solutions counted."""
     single_step: int
     """Solutions left out because they have one step only."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return plain_dict(self)
 
 
 def argmin_positions(
@@ -136,7 +132,7 @@ class Swap:
 
 
 @dataclass(frozen=True)
-class OrderSwapResult:
+class OrderSwapResult(Result):
     """How scores react to swaps; a part without swaps is None."""
 
     dependent_drop_rate: Interval | None
@@ -155,10 +151,6 @@ class OrderSwapResult:
     """Swaps left out because one of the two solutions has no score."""
     tolerance: float
     """Largest change that counts as staying."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return plain_dict(self)
 
 
 def swap_adjacent(steps: Sequence[str], position: int) -> list[str]:

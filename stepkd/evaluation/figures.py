@@ -50,14 +50,8 @@ def reliability_diagram(result: Mapping[str, Any], path: str | Path) -> Path:
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfect calibration")
-        filled = [each for each in bins if each["count"]]
-        upper.plot(
-            [each["confidence"] for each in filled],
-            [each["accuracy"] for each in filled],
-            color=COLOURS[0],
-            marker=MARKERS[0],
-            label="scores",
-        )
+        points = [(each["confidence"], each["accuracy"]) for each in bins if each["count"]]
+        upper.plot(*zip(*points, strict=True), color=COLOURS[0], marker=MARKERS[0], label="scores")
         upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share of right labels")
         ece, n = _number(result, "ece"), result.get("n", sum(each["count"] for each in bins))
         upper.set_title(f"Reliability (n = {n}, ECE {ece})")
@@ -114,15 +108,10 @@ def best_of_n_figure(result: Mapping[str, Any], path: str | Path) -> Path:
                 linestyle=LINES[i % len(LINES)],
                 label=f"{name}@N (ceiling)" if name == "pass" else name,
             )
-            bounded = [(k, point) for k, point in zip(ks, curve, strict=True) if point["low"] is not None]
-            axes.fill_between(
-                [k for k, _ in bounded],
-                [point["low"] for _, point in bounded],
-                [point["high"] for _, point in bounded],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
+            band = [(k, at["low"], at["high"]) for k, at in zip(ks, curve, strict=True) if at["low"] is not None]
+            if band:
+                at, low, high = zip(*band, strict=True)
+                axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()

@@ -101,11 +101,10 @@ def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int
 
 @lru_cache(maxsize=4096)
 def _binomial(n: int, p: float) -> FloatArray:
-    """Probabilities of 0..n successes in n trials, 0 < p < 1, in logarithms so that large n does not overflow."""
-    log_p, log_q = math.log(p), math.log1p(-p)
-    log_n = math.lgamma(n + 1)
-    logs = [log_n - math.lgamma(s + 1) - math.lgamma(n - s + 1) + s * log_p + (n - s) * log_q for s in range(n + 1)]
-    probabilities = np.exp(np.array(logs))
+    """Probabilities of 0..n successes in n trials, 0 < p < 1."""
+    from scipy.stats import binom
+
+    probabilities = np.asarray(binom.pmf(np.arange(n + 1), n, p), dtype=np.float64)
     probabilities.flags.writeable = False  # shared between callers
     return probabilities
 

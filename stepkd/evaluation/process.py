@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.calibration_metrics import calibration_report
 from stepkd.evaluation.diagnostics import Swap, argmin_positions, order_swap_test
 from stepkd.evaluation.manifest import RESULTS_NAME
-from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
+from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
 from stepkd.evaluation.store import read_rows
 from stepkd.randomness import generator
 from stepkd.scorers.scorer import Meaning
-from stepkd.statistics import FloatArray, Interval, Resampling, cluster_bootstrap, plain_dict, wilson_interval
+from stepkd.statistics import FloatArray, Interval, Resampling, Result, cluster_bootstrap, wilson_interval
 from stepkd.steps.labels import passes
 
 NO_ERROR = -1
@@ -39,7 +38,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class F1Result:
+class F1Result(Result):
     """ProcessBench F1 of one set; a part that has no rows is None, and then so is the F1."""
 
     acc_error: Interval | None
@@ -52,10 +51,6 @@ class F1Result:
     """Solutions with an error."""
     n_correct: int
     """Solutions without an error."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return plain_dict(self)
 
 
 def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> int:

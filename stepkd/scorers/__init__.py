@@ -5,6 +5,7 @@ The names of scorers load on first use, because a model library comes with them.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stepkd.scorers.scorer import (
@@ -28,16 +29,12 @@ if TYPE_CHECKING:
     from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer
 
 _LAZY = {
-    "ArithmeticScorer": "rules",
-    "CheckerScorer": "rules",
-    "GainScorer": "rules",
-    "PRMScorer": "prm",
-    "PromptedJudge": "judge",
-    "ScorerOptions": "load",
-    "TemperatureScaling": "calibration",
-    "fit_temperature": "calibration",
-    "load_published": "published",
-    "load_scorer": "load",
+    "calibration": ("TemperatureScaling", "fit_temperature"),
+    "judge": ("PromptedJudge",),
+    "load": ("ScorerOptions", "load_scorer"),
+    "prm": ("PRMScorer",),
+    "published": ("load_published",),
+    "rules": ("ArithmeticScorer", "CheckerScorer", "GainScorer"),
 }
 
 __all__ = [
@@ -64,8 +61,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(f"stepkd.scorers.{_LAZY[name]}"), name)
+    for module, names in _LAZY.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

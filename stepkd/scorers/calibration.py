@@ -29,7 +29,8 @@ class TemperatureScaling:
     """A fitted temperature, and what it did to the data it was fitted on."""
 
     temperature: float
-    """T in [0.01, 100]: above 1 for over-confident scores, below 1 for timid ones."""
+    """T in [0.01, 100]: above 1 for over-confident scores, below 1 for timid ones. At a bound the optimum lies outside:
+    at 0.01 the scores separate the labels without an error, at 100 they say nothing about them, or the contrary."""
     nll_before: float
     """Mean negative log-likelihood per label at T = 1, in nats."""
     nll_after: float
@@ -40,15 +41,6 @@ class TemperatureScaling:
     def __post_init__(self) -> None:
         if not LOWEST <= self.temperature <= HIGHEST:
             raise ConfigError(f"temperature={self.temperature!r} must lie between {LOWEST} and {HIGHEST}")
-
-    @property
-    def at_bound(self) -> bool:
-        """Whether the optimum lies outside the bounds.
-
-        At 0.01 the scores separate the labels without an error; at 100 they say nothing about the labels, or the
-        contrary.
-        """
-        return self.temperature in (LOWEST, HIGHEST)
 
     def apply(self, scores: ArrayLike) -> NDArray[np.float64]:
         """Scale scores.
@@ -83,15 +75,12 @@ class TemperatureScaling:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror or error}", path=path) from None
-        except ValueError as error:
-            raise DataError(f"is not JSON: {error}", path=path) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise DataError(f"is no temperature fit of stepkd: its format must be {FORMAT!r}", path=path)
-        if data.get("version") != VERSION:
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot be read as JSON: {error}", path=path) from None
+        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             raise DataError(
-                f"has version {data.get('version')!r}, this stepkd reads {VERSION}: fit again, or update", path=path
+                f"is no temperature fit that this stepkd reads (format {FORMAT!r}, version {VERSION}): fit again",
+                path=path,
             )
         try:
             numbers = {name: float(data[name]) for name in ("temperature", "nll_before", "nll_after")}
@@ -111,7 +100,7 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureScaling:
         labels: (n,) 0 or 1 (bool), both present.
 
     Returns:
-        The fit; `TemperatureScaling.at_bound` tells that there was no optimum within [0.01, 100].
+        The fit; its temperature is 0.01 or 100 where there is no optimum between.
 
     Raises:
         DataError: different lengths, no data, a missing or impossible score, a label that is not 0 or 1, only one

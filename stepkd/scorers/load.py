@@ -23,17 +23,11 @@ from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer
 from stepkd.scorers.scorer import StepScorer
 
 ScorerKind = Literal["prm", "judge", "checker", "arithmetic", "gain", "math-shepherd", "qwen-prm", "trl"]
-SCORER_KINDS: dict[str, str] = {
-    "prm": "a reward model of stepkd: run folder, checkpoint, export, or a plain model with a head setting",
-    "judge": "any language model, asked whether each step is right",
-    "checker": "the exact checker of the tiny world",
-    "arithmetic": "the sums that a step writes out, done again; everything else passes",
-    "gain": "what of the row's solution a step adds, less what it says again",
-    "math-shepherd": "a published model with the layout of math-shepherd-mistral-7b-prm",
-    "qwen-prm": "a published model with the layout of Qwen2.5-Math-PRM",
-    "trl": "a token classification model trained by TRL's PRMTrainer",
-}
-"""Kinds of scorers by the word before the colon."""
+"""Kinds of scorers by the word before the colon: a reward model of stepkd (run folder, checkpoint, export, or a plain
+model with a head setting); any language model, asked whether each step is correct; the exact checker of the tiny world;
+the sums that a step writes out, done again, everything else passes; what of the row's solution a step adds, less what
+it says again; published models with the layout of math-shepherd-mistral-7b-prm, of Qwen2.5-Math-PRM, and token
+classification models trained by TRL's PRMTrainer."""
 _WITHOUT_MODEL: dict[str, Callable[[], StepScorer]] = {
     "checker": CheckerScorer,
     "arithmetic": ArithmeticScorer,
@@ -169,10 +163,10 @@ def _split(text: str) -> tuple[ScorerKind, str]:
     if text in _WITHOUT_MODEL:
         return cast(ScorerKind, text), ""
     if colon and "/" not in word and "." not in word and not Path(text).exists():
-        if word not in SCORER_KINDS or word in _WITHOUT_MODEL:
+        if word not in get_args(ScorerKind) or word in _WITHOUT_MODEL:
             raise ConfigError(
-                f"unknown kind of scorer {word!r} in {text!r}.{nearest(word, SCORER_KINDS)} Known: "
-                f"{', '.join(SCORER_KINDS)} ({', '.join(_WITHOUT_MODEL)} stand alone)"
+                f"unknown kind of scorer {word!r} in {text!r}.{nearest(word, get_args(ScorerKind))} Known: "
+                f"{', '.join(get_args(ScorerKind))} ({', '.join(_WITHOUT_MODEL)} stand alone)"
             )
         if not path:
             raise ConfigError(f"{text!r} names no model: write {word}:PATH")

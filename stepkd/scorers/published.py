@@ -20,7 +20,6 @@ wiring is tested on stand-ins of the same architecture.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
@@ -98,8 +97,7 @@ def recognise(path: str) -> PublishedKind | None:
     Raises:
         ModelError: nothing of that name here or on the hub.
     """
-    config = _read_config(path)
-    names = [str(name) for name in (config or {}).get("architectures") or []]
+    names = _architectures(path)
     if any("ProcessRewardModel" in name for name in names):
         return "qwen-prm"
     if any(name.endswith("ForTokenClassification") for name in names):
@@ -210,25 +208,20 @@ def _check_head(path: str, weights: dict[str, Tensor], layers: int) -> None:
         weights[f"{last}.bias"] = torch.zeros(2)
 
 
-def _read_config(path: str) -> dict[str, Any] | None:
-    """``config.json`` of a folder, or of a hub id that can be reached or is in the cache."""
+def _architectures(path: str) -> list[str]:
+    """What the configuration names, of a folder or of a hub id that can be reached or is in the cache."""
     folder = Path(path).expanduser()
-    file: str | Path = folder / "config.json"
-    if path in TINY_PRESETS:
-        return None
+    if path in TINY_PRESETS or folder.is_file():
+        return []
     if not folder.exists():
         check_source(path)
-        from huggingface_hub import hf_hub_download
+    from transformers import PretrainedConfig
 
-        try:
-            file = hf_hub_download(path, "config.json")
-        except Exception:  # offline, no such repository, no permission: loading will say which
-            return None
     try:
-        config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
+        config, _ = PretrainedConfig.get_config_dict(folder if folder.exists() else path)
+        return [str(name) for name in config.get("architectures") or []]
+    except Exception:  # no configuration there; offline, no such repository, no permission: loading will say which
+        return []
 
 
 def _folder(path: str) -> Path:

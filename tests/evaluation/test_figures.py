@@ -14,9 +14,9 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.best_of_n import ProblemSamples, bon_curve
-from stepkd.evaluation.calibration_metrics import calibration_report
 from stepkd.evaluation.diagnostics import argmin_positions
 from stepkd.evaluation.figures import argmin_histogram, best_of_n_figure, reliability_diagram
+from stepkd.evaluation.step_metrics import calibration_report
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -1,18 +1,24 @@
-"""Step-level metrics against torchmetrics, pair counting and closed forms."""
+"""Step-level metrics and calibration against torchmetrics, pair counting, closed forms and bootstraps by hand."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-from stepkd.errors import DataError
+from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation import step_metrics as module
-from stepkd.evaluation.step_metrics import auroc, labelled_steps, step_metrics
+from stepkd.evaluation.step_metrics import (
+    calibration_report,
+    labelled_steps,
+    reliability_bins,
+    step_metrics,
+)
 
 FAST: dict[str, Any] = {"n_resamples": 300}
 NAN = math.nan
@@ -21,6 +27,11 @@ NAN = math.nan
 def pairs_won(scores: np.ndarray, labels: np.ndarray) -> float:
     right, wrong = scores[labels == 1], scores[labels == 0]
     return float(np.mean([(a > b) + 0.5 * (a == b) for a in right for b in wrong]))
+
+
+def auroc(scores: Any, labels: Any) -> float | None:
+    area = step_metrics(labelled_steps([[s] for s in scores], [[int(y)] for y in labels]), n_resamples=1).auroc
+    return None if area is None else area.value
 
 
 def test_auroc_equals_pair_counting_and_torchmetrics() -> None:
@@ -93,7 +104,7 @@ def test_up_to_the_first_error() -> None:
     assert (cut.unlabelled, cut.after_error) == (1, 2)
 
 
-def test_bad_input() -> None:
+def test_steps_that_cannot_be_judged() -> None:
     with pytest.raises(DataError, match=r"solution 0, step 1 has a label but no score \(NaN\)"):
         labelled_steps([[0.5, NAN]], [[1, 1]])
     assert labelled_steps([[0.5, NAN]], [[1, None]]).scores.tolist() == [0.5]
@@ -105,3 +116,141 @@ def test_bad_input() -> None:
         labelled_steps([[0.5]], [[None]])
     with pytest.raises(DataError, match="must agree"):
         labelled_steps([[0.5]], [[1]], problems=["a", "b"])
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def test_ece_equals_torchmetrics() -> None:
+    rng = np.random.default_rng(0)
+    for bins in (5, 10, 15):
+        p = rng.random(500)
+        y = (rng.random(500) < p**2).astype(int)
+        theirs = binary_calibration_error(torch.tensor(p), torch.tensor(y), n_bins=bins, norm="l1")
+        assert calibration_report(p, y, bins=bins, **FAST).ece.value == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_ece_closed_form() -> None:
+    # Bin of 0.9s: accuracy 0.5, gap 0.4, weight 4/6; bin of 0.2s: accuracy 0, gap 0.2, weight 2/6.
+    p, y = [0.9] * 4 + [0.2] * 2, [1, 1, 0, 0, 0, 0]
+    expected = 4 / 6 * 0.4 + 2 / 6 * 0.2
+    assert calibration_report(p, y, **FAST).ece.value == pytest.approx(expected)
+    assert calibration_report(p, y, bins=2, binning="mass", **FAST).ece.value == pytest.approx(expected)
+    assert calibration_report(p, y, bins=1, **FAST).ece.value == pytest.approx(abs(2 / 6 - 4 / 6))
+
+
+def test_bins_hold_their_lower_edge_and_the_last_is_closed() -> None:
+    bins = reliability_bins([0.0, 0.1, 0.3, 0.6, 0.7, 0.999, 1.0], [0, 1, 0, 1, 1, 1, 0])
+    assert [each.count for each in bins] == [1, 1, 0, 1, 0, 0, 1, 1, 0, 2]
+    assert (bins[9].confidence, bins[9].accuracy) == (pytest.approx(0.9995), 0.5)
+    assert (bins[2].confidence, bins[2].accuracy) == (None, None)
+
+
+def test_equal_mass_bins_keep_ties_together() -> None:
+    rng = np.random.default_rng(1)
+    p = rng.random(100)
+    assert [each.count for each in reliability_bins(p, p > 0.5, bins=4, binning="mass")] == [25] * 4
+    tied = reliability_bins([0.5] * 6 + [0.8] * 2, [1] * 8, bins=4, binning="mass")
+    assert [each.count for each in tied] == [6, 2]
+    assert [each.count for each in reliability_bins([0.5] * 3, [1, 0, 1], bins=4, binning="mass")] == [3]
+
+
+def test_brier_and_skill() -> None:
+    p, y = [0.9, 0.6, 0.2], [1, 0, 0]
+    brier = (0.01 + 0.36 + 0.04) / 3
+    report = calibration_report(p, y, confident=(0.6, 0.95), **FAST)
+    assert report.brier.value == pytest.approx(brier)
+    assert report.skill_base_rate is not None
+    assert report.skill_base_rate.value == pytest.approx(1 - brier / (1 / 3 * 2 / 3))
+    base_rate = calibration_report([1 / 3] * 3, y, **FAST).skill_base_rate
+    assert base_rate is not None
+    assert base_rate.value == pytest.approx(0.0)
+    assert report.over_confidence[0.6] is not None
+    assert report.over_confidence[0.6].value == 0.5
+    assert report.over_confidence[0.95] is None
+
+
+def brier_skill(p: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
+    return float(1 - np.mean((p - y) ** 2) / (y.mean() * (1 - y.mean())))
+
+
+def test_report_agrees_with_the_formulas() -> None:
+    rng = np.random.default_rng(2)
+    p = rng.random(300)
+    y = rng.random(300) < p**2
+    for binning in ("width", "mass"):
+        report = calibration_report(p, y, problems=np.repeat(np.arange(60), 5), binning=binning, **FAST)
+        gaps = [
+            b.count / 300 * abs(b.accuracy - b.confidence)
+            for b in reliability_bins(p, y, binning=binning)
+            if b.accuracy is not None and b.confidence is not None
+        ]
+        assert report.ece.value == pytest.approx(sum(gaps))
+        assert report.brier.value == pytest.approx(np.mean((p - y) ** 2))
+        assert report.skill_base_rate is not None
+        assert report.skill_base_rate.value == pytest.approx(brier_skill(p, y))
+        assert report.skill_base_rate.low < report.skill_base_rate.value < report.skill_base_rate.high
+        assert report.skill_coin.value == pytest.approx(1 - np.mean((p - y) ** 2) / 0.25)
+        assert report.skill_coin.low < report.skill_coin.value < report.skill_coin.high
+        over = report.over_confidence[0.9]
+        assert over is not None
+        assert over.value == pytest.approx(1 - y[p >= 0.9].mean())
+        assert (report.n, report.problems) == (300, 60)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_intervals_resample_problems() -> None:
+    # Ten copies of each row within a problem say nothing new: the interval must not shrink.
+    rng = np.random.default_rng(3)
+    p = rng.random(80)
+    y = rng.random(80) < p
+    single = calibration_report(p, y, **FAST)
+    copies = calibration_report(np.repeat(p, 10), np.repeat(y, 10), problems=np.repeat(np.arange(80), 10), **FAST)
+    for name in ("ece", "brier", "skill_base_rate"):
+        one, ten = getattr(single, name), getattr(copies, name)
+        assert (ten.value, ten.low, ten.high) == pytest.approx((one.value, one.low, one.high))
+    apart = calibration_report(np.repeat(p, 10), np.repeat(y, 10), **FAST)
+    assert apart.brier.high - apart.brier.low < 0.5 * (single.brier.high - single.brier.low)
+
+
+def test_skill_interval_equals_the_bootstrap_done_by_hand() -> None:
+    rng = np.random.default_rng(4)
+    p, y = rng.random(40), rng.integers(0, 2, size=40)
+    skill = calibration_report(p, y, n_resamples=200, seed=9).skill_base_rate
+    draws = np.random.default_rng(9).integers(40, size=(200, 40))
+    low, high = np.quantile([brier_skill(p[rows], y[rows]) for rows in draws], [0.025, 0.975])
+    assert skill is not None
+    assert (skill.low, skill.high) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_undefined_values_have_reasons() -> None:
+    report = calibration_report([0.2, 0.4], [1, 1], confident=[0.8], **FAST)
+    assert report.skill_base_rate is None
+    assert report.over_confidence == {0.8: None}
+    assert report.undefined == {
+        "skill_base_rate": "all 2 labels are 1: the base rate makes no error",
+        "over_confidence at 0.8": "no probability is 0.8 or more",
+    }
+    same = calibration_report([0.5] * 4, [1] * 4, **FAST)
+    assert math.isnan(same.brier.low)
+    assert math.isnan(same.ece.low)
+
+
+def test_probabilities_and_settings_that_cannot_be() -> None:
+    for p, y, message in [
+        ([0.5], [1, 0], "one label per score"),
+        ([], [], "at least one"),
+        ([0.5, math.nan], [1, 0], r"score 1 is missing \(NaN\)"),
+        ([1.5], [1], r"score 0 is 1\.5"),
+        ([0.5], [2], r"label 0 is 2\.0"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            calibration_report(p, y)
+    with pytest.raises(DataError, match="1 problem ids for 2 probabilities"):
+        calibration_report([0.5, 0.6], [1, 0], problems=["a"])
+    with pytest.raises(ConfigError, match="bins=0"):
+        reliability_bins([0.5], [1], bins=0)
+    with pytest.raises(ConfigError, match="unknown binning 'widths': did you mean 'width'"):
+        reliability_bins([0.5], [1], binning="widths")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"confidence 80 of the over-confidence rate"):
+        calibration_report([0.5], [1], confident=[80])
