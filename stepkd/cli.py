@@ -144,21 +144,16 @@ def _find_own_modules() -> None:
 
 
 def _overview() -> str:
-    lines = [
-        f"stepkd {stepkd.__version__}: step-level supervision for language-model reasoning",
-        "",
-        "usage: stepkd COMMAND [options]        (stepkd COMMAND --help for each)",
-        "",
-    ]
-    for name, text in {**COMMANDS, **TRAINER_COMMANDS}.items():
-        lines.append(f"  {name:<14} {text}")
-    lines += [
-        "",
-        "  --safe         with any command: recipes may name no code outside stepkd and Lightning's own parts",
-        "",
-        "first steps:",
-        "  stepkd quickstart",
-        "  stepkd recipes list",
-        "  stepkd fit --config tiny/sft --out runs/first",
-    ]
-    return "\n".join(lines)
+    commands = "\n".join(f"  {name:<14} {text}" for name, text in {**COMMANDS, **TRAINER_COMMANDS}.items())
+    return f"""stepkd {stepkd.__version__}: step-level supervision for language-model reasoning
+
+usage: stepkd COMMAND [options]        (stepkd COMMAND --help for each)
+
+{commands}
+
+  --safe         with any command: recipes may name no code outside stepkd and Lightning's own parts
+
+first steps:
+  stepkd quickstart
+  stepkd recipes list
+  stepkd fit --config tiny/sft --out runs/first"""

@@ -99,29 +99,26 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
     memory = {"at_least_bytes": bound.at_least, "measured_bytes": None, **asdict(bound)}
     free = (device_room(torch.device("cuda", 0)) if here else None) if device == "cuda" else memory_free()
     room = "" if free is None else f" of {gib(free)} free"
-    need = ("recipe", "memory", f"at least {gib(bound.at_least)}{room}")
-    if free is not None and bound.at_least > free:
-        found = Finding(*need, "bad", ADVICE)
-    elif free is None or world > 1 or shards > 1:
-        why = (
-            "a run of several processes is not tried" if free is not None else f"there is no free {device} memory here"
-        )
-        found = Finding(*need, "note", f"activations come on top, not measured: {why}")
+    level: Level = "note"
+    value, advice = f"at least {gib(bound.at_least)}{room}", "activations come on top, not measured: "
+    if free is None:
+        advice += f"there is no free {device} memory here"
+    elif bound.at_least > free:
+        level, advice = "bad", ADVICE
+    elif world > 1 or shards > 1:
+        advice += "a run of several processes is not tried"
     else:
         print("measuring two optimiser steps on the largest batch ...", file=sys.stderr, flush=True)
         try:
-            peak = measured_peak(words, device)
-        except MachineError as error:
-            found = Finding(*need, "bad", f"two optimiser steps do not fit: {error}")
+            memory["measured_bytes"] = peak = measured_peak(words, device)
+            value, advice = f"{gib(peak)}{room}, measured over two optimiser steps", ""
+            level = "note" if peak > 0.9 * free else "ok"
         except DataError as error:
-            found = Finding(*need, "note", f"activations come on top, not measured: {error}")
+            advice += str(error)
         except StepkdError as error:
-            found = Finding(*need, "bad", f"a run would stop: {error}")
-        else:
-            memory["measured_bytes"] = peak
-            value = f"{gib(peak)}{room}, measured over two optimiser steps"
-            found = Finding("recipe", "memory", value, "note" if peak > 0.9 * free else "ok")
-    findings = [found]
+            what = "two optimiser steps do not fit" if isinstance(error, MachineError) else "a run would stop"
+            level, advice = "bad", f"{what}: {error}"
+    findings = [Finding("recipe", "memory", value, level, advice)]
     half = "bf16" in precision or module.policy_spec.dtype == "bfloat16"
     if half and device == "cpu" and not fast_bfloat16():
         findings.append(
@@ -132,33 +129,28 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
 
 def _show(findings: Sequence[Finding], memory: dict[str, Any] | None) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    signs = {"ok": Text("ok", "green"), "note": Text("note", "yellow"), "bad": Text("bad", "bold red")}
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "", "", ""):
-        table.add_column(name, overflow="fold")
+    colours = {"ok": "green", "note": "yellow", "bad": "bold red"}
+    table = Table(*(Column(overflow="fold") for _ in range(4)), box=None, pad_edge=False, show_header=False)
     section = ""
-    for finding in findings:
-        shown = finding.section if finding.section != section else ""
-        section = finding.section
-        value = finding.value if not finding.advice else f"{finding.value}\n{finding.advice}"
-        table.add_row(Text(shown, "bold"), finding.name, Text(value), signs[finding.level])
+    for each in findings:
+        shown, section = each.section if each.section != section else "", each.section
+        value = Text(f"{each.value}\n{each.advice}".rstrip())
+        table.add_row(Text(shown, "bold"), each.name, value, Text(each.level, colours[each.level]))
     console.print(table)
     if memory is None:
         return
-    parts = Table(title="memory on each device, at least", box=None, pad_edge=False, title_justify="left")
-    parts.add_column("part")
-    parts.add_column("bytes", justify="right")
+    title = "memory on each device, at least"
+    parts = Table("part", Column("bytes", justify="right"), title=title, box=None, pad_edge=False, title_justify="left")
     for name, number in memory["held"].items():
         parts.add_row(name, gib(number))
     for phase, inside in memory["phases"].items():
         for name, number in inside.items():
             parts.add_row(f"{phase}: {name}", gib(number))
-    at_least = Text(gib(memory["at_least_bytes"]), "bold")
-    parts.add_row(Text("at least: the first, and the largest phase", "bold"), at_least)
+    parts.add_row("at least: the first, and the largest phase", gib(memory["at_least_bytes"]), style="bold")
     console.print()
     console.print(parts)
     for name, fact in memory["facts"].items():

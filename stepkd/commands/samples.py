@@ -64,32 +64,22 @@ def _show(console: Any, entry: Mapping[str, Any], number: int | None) -> None:
     console.print(Rule(Text(f"step {entry['step']}")))
     console.print(f"{sum(counts)} completions of {edges[0]:g} to {edges[-1]:g} tokens: [{bars(counts)}]", markup=False)
     for sample in entry["samples"][:number]:
-        _show_sample(console, sample)
-
-
-def _show_sample(console: Any, sample: Mapping[str, Any]) -> None:
-    from rich.text import Text
-
-    console.print()
-    console.print(Text(str(_prompt(sample["prompt"])).strip(), style="bold"))
-    scores = sample["step_scores"] or [None] * len(sample["steps"])
-    whole = {True: "green", False: "red"}.get(sample["correct"], "")
-    for step, score in zip(sample["steps"], scores, strict=False):
-        line = Text(step.strip("\n"), style=colour(score) if sample["step_scores"] else whole)
-        if score is not None:
-            line.append(f"  {score:.2f}", style="dim")
-        console.print(line)
-    values = {"reward": sample["reward"]} | (sample["rewards"] if len(sample["rewards"]) > 1 else {})
-    facts = [f"{name} {'none' if value is None else format(value, '.3g')}" for name, value in values.items()]
-    if sample["correct"] is not None:
-        facts.insert(1, "right" if sample["correct"] else f"wrong (answer {sample['answer']})")
-    facts += [f"{sample['tokens']} tokens"] + ["cut off"] * bool(sample["cut_off"])
-    console.print(Text(", ".join(facts), style="dim"))
-
-
-def _prompt(prompt: Any) -> Any:
-    """A text, or the last message of a chat."""
-    return prompt if not isinstance(prompt, list) or not prompt else prompt[-1].get("content", "")
+        prompt = sample["prompt"]
+        if isinstance(prompt, list) and prompt:  # a chat
+            prompt = prompt[-1].get("content", "")
+        console.print()
+        console.print(Text(str(prompt).strip(), style="bold"))
+        scores, correct = sample["step_scores"], sample["correct"]
+        whole = {True: "green", False: "red"}.get(correct, "")
+        for step, score in zip(sample["steps"], scores or [None] * len(sample["steps"]), strict=False):
+            line = Text(step.strip("\n"), style=colour(score) if scores else whole)
+            console.print(line if score is None else line.append(f"  {score:.2f}", style="dim"))
+        values = {"reward": sample["reward"]} | (sample["rewards"] if len(sample["rewards"]) > 1 else {})
+        facts = [f"{name} {'none' if value is None else format(value, '.3g')}" for name, value in values.items()]
+        if correct is not None:
+            facts.insert(1, "correct" if correct else f"incorrect (answer {sample['answer']})")
+        facts += [f"{sample['tokens']} tokens"] + ["cut off"] * bool(sample["cut_off"])
+        console.print(Text(", ".join(facts), style="dim"))
 
 
 def bars(counts: list[int]) -> str:

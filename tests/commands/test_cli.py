@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from stepkd import yaml_files
 from stepkd.cli import COMMANDS, TRAINER_COMMANDS, main
@@ -429,3 +430,12 @@ def test_a_run_of_version_0_1_is_exported_and_not_continued(tmp_path: Path, caps
     again = ["fit", *small, "--model.policy.path", "tiny-0.1m"]
     assert main([*again, "--ckpt_path", str(run), "--out", str(tmp_path / "other")]) == 2
     assert "was written by stepkd 0.1" in capsys.readouterr().err
+
+
+def test_the_citation_names_the_version() -> None:
+    import stepkd
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == stepkd.__version__
+    assert citation["cff-version"]
+    assert citation["authors"]
