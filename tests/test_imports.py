@@ -104,7 +104,6 @@ def test_imports_point_only_to_earlier_rooms() -> None:
     assert not wrong, "\n".join(sorted(wrong))
 
 
-@pytest.mark.xfail(strict=True, reason="five circles are left")
 def test_no_import_circles() -> None:
     order = graphlib.TopologicalSorter({name: others - {name, "stepkd"} for name, others in _imports().items()})
     order.prepare()

@@ -79,7 +79,7 @@ def test_export_loads_in_plain_transformers_with_identical_logits(trained: Path,
 
 @pytest.mark.parametrize("benchmark", ["gsm8k", "math500"])
 def test_evaluation_gives_verdicts(benchmark: str, gguf: Path, data_dir: Path, tmp_path: Path) -> None:
-    from stepkd.evaluation.store import read_rows
+    from stepkd.runs.job import read_results
 
     out = tmp_path / "out"
     shown = stepkd(
@@ -87,7 +87,7 @@ def test_evaluation_gives_verdicts(benchmark: str, gguf: Path, data_dir: Path, t
         *("--limit", 4, "--max-new-tokens", 48, "--out", out),
     )
     assert "pass@1" in shown
-    samples = [sample for row in read_rows(out / "results.jsonl") for sample in row["samples"]]
+    samples = [sample for row in read_results(out) for sample in row["samples"]]
     assert len(samples) == 4
     assert all(sample["verdict"] in ("correct", "wrong", "unparsed") and sample["tokens"] > 0 for sample in samples)
     assert all(sample["completion"].strip() for sample in samples)

@@ -130,7 +130,7 @@ def evaluate_tiny(
     """Sample a model on held-out problems of a task, on the CPU, and grade every step; resumable.
 
     Args:
-        folder: where manifest, per-problem rows and summary go; an interrupted evaluation there is gone on with.
+        folder: where settings, per-problem rows and summary go; an interrupted evaluation there is gone on with.
         model: model folder or tiny preset.
         task: tiny-world task with its settings.
         problems: number of problems, at least 1; the same seed gives the same ones.
@@ -162,10 +162,9 @@ def evaluate_tiny(
 
 def problem_rows(folder: Path) -> list[dict[str, Any]]:
     """Per-problem rows of a finished evaluation, in the problems' order."""
-    from stepkd.evaluation.manifest import RESULTS_NAME
-    from stepkd.evaluation.store import read_rows
+    from stepkd.runs.job import read_results
 
-    return read_rows(folder / RESULTS_NAME)
+    return read_results(folder)
 
 
 def problem_ids(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

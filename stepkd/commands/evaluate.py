@@ -7,7 +7,8 @@ r"""Benchmark a model or a step scorer, or compare two evaluations.
   stepkd evaluate --benchmark processbench --model runs/prm --data data/processbench --out runs/prm-processbench
   stepkd evaluate --best-of-n prm=runs/prm-scores.jsonl orm=runs/orm-scores.jsonl --out runs/best-of-n
 
-A killed run goes on where it stood when the same command is given again, and ends with the same result.
+A killed run is resumed by the same command, with any number of processes (torchrun, accelerate, srun), and ends with
+the same result. --out then holds results.jsonl, summary.json and settings.json.
 """
 
 from __future__ import annotations
@@ -15,13 +16,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from stepkd.commands import judging_prm
-from stepkd.commands.score import TEMPLATE_HELP
+from stepkd.commands.options import (
+    TEMPLATE_HELP,
+    add_model_arguments,
+    from_arguments,
+    given_options,
+    say_share_is_done,
+    start_job,
+)
 from stepkd.errors import ConfigError
-from stepkd.runs.progress import WorkLine
+
+SAMPLING_ONLY = (
+    *("samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop", "ks"),
+    *("style", "system", "few_shot", "extractors", "deadline_s"),
+)
+"""Options that say how solutions are sampled and graded."""
+SCORING_ONLY = (
+    *("subsets", "threshold", "tune_on", "no_figures"),
+    *("temperature_from", "head", "reference", "answers", "separator"),
+)
+"""Options that say how given steps are scored and judged."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--benchmark", default="gsm8k", help="name (`--list` shows them; default: gsm8k)")
     what.add_argument("--data", help="file, folder, or settings (key=value,...); default: the benchmark's hub data set")
     what.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
-    what.add_argument("--out", help="folder for manifest, per-problem results and summary")
+    what.add_argument("--out", help="folder for settings, per-problem results and summary")
     what.add_argument("--overwrite", action="store_true", help="delete an earlier evaluation in --out and start again")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="paired comparison of two evaluation folders")
     what.add_argument("--list", action="store_true", help="list the benchmarks")
@@ -58,13 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rules (default), or also refusing what PRM800K's official grader refuses (2/4 for 1/2, 10/2 for 5)",
     )
     ask.add_argument(
-        "--deadline", type=float, default=2.0, metavar="S", help="hard limit per graded answer (default 2)"
+        "--deadline",
+        type=float,
+        default=2.0,
+        metavar="S",
+        dest="deadline_s",
+        help="hard limit per graded answer (default 2)",
     )
-    run_on = parser.add_argument_group("machine")
-    run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
-    run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    run_on.add_argument("--attention", help="attention implementation (sdpa, eager, flash_attention_2)")
-    run_on.add_argument("--batch-size", type=int, default=32, metavar="ROWS", help="completions decoded at once")
+    add_model_arguments(parser.add_argument_group("machine"), "completions decoded at once (default 32)")
     judging_prm.add_arguments(parser)
 
 
@@ -78,42 +98,31 @@ def run(arguments: argparse.Namespace) -> int:
         return judging_prm.run_best_of_n(arguments)
     if not arguments.model or not arguments.out:
         raise ConfigError("give --model and --out (or --compare A B, or --list)")
-    from rich.console import Console
-
     from stepkd.data.benchmarks import PROCESS_BENCHMARKS
-    from stepkd.evaluation.runner import EvaluationSpec, evaluate
-    from stepkd.runs.launcher import check_alone
-    from stepkd.runs.process import quiet_libraries
+    from stepkd.evaluation.runner import PROBLEMS, EvaluationSpec, evaluate
 
-    quiet_libraries()
-    check_alone("stepkd evaluate", "start it without a launcher (shard with --data offset=)")
-    judging_prm.check_used(arguments)
+    _check_used(arguments, PROCESS_BENCHMARKS)
     if arguments.benchmark in PROCESS_BENCHMARKS:
         return judging_prm.run_process(arguments)
-    same = (
-        *("model", "benchmark", "out", "data", "limit", "samples", "temperature", "top_p", "top_k", "max_new_tokens"),
-        *("convention", "dtype", "device", "attention", "seed"),
-    )
-    spec = EvaluationSpec(
-        **{name: getattr(arguments, name) for name in same},
-        stop=tuple(arguments.stop),
-        template=_template(arguments),
-        extractors=tuple(arguments.extractors) if arguments.extractors else None,
-        deadline_s=arguments.deadline,
-        max_rows=arguments.batch_size,
-        ks=tuple(arguments.ks or ()),
-    )
-    console = Console()
-    line = WorkLine(console)
-
-    def report(done: int, total: int, figures: dict[str, float]) -> None:
-        facts = f"  right {figures['accuracy']:.1%}  {figures['tokens_per_second']:,.0f} tokens/s"
-        line.show("evaluating", done, total, facts)
-
-    summary = evaluate(spec, report=report, overwrite=arguments.overwrite)
+    console, launch, options = start_job(arguments, {PROBLEMS: "evaluating"})
+    summary = evaluate(from_arguments(EvaluationSpec, arguments, template=_template(arguments)), options=options)
+    if not summary:
+        return say_share_is_done(console, launch, "results")
     print_summary(console, summary)
-    console.print(f"\nper-problem rows, manifest and summary: {arguments.out}", markup=False, soft_wrap=True)
+    console.print(f"\nper-problem rows, settings and summary: {arguments.out}", markup=False, soft_wrap=True)
     return 0
+
+
+def _check_used(arguments: argparse.Namespace, process_benchmarks: Collection[str]) -> None:
+    """Refuse options of the other kind of benchmark, which would be silently without effect."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    process = arguments.benchmark in process_benchmarks
+    if unused := given_options(arguments, parser, SAMPLING_ONLY if process else SCORING_ONLY):
+        why = (
+            "steps that are there are scored and nothing is sampled" if process else "solutions are sampled and graded"
+        )
+        raise ConfigError(f"--benchmark {arguments.benchmark} has no use for {', '.join(unused)}: {why}; drop it")
 
 
 def _list() -> int:
@@ -128,8 +137,9 @@ def _list() -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from stepkd.evaluation.compare import compare_runs
-    from stepkd.evaluation.folder import COMPARISON_NAME, SUMMARY_NAME
-    from stepkd.runs.files import write_file
+    from stepkd.evaluation.runner import COMPARISON_NAME
+    from stepkd.runs.files import write_json
+    from stepkd.runs.job import SUMMARY_NAME
 
     folders = [Path(folder) / SUMMARY_NAME for folder in arguments.compare]
     summaries = [json.loads(path.read_text(encoding="utf-8")) for path in folders if path.is_file()]
@@ -138,8 +148,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     comparison = compare_runs(*arguments.compare, seed=arguments.seed)
     print(comparison)
     if arguments.out:
-        text = json.dumps(comparison.to_dict(), indent=2) + "\n"
-        write_file(Path(arguments.out) / COMPARISON_NAME, text.encode())
+        write_json(Path(arguments.out) / COMPARISON_NAME, comparison.to_dict())
     return 0
 
 
@@ -169,8 +178,6 @@ def print_summary(console: Any, summary: dict[str, Any]) -> None:
     for name, metric in summary["metrics"].items():
         scale, unit = (1.0, "") if name == "mean_tokens" else (100.0, "%")
         table.add_row(name, *(_format(metric, scale, unit)))
-    rate = summary.get("tokens_per_second")
-    table.add_row("tokens/s", "-" if rate is None else f"{rate:,.0f}", "")
     console.print(table)
 
 

@@ -6,20 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from stepkd.commands.score import add_scorer_arguments, given_options, scorer_options
+from stepkd.commands.options import (
+    add_scorer_arguments,
+    from_arguments,
+    say_share_is_done,
+    scorer_options,
+    start_job,
+)
 from stepkd.errors import ConfigError
-from stepkd.runs.progress import WorkLine
-
-SAMPLING_ONLY = (
-    *("samples", "temperature", "top_p", "top_k", "max_new_tokens", "stop", "ks"),
-    *("style", "system", "few_shot", "extractors", "deadline"),
-)
-"""Options that say how solutions are sampled and graded."""
-SCORING_ONLY = (
-    *("subsets", "threshold", "tune_on", "no_figures"),
-    *("temperature_from", "head", "reference", "answers", "separator"),
-)
-"""Options that say how given steps are scored and judged."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,65 +30,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_used(arguments: argparse.Namespace) -> None:
-    """Refuse options of the other kind of benchmark, which would be silently without effect.
-
-    Raises:
-        ConfigError: names them.
-    """
-    from stepkd.commands import evaluate
-    from stepkd.data.benchmarks import PROCESS_BENCHMARKS
-
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    process = arguments.benchmark in PROCESS_BENCHMARKS
-    unused = given_options(arguments, parser, SAMPLING_ONLY if process else SCORING_ONLY)
-    if unused:
-        why = (
-            "steps that are there are scored and nothing is sampled" if process else "solutions are sampled and graded"
-        )
-        raise ConfigError(f"--benchmark {arguments.benchmark} has no use for {', '.join(unused)}: {why}; drop it")
-
-
 def run_process(arguments: argparse.Namespace) -> int:
     """``stepkd evaluate --benchmark processbench``."""
-    from rich.console import Console
-
-    from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
+    from stepkd.evaluation.process_runner import SOLUTIONS, ProcessSpec, evaluate_process
     from stepkd.scorers.load import load_scorer
 
-    same = ("model", "benchmark", "out", "data", "threshold", "tune_on", "limit", "batch_size", "seed")
-    spec = ProcessSpec(
-        **{name: getattr(arguments, name) for name in same},
-        subsets=tuple(arguments.subsets or ("gsm8k", "math")),
-    )
+    console, launch, job = start_job(arguments, {SOLUTIONS: "scoring"})
+    spec = from_arguments(ProcessSpec, arguments, batch_size=arguments.max_rows)
     options = scorer_options(arguments)
-    console = Console()
-    line = WorkLine(console)
-    summary = evaluate_process(
-        spec,
-        lambda: load_scorer(spec.model, options),
-        report=lambda done, total, seconds: line.show("scoring", done, total, f"  {seconds:.2f} s a solution"),
-        overwrite=arguments.overwrite,
-    )
+    summary = evaluate_process(spec, lambda: load_scorer(spec.model, options), options=job)
+    if not summary:
+        return say_share_is_done(console, launch, "results")
     print_process(console, summary)
     if not arguments.no_figures:
         for path in write_figures(summary, Path(spec.out)):
             console.print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\nper-solution scores, manifest and summary: {spec.out}", markup=False, soft_wrap=True)
+    console.print(f"\nper-solution scores, settings and summary: {spec.out}", markup=False, soft_wrap=True)
     return 0
 
 
 def write_figures(summary: dict[str, Any], out: Path) -> list[Path]:
     """Reliability and argmin figures of every set."""
     from stepkd.evaluation.figures import argmin_histogram, reliability_diagram
+    from stepkd.evaluation.process_runner import figure_names
 
     paths = []
     for name, section in summary["sets"].items():
-        safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-        paths.append(reliability_diagram(section["calibration"], out / f"reliability-{safe}.svg"))
+        reliability, argmin = figure_names(name)
+        paths.append(reliability_diagram(section["calibration"], out / reliability))
         if section["argmin"] is not None:
-            paths.append(argmin_histogram(section["argmin"], out / f"argmin-{safe}.svg"))
+            paths.append(argmin_histogram(section["argmin"], out / argmin))
     return paths
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepkd.commands.score import TEMPLATE_HELP
+from stepkd.commands.options import TEMPLATE_HELP
 from stepkd.errors import ConfigError
 
 if TYPE_CHECKING:

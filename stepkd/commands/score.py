@@ -16,11 +16,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from stepkd.commands.options import TEMPLATE_HELP, add_scorer_arguments, scorer_options
 from stepkd.errors import check_choice
 from stepkd.runs.progress import WorkLine
 
-TEMPLATE_HELP = "gsm8k, math, plain, task, or a YAML file; default: the one the model was trained with, else the data's"
-"""Help of ``--template``."""
 REDUCTIONS = ("auto", "product", "min", "mean", "last")
 
 
@@ -52,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_on.add_argument("--attention", help="attention implementation (sdpa, eager, flash_attention_2)")
     run_on.add_argument("--max-length", type=int, metavar="TOKENS", help="longest row; default: the model's context")
     run_on.add_argument(
-        "--batch-size", type=int, default=32, metavar="ROWS", help="solutions read at once (default 32)"
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="ROWS",
+        dest="max_rows",
+        help="solutions read at once (default 32)",
     )
 
 
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         reduction=None if arguments.reduction == "auto" else arguments.reduction,
         fit_on=arguments.fit_temperature,
         segmenter=arguments.segmenter,
-        options=scorer_options(arguments, max_length=arguments.max_length),
+        options=scorer_options(arguments),
     )
     console = Console()
     line = WorkLine(console)
@@ -115,41 +119,3 @@ def print_summary(console: Any, summary: dict[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def add_scorer_arguments(group: Any) -> None:
-    """Arguments that :func:`scorer_options` reads; ``--template`` and the machine's are the command's own."""
-    group.add_argument("--temperature-from", metavar="FILE", help="scale the scores with a fitted temperature")
-    group.add_argument("--head", metavar="JSON", help="how a plain model scores steps, as in step_head.json")
-    group.add_argument("--reference", action="store_true", help="show the gold solution to a judge")
-    group.add_argument(
-        "--answers", nargs=2, metavar=("YES", "NO"), help="tokens a judge answers with (default: Yes, No)"
-    )
-    group.add_argument("--separator", help="separator a TRL model was trained with (default: newline)")
-
-
-def scorer_options(arguments: argparse.Namespace, **more: Any) -> Any:
-    """The :class:`~stepkd.scorers.ScorerOptions` of a command line; ``more`` are further fields."""
-    from stepkd.scorers.calibration import TemperatureScaling
-    from stepkd.scorers.load import ScorerOptions, parse_head
-
-    given = arguments.temperature_from
-    return ScorerOptions(
-        template=arguments.template,
-        head=parse_head(arguments.head) if arguments.head else None,
-        reference=arguments.reference,
-        answers=tuple(arguments.answers) if arguments.answers else None,
-        separator=arguments.separator,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        attention=arguments.attention,
-        max_rows=arguments.batch_size,
-        temperature=TemperatureScaling.load(given) if given else None,
-        **more,
-    )
-
-
-def given_options(arguments: argparse.Namespace, parser: argparse.ArgumentParser, names: tuple[str, ...]) -> list[str]:
-    """Which of these options differ from their defaults, as the user writes them."""
-    defaults = {action.dest: (action.default, action.option_strings) for action in parser._actions}
-    return [defaults[name][1][0] for name in names if getattr(arguments, name) != defaults[name][0]]

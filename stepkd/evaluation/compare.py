@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.manifest import RESULTS_NAME, manifest_differences, read_manifest
-from stepkd.evaluation.store import read_rows
+from stepkd.runs.job import RESULTS_NAME, differences, read_results, read_settings
 from stepkd.statistics import Interval, Resampling, mcnemar_exact, mean_interval, paired_bootstrap
 
 LISTED_IDS = 10
@@ -43,7 +42,7 @@ class Comparison:
     mid_p_value: float
     """Its mid-p variant, less conservative."""
     settings: Mapping[str, tuple[Any, Any]]
-    """Manifest keys that differ -> (A, B)."""
+    """Settings that differ -> (A, B)."""
     warnings: tuple[str, ...]
     """What a reader must know before trusting the numbers."""
 
@@ -107,8 +106,8 @@ def compare_runs(
         ConfigError: the runs are of different benchmarks or different data.
         DataError: missing or damaged files, or no problem in common.
     """
-    manifest_a, manifest_b = read_manifest(dir_a), read_manifest(dir_b)
-    settings = manifest_differences(manifest_a, manifest_b)
+    settings_a, settings_b = read_settings(dir_a), read_settings(dir_b)
+    settings = differences(settings_a, settings_b)
     for key, what in (("benchmark.name", "benchmarks"), ("benchmark.data", "data (fingerprints)")):
         if key in settings:
             a, b = settings[key]
@@ -130,7 +129,7 @@ def compare_runs(
     return Comparison(
         name_a=str(dir_a),
         name_b=str(dir_b),
-        benchmark=str(manifest_a["benchmark"]["name"]),
+        benchmark=str(settings_a["benchmark"]["name"]),
         problems=len(ids),
         pass1_a=mean_interval(a_rate, **resampling),
         pass1_b=mean_interval(b_rate, **resampling),
@@ -148,7 +147,7 @@ def _by_id(directory: str | Path) -> dict[str, list[bool]]:
     """Problem id -> whether each sample is right."""
     path = Path(directory) / RESULTS_NAME
     right: dict[str, list[bool]] = {}
-    for row in read_rows(path):
+    for row in read_results(directory):
         samples = row.get("samples")
         if not samples:
             raise DataError(f"problem {row['id']!r} has no samples", path=path, column="samples")

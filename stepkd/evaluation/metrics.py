@@ -2,7 +2,7 @@
 
 A result row is one problem::
 
-    {"id": str, "index": int, "prompt": str, "answer": str, "batch": int, "seconds": float,
+    {"id": str, "index": int, "prompt": str, "answer": str,
      "samples": [{"completion": str, "extracted": str | None, "verdict": "correct" | "wrong" | "unparsed" | "timeout",
                   "tokens": int, "finish": "stop" | "length", "vote": str | None, "logprob": float,
                   "step_labels": [bool | None] | None}, ...]}

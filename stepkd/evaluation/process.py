@@ -18,10 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import Swap, argmin_positions, order_swap_test
-from stepkd.evaluation.manifest import RESULTS_NAME
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
-from stepkd.evaluation.store import read_rows
 from stepkd.randomness import generator
+from stepkd.runs.job import read_results
 from stepkd.scorers.scorer import Meaning
 from stepkd.statistics import FloatArray, Interval, Resampling, Result, cluster_bootstrap, wilson_interval
 from stepkd.steps.labels import passes
@@ -421,7 +420,7 @@ def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *,
     Raises:
         ConfigError: no set in common.
     """
-    sides = [{row["id"]: row for row in read_rows(Path(folder) / RESULTS_NAME)} for folder in (a, b)]
+    sides = [{row["id"]: row for row in read_results(folder)} for folder in (a, b)]
     shared: dict[str, list[str]] = {}
     for i, row in sides[0].items():
         if i in sides[1] and row["first_error"] is not None and not any(None in side[i]["scores"] for side in sides):

@@ -1,36 +1,34 @@
-"""Judging a step scorer: score every step of a labelled set, append-only and resumable, and sum up.
+"""Judging a step scorer: score every step of a labelled set, a job of fixed batches, and sum up.
 
-The folder is that of any evaluation: ``manifest.json`` (what decides the numbers), ``results.jsonl`` (one line per
+The folder is that of any evaluation: ``settings.json`` (what decides the numbers), ``results.jsonl`` (one line per
 solution with its step scores) and ``summary.json``.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from stepkd.data.benchmarks import PROCESS_BENCHMARKS, unknown_benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.spec import DataSpec, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import task_swaps
-from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
-from stepkd.evaluation.manifest import MANIFEST_FORMAT, RESULTS_NAME, package_versions
 from stepkd.evaluation.process import summarise_process
-from stepkd.evaluation.store import ResultStore
-from stepkd.runs.files import write_json
+from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered, package_versions
 from stepkd.scorers.scorer import StepScorer, score_rows, step_scores
 from stepkd.steps.labels import check_threshold, first_incorrect, verdicts
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 """ProcessBench's subsets."""
-
-Report = Callable[[int, int, float], None]
+KIND = "judgement of a step scorer"
+SOLUTIONS = "solutions"
+"""The one phase of such a job."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class ProcessSpec:
     benchmark: str = "processbench"
     """``processbench`` or ``step_labels``."""
     out: str = "runs/process"
-    """Folder for manifest, results and summary."""
+    """Folder for settings, results and summary."""
     data: str | None = None
     """ProcessBench: folder of its files (None: the hub). ``step_labels``: data settings (``prm800k:path=...``)."""
     subsets: tuple[str, ...] = ("gsm8k", "math")
@@ -56,7 +54,7 @@ class ProcessSpec:
     limit: int | None = None
     """Solutions per set, drawn at random (always the same ones); None for all."""
     batch_size: int = 8
-    """Solutions given to the scorer at once; part of the manifest, because batch shapes decide rounding."""
+    """Solutions given to the scorer at once; part of the settings, because batch shapes decide rounding."""
     seed: int = 0
     """Seed of the intervals."""
 
@@ -93,63 +91,73 @@ class ProcessSpec:
         return sets, tune_on
 
 
+def figure_names(name: str) -> tuple[str, str]:
+    """File names of a set's figures: reliability, and where the lowest score falls."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return f"reliability-{safe}.svg", f"argmin-{safe}.svg"
+
+
 def evaluate_process(
-    spec: ProcessSpec,
-    scorer: StepScorer | Callable[[], StepScorer],
-    *,
-    report: Report | None = None,
-    overwrite: bool = False,
+    spec: ProcessSpec, scorer: StepScorer | Callable[[], StepScorer], *, options: JobOptions = ALONE
 ) -> dict[str, Any]:
-    """Score every step of the sets (or go on where an earlier run stood) and sum up.
+    """Score every step of the sets (or resume) and sum up.
 
     Args:
         spec: what to evaluate, and where to write.
         scorer: the scorer, or a function that loads it (called once the folder and the data are in order).
-        report: called after every batch with (solutions done, solutions in all, seconds per solution).
-        overwrite: delete an earlier evaluation in the folder first.
+        options: which rank this is, and whether to overwrite an earlier evaluation in the folder.
 
     Returns:
-        The summary that ``summary.json`` holds, and the manifest.
+        The summary that ``summary.json`` holds, and the settings; empty while other ranks have work left: the last one
+        to finish writes the results.
 
     Raises:
         ConfigError: the folder holds another evaluation, or the scorer gives one score per solution only.
         DataError: rows without step labels.
     """
-    out = Path(spec.out)
-    check_folder(out, overwrite=overwrite)
     sets, tune_on = spec.sets()
+    figures = [name for each in sets for name in figure_names(each)]
+    job = Job(Path(spec.out), KIND, (RESULTS_NAME, SUMMARY_NAME, *figures), options)
+    job.check()
     rows = [(name, _with_steps(row)) for name, data in sets.items() for row in load_rows(data, contract=None)]
     loaded: StepScorer = scorer() if callable(scorer) else scorer
     if loaded.meaning == "outcome":
         raise ConfigError("an outcome reward model has one score per solution and finds no first error: use best-of-N")
-    manifest = _manifest(spec, rows, loaded.provenance())
-    prepare_folder(out, manifest, overwrite=overwrite)
-    with ResultStore(out / RESULTS_NAME) as store:
-        starts = range(0, len(rows), spec.batch_size)
-        for number, start in enumerate(starts):
-            if number in store.finished_batches:
-                continue
-            batch = rows[start : start + spec.batch_size]
-            begin = time.perf_counter()
-            # Sampled rows are read by their own token ids where the scorer wrote with the same tokenizer.
-            scores = score_rows(loaded, [row for _, row in batch])
-            seconds = (time.perf_counter() - begin) / len(batch)
-            store.append_batch(
-                number,
-                [
-                    _result(name, row, start + i, step_scores(row, found), seconds) | _swapped(row, loaded)
-                    for i, ((name, row), found) in enumerate(zip(batch, scores, strict=True))
-                ],
-            )
-            if report is not None:
-                report(len(store), len(rows), seconds)
-        results = store.rows()
+    settings = job.begin(
+        {
+            "scorer": loaded.provenance(),
+            "batch_size": spec.batch_size,
+            "benchmark": {
+                "name": spec.benchmark,
+                "sets": list(sets),
+                "data": fingerprint([row for _, row in rows]),
+                "limit": spec.limit,
+            },
+            "versions": package_versions(),
+            "threads": torch.get_num_threads(),
+        }
+    )
+
+    def work(batch: list[int]) -> list[dict[str, Any]]:
+        # Sampled rows are read by their own token ids where the scorer wrote with the same tokenizer.
+        found = score_rows(loaded, [rows[i][1] for i in batch])
+        return [
+            _result(rows[i][0], rows[i][1], i, step_scores(rows[i][1], scores)) | _swapped(rows[i][1], loaded)
+            for i, scores in zip(batch, found, strict=True)
+        ]
+
+    starts = range(0, len(rows), spec.batch_size)
+    units = numbered([list(range(start, min(start + spec.batch_size, len(rows)))) for start in starts])
+    job.work(SOLUTIONS, units, work, lambda done: {"solutions/s": (len(done), None)})
+    results = job.rows(SOLUTIONS, units)
+    if results is None:
+        return {}
     summary = summarise_process(
         results, threshold=spec.threshold, tune_on=tune_on, meaning=loaded.meaning, seed=spec.seed
     )
     summary |= {"benchmark": spec.benchmark, "model": spec.model, "scorer": loaded.provenance()}
-    write_json(out / SUMMARY_NAME, summary)
-    return summary | {"manifest": manifest}
+    job.finish(RESULTS_NAME, results, summary)
+    return summary | {"settings": settings}
 
 
 def _with_steps(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,9 +174,7 @@ def _with_steps(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "completions": steps, "labels": labels}
 
 
-def _result(
-    name: str, row: Mapping[str, Any], index: int, scores: Sequence[float | None], seconds: float
-) -> dict[str, Any]:
+def _result(name: str, row: Mapping[str, Any], index: int, scores: Sequence[float | None]) -> dict[str, Any]:
     return {
         "id": f"{name}/{row['id']}",
         "index": index,
@@ -177,7 +183,6 @@ def _result(
         "scores": [None if score is None else round(float(score), 6) for score in scores],
         "labels": verdicts(row["labels"]),
         "first_error": first_incorrect(row["labels"]),
-        "seconds": round(seconds, 4),
     }
 
 
@@ -196,25 +201,3 @@ def _swapped(row: Mapping[str, Any], scorer: StepScorer) -> dict[str, Any]:
 
 def _plain(scores: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(score) else round(float(score), 6) for score in scores]
-
-
-def _manifest(
-    spec: ProcessSpec, rows: Sequence[tuple[str, Mapping[str, Any]]], provenance: Mapping[str, Any]
-) -> dict[str, Any]:
-    import torch  # for the thread count only
-
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "kind": "process",
-        "scorer": dict(provenance),
-        "batch_size": spec.batch_size,
-        "benchmark": {
-            "name": spec.benchmark,
-            "sets": list(dict.fromkeys(name for name, _ in rows)),
-            "data": fingerprint([dict(row) for _, row in rows]),
-            "limit": spec.limit,
-        },
-        "versions": package_versions(),
-        "threads": torch.get_num_threads(),
-    }
-    return dict(json.loads(json.dumps(manifest)))

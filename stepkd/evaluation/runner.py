@@ -1,30 +1,28 @@
-"""``stepkd evaluate``: sample, grade and summarise, in fixed batches, resumable at any moment.
+"""``stepkd evaluate``: sample, grade and summarise, a job of fixed batches (:mod:`stepkd.runs.job`).
 
-The folder holds ``manifest.json`` (what decides the numbers), ``results.jsonl`` (one line per problem, whole batches
-only) and ``summary.json`` (metrics with intervals). Batches have a fixed composition and every sample its own keyed
-noise, so a killed run, given the same command, goes on where it stood and ends with the same result.
+The folder holds ``settings.json`` (what decides the numbers), ``parts/`` (a batch each), and at the end
+``results.jsonl`` (one line per problem) and ``summary.json`` (metrics with intervals). Batches have a fixed composition
+and every sample its own keyed noise, so a killed run, given the same command with any number of ranks, resumes and ends
+with the same bytes.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stepkd.data.benchmarks import Benchmark, benchmark_data, default_ks, get_benchmark
-from stepkd.data.encode import Example
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.spec import DataSpec, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError
-from stepkd.evaluation.folder import SUMMARY_NAME, check_folder, prepare_folder
-from stepkd.evaluation.manifest import RESULTS_NAME, build_manifest
 from stepkd.evaluation.metrics import summarise
-from stepkd.evaluation.store import ResultStore
 from stepkd.grading import EXTRACTOR_VERSION, Grader
 from stepkd.grading.judge import judge
 from stepkd.models import Policy
@@ -32,14 +30,16 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.source import template_for
 from stepkd.rollout import SamplingSpec, TransformersSampler
 from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
-from stepkd.runs.files import write_json
+from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered, package_versions
 from stepkd.scorers.load import pick_device
 
 logger = logging.getLogger(__name__)
 
 MOST_CUT_OFF = 0.05
 """Share of cut-off completions above which an evaluation says so."""
-Report = Callable[[int, int, dict[str, float]], None]
+COMPARISON_NAME = "comparison.json"
+PROBLEMS = "problems"
+"""The one phase of an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class EvaluationSpec:
     benchmark: str = "gsm8k"
     """Benchmark name."""
     out: str = "runs/evaluation"
-    """Folder for manifest, results and summary."""
+    """Folder for settings, results and summary."""
     data: str | None = None
     """File, folder or data settings; None: the benchmark's own hub data set."""
     limit: int | None = None
@@ -84,7 +84,7 @@ class EvaluationSpec:
     attention: str | None = None
     """Attention implementation; None lets transformers choose."""
     max_rows: int = 32
-    """Completions decoded at once; part of the manifest, because batch shapes decide rounding."""
+    """Completions decoded at once; part of the settings, because batch shapes decide rounding."""
     seed: int = 0
     """Keys the sampling noise."""
     ks: tuple[int, ...] = field(default=())
@@ -104,31 +104,23 @@ class EvaluationSpec:
 
     def sampling(self, benchmark: Benchmark) -> SamplingSpec:
         """The sampler's settings."""
-        return SamplingSpec(
-            n=self.samples,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            max_new_tokens=benchmark.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens,
-            stop=self.stop,
-            seed=self.seed,
-        )
+        limit = benchmark.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+        same = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "stop", "seed")}
+        return SamplingSpec(n=self.samples, max_new_tokens=limit, **same)
 
 
-def evaluate(
-    spec: EvaluationSpec, *, policy: Policy | None = None, report: Report | None = None, overwrite: bool = False
-) -> dict[str, Any]:
-    """Run (or go on with) an evaluation.
+def evaluate(spec: EvaluationSpec, *, policy: Policy | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
+    """Run (or resume) an evaluation.
 
     Args:
         spec: what to evaluate, and where to write.
         policy: an already loaded model to use in place of loading ``spec.model``.
-        report: called after every batch with (problems done, problems in all, running figures).
-        overwrite: delete an earlier evaluation in the folder, once everything else has been found to be in order.
+        options: which rank this is, and whether to overwrite an earlier evaluation in the folder, once everything else
+            has been found to be in order.
 
     Returns:
-        The summary that ``summary.json`` holds: metrics with intervals (:func:`stepkd.evaluation.metrics.summarise`)
-        and ``tokens_per_second``; and the manifest.
+        The summary that ``summary.json`` holds, metrics with intervals (:func:`stepkd.evaluation.metrics.summarise`),
+        and the settings; empty while other ranks have work left: the last one to finish writes the results.
 
     Raises:
         ConfigError: the folder holds another evaluation, or settings contradict each other.
@@ -140,8 +132,9 @@ def evaluate(
     grader = Grader(
         extractors=spec.extractors or benchmark.extractors, convention=spec.convention, deadline_s=spec.deadline_s
     )
-    device, out = pick_device(spec.device), Path(spec.out)
-    check_folder(out, overwrite=overwrite)
+    device = pick_device(spec.device)
+    job = Job(Path(spec.out), "evaluation", (RESULTS_NAME, SUMMARY_NAME, COMPARISON_NAME), options)
+    job.check()
     data = benchmark_data(benchmark, spec.data, spec.limit)
     rows = load_rows(data, contract=PROBLEM)
     check_unique_ids(rows, path=spec.data)
@@ -150,37 +143,52 @@ def evaluate(
     policy.to(device)
     template = template_for(spec.model, benchmark.template, given)
     prompts = encode_prompts(policy, template, rows)
-    manifest = _manifest(spec, benchmark, data, policy, template, sampling, grader.extractors)
-    prepare_folder(out, manifest, overwrite=overwrite)
+    settings = job.begin(
+        _data_settings(benchmark, data)
+        | _model_settings(policy, template)
+        | {
+            "model": {
+                "name": spec.model,
+                "revision": None if policy.spec is None else policy.spec.revision,
+                "weights": weights_fingerprint(policy),
+            },
+            "sampling": {name: value for name, value in asdict(sampling).items() if name != "seed"},
+            "seed": spec.seed,
+            "batch_size": spec.max_rows,
+            "extractor": EXTRACTOR_VERSION,
+            "extractors": list(grader.extractors),
+            "convention": spec.convention,
+            "deadline_s": spec.deadline_s,
+        }
+    )
     sampler = TransformersSampler(policy, max_rows=spec.max_rows)
-    with ResultStore(out / RESULTS_NAME) as store, grader:
-        for number, batch in enumerate(fixed_batches(prompts, spec.samples, spec.max_rows)):
-            if number in store.finished_batches:
-                continue
-            start = time.perf_counter()
-            rollouts = sampler.sample(
-                [prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch
-            )
-            judged = judge([rows[i] for i in batch], rollouts, grader)
-            seconds = (time.perf_counter() - start) / len(batch)
-            store.append_batch(
-                number,
-                [
-                    _result_row(policy, rows[i], i, prompts[i], samples, seconds)
-                    for i, samples in zip(batch, judged, strict=True)
-                ],
-            )
-            if report is not None:
-                report(len(store), len(rows), _running(store.rows()))
-        results = store.rows()
+    decode = policy.tokenizer.decode
+    exactly = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+
+    def work(batch: list[int]) -> list[dict[str, Any]]:
+        rollouts = sampler.sample([prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch)
+        return [
+            {
+                "id": str(rows[i]["id"]),
+                "index": i,
+                "prompt": decode(list(prompts[i].prompt_ids), **exactly),
+                "answer": str(rows[i]["answer"]),
+                "samples": samples,
+            }
+            for i, samples in zip(batch, judge([rows[i] for i in batch], rollouts, grader), strict=True)
+        ]
+
+    units = numbered(fixed_batches(prompts, spec.samples, spec.max_rows))
+    with grader:
+        job.work(PROBLEMS, units, work, _running)
+    results = job.rows(PROBLEMS, units)
+    if results is None:
+        return {}
     summary = summarise(results, spec.ks or default_ks(spec.samples), seed=spec.seed)
-    seconds = sum(row["seconds"] for row in results)
-    summary["tokens_per_second"] = summary["total_tokens"] / seconds if seconds else None
-    summary["benchmark"] = benchmark.name
-    summary["model"] = spec.model
+    summary |= {"benchmark": benchmark.name, "model": spec.model}
     _warn_of_cut_off(summary["metrics"], sampling.max_new_tokens)
-    write_json(out / SUMMARY_NAME, summary)
-    return summary | {"manifest": manifest}
+    job.finish(RESULTS_NAME, results, summary)
+    return summary | {"settings": settings}
 
 
 def _warn_of_cut_off(metrics: dict[str, Any], limit: int) -> None:
@@ -192,68 +200,40 @@ def _warn_of_cut_off(metrics: dict[str, Any], limit: int) -> None:
         )
 
 
-def _running(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _running(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
     samples = [sample for row in rows for sample in row["samples"]]
-    seconds = sum(row["seconds"] for row in rows)
     return {
-        "accuracy": sum(sample["verdict"] == "correct" for sample in samples) / len(samples),
-        "tokens_per_second": sum(sample["tokens"] for sample in samples) / max(seconds, 1e-9),
+        "correct": (sum(sample["verdict"] == "correct" for sample in samples), len(samples)),
+        "tokens/s": (sum(sample["tokens"] for sample in samples), None),
     }
 
 
-def _result_row(
-    policy: Policy, row: dict[str, Any], index: int, prompt: Example, samples: list[dict[str, Any]], seconds: float
-) -> dict[str, Any]:
-    ids = list(prompt.prompt_ids)
-    return {
-        "id": str(row["id"]),
-        "index": index,
-        "prompt": policy.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-        "answer": str(row["answer"]),
-        "samples": samples,
-        "seconds": round(seconds, 4),
-    }
-
-
-def _manifest(
-    spec: EvaluationSpec,
-    benchmark: Benchmark,
-    data: DataSpec,
-    policy: Policy,
-    template: PromptTemplate,
-    sampling: SamplingSpec,
-    extractors: Sequence[str],
-) -> dict[str, Any]:
-    settings = asdict(sampling)
-    settings.pop("seed")
+def _data_settings(benchmark: Benchmark, data: DataSpec) -> dict[str, Any]:
     # The whole file, so that runs with different limits can still be compared problem by problem.
     whole = load_rows(replace(data, limit=None, offset=0, shuffle_seed=None), contract=PROBLEM)
-    return build_manifest(
-        model=spec.model,
-        revision=None if policy.spec is None else policy.spec.revision,
-        weights_fingerprint=weights_fingerprint(policy),
-        prompt_id=template.prompt_id(policy.tokenizer),
-        extractor_version=EXTRACTOR_VERSION,
-        dtype=str(next(policy.parameters()).dtype).removeprefix("torch."),
-        seed=spec.seed,
-        backend="transformers",
-        device=policy.device.type,
-        sampling=settings,
-        batch_size=spec.max_rows,
-        benchmark=benchmark.name,
-        benchmark_source=f"{data.source}:{resolve_split(data)}",
-        data_fingerprint=fingerprint(whole),
-        limit=data.limit,
-        extra={
-            "template": asdict(template),
-            "extractors": list(extractors),
-            "convention": spec.convention,
-            "deadline_s": spec.deadline_s,
-            "tokenizer": tokenizer_fingerprint(policy.tokenizer),
-            "end_ids": sorted(policy.eos_ids),
-            "attention": policy.causal_lm.config._attn_implementation,
-            "data_options": dict(data.options),
+    return {
+        "benchmark": {
+            "name": benchmark.name,
+            "source": f"{data.source}:{resolve_split(data)}",
+            "data": fingerprint(whole),
+            "options": dict(data.options),
+            "limit": data.limit,
             "offset": data.offset,
             "shuffle_seed": data.shuffle_seed,
-        },
-    )
+        }
+    }
+
+
+def _model_settings(policy: Policy, template: PromptTemplate) -> dict[str, Any]:
+    return {
+        "prompt": template.prompt_id(policy.tokenizer),
+        "template": asdict(template),
+        "tokenizer": tokenizer_fingerprint(policy.tokenizer),
+        "end_ids": sorted(policy.eos_ids),
+        "dtype": str(next(policy.parameters()).dtype).removeprefix("torch."),
+        "attention": policy.causal_lm.config._attn_implementation,
+        "backend": "transformers",
+        "device": policy.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": package_versions(),
+    }

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from stepkd.evaluation.compare import compare_runs
 from stepkd.evaluation.manifest import RESULTS_NAME
-from stepkd.evaluation.store import read_rows
 from stepkd.iteration.measure import differences, model_metrics
 from stepkd.iteration.spec import IterateSpec
+from stepkd.runs.job import read_results
 
 Summary = Mapping[str, Any]
 
@@ -41,7 +41,7 @@ def summarise_run(
     models = []
     for k, folder in enumerate(folders):
         greedy = folder / "evaluation" / "greedy"
-        metrics = model_metrics(rows[k], read_rows(greedy / RESULTS_NAME), **settings)
+        metrics = model_metrics(rows[k], read_results(greedy), **settings)
         minus = None
         if k:
             paired = compare_runs(folders[0] / "evaluation" / "greedy", greedy, **settings).to_dict()

@@ -15,6 +15,7 @@ from stepkd.errors import ConfigError, nearest
 from stepkd.models.checkpoint import find_checkpoint, load_trained
 from stepkd.models.source import trained_template
 from stepkd.models.step_head import StepHeadSpec, step_head_from_dict
+from stepkd.runs.launcher import LaunchInfo
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 from stepkd.scorers.prm import PRMScorer, ReadingOptions
@@ -155,6 +156,13 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
+
+
+def rank_device(name: str, launch: LaunchInfo) -> str:
+    """The name of the device of one process of a launch: ``auto`` is a GPU for each where there are several of both."""
+    if name == "auto" and launch.local_world_size > 1 and torch.cuda.is_available():
+        return f"cuda:{launch.local_rank % torch.cuda.device_count()}"
+    return name
 
 
 def _split(text: str) -> tuple[ScorerKind, str]:

@@ -10,7 +10,7 @@ import yaml
 
 from stepkd.claims.tiny import problem_metrics, train_tiny_sft
 from stepkd.cli import main
-from stepkd.evaluation.store import read_rows
+from stepkd.runs.job import read_results
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "claims" / "noisy_student.yaml"
 
@@ -47,7 +47,7 @@ def test_the_metrics_agree_with_the_evaluation(tmp_path: Path, capsys: pytest.Ca
     path.write_text(yaml.safe_dump(recipe))
     assert main(["claims", str(path), "--quick", "--out", str(tmp_path / "runs")]) == 0
     out = tmp_path / "runs" / "small-quick"
-    rows = {row["arm"]: row for row in read_rows(out / "results.jsonl")}
+    rows = {row["arm"]: row for row in read_results(out)}
     assert rows["teacher"]["facts"] == {"train_solutions": 128.0}
     assert rows["student"]["facts"] == {"train_solutions": 256.0}
     for arm, row in rows.items():

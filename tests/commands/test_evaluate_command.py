@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from stepkd.cli import main
 from stepkd.data.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
 from stepkd.data.templates import EXEMPLARS
-from stepkd.evaluation.manifest import read_manifest
-from stepkd.evaluation.store import read_rows
+from stepkd.runs.job import read_results, read_settings
+from stepkd.runs.launcher import LaunchInfo
 
 SMALL = ["--model", "tiny-0.1m", "--benchmark", "task", "--data", "task=modular:terms=3,n=4", "--device", "cpu"]
 SHORT = ["--max-new-tokens", "8", "--batch-size", "2"]
@@ -23,20 +23,20 @@ def run(*arguments: str) -> int:
 
 
 def prompt(out: Path) -> str:
-    return str(read_rows(out / "results.jsonl")[0]["prompt"])
+    return str(read_results(out)[0]["prompt"])
 
 
 def test_run_and_summary_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "an [odd] name"
     assert run("--out", str(out), "--samples", "2", "--temperature", "0.9", "--dtype", "float64", "--seed", "3") == 0
     shown = capsys.readouterr().out
-    assert "evaluating 4/4" in shown
-    for text in ("tiny-0.1m on task: 4 problems", "pass@1", "pass@2", "maj@2", "unparsed_rate", "tokens/s", "95%"):
+    assert re.search(r"evaluating 4/4  correct \d+\.\d%  [\d.k]+ tokens/s", shown)
+    for text in ("tiny-0.1m on task: 4 problems", "pass@1", "pass@2", "maj@2", "unparsed_rate", "95%"):
         assert text in shown
-    assert f"per-problem rows, manifest and summary: {out}" in shown, "whole, whatever the width and the brackets"
-    manifest = read_manifest(out)
-    assert (manifest["dtype"], manifest["seed"], manifest["batch_size"]) == ("float64", 3, 2)
-    assert manifest["sampling"]["n"] == 2
+    assert f"per-problem rows, settings and summary: {out}" in shown, "whole, whatever the width and the brackets"
+    settings = read_settings(out)
+    assert (settings["dtype"], settings["seed"], settings["batch_size"]) == ("float64", 3, 2)
+    assert settings["sampling"]["n"] == 2
     assert json.loads((out / "summary.json").read_text())["samples"] == 8
 
 
@@ -63,18 +63,18 @@ def test_prompt_overrides(tmp_path: Path) -> None:
     assert prompt(tmp_path / "system") == f"Be brief.\n\n{base}"
     assert prompt(tmp_path / "chat") == f"user: {base}\nassistant: "
     assert prompt(tmp_path / "plain") == f"Question: {base}\nAnswer:\n"
-    assert len({read_manifest(tmp_path / name)["prompt"] for name in flags}) == len(flags)
+    assert len({read_settings(tmp_path / name)["prompt"] for name in flags}) == len(flags)
 
 
-def test_other_overrides_reach_the_manifest(tmp_path: Path) -> None:
+def test_other_overrides_reach_the_settings(tmp_path: Path) -> None:
     flags = ["--extractors", "boxed", "hash", "--deadline", "1.5", "--stop", "a", "--stop", "b", "--attention", "eager"]
     flags += ["--samples", "2", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "5", "--ks", "2"]
     assert run("--out", str(tmp_path / "o"), "--limit", "1", *flags) == 0
-    manifest = read_manifest(tmp_path / "o")
-    assert manifest["extra"]["extractors"] == ["boxed", "hash"]
-    assert manifest["extra"]["deadline_s"] == 1.5
-    assert manifest["extra"]["attention"] == "eager"
-    assert manifest["sampling"] == {
+    settings = read_settings(tmp_path / "o")
+    assert settings["extractors"] == ["boxed", "hash"]
+    assert settings["deadline_s"] == 1.5
+    assert settings["attention"] == "eager"
+    assert settings["sampling"] == {
         "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "max_new_tokens": 8, "stop": ["a", "b"]
     }  # fmt: skip
     metrics = json.loads((tmp_path / "o" / "summary.json").read_text())["metrics"]
@@ -97,7 +97,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_compare_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-    assert "no readable manifest" in capsys.readouterr().err
+    assert "no settings of a job there" in capsys.readouterr().err
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--out", str(out), "--seed", "1") == 2
     assert "seed: 0 then, 1 now" in capsys.readouterr().err
     assert run("--out", str(out), "--seed", "1", "--overwrite") == 0
-    assert read_manifest(out)["seed"] == 1
+    assert read_settings(out)["seed"] == 1
     other = tmp_path / "other"
     other.mkdir()
     (other / "keep.txt").write_text("mine")
@@ -154,13 +154,21 @@ def test_model_folder_without_weights(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "holds a config.json but no weights" in capsys.readouterr().err
 
 
-def test_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from stepkd.runs.launcher import LaunchInfo
-
-    info: Any = LaunchInfo(launcher="elastic", world_size=2, local_world_size=2)
-    monkeypatch.setattr("stepkd.runs.launcher.check_launch", lambda: info)
-    assert run("--out", str(tmp_path / "o")) == 2
-    assert "runs in one process: start it without a launcher" in capsys.readouterr().err
+def test_ranks_of_a_launcher_share_the_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--out", str(tmp_path / "alone")) == 0
+    capsys.readouterr()
+    for rank, said in enumerate(("rank 0 has done its share; the last rank to finish writes the results", "pass@1")):
+        info = LaunchInfo(launcher="elastic", rank=rank, local_rank=rank, world_size=2, local_world_size=2)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+        monkeypatch.setattr("stepkd.runs.launcher.check_launch", lambda info=info: info)
+        assert run("--out", str(tmp_path / "shared")) == 0
+        shown = capsys.readouterr().out
+        assert f"rank {rank}: evaluating 2/2" in shown
+        assert said in shown
+    for name in ("settings.json", "results.jsonl", "summary.json"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

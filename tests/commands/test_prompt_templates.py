@@ -14,8 +14,8 @@ import torch
 
 from stepkd.cli import main
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.evaluation.manifest import read_manifest
 from stepkd.models.source import TEMPLATE_NAME, trained_template
+from stepkd.runs.job import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = "style: plain\nplain: 'Q {prompt}'\nanswer_prefix: 'A '\n"
@@ -86,7 +86,7 @@ def test_a_trained_model_is_evaluated_under_its_own_template(
     assert said == [f"prompt template: task, with which {model} was trained (the benchmark's own: --template gsm8k)"], (
         "said once"
     )
-    assert read_manifest(tmp_path / "own")["extra"]["template"] == asdict(get_template("task"))
+    assert read_settings(tmp_path / "own")["template"] == asdict(get_template("task"))
 
 
 def test_a_template_that_is_asked_for_wins(run: Path, rows: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_template_that_is_asked_for_wins(run: Path, rows: Path, tmp_path: Path
     evaluate(run, rows, tmp_path / "file", "--template", str(own), "--limit", "1")
     assert "Q 0+7=\\nA " in (tmp_path / "file" / "results.jsonl").read_text()
     evaluate(run, rows, tmp_path / "changed", "--system", "Be brief.", "--limit", "1")
-    changed = read_manifest(tmp_path / "changed")["extra"]["template"]
+    changed = read_settings(tmp_path / "changed")["template"]
     assert changed == asdict(get_template("task")) | {"system": "Be brief."}, "a change to the run's own, not the other"
 
 
@@ -104,7 +104,7 @@ def test_labels_of_a_model_are_sampled_under_its_own_template(export: Path, rows
     words += ["--temperature", "0", "--max-new-tokens", "24", "--device", "cpu"]
     assert main(["label", *words, "--out", str(tmp_path / "labels")]) == 0
     assert json.loads((tmp_path / "labels" / "summary.json").read_text())["right_answers"] == 8
-    assert read_manifest(tmp_path / "labels")["template"] == asdict(get_template("task"))
+    assert read_settings(tmp_path / "labels")["template"] == asdict(get_template("task"))
 
 
 def test_training_goes_on_under_the_policys_own_template(

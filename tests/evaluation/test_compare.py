@@ -12,37 +12,24 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.compare import compare_runs
-from stepkd.evaluation.manifest import build_manifest, write_manifest
-from stepkd.evaluation.store import ResultStore
+from stepkd.runs.files import write_json, write_jsonl
 
 
 def write_run(folder: Path, right: dict[str, list[bool]], **changes: Any) -> Path:
     """A run folder with the given verdicts per problem id."""
     settings: dict[str, Any] = {
-        "model": "acme/tiny",
-        "revision": None,
-        "weights_fingerprint": "w1",
-        "prompt_id": "chat-v1",
-        "extractor_version": "1",
-        "dtype": "bfloat16",
+        "kind": "evaluation",
+        "model": {"name": "acme/tiny"},
         "seed": 0,
-        "backend": "transformers",
         "device": "cpu",
-        "sampling": {"temperature": 0.0},
-        "batch_size": 100,
-        "benchmark": "gsm8k",
-        "benchmark_source": "test.jsonl",
-        "data_fingerprint": "d1",
-        "limit": None,
+        "benchmark": {"name": "gsm8k", "data": "d1", "limit": None},
     }
-    write_manifest(folder, build_manifest(**(settings | changes)))
+    write_json(folder / "settings.json", settings | changes)
     rows = [
         {"id": key, "index": i, "samples": [{"verdict": "correct" if good else "wrong"} for good in verdicts]}
         for i, (key, verdicts) in enumerate(right.items())
     ]
-    with ResultStore(folder / "results.jsonl") as store:
-        if rows:
-            store.append_batch(0, rows)
+    write_jsonl(folder / "results.jsonl", rows)
     return folder
 
 
@@ -50,7 +37,10 @@ def test_numbers_against_brute_force(tmp_path: Path) -> None:
     a = {"p0": [True, False], "p1": [False, False], "p2": [True, True], "p3": [False, True]}
     b = {"p0": [True, True], "p1": [True, False], "p2": [False, True], "p3": [True, True]}
     result = compare_runs(
-        write_run(tmp_path / "a", a), write_run(tmp_path / "b", b, model="acme/new"), n_resamples=20_000, level=0.8
+        write_run(tmp_path / "a", a),
+        write_run(tmp_path / "b", b, model={"name": "acme/new"}),
+        n_resamples=20_000,
+        level=0.8,
     )
     gaps = np.array([0.5, 0.5, -0.5, 0.5])
     resampled = sorted(np.mean(draw) for draw in itertools.product(gaps, repeat=4))
@@ -113,18 +103,18 @@ def test_text_and_dict(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {"x": [True]})
-    other = write_run(tmp_path / "other", {"x": [True]}, benchmark="svamp")
+    other = write_run(tmp_path / "other", {"x": [True]}, benchmark={"name": "svamp", "data": "d1", "limit": None})
     with pytest.raises(ConfigError, match="different benchmarks: 'gsm8k' and 'svamp'"):
         compare_runs(a, other)
-    changed = write_run(tmp_path / "changed", {"x": [True]}, data_fingerprint="d2")
+    changed = write_run(tmp_path / "changed", {"x": [True]}, benchmark={"name": "gsm8k", "data": "d2", "limit": None})
     with pytest.raises(ConfigError, match=r"different data \(fingerprints\): 'd1' and 'd2'"):
         compare_runs(a, changed)
-    with pytest.raises(DataError, match=r"no finished problem in common \(1 and 0\)"):
-        compare_runs(a, write_run(tmp_path / "empty", {}))
-    with pytest.raises(DataError, match="no readable manifest"):
+    with pytest.raises(DataError, match=r"no finished problem in common \(1 and 1\)"):
+        compare_runs(a, write_run(tmp_path / "later", {"y": [True]}))
+    with pytest.raises(DataError, match="no settings of a job there"):
         compare_runs(a, tmp_path / "nowhere")
     (a / "results.jsonl").unlink()
-    with pytest.raises(DataError, match="cannot read results"):
-        compare_runs(a, changed.parent / "empty")
+    with pytest.raises(DataError, match=r"no results there: .*is it finished"):
+        compare_runs(a, tmp_path / "later")
     with pytest.raises(DataError, match="'x' has no samples"):
         compare_runs(write_run(tmp_path / "none", {"x": []}), write_run(tmp_path / "d", {"x": [True]}))

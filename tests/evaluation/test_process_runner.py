@@ -12,7 +12,7 @@ import pytest
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.process import compare_process
 from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
-from stepkd.evaluation.store import read_rows
+from stepkd.runs.job import JobOptions, read_results
 from stepkd.scorers.scorer import Meaning, Solutions
 
 ROWS = [
@@ -94,8 +94,21 @@ def test_killed_and_resumed(data: str, tmp_path: Path) -> None:
     resumed = evaluate_process(spec(data, tmp_path / "cut"), again)
     assert again.asked == ["c", "d"]
     assert resumed["sets"] == whole["sets"]
+    for name in ("settings.json", "results.jsonl", "summary.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(ConfigError, match="scorer"):
         evaluate_process(spec(data, tmp_path / "cut"), Scripted({**GOOD, "1": 0.8}))
+
+
+def test_two_ranks_share_the_solutions(data: str, tmp_path: Path) -> None:
+    whole = evaluate_process(spec(data, tmp_path / "whole"), Scripted(GOOD))
+    scorers = [Scripted(GOOD), Scripted(GOOD)]
+    found = [
+        evaluate_process(spec(data, tmp_path / "two"), scorers[rank], options=JobOptions(rank=rank, world_size=2))
+        for rank in (1, 0)
+    ]
+    assert found == [{}, whole]
+    assert [scorer.asked for scorer in scorers] == [["a", "b"], ["c", "d"]]
 
 
 def test_unscored_solutions_are_left_out_and_counted(data: str, tmp_path: Path) -> None:
@@ -103,7 +116,7 @@ def test_unscored_solutions_are_left_out_and_counted(data: str, tmp_path: Path) 
     (section,) = summary["sets"].values()
     assert section["unscored_solutions"] == 1
     assert section["solutions"] == 3
-    assert read_rows(tmp_path / "out" / "results.jsonl")[3]["scores"] == [0.9, 0.3, 0.8, None]
+    assert read_results(tmp_path / "out")[3]["scores"] == [0.9, 0.3, 0.8, None]
     with pytest.raises(DataError, match=r"no solution of .* has a score for each of its steps"):
         evaluate_process(spec(data, tmp_path / "none"), Scripted(dict.fromkeys(GOOD, float("nan"))))
 

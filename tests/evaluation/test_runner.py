@@ -5,41 +5,41 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import stepkd.evaluation.disk as disk
-import stepkd.evaluation.store as store
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError, DataError, ModelError, StepkdError
-from stepkd.evaluation import runner
-from stepkd.evaluation.manifest import read_manifest
+from stepkd.errors import ConfigError, DataError, MachineError, ModelError, StepkdError
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.runner import EvaluationSpec, evaluate
-from stepkd.evaluation.store import read_rows
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.checkpoint import tokenizer_fingerprint
 from stepkd.runs.files import write_json
+from stepkd.runs.job import JobOptions, read_results, read_settings
 
 TASK = "task=modular:terms=3,n=7"  # the data of the `spec` fixture
-FILES = ["manifest.json", "results.jsonl", "summary.json"]
+OUTPUTS = ("settings.json", "results.jsonl", "summary.json")
+FOLDER = ["log", "parts", "results.jsonl", "settings.json", "summary.json"]
+AGAIN = JobOptions(overwrite=True)
 
 
-def results(out: str | Path) -> list[dict[str, Any]]:
-    """Rows without their wall time."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(Path(out) / FILES[1])]
+def whole(out: str | Path) -> list[bytes]:
+    """What an evaluation leaves, without its parts and its log."""
+    return [(Path(out) / name).read_bytes() for name in OUTPUTS]
+
+
+def names(out: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(out).iterdir())
 
 
 def samples(out: str | Path) -> list[Any]:
-    return [row["samples"] for row in results(out)]
+    return [row["samples"] for row in read_results(out)]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -53,62 +53,73 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def test_folder(spec: EvaluationSpec, policy: Policy) -> None:
     reports: list[tuple[int, int]] = []
 
-    def report(done: int, total: int, figures: dict[str, float]) -> None:
-        assert set(figures) == {"accuracy", "tokens_per_second"}
+    def report(phase: str, done: int, total: int, figures: Any) -> None:
+        assert (phase, set(figures)) == ("problems", {"correct", "tokens/s"})
         reports.append((done, total))
 
     sampled = replace(spec, samples=3, temperature=1.0, limit=5, max_rows=6)
-    summary = evaluate(sampled, policy=policy, report=report)
-    assert sorted(path.name for path in Path(spec.out).iterdir()) == FILES
+    summary = evaluate(sampled, policy=policy, options=JobOptions(report=report))
+    assert names(spec.out) == FOLDER
     assert reports == [(2, 5), (4, 5), (5, 5)]
 
-    rows = read_rows(Path(spec.out) / "results.jsonl")
+    rows = read_results(spec.out)
     assert [row["index"] for row in rows] == list(range(5))
-    assert list(rows[0]) == ["batch", "batch_rows", "id", "index", "prompt", "answer", "samples", "seconds"]
+    assert list(rows[0]) == ["id", "index", "prompt", "answer", "samples"]
     assert rows[0]["prompt"].endswith("=\n")
     assert all(len(row["samples"]) == 3 for row in rows)
     assert {len({s["completion"] for s in row["samples"]}) for row in rows} == {3}, "samples differ"
 
     written = json.loads((Path(spec.out) / "summary.json").read_text())
-    assert written == {key: value for key, value in summary.items() if key != "manifest"}
+    assert written == {key: value for key, value in summary.items() if key != "settings"}
     again = summarise(rows, [1, 2, 3], seed=0)
     assert {key: written[key] for key in again} == json.loads(json.dumps(again)), "recomputable from the rows"
     assert {"pass@1", "pass@2", "pass@3", "maj@2", "maj@3", "step_accuracy"} <= set(written["metrics"])
-    assert written["tokens_per_second"] == pytest.approx(written["total_tokens"] / sum(row["seconds"] for row in rows))
     assert (written["benchmark"], written["model"], written["samples"]) == ("task", "tiny-0.1m", 15)
 
 
-def test_manifest(spec: EvaluationSpec, policy: Policy) -> None:
-    manifest = evaluate(replace(spec, limit=2, stop=("x",), seed=7), policy=policy)["manifest"]
-    assert manifest == read_manifest(spec.out)
-    assert manifest["model"]["name"] == "tiny-0.1m"
-    assert re.fullmatch("[0-9a-f]{16}", manifest["model"]["weights"])
-    assert manifest["prompt"] == get_template("task").prompt_id(policy.tokenizer)
-    assert (manifest["dtype"], manifest["seed"], manifest["backend"], manifest["device"]) == (
+def test_times_and_hosts_stand_in_the_log_only(spec: EvaluationSpec, policy: Policy) -> None:
+    evaluate(spec, policy=policy)
+    log = [json.loads(line) for line in (Path(spec.out) / "log" / "rank-0.jsonl").read_text().splitlines()]
+    assert log[0]["host"]
+    assert all(entry["seconds"] > 0 and entry["tokens/s"] > 0 for entry in log[1:])
+    for content in whole(spec.out):
+        assert not re.search(rb"seconds|_per_second|tokens/s|created|host", content)
+        assert log[0]["host"].encode() not in content or len(log[0]["host"]) < 3
+
+
+def test_settings(spec: EvaluationSpec, policy: Policy) -> None:
+    settings = evaluate(replace(spec, limit=2, stop=("x",), seed=7), policy=policy)["settings"]
+    assert settings == read_settings(spec.out)
+    assert settings["model"]["name"] == "tiny-0.1m"
+    assert re.fullmatch("[0-9a-f]{16}", settings["model"]["weights"])
+    assert settings["prompt"] == get_template("task").prompt_id(policy.tokenizer)
+    assert (settings["dtype"], settings["seed"], settings["backend"], settings["device"]) == (
         "float64", 7, "transformers", "cpu"
     )  # fmt: skip
-    assert manifest["sampling"] == {
+    assert settings["sampling"] == {
         "n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 24, "stop": ["x"]
     }  # fmt: skip
-    assert manifest["batch_size"] == 2
-    assert manifest["benchmark"]["source"] == "task:test"
-    assert manifest["benchmark"]["limit"] == 2
-    assert {"stepkd", "torch", "transformers", "math-verify"} <= set(manifest["versions"])
-    assert manifest["extra"]["extractors"] == ["hash"]
-    assert manifest["extra"]["tokenizer"] == tokenizer_fingerprint(policy.tokenizer)
-    assert manifest["extra"]["end_ids"] == [policy.tokenizer.eos_token_id]
-    assert str(Path.home()) not in json.dumps(manifest)
+    assert settings["batch_size"] == 2
+    assert settings["benchmark"]["source"] == "task:test"
+    assert settings["benchmark"]["limit"] == 2
+    assert set(settings["versions"]) == {"stepkd", "torch", "transformers", "peft", "math-verify"}
+    assert settings["threads"] >= 1
+    assert settings["extractors"] == ["hash"]
+    assert settings["tokenizer"] == tokenizer_fingerprint(policy.tokenizer)
+    assert settings["end_ids"] == [policy.tokenizer.eos_token_id]
+    for private in (platform.node(), str(Path.cwd()), str(Path.home())):
+        assert len(private) < 3 or private not in json.dumps(settings)
 
 
 def test_the_data_fingerprint_covers_the_whole_file(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
     data = write(tmp_path / "p.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)])
-    manifests = [
+    found = [
         evaluate(
             replace(spec, benchmark="rows", data=data, limit=limit, out=str(tmp_path / str(limit))), policy=policy
-        )["manifest"]
+        )["settings"]
         for limit in (1, 2)
     ]
-    prints = [manifest["benchmark"]["data"] for manifest in manifests]
+    prints = [settings["benchmark"]["data"] for settings in found]
     assert prints[0] == prints[1]
     write(tmp_path / "p.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 2)} for i in range(4)])
     with pytest.raises(ConfigError, match=r"benchmark\.data: "):
@@ -128,54 +139,36 @@ def test_tokenizer_fingerprint_sees_the_vocabulary_and_not_the_last_call(policy:
 # ---- resuming ------------------------------------------------------------------------------------------------------
 
 
-def test_cut_anywhere_the_run_ends_with_the_same_rows(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_whatever_is_missing_the_run_ends_with_the_same_bytes(
+    spec: EvaluationSpec, policy: Policy, tmp_path: Path, ranks: int
+) -> None:
     sampled = replace(spec, samples=2, temperature=1.0, max_rows=4, max_new_tokens=12)
-    whole = evaluate(sampled, policy=policy)
-    expected, content = results(spec.out), (Path(spec.out) / "results.jsonl").read_bytes()
-    for share in (0.0, 0.1, 0.35, 0.6, 0.99):
-        out = tmp_path / f"cut {share}"
-        out.mkdir()
-        (out / "manifest.json").write_bytes((Path(spec.out) / "manifest.json").read_bytes())
-        (out / "results.jsonl").write_bytes(content[: int(share * len(content))])
-        summary = evaluate(replace(sampled, out=str(out)), policy=policy)
-        assert results(out) == expected
-        assert summary["metrics"] == whole["metrics"]
+    uninterrupted = evaluate(sampled, policy=policy)
+    assert len(list((Path(spec.out) / "parts" / "problems").iterdir())) == 4
+    for kept in (0, 1, 3):
+        out = tmp_path / f"kept {kept}"
+        shutil.copytree(spec.out, out, ignore=shutil.ignore_patterns("results.jsonl", "summary.json"))
+        for part in sorted((out / "parts" / "problems").iterdir())[kept:]:
+            part.unlink()
+        summaries = [
+            evaluate(replace(sampled, out=str(out)), policy=policy, options=JobOptions(rank=rank, world_size=ranks))
+            for rank in range(ranks)
+        ]
+        assert summaries[-1]["metrics"] == uninterrupted["metrics"]
+        assert whole(out) == whole(spec.out)
     # A finished run is not sampled again, only summarised, also for other k.
     before = (Path(spec.out) / "results.jsonl").read_bytes()
     assert set(evaluate(replace(sampled, ks=(2,)), policy=policy)["metrics"]) >= {"pass@1", "pass@2"}
     assert (Path(spec.out) / "results.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
-def test_sigkill_and_the_same_command(tmp_path: Path) -> None:
-    task = "task=modular:terms=3,n=12"
-    command = [
-        sys.executable, "-m", "stepkd", "evaluate", "--model", "tiny-0.1m", "--benchmark", "task", "--data", task,
-        "--max-new-tokens", "200", "--batch-size", "2", "--samples", "2", "--temperature", "1", "--dtype", "float64",
-        "--device", "cpu", "--out",
-    ]  # fmt: skip
-    out, one_thread = tmp_path / "killed", os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, str(out)], env=one_thread, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if (out / "results.jsonl").is_file() and (out / "results.jsonl").stat().st_size > 0:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL, errors.decode()
-    begun = results(out)
-    assert 0 < len(begun) < 12
-    assert not (out / "summary.json").exists()
-
-    subprocess.run([*command, str(out)], env=one_thread, check=True, capture_output=True, timeout=120)
-    subprocess.run([*command, str(tmp_path / "whole")], env=one_thread, check=True, capture_output=True, timeout=120)
-    assert results(out) == results(tmp_path / "whole")
-    assert {row["batch"]: row for row in begun}.items() <= {row["batch"]: row for row in results(out)}.items()
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (out, tmp_path / "whole")]
-    for summary in summaries:
-        del summary["tokens_per_second"]
-    assert summaries[0] == summaries[1]
+def test_a_rank_that_is_done_leaves_the_results_to_the_last_one(spec: EvaluationSpec, policy: Policy) -> None:
+    assert evaluate(spec, policy=policy, options=JobOptions(rank=1, world_size=2)) == {}
+    assert names(spec.out) == ["log", "parts", "settings.json"]
+    assert len(read_results(spec.out)) == 3, "what there is so far can be read"
+    assert evaluate(spec, policy=policy, options=JobOptions(rank=0, world_size=2))["problems"] == 7
+    assert names(spec.out) == FOLDER
 
 
 @pytest.mark.parametrize(
@@ -186,26 +179,25 @@ def test_sigkill_and_the_same_command(tmp_path: Path) -> None:
         ({"max_rows": 3}, "batch_size: 2 then, 3 now"),
         ({"limit": 2}, "benchmark.limit: None then, 2 now"),
         ({"data": f"{TASK},limit=2"}, "benchmark.limit: None then, 2 now"),
-        ({"data": f"{TASK},offset=1"}, "extra.offset: 0 then, 1 now"),
+        ({"data": f"{TASK},offset=1"}, "benchmark.offset: 0 then, 1 now"),
         ({"data": "task=modular:terms=4,n=7"}, "benchmark.data: "),
-        ({"extractors": ("last_number",)}, "extra.extractors: "),
-        ({"deadline_s": 1.0}, "extra.deadline_s: 2.0 then, 1.0 now"),
+        ({"extractors": ("last_number",)}, "extractors: "),
+        ({"deadline_s": 1.0}, "deadline_s: 2.0 then, 1.0 now"),
         ({"stop": ("\n",)}, "sampling.stop: "),
         ({"template": get_template("plain")}, "prompt: "),
         ({"model": "other"}, "model.name: 'tiny-0.1m' then, 'other' now"),
-        ({"convention": "prm800k"}, "extra.convention: 'stepkd' then, 'prm800k' now"),
+        ({"convention": "prm800k"}, "convention: 'stepkd' then, 'prm800k' now"),
     ],
     ids=str,
 )
 def test_changed_settings_are_refused_by_name(
     spec: EvaluationSpec, policy: Policy, changes: dict[str, Any], key: str
 ) -> None:
-    if not (Path(spec.out) / "manifest.json").exists():
-        evaluate(spec, policy=policy)
-    before = (Path(spec.out) / "results.jsonl").read_bytes()
+    evaluate(spec, policy=policy)
+    before = whole(spec.out)
     with pytest.raises(ConfigError, match=rf"(?s)begun under other settings.*  {re.escape(key)}.*another --out"):
         evaluate(replace(spec, **changes), policy=policy)
-    assert (Path(spec.out) / "results.jsonl").read_bytes() == before
+    assert whole(spec.out) == before
 
 
 def test_changed_weights_are_refused(spec: EvaluationSpec, policy: Policy) -> None:
@@ -227,7 +219,7 @@ def test_rows_do_not_depend_on_the_batch_size(
     for rows in (1, 2, 5, 64):
         out = str(tmp_path / str(rows))
         evaluate(replace(spec, **sampling, data=data, max_rows=rows, max_new_tokens=12, out=out), policy=policy)
-        records = [sample for row in results(out) for sample in row["samples"]]
+        records = [sample for row in read_results(out) for sample in row["samples"]]
         logprobs.append([record.pop("logprob") for record in records])
         found.append(records)
     assert all(records == found[0] for records in found)
@@ -246,9 +238,9 @@ def test_rows_do_not_depend_on_the_limit(spec: EvaluationSpec, policy: Policy, t
 def test_loads_the_model_it_is_given(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
     evaluate(replace(spec, limit=2), policy=policy)
     evaluate(replace(spec, limit=2, out=str(tmp_path / "loaded")))
-    assert results(tmp_path / "loaded") == results(spec.out)
-    manifest = evaluate(replace(spec, limit=1, dtype="float32", out=str(tmp_path / "single")))["manifest"]
-    assert manifest["dtype"] == "float32"
+    assert whole(tmp_path / "loaded") == whole(spec.out)
+    settings = evaluate(replace(spec, limit=1, dtype="float32", out=str(tmp_path / "single")))["settings"]
+    assert settings["dtype"] == "float32"
 
 
 # ---- prompts and data ----------------------------------------------------------------------------------------------
@@ -260,8 +252,8 @@ def test_template_overrides_change_prompt_and_id(spec: EvaluationSpec, policy: P
     ids, prompts = set(), set()
     for number, template in enumerate(templates):
         out = str(tmp_path / str(number))
-        ids.add(evaluate(replace(spec, limit=1, template=template, out=out), policy=policy)["manifest"]["prompt"])
-        prompts.add(results(out)[0]["prompt"])
+        ids.add(evaluate(replace(spec, limit=1, template=template, out=out), policy=policy)["settings"]["prompt"])
+        prompts.add(read_results(out)[0]["prompt"])
     assert len(ids) == len(prompts) == len(templates)
 
 
@@ -272,7 +264,7 @@ def test_real_problems(name: str, spec: EvaluationSpec, policy: Policy, data_dir
     )
     assert (summary["problems"], summary["metrics"]["mean_tokens"]["value"] <= 8) == (2, True)
     assert "step_accuracy" not in summary["metrics"]
-    rows = results(spec.out)
+    rows = read_results(spec.out)
     assert [row["index"] for row in rows] == [0, 1]
     assert all(row["answer"] for row in rows)
 
@@ -353,45 +345,91 @@ def test_cuda_that_is_not_there(spec: EvaluationSpec, monkeypatch: pytest.Monkey
         evaluate(replace(spec, device="cuda:3"))
 
 
-def test_disk_full_while_writing_results(
-    spec: EvaluationSpec, policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("failing", ["problems/000002.jsonl", "results.jsonl", "summary.json"])
+def test_a_full_disk_keeps_what_is_done(
+    spec: EvaluationSpec, policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
 ) -> None:
     evaluate(replace(spec, out=str(tmp_path / "whole")), policy=policy)
-    calls = 0
 
-    def full(fd: int, data: bytes) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            os.write(fd, data[:40])
+    def full(source: Path, target: Path) -> None:
+        if str(target).endswith(failing):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        disk.write_all(fd, data)
+        real(source, target)
 
+    real = os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_all", full)
-        message = r"results\.jsonl: No space left on device .*Earlier results are intact \(4 problems\); make room"
-        with pytest.raises(StepkdError, match=message):
+        patch.setattr(os, "replace", full)
+        with pytest.raises(MachineError, match=rf"{failing}: No space left on device"):
             evaluate(spec, policy=policy)
-    assert len(results(spec.out)) == 4
+    assert len(read_results(spec.out)) == (4 if "problems" in failing else 7)
     evaluate(spec, policy=policy)
-    assert results(spec.out) == results(tmp_path / "whole")
+    assert whole(spec.out) == whole(tmp_path / "whole")
 
 
-def _no_space(fd: int) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+# ---- the folder: never anything of somebody else's, never silently overwritten ------------------------------------
 
 
-def test_disk_full_while_writing_the_summary(
-    spec: EvaluationSpec, policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, summary: dict[str, Any]) -> None:
-        patch.setattr(os, "fsync", _no_space)
-        write_json(path, summary)
+def test_killed_while_the_settings_were_written(spec: EvaluationSpec, policy: Policy) -> None:
+    out = Path(spec.out)
+    out.mkdir()
+    (out / ".settings.json.4711.tmp").write_text('{"form')
+    assert evaluate(replace(spec, limit=1), policy=policy)["problems"] == 1
 
-    with monkeypatch.context() as patch:
-        patch.setattr(runner, "write_json", full)
-        with pytest.raises(StepkdError, match=r"summary\.json: No space left on device"):
-            evaluate(spec, policy=policy)
-    assert len(results(spec.out)) == 7
-    assert sorted(path.name for path in Path(spec.out).iterdir()) == FILES[:2]
-    assert evaluate(spec, policy=policy)["problems"] == 7
+
+@pytest.mark.parametrize("name", ["notes.txt", "results.jsonl", "summary.json"])
+def test_folder_of_something_else(spec: EvaluationSpec, policy: Policy, name: str) -> None:
+    out = Path(spec.out)
+    out.mkdir()
+    (out / name).write_text("mine")
+    for options in (JobOptions(), AGAIN):
+        with pytest.raises(ConfigError, match=rf"is not empty \({name}\) and holds no evaluation .*give another --out"):
+            evaluate(spec, policy=policy, options=options)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
+
+
+def test_folder_of_version_0_1(spec: EvaluationSpec, policy: Policy) -> None:
+    write_json(Path(spec.out) / "manifest.json", {"format": 1})
+    with pytest.raises(ConfigError, match=r"is of stepkd 0\.1 \(manifest\.json\), whose jobs this version cannot"):
+        evaluate(spec, policy=policy, options=AGAIN)
+
+
+def test_out_is_no_folder(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+    Path(spec.out).write_text("mine")
+    with pytest.raises(ConfigError, match="out is a file: give a folder"):
+        evaluate(spec, policy=policy)
+    with pytest.raises(StepkdError, match=r"cannot write .*settings\.json: Not a directory"):
+        evaluate(replace(spec, out=f"{spec.out}/out"), policy=policy)
+
+
+def test_overwrite(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+    assert evaluate(spec, policy=policy, options=AGAIN)["problems"] == 7, "of a new folder"
+    summary = evaluate(replace(spec, max_new_tokens=5), policy=policy, options=AGAIN)
+    assert summary["total_tokens"] <= 7 * 5
+    assert read_settings(spec.out)["sampling"]["max_new_tokens"] == 5
+    assert names(spec.out) == FOLDER
+
+
+def test_overwrite_touches_nothing_when_the_new_run_is_in_error(spec: EvaluationSpec, policy: Policy) -> None:
+    evaluate(spec, policy=policy)
+    before = whole(spec.out)
+    for changes in ({"benchmark": "tusk"}, {"data": "n=0"}, {"template": "gsm"}):
+        with pytest.raises(StepkdError):
+            evaluate(replace(spec, **changes), policy=policy, options=AGAIN)
+    with pytest.raises(ModelError):
+        evaluate(replace(spec, model="tiny-0.2m"), options=AGAIN)
+    assert whole(spec.out) == before
+
+
+def test_overwrite_refuses_a_folder_with_other_files(spec: EvaluationSpec, policy: Policy) -> None:
+    evaluate(spec, policy=policy)
+    before = whole(spec.out)
+    checkpoints = Path(spec.out) / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "last.ckpt").write_text("weeks of work")
+    with pytest.raises(ConfigError, match=r"holds more than an evaluation \(checkpoints\), so --overwrite does not"):
+        evaluate(replace(spec, seed=1), policy=policy, options=AGAIN)
+    assert (checkpoints / "last.ckpt").read_text() == "weeks of work"
+    assert whole(spec.out) == before
+    (Path(spec.out) / "settings.json").write_text('{"name": "my web app"}')
+    with pytest.raises(DataError, match="not the settings of a job"):
+        evaluate(spec, policy=policy, options=AGAIN)

@@ -19,7 +19,6 @@ from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.process import predicted_first_error
 from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
-from stepkd.evaluation.store import read_rows
 from stepkd.iteration.measure import differences
 from stepkd.labels import ConvertOptions, StepPairSpec, convert_rows
 from stepkd.labels.consensus import consensus_filter
@@ -30,6 +29,7 @@ from stepkd.losses import step_kto
 from stepkd.modules.focus import FocusSpec
 from stepkd.modules.validation import SampledAccuracy
 from stepkd.runs.files import write_jsonl
+from stepkd.runs.job import read_results
 from stepkd.scorers.scorer import Meaning, Solutions
 from stepkd.steps import tally
 
@@ -147,7 +147,7 @@ def test_evaluation_writes_the_same_verdicts(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [stepwise(1.0, 0.5, 0.25)])
     spec = ProcessSpec("says", "step_labels", str(tmp_path / "out"), data=f"rows:path={tmp_path}/rows.jsonl")
     evaluate_process(spec, Says())
-    (result,) = read_rows(tmp_path / "out" / "results.jsonl")
+    (result,) = read_results(tmp_path / "out")
     assert (result["labels"], result["first_error"]) == ([True, True, False], 2)
 
 
