@@ -73,6 +73,17 @@ def with_end(completion: TokenizedText, template: PromptTemplate, tokenizer: Any
     return TokenizedText((*ids, template.end_id(tokenizer)), text, (*completion.char_ends, len(text)))
 
 
+def sampled_spans(row: Mapping[str, Any]) -> list[Span]:
+    """The step spans of a rollout. Labels and values are stored one per step, so that none is repaired.
+
+    Raises:
+        DataError: ``step_ends`` do not cut ``token_ids`` into steps.
+    """
+    if (wrong := ends_partition(row["step_ends"], len(row["token_ids"]))) is not None:
+        raise DataError(wrong, path=str(row.get("id", "?")), column="step_ends")
+    return spans_from_ends(row["step_ends"], len(row["token_ids"]))
+
+
 class Encoder:
     """Turns contract rows into :class:`Example` objects.
 
@@ -106,8 +117,16 @@ class Encoder:
         Raises:
             DataError: the prompt is empty or does not leave room for one completion token.
         """
+        place: dict[str, Any] = {"path": str(row.get("id", "?")), "column": "prompt"}
         text = self.template.render(row, self.tokenizer)
-        _check_encodable(text, row)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"character {error.start + 1} of the rendered prompt is half of a surrogate pair, which no tokenizer "
+                "can encode: export the data again as valid UTF-8",
+                **place,
+            ) from error
         special = self.template.adds_special_tokens(self.tokenizer)
         ids = tuple(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if special and ids and ids[-1] == self.tokenizer.eos_token_id:
@@ -115,13 +134,12 @@ class Encoder:
             if ids[len(ids) - len(own) :] != own:
                 ids = ids[:-1]  # some tokenizers end every text by themselves; a prompt goes on
         if not ids:
-            raise DataError("the prompt has no tokens", path=str(row.get("id", "?")), column="prompt")
+            raise DataError("the prompt has no tokens", **place)
         if len(ids) >= self.max_length:
             raise DataError(
                 f"the prompt has {len(ids)} tokens and max_length is {self.max_length}: raise max_length, use fewer "
                 "few-shot examples, or drop the row",
-                path=str(row.get("id", "?")),
-                column="prompt",
+                **place,
             )
         return ids
 
@@ -142,7 +160,7 @@ class Encoder:
         column = "solution" if row.get("solution") is not None else "completion"
         if row.get("token_ids") is not None:
             column = "token_ids"
-            completion, spans = self._sampled(row, name)
+            completion, spans = self._sampled(row)
         else:
             completion = self._written(row, name)
             spans = segment(self.segmenter, completion)
@@ -163,14 +181,11 @@ class Encoder:
             return None
         return Example(name, prompt, completion.token_ids[: kept[-1][1]], tuple(kept), row)
 
-    def _sampled(self, row: Mapping[str, Any], name: str) -> tuple[TokenizedText, list[Span]]:
+    def _sampled(self, row: Mapping[str, Any]) -> tuple[TokenizedText, list[Span]]:
         completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("raw_logprobs", row.get("logprobs")))
         if not completion.token_ids or row.get("step_ends") is None:
             return completion, segment(self.segmenter, completion)
-        # Labels and values are stored one per step, so a repaired partition would shift them.
-        if (wrong := ends_partition(row["step_ends"], len(row["token_ids"]))) is not None:
-            raise DataError(wrong, path=name, column="step_ends")
-        return completion, spans_from_ends(row["step_ends"], len(completion))
+        return completion, sampled_spans(row)
 
     def _written(self, row: Mapping[str, Any], name: str) -> TokenizedText:
         text = row.get("solution") if row.get("solution") is not None else row.get("completion")
@@ -201,15 +216,3 @@ class Encoder:
 
     def _nothing_left(self) -> str:
         return f"no row fits into max_length={self.max_length} tokens with at least one whole step: raise max_length"
-
-
-def _check_encodable(text: str, row: Mapping[str, Any]) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"character {error.start + 1} of the rendered prompt is half of a surrogate pair, which no tokenizer can "
-            "encode: export the data again as valid UTF-8",
-            path=str(row.get("id", "?")),
-            column="prompt",
-        ) from error

@@ -84,6 +84,12 @@ def file_ending(path: str | Path) -> str | None:
     return max(fitting, key=len) if fitting else None
 
 
+def stem(path: str | Path) -> str:
+    """A file's name without its readable ending."""
+    name = Path(path).name
+    return name[: len(name) - len(file_ending(name) or "")]
+
+
 def _read_json_lines(path: Path) -> Iterator[tuple[Row, int]]:
     number = 0
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepkd.data.io import file_ending
+from stepkd.data.io import file_ending, stem
 from stepkd.data.rows import CONTRACTS, Contract, ExtraRule, Row, detect_contract, did_you_mean, validate
 from stepkd.data.sources.registry import Read, Source, get_source, list_sources, read_hub, read_path, split_of_file
 from stepkd.errors import ConfigError, DataError
@@ -257,13 +257,9 @@ def _valid_rows(spec: DataSpec, contract: Contract | None) -> Iterator[Row]:
 
 
 def _id_prefix(spec: DataSpec, source: Source, split: str) -> str:
-    if source.name != "rows":
-        return f"{source.name}/{split}"
-    if spec.path is not None:
-        name = Path(spec.path).name
-        ending = file_ending(name)
-        return name[: -len(ending)] if ending else f"{name}/{split}"
-    return f"{spec.hub or source.name}/{split}"
+    if source.name == "rows" and spec.path is not None:
+        return stem(spec.path) if file_ending(spec.path) else f"{Path(spec.path).name}/{split}"
+    return f"{(source.name == 'rows' and spec.hub) or source.name}/{split}"
 
 
 def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: str) -> Iterator[Read]:

@@ -13,8 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from stepkd.data.encode import Encoder, Example
-from stepkd.data.rows import ends_partition
+from stepkd.data.encode import Encoder, Example, sampled_spans
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
@@ -25,7 +24,6 @@ from stepkd.steps import (
     TokenizedText,
     get_segmenter,
     segment,
-    spans_from_ends,
     text_from_ids,
     tokenize_text,
     tokenize_texts,
@@ -206,11 +204,7 @@ class StepEncoder(Encoder):
         if row.get("token_ids") is not None and self.format.tokenize == "whole" and row.get("step_ends") is not None:
             completion = text_from_ids(self.tokenizer, row["token_ids"])
             if row.get("completion") in (None, completion.text):
-                # Labels are stored one per step, so a repaired partition would shift them.
-                if (wrong := ends_partition(row["step_ends"], len(row["token_ids"]))) is not None:
-                    raise DataError(wrong, path=name, column="step_ends")
-                spans = spans_from_ends(row["step_ends"], len(completion))
-                return self.layout_from_ids(completion, spans, name)
+                return self.layout_from_ids(completion, sampled_spans(row), name)
         for column in ("completions", "steps"):
             if row.get(column) is not None:
                 return self.layout(row[column], name)

@@ -198,6 +198,16 @@ def test_without_a_trainer() -> None:
         StepData(train=task()).setup("fit")
 
 
+def test_steps_cut_elsewhere_are_other_data(attach: Any) -> None:
+    prints = set()
+    for segmenter in ("newline", "whole", "newline"):
+        data = attach(StepData(train=task(), template="task", segmenter=segmenter))
+        assert data.fingerprint() is None
+        data.setup("fit")
+        prints.add(data.fingerprint())
+    assert len(prints) == 2
+
+
 def test_lazy_names() -> None:
     import stepkd.data
 

@@ -41,6 +41,8 @@ def test_gsm8k_strips_calculator_marks_unless_asked(tmp_path: Path) -> None:
         "solution": "She has 2*600=1200.\nSo 1,200.\n#### 1,200",
         "id": "gsm8k/test/0",
     }
+    [numbered] = load("gsm8k", tmp_path / "test.jsonl", GSM | {"id": 7})
+    assert numbered["id"] == "7"
     [kept] = load("gsm8k", tmp_path / "test.jsonl", GSM, options={"calculator_marks": True})
     assert kept["solution"] == GSM["answer"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from stepkd.data.io import READABLE_ENDINGS, file_ending, read_rows
+from stepkd.data.io import READABLE_ENDINGS, file_ending, read_rows, stem
 from stepkd.data.rows import Contract, Row, did_you_mean, shown
 from stepkd.errors import ConfigError, DataError, check_choice
 
@@ -254,14 +254,8 @@ def split_of_file(path: Path, source: Source) -> str | None:
         path: a data file.
         source: only its split names count.
     """
-    stem = _stem(path).lower()
-    head = stem.split("-0")[0]
-    return next((split for split in source.splits if split in (stem, head)), None)
-
-
-def _stem(path: Path) -> str:
-    ending = file_ending(path)
-    return path.name[: -len(ending)] if ending else path.name
+    name = stem(path).lower()
+    return next((split for split in source.splits if split in (name, name.split("-0")[0])), None)
 
 
 def data_files(folder: Path, source: Source, split: str, config: str | None) -> list[Path]:
@@ -286,8 +280,8 @@ def data_files(folder: Path, source: Source, split: str, config: str | None) -> 
     folders = [folder, *(folder / name for name in (config, *source.hub_configs) if name), folder / "data"]
     for searched in folders:
         files = _data_files_in(searched)
-        exact = [file for file in files if _stem(file).lower() in wanted]
-        shards = [file for file in files if _stem(file).lower().split("-0")[0] in wanted]
+        exact = [file for file in files if stem(file).lower() in wanted]
+        shards = [file for file in files if stem(file).lower().split("-0")[0] in wanted]
         if len(exact) > 1:
             names = ", ".join(file.name for file in exact)
             raise DataError(f"several files for one split: {names}; give the file's own path", path=searched)
