@@ -203,16 +203,12 @@ class StepData(LightningDataModule):
             shuffle=shuffle,
             groups=self._groups(examples) if training else None,
         )
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return StepLoader(
-            examples,
-            plan,
-            rank=rank,
-            world_size=world_size,
-            position=self._train_position if training else Position,
-            limit=trainer.limit_train_batches if training and trainer is not None else 1.0,
-        )
+        rank, world_size, limit = 0, 1, 1.0
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            limit = self.trainer.limit_train_batches if training else 1.0
+        position = self._train_position if training else Position
+        return StepLoader(examples, plan, rank=rank, world_size=world_size, position=position, limit=limit)
 
     keep_prompts_together = False
     """Whether prompts are shuffled in place of examples."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -230,15 +230,8 @@ class StepEncoder(Encoder):
         layout = self.row_layout(row) if layout is None else layout
         kept = sum(end <= self.max_length - len(prompt) for _, end in layout.spans)
         end = layout.spans[kept - 1][1] if kept else 0
-        return StepExample(
-            name,
-            prompt,
-            layout.ids[:end],
-            layout.spans[:kept],
-            row,
-            read_at=layout.read_at[:kept],
-            num_cut=len(layout.spans) - kept,
-        )
+        spans, cut = layout.spans[:kept], len(layout.spans) - kept
+        return StepExample(name, prompt, layout.ids[:end], spans, row, read_at=layout.read_at[:kept], num_cut=cut)
 
     def example(self, row: Mapping[str, Any]) -> StepExample | None:
         """An example to train on; None (and a count in ``counts``) when no labelled step is left, or the solution
@@ -265,14 +258,9 @@ class StepEncoder(Encoder):
         kept = labelled[-1] + 1
         end = scored.read_at[kept - 1] + 1
         spans = (*scored.spans[: kept - 1], (scored.spans[kept - 1][0], end))
-        return StepExample(
-            scored.id,
-            scored.prompt_ids,
-            scored.completion_ids[:end],
-            spans,
-            row,
-            read_at=scored.read_at[:kept],
-            targets=tuple(targets[:kept]),
+        ids, read_at = scored.completion_ids[:end], scored.read_at[:kept]
+        return replace(
+            scored, completion_ids=ids, spans=spans, read_at=read_at, targets=tuple(targets[:kept]), num_cut=0
         )
 
     def _nothing_left(self) -> str:
