@@ -115,16 +115,11 @@ def vote_keys(answers: Sequence[Sequence[str | None]], grader: Grader) -> list[l
 
 def votes_of(rows: Sequence[Sequence[Row]], extractors: Sequence[str], grader: Grader) -> list[list[str | None]]:
     """:func:`vote_keys` of rows with ``completion`` and ``finish``, grouped by problem."""
-    return vote_keys(
-        [
-            [
-                extract_answer(str(row.get("completion", "")), extractors, cut_off=row.get("finish") == "length")
-                for row in group
-            ]
-            for group in rows
-        ],
-        grader,
-    )
+
+    def found(row: Row) -> str | None:
+        return extract_answer(str(row.get("completion", "")), extractors, cut_off=row.get("finish") == "length")
+
+    return vote_keys([[found(row) for row in group] for group in rows], grader)
 
 
 def step_labels(row: Row, completion: str, steps: Sequence[str] | None = None) -> list[bool] | None:

@@ -325,23 +325,19 @@ class Grader:
             except OSError as error:
                 raise StepkdError(f"cannot start a grading worker: {error}") from error
             self._pool.append(worker)
-            if (first := worker.ask(None, _START_LIMIT_S)) is not None:
-                break
+            first = worker.ask(None, _START_LIMIT_S)
+            if first == {}:
+                return worker
             late = time.monotonic() >= worker.limit
             self._drop([worker])
-            code = worker.process.poll()
-        else:
-            last = f"was not ready after {_START_LIMIT_S:.0f} s" if late else f"ended with exit code {code}"
-            raise StepkdError(
-                f"{_START_ATTEMPTS} grading workers in a row failed to start; the last one {last}. Raise memory_mb "
-                f"(now {self.memory_mb}) or check that {sys.executable} can import math_verify"
-            )
-        if "failed" in first:
-            raise StepkdError(
-                f"a grading worker cannot start: {first['failed']} (memory_mb={self.memory_mb}; is math-verify "
-                "installed with its 'antlr4' extra?)"
-            )
-        return worker
+            if first is not None:
+                last = f"says: {first['failed']}"
+                break
+            last = f"was not ready after {_START_LIMIT_S:.0f} s" if late else f"had exit code {worker.process.poll()}"
+        raise StepkdError(
+            f"no grading worker starts, the last one {last}. Raise memory_mb (now {self.memory_mb}) or check that "
+            f"{sys.executable} can import math_verify, installed with its 'antlr4' extra"
+        )
 
     def _drop(self, workers: Iterable[_Worker]) -> None:
         for worker in workers:

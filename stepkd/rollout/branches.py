@@ -14,6 +14,7 @@ Axes: P sequences read, B rows decoded, T padded length, H hidden size.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -92,8 +93,6 @@ logger = logging.getLogger(__name__)
 _PARTS = 4
 """Sequences are read for about this many full batches of rows at once, so that half-empty ones are few."""
 
-_noticed: set[str] = set()
-
 
 @dataclass
 class _Prefix:
@@ -151,7 +150,7 @@ class BranchRun:
             else:
                 apart.extend(prefixes)
         if apart and gaps is not None:
-            _notice(type(self.decoder.policy.causal_lm).__name__, gaps)
+            _notice(type(self.decoder.policy.causal_lm).__name__, gaps.reason)
         for block in self._blocks(shared):
             self._draw_shared(block)
         if apart:
@@ -278,8 +277,7 @@ def _prefixes(position: int, branch: Branch, spec: SamplingSpec, context: int | 
     return prefixes
 
 
-def _notice(model: str, gaps: GapLimit) -> None:
-    text = f"{model}: prefixes are read one by one, which is slower, because {gaps.reason}"
-    if text not in _noticed:
-        _noticed.add(text)
-        logger.warning(text)
+@functools.cache
+def _notice(model: str, reason: str) -> None:
+    """Logged once."""
+    logger.warning(f"{model}: prefixes are read one by one, which is slower, because {reason}")

@@ -109,7 +109,7 @@ class RoomyLayer(DynamicLayer):
         seen = self.keys.shape[-2]
         width = seen + key_states.shape[-2]
         if self._rooms is None or width > self._rooms[0].shape[-2] or not self._is_in(self._rooms):
-            size = _larger(width)
+            size = width + max(LEAST_ROOM, width // 4)
             self._rooms = (_roomy(self.keys, size), _roomy(self.values, size))
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[..., seen:width, :] = new
@@ -124,19 +124,6 @@ class RoomyLayer(DynamicLayer):
         """Keep some rows, and let go of the room of all at once."""
         super().batch_select_indices(indices)
         self._rooms = None
-
-
-def _larger(width: int) -> int:
-    """Columns of a new room for so many."""
-    return width + max(LEAST_ROOM, width // 4)
-
-
-def room_columns(prompt: int, total: int) -> int:
-    """Columns of the room that a cache of ``prompt`` columns has once there are ``total``."""
-    room = prompt
-    while room < total:
-        room = _larger(room + 1)
-    return room
 
 
 def _roomy(columns: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import random
 import re
@@ -57,23 +58,24 @@ class ChainTask(EquationTask):
     def reduce(self, value: int) -> int:
         """Map the plain result of an operation to the one the task writes down."""
 
-    def make_problem(self, numbers: list[int], operators: str, *, suffix: str = "") -> TaskProblem:
-        """Build the problem of one chain.
+    def draw(
+        self, rng: random.Random, terms: int | str, operators: str, number: Callable[[], int], *, suffix: str = ""
+    ) -> TaskProblem:
+        """Draw the problem of one chain.
 
         Args:
-            numbers: the terms, at least one.
-            operators: one character of ``+-*`` between each two numbers.
+            rng: where its length and its operators are drawn from.
+            terms: how many numbers, as a range setting is stored.
+            operators: one or more of ``+-*``, all equally likely.
+            number: draws a number.
             suffix: text between the chain and its equals sign.
         """
-        chain = str(numbers[0]) + "".join(f"{op}{number}" for op, number in zip(operators, numbers[1:], strict=True))
-        value = numbers[0]
-        for op, number in zip(operators, numbers[1:], strict=True):
-            value = self.reduce(OPERATIONS[op](value, number))
-        return TaskProblem(f"{chain}{suffix}=\n", str(value), {"numbers": numbers, "operators": operators})
-
-    def draw_operators(self, count: int, operators: str, rng: random.Random) -> str:
-        """Draw `count` operators, all equally likely."""
-        return "".join(rng.choice(operators) for _ in range(count))
+        numbers = [number() for _ in range(draw_length(terms, rng))]
+        drawn = "".join(rng.choice(operators) for _ in numbers[1:])
+        chain, value = str(numbers[0]), numbers[0]
+        for op, term in zip(drawn, numbers[1:], strict=True):
+            chain, value = f"{chain}{op}{term}", self.reduce(OPERATIONS[op](value, term))
+        return TaskProblem(f"{chain}{suffix}=\n", str(value), {"numbers": numbers, "operators": drawn})
 
     def next_step(self, problem: TaskProblem, previous_steps: Sequence[str]) -> str | None:
         numbers, operators = problem.meta["numbers"], problem.meta["operators"]
@@ -115,9 +117,7 @@ class ArithmeticChain(ChainTask):
         check_operators(self.name, self.operators)
 
     def problem(self, rng: random.Random) -> TaskProblem:
-        count = draw_length(self.terms, rng)
-        numbers = [rng.randint(0, self.maximum) for _ in range(count)]
-        return self.make_problem(numbers, self.draw_operators(count - 1, self.operators, rng))
+        return self.draw(rng, self.terms, self.operators, lambda: rng.randint(0, self.maximum))
 
     def reduce(self, value: int) -> int:
         return value
@@ -150,10 +150,8 @@ class ModularChain(ChainTask):
         check_operators(self.name, self.operators)
 
     def problem(self, rng: random.Random) -> TaskProblem:
-        count = draw_length(self.terms, rng)
-        numbers = [rng.randrange(self.modulus) for _ in range(count)]
-        operators = self.draw_operators(count - 1, self.operators, rng)
-        return self.make_problem(numbers, operators, suffix=f"%{self.modulus}")
+        number = functools.partial(rng.randrange, self.modulus)
+        return self.draw(rng, self.terms, self.operators, number, suffix=f"%{self.modulus}")
 
     def reduce(self, value: int) -> int:
         return value % self.modulus

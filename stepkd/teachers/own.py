@@ -77,7 +77,12 @@ class SelfTeacher:
         if self._copy is None:
             with student.reference() as view:
                 hidden_BTH = view.hidden(batch.input_ids_BT, batch.attention_mask_BT)
-            head: Any = _ReferenceHead(student)
+
+            def reference_head(hidden_CH: Tensor) -> Tensor:  # an adapter on the head is off in it, too
+                with student.reference() as view:
+                    return view.head(hidden_CH)
+
+            head: Any = reference_head
         else:
             # Always: shared weights have moved with the student, so that no single one of them tells where the rest is.
             self._copy.to(student.device)
@@ -139,14 +144,3 @@ def _twin(student: Policy) -> Policy:
     """A copy that shares what is not trained."""
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
     return Policy(copy.deepcopy(student.model, shared), student.tokenizer, student.spec, verify_head=False)
-
-
-class _ReferenceHead:
-    """The head of a student's reference view: an adapter on the head is off in it, too."""
-
-    def __init__(self, student: Policy) -> None:
-        self._student = student
-
-    def __call__(self, hidden_CH: Tensor) -> Tensor:
-        with self._student.reference() as view:
-            return view.head(hidden_CH)

@@ -410,12 +410,12 @@ def test_bad_columns(grader: Grader) -> None:
 @pytest.mark.parametrize(
     ("boot", "message"),
     [
-        ("raise SystemExit(3)", "3 grading workers in a row failed to start"),
+        ("raise SystemExit(3)", "no grading worker starts, the last one had exit code 3. Raise memory_mb"),
         (
             "import json, sys; from multiprocessing.connection import Connection; "
             "pipe = Connection(json.loads(sys.argv[1])[1]); "
             'pipe.send_bytes(b\'{"failed": "ModuleNotFoundError: math_verify"}\')',
-            "cannot start: ModuleNotFoundError: math_verify",
+            "the last one says: ModuleNotFoundError: math_verify",
         ),
     ],
 )

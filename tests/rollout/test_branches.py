@@ -310,7 +310,7 @@ def test_other_architectures(
 ) -> None:
     """Where a gap would change the result, prefixes are read anew: same tokens either way, and a notice, once."""
     other = architecture(family, window)
-    branches._noticed.clear()
+    branches._notice.cache_clear()
     exact = 1e-4 if family in ("gemma2", "mpt") else 1e-10
     expected = TransformersSampler(other).sample_branches(some, SPEC, shared=False)
     with caplog.at_level(logging.WARNING, logger="stepkd.rollout.branches"):
