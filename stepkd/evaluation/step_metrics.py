@@ -8,8 +8,8 @@ Steps of one problem are not independent, so every interval resamples problems. 
 reason beside it.
 
 torchmetrics' ``binary_calibration_error`` agrees on the value where no probability lies on the edge of a bin. It was
-tried and is not used: it puts 0.3 below the edge 3/10 (an error of 0.525 in place of 0.175 on four scores), has no bins
-of equal mass, and gives one number, not the sums per problem that an interval needs.
+tried and is not used: it puts 0.3 below the edge 3/10 (an error of 0.525 in place of 0.175 on four scores) and gives
+one number, not the sums per problem that an interval needs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.errors import ConfigError, DataError
 from stepkd.scorers.calibration import checked_labels
 from stepkd.statistics import (
     FloatArray,
@@ -43,8 +42,8 @@ from stepkd.steps.labels import passes
 
 CHUNK_ELEMENTS = 1 << 16
 """Step weights held at once by the AUROC bootstrap: what fits into a cache is faster; does not change the result."""
-Binning = Literal["width", "mass"]
-"""Bins of equal width on [0, 1], or of about equal count (equal probabilities stay together)."""
+CONFIDENT = (0.8, 0.9)
+"""The values c of the over-confidence rate."""
 COIN_BRIER = 0.25
 """Brier score of answering 0.5 always."""
 
@@ -267,8 +266,6 @@ class CalibrationReport(Result):
     """c -> share of negative labels among probabilities >= c."""
     bins: tuple[ReliabilityBin, ...]
     """The reliability diagram."""
-    binning: Binning
-    """How the bins were made."""
     n: int
     """Probabilities."""
     problems: int
@@ -283,30 +280,35 @@ class CalibrationReport(Result):
         return result
 
 
-def reliability_bins(
-    probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 10, binning: Binning = "width"
-) -> tuple[ReliabilityBin, ...]:
-    """Bins of the reliability diagram.
+def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 10) -> tuple[ReliabilityBin, ...]:
+    """Bins of equal width of the reliability diagram.
 
     Args:
         probabilities: (n,) numbers in [0, 1].
         labels: (n,) 0 or 1.
-        bins: number of bins, at least 1; with ``mass`` there are fewer when many probabilities are equal.
-        binning: ``width`` or ``mass``.
+        bins: number of bins, at least 1.
 
     Raises:
         DataError: no data, different lengths, a missing or impossible probability, another label.
-        ConfigError: no bins, or an unknown binning.
+        ConfigError: no bins.
     """
     p, y = checked_labels(probabilities, labels)
-    edges, place = _place(p, bins, binning)
+    place = _place(p, bins)
     result = []
-    for index, (low, high) in enumerate(pairwise(edges)):
+    for index in range(bins):
         inside = place == index
         count = int(inside.sum())
         confidence, accuracy = (float(p[inside].mean()), float(y[inside].mean())) if count else (None, None)
-        result.append(ReliabilityBin(float(low), float(high), count, confidence, accuracy))
+        result.append(ReliabilityBin(index / bins, (index + 1) / bins, count, confidence, accuracy))
     return tuple(result)
+
+
+def _place(p: FloatArray, bins: int) -> IntArray:
+    """The bin of every probability."""
+    if bins < 1:
+        raise ConfigError(f"bins={bins} must be at least 1")
+    edges = np.arange(1, bins) / bins  # not linspace: 3/10 is the float a score of 0.3 is
+    return np.searchsorted(edges, p, side="right").astype(np.int64)
 
 
 def calibration_report(
@@ -315,8 +317,6 @@ def calibration_report(
     *,
     problems: Sequence[Hashable] | NDArray[np.int64] | None = None,
     bins: int = 10,
-    binning: Binning = "width",
-    confident: Sequence[float] = (0.8, 0.9),
     **settings: Unpack[Resampling],
 ) -> CalibrationReport:
     """All calibration metrics of a set, with intervals.
@@ -325,8 +325,7 @@ def calibration_report(
         probabilities: (n,) numbers in [0, 1], none missing.
         labels: (n,) 0 or 1 (bool).
         problems: (n,) id of the problem each comes from; None when each comes from another one.
-        bins, binning: as in :func:`reliability_bins`; the bins stay fixed under resampling.
-        confident: the values c of the over-confidence rate, each in [0, 1].
+        bins: as in :func:`reliability_bins`.
         **settings: see :class:`~stepkd.statistics.Resampling`.
 
     Returns:
@@ -340,13 +339,9 @@ def calibration_report(
     owners = range(p.size) if problems is None else problems
     if len(owners) != p.size:
         raise DataError(f"{len(owners)} problem ids for {p.size} probabilities: give one for each")
-    for c in confident:
-        if not 0.0 <= c <= 1.0:
-            raise ConfigError(f"confidence {c!r} of the over-confidence rate must lie in [0, 1]")
-    edges, place = _place(p, bins, binning)
-    gaps = np.zeros((p.size, edges.size))
-    gaps[np.arange(p.size), place] = y - p
-    gaps[:, -1] = 1.0  # the last column counts
+    diagram = reliability_bins(p, y, bins=bins)
+    gaps = np.ones((p.size, bins + 1))  # the last column counts
+    gaps[:, :-1] = np.where(_place(p, bins)[:, None] == np.arange(bins), (y - p)[:, None], 0.0)
     squares = cluster_sums(np.stack([(p - y) ** 2, np.ones_like(p), y], axis=1), owners)
     brier = proper_width(cluster_bootstrap(squares[:, :2], ratio_of_sums, **settings))
     coin = 1 - brier.value / COIN_BRIER, 1 - brier.high / COIN_BRIER, 1 - brier.low / COIN_BRIER
@@ -356,15 +351,14 @@ def calibration_report(
         skill = proper_width(cluster_bootstrap(squares, _skill, **settings))
     else:
         undefined["skill_base_rate"] = f"all {y.size} labels are {int(base_rate)}: the base rate makes no error"
-    over: dict[float, Interval | None] = {}
-    for c in confident:
+    over: dict[float, Interval | None] = dict.fromkeys(CONFIDENT)
+    for c in CONFIDENT:
         sure = p >= c
-        over[c] = None
-        if sure.any():
-            sums = cluster_sums(np.stack([sure & (y == 0), sure], axis=1), owners)
-            over[c] = ratio_interval(sums[:, 0], sums[:, 1], **settings)
-        else:
+        if not sure.any():
             undefined[f"over_confidence at {c:g}"] = f"no probability is {c:g} or more"
+            continue
+        sums = cluster_sums(np.stack([sure & (y == 0), sure], axis=1), owners)
+        over[c] = ratio_interval(sums[:, 0], sums[:, 1], **settings)
     return CalibrationReport(
         ece=proper_width(cluster_bootstrap(cluster_sums(gaps, owners), _ece, **settings)),
         brier=brier,
@@ -373,8 +367,7 @@ def calibration_report(
         skill_coin=Interval(*coin, brier.method, brier.level),
         base_rate=base_rate,
         over_confidence=over,
-        bins=reliability_bins(p, y, bins=bins, binning=binning),
-        binning=binning,
+        bins=diagram,
         n=int(p.size),
         problems=len(squares),
         undefined=undefined,
@@ -395,18 +388,3 @@ def _skill(resampled: FloatArray) -> FloatArray:
     mixed = (sums[:, 2] > 0) & (sums[:, 2] < sums[:, 1])
     reference = np.where(mixed, rate * (1 - rate), np.nan)
     return np.asarray(1.0 - sums[:, 0] / sums[:, 1] / reference, dtype=np.float64)
-
-
-def _place(p: FloatArray, bins: int, binning: Binning) -> tuple[FloatArray, NDArray[np.int64]]:
-    """Edges of the bins, and the bin of every probability."""
-    check_choice("binning", binning, get_args(Binning))
-    if bins < 1:
-        raise ConfigError(f"bins={bins} must be at least 1")
-    if binning == "width":
-        inner = np.arange(1, bins) / bins  # not linspace: 3/10 is the float a score of 0.3 is
-    else:
-        starts = [part[0] for part in np.array_split(np.sort(p), min(bins, p.size))[1:]]
-        # A bin may not begin at the lowest value: nothing would be left for the one before it.
-        inner = np.unique([start for start in starts if start > p.min()])
-    place = np.searchsorted(inner, p, side="right")
-    return np.concatenate([[0.0], inner, [1.0]]), place.astype(np.int64)

@@ -122,7 +122,7 @@ class PromptedJudge(PolicyScorer):
             gaps = gap_limit(decoder) if self.shared_prefix else None
             for block in packed([len(group) for group in groups], self.max_rows):
                 chosen = [groups[g] for g in block]
-                if gaps is not None and gaps.allows(_width(chosen)):
+                if gaps is not None and gaps.allows(_width([case for group in chosen for case in group])):
                     self._shared(decoder, chosen)
                 else:
                     self._apart([case for group in chosen for case in group])
@@ -259,8 +259,7 @@ def _numbered(step: str, number: int) -> str:
     return step if re.match(rf"(?i)step {number}\b", step) else f"Step {number}: {step}"
 
 
-def _width(groups: list[list[_Case]]) -> int:
+def _width(cases: list[_Case]) -> int:
     """Cached positions of a block and its longest question, padding included."""
-    cases = [case for group in groups for case in group]
     asked = max(len(question) for case in cases for question in case.questions)
     return max(len(case.head) for case in cases) + max(len(case.ids) for case in cases) + asked

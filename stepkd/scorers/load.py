@@ -18,7 +18,7 @@ from stepkd.models.step_head import StepHeadSpec, step_head_from_dict
 from stepkd.runs.launcher import LaunchInfo
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
-from stepkd.scorers.prm import PRMScorer, ReadingOptions
+from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.published import PublishedKind, load_published, recognise
 from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer
 from stepkd.scorers.scorer import StepScorer
@@ -88,13 +88,8 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
         return _WITHOUT_MODEL[kind]()
     device = pick_device(options.device)
     weights: dict[str, Any] = {"dtype": options.dtype, "attention": options.attention}
-    reading: ReadingOptions = {
-        "max_length": options.max_length,
-        "max_rows": options.max_rows,
-        "shared_prefix": options.shared_prefix,
-        "temperature": options.temperature,
-        "name": path,
-    }
+    same = ("max_length", "max_rows", "shared_prefix", "temperature")
+    reading: Any = {name: getattr(options, name) for name in same} | {"name": path}
     scorer: PRMScorer | PromptedJudge
     if kind == "judge":
         policy = load_trained(path, **weights)

@@ -11,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -45,18 +45,6 @@ class ReadingOptions(TypedDict, total=False):
     """Scaling of the scores, fitted on held-out labels."""
     name: str | None
     """What to call the model in the provenance; None: its path."""
-
-
-class _Read(Protocol):
-    """A row that is read behind a head that others share."""
-
-    head: Ids
-
-    @property
-    def ids(self) -> Ids: ...
-
-
-R = TypeVar("R", bound=_Read)
 
 
 class PolicyScorer:
@@ -114,8 +102,11 @@ class PolicyScorer:
             "temperature": None if self.temperature is None else self.temperature.temperature,
         }
 
-    def _continued(self, decoder: Decoder, groups: Sequence[Sequence[R]]) -> Iterator[tuple[Sequence[R], Reading]]:
-        """The heads of groups, read once each; then the groups' rows, ``max_rows`` at a time, behind their heads."""
+    def _continued(self, decoder: Decoder, groups: Sequence[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], Reading]]:
+        """The heads of groups, read once each; then the groups' rows, ``max_rows`` at a time, behind their heads.
+
+        A row has ids, its ``head`` and its own ``ids``; the rows of a group share their head.
+        """
         heads = [group[0].head for group in groups]
         self.tokens["prompt"] += sum(map(len, heads))
         read = decoder.read(heads, padding="left")

@@ -135,7 +135,6 @@ def test_ece_closed_form() -> None:
     p, y = [0.9] * 4 + [0.2] * 2, [1, 1, 0, 0, 0, 0]
     expected = 4 / 6 * 0.4 + 2 / 6 * 0.2
     assert calibration_report(p, y, **FAST).ece.value == pytest.approx(expected)
-    assert calibration_report(p, y, bins=2, binning="mass", **FAST).ece.value == pytest.approx(expected)
     assert calibration_report(p, y, bins=1, **FAST).ece.value == pytest.approx(abs(2 / 6 - 4 / 6))
 
 
@@ -146,28 +145,19 @@ def test_bins_hold_their_lower_edge_and_the_last_is_closed() -> None:
     assert (bins[2].confidence, bins[2].accuracy) == (None, None)
 
 
-def test_equal_mass_bins_keep_ties_together() -> None:
-    rng = np.random.default_rng(1)
-    p = rng.random(100)
-    assert [each.count for each in reliability_bins(p, p > 0.5, bins=4, binning="mass")] == [25] * 4
-    tied = reliability_bins([0.5] * 6 + [0.8] * 2, [1] * 8, bins=4, binning="mass")
-    assert [each.count for each in tied] == [6, 2]
-    assert [each.count for each in reliability_bins([0.5] * 3, [1, 0, 1], bins=4, binning="mass")] == [3]
-
-
 def test_brier_and_skill() -> None:
-    p, y = [0.9, 0.6, 0.2], [1, 0, 0]
-    brier = (0.01 + 0.36 + 0.04) / 3
-    report = calibration_report(p, y, confident=(0.6, 0.95), **FAST)
+    p, y = [0.8, 0.6, 0.2], [1, 0, 0]
+    brier = (0.04 + 0.36 + 0.04) / 3
+    report = calibration_report(p, y, **FAST)
     assert report.brier.value == pytest.approx(brier)
     assert report.skill_base_rate is not None
     assert report.skill_base_rate.value == pytest.approx(1 - brier / (1 / 3 * 2 / 3))
     base_rate = calibration_report([1 / 3] * 3, y, **FAST).skill_base_rate
     assert base_rate is not None
     assert base_rate.value == pytest.approx(0.0)
-    assert report.over_confidence[0.6] is not None
-    assert report.over_confidence[0.6].value == 0.5
-    assert report.over_confidence[0.95] is None
+    assert report.over_confidence[0.8] is not None
+    assert report.over_confidence[0.8].value == 0.0
+    assert report.over_confidence[0.9] is None
 
 
 def brier_skill(p: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
@@ -178,24 +168,23 @@ def test_report_agrees_with_the_formulas() -> None:
     rng = np.random.default_rng(2)
     p = rng.random(300)
     y = rng.random(300) < p**2
-    for binning in ("width", "mass"):
-        report = calibration_report(p, y, problems=np.repeat(np.arange(60), 5), binning=binning, **FAST)
-        gaps = [
-            b.count / 300 * abs(b.accuracy - b.confidence)
-            for b in reliability_bins(p, y, binning=binning)
-            if b.accuracy is not None and b.confidence is not None
-        ]
-        assert report.ece.value == pytest.approx(sum(gaps))
-        assert report.brier.value == pytest.approx(np.mean((p - y) ** 2))
-        assert report.skill_base_rate is not None
-        assert report.skill_base_rate.value == pytest.approx(brier_skill(p, y))
-        assert report.skill_base_rate.low < report.skill_base_rate.value < report.skill_base_rate.high
-        assert report.skill_coin.value == pytest.approx(1 - np.mean((p - y) ** 2) / 0.25)
-        assert report.skill_coin.low < report.skill_coin.value < report.skill_coin.high
-        over = report.over_confidence[0.9]
-        assert over is not None
-        assert over.value == pytest.approx(1 - y[p >= 0.9].mean())
-        assert (report.n, report.problems) == (300, 60)
+    report = calibration_report(p, y, problems=np.repeat(np.arange(60), 5), **FAST)
+    gaps = [
+        b.count / 300 * abs(b.accuracy - b.confidence)
+        for b in reliability_bins(p, y)
+        if b.accuracy is not None and b.confidence is not None
+    ]
+    assert report.ece.value == pytest.approx(sum(gaps))
+    assert report.brier.value == pytest.approx(np.mean((p - y) ** 2))
+    assert report.skill_base_rate is not None
+    assert report.skill_base_rate.value == pytest.approx(brier_skill(p, y))
+    assert report.skill_base_rate.low < report.skill_base_rate.value < report.skill_base_rate.high
+    assert report.skill_coin.value == pytest.approx(1 - np.mean((p - y) ** 2) / 0.25)
+    assert report.skill_coin.low < report.skill_coin.value < report.skill_coin.high
+    over = report.over_confidence[0.9]
+    assert over is not None
+    assert over.value == pytest.approx(1 - y[p >= 0.9].mean())
+    assert (report.n, report.problems) == (300, 60)
     json.dumps(report.to_dict(), allow_nan=False)
 
 
@@ -224,12 +213,12 @@ def test_skill_interval_equals_the_bootstrap_done_by_hand() -> None:
 
 
 def test_undefined_values_have_reasons() -> None:
-    report = calibration_report([0.2, 0.4], [1, 1], confident=[0.8], **FAST)
+    report = calibration_report([0.2, 0.85], [1, 1], **FAST)
     assert report.skill_base_rate is None
-    assert report.over_confidence == {0.8: None}
+    assert report.over_confidence[0.9] is None
     assert report.undefined == {
         "skill_base_rate": "all 2 labels are 1: the base rate makes no error",
-        "over_confidence at 0.8": "no probability is 0.8 or more",
+        "over_confidence at 0.9": "no probability is 0.9 or more",
     }
     same = calibration_report([0.5] * 4, [1] * 4, **FAST)
     assert math.isnan(same.brier.low)
@@ -250,7 +239,3 @@ def test_probabilities_and_settings_that_cannot_be() -> None:
         calibration_report([0.5, 0.6], [1, 0], problems=["a"])
     with pytest.raises(ConfigError, match="bins=0"):
         reliability_bins([0.5], [1], bins=0)
-    with pytest.raises(ConfigError, match="unknown binning 'widths': did you mean 'width'"):
-        reliability_bins([0.5], [1], binning="widths")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"confidence 80 of the over-confidence rate"):
-        calibration_report([0.5], [1], confident=[80])
