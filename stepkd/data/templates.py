@@ -119,11 +119,8 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         if self.style not in _STYLES:
             raise ConfigError(f"style={self.style!r} of a prompt template; {did_you_mean(str(self.style), _STYLES)}")
-        for name, placeholder in (
-            ("user", _PLACEHOLDER),
-            ("plain", _PLACEHOLDER),
-            ("answer_line", _ANSWER_PLACEHOLDER),
-        ):
+        for name in ("user", "plain", "answer_line"):
+            placeholder = _ANSWER_PLACEHOLDER if name == "answer_line" else _PLACEHOLDER
             count = getattr(self, name).count(placeholder)
             if count != 1:
                 raise ConfigError(f"{name} of a prompt template must hold {placeholder} once, found {count} times")

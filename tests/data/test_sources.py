@@ -219,7 +219,7 @@ def test_task_rows() -> None:
     assert [row["prompt"] for row in clean] == [row["prompt"] for row in noisy]
     assert [row["solution"] for row in clean] != [row["solution"] for row in noisy]
     check_unique_ids(clean)
-    with pytest.raises(ConfigError, match="noise of source 'task' has no setting 'rates'; did you mean 'rate'"):
+    with pytest.raises(ConfigError, match=r"noise of source 'task': no key 'rates'\. Did you mean 'rate'"):
         load_rows(parse_spec("task:noise.rates=0.1"))
     with pytest.raises(ConfigError, match="noise of source 'task' needs a rate"):
         load_rows(parse_spec("task:noise.seed=1"))

@@ -12,6 +12,7 @@ from typing import Any
 from stepkd.data.rows import PROBLEM, Row, did_you_mean
 from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, register
 from stepkd.errors import ConfigError
+from stepkd.yaml_files import check_keys
 
 GENERATED_SPLITS = ("train", "validation", "test")
 """The splits of a generated source; they never share a random stream."""
@@ -97,10 +98,7 @@ def _generate_task(options: Options, split: str) -> Iterator[Row]:
 
     noise = options["noise"]
     if noise is not None:
-        known = Noise.__dataclass_fields__
-        for name in noise:
-            if name not in known:
-                raise ConfigError(f"noise of source 'task' has no setting {name!r}; {did_you_mean(name, known)}")
+        check_keys(noise, list(Noise.__dataclass_fields__), "noise of source 'task'")
         if "rate" not in noise:
             raise ConfigError("noise of source 'task' needs a rate in [0, 1], for example noise: {rate: 0.15}")
         noise = Noise(**noise)

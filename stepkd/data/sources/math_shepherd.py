@@ -130,9 +130,8 @@ def _question(raw: RawRow, pieces: list[str]) -> tuple[str, str | None]:
     if len(starts) == 1:
         return head[: starts[0]], head[starts[0] :]
     if len(starts) > 1:
-        raise raw.error(
-            "'Step 1:' stands twice before the first tag; where the question ends is not clear", column="input"
-        )
+        what = "'Step 1:' stands twice before the first tag; where the question ends is not clear"
+        raise raw.error(what, column="input")
     if FIRST_STEP.match(pieces[1].lstrip()):
         return head, None
     question, mark, first = head.partition("?")
