@@ -136,13 +136,13 @@ def _one_hot(index: int, num_classes: int) -> Target:
 Row = dict[str, Any]
 
 
-def to_stepwise(row: Mapping[str, Any], steps: Sequence[str], *, soft: bool = False, keep: Sequence[str] = ()) -> Row:
-    """Turn a labelled rollout into a STEPWISE row.
+def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[str] = ()) -> Row:
+    """Turn a labelled rollout into a STEPWISE row; a row that is one already stays as it is (unless ``soft``).
 
     Args:
-        row: a ROLLOUT row with ``step_labels`` (or ``step_values``).
-        steps: text of every step; ``step_ends`` counts tokens, so only the tokenizer's owner can cut the completion.
-        soft: take ``step_values``, chances in [0, 1], as the labels in place of ``step_labels``.
+        row: a ROLLOUT row with ``steps``, the text of every step (``step_ends`` counts tokens, so only the tokenizer's
+            owner can cut the completion), and ``step_labels`` (or ``step_values``).
+        soft: take ``step_values``, chances in [0, 1], as the labels.
         keep: further columns to copy where the row has them, for example where the labels came from.
 
     Returns:
@@ -150,23 +150,32 @@ def to_stepwise(row: Mapping[str, Any], steps: Sequence[str], *, soft: bool = Fa
         the rollout carries the gold answer.
 
     Raises:
-        DataError: no labels, or another number of steps than labels.
+        DataError: no labels or step texts, or another number of steps than labels.
     """
+    if "completions" in row and not soft:
+        return dict(row)
+    name, column = row.get("id") or row.get("problem_id", "?"), "step_values" if soft else "step_labels"
+    if row.get(column) is None:
+        lacks = "no values to take as soft labels" if soft else "the rollout has no step labels"
+        raise DataError(f"{lacks}: label it first (stepkd label)", path=name, column=column)
+    # A chance written as 0 or 1 would read as a rating.
+    labels = [float(label) if soft and label is not None else label for label in row[column]]
+    if "completions" in row:
+        return dict(row) | {"labels": labels}
+    if row.get("steps") is None:
+        raise DataError(
+            "no step texts: these rollouts were not labelled by `stepkd label`; label them with --rollouts first",
+            path=name,
+            column="steps",
+        )
     validate(dict(row), ROLLOUT, extra="keep")
-    identity = row.get("id") or row["problem_id"]
-    column = "step_values" if soft else "step_labels"
-    labels = row.get(column)
-    if labels is None:
-        raise DataError("the rollout has no step labels: label it first (stepkd label)", path=identity, column=column)
-    if len(steps) != len(labels):
-        raise DataError(f"has {len(labels)} labels for {len(steps)} steps", path=identity, column=column)
-    if soft:  # a chance written as 0 or 1 would read as a rating
-        labels = [None if value is None else float(value) for value in labels]
-    out: Row = {"id": identity, "prompt": row["prompt"], "completions": list(steps), "labels": list(labels)}
+    if len(row["steps"]) != len(labels):
+        raise DataError(f"has {len(labels)} labels for {len(row['steps'])} steps", path=name, column=column)
+    out: Row = {"id": name, "prompt": row["prompt"], "completions": list(row["steps"]), "labels": labels}
     if row.get("correct") is not None:
         out["outcome"] = row["correct"]
-    out |= {name: row[name] for name in ("answer", *keep) if row.get(name) is not None}
-    return validate(out, STEPWISE, path=identity, extra="keep")
+    out |= {each: row[each] for each in ("answer", *keep) if row.get(each) is not None}
+    return validate(out, STEPWISE, path=name, extra="keep")
 
 
 def trl_row(

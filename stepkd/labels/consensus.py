@@ -60,10 +60,14 @@ def consensus_filter(
         check_same_steps(row, other, names=names)
         ours, theirs = row_labels(row), row_labels(other)
         if mode == "first_error":
-            reason = _first_error_reason(ours, theirs)
-            labels = ours
+            labels, places = ours, (first_incorrect(ours), first_incorrect(theirs))
+            reason = "unlabelled" if None in places else "kept" if places[0] == places[1] else "disagree"
         else:
-            labels, reason = _agreed(ours, theirs, counts)
+            pairs = list(zip(verdicts(ours), verdicts(theirs), strict=True))
+            said = ["unlabelled" if None in pair else "kept" if pair[0] == pair[1] else "disagree" for pair in pairs]
+            counts.update(f"steps_{each}" for each in said)
+            labels = [label if each == "kept" else None for label, each in zip(ours, said, strict=True)]
+            reason = next((each for each in ("kept", "disagree") if each in said), "unlabelled")
         counts[reason] += 1
         if reason == "kept":
             rows.append(_with_labels(row, labels, other, mode))
@@ -91,28 +95,6 @@ def report_on(truth: Sequence[Row], labellings: Mapping[str, Sequence[Row]]) -> 
             raise DataError(f"{name} and the truth have no solution in common")
         found[name] = label_quality(common, truth)
     return found
-
-
-def _first_error_reason(ours: Sequence[Label], theirs: Sequence[Label]) -> str:
-    places = first_incorrect(ours), first_incorrect(theirs)
-    if None in places:
-        return "unlabelled"
-    return "kept" if places[0] == places[1] else "disagree"
-
-
-def _agreed(ours: Sequence[Label], theirs: Sequence[Label], counts: Counter[str]) -> tuple[list[Label], str]:
-    """The first labels where both say the same, and what becomes of the solution."""
-    labels: list[Label] = []
-    reason = "unlabelled"
-    for label, a, b in zip(ours, verdicts(ours), verdicts(theirs), strict=True):
-        kind = "steps_unlabelled" if a is None or b is None else "steps_kept" if a == b else "steps_disagree"
-        counts[kind] += 1
-        labels.append(label if kind == "steps_kept" else None)
-        if kind == "steps_disagree" and reason == "unlabelled":
-            reason = "disagree"
-        elif kind == "steps_kept":
-            reason = "kept"
-    return labels, reason
 
 
 def _with_labels(row: Row, labels: Sequence[Label], other: Row, mode: Mode) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from stepkd.data.rows import DEMONSTRATION, PREFERENCE, ROLLOUT, STEPWISE, UNPAIRED, validate
 from stepkd.data.step_labels import to_stepwise, trl_row, write_math_shepherd, write_stepwise
@@ -65,34 +64,8 @@ def convert_rows(rows: Sequence[Row], to: str, options: ConvertOptions | None = 
     return converted
 
 
-def stepwise_rows(rows: Sequence[Row], *, soft: bool = False) -> list[dict[str, Any]]:
-    """The same solutions as stepwise rows; those that are stepwise already stay as they are (unless ``soft``).
-
-    Raises:
-        DataError: no labels or step texts, or ``soft`` and no values.
-    """
-    return [_stepwise(row, soft) for row in rows]
-
-
-def _stepwise(row: Row, soft: bool) -> dict[str, Any]:
-    name = str(row.get("id", "?"))
-    if "completions" in row:
-        if not soft:
-            return dict(row)
-        if row.get("step_values") is None:
-            raise DataError("no values to take as soft labels", path=name, column="step_values")
-        return dict(row) | {"labels": [None if v is None else float(v) for v in row["step_values"]]}
-    if row.get("steps") is None:
-        raise DataError(
-            "no step texts: these rollouts were not labelled by `stepkd label`; label them with --rollouts first",
-            path=name,
-            column="steps",
-        )
-    return to_stepwise(row, row["steps"], soft=soft, keep=KEPT)
-
-
 def _to_stepwise(rows: Sequence[Row], options: ConvertOptions) -> Converted:
-    done = stepwise_rows(rows, soft=options.soft)
+    done = [to_stepwise(row, soft=options.soft, keep=KEPT) for row in rows]
     return Converted(done, {"rows": len(done)})
 
 
@@ -106,7 +79,7 @@ def _to_math_shepherd(rows: Sequence[Row], options: ConvertOptions) -> Converted
     counts: Counter[str] = Counter()
     cast = [
         trl_row(row, neutral=options.neutral, threshold=options.threshold, counts=counts)
-        for row in stepwise_rows(rows, soft=options.soft)
+        for row in _to_stepwise(rows, options).rows
     ]
     kept = [row for row in cast if row is not None]
     return Converted(kept, {"rows": len(kept)} | dict(counts))

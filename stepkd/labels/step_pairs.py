@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import Solution, StepCheck
-from stepkd.labels.next_step import NextStep, next_step, segmenter_of, text_until_stop
+from stepkd.labels.monte_carlo import NextStep, next_step, segmenter_of, text_until_stop
 from stepkd.labels.settings import StepPairSpec
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row, cut
 from stepkd.labels.sources import GivenSolutions

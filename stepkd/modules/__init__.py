@@ -3,7 +3,6 @@
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelitySpec
-from stepkd.modules.focus import FocusSpec
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.modules.kdrl import KDRLModule
@@ -15,6 +14,7 @@ from stepkd.modules.prm import PRMModule
 from stepkd.modules.reference import ReferenceSpec
 from stepkd.modules.rewards import RewardSpec
 from stepkd.modules.sft import SFTModule
+from stepkd.modules.step_scores import FocusSpec
 from stepkd.modules.validation import ValidationSpec
 
 __all__ = [

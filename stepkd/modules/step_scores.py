@@ -1,14 +1,24 @@
-"""The steps of completions, and what a step scorer thinks of them: for focus, step credit and rewards."""
+"""The steps of completions, and what a step scorer thinks of them: for focus, step credit and rewards.
+
+Focus is distillation where it is needed: a weight for every step, by its score.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.scorers import ScorerOptions, Solutions, StepScorer, load_scorer
 from stepkd.steps import text_from_ids
+from stepkd.steps.labels import check_threshold, passes
 
 
 def step_texts(tokenizer: Any, example: Example) -> list[str]:
@@ -20,28 +30,23 @@ def step_texts(tokenizer: Any, example: Example) -> list[str]:
     return steps
 
 
-def load_step_scorer(text: str, setting: str, options: ScorerOptions | None = None) -> StepScorer:
+def load_step_scorer(
+    text: str, setting: str, options: ScorerOptions | None = None, *, scorer: StepScorer | None = None
+) -> StepScorer:
     """Load a scorer that knows of steps.
 
     Args:
         text, options: as for :func:`stepkd.scorers.load_scorer`.
         setting: where the recipe names it.
+        scorer: an already loaded one, to be checked only.
 
     Raises:
         ConfigError, ModelError: no such scorer, or one that scores whole solutions only.
     """
-    return check_step_scorer(load_scorer(text, options), text, setting)
-
-
-def check_step_scorer(scorer: StepScorer, text: str, setting: str) -> StepScorer:
-    """The scorer, unless it scores whole solutions only.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if scorer.meaning == "outcome":
+    loaded = scorer or load_scorer(text, options)
+    if loaded.meaning == "outcome":
         raise ConfigError(f"{setting}={text} scores whole solutions and knows nothing of steps")
-    return scorer
+    return loaded
 
 
 def step_scores(
@@ -55,3 +60,96 @@ def step_scores(
     asked = [Solutions(row, [each]) for row, each in zip(rows, steps, strict=True) if each]
     found = iter(scorer.score(asked) if asked else [])
     return [next(found)[0] if each else [] for each in steps]
+
+
+@dataclass(frozen=True)
+class FocusSpec:
+    """How much the steps of a completion count, by their scores."""
+
+    scorer: str
+    """``checker`` (the tiny world), ``arithmetic`` (wrong sums), a process reward model, or ``judge:MODEL``, as for
+    ``stepkd score --model``."""
+    threshold: float = 0.5
+    """A step with a lower score is wrong, in (0, 1)."""
+    wrong: float = 1.0
+    """Weight of the tokens of wrong steps, >= 0."""
+    right: float = 0.0
+    """Weight of the tokens of right steps, and of steps without a score, >= 0."""
+    after: float | None = None
+    """Weight of everything behind the first wrong step, >= 0: it follows from a mistake, and right or wrong says little
+    of it. null: as its own score says."""
+    template: str | None = None
+    """Prompt template of the scorer; null: its own."""
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold, "focus.threshold")
+        check_bounds("focus.", self, wrong="[0, inf)", right="[0, inf)", after="[0, inf)")
+        if not self.wrong and not self.right and not self.after:
+            raise ConfigError("focus: no step would count; raise wrong, right or after")
+
+    def weights(self, scores: Sequence[float]) -> tuple[float, ...]:
+        """Weight of every step by its score (NaN for none)."""
+        weights: list[float] = []
+        behind = False
+        for score in scores:
+            wrong = passes(score, self.threshold) is False
+            weight = self.wrong if wrong else self.right
+            weights.append(self.after if behind and self.after is not None else weight)
+            behind = behind or wrong
+        return tuple(weights)
+
+
+@dataclass(frozen=True)
+class FocusedExample(Example):
+    """An example whose steps have weights."""
+
+    step_weights: tuple[float, ...] = ()
+    """One per span."""
+
+
+class Focus:
+    """Scores what is distilled on, step by step.
+
+    Args:
+        spec: the settings; the scorer is loaded at once.
+        device: where it runs.
+        scorer: an already loaded one.
+
+    Raises:
+        ConfigError, ModelError: no such scorer, or one that scores whole solutions only.
+    """
+
+    def __init__(self, spec: FocusSpec, device: str = "auto", *, scorer: StepScorer | None = None) -> None:
+        self.spec = spec
+        options = ScorerOptions(template=spec.template, device=device)
+        self.scorer = load_step_scorer(spec.scorer, "focus.scorer", options, scorer=scorer)
+
+    def __call__(self, tokenizer: Any, examples: Sequence[Example]) -> list[Example]:
+        """The examples with a weight for each of their steps.
+
+        Raises:
+            DataError: a row that the scorer cannot judge.
+        """
+        written = [step_texts(tokenizer, example) for example in examples]
+        scores = step_scores(self.scorer, [example.row for example in examples], written)
+        return [self._focused(example, each) for example, each in zip(examples, scores, strict=True)]
+
+    def _focused(self, example: Example, scores: Sequence[float]) -> FocusedExample:
+        padded = [*scores, *[math.nan] * (len(example.spans) - len(scores))]
+        own = {field.name: getattr(example, field.name) for field in fields(Example)}
+        return FocusedExample(**own, step_weights=self.spec.weights(padded))
+
+
+def token_weights(batch: MicroBatch) -> Tensor:
+    """Weight (N,) of every target of a micro-batch, float64: its step's, or 1 where steps have none."""
+    weights = [
+        weight
+        for example in batch.examples
+        for (start, end), weight in zip(example.spans, _weights_of(example), strict=True)
+        for _ in range(start, end)
+    ]
+    return torch.tensor(weights, dtype=torch.float64, device=batch.targets_N.device)
+
+
+def _weights_of(example: Example) -> tuple[float, ...]:
+    return example.step_weights if isinstance(example, FocusedExample) else (1.0,) * len(example.spans)

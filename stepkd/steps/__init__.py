@@ -22,7 +22,6 @@ from stepkd.steps.segment import (
     TruncatedSpans,
     WholeSegmenter,
     check_partition,
-    first_difference,
     get_segmenter,
     segment,
     spans_from_ends,
@@ -30,7 +29,7 @@ from stepkd.steps.segment import (
     step_index,
     truncate_spans,
 )
-from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text, tokenize_texts
+from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, tokenize_text, tokenize_texts
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS, SegmentThreshold, fit_threshold
 
 __all__ = [

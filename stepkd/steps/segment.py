@@ -90,16 +90,6 @@ def truncate_spans(spans: Sequence[Span], max_tokens: int) -> TruncatedSpans:
     return TruncatedSpans(kept, len(spans) - len(kept))
 
 
-def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of leading ids that two completions of one prompt share.
-
-    MCTS-DPO (Xie et al. 2024, arXiv 2405.00451) takes its loss from there on. Shared leading tokens have the same
-    context on both sides, so their log-ratios cancel in DPO's difference; leaving them out changes length-normalised
-    ratios and the rewards that are logged.
-    """
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
 @runtime_checkable
 class Segmenter(Protocol):
     """Anything that can cut a completion into steps."""

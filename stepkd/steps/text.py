@@ -157,11 +157,17 @@ def text_from_ids(
             ends.append(max(length + len(complete) - len(before), ends[-1] if ends else 0))
     text = decode(0, len(ids))
     if "".join(pieces) != text:
-        shared = [_shared_prefix(text, decode(0, i + 1)) for i in range(len(ids))]
+        shared = [first_difference(text, decode(0, i + 1)) for i in range(len(ids))]
         ends = list(accumulate(shared, max))
     signals = (None if values is None else tuple(values) for values in (logprobs, entropies, teacher_logprobs))
     return TokenizedText(tuple(ids), text, tuple(ends), *signals)
 
 
-def _shared_prefix(left: str, right: str) -> int:
+def first_difference(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Number of leading ids that two completions of one prompt share (of characters, for texts).
+
+    MCTS-DPO (Xie et al. 2024, arXiv 2405.00451) takes its loss from there on. Shared leading tokens have the same
+    context on both sides, so their log-ratios cancel in DPO's difference; leaving them out changes length-normalised
+    ratios and the rewards that are logged.
+    """
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -149,20 +149,8 @@ def fit_threshold(
     if not values:
         raise DataError("the pool has no tokens: sample some responses first")
     value, share = _exact_quantile(np.frombuffer(values, dtype=np.float64), quantile, signal)
-    return SegmentThreshold(
-        value,
-        quantile,
-        share,
-        len(values),
-        num_responses,
-        signal,
-        side,
-        min_tokens,
-        model,
-        dict(sampling or {}),
-        seed,
-        digest.hexdigest(),
-    )
+    source = (model, dict(sampling or {}), seed, digest.hexdigest())
+    return SegmentThreshold(value, quantile, share, len(values), num_responses, signal, side, min_tokens, *source)
 
 
 def _exact_quantile(values: np.ndarray, quantile: float, signal: str) -> tuple[float, float]:
@@ -170,13 +158,11 @@ def _exact_quantile(values: np.ndarray, quantile: float, signal: str) -> tuple[f
     count = len(values)
     # 0.29 * 100 is 28.999... in floating point.
     rank = min(math.floor(quantile * count * (1 + 1e-12)), count - 1)
+    sign = 1 if signal == "confidence" else -1
+    value = sign * float(np.partition(sign * values, rank)[rank])
     if signal == "confidence":
-        value = float(np.partition(values, rank)[rank])
         value = min(value, math.nextafter(1.0, 0.0))  # where nearly all tokens have a confidence of exactly 1
-        divides = int((values < value).sum())
-    else:
-        value = float(np.partition(values, count - 1 - rank)[count - 1 - rank])
-        divides = int((values > value).sum())
+    divides = int((sign * values < sign * value).sum())
     if rank == 0:
         raise DataError(
             f"the pool has {count} tokens, too few for a quantile of {quantile}: sample at least "

@@ -46,7 +46,7 @@ def rated(*labels: Any, **more: Any) -> dict[str, Any]:
 
 def test_to_stepwise() -> None:
     validate(dict(ROLLED), ROLLOUT)
-    row = to_stepwise(ROLLED, ["2+3=5\n", "5"])
+    row = to_stepwise(ROLLED | {"steps": ["2+3=5\n", "5"]})
     assert row == {
         "id": "p/0",
         "prompt": "2+3?",
@@ -60,7 +60,7 @@ def test_to_stepwise() -> None:
         "id": "s/1",
         "labeller": {"j": 8},
     }
-    row = to_stepwise(bare, ["a", "b"], keep=("labeller", "absent"))
+    row = to_stepwise(bare | {"steps": ["a", "b"]}, keep=("labeller", "absent"))
     assert row == {
         "id": "s/1",
         "prompt": "2+3?",
@@ -71,7 +71,7 @@ def test_to_stepwise() -> None:
 
 
 def test_to_stepwise_soft_labels_never_read_as_ratings() -> None:
-    row = to_stepwise(ROLLED | {"step_values": [1, 0]}, ["a", "b"], soft=True)
+    row = to_stepwise(ROLLED | {"step_values": [1, 0], "steps": ["a", "b"]}, soft=True)
     assert row["labels"] == [1.0, 0.0]
     assert all(isinstance(label, float) for label in row["labels"])
 
@@ -88,7 +88,7 @@ def test_to_stepwise_soft_labels_never_read_as_ratings() -> None:
 )
 def test_to_stepwise_bad_input(change: dict[str, Any], steps: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        to_stepwise(ROLLED | change, steps)
+        to_stepwise(ROLLED | change | {"steps": steps})
 
 
 # --- casting to TRL's booleans ---------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import stepkd.labels
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import CheckerLabeller, OutcomeLabeller, ScorerLabeller, Solution
 from stepkd.labels.labellers import check_reduction, reduce_values
@@ -161,3 +162,9 @@ def test_labels_are_of_one_plain_kind() -> None:
 def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_every_exported_name_loads_and_no_other() -> None:
+    assert all(getattr(stepkd.labels, name) for names in stepkd.labels._HOME.values() for name in names)
+    with pytest.raises(AttributeError, match="has no attribute 'LabelSpce'"):
+        _ = stepkd.labels.LabelSpce

@@ -26,7 +26,7 @@ from stepkd.labels.labellers import ScorerLabeller, Solution, StepCheck
 from stepkd.labels.quality import label_quality, summarise_labels
 from stepkd.labels.step_pairs import first_wrong_step
 from stepkd.losses import step_kto
-from stepkd.modules.focus import FocusSpec
+from stepkd.modules.step_scores import FocusSpec
 from stepkd.modules.validation import SampledAccuracy
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import read_results

@@ -15,7 +15,7 @@ from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import LabelSpec, StepPairSpec, run_pair_job, step_pair_builder
-from stepkd.labels.next_step import next_step, segmenter_of
+from stepkd.labels.monte_carlo import next_step, segmenter_of
 from stepkd.labels.step_pairs import first_wrong_step
 from stepkd.models import Policy
 from stepkd.rollout import Branch, BranchRollouts, Rollout, SamplingSpec
@@ -308,7 +308,7 @@ def test_a_scorer_checks_the_better_step(
     pair_spec: StepPairSpec, build: Pairs, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer, loaded = StubScorer(), []
-    monkeypatch.setattr("stepkd.labels.step_pair_setup.load_scorer", lambda *given: loaded.append(given) or scorer)
+    monkeypatch.setattr("stepkd.labels.step_pairs.load_scorer", lambda *given: loaded.append(given) or scorer)
     rows = [rollout(policy, f"{name}/0", WRONG, [True, False, False]) for name in "ab"]
     rows[1] |= {"answer": "5"}  # nothing to check there
     spec = replace(pair_spec, check_step=True, judge="judge:m", reference=True, threshold=0.4)

@@ -13,7 +13,7 @@ from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels import LabelSpec, run_label_job
 from stepkd.labels.quality import row_labels
-from stepkd.modules.focus import Focus, FocusSpec
+from stepkd.modules.step_scores import Focus, FocusSpec
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers import ArithmeticScorer, CheckerScorer, Solutions, load_scorer, score_one
 from stepkd.scorers.rules import GainScorer, equations
