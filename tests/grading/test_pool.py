@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.grading import Grade, Grader, Verdict, pool, verdict_counts
+from stepkd.grading import Grade, Grader, Verdict, accuracy_reward, pool, verdict_counts
+from stepkd.grading.pool import completion_text, shared_grader
 
 HALF = "\\boxed{\\frac{2}{4}}"
 """Takes a worker when the reference answer is 1/2 in another form."""
@@ -424,3 +425,39 @@ def test_workers_that_cannot_start_are_an_error(boot: str, message: str, monkeyp
     with Grader(workers=1) as grader, pytest.raises(StepkdError, match=message):
         grader.grade_one(HALF, "0.5")
     assert not grader._pool
+
+
+def test_a_reward_for_strings_messages_and_numbers() -> None:
+    rewards = accuracy_reward(
+        prompts=["q"] * 5,
+        completions=[
+            "#### 18",
+            [{"role": "assistant", "content": "It is \\boxed{18}."}],
+            [{"role": "assistant", "content": [{"type": "text", "text": "The answer is "}, {"text": "19"}]}],
+            "",
+            "18.50",
+        ],
+        answer=["18", "9 * 2 = <<9*2=18>>18\n#### 18", 18, "18", 18.5],
+        completion_ids=[[1]] * 5,
+    )
+    assert rewards == [1.0, 1.0, 0.0, 0.0, 1.0]
+
+
+def test_the_grader_of_rewards_is_shared() -> None:
+    assert shared_grader() is shared_grader()
+
+
+def test_completion_text_reads_the_last_message() -> None:
+    assert completion_text([{"content": "a"}, {"content": "b"}]) == "b"
+    assert completion_text([]) == ""
+    assert completion_text(None) == ""
+    assert completion_text([{"role": "assistant", "content": None}]) == ""
+
+
+def test_bad_columns_are_named() -> None:
+    with pytest.raises(DataError, match="type int is neither text nor a list of chat messages"):
+        accuracy_reward(prompts=["q"], completions=[3], answer=["3"])
+    with pytest.raises(DataError, match=r"answers\[0\] is NoneType"):
+        accuracy_reward(prompts=["q"], completions=["3"], answer=[None])
+    with pytest.raises(DataError, match="1 completions but 2 answers"):
+        accuracy_reward(prompts=["q"], completions=["3"], answer=["3", "4"])
