@@ -136,7 +136,7 @@ def _list() -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from stepkd.evaluation.compare import compare_runs
+    from stepkd.evaluation.metrics import compare_runs
     from stepkd.evaluation.runner import COMPARISON_NAME
     from stepkd.runs.files import write_json
     from stepkd.runs.job import SUMMARY_NAME

@@ -116,7 +116,7 @@ def run_best_of_n(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepkd.evaluation.best_of_n_files import best_of_n_from_files
+    from stepkd.evaluation.best_of_n import best_of_n_from_files
     from stepkd.evaluation.figures import best_of_n_figure
     from stepkd.runs.files import write_json
 

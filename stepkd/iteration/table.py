@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stepkd.evaluation.compare import compare_runs
 from stepkd.evaluation.manifest import RESULTS_NAME
+from stepkd.evaluation.metrics import compare_runs
 from stepkd.iteration.measure import differences, model_metrics
 from stepkd.iteration.spec import IterateSpec
 from stepkd.runs.job import read_results
