@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,26 +38,7 @@ from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolv
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["HiddenStates", "Policy", "positions_from_mask"]
-
-
-class HiddenStates(Protocol):
-    """A view of a language model: hidden states, and the head that turns them into logits."""
-
-    @property
-    def head(self) -> VocabHead:
-        """Hidden states to logits over the real vocabulary."""
-        ...
-
-    def hidden(
-        self,
-        input_ids_BT: Tensor,
-        attention_mask_BT: Tensor,
-        position_ids_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-    ) -> Tensor:
-        """Last hidden states (B, T, H)."""
-        ...
+__all__ = ["Policy", "positions_from_mask"]
 
 
 class Policy(nn.Module):
@@ -278,7 +259,7 @@ class Policy(nn.Module):
         return bool(self._frozen) or self.has_adapter
 
     @contextmanager
-    def reference(self) -> Iterator[HiddenStates]:
+    def reference(self) -> Iterator[Policy]:
         """The frozen reference model: the copy when there is one, else this model with its adapter off.
 
         No gradients, evaluation mode (dropout off). The copy follows the policy's device.

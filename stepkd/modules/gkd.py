@@ -24,10 +24,10 @@ from stepkd.models.source import trained_template
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
 from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
+from stepkd.modules.rollouts import TrainingSampler
 from stepkd.modules.step_scores import Focus, FocusSpec, token_weights
 from stepkd.randomness import generator
 from stepkd.rollout import Sampler, TransformersSampler
-from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.steps import get_segmenter
 from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServerTeacher, Teacher, TeacherSpec
@@ -165,7 +165,7 @@ class GKDModule(TaughtModule):
         self._divergence = self.divergence.function()
         self._focus: Focus | None = None
         self._fidelity: Fidelity | None = None
-        self._vllm: VLLMSampler | ColocatedSampler | None = None
+        self._student: TrainingSampler | None = None
 
     def _make_teacher(self, spec: TeacherSpec) -> Teacher:
         buckets: dict[str, Any] = {"top_k": self.divergence.top_k, "tail": self.divergence.tail}
@@ -288,13 +288,11 @@ class GKDModule(TaughtModule):
         return [with_completion(each, drawn[0].token_ids, self.tokenizer, self._segmenter) for each, drawn in pairs]
 
     def _sampler(self, policy: Policy, source: str) -> Sampler:
-        if source == "student" and self.source.vllm is not None:
-            if self._vllm is None:
-                sampling = self.source.sampling(self.seed)
-                self._vllm = make_sampler(policy, self.source.vllm, sampling, STOP_REQUEST.__bool__)
-            self._vllm.refresh(self.global_step)
-            return self._vllm
-        return TransformersSampler(policy, max_rows=self.source.max_rows, breaks_off=STOP_REQUEST.__bool__)
+        if source == "teacher":
+            return TransformersSampler(policy, max_rows=self.source.max_rows, breaks_off=STOP_REQUEST.__bool__)
+        if self._student is None:
+            self._student = TrainingSampler(policy, self.source, self.seed)
+        return self._student(self.global_step)
 
     def _writer(self, source: str, examples: Sequence[Example]) -> tuple[Policy, list[tuple[int, ...]]]:
         if source == "student":

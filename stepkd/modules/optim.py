@@ -110,17 +110,13 @@ def build_schedule(spec: OptimizerSpec, optimizer: torch.optim.Optimizer, total_
             f"optimizer.schedule={spec.schedule!r} with warmup={spec.warmup} needs to know where the run ends: set "
             "trainer.max_steps (or trainer.max_epochs with batches measured in sequences)"
         )
-    warmup = spec.warmup_steps(total_steps)
-    if spec.schedule == "constant":
-        return get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warmup)
-    assert total_steps is not None
-    if spec.schedule == "warmup_stable_decay":
-        decay = max(1, (total_steps - warmup) // 5)
-        extra = {"num_decay_steps": decay, "min_lr_ratio": spec.min_lr_ratio}
-        return get_scheduler("warmup_stable_decay", optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
-    if spec.schedule == "cosine" and spec.min_lr_ratio:
-        extra_cosine = {"min_lr_rate": spec.min_lr_ratio}
-        return get_scheduler(
-            "cosine_with_min_lr", optimizer, warmup, total_steps, scheduler_specific_kwargs=extra_cosine
-        )
-    return get_scheduler(spec.schedule, optimizer, warmup, total_steps)
+    warmup, total = spec.warmup_steps(total_steps), total_steps or 0
+    name: str = spec.schedule
+    extra: dict[str, Any] | None = None
+    if name == "constant":
+        name = "constant_with_warmup"
+    elif name == "warmup_stable_decay":
+        extra = {"num_decay_steps": max(1, (total - warmup) // 5), "min_lr_ratio": spec.min_lr_ratio}
+    elif name == "cosine" and spec.min_lr_ratio:
+        name, extra = "cosine_with_min_lr", {"min_lr_rate": spec.min_lr_ratio}
+    return get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=extra)

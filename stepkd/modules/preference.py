@@ -18,7 +18,7 @@ from stepkd.data.collate import Completion, MicroBatch, PackedBatch, Unit, colla
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import token_logps
-from stepkd.models import HiddenStates, Policy, PolicySpec
+from stepkd.models import Policy, PolicySpec
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.reference import ReferenceCache, ReferenceSpec, attach_reference, reference_identity
 
@@ -90,7 +90,7 @@ class PreferenceModule(StepModule):
         """Check the reference's context, and fill its cache when one is asked for."""
         super().on_fit_start()
         with self.model.reference() as view:
-            self.check_data_fits("reference", cast(Policy, view).max_length)
+            self.check_data_fits("reference", view.max_length)
         if self.reference_spec.cache:
             self._fill_cache()
 
@@ -126,7 +126,7 @@ class PreferenceModule(StepModule):
 
     # ---- log-ratios ------------------------------------------------------------------------------------------------
 
-    def logps(self, view: HiddenStates, batch: PackedBatch) -> Tensor:
+    def logps(self, view: Policy, batch: PackedBatch) -> Tensor:
         """Log-probability (N,) of every completion token under a view of the model, in float32 or float64."""
         hidden_BTH = view.hidden(
             batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT, segments_BT=batch.segments_BT

@@ -22,6 +22,7 @@ from stepkd.data.encode import Example, with_completion
 from stepkd.errors import DataError, disk_error
 from stepkd.models import Policy
 from stepkd.modules.distributed import all_reduce
+from stepkd.modules.gkd_settings import SourceSpec
 from stepkd.modules.kdrl_settings import RolloutSpec, SampleLogSpec
 from stepkd.modules.rewards import Rewards
 from stepkd.modules.step_scores import step_texts
@@ -124,6 +125,30 @@ class TokenView:
         )
 
 
+class TrainingSampler:
+    """Samples the policy that is trained: in this process, or with vLLM, whose weights follow. A stop breaks it off.
+
+    Args:
+        policy: the model.
+        spec: ``vllm``, ``max_rows`` and the settings of sampling.
+        seed: keys the noise.
+    """
+
+    def __init__(self, policy: Policy, spec: RolloutSpec | SourceSpec, seed: int) -> None:
+        self.policy, self.spec, self.seed = policy, spec, seed
+        self._vllm: VLLMSampler | ColocatedSampler | None = None
+
+    def __call__(self, step: int) -> Sampler:
+        """The sampler, with the policy's weights as they are before an optimiser step."""
+        if self.spec.vllm is None:
+            return TransformersSampler(self.policy, max_rows=self.spec.max_rows, breaks_off=STOP_REQUEST.__bool__)
+        if self._vllm is None:
+            sampling = self.spec.sampling(self.seed)
+            self._vllm = make_sampler(self.policy, self.spec.vllm, sampling, STOP_REQUEST.__bool__)
+        self._vllm.refresh(step)
+        return self._vllm
+
+
 class GroupSampler:
     """Draws groups from a policy and rewards them.
 
@@ -141,7 +166,7 @@ class GroupSampler:
         self.rewards = rewards
         self.phases = phases
         self.seed = seed
-        self._vllm: VLLMSampler | ColocatedSampler | None = None
+        self._sampler = TrainingSampler(policy, spec, seed)
         self._segmenter = get_segmenter(spec.segmenter)
 
     def __call__(self, batch: StepBatch, step: int, epoch: int) -> list[Rollout]:
@@ -191,15 +216,6 @@ class GroupSampler:
         with self.phases.phase("rewards", total=len(rollouts)):
             rewarded = self._rewarded(rollouts)
         return [rewarded[i : i + size] for i in range(0, len(rewarded), size)]
-
-    def _sampler(self, step: int) -> Sampler:
-        if self.spec.vllm is None:
-            return TransformersSampler(self.policy, max_rows=self.spec.max_rows, breaks_off=STOP_REQUEST.__bool__)
-        if self._vllm is None:
-            sampling = self.spec.sampling(self.seed)
-            self._vllm = make_sampler(self.policy, self.spec.vllm, sampling, STOP_REQUEST.__bool__)
-        self._vllm.refresh(step)
-        return self._vllm
 
     def _rewarded(self, rollouts: list[Rollout]) -> list[Rollout]:
         if not rollouts:

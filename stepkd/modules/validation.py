@@ -97,13 +97,8 @@ class SampledAccuracy:
         """Shares and means from sums over all ranks; empty when nothing was sampled."""
         if not sums.get("samples"):
             return {}
-        n = sums["samples"]
-        rates = {
-            "accuracy": sums["correct"] / n,
-            "unparsed": sums["unparsed"] / n,
-            "truncated": sums["truncated"] / n,
-            "tokens": sums["tokens"] / n,
-        }
+        counted = {"accuracy": "correct", "unparsed": "unparsed", "truncated": "truncated", "tokens": "tokens"}
+        rates = {name: sums[of] / sums["samples"] for name, of in counted.items()}
         if sums["labelled_steps"]:
             rates["step_accuracy"] = sums["right_steps"] / sums["labelled_steps"]
             if sums["correct_labelled"]:
