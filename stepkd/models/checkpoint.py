@@ -19,7 +19,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint as find_checkpoint
 from stepkd.models.spec import FrozenSpec, PolicySpec, Quantization, spec_from_dict
 from stepkd.models.step_head import step_head_from_dict
-from stepkd.runs.checkpoint_files import read_checkpoint
+from stepkd.runs.resume import read_checkpoint
 
 
 def trained_spec(path: str | Path) -> PolicySpec:

@@ -16,9 +16,9 @@ from stepkd.data.templates import PromptTemplate, get_template, read_template, t
 from stepkd.errors import ConfigError, DataError, ModelError, nearest
 from stepkd.models.spec import PolicySpec, spec_from_dict
 from stepkd.models.tiny import TINY_PRESETS
-from stepkd.runs.checkpoint_files import read_checkpoint
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import detect_launch
+from stepkd.runs.resume import read_checkpoint
 from stepkd.runs.rundir import read_marker
 
 logger = logging.getLogger(__name__)

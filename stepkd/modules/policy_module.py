@@ -23,7 +23,7 @@ from stepkd.losses import DEFAULT_CHUNK
 from stepkd.models import Policy, PolicySpec, load_tokenizer, spec_to_dict
 from stepkd.models.adapter import misfit
 from stepkd.models.checkpoint import base_fingerprint, load_policy
-from stepkd.models.dropout import disable_dropout
+from stepkd.models.head import disable_dropout
 from stepkd.models.load import training_spec
 from stepkd.models.sharding import WeightAverage, shard
 from stepkd.models.source import trained_template

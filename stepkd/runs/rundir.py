@@ -23,9 +23,9 @@ import psutil  # type: ignore[import-untyped]
 
 import stepkd
 from stepkd.errors import ConfigError, MachineError, disk_error
-from stepkd.runs.checkpoint_files import find_last_checkpoint, step_of
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import LaunchInfo, detect_launch
+from stepkd.runs.resume import find_last_checkpoint, step_of
 
 MARKER = "run.json"
 
@@ -105,7 +105,7 @@ class RunDir:
         """Find the checkpoint to continue from.
 
         Returns:
-            See :func:`~stepkd.runs.checkpoint_files.find_last_checkpoint`; None when there is no whole one.
+            See :func:`~stepkd.runs.resume.find_last_checkpoint`; None when there is no whole one.
         """
         return find_last_checkpoint(self.checkpoints)
 

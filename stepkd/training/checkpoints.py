@@ -17,9 +17,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from stepkd.errors import check_bounds, disk_error
-from stepkd.runs.checkpoint_files import find_last_checkpoint, is_whole, read_checkpoint
 from stepkd.runs.files import replaced
 from stepkd.runs.process import STOP_REQUEST, Preempted
+from stepkd.runs.resume import find_last_checkpoint, is_whole, read_checkpoint
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,10 @@ from stepkd.errors import ConfigError, MachineError
 from stepkd.models.source import find_checkpoint, no_model
 from stepkd.modules import StepModule
 from stepkd.runs import RunDir, check_launch, trainer_defaults
-from stepkd.runs.checkpoint_files import find_last_checkpoint
 from stepkd.runs.files import write_file
 from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.process import Preempted, quiet_libraries
-from stepkd.runs.resume import check_changes, newest_config, recipe_settings, short_name
+from stepkd.runs.resume import check_changes, find_last_checkpoint, newest_config, recipe_settings, short_name
 from stepkd.runs.rundir import check_version, free_path
 from stepkd.training.checkpoints import (
     AtomicCheckpointIO,
