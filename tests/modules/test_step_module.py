@@ -456,7 +456,7 @@ def test_predict_gives_valid_rollout_rows(trainer: Any) -> None:
     [
         ({"lr": 0.0}, "optimizer.lr=0.0"),
         ({"lr": float("nan")}, "optimizer.lr=nan: must be positive"),
-        ({"schedule": "cosin"}, "must be one of constant, linear, cosine"),
+        ({"schedule": "cosin"}, "choose from constant, linear, cosine"),
         ({"beta2": 1.0}, "optimizer.beta2=1.0"),
         ({"warmup": -1}, "optimizer.warmup=-1"),
         ({"schedule": "linear", "min_lr_ratio": 0.1}, "has no effect"),
