@@ -205,7 +205,7 @@ def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
         (["--trainer.precision", "64"], "set model.init_args.policy.dtype to float64"),
         (["--model.init_args.policy.path", "/no/such/model"], "no model folder at /no/such/model"),
         (["--data.init_args.train.source", "math500"], "source 'math500'"),
-        (["--checkpoint.mode", "up"], "must be min or max"),
+        (["--checkpoint.mode", "up"], "checkpoint.mode: expected one of ['min', 'max'], got 'up'"),
         (["--checkpoint.monitor", "train/loss"], "must be a validation value"),
         (["--model.init_args.validation.samples", "0"], "validation samples nothing"),
         (["--model.init_args.loss_weights", "{kd: 1.0}"], "the loss has the components ['ce']"),
