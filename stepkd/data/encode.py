@@ -28,7 +28,6 @@ from stepkd.steps import (
     spans_from_ends,
     text_from_ids,
     tokenize_text,
-    truncate_spans,
 )
 
 
@@ -173,9 +172,9 @@ class Encoder:
         self, name: str, prompt: tuple[int, ...], completion: TokenizedText, spans: list[Span], row: Mapping[str, Any]
     ) -> Example | None:
         """The example with the steps that fit; None where not one does. What is dropped is counted."""
-        kept, dropped = truncate_spans(spans, self.max_length - len(prompt))
-        self.counts["steps_dropped"] += dropped
-        self.counts["rows_truncated"] += bool(dropped)
+        kept = [span for span in spans if len(prompt) + span[1] <= self.max_length]
+        self.counts["steps_dropped"] += len(spans) - len(kept)
+        self.counts["rows_truncated"] += len(kept) < len(spans)
         if not kept:
             self.counts["rows_without_a_whole_step"] += 1
             return None

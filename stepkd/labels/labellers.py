@@ -221,18 +221,14 @@ class StepCheck:
         Raises:
             DataError: the scorer's answer does not fit what it was asked.
         """
-        used = [number for number, (_, _, candidates) in enumerate(asked) if candidates]
-        found: list[list[bool]] = [[] for _ in asked]
-        if not used:
-            return found
-        scored = self.scorer.score(
-            [Solutions(row, [[*before, step] for step in steps]) for row, before, steps in (asked[i] for i in used)]
-        )
-        for number, scores in zip(used, scored, strict=True):
-            _, before, candidates = asked[number]
+        used = [Solutions(row, [[*before, step] for step in steps]) for row, before, steps in asked if steps]
+        scored = iter(self.scorer.score(used) if used else ())
+        found = []
+        for _, before, candidates in asked:
+            scores = next(scored) if candidates else []
             if len(scores) != len(candidates) or any(len(values) != len(before) + 1 for values in scores):
                 raise DataError("the scorer gave another number of scores than it was asked for")
-            found[number] = [passes(values[-1], self.threshold) is True for values in scores]
+            found.append([passes(values[-1], self.threshold) is True for values in scores])
         return found
 
     def provenance(self) -> dict[str, Any]:

@@ -113,25 +113,21 @@ def segmenter_of(row: Mapping[str, Any]) -> Segmenter:
     """
     facts = dict((row.get("labelling") or {}).get("segmenter") or {})
     kind = facts.pop("name", None)
-    if kind in SEGMENTERS:
-        return SEGMENTERS[str(kind)]()
-    makers = {"regex": RegexSegmenter, "adaptive_step": AdaptiveStepSegmenter, "entropy": EntropySegmenter}
-    makers["regex_before"] = RegexSegmenter
-    if kind in makers:
-        try:
-            return makers[str(kind)](**facts)
-        except TypeError as error:
-            raise DataError(
-                f"the segmenter {kind!r} has other settings: {error}",
-                path=str(row.get("id", "?")),
-                column="labelling",
-            ) from error
     if kind == "reject":
         raise ConfigError(
             f"row {row.get('id', '?')!r} was cut by the segmenter 'reject', which needs a teacher's signals that "
             "continuations do not have: give --segmenter"
         )
-    return get_segmenter("newline")
+    makers = {"regex": RegexSegmenter, "adaptive_step": AdaptiveStepSegmenter, "entropy": EntropySegmenter}
+    makers["regex_before"] = RegexSegmenter
+    if kind not in makers:
+        return get_segmenter(kind if kind in SEGMENTERS else "newline")
+    try:
+        return makers[kind](**facts)
+    except TypeError as error:
+        raise DataError(
+            f"the segmenter {kind!r} has other settings: {error}", path=str(row.get("id", "?")), column="labelling"
+        ) from error
 
 
 _MARKS = ("hash", "boxed")

@@ -19,15 +19,12 @@ from stepkd.steps.segment import (
     Segmenter,
     SentenceSegmenter,
     Span,
-    TruncatedSpans,
     WholeSegmenter,
     check_partition,
     get_segmenter,
     segment,
     spans_from_ends,
     step_ends,
-    step_index,
-    truncate_spans,
 )
 from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, tokenize_text, tokenize_texts
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS, SegmentThreshold, fit_threshold
@@ -50,7 +47,6 @@ __all__ = [
     "StepFormat",
     "Tally",
     "TokenizedText",
-    "TruncatedSpans",
     "WholeSegmenter",
     "auto_marker",
     "check_partition",
@@ -65,12 +61,10 @@ __all__ = [
     "segment",
     "spans_from_ends",
     "step_ends",
-    "step_index",
     "tally",
     "text_from_ids",
     "tokenize_text",
     "tokenize_texts",
-    "truncate_spans",
     "verdicts",
     "written_steps",
 ]

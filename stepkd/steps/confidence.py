@@ -8,7 +8,7 @@ go to the step before them, or open the first one, as with the delimiter segment
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +29,27 @@ _SOURCES = {
 
 
 @dataclass(frozen=True)
-class AdaptiveStepSegmenter:
+class _Threshold:
+    """Cuts at every token whose signal is beyond a threshold."""
+
+    threshold: float
+    side: Side = "close"
+    """``close``: the uncertain token is the last of its step; ``open``: it is the first of the next one."""
+    min_tokens: int = 1
+    """A step shorter than this joins the one before it (the first one: the one behind it), >= 1."""
+
+    def __post_init__(self) -> None:
+        check_choice("side", self.side, ("close", "open"))
+        if self.min_tokens < 1:
+            raise ConfigError(f"min_tokens={self.min_tokens}: a step has at least one token")
+
+    def _ends(self, completion: TokenizedText, divides: Sequence[bool]) -> list[int]:
+        behind = self.side == "close"
+        return _ends(completion, [index + behind for index, each in enumerate(divides) if each], self.min_tokens)
+
+
+@dataclass(frozen=True)
+class AdaptiveStepSegmenter(_Threshold):
     """Cut at tokens that the model gave little probability to (AdaptiveStep, arXiv 2502.13943).
 
     A token whose confidence ``exp(logprob)`` is below the threshold is a division point. Reports of the paper differ on
@@ -40,17 +60,13 @@ class AdaptiveStepSegmenter:
 
     threshold: float
     """Confidence below which a token divides, in (0, 1); :func:`~stepkd.steps.threshold.fit_threshold` finds it."""
-    side: Side = "close"
-    """``close``: the uncertain token is the last of its step; ``open``: it is the first of the next one."""
-    min_tokens: int = 1
-    """A step shorter than this joins the one before it (the first one: the one behind it), >= 1."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ConfigError(
                 f"confidence threshold {self.threshold}: must lie between 0 and 1 (a probability, not percent)"
             )
-        _check_cut(self.side, self.min_tokens)
+        super().__post_init__()
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`~stepkd.steps.segment.Segmenter`.
@@ -59,11 +75,11 @@ class AdaptiveStepSegmenter:
             DataError: the completion has no log-probabilities, or impossible ones.
         """
         low = [math.exp(logprob) < self.threshold for logprob in _signal(completion, "logprobs", "adaptive_step")]
-        return _ends(completion, _cuts(low, self.side), self.min_tokens)
+        return self._ends(completion, low)
 
 
 @dataclass(frozen=True)
-class EntropySegmenter:
+class EntropySegmenter(_Threshold):
     """Cut where the next-token distribution was spread out.
 
     The trigger of Cautious Next Token Prediction (arXiv 2507.03038), with one threshold in place of its ramp between
@@ -73,15 +89,11 @@ class EntropySegmenter:
 
     threshold: float
     """Entropy in nats above which a token divides, >= 0."""
-    side: Side = "close"
-    """``close``: the uncertain token is the last of its step; ``open``: it is the first of the next one."""
-    min_tokens: int = 1
-    """A step shorter than this joins the one before it (the first one: the one behind it), >= 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
             raise ConfigError(f"entropy threshold {self.threshold}: must be a finite number of nats, at least 0")
-        _check_cut(self.side, self.min_tokens)
+        super().__post_init__()
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`~stepkd.steps.segment.Segmenter`.
@@ -90,7 +102,7 @@ class EntropySegmenter:
             DataError: the completion has no entropies, or impossible ones.
         """
         high = [entropy > self.threshold for entropy in _signal(completion, "entropies", "entropy")]
-        return _ends(completion, _cuts(high, self.side), self.min_tokens)
+        return self._ends(completion, high)
 
 
 @dataclass(frozen=True)
@@ -138,12 +150,6 @@ class RejectSegmenter:
         return _ends(completion, cuts, 1)
 
 
-def _check_cut(side: str, min_tokens: int) -> None:
-    check_choice("side", side, ("close", "open"))
-    if min_tokens < 1:
-        raise ConfigError(f"min_tokens={min_tokens}: a step has at least one token")
-
-
 def _signal(completion: TokenizedText, name: str, segmenter: str) -> tuple[float, ...]:
     """A completion's per-token signal, checked; no tokens need none."""
     values: tuple[float, ...] | None = getattr(completion, name)
@@ -164,11 +170,6 @@ def _signal(completion: TokenizedText, name: str, segmenter: str) -> tuple[float
                 f"{'least' if sign < 0 else 'most'} 0; compute them again with stepkd.rollout.annotate"
             )
     return values
-
-
-def _cuts(divides: Iterable[bool], side: Side) -> list[int]:
-    behind = 1 if side == "close" else 0
-    return [index + behind for index, divided in enumerate(divides) if divided]
 
 
 def _ends(completion: TokenizedText, cuts: Iterable[int], min_tokens: int) -> list[int]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from stepkd.errors import ConfigError, nearest
 from stepkd.steps.text import TokenizedText
@@ -23,15 +23,6 @@ from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 
 Span = tuple[int, int]
 """``(start, end)`` token indices, counted from the first completion token."""
-
-
-class TruncatedSpans(NamedTuple):
-    """Result of :func:`truncate_spans`."""
-
-    spans: list[Span]
-    """The spans that fit."""
-    num_dropped: int
-    """How many whole steps were dropped."""
 
 
 def check_partition(spans: Sequence[Span], num_tokens: int) -> None:
@@ -69,25 +60,6 @@ def spans_from_ends(ends: Sequence[int], num_tokens: int) -> list[Span]:
 def step_ends(spans: Sequence[Span]) -> list[int]:
     """Exclusive end of every step: the form in which rollout rows store spans."""
     return [end for _, end in spans]
-
-
-def step_index(spans: Sequence[Span]) -> list[int]:
-    """Step number of every token, a list of length ``spans[-1][1]``."""
-    return [i for i, (start, end) in enumerate(spans) for _ in range(start, end)]
-
-
-def truncate_spans(spans: Sequence[Span], max_tokens: int) -> TruncatedSpans:
-    """Keep the leading steps that fit into ``max_tokens``; a step is kept whole or dropped.
-
-    Args:
-        spans: a partition as made by a segmenter.
-        max_tokens: budget in tokens, >= 0.
-
-    Returns:
-        The kept spans and the number of dropped steps. The caller counts and reports the drops.
-    """
-    kept = [span for span in spans if span[1] <= max_tokens]
-    return TruncatedSpans(kept, len(spans) - len(kept))
 
 
 @runtime_checkable
