@@ -6,8 +6,9 @@ r"""Score the steps of solutions: rollouts or step-labelled rows in, the same ro
       --reduction min --fit-temperature held_out.jsonl
 
 Every row gets `step_scores` (a number in [0, 1] per step, null where there is none), `score` (one number for the
-solution, null when it cannot be told) and `scorer` (what it came from). A killed run goes on where it stood when the
-same command is given again.
+solution, null when it cannot be told) and `scorer` (what it came from). A killed run is resumed by the
+same command, with any number of processes (torchrun, accelerate, srun); until it is finished, its parts lie in
+`<out>.work`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from stepkd.commands.options import TEMPLATE_HELP, add_scorer_arguments, scorer_options
+from stepkd.commands.options import (
+    TEMPLATE_HELP,
+    add_model_arguments,
+    add_scorer_arguments,
+    from_arguments,
+    say_share_is_done,
+    scorer_options,
+    start_job,
+)
 from stepkd.errors import check_choice
-from stepkd.runs.progress import WorkLine
 
 REDUCTIONS = ("auto", "product", "min", "mean", "last")
 
@@ -46,47 +54,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--template", help=TEMPLATE_HELP)
     add_scorer_arguments(how)
     run_on = parser.add_argument_group("machine")
-    run_on.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
-    run_on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    run_on.add_argument("--attention", help="attention implementation (sdpa, eager, flash_attention_2)")
     run_on.add_argument("--max-length", type=int, metavar="TOKENS", help="longest row; default: the model's context")
-    run_on.add_argument(
-        "--batch-size",
-        type=int,
-        default=32,
-        metavar="ROWS",
-        dest="max_rows",
-        help="solutions read at once (default 32)",
-    )
+    add_model_arguments(run_on, "solutions read at once (default 32)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd score``."""
     check_choice("reduction", arguments.reduction, REDUCTIONS)
-    from rich.console import Console
+    from stepkd.evaluation.score_rows import SOLUTIONS, TEMPERATURE, ScoreJob, score_file
 
-    from stepkd.evaluation.score_rows import ScoreJob, score_file
-    from stepkd.runs.launcher import check_alone
-    from stepkd.runs.process import quiet_libraries
-
-    quiet_libraries()
-    check_alone("stepkd score", "start it without a launcher (shard with offset=, limit=)")
-    job = ScoreJob(
-        model=arguments.model,
-        rollouts=arguments.rollouts,
+    verbs = {SOLUTIONS: "scoring solutions", TEMPERATURE: "fitting the temperature"}
+    console, launch, options = start_job(arguments, verbs)
+    job = from_arguments(
+        ScoreJob,
+        arguments,
         out=Path(arguments.out),
         reduction=None if arguments.reduction == "auto" else arguments.reduction,
         fit_on=arguments.fit_temperature,
-        segmenter=arguments.segmenter,
         options=scorer_options(arguments),
     )
-    console = Console()
-    line = WorkLine(console)
-    summary = score_file(
-        job,
-        report=lambda done, total: line.show("scoring", done, total, " solutions"),
-        overwrite=arguments.overwrite,
-    )
+    summary = score_file(job, options=options)
+    if not summary:
+        return say_share_is_done(console, launch, "scored rows")
     print_summary(console, summary)
     console.print(f"\nscored rows: {job.out}", markup=False, soft_wrap=True)
     return 0

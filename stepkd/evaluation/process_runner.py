@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepkd.data.benchmarks import PROCESS_BENCHMARKS, unknown_benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.spec import DataSpec, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import task_swaps
 from stepkd.evaluation.process import summarise_process
-from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered, package_versions
+from stepkd.evaluation.score_rows import scorer_settings
+from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
 from stepkd.scorers.scorer import StepScorer, score_rows, step_scores
 from stepkd.steps.labels import check_threshold, first_incorrect, verdicts
 
@@ -125,16 +124,13 @@ def evaluate_process(
         raise ConfigError("an outcome reward model has one score per solution and finds no first error: use best-of-N")
     settings = job.begin(
         {
-            "scorer": loaded.provenance(),
-            "batch_size": spec.batch_size,
+            **scorer_settings(loaded, spec.batch_size),
             "benchmark": {
                 "name": spec.benchmark,
                 "sets": list(sets),
                 "data": fingerprint([row for _, row in rows]),
                 "limit": spec.limit,
             },
-            "versions": package_versions(),
-            "threads": torch.get_num_threads(),
         }
     )
 

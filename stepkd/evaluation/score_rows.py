@@ -1,8 +1,7 @@
-"""``stepkd score``: rows with solutions in, the same rows with scores out, resumable at any moment.
+"""``stepkd score``: rows with solutions in, the same rows with scores out, a job of batches (:mod:`stepkd.runs.job`).
 
-While it runs, finished problems lie in ``<out>.work/`` (whole batches only, under the manifest of the job). At the end
-the scored rows are written in the order of the input, with ``<name>.manifest.json`` beside them, and the work folder
-goes.
+The job's folder is ``<out>.work/``. At the end the scored rows are written in the order of the input, with
+``<name>.settings.json`` beside them; a process that works alone then deletes the folder.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +20,21 @@ from stepkd.data.io import fingerprint, read_rows
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.evaluation.manifest import (
-    MANIFEST_FORMAT,
-    MANIFEST_NAME,
-    RESULTS_NAME,
-    check_resumable,
+from stepkd.runs.files import json_text, write_json, write_jsonl
+from stepkd.runs.job import (
+    ALONE,
+    PARTS,
+    SETTINGS_NAME,
+    Job,
+    JobOptions,
+    check_same,
+    numbered,
     package_versions,
-    read_manifest,
-    write_manifest,
+    read_settings,
 )
-from stepkd.evaluation.score_batches import Report, score_batches
-from stepkd.runs.files import write_file, write_jsonl
 from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
 from stepkd.scorers.load import ScorerOptions, load_scorer
+from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (
     Reduction,
     StepScorer,
@@ -46,7 +46,10 @@ from stepkd.scorers.scorer import (
 )
 from stepkd.steps import SEGMENTERS
 
-_TEMPERATURE = "temperature.json"
+KIND = "scoring job"
+SOLUTIONS, TEMPERATURE = "solutions", "temperature"
+"""The phases of a scoring job."""
+_TEMPERATURE_NAME = "temperature.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class ScoreJob:
 
     @property
     def work(self) -> Path:
-        """Folder of a job that is not finished."""
+        """The job's folder."""
         return self.out.with_name(f"{self.out.name}.work")
 
     def beside(self, name: str) -> Path:
@@ -87,52 +90,145 @@ class ScoreJob:
         return self.out.with_name(f"{self.out.stem}.{name}")
 
 
-def score_file(
-    job: ScoreJob, *, scorer: StepScorer | None = None, report: Report | None = None, overwrite: bool = False
-) -> dict[str, Any]:
-    """Score all rows of a file, or go on with it.
+def score_file(job: ScoreJob, *, scorer: StepScorer | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
+    """Score all rows of a file, or resume.
 
     Args:
         job: what to score, and where to write.
         scorer: an already loaded scorer to use in place of loading ``job.model``.
-        report: called after every batch with (solutions scored, solutions in all).
-        overwrite: replace an earlier result of such a job.
+        options: which rank this is, and whether to replace an earlier result of such a job.
 
     Returns:
-        Counts and mean scores, see :func:`summarise_scores`.
+        Counts and mean scores, see :func:`summarise_scores`; empty while other ranks have work left: the last one to
+        finish writes the rows.
 
     Raises:
         ConfigError: the file is there and was made otherwise, or settings contradict each other.
         DataError, ModelError: rows or scorer cannot be used.
     """
-    _check_out(job, overwrite=overwrite)
+    finished, temperature_file = job.beside(SETTINGS_NAME), job.beside(_TEMPERATURE_NAME)
+    work = Job(job.work, KIND, [str(path.absolute()) for path in (job.out, temperature_file, finished)], options)
+    _check_out(job, overwrite=options.overwrite)
+    work.check()
     rows = _to_cut(load_rows(parse_spec(job.rollouts)), job.segmenter)
     labelled = None if job.fit_on is None else load_rows(parse_spec(job.fit_on))
     if labelled is not None and fingerprint(labelled) == fingerprint(rows):
         raise ConfigError("the rows to fit a temperature on are the rows to score: give held-out ones")
     scorer = load_scorer(job.model, job.options) if scorer is None else scorer
     reduction = job.reduction or default_reduction(scorer.meaning)
-    manifest = _manifest(job, scorer, reduction, rows, labelled)
-    if not _begin(job, manifest, overwrite=overwrite):
+    settings = {
+        "kind": KIND,
+        **scorer_settings(scorer, job.options.max_rows),
+        "reduction": reduction,
+        "rows": fingerprint(rows),
+        "temperature_fitted_on": None if labelled is None else fingerprint(labelled),
+    }
+    if not options.overwrite and job.out.exists() and finished.is_file():
+        check_same(read_settings(finished.parent, finished.name), json.loads(json_text(settings)), job.out)
         return summarise_scores([row for row, _ in read_rows(job.out)], scorer.meaning)
-    temperature = job.options.temperature if labelled is None else _fitted(job.work / _TEMPERATURE, scorer, labelled)
-    results = score_batches(job.work / RESULTS_NAME, scorer, rows, job.options.max_rows, report)
-    if labelled is not None and temperature is not None:
-        results = [replace(result, scores=temperature.apply(result.scores).tolist()) for result in results]
-    provenance = {key: manifest["scorer"].get(key) for key in ("scorer", "model", "weights", "meaning")}
+    settings = work.begin(settings)
+    temperature = job.options.temperature
+    units = numbered(_blocks(rows, job.options.max_rows))
+    try:
+        if labelled is not None:
+            fit = {"fit": labelled}
+            work.work(TEMPERATURE, fit, lambda given: [asdict(fit_temperature(*labelled_scores(scorer, given)))])
+            temperature = TemperatureScaling(**work.wait(TEMPERATURE, fit)[0])
+        work.work(SOLUTIONS, units, lambda block: _scored(scorer, rows, block, first=block is units["000000"]))
+    except DataError:
+        if options.world_size == 1 and not (job.work / PARTS).exists():
+            shutil.rmtree(job.work)  # nothing is done: mended rows are not refused as another job's
+        raise
+    found = work.rows(SOLUTIONS, units)
+    if found is None:
+        return {}
+    provenance = {key: settings["scorer"].get(key) for key in ("scorer", "model", "weights", "meaning")}
     provenance |= {"reduction": reduction, "temperature": None if temperature is None else temperature.temperature}
-    scored = [
-        {
-            **row,
-            "step_scores": step_scores(row, result.scores),
-            "score": reduce_scores(result.scores, reduction, meaning=scorer.meaning),
-            "scorer": provenance,
-            **({} if result.error is None else {"score_error": result.error}),
-        }
-        for row, result in zip(rows, results, strict=True)
-    ]
-    _finish(job, scored)
+    scored = []
+    for row, result in zip(rows, found, strict=True):
+        values = [math.nan if value is None else value for value in result["scores"]]
+        if labelled is not None and temperature is not None:
+            values = temperature.apply(values).tolist()
+        scored.append(
+            {
+                **row,
+                "step_scores": step_scores(row, values),
+                "score": reduce_scores(values, reduction, meaning=scorer.meaning),
+                "scorer": provenance,
+                **({} if result["error"] is None else {"score_error": result["error"]}),
+            }
+        )
+    # The settings make the rows a finished result; a kill before them leaves the folder, which goes last. Other ranks
+    # may still read it.
+    write_jsonl(job.out, scored)
+    if labelled is not None and temperature is not None:
+        temperature.save(temperature_file)
+    write_json(finished, settings)
+    if options.world_size == 1:
+        shutil.rmtree(job.work, ignore_errors=True)
     return summarise_scores(scored, scorer.meaning)
+
+
+def scorer_settings(scorer: StepScorer, batch_size: int) -> dict[str, Any]:
+    """What decides the scores of given rows."""
+    policy = getattr(scorer, "policy", None)
+    return {
+        "scorer": scorer.provenance(),
+        "batch_size": batch_size,
+        "device": "cpu" if policy is None else policy.device.type,
+        "attention": None if policy is None else policy.causal_lm.config._attn_implementation,
+        "versions": package_versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _blocks(rows: Sequence[Mapping[str, Any]], limit: int) -> list[list[int]]:
+    """Numbers of rows, whole problems of about one length together, at most ``limit`` where a problem has no more."""
+
+    def length(row: Mapping[str, Any]) -> int:
+        return len(json.dumps(row.get("prompt"))) + len(str(row.get("completion", row.get("completions"))))
+
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(problem_key(row), []).append(number)
+    problems = sorted(groups.values(), key=lambda numbers: -max(length(rows[n]) for n in numbers))
+    blocks = packed([len(numbers) for numbers in problems], limit)
+    return [[number for i in block for number in problems[i]] for block in blocks]
+
+
+def _scored(
+    scorer: StepScorer, rows: Sequence[Mapping[str, Any]], block: Sequence[int], *, first: bool
+) -> list[dict[str, Any]]:
+    """Scores of the rows of a block; a row that cannot be read goes without.
+
+    Raises:
+        DataError: it is the first block, and none of its rows can be read.
+    """
+    try:
+        found = score_rows(scorer, [rows[number] for number in block])
+        return [_row_scores(scorer, rows[n], n, scores) for n, scores in zip(block, found, strict=True)]
+    except DataError:
+        if len(block) == 1 and first:
+            raise
+    results, failure = [], None
+    for number in block:
+        row = rows[number]
+        try:
+            results.append(_row_scores(scorer, row, number, score_rows(scorer, [row])[0]))
+        except DataError as error:
+            failure = failure or error
+            steps = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
+            results.append({"index": number, "scores": [None] * len(steps or [None]), "error": str(error)})
+    if first and failure is not None and all(result["error"] is not None for result in results):
+        raise failure
+    return results
+
+
+def _row_scores(scorer: StepScorer, row: Mapping[str, Any], number: int, scores: Sequence[float]) -> dict[str, Any]:
+    """A row's scores, with the reason where the scorer could not read the solution at all."""
+    reason = getattr(scorer, "unreadable", None)
+    error = None if reason is None or not all(map(math.isnan, scores)) else reason(row)
+    return {"index": number, "scores": [None if math.isnan(value) else value for value in scores], "error": error}
 
 
 def summarise_scores(scored: Sequence[Mapping[str, Any]], meaning: str) -> dict[str, Any]:
@@ -219,84 +315,15 @@ def _to_cut(rows: list[Any], segmenter: str | None) -> list[Any]:
     ]
 
 
-def _fitted(path: Path, scorer: StepScorer, labelled: Sequence[Mapping[str, Any]]) -> TemperatureScaling:
-    """The temperature of this job: read when it was fitted before the job was interrupted."""
-    if path.is_file():
-        return TemperatureScaling.load(path)
-    temperature = fit_temperature(*labelled_scores(scorer, labelled))
-    temperature.save(path)
-    return temperature
-
-
-def _manifest(
-    job: ScoreJob,
-    scorer: StepScorer,
-    reduction: Reduction,
-    rows: Sequence[Mapping[str, Any]],
-    labelled: Sequence[Mapping[str, Any]] | None,
-) -> dict[str, Any]:
-    policy = getattr(scorer, "policy", None)
-    manifest = {
-        "format": MANIFEST_FORMAT,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "scorer": scorer.provenance(),
-        "reduction": reduction,
-        "rows": fingerprint(rows),
-        "temperature_fitted_on": None if labelled is None else fingerprint(labelled),
-        "batch_size": job.options.max_rows,
-        "device": "cpu" if policy is None else policy.device.type,
-        "attention": None if policy is None else policy.causal_lm.config._attn_implementation,
-        "versions": package_versions(),
-        "threads": torch.get_num_threads(),
-    }
-    return dict(json.loads(json.dumps(manifest)))
-
-
 def _check_out(job: ScoreJob, *, overwrite: bool) -> None:
     """Refuse, before anything slow, a file that is not of such a job."""
-    if not job.out.exists() or job.beside(MANIFEST_NAME).is_file() or (job.work / MANIFEST_NAME).is_file():
+    finished, old = job.beside(SETTINGS_NAME), job.beside("manifest.json")
+    if not job.out.exists() or finished.is_file() or (job.work / SETTINGS_NAME).is_file():
         return
-    what = "so --overwrite does not replace it" if overwrite else "so it cannot be gone on with"
-    raise ConfigError(
-        f"{job.out} is there and has no {job.beside(MANIFEST_NAME).name} beside it: it is no result of stepkd score, "
-        f"{what}; give another --out"
+    what = "so --overwrite does not replace it" if overwrite else "so it cannot be resumed"
+    why = (
+        f"is of stepkd 0.1 ({old.name})"
+        if old.is_file()
+        else f"is there and has no {finished.name} beside it: it is no result of stepkd score"
     )
-
-
-def _begin(job: ScoreJob, manifest: dict[str, Any], *, overwrite: bool) -> bool:
-    """Make the work folder ready; False when the result is there already and of the same settings."""
-    finished = job.beside(MANIFEST_NAME)
-    if overwrite:
-        for path in (job.out, finished, job.beside(_TEMPERATURE)):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(job.work, ignore_errors=True)
-    if job.out.exists() and finished.is_file():
-        _check_same(json.loads(finished.read_text(encoding="utf-8")), manifest)
-        return False
-    if (job.work / MANIFEST_NAME).is_file() and _has_results(job.work):
-        _check_same(read_manifest(job.work), manifest)
-    else:
-        write_manifest(job.work, manifest)
-    return True
-
-
-def _has_results(work: Path) -> bool:
-    """Whether an interrupted job got as far as a result."""
-    results = work / RESULTS_NAME
-    return (work / _TEMPERATURE).is_file() or (results.is_file() and results.stat().st_size > 0)
-
-
-def _check_same(old: dict[str, Any], new: dict[str, Any]) -> None:
-    try:
-        check_resumable(old, new)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("another --out folder", "another --out, or --overwrite")) from None
-
-
-def _finish(job: ScoreJob, scored: Sequence[Mapping[str, Any]]) -> None:
-    """Rows first, then what makes them a finished result; a kill in between leaves the work folder, which goes last."""
-    write_jsonl(job.out, scored)
-    if (job.work / _TEMPERATURE).is_file():
-        write_file(job.beside(_TEMPERATURE), (job.work / _TEMPERATURE).read_bytes())
-    write_file(job.beside(MANIFEST_NAME), (job.work / MANIFEST_NAME).read_bytes())
-    shutil.rmtree(job.work, ignore_errors=True)
+    raise ConfigError(f"{job.out} {why}, {what}; give another --out")

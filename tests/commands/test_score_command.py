@@ -13,6 +13,7 @@ from stepkd.cli import main
 from stepkd.models import Policy, StepHeadSpec, build_tiny
 from stepkd.models.export import save_policy
 from stepkd.runs.files import write_jsonl
+from stepkd.runs.launcher import LaunchInfo
 from stepkd.tasks import make_rows
 from stepkd.tasks.rows import Noise
 
@@ -52,15 +53,15 @@ def test_a_reward_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     settings = ("--template", "task", "--batch-size", "5", "--dtype", "float32", "--device", "cpu")
     assert run(folder, out, *settings, "--attention", "eager") == 0
     shown = capsys.readouterr().out
-    for text in ("scoring 12/12 solutions", "12 solutions of 12 problems, 36 steps", "mean score (product): 0."):
+    for text in ("scoring solutions 12/12", "12 solutions of 12 problems, 36 steps", "mean score (product): 0."):
         assert text in shown
     assert "of right solutions 0." in shown
     assert f"scored rows: {out}" in shown
     assert "not scored" not in shown
     rows = read(out)
     assert all(0 <= value <= 1 for row in rows for value in row["step_scores"])
-    manifest = json.loads((tmp_path / "an [odd] name.manifest.json").read_text())
-    assert (manifest["batch_size"], manifest["attention"], manifest["scorer"]["dtype"]) == (5, "eager", "float32")
+    found = json.loads((tmp_path / "an [odd] name.settings.json").read_text())
+    assert (found["batch_size"], found["attention"], found["scorer"]["dtype"]) == (5, "eager", "float32")
     before = out.read_bytes()
     assert run(folder, out, *settings, "--attention", "eager") == 0
     assert out.read_bytes() == before
@@ -117,7 +118,7 @@ def test_checker_judge_and_head(folder: Path, tmp_path: Path) -> None:
         assert row["step_scores"] == [float(label) for label in row["labels"]]
     judge = ("--answers", "Y", "N", "--reference", "--device", "cpu")
     assert run(folder, tmp_path / "j.jsonl", *judge, model="judge:tiny-0.1m") == 0
-    assert json.loads((tmp_path / "j.manifest.json").read_text())["scorer"]["reference"] is True
+    assert json.loads((tmp_path / "j.settings.json").read_text())["scorer"]["reference"] is True
     head = json.dumps({"labels": ["b", "a"], "meaning": "value", "format": {"marker": "~"}})
     assert run(folder, tmp_path / "h.jsonl", "--head", head, "--template", "task", model="tiny-0.1m") == 0
     assert read(tmp_path / "h.jsonl")[0]["scorer"]["reduction"] == "last"
@@ -150,12 +151,16 @@ def test_mistakes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_under_a_launcher(
+def test_ranks_of_a_launcher_share_the_solutions(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stepkd.runs.launcher import LaunchInfo
-
-    info: Any = LaunchInfo(launcher="elastic", world_size=2, local_world_size=2)
-    monkeypatch.setattr("stepkd.runs.launcher.check_launch", lambda: info)
-    assert run(folder, tmp_path / "o.jsonl", "--template", "task") == 2
-    assert "runs in one process: start it without a launcher" in capsys.readouterr().err
+    words = ("--template", "task", "--batch-size", "2", "--device", "cpu")
+    assert run(folder, tmp_path / "alone.jsonl", *words) == 0
+    capsys.readouterr()
+    for rank, said in enumerate(("rank 0 has done its share; the last rank to finish writes the scored rows", "mean")):
+        info = LaunchInfo(launcher="elastic", rank=rank, local_rank=rank, world_size=2, local_world_size=2)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+        monkeypatch.setattr("stepkd.runs.launcher.check_launch", lambda info=info: info)
+        assert run(folder, tmp_path / "shared.jsonl", *words) == 0
+        assert said in capsys.readouterr().out
+    assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "alone.jsonl").read_bytes()

@@ -15,6 +15,7 @@ from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.evaluation import score_rows as module
 from stepkd.evaluation.score_rows import ScoreJob, labelled_scores, score_file
 from stepkd.runs.files import write_jsonl
+from stepkd.runs.job import JobOptions
 from stepkd.scorers import ScorerOptions, Solutions, TemperatureScaling
 
 
@@ -67,7 +68,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def test_rows_come_out_in_order_with_scores(job: ScoreJob, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     toy = Toy()
-    summary = score_file(job, scorer=toy, report=lambda done, total: seen.append((done, total)))
+    report = JobOptions(report=lambda phase, done, total, figures: seen.append((done, total)))
+    summary = score_file(job, scorer=toy, options=report)
     out = read(job.out)
     assert [{k: v for k, v in r.items() if k not in ("step_scores", "score", "scorer")} for r in out] == [
         dict(r) for r in ROWS
@@ -87,7 +89,7 @@ def test_rows_come_out_in_order_with_scores(job: ScoreJob, tmp_path: Path) -> No
         "reduction": "product", "temperature": None, "mean_score": pytest.approx((0.72 + 0.5 + 0.072 + 0 + 0.7) / 5),
         "mean_score_right": pytest.approx(0.72), "mean_score_wrong": pytest.approx((0.5 + 0.072) / 2),
     }  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.manifest.json", "rows.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.settings.json", "rows.jsonl"]
 
 
 def test_reductions_and_meanings(job: ScoreJob, tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_a_kill_between_the_last_writes(job: ScoreJob, monkeypatch: pytest.Monke
         raise StepkdError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_file", full)
+        patch.setattr(module, "write_json", full)
         with pytest.raises(StepkdError, match="disk full"):
             score_file(job, scorer=Toy())
     assert job.out.exists()
@@ -142,7 +144,7 @@ def test_a_kill_between_the_last_writes(job: ScoreJob, monkeypatch: pytest.Monke
     score_file(job, scorer=again)
     assert again.asked == []
     assert not job.work.exists()
-    assert job.beside("manifest.json").is_file()
+    assert job.beside("settings.json").is_file()
 
 
 class Picky(Toy):
@@ -196,10 +198,10 @@ def test_another_job_is_refused_and_overwrite_replaces(job: ScoreJob, tmp_path: 
         score_file(job, scorer=Toy(name="other"))
     with pytest.raises(ConfigError, match="reduction: 'product' then, 'min' now"):
         score_file(replace(job, reduction="min"), scorer=Toy())
-    score_file(job, scorer=Toy(name="other"), overwrite=True)
+    score_file(job, scorer=Toy(name="other"), options=JobOptions(overwrite=True))
     assert read(job.out)[0]["scorer"]["model"] == "other"
     with pytest.raises(KeyboardInterrupt):
-        score_file(job, scorer=Toy(dies_after=1), overwrite=True)
+        score_file(job, scorer=Toy(dies_after=1), options=JobOptions(overwrite=True))
     with pytest.raises(ConfigError, match=r"scorer.model: 'toy' then, 'other' now"):
         score_file(job, scorer=Toy(name="other"))
     write_jsonl(tmp_path / "rows.jsonl", ROWS[:-1])
@@ -207,11 +209,40 @@ def test_another_job_is_refused_and_overwrite_replaces(job: ScoreJob, tmp_path: 
         score_file(job, scorer=Toy())
 
 
+def test_ranks_share_the_solutions_and_the_last_one_writes_them(job: ScoreJob, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "held.jsonl", [row(f"h{i}", f"h{i}", [98, 97, 3]) for i in range(9)])
+    alone = replace(job, out=tmp_path / "alone.jsonl", fit_on=str(tmp_path / "held.jsonl"))
+    summary = score_file(alone, scorer=Toy())
+    shared = replace(alone, out=tmp_path / "shared.jsonl")
+    toys = [Toy(), Toy()]
+    found = [
+        score_file(shared, scorer=toys[rank], options=JobOptions(rank=rank, world_size=2, overwrite=True, launch="one"))
+        for rank in (0, 1)
+    ]
+    assert found == [{}, summary]
+    asked = [sorted(name for name in toy.asked if not name.startswith("h")) for toy in toys]
+    assert sorted(asked[0] + asked[1]) == ["p", "q", "r", "s"]
+    assert [len(set(toy.asked)) for toy in toys] == [11, 2], "rank 0 fits the temperature"
+    for name in ("jsonl", "settings.json", "temperature.json"):
+        assert (tmp_path / f"shared.{name}").read_bytes() == (tmp_path / f"alone.{name}").read_bytes()
+    assert shared.work.exists(), "another rank may still read it"
+    assert score_file(shared, scorer=Toy(dies_after=0)) == summary
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_result_of_version_0_1_is_left_alone(job: ScoreJob, overwrite: bool) -> None:
+    job.out.write_text("scored by 0.1")
+    job.beside("manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is of stepkd 0\.1 \(out\.manifest\.json\)"):
+        score_file(job, scorer=Toy(), options=JobOptions(overwrite=overwrite))
+    assert job.out.read_text() == "scored by 0.1"
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_of_something_else_is_left_alone(job: ScoreJob, overwrite: bool) -> None:
     job.out.write_text("mine")
     with pytest.raises(ConfigError, match="it is no result of stepkd score"):
-        score_file(job, scorer=Toy(), overwrite=overwrite)
+        score_file(job, scorer=Toy(), options=JobOptions(overwrite=overwrite))
     assert job.out.read_text() == "mine"
 
 
