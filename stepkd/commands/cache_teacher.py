@@ -5,7 +5,8 @@ stepkd cache-teacher --config recipes/gkd_cached_teacher.yaml --config recipes/b
 
 The recipe's teacher.path is the teacher, its data are the completions: a cache cannot score what a student samples.
 The teacher computes in the recipe's trainer.precision, as it would beside the student; another one is refused by fit.
-Training then has teacher.cache in place of teacher.path. A killed job goes on when the same command is given again.
+Training then has teacher.cache in place of teacher.path. A killed job is resumed by the same command,
+with any number of processes (torchrun, accelerate, srun).
 """
 
 from __future__ import annotations
@@ -13,32 +14,30 @@ from __future__ import annotations
 import argparse
 from types import SimpleNamespace
 
+from stepkd.commands.options import add_job_arguments, say_share_is_done, start_job
 from stepkd.commands.recipes import add_recipe_arguments, recipe_words
 from stepkd.errors import ConfigError
-from stepkd.runs.progress import WorkLine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``stepkd cache-teacher``."""
-    parser.add_argument("--out", required=True, help="folder of the cache; begun, or gone on with")
+    parser.add_argument("--out", required=True, help="folder of the cache; begun, or resumed")
     parser.add_argument("--top-k", type=int, default=64, metavar="K", help="tokens kept per position (default 64)")
     parser.add_argument("--no-validation", action="store_true", help="leave out the validation data")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier cache in --out and start again")
+    add_job_arguments(parser)
     add_recipe_arguments(parser, required=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd cache-teacher``."""
-    from rich.console import Console
-
     from stepkd.modules import GKDModule
-    from stepkd.runs.launcher import check_alone
     from stepkd.scorers.load import pick_device
-    from stepkd.teachers.cache_writer import write_cache
+    from stepkd.teachers.cache import COMPLETIONS, write_cache
     from stepkd.teachers.local import LocalTeacher
     from stepkd.training.fit import check_fit
 
-    check_alone("stepkd cache-teacher")
+    console, launch, options = start_job(arguments, {COMPLETIONS: "scoring completions"})
     module, data, trainer = check_fit(words=recipe_words(arguments))
     if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
         raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with teacher.path")
@@ -49,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     teacher = module.teacher
     teacher.bind(module.tokenizer)
     teacher.place(pick_device(arguments.device))
-    line = WorkLine(Console())
-    manifest = write_cache(
+    settings = write_cache(
         arguments.out,
         teacher,
         examples,
@@ -59,10 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         max_tokens=module.micro_batch_tokens,
         chunk_size=module.chunk_size,
         precision="bf16-mixed" if "bf16" in str(trainer.get("precision")) else "32-true",
-        report=lambda done, total: line.show("scoring", done, total, " completions"),
+        options=options,
     )
+    if not settings:
+        return say_share_is_done(console, launch, "last part")
     print(
-        f"{manifest['completions']} completions, {manifest['top_k']} tokens per position: {arguments.out}\n"
+        f"{settings['completions']} completions, {settings['top_k']} tokens per position: {arguments.out}\n"
         f"  train: stepkd fit ... --model.init_args.teacher '{{path: null, cache: {arguments.out}}}'"
     )
     return 0

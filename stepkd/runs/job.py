@@ -298,10 +298,14 @@ class Job:
     # ---- outputs ---------------------------------------------------------------------------------------------------
 
     def finish(self, name: str, rows: Iterable[Row], summary: Mapping[str, Any]) -> None:
-        """Write a file of rows and ``summary.json``; every rank that gets here writes the same bytes."""
+        """Write a file of rows and ``summary.json``, and tidy up; every rank that gets here writes the same bytes."""
         write_jsonl(self.out / name, rows)
         write_json(self.out / SUMMARY_NAME, summary)
-        for path in (self.out / PARTS).rglob(".*.tmp"):  # of processes that were killed while they wrote
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Delete what processes left that were killed while they wrote; nobody writes when no unit is missing."""
+        for path in (self.out / PARTS).rglob(".*.tmp"):
             path.unlink(missing_ok=True)
 
     def _log(self, entry: Mapping[str, Any]) -> None:

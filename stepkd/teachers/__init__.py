@@ -1,7 +1,6 @@
 """Teachers: models that say what they would have written at every position of a student's text."""
 
-from stepkd.teachers.cache import CachedTeacher
-from stepkd.teachers.cache_writer import write_cache
+from stepkd.teachers.cache import CachedTeacher, write_cache
 from stepkd.teachers.local import LocalTeacher, TeacherSpec
 from stepkd.teachers.own import SelfTeacher
 from stepkd.teachers.server import ServerTeacher

@@ -1,7 +1,7 @@
 """A teacher on disk: its k likeliest tokens at every position of given completions, and the mass of all others.
 
-``manifest.json`` says what the numbers belong to (teacher, tokenizer, temperature, k), ``part-00000.parquet`` and so on
-hold them, each with its checksum in ``part-00000.json``. They are written by :mod:`stepkd.teachers.cache_writer`.
+It is written by a job (:mod:`stepkd.runs.job`): ``settings.json`` says what the numbers belong to (teacher, tokenizer,
+temperature, k), ``parts/completions/`` holds them, in Parquet files whose pages carry checksums.
 
 A cache knows the completions it was written for, and nothing else: it cannot score what a student samples.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.batching import micro_batches
+from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Example, completion_key
-from stepkd.errors import ConfigError, ModelError
-from stepkd.losses import top_k_buckets
-from stepkd.teachers.signals import Comparison, Signals
+from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.losses import chunked_head, tempered, top_k_buckets
+from stepkd.runs.files import write_file
+from stepkd.runs.job import ALONE, PARTS, Job, JobOptions, numbered, package_versions, read_settings
+from stepkd.teachers.local import LocalTeacher, check_context
+from stepkd.teachers.signals import Comparison, HiddenSignals, Signals
 
-FORMAT, VERSION = "stepkd-teacher-cache", 1
-MANIFEST_NAME = "manifest.json"
+KIND = "teacher's cache"
+COMPLETIONS = "completions"
+"""The one phase of writing a cache."""
+PART_SIZE = 256
+"""Completions per file: what a kill can lose."""
 
 Key = bytes
 Entry = tuple[Tensor, Tensor, Tensor]
@@ -80,10 +87,18 @@ class CachedTeacher:
 
     def __init__(self, folder: str | Path, *, top_k: int | None = None, tail: bool = True) -> None:
         self.folder = Path(folder).expanduser()
-        self.manifest = read_json(self.folder / MANIFEST_NAME)
-        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
-            raise ModelError(f"{self.folder} is not a teacher's cache of version {VERSION}: write one again")
-        self.stored_k = int(self.manifest["top_k"])
+        try:
+            self.settings = read_settings(self.folder)
+        except DataError as error:
+            raise ModelError(
+                f"no teacher's cache that this version reads in {self.folder} ({error}): write one with `stepkd "
+                "cache-teacher`"
+            ) from error
+        if self.settings["kind"] != KIND:
+            raise ModelError(
+                f"{self.folder} holds no teacher's cache, but another kind of job ({self.settings['kind']})"
+            )
+        self.stored_k = int(self.settings["top_k"])
         if top_k is not None and top_k > self.stored_k:
             raise ConfigError(f"divergence.top_k={top_k}, and the cache in {self.folder} holds {self.stored_k} tokens")
         self.top_k = top_k or self.stored_k
@@ -98,34 +113,38 @@ class CachedTeacher:
         """
         if self._entries:
             return
-        if (own := tokenizer_hash(tokenizer)) != self.manifest["tokenizer"]:
+        if (own := tokenizer_hash(tokenizer)) != self.settings["tokenizer"]:
             raise ModelError(
-                f"the cache in {self.folder} was written with another tokenizer ({self.manifest['tokenizer']} there, "
+                f"the cache in {self.folder} was written with another tokenizer ({self.settings['tokenizer']} there, "
                 f"{own} here): its ids are other tokens; write it again for this student"
             )
-        if vocab_size not in (None, self.manifest["vocabulary"]):
+        if vocab_size not in (None, self.settings["vocabulary"]):
             raise ModelError(
-                f"the cache in {self.folder} was written with {self.manifest['vocabulary']} tokens, and the student "
+                f"the cache in {self.folder} was written with {self.settings['vocabulary']} tokens, and the student "
                 f"has logits for {vocab_size}: resize its embeddings to its tokenizer, or write the cache again"
             )
-        for path in sorted(self.folder.glob("part-*.parquet")):
+        for path in sorted((self.folder / PARTS / COMPLETIONS).glob("*.parquet")):
             self._read_part(path)
-        if len(self._entries) != self.manifest["completions"]:
+        if len(self._entries) != self.settings["completions"]:
             raise ModelError(
-                f"the cache in {self.folder} holds {len(self._entries)} of {self.manifest['completions']} completions: "
+                f"the cache in {self.folder} holds {len(self._entries)} of {self.settings['completions']} completions: "
                 "give `stepkd cache-teacher` the same command again to finish it"
             )
 
     def _read_part(self, path: Path) -> None:
         from pyarrow import parquet
 
-        facts = read_json(path.with_suffix(".json"))
-        if sha256_of(path) != facts.get("sha256"):
+        try:
+            # One thread: a pool's threads outlive the error, and would abort the process when it ends.
+            table = parquet.read_table(path, page_checksum_verification=True, use_threads=False, pre_buffer=False)
+            damage = "" if table.schema.equals(_schema(self.settings), check_metadata=True) else "its columns differ"
+        except Exception as error:  # pyarrow has many, all of which mean that the file is not what was written
+            damage = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if damage:
             raise ModelError(
-                f"{path} is damaged or was changed (its checksum differs): delete it and its .json, and "
-                "give `stepkd cache-teacher` the same command again"
+                f"{path} is damaged or was changed ({damage}): delete it, and give `stepkd cache-teacher` the same "
+                "command again"
             )
-        table = parquet.read_table(path)
         columns = (table.column(name) for name in ("key", "ids", "logps", "tail"))
         for key, ids, logps, tail in zip(*columns, strict=True):
             rows = -1, self.stored_k
@@ -141,7 +160,7 @@ class CachedTeacher:
         Raises:
             ConfigError: the cache was computed in another one.
         """
-        own = self.manifest.get("precision", "32-true")
+        own = self.settings.get("precision", "32-true")
         if own != precision:
             raise ConfigError(
                 f"the cache in {self.folder} was written with trainer.precision {own} and this run has {precision}: "
@@ -150,7 +169,7 @@ class CachedTeacher:
 
     def identity(self) -> str:
         """Fingerprint of the teacher that wrote it, with k and temperature."""
-        facts = {name: self.manifest[name] for name in ("teacher", "top_k", "temperature", "tokenizer", "data")}
+        facts = {name: self.settings[name] for name in ("teacher", "top_k", "temperature", "tokenizer", "data")}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
@@ -163,10 +182,10 @@ class CachedTeacher:
         Raises:
             ConfigError: another temperature than the cache's, or a completion that it does not hold.
         """
-        if temperature != self.manifest["temperature"]:
+        if temperature != self.settings["temperature"]:
             raise ConfigError(
                 f"divergence.temperature={temperature}, and the cache in {self.folder} was written at "
-                f"{self.manifest['temperature']}: set it to that, or write the cache again"
+                f"{self.settings['temperature']}: set it to that, or write the cache again"
             )
         found = [self._entry(example) for example in batch.examples if example.completion_ids]
         device = batch.targets_N.device
@@ -183,40 +202,135 @@ class CachedTeacher:
         if entry is None:
             raise ConfigError(
                 f"the cache in {self.folder} does not hold the completion of row {example.id!r} (of "
-                f"{self.manifest['completions']} it does): the data, template or max_length is not what it was written "
+                f"{self.settings['completions']} it does): the data, template or max_length is not what it was written "
                 "for. Write it again with this recipe"
             )
         return entry
 
 
-def part_name(number: int) -> str:
-    """File name of a part, without its ending."""
-    return f"part-{number:05d}"
+def write_cache(
+    folder: str | Path,
+    teacher: LocalTeacher,
+    examples: Iterable[Example],
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+    max_tokens: int = 8192,
+    chunk_size: int = 1024,
+    precision: str = "32-true",
+    options: JobOptions = ALONE,
+) -> dict[str, Any]:
+    """Write a cache, or resume.
 
+    Args:
+        folder: where it goes; begun, or resumed.
+        teacher: bound to the student's tokenizer.
+        examples: completions with the student's prompt ids; equal ones are written once, empty ones not at all.
+        top_k: tokens kept per position, >= 1 and less than all.
+        temperature: divides the teacher's logits; training must use the same.
+        max_tokens: most tokens read at once, padding included.
+        chunk_size: positions whose logits exist at once.
+        precision: the Trainer's in the runs that read it, ``32-true`` or ``bf16-mixed``; the teacher computes in it.
+        options: which rank this is, and whether to overwrite an earlier cache in the folder.
 
-def sha256_of(path: Path) -> str:
-    """Checksum of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a cache.
+    Returns:
+        The settings that ``settings.json`` holds; empty while other ranks have parts left to write.
 
     Raises:
-        ModelError: it is missing, or damaged.
+        ConfigError: ``top_k`` out of range, rows that are longer than the teacher's context, or the folder holds
+            another cache (what differs is named) or something else.
+        DataError: there is nothing to write.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} is missing: no teacher's cache there; write one with `stepkd cache-teacher`"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}): write the cache again") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds no JSON object: write the cache again")
-    return found
+    vocabulary = teacher.policy.vocab_size
+    if not 1 <= top_k < vocabulary:
+        raise ConfigError(f"top_k={top_k}: must lie between 1 and {vocabulary - 1}, one less than the vocabulary")
+    wanted = {completion_key(e.prompt_ids, e.completion_ids): e for e in examples if e.completion_ids}
+    if not wanted:
+        raise DataError("no row has a completion to score: a teacher's cache is written for given completions")
+    check_context(teacher, list(wanted.values()))
+    job = Job(Path(folder).expanduser(), KIND, options=options)
+    settings = job.begin(
+        {
+            "teacher": {"name": teacher.spec.path, "weights": teacher.identity()},
+            "template": repr(teacher.spec.template),
+            "tokenizer": tokenizer_hash(teacher.policy.tokenizer),
+            "vocabulary": vocabulary,
+            "top_k": top_k,
+            "temperature": temperature,
+            "precision": precision,
+            "max_tokens": max_tokens,
+            "chunk_size": chunk_size,
+            "completions": len(wanted),
+            "data": hashlib.sha256(b"".join(wanted)).hexdigest()[:32],
+            "device": teacher.policy.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": package_versions(),
+        }
+    )
+
+    def write(part: list[tuple[Key, Example]], path: Path) -> None:
+        with torch.autocast(teacher.policy.device.type, torch.bfloat16, precision == "bf16-mixed", cache_enabled=False):
+            entries = _score(teacher, [example for _, example in part], top_k, temperature, max_tokens, chunk_size)
+        _write_part(path, [key for key, _ in part], entries, settings)
+
+    items = list(wanted.items())
+    units = numbered([items[start : start + PART_SIZE] for start in range(0, len(items), PART_SIZE)])
+    job.work_files(COMPLETIONS, units, write, ".parquet")
+    if job.missing(COMPLETIONS, units):
+        return {}
+    job.tidy()
+    return settings
+
+
+@torch.no_grad()
+def _score(
+    teacher: LocalTeacher, examples: list[Example], top_k: int, temperature: float, max_tokens: int, chunk_size: int
+) -> list[Entry]:
+    """Entries of the examples, in order."""
+    found: dict[int, Entry] = {}
+
+    def likeliest(logits_CV: Tensor) -> Tensor:
+        log_CV = tempered(logits_CV, temperature)
+        ids_Ck = log_CV.topk(top_k, dim=-1).indices
+        buckets_CW = top_k_buckets(log_CV, ids_Ck)
+        return torch.cat([ids_Ck.double(), buckets_CW.double()], dim=-1)
+
+    for group in micro_batches([example.length for example in examples], max_tokens):
+        batch = collate([examples[i] for i in group], int(teacher.policy.tokenizer.pad_token_id or 0))
+        signals = teacher.signals(batch.to(teacher.policy.device), temperature=temperature)
+        assert isinstance(signals, HiddenSignals)
+        values = chunked_head(likeliest, signals.head, signals.hidden_NH, chunk_size=chunk_size).cpu()
+        if not values[:, top_k].isfinite().all():
+            raise ModelError(f"the teacher {teacher.spec.path} gave logits that are not finite")
+        sizes = [len(examples[i].completion_ids) for i in group]
+        for i, rows in zip(group, values.split(sizes), strict=True):
+            found[i] = (rows[:, :top_k].long(), rows[:, top_k:-1].float(), rows[:, -1].float())
+    return [found[i] for i in range(len(examples))]
+
+
+def _schema(settings: Mapping[str, Any]) -> Any:
+    """The columns of a part, with a fingerprint of the cache that it belongs to."""
+    import pyarrow
+
+    columns = {
+        "key": pyarrow.binary(16),
+        "ids": pyarrow.list_(pyarrow.field("element", pyarrow.int32())),
+        "logps": pyarrow.list_(pyarrow.field("element", pyarrow.float32())),
+        "tail": pyarrow.list_(pyarrow.field("element", pyarrow.float32())),
+    }
+    cache = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return pyarrow.schema(columns, metadata={"cache": cache})
+
+
+def _write_part(path: Path, keys: list[Key], entries: list[Entry], settings: Mapping[str, Any]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = (
+        keys,
+        [ids.flatten().tolist() for ids, _, _ in entries],
+        [logps.flatten().tolist() for _, logps, _ in entries],
+        [tail.tolist() for _, _, tail in entries],
+    )
+    table = pyarrow.table(dict(zip(("key", "ids", "logps", "tail"), columns, strict=True)), schema=_schema(settings))
+    write_file(path, lambda temporary: parquet.write_table(table, temporary, write_page_checksum=True))

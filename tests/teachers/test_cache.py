@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -21,9 +24,10 @@ from stepkd.losses import forward_kl
 from stepkd.models import Policy, PolicySpec
 from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import DivergenceSpec, FidelitySpec, GKDModule, SourceSpec
+from stepkd.runs.job import JobOptions
 from stepkd.steps import get_segmenter
 from stepkd.tasks import make_rows
-from stepkd.teachers import CachedTeacher, LocalTeacher, TeacherSpec, cache_writer, write_cache
+from stepkd.teachers import CachedTeacher, LocalTeacher, TeacherSpec, cache, write_cache
 
 TEACHER = TeacherSpec(path="tiny-0.1m", dtype="float64")
 
@@ -49,7 +53,7 @@ def teacher(student: Policy) -> LocalTeacher:
 @pytest.fixture
 def folder(teacher: LocalTeacher, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished cache in three parts."""
-    monkeypatch.setattr(cache_writer, "PART_SIZE", 3)
+    monkeypatch.setattr(cache, "PART_SIZE", 3)
     write_cache(tmp_path / "cache", teacher, rows, top_k=5, max_tokens=60, chunk_size=4)
     return tmp_path / "cache"
 
@@ -103,7 +107,7 @@ def test_a_cache_is_computed_in_the_precision_of_the_run(student: Policy, rows: 
         other = {"32-true": "bf16-mixed", "bf16-mixed": "32-true"}[precision]
         with pytest.raises(ConfigError, match=rf"written with trainer\.precision {precision} and this run has {other}"):
             cached.check_precision(other)
-        with pytest.raises(ConfigError, match="holds another cache \\(precision"):
+        with pytest.raises(ConfigError, match=rf"precision: '{precision}' then"):
             write_cache(tmp_path / precision, teacher, rows, top_k=5, precision=other)
     assert (found["32-true"] - found["bf16-mixed"])[:, :-1].abs().max() > 1e-3
 
@@ -119,33 +123,43 @@ def test_rows_beyond_the_teachers_context_are_refused(teacher: LocalTeacher, row
         teacher.signals(collate(rows, 0), temperature=1.0)
 
 
-def test_a_killed_job_goes_on(
-    teacher: LocalTeacher, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_job_is_resumed_by_any_number_of_ranks(
+    teacher: LocalTeacher, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    monkeypatch.setattr(cache_writer, "PART_SIZE", 3)
-    done: list[tuple[int, int]] = []
+    monkeypatch.setattr(cache, "PART_SIZE", 3)
+    done: list[int] = []
 
-    def kill(count: int, total: int) -> None:
-        done.append((count, total))
+    def kill(phase: str, count: int, total: int, figures: Any) -> None:
+        done.append(count)
         if len(done) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_cache(tmp_path / "a", teacher, rows, top_k=4, report=kill)
+        write_cache(tmp_path / "a", teacher, rows, top_k=4, options=JobOptions(report=kill))
+    assert done == [3, 6]
     with pytest.raises(ModelError, match=r"holds 6 of 7 completions: give `stepkd cache-teacher` the same command"):
         CachedTeacher(tmp_path / "a").bind(tiny_tokenizer())
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-    write_cache(tmp_path / "a", teacher, [*rows, rows[0]], top_k=4)  # a row twice is written once
-    assert all((tmp_path / "a" / name).stat().st_mtime_ns == time for name, time in before.items())
-    write_cache(tmp_path / "b", teacher, rows, top_k=4)
-    for path in (tmp_path / "b").iterdir():
-        assert (tmp_path / "a" / path.name).read_bytes() == path.read_bytes(), path.name
+    parts = tmp_path / "a" / "parts" / "completions"
+    (parts / ".000002.parquet.ab.tmp").write_bytes(b"PAR1")
+    before = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*.parquet")}
+    again = [*rows, rows[0]]  # a row twice is written once
+    found = [
+        write_cache(tmp_path / "a", teacher, again, top_k=4, options=JobOptions(rank=rank, world_size=ranks))
+        for rank in reversed(range(ranks))
+    ]
+    assert found[:-1] == [{}] * (ranks - 1)
+    assert found[-1] == write_cache(tmp_path / "b", teacher, rows, top_k=4)
+    assert all((parts / name).stat().st_mtime_ns == time for name, time in before.items())
+    for path in [tmp_path / "b" / "settings.json", *(tmp_path / "b" / "parts" / "completions").iterdir()]:
+        assert (tmp_path / "a" / path.relative_to(tmp_path / "b")).read_bytes() == path.read_bytes(), path.name
+    assert len(list(parts.iterdir())) == 3
 
 
 def test_another_job_is_refused(folder: Path, teacher: LocalTeacher, rows: list[Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds another cache \(top_k: 5 there, 4 now\)"):
+    with pytest.raises(ConfigError, match="top_k: 5 then, 4 now"):
         write_cache(folder, teacher, rows, top_k=4)
-    with pytest.raises(ConfigError, match=r"holds another cache \(completions: 7 there, 6 now\)"):
+    with pytest.raises(ConfigError, match="completions: 7 then, 6 now"):
         write_cache(folder, teacher, rows[1:], top_k=5)
     with pytest.raises(ConfigError, match="top_k=0: must lie between 1 and"):
         write_cache(tmp_path / "x", teacher, rows, top_k=0)
@@ -156,37 +170,71 @@ def test_another_job_is_refused(folder: Path, teacher: LocalTeacher, rows: list[
         write_cache(tmp_path / "x", teacher, [replace(rows[0], completion_ids=(), spans=())], top_k=2)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty and holds no teacher's cache"):
+    with pytest.raises(ConfigError, match=r"is not empty \(notes.txt\) and holds no teacher's cache"):
         write_cache(tmp_path / "full", teacher, rows, top_k=2)
 
 
-def damage_part(folder: Path) -> None:
-    path = folder / "part-00001.parquet"
+def part(folder: Path) -> Path:
+    return folder / "parts" / "completions" / "000001.parquet"
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[place] ^= 1 << bit
     path.write_bytes(content)
 
 
+def another_caches_part(folder: Path) -> None:
+    other = pyarrow.parquet.read_table(part(folder))
+    pyarrow.parquet.write_table(other.replace_schema_metadata({"cache": "0" * 16}), part(folder))
+
+
 def other_tokenizer(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "0" * 16}))
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"tokenizer": "0" * 16}))
+
+
+def of_version_0_1(folder: Path) -> None:
+    (folder / "settings.json").rename(folder / "manifest.json")
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (damage_part, r"part-00001\.parquet is damaged or was changed \(its checksum differs\)"),
+        (lambda folder: flip(part(folder), 200), r"000001\.parquet is damaged or was changed \(OSError: "),
+        (lambda folder: part(folder).write_bytes(b""), r"000001\.parquet is damaged or was changed \(ArrowInvalid"),
+        (another_caches_part, r"000001\.parquet is damaged or was changed \(its columns differ\)"),
         (other_tokenizer, r"was written with another tokenizer \(0000000000000000 there"),
-        (lambda folder: (folder / "part-00002.json").unlink(), r"part-00002\.json is missing"),
-        (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json is missing: no teacher's cache there"),
-        (lambda folder: (folder / "manifest.json").write_text("{}"), "is not a teacher's cache of version 1"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json cannot be read"),
+        (lambda folder: part(folder).unlink(), r"holds 4 of 7 completions: give `stepkd cache-teacher`"),
+        (of_version_0_1, r"no teacher's cache that this version reads in .*: write one with `stepkd cache-teacher`"),
+        (lambda folder: (folder / "settings.json").write_text("{}"), "not the settings of a job"),
+        (lambda folder: (folder / "settings.json").write_text('{"kind": "evaluation"}'), r"another kind of job \(eval"),
+        (lambda folder: (folder / "settings.json").write_text("{"), "not valid JSON"),
     ],
 )
 def test_what_is_damaged_is_refused(folder: Path, student: Policy, spoil: Callable[[Path], Any], message: str) -> None:
     spoil(folder)
     with pytest.raises(ModelError, match=message):
         CachedTeacher(folder).bind(student.tokenizer)
+
+
+def test_no_flipped_bit_changes_an_entry_in_silence(folder: Path, student: Policy) -> None:
+    whole = CachedTeacher(folder)
+    whole.bind(student.tokenizer)
+    content = part(folder).read_bytes()
+    draw, refused = random.Random(0), 0
+    for place in draw.sample(range(len(content)), 400):
+        part(folder).write_bytes(content)
+        flip(part(folder), place, draw.randrange(8))
+        cached = CachedTeacher(folder)
+        try:
+            cached.bind(student.tokenizer)
+        except ModelError:
+            refused += 1
+            continue
+        for key, entry in whole._entries.items():
+            assert all(torch.equal(a, b) for a, b in zip(entry, cached._entries[key], strict=True)), place
+    assert refused > 200
 
 
 def test_what_it_does_not_know_is_refused(folder: Path, student: Policy, rows: list[Any]) -> None:
@@ -278,11 +326,11 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["fit", "--config", str(recipe), "--out", str(tmp_path / "mixed"), *cached, *mixed]) == 2
     assert "was written with trainer.precision 32-true and this run has bf16-mixed" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "mixed-cache"), "--set", "trainer.precision=bf16-mixed"]) == 0
-    assert json.loads((tmp_path / "mixed-cache" / "manifest.json").read_text())["precision"] == "bf16-mixed"
+    assert json.loads((tmp_path / "mixed-cache" / "settings.json").read_text())["precision"] == "bf16-mixed"
     assert main([*command, "--set", "model.init_args.source.student"]) == 2
     assert "write KEY=VALUE" in capsys.readouterr().err
     assert main([*command, "--set", "data.init_args.max_length=20"]) == 2
-    assert "holds another cache" in capsys.readouterr().err
+    assert "begun under other settings" in capsys.readouterr().err
     sft = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "sft.yaml"
     assert main(["cache-teacher", "--config", str(sft), "--out", str(tmp_path / "x")]) == 2
     assert "needs a distillation recipe" in capsys.readouterr().err
