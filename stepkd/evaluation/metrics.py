@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -93,12 +93,8 @@ def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int
         raise ConfigError(f"maj@k got {n} answers but {len(correct)} verdicts")
     if not 1 <= k <= n:
         raise ConfigError(_too_few_samples("maj", k, n))
-    size: dict[Hashable, int] = {}
-    right: dict[Hashable, int] = {}
-    for answer, good in zip(answers, correct, strict=True):
-        if answer is not None:
-            size[answer] = size.get(answer, 0) + 1
-            right[answer] = right.get(answer, 0) + bool(good)
+    size = Counter(answer for answer in answers if answer is not None)
+    right = Counter(answer for answer, good in zip(answers, correct, strict=True) if answer is not None and good)
     if k == n:
         top = max(size.values(), default=0)
         winners = [right[key] / size[key] for key in size if size[key] == top]
@@ -317,9 +313,7 @@ class Comparison:
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 
 
-def compare_runs(
-    dir_a: str | Path, dir_b: str | Path, *, level: float = 0.95, seed: int = 0, n_resamples: int = 10_000
-) -> Comparison:
+def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resampling]) -> Comparison:
     """Compares two output folders of ``stepkd evaluate``, pairing problems by id.
 
     pass@1 of a problem is the share of its samples that are right, so runs with different numbers of samples can be
@@ -328,9 +322,7 @@ def compare_runs(
     Args:
         dir_a: folder of the baseline run.
         dir_b: folder of the run it is compared with.
-        level: confidence level in (0, 1).
-        seed: seed of the bootstrap.
-        n_resamples: resamples of the bootstrap.
+        **resampling: see :class:`~stepkd.statistics.Resampling`.
 
     Returns:
         The comparison; ``str()`` of it is a small table.
@@ -351,14 +343,11 @@ def compare_runs(
     ids = [problem_id for problem_id in a_rows if problem_id in b_rows]
     if not ids:
         raise DataError(f"{dir_a} and {dir_b} have no finished problem in common ({len(a_rows)} and {len(b_rows)})")
-    warnings = []
     only_a, only_b = len(a_rows) - len(ids), len(b_rows) - len(ids)
-    if only_a or only_b:
-        warnings.append(f"{only_a} problems only in A and {only_b} only in B are left out")
+    left_out = f"{only_a} problems only in A and {only_b} only in B are left out"
     a_rate, b_rate = ([sum(rows[i]) / len(rows[i]) for i in ids] for rows in (a_rows, b_rows))
     fixed = tuple(i for i in ids if b_rows[i][0] and not a_rows[i][0])
     broken = tuple(i for i in ids if a_rows[i][0] and not b_rows[i][0])
-    resampling: Resampling = {"level": level, "seed": seed, "n_resamples": n_resamples}
     return Comparison(
         name_a=str(dir_a),
         name_b=str(dir_b),
@@ -372,12 +361,12 @@ def compare_runs(
         p_value=mcnemar_exact(len(broken), len(fixed)),
         mid_p_value=mcnemar_exact(len(broken), len(fixed), mid_p=True),
         settings=settings,
-        warnings=tuple(warnings),
+        warnings=(left_out,) if only_a or only_b else (),
     )
 
 
 def _by_id(directory: str | Path) -> dict[str, list[bool]]:
-    """Problem id -> whether each sample is right."""
+    """Problem id -> whether each sample is correct."""
     path = Path(directory) / RESULTS_NAME
     right: dict[str, list[bool]] = {}
     for row in read_results(directory):

@@ -146,15 +146,12 @@ def load_published(
         encoder, own = SpacedSteps, PromptTemplate(style="plain")
     else:
         policy, weights = _load_classifier(path, dtype, attention)
-        layers = 2 if kind == "qwen-prm" else 1
-        marker = "<extra_0>" if kind == "qwen-prm" else separator
+        qwen = kind == "qwen-prm"
+        marker, layers, encoder = ("<extra_0>", 2, BareSteps) if qwen else (separator, 1, SeparatedSteps)
         layout = StepFormat(marker=marker, separator="", tokenize="per_step")
         _check_head(path, weights, layers)
         policy.attach_step_head(StepHeadSpec(kind="classifier", format=layout, layers=layers), weights=weights)
-        encoder = BareSteps if kind == "qwen-prm" else SeparatedSteps
-        own = (
-            PromptTemplate(style="chat", system=QWEN_SYSTEM) if kind == "qwen-prm" else _trl_template(policy.tokenizer)
-        )
+        own = PromptTemplate(style="chat", system=QWEN_SYSTEM) if qwen else _trl_template(policy.tokenizer)
     reading.setdefault("name", path)
     return PRMScorer(policy, template=own if template is None else template, encoder=encoder, **reading)
 
