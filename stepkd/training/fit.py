@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from importlib import import_module
+from operator import or_
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -51,7 +53,7 @@ for _name, _hint in _HINTS.items():
     # ``typing`` keeps one order of two types for a whole process, that of the library which named them first. With
     # float before int, ``limit_val_batches: 1`` would be 1.0, all batches.
     if {int, float} <= set(get_args(_hint)):
-        _HINTS[_name] = int | float | None
+        _HINTS[_name] = reduce(or_, [int, float, *(each for each in get_args(_hint) if each not in (int, float))])
 DEFAULTS = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
 
 

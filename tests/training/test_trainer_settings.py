@@ -240,8 +240,9 @@ def test_a_whole_number_is_a_number_of_batches_whichever_library_named_the_types
         "hints = inspect.unwrap(Trainer.__init__).__annotations__\n"
         "hints.update(limit_val_batches=typing.Union[float, int, None])\n"
         "from stepkd.training.fit import check_fit\n"
-        "found = check_fit(['tiny/sft'], {'trainer': {'limit_val_batches': 1, 'max_steps': 1}}).trainer\n"
-        "print(type(found['limit_val_batches']).__name__)"
+        "limits = {'limit_val_batches': 1, 'limit_train_batches': 0.5, 'val_check_interval': '00:00:10:00'}\n"
+        "found = check_fit(['tiny/sft'], {'trainer': limits | {'max_steps': 1}}).trainer\n"
+        "print([type(found[name]).__name__ for name in limits])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("int")
+    assert done.stdout.strip().endswith("['int', 'float', 'str']")
