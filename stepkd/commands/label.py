@@ -29,7 +29,6 @@ from stepkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from stepkd.labels.quality import LabelQuality
-    from stepkd.runs import LaunchInfo
 
 SAMPLED = {"step_preference": "rollouts", "tree_preference": "problems"}
 """Kinds of ``--to`` that sample, and the option that gives their rows."""
@@ -174,11 +173,12 @@ def _job(arguments: argparse.Namespace) -> int:
     from stepkd.runs import check_launch
     from stepkd.runs.process import quiet_libraries
     from stepkd.runs.progress import job_options
+    from stepkd.scorers.load import rank_device
 
     quiet_libraries()
     console, launch = Console(), check_launch()
     options = job_options(console, launch, verbs=VERBS, overwrite=arguments.overwrite, wait_s=arguments.wait)
-    given = vars(arguments) | {"device": _device(arguments.device, launch)}
+    given = vars(arguments) | {"device": rank_device(arguments.device, launch)}
     if arguments.to is None:
         made, summary = "labels", run_label_job(settings_from(LabelSpec, given), options=options)
     else:
@@ -189,15 +189,6 @@ def _job(arguments: argparse.Namespace) -> int:
     (print_summary if arguments.to is None else print_pair_summary)(console, summary)
     _say(console, f"\n{made}, summary and settings: {arguments.out}")
     return 0
-
-
-def _device(name: str, launch: LaunchInfo) -> str:
-    """One GPU per process where there are several."""
-    import torch
-
-    if name == "auto" and launch.local_world_size > 1 and torch.cuda.is_available():
-        return f"cuda:{launch.local_rank % torch.cuda.device_count()}"
-    return name
 
 
 def print_summary(console: Any, summary: Mapping[str, Any]) -> None:

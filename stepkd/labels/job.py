@@ -11,26 +11,24 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import DataError
-from stepkd.grading import Grader
 from stepkd.labels.labellers import CheckerLabeller, Labeller, OutcomeLabeller, Reduce, ScorerLabeller, Solution
 from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.labels.quality import row_labels, summarise_labels
 from stepkd.labels.settings import FITTED, SCORER_LABELLERS, LabelSpec
 from stepkd.labels.solutions import Candidate, Row, SolutionSource, cut, drop_duplicates, labelled_row
 from stepkd.labels.sources import GivenSolutions, SampledSolutions
-from stepkd.labels.workbench import Workbench, finish_job, of_the_tiny_world, open_workbench
+from stepkd.labels.workbench import Workbench, finish_job, load_judge, of_the_tiny_world, open_workbench
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
-from stepkd.rollout.transformers_sampler import encode_prompts
 from stepkd.runs.files import write_json
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
-from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.scorers.rules import ArithmeticScorer
 from stepkd.steps import Segmenter, get_segmenter
 from stepkd.steps.labels import verdicts
@@ -198,42 +196,27 @@ def job_parts(
     """
     drawn = spec.problems is not None
     word = str(spec.problems if drawn else spec.rollouts)
-    bench = open_workbench(spec, word, lambda row, place: _check_row(spec, row, place), problems=drawn, policy=policy)
-    policy = bench.policy
+    bench = open_workbench(spec, word, partial(_check_row, spec), problems=drawn, policy=policy)
     continued = spec.labeller == "monte_carlo" or bool(spec.signals)
     if continued and not drawn:
         bench.check_prompt()
     if continued or drawn:
-        policy.to(bench.device)  # else only its tokenizer is used
+        bench.policy.to(bench.device)  # else only its tokenizer is used
     teacher = None if spec.teacher is None else load_trained(spec.teacher, dtype=spec.dtype).to(bench.device)
-    sampler = sampler or TransformersSampler(policy, max_rows=spec.max_rows)
-    labeller = labeller or make_labeller(
-        spec, policy=policy, sampler=sampler, grader=bench.grader, max_new_tokens=bench.max_new_tokens
+    sampler = sampler or TransformersSampler(bench.policy, max_rows=spec.max_rows)
+    labeller = labeller or make_labeller(spec, bench, sampler)
+    sampling = spec.drawing(spec.samples, bench.max_new_tokens) if drawn else None
+    source: SolutionSource = GivenSolutions(
+        bench.rows,
+        bench.template,
+        bench.grader,
+        policy=bench.policy,
+        keep_steps=spec.segmenter is None,
+        signals=spec.signals,
+        teacher=teacher,
     )
-    sampling = spec.sampling(bench.max_new_tokens) if drawn else None
-    source: SolutionSource
     if sampling is not None:
-        source = SampledSolutions(
-            encode_prompts(policy, bench.template, bench.rows),
-            sampler,
-            sampling,
-            bench.grader,
-            policy=policy,
-            model=bench.model,
-            signals=spec.signals,
-            teacher=teacher,
-            max_rows=spec.max_rows,
-        )
-    else:
-        source = GivenSolutions(
-            bench.rows,
-            bench.template,
-            bench.grader,
-            policy=policy,
-            keep_steps=spec.segmenter is None,
-            signals=spec.signals,
-            teacher=teacher,
-        )
+        source = SampledSolutions(bench, sampler, sampling, spec.signals, teacher)
     settings = bench.settings() | {
         "teacher": None if teacher is None else {"name": spec.teacher, "weights": weights_fingerprint(teacher)},
         "sampling": None if sampling is None else asdict(sampling),
@@ -273,16 +256,13 @@ def _warn_of_foreign_threshold(spec: LabelSpec, model: str) -> None:
         )
 
 
-def make_labeller(
-    spec: LabelSpec, *, policy: Policy, sampler: Sampler, grader: Grader, max_new_tokens: int
-) -> Labeller:
+def make_labeller(spec: LabelSpec, bench: Workbench, sampler: Sampler) -> Labeller:
     """The labeller that a job's settings name.
 
     Args:
         spec: the settings.
-        policy, sampler: what Monte-Carlo continuations come from.
-        grader: judges the continuations' answers.
-        max_new_tokens: longest continuation in tokens.
+        bench: policy and grader of Monte-Carlo continuations, and their longest length.
+        sampler: draws them.
     """
     if spec.labeller == "checker":
         return CheckerLabeller(spec.given)
@@ -291,21 +271,15 @@ def make_labeller(
     if spec.labeller == "outcome":
         return OutcomeLabeller(spec.outcome_scope)
     if spec.labeller in SCORER_LABELLERS:
-        options = ScorerOptions(
-            template=spec.judge_template,
-            reference=spec.reference,
-            dtype=spec.dtype,
-            device=spec.device,
-            max_rows=spec.max_rows,
-        )
         named = str(spec.judge)
         word = named if spec.labeller == "prm" or named.startswith("judge:") else f"judge:{named}"
-        return ScorerLabeller(load_scorer(word, options), threshold=spec.threshold, soft=spec.soft, name=spec.labeller)
+        scorer = load_judge(spec, word, template=spec.judge_template, reference=spec.reference)
+        return ScorerLabeller(scorer, threshold=spec.threshold, soft=spec.soft, name=spec.labeller)
     return MonteCarloLabeller(
         cast(BranchSampler, sampler),
-        policy,
-        grader,
-        spec.continuation(max_new_tokens),
+        bench.policy,
+        bench.grader,
+        spec.drawing(spec.rollouts_per_step, bench.max_new_tokens, temperature=spec.continuation_temperature),
         reduce=cast(Reduce, spec.reduce),
         early_stop=spec.early_stop,
         propagate_positive=spec.propagate_positive,

@@ -62,7 +62,7 @@ def run_pair_job(
         return records
 
     with made.bench.grader:
-        job.begin(made.bench.settings() | {"pairing": made.provenance()})
+        job.begin(made.bench.settings() | {"pairing": made.pairing})
         units = numbered(made.groups())
         job.work(PAIRS, units, work, _pairs_per_item)
         found = job.rows(PAIRS, units)

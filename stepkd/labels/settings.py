@@ -15,7 +15,6 @@ from stepkd.search.mcts import SearchSettings
 from stepkd.search.pairs import PairSettings
 from stepkd.steps import get_segmenter
 from stepkd.steps.labels import Neutral, check_threshold
-from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 from stepkd.tasks import Given
 
 LABELLERS = ("monte_carlo", "checker", "arithmetic", "outcome", "judge", "prm")
@@ -28,6 +27,12 @@ SCORER_LABELLERS = ("judge", "prm")
 
 FITTED = ("adaptive_step", "entropy")
 """Segmenters whose threshold the job fits on its own pool when none is given."""
+
+_SIGNALS = {
+    "adaptive_step": frozenset({"logprobs"}),
+    "entropy": frozenset({"entropies"}),
+    "reject": frozenset({"logprobs", "teacher_logprobs"}),
+}
 
 Take = Literal["wrong", "all"]
 ValueKind = Literal["rollout", "scorer", "self_evaluation"]
@@ -140,8 +145,6 @@ class LabelSpec(JobSpec):
         super().__post_init__()
         check_choice("labeller", self.labeller, LABELLERS)
         check_reduction(self.reduce, propagate_positive=self.propagate_positive)
-        check_choice("given", self.given, get_args(Given))
-        check_choice("outcome_scope", self.outcome_scope, ("last", "all"))
         if (self.problems is None) == (self.rollouts is None):
             raise ConfigError("give either --problems (to sample solutions of) or --rollouts (solutions to label)")
         if self.labeller in SCORER_LABELLERS and self.judge is None:
@@ -183,28 +186,12 @@ class LabelSpec(JobSpec):
     @property
     def fits_threshold(self) -> bool:
         """Whether the job fits the segmenter's threshold on its own solutions."""
-        return self.segmenter is not None and (
-            self.segmenter in FITTED or self.segmenter in {f"{name}:auto" for name in FITTED}
-        )
+        return self.segmenter is not None and self.segmenter.removesuffix(":auto") in FITTED
 
     @property
     def signals(self) -> frozenset[str]:
         """Per-token signals the segmenter reads, as named in :class:`~stepkd.steps.TokenizedText`."""
-        if self.segmenter_kind not in SIGNAL_SEGMENTERS:
-            return frozenset()
-        return {
-            "adaptive_step": frozenset({"logprobs"}),
-            "entropy": frozenset({"entropies"}),
-            "reject": frozenset({"logprobs", "teacher_logprobs"}),
-        }[str(self.segmenter_kind)]
-
-    def sampling(self, max_new_tokens: int) -> SamplingSpec:
-        """How solutions are drawn."""
-        return self.drawing(self.samples, max_new_tokens)
-
-    def continuation(self, max_new_tokens: int) -> SamplingSpec:
-        """How Monte-Carlo continuations are drawn."""
-        return self.drawing(self.rollouts_per_step, max_new_tokens, temperature=self.continuation_temperature)
+        return _SIGNALS.get(self.segmenter_kind or "", frozenset())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,10 +225,9 @@ class StepPairSpec(JobSpec):
     """What cuts continuations into steps; None: what cut the row (its ``labelling``), else ``newline``."""
 
     def __post_init__(self) -> None:
+        check_choice("--from", self.take, get_args(Take))  # before the others' checks: it has another name there
         super().__post_init__()
         check_bounds("", self, continuations="[1, inf)", max_pairs="[1, inf)")
-        check_choice("--from", self.take, get_args(Take))
-        check_choice("neutral", self.neutral, get_args(Neutral))
         check_threshold(self.threshold)
         if self.temperature == 0 and self.continuations > 1:
             raise ConfigError(
@@ -256,10 +242,6 @@ class StepPairSpec(JobSpec):
             if self.segmenter.partition(":")[0] == "reject":
                 raise ConfigError("segmenter 'reject' needs a teacher's signals, which continuations do not have")
             get_segmenter(self.segmenter)
-
-    def continuation(self, max_new_tokens: int) -> SamplingSpec:
-        """How continuations are drawn."""
-        return self.drawing(self.continuations, max_new_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,9 +277,6 @@ class TreePairSpec(JobSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds("", self, rollouts_per_step="[1, inf)", max_step_tokens="[1, inf)")
-        check_choice("value", self.value, get_args(ValueKind))
-        if self.reduction is not None:
-            check_choice("reduction", self.reduction, get_args(Reduction))
         if self.temperature == 0:
             raise ConfigError("a tree needs different steps from one state: set --temperature above 0")
         if self.model is None:

@@ -11,41 +11,38 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
 from stepkd.grading import Grader
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Candidate, Row, token_signals
+from stepkd.labels.workbench import Workbench
 from stepkd.models import Policy
-from stepkd.rollout import Rollout, Sampler, SamplingSpec
-from stepkd.rollout.transformers_sampler import fixed_batches
+from stepkd.rollout import Sampler, SamplingSpec
+from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.steps import get_segmenter
 from stepkd.steps.format import written_steps
 
 PURPOSE = "label_solutions"
+_SAMPLED = ("token_ids", "logprobs", "raw_logprobs", "finish", "text")  # what is kept of a rollout
 
 
 @dataclass(eq=False)
 class SampledSolutions:
     """``n`` solutions of every problem; an item is a problem."""
 
-    prompts: Sequence[Example]
-    """Tokenised problems."""
+    bench: Workbench
+    """Problems, policy, template and grader."""
     sampler: Sampler
     """Draws the solutions."""
     sampling: SamplingSpec
     """How they are drawn."""
-    grader: Grader
-    """Judges the final answers."""
-    policy: Policy
-    """The model that was sampled from; also computes signals that sampling does not give."""
-    model: str
-    """Its name in the rows."""
     signals: frozenset[str] = frozenset()
     """Per-token signals that the segmenter will read."""
     teacher: Policy | None = None
     """Second model, for signals under a teacher."""
-    max_rows: int = 64
-    """Completions decoded at once."""
+
+    def __post_init__(self) -> None:
+        self.prompts = encode_prompts(self.bench.policy, self.bench.template, self.bench.rows)
 
     def groups(self) -> list[list[int]]:
         """See :class:`~stepkd.labels.solutions.SolutionSource`."""
-        return fixed_batches(self.prompts, self.sampling.n, self.max_rows)
+        return fixed_batches(self.prompts, self.sampling.n, self.bench.spec.max_rows)
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """Draw and grade the solutions of these problems."""
@@ -54,7 +51,7 @@ class SampledSolutions:
             [prompt.prompt_ids for prompt in prompts], self.sampling, purpose=PURPOSE, indices=list(items)
         )
         flat = [(prompt, rollout) for prompt, samples in zip(prompts, rollouts, strict=True) for rollout in samples]
-        grades = self.grader.grade(
+        grades = self.bench.grader.grade(
             [r.text for _, r in flat],
             [str(prompt.row["answer"]) for prompt, _ in flat],
             cut_off=[r.finish == "length" for _, r in flat],
@@ -63,13 +60,13 @@ class SampledSolutions:
         if self.signals - {"logprobs"}:
             signals = token_signals(
                 self.signals - {"logprobs"},
-                self.policy,
+                self.bench.policy,
                 self.teacher,
                 [prompt.prompt_ids for prompt, _ in flat],
                 [rollout.token_ids for _, rollout in flat],
             )
         samples = [
-            _sample_record(rollout, grade.verdict == "correct", extra)
+            {name: getattr(rollout, name) for name in _SAMPLED} | {"correct": grade.verdict == "correct"} | extra
             for (_, rollout), grade, extra in zip(flat, grades, signals, strict=True)
         ]
         n = self.sampling.n
@@ -96,7 +93,7 @@ class SampledSolutions:
             "token_ids": sample["token_ids"],
             "logprobs": sample["logprobs"],
             "finish": sample["finish"],
-            "model": self.model,
+            "model": self.bench.model,
             "sampling": sampling,
             "seed": seed,
         } | {name: row[name] for name in PROBLEM_COLUMNS if name in row}
@@ -118,17 +115,6 @@ class SampledSolutions:
             text=sample["text"],
             signals=signals,
         )
-
-
-def _sample_record(rollout: Rollout, correct: bool, signals: dict[str, list[float]]) -> dict[str, Any]:
-    return {
-        "token_ids": list(rollout.token_ids),
-        "logprobs": list(rollout.logprobs),
-        "raw_logprobs": list(rollout.raw_logprobs),
-        "finish": rollout.finish,
-        "text": rollout.text,
-        "correct": correct,
-    } | signals
 
 
 def at_temperature_one(sampling: Row) -> bool:

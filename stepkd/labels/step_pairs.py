@@ -8,10 +8,10 @@ Source: Step-DPO (Lai et al. 2024, arXiv 2406.18629), section 3.2.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 from stepkd.errors import ConfigError, DataError
@@ -20,11 +20,10 @@ from stepkd.labels.monte_carlo import NextStep, next_step, segmenter_of, text_un
 from stepkd.labels.settings import StepPairSpec
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row, cut
 from stepkd.labels.sources import GivenSolutions
-from stepkd.labels.workbench import Workbench, of_the_tiny_world, open_workbench, pair_record
+from stepkd.labels.workbench import Workbench, load_judge, of_the_tiny_world, open_workbench, pair_record
 from stepkd.models import Policy
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Rollout, TransformersSampler
-from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.steps import Segmenter, get_segmenter
 from stepkd.steps.labels import verdicts
 
@@ -87,11 +86,10 @@ class StepPairBuilder:
         self.spec, self.bench, self.sampler, self.check = spec, bench, sampler, check
         self.rows = bench.rows
         self.policy = bench.policy
-        self.sampling = spec.continuation(bench.max_new_tokens)
+        self.sampling = spec.drawing(spec.continuations, bench.max_new_tokens)
         self._source = GivenSolutions(bench.rows, bench.template, bench.grader, policy=bench.policy, keep_steps=True)
         self._found = [first_wrong_step(row, spec) for row in bench.rows]
-        self._segmenters: dict[str, Segmenter] = {}
-        self._pairing = self._provenance()
+        self.pairing = self._provenance()
 
     def groups(self) -> list[list[int]]:
         """See :class:`~stepkd.labels.workbench.PairBuilder`: solutions with a wrong step first, then all others."""
@@ -110,10 +108,6 @@ class StepPairBuilder:
             records[item] if isinstance(plan, _Wrong) else pair_record(self._id(item), item, dropped={plan: 1})
             for item, plan in plans.items()
         ]
-
-    def provenance(self) -> dict[str, Any]:
-        """What the pairs came from, as JSON values."""
-        return dict(self._pairing)
 
     def summary(self, records: Sequence[Row]) -> dict[str, Any]:
         """See :class:`~stepkd.labels.workbench.PairBuilder`; none."""
@@ -217,12 +211,7 @@ class StepPairBuilder:
         return dict(steps.values()), counts
 
     def _segmenter(self, row: Row) -> Segmenter:
-        if self.spec.segmenter is not None:
-            return get_segmenter(self.spec.segmenter)
-        key = json.dumps((row.get("labelling") or {}).get("segmenter"), sort_keys=True)
-        if key not in self._segmenters:
-            self._segmenters[key] = segmenter_of(row)
-        return self._segmenters[key]
+        return segmenter_of(row) if self.spec.segmenter is None else get_segmenter(self.spec.segmenter)
 
     def _passed(self, wrongs: Sequence[_Wrong], steps: Sequence[list[NextStep]]) -> list[list[NextStep]]:
         if self.check is None:
@@ -283,7 +272,7 @@ class StepPairBuilder:
         out |= {name: row[name] for name in PROBLEM_COLUMNS if row.get(name) is not None}
         if row.get("labelling") is not None:
             out["labelling"] = row["labelling"]
-        out["pairing"] = self._pairing
+        out["pairing"] = self.pairing
         out["pair_facts"] = {
             "rollout": solution.id,
             "answer_was_right": row["correct"],
@@ -306,9 +295,7 @@ def step_pair_builder(
     Raises:
         ConfigError, DataError, ModelError: settings, data or models that cannot be used.
     """
-    bench = open_workbench(
-        spec, spec.rollouts, lambda row, place: _check_row(spec, row, place), problems=False, policy=policy
-    )
+    bench = open_workbench(spec, spec.rollouts, partial(_check_row, spec), problems=False, policy=policy)
     bench.check_prompt()
     bench.policy.to(bench.device)
     check = make_step_check(spec) if spec.check_step else None
@@ -342,7 +329,4 @@ def make_step_check(spec: StepPairSpec) -> StepCheck:
     Raises:
         ConfigError, ModelError: a scorer that cannot be loaded.
     """
-    if spec.judge is None:
-        return StepCheck(load_scorer("checker"), spec.threshold)
-    options = ScorerOptions(reference=spec.reference, dtype=spec.dtype, device=spec.device, max_rows=spec.max_rows)
-    return StepCheck(load_scorer(spec.judge, options), spec.threshold)
+    return StepCheck(load_judge(spec, spec.judge or "checker", reference=spec.reference), spec.threshold)

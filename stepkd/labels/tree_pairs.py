@@ -6,17 +6,17 @@ Source: Xie et al. 2024, arXiv 2405.00451. The search itself is :mod:`stepkd.sea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from stepkd.errors import DataError
 from stepkd.labels.settings import TreePairSpec
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row
-from stepkd.labels.workbench import Workbench, of_the_tiny_world, open_workbench, pair_record
+from stepkd.labels.workbench import Workbench, load_judge, of_the_tiny_world, open_workbench, pair_record
 from stepkd.models import Policy
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.scorers.judge import PromptedJudge
-from stepkd.scorers.load import ScorerOptions, load_scorer
 from stepkd.scorers.scorer import StepScorer
 from stepkd.search import (
     Problem,
@@ -43,7 +43,7 @@ class TreePairBuilder:
     def __init__(self, spec: TreePairSpec, bench: Workbench, generator: SampledSteps, value: StateValue) -> None:
         self.spec, self.bench, self.generator, self.value = spec, bench, generator, value
         self.prompts = encode_prompts(bench.policy, bench.template, bench.rows)
-        self._pairing = {
+        self.pairing = {
             "builder": "tree",
             **generator.provenance(),
             "model": bench.model,
@@ -52,10 +52,6 @@ class TreePairBuilder:
             **spec.settings(),
             "value": value.provenance(),
         }
-
-    def provenance(self) -> dict[str, Any]:
-        """What the pairs come from, as JSON values."""
-        return dict(self._pairing)
 
     def groups(self) -> list[list[int]]:
         """See :class:`~stepkd.labels.workbench.PairBuilder`: the trees of a group fill the batch with their actions."""
@@ -69,7 +65,7 @@ class TreePairBuilder:
         return [self._record(tree) for tree in trees]
 
     def _record(self, tree: SearchTree) -> dict[str, Any]:
-        found = tree_pairs(tree, self.spec.pairs, columns=PROBLEM_COLUMNS, provenance=self._pairing)
+        found = tree_pairs(tree, self.spec.pairs, columns=PROBLEM_COLUMNS, provenance=self.pairing)
         index = tree.problem.index
         return pair_record(
             self.prompts[index].id,
@@ -134,9 +130,7 @@ def tree_pair_builder(
     Raises:
         ConfigError, DataError, ModelError: settings, data or models that cannot be used.
     """
-    bench = open_workbench(
-        spec, spec.problems, lambda row, place: _check_row(spec, row, place), problems=True, policy=policy
-    )
+    bench = open_workbench(spec, spec.problems, partial(_check_row, spec), problems=True, policy=policy)
     bench.policy.to(bench.device)
     generator = SampledSteps(
         sampler or TransformersSampler(bench.policy, max_rows=spec.max_rows),
@@ -155,16 +149,9 @@ def _value(spec: TreePairSpec, bench: Workbench, generator: SampledSteps, scorer
     if scorer is None and spec.judge is None:
         scorer = PromptedJudge(bench.policy, reference=True, max_rows=spec.max_rows, name=bench.model)
     elif scorer is None:
-        asked = spec.value == "self_evaluation"
-        options = ScorerOptions(
-            template=spec.judge_template,
-            reference=asked,
-            dtype=spec.dtype,
-            device=spec.device,
-            max_rows=spec.max_rows,
-        )
-        word = str(spec.judge)
-        scorer = load_scorer(f"judge:{word}" if asked and not word.startswith("judge:") else word, options)
+        asked, word = spec.value == "self_evaluation", str(spec.judge)
+        word = f"judge:{word}" if asked and not word.startswith("judge:") else word
+        scorer = load_judge(spec, word, template=spec.judge_template, reference=asked)
     return ScorerValue(scorer, reduction=spec.reduction, name=spec.value)
 
 

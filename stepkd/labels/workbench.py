@@ -22,7 +22,8 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.source import template_for
 from stepkd.runs.files import write_json
 from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
-from stepkd.scorers.load import pick_device
+from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
+from stepkd.scorers.scorer import StepScorer
 
 Row = Mapping[str, Any]
 
@@ -157,6 +158,11 @@ def open_workbench(
     )
 
 
+def load_judge(spec: JobSpec, word: str, **asked: Any) -> StepScorer:
+    """The step scorer of a word, computing as the job does; ``asked`` are further :class:`ScorerOptions`."""
+    return load_scorer(word, ScorerOptions(dtype=spec.dtype, device=spec.device, max_rows=spec.max_rows, **asked))
+
+
 def of_the_tiny_world(row: Row) -> bool:
     """Whether a row has an exact checker."""
     return "task" in row and "meta" in row
@@ -193,6 +199,8 @@ class PairBuilder(Protocol):
 
     bench: Workbench
     """What it works with."""
+    pairing: dict[str, Any]
+    """What the pairs come from, as JSON values: the column of that name."""
 
     def groups(self) -> list[list[int]]:
         """Item numbers of every group, all items once; depends on nothing but the data and the settings."""
@@ -200,10 +208,6 @@ class PairBuilder(Protocol):
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """One record per item (:func:`pair_record`); the record of an item does not depend on the others."""
-        ...
-
-    def provenance(self) -> dict[str, Any]:
-        """What the pairs come from, as JSON values: the column ``pairing`` of every row."""
         ...
 
     def summary(self, records: Sequence[Row]) -> dict[str, Any]:

@@ -1,73 +1,158 @@
-"""A labelling job killed with SIGKILL, then resumed in another process with other ranks."""
+"""Label and pair jobs that are killed at random moments, by one and two ranks, end with the bytes of a whole run.
+
+The parts that appear in a job's folder are the clock: nothing here depends on how fast the machine is.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stepkd.labels import LabelSpec
+import pytest
+import torch
 
-WORKER = """
-import os, signal, sys
-from stepkd.labels import LabelSpec, job_parts, run_label_job
-from stepkd.models import Policy, PolicySpec
-from stepkd.rollout import TransformersSampler
+from stepkd.cli import main
+from stepkd.models import Policy
+from stepkd.runs.files import write_jsonl
 
-spec, record, kill_at = eval(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-policy = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
-
-class Killed(TransformersSampler):
-    calls = 0
-
-    def drawn(self, kind, indices, results):
-        with open(record, "a") as file:
-            file.writelines(f"{kind} {index}\\n" for index in indices)
-        Killed.calls += 1
-        if Killed.calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)  # drawn, and not yet stored
-        return results
-
-    def sample(self, prompts, spec, **options):
-        return self.drawn("problem", options["indices"], super().sample(prompts, spec, **options))
-
-    def sample_branches(self, branches, spec, **options):
-        results = super().sample_branches(branches, spec, **options)
-        return self.drawn("solution", [branch.index for branch in branches], results)
-
-run_label_job(spec, parts=job_parts(spec, policy=policy, sampler=Killed(policy, max_rows=4)))
-"""
+PROBLEMS = ["--problems", 'task:task="modular:terms=3,modulus=2",n=16', "--model", "tiny-0.1m"]
+SMALL = ["--device", "cpu", "--dtype", "float64", "--extractors", "last_number", "--segmenter", "regex:[^0-9]"]
+JOBS = {
+    "labels": [*PROBLEMS, "--samples", "2", "--rollouts-per-step", "2", "--max-new-tokens", "12", "--batch-size", "2"],
+    "step_preference": ["--continuations", "8", "--max-new-tokens", "6", "--batch-size", "8"],
+    "tree_preference": [
+        *(*PROBLEMS, "--iterations", "1", "--actions", "2", "--depth", "2", "--max-steps", "2", "--batch-size", "2"),
+        *("--max-step-tokens", "8", "--max-new-tokens", "8", "--rollouts-per-step", "2", "--keep-unsolved"),
+    ],
+}
+Command = Callable[[str], list[str]]
 
 
-def test_killed_and_resumed(spec: LabelSpec, run: Any, run_ranks: Any, recording: Any, tmp_path: Path) -> None:
-    whole = recording()
-    run(spec, sampler=whole)
-    expected = [(Path(spec.out) / name).read_bytes() for name in ("labels.jsonl", "summary.json")]
-    torn = LabelSpec(**{**vars(spec), "out": str(tmp_path / "torn")})
-    record = tmp_path / "drawn.txt"
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, repr(torn), str(record), "5"],  # the second of the calls for labels, after 3
-        capture_output=True,
+@pytest.fixture(params=JOBS)
+def job(request: pytest.FixtureRequest, tmp_path: Path, policy: Policy) -> Command:
+    """The command of a job, given its folder."""
+    words = ["label", *JOBS[request.param], *SMALL]
+    if request.param == "step_preference":
+        rows = [labelled(policy, number) for number in range(32)]
+        write_jsonl(tmp_path / "rollouts.jsonl", rows)
+        words += ["--rollouts", str(tmp_path / "rollouts.jsonl")]
+    if request.param != "labels":
+        words += ["--to", request.param]
+    return lambda name: [*words, "--out", str(tmp_path / name)]
+
+
+def labelled(policy: Policy, number: int) -> dict[str, Any]:
+    """A solution with an incorrect second step; its prefix ends in the answer, so a continuation can be correct."""
+    steps = ["1+1=0\n", "0*1=1\n", "#### 1"]
+    ids = [policy.tokenizer("".join(steps[: k + 1]), add_special_tokens=False)["input_ids"] for k in range(3)]
+    return {
+        "id": f"p{number}/0",
+        "problem_id": f"p{number}",
+        "prompt": f"{number}+1*1%2=\n",
+        "answer": "0",
+        "completion": "".join(steps),
+        "token_ids": ids[-1],
+        "logprobs": [-1.0] * len(ids[-1]),
+        "step_ends": [len(each) for each in ids],
+        "steps": steps,
+        "step_labels": [True, False, True],
+        "correct": False,
+        "finish": "stop",
+        "model": "tiny-0.1m",
+        "sampling": {"temperature": 1.0},
+        "seed": 0,
+    }
+
+
+def start(words: list[str], rank: int, world_size: int, launch: str) -> subprocess.Popen[str]:
+    """One process of a launch, with the variables that torchrun gives it."""
+    environ = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if world_size > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_RUN_ID": launch}
+    return subprocess.Popen(
+        [sys.executable, "-m", "stepkd", *words],
+        env=environ,
         text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (Path(torn.out) / "labels.jsonl").exists()
-    # A write may be cut off in the middle as well; the job is then resumed by two ranks.
-    (Path(torn.out) / "parts" / "labels" / ".000003.jsonl.0.tmp").write_bytes(b'{"id": "tor')
-    last = recording()
-    run_ranks(torn, 2, sampler=last)
-    assert [(Path(torn.out) / name).read_bytes() for name in ("labels.jsonl", "summary.json")] == expected
 
-    drawn: dict[str, Counter[int]] = {"problem": Counter(last.sampled), "solution": Counter(last.continued)}
-    for line in record.read_text().splitlines():
-        kind, index = line.split()
-        drawn[kind][int(index)] += 1
-    repeated = {kind: sorted(index for index, count in counts.items() if count > 1) for kind, counts in drawn.items()}
-    assert sorted(drawn["problem"]) == list(range(5))
-    assert sorted(drawn["solution"]) == sorted(whole.continued)
-    assert last.sampled == [], "the first phase was complete"
-    assert repeated == {"problem": [], "solution": [2, 3]}, "only the group in flight is drawn again"
-    assert max(drawn["solution"].values()) == 2
+
+def parts(out: Path) -> int:
+    return len(list(out.glob("parts/*/[0-9]*.jsonl")))
+
+
+def log(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for path in out.glob("log/*.jsonl") for line in path.read_text().splitlines()]
+
+
+def check(out: Path, whole: Path, kills: int) -> None:
+    """The same files, and no unit was done twice: one that was in flight is no part and stands in no log."""
+    names = {path.name for path in whole.iterdir()} - {"log", "parts"}
+    assert names == {path.name for path in out.iterdir()} - {"log", "parts"}
+    assert {name: (out / name).read_bytes() for name in names} == {name: (whole / name).read_bytes() for name in names}
+    assert sorted(path.relative_to(out) for path in out.glob("parts/*/*")) == sorted(
+        path.relative_to(whole) for path in whole.glob("parts/*/*")
+    )
+    done = Counter((entry["phase"], entry["unit"]) for entry in log(out) if "unit" in entry)
+    assert max(done.values()) == 1
+    assert parts(whole) - kills <= len(done) <= parts(whole), "a kill may come between a part and its line in the log"
+
+
+def test_killed_at_random_moments(job: Command, tmp_path: Path) -> None:
+    assert main(job("whole")) == 0
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    draw = random.Random(parts(whole))
+    kills = 0
+    for sign, ranks in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
+        running = [start(job("torn"), rank, ranks, f"launch {sign}") for rank in range(ranks)]
+        enough = parts(torn) + draw.randint(1, 5)
+        while parts(torn) < enough and all(process.poll() is None for process in running):
+            time.sleep(0.002)
+        victim = running[draw.randrange(ranks)]
+        victim.send_signal(sign)
+        for other in running:
+            if other is not victim:  # as a launcher does
+                other.terminate()
+        said = [process.communicate()[0] for process in running]
+        codes = [process.returncode for process in running]
+        assert set(codes) <= {0, -sign, -signal.SIGTERM}, said
+        kills += sum(code != 0 for code in codes)
+    assert kills
+    assert main(job("torn")) == 0
+    check(torn, whole, kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_rank_ends_the_others_and_the_same_command_does_what_is_missing(
+    job: Command, tmp_path: Path, sign: signal.Signals
+) -> None:
+    """Under torchrun itself; the log says which process is which rank."""
+    assert main(job("whole")) == 0
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stepkd"]
+    environ = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen([*command, *job("torn")], env=environ) as launcher:
+        while launcher.poll() is None and not ((torn / "log" / "rank-1.jsonl").exists() and parts(torn) >= 2):
+            time.sleep(0.002)
+        begun = [(torn / "log" / f"rank-{rank}.jsonl").read_text().splitlines()[0] for rank in (0, 1)]
+        pids = [json.loads(line)["pid"] for line in begun]
+        os.kill(pids[1], sign)
+        assert launcher.wait(120) != 0
+    assert parts(torn) < parts(whole)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+    again = subprocess.run([*command, *job("torn")], env=environ, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    check(torn, whole, 2)

@@ -308,7 +308,7 @@ def test_a_scorer_checks_the_better_step(
     pair_spec: StepPairSpec, build: Pairs, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer, loaded = StubScorer(), []
-    monkeypatch.setattr("stepkd.labels.step_pairs.load_scorer", lambda *given: loaded.append(given) or scorer)
+    monkeypatch.setattr("stepkd.labels.workbench.load_scorer", lambda *given: loaded.append(given) or scorer)
     rows = [rollout(policy, f"{name}/0", WRONG, [True, False, False]) for name in "ab"]
     rows[1] |= {"answer": "5"}  # nothing to check there
     spec = replace(pair_spec, check_step=True, judge="judge:m", reference=True, threshold=0.4)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -209,44 +206,6 @@ def test_ranks_batches_and_interruptions_change_nothing(
     assert content(torn) == expected
     assert not set.union(*again.prompts) & whole.prompts[0], "the first group is not searched again"
     assert set.union(*again.prompts) | whole.prompts[0] == set.union(*whole.prompts)
-
-
-WORKER = """
-import os, signal, sys
-from stepkd.labels import TreePairSpec, run_pair_job, tree_pair_builder
-from stepkd.models import Policy, PolicySpec
-from stepkd.rollout import TransformersSampler
-from stepkd.search import PairSettings, SearchSettings
-
-spec, kill_at = eval(sys.argv[1]), int(sys.argv[2])
-policy = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
-
-class Killed(TransformersSampler):
-    calls = 0
-
-    def sample(self, prompts, spec, **options):
-        Killed.calls += 1
-        if Killed.calls == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().sample(prompts, spec, **options)
-
-run_pair_job(spec, builder=tree_pair_builder(spec, policy=policy, sampler=Killed(policy, max_rows=4)))
-"""
-
-
-def test_killed_and_resumed_by_two_ranks(spec: TreePairSpec, run: Run, policy: Policy, tmp_path: Path) -> None:
-    whole = Watched(policy)
-    run(spec, sampler=whole)
-    torn = replace(spec, out=str(tmp_path / "torn"))
-    first_group = next(i for i, prompts in enumerate(whole.prompts) if not prompts & whole.prompts[0])
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, repr(torn), str(first_group + 3)], capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (Path(torn.out) / "parts" / "pairs" / ".000001.jsonl.0.tmp").write_bytes(b'{"id": "tor')
-    assert run(torn, rank=1, world_size=2) is None
-    assert run(torn, rank=0, world_size=2) is not None
-    assert content(torn) == content(spec)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
