@@ -47,6 +47,17 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
     missing = [(v, s) for v in claim.variants for s in claim.seeds if overwrite or job.missing(v, [_key(s)])]
     settings = {"packages": package_versions(), **claim.identity()}
     found = job.begin(settings, free=() if missing else ("packages",))  # a finished run may be looked at later
+    with job.alone():
+        _run_units(claim, job, missing, report)
+    phases = {
+        folder.name: sorted(part.stem for part in folder.glob("*.jsonl")) for folder in (job.out / PARTS).iterdir()
+    }
+    rows = [row for variant in sorted(phases) for row in job.rows(variant, phases[variant]) or ()]
+    write_jsonl(job.out / RESULTS_NAME, sorted(rows, key=lambda row: (row["seed"], row["index"])))
+    return found
+
+
+def _run_units(claim: Claim, job: Job, missing: Sequence[tuple[str, int]], report: Report) -> None:
     for number, (variant, seed) in enumerate(missing, start=1):
         label = f"seed {seed}" if len(claim.variants) == 1 else f"{variant}, seed {seed}"
         head = f"{claim.name} {number}/{len(missing)}, {label}"
@@ -63,12 +74,6 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
         seconds = time.perf_counter() - start
         left = f", about {duration(seconds * (len(missing) - number))} left" if number < len(missing) else ""
         report(f"{head}: done in {duration(seconds)}{left}")
-    phases = {
-        folder.name: sorted(part.stem for part in folder.glob("*.jsonl")) for folder in (job.out / PARTS).iterdir()
-    }
-    rows = [row for variant in sorted(phases) for row in job.rows(variant, phases[variant]) or ()]
-    write_jsonl(job.out / RESULTS_NAME, sorted(rows, key=lambda row: (row["seed"], row["index"])))
-    return found
 
 
 def _job(out: Path, *, overwrite: bool = False) -> Job:

@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     job.begin({"seed": context.seed, "scale": context.scale, "task": context.task, "packages": package_versions()})
     quiet_libraries()
-    run_stages(context, chosen, job)
+    with job.alone():
+        run_stages(context, chosen, job)
     console.print(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; results in {out / SUMMARY_NAME}")
     console.print(
         f"look closer:  stepkd evaluate --compare {out}/evaluations/teacher-sampled {out}/evaluations/student-sampled"

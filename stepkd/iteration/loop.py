@@ -1,32 +1,26 @@
 """``stepkd iterate``: M0 -> M1 -> ... -> MK, resumable at every stage.
 
-The folder holds ``iterate.json`` (settings, packages, M0), one folder per iteration with its record, and
-``summary.json``. Whatever is finished is never done again: not a solution, not a label, not a training.
+The run is a job whose units are the stages of its iterations. Its folder holds ``settings.json`` (settings, packages,
+M0), one folder per iteration and ``summary.json``. Whatever is finished is never done again: not a solution, not a
+label, not a training.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import check_training_use, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.evaluation.manifest import manifest_differences, package_versions
 from stepkd.iteration.spec import IterateSpec
 from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings
 from stepkd.iteration.table import summarise_run
-from stepkd.runs import RunDir
 from stepkd.runs.files import write_json
-
-MANIFEST_NAME = "iterate.json"
-SUMMARY_NAME = "summary.json"
-FORMAT = 1
+from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions, check_same, package_versions, read_settings
+from stepkd.yaml_files import find_recipe
 
 
 def run_iterations(spec: IterateSpec, out: str | Path, *, report: Report, overwrite: bool = False) -> dict[str, Any]:
@@ -34,7 +28,7 @@ def run_iterations(spec: IterateSpec, out: str | Path, *, report: Report, overwr
 
     Args:
         spec: the settings.
-        out: the folder; begun, or gone on with.
+        out: the folder; begun, or resumed.
         report: called with one line about progress.
         overwrite: delete an earlier run in the folder first.
 
@@ -47,76 +41,59 @@ def run_iterations(spec: IterateSpec, out: str | Path, *, report: Report, overwr
         StepkdError: a stage failed; what is done is kept.
     """
     out = Path(out).expanduser()
-    earlier = None if overwrite else read_manifest(out)
-    manifest = {"format": FORMAT, "packages": package_versions(), "settings": spec.identity()}
-    unfinished = earlier is None or not _is_finished(spec, out)
-    if earlier is not None:
-        _check_same(earlier, manifest if unfinished else manifest | {"packages": earlier["packages"]}, out)
-    if not unfinished:
+    job = Job(out, "iterated training", [SUMMARY_NAME, *_folders(out)], JobOptions(overwrite=overwrite))
+    job.check()
+    settings: dict[str, Any] = {"packages": package_versions(), "settings": spec.identity()}
+    iterations = range(spec.iterations + 1)
+    earlier = read_settings(out) if (out / SETTINGS_NAME).is_file() and not overwrite else None
+    finished = earlier is not None and not any(job.missing(Iteration.phase(k), ["measure"]) for k in iterations)
+    if finished:  # it is only looked at: its models may be gone, and packages may be others
         assert earlier is not None
-        return _summarise(spec, out, earlier["model"]["weights"], report)
-    _check(spec, out)
-    weights = _seed_weights(spec)
-    if earlier is not None and earlier["model"]["weights"] != weights:
-        raise ConfigError(
-            f"{spec.model} is not the model that the run in {out} started from (weights {earlier['model']['weights']} "
-            f"then, {weights} now): put it back, or start again with another --out"
-        )
-    run_dir = RunDir.open(out, resume=not overwrite, overwrite=overwrite, kind="iterate")
-    with run_dir.recorded():
-        with contextlib.suppress(OSError):
-            run_dir.checkpoints.rmdir()  # every iteration's training has its own
-        if earlier is None:
-            manifest |= {"model": {"name": spec.model, "weights": weights}}
-            write_json(out / MANIFEST_NAME, manifest)
-        summary = _summarise(spec, out, weights, report)
+        settings |= {name: earlier[name] for name in ("model", "packages")}
+    else:
+        if earlier is not None:
+            check_same(earlier, {"kind": job.kind, **settings}, out, free=["model"])
+        _check(spec, job)
+        settings["model"] = {"name": spec.model, "weights": _seed_weights(spec)}
+    weights = job.begin(settings)["model"]["weights"]
+    with job.alone():
+        runs = [Iteration(spec, job, k, weights, report) for k in iterations]
+        facts: list[dict[str, Any]] = []
+        summary: dict[str, Any] = {}
+        for it in runs:
+            if it.is_done("measure"):  # nothing of a finished iteration is read again but its rows
+                facts.append(
+                    {name: it.facts(name) for name in ("label", "convert", "pairs", "train") if it.is_done(name)}
+                )
+            else:
+                facts.append((train_next(it) if it.k else {}) | evaluate_model(it))
+            summary = summarise_run(spec, [each.folder for each in runs[: it.k + 1]], facts)
+            write_json(out / SUMMARY_NAME, summary)
     return summary
 
 
-def _summarise(spec: IterateSpec, out: Path, weights: str, report: Report) -> dict[str, Any]:
-    """Do every stage that is not done, in order, and sum up after each model."""
-    iterations = [Iteration(spec, out, k, weights, report) for k in range(spec.iterations + 1)]
-    facts: list[dict[str, Any]] = []
-    summary: dict[str, Any] = {}
-    for it in iterations:
-        stages = it.record().stages
-        if "measure" in stages:  # nothing of a finished iteration is read again but its rows: models may be deleted
-            facts.append({name: stage["facts"] for name, stage in stages.items()})
-        else:
-            facts.append((train_next(it) if it.k else {}) | evaluate_model(it))
-        summary = summarise_run(spec, [each.folder for each in iterations[: it.k + 1]], facts)
-        write_json(out / SUMMARY_NAME, summary)
-    return summary
+def _folders(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("iteration-*")) if out.is_dir() else []
 
 
-def _is_finished(spec: IterateSpec, out: Path) -> bool:
-    """Whether the last stage of the last iteration is done."""
-    last = Iteration(spec, out, spec.iterations, "", lambda _: None)
-    return all("measure" in Iteration(spec, out, k, "", lambda _: None).record().stages for k in range(last.k + 1))
-
-
-def _check(spec: IterateSpec, out: Path) -> None:
+def _check(spec: IterateSpec, job: Job) -> None:
     """Refuse what would fail hours later: a launcher, recipes, settings or problems that cannot be used."""
+    from stepkd.training.fit import check_fit
+
     if spec.launcher is not None:
         words = shlex.split(spec.launcher)
         if not words or shutil.which(words[0]) is None:
             raise ConfigError(f"launcher: no command {words[0] if words else ''!r} here: install it, or mend the name")
-    _check_training(spec, out)
-    _check_problems(spec)
-
-
-def _check_training(spec: IterateSpec, out: Path) -> None:
-    """Parse the training settings of the first iteration as ``stepkd fit`` will."""
-    from stepkd.training.fit import check_fit
-
-    first = Iteration(spec, out, 1, "", lambda _: None)
+    first = Iteration(spec, job, 1, "", lambda _: None)
     try:
-        check_fit(spec.train.recipes, training_settings(first, out / "rows.jsonl"))
+        recipes = [find_recipe(name) for name in spec.train.recipes]
+        check_fit(recipes, training_settings(first, job.out / "rows.jsonl"))
     except StepkdError as error:
         hint = ""
         if spec.reference == "kept" and "reference" in str(error):
             hint = " (reference: kept is for methods with a reference model)"
         raise ConfigError(f"train: `stepkd fit` would refuse these recipes and overrides{hint}: {error}") from error
+    _check_problems(spec)
 
 
 def _check_problems(spec: IterateSpec) -> None:
@@ -146,32 +123,3 @@ def _seed_weights(spec: IterateSpec) -> str:
     from stepkd.models.checkpoint import load_trained, weights_fingerprint
 
     return weights_fingerprint(load_trained(spec.model))
-
-
-def read_manifest(out: Path) -> dict[str, Any] | None:
-    """``iterate.json`` of a run; None where there is none.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    path = out / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"not a readable manifest: {error}; --overwrite starts again", path=path) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"not a manifest of format {FORMAT}; --overwrite starts again", path=path)
-    return manifest
-
-
-def _check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    settled = {name: value for name, value in earlier.items() if name not in ("model", "created")}
-    if differences := manifest_differences(settled, now):
-        lines = [f"  {key}: {then!r} then, {today!r} now" for key, (then, today) in differences.items()]
-        raise ConfigError(
-            f"{out} was begun under other settings, so it cannot be gone on with:\n"
-            + "\n".join(lines)
-            + "\nGive the old settings again, another --out, or --overwrite to start again."
-        )

@@ -10,14 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
-from stepkd.iteration.command import check_pairs
 from stepkd.labels.convert import CONVERTERS
 from stepkd.labels.feedback import ConvertOptions
-from stepkd.labels.settings import LabelSpec
+from stepkd.labels.settings import PAIR_JOBS, JobSpec, LabelSpec, settings_from
 from stepkd.randomness import stream_key
 from stepkd.yaml_files import build_settings, check_keys, find_recipe, mapping, read_yaml
 
@@ -25,6 +24,10 @@ OWN = frozenset({"out", "problems", "rollouts", "model", "seed"})
 """Settings of a labelling job that the iteration decides."""
 HELD_OUT_OWN = frozenset({"limit", "samples", "temperature", "top_p", "top_k", "dedupe"})
 """Settings of ``label`` that say how much is drawn and how; the held-out solutions have their own."""
+SHARED_WITH_PAIRS = ("device", "dtype", "template", "extractors", "stop", "max_new_tokens", "max_rows", "deadline_s")
+"""Settings of the labelling job that the pair job of the same iteration shares."""
+PAIRS_OWN = frozenset({"out", "model", "problems", "rollouts", "seed", "limit"})
+"""Settings of a pair job that the iteration decides."""
 NEEDS_RIGHT_ONLY = frozenset({"demonstrations", "clean_demonstrations"})
 """Converters after which a set without a single wrong answer can still be trained on."""
 SET_BY_ITERATE = (
@@ -119,7 +122,7 @@ class IterateSpec:
         if self.pairs is not None:
             if self.convert is not None:
                 raise ConfigError("convert and pairs both make the rows that are trained on: give one of them")
-            check_pairs(self.pairs, self.label_spec(1, out="labels", model=self.model))
+            self.pair_spec(1, self.label_spec(1, out="labels", model=self.model), out="pairs")
         self.evaluated_benchmark()
 
     @property
@@ -149,6 +152,36 @@ class IterateSpec:
         settings |= {"out": out, "model": model, "problems": self.evaluation.problems}
         settings["seed"] = iteration_seed(self.seed, "evaluate", 0)
         return _label_spec(settings, "evaluation: label")
+
+    def pair_spec(self, k: int, job: LabelSpec, *, out: str) -> tuple[str, JobSpec]:
+        """The pair job of iteration k, and its kind.
+
+        Args:
+            k: the iteration.
+            job: its labelling job, whose solutions and common settings are used.
+            out: folder of the pair job.
+
+        Raises:
+            ConfigError: no such kind or setting, or a value that is none.
+        """
+        values = dict(self.pairs or {})
+        to = values.pop("to", None)
+        if to not in PAIR_JOBS:
+            raise ConfigError(
+                f"pairs: to={to!r} is no pair job.{nearest(str(to), PAIR_JOBS)} Known: {', '.join(PAIR_JOBS)}"
+            )
+        kind = PAIR_JOBS[to]
+        known = _names(kind)
+        check_keys(values, sorted(known - PAIRS_OWN), "pairs")
+        source = "problems" if "problems" in known else "rollouts"
+        common = {name: getattr(job, name) for name in SHARED_WITH_PAIRS}
+        decided: dict[str, Any] = {
+            source: job.problems if source == "problems" else job.out,
+            "model": job.model,
+            "out": out,
+        }
+        decided["seed"] = iteration_seed(self.seed, "pairs", k)
+        return to, settings_from(kind, common | values | decided, _checked)
 
     def convert_options(self, k: int) -> ConvertOptions:
         """Options of the converter in iteration k."""
@@ -189,6 +222,19 @@ class IterateSpec:
             "overrides": self.train.overrides,
         }
         return dict(json.loads(json.dumps(plain)))
+
+
+def _checked(kind: type, values: dict[str, Any]) -> Any:
+    """Settings of a pair job with their types checked, those in it included."""
+    plain = {name: asdict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}  # type: ignore[arg-type]
+    return build_settings(kind, plain, "pairs")
+
+
+def _names(kind: Any) -> set[str]:
+    """Names of a class's settings, those of the settings classes in it included."""
+    inner = {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
+    own = {item.name for item in fields(kind)} - set(inner)
+    return own.union(*(_names(hint) for hint in inner.values()))
 
 
 def iteration_seed(seed: int, purpose: str, k: int) -> int:

@@ -1,16 +1,18 @@
 """The stages of one iteration: label, convert or pairs, train, export; greedy, samples, judge, measure.
 
-Every stage goes on where an interrupted one stood, by means of the command it stands for; what is finished is recorded
-in ``iteration.json`` and never done again. Labelling and training run under the launcher where one is given, the rest
-in this process.
+Every stage is a unit of the run's job, done once from inputs that are checked; an interrupted one is resumed by the job
+or run that it stands for. Labelling and training run under the launcher where one is given, the rest in this process.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,10 @@ import yaml
 
 from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.evaluation.folder import SUMMARY_NAME
-from stepkd.evaluation.manifest import RESULTS_NAME
-from stepkd.iteration.command import label_arguments, launch, pair_arguments, run_label
-from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
 from stepkd.iteration.spec import IterateSpec, iteration_seed, put
-from stepkd.labels.settings import LabelSpec
-from stepkd.runs.files import write_file, write_jsonl
-from stepkd.runs.job import JobOptions
+from stepkd.labels.settings import JobSpec, LabelSpec
+from stepkd.runs.files import write_file, write_json, write_jsonl
+from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
 from stepkd.yaml_files import find_recipe
 
 Report = Callable[[str], None]
@@ -33,6 +31,8 @@ Report = Callable[[str], None]
 SETTINGS_NAME = "settings.yaml"
 """What an iteration adds to the training recipes."""
 CONVERTED_NAME = "converted.jsonl"
+BLOCK = 1 << 12
+"""Bytes read at once from a large file."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Iteration:
 
     spec: IterateSpec
     """Settings."""
-    out: Path
-    """Folder of the whole run."""
+    job: Job
+    """The whole run; its folder holds those of the iterations."""
     k: int
     """Number; 0 only evaluates M0."""
     seed_weights: str
@@ -53,28 +53,51 @@ class Iteration:
     @property
     def folder(self) -> Path:
         """Folder of this iteration."""
-        return self.out / f"iteration-{self.k}"
+        return self.job.out / self.phase(self.k)
+
+    @staticmethod
+    def phase(k: int) -> str:
+        """Name of iteration k in the run's job, and of its folder."""
+        return f"iteration-{k}"
 
     def model(self, k: int) -> str:
         """Path of M_k."""
-        return self.spec.model if k == 0 else str(self.out / f"iteration-{k}" / "model")
+        return self.spec.model if k == 0 else str(self.job.out / self.phase(k) / "model")
 
     def identity(self, k: int) -> str:
         """Fingerprint of M_k."""
         if k == 0:
             return self.seed_weights
         found = folder_fingerprint(Path(self.model(k)))
-        exported = IterationRecord(self.out / f"iteration-{k}", k).stages.get("export")
-        if exported is not None and exported["facts"]["model"] != found:
+        if self.is_done("export", k) and self.facts("export", k)["model"] != found:
             raise ConfigError(
                 f"{self.model(k)} is no longer the model that iteration {k} trained (it has changed since): put it "
                 "back, or start again with another --out (or --overwrite)"
             )
         return found
 
-    def record(self) -> IterationRecord:
-        """What of it is finished."""
-        return IterationRecord(self.folder, self.k)
+    def is_done(self, stage: str, k: int | None = None) -> bool:
+        """Whether a stage is finished, of this iteration or another."""
+        return not self.job.missing(self.phase(self.k if k is None else k), [stage])
+
+    def facts(self, stage: str, k: int | None = None) -> dict[str, Any]:
+        """What a finished stage left."""
+        return self.job.once(self.phase(self.k if k is None else k), stage, dict)
+
+    def run(
+        self, stage: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], line: str
+    ) -> dict[str, Any]:
+        """Do a stage, unless it is done; its facts.
+
+        Raises:
+            ConfigError: it was done from other inputs.
+        """
+
+        def told() -> Mapping[str, Any]:
+            self.tell(line)
+            return _freeing(work)
+
+        return self.job.once(self.phase(self.k), stage, told, inputs=inputs)
 
     def tell(self, line: str) -> None:
         """Report, with the iteration's number."""
@@ -87,12 +110,10 @@ def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
     Raises:
         DataError: the labels hold no right or no wrong answer, or conversion leaves nothing; what is done is kept.
     """
-    record, k = it.record(), it.k
-    labels = it.folder / "labels"
-    facts = {}
+    k, labels, facts = it.k, it.folder / "labels", {}
 
     def run(name: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], line: str) -> None:
-        facts[name] = record.run(name, inputs, lambda: _freeing(work), begin=lambda: it.tell(line))
+        facts[name] = it.run(name, inputs, work, line)
 
     job = it.spec.label_spec(k, out=str(labels), model=it.model(k - 1))
     line = f"M{k - 1} writes solutions, labeller: {job.labeller}"
@@ -117,12 +138,12 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
     """Evaluate M_k on the held-out problems; returns the facts of every stage. Rows: ``evaluation/results.jsonl``."""
     from stepkd.iteration.measure import problem_rows
 
-    record, k, folder = it.record(), it.k, it.folder / "evaluation"
+    k, folder = it.k, it.folder / "evaluation"
     inputs = {"model": it.identity(k)}
     facts = {}
 
     def run(name: str, work: Callable[[], Mapping[str, Any]], line: str, **more: str) -> None:
-        facts[name] = record.run(name, inputs | more, lambda: _freeing(work), begin=lambda: it.tell(line))
+        facts[name] = it.run(name, inputs | more, work, line)
 
     run("greedy", lambda: _greedy(it, folder / "greedy"), f"M{k} solves the held-out problems, greedy")
     drawn = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
@@ -157,21 +178,55 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
 
 def _label(it: Iteration, job: LabelSpec) -> dict[str, Any]:
     """Run a labelling job to its end; its summary without the table by step number."""
+    summary = _run_job(it, "label", job, LABELS_NAME)
+    summary.pop("by_position")
+    return summary
+
+
+def _run_job(it: Iteration, kind: str, job: JobSpec, rows: str) -> dict[str, Any]:
+    """Run a labelling or pair job to its end, under the launcher where one is given; its summary."""
     out = Path(job.out)
-    if it.spec.launcher is not None:
-        launch(it.spec.launcher, ["label", *label_arguments(job)], where=f"iteration {it.k}", say=it.tell)
-        if not (out / LABELS_NAME).is_file():
-            raise StepkdError(f"iteration {it.k}: the labelling job in {out} ended without {LABELS_NAME}")
+    if it.spec.launcher is None:
+        run_job(kind, job, JobOptions(report=_quarters(it)))
     else:
+        file = out.with_name(f"{out.name}.job.json")
+        write_json(file, {"kind": kind, "settings": asdict(job)})
+        _launch(it, ["stepkd.iteration.worker", str(file)], f"the job of {out}")
+    if not (out / rows).is_file():
+        raise StepkdError(f"iteration {it.k}: the job in {out} ended without {rows}")
+    return dict(json.loads((out / SUMMARY_NAME).read_bytes()))
+
+
+def run_job(kind: str, job: JobSpec, options: JobOptions) -> None:
+    """Run a labelling job (``label``) or a pair job (a name of ``PAIR_JOBS``)."""
+    if kind == "label":
         from stepkd.labels.job import run_label_job
 
-        run_label_job(job, options=JobOptions(report=_tenths(it)))
-    summary = json.loads((out / SUMMARY_NAME).read_bytes())
-    summary.pop("by_position")
-    return dict(summary)
+        assert isinstance(job, LabelSpec)
+        run_label_job(job, options=options)
+    else:
+        from stepkd.labels.pair_job import run_pair_job
+
+        run_pair_job(job, options=options)
 
 
-def _tenths(it: Iteration) -> Callable[[str, int, int, Mapping[str, float]], None]:
+def _launch(it: Iteration, module: Sequence[str], what: str) -> None:
+    """Run a module of stepkd under the launcher.
+
+    Raises:
+        StepkdError: it failed; it has said why.
+    """
+    command = [*shlex.split(str(it.spec.launcher)), "-m", *module]
+    it.tell(f"  {shlex.join(command)}")
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise StepkdError(
+            f"iteration {it.k}: {what} under the launcher ended with exit code {code}; its messages are above. Mend "
+            "that and give the same command again"
+        )
+
+
+def _quarters(it: Iteration) -> Callable[[str, int, int, Mapping[str, float]], None]:
     """A line per quarter of a phase's work."""
     seen: dict[str, int] = {}
 
@@ -214,20 +269,12 @@ def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
 
 def _pairs(it: Iteration, job: LabelSpec) -> dict[str, Any]:
     """Run the pair job to its end."""
-    assert it.spec.pairs is not None
-    out = it.folder / "pairs"
-    arguments = pair_arguments(it.spec.pairs, job, out=str(out), seed=iteration_seed(it.spec.seed, "pairs", it.k))
+    kind, pairs = it.spec.pair_spec(it.k, job, out=str(it.folder / "pairs"))
     try:
-        if it.spec.launcher is not None:
-            launch(it.spec.launcher, arguments, where=f"iteration {it.k}", say=it.tell)
-        else:
-            run_label(arguments)
+        summary = _run_job(it, kind, pairs, PAIRS_NAME)
     except DataError as error:
         raise DataError(f"iteration {it.k}, pairs: {error}") from error
-    if not (out / PAIRS_NAME).is_file():
-        raise StepkdError(f"iteration {it.k}: the pair job in {out} ended without {PAIRS_NAME}")
-    summary = json.loads((out / SUMMARY_NAME).read_bytes())
-    return {"to": it.spec.pairs["to"], "counts": {"pairs": summary["pairs"], **summary["dropped"]}}
+    return {"to": kind, "counts": {"pairs": summary["pairs"], **summary["dropped"]}}
 
 
 def training_settings(it: Iteration, rows: Path) -> dict[str, Any]:
@@ -246,32 +293,20 @@ def training_settings(it: Iteration, rows: Path) -> dict[str, Any]:
     return settings
 
 
-def fit_arguments(it: Iteration) -> list[str]:
-    """Arguments of ``stepkd fit``, without the run folder."""
-    recipes = [str(find_recipe(name)) for name in it.spec.train.recipes]
-    return [part for path in (*recipes, str(it.folder / SETTINGS_NAME)) for part in ("--config", path)]
-
-
-def write_training_settings(it: Iteration, rows: Path) -> None:
-    """Write the overlay that :func:`fit_arguments` names."""
-    text = f"# Written by stepkd iterate: what iteration {it.k} adds to the training recipes.\n"
-    text += yaml.safe_dump(training_settings(it, rows), sort_keys=False)
-    write_file(it.folder / SETTINGS_NAME, text.encode())
-
-
 def _train(it: Iteration, rows: Path) -> dict[str, Any]:
     from stepkd.runs.rundir import read_marker
+    from stepkd.training.fit import fit
 
-    run = it.folder / "train"
-    write_training_settings(it, rows)
+    run, settings = it.folder / "train", training_settings(it, rows)
+    recipes = [str(find_recipe(name)) for name in it.spec.train.recipes]
+    text = f"# Written by stepkd iterate: what iteration {it.k} adds to the training recipes.\n"
+    write_file(it.folder / SETTINGS_NAME, (text + yaml.safe_dump(settings, sort_keys=False)).encode())
     if (read_marker(run) or {}).get("status") != "finished":
-        if it.spec.launcher is not None:
-            arguments = ["fit", *fit_arguments(it), "--out", str(run), "--resume", "true"]
-            launch(it.spec.launcher, arguments, where=f"iteration {it.k}", say=it.tell)
+        if it.spec.launcher is None:
+            fit(recipes, settings, out=run, resume=True)
         else:
-            from stepkd.training.fit import fit
-
-            fit(it.spec.train.recipes, training_settings(it, rows), out=run, resume=True)
+            words = [word for name in (*recipes, str(it.folder / SETTINGS_NAME)) for word in ("--config", name)]
+            _launch(it, ["stepkd", "fit", *words, "--out", str(run), "--resume", "true"], "`stepkd fit`")
     marker = read_marker(run) or {}
     if marker.get("status") != "finished":
         raise StepkdError(
@@ -329,3 +364,46 @@ def _freeing(work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         gc.collect()
         torch.cuda.empty_cache()
     return facts
+
+
+def file_fingerprint(path: Path) -> str:
+    """Short hash of a file's content.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(
+            f"cannot be read ({error.strerror}), and a finished stage made it: put it back, or start again with "
+            "--overwrite",
+            path=path,
+        ) from error
+    return digest.hexdigest()[:16]
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Short hash of a model folder: names, sizes, and 64 blocks of each file, evenly spaced.
+
+    Enough to recognise a changed model in milliseconds, not a proof.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            "the model that a finished stage left is gone: put it back, or start again with --overwrite", path=folder
+        )
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for start in sorted({max(0, size - BLOCK) * i // 63 for i in range(64)}):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]

@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -35,6 +33,7 @@ from typing import Any, TypeVar
 import stepkd
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.runs.files import json_text, write_json, write_jsonl
+from stepkd.runs.process import live_process, this_process
 
 SETTINGS_NAME, SUMMARY_NAME, RESULTS_NAME = "settings.json", "summary.json", "results.jsonl"
 PARTS, LOG = "parts", "log"
@@ -42,6 +41,7 @@ PACKAGES = ("torch", "transformers", "peft", "math-verify")
 """Packages whose versions can change a job's result."""
 ABSENT = "(absent)"
 """The value of a setting that only the other side has."""
+_RUNNING = "running.json"
 _OF_0_1 = ("manifest.json", "claim.json", "iterate.json")
 
 Row = Mapping[str, Any]
@@ -103,10 +103,16 @@ class Job:
 
         Raises:
             ConfigError: not a folder, files of something else in it, a job of another kind or of version 0.1, or
-                (``overwrite``) more than such a job in it.
+                (``overwrite``) more than such a job in it; or another process is at work there (:meth:`alone`).
         """
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file: give a folder")
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if (user := live_process(json.loads((self.out / LOG / _RUNNING).read_bytes()))) is not None:
+                raise ConfigError(
+                    f"{self.out} is in use by process {user} on this machine: wait for it, stop it, or give another "
+                    "--out"
+                )
         names = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
         own = {SETTINGS_NAME, PARTS, LOG, *self.outputs}
         foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
@@ -151,7 +157,7 @@ class Job:
         else:
             found = wanted
             write_json(self.out / SETTINGS_NAME, wanted)
-        self._log({"event": "start", "command": shlex.join(sys.argv), "host": socket.gethostname(), "pid": os.getpid()})
+        self._log({"event": "start", "command": shlex.join(sys.argv), **this_process()})
         return dict(found)
 
     def _empty(self) -> None:
@@ -182,6 +188,16 @@ class Job:
                 path.unlink(missing_ok=True)
         if launch is not None:
             write_json(mark, launch)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have :meth:`check` keep other processes out while a block works: units that train share more than parts."""
+        mark = self.out / LOG / _RUNNING
+        write_json(mark, this_process())
+        try:
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
 
     # ---- units -----------------------------------------------------------------------------------------------------
 
@@ -247,7 +263,7 @@ class Job:
         Args:
             phase, key: which unit.
             do: does it; returns facts about the result, JSON values.
-            inputs: fingerprints of what it works from, kept beside the facts.
+            inputs: fingerprints of what it works from, kept beside the facts; None: nothing to compare.
 
         Returns:
             The facts.
@@ -255,13 +271,16 @@ class Job:
         Raises:
             ConfigError: the unit was done from other inputs (they are named).
         """
-        wanted = json.loads(json_text(dict(inputs or {})))
-        if not self.missing(phase, [key]):
-            (record,) = _read_part(self.part(phase, key))
-            check_same(record["inputs"], wanted, f"{self.part(phase, key)} is finished, and what it worked from")
-        else:
-            self.work(phase, {key: None}, lambda _: [{"inputs": wanted, "facts": do()}])
-            (record,) = _read_part(self.part(phase, key))
+        path = self.part(phase, key)
+        if self.missing(phase, [key]):
+            self.work(phase, {key: None}, lambda _: [{"inputs": dict(inputs or {}), "facts": do()}])
+        (record,) = _read_part(path)
+        wanted = record["inputs"] if inputs is None else json.loads(json_text(dict(inputs)))
+        if found := differences(record["inputs"], wanted):
+            raise ConfigError(
+                f"{path} is finished, and what it was made from has changed since:\n{_then_and_now(found)}\nPut the "
+                "files back, or start again with another --out (or --overwrite)."
+            )
         return dict(record["facts"])
 
     def rows(self, phase: str, units: Iterable[str]) -> list[dict[str, Any]] | None:
@@ -433,18 +452,19 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], place: str | Path
         ConfigError: naming every setting that differs, with both values.
     """
     if found := differences(old, new, free=free):
-        lines = [f"  {key}: {then!r} then, {now!r} now" for key, (then, now) in found.items()]
-        if "threads" in found:
-            lines.append("  (the number of CPU threads changes rounding; OMP_NUM_THREADS sets it)")
+        hint = "\n(CPU threads change rounding; OMP_NUM_THREADS sets it.)" if "threads" in found else ""
         raise ConfigError(
-            f"{place} was begun under other settings, so it cannot be resumed:\n"
-            + "\n".join(lines)
-            + "\nGive the old settings again, another --out, or --overwrite to start again."
+            f"{place} was begun under other settings, so it cannot be resumed:\n{_then_and_now(found)}{hint}\nGive the "
+            "old settings again, another --out, or --overwrite to start again."
         )
 
 
+def _then_and_now(found: Mapping[str, tuple[Any, Any]]) -> str:
+    return "\n".join(f"  {key}: {then!r} then, {now!r} now" for key, (then, now) in found.items())
+
+
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
+    if not isinstance(value, Mapping) or (not value and name):
         return {name: value}
     return {
         key: leaf

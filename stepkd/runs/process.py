@@ -8,10 +8,12 @@ with the same noise. Nothing of the step before is lost, and no rank waits for a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,6 +21,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from stepkd.errors import MachineError, StepkdError
 
@@ -136,3 +141,19 @@ def quiet_libraries() -> None:
         r".*self\.log\('(val|test)/.*sync_dist=True.*",  # ours are reduced over ranks before they are logged
     ):
         warnings.filterwarnings("ignore", text)
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from every other, for :func:`live_process`."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "pid_start": psutil.Process().create_time()}
+
+
+def live_process(marker: Mapping[str, Any]) -> int | None:
+    """The process that a marker names, where it can be told that it still runs: same machine, same process start."""
+    if marker.get("host") != socket.gethostname() or marker["pid"] == os.getpid():
+        return None
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(marker["pid"])
+        is_same = abs(process.create_time() - marker["pid_start"]) < 2  # not a later process of the same number
+        return int(process.pid) if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+    return None

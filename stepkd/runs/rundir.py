@@ -12,19 +12,17 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil  # type: ignore[import-untyped]
-
 import stepkd
 from stepkd.errors import ConfigError, MachineError, disk_error
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import LaunchInfo, detect_launch
+from stepkd.runs.process import live_process, this_process
 from stepkd.runs.resume import find_last_checkpoint, step_of
 
 MARKER = "run.json"
@@ -170,7 +168,8 @@ class RunDir:
                 f"{self.path} already exists, was not made by stepkd (it has no {MARKER}) and is not empty ({some}); "
                 "stepkd neither resumes nor deletes it. Give another --out"
             )
-        if (resume or overwrite) and (user := _live_process(marker)) is not None:
+        is_running = marker.get("status") == "running"
+        if (resume or overwrite) and is_running and (user := live_process(marker)) is not None:
             raise ConfigError(
                 f"{self.path} is in use by process {user} on this machine (command: {marker.get('command', '?')}); "
                 "wait for it, stop it, or give another --out"
@@ -225,9 +224,7 @@ class RunDir:
                 "command": shlex.join(sys.argv),
                 "status": "running",
                 "message": "",
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "pid_start": psutil.Process().create_time(),
+                **this_process(),
                 "launch": launch,
             },
         )
@@ -307,17 +304,6 @@ def _seen(path: Path, marker: Mapping[str, Any]) -> str:
     every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
     steps = max((row["step"] + 1 for row in read_metrics(path)), default=0)
     return f"{folder} is empty, and {METRICS_FILE} goes to step {steps}" if steps >= every else ""
-
-
-def _live_process(marker: Mapping[str, Any]) -> int | None:
-    """The process that still works in the folder, when that can be told: same machine, same process start."""
-    if marker.get("status") != "running" or marker.get("host") != socket.gethostname() or marker["pid"] == os.getpid():
-        return None
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(marker["pid"])
-        is_same = abs(process.create_time() - marker["pid_start"]) < 2  # not a later process of the same number
-        return int(process.pid) if is_same and process.status() != psutil.STATUS_ZOMBIE else None
-    return None
 
 
 def _launch_identity(environ: Mapping[str, str], info: LaunchInfo) -> tuple[str | None, bool]:

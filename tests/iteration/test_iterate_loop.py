@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,25 @@ import pytest
 import yaml
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.iteration import command, loop, stages
+from stepkd.iteration import loop, stages
 from stepkd.iteration.loop import run_iterations
-from stepkd.iteration.record import IterationRecord
 from stepkd.iteration.spec import IterateSpec, load_spec
+from stepkd.runs.job import Job
 
 STAGES = ["label", "convert", "train", "export", "greedy", "samples", "measure"]
 
 
 def silent(line: str) -> None:
     pass
+
+
+def iteration(spec: IterateSpec, out: Path, k: int) -> stages.Iteration:
+    return stages.Iteration(spec, Job(out, "iterated training"), k, "", silent)
+
+
+def finished(out: Path, k: int) -> set[str]:
+    """Stages of an iteration that left a part."""
+    return {path.stem for path in (out / "parts" / f"iteration-{k}").glob("*.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +66,16 @@ def test_files_and_summary(whole: tuple[Path, dict[str, Any]]) -> None:
     assert [model["name"] for model in summary["models"]] == ["M0", "M1", "M2"]
     assert json.loads((out / "summary.json").read_text()) == summary
     assert {path.name for path in out.iterdir()} == {
-        *("iterate.json", "run.json", "summary.json"),
+        *("settings.json", "parts", "log", "summary.json"),
         *("iteration-0", "iteration-1", "iteration-2"),
     }
     for k in (1, 2):
-        assert list(IterationRecord(out / f"iteration-{k}", k).stages) == STAGES
+        assert finished(out, k) == set(STAGES)
         training = summary["models"][k]["training"]
         assert training["rows"] == training["converted"]["rows"]
         assert training["rows"] == training["right_answers"] - training["converted"]["counts"].get("cut_off", 0)
         assert training["solutions"] == 64 == training["labelled"] + training["dropped"].get("duplicate", 0)
-    assert list(IterationRecord(out / "iteration-0", 0).stages) == STAGES[4:]
+    assert finished(out, 0) == set(STAGES[4:])
     assert weights(out, 1) != weights(out, 2)
     metrics = [model["metrics"] for model in summary["models"]]
     assert metrics[0]["kl_per_solution"]["value"] == 0
@@ -113,20 +122,19 @@ class Interrupted(BaseException):
 def interrupt_after_every_stage(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Every stage's work is done, and the process stops before it is recorded; the second time it goes on."""
     calls: Counter[str] = Counter()
-    run = IterationRecord.run
+    once = Job.once
 
-    def interrupted(self: IterationRecord, name: str, inputs: Mapping[str, Any], work: Callable[[], Any], **rest: Any):
-        def once() -> Any:
-            key = f"{self.k} {name}"
-            calls[key] += 1
-            facts = work()
-            if calls[key] == 1:
+    def interrupted(self: Job, phase: str, key: str, do: Callable[[], Any], **rest: Any) -> Any:
+        def work() -> Any:
+            calls[f"{phase} {key}"] += 1
+            facts = do()
+            if calls[f"{phase} {key}"] == 1:
                 raise Interrupted
             return facts
 
-        return run(self, name, inputs, once, **rest)
+        return once(self, phase, key, work, **rest)
 
-    monkeypatch.setattr(IterationRecord, "run", interrupted)
+    monkeypatch.setattr(Job, "once", interrupted)
     return calls
 
 
@@ -167,6 +175,7 @@ def test_more_iterations_go_on_from_the_last(
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
     shutil.rmtree(out / "iteration-2")
+    shutil.rmtree(out / "parts" / "iteration-2")
     one = run_iterations(load_spec(settings, {"iterations": 1}), out, report=silent)
     assert one["models"] == whole[1]["models"][:2]
     config = out / "iteration-1" / "model" / "config.json"
@@ -189,13 +198,13 @@ def test_changed_labels_are_not_trained_on(
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
     shutil.rmtree(out / "iteration-2" / "evaluation")
-    record = json.loads((out / "iteration-2" / "iteration.json").read_text())
     for name in STAGES[4:]:
-        del record["stages"][name]
-    (out / "iteration-2" / "iteration.json").write_text(json.dumps(record))
+        (out / "parts" / "iteration-2" / f"{name}.jsonl").unlink()
     with open(out / "iteration-2" / "converted.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(ConfigError, match="stage 'train' is finished, and what it worked from has changed"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)train\.jsonl is finished, and what it was made from has changed.*rows: "
+    ):
         run_iterations(spec, out, report=silent)
 
 
@@ -209,7 +218,7 @@ def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Pa
         with pytest.raises(DataError, match=r"iteration 1 has no right answer to learn from \(0 right, 16 wrong"):
             run_iterations(spec, tmp_path / "run", report=lines.append)
         assert bool(lines) == (attempt == 0)
-    assert "label" in IterationRecord(tmp_path / "run" / "iteration-1", 1).stages
+    assert "label" in finished(tmp_path / "run", 1)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +238,7 @@ def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Pa
 )
 def test_one_class(settings: Path, tmp_path: Path, right: int, wrong: int, to: Any, message: str | None) -> None:
     spec = load_spec(settings, {"convert": None if to is None else {"to": to}})
-    it = stages.Iteration(spec, tmp_path, 2, "", silent)
+    it = iteration(spec, tmp_path, 2)
     facts = {"right_answers": right, "wrong_answers": wrong, "labelled": right + wrong}
     if message is None:
         stages._check_answers(it, facts)
@@ -242,7 +251,7 @@ def test_one_class(settings: Path, tmp_path: Path, right: int, wrong: int, to: A
 def test_who_labels_the_held_out_steps(settings: Path, tmp_path: Path, labeller: str, judged: bool) -> None:
     """Monte-Carlo labels come from M0's continuations, for every model; an outcome says nothing of steps."""
     spec = load_spec(settings, {"label.labeller": labeller, "label.rollouts_per_step": 2})
-    facts = stages.evaluate_model(stages.Iteration(spec, tmp_path, 0, "", silent))
+    facts = stages.evaluate_model(iteration(spec, tmp_path, 0))
     assert list(facts) == ["greedy", "samples", *(["judge"] if judged else []), "measure"]
     folder = tmp_path / "iteration-0" / "evaluation"
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -250,8 +259,8 @@ def test_who_labels_the_held_out_steps(settings: Path, tmp_path: Path, labeller:
     assert len(marks) == 24
     assert any(mark is not None for mark in marks) == judged
     if judged:
-        used = json.loads((folder / "labels" / "settings.json").read_text())
-        assert (used["labeller"]["labeller"], used["model"]["name"]) == ("monte_carlo", spec.model)
+        manifest = json.loads((folder / "labels" / "settings.json").read_text())
+        assert (manifest["labeller"]["labeller"], manifest["model"]["name"]) == ("monte_carlo", spec.model)
 
 
 def test_training_reads_the_pairs_of_a_pair_job(
@@ -269,15 +278,12 @@ def test_training_reads_the_pairs_of_a_pair_job(
     spec = load_spec(settings, {"convert": None, "pairs": pairs})
     for _ in range(2):
         with pytest.raises(Interrupted):
-            stages.train_next(stages.Iteration(spec, tmp_path, 1, "", silent))
+            stages.train_next(iteration(spec, tmp_path, 1))
     assert given == [tmp_path / "iteration-1" / "pairs" / "pairs.jsonl"] * 2
     rows = [json.loads(line) for line in given[0].read_text().splitlines()]
-    facts = IterationRecord(tmp_path / "iteration-1", 1).stages["pairs"]["facts"]
+    facts = iteration(spec, tmp_path, 1).facts("pairs")
     assert facts["counts"]["pairs"] == len(rows) > 0
     assert {"prefix", "chosen", "rejected"} <= set(rows[0])
-    log = (tmp_path / "iteration-1" / "pairs" / "log" / "rank-0.jsonl").read_text().splitlines()
-    units = [entry["unit"] for entry in map(json.loads, log) if "unit" in entry]
-    assert len(set(units)) == len(units) > 0
 
 
 @pytest.mark.parametrize(
@@ -303,12 +309,12 @@ def test_refused_before_anything_runs(settings: Path, tmp_path: Path, changes: d
     assert not (tmp_path / "run").exists()
 
 
-def test_foreign_folder_and_damaged_manifest(spec: IterateSpec, tmp_path: Path) -> None:
+def test_foreign_folder_and_damaged_settings(spec: IterateSpec, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="was not made by stepkd"):
+    with pytest.raises(ConfigError, match="holds no iterated training"):
         run_iterations(spec, tmp_path, report=silent)
-    (tmp_path / "iterate.json").write_text("{")
-    with pytest.raises(DataError, match="not a readable manifest"):
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
         run_iterations(spec, tmp_path, report=silent)
 
 
@@ -320,15 +326,15 @@ def test_launcher_command(spec: IterateSpec, tmp_path: Path, monkeypatch: pytest
         commands.append(words)
         return type("Done", (), {"returncode": 3})
 
-    monkeypatch.setattr(command.subprocess, "run", fake)
-    it = stages.Iteration(load_like(spec, launcher="accelerate launch --num_processes 2"), tmp_path, 1, "", silent)
-    with pytest.raises(StepkdError, match="iteration 1: `stepkd label` under the launcher ended with exit code 3"):
+    monkeypatch.setattr(stages.subprocess, "run", fake)
+    it = iteration(load_like(spec, launcher="accelerate launch --num_processes 2"), tmp_path, 1)
+    with pytest.raises(StepkdError, match=r"iteration 1: the job of .*labels under .* ended with exit code 3"):
         stages._label(it, it.spec.label_spec(1, out=str(tmp_path / "labels"), model="m"))
     with pytest.raises(StepkdError, match="`stepkd fit`"):
         stages._train(it, tmp_path / "rows.jsonl")
-    start = ["accelerate", "launch", "--num_processes", "2", "-m", "stepkd"]
-    assert commands[0][:7] == [*start, "label"]
-    assert commands[1][:7] == [*start, "fit"]
+    start = ["accelerate", "launch", "--num_processes", "2", "-m"]
+    assert commands[0] == [*start, "stepkd.iteration.worker", str(tmp_path / "labels.job.json")]
+    assert commands[1][:7] == [*start, "stepkd", "fit"]
     assert commands[1][-4:] == ["--out", str(tmp_path / "iteration-1" / "train"), "--resume", "true"]
 
 
@@ -337,10 +343,10 @@ def load_like(spec: IterateSpec, **changes: Any) -> IterateSpec:
 
 
 KILLED_AT = (
-    "iteration-0/evaluation/greedy/results.jsonl",
-    "iteration-0/evaluation/samples/shards/solutions-0.jsonl",
-    "iteration-1/labels/shards/solutions-0.jsonl",
-    "iteration-1/labels/shards/labels-0.jsonl",
+    "iteration-0/evaluation/greedy/settings.json",
+    "iteration-0/evaluation/samples/parts/solutions/000000.jsonl",
+    "iteration-1/labels/parts/solutions/000000.jsonl",
+    "iteration-1/labels/parts/labels/000000.jsonl",
     "iteration-1/converted.jsonl",
     "iteration-1/train/metrics.jsonl",
     "iteration-1/train/checkpoints/last.ckpt",
@@ -370,9 +376,13 @@ def test_killed_in_every_stage(whole: tuple[Path, dict[str, Any]], settings: Pat
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "summary.json").read_text())["models"] == whole[1]["models"][:2]
     assert weights(out, 1) == weights(whole[0], 1)
-    for shard in out.glob("iteration-*/**/shards/*.jsonl"):
-        names = [json.loads(line)["id"] for line in shard.read_text().splitlines()]
-        assert len(names) == len(set(names)), f"{shard}: something was done twice"
+    for log in out.glob("iteration-*/**/log/*.jsonl"):
+        units = Counter(
+            (entry["phase"], entry["unit"])
+            for entry in map(json.loads, log.read_text().splitlines())
+            if "unit" in entry
+        )
+        assert set(units.values()) == {1}, f"{log}: something was done twice"
 
 
 @pytest.mark.slow

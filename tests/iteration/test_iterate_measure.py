@@ -12,9 +12,9 @@ from rich.console import Console
 
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.data.templates import get_template
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
 from stepkd.iteration.measure import differences, divergence, model_metrics, problem_rows, ratio_difference
-from stepkd.iteration.record import IterationRecord, file_fingerprint, folder_fingerprint
+from stepkd.iteration.stages import file_fingerprint, folder_fingerprint
 from stepkd.iteration.table import metric_text, notes, print_summary
 from stepkd.labels import LabelSpec, run_label_job
 from stepkd.labels.job import drawn_records
@@ -161,27 +161,6 @@ def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
     hot = LabelSpec(**{**vars(spec), "temperature": 0.5})
     cold = problem_rows(tmp_path / "samples", None, hot, seed_model=str(tmp_path / "m0"))
     assert cold[0]["samples"][0]["log_ratio"] is None
-
-
-def test_a_stage_is_done_once_and_only_from_the_same_inputs(tmp_path: Any) -> None:
-    done: list[str] = []
-    record = IterationRecord(tmp_path, 3)
-
-    def work() -> dict[str, int]:
-        done.append("work")
-        return {"rows": 4}
-
-    for _ in range(2):
-        assert record.run("train", {"rows": "abc"}, work, begin=lambda: done.append("begin")) == {"rows": 4}
-    assert IterationRecord(tmp_path, 3).run("train", {"rows": "abc"}, work, begin=lambda: None) == {"rows": 4}
-    assert done == ["begin", "work"]
-    with pytest.raises(ConfigError, match=r"rows: 'abc' then, 'xyz' now"):
-        record.run("train", {"rows": "xyz"}, work, begin=lambda: None)
-    with pytest.raises(DataError, match="not a record of iteration 2"):
-        IterationRecord(tmp_path, 2)
-    record.path.write_text("{")
-    with pytest.raises(DataError, match="not a readable record"):
-        IterationRecord(tmp_path, 3)
 
 
 def test_fingerprints_see_changes(tmp_path: Any) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from stepkd.commands import iterate, label
-from stepkd.errors import ConfigError, DataError
-from stepkd.iteration.command import label_arguments, pair_arguments
-from stepkd.iteration.spec import explicit_word, iteration_seed, load_spec, put
+from stepkd.commands import iterate
+from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.iteration import stages, worker
+from stepkd.iteration.spec import IterateSpec, explicit_word, iteration_seed, load_spec, put
 from stepkd.iteration.stages import Iteration, training_settings
-from stepkd.labels import LabelSpec
-from stepkd.labels.settings import settings_from
+from stepkd.labels.settings import StepPairSpec, TreePairSpec
+from stepkd.runs.job import Job
 from stepkd.yaml_files import find_recipe
 
 
@@ -22,6 +22,10 @@ def parsed(arguments: list[str], module: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def iteration(spec: IterateSpec, out: Path, k: int) -> Iteration:
+    return Iteration(spec, Job(out, "iterated training"), k, "", lambda line: None)
 
 
 def test_jobs_of_an_iteration(small: Any, write: Any) -> None:
@@ -65,14 +69,14 @@ def test_explicit_words(word: str, explicit: str) -> None:
 
 def test_training_settings_of_both_references(small: Any, write: Any, tmp_path: Path) -> None:
     spec = load_spec(write(small("models/m0")), {"reference": "kept", "iterations": 3})
-    settings = training_settings(Iteration(spec, tmp_path, 2, "", print), tmp_path / "rows.jsonl")
+    settings = training_settings(iteration(spec, tmp_path, 2), tmp_path / "rows.jsonl")
     arguments = settings["model"]["init_args"]
     assert arguments["policy"]["path"] == str(tmp_path / "iteration-1" / "model")
     assert arguments["reference"] == {"path": "models/m0"}
     assert settings["data"]["init_args"]["train"]["path"] == str(tmp_path / "rows.jsonl")
     assert settings["trainer"]["max_steps"] == 3
     spec = load_spec(write(small("models/m0")))
-    settings = training_settings(Iteration(spec, tmp_path, 1, "", print), tmp_path / "rows.jsonl")
+    settings = training_settings(iteration(spec, tmp_path, 1), tmp_path / "rows.jsonl")
     assert settings["model"]["init_args"] == {"policy": {"path": "models/m0"}}, "the module starts at its reference"
 
 
@@ -105,8 +109,8 @@ def test_identity_leaves_out_what_may_change(small: Any, write: Any) -> None:
         ({"pairs": {"to": "step_preference"}}, "convert and pairs both"),
         ({"convert": None, "pairs": {"to": "step_prefrence"}}, "Did you mean 'step_preference'"),
         ({"convert": None, "pairs": {"to": "step_preference", "continuation": 3}}, "Did you mean 'continuations'"),
-        ({"convert": None, "pairs": {"to": "step_preference", "continuations": "x"}}, "pairs: .*invalid int"),
-        ({"convert": None, "pairs": {"to": "step_preference", "seed": 3}}, "pairs: no option 'seed'"),
+        ({"convert": None, "pairs": {"to": "step_preference", "continuations": "x"}}, "pairs: .*continuations.*int"),
+        ({"convert": None, "pairs": {"to": "step_preference", "seed": 3}}, "pairs: no key 'seed'"),
         ({"evaluation.samples": 1}, "at least 2 samples"),
         ({"evaluation.temperature": 0.0}, "a temperature above 0"),
         ({"evaluation.problems": "prm800k:path=x.jsonl"}, "source 'prm800k' cannot be evaluated"),
@@ -162,27 +166,40 @@ def test_command_line_overrides() -> None:
         iterate.overrides(parsed(["--config", "x", "--set", "label.samples"], iterate))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"dedupe": False, "extractors": ("hash", "boxed"), "stop": ("a b", "\n\n"), "early_stop": True},
-        {"labeller": "judge", "judge": "m", "reference": True, "soft": True, "threshold": 0.25, "device": "cpu"},
-        {"segmenter": "entropy", "quantile": 0.1, "max_rows": 7, "deadline_s": 0.5, "dtype": "float32", "limit": 3},
-        {"max_new_tokens": 9, "top_k": 3, "top_p": 0.5, "label_temperature": 0.3, "outcome_scope": "all", "seed": 9},
-    ],
-)
-def test_label_arguments_say_the_whole_job(changes: dict[str, Any]) -> None:
-    spec = LabelSpec(out="o", problems="task:task=modular", model="m", **changes)
-    assert settings_from(LabelSpec, vars(parsed(label_arguments(spec), label))) == spec
-
-
-def test_pair_arguments_share_the_labelling_jobs_settings(small: Any, write: Any) -> None:
+def test_pair_jobs_share_the_labelling_jobs_settings(small: Any, write: Any) -> None:
     changes = {"convert": None, "pairs": {"to": "step_preference", "continuations": 4, "check_step": True}}
     spec = load_spec(write(small(**changes)))
-    words = pair_arguments(spec.pairs or {}, spec.label_spec(1, out="labels", model="m"), out="pairs", seed=5)
-    arguments = parsed(words[1:], label)
-    assert words[0] == "label"
-    assert (arguments.rollouts, arguments.model, arguments.out, arguments.seed) == ("labels", "m", "pairs", 5)
-    assert (arguments.continuations, arguments.check_step, arguments.max_new_tokens) == (4, True, 24)
-    assert (arguments.problems, arguments.device) == (None, "cpu")
+    kind, pairs = spec.pair_spec(1, spec.label_spec(1, out="labels", model="m"), out="pairs")
+    assert kind == "step_preference"
+    assert isinstance(pairs, StepPairSpec)
+    assert (pairs.rollouts, pairs.model, pairs.out) == ("labels", "m", "pairs")
+    assert (pairs.continuations, pairs.check_step, pairs.max_new_tokens, pairs.device) == (4, True, 24, "cpu")
+    tree = load_like(spec, pairs={"to": "tree_preference", "max_step_tokens": 9, "iterations": 7})
+    _, pairs = tree.pair_spec(1, tree.label_spec(1, out="labels", model="m"), out="pairs")
+    assert isinstance(pairs, TreePairSpec)
+    assert (pairs.problems, pairs.max_step_tokens, pairs.search.iterations) == (spec.problem_word(1), 9, 7)
+
+
+def load_like(spec: IterateSpec, **changes: Any) -> IterateSpec:
+    return IterateSpec(**{**vars(spec), **changes})
+
+
+@pytest.mark.parametrize("kind", ["label", "step_preference", "tree_preference"])
+def test_a_job_under_a_launcher_gets_the_same_settings(
+    kind: str, small: Any, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = load_spec(write(small(convert=None, launcher="python", pairs={"to": "step_preference"})))
+    job: Any = spec.label_spec(1, out=str(tmp_path / "labels"), model="m")
+    if kind != "label":
+        _, job = load_like(spec, pairs={"to": kind}).pair_spec(1, job, out=str(tmp_path / "pairs"))
+    given: list[Any] = []
+    monkeypatch.setattr(stages, "run_job", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(stages.subprocess, "run", lambda words, check: Done(worker.main(words[-1])))
+    with pytest.raises(StepkdError, match=r"ended without rows\.jsonl"):
+        stages._run_job(iteration(spec, tmp_path, 1), kind, job, "rows.jsonl")
+    assert [(name, settings) for name, settings, _ in given] == [(kind, job)]
+
+
+class Done:
+    def __init__(self, returncode: int) -> None:
+        self.returncode = returncode

@@ -186,6 +186,24 @@ def test_a_stage_is_done_once_and_refused_when_its_inputs_have_changed(tmp_path:
         job.once("stages", "train", lambda: {"loss": 9.9}, inputs={"rows": "cd"})
 
 
+def test_a_job_that_trains_keeps_other_processes_out_and_a_dead_one_does_not(tmp_path: Path) -> None:
+    job = start(tmp_path)
+    code = (
+        "import sys, time; from pathlib import Path; from stepkd.runs.job import Job\n"
+        "with Job(Path(sys.argv[1]), 'test job').alone():\n    print('in', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(ConfigError, match=f"in use by process {other.pid}"):
+        start(tmp_path, overwrite=True)
+    other.kill()
+    other.wait()
+    with job.alone():
+        start(tmp_path)
+    assert not (tmp_path / "log" / "running.json").exists()
+
+
 def test_a_damaged_part_and_damaged_settings_are_named(tmp_path: Path) -> None:
     job = run(tmp_path)
     part = job.part("squares", "000001")
