@@ -24,7 +24,6 @@ from stepkd.commands import judging_prm
 from stepkd.commands.options import (
     TEMPLATE_HELP,
     add_model_arguments,
-    from_arguments,
     given_options,
     say_share_is_done,
     start_job,
@@ -100,12 +99,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("give --model and --out (or --compare A B, or --list)")
     from stepkd.data.benchmarks import PROCESS_BENCHMARKS
     from stepkd.evaluation.runner import PROBLEMS, EvaluationSpec, evaluate
+    from stepkd.labels.settings import settings_from
 
     _check_used(arguments, PROCESS_BENCHMARKS)
     if arguments.benchmark in PROCESS_BENCHMARKS:
         return judging_prm.run_process(arguments)
     console, launch, options = start_job(arguments, {PROBLEMS: "evaluating"})
-    summary = evaluate(from_arguments(EvaluationSpec, arguments, template=_template(arguments)), options=options)
+    summary = evaluate(
+        settings_from(EvaluationSpec, vars(arguments) | {"template": _template(arguments)}), options=options
+    )
     if not summary:
         return say_share_is_done(console, launch, "results")
     print_summary(console, summary)

@@ -8,9 +8,8 @@ from typing import Any
 
 from stepkd.commands.options import (
     add_scorer_arguments,
-    from_arguments,
     say_share_is_done,
-    scorer_options,
+    scorer_values,
     start_job,
 )
 from stepkd.errors import ConfigError
@@ -33,11 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_process(arguments: argparse.Namespace) -> int:
     """``stepkd evaluate --benchmark processbench``."""
     from stepkd.evaluation.process_runner import SOLUTIONS, ProcessSpec, evaluate_process
-    from stepkd.scorers.load import load_scorer
+    from stepkd.labels.settings import settings_from
+    from stepkd.scorers.load import ScorerOptions, load_scorer
 
     console, launch, job = start_job(arguments, {SOLUTIONS: "scoring"})
-    spec = from_arguments(ProcessSpec, arguments, batch_size=arguments.max_rows)
-    options = scorer_options(arguments)
+    spec = settings_from(ProcessSpec, vars(arguments) | {"batch_size": arguments.max_rows})
+    options = settings_from(ScorerOptions, scorer_values(arguments))
     summary = evaluate_process(spec, lambda: load_scorer(spec.model, options), options=job)
     if not summary:
         return say_share_is_done(console, launch, "results")

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepkd.commands.options import TEMPLATE_HELP
+from stepkd.commands.options import TEMPLATE_HELP, say_share_is_done, start_job
 from stepkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -166,26 +166,17 @@ def _job(arguments: argparse.Namespace) -> int:
     if arguments.to == "tree_preference" and (arguments.problems is None or arguments.rollouts is not None):
         raise ConfigError("--to tree_preference searches solutions of problems: give --problems SPEC, not --rollouts")
 
-    from rich.console import Console
-
     from stepkd.labels import PAIR_JOBS, LabelSpec, run_label_job, run_pair_job
     from stepkd.labels.settings import settings_from
-    from stepkd.runs import check_launch
-    from stepkd.runs.process import quiet_libraries
-    from stepkd.runs.progress import job_options
-    from stepkd.scorers.load import rank_device
 
-    quiet_libraries()
-    console, launch = Console(), check_launch()
-    options = job_options(console, launch, verbs=VERBS, overwrite=arguments.overwrite, wait_s=arguments.wait)
-    given = vars(arguments) | {"device": rank_device(arguments.device, launch)}
+    console, launch, options = start_job(arguments, VERBS)
+    given = vars(arguments)
     if arguments.to is None:
         made, summary = "labels", run_label_job(settings_from(LabelSpec, given), options=options)
     else:
         made, summary = "pairs", run_pair_job(settings_from(PAIR_JOBS[arguments.to], given), options=options)
     if summary is None:
-        _say(console, f"rank {launch.rank} has done its share; the last rank to finish writes the {made}")
-        return 0
+        return say_share_is_done(console, launch, made)
     (print_summary if arguments.to is None else print_pair_summary)(console, summary)
     _say(console, f"\n{made}, summary and settings: {arguments.out}")
     return 0

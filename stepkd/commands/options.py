@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +12,6 @@ if TYPE_CHECKING:
 
 TEMPLATE_HELP = "gsm8k, math, plain, task, or a YAML file; default: the one the model was trained with, else the data's"
 """Help of ``--template``."""
-
-
-def from_arguments(settings: type[Any], arguments: argparse.Namespace, **more: Any) -> Any:
-    """Settings from the arguments of the same names; what is not given (None) keeps its default.
-
-    Args:
-        settings: a dataclass.
-        arguments: a command line.
-        more: further fields, which go before.
-    """
-    names = {field.name for field in dataclasses.fields(settings)} - set(more)
-    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
-    return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}, **more)
 
 
 def add_job_arguments(group: Any) -> None:
@@ -73,7 +59,7 @@ def say_share_is_done(console: Any, launch: LaunchInfo, what: str) -> int:
 
 
 def add_scorer_arguments(group: Any) -> None:
-    """Arguments that :func:`scorer_options` reads; ``--template`` and the machine's are the command's own."""
+    """Arguments that :func:`scorer_values` reads; ``--template`` and the machine's are the command's own."""
     group.add_argument("--temperature-from", metavar="FILE", help="scale the scores with a fitted temperature")
     group.add_argument("--head", metavar="JSON", help="how a plain model scores steps, as in step_head.json")
     group.add_argument("--reference", action="store_true", help="show the gold solution to a judge")
@@ -83,18 +69,17 @@ def add_scorer_arguments(group: Any) -> None:
     group.add_argument("--separator", help="separator a TRL model was trained with (default: newline)")
 
 
-def scorer_options(arguments: argparse.Namespace) -> Any:
-    """The :class:`~stepkd.scorers.ScorerOptions` of a command line."""
+def scorer_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Values of a command line as the fields of :class:`~stepkd.scorers.ScorerOptions` that have their names."""
     from stepkd.scorers.calibration import TemperatureScaling
-    from stepkd.scorers.load import ScorerOptions, parse_head
+    from stepkd.scorers.load import parse_head
 
     scaling = arguments.temperature_from
-    return from_arguments(
-        ScorerOptions,
-        arguments,
-        head=parse_head(arguments.head) if arguments.head else None,
-        temperature=TemperatureScaling.load(scaling) if scaling else None,
-    )
+    read = {
+        "head": parse_head(arguments.head) if arguments.head else None,
+        "temperature": TemperatureScaling.load(scaling) if scaling else None,
+    }
+    return vars(arguments) | read
 
 
 def given_options(arguments: argparse.Namespace, parser: argparse.ArgumentParser, names: tuple[str, ...]) -> list[str]:

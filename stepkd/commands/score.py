@@ -21,9 +21,8 @@ from stepkd.commands.options import (
     TEMPLATE_HELP,
     add_model_arguments,
     add_scorer_arguments,
-    from_arguments,
     say_share_is_done,
-    scorer_options,
+    scorer_values,
     start_job,
 )
 from stepkd.errors import check_choice
@@ -62,17 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd score``."""
     check_choice("reduction", arguments.reduction, REDUCTIONS)
     from stepkd.evaluation.score_rows import SOLUTIONS, TEMPERATURE, ScoreJob, score_file
+    from stepkd.labels.settings import settings_from
 
     verbs = {SOLUTIONS: "scoring solutions", TEMPERATURE: "fitting the temperature"}
     console, launch, options = start_job(arguments, verbs)
-    job = from_arguments(
-        ScoreJob,
-        arguments,
-        out=Path(arguments.out),
-        reduction=None if arguments.reduction == "auto" else arguments.reduction,
-        fit_on=arguments.fit_temperature,
-        options=scorer_options(arguments),
-    )
+    given = {
+        "out": Path(arguments.out),
+        "reduction": None if arguments.reduction == "auto" else arguments.reduction,
+        "fit_on": arguments.fit_temperature,
+    }
+    job = settings_from(ScoreJob, scorer_values(arguments) | given)
     summary = score_file(job, options=options)
     if not summary:
         return say_share_is_done(console, launch, "scored rows")

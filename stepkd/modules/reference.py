@@ -19,8 +19,6 @@ from stepkd.models.checkpoint import load_trained, parameters_fingerprint
 from stepkd.rollout.annotate import check_same_vocabulary
 from stepkd.runs.files import write_file
 
-CACHE_FORMAT = "1"
-
 
 @dataclass(frozen=True)
 class ReferenceSpec:
@@ -120,7 +118,7 @@ class ReferenceCache:
             "lengths": torch.tensor([len(each) for each in values]),
             "logps": torch.cat(values),
         }
-        facts = {"format": CACHE_FORMAT, "reference": self.identity, "precision": self.precision}
+        facts = {"reference": self.identity, "precision": self.precision}
         write_file(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
     def _read(self, path: Path) -> None:
@@ -130,7 +128,7 @@ class ReferenceCache:
                 keys, lengths, logps = (file.get_tensor(name) for name in ("keys", "lengths", "logps"))
         except Exception as error:  # safetensors raises its own class for a torn or foreign file
             raise ModelError(f"{path} is not a readable reference cache ({type(error).__name__}): delete it") from error
-        if facts.get("format") != CACHE_FORMAT or facts.get("reference") != self.identity:
+        if facts.get("reference") != self.identity:
             raise ModelError(
                 f"{path} was made with another reference model ({facts.get('reference')} there, {self.identity} here): "
                 "delete it, or give the reference of the first run"
