@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from stepkd.errors import ConfigError, check_choice
 
 EXTRACTOR_VERSION = "2"
-"""Written to evaluation manifests; raised whenever an extraction rule changes, because rules move scores."""
+"""Written to the settings of evaluations; raised whenever an extraction rule changes, because rules move scores."""
 
 DEFAULT_EXTRACTORS: tuple[str, ...] = ("hash", "boxed", "answer_phrase", "latex", "last_number")
 

@@ -9,11 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stepkd.evaluation.manifest import RESULTS_NAME
 from stepkd.evaluation.metrics import compare_runs
 from stepkd.iteration.measure import differences, model_metrics
 from stepkd.iteration.spec import IterateSpec
-from stepkd.runs.job import read_results
+from stepkd.runs.job import RESULTS_NAME, read_results
 
 Summary = Mapping[str, Any]
 

@@ -435,7 +435,7 @@ def differences(
     return {
         key: (then.get(key, ABSENT), now.get(key, ABSENT))
         for key in {**then, **now}
-        if then.get(key, ABSENT) != now.get(key, ABSENT)
+        if _value(then, key) != _value(now, key)
         and not any(key == name or key.startswith(f"{name}.") for name in allowed)
     }
 
@@ -461,6 +461,11 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], place: str | Path
 
 def _then_and_now(found: Mapping[str, tuple[Any, Any]]) -> str:
     return "\n".join(f"  {key}: {then!r} then, {now!r} now" for key, (then, now) in found.items())
+
+
+def _value(settings: Mapping[str, Any], key: str) -> tuple[bool, Any]:
+    value = settings.get(key, ABSENT)
+    return isinstance(value, bool), value  # to Python, True is 1
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

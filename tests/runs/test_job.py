@@ -281,6 +281,7 @@ def test_differences_name_nested_settings_and_ignore_threads_on_accelerators() -
     gpu = {"device": "cuda", "threads": 2}
     assert differences(gpu, gpu | {"threads": 4}) == {}
     check_same(old, old | {"a": 7}, "x", free=["a"])
+    assert differences({"x": True}, {"x": 1}) == {"x": (True, 1)}
 
 
 def test_a_launch_is_told_from_another() -> None:

@@ -39,9 +39,9 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
     from stepkd.claims.tiny import problem_ids, problem_metrics, problem_rows
     from stepkd.data.io import read_rows
-    from stepkd.evaluation.manifest import RESULTS_NAME
     from stepkd.iteration.loop import run_iterations
     from stepkd.iteration.spec import HeldOutSettings, IterateSpec, TrainSettings
+    from stepkd.runs.job import RESULTS_NAME
 
     settings: IteratedSettings = unit.settings
     student = train_sloppy_student(unit, report)
