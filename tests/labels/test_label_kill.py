@@ -144,10 +144,11 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_does_what_is_missing
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "stepkd"]
     environ = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen([*command, *job("torn")], env=environ) as launcher:
-        while launcher.poll() is None and not ((torn / "log" / "rank-1.jsonl").exists() and parts(torn) >= 2):
+        begun: list[Path] = []  # logs, in the order in which the ranks begin
+        while launcher.poll() is None and len(begun) < 2:
+            begun += [path for path in torn.glob("log/*.jsonl") if path not in begun and path.stat().st_size]
             time.sleep(0.002)
-        begun = [(torn / "log" / f"rank-{rank}.jsonl").read_text().splitlines()[0] for rank in (0, 1)]
-        pids = [json.loads(line)["pid"] for line in begun]
+        pids = [json.loads(path.read_text().splitlines()[0])["pid"] for path in begun]
         os.kill(pids[1], sign)
         assert launcher.wait(120) != 0
     assert parts(torn) < parts(whole)
