@@ -37,7 +37,8 @@ data:
 COMMANDS = {
     "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular:terms=3,n=40 --samples 2 "
     "--temperature 1 --max-new-tokens 60 --batch-size 2 --device cpu --out {out}",
-    "score": "score --model judge:tiny-0.1m --rollouts {data}/rows.jsonl --batch-size 1 --device cpu --out {out}.jsonl",
+    "score": "score --model judge:tiny-0.1m --rollouts {data}/rows.jsonl --batch-size 1 "
+    "--answers Y N --device cpu --out {out}.jsonl",
     "cache-teacher": "cache-teacher --config {data}/gkd.yaml --no-validation --top-k 6 --device cpu --out {out}",
 }
 OUTPUTS = {
@@ -59,6 +60,7 @@ class Runs:
     """One command, started as often as it takes."""
 
     def __init__(self, command: str, data: Path, out: Path) -> None:
+        self.command = command
         self.words = COMMANDS[command].format(data=data, out=out).split()
         self.outputs = [Path(name.format(out=out)) for name in OUTPUTS[command]]
         self.job = Path(f"{out}.jsonl.work") if command == "score" else out
@@ -107,14 +109,20 @@ def is_running(pid: int) -> bool:
     return True
 
 
+@pytest.fixture(scope="module", params=COMMANDS)
+def whole(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A command, done without interruption by one process."""
+    runs = Runs(request.param, data, tmp_path_factory.mktemp("whole") / "out")
+    runs.finish(ranks=1)
+    return runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL], ids=str)
-@pytest.mark.parametrize("command", COMMANDS)
-def test_killed_alone_and_among_ranks(command: str, sign: signal.Signals, data: Path, tmp_path: Path) -> None:
-    whole, torn = Runs(command, data, tmp_path / "whole"), Runs(command, data, tmp_path / "torn")
-    whole.finish(ranks=1)
-    units = {"evaluate": 40, "score": 200, "cache-teacher": 16}[command]
-    draw = random.Random(f"{command} {sign}")
+def test_killed_alone_and_among_ranks(whole: Runs, sign: signal.Signals, data: Path, tmp_path: Path) -> None:
+    torn = Runs(whole.command, data, tmp_path / "torn")
+    units = {"evaluate": 40, "score": 200, "cache-teacher": 16}[whole.command]
+    draw = random.Random(f"{whole.command} {sign}")
     first, second = draw.randint(1, units // 4), draw.randint(units // 4 + 1, units // 2)
 
     alone = torn.start(ranks=1)
