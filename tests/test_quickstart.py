@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +93,24 @@ def test_steps_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quickstart", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [stage.name for stage in STAGES]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_summary(folder: Path, tmp_path: Path) -> None:
+    out, moments, kills = tmp_path / "run", random.Random(0), 0
+    command = [sys.executable, "-m", "stepkd", "quickstart", "--out", str(out), "--scale", "0.01", "--resume"]
+    for attempt in range(40):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        done = len(list(out.glob("parts/stages/*.jsonl")))
+        while process.poll() is None and len(list(out.glob("parts/stages/*.jsonl"))) == done:
+            time.sleep(0.01)  # until a stage ends; then at some moment of the next one
+        time.sleep(moments.uniform(0, 2.0))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGTERM if attempt % 2 else signal.SIGKILL)
+        kills += process.wait() != 0
+    assert process.returncode == 0, process.stderr.read() if process.stderr else ""
+    assert kills >= 3
+    assert (out / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
+    model = Path("kdrl", "model", "model.safetensors")
+    assert (out / model).read_bytes() == (folder / model).read_bytes()

@@ -48,7 +48,7 @@ def run(unit, report):
         file.write("call\\n")
     settings = unit.settings
     if settings.kill_at == unit.seed and not os.environ.get("SPARE"):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("SIGN", "SIGKILL")])
     report("drawing")
     noise = generator(unit.seed, "fake", settings.task).random((settings.problems, 2))
     return [

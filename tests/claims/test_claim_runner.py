@@ -68,13 +68,14 @@ def test_a_second_call_does_nothing_and_more_seeds_only_themselves(write_claim: 
     assert calls(out) == {"main/seed-0": 1, "main/seed-1": 1, "main/seed-2": 1}
 
 
-def test_killed_and_resumed(write_claim: Write, experiment_folder: Path, tmp_path: Path) -> None:
-    """SIGKILL in the third seed: the first two are not repeated and the end is that of an unbroken run."""
+@pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM"])
+def test_killed_and_resumed(write_claim: Write, experiment_folder: Path, tmp_path: Path, sign: str) -> None:
+    """A signal in the third seed: the first two are not repeated and the end is that of an unbroken run."""
     path = write_claim(settings={"kill_at": 2})
     command = [sys.executable, "-m", "stepkd", "claims", str(path), "--out", str(tmp_path / "runs")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(experiment_folder), *sys.path])}
+    environment = {**os.environ, "SIGN": sign, "PYTHONPATH": os.pathsep.join([str(experiment_folder), *sys.path])}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    assert killed.returncode == -signal.Signals[sign]
     out = tmp_path / "runs" / "fake"
     assert sorted(path.name for path in (out / "parts" / "main").iterdir()) == ["seed-0.jsonl", "seed-1.jsonl"]
     again = subprocess.run(command, env={**environment, "SPARE": "1"}, capture_output=True, text=True, timeout=120)
