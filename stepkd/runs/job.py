@@ -105,6 +105,8 @@ class Job:
             ConfigError: not a folder, files of something else in it, a job of another kind or of version 0.1, or
                 (``overwrite``) more than such a job in it; or another process is at work there (:meth:`alone`).
         """
+        if self.options.overwrite and self.options.rank:
+            return  # rank 0 says so, and may be deleting just now
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file: give a folder")
         with contextlib.suppress(OSError, ValueError, KeyError):

@@ -151,6 +151,10 @@ def test_other_ranks_wait_until_rank_0_has_emptied_the_folder(tmp_path: Path) ->
     options = {"overwrite": True, "launch": "elastic:8", "world_size": 2}
     with pytest.raises(StepkdError, match="rank 0 did not begin"):
         start(tmp_path, rank=1, wait_s=0, **options)
+    Job(tmp_path / "being deleted", "test job", options=JobOptions(rank=1, **options)).check()
+    (tmp_path / "settings.json").rename(tmp_path / "kept")  # what rank 1 may meet while rank 0 deletes
+    Job(tmp_path, "test job", options=JobOptions(rank=1, **options)).check()
+    (tmp_path / "kept").rename(tmp_path / "settings.json")
     said: list[str] = []
     thread = threading.Thread(target=lambda: start(tmp_path, rank=1, say=said.append, **options))
     thread.start()
