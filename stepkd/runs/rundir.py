@@ -133,7 +133,7 @@ class RunDir:
         marker.update(status=status, message=message, ended=_now())
         try:
             write_json(self.path / MARKER, marker)
-        except MachineError:
+        except (OSError, MachineError):
             if status != "failed":
                 raise
             with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
