@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from stepkd.cli import main
-from stepkd.quickstart.stages import STAGES
+from stepkd.quickstart import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_other_settings_do_not_mix(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_steps_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
-    from stepkd.quickstart.stages import marked_solution
+    from stepkd.quickstart import marked_solution
 
     sample = {"completion": "3+4=7\n7*2=15\n#### 5", "step_labels": [True, False, False]}
     lines = marked_solution("3+4*2%10=\n", sample).plain.splitlines()

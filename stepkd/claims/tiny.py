@@ -1,62 +1,90 @@
-"""Tiny models, trained and evaluated on the spot: what the quick start and the experiments of the claims share."""
+"""Tiny models, trained on the spot on the CPU: what the quick start and the experiments of the claims share.
+
+:func:`train_tiny` trains what a builder makes: :func:`tiny_sft`, :func:`tiny_gkd`, :func:`tiny_kdrl`,
+:func:`tiny_preference` or :func:`tiny_prm`. Every builder takes ``start`` (tiny model preset, or the folder of a model
+to go on from), ``lr`` (peak learning rate) and ``seed`` (of data, order, sampling and new weights).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from stepkd.data import DataSpec, FeedbackData, LabelRule, PairData, StepData, StepLabelData
+from stepkd.models import PolicySpec, StepHeadSpec, load_tokenizer
+from stepkd.models.export import export_model
+from stepkd.modules import (
+    DivergenceSpec,
+    DPOModule,
+    FidelitySpec,
+    GKDModule,
+    KDRLModule,
+    KDSpec,
+    KTOModule,
+    OptimizerSpec,
+    PolicyLossSpec,
+    PRMModule,
+    RolloutSpec,
+    SFTModule,
+    SourceSpec,
+    StepCreditSpec,
+    StepKTOModule,
+)
+from stepkd.runs.logger import JsonlLogger
+from stepkd.steps import StepFormat
+from stepkd.teachers import LocalTeacher, TeacherSpec, write_cache
+from stepkd.training.checkpoints import AtomicCheckpointIO
+from stepkd.training.progress import StepProgress
 
 GLOBAL_BATCH = 64
 """Solutions per optimiser step."""
+PROMPTS, GROUP = 32, 8
+"""Prompts per optimiser step of :func:`tiny_kdrl`, and completions of each."""
 NEW_TOKENS = 64
 """Longest sampled completion, where nothing else is said."""
+DEMONSTRATIONS = 20_000
+"""Different problems in a training set, where nothing else is said; a small task has fewer."""
+Built: TypeAlias = tuple[LightningModule, LightningDataModule]
 
 
-def train_tiny_sft(
-    folder: Path,
-    *,
-    start: str | Path,
-    task: str,
-    steps: int,
-    lr: float,
-    seed: int,
-    noise: Mapping[str, Any] | None = None,
-    demonstrations: int = 20_000,
-    progress: bool = False,
-    reuse: bool = False,
+def train_tiny(
+    folder: Path, build: Callable[..., Built], *, steps: int, progress: bool = False, **settings: Any
 ) -> Path:
-    """Train a tiny model on generated solutions, on the CPU, and export it.
+    """Train a tiny model, on the CPU, and export it.
 
     Args:
-        folder: where the run's metrics (``metrics.jsonl``) and model go; made when missing.
-        start: tiny model preset, or the folder of a model to go on from.
-        task: tiny-world task with its settings, for example ``modular:terms=4,modulus=10``.
-        steps: optimiser steps of 64 solutions, at least 1.
-        lr: peak learning rate (cosine schedule, 5% warm-up).
-        seed: seed of data, order and initial weights.
-        noise: slips in the demonstrations (fields of :class:`stepkd.tasks.Noise`), None for clean ones.
-        demonstrations: different problems in the training set; a small task has fewer.
+        folder: where the run's metrics (``metrics.jsonl``) and model go; made when missing. It belongs to these
+            settings: a model that an earlier call exported there is returned as it is.
+        build: makes the module and its data.
+        steps: optimiser steps, at least 1.
         progress: print the loss while training.
-        reuse: return the model that an earlier call left in ``folder``, if it is whole. Only right where the folder
-            belongs to these settings, as an experiment's unit folder does.
+        **settings: arguments of ``build``.
 
     Returns:
         The exported model folder, ``folder/model``.
     """
     model = folder / "model"
-    if reuse and model.is_dir():
+    if model.is_dir():
         return model
-    from stepkd.models import PolicySpec
-    from stepkd.modules import OptimizerSpec, SFTModule
-
-    data = tiny_data(task, demonstrations, seed, noise=noise)
-    module = SFTModule(
-        PolicySpec(path=str(start), init_seed=seed),
-        OptimizerSpec(lr=lr, schedule="cosine", warmup=0.05),
-        micro_batch_tokens=16_384,
-        seed=seed,
+    module, data = build(**settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = _trainer(
+        max_steps=steps,
+        logger=JsonlLogger(folder),
+        callbacks=[StepProgress(every_n_steps=100)] if progress else [],
+        enable_progress_bar=progress,
+        log_every_n_steps=1,
+        default_root_dir=str(folder),
     )
-    return fit_and_export(folder, module, data, steps=steps, progress=progress)
+    trainer.fit(module, data)
+    checkpoint = folder / "last.ckpt"
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    trainer.save_checkpoint(checkpoint)
+    return export_model(checkpoint, model, overwrite=True)
 
 
 def tiny_data(
@@ -67,19 +95,17 @@ def tiny_data(
     noise: Mapping[str, Any] | None = None,
     batch: int = GLOBAL_BATCH,
     split: str = "train",
-) -> Any:
+) -> StepData:
     """Generated solutions as a data module: for training, or for validation when the split is another one.
 
     Args:
-        task: tiny-world task with its settings.
+        task: tiny-world task with its settings, for example ``modular:terms=4,modulus=10``.
         n: different problems.
         seed: of problems and order.
         noise: slips (fields of :class:`stepkd.tasks.Noise`), None for none.
         batch: rows per optimiser step.
         split: ``train``, ``validation`` or ``test``.
     """
-    from stepkd.data import DataSpec, StepData
-
     options: dict[str, Any] = {"task": task, "n": n, "seed": seed}
     if noise is not None:
         options["noise"] = dict(noise)
@@ -88,122 +114,205 @@ def tiny_data(
     return StepData(**used, template="task", global_batch_size=batch, max_length=128, seed=seed)
 
 
-def fit_and_export(folder: Path, module: Any, data: Any, *, steps: int, progress: bool) -> Path:
-    """Train in ``folder`` and export the last weights to ``folder/model``."""
-    from lightning.pytorch import Trainer
-
-    from stepkd.models.export import export_model
-    from stepkd.runs.logger import JsonlLogger
-    from stepkd.training.checkpoints import AtomicCheckpointIO
-    from stepkd.training.progress import StepProgress
-
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        logger=JsonlLogger(folder),
-        callbacks=[StepProgress(every_n_steps=100)] if progress else [],
-        enable_progress_bar=progress,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        default_root_dir=str(folder),
-    )
-    trainer.fit(module, data)
-    checkpoint = folder / "last.ckpt"
-    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-    trainer.save_checkpoint(checkpoint)
-    return export_model(checkpoint, folder / "model", overwrite=True)
-
-
-def evaluate_tiny(
-    folder: Path,
-    model: str | Path,
+def tiny_sft(
     *,
-    task: str,
-    problems: int,
-    samples: int,
-    temperature: float,
+    start: str | Path,
+    lr: float,
     seed: int,
-    max_new_tokens: int = NEW_TOKENS,
-) -> dict[str, Any]:
-    """Sample a model on held-out problems of a task, on the CPU, and grade every step; resumable.
+    task: str,
+    demonstrations: int = DEMONSTRATIONS,
+    noise: Mapping[str, Any] | None = None,
+) -> Built:
+    """Fine-tuning on generated solutions; cosine schedule, 5% warm-up.
 
     Args:
-        folder: where settings, per-problem rows and summary go; an interrupted evaluation there is gone on with.
-        model: model folder or tiny preset.
+        start, lr, seed: see the module's text.
         task: tiny-world task with its settings.
-        problems: number of problems, at least 1; the same seed gives the same ones.
-        samples: solutions per problem.
-        temperature: 0 is greedy (then one sample is enough).
-        seed: seed of the problems and of the sampling noise.
-        max_new_tokens: longest solution.
-
-    Returns:
-        The summary (:func:`stepkd.evaluation.evaluate`); the rows are read with :func:`problem_rows`.
+        demonstrations: different problems in the training set.
+        noise: slips in the demonstrations (fields of :class:`stepkd.tasks.Noise`), None for clean ones.
     """
-    from stepkd.evaluation import EvaluationSpec, evaluate
-
-    return evaluate(
-        EvaluationSpec(
-            model=str(model),
-            benchmark="task",
-            data=f'task="{task}",n={problems},seed={seed}',
-            samples=samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            max_rows=256,
-            device="cpu",
-            seed=seed,
-            out=str(folder),
-        )
-    )
+    module = SFTModule(PolicySpec(path=str(start), init_seed=seed), **_common(lr, seed))
+    return module, tiny_data(task, demonstrations, seed, noise=noise)
 
 
-def problem_rows(folder: Path) -> list[dict[str, Any]]:
-    """Per-problem rows of a finished evaluation, in the problems' order."""
-    from stepkd.runs.job import read_results
-
-    return read_results(folder)
-
-
-def problem_ids(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Ids of the problems of :func:`problem_rows`, as an :class:`~stepkd.claims.experiment.ArmResult` wants them."""
-    return tuple(str(row["id"]) for row in rows)
-
-
-def problem_metrics(rows: Sequence[Mapping[str, Any]], *, votes: Sequence[int] = ()) -> dict[str, list[Any]]:
-    """Per-problem values of the metrics that every method is judged by.
+def tiny_gkd(
+    *,
+    start: str | Path,
+    lr: float,
+    seed: int,
+    task: str,
+    teacher: str | Path,
+    demonstrations: int = DEMONSTRATIONS,
+    divergence: Mapping[str, Any],
+    student: float = 1.0,
+    of_teacher: float = 0.0,
+    cache: Path | None = None,
+) -> Built:
+    """Distillation from a tiny teacher; cosine schedule, 5% warm-up.
 
     Args:
-        rows: per-problem rows with step labels (:func:`problem_rows`); a sample whose labels are None counts for
-            its answer only.
-        votes: values of k for ``maj@k``, each from 1 to the number of samples per problem.
-
-    Returns:
-        ``pass@1`` (share of right samples), ``mean_tokens``, ``step_accuracy`` (pairs: right steps, steps),
-        ``correct_with_wrong_step`` (pairs: correct samples with an incorrect step, those whose steps are labelled),
-        ``clean@1`` (share of right samples without a wrong step) and ``maj@k``; one entry per problem each.
+        start, lr, seed: see the module's text.
+        task: tiny-world task with its settings.
+        teacher: folder of the model to learn from.
+        demonstrations: different problems in the training set.
+        divergence: fields of :class:`stepkd.modules.DivergenceSpec`.
+        student, of_teacher: share of batches sampled by the student, and of the others by the teacher; the rest are
+            the data's solutions.
+        cache: learn from a cache of the teacher's ``top_k`` (of the divergence) likeliest tokens, written here first.
     """
-    from stepkd.evaluation.metrics import maj_at_k
-    from stepkd.steps.labels import tally
+    if cache is not None:
+        _write_cache(cache, teacher, start, tiny_data(task, demonstrations, seed), divergence["top_k"])
+    module = GKDModule(
+        PolicySpec(path=str(start)),
+        TeacherSpec(path=str(teacher)) if cache is None else TeacherSpec(cache=str(cache)),
+        divergence=DivergenceSpec(**divergence),
+        source=SourceSpec(student=student, teacher=of_teacher, max_new_tokens=NEW_TOKENS, max_rows=GLOBAL_BATCH),
+        **_common(lr, seed),
+    )
+    return module, tiny_data(task, demonstrations, seed)
 
-    metrics: dict[str, list[Any]] = {
-        name: [] for name in ("pass@1", "mean_tokens", "step_accuracy", "correct_with_wrong_step", "clean@1")
-    }
-    metrics |= {f"maj@{k}": [] for k in votes}
-    for row in rows:
-        samples = row["samples"]
-        right = [sample["verdict"] == "correct" for sample in samples]
-        labels = [sample["step_labels"] or [] for sample in samples]
-        counts = tally(right, labels)
-        metrics["pass@1"].append(sum(right) / len(samples))
-        metrics["mean_tokens"].append(sum(sample["tokens"] for sample in samples) / len(samples))
-        metrics["step_accuracy"].append(
-            [sum(steps.count(True) for steps in labels), sum(len(steps) - steps.count(None) for steps in labels)]
-        )
-        metrics["correct_with_wrong_step"].append([counts.flawed, counts.labelled])
-        metrics["clean@1"].append((counts.correct - counts.flawed) / len(samples))
-        for k in votes:
-            metrics[f"maj@{k}"].append(maj_at_k([sample["vote"] for sample in samples], right, k))
-    return metrics
+
+def tiny_kdrl(
+    *,
+    start: str | Path,
+    lr: float,
+    seed: int,
+    task: str,
+    teacher: str | Path | None,
+    demonstrations: int = DEMONSTRATIONS,
+    kd: Mapping[str, Any],
+    policy_loss: Mapping[str, Any] | None = None,
+    step_credit: Mapping[str, Any] | None = None,
+    max_new_tokens: int = NEW_TOKENS,
+) -> Built:
+    """GRPO, on-policy distillation or both, 32 prompts with 8 completions each a step; constant after 10% warm-up.
+
+    Args:
+        start, lr, seed: see the module's text.
+        task: tiny-world task with its settings.
+        teacher: folder of the teacher; None: rewards alone.
+        demonstrations: different problems in the training set.
+        kd, policy_loss, step_credit: fields of :class:`stepkd.modules.KDSpec`, ``PolicyLossSpec``, ``StepCreditSpec``.
+        max_new_tokens: longest sampled completion.
+    """
+    module = KDRLModule(
+        PolicySpec(path=str(start)),
+        teacher=None if teacher is None else TeacherSpec(path=str(teacher)),
+        rollout=RolloutSpec(group_size=GROUP, max_new_tokens=max_new_tokens, max_rows=PROMPTS * GROUP),
+        policy_loss=PolicyLossSpec(**(policy_loss or {})),
+        kd=KDSpec(**kd),
+        step_credit=None if step_credit is None else StepCreditSpec(**step_credit),
+        **_common(lr, seed, schedule="constant", warmup=0.1),
+    )
+    return module, tiny_data(task, demonstrations, seed, batch=PROMPTS)
+
+
+def tiny_preference(
+    *,
+    start: str | Path,
+    lr: float,
+    seed: int,
+    method: Literal["kto", "step_kto", "dpo"],
+    rows: Path,
+    global_batch_size: int,
+    allow_one_class: bool = False,
+    **settings: Any,
+) -> Built:
+    """KTO, Step-KTO or DPO; cosine schedule, 10% warm-up.
+
+    Args:
+        start, lr, seed: see the module's text.
+        method: ``kto`` and ``step_kto`` read labelled rollouts, ``dpo`` pairs (of steps too).
+        rows: file of labelled rollouts or pairs.
+        global_batch_size: solutions or pairs per step.
+        allow_one_class: train although all labels agree (scaled-down runs).
+        **settings: further arguments of the module (beta, reduction, ...).
+    """
+    common = _rows_data(rows, seed, global_batch_size)
+    data = (
+        PairData(**common)
+        if method == "dpo"
+        else FeedbackData(**common, labels=LabelRule(after_error="keep"), allow_one_class=allow_one_class)
+    )
+    module = {"kto": KTOModule, "step_kto": StepKTOModule, "dpo": DPOModule}[method](
+        PolicySpec(path=str(start)), **_common(lr, seed, warmup=0.1), **settings
+    )
+    return module, data
+
+
+def tiny_prm(
+    *,
+    start: str | Path,
+    lr: float,
+    seed: int,
+    labels: Path,
+    meaning: Literal["correctness", "value", "outcome"] = "correctness",
+    separator: str = "\n",
+    after_error: Literal["keep", "truncate", "mask"] = "truncate",
+    allow_one_class: bool = False,
+) -> Built:
+    """A reward model from labelled solutions, with the language-model loss on them beside the labels (weight 1; Cobbe
+    et al. 2021); cosine schedule, 5% warm-up.
+
+    Args:
+        start, lr, seed: see the module's text.
+        labels: labelled rollouts (``stepkd label``); for ``meaning="outcome"`` their ``correct`` is the label.
+        meaning: what the scores estimate; ``outcome`` trains an outcome reward model.
+        separator: text between steps; empty for steps that are cuts of one text.
+        after_error: what to do with labels after the first incorrect step.
+        allow_one_class: train although all labels agree (scaled-down runs).
+    """
+    data = StepLabelData(
+        **_rows_data(labels, seed, GLOBAL_BATCH),
+        labels=LabelRule(after_error=after_error, scope="outcome" if meaning == "outcome" else "steps"),
+        allow_one_class=allow_one_class,
+    )
+    module = PRMModule(
+        PolicySpec(path=str(start), init_seed=seed),
+        StepHeadSpec(meaning=meaning, format=StepFormat(separator=separator)),
+        lm_weight=1.0,
+        **_common(lr, seed),
+    )
+    return module, data
+
+
+def tiny_fidelity(model: str | Path, teacher: str | Path, *, task: str, problems: int, seed: int) -> dict[str, float]:
+    """How like its teacher a model is on held-out problems (:mod:`stepkd.modules.fidelity`), names without a prefix."""
+    module = GKDModule(
+        PolicySpec(path=str(model)),
+        TeacherSpec(path=str(teacher)),
+        source=SourceSpec(student=0.0),
+        fidelity=FidelitySpec(max_new_tokens=NEW_TOKENS, max_rows=256),
+        micro_batch_tokens=16_384,
+        seed=seed,
+    )
+    trainer = _trainer(logger=False, enable_progress_bar=False)
+    (found,) = trainer.validate(module, tiny_data(task, problems, seed, split="test"), verbose=False)
+    prefix = "val/fidelity/"
+    return {name.removeprefix(prefix): float(value) for name, value in found.items() if name.startswith(prefix)}
+
+
+def _trainer(**options: Any) -> Trainer:
+    return Trainer(accelerator="cpu", enable_checkpointing=False, enable_model_summary=False, **options)
+
+
+def _common(lr: float, seed: int, *, schedule: Any = "cosine", warmup: float = 0.05) -> dict[str, Any]:
+    optimizer = OptimizerSpec(lr=lr, schedule=schedule, warmup=warmup)
+    return {"optimizer": optimizer, "micro_batch_tokens": 16_384, "seed": seed}
+
+
+def _rows_data(rows: Path, seed: int, batch: int) -> dict[str, Any]:
+    train = DataSpec(source="rows", path=str(rows))
+    return {"train": train, "template": "task", "global_batch_size": batch, "max_length": 128, "seed": seed}
+
+
+def _write_cache(folder: Path, teacher: str | Path, student: str | Path, data: StepData, top_k: int) -> None:
+    """The teacher's likeliest tokens for all of the data's solutions."""
+    tokenizer = load_tokenizer(PolicySpec(path=str(student)))
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=SimpleNamespace(tokenizer=tokenizer), global_rank=0, world_size=1
+    )
+    data.setup("fit")
+    local = LocalTeacher(TeacherSpec(path=str(teacher)))
+    local.bind(tokenizer)
+    write_cache(folder, local, data.examples["train"], top_k=top_k)

@@ -50,9 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     claims = [load_claim(find_claim(name), quick=arguments.quick) for name in dict.fromkeys(arguments.names)]
     check_alone("stepkd claims")
 
-    from stepkd.claims.results import save_results, summarise_claim
+    from stepkd.claims.results import print_results, save_results, summarise_claim
     from stepkd.claims.runner import run_claim
-    from stepkd.claims.table import print_results
     from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()

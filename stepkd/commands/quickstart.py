@@ -33,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd quickstart``."""
     from rich.console import Console
 
-    from stepkd.quickstart.context import Context
-    from stepkd.quickstart.stages import STAGES, run_stages
+    from stepkd.quickstart import STAGES, Context, run_stages
     from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions, package_versions
     from stepkd.runs.launcher import check_alone
     from stepkd.runs.process import quiet_libraries

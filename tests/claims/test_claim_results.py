@@ -12,9 +12,16 @@ import pytest
 from rich.console import Console
 
 from stepkd.claims.claim_file import load_claim
-from stepkd.claims.results import committed_verdict, read_results, results_path, save_results, summarise_claim
+from stepkd.claims.results import (
+    committed_verdict,
+    number_text,
+    print_results,
+    read_results,
+    results_path,
+    save_results,
+    summarise_claim,
+)
 from stepkd.claims.runner import run_claim
-from stepkd.claims.table import number_text, print_results
 from stepkd.cli import main
 from stepkd.errors import DataError
 from stepkd.statistics import t_interval

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepkd.claims.tiny import problem_metrics, train_tiny_sft
+from stepkd.claims.tiny import tiny_sft, train_tiny
+from stepkd.claims.tiny_samples import align_scores, problem_metrics
 from stepkd.cli import main
 from stepkd.runs.job import read_results
 
@@ -24,13 +25,12 @@ def test_problem_metrics() -> None:
         {"id": "b", "samples": [sample("wrong", [False, False, True], "4"), sample("correct", [True], "3")]},
         {"id": "c", "samples": [sample("correct", None, "5"), sample("correct", [True, None], "5")]},
     ]
-    assert problem_metrics(rows, votes=(2,)) == {
+    assert problem_metrics(rows) == {
         "pass@1": [1.0, 0.5, 1.0],
         "mean_tokens": [20.0, 20.0, 10.0],
         "step_accuracy": [[3, 4], [2, 4], [1, 1]],
         "correct_with_wrong_step": [[1, 2], [0, 1], [0, 0]],
         "clean@1": [0.5, 0.5, 1.0],
-        "maj@2": [1.0, 0.5, 1.0],
     }
 
 
@@ -60,14 +60,12 @@ def test_the_metrics_agree_with_the_evaluation(tmp_path: Path, capsys: pytest.Ca
         assert right / steps == pytest.approx(sampled["step_accuracy"]["value"])
     weights = out / "units" / "main" / "seed-0" / "teacher" / "model" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    train_tiny_sft(weights.parents[1], start="tiny-0.1m", task="modular", steps=1, lr=1e-3, seed=0, reuse=True)
+    train_tiny(weights.parents[1], tiny_sft, steps=1, start="tiny-0.1m", task="modular", lr=1e-3, seed=0)
     assert weights.stat().st_mtime_ns == before  # an interrupted seed does not train the same model again
 
 
 def test_scores_follow_their_rollouts_when_one_was_dropped() -> None:
     """Another cut of the same rollouts may lack one; the others keep their own scores."""
-    from stepkd.claims.tiny_reward import align_scores
-
     whole = [{"id": f"{p}/{j}", "problem_id": p} for p in "ab" for j in range(3)]
     fewer = [row for row in whole if row["id"] != "a/1"][::-1]  # another order of problems too
     scores = [[0.2, 0.1, 0.0], [0.9, 0.7]]  # b/2, b/1, b/0 and a/2, a/0

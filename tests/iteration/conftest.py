@@ -14,10 +14,11 @@ TASK = 'task:task="modular:terms=3,modulus=3"'
 @pytest.fixture(scope="session")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 0.1M parameters that writes well-formed solutions, about a third of them right."""
-    from stepkd.claims.tiny import train_tiny_sft
+    from stepkd.claims.tiny import tiny_sft, train_tiny
 
-    return train_tiny_sft(
+    return train_tiny(
         tmp_path_factory.mktemp("student"),
+        tiny_sft,
         start="tiny-0.1m",
         task="modular:terms=3,modulus=3",
         steps=80,

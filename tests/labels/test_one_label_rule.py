@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.claims.tiny import problem_metrics
+from stepkd.claims.tiny_samples import problem_metrics
 from stepkd.data.feedback import FeedbackExample
 from stepkd.data.labelled_data import feedback_counts
 from stepkd.data.step_labels import LabelRule, step_targets, trl_row

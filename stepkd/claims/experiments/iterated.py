@@ -1,4 +1,4 @@
-"""Iterated training: M0 is the sloppy student, M1 to MK learn from their predecessor's labelled solutions.
+"""Iterated training: M0 is the noisy student, M1 to MK learn from their predecessor's labelled solutions.
 
 One unit runs ``stepkd iterate`` with the exact checker as labeller. The arms are the models: ``m0`` to ``mK``.
 """
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
-from stepkd.claims.sloppy_student import METRICS as SAMPLED
-from stepkd.claims.sloppy_student import SloppyStudentSettings, train_sloppy_student, training_problems
+from stepkd.claims.student import METRICS as SAMPLED
+from stepkd.claims.student import NoisyStudentConfig, problem_source, train_noisy_student
 
 METRICS = (*SAMPLED, "greedy")
 ITERATIONS = 3
 
 
 @dataclass(frozen=True)
-class IteratedSettings(SloppyStudentSettings):
+class IteratedSettings(NoisyStudentConfig):
     """Task, budgets and noise of the experiment."""
 
     epochs: int = 1
@@ -37,26 +37,22 @@ ARMS: Mapping[str, Mapping[str, Any]] = {f"m{k}": {} for k in range(ITERATIONS +
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
-    from stepkd.claims.tiny import problem_ids, problem_metrics, problem_rows
-    from stepkd.data.io import read_rows
+    from stepkd.claims.tiny_samples import problem_metrics
     from stepkd.iteration.loop import run_iterations
     from stepkd.iteration.spec import HeldOutSettings, IterateSpec, TrainSettings
-    from stepkd.runs.job import RESULTS_NAME
+    from stepkd.runs.job import read_results
 
     settings: IteratedSettings = unit.settings
-    student = train_sloppy_student(unit, report)
+    student = train_noisy_student(unit, report)
     sampling = {"template": "task", "extractors": ["hash"], "max_new_tokens": 64, "max_rows": 256, "device": "cpu"}
     spec = IterateSpec(
         model=str(student),
-        problems=training_problems(unit),
+        problems=problem_source(unit, settings.label_problems),
         iterations=ITERATIONS,
         reference=settings.reference,
         label={"labeller": "checker", "samples": settings.label_samples, **sampling},
         train=TrainSettings(recipes=["recipes/tiny/step_kto.yaml"], overrides=_overrides(settings)),
-        evaluation=HeldOutSettings(
-            problems=f'task:task="{settings.task}",n={settings.problems},seed={unit.seed},split=test',
-            samples=settings.samples,
-        ),
+        evaluation=HeldOutSettings(problems=problem_source(unit, settings.problems, "test"), samples=settings.samples),
         seed=unit.seed,
     )
     folder = unit.folder / "iterated"
@@ -64,14 +60,11 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     results = []
     for name in unit.arms:
         evaluation = folder / f"iteration-{name.removeprefix('m')}" / "evaluation"
-        rows = [row for row, _ in read_rows(evaluation / RESULTS_NAME)]
-        found = problem_metrics(rows)
-        metrics = {metric: found[metric] for metric in SAMPLED}
-        greedy = {str(row["id"]): row for row in problem_rows(evaluation / "greedy")}
-        metrics["greedy"] = [
-            float(greedy[problem]["samples"][0]["verdict"] == "correct") for problem in problem_ids(rows)
-        ]
-        results.append(ArmResult(name, problem_ids(rows), metrics, {}))
+        rows, greedy = (read_results(each) for each in (evaluation, evaluation / "greedy"))
+        correct = {str(row["id"]): row["samples"][0]["verdict"] == "correct" for row in greedy}
+        problems = [str(row["id"]) for row in rows]
+        found = problem_metrics(rows) | {"greedy": [float(correct[problem]) for problem in problems]}
+        results.append(ArmResult(name, problems, {metric: found[metric] for metric in METRICS}, {}))
     return results
 
 

@@ -1,4 +1,4 @@
-"""A sloppy student goes on from rewards, from a teacher that is better but not perfect, or from both (KDRL).
+"""A noisy student goes on from rewards, from a teacher that is better but not perfect, or from both (KDRL).
 
 One unit trains a clean model, a teacher and a student on top of it (slips of two rates), and one model per arm from
 the student's weights, all on equally many samples of their own; it samples all of them on held-out problems.
@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
-from stepkd.errors import ConfigError
+from stepkd.claims.student import ExperimentConfig, evaluate_arm, train_on_solutions
 
 METRICS = ("pass@1", "greedy", "step_accuracy", "correct_with_wrong_step", "mean_tokens")
 """Beside those of all experiments: ``greedy`` (right or not)."""
 
 
 @dataclass(frozen=True)
-class ReinforcementSettings:
+class ReinforcementSettings(ExperimentConfig):
     """Task, budgets and noise of the experiment."""
 
     task: str = "modular:terms=3-6,modulus=5"
     """Tiny-world task with its settings; its solutions have different lengths."""
     clean_task: str | None = None
     """Task of the clean steps, for instance shorter problems beside those of the task; null: the task."""
-    model: str = "tiny-0.5m"
-    """Tiny model preset of teacher and student."""
     max_new_tokens: int = 64
     """Longest sampled solution, >= 1."""
     clean_steps: int = 500
@@ -41,21 +39,10 @@ class ReinforcementSettings:
     """Share of slips that the next line silently recovers from, in [0, 1]."""
     slip_steps: int = 120
     """Steps of teacher and student on solutions with slips, >= 1."""
-    demonstrations: int = 20_000
-    """Different problems in every training set, >= 1."""
     steps: int = 40
     """Optimiser steps of every arm, of 32 problems and 8 samples of each, >= 1."""
     lr: float = 1e-4
     """Peak learning rate of every arm."""
-    problems: int = 200
-    """Held-out problems per seed, >= 1."""
-    samples: int = 8
-    """Solutions per held-out problem at temperature 1, >= 1."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type == "int" and getattr(self, field.name) < 1:
-                raise ConfigError(f"{field.name}={getattr(self, field.name)}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -92,18 +79,10 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
-    from stepkd.claims.tiny import train_tiny_sft
-
     settings: ReinforcementSettings = unit.settings
-    common: dict[str, Any] = {
-        "task": settings.task,
-        "seed": unit.seed,
-        "demonstrations": settings.demonstrations,
-        "reuse": True,
-    }
     report(f"training teacher and student, {settings.clean_steps} clean steps")
-    first = common | {"task": settings.clean_task or settings.task}
-    clean = train_tiny_sft(unit.folder / "clean", start=settings.model, steps=settings.clean_steps, lr=3e-3, **first)
+    task = settings.clean_task or settings.task
+    clean = train_on_solutions(unit, "clean", settings.model, steps=settings.clean_steps, lr=3e-3, task=task)
     models: dict[str, Path] = {}
     rates = {"student": settings.student_slips}
     if any(arm.beta or arm.method == "teacher" for arm in unit.arms.values()):
@@ -111,9 +90,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     for name, rate in rates.items():
         report(f"training the {name}, {settings.slip_steps} steps with slips")
         noise = {"rate": rate, "kind": "random", "recover": settings.recover}
-        models[name] = train_tiny_sft(
-            unit.folder / name, start=clean, steps=settings.slip_steps, lr=1e-3, noise=noise, **common
-        )
+        models[name] = train_on_solutions(unit, name, clean, steps=settings.slip_steps, lr=1e-3, noise=noise)
     results = []
     for name, arm in unit.arms.items():
         facts = {"train_samples": 0.0, "train_accuracy": 0.0}
@@ -124,20 +101,15 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
         else:
             model = models["student" if arm.method == "none" else "teacher"]
         report(f"evaluating {name}")
-        results.append(_evaluate(unit, name, model, facts))
+        results.append(evaluate_arm(unit, name, model, METRICS, facts, max_new_tokens=settings.max_new_tokens))
     return results
 
 
 def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Path]) -> Path:
-    from stepkd.claims.tiny_rl import train_tiny_rl
+    from stepkd.claims.tiny import tiny_kdrl, train_tiny
 
     settings: ReinforcementSettings = unit.settings
-    kd: dict[str, Any] = {
-        "beta": arm.beta,
-        "schedule": arm.schedule,
-        "estimator": arm.estimator,
-        "mask": arm.mask,
-    }
+    kd: dict[str, Any] = {name: getattr(arm, name) for name in ("beta", "schedule", "estimator", "mask")}
     if arm.schedule == "linear":
         kd |= {"beta_min": arm.beta / 5, "delta": 0.8 * arm.beta / max(arm.until, 1)}
     elif arm.schedule == "switch":
@@ -145,8 +117,9 @@ def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Pa
     credit = None
     if arm.step_weight:
         credit = {"scorer": "checker", "weight": arm.step_weight, "outcome_weight": arm.outcome_weight}
-    return train_tiny_rl(
+    return train_tiny(
         unit.folder / name,
+        tiny_kdrl,
         start=models["student"],
         teacher=models["teacher"] if arm.beta else None,
         task=settings.task,
@@ -158,13 +131,12 @@ def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Pa
         policy_loss={"weight": arm.rewards},
         step_credit=credit,
         max_new_tokens=settings.max_new_tokens,
-        reuse=True,
     )
 
 
 def _facts(folder: Path, settings: ReinforcementSettings) -> dict[str, float]:
     """Samples drawn, and the share of right ones among them over the whole training: how fast an arm learns."""
-    from stepkd.claims.tiny_rl import GROUP, PROMPTS
+    from stepkd.claims.tiny import GROUP, PROMPTS
     from stepkd.runs.logger import read_metrics
 
     rows = [row for row in read_metrics(folder) if "train/accuracy" in row]
@@ -172,27 +144,6 @@ def _facts(folder: Path, settings: ReinforcementSettings) -> dict[str, float]:
         "train_samples": float(PROMPTS * GROUP * settings.steps),
         "train_accuracy": math.fsum(row["train/accuracy"] for row in rows) / len(rows),
     }
-
-
-def _evaluate(unit: Unit, name: str, model: Path, facts: Mapping[str, float]) -> ArmResult:
-    from stepkd.claims.tiny import evaluate_tiny, problem_ids, problem_metrics, problem_rows
-
-    settings: ReinforcementSettings = unit.settings
-    folders = [unit.folder / f"{name}-{how}" for how in ("samples", "greedy")]
-    for folder, samples, temperature in zip(folders, (settings.samples, 1), (1.0, 0.0), strict=True):
-        evaluate_tiny(
-            folder,
-            model,
-            task=settings.task,
-            problems=settings.problems,
-            samples=samples,
-            temperature=temperature,
-            seed=unit.seed,
-            max_new_tokens=settings.max_new_tokens,
-        )
-    rows, greedy = (problem_rows(folder) for folder in folders)
-    found = problem_metrics(rows) | {"greedy": problem_metrics(greedy)["pass@1"]}
-    return ArmResult(name, problem_ids(rows), {metric: found[metric] for metric in METRICS}, facts)
 
 
 EXPERIMENT = Experiment(

@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
-from stepkd.claims.sloppy_student import (
-    METRICS,
-    SloppyStudentSettings,
-    evaluate_arm,
-    label_student,
-    train_sloppy_student,
-)
+from stepkd.claims.student import METRICS, NoisyStudentConfig, evaluate_arm, label_student, train_noisy_student
 
 
 @dataclass(frozen=True)
-class StepFeedbackSettings(SloppyStudentSettings):
+class StepFeedbackSettings(NoisyStudentConfig):
     """Task, budgets and noise of the experiment."""
 
     steps: int = 60
@@ -55,45 +49,45 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
-    from stepkd.claims.tiny_preference import train_tiny_preference
+    from stepkd.claims.tiny import tiny_preference, train_tiny
 
     settings: StepFeedbackSettings = unit.settings
-    student = train_sloppy_student(unit, report)
+    student = train_noisy_student(unit, report)
     labels, summary = label_student(unit, student, report)
     results = []
     for name, arm in unit.arms.items():
         model = student
         if arm.method != "none":
             report(f"training {name}, {settings.steps} steps")
-            model = train_tiny_preference(
+            model = train_tiny(
                 unit.folder / name,
+                tiny_preference,
                 method=arm.method,
                 start=student,
                 rows=labels,
                 steps=settings.steps,
                 lr=settings.lr,
                 seed=unit.seed,
-                settings=_arm_settings(arm, settings.beta),
                 global_batch_size=settings.batch,
                 allow_one_class=settings.allow_one_class,
-                reuse=True,
+                beta=settings.beta,
+                **_arm_settings(arm),
             )
         report(f"evaluating {name}")
         facts = {
             "labelled_solutions": float(summary["labelled"]),
             "train_solutions": 0.0 if arm.method == "none" else float(settings.steps * settings.batch),
         }
-        results.append(evaluate_arm(unit, name, model, facts))
+        results.append(evaluate_arm(unit, name, model, METRICS, facts))
     return results
 
 
-def _arm_settings(arm: StepFeedbackArm, beta: float) -> dict[str, Any]:
+def _arm_settings(arm: StepFeedbackArm) -> dict[str, Any]:
     if arm.method == "kto":
-        return {"beta": beta}
+        return {}
     from stepkd.modules import ReferencePointSpec
 
     return {
-        "beta": beta,
         "reduction": arm.reduction,
         "step_weight": arm.step_weight,
         "reference_point": ReferencePointSpec(step=arm.step_point),  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """DPO against Step-DPO: one student, its own labelled solutions, equally many pairs and steps; only the pairs differ.
 
-One unit makes the sloppy student and labels its solutions with the exact checker. DPO's pairs are a right and a wrong
+One unit makes the noisy student and labels its solutions with the exact checker. DPO's pairs are a right and a wrong
 solution of a problem, Step-DPO's the first wrong step of a solution and a better one behind the same right steps. Of
 every kind the same number of pairs is drawn.
 """
@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
-from stepkd.claims.sloppy_student import (
-    METRICS,
-    SloppyStudentSettings,
-    evaluate_arm,
-    label_student,
-    train_sloppy_student,
-)
+from stepkd.claims.student import METRICS, NoisyStudentConfig, evaluate_arm, label_student, train_noisy_student
 from stepkd.errors import ConfigError, DataError
 from stepkd.randomness import generator
 
@@ -27,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class StepPairSettings(SloppyStudentSettings):
+class StepPairSettings(NoisyStudentConfig):
     """Task, budgets and noise of the experiment."""
 
     steps: int = 60
@@ -63,13 +57,13 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
-    from stepkd.claims.tiny_preference import train_tiny_preference
+    from stepkd.claims.tiny import tiny_preference, train_tiny
     from stepkd.runs.files import write_jsonl
 
     settings: StepPairSettings = unit.settings
     if all(arm.pairs == "none" for arm in unit.arms.values()):
         raise ConfigError("no arm trains on pairs")
-    student = train_sloppy_student(unit, report)
+    student = train_noisy_student(unit, report)
     labels, _ = label_student(unit, student, report)
     pairs = {name: _pairs(unit, arm, student, labels, report) for name, arm in unit.arms.items()}
     count = min(settings.pairs, *(len(found) for found in pairs.values() if found is not None))
@@ -83,42 +77,41 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
             rows = unit.folder / f"{name}-pairs.jsonl"
             picked = sorted(generator(unit.seed, "step pairs", name).permutation(len(found))[:count])
             write_jsonl(rows, [found[i] for i in picked])
-            model = train_tiny_preference(
+            model = train_tiny(
                 unit.folder / name,
+                tiny_preference,
                 method="dpo",
                 start=student,
                 rows=rows,
                 steps=settings.steps,
                 lr=settings.lr,
                 seed=unit.seed,
-                settings={"beta": settings.beta},
                 global_batch_size=settings.batch,
-                reuse=True,
+                beta=settings.beta,
             )
         report(f"evaluating {name}")
-        results.append(evaluate_arm(unit, name, model, facts))
+        results.append(evaluate_arm(unit, name, model, METRICS, facts))
     return results
 
 
 def _pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path, report: Report) -> list[Row] | None:
     """All pairs that an arm could learn from."""
-    from stepkd.data.io import read_rows
-
     if arm.pairs == "none":
         return None
     if arm.pairs == "answers":
+        from stepkd.claims.tiny_samples import read_labels
         from stepkd.labels.convert import convert_rows
         from stepkd.labels.feedback import ConvertOptions
 
         options = ConvertOptions(seed=unit.seed, max_pairs=unit.settings.label_samples, chosen_steps=arm.chosen_steps)
-        found: list[Row] = list(convert_rows([row for row, _ in read_rows(labels)], "preference", options).rows)
+        found: list[Row] = list(convert_rows(read_labels(labels), "preference", options).rows)
         return found
     report(f"drawing step pairs from {'all' if arm.take == 'all' else 'wrong'} solutions")
     return _step_pairs(unit, arm, student, labels)
 
 
 def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> list[Row]:
-    from stepkd.data.io import read_rows
+    from stepkd.claims.tiny_samples import read_labels
     from stepkd.data.spec import PAIRS_NAME
     from stepkd.labels import StepPairSpec, run_pair_job
 
@@ -141,7 +134,7 @@ def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> li
     )
     if run_pair_job(spec) is None:
         raise DataError("one rank does all the work, and groups are missing", path=out)
-    return [row for row, _ in read_rows(out / PAIRS_NAME)]
+    return read_labels(out / PAIRS_NAME)
 
 
 EXPERIMENT = Experiment(
