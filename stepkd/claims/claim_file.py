@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,7 @@ def _variants(experiment: Experiment, raw: Mapping[str, Any], reduced: Mapping[s
     base, smaller = mapping(raw.get("settings"), "settings"), mapping(reduced.get("settings"), "quick: settings")
     built = {}
     for name in chosen:
-        if name not in declared:
-            raise ConfigError(f"quick: no variant {name!r}.{nearest(name, declared)} Known: {', '.join(declared)}")
+        _check_known(name, declared, "quick: no variant")
         changes = mapping(declared[name], f"variants: {name}")
         built[name] = build_settings(experiment.settings, {**base, **changes, **smaller}, "settings")
     return built
@@ -162,10 +161,7 @@ def _arms(experiment: Experiment, raw: Any) -> dict[str, Any]:
             for name, changes in arms.items()
         }
     for name, changes in arms.items():
-        if name not in experiment.arms:
-            raise ConfigError(
-                f"arms: no arm {name!r}.{nearest(name, experiment.arms)} Known: {', '.join(experiment.arms)}"
-            )
+        _check_known(name, experiment.arms, "arms: no arm")
         if changes:
             raise ConfigError(f"arms: {name}: the arms of this experiment have no settings of their own")
     return dict.fromkeys(arms)
@@ -197,31 +193,29 @@ def _check_statements(claim: Claim, all_variants: Mapping[str, Any]) -> None:
     for number, statement in enumerate(claim.statements, start=1):
         where = f"statement {number}"
         for arm in statement.arms:
-            if arm not in claim.arms:
-                raise ConfigError(f"{where}: no arm {arm!r}.{nearest(arm, claim.arms)} Known: {', '.join(claim.arms)}")
+            _check_known(arm, claim.arms, f"{where}: no arm")
         for variant in statement.variants:
-            if variant not in all_variants:
-                raise ConfigError(f"{where}: no variant {variant!r}. Known: {', '.join(all_variants)}")
+            _check_known(variant, all_variants, f"{where}: no variant")
         for variant, settings in claim.variants.items():
-            known = [*claim.experiment.metric_names(settings), *claim.experiment.facts]
-            if statement in claim.statements_of(variant) and statement.metric not in known:
-                raise ConfigError(
-                    f"{where}: no metric {statement.metric!r}.{nearest(statement.metric, known)} "
-                    f"Known: {', '.join(known)}"
-                )
+            if statement in claim.statements_of(variant):
+                known = [*claim.experiment.metric_names(settings), *claim.experiment.facts]
+                _check_known(statement.metric, known, f"{where}: no metric")
 
 
 def _equal(experiment: Experiment, raw: Any, arms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     equal = {}
     for fact, names in mapping(raw, "equal").items():
-        if fact not in experiment.facts:
-            raise ConfigError(f"equal: no fact {fact!r}. Known: {', '.join(experiment.facts) or 'none'}")
+        _check_known(fact, experiment.facts, "equal: no fact")
         chosen = tuple(arms) if names is None else tuple(_names(names, f"equal: {fact}"))
         for arm in chosen:
-            if arm not in arms:
-                raise ConfigError(f"equal: {fact}: no arm {arm!r}.{nearest(arm, arms)} Known: {', '.join(arms)}")
+            _check_known(arm, arms, f"equal: {fact}: no arm")
         equal[fact] = chosen
     return equal
+
+
+def _check_known(name: str, known: Collection[str], problem: str) -> None:
+    if name not in known:
+        raise ConfigError(f"{problem} {name!r}.{nearest(name, known)} Known: {', '.join(known) or 'none'}")
 
 
 def _named(raw: Any, where: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from stepkd.claims.experiment import ArmResult, Report, Unit, check_results, val
 from stepkd.claims.statements import SeedValues
 from stepkd.errors import DataError
 from stepkd.runs.files import write_jsonl
-from stepkd.runs.job import PARTS, RESULTS_NAME, Job, JobOptions, package_versions
+from stepkd.runs.job import PARTS, RESULTS_NAME, Job, JobOptions, finished_rows, package_versions
 from stepkd.runs.progress import duration
 
 UNITS_NAME = "units"
@@ -49,10 +49,7 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
     found = job.begin(settings, free=() if missing else ("packages",))  # a finished run may be looked at later
     with job.alone():
         _run_units(claim, job, missing, report)
-    phases = {
-        folder.name: sorted(part.stem for part in folder.glob("*.jsonl")) for folder in (job.out / PARTS).iterdir()
-    }
-    rows = [row for variant in sorted(phases) for row in job.rows(variant, phases[variant]) or ()]
+    rows = [row for folder in sorted((job.out / PARTS).iterdir()) for row in finished_rows(job.out, folder.name)]
     write_jsonl(job.out / RESULTS_NAME, sorted(rows, key=lambda row: (row["seed"], row["index"])))
     return found
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError
 from stepkd.statistics import (
     Estimate,
     FloatArray,
@@ -55,12 +55,6 @@ class Statement:
     """The paper's number for it, shown beside the result."""
 
     def __post_init__(self) -> None:
-        check_choice("direction", self.direction, get_args(Direction))
-        check_choice("measure", self.measure, get_args(Measure))
-        for name in ("at_least", "at_most"):
-            bound = getattr(self, name)
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
-                raise ConfigError(f"{name}={bound!r} is not a number")
         one, two = self.arm is not None, self.better is not None or self.worse is not None
         if one == two or (two and (self.better is None or self.worse is None)):
             raise ConfigError("a statement names better and worse (two arms), or arm (one arm and a threshold)")

@@ -15,16 +15,8 @@ from typing import Any
 
 from stepkd.errors import ConfigError
 
-KEYS = {
-    "model": "model",
-    "problems": "problems",
-    "iterations": "iterations",
-    "evaluation": "evaluation.problems",
-    "reference": "reference",
-    "launcher": "launcher",
-    "seed": "seed",
-}
-"""Option -> key of the file."""
+KEYS = ("model", "problems", "iterations", "evaluation.problems", "reference", "launcher", "seed")
+"""Keys of the file that have an option."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keys = parser.add_argument_group("settings of the file that are often changed")
     keys.add_argument("--model", help="M0")
     keys.add_argument("--problems", metavar="SPEC", help="training problems (file or data settings)")
-    keys.add_argument("--evaluation", metavar="SPEC", help="held-out problems (file or data settings)")
+    keys.add_argument(
+        "--evaluation", dest="evaluation.problems", metavar="SPEC", help="held-out problems (file or data settings)"
+    )
     keys.add_argument("--iterations", type=int, metavar="K")
     keys.add_argument("--reference", choices=("reset", "kept"), help="reference model: M_{k-1} or M0")
     keys.add_argument("--launcher", metavar="COMMAND", help="for instance 'accelerate launch --multi_gpu ...'")
@@ -80,7 +74,7 @@ def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """Dotted key -> value, of the options that were given."""
     import yaml
 
-    found = {key: getattr(arguments, name) for name, key in KEYS.items() if getattr(arguments, name) is not None}
+    found = {key: value for key in KEYS if (value := getattr(arguments, key)) is not None}
     for text in arguments.set:
         key, equals, value = text.partition("=")
         if not equals or not key:

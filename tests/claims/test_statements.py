@@ -98,9 +98,6 @@ def test_the_claim_holds_only_if_all_hold() -> None:
         ({"metric": "m", "arm": "a", "at_least": 0, "direction": "lower"}, "direction and measure are for two arms"),
         ({**TWO, "at_most": 1}, "at_most between two arms"),
         ({**TWO, "measure": "ratio", "direction": "lower", "at_least": 1}, "give at_most"),
-        ({**TWO, "direction": "highr"}, "did you mean 'higher'"),
-        ({**TWO, "measure": "quotient"}, "choose from difference, ratio, seed_ratio"),
-        ({**TWO, "at_least": "much"}, "at_least='much' is not a number"),
     ],
 )
 def test_contradictions(fields: dict[str, object], message: str) -> None:
