@@ -26,7 +26,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from multiprocessing.connection import Pipe
@@ -46,6 +46,8 @@ _WALL_FACTOR = 30.0
 """Wall-clock seconds per second of CPU time before a worker counts as stuck: a busy machine is no answer's fault."""
 _WATCH_S = 0.5
 """How often it is looked for workers that are stuck."""
+_KILL_S = 0.05
+"""How often workers are killed after an interrupt, until all threads have noticed."""
 _BOOT = (
     "import sys, json; sys.path[:], *arguments = json.loads(sys.argv[1]); "
     "from stepkd.grading.worker import main; main(*arguments)"
@@ -284,9 +286,10 @@ class Grader:
         self._drop([worker for worker in self._pool if worker.process.poll() is not None])
         count = min(self.workers, len(items))
         with ThreadPoolExecutor(count, thread_name_prefix="grading") as threads:
+            going: set[Future[None]] = set()
             try:
-                idle = [*self._pool, *[None] * count][:count]
-                going = {threads.submit(self._serve, worker, waiting, lost) for worker in idle}
+                for idle in [*self._pool, *[None] * count][:count]:
+                    going.add(threads.submit(self._serve, idle, waiting, lost))
                 while going:
                     done, going = wait(going, _WATCH_S, FIRST_EXCEPTION)
                     for thread in done:
@@ -296,8 +299,10 @@ class Grader:
                             worker.process.kill()
             except BaseException:
                 waiting.clear()
-                for worker in list(self._pool):
-                    worker.process.kill()  # its thread ends with it
+                while not all(thread.done() for thread in going):
+                    for worker in list(self._pool):  # also one that has just been started in place of another
+                        worker.process.kill()
+                    time.sleep(_KILL_S)
                 raise
         return lost
 

@@ -278,6 +278,26 @@ def test_an_interrupt_leaves_no_stale_replies(monkeypatch: pytest.MonkeyPatch) -
         assert _works(grader)
 
 
+def test_an_interrupt_while_workers_start_waits_for_no_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    original = pool._Worker.ask
+
+    def spy(self: pool._Worker, request: object, wall_s: float) -> object:
+        asked.append(request)
+        return original(self, request, wall_s)  # type: ignore[arg-type]
+
+    def interrupt(*_: object) -> None:
+        while not asked:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool._Worker, "ask", spy)
+    monkeypatch.setattr(pool, "wait", interrupt)
+    with Grader(workers=1) as grader, pytest.raises(KeyboardInterrupt):
+        grader.grade_one("\\boxed{\\frac{3}{4}}", "0.5")
+    assert all(request is None for request in asked), "no worker was given the item"
+
+
 def test_a_worker_that_stands_still_is_ended_by_the_wall_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_WALL_FACTOR", 2.0)
     with Grader(workers=1, deadline_s=1.0) as grader:
