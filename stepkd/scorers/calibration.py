@@ -77,9 +77,11 @@ class TemperatureScaling:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be read as JSON: {error}", path=path) from None
-        if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
+        found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
+        if found != (FORMAT, VERSION):
             raise DataError(
-                f"is no temperature fit that this stepkd reads (format {FORMAT!r}, version {VERSION}): fit again",
+                f"is no temperature fit that this stepkd reads (format {found[0]!r}, version {found[1]!r}; it must be "
+                f"{FORMAT!r}, {VERSION}): fit again",
                 path=path,
             )
         try:

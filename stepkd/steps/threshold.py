@@ -92,7 +92,8 @@ class SegmentThreshold:
             if (version := content.pop("version", None)) != _VERSION:
                 raise ConfigError(f"threshold file of version {version!r}; this stepkd reads version {_VERSION}")
             if other := sorted({each.name for each in fields(cls)} ^ set(content)):
-                raise ConfigError(f"entries missing or unknown in the threshold file: {', '.join(other)}")
+                each = (f"{name} ({'unknown' if name in content else 'missing'})" for name in other)
+                raise ConfigError(f"entries of the threshold file: {', '.join(each)}")
             return cls(**content)
         except OSError as error:
             raise DataError(f"cannot read the threshold: {error.strerror or error}", path=path) from error

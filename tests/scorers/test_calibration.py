@@ -102,7 +102,7 @@ def test_bad_files(tmp_path: Path) -> None:
         (json.dumps({"format": "other"}), "is no temperature fit"),
         (
             json.dumps({"format": "stepkd-temperature-scaling", "version": 9}),
-            "is no temperature fit",
+            r"is no temperature fit that .* version 9; it must be 'stepkd-temperature-scaling', 1\): fit again",
         ),
         (json.dumps({"format": "stepkd-temperature-scaling", "version": 1}), r"is damaged \(KeyError"),
         (

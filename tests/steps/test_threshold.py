@@ -199,11 +199,11 @@ def test_file_of_another_signal(fitted: SegmentThreshold, tmp_path: Path) -> Non
         (lambda text: text.replace('"version": 1', '"version": 2'), "threshold file of version 2; this stepkd reads"),
         (
             lambda text: text.replace('"share"', '"shre"'),
-            "entries missing or unknown in the threshold file: share, shre; fit it again",
+            "entries of the threshold file: share (missing), shre (unknown); fit it again",
         ),
         (
             lambda text: text.replace("{", '{"extra": 1,', 1),
-            "entries missing or unknown in the threshold file: extra",
+            "entries of the threshold file: extra (unknown)",
         ),
         (lambda text: re.sub(r'"value": [^,]*', '"value": 7', text), "confidence threshold 7"),
         (lambda text: re.sub(r'"value": [^,]*', '"value": NaN', text), "confidence threshold nan"),
