@@ -1,6 +1,6 @@
 """Benchmarks by name: which problems, how they are asked, and how the answer is read.
 
-One line each; everything can be overridden on the command line, and everything ends up in the manifest.
+One line each; everything can be overridden on the command line, and everything stands in the evaluation's settings.
 """
 
 from __future__ import annotations

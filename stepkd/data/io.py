@@ -186,7 +186,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[Row, int]]:
 
 
 def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a stable hash of the rows' content, for manifests and resume checks.
+    """Return a stable hash of the rows' content, for settings and resume checks.
 
     The order of the rows counts, the order of the keys does not.
 

@@ -191,7 +191,7 @@ def _run_job(it: Iteration, kind: str, job: JobSpec, rows: str) -> dict[str, Any
     else:
         file = out.with_name(f"{out.name}.job.json")
         write_json(file, {"kind": kind, "settings": asdict(job)})
-        _launch(it, ["stepkd.iteration.worker", str(file)], f"the job of {out}")
+        _launch(it, ["stepkd", "iterate-job", str(file)], f"the job of {out}")
     if not (out / rows).is_file():
         raise StepkdError(f"iteration {it.k}: the job in {out} ended without {rows}")
     return dict(json.loads((out / SUMMARY_NAME).read_bytes()))
@@ -210,13 +210,13 @@ def run_job(kind: str, job: JobSpec, options: JobOptions) -> None:
         run_pair_job(job, options=options)
 
 
-def _launch(it: Iteration, module: Sequence[str], what: str) -> None:
-    """Run a module of stepkd under the launcher.
+def _launch(it: Iteration, words: Sequence[str], what: str) -> None:
+    """Run a command of stepkd under the launcher.
 
     Raises:
         StepkdError: it failed; it has said why.
     """
-    command = [*shlex.split(str(it.spec.launcher)), "-m", *module]
+    command = [*shlex.split(str(it.spec.launcher)), "-m", *words]
     it.tell(f"  {shlex.join(command)}")
     code = subprocess.run(command, check=False).returncode
     if code:

@@ -1,19 +1,17 @@
-"""A labelling or pair job of an iteration as a process of its own: ``LAUNCHER -m stepkd.iteration.worker FILE``.
+"""A labelling or pair job of an iteration as a process of its own: ``LAUNCHER -m stepkd iterate-job FILE``.
 
-The file holds the kind of the job and its settings; every process that the launcher starts does its share.
+The file holds the kind of the job and its settings; every process that the launcher starts does its share. It goes
+through :mod:`stepkd.cli`, as every command: ``--safe``, the report to torchrun's agent and the exit codes are its.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-from stepkd.errors import StepkdError
 
-
-def main(path: str) -> int:
-    """Run this process's share of the job that a file describes; returns the exit code."""
+def run(path: str) -> int:
+    """Run this process's share of the job that a file describes, on this rank's device; returns the exit code."""
     from rich.console import Console
 
     from stepkd.iteration.stages import run_job
@@ -21,19 +19,13 @@ def main(path: str) -> int:
     from stepkd.runs import check_launch
     from stepkd.runs.process import quiet_libraries
     from stepkd.runs.progress import job_options
+    from stepkd.scorers.load import rank_device
     from stepkd.yaml_files import build_settings
 
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     quiet_libraries()
-    try:
-        launch = check_launch()
-        kind = PAIR_JOBS.get(content["kind"], LabelSpec)
-        run_job(content["kind"], build_settings(kind, content["settings"], "job"), job_options(Console(), launch))
-    except StepkdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    launch, settings = check_launch(), content["settings"]
+    settings["device"] = rank_device(settings["device"], launch)
+    kind = PAIR_JOBS.get(content["kind"], LabelSpec)
+    run_job(content["kind"], build_settings(kind, settings, "job"), job_options(Console(), launch))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))

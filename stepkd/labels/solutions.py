@@ -2,7 +2,7 @@
 
 A :class:`Candidate` is a solution that has not been cut into steps yet: its ids (or its text), the per-token signals
 that a segmenter may read, and the columns of its row that stay as they are. Where candidates come from is a
-:class:`SolutionSource`: :mod:`stepkd.labels.sampled` draws them, :mod:`stepkd.labels.given` reads them.
+:class:`SolutionSource`: :mod:`stepkd.labels.sources` draws or reads them.
 """
 
 from __future__ import annotations

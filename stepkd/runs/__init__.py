@@ -1,7 +1,6 @@
-"""How a run starts and where it lives: launch guard, run folders, metric log, progress.
+"""How work starts and where it lives: jobs, whole files, launch guard, run folders, metric log, progress.
 
-``launcher``, ``accelerate_env``, ``rundir`` and ``phases`` need only the standard library; ``logger`` and ``progress``
-import lightning and are therefore not imported here.
+Only ``logger`` imports lightning, and is therefore not imported here.
 """
 
 from __future__ import annotations

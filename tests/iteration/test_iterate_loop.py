@@ -333,7 +333,7 @@ def test_launcher_command(spec: IterateSpec, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(StepkdError, match="`stepkd fit`"):
         stages._train(it, tmp_path / "rows.jsonl")
     start = ["accelerate", "launch", "--num_processes", "2", "-m"]
-    assert commands[0] == [*start, "stepkd.iteration.worker", str(tmp_path / "labels.job.json")]
+    assert commands[0] == [*start, "stepkd", "iterate-job", str(tmp_path / "labels.job.json")]
     assert commands[1][:7] == [*start, "stepkd", "fit"]
     assert commands[1][-4:] == ["--out", str(tmp_path / "iteration-1" / "train"), "--resume", "true"]
 

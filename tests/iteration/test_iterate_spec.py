@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from stepkd import cli
 from stepkd.commands import iterate
-from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.iteration import stages, worker
+from stepkd.errors import ConfigError, DataError, MachineError, StepkdError
+from stepkd.iteration import stages
 from stepkd.iteration.spec import IterateSpec, explicit_word, iteration_seed, load_spec, put
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels.settings import StepPairSpec, TreePairSpec
@@ -194,10 +198,31 @@ def test_a_job_under_a_launcher_gets_the_same_settings(
         _, job = load_like(spec, pairs={"to": kind}).pair_spec(1, job, out=str(tmp_path / "pairs"))
     given: list[Any] = []
     monkeypatch.setattr(stages, "run_job", lambda *arguments: given.append(arguments))
-    monkeypatch.setattr(stages.subprocess, "run", lambda words, check: Done(worker.main(words[-1])))
+    monkeypatch.setattr(stages.subprocess, "run", lambda words, check: Done(cli.main(words[3:])))
     with pytest.raises(StepkdError, match=r"ended without rows\.jsonl"):
         stages._run_job(iteration(spec, tmp_path, 1), kind, job, "rows.jsonl")
     assert [(name, settings) for name, settings, _ in given] == [(kind, job)]
+
+
+def test_a_launched_job_computes_on_its_ranks_device_and_its_errors_are_those_of_a_command(
+    small: Any, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = load_spec(write(small(launcher="torchrun")))
+    job = spec.label_spec(1, out=str(tmp_path / "labels"), model="m")
+    elastic = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in elastic.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def run_job(kind: str, settings: Any, options: Any) -> None:
+        raise MachineError(f"{settings.device} of rank {options.rank} is full")
+
+    monkeypatch.setattr(stages, "run_job", run_job)
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps({"kind": "label", "settings": asdict(job) | {"device": "auto"}}))
+    assert cli.main(["iterate-job", str(file)]) == 1
+    assert "stepkd iterate-job (rank 1): cuda:1 of rank 1 is full" in capsys.readouterr().err
 
 
 class Done:
