@@ -82,9 +82,13 @@ class Runs:
     def parts(self) -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in self.job.glob("parts/*/[0-9]*")}
 
-    def wait_for(self, parts: int, process: subprocess.Popen[bytes]) -> None:
+    def wait_for(self, parts: int, process: subprocess.Popen[bytes], starts: int) -> None:
+        """Wait for parts, and until so many processes have begun since the job was."""
         deadline = time.monotonic() + 240
-        while len(self.parts()) < parts and process.poll() is None and time.monotonic() < deadline:
+        while process.poll() is None and time.monotonic() < deadline:
+            begun = sum(path.read_text().count('"event": "start"') for path in self.job.glob("log/rank-*.jsonl"))
+            if len(self.parts()) >= parts and begun >= starts:
+                break
             time.sleep(0.001)
 
     def log(self) -> list[dict[str, Any]]:
@@ -126,7 +130,7 @@ def test_killed_alone_and_among_ranks(whole: Runs, sign: signal.Signals, data: P
     first, second = draw.randint(1, units // 4), draw.randint(units // 4 + 1, units // 2)
 
     alone = torn.start(ranks=1)
-    torn.wait_for(first, alone)
+    torn.wait_for(first, alone, starts=1)
     alone.send_signal(sign)
     _, errors = alone.communicate(timeout=60)
     assert alone.returncode == -sign, errors.decode()[-3000:]
@@ -135,7 +139,7 @@ def test_killed_alone_and_among_ranks(whole: Runs, sign: signal.Signals, data: P
     assert not any(path.exists() for path in torn.outputs[1:3] if "parts" not in path.parts)
 
     launched = torn.start(ranks=2)
-    torn.wait_for(max(second, len(kept) + 1), launched)
+    torn.wait_for(max(second, len(kept) + 1), launched, starts=3)
     pids = torn.pids()
     os.kill(pids[1], sign)
     _, errors = launched.communicate(timeout=120)
