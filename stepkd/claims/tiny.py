@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from stepkd.data import DataSpec, FeedbackData, LabelRule, PairData, StepData, StepLabelData
 from stepkd.models import PolicySpec, StepHeadSpec, load_tokenizer
-from stepkd.models.export import export_model
+from stepkd.models.checkpoint import export_model
 from stepkd.modules import (
     DivergenceSpec,
     DPOModule,

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd export``."""
-    from stepkd.models.export import export_model
+    from stepkd.models.checkpoint import export_model
     from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()

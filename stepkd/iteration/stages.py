@@ -318,7 +318,7 @@ def _train(it: Iteration, rows: Path) -> dict[str, Any]:
 
 
 def _export(it: Iteration) -> dict[str, Any]:
-    from stepkd.models.export import export_model
+    from stepkd.models.checkpoint import export_model
 
     folder = export_model(it.folder / "train", it.model(it.k), overwrite=True)
     return {"model": folder_fingerprint(folder)}

@@ -3,9 +3,16 @@
 from stepkd.models.head import check_head, real_vocab_size, vocab_head
 from stepkd.models.load import load_model, load_tokenizer
 from stepkd.models.policy import Policy, positions_from_mask
-from stepkd.models.spec import LoraSpec, PolicySpec, spec_from_dict, spec_to_dict
+from stepkd.models.spec import (
+    TINY_PRESETS,
+    LoraSpec,
+    PolicySpec,
+    build_tiny,
+    spec_from_dict,
+    spec_to_dict,
+    tiny_tokenizer,
+)
 from stepkd.models.step_head import StepHead, StepHeadSpec
-from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_tokenizer
 
 __all__ = [
     "TINY_PRESETS",

@@ -15,8 +15,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
 from stepkd.models.machine import check_host_room, compute_dtype, fast_bfloat16
 from stepkd.models.source import as_trained, check_source, no_model
-from stepkd.models.spec import PolicySpec
-from stepkd.models.tiny import TINY_PRESETS, build_tiny, tiny_config, tiny_tokenizer
+from stepkd.models.spec import TINY_PRESETS, PolicySpec, build_tiny, tiny_config, tiny_tokenizer
 from stepkd.safe import check_remote_code
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from typing import Any
 
 from stepkd.data.templates import PromptTemplate, get_template, read_template, template_name
 from stepkd.errors import ConfigError, DataError, ModelError, nearest
-from stepkd.models.spec import PolicySpec, spec_from_dict
-from stepkd.models.tiny import TINY_PRESETS
+from stepkd.models.spec import TINY_PRESETS, PolicySpec, spec_from_dict
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import detect_launch
 from stepkd.runs.resume import read_checkpoint

@@ -4,15 +4,22 @@ from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelitySpec
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
 from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.preference import PreferenceModule
+from stepkd.modules.preference import PreferenceModule, ReferenceSpec
 from stepkd.modules.prm import PRMModule
-from stepkd.modules.reference import ReferenceSpec
 from stepkd.modules.rewards import RewardSpec
+from stepkd.modules.settings import (
+    DivergenceSpec,
+    KDSpec,
+    MixSpec,
+    PolicyLossSpec,
+    RolloutSpec,
+    SampleLogSpec,
+    SourceSpec,
+    StepCreditSpec,
+)
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.step_scores import FocusSpec
 from stepkd.modules.validation import ValidationSpec

@@ -17,8 +17,7 @@ from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing
 from stepkd.losses.dpo import PairLoss
 from stepkd.models import PolicySpec
-from stepkd.modules.preference import PreferenceModule
-from stepkd.modules.reference import ReferenceSpec
+from stepkd.modules.preference import PreferenceModule, ReferenceSpec
 from stepkd.steps import first_difference
 
 

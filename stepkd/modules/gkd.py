@@ -23,8 +23,8 @@ from stepkd.models import Policy, PolicySpec
 from stepkd.models.source import trained_template
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
-from stepkd.modules.gkd_settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.modules.rollouts import TrainingSampler
+from stepkd.modules.settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.modules.step_scores import Focus, FocusSpec, token_weights
 from stepkd.randomness import generator
 from stepkd.rollout import Sampler, TransformersSampler

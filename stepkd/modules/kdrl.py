@@ -26,12 +26,11 @@ from stepkd.losses import (
 )
 from stepkd.models import PolicySpec
 from stepkd.modules.base import Prepared
-from stepkd.modules.credit import Weigher
 from stepkd.modules.gkd import TaughtModule
-from stepkd.modules.kdrl_objective import Mismatch, TokenObjective, TokenTerms
-from stepkd.modules.kdrl_settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
+from stepkd.modules.kdrl_objective import Mismatch, TokenObjective, TokenTerms, Weigher
 from stepkd.modules.rewards import GivenReward, Rewards, RewardSpec
 from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog, TokenView
+from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.step_scores import load_step_scorer
 from stepkd.scorers import ScorerOptions
 from stepkd.teachers import LocalTeacher, TeacherSpec

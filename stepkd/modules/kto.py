@@ -22,8 +22,7 @@ from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
 from stepkd.models import PolicySpec
 from stepkd.modules.base import Prepared
 from stepkd.modules.distributed import all_reduce
-from stepkd.modules.preference import PreferenceModule
-from stepkd.modules.reference import ReferenceSpec
+from stepkd.modules.preference import PreferenceModule, ReferenceSpec
 
 OutcomePoint = Literal["mismatch", "batch", "zero"]
 StepPoint = Literal["mismatch", "batch", "per_index", "zero"]

@@ -1,4 +1,5 @@
-"""What KTO, Step-KTO and DPO share: completions in packed rows, and their log-ratios against a frozen reference.
+"""What KTO, Step-KTO and DPO share: completions in packed rows, and their log-ratios against a frozen reference, which
+may be a cache of its log-probabilities.
 
 Axes: B rows, T padded length, N completion tokens, R completions, S steps.
 """
@@ -6,21 +7,122 @@ Axes: B rows, T padded length, N completion tokens, R completions, S steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch, StepLoader
 from stepkd.data.collate import Completion, MicroBatch, PackedBatch, Unit, collate_packed, plan_packs
-from stepkd.data.encode import Example
-from stepkd.errors import ConfigError, check_choice
+from stepkd.data.encode import Example, completion_key
+from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.losses import token_logps
 from stepkd.models import Policy, PolicySpec
+from stepkd.models.checkpoint import load_trained, parameters_fingerprint
 from stepkd.modules.base import Prepared, StepModule
-from stepkd.modules.reference import ReferenceCache, ReferenceSpec, attach_reference, reference_identity
+from stepkd.rollout.annotate import check_same_vocabulary
+from stepkd.runs.files import write_file
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """The frozen model that log-ratios are taken against."""
+
+    path: str | None = None
+    """Another model of the same vocabulary: run folder, model folder, hub id; null: the policy as it starts. That is
+    its adapter-off view when fresh adapters are trained, and a frozen copy otherwise."""
+    cache: bool = False
+    """Compute all the reference's log-probabilities once, before the first step, keep them in the run folder and let go
+    of its weights: no second model in memory, and nothing is computed again in a second epoch."""
+
+
+class ReferenceCache:
+    """Log-probabilities of completions under the reference, keyed by prompt and completion ids.
+
+    Args:
+        folder: where the ranks' files are; read at once.
+        identity: fingerprint of the reference; files of another one are refused.
+        precision: the Trainer's; what was computed in another one is not taken, and has to be computed again.
+
+    Raises:
+        ModelError: a file of another reference, or one that cannot be read.
+    """
+
+    def __init__(self, folder: str | Path, identity: str, precision: str = "32-true") -> None:
+        self.folder = Path(folder)
+        self.identity = identity
+        self.precision = precision
+        self._logps: dict[bytes, Tensor] = {}
+        for path in sorted(self.folder.glob("reference-*.safetensors")):
+            self._read(path)
+
+    def __len__(self) -> int:
+        return len(self._logps)
+
+    @staticmethod
+    def _key(completion: Completion) -> bytes:
+        return completion_key(completion.prompt_ids, completion.ids)
+
+    def __contains__(self, completion: Completion) -> bool:
+        return self._key(completion) in self._logps
+
+    def get(self, completion: Completion) -> Tensor:
+        """Log-probability of every token of a completion, on the CPU.
+
+        Raises:
+            ConfigError: it was never computed: the data is not what the cache was made for.
+        """
+        found = self._logps.get(self._key(completion))
+        if found is None:
+            raise ConfigError(
+                "reference.cache holds no log-probabilities of a completion of this batch, and the reference's weights "
+                "are gone: resume with the data and batch size that the run was begun with, or set reference.cache: "
+                "false"
+            )
+        return found
+
+    def add(self, completions: Sequence[Completion], logps: Iterable[Tensor]) -> None:
+        """Keep log-probabilities, one tensor per completion."""
+        for completion, values in zip(completions, logps, strict=True):
+            if len(values) != len(completion.ids):
+                raise ValueError(f"{len(values)} log-probabilities for {len(completion.ids)} tokens")
+            self._logps[self._key(completion)] = values.detach().cpu()
+
+    def save(self, rank: int = 0) -> None:
+        """Write everything this rank knows, whole or not at all."""
+        if not self._logps:
+            return
+        path = self.folder / f"reference-{rank}.safetensors"
+        values = list(self._logps.values())
+        tensors = {
+            "keys": torch.frombuffer(bytearray(b"".join(self._logps)), dtype=torch.uint8).view(-1, 16).clone(),
+            "lengths": torch.tensor([len(each) for each in values]),
+            "logps": torch.cat(values),
+        }
+        facts = {"reference": self.identity, "precision": self.precision}
+        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                keys, lengths, logps = (file.get_tensor(name) for name in ("keys", "lengths", "logps"))
+        except Exception as error:  # safetensors raises its own class for a torn or foreign file
+            raise ModelError(f"{path} is not a readable reference cache ({type(error).__name__}): delete it") from error
+        if facts.get("reference") != self.identity:
+            raise ModelError(
+                f"{path} was made with another reference model ({facts.get('reference')} there, {self.identity} here): "
+                "delete it, or give the reference of the first run"
+            )
+        if facts.get("precision", "32-true") != self.precision:
+            return
+        for key, values in zip(keys, logps.split(lengths.tolist()), strict=True):
+            self._logps[bytes(key.tolist())] = values.clone()
+
 
 Packing = Literal["auto", "on", "off"]
 
@@ -69,9 +171,23 @@ class PreferenceModule(StepModule):
     # ---- model -----------------------------------------------------------------------------------------------------
 
     def complete_model(self) -> None:
-        """Give the policy its reference."""
-        attach_reference(self.model, self.reference_spec)
-        identity = reference_identity(self.model)
+        """Give the policy its reference, while its weights are still those it starts from.
+
+        Raises:
+            ModelError: the reference cannot be loaded, or has another vocabulary.
+            ConfigError: ``packing: on``, and a model that cannot.
+        """
+        policy, spec, path = self.model, self.model.spec, self.reference_spec.path
+        if path is not None:
+            reference = load_trained(path, dtype=spec.dtype if spec is not None and spec.dtype != "auto" else None)
+            check_same_vocabulary(policy.tokenizer, reference.tokenizer)
+            policy.set_reference(reference)
+        elif spec is None or spec.lora is None:
+            policy.freeze_copy()  # all weights are trained, or an adapter that is no longer at its start
+        with policy.reference() as view:
+            named = view.named_parameters()
+            own = named if view is not policy else [(n, p) for n, p in named if "lora_" not in n]
+            identity = parameters_fingerprint(own)
         self.keep_in_mind("reference", identity, "against another reference model", "reference.path (or policy.path)")
         packs = self.packing != "off" and self.model.can_pack  # looked at now, while no strategy has cut it up yet
         if self.packing == "on" and not packs:

@@ -22,9 +22,8 @@ from stepkd.data.encode import Example, with_completion
 from stepkd.errors import DataError, disk_error
 from stepkd.models import Policy
 from stepkd.modules.distributed import all_reduce
-from stepkd.modules.gkd_settings import SourceSpec
-from stepkd.modules.kdrl_settings import RolloutSpec, SampleLogSpec
 from stepkd.modules.rewards import Rewards
+from stepkd.modules.settings import RolloutSpec, SampleLogSpec, SourceSpec
 from stepkd.modules.step_scores import step_texts
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler

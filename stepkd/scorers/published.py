@@ -35,9 +35,8 @@ from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import check_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import check_source
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import TINY_PRESETS, PolicySpec
 from stepkd.models.step_head import StepHeadSpec
-from stepkd.models.tiny import TINY_PRESETS
 from stepkd.scorers.prm import PRMScorer, ReadingOptions
 from stepkd.steps import StepFormat
 

@@ -11,7 +11,7 @@ import torch
 
 from stepkd.cli import main
 from stepkd.models import Policy, StepHeadSpec, build_tiny
-from stepkd.models.export import save_policy
+from stepkd.models.checkpoint import save_policy
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.launcher import LaunchInfo
 from stepkd.tasks import make_rows

@@ -13,7 +13,7 @@ import pytest
 from stepkd.data import DataSpec, StepData
 from stepkd.data.batching import Position
 from stepkd.errors import ConfigError, DataError
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 
 START = Position()
 

@@ -9,7 +9,7 @@ import pytest
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.steps import check_partition, get_segmenter
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")

@@ -13,7 +13,7 @@ from stepkd.data.rows import ROLLOUT, STEPWISE, UNPAIRED, validate
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.steps import check_partition, get_segmenter
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")

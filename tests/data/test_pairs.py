@@ -12,7 +12,7 @@ from stepkd.data.feedback import PairEncoder, PairExample
 from stepkd.data.rows import PREFERENCE, STEP_PREFERENCE, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.steps import check_partition, get_segmenter
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")

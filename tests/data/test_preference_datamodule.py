@@ -16,7 +16,7 @@ from stepkd.data.batching import Position
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
 from stepkd.models import PolicySpec
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import DPOModule, KTOModule, SFTModule, StepKTOModule
 
 TINY = PolicySpec(path="tiny-0.1m")

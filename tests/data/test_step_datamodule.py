@@ -16,7 +16,7 @@ from stepkd.data.collate import collate_steps
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
 from stepkd.models import PolicySpec, StepHeadSpec
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import PRMModule, SFTModule
 from stepkd.steps import StepFormat
 

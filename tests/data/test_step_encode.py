@@ -15,7 +15,7 @@ from stepkd.data.step_encode import Layout, StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.scorers.published import BareSteps, SeparatedSteps, SpacedSteps
 from stepkd.steps import StepFormat, auto_marker, check_partition, get_segmenter, marker_token_id, tokenize_text
 

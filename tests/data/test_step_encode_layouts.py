@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stepkd.data.step_encode import Layout, StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.steps import StepFormat, auto_marker, marker_token_id
 
 FORMATS = {

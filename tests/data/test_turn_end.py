@@ -17,7 +17,7 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.grading import Grader
 from stepkd.labels.sources import GivenSolutions
 from stepkd.models import Policy, PolicySpec, tiny_tokenizer
-from stepkd.models.export import export_model
+from stepkd.models.checkpoint import export_model
 from stepkd.steps import StepFormat, get_segmenter, text_from_ids
 
 _GEMMA = (

@@ -127,7 +127,7 @@ def test_the_data_fingerprint_covers_the_whole_file(spec: EvaluationSpec, policy
 
 
 def test_tokenizer_fingerprint_sees_the_vocabulary_and_not_the_last_call(policy: Policy) -> None:
-    from stepkd.models.tiny import tiny_tokenizer
+    from stepkd.models.spec import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)

@@ -10,7 +10,7 @@ import pytest
 from stepkd.data.rows import ROLLOUT, validate
 from stepkd.grading import Grader
 from stepkd.grading.judge import judge, rollout_row, step_labels, vote_keys
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.rollout import Rollout
 from stepkd.steps import get_segmenter, segment, step_ends, text_from_ids
 from stepkd.tasks import make_rows

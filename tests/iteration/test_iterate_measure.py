@@ -19,7 +19,7 @@ from stepkd.iteration.table import metric_text, notes, print_summary
 from stepkd.labels import LabelSpec, run_label_job
 from stepkd.labels.job import drawn_records
 from stepkd.models import Policy, PolicySpec
-from stepkd.models.export import save_policy
+from stepkd.models.checkpoint import save_policy
 
 
 def sample(right: bool, labels: list[bool] | None, *, tokens: int = 4, vote: str = "1", ratio: Any = 0.0) -> Any:

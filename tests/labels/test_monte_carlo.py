@@ -16,7 +16,7 @@ from stepkd.grading import Grader
 from stepkd.labels.labellers import Labeller, Solution, StepLabels
 from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.models.policy import Policy
-from stepkd.models.tiny import build_tiny, tiny_tokenizer
+from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.randomness import generator
 from stepkd.rollout import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec, TransformersSampler
 from stepkd.steps import spans_from_ends

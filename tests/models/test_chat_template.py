@@ -11,8 +11,7 @@ from transformers import AutoTokenizer
 from stepkd.cli import main
 from stepkd.errors import ConfigError
 from stepkd.models import Policy, PolicySpec, StepHeadSpec, load_tokenizer, spec_from_dict, spec_to_dict
-from stepkd.models.checkpoint import load_policy, load_trained
-from stepkd.models.export import save_policy
+from stepkd.models.checkpoint import load_policy, load_trained, save_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (

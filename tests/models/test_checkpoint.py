@@ -17,9 +17,9 @@ from stepkd.models.checkpoint import (
     load_policy,
     load_trained,
     read_checkpoint,
+    save_policy,
     weights_fingerprint,
 )
-from stepkd.models.export import save_policy
 from stepkd.models.load import model_config
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])

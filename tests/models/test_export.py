@@ -15,8 +15,7 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
 from stepkd.models import export as export_module
-from stepkd.models.checkpoint import load_trained
-from stepkd.models.export import export_model, save_policy
+from stepkd.models.checkpoint import export_model, load_trained, save_policy
 from stepkd.models.source import trained_template
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])

@@ -12,7 +12,7 @@ import torch
 
 from stepkd.errors import ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, load_model, machine
-from stepkd.models.export import export_model
+from stepkd.models.checkpoint import export_model
 
 PRESET = "tiny-0.1m"
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])

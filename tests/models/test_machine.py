@@ -9,7 +9,7 @@ import torch
 
 from stepkd.errors import ModelError
 from stepkd.models import Policy, PolicySpec, machine
-from stepkd.models.export import save_policy
+from stepkd.models.checkpoint import save_policy
 from stepkd.teachers import LocalTeacher, TeacherSpec
 from stepkd.teachers.local import check_room
 

@@ -14,7 +14,7 @@ from stepkd.data.encode import Example
 from stepkd.losses import token_logps
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny
 from stepkd.models.packed import packed_mask
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 
 
 def packs_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Pack]:

@@ -12,8 +12,7 @@ import yaml
 
 from stepkd.models import PolicySpec
 from stepkd.models.load import load_model
-from stepkd.models.spec import LoraSpec
-from stepkd.models.tiny import tiny_config, tiny_tokenizer
+from stepkd.models.spec import LoraSpec, tiny_config, tiny_tokenizer
 from stepkd.runs.logger import read_metrics
 from stepkd.training.fit import run
 

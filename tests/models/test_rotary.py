@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Phi3Config, Phi3ForCausalLM
 from stepkd.errors import DataError
 from stepkd.losses import token_logps
 from stepkd.models import Policy, head
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.rollout import SamplingSpec, TransformersSampler
 
 SWITCH = 24

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, StepHeadSpec, build_tiny, spec_to_dict
-from stepkd.models.checkpoint import load_trained
-from stepkd.models.export import export_model, save_policy
+from stepkd.models.checkpoint import export_model, load_trained, save_policy
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.models.step_head import (
     STEP_HEAD_CONFIG,
     STEP_HEAD_WEIGHTS,
@@ -25,7 +25,6 @@ from stepkd.models.step_head import (
     saved_step_head,
     step_head_from_dict,
 )
-from stepkd.models.tiny import tiny_tokenizer
 from stepkd.steps import MARKER_CANDIDATES, StepFormat
 
 IDS = torch.tensor([[5, 17, 33, 8, 99, 4]])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from stepkd.errors import ConfigError
-from stepkd.models.tiny import TINY_CONTEXT, TINY_PRESETS, build_tiny, tiny_config, tiny_tokenizer
+from stepkd.models.spec import TINY_CONTEXT, TINY_PRESETS, build_tiny, tiny_config, tiny_tokenizer
 from stepkd.tasks import list_tasks, make_rows
 
 TOKENIZER = tiny_tokenizer()

@@ -17,8 +17,8 @@ from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.models import Policy, PolicySpec, StepHeadSpec
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
-from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
 from stepkd.steps import get_segmenter
 from stepkd.tasks import Noise, make_rows

@@ -26,8 +26,8 @@ from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
 from stepkd.models.sharding import whole_tensor
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
-from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
 from stepkd.runs import check_launch, trainer_defaults
 from stepkd.runs.process import leave_group

@@ -17,7 +17,7 @@ from stepkd.data.collate import collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import get_template
 from stepkd.models import PolicySpec
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import DivergenceSpec, GKDModule, OptimizerSpec, SourceSpec
 from stepkd.runs import check_launch, trainer_defaults
 from stepkd.steps import get_segmenter

@@ -17,7 +17,7 @@ from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import get_template
 from stepkd.models import PolicySpec
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import KDRLModule, KDSpec, OptimizerSpec, PolicyLossSpec, RewardSpec, RolloutSpec
 from stepkd.modules.rollouts import Rollout
 from stepkd.runs import check_launch, trainer_defaults

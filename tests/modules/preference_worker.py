@@ -17,7 +17,7 @@ from stepkd.data.collate import collate_packed
 from stepkd.data.feedback import FeedbackEncoder, PairEncoder
 from stepkd.data.templates import get_template
 from stepkd.models import PolicySpec
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import (
     DPOModule,
     KTOModule,

@@ -329,7 +329,7 @@ def test_batches_in_which_nothing_counts_are_skipped(rows: list[Any], monkeypatc
 
 
 def test_focus_on_own_samples_by_a_reward_model(tmp_path: Path, rows: list[Any]) -> None:
-    from stepkd.models.export import save_policy
+    from stepkd.models.checkpoint import save_policy
 
     scorer = Policy.load(PolicySpec(path="tiny-0.1m"))
     scorer.attach_step_head(StepHeadSpec())
@@ -432,7 +432,7 @@ def test_calibration_on_given_tokens(views: Any, rows: list[Any]) -> None:
 
 
 def test_a_student_that_is_its_teacher(views: Any, rows: list[Any], tmp_path: Path) -> None:
-    from stepkd.models.export import save_policy
+    from stepkd.models.checkpoint import save_policy
 
     save_policy(Policy.load(PolicySpec(**worker.POLICY)), tmp_path / "same")
     found = measure(rows, views, teacher=TeacherSpec(path=str(tmp_path / "same")))
@@ -508,7 +508,7 @@ def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], dis
 
 
 def test_a_teacher_without_the_students_special_tokens(tmp_path: Path, rows: list[Any]) -> None:
-    from stepkd.models.export import save_policy
+    from stepkd.models.checkpoint import save_policy
 
     student = Policy.load(PolicySpec(path="tiny-0.1m"))
     student.tokenizer.add_special_tokens({"extra_special_tokens": ["<wait>", "<done>"]})
@@ -520,7 +520,7 @@ def test_a_teacher_without_the_students_special_tokens(tmp_path: Path, rows: lis
 
 
 def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
-    from stepkd.models.export import save_policy
+    from stepkd.models.checkpoint import save_policy
 
     teacher = Policy.load(PolicySpec(path="tiny-0.1m"))
     teacher.tokenizer.add_tokens(["zwölf"])
@@ -560,7 +560,7 @@ def test_the_teachers_context_is_checked(max_length: int, new: int, message: str
 
 def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[Any]) -> None:
     from stepkd.errors import TrainingError
-    from stepkd.models.export import save_policy
+    from stepkd.models.checkpoint import save_policy
 
     teacher = Policy.load(PolicySpec(path="tiny-0.1m"))
     with torch.no_grad():

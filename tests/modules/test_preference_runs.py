@@ -215,7 +215,7 @@ def test_a_resumed_run_ends_with_the_same_weights(rows: Path, tmp_path: Path) ->
 def test_another_reference_is_another_run(rows: Path, tmp_path: Path) -> None:
     half = fit(tmp_path, step_kto(), data(rows), 2)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    from stepkd.models.tiny import build_tiny, tiny_tokenizer
+    from stepkd.models.spec import build_tiny, tiny_tokenizer
 
     build_tiny("tiny-0.1m", seed=5)[0].save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
@@ -228,7 +228,7 @@ def test_another_reference_is_another_run(rows: Path, tmp_path: Path) -> None:
 
 def test_a_reference_whose_weights_changed_is_another_run(rows: Path, tmp_path: Path) -> None:
     """Under the same path: the settings are equal, and the weights are told apart."""
-    from stepkd.models.tiny import build_tiny, tiny_tokenizer
+    from stepkd.models.spec import build_tiny, tiny_tokenizer
 
     spec = ReferenceSpec(path=str(tmp_path / "other"))
     tiny_tokenizer().save_pretrained(tmp_path / "other")

@@ -16,8 +16,8 @@ from stepkd.data.collate import LabelledBatch, collate_steps
 from stepkd.data.step_encode import StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
-from stepkd.models.tiny import tiny_tokenizer
 from stepkd.modules import OptimizerSpec, PRMModule
 from stepkd.steps import StepFormat
 

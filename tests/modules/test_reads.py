@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from stepkd.data import DataSpec, FeedbackData, PairData, StepData, StepLabelData
 from stepkd.errors import ConfigError, DataError
 from stepkd.models import PolicySpec, StepHeadSpec
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import (
     DPOModule,
     FidelitySpec,

@@ -17,8 +17,7 @@ from stepkd.data.batching import BatchPlan, Position, StepLoader
 from stepkd.errors import ConfigError, ModelError, StepkdError, TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models import LoraSpec, PolicySpec, build_tiny
-from stepkd.models.checkpoint import load_trained
-from stepkd.models.export import export_model
+from stepkd.models.checkpoint import export_model, load_trained
 from stepkd.modules import OptimizerSpec, SFTModule, ValidationSpec
 
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.feedback import FeedbackExample, PairExample
 from stepkd.models import Policy, PolicySpec
-from stepkd.models.tiny import build_tiny
+from stepkd.models.spec import build_tiny
 from stepkd.modules import DPOModule, KTOModule, OptimizerSpec, ReferencePointSpec, ReferenceSpec
 from stepkd.tasks import Noise, make_rows
 
@@ -33,7 +33,7 @@ def rows() -> list[dict[str, Any]]:
 
 def peer(trainer_class: Any, config: Any, data: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
     """A TRL trainer on the policy and the reference of these tests, and its first batch."""
-    from stepkd.models.tiny import tiny_tokenizer
+    from stepkd.models.spec import tiny_tokenizer
 
     trainer = trainer_class(
         model=build_tiny("tiny-0.1m", seed=7, dtype="float64")[0],

@@ -13,7 +13,7 @@ import torch
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses.linear import VocabHead
 from stepkd.models.policy import Policy
-from stepkd.models.tiny import build_tiny
+from stepkd.models.spec import build_tiny
 from stepkd.rollout import SamplingSpec, TokenSignals, TransformersSampler, annotate
 from stepkd.steps import get_segmenter, segment, text_from_ids, tokenize_text
 

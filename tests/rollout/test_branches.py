@@ -13,7 +13,7 @@ import torch
 
 from stepkd.errors import DataError, ModelError
 from stepkd.models.policy import Policy
-from stepkd.models.tiny import build_tiny, tiny_tokenizer
+from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.rollout import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec, TransformersSampler, branches
 from stepkd.rollout.decode import Decoder
 

@@ -12,7 +12,7 @@ import torch
 
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
-from stepkd.models.tiny import build_tiny, tiny_tokenizer
+from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler, sampling_logprobs
 
 SPEC = SamplingSpec(n=3, max_new_tokens=14, seed=4)

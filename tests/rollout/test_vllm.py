@@ -314,8 +314,8 @@ def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.Monk
 def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """GRPO's groups and GKD's students come from the server, which is given the weights before every step."""
     from stepkd.modules import GKDModule, RolloutSpec
-    from stepkd.modules.gkd_settings import SourceSpec
     from stepkd.modules.rollouts import GroupSampler
+    from stepkd.modules.settings import SourceSpec
     from stepkd.runs import PhaseTracker
 
     given: list[int] = []
@@ -345,7 +345,7 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
 )
 def test_what_a_served_teacher_cannot_do(settings: dict[str, Any], message: str) -> None:
     from stepkd.modules import GKDModule
-    from stepkd.modules.gkd_settings import DivergenceSpec, SourceSpec
+    from stepkd.modules.settings import DivergenceSpec, SourceSpec
 
     source = SourceSpec(student=0.0, teacher=settings.pop("teacher", 0.0))
     with pytest.raises(ConfigError, match=message):

@@ -13,7 +13,7 @@ import torch
 from stepkd.data import PromptTemplate, get_template
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models import Policy, StepHeadSpec
-from stepkd.models.export import save_policy
+from stepkd.models.checkpoint import save_policy
 from stepkd.models.source import save_template, trained_template
 from stepkd.scorers import CheckerScorer, PRMScorer, PromptedJudge, ScorerOptions, TemperatureScaling, load_scorer
 from stepkd.scorers.load import parse_head, pick_device

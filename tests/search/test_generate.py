@@ -10,7 +10,7 @@ import torch
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
-from stepkd.models.tiny import build_tiny
+from stepkd.models.spec import build_tiny
 from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
 from stepkd.search import Problem, SampledSteps, State
 from stepkd.search.generate import PROPOSE, _index

@@ -9,7 +9,7 @@ import torch
 
 from stepkd.grading import Grader
 from stepkd.models.policy import Policy
-from stepkd.models.tiny import build_tiny
+from stepkd.models.spec import build_tiny
 from stepkd.rollout import SamplingSpec, TransformersSampler
 from stepkd.search import Node, Problem, RolloutValue, SampledSteps, SearchSettings, SearchTree, tree_search
 

@@ -10,7 +10,7 @@ import pytest
 
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
-from stepkd.models.tiny import build_tiny
+from stepkd.models.spec import build_tiny
 from stepkd.scorers import CheckerScorer, PromptedJudge, Solutions
 from stepkd.search import Problem, RolloutValue, ScorerValue, State
 from stepkd.tasks import make_rows

@@ -59,7 +59,7 @@ def sentencepiece_style(words: list[str]) -> Any:
 
 @pytest.fixture(scope="session")
 def tokenizers_by_name() -> dict[str, Any]:
-    from stepkd.models.tiny import tiny_tokenizer
+    from stepkd.models.spec import tiny_tokenizer
 
     return {
         "characters": tiny_tokenizer(),

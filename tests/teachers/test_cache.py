@@ -22,7 +22,7 @@ from stepkd.data.templates import get_template
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import forward_kl
 from stepkd.models import Policy, PolicySpec
-from stepkd.models.tiny import tiny_tokenizer
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import DivergenceSpec, FidelitySpec, GKDModule, SourceSpec
 from stepkd.runs.job import JobOptions
 from stepkd.steps import get_segmenter
