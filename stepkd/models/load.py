@@ -293,15 +293,9 @@ def _place(path: str, revision: str | None, trust_remote_code: bool) -> tuple[st
     file = Path(path)
     if not file.is_file():
         raise ModelError(f"no GGUF file at {path}: give the path of an existing .gguf file")
-    _require_gguf(path)
+    if find_spec("gguf") is None:
+        raise ModelError(f"{path} is a GGUF file: install the reader with pip install 'stepkd[gguf]'")
     return str(file.parent), arguments | {"gguf_file": file.name}
-
-
-def _require_gguf(path: str) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ModelError(f"{path} is a GGUF file: install the reader with pip install 'stepkd[gguf]'") from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -60,11 +60,8 @@ def blocks_of(causal_lm: Any) -> list[nn.Module]:
             f"{type(causal_lm).__name__} does not say which modules are its blocks, which sharding needs: use "
             "recipes/strategy/ddp.yaml"
         )
-    return [block for block in blocks if not any(block is not other and _holds(other, block) for other in blocks)]
-
-
-def _holds(module: nn.Module, other: nn.Module) -> bool:
-    return any(child is other for child in module.modules())
+    within = {id(child) for block in blocks for child in block.modules() if child is not block}
+    return [block for block in blocks if id(block) not in within]
 
 
 def shard(policy: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> None:
@@ -97,13 +94,9 @@ def shard(policy: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | Non
         block.set_modules_to_backward_prefetch([before])
     root.set_modules_to_backward_prefetch([blocks[-1]])
     with torch.no_grad():
-        policy(_nothing)  # its first forward pass makes it, and not a block, the root of its groups
+        policy(lambda: None)  # its first forward pass makes it, and not a block, the root of its groups
     for module in _groups(policy):
         module.reshard()
-
-
-def _nothing() -> None:
-    return None
 
 
 def _groups(policy: nn.Module) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -163,9 +164,6 @@ class GKDModule(TaughtModule):
         self.teacher = self._make_teacher(teacher)
         self._segmenter = get_segmenter(self.source.segmenter)
         self._divergence = self.divergence.function()
-        self._focus: Focus | None = None
-        self._fidelity: Fidelity | None = None
-        self._student: TrainingSampler | None = None
 
     def _make_teacher(self, spec: TeacherSpec) -> Teacher:
         buckets: dict[str, Any] = {"top_k": self.divergence.top_k, "tail": self.divergence.tail}
@@ -254,16 +252,15 @@ class GKDModule(TaughtModule):
         examples: Sequence[Example] = batch.examples if chosen == "data" else self.sample(batch, chosen)
         if self.focus_spec is not None:
             with self.phases.phase("scoring steps", total=len(examples)):
-                examples = self._focused(examples)
+                examples = self._focus(self.tokenizer, examples)
         prepared = self.prepare_examples(examples)
         for _ in range(self.source.reuse):
             yield prepared
 
-    def _focused(self, examples: Sequence[Example]) -> list[Example]:
+    @cached_property
+    def _focus(self) -> Focus:
         assert self.focus_spec is not None
-        if self._focus is None:
-            self._focus = Focus(self.focus_spec, str(self.device))
-        return self._focus(self.tokenizer, examples)
+        return Focus(self.focus_spec, str(self.device))
 
     def draw_source(self) -> Literal["student", "teacher", "data"]:
         """Where this optimiser step's completions come from: the same on every rank, and after a resume."""
@@ -274,7 +271,10 @@ class GKDModule(TaughtModule):
 
     def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Example]:
         """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
-        policy, prompts = self._writer(source, batch.examples)
+        policy, prompts = self.model, [example.prompt_ids for example in batch.examples]
+        if source == "teacher":
+            self.teacher.place(self.device)
+            policy, prompts = self.teacher.policy, self.teacher.prompts(batch.examples)
         with self.gathered(), self.phases.phase(f"{source} rollout", total=len(prompts)):
             rollouts = self._sampler(policy, source).sample(
                 prompts,
@@ -290,16 +290,11 @@ class GKDModule(TaughtModule):
     def _sampler(self, policy: Policy, source: str) -> Sampler:
         if source == "teacher":
             return TransformersSampler(policy, max_rows=self.source.max_rows, breaks_off=STOP_REQUEST.__bool__)
-        if self._student is None:
-            self._student = TrainingSampler(policy, self.source, self.seed)
         return self._student(self.global_step)
 
-    def _writer(self, source: str, examples: Sequence[Example]) -> tuple[Policy, list[tuple[int, ...]]]:
-        if source == "student":
-            return self.model, [example.prompt_ids for example in examples]
-        assert isinstance(self.teacher, LocalTeacher)
-        self.teacher.place(self.device)
-        return self.teacher.policy, self.teacher.prompts(examples)
+    @cached_property
+    def _student(self) -> TrainingSampler:
+        return TrainingSampler(self.model, self.source, self.seed)
 
     # ---- validation ------------------------------------------------------------------------------------------------
 
@@ -309,33 +304,30 @@ class GKDModule(TaughtModule):
         if self.fidelity_spec is None:
             return
         with self._averaged():  # every rank gathers what is cut up, also one without examples
-            if batch.examples:
-                self._add_fidelity(batch)
-
-    def _add_fidelity(self, batch: StepBatch) -> None:
-        with self.phases.phase("fidelity", total=len(batch.examples)):
-            for name, (total, number) in self._measured()(batch.examples, batch.indices).items():
-                self._sums[f"metric/{name}"] += total
-                self._sums[f"number/{name}"] += number
+            if not batch.examples:
+                return
+            with self.phases.phase("fidelity", total=len(batch.examples)):
+                for name, (total, number) in self._fidelity(batch.examples, batch.indices).items():
+                    self._sums[f"metric/{name}"] += total
+                    self._sums[f"number/{name}"] += number
 
     def evaluation_metrics(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """The means, with fidelity's errors made of their sums."""
         return super().evaluation_metrics(fidelity_totals(totals))
 
-    def _measured(self) -> Fidelity:
+    @cached_property
+    def _fidelity(self) -> Fidelity:
         assert self.fidelity_spec is not None
-        if self._fidelity is None:
-            self._fidelity = Fidelity(
-                self.fidelity_spec,
-                self.model,
-                self.teacher,
-                self._sampled().grader,
-                self._collate,
-                max_tokens=self.micro_batch_tokens,
-                chunk_size=self.chunk_size,
-                seed=self.seed,
-            )
-        return self._fidelity
+        return Fidelity(
+            self.fidelity_spec,
+            self.model,
+            self.teacher,
+            self._sampled().grader,
+            self._collate,
+            max_tokens=self.micro_batch_tokens,
+            chunk_size=self.chunk_size,
+            seed=self.seed,
+        )
 
     # ---- loss ------------------------------------------------------------------------------------------------------
 
@@ -353,7 +345,10 @@ class GKDModule(TaughtModule):
         the same token likeliest), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
         """
         temperature = self.divergence.logits_temperature
-        kd_weight, ce_weight = self._term_weights()
+        kd_weight, ce_weight = 1.0, self.ce_weight
+        if self.mix is not None:
+            kd_weight = self.mix.share(self.global_step, self.planned_steps()) if self.training else self.mix.end
+            ce_weight = 1.0 - kd_weight
         signals = self.teacher.signals(micro_batch, temperature=temperature)
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
@@ -385,13 +380,6 @@ class GKDModule(TaughtModule):
         if with_ce:
             metrics["ce"] = (values[:, 3].sum(), number)
         return LossTerms({"kd": total}, metrics)
-
-    def _term_weights(self) -> tuple[float, float]:
-        """Of divergence and cross-entropy."""
-        if self.mix is None:
-            return 1.0, self.ce_weight
-        share = self.mix.share(self.global_step, self.planned_steps()) if self.training else self.mix.end
-        return share, 1.0 - share
 
     def _weights(self, batch: MicroBatch) -> Tensor:
         """Weight of every token in the sum whose denominator :meth:`count` gives."""

@@ -29,7 +29,7 @@ from stepkd.modules.base import Prepared
 from stepkd.modules.gkd import TaughtModule
 from stepkd.modules.kdrl_objective import Mismatch, TokenObjective, TokenTerms, Weigher
 from stepkd.modules.rewards import GivenReward, Rewards, RewardSpec
-from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog, TokenView
+from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
 from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.step_scores import load_step_scorer
 from stepkd.scorers import ScorerOptions
@@ -87,10 +87,7 @@ class KDRLModule(TaughtModule):
         self.steps_per_batch = self.policy_loss.inner_steps
         self._check_settings(teacher)
         self.teacher = None if teacher is None else LocalTeacher(teacher)
-        self._groups: GroupSampler | None = None
-        self._weigher: Weigher | None = None
         self._mismatch = Mismatch()
-        self._sample_log: SampleLog | None = None
 
     def _check_settings(self, teacher: TeacherSpec | None) -> None:
         if not self.reward_specs:
@@ -164,7 +161,6 @@ class KDRLModule(TaughtModule):
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
         """Sample groups, reward and weigh them, and yield ``inner_steps`` optimiser steps of them."""
         rollouts = self.weighed(self.sampled(batch))
-        assert self._sample_log is not None
         self._sample_log(self.global_step, rollouts, self.device, writes=self.trainer.is_global_zero)
         if self.policy_loss.inner_steps > 1:
             logps = self._of_rollouts(rollouts, lambda logps_N2: logps_N2[:, 0])
@@ -174,7 +170,6 @@ class KDRLModule(TaughtModule):
 
     def sampled(self, batch: StepBatch) -> list[Rollout]:
         """Rewarded completions of the batch's prompts, group after group."""
-        assert self._groups is not None
         from transformers import TrainerState
 
         rewards, step, epoch = self._groups.rewards, self.global_step, self.position.epoch
@@ -186,7 +181,6 @@ class KDRLModule(TaughtModule):
 
     def weighed(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with advantages, and with weights and counts of both terms."""
-        assert self._weigher is not None
         if self.teacher is None or self.kd.form != "reward":
             return self._weigher(rollouts)
         gaps = self._of_rollouts(rollouts, lambda logps_N2: logps_N2[:, 1] - logps_N2[:, 0])
@@ -232,22 +226,24 @@ class KDRLModule(TaughtModule):
             hidden_NH = self.needed_hidden(micro_batch)
             ce = cross_entropy(self.model.head, hidden_NH, micro_batch.targets_N, chunk_size=self.chunk_size).sums["ce"]
             return LossTerms({"pg": ce, "kd": ce * 0.0})
-        signals, tokens = self._signals(micro_batch), TokenView.of(micro_batch)
+        signals = self._signals(micro_batch)
         objective = TokenObjective(
             self.policy_loss, self.kd, self.rollout.temperature, self.global_step, self.loss_scales, signals
         )
+        constants = objective.constants(micro_batch, self._distilled(micro_batch.targets_N))
+        _, old_N, sampled_N, *_ = constants
         loss, columns_NM = fused_sum(
             objective,
             self.model.head,
             self.needed_hidden(micro_batch),
-            torch.ones_like(tokens.pg_N),
+            torch.ones_like(sampled_N),
             micro_batch.targets_N,
-            *objective.constants(tokens, self._distilled(micro_batch.targets_N)),
+            *constants,
             *(() if signals is None else signals.tensors),
             chunk_size=self.chunk_size,
         )
         found = TokenTerms(*columns_NM.unbind(-1))
-        gap_N = tokens.sampled_N - (found.logps_N if tokens.old_N is None else tokens.old_N)
+        gap_N = sampled_N - torch.where(old_N.isnan(), found.logps_N, old_N)
         if self.training and not micro_batch.is_filler:
             self._mismatch.add(gap_N)
         return LossTerms(

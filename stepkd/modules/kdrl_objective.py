@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stepkd.data.collate import MicroBatch
 from stepkd.losses import (
     clipped_loss,
     entropy,
@@ -29,7 +30,7 @@ from stepkd.losses import (
     top_k_buckets,
 )
 from stepkd.modules.distributed import all_reduce
-from stepkd.modules.rollouts import Rollout, TokenView
+from stepkd.modules.rollouts import Rollout
 from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.step_scores import step_scores, step_texts
 from stepkd.scorers import StepScorer
@@ -65,11 +66,15 @@ class Weigher:
         reward_R = reward_R if extra_R is None else reward_R + extra_R
         length_R = torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
         counted_R = torch.tensor([not (r.cut_off and self.rollout.truncated == "mask") for r in rollouts])
-        scores = self._scores(rollouts)
+        scores: list[list[float]] = [[] for _ in rollouts]
+        if self.scorer is not None:
+            written = [step_texts(self.tokenizer, rollout) for rollout in rollouts]
+            scores = step_scores(self.scorer, [rollout.row for rollout in rollouts], written)
         advantage_N = self._advantages(rollouts, scores, reward_R, group_R, length_R)
         kept_R = counted_R
         if self.policy_loss.equal_groups == "drop":
-            kept_R = counted_R & with_signal(advantage_N, group_R, length_R)
+            # groups in which some token has an advantage
+            kept_R = counted_R & torch.isin(group_R, group_R.repeat_interleave(length_R)[advantage_N != 0])
         pg = self._normalised(length_R, group_R, kept_R)
         distilled_R = counted_R & self._distilled(rollouts, group_R)
         kd = self._normalised(length_R, group_R, distilled_R if self.kd.kept_only else counted_R)
@@ -86,14 +91,6 @@ class Weigher:
             )
             for i, rollout in enumerate(rollouts)
         ]
-
-    def _scores(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """Of every completion's steps; nothing without step credit."""
-        if self.step_credit is None:
-            return [[] for _ in rollouts]
-        assert self.scorer is not None
-        written = [step_texts(self.tokenizer, rollout) for rollout in rollouts]
-        return step_scores(self.scorer, [rollout.row for rollout in rollouts], written)
 
     def _advantages(
         self,
@@ -114,7 +111,7 @@ class Weigher:
         if self.step_credit is None:
             return outcome_N
         if self.step_credit.form == "first_step":
-            return self._by_segment(rollouts, scores, outcome_R, group_R)
+            return self._by_segment(self.step_credit, rollouts, scores, outcome_R, group_R, length_R)
         steps = [
             (score, end, i)
             for i, found in enumerate(scores)
@@ -134,29 +131,26 @@ class Weigher:
         return self.step_credit.outcome_weight * outcome_N + self.step_credit.weight * steps_N
 
     def _by_segment(
-        self, rollouts: Sequence[Rollout], scores: Sequence[list[float]], outcome_R: Tensor, group_R: Tensor
+        self,
+        credit: StepCreditSpec,
+        rollouts: Sequence[Rollout],
+        scores: Sequence[list[float]],
+        outcome_R: Tensor,
+        group_R: Tensor,
+        length_R: Tensor,
     ) -> Tensor:
-        """(N,) of the first step's score and the answer in it, of the answer behind it."""
-        assert self.step_credit is not None
+        """(N,): the first step has the advantages of its score and of the answer, what follows it the answer's."""
         first_R = torch.tensor([found[0] if found else math.nan for found in scores], dtype=torch.float64)
-        ends = [rollout.spans[0][1] if rollout.spans else 0 for rollout in rollouts]
-        segment_N = torch.cat(
-            [
-                (torch.arange(len(rollout.completion_ids)) >= end).long()
-                for rollout, end in zip(rollouts, ends, strict=True)
-            ]
-        )
-        row_N = torch.repeat_interleave(
-            torch.arange(len(rollouts)), torch.tensor([len(rollout.completion_ids) for rollout in rollouts])
-        )
+        end_R = torch.tensor([rollout.spans[0][1] if rollout.spans else 0 for rollout in rollouts])
+        row_N = torch.arange(len(rollouts)).repeat_interleave(length_R)
+        place_N = torch.arange(len(row_N)) - (length_R.cumsum(0) - length_R)[row_N]
+        segment_N = (place_N >= end_R[row_N]).long()
         # A completion without a step has none to be judged: it stands at its group's mean.
         known_R = ~first_R.isnan()
         advantage_R = torch.zeros_like(first_R)
         loss = self.policy_loss
         advantage_R[known_R] = group_advantages(first_R[known_R], group_R[known_R], ddof=loss.ddof, eps=loss.eps)
-        weighted_RK = torch.stack(
-            [self.step_credit.weight * advantage_R, self.step_credit.outcome_weight * outcome_R], dim=-1
-        )
+        weighted_RK = torch.stack([credit.weight * advantage_R, credit.outcome_weight * outcome_R], dim=-1)
         return segments_to_go(weighted_RK, segment_N, row_N)
 
     def _normalised(self, length_R: Tensor, group_R: Tensor, kept_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,12 +168,6 @@ class Weigher:
         if not self.distils or self.kd.mask == "none":
             return torch.full_like(right_R, self.distils)
         return ~right_R if self.kd.mask == "response" else ~torch.isin(group_R, group_R[right_R])
-
-
-def with_signal(advantage_N: Tensor, group_R: Tensor, length_R: Tensor) -> Tensor:
-    """Which completions belong to a group in which some token has an advantage."""
-    group_N = torch.repeat_interleave(group_R, length_R)
-    return torch.isin(group_R, group_N[advantage_N != 0])
 
 
 MISMATCH_ALARM = 0.05
@@ -226,18 +214,32 @@ class TokenObjective:
     signals: Signals | None
     """The teacher's; None without one."""
 
-    def constants(self, tokens: TokenView, counts_for_kd_N: Tensor) -> tuple[Tensor, ...]:
-        """What the function wants of every token beside its target.
+    def constants(self, micro_batch: MicroBatch, counts_for_kd_N: Tensor) -> tuple[Tensor, ...]:
+        """What the function wants of every token beside its target, float64: advantage, log-probabilities of the policy
+        before the first of several steps (NaN: there is nothing older) and of the sampler, weights in both sums.
 
         Args:
-            tokens: advantages, weights and log-probabilities.
+            micro_batch: of rollouts.
             counts_for_kd_N: 0 for tokens that are left out of the distillation term.
         """
-        kept_N = self._weights(tokens.kd_N, tokens.kd_counted_N) * counts_for_kd_N
-        # NaN: nothing older than the policy itself
-        old_N = torch.full_like(tokens.sampled_N, math.nan) if tokens.old_N is None else tokens.old_N
-        weights_N = self._weights(tokens.pg_N, tokens.pg_counted_N)
-        return tokens.advantages_N, old_N, tokens.sampled_N, weights_N, kept_N
+        rollouts: list[Any] = list(micro_batch.examples)
+
+        def spread(values: Iterable[float]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.float64, device=micro_batch.targets_N.device)
+
+        def weights(name: str) -> Tensor:
+            weight_N = spread(getattr(each, f"{name}_weight") for each in rollouts)[micro_batch.row_N]
+            if self.policy_loss.normalisation != "bnpo":
+                return weight_N
+            counted_N = spread(getattr(each, f"{name}_count") for each in rollouts)[micro_batch.row_N]
+            return weight_N / counted_N.sum().clamp_min(1.0)
+
+        sampled_N = spread(value for each in rollouts for value in each.sampled_logps)
+        old_N = torch.full_like(sampled_N, math.nan)
+        if all(each.old_logps is not None for each in rollouts):
+            old_N = spread(value for each in rollouts for value in each.old_logps)
+        advantages_N = spread(value for each in rollouts for value in each.advantages)
+        return advantages_N, old_N, sampled_N, weights("pg"), weights("kd") * counts_for_kd_N
 
     def __call__(
         self,
@@ -296,11 +298,6 @@ class TokenObjective:
         near_C = torch.where(kept_C > 0, logps_C, teacher_C)
         kind: Any = self.kd.estimator
         return kl_estimate(kind, near_C, teacher_C, clamp=self.kd.clamp, gradient=self.kd.gradient)
-
-    def _weights(self, weight_N: Tensor, counted_N: Tensor) -> Tensor:
-        if self.policy_loss.normalisation == "bnpo":
-            return weight_N / counted_N.sum().clamp_min(1.0)
-        return weight_N
 
 
 def exact_kl(kd: KDSpec, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:

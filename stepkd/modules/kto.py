@@ -26,6 +26,8 @@ from stepkd.modules.preference import PreferenceModule, ReferenceSpec
 
 OutcomePoint = Literal["mismatch", "batch", "zero"]
 StepPoint = Literal["mismatch", "batch", "per_index", "zero"]
+EVEN = (1.0, 1.0)
+"""Class weights of a validation without training before it."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,19 @@ class Points:
     by_index: tuple[float, ...] = ()
     """Of steps by their number, where that is asked for; later steps have ``z0_step``."""
 
-    def of_steps(self, completion_S: Tensor) -> float | Tensor:
+    def of_steps(self, completion_S: Tensor, like: Tensor) -> float | Tensor:
         """Point of every step.
 
         Args:
             completion_S: completion of every step, in order.
+            like: a tensor of the dtype that points are wanted in, and on their device.
         """
         if not self.by_index:
             return self.z0_step
         starts_S = torch.searchsorted(completion_S, completion_S)  # first step of the same completion
         index_S = torch.arange(len(completion_S), device=completion_S.device) - starts_S
         table = torch.tensor([*self.by_index, self.z0_step], dtype=torch.float64, device=completion_S.device)
-        return table[index_S.clamp(max=len(self.by_index))]
+        return table[index_S.clamp(max=len(self.by_index))].to(like)
 
 
 def mismatched_completions(batch: StepBatch, rotation: str, max_length: int | None = None) -> list[Completion]:
@@ -170,13 +173,9 @@ class PointEstimator:
                 sums[f"sum/{i}"] += value
                 sums[f"count/{i}"] += 1
         sums = all_reduce(sums, device)
-        averages = list(self.averages)
-        for i in range(longest):
-            mean = sums[f"sum/{i}"] / sums[f"count/{i}"]
-            if i < len(averages):
-                averages[i] += (1 - self.spec.ema) * (mean - averages[i])
-            else:
-                averages.append(mean)
+        means, old = [sums[f"sum/{i}"] / sums[f"count/{i}"] for i in range(longest)], self.averages
+        moved = [then + (1 - self.spec.ema) * (mean - then) for then, mean in zip(old, means, strict=False)]
+        averages = [*moved, *old[longest:], *means[len(old) :]]
         if update:
             self.averages = averages
         return tuple(max(0.0, value) for value in averages)
@@ -281,22 +280,17 @@ class KTOModule(PreferenceModule):
             _outcomes(batch).to(logratios_R.device),
             z0=self._points.z0,
             beta=self.beta,
-            weights=self._weights(self.class_weights),
+            weights=self.class_weights or EVEN,
         )
         return self._with_points(terms, {"z0": self._points.z0})
 
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
         """Margins: mean reward of the right less that of the wrong."""
-        margins = {}
-        for prefix in ("", "step_"):
-            right, wrong = values.get(f"{prefix}reward_right"), values.get(f"{prefix}reward_wrong")
-            if right is not None and wrong is not None:
-                margins[f"{prefix}margin"] = right - wrong
-        return margins
-
-    @staticmethod
-    def _weights(weights: ClassWeights | None) -> ClassWeights:
-        return (1.0, 1.0) if weights is None else weights  # validation without training before it
+        return {
+            f"{prefix}margin": values[f"{prefix}reward_right"] - values[f"{prefix}reward_wrong"]
+            for prefix in ("", "step_")
+            if {f"{prefix}reward_right", f"{prefix}reward_wrong"} <= values.keys()
+        }
 
     @staticmethod
     def _with_points(terms: LossTerms, points: dict[str, float]) -> LossTerms:
@@ -367,18 +361,14 @@ class StepKTOModule(KTOModule):
             batch.completion_S,
             _outcomes(batch).to(ratios_N.device),
             z0=self._points.z0,
-            z0_step=_like(self._points.of_steps(batch.completion_S), ratios_N),
+            z0_step=self._points.of_steps(batch.completion_S, ratios_N),
             beta=self.beta,
             beta_step=self.beta_step,
             reduction=self.reduction,
-            weights=self._weights(self.class_weights),
-            step_weights=self._weights(self.step_class_weights),
+            weights=self.class_weights or EVEN,
+            step_weights=self.step_class_weights or EVEN,
         )
         return self._with_points(terms, {"z0": self._points.z0, "z0_step": self._points.z0_step})
-
-
-def _like(value: float | Tensor, like: Tensor) -> float | Tensor:
-    return value.to(like) if isinstance(value, Tensor) else value
 
 
 def _outcomes(batch: MicroBatch) -> Tensor:

@@ -259,11 +259,10 @@ class PreferenceModule(StepModule):
     def with_reference(self, prepared: Prepared) -> Prepared:
         """Add the reference's log-probabilities to all micro-batches."""
         with self.phases.phase("reference", total=len(prepared.micro_batches)):
-            batches: list[MicroBatch] = []
-            for micro_batch in prepared.micro_batches:
-                batches.append(self._referenced(cast(PackedBatch, micro_batch)))
+            for place, micro_batch in enumerate(prepared.micro_batches):
+                prepared.micro_batches[place] = self._referenced(cast(PackedBatch, micro_batch))
                 self.phases.advance()
-        return Prepared(batches, prepared.denominators)
+        return prepared
 
     @torch.no_grad()
     def _referenced(self, batch: PackedBatch) -> PackedBatch:

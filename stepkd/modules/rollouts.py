@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stepkd.data.batching import StepBatch
-from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.errors import DataError, disk_error
 from stepkd.models import Policy
@@ -77,51 +75,6 @@ class Rollout(Example):
         """An example with what is known of it as a rollout."""
         own: dict[str, Any] = {each.name: getattr(example, each.name) for each in fields(Example)}
         return cls(**{**own, **more})
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """What the rollouts of a micro-batch say of every target."""
-
-    advantages_N: Tensor
-    """Advantages."""
-    sampled_N: Tensor
-    """The sampler's log-probabilities."""
-    old_N: Tensor | None
-    """The policy's before the first of several steps."""
-    pg_N: Tensor
-    """Weights in the policy-gradient sum."""
-    kd_N: Tensor
-    """Weights in the distillation sum."""
-    pg_counted_N: Tensor
-    """What every token's completion adds to the first denominator."""
-    kd_counted_N: Tensor
-    """The same of the second."""
-
-    @classmethod
-    def of(cls, micro_batch: MicroBatch) -> TokenView:
-        """Spread over the targets of a micro-batch of rollouts, on its device, float64."""
-        rollouts: list[Any] = list(micro_batch.examples)
-        device = micro_batch.targets_N.device
-
-        def spread(values: Sequence[float]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.float64, device=device)
-
-        def by_row(values: Sequence[float]) -> Tensor:
-            return spread(values)[micro_batch.row_N]
-
-        old = None
-        if all(rollout.old_logps is not None for rollout in rollouts):
-            old = spread([value for rollout in rollouts for value in rollout.old_logps])
-        return cls(
-            advantages_N=spread([value for rollout in rollouts for value in rollout.advantages]),
-            sampled_N=spread([value for rollout in rollouts for value in rollout.sampled_logps]),
-            old_N=old,
-            pg_N=by_row([rollout.pg_weight for rollout in rollouts]),
-            kd_N=by_row([rollout.kd_weight for rollout in rollouts]),
-            pg_counted_N=by_row([rollout.pg_count for rollout in rollouts]),
-            kd_counted_N=by_row([rollout.kd_count for rollout in rollouts]),
-        )
 
 
 class TrainingSampler:

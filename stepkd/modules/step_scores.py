@@ -132,24 +132,19 @@ class Focus:
         """
         written = [step_texts(tokenizer, example) for example in examples]
         scores = step_scores(self.scorer, [example.row for example in examples], written)
-        return [self._focused(example, each) for example, each in zip(examples, scores, strict=True)]
-
-    def _focused(self, example: Example, scores: Sequence[float]) -> FocusedExample:
-        padded = [*scores, *[math.nan] * (len(example.spans) - len(scores))]
-        own = {field.name: getattr(example, field.name) for field in fields(Example)}
-        return FocusedExample(**own, step_weights=self.spec.weights(padded))
+        focused: list[Example] = []
+        for example, known in zip(examples, scores, strict=True):
+            weights = self.spec.weights([*known, *[math.nan] * (len(example.spans) - len(known))])
+            own = {field.name: getattr(example, field.name) for field in fields(Example)}
+            focused.append(FocusedExample(**own, step_weights=weights))
+        return focused
 
 
 def token_weights(batch: MicroBatch) -> Tensor:
     """Weight (N,) of every target of a micro-batch, float64: its step's, or 1 where steps have none."""
-    weights = [
-        weight
-        for example in batch.examples
-        for (start, end), weight in zip(example.spans, _weights_of(example), strict=True)
-        for _ in range(start, end)
-    ]
+    weights: list[float] = []
+    for example in batch.examples:
+        own = example.step_weights if isinstance(example, FocusedExample) else (1.0,) * len(example.spans)
+        for (start, end), weight in zip(example.spans, own, strict=True):
+            weights += [weight] * (end - start)
     return torch.tensor(weights, dtype=torch.float64, device=batch.targets_N.device)
-
-
-def _weights_of(example: Example) -> tuple[float, ...]:
-    return example.step_weights if isinstance(example, FocusedExample) else (1.0,) * len(example.spans)
