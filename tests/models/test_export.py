@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, ModelError
 from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
-from stepkd.models import export as export_module
+from stepkd.models import checkpoint as checkpoint_module
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
 from stepkd.models.source import trained_template
 
@@ -195,7 +195,7 @@ def test_an_interrupted_export_leaves_what_was_there(
             save_policy(policy, out, **settings)  # everything written, but not in place
         raise error
 
-    monkeypatch.setattr(export_module, stage, cut)
+    monkeypatch.setattr(checkpoint_module, stage, cut)
     expected, message = (
         (KeyboardInterrupt, None) if error is KeyboardInterrupt else (MachineError, "No space left on dev")
     )
