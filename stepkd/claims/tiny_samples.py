@@ -18,6 +18,14 @@ from stepkd.scorers import PRMScorer
 from stepkd.steps.labels import tally
 
 Row = Mapping[str, Any]
+SAMPLING: dict[str, Any] = {
+    "max_new_tokens": NEW_TOKENS,
+    "template": "task",
+    "extractors": ("hash",),
+    "device": "cpu",
+    "max_rows": 256,
+}
+"""How jobs sample and grade in the tiny world, at temperature 1."""
 
 
 def evaluate_tiny(
@@ -103,19 +111,9 @@ def label_tiny(out: Path, *, model: str | Path, seed: int, **settings: Any) -> t
     Returns:
         The labels' file and the job's summary.
     """
-    spec = LabelSpec(
-        out=str(out),
-        model=str(model),
-        seed=seed,
-        temperature=1.0,
-        max_new_tokens=NEW_TOKENS,
-        template="task",
-        extractors=("hash",),
-        device="cpu",
-        max_rows=256,
-        **settings,
+    summary = run_label_job(
+        LabelSpec(out=str(out), model=str(model), seed=seed, temperature=1.0, **SAMPLING, **settings)
     )
-    summary = run_label_job(spec)
     assert summary is not None, "one rank does all the work"
     return out / "labels.jsonl", summary
 

@@ -37,20 +37,19 @@ ARMS: Mapping[str, Mapping[str, Any]] = {f"m{k}": {} for k in range(ITERATIONS +
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
-    from stepkd.claims.tiny_samples import problem_metrics
+    from stepkd.claims.tiny_samples import SAMPLING, problem_metrics
     from stepkd.iteration.loop import run_iterations
     from stepkd.iteration.spec import HeldOutSettings, IterateSpec, TrainSettings
     from stepkd.runs.job import read_results
 
     settings: IteratedSettings = unit.settings
     student = train_noisy_student(unit, report)
-    sampling = {"template": "task", "extractors": ["hash"], "max_new_tokens": 64, "max_rows": 256, "device": "cpu"}
     spec = IterateSpec(
         model=str(student),
         problems=problem_source(unit, settings.label_problems),
         iterations=ITERATIONS,
         reference=settings.reference,
-        label={"labeller": "checker", "samples": settings.label_samples, **sampling},
+        label={"labeller": "checker", "samples": settings.label_samples, **SAMPLING},
         train=TrainSettings(recipes=["recipes/tiny/step_kto.yaml"], overrides=_overrides(settings)),
         evaluation=HeldOutSettings(problems=problem_source(unit, settings.problems, "test"), samples=settings.samples),
         seed=unit.seed,

@@ -111,7 +111,7 @@ def _pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path, report: Re
 
 
 def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> list[Row]:
-    from stepkd.claims.tiny_samples import read_labels
+    from stepkd.claims.tiny_samples import SAMPLING, read_labels
     from stepkd.data.spec import PAIRS_NAME
     from stepkd.labels import StepPairSpec, run_pair_job
 
@@ -125,12 +125,8 @@ def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> li
         continuations=unit.settings.continuations,
         temperature=1.0,
         top_p=1.0,
-        max_new_tokens=64,
-        template="task",
-        extractors=("hash",),
-        device="cpu",
-        max_rows=256,
         seed=unit.seed,
+        **SAMPLING,
     )
     if run_pair_job(spec) is None:
         raise DataError("one rank does all the work, and groups are missing", path=out)
