@@ -166,13 +166,17 @@ class Node:
 
     def path(self) -> list[Node]:
         """The nodes from the root (left out) to this one."""
-        return [] if self.parent is None else [*self.parent.path(), self]
+        nodes = [self]
+        while (parent := nodes[-1].parent) is not None:
+            nodes.append(parent)
+        return nodes[-2::-1]
 
     def subtree(self) -> Iterator[Node]:
         """This node and all below it, parents first."""
-        yield self
-        for child in self.children:
-            yield from child.subtree()
+        waiting = [self]
+        while waiting:
+            yield (node := waiting.pop())
+            waiting.extend(reversed(node.children))
 
     def state(self, problem: Problem) -> State:
         """The solution so far."""

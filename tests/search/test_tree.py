@@ -77,6 +77,14 @@ def test_without_discount_q_is_the_mean_value_below_the_parent() -> None:
     assert middle.q == pytest.approx(mean - root.value)
 
 
+def test_a_tree_may_be_deeper_than_python_recurses() -> None:
+    root = node = Node(None, None)
+    for _ in range(2_000):
+        node.children.append(Node(Step("a\n", (1,), 0.0, "step", 0), node))
+        node = node.children[0]
+    assert list(root.subtree()) == [root, *node.path()]
+
+
 def test_state_and_subtree() -> None:
     root = Node(None, None)
     a = child(root, 0.0, tokens=2)
