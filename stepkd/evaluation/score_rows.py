@@ -126,19 +126,16 @@ def score_file(job: ScoreJob, *, scorer: StepScorer | None = None, options: JobO
     if not options.overwrite and job.out.exists() and finished.is_file():
         check_same(read_settings(finished.parent, finished.name), json.loads(json_text(settings)), job.out)
         return summarise_scores([row for row, _ in read_rows(job.out)], scorer.meaning)
+    if options.world_size == 1 and not (job.work / PARTS).exists():
+        shutil.rmtree(job.work, ignore_errors=True)  # nothing is done: mended rows or a smaller batch are not refused
     settings = work.begin(settings)
     temperature = job.options.temperature
     units = numbered(_blocks(rows, job.options.max_rows))
-    try:
-        if labelled is not None:
-            fit = {"fit": labelled}
-            work.work(TEMPERATURE, fit, lambda given: [asdict(fit_temperature(*labelled_scores(scorer, given)))])
-            temperature = TemperatureScaling(**work.wait(TEMPERATURE, fit)[0])
-        work.work(SOLUTIONS, units, lambda block: _scored(scorer, rows, block, first=block is units["000000"]))
-    except DataError:
-        if options.world_size == 1 and not (job.work / PARTS).exists():
-            shutil.rmtree(job.work)  # nothing is done: mended rows are not refused as another job's
-        raise
+    if labelled is not None:
+        fit = {"fit": labelled}
+        work.work(TEMPERATURE, fit, lambda given: [asdict(fit_temperature(*labelled_scores(scorer, given)))])
+        temperature = TemperatureScaling(**work.wait(TEMPERATURE, fit)[0])
+    work.work(SOLUTIONS, units, lambda block: _scored(scorer, rows, block, first=block is units["000000"]))
     found = work.rows(SOLUTIONS, units)
     if found is None:
         return {}

@@ -487,7 +487,10 @@ def _merged(parts: Iterable[Path]) -> list[dict[str, Any]]:
 def _read_part(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as stream:
-            return [json.loads(line) for line in stream]
+            rows = [json.loads(line) for line in stream]
+        if not rows:
+            raise ValueError("it is empty")
+        return rows
     except (OSError, ValueError) as error:
         raise DataError(f"a damaged part ({error}): delete it and give the same command again", path=path) from error
 

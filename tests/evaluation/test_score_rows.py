@@ -184,6 +184,13 @@ def test_when_no_row_of_the_first_batch_can_be_read_the_job_stops(tmp_path: Path
     assert len(read(job.out)) == 1, "a mended file is another job, and nothing had been scored"
 
 
+def test_other_settings_are_taken_while_nothing_is_scored(job: ScoreJob) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        score_file(job, scorer=Toy(dies_after=0))
+    smaller = replace(job, options=ScorerOptions(max_rows=1))
+    assert score_file(smaller, scorer=Toy())["rows"] == len(ROWS)
+
+
 def test_the_same_job_again_changes_nothing(job: ScoreJob) -> None:
     first = score_file(job, scorer=Toy())
     before = job.out.read_bytes()

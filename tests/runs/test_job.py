@@ -214,6 +214,9 @@ def test_a_damaged_part_and_damaged_settings_are_named(tmp_path: Path) -> None:
     part.write_text('{"index": 3')
     with pytest.raises(DataError, match=r"000001\.jsonl: a damaged part .*: delete it"):
         job.rows("squares", UNITS)
+    part.write_text("")
+    with pytest.raises(DataError, match=r"000001\.jsonl: a damaged part \(it is empty\)"):
+        job.rows("squares", UNITS)
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         start(tmp_path)
