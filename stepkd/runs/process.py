@@ -150,10 +150,13 @@ def this_process() -> dict[str, Any]:
 
 def live_process(marker: Mapping[str, Any]) -> int | None:
     """The process that a marker names, where it can be told that it still runs: same machine, same process start."""
-    if marker.get("host") != socket.gethostname() or marker["pid"] == os.getpid():
+    pid, start = marker.get("pid"), marker.get("pid_start")
+    if marker.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
         return None
+    if not isinstance(start, int | float):
+        return None  # a marker of stepkd 0.1 tells the start otherwise
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(marker["pid"])
-        is_same = abs(process.create_time() - marker["pid_start"]) < 2  # not a later process of the same number
-        return int(process.pid) if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+        process = psutil.Process(pid)
+        is_same = abs(process.create_time() - start) < 2  # not a later process of the same number
+        return pid if is_same and process.status() != psutil.STATUS_ZOMBIE else None
     return None

@@ -13,7 +13,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ class RunDir:
 
     Attributes:
         path: the folder.
-        kind: what runs in it ("fit", "evaluate", "quickstart", ...).
+        kind: what runs in it, "fit" or "predict".
         resume_from: the checkpoint to continue from, or None for a fresh start; the same on every rank.
         message: one sentence for the terminal about what was found and done.
     """
@@ -106,16 +106,6 @@ class RunDir:
             See :func:`~stepkd.runs.resume.find_last_checkpoint`; None when there is no whole one.
         """
         return find_last_checkpoint(self.checkpoints)
-
-    @contextlib.contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record how the work of a block ends: finished, or failed and why."""
-        try:
-            yield
-        except BaseException as error:
-            self.mark("failed", f"{type(error).__name__}: {error}")
-            raise
-        self.mark("finished")
 
     def mark(self, status: Literal["finished", "stopped", "failed"], message: str = "") -> None:
         """Record in ``run.json`` how the run ended (rank 0 only).

@@ -66,6 +66,16 @@ def test_a_run_of_version_0_1_is_not_resumed(tmp_path: Path) -> None:
     assert "was deleted" in start(run.path, overwrite=True).message
 
 
+def test_a_running_marker_of_version_0_1_is_overwritten(tmp_path: Path) -> None:
+    """Its process start is a text, and its number may be another process's by now."""
+    run = RunDir.open(tmp_path / "run", environ={})
+    marker = read_marker(run.path) or {}
+    write_json(run.path / "run.json", {**marker, "stepkd": "0.1.0", "pid": os.getppid(), "pid_start": "boot:7"})
+    with pytest.raises(ConfigError, match=r"a run of stepkd 0\.1\.0"):
+        RunDir.open(run.path, resume=True, environ={})
+    assert "deleted" in RunDir.open(run.path, overwrite=True, environ={}).message
+
+
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     assert start(tmp_path).path == tmp_path
 
