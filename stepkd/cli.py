@@ -112,7 +112,8 @@ def _main(arguments: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            f"\nstepkd {command}: interrupted; fit, evaluate, label, iterate, claims and quickstart can be resumed",
+            f"\nstepkd {command}: interrupted; fit, evaluate, label, score, cache-teacher, iterate, claims and "
+            "quickstart can be resumed",
             file=sys.stderr,
         )
         return 130

@@ -332,6 +332,9 @@ def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resa
         DataError: missing or damaged files, or no problem in common.
     """
     settings_a, settings_b = read_settings(dir_a), read_settings(dir_b)
+    for folder, own in ((dir_a, settings_a), (dir_b, settings_b)):
+        if "benchmark" not in own:
+            raise ConfigError(f"{folder} holds no evaluation, but another kind of job ({own['kind']})")
     settings = differences(settings_a, settings_b)
     for key, what in (("benchmark.name", "benchmarks"), ("benchmark.data", "data (fingerprints)")):
         if key in settings:

@@ -326,6 +326,12 @@ def test_refusals(tmp_path: Path) -> None:
     changed = write_run(tmp_path / "changed", {"x": [True]}, benchmark={"name": "gsm8k", "data": "d2", "limit": None})
     with pytest.raises(ConfigError, match=r"different data \(fingerprints\): 'd1' and 'd2'"):
         compare_runs(a, changed)
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    (labels / "settings.json").write_text('{"kind": "labelling job"}')
+    for pair in ((labels, labels), (a, labels)):
+        with pytest.raises(ConfigError, match=r"labels holds no evaluation, but another kind of job \(labelling job\)"):
+            compare_runs(*pair)
     with pytest.raises(DataError, match=r"no finished problem in common \(1 and 1\)"):
         compare_runs(a, write_run(tmp_path / "later", {"y": [True]}))
     with pytest.raises(DataError, match="no settings of a job there"):
