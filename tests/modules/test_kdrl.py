@@ -556,7 +556,7 @@ def test_completions_that_rewards_pass_over(
     assert sample["rewards"] == {"skipping": None, "telling": 1.0}
     assert main(["samples", str(tmp_path), "--number", "16"]) == 0
     shown = capsys.readouterr().out
-    assert "reward 3, wrong" in shown
+    assert "reward 3, incorrect" in shown
     assert "skipping none, telling 1" in shown
     assert "reward none, " in shown
 
