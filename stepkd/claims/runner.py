@@ -47,6 +47,8 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
     missing = [(v, s) for v in claim.variants for s in claim.seeds if overwrite or job.missing(v, [_key(s)])]
     settings = {"packages": package_versions(), **claim.identity()}
     found = job.begin(settings, free=() if missing else ("packages",))  # a finished run may be looked at later
+    if not missing and (job.out / RESULTS_NAME).is_file():
+        return found
     with job.alone():
         _run_units(claim, job, missing, report)
     rows = [row for folder in sorted((job.out / PARTS).iterdir()) for row in finished_rows(job.out, folder.name)]

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from stepkd.quickstart import STAGES, Context, run_stages
-    from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions, package_versions
+    from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions
     from stepkd.runs.launcher import check_alone
     from stepkd.runs.process import quiet_libraries
     from stepkd.runs.rundir import free_path
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     context = Context(out, console, seed=arguments.seed, scale=arguments.scale)
     start = time.perf_counter()
-    job.begin({"seed": context.seed, "scale": context.scale, "task": context.task, "packages": package_versions()})
+    job.begin({"seed": context.seed, "scale": context.scale, "task": context.task})
     quiet_libraries()
     with job.alone():
         run_stages(context, chosen, job)
