@@ -316,8 +316,9 @@ def test_a_worker_that_stands_still_is_ended_by_the_wall_clock(monkeypatch: pyte
 def test_a_signal_to_the_job_leaves_no_worker(number: signal.Signals, deadline_s: float) -> None:
     done = _script(
         f"""
-        import os, threading, time
+        import os, signal, threading, time
         from stepkd.grading import Grader
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
         grader = Grader(workers=2, deadline_s={deadline_s})
         works = grader.grade(["\\\\boxed{{\\\\frac{{2}}{{4}}}}", "\\\\boxed{{\\\\frac{{3}}{{4}}}}"], ["0.5", "0.5"])
         assert [grade.verdict.value for grade in works] == ["correct", "wrong"]

@@ -329,6 +329,7 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     assert given == [3, 4]
     source = SourceSpec(vllm=VLLMSpec(server=server.address))
     module = GKDModule(PolicySpec(path="tiny-0.1m"), TeacherSpec(path="tiny-0.1m"), source=source)
+    module.policy = policy
     monkeypatch.setattr(GKDModule, "global_step", 5)
     assert isinstance(module._sampler(policy, "student"), VLLMSampler)
     assert given == [3, 4, 5]
