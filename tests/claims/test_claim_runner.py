@@ -68,7 +68,7 @@ def test_a_second_call_does_nothing_and_more_seeds_only_themselves(write_claim: 
     assert calls(out) == {"main/seed-0": 1, "main/seed-1": 1, "main/seed-2": 1}
 
 
-@pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("sign", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_killed_and_resumed(write_claim: Write, experiment_folder: Path, tmp_path: Path, sign: str) -> None:
     """A signal in the third seed: the first two are not repeated and the end is that of an unbroken run."""
     path = write_claim(settings={"kill_at": 2})

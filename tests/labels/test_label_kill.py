@@ -37,7 +37,7 @@ JOBS = {
 Command = Callable[[str], list[str]]
 
 
-@pytest.fixture(params=JOBS)
+@pytest.fixture(params=[name if name == "labels" else pytest.param(name, marks=pytest.mark.slow) for name in JOBS])
 def job(request: pytest.FixtureRequest, tmp_path: Path, policy: Policy) -> Command:
     """The command of a job, given its folder."""
     words = ["label", *JOBS[request.param], *SMALL]
