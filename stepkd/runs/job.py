@@ -183,7 +183,10 @@ class Job:
             self._await(is_done, lambda: f"rank {rank} waits for rank 0 to begin {self.out}", "rank 0 did not begin")
             return
         # The settings go last: a kill in between leaves a folder that --overwrite still accepts.
-        for path in [self.out / name for name in (*self.outputs, PARTS, LOG, SETTINGS_NAME)]:
+        for path in [
+            *self.out.glob(".*.tmp"),
+            *(self.out / name for name in (*self.outputs, PARTS, LOG, SETTINGS_NAME)),
+        ]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -217,13 +220,19 @@ class Job:
         Args:
             phase: its name, that of a folder.
             units: every unit of the phase by its key, the same and in the same order on all ranks.
-            do: a unit to its rows, JSON values; they depend on nothing but the settings and the unit.
+            do: a unit to its rows, at least one, JSON values; they depend on nothing but the settings and the unit.
             figures: running figures for the progress line.
 
         Raises:
             DataError: a row that JSON cannot hold.
         """
-        self.work_files(phase, units, lambda unit, path: write_jsonl(path, do(unit)), ".jsonl", figures)
+
+        def write(unit: U, path: Path) -> None:
+            rows = do(unit)
+            assert rows, f"the unit {path} left no row, and a part without rows counts as damaged"
+            write_jsonl(path, rows)
+
+        self.work_files(phase, units, write, ".jsonl", figures)
 
     def work_files(
         self,

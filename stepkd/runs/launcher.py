@@ -163,15 +163,16 @@ def detect_launch(environ: Mapping[str, str] | None = None) -> LaunchInfo:
 def launch_id(info: LaunchInfo, environ: Mapping[str, str] | None = None) -> str | None:
     """A word that all processes of this launch share and no other launch has, where the launcher gives one.
 
-    accelerate calls every launch "none"; on one node the elastic agent's private folder then tells launches apart.
+    A run id may be given twice (``torchrun --rdzv-id=NAME``, and accelerate calls every launch "none"): on one node the
+    elastic agent's private folder tells launches apart.
     """
     environ = os.environ if environ is None else environ
     if info.launcher == "elastic":
-        run, agent = (
-            environ["TORCHELASTIC_RUN_ID"],
-            environ.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0],
-        )
-        return f"elastic:{run}" if run != "none" else f"elastic:{agent}" if agent and info.num_nodes == 1 else None
+        run = environ["TORCHELASTIC_RUN_ID"]
+        agent = environ.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
+        if agent and info.num_nodes == 1:
+            return f"elastic:{run}:{agent}"
+        return None if run == "none" else f"elastic:{run}"
     job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
     return f"slurm:{job}.{step}" if job and step else None
 

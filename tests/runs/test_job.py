@@ -136,8 +136,10 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path) ->
 
 def test_overwrite_begins_anew_once_per_launch(tmp_path: Path) -> None:
     run(tmp_path)
+    (tmp_path / ".squares.jsonl.abc.tmp").write_text("of a process that was killed while it wrote")
     start(tmp_path, {"seed": 1}, overwrite=True)
     assert not (tmp_path / "parts").exists()
+    assert not (tmp_path / ".squares.jsonl.abc.tmp").exists()
     assert not (tmp_path / "squares.jsonl").exists()
     assert read_settings(tmp_path)["seed"] == 1
     job = start(tmp_path, overwrite=True, launch="elastic:7", world_size=2)
@@ -224,6 +226,13 @@ def test_a_damaged_part_and_damaged_settings_are_named(tmp_path: Path) -> None:
         read_settings(tmp_path / "nothing")
 
 
+def test_a_unit_without_rows_is_refused_where_it_is_made(tmp_path: Path) -> None:
+    job = start(tmp_path)
+    with pytest.raises(AssertionError, match="left no row"):
+        job.work("squares", UNITS, lambda unit: [])
+    assert job.missing("squares", UNITS) == list(UNITS)
+
+
 def test_a_full_disk_keeps_the_finished_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = start(tmp_path)
 
@@ -247,7 +256,7 @@ def test_progress_counts_this_ranks_rows_and_sums_the_figures(tmp_path: Path) ->
         ("squares", 3, 5, {"even": 1 / 3}),
         ("squares", 5, 5, {"even": 2 / 5}),
     ]
-    job.work("more", {"a": None, "b": None}, lambda unit: [])
+    job.work("more", {"a": None, "b": None}, lambda unit: [{"index": 0}])
     assert seen[3:] == [("more", 1, 2, {}), ("more", 2, 2, {})]
     assert finished_rows(tmp_path, "squares") == job.rows("squares", UNITS)
 
@@ -296,7 +305,11 @@ def test_a_launch_is_told_from_another() -> None:
     named = elastic | {"TORCHELASTIC_RUN_ID": "abc"}
     assert launch_id(detect_launch(named), named) == "elastic:abc"
     accelerate = elastic | {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": "/tmp/t_x/none_y/attempt_1/1/e"}
-    assert launch_id(detect_launch(accelerate), accelerate) == "elastic:/tmp/t_x/none_y"
+    assert launch_id(detect_launch(accelerate), accelerate) == "elastic:none:/tmp/t_x/none_y"
+    again = [named | {"TORCHELASTIC_ERROR_FILE": f"/tmp/{agent}/abc_y/attempt_0/1/e"} for agent in ("first", "second")]
+    assert len({launch_id(detect_launch(each), each) for each in again}) == 2, "one run id given to two launches"
+    nodes = again[0] | {"WORLD_SIZE": "4"}
+    assert launch_id(detect_launch(nodes), nodes) == "elastic:abc", "the agents of two nodes have folders of their own"
     assert launch_id(detect_launch({}), {}) is None
     assert launch_id(detect_launch({}), {"SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}) == "slurm:5.0"
 
