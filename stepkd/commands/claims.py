@@ -6,7 +6,7 @@
   stepkd claims my-claim.yaml
 
 A claim compares arms over several seeds and says for every statement: reproduced, not reproduced, or inconclusive.
-A killed run goes on where it stood when the same command is given again. The exit code is 0 whatever the verdict.
+The same command resumes a killed run. The exit code is 0 whatever the verdict.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
     for claim in claims:
         out = Path(arguments.out) / claim.run
         with _quiet_trainings():
-            manifest = run_claim(
+            settings = run_claim(
                 claim,
                 out,
                 report=lambda line: console.print(line, style="dim", markup=False, highlight=False),
                 overwrite=arguments.overwrite and claim.run not in begun,  # claims may share a run
             )
         begun.add(claim.run)
-        summary = summarise_claim(claim, out, manifest["packages"])
+        summary = summarise_claim(claim, out, settings["packages"])
         print_results(console, claim.name, summary, quick=claim.quick)
         console.print(f"rows, models and evaluations: {out}", markup=False, highlight=False, soft_wrap=True)
         if arguments.save:

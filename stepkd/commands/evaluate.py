@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("give --model and --out (or --compare A B, or --list)")
     from stepkd.data.benchmarks import PROCESS_BENCHMARKS
     from stepkd.evaluation.runner import PROBLEMS, EvaluationSpec, evaluate
-    from stepkd.labels.settings import settings_from
+    from stepkd.yaml_files import settings_from
 
     _check_used(arguments, PROCESS_BENCHMARKS)
     if arguments.benchmark in PROCESS_BENCHMARKS:

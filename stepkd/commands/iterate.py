@@ -4,7 +4,7 @@
   stepkd iterate --config recipes/iterate_step_kto.yaml --problems gsm8k:split=train,limit=500 --iterations 2
   stepkd iterate --config my.yaml --set label.samples=8 --set train.overrides.trainer.max_steps=100
 
-The same command goes on where a killed one stood; nothing that is finished is sampled, labelled or trained again.
+The same command resumes a killed run; nothing that is finished is sampled, labelled or trained again.
 --iterations may be raised later. Under --out: iteration-K/ with labels, training, model and evaluation, summary.json.
 """
 

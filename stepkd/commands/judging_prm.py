@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_process(arguments: argparse.Namespace) -> int:
     """``stepkd evaluate --benchmark processbench``."""
     from stepkd.evaluation.process_runner import SOLUTIONS, ProcessSpec, evaluate_process
-    from stepkd.labels.settings import settings_from
     from stepkd.scorers.load import ScorerOptions, load_scorer
+    from stepkd.yaml_files import settings_from
 
     console, launch, job = start_job(arguments, {SOLUTIONS: "scoring"})
     spec = settings_from(ProcessSpec, vars(arguments) | {"batch_size": arguments.max_rows})

@@ -167,7 +167,7 @@ def _job(arguments: argparse.Namespace) -> int:
         raise ConfigError("--to tree_preference searches solutions of problems: give --problems SPEC, not --rollouts")
 
     from stepkd.labels import PAIR_JOBS, LabelSpec, run_label_job, run_pair_job
-    from stepkd.labels.settings import settings_from
+    from stepkd.yaml_files import settings_from
 
     console, launch, options = start_job(arguments, VERBS)
     given = vars(arguments)
@@ -269,7 +269,7 @@ def _consensus(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from stepkd.labels.convert import CONVERTERS, convert_rows
     from stepkd.labels.feedback import ConvertOptions
-    from stepkd.labels.settings import settings_from
+    from stepkd.yaml_files import settings_from
 
     options = settings_from(ConvertOptions, vars(arguments))
     converted = convert_rows(_labelled(arguments.convert), arguments.to, options)

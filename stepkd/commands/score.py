@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``stepkd score``."""
     check_choice("reduction", arguments.reduction, REDUCTIONS)
     from stepkd.evaluation.score_rows import SOLUTIONS, TEMPERATURE, ScoreJob, score_file
-    from stepkd.labels.settings import settings_from
+    from stepkd.yaml_files import settings_from
 
     verbs = {SOLUTIONS: "scoring solutions", TEMPERATURE: "fitting the temperature"}
     console, launch, options = start_job(arguments, verbs)

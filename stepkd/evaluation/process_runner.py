@@ -22,6 +22,7 @@ from stepkd.evaluation.score_rows import scorer_settings
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
 from stepkd.scorers.scorer import StepScorer, score_rows, step_scores
 from stepkd.steps.labels import check_threshold, first_incorrect, verdicts
+from stepkd.tasks import is_task_row
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 """ProcessBench's subsets."""
@@ -184,7 +185,7 @@ def _result(name: str, row: Mapping[str, Any], index: int, scores: Sequence[floa
 
 def _swapped(row: Mapping[str, Any], scorer: StepScorer) -> dict[str, Any]:
     """Scores for the order-swap test, where the exact checker knows which steps need each other (the tiny world)."""
-    if "task" not in row or "meta" not in row or not (swaps := task_swaps(row)):
+    if not is_task_row(row) or not (swaps := task_swaps(row)):
         return {}
     scores = scorer.score([swap.solutions() for swap in swaps])
     return {

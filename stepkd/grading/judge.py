@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from stepkd.grading import Grader, canonical_answer, extract_answer
 from stepkd.steps import TokenizedText, get_segmenter, segment
-from stepkd.tasks import check_row
+from stepkd.tasks import check_row, is_task_row
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -134,7 +134,7 @@ def step_labels(row: Row, completion: str, steps: Sequence[str] | None = None) -
     Returns:
         One label per step, or None for rows that no task generated.
     """
-    if "task" not in row or "meta" not in row:
+    if not is_task_row(row):
         return None
     return check_row(row, solution_steps(completion) if steps is None else steps)
 

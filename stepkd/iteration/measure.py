@@ -23,7 +23,6 @@ from stepkd.grading.judge import votes_of
 from stepkd.labels.job import drawn_records
 from stepkd.labels.quality import row_labels
 from stepkd.labels.settings import LabelSpec, asking
-from stepkd.labels.workbench import of_the_tiny_world
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.source import template_for
@@ -33,6 +32,7 @@ from stepkd.runs.job import read_settings
 from stepkd.scorers.load import pick_device
 from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
 from stepkd.steps.labels import tally, verdicts
+from stepkd.tasks import is_task_row
 
 Row = Mapping[str, Any]
 
@@ -101,7 +101,7 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelSpec
     device = pick_device(spec.device)
     policy, seed_policy = (_load(str(name), spec, device) for name in (spec.model, seed_model))
     source = parse_spec(str(spec.problems)).source
-    is_task = all(map(of_the_tiny_world, problems))
+    is_task = all(map(is_task_row, problems))
     template = template_for(str(spec.model), asking(source, is_task=is_task).template, spec.template)
     prompts = encode_prompts(policy, template, [dict(row) for row in problems])
     pairs = [

@@ -16,9 +16,9 @@ from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.labels.convert import CONVERTERS
 from stepkd.labels.feedback import ConvertOptions
-from stepkd.labels.settings import PAIR_JOBS, JobSpec, LabelSpec, settings_from
+from stepkd.labels.settings import PAIR_JOBS, JobSpec, LabelSpec
 from stepkd.randomness import stream_key
-from stepkd.yaml_files import build_settings, check_keys, find_recipe, mapping, read_yaml
+from stepkd.yaml_files import build_settings, check_keys, find_recipe, mapping, read_yaml, settings_from
 
 OWN = frozenset({"out", "problems", "rollouts", "model", "seed"})
 """Settings of a labelling job that the iteration decides."""

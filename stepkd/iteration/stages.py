@@ -328,13 +328,13 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     from stepkd.data.rows import PROBLEM
     from stepkd.evaluation import EvaluationSpec, evaluate
     from stepkd.labels.settings import asking
-    from stepkd.labels.workbench import of_the_tiny_world
     from stepkd.models.source import template_for
+    from stepkd.tasks import is_task_row
 
     job = it.spec.held_out_spec(out=str(folder), model=it.model(it.k))
     benchmark, data = it.spec.evaluated_benchmark()
     problems = parse_spec(it.spec.evaluation.problems)
-    is_task = all(map(of_the_tiny_world, load_rows(problems, contract=PROBLEM)))
+    is_task = all(map(is_task_row, load_rows(problems, contract=PROBLEM)))
     how = asking(problems.source, is_task=is_task)  # prompt, extractors and length are those of the sampled solutions
     summary = evaluate(
         EvaluationSpec(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,16 +23,17 @@ from stepkd.labels.quality import row_labels, summarise_labels
 from stepkd.labels.settings import FITTED, SCORER_LABELLERS, LabelSpec
 from stepkd.labels.solutions import Candidate, Row, SolutionSource, cut, drop_duplicates, labelled_row
 from stepkd.labels.sources import GivenSolutions, SampledSolutions
-from stepkd.labels.workbench import Workbench, finish_job, load_judge, of_the_tiny_world, open_workbench
+from stepkd.labels.workbench import Workbench, finish_job, load_judge, open_workbench
 from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
 from stepkd.runs.files import write_json
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
 from stepkd.scorers.rules import ArithmeticScorer
-from stepkd.steps import Segmenter, get_segmenter
+from stepkd.steps import Segmenter, get_segmenter, segmenter_settings
 from stepkd.steps.labels import verdicts
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
+from stepkd.tasks import is_task_row
 
 KIND, THRESHOLD_NAME = "labelling job", "threshold.json"
 SOLUTIONS, LABELS = "solutions", "labels"
@@ -227,11 +228,6 @@ def job_parts(
     return JobParts(bench, source, labeller, settings)
 
 
-def segmenter_settings(segmenter: Segmenter) -> dict[str, Any]:
-    """A segmenter's settings, where it has any."""
-    return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
-
-
 def _segmenter_settings(spec: LabelSpec) -> dict[str, Any] | None:
     """The segmenter by its settings, so that a threshold file counts by what it says and not by its name."""
     if spec.segmenter is None:
@@ -296,7 +292,7 @@ def _check_row(spec: LabelSpec, row: Row, place: str) -> None:
             path=place,
             column="answer",
         )
-    if spec.labeller == "checker" and not of_the_tiny_world(row):
+    if spec.labeller == "checker" and not is_task_row(row):
         raise DataError(
             f"row {name!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an exact "
             "checker; use another labeller",

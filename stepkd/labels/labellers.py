@@ -17,7 +17,7 @@ from stepkd.errors import ConfigError, DataError, check_choice
 from stepkd.scorers.scorer import Solutions, StepScorer
 from stepkd.steps import Span
 from stepkd.steps.labels import ANY_SUCCESS, check_threshold, passes
-from stepkd.tasks import Given, check_row
+from stepkd.tasks import Given, check_row, is_task_row
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CheckerLabeller:
         return [StepLabels(tuple(self._check(solution))) for solution in solutions]
 
     def _check(self, solution: Solution) -> list[bool]:
-        if "task" not in solution.row or "meta" not in solution.row:
+        if not is_task_row(solution.row):
             raise DataError(
                 "no exact checker for this row: it has no 'task' and 'meta' (rows of source 'task' have them); use "
                 "another labeller",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
 
 from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.errors import ConfigError, check_bounds, check_choice
@@ -36,7 +35,6 @@ _SIGNALS = {
 
 Take = Literal["wrong", "all"]
 ValueKind = Literal["rollout", "scorer", "self_evaluation"]
-S = TypeVar("S")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,26 +296,6 @@ class TreePairSpec(JobSpec):
 
 PAIR_JOBS: dict[str, type[JobSpec]] = {"step_preference": StepPairSpec, "tree_preference": TreePairSpec}
 """Jobs that make preference pairs and sample for it: what ``--to`` calls them, and their settings."""
-
-
-def settings_from(
-    kind: type[S], values: Mapping[str, Any], make: Callable[[type, dict[str, Any]], Any] | None = None
-) -> S:
-    """Settings from one flat mapping, as a command line gives them.
-
-    Args:
-        kind: the settings' class; a field that is a settings class itself takes its fields from the same mapping.
-        values: field -> value; None leaves the default, a list becomes a tuple, and names of no field are left out.
-        make: makes the settings from class and fields; None: the class does.
-    """
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        if isinstance(hint, type) and is_dataclass(hint):
-            found[name] = settings_from(hint, values, make)
-        elif (value := values.get(name)) is not None:
-            found[name] = tuple(value) if isinstance(value, list) else value
-    settings: S = kind(**found) if make is None else make(kind, found)
-    return settings
 
 
 def asking(source: str, *, is_task: bool) -> Benchmark:

@@ -20,12 +20,13 @@ from stepkd.labels.monte_carlo import NextStep, next_step, segmenter_of, text_un
 from stepkd.labels.settings import StepPairSpec
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row, cut
 from stepkd.labels.sources import GivenSolutions
-from stepkd.labels.workbench import Workbench, load_judge, of_the_tiny_world, open_workbench, pair_record
+from stepkd.labels.workbench import Workbench, load_judge, open_workbench, pair_record
 from stepkd.models import Policy
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Rollout, TransformersSampler
 from stepkd.steps import Segmenter, get_segmenter
 from stepkd.steps.labels import verdicts
+from stepkd.tasks import is_task_row
 
 PURPOSE = "step_preference"
 _LIGHT = 256  # rows per group where nothing is drawn
@@ -316,7 +317,7 @@ def _check_row(spec: StepPairSpec, row: Row, place: str) -> None:
         raise DataError(f"row {name!r} has no 'answer' to grade continuations by", path=place, column="answer")
     if spec.segmenter is None and isinstance(first_wrong_step(row, spec), int):
         segmenter_of(row)
-    if spec.check_step and spec.judge is None and not of_the_tiny_world(row):
+    if spec.check_step and spec.judge is None and not is_task_row(row):
         raise ConfigError(
             f"--check-step has no exact checker for row {name!r}, which is not of the tiny world (source 'task'): "
             "give a model that scores steps, --judge"

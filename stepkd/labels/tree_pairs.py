@@ -12,7 +12,7 @@ from typing import Any
 from stepkd.errors import DataError
 from stepkd.labels.settings import TreePairSpec
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row
-from stepkd.labels.workbench import Workbench, load_judge, of_the_tiny_world, open_workbench, pair_record
+from stepkd.labels.workbench import Workbench, load_judge, open_workbench, pair_record
 from stepkd.models import Policy
 from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
@@ -28,6 +28,7 @@ from stepkd.search import (
     tree_pairs,
     tree_search,
 )
+from stepkd.tasks import is_task_row
 
 
 class TreePairBuilder:
@@ -156,7 +157,7 @@ def _value(spec: TreePairSpec, bench: Workbench, generator: SampledSteps, scorer
 
 
 def _check_row(spec: TreePairSpec, row: Row, place: str) -> None:
-    if spec.judge == "checker" and not of_the_tiny_world(row):
+    if spec.judge == "checker" and not is_task_row(row):
         raise DataError(
             f"row {str(row['id'])!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an "
             "exact checker; give a model that scores steps, --judge MODEL",

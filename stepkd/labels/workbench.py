@@ -24,6 +24,7 @@ from stepkd.runs.files import write_json
 from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
 from stepkd.scorers.scorer import StepScorer
+from stepkd.tasks import is_task_row
 
 Row = Mapping[str, Any]
 
@@ -140,7 +141,7 @@ def open_workbench(
     for row in rows:
         check_row(row, place)
     device = pick_device(spec.device)
-    benchmark: Benchmark = asking(data.source, is_task=all(map(of_the_tiny_world, rows)))
+    benchmark: Benchmark = asking(data.source, is_task=all(map(is_task_row, rows)))
     model = spec.model or named_model(rows)
     template = None if spec.template is None else get_template(spec.template)
     grader = Grader(extractors=spec.extractors or benchmark.extractors, deadline_s=spec.deadline_s)
@@ -161,11 +162,6 @@ def open_workbench(
 def load_judge(spec: JobSpec, word: str, **asked: Any) -> StepScorer:
     """The step scorer of a word, computing as the job does; ``asked`` are further :class:`ScorerOptions`."""
     return load_scorer(word, ScorerOptions(dtype=spec.dtype, device=spec.device, max_rows=spec.max_rows, **asked))
-
-
-def of_the_tiny_world(row: Row) -> bool:
-    """Whether a row has an exact checker."""
-    return "task" in row and "meta" in row
 
 
 def _check_solutions(rows: Sequence[Row], place: str) -> None:

@@ -106,7 +106,7 @@ class FrozenSpec(PolicySpec):
 
 
 def spec_to_dict(spec: PolicySpec) -> dict[str, Any]:
-    """Plain nested dict of a spec, for checkpoints and manifests."""
+    """Plain nested dict of a spec, for checkpoints."""
     return asdict(spec)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from stepkd.errors import ConfigError, DataError, check_choice
@@ -31,7 +31,7 @@ from stepkd.rollout import Rollout, Sampler, SamplingSpec
 from stepkd.rollout.sampler import before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
 from stepkd.search.tree import End, State, Step, StepGenerator
-from stepkd.steps import Segmenter, TokenizedText, get_segmenter, segment, text_from_ids
+from stepkd.steps import TokenizedText, get_segmenter, segment, segmenter_settings, text_from_ids
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 
 STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n\n",)}
@@ -129,7 +129,7 @@ class SampledSteps:
             "revision": None if spec is None else spec.revision,
             "weights": weights_fingerprint(self.policy),
             **sampling,
-            "segmenter": {"name": self.segmenter.partition(":")[0], **_settings(self._cut)},
+            "segmenter": {"name": self.segmenter.partition(":")[0], **segmenter_settings(self._cut)},
             "max_step_tokens": self.max_step_tokens,
         }
 
@@ -228,11 +228,6 @@ def _extend(draft: _Draft, rollout: Rollout) -> None:
     draft.token_ids += rollout.token_ids
     draft.raw_logprobs += rollout.raw_logprobs
     draft.finish = rollout.finish
-
-
-def _settings(segmenter: Segmenter) -> dict[str, Any]:
-    """What a segmenter does, whatever file its threshold came from."""
-    return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
 
 
 def _index(*parts: int | str) -> int:

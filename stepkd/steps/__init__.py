@@ -23,6 +23,7 @@ from stepkd.steps.segment import (
     check_partition,
     get_segmenter,
     segment,
+    segmenter_settings,
     spans_from_ends,
     step_ends,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "marker_token_id",
     "passes",
     "segment",
+    "segmenter_settings",
     "spans_from_ends",
     "step_ends",
     "tally",

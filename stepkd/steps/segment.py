@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from stepkd.errors import ConfigError, nearest
 from stepkd.steps.text import TokenizedText
@@ -192,6 +192,11 @@ SEGMENTERS: dict[str, Callable[[], Segmenter]] = {
 }
 """Segmenters of plain text by name. ``regex:PATTERN`` cuts after, ``regex_before:PATTERN`` before every match; those
 that need per-token signals are in :data:`~stepkd.steps.threshold.SIGNAL_SEGMENTERS`."""
+
+
+def segmenter_settings(segmenter: Segmenter) -> dict[str, Any]:
+    """What a segmenter does, as JSON values: its settings where it has any, whatever file its threshold came from."""
+    return asdict(segmenter) if is_dataclass(segmenter) and not isinstance(segmenter, type) else {}
 
 
 def get_segmenter(name: str) -> Segmenter:

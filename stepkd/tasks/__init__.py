@@ -17,7 +17,7 @@ from stepkd.tasks.families import (
     get_task,
     list_tasks,
 )
-from stepkd.tasks.rows import Noise, Split, check_row, demonstration, make_rows, row_problem, split_of
+from stepkd.tasks.rows import Noise, Split, check_row, demonstration, is_task_row, make_rows, row_problem, split_of
 
 __all__ = [
     "TASKS",
@@ -34,6 +34,7 @@ __all__ = [
     "check_row",
     "demonstration",
     "get_task",
+    "is_task_row",
     "list_tasks",
     "make_rows",
     "row_problem",

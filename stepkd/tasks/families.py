@@ -41,6 +41,7 @@ class EquationTask(Task):
         return [] if result is None else [f"{step.split('=')[0]}={wrong}\n" for wrong in self.wrong_results(result)]
 
     def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
+        """What stands before the equals sign, by which a systematic slip is keyed."""
         return step.split("=")[0]
 
 

@@ -228,6 +228,11 @@ def row_problem(row: Mapping[str, Any]) -> tuple[Task, TaskProblem]:
     return task, problem
 
 
+def is_task_row(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of the tiny world: its steps have an exact checker, wherever the row was read from."""
+    return "task" in row and "meta" in row
+
+
 def check_row(row: Mapping[str, Any], steps: Sequence[str], *, given: Given = "truth") -> list[bool]:
     """Judge a model's steps against the problem of a row.
 
