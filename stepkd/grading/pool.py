@@ -118,6 +118,10 @@ class _Worker:
         try:
             if request is not None:
                 self._pipe.send_bytes(json.dumps(request).encode("ascii"))
+            while not self._pipe.poll(_WATCH_S):
+                # Its end may not close the pipe: another process, forked when it started, may hold the other side.
+                if self.process.poll() is not None and not self._pipe.poll():
+                    return None
             reply: dict[str, Any] = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
             return None

@@ -308,6 +308,29 @@ def test_a_worker_that_stands_still_is_ended_by_the_wall_clock(monkeypatch: pyte
         assert _gone(stopped, within_s=60)
 
 
+def test_a_worker_that_ends_is_noticed_though_another_process_holds_its_pipe() -> None:
+    """As a data loader's worker does that is forked in the moment a grading worker starts."""
+    done = _script(
+        """
+        import os
+        from stepkd.grading import Grader, pool
+        pipe, held = pool.Pipe, []
+        def shared():
+            ours, theirs = pipe()
+            held.append(os.dup(theirs.fileno()))
+            return ours, theirs
+        pool.Pipe = shared
+        grader = Grader(workers=1, deadline_s=300)
+        assert grader.grade(["\\\\boxed{\\\\frac{2}{4}}"], ["0.5"])[0].verdict.value == "correct"
+        worker = grader._pool[0]
+        worker.process.kill()
+        worker.process.wait()
+        print(worker.ask({"candidate": "1", "gold": "2", "convention": "stepkd"}, 9))
+        """
+    )
+    assert done.stdout == "None\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "deadline_s"),
     [(signal.SIGINT, 300), (signal.SIGTERM, 2)],
