@@ -181,7 +181,7 @@ def _choose(context: Context, model: Path, student: Path) -> dict[str, Any]:
     """Best-of-8 by the reward model against the majority, and how well it tells correct steps from incorrect ones."""
     from stepkd.claims.tiny_samples import by_problem, curves_tiny, label_tiny, read_labels, score_tiny
     from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
-    from stepkd.scorers import reduce_solutions
+    from stepkd.scorers.scorer import reduce_solutions
 
     held_out, _ = label_tiny(
         context.out / "prm" / "held-out",

@@ -37,7 +37,7 @@ def test_summary_has_every_stage(folder: Path) -> None:
 def test_every_model_knows_its_prompt_template(folder: Path) -> None:
     from stepkd.data.templates import get_template
     from stepkd.models.source import trained_template
-    from stepkd.scorers import ScorerOptions, load_scorer
+    from stepkd.scorers.load import ScorerOptions, load_scorer
 
     models = sorted(folder.glob("*/model"))
     assert len(models) == 6

@@ -94,7 +94,7 @@ def test_readme_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch
         for name in ("instantiate_classes", "_run_subcommand"):
             monkeypatch.setattr(StepkdCLI, name, lambda *arguments: None)
     else:
-        module = importlib.import_module(f"stepkd.commands.{words[0].replace('-', '_')}")
+        module = importlib.import_module(f"stepkd.cli.{words[0].replace('-', '_')}")
         monkeypatch.setattr(module, "run", lambda arguments: ran.append(words[0]))
     assert main(words) == 0
     assert ran == [words[0]]
@@ -105,9 +105,10 @@ def test_the_method_in_the_readme_is_supervised_fine_tuning(tmp_path: Path) -> N
     import torch
     from lightning.pytorch import Trainer, seed_everything
 
-    from stepkd.data import DataSpec, StepData
-    from stepkd.models import PolicySpec
-    from stepkd.modules import SFTModule
+    from stepkd.data.datamodule import StepData
+    from stepkd.data.spec import DataSpec
+    from stepkd.models.spec import PolicySpec
+    from stepkd.modules.sft import SFTModule
 
     scope: dict[str, Any] = {"__name__": "readme"}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -14,29 +14,27 @@ from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from stepkd.data import DataSpec, FeedbackData, LabelRule, PairData, StepData, StepLabelData
-from stepkd.models import PolicySpec, StepHeadSpec, load_tokenizer
+from stepkd.data.datamodule import StepData
+from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
+from stepkd.data.spec import DataSpec
+from stepkd.data.step_labels import LabelRule
 from stepkd.models.checkpoint import export_model
-from stepkd.modules import (
-    DivergenceSpec,
-    DPOModule,
-    FidelitySpec,
-    GKDModule,
-    KDRLModule,
-    KDSpec,
-    KTOModule,
-    OptimizerSpec,
-    PolicyLossSpec,
-    PRMModule,
-    RolloutSpec,
-    SFTModule,
-    SourceSpec,
-    StepCreditSpec,
-    StepKTOModule,
-)
+from stepkd.models.load import load_tokenizer
+from stepkd.models.spec import PolicySpec
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.fidelity import FidelitySpec
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.kto import KTOModule, StepKTOModule
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.prm import PRMModule
+from stepkd.modules.settings import DivergenceSpec, KDSpec, PolicyLossSpec, RolloutSpec, SourceSpec, StepCreditSpec
+from stepkd.modules.sft import SFTModule
 from stepkd.runs.logger import JsonlLogger
-from stepkd.steps import StepFormat
-from stepkd.teachers import LocalTeacher, TeacherSpec, write_cache
+from stepkd.steps.format import StepFormat
+from stepkd.teachers.cache import write_cache
+from stepkd.teachers.local import LocalTeacher, TeacherSpec
 from stepkd.training.checkpoints import AtomicCheckpointIO
 from stepkd.training.progress import StepProgress
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from stepkd.claims.tiny import NEW_TOKENS
 from stepkd.data.io import read_rows
-from stepkd.evaluation import EvaluationSpec, evaluate
 from stepkd.evaluation.best_of_n import CurveResult, ProblemSamples, bon_curve
-from stepkd.grading import Grader
+from stepkd.evaluation.runner import EvaluationSpec, evaluate
 from stepkd.grading.judge import votes_of
-from stepkd.labels import LabelSpec, run_label_job
+from stepkd.grading.pool import Grader
+from stepkd.labels.job import run_label_job
+from stepkd.labels.settings import LabelSpec
 from stepkd.models.checkpoint import load_trained
-from stepkd.scorers import PRMScorer
+from stepkd.scorers.prm import PRMScorer
 from stepkd.steps.labels import tally
 
 Row = Mapping[str, Any]

@@ -20,7 +20,7 @@ from torch import Tensor
 from stepkd.data.batching import micro_batches
 from stepkd.data.encode import Example
 from stepkd.data.step_encode import StepExample
-from stepkd.steps import Span
+from stepkd.steps.segment import Span
 
 
 @dataclass(frozen=True)

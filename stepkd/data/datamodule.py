@@ -18,7 +18,7 @@ from stepkd.data.rows import Contract, Needs, Row, detect_contract, problem_with
 from stepkd.data.spec import DataSpec, Rows, as_spec, check_training_use, left_out, load_rows
 from stepkd.data.templates import PromptTemplate, get_template, template_name
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps import get_segmenter
+from stepkd.steps.segment import get_segmenter
 
 logger = logging.getLogger(__name__)
 

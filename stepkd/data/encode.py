@@ -20,15 +20,8 @@ from typing import Any
 from stepkd.data.rows import ends_partition
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps import (
-    Segmenter,
-    Span,
-    TokenizedText,
-    segment,
-    spans_from_ends,
-    text_from_ids,
-    tokenize_text,
-)
+from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends
+from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,9 @@ from stepkd.data.encode import Encoder, Example, with_end
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps import (
-    Segmenter,
-    Span,
-    TokenizedText,
-    first_difference,
-    segment,
-    spans_from_ends,
-    text_from_ids,
-    tokenize_text,
-    written_steps,
-)
+from stepkd.steps.format import written_steps
+from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends
+from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, tokenize_text
 
 RIGHT, WRONG, UNKNOWN = 1, 0, -1
 

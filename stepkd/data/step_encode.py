@@ -17,18 +17,9 @@ from stepkd.data.encode import Encoder, Example, sampled_spans
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
-from stepkd.steps import (
-    Segmenter,
-    Span,
-    StepFormat,
-    TokenizedText,
-    get_segmenter,
-    segment,
-    text_from_ids,
-    tokenize_text,
-    tokenize_texts,
-    written_steps,
-)
+from stepkd.steps.format import StepFormat, written_steps
+from stepkd.steps.segment import Segmenter, Span, get_segmenter, segment
+from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text, tokenize_texts
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,16 @@
 """Evaluation: benchmarks, a resumable runner, and metrics with intervals."""
 
-from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
-from stepkd.evaluation.metrics import Comparison, compare_runs, maj_at_k, pass_at_k, summarise
-from stepkd.evaluation.runner import EvaluationSpec, evaluate
+from __future__ import annotations
 
-__all__ = [
-    "BENCHMARKS",
-    "Benchmark",
-    "Comparison",
-    "EvaluationSpec",
-    "compare_runs",
-    "evaluate",
-    "get_benchmark",
-    "maj_at_k",
-    "pass_at_k",
-    "summarise",
-]
+from typing import Any
+
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "metrics": "Comparison compare_runs maj_at_k pass_at_k summarise",
+    "runner": "EvaluationSpec evaluate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)

@@ -22,8 +22,9 @@ import numpy as np
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.metrics import maj_at_k, pass_at_k
-from stepkd.grading import DEFAULT_EXTRACTORS, Grader
+from stepkd.grading.extract import DEFAULT_EXTRACTORS
 from stepkd.grading.judge import votes_of
+from stepkd.grading.pool import Grader
 from stepkd.randomness import generator
 from stepkd.statistics import (
     FloatArray,

@@ -29,8 +29,8 @@ from stepkd.statistics import (
     ratio_interval,
     ratio_of_sums,
 )
-from stepkd.tasks import row_problem
 from stepkd.tasks.base import is_answer
+from stepkd.tasks.rows import row_problem
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from stepkd.evaluation.score_rows import scorer_settings
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
 from stepkd.scorers.scorer import StepScorer, score_rows, step_scores
 from stepkd.steps.labels import check_threshold, first_incorrect, verdicts
-from stepkd.tasks import is_task_row
+from stepkd.tasks.rows import is_task_row
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 """ProcessBench's subsets."""

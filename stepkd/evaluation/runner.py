@@ -23,14 +23,15 @@ from stepkd.data.spec import DataSpec, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError
 from stepkd.evaluation.metrics import summarise
-from stepkd.grading import EXTRACTOR_VERSION, Grader
+from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.judge import judge
-from stepkd.models import Policy
+from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
+from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
-from stepkd.rollout import SamplingSpec, TransformersSampler
-from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered, package_versions
+from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler, encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
 logger = logging.getLogger(__name__)

@@ -44,7 +44,7 @@ from stepkd.scorers.scorer import (
     score_rows,
     step_scores,
 )
-from stepkd.steps import SEGMENTERS
+from stepkd.steps.segment import SEGMENTERS
 
 KIND = "scoring job"
 SOLUTIONS, TEMPERATURE = "solutions", "temperature"

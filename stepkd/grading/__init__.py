@@ -6,19 +6,16 @@
 
 from __future__ import annotations
 
-from stepkd.grading.extract import DEFAULT_EXTRACTORS, EXTRACTOR_VERSION, EXTRACTORS, extract_answer
-from stepkd.grading.normalise import canonical_answer
-from stepkd.grading.pool import Grade, Grader, Verdict, accuracy_reward, verdict_counts
+from typing import Any
 
-__all__ = [
-    "DEFAULT_EXTRACTORS",
-    "EXTRACTORS",
-    "EXTRACTOR_VERSION",
-    "Grade",
-    "Grader",
-    "Verdict",
-    "accuracy_reward",
-    "canonical_answer",
-    "extract_answer",
-    "verdict_counts",
-]
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "extract": "DEFAULT_EXTRACTORS EXTRACTORS EXTRACTOR_VERSION extract_answer",
+    "normalise": "canonical_answer",
+    "pool": "Grade Grader Verdict accuracy_reward verdict_counts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)

@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, Protocol, TypeVar
 
-from stepkd.grading import Grader, canonical_answer, extract_answer
-from stepkd.steps import TokenizedText, get_segmenter, segment
-from stepkd.tasks import check_row, is_task_row
+from stepkd.grading.extract import extract_answer
+from stepkd.grading.normalise import canonical_answer
+from stepkd.grading.pool import Grader
+from stepkd.steps.segment import get_segmenter, segment
+from stepkd.steps.text import TokenizedText
+from stepkd.tasks.rows import check_row, is_task_row
 
 Row = Mapping[str, Any]
 T = TypeVar("T")

@@ -18,21 +18,21 @@ from stepkd.data.io import read_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
 from stepkd.evaluation.metrics import summarise
-from stepkd.grading import Grader
 from stepkd.grading.judge import votes_of
+from stepkd.grading.pool import Grader
 from stepkd.labels.job import drawn_records
 from stepkd.labels.quality import row_labels
 from stepkd.labels.settings import LabelSpec, asking
-from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained
+from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
-from stepkd.rollout import annotate
-from stepkd.rollout.transformers_sampler import encode_prompts
 from stepkd.runs.job import read_settings
+from stepkd.sampling.annotate import annotate
+from stepkd.sampling.transformers_sampler import encode_prompts
 from stepkd.scorers.load import pick_device
 from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
 from stepkd.steps.labels import tally, verdicts
-from stepkd.tasks import is_task_row
+from stepkd.tasks.rows import is_task_row
 
 Row = Mapping[str, Any]
 

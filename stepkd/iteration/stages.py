@@ -326,10 +326,10 @@ def _export(it: Iteration) -> dict[str, Any]:
 
 def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     from stepkd.data.rows import PROBLEM
-    from stepkd.evaluation import EvaluationSpec, evaluate
+    from stepkd.evaluation.runner import EvaluationSpec, evaluate
     from stepkd.labels.settings import asking
     from stepkd.models.source import template_for
-    from stepkd.tasks import is_task_row
+    from stepkd.tasks.rows import is_task_row
 
     job = it.spec.held_out_spec(out=str(folder), model=it.model(it.k))
     benchmark, data = it.spec.evaluated_benchmark()

@@ -16,7 +16,7 @@ def run(path: str) -> int:
 
     from stepkd.iteration.stages import run_job
     from stepkd.labels.settings import PAIR_JOBS, LabelSpec
-    from stepkd.runs import check_launch
+    from stepkd.runs.launcher import check_launch
     from stepkd.runs.process import quiet_libraries
     from stepkd.runs.progress import job_options
     from stepkd.scorers.load import rank_device

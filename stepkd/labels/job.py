@@ -24,16 +24,17 @@ from stepkd.labels.settings import FITTED, SCORER_LABELLERS, LabelSpec
 from stepkd.labels.solutions import Candidate, Row, SolutionSource, cut, drop_duplicates, labelled_row
 from stepkd.labels.sources import GivenSolutions, SampledSolutions
 from stepkd.labels.workbench import Workbench, finish_job, load_judge, open_workbench
-from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
-from stepkd.rollout import BranchSampler, Sampler, TransformersSampler
+from stepkd.models.policy import Policy
 from stepkd.runs.files import write_json
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
+from stepkd.sampling.sampler import BranchSampler, Sampler
+from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.scorers.rules import ArithmeticScorer
-from stepkd.steps import Segmenter, get_segmenter, segmenter_settings
 from stepkd.steps.labels import verdicts
+from stepkd.steps.segment import Segmenter, get_segmenter, segmenter_settings
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
-from stepkd.tasks import is_task_row
+from stepkd.tasks.rows import is_task_row
 
 KIND, THRESHOLD_NAME = "labelling job", "threshold.json"
 SOLUTIONS, LABELS = "solutions", "labels"

@@ -15,9 +15,10 @@ from typing import Any, Literal, Protocol, get_args
 
 from stepkd.errors import ConfigError, DataError, check_choice
 from stepkd.scorers.scorer import Solutions, StepScorer
-from stepkd.steps import Span
 from stepkd.steps.labels import ANY_SUCCESS, check_threshold, passes
-from stepkd.tasks import Given, check_row, is_task_row
+from stepkd.steps.segment import Span
+from stepkd.tasks.base import Given
+from stepkd.tasks.rows import check_row, is_task_row
 
 
 @dataclass(frozen=True)

@@ -16,23 +16,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.grading import Grader, extract_answer
+from stepkd.grading.extract import extract_answer
+from stepkd.grading.pool import Grader
 from stepkd.labels.labellers import Reduce, Solution, StepLabels, check_reduction, reduce_values
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
-from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Drawn, Rollout, SamplingSpec, annotate
-from stepkd.steps import (
-    SEGMENTERS,
-    AdaptiveStepSegmenter,
-    EntropySegmenter,
-    RegexSegmenter,
-    Segmenter,
-    TokenizedText,
-    check_partition,
-    get_segmenter,
-    segment,
-    text_from_ids,
-)
+from stepkd.sampling.annotate import annotate
+from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler, Drawn, Rollout, SamplingSpec
+from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
+from stepkd.steps.segment import SEGMENTERS, RegexSegmenter, Segmenter, check_partition, get_segmenter, segment
+from stepkd.steps.text import TokenizedText, text_from_ids
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any, Literal, get_args
 from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.labels.labellers import check_reduction
-from stepkd.rollout import SamplingSpec
+from stepkd.sampling.sampler import SamplingSpec
 from stepkd.scorers.scorer import Reduction
 from stepkd.search.mcts import SearchSettings
 from stepkd.search.pairs import PairSettings
-from stepkd.steps import get_segmenter
 from stepkd.steps.labels import Neutral, check_threshold
-from stepkd.tasks import Given
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.base import Given
 
 LABELLERS = ("monte_carlo", "checker", "arithmetic", "outcome", "judge", "prm")
 """Labellers by name: continuations of every step prefix, the tiny world's exact checker, the sums that a step writes

@@ -17,9 +17,10 @@ from stepkd.data.encode import with_end
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.labels.labellers import Solution, StepLabels
-from stepkd.models import Policy
-from stepkd.rollout import annotate
-from stepkd.steps import Segmenter, TokenizedText, segment, spans_from_ends, step_ends, text_from_ids, tokenize_text
+from stepkd.models.policy import Policy
+from stepkd.sampling.annotate import annotate
+from stepkd.steps.segment import Segmenter, segment, spans_from_ends, step_ends
+from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
 Row = Mapping[str, Any]
 
@@ -182,6 +183,6 @@ def token_signals(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
 ) -> list[dict[str, list[float]]]:
-    """The named signals of completions, computed by a forward pass; see :func:`stepkd.rollout.annotate.annotate`."""
+    """The named signals of completions, computed by a forward pass; see :func:`stepkd.sampling.annotate.annotate`."""
     found = annotate(policy, prompts, completions, teacher=teacher)
     return [{name: list(getattr(signals, name)) for name in sorted(names)} for signals in found]

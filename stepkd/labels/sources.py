@@ -9,14 +9,14 @@ from typing import Any
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
-from stepkd.grading import Grader
+from stepkd.grading.pool import Grader
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Candidate, Row, token_signals
 from stepkd.labels.workbench import Workbench
-from stepkd.models import Policy
-from stepkd.rollout import Sampler, SamplingSpec
-from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
-from stepkd.steps import get_segmenter
+from stepkd.models.policy import Policy
+from stepkd.sampling.sampler import Sampler, SamplingSpec
+from stepkd.sampling.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.steps.format import written_steps
+from stepkd.steps.segment import get_segmenter
 
 PURPOSE = "label_solutions"
 _SAMPLED = ("token_ids", "logprobs", "raw_logprobs", "finish", "text")  # what is kept of a rollout

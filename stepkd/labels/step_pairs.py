@@ -21,12 +21,13 @@ from stepkd.labels.settings import StepPairSpec
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row, cut
 from stepkd.labels.sources import GivenSolutions
 from stepkd.labels.workbench import Workbench, load_judge, open_workbench, pair_record
-from stepkd.models import Policy
 from stepkd.models.checkpoint import weights_fingerprint
-from stepkd.rollout import Branch, BranchRollouts, BranchSampler, Rollout, TransformersSampler
-from stepkd.steps import Segmenter, get_segmenter
+from stepkd.models.policy import Policy
+from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler, Rollout
+from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.labels import verdicts
-from stepkd.tasks import is_task_row
+from stepkd.steps.segment import Segmenter, get_segmenter
+from stepkd.tasks.rows import is_task_row
 
 PURPOSE = "step_preference"
 _LIGHT = 256  # rows per group where nothing is drawn

@@ -13,22 +13,16 @@ from stepkd.errors import DataError
 from stepkd.labels.settings import TreePairSpec
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row
 from stepkd.labels.workbench import Workbench, load_judge, open_workbench, pair_record
-from stepkd.models import Policy
-from stepkd.rollout import Sampler, TransformersSampler
-from stepkd.rollout.transformers_sampler import encode_prompts, fixed_batches
+from stepkd.models.policy import Policy
+from stepkd.sampling.sampler import Sampler
+from stepkd.sampling.transformers_sampler import TransformersSampler, encode_prompts, fixed_batches
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.scorer import StepScorer
-from stepkd.search import (
-    Problem,
-    RolloutValue,
-    SampledSteps,
-    ScorerValue,
-    SearchTree,
-    StateValue,
-    tree_pairs,
-    tree_search,
-)
-from stepkd.tasks import is_task_row
+from stepkd.search.generate import RolloutValue, SampledSteps, ScorerValue
+from stepkd.search.mcts import SearchTree, tree_search
+from stepkd.search.pairs import tree_pairs
+from stepkd.search.tree import Problem, StateValue
+from stepkd.tasks.rows import is_task_row
 
 
 class TreePairBuilder:

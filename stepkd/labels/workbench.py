@@ -15,16 +15,17 @@ from stepkd.data.rows import PROBLEM, check_unique_ids, detect_contract
 from stepkd.data.spec import DataSpec, load_rows, parse_spec, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
-from stepkd.grading import EXTRACTOR_VERSION, Grader
+from stepkd.grading.extract import EXTRACTOR_VERSION
+from stepkd.grading.pool import Grader
 from stepkd.labels.settings import JobSpec, asking
-from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
+from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.files import write_json
 from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
 from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
 from stepkd.scorers.scorer import StepScorer
-from stepkd.tasks import is_task_row
+from stepkd.tasks.rows import is_task_row
 
 Row = Mapping[str, Any]
 

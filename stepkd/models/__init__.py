@@ -1,34 +1,19 @@
 """Models: load (hub id, folder, GGUF, tiny preset), adapters, reference views, vocabulary heads, export."""
 
-from stepkd.models.head import check_head, real_vocab_size, vocab_head
-from stepkd.models.load import load_model, load_tokenizer
-from stepkd.models.policy import Policy, positions_from_mask
-from stepkd.models.spec import (
-    TINY_PRESETS,
-    LoraSpec,
-    PolicySpec,
-    build_tiny,
-    spec_from_dict,
-    spec_to_dict,
-    tiny_tokenizer,
-)
-from stepkd.models.step_head import StepHead, StepHeadSpec
+from __future__ import annotations
 
-__all__ = [
-    "TINY_PRESETS",
-    "LoraSpec",
-    "Policy",
-    "PolicySpec",
-    "StepHead",
-    "StepHeadSpec",
-    "build_tiny",
-    "check_head",
-    "load_model",
-    "load_tokenizer",
-    "positions_from_mask",
-    "real_vocab_size",
-    "spec_from_dict",
-    "spec_to_dict",
-    "tiny_tokenizer",
-    "vocab_head",
-]
+from typing import Any
+
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "head": "check_head real_vocab_size vocab_head",
+    "load": "load_model load_tokenizer",
+    "policy": "Policy positions_from_mask",
+    "spec": "LoraSpec PolicySpec TINY_PRESETS build_tiny spec_from_dict spec_to_dict tiny_tokenizer",
+    "step_head": "StepHead StepHeadSpec",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)

@@ -23,7 +23,7 @@ from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
 from stepkd.losses.prm import label_token_logps
 from stepkd.models.adapter import first_line
 from stepkd.models.source import model_file
-from stepkd.steps import Meaning, StepFormat, auto_marker, marker_token_id
+from stepkd.steps.format import Meaning, StepFormat, auto_marker, marker_token_id
 
 STEP_HEAD_CONFIG, STEP_HEAD_WEIGHTS = "step_head.json", "step_head.safetensors"
 

@@ -1,53 +1,28 @@
 """Lightning modules: one thin class per method on one base."""
 
-from stepkd.modules.base import Prepared, StepModule
-from stepkd.modules.dpo import DPOModule
-from stepkd.modules.fidelity import FidelitySpec
-from stepkd.modules.gkd import GKDModule
-from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.preference import PreferenceModule, ReferenceSpec
-from stepkd.modules.prm import PRMModule
-from stepkd.modules.rewards import RewardSpec
-from stepkd.modules.settings import (
-    DivergenceSpec,
-    KDSpec,
-    MixSpec,
-    PolicyLossSpec,
-    RolloutSpec,
-    SampleLogSpec,
-    SourceSpec,
-    StepCreditSpec,
-)
-from stepkd.modules.sft import SFTModule
-from stepkd.modules.step_scores import FocusSpec
-from stepkd.modules.validation import ValidationSpec
+from __future__ import annotations
 
-__all__ = [
-    "DPOModule",
-    "DivergenceSpec",
-    "FidelitySpec",
-    "FocusSpec",
-    "GKDModule",
-    "KDRLModule",
-    "KDSpec",
-    "KTOModule",
-    "MixSpec",
-    "OptimizerSpec",
-    "PRMModule",
-    "PolicyLossSpec",
-    "PreferenceModule",
-    "Prepared",
-    "ReferencePointSpec",
-    "ReferenceSpec",
-    "RewardSpec",
-    "RolloutSpec",
-    "SFTModule",
-    "SampleLogSpec",
-    "SourceSpec",
-    "StepCreditSpec",
-    "StepKTOModule",
-    "StepModule",
-    "ValidationSpec",
-]
+from typing import Any
+
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "base": "Prepared StepModule",
+    "dpo": "DPOModule",
+    "fidelity": "FidelitySpec",
+    "gkd": "GKDModule",
+    "kdrl": "KDRLModule",
+    "kto": "KTOModule ReferencePointSpec StepKTOModule",
+    "optim": "OptimizerSpec",
+    "preference": "PreferenceModule ReferenceSpec",
+    "prm": "PRMModule",
+    "rewards": "RewardSpec",
+    "settings": "DivergenceSpec KDSpec MixSpec PolicyLossSpec RolloutSpec SampleLogSpec SourceSpec StepCreditSpec",
+    "sft": "SFTModule",
+    "step_scores": "FocusSpec",
+    "validation": "ValidationSpec",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)

@@ -16,9 +16,9 @@ from stepkd.data.feedback import PairExample
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing
 from stepkd.losses.dpo import PairLoss
-from stepkd.models import PolicySpec
+from stepkd.models.spec import PolicySpec
 from stepkd.modules.preference import PreferenceModule, ReferenceSpec
-from stepkd.steps import first_difference
+from stepkd.steps.text import first_difference
 
 
 class DPOModule(PreferenceModule):

@@ -20,13 +20,15 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.errors import check_bounds
-from stepkd.grading import Grader
 from stepkd.grading.judge import judge, vote_keys
+from stepkd.grading.pool import Grader
 from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
-from stepkd.models import Policy
-from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
-from stepkd.steps import get_segmenter
-from stepkd.teachers import HiddenSignals, LocalTeacher, Signals, Teacher
+from stepkd.models.policy import Policy
+from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.steps.segment import get_segmenter
+from stepkd.teachers.local import LocalTeacher
+from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
 
 Sums = dict[str, tuple[float, float]]
 """Name -> sum and number of what it is a mean of."""

@@ -20,18 +20,24 @@ from stepkd.data.encode import Example, with_completion
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
-from stepkd.models import Policy, PolicySpec
+from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
+from stepkd.models.spec import PolicySpec
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
 from stepkd.modules.rollouts import TrainingSampler
 from stepkd.modules.settings import DivergenceSpec, MixSpec, SourceSpec
 from stepkd.modules.step_scores import Focus, FocusSpec, token_weights
 from stepkd.randomness import generator
-from stepkd.rollout import Sampler, TransformersSampler
 from stepkd.runs.process import STOP_REQUEST
-from stepkd.steps import get_segmenter
-from stepkd.teachers import CachedTeacher, LocalTeacher, SelfTeacher, ServerTeacher, Teacher, TeacherSpec
+from stepkd.sampling.sampler import Sampler
+from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.steps.segment import get_segmenter
+from stepkd.teachers.cache import CachedTeacher
+from stepkd.teachers.local import LocalTeacher, TeacherSpec
+from stepkd.teachers.own import SelfTeacher
+from stepkd.teachers.server import ServerTeacher
+from stepkd.teachers.signals import Teacher
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from stepkd.losses import (
     target_logps,
     tempered,
 )
-from stepkd.models import PolicySpec
+from stepkd.models.spec import PolicySpec
 from stepkd.modules.base import Prepared
 from stepkd.modules.gkd import TaughtModule
 from stepkd.modules.kdrl_objective import Mismatch, TokenObjective, TokenTerms, Weigher
@@ -32,8 +32,8 @@ from stepkd.modules.rewards import GivenReward, Rewards, RewardSpec
 from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
 from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.step_scores import load_step_scorer
-from stepkd.scorers import ScorerOptions
-from stepkd.teachers import LocalTeacher, TeacherSpec
+from stepkd.scorers.load import ScorerOptions
+from stepkd.teachers.local import LocalTeacher, TeacherSpec
 from stepkd.teachers.signals import Signals
 
 

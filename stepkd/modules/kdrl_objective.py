@@ -33,7 +33,7 @@ from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rollouts import Rollout
 from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
 from stepkd.modules.step_scores import step_scores, step_texts
-from stepkd.scorers import StepScorer
+from stepkd.scorers.scorer import StepScorer
 from stepkd.teachers.signals import Signals
 
 

@@ -19,7 +19,7 @@ from stepkd.data.feedback import FeedbackExample
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
 from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
-from stepkd.models import PolicySpec
+from stepkd.models.spec import PolicySpec
 from stepkd.modules.base import Prepared
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.preference import PreferenceModule, ReferenceSpec

@@ -20,13 +20,14 @@ from stepkd.data.collate import MicroBatch
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, ModelError
 from stepkd.losses import DEFAULT_CHUNK
-from stepkd.models import Policy, PolicySpec, load_tokenizer, spec_to_dict
 from stepkd.models.adapter import misfit
 from stepkd.models.checkpoint import base_fingerprint, load_policy
 from stepkd.models.head import disable_dropout
-from stepkd.models.load import training_spec
+from stepkd.models.load import load_tokenizer, training_spec
+from stepkd.models.policy import Policy
 from stepkd.models.sharding import WeightAverage, shard
 from stepkd.models.source import trained_template
+from stepkd.models.spec import PolicySpec, spec_to_dict
 from stepkd.modules.distributed import check_strategy, clip_in_engine
 from stepkd.modules.optim import OptimizerSpec
 from stepkd.modules.validation import ValidationSpec

@@ -21,11 +21,12 @@ from stepkd.data.collate import Completion, MicroBatch, PackedBatch, Unit, colla
 from stepkd.data.encode import Example, completion_key
 from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.losses import token_logps
-from stepkd.models import Policy, PolicySpec
 from stepkd.models.checkpoint import load_trained, parameters_fingerprint
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec
 from stepkd.modules.base import Prepared, StepModule
-from stepkd.rollout.annotate import check_same_vocabulary
 from stepkd.runs.files import write_file
+from stepkd.sampling.annotate import check_same_vocabulary
 
 
 @dataclass(frozen=True)

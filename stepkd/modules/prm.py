@@ -16,8 +16,8 @@ from stepkd.data.collate import LabelledBatch, MicroBatch, collate_steps
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, cross_entropy, step_cross_entropy, step_weights
-from stepkd.models import PolicySpec, StepHeadSpec
-from stepkd.models.step_head import StepHeadIds, resolve_ids
+from stepkd.models.spec import PolicySpec
+from stepkd.models.step_head import StepHeadIds, StepHeadSpec, resolve_ids
 from stepkd.modules.base import StepModule
 
 

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stepkd.errors import ConfigError, TrainingError, nearest
-from stepkd.grading import Grader
-from stepkd.grading.pool import Verdict
+from stepkd.grading.pool import Grader, Verdict
 from stepkd.modules.distributed import all_reduce, union
 from stepkd.modules.step_scores import load_step_scorer, step_scores
 from stepkd.safe import check_import

@@ -18,17 +18,18 @@ import torch
 from stepkd.data.batching import StepBatch
 from stepkd.data.encode import Example, with_completion
 from stepkd.errors import DataError, disk_error
-from stepkd.models import Policy
+from stepkd.models.policy import Policy
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rewards import Rewards
 from stepkd.modules.settings import RolloutSpec, SampleLogSpec, SourceSpec
 from stepkd.modules.step_scores import step_texts
-from stepkd.rollout import Sampler, TransformersSampler
-from stepkd.rollout.vllm import ColocatedSampler, VLLMSampler, make_sampler
 from stepkd.runs.logger import append, ends_torn
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
-from stepkd.steps import get_segmenter
+from stepkd.sampling.sampler import Sampler
+from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.sampling.vllm import ColocatedSampler, VLLMSampler, make_sampler
+from stepkd.steps.segment import get_segmenter
 
 SAMPLES_FILE = "samples.jsonl"
 BINS = 16

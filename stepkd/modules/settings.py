@@ -21,8 +21,8 @@ from stepkd.losses import (
     total_variation,
 )
 from stepkd.losses.policy_gradient import STD_EPSILON, Advantage, Normalisation
-from stepkd.rollout import SamplingSpec
-from stepkd.rollout.vllm import VLLMSpec
+from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.vllm import VLLMSpec
 
 Kind = Literal[
     "jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "balanced_kl", "total_variation", "nkd"

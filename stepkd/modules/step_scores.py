@@ -16,9 +16,10 @@ from torch import Tensor
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.scorers import ScorerOptions, Solutions, StepScorer, load_scorer
-from stepkd.steps import text_from_ids
+from stepkd.scorers.load import ScorerOptions, load_scorer
+from stepkd.scorers.scorer import Solutions, StepScorer
 from stepkd.steps.labels import check_threshold, passes
+from stepkd.steps.text import text_from_ids
 
 
 def step_texts(tokenizer: Any, example: Example) -> list[str]:

@@ -8,13 +8,16 @@ from typing import Any
 
 from stepkd.data.batching import StepBatch
 from stepkd.errors import check_bounds
-from stepkd.grading import DEFAULT_EXTRACTORS, Grader
+from stepkd.grading.extract import DEFAULT_EXTRACTORS
 from stepkd.grading.judge import judge, rollout_row
-from stepkd.models import Policy
-from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
+from stepkd.grading.pool import Grader
+from stepkd.models.policy import Policy
 from stepkd.runs.progress import PhaseTracker
-from stepkd.steps import get_segmenter, segment, step_ends, text_from_ids
+from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.labels import tally
+from stepkd.steps.segment import get_segmenter, segment, step_ends
+from stepkd.steps.text import text_from_ids
 
 
 @dataclass(frozen=True)

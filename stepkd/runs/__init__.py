@@ -5,8 +5,16 @@ Only ``logger`` imports lightning, and is therefore not imported here.
 
 from __future__ import annotations
 
-from stepkd.runs.launcher import LaunchInfo, check_launch, detect_launch, trainer_defaults
-from stepkd.runs.progress import Phase, PhaseTracker
-from stepkd.runs.rundir import RunDir
+from typing import Any
 
-__all__ = ["LaunchInfo", "Phase", "PhaseTracker", "RunDir", "check_launch", "detect_launch", "trainer_defaults"]
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "launcher": "LaunchInfo check_launch detect_launch trainer_defaults",
+    "progress": "Phase PhaseTracker",
+    "rundir": "RunDir",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)

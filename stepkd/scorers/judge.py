@@ -26,11 +26,11 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.losses.prm import label_token_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
-from stepkd.rollout.branches import gap_limit
-from stepkd.rollout.decode import Decoder
+from stepkd.sampling.branches import gap_limit
+from stepkd.sampling.decode import Decoder
 from stepkd.scorers.prm import Ids, PolicyScorer, ReadingOptions, continue_rows, packed, padded_right
 from stepkd.scorers.scorer import Meaning, Row, Solutions
-from stepkd.steps import marker_token_id
+from stepkd.steps.format import marker_token_id
 
 JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
 """Chat style asks as a user; plain style ends where the answer begins."""

@@ -22,7 +22,7 @@ from stepkd.errors import ConfigError, ModelError, UnreadableSolution
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
-from stepkd.rollout.decode import Decoder, Reading
+from stepkd.sampling.decode import Decoder, Reading
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
 
@@ -303,7 +303,7 @@ def continue_rows(
         sources: for each of the B continuations, which row it continues.
         ids: ids of the continuations, none empty.
         cuts: how many tokens of its row each continuation sees, counted from the row's first; None: all. Needs a model
-            that allows gaps of this size (:func:`stepkd.rollout.branches.gap_limit`).
+            that allows gaps of this size (:func:`stepkd.sampling.branches.gap_limit`).
 
     Returns:
         The continuations' hidden states (B, T', H), with mask and cache of the whole rows.

@@ -38,7 +38,7 @@ from stepkd.models.source import check_source
 from stepkd.models.spec import TINY_PRESETS, PolicySpec
 from stepkd.models.step_head import StepHeadSpec
 from stepkd.scorers.prm import PRMScorer, ReadingOptions
-from stepkd.steps import StepFormat
+from stepkd.steps.format import StepFormat
 
 PublishedKind = Literal["math-shepherd", "qwen-prm", "trl"]
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."

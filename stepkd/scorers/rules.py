@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from stepkd.errors import DataError
 from stepkd.scorers.scorer import Meaning, Row, Solutions
-from stepkd.tasks import check_row
+from stepkd.tasks.rows import check_row
 
 
 class CheckerScorer:

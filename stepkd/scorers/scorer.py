@@ -14,15 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from stepkd.errors import DataError, check_choice
-from stepkd.steps import (
-    SEGMENTERS,
-    Meaning,
-    TokenizedText,
-    get_segmenter,
-    segment,
-    spans_from_ends,
-    text_from_ids,
-)
+from stepkd.steps.format import Meaning
+from stepkd.steps.segment import SEGMENTERS, get_segmenter, segment, spans_from_ends
+from stepkd.steps.text import TokenizedText, text_from_ids
 
 __all__ = ["Meaning"]
 

@@ -12,27 +12,19 @@
 ``stepkd label --to tree_preference`` runs all of this as a resumable job (:mod:`stepkd.labels.tree_pairs`).
 """
 
-from stepkd.search.generate import RolloutValue, SampledSteps, ScorerValue
-from stepkd.search.mcts import Decision, Option, SearchSettings, SearchTree, tree_search
-from stepkd.search.pairs import PairSettings, TreePairs, tree_pairs
-from stepkd.search.tree import Node, Problem, State, StateValue, Step, StepGenerator
+from __future__ import annotations
 
-__all__ = [
-    "Decision",
-    "Node",
-    "Option",
-    "PairSettings",
-    "Problem",
-    "RolloutValue",
-    "SampledSteps",
-    "ScorerValue",
-    "SearchSettings",
-    "SearchTree",
-    "State",
-    "StateValue",
-    "Step",
-    "StepGenerator",
-    "TreePairs",
-    "tree_pairs",
-    "tree_search",
-]
+from typing import Any
+
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "generate": "RolloutValue SampledSteps ScorerValue",
+    "mcts": "Decision Option SearchSettings SearchTree tree_search",
+    "pairs": "PairSettings TreePairs tree_pairs",
+    "tree": "Node Problem State StateValue Step StepGenerator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)

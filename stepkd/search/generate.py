@@ -23,15 +23,15 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.grading import Grader
-from stepkd.models import Policy
+from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
+from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.rollout import Rollout, Sampler, SamplingSpec
-from stepkd.rollout.sampler import before_stop, decode_text
+from stepkd.sampling.sampler import Rollout, Sampler, SamplingSpec, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
 from stepkd.search.tree import End, State, Step, StepGenerator
-from stepkd.steps import TokenizedText, get_segmenter, segment, segmenter_settings, text_from_ids
+from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
+from stepkd.steps.text import TokenizedText, text_from_ids
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS
 
 STEP_STOPS: dict[str, tuple[str, ...]] = {"newline": ("\n",), "blank_line": ("\n\n",)}

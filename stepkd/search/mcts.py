@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.grading import Grader
+from stepkd.grading.pool import Grader
 from stepkd.search.tree import Node, Problem, StateValue, Step, StepGenerator, back_up, best_child, select
 
 Until = Literal["end", "leaf"]

@@ -160,14 +160,14 @@ def _signal(completion: TokenizedText, name: str, segmenter: str) -> tuple[float
         teacher = " with a teacher" if name == "teacher_logprobs" else ""
         raise DataError(
             f"segmenter {segmenter!r} needs the {_SOURCES[name]} of every token, and this completion has none: "
-            f"{sampled}stepkd.rollout.annotate{teacher} computes them for any text"
+            f"{sampled}stepkd.sampling.annotate{teacher} computes them for any text"
         )
     sign = -1 if name == "entropies" else 1
     for index, value in enumerate(values):
         if not sign * value <= ROUNDING:
             raise DataError(
                 f"the {_SOURCES[name]} hold {value} at token {index}: must be a number, at "
-                f"{'least' if sign < 0 else 'most'} 0; compute them again with stepkd.rollout.annotate"
+                f"{'least' if sign < 0 else 'most'} 0; compute them again with stepkd.sampling.annotate"
             )
     return values
 

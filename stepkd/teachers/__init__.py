@@ -1,19 +1,19 @@
 """Teachers: models that say what they would have written at every position of a student's text."""
 
-from stepkd.teachers.cache import CachedTeacher, write_cache
-from stepkd.teachers.local import LocalTeacher, TeacherSpec
-from stepkd.teachers.own import SelfTeacher
-from stepkd.teachers.server import ServerTeacher
-from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
+from __future__ import annotations
 
-__all__ = [
-    "CachedTeacher",
-    "HiddenSignals",
-    "LocalTeacher",
-    "SelfTeacher",
-    "ServerTeacher",
-    "Signals",
-    "Teacher",
-    "TeacherSpec",
-    "write_cache",
-]
+from typing import Any
+
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "cache": "CachedTeacher write_cache",
+    "local": "LocalTeacher TeacherSpec",
+    "own": "SelfTeacher",
+    "server": "ServerTeacher",
+    "signals": "HiddenSignals Signals Teacher",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)

@@ -14,13 +14,13 @@ from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, ModelError, check_choice
-from stepkd.models import Policy
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.machine import device_room
+from stepkd.models.policy import Policy
 from stepkd.models.sharding import shard
 from stepkd.models.spec import DTYPES, Quantization
-from stepkd.rollout.annotate import check_same_vocabulary
-from stepkd.steps import get_segmenter
+from stepkd.sampling.annotate import check_same_vocabulary
+from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.signals import HiddenSignals, Signals
 
 ROOM = 0.9

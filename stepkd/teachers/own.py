@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
-from stepkd.models import Policy
 from stepkd.models.head import evaluation_mode
+from stepkd.models.policy import Policy
 from stepkd.models.sharding import WeightAverage, whole_tensor
 from stepkd.teachers.local import TeacherSpec
 from stepkd.teachers.signals import HiddenSignals, Signals

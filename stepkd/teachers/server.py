@@ -14,9 +14,10 @@ import torch
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models import PolicySpec, load_tokenizer
-from stepkd.rollout.annotate import check_same_vocabulary
-from stepkd.rollout.vllm import connect
+from stepkd.models.load import load_tokenizer
+from stepkd.models.spec import PolicySpec
+from stepkd.sampling.annotate import check_same_vocabulary
+from stepkd.sampling.vllm import connect
 from stepkd.teachers.cache import CachedSignals
 from stepkd.teachers.local import check_context
 from stepkd.teachers.signals import Signals

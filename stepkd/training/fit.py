@@ -23,16 +23,23 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from stepkd.data import FeedbackData, PairData, StepData, StepLabelData
+from stepkd.data.datamodule import StepData
+from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
 from stepkd.errors import ConfigError, MachineError
 from stepkd.models.source import find_checkpoint, no_model
-from stepkd.modules import StepModule
-from stepkd.runs import RunDir, check_launch, trainer_defaults
+from stepkd.modules.base import StepModule
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.kto import KTOModule, StepKTOModule
+from stepkd.modules.prm import PRMModule
+from stepkd.modules.sft import SFTModule
 from stepkd.runs.files import write_file
+from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.process import Preempted, quiet_libraries
 from stepkd.runs.resume import check_changes, find_last_checkpoint, newest_config, recipe_settings, short_name
-from stepkd.runs.rundir import check_version, free_path
+from stepkd.runs.rundir import RunDir, check_version, free_path
 from stepkd.training.checkpoints import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -47,7 +54,8 @@ from stepkd.training.trainer_settings import check_trainer_settings
 from stepkd.yaml_files import read_yaml
 
 DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
-"""Imported so that ``--data.help`` lists them and ``--data`` takes their names."""
+METHODS = (SFTModule, PRMModule, DPOModule, KTOModule, StepKTOModule, GKDModule, KDRLModule)
+"""Imported so that ``--data.help`` and ``--model.help`` list them and ``--data`` and ``--model`` take their names."""
 _HINTS = inspect.unwrap(Trainer.__init__).__annotations__
 for _name, _hint in _HINTS.items():
     # ``typing`` keeps one order of two types for a whole process, that of the library which named them first. With

@@ -62,7 +62,7 @@ def stepkd_step(student: Any, teacher: Any) -> Callable[[], Tensor]:
     from stepkd.losses import fused_sum, generalized_jsd, tempered
     from stepkd.models.head import vocab_head
     from stepkd.models.packed import check_unpadded, unpadded_hidden
-    from stepkd.teachers import HiddenSignals
+    from stepkd.teachers.signals import HiddenSignals
 
     examples = [Example(str(i), tuple(p), tuple(c), ((0, len(c)),)) for i, (p, c) in enumerate(rows())]
     batch = collate(examples, 0)

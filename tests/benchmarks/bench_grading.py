@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from stepkd.grading import Grader, verdict_counts
+from stepkd.grading.pool import Grader, verdict_counts
 
 
 def _worker_cpu_s(grader: Grader) -> float:

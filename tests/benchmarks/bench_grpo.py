@@ -79,10 +79,13 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     from stepkd.data.batching import BatchPlan, StepLoader
     from stepkd.data.encode import Encoder
     from stepkd.data.templates import PromptTemplate
-    from stepkd.models import PolicySpec
-    from stepkd.modules import KDRLModule, KDSpec, OptimizerSpec, PolicyLossSpec, RewardSpec, RolloutSpec
-    from stepkd.steps import get_segmenter
-    from stepkd.teachers import TeacherSpec
+    from stepkd.models.spec import PolicySpec
+    from stepkd.modules.kdrl import KDRLModule
+    from stepkd.modules.optim import OptimizerSpec
+    from stepkd.modules.rewards import RewardSpec
+    from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec
+    from stepkd.steps.segment import get_segmenter
+    from stepkd.teachers.local import TeacherSpec
 
     seconds: list[float] = []
     tokens: list[float] = []

@@ -32,7 +32,7 @@ def resident(name: str) -> float:
 def measure(method: str, vocabulary: int, positions: int, chunk: int) -> None:
     """Print by how many MiB one forward and backward pass raises the peak."""
     from stepkd.losses import VocabHead, fused_sum, generalized_jsd, tempered
-    from stepkd.teachers import HiddenSignals
+    from stepkd.teachers.signals import HiddenSignals
 
     torch.set_num_threads(2)
     torch.manual_seed(0)

@@ -14,7 +14,8 @@ import time
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicySpec
 from stepkd.randomness import generator
-from stepkd.rollout import Branch, SamplingSpec, TransformersSampler
+from stepkd.sampling.sampler import Branch, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
 
 
 def main() -> None:

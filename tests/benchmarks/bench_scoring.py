@@ -13,10 +13,12 @@ import time
 
 import torch
 
-from stepkd.models import StepHeadSpec
 from stepkd.models.checkpoint import load_trained
-from stepkd.scorers import PRMScorer, PromptedJudge, Solutions
-from stepkd.steps import StepFormat
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.scorers.judge import PromptedJudge
+from stepkd.scorers.prm import PRMScorer
+from stepkd.scorers.scorer import Solutions
+from stepkd.steps.format import StepFormat
 
 
 def text_of(tokenizer: object, tokens: int, seed: int) -> str:

@@ -193,7 +193,7 @@ def test_a_statement_about_what_the_run_lacks(write_claim: Write, tmp_path: Path
 def test_the_list_goes_on_past_a_broken_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from stepkd.commands import claims
+    from stepkd.cli import claims
 
     broken = tmp_path / "a.yaml"
     broken.write_text("claim: x\n")

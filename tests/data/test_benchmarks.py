@@ -13,7 +13,7 @@ from stepkd.data.spec import load_rows
 from stepkd.data.templates import TEMPLATES
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.runner import _warn_of_cut_off
-from stepkd.grading import EXTRACTORS
+from stepkd.grading.extract import EXTRACTORS
 
 
 @pytest.fixture

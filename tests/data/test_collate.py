@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stepkd.data.collate import Completion, MicroBatch, Pack, PackedBatch, Unit, collate, collate_packed, plan_packs
 from stepkd.data.encode import Example
-from stepkd.steps import spans_from_ends
+from stepkd.steps.segment import spans_from_ends
 
 PAD = 99
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from stepkd.data import DataSpec, StepData
 from stepkd.data.batching import Position
+from stepkd.data.datamodule import StepData
+from stepkd.data.spec import DataSpec
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import tiny_tokenizer
 

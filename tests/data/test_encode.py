@@ -10,7 +10,7 @@ from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.steps import check_partition, get_segmenter
+from stepkd.steps.segment import check_partition, get_segmenter
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")
 ROW = {"id": "r", "prompt": "1+2=\n", "solution": "1+2=3\n3\n#### 3"}

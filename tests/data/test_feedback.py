@@ -14,7 +14,7 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.steps import check_partition, get_segmenter
+from stepkd.steps.segment import check_partition, get_segmenter
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")
 TOKENIZER = tiny_tokenizer()

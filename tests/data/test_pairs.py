@@ -13,7 +13,7 @@ from stepkd.data.rows import PREFERENCE, STEP_PREFERENCE, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.steps import check_partition, get_segmenter
+from stepkd.steps.segment import check_partition, get_segmenter
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")
 TINY = tiny_tokenizer()

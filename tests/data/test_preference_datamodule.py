@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from stepkd.data import DataSpec, FeedbackData, PairData
 from stepkd.data.batching import Position
+from stepkd.data.labelled_data import FeedbackData, PairData
+from stepkd.data.spec import DataSpec
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
-from stepkd.models import PolicySpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.modules import DPOModule, KTOModule, SFTModule, StepKTOModule
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.kto import KTOModule, StepKTOModule
+from stepkd.modules.sft import SFTModule
 
 TINY = PolicySpec(path="tiny-0.1m")
 TOKENIZER = tiny_tokenizer()

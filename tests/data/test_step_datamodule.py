@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.data import DataSpec, StepLabelData
 from stepkd.data.collate import collate_steps
+from stepkd.data.labelled_data import StepLabelData
+from stepkd.data.spec import DataSpec
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
-from stepkd.models import PolicySpec, StepHeadSpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.modules import PRMModule, SFTModule
-from stepkd.steps import StepFormat
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.modules.prm import PRMModule
+from stepkd.modules.sft import SFTModule
+from stepkd.steps.format import StepFormat
 
 
 @pytest.fixture(scope="module")

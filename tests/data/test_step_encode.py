@@ -17,7 +17,9 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.models.spec import tiny_tokenizer
 from stepkd.scorers.published import BareSteps, SeparatedSteps, SpacedSteps
-from stepkd.steps import StepFormat, auto_marker, check_partition, get_segmenter, marker_token_id, tokenize_text
+from stepkd.steps.format import StepFormat, auto_marker, marker_token_id
+from stepkd.steps.segment import check_partition, get_segmenter
+from stepkd.steps.text import tokenize_text
 
 PLAIN = PromptTemplate(style="plain", plain="{prompt}")
 STEPS = ["1+2=3", "3*2=6 \n", "#### 6"]

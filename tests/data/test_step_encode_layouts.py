@@ -13,7 +13,7 @@ from stepkd.data.step_encode import Layout, StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.steps import StepFormat, auto_marker, marker_token_id
+from stepkd.steps.format import StepFormat, auto_marker, marker_token_id
 
 FORMATS = {
     "step_end": StepFormat(),

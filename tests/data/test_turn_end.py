@@ -14,11 +14,14 @@ from stepkd.data.encode import Encoder
 from stepkd.data.feedback import FeedbackEncoder, PairEncoder
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.templates import PromptTemplate
-from stepkd.grading import Grader
+from stepkd.grading.pool import Grader
 from stepkd.labels.sources import GivenSolutions
-from stepkd.models import Policy, PolicySpec, tiny_tokenizer
 from stepkd.models.checkpoint import export_model
-from stepkd.steps import StepFormat, get_segmenter, text_from_ids
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.steps.format import StepFormat
+from stepkd.steps.segment import get_segmenter
+from stepkd.steps.text import text_from_ids
 
 _GEMMA = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stepkd.evaluation import EvaluationSpec
-from stepkd.models import Policy, PolicySpec
+from stepkd.evaluation.runner import EvaluationSpec
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import Swap, argmin_positions, order_swap_test, swap_adjacent, task_swaps
-from stepkd.tasks import TASKS, check_row, make_rows
+from stepkd.tasks.families import TASKS
+from stepkd.tasks.rows import check_row, make_rows
 
 # --- the lowest score's place -----------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from stepkd.data import DataSpec, parse_spec
 from stepkd.data.benchmarks import benchmark_data, get_benchmark, next_evaluation
+from stepkd.data.spec import DataSpec, parse_spec
 
 TINY = {"task": "modular:terms=4", "n": 128}
 

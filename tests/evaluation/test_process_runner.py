@@ -132,7 +132,7 @@ def test_comparison_is_paired(data: str, tmp_path: Path) -> None:
 
 def test_rollouts_with_step_labels_are_read(tmp_path: Path) -> None:
     data = 'task:task="modular:terms=3",n=6,noise.rate=0.5,split=test'
-    from stepkd.scorers import CheckerScorer
+    from stepkd.scorers.rules import CheckerScorer
 
     summary = evaluate_process(spec(data, tmp_path / "out"), CheckerScorer())
     (section,) = summary["sets"].values()

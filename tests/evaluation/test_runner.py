@@ -18,8 +18,9 @@ from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError, MachineError, ModelError, StepkdError
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.runner import EvaluationSpec, evaluate
-from stepkd.models import Policy, PolicySpec
 from stepkd.models.checkpoint import tokenizer_fingerprint
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec
 from stepkd.runs.files import write_json
 from stepkd.runs.job import JobOptions, read_results, read_settings
 

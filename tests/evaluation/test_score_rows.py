@@ -16,7 +16,9 @@ from stepkd.evaluation import score_rows as module
 from stepkd.evaluation.score_rows import ScoreJob, labelled_scores, score_file
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import JobOptions
-from stepkd.scorers import ScorerOptions, Solutions, TemperatureScaling
+from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.load import ScorerOptions
+from stepkd.scorers.scorer import Solutions
 
 
 class Toy:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stepkd.grading import Grader, Verdict, extract_answer, verdict_counts
+from stepkd.grading.extract import extract_answer
+from stepkd.grading.pool import Grader, Verdict, verdict_counts
 from stepkd.grading.reading import Words, read
 from stepkd.grading.verify import same
 

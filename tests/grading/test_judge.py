@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import ROLLOUT, validate
-from stepkd.grading import Grader
 from stepkd.grading.judge import judge, rollout_row, step_labels, vote_keys
+from stepkd.grading.pool import Grader
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.rollout import Rollout
-from stepkd.steps import get_segmenter, segment, step_ends, text_from_ids
-from stepkd.tasks import make_rows
+from stepkd.sampling.sampler import Rollout
+from stepkd.steps.segment import get_segmenter, segment, step_ends
+from stepkd.steps.text import text_from_ids
+from stepkd.tasks.rows import make_rows
 
 PROVENANCE = {"sample": 0, "model": "m", "sampling": {"n": 1}, "seed": 0, "segmenter": "newline"}
 

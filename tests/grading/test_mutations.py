@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepkd.grading import Grader, Verdict
+from stepkd.grading.pool import Grader, Verdict
 from stepkd.grading.verify import equivalent
 
 NONZERO = st.integers(-30, 30).filter(bool)

@@ -9,7 +9,7 @@ from runpy import run_path
 import pytest
 
 from stepkd.data.benchmarks import BENCHMARKS
-from stepkd.grading import Grader, Verdict
+from stepkd.grading.pool import Grader, Verdict
 
 _TABLES = run_path(str(Path(__file__).with_name("pairs.py")))
 ANSWERS: dict[str, list[tuple[str, str, bool]]] = _TABLES["ANSWERS"]

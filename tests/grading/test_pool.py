@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.grading import Grade, Grader, Verdict, accuracy_reward, pool, verdict_counts
-from stepkd.grading.pool import completion_text, shared_grader
+from stepkd.grading import pool
+from stepkd.grading.pool import Grade, Grader, Verdict, accuracy_reward, completion_text, shared_grader, verdict_counts
 
 HALF = "\\boxed{\\frac{2}{4}}"
 """Takes a worker when the reference answer is 1/2 in another form."""

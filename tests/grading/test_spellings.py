@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stepkd.grading import Grader, Verdict
+from stepkd.grading.pool import Grader, Verdict
 
 _INTEGER = re.compile(r"-?[0-9]+")
 _NUMBER = re.compile(r"-?[0-9.]+|-?\\d?frac *(?:\{[0-9]+\}|[0-9]) *(?:\{[0-9]+\}|[0-9])")

@@ -16,10 +16,11 @@ from stepkd.errors import DataError
 from stepkd.iteration.measure import differences, divergence, model_metrics, problem_rows, ratio_difference
 from stepkd.iteration.stages import file_fingerprint, folder_fingerprint
 from stepkd.iteration.table import metric_text, notes, print_summary
-from stepkd.labels import LabelSpec, run_label_job
-from stepkd.labels.job import drawn_records
-from stepkd.models import Policy, PolicySpec
+from stepkd.labels.job import drawn_records, run_label_job
+from stepkd.labels.settings import LabelSpec
 from stepkd.models.checkpoint import save_policy
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec
 
 
 def sample(right: bool, labels: list[bool] | None, *, tokens: int = 4, vote: str = "1", ratio: Any = 0.0) -> Any:

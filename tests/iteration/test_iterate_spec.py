@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepkd import cli
-from stepkd.commands import iterate
+from stepkd.cli import iterate
 from stepkd.errors import ConfigError, DataError, MachineError, StepkdError
 from stepkd.iteration import stages
 from stepkd.iteration.spec import IterateSpec, explicit_word, iteration_seed, load_spec, put

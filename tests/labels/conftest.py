@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from stepkd.errors import StepkdError
-from stepkd.labels import LabelSpec, job_parts, run_label_job
-from stepkd.models import Policy, PolicySpec
-from stepkd.rollout import Branch, BranchRollouts, Rollout, SamplingSpec, TransformersSampler
+from stepkd.labels.job import job_parts, run_label_job
+from stepkd.labels.settings import LabelSpec
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec
 from stepkd.runs.job import JobOptions
+from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
 
 
 class RecordingSampler:

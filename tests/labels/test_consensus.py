@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels import consensus_filter, report_on
+from stepkd.labels.consensus import consensus_filter, report_on
 
 CHOICES = (True, False, None)
 

@@ -10,7 +10,7 @@ import pytest
 from stepkd.data.rows import DEMONSTRATION
 from stepkd.data.spec import DataSpec, load_rows
 from stepkd.errors import DataError
-from stepkd.labels import CONVERTERS, convert_rows
+from stepkd.labels.convert import CONVERTERS, convert_rows
 
 
 def rollout(name: str, correct: bool | None, labels: list[bool | None], finish: str = "stop") -> dict[str, Any]:

@@ -10,7 +10,8 @@ import pytest
 from stepkd.data.rows import ROLLOUT, UNPAIRED, validate
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels import CONVERTERS, ConvertOptions, convert_rows
+from stepkd.labels.convert import CONVERTERS, convert_rows
+from stepkd.labels.feedback import ConvertOptions
 
 
 def rollout(problem: str, sample: int, labels: list[Any] | None, correct: bool | None, **given: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from stepkd.data.rows import STEPWISE, validate
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels import CONVERTERS, Converted, Converter, ConvertOptions, convert_rows
-from stepkd.labels.convert import balance_by_prefix_length
+from stepkd.labels.convert import CONVERTERS, Converter, balance_by_prefix_length, convert_rows
+from stepkd.labels.feedback import Converted, ConvertOptions
 
 
 def rollout(number: int, labels: list[Any], values: list[float] | None = None) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import pytest
 from stepkd.data.rows import STEPWISE
 from stepkd.data.spec import DataSpec, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels import LabelSpec, Solution
+from stepkd.labels.labellers import Solution
+from stepkd.labels.settings import LabelSpec
 from stepkd.labels.solutions import Candidate, cut
-from stepkd.steps import get_segmenter
-from stepkd.tasks import make_rows
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import make_rows
 
 TASK = "modular:terms=3,modulus=2"
 

@@ -15,12 +15,13 @@ import pytest
 from stepkd.data.rows import ROLLOUT
 from stepkd.data.spec import DataSpec, load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.labels import LabelSpec, Solution, StepLabels
-from stepkd.rollout import Rollout
+from stepkd.labels.labellers import Solution, StepLabels
+from stepkd.labels.settings import LabelSpec
 from stepkd.runs.files import write_json
 from stepkd.runs.job import Job, read_settings
+from stepkd.sampling.sampler import Rollout
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
-from stepkd.tasks import check_row
+from stepkd.tasks.rows import check_row
 
 FILES = ["labels.jsonl", "log", "parts", "settings.json", "summary.json"]
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from stepkd.cli import main
-from stepkd.models import Policy
+from stepkd.models.policy import Policy
 from stepkd.runs.files import write_jsonl
 
 PROBLEMS = ["--problems", 'task:task="modular:terms=3,modulus=2",n=16', "--model", "tiny-0.1m"]

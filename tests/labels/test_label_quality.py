@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepkd.errors import DataError
-from stepkd.labels import label_quality
+from stepkd.labels.quality import label_quality
 
 
 def row(id: str, labels: list[Any], **extra: Any) -> dict[str, Any]:

@@ -12,10 +12,16 @@ import pytest
 
 import stepkd.labels
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels import CheckerLabeller, OutcomeLabeller, ScorerLabeller, Solution
-from stepkd.labels.labellers import check_reduction, reduce_values
+from stepkd.labels.labellers import (
+    CheckerLabeller,
+    OutcomeLabeller,
+    ScorerLabeller,
+    Solution,
+    check_reduction,
+    reduce_values,
+)
 from stepkd.scorers.scorer import Meaning, Solutions
-from stepkd.tasks import make_rows
+from stepkd.tasks.rows import make_rows
 
 ROW = make_rows("modular:terms=3,modulus=10", 1, seed=0)[0]
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.grading import Grader
+from stepkd.grading.pool import Grader
 from stepkd.labels.labellers import Labeller, Solution, StepLabels
 from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.randomness import generator
-from stepkd.rollout import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec, TransformersSampler
-from stepkd.steps import spans_from_ends
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.steps.segment import spans_from_ends
 
 TOKENIZER = tiny_tokenizer()
 SPEC = SamplingSpec(n=8, max_new_tokens=12, seed=3)

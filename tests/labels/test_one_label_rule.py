@@ -20,10 +20,12 @@ from stepkd.evaluation.process import predicted_first_error
 from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.iteration.measure import differences
-from stepkd.labels import ConvertOptions, StepPairSpec, convert_rows
 from stepkd.labels.consensus import consensus_filter
+from stepkd.labels.convert import convert_rows
+from stepkd.labels.feedback import ConvertOptions
 from stepkd.labels.labellers import ScorerLabeller, Solution, StepCheck
 from stepkd.labels.quality import label_quality, summarise_labels
+from stepkd.labels.settings import StepPairSpec
 from stepkd.labels.step_pairs import first_wrong_step
 from stepkd.losses import step_kto
 from stepkd.modules.step_scores import FocusSpec
@@ -31,7 +33,7 @@ from stepkd.modules.validation import SampledAccuracy
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import read_results
 from stepkd.scorers.scorer import Meaning, Solutions
-from stepkd.steps import tally
+from stepkd.steps.labels import tally
 
 Rule = Callable[[list[float], float], list[bool]]
 """Step labels (or scores) and a threshold to which steps a room takes for correct."""

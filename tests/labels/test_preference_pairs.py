@@ -10,7 +10,8 @@ import pytest
 
 from stepkd.data.rows import PREFERENCE, validate
 from stepkd.data.spec import load_rows, parse_spec
-from stepkd.labels import CONVERTERS, ConvertOptions, convert_rows, even_pairs
+from stepkd.labels.convert import CONVERTERS, convert_rows
+from stepkd.labels.feedback import ConvertOptions, even_pairs
 
 
 def rollout(problem: str, sample: int, correct: bool | None, **given: Any) -> dict[str, Any]:

@@ -14,14 +14,17 @@ import pytest
 from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels import LabelSpec, StepPairSpec, run_pair_job, step_pair_builder
 from stepkd.labels.monte_carlo import next_step, segmenter_of
-from stepkd.labels.step_pairs import first_wrong_step
-from stepkd.models import Policy
-from stepkd.rollout import Branch, BranchRollouts, Rollout, SamplingSpec
+from stepkd.labels.pair_job import run_pair_job
+from stepkd.labels.settings import LabelSpec, StepPairSpec
+from stepkd.labels.step_pairs import first_wrong_step, step_pair_builder
+from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
+from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingSpec
 from stepkd.scorers.scorer import Solutions
-from stepkd.steps import AdaptiveStepSegmenter, EntropySegmenter, RegexSegmenter, get_segmenter, segment, text_from_ids
+from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
+from stepkd.steps.segment import RegexSegmenter, get_segmenter, segment
+from stepkd.steps.text import text_from_ids
 
 WRONG = ["1+1=0\n", "0*1=1\n", "#### 1"]  # right, wrong, wrong; the answer is 0
 RIGHT = "0*1=0\n#### 0"

@@ -13,14 +13,18 @@ import pytest
 from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.labels import TreePairSpec, run_pair_job, tree_pair_builder
-from stepkd.models import Policy
+from stepkd.labels.pair_job import run_pair_job
+from stepkd.labels.settings import TreePairSpec
+from stepkd.labels.tree_pairs import tree_pair_builder
+from stepkd.models.policy import Policy
 from stepkd.randomness import generator
-from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
 from stepkd.runs.job import JobOptions, read_settings
-from stepkd.scorers import PromptedJudge
-from stepkd.search import PairSettings, SearchSettings
-from stepkd.tasks import check_row
+from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.scorers.judge import PromptedJudge
+from stepkd.search.mcts import SearchSettings
+from stepkd.search.pairs import PairSettings
+from stepkd.tasks.rows import check_row
 
 Run = Callable[..., dict[str, Any] | None]
 FILES = ("pairs.jsonl", "summary.json")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepkd.models import Policy, build_tiny
-from stepkd.models.spec import tiny_tokenizer
+from stepkd.models.policy import Policy
+from stepkd.models.spec import build_tiny, tiny_tokenizer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = SMALL | {"num_key_value_heads": 2}

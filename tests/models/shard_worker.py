@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from stepkd.models import Policy, PolicySpec
+from stepkd.models.policy import Policy
 from stepkd.models.sharding import is_sharded, shard, share_of, whole_tensor
+from stepkd.models.spec import PolicySpec
 
 
 def anonymous() -> int:

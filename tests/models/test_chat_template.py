@@ -10,8 +10,11 @@ from transformers import AutoTokenizer
 
 from stepkd.cli import main
 from stepkd.errors import ConfigError
-from stepkd.models import Policy, PolicySpec, StepHeadSpec, load_tokenizer, spec_from_dict, spec_to_dict
 from stepkd.models.checkpoint import load_policy, load_trained, save_policy
+from stepkd.models.load import load_tokenizer
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec, spec_from_dict, spec_to_dict
+from stepkd.models.step_head import StepHeadSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, load_tokenizer, spec_to_dict
 from stepkd.models import checkpoint as checkpoints
 from stepkd.models.checkpoint import (
     find_checkpoint,
@@ -20,7 +19,9 @@ from stepkd.models.checkpoint import (
     save_policy,
     weights_fingerprint,
 )
-from stepkd.models.load import model_config
+from stepkd.models.load import load_tokenizer, model_config
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny, spec_to_dict
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
 FULL = PolicySpec(path="tiny-0.1m")

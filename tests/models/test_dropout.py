@@ -10,8 +10,9 @@ import transformers
 from torch import Tensor
 
 from stepkd.errors import ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec
 from stepkd.models.head import backbone_of, disable_dropout
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec
 
 IDS = torch.arange(1, 25).view(2, 12)
 PLAIN: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

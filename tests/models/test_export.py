@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, MachineError, ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, spec_to_dict
 from stepkd.models import checkpoint as checkpoint_module
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
+from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
+from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny, spec_to_dict
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from stepkd.errors import ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec, load_model, machine
+from stepkd.models import machine
 from stepkd.models.checkpoint import export_model
+from stepkd.models.load import load_model
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec
 
 PRESET = "tiny-0.1m"
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stepkd.errors import ModelError
-from stepkd.models import build_tiny, check_head, real_vocab_size, tiny_tokenizer, vocab_head
-from stepkd.models.head import backbone_of, check_padding, evaluation_mode
+from stepkd.models.head import backbone_of, check_head, check_padding, evaluation_mode, real_vocab_size, vocab_head
+from stepkd.models.spec import build_tiny, tiny_tokenizer
 
 SMALL = {
     "vocab_size": 96,

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec, load_model, load_tokenizer
-from stepkd.models.load import check_tokenizer
+from stepkd.models.load import check_tokenizer, load_model, load_tokenizer
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec
 
 PRESET = "tiny-0.1m"
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])

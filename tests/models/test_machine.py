@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from stepkd.errors import ModelError
-from stepkd.models import Policy, PolicySpec, machine
+from stepkd.models import machine
 from stepkd.models.checkpoint import save_policy
-from stepkd.teachers import LocalTeacher, TeacherSpec
-from stepkd.teachers.local import check_room
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec
+from stepkd.teachers.local import LocalTeacher, TeacherSpec, check_room
 
 
 @pytest.fixture(scope="module")

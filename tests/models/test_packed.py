@@ -12,9 +12,9 @@ from torch import Tensor
 from stepkd.data.collate import Completion, Pack, PackedBatch, Unit, collate_packed
 from stepkd.data.encode import Example
 from stepkd.losses import token_logps
-from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny
 from stepkd.models.packed import packed_mask
-from stepkd.models.spec import tiny_tokenizer
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny, tiny_tokenizer
 
 
 def packs_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Pack]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stepkd.errors import ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec, build_tiny, positions_from_mask
+from stepkd.models.policy import Policy, positions_from_mask
+from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny
 
 PRESET = "tiny-0.1m"
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])

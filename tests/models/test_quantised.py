@@ -10,9 +10,8 @@ import pytest
 import torch
 import yaml
 
-from stepkd.models import PolicySpec
 from stepkd.models.load import load_model
-from stepkd.models.spec import LoraSpec, tiny_config, tiny_tokenizer
+from stepkd.models.spec import LoraSpec, PolicySpec, tiny_config, tiny_tokenizer
 from stepkd.runs.logger import read_metrics
 from stepkd.training.fit import run
 

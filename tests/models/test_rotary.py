@@ -11,9 +11,11 @@ from transformers import LlamaConfig, Phi3Config, Phi3ForCausalLM
 
 from stepkd.errors import DataError
 from stepkd.losses import token_logps
-from stepkd.models import Policy, head
+from stepkd.models import head
+from stepkd.models.policy import Policy
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.rollout import SamplingSpec, TransformersSampler
+from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
 
 SWITCH = 24
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from stepkd.errors import ConfigError
-from stepkd.models import Policy, PolicySpec
+from stepkd.models.policy import Policy
 from stepkd.models.sharding import blocks_of, gathered, shard, share_of, whole_tensor
-from stepkd.models.spec import build_tiny
+from stepkd.models.spec import PolicySpec, build_tiny
 
 WORKER = Path(__file__).with_name("shard_worker.py")
 

@@ -11,10 +11,11 @@ import pytest
 from huggingface_hub import errors
 
 from stepkd.errors import ModelError
-from stepkd.models import Policy, PolicySpec, load_tokenizer
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.load import model_config
+from stepkd.models.load import load_tokenizer, model_config
+from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
+from stepkd.models.spec import PolicySpec
 from stepkd.scorers.load import load_scorer
 
 

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stepkd.data.encode import Encoder
 from stepkd.data.templates import get_template
 from stepkd.errors import DataError, ModelError
-from stepkd.models import Policy, PolicySpec, build_tiny
-from stepkd.rollout import SamplingSpec, TransformersSampler
-from stepkd.steps import get_segmenter
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec, build_tiny
+from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.local import LocalTeacher, TeacherSpec
 
 SPARE = "<image_soft_token>"

@@ -14,9 +14,19 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from stepkd.errors import ConfigError
-from stepkd.models import LoraSpec, PolicySpec, spec_from_dict, spec_to_dict
-from stepkd.models.spec import TINY_CONTEXT, TINY_PRESETS, build_tiny, tiny_config, tiny_tokenizer
-from stepkd.tasks import list_tasks, make_rows
+from stepkd.models.spec import (
+    TINY_CONTEXT,
+    TINY_PRESETS,
+    LoraSpec,
+    PolicySpec,
+    build_tiny,
+    spec_from_dict,
+    spec_to_dict,
+    tiny_config,
+    tiny_tokenizer,
+)
+from stepkd.tasks.families import list_tasks
+from stepkd.tasks.rows import make_rows
 
 
 @pytest.mark.parametrize(

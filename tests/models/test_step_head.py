@@ -12,20 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models import LoraSpec, Policy, PolicySpec, StepHeadSpec, build_tiny, spec_to_dict
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
-from stepkd.models.spec import tiny_tokenizer
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny, spec_to_dict, tiny_tokenizer
 from stepkd.models.step_head import (
     STEP_HEAD_CONFIG,
     STEP_HEAD_WEIGHTS,
     StepHeadIds,
+    StepHeadSpec,
     named_marker,
     resolve_ids,
     save_step_head,
     saved_step_head,
     step_head_from_dict,
 )
-from stepkd.steps import MARKER_CANDIDATES, StepFormat
+from stepkd.steps.format import MARKER_CANDIDATES, StepFormat
 
 IDS = torch.tensor([[5, 17, 33, 8, 99, 4]])
 TOKENS = StepHeadSpec()

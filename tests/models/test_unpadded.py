@@ -12,9 +12,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stepkd.data.collate import MicroBatch, collate
 from stepkd.data.encode import Example
 from stepkd.losses import token_logps
-from stepkd.models import LoraSpec, Policy, PolicySpec
 from stepkd.models.head import backbone_of, positions_from_mask
 from stepkd.models.packed import is_worth_it, unpadded_hidden
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec
 
 SIZES = [[(3, 4)], [(1, 1), (5, 9)], [(4, 2), (2, 7), (6, 6), (1, 3)]]
 

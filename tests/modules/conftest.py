@@ -16,12 +16,15 @@ from stepkd.data.encode import Encoder, Example
 from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
-from stepkd.models import Policy, PolicySpec, StepHeadSpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.models.step_head import resolve_ids
-from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
-from stepkd.steps import get_segmenter
-from stepkd.tasks import Noise, make_rows
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.models.step_head import StepHeadSpec, resolve_ids
+from stepkd.modules.base import StepModule
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.prm import PRMModule
+from stepkd.modules.sft import SFTModule
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import Noise, make_rows
 
 Gradients = dict[str, torch.Tensor]
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)

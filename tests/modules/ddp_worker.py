@@ -24,15 +24,17 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
-from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
 from stepkd.models.sharding import whole_tensor
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.models.step_head import resolve_ids
-from stepkd.modules import OptimizerSpec, PRMModule, SFTModule, StepModule
-from stepkd.runs import check_launch, trainer_defaults
+from stepkd.models.spec import LoraSpec, PolicySpec, tiny_tokenizer
+from stepkd.models.step_head import StepHeadSpec, resolve_ids
+from stepkd.modules.base import StepModule
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.prm import PRMModule
+from stepkd.modules.sft import SFTModule
+from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.process import leave_group
-from stepkd.steps import get_segmenter
-from stepkd.tasks import Noise, make_rows
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import Noise, make_rows
 from stepkd.training.sharded import FSDP2Strategy
 
 ADAPTED: dict[str, Any] = {"lora": LoraSpec(r=4), "gradient_checkpointing": True}

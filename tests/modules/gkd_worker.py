@@ -16,13 +16,14 @@ from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import get_template
-from stepkd.models import PolicySpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.modules import DivergenceSpec, GKDModule, OptimizerSpec, SourceSpec
-from stepkd.runs import check_launch, trainer_defaults
-from stepkd.steps import get_segmenter
-from stepkd.tasks import Noise, make_rows
-from stepkd.teachers import TeacherSpec
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.settings import DivergenceSpec, SourceSpec
+from stepkd.runs.launcher import check_launch, trainer_defaults
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import Noise, make_rows
+from stepkd.teachers.local import TeacherSpec
 
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}

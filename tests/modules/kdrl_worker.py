@@ -16,15 +16,17 @@ from lightning.pytorch import Trainer
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import get_template
-from stepkd.models import PolicySpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.modules import KDRLModule, KDSpec, OptimizerSpec, PolicyLossSpec, RewardSpec, RolloutSpec
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.rewards import RewardSpec
 from stepkd.modules.rollouts import Rollout
-from stepkd.runs import check_launch, trainer_defaults
+from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec
+from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger
-from stepkd.steps import get_segmenter
-from stepkd.tasks import make_rows
-from stepkd.teachers import TeacherSpec
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import make_rows
+from stepkd.teachers.local import TeacherSpec
 
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}

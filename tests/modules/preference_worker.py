@@ -16,20 +16,14 @@ from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import collate_packed
 from stepkd.data.feedback import FeedbackEncoder, PairEncoder
 from stepkd.data.templates import get_template
-from stepkd.models import PolicySpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.modules import (
-    DPOModule,
-    KTOModule,
-    OptimizerSpec,
-    PreferenceModule,
-    ReferencePointSpec,
-    ReferenceSpec,
-    StepKTOModule,
-)
-from stepkd.runs import check_launch, trainer_defaults
-from stepkd.steps import get_segmenter
-from stepkd.tasks import Noise, make_rows
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.preference import PreferenceModule, ReferenceSpec
+from stepkd.runs.launcher import check_launch, trainer_defaults
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import Noise, make_rows
 
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.tasks import make_rows
+from stepkd.tasks.rows import make_rows
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 LAUNCHERS = {

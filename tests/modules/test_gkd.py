@@ -20,14 +20,19 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from stepkd.data import DataSpec, StepData
 from stepkd.data.batching import BatchPlan, StepLoader
+from stepkd.data.datamodule import StepData
+from stepkd.data.spec import DataSpec
 from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
-from stepkd.models import Policy, PolicySpec, StepHeadSpec, build_tiny
-from stepkd.modules import DivergenceSpec, FidelitySpec, FocusSpec, GKDModule, SourceSpec
-from stepkd.modules.fidelity import ANSWERS, _kind
-from stepkd.teachers import LocalTeacher, TeacherSpec
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec, build_tiny
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.modules.fidelity import ANSWERS, FidelitySpec, _kind
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.settings import DivergenceSpec, SourceSpec
+from stepkd.modules.step_scores import FocusSpec
+from stepkd.teachers.local import LocalTeacher, TeacherSpec
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
 _SPEC = importlib.util.spec_from_file_location("gkd_worker", WORKER)
@@ -198,7 +203,8 @@ def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
 
 def test_own_samples(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
     """What is learnt from is what the student wrote before the step, and is counted after it was written."""
-    from stepkd.rollout import SamplingSpec, TransformersSampler
+    from stepkd.sampling.sampler import SamplingSpec
+    from stepkd.sampling.transformers_sampler import TransformersSampler
 
     module = worker.run(rows, source=worker.OWN, divergence=DivergenceSpec("reverse_kl"), micro_batch_tokens=90)
     sampler = TransformersSampler(views[0])
@@ -233,7 +239,8 @@ def test_the_sources_share(rows: list[Any]) -> None:
 
 
 def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> None:
-    from stepkd.rollout import SamplingSpec, TransformersSampler
+    from stepkd.sampling.sampler import SamplingSpec
+    from stepkd.sampling.transformers_sampler import TransformersSampler
 
     module = worker.run(rows, source=SourceSpec(student=0.0, teacher=1.0, max_new_tokens=9))
     drawn = TransformersSampler(views[1]).sample(
@@ -370,8 +377,10 @@ def clustered_error(values: list[Tensor]) -> float:
 
 
 def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None:
-    from stepkd.rollout import SamplingSpec, TransformersSampler
-    from stepkd.steps import get_segmenter, segment, text_from_ids
+    from stepkd.sampling.sampler import SamplingSpec
+    from stepkd.sampling.transformers_sampler import TransformersSampler
+    from stepkd.steps.segment import get_segmenter, segment
+    from stepkd.steps.text import text_from_ids
 
     found = measure(rows, views, micro_batch_tokens=90, chunk_size=4)
     student = views[0]

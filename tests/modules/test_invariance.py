@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.batching import micro_batches
-from stepkd.models import LoraSpec
+from stepkd.models.spec import LoraSpec
 
 TOLERANCE = 1e-10  # float64, relative norm
 

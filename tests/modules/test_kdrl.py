@@ -25,11 +25,13 @@ from stepkd.cli import main
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import group_advantages, kl_estimate, reverse_kl
-from stepkd.models import Policy, PolicySpec
-from stepkd.modules import KDRLModule, KDSpec, PolicyLossSpec, RewardSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
-from stepkd.modules.rewards import Rewards
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec
+from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.rewards import Rewards, RewardSpec
+from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.step_scores import step_texts
-from stepkd.teachers import TeacherSpec
+from stepkd.teachers.local import TeacherSpec
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
 _SPEC = importlib.util.spec_from_file_location("kdrl_worker", WORKER)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from stepkd.cli import main
-from stepkd.commands.samples import bars, colour
+from stepkd.cli.samples import bars, colour
 from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.losses import group_advantages
-from stepkd.modules import PolicyLossSpec, RewardSpec, SampleLogSpec, StepCreditSpec
+from stepkd.modules.rewards import RewardSpec
 from stepkd.modules.rollouts import SampleLog, read_samples
+from stepkd.modules.settings import PolicyLossSpec, SampleLogSpec, StepCreditSpec
 from stepkd.modules.step_scores import step_texts
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")

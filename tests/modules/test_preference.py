@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from stepkd.errors import ConfigError
-from stepkd.models import LoraSpec, Policy, PolicySpec
-from stepkd.modules import DPOModule, KTOModule, ReferencePointSpec, ReferenceSpec, StepKTOModule
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
+from stepkd.modules.preference import ReferenceSpec
 
 _SPEC = importlib.util.spec_from_file_location("preference_worker", Path(__file__).with_name("preference_worker.py"))
 assert _SPEC is not None

@@ -17,10 +17,14 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
-from stepkd.data import DataSpec, FeedbackData, LabelRule, PairData
+from stepkd.data.labelled_data import FeedbackData, PairData
+from stepkd.data.spec import DataSpec
+from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.models import PolicySpec, build_tiny
-from stepkd.modules import DPOModule, KTOModule, ReferencePointSpec, ReferenceSpec, StepKTOModule
+from stepkd.models.spec import PolicySpec, build_tiny
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
+from stepkd.modules.preference import ReferenceSpec
 
 WORKER = Path(__file__).with_name("preference_worker.py")
 _SPEC = importlib.util.spec_from_file_location("preference_worker", WORKER)

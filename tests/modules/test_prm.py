@@ -15,11 +15,11 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import LabelledBatch, collate_steps
 from stepkd.data.step_encode import StepExample
 from stepkd.data.step_labels import LabelRule
-from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.models.step_head import resolve_ids
-from stepkd.modules import OptimizerSpec, PRMModule
-from stepkd.steps import StepFormat
+from stepkd.models.spec import LoraSpec, PolicySpec, tiny_tokenizer
+from stepkd.models.step_head import StepHeadSpec, resolve_ids
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.prm import PRMModule
+from stepkd.steps.format import StepFormat
 
 TOLERANCE = 1e-10  # float64, relative norm
 ROOT = Path(__file__).resolve().parents[2]

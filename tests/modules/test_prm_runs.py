@@ -14,13 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.data import DataSpec, StepLabelData
+from stepkd.data.labelled_data import StepLabelData
+from stepkd.data.spec import DataSpec
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.losses import step_cross_entropy
-from stepkd.models import LoraSpec, PolicySpec, StepHeadSpec
 from stepkd.models.checkpoint import load_trained
-from stepkd.modules import OptimizerSpec, PRMModule, ValidationSpec
+from stepkd.models.spec import LoraSpec, PolicySpec
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.prm import PRMModule
+from stepkd.modules.validation import ValidationSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)

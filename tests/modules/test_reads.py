@@ -11,27 +11,24 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from stepkd.data import DataSpec, FeedbackData, PairData, StepData, StepLabelData
+from stepkd.data.datamodule import StepData
+from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
+from stepkd.data.spec import DataSpec
 from stepkd.errors import ConfigError, DataError
-from stepkd.models import PolicySpec, StepHeadSpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.modules import (
-    DPOModule,
-    FidelitySpec,
-    GKDModule,
-    KDRLModule,
-    KDSpec,
-    OptimizerSpec,
-    PolicyLossSpec,
-    PRMModule,
-    RewardSpec,
-    RolloutSpec,
-    SFTModule,
-    SourceSpec,
-    StepKTOModule,
-    ValidationSpec,
-)
-from stepkd.teachers import TeacherSpec
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.fidelity import FidelitySpec
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.kto import StepKTOModule
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.prm import PRMModule
+from stepkd.modules.rewards import RewardSpec
+from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, SourceSpec
+from stepkd.modules.sft import SFTModule
+from stepkd.modules.validation import ValidationSpec
+from stepkd.teachers.local import TeacherSpec
 
 POLICY = PolicySpec(path="tiny-0.1m")
 TEACHER = TeacherSpec(path="tiny-0.1m")

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError, TrainingError
-from stepkd.grading import Grader
-from stepkd.modules import RewardSpec
-from stepkd.modules.rewards import Rewards
+from stepkd.grading.pool import Grader
+from stepkd.modules.rewards import Rewards, RewardSpec
 
 TEXTS = [r"<think>a</think> \boxed{\frac{1}{2}}", r"\boxed{3}", "nothing"]
 IDS = [[1, 2, 3, 4], [5, 5, 5, 5, 5, 5], [7] * 20]

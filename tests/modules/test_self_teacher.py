@@ -14,10 +14,14 @@ import torch
 from stepkd.cli import main
 from stepkd.data.collate import collate
 from stepkd.errors import ConfigError
-from stepkd.models import LoraSpec, Policy, PolicySpec
 from stepkd.models.checkpoint import load_trained
-from stepkd.modules import DivergenceSpec, FidelitySpec, GKDModule, MixSpec, SourceSpec
-from stepkd.teachers import SelfTeacher, TeacherSpec
+from stepkd.models.policy import Policy
+from stepkd.models.spec import LoraSpec, PolicySpec
+from stepkd.modules.fidelity import FidelitySpec
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.settings import DivergenceSpec, MixSpec, SourceSpec
+from stepkd.teachers.local import TeacherSpec
+from stepkd.teachers.own import SelfTeacher
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
 _SPEC = importlib.util.spec_from_file_location("gkd_worker", WORKER)
@@ -240,7 +244,7 @@ def test_bad_settings(make: Any, message: str) -> None:
 
 
 def test_a_quantised_teacher_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepkd.teachers import LocalTeacher
+    from stepkd.teachers.local import LocalTeacher
 
     monkeypatch.setattr("stepkd.models.load.find_spec", lambda name: None)
     student = Policy.load(PolicySpec(path="tiny-0.1m"))

@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from stepkd.data import DataSpec, StepData
 from stepkd.data.batching import BatchPlan, Position, StepLoader
+from stepkd.data.datamodule import StepData
+from stepkd.data.spec import DataSpec
 from stepkd.errors import ConfigError, ModelError, StepkdError, TrainingError
 from stepkd.losses import LossTerms
-from stepkd.models import LoraSpec, PolicySpec, build_tiny
 from stepkd.models.checkpoint import export_model, load_trained
-from stepkd.modules import OptimizerSpec, SFTModule, ValidationSpec
+from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.sft import SFTModule
+from stepkd.modules.validation import ValidationSpec
 
 STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
 

@@ -15,10 +15,13 @@ from datasets import Dataset
 
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.feedback import FeedbackExample, PairExample
-from stepkd.models import Policy, PolicySpec
-from stepkd.models.spec import build_tiny
-from stepkd.modules import DPOModule, KTOModule, OptimizerSpec, ReferencePointSpec, ReferenceSpec
-from stepkd.tasks import Noise, make_rows
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec, build_tiny
+from stepkd.modules.dpo import DPOModule
+from stepkd.modules.kto import KTOModule, ReferencePointSpec
+from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.preference import ReferenceSpec
+from stepkd.tasks.rows import Noise, make_rows
 
 TINY = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}
 BETA = 0.3

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.models import Policy, StepHeadSpec, build_tiny
-from stepkd.scorers import Solutions
+from stepkd.models.policy import Policy
+from stepkd.models.spec import build_tiny
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.scorers.scorer import Solutions
 
 
 @torch.no_grad()

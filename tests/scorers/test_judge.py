@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.data import PromptTemplate
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.models import Policy, tiny_tokenizer
-from stepkd.scorers import PromptedJudge, Solutions, TemperatureScaling, score_one
-from stepkd.scorers.judge import JUDGE_TEMPLATE, answer_ids
+from stepkd.models.policy import Policy
+from stepkd.models.spec import tiny_tokenizer
+from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge, answer_ids
+from stepkd.scorers.scorer import Solutions, score_one
 
 MakePolicy = Callable[..., Policy]
 Y = {"yes": ["Y", "y"], "no": ["N", "n"]}

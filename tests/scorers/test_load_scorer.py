@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepkd.data import PromptTemplate, get_template
+from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models import Policy, StepHeadSpec
 from stepkd.models.checkpoint import save_policy
+from stepkd.models.policy import Policy
 from stepkd.models.source import save_template, trained_template
-from stepkd.scorers import CheckerScorer, PRMScorer, PromptedJudge, ScorerOptions, TemperatureScaling, load_scorer
-from stepkd.scorers.load import parse_head, pick_device
-from stepkd.steps import StepFormat
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.judge import PromptedJudge
+from stepkd.scorers.load import ScorerOptions, load_scorer, parse_head, pick_device
+from stepkd.scorers.prm import PRMScorer
+from stepkd.scorers.rules import CheckerScorer
+from stepkd.steps.format import StepFormat
 
 TASK = ScorerOptions(template="task", device="cpu")
 

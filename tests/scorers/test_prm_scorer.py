@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.models import Policy, StepHeadSpec, tiny_tokenizer
-from stepkd.scorers import PRMScorer, Solutions, TemperatureScaling, score_one
-from stepkd.steps import StepFormat
+from stepkd.models.policy import Policy
+from stepkd.models.spec import tiny_tokenizer
+from stepkd.models.step_head import StepHeadSpec
+from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.prm import PRMScorer
+from stepkd.scorers.scorer import Solutions, score_one
+from stepkd.steps.format import StepFormat
 
 MakePolicy = Callable[..., Policy]
 HEADS = {

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from stepkd.errors import ConfigError, DataError, ModelError, UnreadableSolution
-from stepkd.scorers import PRMScorer, Solutions, load_published, load_scorer, score_one
-from stepkd.scorers.published import recognise
+from stepkd.scorers.load import load_scorer
+from stepkd.scorers.prm import PRMScorer
+from stepkd.scorers.published import load_published, recognise
+from stepkd.scorers.scorer import Solutions, score_one
 
 Sharpen = Callable[[Any], Any]
 QUESTIONS = ["Ann has 3 ducks and buys 4. How many?", "What is 7 x 8?"]

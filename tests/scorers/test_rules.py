@@ -11,14 +11,15 @@ import pytest
 
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels import LabelSpec, run_label_job
+from stepkd.labels.job import run_label_job
 from stepkd.labels.quality import row_labels
+from stepkd.labels.settings import LabelSpec
 from stepkd.modules.step_scores import Focus, FocusSpec
 from stepkd.runs.files import write_jsonl
-from stepkd.scorers import ArithmeticScorer, CheckerScorer, Solutions, load_scorer, score_one
-from stepkd.scorers.rules import GainScorer, equations
-from stepkd.tasks import make_rows
-from stepkd.tasks.rows import Noise
+from stepkd.scorers.load import load_scorer
+from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer, equations
+from stepkd.scorers.scorer import Solutions, score_one
+from stepkd.tasks.rows import Noise, make_rows
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 

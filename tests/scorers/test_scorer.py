@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.models import tiny_tokenizer
-from stepkd.scorers import Solutions, score_rows
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.scorers.scorer import (
+    Solutions,
     default_reduction,
     problem_key,
     reduce_scores,
     reduce_solutions,
     row_steps,
+    score_rows,
     step_scores,
 )
 

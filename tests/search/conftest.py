@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from stepkd.search import Problem, State, Step
+from stepkd.search.tree import Problem, State, Step
 
 Script = Mapping[str, Sequence[tuple[str, float, str]]]
 """Text so far -> next steps: text, probability of its one token, how it ends."""

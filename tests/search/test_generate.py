@@ -11,10 +11,12 @@ import torch
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.rollout import Rollout, SamplingSpec, TransformersSampler
-from stepkd.search import Problem, SampledSteps, State
-from stepkd.search.generate import PROPOSE, _index
-from stepkd.steps import get_segmenter, segment, text_from_ids
+from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.search.generate import PROPOSE, SampledSteps, _index
+from stepkd.search.tree import Problem, State
+from stepkd.steps.segment import get_segmenter, segment
+from stepkd.steps.text import text_from_ids
 
 
 @pytest.fixture(scope="module")

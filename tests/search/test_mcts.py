@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.search import Node, Problem, SearchSettings, SearchTree, tree_search
+from stepkd.search.mcts import SearchSettings, SearchTree, tree_search
+from stepkd.search.tree import Node, Problem
 
 HAND = SearchSettings(iterations=1, root_factor=4, actions=2, depth=2, exploration=4.0)
 

@@ -8,9 +8,10 @@ import pytest
 
 from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.errors import ConfigError
-from stepkd.search import Decision, Node, Option, PairSettings, Problem, SearchSettings, SearchTree, Step, tree_pairs
-from stepkd.search import tree_search as search
-from stepkd.search.tree import best_child
+from stepkd.search.mcts import Decision, Option, SearchSettings, SearchTree
+from stepkd.search.mcts import tree_search as search
+from stepkd.search.pairs import PairSettings, tree_pairs
+from stepkd.search.tree import Node, Problem, Step, best_child
 
 
 def grow(parent: Node, text: str, q: float, visits: int, *, end: str = "step", correct: bool | None = None) -> Node:

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.grading import Grader
+from stepkd.grading.pool import Grader
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.rollout import SamplingSpec, TransformersSampler
-from stepkd.search import Node, Problem, RolloutValue, SampledSteps, SearchSettings, SearchTree, tree_search
+from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
+from stepkd.search.generate import RolloutValue, SampledSteps
+from stepkd.search.mcts import SearchSettings, SearchTree, tree_search
+from stepkd.search.tree import Node, Problem
 
 SETTINGS = SearchSettings(iterations=2, root_factor=2, actions=3, depth=2, max_steps=3)
 

@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from stepkd.search import Node, Problem, Step
-from stepkd.search.tree import back_up, best_child, prior, puct, select
+from stepkd.search.tree import Node, Problem, Step, back_up, best_child, prior, puct, select
 
 
 def child(parent: Node, value: float, *, logprob: float = 0.0, tokens: int = 1, visits: int = 0) -> Node:

@@ -11,9 +11,12 @@ import pytest
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.scorers import CheckerScorer, PromptedJudge, Solutions
-from stepkd.search import Problem, RolloutValue, ScorerValue, State
-from stepkd.tasks import make_rows
+from stepkd.scorers.judge import PromptedJudge
+from stepkd.scorers.rules import CheckerScorer
+from stepkd.scorers.scorer import Solutions
+from stepkd.search.generate import RolloutValue, ScorerValue
+from stepkd.search.tree import Problem, State
+from stepkd.tasks.rows import make_rows
 
 
 def state(problem: Problem, *steps: str, correct: bool | None = None) -> State:

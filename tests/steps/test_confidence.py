@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps import TokenizedText, check_partition, segment, step_ends, text_from_ids
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
-from stepkd.steps.segment import Segmenter
+from stepkd.steps.segment import Segmenter, check_partition, segment, step_ends
+from stepkd.steps.text import TokenizedText, text_from_ids
 
 
 def signals(tokens: list[str], doubted: set[int]) -> TokenizedText:
@@ -193,19 +193,19 @@ def test_long_blank_completions_are_read_once() -> None:
             AdaptiveStepSegmenter(0.1),
             {},
             "segmenter 'adaptive_step' needs the log-probabilities (logprobs) of every token, and this completion has "
-            "none: sampled rollouts carry them as raw_logprobs; stepkd.rollout.annotate computes them for any text",
+            "none: sampled rollouts carry them as raw_logprobs; stepkd.sampling.annotate computes them for any text",
         ),
         (
             EntropySegmenter(1.0),
             {"logprobs": (-1.0, -1.0)},
-            "needs the entropies of every token, and this completion has none: stepkd.rollout.annotate computes",
+            "needs the entropies of every token, and this completion has none: stepkd.sampling.annotate computes",
         ),
         (RejectSegmenter(), {"teacher_logprobs": (-1.0, -1.0)}, "'reject' needs the log-probabilities (logprobs)"),
         (
             RejectSegmenter(),
             {"logprobs": (-1.0, -1.0)},
             "needs the log-probabilities under a teacher (teacher_logprobs) of every token, and this completion has "
-            "none: stepkd.rollout.annotate with a teacher computes them for any text",
+            "none: stepkd.sampling.annotate with a teacher computes them for any text",
         ),
         (AdaptiveStepSegmenter(0.1), {"logprobs": (-1.0, math.nan)}, "hold nan at token 1: must be a number, at most"),
         (AdaptiveStepSegmenter(0.1), {"logprobs": (0.9, -1.0)}, "(logprobs) hold 0.9 at token 0"),

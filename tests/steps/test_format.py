@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError
-from stepkd.steps import marker_token_id
+from stepkd.steps.format import marker_token_id
 
 
 def test_marker_ids(tokenizers_by_name: dict[str, Any]) -> None:

@@ -10,19 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError
-from stepkd.steps import (
+from stepkd.steps.segment import (
     SEGMENTERS,
     RegexSegmenter,
     Segmenter,
-    TokenizedText,
     check_partition,
     get_segmenter,
     segment,
     spans_from_ends,
     step_ends,
-    text_from_ids,
-    tokenize_text,
 )
+from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
 
 def by_character(text: str) -> TokenizedText:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import DataError, ModelError
-from stepkd.steps import TokenizedText, get_segmenter, segment, text_from_ids, tokenize_text
+from stepkd.steps.segment import get_segmenter, segment
+from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
 PIECES = [
     "a",

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.runs.files import write_json
-from stepkd.steps import TokenizedText, get_segmenter, segment
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
+from stepkd.steps.segment import get_segmenter, segment
+from stepkd.steps.text import TokenizedText
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
 
 

@@ -9,8 +9,9 @@ from collections import defaultdict
 import pytest
 
 from stepkd.errors import ConfigError
-from stepkd.tasks import Noise, demonstration, get_task
 from stepkd.tasks.base import keyed_rng
+from stepkd.tasks.families import get_task
+from stepkd.tasks.rows import Noise, demonstration
 
 SPECS = [
     "arithmetic:terms=2-5",

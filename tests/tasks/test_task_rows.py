@@ -14,7 +14,8 @@ import pytest
 
 import stepkd
 from stepkd.errors import ConfigError, DataError
-from stepkd.tasks import Noise, check_row, get_task, list_tasks, make_rows, row_problem, split_of
+from stepkd.tasks.families import get_task, list_tasks
+from stepkd.tasks.rows import Noise, check_row, make_rows, row_problem, split_of
 
 SPLITS = ("train", "validation", "test")
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError
-from stepkd.tasks import Task, TaskProblem, get_task, list_tasks
-from stepkd.tasks.base import keyed_rng
+from stepkd.tasks.base import Task, TaskProblem, keyed_rng
+from stepkd.tasks.families import get_task, list_tasks
 
 SPECS = [
     "arithmetic:terms=2-5,maximum=20",

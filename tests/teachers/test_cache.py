@@ -21,13 +21,17 @@ from stepkd.data.encode import Encoder
 from stepkd.data.templates import get_template
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import forward_kl
-from stepkd.models import Policy, PolicySpec
-from stepkd.models.spec import tiny_tokenizer
-from stepkd.modules import DivergenceSpec, FidelitySpec, GKDModule, SourceSpec
+from stepkd.models.policy import Policy
+from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.modules.fidelity import FidelitySpec
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.settings import DivergenceSpec, SourceSpec
 from stepkd.runs.job import JobOptions
-from stepkd.steps import get_segmenter
-from stepkd.tasks import make_rows
-from stepkd.teachers import CachedTeacher, LocalTeacher, TeacherSpec, cache, write_cache
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import make_rows
+from stepkd.teachers import cache
+from stepkd.teachers.cache import CachedTeacher, write_cache
+from stepkd.teachers.local import LocalTeacher, TeacherSpec
 
 TEACHER = TeacherSpec(path="tiny-0.1m", dtype="float64")
 

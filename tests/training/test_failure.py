@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stepkd.errors import ConfigError, MachineError, StepkdError
-from stepkd.runs import PhaseTracker
 from stepkd.runs.process import rank_name, tell_agent
+from stepkd.runs.progress import PhaseTracker
 from stepkd.training.failures import explained
 
 

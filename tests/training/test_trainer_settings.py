@@ -53,7 +53,7 @@ SEEN_ELSEWHERE = {
     "num_nodes": "tests/runs/test_launcher.py",
     "strategy": "tests/modules/test_strategy_list.py",
     "logger": "tests/runs/test_logger.py",
-    "enable_progress_bar": "tests/commands/test_run_loggers.py",
+    "enable_progress_bar": "tests/cli/test_run_loggers.py",
 }
 NOT_NEUTRAL = {
     "accumulate_grad_batches": 4,

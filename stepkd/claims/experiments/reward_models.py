@@ -88,7 +88,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
     from stepkd.claims.tiny import tiny_prm, train_tiny
     from stepkd.claims.tiny_samples import align_scores, curves_tiny, score_tiny
-    from stepkd.scorers import reduce_solutions
+    from stepkd.scorers.scorer import reduce_solutions
 
     settings: RewardModelSettings = unit.settings
     noise = {"rate": settings.slips, "kind": "systematic", "recover": settings.recover, "seed": unit.seed}

@@ -85,7 +85,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
 def _arm_settings(arm: StepFeedbackArm) -> dict[str, Any]:
     if arm.method == "kto":
         return {}
-    from stepkd.modules import ReferencePointSpec
+    from stepkd.modules.kto import ReferencePointSpec
 
     return {
         "reduction": arm.reduction,

@@ -113,7 +113,8 @@ def _pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path, report: Re
 def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> list[Row]:
     from stepkd.claims.tiny_samples import SAMPLING, read_labels
     from stepkd.data.spec import PAIRS_NAME
-    from stepkd.labels import StepPairSpec, run_pair_job
+    from stepkd.labels.pair_job import run_pair_job
+    from stepkd.labels.settings import StepPairSpec
 
     out = unit.folder / f"pairs-{arm.take}{'' if arm.check_step else '-unchecked'}"
     spec = StepPairSpec(

@@ -94,7 +94,7 @@ REASONING_GYM = register(
 
 
 def _generate_task(options: Options, split: str) -> Iterator[Row]:
-    from stepkd.tasks import Noise, make_rows
+    from stepkd.tasks.rows import Noise, make_rows
 
     noise = options["noise"]
     if noise is not None:

@@ -1,0 +1,282 @@
+"""Look at this machine, its launcher and a recipe before a job burns hours.
+
+stepkd doctor
+stepkd doctor --config recipes/gkd.yaml --config recipes/base/smollm2-135m-lora.yaml
+torchrun --nproc_per_node 8 -m stepkd doctor ...        what the ranks of that launch see
+
+With a recipe: whether it parses, and the memory it takes on each device. Where that device is here, two optimiser steps
+on the largest batch are run and measured; elsewhere a lower bound is computed, parts named. Exit code 1 when something
+is found that would stop a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import stepkd
+from stepkd.cli.recipes import add_recipe_arguments, recipe_words
+from stepkd.errors import ConfigError, DataError, MachineError, StepkdError
+from stepkd.runs.launcher import check_launch, detect_launch
+
+Level = Literal["ok", "note", "bad"]
+Looked = Iterator[tuple[str, str] | tuple[str, str, Level, str]]
+PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "accelerate", "jsonargparse", "math-verify")
+OPTIONAL = {"trl": "vLLM rollouts, parity tests", "bitsandbytes": "policy.quantization", "gguf": ".gguf files"}
+LITTLE_DISK = 10 * 2**30
+"""Free bytes below which checkpoints of a small model may not fit."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    section: str
+    name: str
+    value: str
+    level: Level = "ok"
+    """``note``: works, but not as one may think; ``bad``: a run would fail."""
+    advice: str = ""
+    """What to do about it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``stepkd doctor``."""
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs would be written (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--ranks", type=int, help="processes of the run, for a sharded strategy (default: those of this launch)"
+    )
+    add_recipe_arguments(parser, required=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``stepkd doctor``."""
+    from stepkd.runs.process import quiet_libraries
+
+    quiet_libraries()
+    findings = look_around(arguments.out)
+    memory: dict[str, Any] | None = None
+    if arguments.config:
+        memory, more = _recipe(recipe_words(arguments), arguments.ranks)
+        findings += more
+    if arguments.json:
+        print(json.dumps({"findings": [asdict(finding) for finding in findings], "memory": memory}, indent=2))
+    else:
+        _show(findings, memory)
+    return int(any(finding.level == "bad" for finding in findings))
+
+
+def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], list[Finding]]:
+    """The memory of a recipe, and what follows from it for this machine."""
+    import torch
+
+    from stepkd.cli.memory import ADVICE, lower_bound, measured_peak
+    from stepkd.models.machine import device_room, fast_bfloat16, memory_free
+    from stepkd.training.fit import check_fit
+
+    module, data, settings = check_fit(words=words)
+    precision, wanted = str(settings.get("precision") or "32-true"), str(settings.get("accelerator"))
+    here = torch.cuda.is_available()
+    device = "cuda" if wanted in ("gpu", "cuda") or (here and wanted != "cpu") else "cpu"
+    world = detect_launch().world_size
+    shards = 1
+    if "FSDP2Strategy" in str(settings.get("strategy")):
+        shards = world if ranks is None else ranks
+        if shards < 1:
+            raise ConfigError(f"--ranks {ranks}: must be at least 1")
+    bound = lower_bound(module, data, precision=precision, shards=shards)
+    memory = {"at_least_bytes": bound.at_least, "measured_bytes": None, **asdict(bound)}
+    free = (device_room(torch.device("cuda", 0)) if here else None) if device == "cuda" else memory_free()
+    room = "" if free is None else f" of {gib(free)} free"
+    level: Level = "note"
+    value, advice = f"at least {gib(bound.at_least)}{room}", "activations come on top, not measured: "
+    if free is None:
+        advice += f"there is no free {device} memory here"
+    elif bound.at_least > free:
+        level, advice = "bad", ADVICE
+    elif world > 1 or shards > 1:
+        advice += "a run of several processes is not tried"
+    else:
+        print("measuring two optimiser steps on the largest batch ...", file=sys.stderr, flush=True)
+        try:
+            memory["measured_bytes"] = peak = measured_peak(words, device)
+            value, advice = f"{gib(peak)}{room}, measured over two optimiser steps", ""
+            level = "note" if peak > 0.9 * free else "ok"
+        except DataError as error:
+            advice += str(error)
+        except StepkdError as error:
+            what = "two optimiser steps do not fit" if isinstance(error, MachineError) else "a run would stop"
+            level, advice = "bad", f"{what}: {error}"
+    findings = [Finding("recipe", "memory", value, level, advice)]
+    half = "bf16" in precision or module.policy_spec.dtype == "bfloat16"
+    if half and device == "cpu" and not fast_bfloat16():
+        findings.append(
+            Finding("recipe", "bfloat16", "emulated", "note", "this processor computes it slowly: float32 is faster")
+        )
+    return memory, findings
+
+
+def _show(findings: Sequence[Finding], memory: dict[str, Any] | None) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    colours = {"ok": "green", "note": "yellow", "bad": "bold red"}
+    table = Table(*(Column(overflow="fold") for _ in range(4)), box=None, pad_edge=False, show_header=False)
+    section = ""
+    for each in findings:
+        shown, section = each.section if each.section != section else "", each.section
+        value = Text(f"{each.value}\n{each.advice}".rstrip())
+        table.add_row(Text(shown, "bold"), each.name, value, Text(each.level, colours[each.level]))
+    console.print(table)
+    if memory is None:
+        return
+    title = "memory on each device, at least"
+    parts = Table("part", Column("bytes", justify="right"), title=title, box=None, pad_edge=False, title_justify="left")
+    for name, number in memory["held"].items():
+        parts.add_row(name, gib(number))
+    for phase, inside in memory["phases"].items():
+        for name, number in inside.items():
+            parts.add_row(f"{phase}: {name}", gib(number))
+    parts.add_row("at least: the first, and the largest phase", gib(memory["at_least_bytes"]), style="bold")
+    console.print()
+    console.print(parts)
+    for name, fact in memory["facts"].items():
+        console.print(f"{name}: {fact}")
+
+
+def look_around(folder: Path, environ: Mapping[str, str] | None = None) -> list[Finding]:
+    """Everything that does not depend on a recipe.
+
+    Args:
+        folder: where runs would be written.
+        environ: environment variables; None: those of the process.
+    """
+    environ = os.environ if environ is None else environ
+    sections = {
+        "versions": _versions(),
+        "processor": _processor(),
+        "GPUs": _gpus(),
+        "attention": _attention(),
+        "launch": _launch(environ),
+        "disk": _disk(folder, environ),
+    }
+    return [Finding(section, *looked) for section, found in sections.items() for looked in found]
+
+
+def _versions() -> Looked:
+    yield "python", platform.python_version()
+    yield "stepkd", stepkd.__version__
+    for name in (*PACKAGES, *OPTIONAL):
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if name in OPTIONAL:
+                yield name, "not installed", "ok", f"only for {OPTIONAL[name]}"
+            else:
+                yield name, "missing", "bad", f"pip install {name}"
+
+
+def _processor() -> Looked:
+    import torch
+
+    from stepkd.models.machine import cpu_name, fast_bfloat16, memory_free, memory_limit, processors
+
+    yield "model", cpu_name()
+    cores, threads = processors(), torch.get_num_threads()
+    value = f"{threads} of torch on {cores:g} processor(s)"
+    if threads > cores + 0.5:
+        advice = "more threads than processors slow each other down"
+        yield "threads", value, "note", f"set OMP_NUM_THREADS={max(int(cores), 1)}: {advice}"
+    else:
+        yield "threads", value
+    free, limit = memory_free(), memory_limit()
+    if free is not None:
+        yield "memory", f"{gib(free)} free" + ("" if limit is None else f", limit of this container {gib(limit)}")
+    if fast_bfloat16():
+        yield "bfloat16", "in hardware"
+    elif torch.cuda.is_available():
+        yield "bfloat16", "emulated"
+    else:
+        yield "bfloat16", "emulated", "note", "on this processor float32 is many times faster: policy.dtype float32"
+
+
+def _gpus() -> Looked:
+    import torch
+
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            yield "CUDA", "none"
+        else:
+            advice = "torch is built for CUDA and sees no device: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+            yield "CUDA", "none", "note", advice
+        return
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        advices = ["another process holds memory on it"] * (free < 0.9 * total)
+        advices += ["no bfloat16: train in float32"] * (major < 8)
+        value = f"{torch.cuda.get_device_name(index)}, {gib(free)} of {gib(total)} free, capability {major}.{minor}"
+        yield f"cuda:{index}", value, "note" if advices else "ok", "; ".join(advices)
+
+
+def _attention() -> Looked:
+    import torch
+
+    names = {"flash": "flash", "mem_efficient": "memory-efficient", "cudnn": "cudnn"}
+    kernels = [name for key, name in names.items() if getattr(torch.backends.cuda, f"{key}_sdp_enabled")()]
+    yield "sdpa", ", ".join(kernels) if torch.cuda.is_available() else "the processor's kernels"
+    yield "flash_attention_2", "installed" if find_spec("flash_attn") is not None else "not installed"
+
+
+def _launch(environ: Mapping[str, str]) -> Looked:
+    import torch
+
+    available = torch.distributed.is_available()
+    backends = [name for name in ("gloo", "nccl") if available and getattr(torch.distributed, f"is_{name}_available")()]
+    value = ", ".join(backends) or "none"
+    if torch.cuda.device_count() > 1 and "nccl" not in backends:
+        yield "backends", value, "bad", "several GPUs need NCCL: install the CUDA build of torch"
+    else:
+        yield "backends", value
+    try:
+        info = check_launch(environ, {})
+    except ConfigError as error:
+        yield "launcher", "contradictions", "bad", str(error)
+    else:
+        yield "launcher", f"{info.launcher}: rank {info.rank} of {info.world_size}, {info.num_nodes} node(s)"
+
+
+def _disk(folder: Path, environ: Mapping[str, str]) -> Looked:
+    place = folder.expanduser().absolute()
+    existing = next(parent for parent in (place, *place.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        yield str(folder), "not writable", "bad", "give --out another folder"
+    elif free < LITTLE_DISK:
+        advice = "a checkpoint holds the trained weights and twice as much of the optimiser"
+        yield str(folder), f"{gib(free)} free", "note", advice
+    else:
+        yield str(folder), f"{gib(free)} free"
+    home = Path(environ.get("HF_HOME", "~/.cache/huggingface"))
+    cache = Path(environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    offline = environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    state = "there" if cache.is_dir() else "empty"
+    yield "hub cache", f"{cache}: {state}" + (", offline: nothing is downloaded" if offline else "")
+
+
+def gib(number: float) -> str:
+    """A number of bytes for people: in GiB, below one in MiB."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

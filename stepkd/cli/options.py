@@ -1,0 +1,88 @@
+"""Options that several commands share: those of a job, and those of a step scorer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stepkd.runs.job import JobOptions
+    from stepkd.runs.launcher import LaunchInfo
+
+TEMPLATE_HELP = "gsm8k, math, plain, task, or a YAML file; default: the one the model was trained with, else the data's"
+"""Help of ``--template``."""
+
+
+def add_job_arguments(group: Any) -> None:
+    """Arguments that :func:`start_job` and the scorers' and models' loaders read."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    group.add_argument(
+        "--wait", type=float, default=1800.0, metavar="S", help="longest wait for other processes (default 1800)"
+    )
+
+
+def add_model_arguments(group: Any, batch_size: str) -> None:
+    """How a model is loaded and run, besides :func:`add_job_arguments`; ``batch_size`` is the help of that option."""
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="default: as stored")
+    group.add_argument("--attention", help="attention implementation (sdpa, eager, flash_attention_2)")
+    group.add_argument("--batch-size", type=int, default=32, metavar="ROWS", dest="max_rows", help=batch_size)
+    add_job_arguments(group)
+
+
+def start_job(arguments: argparse.Namespace, verbs: Mapping[str, str]) -> tuple[Any, LaunchInfo, JobOptions]:
+    """The console, the launch, and this process's part in a job; ``--device`` becomes this rank's.
+
+    Args:
+        arguments: a command line with ``--overwrite`` and :func:`add_job_arguments`.
+        verbs: what the progress line says in every phase.
+    """
+    from rich.console import Console
+
+    from stepkd.runs.launcher import check_launch
+    from stepkd.runs.process import quiet_libraries
+    from stepkd.runs.progress import job_options
+    from stepkd.scorers.load import rank_device
+
+    quiet_libraries()
+    console, launch = Console(), check_launch()
+    arguments.device = rank_device(arguments.device, launch)
+    given = {"overwrite": arguments.overwrite, "wait_s": arguments.wait}
+    return console, launch, job_options(console, launch, verbs=verbs, **given)
+
+
+def say_share_is_done(console: Any, launch: LaunchInfo, what: str) -> int:
+    """Say that other ranks have work left, and give the exit code."""
+    text = f"rank {launch.rank} has done its share; the last rank to finish writes the {what}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def add_scorer_arguments(group: Any) -> None:
+    """Arguments that :func:`scorer_values` reads; ``--template`` and the machine's are the command's own."""
+    group.add_argument("--temperature-from", metavar="FILE", help="scale the scores with a fitted temperature")
+    group.add_argument("--head", metavar="JSON", help="how a plain model scores steps, as in step_head.json")
+    group.add_argument("--reference", action="store_true", help="show the gold solution to a judge")
+    group.add_argument(
+        "--answers", nargs=2, metavar=("YES", "NO"), help="tokens a judge answers with (default: Yes, No)"
+    )
+    group.add_argument("--separator", help="separator a TRL model was trained with (default: newline)")
+
+
+def scorer_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Values of a command line as the fields of :class:`~stepkd.scorers.ScorerOptions` that have their names."""
+    from stepkd.scorers.calibration import TemperatureScaling
+    from stepkd.scorers.load import parse_head
+
+    scaling = arguments.temperature_from
+    read = {
+        "head": parse_head(arguments.head) if arguments.head else None,
+        "temperature": TemperatureScaling.load(scaling) if scaling else None,
+    }
+    return vars(arguments) | read
+
+
+def given_options(arguments: argparse.Namespace, parser: argparse.ArgumentParser, names: tuple[str, ...]) -> list[str]:
+    """Which of these options differ from their defaults, as the user writes them."""
+    defaults = {action.dest: (action.default, action.option_strings) for action in parser._actions}
+    return [defaults[name][1][0] for name in names if getattr(arguments, name) != defaults[name][0]]

@@ -1,0 +1,325 @@
+"""The decode loop of the transformers backend: one draw per row and token, on the model's own cache with room to grow.
+
+``generate`` repeats prompts before the prefill and draws from one global generator. Here a prompt is read once, its
+cache is repeated for the rows that continue it, rows that are finished leave the batch, and every row draws from its
+own stream by the inverse of the cumulative distribution. That needs a single number per token, so a row's draw depends
+only on its own logits and its own stream: the same for any batch size, order or rank.
+
+transformers' own cache layer copies all columns for every new token. Here columns are written into a larger tensor, and
+only when it is full are they copied into one a quarter larger.
+
+Axes: P sequences read, B rows decoded, T padded length (columns of the cache), H hidden size, V vocabulary,
+K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from stepkd.errors import ConfigError, ModelError
+from stepkd.models.head import backbone_of
+from stepkd.models.policy import Policy, positions_from_mask
+from stepkd.randomness import generator
+from stepkd.sampling.sampler import Rollout, SampleCounts, SamplingSpec, before_stop, decode_text
+
+
+class Draw(NamedTuple):
+    """One decoding step of B rows."""
+
+    tokens_B: Tensor
+    """int64 ids."""
+    logprobs_B: Tensor
+    """Log-probability under the sampling distribution (0 when greedy)."""
+    raw_logprobs_B: Tensor
+    """Log-probability under the model at temperature 1."""
+
+
+def sampling_logprobs(logits_BV: Tensor, spec: SamplingSpec) -> Tensor:
+    """Log-probabilities of the distribution that is sampled from; cut tokens are ``-inf``.
+
+    Order: temperature, then top-k, then top-p on the renormalised rest (the order of transformers).
+
+    Args:
+        logits_BV: float logits.
+        spec: temperature must be positive.
+    """
+    logprobs_BV = torch.log_softmax(logits_BV / spec.temperature, dim=-1)
+    if 0 < spec.top_k < logits_BV.shape[-1]:
+        kth_B1 = logprobs_BV.topk(spec.top_k, dim=-1).values[:, -1:]
+        logprobs_BV = torch.log_softmax(logprobs_BV.masked_fill(logprobs_BV < kth_B1, float("-inf")), dim=-1)
+    if spec.top_p < 1:
+        sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
+        before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()  # probability of the strictly more likely tokens
+        cut_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= spec.top_p)
+        logprobs_BV = torch.log_softmax(logprobs_BV.masked_fill(cut_BV, float("-inf")), dim=-1)
+    return logprobs_BV
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, spec: SamplingSpec) -> Draw:
+    """Draw one token per row.
+
+    Args:
+        logits_BV: logits over the real vocabulary, at least float32.
+        uniform_B: float64 numbers in [0, 1), one per row; unused when greedy.
+        spec: how to draw.
+    """
+    raw_BV = torch.log_softmax(logits_BV, dim=-1)
+    if spec.temperature == 0:
+        tokens_B = logits_BV.argmax(-1)
+        logprobs_B = torch.zeros_like(raw_BV[:, 0])
+    else:
+        plain = spec.temperature == 1 and not spec.top_k and spec.top_p == 1
+        logprobs_BV = raw_BV if plain else sampling_logprobs(logits_BV, spec)
+        cdf_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
+        # The first entry whose cumulative probability exceeds u * total: tokens of probability zero are never hit.
+        total_B1 = cdf_BV[:, -1:]
+        wanted_B1 = torch.minimum(uniform_B.unsqueeze(-1) * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+        found_B1 = torch.searchsorted(cdf_BV, wanted_B1, right=True)
+        tokens_B = found_B1.clamp(max=cdf_BV.shape[-1] - 1).squeeze(-1)  # NaN logits find nothing; the caller says so
+        logprobs_B = logprobs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1)
+    return Draw(tokens_B, logprobs_B, raw_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1))
+
+
+LEAST_ROOM = 32
+"""Columns of a new room beyond those that are needed at once."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer as views (B, K, T, D) of larger tensors."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.keys, self.values = layer.keys, layer.values
+        self._rooms: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; see ``DynamicLayer.update``."""
+        if not self.is_initialized:  # it was reset
+            self._rooms = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        seen = self.keys.shape[-2]
+        width = seen + key_states.shape[-2]
+        if self._rooms is None or width > self._rooms[0].shape[-2] or not self._is_in(self._rooms):
+            size = width + max(LEAST_ROOM, width // 4)
+            self._rooms = (_roomy(self.keys, size), _roomy(self.values, size))
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., seen:width, :] = new
+        self.keys, self.values = (room[..., :width, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def _is_in(self, rooms: tuple[Tensor, Tensor]) -> bool:
+        """Whether the columns still lie in their rooms: rows may have been repeated, reordered or replaced."""
+        return len(self.keys) == len(rooms[0]) and self.keys.data_ptr() == rooms[0].data_ptr()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, and let go of the room of all at once."""
+        super().batch_select_indices(indices)
+        self._rooms = None
+
+
+def _roomy(columns: Tensor, size: int) -> Tensor:
+    """The columns at the beginning of a tensor of ``size`` columns."""
+    room = columns.new_empty(*columns.shape[:-2], size, columns.shape[-1])
+    room[..., : columns.shape[-2], :] = columns
+    return room
+
+
+def make_room(cache: Any) -> None:
+    """Let the layers of a cache grow in place, where they are of transformers' plain growing kind; others stay."""
+    cache.layers = [RoomyLayer(x) if type(x) is DynamicLayer and x.is_initialized else x for x in cache.layers]
+
+
+_STOP_WINDOW = 8  # tokens looked at beyond the longest stop string's bytes
+
+Progress = Callable[[int], Any]
+
+
+@dataclass
+class Row:
+    """A completion in the making."""
+
+    prompt_index: int
+    """Position of its prompt in the call."""
+    sample_index: int
+    """Which of the prompt's samples."""
+    source: int
+    """Position, among the sequences read, of the one it continues."""
+    cut: int
+    """Length in tokens of the prefix it continues."""
+    limit: int
+    """Most tokens, >= 1."""
+    key: tuple[int | str, ...]
+    """Purpose and numbers that key its noise."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    finish: Literal["stop", "length"] | None = None
+
+
+class Reading(NamedTuple):
+    """Sequences that the model has read, padded on one side."""
+
+    hidden_PTH: Tensor
+    """Last hidden states."""
+    mask_PT: Tensor
+    """1 for tokens, 0 for padding."""
+    cache: Any
+    """Keys and values of every layer."""
+
+
+@dataclass(eq=False)
+class Decoder:
+    """Reads sequences and decodes rows from them."""
+
+    policy: Policy
+    """The model; the caller puts it into evaluation mode and switches gradients off."""
+    max_rows: int = field(kw_only=True)
+    """Most rows decoded at once, >= 1."""
+    breaks_off: Callable[[], bool] | None = field(default=None, kw_only=True)
+    """Asked before every token; once it says yes, rows end where they are, as if cut off by their limit."""
+    counts: SampleCounts = field(default_factory=SampleCounts, init=False)
+    """Tokens read and drawn so far."""
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise ConfigError(f"max_rows={self.max_rows}: must be at least 1")
+
+    def read(self, sequences: Sequence[Sequence[int]], *, padding: Literal["left", "right"]) -> Reading:
+        """Read sequences in one forward pass.
+
+        Args:
+            sequences: ids of each, at least one.
+            padding: on the left every row's next token has the same column; on the right every column is a position.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        width, pad = max(lengths), int(self.policy.tokenizer.pad_token_id or 0)
+
+        def padded(rows: list[list[int]], fill: int) -> Tensor:
+            gaps = [[fill] * (width - len(row)) for row in rows]
+            both = [gap + row if padding == "left" else row + gap for gap, row in zip(gaps, rows, strict=True)]
+            return torch.tensor(both, device=self.policy.device)
+
+        input_ids_PT = padded([list(sequence) for sequence in sequences], pad)
+        self.policy.check_ids(input_ids_PT)
+        mask_PT = padded([[1] * length for length in lengths], 0)
+        output = self.forward(input_ids_PT, mask_PT, positions_from_mask(mask_PT), None)
+        self.counts.prefill_tokens += sum(lengths)
+        return Reading(output.last_hidden_state, mask_PT, output.past_key_values)
+
+    def forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+        """One pass of the backbone; ``mask`` covers the cached columns and the new ones."""
+        return backbone_of(self.policy.causal_lm)(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    def decode_prompts(
+        self, prompts: Sequence[Sequence[int]], rows: list[Row], spec: SamplingSpec, on_progress: Progress | None
+    ) -> None:
+        """Read each prompt once, then decode the rows that continue it, at most ``max_rows`` at a time."""
+        reading = self.read(prompts, padding="left")
+        hidden_PH = reading.hidden_PTH[:, -1]
+        for start in range(0, len(rows), self.max_rows):
+            part = rows[start : start + self.max_rows]
+            last = start + self.max_rows >= len(rows)
+            source_B = torch.tensor([row.source for row in part], device=hidden_PH.device)
+            cache = reading.cache if last else copy.deepcopy(reading.cache)
+            cache.batch_select_indices(source_B)
+            self.decode(part, cache, hidden_PH[source_B], reading.mask_PT[source_B], spec, on_progress)
+
+    def decode(
+        self,
+        rows: list[Row],
+        cache: Any,
+        hidden_BH: Tensor,
+        mask_BT: Tensor,
+        spec: SamplingSpec,
+        on_progress: Progress | None,
+    ) -> None:
+        """Decode rows to their ends.
+
+        Args:
+            rows: B rows without a token yet; filled in place.
+            cache: what each row has read, T columns; used up.
+            hidden_BH: hidden state of each row's last token read.
+            mask_BT: the columns that belong to a row; their number is the position of its first new token.
+            spec: how to draw.
+            on_progress: called with the number of rows just finished.
+        """
+        head, device = self.policy.head, mask_BT.device
+        make_room(cache)
+        uniforms = {id(row): self._uniforms(row, spec) for row in rows}
+        position_B = mask_BT.sum(-1)
+        active = rows
+        for t in range(max(row.limit for row in rows)):
+            uniform_B = torch.tensor([uniforms[id(row)][t] for row in active], dtype=torch.float64, device=device)
+            step = draw(head(hidden_BH), uniform_B, spec)
+            self.counts.generated_tokens += len(active)
+            self._record(active, step, spec)
+            if self.breaks_off is not None and self.breaks_off():
+                for row in active:
+                    row.finish = row.finish or "length"
+            going = [i for i, row in enumerate(active) if row.finish is None]
+            if on_progress is not None and len(going) < len(active):
+                on_progress(len(active) - len(going))
+            if not going:
+                return
+            tokens_B = step.tokens_B
+            if len(going) < len(active):
+                kept = torch.tensor(going, device=device)
+                cache.batch_select_indices(kept)
+                tokens_B, mask_BT, position_B = tokens_B[kept], mask_BT[kept], position_B[kept]
+                active = [active[i] for i in going]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
+            output = self.forward(tokens_B.unsqueeze(1), mask_BT, position_B.unsqueeze(1), cache)
+            hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
+            position_B = position_B + 1
+
+    def finished(self, row: Row, spec: SamplingSpec) -> Rollout:
+        """The rollout of a row that was decoded."""
+        assert row.finish is not None
+        ids, values = tuple(row.token_ids), (tuple(row.logprobs), tuple(row.raw_logprobs))
+        text = before_stop(decode_text(self.policy.tokenizer, ids), spec.stop)
+        return Rollout(row.prompt_index, row.sample_index, ids, *values, row.finish, text)
+
+    @staticmethod
+    def _uniforms(row: Row, spec: SamplingSpec) -> Sequence[float]:
+        if spec.temperature == 0:
+            return [0.0] * row.limit
+        uniforms: list[float] = generator(spec.seed, str(row.key[0]), *row.key[1:]).random(row.limit).tolist()
+        return uniforms
+
+    def _record(self, rows: list[Row], step: Draw, spec: SamplingSpec) -> None:
+        eos = self.policy.eos_ids
+        for row, token, logprob, raw in zip(
+            rows, step.tokens_B.tolist(), step.logprobs_B.tolist(), step.raw_logprobs_B.tolist(), strict=True
+        ):
+            if math.isnan(raw):
+                raise ModelError(
+                    f"the model's logits are not numbers (NaN) at token {len(row.token_ids)} of a completion of prompt "
+                    f"{row.prompt_index}: its weights have diverged, or float16 overflowed (use bfloat16 or float32)"
+                )
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            row.raw_logprobs.append(raw)
+            if token in eos or (spec.stop and self._ends_in_stop(row.token_ids, spec)):
+                row.finish = "stop"
+            elif len(row.token_ids) >= row.limit:
+                row.finish = "length"
+
+    def _ends_in_stop(self, token_ids: list[int], spec: SamplingSpec) -> bool:
+        window = max(len(text.encode()) for text in spec.stop) + _STOP_WINDOW
+        tail = decode_text(self.policy.tokenizer, token_ids[-window:])
+        return any(text in tail for text in spec.stop)

@@ -1,0 +1,153 @@
+"""The transformers backend (completions of prompts, continuations of prefixes), and prompts of problem rows for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from stepkd.data.encode import Encoder, Example
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import DataError
+from stepkd.models.head import evaluation_mode
+from stepkd.models.policy import Policy
+from stepkd.sampling.branches import BranchRun, GapLimit, gap_limit
+from stepkd.sampling.decode import Decoder, Row
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SampleCounts, SamplingSpec
+from stepkd.steps.segment import get_segmenter
+
+
+class TransformersSampler:
+    """Batched sampling with a :class:`~stepkd.models.policy.Policy`.
+
+    Args:
+        policy: the model to sample from; switched to evaluation mode while sampling.
+        max_rows: most completions decoded at once; memory grows with it. Results in exact arithmetic do not depend on
+            it, but in bfloat16 rounding differs between batch shapes and may flip near-ties.
+        breaks_off: asked before every token; once it says yes, completions end where they are (at one token or more).
+    """
+
+    def __init__(self, policy: Policy, *, max_rows: int = 64, breaks_off: Callable[[], bool] | None = None) -> None:
+        self.policy = policy
+        self._decoder = Decoder(policy, max_rows=max_rows, breaks_off=breaks_off)
+        self._gap_limit: GapLimit | None = None
+
+    @property
+    def max_rows(self) -> int:
+        """Most completions decoded at once."""
+        return self._decoder.max_rows
+
+    @property
+    def counts(self) -> SampleCounts:
+        """Tokens read and drawn so far."""
+        return self._decoder.counts
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "rollout",
+        step: int = 0,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Rollout]]:
+        """Draw completions; see :class:`~stepkd.sampling.sampler.Sampler`.
+
+        Raises:
+            DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
+            ModelError: the model's logits are not numbers.
+        """
+        indices = range(len(prompts)) if indices is None else indices
+        if len(indices) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
+        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+        results: list[list[Rollout]] = [[] for _ in prompts]
+        per_prefill = max(1, self.max_rows // spec.n)
+        with evaluation_mode(self.policy):
+            for start in range(0, len(prompts), per_prefill):
+                block = range(start, min(start + per_prefill, len(prompts)))
+                rows = [
+                    Row(p, j, p - start, len(prompts[p]), limits[p], (purpose, step, indices[p] * spec.n + j))
+                    for p in block
+                    for j in range(spec.n)
+                ]
+                self._decoder.decode_prompts([prompts[p] for p in block], rows, spec, on_progress)
+                for row in rows:
+                    results[row.prompt_index].append(self._decoder.finished(row, spec))
+        return results
+
+    @torch.no_grad()
+    def sample_branches(
+        self,
+        branches: Sequence[Branch],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "branch",
+        step: int = 0,
+        shared: bool = True,
+        waves: Sequence[int] | None = None,
+        settled: Callable[[Sequence[Drawn]], Sequence[bool]] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[BranchRollouts]:
+        """Continue prefixes; see :class:`~stepkd.sampling.sampler.BranchSampler`.
+
+        Where the model cannot skip a part of its cache (a sliding window shorter than the sequence, recurrent layers),
+        the prefixes of that sequence are read one by one: same noise, same result, more work. A notice is logged once.
+
+        Raises:
+            DataError: a cut that is no prefix of its sequence, cuts that do not increase, or a prefix that leaves no
+                room for a single token in the model's context.
+            ModelError: the model's logits are not numbers.
+        """
+        waves = (spec.n,) if waves is None else waves
+        run = BranchRun(self._decoder, branches, spec, (purpose, step), waves, settled, on_progress)
+        with evaluation_mode(self.policy):
+            if shared and self._gap_limit is None:
+                self._gap_limit = gap_limit(self._decoder)
+            return run.results(self._gap_limit if shared else None)
+
+
+def room_for(policy: Policy, prompt: Sequence[int], index: int, spec: SamplingSpec) -> int:
+    """Most tokens that a completion of a prompt may have.
+
+    Raises:
+        DataError: an empty prompt, or one that fills the context.
+    """
+    if len(prompt) == 0:
+        raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
+    context = policy.max_length
+    if context is not None and len(prompt) >= context:
+        raise DataError(
+            f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
+            "(fewer few-shot examples) or drop the row"
+        )
+    return spec.max_new_tokens if context is None else min(spec.max_new_tokens, context - len(prompt))
+
+
+def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Example]:
+    """Prompt ids of every row, each with room for at least one token in the model's context.
+
+    Raises:
+        DataError: a prompt fills the context.
+    """
+    encoder = Encoder(policy.tokenizer, template, get_segmenter("newline"), max_length=10**9)
+    prompts = [encoder.prompt_example(row) for row in rows]
+    longest = max(prompts, key=lambda prompt: len(prompt.prompt_ids))
+    if policy.max_length is not None and len(longest.prompt_ids) >= policy.max_length:
+        raise DataError(
+            f"the prompt has {len(longest.prompt_ids)} tokens and the model's context is {policy.max_length}: use "
+            "fewer few-shot examples, a model with a longer context, or drop the row",
+            path=longest.id,
+            column="prompt",
+        )
+    return prompts
+
+
+def fixed_batches(prompts: Sequence[Example], samples: int, max_rows: int) -> list[list[int]]:
+    """Problems grouped by prompt length; depends on nothing but the problems and the two numbers."""
+    size = max(1, max_rows // samples)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].prompt_ids), i))
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,0 +1,422 @@
+"""Rollouts and scores from vLLM, through TRL's client for a server, or TRL's engine on the training GPUs.
+
+An extra: ``pip install 'stepkd[vllm]'``, imported when it is asked for. The contract is tested against a stand-in that
+speaks the server's protocol; **no GPU has run it**. A server's samples are keyed by a seed per prompt, so that a run
+repeats on it; they are not those that the transformers backend draws.
+
+A server runs beside the training, on GPUs of its own; :data:`START` is how it is started. It is given the weights of
+the plain model: adapters are added to what they adapt, one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stepkd.errors import ConfigError, ModelError
+from stepkd.models.adapter import plain_model
+from stepkd.models.policy import Policy
+from stepkd.randomness import stream_key
+from stepkd.sampling.sampler import Rollout, SampleCounts, SamplingSpec, before_stop, decode_text
+from stepkd.sampling.transformers_sampler import room_for
+
+START = (
+    """`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' """
+    "--logprobs-mode processed_logprobs --max-logprobs -1` (pip install 'stepkd[vllm]')"
+)
+"""How a server is started that can be given weights, samples and scores."""
+
+
+@dataclass(frozen=True)
+class VLLMSpec:
+    """Sample with vLLM in place of this process's own decoding."""
+
+    server: str | None = None
+    """``http://host:port`` of a server of the policy's model; null: ``colocate``."""
+    colocate: bool = False
+    """An engine on every training GPU, beside the model that learns."""
+    gpu_memory: float = 0.3
+    """``colocate``: share of the GPU's memory that it may take, in (0, 1)."""
+    group_port: int = 51216
+    """``server``: port of the group through which weights are sent."""
+    timeout_s: float = 240.0
+    """``server``: how long to wait for it at the start, > 0."""
+    requests: int = 32
+    """``server``: most prompts asked for at the same time, >= 1."""
+
+    def __post_init__(self) -> None:
+        if (self.server is None) != self.colocate:
+            raise ConfigError("vllm: give either server, the address of a vLLM server, or colocate: true")
+        if not 0 < self.gpu_memory < 1 or self.timeout_s <= 0 or self.requests < 1:
+            raise ConfigError(
+                f"vllm: gpu_memory={self.gpu_memory}, timeout_s={self.timeout_s}, requests={self.requests}: must lie "
+                "in (0, 1), be positive, and be at least 1"
+            )
+
+
+def connect(address: str, *, group_port: int = 51216, timeout_s: float = 240.0) -> Any:
+    """TRL's client of a vLLM server.
+
+    Raises:
+        ConfigError: trl or vLLM is not installed, or nothing answers there.
+    """
+    try:
+        from trl.generation.vllm_client import VLLMClient
+
+        return VLLMClient(base_url=address, group_port=group_port, connection_timeout=timeout_s)
+    except ImportError as error:
+        raise ConfigError(f"a vLLM server needs TRL's client, and TRL's client vLLM: {error}") from error
+    except OSError as error:  # requests has its own classes
+        raise ConfigError(
+            f"no vLLM server answers at {address} within {timeout_s:g} s: start it with {START}"
+        ) from error
+
+
+def to_rollout(
+    policy: Policy,
+    spec: SamplingSpec,
+    place: tuple[int, int],
+    ids: Sequence[int],
+    logprobs: Sequence[Any],
+    limit: int,
+) -> Rollout:
+    """What the server or engine gave, as a rollout.
+
+    Args:
+        policy: its tokenizer decodes, its end tokens end.
+        spec: how it was drawn.
+        place: number of the prompt, and of the sample.
+        ids, logprobs: tokens, and for each a list that begins with its log-probability.
+        limit: most tokens asked for.
+
+    Raises:
+        ModelError: it is no completion.
+    """
+    number, sample = place
+    if not 0 < len(ids) <= limit or len(ids) != len(logprobs) or any(each[0] is None for each in logprobs):
+        raise ModelError(
+            f"vLLM gave prompt {number} {len(ids)} tokens with {len(logprobs)} log-probabilities, of at most {limit}: "
+            "its logits are not numbers, or it is not the server that is expected here"
+        )
+    values = tuple(float(each[0]) for each in logprobs)
+    drawn = (0.0,) * len(ids) if spec.temperature == 0 else values
+    raw = values if _is_plain(spec) else (math.nan,) * len(ids)
+    text = decode_text(policy.tokenizer, ids)
+    cut = before_stop(text, spec.stop)
+    finish: Literal["stop", "length"] = "stop" if ids[-1] in policy.eos_ids or cut != text else "length"
+    return Rollout(number, sample, tuple(ids), drawn, raw, finish, cut)
+
+
+def _is_plain(spec: SamplingSpec) -> bool:
+    """Whether the log-probabilities of the model itself are those that are sampled from (or nothing is sampled)."""
+    return spec.temperature in (0, 1) and spec.top_p == 1 and not spec.top_k
+
+
+@dataclass(eq=False)
+class _Sampler(ABC):
+    """What both ways share; see :class:`~stepkd.sampling.sampler.Sampler`."""
+
+    policy: Policy
+    """Whose weights are sampled from, and whose tokenizer decodes; for an engine in a folder or with a hub id that vLLM
+    loads."""
+    counts: SampleCounts = field(default_factory=SampleCounts, init=False)
+    """Tokens read and drawn so far."""
+    _version: int | None = field(default=None, init=False)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        spec: SamplingSpec,
+        *,
+        purpose: str = "rollout",
+        step: int = 0,
+        indices: Sequence[int] | None = None,
+        on_progress: Callable[[int], Any] | None = None,
+    ) -> list[list[Rollout]]:
+        """Draw completions. ``raw_logprobs`` are NaN where the server's are of another distribution.
+
+        Raises:
+            DataError: a prompt that leaves no room.
+            ConfigError: a server whose log-probabilities are not those of what it samples from.
+            ModelError: an answer that is no completion.
+        """
+        indices = range(len(prompts)) if indices is None else indices
+        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+        keys = [stream_key(spec.seed, purpose, step, index) for index in indices]
+        found = []
+        for prompt, row in zip(prompts, self._draw(prompts, spec, limits, keys), strict=True):
+            self.counts.prefill_tokens += len(prompt)
+            self.counts.generated_tokens += sum(len(each.token_ids) for each in row)
+            if on_progress is not None:
+                on_progress(len(row))
+            found.append(row)
+        return found
+
+    def refresh(self, version: int) -> None:
+        """Give the server or engine the policy's weights, once for every version; all ranks must call it.
+
+        Raises:
+            ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
+        """
+        if self._version != version:
+            self._send()
+            self._version = version
+
+    @abstractmethod
+    def _send(self) -> None:
+        """Give it the policy's weights."""
+
+    @abstractmethod
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+    ) -> Iterator[list[Rollout]]:
+        """The completions of every prompt, in order: at most ``limits`` tokens, noise by ``keys`` where it can be."""
+
+
+@dataclass(eq=False)
+class VLLMSampler(_Sampler):
+    """A :class:`~stepkd.sampling.sampler.Sampler` on a vLLM server."""
+
+    client: Any
+    """TRL's ``VLLMClient``."""
+    requests: int = field(default=32, kw_only=True)
+    """Most prompts asked for at the same time."""
+    breaks_off: Callable[[], bool] | None = field(default=None, kw_only=True)
+    """Asked before every prompt; once it says yes, prompts not asked yet get one token of nothing more."""
+    _checked: bool = field(default=False, init=False)
+
+    def _send(self) -> None:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            facts = weight_facts(self.policy.model)
+            if self.client.communicator is None:
+                self._open()
+            self.client.update_named_params(facts, merged_weights(self.policy.model))
+            self.client.reset_prefix_cache()
+        if dist.is_initialized():
+            dist.barrier()
+
+    def _open(self) -> None:
+        """Open the group through which weights are sent."""
+        try:
+            self.client.init_communicator(device=self.policy.device)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:  # what TRL's client raises: no CUDA, or no engine there
+            raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
+
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+    ) -> Iterator[list[Rollout]]:
+        self._check_server(spec)
+
+        def ask(number: int) -> list[Rollout]:
+            limit = 1 if self.breaks_off is not None and self.breaks_off() else limits[number]
+            return self._ask(number, list(prompts[number]), spec, limit, keys[number] % 2**31)
+
+        with ThreadPoolExecutor(max_workers=self.requests) as pool:
+            yield from pool.map(ask, range(len(prompts)))
+
+    def _ask(self, number: int, prompt: list[int], spec: SamplingSpec, limit: int, key: int) -> list[Rollout]:
+        extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
+        extra["stop_token_ids"] = sorted(self.policy.eos_ids)
+        if spec.stop:
+            extra |= {"stop": list(spec.stop), "include_stop_str_in_output": True}
+        answer = self.client.generate(
+            prompts=[prompt],
+            n=spec.n,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            max_tokens=limit,
+            logprobs=0,
+            generation_kwargs=extra,
+        )
+        found = answer["completion_ids"]
+        if answer["prompt_ids"] != [prompt] or len(found) != spec.n:
+            raise ModelError(
+                f"the vLLM server answered prompt {number} with {len(found)} completions in place of {spec.n}, "
+                "or with those of another prompt: does it hold the policy's model and tokenizer?"
+            )
+        logprobs = answer["logprobs"]
+        return [to_rollout(self.policy, spec, (number, j), ids, logprobs[j], limit) for j, ids in enumerate(found)]
+
+    def _check_server(self, spec: SamplingSpec) -> None:
+        """At another temperature than 1 the server must give log-probabilities of what it samples from."""
+        if self._checked or _is_plain(spec):
+            return
+        mode = self.client.get_server_info()["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise ConfigError(
+                f"the vLLM server gives {mode}, which are not of the distribution that it samples from at temperature "
+                f"{spec.temperature:g}: start it with --logprobs-mode processed_logprobs, as in {START}"
+            )
+        self._checked = True
+
+
+@dataclass(eq=False)
+class ColocatedSampler(_Sampler):
+    """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat."""
+
+    spec: VLLMSpec
+    """Its memory."""
+    sampling: SamplingSpec
+    """How to draw; one engine draws in one way."""
+
+    def __post_init__(self) -> None:
+        policy, sampling = self.policy, self.sampling
+        if sampling.stop:
+            raise ConfigError("vllm.colocate knows no stop strings: use vllm.server")
+        try:
+            from accelerate import Accelerator
+            from trl.generation.vllm_generation import VLLMGeneration
+
+            self.engine = VLLMGeneration(
+                model=policy.model,
+                accelerator=Accelerator(),
+                processing_class=policy.tokenizer,
+                mode="colocate",
+                gpu_memory_utilization=self.spec.gpu_memory,
+                max_model_length=policy.max_length,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_completion_length=sampling.max_new_tokens,
+                logprobs=0,
+                generation_kwargs={"stop_token_ids": sorted(policy.eos_ids)}
+                | ({"seed": sampling.seed} if sampling.temperature == 0 else {}),
+            )
+        except ImportError as error:
+            raise ConfigError(f"vllm.colocate needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
+
+    def _send(self) -> None:
+        weight_facts(self.policy.model)  # refuses what cannot be merged
+        for name, value in merged_weights(self.policy.model):
+            worker = self.engine.llm.llm_engine.model_executor.driver_worker
+            worker.model_runner.model.load_weights([(name, value)])
+        self.engine.llm.reset_prefix_cache()
+
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+    ) -> Iterator[list[Rollout]]:
+        repeated = [list(prompt) for prompt in prompts for _ in range(spec.n)]
+        _, found, logprobs, _ = self.engine.generate(repeated, None, spec.n)
+        for number, limit in enumerate(limits):
+            rows = slice(number * spec.n, (number + 1) * spec.n)
+            yield [
+                to_rollout(self.policy, spec, (number, j), ids[:limit], logps[:limit], limit)
+                for j, (ids, logps) in enumerate(zip(found[rows], logprobs[rows], strict=True))
+            ]
+
+
+def make_sampler(
+    policy: Policy, spec: VLLMSpec, sampling: SamplingSpec, breaks_off: Callable[[], bool]
+) -> VLLMSampler | ColocatedSampler:
+    """The sampler that a recipe's ``vllm`` section asks for.
+
+    Raises:
+        ConfigError: what it needs is not there.
+    """
+    if spec.server is None:
+        return ColocatedSampler(policy, spec, sampling)
+    client = connect(spec.server, group_port=spec.group_port, timeout_s=spec.timeout_s)
+    return VLLMSampler(policy, client, requests=spec.requests, breaks_off=breaks_off)
+
+
+Fact = tuple[str, str, list[int]]
+"""Name, dtype (``bfloat16``) and shape of a weight."""
+
+
+def weight_facts(model: Any) -> list[Fact]:
+    """What :func:`merged_weights` will give, in its order, without computing anything.
+
+    Args:
+        model: a transformers causal language model, peft-wrapped or not, whole on this rank.
+
+    Raises:
+        ConfigError: weights that no plain model has (quantised, or under an adapter that is more than a sum).
+    """
+    facts = []
+    for name, plain, parameter, layer in _parameters(model):
+        if not parameter.is_floating_point():
+            raise ConfigError(
+                f"{name} is quantised ({parameter.dtype}), which cannot be sent: load the policy whole "
+                "(policy.quantization none), or sample without vLLM"
+            )
+        if layer is not None:
+            _check(name, layer, model)
+        facts.append((plain, str(parameter.dtype).removeprefix("torch."), list(parameter.shape)))
+    return facts
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of the model that a server holds, nothing changed in place, each made when it is asked for.
+
+    Args:
+        model: as for :func:`weight_facts`, which refuses what cannot be merged.
+
+    Yields:
+        Tied weights once, under the names of the plain model.
+    """
+    for _, plain, parameter, layer in _parameters(model):
+        value = parameter.detach()
+        if layer is not None and (delta := _delta(layer, model.active_adapters)) is not None:
+            value = (value.float() + delta.to(value.device).float()).to(value.dtype)
+        yield plain, value
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, str, Tensor, Any]]:
+    """Weights that the plain model has too: no adapter's own, and none that a trained copy stands for.
+
+    Yields:
+        Name, the plain model's name, the weight, and the adapter layer that changes it (or None).
+    """
+    layers: dict[str, Any] = {}
+    adapters: Sequence[str] = ()
+    if hasattr(model, "peft_config"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        adapters = model.active_adapters
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and ".original_module." not in name:
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            for adapter in adapters:
+                plain = plain.replace(f".modules_to_save.{adapter}", "")
+            layer = layers.get(name.removesuffix(".base_layer.weight")) if name.endswith(".base_layer.weight") else None
+            yield name, plain, parameter, layer
+
+
+def _check(name: str, layer: Any, model: Any) -> None:
+    """Refuse adapters whose effect is not a sum with this one weight."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    problem = None
+    if not isinstance(layer, LoraLayer):
+        problem = f"{type(layer).__module__.split('.')[-2]} is not LoRA"
+    elif variants := {
+        type(v).__name__ for adapter, v in layer.lora_variant.items() if adapter in model.active_adapters
+    }:
+        problem = f"{', '.join(sorted(variants))} is more than a sum"
+    elif any(layer.lora_bias.get(adapter) for adapter in model.active_adapters):
+        problem = "lora_bias changes a bias as well"
+    elif layer is (plain := plain_model(model)).get_input_embeddings() and (
+        (head := plain.get_output_embeddings()) is not None and head.weight is layer.weight
+    ):
+        problem = "the vocabulary head shares the weight and would change with it"  # and it has no adapter
+    if problem is not None:
+        raise ConfigError(f"the adapter on {name} cannot be merged for vLLM: {problem}; sample without vLLM")
+
+
+@torch.no_grad()
+def _delta(layer: Any, adapters: Sequence[str]) -> Tensor | None:
+    mine = [adapter for adapter in adapters if adapter in layer.lora_A or adapter in layer.lora_embedding_A]
+    parts = [layer.get_delta_weight(adapter) for adapter in mine]
+    return torch.stack(parts).sum(0) if parts else None

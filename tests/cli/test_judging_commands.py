@@ -1,0 +1,119 @@
+"""``stepkd evaluate`` of step scorers: ProcessBench-like sets, comparison, best-of-N, and their messages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepkd.cli import main
+
+DATA = 'task:task="modular:terms=3",n=8,noise.rate=0.4,split=test'
+
+
+def evaluate(out: Path, *extra: str) -> int:
+    return main(
+        ["evaluate", "--benchmark", "step_labels", "--model", "checker", "--data", DATA, "--out", str(out), *extra]
+    )
+
+
+def test_tables_figures_and_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(tmp_path / "a", "--tune-on", DATA) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "first wrong step",
+        "always",
+        "positive",
+        "tuned",
+        "AUROC",
+        "Brier skill",
+        "expected by chance",
+        "are swapped",
+    ):
+        assert text in " ".join(shown.split()), text
+    figures = sorted(path.name for path in (tmp_path / "a").glob("*.svg"))
+    assert [name.split("-")[0] for name in figures] == ["argmin", "reliability"]
+    assert evaluate(tmp_path / "b", "--no-figures") == 0
+    assert not list((tmp_path / "b").glob("*.svg"))
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "fixed" in capsys.readouterr().out
+
+
+def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = [
+        {"problem_id": p, "sample": i, "completion": f"#### {i}", "answer": "1", "correct": i == 1, "score": i / 4}
+        for p in ("p", "q")
+        for i in range(4)
+    ]
+    path = tmp_path / "scored.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", "--best-of-n", f"prm={path}", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "best-of-N on 2 problems" in shown
+    assert "prm_vote" in shown
+    assert "from N=2 to 4, prm - majority grows by" in " ".join(shown.split())
+    assert (tmp_path / "out" / "best_of_n.svg").is_file()
+    assert json.loads((tmp_path / "out" / "best_of_n.json").read_text())["ks"] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--best-of-n", "scores.jsonl"], "write NAME=FILE"),
+        (["--benchmark", "processbench", "--model", "checker"], "give --model and --out"),
+        (["--benchmark", "step_labels", "--model", "checker", "--out", "OUT"], "step_labels needs --data"),
+        (["--benchmark", "step_labels", "--model", "tiny-0.1m", "--data", DATA, "--out", "OUT"], "step head"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
+    assert main(["evaluate", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "processbench", "--samples", "8", "--top-p", "0.9"], "no use for --samples, --top-p: steps"),
+        (["--benchmark", "step_labels", "--few-shot", "2"], "no use for --few-shot"),
+        (
+            ["--benchmark", "gsm8k", "--threshold", "0.4", "--reference"],
+            "no use for --threshold, --reference: solutions",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", "--model", "tiny-0.1m", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plain_model_with_a_head_and_a_temperature(tmp_path: Path) -> None:
+    from stepkd.scorers.calibration import TemperatureScaling
+
+    TemperatureScaling(4.0, 1.0, 0.9, 10).save(tmp_path / "temperature.json")
+    head = ["--model", "tiny-0.1m", "--template", "task", "--head", '{"kind": "classifier"}', "--no-figures"]
+    common = ["evaluate", "--benchmark", "step_labels", "--data", DATA, "--device", "cpu", *head]
+    assert main([*common, "--out", str(tmp_path / "a")]) == 0
+    assert main([*common, "--out", str(tmp_path / "b"), "--temperature-from", str(tmp_path / "temperature.json")]) == 0
+    plain, scaled = (
+        [
+            score
+            for line in (tmp_path / out / "results.jsonl").read_text().splitlines()
+            for score in json.loads(line)["scores"]
+        ]
+        for out in "ab"
+    )
+    assert all(abs(b - 0.5) < abs(a - 0.5) for a, b in zip(plain, scaled, strict=True))
+
+
+def test_the_list_names_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--list"]) == 0
+    shown = capsys.readouterr().out
+    assert "processbench" in shown
+    assert "step_labels" in shown

@@ -1,0 +1,411 @@
+"""Continuing every prefix of a sequence: shared reading equals reading anew; work, waves, fallbacks, bad cuts."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stepkd.errors import DataError, ModelError
+from stepkd.models.policy import Policy
+from stepkd.models.spec import build_tiny, tiny_tokenizer
+from stepkd.sampling import branches
+from stepkd.sampling.decode import Decoder
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
+
+SPEC = SamplingSpec(n=3, max_new_tokens=10, seed=4)
+TEXTS = ["1+2=", "a much longer text than the others: 17*3=51\nso 51+4=55\n#### 55", "7", "Step 1: x\nStep 2: y\n"]
+
+
+def tiny_policy(dtype: str = "float64") -> Policy:
+    """Untrained tiny Llama with weights large enough for a peaked distribution."""
+    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype=dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+    return Policy(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return tiny_policy()
+
+
+def encode(text: str) -> list[int]:
+    return list(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def some() -> list[Branch]:
+    """Sequences of 1 to 59 tokens with 1 to 10 cuts; the whole sequence and a single token among them."""
+    sequences = [encode(text) for text in TEXTS]
+    cuts = [[1, 4], [*range(1, 59, 7), len(sequences[1])], [1], [8, 9, 19]]
+    return [Branch(ids, c, index) for ids, c, index in zip(sequences, cuts, (5, 0, 12, 3), strict=True)]
+
+
+def flat(results: Sequence[BranchRollouts]) -> list[Rollout]:
+    return [rollout for branch in results for cut in branch.rollouts for rollout in cut]
+
+
+def assert_same(actual: Sequence[BranchRollouts], expected: Sequence[BranchRollouts], exact: float = 1e-10) -> None:
+    assert [[len(cut) for cut in branch.rollouts] for branch in actual] == [
+        [len(cut) for cut in branch.rollouts] for branch in expected
+    ]
+    for a, b in zip(flat(actual), flat(expected), strict=True):
+        assert (a.token_ids, a.finish, a.text) == (b.token_ids, b.finish, b.text)
+        assert (a.prompt_index, a.sample_index) == (b.prompt_index, b.sample_index)
+        assert a.logprobs == pytest.approx(b.logprobs, rel=exact, abs=exact)
+        assert a.raw_logprobs == pytest.approx(b.raw_logprobs, rel=exact, abs=exact)
+
+
+def test_shape_of_the_answer(policy: Policy, some: list[Branch]) -> None:
+    results = TransformersSampler(policy).sample_branches(some, SPEC)
+    for b, (branch, result) in enumerate(zip(some, results, strict=True)):
+        assert len(result.rollouts) == len(branch.cuts)
+        for cut in result.rollouts:
+            assert [(r.prompt_index, r.sample_index) for r in cut] == [(b, j) for j in range(3)]
+    assert all(1 <= len(r.token_ids) <= 10 for r in flat(results))
+    assert len({r.token_ids for r in flat(results)}) == len(flat(results))  # every sample has its own noise
+    assert TransformersSampler(policy).sample_branches([], SPEC) == []
+    assert TransformersSampler(policy).sample_branches([Branch([5], [], 0)], SPEC) == [BranchRollouts((), 0)]
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 64])
+@pytest.mark.parametrize("settings_", [{}, {"temperature": 0}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}])
+def test_shared_reading_changes_nothing(
+    policy: Policy, some: list[Branch], max_rows: int, settings_: dict[str, Any]
+) -> None:
+    spec = SamplingSpec(n=3, max_new_tokens=10, seed=4, stop=("e", "1"), **settings_)
+    expected = TransformersSampler(policy).sample_branches(some, spec, shared=False)
+    assert spec.temperature == 0 or {r.finish for r in flat(expected)} == {"stop", "length"}
+    assert_same(TransformersSampler(policy, max_rows=max_rows).sample_branches(some, spec), expected)
+    assert_same(TransformersSampler(policy, max_rows=max_rows).sample_branches(some, spec, shared=False), expected)
+
+
+@torch.no_grad()
+def test_logprobs_equal_a_plain_forward(policy: Policy, some: list[Branch]) -> None:
+    """No cache, no padding, no mask: one pass over the prefix and its continuation."""
+    results = TransformersSampler(policy, max_rows=5).sample_branches(some, SPEC)
+    for branch, result in zip(some, results, strict=True):
+        for cut, rollouts in zip(branch.cuts, result.rollouts, strict=True):
+            for rollout in rollouts:
+                sequence = torch.tensor([[*branch.token_ids[:cut], *rollout.token_ids]])
+                hidden = policy.hidden(sequence, torch.ones_like(sequence))[0, cut - 1 : -1]
+                logps = torch.log_softmax(policy.head(hidden), -1)
+                raw = logps.gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+                assert rollout.raw_logprobs == pytest.approx(raw.tolist(), rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_equals_sampling_from_the_prefix(
+    policy: Policy, some: list[Branch], monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """With the same uniform numbers for all, a continuation is the completion of its prefix."""
+    monkeypatch.setattr("stepkd.sampling.decode.generator", lambda *_: np.random.default_rng(8))
+    sampler = TransformersSampler(policy)
+    prefixes = [branch.token_ids[:cut] for branch in some for cut in branch.cuts]
+    completions = sampler.sample(prefixes, SPEC)
+    continuations = [cut for result in sampler.sample_branches(some, SPEC, shared=shared) for cut in result.rollouts]
+    assert [[r.token_ids for r in row] for row in continuations] == [[r.token_ids for r in row] for row in completions]
+    for a, b in zip(continuations, completions, strict=True):
+        assert a[0].raw_logprobs == pytest.approx(b[0].raw_logprobs, rel=1e-10, abs=1e-10)
+
+
+def test_noise_is_keyed_by_what_is_continued(
+    policy: Policy, some: list[Branch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepkd.randomness import generator
+
+    keys = []
+
+    def noted(*key: Any) -> Any:
+        keys.append(key)
+        return generator(*key)
+
+    monkeypatch.setattr("stepkd.sampling.decode.generator", noted)
+    TransformersSampler(policy).sample_branches(some, SPEC, purpose="label", step=6)
+    assert sorted(keys) == sorted((4, "label", 6, b.index, cut, j) for b in some for cut in b.cuts for j in range(3))
+
+
+def test_company_and_order_do_not_matter(policy: Policy, some: list[Branch]) -> None:
+    sampler = TransformersSampler(policy, max_rows=6)
+    expected = sampler.sample_branches(some, SPEC)
+    backwards = sampler.sample_branches(some[::-1], SPEC)[::-1]
+    assert [r.token_ids for r in flat(backwards)] == [r.token_ids for r in flat(expected)]
+    for position, branch in enumerate(some):
+        alone = sampler.sample_branches([branch], SPEC)
+        assert [r.token_ids for r in flat(alone)] == [r.token_ids for r in flat(expected[position : position + 1])]
+        assert alone[0].prefill_tokens == expected[position].prefill_tokens
+    fewer = sampler.sample_branches([Branch(some[1].token_ids, [8, 29], 0)], SPEC)  # two of the cuts, read to 29
+    of_cut = dict(zip(some[1].cuts, expected[1].rollouts, strict=True))
+    assert [r.token_ids for r in flat(fewer)] == [r.token_ids for cut in (8, 29) for r in of_cut[cut]]
+
+
+class Watched(torch.nn.Module):
+    """Notes the arguments of every pass, then does what the backbone does."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.passes: list[dict[str, Any]] = []
+
+    def forward(self, **arguments: Any) -> Any:
+        self.passes.append(arguments)
+        return self.inner(**arguments)
+
+
+def watched(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    watching = Watched(policy.causal_lm.base_model)
+    monkeypatch.setattr("stepkd.sampling.decode.backbone_of", lambda _: watching)
+    return watching.passes
+
+
+def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = watched(policy, monkeypatch)
+    spec = SamplingSpec(n=4, max_new_tokens=5, seed=1)
+    sampler = TransformersSampler(policy, max_rows=8)
+    sampler.sample_branches([], spec)  # the probe
+    passes.clear()
+    results = sampler.sample_branches(some, spec)
+    longest = [branch.cuts[-1] for branch in some]
+    generated = sum(len(r.token_ids) for r in flat(results))
+    assert [result.prefill_tokens for result in results] == longest
+    assert (sampler.counts.prefill_tokens, sampler.counts.generated_tokens) == (sum(longest), generated)
+    # What the model itself was given: the sequences once, and every drawn token but a continuation's last.
+    prefills = [p["attention_mask"].sum().item() for p in passes if p["past_key_values"] is None]
+    assert sum(prefills) == sum(longest)
+    decoded = [p["input_ids"].shape for p in passes if p["past_key_values"] is not None]
+    assert {width for _, width in decoded} == {1}
+    assert sum(rows for rows, _ in decoded) == generated - len(flat(results))
+    assert max(rows for rows, _ in decoded) <= 8
+
+    naive = TransformersSampler(policy, max_rows=8)
+    apart = naive.sample_branches(some, spec, shared=False)
+    assert [result.prefill_tokens for result in apart] == [sum(branch.cuts) for branch in some]
+    assert (naive.counts.prefill_tokens, naive.counts.generated_tokens) == (sum(sum(b.cuts) for b in some), generated)
+
+
+def test_masks_hide_what_comes_after_the_cut(
+    policy: Policy, some: list[Branch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = watched(policy, monkeypatch)
+    sampler = TransformersSampler(policy, max_rows=4)
+    sampler.sample_branches([], SPEC)
+    passes.clear()
+    branch = Branch(some[1].token_ids, [3, 30, 59], 0)
+    sampler.sample_branches([branch], SamplingSpec(n=2, max_new_tokens=3, seed=11))
+    steps = [p for p in passes if p["past_key_values"] is not None]
+    seen = [(p["attention_mask"].tolist(), p["position_ids"].flatten().tolist()) for p in steps]
+    # 6 rows in two parts of 3, the longest prefixes first; the second part is cropped to 30 columns.
+    expected = []
+    for cuts in ([59, 59, 30], [30, 3, 3]):
+        for t in (1, 2):
+            masks = [[1] * cut + [0] * (max(cuts) - cut) + [1] * t for cut in cuts]
+            expected.append((masks, [cut + t - 1 for cut in cuts]))
+    assert seen == expected
+
+
+def test_waves_draw_the_same_and_stop_early(policy: Policy, some: list[Branch]) -> None:
+    spec = SamplingSpec(n=5, max_new_tokens=6, seed=2)
+    whole = TransformersSampler(policy).sample_branches(some, spec)
+    sampler = TransformersSampler(policy, max_rows=6)
+    assert_same(sampler.sample_branches(some, spec, waves=[1, 1, 3]), whole)
+    enough = {(1, 0), (1, 4), (3, 2)}
+    calls: list[Drawn] = []
+
+    def settled(drawn: Sequence[Drawn]) -> list[bool]:
+        calls.extend(drawn)
+        return [(each.branch, each.cut_number) in enough and each.rollouts[-1].sample_index >= 1 for each in drawn]
+
+    for shared in (True, False):
+        calls.clear()
+        before = sampler.counts.prefill_tokens
+        results = sampler.sample_branches(some, spec, waves=[1, 1, 3], settled=settled, shared=shared)
+        for b, (branch, result) in enumerate(zip(some, results, strict=True)):
+            for c in range(len(branch.cuts)):
+                made = 2 if (b, c) in enough else 5
+                assert [r.token_ids for r in result.rollouts[c]] == [r.token_ids for r in whole[b].rollouts[c][:made]]
+                waves = [len(each.rollouts) for each in calls if (each.branch, each.cut_number) == (b, c)]
+                assert waves == [1, 1, 3][: 2 if (b, c) in enough else 3]
+        read = [
+            b.cuts[-1] if shared else sum((2 if (i, c) in enough else 3) * cut for c, cut in enumerate(b.cuts))
+            for i, b in enumerate(some)
+        ]
+        assert [result.prefill_tokens for result in results] == read
+        assert sampler.counts.prefill_tokens - before == sum(read)
+    none_left = sampler.sample_branches(some, spec, waves=[2, 3], settled=lambda drawn: [True] * len(drawn))
+    assert {len(cut) for result in none_left for cut in result.rollouts} == {2}
+
+
+def test_progress_counts_every_continuation(policy: Policy, some: list[Branch]) -> None:
+    for shared in (True, False):
+        finished: list[int] = []
+        results = TransformersSampler(policy, max_rows=7).sample_branches(
+            some, SPEC, shared=shared, on_progress=finished.append
+        )
+        assert sum(finished) == len(flat(results))
+
+
+def architecture(family: str, window: int = 6) -> Policy:
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        MptConfig,
+        MptForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    tokenizer = tiny_tokenizer()
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        **ids,
+    }
+    torch.manual_seed(0)
+    if family == "qwen2_full":
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**common))
+    elif family == "qwen2_sliding":
+        config = Qwen2Config(**common, use_sliding_window=True, sliding_window=window, max_window_layers=1)
+        model = Qwen2ForCausalLM(config)
+    elif family == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(**common, head_dim=8, sliding_window=window))
+    elif family == "mpt":
+        model = MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(tokenizer), **ids))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(8 if weight.ndim > 1 else 1)
+    else:
+        model = MistralForCausalLM(MistralConfig(**common, sliding_window=window))
+    return Policy((model if family in ("gemma2", "mpt") else model.double()).eval(), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "reason"),
+    [
+        ("qwen2_full", 0, ""),
+        ("qwen2_sliding", 6, "its attention reaches back 6 tokens"),
+        ("mistral", 3, "its attention reaches back 3 tokens"),
+        ("mistral", 500, ""),
+        ("gemma2", 6, "its attention reaches back 6 tokens"),
+        ("mpt", 0, "its hidden states change by"),
+    ],
+)
+def test_other_architectures(
+    family: str, window: int, reason: str, some: list[Branch], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a gap would change the result, prefixes are read anew: same tokens either way, and a notice, once."""
+    other = architecture(family, window)
+    branches._notice.cache_clear()
+    exact = 1e-4 if family in ("gemma2", "mpt") else 1e-10
+    expected = TransformersSampler(other).sample_branches(some, SPEC, shared=False)
+    with caplog.at_level(logging.WARNING, logger="stepkd.sampling.branches"):
+        for max_rows in (3, 64):
+            sampler = TransformersSampler(other, max_rows=max_rows)
+            results = sampler.sample_branches(some, SPEC)
+            assert_same(results, expected, exact)
+            once = [branch.cuts[-1] for branch in some]
+            # A single cut costs the same either way.
+            assert [r.prefill_tokens for r in results] == ([sum(b.cuts) for b in some] if reason else once)
+    notices = [record.getMessage() for record in caplog.records]
+    assert len(notices) == (1 if reason else 0)
+    if reason:
+        assert "prefixes are read one by one, which is slower, because " + reason in notices[0]
+
+
+def test_a_window_longer_than_the_sequence_is_no_obstacle(some: list[Branch]) -> None:
+    """Decided for each sequence by itself, so that its cost does not depend on the company."""
+    other = architecture("mistral", window=40)
+    expected = TransformersSampler(other).sample_branches(some, SPEC, shared=False)
+    results = TransformersSampler(other).sample_branches(some, SPEC)
+    assert_same(results, expected)
+    assert [r.prefill_tokens for r in results] == [4, sum(some[1].cuts), 1, 19]
+    # 29 columns and 10 new ones stay below the window of 40; one more does not.
+    for cut, read in ((29, 29 * 1), (30, 7 + 30)):
+        branch = Branch(some[1].token_ids, [7, cut], 0)
+        shared, apart = (TransformersSampler(other).sample_branches([branch], SPEC, shared=s) for s in (True, False))
+        assert_same(shared, apart)
+        assert shared[0].prefill_tokens == read
+
+
+def test_the_probe_sees_a_gap_that_matters(policy: Policy) -> None:
+    assert branches.gap_limit(Decoder(policy, max_rows=1)) == branches.GapLimit(None)
+    assert branches.gap_limit(Decoder(tiny_policy("bfloat16"), max_rows=1)) == branches.GapLimit(None)
+    assert branches.gap_limit(Decoder(architecture("mistral", 40), max_rows=1)).columns == 39
+    assert not branches.gap_limit(Decoder(architecture("mpt"), max_rows=1)).allows(2)
+
+
+def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 8)
+    spec = SamplingSpec(n=1, max_new_tokens=50, stop=("#",))
+    for shared in (True, False):
+        sampler = TransformersSampler(policy)
+        result = sampler.sample_branches([Branch([5] * 7, [3, 7], 0)], spec, shared=shared)[0]
+        assert [len(cut[0].token_ids) for cut in result.rollouts] == [5, 1]
+    with pytest.raises(DataError, match="branch 9: the prefix of 8 tokens leaves no room in the model's context of 8"):
+        sampler.sample_branches([Branch([5] * 9, [7, 8], 9)], spec)
+    monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 5)
+    assert branches.gap_limit(Decoder(policy, max_rows=1)) == branches.GapLimit(0, "its context is 5 tokens")
+
+
+def test_modes_stay_as_they_were() -> None:
+    policy = tiny_policy()
+    policy.train()
+    TransformersSampler(policy).sample_branches([Branch([5, 6], [1, 2], 0)], SPEC)
+    assert all(module.training for module in policy.modules())
+    with torch.no_grad():
+        policy.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"logits are not numbers \(NaN\) at token 0"):
+        TransformersSampler(policy).sample_branches([Branch([5, 6], [1, 2], 0)], SPEC)
+    assert all(module.training for module in policy.modules())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda s: s.sample_branches([Branch([5, 6], [0, 1], 7)], SPEC),
+            DataError,
+            "branch 7: cut 0 is outside 1 to 2",
+        ),
+        (lambda s: s.sample_branches([Branch([5, 6], [3], 7)], SPEC), DataError, "branch 7: cut 3 is outside 1 to 2"),
+        (
+            lambda s: s.sample_branches([Branch([5, 6], [2, 1], 7)], SPEC),
+            DataError,
+            "branch 7: cut 1 comes after cut 2: cuts must increase",
+        ),
+        (lambda s: s.sample_branches([Branch([5, 6], [1, 1], 7)], SPEC), DataError, "cut 1 comes after cut 1"),
+        (lambda s: s.sample_branches([Branch([], [1], 7)], SPEC), DataError, "cut 1 is outside 1 to 0"),
+        (
+            lambda s: s.sample_branches([], SPEC, waves=[1, 1]),
+            ValueError,
+            "waves [1, 1] must be positive and add up to",
+        ),
+        (
+            lambda s: s.sample_branches([], SPEC, waves=[0, 3]),
+            ValueError,
+            "must be positive and add up to the 3 samples",
+        ),
+    ],
+)
+def test_bad_calls(
+    policy: Policy, call: Callable[[TransformersSampler], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call(TransformersSampler(policy))

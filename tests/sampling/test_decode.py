@@ -1,0 +1,373 @@
+"""The decode loop: token identity whatever the batch, log-probabilities, finish reasons, cost, bad input."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.models.policy import Policy
+from stepkd.models.spec import build_tiny, tiny_tokenizer
+from stepkd.sampling.decode import sampling_logprobs
+from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.transformers_sampler import TransformersSampler
+
+SPEC = SamplingSpec(n=3, max_new_tokens=14, seed=4)
+TEXTS = ["1+2=", "a much longer prompt than the others: 17*3=", "7", "Step 1: x\n", "??"]
+
+
+def tiny_policy(dtype: str = "float64") -> Policy:
+    """Untrained tiny Llama; larger weights make its distribution peaked enough to be told from a uniform one."""
+    model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype=dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+    return Policy(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return tiny_policy()
+
+
+@pytest.fixture(scope="module")
+def prompts(policy: Policy) -> list[list[int]]:
+    return [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+
+
+def ids(results: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
+    return [[rollout.token_ids for rollout in row] for row in results]
+
+
+def test_shape_of_the_answer(policy: Policy, prompts: list[list[int]]) -> None:
+    results = TransformersSampler(policy).sample(prompts, SPEC)
+    assert [[(r.prompt_index, r.sample_index) for r in row] for row in results] == [
+        [(p, j) for j in range(3)] for p in range(len(prompts))
+    ]
+    for rollout in (r for row in results for r in row):
+        assert len(rollout.token_ids) == len(rollout.logprobs) == len(rollout.raw_logprobs) <= 14
+        assert rollout.text == policy.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+        assert all(0 <= token < policy.vocab_size for token in rollout.token_ids)
+    assert len({r.token_ids for row in results for r in row}) == 15  # every sample has its own noise
+    assert TransformersSampler(policy).sample([], SPEC) == []
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 7, 64])
+def test_batch_size_does_not_matter(
+    policy: Policy, prompts: list[list[int]], max_rows: int, temperature: float
+) -> None:
+    spec = SamplingSpec(n=3, max_new_tokens=14, seed=4, temperature=temperature)
+    expected = TransformersSampler(policy).sample(prompts, spec)
+    actual = TransformersSampler(policy, max_rows=max_rows).sample(prompts, spec)
+    assert ids(actual) == ids(expected)
+    for a, b in zip((r for row in actual for r in row), (r for row in expected for r in row), strict=True):
+        assert a.raw_logprobs == pytest.approx(b.raw_logprobs, rel=1e-10, abs=1e-12)
+        assert (a.finish, a.text, a.prompt_index, a.sample_index) == (b.finish, b.text, b.prompt_index, b.sample_index)
+
+
+def test_prompt_order_padding_and_company_do_not_matter(policy: Policy, prompts: list[list[int]]) -> None:
+    sampler = TransformersSampler(policy)
+    expected = ids(sampler.sample(prompts, SPEC))
+    order = [3, 0, 4, 2, 1]
+    shuffled = ids(sampler.sample([prompts[i] for i in order], SPEC, indices=order))
+    assert [shuffled[order.index(i)] for i in range(5)] == expected
+    for i, prompt in enumerate(prompts):  # alone: no left padding at all
+        assert ids(sampler.sample([prompt], SPEC, indices=[i])) == [expected[i]]
+    long = prompts[1] * 6  # a long neighbour: everyone else gets much padding
+    assert ids(sampler.sample([long, *prompts], SPEC, indices=[99, *range(5)]))[1:] == expected
+
+
+def test_runs_repeat_and_keys_differ(policy: Policy, prompts: list[list[int]]) -> None:
+    sampler = TransformersSampler(policy)
+    state = torch.get_rng_state()
+    first = sampler.sample(prompts, SPEC, purpose="rollout", step=3)
+    assert sampler.sample(prompts, SPEC, purpose="rollout", step=3) == first
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
+    others = [
+        sampler.sample(prompts, SPEC, purpose="evaluate", step=3),
+        sampler.sample(prompts, SPEC, purpose="rollout", step=4),
+        sampler.sample(prompts, SamplingSpec(n=3, max_new_tokens=14, seed=5), purpose="rollout", step=3),
+        sampler.sample(prompts, SPEC, purpose="rollout", step=3, indices=range(5, 10)),
+    ]
+    for other in others:
+        assert all(a != b for a, b in zip(ids(other), ids(first), strict=True))
+
+
+def test_longer_budget_continues_the_same_completion(policy: Policy, prompts: list[list[int]]) -> None:
+    short = ids(TransformersSampler(policy).sample(prompts, SPEC))
+    longer = ids(TransformersSampler(policy).sample(prompts, SamplingSpec(n=3, max_new_tokens=30, seed=4)))
+    for a, b in zip((r for row in short for r in row), (r for row in longer for r in row), strict=True):
+        assert b[: len(a)] == a
+
+
+@torch.no_grad()
+def teacher_forced(policy: Policy, prompt: list[int], rollout: Rollout, spec: SamplingSpec) -> tuple[Any, Any]:
+    """Log-probabilities from one plain forward over prompt and completion: no cache, no padding."""
+    sequence = torch.tensor([[*prompt, *rollout.token_ids]])
+    hidden = policy.hidden(sequence, torch.ones_like(sequence))[0, len(prompt) - 1 : -1]
+    logits, picked = policy.head(hidden), torch.tensor(rollout.token_ids)[:, None]
+    raw = torch.log_softmax(logits, -1).gather(1, picked)[:, 0]
+    return sampling_logprobs(logits, spec).gather(1, picked)[:, 0], raw
+
+
+@pytest.mark.parametrize(
+    "settings_", [{}, {"temperature": 0.5}, {"top_k": 5}, {"temperature": 1.4, "top_p": 0.7, "top_k": 20}]
+)
+def test_logprobs_equal_a_plain_forward(policy: Policy, prompts: list[list[int]], settings_: dict[str, Any]) -> None:
+    spec = SamplingSpec(n=2, max_new_tokens=12, **settings_)
+    for prompt, row in zip(prompts, TransformersSampler(policy).sample(prompts, spec), strict=True):
+        for rollout in row:
+            tempered, raw = teacher_forced(policy, prompt, rollout, spec)
+            assert rollout.logprobs == pytest.approx(tempered.tolist(), rel=1e-12, abs=1e-12)
+            assert rollout.raw_logprobs == pytest.approx(raw.tolist(), rel=1e-12, abs=1e-12)
+
+
+def test_greedy_takes_the_most_likely_token(policy: Policy, prompts: list[list[int]]) -> None:
+    spec = SamplingSpec(temperature=0, n=2, max_new_tokens=10)
+    for prompt, row in zip(prompts, TransformersSampler(policy).sample(prompts, spec), strict=True):
+        assert row[0].token_ids == row[1].token_ids
+        assert set(row[0].logprobs) == {0.0}
+        sequence = list(prompt)
+        for token in row[0].token_ids:
+            inputs = torch.tensor([sequence])
+            logits = policy.head(policy.hidden(inputs, torch.ones_like(inputs))[:, -1])
+            assert token == logits.argmax().item()
+            sequence.append(token)
+
+
+@pytest.mark.parametrize("family", ["qwen2_sliding", "gemma2", "mistral_sliding", "padded_vocabulary"])
+def test_other_architectures(family: str) -> None:
+    """Sliding windows (shorter than prompt and completion), soft-capping, padded rows: same tokens, exact logps."""
+    other = Policy(*architecture(family))
+    prompts = [other.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    spec = SamplingSpec(n=2, max_new_tokens=12, seed=1)
+    exact = 1e-5 if family == "gemma2" else 1e-10
+    expected = TransformersSampler(other).sample(prompts, spec)
+    for max_rows in (1, 3):
+        assert ids(TransformersSampler(other, max_rows=max_rows).sample(prompts, spec)) == ids(expected)
+    for prompt, row in zip(prompts, expected, strict=True):
+        for rollout in row:
+            _, raw = teacher_forced(other, prompt, rollout, spec)
+            assert rollout.raw_logprobs == pytest.approx(raw.tolist(), rel=exact, abs=exact)
+
+
+def architecture(family: str) -> tuple[Any, Any]:
+    from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    tokenizer = tiny_tokenizer()
+    common: dict[str, Any] = {
+        "vocab_size": 128 if family == "padded_vocabulary" else len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(0)
+    if family == "qwen2_sliding":
+        config = Qwen2Config(**common, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+        model: Any = Qwen2ForCausalLM(config)
+    elif family == "gemma2":
+        config = Gemma2Config(
+            **common, head_dim=8, sliding_window=6, final_logit_softcapping=3.0, attn_logit_softcapping=5.0
+        )
+        model = Gemma2ForCausalLM(config)
+    elif family == "mistral_sliding":
+        model = MistralForCausalLM(MistralConfig(**common, sliding_window=6))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**common))
+    # Gemma 2 caps attention scores, which only eager attention does, and that takes no float64 masks.
+    return (model if family == "gemma2" else model.double()).eval(), tokenizer
+
+
+class CountingBackbone(torch.nn.Module):
+    """Counts calls and tokens read, then does what the backbone does."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shapes: list[tuple[int, int]] = []
+
+    def forward(self, **arguments: Any) -> Any:
+        self.shapes.append(tuple(arguments["input_ids"].shape))
+        return self.inner(**arguments)
+
+
+def counted(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    counting = CountingBackbone(policy.causal_lm.base_model)
+    monkeypatch.setattr("stepkd.sampling.decode.backbone_of", lambda _: counting)
+    return counting.shapes
+
+
+def test_every_prompt_is_read_once(policy: Policy, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = counted(policy, monkeypatch)
+    width = max(map(len, prompts))
+    spec = SamplingSpec(n=6, max_new_tokens=5, temperature=0)
+    TransformersSampler(policy, max_rows=12).sample(prompts, spec)
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    assert prefills == [(2, width), (2, max(map(len, prompts[2:4]))), (1, len(prompts[4]))]
+    shapes.clear()
+    TransformersSampler(policy, max_rows=4).sample(prompts[:1], spec)  # more samples than rows: still one prefill
+    assert [shape for shape in shapes if shape[1] > 1] == [(1, len(prompts[0]))]
+    assert [shape[0] for shape in shapes if shape[1] == 1] == [4] * 4 + [2] * 4
+
+
+def test_finished_rows_leave_the_batch(
+    policy: Policy, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = counted(policy, monkeypatch)
+    spec = SamplingSpec(n=8, max_new_tokens=40, seed=2, stop=("a", "e", "i", "o", "u", "1", "2", "3"))
+    finished: list[int] = []
+    results = TransformersSampler(policy).sample(prompts, spec, on_progress=finished.append)
+    rollouts = [rollout for row in results for rollout in row]
+    assert sum(finished) == len(rollouts) == 40
+    # a completion of T tokens costs its prompt's prefill and T - 1 single tokens, nothing more
+    assert sum(rows for rows, width in shapes if width == 1) == sum(len(r.token_ids) - 1 for r in rollouts)
+    assert len({len(r.token_ids) for r in rollouts}) > 3
+
+
+def scripted(policy: Policy, monkeypatch: pytest.MonkeyPatch, script: list[int]) -> TransformersSampler:
+    """A sampler whose model is certain of ``script``, token after token."""
+    calls = iter(script)
+
+    def head(hidden_BH: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((hidden_BH.shape[0], policy.vocab_size), -1e4, dtype=torch.float64)
+        logits[:, next(calls)] = 0
+        return logits
+
+    monkeypatch.setattr(Policy, "head", property(lambda _: head))
+    return TransformersSampler(policy)
+
+
+@pytest.mark.parametrize(
+    ("script", "stop", "finish", "text"),
+    [
+        ("12<eos>|34", (), "stop", "12"),
+        ("1234", (), "length", "1234"),
+        ("1\nQ:|34", ("\nQ:",), "stop", "1"),
+        ("1 Q:| x", ("zz", " Q:"), "stop", "1"),
+        ("123#", ("#",), "stop", "123"),
+        ("x<unk>y<eos>", (), "stop", "xy"),
+        ("a####|b", ("##",), "stop", "a"),  # the stop string is a part of one token
+        ("aab", ("ab", "aab"), "stop", ""),
+    ],
+)
+def test_finish_reasons(
+    policy: Policy,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    stop: tuple[str, ...],
+    finish: str,
+    text: str,
+) -> None:
+    """The model says ``script``; a ``|`` shows where the completion must end before that."""
+    drawn, _, rest = script.partition("|")
+    tokens, never = (policy.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (drawn, rest))
+    sampler = scripted(policy, monkeypatch, tokens + never)
+    rollout = sampler.sample([[5]], SamplingSpec(stop=stop, max_new_tokens=len(tokens + never)))[0][0]
+    assert (rollout.finish, rollout.text) == (finish, text)
+    assert list(rollout.token_ids) == tokens
+
+
+def test_the_context_ends_a_completion(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 8)
+    results = TransformersSampler(policy).sample([[5] * 3, [6] * 7], SamplingSpec(n=1, max_new_tokens=50, stop=("#",)))
+    assert [len(row[0].token_ids) for row in results] == [5, 1]
+    assert [row[0].finish for row in results] == ["length", "length"]
+    with pytest.raises(
+        DataError, match=r"prompt 12 has 8 tokens and the model's context is 8: shorten the prompt \(fewer few-shot"
+    ):
+        TransformersSampler(policy).sample([[5], [5] * 8], SPEC, indices=[11, 12])
+
+
+def test_modes_stay_as_they_were() -> None:
+    policy = tiny_policy()
+    policy.train()
+    policy.model.model.layers[0].eval()  # a part that is frozen for good
+    modes = [module.training for module in policy.modules()]
+    assert len(set(modes)) == 2
+    TransformersSampler(policy).sample([[5, 6]], SPEC)
+    assert [module.training for module in policy.modules()] == modes
+    with pytest.raises(DataError):
+        TransformersSampler(policy).sample([[]], SPEC)
+    policy.causal_lm.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        TransformersSampler(policy).sample([[5, 6]], SPEC)
+    assert [module.training for module in policy.modules()] == modes
+    policy.eval()
+    assert not policy.training
+
+
+def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = tiny_policy()
+    expected = TransformersSampler(plain).sample([[5, 6, 7]], SPEC)
+    adapted = Policy(
+        get_peft_model(copy.deepcopy(plain.model), LoraConfig(r=2, lora_dropout=0.9, target_modules="all-linear")),
+        plain.tokenizer,
+    )
+    adapted.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    adapted.train()
+    assert TransformersSampler(adapted).sample([[5, 6, 7]], SPEC) == expected  # a new adapter changes nothing
+    assert all(p.grad is None for p in adapted.parameters())
+
+
+def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not zero by right: rounding differs between batch shapes. Counted so that a jump is seen."""
+    policy = tiny_policy("bfloat16")
+    prompts = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    spec = SamplingSpec(n=4, max_new_tokens=24)
+    one = TransformersSampler(policy, max_rows=1).sample(prompts, spec)
+    many = TransformersSampler(policy, max_rows=64).sample(prompts, spec)
+    flips = sum(a.token_ids != b.token_ids for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
+    with capsys.disabled():
+        print(f"\nbfloat16, max_rows 1 against 64: {flips} of 20 completions differ")
+    assert all(r.raw_logprobs and max(r.raw_logprobs) <= 0 for row in one for r in row)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: TransformersSampler(p, max_rows=0), ConfigError, "max_rows=0: must be at least 1"),
+        (lambda p: TransformersSampler(p).sample([[5], []], SPEC), DataError, "prompt 1 has no tokens"),
+        (
+            lambda p: TransformersSampler(p).sample([[5]], SPEC, indices=[1, 2]),
+            ValueError,
+            "1 prompts but 2 indices",
+        ),
+    ],
+)
+def test_bad_calls(policy: Policy, call: Callable[[Policy], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call(policy)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_diverged_model_is_named(temperature: float) -> None:
+    policy = tiny_policy()
+    with torch.no_grad():
+        policy.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"logits are not numbers \(NaN\) at token 0 of a completion of prompt 0"):
+        TransformersSampler(policy).sample([[5, 6]], SamplingSpec(temperature=temperature))
