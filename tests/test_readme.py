@@ -106,8 +106,8 @@ def test_the_method_in_the_readme_is_supervised_fine_tuning(tmp_path: Path) -> N
     from lightning.pytorch import Trainer, seed_everything
 
     from stepkd.data.datamodule import StepData
-    from stepkd.data.spec import DataSpec
-    from stepkd.models.spec import PolicySpec
+    from stepkd.data.spec import DataConfig
+    from stepkd.models.spec import PolicyConfig
     from stepkd.modules.sft import SFTModule
 
     scope: dict[str, Any] = {"__name__": "readme"}
@@ -118,9 +118,9 @@ def test_the_method_in_the_readme_is_supervised_fine_tuning(tmp_path: Path) -> N
     weights = []
     for method in (scope["MyModule"], SFTModule):
         seed_everything(0)
-        task = DataSpec(source="task", options={"task": "modular:terms=2,modulus=10", "n": 8})
+        task = DataConfig(source="task", options={"task": "modular:terms=2,modulus=10", "n": 8})
         data = StepData(train=task, validation=task, template="task", global_batch_size=4)
-        module = method(PolicySpec(path="tiny-0.1m"), loss_weights={"ce": 0.5})
+        module = method(PolicyConfig(path="tiny-0.1m"), loss_weights={"ce": 0.5})
         trainer = Trainer(
             max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
             default_root_dir=tmp_path, enable_model_summary=False,

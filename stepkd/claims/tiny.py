@@ -16,25 +16,32 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from stepkd.data.datamodule import StepData
 from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.models.checkpoint import export_model
 from stepkd.models.load import load_tokenizer
-from stepkd.models.spec import PolicySpec
-from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.spec import PolicyConfig
+from stepkd.models.step_head import StepHeadConfig
 from stepkd.modules.dpo import DPOModule
-from stepkd.modules.fidelity import FidelitySpec
+from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.kto import KTOModule, StepKTOModule
-from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
-from stepkd.modules.settings import DivergenceSpec, KDSpec, PolicyLossSpec, RolloutSpec, SourceSpec, StepCreditSpec
+from stepkd.modules.settings import (
+    DivergenceConfig,
+    KDConfig,
+    PolicyLossConfig,
+    RolloutConfig,
+    SourceConfig,
+    StepCreditConfig,
+)
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.logger import JsonlLogger
 from stepkd.steps.format import StepFormat
 from stepkd.teachers.cache import write_cache
-from stepkd.teachers.local import LocalTeacher, TeacherSpec
+from stepkd.teachers.local import LocalTeacher, TeacherConfig
 from stepkd.training.checkpoints import AtomicCheckpointIO
 from stepkd.training.progress import StepProgress
 
@@ -107,7 +114,7 @@ def tiny_data(
     options: dict[str, Any] = {"task": task, "n": n, "seed": seed}
     if noise is not None:
         options["noise"] = dict(noise)
-    spec = DataSpec(source="task", split=split, options=options)
+    spec = DataConfig(source="task", split=split, options=options)
     used: dict[str, Any] = {"train" if split == "train" else "validation": spec}
     return StepData(**used, template="task", global_batch_size=batch, max_length=128, seed=seed)
 
@@ -129,7 +136,7 @@ def tiny_sft(
         demonstrations: different problems in the training set.
         noise: slips in the demonstrations (fields of :class:`stepkd.tasks.Noise`), None for clean ones.
     """
-    module = SFTModule(PolicySpec(path=str(start), init_seed=seed), **_common(lr, seed))
+    module = SFTModule(PolicyConfig(path=str(start), init_seed=seed), **_common(lr, seed))
     return module, tiny_data(task, demonstrations, seed, noise=noise)
 
 
@@ -153,7 +160,7 @@ def tiny_gkd(
         task: tiny-world task with its settings.
         teacher: folder of the model to learn from.
         demonstrations: different problems in the training set.
-        divergence: fields of :class:`stepkd.modules.DivergenceSpec`.
+        divergence: fields of :class:`stepkd.modules.DivergenceConfig`.
         student, of_teacher: share of batches sampled by the student, and of the others by the teacher; the rest are
             the data's solutions.
         cache: learn from a cache of the teacher's ``top_k`` (of the divergence) likeliest tokens, written here first.
@@ -161,10 +168,10 @@ def tiny_gkd(
     if cache is not None:
         _write_cache(cache, teacher, start, tiny_data(task, demonstrations, seed), divergence["top_k"])
     module = GKDModule(
-        PolicySpec(path=str(start)),
-        TeacherSpec(path=str(teacher)) if cache is None else TeacherSpec(cache=str(cache)),
-        divergence=DivergenceSpec(**divergence),
-        source=SourceSpec(student=student, teacher=of_teacher, max_new_tokens=NEW_TOKENS, max_rows=GLOBAL_BATCH),
+        PolicyConfig(path=str(start)),
+        TeacherConfig(path=str(teacher)) if cache is None else TeacherConfig(cache=str(cache)),
+        divergence=DivergenceConfig(**divergence),
+        source=SourceConfig(student=student, teacher=of_teacher, max_new_tokens=NEW_TOKENS, max_rows=GLOBAL_BATCH),
         **_common(lr, seed),
     )
     return module, tiny_data(task, demonstrations, seed)
@@ -190,16 +197,17 @@ def tiny_kdrl(
         task: tiny-world task with its settings.
         teacher: folder of the teacher; None: rewards alone.
         demonstrations: different problems in the training set.
-        kd, policy_loss, step_credit: fields of :class:`stepkd.modules.KDSpec`, ``PolicyLossSpec``, ``StepCreditSpec``.
+        kd, policy_loss, step_credit: fields of :class:`stepkd.modules.KDConfig`, ``PolicyLossConfig`` and
+            ``StepCreditConfig``.
         max_new_tokens: longest sampled completion.
     """
     module = KDRLModule(
-        PolicySpec(path=str(start)),
-        teacher=None if teacher is None else TeacherSpec(path=str(teacher)),
-        rollout=RolloutSpec(group_size=GROUP, max_new_tokens=max_new_tokens, max_rows=PROMPTS * GROUP),
-        policy_loss=PolicyLossSpec(**(policy_loss or {})),
-        kd=KDSpec(**kd),
-        step_credit=None if step_credit is None else StepCreditSpec(**step_credit),
+        PolicyConfig(path=str(start)),
+        teacher=None if teacher is None else TeacherConfig(path=str(teacher)),
+        rollout=RolloutConfig(group_size=GROUP, max_new_tokens=max_new_tokens, max_rows=PROMPTS * GROUP),
+        policy_loss=PolicyLossConfig(**(policy_loss or {})),
+        kd=KDConfig(**kd),
+        step_credit=None if step_credit is None else StepCreditConfig(**step_credit),
         **_common(lr, seed, schedule="constant", warmup=0.1),
     )
     return module, tiny_data(task, demonstrations, seed, batch=PROMPTS)
@@ -233,7 +241,7 @@ def tiny_preference(
         else FeedbackData(**common, labels=LabelRule(after_error="keep"), allow_one_class=allow_one_class)
     )
     module = {"kto": KTOModule, "step_kto": StepKTOModule, "dpo": DPOModule}[method](
-        PolicySpec(path=str(start)), **_common(lr, seed, warmup=0.1), **settings
+        PolicyConfig(path=str(start)), **_common(lr, seed, warmup=0.1), **settings
     )
     return module, data
 
@@ -266,8 +274,8 @@ def tiny_prm(
         allow_one_class=allow_one_class,
     )
     module = PRMModule(
-        PolicySpec(path=str(start), init_seed=seed),
-        StepHeadSpec(meaning=meaning, format=StepFormat(separator=separator)),
+        PolicyConfig(path=str(start), init_seed=seed),
+        StepHeadConfig(meaning=meaning, format=StepFormat(separator=separator)),
         lm_weight=1.0,
         **_common(lr, seed),
     )
@@ -277,10 +285,10 @@ def tiny_prm(
 def tiny_fidelity(model: str | Path, teacher: str | Path, *, task: str, problems: int, seed: int) -> dict[str, float]:
     """How like its teacher a model is on held-out problems (:mod:`stepkd.modules.fidelity`), names without a prefix."""
     module = GKDModule(
-        PolicySpec(path=str(model)),
-        TeacherSpec(path=str(teacher)),
-        source=SourceSpec(student=0.0),
-        fidelity=FidelitySpec(max_new_tokens=NEW_TOKENS, max_rows=256),
+        PolicyConfig(path=str(model)),
+        TeacherConfig(path=str(teacher)),
+        source=SourceConfig(student=0.0),
+        fidelity=FidelityConfig(max_new_tokens=NEW_TOKENS, max_rows=256),
         micro_batch_tokens=16_384,
         seed=seed,
     )
@@ -295,22 +303,22 @@ def _trainer(**options: Any) -> Trainer:
 
 
 def _common(lr: float, seed: int, *, schedule: Any = "cosine", warmup: float = 0.05) -> dict[str, Any]:
-    optimizer = OptimizerSpec(lr=lr, schedule=schedule, warmup=warmup)
+    optimizer = OptimizerConfig(lr=lr, schedule=schedule, warmup=warmup)
     return {"optimizer": optimizer, "micro_batch_tokens": 16_384, "seed": seed}
 
 
 def _rows_data(rows: Path, seed: int, batch: int) -> dict[str, Any]:
-    train = DataSpec(source="rows", path=str(rows))
+    train = DataConfig(source="rows", path=str(rows))
     return {"train": train, "template": "task", "global_batch_size": batch, "max_length": 128, "seed": seed}
 
 
 def _write_cache(folder: Path, teacher: str | Path, student: str | Path, data: StepData, top_k: int) -> None:
     """The teacher's likeliest tokens for all of the data's solutions."""
-    tokenizer = load_tokenizer(PolicySpec(path=str(student)))
+    tokenizer = load_tokenizer(PolicyConfig(path=str(student)))
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=SimpleNamespace(tokenizer=tokenizer), global_rank=0, world_size=1
     )
     data.setup("fit")
-    local = LocalTeacher(TeacherSpec(path=str(teacher)))
+    local = LocalTeacher(TeacherConfig(path=str(teacher)))
     local.bind(tokenizer)
     write_cache(folder, local, data.examples["train"], top_k=top_k)

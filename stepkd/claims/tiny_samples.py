@@ -9,11 +9,11 @@ from typing import Any
 from stepkd.claims.tiny import NEW_TOKENS
 from stepkd.data.io import read_rows
 from stepkd.evaluation.best_of_n import CurveResult, ProblemSamples, bon_curve
-from stepkd.evaluation.runner import EvaluationSpec, evaluate
+from stepkd.evaluation.runner import EvaluationConfig, evaluate
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader
 from stepkd.labels.job import run_label_job
-from stepkd.labels.settings import LabelSpec
+from stepkd.labels.settings import LabelConfig
 from stepkd.models.checkpoint import load_trained
 from stepkd.scorers.prm import PRMScorer
 from stepkd.steps.labels import tally
@@ -56,7 +56,7 @@ def evaluate_tiny(
         The summary (:func:`stepkd.evaluation.evaluate`); :func:`stepkd.runs.job.read_results` reads the rows.
     """
     return evaluate(
-        EvaluationSpec(
+        EvaluationConfig(
             model=str(model),
             benchmark="task",
             data=f'task="{task}",n={problems},seed={seed}',
@@ -107,13 +107,13 @@ def label_tiny(out: Path, *, model: str | Path, seed: int, **settings: Any) -> t
         out: the job's folder.
         model: policy that samples, continues and tokenises.
         seed: keys solutions and continuations.
-        **settings: further fields of :class:`stepkd.labels.LabelSpec`.
+        **settings: further fields of :class:`stepkd.labels.LabelConfig`.
 
     Returns:
         The labels' file and the job's summary.
     """
     summary = run_label_job(
-        LabelSpec(out=str(out), model=str(model), seed=seed, temperature=1.0, **SAMPLING, **settings)
+        LabelConfig(out=str(out), model=str(model), seed=seed, temperature=1.0, **SAMPLING, **settings)
     )
     assert summary is not None, "one rank does all the work"
     return out / "labels.jsonl", summary

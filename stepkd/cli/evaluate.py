@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.model or not arguments.out:
         raise ConfigError("give --model and --out (or --compare A B, or --list)")
     from stepkd.data.benchmarks import PROCESS_BENCHMARKS
-    from stepkd.evaluation.runner import PROBLEMS, EvaluationSpec, evaluate
+    from stepkd.evaluation.runner import PROBLEMS, EvaluationConfig, evaluate
     from stepkd.yaml_files import settings_from
 
     _check_used(arguments, PROCESS_BENCHMARKS)
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         return judging_prm.run_process(arguments)
     console, launch, options = start_job(arguments, {PROBLEMS: "evaluating"})
     summary = evaluate(
-        settings_from(EvaluationSpec, vars(arguments) | {"template": _template(arguments)}), options=options
+        settings_from(EvaluationConfig, vars(arguments) | {"template": _template(arguments)}), options=options
     )
     if not summary:
         return say_share_is_done(console, launch, "results")

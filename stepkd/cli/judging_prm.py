@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_process(arguments: argparse.Namespace) -> int:
     """``stepkd evaluate --benchmark processbench``."""
-    from stepkd.evaluation.process_runner import SOLUTIONS, ProcessSpec, evaluate_process
+    from stepkd.evaluation.process_runner import SOLUTIONS, ProcessConfig, evaluate_process
     from stepkd.scorers.load import ScorerOptions, load_scorer
     from stepkd.yaml_files import settings_from
 
     console, launch, job = start_job(arguments, {SOLUTIONS: "scoring"})
-    spec = settings_from(ProcessSpec, vars(arguments) | {"batch_size": arguments.max_rows})
+    spec = settings_from(ProcessConfig, vars(arguments) | {"batch_size": arguments.max_rows})
     options = settings_from(ScorerOptions, scorer_values(arguments))
     summary = evaluate_process(spec, lambda: load_scorer(spec.model, options), options=job)
     if not summary:

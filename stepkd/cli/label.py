@@ -168,13 +168,13 @@ def _job(arguments: argparse.Namespace) -> int:
 
     from stepkd.labels.job import run_label_job
     from stepkd.labels.pair_job import run_pair_job
-    from stepkd.labels.settings import PAIR_JOBS, LabelSpec
+    from stepkd.labels.settings import PAIR_JOBS, LabelConfig
     from stepkd.yaml_files import settings_from
 
     console, launch, options = start_job(arguments, VERBS)
     given = vars(arguments)
     if arguments.to is None:
-        made, summary = "labels", run_label_job(settings_from(LabelSpec, given), options=options)
+        made, summary = "labels", run_label_job(settings_from(LabelConfig, given), options=options)
     else:
         made, summary = "pairs", run_pair_job(settings_from(PAIR_JOBS[arguments.to], given), options=options)
     if summary is None:

@@ -27,7 +27,7 @@ from stepkd.models.checkpoint import trained_spec
 from stepkd.models.load import model_config, training_spec
 from stepkd.models.machine import memory_peak
 from stepkd.models.source import as_trained
-from stepkd.models.spec import FrozenSpec, PolicySpec
+from stepkd.models.spec import FrozenSpec, PolicyConfig
 from stepkd.safe import enter, is_safe
 from stepkd.training.failures import explained
 from stepkd.training.fit import check_fit
@@ -110,7 +110,7 @@ def lower_bound(module: Any, data: Any, *, precision: str = "32-true", shards: i
     return found
 
 
-def skeleton(spec: PolicySpec) -> Any:
+def skeleton(spec: PolicyConfig) -> Any:
     """A policy without storage: shapes, dtypes, and what is trained; not quantised, which needs real weights."""
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +124,7 @@ def skeleton(spec: PolicySpec) -> Any:
         return model if spec.lora is None else add_lora(model, replace(spec, quantization="none"))
 
 
-def weight_bytes(model: nn.Module, spec: PolicySpec) -> int:
+def weight_bytes(model: nn.Module, spec: PolicyConfig) -> int:
     """Bytes of the weights as they are kept."""
     packed = {"none": None, "int8": 1.0, "nf4": 0.53}[spec.quantization]  # 4 bits and the scales of their blocks
     total = 0.0
@@ -134,7 +134,7 @@ def weight_bytes(model: nn.Module, spec: PolicySpec) -> int:
     return int(total)
 
 
-def cache_bytes(spec: PolicySpec, tokens: int) -> int:
+def cache_bytes(spec: PolicyConfig, tokens: int) -> int:
     """Bytes of a row's keys and values."""
     config = model_config(spec).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -142,7 +142,7 @@ def cache_bytes(spec: PolicySpec, tokens: int) -> int:
     return int(2 * config.num_hidden_layers * heads * size * tokens * _dtype(spec, config).itemsize)
 
 
-def _other_models(found: Bound, module: Any, spec: PolicySpec, trained_bytes: int) -> None:
+def _other_models(found: Bound, module: Any, spec: PolicyConfig, trained_bytes: int) -> None:
     """Teacher and frozen reference: with adapters that is their adapter-off view."""
     teacher = getattr(getattr(module, "teacher", None), "spec", None)
     if teacher is not None and teacher.path is not None:
@@ -161,7 +161,7 @@ def _other_models(found: Bound, module: Any, spec: PolicySpec, trained_bytes: in
         found.held["reference"] = found.held["weights"]
 
 
-def _dtype(spec: PolicySpec, config: Any) -> torch.dtype:
+def _dtype(spec: PolicyConfig, config: Any) -> torch.dtype:
     if spec.dtype != "auto":
         found: torch.dtype = getattr(torch, spec.dtype)
         return found

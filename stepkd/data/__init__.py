@@ -16,7 +16,7 @@ _HOMES = {
     "labelled_data": "FeedbackData PairData StepLabelData",
     "overlap": "overlap_report",
     "rows": "CONTRACTS validate",
-    "spec": "DataSpec check_training_use load_rows parse_spec",
+    "spec": "DataConfig check_training_use load_rows parse_spec",
     "step_labels": "LabelRule",
     "templates": "PromptTemplate TEMPLATES get_template",
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.spec import DataSpec, parse_spec
+from stepkd.data.spec import DataConfig, parse_spec
 from stepkd.errors import ConfigError, nearest
 
 
@@ -89,7 +89,7 @@ def unknown_benchmark(name: str) -> ConfigError:
     )
 
 
-def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) -> DataSpec:
+def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) -> DataConfig:
     """Which rows to evaluate.
 
     Args:
@@ -99,9 +99,9 @@ def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) ->
         limit: number of problems, or None for all.
     """
     if data is None:
-        spec = DataSpec(source=benchmark.source)
+        spec = DataConfig(source=benchmark.source)
     elif Path(data).expanduser().exists() or "=" not in data:
-        spec = DataSpec(source=benchmark.source, path=data)
+        spec = DataConfig(source=benchmark.source, path=data)
     else:
         spec = parse_spec(f"{benchmark.source}:{data}")
     changes: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) ->
     return dataclasses.replace(spec, **changes)
 
 
-def next_evaluation(spec: DataSpec | None, template: str, *, steps: bool = False) -> str:
+def next_evaluation(spec: DataConfig | None, template: str, *, steps: bool = False) -> str:
     """Options of ``stepkd evaluate`` for a model that was trained on such data.
 
     Args:
@@ -134,7 +134,7 @@ def next_evaluation(spec: DataSpec | None, template: str, *, steps: bool = False
     return f"--benchmark {name} --data {shlex.quote(words)}" if words else f"--benchmark {name}"
 
 
-def _data_words(spec: DataSpec) -> str:
+def _data_words(spec: DataConfig) -> str:
     """A file, or what else distinguishes a data setting, as ``--data`` takes it."""
 
     def flat(options: Mapping[str, Any], start: str = "") -> list[str]:

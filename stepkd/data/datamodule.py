@@ -15,7 +15,7 @@ from stepkd.data.batching import BatchPlan, Position, StepLoader
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.overlap import overlap_report
 from stepkd.data.rows import Contract, Needs, Row, detect_contract, problem_with
-from stepkd.data.spec import DataSpec, Rows, as_spec, check_training_use, left_out, load_rows
+from stepkd.data.spec import DataConfig, Rows, as_spec, check_training_use, left_out, load_rows
 from stepkd.data.templates import PromptTemplate, get_template, template_name
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.segment import get_segmenter
@@ -110,7 +110,7 @@ class StepData(LightningDataModule):
         if stage == "fit" and self.overlap_ngram and "validation" in self.examples:
             self._report_overlap()
 
-    def _load(self, name: str, spec: DataSpec) -> list[Example]:
+    def _load(self, name: str, spec: DataConfig) -> list[Example]:
         encoder = self.make_encoder()
         rows = self._rows(name, spec, None if self.contracts is not None else problem_with(self._needs(name)))
         if self.contracts and (found := detect_contract(rows[0]).name) not in self.contracts:
@@ -145,7 +145,7 @@ class StepData(LightningDataModule):
             raise DataError(f"data.{name}: nothing would be measured, because {reason}")
         return {}
 
-    def _rows(self, name: str, spec: DataSpec, contract: Contract | None = None) -> list[Row]:
+    def _rows(self, name: str, spec: DataConfig, contract: Contract | None = None) -> list[Row]:
         """The rows of a split; what is wrong with them, or left out of a file of one's own, is told with its name."""
         if name == "train":
             check_training_use(spec)

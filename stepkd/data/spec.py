@@ -1,4 +1,4 @@
-"""What to load (:class:`DataSpec`), in YAML or as one command-line word, and the loading itself."""
+"""What to load (:class:`DataConfig`), in YAML or as one command-line word, and the loading itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class DataConfig:
     """Which rows to load. Plain types only, so that a recipe can hold it."""
 
     source: str = "rows"
@@ -69,7 +69,7 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
-class RowsInMemory(DataSpec):
+class RowsInMemory(DataConfig):
     """Rows that a script has at hand."""
 
     rows: Iterable[Mapping[str, Any]] = ()
@@ -77,12 +77,12 @@ class RowsInMemory(DataSpec):
 
 
 if TYPE_CHECKING:
-    Rows = DataSpec | str | Path | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+    Rows = DataConfig | str | Path | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 else:  # what a recipe holds
-    Rows = DataSpec
+    Rows = DataConfig
 
 
-def as_spec(data: Rows | None) -> DataSpec | None:
+def as_spec(data: Rows | None) -> DataConfig | None:
     """What a data module is given, as a spec.
 
     Args:
@@ -91,20 +91,20 @@ def as_spec(data: Rows | None) -> DataSpec | None:
     Raises:
         ConfigError: something else, such as a `DatasetDict` of several splits.
     """
-    if data is None or isinstance(data, DataSpec):
+    if data is None or isinstance(data, DataConfig):
         return data
     if isinstance(data, str | Path):
         return parse_spec(str(data))
     if isinstance(data, Mapping):
-        if unknown := sorted(set(data) - {each.name for each in dataclasses.fields(DataSpec)}):
+        if unknown := sorted(set(data) - {each.name for each in dataclasses.fields(DataConfig)}):
             raise ConfigError(f"{unknown[0]!r} is no setting of data; of a dictionary of splits give one")
-        return DataSpec(**data)
+        return DataConfig(**data)
     if not isinstance(data, Iterable):
         raise ConfigError(f"rows are a list of dicts, a datasets.Dataset or a path, not a {type(data).__name__}")
     return RowsInMemory(rows=data)
 
 
-def resolve_split(spec: DataSpec) -> str:
+def resolve_split(spec: DataConfig) -> str:
     """Tell which split a spec means.
 
     Args:
@@ -123,7 +123,7 @@ def resolve_split(spec: DataSpec) -> str:
     return asked or source.default_split
 
 
-def check_training_use(spec: DataSpec) -> None:
+def check_training_use(spec: DataConfig) -> None:
     """Refuse a spec whose rows are kept for evaluation.
 
     Args:
@@ -141,7 +141,7 @@ def check_training_use(spec: DataSpec) -> None:
         )
 
 
-def load_rows(spec: DataSpec, *, contract: Contract | None = None, ratings: bool = False) -> list[Row]:
+def load_rows(spec: DataConfig, *, contract: Contract | None = None, ratings: bool = False) -> list[Row]:
     """Read, map and validate the rows of a spec.
 
     Without shuffling, reading stops after the last row asked for. A row without an id gets ``source/split/index``,
@@ -184,7 +184,7 @@ def load_rows(spec: DataSpec, *, contract: Contract | None = None, ratings: bool
     return rows
 
 
-def left_out(spec: DataSpec, used: int) -> list[str]:
+def left_out(spec: DataConfig, used: int) -> list[str]:
     """What a file of one's own makes of other settings of its spec, which a recipe may have brought.
 
     Args:
@@ -207,7 +207,7 @@ def left_out(spec: DataSpec, used: int) -> list[str]:
     return said
 
 
-def _as_contract_rows(spec: DataSpec) -> DataSpec:
+def _as_contract_rows(spec: DataConfig) -> DataConfig:
     """The spec, with source `rows` where a file under another source's name has not its columns but those of `rows`."""
     source, rows = get_source(spec.source), get_source("rows")
     if spec.path is None or not source.reads:
@@ -231,11 +231,11 @@ def _shuffle_key(seed: int | None, index: int) -> bytes:
     return hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
 
 
-def _where(spec: DataSpec) -> str:
+def _where(spec: DataConfig) -> str:
     return spec.path or f"{spec.hub or spec.source}:{resolve_split(spec)}"
 
 
-def _valid_rows(spec: DataSpec, contract: Contract | None) -> Iterator[Row]:
+def _valid_rows(spec: DataConfig, contract: Contract | None) -> Iterator[Row]:
     source = get_source(spec.source)
     options = source.settings(spec.options)
     split = resolve_split(spec)
@@ -256,13 +256,13 @@ def _valid_rows(spec: DataSpec, contract: Contract | None) -> Iterator[Row]:
             yield row
 
 
-def _id_prefix(spec: DataSpec, source: Source, split: str) -> str:
+def _id_prefix(spec: DataConfig, source: Source, split: str) -> str:
     if source.name == "rows" and spec.path is not None:
         return stem(spec.path) if file_ending(spec.path) else f"{Path(spec.path).name}/{split}"
     return f"{(source.name == 'rows' and spec.hub) or source.name}/{split}"
 
 
-def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: str) -> Iterator[Read]:
+def _raw_rows(spec: DataConfig, source: Source, options: dict[str, Any], split: str) -> Iterator[Read]:
     if source.generate is not None:
         generated = enumerate(source.generate(options, split), start=1)
         yield from ((row, f"{source.name}:{split}", number) for number, row in generated)
@@ -274,7 +274,7 @@ def _raw_rows(spec: DataSpec, source: Source, options: dict[str, Any], split: st
         yield from read_path(Path(spec.path).expanduser(), source, split, spec.hub_config)
 
 
-def _read_binary_labels(rows: list[Row], spec: DataSpec) -> None:
+def _read_binary_labels(rows: list[Row], spec: DataConfig) -> None:
     """Whole-number labels 0 and 1 without a -1 are incorrect and correct, as TRL and most hub data sets have them."""
     steps = (("completions", "labels"), ("token_ids", "step_labels"))
     found = [(row, column) for row in rows for texts, column in steps if texts in row and row.get(column) is not None]
@@ -304,7 +304,7 @@ PAIRS_NAME = "pairs.jsonl"
 """What ``stepkd label --to step_preference`` and its like write their rows into."""
 
 
-def parse_spec(text: str) -> DataSpec:
+def parse_spec(text: str) -> DataConfig:
     """Read a spec from one command-line word.
 
     ``gsm8k:path=x/test.jsonl,limit=8`` names a source and its settings; a key that only the source knows is one of its
@@ -324,14 +324,14 @@ def parse_spec(text: str) -> DataSpec:
     text = text.strip()
     for written in (LABELS_NAME, PAIRS_NAME):
         if (rows := Path(text).expanduser() / written).is_file():
-            return DataSpec(path=str(rows))
+            return DataConfig(path=str(rows))
     if Path(text).expanduser().is_dir() and text not in {source.name for source in list_sources()}:
-        return DataSpec(path=text)
+        return DataConfig(path=text)
     if file_ending(text.partition(",")[0]) and "=" not in text.partition(",")[0]:
         text = f"rows:path={text}"
     name, _, rest = text.partition(":")
     source = get_source(name)
-    fields = {item.name: item for item in dataclasses.fields(DataSpec) if item.name != "source"}
+    fields = {item.name: item for item in dataclasses.fields(DataConfig) if item.name != "source"}
     settings: dict[str, Any] = {}
     for part in filter(str.strip, _PART.findall(rest)):
         key, equals, value = part.partition("=")
@@ -348,7 +348,7 @@ def parse_spec(text: str) -> DataSpec:
         else:
             known = [*fields, *source.options]
             raise ConfigError(f"unknown key {key!r} in {text!r}; {did_you_mean(head, known)}")
-    return DataSpec(source=name, **settings)
+    return DataConfig(source=name, **settings)
 
 
 _PART = re.compile(r"""(?:="[^"]*"?|='[^']*'?|=\{[^}]*\}?|=\[[^\]]*\]?|[^,])+""")

@@ -8,7 +8,7 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "metrics": "Comparison compare_runs maj_at_k pass_at_k summarise",
-    "runner": "EvaluationSpec evaluate",
+    "runner": "EvaluationConfig evaluate",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stepkd.data.benchmarks import PROCESS_BENCHMARKS, unknown_benchmark
 from stepkd.data.io import fingerprint
-from stepkd.data.spec import DataSpec, load_rows, parse_spec
+from stepkd.data.spec import DataConfig, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.diagnostics import task_swaps
 from stepkd.evaluation.process import summarise_process
@@ -32,7 +32,7 @@ SOLUTIONS = "solutions"
 
 
 @dataclass(frozen=True)
-class ProcessSpec:
+class ProcessConfig:
     """One evaluation of a step scorer."""
 
     model: str
@@ -71,14 +71,14 @@ class ProcessSpec:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size}: at least one solution at once")
 
-    def sets(self) -> tuple[dict[str, DataSpec], str | None]:
+    def sets(self) -> tuple[dict[str, DataConfig], str | None]:
         """Name -> data of every set that is scored, and the name of the one the threshold is tuned on."""
         if self.benchmark == "step_labels":
             assert self.data is not None
             sets = {self.data: parse_spec(self.data)}
         else:
             path = None if self.data is None else str(Path(self.data).expanduser())
-            sets = {name: DataSpec(source="processbench", path=path, split=name) for name in self.subsets}
+            sets = {name: DataConfig(source="processbench", path=path, split=name) for name in self.subsets}
         tune_on = self.tune_on or (next(iter(sets)) if self.benchmark == "processbench" else None)
         if tune_on is not None and tune_on not in sets:
             if tune_on in SUBSETS and self.benchmark == "processbench":
@@ -98,7 +98,7 @@ def figure_names(name: str) -> tuple[str, str]:
 
 
 def evaluate_process(
-    spec: ProcessSpec, scorer: StepScorer | Callable[[], StepScorer], *, options: JobOptions = ALONE
+    spec: ProcessConfig, scorer: StepScorer | Callable[[], StepScorer], *, options: JobOptions = ALONE
 ) -> dict[str, Any]:
     """Score every step of the sets (or resume) and sum up.
 

@@ -19,7 +19,7 @@ import torch
 from stepkd.data.benchmarks import Benchmark, benchmark_data, default_ks, get_benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
-from stepkd.data.spec import DataSpec, load_rows, resolve_split
+from stepkd.data.spec import DataConfig, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError
 from stepkd.evaluation.metrics import summarise
@@ -30,7 +30,7 @@ from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weight
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered, package_versions
-from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler, encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
@@ -44,7 +44,7 @@ PROBLEMS = "problems"
 
 
 @dataclass(frozen=True)
-class EvaluationSpec:
+class EvaluationConfig:
     """One evaluation."""
 
     model: str
@@ -103,14 +103,14 @@ class EvaluationSpec:
                 f"k={bad[0]} of pass@k: must lie between 1 and the number of samples per problem, {self.samples}"
             )
 
-    def sampling(self, benchmark: Benchmark) -> SamplingSpec:
+    def sampling(self, benchmark: Benchmark) -> SamplingConfig:
         """The sampler's settings."""
         limit = benchmark.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
         same = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "stop", "seed")}
-        return SamplingSpec(n=self.samples, max_new_tokens=limit, **same)
+        return SamplingConfig(n=self.samples, max_new_tokens=limit, **same)
 
 
-def evaluate(spec: EvaluationSpec, *, policy: Policy | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
+def evaluate(spec: EvaluationConfig, *, policy: Policy | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
     """Run (or resume) an evaluation.
 
     Args:
@@ -209,7 +209,7 @@ def _running(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float 
     }
 
 
-def _data_settings(benchmark: Benchmark, data: DataSpec) -> dict[str, Any]:
+def _data_settings(benchmark: Benchmark, data: DataConfig) -> dict[str, Any]:
     # The whole file, so that runs with different limits can still be compared problem by problem.
     whole = load_rows(replace(data, limit=None, offset=0, shuffle_seed=None), contract=PROBLEM)
     return {

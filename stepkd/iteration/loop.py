@@ -15,7 +15,7 @@ from typing import Any
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import check_training_use, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.iteration.spec import IterateSpec
+from stepkd.iteration.spec import IterateConfig
 from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_next, training_settings
 from stepkd.iteration.table import summarise_run
 from stepkd.runs.files import write_json
@@ -23,7 +23,7 @@ from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions, check_
 from stepkd.yaml_files import find_recipe
 
 
-def run_iterations(spec: IterateSpec, out: str | Path, *, report: Report, overwrite: bool = False) -> dict[str, Any]:
+def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, overwrite: bool = False) -> dict[str, Any]:
     """Run what is missing of an iterated training.
 
     Args:
@@ -76,7 +76,7 @@ def _folders(out: Path) -> list[str]:
     return sorted(path.name for path in out.glob("iteration-*")) if out.is_dir() else []
 
 
-def _check(spec: IterateSpec, job: Job) -> None:
+def _check(spec: IterateConfig, job: Job) -> None:
     """Refuse what would fail hours later: a launcher, recipes, settings or problems that cannot be used."""
     from stepkd.training.fit import check_fit
 
@@ -96,7 +96,7 @@ def _check(spec: IterateSpec, job: Job) -> None:
     _check_problems(spec)
 
 
-def _check_problems(spec: IterateSpec) -> None:
+def _check_problems(spec: IterateConfig) -> None:
     """Held-out problems are none of the training problems, and there are enough of these."""
     word = parse_spec(spec.problems)
     check_training_use(word)
@@ -118,7 +118,7 @@ def _check_problems(spec: IterateSpec) -> None:
         )
 
 
-def _seed_weights(spec: IterateSpec) -> str:
+def _seed_weights(spec: IterateConfig) -> str:
     """Fingerprint of M0; a model that cannot be loaded is refused here."""
     from stepkd.models.checkpoint import load_trained, weights_fingerprint
 

@@ -22,7 +22,7 @@ from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader
 from stepkd.labels.job import drawn_records
 from stepkd.labels.quality import row_labels
-from stepkd.labels.settings import LabelSpec, asking
+from stepkd.labels.settings import LabelConfig, asking
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
@@ -40,7 +40,7 @@ PAIRED = ("pass@1", "correct_with_wrong_step", "step_accuracy", "mean_tokens")
 """Metrics whose difference to M0 is given."""
 
 
-def problem_rows(samples: Path, labels: Path | None, spec: LabelSpec, *, seed_model: str) -> list[dict[str, Any]]:
+def problem_rows(samples: Path, labels: Path | None, spec: LabelConfig, *, seed_model: str) -> list[dict[str, Any]]:
     """One row per held-out problem with all its samples, also those that could not be cut into steps or labelled.
 
     Args:
@@ -88,7 +88,7 @@ def _step_marks(path: Path) -> dict[str, list[bool | None]]:
     return {name: steps for name, steps in marks.items() if any(mark is not None for mark in steps)}
 
 
-def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelSpec, seed_model: str) -> Any:
+def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelConfig, seed_model: str) -> Any:
     """Iterator over the samples' log-ratios in order; None where the samples were not drawn at temperature 1.
 
     Both models read the samples in the same batches (and not the sampler's own log-probabilities, whose rounding in
@@ -118,7 +118,7 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelSpec
     )
 
 
-def _load(name: str, spec: LabelSpec, device: Any) -> Policy:
+def _load(name: str, spec: LabelConfig, device: Any) -> Policy:
     policy: Policy = load_trained(name, dtype=spec.dtype)
     return policy.to(device)
 

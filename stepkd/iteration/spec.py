@@ -1,6 +1,6 @@
 """The settings of an iterated training: a YAML file with overrides, checked before anything runs.
 
-Keys: the fields of :class:`IterateSpec`; ``label``, ``convert``, ``train`` and ``evaluation`` are mappings.
+Keys: the fields of :class:`IterateConfig`; ``label``, ``convert``, ``train`` and ``evaluation`` are mappings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.labels.convert import CONVERTERS
 from stepkd.labels.feedback import ConvertOptions
-from stepkd.labels.settings import PAIR_JOBS, JobSpec, LabelSpec
+from stepkd.labels.settings import PAIR_JOBS, JobConfig, LabelConfig
 from stepkd.randomness import stream_key
 from stepkd.yaml_files import build_settings, check_keys, find_recipe, mapping, read_yaml, settings_from
 
@@ -62,7 +62,7 @@ class HeldOutSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IterateSpec:
+class IterateConfig:
     """An iterated training: M0 -> M1 -> ... -> MK."""
 
     model: str
@@ -80,7 +80,7 @@ class IterateSpec:
     reference: Literal["reset", "kept"] = "reset"
     """Reference model of iteration k: M_{k-1} (``reset``), or M0 throughout (``kept``)."""
     label: dict[str, Any] = field(default_factory=dict)
-    """Fields of :class:`~stepkd.labels.LabelSpec`: labeller, samples, temperature, segmenter, ..."""
+    """Fields of :class:`~stepkd.labels.LabelConfig`: labeller, samples, temperature, segmenter, ..."""
     convert: dict[str, Any] | None = None
     """``to`` (a converter's name) and its options; None: training reads the labelled solutions as they are."""
     pairs: dict[str, Any] | None = None
@@ -110,7 +110,7 @@ class IterateSpec:
             given = self.label if name == "label" else self.evaluation.label
             if wrong := sorted(known & set(given)):
                 raise ConfigError(f"{name}: {wrong[0]} is set by the iteration itself: take it out")
-            check_keys(given, [item.name for item in fields(LabelSpec) if item.name not in known], name)
+            check_keys(given, [item.name for item in fields(LabelConfig) if item.name not in known], name)
         self.label_spec(1, out="labels", model=self.model)
         held_out = self.held_out_spec(out="samples", model=self.model)
         if held_out.fits_threshold:
@@ -130,7 +130,7 @@ class IterateSpec:
         """Whether training needs wrong answers beside right ones."""
         return self.convert is None or self.convert["to"] not in NEEDS_RIGHT_ONLY
 
-    def label_spec(self, k: int, *, out: str, model: str) -> LabelSpec:
+    def label_spec(self, k: int, *, out: str, model: str) -> LabelConfig:
         """The labelling job of iteration k >= 1: solutions of model M_{k-1} to the training problems."""
         settings = self.label | {"out": out, "model": model, "problems": self.problem_word(k)}
         settings["seed"] = iteration_seed(self.seed, "label", k)
@@ -144,7 +144,7 @@ class IterateSpec:
         offset = parse_spec(self.problems).offset + (k - 1) * limit
         return f"{explicit_word(self.problems)},offset={offset},limit={limit}"
 
-    def held_out_spec(self, *, out: str, model: str) -> LabelSpec:
+    def held_out_spec(self, *, out: str, model: str) -> LabelConfig:
         """The labelling job of a model's solutions to the held-out problems; the same noise for every model."""
         inherited = {name: value for name, value in self.label.items() if name not in HELD_OUT_OWN}
         settings = inherited | self.evaluation.label
@@ -153,7 +153,7 @@ class IterateSpec:
         settings["seed"] = iteration_seed(self.seed, "evaluate", 0)
         return _label_spec(settings, "evaluation: label")
 
-    def pair_spec(self, k: int, job: LabelSpec, *, out: str) -> tuple[str, JobSpec]:
+    def pair_spec(self, k: int, job: LabelConfig, *, out: str) -> tuple[str, JobConfig]:
         """The pair job of iteration k, and its kind.
 
         Args:
@@ -251,7 +251,7 @@ def explicit_word(word: str) -> str:
     return f"{text}{',' if ':' in text else ':'}split={resolve_split(spec)}"
 
 
-def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> IterateSpec:
+def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> IterateConfig:
     """Read and check a file.
 
     Args:
@@ -274,8 +274,8 @@ def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> I
         raise DataError(str(error), path=path) from error
 
 
-def _build(settings: dict[str, Any]) -> IterateSpec:
-    check_keys(settings, [item.name for item in fields(IterateSpec)], "settings")
+def _build(settings: dict[str, Any]) -> IterateConfig:
+    check_keys(settings, [item.name for item in fields(IterateConfig)], "settings")
     needed: tuple[tuple[str, type | None, str], ...] = (
         ("model", None, ""),
         ("problems", None, ""),
@@ -292,8 +292,8 @@ def _build(settings: dict[str, Any]) -> IterateSpec:
     convert = settings.get("convert")
     if convert is not None and "to" not in mapping(convert, "convert"):
         raise ConfigError(f"convert: needs `to`, the name of a converter: {', '.join(CONVERTERS)}")
-    spec = build_settings(IterateSpec, settings, "settings")
-    assert isinstance(spec, IterateSpec)
+    spec = build_settings(IterateConfig, settings, "settings")
+    assert isinstance(spec, IterateConfig)
     return spec
 
 
@@ -318,7 +318,7 @@ def put(settings: dict[str, Any], key: str, value: Any) -> None:
     target[last] = value
 
 
-def _label_spec(settings: Mapping[str, Any], where: str) -> LabelSpec:
-    spec = build_settings(LabelSpec, settings, where)
-    assert isinstance(spec, LabelSpec)
+def _label_spec(settings: Mapping[str, Any], where: str) -> LabelConfig:
+    spec = build_settings(LabelConfig, settings, where)
+    assert isinstance(spec, LabelConfig)
     return spec

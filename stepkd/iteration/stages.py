@@ -20,8 +20,8 @@ import yaml
 
 from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.iteration.spec import IterateSpec, iteration_seed, put
-from stepkd.labels.settings import JobSpec, LabelSpec
+from stepkd.iteration.spec import IterateConfig, iteration_seed, put
+from stepkd.labels.settings import JobConfig, LabelConfig
 from stepkd.runs.files import write_file, write_json, write_jsonl
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
 from stepkd.yaml_files import find_recipe
@@ -39,7 +39,7 @@ BLOCK = 1 << 12
 class Iteration:
     """One iteration k: M_{k-1} labels, M_k is trained (k >= 1) and evaluated (k >= 0)."""
 
-    spec: IterateSpec
+    spec: IterateConfig
     """Settings."""
     job: Job
     """The whole run; its folder holds those of the iterations."""
@@ -147,7 +147,7 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
 
     run("greedy", lambda: _greedy(it, folder / "greedy"), f"M{k} solves the held-out problems, greedy")
     drawn = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
-    judged: LabelSpec | None = None
+    judged: LabelConfig | None = None
     if drawn.labeller == "monte_carlo":
         # Continuations come from M0 for every model: the same judge for all of them.
         judged = replace(
@@ -176,14 +176,14 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
     return facts
 
 
-def _label(it: Iteration, job: LabelSpec) -> dict[str, Any]:
+def _label(it: Iteration, job: LabelConfig) -> dict[str, Any]:
     """Run a labelling job to its end; its summary without the table by step number."""
     summary = _run_job(it, "label", job, LABELS_NAME)
     summary.pop("by_position")
     return summary
 
 
-def _run_job(it: Iteration, kind: str, job: JobSpec, rows: str) -> dict[str, Any]:
+def _run_job(it: Iteration, kind: str, job: JobConfig, rows: str) -> dict[str, Any]:
     """Run a labelling or pair job to its end, under the launcher where one is given; its summary."""
     out = Path(job.out)
     if it.spec.launcher is None:
@@ -197,12 +197,12 @@ def _run_job(it: Iteration, kind: str, job: JobSpec, rows: str) -> dict[str, Any
     return dict(json.loads((out / SUMMARY_NAME).read_bytes()))
 
 
-def run_job(kind: str, job: JobSpec, options: JobOptions) -> None:
+def run_job(kind: str, job: JobConfig, options: JobOptions) -> None:
     """Run a labelling job (``label``) or a pair job (a name of ``PAIR_JOBS``)."""
     if kind == "label":
         from stepkd.labels.job import run_label_job
 
-        assert isinstance(job, LabelSpec)
+        assert isinstance(job, LabelConfig)
         run_label_job(job, options=options)
     else:
         from stepkd.labels.pair_job import run_pair_job
@@ -267,7 +267,7 @@ def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
     return {"to": to, "rows": written, "counts": converted.counts}
 
 
-def _pairs(it: Iteration, job: LabelSpec) -> dict[str, Any]:
+def _pairs(it: Iteration, job: LabelConfig) -> dict[str, Any]:
     """Run the pair job to its end."""
     kind, pairs = it.spec.pair_spec(it.k, job, out=str(it.folder / "pairs"))
     try:
@@ -326,7 +326,7 @@ def _export(it: Iteration) -> dict[str, Any]:
 
 def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     from stepkd.data.rows import PROBLEM
-    from stepkd.evaluation.runner import EvaluationSpec, evaluate
+    from stepkd.evaluation.runner import EvaluationConfig, evaluate
     from stepkd.labels.settings import asking
     from stepkd.models.source import template_for
     from stepkd.tasks.rows import is_task_row
@@ -337,7 +337,7 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     is_task = all(map(is_task_row, load_rows(problems, contract=PROBLEM)))
     how = asking(problems.source, is_task=is_task)  # prompt, extractors and length are those of the sampled solutions
     summary = evaluate(
-        EvaluationSpec(
+        EvaluationConfig(
             model=job.model or "",
             benchmark=benchmark,
             data=data,

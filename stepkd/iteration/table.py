@@ -11,14 +11,14 @@ from rich.table import Table
 
 from stepkd.evaluation.metrics import compare_runs
 from stepkd.iteration.measure import differences, model_metrics
-from stepkd.iteration.spec import IterateSpec
+from stepkd.iteration.spec import IterateConfig
 from stepkd.runs.job import RESULTS_NAME, read_results
 
 Summary = Mapping[str, Any]
 
 
 def summarise_run(
-    spec: IterateSpec, folders: Sequence[Path], facts: Sequence[Mapping[str, Any]], *, n_resamples: int = 10_000
+    spec: IterateConfig, folders: Sequence[Path], facts: Sequence[Mapping[str, Any]], *, n_resamples: int = 10_000
 ) -> dict[str, Any]:
     """Sum up the models that are evaluated.
 

@@ -15,7 +15,7 @@ def run(path: str) -> int:
     from rich.console import Console
 
     from stepkd.iteration.stages import run_job
-    from stepkd.labels.settings import PAIR_JOBS, LabelSpec
+    from stepkd.labels.settings import PAIR_JOBS, LabelConfig
     from stepkd.runs.launcher import check_launch
     from stepkd.runs.process import quiet_libraries
     from stepkd.runs.progress import job_options
@@ -26,6 +26,6 @@ def run(path: str) -> int:
     quiet_libraries()
     launch, settings = check_launch(), content["settings"]
     settings["device"] = rank_device(settings["device"], launch)
-    kind = PAIR_JOBS.get(content["kind"], LabelSpec)
+    kind = PAIR_JOBS.get(content["kind"], LabelConfig)
     run_job(content["kind"], build_settings(kind, settings, "job"), job_options(Console(), launch))
     return 0

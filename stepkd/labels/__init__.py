@@ -18,7 +18,7 @@ _HOMES = {
     "monte_carlo": "MonteCarloLabeller",
     "pair_job": "run_pair_job",
     "quality": "LabelQuality label_quality",
-    "settings": "JobSpec LABELLERS LabelSpec PAIR_JOBS StepPairSpec TreePairSpec",
+    "settings": "JobConfig LABELLERS LabelConfig PAIR_JOBS StepPairConfig TreePairConfig",
     "step_pairs": "StepPairBuilder step_pair_builder",
     "tree_pairs": "TreePairBuilder tree_pair_builder",
     "workbench": "PairBuilder Workbench pair_record",

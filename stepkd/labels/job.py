@@ -20,7 +20,7 @@ from stepkd.errors import DataError
 from stepkd.labels.labellers import CheckerLabeller, Labeller, OutcomeLabeller, Reduce, ScorerLabeller, Solution
 from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.labels.quality import row_labels, summarise_labels
-from stepkd.labels.settings import FITTED, SCORER_LABELLERS, LabelSpec
+from stepkd.labels.settings import FITTED, SCORER_LABELLERS, LabelConfig
 from stepkd.labels.solutions import Candidate, Row, SolutionSource, cut, drop_duplicates, labelled_row
 from stepkd.labels.sources import GivenSolutions, SampledSolutions
 from stepkd.labels.workbench import Workbench, finish_job, load_judge, open_workbench
@@ -55,7 +55,7 @@ class JobParts:
 
 
 def run_label_job(
-    spec: LabelSpec, *, options: JobOptions = ALONE, parts: JobParts | None = None
+    spec: LabelConfig, *, options: JobOptions = ALONE, parts: JobParts | None = None
 ) -> dict[str, Any] | None:
     """Run a labelling job, resume it, or do one rank's share of it.
 
@@ -91,7 +91,7 @@ def drawn_records(out: str | Path) -> list[dict[str, Any]]:
     return finished_rows(out, SOLUTIONS)
 
 
-def _label(job: Job, spec: LabelSpec, parts: JobParts, drawn: Sequence[Row]) -> dict[str, Any] | None:
+def _label(job: Job, spec: LabelConfig, parts: JobParts, drawn: Sequence[Row]) -> dict[str, Any] | None:
     """This rank's share of the second phase; the summary when nothing is left to do for anybody."""
     bench = parts.bench
     found = [candidate for record in drawn for candidate in parts.source.candidates(record)]
@@ -123,7 +123,7 @@ def _label(job: Job, spec: LabelSpec, parts: JobParts, drawn: Sequence[Row]) -> 
     return finish_job(job, LABELS_NAME, rows, summary, nothing=nothing)
 
 
-def _segmenter(out: Path, spec: LabelSpec, parts: JobParts, candidates: Sequence[Candidate]) -> Segmenter | None:
+def _segmenter(out: Path, spec: LabelConfig, parts: JobParts, candidates: Sequence[Candidate]) -> Segmenter | None:
     """The job's segmenter; a threshold that is to be fitted is fitted on all solutions, and is one of the outputs."""
     if spec.segmenter is None:
         return get_segmenter("newline") if parts.bench.drawn else None
@@ -181,7 +181,7 @@ def _correct_steps(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 
 def job_parts(
-    spec: LabelSpec,
+    spec: LabelConfig,
     *,
     policy: Policy | None = None,
     sampler: Sampler | None = None,
@@ -229,7 +229,7 @@ def job_parts(
     return JobParts(bench, source, labeller, settings)
 
 
-def _segmenter_settings(spec: LabelSpec) -> dict[str, Any] | None:
+def _segmenter_settings(spec: LabelConfig) -> dict[str, Any] | None:
     """The segmenter by its settings, so that a threshold file counts by what it says and not by its name."""
     if spec.segmenter is None:
         return None
@@ -238,7 +238,7 @@ def _segmenter_settings(spec: LabelSpec) -> dict[str, Any] | None:
     return {"name": spec.segmenter_kind, **segmenter_settings(get_segmenter(spec.segmenter))}
 
 
-def _warn_of_foreign_threshold(spec: LabelSpec, model: str) -> None:
+def _warn_of_foreign_threshold(spec: LabelConfig, model: str) -> None:
     """A threshold file belongs to the model whose samples it was fitted on; another model's signals are others."""
     file = (spec.segmenter or "").partition(":")[2]
     if spec.segmenter_kind not in FITTED or not Path(file).is_file():
@@ -253,7 +253,7 @@ def _warn_of_foreign_threshold(spec: LabelSpec, model: str) -> None:
         )
 
 
-def make_labeller(spec: LabelSpec, bench: Workbench, sampler: Sampler) -> Labeller:
+def make_labeller(spec: LabelConfig, bench: Workbench, sampler: Sampler) -> Labeller:
     """The labeller that a job's settings name.
 
     Args:
@@ -283,7 +283,7 @@ def make_labeller(spec: LabelSpec, bench: Workbench, sampler: Sampler) -> Labell
     )
 
 
-def _check_row(spec: LabelSpec, row: Row, place: str) -> None:
+def _check_row(spec: LabelConfig, row: Row, place: str) -> None:
     """Refuse a row that the labeller has no use for, before any work is done."""
     name = str(row["id"])
     if spec.labeller == "monte_carlo" and row.get("answer") is None:

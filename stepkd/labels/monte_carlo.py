@@ -22,7 +22,7 @@ from stepkd.labels.labellers import Reduce, Solution, StepLabels, check_reductio
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler, Drawn, Rollout, SamplingSpec
+from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler, Drawn, Rollout, SamplingConfig
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
 from stepkd.steps.segment import SEGMENTERS, RegexSegmenter, Segmenter, check_partition, get_segmenter, segment
 from stepkd.steps.text import TokenizedText, text_from_ids
@@ -150,7 +150,7 @@ class MonteCarloLabeller:
         sampler: BranchSampler,
         policy: Policy,
         grader: Grader,
-        spec: SamplingSpec,
+        spec: SamplingConfig,
         *,
         reduce: Reduce = "any",
         early_stop: bool = False,

@@ -15,7 +15,7 @@ from typing import Any
 
 from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.data.spec import PAIRS_NAME
-from stepkd.labels.settings import JobSpec, StepPairSpec, TreePairSpec
+from stepkd.labels.settings import JobConfig, StepPairConfig, TreePairConfig
 from stepkd.labels.step_pairs import step_pair_builder
 from stepkd.labels.tree_pairs import tree_pair_builder
 from stepkd.labels.workbench import PairBuilder, finish_job
@@ -23,14 +23,14 @@ from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, numbered
 
 KIND, PAIRS = "pair job", "pairs"
 
-_BUILDERS: dict[type[JobSpec], Callable[[Any], PairBuilder]] = {
-    StepPairSpec: step_pair_builder,
-    TreePairSpec: tree_pair_builder,
+_BUILDERS: dict[type[JobConfig], Callable[[Any], PairBuilder]] = {
+    StepPairConfig: step_pair_builder,
+    TreePairConfig: tree_pair_builder,
 }
 
 
 def run_pair_job(
-    spec: JobSpec, *, options: JobOptions = ALONE, builder: PairBuilder | None = None
+    spec: JobConfig, *, options: JobOptions = ALONE, builder: PairBuilder | None = None
 ) -> dict[str, Any] | None:
     """Run a pair job, resume it, or do one rank's share of it.
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.labels.labellers import check_reduction
-from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.scorer import Reduction
-from stepkd.search.mcts import SearchSettings
-from stepkd.search.pairs import PairSettings
+from stepkd.search.mcts import SearchConfig
+from stepkd.search.pairs import PairConfig
 from stepkd.steps.labels import Neutral, check_threshold
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.base import Given
@@ -38,7 +38,7 @@ ValueKind = Literal["rollout", "scorer", "self_evaluation"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobSpec:
+class JobConfig:
     """What every job of ``stepkd label`` has settings for: the policy, how it samples, how answers are graded."""
 
     out: str
@@ -76,9 +76,9 @@ class JobSpec:
     def __post_init__(self) -> None:
         check_bounds("", self, max_rows="[1, inf)", limit="[1, inf)")
 
-    def drawing(self, n: int, max_new_tokens: int, *, temperature: float | None = None) -> SamplingSpec:
+    def drawing(self, n: int, max_new_tokens: int, *, temperature: float | None = None) -> SamplingConfig:
         """How ``n`` completions of a prompt or prefix are drawn; ``temperature`` in place of the job's."""
-        return SamplingSpec(
+        return SamplingConfig(
             n=n,
             temperature=self.temperature if temperature is None else temperature,
             top_p=self.top_p,
@@ -90,7 +90,7 @@ class JobSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelSpec(JobSpec):
+class LabelConfig(JobConfig):
     """One labelling job: what is labelled, by whom, and where it is written."""
 
     problems: str | None = None
@@ -193,7 +193,7 @@ class LabelSpec(JobSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepPairSpec(JobSpec):
+class StepPairConfig(JobConfig):
     """One Step-DPO pair job. The sampling defaults are those of the paper (arXiv 2406.18629)."""
 
     rollouts: str
@@ -243,15 +243,15 @@ class StepPairSpec(JobSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TreePairSpec(JobSpec):
+class TreePairConfig(JobConfig):
     """One job of tree-search pairs, after arXiv 2405.00451; :mod:`stepkd.search.mcts` says what differs. The paper's
     value is ``self_evaluation``, not the default."""
 
     problems: str
     """Problems with answers: file, folder or data settings in one word."""
-    search: SearchSettings = field(default_factory=SearchSettings)
+    search: SearchConfig = field(default_factory=SearchConfig)
     """How trees are searched."""
-    pairs: PairSettings = field(default_factory=PairSettings)
+    pairs: PairConfig = field(default_factory=PairConfig)
     """Which pairs a tree gives."""
     value: ValueKind = "rollout"
     """What estimates a state: the share of right answers among simulated continuations (``rollout``); what a step
@@ -294,7 +294,7 @@ class TreePairSpec(JobSpec):
         return {"search": asdict(self.search), **asdict(self.pairs)}
 
 
-PAIR_JOBS: dict[str, type[JobSpec]] = {"step_preference": StepPairSpec, "tree_preference": TreePairSpec}
+PAIR_JOBS: dict[str, type[JobConfig]] = {"step_preference": StepPairConfig, "tree_preference": TreePairConfig}
 """Jobs that make preference pairs and sample for it: what ``--to`` calls them, and their settings."""
 
 

@@ -13,7 +13,7 @@ from stepkd.grading.pool import Grader
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Candidate, Row, token_signals
 from stepkd.labels.workbench import Workbench
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import Sampler, SamplingSpec
+from stepkd.sampling.sampler import Sampler, SamplingConfig
 from stepkd.sampling.transformers_sampler import encode_prompts, fixed_batches
 from stepkd.steps.format import written_steps
 from stepkd.steps.segment import get_segmenter
@@ -30,7 +30,7 @@ class SampledSolutions:
     """Problems, policy, template and grader."""
     sampler: Sampler
     """Draws the solutions."""
-    sampling: SamplingSpec
+    sampling: SamplingConfig
     """How they are drawn."""
     signals: frozenset[str] = frozenset()
     """Per-token signals that the segmenter will read."""

@@ -17,7 +17,7 @@ from typing import Any, cast
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import Solution, StepCheck
 from stepkd.labels.monte_carlo import NextStep, next_step, segmenter_of, text_until_stop
-from stepkd.labels.settings import StepPairSpec
+from stepkd.labels.settings import StepPairConfig
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row, cut
 from stepkd.labels.sources import GivenSolutions
 from stepkd.labels.workbench import Workbench, load_judge, open_workbench, pair_record
@@ -52,7 +52,7 @@ class _Wrong:
         return self.solution.completion_ids[: self.cut]
 
 
-def first_wrong_step(row: Row, spec: StepPairSpec) -> int | str:
+def first_wrong_step(row: Row, spec: StepPairConfig) -> int | str:
     """Number of the first wrong step of a row, all steps before it being right; or why there is no use for it.
 
     Reasons: ``no_labels``, ``ungraded``, ``right_answer``, ``no_wrong_step``, ``first_error_unknown`` (an unlabelled
@@ -83,7 +83,7 @@ class StepPairBuilder:
     """
 
     def __init__(
-        self, spec: StepPairSpec, bench: Workbench, sampler: BranchSampler, check: StepCheck | None = None
+        self, spec: StepPairConfig, bench: Workbench, sampler: BranchSampler, check: StepCheck | None = None
     ) -> None:
         self.spec, self.bench, self.sampler, self.check = spec, bench, sampler, check
         self.rows = bench.rows
@@ -286,7 +286,7 @@ class StepPairBuilder:
 
 
 def step_pair_builder(
-    spec: StepPairSpec, *, policy: Policy | None = None, sampler: BranchSampler | None = None
+    spec: StepPairConfig, *, policy: Policy | None = None, sampler: BranchSampler | None = None
 ) -> StepPairBuilder:
     """Load what a Step-DPO pair job needs, checking everything that can be checked before the work begins.
 
@@ -305,7 +305,7 @@ def step_pair_builder(
     return StepPairBuilder(spec, bench, sampler, check)
 
 
-def _check_row(spec: StepPairSpec, row: Row, place: str) -> None:
+def _check_row(spec: StepPairConfig, row: Row, place: str) -> None:
     name = str(row["id"])
     if "token_ids" not in row:
         raise DataError(
@@ -325,7 +325,7 @@ def _check_row(spec: StepPairSpec, row: Row, place: str) -> None:
         )
 
 
-def make_step_check(spec: StepPairSpec) -> StepCheck:
+def make_step_check(spec: StepPairConfig) -> StepCheck:
     """The check that a pair job's settings name: ``judge``, else the exact checker.
 
     Raises:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from stepkd.errors import DataError
-from stepkd.labels.settings import TreePairSpec
+from stepkd.labels.settings import TreePairConfig
 from stepkd.labels.solutions import PROBLEM_COLUMNS, Row
 from stepkd.labels.workbench import Workbench, load_judge, open_workbench, pair_record
 from stepkd.models.policy import Policy
@@ -35,7 +35,7 @@ class TreePairBuilder:
         value: estimates states.
     """
 
-    def __init__(self, spec: TreePairSpec, bench: Workbench, generator: SampledSteps, value: StateValue) -> None:
+    def __init__(self, spec: TreePairConfig, bench: Workbench, generator: SampledSteps, value: StateValue) -> None:
         self.spec, self.bench, self.generator, self.value = spec, bench, generator, value
         self.prompts = encode_prompts(bench.policy, bench.template, bench.rows)
         self.pairing = {
@@ -110,7 +110,7 @@ def tree_facts(tree: SearchTree) -> dict[str, int]:
 
 
 def tree_pair_builder(
-    spec: TreePairSpec,
+    spec: TreePairConfig,
     *,
     policy: Policy | None = None,
     sampler: Sampler | None = None,
@@ -137,7 +137,7 @@ def tree_pair_builder(
     return TreePairBuilder(spec, bench, generator, _value(spec, bench, generator, scorer))
 
 
-def _value(spec: TreePairSpec, bench: Workbench, generator: SampledSteps, scorer: StepScorer | None) -> StateValue:
+def _value(spec: TreePairConfig, bench: Workbench, generator: SampledSteps, scorer: StepScorer | None) -> StateValue:
     """What the settings name as the estimate of a state."""
     if spec.value == "rollout":
         return RolloutValue(generator, bench.grader, rollouts=spec.rollouts_per_step)
@@ -150,7 +150,7 @@ def _value(spec: TreePairSpec, bench: Workbench, generator: SampledSteps, scorer
     return ScorerValue(scorer, reduction=spec.reduction, name=spec.value)
 
 
-def _check_row(spec: TreePairSpec, row: Row, place: str) -> None:
+def _check_row(spec: TreePairConfig, row: Row, place: str) -> None:
     if spec.judge == "checker" and not is_task_row(row):
         raise DataError(
             f"row {str(row['id'])!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an "

@@ -12,12 +12,12 @@ import torch
 from stepkd.data.benchmarks import Benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids, detect_contract
-from stepkd.data.spec import DataSpec, load_rows, parse_spec, resolve_split
+from stepkd.data.spec import DataConfig, load_rows, parse_spec, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.pool import Grader
-from stepkd.labels.settings import JobSpec, asking
+from stepkd.labels.settings import JobConfig, asking
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
@@ -34,9 +34,9 @@ Row = Mapping[str, Any]
 class Workbench:
     """What every job works with."""
 
-    spec: JobSpec
+    spec: JobConfig
     """The job's settings."""
-    data: DataSpec
+    data: DataConfig
     """Where the rows came from."""
     rows: list[dict[str, Any]]
     """Problems, or solutions; their ids are unique."""
@@ -113,7 +113,7 @@ class Workbench:
 
 
 def open_workbench(
-    spec: JobSpec,
+    spec: JobConfig,
     word: str,
     check_row: Callable[[Row, str], None],
     *,
@@ -160,7 +160,7 @@ def open_workbench(
     )
 
 
-def load_judge(spec: JobSpec, word: str, **asked: Any) -> StepScorer:
+def load_judge(spec: JobConfig, word: str, **asked: Any) -> StepScorer:
     """The step scorer of a word, computing as the job does; ``asked`` are further :class:`ScorerOptions`."""
     return load_scorer(word, ScorerOptions(dtype=spec.dtype, device=spec.device, max_rows=spec.max_rows, **asked))
 

@@ -10,8 +10,8 @@ _HOMES = {
     "head": "check_head real_vocab_size vocab_head",
     "load": "load_model load_tokenizer",
     "policy": "Policy positions_from_mask",
-    "spec": "LoraSpec PolicySpec TINY_PRESETS build_tiny spec_from_dict spec_to_dict tiny_tokenizer",
-    "step_head": "StepHead StepHeadSpec",
+    "spec": "LoRAConfig PolicyConfig TINY_PRESETS build_tiny spec_from_dict spec_to_dict tiny_tokenizer",
+    "step_head": "StepHead StepHeadConfig",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 """Dtypes in which updates of a usual learning rate are less than the rounding of the weights."""
@@ -119,7 +119,7 @@ def add_empty_adapter(model: Any, folder: Path) -> Any:
     return _in_float32(get_peft_model(model, config))
 
 
-def add_lora(model: Any, spec: PolicySpec) -> Any:
+def add_lora(model: Any, spec: PolicyConfig) -> Any:
     """Wrap a model with the fresh adapters ``spec.lora`` describes.
 
     Raises:

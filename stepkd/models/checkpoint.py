@@ -22,12 +22,12 @@ from stepkd.models.load import checkpoint_layers, listed_ends, load_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint as find_checkpoint
 from stepkd.models.source import save_template, trained_template
-from stepkd.models.spec import TINY_PRESETS, FrozenSpec, PolicySpec, Quantization, spec_from_dict
+from stepkd.models.spec import TINY_PRESETS, FrozenSpec, PolicyConfig, Quantization, spec_from_dict
 from stepkd.models.step_head import save_step_head, step_head_from_dict
 from stepkd.runs.resume import read_checkpoint
 
 
-def trained_spec(path: str | Path) -> PolicySpec:
+def trained_spec(path: str | Path) -> PolicyConfig:
     """What :func:`load_trained` would load from a path, before its weights are put in.
 
     Raises:
@@ -36,16 +36,16 @@ def trained_spec(path: str | Path) -> PolicySpec:
     return _read(path)[2]
 
 
-def _read(path: str | Path) -> tuple[Path | None, dict[str, Any] | None, PolicySpec]:
+def _read(path: str | Path) -> tuple[Path | None, dict[str, Any] | None, PolicyConfig]:
     """The checkpoint that a path means, where it means one, and the policy's settings."""
     found = find_checkpoint(Path(path).expanduser())
     if found is None:
-        return None, None, PolicySpec(path=str(path))
+        return None, None, PolicyConfig(path=str(path))
     checkpoint = read_checkpoint(found)
     return found, checkpoint, spec_from_dict(checkpoint["stepkd"]["policy"])
 
 
-def load_policy(spec: PolicySpec) -> Policy:
+def load_policy(spec: PolicyConfig) -> Policy:
     """Load the policy that a spec describes, whose path may also be a run folder or a checkpoint.
 
     An adapter that the run trained is trained further; ``spec.lora`` puts fresh ones on a run without.
@@ -86,7 +86,7 @@ def load_trained(
     """Load a model for evaluation or export.
 
     Args:
-        path: a run folder (its best checkpoint), a ``.ckpt`` file, or anything :class:`PolicySpec` takes.
+        path: a run folder (its best checkpoint), a ``.ckpt`` file, or anything :class:`PolicyConfig` takes.
         dtype: overrides the dtype it was trained in.
         attention: overrides the attention implementation.
         quantization: other than none: how the base weights are kept.

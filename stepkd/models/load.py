@@ -15,7 +15,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
 from stepkd.models.machine import check_host_room, compute_dtype, fast_bfloat16
 from stepkd.models.source import as_trained, check_source, no_model
-from stepkd.models.spec import TINY_PRESETS, PolicySpec, build_tiny, tiny_config, tiny_tokenizer
+from stepkd.models.spec import TINY_PRESETS, PolicyConfig, build_tiny, tiny_config, tiny_tokenizer
 from stepkd.safe import check_remote_code
 
 logger = logging.getLogger(__name__)
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
-def load_model(spec: PolicySpec) -> tuple[Any, Any]:
+def load_model(spec: PolicyConfig) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        spec: see :class:`~stepkd.models.spec.PolicySpec`.
+        spec: see :class:`~stepkd.models.spec.PolicyConfig`.
 
     Returns:
         ``(model, tokenizer)``: a transformers causal language model, wrapped by peft when ``spec.lora`` is set or the
@@ -60,7 +60,7 @@ def load_model(spec: PolicySpec) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def training_spec(spec: PolicySpec) -> PolicySpec:
+def training_spec(spec: PolicyConfig) -> PolicyConfig:
     """A spec as training takes it: under ``auto`` weights that are all trained are float32, however they are stored."""
     base = as_trained(spec)
     trains_all = base.lora is None and adapter_folder(base.path) is None
@@ -97,7 +97,7 @@ def checkpoint_layers(model: Any) -> None:
     model.enable_input_require_grads()
 
 
-def _base_spec(spec: PolicySpec) -> PolicySpec:
+def _base_spec(spec: PolicyConfig) -> PolicyConfig:
     """The same settings for the model below an adapter folder; any other spec as it is."""
     adapter = adapter_folder(spec.path)
     if adapter is None:
@@ -106,7 +106,7 @@ def _base_spec(spec: PolicySpec) -> PolicySpec:
     return replace(spec, path=base, revision=revision)
 
 
-def _base_model(spec: PolicySpec) -> Any:
+def _base_model(spec: PolicyConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
     quantization = None if spec.quantization == "none" else _quantization(spec)
@@ -145,7 +145,7 @@ def _base_model(spec: PolicySpec) -> Any:
     return model
 
 
-def model_config(spec: PolicySpec) -> Any:
+def model_config(spec: PolicyConfig) -> Any:
     """Settings of a policy's model, without its weights.
 
     Raises:
@@ -165,7 +165,7 @@ def model_config(spec: PolicySpec) -> Any:
         raise ModelError(_load_message(spec.path, error)) from error
 
 
-def _tiny_model(spec: PolicySpec) -> Any:
+def _tiny_model(spec: PolicyConfig) -> Any:
     if spec.quantization != "none":
         raise ConfigError(f"policy.quantization={spec.quantization!r}: the tiny presets cannot be quantised")
     model, _ = build_tiny(spec.path, seed=spec.init_seed, dtype="float32" if spec.dtype == "auto" else spec.dtype)
@@ -206,7 +206,7 @@ def _forget_gguf(model: Any) -> None:
     model.is_quantized = False
 
 
-def load_tokenizer(spec: PolicySpec) -> Any:
+def load_tokenizer(spec: PolicyConfig) -> Any:
     """Load and check the tokenizer of a policy.
 
     It comes from ``spec.tokenizer``, else from beside the weights; for an adapter folder without tokenizer files, from
@@ -232,7 +232,7 @@ def load_tokenizer(spec: PolicySpec) -> Any:
     return tokenizer
 
 
-def _stored_tokenizer(spec: PolicySpec) -> Any:
+def _stored_tokenizer(spec: PolicyConfig) -> Any:
     from transformers import AutoTokenizer
 
     where, revision = _tokenizer_place(spec)
@@ -250,11 +250,11 @@ def _stored_tokenizer(spec: PolicySpec) -> Any:
     return tokenizer
 
 
-def _tokenizer_place(spec: PolicySpec) -> tuple[str, str | None]:
+def _tokenizer_place(spec: PolicyConfig) -> tuple[str, str | None]:
     """Path or hub id of the tokenizer, and its revision."""
     spec = as_trained(spec)
     if spec.tokenizer is not None:
-        return _tokenizer_place(PolicySpec(path=spec.tokenizer))
+        return _tokenizer_place(PolicyConfig(path=spec.tokenizer))
     adapter = adapter_folder(spec.path)
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         return str(adapter), None
@@ -320,7 +320,7 @@ def _load_message(path: str, error: Exception) -> str:
     )
 
 
-def _quantization(spec: PolicySpec) -> Any:
+def _quantization(spec: PolicyConfig) -> Any:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:

@@ -33,8 +33,8 @@ from stepkd.models.head import (
 from stepkd.models.load import listed_ends, load_model
 from stepkd.models.packed import check_packing, check_unpadded, is_worth_it, packed_mask, unpadded_hidden
 from stepkd.models.sharding import gathered
-from stepkd.models.spec import PolicySpec
-from stepkd.models.step_head import StepHead, StepHeadSpec, named_marker, resolve_ids, saved_step_head
+from stepkd.models.spec import PolicyConfig
+from stepkd.models.step_head import StepHead, StepHeadConfig, named_marker, resolve_ids, saved_step_head
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ class Policy(nn.Module):
         verify_head: check once that hidden states and head reproduce the model's logits, whichever side is padded.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, spec: PolicySpec | None = None, *, verify_head: bool = True) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, spec: PolicyConfig | None = None, *, verify_head: bool = True
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -76,7 +78,7 @@ class Policy(nn.Module):
                 )
 
     @classmethod
-    def load(cls, spec: PolicySpec) -> Policy:
+    def load(cls, spec: PolicyConfig) -> Policy:
         """Load the policy a spec describes."""
         model, tokenizer = load_model(spec)
         policy = cls(model, tokenizer, spec)
@@ -86,7 +88,7 @@ class Policy(nn.Module):
         return policy
 
     def attach_step_head(
-        self, spec: StepHeadSpec, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None
+        self, spec: StepHeadConfig, *, seed: int = 0, weights: Mapping[str, Tensor] | None = None
     ) -> StepHead:
         """Make this model one that scores steps.
 

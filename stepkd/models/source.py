@@ -14,7 +14,7 @@ from typing import Any
 
 from stepkd.data.templates import PromptTemplate, get_template, read_template, template_name
 from stepkd.errors import ConfigError, DataError, ModelError, nearest
-from stepkd.models.spec import TINY_PRESETS, PolicySpec, spec_from_dict
+from stepkd.models.spec import TINY_PRESETS, PolicyConfig, spec_from_dict
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import detect_launch
 from stepkd.runs.resume import read_checkpoint
@@ -40,7 +40,7 @@ def find_checkpoint(path: Path) -> Path | None:
 _KEPT = ("tokenizer", "chat_template", "lora", "trust_remote_code")
 
 
-def as_trained(spec: PolicySpec) -> PolicySpec:
+def as_trained(spec: PolicyConfig) -> PolicyConfig:
     """The same settings with the model that a run was trained from, and its adapter, where the path is a run's.
 
     Raises:

@@ -1,6 +1,6 @@
 """Settings of a model: what to load, in which precision, and what to train; and the tiny models, which are made here.
 
-The same :class:`PolicySpec` sits under the key ``policy`` of every method, so one overlay in ``recipes/base/`` serves
+The same :class:`PolicyConfig` sits under the key ``policy`` of every method, so one overlay in ``recipes/base/`` serves
 all of them. The tiny world has a character tokenizer and Llama models of 0.1M to 2M parameters; nothing is downloaded.
 """
 
@@ -21,7 +21,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
-class LoraSpec:
+class LoRAConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), through peft."""
 
     r: int = 16
@@ -42,7 +42,7 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
-class PolicySpec:
+class PolicyConfig:
     """The model that is trained."""
 
     path: str = "tiny-0.5m"
@@ -62,7 +62,7 @@ class PolicySpec:
     """``sdpa``, ``eager``, ``flash_attention_2``, ``flex_attention``; None lets transformers choose."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third more time."""
-    lora: LoraSpec | None = None
+    lora: LoRAConfig | None = None
     """Train adapters instead of all weights."""
     quantization: Quantization = "none"
     """Base weights in 4 or 8 bits (QLoRA, through bitsandbytes, CUDA only); needs ``lora``."""
@@ -99,28 +99,28 @@ def _jinja(value: str) -> str:
     return text
 
 
-class FrozenSpec(PolicySpec):
+class FrozenSpec(PolicyConfig):
     """A model that is only read: its weights may be quantised without an adapter."""
 
     trained = False
 
 
-def spec_to_dict(spec: PolicySpec) -> dict[str, Any]:
+def spec_to_dict(spec: PolicyConfig) -> dict[str, Any]:
     """Plain nested dict of a spec, for checkpoints."""
     return asdict(spec)
 
 
-def spec_from_dict(values: dict[str, Any]) -> PolicySpec:
+def spec_from_dict(values: dict[str, Any]) -> PolicyConfig:
     """Inverse of :func:`spec_to_dict`; unknown keys (from a newer version) raise ConfigError."""
-    known = {f.name for f in fields(PolicySpec)}
+    known = {f.name for f in fields(PolicyConfig)}
     if unknown := set(values) - known:
         raise ConfigError(f"unknown policy settings {sorted(unknown)}: was this written by a newer stepkd?")
     lora = values.get("lora")
     if isinstance(lora, dict):
-        if unknown := set(lora) - {f.name for f in fields(LoraSpec)}:
+        if unknown := set(lora) - {f.name for f in fields(LoRAConfig)}:
             raise ConfigError(f"unknown policy.lora settings {sorted(unknown)}: was this written by a newer stepkd?")
-        lora = LoraSpec(**lora)
-    return PolicySpec(**{**values, "lora": lora})
+        lora = LoRAConfig(**lora)
+    return PolicyConfig(**{**values, "lora": lora})
 
 
 TINY_CONTEXT = 1024

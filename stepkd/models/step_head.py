@@ -29,7 +29,7 @@ STEP_HEAD_CONFIG, STEP_HEAD_WEIGHTS = "step_head.json", "step_head.safetensors"
 
 
 @dataclass(frozen=True)
-class StepHeadSpec:
+class StepHeadConfig:
     """How steps are scored; recorded in checkpoints and exports."""
 
     kind: Literal["label_tokens", "classifier"] = "label_tokens"
@@ -85,7 +85,7 @@ class StepHeadIds:
     """Ids of the label tokens, worst to best; empty for a classifier."""
 
 
-def resolve_ids(spec: StepHeadSpec, tokenizer: Any) -> StepHeadIds:
+def resolve_ids(spec: StepHeadConfig, tokenizer: Any) -> StepHeadIds:
     """Look the marker and the label tokens up.
 
     Raises:
@@ -102,7 +102,7 @@ def resolve_ids(spec: StepHeadSpec, tokenizer: Any) -> StepHeadIds:
     return StepHeadIds(marker_id, labels)
 
 
-def named_marker(spec: StepHeadSpec, tokenizer: Any) -> StepHeadSpec:
+def named_marker(spec: StepHeadConfig, tokenizer: Any) -> StepHeadConfig:
     """The spec with ``auto`` replaced by the marker it means for this tokenizer.
 
     That is what a model records: a list of candidates that grows must not change the marker of a trained model.
@@ -125,7 +125,7 @@ class StepHead(nn.Module):
     one layer those of a transformers token classification model.
     """
 
-    def __init__(self, spec: StepHeadSpec, ids: StepHeadIds, hidden_size: int, *, seed: int = 0) -> None:
+    def __init__(self, spec: StepHeadConfig, ids: StepHeadIds, hidden_size: int, *, seed: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.ids = ids
@@ -163,21 +163,21 @@ class StepHead(nn.Module):
 class SavedStepHead:
     """What an exported reward model's folder holds beside the language model."""
 
-    spec: StepHeadSpec
+    spec: StepHeadConfig
     """How it scores steps."""
     weights: Mapping[str, Tensor] | None
     """A classifier's weights; None for label tokens."""
 
 
-def step_head_from_dict(values: Mapping[str, Any]) -> StepHeadSpec:
+def step_head_from_dict(values: Mapping[str, Any]) -> StepHeadConfig:
     """Inverse of ``dataclasses.asdict``; unknown keys (from a newer version) raise ModelError."""
     layout = dict(values.get("format", {}))
-    unknown = (set(values) - {f.name for f in fields(StepHeadSpec)}) | (
+    unknown = (set(values) - {f.name for f in fields(StepHeadConfig)}) | (
         set(layout) - {f.name for f in fields(StepFormat)}
     )
     if unknown:
         raise ModelError(f"unknown step head settings {sorted(unknown)}: was this written by a newer stepkd?")
-    return StepHeadSpec(**{**values, "format": StepFormat(**layout), "labels": tuple(values.get("labels", ()))})
+    return StepHeadConfig(**{**values, "format": StepFormat(**layout), "labels": tuple(values.get("labels", ()))})
 
 
 def save_step_head(head: StepHead, folder: Path) -> None:

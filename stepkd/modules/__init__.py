@@ -9,18 +9,21 @@ from stepkd.lazy import lazily
 _HOMES = {
     "base": "Prepared StepModule",
     "dpo": "DPOModule",
-    "fidelity": "FidelitySpec",
+    "fidelity": "FidelityConfig",
     "gkd": "GKDModule",
     "kdrl": "KDRLModule",
-    "kto": "KTOModule ReferencePointSpec StepKTOModule",
-    "optim": "OptimizerSpec",
-    "preference": "PreferenceModule ReferenceSpec",
+    "kto": "KTOModule ReferencePointConfig StepKTOModule",
+    "optim": "OptimizerConfig",
+    "preference": "PreferenceModule ReferenceConfig",
     "prm": "PRMModule",
-    "rewards": "RewardSpec",
-    "settings": "DivergenceSpec KDSpec MixSpec PolicyLossSpec RolloutSpec SampleLogSpec SourceSpec StepCreditSpec",
+    "rewards": "RewardConfig",
+    "settings": (
+        "DivergenceConfig KDConfig MixConfig PolicyLossConfig RolloutConfig SampleLogConfig SourceConfig "
+        "StepCreditConfig"
+    ),
     "sft": "SFTModule",
-    "step_scores": "FocusSpec",
-    "validation": "ValidationSpec",
+    "step_scores": "FocusConfig",
+    "validation": "ValidationConfig",
 }
 
 

@@ -16,8 +16,8 @@ from stepkd.data.feedback import PairExample
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing
 from stepkd.losses.dpo import PairLoss
-from stepkd.models.spec import PolicySpec
-from stepkd.modules.preference import PreferenceModule, ReferenceSpec
+from stepkd.models.spec import PolicyConfig
+from stepkd.modules.preference import PreferenceModule, ReferenceConfig
 from stepkd.steps.text import first_difference
 
 
@@ -42,8 +42,8 @@ class DPOModule(PreferenceModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
-        reference: ReferenceSpec | None = None,
+        policy: PolicyConfig,
+        reference: ReferenceConfig | None = None,
         beta: float = 0.1,
         loss: PairLoss = "sigmoid",
         label_smoothing: float | Literal["visits"] = 0.0,

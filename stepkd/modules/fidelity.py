@@ -24,7 +24,7 @@ from stepkd.grading.judge import judge, vote_keys
 from stepkd.grading.pool import Grader
 from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.sampler import Rollout, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.local import LocalTeacher
@@ -43,7 +43,7 @@ ANSWERS = ("both_right", "student_right", "teacher_right", "same_wrong", "differ
 
 
 @dataclass(frozen=True)
-class FidelitySpec:
+class FidelityConfig:
     """What validation measures of a student's likeness to its teacher."""
 
     temperature: float = 1.0
@@ -69,7 +69,7 @@ class FidelitySpec:
 class Fidelity:
     """Compares a student with its teacher on validation problems."""
 
-    spec: FidelitySpec
+    spec: FidelityConfig
     """What is measured."""
     student: Policy
     teacher: Teacher
@@ -116,7 +116,7 @@ class Fidelity:
         temperature: float,
         purpose: str,
     ) -> list[Rollout]:
-        sampling = SamplingSpec(temperature=temperature, max_new_tokens=self.spec.max_new_tokens, seed=self.seed)
+        sampling = SamplingConfig(temperature=temperature, max_new_tokens=self.spec.max_new_tokens, seed=self.seed)
         sampler = TransformersSampler(policy, max_rows=self.spec.max_rows)
         return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
 

@@ -22,19 +22,19 @@ from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import Prepared, StepModule
-from stepkd.modules.fidelity import Fidelity, FidelitySpec, fidelity_totals
+from stepkd.modules.fidelity import Fidelity, FidelityConfig, fidelity_totals
 from stepkd.modules.rollouts import TrainingSampler
-from stepkd.modules.settings import DivergenceSpec, MixSpec, SourceSpec
-from stepkd.modules.step_scores import Focus, FocusSpec, token_weights
+from stepkd.modules.settings import DivergenceConfig, MixConfig, SourceConfig
+from stepkd.modules.step_scores import Focus, FocusConfig, token_weights
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.sampling.sampler import Sampler
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.cache import CachedTeacher
-from stepkd.teachers.local import LocalTeacher, TeacherSpec
+from stepkd.teachers.local import LocalTeacher, TeacherConfig
 from stepkd.teachers.own import SelfTeacher
 from stepkd.teachers.server import ServerTeacher
 from stepkd.teachers.signals import Teacher
@@ -71,7 +71,7 @@ class TaughtModule(StepModule):
             self.teacher.check_sharded()
             self._warn_of_template(self.teacher.spec)
 
-    def _warn_of_template(self, spec: TeacherSpec) -> None:
+    def _warn_of_template(self, spec: TeacherConfig) -> None:
         """Say when the teacher was trained to read other prompts than the student's, and is to read those."""
         used = self.template
         trained = None if spec.template is not None else trained_template(str(spec.path))
@@ -141,15 +141,15 @@ class GKDModule(TaughtModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
-        teacher: TeacherSpec,
-        divergence: DivergenceSpec | None = None,
-        source: SourceSpec | None = None,
+        policy: PolicyConfig,
+        teacher: TeacherConfig,
+        divergence: DivergenceConfig | None = None,
+        source: SourceConfig | None = None,
         average: Average = "tokens",
         ce_weight: float = 0.0,
-        mix: MixSpec | None = None,
-        focus: FocusSpec | None = None,
-        fidelity: FidelitySpec | None = None,
+        mix: MixConfig | None = None,
+        focus: FocusConfig | None = None,
+        fidelity: FidelityConfig | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
@@ -158,8 +158,8 @@ class GKDModule(TaughtModule):
             raise ConfigError(f"ce_weight={ce_weight}: must be 0 (off) or positive")
         if mix is not None and ce_weight:
             raise ConfigError(f"ce_weight={ce_weight} and mix both weigh the cross-entropy: set ce_weight to 0")
-        self.divergence = divergence or DivergenceSpec()
-        self.source = source or SourceSpec()
+        self.divergence = divergence or DivergenceConfig()
+        self.source = source or SourceConfig()
         self.average = average
         self.ce_weight = ce_weight
         self.mix = mix
@@ -171,7 +171,7 @@ class GKDModule(TaughtModule):
         self._segmenter = get_segmenter(self.source.segmenter)
         self._divergence = self.divergence.function()
 
-    def _make_teacher(self, spec: TeacherSpec) -> Teacher:
+    def _make_teacher(self, spec: TeacherConfig) -> Teacher:
         buckets: dict[str, Any] = {"top_k": self.divergence.top_k, "tail": self.divergence.tail}
         if spec.itself is not None:
             if self.source.teacher > 0:
@@ -200,7 +200,7 @@ class GKDModule(TaughtModule):
             )
         return CachedTeacher(spec.cache, **buckets)
 
-    def _server_teacher(self, spec: TeacherSpec, buckets: dict[str, Any]) -> ServerTeacher:
+    def _server_teacher(self, spec: TeacherConfig, buckets: dict[str, Any]) -> ServerTeacher:
         for setting, clashes in (
             ("divergence.top_k: null (a server gives its likeliest tokens: set it)", self.divergence.top_k is None),
             ("divergence.kind: nkd (which needs the whole distribution)", self.divergence.kind == "nkd"),

@@ -24,16 +24,16 @@ from stepkd.losses import (
     target_logps,
     tempered,
 )
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import Prepared
 from stepkd.modules.gkd import TaughtModule
 from stepkd.modules.kdrl_objective import Mismatch, TokenObjective, TokenTerms, Weigher
-from stepkd.modules.rewards import GivenReward, Rewards, RewardSpec
+from stepkd.modules.rewards import GivenReward, RewardConfig, Rewards
 from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
-from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
+from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig, SampleLogConfig, StepCreditConfig
 from stepkd.modules.step_scores import load_step_scorer
 from stepkd.scorers.load import ScorerOptions
-from stepkd.teachers.local import LocalTeacher, TeacherSpec
+from stepkd.teachers.local import LocalTeacher, TeacherConfig
 from stepkd.teachers.signals import Signals
 
 
@@ -66,30 +66,30 @@ class KDRLModule(TaughtModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
+        policy: PolicyConfig,
         rewards: list[GivenReward] | None = None,
-        teacher: TeacherSpec | None = None,
-        rollout: RolloutSpec | None = None,
-        policy_loss: PolicyLossSpec | None = None,
-        kd: KDSpec | None = None,
-        step_credit: StepCreditSpec | None = None,
-        samples: SampleLogSpec | None = None,
+        teacher: TeacherConfig | None = None,
+        rollout: RolloutConfig | None = None,
+        policy_loss: PolicyLossConfig | None = None,
+        kd: KDConfig | None = None,
+        step_credit: StepCreditConfig | None = None,
+        samples: SampleLogConfig | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
-        given: list[Any] = [RewardSpec()] if rewards is None else list(rewards)
-        self.reward_specs = [each if isinstance(each, RewardSpec) else RewardSpec(each) for each in given]
-        self.rollout = rollout or RolloutSpec()
-        self.policy_loss = policy_loss or PolicyLossSpec()
-        self.kd = kd or KDSpec()
+        given: list[Any] = [RewardConfig()] if rewards is None else list(rewards)
+        self.reward_specs = [each if isinstance(each, RewardConfig) else RewardConfig(each) for each in given]
+        self.rollout = rollout or RolloutConfig()
+        self.policy_loss = policy_loss or PolicyLossConfig()
+        self.kd = kd or KDConfig()
         self.step_credit = step_credit
-        self.samples = samples or SampleLogSpec()
+        self.samples = samples or SampleLogConfig()
         self.steps_per_batch = self.policy_loss.inner_steps
         self._check_settings(teacher)
         self.teacher = None if teacher is None else LocalTeacher(teacher)
         self._mismatch = Mismatch()
 
-    def _check_settings(self, teacher: TeacherSpec | None) -> None:
+    def _check_settings(self, teacher: TeacherConfig | None) -> None:
         if not self.reward_specs:
             raise ConfigError("rewards: give at least one, for instance {name: accuracy}")
         if teacher is None and self.policy_loss.weight == 0:

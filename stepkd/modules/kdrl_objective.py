@@ -31,7 +31,7 @@ from stepkd.losses import (
 )
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rollouts import Rollout
-from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, StepCreditSpec
+from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig, StepCreditConfig
 from stepkd.modules.step_scores import step_scores, step_texts
 from stepkd.scorers.scorer import StepScorer
 from stepkd.teachers.signals import Signals
@@ -41,10 +41,10 @@ from stepkd.teachers.signals import Signals
 class Weigher:
     """Gives rollouts their advantages, weights and counts."""
 
-    rollout: RolloutSpec
-    policy_loss: PolicyLossSpec
-    kd: KDSpec
-    step_credit: StepCreditSpec | None
+    rollout: RolloutConfig
+    policy_loss: PolicyLossConfig
+    kd: KDConfig
+    step_credit: StepCreditConfig | None
     distils: bool
     """Whether there is a teacher."""
     tokenizer: Any
@@ -132,7 +132,7 @@ class Weigher:
 
     def _by_segment(
         self,
-        credit: StepCreditSpec,
+        credit: StepCreditConfig,
         rollouts: Sequence[Rollout],
         scores: Sequence[list[float]],
         outcome_R: Tensor,
@@ -203,8 +203,8 @@ class TokenObjective:
     that gradients can be taken chunk by chunk in the forward pass (:func:`~stepkd.losses.fused_sum`).
     """
 
-    policy_loss: PolicyLossSpec
-    kd: KDSpec
+    policy_loss: PolicyLossConfig
+    kd: KDConfig
     temperature: float
     """Of sampling; all log-probabilities are at it."""
     step: int
@@ -300,7 +300,7 @@ class TokenObjective:
         return kl_estimate(kind, near_C, teacher_C, clamp=self.kd.clamp, gradient=self.kd.gradient)
 
 
-def exact_kl(kd: KDSpec, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+def exact_kl(kd: KDConfig, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
     """Reverse KL over all tokens, or over the teacher's likeliest and a bucket for the rest."""
     if kd.top_k is not None and kd.top_k < teacher_CV.shape[-1]:
         ids_Ck = teacher_CV.topk(kd.top_k, dim=-1).indices

@@ -19,10 +19,10 @@ from stepkd.data.feedback import FeedbackExample
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
 from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import Prepared
 from stepkd.modules.distributed import all_reduce
-from stepkd.modules.preference import PreferenceModule, ReferenceSpec
+from stepkd.modules.preference import PreferenceModule, ReferenceConfig
 
 OutcomePoint = Literal["mismatch", "batch", "zero"]
 StepPoint = Literal["mismatch", "batch", "per_index", "zero"]
@@ -31,7 +31,7 @@ EVEN = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class ReferencePointSpec:
+class ReferencePointConfig:
     """How the points are estimated that values are measured from."""
 
     outcome: OutcomePoint = "mismatch"
@@ -91,7 +91,7 @@ def mismatched_completions(batch: StepBatch, rotation: str, max_length: int | No
 
     Args:
         batch: this rank's share, with its peers (without them, the share is the whole batch).
-        rotation: ``global`` or ``device``; see :class:`ReferencePointSpec`.
+        rotation: ``global`` or ``device``; see :class:`ReferencePointConfig`.
         max_length: the model's context in tokens.
     """
     peers, places = batch.peers, batch.places
@@ -122,7 +122,7 @@ class PointEstimator:
         spec: how.
     """
 
-    def __init__(self, spec: ReferencePointSpec) -> None:
+    def __init__(self, spec: ReferencePointConfig) -> None:
         self.spec = spec
         self.averages: list[float] = []
 
@@ -204,11 +204,11 @@ class KTOModule(PreferenceModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
-        reference: ReferenceSpec | None = None,
+        policy: PolicyConfig,
+        reference: ReferenceConfig | None = None,
         beta: float = 0.1,
         class_weights: list[float] | Literal["ratio"] = "ratio",
-        reference_point: ReferencePointSpec | None = None,
+        reference_point: ReferencePointConfig | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, reference, **settings)
@@ -216,7 +216,7 @@ class KTOModule(PreferenceModule):
             raise ConfigError(f"beta={beta}: must be positive")
         self.beta = beta
         self.class_weights = _checked_weights("class_weights", class_weights)
-        self.point_spec = reference_point or ReferencePointSpec()
+        self.point_spec = reference_point or ReferencePointConfig()
         self.prepares_with_model |= self.point_spec.needs_mismatches or self.point_spec.needs_batch
         self._estimator = PointEstimator(self.point_spec)
         self._points = Points()
@@ -318,15 +318,15 @@ class StepKTOModule(KTOModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
-        reference: ReferenceSpec | None = None,
+        policy: PolicyConfig,
+        reference: ReferenceConfig | None = None,
         beta: float = 0.1,
         class_weights: list[float] | Literal["ratio"] = "ratio",
         step_weight: float = 1.0,
         beta_step: float | None = None,
         step_class_weights: list[float] | Literal["ratio"] = "ratio",
         reduction: Reduction = DEFAULT_REDUCTION,
-        reference_point: ReferencePointSpec | None = None,
+        reference_point: ReferencePointConfig | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, reference, beta, class_weights, reference_point, **settings)

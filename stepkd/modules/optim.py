@@ -13,7 +13,7 @@ from stepkd.errors import ConfigError, check_bounds
 
 
 @dataclass(frozen=True)
-class OptimizerSpec:
+class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with warm-up and decay."""
 
     lr: float = 1e-5
@@ -59,7 +59,7 @@ class OptimizerSpec:
         return 0 if total_steps is None else round(self.warmup * total_steps)
 
 
-def build_optimizer(spec: OptimizerSpec, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+def build_optimizer(spec: OptimizerConfig, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; only matrices decay.
 
     Raises:
@@ -92,7 +92,7 @@ def put_back(groups: Sequence[dict[str, Any]], optimizer: torch.optim.Optimizer,
         group.update(own, lr=lr)
 
 
-def build_schedule(spec: OptimizerSpec, optimizer: torch.optim.Optimizer, total_steps: int | None) -> Any:
+def build_schedule(spec: OptimizerConfig, optimizer: torch.optim.Optimizer, total_steps: int | None) -> Any:
     """Learning-rate schedule per optimiser step (transformers' own).
 
     Args:

@@ -27,10 +27,10 @@ from stepkd.models.load import load_tokenizer, training_spec
 from stepkd.models.policy import Policy
 from stepkd.models.sharding import WeightAverage, shard
 from stepkd.models.source import trained_template
-from stepkd.models.spec import PolicySpec, spec_to_dict
+from stepkd.models.spec import PolicyConfig, spec_to_dict
 from stepkd.modules.distributed import check_strategy, clip_in_engine
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.validation import ValidationSpec
+from stepkd.modules.optim import OptimizerConfig
+from stepkd.modules.validation import ValidationConfig
 from stepkd.runs.progress import PhaseTracker
 from stepkd.runs.resume import check_changes, flat
 
@@ -68,9 +68,9 @@ class PolicyModule(LightningModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
-        optimizer: OptimizerSpec | None = None,
-        validation: ValidationSpec | None = None,
+        policy: PolicyConfig,
+        optimizer: OptimizerConfig | None = None,
+        validation: ValidationConfig | None = None,
         micro_batch_tokens: int = 8192,
         chunk_size: int = DEFAULT_CHUNK,
         loss_weights: dict[str, float] | None = None,
@@ -81,8 +81,8 @@ class PolicyModule(LightningModule):
         if micro_batch_tokens < 1 or chunk_size < 1:
             raise ConfigError(f"micro_batch_tokens={micro_batch_tokens}, chunk_size={chunk_size}: both at least 1")
         self.policy_spec = policy
-        self.optimizer_spec = optimizer or OptimizerSpec()
-        self.validation_spec = validation or ValidationSpec()
+        self.optimizer_spec = optimizer or OptimizerConfig()
+        self.validation_spec = validation or ValidationConfig()
         self.micro_batch_tokens = micro_batch_tokens
         self.chunk_size = chunk_size
         self.loss_weights = dict(loss_weights or {})

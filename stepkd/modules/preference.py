@@ -23,14 +23,14 @@ from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.losses import token_logps
 from stepkd.models.checkpoint import load_trained, parameters_fingerprint
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.runs.files import write_file
 from stepkd.sampling.annotate import check_same_vocabulary
 
 
 @dataclass(frozen=True)
-class ReferenceSpec:
+class ReferenceConfig:
     """The frozen model that log-ratios are taken against."""
 
     path: str | None = None
@@ -147,14 +147,14 @@ class PreferenceModule(StepModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
-        reference: ReferenceSpec | None = None,
+        policy: PolicyConfig,
+        reference: ReferenceConfig | None = None,
         packing: Packing = "auto",
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
         check_choice("packing", packing, ("auto", "on", "off"))
-        self.reference_spec = reference or ReferenceSpec()
+        self.reference_spec = reference or ReferenceConfig()
         self.prepares_with_model = not self.reference_spec.cache
         self.packing = packing
         self._cache: ReferenceCache | None = None

@@ -1,6 +1,6 @@
 """Process reward models: a language model that scores every step of a solution.
 
-Two heads (:class:`~stepkd.models.step_head.StepHeadSpec`): label tokens at a step marker, as in Math-Shepherd
+Two heads (:class:`~stepkd.models.step_head.StepHeadConfig`): label tokens at a step marker, as in Math-Shepherd
 (arXiv 2312.08935) and ASPRM (arXiv 2502.13943), or a small classifier, as in Qwen2.5-Math-PRM (arXiv 2501.07301). With
 ``data.labels.scope: outcome`` and ``head.meaning: outcome`` it is an outcome reward model, the baseline.
 """
@@ -16,8 +16,8 @@ from stepkd.data.collate import LabelledBatch, MicroBatch, collate_steps
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, cross_entropy, step_cross_entropy, step_weights
-from stepkd.models.spec import PolicySpec
-from stepkd.models.step_head import StepHeadIds, StepHeadSpec, resolve_ids
+from stepkd.models.spec import PolicyConfig
+from stepkd.models.step_head import StepHeadConfig, StepHeadIds, resolve_ids
 from stepkd.modules.base import StepModule
 
 
@@ -40,14 +40,14 @@ class PRMModule(StepModule):
 
     def __init__(
         self,
-        policy: PolicySpec,
-        head: StepHeadSpec | None = None,
+        policy: PolicyConfig,
+        head: StepHeadConfig | None = None,
         class_weights: list[float] | None = None,
         lm_weight: float = 0.0,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
-        self.head_spec = head or StepHeadSpec()
+        self.head_spec = head or StepHeadConfig()
         if self.validation_spec.samples:
             raise ConfigError("validation.samples: a process reward model scores steps and is not sampled from; use 0")
         if class_weights is not None and (

@@ -38,7 +38,7 @@ Option = str | bool | int | float | None
 
 
 @dataclass(frozen=True)
-class RewardSpec:
+class RewardConfig:
     """One reward."""
 
     name: str = "accuracy"
@@ -90,9 +90,9 @@ class RewardSpec:
 
 
 if TYPE_CHECKING:
-    GivenReward = RewardSpec | RewardFunction | str
+    GivenReward = RewardConfig | RewardFunction | str
 else:  # what a recipe holds
-    GivenReward = RewardSpec
+    GivenReward = RewardConfig
 
 
 class Rewards:
@@ -106,7 +106,7 @@ class Rewards:
         ConfigError: a function that cannot be imported or called, or a bad pattern.
     """
 
-    def __init__(self, specs: Sequence[RewardSpec], grader: Grader) -> None:
+    def __init__(self, specs: Sequence[RewardConfig], grader: Grader) -> None:
         self.specs = tuple(specs)
         self.grader = grader
         self.functions = [spec.own or self._function(spec) for spec in self.specs]
@@ -184,7 +184,7 @@ class Rewards:
         counts = all_reduce({name: len(found.get(name, [])) for name in names}, device)
         return {name: sums[name] / counts[name] for name in names}
 
-    def _function(self, spec: RewardSpec) -> RewardFunction:
+    def _function(self, spec: RewardConfig) -> RewardFunction:
         if spec.name == "accuracy":
             return lambda **columns: [float(right) for right in self.correct(columns)]
         if spec.name == "format":
@@ -270,7 +270,7 @@ def _failing_line(error: BaseException, own: OwnFunction | None) -> str:
     return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if own is not None and theirs else ""
 
 
-def _imported(spec: RewardSpec) -> OwnFunction:
+def _imported(spec: RewardConfig) -> OwnFunction:
     path, _, attribute = spec.name.rpartition(":" if ":" in spec.name else ".")
     check_import(path, "rewards: name")
     try:

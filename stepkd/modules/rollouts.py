@@ -21,7 +21,7 @@ from stepkd.errors import DataError, disk_error
 from stepkd.models.policy import Policy
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rewards import Rewards
-from stepkd.modules.settings import RolloutSpec, SampleLogSpec, SourceSpec
+from stepkd.modules.settings import RolloutConfig, SampleLogConfig, SourceConfig
 from stepkd.modules.step_scores import step_texts
 from stepkd.runs.logger import append, ends_torn
 from stepkd.runs.process import STOP_REQUEST
@@ -87,7 +87,7 @@ class TrainingSampler:
         seed: keys the noise.
     """
 
-    def __init__(self, policy: Policy, spec: RolloutSpec | SourceSpec, seed: int) -> None:
+    def __init__(self, policy: Policy, spec: RolloutConfig | SourceConfig, seed: int) -> None:
         self.policy, self.spec, self.seed = policy, spec, seed
         self._vllm: VLLMSampler | ColocatedSampler | None = None
 
@@ -113,7 +113,7 @@ class GroupSampler:
         seed: keys the noise, with step and problem.
     """
 
-    def __init__(self, spec: RolloutSpec, policy: Policy, rewards: Rewards, phases: PhaseTracker, seed: int) -> None:
+    def __init__(self, spec: RolloutConfig, policy: Policy, rewards: Rewards, phases: PhaseTracker, seed: int) -> None:
         self.spec = spec
         self.policy = policy
         self.rewards = rewards
@@ -215,7 +215,7 @@ class SampleLog:
         tokenizer: the policy's.
     """
 
-    def __init__(self, spec: SampleLogSpec, folder: str | Path | None, longest: int, tokenizer: Any) -> None:
+    def __init__(self, spec: SampleLogConfig, folder: str | Path | None, longest: int, tokenizer: Any) -> None:
         self.spec = spec
         self.path = None if folder is None else Path(folder) / SAMPLES_FILE
         self.longest = longest

@@ -21,8 +21,8 @@ from stepkd.losses import (
     total_variation,
 )
 from stepkd.losses.policy_gradient import STD_EPSILON, Advantage, Normalisation
-from stepkd.sampling.sampler import SamplingSpec
-from stepkd.sampling.vllm import VLLMSpec
+from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.vllm import VLLMConfig
 
 Kind = Literal[
     "jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "balanced_kl", "total_variation", "nkd"
@@ -32,7 +32,7 @@ Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class DivergenceSpec:
+class DivergenceConfig:
     """How far a student is from its teacher at a position; see :mod:`stepkd.losses.divergence`."""
 
     kind: Kind = "jsd"
@@ -94,7 +94,7 @@ class DivergenceSpec:
 
 
 @dataclass(frozen=True)
-class MixSpec:
+class MixConfig:
     """Divergence and cross-entropy as one target: weights a and 1 - a, with a rising linearly over optimiser steps.
 
     With the forward KL that is a cross-entropy with the soft target ``(1 - a) onehot + a teacher`` (PS-KD, arXiv
@@ -126,7 +126,7 @@ class MixSpec:
 
 
 @dataclass(frozen=True)
-class SourceSpec:
+class SourceConfig:
     """Whose completions a batch is distilled on. One source serves a whole global batch (GKD, algorithm 1)."""
 
     student: float = 0.5
@@ -143,7 +143,7 @@ class SourceSpec:
     """Completions decoded at once, >= 1."""
     segmenter: str = "newline"
     """How sampled completions are cut into steps."""
-    vllm: VLLMSpec | None = None
+    vllm: VLLMConfig | None = None
     """Sample the student with vLLM; null: with this process's own decoding."""
     reuse: int = 1
     """Optimiser steps on every batch, >= 1; above 1 the student has moved on from its samples."""
@@ -154,13 +154,13 @@ class SourceSpec:
             raise ConfigError(f"source.temperature={self.temperature}: must be positive; greedy samples are no samples")
         check_bounds("source.", self, max_new_tokens="[1, inf)", max_rows="[1, inf)", reuse="[1, inf)")
 
-    def sampling(self, seed: int) -> SamplingSpec:
+    def sampling(self, seed: int) -> SamplingConfig:
         """The same settings as a sampler wants them. No nucleus and no top-k: they would change the distribution."""
-        return SamplingSpec(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
+        return SamplingConfig(temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed)
 
 
 @dataclass(frozen=True)
-class RolloutSpec:
+class RolloutConfig:
     """What is sampled for every prompt."""
 
     group_size: int = 8
@@ -171,7 +171,7 @@ class RolloutSpec:
     """Longest completion in tokens."""
     max_rows: int = 64
     """Completions decoded at once."""
-    vllm: VLLMSpec | None = None
+    vllm: VLLMConfig | None = None
     """Sample with vLLM; null: with this process's own decoding."""
     segmenter: str = "newline"
     """How completions are cut into steps."""
@@ -189,9 +189,9 @@ class RolloutSpec:
         if self.overlong is not None and not 1 <= self.overlong <= self.max_new_tokens:
             raise ConfigError(f"rollout.overlong={self.overlong}: must lie between 1 and max_new_tokens")
 
-    def sampling(self, seed: int) -> SamplingSpec:
+    def sampling(self, seed: int) -> SamplingConfig:
         """The same settings as a sampler wants them."""
-        return SamplingSpec(
+        return SamplingConfig(
             n=self.group_size, temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed
         )
 
@@ -203,7 +203,7 @@ class RolloutSpec:
 
 
 @dataclass(frozen=True)
-class PolicyLossSpec:
+class PolicyLossConfig:
     """The policy-gradient term; see :mod:`stepkd.losses.policy_gradient`."""
 
     weight: float = 1.0
@@ -244,7 +244,7 @@ class PolicyLossSpec:
 
 
 @dataclass(frozen=True)
-class KDSpec:
+class KDConfig:
     """The distillation term (KDRL, arXiv 2506.02208): beta times a reverse KL to the teacher on the same samples."""
 
     beta: float = 2e-3
@@ -320,7 +320,7 @@ class KDSpec:
 
 
 @dataclass(frozen=True)
-class SampleLogSpec:
+class SampleLogConfig:
     """What ``samples.jsonl`` in the run folder keeps of the rollouts; ``stepkd samples`` shows it."""
 
     every: int = 20
@@ -333,7 +333,7 @@ class SampleLogSpec:
 
 
 @dataclass(frozen=True)
-class StepCreditSpec:
+class StepCreditConfig:
     """Rewards of steps, beside that of the answer."""
 
     scorer: str

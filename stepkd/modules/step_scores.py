@@ -64,7 +64,7 @@ def step_scores(
 
 
 @dataclass(frozen=True)
-class FocusSpec:
+class FocusConfig:
     """How much the steps of a completion count, by their scores."""
 
     scorer: str
@@ -120,7 +120,7 @@ class Focus:
         ConfigError, ModelError: no such scorer, or one that scores whole solutions only.
     """
 
-    def __init__(self, spec: FocusSpec, device: str = "auto", *, scorer: StepScorer | None = None) -> None:
+    def __init__(self, spec: FocusConfig, device: str = "auto", *, scorer: StepScorer | None = None) -> None:
         self.spec = spec
         options = ScorerOptions(template=spec.template, device=device)
         self.scorer = load_step_scorer(spec.scorer, "focus.scorer", options, scorer=scorer)

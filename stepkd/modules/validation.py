@@ -13,7 +13,7 @@ from stepkd.grading.judge import judge, rollout_row
 from stepkd.grading.pool import Grader
 from stepkd.models.policy import Policy
 from stepkd.runs.progress import PhaseTracker
-from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.sampler import Rollout, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.labels import tally
 from stepkd.steps.segment import get_segmenter, segment, step_ends
@@ -21,7 +21,7 @@ from stepkd.steps.text import text_from_ids
 
 
 @dataclass(frozen=True)
-class ValidationSpec:
+class ValidationConfig:
     """How validation and prediction sample and score."""
 
     samples: int = 0
@@ -43,9 +43,9 @@ class ValidationSpec:
         check_bounds("validation.", self, samples="[0, inf)")
         object.__setattr__(self, "extractors", tuple(self.extractors))
 
-    def sampling(self, seed: int) -> SamplingSpec:
+    def sampling(self, seed: int) -> SamplingConfig:
         """The same settings as the sampler wants them."""
-        return SamplingSpec(
+        return SamplingConfig(
             n=max(self.samples, 1), temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed
         )
 
@@ -65,7 +65,7 @@ class SampledAccuracy:
     )
     """Names of the sums that :meth:`__call__` returns."""
 
-    def __init__(self, policy: Policy, spec: ValidationSpec, seed: int) -> None:
+    def __init__(self, policy: Policy, spec: ValidationConfig, seed: int) -> None:
         self.spec = spec
         self.sampling = spec.sampling(seed)
         self.sampler = TransformersSampler(policy, max_rows=spec.max_rows)

@@ -9,7 +9,7 @@ from stepkd.lazy import lazily
 _HOMES = {
     "annotate": "TokenSignals annotate",
     "decode": "draw sampling_logprobs",
-    "sampler": "Branch BranchRollouts BranchSampler Drawn Rollout SampleCounts Sampler SamplingSpec",
+    "sampler": "Branch BranchRollouts BranchSampler Drawn Rollout SampleCounts Sampler SamplingConfig",
     "transformers_sampler": "TransformersSampler",
 }
 

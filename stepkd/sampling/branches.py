@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stepkd.errors import DataError
 from stepkd.sampling.decode import Decoder, Progress, Reading, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingConfig
 
 _KNOWN, _GAP = 4, 24  # tokens of the probe: read and kept, read and hidden
 
@@ -119,7 +119,7 @@ class BranchRun:
     """Reads sequences and decodes rows; its model is in evaluation mode."""
     branches: Sequence[Branch]
     """Sequences with their cuts."""
-    spec: SamplingSpec
+    spec: SamplingConfig
     """How to draw."""
     key: tuple[str, int]
     """Purpose and step, the first parts of every row's noise key."""
@@ -256,7 +256,7 @@ def _selected(cache: Any, source_B: torch.Tensor, surplus: int) -> Any:
     return selected
 
 
-def _prefixes(position: int, branch: Branch, spec: SamplingSpec, context: int | None) -> list[_Prefix]:
+def _prefixes(position: int, branch: Branch, spec: SamplingConfig, context: int | None) -> list[_Prefix]:
     """The prefixes of a branch, checked."""
     length, prefixes, before = len(branch.token_ids), [], 0
     for number, cut in enumerate(branch.cuts):

@@ -28,7 +28,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of
 from stepkd.models.policy import Policy, positions_from_mask
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Rollout, SampleCounts, SamplingSpec, before_stop, decode_text
+from stepkd.sampling.sampler import Rollout, SampleCounts, SamplingConfig, before_stop, decode_text
 
 
 class Draw(NamedTuple):
@@ -42,7 +42,7 @@ class Draw(NamedTuple):
     """Log-probability under the model at temperature 1."""
 
 
-def sampling_logprobs(logits_BV: Tensor, spec: SamplingSpec) -> Tensor:
+def sampling_logprobs(logits_BV: Tensor, spec: SamplingConfig) -> Tensor:
     """Log-probabilities of the distribution that is sampled from; cut tokens are ``-inf``.
 
     Order: temperature, then top-k, then top-p on the renormalised rest (the order of transformers).
@@ -63,7 +63,7 @@ def sampling_logprobs(logits_BV: Tensor, spec: SamplingSpec) -> Tensor:
     return logprobs_BV
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, spec: SamplingSpec) -> Draw:
+def draw(logits_BV: Tensor, uniform_B: Tensor, spec: SamplingConfig) -> Draw:
     """Draw one token per row.
 
     Args:
@@ -226,7 +226,7 @@ class Decoder:
         )
 
     def decode_prompts(
-        self, prompts: Sequence[Sequence[int]], rows: list[Row], spec: SamplingSpec, on_progress: Progress | None
+        self, prompts: Sequence[Sequence[int]], rows: list[Row], spec: SamplingConfig, on_progress: Progress | None
     ) -> None:
         """Read each prompt once, then decode the rows that continue it, at most ``max_rows`` at a time."""
         reading = self.read(prompts, padding="left")
@@ -245,7 +245,7 @@ class Decoder:
         cache: Any,
         hidden_BH: Tensor,
         mask_BT: Tensor,
-        spec: SamplingSpec,
+        spec: SamplingConfig,
         on_progress: Progress | None,
     ) -> None:
         """Decode rows to their ends.
@@ -287,7 +287,7 @@ class Decoder:
             hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
             position_B = position_B + 1
 
-    def finished(self, row: Row, spec: SamplingSpec) -> Rollout:
+    def finished(self, row: Row, spec: SamplingConfig) -> Rollout:
         """The rollout of a row that was decoded."""
         assert row.finish is not None
         ids, values = tuple(row.token_ids), (tuple(row.logprobs), tuple(row.raw_logprobs))
@@ -295,13 +295,13 @@ class Decoder:
         return Rollout(row.prompt_index, row.sample_index, ids, *values, row.finish, text)
 
     @staticmethod
-    def _uniforms(row: Row, spec: SamplingSpec) -> Sequence[float]:
+    def _uniforms(row: Row, spec: SamplingConfig) -> Sequence[float]:
         if spec.temperature == 0:
             return [0.0] * row.limit
         uniforms: list[float] = generator(spec.seed, str(row.key[0]), *row.key[1:]).random(row.limit).tolist()
         return uniforms
 
-    def _record(self, rows: list[Row], step: Draw, spec: SamplingSpec) -> None:
+    def _record(self, rows: list[Row], step: Draw, spec: SamplingConfig) -> None:
         eos = self.policy.eos_ids
         for row, token, logprob, raw in zip(
             rows, step.tokens_B.tolist(), step.logprobs_B.tolist(), step.raw_logprobs_B.tolist(), strict=True
@@ -319,7 +319,7 @@ class Decoder:
             elif len(row.token_ids) >= row.limit:
                 row.finish = "length"
 
-    def _ends_in_stop(self, token_ids: list[int], spec: SamplingSpec) -> bool:
+    def _ends_in_stop(self, token_ids: list[int], spec: SamplingConfig) -> bool:
         window = max(len(text.encode()) for text in spec.stop) + _STOP_WINDOW
         tail = decode_text(self.policy.tokenizer, token_ids[-window:])
         return any(text in tail for text in spec.stop)

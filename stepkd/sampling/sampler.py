@@ -10,7 +10,7 @@ from stepkd.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class SamplingSpec:
+class SamplingConfig:
     """How completions are drawn."""
 
     n: int = 1
@@ -71,7 +71,7 @@ class Sampler(Protocol):
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
-        spec: SamplingSpec,
+        spec: SamplingConfig,
         *,
         purpose: str = "rollout",
         step: int = 0,
@@ -144,7 +144,7 @@ class BranchSampler(Protocol):
     def sample_branches(
         self,
         branches: Sequence[Branch],
-        spec: SamplingSpec,
+        spec: SamplingConfig,
         *,
         purpose: str = "branch",
         step: int = 0,

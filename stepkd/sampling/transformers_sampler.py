@@ -14,7 +14,7 @@ from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import BranchRun, GapLimit, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SampleCounts, SamplingSpec
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SampleCounts, SamplingConfig
 from stepkd.steps.segment import get_segmenter
 
 
@@ -47,7 +47,7 @@ class TransformersSampler:
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
-        spec: SamplingSpec,
+        spec: SamplingConfig,
         *,
         purpose: str = "rollout",
         step: int = 0,
@@ -83,7 +83,7 @@ class TransformersSampler:
     def sample_branches(
         self,
         branches: Sequence[Branch],
-        spec: SamplingSpec,
+        spec: SamplingConfig,
         *,
         purpose: str = "branch",
         step: int = 0,
@@ -110,7 +110,7 @@ class TransformersSampler:
             return run.results(self._gap_limit if shared else None)
 
 
-def room_for(policy: Policy, prompt: Sequence[int], index: int, spec: SamplingSpec) -> int:
+def room_for(policy: Policy, prompt: Sequence[int], index: int, spec: SamplingConfig) -> int:
     """Most tokens that a completion of a prompt may have.
 
     Raises:

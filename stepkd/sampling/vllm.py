@@ -25,7 +25,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import plain_model
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import Rollout, SampleCounts, SamplingSpec, before_stop, decode_text
+from stepkd.sampling.sampler import Rollout, SampleCounts, SamplingConfig, before_stop, decode_text
 from stepkd.sampling.transformers_sampler import room_for
 
 START = (
@@ -36,7 +36,7 @@ START = (
 
 
 @dataclass(frozen=True)
-class VLLMSpec:
+class VLLMConfig:
     """Sample with vLLM in place of this process's own decoding."""
 
     server: str | None = None
@@ -82,7 +82,7 @@ def connect(address: str, *, group_port: int = 51216, timeout_s: float = 240.0) 
 
 def to_rollout(
     policy: Policy,
-    spec: SamplingSpec,
+    spec: SamplingConfig,
     place: tuple[int, int],
     ids: Sequence[int],
     logprobs: Sequence[Any],
@@ -115,7 +115,7 @@ def to_rollout(
     return Rollout(number, sample, tuple(ids), drawn, raw, finish, cut)
 
 
-def _is_plain(spec: SamplingSpec) -> bool:
+def _is_plain(spec: SamplingConfig) -> bool:
     """Whether the log-probabilities of the model itself are those that are sampled from (or nothing is sampled)."""
     return spec.temperature in (0, 1) and spec.top_p == 1 and not spec.top_k
 
@@ -134,7 +134,7 @@ class _Sampler(ABC):
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
-        spec: SamplingSpec,
+        spec: SamplingConfig,
         *,
         purpose: str = "rollout",
         step: int = 0,
@@ -176,7 +176,7 @@ class _Sampler(ABC):
 
     @abstractmethod
     def _draw(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
     ) -> Iterator[list[Rollout]]:
         """The completions of every prompt, in order: at most ``limits`` tokens, noise by ``keys`` where it can be."""
 
@@ -213,7 +213,7 @@ class VLLMSampler(_Sampler):
             raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
 
     def _draw(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
     ) -> Iterator[list[Rollout]]:
         self._check_server(spec)
 
@@ -224,7 +224,7 @@ class VLLMSampler(_Sampler):
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
             yield from pool.map(ask, range(len(prompts)))
 
-    def _ask(self, number: int, prompt: list[int], spec: SamplingSpec, limit: int, key: int) -> list[Rollout]:
+    def _ask(self, number: int, prompt: list[int], spec: SamplingConfig, limit: int, key: int) -> list[Rollout]:
         extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
         extra["stop_token_ids"] = sorted(self.policy.eos_ids)
         if spec.stop:
@@ -248,7 +248,7 @@ class VLLMSampler(_Sampler):
         logprobs = answer["logprobs"]
         return [to_rollout(self.policy, spec, (number, j), ids, logprobs[j], limit) for j, ids in enumerate(found)]
 
-    def _check_server(self, spec: SamplingSpec) -> None:
+    def _check_server(self, spec: SamplingConfig) -> None:
         """At another temperature than 1 the server must give log-probabilities of what it samples from."""
         if self._checked or _is_plain(spec):
             return
@@ -265,9 +265,9 @@ class VLLMSampler(_Sampler):
 class ColocatedSampler(_Sampler):
     """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat."""
 
-    spec: VLLMSpec
+    spec: VLLMConfig
     """Its memory."""
-    sampling: SamplingSpec
+    sampling: SamplingConfig
     """How to draw; one engine draws in one way."""
 
     def __post_init__(self) -> None:
@@ -304,7 +304,7 @@ class ColocatedSampler(_Sampler):
         self.engine.llm.reset_prefix_cache()
 
     def _draw(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, limits: Sequence[int], keys: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
     ) -> Iterator[list[Rollout]]:
         repeated = [list(prompt) for prompt in prompts for _ in range(spec.n)]
         _, found, logprobs, _ = self.engine.generate(repeated, None, spec.n)
@@ -317,7 +317,7 @@ class ColocatedSampler(_Sampler):
 
 
 def make_sampler(
-    policy: Policy, spec: VLLMSpec, sampling: SamplingSpec, breaks_off: Callable[[], bool]
+    policy: Policy, spec: VLLMConfig, sampling: SamplingConfig, breaks_off: Callable[[], bool]
 ) -> VLLMSampler | ColocatedSampler:
     """The sampler that a recipe's ``vllm`` section asks for.
 

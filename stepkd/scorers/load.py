@@ -14,7 +14,7 @@ from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, nearest
 from stepkd.models.checkpoint import find_checkpoint, load_trained
 from stepkd.models.source import trained_template
-from stepkd.models.step_head import StepHeadSpec, step_head_from_dict
+from stepkd.models.step_head import StepHeadConfig, step_head_from_dict
 from stepkd.runs.launcher import LaunchInfo
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
@@ -44,7 +44,7 @@ class ScorerOptions:
     template: str | PromptTemplate | None = None
     """Prompt template, a name or a YAML file; None: that of the run, of the published model, or of the judge. A judge
     takes no built-in one: those ask for a solution."""
-    head: StepHeadSpec | None = None
+    head: StepHeadConfig | None = None
     """How a plain model scores steps (``prm``)."""
     reference: bool = False
     """Show the gold solution to the model (``judge``)."""
@@ -116,7 +116,7 @@ def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
     return scorer
 
 
-def parse_head(text: str) -> StepHeadSpec:
+def parse_head(text: str) -> StepHeadConfig:
     """Read a head setting from JSON, as in ``step_head.json``.
 
     Raises:
@@ -129,7 +129,7 @@ def parse_head(text: str) -> StepHeadSpec:
     if not isinstance(values, dict):
         raise ConfigError(f'the head setting must be a JSON object such as {{"kind": "label_tokens"}}, found {text!r}')
     try:
-        return step_head_from_dict({"labels": StepHeadSpec().labels, **values})
+        return step_head_from_dict({"labels": StepHeadConfig().labels, **values})
     except Exception as error:  # unknown keys, values of a wrong type
         raise ConfigError(f"the head setting {text!r} cannot be used: {error}") from error
 

@@ -35,8 +35,8 @@ from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import check_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import check_source
-from stepkd.models.spec import TINY_PRESETS, PolicySpec
-from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.spec import TINY_PRESETS, PolicyConfig
+from stepkd.models.step_head import StepHeadConfig
 from stepkd.scorers.prm import PRMScorer, ReadingOptions
 from stepkd.steps.format import StepFormat
 
@@ -141,7 +141,7 @@ def load_published(
     if kind == "math-shepherd":
         policy = load_trained(path, dtype=dtype, attention=attention)
         layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
-        policy.attach_step_head(StepHeadSpec(format=layout, labels=("-", "+"), meaning="value"))
+        policy.attach_step_head(StepHeadConfig(format=layout, labels=("-", "+"), meaning="value"))
         encoder, own = SpacedSteps, PromptTemplate(style="plain")
     else:
         policy, weights = _load_classifier(path, dtype, attention)
@@ -149,7 +149,7 @@ def load_published(
         marker, layers, encoder = ("<extra_0>", 2, BareSteps) if qwen else (separator, 1, SeparatedSteps)
         layout = StepFormat(marker=marker, separator="", tokenize="per_step")
         _check_head(path, weights, layers)
-        policy.attach_step_head(StepHeadSpec(kind="classifier", format=layout, layers=layers), weights=weights)
+        policy.attach_step_head(StepHeadConfig(kind="classifier", format=layout, layers=layers), weights=weights)
         own = PromptTemplate(style="chat", system=QWEN_SYSTEM) if qwen else _trl_template(policy.tokenizer)
     reading.setdefault("name", path)
     return PRMScorer(policy, template=own if template is None else template, encoder=encoder, **reading)
@@ -189,7 +189,7 @@ def _load_classifier(path: str, dtype: str | None, attention: str | None) -> tup
             f"{foreign[:3]}, head {sorted(weights)}. Was it cut off, or is it of another kind?"
         )
     check_tokenizer(tokenizer, path)
-    return Policy(model.eval(), tokenizer, PolicySpec(path=path, dtype="auto")), weights
+    return Policy(model.eval(), tokenizer, PolicyConfig(path=path, dtype="auto")), weights
 
 
 def _check_head(path: str, weights: dict[str, Tensor], layers: int) -> None:

@@ -20,8 +20,8 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "generate": "RolloutValue SampledSteps ScorerValue",
-    "mcts": "Decision Option SearchSettings SearchTree tree_search",
-    "pairs": "PairSettings TreePairs tree_pairs",
+    "mcts": "Decision Option SearchConfig SearchTree tree_search",
+    "pairs": "PairConfig TreePairs tree_pairs",
     "tree": "Node Problem State StateValue Step StepGenerator",
 }
 

@@ -27,7 +27,7 @@ from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import Rollout, Sampler, SamplingSpec, before_stop, decode_text
+from stepkd.sampling.sampler import Rollout, Sampler, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
 from stepkd.search.tree import End, State, Step, StepGenerator
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
@@ -64,7 +64,7 @@ class SampledSteps:
     """Draws the tokens."""
     policy: Policy
     """The sampler's model, whose tokenizer turns ids into text."""
-    sampling: SamplingSpec
+    sampling: SamplingConfig
     """Temperature, top-p, top-k, seed, strings that end a *solution* (``stop``), and ``max_new_tokens``, the longest
     completion of a state. ``n`` is not read."""
     segmenter: str = field(default="newline", kw_only=True)
@@ -139,7 +139,7 @@ class SampledSteps:
         return None if context is None else context - len(state.problem.prompt_ids) - len(state.token_ids)
 
     def _first(
-        self, states: Sequence[State], drafts: Sequence[Sequence[_Draft]], spec: SamplingSpec, purpose: str
+        self, states: Sequence[State], drafts: Sequence[Sequence[_Draft]], spec: SamplingConfig, purpose: str
     ) -> None:
         for state in states:
             room = self.room(state)
@@ -157,7 +157,7 @@ class SampledSteps:
             for draft, rollout in zip(group, rollouts, strict=True):
                 _extend(draft, rollout)
 
-    def _more(self, drafts: Sequence[_Draft], spec: SamplingSpec, room: int) -> None:
+    def _more(self, drafts: Sequence[_Draft], spec: SamplingConfig, room: int) -> None:
         """Go on with drafts that hold nothing but white space."""
         prompts = [(*d.state.problem.prompt_ids, *d.state.token_ids, *d.token_ids) for d in drafts]
         indices = [

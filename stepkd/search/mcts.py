@@ -36,7 +36,7 @@ Until = Literal["end", "leaf"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
+class SearchConfig:
     """How trees are searched. Walks, actions, depth and exploration are the paper's for mathematics; the module's text
     says what is not."""
 
@@ -130,7 +130,7 @@ def tree_search(
     generator: StepGenerator,
     value: StateValue,
     grader: Grader,
-    settings: SearchSettings,
+    settings: SearchConfig,
 ) -> list[SearchTree]:
     """Search a tree for each problem.
 
@@ -139,7 +139,7 @@ def tree_search(
         generator: proposes steps.
         value: estimates states, in [0, 1].
         grader: compares the final answers of finished solutions with the problem's.
-        settings: see :class:`SearchSettings`.
+        settings: see :class:`SearchConfig`.
 
     Returns:
         One tree per problem, in order; a tree does not depend on the others.
@@ -166,7 +166,7 @@ def tree_search(
     return trees
 
 
-def _decide_all(tree: SearchTree, settings: SearchSettings) -> Iterator[Node]:
+def _decide_all(tree: SearchTree, settings: SearchConfig) -> Iterator[Node]:
     """Decide step after step; yields the nodes that need children and goes on when they have them."""
     node, walks = tree.root, settings.iterations * settings.root_factor
     while not node.terminal and node.depth < settings.max_steps:
@@ -179,7 +179,7 @@ def _decide_all(tree: SearchTree, settings: SearchSettings) -> Iterator[Node]:
         node, walks = tree.decisions[-1].chosen, settings.iterations
 
 
-def _walk(start: Node, settings: SearchSettings) -> Iterator[Node]:
+def _walk(start: Node, settings: SearchConfig) -> Iterator[Node]:
     """One walk with its backup; yields the leaves it meets."""
     path = [start]
     limit = min(start.depth + settings.depth, settings.max_steps)
@@ -207,7 +207,7 @@ class _Expansion:
     generator: StepGenerator
     value: StateValue
     grader: Grader
-    settings: SearchSettings
+    settings: SearchConfig
 
     def __call__(self, leaves: Sequence[tuple[SearchTree, Node]]) -> None:
         """Expand leaves, at most one of each tree."""

@@ -25,7 +25,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSettings:
+class PairConfig:
     """Which pairs a tree gives."""
 
     choose: Choose = "worst"
@@ -55,7 +55,7 @@ class TreePairs:
 
 def tree_pairs(
     tree: SearchTree,
-    settings: PairSettings | None = None,
+    settings: PairConfig | None = None,
     *,
     columns: Sequence[str] = ("answer",),
     provenance: Mapping[str, Any] | None = None,
@@ -71,7 +71,7 @@ def tree_pairs(
     Returns:
         The rows, and what was left out. The column ``pair_facts`` holds values, siblings, and steps of each side.
     """
-    settings = settings or PairSettings()
+    settings = settings or PairConfig()
     dropped: Counter[str] = Counter()
     rows: list[dict[str, Any]] = []
     if not tree.decisions:
@@ -110,7 +110,7 @@ def _choices(decisions: Sequence[Decision]) -> Iterator[Decision]:
         inside.update(id(node) for node in action(decision.chosen))
 
 
-def _pair(decision: Decision, settings: PairSettings) -> tuple[Option, Option] | str:
+def _pair(decision: Decision, settings: PairConfig) -> tuple[Option, Option] | str:
     """The two sides, or why there are none."""
     ranked = sorted(decision.options, key=lambda option: (-option.q, -option.visits))
     if len(ranked) < 2:

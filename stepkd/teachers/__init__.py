@@ -8,7 +8,7 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "cache": "CachedTeacher write_cache",
-    "local": "LocalTeacher TeacherSpec",
+    "local": "LocalTeacher TeacherConfig",
     "own": "SelfTeacher",
     "server": "ServerTeacher",
     "signals": "HiddenSignals Signals Teacher",

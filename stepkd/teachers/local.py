@@ -28,7 +28,7 @@ ROOM = 0.9
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
+class TeacherConfig:
     """The model that is distilled from."""
 
     path: str | None = None
@@ -101,7 +101,7 @@ class LocalTeacher:
         tail: see :class:`~stepkd.teachers.signals.HiddenSignals`.
     """
 
-    def __init__(self, spec: TeacherSpec, *, top_k: int | None = None, tail: bool = True) -> None:
+    def __init__(self, spec: TeacherConfig, *, top_k: int | None = None, tail: bool = True) -> None:
         self.spec = spec
         self.top_k = top_k
         self.tail = tail

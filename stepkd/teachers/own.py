@@ -19,7 +19,7 @@ from stepkd.data.encode import Example
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.models.sharding import WeightAverage, whole_tensor
-from stepkd.teachers.local import TeacherSpec
+from stepkd.teachers.local import TeacherConfig
 from stepkd.teachers.signals import HiddenSignals, Signals
 
 DECAY = 0.999
@@ -27,14 +27,14 @@ DECAY = 0.999
 
 
 class SelfTeacher:
-    """See :attr:`TeacherSpec.itself <stepkd.teachers.local.TeacherSpec.itself>`.
+    """See :attr:`TeacherConfig.itself <stepkd.teachers.local.TeacherConfig.itself>`.
 
     Args:
         spec: which of its forms.
         top_k, tail: as for :class:`~stepkd.teachers.local.LocalTeacher`.
     """
 
-    def __init__(self, spec: TeacherSpec, *, top_k: int | None = None, tail: bool = True) -> None:
+    def __init__(self, spec: TeacherConfig, *, top_k: int | None = None, tail: bool = True) -> None:
         self.spec = spec
         self.top_k = top_k
         self.tail = tail

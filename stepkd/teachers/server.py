@@ -15,7 +15,7 @@ from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.load import load_tokenizer
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.vllm import connect
 from stepkd.teachers.cache import CachedSignals
@@ -25,7 +25,7 @@ from stepkd.teachers.signals import Signals
 
 @dataclass(eq=False)
 class ServerTeacher:
-    """See :attr:`TeacherSpec.server <stepkd.teachers.local.TeacherSpec.server>`."""
+    """See :attr:`TeacherConfig.server <stepkd.teachers.local.TeacherConfig.server>`."""
 
     address: str
     """``http://host:port``."""
@@ -52,7 +52,7 @@ class ServerTeacher:
             self.client = connect(self.address)
         name = self.tokenizer or str(self.client.model)
         try:
-            own = load_tokenizer(PolicySpec(path=name))
+            own = load_tokenizer(PolicyConfig(path=name))
         except ModelError as error:
             raise ConfigError(
                 f"the vLLM server at {self.address} serves {self.client.model!r}, whose tokenizer cannot be loaded "

@@ -23,7 +23,7 @@ from stepkd.runs.resume import find_last_checkpoint, is_whole, read_checkpoint
 
 
 @dataclass(frozen=True)
-class CheckpointSpec:
+class CheckpointConfig:
     """When checkpoints are written."""
 
     every_n_steps: int = 100
@@ -171,7 +171,7 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     @classmethod
-    def of(cls, folder: Path, spec: CheckpointSpec) -> BestCheckpoint:
+    def of(cls, folder: Path, spec: CheckpointConfig) -> BestCheckpoint:
         """The one of a run: ``best.ckpt`` in the folder of its checkpoints."""
         return cls(
             dirpath=str(folder),

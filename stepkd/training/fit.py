@@ -43,7 +43,7 @@ from stepkd.runs.rundir import RunDir, check_version, free_path
 from stepkd.training.checkpoints import (
     AtomicCheckpointIO,
     BestCheckpoint,
-    CheckpointSpec,
+    CheckpointConfig,
     LastCheckpoint,
     SaveWhenPreempted,
 )
@@ -226,7 +226,7 @@ class StepkdCLI(LightningCLI):
             "the run learns are refused)",
         )
         parser.add_argument("--overwrite", **switch, help="delete the earlier run in --out")
-        parser.add_class_arguments(CheckpointSpec, "checkpoint")
+        parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 

@@ -79,13 +79,13 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     from stepkd.data.batching import BatchPlan, StepLoader
     from stepkd.data.encode import Encoder
     from stepkd.data.templates import PromptTemplate
-    from stepkd.models.spec import PolicySpec
+    from stepkd.models.spec import PolicyConfig
     from stepkd.modules.kdrl import KDRLModule
-    from stepkd.modules.optim import OptimizerSpec
-    from stepkd.modules.rewards import RewardSpec
-    from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec
+    from stepkd.modules.optim import OptimizerConfig
+    from stepkd.modules.rewards import RewardConfig
+    from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig
     from stepkd.steps.segment import get_segmenter
-    from stepkd.teachers.local import TeacherSpec
+    from stepkd.teachers.local import TeacherConfig
 
     seconds: list[float] = []
     tokens: list[float] = []
@@ -99,13 +99,13 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
             tokens.append(float(trainer.callback_metrics["train/length"]) * PROMPTS * GROUP)
 
     module = KDRLModule(
-        PolicySpec(path=str(policy), dtype=dtype),
-        rewards=[RewardSpec(f"{Path(__file__).stem}:even")],
-        teacher=None if teacher is None else TeacherSpec(path=str(teacher), dtype=dtype),
-        rollout=RolloutSpec(group_size=GROUP, max_new_tokens=NEW, segmenter="whole"),
-        policy_loss=PolicyLossSpec(normalisation="dapo"),
-        kd=KDSpec(beta=0.1),
-        optimizer=OptimizerSpec(lr=1e-6, schedule="constant", warmup=0),
+        PolicyConfig(path=str(policy), dtype=dtype),
+        rewards=[RewardConfig(f"{Path(__file__).stem}:even")],
+        teacher=None if teacher is None else TeacherConfig(path=str(teacher), dtype=dtype),
+        rollout=RolloutConfig(group_size=GROUP, max_new_tokens=NEW, segmenter="whole"),
+        policy_loss=PolicyLossConfig(normalisation="dapo"),
+        kd=KDConfig(beta=0.1),
+        optimizer=OptimizerConfig(lr=1e-6, schedule="constant", warmup=0),
     )
     module.configure_model()
     encoder = Encoder(module.tokenizer, PromptTemplate(style="plain"), get_segmenter("whole"))

@@ -12,9 +12,9 @@ import statistics
 import time
 
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Branch, SamplingSpec
+from stepkd.sampling.sampler import Branch, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 
@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("--max-rows", type=int, default=64, help="continuations decoded at once")
     parser.add_argument("--rounds", type=int, default=3, help="timings of each way")
     given = parser.parse_args()
-    policy = Policy.load(PolicySpec(path=given.model, dtype=given.dtype))
+    policy = Policy.load(PolicyConfig(path=given.model, dtype=given.dtype))
     policy.to(given.device)
-    spec = SamplingSpec(n=given.samples, max_new_tokens=given.new_tokens)
+    spec = SamplingConfig(n=given.samples, max_new_tokens=given.new_tokens)
     print(
         f"{given.model} in {given.dtype} on {given.device}: {given.solutions} solutions of {given.steps} steps of 20 "
         f"tokens, {given.samples} continuations of at most {given.new_tokens} tokens; median of {given.rounds} rounds"
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _compare(
-    policy: Policy, branches: list[Branch], spec: SamplingSpec, *, max_rows: int, rounds: int, prompt: int
+    policy: Policy, branches: list[Branch], spec: SamplingConfig, *, max_rows: int, rounds: int, prompt: int
 ) -> None:
     samplers = {shared: TransformersSampler(policy, max_rows=max_rows) for shared in (True, False)}
     seconds: dict[bool, list[float]] = {True: [], False: []}

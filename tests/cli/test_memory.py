@@ -18,12 +18,12 @@ from stepkd.errors import ConfigError, DataError, MachineError
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.machine import memory_peak
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
 from stepkd.modules.base import StepModule
 from stepkd.training import fit
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = PolicySpec(path="tiny-0.1m")
+TINY = PolicyConfig(path="tiny-0.1m")
 FEW = ("data.init_args.train.options.n=16", "model.init_args.policy.path=tiny-0.1m")
 
 
@@ -42,12 +42,12 @@ def recipe(name: str, *settings: str) -> list[str]:
     [
         TINY,
         replace(TINY, dtype="bfloat16"),
-        replace(TINY, lora=LoraSpec(r=3)),
-        replace(TINY, dtype="bfloat16", lora=LoraSpec(r=3, modules_to_save=["lm_head"])),
+        replace(TINY, lora=LoRAConfig(r=3)),
+        replace(TINY, dtype="bfloat16", lora=LoRAConfig(r=3, modules_to_save=["lm_head"])),
     ],
     ids=str,
 )
-def test_a_skeleton_has_the_weights_of_the_policy(spec: PolicySpec) -> None:
+def test_a_skeleton_has_the_weights_of_the_policy(spec: PolicyConfig) -> None:
     real, bones = Policy.load(spec).model, skeleton(spec)
     assert all(p.is_meta for p in bones.parameters())
     for trained in (False, True):
@@ -57,7 +57,7 @@ def test_a_skeleton_has_the_weights_of_the_policy(spec: PolicySpec) -> None:
         ]
         assert counted[0] == counted[1]
     assert weight_bytes(bones, spec) == sum(p.numel() * p.element_size() for p in real.parameters())
-    packed = weight_bytes(bones, replace(spec, quantization="nf4", lora=LoraSpec()))
+    packed = weight_bytes(bones, replace(spec, quantization="nf4", lora=LoRAConfig()))
     assert packed < weight_bytes(bones, spec)
 
 
@@ -73,10 +73,10 @@ def test_auto_counts_a_bfloat16_checkpoint_as_it_is_trained(tmp_path: Path) -> N
 
 
 def test_an_adapter_folder_is_trained_alone(tmp_path: Path) -> None:
-    lora = Policy.load(replace(TINY, lora=LoraSpec(r=3)))
+    lora = Policy.load(replace(TINY, lora=LoRAConfig(r=3)))
     lora.model.save_pretrained(tmp_path)
     lora.tokenizer.save_pretrained(tmp_path)
-    spec = PolicySpec(path=str(tmp_path))
+    spec = PolicyConfig(path=str(tmp_path))
     real, bones = Policy.load(spec).model, skeleton(spec)
     for model in (real, bones):
         assert 0 < sum(p.numel() for p in model.parameters() if p.requires_grad) < 20_000

@@ -12,7 +12,7 @@ import pytest
 
 from stepkd.data.batching import Position
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import tiny_tokenizer
 
@@ -42,13 +42,13 @@ def attach(tokenizer: Any) -> Any:
     return attached
 
 
-def task(split: str = "train", n: int = 12) -> DataSpec:
-    return DataSpec(source="task", split=split, options={"task": "modular:terms=3", "n": n})
+def task(split: str = "train", n: int = 12) -> DataConfig:
+    return DataConfig(source="task", split=split, options={"task": "modular:terms=3", "n": n})
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> DataSpec:
+def write(path: Path, rows: list[dict[str, Any]]) -> DataConfig:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return DataSpec(path=str(path))
+    return DataConfig(path=str(path))
 
 
 def test_fit(attach: Any, tokenizer: Any) -> None:
@@ -122,7 +122,7 @@ def test_a_held_out_row_whose_solution_does_not_fit_still_counts_for_accuracy(at
         {"id": "long", "prompt": "1+2", "answer": "3", "solution": "so " * 40 + "#### 3"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = attach(StepData(validation=DataSpec(path=str(path)), template="task", max_length=24))
+    data = attach(StepData(validation=DataConfig(path=str(path)), template="task", max_length=24))
     data.setup("validate")
     lengths = {example.id: len(example.completion_ids) for example in data.examples["validation"]}
     assert lengths["short"] > 0
@@ -169,11 +169,11 @@ def test_missing_training_data(attach: Any) -> None:
 def test_evaluation_data_is_refused_for_training(attach: Any, data_dir: Path) -> None:
     math = {"source": "math500", "path": str(data_dir / "math500"), "limit": 3}
     with pytest.raises(ConfigError, match=r"'math500' \(split 'test'\) is kept for evaluation"):
-        attach(StepData(train=DataSpec(**math))).setup("fit")
-    data = attach(StepData(train=DataSpec(**math, allow_evaluation_data=True), template="math", max_length=4000))
+        attach(StepData(train=DataConfig(**math))).setup("fit")
+    data = attach(StepData(train=DataConfig(**math, allow_evaluation_data=True), template="math", max_length=4000))
     data.setup("fit")
     assert len(data.examples["train"]) == 3
-    validation = attach(StepData(train=task(), validation=DataSpec(**math), template="math", max_length=4000))
+    validation = attach(StepData(train=task(), validation=DataConfig(**math), template="math", max_length=4000))
     validation.setup("fit")
     assert len(validation.examples["validation"]) == 3
 
@@ -223,7 +223,7 @@ def test_what_a_limit_leaves_out_of_a_file_of_ones_own_is_told(
     spec = write(
         tmp_path / "mine.jsonl", [{"prompt": f"{i}+1=", "answer": "2", "solution": "#### 2"} for i in range(9)]
     )
-    limited = DataSpec(source="gsm8k", path=spec.path, limit=5, hub="owner/data", split="train")
+    limited = DataConfig(source="gsm8k", path=spec.path, limit=5, hub="owner/data", split="train")
     attach(StepData(train=limited, validation=spec, template="task")).setup("fit")
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         f"{spec.path} has the columns 'prompt', 'answer', 'solution', so it is read as source 'rows', not 'gsm8k'",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepkd.data.overlap import normalised_words, overlap_report
-from stepkd.data.spec import DataSpec, load_rows
+from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import ConfigError
 
 words = st.lists(st.sampled_from("abcd"), max_size=9).map(" ".join)
@@ -86,7 +86,7 @@ def test_bad_input() -> None:
 
 def test_gsm8k_train_and_test(data_dir: Path) -> None:
     train, test = (
-        load_rows(DataSpec(source="gsm8k", path=str(data_dir / "gsm8k"), split=s)) for s in ("train", "test")
+        load_rows(DataConfig(source="gsm8k", path=str(data_dir / "gsm8k"), split=s)) for s in ("train", "test")
     )
     report = overlap_report(
         (row["prompt"] for row in train), [row["prompt"] for row in test], test_ids=[row["id"] for row in test]

@@ -13,15 +13,15 @@ import pytest
 
 from stepkd.data.batching import Position
 from stepkd.data.labelled_data import FeedbackData, PairData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.kto import KTOModule, StepKTOModule
 from stepkd.modules.sft import SFTModule
 
-TINY = PolicySpec(path="tiny-0.1m")
+TINY = PolicyConfig(path="tiny-0.1m")
 TOKENIZER = tiny_tokenizer()
 
 
@@ -35,9 +35,9 @@ def attach(data: Any, module: Any = None, *, rank: int = 0, world_size: int = 1)
     return data
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> DataSpec:
+def write(path: Path, rows: list[dict[str, Any]]) -> DataConfig:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return DataSpec(path=str(path))
+    return DataConfig(path=str(path))
 
 
 def unpaired(labels: list[bool], prompts: list[str] | None = None) -> list[dict[str, Any]]:
@@ -71,11 +71,11 @@ def pairs(n: int = 3, **columns: Any) -> list[dict[str, Any]]:
     return [{"prompt": f"Q{i // 2}", "chosen": f"{i}\n", "rejected": f"{i}{i}", **columns} for i in range(n)]
 
 
-def feedback(train: DataSpec, **settings: Any) -> FeedbackData:
+def feedback(train: DataConfig, **settings: Any) -> FeedbackData:
     return FeedbackData(train, template="plain", max_length=64, **settings)
 
 
-def paired(train: DataSpec, **settings: Any) -> PairData:
+def paired(train: DataConfig, **settings: Any) -> PairData:
     return PairData(train, template="plain", max_length=64, **settings)
 
 
@@ -225,7 +225,7 @@ def test_a_trainer_is_needed(tmp_path: Path) -> None:
 def test_evaluation_data_is_refused_for_training(tmp_path: Path) -> None:
     for data in (feedback, paired):
         with pytest.raises(ConfigError, match="kept for evaluation"):
-            attach(data(DataSpec(source="processbench", path=str(tmp_path)))).setup("fit")
+            attach(data(DataConfig(source="processbench", path=str(tmp_path)))).setup("fit")
 
 
 # ---- prompts that stay together -------------------------------------------------------------------------------------

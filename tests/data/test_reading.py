@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.sources import get_source
-from stepkd.data.spec import DataSpec, load_rows, resolve_split
+from stepkd.data.spec import DataConfig, load_rows, resolve_split
 from stepkd.errors import ConfigError, DataError
 
 GSM = {"question": "How many?", "answer": "She has 2*600=<<2*600=1200>>1200.\nSo 1,200.\n#### 1,200"}
@@ -31,44 +31,44 @@ def write(path: Path, *rows: Any) -> str:
 def test_folder_with_a_file_per_split(tmp_path: Path, name: str) -> None:
     write(tmp_path / name, GSM)
     write((tmp_path / name).with_name("train.jsonl"), GSM, GSM)
-    assert [row["id"] for row in load_rows(DataSpec(source="gsm8k", path=str(tmp_path), split="test"))] == [
+    assert [row["id"] for row in load_rows(DataConfig(source="gsm8k", path=str(tmp_path), split="test"))] == [
         "gsm8k/test/0"
     ]
-    assert len(load_rows(DataSpec(source="gsm8k", path=str(tmp_path)))) == 2
+    assert len(load_rows(DataConfig(source="gsm8k", path=str(tmp_path)))) == 2
 
 
 def test_folder_with_shards(tmp_path: Path) -> None:
     for shard in range(3):
         write(tmp_path / f"train-{shard:05}-of-00003.jsonl", GSM)
-    rows = load_rows(DataSpec(source="gsm8k", path=str(tmp_path)))
+    rows = load_rows(DataConfig(source="gsm8k", path=str(tmp_path)))
     assert [row["id"] for row in rows] == ["gsm8k/train/0", "gsm8k/train/1", "gsm8k/train/2"]
 
 
 def test_folder_with_one_file_of_any_name(tmp_path: Path) -> None:
     write(tmp_path / "all_of_it.jsonl", {"question": "q", "answer": "1"})
     (tmp_path / "README.md").write_text("about")
-    assert load_rows(DataSpec(source="multiarith", path=str(tmp_path)))[0]["id"] == "multiarith/test/0"
+    assert load_rows(DataConfig(source="multiarith", path=str(tmp_path)))[0]["id"] == "multiarith/test/0"
 
 
 def test_folder_without_a_fitting_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file for split 'train' of source 'gsm8k'; the folder has no \.jsonl"):
-        load_rows(DataSpec(source="gsm8k", path=str(tmp_path)))
+        load_rows(DataConfig(source="gsm8k", path=str(tmp_path)))
     write(tmp_path / "test.jsonl", GSM)
     with pytest.raises(
         DataError, match=r"the folder has test\.jsonl\. Name the file train\.jsonl or give its own path"
     ):
-        load_rows(DataSpec(source="gsm8k", path=str(tmp_path)))
+        load_rows(DataConfig(source="gsm8k", path=str(tmp_path)))
     write(tmp_path / "test.json", GSM)
     with pytest.raises(DataError, match=r"several files for one split: test\.json, test\.jsonl"):
-        load_rows(DataSpec(source="gsm8k", path=str(tmp_path), split="test"))
+        load_rows(DataConfig(source="gsm8k", path=str(tmp_path), split="test"))
 
 
 def test_the_files_name_states_the_split() -> None:
-    assert resolve_split(DataSpec(source="gsm8k", path="x/test.jsonl")) == "test"
-    assert resolve_split(DataSpec(source="gsm8k", path="x/mine.jsonl")) == "train"
-    assert resolve_split(DataSpec(source="gsm8k", path="x/mine.jsonl", split="test")) == "test"
-    assert resolve_split(DataSpec(source="aime", split="train")) == "test"  # the hub calls it train
-    assert resolve_split(DataSpec(source="gsm8k", path="x/test.jsonl", split="train")) == "test"  # a recipe's split
+    assert resolve_split(DataConfig(source="gsm8k", path="x/test.jsonl")) == "test"
+    assert resolve_split(DataConfig(source="gsm8k", path="x/mine.jsonl")) == "train"
+    assert resolve_split(DataConfig(source="gsm8k", path="x/mine.jsonl", split="test")) == "test"
+    assert resolve_split(DataConfig(source="aime", split="train")) == "test"  # the hub calls it train
+    assert resolve_split(DataConfig(source="gsm8k", path="x/test.jsonl", split="train")) == "test"  # a recipe's split
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -90,12 +90,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_hub_ids_configurations_and_splits(hub: list[tuple[Any, ...]]) -> None:
-    assert load_rows(DataSpec(source="gsm8k", split="test"))[0]["id"] == "gsm8k/test/0"
-    load_rows(DataSpec(source="gsm8k", hub="me/gsm8k-copy", split="dev"))
-    load_rows(DataSpec(source="gsm8k", hub_config="socratic"))
-    load_rows(DataSpec(hub="me/rows", columns={"prompt": "question"}))
-    load_rows(DataSpec(source="aime"))
-    load_rows(DataSpec(source="aime", hub="AI-MO/aimo-validation-aime", split="train"))
+    assert load_rows(DataConfig(source="gsm8k", split="test"))[0]["id"] == "gsm8k/test/0"
+    load_rows(DataConfig(source="gsm8k", hub="me/gsm8k-copy", split="dev"))
+    load_rows(DataConfig(source="gsm8k", hub_config="socratic"))
+    load_rows(DataConfig(hub="me/rows", columns={"prompt": "question"}))
+    load_rows(DataConfig(source="aime"))
+    load_rows(DataConfig(source="aime", hub="AI-MO/aimo-validation-aime", split="train"))
     assert hub == [
         ("openai/gsm8k", "main", "test"),
         ("me/gsm8k-copy", None, "dev"),
@@ -105,7 +105,7 @@ def test_hub_ids_configurations_and_splits(hub: list[tuple[Any, ...]]) -> None:
         ("AI-MO/aimo-validation-aime", None, "train"),
     ]
     hub.clear()
-    rows = load_rows(DataSpec(source="math"))
+    rows = load_rows(DataConfig(source="math"))
     assert [call[1] for call in hub] == list(get_source("math").hub_configs)
     assert [row["id"] for row in rows] == [f"math/train/{i}" for i in range(7)]
 
@@ -114,10 +114,10 @@ def test_hub_errors(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch)
     import datasets
 
     with pytest.raises(ConfigError, match="source 'gsm8k' has no split 'tset'; did you mean 'test'"):
-        load_rows(DataSpec(source="gsm8k", split="tset"))
+        load_rows(DataConfig(source="gsm8k", split="tset"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [])
     with pytest.raises(DataError, match="openai/gsm8k/main:train: the dataset holds no rows"):
-        load_rows(DataSpec(source="gsm8k"))
+        load_rows(DataConfig(source="gsm8k"))
 
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub\nlong tail")
@@ -125,5 +125,5 @@ def test_hub_errors(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     message = r"openai/gsm8k/main:train: cannot load .*ConnectionError: Couldn't reach.*No network\? Give path="
     with pytest.raises(DataError, match=message) as caught:
-        load_rows(DataSpec(source="gsm8k"))
+        load_rows(DataConfig(source="gsm8k"))
     assert "long tail" not in str(caught.value)

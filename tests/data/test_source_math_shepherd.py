@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.sources import get_source
-from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.spec import DataConfig, check_training_use, load_rows
 from stepkd.errors import ConfigError, DataError
 
 QUESTION = "Ann has 3+4 pens, loses 2 - 1. How many?"
@@ -21,7 +21,7 @@ LABEL = f"{QUESTION} Step 1: 3+4=<<3+4=7>>7. +\nStep 2: 2-1=1, +1. +\nStep 3: 7 
 def load(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
     path = tmp_path / "math-shepherd.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_rows(DataSpec(source="math_shepherd", path=str(path), options=options))
+    return load_rows(DataConfig(source="math_shepherd", path=str(path), options=options))
 
 
 def pair(text: str, signs: str) -> dict[str, str]:
@@ -139,7 +139,7 @@ def test_malformed_rows_can_be_left_out(tmp_path: Path) -> None:
 def test_options_and_source() -> None:
     source = get_source("math_shepherd")
     assert source.hub == "peiyi9979/Math-Shepherd"
-    check_training_use(DataSpec(source="math_shepherd"))
+    check_training_use(DataConfig(source="math_shepherd"))
 
 
 @pytest.mark.parametrize("options", [{"step_prefix": "cut"}, {"malformed": None}])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import check_unique_ids
-from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.spec import DataConfig, check_training_use, load_rows
 from stepkd.errors import ConfigError, DataError
 
 TAIL = "\n\n# Answer\n\n"
@@ -62,7 +62,7 @@ def load(
 ) -> list[dict[str, Any]]:
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_rows(DataSpec(source="prm800k", path=str(path), options=options))
+    return load_rows(DataConfig(source="prm800k", path=str(path), options=options))
 
 
 def changed(row: dict[str, Any], **label: Any) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def test_which_rows_and_labels(tmp_path: Path, options: dict[str, Any], labels: 
 def test_masked_prefixes_count_every_rating_once(tmp_path: Path, data_dir: Path) -> None:
     """Over a record, the labels with masked prefixes are exactly the chosen ratings and one per alternative."""
     path = data_dir / "prm800k" / "phase1_test.jsonl"
-    rows = load_rows(DataSpec(source="prm800k", path=str(path)))
+    rows = load_rows(DataConfig(source="prm800k", path=str(path)))
     labels = Counter(label for row in rows for label in row["labels"])
     assert labels[-1] + labels[0] + labels[1] == 1603 + sum(row["kind"] == "alternative" for row in rows)
 
@@ -257,27 +257,27 @@ def test_per_record_choice_hangs_on_seed_and_record_only(tmp_path: Path) -> None
 def test_test_files_are_for_evaluation(tmp_path: Path) -> None:
     for name in ("phase1_test.jsonl", "phase2_test.jsonl", "test.jsonl"):
         with pytest.raises(ConfigError, match="is kept for evaluation"):
-            check_training_use(DataSpec(source="prm800k", path=str(tmp_path / name)))
+            check_training_use(DataConfig(source="prm800k", path=str(tmp_path / name)))
     for name in ("phase1_train.jsonl", "phase1_train_head.jsonl", "train.jsonl"):
-        check_training_use(DataSpec(source="prm800k", path=str(tmp_path / name)))
+        check_training_use(DataConfig(source="prm800k", path=str(tmp_path / name)))
     with pytest.raises(ConfigError, match="has no hub dataset of its own; give path"):
-        DataSpec(source="prm800k")
+        DataConfig(source="prm800k")
 
 
 def test_folder_of_the_released_files(tmp_path: Path) -> None:
     for name in ("phase1_train", "phase1_test"):
         load(tmp_path, RELEASED | {"labeler": name}, name=f"{name}.jsonl")
-    spec = DataSpec(source="prm800k", path=str(tmp_path), split="phase1_test")
+    spec = DataConfig(source="prm800k", path=str(tmp_path), split="phase1_test")
     assert {row["id"].partition("/")[0] for row in load_rows(spec)} == {"phase1_test"}
     with pytest.raises(DataError, match=r"no file for split 'train'.*phase1_test\.jsonl, phase1_train\.jsonl"):
-        load_rows(DataSpec(source="prm800k", path=str(tmp_path)))
+        load_rows(DataConfig(source="prm800k", path=str(tmp_path)))
 
 
 def test_parquet_of_released_lines(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     path = tmp_path / "phase1_train.parquet"
     datasets.Dataset.from_list([RELEASED]).to_parquet(str(path))
-    assert load_rows(DataSpec(source="prm800k", path=str(path))) == load(tmp_path, RELEASED)
+    assert load_rows(DataConfig(source="prm800k", path=str(path))) == load(tmp_path, RELEASED)
 
 
 def test_real_train_head(data_dir: Path) -> None:
@@ -285,7 +285,7 @@ def test_real_train_head(data_dir: Path) -> None:
     path = data_dir / "prm800k" / "phase1_train_head.jsonl"
     if not path.is_file():
         pytest.skip("no prm800k train head in the data folder")
-    rows = load_rows(DataSpec(source="prm800k", path=str(path)))
+    rows = load_rows(DataConfig(source="prm800k", path=str(path)))
     check_unique_ids(rows)
     chosen = [row for row in rows if row["kind"] == "chosen"]
     assert len(chosen) == 660

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import check_unique_ids
-from stepkd.data.spec import DataSpec, check_training_use, load_rows
+from stepkd.data.spec import DataConfig, check_training_use, load_rows
 from stepkd.errors import ConfigError, DataError
 
 ROW = {
@@ -26,7 +26,7 @@ ROW = {
 def load(tmp_path: Path, *rows: dict[str, Any], source: str = "processbench", name: str = "math.jsonl") -> list[Any]:
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return load_rows(DataSpec(source=source, path=str(path)))
+    return load_rows(DataConfig(source=source, path=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_real_counts(data_dir: Path, subset: str, right: int, wrong: int) -> Non
     folder = data_dir / "processbench"
     if not folder.is_dir():
         pytest.skip("no processbench in the data folder")
-    rows = load_rows(DataSpec(source="processbench", path=str(folder), split=subset))
+    rows = load_rows(DataConfig(source="processbench", path=str(folder), split=subset))
     check_unique_ids(rows)
     assert Counter(row["first_error"] >= 0 for row in rows) == {False: right, True: wrong}
     assert {row["subset"] for row in rows} == {subset}
@@ -84,7 +84,7 @@ def test_real_mistake_sets(data_dir: Path) -> None:
         folder = data_dir / source
         if not folder.is_dir():
             pytest.skip(f"no {source} in the data folder")
-        rows = load_rows(DataSpec(source=source, path=str(folder)))
+        rows = load_rows(DataConfig(source=source, path=str(folder)))
         check_unique_ids(rows)
         assert (len(rows), sum(row["first_error"] < 0 for row in rows)) == (rows_wanted, none)
         assert all(isinstance(row["answer"], str) and isinstance(row["outcome"], bool) for row in rows)
@@ -117,18 +117,18 @@ def test_mr_gsm8k_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["processbench", "bigbench_mistake", "mr_gsm8k"])
 def test_never_training_data(source: str) -> None:
-    spec = DataSpec(source=source, path="folder")
+    spec = DataConfig(source=source, path="folder")
     with pytest.raises(ConfigError, match=f"{source!r} .* is kept for evaluation"):
         check_training_use(spec)
-    check_training_use(DataSpec(source=source, path="folder", allow_evaluation_data=True))
+    check_training_use(DataConfig(source=source, path="folder", allow_evaluation_data=True))
 
 
 def test_hub_splits() -> None:
     for split in ("gsm8k", "math", "olympiadbench", "omnimath"):
         with pytest.raises(ConfigError, match="is kept for evaluation"):
-            check_training_use(DataSpec(source="processbench", split=split))
+            check_training_use(DataConfig(source="processbench", split=split))
     with pytest.raises(ConfigError, match="source 'mr_gsm8k' has no hub dataset"):
-        DataSpec(source="mr_gsm8k")
+        DataConfig(source="mr_gsm8k")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from stepkd.data.sources import RawRow, Source, SourceOption, get_source, list_s
 from stepkd.data.sources.generated import GENERATED_SPLITS, stream_seed
 from stepkd.data.sources.math import last_boxed, whole_answer
 from stepkd.data.sources.word_problems import final_answer
-from stepkd.data.spec import DataSpec, load_rows, parse_spec
+from stepkd.data.spec import DataConfig, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 
 GSM = {"question": "How many?", "answer": "She has 2*600=<<2*600=1200>>1200.\nSo 1,200.\n#### 1,200"}
@@ -27,7 +27,7 @@ def write(path: Path, *rows: Any) -> str:
 
 
 def load(source: str, path: Path, *rows: Any, **settings: Any) -> list[dict[str, Any]]:
-    return load_rows(DataSpec(source=source, path=write(path, *rows), **settings))
+    return load_rows(DataConfig(source=source, path=write(path, *rows), **settings))
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_columns_give_the_files_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"columns maps 'prompt' to 'Q', which is not there \(the row has 'q', 'sol'\)"):
         load("gsm8k", tmp_path / "a.jsonl", raw, columns={"prompt": "Q", "solution": "sol"})
     with pytest.raises(ConfigError, match="source 'gsm8k' reads no 'promt'; did you mean 'prompt'"):
-        DataSpec(source="gsm8k", columns={"promt": "q"})
+        DataConfig(source="gsm8k", columns={"promt": "q"})
 
 
 def test_math_layouts(tmp_path: Path) -> None:
@@ -161,13 +161,13 @@ def test_whole_answers(value: object, text: object) -> None:
 
 def test_reasoning_gym_gives_solutions_where_the_set_has_them() -> None:
     pytest.importorskip("reasoning_gym")
-    rows = load_rows(DataSpec(source="reasoning_gym", split="test", options={"size": 6, "seed": 3}))
+    rows = load_rows(DataConfig(source="reasoning_gym", split="test", options={"size": 6, "seed": 3}))
     assert len(rows) == 6
     for index, row in enumerate(rows):
         assert row["id"] == f"gsm_symbolic/test/{index}"
         assert final_answer(row["solution"]) == row["answer"]
-    assert rows == load_rows(DataSpec(source="reasoning_gym", split="test", options={"size": 6, "seed": 3}))
-    plain = load_rows(DataSpec(source="reasoning_gym", options={"dataset": "chain_sum", "size": 2}))
+    assert rows == load_rows(DataConfig(source="reasoning_gym", split="test", options={"size": 6, "seed": 3}))
+    plain = load_rows(DataConfig(source="reasoning_gym", options={"dataset": "chain_sum", "size": 2}))
     assert all("solution" not in row for row in plain)
 
 
@@ -179,7 +179,9 @@ def test_reasoning_gym_splits_and_seeds_share_no_problem() -> None:
     for split in GENERATED_SPLITS:
         for seed in (0, 1):
             options = {"dataset": "chain_sum", "size": 20, "seed": seed, "config": config}
-            seen += [row["prompt"] for row in load_rows(DataSpec(source="reasoning_gym", split=split, options=options))]
+            seen += [
+                row["prompt"] for row in load_rows(DataConfig(source="reasoning_gym", split=split, options=options))
+            ]
     assert len(set(seen)) == len(seen) == 120
 
 
@@ -195,13 +197,13 @@ def test_reasoning_gym_splits_and_seeds_share_no_problem() -> None:
 def test_reasoning_gym_bad_options(options: dict[str, Any], message: str) -> None:
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ConfigError, match=message):
-        load_rows(DataSpec(source="reasoning_gym", options=options))
+        load_rows(DataConfig(source="reasoning_gym", options=options))
 
 
 def test_reasoning_gym_set_without_a_gold_answer() -> None:
     pytest.importorskip("reasoning_gym")
     with pytest.raises(DataError, match="'graph_color' has no single gold answer"):
-        load_rows(DataSpec(source="reasoning_gym", options={"dataset": "graph_color", "size": 1}))
+        load_rows(DataConfig(source="reasoning_gym", options={"dataset": "graph_color", "size": 1}))
 
 
 def test_stream_seeds_are_distinct_and_far_apart() -> None:
@@ -214,7 +216,7 @@ def test_stream_seeds_are_distinct_and_far_apart() -> None:
 def test_task_rows() -> None:
     pytest.importorskip("stepkd.tasks")
     clean = load_rows(parse_spec("task:task='modular:terms=4,modulus=10',n=8,seed=2,split=validation"))
-    noisy = load_rows(DataSpec(source="task", options={"task": "modular:terms=4,modulus=10", "n": 8, "seed": 2,
+    noisy = load_rows(DataConfig(source="task", options={"task": "modular:terms=4,modulus=10", "n": 8, "seed": 2,
                                                        "noise": {"rate": 0.9}}, split="validation"))  # fmt: skip
     assert [row["prompt"] for row in clean] == [row["prompt"] for row in noisy]
     assert [row["solution"] for row in clean] != [row["solution"] for row in noisy]
@@ -290,7 +292,7 @@ def test_every_listed_source_is_complete() -> None:
     ],
 )
 def test_real_files(data_dir: Path, source: str, folder: str, split: str | None, count: int) -> None:
-    rows = load_rows(DataSpec(source=source, path=str(data_dir / folder), split=split))
+    rows = load_rows(DataConfig(source=source, path=str(data_dir / folder), split=split))
     assert len(rows) == count
     check_unique_ids(rows)
     for row in rows:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import DEMONSTRATION, PROBLEM, STEPWISE, problem_with, validate
-from stepkd.data.spec import DataSpec, check_training_use, left_out, load_rows, parse_spec
+from stepkd.data.spec import DataConfig, check_training_use, left_out, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 
 ANYTHING = problem_with({})
@@ -26,7 +26,7 @@ def write(path: Path, *rows: Any) -> str:
 
 
 def load(source: str, path: Path, *rows: Any, **settings: Any) -> list[dict[str, Any]]:
-    return load_rows(DataSpec(source=source, path=write(path, *rows), **settings))
+    return load_rows(DataConfig(source=source, path=write(path, *rows), **settings))
 
 
 # --- rows in contract form -------------------------------------------------------------------------------------------
@@ -58,13 +58,13 @@ def test_rows_take_the_contract_of_the_first_row_or_the_one_asked_for(tmp_path: 
     with pytest.raises(DataError, match="line 2, column 'answer': missing column 'answer' of a problem row"):
         load("rows", tmp_path / "a.jsonl", PROBLEMS[0], {"prompt": "x", "solution": "y"})
     path = write(tmp_path / "a.jsonl", {"prompt": "x", "solution": "y"})
-    assert load_rows(DataSpec(path=path), contract=DEMONSTRATION)[0]["solution"] == "y"
+    assert load_rows(DataConfig(path=path), contract=DEMONSTRATION)[0]["solution"] == "y"
     with pytest.raises(DataError, match="missing column 'answer' of a problem row"):
-        load_rows(DataSpec(path=path), contract=PROBLEM)
+        load_rows(DataConfig(path=path), contract=PROBLEM)
     with pytest.raises(
         DataError, match="missing column 'completions' of a stepwise row; the row has 'prompt', 'solution'\\."
     ):
-        load_rows(DataSpec(path=path, options={"contract": "stepwise"}))
+        load_rows(DataConfig(path=path, options={"contract": "stepwise"}))
 
 
 def test_rows_extra_column_rules(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_whole_numbers_0_and_1_are_incorrect_and_correct_unless_a_minus_1_is_amo
     [row, _] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [1, -1, 0]})
     assert row["labels"] == [1, 0, None]
     assert type(row["labels"][1]) is int
-    [row] = load_rows(DataSpec(path=write(tmp_path / "a.jsonl", raw)), ratings=True)
+    [row] = load_rows(DataConfig(path=write(tmp_path / "a.jsonl", raw)), ratings=True)
     assert type(row["labels"][1]) is int
     [row, _] = load("rows", tmp_path / "a.jsonl", raw, raw | {"labels": [0.5, 0, 1]})
     assert row["labels"] == [1.0, 0.0, None]
@@ -104,12 +104,12 @@ def test_boolean_labels_survive_parquet_and_saved_datasets(tmp_path: Path) -> No
     rows = [{"prompt": "p", "completions": ["a", "b"], "labels": [True, None]}] * 2
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
     datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "saved"))
-    for spec in (DataSpec(path=str(tmp_path / "a.parquet")), DataSpec(path=str(tmp_path / "saved"), split="test")):
+    for spec in (DataConfig(path=str(tmp_path / "a.parquet")), DataConfig(path=str(tmp_path / "saved"), split="test")):
         loaded = load_rows(spec)
         assert [row["labels"] for row in loaded] == [[True, None]] * 2
         assert loaded[0]["labels"][0] is True
     with pytest.raises(DataError, match="the saved dataset has no split 'tset'; did you mean 'test'"):
-        load_rows(DataSpec(path=str(tmp_path / "saved"), split="tset"))
+        load_rows(DataConfig(path=str(tmp_path / "saved"), split="tset"))
 
 
 # --- a file of one's own under a recipe's other settings -------------------------------------------------------------
@@ -121,8 +121,8 @@ def test_a_file_in_contract_form_is_read_as_rows_whatever_source_the_recipe_name
 ) -> None:
     path = tmp_path / "mine.jsonl"
     for raw in (PROBLEMS[0], {"prompt": "x", "completion": "y"}, {"messages": [{"role": "user", "content": "x"}]}):
-        spec = DataSpec(source=source, path=write(path, raw))
-        assert load_rows(spec, contract=ANYTHING) == load_rows(DataSpec(path=str(path)), contract=ANYTHING)
+        spec = DataConfig(source=source, path=write(path, raw))
+        assert load_rows(spec, contract=ANYTHING) == load_rows(DataConfig(path=str(path)), contract=ANYTHING)
         assert f"so it is read as source 'rows', not '{source}'" in caplog.messages[-1]
     caplog.clear()
     load("gsm8k", path, {"question": "q", "answer": "#### 2", "prompt": "not this"})
@@ -136,11 +136,11 @@ def test_a_path_wins_over_hub_configuration_and_split(tmp_path: Path, monkeypatc
     recipe = {"hub": "a/b", "hub_config": "main", "split": "train[:90%]"}
     rows = load("rows", tmp_path / "test.jsonl", *PROBLEMS, **recipe)
     assert len(rows) == 10
-    assert left_out(DataSpec(path=str(tmp_path / "test.jsonl"), **recipe), 10) == [
+    assert left_out(DataConfig(path=str(tmp_path / "test.jsonl"), **recipe), 10) == [
         f"{tmp_path / 'test.jsonl'} is read, and hub: a/b is not"
     ]
     with pytest.raises(ConfigError, match="kept for evaluation"):
-        check_training_use(DataSpec(source="gsm8k", path="x/test.jsonl", split="train"))
+        check_training_use(DataConfig(source="gsm8k", path="x/test.jsonl", split="train"))
 
 
 def test_rows_that_limit_and_offset_leave_out_of_a_file_are_told(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_rows_that_limit_and_offset_leave_out_of_a_file_are_told(tmp_path: Path)
     datasets.Dataset.from_list(PROBLEMS).save_to_disk(str(tmp_path / "saved"))
 
     def said(place: Path, **cuts: int) -> list[str]:
-        spec = DataSpec(path=str(place), **cuts)  # type: ignore[arg-type]
+        spec = DataConfig(path=str(place), **cuts)  # type: ignore[arg-type]
         return left_out(spec, len(load_rows(spec)))
 
     for place in (path, path.parent, tmp_path / "saved"):
@@ -173,9 +173,9 @@ def test_limit_offset_and_ids(tmp_path: Path) -> None:
 def test_limit_stops_reading(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(PROBLEMS[0]) + "\n{broken\n")
-    assert len(load_rows(DataSpec(path=str(path), limit=1))) == 1
+    assert len(load_rows(DataConfig(path=str(path), limit=1))) == 1
     with pytest.raises(DataError, match="line 2: corrupt JSON"):
-        load_rows(DataSpec(path=str(path)))
+        load_rows(DataConfig(path=str(path)))
 
 
 def test_shuffle_is_a_permutation_keyed_by_the_seed(tmp_path: Path) -> None:
@@ -208,15 +208,15 @@ def test_shuffle_is_a_permutation_keyed_by_the_seed(tmp_path: Path) -> None:
 def test_evaluation_data_is_refused_for_training(settings: dict[str, Any]) -> None:
     message = f"'{settings['source']}' .*kept for evaluation.*set allow_evaluation_data: true"
     with pytest.raises(ConfigError, match=message):
-        check_training_use(DataSpec(**settings))
-    check_training_use(DataSpec(**settings, allow_evaluation_data=True))
+        check_training_use(DataConfig(**settings))
+    check_training_use(DataConfig(**settings, allow_evaluation_data=True))
 
 
 def test_training_data_is_allowed() -> None:
     for source in ("gsm8k", "math", "reasoning_gym", "task"):
-        check_training_use(DataSpec(source=source))
-    check_training_use(DataSpec(source="svamp", split="train"))
-    check_training_use(DataSpec(path="x.jsonl"))
+        check_training_use(DataConfig(source=source))
+    check_training_use(DataConfig(source="svamp", split="train"))
+    check_training_use(DataConfig(path="x.jsonl"))
 
 
 # --- specs -----------------------------------------------------------------------------------------------------------
@@ -246,33 +246,33 @@ def test_training_data_is_allowed() -> None:
 )
 def test_bad_specs(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DataSpec(**settings)
+        DataConfig(**settings)
 
 
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("gsm8k", DataSpec(source="gsm8k")),
+        ("gsm8k", DataConfig(source="gsm8k")),
         ("gsm8k:path=/x/test.jsonl,split=test,limit=8",
-         DataSpec(source="gsm8k", path="/x/test.jsonl", split="test", limit=8)),
+         DataConfig(source="gsm8k", path="/x/test.jsonl", split="test", limit=8)),
         ("gsm8k:calculator_marks=true,path=a b.jsonl",
-         DataSpec(source="gsm8k", path="a b.jsonl", options={"calculator_marks": True})),
-        ("x/rows.jsonl", DataSpec(path="x/rows.jsonl")),
-        ("C:\\x\\rows.parquet,limit=2", DataSpec(path="C:\\x\\rows.parquet", limit=2)),
+         DataConfig(source="gsm8k", path="a b.jsonl", options={"calculator_marks": True})),
+        ("x/rows.jsonl", DataConfig(path="x/rows.jsonl")),
+        ("C:\\x\\rows.parquet,limit=2", DataConfig(path="C:\\x\\rows.parquet", limit=2)),
         ("rows:path='a,b.jsonl',columns.prompt=q,columns.answer='1'",
-         DataSpec(path="a,b.jsonl", columns={"prompt": "q", "answer": "1"})),
-        ("rows:path=it's.jsonl,limit=1", DataSpec(path="it's.jsonl", limit=1)),
+         DataConfig(path="a,b.jsonl", columns={"prompt": "q", "answer": "1"})),
+        ("rows:path=it's.jsonl,limit=1", DataConfig(path="it's.jsonl", limit=1)),
         ("rows:hub=me/rows,split=2024,contract=problem",
-         DataSpec(hub="me/rows", split="2024", options={"contract": "problem"})),
+         DataConfig(hub="me/rows", split="2024", options={"contract": "problem"})),
         ("task:n=4,noise.rate=0.5,noise.kind=random,options.seed=3",
-         DataSpec(source="task", options={"n": 4, "noise": {"rate": 0.5, "kind": "random"}, "seed": 3})),
+         DataConfig(source="task", options={"n": 4, "noise": {"rate": 0.5, "kind": "random"}, "seed": 3})),
         ('task:noise={"rate": 0.5, "seed": 1},n=2',
-         DataSpec(source="task", options={"noise": {"rate": 0.5, "seed": 1}, "n": 2})),
+         DataConfig(source="task", options={"noise": {"rate": 0.5, "seed": 1}, "n": 2})),
         ("math500:allow_evaluation_data=true,shuffle_seed=null",
-         DataSpec(source="math500", allow_evaluation_data=True)),
+         DataConfig(source="math500", allow_evaluation_data=True)),
     ],
 )  # fmt: skip
-def test_shorthand(text: str, spec: DataSpec) -> None:
+def test_shorthand(text: str, spec: DataConfig) -> None:
     assert parse_spec(text) == spec
 
 
@@ -298,10 +298,10 @@ def test_bad_shorthand(text: str, message: str) -> None:
 def test_a_spec_can_stand_in_a_recipe() -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=DataSpec)
+    parser.add_argument("--data", type=DataConfig)
     yaml = "{source: gsm8k, split: train, limit: 3, columns: {prompt: q}, options: {calculator_marks: true}}"
     parsed = parser.instantiate(parser.parse_args(["--data", yaml])).data
-    assert parsed == DataSpec(
+    assert parsed == DataConfig(
         source="gsm8k", split="train", limit=3, columns={"prompt": "q"}, options={"calculator_marks": True}
     )
 

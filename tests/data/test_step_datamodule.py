@@ -13,11 +13,11 @@ import torch
 
 from stepkd.data.collate import collate_steps
 from stepkd.data.labelled_data import StepLabelData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
-from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.models.step_head import StepHeadConfig
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.sft import SFTModule
 from stepkd.steps.format import StepFormat
@@ -30,28 +30,28 @@ def tokenizer() -> Any:
 
 def attach(data: StepLabelData, module: Any = None, **head: Any) -> StepLabelData:
     """Give a data module the trainer it needs, with a reward model that is never loaded."""
-    module = module or PRMModule(PolicySpec(path="tiny-0.1m"), StepHeadSpec(**head))
+    module = module or PRMModule(PolicyConfig(path="tiny-0.1m"), StepHeadConfig(**head))
     trainer: Any = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, limit_train_batches=1.0)
     data.trainer = trainer
     return data
 
 
-def task(split: str = "train", n: int = 12, **options: Any) -> DataSpec:
-    return DataSpec(
+def task(split: str = "train", n: int = 12, **options: Any) -> DataConfig:
+    return DataConfig(
         source="task", split=split, options={"task": "modular:terms=3", "n": n, "noise": {"rate": 0.4}, **options}
     )
 
 
-def write(path: Path, labels: list[list[Any]], **columns: Any) -> DataSpec:
+def write(path: Path, labels: list[list[Any]], **columns: Any) -> DataConfig:
     rows = [
         {"prompt": f"{i}+1=", "completions": [f"{j}" for j in range(len(row))], "labels": row, **columns}
         for i, row in enumerate(labels)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return DataSpec(path=str(path))
+    return DataConfig(path=str(path))
 
 
-def made(train: DataSpec, **settings: Any) -> StepLabelData:
+def made(train: DataConfig, **settings: Any) -> StepLabelData:
     return StepLabelData(train, template="task", max_length=96, overlap_ngram=0, **settings)
 
 
@@ -89,7 +89,7 @@ def test_files_of_step_labels_and_of_rollouts(tmp_path: Path, tokenizer: Any) ->
         (LabelRule(), [((0.0, 1.0), (1.0, 0.0))] * 2),
         (LabelRule(kind="soft"), [((0.25, 0.75),), ((0.875, 0.125),)]),
     ):
-        data = attach(made(DataSpec(path=str(path)), labels=rule))
+        data = attach(made(DataConfig(path=str(path)), labels=rule))
         data.setup("fit")
         assert [example.targets for example in data.examples["train"]] == expected  # type: ignore[attr-defined]
 
@@ -155,7 +155,7 @@ def test_labels_and_steps_of_different_length_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"prompt": "Q", "completions": ["1", "2"], "labels": [True]}) + "\n")
     with pytest.raises(DataError, match="has 1 entries for 2 completions") as caught:
-        attach(made(DataSpec(path=str(path)))).setup("fit")
+        attach(made(DataConfig(path=str(path)))).setup("fit")
     assert (caught.value.path, caught.value.line) == (str(path), 1)
 
 
@@ -169,7 +169,7 @@ def test_an_outcome_model_says_so_in_both_places(scope: Any, meaning: str) -> No
 
 def test_only_reward_models_are_served() -> None:
     with pytest.raises(DataError, match=r"StepLabelData serves reward models, and SFTModule is none"):
-        attach(made(task()), SFTModule(PolicySpec(path="tiny-0.1m"))).setup("fit")
+        attach(made(task()), SFTModule(PolicyConfig(path="tiny-0.1m"))).setup("fit")
 
 
 def test_a_marker_that_is_not_one_token() -> None:
@@ -179,7 +179,7 @@ def test_a_marker_that_is_not_one_token() -> None:
 
 def test_evaluation_data_is_refused_for_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kept for evaluation"):
-        attach(made(DataSpec(source="processbench", path=str(tmp_path)))).setup("fit")
+        attach(made(DataConfig(source="processbench", path=str(tmp_path)))).setup("fit")
 
 
 def test_changed_labels_are_other_data(tmp_path: Path) -> None:

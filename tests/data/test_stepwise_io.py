@@ -11,7 +11,7 @@ import pytest
 
 from stepkd.data.io import read_rows
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
-from stepkd.data.spec import DataSpec, load_rows
+from stepkd.data.spec import DataConfig, load_rows
 from stepkd.data.step_labels import to_stepwise, trl_row, write_math_shepherd, write_stepwise
 from stepkd.errors import ConfigError, DataError, MachineError
 
@@ -160,7 +160,7 @@ def test_cast_bad_input() -> None:
 def test_round_trip(tmp_path: Path, ending: str, rows: list[dict[str, Any]]) -> None:
     path = tmp_path / "new" / f"rows.{ending}"
     assert write_stepwise(rows, path) == len(rows)
-    back = load_rows(DataSpec(source="rows", path=str(path)), contract=STEPWISE)
+    back = load_rows(DataConfig(source="rows", path=str(path)), contract=STEPWISE)
     assert back == rows
     assert [[type(label) for label in row["labels"]] for row in back] == [
         [type(label) for label in row["labels"]] for row in rows
@@ -186,7 +186,7 @@ def test_files_have_trls_columns_and_types(tmp_path: Path, ending: str) -> None:
 
 def test_parquet_column_of_some_rows_is_null_in_others(tmp_path: Path) -> None:
     write_stepwise([rated(True, id="a"), rated(True, id="b", outcome=True)], tmp_path / "x.parquet")
-    back = load_rows(DataSpec(path=str(tmp_path / "x.parquet")), contract=STEPWISE)
+    back = load_rows(DataConfig(path=str(tmp_path / "x.parquet")), contract=STEPWISE)
     assert [row["outcome"] for row in back] == [None, True]
 
 
@@ -195,11 +195,11 @@ def test_source_to_file_and_back(tmp_path: Path, data_dir: Path) -> None:
     path = data_dir / "prm800k" / "phase1_test.jsonl"
     if not path.is_file():
         pytest.skip("no prm800k in the data folder")
-    rows = load_rows(DataSpec(source="prm800k", path=str(path), options={"per_record": 2}))
+    rows = load_rows(DataConfig(source="prm800k", path=str(path), options={"per_record": 2}))
     write_stepwise(rows, tmp_path / "rows.jsonl")
-    assert load_rows(DataSpec(path=str(tmp_path / "rows.jsonl"))) == rows
+    assert load_rows(DataConfig(path=str(tmp_path / "rows.jsonl"))) == rows
     write_stepwise(rows, tmp_path / "rows.parquet")
-    back = load_rows(DataSpec(path=str(tmp_path / "rows.parquet")))
+    back = load_rows(DataConfig(path=str(tmp_path / "rows.parquet")))
     assert [{name: row[name] for name in row if row[name] is not None} for row in back] == rows
 
 
@@ -250,7 +250,7 @@ def test_layouts_that_are_not_trls_type(tmp_path: Path, row: dict[str, Any], mes
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        load_rows(DataSpec(path=str(path)))
+        load_rows(DataConfig(path=str(path)))
 
 
 # --- Math-Shepherd's text form ---------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_math_shepherd_round_trip(tmp_path: Path, strip: bool) -> None:
         "id": "a",
     }
     options = {"step_prefix": "strip" if strip else "keep"}
-    back = load_rows(DataSpec(source="math_shepherd", path=str(path), options=options))
+    back = load_rows(DataConfig(source="math_shepherd", path=str(path), options=options))
     assert back == [rows[0] | {"final_answer": "2"}]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from stepkd.data.overlap import overlap_report
 from stepkd.data.sources.word_problems import final_answer
-from stepkd.data.spec import DataSpec, load_rows
+from stepkd.data.spec import DataConfig, load_rows
 from stepkd.data.templates import EXEMPLARS, TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 
@@ -238,7 +238,7 @@ def test_built_in_examples_compute() -> None:
 
 def test_built_in_examples_share_nothing_with_gsm8k(data_dir: Path) -> None:
     for split in ("train", "test"):
-        known = load_rows(DataSpec(source="gsm8k", path=str(data_dir / "gsm8k"), split=split))
+        known = load_rows(DataConfig(source="gsm8k", path=str(data_dir / "gsm8k"), split=split))
         report = overlap_report((row["prompt"] for row in known), [example.prompt for example in EXEMPLARS])
         assert report.touched_count == 0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.spec import DataSpec, load_rows
+from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import DataError
 
 
@@ -30,7 +30,7 @@ def read(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def reads(row: dict[str, Any], **settings: Any) -> dict[str, Any]:
         (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-        [found] = load_rows(DataSpec(path=str(tmp_path / "rows.jsonl"), **settings))
+        [found] = load_rows(DataConfig(path=str(tmp_path / "rows.jsonl"), **settings))
         return found
 
     return reads
@@ -163,7 +163,7 @@ def test_parquet_and_saved_datasets_hold_messages_too(tmp_path: Path) -> None:
     made.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for spec in (
-        *(DataSpec(path=str(tmp_path / name)) for name in ("rows.parquet", "saved", "rows.jsonl")),
+        *(DataConfig(path=str(tmp_path / name)) for name in ("rows.parquet", "saved", "rows.jsonl")),
         RowsInMemory(rows=made),
         RowsInMemory(rows=made.to_iterable_dataset()),
     ):

@@ -18,7 +18,7 @@ from stepkd.grading.pool import Grader
 from stepkd.labels.sources import GivenSolutions
 from stepkd.models.checkpoint import export_model
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.steps.format import StepFormat
 from stepkd.steps.segment import get_segmenter
 from stepkd.steps.text import text_from_ids
@@ -151,7 +151,7 @@ def test_a_sampled_solution_is_scored_without_its_end(family: str) -> None:
 def test_given_solutions_are_labelled_with_the_end_of_their_style(
     family: str, template: PromptTemplate, tmp_path: Path
 ) -> None:
-    policy = Policy.load(PolicySpec(path=str(save_model(family, tmp_path))))
+    policy = Policy.load(PolicyConfig(path=str(save_model(family, tmp_path))))
     with Grader() as grader:
         source = GivenSolutions([PROBLEM | {"solution": "#### 2"}], template, grader, policy=policy, keep_steps=True)
         (record,) = source.work([0])
@@ -165,9 +165,9 @@ def test_sampling_stops_at_the_turns_end_and_at_what_the_generation_settings_lis
     tokenizer = chat_tokenizer(family)
     end = ends(family, tokenizer)["chat"]
     with caplog.at_level(logging.WARNING, logger="stepkd"):
-        agreeing = Policy.load(PolicySpec(path=str(save_model(family, tmp_path / "a", eos=[1, 5, end]))))
+        agreeing = Policy.load(PolicyConfig(path=str(save_model(family, tmp_path / "a", eos=[1, 5, end]))))
         assert not caplog.records, "nothing to say where they agree"
-        apart = Policy.load(PolicySpec(path=str(save_model(family, tmp_path / "b", eos=[1, 5]))))
+        apart = Policy.load(PolicyConfig(path=str(save_model(family, tmp_path / "b", eos=[1, 5]))))
     assert agreeing.eos_ids == apart.eos_ids == {1, 5, end}
     (said,) = (record.message for record in caplog.records)
     assert (
@@ -231,7 +231,7 @@ def test_the_end_of_an_answer_in_other_families(chat: str, end: str) -> None:
 
 def test_a_model_that_was_trained_on_chat_stops_in_plain_transformers(tmp_path: Path) -> None:
     """Trained on one answer, a model writes the turn's end, and its export stops there."""
-    policy = Policy.load(PolicySpec(path=str(save_model("gemma", tmp_path / "model"))))
+    policy = Policy.load(PolicyConfig(path=str(save_model("gemma", tmp_path / "model"))))
     example = Encoder(policy.tokenizer, CHAT, NEWLINE).example(PROBLEM | {"solution": "#### 2"})
     assert example is not None
     ids = torch.tensor([[*example.prompt_ids, *example.completion_ids]])

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from stepkd.evaluation.runner import EvaluationSpec
+from stepkd.evaluation.runner import EvaluationConfig
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 
 
 @pytest.fixture(scope="session")
 def policy() -> Policy:
-    return Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
+    return Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64"))
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> EvaluationSpec:
-    return EvaluationSpec(
+def spec(tmp_path: Path) -> EvaluationConfig:
+    return EvaluationConfig(
         model="tiny-0.1m",
         benchmark="task",
         data="task=modular:terms=3,n=7",

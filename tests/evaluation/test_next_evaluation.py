@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from stepkd.data.benchmarks import benchmark_data, get_benchmark, next_evaluation
-from stepkd.data.spec import DataSpec, parse_spec
+from stepkd.data.spec import DataConfig, parse_spec
 
 TINY = {"task": "modular:terms=4", "n": 128}
 
@@ -15,18 +15,18 @@ TINY = {"task": "modular:terms=4", "n": 128}
 @pytest.mark.parametrize(
     ("spec", "template", "expected"),
     [
-        (DataSpec(source="gsm8k", split="train", limit=64), "gsm8k", "--benchmark gsm8k"),
-        (DataSpec(source="gsm8k", path="my test.jsonl"), "gsm8k", "--benchmark gsm8k --data 'my test.jsonl'"),
-        (DataSpec(source="task", options=TINY), "task", "--benchmark task --data task=modular:terms=4,n=128"),
-        (DataSpec(path="held_out.jsonl"), "gsm8k", "--benchmark rows --data held_out.jsonl"),
-        (DataSpec(path="held_out.jsonl"), "task", "--benchmark rows --data held_out.jsonl"),
-        (DataSpec(hub="org/set", split="test"), "plain", "--benchmark rows --data hub=org/set,split=test"),
+        (DataConfig(source="gsm8k", split="train", limit=64), "gsm8k", "--benchmark gsm8k"),
+        (DataConfig(source="gsm8k", path="my test.jsonl"), "gsm8k", "--benchmark gsm8k --data 'my test.jsonl'"),
+        (DataConfig(source="task", options=TINY), "task", "--benchmark task --data task=modular:terms=4,n=128"),
+        (DataConfig(path="held_out.jsonl"), "gsm8k", "--benchmark rows --data held_out.jsonl"),
+        (DataConfig(path="held_out.jsonl"), "task", "--benchmark rows --data held_out.jsonl"),
+        (DataConfig(hub="org/set", split="test"), "plain", "--benchmark rows --data hub=org/set,split=test"),
         (None, "gsm8k", "--benchmark rows --data PROBLEMS.jsonl"),
         (None, "math", "--benchmark math500"),
         (None, "task", "--benchmark task"),
     ],
 )
-def test_a_policy_is_evaluated_on_problems_like_its_own(spec: DataSpec | None, template: str, expected: str) -> None:
+def test_a_policy_is_evaluated_on_problems_like_its_own(spec: DataConfig | None, template: str, expected: str) -> None:
     found = next_evaluation(spec, template)
     assert found == expected
     words = shlex.split(found)
@@ -38,16 +38,16 @@ def test_a_policy_is_evaluated_on_problems_like_its_own(spec: DataSpec | None, t
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        (DataSpec(source="math_shepherd", split="train"), "--benchmark processbench"),
+        (DataConfig(source="math_shepherd", split="train"), "--benchmark processbench"),
         (None, "--benchmark processbench"),
-        (DataSpec(path="steps.jsonl"), "--benchmark step_labels --data steps.jsonl"),
+        (DataConfig(path="steps.jsonl"), "--benchmark step_labels --data steps.jsonl"),
         (
-            DataSpec(source="task", split="validation", options={**TINY, "noise": {"rate": 0.3}}),
+            DataConfig(source="task", split="validation", options={**TINY, "noise": {"rate": 0.3}}),
             "--benchmark step_labels --data task:task=modular:terms=4,n=128,noise.rate=0.3,split=validation",
         ),
     ],
 )
-def test_a_reward_model_is_judged_on_steps_like_its_own(spec: DataSpec | None, expected: str) -> None:
+def test_a_reward_model_is_judged_on_steps_like_its_own(spec: DataConfig | None, expected: str) -> None:
     found = next_evaluation(spec, "task", steps=True)
     assert found == expected
     if spec is not None and "--data" in expected:

@@ -11,7 +11,7 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.process import compare_process
-from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
+from stepkd.evaluation.process_runner import ProcessConfig, evaluate_process
 from stepkd.runs.job import JobOptions, read_results
 from stepkd.scorers.scorer import Meaning, Solutions
 
@@ -55,8 +55,8 @@ def data(tmp_path: Path) -> str:
     return f"rows:path={path}"
 
 
-def spec(data: str, out: Path, **settings: Any) -> ProcessSpec:
-    return ProcessSpec(model="m", benchmark="step_labels", data=data, out=str(out), **{"batch_size": 2, **settings})
+def spec(data: str, out: Path, **settings: Any) -> ProcessConfig:
+    return ProcessConfig(model="m", benchmark="step_labels", data=data, out=str(out), **{"batch_size": 2, **settings})
 
 
 def test_summary_by_hand(data: str, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_no_order_swaps_without_a_checker(data: str, tmp_path: Path) -> None:
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ProcessSpec(**{"model": "m", **settings})
+        ProcessConfig(**{"model": "m", **settings})
 
 
 def test_bad_rows_and_scorers(data: str, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_sets_of_one_kind_give_what_they_can(kept: str, undefined: str, tmp_path
 
 
 def test_processbench_subsets(data_dir: Path, tmp_path: Path) -> None:
-    settings = ProcessSpec(model="m", data=str(data_dir / "processbench"), out=str(tmp_path / "out"), limit=40)
+    settings = ProcessConfig(model="m", data=str(data_dir / "processbench"), out=str(tmp_path / "out"), limit=40)
 
     class Length(Scripted):
         def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:

@@ -17,10 +17,10 @@ import pytest
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError, MachineError, ModelError, StepkdError
 from stepkd.evaluation.metrics import summarise
-from stepkd.evaluation.runner import EvaluationSpec, evaluate
+from stepkd.evaluation.runner import EvaluationConfig, evaluate
 from stepkd.models.checkpoint import tokenizer_fingerprint
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.runs.files import write_json
 from stepkd.runs.job import JobOptions, read_results, read_settings
 
@@ -51,7 +51,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 # ---- what a run leaves behind --------------------------------------------------------------------------------------
 
 
-def test_folder(spec: EvaluationSpec, policy: Policy) -> None:
+def test_folder(spec: EvaluationConfig, policy: Policy) -> None:
     reports: list[tuple[int, int]] = []
 
     def report(phase: str, done: int, total: int, figures: Any) -> None:
@@ -78,7 +78,7 @@ def test_folder(spec: EvaluationSpec, policy: Policy) -> None:
     assert (written["benchmark"], written["model"], written["samples"]) == ("task", "tiny-0.1m", 15)
 
 
-def test_times_and_hosts_stand_in_the_log_only(spec: EvaluationSpec, policy: Policy) -> None:
+def test_times_and_hosts_stand_in_the_log_only(spec: EvaluationConfig, policy: Policy) -> None:
     evaluate(spec, policy=policy)
     log = [json.loads(line) for line in (Path(spec.out) / "log" / "rank-0.jsonl").read_text().splitlines()]
     assert log[0]["host"]
@@ -88,7 +88,7 @@ def test_times_and_hosts_stand_in_the_log_only(spec: EvaluationSpec, policy: Pol
         assert log[0]["host"].encode() not in content or len(log[0]["host"]) < 3
 
 
-def test_settings(spec: EvaluationSpec, policy: Policy) -> None:
+def test_settings(spec: EvaluationConfig, policy: Policy) -> None:
     settings = evaluate(replace(spec, limit=2, stop=("x",), seed=7), policy=policy)["settings"]
     assert settings == read_settings(spec.out)
     assert settings["model"]["name"] == "tiny-0.1m"
@@ -112,7 +112,7 @@ def test_settings(spec: EvaluationSpec, policy: Policy) -> None:
         assert len(private) < 3 or private not in json.dumps(settings)
 
 
-def test_the_data_fingerprint_covers_the_whole_file(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+def test_the_data_fingerprint_covers_the_whole_file(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
     data = write(tmp_path / "p.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)])
     found = [
         evaluate(
@@ -142,7 +142,7 @@ def test_tokenizer_fingerprint_sees_the_vocabulary_and_not_the_last_call(policy:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_whatever_is_missing_the_run_ends_with_the_same_bytes(
-    spec: EvaluationSpec, policy: Policy, tmp_path: Path, ranks: int
+    spec: EvaluationConfig, policy: Policy, tmp_path: Path, ranks: int
 ) -> None:
     sampled = replace(spec, samples=2, temperature=1.0, max_rows=4, max_new_tokens=12)
     uninterrupted = evaluate(sampled, policy=policy)
@@ -164,7 +164,7 @@ def test_whatever_is_missing_the_run_ends_with_the_same_bytes(
     assert (Path(spec.out) / "results.jsonl").read_bytes() == before
 
 
-def test_a_rank_that_is_done_leaves_the_results_to_the_last_one(spec: EvaluationSpec, policy: Policy) -> None:
+def test_a_rank_that_is_done_leaves_the_results_to_the_last_one(spec: EvaluationConfig, policy: Policy) -> None:
     assert evaluate(spec, policy=policy, options=JobOptions(rank=1, world_size=2)) == {}
     assert names(spec.out) == ["log", "parts", "settings.json"]
     assert len(read_results(spec.out)) == 3, "what there is so far can be read"
@@ -192,7 +192,7 @@ def test_a_rank_that_is_done_leaves_the_results_to_the_last_one(spec: Evaluation
     ids=str,
 )
 def test_changed_settings_are_refused_by_name(
-    spec: EvaluationSpec, policy: Policy, changes: dict[str, Any], key: str
+    spec: EvaluationConfig, policy: Policy, changes: dict[str, Any], key: str
 ) -> None:
     evaluate(spec, policy=policy)
     before = whole(spec.out)
@@ -201,9 +201,9 @@ def test_changed_settings_are_refused_by_name(
     assert whole(spec.out) == before
 
 
-def test_changed_weights_are_refused(spec: EvaluationSpec, policy: Policy) -> None:
+def test_changed_weights_are_refused(spec: EvaluationConfig, policy: Policy) -> None:
     evaluate(spec, policy=policy)
-    other = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64", init_seed=1))
+    other = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64", init_seed=1))
     with pytest.raises(ConfigError, match=r"model\.weights: "):
         evaluate(spec, policy=other)
 
@@ -213,7 +213,7 @@ def test_changed_weights_are_refused(spec: EvaluationSpec, policy: Policy) -> No
 
 @pytest.mark.parametrize("sampling", [{}, {"samples": 3, "temperature": 1.0, "top_p": 0.95}], ids=["greedy", "sampled"])
 def test_rows_do_not_depend_on_the_batch_size(
-    spec: EvaluationSpec, policy: Policy, sampling: dict[str, Any], tmp_path: Path
+    spec: EvaluationConfig, policy: Policy, sampling: dict[str, Any], tmp_path: Path
 ) -> None:
     data = "task=modular:terms=2-6,n=9"  # prompts of different lengths, so that batches are padded
     found, logprobs = [], []
@@ -227,7 +227,7 @@ def test_rows_do_not_depend_on_the_batch_size(
     assert all(values == pytest.approx(logprobs[0], abs=1e-9) for values in logprobs)
 
 
-def test_rows_do_not_depend_on_the_limit(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+def test_rows_do_not_depend_on_the_limit(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
     sampled = replace(spec, samples=2, temperature=1.0)
     evaluate(sampled, policy=policy)
     evaluate(replace(sampled, limit=3, out=str(tmp_path / "three")), policy=policy)
@@ -236,7 +236,7 @@ def test_rows_do_not_depend_on_the_limit(spec: EvaluationSpec, policy: Policy, t
     ]
 
 
-def test_loads_the_model_it_is_given(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+def test_loads_the_model_it_is_given(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
     evaluate(replace(spec, limit=2), policy=policy)
     evaluate(replace(spec, limit=2, out=str(tmp_path / "loaded")))
     assert whole(tmp_path / "loaded") == whole(spec.out)
@@ -247,7 +247,7 @@ def test_loads_the_model_it_is_given(spec: EvaluationSpec, policy: Policy, tmp_p
 # ---- prompts and data ----------------------------------------------------------------------------------------------
 
 
-def test_template_overrides_change_prompt_and_id(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+def test_template_overrides_change_prompt_and_id(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
     base = PromptTemplate(style="plain", plain="Q: {prompt}\nA: ")
     templates = [base, replace(base, few_shot=1), replace(base, system="Be brief."), replace(base, style="chat")]
     ids, prompts = set(), set()
@@ -259,7 +259,7 @@ def test_template_overrides_change_prompt_and_id(spec: EvaluationSpec, policy: P
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math500"])
-def test_real_problems(name: str, spec: EvaluationSpec, policy: Policy, data_dir: Path) -> None:
+def test_real_problems(name: str, spec: EvaluationConfig, policy: Policy, data_dir: Path) -> None:
     summary = evaluate(
         replace(spec, benchmark=name, data=str(data_dir / name), limit=2, max_new_tokens=8), policy=policy
     )
@@ -284,7 +284,7 @@ def test_real_problems(name: str, spec: EvaluationSpec, policy: Policy, data_dir
     ],
     ids=str,
 )
-def test_contradicting_settings(spec: EvaluationSpec, changes: dict[str, Any], message: str) -> None:
+def test_contradicting_settings(spec: EvaluationConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(spec, **changes)
 
@@ -307,7 +307,7 @@ def test_contradicting_settings(spec: EvaluationSpec, changes: dict[str, Any], m
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_bad_settings_leave_nothing_behind(
-    spec: EvaluationSpec, changes: dict[str, Any], error: type[Exception], message: str
+    spec: EvaluationConfig, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
         evaluate(replace(spec, **changes))
@@ -329,14 +329,14 @@ def test_bad_settings_leave_nothing_behind(
     ],
     ids=["empty", "corrupt", "missing", "type", "id", "long"],
 )
-def test_bad_files(spec: EvaluationSpec, policy: Policy, tmp_path: Path, lines: list[str], message: str) -> None:
+def test_bad_files(spec: EvaluationConfig, policy: Policy, tmp_path: Path, lines: list[str], message: str) -> None:
     (tmp_path / "p.jsonl").write_text("".join(line + "\n" for line in lines))
     with pytest.raises(DataError, match=re.escape(message)):
         evaluate(replace(spec, benchmark="rows", data=str(tmp_path / "p.jsonl")), policy=policy)
     assert not Path(spec.out).exists()
 
 
-def test_cuda_that_is_not_there(spec: EvaluationSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_that_is_not_there(spec: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="device='cuda', but no CUDA device is available: use --device cpu"):
         evaluate(replace(spec, device="cuda"))
@@ -348,7 +348,7 @@ def test_cuda_that_is_not_there(spec: EvaluationSpec, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("failing", ["problems/000002.jsonl", "results.jsonl", "summary.json"])
 def test_a_full_disk_keeps_what_is_done(
-    spec: EvaluationSpec, policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+    spec: EvaluationConfig, policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
 ) -> None:
     evaluate(replace(spec, out=str(tmp_path / "whole")), policy=policy)
 
@@ -370,7 +370,7 @@ def test_a_full_disk_keeps_what_is_done(
 # ---- the folder: never anything of somebody else's, never silently overwritten ------------------------------------
 
 
-def test_killed_while_the_settings_were_written(spec: EvaluationSpec, policy: Policy) -> None:
+def test_killed_while_the_settings_were_written(spec: EvaluationConfig, policy: Policy) -> None:
     out = Path(spec.out)
     out.mkdir()
     (out / ".settings.json.4711.tmp").write_text('{"form')
@@ -378,7 +378,7 @@ def test_killed_while_the_settings_were_written(spec: EvaluationSpec, policy: Po
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "results.jsonl", "summary.json"])
-def test_folder_of_something_else(spec: EvaluationSpec, policy: Policy, name: str) -> None:
+def test_folder_of_something_else(spec: EvaluationConfig, policy: Policy, name: str) -> None:
     out = Path(spec.out)
     out.mkdir()
     (out / name).write_text("mine")
@@ -388,13 +388,13 @@ def test_folder_of_something_else(spec: EvaluationSpec, policy: Policy, name: st
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
 
 
-def test_folder_of_version_0_1(spec: EvaluationSpec, policy: Policy) -> None:
+def test_folder_of_version_0_1(spec: EvaluationConfig, policy: Policy) -> None:
     write_json(Path(spec.out) / "manifest.json", {"format": 1})
     with pytest.raises(ConfigError, match=r"is of stepkd 0\.1 \(manifest\.json\), whose jobs this version cannot"):
         evaluate(spec, policy=policy, options=AGAIN)
 
 
-def test_out_is_no_folder(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+def test_out_is_no_folder(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
     Path(spec.out).write_text("mine")
     with pytest.raises(ConfigError, match="out is a file: give a folder"):
         evaluate(spec, policy=policy)
@@ -402,7 +402,7 @@ def test_out_is_no_folder(spec: EvaluationSpec, policy: Policy, tmp_path: Path) 
         evaluate(replace(spec, out=f"{spec.out}/out"), policy=policy)
 
 
-def test_overwrite(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None:
+def test_overwrite(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
     assert evaluate(spec, policy=policy, options=AGAIN)["problems"] == 7, "of a new folder"
     summary = evaluate(replace(spec, max_new_tokens=5), policy=policy, options=AGAIN)
     assert summary["total_tokens"] <= 7 * 5
@@ -410,7 +410,7 @@ def test_overwrite(spec: EvaluationSpec, policy: Policy, tmp_path: Path) -> None
     assert names(spec.out) == FOLDER
 
 
-def test_overwrite_touches_nothing_when_the_new_run_is_in_error(spec: EvaluationSpec, policy: Policy) -> None:
+def test_overwrite_touches_nothing_when_the_new_run_is_in_error(spec: EvaluationConfig, policy: Policy) -> None:
     evaluate(spec, policy=policy)
     before = whole(spec.out)
     for changes in ({"benchmark": "tusk"}, {"data": "n=0"}, {"template": "gsm"}):
@@ -421,7 +421,7 @@ def test_overwrite_touches_nothing_when_the_new_run_is_in_error(spec: Evaluation
     assert whole(spec.out) == before
 
 
-def test_overwrite_refuses_a_folder_with_other_files(spec: EvaluationSpec, policy: Policy) -> None:
+def test_overwrite_refuses_a_folder_with_other_files(spec: EvaluationConfig, policy: Policy) -> None:
     evaluate(spec, policy=policy)
     before = whole(spec.out)
     checkpoints = Path(spec.out) / "checkpoints"

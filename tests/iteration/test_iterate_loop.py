@@ -19,7 +19,7 @@ import yaml
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration import loop, stages
 from stepkd.iteration.loop import run_iterations
-from stepkd.iteration.spec import IterateSpec, load_spec
+from stepkd.iteration.spec import IterateConfig, load_spec
 from stepkd.runs.job import Job
 
 STAGES = ["label", "convert", "train", "export", "greedy", "samples", "measure"]
@@ -29,7 +29,7 @@ def silent(line: str) -> None:
     pass
 
 
-def iteration(spec: IterateSpec, out: Path, k: int) -> stages.Iteration:
+def iteration(spec: IterateConfig, out: Path, k: int) -> stages.Iteration:
     return stages.Iteration(spec, Job(out, "iterated training"), k, "", silent)
 
 
@@ -53,7 +53,7 @@ def whole(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 @pytest.fixture
-def spec(settings: Path) -> IterateSpec:
+def spec(settings: Path) -> IterateConfig:
     return load_spec(settings)
 
 
@@ -95,7 +95,7 @@ def test_the_next_model_learns_from_the_last_ones_solutions(whole: tuple[Path, d
 
 
 def test_a_finished_run_only_shows_its_table(
-    whole: tuple[Path, dict[str, Any]], spec: IterateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: tuple[Path, dict[str, Any]], spec: IterateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
@@ -193,7 +193,7 @@ def test_more_iterations_go_on_from_the_last(
 
 
 def test_changed_labels_are_not_trained_on(
-    whole: tuple[Path, dict[str, Any]], spec: IterateSpec, tmp_path: Path
+    whole: tuple[Path, dict[str, Any]], spec: IterateConfig, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
@@ -309,7 +309,7 @@ def test_refused_before_anything_runs(settings: Path, tmp_path: Path, changes: d
     assert not (tmp_path / "run").exists()
 
 
-def test_foreign_folder_and_damaged_settings(spec: IterateSpec, tmp_path: Path) -> None:
+def test_foreign_folder_and_damaged_settings(spec: IterateConfig, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="holds no iterated training"):
         run_iterations(spec, tmp_path, report=silent)
@@ -318,7 +318,7 @@ def test_foreign_folder_and_damaged_settings(spec: IterateSpec, tmp_path: Path) 
         run_iterations(spec, tmp_path, report=silent)
 
 
-def test_launcher_command(spec: IterateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launcher_command(spec: IterateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labelling and training get the launcher's command; a failure names iteration and command."""
     commands: list[list[str]] = []
 
@@ -338,8 +338,8 @@ def test_launcher_command(spec: IterateSpec, tmp_path: Path, monkeypatch: pytest
     assert commands[1][-4:] == ["--out", str(tmp_path / "iteration-1" / "train"), "--resume", "true"]
 
 
-def load_like(spec: IterateSpec, **changes: Any) -> IterateSpec:
-    return IterateSpec(**{**vars(spec), **changes})
+def load_like(spec: IterateConfig, **changes: Any) -> IterateConfig:
+    return IterateConfig(**{**vars(spec), **changes})
 
 
 KILLED_AT = (

@@ -17,10 +17,10 @@ from stepkd.iteration.measure import differences, divergence, model_metrics, pro
 from stepkd.iteration.stages import file_fingerprint, folder_fingerprint
 from stepkd.iteration.table import metric_text, notes, print_summary
 from stepkd.labels.job import drawn_records, run_label_job
-from stepkd.labels.settings import LabelSpec
+from stepkd.labels.settings import LabelConfig
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 
 
 def sample(right: bool, labels: list[bool] | None, *, tokens: int = 4, vote: str = "1", ratio: Any = 0.0) -> Any:
@@ -127,8 +127,8 @@ def test_ratio_difference_is_narrower_than_unpaired() -> None:
 def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
     """A whole measurement on two tiny models against log-probabilities computed here."""
     for seed in (0, 1):
-        save_policy(Policy.load(PolicySpec(path="tiny-0.1m", init_seed=seed, dtype="float64")), tmp_path / f"m{seed}")
-    spec = LabelSpec(
+        save_policy(Policy.load(PolicyConfig(path="tiny-0.1m", init_seed=seed, dtype="float64")), tmp_path / f"m{seed}")
+    spec = LabelConfig(
         out=str(tmp_path / "samples"),
         problems='task:task="modular:terms=3,modulus=2",n=3,split=test',
         model=str(tmp_path / "m1"),
@@ -146,7 +146,7 @@ def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
     problems = load_rows(parse_spec(str(spec.problems)))
     drawn = drawn_records(tmp_path / "samples")
     for model_seed, sign in ((1, 1.0), (0, -1.0)):
-        policy = Policy.load(PolicySpec(path=str(tmp_path / f"m{model_seed}"), dtype="float64"))
+        policy = Policy.load(PolicyConfig(path=str(tmp_path / f"m{model_seed}"), dtype="float64"))
         for problem, record, found in zip(problems, drawn, rows, strict=True):
             assert found["id"] == problem["id"] == record["id"]
             for each, stored in zip(found["samples"], record["samples"], strict=True):
@@ -159,7 +159,7 @@ def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
                     float(logps[len(prompt) - 1 + t, token]) for t, token in enumerate(stored["token_ids"])
                 )
     assert max(abs(each["log_ratio"]) for problem in rows for each in problem["samples"]) < 1e-6
-    hot = LabelSpec(**{**vars(spec), "temperature": 0.5})
+    hot = LabelConfig(**{**vars(spec), "temperature": 0.5})
     cold = problem_rows(tmp_path / "samples", None, hot, seed_model=str(tmp_path / "m0"))
     assert cold[0]["samples"][0]["log_ratio"] is None
 

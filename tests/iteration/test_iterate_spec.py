@@ -15,9 +15,9 @@ from stepkd import cli
 from stepkd.cli import iterate
 from stepkd.errors import ConfigError, DataError, MachineError, StepkdError
 from stepkd.iteration import stages
-from stepkd.iteration.spec import IterateSpec, explicit_word, iteration_seed, load_spec, put
+from stepkd.iteration.spec import IterateConfig, explicit_word, iteration_seed, load_spec, put
 from stepkd.iteration.stages import Iteration, training_settings
-from stepkd.labels.settings import StepPairSpec, TreePairSpec
+from stepkd.labels.settings import StepPairConfig, TreePairConfig
 from stepkd.runs.job import Job
 from stepkd.yaml_files import find_recipe
 
@@ -28,7 +28,7 @@ def parsed(arguments: list[str], module: Any) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def iteration(spec: IterateSpec, out: Path, k: int) -> Iteration:
+def iteration(spec: IterateConfig, out: Path, k: int) -> Iteration:
     return Iteration(spec, Job(out, "iterated training"), k, "", lambda line: None)
 
 
@@ -175,17 +175,17 @@ def test_pair_jobs_share_the_labelling_jobs_settings(small: Any, write: Any) -> 
     spec = load_spec(write(small(**changes)))
     kind, pairs = spec.pair_spec(1, spec.label_spec(1, out="labels", model="m"), out="pairs")
     assert kind == "step_preference"
-    assert isinstance(pairs, StepPairSpec)
+    assert isinstance(pairs, StepPairConfig)
     assert (pairs.rollouts, pairs.model, pairs.out) == ("labels", "m", "pairs")
     assert (pairs.continuations, pairs.check_step, pairs.max_new_tokens, pairs.device) == (4, True, 24, "cpu")
     tree = load_like(spec, pairs={"to": "tree_preference", "max_step_tokens": 9, "iterations": 7})
     _, pairs = tree.pair_spec(1, tree.label_spec(1, out="labels", model="m"), out="pairs")
-    assert isinstance(pairs, TreePairSpec)
+    assert isinstance(pairs, TreePairConfig)
     assert (pairs.problems, pairs.max_step_tokens, pairs.search.iterations) == (spec.problem_word(1), 9, 7)
 
 
-def load_like(spec: IterateSpec, **changes: Any) -> IterateSpec:
-    return IterateSpec(**{**vars(spec), **changes})
+def load_like(spec: IterateConfig, **changes: Any) -> IterateConfig:
+    return IterateConfig(**{**vars(spec), **changes})
 
 
 @pytest.mark.parametrize("kind", ["label", "step_preference", "tree_preference"])

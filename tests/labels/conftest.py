@@ -10,11 +10,11 @@ import pytest
 
 from stepkd.errors import StepkdError
 from stepkd.labels.job import job_parts, run_label_job
-from stepkd.labels.settings import LabelSpec
+from stepkd.labels.settings import LabelConfig
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import JobOptions
-from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingSpec
+from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 
@@ -34,13 +34,13 @@ class RecordingSampler:
             raise KeyboardInterrupt
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, *, indices: Sequence[int], **options: Any
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, indices: Sequence[int], **options: Any
     ) -> list[list[Rollout]]:
         self._count()
         self.sampled += indices
         return self.inner.sample(prompts, spec, indices=indices, **options)
 
-    def sample_branches(self, branches: Sequence[Branch], spec: SamplingSpec, **options: Any) -> list[BranchRollouts]:
+    def sample_branches(self, branches: Sequence[Branch], spec: SamplingConfig, **options: Any) -> list[BranchRollouts]:
         self._count()
         self.continued += [branch.index for branch in branches]
         return self.inner.sample_branches(branches, spec, **options)
@@ -48,13 +48,13 @@ class RecordingSampler:
 
 @pytest.fixture(scope="session")
 def policy() -> Policy:
-    return Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
+    return Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64"))
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> LabelSpec:
+def spec(tmp_path: Path) -> LabelConfig:
     """Five tiny problems, two solutions each, two continuations per step: 3 + 5 groups."""
-    return LabelSpec(
+    return LabelConfig(
         out=str(tmp_path / "job"),
         problems='task:task="modular:terms=3,modulus=2",n=5',
         model="tiny-0.1m",
@@ -75,7 +75,7 @@ Run = Callable[..., dict[str, Any] | None]
 def run(policy: Policy) -> Run:
     """Run a job in this process; ``sampler`` and ``labeller`` go to its parts."""
 
-    def start(spec: LabelSpec, *, sampler: Any = None, labeller: Any = None, **options: Any) -> dict[str, Any] | None:
+    def start(spec: LabelConfig, *, sampler: Any = None, labeller: Any = None, **options: Any) -> dict[str, Any] | None:
         parts = job_parts(spec, policy=policy, sampler=sampler, labeller=labeller)
         return run_label_job(spec, parts=parts, options=JobOptions(**options))
 
@@ -96,7 +96,7 @@ def recording(policy: Policy) -> Callable[..., RecordingSampler]:
 def run_ranks(run: Run) -> Callable[..., tuple[list[dict[str, Any] | None], int]]:
     """Run the ranks of a job in turn until the last one is done; a rank that would wait comes again."""
 
-    def start(spec: LabelSpec, world_size: int, **options: Any) -> tuple[list[dict[str, Any] | None], int]:
+    def start(spec: LabelConfig, world_size: int, **options: Any) -> tuple[list[dict[str, Any] | None], int]:
         results: dict[int, dict[str, Any] | None] = {}
         waits = 0
         while len(results) < world_size:

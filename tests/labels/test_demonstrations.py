@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import DEMONSTRATION
-from stepkd.data.spec import DataSpec, load_rows
+from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import DataError
 from stepkd.labels.convert import CONVERTERS, convert_rows
 
@@ -74,5 +74,5 @@ def test_none_left_says_why() -> None:
 def test_written_rows_can_be_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     assert CONVERTERS["demonstrations"].write(convert_rows(ROWS, "demonstrations").rows, path) == 2
-    rows = load_rows(DataSpec(path=str(path)), contract=DEMONSTRATION)
+    rows = load_rows(DataConfig(path=str(path)), contract=DEMONSTRATION)
     assert [row["solution"] for row in rows] == ["1+1=2\n#### 2"] * 2

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import STEPWISE
-from stepkd.data.spec import DataSpec, load_rows, parse_spec
+from stepkd.data.spec import DataConfig, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import Solution
-from stepkd.labels.settings import LabelSpec
+from stepkd.labels.settings import LabelConfig
 from stepkd.labels.solutions import Candidate, cut
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
@@ -26,11 +26,11 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def labelled(spec: LabelSpec) -> list[dict[str, Any]]:
-    return load_rows(DataSpec(path=str(Path(spec.out) / "labels.jsonl")))
+def labelled(spec: LabelConfig) -> list[dict[str, Any]]:
+    return load_rows(DataConfig(path=str(Path(spec.out) / "labels.jsonl")))
 
 
-def given(spec: LabelSpec, rollouts: str, name: str, **changes: Any) -> LabelSpec:
+def given(spec: LabelConfig, rollouts: str, name: str, **changes: Any) -> LabelConfig:
     settings = {"problems": None, "rollouts": rollouts, "labeller": "checker", "out": f"{spec.out}-{name}"}
     return replace(spec, **(settings | changes))
 
@@ -38,7 +38,7 @@ def given(spec: LabelSpec, rollouts: str, name: str, **changes: Any) -> LabelSpe
 # ---- rollout rows --------------------------------------------------------------------------------------------------
 
 
-def test_rollouts_once_labels_several_times(spec: LabelSpec, run: Any, recording: Any) -> None:
+def test_rollouts_once_labels_several_times(spec: LabelConfig, run: Any, recording: Any) -> None:
     run(replace(spec, labeller="checker"))
     checked = labelled(spec)
     sampler = recording()
@@ -57,7 +57,7 @@ def test_rollouts_once_labels_several_times(spec: LabelSpec, run: Any, recording
     assert all("step_values" not in row for row in labelled(back)), "the checker estimates no values"
 
 
-def test_another_segmenter_cuts_anew(spec: LabelSpec, run: Any) -> None:
+def test_another_segmenter_cuts_anew(spec: LabelConfig, run: Any) -> None:
     run(replace(spec, labeller="checker"))
     whole = given(spec, spec.out, "whole", segmenter="whole", labeller="outcome")
     run(whole)
@@ -68,7 +68,7 @@ def test_another_segmenter_cuts_anew(spec: LabelSpec, run: Any) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_confidence_comes_from_the_rows(
-    spec: LabelSpec, run: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
+    spec: LabelConfig, run: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probabilities at temperature 1 are in the rows; nothing is computed again."""
     run(replace(spec, labeller="checker", temperature=temperature, segmenter="adaptive_step:0.02"))
@@ -79,7 +79,7 @@ def test_confidence_comes_from_the_rows(
     assert max(len(row["step_ends"]) for row in labelled(spec)) > 2
 
 
-def test_missing_confidence_is_computed(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+def test_missing_confidence_is_computed(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     run(replace(spec, labeller="checker", temperature=0.7, segmenter="adaptive_step:0.02"))
     rows = [{k: v for k, v in row.items() if k != "raw_logprobs"} for row in labelled(spec)]
     again = given(spec, write(tmp_path / "r.jsonl", rows), "again", segmenter="adaptive_step:0.02")
@@ -87,7 +87,7 @@ def test_missing_confidence_is_computed(spec: LabelSpec, run: Any, tmp_path: Pat
     assert [row["step_ends"] for row in labelled(again)] == [row["step_ends"] for row in labelled(spec)]
 
 
-def test_a_teacher_for_reject(spec: LabelSpec, run: Any) -> None:
+def test_a_teacher_for_reject(spec: LabelConfig, run: Any) -> None:
     rejects = replace(spec, labeller="checker", segmenter="reject:0.5", teacher="tiny-0.5m")
     run(rejects)
     again = given(spec, rejects.out, "again", segmenter="reject:0.5", teacher="tiny-0.5m")
@@ -108,13 +108,13 @@ def stepwise_rows() -> list[dict[str, Any]]:
     ]
 
 
-def test_step_labelled_rows_keep_their_steps(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+def test_step_labelled_rows_keep_their_steps(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     rows = stepwise_rows()
     rows[1]["completions"][0] = "nonsense"
     rows[2] |= {"completions": rows[2]["completions"][:1], "labels": [True]}  # stops early
     job = given(spec, write(tmp_path / "s.jsonl", rows), "steps")
     summary = run(job)
-    out = load_rows(DataSpec(path=f"{job.out}/labels.jsonl"), contract=STEPWISE)
+    out = load_rows(DataConfig(path=f"{job.out}/labels.jsonl"), contract=STEPWISE)
     assert [row["completions"] for row in out] == [row["completions"] for row in rows], "as the row wrote them"
     assert out[0]["labels"] == [True] * len(rows[0]["completions"])
     assert out[1]["labels"] == [False] + [True] * (len(rows[1]["completions"]) - 1)
@@ -124,7 +124,7 @@ def test_step_labelled_rows_keep_their_steps(spec: LabelSpec, run: Any, tmp_path
     assert summary["right_answers_with_a_wrong_step"] == 1
 
 
-def test_a_solution_that_stops_early_is_continued(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+def test_a_solution_that_stops_early_is_continued(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     rows = stepwise_rows()[:2]
     rows[1] |= {"completions": ["no number here"], "labels": [False]}
     job = given(spec, write(tmp_path / "s.jsonl", rows), "mc", labeller="monte_carlo")
@@ -134,7 +134,7 @@ def test_a_solution_that_stops_early_is_continued(spec: LabelSpec, run: Any, tmp
     assert trials[1] == [2], "without an answer its end can be continued"
 
 
-def test_worked_solutions_end_in_the_end_token(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+def test_worked_solutions_end_in_the_end_token(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     rows = [{k: row[k] for k in ("id", "prompt", "answer", "solution")} for row in make_rows(TASK, 3, seed=0)]
     job = given(spec, write(tmp_path / "d.jsonl", rows), "worked", labeller="monte_carlo")
     run(job)
@@ -144,7 +144,7 @@ def test_worked_solutions_end_in_the_end_token(spec: LabelSpec, run: Any, tmp_pa
         assert "solution" not in row
 
 
-def test_confidence_of_texts(spec: LabelSpec, run: Any) -> None:
+def test_confidence_of_texts(spec: LabelConfig, run: Any) -> None:
     job = given(spec, f'task:task="{TASK}",n=4', "texts", segmenter="adaptive_step", quantile=0.2)
     run(job)
     assert (Path(job.out) / "threshold.json").is_file()
@@ -170,7 +170,7 @@ def test_steps_that_share_a_token_are_dropped() -> None:
     assert (solution.spans, solution.steps) == (((0, 2), (2, 3)), apart)
 
 
-def test_long_rows_are_dropped(spec: LabelSpec, run: Any, tmp_path: Path, policy: Any) -> None:
+def test_long_rows_are_dropped(spec: LabelConfig, run: Any, tmp_path: Path, policy: Any) -> None:
     rows = stepwise_rows()
     rows[0] |= {"completions": ["1", " 2" * policy.max_length], "labels": [True, False]}
     job = given(spec, write(tmp_path / "s.jsonl", rows), "long")
@@ -207,7 +207,7 @@ STEPS = {"id": "a", "prompt": "1+1=\n", "completions": ["2"], "labels": [True]}
     ],
 )
 def test_bad_rows(
-    spec: LabelSpec, run: Any, tmp_path: Path, rows: list[dict[str, Any]], changes: dict[str, Any], message: str
+    spec: LabelConfig, run: Any, tmp_path: Path, rows: list[dict[str, Any]], changes: dict[str, Any], message: str
 ) -> None:
     job = given(spec, write(tmp_path / "r.jsonl", rows), "bad", **changes)
     with pytest.raises(DataError, match=message):
@@ -215,7 +215,7 @@ def test_bad_rows(
     assert not Path(job.out).exists(), "refused before anything is written"
 
 
-def test_the_model_must_be_known(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+def test_the_model_must_be_known(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     run(replace(spec, labeller="checker"))
     rows = labelled(spec)
     rows[0]["model"] = "another"

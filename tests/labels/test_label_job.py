@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from stepkd.data.rows import ROLLOUT
-from stepkd.data.spec import DataSpec, load_rows
+from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.labels.labellers import Solution, StepLabels
-from stepkd.labels.settings import LabelSpec
+from stepkd.labels.settings import LabelConfig
 from stepkd.runs.files import write_json
 from stepkd.runs.job import Job, read_settings
 from stepkd.sampling.sampler import Rollout
@@ -26,11 +26,11 @@ from stepkd.tasks.rows import check_row
 FILES = ["labels.jsonl", "log", "parts", "settings.json", "summary.json"]
 
 
-def rows(spec: LabelSpec) -> list[dict[str, Any]]:
-    return load_rows(DataSpec(path=str(Path(spec.out) / "labels.jsonl")), contract=ROLLOUT)
+def rows(spec: LabelConfig) -> list[dict[str, Any]]:
+    return load_rows(DataConfig(path=str(Path(spec.out) / "labels.jsonl")), contract=ROLLOUT)
 
 
-def content(spec: LabelSpec) -> tuple[bytes, bytes]:
+def content(spec: LabelConfig) -> tuple[bytes, bytes]:
     """The two files that must not depend on how the job was run."""
     return tuple((Path(spec.out) / name).read_bytes() for name in ("labels.jsonl", "summary.json"))  # type: ignore
 
@@ -52,7 +52,7 @@ class StubSampler:
 # ---- what a job leaves behind --------------------------------------------------------------------------------------
 
 
-def test_folder_rows_and_provenance(spec: LabelSpec, run: Any) -> None:
+def test_folder_rows_and_provenance(spec: LabelConfig, run: Any) -> None:
     spec = replace(spec, max_new_tokens=200, seed=3)  # what is cut off has no answer
     reports: list[tuple[str, int, int]] = []
     summary = run(spec, report=lambda phase, done, total, figures: reports.append((phase, done, total)))
@@ -83,7 +83,7 @@ def test_folder_rows_and_provenance(spec: LabelSpec, run: Any) -> None:
     assert str(Path.home()) not in json.dumps(read_settings(spec.out))
 
 
-def test_summary_by_recount(spec: LabelSpec, run: Any) -> None:
+def test_summary_by_recount(spec: LabelConfig, run: Any) -> None:
     spec = replace(spec, labeller="checker", temperature=0.7)
     summary = run(spec)
     labelled = rows(spec)
@@ -101,7 +101,7 @@ def test_summary_by_recount(spec: LabelSpec, run: Any) -> None:
     assert all(len(row["raw_logprobs"]) == len(row["logprobs"]) for row in labelled), "temperature is not 1"
 
 
-def test_duplicates_and_empty_solutions_are_counted(spec: LabelSpec, run: Any, policy: Any) -> None:
+def test_duplicates_and_empty_solutions_are_counted(spec: LabelConfig, run: Any, policy: Any) -> None:
     texts = ["1+1=2\n#### 2", "1+1=2\n#### 2", "", " \n", "3"]
     spec = replace(spec, labeller="checker", samples=5)
     stub = StubSampler(policy.tokenizer, texts)
@@ -116,7 +116,7 @@ def test_duplicates_and_empty_solutions_are_counted(spec: LabelSpec, run: Any, p
         run(nothing, sampler=StubSampler(policy.tokenizer, [""]))
 
 
-def test_a_solution_without_labels_is_dropped(spec: LabelSpec, run: Any, policy: Any) -> None:
+def test_a_solution_without_labels_is_dropped(spec: LabelConfig, run: Any, policy: Any) -> None:
     class Undecided:
         def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
             return [StepLabels(((True,) if s.index % 4 else (None,)) * len(s.steps)) for s in solutions]
@@ -134,7 +134,7 @@ def test_a_solution_without_labels_is_dropped(spec: LabelSpec, run: Any, policy:
 
 @pytest.mark.parametrize("segmenter", [None, "adaptive_step"])
 def test_ranks_do_not_change_the_labels(
-    spec: LabelSpec, run: Any, run_ranks: Any, recording: Any, segmenter: str | None
+    spec: LabelConfig, run: Any, run_ranks: Any, recording: Any, segmenter: str | None
 ) -> None:
     spec = replace(spec, segmenter=segmenter, quantile=0.1)
     run(spec)
@@ -149,7 +149,7 @@ def test_ranks_do_not_change_the_labels(
         assert max(Counter(sampler.continued).values()) == 1, "no solution twice"
 
 
-def test_an_interruption_anywhere_repeats_only_what_was_in_flight(spec: LabelSpec, run: Any, recording: Any) -> None:
+def test_an_interruption_anywhere_repeats_only_what_was_in_flight(spec: LabelConfig, run: Any, recording: Any) -> None:
     whole = recording()
     run(spec, sampler=whole)
     for stop_at in range(1, whole.calls + 1):
@@ -164,7 +164,7 @@ def test_an_interruption_anywhere_repeats_only_what_was_in_flight(spec: LabelSpe
         assert sorted(first.continued + then.continued) == sorted(whole.continued)
 
 
-def test_resume_with_another_number_of_ranks(spec: LabelSpec, run: Any, run_ranks: Any, recording: Any) -> None:
+def test_resume_with_another_number_of_ranks(spec: LabelConfig, run: Any, run_ranks: Any, recording: Any) -> None:
     run(spec)
     torn = replace(spec, out=spec.out + "-torn")
     first, then = recording(stop_at=None), recording()
@@ -175,7 +175,7 @@ def test_resume_with_another_number_of_ranks(spec: LabelSpec, run: Any, run_rank
     assert sorted(first.sampled + then.sampled) == list(range(5))
 
 
-def test_the_same_command_again_draws_nothing(spec: LabelSpec, run: Any, recording: Any) -> None:
+def test_the_same_command_again_draws_nothing(spec: LabelConfig, run: Any, recording: Any) -> None:
     first = run(spec)
     before = content(spec)
     (Path(spec.out) / "labels.jsonl").unlink()  # as if killed while merging
@@ -188,7 +188,7 @@ def test_the_same_command_again_draws_nothing(spec: LabelSpec, run: Any, recordi
 # ---- the fitted threshold ------------------------------------------------------------------------------------------
 
 
-def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelSpec, run: Any, recording: Any) -> None:
+def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelConfig, run: Any, recording: Any) -> None:
     spec = replace(spec, segmenter="adaptive_step:auto", quantile=0.1, labeller="checker", temperature=0.8)
     summary = run(spec)
     path = Path(spec.out) / "threshold.json"
@@ -211,7 +211,7 @@ def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelSpec, run: Any,
     assert (Path(other.out) / "threshold.json").read_bytes() == path.read_bytes()
 
 
-def test_a_threshold_of_another_model_is_said(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+def test_a_threshold_of_another_model_is_said(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     file = tmp_path / "threshold.json"
     threshold = fit_threshold([[-0.1, -2.0, -0.3, -0.01]] * 5, 0.3, model="tiny-0.5m")
     write_json(file, threshold.to_dict())
@@ -224,7 +224,7 @@ def test_a_threshold_of_another_model_is_said(spec: LabelSpec, run: Any, tmp_pat
         run(replace(spec, out=spec.out + "-2"))
 
 
-def test_the_entropy_threshold(spec: LabelSpec, run: Any) -> None:
+def test_the_entropy_threshold(spec: LabelConfig, run: Any) -> None:
     spec = replace(spec, segmenter="entropy", quantile=0.1, labeller="checker")
     assert run(spec)["segmenter"]["name"] == "entropy"
     assert SegmentThreshold.load(Path(spec.out) / "threshold.json").signal == "entropy"
@@ -246,7 +246,7 @@ def test_the_entropy_threshold(spec: LabelSpec, run: Any) -> None:
         ({"max_rows": 8}, "batch_size: 4 then, 8 now"),
     ],
 )
-def test_other_settings_are_refused(spec: LabelSpec, run: Any, change: dict[str, Any], named: str) -> None:
+def test_other_settings_are_refused(spec: LabelConfig, run: Any, change: dict[str, Any], named: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(spec, report=_interrupt)
     with pytest.raises(ConfigError) as error:
@@ -258,7 +258,7 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_overwrite(spec: LabelSpec, run: Any, run_ranks: Any) -> None:
+def test_overwrite(spec: LabelConfig, run: Any, run_ranks: Any) -> None:
     run(replace(spec, seed=1))
     old = content(spec)
     run(spec, overwrite=True)
@@ -275,14 +275,14 @@ def test_overwrite(spec: LabelSpec, run: Any, run_ranks: Any) -> None:
         run(spec, overwrite=True)
 
 
-def test_a_rank_waits_for_rank_zero(spec: LabelSpec, run: Any) -> None:
+def test_a_rank_waits_for_rank_zero(spec: LabelConfig, run: Any) -> None:
     spec = replace(spec, limit=2)
     run(spec)
     with pytest.raises(StepkdError, match="rank 0 did not begin"):  # the folder is there, but of another launch
         run(spec, rank=1, world_size=2, wait_s=0, overwrite=True, launch="elastic:new")
 
 
-def test_foreign_folders_are_refused(spec: LabelSpec, run: Any, tmp_path: Path) -> None:
+def test_foreign_folders_are_refused(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     Path(spec.out).mkdir()
     (Path(spec.out) / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match=r"not empty \(thesis.tex\) and holds no labelling job"):
@@ -324,12 +324,12 @@ def test_foreign_folders_are_refused(spec: LabelSpec, run: Any, tmp_path: Path) 
         ({"outcome_scope": "first"}, "unknown outcome_scope 'first'"),
     ],
 )
-def test_contradicting_settings(spec: LabelSpec, change: dict[str, Any], message: str) -> None:
+def test_contradicting_settings(spec: LabelConfig, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(spec, **change)
 
 
-def test_early_stop_with_soft_labels_is_refused_before_the_work(spec: LabelSpec, run: Any) -> None:
+def test_early_stop_with_soft_labels_is_refused_before_the_work(spec: LabelConfig, run: Any) -> None:
     with pytest.raises(ConfigError, match="early_stop"):
         run(replace(spec, early_stop=True, reduce="mean"))
     assert not Path(spec.out).exists()

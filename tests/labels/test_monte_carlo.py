@@ -18,12 +18,12 @@ from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import spans_from_ends
 
 TOKENIZER = tiny_tokenizer()
-SPEC = SamplingSpec(n=8, max_new_tokens=12, seed=3)
+SPEC = SamplingConfig(n=8, max_new_tokens=12, seed=3)
 
 
 def encode(text: str) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ def some_solutions() -> list[Solution]:
     ]
 
 
-def by_hand(policy: Policy, grader: Grader, each: Solution, spec: SamplingSpec) -> tuple[list[int], list[int]]:
+def by_hand(policy: Policy, grader: Grader, each: Solution, spec: SamplingConfig) -> tuple[list[int], list[int]]:
     """Successes and trials: one prefix at a time, tokens by plain sampling with the documented key, text by joining."""
     successes, trials = [], []
     for _, cut in each.spans:
@@ -194,7 +194,7 @@ class Scripted:
         self.prefixes: list[str] = []
         self.waves: list[list[int]] = []
 
-    def sample_branches(self, branches: Sequence[Branch], spec: SamplingSpec, **given: Any) -> list[BranchRollouts]:
+    def sample_branches(self, branches: Sequence[Branch], spec: SamplingConfig, **given: Any) -> list[BranchRollouts]:
         self.waves.append(list(given["waves"]))
         results = []
         for b, branch in enumerate(branches):
@@ -331,7 +331,7 @@ def test_provenance(policy: Policy, grader: Grader) -> None:
     ],
 )
 def test_bad_settings(
-    policy: Policy, grader: Grader, settings_: dict[str, Any], spec: SamplingSpec, message: str
+    policy: Policy, grader: Grader, settings_: dict[str, Any], spec: SamplingConfig, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         MonteCarloLabeller(TransformersSampler(policy), policy, grader, spec, **settings_)

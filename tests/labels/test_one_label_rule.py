@@ -17,7 +17,7 @@ from stepkd.data.step_labels import LabelRule, step_targets, trl_row
 from stepkd.errors import DataError
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.process import predicted_first_error
-from stepkd.evaluation.process_runner import ProcessSpec, evaluate_process
+from stepkd.evaluation.process_runner import ProcessConfig, evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.iteration.measure import differences
 from stepkd.labels.consensus import consensus_filter
@@ -25,10 +25,10 @@ from stepkd.labels.convert import convert_rows
 from stepkd.labels.feedback import ConvertOptions
 from stepkd.labels.labellers import ScorerLabeller, Solution, StepCheck
 from stepkd.labels.quality import label_quality, summarise_labels
-from stepkd.labels.settings import StepPairSpec
+from stepkd.labels.settings import StepPairConfig
 from stepkd.labels.step_pairs import first_wrong_step
 from stepkd.losses import step_kto
-from stepkd.modules.step_scores import FocusSpec
+from stepkd.modules.step_scores import FocusConfig
 from stepkd.modules.validation import SampledAccuracy
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import read_results
@@ -100,7 +100,7 @@ def clean(label: float, threshold: float) -> bool:
 
 
 def no_pair(label: float, threshold: float) -> bool:
-    spec = StepPairSpec(out="unused", rollouts="unused", threshold=threshold)
+    spec = StepPairConfig(out="unused", rollouts="unused", threshold=threshold)
     return first_wrong_step(rollout(label, 1.0), spec) == "no_wrong_step"
 
 
@@ -121,7 +121,7 @@ ROOMS: dict[str, Rule] = {
     "Step-DPO": each(no_pair),
     "judge": judged,
     "check of the better step": lambda labels, t: StepCheck(Says(), t).passes([({}, [], list(map(str, labels)))])[0],
-    "focus": lambda labels, t: [weight == 0 for weight in FocusSpec("checker", threshold=t).weights(labels)],
+    "focus": lambda labels, t: [weight == 0 for weight in FocusConfig("checker", threshold=t).weights(labels)],
     "ProcessBench": each(lambda label, t: predicted_first_error([label], t) == -1),
     "step accuracy": each(
         lambda label, t: bool(step_metrics(labelled_steps([[label]], [[True]]), threshold=t).accuracy.value)
@@ -147,7 +147,7 @@ def test_a_half_is_correct_where_no_threshold_is_given(room: str) -> None:
 
 def test_evaluation_writes_the_same_verdicts(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [stepwise(1.0, 0.5, 0.25)])
-    spec = ProcessSpec("says", "step_labels", str(tmp_path / "out"), data=f"rows:path={tmp_path}/rows.jsonl")
+    spec = ProcessConfig("says", "step_labels", str(tmp_path / "out"), data=f"rows:path={tmp_path}/rows.jsonl")
     evaluate_process(spec, Says())
     (result,) = read_results(tmp_path / "out")
     assert (result["labels"], result["first_error"]) == ([True, True, False], 2)

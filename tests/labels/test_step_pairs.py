@@ -16,11 +16,11 @@ from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.monte_carlo import next_step, segmenter_of
 from stepkd.labels.pair_job import run_pair_job
-from stepkd.labels.settings import LabelSpec, StepPairSpec
+from stepkd.labels.settings import LabelConfig, StepPairConfig
 from stepkd.labels.step_pairs import first_wrong_step, step_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
-from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingSpec
+from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingConfig
 from stepkd.scorers.scorer import Solutions
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
 from stepkd.steps.segment import RegexSegmenter, get_segmenter, segment
@@ -75,7 +75,7 @@ class ScriptedSampler:
         self.asked: list[Branch] = []
         self.calls = 0
 
-    def sample_branches(self, branches: Sequence[Branch], spec: SamplingSpec, **options: Any) -> list[BranchRollouts]:
+    def sample_branches(self, branches: Sequence[Branch], spec: SamplingConfig, **options: Any) -> list[BranchRollouts]:
         self.calls += 1
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
@@ -92,8 +92,8 @@ class ScriptedSampler:
 
 
 @pytest.fixture
-def pair_spec(tmp_path: Path) -> StepPairSpec:
-    return StepPairSpec(
+def pair_spec(tmp_path: Path) -> StepPairConfig:
+    return StepPairConfig(
         out=str(tmp_path / "pairs"),
         rollouts=str(tmp_path / "rows.jsonl"),
         continuations=2,
@@ -110,7 +110,7 @@ def build(policy: Policy) -> Pairs:
     """Write rows, and run the job with a sampler that says these texts."""
 
     def start(
-        spec: StepPairSpec,
+        spec: StepPairConfig,
         rows: Sequence[dict[str, Any]] | None = None,
         texts: Sequence[str] = (),
         *,
@@ -128,18 +128,18 @@ def build(policy: Policy) -> Pairs:
     return start
 
 
-def pairs(spec: StepPairSpec) -> list[dict[str, Any]]:
+def pairs(spec: StepPairConfig) -> list[dict[str, Any]]:
     return load_rows(parse_spec(spec.out), contract=STEP_PREFERENCE)
 
 
-def content(spec: StepPairSpec) -> tuple[bytes, ...]:
+def content(spec: StepPairConfig) -> tuple[bytes, ...]:
     return tuple((Path(spec.out) / name).read_bytes() for name in ("pairs.jsonl", "summary.json"))
 
 
 # ---- the pairs -----------------------------------------------------------------------------------------------------
 
 
-def test_a_pair_by_hand(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+def test_a_pair_by_hand(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
     row = rollout(policy, "p/0", WRONG, [True, False, False], labelling={"labeller": "checker"})
     sampler = ScriptedSampler(policy, ["0*1=1\n#### 0", "0*1=1\n#### 1", RIGHT, RIGHT, "0*1= 0\n#### 0"])
     summary = build(replace(pair_spec, continuations=5, max_pairs=2), [row], sampler=sampler)
@@ -180,7 +180,7 @@ def test_a_pair_by_hand(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -
 
 
 def test_the_last_step_keeps_its_end_token_and_the_prefix_may_be_empty(
-    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+    pair_spec: StepPairConfig, build: Pairs, policy: Policy
 ) -> None:
     eos = policy.tokenizer.eos_token_id
     rows = [
@@ -196,7 +196,7 @@ def test_the_last_step_keeps_its_end_token_and_the_prefix_may_be_empty(
     assert (first["prefix"], first["prefix_ids"], first["rejected_ids"]) == ([], [], rows[1]["token_ids"])
 
 
-def test_dropped_by_reason(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+def test_dropped_by_reason(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
     labels = [True, False, False]
     rows = [
         rollout(policy, "a/0", WRONG, labels),
@@ -234,7 +234,7 @@ def test_dropped_by_reason(pair_spec: StepPairSpec, build: Pairs, policy: Policy
 
 
 def test_nothing_left_is_an_error_and_the_summary_says_why(
-    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+    pair_spec: StepPairConfig, build: Pairs, policy: Policy
 ) -> None:
     after_the_answer = rollout(policy, "a/0", ["#### 0\n", "0*1=1\n"], [True, False])
     with pytest.raises(DataError, match=r"no pair could be made from 1 items \(1 no_usable_step\)"):
@@ -245,7 +245,7 @@ def test_nothing_left_is_an_error_and_the_summary_says_why(
 
 
 def test_the_same_mistake_of_several_solutions_counts_once(
-    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+    pair_spec: StepPairConfig, build: Pairs, policy: Policy
 ) -> None:
     labels = [True, False, False]
     rows = [
@@ -260,7 +260,7 @@ def test_the_same_mistake_of_several_solutions_counts_once(
     assert (summary["pairs"], summary["items_with_pairs"], summary["dropped"]) == (3, 3, {"repeated_pair": 1})
 
 
-def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairSpec) -> None:
+def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairConfig) -> None:
     def step(labels: list[Any], **settings: Any) -> int | str:
         return first_wrong_step(rollout(policy, "a/0", WRONG, labels), replace(pair_spec, **settings))
 
@@ -275,7 +275,7 @@ def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairSpec) -> None:
 # ---- the check of the better step ----------------------------------------------------------------------------------
 
 
-def test_the_better_step_is_checked(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+def test_the_better_step_is_checked(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
     spec = replace(pair_spec, check_step=True)
     rows = [rollout(policy, "a/0", WRONG, [True, False, False])]
     lucky = "1*1=1\n#### 0"  # a wrong step that ends right
@@ -308,7 +308,7 @@ class StubScorer:
 
 
 def test_a_scorer_checks_the_better_step(
-    pair_spec: StepPairSpec, build: Pairs, policy: Policy, monkeypatch: pytest.MonkeyPatch
+    pair_spec: StepPairConfig, build: Pairs, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer, loaded = StubScorer(), []
     monkeypatch.setattr("stepkd.labels.workbench.load_scorer", lambda *given: loaded.append(given) or scorer)
@@ -401,7 +401,7 @@ def many(policy: Policy) -> list[dict[str, Any]]:
     ]
 
 
-def test_ranks_do_not_change_the_pairs(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+def test_ranks_do_not_change_the_pairs(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
     texts = [RIGHT, "0*1=1\n#### 0"]
     build(pair_spec, many(policy), texts)
     assert [row["id"] for row in pairs(pair_spec)] == [f"p{i}/0/0" for i in (0, 1, 2, 4, 5, 7, 8)]
@@ -414,7 +414,9 @@ def test_ranks_do_not_change_the_pairs(pair_spec: StepPairSpec, build: Pairs, po
         assert sorted(branch.index for branch in sampler.asked) == [0, 1, 2, 4, 5, 7, 8], "no solution twice"
 
 
-def test_an_interruption_repeats_only_what_was_in_flight(pair_spec: StepPairSpec, build: Pairs, policy: Policy) -> None:
+def test_an_interruption_repeats_only_what_was_in_flight(
+    pair_spec: StepPairConfig, build: Pairs, policy: Policy
+) -> None:
     texts = [RIGHT, "0*1=1\n#### 0"]
     whole = ScriptedSampler(policy, texts)
     build(pair_spec, many(policy), sampler=whole)
@@ -437,7 +439,7 @@ def test_an_interruption_repeats_only_what_was_in_flight(pair_spec: StepPairSpec
 
 
 def test_a_real_sampler_draws_the_same_whatever_the_ranks(
-    pair_spec: StepPairSpec, build: Pairs, policy: Policy
+    pair_spec: StepPairConfig, build: Pairs, policy: Policy
 ) -> None:
     """An untrained model, whose steps are single characters here; a prefix ends in the answer, and may go on without
     another number."""
@@ -480,13 +482,13 @@ def test_a_real_sampler_draws_the_same_whatever_the_ranks(
         ({"neutral": "good"}, "unknown neutral 'good'"),
     ],
 )
-def test_contradicting_settings(pair_spec: StepPairSpec, change: dict[str, Any], message: str) -> None:
+def test_contradicting_settings(pair_spec: StepPairConfig, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(pair_spec, **change)
 
 
 def test_rows_and_folders_that_are_refused(
-    pair_spec: StepPairSpec, build: Pairs, policy: Policy, spec: LabelSpec, run: Any
+    pair_spec: StepPairConfig, build: Pairs, policy: Policy, spec: LabelConfig, run: Any
 ) -> None:
     row = rollout(policy, "a/0", WRONG, [True, False, False])
     with pytest.raises(DataError, match="row 'a/0' is no rollout"):

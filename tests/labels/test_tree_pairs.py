@@ -14,16 +14,16 @@ from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.labels.pair_job import run_pair_job
-from stepkd.labels.settings import TreePairSpec
+from stepkd.labels.settings import TreePairConfig
 from stepkd.labels.tree_pairs import tree_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.runs.job import JobOptions, read_settings
-from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.sampler import Rollout, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.scorers.judge import PromptedJudge
-from stepkd.search.mcts import SearchSettings
-from stepkd.search.pairs import PairSettings
+from stepkd.search.mcts import SearchConfig
+from stepkd.search.pairs import PairConfig
 from stepkd.tasks.rows import check_row
 
 Run = Callable[..., dict[str, Any] | None]
@@ -31,14 +31,14 @@ FILES = ("pairs.jsonl", "summary.json")
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> TreePairSpec:
+def spec(tmp_path: Path) -> TreePairConfig:
     """Five tiny problems in three groups; an untrained model, whose steps end at letters."""
-    return TreePairSpec(
+    return TreePairConfig(
         out=str(tmp_path / "job"),
         problems='task:task="modular:terms=3,modulus=2",n=5',
         model="tiny-0.1m",
-        search=SearchSettings(iterations=1, root_factor=2, actions=2, depth=2, max_steps=2),
-        pairs=PairSettings(solved_only=False),
+        search=SearchConfig(iterations=1, root_factor=2, actions=2, depth=2, max_steps=2),
+        pairs=PairConfig(solved_only=False),
         rollouts_per_step=1,
         segmenter="regex:[a-m]",
         max_step_tokens=10,
@@ -52,7 +52,9 @@ def spec(tmp_path: Path) -> TreePairSpec:
 
 @pytest.fixture
 def run(policy: Policy) -> Run:
-    def start(spec: TreePairSpec, *, sampler: Any = None, scorer: Any = None, **options: Any) -> dict[str, Any] | None:
+    def start(
+        spec: TreePairConfig, *, sampler: Any = None, scorer: Any = None, **options: Any
+    ) -> dict[str, Any] | None:
         builder = tree_pair_builder(spec, policy=policy, sampler=sampler, scorer=scorer)
         return run_pair_job(spec, builder=builder, options=JobOptions(**options))
 
@@ -68,25 +70,25 @@ class Watched:
         self.prompts: list[set[str]] = []
         self.decode = policy.tokenizer.decode
 
-    def sample(self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, **options: Any) -> list[list[Rollout]]:
+    def sample(self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, **options: Any) -> list[list[Rollout]]:
         self.prompts.append({self.decode(prompt).partition("\n")[0] for prompt in prompts})
         if len(self.prompts) == self.stop_at:
             raise KeyboardInterrupt
         return self.inner.sample(prompts, spec, **options)
 
 
-def content(spec: TreePairSpec) -> list[bytes]:
+def content(spec: TreePairConfig) -> list[bytes]:
     return [(Path(spec.out) / name).read_bytes() for name in FILES]
 
 
-def rows(spec: TreePairSpec) -> list[dict[str, Any]]:
+def rows(spec: TreePairConfig) -> list[dict[str, Any]]:
     return load_rows(parse_spec(spec.out), contract=STEP_PREFERENCE)
 
 
 # ---- what a job leaves behind --------------------------------------------------------------------------------------
 
 
-def test_rows_and_summary(spec: TreePairSpec, run: Run, policy: Policy) -> None:
+def test_rows_and_summary(spec: TreePairConfig, run: Run, policy: Policy) -> None:
     reports: list[tuple[str, int, int]] = []
     sampler = TransformersSampler(policy, max_rows=4)
     summary = run(
@@ -123,7 +125,7 @@ class NoisySolver:
         self.problems = problems
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, *, purpose: str, indices: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]
     ) -> list[list[Rollout]]:
         return [
             [
@@ -133,7 +135,7 @@ class NoisySolver:
             for p, (prompt, index) in enumerate(zip(prompts, indices, strict=True))
         ]
 
-    def _rollout(self, p: int, j: int, prompt: Sequence[int], spec: SamplingSpec, noise: Any) -> Rollout:
+    def _rollout(self, p: int, j: int, prompt: Sequence[int], spec: SamplingConfig, noise: Any) -> Rollout:
         text = self.tokenizer.decode(prompt)
         row = next(row for row in self.problems if text.startswith(row["prompt"]))
         before, lines = text[len(row["prompt"]) :], row["solution"].splitlines(keepends=True)
@@ -149,14 +151,14 @@ class NoisySolver:
 
 
 @pytest.mark.parametrize("value", ["scorer", "rollout"])
-def test_the_better_side_is_right(spec: TreePairSpec, run: Run, policy: Policy, value: Any) -> None:
+def test_the_better_side_is_right(spec: TreePairConfig, run: Run, policy: Policy, value: Any) -> None:
     """A solver that slips: the search finds right solutions, prefers right steps and turns down wrong ones."""
     problems = load_rows(parse_spec("task:task=modular,n=6"))
     noisy = replace(
         spec,
         problems="task:task=modular,n=6",
-        search=SearchSettings(iterations=4, root_factor=2, actions=3, depth=3),
-        pairs=PairSettings(),
+        search=SearchConfig(iterations=4, root_factor=2, actions=3, depth=3),
+        pairs=PairConfig(),
         value=value,
         judge="checker" if value == "scorer" else None,
         rollouts_per_step=8,
@@ -185,7 +187,7 @@ def test_the_better_side_is_right(spec: TreePairSpec, run: Run, policy: Policy, 
 
 
 def test_ranks_batches_and_interruptions_change_nothing(
-    spec: TreePairSpec, run: Run, policy: Policy, tmp_path: Path
+    spec: TreePairConfig, run: Run, policy: Policy, tmp_path: Path
 ) -> None:
     whole = Watched(policy)
     run(spec, sampler=whole)
@@ -215,21 +217,21 @@ def test_ranks_batches_and_interruptions_change_nothing(
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_another_job_in_the_folder(spec: TreePairSpec, run: Run) -> None:
+def test_another_job_in_the_folder(spec: TreePairConfig, run: Run) -> None:
     run(spec)
     with pytest.raises(ConfigError, match="depth"):
         run(replace(spec, search=replace(spec.search, depth=1)))
     run(replace(spec, search=replace(spec.search, depth=1)), overwrite=True)
 
 
-def test_no_pair_at_all(spec: TreePairSpec, run: Run) -> None:
+def test_no_pair_at_all(spec: TreePairConfig, run: Run) -> None:
     """Nothing an untrained model writes is right by the benchmark's own extractor."""
     with pytest.raises(DataError, match=r"no pair could be made from 5 items \(5 unsolved_tree\)"):
-        run(replace(spec, pairs=PairSettings(), extractors=("boxed",)))
+        run(replace(spec, pairs=PairConfig(), extractors=("boxed",)))
     assert json.loads((Path(spec.out) / "summary.json").read_text())["solved_share"] == 0
 
 
-def test_self_evaluation_by_the_policy(spec: TreePairSpec, run: Run, policy: Policy) -> None:
+def test_self_evaluation_by_the_policy(spec: TreePairConfig, run: Run, policy: Policy) -> None:
     asked = replace(spec, value="self_evaluation", limit=2)
     judge = PromptedJudge(policy, reference=True, yes=("y",), no=("n",))
     summary = run(asked, scorer=judge)
@@ -256,12 +258,12 @@ def test_self_evaluation_by_the_policy(spec: TreePairSpec, run: Run, policy: Pol
         ({"segmenter": "newlines"}, "newline"),
     ],
 )
-def test_bad_settings(spec: TreePairSpec, change: dict[str, Any], message: str) -> None:
+def test_bad_settings(spec: TreePairConfig, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(spec, **change)
 
 
-def test_rows_without_a_checker(spec: TreePairSpec, run: Run, tmp_path: Path) -> None:
+def test_rows_without_a_checker(spec: TreePairConfig, run: Run, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"id": "r", "prompt": "1+1=", "answer": "2"}) + "\n")
     with pytest.raises(DataError, match="exact checker"):

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from stepkd.models.policy import Policy
 from stepkd.models.sharding import is_sharded, shard, share_of, whole_tensor
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 
 
 def anonymous() -> int:
@@ -25,7 +25,7 @@ def main(folder: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     before = anonymous()
-    policy = Policy.load(PolicySpec(path=folder, dtype="auto"))
+    policy = Policy.load(PolicyConfig(path=folder, dtype="auto"))
     seen: dict[str, object] = {"rank": rank, "bytes": sum(p.numel() * p.element_size() for p in policy.parameters())}
     seen["loaded"] = anonymous() - before
     originals = {name: p.detach().clone() for name, p in list(policy.named_parameters())[:3]}
@@ -48,7 +48,7 @@ def main(folder: str) -> None:
                 found = policy.head(policy.hidden(ids, torch.ones_like(ids)))
                 seen["gap"] = float((found - expected).abs().max())
         seen["again"] = all(is_sharded(p) for p in policy.parameters())
-    mixed = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float32"))
+    mixed = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float32"))
     shard(mixed, mesh, param_dtype=torch.bfloat16)
     with mixed.gathered():
         seen["gathered"] = sorted({str(p.dtype) for p in mixed.parameters()})

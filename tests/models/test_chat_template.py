@@ -13,8 +13,8 @@ from stepkd.errors import ConfigError
 from stepkd.models.checkpoint import load_policy, load_trained, save_policy
 from stepkd.models.load import load_tokenizer
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec, spec_from_dict, spec_to_dict
-from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.spec import PolicyConfig, spec_from_dict, spec_to_dict
+from stepkd.models.step_head import StepHeadConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (
@@ -37,8 +37,8 @@ def rendered(tokenizer: object) -> str:
 
 
 def test_a_file_and_its_text_are_the_same_setting(file: Path) -> None:
-    spec = PolicySpec(path="tiny-0.1m", chat_template=str(file))
-    assert spec == PolicySpec(path="tiny-0.1m", chat_template=OWN)
+    spec = PolicyConfig(path="tiny-0.1m", chat_template=str(file))
+    assert spec == PolicyConfig(path="tiny-0.1m", chat_template=OWN)
     file.unlink()
     assert rendered(load_tokenizer(spec_from_dict(spec_to_dict(spec)))) == "[user] 1+1?\n[assistant] "
 
@@ -58,13 +58,13 @@ def test_a_run_is_trained_sampled_and_exported_under_it(file: Path, tmp_path: Pa
         (row,) = map(json.loads, (tmp_path / f"{model}-evaluated" / "results.jsonl").read_text().splitlines())
         assert row["prompt"].startswith("[user] ")
         assert row["prompt"].endswith("\n[assistant] ")
-    again = PolicySpec(path=str(tmp_path / "run"))
+    again = PolicyConfig(path=str(tmp_path / "run"))
     assert load_policy(again).tokenizer.chat_template == OWN, "also where another run starts from it"
 
 
 def test_an_exported_reward_model_keeps_it(file: Path, tmp_path: Path) -> None:
-    policy = Policy.load(PolicySpec(path="tiny-0.1m", chat_template=str(file)))
-    policy.attach_step_head(StepHeadSpec())
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m", chat_template=str(file)))
+    policy.attach_step_head(StepHeadConfig())
     save_policy(policy, tmp_path / "prm")
     loaded = load_trained(tmp_path / "prm")
     assert loaded.step_head is not None
@@ -81,10 +81,10 @@ def test_an_exported_reward_model_keeps_it(file: Path, tmp_path: Path) -> None:
 )
 def test_what_is_no_chat_template_is_named(value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_tokenizer(PolicySpec(path="tiny-0.1m", chat_template=value))
+        load_tokenizer(PolicyConfig(path="tiny-0.1m", chat_template=value))
 
 
 def test_a_template_that_wants_other_messages_is_no_error_at_load() -> None:
     refusing = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}{{ messages }}"
-    tokenizer = load_tokenizer(PolicySpec(path="tiny-0.1m", chat_template=refusing))
+    tokenizer = load_tokenizer(PolicyConfig(path="tiny-0.1m", chat_template=refusing))
     assert tokenizer.chat_template == refusing

@@ -21,11 +21,11 @@ from stepkd.models.checkpoint import (
 )
 from stepkd.models.load import load_tokenizer, model_config
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny, spec_to_dict
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, spec_to_dict
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
-FULL = PolicySpec(path="tiny-0.1m")
-LORA = PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=4))
+FULL = PolicyConfig(path="tiny-0.1m")
+LORA = PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=4))
 
 
 class Payload:
@@ -43,7 +43,7 @@ def logits(policy: Policy) -> torch.Tensor:
         return policy.model(input_ids=IDS, use_cache=False).logits
 
 
-def trained(spec: PolicySpec, seed: int = 0) -> Policy:
+def trained(spec: PolicyConfig, seed: int = 0) -> Policy:
     """A policy whose trainable weights are not those it started from."""
     policy, generator = Policy.load(spec), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def trained(spec: PolicySpec, seed: int = 0) -> Policy:
     return policy
 
 
-def save(policy: Policy, file: Path, *, ema: Policy | None = None, spec: PolicySpec | None = None) -> Path:
+def save(policy: Policy, file: Path, *, ema: Policy | None = None, spec: PolicyConfig | None = None) -> Path:
     """Write what ``StepModule.on_save_checkpoint`` leaves in a checkpoint."""
     extra: dict[str, Any] = {
         "format": 1,
@@ -69,8 +69,8 @@ def save(policy: Policy, file: Path, *, ema: Policy | None = None, spec: PolicyS
     return file
 
 
-@pytest.mark.parametrize("spec", [FULL, LORA, PolicySpec(path="tiny-0.1m", dtype="bfloat16", lora=LoraSpec(r=4))])
-def test_checkpoint_brings_the_trained_model_back(spec: PolicySpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [FULL, LORA, PolicyConfig(path="tiny-0.1m", dtype="bfloat16", lora=LoRAConfig(r=4))])
+def test_checkpoint_brings_the_trained_model_back(spec: PolicyConfig, tmp_path: Path) -> None:
     policy = trained(spec)
     again = load_trained(save(policy, tmp_path / "x.ckpt"))
     assert again.spec == spec
@@ -81,10 +81,10 @@ def test_checkpoint_brings_the_trained_model_back(spec: PolicySpec, tmp_path: Pa
 
 @pytest.mark.parametrize("first", [FULL, LORA])
 @pytest.mark.parametrize("kind", ["run", "checkpoint"])
-def test_a_run_is_a_policy_to_start_from(first: PolicySpec, kind: str, tmp_path: Path) -> None:
+def test_a_run_is_a_policy_to_start_from(first: PolicyConfig, kind: str, tmp_path: Path) -> None:
     begun = trained(first)
     file = save(begun, tmp_path / "run" / "checkpoints" / "best.ckpt")
-    spec = PolicySpec(path=str(tmp_path / "run") if kind == "run" else str(file))
+    spec = PolicyConfig(path=str(tmp_path / "run") if kind == "run" else str(file))
     policy = load_policy(spec)
     assert policy.spec == spec
     assert torch.equal(logits(policy), logits(begun))
@@ -100,7 +100,7 @@ def test_a_run_is_a_policy_to_start_from(first: PolicySpec, kind: str, tmp_path:
 def test_fresh_adapters_stand_on_the_weights_of_a_run(tmp_path: Path) -> None:
     begun = trained(FULL)
     save(begun, tmp_path / "run" / "last.ckpt")
-    policy = load_policy(PolicySpec(path=str(tmp_path / "run"), lora=LoraSpec(r=4), gradient_checkpointing=True))
+    policy = load_policy(PolicyConfig(path=str(tmp_path / "run"), lora=LoRAConfig(r=4), gradient_checkpointing=True))
     assert all("lora_" in name for name, _ in policy.trainable_parameters())
     with policy.reference() as reference:
         assert torch.equal(logits(reference), logits(begun))
@@ -111,19 +111,21 @@ def test_fresh_adapters_stand_on_the_weights_of_a_run(tmp_path: Path) -> None:
 def test_fresh_adapters_on_those_of_a_run_are_refused(tmp_path: Path) -> None:
     save(trained(LORA), tmp_path / "run" / "last.ckpt")
     with pytest.raises(ConfigError, match="merge it first"):
-        load_policy(PolicySpec(path=str(tmp_path / "run"), lora=LoraSpec(r=4)))
+        load_policy(PolicyConfig(path=str(tmp_path / "run"), lora=LoRAConfig(r=4)))
 
 
 def test_a_run_has_a_tokenizer_and_a_configuration(tmp_path: Path) -> None:
     save(trained(LORA), tmp_path / "run" / "last.ckpt")
-    spec = PolicySpec(path=str(tmp_path / "run"))
+    spec = PolicyConfig(path=str(tmp_path / "run"))
     assert load_tokenizer(spec).eos_token == "<eos>"
-    assert load_tokenizer(PolicySpec(path="tiny-2m", tokenizer=spec.path)).eos_token == "<eos>"
+    assert load_tokenizer(PolicyConfig(path="tiny-2m", tokenizer=spec.path)).eos_token == "<eos>"
     assert model_config(spec).hidden_size == 64
 
 
 def test_on_a_folder_of_real_weights(folder: Path, tmp_path: Path) -> None:
-    spec = PolicySpec(path=str(folder), gradient_checkpointing=True, lora=LoraSpec(r=4, modules_to_save=["lm_head"]))
+    spec = PolicyConfig(
+        path=str(folder), gradient_checkpointing=True, lora=LoRAConfig(r=4, modules_to_save=["lm_head"])
+    )
     policy = trained(spec)
     again = load_trained(save(policy, tmp_path / "x.ckpt"), attention="eager")
     assert again.spec is not None
@@ -144,7 +146,7 @@ def test_best_is_preferred_to_last_in_a_run_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", [FULL, LORA])
-def test_averaged_weights_are_used_unless_refused(spec: PolicySpec, tmp_path: Path) -> None:
+def test_averaged_weights_are_used_unless_refused(spec: PolicyConfig, tmp_path: Path) -> None:
     policy, average = trained(spec, 1), trained(spec, 2)
     file = save(policy, tmp_path / "x.ckpt", ema=average)
     assert torch.equal(logits(load_trained(file)), logits(average))
@@ -162,7 +164,7 @@ def test_dtype_can_be_changed(folder: Path, tmp_path: Path) -> None:
 def test_quantised_training_loads_on_the_plain_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepkd.models.load.find_spec", lambda name: None)
     policy = trained(LORA)
-    quantised = PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=4), quantization="nf4")
+    quantised = PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=4), quantization="nf4")
     file = save(policy, tmp_path / "x.ckpt", spec=quantised)
     with pytest.raises(ConfigError, match="needs bitsandbytes"):
         load_trained(file)
@@ -171,7 +173,7 @@ def test_quantised_training_loads_on_the_plain_base(tmp_path: Path, monkeypatch:
 
 def test_presets_and_models_are_taken_too(folder: Path) -> None:
     assert torch.equal(logits(load_trained("tiny-0.1m")), logits(Policy.load(FULL)))
-    assert torch.equal(logits(load_trained(folder)), logits(Policy.load(PolicySpec(path=str(folder)))))
+    assert torch.equal(logits(load_trained(folder)), logits(Policy.load(PolicyConfig(path=str(folder)))))
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_hostile_checkpoints_execute_nothing(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_recipe(folder: Path, tmp_path: Path) -> None:
-    other = PolicySpec(path="tiny-0.5m")
+    other = PolicyConfig(path="tiny-0.5m")
     for spec in (LORA, other):  # other names, other shapes
         file = save(trained(FULL), tmp_path / "x.ckpt", spec=spec)
         with pytest.raises(ModelError, match="holds weights of another model than its own policy section describes"):
@@ -235,7 +237,7 @@ def test_missing_and_left_over_weights_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_adapter_on_changed_base_weights_is_refused(folder: Path, tmp_path: Path) -> None:
-    policy = trained(PolicySpec(path=str(folder), lora=LoraSpec(r=4)))
+    policy = trained(PolicyConfig(path=str(folder), lora=LoRAConfig(r=4)))
     file = save(policy, tmp_path / "x.ckpt")
     content = torch.load(file)
     content["stepkd"]["base"] = checkpoints.base_fingerprint(policy)

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepkd.errors import ModelError
 from stepkd.models.head import backbone_of, disable_dropout
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig
 
 IDS = torch.arange(1, 25).view(2, 12)
 PLAIN: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -63,7 +63,7 @@ def test_training_mode_becomes_evaluation_mode(name: str) -> None:
 
 
 def test_an_adapter_drops_nothing_and_modes_stay() -> None:
-    policy = Policy.load(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=4, dropout=0.5)))
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=4, dropout=0.5)))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
@@ -83,7 +83,7 @@ def test_experts_drawn_at_random_are_refused() -> None:
 
 @pytest.mark.parametrize("noise", [torch.randn_like, torch.ones_like], ids=["random", "another rule"])
 def test_what_no_rate_explains_is_refused_by_name(noise: Any) -> None:
-    model = Policy.load(PolicySpec(path="tiny-0.1m")).model
+    model = Policy.load(PolicyConfig(path="tiny-0.1m")).model
     layer = model.model.layers[1].mlp
 
     def noisy(module: Any, arguments: Any, output: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from stepkd.models import checkpoint as checkpoint_module
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
 from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
-from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny, spec_to_dict
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, spec_to_dict
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
 
@@ -27,7 +27,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
-def checkpoint(spec: PolicySpec, file: Path, *, ema: bool = False) -> tuple[Path, torch.Tensor]:
+def checkpoint(spec: PolicyConfig, file: Path, *, ema: bool = False) -> tuple[Path, torch.Tensor]:
     """A checkpoint of a policy that moved away from its start; and its logits."""
     policy, generator = Policy.load(spec), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def hidden_files(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_full_training_exports_the_same_logits(folder: Path, tmp_path: Path, ema: bool) -> None:
-    file, expected = checkpoint(PolicySpec(path=str(folder)), tmp_path / "run" / "checkpoints" / "best.ckpt", ema=ema)
+    file, expected = checkpoint(PolicyConfig(path=str(folder)), tmp_path / "run" / "checkpoints" / "best.ckpt", ema=ema)
     out = export_model(tmp_path / "run", tmp_path / "deep" / "out")
     assert out == tmp_path / "deep" / "out"
     assert torch.equal(logits(plain(out)), expected)
@@ -67,7 +67,7 @@ def test_full_training_exports_the_same_logits(folder: Path, tmp_path: Path, ema
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "<eos>")
     assert tokenizer("3+4=\n").input_ids == original("3+4=\n").input_ids
     assert hidden_files(out.parent) == []
-    assert torch.equal(logits(Policy.load(PolicySpec(path=str(out))).model), expected)
+    assert torch.equal(logits(Policy.load(PolicyConfig(path=str(out))).model), expected)
     if ema:
         assert not torch.equal(logits(plain(export_model(file, tmp_path / "raw", ema=False))), expected)
 
@@ -76,23 +76,23 @@ def test_full_training_exports_the_same_logits(folder: Path, tmp_path: Path, ema
 @pytest.mark.parametrize(
     "lora",
     [
-        LoraSpec(r=4),
-        LoraSpec(r=4, rslora=True, target_modules=["q_proj", "lm_head"]),
-        LoraSpec(r=4, modules_to_save=["lm_head"]),
-        LoraSpec(r=4, target_modules=["embed_tokens", "v_proj"]),
-        LoraSpec(r=4, modules_to_save=["embed_tokens", "lm_head"]),
+        LoRAConfig(r=4),
+        LoRAConfig(r=4, rslora=True, target_modules=["q_proj", "lm_head"]),
+        LoRAConfig(r=4, modules_to_save=["lm_head"]),
+        LoRAConfig(r=4, target_modules=["embed_tokens", "v_proj"]),
+        LoRAConfig(r=4, modules_to_save=["embed_tokens", "lm_head"]),
     ],
     ids=["layers", "head", "saved-head", "embeddings", "saved-both"],
 )
-def test_merged_adapters_give_the_same_logits(folder: Path, tmp_path: Path, lora: LoraSpec, tied: bool) -> None:
+def test_merged_adapters_give_the_same_logits(folder: Path, tmp_path: Path, lora: LoRAConfig, tied: bool) -> None:
     if not tied:
         untie(folder)
-    file, expected = checkpoint(PolicySpec(path=str(folder), lora=lora), tmp_path / "x.ckpt")
+    file, expected = checkpoint(PolicyConfig(path=str(folder), lora=lora), tmp_path / "x.ckpt")
     out = export_model(file, tmp_path / "out")
     assert not (out / "adapter_config.json").exists()
     found = logits(plain(out))
     assert (found - expected).norm() <= 1e-5 * expected.norm()
-    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is (tied and lora == LoraSpec(r=4))
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is (tied and lora == LoRAConfig(r=4))
     base = logits(plain(folder))
     assert (base - expected).norm() > 1e-2 * expected.norm()
 
@@ -109,7 +109,7 @@ def untie(folder: Path) -> None:
 def test_adapter_export_loads_with_peft(folder: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    file, expected = checkpoint(PolicySpec(path=str(folder), lora=LoraSpec(r=4)), tmp_path / "x.ckpt")
+    file, expected = checkpoint(PolicyConfig(path=str(folder), lora=LoRAConfig(r=4)), tmp_path / "x.ckpt")
     out = export_model(file, tmp_path / "out", mode="adapter")
     assert not (out / "model.safetensors").exists()
     assert torch.equal(logits(PeftModel.from_pretrained(plain(folder), out).eval()), expected)
@@ -117,11 +117,11 @@ def test_adapter_export_loads_with_peft(folder: Path, tmp_path: Path) -> None:
     # An adapter folder is itself something to export: merged, or again alone.
     assert torch.allclose(logits(plain(export_model(out, tmp_path / "merged"))), expected, atol=1e-5)
     again = export_model(out, tmp_path / "again", mode="adapter")
-    assert torch.equal(logits(Policy.load(PolicySpec(path=str(again))).model), expected)
+    assert torch.equal(logits(Policy.load(PolicyConfig(path=str(again))).model), expected)
 
 
 def test_adapters_on_random_weights_need_merging(tmp_path: Path) -> None:
-    spec = PolicySpec(path="tiny-0.1m", init_seed=5, lora=LoraSpec(r=4))
+    spec = PolicyConfig(path="tiny-0.1m", init_seed=5, lora=LoRAConfig(r=4))
     file, expected = checkpoint(spec, tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match=r"init_seed=5\) cannot name its base model; use --mode merged"):
         export_model(file, tmp_path / "out", mode="adapter")
@@ -129,7 +129,7 @@ def test_adapters_on_random_weights_need_merging(tmp_path: Path) -> None:
 
 
 def test_quantised_training_is_merged_into_the_plain_base(folder: Path, tmp_path: Path) -> None:
-    file, expected = checkpoint(PolicySpec(path=str(folder), lora=LoraSpec(r=4)), tmp_path / "x.ckpt")
+    file, expected = checkpoint(PolicyConfig(path=str(folder), lora=LoRAConfig(r=4)), tmp_path / "x.ckpt")
     content = torch.load(file)
     content["stepkd"]["policy"]["quantization"] = "nf4"
     torch.save(content, file)
@@ -262,7 +262,7 @@ def test_a_policy_in_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["merged", "adapter"])
 def test_an_export_says_the_prompt_template_of_its_run(folder: Path, tmp_path: Path, mode: Any) -> None:
     own = PromptTemplate(style="chat", system="Be brief.", few_shot=1)
-    file, _ = checkpoint(PolicySpec(path=str(folder), lora=LoraSpec(r=2)), tmp_path / "run" / "last.ckpt")
+    file, _ = checkpoint(PolicyConfig(path=str(folder), lora=LoRAConfig(r=2)), tmp_path / "run" / "last.ckpt")
     content = torch.load(file, weights_only=True)
     content["stepkd"]["template"] = asdict(own)
     torch.save(content, file)

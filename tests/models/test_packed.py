@@ -14,7 +14,7 @@ from stepkd.data.encode import Example
 from stepkd.losses import token_logps
 from stepkd.models.packed import packed_mask
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny, tiny_tokenizer
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, tiny_tokenizer
 
 
 def packs_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Pack]:
@@ -178,7 +178,7 @@ def test_mask_written_out(policy_of: Any) -> None:
 
 def test_adapters_and_their_reference_read_packed_rows(close: Any) -> None:
     torch.manual_seed(0)
-    policy = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64", lora=LoraSpec(r=4)))
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64", lora=LoRAConfig(r=4)))
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from stepkd.errors import ModelError
 from stepkd.models.policy import Policy, positions_from_mask
-from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
 
 PRESET = "tiny-0.1m"
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
 
 
-def make(lora: LoraSpec | None = None, *, dtype: Any = "float64", **settings: Any) -> Policy:
+def make(lora: LoRAConfig | None = None, *, dtype: Any = "float64", **settings: Any) -> Policy:
     """A tiny policy; fresh adapters are moved off zero so that they do something."""
     torch.manual_seed(0)
-    policy = Policy.load(PolicySpec(path=PRESET, dtype=dtype, lora=lora, **settings))
+    policy = Policy.load(PolicyConfig(path=PRESET, dtype=dtype, lora=lora, **settings))
     if lora is not None:
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
@@ -52,7 +52,7 @@ def test_positions_count_real_tokens() -> None:
 @pytest.mark.parametrize("left", [0, 1, 5])
 @pytest.mark.parametrize("right", [0, 4])
 def test_padding_does_not_move_hidden_states(left: int, right: int) -> None:
-    policy = make(LoraSpec(r=4))
+    policy = make(LoRAConfig(r=4))
     padded = torch.nn.functional.pad(IDS, (left, right), value=9)
     mask = torch.nn.functional.pad(torch.ones_like(IDS), (left, right))
     batch = torch.cat([padded, padded]), torch.cat([mask, torch.zeros_like(mask)])  # the second row is all padding
@@ -96,7 +96,7 @@ def test_end_ids_and_context() -> None:
 
 
 def test_reference_is_the_base_model() -> None:
-    policy, base = make(LoraSpec(r=4)), make()
+    policy, base = make(LoRAConfig(r=4)), make()
     with torch.no_grad():
         before = states(policy)
     assert not torch.allclose(before, states(base))
@@ -107,8 +107,10 @@ def test_reference_is_the_base_model() -> None:
     assert torch.equal(states(policy), before)
 
 
-@pytest.mark.parametrize("lora", [LoraSpec(r=4, dropout=0.5), LoraSpec(r=4, modules_to_save=["lm_head"], dropout=0.5)])
-def test_reference_survives_exceptions_and_keeps_modes_and_gradients(lora: LoraSpec) -> None:
+@pytest.mark.parametrize(
+    "lora", [LoRAConfig(r=4, dropout=0.5), LoRAConfig(r=4, modules_to_save=["lm_head"], dropout=0.5)]
+)
+def test_reference_survives_exceptions_and_keeps_modes_and_gradients(lora: LoRAConfig) -> None:
     policy, base = make(lora), make()
     policy.train()
     policy.causal_lm.model.layers[0].eval()
@@ -124,7 +126,7 @@ def test_reference_survives_exceptions_and_keeps_modes_and_gradients(lora: LoraS
 
 
 def test_a_loaded_policy_stays_in_evaluation_mode() -> None:
-    policy = make(LoraSpec(r=4, dropout=0.5))
+    policy = make(LoRAConfig(r=4, dropout=0.5))
     assert not any(module.training for module in policy.modules())
     with policy.reference():
         pass
@@ -132,7 +134,7 @@ def test_a_loaded_policy_stays_in_evaluation_mode() -> None:
 
 
 def test_reference_may_be_nested() -> None:
-    policy, base = make(LoraSpec(r=4)), make()
+    policy, base = make(LoRAConfig(r=4)), make()
     with policy.reference() as outer:
         with policy.reference():
             pass
@@ -160,7 +162,7 @@ def test_frozen_copy_stays_where_it_was() -> None:
 
 
 def test_frozen_copy_of_adapters_wins_over_switching_them_off() -> None:
-    policy = make(LoraSpec(r=4))
+    policy = make(LoRAConfig(r=4))
     before = states(policy).detach()
     policy.freeze_copy()
     with torch.no_grad():
@@ -179,7 +181,7 @@ def test_full_training_without_a_copy_has_no_reference() -> None:
 
 
 def test_only_adapters_train_and_they_are_float32() -> None:
-    policy = make(LoraSpec(r=4), dtype="bfloat16")
+    policy = make(LoRAConfig(r=4), dtype="bfloat16")
     trainable = policy.trainable_parameters()
     assert len(trainable) == 2 * 7 * 2  # A and B of seven linear layers in two blocks
     assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trainable)
@@ -191,12 +193,12 @@ def test_only_adapters_train_and_they_are_float32() -> None:
 @pytest.mark.parametrize(
     "lora",
     [
-        LoraSpec(r=4, modules_to_save=["lm_head"]),
-        LoraSpec(r=4, target_modules=["q_proj", "lm_head"]),
+        LoRAConfig(r=4, modules_to_save=["lm_head"]),
+        LoRAConfig(r=4, target_modules=["q_proj", "lm_head"]),
     ],
     ids=["saved", "lora"],
 )
-def test_adapted_heads_train_through_the_head_function(lora: LoraSpec, dtype: str) -> None:
+def test_adapted_heads_train_through_the_head_function(lora: LoRAConfig, dtype: str) -> None:
     policy = make(lora, dtype=dtype)
     with torch.no_grad():
         for name, parameter in policy.trainable_parameters():
@@ -214,8 +216,8 @@ def test_adapted_heads_train_through_the_head_function(lora: LoraSpec, dtype: st
     assert all(g.norm() > 0 for g in found.values())
 
 
-@pytest.mark.parametrize("lora", [None, LoraSpec(r=4), LoraSpec(r=4, modules_to_save=["lm_head"])])
-def test_gradient_checkpointing_changes_nothing(lora: LoraSpec | None) -> None:
+@pytest.mark.parametrize("lora", [None, LoRAConfig(r=4), LoRAConfig(r=4, modules_to_save=["lm_head"])])
+def test_gradient_checkpointing_changes_nothing(lora: LoRAConfig | None) -> None:
     found = []
     for on in (False, True):
         policy, calls = make(lora, gradient_checkpointing=on), list[int]()

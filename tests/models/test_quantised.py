@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from stepkd.models.load import load_model
-from stepkd.models.spec import LoraSpec, PolicySpec, tiny_config, tiny_tokenizer
+from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_config, tiny_tokenizer
 from stepkd.runs.logger import read_metrics
 from stepkd.training.fit import run
 
@@ -39,7 +39,9 @@ def dequantised(base: Path, folder: Path) -> Path:
     import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM
 
-    quantised, tokenizer = load_model(PolicySpec(path=str(base), dtype="float32", lora=LoraSpec(), quantization="nf4"))
+    quantised, tokenizer = load_model(
+        PolicyConfig(path=str(base), dtype="float32", lora=LoRAConfig(), quantization="nf4")
+    )
     plain = AutoModelForCausalLM.from_pretrained(base)
     layers = {name: layer for name, layer in quantised.get_base_model().named_modules() if hasattr(layer, "base_layer")}
     assert layers

@@ -15,7 +15,7 @@ import torch
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.models.sharding import blocks_of, gathered, shard, share_of, whole_tensor
-from stepkd.models.spec import PolicySpec, build_tiny
+from stepkd.models.spec import PolicyConfig, build_tiny
 
 WORKER = Path(__file__).with_name("shard_worker.py")
 
@@ -80,7 +80,7 @@ def test_mixed_precision_gathers_in_bfloat16(ranks: list[dict[str, Any]]) -> Non
 
 
 def test_what_cannot_be_cut() -> None:
-    policy = Policy.load(PolicySpec(path="tiny-0.1m"))
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m"))
     assert len(blocks_of(policy.causal_lm)) == policy.causal_lm.config.num_hidden_layers
     policy.model.register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), False))
     mesh: Any = None
@@ -92,7 +92,7 @@ def test_what_cannot_be_cut() -> None:
 
 
 def test_nothing_happens_to_a_whole_model() -> None:
-    policy = Policy.load(PolicySpec(path="tiny-0.1m"))
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m"))
     parameter = next(policy.parameters())
     with gathered(policy):
         assert next(policy.parameters()) is parameter

@@ -15,7 +15,7 @@ from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import load_tokenizer, model_config
 from stepkd.models.policy import Policy
 from stepkd.models.source import trained_template
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.scorers.load import load_scorer
 
 
@@ -56,19 +56,19 @@ def load_adapter_of(name: str) -> Any:
     folder = Path("adapter")
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{name}"}}')
-    return Policy.load(PolicySpec(path="adapter"))
+    return Policy.load(PolicyConfig(path="adapter"))
 
 
 DOORS: list[Callable[[str], Any]] = [
-    lambda name: Policy.load(PolicySpec(path=name)),  # students
+    lambda name: Policy.load(PolicyConfig(path=name)),  # students
     load_trained,  # teachers, references, models of every command
     load_scorer,
     lambda name: load_scorer(f"judge:{name}"),
     lambda name: load_scorer(f"trl:{name}"),
     lambda name: load_scorer(f"math-shepherd:{name}"),
-    lambda name: load_tokenizer(PolicySpec(path=name)),
-    lambda name: load_tokenizer(PolicySpec(path="tiny-0.1m", tokenizer=name)),
-    lambda name: model_config(PolicySpec(path=name)),
+    lambda name: load_tokenizer(PolicyConfig(path=name)),
+    lambda name: load_tokenizer(PolicyConfig(path="tiny-0.1m", tokenizer=name)),
+    lambda name: model_config(PolicyConfig(path=name)),
     load_adapter_of,
 ]
 
@@ -125,7 +125,7 @@ def test_a_refusal_of_the_hub_is_told_with_its_reason(answer: Exception, expecte
     hub.answer = answer
     for _ in range(2):  # a refusal is not remembered
         with pytest.raises(ModelError) as caught:
-            Policy.load(PolicySpec(path="org/name", revision="v9"))
+            Policy.load(PolicyConfig(path="org/name", revision="v9"))
         assert expected in str(caught.value)
     assert len(hub.asked) == 2
 
@@ -133,7 +133,7 @@ def test_a_refusal_of_the_hub_is_told_with_its_reason(answer: Exception, expecte
 def test_offline_mode_asks_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set, and it is not in the cache"):
-        Policy.load(PolicySpec(path="org/offline"))
+        Policy.load(PolicyConfig(path="org/offline"))
     assert not hub.asked
 
 
@@ -147,7 +147,7 @@ def test_a_model_in_the_cache_is_not_asked_for(hub: Hub, monkeypatch: pytest.Mon
     Path("org").mkdir()  # not even where a folder of the organisation's name is here
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
     with pytest.raises(ModelError, match="cannot load 'org/cached'"):  # it is not really there
-        Policy.load(PolicySpec(path="org/cached"))
+        Policy.load(PolicyConfig(path="org/cached"))
     assert not hub.asked
 
 

@@ -15,11 +15,11 @@ from stepkd.data.encode import Encoder
 from stepkd.data.templates import get_template
 from stepkd.errors import DataError, ModelError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec, build_tiny
-from stepkd.sampling.sampler import SamplingSpec
+from stepkd.models.spec import PolicyConfig, build_tiny
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
-from stepkd.teachers.local import LocalTeacher, TeacherSpec
+from stepkd.teachers.local import LocalTeacher, TeacherConfig
 
 SPARE = "<image_soft_token>"
 
@@ -44,12 +44,12 @@ def ids(policy: Policy, text: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("special", [True, False])
 def test_a_spare_id_that_no_text_holds_is_harmless(tmp_path: Path, special: bool) -> None:
-    policy = Policy.load(PolicySpec(path=str(save(tmp_path / "spare", special=special))))
+    policy = Policy.load(PolicyConfig(path=str(save(tmp_path / "spare", special=special))))
     plain = Policy(*build_tiny("tiny-0.1m", seed=3))
     assert policy.vocab_size == 100
     tokens = ids(policy, "1+1=")
     assert torch.equal(policy.hidden(tokens, torch.ones_like(tokens)), plain.hidden(tokens, torch.ones_like(tokens)))
-    spec = SamplingSpec(n=2, temperature=1.0, max_new_tokens=8)
+    spec = SamplingConfig(n=2, temperature=1.0, max_new_tokens=8)
     prompts = [tuple(tokens[0, :4].tolist())]
     drawn, expected = (TransformersSampler(each).sample(prompts, spec) for each in (policy, plain))
     assert [r.token_ids for r in drawn[0]] == [r.token_ids for r in expected[0]]
@@ -57,15 +57,15 @@ def test_a_spare_id_that_no_text_holds_is_harmless(tmp_path: Path, special: bool
 
 def test_a_text_that_holds_it_is_an_error_whose_remedy_works(tmp_path: Path) -> None:
     folder = save(tmp_path / "spare")
-    policy = Policy.load(PolicySpec(path=str(folder)))
+    policy = Policy.load(PolicyConfig(path=str(folder)))
     tokens = ids(policy, f"1+1={SPARE}")
     assert int(tokens.max()) == 100
     with pytest.raises(DataError, match=re.escape(f"a text holds '{SPARE}' (id 100)")) as error:
         policy.hidden(tokens, torch.ones_like(tokens))
     with pytest.raises(DataError, match=re.escape(f"a text holds '{SPARE}' (id 100)")):
-        TransformersSampler(policy).sample([tuple(tokens[0].tolist())], SamplingSpec(max_new_tokens=4))
+        TransformersSampler(policy).sample([tuple(tokens[0].tolist())], SamplingConfig(max_new_tokens=4))
     grown = follow(str(error.value), folder, tmp_path / "grown")
-    policy = Policy.load(PolicySpec(path=str(grown)))
+    policy = Policy.load(PolicyConfig(path=str(grown)))
     assert policy.vocab_size == 101
     assert torch.isfinite(policy.hidden(tokens, torch.ones_like(tokens))).all()
 
@@ -91,34 +91,34 @@ def test_ids_that_ordinary_texts_need_are_refused_at_load_and_the_remedy_works(t
         values["model"]["vocab"]["word"] = 100
         file.write_text(json.dumps(values))
     with pytest.raises(ModelError, match="the tokenizer knows 101 ids but the model has only 100 embedding") as error:
-        Policy.load(PolicySpec(path=str(folder)))
-    assert Policy.load(PolicySpec(path=str(follow(str(error.value), folder, tmp_path / "grown")))).vocab_size == 101
+        Policy.load(PolicyConfig(path=str(folder)))
+    assert Policy.load(PolicyConfig(path=str(follow(str(error.value), folder, tmp_path / "grown")))).vocab_size == 101
     other = save(tmp_path / "other")
     assert "policy.tokenizer" in str(error.value)
-    assert Policy.load(PolicySpec(path=str(folder), tokenizer=str(other))).vocab_size == 100
+    assert Policy.load(PolicyConfig(path=str(folder), tokenizer=str(other))).vocab_size == 100
 
 
 def test_a_pad_token_without_an_embedding_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = save(tmp_path, pad_token=SPARE)
     with caplog.at_level(logging.WARNING, logger="stepkd"):
-        policy = Policy.load(PolicySpec(path=str(folder)))
+        policy = Policy.load(PolicyConfig(path=str(folder)))
     assert policy.tokenizer.pad_token == policy.tokenizer.eos_token
     assert f"{folder} has no embedding for its pad token '{SPARE}': padding with '<eos>'" in caplog.text
-    found = TransformersSampler(policy).sample([(5, 6, 7), (5,)], SamplingSpec(max_new_tokens=4))
+    found = TransformersSampler(policy).sample([(5, 6, 7), (5,)], SamplingConfig(max_new_tokens=4))
     assert len(found) == 2
 
 
 def test_a_teacher_with_a_row_for_the_spare_id_teaches_a_student_without(tmp_path: Path) -> None:
     """Gemma 3 4B has 262,208 rows, 1B has 262,144, under one tokenizer of 262,145 ids."""
-    student = Policy.load(PolicySpec(path=str(save(tmp_path / "student"))))
+    student = Policy.load(PolicyConfig(path=str(save(tmp_path / "student"))))
     model, _ = build_tiny("tiny-0.1m", seed=4)
     model.resize_token_embeddings(128)
     model.save_pretrained(tmp_path / "teacher")
     student.tokenizer.save_pretrained(tmp_path / "teacher")
-    teacher = LocalTeacher(TeacherSpec(path=str(tmp_path / "teacher")))
+    teacher = LocalTeacher(TeacherConfig(path=str(tmp_path / "teacher")))
     teacher.bind(student.tokenizer, student.vocab_size)
     hidden = torch.randn(2, model.config.hidden_size)
     assert teacher.policy.head(hidden).shape == student.head(hidden).shape == (2, 100)
-    other = LocalTeacher(TeacherSpec(path=str(tmp_path / "student")))
+    other = LocalTeacher(TeacherConfig(path=str(tmp_path / "student")))
     with pytest.raises(ModelError, match="the teacher has logits for 100 tokens and the student for 101"):
         other.bind(student.tokenizer, 101)

@@ -17,8 +17,8 @@ from stepkd.errors import ConfigError
 from stepkd.models.spec import (
     TINY_CONTEXT,
     TINY_PRESETS,
-    LoraSpec,
-    PolicySpec,
+    LoRAConfig,
+    PolicyConfig,
     build_tiny,
     spec_from_dict,
     spec_to_dict,
@@ -32,13 +32,15 @@ from stepkd.tasks.rows import make_rows
 @pytest.mark.parametrize(
     "spec",
     [
-        PolicySpec(),
-        PolicySpec(path="org/name", revision="main", dtype="bfloat16", attention="sdpa", gradient_checkpointing=True),
-        PolicySpec(lora=LoraSpec(r=4, alpha=8.0, target_modules=["q_proj"], modules_to_save=["lm_head"], rslora=True)),
-        PolicySpec(lora=LoraSpec(), quantization="nf4"),
+        PolicyConfig(),
+        PolicyConfig(path="org/name", revision="main", dtype="bfloat16", attention="sdpa", gradient_checkpointing=True),
+        PolicyConfig(
+            lora=LoRAConfig(r=4, alpha=8.0, target_modules=["q_proj"], modules_to_save=["lm_head"], rslora=True)
+        ),
+        PolicyConfig(lora=LoRAConfig(), quantization="nf4"),
     ],
 )
-def test_dict_round_trip(spec: PolicySpec) -> None:
+def test_dict_round_trip(spec: PolicyConfig) -> None:
     assert spec_from_dict(spec_to_dict(spec)) == spec
     assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
 
@@ -54,7 +56,7 @@ def test_dict_round_trip(spec: PolicySpec) -> None:
 )
 def test_bad_policy_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PolicySpec(**settings)
+        PolicyConfig(**settings)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_bad_policy_settings(settings: dict[str, Any], message: str) -> None:
 )
 def test_bad_lora_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        LoraSpec(**settings)
+        LoRAConfig(**settings)
 
 
 def test_settings_of_a_newer_version_are_named() -> None:
@@ -79,7 +81,7 @@ def test_settings_of_a_newer_version_are_named() -> None:
 
 
 def test_trust_in_remote_code_is_off() -> None:
-    assert PolicySpec().trust_remote_code is False
+    assert PolicyConfig().trust_remote_code is False
 
 
 TOKENIZER = tiny_tokenizer()

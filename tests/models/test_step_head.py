@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny, spec_to_dict, tiny_tokenizer
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, spec_to_dict, tiny_tokenizer
 from stepkd.models.step_head import (
     STEP_HEAD_CONFIG,
     STEP_HEAD_WEIGHTS,
+    StepHeadConfig,
     StepHeadIds,
-    StepHeadSpec,
     named_marker,
     resolve_ids,
     save_step_head,
@@ -29,16 +29,16 @@ from stepkd.models.step_head import (
 from stepkd.steps.format import MARKER_CANDIDATES, StepFormat
 
 IDS = torch.tensor([[5, 17, 33, 8, 99, 4]])
-TOKENS = StepHeadSpec()
-THREE = StepHeadSpec(labels=("-", "0", "+"))
-CLASSIFIER = StepHeadSpec(kind="classifier", format=StepFormat(marker=None))
-TRL = StepHeadSpec(kind="classifier", layers=1)
-LORA = LoraSpec(r=4, target_modules=["q_proj", "down_proj"])
+TOKENS = StepHeadConfig()
+THREE = StepHeadConfig(labels=("-", "0", "+"))
+CLASSIFIER = StepHeadConfig(kind="classifier", format=StepFormat(marker=None))
+TRL = StepHeadConfig(kind="classifier", layers=1)
+LORA = LoRAConfig(r=4, target_modules=["q_proj", "down_proj"])
 HEADS = pytest.mark.parametrize("spec", [TOKENS, CLASSIFIER, TRL], ids=["label_tokens", "classifier", "one_layer"])
 
 
-def policy(spec: StepHeadSpec, **settings: Any) -> Policy:
-    loaded = Policy.load(PolicySpec(path="tiny-0.1m", **settings))
+def policy(spec: StepHeadConfig, **settings: Any) -> Policy:
+    loaded = Policy.load(PolicyConfig(path="tiny-0.1m", **settings))
     loaded.attach_step_head(spec)
     return loaded
 
@@ -129,7 +129,7 @@ def test_the_first_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(2)
     again = policy(CLASSIFIER).require_step_head().state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    other = Policy.load(PolicySpec(path="tiny-0.1m")).attach_step_head(CLASSIFIER, seed=7).state_dict()
+    other = Policy.load(PolicyConfig(path="tiny-0.1m")).attach_step_head(CLASSIFIER, seed=7).state_dict()
     assert not torch.equal(first["score.0.weight"], other["score.0.weight"])
     assert list(first) == ["score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias"]
 
@@ -166,14 +166,14 @@ def test_a_tokenizer_without_any_usual_marker() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (StepHeadSpec(format=StepFormat(marker="END")), r"step marker 'END' is 3 tokens \['E', 'N', 'D'\]"),
-        (StepHeadSpec(format=StepFormat(marker="ки")), "step marker 'ки' is"),
-        (StepHeadSpec(labels=("bad", "+")), r"label 'bad' is 3 tokens \['b', 'a', 'd'\]"),
-        (StepHeadSpec(labels=("-", "é")), "label 'é' is unknown to this tokenizer"),
-        (StepHeadSpec(format=StepFormat(marker="+")), "are not different tokens"),
+        (StepHeadConfig(format=StepFormat(marker="END")), r"step marker 'END' is 3 tokens \['E', 'N', 'D'\]"),
+        (StepHeadConfig(format=StepFormat(marker="ки")), "step marker 'ки' is"),
+        (StepHeadConfig(labels=("bad", "+")), r"label 'bad' is 3 tokens \['b', 'a', 'd'\]"),
+        (StepHeadConfig(labels=("-", "é")), "label 'é' is unknown to this tokenizer"),
+        (StepHeadConfig(format=StepFormat(marker="+")), "are not different tokens"),
     ],
 )
-def test_tokens_that_do_not_fit(spec: StepHeadSpec, message: str) -> None:
+def test_tokens_that_do_not_fit(spec: StepHeadConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         policy(spec)
 
@@ -196,7 +196,7 @@ def test_tokens_that_do_not_fit(spec: StepHeadSpec, message: str) -> None:
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        StepHeadSpec(**settings)
+        StepHeadConfig(**settings)
 
 
 # ---- on a policy ----------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 def test_a_plain_model_scores_no_steps() -> None:
     with pytest.raises(ModelError, match="it has no step head"):
-        scores(Policy.load(PolicySpec(path="tiny-0.1m")))
+        scores(Policy.load(PolicyConfig(path="tiny-0.1m")))
 
 
 def test_a_second_head_is_refused_and_the_same_one_is_kept() -> None:
@@ -213,29 +213,29 @@ def test_a_second_head_is_refused_and_the_same_one_is_kept() -> None:
     with pytest.raises(ConfigError, match="already has a step head"):
         model.attach_step_head(TOKENS)
     tokens = policy(TOKENS)
-    assert tokens.attach_step_head(StepHeadSpec(format=StepFormat(marker="~"))) is tokens.step_head
+    assert tokens.attach_step_head(StepHeadConfig(format=StepFormat(marker="~"))) is tokens.step_head
 
 
 def test_weights_of_another_shape() -> None:
-    model = Policy.load(PolicySpec(path="tiny-0.1m"))
+    model = Policy.load(PolicyConfig(path="tiny-0.1m"))
     weights = {"score.weight": torch.zeros(2, 3), "score.bias": torch.zeros(2)}
     with pytest.raises(ModelError, match="the step head's weights do not fit this model"):
         model.attach_step_head(TRL, weights=weights)
 
 
-LORA_ON_HEAD = LoraSpec(r=4, target_modules=["q_proj", "lm_head"])
-HEAD_SAVED = LoraSpec(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+LORA_ON_HEAD = LoRAConfig(r=4, target_modules=["q_proj", "lm_head"])
+HEAD_SAVED = LoRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
 
 
 @HEADS
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("lora", [None, LORA, LORA_ON_HEAD, HEAD_SAVED], ids=["full", "lora", "lora_head", "saved"])
 def test_every_trainable_weight_gets_a_gradient(
-    spec: StepHeadSpec, tied: bool, lora: LoraSpec | None, folder: Path, tmp_path: Path
+    spec: StepHeadConfig, tied: bool, lora: LoRAConfig | None, folder: Path, tmp_path: Path
 ) -> None:
     """DDP waits for every trainable parameter. A classifier never reads the vocabulary head: it is frozen."""
     path = folder if tied else untied(tmp_path / "untied")
-    model = Policy.load(PolicySpec(path=str(path), lora=lora))
+    model = Policy.load(PolicyConfig(path=str(path), lora=lora))
     model.attach_step_head(spec)
     head = model.require_step_head()
     head.logps(model.hidden(IDS, torch.ones_like(IDS))[0], model.head).sum().backward()
@@ -253,14 +253,14 @@ def test_every_trainable_weight_gets_a_gradient(
 @HEADS
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_merged_export_scores_the_same_and_is_a_plain_model(
-    spec: StepHeadSpec, lora: LoraSpec | None, tmp_path: Path
+    spec: StepHeadConfig, lora: LoRAConfig | None, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     model = shaken(policy(spec, lora=lora))
     before = scores(model)
     save_policy(model, tmp_path)
-    again = Policy.load(PolicySpec(path=str(tmp_path)))
+    again = Policy.load(PolicyConfig(path=str(tmp_path)))
     assert again.require_step_head().spec == model.require_step_head().spec
     assert torch.allclose(scores(again), before, rtol=1e-5, atol=1e-6)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -270,23 +270,23 @@ def test_a_merged_export_scores_the_same_and_is_a_plain_model(
 
 
 @pytest.mark.parametrize("spec", [TOKENS, CLASSIFIER], ids=["label_tokens", "classifier"])
-def test_an_adapter_export_keeps_its_head(spec: StepHeadSpec, folder: Path, tmp_path: Path) -> None:
-    model = Policy.load(PolicySpec(path=str(folder), lora=LORA))
+def test_an_adapter_export_keeps_its_head(spec: StepHeadConfig, folder: Path, tmp_path: Path) -> None:
+    model = Policy.load(PolicyConfig(path=str(folder), lora=LORA))
     model.attach_step_head(spec)
     before = scores(shaken(model))
     save_policy(model, tmp_path / "adapter", mode="adapter")
-    assert torch.allclose(scores(Policy.load(PolicySpec(path=str(tmp_path / "adapter")))), before, atol=1e-6)
+    assert torch.allclose(scores(Policy.load(PolicyConfig(path=str(tmp_path / "adapter")))), before, atol=1e-6)
 
 
 @HEADS
-def test_a_checkpoint_brings_the_head_back(spec: StepHeadSpec, tmp_path: Path) -> None:
+def test_a_checkpoint_brings_the_head_back(spec: StepHeadConfig, tmp_path: Path) -> None:
     model = shaken(policy(spec, lora=LORA))
     file = checkpoint(model, tmp_path / "x.ckpt")
     again = load_trained(file)
     assert again.require_step_head().spec == model.require_step_head().spec
     assert torch.equal(scores(again), scores(model))
     exported = export_model(file, tmp_path / "out")
-    assert torch.allclose(scores(Policy.load(PolicySpec(path=str(exported)))), scores(model), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(scores(Policy.load(PolicyConfig(path=str(exported)))), scores(model), rtol=1e-5, atol=1e-6)
 
 
 def checkpoint(model: Policy, file: Path) -> Path:
@@ -304,7 +304,7 @@ def checkpoint(model: Policy, file: Path) -> Path:
 def test_float64_survives_an_export(tmp_path: Path) -> None:
     model = shaken(policy(CLASSIFIER, dtype="float64"))
     save_policy(model, tmp_path)
-    assert torch.equal(scores(Policy.load(PolicySpec(path=str(tmp_path), dtype="float64"))), scores(model))
+    assert torch.equal(scores(Policy.load(PolicyConfig(path=str(tmp_path), dtype="float64"))), scores(model))
 
 
 def test_the_marker_of_an_export_is_a_name_not_a_rule(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_the_marker_of_an_export_is_a_name_not_a_rule(tmp_path: Path) -> None:
 def test_training_goes_on_from_an_export_with_the_same_head_only(tmp_path: Path) -> None:
     model = shaken(policy(CLASSIFIER))
     save_policy(model, tmp_path)
-    again = Policy.load(PolicySpec(path=str(tmp_path)))
+    again = Policy.load(PolicyConfig(path=str(tmp_path)))
     again.attach_step_head(CLASSIFIER, seed=3)
     assert torch.equal(scores(again), scores(model)), "the trained head is kept, not drawn again"
     with pytest.raises(ConfigError, match="give the same head settings to go on training it"):
@@ -346,17 +346,17 @@ def test_damaged_folders(tmp_path: Path) -> None:
     ]:
         config.write_text(text)
         with pytest.raises(ModelError, match=message):
-            Policy.load(PolicySpec(path=str(tmp_path)))
+            Policy.load(PolicyConfig(path=str(tmp_path)))
     config.write_text(whole)
     weights.write_bytes(weights.read_bytes()[:-7])
     with pytest.raises(ModelError, match="cannot read the step head"):
-        Policy.load(PolicySpec(path=str(tmp_path)))
+        Policy.load(PolicyConfig(path=str(tmp_path)))
     save_file({name: value for name, value in tensors.items() if "bias" not in name}, weights)
     with pytest.raises(ModelError, match="weights do not fit this model"):
-        Policy.load(PolicySpec(path=str(tmp_path)))
+        Policy.load(PolicyConfig(path=str(tmp_path)))
     weights.unlink()
     with pytest.raises(ModelError, match=rf"has {STEP_HEAD_CONFIG} but no {STEP_HEAD_WEIGHTS}: was the export cut off"):
-        Policy.load(PolicySpec(path=str(tmp_path)))
+        Policy.load(PolicyConfig(path=str(tmp_path)))
 
 
 def test_settings_survive_json() -> None:
@@ -368,8 +368,8 @@ def test_the_step_head_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.Monkey
     """A hub id has its step head beside its weights on the hub."""
     import transformers.utils
 
-    policy = Policy.load(PolicySpec(path="tiny-0.1m"))
-    save_step_head(policy.attach_step_head(StepHeadSpec(kind="classifier"), seed=3), tmp_path)
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m"))
+    save_step_head(policy.attach_step_head(StepHeadConfig(kind="classifier"), seed=3), tmp_path)
     asked: list[tuple[str, str, str | None]] = []
 
     def cached_file(path: str, name: str, revision: str | None = None, **_: bool) -> str | None:

@@ -15,7 +15,7 @@ from stepkd.losses import token_logps
 from stepkd.models.head import backbone_of, positions_from_mask
 from stepkd.models.packed import is_worth_it, unpadded_hidden
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig
 
 SIZES = [[(3, 4)], [(1, 1), (5, 9)], [(4, 2), (2, 7), (6, 6), (1, 3)]]
 
@@ -115,7 +115,7 @@ def test_a_pass_of_neighbours_leaks_nothing(policy_of: Any) -> None:
 
 
 def test_gradient_checkpointing_recomputes_the_same_rows() -> None:
-    policy = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64", lora=LoraSpec(r=2)))
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64", lora=LoRAConfig(r=2)))
     batch = batch_of(SIZES[-1])
     policy.train()
     wanted = gradients(policy, padded(policy, batch), batch)

@@ -17,17 +17,17 @@ from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
-from stepkd.models.step_head import StepHeadSpec, resolve_ids
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.models.step_head import StepHeadConfig, resolve_ids
 from stepkd.modules.base import StepModule
-from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.sft import SFTModule
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import Noise, make_rows
 
 Gradients = dict[str, torch.Tensor]
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 
 
 class Recording(StepModule):
@@ -110,7 +110,7 @@ def one_step() -> Callable[..., Recorder]:
     ) -> Recorder:
         optimizer = settings.pop("optimizer", STEADY)
         spec: Any = {"path": "tiny-0.1m", "dtype": dtype, **(policy or {})}
-        module = Recorder(PolicySpec(**spec), optimizer, **settings)
+        module = Recorder(PolicyConfig(**spec), optimizer, **settings)
         module.padding_side, module.pad_to = padding_side, pad_to
         plan = BatchPlan([example.length for example in rows], size=len(rows), shuffle=False)
         quiet_trainer(**(trainer or {})).fit(module, train_dataloaders=StepLoader(rows, plan))
@@ -122,7 +122,7 @@ def one_step() -> Callable[..., Recorder]:
 @pytest.fixture(scope="session")
 def brute_force(examples: list[Example]) -> tuple[float, Gradients]:
     """Loss and gradients from plain logits, one unpadded row at a time, divided by the number of completion tokens."""
-    policy = Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64"))
     total = torch.zeros((), dtype=torch.float64)
     for example in examples:
         ids = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
@@ -150,7 +150,7 @@ def distance() -> Callable[[Gradients, Gradients], float]:
 # ---- reward models --------------------------------------------------------------------------------------------------
 
 
-def encode_steps(head: StepHeadSpec, count: int = 16, rule: LabelRule | None = None, **columns: Any) -> list[Any]:
+def encode_steps(head: StepHeadConfig, count: int = 16, rule: LabelRule | None = None, **columns: Any) -> list[Any]:
     """Solutions of very different lengths with right and wrong steps; a column is a function of these labels."""
     tokenizer = tiny_tokenizer()
     encoder = StepEncoder(
@@ -167,9 +167,9 @@ def encode_steps(head: StepHeadSpec, count: int = 16, rule: LabelRule | None = N
     return encoder.examples(rows)
 
 
-def fresh_policy(head: StepHeadSpec, **settings: Any) -> Policy:
+def fresh_policy(head: StepHeadConfig, **settings: Any) -> Policy:
     """An untrained reward model."""
-    policy = Policy.load(PolicySpec(path="tiny-0.1m", **{"dtype": "float64", **settings}))
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m", **{"dtype": "float64", **settings}))
     policy.attach_step_head(head)
     return policy
 
@@ -227,11 +227,11 @@ def prm_step() -> Callable[..., PRMRecorder]:
     """Run optimiser steps of a reward model on exactly these examples."""
 
     def run(
-        examples: Sequence[Any], head: StepHeadSpec | None = None, *, steps: int = 1, **settings: Any
+        examples: Sequence[Any], head: StepHeadConfig | None = None, *, steps: int = 1, **settings: Any
     ) -> PRMRecorder:
         sides = {name: settings.pop(name) for name in ("padding_side", "pad_to") if name in settings}
         spec: Any = {"path": "tiny-0.1m", "dtype": settings.pop("dtype", "float64"), **settings.pop("policy", {})}
-        module = PRMRecorder(PolicySpec(**spec), head, **{"optimizer": STEADY, **settings})
+        module = PRMRecorder(PolicyConfig(**spec), head, **{"optimizer": STEADY, **settings})
         for name, value in sides.items():
             setattr(module, name, value)
         plan = BatchPlan([example.length for example in examples], size=len(examples), shuffle=False)
@@ -245,7 +245,7 @@ def prm_step() -> Callable[..., PRMRecorder]:
 def brute_force_steps() -> Callable[..., tuple[float, Gradients]]:
     """Loss and gradients from plain logits, one unpadded row at a time, divided by the number of labelled steps."""
 
-    def run(head: StepHeadSpec, examples: Sequence[StepExample]) -> tuple[float, Gradients]:
+    def run(head: StepHeadConfig, examples: Sequence[StepExample]) -> tuple[float, Gradients]:
         policy = fresh_policy(head)
         total, count = torch.zeros((), dtype=torch.float64), 0
         for example in examples:

@@ -25,10 +25,10 @@ from stepkd.data.templates import get_template
 from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.sharding import whole_tensor
-from stepkd.models.spec import LoraSpec, PolicySpec, tiny_tokenizer
-from stepkd.models.step_head import StepHeadSpec, resolve_ids
+from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
+from stepkd.models.step_head import StepHeadConfig, resolve_ids
 from stepkd.modules.base import StepModule
-from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.launcher import check_launch, trainer_defaults
@@ -37,9 +37,9 @@ from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import Noise, make_rows
 from stepkd.training.sharded import FSDP2Strategy
 
-ADAPTED: dict[str, Any] = {"lora": LoraSpec(r=4), "gradient_checkpointing": True}
-TINY = PolicySpec(path="tiny-0.1m", dtype="float64", **(ADAPTED if os.environ.get("ADAPT") else {}))
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+ADAPTED: dict[str, Any] = {"lora": LoRAConfig(r=4), "gradient_checkpointing": True}
+TINY = PolicyConfig(path="tiny-0.1m", dtype="float64", **(ADAPTED if os.environ.get("ADAPT") else {}))
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 
 
 class Gradients(StepModule):
@@ -75,7 +75,7 @@ def train_reward_models(out: str, num_rows: int) -> None:
     rows = make_rows("modular:terms=2-9", num_rows, seed=5, noise=Noise(rate=0.3))
     results = {}
     for kind in ("label_tokens", "classifier"):
-        head = StepHeadSpec(kind=kind)
+        head = StepHeadConfig(kind=kind)
         encoder = StepEncoder(
             tiny_tokenizer(),
             get_template("task"),

@@ -16,21 +16,21 @@ from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import get_template
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.settings import DivergenceSpec, SourceSpec
+from stepkd.modules.optim import OptimizerConfig
+from stepkd.modules.settings import DivergenceConfig, SourceConfig
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import Noise, make_rows
-from stepkd.teachers.local import TeacherSpec
+from stepkd.teachers.local import TeacherConfig
 
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}
-TEACHER = TeacherSpec(path="tiny-0.5m", dtype="float64")
+TEACHER = TeacherConfig(path="tiny-0.5m", dtype="float64")
 """Wider than the student."""
-DATA = SourceSpec(student=0.0)
-OWN = SourceSpec(student=1.0, max_new_tokens=12)
+DATA = SourceConfig(student=0.0)
+OWN = SourceConfig(student=1.0, max_new_tokens=12)
 
 
 def examples(count: int = 8) -> list[Example]:
@@ -88,7 +88,7 @@ def run(
     **settings: Any,
 ) -> GKD:
     """Optimiser steps on exactly these examples, all of them in every batch unless ``size`` says otherwise."""
-    policy = PolicySpec(**{**POLICY, **settings.pop("policy", {})})
+    policy = PolicyConfig(**{**POLICY, **settings.pop("policy", {})})
     module = GKD(policy, **{"teacher": TEACHER, "source": DATA, "optimizer": STEADY, **settings})
     module.layout = layout or {}
     info = check_launch(os.environ, {})
@@ -121,8 +121,8 @@ def main(out: str, num_rows: int) -> None:
     """Given completions and sampled ones, over the ranks of this launch."""
     rows, results = examples(num_rows), {}
     for name, settings in (
-        ("data", {"divergence": DivergenceSpec(beta=0.3)}),
-        ("own", {"source": OWN, "divergence": DivergenceSpec("reverse_kl"), "average": "sequences"}),
+        ("data", {"divergence": DivergenceConfig(beta=0.3)}),
+        ("own", {"source": OWN, "divergence": DivergenceConfig("reverse_kl"), "average": "sequences"}),
     ):
         module = run(rows, steps=2, micro_batch_tokens=120, chunk_size=5, **settings)
         results[name] = facts(module)

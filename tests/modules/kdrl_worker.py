@@ -16,23 +16,26 @@ from lightning.pytorch import Trainer
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import get_template
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.rewards import RewardSpec
+from stepkd.modules.optim import OptimizerConfig
+from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.rollouts import Rollout
-from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec
+from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
-from stepkd.teachers.local import TeacherSpec
+from stepkd.teachers.local import TeacherConfig
 
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}
-TEACHER = TeacherSpec(path="tiny-0.5m", dtype="float64")
-ROLLOUT = RolloutSpec(group_size=4, max_new_tokens=40)
-REWARDS = [RewardSpec("length", options={"limit": 20}), RewardSpec("format", weight=0.5, options={"pattern": r"\d"})]
+TEACHER = TeacherConfig(path="tiny-0.5m", dtype="float64")
+ROLLOUT = RolloutConfig(group_size=4, max_new_tokens=40)
+REWARDS = [
+    RewardConfig("length", options={"limit": 20}),
+    RewardConfig("format", weight=0.5, options={"pattern": r"\d"}),
+]
 """A random model is never right; these tell its completions apart."""
 
 
@@ -70,7 +73,7 @@ def run(
     rows: list[Example], *, steps: int = 1, size: int | None = None, folder: Path | None = None, **settings: Any
 ) -> KDRL:
     """Optimiser steps on these examples, all of them in every batch unless ``size`` says otherwise."""
-    policy = PolicySpec(**{**POLICY, **settings.pop("policy", {})})
+    policy = PolicyConfig(**{**POLICY, **settings.pop("policy", {})})
     common = {"teacher": TEACHER, "rollout": ROLLOUT, "rewards": REWARDS, "optimizer": STEADY}
     module = KDRL(policy, **{**common, **settings})
     info = check_launch(os.environ, {})
@@ -102,8 +105,8 @@ def main(out: str, num_rows: int) -> None:
     """Over the ranks of this launch."""
     rows, results = examples(num_rows), {}
     for name, settings in (
-        ("kdrl", {"kd": KDSpec(beta=0.3)}),
-        ("dapo", {"kd": KDSpec(beta=0.3, estimator="full"), "policy_loss": PolicyLossSpec(normalisation="dapo")}),
+        ("kdrl", {"kd": KDConfig(beta=0.3)}),
+        ("dapo", {"kd": KDConfig(beta=0.3, estimator="full"), "policy_loss": PolicyLossConfig(normalisation="dapo")}),
     ):
         module = run(rows, steps=2, micro_batch_tokens=120, chunk_size=5, **settings)
         results[name] = facts(module)

@@ -16,18 +16,18 @@ from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import collate_packed
 from stepkd.data.feedback import FeedbackEncoder, PairEncoder
 from stepkd.data.templates import get_template
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.dpo import DPOModule
-from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.preference import PreferenceModule, ReferenceSpec
+from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
+from stepkd.modules.optim import OptimizerConfig
+from stepkd.modules.preference import PreferenceModule, ReferenceConfig
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import Noise, make_rows
 
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}
-OTHER = ReferenceSpec(path="tiny-0.1m")
+OTHER = ReferenceConfig(path="tiny-0.1m")
 """A reference with other random weights than :data:`POLICY`, so that no log-ratio is zero."""
 
 
@@ -123,7 +123,7 @@ def run(
 ) -> Any:
     """Optimiser steps on exactly these examples, all of them in every batch."""
     defaults: dict[str, Any] = {"reference": OTHER, "optimizer": STEADY}
-    module = kind(PolicySpec(**{**POLICY, **(policy or {})}), **{**defaults, **settings})
+    module = kind(PolicyConfig(**{**POLICY, **(policy or {})}), **{**defaults, **settings})
     module.layout = layout or {}
     info = check_launch(os.environ, {})
     trainer = Trainer(
@@ -151,9 +151,9 @@ def main(out: str, num_rows: int) -> None:
     LlamaRMSNorm.forward = full_precision_norm
     rows, results = feedback_examples(8)[:num_rows], {}
     for name, spec in (
-        ("mismatch", ReferencePointSpec()),
-        ("per_index", ReferencePointSpec(step="per_index", ema=0.5)),
-        ("batch", ReferencePointSpec(outcome="batch", step="batch")),
+        ("mismatch", ReferencePointConfig()),
+        ("per_index", ReferencePointConfig(step="per_index", ema=0.5)),
+        ("batch", ReferencePointConfig(outcome="batch", step="batch")),
     ):
         module = run(StepKTO, rows, steps=2, shuffle=True, reference_point=spec, **STEP_WEIGHTS, micro_batch_tokens=120)
         results[name] = _facts(module) | {"averages": torch.tensor(module._estimator.averages)}

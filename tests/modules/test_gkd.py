@@ -22,17 +22,17 @@ from torch import Tensor
 
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec, build_tiny
-from stepkd.models.step_head import StepHeadSpec
-from stepkd.modules.fidelity import ANSWERS, FidelitySpec, _kind
+from stepkd.models.spec import PolicyConfig, build_tiny
+from stepkd.models.step_head import StepHeadConfig
+from stepkd.modules.fidelity import ANSWERS, FidelityConfig, _kind
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.settings import DivergenceSpec, SourceSpec
-from stepkd.modules.step_scores import FocusSpec
-from stepkd.teachers.local import LocalTeacher, TeacherSpec
+from stepkd.modules.settings import DivergenceConfig, SourceConfig
+from stepkd.modules.step_scores import FocusConfig
+from stepkd.teachers.local import LocalTeacher, TeacherConfig
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
 _SPEC = importlib.util.spec_from_file_location("gkd_worker", WORKER)
@@ -59,8 +59,8 @@ def rows() -> list[Any]:
 @pytest.fixture(scope="module")
 def views() -> tuple[Policy, Policy]:
     """Student and teacher."""
-    teacher = Policy.load(PolicySpec(path="tiny-0.5m", dtype="float64"))
-    return Policy.load(PolicySpec(**worker.POLICY)), teacher
+    teacher = Policy.load(PolicyConfig(path="tiny-0.5m", dtype="float64"))
+    return Policy.load(PolicyConfig(**worker.POLICY)), teacher
 
 
 Rows = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,7 +106,7 @@ def test_whatever_the_layout(
     changes: dict[str, Any], views: Any, rows: list[Any], distance: Callable[..., float]
 ) -> None:
     loss, expected = plain(views, rows, at(1.5, generalized_jsd, beta=0.3))
-    module = worker.run(rows, divergence=DivergenceSpec(beta=0.3, temperature=1.5), **changes)
+    module = worker.run(rows, divergence=DivergenceConfig(beta=0.3, temperature=1.5), **changes)
     assert distance(module.gradients, expected) < TOLERANCE
     assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(loss, rel=1e-6)
     assert (len(module.shapes) > 1) == ("micro_batch_tokens" in changes)
@@ -125,10 +125,10 @@ def whole_nkd(own: Tensor, other: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "divergence"),
     [
-        ({"divergence": DivergenceSpec("reverse_kl"), "average": "sequences"}, at(1.0, reverse_kl)),
-        ({"divergence": DivergenceSpec("reverse_kl", temperature=0.7), "ce_weight": 0.4}, at(0.7, reverse_kl)),
-        ({"divergence": DivergenceSpec("reverse_kl", top_k=4)}, buckets),
-        ({"divergence": DivergenceSpec("nkd", gamma=0.7, temperature=2.0)}, whole_nkd),
+        ({"divergence": DivergenceConfig("reverse_kl"), "average": "sequences"}, at(1.0, reverse_kl)),
+        ({"divergence": DivergenceConfig("reverse_kl", temperature=0.7), "ce_weight": 0.4}, at(0.7, reverse_kl)),
+        ({"divergence": DivergenceConfig("reverse_kl", top_k=4)}, buckets),
+        ({"divergence": DivergenceConfig("nkd", gamma=0.7, temperature=2.0)}, whole_nkd),
     ],
 )
 def test_settings(
@@ -172,7 +172,7 @@ def test_a_step_is_trls(beta: float, views: Any, rows: list[Any], distance: Call
     loss = trl_loss(views, rows, beta=beta)
     loss.backward()
     expected = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-    module = worker.run(rows, divergence=DivergenceSpec(beta=beta), micro_batch_tokens=100, chunk_size=9)
+    module = worker.run(rows, divergence=DivergenceConfig(beta=beta), micro_batch_tokens=100, chunk_size=9)
     assert distance(module.gradients, expected) < TOLERANCE
     assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-6)
 
@@ -182,7 +182,7 @@ def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
     warm, cold = (float(trl_loss(views, rows, beta=0.5, temperature=t).detach()) for t in (2.0, 1.0))
     assert warm == cold, "TRL's loss path has a temperature now: compare it in test_a_step_is_trls"
     ours = {
-        t: float(worker.run(rows, divergence=DivergenceSpec(temperature=t)).trainer.callback_metrics["train/loss"])
+        t: float(worker.run(rows, divergence=DivergenceConfig(temperature=t)).trainer.callback_metrics["train/loss"])
         for t in (1.0, 2.0)
     }
     assert ours[1.0] == pytest.approx(cold, rel=1e-6)
@@ -203,12 +203,12 @@ def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
 
 def test_own_samples(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
     """What is learnt from is what the student wrote before the step, and is counted after it was written."""
-    from stepkd.sampling.sampler import SamplingSpec
+    from stepkd.sampling.sampler import SamplingConfig
     from stepkd.sampling.transformers_sampler import TransformersSampler
 
-    module = worker.run(rows, source=worker.OWN, divergence=DivergenceSpec("reverse_kl"), micro_batch_tokens=90)
+    module = worker.run(rows, source=worker.OWN, divergence=DivergenceConfig("reverse_kl"), micro_batch_tokens=90)
     sampler = TransformersSampler(views[0])
-    drawn = sampler.sample([row.prompt_ids for row in rows], SamplingSpec(max_new_tokens=12), purpose="gkd student")
+    drawn = sampler.sample([row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=12), purpose="gkd student")
     written = {row.id: rollout[0].token_ids for row, rollout in zip(rows, drawn, strict=True)}
     assert module.written == [written]
     assert len({len(ids) for ids in written.values()}) > 1
@@ -230,7 +230,7 @@ def test_samples_differ_from_step_to_step_and_are_used_again_on_request(rows: li
 
 
 def test_the_sources_share(rows: list[Any]) -> None:
-    module = worker.run(rows[:2], steps=40, source=SourceSpec(student=0.3, teacher=0.5, max_new_tokens=2))
+    module = worker.run(rows[:2], steps=40, source=SourceConfig(student=0.3, teacher=0.5, max_new_tokens=2))
     counts = {name: module.drawn.count(name) for name in ("student", "teacher", "data")}
     assert sum(counts.values()) == 40
     assert 5 <= counts["student"] <= 20
@@ -239,12 +239,12 @@ def test_the_sources_share(rows: list[Any]) -> None:
 
 
 def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> None:
-    from stepkd.sampling.sampler import SamplingSpec
+    from stepkd.sampling.sampler import SamplingConfig
     from stepkd.sampling.transformers_sampler import TransformersSampler
 
-    module = worker.run(rows, source=SourceSpec(student=0.0, teacher=1.0, max_new_tokens=9))
+    module = worker.run(rows, source=SourceConfig(student=0.0, teacher=1.0, max_new_tokens=9))
     drawn = TransformersSampler(views[1]).sample(
-        [row.prompt_ids for row in rows], SamplingSpec(max_new_tokens=9), purpose="gkd teacher"
+        [row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=9), purpose="gkd teacher"
     )
     assert module.written == [{row.id: r[0].token_ids for row, r in zip(rows, drawn, strict=True)}]
 
@@ -287,9 +287,9 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
 def test_weights_by_scores() -> None:
     nan = float("nan")
     scores = [0.9, 0.2, 0.8, 0.1, nan]
-    assert FocusSpec("checker").weights(scores) == (0.0, 1.0, 0.0, 1.0, 0.0)
-    assert FocusSpec("checker", right=0.5, after=0.25).weights(scores) == (0.5, 1.0, 0.25, 0.25, 0.25)
-    assert FocusSpec("checker", threshold=0.95, right=0.1).weights([0.9, nan]) == (1.0, 0.1)
+    assert FocusConfig("checker").weights(scores) == (0.0, 1.0, 0.0, 1.0, 0.0)
+    assert FocusConfig("checker", right=0.5, after=0.25).weights(scores) == (0.5, 1.0, 0.25, 0.25, 0.25)
+    assert FocusConfig("checker", threshold=0.95, right=0.1).weights([0.9, nan]) == (1.0, 0.1)
 
 
 @pytest.mark.parametrize("average", ["tokens", "sequences"])
@@ -298,8 +298,8 @@ def test_only_wrong_steps(average: Any, views: Any, distance: Callable[..., floa
     rows = worker.noisy_examples()
     module = worker.run(
         rows,
-        focus=FocusSpec("checker"),
-        divergence=DivergenceSpec("reverse_kl"),
+        focus=FocusConfig("checker"),
+        divergence=DivergenceConfig("reverse_kl"),
         average=average,
         micro_batch_tokens=100,
         chunk_size=5,
@@ -329,8 +329,8 @@ def test_batches_in_which_nothing_counts_are_skipped(rows: list[Any], monkeypatc
 
     monkeypatch.setattr(base, "MOST_SKIPPED", 3)
     with pytest.raises(TrainingError, match=r"step 0: 3 batches in a row had nothing to learn from \(kd all 0\)"):
-        worker.run(rows[:2], focus=FocusSpec("checker"))
-    weighted = worker.run(rows, focus=FocusSpec("checker", right=1.0))
+        worker.run(rows[:2], focus=FocusConfig("checker"))
+    weighted = worker.run(rows, focus=FocusConfig("checker", right=1.0))
     plainly = worker.run(rows)
     assert all(torch.equal(weighted.gradients[name], plainly.gradients[name]) for name in plainly.gradients)
 
@@ -338,16 +338,16 @@ def test_batches_in_which_nothing_counts_are_skipped(rows: list[Any], monkeypatc
 def test_focus_on_own_samples_by_a_reward_model(tmp_path: Path, rows: list[Any]) -> None:
     from stepkd.models.checkpoint import save_policy
 
-    scorer = Policy.load(PolicySpec(path="tiny-0.1m"))
-    scorer.attach_step_head(StepHeadSpec())
+    scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
+    scorer.attach_step_head(StepHeadConfig())
     save_policy(scorer, tmp_path / "prm")
-    focus = FocusSpec(str(tmp_path / "prm"), template="task", right=0.5)
+    focus = FocusConfig(str(tmp_path / "prm"), template="task", right=0.5)
     assert worker.run(rows, source=worker.OWN, focus=focus).gradients
-    scorer = Policy.load(PolicySpec(path="tiny-0.1m"))
-    scorer.attach_step_head(StepHeadSpec(meaning="outcome"))
+    scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
+    scorer.attach_step_head(StepHeadConfig(meaning="outcome"))
     save_policy(scorer, tmp_path / "orm")
     with pytest.raises(ConfigError, match="knows nothing of steps"):
-        worker.run(rows, focus=FocusSpec(str(tmp_path / "orm"), template="task"))
+        worker.run(rows, focus=FocusConfig(str(tmp_path / "orm"), template="task"))
 
 
 # ---- fidelity --------------------------------------------------------------------------------------------------------
@@ -358,8 +358,8 @@ def measure(rows: list[Any], views: Any, **settings: Any) -> dict[str, float]:
     from lightning.pytorch import Trainer
 
     module = worker.GKD(
-        PolicySpec(**worker.POLICY),
-        **{"teacher": worker.TEACHER, "source": worker.DATA, "fidelity": FidelitySpec(max_new_tokens=16), **settings},
+        PolicyConfig(**worker.POLICY),
+        **{"teacher": worker.TEACHER, "source": worker.DATA, "fidelity": FidelityConfig(max_new_tokens=16), **settings},
     )
     plan = BatchPlan([row.length for row in rows], size=4, shuffle=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -377,7 +377,7 @@ def clustered_error(values: list[Tensor]) -> float:
 
 
 def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None:
-    from stepkd.sampling.sampler import SamplingSpec
+    from stepkd.sampling.sampler import SamplingConfig
     from stepkd.sampling.transformers_sampler import TransformersSampler
     from stepkd.steps.segment import get_segmenter, segment
     from stepkd.steps.text import text_from_ids
@@ -385,7 +385,7 @@ def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None
     found = measure(rows, views, micro_batch_tokens=90, chunk_size=4)
     student = views[0]
     drawn = TransformersSampler(student).sample(
-        [row.prompt_ids for row in rows], SamplingSpec(max_new_tokens=16), purpose="fidelity"
+        [row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=16), purpose="fidelity"
     )
     forward, reverse, agree, gap, sharp, likely = [], [], [], [], [], []
     for row, (rollout,) in zip(rows, drawn, strict=True):
@@ -430,28 +430,28 @@ def calibration_error(policy: Policy, rows: list[Any]) -> float:
 
 
 def test_calibration_on_given_tokens(views: Any, rows: list[Any]) -> None:
-    found = measure(rows, views, micro_batch_tokens=90, chunk_size=4, fidelity=FidelitySpec(answers=False))
+    found = measure(rows, views, micro_batch_tokens=90, chunk_size=4, fidelity=FidelityConfig(answers=False))
     assert found["ece"] == pytest.approx(calibration_error(views[0], rows), rel=1e-5)
     assert found["teacher_ece"] == pytest.approx(calibration_error(views[1], rows), rel=1e-5)
     assert not [name for name in found if name.startswith("ece/")]
-    few = measure(rows, views, divergence=DivergenceSpec(top_k=3), fidelity=FidelitySpec(answers=False))
+    few = measure(rows, views, divergence=DivergenceConfig(top_k=3), fidelity=FidelityConfig(answers=False))
     assert few["teacher_ece"] == pytest.approx(found["teacher_ece"], rel=1e-5), "its likeliest token is in no tail"
     bare = [replace(row, completion_ids=(), spans=()) for row in rows]
-    assert "ece" not in measure(bare, views, fidelity=FidelitySpec(answers=False))
+    assert "ece" not in measure(bare, views, fidelity=FidelityConfig(answers=False))
 
 
 def test_a_student_that_is_its_teacher(views: Any, rows: list[Any], tmp_path: Path) -> None:
     from stepkd.models.checkpoint import save_policy
 
-    save_policy(Policy.load(PolicySpec(**worker.POLICY)), tmp_path / "same")
-    found = measure(rows, views, teacher=TeacherSpec(path=str(tmp_path / "same")))
+    save_policy(Policy.load(PolicyConfig(**worker.POLICY)), tmp_path / "same")
+    found = measure(rows, views, teacher=TeacherConfig(path=str(tmp_path / "same")))
     assert abs(found["forward_kl"]) < 1e-9
     assert abs(found["reverse_kl"]) < 1e-9
     assert (found["agreement"], found["answers_teacher_right"], found["answers_student_right"]) == (1.0, 0.0, 0.0)
 
 
 def test_among_buckets_steps_are_not_judged(views: Any, rows: list[Any]) -> None:
-    found = measure(rows[:4], views, divergence=DivergenceSpec(top_k=3), fidelity=FidelitySpec(answers=False))
+    found = measure(rows[:4], views, divergence=DivergenceConfig(top_k=3), fidelity=FidelityConfig(answers=False))
     assert "likely_steps" not in found
     assert not [name for name in found if name.startswith("answers")]
     assert found["reverse_kl"] > 0
@@ -495,7 +495,7 @@ def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], dis
     module = worker.run(
         rows,
         teacher=replace(worker.TEACHER, template=template),
-        divergence=DivergenceSpec("reverse_kl"),
+        divergence=DivergenceConfig("reverse_kl"),
         micro_batch_tokens=100,
     )
     student, teacher = views
@@ -519,29 +519,29 @@ def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], dis
 def test_a_teacher_without_the_students_special_tokens(tmp_path: Path, rows: list[Any]) -> None:
     from stepkd.models.checkpoint import save_policy
 
-    student = Policy.load(PolicySpec(path="tiny-0.1m"))
+    student = Policy.load(PolicyConfig(path="tiny-0.1m"))
     student.tokenizer.add_special_tokens({"extra_special_tokens": ["<wait>", "<done>"]})
     student.causal_lm.resize_token_embeddings(len(student.tokenizer))
     save_policy(student, tmp_path / "student")
     message = r"does not know the model's special tokens '<wait>', '<done>' \(ids \d+, \d+\), so it cannot say where"
     with pytest.raises(ModelError, match=message):
-        worker.run(rows, policy={"path": str(tmp_path / "student")}, teacher=TeacherSpec(path="tiny-0.5m"))
+        worker.run(rows, policy={"path": str(tmp_path / "student")}, teacher=TeacherConfig(path="tiny-0.5m"))
 
 
 def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
     from stepkd.models.checkpoint import save_policy
 
-    teacher = Policy.load(PolicySpec(path="tiny-0.1m"))
+    teacher = Policy.load(PolicyConfig(path="tiny-0.1m"))
     teacher.tokenizer.add_tokens(["zwölf"])
     teacher.causal_lm.resize_token_embeddings(len(teacher.tokenizer))
     save_policy(teacher, tmp_path / "other")
     with pytest.raises(ModelError, match=r"the teacher's vocabulary is not the model's .*'zwölf'"):
-        worker.run(rows, teacher=TeacherSpec(path=str(tmp_path / "other")))
-    scorer = Policy.load(PolicySpec(path="tiny-0.1m"))
-    scorer.attach_step_head(StepHeadSpec())
+        worker.run(rows, teacher=TeacherConfig(path=str(tmp_path / "other")))
+    scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
+    scorer.attach_step_head(StepHeadConfig())
     save_policy(scorer, tmp_path / "prm")
     with pytest.raises(ModelError, match="is a reward model: a teacher is a language model"):
-        worker.run(rows, teacher=TeacherSpec(path=str(tmp_path / "prm")))
+        worker.run(rows, teacher=TeacherConfig(path=str(tmp_path / "prm")))
 
 
 @pytest.mark.parametrize(
@@ -557,9 +557,9 @@ def test_the_teachers_context_is_checked(max_length: int, new: int, message: str
         part.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
-    source = SourceSpec(student=1.0, max_new_tokens=new) if new else SourceSpec(student=0.0)
-    module = GKDModule(PolicySpec(path="tiny-0.1m"), TeacherSpec(path=str(tmp_path)), source=source)
-    spec = DataSpec(source="task", options={"task": "modular:terms=2-4", "n": 8})
+    source = SourceConfig(student=1.0, max_new_tokens=new) if new else SourceConfig(student=0.0)
+    module = GKDModule(PolicyConfig(path="tiny-0.1m"), TeacherConfig(path=str(tmp_path)), source=source)
+    spec = DataConfig(source="task", options={"task": "modular:terms=2-4", "n": 8})
     data = StepData(spec, template="task", max_length=max_length, global_batch_size=4)
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", max_steps=1, enable_model_summary=False, **settings)
@@ -571,32 +571,32 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[A
     from stepkd.errors import TrainingError
     from stepkd.models.checkpoint import save_policy
 
-    teacher = Policy.load(PolicySpec(path="tiny-0.1m"))
+    teacher = Policy.load(PolicyConfig(path="tiny-0.1m"))
     with torch.no_grad():
         teacher.causal_lm.get_output_embeddings().weight[5] = float("nan")
     save_policy(teacher, tmp_path / "broken")
     with pytest.raises((TrainingError, ModelError), match="finite"):
-        worker.run(rows, teacher=TeacherSpec(path=str(tmp_path / "broken")))
+        worker.run(rows, teacher=TeacherConfig(path=str(tmp_path / "broken")))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DivergenceSpec(beta=1.5), r"divergence.beta=1.5: must lie in \[0, 1\]"),
-        (lambda: DivergenceSpec("revers_kl"), "did you mean 'reverse_kl'"),  # type: ignore[arg-type]
-        (lambda: DivergenceSpec(temperature=0.0), "divergence.temperature=0.0: must be positive"),
-        (lambda: DivergenceSpec(top_k=0), "divergence.top_k=0"),
-        (lambda: DivergenceSpec("nkd", top_k=4), "nkd renormalises over all tokens"),
-        (lambda: SourceSpec(student=-0.1), r"source.student=-0.1: must lie in \[0, 1\]"),
-        (lambda: SourceSpec(temperature=0.0), "greedy samples are no samples"),
-        (lambda: SourceSpec(reuse=0), "source.reuse=0: must be at least 1"),
-        (lambda: FidelitySpec(temperature=0.0), "fidelity.temperature=0.0: must be positive"),
-        (lambda: FidelitySpec(likely_step=1.0), "fidelity.likely_step=1.0"),
-        (lambda: FocusSpec("checker", wrong=0.0), "focus: no step would count"),
-        (lambda: FocusSpec("checker", after=-1.0), "focus.after=-1.0: must be 0 or positive"),
-        (lambda: FocusSpec("checker", threshold=1.0), "focus.threshold=1.0"),
-        (lambda: TeacherSpec(path=""), "teacher: give path"),
-        (lambda: TeacherSpec(path="x", dtype="bf16"), "teacher.dtype='bf16': must be one of"),
+        (lambda: DivergenceConfig(beta=1.5), r"divergence.beta=1.5: must lie in \[0, 1\]"),
+        (lambda: DivergenceConfig("revers_kl"), "did you mean 'reverse_kl'"),  # type: ignore[arg-type]
+        (lambda: DivergenceConfig(temperature=0.0), "divergence.temperature=0.0: must be positive"),
+        (lambda: DivergenceConfig(top_k=0), "divergence.top_k=0"),
+        (lambda: DivergenceConfig("nkd", top_k=4), "nkd renormalises over all tokens"),
+        (lambda: SourceConfig(student=-0.1), r"source.student=-0.1: must lie in \[0, 1\]"),
+        (lambda: SourceConfig(temperature=0.0), "greedy samples are no samples"),
+        (lambda: SourceConfig(reuse=0), "source.reuse=0: must be at least 1"),
+        (lambda: FidelityConfig(temperature=0.0), "fidelity.temperature=0.0: must be positive"),
+        (lambda: FidelityConfig(likely_step=1.0), "fidelity.likely_step=1.0"),
+        (lambda: FocusConfig("checker", wrong=0.0), "focus: no step would count"),
+        (lambda: FocusConfig("checker", after=-1.0), "focus.after=-1.0: must be 0 or positive"),
+        (lambda: FocusConfig("checker", threshold=1.0), "focus.threshold=1.0"),
+        (lambda: TeacherConfig(path=""), "teacher: give path"),
+        (lambda: TeacherConfig(path="x", dtype="bf16"), "teacher.dtype='bf16': must be one of"),
     ],
 )
 def test_mistakes(make: Callable[[], Any], message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.batching import micro_batches
-from stepkd.models.spec import LoraSpec
+from stepkd.models.spec import LoRAConfig
 
 TOLERANCE = 1e-10  # float64, relative norm
 
@@ -57,7 +57,7 @@ def test_gradient_checkpointing_changes_nothing(examples: Any, one_step: Any, br
 
 def test_lora_gradients_do_not_depend_on_the_split(examples: Any, one_step: Any, distance: Any) -> None:
     # The head is adapted too, which covers LoRA in the chunked, recomputed head.
-    policy = {"lora": LoraSpec(r=4, target_modules=["q_proj", "down_proj", "lm_head"])}
+    policy = {"lora": LoRAConfig(r=4, target_modules=["q_proj", "down_proj", "lm_head"])}
     whole = one_step(examples, policy=policy, micro_batch_tokens=100_000, chunk_size=100_000)
     split = one_step(examples, policy=policy, micro_batch_tokens=200, chunk_size=5)
     assert all("lora" in name for name in whole.gradients)

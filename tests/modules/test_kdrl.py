@@ -26,12 +26,12 @@ from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import group_advantages, kl_estimate, reverse_kl
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec
+from stepkd.models.spec import PolicyConfig
 from stepkd.modules.kdrl import KDRLModule
-from stepkd.modules.rewards import Rewards, RewardSpec
-from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, SampleLogSpec, StepCreditSpec
+from stepkd.modules.rewards import RewardConfig, Rewards
+from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig, SampleLogConfig, StepCreditConfig
 from stepkd.modules.step_scores import step_texts
-from stepkd.teachers.local import TeacherSpec
+from stepkd.teachers.local import TeacherConfig
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
 _SPEC = importlib.util.spec_from_file_location("kdrl_worker", WORKER)
@@ -50,8 +50,8 @@ def rows() -> list[Any]:
 @pytest.fixture(scope="module")
 def views() -> tuple[Policy, Policy]:
     """Policy as it starts, and teacher."""
-    teacher = Policy.load(PolicySpec(path="tiny-0.5m", dtype="float64"))
-    return Policy.load(PolicySpec(**worker.POLICY)), teacher
+    teacher = Policy.load(PolicyConfig(path="tiny-0.5m", dtype="float64"))
+    return Policy.load(PolicyConfig(**worker.POLICY)), teacher
 
 
 def token_values(
@@ -126,7 +126,7 @@ def expected(
 def test_gradients_of_both_terms(
     kind: Any, layout: dict[str, Any], views: Any, rows: list[Any], distance: Callable[..., float]
 ) -> None:
-    module = worker.run(rows, policy_loss=PolicyLossSpec(normalisation=kind), kd=KDSpec(beta=0.3), **layout)
+    module = worker.run(rows, policy_loss=PolicyLossConfig(normalisation=kind), kd=KDConfig(beta=0.3), **layout)
     found = expected(views, module.kept[0], kind=kind, beta=0.3)
     assert distance(module.gradients[0], found) < TOLERANCE
     assert len({len(rollout.completion_ids) for rollout in module.kept[0]}) > 3
@@ -137,17 +137,17 @@ def test_gradients_of_both_terms(
     ("settings", "how"),
     [
         ({"teacher": None}, {}),
-        ({"kd": KDSpec(beta=0.3), "policy_loss": PolicyLossSpec(weight=0.0)}, {"beta": 0.3, "weight": 0.0}),
-        ({"kd": KDSpec(beta=0.3, estimator="k3")}, {"beta": 0.3, "estimator": "k3"}),
-        ({"kd": KDSpec(beta=0.3, estimator="full")}, {"beta": 0.3, "exact": True}),
-        ({"kd": KDSpec(beta=0.3, estimator="full", top_k=4)}, {"beta": 0.3, "exact": (4, True)}),
-        ({"kd": KDSpec(beta=0.3, estimator="full", top_k=4, tail=False)}, {"beta": 0.3, "exact": (4, False)}),
-        ({"kd": KDSpec(beta=0.3, estimator="full", top_k=10**6)}, {"beta": 0.3, "exact": True}),
-        ({"kd": KDSpec(beta=0.3, clamp=0.2)}, {"beta": 0.3, "clamp": 0.2}),
-        ({"kd": KDSpec(beta=0.3, estimator="k1", gradient="k2")}, {"beta": 0.3}),
-        ({"kd": KDSpec(beta=0.3, estimator="k2", gradient="k3")}, {"beta": 0.3, "estimator": "k3"}),
+        ({"kd": KDConfig(beta=0.3), "policy_loss": PolicyLossConfig(weight=0.0)}, {"beta": 0.3, "weight": 0.0}),
+        ({"kd": KDConfig(beta=0.3, estimator="k3")}, {"beta": 0.3, "estimator": "k3"}),
+        ({"kd": KDConfig(beta=0.3, estimator="full")}, {"beta": 0.3, "exact": True}),
+        ({"kd": KDConfig(beta=0.3, estimator="full", top_k=4)}, {"beta": 0.3, "exact": (4, True)}),
+        ({"kd": KDConfig(beta=0.3, estimator="full", top_k=4, tail=False)}, {"beta": 0.3, "exact": (4, False)}),
+        ({"kd": KDConfig(beta=0.3, estimator="full", top_k=10**6)}, {"beta": 0.3, "exact": True}),
+        ({"kd": KDConfig(beta=0.3, clamp=0.2)}, {"beta": 0.3, "clamp": 0.2}),
+        ({"kd": KDConfig(beta=0.3, estimator="k1", gradient="k2")}, {"beta": 0.3}),
+        ({"kd": KDConfig(beta=0.3, estimator="k2", gradient="k3")}, {"beta": 0.3, "estimator": "k3"}),
         (
-            {"kd": KDSpec(beta=0.3), "rollout": RolloutSpec(group_size=3, max_new_tokens=40, temperature=1.7)},
+            {"kd": KDConfig(beta=0.3), "rollout": RolloutConfig(group_size=3, max_new_tokens=40, temperature=1.7)},
             {"beta": 0.3, "temperature": 1.7},
         ),
     ],
@@ -177,14 +177,14 @@ def test_joint_and_advantage_form_are_one_on_policy(
     clamp: float | None, rows: list[Any], distance: Callable[..., float]
 ) -> None:
     joint, shaped = (
-        worker.run(rows, kd=KDSpec(beta=0.3, form=form, clamp=clamp)).gradients[0]  # type: ignore[arg-type]
+        worker.run(rows, kd=KDConfig(beta=0.3, form=form, clamp=clamp)).gradients[0]  # type: ignore[arg-type]
         for form in ("joint", "advantage")
     )
     assert distance(shaped, joint) < TOLERANCE
 
 
 def test_reward_form_is_another_one(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
-    module = worker.run(rows, kd=KDSpec(beta=0.3, form="reward"))
+    module = worker.run(rows, kd=KDConfig(beta=0.3, form="reward"))
     shaped = []
     for rollout in module.kept[0]:
         own, other, _ = token_values(views, rollout)
@@ -203,7 +203,7 @@ def test_masks(
         return [sum(ids) % 2 == 0 and row["id"] != rows[0].id for ids, row in written]
 
     monkeypatch.setattr(Rewards, "correct", right)
-    module = worker.run(rows, kd=KDSpec(beta=0.3, mask=mask, kept_only=kept_only))
+    module = worker.run(rows, kd=KDConfig(beta=0.3, mask=mask, kept_only=kept_only))
     rollouts = module.kept[0]
 
     def masked(rollout: Any, every: list[Any]) -> float:
@@ -219,8 +219,8 @@ def test_masks(
 
 
 def test_the_end_token_may_be_left_to_the_policy(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
-    settings = {"policy_loss": PolicyLossSpec(weight=0.0, normalisation="dapo")}
-    module = worker.run(rows, kd=KDSpec(beta=0.3, skip_eos=True), **settings)
+    settings = {"policy_loss": PolicyLossConfig(weight=0.0, normalisation="dapo")}
+    module = worker.run(rows, kd=KDConfig(beta=0.3, skip_eos=True), **settings)
     policy, rollouts = views[0], module.kept[0]
     policy.zero_grad()
     parts = []
@@ -250,8 +250,8 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
     ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True) for rank in range(2)]
     rows = worker.examples(5)
     for name, settings in (
-        ("kdrl", {"kd": KDSpec(beta=0.3)}),
-        ("dapo", {"kd": KDSpec(beta=0.3, estimator="full"), "policy_loss": PolicyLossSpec(normalisation="dapo")}),
+        ("kdrl", {"kd": KDConfig(beta=0.3)}),
+        ("dapo", {"kd": KDConfig(beta=0.3, estimator="full"), "policy_loss": PolicyLossConfig(normalisation="dapo")}),
     ):
         alone = worker.facts(worker.run(rows, steps=2, micro_batch_tokens=120, chunk_size=5, **settings))
         assert [rank[name]["world"] for rank in ranks] == [2, 2]
@@ -276,20 +276,20 @@ def test_a_rank_without_examples(tmp_path: Path, distance: Callable[..., float])
     assert "sampler and trainer" not in done.stderr
     ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True)["kdrl"] for rank in range(2)]
     assert sorted(len(rank["written"][0]) for rank in ranks) == [0, 4]
-    alone = worker.run(worker.examples(1), steps=2, micro_batch_tokens=120, chunk_size=5, kd=KDSpec(beta=0.3))
+    alone = worker.run(worker.examples(1), steps=2, micro_batch_tokens=120, chunk_size=5, kd=KDConfig(beta=0.3))
     assert distance(ranks[0]["gradients"][1], alone.gradients[1]) < TOLERANCE
 
 
 def test_several_steps_on_one_batch(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
     """The second step's ratio is taken against the policy before the first, and clips."""
     bounds = {"clip_low": 1e-4, "clip_high": 1e-4}
-    module = worker.run(rows, steps=2, teacher=None, policy_loss=PolicyLossSpec(inner_steps=2, **bounds))
+    module = worker.run(rows, steps=2, teacher=None, policy_loss=PolicyLossConfig(inner_steps=2, **bounds))
     first, second = module.logged[:2]
     assert len(module.kept) == 1
     assert distance(module.gradients[0], expected(views, module.kept[0])) < TOLERANCE
     assert first["clip_low"] == first["clip_high"] == 0.0
     assert second["clip_low"] + second["clip_high"] > 0.1
-    wide = PolicyLossSpec(inner_steps=2, clip_high=9.0, clip_low=0.9)
+    wide = PolicyLossConfig(inner_steps=2, clip_high=9.0, clip_low=0.9)
     unclipped = worker.run(rows, steps=2, teacher=None, policy_loss=wide)
     assert distance(unclipped.gradients[0], module.gradients[0]) < TOLERANCE
     assert distance(unclipped.gradients[1], module.gradients[1]) > 0.1, "clipping takes gradients away"
@@ -304,8 +304,8 @@ def test_sampler_and_trainer_agree(rows: list[Any]) -> None:
 
 def hotter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a sampler that draws at another temperature than the loss knows of."""
-    sampling = RolloutSpec.sampling
-    monkeypatch.setattr(RolloutSpec, "sampling", lambda self, seed: replace(sampling(self, seed), temperature=2.0))
+    sampling = RolloutConfig.sampling
+    monkeypatch.setattr(RolloutConfig, "sampling", lambda self, seed: replace(sampling(self, seed), temperature=2.0))
 
 
 def test_a_planted_temperature_is_noticed(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +322,7 @@ def test_importance_weights_are_capped(
 ) -> None:
     """Samples of a hotter policy: every token's gradient is scaled by min(pi / mu, cap)."""
     hotter(monkeypatch)
-    settings = {"teacher": None, "policy_loss": PolicyLossSpec(importance_cap=1.1, normalisation="dapo")}
+    settings = {"teacher": None, "policy_loss": PolicyLossConfig(importance_cap=1.1, normalisation="dapo")}
     with pytest.warns(UserWarning, match="sampler and trainer"):
         module = worker.run(rows, **settings)
     policy, rollouts = views[0], module.kept[0]
@@ -353,8 +353,8 @@ def test_bnpo_divides_by_micro_batch(
         return count(self, micro_batch)
 
     monkeypatch.setattr(worker.KDRL, "count", counted)
-    kd = KDSpec(beta=0.3, mask="response", kept_only=kept_only)
-    module = worker.run(rows, policy_loss=PolicyLossSpec(normalisation="bnpo"), kd=kd, micro_batch_tokens=200)
+    kd = KDConfig(beta=0.3, mask="response", kept_only=kept_only)
+    module = worker.run(rows, policy_loss=PolicyLossConfig(normalisation="bnpo"), kd=kd, micro_batch_tokens=200)
     policy = views[0]
     policy.zero_grad()
     assert len(split) > 1
@@ -377,8 +377,8 @@ def test_bnpo_divides_by_micro_batch(
 
 def test_equal_groups(rows: list[Any]) -> None:
     """They say nothing; counted or not, and drawn anew as often as is asked."""
-    same = [RewardSpec("format", options={"pattern": "never"})]
-    module = worker.run(rows, rewards=same, policy_loss=PolicyLossSpec(equal_groups="drop"), kd=KDSpec(beta=0.3))
+    same = [RewardConfig("format", options={"pattern": "never"})]
+    module = worker.run(rows, rewards=same, policy_loss=PolicyLossConfig(equal_groups="drop"), kd=KDConfig(beta=0.3))
     assert all(rollout.pg_count == 0 and rollout.kd_count > 0 for rollout in module.kept[0])
     assert module.logged[0]["pg"] == 0.0
     assert module.logged[0]["kd"] > 0
@@ -386,21 +386,21 @@ def test_equal_groups(rows: list[Any]) -> None:
     kept = worker.run(rows, rewards=same, teacher=None)
     assert kept.logged[0]["grad_norm"] == 0.0
     again = worker.run(
-        rows, rewards=same, rollout=RolloutSpec(group_size=2, max_new_tokens=6, resample=2), teacher=None
+        rows, rewards=same, rollout=RolloutConfig(group_size=2, max_new_tokens=6, resample=2), teacher=None
     )
-    once = worker.run(rows, rewards=same, rollout=RolloutSpec(group_size=2, max_new_tokens=6), teacher=None)
+    once = worker.run(rows, rewards=same, rollout=RolloutConfig(group_size=2, max_new_tokens=6), teacher=None)
     assert [r.completion_ids for r in again.kept[0]] != [r.completion_ids for r in once.kept[0]]
 
 
 def test_nothing_to_learn_from_ends_the_run(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepkd.modules.base.MOST_SKIPPED", 3)
-    same = [RewardSpec("format", options={"pattern": "never"})]
+    same = [RewardConfig("format", options={"pattern": "never"})]
     with pytest.raises(TrainingError, match="3 batches in a row had nothing to learn from"):
-        worker.run(rows, rewards=same, teacher=None, policy_loss=PolicyLossSpec(equal_groups="drop"))
+        worker.run(rows, rewards=same, teacher=None, policy_loss=PolicyLossConfig(equal_groups="drop"))
 
 
 def test_cut_off_completions(rows: list[Any]) -> None:
-    short = RolloutSpec(group_size=4, max_new_tokens=40, truncated="mask", overlong=4)
+    short = RolloutConfig(group_size=4, max_new_tokens=40, truncated="mask", overlong=4)
     module = worker.run(rows, rollout=short)
     cut = [rollout for rollout in module.kept[0] if rollout.cut_off]
     whole = [rollout for rollout in module.kept[0] if not rollout.cut_off]
@@ -413,20 +413,20 @@ def test_cut_off_completions(rows: list[Any]) -> None:
         assert rollout.reward == pytest.approx(reward - short.punishment(len(rollout.completion_ids)))
     assert any(short.punishment(len(rollout.completion_ids)) > 0 for rollout in module.kept[0])
     assert [short.punishment(n) for n in (36, 37, 38, 40, 99)] == [0.0, 0.25, 0.5, 1.0, 1.0]
-    assert RolloutSpec().punishment(10_000) == 0.0
+    assert RolloutConfig().punishment(10_000) == 0.0
 
 
 def test_schedules() -> None:
-    paper = KDSpec(beta=5e-3, schedule="linear")
+    paper = KDConfig(beta=5e-3, schedule="linear")
     assert [paper.coefficient(step) for step in (0, 40, 80, 500)] == pytest.approx([5e-3, 3e-3, 1e-3, 1e-3])
-    switch = KDSpec(beta=0.1, schedule="switch", until_step=3)
+    switch = KDConfig(beta=0.1, schedule="switch", until_step=3)
     assert [switch.coefficient(step) for step in (0, 2, 3, 9)] == [0.1, 0.1, 0.0, 0.0]
     assert [switch.policy_share(step) for step in (0, 2, 3, 9)] == [0.0, 0.0, 1.0, 1.0]
-    assert KDSpec().coefficient(999) == 2e-3
+    assert KDConfig().coefficient(999) == 2e-3
 
 
 def test_a_switch_distils_first(rows: list[Any]) -> None:
-    module = worker.run(rows, steps=3, kd=KDSpec(beta=0.3, schedule="switch", until_step=2))
+    module = worker.run(rows, steps=3, kd=KDConfig(beta=0.3, schedule="switch", until_step=2))
     assert [step["kd"] > 0 for step in module.logged] == [True, True, False]
     assert [step["pg"] == 0 for step in module.logged[:2]] == [True, True]
 
@@ -434,7 +434,7 @@ def test_a_switch_distils_first(rows: list[Any]) -> None:
 def test_validation_is_the_cross_entropy_of_given_solutions(rows: list[Any]) -> None:
     """Neither rollouts nor a teacher: every token of every solution alike, in a module that has never trained."""
     module = worker.KDRL(
-        PolicySpec(**worker.POLICY), teacher=worker.TEACHER, rollout=worker.ROLLOUT, micro_batch_tokens=60
+        PolicyConfig(**worker.POLICY), teacher=worker.TEACHER, rollout=worker.ROLLOUT, micro_batch_tokens=60
     )
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     plan = BatchPlan([row.length for row in rows], size=3, shuffle=False)
@@ -478,7 +478,10 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_functions_of_ones_own(importable: str, rows: list[Any]) -> None:
-    specs = [RewardSpec(f"{importable}:custom", weight=0.1, options={"bonus": 2.0}), RewardSpec("accuracy", weight=3.0)]
+    specs = [
+        RewardConfig(f"{importable}:custom", weight=0.1, options={"bonus": 2.0}),
+        RewardConfig("accuracy", weight=3.0),
+    ]
     module = worker.run(rows, rewards=specs, teacher=None)
     for rollout in module.kept[0]:
         steps = len(step_texts(module.tokenizer, rollout))
@@ -497,7 +500,7 @@ def test_functions_of_ones_own(importable: str, rows: list[Any]) -> None:
 )
 def test_rewards_that_fail(name: str, message: str, importable: str, rows: list[Any]) -> None:
     with pytest.raises(TrainingError, match=message):
-        worker.run(rows, rewards=[RewardSpec(f"{importable}:{name}")], teacher=None)
+        worker.run(rows, rewards=[RewardConfig(f"{importable}:{name}")], teacher=None)
 
 
 def test_rewards_of_steps() -> None:
@@ -507,7 +510,7 @@ def test_rewards_of_steps() -> None:
         "completions": ["", "", ""],
     }
     for reduce, values in (("mean", [0.5, 1.0, 0.0]), ("min", [0.0, 1.0, 0.0])):
-        spec = RewardSpec("steps", options={"scorer": "arithmetic", "reduce": reduce})
+        spec = RewardConfig("steps", options={"scorer": "arithmetic", "reduce": reduce})
         assert Rewards([spec], None)(columns, ["a", "b", "c"])[0] == values  # type: ignore[arg-type]
 
 
@@ -515,7 +518,7 @@ def test_rows_without_an_answer(rows: list[Any]) -> None:
     bare = [replace(row, row={"id": row.id, "prompt": "x"}) for row in rows]
     assert all(rollout.correct is None for rollout in worker.run(bare, teacher=None).kept[0])
     with pytest.raises(TrainingError, match=r"the reward 'accuracy' failed on .*KeyError: 'answer'"):
-        worker.run(bare, rewards=[RewardSpec("accuracy")], teacher=None)
+        worker.run(bare, rewards=[RewardConfig("accuracy")], teacher=None)
 
 
 def skipping(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
@@ -537,7 +540,7 @@ def test_completions_that_rewards_pass_over(
     rows: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A None is left out of the sum; where all are None the completion has no advantage, and no part in the mean."""
-    module = worker.run(rows, rewards=[skipping, RewardSpec(telling, weight=3.0)], teacher=None, folder=tmp_path)  # type: ignore[arg-type]
+    module = worker.run(rows, rewards=[skipping, RewardConfig(telling, weight=3.0)], teacher=None, folder=tmp_path)  # type: ignore[arg-type]
     kept = module.kept[0]
     for first in range(0, len(kept), 4):
         group = kept[first : first + 4]
@@ -569,66 +572,72 @@ def test_completions_that_rewards_pass_over(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RolloutSpec(group_size=0), "rollout.group_size=0"),
-        (lambda: RolloutSpec(temperature=0.0), "rollout.temperature=0.0"),
-        (lambda: RolloutSpec(truncated="drop"), "unknown rollout.truncated 'drop'"),  # type: ignore[arg-type]
-        (lambda: RolloutSpec(overlong=0), "rollout.overlong=0"),
-        (lambda: RolloutSpec(resample=-1), "rollout.resample=-1"),
-        (lambda: PolicyLossSpec(normalisation="trpo"), "unknown policy_loss.normalisation 'trpo'"),  # type: ignore[arg-type]
-        (lambda: PolicyLossSpec(ddof=2), "policy_loss.ddof=2"),
-        (lambda: PolicyLossSpec(clip_low=1.0), "policy_loss.clip_low=1.0"),
-        (lambda: PolicyLossSpec(inner_steps=0), "policy_loss.inner_steps=0"),
-        (lambda: PolicyLossSpec(importance_cap=0.0), "policy_loss.importance_cap=0.0"),
-        (lambda: PolicyLossSpec(weight=-1.0), "policy_loss.weight=-1.0"),
-        (lambda: KDSpec(beta=-1.0), "kd.beta=-1.0"),
-        (lambda: KDSpec(schedule="switch"), "kd.until_step=0"),
-        (lambda: KDSpec(clamp=-1.0), "kd.clamp=-1.0"),
-        (lambda: KDSpec(form="advantage", mask="group"), "kd.form=advantage has neither another estimator"),
-        (lambda: KDSpec(form="reward", skip_eos=True), "nor skip_eos"),
-        (lambda: KDSpec(kept_only=True), "kd.kept_only goes with a mask"),
-        (lambda: KDSpec(until_step=5), "kd.until_step=5 goes with schedule: switch"),
-        (lambda: PolicyLossSpec(eps=-1.0), "eps=-1.0"),
-        (lambda: KDSpec(estimator="k3", clamp=1.0), "kd.clamp=1.0 belongs to estimator k2"),
-        (lambda: KDSpec(gradient="k4"), "unknown kd.gradient 'k4'"),  # type: ignore[arg-type]
-        (lambda: KDSpec(gradient="k1", estimator="full"), "kd.gradient=k1 goes with form: joint"),
-        (lambda: KDSpec(gradient="k2", form="advantage"), "kd.gradient=k2 goes with form: joint"),
-        (lambda: KDSpec(top_k=4), "kd.top_k=4: at least 1, and only with estimator: full"),
-        (lambda: KDSpec(top_k=0, estimator="full"), "kd.top_k=0"),
-        (lambda: KDSpec(tail=False), "kd.tail: false goes with top_k"),
-        (lambda: StepCreditSpec("checker", weight=-1.0), "step_credit.weight=-1.0"),
-        (lambda: StepCreditSpec("checker", form="all"), "unknown step_credit.form 'all'"),  # type: ignore[arg-type]
-        (lambda: StepCreditSpec("checker", discount=1.1), "step_credit.discount=1.1"),
-        (lambda: StepCreditSpec("checker", form="first_step", discount=0.5), "goes with form: to_go"),
-        (lambda: SampleLogSpec(every=0), "samples.every=0: must be at least 1"),
-        (lambda: RewardSpec("acuracy"), "unknown reward 'acuracy'. Did you mean 'accuracy'"),
-        (lambda: RewardSpec("format"), "'format' needs the option 'pattern'"),
-        (lambda: RewardSpec("length", options={"limit": 3, "max": 4}), "'length' has no option 'max'"),
-        (lambda: RewardSpec(weight=math.nan), "weight=nan of 'accuracy'"),
-        (lambda: Rewards([RewardSpec("format", options={"pattern": None})], None), "pattern=None of 'format'"),  # type: ignore[arg-type]
-        (lambda: Rewards([RewardSpec("format", options={"pattern": "("})], None), "pattern '\\('"),  # type: ignore[arg-type]
-        (lambda: Rewards([RewardSpec("no.such:thing")], None), "cannot be imported"),  # type: ignore[arg-type]
-        (lambda: Rewards([RewardSpec("math:pi")], None), "'math:pi' is a float, not a function"),  # type: ignore[arg-type]
-        (lambda: KDRLModule(PolicySpec(), policy_loss=PolicyLossSpec(weight=0.0)), "there is nothing to learn from"),
-        (lambda: KDRLModule(PolicySpec(), rewards=[]), "rewards: give at least one"),
+        (lambda: RolloutConfig(group_size=0), "rollout.group_size=0"),
+        (lambda: RolloutConfig(temperature=0.0), "rollout.temperature=0.0"),
+        (lambda: RolloutConfig(truncated="drop"), "unknown rollout.truncated 'drop'"),  # type: ignore[arg-type]
+        (lambda: RolloutConfig(overlong=0), "rollout.overlong=0"),
+        (lambda: RolloutConfig(resample=-1), "rollout.resample=-1"),
+        (lambda: PolicyLossConfig(normalisation="trpo"), "unknown policy_loss.normalisation 'trpo'"),  # type: ignore[arg-type]
+        (lambda: PolicyLossConfig(ddof=2), "policy_loss.ddof=2"),
+        (lambda: PolicyLossConfig(clip_low=1.0), "policy_loss.clip_low=1.0"),
+        (lambda: PolicyLossConfig(inner_steps=0), "policy_loss.inner_steps=0"),
+        (lambda: PolicyLossConfig(importance_cap=0.0), "policy_loss.importance_cap=0.0"),
+        (lambda: PolicyLossConfig(weight=-1.0), "policy_loss.weight=-1.0"),
+        (lambda: KDConfig(beta=-1.0), "kd.beta=-1.0"),
+        (lambda: KDConfig(schedule="switch"), "kd.until_step=0"),
+        (lambda: KDConfig(clamp=-1.0), "kd.clamp=-1.0"),
+        (lambda: KDConfig(form="advantage", mask="group"), "kd.form=advantage has neither another estimator"),
+        (lambda: KDConfig(form="reward", skip_eos=True), "nor skip_eos"),
+        (lambda: KDConfig(kept_only=True), "kd.kept_only goes with a mask"),
+        (lambda: KDConfig(until_step=5), "kd.until_step=5 goes with schedule: switch"),
+        (lambda: PolicyLossConfig(eps=-1.0), "eps=-1.0"),
+        (lambda: KDConfig(estimator="k3", clamp=1.0), "kd.clamp=1.0 belongs to estimator k2"),
+        (lambda: KDConfig(gradient="k4"), "unknown kd.gradient 'k4'"),  # type: ignore[arg-type]
+        (lambda: KDConfig(gradient="k1", estimator="full"), "kd.gradient=k1 goes with form: joint"),
+        (lambda: KDConfig(gradient="k2", form="advantage"), "kd.gradient=k2 goes with form: joint"),
+        (lambda: KDConfig(top_k=4), "kd.top_k=4: at least 1, and only with estimator: full"),
+        (lambda: KDConfig(top_k=0, estimator="full"), "kd.top_k=0"),
+        (lambda: KDConfig(tail=False), "kd.tail: false goes with top_k"),
+        (lambda: StepCreditConfig("checker", weight=-1.0), "step_credit.weight=-1.0"),
+        (lambda: StepCreditConfig("checker", form="all"), "unknown step_credit.form 'all'"),  # type: ignore[arg-type]
+        (lambda: StepCreditConfig("checker", discount=1.1), "step_credit.discount=1.1"),
+        (lambda: StepCreditConfig("checker", form="first_step", discount=0.5), "goes with form: to_go"),
+        (lambda: SampleLogConfig(every=0), "samples.every=0: must be at least 1"),
+        (lambda: RewardConfig("acuracy"), "unknown reward 'acuracy'. Did you mean 'accuracy'"),
+        (lambda: RewardConfig("format"), "'format' needs the option 'pattern'"),
+        (lambda: RewardConfig("length", options={"limit": 3, "max": 4}), "'length' has no option 'max'"),
+        (lambda: RewardConfig(weight=math.nan), "weight=nan of 'accuracy'"),
+        (lambda: Rewards([RewardConfig("format", options={"pattern": None})], None), "pattern=None of 'format'"),  # type: ignore[arg-type]
+        (lambda: Rewards([RewardConfig("format", options={"pattern": "("})], None), "pattern '\\('"),  # type: ignore[arg-type]
+        (lambda: Rewards([RewardConfig("no.such:thing")], None), "cannot be imported"),  # type: ignore[arg-type]
+        (lambda: Rewards([RewardConfig("math:pi")], None), "'math:pi' is a float, not a function"),  # type: ignore[arg-type]
+        (
+            lambda: KDRLModule(PolicyConfig(), policy_loss=PolicyLossConfig(weight=0.0)),
+            "there is nothing to learn from",
+        ),
+        (lambda: KDRLModule(PolicyConfig(), rewards=[]), "rewards: give at least one"),
         *[
-            (lambda changes=changes: KDRLModule(PolicySpec(), teacher=worker.TEACHER, **changes), message)
+            (lambda changes=changes: KDRLModule(PolicyConfig(), teacher=worker.TEACHER, **changes), message)
             for changes, message in (
-                ({"kd": KDSpec(form="advantage"), "policy_loss": PolicyLossSpec(weight=0.5)}, "weight other than 1"),
                 (
-                    {"kd": KDSpec(form="reward"), "policy_loss": PolicyLossSpec(equal_groups="drop")},
+                    {"kd": KDConfig(form="advantage"), "policy_loss": PolicyLossConfig(weight=0.5)},
+                    "weight other than 1",
+                ),
+                (
+                    {"kd": KDConfig(form="reward"), "policy_loss": PolicyLossConfig(equal_groups="drop")},
                     "equal_groups: drop",
                 ),
-                ({"kd": KDSpec(form="advantage", schedule="switch", until_step=2)}, "which kd.schedule: switch"),
-                ({"kd": KDSpec(beta=0.0), "policy_loss": PolicyLossSpec(weight=0.0)}, "nothing would be left"),
+                ({"kd": KDConfig(form="advantage", schedule="switch", until_step=2)}, "which kd.schedule: switch"),
+                ({"kd": KDConfig(beta=0.0), "policy_loss": PolicyLossConfig(weight=0.0)}, "nothing would be left"),
                 (
-                    {"rollout": RolloutSpec(resample=1), "policy_loss": PolicyLossSpec(weight=0.0)},
+                    {"rollout": RolloutConfig(resample=1), "policy_loss": PolicyLossConfig(weight=0.0)},
                     "has no use for step_credit and rollout.resample",
                 ),
             )
         ],
-        (lambda: KDRLModule(PolicySpec(), kd=KDSpec(schedule="switch", until_step=1)), "and there is no teacher"),
-        (lambda: KDRLModule(PolicySpec(), teacher=TeacherSpec(itself="ema")), "give teacher.path"),
-        (lambda: KDRLModule(PolicySpec(), rollout=RolloutSpec(group_size=1)), "needs at least 2"),
+        (lambda: KDRLModule(PolicyConfig(), kd=KDConfig(schedule="switch", until_step=1)), "and there is no teacher"),
+        (lambda: KDRLModule(PolicyConfig(), teacher=TeacherConfig(itself="ema")), "give teacher.path"),
+        (lambda: KDRLModule(PolicyConfig(), rollout=RolloutConfig(group_size=1)), "needs at least 2"),
     ],
 )
 def test_mistakes(make: Callable[[], Any], message: str) -> None:

@@ -15,9 +15,9 @@ from stepkd.cli import main
 from stepkd.cli.samples import bars, colour
 from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.losses import group_advantages
-from stepkd.modules.rewards import RewardSpec
+from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.rollouts import SampleLog, read_samples
-from stepkd.modules.settings import PolicyLossSpec, SampleLogSpec, StepCreditSpec
+from stepkd.modules.settings import PolicyLossConfig, SampleLogConfig, StepCreditConfig
 from stepkd.modules.step_scores import step_texts
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
@@ -45,13 +45,13 @@ class ByLength:
 def test_step_credit(discount: float, rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards of steps: a token has the sum of those of its step and of later ones, normalised in its group."""
     monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
-    same = [RewardSpec("format", options={"pattern": "never"})]
+    same = [RewardConfig("format", options={"pattern": "never"})]
     settings = {
         "teacher": None,
-        "step_credit": StepCreditSpec("checker", outcome_weight=0.0, discount=discount),
+        "step_credit": StepCreditConfig("checker", outcome_weight=0.0, discount=discount),
         "rewards": same,
     }
-    module = worker.run(rows, policy_loss=PolicyLossSpec(equal_groups="drop"), **settings)
+    module = worker.run(rows, policy_loss=PolicyLossConfig(equal_groups="drop"), **settings)
     rollouts = module.kept[0]
     rewards = [[len(step) % 4 / 3 for step in step_texts(module.tokenizer, rollout)] for rollout in rollouts]
     assert max(map(len, rewards)) > 1
@@ -77,12 +77,12 @@ def test_a_scorer_of_whole_solutions_credits_no_steps(rows: list[Any], monkeypat
     monkeypatch.setattr(ByLength, "meaning", "outcome")
     monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
     with pytest.raises(ConfigError, match=r"step_credit\.scorer=orm scores whole solutions"):
-        worker.run(rows, teacher=None, step_credit=StepCreditSpec("orm"))
+        worker.run(rows, teacher=None, step_credit=StepCreditConfig("orm"))
 
 
 def test_the_first_step_has_an_advantage_of_its_own(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
-    credit = StepCreditSpec("checker", weight=0.7, outcome_weight=0.3, form="first_step")
+    credit = StepCreditConfig("checker", weight=0.7, outcome_weight=0.3, form="first_step")
     module = worker.run(rows, teacher=None, step_credit=credit)
     rollouts = module.kept[0]
     group = torch.tensor([rollout.group for rollout in rollouts])
@@ -99,7 +99,7 @@ def test_the_first_step_has_an_advantage_of_its_own(rows: list[Any], monkeypatch
 
 def test_steps_may_be_worth_what_they_add(rows: list[Any]) -> None:
     """The scorer ``gain`` reads the rows' solutions."""
-    module = worker.run(rows, teacher=None, step_credit=StepCreditSpec("gain"))
+    module = worker.run(rows, teacher=None, step_credit=StepCreditConfig("gain"))
     scores = [score for rollout in module.kept[0] for score in rollout.step_scores]
     assert len(set(scores)) > 3
     assert all(0 <= score <= 1 for score in scores)
@@ -112,7 +112,7 @@ def test_steps_may_be_worth_what_they_add(rows: list[Any]) -> None:
 def logged(rows: list[Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A run of three steps that keeps samples of the first and the third."""
     folder = tmp_path_factory.mktemp("run")
-    settings = {"step_credit": StepCreditSpec("gain"), "samples": SampleLogSpec(every=2, number=6)}
+    settings = {"step_credit": StepCreditConfig("gain"), "samples": SampleLogConfig(every=2, number=6)}
     return worker.run(rows, steps=3, teacher=None, folder=folder, **settings), folder
 
 
@@ -146,7 +146,7 @@ def test_a_torn_line_and_a_step_taken_again(logged: tuple[Any, Path], tmp_path: 
     path = tmp_path / "samples.jsonl"
     whole = (folder / "samples.jsonl").read_text()
     path.write_text(whole + whole.splitlines()[1][:50])
-    log = SampleLog(SampleLogSpec(every=1, number=1), tmp_path, 40, module.tokenizer)
+    log = SampleLog(SampleLogConfig(every=1, number=1), tmp_path, 40, module.tokenizer)
     log(2, module.kept[0], torch.device("cpu"), writes=True)
     log(3, module.kept[0], torch.device("cpu"), writes=False)
     entries = read_samples(path)
@@ -156,7 +156,7 @@ def test_a_torn_line_and_a_step_taken_again(logged: tuple[Any, Path], tmp_path: 
 def test_a_file_that_cannot_be_written(logged: tuple[Any, Path], tmp_path: Path) -> None:
     module, _ = logged
     (tmp_path / "samples.jsonl").mkdir()
-    log = SampleLog(SampleLogSpec(every=1), tmp_path, 40, module.tokenizer)
+    log = SampleLog(SampleLogConfig(every=1), tmp_path, 40, module.tokenizer)
     with pytest.raises(TrainingError, match=r"samples\.jsonl: Is a directory\. The samples before are intact"):
         log(0, module.kept[0], torch.device("cpu"), writes=True)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig
 from stepkd.modules.dpo import DPOModule
-from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
-from stepkd.modules.preference import ReferenceSpec
+from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
+from stepkd.modules.preference import ReferenceConfig
 
 _SPEC = importlib.util.spec_from_file_location("preference_worker", Path(__file__).with_name("preference_worker.py"))
 assert _SPEC is not None
@@ -51,7 +51,7 @@ def norms_in_full_precision() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def views() -> tuple[Policy, Policy]:
     """The policy that is trained, and its reference."""
-    return Policy.load(PolicySpec(**worker.POLICY)), Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64"))
+    return Policy.load(PolicyConfig(**worker.POLICY)), Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64"))
 
 
 def ratios(views: tuple[Policy, Policy], prompt: Any, ids: Any) -> Tensor:
@@ -202,7 +202,7 @@ def test_dpo_with_visits_lengths_and_from_the_first_difference(views: Any, dista
 
 
 def points(examples: list[Any], **spec: Any) -> dict[str, float]:
-    module = worker.run(worker.StepKTO, examples, **worker.STEP_WEIGHTS, reference_point=ReferencePointSpec(**spec))
+    module = worker.run(worker.StepKTO, examples, **worker.STEP_WEIGHTS, reference_point=ReferencePointConfig(**spec))
     return {name: float(module.trainer.callback_metrics[f"train/{name}"]) for name in ("z0", "z0_step")}
 
 
@@ -244,14 +244,14 @@ def test_points_by_index_are_a_running_average(views: Any, examples: list[Any], 
         worker.StepKTO,
         examples,
         **settings,
-        reference_point=ReferencePointSpec(step="per_index", ema=0.0),
+        reference_point=ReferencePointConfig(step="per_index", ema=0.0),
         micro_batch_tokens=100,
     )
     assert distance(module.gradients, gradients(views, loss)) < TOLERANCE
     first = [sum(values) / len(values) for _, values in sorted(by_index.items())]
     assert module._estimator.averages == pytest.approx(first, rel=1e-9)
     twice = worker.run(
-        worker.StepKTO, examples, steps=2, **settings, reference_point=ReferencePointSpec(step="per_index", ema=0.9)
+        worker.StepKTO, examples, steps=2, **settings, reference_point=ReferencePointConfig(step="per_index", ema=0.9)
     )
     moved = [abs(a - b) for a, b in zip(twice._estimator.averages, first, strict=True)]
     assert 0 < max(moved) < 0.1 * max(map(abs, first)) + 0.1
@@ -290,7 +290,7 @@ def test_a_policy_that_is_its_reference_has_values_of_one_half(examples: list[An
     module = worker.run(
         worker.StepKTO,
         examples,
-        reference=ReferenceSpec(),
+        reference=ReferenceConfig(),
         class_weights=[1, 1],
         step_class_weights=[1, 1],
         reduction="mean_steps",
@@ -298,7 +298,7 @@ def test_a_policy_that_is_its_reference_has_values_of_one_half(examples: list[An
     found = module.trainer.callback_metrics
     assert float(found["train/outcome"]) == pytest.approx(0.5, abs=1e-7)
     assert float(found["train/step"]) == pytest.approx(0.5, abs=1e-7)
-    pairs = worker.run(worker.DPO, worker.pair_examples(), reference=ReferenceSpec())
+    pairs = worker.run(worker.DPO, worker.pair_examples(), reference=ReferenceConfig())
     assert float(pairs.trainer.callback_metrics["train/dpo"]) == pytest.approx(math.log(2), rel=1e-6)
 
 
@@ -308,18 +308,20 @@ def test_a_policy_that_is_its_reference_has_values_of_one_half(examples: list[An
 )
 def test_what_is_computed_before_a_step(cache: bool, points: dict[str, Any], runs: bool) -> None:
     """A model that is cut up over ranks is gathered for it."""
-    point, reference = ReferencePointSpec(**points), ReferenceSpec(cache=cache)
-    module = StepKTOModule(PolicySpec(path="tiny-0.1m"), reference, reference_point=point)
+    point, reference = ReferencePointConfig(**points), ReferenceConfig(cache=cache)
+    module = StepKTOModule(PolicyConfig(path="tiny-0.1m"), reference, reference_point=point)
     assert module.prepares_with_model == runs
-    assert DPOModule(PolicySpec(path="tiny-0.1m"), reference).prepares_with_model != cache
+    assert DPOModule(PolicyConfig(path="tiny-0.1m"), reference).prepares_with_model != cache
 
 
 def test_adapters_off_equal_a_copy(examples: list[Any], distance: Callable[..., float]) -> None:
     """After a step the adapter-off view is still the start, which a copy of the merged start is too."""
-    lora = {"lora": LoraSpec(r=4, target_modules=["q_proj", "down_proj"])}
-    copied = {"policy": lora, "reference": ReferenceSpec(path="tiny-0.1m")}
+    lora = {"lora": LoRAConfig(r=4, target_modules=["q_proj", "down_proj"])}
+    copied = {"policy": lora, "reference": ReferenceConfig(path="tiny-0.1m")}
     start = {**lora, "init_seed": 0}  # the weights that the reference's path loads
-    off = worker.run(worker.StepKTO, examples, steps=3, policy=start, reference=ReferenceSpec(), **worker.STEP_WEIGHTS)
+    off = worker.run(
+        worker.StepKTO, examples, steps=3, policy=start, reference=ReferenceConfig(), **worker.STEP_WEIGHTS
+    )
     on = worker.run(
         worker.StepKTO, examples, steps=3, policy=start, reference=copied["reference"], **worker.STEP_WEIGHTS
     )
@@ -332,8 +334,8 @@ def test_adapters_off_equal_a_copy(examples: list[Any], distance: Callable[..., 
 
 
 def test_dropout_is_off_in_both_views(examples: list[Any], distance: Callable[..., float]) -> None:
-    plain = {"lora": LoraSpec(r=4, target_modules=["q_proj"])}
-    dropping = {"lora": LoraSpec(r=4, target_modules=["q_proj"], dropout=0.5)}
+    plain = {"lora": LoRAConfig(r=4, target_modules=["q_proj"])}
+    dropping = {"lora": LoRAConfig(r=4, target_modules=["q_proj"], dropout=0.5)}
     runs = [worker.run(worker.KTO, examples, steps=2, policy=policy, **worker.WEIGHTS) for policy in (plain, dropping)]
     assert distance(runs[0].gradients, runs[1].gradients) < TOLERANCE
 
@@ -342,4 +344,4 @@ def test_dropout_is_off_in_both_views(examples: list[Any], distance: Callable[..
 @pytest.mark.parametrize(("module", "name"), [(DPOModule, "beta"), (KTOModule, "beta"), (StepKTOModule, "beta_step")])
 def test_a_beta_that_is_no_positive_number_is_refused(module: Any, name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name}={value}: must be positive"):
-        module(PolicySpec(path="tiny-0.1m"), **{name: value})
+        module(PolicyConfig(path="tiny-0.1m"), **{name: value})

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
 from stepkd.data.labelled_data import FeedbackData, PairData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError, ModelError
-from stepkd.models.spec import PolicySpec, build_tiny
+from stepkd.models.spec import PolicyConfig, build_tiny
 from stepkd.modules.dpo import DPOModule
-from stepkd.modules.kto import KTOModule, ReferencePointSpec, StepKTOModule
-from stepkd.modules.preference import ReferenceSpec
+from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
+from stepkd.modules.preference import ReferenceConfig
 
 WORKER = Path(__file__).with_name("preference_worker.py")
 _SPEC = importlib.util.spec_from_file_location("preference_worker", WORKER)
@@ -71,7 +71,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def data(path: Path, **settings: Any) -> FeedbackData:
     common: dict[str, Any] = {"template": "task", "global_batch_size": 5, "max_length": 128}
-    spec = DataSpec(path=str(path))
+    spec = DataConfig(path=str(path))
     return FeedbackData(**{"train": spec, "validation": spec, **common, **settings})
 
 
@@ -94,7 +94,7 @@ def fit(
 
 
 def step_kto(**settings: Any) -> StepKTOModule:
-    policy = PolicySpec(path="tiny-0.1m", dtype="float32")
+    policy = PolicyConfig(path="tiny-0.1m", dtype="float32")
     return StepKTOModule(policy, beta=0.5, optimizer=worker.STEADY, micro_batch_tokens=200, **settings)
 
 
@@ -105,7 +105,7 @@ def weights(module: Any) -> dict[str, torch.Tensor]:
 def test_the_cache_serves_a_whole_run(rows: Path, tmp_path: Path) -> None:
     """Two epochs with changing mismatched pairs, and validation; the copy of the weights is let go before step one."""
     plain = fit(tmp_path / "plain", step_kto(), data(rows), 5)
-    cached = fit(tmp_path / "cached", step_kto(reference=ReferenceSpec(cache=True)), data(rows), 5)
+    cached = fit(tmp_path / "cached", step_kto(reference=ReferenceConfig(cache=True)), data(rows), 5)
     assert plain.model.has_reference
     assert not cached.model.has_reference
     files = list((tmp_path / "cached" / "reference").glob("*.safetensors"))
@@ -114,7 +114,7 @@ def test_the_cache_serves_a_whole_run(rows: Path, tmp_path: Path) -> None:
         assert torch.allclose(value, weights(cached)[name], rtol=1e-4, atol=1e-6), name
     first, second = (m.trainer.callback_metrics["train/z0"] for m in (plain, cached))
     assert float(first) == pytest.approx(float(second), rel=1e-4, abs=1e-6)
-    again = fit(tmp_path / "cached", step_kto(reference=ReferenceSpec(cache=True)), data(rows), 5)
+    again = fit(tmp_path / "cached", step_kto(reference=ReferenceConfig(cache=True)), data(rows), 5)
     assert all(torch.equal(value, weights(cached)[name]) for name, value in weights(again).items())
 
 
@@ -132,7 +132,7 @@ class AtStart(KTOModule):
         return found
 
 
-def sharp(path: Path, config: Any = None) -> PolicySpec:
+def sharp(path: Path, config: Any = None) -> PolicyConfig:
     """A model that is sure of its tokens, so that rounding shows."""
     model, tokenizer = build_tiny("tiny-0.1m", seed=0)
     if config is not None:
@@ -144,13 +144,13 @@ def sharp(path: Path, config: Any = None) -> PolicySpec:
             parameter.mul_(5 if parameter.dim() > 1 else 1)
     for part in (model, tokenizer):
         part.save_pretrained(path)
-    return PolicySpec(path=str(path), dtype="float32")
+    return PolicyConfig(path=str(path), dtype="float32")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_cached_reference_is_computed_as_the_policy_is(rows: Path, tmp_path: Path, precision: Any) -> None:
     spec = sharp(tmp_path / "model")
-    settings: dict[str, Any] = {"optimizer": worker.STEADY, "reference": ReferenceSpec(cache=True)}
+    settings: dict[str, Any] = {"optimizer": worker.STEADY, "reference": ReferenceConfig(cache=True)}
     rows_of = data(rows, validation=None)
     cached = fit(tmp_path, AtStart(spec, **settings, micro_batch_tokens=1), rows_of, 1, precision=precision)
     assert max(cached.largest, cached.z0) <= 1e-5
@@ -167,7 +167,7 @@ def test_the_references_context_is_checked(rows: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
     with pytest.raises(ConfigError, match=r"data\.max_length=128 exceeds the reference's context of 100 tokens"):
-        fit(tmp_path, step_kto(reference=ReferenceSpec(path=spec.path)), data(rows), 1)
+        fit(tmp_path, step_kto(reference=ReferenceConfig(path=spec.path)), data(rows), 1)
 
 
 def test_every_dropout_is_off_at_step_zero(rows: Path, tmp_path: Path) -> None:
@@ -190,14 +190,14 @@ def test_every_dropout_is_off_at_step_zero(rows: Path, tmp_path: Path) -> None:
 
 
 def test_a_cache_of_another_reference_is_refused(rows: Path, tmp_path: Path) -> None:
-    fit(tmp_path, step_kto(reference=ReferenceSpec(cache=True)), data(rows), 1)
-    other = StepKTOModule(PolicySpec(path="tiny-0.1m", init_seed=3), reference=ReferenceSpec(cache=True))
+    fit(tmp_path, step_kto(reference=ReferenceConfig(cache=True)), data(rows), 1)
+    other = StepKTOModule(PolicyConfig(path="tiny-0.1m", init_seed=3), reference=ReferenceConfig(cache=True))
     with pytest.raises(ModelError, match="another reference model"):
         fit(tmp_path, other, data(rows), 1)
     file = tmp_path / "reference" / "reference-0.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ModelError, match="not a readable reference cache"):
-        fit(tmp_path, step_kto(reference=ReferenceSpec(cache=True)), data(rows), 1)
+        fit(tmp_path, step_kto(reference=ReferenceConfig(cache=True)), data(rows), 1)
 
 
 # --- resume --------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_a_cache_of_another_reference_is_refused(rows: Path, tmp_path: Path) -> 
 
 def test_a_resumed_run_ends_with_the_same_weights(rows: Path, tmp_path: Path) -> None:
     """Running averages of the points included; the reference is the policy as it started, not as it was resumed."""
-    points = ReferencePointSpec(step="per_index", ema=0.8)
+    points = ReferencePointConfig(step="per_index", ema=0.8)
     whole = fit(tmp_path / "a", step_kto(reference_point=points), data(rows), 5)
     half = fit(tmp_path / "b", step_kto(reference_point=points), data(rows), 3)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
@@ -223,7 +223,7 @@ def test_another_reference_is_another_run(rows: Path, tmp_path: Path) -> None:
 
     build_tiny("tiny-0.1m", seed=5)[0].save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    other = step_kto(reference=ReferenceSpec(path=str(tmp_path / "other")))
+    other = step_kto(reference=ReferenceConfig(path=str(tmp_path / "other")))
     with pytest.raises(ConfigError, match=r"reference\.path: .*other' now"):
         fit(tmp_path, other, data(rows), 4, tmp_path / "half.ckpt")
     other.resume_with = ("reference",)
@@ -234,7 +234,7 @@ def test_a_reference_whose_weights_changed_is_another_run(rows: Path, tmp_path: 
     """Under the same path: the settings are equal, and the weights are told apart."""
     from stepkd.models.spec import build_tiny, tiny_tokenizer
 
-    spec = ReferenceSpec(path=str(tmp_path / "other"))
+    spec = ReferenceConfig(path=str(tmp_path / "other"))
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     build_tiny("tiny-0.1m", seed=4)[0].save_pretrained(tmp_path / "other")
     half = fit(tmp_path, step_kto(reference=spec), data(rows), 2)
@@ -275,14 +275,14 @@ def test_one_class_is_refused(rows: Path, tmp_path: Path) -> None:
 
 def test_the_wrong_data_for_the_method(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="learn from right and wrong completions"):
-        fit(tmp_path, DPOModule(PolicySpec(path="tiny-0.1m")), data(rows), 1)
-    pairs = PairData(DataSpec(path=str(rows)), template="task", global_batch_size=2)
+        fit(tmp_path, DPOModule(PolicyConfig(path="tiny-0.1m")), data(rows), 1)
+    pairs = PairData(DataConfig(path=str(rows)), template="task", global_batch_size=2)
     with pytest.raises(DataError, match="reads rows of the kinds preference"):
-        fit(tmp_path, DPOModule(PolicySpec(path="tiny-0.1m")), pairs, 1)
+        fit(tmp_path, DPOModule(PolicyConfig(path="tiny-0.1m")), pairs, 1)
 
 
 def test_settings_out_of_range() -> None:
-    policy = PolicySpec(path="tiny-0.1m")
+    policy = PolicyConfig(path="tiny-0.1m")
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         (KTOModule, {"beta": 0}, "beta=0"),
         (KTOModule, {"class_weights": [1.0]}, "two positive numbers"),
@@ -318,5 +318,5 @@ def test_labels_that_the_method_learns_from_must_be_there(rows: Path, tmp_path: 
     with pytest.raises(DataError, match="labelled steps are right"):
         fit(tmp_path, step_kto(), data(right_steps), 1)
     for path in (unlabelled, right_steps):  # KTO does not look at steps
-        module = KTOModule(PolicySpec(path="tiny-0.1m"), optimizer=worker.STEADY)
+        module = KTOModule(PolicyConfig(path="tiny-0.1m"), optimizer=worker.STEADY)
         assert torch.isfinite(fit(tmp_path, module, data(path), 1).trainer.callback_metrics["train/loss"])

@@ -15,19 +15,19 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import LabelledBatch, collate_steps
 from stepkd.data.step_encode import StepExample
 from stepkd.data.step_labels import LabelRule
-from stepkd.models.spec import LoraSpec, PolicySpec, tiny_tokenizer
-from stepkd.models.step_head import StepHeadSpec, resolve_ids
-from stepkd.modules.optim import OptimizerSpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
+from stepkd.models.step_head import StepHeadConfig, resolve_ids
+from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
 from stepkd.steps.format import StepFormat
 
 TOLERANCE = 1e-10  # float64, relative norm
 ROOT = Path(__file__).resolve().parents[2]
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
-TOKENS = StepHeadSpec()
-FULL_VOCABULARY = StepHeadSpec(restricted=False)
-CLASSIFIER = StepHeadSpec(kind="classifier")
-ONE_LAYER = StepHeadSpec(kind="classifier", layers=1, format=StepFormat(marker=None))
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
+TOKENS = StepHeadConfig()
+FULL_VOCABULARY = StepHeadConfig(restricted=False)
+CLASSIFIER = StepHeadConfig(kind="classifier")
+ONE_LAYER = StepHeadConfig(kind="classifier", layers=1, format=StepFormat(marker=None))
 HEADS = {"label_tokens": TOKENS, "full_vocabulary": FULL_VOCABULARY, "classifier": CLASSIFIER, "one_layer": ONE_LAYER}
 MAIN = pytest.mark.parametrize("case", ["label_tokens", "classifier"], indirect=True)
 Gradients = dict[str, torch.Tensor]
@@ -36,7 +36,7 @@ Gradients = dict[str, torch.Tensor]
 @pytest.fixture(scope="module", params=list(HEADS))
 def case(
     request: pytest.FixtureRequest, encoded: Any, brute_force_steps: Any
-) -> tuple[StepHeadSpec, list[StepExample], float, Gradients]:
+) -> tuple[StepHeadConfig, list[StepExample], float, Gradients]:
     """A head, 16 solutions, and the loss and gradients of the plain model, one unpadded row at a time."""
     head = HEADS[request.param]
     examples = encoded(head)
@@ -90,7 +90,7 @@ def test_gradient_checkpointing_changes_nothing(case: Any, prm_step: Any, distan
 def test_lora_gradients_do_not_depend_on_the_split(name: str, prm_step: Any, distance: Any, encoded: Any) -> None:
     head = HEADS[name]
     modules = ["q_proj", "down_proj", *(["lm_head"] if name == "label_tokens" else [])]
-    policy = {"lora": LoraSpec(r=4, target_modules=modules)}
+    policy = {"lora": LoRAConfig(r=4, target_modules=modules)}
     examples = encoded(head)
     whole = prm_step(examples, head, policy=policy, micro_batch_tokens=100_000, chunk_size=100_000)
     split = prm_step(examples, head, policy=policy, micro_batch_tokens=200, chunk_size=5)
@@ -141,7 +141,7 @@ def test_class_weights_are_torchs_weighted_mean(prm_step: Any, encoded: Any, fre
 
 
 def test_neutral_class(prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any) -> None:
-    head = StepHeadSpec(kind="classifier", classes=3)
+    head = StepHeadConfig(kind="classifier", classes=3)
     examples = encoded(head, labels=lambda labels: [(-1, 1)[right] if i % 3 else 0 for i, right in enumerate(labels)])
     assert {target.index(1.0) for example in examples for target in example.targets if target} == {0, 1, 2}
     module = prm_step(examples, head, micro_batch_tokens=400)
@@ -193,7 +193,7 @@ def as_token_labels(batch: LabelledBatch, values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
 @pytest.mark.parametrize("head", [ONE_LAYER, CLASSIFIER], ids=["one_layer", "two_layers"])
 def test_hard_labels_are_token_classification_by_transformers(
-    head: StepHeadSpec, dtype: Any, tolerance: float, distance: Any, encoded: Any
+    head: StepHeadConfig, dtype: Any, tolerance: float, distance: Any, encoded: Any
 ) -> None:
     """LlamaForTokenClassification with the same weights on the same padded batch, on value and gradient.
 
@@ -201,7 +201,7 @@ def test_hard_labels_are_token_classification_by_transformers(
     """
     from transformers import LlamaForTokenClassification
 
-    module = PRMModule(PolicySpec(path="tiny-0.1m", dtype=dtype), head)
+    module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype=dtype), head)
     module.configure_model()
     batch = collate_steps(encoded(head), 0)
     theirs = LlamaForTokenClassification(module.model.causal_lm.config).to(getattr(torch, dtype))
@@ -235,7 +235,7 @@ def test_label_tokens_are_the_models_own_logits_at_the_markers(
     restricted: bool, dtype: Any, tolerance: float, encoded: Any
 ) -> None:
     head = TOKENS if restricted else FULL_VOCABULARY
-    module = PRMModule(PolicySpec(path="tiny-0.1m", dtype=dtype), head)
+    module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype=dtype), head)
     module.configure_model()
     batch = collate_steps(encoded(head), 0)
     tokens = torch.tensor(resolve_ids(head, module.tokenizer).labels)
@@ -270,7 +270,7 @@ def test_truncating_and_masking_after_the_first_error_give_one_gradient(
 def test_an_outcome_model_reads_the_last_step_only(
     prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any
 ) -> None:
-    head = StepHeadSpec(meaning="outcome")
+    head = StepHeadConfig(meaning="outcome")
     examples = encoded(head, 8, rule=LabelRule(scope="outcome"))
     assert all(sum(target is not None for target in example.targets) == 1 for example in examples)
     module = prm_step(examples, head, micro_batch_tokens=300)
@@ -282,7 +282,7 @@ def test_a_learning_model_tells_right_from_wrong(name: str, prm_step: Any, encod
     """The sign: after some steps on the same solution, right steps score above a half and wrong ones below."""
     head = HEADS[name]
     example = next(e for e in encoded(head) if {(1.0, 0.0), (0.0, 1.0)} == set(e.targets) and e.length < 100)
-    optimizer = OptimizerSpec(lr=1e-2, schedule="constant", warmup=0)
+    optimizer = OptimizerConfig(lr=1e-2, schedule="constant", warmup=0)
     module = prm_step([example], head, steps=25, dtype="float32", optimizer=optimizer)
     values = scored(module.model, [example])
     assert [value > 0.5 for value in values.tolist()] == [target == (0.0, 1.0) for target in example.targets]

@@ -15,21 +15,21 @@ import pytest
 import torch
 
 from stepkd.data.labelled_data import StepLabelData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.losses import step_cross_entropy
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.spec import LoraSpec, PolicySpec
-from stepkd.models.step_head import StepHeadSpec
-from stepkd.modules.optim import OptimizerSpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig
+from stepkd.models.step_head import StepHeadConfig
+from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
-from stepkd.modules.validation import ValidationSpec
+from stepkd.modules.validation import ValidationConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
-TOKENS = StepHeadSpec()
-CLASSIFIER = StepHeadSpec(kind="classifier")
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
+TOKENS = StepHeadConfig()
+CLASSIFIER = StepHeadConfig(kind="classifier")
 HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
 
 
@@ -44,15 +44,15 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
         ({"class_weights": [1.0, 0.0]}, "positive numbers"),  # a batch of that class alone would weigh nothing
         ({"class_weights": [1.0, float("nan")]}, "positive numbers"),
         ({"class_weights": [1.0, float("inf")]}, "positive numbers"),
-        ({"class_weights": [1.0, 1.0], "head": StepHeadSpec(labels=("-", "0", "+"))}, "3 positive numbers"),
-        ({"validation": ValidationSpec(samples=1)}, "is not sampled from; use 0"),
+        ({"class_weights": [1.0, 1.0], "head": StepHeadConfig(labels=("-", "0", "+"))}, "3 positive numbers"),
+        ({"validation": ValidationConfig(samples=1)}, "is not sampled from; use 0"),
         ({"lm_weight": -1.0}, "lm_weight=-1.0"),
         ({"lm_weight": float("nan")}, "lm_weight=nan"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PRMModule(PolicySpec(path="tiny-0.1m"), **settings)
+        PRMModule(PolicyConfig(path="tiny-0.1m"), **settings)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -61,8 +61,8 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 def data(**settings: Any) -> StepLabelData:
     options = {"task": "modular:terms=3", "noise": {"rate": 0.4}}
     defaults: dict[str, Any] = {
-        "train": DataSpec(source="task", split="train", options={**options, "n": 24}),
-        "validation": DataSpec(source="task", split="validation", options={**options, "n": 6}),
+        "train": DataConfig(source="task", split="train", options={**options, "n": 24}),
+        "validation": DataConfig(source="task", split="validation", options={**options, "n": 6}),
         "template": "task",
         "global_batch_size": 8,
         "max_length": 64,
@@ -71,11 +71,11 @@ def data(**settings: Any) -> StepLabelData:
     return StepLabelData(**{**defaults, **settings})
 
 
-def fitted(trainer: Any, head: StepHeadSpec, *, steps: int, checkpoint: Path | None = None, **settings: Any) -> Any:
+def fitted(trainer: Any, head: StepHeadConfig, *, steps: int, checkpoint: Path | None = None, **settings: Any) -> Any:
     """A run of so many steps, from its start or from a checkpoint."""
     source = settings.pop("data", None) or data()
     module = PRMModule(
-        PolicySpec(path="tiny-0.1m", lora=settings.pop("lora", None)), head, optimizer=STEADY, **settings
+        PolicyConfig(path="tiny-0.1m", lora=settings.pop("lora", None)), head, optimizer=STEADY, **settings
     )
     runner = trainer(max_steps=steps, num_sanity_val_steps=0)
     arguments: dict[str, Any] = {} if checkpoint is None else {"ckpt_path": checkpoint, "weights_only": True}
@@ -83,13 +83,13 @@ def fitted(trainer: Any, head: StepHeadSpec, *, steps: int, checkpoint: Path | N
     return runner
 
 
-LORA = LoraSpec(r=4, target_modules=["q_proj", "down_proj"])
+LORA = LoRAConfig(r=4, target_modules=["q_proj", "down_proj"])
 
 
 @pytest.mark.parametrize("name", ["label_tokens", "classifier"])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_a_resumed_run_is_the_uninterrupted_one_and_loads_for_scoring(
-    name: str, lora: LoraSpec | None, trainer: Any, tmp_path: Path, encoded: Any, scored: Any
+    name: str, lora: LoRAConfig | None, trainer: Any, tmp_path: Path, encoded: Any, scored: Any
 ) -> None:
     head, settings = HEADS[name], {"lora": lora, "ema_decay": 0.5}
     whole = fitted(trainer, head, steps=4, **settings)
@@ -127,7 +127,7 @@ def test_another_head_or_other_labels_cannot_go_on(
 
 
 def test_validation_measures_both_classes(trainer: Any, fresh: Any, plain_logits: Any) -> None:
-    module = PRMModule(PolicySpec(path="tiny-0.1m"), TOKENS, class_weights=[2.0, 1.0])
+    module = PRMModule(PolicyConfig(path="tiny-0.1m"), TOKENS, class_weights=[2.0, 1.0])
     source = data()
     logged = trainer().validate(module, datamodule=source, verbose=False)[0]
     examples: Any = source.examples["validation"]
@@ -143,7 +143,7 @@ def test_validation_measures_both_classes(trainer: Any, fresh: Any, plain_logits
 
 
 def test_a_reward_model_is_not_sampled_from() -> None:
-    module = PRMModule(PolicySpec(path="tiny-0.1m"))
+    module = PRMModule(PolicyConfig(path="tiny-0.1m"))
     with pytest.raises(ConfigError, match="use stepkd score"):
         module.predict_step(None, 0)  # type: ignore[arg-type]
     assert any("processbench" in line for line in module.next_commands("runs/x"))

@@ -13,26 +13,26 @@ from lightning.pytorch import Trainer
 
 from stepkd.data.datamodule import StepData
 from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, DataError
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
-from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.models.step_head import StepHeadConfig
 from stepkd.modules.dpo import DPOModule
-from stepkd.modules.fidelity import FidelitySpec
+from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.kto import StepKTOModule
-from stepkd.modules.optim import OptimizerSpec
+from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
-from stepkd.modules.rewards import RewardSpec
-from stepkd.modules.settings import KDSpec, PolicyLossSpec, RolloutSpec, SourceSpec
+from stepkd.modules.rewards import RewardConfig
+from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig, SourceConfig
 from stepkd.modules.sft import SFTModule
-from stepkd.modules.validation import ValidationSpec
-from stepkd.teachers.local import TeacherSpec
+from stepkd.modules.validation import ValidationConfig
+from stepkd.teachers.local import TeacherConfig
 
-POLICY = PolicySpec(path="tiny-0.1m")
-TEACHER = TeacherSpec(path="tiny-0.1m")
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+POLICY = PolicyConfig(path="tiny-0.1m")
+TEACHER = TeacherConfig(path="tiny-0.1m")
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 PROMPTS = [{"prompt": f"{i}+1=\n"} for i in range(4)]
 PROBLEMS = [{**row, "answer": str(i + 1)} for i, row in enumerate(PROMPTS)]
 SOLVED = [{**row, "solution": f"{i}+1={i + 1}\n"} for i, row in enumerate(PROMPTS)]
@@ -55,7 +55,7 @@ def grpo(*rewards: Any, **settings: Any) -> KDRLModule:
 
 
 def gkd(student: float, teacher: float = 0.0, **settings: Any) -> GKDModule:
-    return GKDModule(POLICY, TEACHER, source=SourceSpec(student=student, teacher=teacher), **settings)
+    return GKDModule(POLICY, TEACHER, source=SourceConfig(student=student, teacher=teacher), **settings)
 
 
 def setup(module: Any, data: StepData, stage: str = "fit") -> StepData:
@@ -72,14 +72,14 @@ def setup(module: Any, data: StepData, stage: str = "fit") -> StepData:
         (lambda: gkd(1.0), PROMPTS),
         (lambda: gkd(0.0, 1.0), PROMPTS),
         (grpo, PROBLEMS),
-        (lambda: grpo(RewardSpec("format", options={"pattern": "="})), PROMPTS),
+        (lambda: grpo(RewardConfig("format", options={"pattern": "="})), PROMPTS),
         (lambda: grpo(longer), PROMPTS),
         (lambda: grpo(graded), PROBLEMS),
         (lambda: grpo(gold), PROBLEMS),
         (lambda: grpo(gold), SOLVED),
         (lambda: grpo("trl.rewards.think_format_reward"), PROMPTS),
         (lambda: grpo("trl.rewards.accuracy_reward"), SOLVED),
-        (lambda: grpo(policy_loss=PolicyLossSpec(weight=0), teacher=TEACHER), PROBLEMS),
+        (lambda: grpo(policy_loss=PolicyLossConfig(weight=0), teacher=TEACHER), PROBLEMS),
     ],
 )
 def test_training_rows_need_what_the_method_reads(make: Callable[[], Any], train: list[dict[str, Any]]) -> None:
@@ -97,7 +97,7 @@ def test_training_rows_need_what_the_method_reads(make: Callable[[], Any], train
         (lambda: grpo(gold), PROMPTS, "'answer' or 'solution': the reward 'gold' reads it"),
         (lambda: grpo("trl.rewards.accuracy_reward"), PROMPTS, r"'answer' or 'solution': the reward 'trl\.rewards"),
         (
-            lambda: grpo(longer, kd=KDSpec(mask="response"), teacher=TEACHER),
+            lambda: grpo(longer, kd=KDConfig(mask="response"), teacher=TEACHER),
             PROMPTS,
             "'answer': kd.mask: response grades answers",
         ),
@@ -114,7 +114,7 @@ def test_validation_needs_answers_only_where_it_samples() -> None:
     held_out = [*SOLVED, PROMPTS[0]]
     data = setup(SFTModule(POLICY), StepData(train=SOLVED, validation=held_out, template="task"))
     assert [bool(example.completion_ids) for example in data.examples["validation"]] == [True] * 4 + [False]
-    sampling = SFTModule(POLICY, validation=ValidationSpec(samples=2))
+    sampling = SFTModule(POLICY, validation=ValidationConfig(samples=2))
     setup(sampling, StepData(train=SOLVED, validation=PROBLEMS, template="task"))
     with pytest.raises(DataError, match=r"data\.validation: .*'answer': validation samples and grades .*samples: 2"):
         setup(sampling, StepData(train=SOLVED, validation=held_out, template="task"))
@@ -123,8 +123,10 @@ def test_validation_needs_answers_only_where_it_samples() -> None:
     with pytest.raises(DataError, match=r"data\.test: nothing would be measured"):
         setup(SFTModule(POLICY), StepData(test=PROMPTS, template="task"), "test")
     with pytest.raises(DataError, match=r"'answer': fidelity\.answers grades"):
-        setup(gkd(1.0, fidelity=FidelitySpec()), StepData(train=PROMPTS, validation=SOLVED, template="task"))
-    setup(gkd(1.0, fidelity=FidelitySpec(answers=False)), StepData(train=PROMPTS, validation=PROMPTS, template="task"))
+        setup(gkd(1.0, fidelity=FidelityConfig()), StepData(train=PROMPTS, validation=SOLVED, template="task"))
+    setup(
+        gkd(1.0, fidelity=FidelityConfig(answers=False)), StepData(train=PROMPTS, validation=PROMPTS, template="task")
+    )
 
 
 def fitted(module: Any, data: StepData) -> dict[str, float]:
@@ -143,13 +145,13 @@ def fitted(module: Any, data: StepData) -> dict[str, float]:
 
 def test_runs_on_prompts_alone() -> None:
     """Also the dummy batch, of which there is one in every step of every rank, has no solution to take."""
-    rollout = RolloutSpec(group_size=2, max_new_tokens=8)
+    rollout = RolloutConfig(group_size=2, max_new_tokens=8)
     data = StepData(train=PROMPTS, validation=SOLVED, template="task", global_batch_size=2, overlap_ngram=0)
     found = fitted(grpo(longer, rollout=rollout, optimizer=STEADY), data)
     assert found["train/reward"] == found["train/length"]
     assert "train/accuracy" not in found, "nobody knows"
     assert found["val/pg"] > 0
-    source = SourceSpec(student=1.0, max_new_tokens=8)
+    source = SourceConfig(student=1.0, max_new_tokens=8)
     data = StepData(train=PROMPTS, template="task", global_batch_size=2)
     assert "train/kd" in fitted(GKDModule(POLICY, TEACHER, source=source, optimizer=STEADY), data)
 
@@ -176,7 +178,7 @@ def the_forms(rows: list[dict[str, Any]], folder: Path) -> list[Any]:
         file,
         str(folder / "saved"),
         {"path": str(file)},
-        DataSpec(path=str(file)),
+        DataConfig(path=str(file)),
     ]
 
 
@@ -184,7 +186,7 @@ def the_forms(rows: list[dict[str, Any]], folder: Path) -> list[Any]:
     ("module", "data", "rows"),
     [
         (lambda: SFTModule(POLICY), StepData, SOLVED),
-        (lambda: PRMModule(POLICY, head=StepHeadSpec()), StepLabelData, STEPWISE),
+        (lambda: PRMModule(POLICY, head=StepHeadConfig()), StepLabelData, STEPWISE),
         (lambda: StepKTOModule(POLICY), FeedbackData, STEPWISE),
         (lambda: DPOModule(POLICY), PairData, PAIRS),
     ],

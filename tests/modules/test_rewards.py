@@ -14,7 +14,7 @@ import pytest
 
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.grading.pool import Grader
-from stepkd.modules.rewards import Rewards, RewardSpec
+from stepkd.modules.rewards import RewardConfig, Rewards
 
 TEXTS = [r"<think>a</think> \boxed{\frac{1}{2}}", r"\boxed{3}", "nothing"]
 IDS = [[1, 2, 3, 4], [5, 5, 5, 5, 5, 5], [7] * 20]
@@ -27,7 +27,7 @@ def columns(*, chat: bool = False, **more: Any) -> dict[str, list[Any]]:
 
 
 def given(*specs: Any, **more: Any) -> dict[str, list[float | None]]:
-    made = [each if isinstance(each, RewardSpec) else RewardSpec(each) for each in specs]
+    made = [each if isinstance(each, RewardConfig) else RewardConfig(each) for each in specs]
     return Rewards(made, Grader())(columns(**more), NAMES)[1]
 
 
@@ -53,7 +53,7 @@ def test_every_reward_of_trl_gives_what_it_gives_in_trl(name: str, mark: str) ->
     import trl.rewards
 
     options, function = OPTIONS.get(name, {}), getattr(trl.rewards, name)
-    spec = RewardSpec(f"trl.rewards{mark}{name}", options=options)
+    spec = RewardConfig(f"trl.rewards{mark}{name}", options=options)
     if name.startswith("get_"):
         function, options = function(**options), {}
     messages = [[{"role": "assistant", "content": text}] for text in TEXTS]
@@ -71,8 +71,8 @@ def test_the_list_of_trls_rewards_is_not_empty() -> None:
 
 def test_trl_is_imported_only_when_something_of_it_is_named() -> None:
     code = (
-        "import sys, stepkd.modules; from stepkd.modules import RewardSpec; RewardSpec('accuracy').own; "
-        "print('trl' in sys.modules); RewardSpec('trl.rewards.think_format_reward').own; print('trl' in sys.modules)"
+        "import sys, stepkd.modules; from stepkd.modules import RewardConfig; RewardConfig('accuracy').own; "
+        "print('trl' in sys.modules); RewardConfig('trl.rewards.think_format_reward').own; print('trl' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
@@ -137,7 +137,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_factories_objects_partials_lambdas_and_async_functions(here: str) -> None:
     lengths = [4.0, 6.0, 20.0]
     doubled = [2 * each for each in lengths]
-    named = [RewardSpec(f"{here}.{name}", options={"scale": 2.0}) for name in ("made", "Scaled")]
+    named = [RewardConfig(f"{here}.{name}", options={"scale": 2.0}) for name in ("made", "Scaled")]
     assert list(given(*named).values()) == [doubled, doubled]
     assert given(Scaled(2.0))["Scaled"] == doubled
     assert given(functools.partial(Scaled(2.0)))["partial"] == doubled
@@ -146,7 +146,7 @@ def test_factories_objects_partials_lambdas_and_async_functions(here: str) -> No
     for _ in range(2):
         assert given(slow, judge) == {"slow": lengths, "Judge": lengths}
         assert given(partly)["partial"] == [each + 1 for each in lengths]
-    assert given(RewardSpec(f"{here}:slow", options={"plus": 1.0}))[f"{here}:slow"] == [5.0, 7.0, 21.0]
+    assert given(RewardConfig(f"{here}:slow", options={"plus": 1.0}))[f"{here}:slow"] == [5.0, 7.0, 21.0]
 
     async def notebook() -> Any:
         return given(slow)
@@ -155,8 +155,8 @@ def test_factories_objects_partials_lambdas_and_async_functions(here: str) -> No
 
 
 def test_none_is_left_out_of_the_sum() -> None:
-    some = RewardSpec(lambda completions: [1.0, None, None], weight=2.0)  # type: ignore[arg-type]
-    more = RewardSpec(lambda completions: [None, 5.0, None])  # type: ignore[arg-type]
+    some = RewardConfig(lambda completions: [1.0, None, None], weight=2.0)  # type: ignore[arg-type]
+    more = RewardConfig(lambda completions: [None, 5.0, None])  # type: ignore[arg-type]
     totals, _ = Rewards([some, more], Grader())(columns(), NAMES)
     assert totals[:2] == [2.0, 5.0]
     assert totals[2] != totals[2], "nobody has judged it"
@@ -199,14 +199,17 @@ def test_the_failing_line_of_the_function_is_told(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RewardSpec("trl.rewards.accuracy").own, "cannot be imported: AttributeError"),
-        (lambda: RewardSpec("trl.rewards.get_soft_overlong_punishment").own, "does not take its options: .*missing 2"),
+        (lambda: RewardConfig("trl.rewards.accuracy").own, "cannot be imported: AttributeError"),
         (
-            lambda: RewardSpec("trl.rewards.get_soft_overlong_punishment", options={"max_len": 3}).own,
+            lambda: RewardConfig("trl.rewards.get_soft_overlong_punishment").own,
+            "does not take its options: .*missing 2",
+        ),
+        (
+            lambda: RewardConfig("trl.rewards.get_soft_overlong_punishment", options={"max_len": 3}).own,
             "does not take its options: .*max_len",
         ),
-        (lambda: RewardSpec("math.pi").own, "is a float, not a function"),
-        (lambda: RewardSpec("os.getcwd").own, "is not a callable object"),
+        (lambda: RewardConfig("math.pi").own, "is a float, not a function"),
+        (lambda: RewardConfig("os.getcwd").own, "is not a callable object"),
     ],
 )
 def test_names_that_are_no_rewards(make: Any, message: str) -> None:
@@ -219,21 +222,21 @@ def test_a_function_may_not_hide_a_built_in_reward() -> None:
         return [1.0] * len(completions)
 
     with pytest.raises(ConfigError, match="a function named 'accuracy', like a built-in reward: rename it"):
-        RewardSpec(accuracy)  # type: ignore[arg-type]
+        RewardConfig(accuracy)  # type: ignore[arg-type]
 
 
 def test_safe_mode_refuses_functions_with_a_dot_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPKD_SAFE", "1")
     for name in ("trl.rewards.think_format_reward", "os.path.join", "os:getcwd"):
         with pytest.raises(ConfigError, match="--safe allows only"):
-            assert RewardSpec(name).own
+            assert RewardConfig(name).own
 
 
 # ---- completions that were cut off -----------------------------------------------------------------------------------
 
 
 def test_a_completion_that_was_cut_off_earns_its_reward_by_a_finished_answer_only() -> None:
-    rewards = Rewards([RewardSpec("accuracy")], Grader())
+    rewards = Rewards([RewardConfig("accuracy")], Grader())
     texts = ["so it is 3", r"\boxed{3}", "so it is 3"]
     given_columns = columns(answer=["3"] * 3) | {"completions": texts, "cut_off": [False, True, True]}
     assert rewards(given_columns, NAMES)[1]["accuracy"] == [1.0, 1.0, 0.0]

@@ -16,11 +16,11 @@ from stepkd.data.collate import collate
 from stepkd.errors import ConfigError
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec
-from stepkd.modules.fidelity import FidelitySpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig
+from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.settings import DivergenceSpec, MixSpec, SourceSpec
-from stepkd.teachers.local import TeacherSpec
+from stepkd.modules.settings import DivergenceConfig, MixConfig, SourceConfig
+from stepkd.teachers.local import TeacherConfig
 from stepkd.teachers.own import SelfTeacher
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
@@ -29,9 +29,9 @@ assert _SPEC is not None
 worker = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
 
-MIX = MixSpec(start=0.25, end=0.75, steps=3)
-SETTINGS: dict[str, Any] = {"divergence": DivergenceSpec("forward_kl"), "mix": MIX}
-LORA = {"lora": LoraSpec(r=2, alpha=4.0)}
+MIX = MixConfig(start=0.25, end=0.75, steps=3)
+SETTINGS: dict[str, Any] = {"divergence": DivergenceConfig("forward_kl"), "mix": MIX}
+LORA = {"lora": LoRAConfig(r=2, alpha=4.0)}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, rows: list[Any]) -> Any:
 
 def logits_with(module: Any, weights: dict[str, torch.Tensor], policy: dict[str, Any] | None = None) -> torch.Tensor:
     """Logits at the targets of the last micro-batch with these weights, by a model of its own."""
-    other = Policy.load(PolicySpec(**{**worker.POLICY, **(policy or {})}))
+    other = Policy.load(PolicyConfig(**{**worker.POLICY, **(policy or {})}))
     for name, parameter in other.trainable_parameters():
         parameter.data.copy_(weights[name])
     hidden = other.hidden(module.first.input_ids_BT, module.first.attention_mask_BT)
@@ -80,7 +80,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_epoch_is_the_student_as_the_pass_began(recorded: Any, policy: dict[str, Any]) -> None:
     # All rows are one batch, so that every step is a pass; two steps of each batch.
     module = recorded(
-        teacher=TeacherSpec(itself="epoch"), policy=policy, steps=3, source=SourceSpec(student=0.0, reuse=2)
+        teacher=TeacherConfig(itself="epoch"), policy=policy, steps=3, source=SourceConfig(student=0.0, reuse=2)
     )
     history, seen = module.history, module.seen
     assert len(history) >= 4
@@ -90,7 +90,7 @@ def test_epoch_is_the_student_as_the_pass_began(recorded: Any, policy: dict[str,
 
 
 def test_within_a_pass_of_several_batches_it_stands_still(recorded: Any) -> None:
-    module = recorded(teacher=TeacherSpec(itself="epoch"), steps=5, size=2)  # two batches a pass
+    module = recorded(teacher=TeacherConfig(itself="epoch"), steps=5, size=2)  # two batches a pass
     seen, history = module.seen, module.history
     for step, then in ((0, 0), (1, 0), (2, 2), (3, 2), (4, 4)):
         module.first = module.batches[step]
@@ -98,13 +98,13 @@ def test_within_a_pass_of_several_batches_it_stands_still(recorded: Any) -> None
 
 
 def test_every_so_many_steps(recorded: Any) -> None:
-    module = recorded(teacher=TeacherSpec(itself="epoch", every=2), steps=4)
+    module = recorded(teacher=TeacherConfig(itself="epoch", every=2), steps=4)
     for step, then in ((0, 0), (1, 0), (2, 2), (3, 2)):
         assert same(module.seen[step], logits_with(module, module.history[then])), step
 
 
 def test_ema_is_the_running_average(recorded: Any) -> None:
-    module = recorded(teacher=TeacherSpec(itself="ema", decay=0.5), steps=4)
+    module = recorded(teacher=TeacherConfig(itself="ema", decay=0.5), steps=4)
     average = {name: value.float() for name, value in module.history[0].items()}
     for step in range(4):
         if step:
@@ -114,16 +114,16 @@ def test_ema_is_the_running_average(recorded: Any) -> None:
         assert (found - expected).norm() < 1e-6 * expected.norm(), step  # averages are float32
 
 
-@pytest.mark.parametrize("policy", [{}, LORA, {"lora": LoraSpec(r=2, modules_to_save=["lm_head"])}])
+@pytest.mark.parametrize("policy", [{}, LORA, {"lora": LoRAConfig(r=2, modules_to_save=["lm_head"])}])
 def test_base_is_the_student_before_training(recorded: Any, policy: dict[str, Any]) -> None:
-    module = recorded(teacher=TeacherSpec(itself="base"), policy=policy, steps=3)
+    module = recorded(teacher=TeacherConfig(itself="base"), policy=policy, steps=3)
     for seen in module.seen:
         assert same(seen, logits_with(module, module.history[0], policy))
 
 
 def test_frozen_weights_are_not_kept_twice() -> None:
-    student = Policy.load(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=2)))
-    teacher = SelfTeacher(TeacherSpec(itself="ema"))
+    student = Policy.load(PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=2)))
+    teacher = SelfTeacher(TeacherConfig(itself="ema"))
     teacher.follow(student)
     assert teacher._copy is not None
     twins = dict(teacher._copy.named_parameters())
@@ -136,7 +136,7 @@ def test_frozen_weights_are_not_kept_twice() -> None:
 
 def test_the_mix_is_a_cross_entropy_with_a_soft_target(recorded: Any, distance: Any) -> None:
     module = recorded(teacher=worker.TEACHER, steps=1)
-    student, teacher = (Policy.load(PolicySpec(**worker.POLICY)), load_trained("tiny-0.5m", dtype="float64"))
+    student, teacher = (Policy.load(PolicyConfig(**worker.POLICY)), load_trained("tiny-0.5m", dtype="float64"))
     loss = torch.zeros((), dtype=torch.float64)
     for row in module.first.examples:
         ids, start = torch.tensor([[*row.prompt_ids, *row.completion_ids]]), len(row.prompt_ids)
@@ -151,10 +151,10 @@ def test_the_mix_is_a_cross_entropy_with_a_soft_target(recorded: Any, distance: 
 
 def test_shares() -> None:
     assert [MIX.share(step, None) for step in range(5)] == [0.25, 0.5, 0.75, 0.75, 0.75]
-    assert MixSpec().share(99, 100) == 0.8
-    assert MixSpec(start=0.3, steps=1).share(0, None) == 0.3
+    assert MixConfig().share(99, 100) == 0.8
+    assert MixConfig(start=0.3, steps=1).share(0, None) == 0.3
     with pytest.raises(ConfigError, match=r"mix.steps is null and the run has no planned end"):
-        MixSpec().share(0, None)
+        MixConfig().share(0, None)
 
 
 @pytest.mark.parametrize("teacher", ["{itself: epoch}", "{itself: epoch, every: 2}", "{itself: ema, decay: 0.6}"])
@@ -206,34 +206,36 @@ def test_validation_reads_the_teacher_of_the_run(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TeacherSpec(itself="now"), "unknown teacher.itself 'now'"),
-        (lambda: TeacherSpec(itself="ema", path="x"), "path and itself are both given"),
-        (lambda: TeacherSpec(itself="ema", every=2), "teacher.every=2"),
-        (lambda: TeacherSpec(itself="epoch", every=0), "teacher.every=0"),
-        (lambda: TeacherSpec(path="x", every=2), "teacher.every=2: at least 1, and only with itself: epoch"),
-        (lambda: TeacherSpec(itself="ema", decay=1.0), "teacher.decay=1.0"),
-        (lambda: TeacherSpec(itself="epoch", decay=0.5), "teacher.decay=0.5: .* only with itself: ema"),
+        (lambda: TeacherConfig(itself="now"), "unknown teacher.itself 'now'"),
+        (lambda: TeacherConfig(itself="ema", path="x"), "path and itself are both given"),
+        (lambda: TeacherConfig(itself="ema", every=2), "teacher.every=2"),
+        (lambda: TeacherConfig(itself="epoch", every=0), "teacher.every=0"),
+        (lambda: TeacherConfig(path="x", every=2), "teacher.every=2: at least 1, and only with itself: epoch"),
+        (lambda: TeacherConfig(itself="ema", decay=1.0), "teacher.decay=1.0"),
+        (lambda: TeacherConfig(itself="epoch", decay=0.5), "teacher.decay=0.5: .* only with itself: ema"),
         (
-            lambda: TeacherSpec(path="x", decay=0.5),
+            lambda: TeacherConfig(path="x", decay=0.5),
             "teacher.decay=0.5: strictly between 0 and 1, and only with itself: ema",
         ),
         (
-            lambda: GKDModule(PolicySpec(), TeacherSpec(itself="ema"), fidelity=FidelitySpec()),
+            lambda: GKDModule(PolicyConfig(), TeacherConfig(itself="ema"), fidelity=FidelityConfig()),
             "fidelity.answers compares with another model",
         ),
-        (lambda: TeacherSpec(itself="ema", dtype="bfloat16"), "teacher.dtype goes with teacher.path"),
-        (lambda: TeacherSpec(itself="ema", sharded=True), "teacher.sharded goes with teacher.path"),
-        (lambda: TeacherSpec(path="x", sharded=True, device="cpu"), "set teacher.device to null"),
-        (lambda: TeacherSpec(itself="ema", quantization="nf4"), "teacher.quantization='nf4' goes with teacher.path"),
-        (lambda: TeacherSpec(path="x", quantization="nf3"), "unknown teacher.quantization 'nf3'"),
-        (lambda: MixSpec(end=1.5), r"mix.end=1.5: must lie in \[0, 1\]"),
-        (lambda: MixSpec(steps=0), "mix.steps=0"),
+        (lambda: TeacherConfig(itself="ema", dtype="bfloat16"), "teacher.dtype goes with teacher.path"),
+        (lambda: TeacherConfig(itself="ema", sharded=True), "teacher.sharded goes with teacher.path"),
+        (lambda: TeacherConfig(path="x", sharded=True, device="cpu"), "set teacher.device to null"),
+        (lambda: TeacherConfig(itself="ema", quantization="nf4"), "teacher.quantization='nf4' goes with teacher.path"),
+        (lambda: TeacherConfig(path="x", quantization="nf3"), "unknown teacher.quantization 'nf3'"),
+        (lambda: MixConfig(end=1.5), r"mix.end=1.5: must lie in \[0, 1\]"),
+        (lambda: MixConfig(steps=0), "mix.steps=0"),
         (
-            lambda: GKDModule(PolicySpec(), TeacherSpec(itself="ema"), source=SourceSpec(student=0.0, teacher=0.5)),
+            lambda: GKDModule(
+                PolicyConfig(), TeacherConfig(itself="ema"), source=SourceConfig(student=0.0, teacher=0.5)
+            ),
             "source.teacher=0.5 samples from the teacher, which is the student itself",
         ),
         (
-            lambda: GKDModule(PolicySpec(), TeacherSpec(path="x"), mix=MIX, ce_weight=0.5),
+            lambda: GKDModule(PolicyConfig(), TeacherConfig(path="x"), mix=MIX, ce_weight=0.5),
             "ce_weight=0.5 and mix both weigh the cross-entropy",
         ),
     ],
@@ -247,13 +249,13 @@ def test_a_quantised_teacher_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch)
     from stepkd.teachers.local import LocalTeacher
 
     monkeypatch.setattr("stepkd.models.load.find_spec", lambda name: None)
-    student = Policy.load(PolicySpec(path="tiny-0.1m"))
+    student = Policy.load(PolicyConfig(path="tiny-0.1m"))
     folder = "tiny-0.1m"
     with pytest.raises(ConfigError, match=r"quantization=.nf4. needs bitsandbytes"):
-        LocalTeacher(TeacherSpec(path=folder, quantization="nf4")).bind(student.tokenizer, student.vocab_size)
+        LocalTeacher(TeacherConfig(path=folder, quantization="nf4")).bind(student.tokenizer, student.vocab_size)
 
 
 def test_following_comes_first() -> None:
     batch = collate(list(worker.examples(1)), 0)
     with pytest.raises(RuntimeError, match=r"given by follow\(\)"):
-        SelfTeacher(TeacherSpec(itself="ema")).signals(batch, temperature=1.0)
+        SelfTeacher(TeacherConfig(itself="ema")).signals(batch, temperature=1.0)

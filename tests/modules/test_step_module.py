@@ -14,16 +14,16 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from stepkd.data.batching import BatchPlan, Position, StepLoader
 from stepkd.data.datamodule import StepData
-from stepkd.data.spec import DataSpec
+from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, ModelError, StepkdError, TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.checkpoint import export_model, load_trained
-from stepkd.models.spec import LoraSpec, PolicySpec, build_tiny
-from stepkd.modules.optim import OptimizerSpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
+from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.sft import SFTModule
-from stepkd.modules.validation import ValidationSpec
+from stepkd.modules.validation import ValidationConfig
 
-STEADY = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0)
+STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 
 
 def loader_of(examples: Any, module: Any, size: int = 4) -> StepLoader:
@@ -44,7 +44,7 @@ class Poisoned(SFTModule):
 
 
 def test_a_non_finite_loss_stops_and_names_the_rows(examples: Any, trainer: Any, tmp_path: Path) -> None:
-    module = Poisoned(PolicySpec(path="tiny-0.1m"), STEADY, micro_batch_tokens=100)
+    module = Poisoned(PolicyConfig(path="tiny-0.1m"), STEADY, micro_batch_tokens=100)
     module.poison = examples[9].id  # in the third batch of four
     runner = trainer(max_steps=4)
     before: dict[str, torch.Tensor] = {}
@@ -68,7 +68,7 @@ def test_a_batch_without_targets_is_refused(examples: Any, trainer: Any) -> None
         def count(self, micro_batch: Any) -> dict[str, float]:
             return {"ce": 0.0}
 
-    module = Blind(PolicySpec(path="tiny-0.1m"), STEADY)
+    module = Blind(PolicyConfig(path="tiny-0.1m"), STEADY)
     with pytest.raises(TrainingError, match="no row of the batch has a single target"):
         trainer().fit(module, train_dataloaders=loader_of(examples, module))
 
@@ -95,7 +95,7 @@ def test_the_model_is_gathered_once_for_all_steps_of_a_batch(examples: Any, trai
             self.events.append("step")
 
     for prepares, expected in ((False, ["prepared"]), (True, ["gathered", "prepared", "cut up"])):
-        module = TwoSteps(PolicySpec(path="tiny-0.1m"), STEADY)
+        module = TwoSteps(PolicyConfig(path="tiny-0.1m"), STEADY)
         module.prepares_with_model, module.events = prepares, []
         trainer(max_steps=2).fit(module, train_dataloaders=loader_of(examples, module))
         assert module.events == [*expected, "step", "step"]
@@ -114,7 +114,7 @@ def test_an_unknown_loss_weight_is_refused(examples: Any, one_step: Any) -> None
 
 
 def test_clipping_bounds_the_update_and_logs_the_full_norm(examples: Any, one_step: Any) -> None:
-    spec = OptimizerSpec(lr=1e-3, schedule="constant", warmup=0, max_grad_norm=1e-3)
+    spec = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0, max_grad_norm=1e-3)
     module = one_step(examples[:4], optimizer=spec)
     norm = sum(float(g.norm() ** 2) for g in module.gradients.values()) ** 0.5
     assert norm > 1e-2
@@ -130,7 +130,7 @@ def clipped_gradients(module: Any) -> list[torch.Tensor]:
 
 
 def test_weight_average_is_the_recursion_and_is_used_for_validation(examples: Any, trainer: Any) -> None:
-    module = SFTModule(PolicySpec(path="tiny-0.1m", dtype="float64"), STEADY, ema_decay=0.5)
+    module = SFTModule(PolicyConfig(path="tiny-0.1m", dtype="float64"), STEADY, ema_decay=0.5)
     seen: list[dict[str, torch.Tensor]] = []
     module.configure_model()
     seen.append({n: p.detach().clone() for n, p in module.model.trainable_parameters()})
@@ -160,7 +160,7 @@ def test_bad_ema_decay(decay: float, examples: Any, one_step: Any) -> None:
 
 
 def test_checkpoints_hold_trainable_weights_only(examples: Any, trainer: Any, tmp_path: Path) -> None:
-    module = SFTModule(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=2)), STEADY)
+    module = SFTModule(PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=2)), STEADY)
     runner = trainer()
     runner.fit(module, train_dataloaders=loader_of(examples, module))
     runner.save_checkpoint(tmp_path / "x.ckpt")
@@ -174,16 +174,19 @@ def test_checkpoints_hold_trainable_weights_only(examples: Any, trainer: Any, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"policy": PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=2))}, "holds other weights than this recipe trains"),
+        (
+            {"policy": PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=2))},
+            "holds other weights than this recipe trains",
+        ),
         ({"seed": 7}, "seed: 0 then, 7 now"),
-        ({"optimizer": OptimizerSpec(lr=2e-3, schedule="constant", warmup=0)}, "optimizer.lr: 0.001 then, 0.002 now"),
+        ({"optimizer": OptimizerConfig(lr=2e-3, schedule="constant", warmup=0)}, "optimizer.lr: 0.001 then, 0.002 now"),
         ({"loss_weights": {"ce": 2.0}}, "loss_weights.ce: not set then, 2.0 now"),
     ],
 )
 def test_resuming_something_else_is_refused(
     change: dict[str, Any], message: str, examples: Any, trainer: Any, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"policy": PolicySpec(path="tiny-0.1m"), "optimizer": STEADY}
+    settings: dict[str, Any] = {"policy": PolicyConfig(path="tiny-0.1m"), "optimizer": STEADY}
     module = SFTModule(**settings)
     runner = trainer()
     runner.fit(module, train_dataloaders=loader_of(examples, module))
@@ -198,7 +201,7 @@ def test_resuming_something_else_is_refused(
 def test_an_adapter_is_not_resumed_on_another_base(examples: Any, trainer: Any, tmp_path: Path) -> None:
     for part in build_tiny("tiny-0.1m", seed=0):
         part.save_pretrained(tmp_path / "base")
-    policy = PolicySpec(path=str(tmp_path / "base"), lora=LoraSpec(r=2))
+    policy = PolicyConfig(path=str(tmp_path / "base"), lora=LoRAConfig(r=2))
     module, runner = SFTModule(policy, STEADY), trainer()
     runner.fit(module, train_dataloaders=loader_of(examples, module))
     runner.save_checkpoint(tmp_path / "x.ckpt")
@@ -226,7 +229,7 @@ def test_training_all_weights_in_bfloat16_is_refused(examples: Any, one_step: An
 
 
 def test_a_single_bfloat16_weight_is_found(examples: Any, trainer: Any) -> None:
-    module = SFTModule(PolicySpec(path="tiny-0.1m"), STEADY)
+    module = SFTModule(PolicyConfig(path="tiny-0.1m"), STEADY)
     module.configure_model()
     module.model.causal_lm.model.layers[1].mlp.to(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"3 of 20 trained weights are bfloat16 \(model.*layers\.1\.mlp\.gate_proj"):
@@ -244,7 +247,7 @@ def weights_of(module: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.model.trainable_parameters()}
 
 
-SMALL_STEPS = OptimizerSpec(lr=2e-6, schedule="constant", warmup=0)
+SMALL_STEPS = OptimizerConfig(lr=2e-6, schedule="constant", warmup=0)
 
 
 def test_auto_trains_all_weights_of_a_bfloat16_checkpoint_in_float32(
@@ -252,7 +255,7 @@ def test_auto_trains_all_weights_of_a_bfloat16_checkpoint_in_float32(
 ) -> None:
     for part in build_tiny("tiny-0.1m", seed=0, dtype="bfloat16"):
         part.save_pretrained(tmp_path / "base")
-    module = SFTModule(PolicySpec(path=str(tmp_path / "base"), dtype="auto"), SMALL_STEPS)
+    module = SFTModule(PolicyConfig(path=str(tmp_path / "base"), dtype="auto"), SMALL_STEPS)
     with caplog.at_level("INFO"):
         before = weights_of(module)
     assert "policy.dtype auto: all weights are trained, so they are loaded in float32" in caplog.text
@@ -269,8 +272,8 @@ def test_auto_trains_all_weights_of_a_bfloat16_checkpoint_in_float32(
 def test_modules_to_save_train_in_float32_on_a_bfloat16_base(
     saved: list[str], precision: Any, examples: Any, trainer: Any, tmp_path: Path
 ) -> None:
-    lora = LoraSpec(r=2, target_modules=["q_proj"], modules_to_save=saved)
-    module = SFTModule(PolicySpec(path="tiny-0.1m", dtype="bfloat16", lora=lora), SMALL_STEPS)
+    lora = LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
+    module = SFTModule(PolicyConfig(path="tiny-0.1m", dtype="bfloat16", lora=lora), SMALL_STEPS)
     before = weights_of(module)
     ids = torch.tensor([[5, 17, 33, 8, 60, 4]])
     with module.model.reference() as reference:  # its adapters and saved modules off
@@ -305,7 +308,7 @@ def test_a_mixture_of_experts_is_told_of_its_auxiliary_loss(
     )
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     build_tiny("tiny-0.1m", seed=0)[1].save_pretrained(tmp_path)
-    module = SFTModule(PolicySpec(path=str(tmp_path)), STEADY)
+    module = SFTModule(PolicyConfig(path=str(tmp_path)), STEADY)
     trainer().fit(module, train_dataloaders=loader_of(examples, module))
     assert "MixtralForCausalLM is a mixture of experts: its auxiliary loss, which balances the experts" in caplog.text
     assert "(router_aux_loss_coef 0.02), is not part of this method's loss" in caplog.text
@@ -330,8 +333,8 @@ class TwoSteps(SFTModule):
 
 
 def test_inner_steps_follow_the_schedule_to_its_end(examples: Any, trainer: Any) -> None:
-    spec = OptimizerSpec(lr=1e-3, schedule="linear", warmup=0)
-    module = TwoSteps(PolicySpec(path="tiny-0.1m"), spec)
+    spec = OptimizerConfig(lr=1e-3, schedule="linear", warmup=0)
+    module = TwoSteps(PolicyConfig(path="tiny-0.1m"), spec)
     runner = trainer(max_steps=-1, max_epochs=2)
     runner.fit(module, train_dataloaders=loader_of(examples, module))
     assert runner.global_step == 16  # 2 epochs of 4 batches of 2 steps
@@ -346,7 +349,7 @@ def test_a_step_without_items_can_be_skipped(examples: Any, trainer: Any) -> Non
         def count(self, micro_batch: Any) -> dict[str, float]:
             return {"ce": 0.0}
 
-    module = Blind(PolicySpec(path="tiny-0.1m"), STEADY)
+    module = Blind(PolicyConfig(path="tiny-0.1m"), STEADY)
     runner = trainer(max_steps=-1, max_epochs=1)
     runner.fit(module, train_dataloaders=loader_of(examples, module))
     assert runner.global_step == 0
@@ -354,7 +357,7 @@ def test_a_step_without_items_can_be_skipped(examples: Any, trainer: Any) -> Non
 
 
 def test_validation_uses_the_average_in_training_and_from_a_checkpoint(trainer: Any, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"policy": PolicySpec(path="tiny-0.1m"), "optimizer": STEADY}
+    settings: dict[str, Any] = {"policy": PolicyConfig(path="tiny-0.1m"), "optimizer": STEADY}
     module = SFTModule(**settings, ema_decay=0.9)
     runner = trainer(max_steps=3, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0)
     runner.fit(module, datamodule=tiny_data())
@@ -372,7 +375,7 @@ def test_validation_uses_the_average_in_training_and_from_a_checkpoint(trainer: 
 
 
 def test_the_logged_learning_rate_is_the_one_that_was_used(examples: Any, trainer: Any) -> None:
-    module = SFTModule(PolicySpec(path="tiny-0.1m"), OptimizerSpec(lr=1e-3, schedule="linear", warmup=2))
+    module = SFTModule(PolicyConfig(path="tiny-0.1m"), OptimizerConfig(lr=1e-3, schedule="linear", warmup=2))
     runner = trainer(max_steps=3)
     rates: list[float] = []
 
@@ -385,11 +388,11 @@ def test_the_logged_learning_rate_is_the_one_that_was_used(examples: Any, traine
 
 
 def test_other_data_or_batches_cannot_be_resumed(trainer: Any, tmp_path: Path) -> None:
-    module = SFTModule(PolicySpec(path="tiny-0.1m"), STEADY)
+    module = SFTModule(PolicyConfig(path="tiny-0.1m"), STEADY)
     runner = trainer()
     runner.fit(module, datamodule=tiny_data())
     runner.save_checkpoint(tmp_path / "x.ckpt")
-    again = SFTModule(PolicySpec(path="tiny-0.1m"), STEADY)
+    again = SFTModule(PolicyConfig(path="tiny-0.1m"), STEADY)
     with pytest.raises(ConfigError, match="rows_and_batches"):
         trainer(max_steps=2).fit(
             again, datamodule=tiny_data(global_batch_size=4), ckpt_path=tmp_path / "x.ckpt", weights_only=True
@@ -397,11 +400,11 @@ def test_other_data_or_batches_cannot_be_resumed(trainer: Any, tmp_path: Path) -
 
 
 def test_another_rank_is_a_model_error_not_a_traceback(examples: Any, trainer: Any, tmp_path: Path) -> None:
-    module = SFTModule(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=4)), STEADY)
+    module = SFTModule(PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=4)), STEADY)
     runner = trainer()
     runner.fit(module, train_dataloaders=loader_of(examples, module))
     runner.save_checkpoint(tmp_path / "x.ckpt")
-    other = SFTModule(PolicySpec(path="tiny-0.1m", lora=LoraSpec(r=8)), STEADY)
+    other = SFTModule(PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=8)), STEADY)
     with pytest.raises(ModelError, match="28 of another shape"):
         trainer(max_steps=2).fit(
             other, train_dataloaders=loader_of(examples, other), ckpt_path=tmp_path / "x.ckpt", weights_only=True
@@ -411,9 +414,9 @@ def test_another_rank_is_a_model_error_not_a_traceback(examples: Any, trainer: A
 def tiny_data(**settings: Any) -> StepData:
     options = {"task": "modular:terms=3,modulus=5"}
     defaults: dict[str, Any] = {
-        "train": DataSpec(source="task", split="train", options={**options, "n": 40}),
-        "validation": DataSpec(source="task", split="validation", options={**options, "n": 6}),
-        "predict": DataSpec(source="task", split="test", options={**options, "n": 3}),
+        "train": DataConfig(source="task", split="train", options={**options, "n": 40}),
+        "validation": DataConfig(source="task", split="validation", options={**options, "n": 6}),
+        "predict": DataConfig(source="task", split="test", options={**options, "n": 3}),
         "template": "task",
         "global_batch_size": 8,
         "max_length": 64,
@@ -423,7 +426,7 @@ def tiny_data(**settings: Any) -> StepData:
 
 def test_validation_measures_loss_and_sampled_accuracy(trainer: Any) -> None:
     module = SFTModule(
-        PolicySpec(path="tiny-0.1m"), STEADY, ValidationSpec(samples=2, temperature=1.0, max_new_tokens=12)
+        PolicyConfig(path="tiny-0.1m"), STEADY, ValidationConfig(samples=2, temperature=1.0, max_new_tokens=12)
     )
     data = tiny_data()
     runner = trainer()
@@ -443,7 +446,7 @@ def test_predict_gives_valid_rollout_rows(trainer: Any) -> None:
     from stepkd.data.rows import ROLLOUT, validate
 
     module = SFTModule(
-        PolicySpec(path="tiny-0.1m"), STEADY, ValidationSpec(samples=2, temperature=1.0, max_new_tokens=9)
+        PolicyConfig(path="tiny-0.1m"), STEADY, ValidationConfig(samples=2, temperature=1.0, max_new_tokens=9)
     )
     batches = trainer().predict(module, datamodule=tiny_data())
     rows = [row for batch in batches for row in batch]
@@ -466,7 +469,7 @@ def test_predict_gives_valid_rollout_rows(trainer: Any) -> None:
 )
 def test_bad_optimizer_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        OptimizerSpec(**settings)
+        OptimizerConfig(**settings)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "warmup_stable_decay"])
@@ -474,7 +477,7 @@ def test_schedules_warm_up_and_end_where_they_should(schedule: str) -> None:
     from stepkd.modules.optim import build_optimizer, build_schedule
 
     ratio = 0.1 if schedule in ("cosine", "warmup_stable_decay") else 0.0
-    spec = OptimizerSpec(lr=1.0, schedule=schedule, warmup=5, min_lr_ratio=ratio)
+    spec = OptimizerConfig(lr=1.0, schedule=schedule, warmup=5, min_lr_ratio=ratio)
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = build_optimizer(spec, [("w", parameter)])
     plan = build_schedule(spec, optimizer, 50)
@@ -494,5 +497,5 @@ def test_only_matrices_decay() -> None:
     from stepkd.modules.optim import build_optimizer
 
     named = [("w", torch.nn.Parameter(torch.ones(2, 2))), ("norm", torch.nn.Parameter(torch.ones(2)))]
-    optimizer = build_optimizer(OptimizerSpec(weight_decay=0.1), named)
+    optimizer = build_optimizer(OptimizerConfig(weight_decay=0.1), named)
     assert {g["weight_decay"]: len(g["params"]) for g in optimizer.param_groups} == {0.1: 1, 0.0: 1}

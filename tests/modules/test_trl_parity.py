@@ -16,11 +16,11 @@ from datasets import Dataset
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.feedback import FeedbackExample, PairExample
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec, build_tiny
+from stepkd.models.spec import PolicyConfig, build_tiny
 from stepkd.modules.dpo import DPOModule
-from stepkd.modules.kto import KTOModule, ReferencePointSpec
-from stepkd.modules.optim import OptimizerSpec
-from stepkd.modules.preference import ReferenceSpec
+from stepkd.modules.kto import KTOModule, ReferencePointConfig
+from stepkd.modules.optim import OptimizerConfig
+from stepkd.modules.preference import ReferenceConfig
 from stepkd.tasks.rows import Noise, make_rows
 
 TINY = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}
@@ -114,12 +114,12 @@ def test_kto(points: str, trainer: Any, distance: Callable[..., float], tmp_path
             assert example.prompt_ids
     loss, expected, metrics = gradients_of(theirs, batch)
     module = KTOModule(
-        PolicySpec(**TINY),
-        reference=ReferenceSpec(path="tiny-0.1m"),
+        PolicyConfig(**TINY),
+        reference=ReferenceConfig(path="tiny-0.1m"),
         beta=BETA,
         class_weights=[1.5, 0.75],
-        reference_point=ReferencePointSpec(outcome=points, step="zero", rotation="device"),
-        optimizer=OptimizerSpec(lr=1e-9, schedule="constant", warmup=0),
+        reference_point=ReferencePointConfig(outcome=points, step="zero", rotation="device"),
+        optimizer=OptimizerConfig(lr=1e-9, schedule="constant", warmup=0),
         micro_batch_tokens=150,
     )
     found = ours(module, examples, trainer)
@@ -161,12 +161,12 @@ def test_dpo(loss_type: str, trainer: Any, distance: Callable[..., float], tmp_p
     ]
     loss, expected, metrics = gradients_of(theirs, batch)
     module = DPOModule(
-        PolicySpec(**TINY),
-        reference=ReferenceSpec(path="tiny-0.1m"),
+        PolicyConfig(**TINY),
+        reference=ReferenceConfig(path="tiny-0.1m"),
         beta=BETA,
         loss=loss_type,
         length_normalised=loss_type == "ipo",  # TRL's IPO averages over tokens
-        optimizer=OptimizerSpec(lr=1e-9, schedule="constant", warmup=0),
+        optimizer=OptimizerConfig(lr=1e-9, schedule="constant", warmup=0),
         micro_batch_tokens=200,
     )
     found = ours(module, pairs, trainer)
@@ -180,5 +180,5 @@ def test_dpo(loss_type: str, trainer: Any, distance: Callable[..., float], tmp_p
 
 def test_the_policies_compared_are_the_same() -> None:
     model = build_tiny("tiny-0.1m", seed=7, dtype="float64")[0]
-    policy = Policy.load(PolicySpec(**TINY))
+    policy = Policy.load(PolicyConfig(**TINY))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), policy.model.parameters(), strict=True))

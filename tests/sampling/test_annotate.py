@@ -15,7 +15,7 @@ from stepkd.losses.linear import VocabHead
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
 from stepkd.sampling.annotate import TokenSignals, annotate
-from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter, segment
 from stepkd.steps.text import text_from_ids, tokenize_text
@@ -90,7 +90,7 @@ def test_without_a_teacher(policy: Policy, teacher: Policy, ids: Any) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
 def test_equal_to_the_samplers_raw_logprobs(policy: Policy, temperature: float, ids: Any) -> None:
-    spec = SamplingSpec(n=3, max_new_tokens=20, temperature=temperature, seed=2)
+    spec = SamplingConfig(n=3, max_new_tokens=20, temperature=temperature, seed=2)
     samples = [rollout for row in TransformersSampler(policy).sample(ids[0], spec) for rollout in row]
     prompts = [ids[0][rollout.prompt_index] for rollout in samples]
     results = annotate(policy, prompts, [rollout.token_ids for rollout in samples], max_tokens=100)

@@ -16,10 +16,10 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling import branches
 from stepkd.sampling.decode import Decoder
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingSpec
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
-SPEC = SamplingSpec(n=3, max_new_tokens=10, seed=4)
+SPEC = SamplingConfig(n=3, max_new_tokens=10, seed=4)
 TEXTS = ["1+2=", "a much longer text than the others: 17*3=51\nso 51+4=55\n#### 55", "7", "Step 1: x\nStep 2: y\n"]
 
 
@@ -82,7 +82,7 @@ def test_shape_of_the_answer(policy: Policy, some: list[Branch]) -> None:
 def test_shared_reading_changes_nothing(
     policy: Policy, some: list[Branch], max_rows: int, settings_: dict[str, Any]
 ) -> None:
-    spec = SamplingSpec(n=3, max_new_tokens=10, seed=4, stop=("e", "1"), **settings_)
+    spec = SamplingConfig(n=3, max_new_tokens=10, seed=4, stop=("e", "1"), **settings_)
     expected = TransformersSampler(policy).sample_branches(some, spec, shared=False)
     assert spec.temperature == 0 or {r.finish for r in flat(expected)} == {"stop", "length"}
     assert_same(TransformersSampler(policy, max_rows=max_rows).sample_branches(some, spec), expected)
@@ -169,7 +169,7 @@ def watched(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
 
 def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], monkeypatch: pytest.MonkeyPatch) -> None:
     passes = watched(policy, monkeypatch)
-    spec = SamplingSpec(n=4, max_new_tokens=5, seed=1)
+    spec = SamplingConfig(n=4, max_new_tokens=5, seed=1)
     sampler = TransformersSampler(policy, max_rows=8)
     sampler.sample_branches([], spec)  # the probe
     passes.clear()
@@ -200,7 +200,7 @@ def test_masks_hide_what_comes_after_the_cut(
     sampler.sample_branches([], SPEC)
     passes.clear()
     branch = Branch(some[1].token_ids, [3, 30, 59], 0)
-    sampler.sample_branches([branch], SamplingSpec(n=2, max_new_tokens=3, seed=11))
+    sampler.sample_branches([branch], SamplingConfig(n=2, max_new_tokens=3, seed=11))
     steps = [p for p in passes if p["past_key_values"] is not None]
     seen = [(p["attention_mask"].tolist(), p["position_ids"].flatten().tolist()) for p in steps]
     # 6 rows in two parts of 3, the longest prefixes first; the second part is cropped to 30 columns.
@@ -213,7 +213,7 @@ def test_masks_hide_what_comes_after_the_cut(
 
 
 def test_waves_draw_the_same_and_stop_early(policy: Policy, some: list[Branch]) -> None:
-    spec = SamplingSpec(n=5, max_new_tokens=6, seed=2)
+    spec = SamplingConfig(n=5, max_new_tokens=6, seed=2)
     whole = TransformersSampler(policy).sample_branches(some, spec)
     sampler = TransformersSampler(policy, max_rows=6)
     assert_same(sampler.sample_branches(some, spec, waves=[1, 1, 3]), whole)
@@ -353,7 +353,7 @@ def test_the_probe_sees_a_gap_that_matters(policy: Policy) -> None:
 
 def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 8)
-    spec = SamplingSpec(n=1, max_new_tokens=50, stop=("#",))
+    spec = SamplingConfig(n=1, max_new_tokens=50, stop=("#",))
     for shared in (True, False):
         sampler = TransformersSampler(policy)
         result = sampler.sample_branches([Branch([5] * 7, [3, 7], 0)], spec, shared=shared)[0]

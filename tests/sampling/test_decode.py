@@ -14,10 +14,10 @@ from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling.decode import sampling_logprobs
-from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.sampler import Rollout, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
-SPEC = SamplingSpec(n=3, max_new_tokens=14, seed=4)
+SPEC = SamplingConfig(n=3, max_new_tokens=14, seed=4)
 TEXTS = ["1+2=", "a much longer prompt than the others: 17*3=", "7", "Step 1: x\n", "??"]
 
 
@@ -63,7 +63,7 @@ def test_shape_of_the_answer(policy: Policy, prompts: list[list[int]]) -> None:
 def test_batch_size_does_not_matter(
     policy: Policy, prompts: list[list[int]], max_rows: int, temperature: float
 ) -> None:
-    spec = SamplingSpec(n=3, max_new_tokens=14, seed=4, temperature=temperature)
+    spec = SamplingConfig(n=3, max_new_tokens=14, seed=4, temperature=temperature)
     expected = TransformersSampler(policy).sample(prompts, spec)
     actual = TransformersSampler(policy, max_rows=max_rows).sample(prompts, spec)
     assert ids(actual) == ids(expected)
@@ -93,7 +93,7 @@ def test_runs_repeat_and_keys_differ(policy: Policy, prompts: list[list[int]]) -
     others = [
         sampler.sample(prompts, SPEC, purpose="evaluate", step=3),
         sampler.sample(prompts, SPEC, purpose="rollout", step=4),
-        sampler.sample(prompts, SamplingSpec(n=3, max_new_tokens=14, seed=5), purpose="rollout", step=3),
+        sampler.sample(prompts, SamplingConfig(n=3, max_new_tokens=14, seed=5), purpose="rollout", step=3),
         sampler.sample(prompts, SPEC, purpose="rollout", step=3, indices=range(5, 10)),
     ]
     for other in others:
@@ -102,13 +102,13 @@ def test_runs_repeat_and_keys_differ(policy: Policy, prompts: list[list[int]]) -
 
 def test_longer_budget_continues_the_same_completion(policy: Policy, prompts: list[list[int]]) -> None:
     short = ids(TransformersSampler(policy).sample(prompts, SPEC))
-    longer = ids(TransformersSampler(policy).sample(prompts, SamplingSpec(n=3, max_new_tokens=30, seed=4)))
+    longer = ids(TransformersSampler(policy).sample(prompts, SamplingConfig(n=3, max_new_tokens=30, seed=4)))
     for a, b in zip((r for row in short for r in row), (r for row in longer for r in row), strict=True):
         assert b[: len(a)] == a
 
 
 @torch.no_grad()
-def teacher_forced(policy: Policy, prompt: list[int], rollout: Rollout, spec: SamplingSpec) -> tuple[Any, Any]:
+def teacher_forced(policy: Policy, prompt: list[int], rollout: Rollout, spec: SamplingConfig) -> tuple[Any, Any]:
     """Log-probabilities from one plain forward over prompt and completion: no cache, no padding."""
     sequence = torch.tensor([[*prompt, *rollout.token_ids]])
     hidden = policy.hidden(sequence, torch.ones_like(sequence))[0, len(prompt) - 1 : -1]
@@ -121,7 +121,7 @@ def teacher_forced(policy: Policy, prompt: list[int], rollout: Rollout, spec: Sa
     "settings_", [{}, {"temperature": 0.5}, {"top_k": 5}, {"temperature": 1.4, "top_p": 0.7, "top_k": 20}]
 )
 def test_logprobs_equal_a_plain_forward(policy: Policy, prompts: list[list[int]], settings_: dict[str, Any]) -> None:
-    spec = SamplingSpec(n=2, max_new_tokens=12, **settings_)
+    spec = SamplingConfig(n=2, max_new_tokens=12, **settings_)
     for prompt, row in zip(prompts, TransformersSampler(policy).sample(prompts, spec), strict=True):
         for rollout in row:
             tempered, raw = teacher_forced(policy, prompt, rollout, spec)
@@ -130,7 +130,7 @@ def test_logprobs_equal_a_plain_forward(policy: Policy, prompts: list[list[int]]
 
 
 def test_greedy_takes_the_most_likely_token(policy: Policy, prompts: list[list[int]]) -> None:
-    spec = SamplingSpec(temperature=0, n=2, max_new_tokens=10)
+    spec = SamplingConfig(temperature=0, n=2, max_new_tokens=10)
     for prompt, row in zip(prompts, TransformersSampler(policy).sample(prompts, spec), strict=True):
         assert row[0].token_ids == row[1].token_ids
         assert set(row[0].logprobs) == {0.0}
@@ -147,7 +147,7 @@ def test_other_architectures(family: str) -> None:
     """Sliding windows (shorter than prompt and completion), soft-capping, padded rows: same tokens, exact logps."""
     other = Policy(*architecture(family))
     prompts = [other.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-    spec = SamplingSpec(n=2, max_new_tokens=12, seed=1)
+    spec = SamplingConfig(n=2, max_new_tokens=12, seed=1)
     exact = 1e-5 if family == "gemma2" else 1e-10
     expected = TransformersSampler(other).sample(prompts, spec)
     for max_rows in (1, 3):
@@ -223,7 +223,7 @@ def counted(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, 
 def test_every_prompt_is_read_once(policy: Policy, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = counted(policy, monkeypatch)
     width = max(map(len, prompts))
-    spec = SamplingSpec(n=6, max_new_tokens=5, temperature=0)
+    spec = SamplingConfig(n=6, max_new_tokens=5, temperature=0)
     TransformersSampler(policy, max_rows=12).sample(prompts, spec)
     prefills = [shape for shape in shapes if shape[1] > 1]
     assert prefills == [(2, width), (2, max(map(len, prompts[2:4]))), (1, len(prompts[4]))]
@@ -237,7 +237,7 @@ def test_finished_rows_leave_the_batch(
     policy: Policy, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = counted(policy, monkeypatch)
-    spec = SamplingSpec(n=8, max_new_tokens=40, seed=2, stop=("a", "e", "i", "o", "u", "1", "2", "3"))
+    spec = SamplingConfig(n=8, max_new_tokens=40, seed=2, stop=("a", "e", "i", "o", "u", "1", "2", "3"))
     finished: list[int] = []
     results = TransformersSampler(policy).sample(prompts, spec, on_progress=finished.append)
     rollouts = [rollout for row in results for rollout in row]
@@ -285,14 +285,16 @@ def test_finish_reasons(
     drawn, _, rest = script.partition("|")
     tokens, never = (policy.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (drawn, rest))
     sampler = scripted(policy, monkeypatch, tokens + never)
-    rollout = sampler.sample([[5]], SamplingSpec(stop=stop, max_new_tokens=len(tokens + never)))[0][0]
+    rollout = sampler.sample([[5]], SamplingConfig(stop=stop, max_new_tokens=len(tokens + never)))[0][0]
     assert (rollout.finish, rollout.text) == (finish, text)
     assert list(rollout.token_ids) == tokens
 
 
 def test_the_context_ends_a_completion(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 8)
-    results = TransformersSampler(policy).sample([[5] * 3, [6] * 7], SamplingSpec(n=1, max_new_tokens=50, stop=("#",)))
+    results = TransformersSampler(policy).sample(
+        [[5] * 3, [6] * 7], SamplingConfig(n=1, max_new_tokens=50, stop=("#",))
+    )
     assert [len(row[0].token_ids) for row in results] == [5, 1]
     assert [row[0].finish for row in results] == ["length", "length"]
     with pytest.raises(
@@ -338,7 +340,7 @@ def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     """Not zero by right: rounding differs between batch shapes. Counted so that a jump is seen."""
     policy = tiny_policy("bfloat16")
     prompts = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-    spec = SamplingSpec(n=4, max_new_tokens=24)
+    spec = SamplingConfig(n=4, max_new_tokens=24)
     one = TransformersSampler(policy, max_rows=1).sample(prompts, spec)
     many = TransformersSampler(policy, max_rows=64).sample(prompts, spec)
     flips = sum(a.token_ids != b.token_ids for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
@@ -370,4 +372,4 @@ def test_a_diverged_model_is_named(temperature: float) -> None:
     with torch.no_grad():
         policy.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match=r"logits are not numbers \(NaN\) at token 0 of a completion of prompt 0"):
-        TransformersSampler(policy).sample([[5, 6]], SamplingSpec(temperature=temperature))
+        TransformersSampler(policy).sample([[5, 6]], SamplingConfig(temperature=temperature))

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError
 from stepkd.sampling.decode import draw, sampling_logprobs
-from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.sampler import SamplingConfig
 
 
 def logits_of(probabilities: list[float]) -> torch.Tensor:
     return torch.tensor([probabilities], dtype=torch.float64).log()
 
 
-def brute_force(logits: list[float], spec: SamplingSpec) -> list[float]:
+def brute_force(logits: list[float], spec: SamplingConfig) -> list[float]:
     """Probabilities by the book, one token at a time."""
     weights = [math.exp(x / spec.temperature) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: -weights[i])
@@ -46,7 +46,7 @@ def brute_force(logits: list[float], spec: SamplingSpec) -> list[float]:
     st.sampled_from([0.05, 0.31, 0.62, 0.93, 1.0]),
 )
 def test_filters_equal_brute_force(logits: list[float], temperature: float, top_k: int, top_p: float) -> None:
-    spec = SamplingSpec(temperature=temperature, top_k=top_k, top_p=top_p)
+    spec = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     actual = sampling_logprobs(torch.tensor([logits], dtype=torch.float64), spec).exp()[0]
     assert actual.tolist() == pytest.approx(brute_force(logits, spec), abs=1e-12)
     assert actual.sum().item() == pytest.approx(1, abs=1e-12)
@@ -69,14 +69,14 @@ def test_filters_equal_brute_force(logits: list[float], temperature: float, top_
     ],
 )
 def test_filters_closed_form(settings_: dict[str, Any], expected: list[float]) -> None:
-    probabilities = sampling_logprobs(logits_of([0.5, 0.25, 0.125, 0.125]), SamplingSpec(**settings_)).exp()[0]
+    probabilities = sampling_logprobs(logits_of([0.5, 0.25, 0.125, 0.125]), SamplingConfig(**settings_)).exp()[0]
     assert probabilities.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_rows_do_not_see_each_other() -> None:
     torch.manual_seed(0)
     logits = torch.randn(9, 30, dtype=torch.float64) * 3
-    spec = SamplingSpec(temperature=0.7, top_k=11, top_p=0.8)
+    spec = SamplingConfig(temperature=0.7, top_k=11, top_p=0.8)
     uniforms = torch.rand(9, dtype=torch.float64)
     together = draw(logits, uniforms, spec)
     for i in range(9):
@@ -103,7 +103,7 @@ ALMOST_ONE = np.nextafter(1.0, 0.0)
     ],
 )
 def test_inverse_cdf_edges(probabilities: list[float], uniform: float, token: int) -> None:
-    drawn = draw(logits_of(probabilities), torch.tensor([uniform], dtype=torch.float64), SamplingSpec())
+    drawn = draw(logits_of(probabilities), torch.tensor([uniform], dtype=torch.float64), SamplingConfig())
     assert drawn.tokens_B.tolist() == [token]
     assert drawn.logprobs_B.item() == pytest.approx(math.log(probabilities[token]), abs=1e-12)
 
@@ -114,7 +114,7 @@ def test_extreme_uniforms_never_draw_an_impossible_token(dtype: torch.dtype) -> 
     logits = torch.randn(200, 50, dtype=dtype) * 8
     logits[torch.rand(200, 50) < 0.5] = -math.inf
     logits[:, 25] = 0
-    spec = SamplingSpec(top_p=0.9, top_k=7)
+    spec = SamplingConfig(top_p=0.9, top_k=7)
     for uniform in (0.0, 1e-300, ALMOST_ONE):
         drawn = draw(logits, torch.full((200,), uniform, dtype=torch.float64), spec)
         assert torch.isfinite(drawn.logprobs_B).all()
@@ -125,7 +125,7 @@ def test_extreme_uniforms_never_draw_an_impossible_token(dtype: torch.dtype) -> 
 def test_frequencies_follow_the_probabilities(settings_: dict[str, Any]) -> None:
     """Pearson's statistic of 20,000 draws stays below its mean plus five standard deviations."""
     torch.manual_seed(2)
-    spec, draws = SamplingSpec(**settings_), 20_000
+    spec, draws = SamplingConfig(**settings_), 20_000
     logits = torch.randn(1, 15, dtype=torch.float64) * 1.5
     expected = sampling_logprobs(logits, spec).exp()[0] * draws
     uniforms = torch.from_numpy(np.random.Generator(np.random.Philox(7)).random(draws))
@@ -139,7 +139,7 @@ def test_frequencies_follow_the_probabilities(settings_: dict[str, Any]) -> None
 
 def test_greedy() -> None:
     logits = logits_of([0.2, 0.5, 0.3])
-    drawn = draw(logits, torch.tensor([0.99], dtype=torch.float64), SamplingSpec(temperature=0))
+    drawn = draw(logits, torch.tensor([0.99], dtype=torch.float64), SamplingConfig(temperature=0))
     assert drawn.tokens_B.tolist() == [1]
     assert drawn.logprobs_B.tolist() == [0.0]
     assert drawn.raw_logprobs_B.item() == pytest.approx(math.log(0.5))
@@ -147,7 +147,7 @@ def test_greedy() -> None:
 
 def test_lowest_temperature_is_finite() -> None:
     logits = torch.tensor([[900.0, 899.0, -900.0]])
-    drawn = draw(logits, torch.tensor([0.5], dtype=torch.float64), SamplingSpec(temperature=1e-4))
+    drawn = draw(logits, torch.tensor([0.5], dtype=torch.float64), SamplingConfig(temperature=1e-4))
     assert drawn.tokens_B.tolist() == [0]
     assert drawn.logprobs_B.tolist() == [0.0]
 
@@ -170,9 +170,9 @@ def test_lowest_temperature_is_finite() -> None:
 )
 def test_bad_settings(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        SamplingSpec(**settings_)
+        SamplingConfig(**settings_)
 
 
 def test_a_single_stop_string_may_come_without_a_tuple() -> None:
-    assert SamplingSpec(stop="Q:").stop == ("Q:",)  # type: ignore[arg-type]
-    assert SamplingSpec(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+    assert SamplingConfig(stop="Q:").stop == ("Q:",)  # type: ignore[arg-type]
+    assert SamplingConfig(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]

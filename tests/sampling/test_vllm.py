@@ -15,18 +15,18 @@ import torch
 
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoraSpec, PolicySpec
-from stepkd.sampling.sampler import SamplingSpec
+from stepkd.models.spec import LoRAConfig, PolicyConfig
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.vllm import (
     ColocatedSampler,
+    VLLMConfig,
     VLLMSampler,
-    VLLMSpec,
     connect,
     make_sampler,
     merged_weights,
     weight_facts,
 )
-from stepkd.teachers.local import TeacherSpec
+from stepkd.teachers.local import TeacherConfig
 from stepkd.teachers.server import ServerTeacher
 from stepkd.teachers.signals import HiddenSignals
 
@@ -42,13 +42,13 @@ _SPEC.loader.exec_module(standin)
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
     """A tiny model in a folder, so that its server can name a tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    policy = Policy.load(PolicySpec(path="tiny-0.1m", init_seed=1))
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m", init_seed=1))
     with torch.no_grad():
         for weight in policy.parameters():
             weight.mul_(3)
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
-    return Policy.load(PolicySpec(path=str(folder)))
+    return Policy.load(PolicyConfig(path=str(folder)))
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def prompts(policy: Policy) -> list[tuple[int, ...]]:
 
 
 def test_completions_are_the_servers_own(policy: Policy, server: Any) -> None:
-    spec = SamplingSpec(n=2, max_new_tokens=12, seed=3)
+    spec = SamplingConfig(n=2, max_new_tokens=12, seed=3)
     done: list[int] = []
     found = sampler(policy, server).sample(prompts(policy), spec, step=4, on_progress=done.append)
     assert [[(r.prompt_index, r.sample_index) for r in row] for row in found] == [
@@ -89,7 +89,7 @@ def test_completions_are_the_servers_own(policy: Policy, server: Any) -> None:
 
 def test_noise_is_keyed_by_prompt_and_step(policy: Policy, server: Any) -> None:
     """The same in another order and another company; other noise at another step."""
-    spec, texts = SamplingSpec(n=2, max_new_tokens=12), prompts(policy)
+    spec, texts = SamplingConfig(n=2, max_new_tokens=12), prompts(policy)
     ours = sampler(policy, server)
     whole = ours.sample(texts, spec, step=1)
     turned = ours.sample(texts[::-1], spec, step=1, indices=[2, 1, 0])
@@ -101,21 +101,21 @@ def test_noise_is_keyed_by_prompt_and_step(policy: Policy, server: Any) -> None:
 
 
 def test_other_temperatures_need_the_right_log_probabilities(policy: Policy, server: Any) -> None:
-    spec = SamplingSpec(temperature=0.7, max_new_tokens=4)
+    spec = SamplingConfig(temperature=0.7, max_new_tokens=4)
     found = sampler(policy, server).sample(prompts(policy)[:1], spec)[0][0]
     assert all(value != value for value in found.raw_logprobs)
     server.mode = "raw_logprobs"
     with pytest.raises(ConfigError, match=r"gives raw_logprobs.*--logprobs-mode processed_logprobs"):
         sampler(policy, server).sample(prompts(policy)[:1], spec)
-    assert sampler(policy, server).sample(prompts(policy)[:1], SamplingSpec(max_new_tokens=2))
+    assert sampler(policy, server).sample(prompts(policy)[:1], SamplingConfig(max_new_tokens=2))
 
 
 def test_stop_strings_and_greedy(policy: Policy, server: Any) -> None:
-    greedy = sampler(policy, server).sample(prompts(policy)[:1], SamplingSpec(temperature=0, max_new_tokens=8))[0][0]
+    greedy = sampler(policy, server).sample(prompts(policy)[:1], SamplingConfig(temperature=0, max_new_tokens=8))[0][0]
     assert set(greedy.logprobs) == {0.0}
     stop = greedy.text[2]
     cut = sampler(policy, server).sample(
-        prompts(policy)[:1], SamplingSpec(temperature=0, max_new_tokens=8, stop=(stop,))
+        prompts(policy)[:1], SamplingConfig(temperature=0, max_new_tokens=8, stop=(stop,))
     )[0][0]
     assert cut.finish == "stop"
     assert cut.text == greedy.text[: greedy.text.index(stop)]
@@ -123,7 +123,7 @@ def test_stop_strings_and_greedy(policy: Policy, server: Any) -> None:
 
 
 def test_a_request_to_stop_ends_the_rest_at_once(policy: Policy, server: Any) -> None:
-    found = sampler(policy, server, breaks_off=lambda: True).sample(prompts(policy), SamplingSpec(max_new_tokens=20))
+    found = sampler(policy, server, breaks_off=lambda: True).sample(prompts(policy), SamplingConfig(max_new_tokens=20))
     assert [len(row[0].token_ids) for row in found] == [1, 1, 1]
 
 
@@ -143,27 +143,27 @@ def test_answers_that_are_no_completions(spoil: Any, message: str, policy: Polic
 
     server.spoil = spoiled
     with pytest.raises(ModelError, match=message):
-        sampler(policy, server).sample(prompts(policy)[:1], SamplingSpec(max_new_tokens=4, seed=1))
+        sampler(policy, server).sample(prompts(policy)[:1], SamplingConfig(max_new_tokens=4, seed=1))
 
 
 def test_prompts_that_leave_no_room(policy: Policy, server: Any) -> None:
     with pytest.raises(DataError, match="the model's context is"):
-        sampler(policy, server).sample([(5,) * int(policy.max_length or 0)], SamplingSpec())
+        sampler(policy, server).sample([(5,) * int(policy.max_length or 0)], SamplingConfig())
 
 
 @pytest.mark.parametrize(
     "lora",
     [
         None,
-        LoraSpec(r=4),
-        LoraSpec(r=4, modules_to_save=["lm_head"]),
-        LoraSpec(r=4, target_modules=["q_proj", "down_proj"]),
+        LoRAConfig(r=4),
+        LoRAConfig(r=4, modules_to_save=["lm_head"]),
+        LoRAConfig(r=4, target_modules=["q_proj", "down_proj"]),
     ],
 )
-def test_weights_that_are_sent(lora: LoraSpec | None, policy: Policy) -> None:
+def test_weights_that_are_sent(lora: LoRAConfig | None, policy: Policy) -> None:
     """Those of the merged model under the plain names; the model itself is not touched."""
     assert policy.spec is not None
-    trained = Policy.load(PolicySpec(path=policy.spec.path, lora=lora))
+    trained = Policy.load(PolicyConfig(path=policy.spec.path, lora=lora))
     with torch.no_grad():
         for parameter in trained.parameters():
             if parameter.requires_grad:
@@ -185,7 +185,7 @@ def adapted(policy: Policy, **settings: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     assert policy.spec is not None
-    plain = Policy.load(PolicySpec(path=policy.spec.path)).model
+    plain = Policy.load(PolicyConfig(path=policy.spec.path)).model
     if settings.pop("untied", False):
         plain.config.tie_word_embeddings = False
         plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
@@ -268,14 +268,14 @@ def test_what_is_missing_is_said(policy: Policy, monkeypatch: pytest.MonkeyPatch
         connect("http://127.0.0.1:9", timeout_s=0.1)
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ConfigError, match=r"pip install 'stepkd\[vllm\]'"):
-            make_sampler(policy, VLLMSpec(colocate=True), SamplingSpec(), lambda: False)
+            make_sampler(policy, VLLMConfig(colocate=True), SamplingConfig(), lambda: False)
     for settings in ({}, {"server": "http://x", "colocate": True}):
         with pytest.raises(ConfigError, match="give either server"):
-            VLLMSpec(**settings)
+            VLLMConfig(**settings)
     with pytest.raises(ConfigError, match="gpu_memory=2"):
-        VLLMSpec(colocate=True, gpu_memory=2)
+        VLLMConfig(colocate=True, gpu_memory=2)
     with pytest.raises(ConfigError, match="knows no stop strings"):
-        ColocatedSampler(policy, VLLMSpec(colocate=True), SamplingSpec(stop=("x",)))
+        ColocatedSampler(policy, VLLMConfig(colocate=True), SamplingConfig(stop=("x",)))
 
 
 def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,8 +302,8 @@ def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("trl.generation.vllm_generation.VLLMGeneration", Engine)
     monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(Accelerator=SimpleNamespace))
-    spec = SamplingSpec(n=2, max_new_tokens=2)
-    ours = make_sampler(policy, VLLMSpec(colocate=True, gpu_memory=0.4), spec, lambda: False)
+    spec = SamplingConfig(n=2, max_new_tokens=2)
+    ours = make_sampler(policy, VLLMConfig(colocate=True, gpu_memory=0.4), spec, lambda: False)
     assert made["mode"] == "colocate"
     assert made["gpu_memory_utilization"] == 0.4
     ours.refresh(1)
@@ -318,20 +318,20 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     """GRPO's groups and GKD's students come from the server, which is given the weights before every step."""
     from stepkd.modules.gkd import GKDModule
     from stepkd.modules.rollouts import GroupSampler
-    from stepkd.modules.settings import RolloutSpec, SourceSpec
+    from stepkd.modules.settings import RolloutConfig, SourceConfig
     from stepkd.runs.progress import PhaseTracker
 
     given: list[int] = []
     monkeypatch.setattr(VLLMSampler, "refresh", lambda _, version: given.append(version))
     rewards: Any = None
-    spec = RolloutSpec(group_size=2, max_new_tokens=4, vllm=VLLMSpec(server=server.address))
+    spec = RolloutConfig(group_size=2, max_new_tokens=4, vllm=VLLMConfig(server=server.address))
     groups = GroupSampler(spec, policy, rewards, PhaseTracker(), 0)
     first, second = groups._sampler(3), groups._sampler(4)
     assert isinstance(first, VLLMSampler)
     assert first is second
     assert given == [3, 4]
-    source = SourceSpec(vllm=VLLMSpec(server=server.address))
-    module = GKDModule(PolicySpec(path="tiny-0.1m"), TeacherSpec(path="tiny-0.1m"), source=source)
+    source = SourceConfig(vllm=VLLMConfig(server=server.address))
+    module = GKDModule(PolicyConfig(path="tiny-0.1m"), TeacherConfig(path="tiny-0.1m"), source=source)
     module.policy = policy
     monkeypatch.setattr(GKDModule, "global_step", 5)
     assert isinstance(module._sampler(policy, "student"), VLLMSampler)
@@ -349,14 +349,14 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
 )
 def test_what_a_served_teacher_cannot_do(settings: dict[str, Any], message: str) -> None:
     from stepkd.modules.gkd import GKDModule
-    from stepkd.modules.settings import DivergenceSpec, SourceSpec
+    from stepkd.modules.settings import DivergenceConfig, SourceConfig
 
-    source = SourceSpec(student=0.0, teacher=settings.pop("teacher", 0.0))
+    source = SourceConfig(student=0.0, teacher=settings.pop("teacher", 0.0))
     with pytest.raises(ConfigError, match=message):
         GKDModule(
-            PolicySpec(path="tiny-0.1m"),
-            TeacherSpec(server="http://x"),
-            divergence=DivergenceSpec(**settings),
+            PolicyConfig(path="tiny-0.1m"),
+            TeacherConfig(server="http://x"),
+            divergence=DivergenceConfig(**settings),
             source=source,
         )
 
@@ -444,4 +444,4 @@ def test_rows_beyond_the_servers_context(policy: Policy, server: Any) -> None:
 )
 def test_settings_that_contradict(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        TeacherSpec(**settings)
+        TeacherConfig(**settings)

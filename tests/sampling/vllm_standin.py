@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 
@@ -70,7 +70,7 @@ class StandIn:
 
     def written(self, body: dict[str, Any]) -> dict[str, Any]:
         """Completions, in the server's form."""
-        spec = SamplingSpec(
+        spec = SamplingConfig(
             n=body["n"],
             temperature=body["temperature"],
             top_p=body["top_p"],

@@ -10,7 +10,7 @@ import torch
 
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.step_head import StepHeadConfig
 from stepkd.scorers.scorer import Solutions
 
 
@@ -23,7 +23,7 @@ def sharpen(model: Any) -> Any:
     return model
 
 
-def sharp_policy(head: StepHeadSpec | None = None, *, dtype: str = "float64") -> Policy:
+def sharp_policy(head: StepHeadConfig | None = None, *, dtype: str = "float64") -> Policy:
     model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype=dtype)
     policy = Policy(sharpen(model), tokenizer)
     if head is not None:

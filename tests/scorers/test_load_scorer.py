@@ -15,7 +15,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
 from stepkd.models.source import save_template, trained_template
-from stepkd.models.step_head import StepHeadSpec
+from stepkd.models.step_head import StepHeadConfig
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.load import ScorerOptions, load_scorer, parse_head, pick_device
@@ -29,7 +29,7 @@ TASK = ScorerOptions(template="task", device="cpu")
 @pytest.fixture
 def export(tmp_path: Path, make_policy: Callable[..., Policy]) -> Path:
     """An exported reward model."""
-    save_policy(make_policy(StepHeadSpec(meaning="value"), dtype="float32"), tmp_path / "prm")
+    save_policy(make_policy(StepHeadConfig(meaning="value"), dtype="float32"), tmp_path / "prm")
     return tmp_path / "prm"
 
 
@@ -69,7 +69,7 @@ def test_a_plain_model_needs_a_head() -> None:
     with pytest.raises(ModelError, match="this model scores no steps"):
         load_scorer("tiny-0.1m", TASK)
     head = parse_head('{"kind": "classifier", "format": {"marker": null}, "classes": 3}')
-    assert head == StepHeadSpec(kind="classifier", format=StepFormat(marker=None), classes=3)
+    assert head == StepHeadConfig(kind="classifier", format=StepFormat(marker=None), classes=3)
     scorer = load_scorer("tiny-0.1m", dataclasses.replace(TASK, head=head))
     assert isinstance(scorer, PRMScorer)
     assert scorer.policy.require_step_head().spec == head
@@ -122,11 +122,11 @@ def test_words_that_are_no_scorer(text: str, message: str) -> None:
         ("checker", {"template": "task"}, "template"),
         ("checker", {"temperature": TemperatureScaling(2.0, 1.0, 1.0, 1)}, "temperature"),
         ("judge:tiny-0.1m", {"template": "math"}, "template"),
-        ("judge:tiny-0.1m", {"head": StepHeadSpec()}, "head"),
+        ("judge:tiny-0.1m", {"head": StepHeadConfig()}, "head"),
         ("judge:tiny-0.1m", {"separator": "\n"}, "separator"),
         ("tiny-0.1m", {"reference": True}, "reference"),
         ("tiny-0.1m", {"answers": ("Y", "N")}, "answers"),
-        ("qwen-prm:x", {"head": StepHeadSpec()}, "head"),
+        ("qwen-prm:x", {"head": StepHeadConfig()}, "head"),
     ],
 )
 def test_options_that_a_kind_has_no_use_for(text: str, options: dict[str, object], name: str) -> None:

@@ -13,8 +13,8 @@ from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.job import run_label_job
 from stepkd.labels.quality import row_labels
-from stepkd.labels.settings import LabelSpec
-from stepkd.modules.step_scores import Focus, FocusSpec
+from stepkd.labels.settings import LabelConfig
+from stepkd.modules.step_scores import Focus, FocusConfig
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer, equations
@@ -166,13 +166,13 @@ def test_the_scorer() -> None:
     assert first[:2] == [1.0, 0.0]
     assert all(map(math.isnan, first[2:]))
     assert load_scorer("arithmetic").provenance() == {"scorer": "arithmetic", "meaning": "correctness"}
-    assert Focus(FocusSpec("arithmetic")).spec.weights(first) == (0.0, 1.0, 0.0, 0.0)
+    assert Focus(FocusConfig("arithmetic")).spec.weights(first) == (0.0, 1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("setting", [{"soft": True}, {"threshold": 0.7}])
 def test_a_sum_has_no_score(setting: Any) -> None:
     with pytest.raises(ConfigError, match="a sum is right or wrong"):
-        LabelSpec(rollouts="rows.jsonl", labeller="arithmetic", out="labels", **setting)
+        LabelConfig(rollouts="rows.jsonl", labeller="arithmetic", out="labels", **setting)
 
 
 def test_as_a_labeller(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_as_a_labeller(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", rows)
     out = tmp_path / "labels"
     run_label_job(
-        LabelSpec(
+        LabelConfig(
             rollouts=str(tmp_path / "rows.jsonl"),
             model="tiny-0.1m",
             labeller="arithmetic",

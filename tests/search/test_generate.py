@@ -11,7 +11,7 @@ import torch
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.sampling.sampler import Rollout, SamplingSpec
+from stepkd.sampling.sampler import Rollout, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.search.generate import PROPOSE, SampledSteps, _index
 from stepkd.search.tree import Problem, State
@@ -43,7 +43,7 @@ class Typist:
         self.calls: list[list[str]] = []
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, *, purpose: str, indices: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]
     ) -> list[list[Rollout]]:
         decode = self.policy.tokenizer.decode
         self.calls.append([decode(prompt) for prompt in prompts])
@@ -67,7 +67,7 @@ def typed(
     """Text and end of one step after another."""
     prompt = "Q: 1+1\n"
     sampler = Typist(policy, text, prompt)
-    generator = SampledSteps(sampler, policy, SamplingSpec(stop=stop), segmenter=segmenter, **options)
+    generator = SampledSteps(sampler, policy, SamplingConfig(stop=stop), segmenter=segmenter, **options)
     state, found = State(Problem(0, {"id": "p"}, ids_of(policy, prompt))), []
     for _ in range(steps):
         ((step, twin),) = generator.propose([state], 2)
@@ -170,7 +170,7 @@ def test_a_full_context_ends_the_solution(policy: Policy) -> None:
     assert room is not None
     long = State(Problem(3, {"id": "p3"}, (5,) * 7), ("x",), (6,) * (room - 11))
     sampler = TransformersSampler(policy)
-    generator = SampledSteps(sampler, policy, SamplingSpec(seed=1), max_step_tokens=64)
+    generator = SampledSteps(sampler, policy, SamplingConfig(seed=1), max_step_tokens=64)
     ((step,),) = generator.propose([long], 1)
     assert len(step.token_ids) <= 4
     assert step.end != "step" or len(step.token_ids) < 4
@@ -183,7 +183,7 @@ def test_a_full_context_ends_the_solution(policy: Policy) -> None:
 
 def test_a_step_is_the_first_one_of_the_whole_completion(policy: Policy) -> None:
     """Stopping early changes nothing: with the same noise, the uncut sample begins with the step."""
-    spec = SamplingSpec(n=6, max_new_tokens=24, seed=5)
+    spec = SamplingConfig(n=6, max_new_tokens=24, seed=5)
     generator = SampledSteps(TransformersSampler(policy), policy, spec, segmenter="regex:[a-m]", max_step_tokens=24)
     problem = Problem(2, {"id": "p"}, ids_of(policy, "12+3="))
     ((*steps,),) = generator.propose([State(problem)], 6)
@@ -198,7 +198,7 @@ def test_a_step_is_the_first_one_of_the_whole_completion(policy: Policy) -> None
 
 
 def test_states_do_not_depend_on_their_batch(policy: Policy) -> None:
-    spec = SamplingSpec(max_new_tokens=12, seed=3)
+    spec = SamplingConfig(max_new_tokens=12, seed=3)
     sampler = TransformersSampler(policy, max_rows=4)
     problems = [Problem(i, {"id": str(i)}, ids_of(policy, text)) for i, text in enumerate(("7", "long 12+34=", "abc"))]
     states = [State(problem) for problem in problems]
@@ -216,14 +216,14 @@ def test_states_do_not_depend_on_their_batch(policy: Policy) -> None:
 
 
 def test_tokens_are_counted_by_problem(policy: Policy) -> None:
-    generator = SampledSteps(TransformersSampler(policy), policy, SamplingSpec(max_new_tokens=6), segmenter="whole")
+    generator = SampledSteps(TransformersSampler(policy), policy, SamplingConfig(max_new_tokens=6), segmenter="whole")
     states = [State(Problem(i, {"id": str(i)}, (9, 8))) for i in (4, 7)]
     steps, rest = generator.propose(states, 2), generator.complete(states, 1)
     assert generator.step_tokens == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), steps, strict=True)}
     assert generator.rest_tokens == {i: sum(len(s.token_ids) for s in g) for i, g in zip((4, 7), rest, strict=True)}
     assert set(generator.provenance()) >= {"model", "weights", "temperature", "seed", "max_step_tokens"}
     assert generator.provenance()["segmenter"] == {"name": "whole"}
-    cut = SampledSteps(TransformersSampler(policy), policy, SamplingSpec(), segmenter="adaptive_step:0.25")
+    cut = SampledSteps(TransformersSampler(policy), policy, SamplingConfig(), segmenter="adaptive_step:0.25")
     assert cut.provenance()["segmenter"] == {
         "name": "adaptive_step", "threshold": 0.25, "side": "close", "min_tokens": 1
     }  # fmt: skip
@@ -239,6 +239,6 @@ def test_tokens_are_counted_by_problem(policy: Policy) -> None:
 )
 def test_bad_settings(policy: Policy, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SampledSteps(TransformersSampler(policy), policy, SamplingSpec(), **options)
+        SampledSteps(TransformersSampler(policy), policy, SamplingConfig(), **options)
     with pytest.raises(ConfigError, match="temperature 0"):
-        SampledSteps(TransformersSampler(policy), policy, SamplingSpec(temperature=0))
+        SampledSteps(TransformersSampler(policy), policy, SamplingConfig(temperature=0))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.search.mcts import SearchSettings, SearchTree, tree_search
+from stepkd.search.mcts import SearchConfig, SearchTree, tree_search
 from stepkd.search.tree import Node, Problem
 
-HAND = SearchSettings(iterations=1, root_factor=4, actions=2, depth=2, exploration=4.0)
+HAND = SearchConfig(iterations=1, root_factor=4, actions=2, depth=2, exploration=4.0)
 
 
 def numbers(tree: SearchTree) -> list[tuple[str, int, float]]:
@@ -55,7 +55,7 @@ def test_walks_that_end_at_the_leaf(
 ) -> None:
     """Walk 1 expands the root and ends at a, walk 2 expands a: as many expansions as walks."""
     generator = scripted(known_tree)
-    settings = SearchSettings(iterations=2, root_factor=1, depth=2, exploration=4.0, until="leaf")
+    settings = SearchConfig(iterations=2, root_factor=1, depth=2, exploration=4.0, until="leaf")
     (tree,) = tree_search([problem], generator, known_values, grader, settings)
     assert [o.visits for o in tree.decisions[0].options] == [2, 0]
     assert tree.decisions[0].options[0].q == pytest.approx(0.65)
@@ -68,7 +68,7 @@ def test_the_better_branch_wins_against_its_first_value(
     """``b`` looks and is worse by likelihood, but only it leads to the right answer."""
     row = dict(problem.row) | {"answer": "3"}
     values = valued(dict.fromkeys(("a\n", *(t + e for t in ("a\n", "b\n") for e in TAILS)), 0.5) | {"b\n": 0})
-    settings = SearchSettings(iterations=8, depth=2)
+    settings = SearchConfig(iterations=8, depth=2)
     (tree,) = tree_search([Problem(0, row, (7,))], scripted(known_tree), values, grader, settings)
     assert tree.last.state(problem).text == "b\n#### 3"
 
@@ -100,7 +100,7 @@ def random_script(seed: int) -> tuple[dict[str, Any], dict[str, float | None]]:
 def test_invariants(scripted: Any, valued: Any, seed: int, until: Any, grader: Any, problem: Problem) -> None:
     script, known_values = random_script(seed)
     values = valued(known_values)
-    settings = SearchSettings(iterations=5, actions=3, depth=2, gamma=0.9, until=until, damp_after=1)
+    settings = SearchConfig(iterations=5, actions=3, depth=2, gamma=0.9, until=until, damp_after=1)
     (tree,) = tree_search([problem], scripted(script), values, grader, settings)
     decided = {id(decision.node): decision.options for decision in tree.decisions}
     for node in tree.root.subtree():
@@ -149,7 +149,7 @@ def test_together_or_alone(scripted: Any, known_tree: Any, known_values: Any, gr
 def test_equal_steps_are_merged(scripted: Any, known_values: Any, grader: Any, problem: Problem) -> None:
     steps = [("a\n", 0.5, "step"), ("a\n", 0.5, "step"), ("b\n", 0.5, "step"), ("a\n", 0.5, "stop")]
     script = {"": steps, "a\n": [("#### 1", 0.5, "stop")], "b\n": [("#### 2", 0.5, "stop")]}
-    settings = SearchSettings(iterations=1, root_actions=4, depth=2)
+    settings = SearchConfig(iterations=1, root_actions=4, depth=2)
     (tree,) = tree_search([problem], scripted(script), known_values, grader, settings)
     found = [(n.step.text, n.step.end, n.copies) for n in tree.root.children if n.step is not None]
     assert found == [("a\n", "step", 2), ("b\n", "step", 1), ("a\n", "stop", 1)]
@@ -168,11 +168,9 @@ def test_the_look_ahead_and_the_longest_solution_are_kept(
             return super().propose(states, n)
 
     deepest: list[int] = []
-    tree_search([problem], Deepest(script), values, grader, SearchSettings(iterations=2, depth=2, max_steps=2))
+    tree_search([problem], Deepest(script), values, grader, SearchConfig(iterations=2, depth=2, max_steps=2))
     assert max(deepest) == 1
-    (tree,) = tree_search(
-        [problem], Deepest(script), values, grader, SearchSettings(iterations=2, depth=1, max_steps=5)
-    )
+    (tree,) = tree_search([problem], Deepest(script), values, grader, SearchConfig(iterations=2, depth=1, max_steps=5))
     assert max(deepest) == 4
     assert len(tree.decisions) == 5
     assert tree.last.correct is None, "unfinished"
@@ -194,7 +192,7 @@ def test_the_look_ahead_and_the_longest_solution_are_kept(
 )
 def test_bad_settings(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SearchSettings(**change)
+        SearchConfig(**change)
 
 
 def test_a_problem_without_answer(scripted: Any, known_tree: Any, known_values: Any, grader: Any) -> None:

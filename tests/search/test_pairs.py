@@ -8,9 +8,9 @@ import pytest
 
 from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.errors import ConfigError
-from stepkd.search.mcts import Decision, Option, SearchSettings, SearchTree
+from stepkd.search.mcts import Decision, Option, SearchConfig, SearchTree
 from stepkd.search.mcts import tree_search as search
-from stepkd.search.pairs import PairSettings, tree_pairs
+from stepkd.search.pairs import PairConfig, tree_pairs
 from stepkd.search.tree import Node, Problem, Step, best_child
 
 
@@ -68,9 +68,9 @@ def test_chains_are_one_action(chained: SearchTree) -> None:
 
 
 def test_second_best_and_limits(chained: SearchTree) -> None:
-    second = tree_pairs(chained, PairSettings(choose="second"))
+    second = tree_pairs(chained, PairConfig(choose="second"))
     assert [row["rejected"] for row in second.rows] == ["bb\nonly\n", "#### 333"]
-    one = tree_pairs(chained, PairSettings(max_pairs=1))
+    one = tree_pairs(chained, PairConfig(max_pairs=1))
     assert [row["id"] for row in one.rows] == ["p/0"]
     assert one.dropped == {"over_limit": 1}
     assert "pairing" not in one.rows[0]
@@ -110,7 +110,7 @@ def test_unsolved_and_empty_trees(problem: Problem) -> None:
     grow(root, "#### 3", 0.1, 2, end="stop", correct=False)
     tree = decide(problem, root)
     assert tree_pairs(tree).dropped == {"unsolved_tree": 1}
-    assert len(tree_pairs(tree, PairSettings(solved_only=False)).rows) == 1
+    assert len(tree_pairs(tree, PairConfig(solved_only=False)).rows) == 1
     assert tree_pairs(SearchTree(problem)).dropped == {"no_steps": 1}
 
 
@@ -118,7 +118,7 @@ def test_visits_are_those_of_the_decision(
     scripted: Any, known_tree: Any, known_values: Any, grader: Any, problem: Problem
 ) -> None:
     """The tree worked out by hand in test_mcts: walk 5 raises N(a) to 4 after a was chosen with 3."""
-    settings = SearchSettings(iterations=1, root_factor=4, depth=2, exploration=4.0)
+    settings = SearchConfig(iterations=1, root_factor=4, depth=2, exploration=4.0)
     (tree,) = search([problem], scripted(known_tree), known_values, grader, settings)
     rows = tree_pairs(tree).rows
     assert [(r["chosen"], r["chosen_visits"], r["rejected"], r["rejected_visits"]) for r in rows] == [
@@ -130,6 +130,6 @@ def test_visits_are_those_of_the_decision(
 
 def test_bad_settings() -> None:
     with pytest.raises(ConfigError, match="worst"):
-        PairSettings(choose="best")  # type: ignore[arg-type]
+        PairConfig(choose="best")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_pairs=0"):
-        PairSettings(max_pairs=0)
+        PairConfig(max_pairs=0)

@@ -10,13 +10,13 @@ import torch
 from stepkd.grading.pool import Grader
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.sampling.sampler import SamplingSpec
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.search.generate import RolloutValue, SampledSteps
-from stepkd.search.mcts import SearchSettings, SearchTree, tree_search
+from stepkd.search.mcts import SearchConfig, SearchTree, tree_search
 from stepkd.search.tree import Node, Problem
 
-SETTINGS = SearchSettings(iterations=2, root_factor=2, actions=3, depth=2, max_steps=3)
+SETTINGS = SearchConfig(iterations=2, root_factor=2, actions=3, depth=2, max_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def policy() -> Policy:
 
 def search(policy: Policy, problems: list[Problem], *, max_rows: int = 64, seed: int = 0) -> list[SearchTree]:
     sampler = TransformersSampler(policy, max_rows=max_rows)
-    spec = SamplingSpec(max_new_tokens=8, seed=seed)
+    spec = SamplingConfig(max_new_tokens=8, seed=seed)
     generator = SampledSteps(sampler, policy, spec, segmenter="regex:[a-m]", max_step_tokens=8)
     with Grader(extractors=("last_number",)) as grader:
         return tree_search(problems, generator, RolloutValue(generator, grader, rollouts=2), grader, SETTINGS)

@@ -22,18 +22,18 @@ from stepkd.data.templates import get_template
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import forward_kl
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicySpec, tiny_tokenizer
-from stepkd.modules.fidelity import FidelitySpec
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.settings import DivergenceSpec, SourceSpec
+from stepkd.modules.settings import DivergenceConfig, SourceConfig
 from stepkd.runs.job import JobOptions
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
 from stepkd.teachers import cache
 from stepkd.teachers.cache import CachedTeacher, write_cache
-from stepkd.teachers.local import LocalTeacher, TeacherSpec
+from stepkd.teachers.local import LocalTeacher, TeacherConfig
 
-TEACHER = TeacherSpec(path="tiny-0.1m", dtype="float64")
+TEACHER = TeacherConfig(path="tiny-0.1m", dtype="float64")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def rows() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def student() -> Policy:
-    return Policy.load(PolicySpec(path="tiny-0.1m", dtype="float64", init_seed=3))
+    return Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64", init_seed=3))
 
 
 @pytest.fixture
@@ -270,19 +270,19 @@ def test_identity_tells_caches_apart(folder: Path, teacher: LocalTeacher, rows: 
 
 
 def test_a_module_refuses_what_no_cache_can_do(folder: Path) -> None:
-    spec, data = TeacherSpec(cache=str(folder)), SourceSpec(student=0.0)
-    policy = PolicySpec(path="tiny-0.1m")
+    spec, data = TeacherConfig(cache=str(folder)), SourceConfig(student=0.0)
+    policy = PolicyConfig(path="tiny-0.1m")
     assert isinstance(GKDModule(policy, spec, source=data).teacher, CachedTeacher)
     with pytest.raises(ConfigError, match=r"cannot score fresh samples; with source.student=0.5"):
         GKDModule(policy, spec)
     with pytest.raises(ConfigError, match="nkd needs the teacher's whole distribution"):
-        GKDModule(policy, spec, DivergenceSpec("nkd"), data)
+        GKDModule(policy, spec, DivergenceConfig("nkd"), data)
     with pytest.raises(ConfigError, match="fidelity compares on fresh samples"):
-        GKDModule(policy, spec, source=data, fidelity=FidelitySpec())
+        GKDModule(policy, spec, source=data, fidelity=FidelityConfig())
     with pytest.raises(ConfigError, match="path and cache are both given"):
-        TeacherSpec(path="tiny-0.1m", cache=str(folder))
+        TeacherConfig(path="tiny-0.1m", cache=str(folder))
     with pytest.raises(ConfigError, match="give path, a model of the student's vocabulary, or cache"):
-        TeacherSpec()
+        TeacherConfig()
 
 
 RECIPE = """

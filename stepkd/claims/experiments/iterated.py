@@ -39,12 +39,12 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
     from stepkd.claims.tiny_samples import SAMPLING, problem_metrics
     from stepkd.iteration.loop import run_iterations
-    from stepkd.iteration.spec import HeldOutSettings, IterateSpec, TrainSettings
+    from stepkd.iteration.spec import HeldOutSettings, IterateConfig, TrainSettings
     from stepkd.runs.job import read_results
 
     settings: IteratedSettings = unit.settings
     student = train_noisy_student(unit, report)
-    spec = IterateSpec(
+    spec = IterateConfig(
         model=str(student),
         problems=problem_source(unit, settings.label_problems),
         iterations=ITERATIONS,

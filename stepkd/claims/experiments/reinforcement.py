@@ -47,7 +47,7 @@ class ReinforcementSettings(ExperimentConfig):
 
 @dataclass(frozen=True)
 class ReinforcementArm:
-    """How an arm learns; the names are those of :class:`stepkd.modules.KDSpec` and its neighbours."""
+    """How an arm learns; the names are those of :class:`stepkd.modules.KDConfig` and its neighbours."""
 
     method: Literal["none", "teacher", "train"] = "train"
     """``none`` is the student itself, ``teacher`` the teacher."""

@@ -85,12 +85,12 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
 def _arm_settings(arm: StepFeedbackArm) -> dict[str, Any]:
     if arm.method == "kto":
         return {}
-    from stepkd.modules.kto import ReferencePointSpec
+    from stepkd.modules.kto import ReferencePointConfig
 
     return {
         "reduction": arm.reduction,
         "step_weight": arm.step_weight,
-        "reference_point": ReferencePointSpec(step=arm.step_point),  # type: ignore[arg-type]
+        "reference_point": ReferencePointConfig(step=arm.step_point),  # type: ignore[arg-type]
     }
 
 

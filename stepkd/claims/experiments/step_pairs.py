@@ -114,10 +114,10 @@ def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> li
     from stepkd.claims.tiny_samples import SAMPLING, read_labels
     from stepkd.data.spec import PAIRS_NAME
     from stepkd.labels.pair_job import run_pair_job
-    from stepkd.labels.settings import StepPairSpec
+    from stepkd.labels.settings import StepPairConfig
 
     out = unit.folder / f"pairs-{arm.take}{'' if arm.check_step else '-unchecked'}"
-    spec = StepPairSpec(
+    spec = StepPairConfig(
         out=str(out),
         rollouts=str(labels.parent),
         model=str(student),
