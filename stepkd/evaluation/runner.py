@@ -25,7 +25,7 @@ from stepkd.errors import ConfigError
 from stepkd.evaluation.metrics import summarise
 from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.judge import judge
-from stepkd.grading.pool import Grader
+from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
@@ -130,9 +130,8 @@ def evaluate(spec: EvaluationConfig, *, policy: Policy | None = None, options: J
     benchmark = get_benchmark(spec.benchmark)
     sampling = spec.sampling(benchmark)
     given = None if spec.template is None else get_template(spec.template)
-    grader = Grader(
-        extractors=spec.extractors or benchmark.extractors, convention=spec.convention, deadline_s=spec.deadline_s
-    )
+    grading = {name: getattr(spec, name) for name in ("extractors", "convention", "deadline_s")}
+    grader = Grader(GradingConfig(**grading), extractors=benchmark.extractors)
     device = pick_device(spec.device)
     job = Job(Path(spec.out), "evaluation", (RESULTS_NAME, SUMMARY_NAME, COMPARISON_NAME), options)
     job.check()

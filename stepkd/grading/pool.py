@@ -27,17 +27,15 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from multiprocessing.connection import Pipe
-from typing import Any
+from typing import Any, Literal
 
-from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.errors import ConfigError, DataError, StepkdError, check_choice
 from stepkd.grading.extract import DEFAULT_EXTRACTORS, check_extractors, extract_answer, is_linear
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
 
-CONVENTIONS = ("stepkd", "prm800k")
-"""Whose rules decide: this package's, or also those of PRM800K's official grader (:mod:`stepkd.grading.verify`)."""
 _START_LIMIT_S = 120.0
 """A fresh worker imports sympy; on a cold network file system that takes tens of seconds."""
 _START_ATTEMPTS = 3
@@ -52,6 +50,41 @@ _BOOT = (
     "import sys, json; sys.path[:], *arguments = json.loads(sys.argv[1]); "
     "from stepkd.grading.worker import main; main(*arguments)"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingConfig:
+    """How final answers are found and compared.
+
+    Raises:
+        ConfigError: a value out of range, an unknown extractor or convention.
+    """
+
+    extractors: tuple[str, ...] | None = None
+    """How the final answer is found: names that are tried in order (hash, boxed, answer_phrase, latex, last_number or
+    regex:PATTERN), of which one alone is a strict reading; the default is the benchmark's own list, elsewhere all five.
+    """
+    convention: Literal["stepkd", "prm800k"] = "stepkd"
+    """When two answers are equal: by stepkd's rules (the default), or, under prm800k, not where PRM800K's official
+    grader refuses them (2/4 for 1/2, 10/2 for 5)."""
+    deadline_s: float = 2.0
+    """Hard limit on grading one answer, in CPU seconds of a worker and above 0, so that a busy machine changes no
+    verdict (30 times as many seconds of wall clock end an item, too); 2 suffices for all but hostile answers."""
+    workers: int = 2
+    """Number of processes that compare answers, at least 1; few answers need one, so 2 keep up with a sampler."""
+    memory_mb: int = 1024
+    """Cap on a grading process's address space in MiB, at least 192; 1024 ends an answer that would fill the memory."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigError(f"workers is {self.workers}; the grader needs at least 1")
+        if not 0 < self.deadline_s < float("inf"):
+            raise ConfigError(f"deadline_s is {self.deadline_s}; give a positive, finite number of seconds")
+        if self.memory_mb < _MIN_MEMORY_MB:
+            raise ConfigError(f"memory_mb is {self.memory_mb}; math-verify alone needs {_MIN_MEMORY_MB}")
+        check_choice("convention", self.convention, ("stepkd", "prm800k"))
+        if self.extractors is not None:
+            object.__setattr__(self, "extractors", check_extractors(self.extractors))
 
 
 class Verdict(StrEnum):
@@ -141,7 +174,6 @@ class _Worker:
         self.process.returncode = 0  # nothing to reap here
 
 
-@dataclass(kw_only=True, eq=False)
 class Grader:
     """Grades completions against reference answers; a context manager, usable from any thread.
 
@@ -149,33 +181,17 @@ class Grader:
     collection or the end of the interpreter. One call grades at a time; further threads wait. After a fork the child
     starts workers of its own. POSIX only.
 
+    Args:
+        config: the settings; None: the defaults.
+        extractors: how answers are found where the settings do not say it (a benchmark's own).
+
     Raises:
-        ConfigError: a value out of range, an unknown extractor or convention.
+        ConfigError: an unknown extractor.
     """
 
-    workers: int = 2
-    """Number of worker processes, at least 1."""
-    deadline_s: float = 2.0
-    """CPU seconds of a worker per item, so that a busy machine changes no verdict; 30 times as many seconds of wall
-    clock end an item too."""
-    memory_mb: int = 1024
-    """Cap on a worker's address space in MiB, at least 192."""
-    extractors: Sequence[str] = DEFAULT_EXTRACTORS
-    """Names for :func:`stepkd.grading.extract_answer`, tried in order."""
-    convention: str = "stepkd"
-    """``"stepkd"``, or ``"prm800k"`` for what PRM800K's official grader accepts
-    (:func:`stepkd.grading.verify.equivalent`)."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; the grader needs at least 1")
-        if not 0 < self.deadline_s < float("inf"):
-            raise ConfigError(f"deadline_s is {self.deadline_s}; give a positive, finite number of seconds")
-        if self.memory_mb < _MIN_MEMORY_MB:
-            raise ConfigError(f"memory_mb is {self.memory_mb}; math-verify alone needs {_MIN_MEMORY_MB}")
-        if self.convention not in CONVENTIONS:
-            raise ConfigError(f"convention is {self.convention!r}; known: {', '.join(CONVENTIONS)}")
-        self.extractors = check_extractors(self.extractors)
+    def __init__(self, config: GradingConfig | None = None, *, extractors: Sequence[str] = DEFAULT_EXTRACTORS) -> None:
+        self.config = config or GradingConfig()
+        self.extractors = self.config.extractors or check_extractors(extractors)
         self._become_owner()
 
     def _become_owner(self) -> None:
@@ -186,8 +202,7 @@ class Grader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies (spawned ranks, deep copies of a module) carry the settings and start workers of their own.
-        settings = {each.name: getattr(self, each.name) for each in fields(self)}
-        return (functools.partial(Grader, **settings), ())
+        return Grader, (replace(self.config, extractors=self.extractors),)
 
     def __enter__(self) -> Grader:
         return self
@@ -255,13 +270,13 @@ class Grader:
         for index, (request, gold) in enumerate(zip(requests, golds, strict=True)):
             found = request.get("candidate")
             shown = found and found[:MAX_ANSWER_CHARS]
-            quick = quick_verdict(found, gold) if found is not None and self.convention == "stepkd" else None
+            quick = quick_verdict(found, gold) if found is not None and self.config.convention == "stepkd" else None
             if found is None and "text" not in request:
                 grades[index] = Grade(Verdict.UNPARSED, None, gold)
             elif quick is not None:
                 grades[index] = Grade(Verdict.CORRECT if quick else Verdict.WRONG, shown, gold)
             else:  # samples of one problem often agree
-                request |= {"gold": gold, "convention": self.convention}
+                request |= {"gold": gold, "convention": self.config.convention}
                 key = (request["text"] if found is None else found, gold)
                 items.setdefault(key, _Item(request, [], shown)).indices.append(index)
         if items:
@@ -288,7 +303,7 @@ class Grader:
         """Have items checked; returns those whose worker was ended."""
         waiting, lost = deque(items), list[_Item]()
         self._drop([worker for worker in self._pool if worker.process.poll() is not None])
-        count = min(self.workers, len(items))
+        count = min(self.config.workers, len(items))
         with ThreadPoolExecutor(count, thread_name_prefix="grading") as threads:
             going: set[Future[None]] = set()
             try:
@@ -318,7 +333,7 @@ class Grader:
             except IndexError:
                 return
             worker = worker or self._start()
-            reply = worker.ask(item.request, _WALL_FACTOR * self.deadline_s)
+            reply = worker.ask(item.request, _WALL_FACTOR * self.config.deadline_s)
             if reply is None or reply["verdict"] == Verdict.TIMEOUT:
                 lost.append(item)
             else:
@@ -330,7 +345,7 @@ class Grader:
     def _start(self) -> _Worker:
         for _ in range(_START_ATTEMPTS):
             try:
-                worker = _Worker(self.memory_mb, self.deadline_s)
+                worker = _Worker(self.config.memory_mb, self.config.deadline_s)
             except OSError as error:
                 raise StepkdError(f"cannot start a grading worker: {error}") from error
             self._pool.append(worker)
@@ -344,8 +359,8 @@ class Grader:
                 break
             last = f"was not ready after {_START_LIMIT_S:.0f} s" if late else f"had exit code {worker.process.poll()}"
         raise StepkdError(
-            f"no grading worker starts, the last one {last}. Raise memory_mb (now {self.memory_mb}) or check that "
-            f"{sys.executable} can import math_verify, installed with its 'antlr4' extra"
+            f"no grading worker starts, the last one {last}. Raise memory_mb (now {self.config.memory_mb}) or "
+            f"check that {sys.executable} can import math_verify, installed with its 'antlr4' extra"
         )
 
     def _drop(self, workers: Iterable[_Worker]) -> None:

@@ -16,7 +16,7 @@ from stepkd.data.spec import DataConfig, load_rows, parse_spec, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.extract import EXTRACTOR_VERSION
-from stepkd.grading.pool import Grader
+from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.labels.settings import JobConfig, asking
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
@@ -145,7 +145,9 @@ def open_workbench(
     benchmark: Benchmark = asking(data.source, is_task=all(map(is_task_row, rows)))
     model = spec.model or named_model(rows)
     template = None if spec.template is None else get_template(spec.template)
-    grader = Grader(extractors=spec.extractors or benchmark.extractors, deadline_s=spec.deadline_s)
+    grader = Grader(
+        GradingConfig(extractors=spec.extractors, deadline_s=spec.deadline_s), extractors=benchmark.extractors
+    )
     return Workbench(
         spec,
         data,

@@ -10,7 +10,7 @@ from stepkd.data.batching import StepBatch
 from stepkd.errors import check_bounds
 from stepkd.grading.extract import DEFAULT_EXTRACTORS
 from stepkd.grading.judge import judge, rollout_row
-from stepkd.grading.pool import Grader
+from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.policy import Policy
 from stepkd.runs.progress import PhaseTracker
 from stepkd.sampling.sampler import Rollout, SamplingConfig
@@ -70,7 +70,7 @@ class SampledAccuracy:
         self.sampling = spec.sampling(seed)
         self.sampler = TransformersSampler(policy, max_rows=spec.max_rows)
         self.segmenter = get_segmenter(spec.segmenter)
-        self.grader = Grader(extractors=spec.extractors, deadline_s=spec.deadline_s)
+        self.grader = Grader(GradingConfig(extractors=spec.extractors, deadline_s=spec.deadline_s))
 
     def __call__(self, batch: StepBatch, phases: PhaseTracker) -> dict[str, float]:
         """Sums over this rank's problems; ``correct_flawed`` of :func:`~stepkd.steps.labels.tally`."""

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from stepkd.grading.pool import Grader, verdict_counts
+from stepkd.grading.pool import Grader, GradingConfig, verdict_counts
 
 
 def _worker_cpu_s(grader: Grader) -> float:
@@ -30,7 +30,7 @@ def main(items: int = 4000) -> None:
     plain = [(f"She pays {i} * 3 = ${3 * i:,}.00 in all.\n#### {3 * i:,}", str(3 * i + i % 2)) for i in range(items)]
     fractions = [(f"So it is $\\boxed{{\\frac{{{i}}}{{8}}}}$.", f"{(i + i % 2) / 8}") for i in range(1, items + 1)]
     algebra = [(f"\\boxed{{(x+{i})(x-{i % 2})}}", f"x^2+{i - i % 2}x-{i * (i % 2)}") for i in range(items // 4)]
-    with Grader(workers=2) as grader:
+    with Grader(GradingConfig(workers=2)) as grader:
         start = time.perf_counter()
         grader.grade(["\\boxed{\\frac{1}{2}}", "\\boxed{\\frac{1}{4}}"], ["0.5", "0.25"])
         print(f"start of 2 workers: {time.perf_counter() - start:.2f} s")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepkd.grading.extract import extract_answer
-from stepkd.grading.pool import Grader, Verdict, verdict_counts
+from stepkd.grading.pool import Grader, GradingConfig, Verdict, verdict_counts
 from stepkd.grading.reading import Words, read
 from stepkd.grading.verify import same
 
@@ -77,7 +77,7 @@ def test_math500_solutions_yield_their_answers(math_rows: list[dict[str, str]]) 
     """Word for word but for one, which boxes its answer in two spellings joined by "or"."""
     others = [r for r in math_rows if extract_answer(r["solution"], ("boxed",)) != r["answer"]]
     assert len(others) <= 1
-    with Grader(extractors=("boxed",), deadline_s=20) as grader:
+    with Grader(GradingConfig(extractors=("boxed",), deadline_s=20)) as grader:
         assert (
             verdict_counts(grader.grade([r["solution"] for r in others], [r["answer"] for r in others]))["wrong"] == 0
         )
@@ -86,7 +86,7 @@ def test_math500_solutions_yield_their_answers(math_rows: list[dict[str, str]]) 
 def test_math500_answers_in_other_spellings(math_rows: list[dict[str, str]]) -> None:
     answers = [row["answer"] for row in math_rows]
     completions = [f"\\boxed{{ {a.replace('frac', 'dfrac').replace('ddfrac', 'dfrac')} }}" for a in answers]
-    with Grader(extractors=("boxed",), deadline_s=20) as grader:
+    with Grader(GradingConfig(extractors=("boxed",), deadline_s=20)) as grader:
         assert verdict_counts(grader.grade(completions, answers))["correct"] == 500
         # Another problem's answer is wrong (pairs seven apart share no value in this set; every third keeps it short).
         pairs = [(a, b) for a, b in zip(answers, answers[7:] + answers[:7], strict=True) if a != b][::3]

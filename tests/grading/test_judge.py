@@ -9,7 +9,7 @@ import pytest
 
 from stepkd.data.rows import ROLLOUT, validate
 from stepkd.grading.judge import judge, rollout_row, step_labels, vote_keys
-from stepkd.grading.pool import Grader
+from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.spec import tiny_tokenizer
 from stepkd.sampling.sampler import Rollout
 from stepkd.steps.segment import get_segmenter, segment, step_ends
@@ -21,7 +21,7 @@ PROVENANCE = {"sample": 0, "model": "m", "sampling": {"n": 1}, "seed": 0, "segme
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(workers=1) as grader:
+    with Grader(GradingConfig(workers=1)) as grader:
         yield grader
 
 

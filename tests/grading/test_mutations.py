@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepkd.grading.pool import Grader, Verdict
+from stepkd.grading.pool import Grader, GradingConfig, Verdict
 from stepkd.grading.verify import equivalent
 
 NONZERO = st.integers(-30, 30).filter(bool)
@@ -110,7 +110,7 @@ def test_mutated_math500_answers_are_refused(data_dir: Path) -> None:
     lines = (data_dir / "math500" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     golds = sorted({json.loads(line)["answer"] for line in lines})
     cases = [(wrong, gold) for gold in golds for wrong in dict.fromkeys(mutations(gold)) if wrong != gold]
-    with Grader(deadline_s=20) as grader:
+    with Grader(GradingConfig(deadline_s=20)) as grader:
         grades = grader.grade([f"\\boxed{{{wrong}}}" for wrong, _ in cases], [gold for _, gold in cases])
     accepted = [case for case, grade in zip(cases, grades, strict=True) if grade.verdict is not Verdict.WRONG]
     print(f"{len(cases) - len(accepted)} of {len(cases)} refused; not: {accepted}")

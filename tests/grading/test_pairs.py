@@ -9,7 +9,7 @@ from runpy import run_path
 import pytest
 
 from stepkd.data.benchmarks import BENCHMARKS
-from stepkd.grading.pool import Grader, Verdict
+from stepkd.grading.pool import Grader, GradingConfig, Verdict
 
 _TABLES = run_path(str(Path(__file__).with_name("pairs.py")))
 ANSWERS: dict[str, list[tuple[str, str, bool]]] = _TABLES["ANSWERS"]
@@ -18,7 +18,7 @@ TEXTS: dict[str, list[tuple[str, str, bool]]] = _TABLES["TEXTS"]
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(deadline_s=20) as grader:
+    with Grader(GradingConfig(deadline_s=20)) as grader:
         yield grader
 
 
@@ -46,5 +46,5 @@ def test_answers_get_the_verdict_written_beside_them(group: str, grader: Grader)
 @pytest.mark.parametrize("group", TEXTS)
 def test_texts_get_the_verdict_written_beside_them(group: str) -> None:
     extractors = BENCHMARKS["gsm8k" if group == "words" else "math500"].extractors
-    with Grader(deadline_s=20, extractors=extractors) as grader:
+    with Grader(GradingConfig(deadline_s=20, extractors=extractors)) as grader:
         assert _wrong(grader, TEXTS[group], cut=group == "cut") == []

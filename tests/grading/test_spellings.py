@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stepkd.grading.pool import Grader, Verdict
+from stepkd.grading.pool import Grader, GradingConfig, Verdict
 
 _INTEGER = re.compile(r"-?[0-9]+")
 _NUMBER = re.compile(r"-?[0-9.]+|-?\\d?frac *(?:\{[0-9]+\}|[0-9]) *(?:\{[0-9]+\}|[0-9])")
@@ -59,7 +59,7 @@ def golds(data_dir: Path) -> list[str]:
 def test_every_math500_answer_in_each_spelling_is_correct(name: str, golds: list[str]) -> None:
     cases = [(spelled, gold) for gold in golds if (spelled := SPELLINGS[name](gold)) is not None]
     mark = "#### {}" if name == "hash" else "Thus \\boxed{{{}}}."
-    with Grader(deadline_s=20) as grader:
+    with Grader(GradingConfig(deadline_s=20)) as grader:
         grades = grader.grade([mark.format(spelled) for spelled, _ in cases], [gold for _, gold in cases])
     refused = [case for case, grade in zip(cases, grades, strict=True) if grade.verdict is not Verdict.CORRECT]
     print(f"{name}: {len(cases) - len(refused)} of {len(cases)}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.grading.pool import Grader
+from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.labels.labellers import Labeller, Solution, StepLabels
 from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.models.policy import Policy
@@ -62,7 +62,7 @@ def policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def grader() -> Grader:
-    return Grader(extractors=("hash", "last_number"), workers=1)
+    return Grader(GradingConfig(extractors=("hash", "last_number"), workers=1))
 
 
 def some_solutions() -> list[Solution]:
