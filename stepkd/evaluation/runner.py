@@ -186,7 +186,7 @@ def evaluate(spec: EvaluationConfig, *, policy: Policy | None = None, options: J
         return {}
     summary = summarise(results, spec.ks or default_ks(spec.samples), seed=spec.seed)
     summary |= {"benchmark": benchmark.name, "model": spec.model}
-    _warn_of_cut_off(summary["metrics"], sampling.max_new_tokens)
+    _warn_of_cut_off(summary["metrics"], sampling.longest)
     job.finish(RESULTS_NAME, results, summary)
     return summary | {"settings": settings}
 

@@ -145,7 +145,7 @@ class BranchRun:
         shared, apart = [], []
         for prefixes in self.prefixes:
             # A block may be as wide as its longest sequence, which passed this test too.
-            if gaps is not None and prefixes and gaps.allows(prefixes[-1].cut + self.spec.max_new_tokens):
+            if gaps is not None and prefixes and gaps.allows(prefixes[-1].cut + self.spec.longest):
                 shared.append(prefixes)
             else:
                 apart.extend(prefixes)
@@ -271,7 +271,7 @@ def _prefixes(position: int, branch: Branch, spec: SamplingConfig, context: int 
             raise DataError(
                 f"branch {branch.index}: the prefix of {cut} tokens leaves no room in the model's context of {context}"
             )
-        limit = spec.max_new_tokens if context is None else min(spec.max_new_tokens, context - cut)
+        limit = spec.longest if context is None else min(spec.longest, context - cut)
         prefixes.append(_Prefix(position, number, cut, limit))
         before = cut
     return prefixes

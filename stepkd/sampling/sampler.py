@@ -8,6 +8,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from stepkd.errors import ConfigError
 
+DEFAULT_NEW_TOKENS = 512
+"""Longest completion in tokens where neither settings nor a benchmark say."""
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -22,8 +25,9 @@ class SamplingConfig:
     for distillation and policy gradients: it changes the distribution the samples come from."""
     top_k: int = 0
     """Only the k most likely tokens; 0 is off."""
-    max_new_tokens: int = 512
-    """Longest completion in tokens; a completion cut here has finish ``length``."""
+    max_new_tokens: int | None = None
+    """Longest completion in tokens, >= 1; one that is cut there has finish ``length``. Null takes what the benchmark of
+    the data has, and 512 where there is none."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion. Their tokens stay in the ids, their text is cut off."""
     seed: int = 0
@@ -39,10 +43,15 @@ class SamplingConfig:
             raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1]")
         if self.top_k < 0:
             raise ConfigError(f"top_k={self.top_k}: must be 0 (off) or positive")
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         if any(not text for text in self.stop):
             raise ConfigError("an empty stop string would end every completion at once")
+
+    @property
+    def longest(self) -> int:
+        """Longest completion in tokens."""
+        return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def room_for(policy: Policy, prompt: Sequence[int], index: int, spec: SamplingCo
             f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
             "(fewer few-shot examples) or drop the row"
         )
-    return spec.max_new_tokens if context is None else min(spec.max_new_tokens, context - len(prompt))
+    return spec.longest if context is None else min(spec.longest, context - len(prompt))
 
 
 def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Example]:

@@ -288,7 +288,7 @@ class ColocatedSampler(_Sampler):
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                max_completion_length=sampling.max_new_tokens,
+                max_completion_length=sampling.longest,
                 logprobs=0,
                 generation_kwargs={"stop_token_ids": sorted(policy.eos_ids)}
                 | ({"seed": sampling.seed} if sampling.temperature == 0 else {}),
