@@ -126,7 +126,7 @@ def test_the_method_in_the_readme_is_supervised_fine_tuning(tmp_path: Path) -> N
             default_root_dir=tmp_path, enable_model_summary=False,
         )  # fmt: skip
         trainer.fit(module, data)
-        assert module.components == ("ce",)
+        assert module.loss_names == ("ce",)
         assert float(trainer.callback_metrics["train/loss"]) > 0
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*weights)

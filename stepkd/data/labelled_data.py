@@ -159,7 +159,7 @@ class FeedbackData(PreferenceData):
     def check(self, name: str, examples: list[Example]) -> dict[str, int]:
         """Counts of outcomes and steps by label; training data of one class only is refused."""
         counts = feedback_counts(cast(list[FeedbackExample], examples))
-        kinds = ("outcomes", "steps") if "step" in getattr(self._module, "components", ()) else ("outcomes",)
+        kinds = ("outcomes", "steps") if "step" in getattr(self._module, "loss_names", ()) else ("outcomes",)
         for kind in kinds:
             right, wrong = counts[f"right_{kind}"], counts[f"wrong_{kind}"]
             if name == "train" and right + wrong and not (right and wrong) and not self.allow_one_class:

@@ -24,7 +24,14 @@ class LossTerms:
     """Metric name -> detached (sum, count) pair, added over micro-batches and ranks, then divided for logging."""
     loss: Tensor | None = None
     """The components' sum, each times its :func:`component_scales`, where the loss function made it itself to take
-    gradients in the forward pass; the sums are detached then, for the log. None: :func:`reduce` makes it of them."""
+    gradients in the forward pass; the sums are detached then, for the log. None: :meth:`scaled` makes it of them."""
+
+    def scaled(self, scales: Mapping[str, float]) -> Tensor:
+        """The loss: ``loss`` where the loss function made it, else the sums, each times its scale."""
+        if self.loss is not None:
+            return self.loss
+        first, *others = (value * scales[name] for name, value in self.sums.items())
+        return sum(others, first)
 
 
 def component_scales(
@@ -78,14 +85,10 @@ def reduce(
     if not sums:
         raise ValueError("a loss needs at least one component")
     scales = component_scales(sums, denominators, weights, world_size)
-    total: Tensor | None = None
     for name, value in sums.items():
         if value.dim() != 0:
             raise ValueError(f"loss component {name!r} has shape {tuple(value.shape)}: must be a scalar sum")
-        term = value * scales[name]
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+    return LossTerms(dict(sums)).scaled(scales)
 
 
 def segment_sum(values_N: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:

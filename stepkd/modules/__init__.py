@@ -8,6 +8,7 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "base": "Prepared StepModule",
+    "components": "Component CrossEntropy ForwardPass",
     "dpo": "DPOModule",
     "fidelity": "FidelityConfig",
     "gkd": "GKDModule",

@@ -1,8 +1,8 @@
 """StepModule: the optimiser step that every method shares.
 
-A method says what to train on (:meth:`StepModule.prepare`) and what its loss is (:meth:`StepModule.loss_terms`); this
-class runs micro-batches, normalises over the whole step and all ranks, clips, steps, logs and validates. One loader
-batch is one optimiser step (or several, for on-policy methods that prepare more than one).
+A method says what to train on (:meth:`StepModule.prepare`) and has a list of losses (:attr:`StepModule.components`);
+this class runs micro-batches, normalises over the whole step and all ranks, clips, steps, logs and validates. One
+loader batch is one optimiser step (or several, for on-policy methods that prepare more than one).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from stepkd.data.encode import Example
 from stepkd.data.labelled_data import PreferenceData
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
-from stepkd.losses import LossTerms, component_scales, reduce
+from stepkd.losses import LossTerms, component_scales
 from stepkd.models.adapter import LOW_PRECISION
+from stepkd.modules.components import Component, ForwardPass, counts_of, names_of, terms_of
 from stepkd.modules.distributed import all_reduce, check_micro_batches, gradient_sync, union
 from stepkd.modules.optim import build_optimizer, build_schedule, put_back
 from stepkd.modules.policy_module import PolicyModule
@@ -47,21 +48,21 @@ class Prepared:
     micro_batches: list[MicroBatch]
     """Micro-batches, largest first."""
     denominators: dict[str, float]
-    """Per loss component, this rank's count over all micro-batches; reduced over ranks before the first backward."""
+    """Per named sum of the loss, this rank's count over all micro-batches; reduced over ranks before the first
+    backward."""
 
 
 class StepModule(PolicyModule):
     """Base of all methods.
 
-    A method defines :meth:`count` and :meth:`loss_terms`. Every component must reach every trainable parameter, because
-    DDP waits for all of them. ``count`` names the same components, and ``loss_terms`` the same metrics (with count 0
-    where one does not apply), for every micro-batch, because ranks add them up name by name.
+    A method has :attr:`components`, set where it is made; it may define :meth:`prepare`, and what else stands below.
 
     Arguments are those of :class:`~stepkd.modules.policy_module.PolicyModule`.
     """
 
-    components: tuple[str, ...] = ()
-    """Names of the loss components, the same on every rank; empty: what ``count`` names."""
+    components: Sequence[Component] = ()
+    """The losses, added up after each was divided by its count and weighed by ``loss_weights``; the same on every
+    rank."""
     steps_per_batch = 1
     """Optimiser steps that one loader batch serves (more than 1 for on-policy methods with inner steps)."""
     shown: tuple[str, ...] = ("train/loss",)
@@ -105,22 +106,8 @@ class StepModule(PolicyModule):
         """What a rank computes, with weight zero, when others have more micro-batches than it."""
         return self._collate([batch.filler], is_filler=True)
 
-    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
-        """How many items each loss component sums over in this micro-batch: its part of the denominators."""
-        raise NotImplementedError(f"{type(self).__name__} must define count()")
-
-    def name_components(self, batch: StepBatch) -> None:
-        """Where the method does not name its components, take those that :meth:`count` names for any micro-batch."""
-        if not self.components:
-            self.components = tuple(self.count(self.make_filler(batch)))
-            self._check_weights()
-
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
-        """Named sums and metrics of one micro-batch."""
-        raise NotImplementedError(f"{type(self).__name__} must define loss_terms()")
-
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """Further values to log, from the means of ``loss_terms``' metrics (differences of means, for example)."""
+        """Further values to log, from the means of the components' metrics (differences of means, for example)."""
         return {}
 
     def after_step(self) -> None:
@@ -139,6 +126,25 @@ class StepModule(PolicyModule):
         spec = getattr(data, "specs", {}).get("validation")
         name = "" if self.template is None else template_name(self.template)
         return next_evaluation(None if isinstance(data, PreferenceData) else spec, name, steps=steps)
+
+    # ---- losses ----------------------------------------------------------------------------------------------------
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Names of all sums of the components, in order."""
+        return names_of(self.components)
+
+    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+        """What the components count in a micro-batch: its part of the denominators."""
+        return counts_of(self.components, micro_batch)
+
+    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+        """Named sums and metrics of all components, from one forward pass of the policy."""
+        return terms_of(self.components, self.forward_pass(micro_batch))
+
+    def forward_pass(self, micro_batch: MicroBatch) -> ForwardPass:
+        """What the components share of a micro-batch; nothing is computed yet."""
+        return ForwardPass(self.model, micro_batch, self.chunk_size, self.loss_scales if self.training else {})
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -201,8 +207,11 @@ class StepModule(PolicyModule):
         )
 
     def _check_weights(self) -> None:
-        if self.components and (unknown := sorted(set(self.loss_weights) - set(self.components))):
-            raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(self.components)}")
+        names = self.loss_names
+        if unknown := sorted(set(self.loss_weights) - set(names)):
+            raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(names)}")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"the loss has the components {list(names)}: each name once")
 
     def on_train_start(self) -> None:
         """Start or restore the weight average (the checkpoint is loaded by now); settings win over the checkpoint."""
@@ -217,7 +226,6 @@ class StepModule(PolicyModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Run the optimiser steps of one loader batch."""
-        self.name_components(batch)
         self.model.train()
         steps = 0
         for prepared in self._prepared(batch):
@@ -239,7 +247,7 @@ class StepModule(PolicyModule):
     def _optimizer_step(self, prepared: Prepared, filler: MicroBatch, *, begins: bool) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
         torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
-        mine = {name: prepared.denominators.get(name, 0.0) for name in self.components}
+        mine = {name: prepared.denominators.get(name, 0.0) for name in self.loss_names}
         counts = all_reduce({**mine, "": float(bool(STOP_REQUEST))}, self.device)
         if counts.pop("") and begins:  # later steps of a batch are taken: a batch is done whole or not at all
             raise Preempted(f"asked to stop by {STOP_REQUEST.name or 'a signal to another rank'}")
@@ -252,7 +260,7 @@ class StepModule(PolicyModule):
                 "at max_length and at the rows' solutions"
             )
         self._skipped = 0
-        self.loss_scales = component_scales(self.components, counts, self.loss_weights, self.trainer.world_size)
+        self.loss_scales = component_scales(self.loss_names, counts, self.loss_weights, self.trainer.world_size)
         longest = int(all_reduce({"n": float(len(prepared.micro_batches))}, self.device, op="max")["n"])
         check_micro_batches(self.trainer.strategy, longest)
         padded = prepared.micro_batches + [filler] * (longest - len(prepared.micro_batches))
@@ -262,7 +270,7 @@ class StepModule(PolicyModule):
         with self.phases.phase("micro-batch", total=longest):
             for i, micro_batch in enumerate(padded):
                 with gradient_sync(self.trainer.strategy.model, enabled=i + 1 == longest):
-                    loss, terms = self.model(self._micro_loss, micro_batch.to(self.device), counts)
+                    loss, terms = self.model(self._micro_loss, micro_batch.to(self.device))
                     self.manual_backward(loss)
                 losses.append(loss.detach())
                 if not micro_batch.is_filler:
@@ -286,16 +294,13 @@ class StepModule(PolicyModule):
         if self._skipped >= MOST_SKIPPED:
             raise TrainingError(
                 f"step {self.global_step}: {self._skipped} batches in a row had nothing to learn from ("
-                f"{', '.join(self.components)} all 0); look at what the method counts, and at the data"
+                f"{', '.join(self.loss_names)} all 0); look at what the method counts, and at the data"
             )
 
-    def _micro_loss(self, micro_batch: MicroBatch, counts: Mapping[str, float]) -> tuple[Tensor, LossTerms]:
+    def _micro_loss(self, micro_batch: MicroBatch) -> tuple[Tensor, LossTerms]:
         """Within one forward pass of the policy, which gathers what a strategy has cut up."""
         terms = self.loss_terms(micro_batch)
-        if terms.loss is not None:
-            return terms.loss * (0.0 if micro_batch.is_filler else 1.0), terms
-        sums = {name: value * 0.0 for name, value in terms.sums.items()} if micro_batch.is_filler else terms.sums
-        return reduce(sums, counts, weights=self.loss_weights, world_size=self.trainer.world_size), terms
+        return terms.scaled(self.loss_scales) * (0.0 if micro_batch.is_filler else 1.0), terms
 
     def _clip(self) -> float:
         parameters = [p for _, p in self.model.trainable_parameters()]
@@ -349,7 +354,6 @@ class StepModule(PolicyModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sums of this rank's share; a rank without examples adds nothing."""
-        self.name_components(batch)
         with self._averaged():
             prepared = self.prepare_evaluation(batch)
             for name, count in prepared.denominators.items():
@@ -381,18 +385,18 @@ class StepModule(PolicyModule):
 
     def _log_evaluation(self, prefix: str) -> None:
         # Metric names are known only to ranks that had a batch; everything else has fixed names.
-        fixed = [f"{part}/{name}" for name in self.components for part in ("sum", "count")]
+        fixed = [f"{part}/{name}" for name in self.loss_names for part in ("sum", "count")]
         fixed += [f"sampled/{name}" for name in SampledAccuracy.NAMES]
         totals = all_reduce({name: self._sums.get(name, 0.0) for name in fixed}, self.device)
         values = {
             f"{prefix}/{name}": totals[f"sum/{name}"] / totals[f"count/{name}"]
-            for name in self.components
+            for name in self.loss_names
             if totals[f"count/{name}"]
         }
         if values:
             weights = self.loss_weights
             values[f"{prefix}/loss"] = sum(
-                weights.get(name, 1.0) * values.get(f"{prefix}/{name}", 0.0) for name in self.components
+                weights.get(name, 1.0) * values.get(f"{prefix}/{name}", 0.0) for name in self.loss_names
             )
         means = self.evaluation_metrics(self._metric_totals())
         values |= {f"{prefix}/{name}": value for name, value in (means | self.derived_metrics(means)).items()}

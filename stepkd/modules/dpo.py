@@ -37,7 +37,7 @@ class DPOModule(PreferenceModule):
         **settings: ``packing``, ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.
     """
 
-    components = ("dpo",)
+    loss_names = ("dpo",)
     feedback = "pairs"
 
     def __init__(

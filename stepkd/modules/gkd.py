@@ -137,7 +137,7 @@ class GKDModule(TaughtModule):
             :class:`~stepkd.modules.base.StepModule`.
     """
 
-    components = ("kd",)
+    loss_names = ("kd",)
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class KDRLModule(TaughtModule):
             :class:`~stepkd.modules.base.StepModule`.
     """
 
-    components = ("pg", "kd")
+    loss_names = ("pg", "kd")
     shown = ("train/reward", "train/length")
     skip_empty_steps = True
     prepares_with_model = True

@@ -199,7 +199,7 @@ class KTOModule(PreferenceModule):
         **settings: ``packing``, ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.
     """
 
-    components: tuple[str, ...] = ("outcome",)
+    loss_names: tuple[str, ...] = ("outcome",)
     feedback = "right and wrong completions"
 
     def __init__(
@@ -314,7 +314,7 @@ class StepKTOModule(KTOModule):
         **settings: as for :class:`KTOModule`.
     """
 
-    components = ("outcome", "step")
+    loss_names = ("outcome", "step")
 
     def __init__(
         self,

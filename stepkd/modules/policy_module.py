@@ -28,6 +28,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.sharding import WeightAverage, shard
 from stepkd.models.source import trained_template
 from stepkd.models.spec import PolicyConfig, spec_to_dict
+from stepkd.modules.components import ForwardPass
 from stepkd.modules.distributed import check_strategy, clip_in_engine
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.validation import ValidationConfig
@@ -194,8 +195,7 @@ class PolicyModule(LightningModule):
 
     def needed_hidden(self, micro_batch: MicroBatch) -> Tensor:
         """Hidden states (N, H) that predict the micro-batch's targets."""
-        hidden_BTH = self.model.hidden(micro_batch.input_ids_BT, micro_batch.attention_mask_BT)
-        return hidden_BTH.flatten(0, 1)[micro_batch.needed_N]
+        return ForwardPass(self.model, micro_batch).hidden_NH
 
     def check_data_fits(self, name: str, context: int | None) -> None:
         """Refuse data that is longer than a model's context (None: unlimited)."""

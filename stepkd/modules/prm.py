@@ -34,7 +34,7 @@ class PRMModule(StepModule):
         **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
-    components: tuple[str, ...] = ("prm",)
+    loss_names: tuple[str, ...] = ("prm",)
     scores_steps = True
     labels_give_accuracy = True
 
@@ -62,7 +62,7 @@ class PRMModule(StepModule):
         self.class_weights = class_weights
         self._ids: StepHeadIds | None = None
         if lm_weight:
-            self.components = ("prm", "lm")
+            self.loss_names = ("prm", "lm")
             self.loss_weights.setdefault("lm", lm_weight)
 
     @property
@@ -80,7 +80,7 @@ class PRMModule(StepModule):
         """The sum of the labelled steps' weights, and the solutions' tokens when they are trained on too."""
         batch = cast(LabelledBatch, micro_batch)
         counts = {"prm": float(step_weights(batch.targets_LC, self.class_weights).sum())}
-        return counts if "lm" not in self.components else counts | {"lm": float(self._own_tokens(batch).sum())}
+        return counts if "lm" not in self.loss_names else counts | {"lm": float(self._own_tokens(batch).sum())}
 
     def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
         """Cross-entropy of the labelled steps, with accuracies by class."""
@@ -89,7 +89,7 @@ class PRMModule(StepModule):
         head = self.model.require_step_head()
         logps_LC = head.logps(hidden_NH[batch.read_L], self.model.head, chunk_size=self.chunk_size)
         terms = step_cross_entropy(logps_LC, batch.targets_LC.to(logps_LC), class_weights=self.class_weights)
-        if "lm" in self.components:
+        if "lm" in self.loss_names:
             own_N = self._own_tokens(batch)
             language = cross_entropy(
                 self.model.head, hidden_NH[batch.needed_N[own_N]], batch.targets_N[own_N], chunk_size=self.chunk_size

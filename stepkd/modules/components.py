@@ -1,0 +1,144 @@
+"""Components: a method's losses, each with its count and its terms side by side, on one shared forward pass.
+
+Axes: B rows, T padded length, N targets, H hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from torch import Tensor
+
+from stepkd.data.collate import MicroBatch, PackedBatch
+from stepkd.losses import DEFAULT_CHUNK, LossTerms, VocabHead, cross_entropy, token_logps
+from stepkd.models.policy import Policy
+
+
+class ForwardPass:
+    """One micro-batch under a policy: everything here is computed when a component first asks, and once for all.
+
+    Args:
+        policy: the model; in training the one that is trained, so that gradients flow through all of this.
+        batch: on the policy's device.
+        chunk_size: positions whose logits exist at the same time; a component hands it to its loss function.
+        scales: factor of every sum in the loss of this optimiser step
+            (:func:`~stepkd.losses.reduce.component_scales`), for a loss that takes its gradients in the forward pass;
+            empty outside training.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        batch: MicroBatch,
+        chunk_size: int = DEFAULT_CHUNK,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.batch = batch
+        self.chunk_size = chunk_size
+        self.scales = scales or {}
+
+    @property
+    def head(self) -> VocabHead:
+        """The policy's head, hidden states to logits."""
+        return self.policy.head
+
+    @cached_property
+    def hidden_BTH(self) -> Tensor:
+        """Last hidden states of all positions; those of padding are arbitrary."""
+        batch = self.batch
+        if not isinstance(batch, PackedBatch):
+            return self.policy.hidden(batch.input_ids_BT, batch.attention_mask_BT)
+        return self.policy.hidden(
+            batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT, segments_BT=batch.segments_BT
+        )
+
+    def hidden_at(self, places: Tensor) -> Tensor:
+        """Hidden states (places, H) at positions of the flattened (B * T) axis."""
+        return self.hidden_BTH.flatten(0, 1)[places]
+
+    @cached_property
+    def hidden_NH(self) -> Tensor:
+        """Hidden states that predict the targets."""
+        return self.hidden_at(self.batch.needed_N)
+
+    @cached_property
+    def logps_N(self) -> Tensor:
+        """Log-probability of every target, in float32 or float64."""
+        return token_logps(self.head, self.hidden_NH, self.batch.targets_N, chunk_size=self.chunk_size)
+
+    @cached_property
+    def logratios_N(self) -> Tensor:
+        """``log pi - log ref`` of every target; the batch has its log-probabilities under the reference."""
+        assert isinstance(self.batch, PackedBatch)
+        assert self.batch.reference_N is not None, "prepare() adds the reference"
+        return self.logps_N - self.batch.reference_N.to(self.logps_N)
+
+
+class Component(ABC):
+    """One loss of a method: named sums over a micro-batch's items, and how many items each is over.
+
+    A method's ``components`` are a list of these (:class:`~stepkd.modules.base.StepModule`), so a loss beside another
+    is one more entry. They share one :class:`ForwardPass`. Nobody divides: the base counts over all micro-batches and
+    ranks, divides, weighs by ``loss_weights`` and adds up. A component may hold what it needs, be it settings, a
+    teacher or a schedule; what a batch must be prepared for is the module's work.
+
+    Together the components of a method must reach every trainable parameter in every micro-batch, because DDP waits for
+    all of them. ``terms`` gives the same sums and metrics for every micro-batch (a metric with count 0 where it does
+    not apply), because ranks add them up name by name. It is called for dummy batches too; their gradient counts zero.
+    """
+
+    names: tuple[str, ...]
+    """Names of its sums, different from those of all other components of a method: most have one. Several sums are for
+    a loss whose one pass over the logits, or whose one loss function, gives them all."""
+
+    @abstractmethod
+    def count(self, batch: MicroBatch) -> dict[str, float]:
+        """How many items each sum is over in this micro-batch, >= 0: its part of the denominators, on the CPU."""
+
+    @abstractmethod
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """The sums, not divided, and metrics of one micro-batch.
+
+        A loss of several sums that takes its gradients in the forward pass gives ``LossTerms.loss`` too: the sums, each
+        times its ``forward.scales``.
+        """
+
+
+class CrossEntropy(Component):
+    """Next-token cross-entropy on the targets, every token weighing the same."""
+
+    names = ("ce",)
+
+    def count(self, batch: MicroBatch) -> dict[str, float]:
+        """Targets."""
+        return {"ce": float(batch.targets_N.numel())}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """``ce``: summed negative log-likelihood of the targets (nats)."""
+        return cross_entropy(forward.head, forward.hidden_NH, forward.batch.targets_N, chunk_size=forward.chunk_size)
+
+
+def names_of(components: Sequence[Component]) -> tuple[str, ...]:
+    """Names of all sums of a method, in order."""
+    return tuple(name for component in components for name in component.names)
+
+
+def counts_of(components: Sequence[Component], batch: MicroBatch) -> dict[str, float]:
+    """What all components count in a micro-batch."""
+    return {name: count for component in components for name, count in component.count(batch).items()}
+
+
+def terms_of(components: Sequence[Component], forward: ForwardPass) -> LossTerms:
+    """Sums and metrics of all components; with their loss, where one of them made its own."""
+    found = [component.terms(forward) for component in components]
+    together = LossTerms({}, {})
+    for terms in found:
+        assert not together.sums.keys() & terms.sums.keys(), "two components of one name"
+        together.sums |= terms.sums
+        together.metrics |= terms.metrics
+    if any(terms.loss is not None for terms in found) and forward.scales:
+        together.loss = sum((terms.scaled(forward.scales) for terms in found[1:]), found[0].scaled(forward.scales))
+    return together
