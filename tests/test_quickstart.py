@@ -37,12 +37,12 @@ def test_summary_has_every_stage(folder: Path) -> None:
 def test_every_model_knows_its_prompt_template(folder: Path) -> None:
     from stepkd.data.templates import get_template
     from stepkd.models.source import trained_template
-    from stepkd.scorers.load import ScorerOptions, load_scorer
+    from stepkd.scorers.load import load_scorer
 
     models = sorted(folder.glob("*/model"))
     assert len(models) == 6
     assert all(trained_template(model) == get_template("task") for model in models)
-    load_scorer(str(folder / "prm" / "model"), ScorerOptions(device="cpu"))  # it had to be told
+    load_scorer(str(folder / "prm" / "model"), device="cpu")  # it had to be told
 
 
 def test_summary_can_be_recomputed_from_the_rows(folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from stepkd.cli.options import (
     add_scorer_arguments,
     say_share_is_done,
-    scorer_values,
+    scorer_from,
     start_job,
 )
 from stepkd.errors import ConfigError
@@ -32,13 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_process(arguments: argparse.Namespace) -> int:
     """``stepkd evaluate --benchmark processbench``."""
     from stepkd.evaluation.process_runner import SOLUTIONS, ProcessConfig, evaluate_process
-    from stepkd.scorers.load import ScorerOptions, load_scorer
     from stepkd.yaml_files import settings_from
 
     console, launch, job = start_job(arguments, {SOLUTIONS: "scoring"})
     spec = settings_from(ProcessConfig, vars(arguments) | {"batch_size": arguments.max_rows})
-    options = settings_from(ScorerOptions, scorer_values(arguments))
-    summary = evaluate_process(spec, lambda: load_scorer(spec.model, options), options=job)
+    scorer = scorer_from(arguments)
+    summary = evaluate_process(
+        spec, lambda: scorer.build(device=arguments.device, max_rows=spec.batch_size), options=job
+    )
     if not summary:
         return say_share_is_done(console, launch, "results")
     print_process(console, summary)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from stepkd.errors import ConfigError
 
 if TYPE_CHECKING:
     from stepkd.runs.job import JobOptions
     from stepkd.runs.launcher import LaunchInfo
+    from stepkd.scorers.load import ScorerConfig
 
 TEMPLATE_HELP = "gsm8k, math, plain, task, or a YAML file; default: the one the model was trained with, else the data's"
 """Help of ``--template``."""
@@ -59,7 +63,7 @@ def say_share_is_done(console: Any, launch: LaunchInfo, what: str) -> int:
 
 
 def add_scorer_arguments(group: Any) -> None:
-    """Arguments that :func:`scorer_values` reads; ``--template`` and the machine's are the command's own."""
+    """Arguments that :func:`scorer_from` reads; ``--template`` and the machine's are the command's own."""
     group.add_argument("--temperature-from", metavar="FILE", help="scale the scores with a fitted temperature")
     group.add_argument("--head", metavar="JSON", help="how a plain model scores steps, as in step_head.json")
     group.add_argument("--reference", action="store_true", help="show the gold solution to a judge")
@@ -69,17 +73,22 @@ def add_scorer_arguments(group: Any) -> None:
     group.add_argument("--separator", help="separator a TRL model was trained with (default: newline)")
 
 
-def scorer_values(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Values of a command line as the fields of :class:`~stepkd.scorers.ScorerOptions` that have their names."""
-    from stepkd.scorers.calibration import TemperatureScaling
-    from stepkd.scorers.load import parse_head
+def scorer_from(arguments: argparse.Namespace) -> ScorerConfig:
+    """The scorer that a command line describes."""
+    from stepkd.scorers.load import with_settings
 
-    scaling = arguments.temperature_from
-    read = {
-        "head": parse_head(arguments.head) if arguments.head else None,
-        "temperature": TemperatureScaling.load(scaling) if scaling else None,
-    }
-    return vars(arguments) | read
+    try:
+        head = json.loads(arguments.head or "null")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the head setting is not JSON ({error}): {arguments.head!r}") from None
+    same = ("template", "reference", "answers", "separator", "dtype", "attention")
+    return with_settings(
+        arguments.model,
+        head=head,
+        temperature=arguments.temperature_from,
+        max_length=getattr(arguments, "max_length", None),
+        **{name: getattr(arguments, name) for name in same},
+    )
 
 
 def given_options(arguments: argparse.Namespace, parser: argparse.ArgumentParser, names: tuple[str, ...]) -> list[str]:

@@ -22,7 +22,7 @@ from stepkd.cli.options import (
     add_model_arguments,
     add_scorer_arguments,
     say_share_is_done,
-    scorer_values,
+    scorer_from,
     start_job,
 )
 from stepkd.errors import check_choice
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         "reduction": None if arguments.reduction == "auto" else arguments.reduction,
         "fit_on": arguments.fit_temperature,
     }
-    job = settings_from(ScoreJob, scorer_values(arguments) | given)
+    job = settings_from(ScoreJob, vars(arguments) | {"model": scorer_from(arguments)} | given)
     summary = score_file(job, options=options)
     if not summary:
         return say_share_is_done(console, launch, "scored rows")

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from stepkd.runs.job import (
     read_settings,
 )
 from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
-from stepkd.scorers.load import ScorerOptions, load_scorer
+from stepkd.scorers.load import ScorerConfig, load_scorer
 from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (
     Reduction,
@@ -56,7 +56,7 @@ _TEMPERATURE_NAME = "temperature.json"
 class ScoreJob:
     """One file to score."""
 
-    model: str
+    model: ScorerConfig | str
     """Scorer, as for :func:`stepkd.scorers.load.load_scorer`."""
     rollouts: str
     """File or data settings of the rows."""
@@ -69,15 +69,17 @@ class ScoreJob:
     segmenter: str | None = None
     """Cuts solutions that come as one text; None: ``newline``. Steps that a row has, or a segmenter that it names, stay
     as they are."""
-    options: ScorerOptions = field(default_factory=ScorerOptions)
-    """How the scorer runs."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one."""
+    max_rows: int = 32
+    """Solutions read at once; part of the settings, because batch shapes decide rounding."""
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".jsonl":
             raise ConfigError(f"--out {self.out}: scored rows are JSON Lines, let the name end in .jsonl")
         if self.segmenter is not None:
             check_choice("segmenter", self.segmenter, SEGMENTERS)
-        if self.fit_on is not None and self.options.temperature is not None:
+        if self.fit_on is not None and getattr(self.model, "temperature", None) is not None:
             raise ConfigError("a fitted temperature and rows to fit one on contradict each other: give one of them")
 
     @property
@@ -114,11 +116,11 @@ def score_file(job: ScoreJob, *, scorer: StepScorer | None = None, options: JobO
     labelled = None if job.fit_on is None else load_rows(parse_spec(job.fit_on))
     if labelled is not None and fingerprint(labelled) == fingerprint(rows):
         raise ConfigError("the rows to fit a temperature on are the rows to score: give held-out ones")
-    scorer = load_scorer(job.model, job.options) if scorer is None else scorer
+    scorer = load_scorer(job.model, device=job.device, max_rows=job.max_rows) if scorer is None else scorer
     reduction = job.reduction or default_reduction(scorer.meaning)
     settings = {
         "kind": KIND,
-        **scorer_settings(scorer, job.options.max_rows),
+        **scorer_settings(scorer, job.max_rows),
         "reduction": reduction,
         "rows": fingerprint(rows),
         "temperature_fitted_on": None if labelled is None else fingerprint(labelled),
@@ -129,8 +131,8 @@ def score_file(job: ScoreJob, *, scorer: StepScorer | None = None, options: JobO
     if options.world_size == 1 and not (job.work / PARTS).exists():
         shutil.rmtree(job.work, ignore_errors=True)  # nothing is done: mended rows or a smaller batch are not refused
     settings = work.begin(settings)
-    temperature = job.options.temperature
-    units = numbered(_blocks(rows, job.options.max_rows))
+    temperature = getattr(scorer, "temperature", None)
+    units = numbered(_blocks(rows, job.max_rows))
     if labelled is not None:
         fit = {"fit": labelled}
         work.work(TEMPERATURE, fit, lambda given: [asdict(fit_temperature(*labelled_scores(scorer, given)))])

@@ -23,7 +23,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.files import write_json
 from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
-from stepkd.scorers.load import ScorerOptions, load_scorer, pick_device
+from stepkd.scorers.load import load_scorer, pick_device, with_settings
 from stepkd.scorers.scorer import StepScorer
 from stepkd.tasks.rows import is_task_row
 
@@ -163,8 +163,8 @@ def open_workbench(
 
 
 def load_judge(spec: JobConfig, word: str, **asked: Any) -> StepScorer:
-    """The step scorer of a word, computing as the job does; ``asked`` are further :class:`ScorerOptions`."""
-    return load_scorer(word, ScorerOptions(dtype=spec.dtype, device=spec.device, max_rows=spec.max_rows, **asked))
+    """The step scorer of a word, computing as the job does; ``asked`` are further settings of its class."""
+    return load_scorer(with_settings(word, dtype=spec.dtype, **asked), device=spec.device, max_rows=spec.max_rows)
 
 
 def _check_solutions(rows: Sequence[Row], place: str) -> None:

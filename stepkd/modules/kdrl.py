@@ -32,7 +32,6 @@ from stepkd.modules.rewards import GivenReward, RewardConfig, Rewards
 from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
 from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig, SampleLogConfig, StepCreditConfig
 from stepkd.modules.step_scores import load_step_scorer
-from stepkd.scorers.load import ScorerOptions
 from stepkd.teachers.local import LocalTeacher, TeacherConfig
 from stepkd.teachers.signals import Signals
 
@@ -131,8 +130,7 @@ class KDRLModule(TaughtModule):
         self._groups = GroupSampler(self.rollout, self.model, rewards, self.phases, self.seed)
         scorer = None
         if self.step_credit is not None:
-            options = ScorerOptions(device=str(self.device))
-            scorer = load_step_scorer(self.step_credit.scorer, "step_credit.scorer", options)
+            scorer = load_step_scorer(self.step_credit.scorer, "step_credit.scorer", device=str(self.device))
         self._weigher = Weigher(
             self.rollout,
             self.policy_loss,

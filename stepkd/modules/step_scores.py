@@ -16,7 +16,7 @@ from torch import Tensor
 from stepkd.data.collate import MicroBatch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.scorers.load import ScorerOptions, load_scorer
+from stepkd.scorers.load import ScorerConfig, load_scorer, with_settings
 from stepkd.scorers.scorer import Solutions, StepScorer
 from stepkd.steps.labels import check_threshold, passes
 from stepkd.steps.text import text_from_ids
@@ -32,19 +32,19 @@ def step_texts(tokenizer: Any, example: Example) -> list[str]:
 
 
 def load_step_scorer(
-    text: str, setting: str, options: ScorerOptions | None = None, *, scorer: StepScorer | None = None
+    text: ScorerConfig | str, setting: str, *, device: str = "auto", scorer: StepScorer | None = None
 ) -> StepScorer:
     """Load a scorer that knows of steps.
 
     Args:
-        text, options: as for :func:`stepkd.scorers.load_scorer`.
+        text, device: as for :func:`stepkd.scorers.load_scorer`.
         setting: where the recipe names it.
         scorer: an already loaded one, to be checked only.
 
     Raises:
         ConfigError, ModelError: no such scorer, or one that scores whole solutions only.
     """
-    loaded = scorer or load_scorer(text, options)
+    loaded = scorer or load_scorer(text, device=device)
     if loaded.meaning == "outcome":
         raise ConfigError(f"{setting}={text} scores whole solutions and knows nothing of steps")
     return loaded
@@ -122,8 +122,8 @@ class Focus:
 
     def __init__(self, spec: FocusConfig, device: str = "auto", *, scorer: StepScorer | None = None) -> None:
         self.spec = spec
-        options = ScorerOptions(template=spec.template, device=device)
-        self.scorer = load_step_scorer(spec.scorer, "focus.scorer", options, scorer=scorer)
+        named = spec.scorer if scorer is not None else with_settings(spec.scorer, template=spec.template)
+        self.scorer = load_step_scorer(named, "focus.scorer", device=device, scorer=scorer)
 
     def __call__(self, tokenizer: Any, examples: Sequence[Example]) -> list[Example]:
         """The examples with a weight for each of their steps.

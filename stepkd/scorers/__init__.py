@@ -12,9 +12,8 @@ from stepkd.lazy import lazily
 _HOMES = {
     "calibration": "TemperatureScaling fit_temperature",
     "judge": "PromptedJudge",
-    "load": "ScorerOptions load_scorer",
+    "load": ("Arithmetic Checker Gain Judge MathShepherdPRM PRM QwenPRM ScorerConfig TRLPRM load_scorer scorer_of "),
     "prm": "PRMScorer",
-    "published": "load_published",
     "rules": "ArithmeticScorer CheckerScorer GainScorer",
     "scorer": (
         "Meaning Reduction Solutions StepScorer default_reduction reduce_scores reduce_solutions score_one score_rows "

@@ -1,137 +1,279 @@
-"""A scorer from one command-line word."""
+"""Step scorers as settings: a class for each kind, with only its own settings, or one word that stands for it."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, nearest
-from stepkd.models.checkpoint import find_checkpoint, load_trained
-from stepkd.models.source import trained_template
-from stepkd.models.step_head import StepHeadConfig, step_head_from_dict
 from stepkd.runs.launcher import LaunchInfo
 from stepkd.scorers.calibration import TemperatureScaling
-from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
-from stepkd.scorers.prm import PRMScorer
-from stepkd.scorers.published import PublishedKind, load_published, recognise
-from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer
 from stepkd.scorers.scorer import StepScorer
 
-ScorerKind = Literal["prm", "judge", "checker", "arithmetic", "gain", "math-shepherd", "qwen-prm", "trl"]
-"""Kinds of scorers by the word before the colon: a reward model of stepkd (run folder, checkpoint, export, or a plain
-model with a head setting); any language model, asked whether each step is correct; the exact checker of the tiny world;
-the sums that a step writes out, done again, everything else passes; what of the row's solution a step adds, less what
-it says again; published models with the layout of math-shepherd-mistral-7b-prm, of Qwen2.5-Math-PRM, and token
-classification models trained by TRL's PRMTrainer."""
-_WITHOUT_MODEL: dict[str, Callable[[], StepScorer]] = {
-    "checker": CheckerScorer,
-    "arithmetic": ArithmeticScorer,
-    "gain": GainScorer,
-}
-"""Scorers that stand alone, without a model."""
+if TYPE_CHECKING:
+    import torch
 
 
-@dataclasses.dataclass(frozen=True)
-class ScorerOptions:
-    """How a scorer is loaded and run; what a kind has no use for is refused, not ignored."""
+class ScorerConfig(ABC):
+    """What scores steps: one of the classes below, or one word (:func:`scorer_of`)."""
 
+    @abstractmethod
+    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
+        """Make the scorer.
+
+        Args:
+            device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one.
+            max_rows: most rows in one forward pass, at least 1.
+
+        Raises:
+            ConfigError: settings that the model cannot be used under, or an impossible device.
+            ModelError: nothing loadable there, or a model without a step head.
+        """
+
+
+@dataclass(frozen=True)
+class Checker(ScorerConfig):
+    """The exact checker of the tiny world."""
+
+    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
+        """See :meth:`ScorerConfig.build`."""
+        from stepkd.scorers.rules import CheckerScorer
+
+        return CheckerScorer()
+
+
+@dataclass(frozen=True)
+class Arithmetic(ScorerConfig):
+    """The sums that a step writes out, done again; everything else passes."""
+
+    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
+        """See :meth:`ScorerConfig.build`."""
+        from stepkd.scorers.rules import ArithmeticScorer
+
+        return ArithmeticScorer()
+
+
+@dataclass(frozen=True)
+class Gain(ScorerConfig):
+    """What of the row's solution a step adds, less what it says again."""
+
+    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
+        """See :meth:`ScorerConfig.build`."""
+        from stepkd.scorers.rules import GainScorer
+
+        return GainScorer()
+
+
+@dataclass(frozen=True)
+class _Reader(ScorerConfig):
+    """A scorer that reads with a language model."""
+
+    path: str
+    """Model that scores: run folder, checkpoint, model folder, export or hub id."""
     template: str | PromptTemplate | None = None
-    """Prompt template, a name or a YAML file; None: that of the run, of the published model, or of the judge. A judge
-    takes no built-in one: those ask for a solution."""
-    head: StepHeadConfig | None = None
-    """How a plain model scores steps (``prm``)."""
-    reference: bool = False
-    """Show the gold solution to the model (``judge``)."""
-    answers: tuple[str, str] | None = None
-    """The tokens for yes and no (``judge``); None: the usual forms."""
-    separator: str | None = None
-    """Separator it was trained with (``trl``); None: a newline."""
-    dtype: str | None = None
-    """Weights' dtype; None: as stored."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one."""
+    """Prompt template: a built-in name or a YAML file; the default is the model's own, that of its training."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """Numeric type of the weights; the default keeps the one they are stored in."""
     attention: str | None = None
-    """Attention implementation; None lets transformers choose."""
+    """Attention implementation (sdpa, eager, flash_attention_2); the default lets transformers choose."""
     max_length: int | None = None
-    """Longest row in tokens; None: the model's context."""
-    max_rows: int = 32
-    """Most rows in one forward pass."""
-    shared_prefix: bool = True
-    """Read what rows have in common once."""
-    temperature: TemperatureScaling | None = None
-    """Scaling of the scores."""
+    """Longest prompt and solution in tokens, at least 2, beyond which steps have no score; the default is the model's
+    context."""
+    temperature: str | None = None
+    """File of a fitted temperature (stepkd score --fit_temperature) that scales the scores; the default leaves them."""
+
+    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
+        """See :meth:`ScorerConfig.build`."""
+        where = pick_device(device)
+        scaling = None if self.temperature is None else TemperatureScaling.load(self.temperature)
+        scorer = self._load(max_length=self.max_length, max_rows=max_rows, temperature=scaling, name=self.path)
+        scorer.policy.to(where)
+        return scorer
+
+    def _weights(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "attention": self.attention}
+
+    @abstractmethod
+    def _load(self, **reading: Any) -> Any:
+        """The scorer, on the CPU; ``reading`` are :class:`~stepkd.scorers.prm.ReadingOptions`."""
 
 
-def load_scorer(text: str, options: ScorerOptions | None = None) -> StepScorer:
-    """Load a scorer.
+@dataclass(frozen=True)
+class PRM(_Reader):
+    """A process reward model of stepkd: run, checkpoint or export; or a plain model with a head setting."""
 
-    Args:
-        text: ``judge:MODEL``, ``checker``, ``arithmetic``, ``gain``, ``prm:PATH``, ``math-shepherd:PATH``,
-            ``qwen-prm:PATH``, ``trl:PATH``; or a path or hub id alone, whose kind is told from what is there.
-        options: see :class:`ScorerOptions`.
+    head: dict[str, Any] | None = None
+    """How a plain model scores steps, as in step_head.json, for instance {kind: label_tokens}; the default is the head
+    that the model was trained with."""
 
-    Raises:
-        ConfigError: an unknown kind, an option that the kind has no use for, no template to be found, or an
-            impossible device.
-        ModelError: nothing loadable there, or a model without a step head.
-    """
-    options = options or ScorerOptions()
-    kind, path = _split(text)
-    _check_options(kind, options)
-    if kind in _WITHOUT_MODEL:
-        return _WITHOUT_MODEL[kind]()
-    device = pick_device(options.device)
-    weights: dict[str, Any] = {"dtype": options.dtype, "attention": options.attention}
-    same = ("max_length", "max_rows", "shared_prefix", "temperature")
-    reading: Any = {name: getattr(options, name) for name in same} | {"name": path}
-    scorer: PRMScorer | PromptedJudge
-    if kind == "judge":
-        policy = load_trained(path, **weights)
-        asked = JUDGE_TEMPLATE if options.template is None else options.template
-        yes, no = ([form] for form in options.answers) if options.answers else (None, None)
-        scorer = PromptedJudge(policy, template=asked, yes=yes, no=no, reference=options.reference, **reading)
-    elif kind in get_args(PublishedKind):
-        if options.separator is not None:
-            weights["separator"] = options.separator
-        scorer = load_published(path, cast(PublishedKind, kind), template=options.template, **weights, **reading)
-    else:
-        policy = load_trained(path, **weights)
-        if options.head is not None:
-            policy.attach_step_head(options.head)
+    def _load(self, **reading: Any) -> Any:
+        from stepkd.models.checkpoint import load_trained
+        from stepkd.models.source import trained_template
+        from stepkd.models.step_head import StepHeadConfig, step_head_from_dict
+        from stepkd.scorers.prm import PRMScorer
+
+        head = None
+        if self.head is not None:
+            try:
+                head = step_head_from_dict({"labels": StepHeadConfig().labels, **self.head})
+            except Exception as error:  # unknown keys, values of a wrong type
+                raise ConfigError(f"the head setting {self.head!r} cannot be used: {error}") from error
+        policy = load_trained(self.path, **self._weights())
+        if head is not None:
+            policy.attach_step_head(head)
         policy.require_step_head()
-        template = trained_template(path) if options.template is None else get_template(options.template)
+        template = trained_template(self.path) if self.template is None else get_template(self.template)
         if template is None:
             raise ConfigError(
-                f"{path} does not say which prompt template it was trained with: give one (--template "
+                f"{self.path} does not say which prompt template it was trained with: give one (template: "
                 f"{', '.join(TEMPLATES)}, or a YAML file)"
             )
-        scorer = PRMScorer(policy, template=template, **reading)
-    scorer.policy.to(device)
-    return scorer
+        return PRMScorer(policy, template=template, **reading)
 
 
-def parse_head(text: str) -> StepHeadConfig:
-    """Read a head setting from JSON, as in ``step_head.json``.
+@dataclass(frozen=True)
+class _Published(_Reader):
+    """A published process reward model, in the layout it was trained with."""
+
+    def _load(self, **reading: Any) -> Any:
+        from stepkd.scorers.prm import PRMScorer
+
+        policy, own, encoder = self._parts()
+        return PRMScorer(policy, template=own if self.template is None else self.template, encoder=encoder, **reading)
+
+    @abstractmethod
+    def _parts(self) -> Any:
+        """See :data:`stepkd.scorers.published.Parts`."""
+
+
+@dataclass(frozen=True)
+class MathShepherdPRM(_Published):
+    """A published model with the layout of math-shepherd-mistral-7b-prm."""
+
+    def _parts(self) -> Any:
+        from stepkd.scorers.published import math_shepherd
+
+        return math_shepherd(self.path, **self._weights())
+
+
+@dataclass(frozen=True)
+class QwenPRM(_Published):
+    """A published model with the layout of Qwen2.5-Math-PRM."""
+
+    def _parts(self) -> Any:
+        from stepkd.scorers.published import qwen_prm
+
+        return qwen_prm(self.path, **self._weights())
+
+
+@dataclass(frozen=True)
+class TRLPRM(_Published):
+    """A token classification model that TRL's PRMTrainer trained."""
+
+    separator: str = "\n"
+    """Step separator that it was trained with, one token; TRL's own default is a newline."""
+
+    def _parts(self) -> Any:
+        from stepkd.scorers.published import trl_prm
+
+        return trl_prm(self.path, self.separator, **self._weights())
+
+
+@dataclass(frozen=True)
+class Judge(_Reader):
+    """Any language model, asked whether each step is correct; its template asks that, so none of the built-in ones."""
+
+    answers: tuple[str, str] | None = None
+    """The two tokens for yes and for no; the default takes the usual forms of Yes and No."""
+    reference: bool = False
+    """Show the row's gold solution, else its answer, to the model; off, it judges by itself."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.template, str) and self.template in TEMPLATES:
+            raise ConfigError(
+                f"template {self.template!r} asks for a solution, and a judge is asked whether a step is correct: drop "
+                "it, or give a YAML file"
+            )
+
+    def _load(self, **reading: Any) -> Any:
+        from stepkd.models.checkpoint import load_trained
+        from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
+
+        yes, no = ([form] for form in self.answers) if self.answers else (None, None)
+        return PromptedJudge(
+            load_trained(self.path, **self._weights()),
+            template=JUDGE_TEMPLATE if self.template is None else self.template,
+            yes=yes,
+            no=no,
+            reference=self.reference,
+            **reading,
+        )
+
+
+_ALONE: dict[str, type[ScorerConfig]] = {"checker": Checker, "arithmetic": Arithmetic, "gain": Gain}
+_WITH_MODEL: dict[str, type[_Reader]] = {
+    "prm": PRM,
+    "judge": Judge,
+    "math-shepherd": MathShepherdPRM,
+    "qwen-prm": QwenPRM,
+    "trl": TRLPRM,
+}
+
+
+def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
+    """The settings that a word stands for.
+
+    Args:
+        scorer: settings, which stay as they are; or ``checker``, ``arithmetic``, ``gain``, ``judge:MODEL``,
+            ``prm:PATH``, ``math-shepherd:PATH``, ``qwen-prm:PATH``, ``trl:PATH``; or a path or hub id alone, whose kind
+            is told from what is there.
 
     Raises:
-        ConfigError: not a JSON object, unknown keys, or settings that contradict each other.
+        ConfigError: an unknown kind.
+        ModelError: nothing of that name here or on the hub.
     """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the head setting is not JSON ({error}): {text!r}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f'the head setting must be a JSON object such as {{"kind": "label_tokens"}}, found {text!r}')
-    try:
-        return step_head_from_dict({"labels": StepHeadConfig().labels, **values})
-    except Exception as error:  # unknown keys, values of a wrong type
-        raise ConfigError(f"the head setting {text!r} cannot be used: {error}") from error
+    if isinstance(scorer, ScorerConfig):
+        return scorer
+    if scorer in _ALONE:
+        return _ALONE[scorer]()
+    word, colon, path = scorer.partition(":")
+    if colon and "/" not in word and "." not in word and not Path(scorer).exists():
+        if word not in _WITH_MODEL:
+            raise ConfigError(
+                f"unknown kind of scorer {word!r} in {scorer!r}.{nearest(word, [*_WITH_MODEL, *_ALONE])} Known: "
+                f"{', '.join([*_WITH_MODEL, *_ALONE])} ({', '.join(_ALONE)} stand alone)"
+            )
+        if not path:
+            raise ConfigError(f"{scorer!r} names no model: write {word}:PATH")
+        return _WITH_MODEL[word](path)
+    from stepkd.models.checkpoint import find_checkpoint
+    from stepkd.scorers.published import recognise
+
+    folder = Path(scorer).expanduser()
+    own = (folder / "step_head.json").is_file() or find_checkpoint(folder) is not None
+    return _WITH_MODEL[("prm" if own else recognise(scorer)) or "prm"](scorer)
+
+
+def with_settings(scorer: ScorerConfig | str, **settings: Any) -> ScorerConfig:
+    """:func:`scorer_of`, with those of the given settings that are neither None nor False.
+
+    Raises:
+        ConfigError: the kind has no such setting.
+    """
+    found = scorer_of(scorer)
+    given = {name: value for name, value in settings.items() if value not in (None, False)}
+    known = {field.name for field in fields(found)}  # type: ignore[arg-type]
+    for name in given.keys() - known - {"dtype", "attention", "max_length"}:
+        raise ConfigError(f"the scorer {scorer!r} has no use for {name}: drop it")
+    return replace(found, **{name: value for name, value in given.items() if name in known})  # type: ignore[type-var]
+
+
+def load_scorer(scorer: ScorerConfig | str, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
+    """:meth:`ScorerConfig.build` of settings or of a word (:func:`scorer_of`)."""
+    return scorer_of(scorer).build(device=device, max_rows=max_rows)
 
 
 def pick_device(name: str) -> torch.device:
@@ -140,6 +282,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ConfigError: not a device, or one that this machine does not have.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -155,38 +299,8 @@ def pick_device(name: str) -> torch.device:
 
 def rank_device(name: str, launch: LaunchInfo) -> str:
     """The name of the device of one process of a launch: ``auto`` is a GPU for each where there are several of both."""
+    import torch
+
     if name == "auto" and launch.local_world_size > 1 and torch.cuda.is_available():
         return f"cuda:{launch.local_rank % torch.cuda.device_count()}"
     return name
-
-
-def _split(text: str) -> tuple[ScorerKind, str]:
-    """Kind and path of a scorer's text."""
-    word, colon, path = text.partition(":")
-    if text in _WITHOUT_MODEL:
-        return cast(ScorerKind, text), ""
-    if colon and "/" not in word and "." not in word and not Path(text).exists():
-        if word not in get_args(ScorerKind) or word in _WITHOUT_MODEL:
-            raise ConfigError(
-                f"unknown kind of scorer {word!r} in {text!r}.{nearest(word, get_args(ScorerKind))} Known: "
-                f"{', '.join(get_args(ScorerKind))} ({', '.join(_WITHOUT_MODEL)} stand alone)"
-            )
-        if not path:
-            raise ConfigError(f"{text!r} names no model: write {word}:PATH")
-        return cast(ScorerKind, word), path
-    own = (Path(text).expanduser() / "step_head.json").is_file() or find_checkpoint(Path(text).expanduser()) is not None
-    return cast(ScorerKind, ("prm" if own else recognise(text)) or "prm"), text
-
-
-def _check_options(kind: ScorerKind, options: ScorerOptions) -> None:
-    uses = {
-        "head": kind == "prm",
-        "reference": kind == "judge",
-        "answers": kind == "judge",
-        "separator": kind == "trl",
-        "template": kind not in _WITHOUT_MODEL and not (kind == "judge" and options.template in (*TEMPLATES,)),
-        "temperature": kind not in _WITHOUT_MODEL,
-    }
-    for name, used in uses.items():
-        if getattr(options, name) not in (None, False) and not used:
-            raise ConfigError(f"the scorer {kind!r} has no use for {name}: drop it")

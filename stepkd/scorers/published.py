@@ -22,14 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepkd.data.step_encode import Layout, StepEncoder
 from stepkd.data.templates import PromptTemplate
-from stepkd.errors import DataError, ModelError, check_choice
+from stepkd.errors import DataError, ModelError
 from stepkd.models.adapter import first_line
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import check_tokenizer
@@ -37,10 +37,8 @@ from stepkd.models.policy import Policy
 from stepkd.models.source import check_source
 from stepkd.models.spec import TINY_PRESETS, PolicyConfig
 from stepkd.models.step_head import StepHeadConfig
-from stepkd.scorers.prm import PRMScorer, ReadingOptions
 from stepkd.steps.format import StepFormat
 
-PublishedKind = Literal["math-shepherd", "qwen-prm", "trl"]
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -84,14 +82,14 @@ class SeparatedSteps(StepEncoder):
         return Layout(tuple(ids), tuple(spans), tuple(end - 1 for _, end in spans))
 
 
-def recognise(path: str) -> PublishedKind | None:
+def recognise(path: str) -> str | None:
     """Tell from a model's configuration, or for Math-Shepherd from its name, which family it belongs to.
 
     Args:
         path: folder or hub id.
 
     Returns:
-        The family; None for everything else (plain language models, stepkd's own exports).
+        ``math-shepherd``, ``qwen-prm`` or ``trl``; None for everything else (plain language models, stepkd's exports).
 
     Raises:
         ModelError: nothing of that name here or on the hub.
@@ -105,54 +103,45 @@ def recognise(path: str) -> PublishedKind | None:
     return "math-shepherd" if "math-shepherd" in name and "prm" in name else None
 
 
-def load_published(
-    path: str,
-    kind: PublishedKind | None = None,
-    *,
-    dtype: str | None = None,
-    attention: str | None = None,
-    separator: str = "\n",
-    template: str | PromptTemplate | None = None,
-    **reading: Unpack[ReadingOptions],
-) -> PRMScorer:
-    """Load a published process reward model.
+Parts = tuple[Policy, PromptTemplate, type[StepEncoder]]
+"""Of a scorer: the model with its step head, the family's own prompt template, and how it lays steps out."""
+
+
+def math_shepherd(path: str, **weights: Any) -> Parts:
+    """A model with the layout of ``math-shepherd-mistral-7b-prm``.
 
     Args:
         path: folder or hub id.
-        kind: its family; None: :func:`recognise` it.
-        dtype: weights' dtype; None: as stored.
-        attention: attention implementation.
-        separator: ``trl`` only: the ``step_separator`` it was trained with.
-        template: prompt template in place of the family's own.
-        **reading: see :class:`~stepkd.scorers.prm.ReadingOptions`.
+        **weights: ``dtype`` and ``attention``, as for :func:`~stepkd.models.checkpoint.load_trained`.
 
     Raises:
-        ModelError: nothing there, an unknown family, weights missing, or a head of another shape.
-        ConfigError: an unknown kind, or a marker that is not one token of the model's tokenizer.
+        ModelError: nothing loadable there.
+        ConfigError: a marker that is not one token of the model's tokenizer.
     """
-    kind = recognise(path) if kind is None else kind
-    if kind is None:
-        raise ModelError(
-            f"{path!r} is none of the published reward models that stepkd knows "
-            f"({', '.join(get_args(PublishedKind))}): say which layout it has with kind=, or give it a step head"
-        )
-    check_choice("kind of published reward model", kind, get_args(PublishedKind))
-    encoder: type[StepEncoder]
-    if kind == "math-shepherd":
-        policy = load_trained(path, dtype=dtype, attention=attention)
-        layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
-        policy.attach_step_head(StepHeadConfig(format=layout, labels=("-", "+"), meaning="value"))
-        encoder, own = SpacedSteps, PromptTemplate(style="plain")
-    else:
-        policy, weights = _load_classifier(path, dtype, attention)
-        qwen = kind == "qwen-prm"
-        marker, layers, encoder = ("<extra_0>", 2, BareSteps) if qwen else (separator, 1, SeparatedSteps)
-        layout = StepFormat(marker=marker, separator="", tokenize="per_step")
-        _check_head(path, weights, layers)
-        policy.attach_step_head(StepHeadConfig(kind="classifier", format=layout, layers=layers), weights=weights)
-        own = PromptTemplate(style="chat", system=QWEN_SYSTEM) if qwen else _trl_template(policy.tokenizer)
-    reading.setdefault("name", path)
-    return PRMScorer(policy, template=own if template is None else template, encoder=encoder, **reading)
+    policy = load_trained(path, **weights)
+    layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
+    policy.attach_step_head(StepHeadConfig(format=layout, labels=("-", "+"), meaning="value"))
+    return policy, PromptTemplate(style="plain"), SpacedSteps
+
+
+def qwen_prm(path: str, **weights: Any) -> Parts:
+    """A model with the layout of ``Qwen2.5-Math-PRM``; arguments and errors as of :func:`math_shepherd`."""
+    policy = _classifier(path, "<extra_0>", 2, **weights)
+    return policy, PromptTemplate(style="chat", system=QWEN_SYSTEM), BareSteps
+
+
+def trl_prm(path: str, separator: str = "\n", **weights: Any) -> Parts:
+    """A model that TRL's PRMTrainer trained with this ``step_separator``; the rest as of :func:`math_shepherd`."""
+    policy = _classifier(path, separator, 1, **weights)
+    return policy, _trl_template(policy.tokenizer), SeparatedSteps
+
+
+def _classifier(path: str, marker: str, layers: int, **weights: Any) -> Policy:
+    policy, head = _load_classifier(path, **weights)
+    layout = StepFormat(marker=marker, separator="", tokenize="per_step")
+    _check_head(path, head, layers)
+    policy.attach_step_head(StepHeadConfig(kind="classifier", format=layout, layers=layers), weights=head)
+    return policy
 
 
 def _trl_template(tokenizer: Any) -> PromptTemplate:
@@ -162,7 +151,9 @@ def _trl_template(tokenizer: Any) -> PromptTemplate:
     return PromptTemplate(style="plain", plain=f"{'' if bos is None or adds_it else bos}{{prompt}}")
 
 
-def _load_classifier(path: str, dtype: str | None, attention: str | None) -> tuple[Policy, dict[str, Tensor]]:
+def _load_classifier(
+    path: str, dtype: str | None = None, attention: str | None = None
+) -> tuple[Policy, dict[str, Tensor]]:
     """The language model below a classification head, and the head's weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

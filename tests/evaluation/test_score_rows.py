@@ -17,7 +17,7 @@ from stepkd.evaluation.score_rows import ScoreJob, labelled_scores, score_file
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import JobOptions
 from stepkd.scorers.calibration import TemperatureScaling
-from stepkd.scorers.load import ScorerOptions
+from stepkd.scorers.load import PRM
 from stepkd.scorers.scorer import Solutions
 
 
@@ -60,7 +60,7 @@ ROWS = [
 @pytest.fixture
 def job(tmp_path: Path) -> ScoreJob:
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    return ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", options=ScorerOptions(max_rows=2))
+    return ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", max_rows=2)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -162,7 +162,7 @@ class Picky(Toy):
 def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None:
     rows = [row("a", "p", [90, 80]), row("b", "p", [13, 50]), row("c", "q", [13]), row("d", "r", [70])]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", options=ScorerOptions(max_rows=2))
+    job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", max_rows=2)
     summary = score_file(job, scorer=Picky())
     out = read(job.out)
     assert [r["step_scores"] for r in out] == [[0.9, 0.8], [None, None], [None], [0.7]]
@@ -189,7 +189,7 @@ def test_when_no_row_of_the_first_batch_can_be_read_the_job_stops(tmp_path: Path
 def test_other_settings_are_taken_while_nothing_is_scored(job: ScoreJob) -> None:
     with pytest.raises(KeyboardInterrupt):
         score_file(job, scorer=Toy(dies_after=0))
-    smaller = replace(job, options=ScorerOptions(max_rows=1))
+    smaller = replace(job, max_rows=1)
     assert score_file(smaller, scorer=Toy())["rows"] == len(ROWS)
 
 
@@ -310,7 +310,7 @@ def test_mistakes(job: ScoreJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"let the name end in .jsonl"):
         replace(job, out=tmp_path / "out.json")
     with pytest.raises(ConfigError, match="contradict each other"):
-        replace(job, fit_on="x", options=ScorerOptions(temperature=TemperatureScaling(2.0, 1.0, 1.0, 1)))
+        replace(job, fit_on="x", model=PRM("m", temperature="fit.json"))
     with pytest.raises(ConfigError, match="are the rows to score: give held-out ones"):
         score_file(replace(job, fit_on=job.rollouts), scorer=Toy())
     write_jsonl(tmp_path / "bad.jsonl", [row("a", "p", [1]) | {"completions": []}])

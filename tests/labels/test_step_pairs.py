@@ -21,6 +21,7 @@ from stepkd.labels.step_pairs import first_wrong_step, step_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
 from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingConfig
+from stepkd.scorers.load import Judge
 from stepkd.scorers.scorer import Solutions
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
 from stepkd.steps.segment import RegexSegmenter, get_segmenter, segment
@@ -311,13 +312,13 @@ def test_a_scorer_checks_the_better_step(
     pair_spec: StepPairConfig, build: Pairs, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer, loaded = StubScorer(), []
-    monkeypatch.setattr("stepkd.labels.workbench.load_scorer", lambda *given: loaded.append(given) or scorer)
+    monkeypatch.setattr("stepkd.labels.workbench.load_scorer", lambda given, **_: loaded.append(given) or scorer)
     rows = [rollout(policy, f"{name}/0", WRONG, [True, False, False]) for name in "ab"]
     rows[1] |= {"answer": "5"}  # nothing to check there
     spec = replace(pair_spec, check_step=True, judge="judge:m", reference=True, threshold=0.4)
     summary = build(spec, rows, ["1\n#### 0", "xxxx\n#### 0", "123\n#### 0"])
     assert summary is not None
-    assert (loaded[0][0], loaded[0][1].reference) == ("judge:m", True)
+    assert loaded == [Judge("m", dtype="float64", reference=True)]
     (asked,) = scorer.asked
     assert (asked.row["answer"], asked.row["prompt"]) == ("0", rows[0]["prompt"])
     assert list(asked.solutions) == [[WRONG[0], step] for step in ("1\n", "xxxx\n", "123\n")]

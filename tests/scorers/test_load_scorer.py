@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,14 +15,11 @@ from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
 from stepkd.models.source import save_template, trained_template
 from stepkd.models.step_head import StepHeadConfig
-from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.judge import PromptedJudge
-from stepkd.scorers.load import ScorerOptions, load_scorer, parse_head, pick_device
+from stepkd.scorers.load import PRM, Judge, load_scorer, pick_device, scorer_of
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.rules import CheckerScorer
 from stepkd.steps.format import StepFormat
-
-TASK = ScorerOptions(template="task", device="cpu")
 
 
 @pytest.fixture
@@ -46,7 +42,7 @@ def with_template(folder: Path, template: object) -> Path:
 
 def test_checker_and_judge() -> None:
     assert isinstance(load_scorer("checker"), CheckerScorer)
-    judge = load_scorer("judge:tiny-0.1m", ScorerOptions(answers=("Y", "N"), reference=True, device="cpu", max_rows=3))
+    judge = load_scorer(Judge("tiny-0.1m", answers=("Y", "N"), reference=True), device="cpu", max_rows=3)
     assert isinstance(judge, PromptedJudge)
     assert (judge.reference, judge.max_rows) == (True, 3)
     assert judge.yes_ids == (judge.tokenizer.convert_tokens_to_ids("Y"),)
@@ -55,10 +51,11 @@ def test_checker_and_judge() -> None:
 
 def test_an_export_is_a_reward_model(export: Path) -> None:
     for text in (str(export), f"prm:{export}"):
-        options = dataclasses.replace(TASK, dtype="float64", max_length=99, max_rows=5, shared_prefix=False)
-        scorer = load_scorer(text, options)
+        assert scorer_of(text) == PRM(str(export))
+        config = PRM(str(export), template="task", dtype="float64", max_length=99)
+        scorer = load_scorer(config, device="cpu", max_rows=5)
         assert isinstance(scorer, PRMScorer)
-        assert (scorer.meaning, scorer.max_length, scorer.max_rows, scorer.shared_prefix) == ("value", 99, 5, False)
+        assert (scorer.meaning, scorer.max_length, scorer.max_rows) == ("value", 99, 5)
         assert scorer.provenance()["dtype"] == "float64"
         assert scorer.provenance()["model"] == str(export)
     with pytest.raises(ConfigError, match="does not say which prompt template it was trained with"):
@@ -67,12 +64,12 @@ def test_an_export_is_a_reward_model(export: Path) -> None:
 
 def test_a_plain_model_needs_a_head() -> None:
     with pytest.raises(ModelError, match="this model scores no steps"):
-        load_scorer("tiny-0.1m", TASK)
-    head = parse_head('{"kind": "classifier", "format": {"marker": null}, "classes": 3}')
-    assert head == StepHeadConfig(kind="classifier", format=StepFormat(marker=None), classes=3)
-    scorer = load_scorer("tiny-0.1m", dataclasses.replace(TASK, head=head))
+        load_scorer(PRM("tiny-0.1m", template="task"), device="cpu")
+    head = {"kind": "classifier", "format": {"marker": None}, "classes": 3}
+    scorer = load_scorer(PRM("tiny-0.1m", template="task", head=head), device="cpu")
     assert isinstance(scorer, PRMScorer)
-    assert scorer.policy.require_step_head().spec == head
+    made = scorer.policy.require_step_head().spec
+    assert made == StepHeadConfig(kind="classifier", format=StepFormat(marker=None), classes=3)
 
 
 def test_the_template_of_a_run(tmp_path: Path) -> None:
@@ -94,7 +91,7 @@ def test_the_template_of_an_export(export: Path) -> None:
     own = PromptTemplate(style="plain", plain="Frage: {prompt}\n", few_shot=1, chat_kwargs={"enable_thinking": False})
     save_template(own, export)
     assert trained_template(export) == own
-    scorer = load_scorer(str(export), ScorerOptions(device="cpu"))
+    scorer = load_scorer(str(export), device="cpu")
     assert isinstance(scorer, PRMScorer)
     assert scorer.template == own
     for text in ("{", "[1]", '{"unheard_of": 1}'):
@@ -113,40 +110,25 @@ def test_the_template_of_an_export(export: Path) -> None:
 )
 def test_words_that_are_no_scorer(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_scorer(text, TASK)
+        load_scorer(text)
+
+
+def test_a_built_in_template_is_no_judges() -> None:
+    with pytest.raises(ConfigError, match="template 'math' asks for a solution"):
+        Judge("tiny-0.1m", template="math")
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "name"),
+    ("head", "message"),
     [
-        ("checker", {"template": "task"}, "template"),
-        ("checker", {"temperature": TemperatureScaling(2.0, 1.0, 1.0, 1)}, "temperature"),
-        ("judge:tiny-0.1m", {"template": "math"}, "template"),
-        ("judge:tiny-0.1m", {"head": StepHeadConfig()}, "head"),
-        ("judge:tiny-0.1m", {"separator": "\n"}, "separator"),
-        ("tiny-0.1m", {"reference": True}, "reference"),
-        ("tiny-0.1m", {"answers": ("Y", "N")}, "answers"),
-        ("qwen-prm:x", {"head": StepHeadConfig()}, "head"),
+        ({"knd": "classifier"}, r"cannot be used: unknown step head settings \['knd'\]"),
+        ({"kind": "clasifier"}, "cannot be used: unknown head.kind 'clasifier'"),
+        ({"format": 3}, "cannot be used"),
     ],
 )
-def test_options_that_a_kind_has_no_use_for(text: str, options: dict[str, object], name: str) -> None:
-    with pytest.raises(ConfigError, match=f"has no use for {name}: drop it"):
-        load_scorer(text, ScorerOptions(**options))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "the head setting is not JSON"),
-        ("[1]", "must be a JSON object"),
-        (json.dumps({"knd": "classifier"}), r"cannot be used: unknown step head settings \['knd'\]"),
-        (json.dumps({"kind": "clasifier"}), "cannot be used: unknown head.kind 'clasifier'"),
-        (json.dumps({"format": 3}), "cannot be used"),
-    ],
-)
-def test_head_settings(text: str, message: str) -> None:
+def test_head_settings(head: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_head(text)
+        load_scorer(PRM("tiny-0.1m", head=head))
 
 
 def test_devices() -> None:

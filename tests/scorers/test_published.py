@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from stepkd.errors import ConfigError, DataError, ModelError, UnreadableSolution
-from stepkd.scorers.load import load_scorer
+from stepkd.scorers.load import TRLPRM, MathShepherdPRM, QwenPRM, load_scorer
 from stepkd.scorers.prm import PRMScorer
-from stepkd.scorers.published import load_published, recognise
+from stepkd.scorers.published import recognise
 from stepkd.scorers.scorer import Solutions, score_one
 
 Sharpen = Callable[[Any], Any]
@@ -41,6 +41,19 @@ def written(ends: str = "") -> list[Solutions]:
         Solutions({"id": f"q{q}", "prompt": question}, [[step + ends for step in steps] for steps in SOLUTIONS[q]])
         for q, question in enumerate(QUESTIONS)
     ]
+
+
+def load_prm(path: str) -> PRMScorer:
+    scorer = load_scorer(path)
+    assert isinstance(scorer, PRMScorer)
+    return scorer
+
+
+def load_apart(path: str) -> PRMScorer:
+    """Prompts are read again for every solution."""
+    scorer = load_prm(path)
+    scorer.max_rows, scorer.shared_prefix = 2, False
+    return scorer
 
 
 def assert_scores(scorer: PRMScorer, reference: Callable[[str, Sequence[str]], list[float]]) -> None:
@@ -115,10 +128,10 @@ def test_math_shepherd(tmp_path: Path, sharpened: Sharpen, style: str) -> None:
         return scores[ids == tag].tolist()
 
     assert recognise(str(folder)) == "math-shepherd"
-    scorer = load_published(str(folder))
+    scorer = load_prm(str(folder))
     assert scorer.meaning == "value", "Monte-Carlo labels"
     assert_scores(scorer, card)
-    assert_scores(load_published(str(folder), shared_prefix=False, max_rows=2), card)
+    assert_scores(load_apart(str(folder)), card)
     assert_not_scored(scorer, "a ки b")
 
 
@@ -132,7 +145,7 @@ def test_math_shepherd_layout_on_a_byte_level_tokenizer(tmp_path: Path, sharpene
     model = sharpened(Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **SHAPE))).eval()
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    scorer = load_published(str(tmp_path / "m"), "math-shepherd")
+    scorer = load_scorer(MathShepherdPRM(str(tmp_path / "m")))
     encode = scorer.encoder.layout(["So it is", "Done"])
     assert tokenizer.decode(encode.ids) == " So it isки\nDoneки"
 
@@ -236,17 +249,17 @@ def test_qwen_prm(tmp_path: Path, sharpened: Sharpen) -> None:
         return probabilities[ids == separator][:, 1].tolist()
 
     assert recognise(str(tmp_path / "m")) == "qwen-prm"
-    scorer = load_published(str(tmp_path / "m"))
+    scorer = load_prm(str(tmp_path / "m"))
     assert scorer.meaning == "correctness"
     assert_scores(scorer, card)
-    assert_scores(load_published(str(tmp_path / "m"), max_rows=2, shared_prefix=False), card)
+    assert_scores(load_apart(str(tmp_path / "m")), card)
     assert scorer.policy.causal_lm.lm_head.weight is scorer.policy.causal_lm.get_input_embeddings().weight
     assert_not_scored(scorer, "a <extra_0> b")
 
 
 def test_load_scorer_knows_published_models(tmp_path: Path, sharpened: Sharpen) -> None:
     save_qwen(tmp_path / "m", sharpened)
-    expected = load_published(str(tmp_path / "m")).score(written())
+    expected = load_prm(str(tmp_path / "m")).score(written())
     for text in (str(tmp_path / "m"), f"qwen-prm:{tmp_path / 'm'}"):
         scorer = load_scorer(text)
         assert scorer.score(written()) == expected
@@ -281,14 +294,14 @@ def test_trl_token_classification(tmp_path: Path, sharpened: Sharpen, bos: str) 
             return model(torch.tensor([ids])).logits.softmax(-1)[0, labelled, 1].tolist()
 
     assert recognise(str(tmp_path / "m")) == "trl"
-    scorer = load_published(str(tmp_path / "m"))
+    scorer = load_prm(str(tmp_path / "m"))
     assert_scores(scorer, trained_on)
     lines = ["First\nsecond.", "Third"]  # a newline inside a step is not a separator
     assert score_one(scorer, "p", lines) == pytest.approx(trained_on("p", lines), abs=2e-5)
-    other = load_published(str(tmp_path / "m"), separator=".")
+    other = load_scorer(TRLPRM(str(tmp_path / "m"), separator="."))
     assert score_one(other, "p", lines) != pytest.approx(score_one(scorer, "p", lines))
     with pytest.raises(ConfigError, match="step marker"):
-        load_published(str(tmp_path / "m"), separator="\n1. ")
+        load_scorer(TRLPRM(str(tmp_path / "m"), separator="\n1. "))
     for steps, message in ((["a", " "], "step 2 has no text"), ([], "a solution without steps")):
         with pytest.raises(DataError, match=message):
             score_one(scorer, "p", steps)
@@ -303,10 +316,10 @@ def test_a_head_without_bias_has_a_bias_of_zero(tmp_path: Path) -> None:
     nn.init.zeros_(model.score.bias)
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    expected = load_published(str(tmp_path / "m")).score(written())
+    expected = load_prm(str(tmp_path / "m")).score(written())
     file = tmp_path / "m" / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if k != "score.bias"}, file, metadata={"format": "pt"})
-    assert load_published(str(tmp_path / "m")).score(written()) == expected
+    assert load_prm(str(tmp_path / "m")).score(written()) == expected
 
 
 # --- what cannot be loaded -----------------------------------------------------------------------------------------
@@ -333,25 +346,25 @@ def test_what_is_no_reward_model(tmp_path: Path) -> None:
     save()
     rewrite(folder, lambda w: {k: v for k, v in w.items() if not k.startswith("score.")})
     with pytest.raises(ModelError, match=r"with a 'score' head: missing \[\], unknown \[\], head \[\]"):
-        load_published(str(folder))
+        load_prm(str(folder))
     save()
     rewrite(folder, lambda w: {k: v for k, v in w.items() if "layers.1.mlp.up_proj" not in k})
     with pytest.raises(ModelError, match=r"missing \['model.layers.1.mlp.up_proj.weight'\]"):
-        load_published(str(folder))
+        load_prm(str(folder))
     save()
     rewrite(folder, lambda w: w | {"v_head.weight": torch.zeros(1, 32)})
     with pytest.raises(ModelError, match=r"unknown \['v_head.weight'\]"):
-        load_published(str(folder))
+        load_prm(str(folder))
     save()
     rewrite(folder, lambda w: w | {"score.weight": torch.zeros(3, 32), "score.bias": torch.zeros(3)})
     with pytest.raises(ModelError, match=r"expected score.weight with two classes"):
-        load_published(str(folder))
+        load_prm(str(folder))
     with pytest.raises(ModelError, match=r"expected score.2.weight with two classes"):
-        load_published(str(folder), "qwen-prm")
+        load_scorer(QwenPRM(str(folder)))
     save()
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(ModelError, match="cannot load the reward model"):
-        load_published(str(folder))
+        load_prm(str(folder))
 
 
 def test_unknown_paths_and_kinds(tmp_path: Path) -> None:
@@ -361,9 +374,6 @@ def test_unknown_paths_and_kinds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     assert recognise(str(tmp_path)) is None
     (tmp_path / "config.json").write_text('{"architectures": ["Qwen2ForPrmModel"]}')
-    with pytest.raises(ModelError, match="is none of the published reward models"):
-        load_published(str(tmp_path))
-    with pytest.raises(ConfigError, match="unknown kind of published reward model 'qwen': did you mean 'qwen-prm'"):
-        load_published(str(tmp_path), "qwen")  # type: ignore[arg-type]
+    assert recognise(str(tmp_path)) is None
     with pytest.raises(ModelError, match="no folder 'no-such-organisation/prm' here"):
-        load_published("no-such-organisation/prm", "qwen-prm")
+        load_scorer("qwen-prm:no-such-organisation/prm")
