@@ -39,6 +39,7 @@ from stepkd.modules.settings import (
 )
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.logger import JsonlLogger
+from stepkd.sampling.engines import InProcess
 from stepkd.steps.format import StepFormat
 from stepkd.teachers.cache import write_cache
 from stepkd.teachers.local import LocalTeacher, TeacherConfig
@@ -171,7 +172,7 @@ def tiny_gkd(
         PolicyConfig(path=str(start)),
         TeacherConfig(path=str(teacher)) if cache is None else TeacherConfig(cache=str(cache)),
         divergence=DivergenceConfig(**divergence),
-        source=SourceConfig(student=student, teacher=of_teacher, max_new_tokens=NEW_TOKENS, max_rows=GLOBAL_BATCH),
+        source=SourceConfig(student=student, teacher=of_teacher, max_new_tokens=NEW_TOKENS),
         **_common(lr, seed),
     )
     return module, tiny_data(task, demonstrations, seed)
@@ -204,7 +205,9 @@ def tiny_kdrl(
     module = KDRLModule(
         PolicyConfig(path=str(start)),
         teacher=None if teacher is None else TeacherConfig(path=str(teacher)),
-        rollout=RolloutConfig(group_size=GROUP, max_new_tokens=max_new_tokens, max_rows=PROMPTS * GROUP),
+        rollout=RolloutConfig(
+            group_size=GROUP, max_new_tokens=max_new_tokens, engine=InProcess(max_rows=PROMPTS * GROUP)
+        ),
         policy_loss=PolicyLossConfig(**(policy_loss or {})),
         kd=KDConfig(**kd),
         step_credit=None if step_credit is None else StepCreditConfig(**step_credit),

@@ -87,8 +87,8 @@ def lower_bound(module: Any, data: Any, *, precision: str = "32-true", shards: i
         found.phases["training"] = {"chunk of logits": 4 * targets * int(model.get_output_embeddings().weight.shape[0])}
     for name in ("rollout", "source"):
         how = getattr(module, name, None)
-        if how is not None and getattr(how, "student", 1.0) > 0:
-            rows = min(how.max_rows, data.global_batch_size * getattr(how, "group_size", 1))
+        if how is not None and getattr(how, "student", 1.0) > 0 and hasattr(how.engine, "max_rows"):
+            rows = min(how.engine.max_rows, data.global_batch_size * getattr(how, "group_size", 1))
             found.phases["sampling"] = {"key-value cache": rows * cache_bytes(spec, how.max_new_tokens)}
             found.facts["sampling"] = f"{rows} rows of {how.max_new_tokens:,} new tokens"
     if shards > 1:

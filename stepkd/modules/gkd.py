@@ -295,7 +295,7 @@ class GKDModule(TaughtModule):
 
     def _sampler(self, policy: Policy, source: str) -> Sampler:
         if source == "teacher":
-            return TransformersSampler(policy, max_rows=self.source.max_rows, breaks_off=STOP_REQUEST.__bool__)
+            return TransformersSampler(policy, breaks_off=STOP_REQUEST.__bool__)
         return self._student(self.global_step)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABCMeta
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
@@ -321,7 +322,9 @@ class PolicyModule(LightningModule):
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        value = {name: getattr(value, name) for name in value.__dataclass_fields__}
+        kind, fields = type(value), {name: getattr(value, name) for name in value.__dataclass_fields__}
+        chosen = {"class_path": f"{kind.__module__}.{kind.__qualname__}"} if isinstance(kind, ABCMeta) else {}
+        value = chosen | fields
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -26,9 +26,8 @@ from stepkd.modules.step_scores import step_texts
 from stepkd.runs.logger import append, ends_torn
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
+from stepkd.sampling.engines import Engine
 from stepkd.sampling.sampler import Sampler
-from stepkd.sampling.transformers_sampler import TransformersSampler
-from stepkd.sampling.vllm import ColocatedSampler, VLLMSampler, make_sampler
 from stepkd.steps.segment import get_segmenter
 
 SAMPLES_FILE = "samples.jsonl"
@@ -79,27 +78,24 @@ class Rollout(Example):
 
 
 class TrainingSampler:
-    """Samples the policy that is trained: in this process, or with vLLM, whose weights follow. A stop breaks it off.
+    """Samples the policy that is trained, by an engine whose weights follow it. A stop breaks it off.
 
     Args:
         policy: the model.
-        spec: ``vllm``, ``max_rows`` and the settings of sampling.
+        spec: its engine and how it draws.
         seed: keys the noise.
     """
 
     def __init__(self, policy: Policy, spec: RolloutConfig | SourceConfig, seed: int) -> None:
         self.policy, self.spec, self.seed = policy, spec, seed
-        self._vllm: VLLMSampler | ColocatedSampler | None = None
+        self._engine: Engine | None = None
 
     def __call__(self, step: int) -> Sampler:
         """The sampler, with the policy's weights as they are before an optimiser step."""
-        if self.spec.vllm is None:
-            return TransformersSampler(self.policy, max_rows=self.spec.max_rows, breaks_off=STOP_REQUEST.__bool__)
-        if self._vllm is None:
-            sampling = self.spec.sampling(self.seed)
-            self._vllm = make_sampler(self.policy, self.spec.vllm, sampling, STOP_REQUEST.__bool__)
-        self._vllm.refresh(step)
-        return self._vllm
+        if self._engine is None:
+            self._engine = self.spec.engine.build(self.policy, self.spec.sampling(self.seed), STOP_REQUEST.__bool__)
+        self._engine.refresh(step)
+        return self._engine
 
 
 class GroupSampler:

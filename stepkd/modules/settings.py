@@ -4,7 +4,7 @@ policy loss, distillation term, step credit)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -21,8 +21,8 @@ from stepkd.losses import (
     total_variation,
 )
 from stepkd.losses.policy_gradient import STD_EPSILON, Advantage, Normalisation
+from stepkd.sampling.engines import EngineConfig, InProcess
 from stepkd.sampling.sampler import SamplingConfig
-from stepkd.sampling.vllm import VLLMConfig
 
 Kind = Literal[
     "jsd", "forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "balanced_kl", "total_variation", "nkd"
@@ -139,12 +139,10 @@ class SourceConfig:
     """Of sampling, > 0."""
     max_new_tokens: int = 256
     """Longest sampled completion in tokens, >= 1."""
-    max_rows: int = 64
-    """Completions decoded at once, >= 1."""
+    engine: EngineConfig = field(default_factory=InProcess)
+    """Where the student is sampled: InProcess, VLLMServer or VLLMColocated."""
     segmenter: str = "newline"
     """How sampled completions are cut into steps."""
-    vllm: VLLMConfig | None = None
-    """Sample the student with vLLM; null: with this process's own decoding."""
     reuse: int = 1
     """Optimiser steps on every batch, >= 1; above 1 the student has moved on from its samples."""
 
@@ -152,7 +150,7 @@ class SourceConfig:
         check_bounds("source.", self, student="[0, 1]", teacher="[0, 1]")
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"source.temperature={self.temperature}: must be positive; greedy samples are no samples")
-        check_bounds("source.", self, max_new_tokens="[1, inf)", max_rows="[1, inf)", reuse="[1, inf)")
+        check_bounds("source.", self, max_new_tokens="[1, inf)", reuse="[1, inf)")
 
     def sampling(self, seed: int) -> SamplingConfig:
         """The same settings as a sampler wants them. No nucleus and no top-k: they would change the distribution."""
@@ -169,10 +167,8 @@ class RolloutConfig:
     """Of sampling, and of every log-probability in the loss, > 0."""
     max_new_tokens: int = 256
     """Longest completion in tokens."""
-    max_rows: int = 64
-    """Completions decoded at once."""
-    vllm: VLLMConfig | None = None
-    """Sample with vLLM; null: with this process's own decoding."""
+    engine: EngineConfig = field(default_factory=InProcess)
+    """Where they are sampled: InProcess, VLLMServer or VLLMColocated."""
     segmenter: str = "newline"
     """How completions are cut into steps."""
     truncated: Literal["keep", "mask"] = "keep"
@@ -184,7 +180,7 @@ class RolloutConfig:
     """How often prompts whose completions all earn the same are sampled anew (dynamic sampling), >= 0."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("group_size", "max_new_tokens", "max_rows"), "[1, inf)")
+        counts = dict.fromkeys(("group_size", "max_new_tokens"), "[1, inf)")
         check_bounds("rollout.", self, **counts, temperature="(0, inf)", resample="[0, inf)")
         if self.overlong is not None and not 1 <= self.overlong <= self.max_new_tokens:
             raise ConfigError(f"rollout.overlong={self.overlong}: must lie between 1 and max_new_tokens")

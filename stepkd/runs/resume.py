@@ -17,7 +17,7 @@ _STEP = re.compile(r"(?:^|[-_])step[=_-]?(\d+)")
 _FREE = re.compile(
     r"trainer\.(?!precision|limit_train_batches).*|checkpoint\.(?!monitor|mode).*|data\.(test|predict)\b.*"
     r"|(micro_batch_tokens|chunk_size|policy\.gradient_checkpointing|samples\b.*)"
-    r"|(.+\.)?(max_rows|server|gpu_memory|group_port|timeout_s|requests)"
+    r"|(.+\.)?(max_rows|server|url|gpu_memory|group_port|timeout_s|requests)"
 )
 """Settings that a resumed run takes as they are: how long it runs, what it logs, on what hardware."""
 
@@ -36,7 +36,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def short_name(key: str) -> str:
     """A setting of a recipe under the name that the module itself gives it."""
-    return re.sub(r"^(model\.init_args\.|(data\.)init_args\.)", r"\2", key).replace("seed_everything", "seed")
+    return re.sub(r"^model\.init_args\.|\binit_args\.", "", key).replace("seed_everything", "seed")
 
 
 def recipe_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from stepkd.lazy import lazily
 _HOMES = {
     "annotate": "TokenSignals annotate",
     "decode": "draw sampling_logprobs",
+    "engines": "EngineConfig InProcess VLLMColocated VLLMServer",
     "sampler": "Branch BranchRollouts BranchSampler Drawn Rollout SampleCounts Sampler SamplingConfig",
     "transformers_sampler": "TransformersSampler",
 }

@@ -43,6 +43,9 @@ class TransformersSampler:
         """Tokens read and drawn so far."""
         return self._decoder.counts
 
+    def refresh(self, version: int) -> None:
+        """Nothing to do: it samples from the policy itself; see :class:`~stepkd.sampling.engines.Engine`."""
+
     @torch.no_grad()
     def sample(
         self,

@@ -35,33 +35,6 @@ START = (
 """How a server is started that can be given weights, samples and scores."""
 
 
-@dataclass(frozen=True)
-class VLLMConfig:
-    """Sample with vLLM in place of this process's own decoding."""
-
-    server: str | None = None
-    """``http://host:port`` of a server of the policy's model; null: ``colocate``."""
-    colocate: bool = False
-    """An engine on every training GPU, beside the model that learns."""
-    gpu_memory: float = 0.3
-    """``colocate``: share of the GPU's memory that it may take, in (0, 1)."""
-    group_port: int = 51216
-    """``server``: port of the group through which weights are sent."""
-    timeout_s: float = 240.0
-    """``server``: how long to wait for it at the start, > 0."""
-    requests: int = 32
-    """``server``: most prompts asked for at the same time, >= 1."""
-
-    def __post_init__(self) -> None:
-        if (self.server is None) != self.colocate:
-            raise ConfigError("vllm: give either server, the address of a vLLM server, or colocate: true")
-        if not 0 < self.gpu_memory < 1 or self.timeout_s <= 0 or self.requests < 1:
-            raise ConfigError(
-                f"vllm: gpu_memory={self.gpu_memory}, timeout_s={self.timeout_s}, requests={self.requests}: must lie "
-                "in (0, 1), be positive, and be at least 1"
-            )
-
-
 def connect(address: str, *, group_port: int = 51216, timeout_s: float = 240.0) -> Any:
     """TRL's client of a vLLM server.
 
@@ -265,15 +238,15 @@ class VLLMSampler(_Sampler):
 class ColocatedSampler(_Sampler):
     """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat."""
 
-    spec: VLLMConfig
-    """Its memory."""
+    gpu_memory: float
+    """Share of the GPU's memory that it may take."""
     sampling: SamplingConfig
     """How to draw; one engine draws in one way."""
 
     def __post_init__(self) -> None:
         policy, sampling = self.policy, self.sampling
         if sampling.stop:
-            raise ConfigError("vllm.colocate knows no stop strings: use vllm.server")
+            raise ConfigError("engine VLLMColocated knows no stop strings: take engine VLLMServer")
         try:
             from accelerate import Accelerator
             from trl.generation.vllm_generation import VLLMGeneration
@@ -283,7 +256,7 @@ class ColocatedSampler(_Sampler):
                 accelerator=Accelerator(),
                 processing_class=policy.tokenizer,
                 mode="colocate",
-                gpu_memory_utilization=self.spec.gpu_memory,
+                gpu_memory_utilization=self.gpu_memory,
                 max_model_length=policy.max_length,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -294,7 +267,7 @@ class ColocatedSampler(_Sampler):
                 | ({"seed": sampling.seed} if sampling.temperature == 0 else {}),
             )
         except ImportError as error:
-            raise ConfigError(f"vllm.colocate needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
+            raise ConfigError(f"VLLMColocated needs TRL and vLLM (pip install 'stepkd[vllm]'): {error}") from error
 
     def _send(self) -> None:
         weight_facts(self.policy.model)  # refuses what cannot be merged
@@ -314,20 +287,6 @@ class ColocatedSampler(_Sampler):
                 to_rollout(self.policy, spec, (number, j), ids[:limit], logps[:limit], limit)
                 for j, (ids, logps) in enumerate(zip(found[rows], logprobs[rows], strict=True))
             ]
-
-
-def make_sampler(
-    policy: Policy, spec: VLLMConfig, sampling: SamplingConfig, breaks_off: Callable[[], bool]
-) -> VLLMSampler | ColocatedSampler:
-    """The sampler that a recipe's ``vllm`` section asks for.
-
-    Raises:
-        ConfigError: what it needs is not there.
-    """
-    if spec.server is None:
-        return ColocatedSampler(policy, spec, sampling)
-    client = connect(spec.server, group_port=spec.group_port, timeout_s=spec.timeout_s)
-    return VLLMSampler(policy, client, requests=spec.requests, breaks_off=breaks_off)
 
 
 Fact = tuple[str, str, list[int]]

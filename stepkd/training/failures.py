@@ -85,8 +85,10 @@ def explain(parser: Any, words: Sequence[str], message: str) -> str:
     """
     given = list(_given(words))
     known = _settings(parser, given)
-    for file, name, _ in given:
-        if told := _unknown(name, known):
+    chosen = {name.removesuffix(".class_path"): i for i, (_, name, value) in enumerate(given) if isinstance(value, str)}
+    for i, (file, name, _) in enumerate(given):
+        replaced = any(name.startswith(f"{place}.") and later > i for place, later in chosen.items())
+        if not replaced and (told := _unknown(name, known)):  # settings of a class that another one replaced are gone
             return f"{file}: {told}" if file else told
     return _innermost(message, known)
 
@@ -221,6 +223,11 @@ def _innermost(message: str, known: dict[str, Any]) -> str:
     place = next(where for level, where, _ in found if level == depth)
     texts = list(dict.fromkeys(_plain(text) for level, where, text in found if level == depth and where == place))
     text, value = " or ".join(texts), given.get(place, "")
+    if lacking := re.match(r"the following arguments are required: (\w+)$", text):
+        place, text = f"{place}.{lacking[1]}", "give one: it is required"
+    if place not in known:  # the parser leaves out the group of a class that is chosen within another group
+        start, _, last = place.rpartition(".")
+        place = next((key for key in known if key.startswith(f"{start}.") and key.endswith(f".{last}")), place)
     level = _below(place, known)
     if level and re.search("expected (list|dot import path)", text):
         several = "a list of " if "expected list" in text else ""

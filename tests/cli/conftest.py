@@ -23,7 +23,8 @@ REWARDS = [
     {"name": "length", "options": {"limit": 20}},
     {"name": "format", "weight": 0.5, "options": {"pattern": r"\d"}},
 ]
-ROLLOUT = {"group_size": 4, "max_new_tokens": 24, "max_rows": 8}
+ROLLOUT = {"group_size": 4, "max_new_tokens": 24, "engine": {"init_args": {"max_rows": 8}}}
+SOURCE = {"student": 0.5, "max_new_tokens": 24, "engine": {"init_args": {"max_rows": 2}}}
 SHORT = {"samples": 0}
 ACCELERATE = [
     *("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/cluster/accelerate_8gpu.yaml")),
@@ -35,7 +36,7 @@ LAUNCHERS = {
     "accelerate-bf16": ACCELERATE,
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gkd": ("gkd", {"teacher": TEACHER, "source": {"student": 0.5, "max_new_tokens": 24, "max_rows": 2}}),
+    "gkd": ("gkd", {"teacher": TEACHER, "source": SOURCE}),
     "self_distill": ("self_distill", {"teacher": {"itself": "ema", "decay": 0.5}}),
     "kdrl": ("kdrl", {"teacher": TEACHER, "rollout": ROLLOUT, "rewards": REWARDS, "kd": {"beta": 0.3}}),
     "grpo": ("grpo", {"rollout": ROLLOUT, "rewards": REWARDS, "policy_loss": {"inner_steps": 2}}),

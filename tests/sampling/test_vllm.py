@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,13 +16,11 @@ import torch
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
+from stepkd.sampling.engines import VLLMColocated, VLLMServer
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.vllm import (
-    ColocatedSampler,
-    VLLMConfig,
     VLLMSampler,
     connect,
-    make_sampler,
     merged_weights,
     weight_facts,
 )
@@ -268,14 +266,13 @@ def test_what_is_missing_is_said(policy: Policy, monkeypatch: pytest.MonkeyPatch
         connect("http://127.0.0.1:9", timeout_s=0.1)
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(ConfigError, match=r"pip install 'stepkd\[vllm\]'"):
-            make_sampler(policy, VLLMConfig(colocate=True), SamplingConfig(), lambda: False)
-    for settings in ({}, {"server": "http://x", "colocate": True}):
-        with pytest.raises(ConfigError, match="give either server"):
-            VLLMConfig(**settings)
-    with pytest.raises(ConfigError, match="gpu_memory=2"):
-        VLLMConfig(colocate=True, gpu_memory=2)
+            VLLMColocated().build(policy, SamplingConfig(), lambda: False)
+    with pytest.raises(ConfigError, match=r"engine.gpu_memory=2: must lie in \(0, 1\)"):
+        VLLMColocated(gpu_memory=2)
+    with pytest.raises(ConfigError, match=r"engine.requests=0: must be at least 1"):
+        VLLMServer("http://x", requests=0)
     with pytest.raises(ConfigError, match="knows no stop strings"):
-        ColocatedSampler(policy, VLLMConfig(colocate=True), SamplingConfig(stop=("x",)))
+        VLLMColocated().build(policy, SamplingConfig(stop=("x",)), lambda: False)
 
 
 def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +300,7 @@ def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.Monk
     monkeypatch.setattr("trl.generation.vllm_generation.VLLMGeneration", Engine)
     monkeypatch.setitem(sys.modules, "accelerate", SimpleNamespace(Accelerator=SimpleNamespace))
     spec = SamplingConfig(n=2, max_new_tokens=2)
-    ours = make_sampler(policy, VLLMConfig(colocate=True, gpu_memory=0.4), spec, lambda: False)
+    ours = cast(Any, VLLMColocated(gpu_memory=0.4).build(policy, spec, lambda: False))
     assert made["mode"] == "colocate"
     assert made["gpu_memory_utilization"] == 0.4
     ours.refresh(1)
@@ -324,13 +321,13 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     given: list[int] = []
     monkeypatch.setattr(VLLMSampler, "refresh", lambda _, version: given.append(version))
     rewards: Any = None
-    spec = RolloutConfig(group_size=2, max_new_tokens=4, vllm=VLLMConfig(server=server.address))
+    spec = RolloutConfig(group_size=2, max_new_tokens=4, engine=VLLMServer(server.address))
     groups = GroupSampler(spec, policy, rewards, PhaseTracker(), 0)
     first, second = groups._sampler(3), groups._sampler(4)
     assert isinstance(first, VLLMSampler)
     assert first is second
     assert given == [3, 4]
-    source = SourceConfig(vllm=VLLMConfig(server=server.address))
+    source = SourceConfig(engine=VLLMServer(server.address))
     module = GKDModule(PolicyConfig(path="tiny-0.1m"), TeacherConfig(path="tiny-0.1m"), source=source)
     module.policy = policy
     monkeypatch.setattr(GKDModule, "global_step", 5)

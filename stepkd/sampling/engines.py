@@ -1,0 +1,94 @@
+"""Where training samples: in this process, on a vLLM server, or in a vLLM engine on the training GPUs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from stepkd.errors import check_bounds
+from stepkd.sampling.sampler import Sampler, SamplingConfig
+
+
+class Engine(Sampler, Protocol):
+    """A sampler of the policy that is trained."""
+
+    def refresh(self, version: int) -> None:
+        """Have it sample from the policy's weights as they are now, once for every version; all ranks call it."""
+        ...
+
+
+class EngineConfig(ABC):
+    """Where completions are sampled: :class:`InProcess`, :class:`VLLMServer` or :class:`VLLMColocated`."""
+
+    @abstractmethod
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+        """The engine.
+
+        Args:
+            policy: the :class:`~stepkd.models.policy.Policy` that is sampled from.
+            sampling: how it will be asked to draw.
+            breaks_off: asked while it samples; once it says yes, completions end where they are.
+
+        Raises:
+            ConfigError: what it needs is not there.
+        """
+
+
+@dataclass(frozen=True)
+class InProcess(EngineConfig):
+    """This process's own decoding, with the weights that are trained."""
+
+    max_rows: int = 64
+    """Completions that are decoded at once, >= 1; memory grows with it."""
+
+    def __post_init__(self) -> None:
+        check_bounds("engine.", self, max_rows="[1, inf)")
+
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+        """See :meth:`EngineConfig.build`."""
+        from stepkd.sampling.transformers_sampler import TransformersSampler
+
+        return TransformersSampler(policy, max_rows=self.max_rows, breaks_off=breaks_off)
+
+
+@dataclass(frozen=True)
+class VLLMServer(EngineConfig):
+    """A vLLM server of the policy's model, on GPUs of its own, which is given the weights before every step."""
+
+    url: str
+    """Address of the server, ``http://host:port``."""
+    group_port: int = 51216
+    """Port of the group through which weights are sent."""
+    timeout_s: float = 240.0
+    """Seconds that are waited for the server at the start, > 0; it loads its model first."""
+    requests: int = 32
+    """Most prompts that are asked for at the same time, >= 1."""
+
+    def __post_init__(self) -> None:
+        check_bounds("engine.", self, timeout_s="(0, inf)", requests="[1, inf)")
+
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+        """See :meth:`EngineConfig.build`."""
+        from stepkd.sampling.vllm import VLLMSampler, connect
+
+        client = connect(self.url, group_port=self.group_port, timeout_s=self.timeout_s)
+        return VLLMSampler(policy, client, requests=self.requests, breaks_off=breaks_off)
+
+
+@dataclass(frozen=True)
+class VLLMColocated(EngineConfig):
+    """A vLLM engine on every training GPU, beside the model that learns. Its samples are not keyed: no run repeats."""
+
+    gpu_memory: float = 0.3
+    """Share of the GPU's memory that the engine may take, in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        check_bounds("engine.", self, gpu_memory="(0, 1)")
+
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+        """See :meth:`EngineConfig.build`."""
+        from stepkd.sampling.vllm import ColocatedSampler
+
+        return ColocatedSampler(policy, self.gpu_memory, sampling)
