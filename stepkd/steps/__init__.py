@@ -27,7 +27,14 @@ from stepkd.steps.segment import (
     spans_from_ends,
     step_ends,
 )
-from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, tokenize_text, tokenize_texts
+from stepkd.steps.text import (
+    TokenizedText,
+    first_difference,
+    text_from_ids,
+    texts_from_ids,
+    tokenize_text,
+    tokenize_texts,
+)
 from stepkd.steps.threshold import SIGNAL_SEGMENTERS, SegmentThreshold, fit_threshold
 
 __all__ = [
@@ -65,6 +72,7 @@ __all__ = [
     "step_ends",
     "tally",
     "text_from_ids",
+    "texts_from_ids",
     "tokenize_text",
     "tokenize_texts",
     "verdicts",

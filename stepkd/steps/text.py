@@ -116,6 +116,17 @@ def _aligned(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) 
     return TokenizedText(tuple(ids), text, tuple(ends))
 
 
+def texts_from_ids(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> list[TokenizedText]:
+    """Decode several sampled completions; see :func:`text_from_ids`. Runs of ids that they share are decoded once.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        sequences: sampled ids of each completion, special tokens allowed.
+    """
+    known: dict[tuple[int, ...], str] = {}
+    return [text_from_ids(tokenizer, ids, known=known) for ids in sequences]
+
+
 def text_from_ids(
     tokenizer: Any,
     token_ids: Sequence[int],
@@ -123,6 +134,7 @@ def text_from_ids(
     *,
     entropies: Sequence[float] | None = None,
     teacher_logprobs: Sequence[float] | None = None,
+    known: dict[tuple[int, ...], str] | None = None,
 ) -> TokenizedText:
     """Decode sampled ids piece by piece, keeping track of which token completes which character.
 
@@ -136,11 +148,19 @@ def text_from_ids(
         logprobs: T log-probabilities of the sampled ids; at temperature 1 where a segmenter is to read them.
         entropies: T entropies of the distributions the ids were drawn from.
         teacher_logprobs: T log-probabilities of the ids under another model.
+        known: texts of runs of ids that this tokenizer has decoded; those that are decoded here are added.
     """
-    ids = [int(i) for i in token_ids]
+    ids = tuple(map(int, token_ids))
+    texts: dict[tuple[int, ...], str] = {} if known is None else known
 
     def decode(start: int, end: int) -> str:
-        return str(tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        part = ids[start:end]
+        text = texts.get(part)
+        if text is None:
+            text = texts[part] = str(
+                tokenizer.decode(list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            )
+        return text
 
     pieces: list[str] = []
     ends: list[int] = []
@@ -160,7 +180,7 @@ def text_from_ids(
         shared = [first_difference(text, decode(0, i + 1)) for i in range(len(ids))]
         ends = list(accumulate(shared, max))
     signals = (None if values is None else tuple(values) for values in (logprobs, entropies, teacher_logprobs))
-    return TokenizedText(tuple(ids), text, tuple(ends), *signals)
+    return TokenizedText(ids, text, tuple(ends), *signals)
 
 
 def first_difference(left: Sequence[Any], right: Sequence[Any]) -> int:
