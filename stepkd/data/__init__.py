@@ -11,6 +11,7 @@ from typing import Any
 from stepkd.lazy import lazily
 
 _HOMES = {
+    "completion": "Completion",
     "datamodule": "StepData",
     "io": "read_rows",
     "labelled_data": "FeedbackData PairData StepLabelData",

@@ -18,26 +18,9 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import micro_batches
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
 from stepkd.data.step_encode import StepExample
-from stepkd.steps.segment import Span
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One completion of a prompt, as token ids."""
-
-    prompt_ids: tuple[int, ...]
-    """What it goes on from, at least one id."""
-    ids: tuple[int, ...]
-    """Its own ids."""
-    spans: tuple[Span, ...]
-    """Step spans: a partition of ``range(len(ids))``."""
-
-    @property
-    def length(self) -> int:
-        """Prompt plus completion, in tokens."""
-        return len(self.prompt_ids) + len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ def collate(
         pad_to: pad to at least this many tokens.
         is_filler: see :class:`MicroBatch`.
     """
-    rows = [[Completion(each.prompt_ids, each.completion_ids, each.spans)] for each in examples]
+    rows = [[each.completion] for each in examples]
     tensors = _laid_out(rows, pad_id, padding_side, pad_to)
     common = {field.name: tensors[field.name] for field in fields(MicroBatch) if field.name in tensors}
     return MicroBatch(**common, examples=tuple(examples), is_filler=is_filler)
@@ -198,10 +181,10 @@ def plan_packs(units: Sequence[Unit], max_tokens: int, *, share: bool) -> list[l
     Returns:
         Micro-batches, longest rows first; each a list of packs, which have a row each when ``share``.
     """
-    rows: dict[tuple[int, ...] | int, list[Unit]] = {}
-    keys: dict[tuple[int, ...], tuple[int, ...] | int] = {}
+    rows: dict[bytes | int, list[Unit]] = {}
+    keys: dict[bytes, bytes | int] = {}
     for number, unit in enumerate(units):
-        prompt = unit.completions[0].prompt_ids
+        prompt = unit.completions[0].prompt_ids.tobytes()
         key = keys.get(prompt, prompt) if share else number
         if share and key in rows and _row_length([*rows[key], unit]) > max_tokens:
             key = keys[prompt] = -number - 1  # a new row for the rest of this prompt's units
@@ -212,7 +195,7 @@ def plan_packs(units: Sequence[Unit], max_tokens: int, *, share: bool) -> list[l
 
 
 def _row_length(units: Sequence[Unit]) -> int:
-    own = sum(len(completion.ids) for unit in units for completion in unit.completions)
+    own = sum(len(completion.token_ids) for unit in units for completion in unit.completions)
     return len(units[0].completions[0].prompt_ids) + own
 
 
@@ -253,7 +236,7 @@ def _laid_out(
     rows: Sequence[Sequence[Completion]], pad_id: int, padding_side: Literal["right", "left"], pad_to: int | None
 ) -> dict[str, Tensor]:
     """The tensors of a :class:`PackedBatch`; the completions of a row share its prompt."""
-    lengths = [len(row[0].prompt_ids) + sum(len(completion.ids) for completion in row) for row in rows]
+    lengths = [len(row[0].prompt_ids) + sum(len(completion.token_ids) for completion in row) for row in rows]
     length = max([*lengths, pad_to or 0])
     ids_BT = torch.full((len(rows), length), pad_id, dtype=torch.long)
     segments_BT = torch.full((len(rows), length), -1, dtype=torch.long)
@@ -268,17 +251,17 @@ def _laid_out(
         prompt = row[0].prompt_ids
         at = length - lengths[b] if padding_side == "left" else 0
         last = b * length + at + len(prompt) - 1
-        for segment, ids in enumerate((prompt, *(completion.ids for completion in row))):
+        for segment, ids in enumerate((prompt, *(completion.token_ids for completion in row))):
             end, position = at + len(ids), len(prompt) if segment else 0
-            ids_BT[b, at:end] = torch.tensor(ids, dtype=torch.long)
+            ids_BT[b, at:end] = torch.from_numpy(ids)
             segments_BT[b, at:end] = segment
             positions_BT[b, at:end] = torch.arange(position, position + len(ids))
             if segment:
                 needed += [last, *range(b * length + at, b * length + end - 1)][: len(ids)]
             at = end
         for completion in row:
-            targets += completion.ids
-            numbers += [len(counts)] * len(completion.ids)
+            targets += completion.token_ids.tolist()
+            numbers += [len(counts)] * len(completion.token_ids)
             steps += [len(owners) + s for s, (low, high) in enumerate(completion.spans) for _ in range(low, high)]
             owners += [len(counts)] * len(completion.spans)
             counts.append(len(completion.spans))

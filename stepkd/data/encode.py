@@ -11,16 +11,18 @@ was cut off.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from stepkd.data.completion import Completion
 from stepkd.data.rows import ends_partition
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends
+from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends, step_ends
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
 
@@ -44,17 +46,22 @@ class Example:
         """Prompt plus completion, in tokens."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def completion(self) -> Completion:
+        """Its completion, as arrays."""
+        return as_completion(self.prompt_ids, self.completion_ids, self.spans, id=self.id, row=self.row)
 
-def with_completion(example: Example, ids: tuple[int, ...], tokenizer: Any, segmenter: Segmenter) -> Example:
+
+def as_completion(prompt: Sequence[int], ids: Sequence[int], spans: Sequence[Span], **more: Any) -> Completion:
+    """Ids and step spans as arrays."""
+    return Completion(np.asarray(prompt), np.asarray(ids), np.asarray(step_ends(spans)), **more)
+
+
+def with_completion(example: Example, ids: Iterable[int], tokenizer: Any, segmenter: Segmenter) -> Example:
     """The example with a sampled completion in place of its own; one that cannot be cut is one step."""
-    spans = segment(segmenter, text_from_ids(tokenizer, ids)) or [(0, len(ids))]
-    return replace(example, completion_ids=ids, spans=tuple(spans))
-
-
-def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
-    """16 bytes that a completion of a prompt is found by, in caches of what a frozen model says of it."""
-    text = f"{','.join(map(str, prompt_ids))};{','.join(map(str, completion_ids))}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    text = text_from_ids(tokenizer, ids)
+    spans = segment(segmenter, text) or [(0, len(text))]
+    return replace(example, completion_ids=text.token_ids, spans=tuple(spans))
 
 
 def with_end(completion: TokenizedText, template: PromptTemplate, tokenizer: Any) -> TokenizedText:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from stepkd.data.collate import Completion
-from stepkd.data.encode import Encoder, Example, with_end
+from stepkd.data.completion import Completion
+from stepkd.data.encode import Encoder, Example, as_completion, with_end
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
@@ -166,8 +166,8 @@ class PairExample(Example):
     def sides(self) -> tuple[Completion, Completion]:
         """The preferred completion, and the other."""
         return (
-            Completion(self.prompt_ids, self.completion_ids, self.spans),
-            Completion(self.prompt_ids, self.rejected_ids, self.rejected_spans),
+            self.completion,
+            as_completion(self.prompt_ids, self.rejected_ids, self.rejected_spans),
         )
 
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
+
+from stepkd.data.completion import Completion
 from stepkd.grading.extract import extract_answer
 from stepkd.grading.normalise import canonical_answer
 from stepkd.grading.pool import Grader
@@ -20,31 +23,7 @@ Row = Mapping[str, Any]
 T = TypeVar("T")
 
 
-class Sampled(Protocol):
-    """What is judged of a sampled completion."""
-
-    @property
-    def text(self) -> str:
-        """Decoded completion."""
-
-    @property
-    def token_ids(self) -> Sequence[int]:
-        """Its tokens."""
-
-    @property
-    def finish(self) -> str:
-        """``stop``, or ``length`` when it was cut off."""
-
-    @property
-    def logprobs(self) -> Sequence[float]:
-        """Log-probability of each token under the distribution that was sampled from."""
-
-    @property
-    def raw_logprobs(self) -> Sequence[float]:
-        """Log-probability of each token at temperature 1."""
-
-
-def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Sampled]], grader: Grader) -> list[list[dict[str, Any]]]:
+def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Completion]], grader: Grader) -> list[list[dict[str, Any]]]:
     """Grade every rollout of every row.
 
     Args:
@@ -73,7 +52,7 @@ def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Sampled]], grader: Gr
             "tokens": len(rollout.token_ids),
             "finish": rollout.finish,
             "vote": vote,
-            "logprob": sum(rollout.raw_logprobs),
+            "logprob": sum(rollout.raw_logprobs.tolist()),
             "step_labels": step_labels(row, rollout.text),
         }
         for (row, rollout), grade, vote in zip(flat, grades, [key for keys in votes for key in keys], strict=True)
@@ -151,7 +130,7 @@ def solution_steps(completion: str) -> list[str]:
 
 def rollout_row(
     row: Row,
-    rollout: Sampled,
+    rollout: Completion,
     sample: Mapping[str, Any],
     step_ends: Sequence[int],
     steps: Sequence[str] | None = None,
@@ -170,15 +149,15 @@ def rollout_row(
         "problem_id": str(row["id"]),
         "prompt": row["prompt"],
         "completion": rollout.text,
-        "token_ids": list(rollout.token_ids),
-        "logprobs": list(rollout.logprobs),
+        "token_ids": rollout.token_ids.tolist(),
+        "logprobs": rollout.logprobs.tolist(),
         "step_ends": list(step_ends),
         "finish": rollout.finish,
         "correct": sample["verdict"] == "correct",
         "answer": row["answer"],
     }
-    if rollout.raw_logprobs != rollout.logprobs:
-        result["raw_logprobs"] = list(rollout.raw_logprobs)
+    if not np.array_equal(rollout.raw_logprobs, rollout.logprobs):
+        result["raw_logprobs"] = rollout.raw_logprobs.tolist()
     labels = sample["step_labels"] if steps is None else step_labels(row, rollout.text, steps)
     if labels is not None and len(labels) == len(step_ends):
         result["step_labels"] = labels

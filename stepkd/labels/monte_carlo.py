@@ -11,10 +11,11 @@ Also here: the step that a continuation begins with, cut as the solution it cont
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.extract import extract_answer
 from stepkd.grading.pool import Grader
@@ -22,7 +23,7 @@ from stepkd.labels.labellers import Reduce, Solution, StepLabels, check_reductio
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler, Drawn, Rollout, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler, Drawn, SamplingConfig
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
 from stepkd.steps.segment import SEGMENTERS, RegexSegmenter, Segmenter, check_partition, get_segmenter, segment
 from stepkd.steps.text import TokenizedText, text_from_ids
@@ -55,7 +56,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def continuation_text(tokenizer: Any, prefix_ids: Sequence[int], token_ids: Sequence[int]) -> TokenizedText:
+def continuation_text(tokenizer: Any, prefix_ids: Sequence[int], token_ids: Iterable[int]) -> TokenizedText:
     """A continuation as it reads behind its prefix: some tokenizers decode the first token of a text differently."""
     whole = text_from_ids(tokenizer, (*prefix_ids, *token_ids))
     known = len(prefix_ids)
@@ -64,7 +65,7 @@ def continuation_text(tokenizer: Any, prefix_ids: Sequence[int], token_ids: Sequ
 
 
 def next_step(
-    rollout: Rollout,
+    rollout: Completion,
     prefix_ids: Sequence[int],
     segmenter: Segmenter,
     *,
@@ -86,9 +87,9 @@ def next_step(
     text = continuation_text(policy.tokenizer, prefix_ids, rollout.token_ids)
     if not text.text.strip():
         return None
-    signals: dict[str, Any] = {"logprobs": rollout.raw_logprobs}
+    signals: dict[str, Any] = {"logprobs": tuple(rollout.raw_logprobs)}
     if isinstance(segmenter, EntropySegmenter):
-        (found,) = annotate(policy, [[*prompt_ids, *prefix_ids]], [rollout.token_ids])
+        (found,) = annotate(policy, [[*prompt_ids, *prefix_ids]], [rollout.token_ids.tolist()])
         signals["entropies"] = found.entropies
     start, end = segment(segmenter, TokenizedText(text.token_ids, text.text, text.char_ends, **signals))[0]
     ends = end == len(text)

@@ -19,7 +19,7 @@ from stepkd.steps.format import written_steps
 from stepkd.steps.segment import get_segmenter
 
 PURPOSE = "label_solutions"
-_SAMPLED = ("token_ids", "logprobs", "raw_logprobs", "finish", "text")  # what is kept of a rollout
+_NUMBERS = ("token_ids", "logprobs", "raw_logprobs")  # of every token, kept of a completion
 
 
 @dataclass(eq=False)
@@ -63,10 +63,12 @@ class SampledSolutions:
                 self.bench.policy,
                 self.teacher,
                 [prompt.prompt_ids for prompt, _ in flat],
-                [rollout.token_ids for _, rollout in flat],
+                [rollout.token_ids.tolist() for _, rollout in flat],
             )
         samples = [
-            {name: getattr(rollout, name) for name in _SAMPLED} | {"correct": grade.verdict == "correct"} | extra
+            {name: getattr(rollout, name).tolist() for name in _NUMBERS}
+            | {"finish": rollout.finish, "text": rollout.text, "correct": grade.verdict == "correct"}
+            | extra
             for (_, rollout), grade, extra in zip(flat, grades, signals, strict=True)
         ]
         n = self.sampling.n

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
 
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import Solution, StepCheck
 from stepkd.labels.monte_carlo import NextStep, next_step, segmenter_of, text_until_stop
@@ -23,7 +24,7 @@ from stepkd.labels.sources import GivenSolutions
 from stepkd.labels.workbench import Workbench, load_judge, open_workbench, pair_record
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler, Rollout
+from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.labels import verdicts
 from stepkd.steps.segment import Segmenter, get_segmenter
@@ -189,7 +190,7 @@ class StepPairBuilder:
                 cut_off.append(rollout.finish == "length")
         return [grade.verdict == "correct" for grade in self.bench.grader.grade(texts, answers, cut_off=cut_off)]
 
-    def _better_steps(self, wrong: _Wrong, right: Sequence[Rollout]) -> tuple[dict[NextStep, int], Counter[str]]:
+    def _better_steps(self, wrong: _Wrong, right: Sequence[Completion]) -> tuple[dict[NextStep, int], Counter[str]]:
         """Distinct first steps of right continuations with the number of their first sample, and what was left out."""
         steps: dict[str, tuple[NextStep, int]] = {}
         counts: Counter[str] = Counter()
@@ -209,7 +210,7 @@ class StepPairBuilder:
             elif step.text.strip() in steps:
                 counts["repeated_steps"] += 1
             else:
-                steps[step.text.strip()] = (step, rollout.sample_index)
+                steps[step.text.strip()] = (step, rollout.sample)
         return dict(steps.values()), counts
 
     def _segmenter(self, row: Row) -> Segmenter:

@@ -10,7 +10,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import Completion, MicroBatch, PackedBatch
+from stepkd.data.collate import MicroBatch, PackedBatch
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
 from stepkd.data.feedback import PairExample
 from stepkd.errors import ConfigError, check_choice
@@ -99,10 +100,10 @@ class DPOModule(PreferenceModule):
         at = 0
         for example in batch.examples:
             better, worse = cast(PairExample, example).sides
-            shared = first_difference(better.ids, worse.ids)
+            shared = first_difference(better.token_ids, worse.token_ids)
             for side in (better, worse):
                 kept_N[at : at + shared] = 0.0
-                at += len(side.ids)
+                at += len(side.token_ids)
         return kept_N
 
     def _smoothing(self, batch: PackedBatch) -> float | Tensor:

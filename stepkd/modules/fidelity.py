@@ -18,13 +18,14 @@ from torch import Tensor
 
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Example, with_completion
 from stepkd.errors import check_bounds
 from stepkd.grading.judge import judge, vote_keys
 from stepkd.grading.pool import Grader
 from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import Rollout, SamplingConfig
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.local import LocalTeacher
@@ -115,7 +116,7 @@ class Fidelity:
         indices: Sequence[int],
         temperature: float,
         purpose: str,
-    ) -> list[Rollout]:
+    ) -> list[Completion]:
         sampling = SamplingConfig(temperature=temperature, max_new_tokens=self.spec.max_new_tokens, seed=self.seed)
         sampler = TransformersSampler(policy, max_rows=self.spec.max_rows)
         return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
@@ -223,7 +224,7 @@ class Fidelity:
         )
         return {f"answers_{name}": (float(counts[name]), float(len(examples))) for name in ANSWERS}
 
-    def _graded(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> list[tuple[bool, str | None]]:
+    def _graded(self, examples: Sequence[Example], rollouts: Sequence[Completion]) -> list[tuple[bool, str | None]]:
         """Whether each answer is right, and its equivalence class."""
         judged = judge([example.row for example in examples], [[rollout] for rollout in rollouts], self.grader)
         return [(record["verdict"] == "correct", record["vote"]) for (record,) in judged]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch, mismatched
-from stepkd.data.collate import Completion, MicroBatch, PackedBatch
-from stepkd.data.encode import Example
+from stepkd.data.collate import MicroBatch, PackedBatch
+from stepkd.data.completion import Completion
+from stepkd.data.encode import Example, as_completion
 from stepkd.data.feedback import FeedbackExample
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
@@ -109,7 +110,7 @@ def mismatched_completions(batch: StepBatch, rotation: str, max_length: int | No
         if partner is None or not peers[partner].completion_ids:
             continue
         other: Example = peers[partner]
-        completion = Completion(peers[place].prompt_ids, other.completion_ids, other.spans)
+        completion = as_completion(peers[place].prompt_ids, other.completion_ids, other.spans)
         if max_length is None or completion.length <= max_length:
             found.append(completion)
     return found

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch, StepLoader
-from stepkd.data.collate import Completion, MicroBatch, PackedBatch, Unit, collate_packed, plan_packs
-from stepkd.data.encode import Example, completion_key
+from stepkd.data.collate import MicroBatch, PackedBatch, Unit, collate_packed, plan_packs
+from stepkd.data.completion import Completion
+from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, ModelError, check_choice
 from stepkd.losses import token_logps
 from stepkd.models.checkpoint import load_trained, parameters_fingerprint
@@ -64,12 +65,8 @@ class ReferenceCache:
     def __len__(self) -> int:
         return len(self._logps)
 
-    @staticmethod
-    def _key(completion: Completion) -> bytes:
-        return completion_key(completion.prompt_ids, completion.ids)
-
     def __contains__(self, completion: Completion) -> bool:
-        return self._key(completion) in self._logps
+        return completion.key in self._logps
 
     def get(self, completion: Completion) -> Tensor:
         """Log-probability of every token of a completion, on the CPU.
@@ -77,7 +74,7 @@ class ReferenceCache:
         Raises:
             ConfigError: it was never computed: the data is not what the cache was made for.
         """
-        found = self._logps.get(self._key(completion))
+        found = self._logps.get(completion.key)
         if found is None:
             raise ConfigError(
                 "reference.cache holds no log-probabilities of a completion of this batch, and the reference's weights "
@@ -89,9 +86,9 @@ class ReferenceCache:
     def add(self, completions: Sequence[Completion], logps: Iterable[Tensor]) -> None:
         """Keep log-probabilities, one tensor per completion."""
         for completion, values in zip(completions, logps, strict=True):
-            if len(values) != len(completion.ids):
-                raise ValueError(f"{len(values)} log-probabilities for {len(completion.ids)} tokens")
-            self._logps[self._key(completion)] = values.detach().cpu()
+            if len(values) != len(completion.token_ids):
+                raise ValueError(f"{len(values)} log-probabilities for {len(completion.token_ids)} tokens")
+            self._logps[completion.key] = values.detach().cpu()
 
     def save(self, rank: int = 0) -> None:
         """Write everything this rank knows, whole or not at all."""
@@ -163,7 +160,7 @@ class PreferenceModule(StepModule):
 
     def completions(self, example: Example) -> tuple[Completion, ...]:
         """The completions of an example, all of one prompt: its only one, or the two sides of a pair."""
-        return (Completion(example.prompt_ids, example.completion_ids, example.spans),)
+        return (example.completion,)
 
     def mismatches(self, batch: StepBatch) -> list[Completion]:
         """Further completions of which :meth:`prepare` needs log-ratios (without gradients)."""
@@ -296,12 +293,12 @@ class PreferenceModule(StepModule):
         """Reference log-probabilities of everything this rank will meet; then the reference's weights are let go."""
         folder = Path(self.trainer.default_root_dir) / "reference"
         cache = ReferenceCache(folder, self._frozen["reference"][0], str(self.trainer.precision))
-        wanted: dict[Completion, None] = {}
+        wanted: dict[bytes, Completion] = {}
         for batch in self._future_batches():
             for example in (*batch.examples, batch.filler):
-                wanted.update(dict.fromkeys(self.completions(example)) if example.completion_ids else {})
-            wanted.update(dict.fromkeys(self.mismatches(batch)))
-        missing = [completion for completion in wanted if completion not in cache]
+                wanted |= {each.key: each for each in self.completions(example)} if example.completion_ids else {}
+            wanted |= {each.key: each for each in self.mismatches(batch)}
+        missing = [completion for completion in wanted.values() if completion not in cache]
         units = [Unit(_as_example(number, each), (each,)) for number, each in enumerate(missing)]
         groups = plan_packs(units, self.micro_batch_tokens, share=self.shares_rows)
         as_trained = self.trainer.precision_plugin.forward_context()  # no step has begun that would have entered it
@@ -342,4 +339,5 @@ class PreferenceModule(StepModule):
 
 
 def _as_example(number: int, completion: Completion) -> Example:
-    return Example(str(number), completion.prompt_ids, completion.ids, completion.spans)
+    prompt, ids = (tuple(each.tolist()) for each in (completion.prompt_ids, completion.token_ids))
+    return Example(str(number), prompt, ids, completion.spans)

@@ -156,7 +156,7 @@ class GroupSampler:
                 with_completion(example, sample.token_ids, self.policy.tokenizer, self._segmenter),
                 group=number,
                 text=sample.text,
-                sampled_logps=sample.logprobs,
+                sampled_logps=tuple(sample.logprobs.tolist()),
                 cut_off=sample.finish == "length",
             )
             for number, example, group in zip(numbers, examples, drawn, strict=True)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepkd.data.batching import StepBatch
+from stepkd.data.completion import Completion
 from stepkd.errors import check_bounds
 from stepkd.grading.extract import DEFAULT_EXTRACTORS
 from stepkd.grading.judge import judge, rollout_row
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.policy import Policy
 from stepkd.runs.progress import PhaseTracker
-from stepkd.sampling.sampler import Rollout, SamplingConfig
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.labels import tally
 from stepkd.steps.segment import get_segmenter, segment, step_ends
@@ -121,7 +122,7 @@ class SampledAccuracy:
                 rows.append(
                     rollout_row(example.row, rollout, record, step_ends(spans), steps)
                     | {
-                        "sample": rollout.sample_index,
+                        "sample": rollout.sample,
                         "model": model_id,
                         "sampling": sampling,
                         "seed": self.sampling.seed,
@@ -132,7 +133,7 @@ class SampledAccuracy:
 
     def _judged(
         self, batch: StepBatch, phases: PhaseTracker, purpose: str
-    ) -> tuple[list[list[Rollout]], list[list[dict[str, Any]]]]:
+    ) -> tuple[list[list[Completion]], list[list[dict[str, Any]]]]:
         prompts = [example.prompt_ids for example in batch.examples]
         with phases.phase("rollout", total=len(prompts) * self.sampling.n):
             rollouts = self.sampler.sample(

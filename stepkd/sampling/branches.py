@@ -21,12 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from stepkd.data.completion import Completion
 from stepkd.errors import DataError
 from stepkd.sampling.decode import Decoder, Progress, Reading, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, SamplingConfig
 
 _KNOWN, _GAP = 4, 24  # tokens of the probe: read and kept, read and hidden
 
@@ -102,7 +104,7 @@ class _Prefix:
     cut_number: int
     cut: int
     limit: int
-    rollouts: list[Rollout] = field(default_factory=list)
+    rollouts: list[Completion] = field(default_factory=list)
     read_tokens: int = 0
     settled: bool = False
 
@@ -199,7 +201,8 @@ class BranchRun:
             decode(rows)
             drawn = []
             for i, prefix in enumerate(going):
-                new = tuple(self.decoder.finished(row, self.spec) for row in rows[i * count : (i + 1) * count])
+                known = np.asarray(self.branches[prefix.branch].token_ids[: prefix.cut])
+                new = tuple(self.decoder.finished(row, known, self.spec) for row in rows[i * count : (i + 1) * count])
                 prefix.rollouts.extend(new)
                 drawn.append(Drawn(prefix.branch, prefix.cut_number, new))
             if self.settled is not None:

@@ -20,15 +20,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from stepkd.data.completion import Completion, Ids
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of
 from stepkd.models.policy import Policy, positions_from_mask
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Rollout, SampleCounts, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.sampler import SampleCounts, SamplingConfig, before_stop, decode_text
 
 
 class Draw(NamedTuple):
@@ -287,12 +289,18 @@ class Decoder:
             hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
             position_B = position_B + 1
 
-    def finished(self, row: Row, spec: SamplingConfig) -> Rollout:
-        """The rollout of a row that was decoded."""
+    def finished(self, row: Row, prompt: Ids, spec: SamplingConfig) -> Completion:
+        """The completion of a prompt, from a row that was decoded."""
         assert row.finish is not None
-        ids, values = tuple(row.token_ids), (tuple(row.logprobs), tuple(row.raw_logprobs))
-        text = before_stop(decode_text(self.policy.tokenizer, ids), spec.stop)
-        return Rollout(row.prompt_index, row.sample_index, ids, *values, row.finish, text)
+        return Completion(
+            prompt,
+            np.asarray(row.token_ids),
+            logprobs=np.asarray(row.logprobs),
+            raw_logprobs=np.asarray(row.raw_logprobs),
+            finish=row.finish,
+            text=before_stop(decode_text(self.policy.tokenizer, row.token_ids), spec.stop),
+            sample=row.sample_index,
+        )
 
     @staticmethod
     def _uniforms(row: Row, spec: SamplingConfig) -> Sequence[float]:

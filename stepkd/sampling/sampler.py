@@ -1,11 +1,12 @@
-"""What a sampler is: prompts in, rollouts out, every draw keyed by the sample's global number."""
+"""What a sampler is: prompts in, completions out, every draw keyed by the sample's global number."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError
 
 DEFAULT_NEW_TOKENS = 512
@@ -54,26 +55,6 @@ class SamplingConfig:
         return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One sampled completion of T tokens."""
-
-    prompt_index: int
-    """Position of its prompt in the call."""
-    sample_index: int
-    """Which of the prompt's n samples, from 0."""
-    token_ids: tuple[int, ...]
-    """Sampled ids, the end token included when one was sampled. Never re-tokenised."""
-    logprobs: tuple[float, ...]
-    """Log-probability of each token under the distribution it was drawn from (after temperature, top-k and top-p)."""
-    raw_logprobs: tuple[float, ...]
-    """Log-probability of each token under the model at temperature 1, nothing cut off."""
-    finish: Literal["stop", "length"]
-    """``stop``: end token or stop string; ``length``: cut at max_new_tokens or the context's end."""
-    text: str
-    """Decoded text without special tokens and without the stop string."""
-
-
 class Sampler(Protocol):
     """Draws completions."""
 
@@ -86,7 +67,7 @@ class Sampler(Protocol):
         step: int = 0,
         indices: Sequence[int] | None = None,
         on_progress: Callable[[int], Any] | None = None,
-    ) -> list[list[Rollout]]:
+    ) -> list[list[Completion]]:
         """Draw ``spec.n`` completions of each prompt.
 
         Args:
@@ -99,7 +80,7 @@ class Sampler(Protocol):
             on_progress: called with the number of completions just finished.
 
         Returns:
-            For each prompt its n rollouts, in order.
+            For each prompt its n completions, in order.
         """
         ...
 
@@ -130,8 +111,8 @@ class Branch:
 class BranchRollouts:
     """What was drawn from one branch."""
 
-    rollouts: tuple[tuple[Rollout, ...], ...]
-    """For each cut its continuations, by sample number. ``prompt_index`` is the branch's position in the call."""
+    rollouts: tuple[tuple[Completion, ...], ...]
+    """For each cut its continuations, by sample number; their ``prompt_ids`` are the prefix."""
     prefill_tokens: int
     """Tokens of the sequence read for it: the longest prefix where reading is shared, else all prefixes together."""
 
@@ -143,7 +124,7 @@ class Drawn(NamedTuple):
     """Position of the branch in the call."""
     cut_number: int
     """Position of the cut among the branch's cuts."""
-    rollouts: tuple[Rollout, ...]
+    rollouts: tuple[Completion, ...]
     """The new continuations."""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
@@ -14,7 +16,7 @@ from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import BranchRun, GapLimit, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SampleCounts, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, SampleCounts, SamplingConfig
 from stepkd.steps.segment import get_segmenter
 
 
@@ -56,7 +58,7 @@ class TransformersSampler:
         step: int = 0,
         indices: Sequence[int] | None = None,
         on_progress: Callable[[int], Any] | None = None,
-    ) -> list[list[Rollout]]:
+    ) -> list[list[Completion]]:
         """Draw completions; see :class:`~stepkd.sampling.sampler.Sampler`.
 
         Raises:
@@ -67,7 +69,8 @@ class TransformersSampler:
         if len(indices) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
         limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
-        results: list[list[Rollout]] = [[] for _ in prompts]
+        results: list[list[Completion]] = [[] for _ in prompts]
+        known = [np.asarray(prompt) for prompt in prompts]
         per_prefill = max(1, self.max_rows // spec.n)
         with evaluation_mode(self.policy):
             for start in range(0, len(prompts), per_prefill):
@@ -79,7 +82,7 @@ class TransformersSampler:
                 ]
                 self._decoder.decode_prompts([prompts[p] for p in block], rows, spec, on_progress)
                 for row in rows:
-                    results[row.prompt_index].append(self._decoder.finished(row, spec))
+                    results[row.prompt_index].append(self._decoder.finished(row, known[row.prompt_index], spec))
         return results
 
     @torch.no_grad()

@@ -15,17 +15,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stepkd.data.completion import Completion, Finish
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import plain_model
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import Rollout, SampleCounts, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.sampler import SampleCounts, SamplingConfig, before_stop, decode_text
 from stepkd.sampling.transformers_sampler import room_for
 
 START = (
@@ -53,20 +55,22 @@ def connect(address: str, *, group_port: int = 51216, timeout_s: float = 240.0) 
         ) from error
 
 
-def to_rollout(
+def to_completion(
     policy: Policy,
     spec: SamplingConfig,
     place: tuple[int, int],
+    prompt: Sequence[int],
     ids: Sequence[int],
     logprobs: Sequence[Any],
     limit: int,
-) -> Rollout:
-    """What the server or engine gave, as a rollout.
+) -> Completion:
+    """What the server or engine gave, as a completion.
 
     Args:
         policy: its tokenizer decodes, its end tokens end.
         spec: how it was drawn.
         place: number of the prompt, and of the sample.
+        prompt: what it continues.
         ids, logprobs: tokens, and for each a list that begins with its log-probability.
         limit: most tokens asked for.
 
@@ -79,13 +83,19 @@ def to_rollout(
             f"vLLM gave prompt {number} {len(ids)} tokens with {len(logprobs)} log-probabilities, of at most {limit}: "
             "its logits are not numbers, or it is not the server that is expected here"
         )
-    values = tuple(float(each[0]) for each in logprobs)
-    drawn = (0.0,) * len(ids) if spec.temperature == 0 else values
-    raw = values if _is_plain(spec) else (math.nan,) * len(ids)
+    values = np.array([float(each[0]) for each in logprobs])
     text = decode_text(policy.tokenizer, ids)
     cut = before_stop(text, spec.stop)
-    finish: Literal["stop", "length"] = "stop" if ids[-1] in policy.eos_ids or cut != text else "length"
-    return Rollout(number, sample, tuple(ids), drawn, raw, finish, cut)
+    finish: Finish = "stop" if ids[-1] in policy.eos_ids or cut != text else "length"
+    return Completion(
+        np.asarray(prompt),
+        np.asarray(ids),
+        logprobs=np.zeros_like(values) if spec.temperature == 0 else values,
+        raw_logprobs=values if _is_plain(spec) else np.full_like(values, math.nan),
+        finish=finish,
+        text=cut,
+        sample=sample,
+    )
 
 
 def _is_plain(spec: SamplingConfig) -> bool:
@@ -113,7 +123,7 @@ class _Sampler(ABC):
         step: int = 0,
         indices: Sequence[int] | None = None,
         on_progress: Callable[[int], Any] | None = None,
-    ) -> list[list[Rollout]]:
+    ) -> list[list[Completion]]:
         """Draw completions. ``raw_logprobs`` are NaN where the server's are of another distribution.
 
         Raises:
@@ -150,7 +160,7 @@ class _Sampler(ABC):
     @abstractmethod
     def _draw(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
-    ) -> Iterator[list[Rollout]]:
+    ) -> Iterator[list[Completion]]:
         """The completions of every prompt, in order: at most ``limits`` tokens, noise by ``keys`` where it can be."""
 
 
@@ -187,17 +197,17 @@ class VLLMSampler(_Sampler):
 
     def _draw(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
-    ) -> Iterator[list[Rollout]]:
+    ) -> Iterator[list[Completion]]:
         self._check_server(spec)
 
-        def ask(number: int) -> list[Rollout]:
+        def ask(number: int) -> list[Completion]:
             limit = 1 if self.breaks_off is not None and self.breaks_off() else limits[number]
-            return self._ask(number, list(prompts[number]), spec, limit, keys[number] % 2**31)
+            return self._ask(number, [int(i) for i in prompts[number]], spec, limit, keys[number] % 2**31)
 
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
             yield from pool.map(ask, range(len(prompts)))
 
-    def _ask(self, number: int, prompt: list[int], spec: SamplingConfig, limit: int, key: int) -> list[Rollout]:
+    def _ask(self, number: int, prompt: list[int], spec: SamplingConfig, limit: int, key: int) -> list[Completion]:
         extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
         extra["stop_token_ids"] = sorted(self.policy.eos_ids)
         if spec.stop:
@@ -219,7 +229,10 @@ class VLLMSampler(_Sampler):
                 "or with those of another prompt: does it hold the policy's model and tokenizer?"
             )
         logprobs = answer["logprobs"]
-        return [to_rollout(self.policy, spec, (number, j), ids, logprobs[j], limit) for j, ids in enumerate(found)]
+        return [
+            to_completion(self.policy, spec, (number, j), prompt, ids, logprobs[j], limit)
+            for j, ids in enumerate(found)
+        ]
 
     def _check_server(self, spec: SamplingConfig) -> None:
         """At another temperature than 1 the server must give log-probabilities of what it samples from."""
@@ -278,13 +291,13 @@ class ColocatedSampler(_Sampler):
 
     def _draw(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
-    ) -> Iterator[list[Rollout]]:
-        repeated = [list(prompt) for prompt in prompts for _ in range(spec.n)]
+    ) -> Iterator[list[Completion]]:
+        repeated = [[int(i) for i in prompt] for prompt in prompts for _ in range(spec.n)]
         _, found, logprobs, _ = self.engine.generate(repeated, None, spec.n)
         for number, limit in enumerate(limits):
             rows = slice(number * spec.n, (number + 1) * spec.n)
             yield [
-                to_rollout(self.policy, spec, (number, j), ids[:limit], logps[:limit], limit)
+                to_completion(self.policy, spec, (number, j), prompts[number], ids[:limit], logps[:limit], limit)
                 for j, (ids, logps) in enumerate(zip(found[rows], logprobs[rows], strict=True))
             ]
 

@@ -22,12 +22,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, check_choice
 from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import Rollout, Sampler, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.sampler import Sampler, SamplingConfig, before_stop, decode_text
 from stepkd.scorers.scorer import Reduction, Solutions, StepScorer, default_reduction, reduce_scores
 from stepkd.search.tree import End, State, Step, StepGenerator
 from stepkd.steps.segment import get_segmenter, segment, segmenter_settings
@@ -224,9 +225,9 @@ class SampledSteps:
         return "stop" if draft.finish == "stop" else "length"
 
 
-def _extend(draft: _Draft, rollout: Rollout) -> None:
-    draft.token_ids += rollout.token_ids
-    draft.raw_logprobs += rollout.raw_logprobs
+def _extend(draft: _Draft, rollout: Completion) -> None:
+    draft.token_ids += rollout.token_ids.tolist()
+    draft.raw_logprobs += rollout.raw_logprobs.tolist()
     draft.finish = rollout.finish
 
 

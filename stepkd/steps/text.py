@@ -7,7 +7,7 @@ Text is tokenised once and as a whole; sampled ids are never turned into text an
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -116,7 +116,7 @@ def _aligned(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) 
     return TokenizedText(tuple(ids), text, tuple(ends))
 
 
-def texts_from_ids(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> list[TokenizedText]:
+def texts_from_ids(tokenizer: Any, sequences: Iterable[Iterable[int]]) -> list[TokenizedText]:
     """Decode several sampled completions; see :func:`text_from_ids`. Runs of ids that they share are decoded once.
 
     Args:
@@ -129,11 +129,11 @@ def texts_from_ids(tokenizer: Any, sequences: Sequence[Sequence[int]]) -> list[T
 
 def text_from_ids(
     tokenizer: Any,
-    token_ids: Sequence[int],
-    logprobs: Sequence[float] | None = None,
+    token_ids: Iterable[int],
+    logprobs: Iterable[float] | None = None,
     *,
-    entropies: Sequence[float] | None = None,
-    teacher_logprobs: Sequence[float] | None = None,
+    entropies: Iterable[float] | None = None,
+    teacher_logprobs: Iterable[float] | None = None,
     known: dict[tuple[int, ...], str] | None = None,
 ) -> TokenizedText:
     """Decode sampled ids piece by piece, keeping track of which token completes which character.
@@ -183,7 +183,7 @@ def text_from_ids(
     return TokenizedText(ids, text, tuple(ends), *signals)
 
 
-def first_difference(left: Sequence[Any], right: Sequence[Any]) -> int:
+def first_difference(left: Collection[Any], right: Collection[Any]) -> int:
     """Number of leading ids that two completions of one prompt share (of characters, for texts).
 
     MCTS-DPO (Xie et al. 2024, arXiv 2405.00451) takes its loss from there on. Shared leading tokens have the same

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import MicroBatch, collate
-from stepkd.data.encode import Example, completion_key
+from stepkd.data.completion import completion_key
+from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import chunked_head, tempered, top_k_buckets
 from stepkd.runs.files import write_file

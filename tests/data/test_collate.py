@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepkd.data.collate import Completion, MicroBatch, Pack, PackedBatch, Unit, collate, collate_packed, plan_packs
+from stepkd.data.collate import MicroBatch, Pack, PackedBatch, Unit, collate, collate_packed, plan_packs
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
-from stepkd.steps.segment import spans_from_ends
+from stepkd.steps.segment import spans_from_ends, step_ends
 
 PAD = 99
 
@@ -104,12 +105,14 @@ def test_to_moves_tensors_and_keeps_the_rest() -> None:
 
 
 def completion(prompt: tuple[int, ...], ids: tuple[int, ...], ends: tuple[int, ...] = ()) -> Completion:
-    return Completion(prompt, ids, tuple(spans_from_ends(ends, len(ids))))
+    return Completion(prompt, ids, step_ends(spans_from_ends(ends, len(ids))))
 
 
 def unit(*completions: Completion, name: str = "u") -> Unit:
     first = completions[0]
-    return Unit(Example(name, first.prompt_ids, first.ids, first.spans), completions)
+    return Unit(
+        Example(name, tuple(first.prompt_ids.tolist()), tuple(first.token_ids.tolist()), first.spans), completions
+    )
 
 
 PACKS: list[Pack] = [
@@ -200,12 +203,12 @@ def test_every_target_is_predicted_by_the_token_before_it(
     flat, positions = batch.input_ids_BT.flatten().tolist(), batch.position_ids_BT.flatten().tolist()
     step, at = 0, 0
     for number, each in enumerate(wanted):
-        size = len(each.ids)
+        size = len(each.token_ids)
         window = slice(at, at + size)
         needed = batch.needed_N[window].tolist()
-        assert batch.targets_N[window].tolist() == list(each.ids)
+        assert batch.targets_N[window].tolist() == each.token_ids.tolist()
         assert set(batch.row_N[window].tolist()) == {number}
-        assert [flat[i] for i in needed] == [each.prompt_ids[-1], *each.ids[:-1]]
+        assert [flat[i] for i in needed] == [each.prompt_ids[-1], *each.token_ids[:-1]]
         assert [positions[i] for i in needed] == list(range(len(each.prompt_ids) - 1, each.length - 1))
         lengths = [sum(batch.step_N[window] == step + s).item() for s in range(len(each.spans))]  # type: ignore[attr-defined]
         assert lengths == [high - low for low, high in each.spans]
@@ -215,7 +218,7 @@ def test_every_target_is_predicted_by_the_token_before_it(
     assert at == len(batch.needed_N) == len(batch.targets_N)
     assert step == len(batch.completion_S)
     used = int(batch.attention_mask_BT.sum())
-    assert used == sum(len(row[0].prompt_ids) + sum(len(each.ids) for each in row) for row in _rows(packs, share))
+    assert used == sum(len(row[0].prompt_ids) + sum(len(each.token_ids) for each in row) for row in _rows(packs, share))
     if batch.segments_BT is not None:
         assert ((batch.segments_BT >= 0) == batch.attention_mask_BT.bool()).all()
 
@@ -253,7 +256,7 @@ def test_no_unit_is_lost_or_split_and_budgets_are_kept(units: list[Unit], max_to
     for group in groups:
         assert group
         for pack in group:
-            assert len({each.prompt_ids for member in pack for each in member.completions}) == 1
+            assert len({each.prompt_ids.tobytes() for member in pack for each in member.completions}) == 1
             assert share or len(pack) == 1
         cells = collate_packed(group, PAD, share=share).input_ids_BT.numel()
         assert cells <= max_tokens or (len(group) == 1 and len(group[0]) == 1), "only a single unit may exceed it"
@@ -266,7 +269,7 @@ def test_no_unit_is_lost_or_split_and_budgets_are_kept(units: list[Unit], max_to
 @settings(max_examples=60, deadline=None)
 def test_equal_prompts_share_a_row_where_they_fit(units: list[Unit]) -> None:
     (group,) = plan_packs(units, 10_000, share=True)
-    assert len(group) == len({each.completions[0].prompt_ids for each in units})
+    assert len(group) == len({each.completions[0].prompt_ids.tobytes() for each in units})
     for pack in group:
         names = [int(member.example.id) for member in pack]
         assert names == sorted(names), "in the given order"
@@ -279,7 +282,7 @@ def test_equal_prompts_share_a_row_where_they_fit(units: list[Unit]) -> None:
 
 
 def _tokens(packs: list[Pack], share: bool) -> list[int]:
-    return [len(row[0].prompt_ids) + sum(len(each.ids) for each in row) for row in _rows(packs, share)]
+    return [len(row[0].prompt_ids) + sum(len(each.token_ids) for each in row) for row in _rows(packs, share)]
 
 
 def test_a_prompt_with_more_than_a_row_holds_gets_more_rows() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.completion import Completion
 from stepkd.data.rows import ROLLOUT, validate
 from stepkd.grading.judge import judge, rollout_row, step_labels, vote_keys
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.sampling.sampler import Rollout
 from stepkd.steps.segment import get_segmenter, segment, step_ends
 from stepkd.steps.text import text_from_ids
 from stepkd.tasks.rows import make_rows
@@ -30,12 +30,13 @@ def problem() -> dict[str, Any]:
     return make_rows("modular:terms=4", 1, seed=0, split="test")[0]
 
 
-def rollout(text: str, *, finish: Any = "stop", sample: int = 0) -> Rollout:
+def rollout(text: str, *, finish: Any = "stop", sample: int = 0) -> Completion:
     """A completion of the character tokenizer; a finished one ends in the end token."""
     tokenizer = tiny_tokenizer()
     ids = tuple(tokenizer(text)["input_ids"]) + ((tokenizer.eos_token_id,) if finish == "stop" else ())
     shown = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return Rollout(0, sample, ids, (-0.5,) * len(ids), (-0.25,) * len(ids), finish, shown)
+    numbers = {"logprobs": (-0.5,) * len(ids), "raw_logprobs": (-0.25,) * len(ids)}
+    return Completion([], ids, **numbers, finish=finish, text=shown, sample=sample)
 
 
 def test_ordinary_row(grader: Grader) -> None:

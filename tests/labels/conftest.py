@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.completion import Completion
 from stepkd.errors import StepkdError
 from stepkd.labels.job import job_parts, run_label_job
 from stepkd.labels.settings import LabelConfig
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import JobOptions
-from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 
@@ -35,7 +36,7 @@ class RecordingSampler:
 
     def sample(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, indices: Sequence[int], **options: Any
-    ) -> list[list[Rollout]]:
+    ) -> list[list[Completion]]:
         self._count()
         self.sampled += indices
         return self.inner.sample(prompts, spec, indices=indices, **options)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.completion import Completion
 from stepkd.data.rows import ROLLOUT
 from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
@@ -19,7 +20,6 @@ from stepkd.labels.labellers import Solution, StepLabels
 from stepkd.labels.settings import LabelConfig
 from stepkd.runs.files import write_json
 from stepkd.runs.job import Job, read_settings
-from stepkd.sampling.sampler import Rollout
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
 from stepkd.tasks.rows import check_row
 
@@ -41,12 +41,12 @@ class StubSampler:
     def __init__(self, tokenizer: Any, texts: Sequence[str], *, eos: bool = True) -> None:
         self.tokenizer, self.texts, self.eos = tokenizer, texts, eos
 
-    def sample(self, prompts: Any, spec: Any, **options: Any) -> list[list[Rollout]]:
+    def sample(self, prompts: Any, spec: Any, **options: Any) -> list[list[Completion]]:
         return [[self._rollout(p, j, text) for j, text in enumerate(self.texts)] for p in range(len(prompts))]
 
-    def _rollout(self, p: int, j: int, text: str) -> Rollout:
+    def _rollout(self, p: int, j: int, text: str) -> Completion:
         ids = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], *[self.tokenizer.eos_token_id] * self.eos)
-        return Rollout(p, j, ids, (-1.0,) * len(ids), (-1.0,) * len(ids), "stop", text)
+        return Completion([], ids, logprobs=(-1.0,) * len(ids), raw_logprobs=(-1.0,) * len(ids), text=text, sample=j)
 
 
 # ---- what a job leaves behind --------------------------------------------------------------------------------------

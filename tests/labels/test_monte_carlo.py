@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.labels.labellers import Labeller, Solution, StepLabels
@@ -18,7 +19,7 @@ from stepkd.labels.monte_carlo import MonteCarloLabeller
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import spans_from_ends
 
@@ -205,7 +206,7 @@ class Scripted:
                 texts = [self.script(prefix, j) for j in range(spec.n)]
                 ids = [encode(text) for text in texts]
                 drawn = tuple(
-                    Rollout(b, j, ids[j], (0.0,) * len(ids[j]), (0.0,) * len(ids[j]), "stop", texts[j])
+                    Completion([], ids[j], raw_logprobs=(0.0,) * len(ids[j]), text=texts[j], sample=j)
                     for j in range(spec.n)
                 )
                 given["settled"]([Drawn(b, c, drawn)])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.completion import Completion
 from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from stepkd.labels.settings import LabelConfig, StepPairConfig
 from stepkd.labels.step_pairs import first_wrong_step, step_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
-from stepkd.sampling.sampler import Branch, BranchRollouts, Rollout, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
 from stepkd.scorers.load import Judge
 from stepkd.scorers.scorer import Solutions
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
@@ -87,9 +88,9 @@ class ScriptedSampler:
             for b, branch in enumerate(branches)
         ]
 
-    def _rollout(self, b: int, j: int) -> Rollout:
+    def _rollout(self, b: int, j: int) -> Completion:
         ids = encode(self.policy, self.texts[j], eos=self.finish == "stop")
-        return Rollout(b, j, ids, (-1.0,) * len(ids), (-1.0,) * len(ids), self.finish, self.texts[j])  # type: ignore[arg-type]
+        return Completion([], ids, raw_logprobs=(-1.0,) * len(ids), finish=self.finish, text=self.texts[j], sample=j)
 
 
 @pytest.fixture
@@ -330,10 +331,10 @@ def test_a_scorer_checks_the_better_step(
 # ---- how the next step is cut --------------------------------------------------------------------------------------
 
 
-def drawn(policy: Policy, text: str, **given: Any) -> Rollout:
+def drawn(policy: Policy, text: str, **given: Any) -> Completion:
     ids = encode(policy, text, eos=given.get("finish", "stop") == "stop")
     raw = given.pop("raw", (-0.1,) * len(ids))
-    return Rollout(0, 0, ids, (-1.0,) * len(ids), raw, given.get("finish", "stop"), text)
+    return Completion([], ids, raw_logprobs=raw, finish=given.get("finish", "stop"), text=text)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +347,7 @@ def test_the_step_is_the_rows_next_one(policy: Policy, name: str) -> None:
     ids = encode(policy, whole)
     spans = segment(segmenter, text_from_ids(policy.tokenizer, ids))
     for start, end in spans:
-        rest = Rollout(0, 0, ids[start:], (-1.0,) * len(ids[start:]), (-1.0,) * len(ids[start:]), "stop", "")
+        rest = Completion([], ids[start:], raw_logprobs=(-1.0,) * len(ids[start:]))
         step = next_step(rest, ids[:start], segmenter, policy=policy, prompt_ids=(5,))
         assert step is not None
         assert (step.token_ids, step.ends) == (ids[start:end], end == len(ids))
@@ -355,7 +356,7 @@ def test_the_step_is_the_rows_next_one(policy: Policy, name: str) -> None:
 def test_steps_that_cannot_be_chosen(policy: Policy) -> None:
     newline = get_segmenter("newline")
 
-    def step(rollout: Rollout) -> Any:
+    def step(rollout: Completion) -> Any:
         return next_step(rollout, (5,), newline, policy=policy, prompt_ids=(5,))
 
     assert step(drawn(policy, "")) is None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.completion import Completion
 from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, ModelError
@@ -19,7 +20,7 @@ from stepkd.labels.tree_pairs import tree_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
 from stepkd.runs.job import JobOptions, read_settings
-from stepkd.sampling.sampler import Rollout, SamplingConfig
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.search.mcts import SearchConfig
@@ -70,7 +71,7 @@ class Watched:
         self.prompts: list[set[str]] = []
         self.decode = policy.tokenizer.decode
 
-    def sample(self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, **options: Any) -> list[list[Rollout]]:
+    def sample(self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, **options: Any) -> list[list[Completion]]:
         self.prompts.append({self.decode(prompt).partition("\n")[0] for prompt in prompts})
         if len(self.prompts) == self.stop_at:
             raise KeyboardInterrupt
@@ -126,7 +127,7 @@ class NoisySolver:
 
     def sample(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]
-    ) -> list[list[Rollout]]:
+    ) -> list[list[Completion]]:
         return [
             [
                 self._rollout(p, j, prompt, spec, generator(spec.seed, purpose, index * spec.n + j))
@@ -135,7 +136,7 @@ class NoisySolver:
             for p, (prompt, index) in enumerate(zip(prompts, indices, strict=True))
         ]
 
-    def _rollout(self, p: int, j: int, prompt: Sequence[int], spec: SamplingConfig, noise: Any) -> Rollout:
+    def _rollout(self, p: int, j: int, prompt: Sequence[int], spec: SamplingConfig, noise: Any) -> Completion:
         text = self.tokenizer.decode(prompt)
         row = next(row for row in self.problems if text.startswith(row["prompt"]))
         before, lines = text[len(row["prompt"]) :], row["solution"].splitlines(keepends=True)
@@ -147,7 +148,7 @@ class NoisySolver:
             typed += (f"{body[:-1]}{(int(body[-1]) + 1) % 10}" if slipped else body) + line[len(body) :]
         ids = list(self.tokenizer(typed, add_special_tokens=False)["input_ids"])
         ids += [] if typed.endswith("\n") else [self.tokenizer.eos_token_id]
-        return Rollout(p, j, tuple(ids), (-0.1,) * len(ids), (-0.1,) * len(ids), "stop", typed)
+        return Completion(prompt, ids, raw_logprobs=(-0.1,) * len(ids), text=typed, sample=j)
 
 
 @pytest.mark.parametrize("value", ["scorer", "rollout"])

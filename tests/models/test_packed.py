@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import Completion, Pack, PackedBatch, Unit, collate_packed
+from stepkd.data.collate import Pack, PackedBatch, Unit, collate_packed
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
 from stepkd.losses import token_logps
 from stepkd.models.packed import packed_mask
@@ -27,8 +28,8 @@ def packs_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[
     packs = []
     for lengths, prompt in zip(sizes, prompts, strict=True):
         shared = ids(prompt)
-        completions = [Completion(shared, own, ((0, len(own)),)) for own in map(ids, lengths)]
-        packs.append([Unit(Example("e", c.prompt_ids, c.ids, c.spans), (c,)) for c in completions])
+        completions = [Completion(shared, own) for own in map(ids, lengths)]
+        packs.append([Unit(Example("e", shared, tuple(c.token_ids), c.spans), (c,)) for c in completions])
     return packs
 
 
@@ -47,7 +48,7 @@ def separate_states(policy: Any, packs: list[Pack]) -> Tensor:
     """The same, each completion in a batch of its own without any padding or mask of ours."""
     parts = []
     for each in (c for pack in packs for unit in pack for c in unit.completions):
-        ids = torch.tensor([[*each.prompt_ids, *each.ids]])
+        ids = torch.tensor([[*each.prompt_ids, *each.token_ids]])
         parts.append(policy.hidden(ids, torch.ones_like(ids))[0, len(each.prompt_ids) - 1 : -1])
     return torch.cat(parts)
 
@@ -127,8 +128,7 @@ def test_neighbours_change_nothing(name: str, attention: str, dtype: torch.dtype
     policy = policy_of(name, attention, dtype)
     packs = packs_of([[4, 5, 6]], [3])
     other = packs_of([[4, 5, 6]], [3], seed=1)[0][1].completions[0]
-    (prompt,) = {unit.completions[0].prompt_ids for unit in packs[0]}
-    changed = Completion(prompt, other.ids, other.spans)
+    changed = Completion(packs[0][0].completions[0].prompt_ids, other.token_ids)
     replaced = [[packs[0][0], Unit(packs[0][1].example, (changed,)), packs[0][2]]]
     with torch.no_grad():
         before, after = (packed_states(policy, collate_packed(each, 0)) for each in (packs, replaced))

@@ -80,7 +80,7 @@ def test_a_sampler_stays_before_the_change_and_agrees_with_the_trainer() -> None
         with torch.no_grad():
             hidden = policy.hidden(row, torch.ones_like(row))[0, len(prompt) - 1 : -1]
             logps = token_logps(policy.head, hidden, torch.tensor(rollout.token_ids))
-        assert (logps - torch.tensor(rollout.raw_logprobs)).abs().max() <= 1e-3
+        assert (logps - torch.from_numpy(rollout.raw_logprobs)).abs().max() <= 1e-3
     with pytest.raises(DataError, match="has 30 tokens and the model's context is 24"):
         TransformersSampler(policy).sample([list(range(2, 32))], SamplingConfig())
 

@@ -209,7 +209,7 @@ def test_own_samples(views: Any, rows: list[Any], distance: Callable[..., float]
     module = worker.run(rows, source=worker.OWN, divergence=DivergenceConfig("reverse_kl"), micro_batch_tokens=90)
     sampler = TransformersSampler(views[0])
     drawn = sampler.sample([row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=12), purpose="gkd student")
-    written = {row.id: rollout[0].token_ids for row, rollout in zip(rows, drawn, strict=True)}
+    written = {row.id: tuple(rollout[0].token_ids) for row, rollout in zip(rows, drawn, strict=True)}
     assert module.written == [written]
     assert len({len(ids) for ids in written.values()}) > 1
     sampled = [replace(row, completion_ids=written[row.id]) for row in rows]
@@ -246,7 +246,7 @@ def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> N
     drawn = TransformersSampler(views[1]).sample(
         [row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=9), purpose="gkd teacher"
     )
-    assert module.written == [{row.id: r[0].token_ids for row, r in zip(rows, drawn, strict=True)}]
+    assert module.written == [{row.id: tuple(r[0].token_ids) for row, r in zip(rows, drawn, strict=True)}]
 
 
 def test_prompts_without_solutions(rows: list[Any]) -> None:

@@ -163,7 +163,7 @@ def test_dpo_whatever_the_layout(settings: dict[str, Any], views: Any, distance:
     pairs = worker.pair_examples()
     losses = []
     for pair in pairs:
-        better, worse = (ratios(views, pair.prompt_ids, side.ids).sum() for side in pair.sides)
+        better, worse = (ratios(views, pair.prompt_ids, side.token_ids).sum() for side in pair.sides)
         losses.append(-torch.nn.functional.logsigmoid(0.4 * (better - worse)))
     module = worker.run(worker.DPO, pairs, beta=0.4, **settings)
     assert distance(module.gradients, gradients(views, sum(losses) / len(losses))) < TOLERANCE
@@ -175,11 +175,14 @@ def test_dpo_with_visits_lengths_and_from_the_first_difference(views: Any, dista
     for pair in pairs:
         (better, worse), (b, w) = pair.sides, pair.visits
         shared = 0
-        while shared < min(len(better.ids), len(worse.ids)) and better.ids[shared] == worse.ids[shared]:
+        while (
+            shared < min(len(better.token_ids), len(worse.token_ids))
+            and better.token_ids[shared] == worse.token_ids[shared]
+        ):
             shared += 1
         shortened += shared > 0
         values = [
-            ratios(views, pair.prompt_ids, side.ids)[shared:].sum() / max(1, len(side.ids) - shared)
+            ratios(views, pair.prompt_ids, side.token_ids)[shared:].sum() / max(1, len(side.token_ids) - shared)
             for side in (better, worse)
         ]
         a = min(w / (w + b), 0.5)

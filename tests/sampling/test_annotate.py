@@ -92,8 +92,8 @@ def test_without_a_teacher(policy: Policy, teacher: Policy, ids: Any) -> None:
 def test_equal_to_the_samplers_raw_logprobs(policy: Policy, temperature: float, ids: Any) -> None:
     spec = SamplingConfig(n=3, max_new_tokens=20, temperature=temperature, seed=2)
     samples = [rollout for row in TransformersSampler(policy).sample(ids[0], spec) for rollout in row]
-    prompts = [ids[0][rollout.prompt_index] for rollout in samples]
-    results = annotate(policy, prompts, [rollout.token_ids for rollout in samples], max_tokens=100)
+    prompts = [rollout.prompt_ids.tolist() for rollout in samples]
+    results = annotate(policy, prompts, [rollout.token_ids.tolist() for rollout in samples], max_tokens=100)
     for rollout, signals in zip(samples, results, strict=True):
         assert close(signals.logprobs, rollout.raw_logprobs)
 

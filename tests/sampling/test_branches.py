@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from stepkd.data.completion import Completion
 from stepkd.errors import DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling import branches
 from stepkd.sampling.decode import Decoder
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Rollout, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 SPEC = SamplingConfig(n=3, max_new_tokens=10, seed=4)
@@ -50,7 +51,7 @@ def some() -> list[Branch]:
     return [Branch(ids, c, index) for ids, c, index in zip(sequences, cuts, (5, 0, 12, 3), strict=True)]
 
 
-def flat(results: Sequence[BranchRollouts]) -> list[Rollout]:
+def flat(results: Sequence[BranchRollouts]) -> list[Completion]:
     return [rollout for branch in results for cut in branch.rollouts for rollout in cut]
 
 
@@ -59,20 +60,20 @@ def assert_same(actual: Sequence[BranchRollouts], expected: Sequence[BranchRollo
         [len(cut) for cut in branch.rollouts] for branch in expected
     ]
     for a, b in zip(flat(actual), flat(expected), strict=True):
-        assert (a.token_ids, a.finish, a.text) == (b.token_ids, b.finish, b.text)
-        assert (a.prompt_index, a.sample_index) == (b.prompt_index, b.sample_index)
+        assert (a.key, a.finish, a.text, a.sample) == (b.key, b.finish, b.text, b.sample)
         assert a.logprobs == pytest.approx(b.logprobs, rel=exact, abs=exact)
         assert a.raw_logprobs == pytest.approx(b.raw_logprobs, rel=exact, abs=exact)
 
 
 def test_shape_of_the_answer(policy: Policy, some: list[Branch]) -> None:
     results = TransformersSampler(policy).sample_branches(some, SPEC)
-    for b, (branch, result) in enumerate(zip(some, results, strict=True)):
+    for branch, result in zip(some, results, strict=True):
         assert len(result.rollouts) == len(branch.cuts)
-        for cut in result.rollouts:
-            assert [(r.prompt_index, r.sample_index) for r in cut] == [(b, j) for j in range(3)]
+        for end, cut in zip(branch.cuts, result.rollouts, strict=True):
+            prefix = list(branch.token_ids[:end])
+            assert [(r.prompt_ids.tolist(), r.sample) for r in cut] == [(prefix, j) for j in range(3)]
     assert all(1 <= len(r.token_ids) <= 10 for r in flat(results))
-    assert len({r.token_ids for r in flat(results)}) == len(flat(results))  # every sample has its own noise
+    assert len({r.token_ids.tobytes() for r in flat(results)}) == len(flat(results))  # every sample has its own noise
     assert TransformersSampler(policy).sample_branches([], SPEC) == []
     assert TransformersSampler(policy).sample_branches([Branch([5], [], 0)], SPEC) == [BranchRollouts((), 0)]
 
@@ -99,7 +100,7 @@ def test_logprobs_equal_a_plain_forward(policy: Policy, some: list[Branch]) -> N
                 sequence = torch.tensor([[*branch.token_ids[:cut], *rollout.token_ids]])
                 hidden = policy.hidden(sequence, torch.ones_like(sequence))[0, cut - 1 : -1]
                 logps = torch.log_softmax(policy.head(hidden), -1)
-                raw = logps.gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
+                raw = logps.gather(1, torch.from_numpy(rollout.token_ids)[:, None])[:, 0]
                 assert rollout.raw_logprobs == pytest.approx(raw.tolist(), rel=1e-10, abs=1e-10)
 
 
@@ -113,7 +114,7 @@ def test_equals_sampling_from_the_prefix(
     prefixes = [branch.token_ids[:cut] for branch in some for cut in branch.cuts]
     completions = sampler.sample(prefixes, SPEC)
     continuations = [cut for result in sampler.sample_branches(some, SPEC, shared=shared) for cut in result.rollouts]
-    assert [[r.token_ids for r in row] for row in continuations] == [[r.token_ids for r in row] for row in completions]
+    assert [[r.key for r in row] for row in continuations] == [[r.key for r in row] for row in completions]
     for a, b in zip(continuations, completions, strict=True):
         assert a[0].raw_logprobs == pytest.approx(b[0].raw_logprobs, rel=1e-10, abs=1e-10)
 
@@ -138,14 +139,14 @@ def test_company_and_order_do_not_matter(policy: Policy, some: list[Branch]) -> 
     sampler = TransformersSampler(policy, max_rows=6)
     expected = sampler.sample_branches(some, SPEC)
     backwards = sampler.sample_branches(some[::-1], SPEC)[::-1]
-    assert [r.token_ids for r in flat(backwards)] == [r.token_ids for r in flat(expected)]
+    assert [r.key for r in flat(backwards)] == [r.key for r in flat(expected)]
     for position, branch in enumerate(some):
         alone = sampler.sample_branches([branch], SPEC)
-        assert [r.token_ids for r in flat(alone)] == [r.token_ids for r in flat(expected[position : position + 1])]
+        assert [r.key for r in flat(alone)] == [r.key for r in flat(expected[position : position + 1])]
         assert alone[0].prefill_tokens == expected[position].prefill_tokens
     fewer = sampler.sample_branches([Branch(some[1].token_ids, [8, 29], 0)], SPEC)  # two of the cuts, read to 29
     of_cut = dict(zip(some[1].cuts, expected[1].rollouts, strict=True))
-    assert [r.token_ids for r in flat(fewer)] == [r.token_ids for cut in (8, 29) for r in of_cut[cut]]
+    assert [r.key for r in flat(fewer)] == [r.key for cut in (8, 29) for r in of_cut[cut]]
 
 
 class Watched(torch.nn.Module):
@@ -222,7 +223,7 @@ def test_waves_draw_the_same_and_stop_early(policy: Policy, some: list[Branch]) 
 
     def settled(drawn: Sequence[Drawn]) -> list[bool]:
         calls.extend(drawn)
-        return [(each.branch, each.cut_number) in enough and each.rollouts[-1].sample_index >= 1 for each in drawn]
+        return [(each.branch, each.cut_number) in enough and each.rollouts[-1].sample >= 1 for each in drawn]
 
     for shared in (True, False):
         calls.clear()
@@ -231,7 +232,7 @@ def test_waves_draw_the_same_and_stop_early(policy: Policy, some: list[Branch]) 
         for b, (branch, result) in enumerate(zip(some, results, strict=True)):
             for c in range(len(branch.cuts)):
                 made = 2 if (b, c) in enough else 5
-                assert [r.token_ids for r in result.rollouts[c]] == [r.token_ids for r in whole[b].rollouts[c][:made]]
+                assert [r.key for r in result.rollouts[c]] == [r.key for r in whole[b].rollouts[c][:made]]
                 waves = [len(each.rollouts) for each in calls if (each.branch, each.cut_number) == (b, c)]
                 assert waves == [1, 1, 3][: 2 if (b, c) in enough else 3]
         read = [

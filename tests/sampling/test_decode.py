@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling.decode import sampling_logprobs
-from stepkd.sampling.sampler import Rollout, SamplingConfig
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 SPEC = SamplingConfig(n=3, max_new_tokens=14, seed=4)
@@ -41,20 +42,20 @@ def prompts(policy: Policy) -> list[list[int]]:
     return [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
 
 
-def ids(results: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
-    return [[rollout.token_ids for rollout in row] for row in results]
+def ids(results: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[tuple(rollout.token_ids.tolist()) for rollout in row] for row in results]
 
 
 def test_shape_of_the_answer(policy: Policy, prompts: list[list[int]]) -> None:
     results = TransformersSampler(policy).sample(prompts, SPEC)
-    assert [[(r.prompt_index, r.sample_index) for r in row] for row in results] == [
-        [(p, j) for j in range(3)] for p in range(len(prompts))
+    assert [[(r.prompt_ids.tolist(), r.sample) for r in row] for row in results] == [
+        [(list(prompt), j) for j in range(3)] for prompt in prompts
     ]
     for rollout in (r for row in results for r in row):
         assert len(rollout.token_ids) == len(rollout.logprobs) == len(rollout.raw_logprobs) <= 14
         assert rollout.text == policy.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
         assert all(0 <= token < policy.vocab_size for token in rollout.token_ids)
-    assert len({r.token_ids for row in results for r in row}) == 15  # every sample has its own noise
+    assert len({r.key for row in results for r in row}) == 15  # every sample has its own noise
     assert TransformersSampler(policy).sample([], SPEC) == []
 
 
@@ -69,7 +70,7 @@ def test_batch_size_does_not_matter(
     assert ids(actual) == ids(expected)
     for a, b in zip((r for row in actual for r in row), (r for row in expected for r in row), strict=True):
         assert a.raw_logprobs == pytest.approx(b.raw_logprobs, rel=1e-10, abs=1e-12)
-        assert (a.finish, a.text, a.prompt_index, a.sample_index) == (b.finish, b.text, b.prompt_index, b.sample_index)
+        assert (a.finish, a.text, a.sample) == (b.finish, b.text, b.sample)
 
 
 def test_prompt_order_padding_and_company_do_not_matter(policy: Policy, prompts: list[list[int]]) -> None:
@@ -87,8 +88,8 @@ def test_prompt_order_padding_and_company_do_not_matter(policy: Policy, prompts:
 def test_runs_repeat_and_keys_differ(policy: Policy, prompts: list[list[int]]) -> None:
     sampler = TransformersSampler(policy)
     state = torch.get_rng_state()
-    first = sampler.sample(prompts, SPEC, purpose="rollout", step=3)
-    assert sampler.sample(prompts, SPEC, purpose="rollout", step=3) == first
+    first = ids(sampler.sample(prompts, SPEC, purpose="rollout", step=3))
+    assert ids(sampler.sample(prompts, SPEC, purpose="rollout", step=3)) == first
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
     others = [
         sampler.sample(prompts, SPEC, purpose="evaluate", step=3),
@@ -97,7 +98,7 @@ def test_runs_repeat_and_keys_differ(policy: Policy, prompts: list[list[int]]) -
         sampler.sample(prompts, SPEC, purpose="rollout", step=3, indices=range(5, 10)),
     ]
     for other in others:
-        assert all(a != b for a, b in zip(ids(other), ids(first), strict=True))
+        assert all(a != b for a, b in zip(ids(other), first, strict=True))
 
 
 def test_longer_budget_continues_the_same_completion(policy: Policy, prompts: list[list[int]]) -> None:
@@ -108,11 +109,11 @@ def test_longer_budget_continues_the_same_completion(policy: Policy, prompts: li
 
 
 @torch.no_grad()
-def teacher_forced(policy: Policy, prompt: list[int], rollout: Rollout, spec: SamplingConfig) -> tuple[Any, Any]:
+def teacher_forced(policy: Policy, prompt: list[int], rollout: Completion, spec: SamplingConfig) -> tuple[Any, Any]:
     """Log-probabilities from one plain forward over prompt and completion: no cache, no padding."""
     sequence = torch.tensor([[*prompt, *rollout.token_ids]])
     hidden = policy.hidden(sequence, torch.ones_like(sequence))[0, len(prompt) - 1 : -1]
-    logits, picked = policy.head(hidden), torch.tensor(rollout.token_ids)[:, None]
+    logits, picked = policy.head(hidden), torch.from_numpy(rollout.token_ids)[:, None]
     raw = torch.log_softmax(logits, -1).gather(1, picked)[:, 0]
     return sampling_logprobs(logits, spec).gather(1, picked)[:, 0], raw
 
@@ -132,7 +133,7 @@ def test_logprobs_equal_a_plain_forward(policy: Policy, prompts: list[list[int]]
 def test_greedy_takes_the_most_likely_token(policy: Policy, prompts: list[list[int]]) -> None:
     spec = SamplingConfig(temperature=0, n=2, max_new_tokens=10)
     for prompt, row in zip(prompts, TransformersSampler(policy).sample(prompts, spec), strict=True):
-        assert row[0].token_ids == row[1].token_ids
+        assert row[0].key == row[1].key
         assert set(row[0].logprobs) == {0.0}
         sequence = list(prompt)
         for token in row[0].token_ids:
@@ -332,7 +333,7 @@ def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
     )
     adapted.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     adapted.train()
-    assert TransformersSampler(adapted).sample([[5, 6, 7]], SPEC) == expected  # a new adapter changes nothing
+    assert ids(TransformersSampler(adapted).sample([[5, 6, 7]], SPEC)) == ids(expected)  # a new adapter changes nothing
     assert all(p.grad is None for p in adapted.parameters())
 
 
@@ -343,10 +344,10 @@ def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     spec = SamplingConfig(n=4, max_new_tokens=24)
     one = TransformersSampler(policy, max_rows=1).sample(prompts, spec)
     many = TransformersSampler(policy, max_rows=64).sample(prompts, spec)
-    flips = sum(a.token_ids != b.token_ids for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
+    flips = sum(a.key != b.key for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True))
     with capsys.disabled():
         print(f"\nbfloat16, max_rows 1 against 64: {flips} of 20 completions differ")
-    assert all(r.raw_logprobs and max(r.raw_logprobs) <= 0 for row in one for r in row)
+    assert all(max(r.raw_logprobs) <= 0 for row in one for r in row)
 
 
 @pytest.mark.parametrize(

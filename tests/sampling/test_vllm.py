@@ -69,8 +69,8 @@ def test_completions_are_the_servers_own(policy: Policy, server: Any) -> None:
     spec = SamplingConfig(n=2, max_new_tokens=12, seed=3)
     done: list[int] = []
     found = sampler(policy, server).sample(prompts(policy), spec, step=4, on_progress=done.append)
-    assert [[(r.prompt_index, r.sample_index) for r in row] for row in found] == [
-        [(i, j) for j in range(2)] for i in range(3)
+    assert [[(tuple(r.prompt_ids), r.sample) for r in row] for row in found] == [
+        [(prompt, j) for j in range(2)] for prompt in prompts(policy)
     ]
     assert sum(done) == 6
     for prompt, row in zip(prompts(policy), found, strict=True):
@@ -80,7 +80,7 @@ def test_completions_are_the_servers_own(policy: Policy, server: Any) -> None:
                 logps = torch.log_softmax(policy.head(policy.hidden(ids, torch.ones_like(ids)))[0], -1)
             own = [float(logps[len(prompt) - 1 + t, token]) for t, token in enumerate(each.token_ids)]
             assert each.logprobs == pytest.approx(own, abs=1e-4)
-            assert each.raw_logprobs == each.logprobs
+            assert each.raw_logprobs.tolist() == each.logprobs.tolist()
             assert each.finish == ("stop" if each.token_ids[-1] in policy.eos_ids else "length")
             assert each.text == policy.tokenizer.decode(each.token_ids, skip_special_tokens=True)
 
@@ -91,9 +91,9 @@ def test_noise_is_keyed_by_prompt_and_step(policy: Policy, server: Any) -> None:
     ours = sampler(policy, server)
     whole = ours.sample(texts, spec, step=1)
     turned = ours.sample(texts[::-1], spec, step=1, indices=[2, 1, 0])
-    assert [[r.token_ids for r in row] for row in turned[::-1]] == [[r.token_ids for r in row] for row in whole]
+    assert [[r.key for r in row] for row in turned[::-1]] == [[r.key for r in row] for row in whole]
     again = ours.sample(texts, spec, step=2)
-    assert [[r.token_ids for r in row] for row in again] != [[r.token_ids for r in row] for row in whole]
+    assert [[r.key for r in row] for row in again] != [[r.key for r in row] for row in whole]
     assert len({body["seed"] for body in server.requests}) == 6
     assert all(body["stop_token_ids"] == sorted(policy.eos_ids) for body in server.requests)
 
@@ -307,8 +307,12 @@ def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.Monk
     ours.refresh(1)
     assert loaded == [*dict(policy.model.named_parameters()), "reset"]
     found = ours.sample(prompts(policy), spec)
-    assert [[r.token_ids for r in row] for row in found] == [[(7, 8), (7, 9)], [(7, 10), (7, 11)], [(7, 12), (7, 13)]]
-    assert found[1][1].logprobs == (-0.5, -1.0)
+    assert [[tuple(r.token_ids) for r in row] for row in found] == [
+        [(7, 8), (7, 9)],
+        [(7, 10), (7, 11)],
+        [(7, 12), (7, 13)],
+    ]
+    assert found[1][1].logprobs.tolist() == [-0.5, -1.0]
 
 
 def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:

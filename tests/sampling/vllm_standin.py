@@ -84,13 +84,13 @@ class StandIn:
             body["prompt"], TransformersSampler(self.policy).sample(body["prompt"], spec), strict=True
         ):
             for each in drawn:
-                names = [f"token_id:{i}" for i in each.token_ids]
+                names = [f"token_id:{i}" for i in each.token_ids.tolist()]
                 logprobs = {
                     "tokens": names,
-                    "token_logprobs": list(each.logprobs),
-                    "top_logprobs": [{name: value} for name, value in zip(names, each.logprobs, strict=True)],
+                    "token_logprobs": each.logprobs.tolist(),
+                    "top_logprobs": [{name: value} for name, value in zip(names, each.logprobs.tolist(), strict=True)],
                 }
-                choices.append({"prompt_token_ids": prompt, "token_ids": list(each.token_ids), "logprobs": logprobs})
+                choices.append({"prompt_token_ids": prompt, "token_ids": each.token_ids.tolist(), "logprobs": logprobs})
         return {"choices": choices}
 
     @torch.no_grad()

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.sampling.sampler import Rollout, SamplingConfig
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.search.generate import PROPOSE, SampledSteps, _index
 from stepkd.search.tree import Problem, State
@@ -44,11 +45,11 @@ class Typist:
 
     def sample(
         self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, *, purpose: str, indices: Sequence[int]
-    ) -> list[list[Rollout]]:
+    ) -> list[list[Completion]]:
         decode = self.policy.tokenizer.decode
         self.calls.append([decode(prompt) for prompt in prompts])
         results = []
-        for p, prompt in enumerate(prompts):
+        for prompt in prompts:
             ids: list[int] = []
             finish = "length"
             while len(ids) < spec.max_new_tokens:
@@ -57,7 +58,8 @@ class Typist:
                     finish = "stop"
                     break
             logprobs = tuple(-1.0 for _ in ids)
-            results.append([Rollout(p, j, tuple(ids), logprobs, logprobs, finish, "") for j in range(spec.n)])  # type: ignore[arg-type]
+            known = {"raw_logprobs": logprobs, "finish": finish}
+            results.append([Completion(prompt, ids, **known, sample=j) for j in range(spec.n)])
         return results
 
 
@@ -192,7 +194,7 @@ def test_a_step_is_the_first_one_of_the_whole_completion(policy: Policy) -> None
     for step, rollout in zip(steps, whole, strict=True):
         completion = text_from_ids(policy.tokenizer, rollout.token_ids)
         _, end = segment(get_segmenter("regex:[a-m]"), completion)[0]
-        assert step.token_ids == rollout.token_ids[:end]
+        assert step.token_ids == tuple(rollout.token_ids[:end].tolist())
         assert step.logprob == pytest.approx(sum(rollout.raw_logprobs[:end]), rel=1e-10)
         assert step.end == ("step" if end < len(rollout.token_ids) else rollout.finish)
 

@@ -1,0 +1,80 @@
+"""A completion from the sampler to the loss and to the row: token ids, log-probabilities and steps, as arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepkd.steps.segment import Span
+
+Ids = NDArray[np.int64]
+Numbers = NDArray[np.float64]
+Finish = Literal["stop", "length"]
+_UNKNOWN: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """One completion of T tokens. Nothing is re-tokenised on its way, and only a row turns the arrays into lists.
+
+    Two of them are never equal, also with the same tokens; :attr:`key` is equal where prompt and completion are.
+    """
+
+    prompt_ids: Ids
+    """int64 ids of what it continues."""
+    token_ids: Ids
+    """int64 ids of its own, the end token included where there is one; none for a prompt to be sampled from."""
+    step_ends: Ids = _UNKNOWN
+    """int64 exclusive ends of its steps, which partition its tokens; until it is segmented it is one step."""
+    logprobs: Numbers = field(default=_UNKNOWN, kw_only=True)
+    """Log-probability of each token under the distribution it was drawn from (after temperature, top-k and top-p); None
+    where it was not drawn."""
+    raw_logprobs: Numbers = field(default=_UNKNOWN, kw_only=True)
+    """Log-probability of each token under the model at temperature 1, nothing cut off; NaN where an engine has none."""
+    finish: Finish = field(default="stop", kw_only=True)
+    """``stop``: end token or stop string; ``length``: cut at max_new_tokens or the context's end."""
+    text: str = field(default="", kw_only=True)
+    """Decoded text without special tokens and without the stop string."""
+    sample: int = field(default=0, kw_only=True)
+    """Which of its prompt's samples it is, from 0."""
+    id: str = field(default="", kw_only=True)
+    """Id of its row; errors and results name it."""
+    row: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    """The row it was made from, or that asked for it."""
+
+    def __post_init__(self) -> None:
+        whole = [len(self.token_ids)] if len(self.token_ids) else []
+        ends = whole if self.step_ends is None else self.step_ends
+        for name, values in (("prompt_ids", self.prompt_ids), ("token_ids", self.token_ids), ("step_ends", ends)):
+            object.__setattr__(self, name, np.asarray(values, dtype=np.int64))
+        for name in ("logprobs", "raw_logprobs"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, np.asarray(values, dtype=np.float64))
+                assert len(values) == len(self.token_ids), f"{len(values)} {name} for {len(self.token_ids)} tokens"
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """``(start, end)`` of every step, in tokens."""
+        return tuple(pairwise([0, *self.step_ends.tolist()]))
+
+    @property
+    def length(self) -> int:
+        """Prompt plus completion, in tokens."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def key(self) -> bytes:
+        """16 bytes of its prompt's and its own ids."""
+        return completion_key(self.prompt_ids.tolist(), self.token_ids.tolist())
+
+
+def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
+    """16 bytes that a completion of a prompt is found by, in caches of what a frozen model says of it."""
+    text = f"{','.join(map(str, prompt_ids))};{','.join(map(str, completion_ids))}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
