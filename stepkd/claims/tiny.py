@@ -28,7 +28,7 @@ from stepkd.modules.gkd import GKDModule
 from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.kto import KTOModule, StepKTOModule
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.prm import PRMModule
+from stepkd.modules.prm import LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.modules.settings import (
     DivergenceConfig,
     KDConfig,
@@ -279,7 +279,7 @@ def tiny_prm(
     module = PRMModule(
         PolicyConfig(path=str(start), init_seed=seed),
         StepHeadConfig(meaning=meaning, format=StepFormat(separator=separator)),
-        lm_weight=1.0,
+        losses=[StepCrossEntropy(), LanguageModelling()],
         **_common(lr, seed),
     )
     return module, data

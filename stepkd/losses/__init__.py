@@ -28,6 +28,7 @@ from stepkd.losses.policy_gradient import (
     segments_to_go,
     token_normalisation,
 )
+from stepkd.losses.pqm import pqm
 from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
 from stepkd.losses.reduce import LossTerms, component_scales, reduce, segment_sum
 from stepkd.losses.token import cross_entropy, target_logps, token_logps
@@ -54,6 +55,7 @@ __all__ = [
     "kto_values",
     "label_token_logps",
     "nkd",
+    "pqm",
     "ratio_rule",
     "reduce",
     "reference_point",

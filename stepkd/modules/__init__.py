@@ -16,7 +16,7 @@ _HOMES = {
     "kto": "KTOModule ReferencePointConfig StepKTOModule",
     "optim": "OptimizerConfig",
     "preference": "PreferenceModule ReferenceConfig",
-    "prm": "PRMModule",
+    "prm": "LanguageModelling PQM PRMModule StepCrossEntropy StepLoss",
     "rewards": "RewardConfig",
     "settings": (
         "DivergenceConfig KDConfig MixConfig PolicyLossConfig RolloutConfig SampleLogConfig SourceConfig "

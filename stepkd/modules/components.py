@@ -1,6 +1,6 @@
 """Components: a method's losses, each with its count and its terms side by side, on one shared forward pass.
 
-Axes: B rows, T padded length, N targets, H hidden size.
+Axes: B rows, T padded length, N targets, L labelled steps, C classes, H hidden size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from stepkd.data.collate import MicroBatch, PackedBatch
+from stepkd.data.collate import LabelledBatch, MicroBatch, PackedBatch
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, VocabHead, cross_entropy, token_logps
 from stepkd.models.policy import Policy
 
@@ -75,6 +75,13 @@ class ForwardPass:
         assert isinstance(self.batch, PackedBatch)
         assert self.batch.reference_N is not None, "prepare() adds the reference"
         return self.logps_N - self.batch.reference_N.to(self.logps_N)
+
+    @cached_property
+    def step_logps_LC(self) -> Tensor:
+        """Log-probabilities of the step head's classes at every labelled step."""
+        assert isinstance(self.batch, LabelledBatch)
+        hidden_LH = self.hidden_at(self.batch.read_L)
+        return self.policy.require_step_head().logps(hidden_LH, self.head, chunk_size=self.chunk_size)
 
 
 class Component(ABC):

@@ -51,7 +51,7 @@ class PolicyModule(LightningModule):
         micro_batch_tokens: most tokens (padding included) in one forward pass: trades memory for speed, never changes
             the gradient.
         chunk_size: positions whose logits exist at the same time.
-        loss_weights: factor per loss component; missing ones are 1.
+        loss_weights: factor, >= 0, of each named sum of the loss (see the method's components); missing ones are 1.
         ema_decay: keep a running average of the trainable weights, validate and export with it; null for none.
         seed: keys dropout and sampling noise. Dropout is drawn per rank and micro-batch, so with ``lora.dropout`` the
             gradient does depend on the split; nothing else does.
@@ -88,6 +88,8 @@ class PolicyModule(LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.chunk_size = chunk_size
         self.loss_weights = dict(loss_weights or {})
+        if wrong := {k: v for k, v in self.loss_weights.items() if not 0 <= v < float("inf")}:
+            raise ConfigError(f"loss_weights={wrong}: each must be 0 (off) or positive")
         self.ema_decay = ema_decay
         self.seed = seed
         self.arguments: dict[str, Any] = {}

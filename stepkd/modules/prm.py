@@ -3,10 +3,13 @@
 Two heads (:class:`~stepkd.models.step_head.StepHeadConfig`): label tokens at a step marker, as in Math-Shepherd
 (arXiv 2312.08935) and ASPRM (arXiv 2502.13943), or a small classifier, as in Qwen2.5-Math-PRM (arXiv 2501.07301). With
 ``data.labels.scope: outcome`` and ``head.meaning: outcome`` it is an outcome reward model, the baseline.
+
+Axes: L labelled steps, C classes from worst to best, N targets.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor
@@ -15,26 +18,116 @@ from stepkd.data.batching import StepBatch
 from stepkd.data.collate import LabelledBatch, MicroBatch, collate_steps
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError
-from stepkd.losses import LossTerms, cross_entropy, step_cross_entropy, step_weights
+from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import PolicyConfig
 from stepkd.models.step_head import StepHeadConfig, StepHeadIds, resolve_ids
 from stepkd.modules.base import StepModule
+from stepkd.modules.components import Component, ForwardPass
+
+
+class StepLoss(Component):
+    """A loss of a process reward model."""
+
+    def bind(self, ids: StepHeadIds) -> None:
+        """Learn the head's tokens; called once, before anything is counted."""
+
+
+@dataclass(frozen=True)
+class StepCrossEntropy(StepLoss):
+    """Cross-entropy on step labels, every labelled step weighing the same (up to its class weight)."""
+
+    class_weights: list[float] | None = None
+    """Weight per class, worst first, each positive; null for none."""
+
+    names = ("prm",)
+
+    def __post_init__(self) -> None:
+        if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
+            raise ConfigError(f"class_weights={self.class_weights}: positive numbers, one per class, worst first")
+
+    def count(self, batch: MicroBatch) -> dict[str, float]:
+        """The sum of the labelled steps' weights."""
+        return {"prm": float(step_weights(cast(LabelledBatch, batch).targets_LC, self.class_weights).sum())}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """Cross-entropy of the labelled steps, with accuracies by class."""
+        targets_LC = cast(LabelledBatch, forward.batch).targets_LC.to(forward.step_logps_LC)
+        return step_cross_entropy(forward.step_logps_LC, targets_LC, class_weights=self.class_weights)
+
+
+@dataclass
+class LanguageModelling(StepLoss):
+    """Next-token cross-entropy on the correct steps' own tokens.
+
+    The verifiers of Cobbe et al. 2021 (arXiv 2110.14168) are trained with this and their labels' loss; leaving out the
+    steps that are not labelled correct is ours. It helps a model that cannot do the task yet.
+    """
+
+    names = ("lm",)
+    _marker = -1
+
+    def bind(self, ids: StepHeadIds) -> None:
+        """Know the markers, which are no text of a step."""
+        self._marker = -1 if ids.marker is None else ids.marker
+
+    def count(self, batch: MicroBatch) -> dict[str, float]:
+        """Tokens of correct steps."""
+        return {"lm": float(self._own(batch).sum())}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """``lm``: their summed negative log-likelihood (nats)."""
+        batch, own_N = forward.batch, self._own(forward.batch)
+        hidden = forward.hidden_at(batch.needed_N[own_N])
+        found = cross_entropy(forward.head, hidden, batch.targets_N[own_N], chunk_size=forward.chunk_size)
+        return LossTerms({"lm": found.sums["ce"]})
+
+    def _own(self, batch: MicroBatch) -> Tensor:
+        return cast(LabelledBatch, batch).right_N & (batch.targets_N != self._marker)
+
+
+@dataclass(frozen=True)
+class PQM(StepLoss):
+    """PQM's ranking of steps (arXiv 2410.11287): correct ones rise with their number and stand above incorrect ones.
+
+    The paper's score is the output of a value head; here it is the head's log-odds that the step is not of the worst
+    class, so that scores mean what they mean after cross-entropy (INFERRED). A soft label of at least 0.5 is correct.
+    """
+
+    margin: float = 4.0
+    """How far incorrect steps are to stand below correct ones, in log-odds, >= 0 (the paper's zeta; its code has 4)."""
+
+    names = ("pqm",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < float("inf"):
+            raise ConfigError(f"margin={self.margin}: must be 0 or positive")
+
+    def count(self, batch: MicroBatch) -> dict[str, float]:
+        """Solutions with a labelled step."""
+        return {"pqm": float(self._completions(batch).unique().numel())}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """See :func:`stepkd.losses.pqm`."""
+        logps_LC, batch = forward.step_logps_LC, cast(LabelledBatch, forward.batch)
+        scores_L = logps_LC[:, 1:].logsumexp(-1) - logps_LC[:, 0]
+        correct_L = batch.targets_LC[:, 0] <= 0.5
+        return pqm(scores_L, correct_L, self._completions(batch), len(batch.examples), margin=self.margin)
+
+    def _completions(self, batch: MicroBatch) -> Tensor:
+        return cast(LabelledBatch, batch).read_L // batch.input_ids_BT.shape[1]
 
 
 class PRMModule(StepModule):
-    """Cross-entropy on step labels, every labelled step weighing the same (up to its class weight).
+    """A reward model of steps.
 
     Args:
         policy: the model to train; LoRA or all weights.
         head: how it scores steps.
-        class_weights: weight per class, worst first; null for none.
-        lm_weight: weight of next-token cross-entropy on the right steps' own tokens beside the step labels; 0 is off.
-            The verifiers of Cobbe et al. 2021 (arXiv 2110.14168) are trained with both losses; leaving out the steps
-            that are not labelled right is ours. It helps a model that cannot do the task yet.
+        losses: what it learns by, added up with ``loss_weights``: ``StepCrossEntropy`` (``prm``; null is this alone),
+            ``PQM`` (``pqm``), and ``LanguageModelling`` (``lm``) beside either.
         **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
-    loss_names: tuple[str, ...] = ("prm",)
     scores_steps = True
     labels_give_accuracy = True
 
@@ -42,28 +135,21 @@ class PRMModule(StepModule):
         self,
         policy: PolicyConfig,
         head: StepHeadConfig | None = None,
-        class_weights: list[float] | None = None,
-        lm_weight: float = 0.0,
+        losses: list[StepLoss] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
         self.head_spec = head or StepHeadConfig()
+        self.components = losses or [StepCrossEntropy()]
         if self.validation_spec.samples:
             raise ConfigError("validation.samples: a process reward model scores steps and is not sampled from; use 0")
-        if class_weights is not None and (
-            len(class_weights) != self.head_spec.num_classes
-            or not all(0 < weight < float("inf") for weight in class_weights)
-        ):
-            raise ConfigError(
-                f"class_weights={class_weights}: {self.head_spec.num_classes} positive numbers, worst first"
-            )
-        if not 0 <= lm_weight < float("inf"):
-            raise ConfigError(f"lm_weight={lm_weight}: must be 0 (off) or positive")
-        self.class_weights = class_weights
+        for loss in self.components:
+            weights = loss.class_weights if isinstance(loss, StepCrossEntropy) else None
+            if weights is not None and len(weights) != self.head_spec.num_classes:
+                raise ConfigError(
+                    f"class_weights={weights}: {self.head_spec.num_classes} positive numbers, worst first"
+                )
         self._ids: StepHeadIds | None = None
-        if lm_weight:
-            self.loss_names = ("prm", "lm")
-            self.loss_weights.setdefault("lm", lm_weight)
 
     @property
     def step_head_ids(self) -> StepHeadIds:
@@ -75,32 +161,8 @@ class PRMModule(StepModule):
     def complete_model(self) -> None:
         """Put the step head on the policy."""
         self.model.attach_step_head(self.head_spec, seed=self.policy_spec.init_seed)
-
-    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
-        """The sum of the labelled steps' weights, and the solutions' tokens when they are trained on too."""
-        batch = cast(LabelledBatch, micro_batch)
-        counts = {"prm": float(step_weights(batch.targets_LC, self.class_weights).sum())}
-        return counts if "lm" not in self.loss_names else counts | {"lm": float(self._own_tokens(batch).sum())}
-
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
-        """Cross-entropy of the labelled steps, with accuracies by class."""
-        batch = cast(LabelledBatch, micro_batch)
-        hidden_NH = self.model.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)
-        head = self.model.require_step_head()
-        logps_LC = head.logps(hidden_NH[batch.read_L], self.model.head, chunk_size=self.chunk_size)
-        terms = step_cross_entropy(logps_LC, batch.targets_LC.to(logps_LC), class_weights=self.class_weights)
-        if "lm" in self.loss_names:
-            own_N = self._own_tokens(batch)
-            language = cross_entropy(
-                self.model.head, hidden_NH[batch.needed_N[own_N]], batch.targets_N[own_N], chunk_size=self.chunk_size
-            )
-            terms.sums["lm"] = language.sums["ce"]
-        return terms
-
-    def _own_tokens(self, batch: LabelledBatch) -> Tensor:
-        """Which of the targets the language-model loss is on: the right steps' own tokens, without the markers."""
-        marker = self.step_head_ids.marker
-        return batch.right_N if marker is None else batch.right_N & (batch.targets_N != marker)
+        for loss in cast(list[StepLoss], self.components):
+            loss.bind(self.step_head_ids)
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """A reward model samples nothing."""

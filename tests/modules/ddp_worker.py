@@ -29,7 +29,7 @@ from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
 from stepkd.models.step_head import StepHeadConfig, resolve_ids
 from stepkd.modules.base import StepModule
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.prm import PRMModule
+from stepkd.modules.prm import PQM, PRMModule, StepCrossEntropy
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.process import leave_group
@@ -83,7 +83,9 @@ def train_reward_models(out: str, num_rows: int) -> None:
             marker_id=resolve_ids(head, tiny_tokenizer()).marker,
             labels=LabelRule(),
         )
-        module = PRMRecorder(TINY, head, optimizer=STEADY, class_weights=[2.0, 1.0], micro_batch_tokens=150)
+        module = PRMRecorder(
+            TINY, head, optimizer=STEADY, losses=[StepCrossEntropy([2.0, 1.0]), PQM()], micro_batch_tokens=150
+        )
         result = train(module, encoder.examples(rows))
         labelled = [module.labelled]
         if dist.is_initialized():

@@ -18,7 +18,7 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
 from stepkd.models.step_head import StepHeadConfig, resolve_ids
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.prm import PRMModule
+from stepkd.modules.prm import LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.steps.format import StepFormat
 
 TOLERANCE = 1e-10  # float64, relative norm
@@ -132,7 +132,7 @@ def chances(labels: Sequence[bool]) -> list[float | None]:
 
 def test_class_weights_are_torchs_weighted_mean(prm_step: Any, encoded: Any, fresh: Any, plain_logits: Any) -> None:
     examples = encoded(TOKENS)
-    module = prm_step(examples, class_weights=[3.0, 0.5], micro_batch_tokens=300)
+    module = prm_step(examples, losses=[StepCrossEntropy([3.0, 0.5])], micro_batch_tokens=300)
     policy = fresh(TOKENS)
     logits = torch.cat([plain_logits(policy, example) for example in examples]).detach()
     labels = torch.tensor([int(target[1]) for example in examples for target in example.targets if target])
@@ -152,7 +152,9 @@ def test_the_language_part_is_plain_cross_entropy_on_right_steps_without_the_mar
     prm_step: Any, distance: Any, encoded: Any, fresh: Any
 ) -> None:
     examples = encoded(TOKENS)
-    module = prm_step(examples, lm_weight=0.5, micro_batch_tokens=300)
+    module = prm_step(
+        examples, losses=[StepCrossEntropy(), LanguageModelling()], loss_weights={"lm": 0.5}, micro_batch_tokens=300
+    )
     policy, ids_of = fresh(TOKENS), resolve_ids(TOKENS, tiny_tokenizer())
     steps = language = torch.zeros((), dtype=torch.float64)
     num_steps = num_tokens = num_wrong = 0

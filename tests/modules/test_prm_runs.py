@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from stepkd.models.checkpoint import load_trained
 from stepkd.models.spec import LoRAConfig, PolicyConfig
 from stepkd.models.step_head import StepHeadConfig
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.prm import PRMModule
+from stepkd.modules.prm import PQM, PRMModule, StepCrossEntropy
 from stepkd.modules.validation import ValidationConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,20 +40,28 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"class_weights": [1.0]}, r"class_weights=\[1.0\]: 2 positive numbers"),
-        ({"class_weights": [1.0, -1.0]}, "positive numbers"),
-        ({"class_weights": [1.0, 0.0]}, "positive numbers"),  # a batch of that class alone would weigh nothing
-        ({"class_weights": [1.0, float("nan")]}, "positive numbers"),
-        ({"class_weights": [1.0, float("inf")]}, "positive numbers"),
-        ({"class_weights": [1.0, 1.0], "head": StepHeadConfig(labels=("-", "0", "+"))}, "3 positive numbers"),
+        ({"losses": lambda: [StepCrossEntropy([1.0])]}, r"class_weights=\[1.0\]: 2 positive numbers"),
+        ({"losses": lambda: [StepCrossEntropy([1.0, -1.0])]}, "positive numbers"),
+        # a batch of that class alone would weigh nothing
+        ({"losses": lambda: [StepCrossEntropy([1.0, 0.0])]}, "positive numbers"),
+        ({"losses": lambda: [StepCrossEntropy([1.0, float("nan")])]}, "positive numbers"),
+        ({"losses": lambda: [StepCrossEntropy([1.0, float("inf")])]}, "positive numbers"),
+        (
+            {"losses": lambda: [StepCrossEntropy([1.0, 1.0])], "head": StepHeadConfig(labels=("-", "0", "+"))},
+            "3 positive numbers",
+        ),
+        ({"losses": lambda: [PQM(-1.0)]}, "margin=-1.0"),
         ({"validation": ValidationConfig(samples=1)}, "is not sampled from; use 0"),
-        ({"lm_weight": -1.0}, "lm_weight=-1.0"),
-        ({"lm_weight": float("nan")}, "lm_weight=nan"),
+        ({"loss_weights": {"lm": -1.0}}, "loss_weights={'lm': -1.0}"),
+        ({"loss_weights": {"lm": float("nan")}}, "loss_weights={'lm': nan}"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PRMModule(PolicyConfig(path="tiny-0.1m"), **settings)
+        PRMModule(
+            PolicyConfig(path="tiny-0.1m"),
+            **{name: value() if name == "losses" else value for name, value in settings.items()},
+        )
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -127,7 +136,7 @@ def test_another_head_or_other_labels_cannot_go_on(
 
 
 def test_validation_measures_both_classes(trainer: Any, fresh: Any, plain_logits: Any) -> None:
-    module = PRMModule(PolicyConfig(path="tiny-0.1m"), TOKENS, class_weights=[2.0, 1.0])
+    module = PRMModule(PolicyConfig(path="tiny-0.1m"), TOKENS, [StepCrossEntropy([2.0, 1.0])])
     source = data()
     logged = trainer().validate(module, datamodule=source, verbose=False)[0]
     examples: Any = source.examples["validation"]
@@ -158,7 +167,7 @@ model:
   init_args:
     policy: {path: tiny-0.1m}
     head: {kind: classifier, classes: 2, layers: 1, format: {marker_place: before_separator}}
-    class_weights: [2.0, 1.0]
+    losses: [{class_path: StepCrossEntropy, init_args: {class_weights: [2.0, 1.0]}}, PQM, LanguageModelling]
     optimizer: {warmup: 1}
 data:
   init_args:
@@ -194,12 +203,13 @@ def test_the_recipe_runs_with_settings_of_head_and_labels(tmp_path: Path) -> Non
     assert (head["kind"], head["layers"], head["format"]["marker_place"]) == ("classifier", 1, "before_separator")
     text = (out / "config.yaml").read_text()
     assert "after_error: mask" in text
-    assert "class_weights:\n    - 2.0\n    - 1.0" in text
+    assert re.search(r"class_weights:\n +- 2.0\n +- 1.0", text)
+    assert re.search(r"class_path: stepkd\.modules\.(prm\.)?PQM\n", text)
     again = load_trained(out)
     assert again.require_step_head().spec.format.marker == "~"
     metrics = (out / "metrics.jsonl").read_text()
     assert '"val/accuracy_wrong"' in metrics
-    assert '"train/prm"' in metrics
+    assert all(f'"train/{name}"' in metrics for name in ("prm", "pqm", "lm"))
 
 
 @pytest.mark.slow
