@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from stepkd.errors import ConfigError, DataError, nearest
 
@@ -103,33 +103,6 @@ def check_keys(raw: Any, known: Sequence[str], where: str) -> None:
             raise ConfigError(f"{where}: no key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}")
 
 
-def build_settings(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """Instance of a settings dataclass from a file's mapping, types checked.
-
-    Args:
-        kind: the dataclass.
-        values: field -> value.
-        where: place for the messages.
-
-    Raises:
-        ConfigError: an unknown field, a value of the wrong type, or one that the class refuses.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    check_keys(values, [field.name for field in fields(kind)], where)
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        if value is None and type(None) not in get_args(hints[name]):  # jsonargparse takes None for any type
-            raise ConfigError(f"{where}: {name} has no value")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "settings")
-    try:
-        return parser.instantiate(parser.parse_object({"settings": dict(values)})).settings
-    except ArgumentError as error:
-        text = " ".join(str(error).replace("settings.", "").split())
-        raise ConfigError(f"{where}: {text}") from error
-
-
 def settings_from(
     kind: type[S], values: Mapping[str, Any], make: Callable[[type, dict[str, Any]], Any] | None = None
 ) -> S:
@@ -148,3 +121,30 @@ def settings_from(
             found[name] = tuple(value) if isinstance(value, list) else value
     settings: S = kind(**found) if make is None else make(kind, found)
     return settings
+
+
+def as_yaml(settings: Any) -> Any:
+    """Settings as values of YAML: what ``--print_config`` shows.
+
+    Args:
+        settings: a dataclass's instance: its fields; ``class_path`` and ``init_args`` where its class is one of several
+            that a plain base class holds together.
+    """
+    kind: type = type(settings)
+    if is_dataclass(settings):
+        values = {field.name: as_yaml(getattr(settings, field.name)) for field in fields(settings) if field.init}
+        if any(base is not object and base.__module__ != "abc" and not is_dataclass(base) for base in kind.__mro__):
+            return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": values}
+        return values
+    if isinstance(settings, Mapping):
+        return {key: as_yaml(value) for key, value in settings.items()}
+    if isinstance(settings, (list, tuple)):
+        return [as_yaml(value) for value in settings]
+    return str(settings) if isinstance(settings, Path) else settings
+
+
+def yaml_text(settings: Any) -> str:
+    """:func:`as_yaml` as text."""
+    import yaml
+
+    return str(yaml.safe_dump(as_yaml(settings), sort_keys=False, allow_unicode=True))

@@ -43,6 +43,7 @@ def test_light_imports(name: str, forbidden: list[str]) -> None:
 ORDER = [
     {"errors"},
     {"lazy", "randomness", "safe", "yaml_files", "statistics"},
+    {"settings"},
     {"steps"},
     {"losses", "tasks"},
     {"runs"},

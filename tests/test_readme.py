@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import shlex
@@ -95,7 +96,13 @@ def test_readme_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch
             monkeypatch.setattr(StepkdCLI, name, lambda *arguments: None)
     else:
         module = importlib.import_module(f"stepkd.cli.{words[0].replace('-', '_')}")
-        monkeypatch.setattr(module, "run", lambda arguments: ran.append(words[0]))
+
+        @functools.wraps(module.run)  # the command line reads the settings' class off it
+        def run(config: Any) -> int:
+            ran.append(words[0])
+            return 0
+
+        monkeypatch.setattr(module, "run", run)
     assert main(words) == 0
     assert ran == [words[0]]
 

@@ -21,7 +21,8 @@ from typing import Any
 from stepkd.claims.experiment import Experiment, get_experiment
 from stepkd.claims.statements import Statement
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
-from stepkd.yaml_files import build_settings, check_keys, mapping, read_yaml
+from stepkd.settings import build_settings
+from stepkd.yaml_files import check_keys, mapping, read_yaml
 
 REQUIRED = ("claim", "source", "experiment", "seeds", "statements", "quick")
 OPTIONAL = ("settings", "variants", "arms", "run", "equal")
@@ -143,7 +144,7 @@ def _variants(experiment: Experiment, raw: Mapping[str, Any], reduced: Mapping[s
     declared = _named(raw.get("variants"), "variants") or {"main": {}}
     chosen = _names(reduced.get("variants", list(declared)), "quick: variants")
     base, smaller = mapping(raw.get("settings"), "settings"), mapping(reduced.get("settings"), "quick: settings")
-    built = {}
+    built: dict[str, Any] = {}
     for name in chosen:
         _check_known(name, declared, "quick: no variant")
         changes = mapping(declared[name], f"variants: {name}")

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import stepkd
-from stepkd.errors import MachineError, StepkdError, disk_error, nearest
+from stepkd.errors import ConfigError, MachineError, StepkdError, disk_error, nearest
 from stepkd.runs.process import leave_group, rank_name, tell_agent
 
 TRAINER_COMMANDS = {
@@ -91,6 +91,8 @@ def _main(arguments: list[str]) -> int:
             return int(import_module("stepkd.iteration.worker").run(*rest))
         if command in COMMANDS:
             module = import_module(f"stepkd.cli.{command.replace('-', '_')}")
+            if not hasattr(module, "add_arguments"):
+                return _run(module, command, rest)
             parser = HelpfulParser(
                 prog=f"stepkd {command}",
                 description=module.__doc__,
@@ -120,6 +122,24 @@ def _main(arguments: list[str]) -> int:
     hint = nearest(command, [*TRAINER_COMMANDS, *COMMANDS])
     print(f"stepkd: no command {command!r}.{hint} `stepkd --help` lists them", file=sys.stderr)
     return 2
+
+
+def _run(module: Any, command: str, words: list[str]) -> int:
+    """Parse a command's settings and run it; of a command with ``ACTIONS``, its first word chooses their class."""
+    from stepkd.cli.parser import parse
+
+    if (kinds := getattr(module, "ACTIONS", None)) is None:
+        kind = get_type_hints(module.run)["config"]
+        return int(module.run(parse(kind, words, command=command, description=module.__doc__)))
+    word = words[0] if words else ""
+    if word in ("-h", "--help"):
+        lines = "\n".join(f"  {name:<10} {kind.__doc__}" for name, kind in kinds.items())
+        print(f"usage: stepkd {command} {{{','.join(kinds)}}}\n\n{module.__doc__}\n{lines}")
+        raise SystemExit(0)
+    if word not in kinds:
+        raise ConfigError(f"{word!r} is none of {', '.join(kinds)}.{nearest(word, kinds)}")
+    described = f"{kinds[word].__doc__}"
+    return int(module.run(parse(kinds[word], words[1:], command=f"{command} {word}", description=described)))
 
 
 class HelpfulParser(argparse.ArgumentParser):

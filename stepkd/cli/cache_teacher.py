@@ -1,6 +1,6 @@
 """Write a teacher's likeliest tokens for the completions of a distillation recipe, so that training needs no teacher.
 
-stepkd cache-teacher --config recipes/gkd_cached_teacher.yaml --config recipes/base/smollm2-135m-lora.yaml \\
+stepkd cache-teacher --recipe gkd_cached_teacher base/smollm2-135m-lora \\
     --set 'model.init_args.teacher={path: HuggingFaceTB/SmolLM2-1.7B-Instruct}' --top-k 64 --out runs/teacher-cache
 
 The recipe's teacher.path is the teacher, its data are the completions: a cache cannot score what a student samples.
@@ -11,25 +11,27 @@ with any number of processes (torchrun, accelerate, srun).
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from types import SimpleNamespace
 
-from stepkd.cli.options import add_job_arguments, say_share_is_done, start_job
-from stepkd.cli.recipes import add_recipe_arguments, recipe_words
+from stepkd.cli.recipes import RecipeChoice
 from stepkd.errors import ConfigError
+from stepkd.runs.job import JobConfig
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``stepkd cache-teacher``."""
-    parser.add_argument("--out", required=True, help="folder of the cache; begun, or resumed")
-    parser.add_argument("--top-k", type=int, default=64, metavar="K", help="tokens kept per position (default 64)")
-    parser.add_argument("--no-validation", action="store_true", help="leave out the validation data")
-    parser.add_argument("--overwrite", action="store_true", help="delete an earlier cache in --out and start again")
-    add_job_arguments(parser)
-    add_recipe_arguments(parser, required=True)
+@dataclass(frozen=True, kw_only=True)
+class CacheTeacherConfig(RecipeChoice, JobConfig):
+    """Settings of ``stepkd cache-teacher``."""
+
+    recipe: tuple[str, ...]
+    """Distillation recipe with teacher.path, then its overlays: files, or names of ``stepkd recipes list``."""
+    top_k: int = 64
+    """Tokens kept per position, at least 1 and fewer than the vocabulary has; 64 hold nearly all of the mass."""
+    validation: bool = True
+    """Write the completions of the validation data, too; without them a validation cannot read the cache."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(config: CacheTeacherConfig) -> int:
     """Run ``stepkd cache-teacher``."""
     from stepkd.modules.gkd import GKDModule
     from stepkd.scorers.load import pick_device
@@ -37,32 +39,32 @@ def run(arguments: argparse.Namespace) -> int:
     from stepkd.teachers.local import LocalTeacher
     from stepkd.training.fit import check_fit
 
-    console, launch, options = start_job(arguments, {COMPLETIONS: "scoring completions"})
-    module, data, trainer = check_fit(words=recipe_words(arguments))
+    config, job = config.start({COMPLETIONS: "scoring completions"})
+    module, data, trainer = check_fit(words=config.recipe_words())
     if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
         raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with teacher.path")
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
     data.setup("fit")
-    names = ("train",) if arguments.no_validation else ("train", "validation")
+    names = ("train", "validation") if config.validation else ("train",)
     examples = [example for name in names for example in data.examples.get(name, [])]
     teacher = module.teacher
     teacher.bind(module.tokenizer)
-    teacher.place(pick_device(arguments.device))
+    teacher.place(pick_device(config.device))
     settings = write_cache(
-        arguments.out,
+        config.out,
         teacher,
         examples,
-        top_k=arguments.top_k,
+        top_k=config.top_k,
         temperature=module.divergence.logits_temperature,
         max_tokens=module.micro_batch_tokens,
         chunk_size=module.chunk_size,
         precision="bf16-mixed" if "bf16" in str(trainer.get("precision")) else "32-true",
-        options=options,
+        options=job.options,
     )
     if not settings:
-        return say_share_is_done(console, launch, "last part")
+        return job.share_is_done("last part")
     print(
-        f"{settings['completions']} completions, {settings['top_k']} tokens per position: {arguments.out}\n"
-        f"  train: stepkd fit ... --model.init_args.teacher '{{path: null, cache: {arguments.out}}}'"
+        f"{settings['completions']} completions, {settings['top_k']} tokens per position: {config.out}\n"
+        f"  train: stepkd fit ... --model.init_args.teacher '{{path: null, cache: {config.out}}}'"
     )
     return 0

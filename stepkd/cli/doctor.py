@@ -1,7 +1,7 @@
 """Look at this machine, its launcher and a recipe before a job burns hours.
 
 stepkd doctor
-stepkd doctor --config recipes/gkd.yaml --config recipes/base/smollm2-135m-lora.yaml
+stepkd doctor --recipe gkd base/smollm2-135m-lora
 torchrun --nproc_per_node 8 -m stepkd doctor ...        what the ranks of that launch see
 
 With a recipe: whether it parses, and the memory it takes on each device. Where that device is here, two optimiser steps
@@ -11,7 +11,6 @@ is found that would stop a run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -25,8 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import stepkd
-from stepkd.cli.recipes import add_recipe_arguments, recipe_words
-from stepkd.errors import ConfigError, DataError, MachineError, StepkdError
+from stepkd.cli.recipes import RecipeChoice
+from stepkd.errors import ConfigError, MachineError, StepkdError, check_bounds
 from stepkd.runs.launcher import check_launch, detect_launch
 
 Level = Literal["ok", "note", "bad"]
@@ -50,27 +49,34 @@ class Finding:
     """What to do about it."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``stepkd doctor``."""
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs would be written (default: runs)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--ranks", type=int, help="processes of the run, for a sharded strategy (default: those of this launch)"
-    )
-    add_recipe_arguments(parser, required=False)
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(RecipeChoice):
+    """Settings of ``stepkd doctor``."""
+
+    recipe: tuple[str, ...] = ()
+    """Recipe of ``stepkd fit`` whose memory is told, then its overlays: files, or names of ``stepkd recipes list``."""
+    out: str = "runs"
+    """Folder that runs would be written to; its disk is looked at."""
+    json: bool = False
+    """Print one JSON object in place of tables."""
+    ranks: int | None = None
+    """Processes of the run, 1 or more, over which a sharded strategy divides the model; null: those of this launch."""
+
+    def __post_init__(self) -> None:
+        check_bounds("", self, ranks="[1, inf)")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(config: DoctorConfig) -> int:
     """Run ``stepkd doctor``."""
     from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
-    findings = look_around(arguments.out)
+    findings = look_around(Path(config.out))
     memory: dict[str, Any] | None = None
-    if arguments.config:
-        memory, more = _recipe(recipe_words(arguments), arguments.ranks)
+    if config.recipe:
+        memory, more = _recipe(config.recipe_words(), config.ranks)
         findings += more
-    if arguments.json:
+    if config.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], "memory": memory}, indent=2))
     else:
         _show(findings, memory)
@@ -93,8 +99,6 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
     shards = 1
     if "FSDP2Strategy" in str(settings.get("strategy")):
         shards = world if ranks is None else ranks
-        if shards < 1:
-            raise ConfigError(f"--ranks {ranks}: must be at least 1")
     bound = lower_bound(module, data, precision=precision, shards=shards)
     memory = {"at_least_bytes": bound.at_least, "measured_bytes": None, **asdict(bound)}
     free = (device_room(torch.device("cuda", 0)) if here else None) if device == "cuda" else memory_free()
@@ -113,8 +117,6 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
             memory["measured_bytes"] = peak = measured_peak(words, device)
             value, advice = f"{gib(peak)}{room}, measured over two optimiser steps", ""
             level = "note" if peak > 0.9 * free else "ok"
-        except DataError as error:
-            advice += str(error)
         except StepkdError as error:
             what = "two optimiser steps do not fit" if isinstance(error, MachineError) else "a run would stop"
             level, advice = "bad", f"{what}: {error}"

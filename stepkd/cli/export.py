@@ -6,36 +6,46 @@ stepkd export runs/sft --to models/sft-adapter --mode adapter
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``stepkd export``."""
-    parser.add_argument("source", help="run folder (its best checkpoint), .ckpt file, adapter folder, .gguf or model")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="folder to write; whole or not at all")
-    parser.add_argument(
-        "--mode", choices=("merged", "adapter"), default="merged", help="fold the adapter in, or write it alone"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as trained")
-    parser.add_argument("--no-ema", action="store_true", help="the trained weights, even if averaged ones exist")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    parser.add_argument("--push-to-hub", metavar="ID", help="upload the folder to this repository afterwards")
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Settings of ``stepkd export``."""
+
+    POSITIONAL: ClassVar = ("source",)
+
+    source: str
+    """What is exported: a run folder (its best checkpoint), a .ckpt file, an adapter folder, a .gguf file or model."""
+    to: str
+    """Folder to write, whole or not at all."""
+    mode: Literal["merged", "adapter"] = "merged"
+    """``merged`` folds an adapter into the weights, which every program loads; ``adapter`` writes it alone."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the written weights; null keeps the one that the model was trained in."""
+    ema: bool = True
+    """Write the averaged weights of a run that has them, which validation measured; false takes the trained ones."""
+    overwrite: bool = False
+    """Replace an existing export."""
+    push_to_hub: str | None = None
+    """Repository id that the folder is uploaded to afterwards, which needs a network and credentials; null: nowhere."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(config: ExportConfig) -> int:
     """Run ``stepkd export``."""
     from stepkd.models.checkpoint import export_model
     from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
     folder = export_model(
-        arguments.source,
-        arguments.to,
-        mode=arguments.mode,
-        dtype=arguments.dtype,
-        ema=not arguments.no_ema,
-        overwrite=arguments.overwrite,
-        push_to_hub=arguments.push_to_hub,
+        config.source,
+        config.to,
+        mode=config.mode,
+        dtype=config.dtype,
+        ema=config.ema,
+        overwrite=config.overwrite,
+        push_to_hub=config.push_to_hub,
     )
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print(f"wrote {folder} ({size / 2**20:.1f} MiB)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stepkd.errors import ConfigError
@@ -43,16 +44,15 @@ def start_job(arguments: argparse.Namespace, verbs: Mapping[str, str]) -> tuple[
     """
     from rich.console import Console
 
-    from stepkd.runs.launcher import check_launch
+    from stepkd.runs.job import job_options
+    from stepkd.runs.launcher import check_launch, rank_device
     from stepkd.runs.process import quiet_libraries
-    from stepkd.runs.progress import job_options
-    from stepkd.scorers.load import rank_device
 
     quiet_libraries()
     console, launch = Console(), check_launch()
     arguments.device = rank_device(arguments.device, launch)
     given = {"overwrite": arguments.overwrite, "wait_s": arguments.wait}
-    return console, launch, job_options(console, launch, verbs=verbs, **given)
+    return console, launch, replace(job_options(console, launch, verbs), **given)
 
 
 def say_share_is_done(console: Any, launch: LaunchInfo, what: str) -> int:

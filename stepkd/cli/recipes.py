@@ -10,41 +10,61 @@ A recipe is composed of a method and overlays, in this order: method, base, teac
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from stepkd.errors import ConfigError
 from stepkd.runs.files import write_file
 from stepkd.yaml_files import all_recipes, find_recipe
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``stepkd recipes``."""
-    commands = parser.add_subparsers(dest="action", required=True)
-    commands.add_parser("list", help="every recipe with its first line")
-    show = commands.add_parser("show", help="print a recipe")
-    show.add_argument("name", help="its name, as the list shows it")
-    copy = commands.add_parser("copy", help="copy a recipe to edit it")
-    copy.add_argument("name", help="its name, as the list shows it")
-    copy.add_argument("to", help="file or folder to write")
+@dataclass(frozen=True)
+class ListConfig:
+    """``stepkd recipes list``: every recipe with its first line."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class ShowConfig:
+    """``stepkd recipes show NAME``: print a recipe."""
+
+    POSITIONAL: ClassVar = ("name",)
+
+    name: str
+    """Name of the recipe, as the list shows it."""
+
+
+@dataclass(frozen=True)
+class CopyConfig:
+    """``stepkd recipes copy NAME TO``: copy a recipe to edit it."""
+
+    POSITIONAL: ClassVar = ("name", "to")
+
+    name: str
+    """Name of the recipe, as the list shows it."""
+    to: str
+    """File to write, or the folder that it goes into."""
+
+
+ACTIONS = {"list": ListConfig, "show": ShowConfig, "copy": CopyConfig}
+
+
+def run(config: ListConfig | ShowConfig | CopyConfig) -> int:
     """Run ``stepkd recipes``."""
     found = all_recipes()
-    if arguments.action == "list":
+    if isinstance(config, ListConfig):
         width = max(len(name) for name in found)
         for name, path in found.items():
             print(f"{name:<{width}}  {headline(path)}")
         return 0
-    name = arguments.name.removeprefix("recipes/").removesuffix(".yaml")
+    name = config.name.removeprefix("recipes/").removesuffix(".yaml")
     path = found.get(name) or find_recipe(name, found)
-    if arguments.action == "show":
+    if isinstance(config, ShowConfig):
         print(path.read_text(encoding="utf-8"), end="")
         return 0
-    target = Path(arguments.to)
+    target = Path(config.to)
     if target.is_dir():
         target /= path.name
     if target.exists():
@@ -70,24 +90,25 @@ def headline(path: Path) -> str:
     return text if end is None else text[: end.start() + 1]
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Add ``--config`` and ``--set``."""
-    parser.add_argument(
-        "--config", action="append", required=required, default=[], metavar="FILE", help="recipe, then its overlays"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of the recipe")
+@dataclass(frozen=True, kw_only=True)
+class RecipeChoice:
+    """Settings of a command that works on a recipe of ``stepkd fit``."""
 
+    recipe: tuple[str, ...]
+    """Recipe of ``stepkd fit``, then its overlays: files, or names of ``stepkd recipes list``."""
+    set: tuple[str, ...] = ()
+    """Settings of the recipe that go before it, each as KEY=VALUE, for instance model.init_args.chunk_size=256."""
 
-def recipe_words(arguments: argparse.Namespace) -> list[str]:
-    """The recipe and its settings as words of ``stepkd fit``.
+    def recipe_words(self) -> list[str]:
+        """The recipe and its settings as words of ``stepkd fit``.
 
-    Raises:
-        ConfigError: a setting that is not KEY=VALUE.
-    """
-    words = [word for path in arguments.config for word in ("--config", path)]
-    for setting in arguments.set:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {setting}: write KEY=VALUE, for instance model.init_args.chunk_size=256")
-        words += [f"--{key}", value]
-    return words
+        Raises:
+            ConfigError: a setting that is not KEY=VALUE.
+        """
+        words = [word for path in self.recipe for word in ("--config", path)]
+        for setting in self.set:
+            key, equals, value = setting.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"--set {setting}: write KEY=VALUE, for instance model.init_args.chunk_size=256")
+            words += [f"--{key}", value]
+        return words

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from stepkd.data.rows import did_you_mean, filled_text, shown
 from stepkd.errors import ConfigError, DataError
-from stepkd.yaml_files import build_settings, read_yaml
+from stepkd.settings import build_settings
+from stepkd.yaml_files import read_yaml
 
 Style = Literal["chat", "plain"]
 Message = dict[str, str]
@@ -369,7 +370,7 @@ def read_template(path: Path) -> PromptTemplate:
     if not isinstance(raw, Mapping) or not raw:
         raise ConfigError(f"{path}: no prompt template: must be keys with values ({', '.join(_FIELDS)})")
     try:
-        return cast(PromptTemplate, build_settings(PromptTemplate, raw, str(path)))
+        return build_settings(PromptTemplate, raw, str(path))
     except ConfigError as error:
         problem = str(error)
     raise ConfigError(

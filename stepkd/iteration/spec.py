@@ -18,7 +18,8 @@ from stepkd.labels.convert import CONVERTERS
 from stepkd.labels.feedback import ConvertOptions
 from stepkd.labels.settings import PAIR_JOBS, JobConfig, LabelConfig
 from stepkd.randomness import stream_key
-from stepkd.yaml_files import build_settings, check_keys, find_recipe, mapping, read_yaml, settings_from
+from stepkd.settings import build_settings
+from stepkd.yaml_files import check_keys, find_recipe, mapping, read_yaml, settings_from
 
 OWN = frozenset({"out", "problems", "rollouts", "model", "seed"})
 """Settings of a labelling job that the iteration decides."""

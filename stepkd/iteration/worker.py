@@ -16,11 +16,10 @@ def run(path: str) -> int:
 
     from stepkd.iteration.stages import run_job
     from stepkd.labels.settings import PAIR_JOBS, LabelConfig
-    from stepkd.runs.launcher import check_launch
+    from stepkd.runs.job import job_options
+    from stepkd.runs.launcher import check_launch, rank_device
     from stepkd.runs.process import quiet_libraries
-    from stepkd.runs.progress import job_options
-    from stepkd.scorers.load import rank_device
-    from stepkd.yaml_files import build_settings
+    from stepkd.settings import build_settings
 
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     quiet_libraries()

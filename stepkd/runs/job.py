@@ -6,6 +6,7 @@ A job's folder holds
   other settings, is refused with the difference named;
 - ``parts/PHASE/KEY.jsonl``: the rows of one unit of work, written as a whole when the unit is done, so that a file that
   is there is a unit that is done (:meth:`Job.missing` is the one place that decides this);
+- ``config.yaml``: the command's settings as given, to start it again with ``--config``; they are not compared;
 - the job's outputs, merged from the parts when none is missing;
 - ``log/rank-N.jsonl``: when and where each unit was done. Times and names of machines stand here and nowhere else.
 
@@ -24,18 +25,22 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import stepkd
-from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.runs.files import json_text, write_json, write_jsonl
+from stepkd.errors import ConfigError, DataError, StepkdError, check_bounds
+from stepkd.runs.files import json_text, write_file, write_json, write_jsonl
+from stepkd.runs.launcher import LaunchInfo, check_launch, launch_id, rank_device
 from stepkd.runs.process import live_process, this_process
+from stepkd.runs.progress import WorkLine, metric
+from stepkd.yaml_files import as_yaml, yaml_text
 
 SETTINGS_NAME, SUMMARY_NAME, RESULTS_NAME = "settings.json", "summary.json", "results.jsonl"
+CONFIG_NAME = "config.yaml"
 PARTS, LOG = "parts", "log"
 PACKAGES = ("torch", "transformers", "peft", "math-verify")
 """Packages whose versions can change a job's result."""
@@ -73,10 +78,101 @@ class JobOptions:
     """Told of progress after every unit."""
     say: Callable[[str], None] | None = None
     """Told what is waited for, one line at a time."""
+    config: Mapping[str, Any] | None = None
+    """Settings of the command, written beside the result as ``config.yaml``; they are not compared on resume."""
 
 
 ALONE = JobOptions()
 """One process that does all units, resumes what it finds, and says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """Settings that every job of the command line has; a job's own settings are a subclass."""
+
+    out: str
+    """Folder of the job: its settings, parts and results; a folder that holds this job is resumed."""
+    overwrite: bool = False
+    """Delete an earlier job of this kind in ``out`` and start again."""
+    wait_s: float = 1800.0
+    """Longest wait for other processes of the job without news, in seconds, 0 or more; half an hour is longer than
+    any unit should take."""
+    device: str = "auto"
+    """Where models compute: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``, which takes a GPU for every process where there
+    is one."""
+
+    def __post_init__(self) -> None:
+        check_bounds("", self, wait_s="[0, inf)")
+
+    def start(self, verbs: Mapping[str, str]) -> tuple[Self, StartedJob]:
+        """Look at the launch and begin to report progress on a console.
+
+        Args:
+            verbs: what the progress line says in every phase; its name where none is given.
+
+        Returns:
+            The same settings with this process's device, and how it takes part.
+
+        Raises:
+            ConfigError: a launch that cannot work.
+        """
+        from rich.console import Console
+
+        from stepkd.runs.process import quiet_libraries
+
+        quiet_libraries()
+        console, launch = Console(), check_launch()
+        options = job_options(console, launch, verbs)
+        options = replace(options, overwrite=self.overwrite, wait_s=self.wait_s, config=as_yaml(self))
+        return replace(self, device=rank_device(self.device, launch)), StartedJob(console, launch, options)
+
+
+class StartedJob(NamedTuple):
+    """This process's part in a job of the command line."""
+
+    console: Any
+    """The rich console that its progress is shown on."""
+    launch: LaunchInfo
+    """Which process of how many it is."""
+    options: JobOptions
+    """What the job is given."""
+
+    def say(self, *lines: str) -> None:
+        """Print lines as they are, whatever their length; none for an empty one."""
+        for line in filter(None, lines):
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def share_is_done(self, what: str) -> int:
+        """Say that other ranks have work left, and give the exit code."""
+        self.say(f"rank {self.launch.rank} has done its share; the last rank to finish writes the {what}")
+        return 0
+
+
+def job_options(console: Any, launch: LaunchInfo, verbs: Mapping[str, str] | None = None) -> JobOptions:
+    """How this process of a launch takes part in a job, with one progress line on a console.
+
+    Args:
+        console: the rich console to print on.
+        launch: which process this is (:func:`stepkd.runs.launcher.check_launch`).
+        verbs: what is shown for a phase; its name where none is given.
+    """
+    rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
+    line = WorkLine(console, redraw=launch.world_size == 1)
+
+    def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        shown = "".join(
+            f"  {metric(name, value)} {name}" if name.endswith("/s") else f"  {name} {value:.1%}"
+            for name, value in figures.items()
+        )
+        line.show(f"{rank}{(verbs or {}).get(phase, phase)}", done, total, shown)
+
+    return JobOptions(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        launch=launch_id(launch),
+        report=report,
+        say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+    )
 
 
 @dataclass(eq=False)
@@ -116,7 +212,7 @@ class Job:
                     "--out"
                 )
         names = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
-        own = {SETTINGS_NAME, PARTS, LOG, *self.outputs}
+        own = {SETTINGS_NAME, CONFIG_NAME, PARTS, LOG, *self.outputs}
         foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
         if SETTINGS_NAME not in names:
             if found := foreign or [name for name in names if name in own - {LOG}]:
@@ -159,6 +255,9 @@ class Job:
         else:
             found = wanted
             write_json(self.out / SETTINGS_NAME, wanted)
+        if self.options.config is not None:
+            text = yaml_text(self.options.config)
+            write_file(self.out / CONFIG_NAME, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
         self._log({"event": "start", "command": shlex.join(sys.argv), **this_process()})
         return dict(found)
 
@@ -185,7 +284,7 @@ class Job:
         # The settings go last: a kill in between leaves a folder that --overwrite still accepts.
         for path in [
             *self.out.glob(".*.tmp"),
-            *(self.out / name for name in (*self.outputs, PARTS, LOG, SETTINGS_NAME)),
+            *(self.out / name for name in (*self.outputs, CONFIG_NAME, PARTS, LOG, SETTINGS_NAME)),
         ]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

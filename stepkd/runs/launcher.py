@@ -160,6 +160,16 @@ def detect_launch(environ: Mapping[str, str] | None = None) -> LaunchInfo:
     )
 
 
+def rank_device(name: str, launch: LaunchInfo) -> str:
+    """The name of the device of one process of a launch: ``auto`` is a GPU for each where there are several of both."""
+    if name == "auto" and launch.local_world_size > 1:
+        import torch
+
+        if torch.cuda.is_available():
+            return f"cuda:{launch.local_rank % torch.cuda.device_count()}"
+    return name
+
+
 def launch_id(info: LaunchInfo, environ: Mapping[str, str] | None = None) -> str | None:
     """A word that all processes of this launch share and no other launch has, where the launcher gives one.
 

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from stepkd.runs.job import JobOptions
-from stepkd.runs.launcher import LaunchInfo, launch_id
 
 
 @dataclass(eq=False)
@@ -184,43 +181,6 @@ def is_live(console: Any) -> bool:
     """Whether a line can be redrawn on a rich console: a terminal that is not a CI log."""
     in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
     return bool(console.is_terminal and not console.is_dumb_terminal and not in_ci)
-
-
-def job_options(
-    console: Any,
-    launch: LaunchInfo,
-    *,
-    verbs: Mapping[str, str] | None = None,
-    overwrite: bool = False,
-    wait_s: float = 1800.0,
-) -> JobOptions:
-    """How this process of a launch takes part in a job, with one progress line on a console.
-
-    Args:
-        console: the rich console to print on.
-        launch: which process this is (:func:`stepkd.runs.launcher.check_launch`).
-        verbs: what is shown for a phase; its name where none is given.
-        overwrite, wait_s: see :class:`~stepkd.runs.job.JobOptions`.
-    """
-    rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
-    line = WorkLine(console, redraw=launch.world_size == 1)
-
-    def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        shown = "".join(
-            f"  {metric(name, value)} {name}" if name.endswith("/s") else f"  {name} {value:.1%}"
-            for name, value in figures.items()
-        )
-        line.show(f"{rank}{(verbs or {}).get(phase, phase)}", done, total, shown)
-
-    return JobOptions(
-        rank=launch.rank,
-        world_size=launch.world_size,
-        launch=launch_id(launch),
-        overwrite=overwrite,
-        wait_s=wait_s,
-        report=report,
-        say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
-    )
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, nearest
-from stepkd.runs.launcher import LaunchInfo
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.scorer import StepScorer
 
@@ -295,12 +294,3 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}, but this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
-
-
-def rank_device(name: str, launch: LaunchInfo) -> str:
-    """The name of the device of one process of a launch: ``auto`` is a GPU for each where there are several of both."""
-    import torch
-
-    if name == "auto" and launch.local_world_size > 1 and torch.cuda.is_available():
-        return f"cuda:{launch.local_rank % torch.cuda.device_count()}"
-    return name

@@ -40,6 +40,7 @@ from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.process import Preempted, quiet_libraries
 from stepkd.runs.resume import check_changes, find_last_checkpoint, newest_config, recipe_settings, short_name
 from stepkd.runs.rundir import RunDir, check_version, free_path
+from stepkd.settings import OneLineErrors, explain, user_mistake, with_recipe_files
 from stepkd.training.checkpoints import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -47,7 +48,7 @@ from stepkd.training.checkpoints import (
     LastCheckpoint,
     SaveWhenPreempted,
 )
-from stepkd.training.failures import RecipeParser, explain, explained, user_mistake, with_recipe_files
+from stepkd.training.failures import explained
 from stepkd.training.progress import StepProgress
 from stepkd.training.run_files import RolloutFile, RunFacts
 from stepkd.training.trainer_settings import check_trainer_settings
@@ -173,6 +174,10 @@ def _run(words: Sequence[str]) -> StepkdCLI:
             raise KeyboardInterrupt from error  # Lightning turns Ctrl-C into an exit
         raise
     return cli
+
+
+class RecipeParser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser, with our errors."""
 
 
 class StepkdCLI(LightningCLI):

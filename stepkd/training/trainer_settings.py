@@ -45,7 +45,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Values that change nothing, and what to do in place of others."""
 CALLBACKS = {
     "LearningRateFinder": "set model.init_args.optimizer.lr",
-    "BatchSizeFinder": "set model.init_args.micro_batch_tokens; `stepkd doctor --config ...` measures the memory",
+    "BatchSizeFinder": "set model.init_args.micro_batch_tokens; `stepkd doctor --recipe ...` measures the memory",
     "GradientAccumulationScheduler": REFUSED["accumulate_grad_batches"][1],
     "StochasticWeightAveraging": _AVERAGE,
     "WeightAveraging": _AVERAGE,

@@ -43,7 +43,7 @@ COMMANDS = {
     "convert": "label --convert {rows} --to binary --out {out}.jsonl",
     "score": "score --model checker --rollouts {rows} --out {out}.jsonl",
     "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular,n=2 --max-new-tokens 8 --out {out}",
-    "cache-teacher": "cache-teacher --config tiny/gkd --config {tiny} --set model.init_args.teacher.path=tiny-0.1m "
+    "cache-teacher": "cache-teacher --recipe tiny/gkd {tiny} --set model.init_args.teacher.path=tiny-0.1m "
     "--set model.init_args.source.student=0.0 --top-k 4 --out {out}",
     "iterate": "iterate --config {iterate} --model tiny-0.1m --iterations 1 --out {out}",
     "claims": "claims step_dpo --out {out}",

@@ -39,7 +39,7 @@ COMMANDS = {
     "--temperature 1 --max-new-tokens 60 --batch-size 2 --device cpu --out {out}",
     "score": "score --model judge:tiny-0.1m --rollouts {data}/rows.jsonl --batch-size 1 "
     "--answers Y N --device cpu --out {out}.jsonl",
-    "cache-teacher": "cache-teacher --config {data}/gkd.yaml --no-validation --top-k 6 --device cpu --out {out}",
+    "cache-teacher": "cache-teacher --recipe {data}/gkd.yaml --validation false --top-k 6 --device cpu --out {out}",
 }
 OUTPUTS = {
     "evaluate": ("{out}/settings.json", "{out}/results.jsonl", "{out}/summary.json"),

@@ -229,12 +229,12 @@ def test_the_command_measures_where_the_device_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    words = ["doctor", "--out", str(tmp_path), *recipe("sft")[:2], "--set", "data.init_args.validation=null"]
+    words = ["doctor", "--out", str(tmp_path), "--recipe", recipe("sft")[1], "--set", "data.init_args.validation=null"]
     words += [word for setting in FEW for word in ("--set", setting)]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["memory"]
     assert found["measured_bytes"] > found["at_least_bytes"] > 0
-    assert main(["doctor", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert main(["doctor", "--recipe", str(tmp_path / "none.yaml")]) == 2
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_the_command_measures_where_the_device_is(
         (3 * 2**20, 0, "3 MiB of 50 MiB free, measured over two optimiser steps ok"),
         (49 * 2**20, 0, "49 MiB of 50 MiB free, measured over two optimiser steps note"),
         (MachineError("lower it"), 1, "at least 2 MiB of 50 MiB free bad two optimiser steps do not fit: lower it"),
-        (DataError("no file"), 0, "at least 2 MiB of 50 MiB free note activations come on top, not measured: no file"),
+        (DataError("no file"), 1, "at least 2 MiB of 50 MiB free bad a run would stop: no file"),
         (ConfigError("too long"), 1, "at least 2 MiB of 50 MiB free bad a run would stop: too long"),
     ],
 )
@@ -260,7 +260,7 @@ def test_what_a_measurement_says(
     monkeypatch.setattr("stepkd.models.machine.memory_free", lambda *_: 50 * 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "200")
-    words = ["doctor", "--out", str(tmp_path), *recipe("sft")[:2], "--set", FEW[1]]
+    words = ["doctor", "--out", str(tmp_path), "--recipe", recipe("sft")[1], "--set", FEW[1]]
     assert main(words) == code
     assert shown in " ".join(capsys.readouterr().out.split())
 
@@ -272,7 +272,7 @@ def test_the_command_measures_nothing_that_cannot_fit(
     monkeypatch.setattr("stepkd.models.machine.memory_free", lambda *_: 2**20)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("COLUMNS", "200")
-    words = ["doctor", "--out", str(tmp_path), *recipe("sft")[:2], "--set", FEW[1]]
+    words = ["doctor", "--out", str(tmp_path), "--recipe", recipe("sft")[1], "--set", FEW[1]]
     assert main(words) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "of 1 MiB free" in shown
@@ -284,7 +284,7 @@ def test_the_command_measures_nothing_that_cannot_fit(
 
 def test_the_command_knows_sharded_recipes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "measured_peak", lambda words, device: 1)
-    words = ["doctor", "--json", *recipe("sft")[:2], "--config"]
+    words = ["doctor", "--json", "--recipe", recipe("sft")[1]]
     sharded = [*words, str(ROOT / "recipes" / "strategy" / "fsdp2.yaml")]
     held = []
     for line in ([*words, str(ROOT / "recipes" / "strategy" / "single.yaml")], sharded, [*sharded, "--ranks", "8"]):

@@ -312,7 +312,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     recipe = tmp_path / "gkd.yaml"
     recipe.write_text(RECIPE)
-    command = ["cache-teacher", "--config", str(recipe), "--top-k", "6", "--out", str(tmp_path / "cache")]
+    command = ["cache-teacher", "--recipe", str(recipe), "--top-k", "6", "--out", str(tmp_path / "cache")]
     assert main(command) == 0
     assert "20 completions, 6 tokens per position" in capsys.readouterr().out
     assert main(["fit", "--config", str(recipe), "--out", str(tmp_path / "local")]) == 0
@@ -336,5 +336,5 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*command, "--set", "data.init_args.max_length=20"]) == 2
     assert "begun under other settings" in capsys.readouterr().err
     sft = Path(__file__).resolve().parents[2] / "recipes" / "tiny" / "sft.yaml"
-    assert main(["cache-teacher", "--config", str(sft), "--out", str(tmp_path / "x")]) == 2
+    assert main(["cache-teacher", "--recipe", str(sft), "--out", str(tmp_path / "x")]) == 2
     assert "needs a distillation recipe" in capsys.readouterr().err

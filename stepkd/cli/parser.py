@@ -1,0 +1,131 @@
+"""One command line for every command: a settings dataclass, read by jsonargparse from words and ``--config`` files.
+
+A command is a module with ``run(config: SomeConfig) -> int``; the fields' docstrings are the help. Words beyond
+jsonargparse's own: ``-`` in an option's name is ``_``; a bool alone is true; a setting that holds several values takes
+several words and may be repeated; and fields that a class names in ``POSITIONAL`` take words without an option.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jsonargparse import DefaultHelpFormatter, set_parsing_settings
+
+from stepkd.errors import ConfigError
+from stepkd.settings import SettingsParser, built, explain, given_settings, settings_of, with_recipe_files
+
+_OPTION = re.compile(r"--([A-Za-z][\w.-]*\+?)(=.*)?|-h", re.DOTALL)
+_TRUTH = ("true", "false", "yes", "no", "null")
+
+
+def parse(kind: type, words: Sequence[str], *, command: str, description: str = "") -> Any:
+    """The settings of a command.
+
+    Args:
+        kind: its dataclass. ``POSITIONAL`` of it names the fields that words without an option fill, in order.
+        words: the command line behind the command.
+        command: the command, for usage and messages.
+        description: what ``--help`` says first.
+
+    Returns:
+        The dataclass's instance.
+
+    Raises:
+        ConfigError: a setting that does not exist, a value of the wrong type, or one that the dataclass refuses.
+        SystemExit: with 0, after ``--help`` or ``--print_config``.
+    """
+    asks = any(word == "-h" or word.partition("=")[0].endswith("help") for word in words)
+    set_parsing_settings(docstring_parse_attribute_docstrings=asks)  # takes time that only a help text needs
+    positional: tuple[str, ...] = getattr(kind, "POSITIONAL", ())
+    places = " ".join(map(str.upper, positional))
+    parser = SettingsParser(
+        prog=f"stepkd {command}",
+        usage=" ".join(filter(None, (f"stepkd {command}", places, "[--config FILE] [--SETTING VALUE ...]"))),
+        description=description,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--config", action="config", help="settings as YAML; later files and options go first")
+    parser.add_class_arguments(kind)
+    given = _spread(parser, words, positional)
+    try:
+        given = with_recipe_files(given)
+        values = parser.parse_args(given)
+    except ConfigError as error:
+        if "--safe allows" in str(error):
+            raise
+        raise ConfigError(explain(parser, given, str(error))) from error
+    return built(parser, kind, values)
+
+
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Field docstrings, types and defaults under a description that keeps its lines."""
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, bool, list[str]]]:
+    """Every option, whether its value is part of the word, and the words behind it; first those before any option."""
+    name, joined, values = "", False, list[str]()
+    for word in words:
+        if (option := _OPTION.fullmatch(word)) is None:
+            values.append(word)
+            continue
+        yield name, joined, values
+        name, joined = f"--{option[1].replace('-', '_')}" if option[1] else "--help", option[2] is not None
+        values = [option[2][1:]] if option[2] else []
+    yield name, joined, values
+
+
+def _spread(parser: SettingsParser, words: Sequence[str], positional: Sequence[str]) -> list[str]:
+    """Words as jsonargparse takes them: one value behind every setting, and none without one."""
+    options = list(_options(words))
+    plain = [word for name, _, values in options if name for word in (name, *values[:1])]
+    known = settings_of(parser, list(given_settings(plain)))
+    found, free = list[str](), list[str]()
+    several: dict[str, list[str]] = {}
+    for name, joined, values in options:
+        key = name.removeprefix("--").replace(".init_args", "")
+        hint, takes = known.get(key), 1
+        if bool in (hint, *get_args(hint)) and not joined and (not values or values[0].lower() not in _TRUTH):
+            values = ["true", *values]
+        elif _items(hint) is not None and values and not values[0].startswith("["):
+            several.setdefault(key, []).extend(values)
+            continue
+        elif name in ("", "--help", "--print_config"):
+            takes = 0
+        found += [f"{name}={values[0]}"] if joined else [name, *values[:takes]] if name else []
+        free += values[1 if joined else takes :]
+    for key, values in _placed(free, positional, known).items():
+        several.setdefault(key, []).extend(values)
+    for key, values in several.items():
+        item = _items(known[key])
+        found.append(f"--{key}={values[0] if item is None else _as_list(values, item)}")
+    return found
+
+
+def _placed(words: Sequence[str], positional: Sequence[str], known: dict[str, Any]) -> dict[str, list[str]]:
+    """Words without an option, by the field that takes them."""
+    left, found = list(words), {}
+    for name in positional:
+        if left:
+            found[name], left = (left, []) if _items(known[name]) is not None else (left[:1], left[1:])
+    if left:
+        raise ConfigError(f"{left[0]!r} belongs to no setting: write --SETTING VALUE")
+    return found
+
+
+def _items(hint: Any) -> Any:
+    """The type of a list's or tuple's items; None for any other type."""
+    if get_origin(hint) in (Union, UnionType):
+        return next((item for each in get_args(hint) if (item := _items(each)) is not None), None)
+    return get_args(hint)[0] if get_origin(hint) in (list, tuple) else None
+
+
+def _as_list(values: Sequence[str], item: Any) -> str:
+    if item in (str, Path) or get_origin(item) is Literal:
+        return json.dumps(list(values))
+    return f"[{', '.join(values)}]"

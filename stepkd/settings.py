@@ -1,0 +1,320 @@
+"""Settings dataclasses as jsonargparse reads them, from words and files; a mistake is a line with the nearest name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+from jsonargparse import ArgumentParser
+
+from stepkd.errors import ConfigError, StepkdError
+from stepkd.safe import check_import
+from stepkd.yaml_files import find_recipe
+
+S = TypeVar("S")
+SYNONYMS = {
+    "learning_rate": "lr",
+    "batch_size": "global_batch_size",
+    "per_device_train_batch_size": "global_batch_size",
+    "epochs": "max_epochs",
+    "num_train_epochs": "max_epochs",
+    "steps": "max_steps",
+    "max_seq_length": "max_length",
+    "rank": "r",
+    "output_dir": "out",
+    "model_name_or_path": "path",
+}
+"""Other programs' names of settings -> ours."""
+
+
+class OneLineErrors:
+    """Of a jsonargparse parser: it takes no abbreviations, and raises our errors."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        """Raise ConfigError."""
+        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
+            try:
+                check_import(denied.group(1), "the recipe")
+            except ConfigError as refused:
+                raise refused from ex
+        raise ConfigError(message) from ex
+
+
+class SettingsParser(OneLineErrors, ArgumentParser):
+    """A parser of settings classes."""
+
+
+def with_recipe_files(words: Sequence[str]) -> list[str]:
+    """Words of a command line with every recipe's name after ``--config`` as its file; YAML text stays as it is.
+
+    Raises:
+        ConfigError: a name that is neither a file nor a recipe.
+    """
+    given = list(words)
+    for i, word in enumerate(given):
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config", "-c") or (not equals and i + 1 == len(given)):
+            continue
+        value = value if equals else given[i + 1]
+        if ":" not in value and value.strip():
+            place, start = (i, f"{flag}=") if equals else (i + 1, "")
+            given[place] = f"{start}{find_recipe(value)}"
+    return given
+
+
+def explain(parser: Any, words: Sequence[str], message: str) -> str:
+    """Say in a line what a parser refused.
+
+    Args:
+        parser: the command's parser, whose settings are the ones that exist.
+        words: the command line, with recipes as files.
+        message: what the parser said.
+
+    Returns:
+        The first setting that does not exist, with its place and the nearest one that does; else the innermost part of
+        the message, with the dotted name of the setting; else the message.
+    """
+    given = list(given_settings(words))
+    known = settings_of(parser, given)
+    chosen = {name.removesuffix(".class_path"): i for i, (_, name, value) in enumerate(given) if isinstance(value, str)}
+    for i, (file, name, _) in enumerate(given):
+        replaced = any(name.startswith(f"{place}.") and later > i for place, later in chosen.items())
+        # settings of a class that another one replaced are gone
+        if not replaced and (told := _unknown(name, known, as_words=not file)):
+            return f"{file}: {told}" if file else told
+    if required := re.match(r"the following arguments are required: ([\w.]+)", message):
+        last = [key for key in known if f".{key}".endswith(f".{required[1]}")]
+        return f"give --{last[0] if last else required[1]}"
+    return _innermost(message, known)
+
+
+def given_settings(words: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """File (empty for the command line), dotted name without ``init_args``, and value of every setting, in order."""
+    import yaml
+
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("-") or flag == "-":
+            continue
+        name, value = flag.lstrip("-").rstrip("+"), value if equals else "".join(words[i + 1 : i + 2])
+        file = ""
+        try:
+            if name in ("config", "c") and Path(value).is_file():
+                file, name, value = value, "", Path(value).read_text(encoding="utf-8")
+            value = yaml.safe_load(value)
+        except (OSError, ValueError, yaml.YAMLError):
+            pass  # the value of another kind
+        yield from _flat(file, "" if name in ("config", "c") else name.replace(".init_args", ""), value)
+
+
+def _flat(file: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+    if name:
+        yield file, name, value
+    for each in value if isinstance(value, list) else [value]:
+        for key, below in each.items() if isinstance(each, dict) else ():
+            yield from _flat(file, name if key == "init_args" else f"{name}.{key}".lstrip("."), below)
+
+
+def settings_of(parser: Any, given: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Dotted name -> type of every setting, those of the classes that were chosen included."""
+    named = {name.removesuffix(".class_path"): value for _, name, value in given if isinstance(value, str)}
+    found: dict[str, Any] = {}
+    pending = list(parser._actions)
+    while pending:
+        action = pending.pop(0)
+        if (name := action.dest) in found or name.rpartition(".")[2] in ("help", "print_config", "print_shtab"):
+            continue
+        found[name] = hint = getattr(action, "_typehint", None)
+        class_path = named.get(name) or getattr(action.default, "get", lambda _: None)("class_path")
+        for kind in _classes(hint):
+            chosen = kind if is_dataclass(kind) else _class(class_path, kind) if class_path else None
+            if chosen is not None:
+                inner = type(parser)()
+                inner.add_class_arguments(chosen, name, fail_untyped=False)
+                pending += inner._actions
+    return found
+
+
+def _classes(hint: Any) -> list[type]:
+    """The classes in a type: of a union's members, a list's items."""
+    inner = [kind for part in get_args(hint) for kind in _classes(part)]
+    return inner if inner or not isinstance(hint, type) or hint.__module__ == "builtins" else [hint]
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) in (list, tuple, Sequence) or any(map(_is_list, get_args(hint)))
+
+
+def _class(name: str, base: type) -> type | None:
+    """The class of a name or an import path, which ``--safe`` may forbid."""
+    path, _, last = name.rpartition(".")
+    if not path:
+        return next((kind for kind in _subclasses(base) if kind.__name__ == name), None)
+    check_import(name, "the recipe")
+    try:
+        return getattr(import_module(path), last, None)
+    except Exception:  # a module of one's own may fail in any way; the parser has said how
+        return None
+
+
+def _subclasses(kind: type) -> list[type]:
+    found = [kind]
+    for each in found:
+        found += each.__subclasses__()
+    return found
+
+
+def _below(name: str, known: dict[str, Any]) -> list[str]:
+    """What a setting is made of; empty where it is a value, or takes any key."""
+    start = f"{name}." if name else ""
+    return list(dict.fromkeys(key[len(start) :].split(".")[0] for key in known if key.startswith(start)))
+
+
+def _unknown(name: str, known: dict[str, Any], *, as_words: bool = False) -> str:
+    """What to say of a setting that does not exist; empty for one that does, or whose place takes any key.
+
+    Args:
+        name: its dotted name.
+        known: dotted name -> type of every setting.
+        as_words: show the nearest setting as a command line takes it.
+    """
+    parts, place = name.split("."), ""
+    for i, part in enumerate(parts):
+        here, level = f"{place}.{part}".lstrip("."), _below(place, known)
+        if here in known or _below(here, known):
+            place = here
+            continue
+        if not level or part in ("class_path", "dict_kwargs", "help"):
+            return ""
+        tails = [parts[i:], [*parts[i:-1], SYNONYMS.get(parts[-1], parts[-1])]]
+        ends = dict.fromkeys("." + ".".join(tail) for tail in tails)
+        elsewhere = [key for end in ends for key in known if f".{key}".endswith(end)]
+        last = get_close_matches(part, [key.rpartition(".")[2] for key in known], n=1, cutoff=0.8)
+        near = (
+            [each for each in level if each == SYNONYMS.get(part)]
+            or [key for key in elsewhere if key.startswith(place)][:2]
+            or get_close_matches(part, level, n=1, cutoff=0.75)
+            or elsewhere[:2]
+            or [key for key in known if last and key.rpartition(".")[2] == last[0]][:2]
+        )
+        shown = [repr(each) for each in near]
+        if as_words and not any(_is_list(known.get(".".join(parts[:j]))) for j in range(i + 1)):
+            shown = [
+                f"--{each if each in elsewhere or each in known else f'{place}.{each}'.lstrip('.')}" for each in near
+            ]
+        hint = f"; did you mean {' or '.join(shown)}?" if near else ""
+        if not near and len(level) <= 25:
+            hint = f"; it has {', '.join(level)}"
+        return f"{part!r} is not a setting{f' of {place}' if place else ''}{hint}"
+    return ""
+
+
+def _innermost(message: str, known: dict[str, Any]) -> str:
+    """The deepest part of an error of nested types, which is where the mistake is."""
+    places: list[tuple[int, str]] = []
+    found: list[tuple[int, str, str]] = []
+    given: dict[str, str] = {}
+    for line in message.splitlines():
+        indent, text = len(line) - len(line.lstrip()), line.strip().removeprefix("- ")
+        while places and places[-1][0] >= indent and text:
+            places.pop()
+        place = ".".join(name for _, name in places)
+        if key := re.match(r'Parser key "([\w.]+)":(.*)', text):
+            places.append((indent, key[1]))
+            place, text = ".".join(name for _, name in places), key[2].strip()
+        if text.startswith("Given value: "):
+            given[place] = text.removeprefix("Given value: ")
+        elif text and not re.match(
+            r"Does not validate|Subtypes:|Errors:|Given value type:|.*'NoneType'|.* a path but", text
+        ):
+            found.append((len(places), place, text))
+    if not found or ("Does not validate" not in message and "Parser key" not in message):
+        return message
+    depth = max(depth for depth, _, _ in found)
+    place = next(where for level, where, _ in found if level == depth)
+    texts = list(dict.fromkeys(_plain(text) for level, where, text in found if level == depth and where == place))
+    text, value = " or ".join(texts), given.get(place, "")
+    if lacking := re.match(r"the following arguments are required: (\w+)$", text):
+        place, text = f"{place}.{lacking[1]}", "give one: it is required"
+    if place not in known:  # the parser leaves out the group of a class that is chosen within another group
+        start, _, last = place.rpartition(".")
+        place = next((key for key in known if key.startswith(f"{start}.") and key.endswith(f".{last}")), place)
+    level = _below(place, known)
+    if level and re.search("expected (list|dot import path)", text):
+        several = "a list of " if "expected list" in text else ""
+        return f"{place}: expected {several}{{{', '.join(level)}}}, got {value!r}"
+    if wrong := re.search(r"(?:import path string: |class_path ')([\w.:]+)", text):
+        names = [kind.__name__ for kind in _classes(known.get(place)) for kind in _subclasses(kind)]
+        near = get_close_matches(wrong[1].rpartition(".")[2], names, n=1)
+        return f"{place}: no class {wrong[1]!r}" + (f"; did you mean {near[0]!r}?" if near else f" ({text})")
+    if text.startswith("expected") and ", got " not in text:
+        text += f", got {value!r}"
+    return f"{place}: {text}"
+
+
+def _plain(text: str) -> str:
+    """A type error in words."""
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(r"^Expected an? (?:typing\.Literal)?", "expected ", text).replace("expected [", "expected one of [")
+    return re.sub(r"\. Got value: (.*)$", lambda got: f", got {got[1]!r}", text)
+
+
+def user_mistake(error: BaseException) -> StepkdError | None:
+    """Our own error at the root of one that jsonargparse raised while it parsed or built the settings."""
+    if isinstance(error, StepkdError):
+        return error
+    found: StepkdError | None = None
+    current: BaseException | None = error if isinstance(error, ValueError | TypeError) else None
+    while current is not None:
+        found = current if isinstance(current, StepkdError) else found
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def build_settings(kind: type[S], values: Mapping[str, Any], where: str) -> S:
+    """Instance of a settings dataclass from a file's mapping, types checked.
+
+    Args:
+        kind: the dataclass.
+        values: field -> value.
+        where: place for the messages.
+
+    Raises:
+        ConfigError: an unknown field, a value of the wrong type, or one that the class refuses.
+    """
+    parser = SettingsParser()
+    parser.add_class_arguments(kind)
+    given = list(_flat("", "", dict(values)))
+    known = settings_of(parser, given)
+    for _, name, value in given:
+        if told := _unknown(name, known):
+            raise ConfigError(f"{where}: {told}")
+        if value is None and type(None) not in get_args(known.get(name, Any)) and known.get(name, Any) is not Any:
+            raise ConfigError(f"{where}: {name} has no value")  # jsonargparse takes None for any type
+    try:
+        return built(parser, kind, parser.parse_object(dict(values)))
+    except StepkdError as error:
+        raise ConfigError(f"{where}: {_innermost(str(error), known)}") from error
+
+
+def built(parser: ArgumentParser, kind: type[S], values: Any) -> S:
+    """The instance of a dataclass whose fields a parser has read.
+
+    Raises:
+        StepkdError: what the dataclass, or one that it holds, refuses.
+    """
+    try:
+        made = parser.instantiate(values)
+        return kind(**{field.name: made[field.name] for field in fields(kind) if field.init})  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        if (mistake := user_mistake(error)) is not None:
+            raise mistake from error
+        raise

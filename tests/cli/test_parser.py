@@ -1,0 +1,214 @@
+"""Settings classes on the command line: words, files, unions, and what is said of a mistake."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+import yaml
+
+from stepkd.cli.parser import parse
+from stepkd.errors import ConfigError, check_bounds
+from stepkd.runs.job import CONFIG_NAME, Job, JobConfig
+from stepkd.settings import SYNONYMS, build_settings
+from stepkd.yaml_files import as_yaml, yaml_text
+
+
+class Teacher(ABC):
+    """A choice."""
+
+    @abstractmethod
+    def build(self) -> str:
+        """What it makes."""
+
+
+@dataclass(frozen=True)
+class Served(Teacher):
+    """A server."""
+
+    url: str
+    """Where it is."""
+    n: int = 1
+    """How many answers."""
+
+    def build(self) -> str:
+        return self.url
+
+
+@dataclass(frozen=True)
+class Local(Teacher):
+    """A folder."""
+
+    path: str = "tiny"
+    """The folder."""
+    fast: bool = False
+    """Whether to hurry."""
+
+    def build(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample."""
+
+    temperature: float = 1.0
+    """Divides the logits, 0 or more."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+
+    def __post_init__(self) -> None:
+        check_bounds("sampling.", self, temperature="[0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(JobConfig):
+    """A command."""
+
+    POSITIONAL: ClassVar = ("source", "names")
+
+    source: str
+    """What it works on."""
+    names: tuple[str, ...] = ()
+    """More of it."""
+    mode: Literal["fast", "slow"] = "fast"
+    """How to do it."""
+    teacher: Teacher = field(default_factory=Local)
+    """Who is asked."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.5))
+    """What is sampled."""
+    max_new_tokens: int | None = None
+    """Longest completion, in tokens."""
+
+
+def read(*words: str) -> Example:
+    found = parse(Example, words, command="example", description="An example.\n  As it stands.")
+    assert isinstance(found, Example)
+    return found
+
+
+PLAIN = Example(out="o", source="s")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("s --out o", PLAIN),
+        ("--out=o --source s", PLAIN),
+        ("s a b --out o", replace(PLAIN, names=("a", "b"))),
+        ("s --out o --max-new-tokens 7", replace(PLAIN, max_new_tokens=7)),
+        ("s --out o --max_new_tokens -7", replace(PLAIN, max_new_tokens=-7)),
+        ("--out o --overwrite s", replace(PLAIN, overwrite=True)),
+        ("s --out o --overwrite false --mode slow", replace(PLAIN, mode="slow")),
+        ("s --out o --sampling.stop a 1 --sampling.stop c", replace(PLAIN, sampling=Sampling(0.5, ("a", "1", "c")))),
+        ("s --out o --sampling.stop [a,'1']", replace(PLAIN, sampling=Sampling(0.5, ("a", "1")))),
+        ("s --out o --teacher Served --teacher.url http://x", replace(PLAIN, teacher=Served("http://x"))),
+        ("s --out o --teacher.fast --teacher.path p", replace(PLAIN, teacher=Local("p", fast=True))),
+    ],
+)
+def test_words_become_settings(words: str, expected: Example) -> None:
+    assert read(*words.split()) == expected
+
+
+def test_files_come_first_and_options_go_before_them(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("source: s\nout: o\nmode: slow\nteacher: {class_path: Served, init_args: {url: u}}\n")
+    second.write_text("out: p\nsampling: {temperature: 0}\n")
+    found = read("--config", str(first), "--config", str(second), "--teacher.n", "3")
+    assert found == replace(PLAIN, out="p", mode="slow", teacher=Served("u", 3), sampling=Sampling(0.0))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("s --out o --temperature 3", "'temperature' is not a setting; did you mean --sampling.temperature?"),
+        (
+            "s --out o --sampling.temperatur 3",
+            "'temperatur' is not a setting of sampling; did you mean --samp",
+        ),
+        ("s --out o --max-new-token 3", "'max_new_token' is not a setting; did you mean --max_new_tokens?"),
+        ("s --output-dir o", "'output_dir' is not a setting; did you mean --out?"),
+        ("s --out o --teacher Servd", "teacher: no class 'Servd'; did you mean 'Served'?"),
+        ("s --out o --teacher Served --teacher.path p", "'path' is not a setting of teacher; it has url, n"),
+        ("s --out o --teacher.pth p", "'pth' is not a setting of teacher; did you mean --teacher.path?"),
+        ("s --out o --teacher Served", "give --teacher.url"),
+        ("s", "give --out"),
+        ("--out o", "give --source"),
+        ("s --out o --mode quick", "mode: expected one of ['fast', 'slow'], got 'quick'"),
+        ("s --out o --sampling.temperature hot", "sampling.temperature: expected float, got 'hot'"),
+        ("s --out o --sampling.temperature -1", "sampling.temperature=-1.0: must be 0 or positive"),
+        ("s --out o --overwrite=perhaps", "overwrite: expected bool, got 'perhaps'"),
+        ("s --out o --wait-s -1", "wait_s=-1.0: must be 0 or positive"),
+        ("s --out o --mode slow x", "'x' belongs to no setting"),
+    ],
+)
+def test_a_mistake_is_one_line(words: str, expected: str) -> None:
+    kind = replace_positional() if words.endswith(" x") else Example
+    with pytest.raises(ConfigError) as caught:
+        parse(kind, words.split(), command="example")
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
+def replace_positional() -> type:
+    """The command with one free word."""
+    return type("OneWord", (Example,), {"POSITIONAL": ("source",)})
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("sampling: {temp: 1}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: 'temp' is not a setting of sampling"):
+        read("s", "--config", str(path))
+
+
+def test_help_shows_every_field_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read("--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: stepkd example SOURCE NAMES" in text
+    assert "An example.\n  As it stands." in text
+    for words in ("What it works on.", "Divides the logits, 0 or more.", "Delete an earlier job of this kind"):
+        assert words in " ".join(text.split())
+
+
+def test_print_config_is_what_a_job_leaves_beside_its_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["s", "--out", str(tmp_path / "job"), "--teacher", "Served", "--teacher.url", "u", "--wait_s", "0"]
+    with pytest.raises(SystemExit):
+        read(*words, "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    config, started = read(*words).start({})
+    Job(Path(config.out), "example job", options=started.options).begin({})
+    written = tmp_path / "job" / CONFIG_NAME
+    assert yaml.safe_load(written.read_text()) == printed
+    assert read("--config", str(written)) == read(*words)
+    other = read(*words, "--mode", "slow").start({})[1].options
+    Job(Path(config.out), "example job", options=other).begin({})  # not compared: what decides is in settings.json
+    assert "mode: slow" in written.read_text()
+
+
+def test_a_mapping_becomes_settings_as_words_do() -> None:
+    values = {"out": "o", "source": "s", "teacher": {"class_path": "Served", "init_args": {"url": "u"}}}
+    found = build_settings(Example, values, "here")
+    assert found == replace(PLAIN, teacher=Served("u"))
+    assert build_settings(Example, as_yaml(found), "here") == found
+    assert yaml.safe_load(yaml_text(found))["teacher"]["init_args"] == {"url": "u", "n": 1}
+    for wrong, expected in (
+        ({"temperature": 1}, "here: 'temperature' is not a setting; did you mean 'sampling.temperature'?"),
+        ({"sampling": {"temperature": "x"}}, "here: sampling.temperature: expected float, got 'x'"),
+        ({"sampling": {"temperature": -1}}, "here: sampling.temperature=-1.0: must be 0 or positive"),
+        ({"mode": None}, "here: mode has no value"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build_settings(Example, {**values, **wrong}, "here")
+        assert str(caught.value) == expected
+
+
+def test_few_synonyms_are_written_by_hand() -> None:
+    assert len(SYNONYMS) <= 10
