@@ -47,6 +47,12 @@ class Completion:
     """Id of its row; errors and results name it."""
     row: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """The row it was made from, or that asked for it."""
+    outcome: int = field(default=-1, kw_only=True)
+    """1: the answer is correct (the completion is desirable), 0: it is not, -1: not known."""
+    targets: tuple[tuple[float, ...] | None, ...] = field(default=(), kw_only=True)
+    """For each step the probabilities of its classes, worst first, or None; empty where no step is labelled."""
+    read_at: tuple[int, ...] = field(default=(), kw_only=True)
+    """For each step with a place in ``targets`` the index in ``token_ids`` at which it is scored."""
 
     def __post_init__(self) -> None:
         whole = [len(self.token_ids)] if len(self.token_ids) else []

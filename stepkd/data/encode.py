@@ -51,6 +51,11 @@ class Example:
         """Its completion, as arrays."""
         return as_completion(self.prompt_ids, self.completion_ids, self.spans, id=self.id, row=self.row)
 
+    @property
+    def completions(self) -> tuple[Completion, ...]:
+        """Its completions, all of one prompt: its only one, or the two sides of a pair."""
+        return (self.completion,)
+
 
 def as_completion(prompt: Sequence[int], ids: Sequence[int], spans: Sequence[Span], **more: Any) -> Completion:
     """Ids and step spans as arrays."""

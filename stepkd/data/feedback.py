@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -36,6 +36,13 @@ class FeedbackExample(Example):
     """1: the answer is right (the completion is desirable), 0: it is not, -1: not known."""
     step_labels: tuple[int, ...] = ()
     """For each step 1, 0 or -1."""
+
+    @property
+    def completion(self) -> Completion:
+        """The completion, with its outcome and its steps' labels."""
+        targets = tuple(None if label == UNKNOWN else (1.0 - label, float(label)) for label in self.step_labels)
+        read_at = tuple(end - 1 for _, end in self.spans)
+        return replace(super().completion, outcome=self.outcome, targets=targets, read_at=read_at)
 
 
 class FeedbackEncoder(Encoder):
@@ -163,7 +170,7 @@ class PairExample(Example):
         return len(self.prompt_ids) + len(self.completion_ids) + len(self.rejected_ids)
 
     @property
-    def sides(self) -> tuple[Completion, Completion]:
+    def completions(self) -> tuple[Completion, Completion]:
         """The preferred completion, and the other."""
         return (
             self.completion,

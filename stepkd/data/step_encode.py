@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder, Example, sampled_spans
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
@@ -32,6 +33,12 @@ class StepExample(Example):
     """For each step its target, or None; empty when the example is only scored."""
     num_cut: int = 0
     """Steps dropped because they did not fit."""
+
+    @property
+    def completion(self) -> Completion:
+        """The solution, with its labels."""
+        read_at = self.read_at if self.targets else ()
+        return replace(super().completion, targets=self.targets, read_at=read_at)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Rows without waste: several completions of one prompt in a row, and forward passes without padding.
+"""Forward passes without waste: no padding, and beginnings that rows have in common (prompts) only once.
 
 Micro-batches of reasoning chains are often a tenth to a half padding, which costs as much as tokens do. Without it the
 real tokens of all rows stand in one row; where attention needs the rows apart, queries, keys and values are laid out in
 padded rows and its result is gathered again. There a row's padding is behind its tokens, so that causal attention never
-sees it and needs no mask (which is faster in itself).
+sees it and needs no mask (which is faster in itself). A token that begins several rows is laid out in each of them.
 
-Axes: B rows, T padded length, U real tokens of all rows, H hidden size, A heads, D size of one head.
+Axes: B rows, T padded length, K real tokens of all rows, U those that are computed, H hidden size, A heads, D size of
+one head.
 """
 
 from __future__ import annotations
@@ -19,29 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stepkd.models.head import backbone_of, evaluation_mode, positions_from_mask, reads_alike
 
-ATTENTION = ("sdpa", "eager")
-"""Attention implementations that take a mask of every pair of positions."""
-
-
-def packed_mask(causal_lm: Any, segments_BT: Tensor) -> Tensor:
-    """Attention mask (B, 1, T, T) of packed rows: causal, to the prompt and to one's own completion only.
-
-    Args:
-        causal_lm: the model; its attention implementation decides whether the mask is boolean or added to the scores.
-        segments_BT: 0 for the prompt, 1, 2, ... for the completions, -1 for padding.
-    """
-    queries_BT1, keys_B1T = segments_BT.unsqueeze(2), segments_BT.unsqueeze(1)
-    length = segments_BT.shape[1]
-    causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
-    allowed_BTT = causal_TT & ((keys_B1T == queries_BT1) | (keys_B1T == 0)) & (keys_B1T >= 0)
-    # Padding sees itself: a row of a softmax without any key would not be a number.
-    allowed_BTT |= torch.eye(length, dtype=torch.bool, device=segments_BT.device)
-    if causal_lm.config._attn_implementation != "eager":
-        return allowed_BTT.unsqueeze(1)
-    dtype = causal_lm.dtype
-    zeros = torch.zeros(allowed_BTT.shape, dtype=dtype, device=segments_BT.device)
-    return zeros.masked_fill(~allowed_BTT, torch.finfo(dtype).min).unsqueeze(1)
-
 
 def has_windows(config: Any) -> bool:
     """Whether a layer sees the last so many positions of its row only; the probe is shorter than most windows."""
@@ -51,111 +29,130 @@ def has_windows(config: Any) -> bool:
     return local or bool(getattr(config, "sliding_window", None))
 
 
-@torch.no_grad()
-def check_packing(causal_lm: Any) -> bool:
-    """Whether two completions in one row have the hidden states that they have in rows of their own.
-
-    False for attention implementations that take no such mask, for models with sliding windows or recurrent layers
-    (their masks are not only ours), and where a probe of seven tokens says so.
-    """
-    config = causal_lm.config.get_text_config()
-    if causal_lm.config._attn_implementation not in ATTENTION or has_windows(config):
-        return False
-    weight = causal_lm.get_input_embeddings().weight
-    ids = (torch.arange(1, 8, device=weight.device) % weight.shape[0]).unsqueeze(0)
-    segments = torch.tensor([[0, 0, 1, 1, 1, 2, 2]], device=weight.device)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 2, 3]], device=weight.device)
-    second = torch.cat([ids[:, :2], ids[:, 5:]], dim=1)
-    try:
-        with evaluation_mode(causal_lm):
-            backbone = backbone_of(causal_lm)
-            packed = backbone(
-                input_ids=ids,
-                attention_mask=packed_mask(causal_lm, segments),
-                position_ids=positions,
-                use_cache=False,
-            ).last_hidden_state
-            alone = [
-                backbone(input_ids=part, attention_mask=torch.ones_like(part), use_cache=False).last_hidden_state
-                for part in (ids[:, :5], second)
-            ]
-    except (RuntimeError, ValueError, TypeError):  # an architecture that takes no such mask
-        return False
-    expected = torch.cat([alone[0], alone[1][:, 2:]], dim=1)
-    return reads_alike(causal_lm, packed, expected)
-
-
 WORTH = 0.03
 """Share of padding from which a forward pass goes without it."""
 
 
 class _Spread(torch.autograd.Function):
-    """``index_copy`` into zeros that keeps the index alone; torch's own keeps the values too, for their shape."""
+    """Rows of values to their places among so many, zeros elsewhere; ``repeats`` are further places of some of them.
+
+    It keeps the places alone; torch's ``index_copy`` keeps the values too, for their shape.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values_U: Tensor, slots_U: Tensor, number: int) -> Tensor:
-        ctx.save_for_backward(slots_U)
-        return values_U.new_zeros(number, *values_U.shape[1:]).index_copy_(0, slots_U, values_U)
+    def forward(ctx: Any, values_U: Tensor, rows: Rows, number: int) -> Tensor:
+        ctx.rows = rows
+        spread = values_U.new_zeros(number, *values_U.shape[1:]).index_copy_(0, rows.slots_U, values_U)
+        for tokens, slots in rows.repeats:
+            spread.index_copy_(0, slots, values_U.index_select(0, tokens))
+        return spread
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        rows: Rows = ctx.rows
+        found = gradients[0].index_select(0, rows.slots_U)
+        for tokens, slots in rows.repeats:  # no token twice in one of them: the sum does not depend on any order
+            found.index_copy_(0, tokens, found.index_select(0, tokens) + gradients[0].index_select(0, slots))
+        return found, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of values at different places; torch's own gradient adds them one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, slots_U: Tensor) -> Tensor:
+        ctx.save_for_backward(slots_U)
+        ctx.number = len(values)
+        return values.index_select(0, slots_U)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (slots_U,) = ctx.saved_tensors
-        return gradients[0].index_select(0, slots_U), None, None
-
-
-def _spread(values_U: Tensor, slots_U: Tensor, number: int) -> Tensor:
-    """Rows of values to their slots among so many, zeros elsewhere."""
-    spread: Tensor = _Spread.apply(values_U, slots_U, number)
-    return spread
+        shape = (ctx.number, *gradients[0].shape[1:])
+        return gradients[0].new_zeros(shape).index_copy_(0, slots_U, gradients[0]), None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the real tokens of all rows stand."""
+    """Where the tokens that are computed stand among the places of padded rows."""
 
     slots_U: Tensor
-    """Place of every real token among the B * T of right-padded rows."""
-    sizes: tuple[int, int]
+    """Place of each of them; different places."""
+    repeats: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Numbers of tokens that stand elsewhere too (in other rows that begin alike), and where; no token twice in one."""
+    sizes: tuple[int, int] = (0, 0)
     """Rows, and tokens of the longest."""
 
     @classmethod
-    def of(cls, attention_mask_BT: Tensor) -> Rows:
-        """Of rows padded on any side."""
+    def of(cls, attention_mask_BT: Tensor, shared_BT: Tensor | None = None) -> tuple[Rows, Rows]:
+        """In the rows as they are, and in rows without padding before their tokens.
+
+        Args:
+            attention_mask_BT: 1 for tokens, 0 for padding on any side.
+            shared_BT: as for :func:`unpadded_hidden`.
+        """
+        real_K = attention_mask_BT.flatten().nonzero().squeeze(-1)
         lengths_B = attention_mask_BT.sum(-1)
         longest = int(lengths_B.max())
         columns_T = torch.arange(longest, device=attention_mask_BT.device)
-        slots_U = (columns_T < lengths_B.unsqueeze(-1)).flatten().nonzero().squeeze(-1)
-        return cls(slots_U, (len(lengths_B), longest))
+        slots_K = (columns_T < lengths_B.unsqueeze(-1)).flatten().nonzero().squeeze(-1)
+        here, compact = (len(lengths_B), attention_mask_BT.shape[1]), (len(lengths_B), longest)
+        if shared_BT is None:
+            return cls(real_K, (), here), cls(slots_K, (), compact)
+        source_K = shared_BT.flatten()[real_K]
+        own_K = source_K == real_K
+        numbers = own_K.new_zeros(attention_mask_BT.numel(), dtype=torch.long)
+        numbers[real_K[own_K]] = torch.arange(int(own_K.sum()), device=real_K.device)
+        again = (~own_K).nonzero().squeeze(-1)
+        token_K = numbers[source_K[again]]
+        order = token_K.argsort(stable=True)
+        again, token_K = again[order], token_K[order]
+        nth_K = torch.arange(len(token_K), device=token_K.device) - torch.searchsorted(token_K, token_K)
+        levels = [nth_K == n for n in range(int(nth_K.max()) + 1 if len(nth_K) else 0)]
+        parts = [(token_K[level], again[level]) for level in levels]
+        return (
+            cls(real_K[own_K], tuple((tokens, real_K[places]) for tokens, places in parts), here),
+            cls(slots_K[own_K], tuple((tokens, slots_K[places]) for tokens, places in parts), compact),
+        )
 
-    def spread(self, values_1AUD: Tensor) -> Tensor:
-        """(1, A, U, D) of one row to (B, A, T, D) of rows, zero in padding."""
+    def spread(self, values_UX: Tensor) -> Tensor:
+        """(U, ...) to (B * T, ...), zero in padding."""
         rows, longest = self.sizes
-        padded = _spread(values_1AUD.squeeze(0).transpose(0, 1), self.slots_U, rows * longest)
-        return padded.unflatten(0, (rows, longest)).transpose(1, 2)
+        spread: Tensor = _Spread.apply(values_UX, self, rows * longest)
+        return spread
+
+    def spread_heads(self, values_1AUD: Tensor) -> Tensor:
+        """(1, A, U, D) of one row to (B, A, T, D) of rows, zero in padding."""
+        return self.spread(values_1AUD.squeeze(0).transpose(0, 1)).unflatten(0, self.sizes).transpose(1, 2)
 
     def gather(self, values_BTAD: Tensor) -> Tensor:
         """(B, T, A, D) of rows to (1, U, A, D)."""
-        return values_BTAD.flatten(0, 1).index_select(0, self.slots_U).unsqueeze(0)
+        gathered: Tensor = _Gather.apply(values_BTAD.flatten(0, 1), self.slots_U)
+        return gathered.unsqueeze(0)
 
 
-def unpadded_hidden(causal_lm: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+def unpadded_hidden(
+    causal_lm: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, shared_BT: Tensor | None = None
+) -> Tensor:
     """Last hidden states (B, T, H) by a forward pass over real tokens only; zero in padding.
 
     Args:
         causal_lm: a model of which :func:`check_unpadded` is true.
         input_ids_BT: ids, padded on any side.
         attention_mask_BT: 1 for tokens, 0 for padding.
+        shared_BT: the place whose state each place has (:class:`~stepkd.data.collate.Batch`), where rows begin alike:
+            such a beginning is computed once; None: nowhere.
     """
-    real_U = attention_mask_BT.flatten().nonzero().squeeze(-1)
+    here, compact = Rows.of(attention_mask_BT, shared_BT)
     hidden_1UH = backbone_of(causal_lm)(
-        input_ids=input_ids_BT.flatten()[real_U].unsqueeze(0),
+        input_ids=input_ids_BT.flatten()[here.slots_U].unsqueeze(0),
         # Any mask of four axes is taken as it is, in place of one made over the whole row; nobody reads this one.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids_BT.device),
-        position_ids=positions_from_mask(attention_mask_BT).flatten()[real_U].unsqueeze(0),
+        position_ids=positions_from_mask(attention_mask_BT).flatten()[here.slots_U].unsqueeze(0),
         use_cache=False,
-        unpadded_rows=Rows.of(attention_mask_BT),
+        unpadded_rows=compact,
     ).last_hidden_state
-    return _spread(hidden_1UH.squeeze(0), real_U, attention_mask_BT.numel()).view(*attention_mask_BT.shape, -1)
+    return here.spread(hidden_1UH.squeeze(0)).view(*attention_mask_BT.shape, -1)
 
 
 def is_worth_it(attention_mask_BT: Tensor) -> bool:
@@ -205,7 +202,7 @@ def _install() -> None:
     ) -> tuple[Tensor, None]:
         if unpadded_rows is None:
             return inner(module, query, key, value, attention_mask, *arguments, **settings)
-        spread = [unpadded_rows.spread(states) for states in (query, key, value)]
+        spread = [unpadded_rows.spread_heads(states) for states in (query, key, value)]
         output_BTAD, weights = inner(module, *spread, None, *arguments, **{**settings, "is_causal": True})
         return unpadded_rows.gather(output_BTAD), weights
 

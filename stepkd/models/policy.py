@@ -31,7 +31,7 @@ from stepkd.models.head import (
     vocab_head,
 )
 from stepkd.models.load import listed_ends, load_model
-from stepkd.models.packed import check_packing, check_unpadded, is_worth_it, packed_mask, unpadded_hidden
+from stepkd.models.packed import check_unpadded, is_worth_it, unpadded_hidden
 from stepkd.models.sharding import gathered
 from stepkd.models.spec import PolicyConfig
 from stepkd.models.step_head import StepHead, StepHeadConfig, named_marker, resolve_ids, saved_step_head
@@ -186,35 +186,26 @@ class Policy(nn.Module):
         if self._has_spare_ids:
             check_rows(ids, self._rows, self.tokenizer)
 
-    def hidden(
-        self,
-        input_ids_BT: Tensor,
-        attention_mask_BT: Tensor,
-        position_ids_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-    ) -> Tensor:
+    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, shared_BT: Tensor | None = None) -> Tensor:
         """Last hidden states.
 
         Args:
             input_ids_BT: token ids, any padding side.
             attention_mask_BT: 1 for tokens, 0 for padding.
-            position_ids_BT: positions; None counts each row's real tokens from 0.
-            segments_BT: rows that hold several completions of one prompt: 0 for the prompt, 1, 2, ... for the
-                completions, -1 for padding; only where :attr:`can_pack`. Needs ``position_ids_BT``.
+            shared_BT: the place whose state each place has, where rows begin alike
+                (:attr:`~stepkd.data.collate.Batch.shared_BT`): the model computes such a beginning once where
+                :attr:`can_unpad`.
 
         Returns:
             (B, T, H) hidden states in the model's dtype; rows of padding hold arbitrary finite values.
         """
         self.check_ids(input_ids_BT)
-        if position_ids_BT is None:
-            if self.can_unpad and is_worth_it(attention_mask_BT):
-                return unpadded_hidden(self.causal_lm, input_ids_BT, attention_mask_BT)
-            position_ids_BT = positions_from_mask(attention_mask_BT)
-        mask = attention_mask_BT if segments_BT is None else packed_mask(self.causal_lm, segments_BT)
+        if self.can_unpad and (shared_BT is not None or is_worth_it(attention_mask_BT)):
+            return unpadded_hidden(self.causal_lm, input_ids_BT, attention_mask_BT, shared_BT)
         output = backbone_of(self.causal_lm)(
             input_ids=input_ids_BT,
-            attention_mask=mask,
-            position_ids=position_ids_BT,
+            attention_mask=attention_mask_BT,
+            position_ids=positions_from_mask(attention_mask_BT),
             use_cache=False,
         )
         return output.last_hidden_state
@@ -230,11 +221,6 @@ class Policy(nn.Module):
     def gathered(self) -> AbstractContextManager[Any]:
         """A block without gradients with all weights of a sharded model in place, so that no rank waits in it."""
         return gathered(self)
-
-    @cached_property
-    def can_pack(self) -> bool:
-        """Whether completions of one prompt may share a row (:func:`~stepkd.models.packed.check_packing`)."""
-        return check_packing(self.causal_lm)
 
     @cached_property
     def can_unpad(self) -> bool:

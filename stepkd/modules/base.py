@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stepkd.data.batching import StepBatch, micro_batches
 from stepkd.data.benchmarks import next_evaluation
-from stepkd.data.collate import MicroBatch, collate
+from stepkd.data.collate import Batch, collate
 from stepkd.data.encode import Example
 from stepkd.data.labelled_data import PreferenceData
 from stepkd.data.templates import template_name
@@ -45,7 +45,7 @@ MOST_SKIPPED = 100
 class Prepared:
     """What one optimiser step trains on, on this rank."""
 
-    micro_batches: list[MicroBatch]
+    micro_batches: list[Batch]
     """Micro-batches, largest first."""
     denominators: dict[str, float]
     """Per named sum of the loss, this rank's count over all micro-batches; reduced over ranks before the first
@@ -102,7 +102,7 @@ class StepModule(PolicyModule):
         """
         yield self.prepare_examples(batch.examples)
 
-    def make_filler(self, batch: StepBatch) -> MicroBatch:
+    def make_filler(self, batch: StepBatch) -> Batch:
         """What a rank computes, with weight zero, when others have more micro-batches than it."""
         return self._collate([batch.filler], is_filler=True)
 
@@ -134,15 +134,15 @@ class StepModule(PolicyModule):
         """Names of all sums of the components, in order."""
         return names_of(self.components)
 
-    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+    def count(self, micro_batch: Batch) -> dict[str, float]:
         """What the components count in a micro-batch: its part of the denominators."""
         return counts_of(self.components, micro_batch)
 
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, micro_batch: Batch) -> LossTerms:
         """Named sums and metrics of all components, from one forward pass of the policy."""
         return terms_of(self.components, self.forward_pass(micro_batch))
 
-    def forward_pass(self, micro_batch: MicroBatch) -> ForwardPass:
+    def forward_pass(self, micro_batch: Batch) -> ForwardPass:
         """What the components share of a micro-batch; nothing is computed yet."""
         return ForwardPass(self.model, micro_batch, self.chunk_size, self.loss_scales if self.training else {})
 
@@ -169,7 +169,7 @@ class StepModule(PolicyModule):
         groups = micro_batches([example.length for example in kept], self.micro_batch_tokens)
         return self.counted([self._collate([kept[i] for i in group]) for group in groups])
 
-    def counted(self, batches: Sequence[MicroBatch]) -> Prepared:
+    def counted(self, batches: Sequence[Batch]) -> Prepared:
         """Micro-batches with their denominators."""
         counts: dict[str, float] = defaultdict(float)
         for micro_batch in batches:
@@ -244,7 +244,7 @@ class StepModule(PolicyModule):
             yield first
             yield from found
 
-    def _optimizer_step(self, prepared: Prepared, filler: MicroBatch, *, begins: bool) -> None:
+    def _optimizer_step(self, prepared: Prepared, filler: Batch, *, begins: bool) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
         torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
         mine = {name: prepared.denominators.get(name, 0.0) for name in self.loss_names}
@@ -297,7 +297,7 @@ class StepModule(PolicyModule):
                 f"{', '.join(self.loss_names)} all 0); look at what the method counts, and at the data"
             )
 
-    def _micro_loss(self, micro_batch: MicroBatch) -> tuple[Tensor, LossTerms]:
+    def _micro_loss(self, micro_batch: Batch) -> tuple[Tensor, LossTerms]:
         """Within one forward pass of the policy, which gathers what a strategy has cut up."""
         terms = self.loss_terms(micro_batch)
         return terms.scaled(self.loss_scales) * (0.0 if micro_batch.is_filler else 1.0), terms
@@ -432,7 +432,7 @@ class StepModule(PolicyModule):
 
     # ---- plumbing --------------------------------------------------------------------------------------------------
 
-    def _collate(self, examples: list[Example], *, is_filler: bool = False) -> MicroBatch:
+    def _collate(self, examples: list[Example], *, is_filler: bool = False) -> Batch:
         return collate(examples, int(self.tokenizer.pad_token_id or 0), is_filler=is_filler)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from stepkd.data.collate import LabelledBatch, MicroBatch, PackedBatch
+from stepkd.data.collate import Batch
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, VocabHead, cross_entropy, token_logps
 from stepkd.models.policy import Policy
 
@@ -31,7 +31,7 @@ class ForwardPass:
     def __init__(
         self,
         policy: Policy,
-        batch: MicroBatch,
+        batch: Batch,
         chunk_size: int = DEFAULT_CHUNK,
         scales: Mapping[str, float] | None = None,
     ) -> None:
@@ -49,11 +49,7 @@ class ForwardPass:
     def hidden_BTH(self) -> Tensor:
         """Last hidden states of all positions; those of padding are arbitrary."""
         batch = self.batch
-        if not isinstance(batch, PackedBatch):
-            return self.policy.hidden(batch.input_ids_BT, batch.attention_mask_BT)
-        return self.policy.hidden(
-            batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT, segments_BT=batch.segments_BT
-        )
+        return self.policy.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
 
     def hidden_at(self, places: Tensor) -> Tensor:
         """Hidden states (places, H) at positions of the flattened (B * T) axis."""
@@ -72,14 +68,12 @@ class ForwardPass:
     @cached_property
     def logratios_N(self) -> Tensor:
         """``log pi - log ref`` of every target; the batch has its log-probabilities under the reference."""
-        assert isinstance(self.batch, PackedBatch)
         assert self.batch.reference_N is not None, "prepare() adds the reference"
         return self.logps_N - self.batch.reference_N.to(self.logps_N)
 
     @cached_property
     def step_logps_LC(self) -> Tensor:
         """Log-probabilities of the step head's classes at every labelled step."""
-        assert isinstance(self.batch, LabelledBatch)
         hidden_LH = self.hidden_at(self.batch.read_L)
         return self.policy.require_step_head().logps(hidden_LH, self.head, chunk_size=self.chunk_size)
 
@@ -102,7 +96,7 @@ class Component(ABC):
     a loss whose one pass over the logits, or whose one loss function, gives them all."""
 
     @abstractmethod
-    def count(self, batch: MicroBatch) -> dict[str, float]:
+    def count(self, batch: Batch) -> dict[str, float]:
         """How many items each sum is over in this micro-batch, >= 0: its part of the denominators, on the CPU."""
 
     @abstractmethod
@@ -119,7 +113,7 @@ class CrossEntropy(Component):
 
     names = ("ce",)
 
-    def count(self, batch: MicroBatch) -> dict[str, float]:
+    def count(self, batch: Batch) -> dict[str, float]:
         """Targets."""
         return {"ce": float(batch.targets_N.numel())}
 
@@ -133,7 +127,7 @@ def names_of(components: Sequence[Component]) -> tuple[str, ...]:
     return tuple(name for component in components for name in component.names)
 
 
-def counts_of(components: Sequence[Component], batch: MicroBatch) -> dict[str, float]:
+def counts_of(components: Sequence[Component], batch: Batch) -> dict[str, float]:
     """What all components count in a micro-batch."""
     return {name: count for component in components for name, count in component.count(batch).items()}
 

@@ -10,9 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import MicroBatch, PackedBatch
-from stepkd.data.completion import Completion
-from stepkd.data.encode import Example
+from stepkd.data.collate import Batch
 from stepkd.data.feedback import PairExample
 from stepkd.errors import ConfigError, check_choice
 from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing
@@ -68,21 +66,16 @@ class DPOModule(PreferenceModule):
         self.length_normalised = length_normalised
         self.from_first_difference = from_first_difference
 
-    def completions(self, example: Example) -> tuple[Completion, ...]:
-        """Both sides of the pair."""
-        return cast(PairExample, example).sides
-
-    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+    def count(self, batch: Batch) -> dict[str, float]:
         """Pairs."""
-        return {"dpo": float(len(micro_batch.examples))}
+        return {"dpo": float(len(batch.examples))}
 
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, batch: Batch) -> LossTerms:
         """DPO's loss on the log-ratios of both sides."""
-        batch = cast(PackedBatch, micro_batch)
         ratios_N = self.logratios(batch)
         kept_N = self._kept(batch).to(ratios_N)
-        ratios_P2 = segment_sum(ratios_N * kept_N, batch.row_N, batch.num_completions).view(-1, 2)
-        lengths_P2 = segment_sum(kept_N, batch.row_N, batch.num_completions).view(-1, 2).clamp(min=1)
+        ratios_P2 = segment_sum(ratios_N * kept_N, batch.completion_N, batch.num_completions).view(-1, 2)
+        lengths_P2 = segment_sum(kept_N, batch.completion_N, batch.num_completions).view(-1, 2).clamp(min=1)
         return dpo(
             ratios_P2[:, 0],
             ratios_P2[:, 1],
@@ -92,21 +85,21 @@ class DPOModule(PreferenceModule):
             lengths_P2=lengths_P2 if self.length_normalised else None,
         )
 
-    def _kept(self, batch: PackedBatch) -> Tensor:
+    def _kept(self, batch: Batch) -> Tensor:
         """1.0 for tokens that count, 0.0 for leading ones that both sides share."""
         kept_N = torch.ones(len(batch.targets_N))
         if not self.from_first_difference:
             return kept_N
         at = 0
         for example in batch.examples:
-            better, worse = cast(PairExample, example).sides
+            better, worse = example.completions
             shared = first_difference(better.token_ids, worse.token_ids)
             for side in (better, worse):
                 kept_N[at : at + shared] = 0.0
                 at += len(side.token_ids)
         return kept_N
 
-    def _smoothing(self, batch: PackedBatch) -> float | Tensor:
+    def _smoothing(self, batch: Batch) -> float | Tensor:
         if self.label_smoothing != "visits":
             return float(self.label_smoothing)
         pairs = [cast(PairExample, example) for example in batch.examples]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import micro_batches
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example, with_completion
 from stepkd.errors import check_bounds
@@ -77,7 +77,7 @@ class Fidelity:
     """Answers are compared with a teacher in this process only."""
     grader: Grader
     """Judges answers."""
-    collate: Callable[[list[Example]], MicroBatch]
+    collate: Callable[[list[Example]], Batch]
     """Examples to a micro-batch, as training has it."""
     max_tokens: int
     """Most tokens of a micro-batch, padding included."""
@@ -128,7 +128,7 @@ class Fidelity:
         for group in micro_batches([example.length for example in examples], self.max_tokens):
             batch = self.collate([examples[i] for i in group]).to(self.student.device)
             values = self._positions(batch)
-            rows_N = batch.row_N.cpu()
+            rows_N = batch.completion_N.cpu()
             of_problems_BM = totals.new_zeros(len(group), len(TOKENS))
             of_problems_BM.index_add_(0, rows_N, values[:, : len(TOKENS)].double().cpu())
             tokens_B = totals.new_zeros(len(group)).index_add_(0, rows_N, totals.new_ones(len(values)))
@@ -137,7 +137,7 @@ class Fidelity:
             moments[0] += of_problems_BM.square().sum(0)
             moments[1] += (of_problems_BM * tokens_B[:, None]).sum(0)
             moments[2] += tokens_B.square().sum()
-            count = int(batch.num_steps_B.sum())
+            count = len(batch.completion_S)
             ones_N = torch.ones_like(values[:, -1])
             mean_S = segment_sum(values[:, -1], batch.step_N, count) / segment_sum(ones_N, batch.step_N, count)
             likely += float((mean_S >= math.log(self.spec.likely_step)).sum())
@@ -153,7 +153,7 @@ class Fidelity:
         }
         return sums | ({"likely_steps": (likely, float(steps))} if known else {})
 
-    def _positions(self, batch: MicroBatch) -> Tensor:
+    def _positions(self, batch: Batch) -> Tensor:
         """(N, 6): the token measures, and the teacher's log-probability of the student's token; NaN for unknown."""
         signals = self.teacher.signals(batch, temperature=1.0)
 
@@ -198,7 +198,7 @@ class Fidelity:
             for number, gap in enumerate(row if tokens else ())
         }
 
-    def _each(self, position: Callable[..., Tensor], batch: MicroBatch, signals: Signals) -> Tensor:
+    def _each(self, position: Callable[..., Tensor], batch: Batch, signals: Signals) -> Tensor:
         """What a function of logits, targets and the teacher's signals gives at every target."""
         hidden_BTH = self.student.hidden(batch.input_ids_BT, batch.attention_mask_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.needed_N]

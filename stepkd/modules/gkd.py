@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.data.encode import Example, with_completion
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, check_choice
@@ -337,14 +337,14 @@ class GKDModule(TaughtModule):
 
     # ---- loss ------------------------------------------------------------------------------------------------------
 
-    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+    def count(self, micro_batch: Batch) -> dict[str, float]:
         """Completion tokens (or their weights), or completions in which something counts."""
         weights_N = token_weights(micro_batch)
         if self.average == "tokens":
             return {"kd": float(weights_N.sum())}
-        return {"kd": float(len(micro_batch.row_N[weights_N > 0].unique()))}
+        return {"kd": float(len(micro_batch.completion_N[weights_N > 0].unique()))}
 
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, micro_batch: Batch) -> LossTerms:
         """``kd``: the summed divergence (and weighted cross-entropy) in nats.
 
         Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
@@ -387,10 +387,10 @@ class GKDModule(TaughtModule):
             metrics["ce"] = (values[:, 3].sum(), number)
         return LossTerms({"kd": total}, metrics)
 
-    def _weights(self, batch: MicroBatch) -> Tensor:
+    def _weights(self, batch: Batch) -> Tensor:
         """Weight of every token in the sum whose denominator :meth:`count` gives."""
         weights_N = token_weights(batch)
         if self.average == "tokens":
             return weights_N
-        totals_B = segment_sum(weights_N, batch.row_N, len(batch.examples))
-        return weights_N / totals_B.clamp_min(1e-300)[batch.row_N]
+        totals_B = segment_sum(weights_N, batch.completion_N, len(batch.examples))
+        return weights_N / totals_B.clamp_min(1e-300)[batch.completion_N]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.errors import ConfigError
 from stepkd.losses import (
     LossTerms,
@@ -192,10 +192,10 @@ class KDRLModule(TaughtModule):
         for micro_batch in self.prepare_examples(rollouts).micro_batches:
             chosen_N = choose(self._token_logps(micro_batch.to(self.device))).cpu()
             for row, example in enumerate(micro_batch.examples):
-                found[id(example)] = chosen_N[micro_batch.row_N == row]
+                found[id(example)] = chosen_N[micro_batch.completion_N == row]
         return [found[id(rollout)] for rollout in rollouts]
 
-    def make_filler(self, batch: StepBatch) -> MicroBatch:
+    def make_filler(self, batch: StepBatch) -> Batch:
         """A rollout without a weight."""
         zeros = (0.0,) * len(batch.filler.completion_ids)
         return self._collate([Rollout.of(batch.filler, advantages=zeros, sampled_logps=zeros)], is_filler=True)
@@ -207,7 +207,7 @@ class KDRLModule(TaughtModule):
 
     # ---- loss ------------------------------------------------------------------------------------------------------
 
-    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+    def count(self, micro_batch: Batch) -> dict[str, float]:
         """Denominators of both terms, as the normalisation has them."""
         rollouts = [each for each in micro_batch.examples if isinstance(each, Rollout)]
         counts = {"pg": [r.pg_count for r in rollouts], "kd": [r.kd_count for r in rollouts]}
@@ -215,7 +215,7 @@ class KDRLModule(TaughtModule):
             return {name: float(any(values)) for name, values in counts.items()}
         return {name: math.fsum(values) for name, values in counts.items()}
 
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, micro_batch: Batch) -> LossTerms:
         """``pg``: the clipped objective; ``kd``: beta times the divergence from the teacher. Both summed by token.
 
         On given solutions (validation) there is nothing to weigh: ``pg`` is their cross-entropy, to look at.
@@ -253,10 +253,10 @@ class KDRLModule(TaughtModule):
         eos = sorted(self.model.eos_ids) if self.kd.skip_eos else []
         return (~torch.isin(targets_N, torch.tensor(eos, dtype=targets_N.dtype, device=targets_N.device))).double()
 
-    def _signals(self, micro_batch: MicroBatch) -> Signals | None:
+    def _signals(self, micro_batch: Batch) -> Signals | None:
         return None if self.teacher is None else self.teacher.signals(micro_batch, temperature=self.rollout.temperature)
 
-    def _token_logps(self, micro_batch: MicroBatch) -> Tensor:
+    def _token_logps(self, micro_batch: Batch) -> Tensor:
         """(N, 2): log-probability of the target under the policy and under the teacher (0 without one)."""
         signals = self._signals(micro_batch)
 
@@ -274,7 +274,7 @@ class KDRLModule(TaughtModule):
 
     # ---- what is logged --------------------------------------------------------------------------------------------
 
-    def _metrics(self, micro_batch: MicroBatch, found: TokenTerms, gap_N: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def _metrics(self, micro_batch: Batch, found: TokenTerms, gap_N: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         rollouts: list[Any] = list(micro_batch.examples)
         number = gap_N.new_tensor(float(len(gap_N)))
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.losses import (
     clipped_loss,
     entropy,
@@ -214,7 +214,7 @@ class TokenObjective:
     signals: Signals | None
     """The teacher's; None without one."""
 
-    def constants(self, micro_batch: MicroBatch, counts_for_kd_N: Tensor) -> tuple[Tensor, ...]:
+    def constants(self, micro_batch: Batch, counts_for_kd_N: Tensor) -> tuple[Tensor, ...]:
         """What the function wants of every token beside its target, float64: advantage, log-probabilities of the policy
         before the first of several steps (NaN: there is nothing older) and of the sampler, weights in both sums.
 
@@ -228,10 +228,10 @@ class TokenObjective:
             return torch.tensor(list(values), dtype=torch.float64, device=micro_batch.targets_N.device)
 
         def weights(name: str) -> Tensor:
-            weight_N = spread(getattr(each, f"{name}_weight") for each in rollouts)[micro_batch.row_N]
+            weight_N = spread(getattr(each, f"{name}_weight") for each in rollouts)[micro_batch.completion_N]
             if self.policy_loss.normalisation != "bnpo":
                 return weight_N
-            counted_N = spread(getattr(each, f"{name}_count") for each in rollouts)[micro_batch.row_N]
+            counted_N = spread(getattr(each, f"{name}_count") for each in rollouts)[micro_batch.completion_N]
             return weight_N / counted_N.sum().clamp_min(1.0)
 
         sampled_N = spread(value for each in rollouts for value in each.sampled_logps)

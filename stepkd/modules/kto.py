@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch, mismatched
-from stepkd.data.collate import MicroBatch, PackedBatch
+from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example, as_completion
-from stepkd.data.feedback import FeedbackExample
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
 from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
@@ -248,7 +247,7 @@ class KTOModule(PreferenceModule):
         others = self.mismatches(batch)
         own: list[Completion] = []
         if self.point_spec.needs_batch:
-            own = [completion for example in batch.examples for completion in self.completions(example)]
+            own = [completion for example in batch.examples for completion in example.completions]
         with self.phases.phase("reference points"):
             self._points = self._estimator(
                 list(zip(others, self.frozen_logratios(others), strict=True)),
@@ -268,17 +267,16 @@ class KTOModule(PreferenceModule):
 
     # ---- loss ------------------------------------------------------------------------------------------------------
 
-    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+    def count(self, batch: Batch) -> dict[str, float]:
         """Completions with an outcome."""
-        return {"outcome": float((_outcomes(micro_batch) >= 0).sum())}
+        return {"outcome": float((batch.outcome_R >= 0).sum())}
 
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, batch: Batch) -> LossTerms:
         """KTO's value terms."""
-        batch = cast(PackedBatch, micro_batch)
-        logratios_R = segment_sum(self.logratios(batch), batch.row_N, batch.num_completions)
+        logratios_R = segment_sum(self.logratios(batch), batch.completion_N, batch.num_completions)
         terms = kto(
             logratios_R,
-            _outcomes(batch).to(logratios_R.device),
+            batch.outcome_R,
             z0=self._points.z0,
             beta=self.beta,
             weights=self.class_weights or EVEN,
@@ -347,20 +345,18 @@ class StepKTOModule(KTOModule):
         super().on_fit_start()
         self.step_class_weights = self._resolved("steps", self.step_class_weights)
 
-    def count(self, micro_batch: MicroBatch) -> dict[str, float]:
+    def count(self, batch: Batch) -> dict[str, float]:
         """Completions with an outcome; steps, or completions with labelled ones, by the reduction."""
-        batch = cast(PackedBatch, micro_batch)
-        return step_kto_counts(_step_labels(batch), batch.completion_S, _outcomes(batch), self.reduction)
+        return step_kto_counts(batch.label_S, batch.completion_S, batch.outcome_R, self.reduction)
 
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, batch: Batch) -> LossTerms:
         """Step-KTO's value terms of outcomes and steps."""
-        batch = cast(PackedBatch, micro_batch)
         ratios_N = self.logratios(batch)
         terms = step_kto(
             segment_sum(ratios_N, batch.step_N, len(batch.completion_S)),
-            _step_labels(batch).to(ratios_N.device),
+            batch.label_S,
             batch.completion_S,
-            _outcomes(batch).to(ratios_N.device),
+            batch.outcome_R,
             z0=self._points.z0,
             z0_step=self._points.of_steps(batch.completion_S, ratios_N),
             beta=self.beta,
@@ -370,16 +366,6 @@ class StepKTOModule(KTOModule):
             step_weights=self.step_class_weights or EVEN,
         )
         return self._with_points(terms, {"z0": self._points.z0, "z0_step": self._points.z0_step})
-
-
-def _outcomes(batch: MicroBatch) -> Tensor:
-    return torch.tensor([cast(FeedbackExample, example).outcome for example in batch.examples])
-
-
-def _step_labels(batch: MicroBatch) -> Tensor:
-    return torch.tensor(
-        [label for example in batch.examples for label in cast(FeedbackExample, example).step_labels], dtype=torch.long
-    )
 
 
 def _checked_weights(name: str, weights: list[float] | str) -> ClassWeights | None:

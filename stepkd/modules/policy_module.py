@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor
 
 from stepkd.data.batching import Position
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, ModelError
 from stepkd.losses import DEFAULT_CHUNK
@@ -196,7 +196,7 @@ class PolicyModule(LightningModule):
         """A block without gradients in which ranks may use the model differently often, however it is sharded."""
         return self.model.gathered()
 
-    def needed_hidden(self, micro_batch: MicroBatch) -> Tensor:
+    def needed_hidden(self, micro_batch: Batch) -> Tensor:
         """Hidden states (N, H) that predict the micro-batch's targets."""
         return ForwardPass(self.model, micro_batch).hidden_NH
 

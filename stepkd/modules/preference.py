@@ -1,7 +1,7 @@
-"""What KTO, Step-KTO and DPO share: completions in packed rows, and their log-ratios against a frozen reference, which
-may be a cache of its log-probabilities.
+"""What KTO, Step-KTO and DPO share: completions that read a prompt once, and their log-ratios against a frozen
+reference, which may be a cache of its log-probabilities.
 
-Axes: B rows, T padded length, N completion tokens, R completions, S steps.
+Axes: those of :mod:`stepkd.data.collate`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch, StepLoader
-from stepkd.data.collate import MicroBatch, PackedBatch, Unit, collate_packed, plan_packs
+from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, ModelError, check_choice
@@ -128,13 +128,14 @@ Packing = Literal["auto", "on", "off"]
 class PreferenceModule(StepModule):
     """Base of the methods that compare the policy with a reference on given completions.
 
-    Dropout is off in both views. Completions of one prompt that meet in a micro-batch share a row, so that the prompt
-    is read once; log-ratios are those of separate rows.
+    Dropout is off in both views. Completions of one prompt that meet in a micro-batch read it once (and what else they
+    begin with alike); log-ratios are those of separate rows.
 
     Args:
         policy: the model to train; LoRA or all weights.
         reference: the frozen model.
-        packing: ``auto`` shares rows where the model allows it, ``on`` refuses a model that does not, ``off`` never.
+        packing: whether completions of one prompt read it once. ``auto``: where the model allows it; ``on`` refuses a
+            model that does not; ``off``: never.
         **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
@@ -157,10 +158,6 @@ class PreferenceModule(StepModule):
         self._cache: ReferenceCache | None = None
 
     # ---- what a method defines -------------------------------------------------------------------------------------
-
-    def completions(self, example: Example) -> tuple[Completion, ...]:
-        """The completions of an example, all of one prompt: its only one, or the two sides of a pair."""
-        return (example.completion,)
 
     def mismatches(self, batch: StepBatch) -> list[Completion]:
         """Further completions of which :meth:`prepare` needs log-ratios (without gradients)."""
@@ -187,18 +184,17 @@ class PreferenceModule(StepModule):
             own = named if view is not policy else [(n, p) for n, p in named if "lora_" not in n]
             identity = parameters_fingerprint(own)
         self.keep_in_mind("reference", identity, "against another reference model", "reference.path (or policy.path)")
-        packs = self.packing != "off" and self.model.can_pack  # looked at now, while no strategy has cut it up yet
-        if self.packing == "on" and not packs:
+        if self.packing == "on" and not self.model.can_unpad:
             raise ConfigError(
                 f"packing: on, and {type(self.model.causal_lm).__name__} with "
-                f"{self.model.causal_lm.config._attn_implementation} attention cannot read several completions in one "
-                "row: use sdpa attention, or packing: auto"
+                f"{self.model.causal_lm.config._attn_implementation} attention cannot read a prompt once for several "
+                "completions: use sdpa attention, or packing: auto"
             )
 
     @property
-    def shares_rows(self) -> bool:
-        """Whether completions of one prompt share a row."""
-        return self.packing != "off" and self.model.can_pack
+    def shares_prompts(self) -> bool:
+        """Whether completions of one prompt read it once."""
+        return self.packing != "off" and self.model.can_unpad
 
     def on_fit_start(self) -> None:
         """Check the reference's context, and fill its cache when one is asked for."""
@@ -223,32 +219,28 @@ class PreferenceModule(StepModule):
         return next(iter(self.prepare(replace(batch, examples=examples, places=places))))
 
     def prepare_examples(self, examples: Iterable[Example]) -> Prepared:
-        """Packed micro-batches and their denominators."""
-        units = [Unit(example, self.completions(example)) for example in examples]
-        groups = plan_packs(units, self.micro_batch_tokens, share=self.shares_rows)
-        return self.counted([self._pack(group) for group in groups])
+        """Micro-batches, in which completions of one prompt meet, and their denominators."""
+        groups = plan(list(examples), self.micro_batch_tokens, share=self.shares_prompts)
+        return self.counted([self._collate(group) for group in groups])
 
-    def make_filler(self, batch: StepBatch) -> MicroBatch:
+    def make_filler(self, batch: StepBatch) -> Batch:
         """A rank without work computes one example with weight zero."""
-        unit = Unit(batch.filler, self.completions(batch.filler))
-        filler = self._pack([[unit]], is_filler=True)
+        filler = super().make_filler(batch)
         return replace(filler, reference_N=torch.zeros(len(filler.targets_N)))
 
-    def _pack(self, packs: Sequence[Sequence[Unit]], *, is_filler: bool = False) -> PackedBatch:
+    def _collate(self, examples: list[Example], *, is_filler: bool = False) -> Batch:
         pad = int(self.tokenizer.pad_token_id or 0)
-        return collate_packed(packs, pad, share=self.shares_rows, is_filler=is_filler)
+        return collate(examples, pad, share=self.shares_prompts, is_filler=is_filler)
 
     # ---- log-ratios ------------------------------------------------------------------------------------------------
 
-    def logps(self, view: Policy, batch: PackedBatch) -> Tensor:
+    def logps(self, view: Policy, batch: Batch) -> Tensor:
         """Log-probability (N,) of every completion token under a view of the model, in float32 or float64."""
-        hidden_BTH = view.hidden(
-            batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT, segments_BT=batch.segments_BT
-        )
+        hidden_BTH = view.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[batch.needed_N]
         return token_logps(view.head, hidden_NH, batch.targets_N, chunk_size=self.chunk_size)
 
-    def logratios(self, batch: PackedBatch) -> Tensor:
+    def logratios(self, batch: Batch) -> Tensor:
         """``log pi - log ref`` (N,) of every completion token; gradients flow through the policy."""
         assert batch.reference_N is not None, "prepare() adds the reference"
         logps_N = self.logps(self.model, batch)
@@ -258,29 +250,27 @@ class PreferenceModule(StepModule):
         """Add the reference's log-probabilities to all micro-batches."""
         with self.phases.phase("reference", total=len(prepared.micro_batches)):
             for place, micro_batch in enumerate(prepared.micro_batches):
-                prepared.micro_batches[place] = self._referenced(cast(PackedBatch, micro_batch))
+                prepared.micro_batches[place] = self._referenced(micro_batch)
                 self.phases.advance()
         return prepared
 
     @torch.no_grad()
-    def _referenced(self, batch: PackedBatch) -> PackedBatch:
+    def _referenced(self, batch: Batch) -> Batch:
         if self._cache is not None:
-            parts = [
-                self._cache.get(completion) for example in batch.examples for completion in self.completions(example)
-            ]
+            parts = [self._cache.get(completion) for example in batch.examples for completion in example.completions]
             return replace(batch, reference_N=torch.cat(parts))
-        batch = cast(PackedBatch, batch.to(self.device))
+        batch = batch.to(self.device)
         with self.model.reference() as view:
             return replace(batch, reference_N=self.logps(view, batch))
 
     @torch.no_grad()
     def frozen_logratios(self, completions: Sequence[Completion]) -> list[Tensor]:
         """Token log-ratios of completions without gradients, one tensor each, in order."""
-        units = [Unit(_as_example(number, each), (each,)) for number, each in enumerate(completions)]
+        examples = [_as_example(number, each) for number, each in enumerate(completions)]
         found: dict[int, Tensor] = {}
-        for group in plan_packs(units, self.micro_batch_tokens, share=self.shares_rows):
-            batch = self._referenced(self._pack(group))
-            batch = cast(PackedBatch, batch.to(self.device))
+        for group in plan(examples, self.micro_batch_tokens, share=self.shares_prompts):
+            batch = self._referenced(self._collate(group))
+            batch = batch.to(self.device)
             ratios_N = self.logratios(batch)
             sizes = [len(example.completion_ids) for example in batch.examples]
             for example, ratios in zip(batch.examples, ratios_N.split(sizes), strict=True):
@@ -296,15 +286,15 @@ class PreferenceModule(StepModule):
         wanted: dict[bytes, Completion] = {}
         for batch in self._future_batches():
             for example in (*batch.examples, batch.filler):
-                wanted |= {each.key: each for each in self.completions(example)} if example.completion_ids else {}
+                wanted |= {each.key: each for each in example.completions} if example.completion_ids else {}
             wanted |= {each.key: each for each in self.mismatches(batch)}
         missing = [completion for completion in wanted.values() if completion not in cache]
-        units = [Unit(_as_example(number, each), (each,)) for number, each in enumerate(missing)]
-        groups = plan_packs(units, self.micro_batch_tokens, share=self.shares_rows)
+        examples = [_as_example(number, each) for number, each in enumerate(missing)]
+        groups = plan(examples, self.micro_batch_tokens, share=self.shares_prompts)
         as_trained = self.trainer.precision_plugin.forward_context()  # no step has begun that would have entered it
         with self.gathered(), as_trained, self.phases.phase("reference cache", total=len(groups)):
             for group in groups:
-                batch_ = self._referenced(self._pack(group))
+                batch_ = self._referenced(self._collate(group))
                 assert batch_.reference_N is not None
                 sizes = [len(example.completion_ids) for example in batch_.examples]
                 cache.add(

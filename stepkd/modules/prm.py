@@ -15,8 +15,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch
-from stepkd.data.collate import LabelledBatch, MicroBatch, collate_steps
-from stepkd.data.encode import Example
+from stepkd.data.collate import Batch
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import PolicyConfig
@@ -45,13 +44,13 @@ class StepCrossEntropy(StepLoss):
         if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
             raise ConfigError(f"class_weights={self.class_weights}: positive numbers, one per class, worst first")
 
-    def count(self, batch: MicroBatch) -> dict[str, float]:
+    def count(self, batch: Batch) -> dict[str, float]:
         """The sum of the labelled steps' weights."""
-        return {"prm": float(step_weights(cast(LabelledBatch, batch).targets_LC, self.class_weights).sum())}
+        return {"prm": float(step_weights(batch.targets_LC, self.class_weights).sum())}
 
     def terms(self, forward: ForwardPass) -> LossTerms:
         """Cross-entropy of the labelled steps, with accuracies by class."""
-        targets_LC = cast(LabelledBatch, forward.batch).targets_LC.to(forward.step_logps_LC)
+        targets_LC = forward.batch.targets_LC.to(forward.step_logps_LC)
         return step_cross_entropy(forward.step_logps_LC, targets_LC, class_weights=self.class_weights)
 
 
@@ -70,7 +69,7 @@ class LanguageModelling(StepLoss):
         """Know the markers, which are no text of a step."""
         self._marker = -1 if ids.marker is None else ids.marker
 
-    def count(self, batch: MicroBatch) -> dict[str, float]:
+    def count(self, batch: Batch) -> dict[str, float]:
         """Tokens of correct steps."""
         return {"lm": float(self._own(batch).sum())}
 
@@ -81,8 +80,8 @@ class LanguageModelling(StepLoss):
         found = cross_entropy(forward.head, hidden, batch.targets_N[own_N], chunk_size=forward.chunk_size)
         return LossTerms({"lm": found.sums["ce"]})
 
-    def _own(self, batch: MicroBatch) -> Tensor:
-        return cast(LabelledBatch, batch).right_N & (batch.targets_N != self._marker)
+    def _own(self, batch: Batch) -> Tensor:
+        return batch.correct_N & (batch.targets_N != self._marker)
 
 
 @dataclass(frozen=True)
@@ -102,19 +101,16 @@ class PQM(StepLoss):
         if not 0 <= self.margin < float("inf"):
             raise ConfigError(f"margin={self.margin}: must be 0 or positive")
 
-    def count(self, batch: MicroBatch) -> dict[str, float]:
+    def count(self, batch: Batch) -> dict[str, float]:
         """Solutions with a labelled step."""
-        return {"pqm": float(self._completions(batch).unique().numel())}
+        return {"pqm": float(batch.completion_L.unique().numel())}
 
     def terms(self, forward: ForwardPass) -> LossTerms:
         """See :func:`stepkd.losses.pqm`."""
-        logps_LC, batch = forward.step_logps_LC, cast(LabelledBatch, forward.batch)
+        logps_LC, batch = forward.step_logps_LC, forward.batch
         scores_L = logps_LC[:, 1:].logsumexp(-1) - logps_LC[:, 0]
         correct_L = batch.targets_LC[:, 0] <= 0.5
-        return pqm(scores_L, correct_L, self._completions(batch), len(batch.examples), margin=self.margin)
-
-    def _completions(self, batch: MicroBatch) -> Tensor:
-        return cast(LabelledBatch, batch).read_L // batch.input_ids_BT.shape[1]
+        return pqm(scores_L, correct_L, batch.completion_L, batch.num_completions, margin=self.margin)
 
 
 class PRMModule(StepModule):
@@ -175,6 +171,3 @@ class PRMModule(StepModule):
             f"score:  stepkd score --model {run} --rollouts ... --out ...",
             f"export: stepkd export {run} --to ...",
         ]
-
-    def _collate(self, examples: list[Example], *, is_filler: bool = False) -> MicroBatch:
-        return collate_steps(examples, int(self.tokenizer.pad_token_id or 0), is_filler=is_filler)

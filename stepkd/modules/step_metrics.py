@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
 from stepkd.modules.distributed import all_names, all_reduce
@@ -61,9 +61,7 @@ def step_values(
     return values, totals["tokens"]
 
 
-def require_finite(
-    losses: list[Tensor], norm: float, micro: list[MicroBatch], *, step: int, device: torch.device
-) -> None:
+def require_finite(losses: list[Tensor], norm: float, micro: list[Batch], *, step: int, device: torch.device) -> None:
     """Check the losses of all micro-batches and the gradient norm, between the backward passes and the optimiser step.
 
     Args:

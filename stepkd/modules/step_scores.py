@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.scorers.load import ScorerConfig, load_scorer, with_settings
@@ -141,7 +141,7 @@ class Focus:
         return focused
 
 
-def token_weights(batch: MicroBatch) -> Tensor:
+def token_weights(batch: Batch) -> Tensor:
     """Weight (N,) of every target of a micro-batch, float64: its step's, or 1 where steps have none."""
     weights: list[float] = []
     for example in batch.examples:

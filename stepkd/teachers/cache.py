@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stepkd.data.batching import micro_batches
-from stepkd.data.collate import MicroBatch, collate
+from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import completion_key
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, DataError, ModelError
@@ -177,7 +177,7 @@ class CachedTeacher:
         """The student's own: a cache is found by them."""
         return [example.prompt_ids for example in examples]
 
-    def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
+    def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:

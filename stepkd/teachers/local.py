@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from stepkd.data.collate import MicroBatch, collate
+from stepkd.data.collate import Batch, collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, ModelError, check_choice
@@ -166,7 +166,7 @@ class LocalTeacher:
         return [self._encoder.prompt_ids(example.row) for example in examples]
 
     @torch.no_grad()
-    def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
+    def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """Hidden states at every target; see :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:
@@ -181,7 +181,7 @@ class LocalTeacher:
         hidden_NH = hidden_BTH.flatten(0, 1)[own.needed_N]
         return HiddenSignals(policy.head, hidden_NH, temperature, self.top_k, self.tail)
 
-    def _reread(self, batch: MicroBatch) -> MicroBatch:
+    def _reread(self, batch: Batch) -> Batch:
         """The same completions behind the teacher's own prompts; targets keep their order."""
         prompts = self.prompts(batch.examples)
         examples = [replace(each, prompt_ids=prompt) for each, prompt in zip(batch.examples, prompts, strict=True)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.data.encode import Example
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
@@ -71,7 +71,7 @@ class SelfTeacher:
         return [example.prompt_ids for example in examples]
 
     @torch.no_grad()
-    def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
+    def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`."""
         student = self._followed()
         if self._copy is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.load import load_tokenizer
@@ -72,7 +72,7 @@ class ServerTeacher:
         """The student's own."""
         return [example.prompt_ids for example in examples]
 
-    def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
+    def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.data.encode import Example
 from stepkd.losses import VocabHead, tempered, top_k_buckets
 
@@ -69,7 +69,7 @@ class Teacher(Protocol):
         """Fingerprint of what decides its distributions; a run is not gone on with under another."""
         ...
 
-    def signals(self, batch: MicroBatch, *, temperature: float) -> Signals:
+    def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """Its view of every target of a micro-batch, without gradients; its tensors may be on a device of its own."""
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepkd.data.collate import MicroBatch, Pack, PackedBatch, Unit, collate, collate_packed, plan_packs
+from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
-from stepkd.steps.segment import spans_from_ends, step_ends
+from stepkd.data.feedback import FeedbackExample, PairExample
+from stepkd.data.step_encode import StepExample
+from stepkd.errors import ConfigError
+from stepkd.steps.segment import spans_from_ends
 
 PAD = 99
 
@@ -29,7 +33,7 @@ def example(name: str, prompt: int, steps: list[int], first: int = 1) -> Example
 ROWS = [example("a", 3, [2, 1]), example("b", 1, [4], 20), example("c", 5, [1, 1, 2], 40)]
 
 
-def check(batch: MicroBatch, rows: list[Example], length: int, side: str) -> None:
+def check(batch: Batch, rows: list[Example], length: int, side: str) -> None:
     """Compare with one position at a time."""
     assert batch.input_ids_BT.shape == (len(rows), length) == batch.attention_mask_BT.shape
     flat = batch.input_ids_BT.flatten()
@@ -49,14 +53,17 @@ def check(batch: MicroBatch, rows: list[Example], length: int, side: str) -> Non
         steps_before += len(row.spans)
     assert batch.needed_N.tolist() == needed
     assert batch.targets_N.tolist() == targets
-    assert batch.row_N.tolist() == row_of
+    assert batch.completion_N.tolist() == row_of
     assert batch.step_N.tolist() == step_of
-    assert batch.num_steps_B.tolist() == [len(row.spans) for row in rows]
+    assert batch.completion_S.tolist() == [b for b, row in enumerate(rows) for _ in row.spans]
     assert torch.equal(flat[batch.needed_N + 1], batch.targets_N), "the next position holds the target"
     assert batch.attention_mask_BT.flatten()[batch.needed_N].all(), "a state that predicts is never padding"
     assert batch.examples == tuple(rows)
     assert batch.ids == [row.id for row in rows]
-    assert all(value.dtype == torch.int64 for value in vars(batch).values() if isinstance(value, torch.Tensor))
+    assert batch.num_completions == len(rows)
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert tensors.pop("targets_LC").shape[0] == 0 == len(batch.read_L) == len(batch.step_L), "nothing is labelled"
+    assert all(value.dtype == torch.int64 for value in tensors.values())
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -83,7 +90,7 @@ def test_prompts_without_completions() -> None:
     prompts = [example("p", 4, []), example("q", 2, [])]
     batch = collate(prompts, PAD, padding_side="left")
     check(batch, prompts, 4, "left")
-    for name in ("needed_N", "targets_N", "row_N", "step_N"):
+    for name in ("needed_N", "targets_N", "completion_N", "step_N", "completion_S"):
         assert getattr(batch, name).shape == (0,)
         assert getattr(batch, name).dtype == torch.int64
 
@@ -92,7 +99,7 @@ def test_to_moves_tensors_and_keeps_the_rest() -> None:
     batch = collate(ROWS, PAD, is_filler=True)
     moved = batch.to(torch.device("meta"))
     tensors = [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7
+    assert len(tensors) == 11
     for name in tensors:
         assert getattr(moved, name).device.type == "meta"
         assert getattr(moved, name).shape == getattr(batch, name).shape
@@ -101,206 +108,200 @@ def test_to_moves_tensors_and_keeps_the_rest() -> None:
     assert moved.is_filler
 
 
-# ---- packed rows ---------------------------------------------------------------------------------------------------
+# ---- labels, pairs, and beginnings in common -----------------------------------------------------------------------
 
 
-def completion(prompt: tuple[int, ...], ids: tuple[int, ...], ends: tuple[int, ...] = ()) -> Completion:
-    return Completion(prompt, ids, step_ends(spans_from_ends(ends, len(ids))))
-
-
-def unit(*completions: Completion, name: str = "u") -> Unit:
-    first = completions[0]
-    return Unit(
-        Example(name, tuple(first.prompt_ids.tolist()), tuple(first.token_ids.tolist()), first.spans), completions
+def labelled(name: str, targets: list[tuple[float, ...] | None], prompt: int = 3) -> StepExample:
+    """A solution of two tokens a step, each read at its last one."""
+    spans = tuple((2 * i, 2 * i + 2) for i in range(len(targets)))
+    ids = tuple(range(10, 10 + 2 * len(targets)))
+    return StepExample(
+        name, tuple(range(prompt)), ids, spans, read_at=tuple(end - 1 for _, end in spans), targets=tuple(targets)
     )
 
 
-PACKS: list[Pack] = [
-    [unit(completion((1, 2, 3), (11, 12, 13), (1,)), name="a"), unit(completion((1, 2, 3), (21,)), name="b")],
-    [unit(completion((5,), (31, 32), (1,)), name="c")],
-]
-
-
-# ---- one batch written out ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("side", "pad_to"), [("right", None), ("right", 9), ("left", None), ("left", 9)])
-def test_a_batch_written_out(side: Any, pad_to: int | None) -> None:
-    batch = collate_packed(PACKS, PAD, padding_side=side, pad_to=pad_to)
-    width = pad_to or 7
-
-    def padded(row: list[int], value: int) -> list[int]:
-        padding = [value] * (width - len(row))
-        return [*padding, *row] if side == "left" else [*row, *padding]
-
-    assert batch.input_ids_BT.tolist() == [
-        padded([1, 2, 3, 11, 12, 13, 21], PAD),
-        padded([5, 31, 32], PAD),
-    ]
-    assert batch.attention_mask_BT.tolist() == [padded([1] * 7, 0), padded([1] * 3, 0)]
-    assert batch.position_ids_BT.tolist() == [padded([0, 1, 2, 3, 4, 5, 3], 0), padded([0, 1, 2], 0)]
-    assert batch.segments_BT is not None
-    assert batch.segments_BT.tolist() == [padded([0, 0, 0, 1, 1, 1, 2], -1), padded([0, 1, 1], -1)]
-    first = width - 7 if side == "left" else 0
-    second = width + (width - 3 if side == "left" else 0)
-    assert batch.needed_N.tolist() == [first + 2, first + 3, first + 4, first + 2, second, second + 1]
-    assert batch.targets_N.tolist() == [11, 12, 13, 21, 31, 32]
-    assert batch.row_N.tolist() == [0, 0, 0, 1, 2, 2]
-    assert batch.step_N.tolist() == [0, 1, 1, 2, 3, 4]
-    assert batch.completion_S.tolist() == [0, 0, 1, 2, 2]
-    assert batch.num_steps_B.tolist() == [2, 1, 2]
-    assert batch.num_completions == 3
-    assert batch.ids == ["a", "b", "c"]
-
-
-def test_the_sides_of_a_pair_are_completions_of_their_own() -> None:
-    pair = unit(completion((1, 2), (3, 4)), completion((1, 2), (5,)))
-    for share, shape in ((True, (1, 5)), (False, (2, 4))):
-        batch = collate_packed([[pair]], PAD, share=share)
-        assert tuple(batch.input_ids_BT.shape) == shape
-        assert batch.row_N.tolist() == [0, 0, 1]
-        assert batch.num_completions == 2
-        assert batch.ids == ["u"], "one example, two completions"
-
-
-def test_filler_and_devices() -> None:
-    batch = collate_packed(PACKS, PAD, is_filler=True)
-    assert batch.is_filler
-    moved = batch.to(torch.device("meta"))
-    assert isinstance(moved, PackedBatch)
-    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 10
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved.reference_N is None
-
-
-prompts = st.lists(st.integers(0, 50), min_size=1, max_size=4).map(tuple)
-own_ids = st.lists(st.integers(0, 50), min_size=1, max_size=5).map(tuple)
-
-
-@st.composite
-def rows_of_units(draw: Any) -> list[Unit]:
-    """Units over a few prompts, all with one completion, or all with two."""
-    few = draw(st.lists(prompts, min_size=1, max_size=3, unique=True))
-    size = draw(st.integers(1, 2))
-    units = []
-    for number in range(draw(st.integers(1, 12))):
-        prompt = draw(st.sampled_from(few))
-        completions = [completion(prompt, draw(own_ids), draw(own_ids)) for _ in range(size)]
-        units.append(unit(*completions, name=str(number)))
-    return units
-
-
-@given(rows_of_units(), st.sampled_from(["right", "left"]), st.sampled_from([None, 40]), st.booleans())
-@settings(max_examples=80, deadline=None)
-def test_every_target_is_predicted_by_the_token_before_it(
-    units: list[Unit], side: Any, pad_to: int | None, share: bool
-) -> None:
-    packs = [pack for group in plan_packs(units, 10_000, share=share) for pack in group]
-    batch = collate_packed(packs, PAD, share=share, padding_side=side, pad_to=pad_to)
-    wanted = [each for pack in packs for member in pack for each in member.completions]
-    assert batch.num_completions == len(wanted)
-    flat, positions = batch.input_ids_BT.flatten().tolist(), batch.position_ids_BT.flatten().tolist()
-    step, at = 0, 0
-    for number, each in enumerate(wanted):
-        size = len(each.token_ids)
-        window = slice(at, at + size)
-        needed = batch.needed_N[window].tolist()
-        assert batch.targets_N[window].tolist() == each.token_ids.tolist()
-        assert set(batch.row_N[window].tolist()) == {number}
-        assert [flat[i] for i in needed] == [each.prompt_ids[-1], *each.token_ids[:-1]]
-        assert [positions[i] for i in needed] == list(range(len(each.prompt_ids) - 1, each.length - 1))
-        lengths = [sum(batch.step_N[window] == step + s).item() for s in range(len(each.spans))]  # type: ignore[attr-defined]
-        assert lengths == [high - low for low, high in each.spans]
-        assert batch.completion_S[step : step + len(each.spans)].tolist() == [number] * len(each.spans)
-        assert batch.num_steps_B[number] == len(each.spans)
-        at, step = at + size, step + len(each.spans)
-    assert at == len(batch.needed_N) == len(batch.targets_N)
-    assert step == len(batch.completion_S)
-    used = int(batch.attention_mask_BT.sum())
-    assert used == sum(len(row[0].prompt_ids) + sum(len(each.token_ids) for each in row) for row in _rows(packs, share))
-    if batch.segments_BT is not None:
-        assert ((batch.segments_BT >= 0) == batch.attention_mask_BT.bool()).all()
-
-
-def _rows(packs: list[Pack], share: bool) -> list[list[Completion]]:
-    rows = [[each for member in pack for each in member.completions] for pack in packs]
-    return rows if share else [[each] for row in rows for each in row]
+CORRECT, INCORRECT, EVEN = (0.0, 1.0), (1.0, 0.0), (0.5, 0.5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_single_completions_are_plain_rows(side: Any) -> None:
-    """Nothing is shared, so no mask is needed, and the tensors are those of supervised training."""
-    units = [unit(completion((1, 2, 3), (4, 5), (1,))), unit(completion((6,), (7,))), unit(completion((1, 2, 3), (8,)))]
-    packed = collate_packed([[each] for each in units], PAD, padding_side=side, pad_to=8)
-    plain = collate([each.example for each in units], PAD, padding_side=side, pad_to=8)
-    assert packed.segments_BT is None
-    for name in ("input_ids_BT", "attention_mask_BT", "needed_N", "targets_N", "row_N", "step_N", "num_steps_B"):
-        assert torch.equal(getattr(packed, name), getattr(plain, name)), name
-    apart = collate_packed([[units[0], units[2]], [units[1]]], PAD, share=False, padding_side=side, pad_to=8)
-    assert apart.segments_BT is None, "packs without sharing are rows of their own"
-    assert apart.num_completions == 3
+def test_every_labelled_step_knows_its_step_its_completion_and_its_place(side: Any) -> None:
+    solutions = [
+        labelled("a", [CORRECT, None, INCORRECT]),
+        labelled("b", [None, CORRECT, None], prompt=1),
+        labelled("c", [EVEN]),
+    ]
+    batch = collate(solutions, PAD, padding_side=side)
+    assert batch.step_L.tolist() == [0, 2, 4, 6]
+    assert batch.completion_L.tolist() == [0, 0, 1, 2]
+    assert batch.targets_LC.tolist() == [list(CORRECT), list(INCORRECT), list(CORRECT), list(EVEN)]
+    assert batch.targets_LC.dtype == torch.float64
+    assert batch.input_ids_BT.flatten()[batch.read_L].tolist() == [11, 15, 13, 11], "the steps' last tokens"
+    assert (batch.read_L // batch.input_ids_BT.shape[1]).tolist() == batch.completion_L.tolist()
+    assert batch.label_S.tolist() == [1, -1, 0, -1, 1, -1, 0]
+    # A step without a label goes with the next label of its own completion; behind the last one nothing is correct.
+    correct = [True, False, False, True, True, False, False]
+    assert batch.correct_N.tolist() == [flag for flag in correct for _ in range(2)]
+
+
+def test_a_batch_without_a_label_has_no_correct_step() -> None:
+    batch = collate(ROWS, PAD)
+    assert not batch.correct_N.any()
+    assert batch.label_S.tolist() == [-1] * len(batch.completion_S)
+    assert batch.outcome_R.tolist() == [-1] * 3
+
+
+def test_feedback_gives_outcomes_and_labels() -> None:
+    ids = ((1, 2), (3, 4, 5), ((0, 1), (1, 3)))
+    batch = collate(
+        [
+            FeedbackExample("a", *ids, outcome=1, step_labels=(1, 0)),
+            FeedbackExample("b", *ids, outcome=0, step_labels=(-1, 1)),
+            FeedbackExample("c", *ids, step_labels=(-1, -1)),
+        ],
+        PAD,
+    )
+    assert batch.outcome_R.tolist() == [1, 0, -1]
+    assert batch.label_S.tolist() == [1, 0, -1, 1, -1, -1]
+    assert batch.completion_L.tolist() == [0, 0, 1]
+
+
+def pair(prompt: tuple[int, ...], better: tuple[int, ...], worse: tuple[int, ...], name: str = "p") -> PairExample:
+    return PairExample(name, prompt, better, ((0, len(better)),), rejected_ids=worse, rejected_spans=((0, len(worse)),))
+
+
+def solution(prompt: tuple[int, ...], ids: tuple[int, ...], ends: tuple[int, ...] = (), name: str = "s") -> Example:
+    return Example(name, prompt, ids, tuple(spans_from_ends(ends, len(ids))))
+
+
+@pytest.mark.parametrize(("side", "pad_to"), [("right", None), ("left", 9)])
+def test_the_sides_of_a_pair_are_rows_that_share_what_they_begin_with(side: Any, pad_to: int | None) -> None:
+    batch = collate([pair((1, 2), (3, 4, 7), (3, 5))], PAD, share=True, padding_side=side, pad_to=pad_to)
+    width = pad_to or 5
+    first, second = (0, width) if side == "right" else (width - 5, 2 * width - 4)
+    assert batch.input_ids_BT.flatten()[first : first + 5].tolist() == [1, 2, 3, 4, 7]
+    assert batch.input_ids_BT.flatten()[second : second + 4].tolist() == [1, 2, 3, 5]
+    assert batch.completion_N.tolist() == [0, 0, 0, 1, 1]
+    assert batch.needed_N.tolist() == [first + 1, first + 2, first + 3, second + 1, second + 2]
+    assert batch.shared_BT is not None
+    expected = list(range(2 * width))
+    expected[second : second + 3] = range(first, first + 3)
+    assert batch.shared_BT.flatten().tolist() == expected
+    assert batch.ids == ["p"], "one example, two completions"
+    assert batch.num_completions == 2
+
+
+def test_only_rows_of_one_prompt_share() -> None:
+    """Another prompt that begins alike is another problem; the first row of a prompt is the one that is taken over."""
+    rows = [solution((1, 2), (3,)), solution((1, 2, 3), (4,)), solution((1, 2), (3, 4)), solution((1, 2), (5,))]
+    batch = collate(rows, PAD, share=True)
+    assert batch.shared_BT is not None
+    assert batch.shared_BT.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 11], [0, 1, 14, 15]]
+    assert collate(rows, PAD).shared_BT is None, "nobody asked for it"
+    assert collate(rows[:2], PAD, share=True).shared_BT is None
+
+
+prompts = st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)
+own_ids = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple)
+
+
+@st.composite
+def examples_of_few_prompts(draw: Any) -> list[Example]:
+    """Examples over a few prompts, all with one completion, or all with two."""
+    few = draw(st.lists(prompts, min_size=1, max_size=3, unique=True))
+    pairs = draw(st.booleans())
+    found: list[Example] = []
+    for number in range(draw(st.integers(1, 12))):
+        prompt = draw(st.sampled_from(few))
+        if pairs:
+            found.append(pair(prompt, draw(own_ids), draw(own_ids), str(number)))
+        else:
+            found.append(solution(prompt, draw(own_ids), draw(own_ids), str(number)))
+    return found
+
+
+@given(examples_of_few_prompts(), st.sampled_from(["right", "left"]), st.sampled_from([None, 40]))
+@settings(max_examples=80, deadline=None)
+def test_a_place_takes_over_a_state_only_where_everything_before_it_is_equal(
+    examples: list[Example], side: Any, pad_to: int | None
+) -> None:
+    batch = collate(examples, PAD, share=True, padding_side=side, pad_to=pad_to)
+    plain = collate(examples, PAD, padding_side=side, pad_to=pad_to)
+    for name, value in vars(plain).items():
+        assert name == "shared_BT" or value is None or getattr(batch, name) is value or _equal(batch, plain, name), name
+    if batch.shared_BT is None:
+        assert len({each.prompt_ids.tobytes() for e in examples for each in e.completions}) == plain.num_completions
+        return
+    rows, width = batch.input_ids_BT.shape
+    starts = (batch.attention_mask_BT.argmax(1)).tolist()
+    sources = batch.shared_BT.tolist()
+    for b in range(rows):
+        for t in range(width):
+            a, u = divmod(sources[b][t], width)
+            if (a, u) == (b, t):
+                continue
+            assert sources[a][u] == a * width + u, "what is taken over is computed"
+            assert a < b
+            assert u - starts[a] == t - starts[b], "at its own position"
+            own = batch.input_ids_BT[b, starts[b] : t + 1].tolist()
+            assert own == batch.input_ids_BT[a, starts[a] : u + 1].tolist()
+            assert batch.attention_mask_BT[b, t] == batch.attention_mask_BT[a, u] == 1
+
+
+def _equal(a: Batch, b: Batch, name: str) -> bool:
+    ours, theirs = getattr(a, name), getattr(b, name)
+    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
-@given(rows_of_units(), st.integers(1, 60), st.booleans())
+def computed(group: list[Example], share: bool) -> int:
+    """Tokens that the rows of a micro-batch cost, padding included, less what is read once."""
+    completions: list[Completion] = [each for example in group for each in example.completions]
+    cells = len(completions) * max(each.length for each in completions)
+    prompts = [tuple(each.prompt_ids) for each in completions]
+    again = sum(map(len, prompts)) - sum(map(len, set(prompts)))
+    return cells - again * share
+
+
+@given(examples_of_few_prompts(), st.integers(1, 60), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_no_unit_is_lost_or_split_and_budgets_are_kept(units: list[Unit], max_tokens: int, share: bool) -> None:
-    groups = plan_packs(units, max_tokens, share=share)
-    planned = [member for group in groups for pack in group for member in pack]
-    assert sorted(member.example.id for member in planned) == sorted(each.example.id for each in units)
-    assert {id(member) for member in planned} == {id(each) for each in units}
-    sizes = []
+def test_no_example_is_lost_or_split_and_budgets_are_kept(
+    examples: list[Example], max_tokens: int, share: bool
+) -> None:
+    groups = plan(examples, max_tokens, share=share)
+    planned = [example for group in groups for example in group]
+    assert sorted(example.id for example in planned) == sorted(example.id for example in examples)
     for group in groups:
-        assert group
-        for pack in group:
-            assert len({each.prompt_ids.tobytes() for member in pack for each in member.completions}) == 1
-            assert share or len(pack) == 1
-        cells = collate_packed(group, PAD, share=share).input_ids_BT.numel()
-        assert cells <= max_tokens or (len(group) == 1 and len(group[0]) == 1), "only a single unit may exceed it"
-        sizes.append(collate_packed(group, PAD, share=share).input_ids_BT.shape[1])
-    if share or len(units[0].completions) == 1:
-        assert sizes == sorted(sizes, reverse=True), "the largest comes first"
+        assert computed(group, share) <= max_tokens or len(group) == 1, "only a single example may exceed it"
+    first = max(each.length for example in groups[0] for each in example.completions)
+    assert first == max(each.length for example in examples for each in example.completions), "the longest comes first"
 
 
-@given(rows_of_units())
+@given(examples_of_few_prompts())
 @settings(max_examples=60, deadline=None)
-def test_equal_prompts_share_a_row_where_they_fit(units: list[Unit]) -> None:
-    (group,) = plan_packs(units, 10_000, share=True)
-    assert len(group) == len({each.completions[0].prompt_ids.tobytes() for each in units})
-    for pack in group:
-        names = [int(member.example.id) for member in pack]
-        assert names == sorted(names), "in the given order"
-    read = sum(_tokens(group, share=True))
-    apart = sum(_tokens(plan_packs(units, 10_000, share=False)[0], share=False))
-    repeats = sum(
-        len(pack[0].completions[0].prompt_ids) * (sum(len(m.completions) for m in pack) - 1) for pack in group
-    )
-    assert apart - read == repeats, "a prompt is read once"
+def test_examples_of_one_prompt_stay_together(examples: list[Example]) -> None:
+    planned = [example.prompt_ids for group in plan(examples, 25, share=True) for example in group]
+    changes = 1 + sum(a != b for a, b in pairwise(planned))
+    assert changes == len(set(planned))
 
 
-def _tokens(packs: list[Pack], share: bool) -> list[int]:
-    return [len(row[0].prompt_ids) + sum(len(each.token_ids) for each in row) for row in _rows(packs, share)]
+def test_a_prompt_with_more_than_a_micro_batch_holds_gets_several() -> None:
+    examples = [solution((1,) * 10, (2,) * 5, name=str(i)) for i in range(9)]
+    groups = plan(examples, 30, share=True)
+    assert [len(group) for group in groups] == [4, 4, 1]
+    assert len(plan(examples, 30)) == math.ceil(9 / 2)
 
 
-def test_a_prompt_with_more_than_a_row_holds_gets_more_rows() -> None:
-    units = [unit(completion((1,) * 10, (2,) * 5), name=str(i)) for i in range(9)]
-    groups = plan_packs(units, 30, share=True)
-    packs = [pack for group in groups for pack in group]
-    assert [len(pack) for pack in packs] == [4, 4, 1]
-    assert sorted(int(member.example.id) for pack in packs for member in pack) == list(range(9))
-    assert len(plan_packs(units, 30, share=False)) == math.ceil(9 / 2)
-
-
-def test_a_unit_over_the_budget_stands_alone() -> None:
-    large, small = unit(completion((1,), (2,) * 50), name="l"), unit(completion((1,), (3,)), name="s")
+def test_an_example_over_the_budget_stands_alone() -> None:
+    large, small = solution((1,), (2,) * 50, name="l"), solution((1,), (3,), name="s")
     for order in ([large, small], [small, large]):
         for share in (True, False):
-            groups = plan_packs(order, 10, share=share)
-            assert [[member.example.id for pack in group for member in pack] for group in groups] == [["l"], ["s"]]
+            groups = plan(order, 10, share=share)
+            assert [[example.id for example in group] for group in groups] == [["l"], ["s"]]
 
 
 def test_nothing_to_plan() -> None:
-    assert plan_packs([], 10, share=True) == [] == plan_packs([], 10, share=False)
+    assert plan([], 10, share=True) == [] == plan([], 10, share=False)
+    with pytest.raises(ConfigError, match=r"micro_batch_tokens=0: must be at least 1"):
+        plan([], 0)

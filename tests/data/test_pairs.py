@@ -60,14 +60,14 @@ def step(prefix: list[str], chosen: str, rejected: str, **columns: Any) -> dict[
 def encode(encoder: PairEncoder, row: dict[str, Any]) -> PairExample:
     pair = encoder.example(row)
     assert isinstance(pair, PairExample)
-    better, worse = pair.sides
+    better, worse = pair.completions
     assert better.prompt_ids == worse.prompt_ids == pair.prompt_ids
-    assert (better.ids, better.spans) == (pair.completion_ids, pair.spans)
-    assert (worse.ids, worse.spans) == (pair.rejected_ids, pair.rejected_spans)
+    assert (tuple(better.token_ids), better.spans) == (pair.completion_ids, pair.spans)
+    assert (tuple(worse.token_ids), worse.spans) == (pair.rejected_ids, pair.rejected_spans)
     for side in (better, worse):
         check_partition(side.spans, len(side.ids))
         assert side.ids
-    assert pair.length == len(pair.prompt_ids) + len(better.ids) + len(worse.ids)
+    assert pair.length == len(pair.prompt_ids) + len(tuple(better.token_ids)) + len(tuple(worse.token_ids))
     return pair
 
 

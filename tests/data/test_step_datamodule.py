@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.data.collate import collate_steps
+from stepkd.data.collate import collate
 from stepkd.data.labelled_data import StepLabelData
 from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
@@ -203,7 +203,7 @@ def test_read_positions_follow_the_padding(side: Any, pad_to: int | None, tokeni
     data = attach(made(task(n=8), labels=LabelRule(after_error="keep")))
     data.setup("fit")
     examples: Any = data.examples["train"]
-    batch = collate_steps(examples, 0, padding_side=side, pad_to=pad_to)
+    batch = collate(examples, 0, padding_side=side, pad_to=pad_to)
     assert batch.input_ids_BT.shape[1] == max(pad_to or 0, *(example.length for example in examples))
     assert (batch.input_ids_BT.flatten()[batch.read_L] == tokenizer.convert_tokens_to_ids("~")).all()
     assert batch.attention_mask_BT.flatten()[batch.read_L].all()
@@ -219,19 +219,21 @@ def test_right_tokens_are_those_of_steps_whose_own_or_next_label_is_right(tmp_pa
     data.setup("fit")
     expected = [[True, False, False], [True, True], [True, False]]  # what is behind the last label is cut off
     for side in ("right", "left"):
-        batch = collate_steps(data.examples["train"], 0, padding_side=side)  # type: ignore[arg-type]
-        assert batch.right_N.tolist() == [right for row in expected for right in row for _ in ("digit", "newline", "~")]
-        assert len(batch.right_N) == len(batch.targets_N)
+        batch = collate(data.examples["train"], 0, padding_side=side)  # type: ignore[arg-type]
+        assert batch.correct_N.tolist() == [
+            right for row in expected for right in row for _ in ("digit", "newline", "~")
+        ]
+        assert len(batch.correct_N) == len(batch.targets_N)
     spec = write(tmp_path / "b.jsonl", [[1, 0, -1]])
     three = attach(made(spec, labels=LabelRule(after_error="keep")), kind="classifier", classes=3)
     three.setup("fit")
-    assert collate_steps(three.examples["train"], 0).right_N.tolist() == [True] * 3 + [False] * 6
+    assert collate(three.examples["train"], 0).correct_N.tolist() == [True] * 3 + [False] * 6
 
 
 def test_soft_targets_are_exact_and_unlabelled_steps_are_not_read(tmp_path: Path) -> None:
     data = attach(made(write(tmp_path / "a.jsonl", [[0.1, None, 0.7], [0.3]])))
     data.setup("fit")
-    batch = collate_steps(data.examples["train"], 0)
+    batch = collate(data.examples["train"], 0)
     assert batch.targets_LC.tolist() == [[0.9, 0.1], [1 - 0.7, 0.7], [0.7, 0.3]]
     moved = batch.to(torch.device("meta"))
     assert {moved.read_L.device.type, moved.targets_LC.device.type} == {"meta"}  # type: ignore[attr-defined]

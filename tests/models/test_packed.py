@@ -1,4 +1,4 @@
-"""Completions of one prompt in one row have the hidden states, log-probabilities and gradients of separate rows."""
+"""Rows that begin alike have the hidden states, log-probabilities and gradients of separate rows, and cost less."""
 
 from __future__ import annotations
 
@@ -9,54 +9,62 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepkd.data.collate import Pack, PackedBatch, Unit, collate_packed
-from stepkd.data.completion import Completion
-from stepkd.data.encode import Example
+from stepkd.data.collate import Batch, collate, plan
+from stepkd.data.encode import Encoder, Example
+from stepkd.data.feedback import PairEncoder
+from stepkd.data.templates import get_template
 from stepkd.losses import token_logps
-from stepkd.models.packed import packed_mask
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, tiny_tokenizer
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import Noise, make_rows
+
+DRAWS = torch.Generator()
 
 
-def packs_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Pack]:
-    """Packs of random ids: completion lengths per pack, and prompt lengths."""
-    draws = torch.Generator().manual_seed(seed)
-
-    def ids(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(5, 100, (n,), generator=draws).tolist())
-
-    packs = []
-    for lengths, prompt in zip(sizes, prompts, strict=True):
-        shared = ids(prompt)
-        completions = [Completion(shared, own) for own in map(ids, lengths)]
-        packs.append([Unit(Example("e", shared, tuple(c.token_ids), c.spans), (c,)) for c in completions])
-    return packs
+def random_ids(n: int) -> tuple[int, ...]:
+    return tuple(torch.randint(5, 100, (n,), generator=DRAWS).tolist())
 
 
-def batch_states(policy: Any, batch: PackedBatch) -> Tensor:
-    return policy.hidden(
-        batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT, segments_BT=batch.segments_BT
-    )
+def examples_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Example]:
+    """Examples of random ids: completion lengths per prompt, and prompt lengths."""
+    DRAWS.manual_seed(seed)
+    shared = [random_ids(prompt) for prompt in prompts]
+    return [
+        Example("e", prompt, random_ids(n), ((0, n),))
+        for prompt, lengths in zip(shared, sizes, strict=True)
+        for n in lengths
+    ]
 
 
-def packed_states(policy: Any, batch: PackedBatch) -> Tensor:
+def states(policy: Any, batch: Batch) -> Tensor:
     """(N, H) states that predict the targets."""
-    return batch_states(policy, batch).flatten(0, 1)[batch.needed_N]
+    hidden: Tensor = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
+    return hidden.flatten(0, 1)[batch.needed_N]
 
 
-def separate_states(policy: Any, packs: list[Pack]) -> Tensor:
+def separate_states(policy: Any, examples: list[Example]) -> Tensor:
     """The same, each completion in a batch of its own without any padding or mask of ours."""
     parts = []
-    for each in (c for pack in packs for unit in pack for c in unit.completions):
+    for each in (completion for example in examples for completion in example.completions):
         ids = torch.tensor([[*each.prompt_ids, *each.token_ids]])
         parts.append(policy.hidden(ids, torch.ones_like(ids))[0, len(each.prompt_ids) - 1 : -1])
     return torch.cat(parts)
 
 
-PACKABLE = [
-    *((name, "sdpa", torch.float64) for name in ("tiny-0.1m", "qwen2", "gpt2", "mistral")),
-    *((name, "eager", torch.float32) for name in ("tiny-0.1m", "qwen2", "gpt2")),  # its softmax is float32 anyway
-]
+def tokens_computed(policy: Any, batch: Batch) -> int:
+    """How many tokens the model's layers see in a forward pass."""
+    assert policy.can_unpad  # the probe, before anything is counted
+    seen = []
+    embeddings = policy.causal_lm.get_input_embeddings()
+    handle = embeddings.register_forward_pre_hook(lambda _, given: seen.append(given[0].numel()))
+    with torch.no_grad():
+        states(policy, batch)
+    handle.remove()
+    return sum(seen)
+
+
+NAMES = ["tiny-0.1m", "qwen2", "gpt2", "mistral"]
 SHAPES = [
     ([[4]], [3]),
     ([[3, 5]], [6]),
@@ -67,22 +75,19 @@ SHAPES = [
 PLACES: list[tuple[Any, int | None]] = [("right", None), ("left", None), ("right", 50), ("left", 50)]
 
 
-@pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packed_rows_equal_separate_rows(
-    name: str, attention: str, dtype: torch.dtype, shape: Any, policy_of: Any, close: Any
-) -> None:
-    policy = policy_of(name, attention, dtype)
-    assert policy.can_pack
-    packs = packs_of(*shape)
+def test_shared_prompts_equal_separate_rows(name: str, shape: Any, policy_of: Any, close: Any) -> None:
+    policy = policy_of(name)
+    examples = examples_of(*shape)
     with torch.no_grad():
-        expected = separate_states(policy, packs)
+        expected = separate_states(policy, examples)
         for side, pad_to in PLACES:
-            batch = collate_packed(packs, 0, padding_side=side, pad_to=pad_to)
-            hidden = packed_states(policy, batch)
-            close(hidden, expected, dtype)
-            ours, theirs = (token_logps(policy.head, states, batch.targets_N) for states in (hidden, expected))
-            close(ours, theirs, dtype)
+            batch = collate(examples, 0, share=True, padding_side=side, pad_to=pad_to)
+            hidden = states(policy, batch)
+            close(hidden, expected)
+            ours, theirs = (token_logps(policy.head, each, batch.targets_N) for each in (hidden, expected))
+            close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["tiny-0.1m", "qwen2", "gpt2"])
@@ -90,9 +95,12 @@ def test_packed_rows_equal_separate_rows(
 def test_gradients_equal_those_of_separate_rows(
     name: str, side: Any, pad_to: int | None, policy_of: Any, close: Any
 ) -> None:
+    """Also where completions begin alike, and where a token stands in five rows."""
     policy = policy_of(name)
-    packs = packs_of([[2, 7, 4], [6, 3], [5]], [5, 9, 2])
-    batch = collate_packed(packs, 0, padding_side=side, pad_to=pad_to)
+    examples = examples_of([[2, 7, 4, 1, 3], [6, 3], [5]], [5, 9, 2], seed=2)
+    first, second = examples[5], examples[6]
+    examples[6] = Example("e", second.prompt_ids, (*first.completion_ids[:4], *second.completion_ids), ((0, 7),))
+    batch = collate(examples, 0, share=True, padding_side=side, pad_to=pad_to)
     weights = torch.randn(len(batch.targets_N), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def gradients(hidden: Tensor) -> Tensor:
@@ -102,101 +110,146 @@ def test_gradients_equal_those_of_separate_rows(
         policy.zero_grad()
         return torch.cat([grad.flatten() for grad in found])
 
-    close(gradients(packed_states(policy, batch)), gradients(separate_states(policy, packs)))
+    close(gradients(states(policy, batch)), gradients(separate_states(policy, examples)))
+    unique = sum([5 + 2 + 7 + 4 + 1 + 3, 9 + 6 + 3, 2 + 5])
+    assert tokens_computed(policy, batch) == unique, "a prompt, and what completions begin with alike, once"
 
 
-def test_the_comparison_sees_a_leak(policy_of: Any) -> None:
-    """Without the mask, or with positions that count on through the row, states are far away."""
-    policy, packs = policy_of("tiny-0.1m"), packs_of([[3, 5]], [6])
-    batch = collate_packed(packs, 0)
+def test_the_comparison_sees_states_of_another_prompt(policy_of: Any) -> None:
+    """A place that takes over the state of another token is far away."""
+    policy, examples = policy_of("tiny-0.1m"), examples_of([[3, 5]], [6])
+    batch = collate(examples, 0, share=True)
+    assert batch.shared_BT is not None
     with torch.no_grad():
-        expected = separate_states(policy, packs)
-        unmasked = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.position_ids_BT)
-        counted = policy.hidden(
-            batch.input_ids_BT,
-            batch.attention_mask_BT,
-            torch.arange(batch.input_ids_BT.shape[1])[None],
-            segments_BT=batch.segments_BT,
-        )
-    for wrong in (unmasked, counted):
-        assert (wrong.flatten(0, 1)[batch.needed_N] - expected).norm() > 1e-2 * expected.norm()
+        expected = separate_states(policy, examples)
+        wrong_BT = batch.shared_BT.clone()
+        wrong_BT[1, 3] = wrong_BT[1, 2]
+        hidden = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT, wrong_BT)
+    assert (hidden.flatten(0, 1)[batch.needed_N] - expected).norm() > 1e-2 * expected.norm()
 
 
-@pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
-def test_neighbours_change_nothing(name: str, attention: str, dtype: torch.dtype, policy_of: Any, close: Any) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_neighbours_change_nothing(name: str, policy_of: Any, close: Any) -> None:
     """Another second completion moves neither the first nor the third, whatever follows or precedes them."""
-    policy = policy_of(name, attention, dtype)
-    packs = packs_of([[4, 5, 6]], [3])
-    other = packs_of([[4, 5, 6]], [3], seed=1)[0][1].completions[0]
-    changed = Completion(packs[0][0].completions[0].prompt_ids, other.token_ids)
-    replaced = [[packs[0][0], Unit(packs[0][1].example, (changed,)), packs[0][2]]]
+    policy = policy_of(name)
+    examples = examples_of([[4, 5, 6]], [3])
+    other = examples_of([[4, 5, 6]], [3], seed=1)[1]
+    replaced = [examples[0], Example("e", examples[0].prompt_ids, other.completion_ids, other.spans), examples[2]]
     with torch.no_grad():
-        before, after = (packed_states(policy, collate_packed(each, 0)) for each in (packs, replaced))
+        before, after = (states(policy, collate(each, 0, share=True)) for each in (examples, replaced))
     same = torch.tensor([True] * 4 + [False] * 5 + [True] * 6)
-    close(after[same], before[same], dtype)
+    close(after[same], before[same])
     assert (after[~same] - before[~same])[1:].norm() > 1e-2 * before[~same].norm()
 
 
-@pytest.mark.parametrize(("name", "attention", "dtype"), PACKABLE, ids=str)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_is_never_nan(
-    name: str, attention: str, dtype: torch.dtype, side: Any, policy_of: Any, close: Any
-) -> None:
+def test_padding_is_never_nan(name: str, side: Any, policy_of: Any, close: Any) -> None:
     """Neither its states nor what its tokens are: gradients of a NaN times zero would be NaN."""
-    policy = policy_of(name, attention, dtype)
-    packs = packs_of([[3, 2], [1, 1]], [8, 1])
+    policy = policy_of(name)
+    examples = examples_of([[3, 2], [1, 1]], [8, 1])
+    layout: dict[str, Any] = {"share": True, "padding_side": side, "pad_to": 40}
     with torch.no_grad():
-        found = [batch_states(policy, collate_packed(packs, pad, padding_side=side, pad_to=40)) for pad in (0, 77)]
-    assert all(torch.isfinite(hidden).all() for hidden in found)
-    needed = collate_packed(packs, 0, padding_side=side, pad_to=40).needed_N
-    close(found[1].flatten(0, 1)[needed], found[0].flatten(0, 1)[needed], dtype)
+        batches = [collate(examples, pad, **layout) for pad in (0, 77)]
+        hidden = [policy.hidden(b.input_ids_BT, b.attention_mask_BT, b.shared_BT) for b in batches]
+    assert all(torch.isfinite(each).all() for each in hidden)
+    close(*(each.flatten(0, 1)[batches[0].needed_N] for each in reversed(hidden)))
 
 
-def test_mask_written_out(policy_of: Any) -> None:
-    segments = torch.tensor([[-1, -1, 0, 0, 1, 2, 2]])
-    policy = policy_of("tiny-0.1m")
-    expected = [
-        [1, 0, 0, 0, 0, 0, 0],  # padding sees itself alone
-        [0, 1, 0, 0, 0, 0, 0],
-        [0, 0, 1, 0, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0, 0],
-        [0, 0, 1, 1, 1, 0, 0],
-        [0, 0, 1, 1, 0, 1, 0],
-        [0, 0, 1, 1, 0, 1, 1],
+# ---- what it costs --------------------------------------------------------------------------------------------------
+
+
+def mixed_pairs(count: int) -> list[Example]:
+    """Pairs of solutions of the tiny world, short and long ones, some of which begin alike."""
+    tokenizer, template, segmenter = tiny_tokenizer(), get_template("task"), get_segmenter("newline")
+    noisy = [
+        make_rows("modular:terms=2-8", count, seed=5, noise=Noise(rate=0.3, seed=k, kind="systematic")) for k in (0, 1)
     ]
-    mask = packed_mask(policy.causal_lm, segments)
-    assert mask.dtype == torch.bool
-    assert mask[0, 0].int().tolist() == expected
-    added = packed_mask(policy_of("tiny-0.1m", "eager", torch.float32).causal_lm, segments)
-    assert added.dtype == torch.float32
-    assert torch.equal(added == 0, mask)
-    assert set(added[~mask].tolist()) == {torch.finfo(torch.float32).min}
+    rows = [
+        {"id": a["id"], "prompt": a["prompt"], "chosen": a["solution"], "rejected": b["solution"]}
+        for a, b in zip(*noisy, strict=True)
+        if a["solution"] != b["solution"]
+    ]
+    return list(PairEncoder(tokenizer, template, segmenter).examples(rows))
+
+
+def random_lengths(count: int) -> list[Example]:
+    """Two to five completions of every prompt, of any length."""
+    DRAWS.manual_seed(7)
+    sizes = torch.randint(1, 120, (count, 6), generator=DRAWS).tolist()
+    return examples_of([row[: 2 + row[0] % 4] for row in sizes], [row[5] for row in sizes])
+
+
+@pytest.mark.parametrize("examples", [mixed_pairs(60), random_lengths(30)], ids=["mixed pairs", "random lengths"])
+@pytest.mark.parametrize("max_tokens", [600, 8192])
+def test_padding_is_at_most_a_tenth_and_no_more_is_computed_than_in_plain_rows(
+    examples: list[Example], max_tokens: int, policy_of: Any
+) -> None:
+    """Measured at the tokens that the layers see, over all micro-batches of a step."""
+    policy = policy_of("tiny-0.1m")
+    groups = plan(examples, max_tokens, share=True)
+    cost = sum(tokens_computed(policy, collate(group, 0, share=True)) for group in groups)
+    prompts, plain = 0, 0
+    own = sum(len(completion.token_ids) for example in examples for completion in example.completions)
+    for group in groups:
+        prompts += sum(map(len, {example.prompt_ids for example in group}))
+    for group in plan(examples, max_tokens):
+        rows = [completion.length for example in group for completion in example.completions]
+        plain += len(rows) * max(rows)
+    assert cost <= 1.1 * (prompts + own)
+    assert cost < plain
+    assert cost <= prompts + own, "beginnings that completions have in common are computed once, too"
+
+
+def test_a_batch_without_shared_prompts_is_computed_as_it_was(policy_of: Any) -> None:
+    rows = make_rows("modular:terms=2-5", 6, seed=3)
+    examples = Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
+    policy = policy_of("tiny-0.1m")
+    with torch.no_grad():
+        assert torch.equal(*(states(policy, collate(examples, 0, share=share)) for share in (True, False)))
 
 
 # ---- views ----------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_and_their_reference_read_packed_rows(close: Any) -> None:
+def test_adapters_and_their_reference_share_prompts(close: Any) -> None:
     torch.manual_seed(0)
     policy = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64", lora=LoRAConfig(r=4)))
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    assert policy.can_pack
-    packs = packs_of([[2, 9, 4], [6]], [5, 12])
-    batch = collate_packed(packs, 0)
+    examples = examples_of([[2, 9, 4], [6]], [5, 12])
+    batch = collate(examples, 0, share=True)
     with torch.no_grad():
-        adapted = packed_states(policy, batch)
-        close(adapted, separate_states(policy, packs))
+        adapted = states(policy, batch)
+        close(adapted, separate_states(policy, examples))
     with policy.reference() as view:
-        plain = packed_states(view, batch)
-        close(plain, separate_states(view, packs))
+        plain = states(view, batch)
+        close(plain, separate_states(view, examples))
     assert (adapted - plain).norm() > 1e-2 * plain.norm()
 
 
-def test_half_precision_can_pack() -> None:
+def test_gradient_checkpointing_recomputes_shared_prompts() -> None:
+    policy = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64", lora=LoRAConfig(r=2)))
+    examples = examples_of([[2, 9, 4], [6]], [5, 12])
+    batch = collate(examples, 0, share=True)
+
+    def gradients() -> Tensor:
+        policy.zero_grad()
+        token_logps(policy.head, states(policy, batch), batch.targets_N).sum().backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+    policy.train()
+    wanted = gradients()
+    policy.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    policy.model.enable_input_require_grads()
+    found = gradients()
+    assert float((found - wanted).norm()) <= 1e-9 * float(wanted.norm())
+
+
+def test_half_precision_can_share() -> None:
     model, tokenizer = build_tiny("tiny-0.1m", seed=0, dtype="bfloat16")
-    assert Policy(model, tokenizer).can_pack
+    assert Policy(model, tokenizer).can_unpad
 
 
 def test_looking_leaves_the_model_as_it_was(policy_of: Any) -> None:
@@ -208,7 +261,7 @@ def test_looking_leaves_the_model_as_it_was(policy_of: Any) -> None:
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").train()
     policy = Policy(model, tiny_tokenizer(), verify_head=False)
     state = torch.get_rng_state()
-    assert policy.can_pack
+    assert policy.can_unpad
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -229,15 +282,20 @@ def test_looking_leaves_the_model_as_it_was(policy_of: Any) -> None:
         ("falcon, alibi", "sdpa"),
         ("bloom", "eager"),
         ("mamba", "eager"),
+        ("tiny-0.1m", "eager"),
     ],
 )
-def test_models_with_masks_or_positions_of_their_own_are_refused(name: str, attention: str, policy_of: Any) -> None:
-    assert not policy_of(name, attention, torch.float32).can_pack
+def test_other_models_compute_plain_rows(name: str, attention: str, policy_of: Any) -> None:
+    policy = policy_of(name, attention, torch.float32)
+    assert not policy.can_unpad
+    examples = examples_of([[3, 3]], [6])
+    with torch.no_grad():
+        assert torch.equal(*(states(policy, collate(examples, 0, share=share)) for share in (True, False)))
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-def test_attention_that_takes_no_such_mask_is_refused(attention: str) -> None:
+def test_attention_of_its_own_is_left_alone(attention: str) -> None:
     model, tokenizer = build_tiny("tiny-0.1m", seed=0)
-    policy = Policy(model, tokenizer)
+    policy = Policy(model, tokenizer, verify_head=False)
     model.config._attn_implementation = attention
-    assert not policy.can_pack
+    assert not policy.can_unpad

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from stepkd.data.collate import MicroBatch, collate
+from stepkd.data.collate import Batch, collate
 from stepkd.data.encode import Example
 from stepkd.losses import token_logps
 from stepkd.models.head import backbone_of, positions_from_mask
@@ -20,14 +20,14 @@ from stepkd.models.spec import LoRAConfig, PolicyConfig
 SIZES = [[(3, 4)], [(1, 1), (5, 9)], [(4, 2), (2, 7), (6, 6), (1, 3)]]
 
 
-def batch_of(sizes: list[tuple[int, int]], **layout: Any) -> MicroBatch:
+def batch_of(sizes: list[tuple[int, int]], **layout: Any) -> Batch:
     draws = torch.Generator().manual_seed(0)
     ids = [[torch.randint(5, 100, (n,), generator=draws).tolist() for n in pair] for pair in sizes]
     examples = [Example(str(i), tuple(p), tuple(c), ((0, len(c)),)) for i, (p, c) in enumerate(ids)]
     return collate(examples, 0, **layout)
 
 
-def padded(policy: Policy, batch: MicroBatch) -> Tensor:
+def padded(policy: Policy, batch: Batch) -> Tensor:
     """(N, H) by transformers' own padded pass."""
     mask = batch.attention_mask_BT
     states = backbone_of(policy.causal_lm)(
@@ -36,13 +36,13 @@ def padded(policy: Policy, batch: MicroBatch) -> Tensor:
     return states.flatten(0, 1)[batch.needed_N]
 
 
-def unpadded(policy: Policy, batch: MicroBatch) -> Tensor:
+def unpadded(policy: Policy, batch: Batch) -> Tensor:
     """(N, H) without padding."""
     states = unpadded_hidden(policy.causal_lm, batch.input_ids_BT, batch.attention_mask_BT)
     return states.flatten(0, 1)[batch.needed_N]
 
 
-def gradients(policy: Policy, hidden_NH: Tensor, batch: MicroBatch) -> Tensor:
+def gradients(policy: Policy, hidden_NH: Tensor, batch: Batch) -> Tensor:
     weights = torch.linspace(-1, 1, len(batch.targets_N), dtype=hidden_NH.dtype)
     policy.zero_grad()
     (weights * token_logps(policy.head, hidden_NH, batch.targets_N)).sum().backward()

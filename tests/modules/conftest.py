@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
 from stepkd.data.batching import BatchPlan, StepLoader
-from stepkd.data.collate import MicroBatch, collate, collate_steps
+from stepkd.data.collate import Batch, collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.step_encode import StepEncoder, StepExample
 from stepkd.data.step_labels import LabelRule
@@ -33,7 +33,6 @@ STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 class Recording(StepModule):
     """Keeps the gradients of the last optimiser step (before clipping) and the micro-batch shapes."""
 
-    collator: Any
     padding_side = "right"
     pad_to: int | None = None
 
@@ -42,11 +41,11 @@ class Recording(StepModule):
         self.gradients: Gradients = {}
         self.shapes: list[tuple[int, ...]] = []
 
-    def _collate(self, examples: Sequence[Example], *, is_filler: bool = False) -> MicroBatch:
+    def _collate(self, examples: Sequence[Example], *, is_filler: bool = False) -> Batch:
         side: Any = self.padding_side
-        return self.collator(examples, 0, padding_side=side, pad_to=self.pad_to, is_filler=is_filler)
+        return collate(examples, 0, padding_side=side, pad_to=self.pad_to, is_filler=is_filler)
 
-    def loss_terms(self, micro_batch: MicroBatch) -> Any:
+    def loss_terms(self, micro_batch: Batch) -> Any:
         self.shapes.append(tuple(micro_batch.input_ids_BT.shape))
         return super().loss_terms(micro_batch)
 
@@ -59,13 +58,9 @@ class Recording(StepModule):
 class Recorder(Recording, SFTModule):
     """For SFT."""
 
-    collator = staticmethod(collate)
-
 
 class PRMRecorder(Recording, PRMModule):
     """For reward models."""
-
-    collator = staticmethod(collate_steps)
 
 
 def quiet_trainer(**settings: Any) -> Trainer:
@@ -214,7 +209,7 @@ def scored() -> Callable[..., torch.Tensor]:
 
     def run(policy: Policy, examples: Sequence[StepExample]) -> torch.Tensor:
         policy.eval()
-        batch = collate_steps(examples, 0)
+        batch = collate(examples, 0)
         with torch.no_grad():
             hidden_NH = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)
             return policy.step_scores(hidden_NH[batch.read_L])

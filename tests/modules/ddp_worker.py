@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan, StepLoader
-from stepkd.data.collate import MicroBatch
+from stepkd.data.collate import Batch
 from stepkd.data.encode import Encoder
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.step_labels import LabelRule
@@ -53,7 +53,7 @@ class Gradients(StepModule):
 class PRMRecorder(Gradients, PRMModule):
     labelled = 0
 
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, micro_batch: Batch) -> LossTerms:
         self.labelled += 0 if micro_batch.is_filler else len(micro_batch.read_L)
         return super().loss_terms(micro_batch)
 
@@ -62,7 +62,7 @@ class Recorder(Gradients, SFTModule):
     poison = ""
     summed: tuple[bool, ...] = ()
 
-    def loss_terms(self, micro_batch: MicroBatch) -> LossTerms:
+    def loss_terms(self, micro_batch: Batch) -> LossTerms:
         block = [p for name, p in self.model.trainable_parameters() if ".layers.0." in name]
         self.summed += (all(p.grad is not None for p in block),)
         terms = super().loss_terms(micro_batch)

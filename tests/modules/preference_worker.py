@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan, StepLoader
-from stepkd.data.collate import collate_packed
+from stepkd.data.collate import collate
 from stepkd.data.feedback import FeedbackEncoder, PairEncoder
 from stepkd.data.templates import get_template
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
@@ -85,12 +85,12 @@ class Recording(PreferenceModule):
         self.shapes: list[tuple[int, ...]] = []
         self.shared = 0
 
-    def _pack(self, packs: Any, *, is_filler: bool = False) -> Any:
-        return collate_packed(packs, 0, share=self.shares_rows, is_filler=is_filler, **self.layout)
+    def _collate(self, examples: Any, *, is_filler: bool = False) -> Any:
+        return collate(examples, 0, share=self.shares_prompts, is_filler=is_filler, **self.layout)
 
     def loss_terms(self, micro_batch: Any) -> Any:
         self.shapes.append(tuple(micro_batch.input_ids_BT.shape))
-        self.shared += micro_batch.segments_BT is not None
+        self.shared += micro_batch.shared_BT is not None
         return super().loss_terms(micro_batch)
 
     def _clip(self) -> float:

@@ -163,7 +163,7 @@ def test_dpo_whatever_the_layout(settings: dict[str, Any], views: Any, distance:
     pairs = worker.pair_examples()
     losses = []
     for pair in pairs:
-        better, worse = (ratios(views, pair.prompt_ids, side.token_ids).sum() for side in pair.sides)
+        better, worse = (ratios(views, pair.prompt_ids, side.token_ids).sum() for side in pair.completions)
         losses.append(-torch.nn.functional.logsigmoid(0.4 * (better - worse)))
     module = worker.run(worker.DPO, pairs, beta=0.4, **settings)
     assert distance(module.gradients, gradients(views, sum(losses) / len(losses))) < TOLERANCE
@@ -173,7 +173,7 @@ def test_dpo_whatever_the_layout(settings: dict[str, Any], views: Any, distance:
 def test_dpo_with_visits_lengths_and_from_the_first_difference(views: Any, distance: Callable[..., float]) -> None:
     pairs, losses, shortened = worker.pair_examples(), [], 0
     for pair in pairs:
-        (better, worse), (b, w) = pair.sides, pair.visits
+        (better, worse), (b, w) = pair.completions, pair.visits
         shared = 0
         while (
             shared < min(len(better.token_ids), len(worse.token_ids))

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from stepkd.data.batching import micro_batches
-from stepkd.data.collate import LabelledBatch, collate_steps
+from stepkd.data.collate import Batch, collate
 from stepkd.data.step_encode import StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
@@ -185,7 +185,7 @@ def test_the_language_part_is_plain_cross_entropy_on_right_steps_without_the_mar
 # ---- parity with transformers ---------------------------------------------------------------------------------------
 
 
-def as_token_labels(batch: LabelledBatch, values: torch.Tensor) -> torch.Tensor:
+def as_token_labels(batch: Batch, values: torch.Tensor) -> torch.Tensor:
     """-100 everywhere, and each step's label at its position: not shifted."""
     labels = torch.full(batch.input_ids_BT.shape, -100)
     labels.view(-1)[batch.read_L] = values
@@ -205,7 +205,7 @@ def test_hard_labels_are_token_classification_by_transformers(
 
     module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype=dtype), head)
     module.configure_model()
-    batch = collate_steps(encoded(head), 0)
+    batch = collate(encoded(head), 0)
     theirs = LlamaForTokenClassification(module.model.causal_lm.config).to(getattr(torch, dtype))
     if head.layers == 2:  # Qwen2.5-Math-PRM's two layers in place of its one
         hidden = module.model.causal_lm.config.hidden_size
@@ -239,7 +239,7 @@ def test_label_tokens_are_the_models_own_logits_at_the_markers(
     head = TOKENS if restricted else FULL_VOCABULARY
     module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype=dtype), head)
     module.configure_model()
-    batch = collate_steps(encoded(head), 0)
+    batch = collate(encoded(head), 0)
     tokens = torch.tensor(resolve_ids(head, module.tokenizer).labels)
     classes = batch.targets_LC.argmax(-1)
     logits = module.model.model(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
