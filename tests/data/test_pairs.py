@@ -61,13 +61,16 @@ def encode(encoder: PairEncoder, row: dict[str, Any]) -> PairExample:
     pair = encoder.example(row)
     assert isinstance(pair, PairExample)
     better, worse = pair.completions
-    assert better.prompt_ids == worse.prompt_ids == pair.prompt_ids
-    assert (tuple(better.token_ids), better.spans) == (pair.completion_ids, pair.spans)
-    assert (tuple(worse.token_ids), worse.spans) == (pair.rejected_ids, pair.rejected_spans)
-    for side in (better, worse):
-        check_partition(side.spans, len(side.ids))
-        assert side.ids
-    assert pair.length == len(pair.prompt_ids) + len(tuple(better.token_ids)) + len(tuple(worse.token_ids))
+    for side, (own, spans) in zip(
+        (better, worse),
+        ((pair.completion_ids, pair.spans), (pair.rejected_ids, pair.rejected_spans)),
+        strict=True,
+    ):
+        assert tuple(side.prompt_ids) == pair.prompt_ids
+        assert (tuple(side.token_ids), side.spans) == (own, spans)
+        check_partition(side.spans, len(side.token_ids))
+        assert len(side.token_ids)
+    assert pair.length == len(pair.prompt_ids) + len(better.token_ids) + len(worse.token_ids)
     return pair
 
 
