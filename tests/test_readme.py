@@ -30,7 +30,7 @@ def test_ci_runs_the_test_command_to_the_letter() -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_named_exists(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    commands = set(re.findall(r"(?:^|[`\s])stepkd ([a-z]+(?:-[a-z]+)?)\b", text))
+    commands = set(re.findall(r"(?:^|[`\s])stepkd ([a-z]+(?:-[a-z]+)*)\b", text))
     assert commands, "no command found"
     assert commands <= {*COMMANDS, *TRAINER_COMMANDS}, commands - {*COMMANDS, *TRAINER_COMMANDS}
     for name in set(re.findall(r"recipes/[\w./-]+\.yaml", text)):

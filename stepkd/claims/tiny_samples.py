@@ -9,12 +9,14 @@ from typing import Any
 from stepkd.claims.tiny import NEW_TOKENS
 from stepkd.data.io import read_rows
 from stepkd.evaluation.best_of_n import CurveResult, ProblemSamples, bon_curve
-from stepkd.evaluation.runner import EvaluationConfig, evaluate
+from stepkd.evaluation.config import EvaluateConfig
+from stepkd.evaluation.runner import evaluate
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader
 from stepkd.labels.job import run_label_job
 from stepkd.labels.settings import LabelConfig
 from stepkd.models.checkpoint import load_trained
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.prm import PRMScorer
 from stepkd.steps.labels import tally
 
@@ -56,16 +58,13 @@ def evaluate_tiny(
         The summary (:func:`stepkd.evaluation.evaluate`); :func:`stepkd.runs.job.read_results` reads the rows.
     """
     return evaluate(
-        EvaluationConfig(
+        EvaluateConfig(
             model=str(model),
             benchmark="task",
             data=f'task="{task}",n={problems},seed={seed}',
-            samples=samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
+            sampling=SamplingConfig(n=samples, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed),
             max_rows=256,
             device="cpu",
-            seed=seed,
             out=str(folder),
         )
     )

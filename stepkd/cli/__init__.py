@@ -27,7 +27,11 @@ TRAINER_COMMANDS = {
     "predict": "sample completions into a rollout file",
 }
 COMMANDS = {
-    "evaluate": "benchmark a model (gsm8k, math500, ...), or compare two evaluations",
+    "evaluate": "benchmark a model: gsm8k, math500, ...",
+    "evaluate-prm": "judge a step scorer: ProcessBench F1, calibration, on any step-labelled set",
+    "best-of-n": "accuracy of choosing among N samples by scorers, by vote and by both",
+    "compare": "compare two evaluations problem by problem",
+    "benchmarks": "list the benchmarks",
     "label": "label the steps of solutions: Monte-Carlo, exact checker, outcome, judge, reward model; consensus",
     "score": "score the steps of solutions with a reward model, a judge or the exact checker",
     "cache-teacher": "write a teacher's likeliest tokens for given completions, to distil without it",
@@ -114,8 +118,8 @@ def _main(arguments: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            f"\nstepkd {command}: interrupted; fit, evaluate, label, score, cache-teacher, iterate, claims and "
-            "quickstart can be resumed",
+            f"\nstepkd {command}: interrupted; fit, evaluate, evaluate-prm, label, score, cache-teacher, "
+            "iterate, claims and quickstart can be resumed",
             file=sys.stderr,
         )
         return 130

@@ -1,19 +1,15 @@
-"""Options that several commands share: those of a job, and those of a step scorer."""
+"""Options that several commands share: those of a job."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stepkd.errors import ConfigError
-
 if TYPE_CHECKING:
     from stepkd.runs.job import JobOptions
     from stepkd.runs.launcher import LaunchInfo
-    from stepkd.scorers.load import ScorerConfig
 
 TEMPLATE_HELP = "gsm8k, math, plain, task, or a YAML file; default: the one the model was trained with, else the data's"
 """Help of ``--template``."""
@@ -60,38 +56,3 @@ def say_share_is_done(console: Any, launch: LaunchInfo, what: str) -> int:
     text = f"rank {launch.rank} has done its share; the last rank to finish writes the {what}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     return 0
-
-
-def add_scorer_arguments(group: Any) -> None:
-    """Arguments that :func:`scorer_from` reads; ``--template`` and the machine's are the command's own."""
-    group.add_argument("--temperature-from", metavar="FILE", help="scale the scores with a fitted temperature")
-    group.add_argument("--head", metavar="JSON", help="how a plain model scores steps, as in step_head.json")
-    group.add_argument("--reference", action="store_true", help="show the gold solution to a judge")
-    group.add_argument(
-        "--answers", nargs=2, metavar=("YES", "NO"), help="tokens a judge answers with (default: Yes, No)"
-    )
-    group.add_argument("--separator", help="separator a TRL model was trained with (default: newline)")
-
-
-def scorer_from(arguments: argparse.Namespace) -> ScorerConfig:
-    """The scorer that a command line describes."""
-    from stepkd.scorers.load import with_settings
-
-    try:
-        head = json.loads(arguments.head or "null")
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"the head setting is not JSON ({error}): {arguments.head!r}") from None
-    same = ("template", "reference", "answers", "separator", "dtype", "attention")
-    return with_settings(
-        arguments.model,
-        head=head,
-        temperature=arguments.temperature_from,
-        max_length=getattr(arguments, "max_length", None),
-        **{name: getattr(arguments, name) for name in same},
-    )
-
-
-def given_options(arguments: argparse.Namespace, parser: argparse.ArgumentParser, names: tuple[str, ...]) -> list[str]:
-    """Which of these options differ from their defaults, as the user writes them."""
-    defaults = {action.dest: (action.default, action.option_strings) for action in parser._actions}
-    return [defaults[name][1][0] for name in names if getattr(arguments, name) != defaults[name][0]]

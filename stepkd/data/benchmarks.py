@@ -61,11 +61,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     )
 }
 """Benchmarks by name."""
-PROCESS_BENCHMARKS = {
-    "processbench": "ProcessBench: where is the first wrong step? (arXiv 2412.06559); needs a step scorer as --model",
-    "step_labels": "any set of step-labelled solutions (--data SPEC); needs a step scorer as --model",
-}
-"""Benchmarks of step scorers, with one line of help each."""
 
 
 def get_benchmark(name: str) -> Benchmark:
@@ -76,16 +71,10 @@ def get_benchmark(name: str) -> Benchmark:
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    raise unknown_benchmark(name)
-
-
-def unknown_benchmark(name: str) -> ConfigError:
-    """What to say of a benchmark that does not exist: all that do, and how a file of one's own is named."""
-    known = [*BENCHMARKS, *PROCESS_BENCHMARKS]
     file = name if Path(name).exists() else "FILE"
-    return ConfigError(
-        f"unknown benchmark {name!r}.{nearest(name, known)} Known: {', '.join(known)}. Problems of your own: "
-        f"--benchmark rows --data {file}"
+    raise ConfigError(
+        f"unknown benchmark {name!r}.{nearest(name, BENCHMARKS)} Known: {', '.join(BENCHMARKS)}. Problems of your own: "
+        f"--benchmark rows --data {file}. Step scorers (ProcessBench, ...): stepkd evaluate-prm"
     )
 
 
@@ -114,7 +103,7 @@ def benchmark_data(benchmark: Benchmark, data: str | None, limit: int | None) ->
 
 
 def next_evaluation(spec: DataConfig | None, template: str, *, steps: bool = False) -> str:
-    """Options of ``stepkd evaluate`` for a model that was trained on such data.
+    """Options of ``stepkd evaluate``, or of ``stepkd evaluate-prm``, for a model that was trained on such data.
 
     Args:
         spec: its held-out rows, else None.
@@ -126,9 +115,9 @@ def next_evaluation(spec: DataConfig | None, template: str, *, steps: bool = Fal
     own = [benchmark for benchmark in BENCHMARKS.values() if benchmark.source == source != "rows"]
     if steps:
         if spec is None or (source != "task" and spec.path is None):
-            return "--benchmark processbench"
+            return "--sets gsm8k math"
         more = f"path={words}" if spec.path else f"{words},split={spec.split}" if spec.split else words
-        return f"--benchmark step_labels --data {shlex.quote(words if source == 'rows' else f'{source}:{more}')}"
+        return f"--sets {shlex.quote(words if source == 'rows' else f'{source}:{more}')}"
     name = own[0].name if own else {"task": "task", "math": "math500"}.get(template, "rows") if not words else "rows"
     words = words or "PROBLEMS.jsonl" * (name == "rows")
     return f"--benchmark {name} --data {shlex.quote(words)}" if words else f"--benchmark {name}"

@@ -8,7 +8,8 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "metrics": "Comparison compare_runs maj_at_k pass_at_k summarise",
-    "runner": "EvaluationConfig evaluate",
+    "config": "EvaluateConfig EvaluatePRMConfig ScoreConfig",
+    "runner": "evaluate",
 }
 
 

@@ -22,10 +22,10 @@ import numpy as np
 from stepkd.data.io import read_rows
 from stepkd.errors import ConfigError, DataError
 from stepkd.evaluation.metrics import maj_at_k, pass_at_k
-from stepkd.grading.extract import DEFAULT_EXTRACTORS
 from stepkd.grading.judge import votes_of
-from stepkd.grading.pool import Grader
+from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.randomness import generator
+from stepkd.runs.job import RESULTS_NAME
 from stepkd.statistics import (
     FloatArray,
     Interval,
@@ -330,16 +330,17 @@ _SAME = ("completion", "completions", "token_ids", "correct")
 def best_of_n_from_files(
     files: Mapping[str, str | Path],
     *,
-    ks: Sequence[int] | None = None,
-    extractors: Sequence[str] = DEFAULT_EXTRACTORS,
+    ks: Sequence[int] = (),
+    grading: GradingConfig | None = None,
     seed: int = 0,
 ) -> CurveResult:
     """Curves of every scorer on the same rollouts, beside majority and pass@N.
 
     Args:
-        files: name of a scorer -> file of rollout rows with ``score`` and ``correct``, all of the same rollouts.
-        ks: numbers of samples; None: powers of two up to the samples per problem.
-        extractors: how answers are found for the vote.
+        files: name of a scorer -> folder of ``stepkd score``, or file of rollout rows with ``score`` and ``correct``,
+            all of the same rollouts.
+        ks: numbers of samples; none: powers of two up to the samples per problem.
+        grading: how answers are found and compared for the vote; None: the defaults.
         seed: seed of intervals and drawn subsets.
 
     Raises:
@@ -365,8 +366,8 @@ def best_of_n_from_files(
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in first:
         groups.setdefault(key[0], []).append(key)
-    with Grader(extractors=extractors) as grader:
-        votes = votes_of([[first[key] for key in keys] for keys in groups.values()], extractors, grader)
+    with Grader(grading) as grader:
+        votes = votes_of([[first[key] for key in keys] for keys in groups.values()], grader.extractors, grader)
     problems = [
         ProblemSamples(problem, [bool(first[key]["correct"]) for key in keys], own)
         for (problem, keys), own in zip(groups.items(), votes, strict=True)
@@ -379,6 +380,7 @@ def best_of_n_from_files(
 
 def _by_key(path: str | Path) -> dict[tuple[str, str], Mapping[str, Any]]:
     rows: dict[tuple[str, str], Mapping[str, Any]] = {}
+    path = Path(path) / RESULTS_NAME if Path(path).is_dir() else path
     for row, number in read_rows(path):
         for column in ("score", "correct"):
             if column not in row:

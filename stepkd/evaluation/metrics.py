@@ -240,6 +240,7 @@ def _too_few_samples(metric: str, k: int, n: int, problem_id: str | None = None)
 
 # --- two runs of one benchmark, compared problem by problem -----------------------------------------------------------
 
+COMPARISON_NAME = "comparison.json"
 LISTED_IDS = 10
 """Most problem ids printed per list; ``to_dict`` has them all."""
 

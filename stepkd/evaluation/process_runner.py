@@ -7,88 +7,26 @@ solution with its step scores) and ``summary.json``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.benchmarks import PROCESS_BENCHMARKS, unknown_benchmark
 from stepkd.data.io import fingerprint
-from stepkd.data.spec import DataConfig, load_rows, parse_spec
+from stepkd.data.spec import load_rows
 from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.config import EvaluatePRMConfig
 from stepkd.evaluation.diagnostics import task_swaps
 from stepkd.evaluation.process import summarise_process
 from stepkd.evaluation.score_rows import scorer_settings
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
+from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import StepScorer, score_rows, step_scores
-from stepkd.steps.labels import check_threshold, first_incorrect, verdicts
+from stepkd.steps.labels import first_incorrect, verdicts
 from stepkd.tasks.rows import is_task_row
 
-SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
-"""ProcessBench's subsets."""
 KIND = "judgement of a step scorer"
 SOLUTIONS = "solutions"
 """The one phase of such a job."""
-
-
-@dataclass(frozen=True)
-class ProcessConfig:
-    """One evaluation of a step scorer."""
-
-    model: str
-    """The scorer: run folder, checkpoint, export or published PRM; ``judge:MODEL``; ``checker`` (tiny world);
-    ``arithmetic``."""
-    benchmark: str = "processbench"
-    """``processbench`` or ``step_labels``."""
-    out: str = "runs/process"
-    """Folder for settings, results and summary."""
-    data: str | None = None
-    """ProcessBench: folder of its files (None: the hub). ``step_labels``: data settings (``prm800k:path=...``)."""
-    subsets: tuple[str, ...] = ("gsm8k", "math")
-    """ProcessBench subsets."""
-    threshold: float = 0.5
-    """A step with a lower score is predicted wrong, in (0, 1)."""
-    tune_on: str | None = None
-    """Set on which a second threshold is tuned for F1: a subset, or data settings; None: the first subset for
-    ``processbench``, no tuning for ``step_labels``."""
-    limit: int | None = None
-    """Solutions per set, drawn at random (always the same ones); None for all."""
-    batch_size: int = 8
-    """Solutions given to the scorer at once; part of the settings, because batch shapes decide rounding."""
-    seed: int = 0
-    """Seed of the intervals."""
-
-    def __post_init__(self) -> None:
-        if self.benchmark not in PROCESS_BENCHMARKS:
-            raise unknown_benchmark(self.benchmark)
-        check_threshold(self.threshold)
-        if self.benchmark == "step_labels" and self.data is None:
-            raise ConfigError("step_labels needs --data: a step-labelled set, for instance prm800k:path=...")
-        if unknown := [name for name in self.subsets if name not in SUBSETS]:
-            raise ConfigError(f"unknown subset {unknown[0]!r}: ProcessBench has {', '.join(SUBSETS)}")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit={self.limit}: at least one solution, or none for all")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: at least one solution at once")
-
-    def sets(self) -> tuple[dict[str, DataConfig], str | None]:
-        """Name -> data of every set that is scored, and the name of the one the threshold is tuned on."""
-        if self.benchmark == "step_labels":
-            assert self.data is not None
-            sets = {self.data: parse_spec(self.data)}
-        else:
-            path = None if self.data is None else str(Path(self.data).expanduser())
-            sets = {name: DataConfig(source="processbench", path=path, split=name) for name in self.subsets}
-        tune_on = self.tune_on or (next(iter(sets)) if self.benchmark == "processbench" else None)
-        if tune_on is not None and tune_on not in sets:
-            if tune_on in SUBSETS and self.benchmark == "processbench":
-                sets[tune_on] = replace(next(iter(sets.values())), split=tune_on)
-            else:
-                sets[tune_on] = parse_spec(tune_on)
-        if self.limit is not None:
-            # Drawn, not the first ones: ProcessBench's files begin with the solutions that have an error.
-            sets = {name: replace(spec, limit=self.limit, shuffle_seed=0) for name, spec in sets.items()}
-        return sets, tune_on
 
 
 def figure_names(name: str) -> tuple[str, str]:
@@ -98,13 +36,13 @@ def figure_names(name: str) -> tuple[str, str]:
 
 
 def evaluate_process(
-    spec: ProcessConfig, scorer: StepScorer | Callable[[], StepScorer], *, options: JobOptions = ALONE
+    config: EvaluatePRMConfig, scorer: StepScorer | None = None, *, options: JobOptions = ALONE
 ) -> dict[str, Any]:
     """Score every step of the sets (or resume) and sum up.
 
     Args:
-        spec: what to evaluate, and where to write.
-        scorer: the scorer, or a function that loads it (called once the folder and the data are in order).
+        config: what to evaluate, and where to write.
+        scorer: an already loaded scorer to use in place of loading ``config.scorer``.
         options: which rank this is, and whether to overwrite an earlier evaluation in the folder.
 
     Returns:
@@ -115,22 +53,22 @@ def evaluate_process(
         ConfigError: the folder holds another evaluation, or the scorer gives one score per solution only.
         DataError: rows without step labels.
     """
-    sets, tune_on = spec.sets()
+    sets, tune_on = config.data()
     figures = [name for each in sets for name in figure_names(each)]
-    job = Job(Path(spec.out), KIND, (RESULTS_NAME, SUMMARY_NAME, *figures), options)
+    job = Job(Path(config.out), KIND, (RESULTS_NAME, SUMMARY_NAME, *figures), options)
     job.check()
     rows = [(name, _with_steps(row)) for name, data in sets.items() for row in load_rows(data, contract=None)]
-    loaded: StepScorer = scorer() if callable(scorer) else scorer
+    loaded = scorer or load_scorer(config.scorer, device=config.device, max_rows=config.max_rows)
     if loaded.meaning == "outcome":
         raise ConfigError("an outcome reward model has one score per solution and finds no first error: use best-of-N")
     settings = job.begin(
         {
-            **scorer_settings(loaded, spec.batch_size),
+            **scorer_settings(loaded, config.max_rows),
             "benchmark": {
-                "name": spec.benchmark,
+                "name": config.benchmark,
                 "sets": list(sets),
                 "data": fingerprint([row for _, row in rows]),
-                "limit": spec.limit,
+                "limit": config.limit,
             },
         }
     )
@@ -143,16 +81,16 @@ def evaluate_process(
             for i, scores in zip(batch, found, strict=True)
         ]
 
-    starts = range(0, len(rows), spec.batch_size)
-    units = numbered([list(range(start, min(start + spec.batch_size, len(rows)))) for start in starts])
+    starts = range(0, len(rows), config.max_rows)
+    units = numbered([list(range(start, min(start + config.max_rows, len(rows)))) for start in starts])
     job.work(SOLUTIONS, units, work, lambda done: {"solutions/s": (len(done), None)})
     results = job.rows(SOLUTIONS, units)
     if results is None:
         return {}
     summary = summarise_process(
-        results, threshold=spec.threshold, tune_on=tune_on, meaning=loaded.meaning, seed=spec.seed
+        results, threshold=config.threshold, tune_on=tune_on, meaning=loaded.meaning, seed=config.seed
     )
-    summary |= {"benchmark": spec.benchmark, "model": spec.model, "scorer": loaded.provenance()}
+    summary |= {"benchmark": config.benchmark, "model": str(config.scorer), "scorer": loaded.provenance()}
     job.finish(RESULTS_NAME, results, summary)
     return summary | {"settings": settings}
 

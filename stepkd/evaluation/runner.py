@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,15 @@ from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
 from stepkd.data.spec import DataConfig, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
-from stepkd.errors import ConfigError
-from stepkd.evaluation.metrics import summarise
+from stepkd.evaluation.config import EvaluateConfig
+from stepkd.evaluation.metrics import COMPARISON_NAME, summarise
 from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.judge import judge
-from stepkd.grading.pool import Grader, GradingConfig
+from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered, package_versions
-from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler, encode_prompts, fixed_batches
 from stepkd.scorers.load import pick_device
 
@@ -38,84 +38,16 @@ logger = logging.getLogger(__name__)
 
 MOST_CUT_OFF = 0.05
 """Share of cut-off completions above which an evaluation says so."""
-COMPARISON_NAME = "comparison.json"
 PROBLEMS = "problems"
 """The one phase of an evaluation."""
 
 
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """One evaluation."""
-
-    model: str
-    """Run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset."""
-    benchmark: str = "gsm8k"
-    """Benchmark name."""
-    out: str = "runs/evaluation"
-    """Folder for settings, results and summary."""
-    data: str | None = None
-    """File, folder or data settings; None: the benchmark's own hub data set."""
-    limit: int | None = None
-    """Number of problems; None for all."""
-    samples: int = 1
-    """Completions per problem."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy (then one sample is enough)."""
-    top_p: float = 1.0
-    """Nucleus threshold, in (0, 1]."""
-    top_k: int = 0
-    """Only the k most likely tokens; 0 is off."""
-    max_new_tokens: int | None = None
-    """Longest completion; None: the benchmark's default."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion."""
-    template: str | PromptTemplate | None = None
-    """Prompt template: a name, a YAML file, or settings; None: the one that the model was trained with, else the
-    benchmark's."""
-    extractors: tuple[str, ...] | None = None
-    """How answers are found; None: the benchmark's."""
-    convention: str = "stepkd"
-    """When two answers are equal: by stepkd's rules, or (``prm800k``) by those of PRM800K's official grader, too."""
-    deadline_s: float = 2.0
-    """Hard limit per graded answer (s)."""
-    dtype: str | None = None
-    """Weights' dtype; None: as stored."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one."""
-    attention: str | None = None
-    """Attention implementation; None lets transformers choose."""
-    max_rows: int = 32
-    """Completions decoded at once; part of the settings, because batch shapes decide rounding."""
-    seed: int = 0
-    """Keys the sampling noise."""
-    ks: tuple[int, ...] = field(default=())
-    """Values of k to report; empty: powers of two up to ``samples``."""
-
-    def __post_init__(self) -> None:
-        if self.samples > 1 and self.temperature == 0:
-            raise ConfigError(f"{self.samples} samples at temperature 0 would all be the same: set --temperature")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit={self.limit}: at least one problem, or none for all")
-        if self.max_rows < 1:
-            raise ConfigError(f"max_rows={self.max_rows}: at least one completion must be decoded at once")
-        if bad := [k for k in self.ks if not 1 <= k <= self.samples]:
-            raise ConfigError(
-                f"k={bad[0]} of pass@k: must lie between 1 and the number of samples per problem, {self.samples}"
-            )
-
-    def sampling(self, benchmark: Benchmark) -> SamplingConfig:
-        """The sampler's settings."""
-        limit = benchmark.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
-        same = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "stop", "seed")}
-        return SamplingConfig(n=self.samples, max_new_tokens=limit, **same)
-
-
-def evaluate(spec: EvaluationConfig, *, policy: Policy | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
+def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
     """Run (or resume) an evaluation.
 
     Args:
-        spec: what to evaluate, and where to write.
-        policy: an already loaded model to use in place of loading ``spec.model``.
+        config: what to evaluate, and where to write.
+        policy: an already loaded model to use in place of loading ``config.model``.
         options: which rank this is, and whether to overwrite an earlier evaluation in the folder, once everything else
             has been found to be in order.
 
@@ -127,65 +59,64 @@ def evaluate(spec: EvaluationConfig, *, policy: Policy | None = None, options: J
         ConfigError: the folder holds another evaluation, or settings contradict each other.
         DataError, ModelError: the data or the model cannot be used.
     """
-    benchmark = get_benchmark(spec.benchmark)
-    sampling = spec.sampling(benchmark)
-    given = None if spec.template is None else get_template(spec.template)
-    grading = {name: getattr(spec, name) for name in ("extractors", "convention", "deadline_s")}
-    grader = Grader(GradingConfig(**grading), extractors=benchmark.extractors)
-    device = pick_device(spec.device)
-    job = Job(Path(spec.out), "evaluation", (RESULTS_NAME, SUMMARY_NAME, COMPARISON_NAME), options)
+    benchmark = get_benchmark(config.benchmark)
+    sampling = replace(config.sampling, max_new_tokens=config.sampling.max_new_tokens or benchmark.max_new_tokens)
+    given = None if config.template is None else get_template(config.template)
+    grader = Grader(config.grading, extractors=benchmark.extractors)
+    device = pick_device(config.device)
+    job = Job(Path(config.out), "evaluation", (RESULTS_NAME, SUMMARY_NAME, COMPARISON_NAME), options)
     job.check()
-    data = benchmark_data(benchmark, spec.data, spec.limit)
+    data = benchmark_data(benchmark, config.data, config.limit)
     rows = load_rows(data, contract=PROBLEM)
-    check_unique_ids(rows, path=spec.data)
+    check_unique_ids(rows, path=config.data)
     if policy is None:
-        policy = load_trained(spec.model, dtype=spec.dtype, attention=spec.attention)
+        policy = load_trained(config.model, dtype=config.dtype, attention=config.attention)
     policy.to(device)
-    template = template_for(spec.model, benchmark.template, given)
+    asked = {name: value for name in ("style", "system", "few_shot") if (value := getattr(config, name)) is not None}
+    template = replace(template_for(config.model, benchmark.template, given), **asked)
     prompts = encode_prompts(policy, template, rows)
     settings = job.begin(
         _data_settings(benchmark, data)
         | _model_settings(policy, template)
         | {
             "model": {
-                "name": spec.model,
+                "name": config.model,
                 "revision": None if policy.spec is None else policy.spec.revision,
                 "weights": weights_fingerprint(policy),
             },
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "seed"},
-            "seed": spec.seed,
-            "batch_size": spec.max_rows,
+            "seed": sampling.seed,
+            "batch_size": config.max_rows,
             "extractor": EXTRACTOR_VERSION,
             "extractors": list(grader.extractors),
-            "convention": spec.convention,
-            "deadline_s": spec.deadline_s,
+            "convention": config.grading.convention,
+            "deadline_s": config.grading.deadline_s,
         }
     )
-    sampler = TransformersSampler(policy, max_rows=spec.max_rows)
-    decode = policy.tokenizer.decode
-    exactly = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    sampler = TransformersSampler(policy, max_rows=config.max_rows)
+    decode = partial(policy.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def work(batch: list[int]) -> list[dict[str, Any]]:
-        rollouts = sampler.sample([prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch)
+        drawn = sampler.sample([prompts[i].prompt_ids for i in batch], sampling, purpose="evaluate", indices=batch)
         return [
             {
                 "id": str(rows[i]["id"]),
                 "index": i,
-                "prompt": decode(list(prompts[i].prompt_ids), **exactly),
+                "prompt": decode(list(prompts[i].prompt_ids)),
                 "answer": str(rows[i]["answer"]),
                 "samples": samples,
             }
-            for i, samples in zip(batch, judge([rows[i] for i in batch], rollouts, grader), strict=True)
+            for i, samples in zip(batch, judge([rows[i] for i in batch], drawn, grader), strict=True)
         ]
 
-    units = numbered(fixed_batches(prompts, spec.samples, spec.max_rows))
+    units = numbered(fixed_batches(prompts, sampling.n, config.max_rows))
     with grader:
         job.work(PROBLEMS, units, work, _running)
     results = job.rows(PROBLEMS, units)
     if results is None:
         return {}
-    summary = summarise(results, spec.ks or default_ks(spec.samples), seed=spec.seed)
-    summary |= {"benchmark": benchmark.name, "model": spec.model}
+    summary = summarise(results, config.ks or default_ks(sampling.n), seed=sampling.seed)
+    summary |= {"benchmark": benchmark.name, "model": config.model}
     _warn_of_cut_off(summary["metrics"], sampling.longest)
     job.finish(RESULTS_NAME, results, summary)
     return summary | {"settings": settings}
@@ -196,7 +127,7 @@ def _warn_of_cut_off(metrics: dict[str, Any], limit: int) -> None:
     if cut > MOST_CUT_OFF:
         logger.warning(
             f"{cut:.1%} of the completions were cut off at {limit} new tokens; {cut - answered:.1%} have no complete "
-            "answer and count as incorrect: raise --max-new-tokens"
+            "answer and count as incorrect: raise sampling.max_new_tokens"
         )
 
 

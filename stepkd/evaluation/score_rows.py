@@ -1,42 +1,40 @@
 """``stepkd score``: rows with solutions in, the same rows with scores out, a job of batches (:mod:`stepkd.runs.job`).
 
-The job's folder is ``<out>.work/``. At the end the scored rows are written in the order of the input, with
-``<name>.settings.json`` beside them; a process that works alone then deletes the folder.
+The folder is that of any job; ``results.jsonl`` holds the scored rows in the order of the input, ``temperature.json`` a
+temperature that was fitted.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepkd.data.io import fingerprint, read_rows
+from stepkd.data.io import fingerprint
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.data.step_labels import LabelRule, step_targets
-from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.runs.files import json_text, write_json, write_jsonl
+from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.config import ScoreConfig
 from stepkd.runs.job import (
     ALONE,
     PARTS,
+    RESULTS_NAME,
     SETTINGS_NAME,
+    SUMMARY_NAME,
     Job,
     JobOptions,
-    check_same,
     numbered,
     package_versions,
-    read_settings,
 )
 from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
-from stepkd.scorers.load import ScorerConfig, load_scorer
+from stepkd.scorers.load import load_scorer
 from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (
-    Reduction,
     StepScorer,
     default_reduction,
     problem_key,
@@ -44,60 +42,19 @@ from stepkd.scorers.scorer import (
     score_rows,
     step_scores,
 )
-from stepkd.steps.segment import SEGMENTERS
 
 KIND = "scoring job"
 SOLUTIONS, TEMPERATURE = "solutions", "temperature"
 """The phases of a scoring job."""
-_TEMPERATURE_NAME = "temperature.json"
+TEMPERATURE_NAME = "temperature.json"
 
 
-@dataclass(frozen=True)
-class ScoreJob:
-    """One file to score."""
-
-    model: ScorerConfig | str
-    """Scorer, as for :func:`stepkd.scorers.load.load_scorer`."""
-    rollouts: str
-    """File or data settings of the rows."""
-    out: Path
-    """File to write, ``.jsonl``."""
-    reduction: Reduction | None = None
-    """Step scores to one score; None: what suits the scorer."""
-    fit_on: str | None = None
-    """File or data settings of held-out labelled rows to fit a temperature on."""
-    segmenter: str | None = None
-    """Cuts solutions that come as one text; None: ``newline``. Steps that a row has, or a segmenter that it names, stay
-    as they are."""
-    device: str = "auto"
-    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one."""
-    max_rows: int = 32
-    """Solutions read at once; part of the settings, because batch shapes decide rounding."""
-
-    def __post_init__(self) -> None:
-        if self.out.suffix != ".jsonl":
-            raise ConfigError(f"--out {self.out}: scored rows are JSON Lines, let the name end in .jsonl")
-        if self.segmenter is not None:
-            check_choice("segmenter", self.segmenter, SEGMENTERS)
-        if self.fit_on is not None and getattr(self.model, "temperature", None) is not None:
-            raise ConfigError("a fitted temperature and rows to fit one on contradict each other: give one of them")
-
-    @property
-    def work(self) -> Path:
-        """The job's folder."""
-        return self.out.with_name(f"{self.out.name}.work")
-
-    def beside(self, name: str) -> Path:
-        """A file that belongs to the result."""
-        return self.out.with_name(f"{self.out.stem}.{name}")
-
-
-def score_file(job: ScoreJob, *, scorer: StepScorer | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
+def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
     """Score all rows of a file, or resume.
 
     Args:
-        job: what to score, and where to write.
-        scorer: an already loaded scorer to use in place of loading ``job.model``.
+        config: what to score, and where to write.
+        scorer: an already loaded scorer to use in place of loading ``config.scorer``.
         options: which rank this is, and whether to replace an earlier result of such a job.
 
     Returns:
@@ -105,40 +62,35 @@ def score_file(job: ScoreJob, *, scorer: StepScorer | None = None, options: JobO
         finish writes the rows.
 
     Raises:
-        ConfigError: the file is there and was made otherwise, or settings contradict each other.
+        ConfigError: the folder holds another job, or settings contradict each other.
         DataError, ModelError: rows or scorer cannot be used.
     """
-    finished, temperature_file = job.beside(SETTINGS_NAME), job.beside(_TEMPERATURE_NAME)
-    work = Job(job.work, KIND, [str(path.absolute()) for path in (job.out, temperature_file, finished)], options)
-    _check_out(job, overwrite=options.overwrite)
-    work.check()
-    rows = _to_cut(load_rows(parse_spec(job.rollouts)), job.segmenter)
-    labelled = None if job.fit_on is None else load_rows(parse_spec(job.fit_on))
+    job = Job(Path(config.out), KIND, (RESULTS_NAME, SUMMARY_NAME, TEMPERATURE_NAME), options)
+    job.check()
+    rows = _to_cut(load_rows(parse_spec(config.rollouts)), config.segmenter)
+    labelled = None if config.fit_temperature is None else load_rows(parse_spec(config.fit_temperature))
     if labelled is not None and fingerprint(labelled) == fingerprint(rows):
         raise ConfigError("the rows to fit a temperature on are the rows to score: give held-out ones")
-    scorer = load_scorer(job.model, device=job.device, max_rows=job.max_rows) if scorer is None else scorer
-    reduction = job.reduction or default_reduction(scorer.meaning)
-    settings = {
-        "kind": KIND,
-        **scorer_settings(scorer, job.max_rows),
-        "reduction": reduction,
-        "rows": fingerprint(rows),
-        "temperature_fitted_on": None if labelled is None else fingerprint(labelled),
-    }
-    if not options.overwrite and job.out.exists() and finished.is_file():
-        check_same(read_settings(finished.parent, finished.name), json.loads(json_text(settings)), job.out)
-        return summarise_scores([row for row, _ in read_rows(job.out)], scorer.meaning)
-    if options.world_size == 1 and not (job.work / PARTS).exists():
-        shutil.rmtree(job.work, ignore_errors=True)  # nothing is done: mended rows or a smaller batch are not refused
-    settings = work.begin(settings)
-    temperature = getattr(scorer, "temperature", None)
-    units = numbered(_blocks(rows, job.max_rows))
+    loaded = scorer or load_scorer(config.scorer, device=config.device, max_rows=config.max_rows)
+    reduction = config.reduction or default_reduction(loaded.meaning)
+    if options.world_size == 1 and not (job.out / PARTS).exists():
+        (job.out / SETTINGS_NAME).unlink(missing_ok=True)  # nothing is done: mended rows are not refused
+    settings = job.begin(
+        {
+            **scorer_settings(loaded, config.max_rows),
+            "reduction": reduction,
+            "rows": fingerprint(rows),
+            "temperature_fitted_on": None if labelled is None else fingerprint(labelled),
+        }
+    )
+    temperature = getattr(loaded, "temperature", None)
     if labelled is not None:
         fit = {"fit": labelled}
-        work.work(TEMPERATURE, fit, lambda given: [asdict(fit_temperature(*labelled_scores(scorer, given)))])
-        temperature = TemperatureScaling(**work.wait(TEMPERATURE, fit)[0])
-    work.work(SOLUTIONS, units, lambda block: _scored(scorer, rows, block, first=block is units["000000"]))
-    found = work.rows(SOLUTIONS, units)
+        job.work(TEMPERATURE, fit, lambda given: [asdict(fit_temperature(*labelled_scores(loaded, given)))])
+        temperature = TemperatureScaling(**job.wait(TEMPERATURE, fit)[0])
+    units = numbered(_blocks(rows, config.max_rows))
+    job.work(SOLUTIONS, units, lambda block: _scored(loaded, rows, block, first=block is units["000000"]))
+    found = job.rows(SOLUTIONS, units)
     if found is None:
         return {}
     provenance = {key: settings["scorer"].get(key) for key in ("scorer", "model", "weights", "meaning")}
@@ -152,20 +104,16 @@ def score_file(job: ScoreJob, *, scorer: StepScorer | None = None, options: JobO
             {
                 **row,
                 "step_scores": step_scores(row, values),
-                "score": reduce_scores(values, reduction, meaning=scorer.meaning),
+                "score": reduce_scores(values, reduction, meaning=loaded.meaning),
                 "scorer": provenance,
                 **({} if result["error"] is None else {"score_error": result["error"]}),
             }
         )
-    # The settings make the rows a finished result; a kill before them leaves the folder, which goes last. Other ranks
-    # may still read it.
-    write_jsonl(job.out, scored)
     if labelled is not None and temperature is not None:
-        temperature.save(temperature_file)
-    write_json(finished, settings)
-    if options.world_size == 1:
-        shutil.rmtree(job.work, ignore_errors=True)
-    return summarise_scores(scored, scorer.meaning)
+        temperature.save(job.out / TEMPERATURE_NAME)
+    summary = summarise_scores(scored, loaded.meaning)
+    job.finish(RESULTS_NAME, scored, summary)
+    return summary
 
 
 def scorer_settings(scorer: StepScorer, batch_size: int) -> dict[str, Any]:
@@ -312,17 +260,3 @@ def _to_cut(rows: list[Any], segmenter: str | None) -> list[Any]:
     return [
         row if any(row.get(name) is not None for name in has_steps) else row | {"segmenter": segmenter} for row in rows
     ]
-
-
-def _check_out(job: ScoreJob, *, overwrite: bool) -> None:
-    """Refuse, before anything slow, a file that is not of such a job."""
-    finished, old = job.beside(SETTINGS_NAME), job.beside("manifest.json")
-    if not job.out.exists() or finished.is_file() or (job.work / SETTINGS_NAME).is_file():
-        return
-    what = "so --overwrite does not replace it" if overwrite else "so it cannot be resumed"
-    why = (
-        f"is of stepkd 0.1 ({old.name})"
-        if old.is_file()
-        else f"is there and has no {finished.name} beside it: it is no result of stepkd score"
-    )
-    raise ConfigError(f"{job.out} {why}, {what}; give another --out")

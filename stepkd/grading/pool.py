@@ -32,14 +32,14 @@ from enum import StrEnum
 from multiprocessing.connection import Pipe
 from typing import Any, Literal
 
-from stepkd.errors import ConfigError, DataError, StepkdError, check_choice
+from stepkd.errors import DataError, StepkdError, check_bounds
 from stepkd.grading.extract import DEFAULT_EXTRACTORS, check_extractors, extract_answer, is_linear
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
 
 _START_LIMIT_S = 120.0
 """A fresh worker imports sympy; on a cold network file system that takes tens of seconds."""
 _START_ATTEMPTS = 3
-_MIN_MEMORY_MB = 192
+_MIN_MEMORY_MB = 192  # of math-verify alone
 _WALL_FACTOR = 30.0
 """Wall-clock seconds per second of CPU time before a worker counts as stuck: a busy machine is no answer's fault."""
 _WATCH_S = 0.5
@@ -76,13 +76,7 @@ class GradingConfig:
     """Cap on a grading process's address space in MiB, at least 192; 1024 ends an answer that would fill the memory."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; the grader needs at least 1")
-        if not 0 < self.deadline_s < float("inf"):
-            raise ConfigError(f"deadline_s is {self.deadline_s}; give a positive, finite number of seconds")
-        if self.memory_mb < _MIN_MEMORY_MB:
-            raise ConfigError(f"memory_mb is {self.memory_mb}; math-verify alone needs {_MIN_MEMORY_MB}")
-        check_choice("convention", self.convention, ("stepkd", "prm800k"))
+        check_bounds("grading.", self, workers="[1, inf)", deadline_s="(0, inf)", memory_mb=f"[{_MIN_MEMORY_MB}, inf)")
         if self.extractors is not None:
             object.__setattr__(self, "extractors", check_extractors(self.extractors))
 

@@ -326,9 +326,12 @@ def _export(it: Iteration) -> dict[str, Any]:
 
 def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     from stepkd.data.rows import PROBLEM
-    from stepkd.evaluation.runner import EvaluationConfig, evaluate
+    from stepkd.evaluation.config import EvaluateConfig
+    from stepkd.evaluation.runner import evaluate
+    from stepkd.grading.pool import GradingConfig
     from stepkd.labels.settings import asking
     from stepkd.models.source import template_for
+    from stepkd.sampling.sampler import SamplingConfig
     from stepkd.tasks.rows import is_task_row
 
     job = it.spec.held_out_spec(out=str(folder), model=it.model(it.k))
@@ -337,20 +340,22 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     is_task = all(map(is_task_row, load_rows(problems, contract=PROBLEM)))
     how = asking(problems.source, is_task=is_task)  # prompt, extractors and length are those of the sampled solutions
     summary = evaluate(
-        EvaluationConfig(
+        EvaluateConfig(
             model=job.model or "",
             benchmark=benchmark,
             data=data,
             out=str(folder),
-            max_new_tokens=job.max_new_tokens or how.max_new_tokens,
-            stop=job.stop,
+            sampling=SamplingConfig(
+                temperature=0.0,
+                max_new_tokens=job.max_new_tokens or how.max_new_tokens,
+                stop=job.stop,
+                seed=job.seed,
+            ),
+            grading=GradingConfig(extractors=job.extractors or how.extractors, deadline_s=job.deadline_s),
             template=template_for(str(job.model), how.template, job.template),
-            extractors=job.extractors or how.extractors,
-            deadline_s=job.deadline_s,
-            dtype=job.dtype,
+            dtype=job.dtype,  # type: ignore[arg-type]
             device=job.device,
             max_rows=job.max_rows,
-            seed=job.seed,
         )
     )
     return {"pass@1": summary["metrics"]["pass@1"]}

@@ -167,7 +167,7 @@ class PRMModule(StepModule):
     def next_commands(self, run: str) -> list[str]:
         """A reward model is judged and used, not sampled from."""
         return [
-            f"judge:  stepkd evaluate --model {run} {self._evaluation(steps=True)} --out ...",
-            f"score:  stepkd score --model {run} --rollouts ... --out ...",
+            f"judge:  stepkd evaluate-prm --scorer {run} {self._evaluation(steps=True)} --out ...",
+            f"score:  stepkd score --scorer {run} --rollouts ... --out ...",
             f"export: stepkd export {run} --to ...",
         ]

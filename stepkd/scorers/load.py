@@ -15,9 +15,15 @@ from stepkd.scorers.scorer import StepScorer
 if TYPE_CHECKING:
     import torch
 
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+"""Numeric type of a model's weights."""
+
 
 class ScorerConfig(ABC):
     """What scores steps: one of the classes below, or one word (:func:`scorer_of`)."""
+
+    def __str__(self) -> str:
+        return str(getattr(self, "path", type(self).__name__.lower()))
 
     @abstractmethod
     def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
@@ -74,7 +80,7 @@ class _Reader(ScorerConfig):
     """Model that scores: run folder, checkpoint, model folder, export or hub id."""
     template: str | PromptTemplate | None = None
     """Prompt template: a built-in name or a YAML file; the default is the model's own, that of its training."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    dtype: DType | None = None
     """Numeric type of the weights; the default keeps the one they are stored in."""
     attention: str | None = None
     """Attention implementation (sdpa, eager, flash_attention_2); the default lets transformers choose."""

@@ -41,8 +41,9 @@ COMMANDS = {
     "export": "export tiny-0.1m --to {out}",
     "label": f"label --labeller checker --model tiny-0.1m --problems {PROBLEMS} --max-new-tokens 8 --out {{out}}",
     "convert": "label --convert {rows} --to binary --out {out}.jsonl",
-    "score": "score --model checker --rollouts {rows} --out {out}.jsonl",
-    "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular,n=2 --max-new-tokens 8 --out {out}",
+    "score": "score --scorer checker --rollouts {rows} --out {out}",
+    "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular,n=2 --sampling.max-new-tokens 8 "
+    "--out {out}",
     "cache-teacher": "cache-teacher --recipe tiny/gkd {tiny} --set model.init_args.teacher.path=tiny-0.1m "
     "--set model.init_args.source.student=0.0 --top-k 4 --out {out}",
     "iterate": "iterate --config {iterate} --model tiny-0.1m --iterations 1 --out {out}",

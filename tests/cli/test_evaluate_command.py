@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from stepkd.cli import main
-from stepkd.data.benchmarks import BENCHMARKS, PROCESS_BENCHMARKS
+from stepkd.data.benchmarks import BENCHMARKS
 from stepkd.data.templates import EXEMPLARS
 from stepkd.runs.job import read_results, read_settings
 from stepkd.runs.launcher import LaunchInfo
 
 SMALL = ["--model", "tiny-0.1m", "--benchmark", "task", "--data", "task=modular:terms=3,n=4", "--device", "cpu"]
-SHORT = ["--max-new-tokens", "8", "--batch-size", "2"]
+SHORT = ["--sampling.max-new-tokens", "8", "--max-rows", "2"]
 
 
 def run(*arguments: str) -> int:
@@ -28,7 +28,21 @@ def prompt(out: Path) -> str:
 
 def test_run_and_summary_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "an [odd] name"
-    assert run("--out", str(out), "--samples", "2", "--temperature", "0.9", "--dtype", "float64", "--seed", "3") == 0
+    assert (
+        run(
+            "--out",
+            str(out),
+            "--sampling.n",
+            "2",
+            "--sampling.temperature",
+            "0.9",
+            "--dtype",
+            "float64",
+            "--sampling.seed",
+            "3",
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert re.search(r"evaluating 4/4  correct \d+\.\d%  [\d.k]+ tokens/s", shown)
     for text in ("tiny-0.1m on task: 4 problems", "pass@1", "pass@2", "maj@2", "unparsed_rate", "95%"):
@@ -67,8 +81,31 @@ def test_prompt_overrides(tmp_path: Path) -> None:
 
 
 def test_other_overrides_reach_the_settings(tmp_path: Path) -> None:
-    flags = ["--extractors", "boxed", "hash", "--deadline", "1.5", "--stop", "a", "--stop", "b", "--attention", "eager"]
-    flags += ["--samples", "2", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "5", "--ks", "2"]
+    flags = [
+        "--grading.extractors",
+        "boxed",
+        "hash",
+        "--grading.deadline_s",
+        "1.5",
+        "--sampling.stop",
+        "a",
+        "--sampling.stop",
+        "b",
+        "--attention",
+        "eager",
+    ]
+    flags += [
+        "--sampling.n",
+        "2",
+        "--sampling.temperature",
+        "0.5",
+        "--sampling.top-p",
+        "0.9",
+        "--sampling.top-k",
+        "5",
+        "--ks",
+        "2",
+    ]
     assert run("--out", str(tmp_path / "o"), "--limit", "1", *flags) == 0
     settings = read_settings(tmp_path / "o")
     assert settings["extractors"] == ["boxed", "hash"]
@@ -84,9 +121,9 @@ def test_other_overrides_reach_the_settings(tmp_path: Path) -> None:
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     assert run("--out", str(a)) == 0
-    assert run("--out", str(b), "--seed", "1") == 0
+    assert run("--out", str(b), "--sampling.seed", "1") == 0
     capsys.readouterr()
-    assert main(["evaluate", "--compare", str(a), str(b), "--out", str(tmp_path / "new" / "c")]) == 0
+    assert main(["compare", str(a), str(b), "--out", str(tmp_path / "new" / "c")]) == 0
     shown = capsys.readouterr().out
     assert "task: 4 problems in both runs" in shown
     assert "exact McNemar p = 1" in shown
@@ -96,23 +133,23 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_compare_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "no settings of a job there" in capsys.readouterr().err
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--list"]) == 0
+    assert main(["benchmarks"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*BENCHMARKS, *PROCESS_BENCHMARKS]
-    assert all(len(line.split()) > 3 for line in lines)
+    assert [line.split()[0] for line in lines[:-2]] == [*BENCHMARKS]
+    assert "stepkd evaluate-prm" in lines[-1]
 
 
 def test_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "o"
     assert run("--out", str(out)) == 0
-    assert run("--out", str(out), "--seed", "1") == 2
+    assert run("--out", str(out), "--sampling.seed", "1") == 2
     assert "seed: 0 then, 1 now" in capsys.readouterr().err
-    assert run("--out", str(out), "--seed", "1", "--overwrite") == 0
+    assert run("--out", str(out), "--sampling.seed", "1", "--overwrite") == 0
     assert read_settings(out)["seed"] == 1
     other = tmp_path / "other"
     other.mkdir()
@@ -125,15 +162,18 @@ def test_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --model and --out (or --compare A B, or --list)"),
-        (["--model", "tiny-0.1m"], "give --model and --out"),
+        (["--out", "{out}"], "give --model"),
+        (["--model", "tiny-0.1m"], "give --out"),
         (["--model", "tiny-0.1m", "--out", "{out}", "--benchmark", "gsm9k"], "unknown benchmark 'gsm9k'. Did you mean"),
-        ([*SMALL, "--out", "{out}", "--samples", "4"], "4 samples at temperature 0 would all be the same"),
+        ([*SMALL, "--out", "{out}", "--sampling.n", "4"], "4 samples at temperature 0 would all be the same"),
         ([*SMALL, "--out", "{out}", "--ks", "3"], "k=3 of pass@k"),
         ([*SMALL, "--out", "{out}", "--few-shot", "9"], "few_shot=9: there are 4 built-in examples"),
-        ([*SMALL, "--out", "{out}", "--batch-size", "0"], "max_rows=0"),
-        ([*SMALL, "--out", "{out}", "--max-new-tokens", "0"], "max_new_tokens=0: must be at least 1"),
+        ([*SMALL, "--out", "{out}", "--max-rows", "0"], "max_rows=0"),
+        ([*SMALL, "--out", "{out}", "--sampling.max-new-tokens", "0"], "max_new_tokens=0: must be at least 1"),
         ([*SMALL, "--out", "{out}", "--limit", "0"], "limit=0"),
+        ([*SMALL, "--out", "{out}", "--temperature", "1"], "did you mean --sampling.temperature?"),
+        ([*SMALL, "--out", "{out}", "--threshold", "0.4"], "'threshold' is not a setting"),
+        (["--benchmark", "processbench", "--model", "m", "--out", "{out}"], "stepkd evaluate-prm"),
         (["--model", "runs/none/here", "--benchmark", "task", "--out", "{out}"], "no model folder at runs/none/here"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -162,7 +202,7 @@ def test_ranks_of_a_launcher_share_the_problems(
     for rank, said in enumerate(("rank 0 has done its share; the last rank to finish writes the results", "pass@1")):
         info = LaunchInfo(launcher="elastic", rank=rank, local_rank=rank, world_size=2, local_world_size=2)
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-        monkeypatch.setattr("stepkd.runs.launcher.check_launch", lambda info=info: info)
+        monkeypatch.setattr("stepkd.runs.job.check_launch", lambda info=info: info)
         assert run("--out", str(tmp_path / "shared")) == 0
         shown = capsys.readouterr().out
         assert f"rank {rank}: evaluating 2/2" in shown
@@ -176,5 +216,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["evaluate", "--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for option in ("--model", "--benchmark", "--data", "--samples", "--compare", "--overwrite", "--few-shot"):
+    for option in (
+        "--model",
+        "--benchmark",
+        "--data",
+        "--sampling.n",
+        "--grading.extractors",
+        "--overwrite",
+        "--few_shot",
+    ):
         assert option in shown

@@ -35,15 +35,15 @@ data:
     overlap_ngram: 0
 """
 COMMANDS = {
-    "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular:terms=3,n=40 --samples 2 "
-    "--temperature 1 --max-new-tokens 60 --batch-size 2 --device cpu --out {out}",
-    "score": "score --model judge:tiny-0.1m --rollouts {data}/rows.jsonl --batch-size 1 "
-    "--answers Y N --device cpu --out {out}.jsonl",
+    "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular:terms=3,n=40 --sampling.n 2 "
+    "--sampling.temperature 1 --sampling.max-new-tokens 60 --max-rows 2 --device cpu --out {out}",
+    "score": "score --scorer Judge --scorer.path tiny-0.1m --rollouts {data}/rows.jsonl --max-rows 1 "
+    "--scorer.answers Y N --device cpu --out {out}",
     "cache-teacher": "cache-teacher --recipe {data}/gkd.yaml --validation false --top-k 6 --device cpu --out {out}",
 }
 OUTPUTS = {
     "evaluate": ("{out}/settings.json", "{out}/results.jsonl", "{out}/summary.json"),
-    "score": ("{out}.jsonl", "{out}.settings.json"),
+    "score": ("{out}/settings.json", "{out}/results.jsonl", "{out}/summary.json"),
     "cache-teacher": ("{out}/settings.json", *(f"{{out}}/parts/completions/{n:06d}.parquet" for n in range(16))),
 }
 
@@ -63,7 +63,7 @@ class Runs:
         self.command = command
         self.words = COMMANDS[command].format(data=data, out=out).split()
         self.outputs = [Path(name.format(out=out)) for name in OUTPUTS[command]]
-        self.job = Path(f"{out}.jsonl.work") if command == "score" else out
+        self.job = out
 
     def start(self, ranks: int) -> subprocess.Popen[bytes]:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []

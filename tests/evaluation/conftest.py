@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stepkd.evaluation.runner import EvaluationConfig
+from stepkd.evaluation.config import EvaluateConfig
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
+from stepkd.sampling.sampler import SamplingConfig
 
 
 @pytest.fixture(scope="session")
@@ -17,13 +18,13 @@ def policy() -> Policy:
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> EvaluationConfig:
-    return EvaluationConfig(
+def spec(tmp_path: Path) -> EvaluateConfig:
+    return EvaluateConfig(
         model="tiny-0.1m",
         benchmark="task",
         data="task=modular:terms=3,n=7",
         out=str(tmp_path / "out"),
-        max_new_tokens=24,
+        sampling=SamplingConfig(temperature=0.0, max_new_tokens=24),
         max_rows=2,
         dtype="float64",
         device="cpu",

@@ -38,17 +38,17 @@ def test_a_policy_is_evaluated_on_problems_like_its_own(spec: DataConfig | None,
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        (DataConfig(source="math_shepherd", split="train"), "--benchmark processbench"),
-        (None, "--benchmark processbench"),
-        (DataConfig(path="steps.jsonl"), "--benchmark step_labels --data steps.jsonl"),
+        (DataConfig(source="math_shepherd", split="train"), "--sets gsm8k math"),
+        (None, "--sets gsm8k math"),
+        (DataConfig(path="steps.jsonl"), "--sets steps.jsonl"),
         (
             DataConfig(source="task", split="validation", options={**TINY, "noise": {"rate": 0.3}}),
-            "--benchmark step_labels --data task:task=modular:terms=4,n=128,noise.rate=0.3,split=validation",
+            "--sets task:task=modular:terms=4,n=128,noise.rate=0.3,split=validation",
         ),
     ],
 )
 def test_a_reward_model_is_judged_on_steps_like_its_own(spec: DataConfig | None, expected: str) -> None:
     found = next_evaluation(spec, "task", steps=True)
     assert found == expected
-    if spec is not None and "--data" in expected:
-        assert parse_spec(shlex.split(found)[3]) == spec
+    if spec is not None and "math" not in expected:
+        assert parse_spec(shlex.split(found)[1]) == spec

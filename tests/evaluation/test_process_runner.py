@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError, DataError
+from stepkd.evaluation.config import EvaluatePRMConfig
 from stepkd.evaluation.process import compare_process
-from stepkd.evaluation.process_runner import ProcessConfig, evaluate_process
+from stepkd.evaluation.process_runner import evaluate_process
 from stepkd.runs.job import JobOptions, read_results
 from stepkd.scorers.scorer import Meaning, Solutions
 
@@ -55,8 +57,8 @@ def data(tmp_path: Path) -> str:
     return f"rows:path={path}"
 
 
-def spec(data: str, out: Path, **settings: Any) -> ProcessConfig:
-    return ProcessConfig(model="m", benchmark="step_labels", data=data, out=str(out), **{"batch_size": 2, **settings})
+def spec(data: str, out: Path, **settings: Any) -> EvaluatePRMConfig:
+    return EvaluatePRMConfig(scorer="m", sets=(data,), out=str(out), **{"max_rows": 2, **settings})
 
 
 def test_summary_by_hand(data: str, tmp_path: Path) -> None:
@@ -152,17 +154,16 @@ def test_no_order_swaps_without_a_checker(data: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"benchmark": "processbenhc"}, "Did you mean 'processbench'"),
         ({"threshold": 1.0}, "must lie between 0 and 1"),
-        ({"benchmark": "step_labels"}, "step_labels needs --data"),
-        ({"subsets": ("gsm",)}, "unknown subset 'gsm'"),
-        ({"limit": 0}, "at least one solution"),
-        ({"batch_size": 0}, "at least one solution at once"),
+        ({"sets": ("gsm8",)}, "no set 'gsm8'. Did you mean 'gsm8k'?"),
+        ({"tune_on": "mth"}, "no set 'mth'. Did you mean 'math'?"),
+        ({"limit": 0}, "limit=0: must be at least 1"),
+        ({"max_rows": 0}, "max_rows=0: must be at least 1"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ProcessConfig(**{"model": "m", **settings})
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        evaluate_process(EvaluatePRMConfig(**{"scorer": "checker", "out": "x", **settings}))
 
 
 def test_bad_rows_and_scorers(data: str, tmp_path: Path) -> None:
@@ -206,7 +207,9 @@ def test_sets_of_one_kind_give_what_they_can(kept: str, undefined: str, tmp_path
 
 
 def test_processbench_subsets(data_dir: Path, tmp_path: Path) -> None:
-    settings = ProcessConfig(model="m", data=str(data_dir / "processbench"), out=str(tmp_path / "out"), limit=40)
+    settings = EvaluatePRMConfig(
+        scorer="m", processbench=str(data_dir / "processbench"), out=str(tmp_path / "out"), limit=40
+    )
 
     class Length(Scripted):
         def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:

@@ -16,8 +16,9 @@ import pytest
 
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError, MachineError, ModelError, StepkdError
+from stepkd.evaluation.config import EvaluateConfig
 from stepkd.evaluation.metrics import summarise
-from stepkd.evaluation.runner import EvaluationConfig, evaluate
+from stepkd.evaluation.runner import evaluate
 from stepkd.models.checkpoint import tokenizer_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
@@ -51,14 +52,22 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 # ---- what a run leaves behind --------------------------------------------------------------------------------------
 
 
-def test_folder(spec: EvaluationConfig, policy: Policy) -> None:
+def changed(spec: EvaluateConfig, **changes: Any) -> EvaluateConfig:
+    """The settings with others in place of some, wherever they stand."""
+    for part in ("sampling", "grading"):
+        own = {name: changes.pop(name) for name in list(changes) if hasattr(getattr(spec, part), name)}
+        spec = replace(spec, **{part: replace(getattr(spec, part), **own)})
+    return replace(spec, **changes)
+
+
+def test_folder(spec: EvaluateConfig, policy: Policy) -> None:
     reports: list[tuple[int, int]] = []
 
     def report(phase: str, done: int, total: int, figures: Any) -> None:
         assert (phase, set(figures)) == ("problems", {"correct", "tokens/s"})
         reports.append((done, total))
 
-    sampled = replace(spec, samples=3, temperature=1.0, limit=5, max_rows=6)
+    sampled = changed(spec, n=3, temperature=1.0, limit=5, max_rows=6)
     summary = evaluate(sampled, policy=policy, options=JobOptions(report=report))
     assert names(spec.out) == FOLDER
     assert reports == [(2, 5), (4, 5), (5, 5)]
@@ -78,7 +87,7 @@ def test_folder(spec: EvaluationConfig, policy: Policy) -> None:
     assert (written["benchmark"], written["model"], written["samples"]) == ("task", "tiny-0.1m", 15)
 
 
-def test_times_and_hosts_stand_in_the_log_only(spec: EvaluationConfig, policy: Policy) -> None:
+def test_times_and_hosts_stand_in_the_log_only(spec: EvaluateConfig, policy: Policy) -> None:
     evaluate(spec, policy=policy)
     log = [json.loads(line) for line in (Path(spec.out) / "log" / "rank-0.jsonl").read_text().splitlines()]
     assert log[0]["host"]
@@ -88,8 +97,8 @@ def test_times_and_hosts_stand_in_the_log_only(spec: EvaluationConfig, policy: P
         assert log[0]["host"].encode() not in content or len(log[0]["host"]) < 3
 
 
-def test_settings(spec: EvaluationConfig, policy: Policy) -> None:
-    settings = evaluate(replace(spec, limit=2, stop=("x",), seed=7), policy=policy)["settings"]
+def test_settings(spec: EvaluateConfig, policy: Policy) -> None:
+    settings = evaluate(changed(spec, limit=2, stop=("x",), seed=7), policy=policy)["settings"]
     assert settings == read_settings(spec.out)
     assert settings["model"]["name"] == "tiny-0.1m"
     assert re.fullmatch("[0-9a-f]{16}", settings["model"]["weights"])
@@ -112,11 +121,11 @@ def test_settings(spec: EvaluationConfig, policy: Policy) -> None:
         assert len(private) < 3 or private not in json.dumps(settings)
 
 
-def test_the_data_fingerprint_covers_the_whole_file(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
+def test_the_data_fingerprint_covers_the_whole_file(spec: EvaluateConfig, policy: Policy, tmp_path: Path) -> None:
     data = write(tmp_path / "p.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)])
     found = [
         evaluate(
-            replace(spec, benchmark="rows", data=data, limit=limit, out=str(tmp_path / str(limit))), policy=policy
+            changed(spec, benchmark="rows", data=data, limit=limit, out=str(tmp_path / str(limit))), policy=policy
         )["settings"]
         for limit in (1, 2)
     ]
@@ -124,7 +133,7 @@ def test_the_data_fingerprint_covers_the_whole_file(spec: EvaluationConfig, poli
     assert prints[0] == prints[1]
     write(tmp_path / "p.jsonl", [{"prompt": f"{i}+1=", "answer": str(i + 2)} for i in range(4)])
     with pytest.raises(ConfigError, match=r"benchmark\.data: "):
-        evaluate(replace(spec, benchmark="rows", data=data, limit=1, out=str(tmp_path / "1")), policy=policy)
+        evaluate(changed(spec, benchmark="rows", data=data, limit=1, out=str(tmp_path / "1")), policy=policy)
 
 
 def test_tokenizer_fingerprint_sees_the_vocabulary_and_not_the_last_call(policy: Policy) -> None:
@@ -142,9 +151,9 @@ def test_tokenizer_fingerprint_sees_the_vocabulary_and_not_the_last_call(policy:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_whatever_is_missing_the_run_ends_with_the_same_bytes(
-    spec: EvaluationConfig, policy: Policy, tmp_path: Path, ranks: int
+    spec: EvaluateConfig, policy: Policy, tmp_path: Path, ranks: int
 ) -> None:
-    sampled = replace(spec, samples=2, temperature=1.0, max_rows=4, max_new_tokens=12)
+    sampled = changed(spec, n=2, temperature=1.0, max_rows=4, max_new_tokens=12)
     uninterrupted = evaluate(sampled, policy=policy)
     assert len(list((Path(spec.out) / "parts" / "problems").iterdir())) == 4
     for kept in (0, 1, 3):
@@ -153,18 +162,18 @@ def test_whatever_is_missing_the_run_ends_with_the_same_bytes(
         for part in sorted((out / "parts" / "problems").iterdir())[kept:]:
             part.unlink()
         summaries = [
-            evaluate(replace(sampled, out=str(out)), policy=policy, options=JobOptions(rank=rank, world_size=ranks))
+            evaluate(changed(sampled, out=str(out)), policy=policy, options=JobOptions(rank=rank, world_size=ranks))
             for rank in range(ranks)
         ]
         assert summaries[-1]["metrics"] == uninterrupted["metrics"]
         assert whole(out) == whole(spec.out)
     # A finished run is not sampled again, only summarised, also for other k.
     before = (Path(spec.out) / "results.jsonl").read_bytes()
-    assert set(evaluate(replace(sampled, ks=(2,)), policy=policy)["metrics"]) >= {"pass@1", "pass@2"}
+    assert set(evaluate(changed(sampled, ks=(2,)), policy=policy)["metrics"]) >= {"pass@1", "pass@2"}
     assert (Path(spec.out) / "results.jsonl").read_bytes() == before
 
 
-def test_a_rank_that_is_done_leaves_the_results_to_the_last_one(spec: EvaluationConfig, policy: Policy) -> None:
+def test_a_rank_that_is_done_leaves_the_results_to_the_last_one(spec: EvaluateConfig, policy: Policy) -> None:
     assert evaluate(spec, policy=policy, options=JobOptions(rank=1, world_size=2)) == {}
     assert names(spec.out) == ["log", "parts", "settings.json"]
     assert len(read_results(spec.out)) == 3, "what there is so far can be read"
@@ -192,16 +201,16 @@ def test_a_rank_that_is_done_leaves_the_results_to_the_last_one(spec: Evaluation
     ids=str,
 )
 def test_changed_settings_are_refused_by_name(
-    spec: EvaluationConfig, policy: Policy, changes: dict[str, Any], key: str
+    spec: EvaluateConfig, policy: Policy, changes: dict[str, Any], key: str
 ) -> None:
     evaluate(spec, policy=policy)
     before = whole(spec.out)
     with pytest.raises(ConfigError, match=rf"(?s)begun under other settings.*  {re.escape(key)}.*another --out"):
-        evaluate(replace(spec, **changes), policy=policy)
+        evaluate(changed(spec, **changes), policy=policy)
     assert whole(spec.out) == before
 
 
-def test_changed_weights_are_refused(spec: EvaluationConfig, policy: Policy) -> None:
+def test_changed_weights_are_refused(spec: EvaluateConfig, policy: Policy) -> None:
     evaluate(spec, policy=policy)
     other = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64", init_seed=1))
     with pytest.raises(ConfigError, match=r"model\.weights: "):
@@ -211,15 +220,15 @@ def test_changed_weights_are_refused(spec: EvaluationConfig, policy: Policy) -> 
 # ---- what does not change the results ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [{}, {"samples": 3, "temperature": 1.0, "top_p": 0.95}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [{}, {"n": 3, "temperature": 1.0, "top_p": 0.95}], ids=["greedy", "sampled"])
 def test_rows_do_not_depend_on_the_batch_size(
-    spec: EvaluationConfig, policy: Policy, sampling: dict[str, Any], tmp_path: Path
+    spec: EvaluateConfig, policy: Policy, sampling: dict[str, Any], tmp_path: Path
 ) -> None:
     data = "task=modular:terms=2-6,n=9"  # prompts of different lengths, so that batches are padded
     found, logprobs = [], []
     for rows in (1, 2, 5, 64):
         out = str(tmp_path / str(rows))
-        evaluate(replace(spec, **sampling, data=data, max_rows=rows, max_new_tokens=12, out=out), policy=policy)
+        evaluate(changed(spec, **sampling, data=data, max_rows=rows, max_new_tokens=12, out=out), policy=policy)
         records = [sample for row in read_results(out) for sample in row["samples"]]
         logprobs.append([record.pop("logprob") for record in records])
         found.append(records)
@@ -227,41 +236,41 @@ def test_rows_do_not_depend_on_the_batch_size(
     assert all(values == pytest.approx(logprobs[0], abs=1e-9) for values in logprobs)
 
 
-def test_rows_do_not_depend_on_the_limit(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
-    sampled = replace(spec, samples=2, temperature=1.0)
+def test_rows_do_not_depend_on_the_limit(spec: EvaluateConfig, policy: Policy, tmp_path: Path) -> None:
+    sampled = changed(spec, n=2, temperature=1.0)
     evaluate(sampled, policy=policy)
-    evaluate(replace(sampled, limit=3, out=str(tmp_path / "three")), policy=policy)
+    evaluate(changed(sampled, limit=3, out=str(tmp_path / "three")), policy=policy)
     assert [[s["completion"] for s in row] for row in samples(tmp_path / "three")] == [
         [s["completion"] for s in row] for row in samples(spec.out)[:3]
     ]
 
 
-def test_loads_the_model_it_is_given(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
-    evaluate(replace(spec, limit=2), policy=policy)
-    evaluate(replace(spec, limit=2, out=str(tmp_path / "loaded")))
+def test_loads_the_model_it_is_given(spec: EvaluateConfig, policy: Policy, tmp_path: Path) -> None:
+    evaluate(changed(spec, limit=2), policy=policy)
+    evaluate(changed(spec, limit=2, out=str(tmp_path / "loaded")))
     assert whole(tmp_path / "loaded") == whole(spec.out)
-    settings = evaluate(replace(spec, limit=1, dtype="float32", out=str(tmp_path / "single")))["settings"]
+    settings = evaluate(changed(spec, limit=1, dtype="float32", out=str(tmp_path / "single")))["settings"]
     assert settings["dtype"] == "float32"
 
 
 # ---- prompts and data ----------------------------------------------------------------------------------------------
 
 
-def test_template_overrides_change_prompt_and_id(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
+def test_template_overrides_change_prompt_and_id(spec: EvaluateConfig, policy: Policy, tmp_path: Path) -> None:
     base = PromptTemplate(style="plain", plain="Q: {prompt}\nA: ")
     templates = [base, replace(base, few_shot=1), replace(base, system="Be brief."), replace(base, style="chat")]
     ids, prompts = set(), set()
     for number, template in enumerate(templates):
         out = str(tmp_path / str(number))
-        ids.add(evaluate(replace(spec, limit=1, template=template, out=out), policy=policy)["settings"]["prompt"])
+        ids.add(evaluate(changed(spec, limit=1, template=template, out=out), policy=policy)["settings"]["prompt"])
         prompts.add(read_results(out)[0]["prompt"])
     assert len(ids) == len(prompts) == len(templates)
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math500"])
-def test_real_problems(name: str, spec: EvaluationConfig, policy: Policy, data_dir: Path) -> None:
+def test_real_problems(name: str, spec: EvaluateConfig, policy: Policy, data_dir: Path) -> None:
     summary = evaluate(
-        replace(spec, benchmark=name, data=str(data_dir / name), limit=2, max_new_tokens=8), policy=policy
+        changed(spec, benchmark=name, data=str(data_dir / name), limit=2, max_new_tokens=8), policy=policy
     )
     assert (summary["problems"], summary["metrics"]["mean_tokens"]["value"] <= 8) == (2, True)
     assert "step_accuracy" not in summary["metrics"]
@@ -276,17 +285,17 @@ def test_real_problems(name: str, spec: EvaluationConfig, policy: Policy, data_d
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 2}, "2 samples at temperature 0 would all be the same: set --temperature"),
-        ({"limit": 0}, "limit=0: at least one problem"),
+        ({"n": 2}, "2 samples at temperature 0 would all be the same: set sampling.temperature"),
+        ({"limit": 0}, "limit=0: must be at least 1"),
         ({"max_rows": 0}, "max_rows=0"),
         ({"ks": (2,)}, r"k=2 of pass@k: must lie between 1 and the number of samples per problem, 1"),
         ({"ks": (0,)}, "k=0 of pass@k"),
     ],
     ids=str,
 )
-def test_contradicting_settings(spec: EvaluationConfig, changes: dict[str, Any], message: str) -> None:
+def test_contradicting_settings(spec: EvaluateConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        replace(spec, **changes)
+        changed(spec, **changes)
 
 
 @pytest.mark.parametrize(
@@ -294,11 +303,11 @@ def test_contradicting_settings(spec: EvaluationConfig, changes: dict[str, Any],
     [
         ({"benchmark": "gms8k"}, ConfigError, "unknown benchmark 'gms8k'. Did you mean 'gsm8k'?"),
         ({"extractors": ("hahs",)}, ConfigError, "hahs"),
-        ({"deadline_s": 0.0}, ConfigError, "deadline_s is 0.0"),
-        ({"convention": "prm"}, ConfigError, "convention is 'prm'; known: stepkd, prm800k"),
+        ({"deadline_s": 0.0}, ConfigError, "grading.deadline_s=0.0: must be positive"),
+        ({"convention": "prm"}, ConfigError, "unknown grading.convention 'prm'"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0: must be at least 1"),
         ({"temperature": -1.0}, ConfigError, "temperature=-1.0"),
-        ({"samples": 0}, ConfigError, "n=0: at least one sample per prompt"),
+        ({"n": 0}, ConfigError, "n=0: at least one sample per prompt"),
         ({"template": "gsm"}, ConfigError, "no prompt template named 'gsm'"),
         ({"device": "gpu"}, ConfigError, "device='gpu': must be auto, cpu, cuda or cuda:N"),
         ({"data": "nowhere.jsonl", "benchmark": "rows"}, DataError, "nowhere.jsonl: no such file"),
@@ -307,10 +316,10 @@ def test_contradicting_settings(spec: EvaluationConfig, changes: dict[str, Any],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_bad_settings_leave_nothing_behind(
-    spec: EvaluationConfig, changes: dict[str, Any], error: type[Exception], message: str
+    spec: EvaluateConfig, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
-        evaluate(replace(spec, **changes))
+        evaluate(changed(spec, **changes))
     assert not Path(spec.out).exists()
 
 
@@ -329,28 +338,28 @@ def test_bad_settings_leave_nothing_behind(
     ],
     ids=["empty", "corrupt", "missing", "type", "id", "long"],
 )
-def test_bad_files(spec: EvaluationConfig, policy: Policy, tmp_path: Path, lines: list[str], message: str) -> None:
+def test_bad_files(spec: EvaluateConfig, policy: Policy, tmp_path: Path, lines: list[str], message: str) -> None:
     (tmp_path / "p.jsonl").write_text("".join(line + "\n" for line in lines))
     with pytest.raises(DataError, match=re.escape(message)):
-        evaluate(replace(spec, benchmark="rows", data=str(tmp_path / "p.jsonl")), policy=policy)
+        evaluate(changed(spec, benchmark="rows", data=str(tmp_path / "p.jsonl")), policy=policy)
     assert not Path(spec.out).exists()
 
 
-def test_cuda_that_is_not_there(spec: EvaluationConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_that_is_not_there(spec: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="device='cuda', but no CUDA device is available: use --device cpu"):
-        evaluate(replace(spec, device="cuda"))
+        evaluate(changed(spec, device="cuda"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"device='cuda:3', but this machine has 1 CUDA device\(s\)"):
-        evaluate(replace(spec, device="cuda:3"))
+        evaluate(changed(spec, device="cuda:3"))
 
 
 @pytest.mark.parametrize("failing", ["problems/000002.jsonl", "results.jsonl", "summary.json"])
 def test_a_full_disk_keeps_what_is_done(
-    spec: EvaluationConfig, policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+    spec: EvaluateConfig, policy: Policy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
 ) -> None:
-    evaluate(replace(spec, out=str(tmp_path / "whole")), policy=policy)
+    evaluate(changed(spec, out=str(tmp_path / "whole")), policy=policy)
 
     def full(source: Path, target: Path) -> None:
         if str(target).endswith(failing):
@@ -370,15 +379,15 @@ def test_a_full_disk_keeps_what_is_done(
 # ---- the folder: never anything of somebody else's, never silently overwritten ------------------------------------
 
 
-def test_killed_while_the_settings_were_written(spec: EvaluationConfig, policy: Policy) -> None:
+def test_killed_while_the_settings_were_written(spec: EvaluateConfig, policy: Policy) -> None:
     out = Path(spec.out)
     out.mkdir()
     (out / ".settings.json.4711.tmp").write_text('{"form')
-    assert evaluate(replace(spec, limit=1), policy=policy)["problems"] == 1
+    assert evaluate(changed(spec, limit=1), policy=policy)["problems"] == 1
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "results.jsonl", "summary.json"])
-def test_folder_of_something_else(spec: EvaluationConfig, policy: Policy, name: str) -> None:
+def test_folder_of_something_else(spec: EvaluateConfig, policy: Policy, name: str) -> None:
     out = Path(spec.out)
     out.mkdir()
     (out / name).write_text("mine")
@@ -388,47 +397,47 @@ def test_folder_of_something_else(spec: EvaluationConfig, policy: Policy, name: 
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
 
 
-def test_folder_of_version_0_1(spec: EvaluationConfig, policy: Policy) -> None:
+def test_folder_of_version_0_1(spec: EvaluateConfig, policy: Policy) -> None:
     write_json(Path(spec.out) / "manifest.json", {"format": 1})
     with pytest.raises(ConfigError, match=r"is of stepkd 0\.1 \(manifest\.json\), whose jobs this version cannot"):
         evaluate(spec, policy=policy, options=AGAIN)
 
 
-def test_out_is_no_folder(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
+def test_out_is_no_folder(spec: EvaluateConfig, policy: Policy, tmp_path: Path) -> None:
     Path(spec.out).write_text("mine")
     with pytest.raises(ConfigError, match="out is a file: give a folder"):
         evaluate(spec, policy=policy)
     with pytest.raises(StepkdError, match=r"cannot write .*settings\.json: Not a directory"):
-        evaluate(replace(spec, out=f"{spec.out}/out"), policy=policy)
+        evaluate(changed(spec, out=f"{spec.out}/out"), policy=policy)
 
 
-def test_overwrite(spec: EvaluationConfig, policy: Policy, tmp_path: Path) -> None:
+def test_overwrite(spec: EvaluateConfig, policy: Policy, tmp_path: Path) -> None:
     assert evaluate(spec, policy=policy, options=AGAIN)["problems"] == 7, "of a new folder"
-    summary = evaluate(replace(spec, max_new_tokens=5), policy=policy, options=AGAIN)
+    summary = evaluate(changed(spec, max_new_tokens=5), policy=policy, options=AGAIN)
     assert summary["total_tokens"] <= 7 * 5
     assert read_settings(spec.out)["sampling"]["max_new_tokens"] == 5
     assert names(spec.out) == FOLDER
 
 
-def test_overwrite_touches_nothing_when_the_new_run_is_in_error(spec: EvaluationConfig, policy: Policy) -> None:
+def test_overwrite_touches_nothing_when_the_new_run_is_in_error(spec: EvaluateConfig, policy: Policy) -> None:
     evaluate(spec, policy=policy)
     before = whole(spec.out)
     for changes in ({"benchmark": "tusk"}, {"data": "n=0"}, {"template": "gsm"}):
         with pytest.raises(StepkdError):
-            evaluate(replace(spec, **changes), policy=policy, options=AGAIN)
+            evaluate(changed(spec, **changes), policy=policy, options=AGAIN)
     with pytest.raises(ModelError):
-        evaluate(replace(spec, model="tiny-0.2m"), options=AGAIN)
+        evaluate(changed(spec, model="tiny-0.2m"), options=AGAIN)
     assert whole(spec.out) == before
 
 
-def test_overwrite_refuses_a_folder_with_other_files(spec: EvaluationConfig, policy: Policy) -> None:
+def test_overwrite_refuses_a_folder_with_other_files(spec: EvaluateConfig, policy: Policy) -> None:
     evaluate(spec, policy=policy)
     before = whole(spec.out)
     checkpoints = Path(spec.out) / "checkpoints"
     checkpoints.mkdir()
     (checkpoints / "last.ckpt").write_text("weeks of work")
     with pytest.raises(ConfigError, match=r"holds more than an evaluation \(checkpoints\), so --overwrite does not"):
-        evaluate(replace(spec, seed=1), policy=policy, options=AGAIN)
+        evaluate(changed(spec, seed=1), policy=policy, options=AGAIN)
     assert (checkpoints / "last.ckpt").read_text() == "weeks of work"
     assert whole(spec.out) == before
     (Path(spec.out) / "settings.json").write_text('{"name": "my web app"}')

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.evaluation import score_rows as module
-from stepkd.evaluation.score_rows import ScoreJob, labelled_scores, score_file
+from stepkd.evaluation.config import ScoreConfig
+from stepkd.evaluation.score_rows import labelled_scores, score_file
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import JobOptions
 from stepkd.scorers.calibration import TemperatureScaling
@@ -58,21 +58,25 @@ ROWS = [
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> ScoreJob:
+def job(tmp_path: Path) -> ScoreConfig:
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    return ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", max_rows=2)
+    return ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"), max_rows=2)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def results(job: ScoreConfig) -> Path:
+    return Path(job.out) / "results.jsonl"
 
 
-def test_rows_come_out_in_order_with_scores(job: ScoreJob, tmp_path: Path) -> None:
+def read(job: ScoreConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results(job).read_text().splitlines()]
+
+
+def test_rows_come_out_in_order_with_scores(job: ScoreConfig, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     toy = Toy()
     report = JobOptions(report=lambda phase, done, total, figures: seen.append((done, total)))
     summary = score_file(job, scorer=toy, options=report)
-    out = read(job.out)
+    out = read(job)
     assert [{k: v for k, v in r.items() if k not in ("step_scores", "score", "scorer")} for r in out] == [
         dict(r) for r in ROWS
     ]
@@ -91,62 +95,59 @@ def test_rows_come_out_in_order_with_scores(job: ScoreJob, tmp_path: Path) -> No
         "reduction": "product", "temperature": None, "mean_score": pytest.approx((0.72 + 0.5 + 0.072 + 0 + 0.7) / 5),
         "mean_score_right": pytest.approx(0.72), "mean_score_wrong": pytest.approx((0.5 + 0.072) / 2),
     }  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.settings.json", "rows.jsonl"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"results.jsonl", "settings.json", "summary.json", "parts"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
-def test_reductions_and_meanings(job: ScoreJob, tmp_path: Path) -> None:
+def test_reductions_and_meanings(job: ScoreConfig, tmp_path: Path) -> None:
     expected = {
         ("correctness", "min"): [0.8, 0.5, 0.2, None, 0.0, 0.7],
         ("correctness", "mean"): [0.85, 0.5, 0.5, None, 0.3, 0.7],
         ("value", None): [0.8, 0.5, 0.2, None, 0.6, 0.7],
     }
     for number, ((meaning, reduction), scores) in enumerate(expected.items()):
-        this = replace(job, out=tmp_path / f"{number}.jsonl", reduction=reduction)  # type: ignore[arg-type]
+        this = replace(job, out=str(tmp_path / str(number)), reduction=reduction)  # type: ignore[arg-type]
         score_file(this, scorer=Toy(meaning))
-        assert [r["score"] for r in read(this.out)] == [None if s is None else pytest.approx(s) for s in scores]
+        assert [r["score"] for r in read(this)] == [None if s is None else pytest.approx(s) for s in scores]
 
 
 def test_an_outcome_scorer_owes_only_the_last_step(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [row("a", "p", [-1, -1, 30]), row("b", "q", [-1, -1])])
-    job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl")
+    job = ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"))
     summary = score_file(job, scorer=Toy("outcome"))
-    assert [r["score"] for r in read(job.out)] == [0.3, None]
+    assert [r["score"] for r in read(job)] == [0.3, None]
     assert (summary["unscored_rows"], summary["unscored_steps"]) == (1, 1)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 3])
-def test_a_killed_job_goes_on_where_it_stood(job: ScoreJob, tmp_path: Path, batches: int) -> None:
-    whole = replace(job, out=tmp_path / "whole.jsonl")
+def test_a_killed_job_goes_on_where_it_stood(job: ScoreConfig, tmp_path: Path, batches: int) -> None:
+    whole = replace(job, out=str(tmp_path / "whole"))
     score_file(whole, scorer=Toy())
     dying = Toy(dies_after=batches)
     if batches < 3:  # problems p and q, of two rows each, have a batch of their own
         with pytest.raises(KeyboardInterrupt):
             score_file(job, scorer=dying)
-        assert not job.out.exists()
+        assert not results(job).exists()
     else:
         score_file(job, scorer=dying)
     again = Toy()
     score_file(job, scorer=again)
-    assert job.out.read_bytes() == whole.out.read_bytes()
+    assert results(job).read_bytes() == results(whole).read_bytes()
     assert sorted(dying.asked + again.asked) == ["p", "q", "r", "s"], "nothing twice"
-    assert not job.work.exists()
 
 
-def test_a_kill_between_the_last_writes(job: ScoreJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_between_the_last_writes(job: ScoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise StepkdError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", full)
+        patch.setattr("stepkd.runs.job.Job.finish", full)
         with pytest.raises(StepkdError, match="disk full"):
             score_file(job, scorer=Toy())
-    assert job.out.exists()
-    assert job.work.exists()
     again = Toy()
     score_file(job, scorer=again)
     assert again.asked == []
-    assert not job.work.exists()
-    assert job.beside("settings.json").is_file()
 
 
 class Picky(Toy):
@@ -162,9 +163,9 @@ class Picky(Toy):
 def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None:
     rows = [row("a", "p", [90, 80]), row("b", "p", [13, 50]), row("c", "q", [13]), row("d", "r", [70])]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl", max_rows=2)
+    job = ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"), max_rows=2)
     summary = score_file(job, scorer=Picky())
-    out = read(job.out)
+    out = read(job)
     assert [r["step_scores"] for r in out] == [[0.9, 0.8], [None, None], [None], [0.7]]
     assert [r["score"] for r in out] == [pytest.approx(0.72), None, None, 0.7]
     assert ["score_error" in r for r in out] == [False, True, True, False]
@@ -177,38 +178,38 @@ def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None
 @pytest.mark.parametrize("scores", [[[13]], [[13], [13, 1]]])
 def test_when_no_row_of_the_first_batch_can_be_read_the_job_stops(tmp_path: Path, scores: list[list[int]]) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [row(str(i), "p", values) for i, values in enumerate(scores)])
-    job = ScoreJob("toy", str(tmp_path / "rows.jsonl"), tmp_path / "out.jsonl")
+    job = ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"))
     with pytest.raises(DataError, match="0: 13 is no number"):
         score_file(job, scorer=Picky())
-    assert not job.out.exists()
+    assert not results(job).exists()
     write_jsonl(tmp_path / "rows.jsonl", [row("a", "p", [12])])
     score_file(job, scorer=Picky())
-    assert len(read(job.out)) == 1, "a mended file is another job, and nothing had been scored"
+    assert len(read(job)) == 1, "a mended file is another job, and nothing had been scored"
 
 
-def test_other_settings_are_taken_while_nothing_is_scored(job: ScoreJob) -> None:
+def test_other_settings_are_taken_while_nothing_is_scored(job: ScoreConfig) -> None:
     with pytest.raises(KeyboardInterrupt):
         score_file(job, scorer=Toy(dies_after=0))
     smaller = replace(job, max_rows=1)
     assert score_file(smaller, scorer=Toy())["rows"] == len(ROWS)
 
 
-def test_the_same_job_again_changes_nothing(job: ScoreJob) -> None:
+def test_the_same_job_again_changes_nothing(job: ScoreConfig) -> None:
     first = score_file(job, scorer=Toy())
-    before = job.out.read_bytes()
+    before = results(job).read_bytes()
     again = Toy(dies_after=0)
     assert score_file(job, scorer=again) == first
-    assert job.out.read_bytes() == before
+    assert results(job).read_bytes() == before
 
 
-def test_another_job_is_refused_and_overwrite_replaces(job: ScoreJob, tmp_path: Path) -> None:
+def test_another_job_is_refused_and_overwrite_replaces(job: ScoreConfig, tmp_path: Path) -> None:
     score_file(job, scorer=Toy())
     with pytest.raises(ConfigError, match=r"(?s)scorer.model: 'toy' then, 'other' now.*or --overwrite"):
         score_file(job, scorer=Toy(name="other"))
     with pytest.raises(ConfigError, match="reduction: 'product' then, 'min' now"):
         score_file(replace(job, reduction="min"), scorer=Toy())
     score_file(job, scorer=Toy(name="other"), options=JobOptions(overwrite=True))
-    assert read(job.out)[0]["scorer"]["model"] == "other"
+    assert read(job)[0]["scorer"]["model"] == "other"
     with pytest.raises(KeyboardInterrupt):
         score_file(job, scorer=Toy(dies_after=1), options=JobOptions(overwrite=True))
     with pytest.raises(ConfigError, match=r"scorer.model: 'toy' then, 'other' now"):
@@ -218,11 +219,11 @@ def test_another_job_is_refused_and_overwrite_replaces(job: ScoreJob, tmp_path: 
         score_file(job, scorer=Toy())
 
 
-def test_ranks_share_the_solutions_and_the_last_one_writes_them(job: ScoreJob, tmp_path: Path) -> None:
+def test_ranks_share_the_solutions_and_the_last_one_writes_them(job: ScoreConfig, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "held.jsonl", [row(f"h{i}", f"h{i}", [98, 97, 3]) for i in range(9)])
-    alone = replace(job, out=tmp_path / "alone.jsonl", fit_on=str(tmp_path / "held.jsonl"))
+    alone = replace(job, out=str(tmp_path / "alone"), fit_temperature=str(tmp_path / "held.jsonl"))
     summary = score_file(alone, scorer=Toy())
-    shared = replace(alone, out=tmp_path / "shared.jsonl")
+    shared = replace(alone, out=str(tmp_path / "shared"))
     toys = [Toy(), Toy()]
     found = [
         score_file(shared, scorer=toys[rank], options=JobOptions(rank=rank, world_size=2, overwrite=True, launch="one"))
@@ -232,35 +233,26 @@ def test_ranks_share_the_solutions_and_the_last_one_writes_them(job: ScoreJob, t
     asked = [sorted(name for name in toy.asked if not name.startswith("h")) for toy in toys]
     assert sorted(asked[0] + asked[1]) == ["p", "q", "r", "s"]
     assert [len(set(toy.asked)) for toy in toys] == [11, 2], "rank 0 fits the temperature"
-    for name in ("jsonl", "settings.json", "temperature.json"):
-        assert (tmp_path / f"shared.{name}").read_bytes() == (tmp_path / f"alone.{name}").read_bytes()
-    assert shared.work.exists(), "another rank may still read it"
+    for name in ("results.jsonl", "settings.json", "temperature.json", "summary.json"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     assert score_file(shared, scorer=Toy(dies_after=0)) == summary
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_result_of_version_0_1_is_left_alone(job: ScoreJob, overwrite: bool) -> None:
-    job.out.write_text("scored by 0.1")
-    job.beside("manifest.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"is of stepkd 0\.1 \(out\.manifest\.json\)"):
+def test_a_folder_of_something_else_is_left_alone(job: ScoreConfig, tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds no scoring job"):
         score_file(job, scorer=Toy(), options=JobOptions(overwrite=overwrite))
-    assert job.out.read_text() == "scored by 0.1"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_of_something_else_is_left_alone(job: ScoreJob, overwrite: bool) -> None:
-    job.out.write_text("mine")
-    with pytest.raises(ConfigError, match="it is no result of stepkd score"):
-        score_file(job, scorer=Toy(), options=JobOptions(overwrite=overwrite))
-    assert job.out.read_text() == "mine"
-
-
-def test_a_temperature_is_fitted_once_saved_and_applied(job: ScoreJob, tmp_path: Path) -> None:
+def test_a_temperature_is_fitted_once_saved_and_applied(job: ScoreConfig, tmp_path: Path) -> None:
     held_out = [row(f"h{i}", f"h{i}", [98, 97, 3]) for i in range(9)] + [
         row("h", "h", [90, 95]) | {"labels": [False, None]}
     ]
     write_jsonl(tmp_path / "held.jsonl", held_out)
-    fitting = replace(job, fit_on=str(tmp_path / "held.jsonl"))
+    fitting = replace(job, fit_temperature=str(tmp_path / "held.jsonl"))
     scores, labels = labelled_scores(Toy(), held_out)
     assert (len(scores), sum(labels)) == (28, 18)
     dying = Toy(dies_after=2)
@@ -270,9 +262,9 @@ def test_a_temperature_is_fitted_once_saved_and_applied(job: ScoreJob, tmp_path:
     summary = score_file(fitting, scorer=again)
     assert "h" in dying.asked
     assert "h" not in again.asked, "fitted before the kill"
-    temperature = TemperatureScaling.load(tmp_path / "out.temperature.json")
+    temperature = TemperatureScaling.load(tmp_path / "out" / "temperature.json")
     assert summary["temperature"] == temperature.temperature != 1
-    out = read(job.out)
+    out = read(job)
     assert out[0]["step_scores"] == pytest.approx(temperature.apply([0.9, 0.8]).tolist())
     assert out[3]["step_scores"][1] is None
     assert out[0]["score"] == pytest.approx(math.prod(temperature.apply([0.9, 0.8])))
@@ -292,7 +284,7 @@ def test_labels_for_a_temperature() -> None:
         labelled_scores(Toy(), [row("a", "p", [10]) | {"labels": [0.4]}])
 
 
-def test_solutions_in_one_text_are_cut_as_asked(job: ScoreJob) -> None:
+def test_solutions_in_one_text_are_cut_as_asked(job: ScoreConfig) -> None:
     text = "10\n20\n\n30"
     texts = [
         {"id": "a", "prompt": "p", "completion": text, "answer": "1"},
@@ -301,20 +293,17 @@ def test_solutions_in_one_text_are_cut_as_asked(job: ScoreJob) -> None:
     ]
     write_jsonl(Path(job.rollouts), texts)
     score_file(replace(job, segmenter="blank_line"), scorer=Toy())
-    assert [len(found["step_scores"]) for found in read(job.out)] == [2, 3, 1]
+    assert [len(found["step_scores"]) for found in read(job)] == [2, 3, 1]
     with pytest.raises(ConfigError, match="unknown segmenter 'blank_lin': did you mean 'blank_line'"):
         replace(job, segmenter="blank_lin")
 
 
-def test_mistakes(job: ScoreJob, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"let the name end in .jsonl"):
-        replace(job, out=tmp_path / "out.json")
+def test_mistakes(job: ScoreConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="contradict each other"):
-        replace(job, fit_on="x", model=PRM("m", temperature="fit.json"))
+        replace(job, fit_temperature="x", scorer=PRM("m", temperature="fit.json"))
     with pytest.raises(ConfigError, match="are the rows to score: give held-out ones"):
-        score_file(replace(job, fit_on=job.rollouts), scorer=Toy())
+        score_file(replace(job, fit_temperature=job.rollouts), scorer=Toy())
     write_jsonl(tmp_path / "bad.jsonl", [row("a", "p", [1]) | {"completions": []}])
     with pytest.raises(DataError, match="column 'completions'"):
         score_file(replace(job, rollouts=str(tmp_path / "bad.jsonl")), scorer=Toy())
-    assert not job.out.exists()
-    assert not job.work.exists()
+    assert not results(job).exists()

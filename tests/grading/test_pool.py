@@ -433,11 +433,11 @@ def test_import_is_light() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"workers": 0}, "workers is 0"),
-        ({"deadline_s": 0.0}, "deadline_s is 0.0"),
-        ({"deadline_s": float("inf")}, "deadline_s is inf"),
-        ({"memory_mb": 16}, "memory_mb is 16"),
-        ({"convention": "prm8k"}, "unknown convention 'prm8k'"),
+        ({"workers": 0}, "grading.workers=0: must be at least 1"),
+        ({"deadline_s": 0.0}, "deadline_s=0.0: must be positive"),
+        ({"deadline_s": float("inf")}, "deadline_s=inf: must be positive"),
+        ({"memory_mb": 16}, "memory_mb=16: must be at least 192"),
+        ({"convention": "prm8k"}, "unknown grading.convention 'prm8k'"),
         ({"extractors": ("boxd",)}, "did you mean 'boxed'"),
     ],
 )

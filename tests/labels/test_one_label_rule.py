@@ -15,9 +15,10 @@ from stepkd.data.feedback import FeedbackExample
 from stepkd.data.labelled_data import feedback_counts
 from stepkd.data.step_labels import LabelRule, step_targets, trl_row
 from stepkd.errors import DataError
+from stepkd.evaluation.config import EvaluatePRMConfig
 from stepkd.evaluation.metrics import summarise
 from stepkd.evaluation.process import predicted_first_error
-from stepkd.evaluation.process_runner import ProcessConfig, evaluate_process
+from stepkd.evaluation.process_runner import evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.iteration.measure import differences
 from stepkd.labels.consensus import consensus_filter
@@ -147,7 +148,9 @@ def test_a_half_is_correct_where_no_threshold_is_given(room: str) -> None:
 
 def test_evaluation_writes_the_same_verdicts(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [stepwise(1.0, 0.5, 0.25)])
-    spec = ProcessConfig("says", "step_labels", str(tmp_path / "out"), data=f"rows:path={tmp_path}/rows.jsonl")
+    spec = EvaluatePRMConfig(
+        scorer="says", sets=(f"rows:path={tmp_path}/rows.jsonl",), out=str(tmp_path / "out"), max_rows=8
+    )
     evaluate_process(spec, Says())
     (result,) = read_results(tmp_path / "out")
     assert (result["labels"], result["first_error"]) == ([True, True, False], 2)

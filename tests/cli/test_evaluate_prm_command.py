@@ -1,4 +1,4 @@
-"""``stepkd evaluate`` of step scorers: ProcessBench-like sets, comparison, best-of-N, and their messages."""
+"""``stepkd evaluate-prm``, ``best-of-n``, and ``compare`` of step scorers from the command line."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ DATA = 'task:task="modular:terms=3",n=8,noise.rate=0.4,split=test'
 
 
 def evaluate(out: Path, *extra: str) -> int:
-    return main(
-        ["evaluate", "--benchmark", "step_labels", "--model", "checker", "--data", DATA, "--out", str(out), *extra]
-    )
+    return main(["evaluate-prm", "--scorer", "checker", "--sets", DATA, "--out", str(out), *extra])
 
 
 def test_tables_figures_and_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(tmp_path / "a", "--tune-on", DATA) == 0
     shown = capsys.readouterr().out
     for text in (
-        "first wrong step",
+        "first incorrect step",
         "always",
         "positive",
         "tuned",
@@ -35,11 +33,13 @@ def test_tables_figures_and_comparison(tmp_path: Path, capsys: pytest.CaptureFix
         assert text in " ".join(shown.split()), text
     figures = sorted(path.name for path in (tmp_path / "a").glob("*.svg"))
     assert [name.split("-")[0] for name in figures] == ["argmin", "reliability"]
-    assert evaluate(tmp_path / "b", "--no-figures") == 0
+    assert evaluate(tmp_path / "b", "--figures", "false") == 0
     assert not list((tmp_path / "b").glob("*.svg"))
     capsys.readouterr()
-    assert main(["evaluate", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "fixed" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "c")]) == 0
+    assert f"{DATA}, fixed" in json.loads((tmp_path / "c" / "comparison.json").read_text())
 
 
 def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +50,7 @@ def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     path = tmp_path / "scored.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["evaluate", "--best-of-n", f"prm={path}", "--out", str(tmp_path / "out")]) == 0
+    assert main(["best-of-n", f"prm={path}", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "best-of-N on 2 problems" in shown
     assert "prm_vote" in shown
@@ -62,33 +62,23 @@ def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--best-of-n", "scores.jsonl"], "write NAME=FILE"),
-        (["--benchmark", "processbench", "--model", "checker"], "give --model and --out"),
-        (["--benchmark", "step_labels", "--model", "checker", "--out", "OUT"], "step_labels needs --data"),
-        (["--benchmark", "step_labels", "--model", "tiny-0.1m", "--data", DATA, "--out", "OUT"], "step head"),
+        (["best-of-n", "scores.jsonl"], "write NAME=PATH"),
+        (["evaluate-prm", "--scorer", "checker"], "give --out"),
+        (["evaluate-prm", "--scorer", "checker", "--sets", "gms8k", "--out", "OUT"], "Did you mean 'gsm8k'?"),
+        (["evaluate-prm", "--scorer", "tiny-0.1m", "--sets", DATA, "--out", "OUT"], "step head"),
+        (
+            ["evaluate-prm", "--scorer", "checker", "--out", "OUT", "--sampling.n", "8"],
+            "'sampling' is not a setting",
+        ),
+        (
+            ["evaluate-prm", "--scorer", "PRM", "--scorer.path", "m", "--scorer.reference", "true", "--out", "OUT"],
+            "'reference' is not a setting of scorer",
+        ),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(tmp_path / "out") if word == "OUT" else word for word in arguments]
-    assert main(["evaluate", *words]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--benchmark", "processbench", "--samples", "8", "--top-p", "0.9"], "no use for --samples, --top-p: steps"),
-        (["--benchmark", "step_labels", "--few-shot", "2"], "no use for --few-shot"),
-        (
-            ["--benchmark", "gsm8k", "--threshold", "0.4", "--reference"],
-            "no use for --threshold, --reference: solutions",
-        ),
-    ],
-)
-def test_options_without_effect_are_refused(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["evaluate", "--model", "tiny-0.1m", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert main(words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -97,10 +87,12 @@ def test_a_plain_model_with_a_head_and_a_temperature(tmp_path: Path) -> None:
     from stepkd.scorers.calibration import TemperatureScaling
 
     TemperatureScaling(4.0, 1.0, 0.9, 10).save(tmp_path / "temperature.json")
-    head = ["--model", "tiny-0.1m", "--template", "task", "--head", '{"kind": "classifier"}', "--no-figures"]
-    common = ["evaluate", "--benchmark", "step_labels", "--data", DATA, "--device", "cpu", *head]
+    head = ["--scorer", "PRM", "--scorer.path", "tiny-0.1m", "--scorer.template", "task"]
+    head += ["--scorer.head", '{"kind": "classifier"}', "--figures", "false"]
+    common = ["evaluate-prm", "--sets", DATA, "--device", "cpu", *head]
     assert main([*common, "--out", str(tmp_path / "a")]) == 0
-    assert main([*common, "--out", str(tmp_path / "b"), "--temperature-from", str(tmp_path / "temperature.json")]) == 0
+    scaled_by = ["--scorer.temperature", str(tmp_path / "temperature.json")]
+    assert main([*common, "--out", str(tmp_path / "b"), *scaled_by]) == 0
     plain, scaled = (
         [
             score
@@ -110,10 +102,3 @@ def test_a_plain_model_with_a_head_and_a_temperature(tmp_path: Path) -> None:
         for out in "ab"
     )
     assert all(abs(b - 0.5) < abs(a - 0.5) for a, b in zip(plain, scaled, strict=True))
-
-
-def test_the_list_names_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--list"]) == 0
-    shown = capsys.readouterr().out
-    assert "processbench" in shown
-    assert "step_labels" in shown

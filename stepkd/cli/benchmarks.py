@@ -1,0 +1,20 @@
+"""List the benchmarks of stepkd evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepkd.data.benchmarks import BENCHMARKS
+
+
+@dataclass(frozen=True)
+class BenchmarksConfig:
+    """Settings of ``stepkd benchmarks``: none."""
+
+
+def run(config: BenchmarksConfig) -> int:
+    """Run ``stepkd benchmarks``."""
+    for benchmark in BENCHMARKS.values():
+        print(f"{benchmark.name:<14} {benchmark.help}")
+    print("\nStep scorers: stepkd evaluate-prm, on ProcessBench (arXiv 2412.06559) or any step-labelled set (--sets)")
+    return 0

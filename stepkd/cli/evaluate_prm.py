@@ -1,0 +1,129 @@
+r"""Judge a step scorer: does it find the first incorrect step (ProcessBench F1), and are its scores calibrated?
+
+  stepkd evaluate-prm --scorer runs/prm --out runs/prm-processbench
+  stepkd evaluate-prm --scorer runs/prm --processbench data/processbench --sets gsm8k olympiadbench --out runs/prm-pb
+  stepkd evaluate-prm --scorer judge:HuggingFaceTB/SmolLM2-135M-Instruct --sets prm800k:path=data/prm800k \
+      --limit 200 --out runs/judge-prm800k
+  stepkd compare runs/prm-processbench runs/judge-processbench
+
+A killed run is resumed by the same command, with any number of processes. --out then holds results.jsonl (a line per
+solution with its step scores), summary.json, settings.json and figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stepkd.evaluation.config import EvaluatePRMConfig
+
+
+def run(config: EvaluatePRMConfig) -> int:
+    """Run ``stepkd evaluate-prm``."""
+    from stepkd.evaluation.process_runner import SOLUTIONS, evaluate_process
+
+    config, job = config.start({SOLUTIONS: "scoring"})
+    summary = evaluate_process(config, options=job.options)
+    if not summary:
+        return job.share_is_done("results")
+    print_process(job.console, summary)
+    if config.figures:
+        job.say(*(f"figure: {path}" for path in write_figures(summary, Path(config.out))))
+    job.say(f"\nper-solution scores, settings and summary: {config.out}")
+    return 0
+
+
+def write_figures(summary: dict[str, Any], out: Path) -> Iterator[Path]:
+    """Reliability and argmin figures of every set, each drawn when its path is asked for."""
+    from stepkd.evaluation.figures import argmin_histogram, reliability_diagram
+    from stepkd.evaluation.process_runner import figure_names
+
+    for name, section in summary["sets"].items():
+        reliability, argmin = figure_names(name)
+        yield reliability_diagram(section["calibration"], out / reliability)
+        if section["argmin"] is not None:
+            yield argmin_histogram(section["argmin"], out / argmin)
+
+
+def print_process(console: Any, summary: dict[str, Any]) -> None:
+    """One table of F1 with baselines per set, one of step metrics."""
+    from rich.table import Table
+
+    console.print(f"{summary['model']} on {summary['benchmark']}", highlight=False, markup=False)
+    table = Table(title="first incorrect step, 95% intervals", title_justify="left")
+    for column in ("set", "rule", "F1", "with an error", "all correct"):
+        table.add_column(column, justify="left" if column in ("set", "rule") else "right", overflow="fold")
+    for name, section in summary["sets"].items():
+        label = f"{name}\n{section['solutions']} solutions"
+        if section["unscored_solutions"]:
+            label += f"\n({section['unscored_solutions']} more left out:\ntoo long for the context)"
+        if section["unknown_first_error"]:
+            label += f"\n({section['unknown_first_error']} not in F1: labels\nmissing before an error)"
+        rules = [(f"below {section['fixed']['threshold']:.2f}", section["fixed"])]
+        if "tuned" in section:
+            where = "here: optimistic" if section["tuned"]["optimistic"] else f"on {summary['tuned_on']}"
+            rules.append((f"below {section['tuned']['threshold']:.2f},\ntuned {where}", section["tuned"]))
+        for i, (rule, found) in enumerate(rules):
+            shown = (percent(found[key], "\n") for key in _FIRST_ERROR)
+            table.add_row(label if i == 0 else "", rule, *shown)
+        for rule, found in section["baselines"].items():
+            if found is None:
+                continue
+            shown = (percent(found[key], None) for key in _FIRST_ERROR)
+            table.add_row("", f"{rule} (baseline)", *shown, style="dim")
+        table.add_section()
+    console.print(table)
+    steps = Table(title="steps up to and including the first error", title_justify="left")
+    names = list(summary["sets"])
+    steps.add_column("metric")
+    for name in names:
+        steps.add_column(name, justify="right", overflow="fold")
+    for title, group, key, show in _STEP_ROWS:
+        groups = (summary["sets"][name][group] for name in names)
+        steps.add_row(title, *("-" if found is None else show(found[key]) for found in groups))
+    argmin = [summary["sets"][name]["argmin"] for name in names]
+    chance = ["-" if found is None else f"{100 * found['expected_last']:.1f}" for found in argmin]
+    steps.add_row("  expected by chance", *chance)
+    swaps = [summary["sets"][name]["order_swap"] for name in names]
+    if any(swaps):
+        shown_swaps = ("-" if swap is None else percent(swap["dependent_drop_rate"]) for swap in swaps)
+        steps.add_row("score falls when dependent\nsteps are swapped (%)", *shown_swaps)
+    console.print(steps)
+    for what, why in summary["undefined"].items():
+        console.print(f"no {what.replace('_', ' ')}: {why}", markup=False, highlight=False)
+
+
+def percent(figure: dict[str, Any] | float | None, gap: str | None = " ") -> str:
+    """A share, with its interval behind the gap where both are there."""
+    return _shown(figure, 100.0, 1, gap)
+
+
+def _number(figure: dict[str, Any] | None) -> str:
+    return _shown(figure, 1.0, 3, " ")
+
+
+def _shown(figure: dict[str, Any] | float | None, scale: float, digits: int, gap: str | None) -> str:
+    interval = figure if isinstance(figure, dict) else {"value": figure, "low": None, "high": None}
+    if interval["value"] is None:
+        return "-"
+    value = f"{scale * interval['value']:.{digits}f}"
+    if gap is None or interval["low"] is None or interval["high"] is None:
+        return value
+    return f"{value}{gap}({scale * interval['low']:.{digits}f} to {scale * interval['high']:.{digits}f})"
+
+
+_FIRST_ERROR = ("f1", "acc_error", "acc_correct")
+"""Keys of a rule's figures, in the order of the table."""
+_STEP_ROWS: tuple[tuple[str, str, str, Any], ...] = (
+    ("steps", "steps", "steps", str),
+    ("correct (%)", "steps", "positive_share", percent),
+    ("AUROC", "steps", "auroc", _number),
+    ("accuracy (%)", "steps", "accuracy", percent),
+    ("balanced accuracy (%)", "steps", "balanced_accuracy", percent),
+    ("ECE", "calibration", "ece", _number),
+    ("Brier", "calibration", "brier", _number),
+    ("Brier skill", "calibration", "skill_base_rate", _number),
+    ("lowest score is last (%)", "argmin", "share_last", percent),
+)
+"""Title, group and key in a set's summary, how it is shown."""

@@ -1,0 +1,151 @@
+"""Settings of the commands that evaluate models and step scorers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from stepkd.data.spec import DataConfig, parse_spec
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import ConfigError, check_bounds, check_choice, nearest
+from stepkd.grading.pool import GradingConfig
+from stepkd.runs.job import JobConfig
+from stepkd.sampling.sampler import SamplingConfig
+from stepkd.scorers.load import DType, ScorerConfig
+from stepkd.scorers.scorer import Reduction
+from stepkd.steps.labels import check_threshold
+from stepkd.steps.segment import SEGMENTERS
+
+SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
+"""ProcessBench's subsets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(JobConfig):
+    """One evaluation of a model on a benchmark."""
+
+    model: str
+    """Model that is evaluated: run folder, checkpoint, model folder, hub id, .gguf file or tiny preset."""
+    benchmark: str = "gsm8k"
+    """Name of the benchmark, of which stepkd benchmarks shows all; GSM8K is the most widely reported."""
+    data: str | None = None
+    """File, folder or data settings (key=value,...) with the problems; the default is the benchmark's hub data set."""
+    limit: int | None = None
+    """Only the first so many problems, at least 1; the default takes all."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    """How solutions are sampled; greedy by default, where one sample is enough."""
+    grading: GradingConfig = field(default_factory=GradingConfig)
+    """How answers are found and compared."""
+    template: str | PromptTemplate | None = None
+    """Prompt template: a built-in name (gsm8k, math, plain, task) or a YAML file; the default is the one that the model
+    was trained with, else the benchmark's."""
+    style: Literal["auto", "chat", "plain"] | None = None
+    """Style of the prompt in place of the template's."""
+    system: str | None = None
+    """System prompt in place of the template's."""
+    few_shot: int | None = None
+    """Number of built-in worked examples, 0 to 4, in place of the template's."""
+    dtype: DType | None = None
+    """Numeric type of the weights; the default keeps the one they are stored in."""
+    attention: str | None = None
+    """Attention implementation (sdpa, eager, flash_attention_2); the default lets transformers choose."""
+    max_rows: int = 32
+    """Completions decoded at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
+    ks: tuple[int, ...] = ()
+    """The k of pass@k and maj@k, each from 1 to sampling.n; the default takes the powers of two up to it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = self.sampling.n
+        if n > 1 and self.sampling.temperature == 0:
+            raise ConfigError(f"{n} samples at temperature 0 would all be the same: set sampling.temperature")
+        check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)")
+        if bad := [k for k in self.ks if not 1 <= k <= n]:
+            raise ConfigError(f"k={bad[0]} of pass@k: must lie between 1 and the number of samples per problem, {n}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatePRMConfig(JobConfig):
+    """One evaluation of a step scorer on sets of step-labelled solutions."""
+
+    scorer: ScorerConfig | str
+    """What scores the steps: one of the classes, or a word (run folder, checkpoint, export or published PRM;
+    judge:MODEL; checker; arithmetic; gain)."""
+    sets: tuple[str, ...] = ("gsm8k", "math")
+    """Step-labelled sets: ProcessBench's subsets (gsm8k, math, olympiadbench, omnimath) or data settings
+    (prm800k:path=...); the first two are those that most papers report."""
+    processbench: str | None = None
+    """Folder of ProcessBench's files; the default is its hub data set."""
+    threshold: float = 0.5
+    """A step with a lower score is predicted incorrect; in (0, 1), and 0.5 is where a trained classifier decides."""
+    tune_on: str | None = None
+    """Set on which a second threshold is tuned for F1, named as in sets; the default is the first of ProcessBench's
+    subsets, and no tuning without one."""
+    limit: int | None = None
+    """Solutions per set, at least 1, drawn at random (always the same ones); the default takes all."""
+    max_rows: int = 32
+    """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
+    seed: int = 0
+    """Seed of the intervals."""
+    figures: bool = True
+    """Draw a reliability diagram and a histogram of the lowest score for every set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_threshold(self.threshold)
+        check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)")
+
+    @property
+    def benchmark(self) -> str:
+        """``processbench``, or ``step_labels`` for sets of one's own."""
+        return "processbench" if self.sets[0] in SUBSETS else "step_labels"
+
+    def data(self) -> tuple[dict[str, DataConfig], str | None]:
+        """Name -> data of every set that is scored, and the name of the one the threshold is tuned on."""
+        tune_on = self.tune_on or next((name for name in self.sets if name in SUBSETS), None)
+        names = dict.fromkeys((*self.sets, *([] if tune_on is None else [tune_on])))
+        sets = {name: self._set(name) for name in names}
+        if self.limit is not None:
+            # Drawn, not the first ones: ProcessBench's files begin with the solutions that have an error.
+            sets = {name: replace(each, limit=self.limit, shuffle_seed=0) for name, each in sets.items()}
+        return sets, tune_on
+
+    def _set(self, name: str) -> DataConfig:
+        if name in SUBSETS:
+            folder = None if self.processbench is None else str(Path(self.processbench).expanduser())
+            return DataConfig(source="processbench", path=folder, split=name)
+        if ":" not in name and "=" not in name and not Path(name).expanduser().exists():
+            raise ConfigError(
+                f"no set {name!r}.{nearest(name, SUBSETS)} ProcessBench has {', '.join(SUBSETS)}; a set of your own is "
+                "a file or data settings (prm800k:path=...)"
+            )
+        return parse_spec(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(JobConfig):
+    """One set of solutions whose steps are scored."""
+
+    scorer: ScorerConfig | str
+    """What scores the steps: one of the classes, or a word (run folder, checkpoint, export or published PRM;
+    judge:MODEL; checker; arithmetic; gain)."""
+    rollouts: str
+    """File or data settings of the solutions: rollouts, or rows with step texts."""
+    reduction: Reduction | None = None
+    """How step scores become one per solution; the default is product for scores of correctness, else last."""
+    fit_temperature: str | None = None
+    """File or data settings of held-out labelled rows on which a temperature is fitted, applied and saved."""
+    segmenter: str | None = None
+    """Cuts solutions that come as one text (newline, blank_line, ...); the default is newline. Steps that a row has, or
+    a segmenter that it names, stay as they are."""
+    max_rows: int = 32
+    """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("", self, max_rows="[1, inf)")
+        if self.segmenter is not None:
+            check_choice("segmenter", self.segmenter, SEGMENTERS)
+        if self.fit_temperature is not None and getattr(self.scorer, "temperature", None) is not None:
+            raise ConfigError("a fitted temperature and rows to fit one on contradict each other: give one of them")
