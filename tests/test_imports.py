@@ -40,6 +40,15 @@ def test_light_imports(name: str, forbidden: list[str]) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("room", sorted(p.parent.name for p in Path(stepkd.__path__[0]).glob("*/__init__.py")))
+def test_every_name_that_a_room_promises_loads_and_no_other(room: str) -> None:
+    package = importlib.import_module(f"stepkd.{room}")
+    for names in getattr(package, "_HOMES", {}).values():
+        assert all(getattr(package, name) is not None for name in names.split())
+    with pytest.raises(AttributeError, match=f"module 'stepkd.{room}' has no attribute 'NoSuchName'"):
+        _ = package.NoSuchName
+
+
 ORDER = [
     {"errors"},
     {"lazy", "randomness", "safe", "yaml_files", "statistics"},

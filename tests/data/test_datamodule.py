@@ -209,15 +209,6 @@ def test_steps_cut_elsewhere_are_other_data(attach: Any) -> None:
     assert len(prints) == 2
 
 
-def test_lazy_names() -> None:
-    import stepkd.data
-
-    promised = [name for names in stepkd.data._HOMES.values() for name in names.split()]
-    assert all(getattr(stepkd.data, name) is not None for name in promised)
-    with pytest.raises(AttributeError, match="has no attribute 'StepDatum'"):
-        stepkd.data.StepDatum  # noqa: B018
-
-
 def test_what_a_limit_leaves_out_of_a_file_of_ones_own_is_told(
     attach: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import stepkd.labels
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.labellers import (
     CheckerLabeller,
@@ -168,9 +167,3 @@ def test_labels_are_of_one_plain_kind() -> None:
 def test_bad_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call()
-
-
-def test_every_exported_name_loads_and_no_other() -> None:
-    assert all(getattr(stepkd.labels, name) for names in stepkd.labels._HOME.values() for name in names)
-    with pytest.raises(AttributeError, match="has no attribute 'LabelSpce'"):
-        _ = stepkd.labels.LabelSpce
