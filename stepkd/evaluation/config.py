@@ -12,8 +12,8 @@ from stepkd.errors import ConfigError, check_bounds, check_choice, nearest
 from stepkd.grading.pool import GradingConfig
 from stepkd.runs.job import JobConfig
 from stepkd.sampling.sampler import SamplingConfig
-from stepkd.scorers.load import DType, ScorerConfig
-from stepkd.scorers.scorer import Reduction
+from stepkd.scorers.load import DType
+from stepkd.scorers.scorer import Reduction, ScorerConfig
 from stepkd.steps.labels import check_threshold
 from stepkd.steps.segment import SEGMENTERS
 

@@ -30,7 +30,7 @@ from stepkd.runs.files import write_json
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, finished_rows, numbered
 from stepkd.sampling.sampler import BranchSampler, Sampler
 from stepkd.sampling.transformers_sampler import TransformersSampler
-from stepkd.scorers.rules import ArithmeticScorer
+from stepkd.scorers.rules import Arithmetic
 from stepkd.steps.labels import verdicts
 from stepkd.steps.segment import Segmenter, get_segmenter, segmenter_settings
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
@@ -264,7 +264,7 @@ def make_labeller(spec: LabelConfig, bench: Workbench, sampler: Sampler) -> Labe
     if spec.labeller == "checker":
         return CheckerLabeller(spec.given)
     if spec.labeller == "arithmetic":
-        return ScorerLabeller(ArithmeticScorer(unchecked=math.nan), name=spec.labeller)
+        return ScorerLabeller(Arithmetic(unchecked=math.nan), name=spec.labeller)
     if spec.labeller == "outcome":
         return OutcomeLabeller(spec.outcome_scope)
     if spec.labeller in SCORER_LABELLERS:

@@ -16,8 +16,8 @@ from torch import Tensor
 from stepkd.data.collate import Batch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.scorers.load import ScorerConfig, load_scorer, with_settings
-from stepkd.scorers.scorer import Solutions, StepScorer
+from stepkd.scorers.load import load_scorer, with_settings
+from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
 from stepkd.steps.labels import check_threshold, passes
 from stepkd.steps.text import text_from_ids
 

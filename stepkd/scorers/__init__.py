@@ -12,11 +12,12 @@ from stepkd.lazy import lazily
 _HOMES = {
     "calibration": "TemperatureScaling fit_temperature",
     "judge": "PromptedJudge",
-    "load": ("Arithmetic Checker Gain Judge MathShepherdPRM PRM QwenPRM ScorerConfig TRLPRM load_scorer scorer_of "),
+    "load": "Judge MathShepherdPRM PRM QwenPRM TRLPRM load_scorer scorer_of",
     "prm": "PRMScorer",
-    "rules": "ArithmeticScorer CheckerScorer GainScorer",
+    "rules": "Arithmetic Checker Gain",
     "scorer": (
-        "Meaning Reduction Solutions StepScorer default_reduction reduce_scores reduce_solutions score_one score_rows "
+        "Meaning Reduction ScorerConfig Solutions StepScorer default_reduction reduce_scores reduce_solutions "
+        "score_one score_rows"
     ),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,66 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, nearest
 from stepkd.scorers.calibration import TemperatureScaling
-from stepkd.scorers.scorer import StepScorer
+from stepkd.scorers.rules import Arithmetic, Checker, Gain
+from stepkd.scorers.scorer import ScorerConfig, StepScorer
 
 if TYPE_CHECKING:
     import torch
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 """Numeric type of a model's weights."""
-
-
-class ScorerConfig(ABC):
-    """What scores steps: one of the classes below, or one word (:func:`scorer_of`)."""
-
-    def __str__(self) -> str:
-        return str(getattr(self, "path", type(self).__name__.lower()))
-
-    @abstractmethod
-    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
-        """Make the scorer.
-
-        Args:
-            device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one.
-            max_rows: most rows in one forward pass, at least 1.
-
-        Raises:
-            ConfigError: settings that the model cannot be used under, or an impossible device.
-            ModelError: nothing loadable there, or a model without a step head.
-        """
-
-
-@dataclass(frozen=True)
-class Checker(ScorerConfig):
-    """The exact checker of the tiny world."""
-
-    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
-        """See :meth:`ScorerConfig.build`."""
-        from stepkd.scorers.rules import CheckerScorer
-
-        return CheckerScorer()
-
-
-@dataclass(frozen=True)
-class Arithmetic(ScorerConfig):
-    """The sums that a step writes out, done again; everything else passes."""
-
-    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
-        """See :meth:`ScorerConfig.build`."""
-        from stepkd.scorers.rules import ArithmeticScorer
-
-        return ArithmeticScorer()
-
-
-@dataclass(frozen=True)
-class Gain(ScorerConfig):
-    """What of the row's solution a step adds, less what it says again."""
-
-    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
-        """See :meth:`ScorerConfig.build`."""
-        from stepkd.scorers.rules import GainScorer
-
-        return GainScorer()
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,39 @@ import itertools
 import math
 import operator
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from stepkd.errors import DataError
-from stepkd.scorers.scorer import Meaning, Row, Solutions
+from stepkd.scorers.scorer import Meaning, Row, ScorerConfig, Solutions
 from stepkd.tasks.rows import check_row
 
 
-class CheckerScorer:
-    """Scores 1.0 for a step that is what the tiny-world problem demands at its place, and 0.0 for any other."""
+class RuleScorer(ScorerConfig):
+    """A scorer that is nothing but a rule: its settings are the scorer."""
 
     meaning: Meaning = "correctness"
+
+    @abstractmethod
+    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
+
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]:
+        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
+
+    def build(self, *, device: str = "auto", max_rows: int = 32) -> Self:
+        """See :meth:`ScorerConfig.build`."""
+        return self
+
+
+@dataclass(frozen=True)
+class Checker(RuleScorer):
+    """Scores 1.0 for a step that is what the tiny-world problem demands at its place, and 0.0 for any other."""
 
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`.
@@ -55,7 +74,8 @@ NGRAM = 4
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]")
 
 
-class GainScorer:
+@dataclass(frozen=True)
+class Gain(RuleScorer):
     """Scores ``(1 + gain - repetition) / 2`` of every step; 0.5 for one that adds nothing and repeats nothing.
 
     With ``c`` the TF-IDF cosine of a step to each of the n lines of the solution, and ``m`` the best of it so far,
@@ -63,8 +83,6 @@ class GainScorer:
     - gain: ``1/n sum max(c - m, 0)``, in [0, 1]; those of all steps of a solution sum to at most 1;
     - repetition: share of the step's runs of four words that an earlier step has, in [0, 1].
     """
-
-    meaning: Meaning = "correctness"
 
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`.
@@ -170,20 +188,16 @@ class Equation(NamedTuple):
     """Whether that is so, up to rounding."""
 
 
-class ArithmeticScorer:
+@dataclass(frozen=True)
+class Arithmetic(RuleScorer):
     """Scores 0.0 for a step with a wrong sum and 1.0 for one whose sums are right.
 
     See :func:`equations` for what counts as a sum and when it is right.
-
-    Args:
-        unchecked: score of a step without a sum that can be checked: 1.0, as nothing is wrong in it, or NaN, as nothing
-            is known of it.
     """
 
-    meaning: Meaning = "correctness"
-
-    def __init__(self, *, unchecked: float = 1.0) -> None:
-        self.unchecked = unchecked
+    unchecked: float = 1.0
+    """Score of a step without a sum that can be checked: 1.0, as nothing is incorrect in it, or NaN, as nothing is
+    known of it."""
 
     def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`; the prompts do not matter."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -57,6 +58,26 @@ class StepScorer(Protocol):
     def provenance(self) -> dict[str, Any]:
         """What the scores came from, as JSON values: model, format, settings."""
         ...
+
+
+class ScorerConfig(ABC):
+    """Settings of what scores steps: one of its subclasses (:mod:`stepkd.scorers.load`)."""
+
+    def __str__(self) -> str:
+        return str(getattr(self, "path", type(self).__name__.lower()))
+
+    @abstractmethod
+    def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
+        """Make the scorer.
+
+        Args:
+            device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` takes a GPU when there is one.
+            max_rows: most rows in one forward pass, at least 1.
+
+        Raises:
+            ConfigError: settings that the model cannot be used under, or an impossible device.
+            ModelError: nothing loadable there, or a model without a step head.
+        """
 
 
 def score_one(scorer: StepScorer, prompt: str, steps: Sequence[str]) -> list[float]:

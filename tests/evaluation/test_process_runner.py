@@ -134,9 +134,9 @@ def test_comparison_is_paired(data: str, tmp_path: Path) -> None:
 
 def test_rollouts_with_step_labels_are_read(tmp_path: Path) -> None:
     data = 'task:task="modular:terms=3",n=6,noise.rate=0.5,split=test'
-    from stepkd.scorers.rules import CheckerScorer
+    from stepkd.scorers.rules import Checker
 
-    summary = evaluate_process(spec(data, tmp_path / "out"), CheckerScorer())
+    summary = evaluate_process(spec(data, tmp_path / "out"), Checker())
     (section,) = summary["sets"].values()
     assert section["fixed"]["f1"]["value"] == 1.0
     # The checker's score of a solution falls from 1 to 0 when a line comes before the one it needs.

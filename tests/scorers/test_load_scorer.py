@@ -18,7 +18,7 @@ from stepkd.models.step_head import StepHeadConfig
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.load import PRM, Judge, load_scorer, pick_device, scorer_of
 from stepkd.scorers.prm import PRMScorer
-from stepkd.scorers.rules import CheckerScorer
+from stepkd.scorers.rules import Checker
 from stepkd.steps.format import StepFormat
 
 
@@ -41,7 +41,7 @@ def with_template(folder: Path, template: object) -> Path:
 
 
 def test_checker_and_judge() -> None:
-    assert isinstance(load_scorer("checker"), CheckerScorer)
+    assert isinstance(load_scorer("checker"), Checker)
     judge = load_scorer(Judge("tiny-0.1m", answers=("Y", "N"), reference=True), device="cpu", max_rows=3)
     assert isinstance(judge, PromptedJudge)
     assert (judge.reference, judge.max_rows) == (True, 3)

@@ -17,7 +17,7 @@ from stepkd.labels.settings import LabelConfig
 from stepkd.modules.step_scores import Focus, FocusConfig
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers.load import load_scorer
-from stepkd.scorers.rules import ArithmeticScorer, CheckerScorer, GainScorer, equations
+from stepkd.scorers.rules import Arithmetic, Checker, Gain, equations
 from stepkd.scorers.scorer import Solutions, score_one
 from stepkd.tasks.rows import Noise, make_rows
 
@@ -161,8 +161,8 @@ def test_long_lines_take_no_time() -> None:
 def test_the_scorer() -> None:
     solution = ["3 + 4 = 7\n", "7 * 2 = 15\n", "so she has many\n", "#### 15"]
     asked = [Solutions({"id": "0", "prompt": "?"}, [solution, solution[:1]])]
-    assert ArithmeticScorer().score(asked) == [[[1.0, 0.0, 1.0, 1.0], [1.0]]]
-    ((first, _),) = ArithmeticScorer(unchecked=math.nan).score(asked)
+    assert Arithmetic().score(asked) == [[[1.0, 0.0, 1.0, 1.0], [1.0]]]
+    ((first, _),) = Arithmetic(unchecked=math.nan).score(asked)
     assert first[:2] == [1.0, 0.0]
     assert all(map(math.isnan, first[2:]))
     assert load_scorer("arithmetic").provenance() == {"scorer": "arithmetic", "meaning": "correctness"}
@@ -205,7 +205,7 @@ ROW = {"id": "p1", "prompt": "?", "solution": "He buys 3 apples for 6\nShe sells
 
 
 def of(*steps: str) -> list[float]:
-    return GainScorer().score([Solutions(ROW, [steps])])[0][0]
+    return Gain().score([Solutions(ROW, [steps])])[0][0]
 
 
 def test_the_solution_itself_covers_everything() -> None:
@@ -221,7 +221,7 @@ def test_written_out() -> None:
     row = {"id": "q", "prompt": "?", "solution": "a b\nb c"}
     rare, common = math.log(3), math.log(2)
     norm = math.hypot(rare, common)
-    found = GainScorer().score([Solutions(row, [["a b", "b", "d"]])])[0][0]
+    found = Gain().score([Solutions(row, [["a b", "b", "d"]])])[0][0]
     other = common**2 / norm**2  # of "a b" to "b c"
     first = (1 + other) / 2
     second = (max(common / norm - 1, 0) + max(common / norm - other, 0)) / 2
@@ -242,7 +242,7 @@ def test_order_and_companions() -> None:
     steps = ["He buys 3 apples", "nothing at all", "She sells 4 pears for 8"]
     whole = of(*steps)
     assert of(*steps[:2]) == whole[:2]
-    assert GainScorer().score([Solutions(ROW, [steps, steps])])[0] == [whole, whole]
+    assert Gain().score([Solutions(ROW, [steps, steps])])[0] == [whole, whole]
     assert all(0 <= score <= 1 for score in whole)
 
 
@@ -256,7 +256,7 @@ def test_rows_without_a_solution() -> None:
 
 def test_scores_are_the_labels_of_noisy_solutions() -> None:
     rows = make_rows("modular:terms=4", 40, seed=3, noise=Noise(rate=0.3))
-    scorer = CheckerScorer()
+    scorer = Checker()
     scores = scorer.score([Solutions(row, [row["steps"], row["steps"][:2]]) for row in rows])
     for row, (whole, start) in zip(rows, scores, strict=True):
         assert whole == [float(label) for label in row["step_labels"]]
@@ -268,4 +268,4 @@ def test_scores_are_the_labels_of_noisy_solutions() -> None:
 
 def test_the_checker_refuses_rows_of_other_worlds() -> None:
     with pytest.raises(DataError, match="row x, column 'answer': missing"):
-        CheckerScorer().score([Solutions({"id": "x", "prompt": "1"}, [["a"]])])
+        Checker().score([Solutions({"id": "x", "prompt": "1"}, [["a"]])])

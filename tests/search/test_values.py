@@ -12,7 +12,7 @@ from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
 from stepkd.scorers.judge import PromptedJudge
-from stepkd.scorers.rules import CheckerScorer
+from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import Solutions
 from stepkd.search.generate import RolloutValue, ScorerValue
 from stepkd.search.tree import Problem, State
@@ -99,7 +99,7 @@ def test_exact_checker() -> None:
     (row,) = make_rows("modular:terms=3,modulus=5", 1, seed=0)
     problem = Problem(0, row, (1,))
     first, second, *_ = row["solution"].splitlines(keepends=True)
-    value = ScorerValue(CheckerScorer())
+    value = ScorerValue(Checker())
     states = [state(problem, first), state(problem, "1+1=3\n"), state(problem, "1+1=3\n", second)]
     assert value.values(states) == [1.0, 0.0, 0.0], "the product: no state is good behind a wrong step"
 
