@@ -16,7 +16,7 @@ from torch import Tensor
 from stepkd.losses.reduce import LossTerms, segment_sum
 from stepkd.steps.labels import is_settled
 
-Reduction = Literal["mean_steps", "sum_steps", "mean_all_steps"]
+Reduction = Literal["mean_steps", "sum_steps"]
 DEFAULT_REDUCTION: Reduction = "sum_steps"
 """Chosen by an ablation in the tiny world (``recipes/claims/step_kto_ablation.yaml``), confirmed on other seeds."""
 ClassWeights = tuple[float, float]
@@ -97,7 +97,6 @@ def step_kto(
     z0: float | Tensor = 0.0,
     z0_step: float | Tensor = 0.0,
     beta: float = 0.1,
-    beta_step: float | None = None,
     reduction: Reduction = DEFAULT_REDUCTION,
     weights: ClassWeights = (1.0, 1.0),
     step_weights: ClassWeights = (1.0, 1.0),
@@ -108,7 +107,7 @@ def step_kto(
     weight ``w_s`` of the step term is given to :func:`~stepkd.losses.reduce.reduce` (``weights={"step": w_s}``).
 
     A reconstruction: the paper (Lin et al. 2025, arXiv 2501.10799) adds step-level value terms to KTO's; their weight,
-    beta, average over steps and reference point were not found in it and are options here.
+    average over steps and reference point were not found in it and are options here, beta is the outcome term's.
 
     Args:
         step_logratios_S: summed log-ratios of the steps.
@@ -118,11 +117,10 @@ def step_kto(
         z0: reference point of completions.
         z0_step: reference point of steps, one number or one per step. A step's log-ratio is about 1/H of its
             completion's, so ``z0`` does not serve for it.
-        beta: > 0.
-        beta_step: beta of the steps; None: ``beta``.
+        beta: > 0, of outcomes and steps.
         reduction: ``sum_steps``: the sum over a completion's labelled steps, averaged over completions;
-            ``mean_steps``: their mean in place of the sum; ``mean_all_steps``: one mean over all steps of the batch.
-            A sum over H steps weighs H times the mean beside the outcome term: with many steps, lower ``w_s``.
+            ``mean_steps``: their mean in place of the sum. A sum over H steps weighs H times the mean beside the
+            outcome term: with many steps, lower ``w_s``.
         weights: (lambda_D, lambda_U) of outcomes.
         step_weights: the same of steps.
 
@@ -142,22 +140,16 @@ def step_kto(
     logratios_R = segment_sum(step_logratios_S, completion_S, len(labels_R))
     outcome, metrics = _value_loss(logratios_R, labels_R, z0, beta, weights, torch.ones_like(logratios_R))
     share_S = _step_shares(step_labels_S, completion_S, len(labels_R), reduction).to(step_logratios_S.dtype)
-    step, step_metrics = _value_loss(
-        step_logratios_S, step_labels_S, z0_step, beta if beta_step is None else beta_step, step_weights, share_S
-    )
+    step, step_metrics = _value_loss(step_logratios_S, step_labels_S, z0_step, beta, step_weights, share_S)
     metrics |= {f"step_{name}": value for name, value in step_metrics.items()}
     metrics["conflicts"] = _conflicts(step_labels_S, completion_S, labels_R)
     return LossTerms({"outcome": outcome, "step": step}, metrics)
 
 
-def step_kto_counts(
-    step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor, reduction: Reduction = DEFAULT_REDUCTION
-) -> dict[str, float]:
-    """Denominators of :func:`step_kto`: labelled completions, and, by the reduction, steps or completions with some."""
-    _check_reduction(reduction)
-    counts_R = segment_sum((step_labels_S >= 0).double(), completion_S, len(labels_R))
-    steps = counts_R.sum() if reduction == "mean_all_steps" else (counts_R > 0).sum()
-    return {"outcome": float((labels_R >= 0).sum()), "step": float(steps)}
+def step_kto_counts(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> dict[str, float]:
+    """Denominators of :func:`step_kto`: completions with an outcome, and completions with a labelled step."""
+    labelled_R = segment_sum((step_labels_S >= 0).double(), completion_S, len(labels_R)) > 0
+    return {"outcome": float((labels_R >= 0).sum()), "step": float(labelled_R.sum())}
 
 
 def ratio_rule(desirable: int, undesirable: int) -> ClassWeights:
@@ -198,16 +190,12 @@ def _value_loss(
 
 def _step_shares(labels_S: Tensor, completion_S: Tensor, completions: int, reduction: str) -> Tensor:
     """1 / H for the mean over a completion's H labelled steps, else 1."""
-    _check_reduction(reduction)
-    if reduction != "mean_steps":
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
+    if reduction == "sum_steps":
         return torch.ones(labels_S.shape, dtype=torch.float64, device=labels_S.device)
     counts_R = segment_sum((labels_S >= 0).double(), completion_S, completions)
     return 1.0 / counts_R.clamp(min=1.0)[completion_S]
-
-
-def _check_reduction(reduction: str) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
 
 
 def _conflicts(step_labels_S: Tensor, completion_S: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from stepkd.lazy import lazily
 _HOMES = {
     "base": "Prepared StepModule",
     "components": "Component CrossEntropy ForwardPass",
-    "dpo": "DPOModule",
+    "dpo": "DPOModule Hinge IPO PairLoss Sigmoid SigmoidByVisits",
     "fidelity": "FidelityConfig",
     "gkd": "GKDModule",
     "kdrl": "KDRLModule",

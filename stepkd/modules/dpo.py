@@ -5,38 +5,136 @@ Axes: N completion tokens, R completions (two per pair), P pairs.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch
 from stepkd.data.feedback import PairExample
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing
-from stepkd.losses.dpo import PairLoss
 from stepkd.models.spec import PolicyConfig
+from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.preference import PreferenceModule, ReferenceConfig
 from stepkd.steps.text import first_difference
 
 
+class PairLoss(ABC):
+    """How the difference D of a pair's log-ratios becomes its loss; see :func:`stepkd.losses.dpo`."""
+
+    @abstractmethod
+    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
+        """Which loss, and its label smoothing, for these pairs."""
+
+
+@dataclass(frozen=True)
+class Sigmoid(PairLoss):
+    """DPO's own: ``-log sigma(beta D)``, with label smoothing that of conservative DPO."""
+
+    label_smoothing: float = 0.0
+    """Chance in [0, 0.5] that a pair is the wrong way round; 0 trusts all of them."""
+
+    def __post_init__(self) -> None:
+        check_bounds("loss.", self, label_smoothing="[0, 0.5]")
+
+    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
+        """The same smoothing for all."""
+        return {"label_smoothing": self.label_smoothing}
+
+
+@dataclass(frozen=True)
+class SigmoidByVisits(PairLoss):
+    """``Sigmoid`` with each pair's label smoothing from its visit counts in a tree search (MCTS-DPO)."""
+
+    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
+        """See :func:`stepkd.losses.visit_smoothing`.
+
+        Raises:
+            ConfigError: a pair without visit counts.
+        """
+        if lacking := [pair.id for pair in pairs if pair.visits is None]:
+            raise ConfigError(
+                f"loss: SigmoidByVisits, and pair {lacking[0]} has no visit counts (chosen_visits, rejected_visits): "
+                "they come from a tree search (stepkd label --to tree_preference)"
+            )
+        visits_P2 = torch.tensor([pair.visits for pair in pairs])
+        return {"label_smoothing": visit_smoothing(visits_P2[:, 0], visits_P2[:, 1])}
+
+
+@dataclass(frozen=True)
+class IPO(PairLoss):
+    """``(D - 1 / (2 beta))^2`` (Azar et al. 2023, arXiv 2310.12036)."""
+
+    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
+        """Nothing to smooth."""
+        return {"loss": "ipo"}
+
+
+@dataclass(frozen=True)
+class Hinge(PairLoss):
+    """``max(0, 1 - beta D)`` (SLiC)."""
+
+    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
+        """Nothing to smooth."""
+        return {"loss": "hinge"}
+
+
+@dataclass(eq=False)
+class Pairs(Component):
+    """DPO's loss on the log-ratios of both sides of every pair."""
+
+    loss: PairLoss
+    beta: float
+    length_normalised: bool
+    from_first_difference: bool
+
+    names = ("dpo",)
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Pairs."""
+        return {"dpo": float(len(batch.examples))}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """See :func:`stepkd.losses.dpo`."""
+        batch, ratios_N = forward.batch, forward.logratios_N
+        pairs = [cast(PairExample, example) for example in batch.examples]
+        kept_N = self._kept(pairs).to(ratios_N)
+        ratios_P2 = segment_sum(ratios_N * kept_N, batch.completion_N, batch.num_completions).view(-1, 2)
+        lengths_P2 = segment_sum(kept_N, batch.completion_N, batch.num_completions).view(-1, 2).clamp(min=1)
+        return dpo(
+            *(ratios_P2[:, 0], ratios_P2[:, 1]),
+            beta=self.beta,
+            lengths_P2=lengths_P2 if self.length_normalised else None,
+            **self.loss.options(pairs),
+        )
+
+    def _kept(self, pairs: Sequence[PairExample]) -> Tensor:
+        """1.0 for tokens that count, 0.0 for leading ones that both sides share."""
+        kept = []
+        for better, worse in (pair.completions for pair in pairs):
+            shared = first_difference(better.token_ids, worse.token_ids) if self.from_first_difference else 0
+            kept += [float(place >= shared) for side in (better, worse) for place in range(len(side.token_ids))]
+        return torch.tensor(kept)
+
+
 class DPOModule(PreferenceModule):
-    """Direct preference optimisation. What the pairs are decides the method: whole solutions (DPO), a right and a wrong
-    next step after a right prefix (Step-DPO; the prefix is read with the prompt and carries no loss), or siblings of a
-    search tree (MCTS-DPO).
+    """Direct preference optimisation. What the pairs are decides the method: whole solutions (DPO), a correct and an
+    incorrect next step after a correct prefix (Step-DPO; the prefix is read with the prompt and carries no loss), or
+    siblings of a search tree (MCTS-DPO).
 
     Args:
         policy, reference: as for :class:`~stepkd.modules.preference.PreferenceModule`.
         beta: > 0.
-        loss: ``sigmoid``, ``ipo`` or ``hinge``.
-        label_smoothing: chance in [0, 0.5] that a pair is the wrong way round; ``visits`` takes it from the pairs'
-            visit counts (MCTS-DPO).
+        loss: ``Sigmoid``, ``SigmoidByVisits``, ``IPO`` or ``Hinge``; null is ``Sigmoid`` without label smoothing.
         length_normalised: divide log-ratios by the number of their tokens.
         from_first_difference: leave out the leading tokens that both sides share.
-        **settings: ``packing``, ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.
+        **settings: ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.
     """
 
-    loss_names = ("dpo",)
     feedback = "pairs"
 
     def __init__(
@@ -44,69 +142,12 @@ class DPOModule(PreferenceModule):
         policy: PolicyConfig,
         reference: ReferenceConfig | None = None,
         beta: float = 0.1,
-        loss: PairLoss = "sigmoid",
-        label_smoothing: float | Literal["visits"] = 0.0,
+        loss: PairLoss | None = None,
         length_normalised: bool = False,
         from_first_difference: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(policy, reference, **settings)
-        check_choice("loss", loss, ("sigmoid", "ipo", "hinge"))
         if not 0 < beta < float("inf"):
             raise ConfigError(f"beta={beta}: must be positive")
-        if label_smoothing != "visits" and not (
-            isinstance(label_smoothing, float | int) and 0 <= label_smoothing <= 0.5
-        ):
-            raise ConfigError(f"label_smoothing={label_smoothing!r}: must lie in [0, 0.5], or be 'visits'")
-        if loss != "sigmoid" and label_smoothing != 0:
-            raise ConfigError(f"label_smoothing goes with loss 'sigmoid', not with {loss!r}")
-        self.beta = beta
-        self.loss: PairLoss = loss
-        self.label_smoothing = label_smoothing
-        self.length_normalised = length_normalised
-        self.from_first_difference = from_first_difference
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """Pairs."""
-        return {"dpo": float(len(batch.examples))}
-
-    def loss_terms(self, batch: Batch) -> LossTerms:
-        """DPO's loss on the log-ratios of both sides."""
-        ratios_N = self.logratios(batch)
-        kept_N = self._kept(batch).to(ratios_N)
-        ratios_P2 = segment_sum(ratios_N * kept_N, batch.completion_N, batch.num_completions).view(-1, 2)
-        lengths_P2 = segment_sum(kept_N, batch.completion_N, batch.num_completions).view(-1, 2).clamp(min=1)
-        return dpo(
-            ratios_P2[:, 0],
-            ratios_P2[:, 1],
-            beta=self.beta,
-            loss=self.loss,
-            label_smoothing=self._smoothing(batch),
-            lengths_P2=lengths_P2 if self.length_normalised else None,
-        )
-
-    def _kept(self, batch: Batch) -> Tensor:
-        """1.0 for tokens that count, 0.0 for leading ones that both sides share."""
-        kept_N = torch.ones(len(batch.targets_N))
-        if not self.from_first_difference:
-            return kept_N
-        at = 0
-        for example in batch.examples:
-            better, worse = example.completions
-            shared = first_difference(better.token_ids, worse.token_ids)
-            for side in (better, worse):
-                kept_N[at : at + shared] = 0.0
-                at += len(side.token_ids)
-        return kept_N
-
-    def _smoothing(self, batch: Batch) -> float | Tensor:
-        if self.label_smoothing != "visits":
-            return float(self.label_smoothing)
-        pairs = [cast(PairExample, example) for example in batch.examples]
-        if lacking := [pair.id for pair in pairs if pair.visits is None]:
-            raise ConfigError(
-                f"label_smoothing: visits, and pair {lacking[0]} has no visit counts (chosen_visits, rejected_visits): "
-                "they come from a tree search (stepkd label --to tree_preference)"
-            )
-        visits_P2 = torch.tensor([pair.visits for pair in pairs])
-        return visit_smoothing(visits_P2[:, 0], visits_P2[:, 1])
+        self.components = (Pairs(loss or Sigmoid(), beta, length_normalised, from_first_difference),)

@@ -5,9 +5,9 @@ Axes: N completion tokens, R completions, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from stepkd.data.batching import StepBatch, mismatched
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example, as_completion
-from stepkd.errors import ConfigError, check_bounds
+from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
 from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import Prepared
+from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.preference import PreferenceModule, ReferenceConfig
 
@@ -142,30 +143,21 @@ class PointEstimator:
             device: of the collective.
             update: whether running averages move (in training) or are only read.
         """
+        items = {"mismatch": mismatches, "per_index": mismatches, "batch": own, "zero": ()}
+        rows = [_step_sums(completion, ratios_N) for completion, ratios_N in items[self.spec.step]]
         sums: dict[str, float] = {}
-        for name, items in (("mismatch", mismatches), ("batch", own)):
-            totals = [float(ratios_N.double().sum()) for _, ratios_N in items]
-            steps = [value for completion, ratios_N in items for value in _step_sums(completion, ratios_N)]
-            mean = self.spec.rotation == "device"
-            for kind, values in (("outcome", totals), ("step", steps)):
-                divisor = len(values) if mean and values else 1
-                sums[f"{name}/{kind}/sum"] = sum(values) / divisor
-                sums[f"{name}/{kind}/count"] = len(values) / divisor
+        for kind, values in (
+            ("outcome", [float(ratios_N.double().sum()) for _, ratios_N in items[self.spec.outcome]]),
+            ("step", [value for row in rows for value in row]),
+        ):
+            divisor = len(values) if self.spec.rotation == "device" and values else 1
+            sums |= {f"{kind}/sum": sum(values) / divisor, f"{kind}/count": len(values) / divisor}
         sums = all_reduce(sums, device)
-        points = {
-            (name, kind): reference_point(sums[f"{name}/{kind}/sum"], sums[f"{name}/{kind}/count"])
-            for name in ("mismatch", "batch")
-            for kind in ("outcome", "step")
-        }
-        step = "mismatch" if self.spec.step == "per_index" else self.spec.step
-        by_index = self._by_index(mismatches, device, update) if self.spec.step == "per_index" else ()
-        return Points(points.get((self.spec.outcome, "outcome"), 0.0), points.get((step, "step"), 0.0), by_index)
+        z0, z0_step = (reference_point(sums[f"{kind}/sum"], sums[f"{kind}/count"]) for kind in ("outcome", "step"))
+        return Points(z0, z0_step, self._by_index(rows, device, update) if self.spec.step == "per_index" else ())
 
-    def _by_index(
-        self, mismatches: Sequence[tuple[Completion, Tensor]], device: torch.device, update: bool
-    ) -> tuple[float, ...]:
+    def _by_index(self, rows: Sequence[Sequence[float]], device: torch.device, update: bool) -> tuple[float, ...]:
         """Clamped points by step number, after this batch has moved the running averages."""
-        rows = [_step_sums(completion, ratios_N) for completion, ratios_N in mismatches]
         longest = int(all_reduce({"n": float(max(map(len, rows), default=0))}, device, op="max")["n"])
         sums = {f"{part}/{i}": 0.0 for i in range(longest) for part in ("sum", "count")}
         for row in rows:
@@ -186,55 +178,124 @@ def _step_sums(completion: Completion, ratios_N: Tensor) -> list[float]:
     return [float(values[start:end].sum()) for start, end in completion.spans]
 
 
-class KTOModule(PreferenceModule):
-    """KTO on whole completions, each of them right or wrong.
+GivenWeights = list[float] | Literal["ratio"]
+"""Weights of correct and of incorrect ones, or ``ratio``: both classes get the same total, counted over the data."""
+
+
+class OutcomeValues(Component):
+    """KTO's value term of whole completions.
 
     Args:
-        policy: the model to train; LoRA or all weights.
-        reference: the frozen model.
         beta: > 0.
-        class_weights: (lambda_D, lambda_U) of right and wrong completions; ``ratio`` gives both classes the same total,
-            counted over the training data.
-        reference_point: how z0 is estimated.
-        **settings: ``packing``, ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.
+        class_weights: (lambda_D, lambda_U) of correct and incorrect completions.
     """
 
-    loss_names: tuple[str, ...] = ("outcome",)
+    names: tuple[str, ...] = ("outcome",)
+
+    def __init__(self, beta: float, class_weights: GivenWeights) -> None:
+        if not 0 < beta < float("inf"):
+            raise ConfigError(f"beta={beta}: must be positive")
+        self.beta = beta
+        self.weights = _checked_weights("class_weights", class_weights)
+        self.points = Points()
+        """Those of the optimiser step that is being taken."""
+
+    def weigh(self, ratio: Callable[[str], ClassWeights]) -> None:
+        """Fill in the class weights that are not given, from the ratio rule of ``outcomes`` (or ``steps``)."""
+        self.weights = self.weights or ratio("outcomes")
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Completions with an outcome."""
+        return {"outcome": float((batch.outcome_R >= 0).sum())}
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """See :func:`stepkd.losses.kto`."""
+        batch = forward.batch
+        logratios_R = segment_sum(forward.logratios_N, batch.completion_N, batch.num_completions)
+        terms = kto(logratios_R, batch.outcome_R, z0=self.points.z0, beta=self.beta, weights=self.weights or EVEN)
+        terms.metrics["z0"] = _one_value(self.points.z0)
+        return terms
+
+
+class StepValues(OutcomeValues):
+    """Step-KTO's value terms: KTO's, and one of the same form for every step.
+
+    Args:
+        beta, class_weights: as for :class:`OutcomeValues`.
+        step_class_weights: the same of steps.
+        reduction: see :func:`stepkd.losses.step_kto`.
+    """
+
+    names = ("outcome", "step")
+
+    def __init__(
+        self, beta: float, class_weights: GivenWeights, step_class_weights: GivenWeights, reduction: Reduction
+    ) -> None:
+        super().__init__(beta, class_weights)
+        check_choice("reduction", reduction, get_args(Reduction))
+        self.step_weights = _checked_weights("step_class_weights", step_class_weights)
+        self.reduction = reduction
+
+    def weigh(self, ratio: Callable[[str], ClassWeights]) -> None:
+        """Those of outcomes and of steps."""
+        super().weigh(ratio)
+        self.step_weights = self.step_weights or ratio("steps")
+
+    def count(self, batch: Batch) -> dict[str, float]:
+        """Completions with an outcome, and completions with a labelled step."""
+        return step_kto_counts(batch.label_S, batch.completion_S, batch.outcome_R)
+
+    def terms(self, forward: ForwardPass) -> LossTerms:
+        """See :func:`stepkd.losses.step_kto`."""
+        batch, ratios_N = forward.batch, forward.logratios_N
+        terms = step_kto(
+            segment_sum(ratios_N, batch.step_N, len(batch.completion_S)),
+            batch.label_S,
+            batch.completion_S,
+            batch.outcome_R,
+            z0=self.points.z0,
+            z0_step=self.points.of_steps(batch.completion_S, ratios_N),
+            beta=self.beta,
+            reduction=self.reduction,
+            weights=self.weights or EVEN,
+            step_weights=self.step_weights or EVEN,
+        )
+        terms.metrics |= {"z0": _one_value(self.points.z0), "z0_step": _one_value(self.points.z0_step)}
+        return terms
+
+
+class FeedbackModule(PreferenceModule):
+    """Base of methods that learn from correct and incorrect completions, each measured from a reference point."""
+
     feedback = "right and wrong completions"
 
     def __init__(
         self,
         policy: PolicyConfig,
         reference: ReferenceConfig | None = None,
-        beta: float = 0.1,
-        class_weights: list[float] | Literal["ratio"] = "ratio",
         reference_point: ReferencePointConfig | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, reference, **settings)
-        if not 0 < beta < float("inf"):
-            raise ConfigError(f"beta={beta}: must be positive")
-        self.beta = beta
-        self.class_weights = _checked_weights("class_weights", class_weights)
         self.point_spec = reference_point or ReferencePointConfig()
         self.prepares_with_model |= self.point_spec.needs_mismatches or self.point_spec.needs_batch
         self._estimator = PointEstimator(self.point_spec)
-        self._points = Points()
+
+    @property
+    def values(self) -> OutcomeValues:
+        """The component that the points and class weights are for."""
+        return cast(OutcomeValues, self.components[0])
 
     def on_fit_start(self) -> None:
         """Class weights by the ratio rule, which reads the training data."""
         super().on_fit_start()
-        self.class_weights = self._resolved("outcomes", self.class_weights)
+        self.values.weigh(self._ratio)
 
-    def _resolved(self, kind: str, weights: ClassWeights | None) -> ClassWeights:
-        if weights is not None:
-            return weights
+    def _ratio(self, kind: str) -> ClassWeights:
         if not hasattr(self.datamodule, "label_counts"):
             raise ConfigError("class weights by the ratio rule need the data's counts: use FeedbackData, or give them")
         counts = self.datamodule.label_counts()
         return ratio_rule(counts[f"right_{kind}"], counts[f"wrong_{kind}"])
-
-    # ---- reference points ------------------------------------------------------------------------------------------
 
     def mismatches(self, batch: StepBatch) -> list[Completion]:
         """This rank's prompts with other prompts' completions."""
@@ -249,7 +310,7 @@ class KTOModule(PreferenceModule):
         if self.point_spec.needs_batch:
             own = [completion for example in batch.examples for completion in example.completions]
         with self.phases.phase("reference points"):
-            self._points = self._estimator(
+            self.values.points = self._estimator(
                 list(zip(others, self.frozen_logratios(others), strict=True)),
                 list(zip(own, self.frozen_logratios(own), strict=True)),
                 self.device,
@@ -265,55 +326,27 @@ class KTOModule(PreferenceModule):
         """Take back :meth:`method_state`."""
         self._estimator.averages = list(state.get("point_averages", []))
 
-    # ---- loss ------------------------------------------------------------------------------------------------------
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """Completions with an outcome."""
-        return {"outcome": float((batch.outcome_R >= 0).sum())}
-
-    def loss_terms(self, batch: Batch) -> LossTerms:
-        """KTO's value terms."""
-        logratios_R = segment_sum(self.logratios(batch), batch.completion_N, batch.num_completions)
-        terms = kto(
-            logratios_R,
-            batch.outcome_R,
-            z0=self._points.z0,
-            beta=self.beta,
-            weights=self.class_weights or EVEN,
-        )
-        return self._with_points(terms, {"z0": self._points.z0})
-
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
-        """Margins: mean reward of the right less that of the wrong."""
+        """Margins: mean reward of the correct less that of the incorrect."""
         return {
             f"{prefix}margin": values[f"{prefix}reward_right"] - values[f"{prefix}reward_wrong"]
             for prefix in ("", "step_")
             if {f"{prefix}reward_right", f"{prefix}reward_wrong"} <= values.keys()
         }
 
-    @staticmethod
-    def _with_points(terms: LossTerms, points: dict[str, float]) -> LossTerms:
-        one = torch.tensor(1.0)
-        terms.metrics |= {name: (torch.tensor(value), one) for name, value in points.items()}
-        return terms
 
-
-class StepKTOModule(KTOModule):
-    """Step-KTO: KTO's value term for the outcome, and one for every step; one forward pass serves both.
-
-    A reconstruction, see :func:`stepkd.losses.step_kto`: how the paper weighs and averages its step terms and where it
-    measures them from was not found, so all of it is open to choice.
+class KTOModule(FeedbackModule):
+    """KTO on whole completions, each of them correct or incorrect.
 
     Args:
-        policy, reference, beta, class_weights, reference_point: as for :class:`KTOModule`.
-        step_weight: weight ``w_s`` of the step term, >= 0; 0 is KTO.
-        beta_step: beta of the steps; null: ``beta``.
-        step_class_weights: as ``class_weights``, counted over the steps.
-        reduction: ``sum_steps``, ``mean_steps`` or ``mean_all_steps``: see :func:`stepkd.losses.step_kto`.
-        **settings: as for :class:`KTOModule`.
+        policy: the model to train; LoRA or all weights.
+        reference: the frozen model.
+        beta: > 0.
+        class_weights: (lambda_D, lambda_U) of correct and incorrect completions; ``ratio`` gives both classes the same
+            total, counted over the training data.
+        reference_point: how z0 is estimated.
+        **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
-
-    loss_names = ("outcome", "step")
 
     def __init__(
         self,
@@ -321,57 +354,51 @@ class StepKTOModule(KTOModule):
         reference: ReferenceConfig | None = None,
         beta: float = 0.1,
         class_weights: list[float] | Literal["ratio"] = "ratio",
-        step_weight: float = 1.0,
-        beta_step: float | None = None,
+        reference_point: ReferencePointConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(policy, reference, reference_point, **settings)
+        self.components = (OutcomeValues(beta, class_weights),)
+
+
+class StepKTOModule(FeedbackModule):
+    """Step-KTO: KTO's value term for the outcome, and one for every step; one forward pass serves both.
+
+    A reconstruction, see :func:`stepkd.losses.step_kto`: how the paper weighs and averages its step terms and where it
+    measures them from was not found, so all of it is open to choice; the weight ``w_s`` of the step term is
+    ``loss_weights: {step: w_s}``, and 0 is KTO.
+
+    Args:
+        policy, reference, beta, class_weights, reference_point: as for :class:`KTOModule`.
+        step_class_weights: as ``class_weights``, counted over the steps.
+        reduction: ``sum_steps`` or ``mean_steps``: see :func:`stepkd.losses.step_kto`.
+        **settings: as for :class:`KTOModule`.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        reference: ReferenceConfig | None = None,
+        beta: float = 0.1,
+        class_weights: list[float] | Literal["ratio"] = "ratio",
         step_class_weights: list[float] | Literal["ratio"] = "ratio",
         reduction: Reduction = DEFAULT_REDUCTION,
         reference_point: ReferencePointConfig | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(policy, reference, beta, class_weights, reference_point, **settings)
-        if not 0 <= step_weight < float("inf"):
-            raise ConfigError(f"step_weight={step_weight}: must be 0 (KTO alone) or positive")
-        if beta_step is not None and not 0 < beta_step < float("inf"):
-            raise ConfigError(f"beta_step={beta_step}: must be positive, or null for beta")
-        if reduction not in ("mean_steps", "sum_steps", "mean_all_steps"):
-            raise ConfigError(f"reduction={reduction!r}: must be mean_steps, sum_steps or mean_all_steps")
-        self.loss_weights.setdefault("step", step_weight)
-        self.beta_step = beta_step
-        self.step_class_weights = _checked_weights("step_class_weights", step_class_weights)
-        self.reduction: Reduction = reduction
-
-    def on_fit_start(self) -> None:
-        """Class weights of outcomes and of steps."""
-        super().on_fit_start()
-        self.step_class_weights = self._resolved("steps", self.step_class_weights)
-
-    def count(self, batch: Batch) -> dict[str, float]:
-        """Completions with an outcome; steps, or completions with labelled ones, by the reduction."""
-        return step_kto_counts(batch.label_S, batch.completion_S, batch.outcome_R, self.reduction)
-
-    def loss_terms(self, batch: Batch) -> LossTerms:
-        """Step-KTO's value terms of outcomes and steps."""
-        ratios_N = self.logratios(batch)
-        terms = step_kto(
-            segment_sum(ratios_N, batch.step_N, len(batch.completion_S)),
-            batch.label_S,
-            batch.completion_S,
-            batch.outcome_R,
-            z0=self._points.z0,
-            z0_step=self._points.of_steps(batch.completion_S, ratios_N),
-            beta=self.beta,
-            beta_step=self.beta_step,
-            reduction=self.reduction,
-            weights=self.class_weights or EVEN,
-            step_weights=self.step_class_weights or EVEN,
-        )
-        return self._with_points(terms, {"z0": self._points.z0, "z0_step": self._points.z0_step})
+        super().__init__(policy, reference, reference_point, **settings)
+        self.components = (StepValues(beta, class_weights, step_class_weights, reduction),)
 
 
-def _checked_weights(name: str, weights: list[float] | str) -> ClassWeights | None:
+def _one_value(number: float) -> tuple[Tensor, Tensor]:
+    """A metric that is the same in every micro-batch."""
+    return torch.tensor(number), torch.tensor(1.0)
+
+
+def _checked_weights(name: str, weights: GivenWeights) -> ClassWeights | None:
     """The weights, or None for the ratio rule."""
     if weights == "ratio":
         return None
     if not isinstance(weights, list | tuple) or len(weights) != 2 or not all(0 < w < float("inf") for w in weights):
-        raise ConfigError(f"{name}={weights!r}: two positive numbers, of right and of wrong ones, or 'ratio'")
+        raise ConfigError(f"{name}={weights!r}: two positive numbers, of correct and incorrect ones, or 'ratio'")
     return (float(weights[0]), float(weights[1]))

@@ -6,10 +6,10 @@ Axes: those of :mod:`stepkd.data.collate`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -20,12 +20,11 @@ from stepkd.data.batching import StepBatch, StepLoader
 from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
-from stepkd.errors import ConfigError, ModelError, check_choice
-from stepkd.losses import token_logps
+from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import load_trained, parameters_fingerprint
-from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import Prepared, StepModule
+from stepkd.modules.components import ForwardPass
 from stepkd.runs.files import write_file
 from stepkd.sampling.annotate import check_same_vocabulary
 
@@ -122,9 +121,6 @@ class ReferenceCache:
             self._logps[bytes(key.tolist())] = values.clone()
 
 
-Packing = Literal["auto", "on", "off"]
-
-
 class PreferenceModule(StepModule):
     """Base of the methods that compare the policy with a reference on given completions.
 
@@ -134,27 +130,24 @@ class PreferenceModule(StepModule):
     Args:
         policy: the model to train; LoRA or all weights.
         reference: the frozen model.
-        packing: whether completions of one prompt read it once. ``auto``: where the model allows it; ``on`` refuses a
-            model that does not; ``off``: never.
         **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
     feedback = ""
     """What the method learns from: matched with the data module."""
     without_dropout = "policy and reference must be seen alike"
+    shares = True
+    """Whether completions of one prompt read it once, where the model allows it."""
 
     def __init__(
         self,
         policy: PolicyConfig,
         reference: ReferenceConfig | None = None,
-        packing: Packing = "auto",
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
-        check_choice("packing", packing, ("auto", "on", "off"))
         self.reference_spec = reference or ReferenceConfig()
         self.prepares_with_model = not self.reference_spec.cache
-        self.packing = packing
         self._cache: ReferenceCache | None = None
 
     # ---- what a method defines -------------------------------------------------------------------------------------
@@ -170,7 +163,6 @@ class PreferenceModule(StepModule):
 
         Raises:
             ModelError: the reference cannot be loaded, or has another vocabulary.
-            ConfigError: ``packing: on``, and a model that cannot.
         """
         policy, spec, path = self.model, self.model.spec, self.reference_spec.path
         if path is not None:
@@ -184,17 +176,11 @@ class PreferenceModule(StepModule):
             own = named if view is not policy else [(n, p) for n, p in named if "lora_" not in n]
             identity = parameters_fingerprint(own)
         self.keep_in_mind("reference", identity, "against another reference model", "reference.path (or policy.path)")
-        if self.packing == "on" and not self.model.can_unpad:
-            raise ConfigError(
-                f"packing: on, and {type(self.model.causal_lm).__name__} with "
-                f"{self.model.causal_lm.config._attn_implementation} attention cannot read a prompt once for several "
-                "completions: use sdpa attention, or packing: auto"
-            )
 
     @property
     def shares_prompts(self) -> bool:
         """Whether completions of one prompt read it once."""
-        return self.packing != "off" and self.model.can_unpad
+        return self.shares and self.model.can_unpad
 
     def on_fit_start(self) -> None:
         """Check the reference's context, and fill its cache when one is asked for."""
@@ -234,18 +220,6 @@ class PreferenceModule(StepModule):
 
     # ---- log-ratios ------------------------------------------------------------------------------------------------
 
-    def logps(self, view: Policy, batch: Batch) -> Tensor:
-        """Log-probability (N,) of every completion token under a view of the model, in float32 or float64."""
-        hidden_BTH = view.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
-        hidden_NH = hidden_BTH.flatten(0, 1)[batch.needed_N]
-        return token_logps(view.head, hidden_NH, batch.targets_N, chunk_size=self.chunk_size)
-
-    def logratios(self, batch: Batch) -> Tensor:
-        """``log pi - log ref`` (N,) of every completion token; gradients flow through the policy."""
-        assert batch.reference_N is not None, "prepare() adds the reference"
-        logps_N = self.logps(self.model, batch)
-        return logps_N - batch.reference_N.to(logps_N)
-
     def with_reference(self, prepared: Prepared) -> Prepared:
         """Add the reference's log-probabilities to all micro-batches."""
         with self.phases.phase("reference", total=len(prepared.micro_batches)):
@@ -261,20 +235,29 @@ class PreferenceModule(StepModule):
             return replace(batch, reference_N=torch.cat(parts))
         batch = batch.to(self.device)
         with self.model.reference() as view:
-            return replace(batch, reference_N=self.logps(view, batch))
+            return replace(batch, reference_N=ForwardPass(view, batch, self.chunk_size).logps_N)
 
     @torch.no_grad()
     def frozen_logratios(self, completions: Sequence[Completion]) -> list[Tensor]:
         """Token log-ratios of completions without gradients, one tensor each, in order."""
+
+        def logratios(batch: Batch) -> Tensor:
+            return self.forward_pass(batch.to(self.device)).logratios_N
+
+        return self._of_tokens(completions, logratios, "log-ratios")
+
+    def _of_tokens(self, completions: Sequence[Completion], of: Callable[[Batch], Tensor], phase: str) -> list[Tensor]:
+        """Something (N,) of micro-batches with their reference, completion by completion."""
         examples = [_as_example(number, each) for number, each in enumerate(completions)]
+        groups = plan(examples, self.micro_batch_tokens, share=self.shares_prompts) if examples else []
         found: dict[int, Tensor] = {}
-        for group in plan(examples, self.micro_batch_tokens, share=self.shares_prompts):
-            batch = self._referenced(self._collate(group))
-            batch = batch.to(self.device)
-            ratios_N = self.logratios(batch)
-            sizes = [len(example.completion_ids) for example in batch.examples]
-            for example, ratios in zip(batch.examples, ratios_N.split(sizes), strict=True):
-                found[int(example.id)] = ratios
+        with self.phases.phase(phase, total=len(groups)):
+            for group in groups:
+                batch = self._referenced(self._collate(group))
+                sizes = [len(example.completion_ids) for example in batch.examples]
+                for example, values in zip(batch.examples, of(batch).split(sizes), strict=True):
+                    found[int(example.id)] = values
+                self.phases.advance()
         return [found[number] for number in range(len(completions))]
 
     # ---- cache -----------------------------------------------------------------------------------------------------
@@ -289,18 +272,11 @@ class PreferenceModule(StepModule):
                 wanted |= {each.key: each for each in example.completions} if example.completion_ids else {}
             wanted |= {each.key: each for each in self.mismatches(batch)}
         missing = [completion for completion in wanted.values() if completion not in cache]
-        examples = [_as_example(number, each) for number, each in enumerate(missing)]
-        groups = plan(examples, self.micro_batch_tokens, share=self.shares_prompts)
         as_trained = self.trainer.precision_plugin.forward_context()  # no step has begun that would have entered it
-        with self.gathered(), as_trained, self.phases.phase("reference cache", total=len(groups)):
-            for group in groups:
-                batch_ = self._referenced(self._collate(group))
-                assert batch_.reference_N is not None
-                sizes = [len(example.completion_ids) for example in batch_.examples]
-                cache.add(
-                    [missing[int(example.id)] for example in batch_.examples], batch_.reference_N.cpu().split(sizes)
-                )
-                self.phases.advance()
+        with self.gathered(), as_trained:
+            cache.add(
+                missing, self._of_tokens(missing, lambda batch: cast(Tensor, batch.reference_N), "reference cache")
+            )
         if missing:
             cache.save(self.global_rank)
         self.model.set_reference(None)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from stepkd.losses import LossTerms, kto, kto_values, ratio_rule, reduce, reference_point, step_kto, step_kto_counts
 from stepkd.losses.kto import Reduction
 
-REDUCTIONS: tuple[Any, ...] = get_args(Reduction)
+REDUCTIONS = get_args(Reduction)
 
 
 def double(values: Any) -> Tensor:
@@ -55,7 +55,6 @@ def twin(
     z0: float = 0.0,
     z0_step: list[float] | float = 0.0,
     beta: float = 0.1,
-    beta_step: float | None = None,
     reduction: str = "mean_steps",
     weights: tuple[float, float] = (1.0, 1.0),
     step_weights: tuple[float, float] = (1.0, 1.0),
@@ -67,14 +66,14 @@ def twin(
     """
     outcomes = sum(outcome >= 0 for outcome, _ in solutions)
     judged = [sum(label >= 0 for _, label in steps) for _, steps in solutions]
-    items = sum(judged) if reduction == "mean_all_steps" else sum(n > 0 for n in judged)
+    items = sum(n > 0 for n in judged)
     loss, gradients, number = 0.0, [], 0
     for (outcome, steps), n in zip(solutions, judged, strict=True):
         whole, slope = one_value(sum(ratio for ratio, _ in steps), outcome, z0, beta, weights)
         loss += whole / outcomes if outcomes else 0.0
         for ratio, label in steps:
             z = z0_step if isinstance(z0_step, float) else z0_step[number]
-            own, own_slope = one_value(ratio, label, z, beta if beta_step is None else beta_step, step_weights)
+            own, own_slope = one_value(ratio, label, z, beta, step_weights)
             scale = w_s / items if items else 0.0
             if reduction == "mean_steps" and n:
                 scale /= n
@@ -160,11 +159,11 @@ def test_metrics() -> None:
 
 def test_step_metrics_and_conflicts() -> None:
     ratios, labels, completions, outcomes = tensors(SOLUTIONS)
-    metrics = step_kto(ratios, labels, completions, outcomes, beta=0.1, beta_step=2.0).metrics
+    metrics = step_kto(ratios, labels, completions, outcomes, beta=0.1).metrics
     values = {name: (total.item(), count.item()) for name, (total, count) in metrics.items()}
     assert values["reward_right"] == pytest.approx((0.1 * (1.25 + 3.0), 2))
-    assert values["step_reward_right"] == pytest.approx((2 * (0.5 + 2.0 - 0.75 + 0.75 + 0.1), 5))
-    assert values["step_reward_wrong"] == pytest.approx((2 * (-1.25 + 0.25 - 2.0), 3))
+    assert values["step_reward_right"] == pytest.approx((0.1 * (0.5 + 2.0 - 0.75 + 0.75 + 0.1), 5))
+    assert values["step_reward_wrong"] == pytest.approx((0.1 * (-1.25 + 0.25 - 2.0), 3))
     assert values["conflicts"] == (1.0, 1.0), "the other right answer has no judged step"
     assert not any(tensor.requires_grad for pair in metrics.values() for tensor in pair)
 
@@ -184,7 +183,7 @@ def test_kto_brute_force(weights: tuple[float, float]) -> None:
 
 CASES: list[dict[str, Any]] = [
     {},
-    {"beta": 0.5, "beta_step": 2.0, "w_s": 0.25},
+    {"beta": 0.5, "w_s": 0.25},
     {"z0": 0.7, "z0_step": 0.2},
     {"z0_step": [0.1 * i for i in range(12)], "beta": 1.5},
     {"weights": (2.0, 0.5), "step_weights": (0.25, 3.0), "beta": 0.8},
@@ -198,7 +197,7 @@ def test_step_kto_brute_force(case: dict[str, Any], reduction: Any) -> None:
     options: dict[str, Any] = {key: double(value) if isinstance(value, list) else value for key, value in case.items()}
     weight = options.pop("w_s", 1.0)
     terms = step_kto(ratios, labels, completions, outcomes, reduction=reduction, **options)
-    counts = step_kto_counts(labels, completions, outcomes, reduction)
+    counts = step_kto_counts(labels, completions, outcomes)
     loss = reduce(terms.sums, counts, weights={"step": weight})
     expected, slopes = twin(SOLUTIONS, reduction=reduction, **case)
     close(loss.item(), expected)
@@ -210,21 +209,20 @@ batches = st.lists(st.tuples(st.sampled_from([1, 0, -1]), st.lists(steps, min_si
 positive = st.floats(0.05, 4)
 
 
-@given(batches, st.sampled_from(REDUCTIONS), positive, positive, st.tuples(positive, positive), st.floats(0, 3))
+@given(batches, st.sampled_from(REDUCTIONS), positive, st.tuples(positive, positive), st.floats(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_step_kto_brute_force_on_anything(
     solutions: list[tuple[int, list[tuple[float, int]]]],
     reduction: Any,
     beta: float,
-    beta_step: float,
     weights: tuple[float, float],
     z: float,
 ) -> None:
     """Batches without a class, without labels or without a solution included."""
     ratios, labels, completions, outcomes = tensors(solutions)
-    same: dict[str, Any] = {"z0": z, "z0_step": z / 3, "beta": beta, "beta_step": beta_step, "weights": weights}
+    same: dict[str, Any] = {"z0": z, "z0_step": z / 3, "beta": beta, "weights": weights}
     terms = step_kto(ratios, labels, completions, outcomes, reduction=reduction, **same)
-    loss = reduce(terms.sums, step_kto_counts(labels, completions, outcomes, reduction))
+    loss = reduce(terms.sums, step_kto_counts(labels, completions, outcomes))
     expected, slopes = twin(solutions, reduction=reduction, **same)
     assert loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-13)
     assert torch.allclose(torch.autograd.grad(loss, ratios)[0], double(slopes), rtol=1e-9, atol=1e-13)
@@ -268,7 +266,7 @@ def test_one_step_per_solution_is_kto(reduction: Any) -> None:
     terms = step_kto(
         ratios, labels, torch.arange(4), labels, z0_step=0.3, beta=0.7, reduction=reduction, step_weights=(2.0, 3.0)
     )
-    counts = step_kto_counts(labels, torch.arange(4), labels, reduction)
+    counts = step_kto_counts(labels, torch.arange(4), labels)
     alone = reduce({"step": terms.sums["step"]}, counts)
     plain = reduce(kto(ratios, labels, z0=0.3, beta=0.7, weights=(2.0, 3.0)).sums, {"outcome": 3})
     close(alone.item(), plain.item())
@@ -279,7 +277,7 @@ def test_one_step_per_solution_is_kto(reduction: Any) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 5])
 def test_micro_batches_give_the_whole_batch(parts: int, reduction: Any) -> None:
     ratios, labels, completions, outcomes = tensors(SOLUTIONS)
-    whole_counts = step_kto_counts(labels, completions, outcomes, reduction)
+    whole_counts = step_kto_counts(labels, completions, outcomes)
     options: dict[str, Any] = {"z0": 0.4, "z0_step": 0.1, "weights": (2.0, 1.0), "step_weights": (1.0, 3.0)}
     whole = step_kto(ratios, labels, completions, outcomes, reduction=reduction, **options)
     pieces: list[LossTerms] = []
@@ -288,7 +286,7 @@ def test_micro_batches_give_the_whole_batch(parts: int, reduction: Any) -> None:
         mine = torch.isin(completions, group)
         own = (labels[mine], completions[mine] - group[0], outcomes[group])
         pieces.append(step_kto(ratios[mine], *own, reduction=reduction, **options))
-        for name, count in step_kto_counts(*own, reduction).items():
+        for name, count in step_kto_counts(*own).items():
             counts[name] += count
     assert counts == whole_counts
     loss = torch.stack([reduce(piece.sums, counts) for piece in pieces]).sum()
@@ -301,14 +299,14 @@ def test_micro_batches_give_the_whole_batch(parts: int, reduction: Any) -> None:
 
 
 def test_reductions_weigh_long_solutions_differently() -> None:
-    """One judged step against three: per solution, per step, or summed."""
+    """One judged step against three: averaged over its solution, or summed."""
     solutions = [(-1, [(0.0, 1)]), (-1, [(0.0, 1)] * 3)]
     ratios, labels, completions, outcomes = tensors(solutions)
-    expected = {"mean_steps": 0.5, "sum_steps": 1.0, "mean_all_steps": 0.5}
-    shares = {"mean_steps": [1 / 2] + [1 / 6] * 3, "sum_steps": [1 / 2] * 4, "mean_all_steps": [1 / 4] * 4}
+    expected = {"mean_steps": 0.5, "sum_steps": 1.0}
+    shares = {"mean_steps": [1 / 2] + [1 / 6] * 3, "sum_steps": [1 / 2] * 4}
     for reduction in REDUCTIONS:
         terms = step_kto(ratios, labels, completions, outcomes, beta=1.0, reduction=reduction)
-        loss = reduce(terms.sums, step_kto_counts(labels, completions, outcomes, reduction))
+        loss = reduce(terms.sums, step_kto_counts(labels, completions, outcomes))
         assert loss.item() == pytest.approx(expected[reduction], rel=1e-14)
         close(gradient(loss, ratios)[0], [-share / 4 for share in shares[reduction]])
 
@@ -323,8 +321,8 @@ def test_steps_without_a_label_do_not_count() -> None:
             ratios, labels, completions, outcomes = tensors(solutions)
             terms = step_kto(ratios, labels, completions, outcomes, reduction=reduction)
             losses.append(terms.sums["step"].item())
-            counts = step_kto_counts(labels, completions, outcomes, reduction)
-            assert counts == {"outcome": 2.0, "step": 3.0 if reduction == "mean_all_steps" else 2.0}
+            counts = step_kto_counts(labels, completions, outcomes)
+            assert counts == {"outcome": 2.0, "step": 2.0}
         assert losses[0] == pytest.approx(losses[1], rel=1e-14)
 
 
@@ -332,7 +330,7 @@ def test_steps_without_a_label_do_not_count() -> None:
 def test_nothing_labelled_is_zero_and_stays_in_the_graph(reduction: Any) -> None:
     ratios, labels, completions, outcomes = tensors([(-1, [(1.0, -1), (2.0, -1)]), (-1, [(3.0, -1)])])
     terms = step_kto(ratios, labels, completions, outcomes, reduction=reduction)
-    counts = step_kto_counts(labels, completions, outcomes, reduction)
+    counts = step_kto_counts(labels, completions, outcomes)
     assert counts == {"outcome": 0.0, "step": 0.0}
     loss = reduce(terms.sums, counts)
     assert loss.item() == 0.0
@@ -372,22 +370,15 @@ def test_parity_with_trl(weights: tuple[float, float]) -> None:
     ("options", "message"),
     [
         ({"beta": 0.0}, "beta=0.0: must be positive"),
-        ({"beta_step": -1.0}, "beta=-1.0: must be positive"),
         ({"weights": (1.0, 0.0)}, r"class weights \(1.0, 0.0\): must be positive"),
         ({"step_weights": (-2.0, 1.0)}, r"class weights \(-2.0, 1.0\): must be positive"),
-        ({"reduction": "mean"}, "reduction='mean': must be one of mean_steps, sum_steps, mean_all_steps"),
+        ({"reduction": "mean"}, "reduction='mean': must be one of mean_steps, sum_steps"),
     ],
     ids=str,
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         step_kto(*tensors(SOLUTIONS), **options)
-
-
-def test_counts_know_the_reductions() -> None:
-    _, labels, completions, outcomes = tensors(SOLUTIONS)
-    with pytest.raises(ValueError, match="reduction='mean': must be one of"):
-        step_kto_counts(labels, completions, outcomes, "mean")  # type: ignore[arg-type]
 
 
 def test_shapes_that_differ() -> None:

@@ -119,12 +119,13 @@ def run(
     shuffle: bool = False,
     layout: dict[str, Any] | None = None,
     policy: dict[str, Any] | None = None,
+    shares: bool = True,
     **settings: Any,
 ) -> Any:
     """Optimiser steps on exactly these examples, all of them in every batch."""
     defaults: dict[str, Any] = {"reference": OTHER, "optimizer": STEADY}
     module = kind(PolicyConfig(**{**POLICY, **(policy or {})}), **{**defaults, **settings})
-    module.layout = layout or {}
+    module.layout, module.shares = layout or {}, shares
     info = check_launch(os.environ, {})
     trainer = Trainer(
         **{**trainer_defaults(info), "accelerator": "cpu"},
@@ -141,7 +142,7 @@ def run(
 
 
 WEIGHTS: dict[str, Any] = {"class_weights": [1.5, 1.0]}
-STEP_WEIGHTS: dict[str, Any] = {**WEIGHTS, "step_class_weights": [1.0, 2.0], "beta": 0.3, "step_weight": 0.7}
+STEP_WEIGHTS: dict[str, Any] = {**WEIGHTS, "step_class_weights": [1.0, 2.0], "beta": 0.3, "loss_weights": {"step": 0.7}}
 
 
 def main(out: str, num_rows: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
-from stepkd.modules.dpo import DPOModule
+from stepkd.modules.dpo import DPOModule, SigmoidByVisits
 from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
 from stepkd.modules.preference import ReferenceConfig
 
@@ -28,12 +28,12 @@ TOLERANCE = 1e-10
 ZERO = {"outcome": "zero", "step": "zero"}
 LAYOUTS = [
     {},
-    {"packing": "off"},
+    {"shares": False},
     {"layout": {"padding_side": "left"}},
-    {"layout": {"padding_side": "left", "pad_to": 173}, "packing": "off"},
+    {"layout": {"padding_side": "left", "pad_to": 173}, "shares": False},
     {"layout": {"pad_to": 160}},
     {"micro_batch_tokens": 60},
-    {"micro_batch_tokens": 150, "packing": "off"},
+    {"micro_batch_tokens": 150, "shares": False},
     {"micro_batch_tokens": 200, "chunk_size": 3},
 ]
 
@@ -108,9 +108,9 @@ def brute_step_kto(views: tuple[Policy, Policy], examples: list[Any], reduction:
             if label >= 0
         ]
         if own:
-            labelled += len(own) if reduction == "mean_all_steps" else 1
+            labelled += 1
             steps.append(sum(own) / (len(own) if reduction == "mean_steps" else 1))
-    return sum(outcomes) / len(outcomes) + settings["step_weight"] * sum(steps) / labelled
+    return sum(outcomes) / len(outcomes) + settings["loss_weights"]["step"] * sum(steps) / labelled
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +131,13 @@ def test_step_kto_whatever_the_layout(
     module = worker.run(worker.StepKTO, examples, **worker.STEP_WEIGHTS, **settings)
     assert distance(module.gradients, expected[1]) < TOLERANCE
     assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(expected[0], rel=1e-6)
-    assert bool(module.shared) == (settings.get("packing") != "off")
+    assert bool(module.shared) == settings.get("shares", True)
     assert (len(module.shapes) > 1) == ("micro_batch_tokens" in settings)
 
 
-@pytest.mark.parametrize("reduction", ["mean_steps", "mean_all_steps"])
-def test_reductions(reduction: str, views: Any, examples: list[Any], distance: Callable[..., float]) -> None:
-    loss = brute_step_kto(views, examples, reduction)
-    module = worker.run(worker.StepKTO, examples, **worker.STEP_WEIGHTS, reduction=reduction, micro_batch_tokens=100)
+def test_the_mean_over_a_completions_steps(views: Any, examples: list[Any], distance: Callable[..., float]) -> None:
+    loss = brute_step_kto(views, examples, "mean_steps")
+    module = worker.run(worker.StepKTO, examples, **worker.STEP_WEIGHTS, reduction="mean_steps", micro_batch_tokens=100)
     assert distance(module.gradients, gradients(views, loss)) < TOLERANCE
 
 
@@ -153,7 +152,10 @@ def test_kto(views: Any, examples: list[Any], distance: Callable[..., float]) ->
     module = worker.run(worker.KTO, examples, **worker.WEIGHTS, beta=0.2, micro_batch_tokens=130)
     assert distance(module.gradients, expected) < TOLERANCE
     alone = worker.run(
-        worker.StepKTO, examples, **{**worker.STEP_WEIGHTS, "step_weight": 0.0, "beta": 0.2}, micro_batch_tokens=130
+        worker.StepKTO,
+        examples,
+        **{**worker.STEP_WEIGHTS, "loss_weights": {"step": 0.0}, "beta": 0.2},
+        micro_batch_tokens=130,
     )
     assert distance(alone.gradients, expected) < TOLERANCE
 
@@ -193,7 +195,7 @@ def test_dpo_with_visits_lengths_and_from_the_first_difference(views: Any, dista
         worker.DPO,
         pairs,
         beta=0.4,
-        label_smoothing="visits",
+        loss=SigmoidByVisits(),
         length_normalised=True,
         from_first_difference=True,
         micro_batch_tokens=150,
@@ -242,7 +244,7 @@ def test_points_by_index_are_a_running_average(views: Any, examples: list[Any], 
             if label >= 0:
                 own.append(term(tokens[start:end].sum(), label, z, settings["beta"], settings["step_class_weights"]))
         steps += [sum(own)] if own else []
-    loss = sum(outcomes) / len(outcomes) + settings["step_weight"] * sum(steps) / len(steps)
+    loss = sum(outcomes) / len(outcomes) + settings["loss_weights"]["step"] * sum(steps) / len(steps)
     module = worker.run(
         worker.StepKTO,
         examples,
@@ -344,7 +346,7 @@ def test_dropout_is_off_in_both_views(examples: list[Any], distance: Callable[..
 
 
 @pytest.mark.parametrize("value", [0.0, -0.1, math.nan, math.inf])
-@pytest.mark.parametrize(("module", "name"), [(DPOModule, "beta"), (KTOModule, "beta"), (StepKTOModule, "beta_step")])
-def test_a_beta_that_is_no_positive_number_is_refused(module: Any, name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{name}={value}: must be positive"):
-        module(PolicyConfig(path="tiny-0.1m"), **{name: value})
+@pytest.mark.parametrize("module", [DPOModule, KTOModule, StepKTOModule])
+def test_a_beta_that_is_no_positive_number_is_refused(module: Any, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"beta={value}: must be positive"):
+        module(PolicyConfig(path="tiny-0.1m"), beta=value)

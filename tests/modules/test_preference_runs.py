@@ -22,7 +22,7 @@ from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.spec import PolicyConfig, build_tiny
-from stepkd.modules.dpo import DPOModule
+from stepkd.modules.dpo import DPOModule, Sigmoid, SigmoidByVisits
 from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
 from stepkd.modules.preference import ReferenceConfig
 
@@ -124,11 +124,11 @@ class AtStart(KTOModule):
     largest = 0.0
     z0 = 0.0
 
-    def logratios(self, batch: Any) -> torch.Tensor:
-        found = super().logratios(batch)
+    def forward_pass(self, micro_batch: Any) -> Any:
+        found = super().forward_pass(micro_batch)
         if self.global_step == 0 and self.trainer.training:
-            self.largest = max(self.largest, float(found.detach().abs().max()))
-            self.z0 = max(self.z0, self._points.z0)
+            self.largest = max(self.largest, float(found.logratios_N.detach().abs().max()))
+            self.z0 = max(self.z0, self.values.points.z0)
         return found
 
 
@@ -286,21 +286,21 @@ def test_settings_out_of_range() -> None:
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         (KTOModule, {"beta": 0}, "beta=0"),
         (KTOModule, {"class_weights": [1.0]}, "two positive numbers"),
-        (StepKTOModule, {"step_weight": -1}, "step_weight"),
+        (StepKTOModule, {"loss_weights": {"step": -1}}, "loss_weights"),
         (StepKTOModule, {"reduction": "sum"}, "reduction"),
-        (DPOModule, {"label_smoothing": 0.7}, "0.5"),
-        (DPOModule, {"label_smoothing": "visits", "loss": "ipo"}, "sigmoid"),
     ]
     for kind, settings, message in wrong:
         with pytest.raises(ConfigError, match=message):
             kind(policy, **settings)
+    with pytest.raises(ConfigError, match=r"loss.label_smoothing=0.7: must lie in \[0, 0.5\]"):
+        Sigmoid(0.7)
 
 
 def test_visits_are_asked_for_by_name() -> None:
     pairs = [pair for pair in worker.pair_examples() if pair.visits is not None]
     lacking = [pair.__class__(**{**vars(pair), "visits": None}) for pair in pairs]
     with pytest.raises(ConfigError, match=f"{lacking[0].id[:5]}.*has no visit counts"):
-        worker.run(worker.DPO, lacking, label_smoothing="visits")
+        worker.run(worker.DPO, lacking, loss=SigmoidByVisits())
 
 
 def test_labels_that_the_method_learns_from_must_be_there(rows: Path, tmp_path: Path) -> None:

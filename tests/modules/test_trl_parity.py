@@ -17,7 +17,7 @@ from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.feedback import FeedbackExample, PairExample
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, build_tiny
-from stepkd.modules.dpo import DPOModule
+from stepkd.modules.dpo import IPO, DPOModule, Hinge, Sigmoid
 from stepkd.modules.kto import KTOModule, ReferencePointConfig
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.preference import ReferenceConfig
@@ -164,7 +164,7 @@ def test_dpo(loss_type: str, trainer: Any, distance: Callable[..., float], tmp_p
         PolicyConfig(**TINY),
         reference=ReferenceConfig(path="tiny-0.1m"),
         beta=BETA,
-        loss=loss_type,
+        loss={"sigmoid": Sigmoid, "ipo": IPO, "hinge": Hinge}[loss_type](),
         length_normalised=loss_type == "ipo",  # TRL's IPO averages over tokens
         optimizer=OptimizerConfig(lr=1e-9, schedule="constant", warmup=0),
         micro_batch_tokens=200,

@@ -89,7 +89,7 @@ def _arm_settings(arm: StepFeedbackArm) -> dict[str, Any]:
 
     return {
         "reduction": arm.reduction,
-        "step_weight": arm.step_weight,
+        "loss_weights": {"step": arm.step_weight},
         "reference_point": ReferencePointConfig(step=arm.step_point),  # type: ignore[arg-type]
     }
 
