@@ -127,6 +127,28 @@ class RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._rooms = None
 
+    def close_up(self, indices: Tensor, holes: Tensor) -> None:
+        """Keep some rows in their room, each where it is but for those that move into holes.
+
+        Args:
+            indices: the rows that are kept, each at its own number save in the holes; what stands in a hole comes from
+                behind them all.
+            holes: numbers of the rows that are replaced.
+        """
+        number = len(indices)
+        if self._rooms is None or not self._is_in(self._rooms) or 2 * number <= self._capacity(self._rooms[0]):
+            self.batch_select_indices(indices)
+            return
+        for columns in (self.keys, self.values):
+            columns[holes] = columns[indices[holes]]
+        self.keys, self.values = self.keys[:number], self.values[:number]
+        self._rooms = (self._rooms[0][:number], self._rooms[1][:number])
+
+    @staticmethod
+    def _capacity(room: Tensor) -> int:
+        """Rows that a room was made for."""
+        return room.untyped_storage().nbytes() // (room.stride(0) * room.element_size())
+
 
 def _roomy(columns: Tensor, size: int) -> Tensor:
     """The columns at the beginning of a tensor of ``size`` columns."""
@@ -138,6 +160,30 @@ def _roomy(columns: Tensor, size: int) -> Tensor:
 def make_room(cache: Any) -> None:
     """Let the layers of a cache grow in place, where they are of transformers' plain growing kind; others stay."""
     cache.layers = [RoomyLayer(x) if type(x) is DynamicLayer and x.is_initialized else x for x in cache.layers]
+
+
+def close_up(cache: Any, going: Sequence[int], device: torch.device) -> list[int]:
+    """Keep some rows of a cache, copying as little as can be: the last of them take the places of those that leave.
+
+    Args:
+        cache: with room (:func:`make_room`), changed in place.
+        going: numbers of the rows that are kept, increasing.
+        device: of the cache.
+
+    Returns:
+        The rows that are kept, in their new order.
+    """
+    number, kept = len(going), list(range(len(going)))
+    holes = sorted(set(kept).difference(going))
+    for hole, row in zip(holes, (row for row in going if row >= number), strict=True):
+        kept[hole] = row
+    indices, places = torch.tensor(kept, device=device), torch.tensor(holes, dtype=torch.long, device=device)
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.close_up(indices, places)
+        else:
+            layer.batch_select_indices(indices)
+    return kept
 
 
 _STOP_WINDOW = 8  # tokens looked at beyond the longest stop string's bytes
@@ -280,9 +326,8 @@ class Decoder:
                 return
             tokens_B = step.tokens_B
             if len(going) < len(active):
-                kept = torch.tensor(going, device=device)
-                cache.batch_select_indices(kept)
-                tokens_B, mask_BT, position_B = tokens_B[kept], mask_BT[kept], position_B[kept]
+                going = close_up(cache, going, device)
+                tokens_B, mask_BT, position_B = tokens_B[going], mask_BT[going], position_B[going]
                 active = [active[i] for i in going]
             mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(active), 1)], dim=1)
             output = self.forward(tokens_B.unsqueeze(1), mask_BT, position_B.unsqueeze(1), cache)

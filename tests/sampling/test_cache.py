@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from stepkd.sampling.decode import LEAST_ROOM, RoomyLayer, make_room
+from stepkd.sampling.decode import LEAST_ROOM, RoomyLayer, close_up, make_room
 
 
 def columns(width: int, rows: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,15 +18,15 @@ def columns(width: int, rows: int = 3, seed: int = 0) -> tuple[torch.Tensor, tor
     return keys, values
 
 
-def filled(width: int) -> DynamicCache:
+def filled(width: int, rows: int = 3) -> DynamicCache:
     cache = DynamicCache()
     for layer in range(2):
-        cache.update(*columns(width, seed=layer), layer)
+        cache.update(*columns(width, rows, seed=layer), layer)
     return cache
 
 
-def both(width: int) -> tuple[Any, Any]:
-    plain, roomy = filled(width), filled(width)
+def both(width: int, rows: int = 3) -> tuple[Any, Any]:
+    plain, roomy = filled(width, rows), filled(width, rows)
     make_room(roomy)
     assert all(type(layer) is RoomyLayer for layer in roomy.layers)
     return plain, roomy
@@ -93,6 +93,26 @@ def test_rows_that_something_else_moves(change: Any, rows: int) -> None:
             new = columns(1, rows, seed=step)
             for ours, theirs in zip(roomy.update(*new, layer), plain.update(*new, layer), strict=True):
                 assert torch.equal(ours, theirs)
+
+
+def test_rows_that_end_are_replaced_by_the_last_ones_without_a_copy_of_the_rest() -> None:
+    """As transformers selects rows; the room is let go of once half of it is empty."""
+    plain, roomy = both(5, rows=12)
+    rows, stayed = 12, []
+    for going in ([], [1, 2, 3, 4, 6, 7, 8, 9, 11], [0, 1, 2, 4, 5, 6, 7, 8], [0, 2, 3, 4, 5, 6, 7], [1, 5, 6], [0, 2]):
+        if going:
+            before = [layer.keys.data_ptr() for layer in roomy.layers]
+            kept = close_up(roomy, going, torch.device("cpu"))
+            assert sorted(kept) == going
+            assert all(row == place for place, row in enumerate(kept) if place in going)
+            plain.batch_select_indices(torch.tensor(kept))
+            stayed.append(before == [layer.keys.data_ptr() for layer in roomy.layers])
+            rows = len(going)
+        for layer in range(2):
+            new = columns(1, rows, seed=rows + layer)
+            for ours, theirs in zip(roomy.update(*new, layer), plain.update(*new, layer), strict=True):
+                assert torch.equal(ours, theirs)
+    assert stayed == [True, True, True, False, True]
 
 
 def test_other_layers_stay() -> None:
