@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--label-temperature", type=float, metavar="T", help="of continuations; default: --temperature")
     add("--given", help="checker: correct by the problem (truth) or by the steps (claims)")
     add("--outcome-scope", help="outcome: label the last step (default) or all")
-    add("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --model)")
+    add("--judge", metavar="MODEL", help="judge, prm: the model that scores (as in stepkd score --scorer)")
     add("--judge-template", help="PRM: its prompt template (a name or YAML file); default: its own")
     add("--reference", action="store_true", help="judge: show it the gold solution")
     add(

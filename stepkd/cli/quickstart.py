@@ -67,8 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     with job.alone():
         run_stages(context, chosen, job)
     console.print(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; results in {out / SUMMARY_NAME}")
-    console.print(
-        f"look closer:  stepkd evaluate --compare {out}/evaluations/teacher-sampled {out}/evaluations/student-sampled"
-    )
+    console.print(f"look closer:  stepkd compare {out}/evaluations/teacher-sampled {out}/evaluations/student-sampled")
     console.print("train on your own data:  stepkd recipes list")
     return 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from stepkd.data.collate import Batch
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.scorers.load import load_scorer, with_settings
+from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
 from stepkd.steps.labels import check_threshold, passes
 from stepkd.steps.text import text_from_ids
@@ -67,9 +67,9 @@ def step_scores(
 class FocusConfig:
     """How much the steps of a completion count, by their scores."""
 
-    scorer: str
-    """``checker`` (the tiny world), ``arithmetic`` (wrong sums), a process reward model, or ``judge:MODEL``, as for
-    ``stepkd score --model``."""
+    scorer: ScorerConfig | str
+    """What scores the steps: a word, such as ``checker`` (the tiny world), ``arithmetic`` (incorrect sums), a process
+    reward model or ``judge:MODEL``; or a class with its settings, as for ``stepkd score --scorer``."""
     threshold: float = 0.5
     """A step with a lower score is wrong, in (0, 1)."""
     wrong: float = 1.0
@@ -79,8 +79,6 @@ class FocusConfig:
     after: float | None = None
     """Weight of everything behind the first wrong step, >= 0: it follows from a mistake, and right or wrong says little
     of it. null: as its own score says."""
-    template: str | None = None
-    """Prompt template of the scorer; null: its own."""
 
     def __post_init__(self) -> None:
         check_threshold(self.threshold, "focus.threshold")
@@ -122,8 +120,7 @@ class Focus:
 
     def __init__(self, spec: FocusConfig, device: str = "auto", *, scorer: StepScorer | None = None) -> None:
         self.spec = spec
-        named = spec.scorer if scorer is not None else with_settings(spec.scorer, template=spec.template)
-        self.scorer = load_step_scorer(named, "focus.scorer", device=device, scorer=scorer)
+        self.scorer = load_step_scorer(spec.scorer, "focus.scorer", device=device, scorer=scorer)
 
     def __call__(self, tokenizer: Any, examples: Sequence[Example]) -> list[Example]:
         """The examples with a weight for each of their steps.

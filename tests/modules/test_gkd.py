@@ -32,6 +32,7 @@ from stepkd.modules.fidelity import ANSWERS, FidelityConfig, _kind
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.settings import DivergenceConfig, SourceConfig
 from stepkd.modules.step_scores import FocusConfig
+from stepkd.scorers.load import PRM
 from stepkd.teachers.local import LocalTeacher, TeacherConfig
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
@@ -341,13 +342,13 @@ def test_focus_on_own_samples_by_a_reward_model(tmp_path: Path, rows: list[Any])
     scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
     scorer.attach_step_head(StepHeadConfig())
     save_policy(scorer, tmp_path / "prm")
-    focus = FocusConfig(str(tmp_path / "prm"), template="task", right=0.5)
+    focus = FocusConfig(PRM(str(tmp_path / "prm"), template="task"), right=0.5)
     assert worker.run(rows, source=worker.OWN, focus=focus).gradients
     scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
     scorer.attach_step_head(StepHeadConfig(meaning="outcome"))
     save_policy(scorer, tmp_path / "orm")
     with pytest.raises(ConfigError, match="knows nothing of steps"):
-        worker.run(rows, focus=FocusConfig(str(tmp_path / "orm"), template="task"))
+        worker.run(rows, focus=FocusConfig(PRM(str(tmp_path / "orm"), template="task")))
 
 
 # ---- fidelity --------------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def test_the_recipe_runs_with_settings_of_head_and_labels(tmp_path: Path) -> Non
     out = tmp_path / "run"
     done = subprocess.run(command(tmp_path, out), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "stepkd score --model" in done.stdout
+    assert "stepkd score --scorer" in done.stdout
     checkpoint = last(out)
     assert checkpoint["global_step"] == 4
     head = checkpoint["stepkd"]["step_head"]
