@@ -1,15 +1,121 @@
-"""The SFT loss and gradient are those of plain logits, whatever the padding, micro-batch split or chunk size."""
+"""Loss and gradient of every method are the same whatever the padding, micro-batch split, chunk size and ranks; those
+of SFT are those of plain logits."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stepkd.data.batching import micro_batches
 from stepkd.models.spec import LoRAConfig
 
+_SPEC = importlib.util.spec_from_file_location("methods_worker", Path(__file__).with_name("methods_worker.py"))
+assert _SPEC is not None
+worker = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
+
 TOLERANCE = 1e-10  # float64, relative norm
+EVERY = pytest.mark.parametrize("name", list(worker.METHODS))
+
+# ---- all methods ----------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded on the left": {"layout": {"padding_side": "left", "pad_to": 173}},
+    "padded more": {"layout": {"pad_to": 200}, "chunk_size": 100_000},
+    "micro-batches": {"micro_batch_tokens": 150},
+    "one row at a time in chunks": {"micro_batch_tokens": 1, "chunk_size": 3},
+    "every row with its own prompt": {"shares": False},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def norms_in_full_precision() -> Iterator[None]:
+    """See :func:`preference_worker.full_precision_norm`."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaRMSNorm, "forward", worker.preference.full_precision_norm)
+        yield
+
+
+@cache
+def plain(name: str) -> Any:
+    """One micro-batch, padded on the right."""
+    return worker.run(name, micro_batch_tokens=100_000)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@EVERY
+def test_layout_of_every_method(name: str, layout: str, distance: Callable[..., float]) -> None:
+    settings = LAYOUTS[layout]
+    module = worker.run(name, **{"micro_batch_tokens": 100_000, **settings})
+    assert distance(module.gradients, plain(name).gradients) < TOLERANCE
+    assert worker.facts(module)["losses"] == pytest.approx(worker.facts(plain(name))["losses"], rel=1e-6)
+    assert (module.split > 1) == ("micro_batch_tokens" in settings)
+
+
+@pytest.mark.parametrize("name", [name for name in worker.METHODS if name != "kdrl"])
+def test_every_row_twice_is_the_same_loss(name: str, distance: Callable[..., float]) -> None:
+    """Sums and counts grow alike: nothing is divided by a number of rows, or not at all."""
+    points = {"reference_point": worker.NO_POINTS} if "kto" in name else {}
+    once, twice = (worker.run(name, copies=copies, micro_batch_tokens=200, **points) for copies in (1, 2))
+    assert distance(twice.gradients, once.gradients) < TOLERANCE
+    assert worker.facts(twice)["losses"] == pytest.approx(worker.facts(once)["losses"], rel=1e-6)
+
+
+def test_every_loss_counts_and_has_a_gradient() -> None:
+    for name in worker.METHODS:
+        assert all(value != 0 for value in worker.facts(plain(name))["losses"].values()), name
+        assert sum(float(gradient.norm()) for gradient in plain(name).gradients.values()) > 0, name
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return launched(tmp_path_factory.mktemp("ranks") / "two.pt")
+
+
+def launched(out: Path, **variables: str) -> dict[str, Any]:
+    """All methods over two processes, whose shares of rows and micro-batches differ."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, worker.__file__, str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@EVERY
+def test_two_processes_equal_one(name: str, two_ranks: dict[str, Any], distance: Callable[..., float]) -> None:
+    one, two = worker.facts(worker.run(name, steps=2, micro_batch_tokens=150)), two_ranks[name]
+    assert (one["world"], two["world"]) == (1, 2)
+    assert distance(two["gradients"], one["gradients"]) < TOLERANCE
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_a_model_each_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
+    """FSDP2."""
+    for name, two in launched(tmp_path / "two.pt", STRATEGY="fsdp2").items():
+        one = worker.facts(worker.run(name, steps=2, micro_batch_tokens=150))
+        assert two["world"] == 2
+        assert distance(two["gradients"], one["gradients"]) < TOLERANCE, name
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-6), name
+
+
+# ---- supervised fine-tuning against plain logits --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""Every method, for the tests that hold for all of them: one line of :data:`METHODS` each, and one run.
+
+As a script it is one rank of a data-parallel run of all methods: the argument is the output file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+
+from stepkd.data.batching import BatchPlan, StepLoader
+from stepkd.data.collate import collate
+from stepkd.data.encode import Encoder
+from stepkd.data.step_encode import StepEncoder
+from stepkd.data.step_labels import LabelRule
+from stepkd.data.templates import get_template
+from stepkd.models.sharding import whole_tensor
+from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.models.step_head import StepHeadConfig, resolve_ids
+from stepkd.modules.base import StepModule
+from stepkd.modules.dpo import IPO, DPOModule
+from stepkd.modules.gkd import GKDModule
+from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
+from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
+from stepkd.modules.sft import SFTModule
+from stepkd.runs.launcher import check_launch, trainer_defaults
+from stepkd.steps.segment import get_segmenter
+from stepkd.tasks.rows import Noise, make_rows
+from stepkd.training.sharded import FSDP2Strategy
+
+
+def beside(name: str) -> Any:
+    """A worker module of this folder."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+preference, gkd, kdrl = (beside(f"{name}_worker") for name in ("preference", "gkd", "kdrl"))
+TOKENS, CLASSIFIER = StepHeadConfig(), StepHeadConfig(kind="classifier")
+
+
+def solutions() -> list[Any]:
+    """Of very different lengths, and more than two ranks can share evenly."""
+    rows = make_rows("modular:terms=2-9", 7, seed=5)
+    return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
+
+
+def labelled(head: StepHeadConfig) -> list[Any]:
+    """Solutions with correct and incorrect steps."""
+    rows = make_rows("modular:terms=2-6", 7, seed=5, noise=Noise(rate=0.3))
+    marker = resolve_ids(head, tiny_tokenizer()).marker
+    rule = LabelRule(after_error="keep")
+    template = get_template("task")
+    return StepEncoder(tiny_tokenizer(), template, format=head.format, marker_id=marker, labels=rule).examples(rows)
+
+
+class Method(NamedTuple):
+    """A method with settings under which everything in it counts."""
+
+    kind: type[StepModule]
+    examples: Callable[[], list[Any]]
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+
+NO_POINTS = ReferencePointConfig(outcome="zero", step="zero")
+FEEDBACK = {"reference": preference.OTHER, "class_weights": [1.5, 1.0]}
+STEPS = {**FEEDBACK, "step_class_weights": [1.0, 2.0], "beta": 0.3, "loss_weights": {"step": 0.7}}
+METHODS: dict[str, Method] = {
+    "sft": Method(SFTModule, solutions),
+    "prm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy([2.0, 1.0])]}),
+    "prm classifier": Method(PRMModule, lambda: labelled(CLASSIFIER), {"head": CLASSIFIER}),
+    "prm language": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), LanguageModelling()]}),
+    "prm pqm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), PQM()]}),
+    "dpo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER}),
+    "dpo ipo": Method(DPOModule, lambda: preference.pair_examples(7), {"reference": preference.OTHER, "loss": IPO()}),
+    "kto": Method(KTOModule, lambda: preference.feedback_examples(7)[:13], FEEDBACK),
+    "step kto": Method(StepKTOModule, lambda: preference.feedback_examples(7)[:13], STEPS),
+    "step kto by index": Method(
+        StepKTOModule,
+        lambda: preference.feedback_examples(7)[:13],
+        {**STEPS, "reference_point": ReferencePointConfig(step="per_index", ema=0.5)},
+    ),
+    "step kto of the batch": Method(
+        StepKTOModule,
+        lambda: preference.feedback_examples(7)[:13],
+        {**STEPS, "reference_point": ReferencePointConfig(outcome="batch", step="batch"), "reduction": "mean_steps"},
+    ),
+    "gkd": Method(GKDModule, solutions, {"teacher": gkd.TEACHER, "source": gkd.DATA}),
+    "kdrl": Method(
+        KDRLModule,
+        lambda: kdrl.examples(3),
+        {"teacher": kdrl.TEACHER, "rollout": kdrl.ROLLOUT, "rewards": kdrl.REWARDS},
+    ),
+}
+
+
+class Recording(StepModule):
+    """Keeps the gradients of the last optimiser step (before clipping), and how many micro-batches it had."""
+
+    layout: dict[str, Any] = {}  # noqa: RUF012
+    gradients: dict[str, torch.Tensor]
+    split = 0
+
+    def _collate(self, examples: Any, *, is_filler: bool = False) -> Any:
+        return collate(examples, 0, share=getattr(self, "shares_prompts", False), is_filler=is_filler, **self.layout)
+
+    def counted(self, batches: Any) -> Any:
+        self.split = len(batches)
+        return super().counted(batches)
+
+    def _clip(self) -> float:
+        named = self.model.trainable_parameters()
+        self.gradients = {n: whole_tensor(p.grad.detach()).clone() for n, p in named if p.grad is not None}
+        return super()._clip()
+
+
+def run(
+    name: str,
+    *,
+    steps: int = 1,
+    copies: int = 1,
+    layout: dict[str, Any] | None = None,
+    shares: bool = True,
+    **settings: Any,
+) -> Any:
+    """Optimiser steps of a method, all its examples (several times over) in every batch."""
+    method = METHODS[name]
+    kind: Any = type("Recorded", (Recording, method.kind), {"layout": layout or {}, "shares": shares})
+    module = kind(PolicyConfig(**preference.POLICY), **{"optimizer": preference.STEADY, **method.settings, **settings})
+    info = check_launch(os.environ, {})
+    trainer = Trainer(
+        **{**trainer_defaults(info), "accelerator": "cpu"},
+        strategy=FSDP2Strategy() if os.environ.get("STRATEGY") == "fsdp2" else "auto",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    rows = method.examples() * copies
+    plan = BatchPlan([each.length for each in rows], size=len(rows), shuffle=False)
+    loader = StepLoader(rows, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
+    trainer.fit(module, train_dataloaders=loader)
+    return module
+
+
+def facts(module: Any) -> dict[str, Any]:
+    """What a run left: losses (float32, as they are logged), gradients, and how many ranks there were."""
+    metrics = module.trainer.callback_metrics
+    names = ("loss", *module.loss_names)
+    return {
+        "world": module.trainer.world_size,
+        "losses": {name: float(metrics[f"train/{name}"]) for name in names},
+        "gradients": module.gradients,
+    }
+
+
+def main(out: str) -> None:
+    """Two steps of every method over the ranks of this launch."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    LlamaRMSNorm.forward = preference.full_precision_norm
+    results = {name: facts(run(name, steps=2, micro_batch_tokens=150)) for name in METHODS}
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(results, out)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])
