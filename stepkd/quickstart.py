@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -69,11 +69,15 @@ class Context:
         return folder
 
 
+StageName = Literal["teacher", "student", "evaluate", "samples", "prm", "step_kto", "gkd", "kdrl"]
+"""Names of :data:`STAGES`, in order."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the quick start."""
 
-    name: str
+    name: StageName
     """Name on the command line, and of its folder."""
     title: str
     """What it does, one line for the terminal."""

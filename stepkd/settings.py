@@ -35,8 +35,28 @@ SYNONYMS = {
 class OneLineErrors:
     """Of a jsonargparse parser: it takes no abbreviations, and raises our errors."""
 
+    part: str = ""
+    """Dotted name of the settings whose help is shown; empty: all but those of :attr:`elsewhere`."""
+    elsewhere: tuple[str, ...] = ()
+    """Groups of settings that have a help of their own."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def format_help(self, *args: Any) -> str:
+        """Help of the part that is shown."""
+        groups: list[Any] = self._action_groups  # type: ignore[has-type]
+        self._action_groups = [group for group in groups if self._shows(group)]
+        try:
+            return str(super().format_help(*args))  # type: ignore[misc]
+        finally:
+            self._action_groups = groups
+
+    def _shows(self, group: Any) -> bool:
+        names = [action.dest for action in group._group_actions]
+        if self.part:
+            return any(name == self.part or name.startswith(f"{self.part}.") for name in names)
+        return not any(name.startswith(f"{place}.") for name in names for place in self.elsewhere)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise ConfigError."""
@@ -125,22 +145,48 @@ def _flat(file: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
 
 def settings_of(parser: Any, given: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
     """Dotted name -> type of every setting, those of the classes that were chosen included."""
+    return {action.dest: getattr(action, "_typehint", None) for _, action in _actions(parser, given)}
+
+
+def _actions(parser: Any, given: Sequence[tuple[str, str, Any]]) -> list[tuple[Any, Any]]:
+    """Every setting's action behind the parser that has it: this one, or that of a class that was chosen."""
     named = {name.removesuffix(".class_path"): value for _, name, value in given if isinstance(value, str)}
-    found: dict[str, Any] = {}
-    pending = list(parser._actions)
+    found: dict[str, tuple[Any, Any]] = {}
+    pending = [(parser, action) for action in parser._actions]
     while pending:
-        action = pending.pop(0)
+        holder, action = pending.pop(0)
         if (name := action.dest) in found or name.rpartition(".")[2] in ("help", "print_config", "print_shtab"):
             continue
-        found[name] = hint = getattr(action, "_typehint", None)
+        found[name] = holder, action
         class_path = named.get(name) or getattr(action.default, "get", lambda _: None)("class_path")
-        for kind in _classes(hint):
+        for kind in _classes(getattr(action, "_typehint", None)):
             chosen = kind if is_dataclass(kind) else _class(class_path, kind) if class_path else None
             if chosen is not None:
-                inner = type(parser)()
+                inner = type(parser)(prog=parser.prog)
                 inner.add_class_arguments(chosen, name, fail_untyped=False)
-                pending += inner._actions
-    return found
+                pending += [(inner, each) for each in inner._actions]
+    return list(found.values())
+
+
+def show_help(parser: Any, words: Sequence[str]) -> None:
+    """Print the help of a part of the settings, where words ask for one (``--sampling.help``), and exit.
+
+    Args:
+        parser: the command's parser.
+        words: the command line, with recipes as files.
+    """
+    for word in words:
+        name = word.removeprefix("--").removesuffix(".help").replace(".init_args", "")
+        if not word.endswith(".help") or not word.startswith("--") or word in parser._option_string_actions:
+            continue
+        given = [each for each in given_settings(words) if not each[1].endswith(".help")]
+        for holder, action in _actions(parser, given):
+            if action.dest.startswith(f"{name}."):
+                holder.part, holder.usage = name, f"... --{name}.SETTING VALUE"
+                print(holder.format_help())
+                raise SystemExit(0)
+        told = _unknown(name, settings_of(parser, given), as_words=True)
+        raise ConfigError(told or f"{name} has no settings of its own")
 
 
 def _classes(hint: Any) -> list[type]:
@@ -257,6 +303,9 @@ def _innermost(message: str, known: dict[str, Any]) -> str:
         return f"{place}: no class {wrong[1]!r}" + (f"; did you mean {near[0]!r}?" if near else f" ({text})")
     if text.startswith("expected") and ", got " not in text:
         text += f", got {value!r}"
+    if (one_of := re.match(r"expected one of \[(.*)\], got (.*)$", text)) is not None:
+        near = get_close_matches(one_of[2].strip("'"), re.findall(r"'([^']*)'", one_of[1]), n=1)
+        text += f"; did you mean {near[0]!r}?" if near else ""
     return f"{place}: {text}"
 
 

@@ -51,8 +51,7 @@ def find_recipe(name: str, known: Mapping[str, Path] | None = None, what: str = 
     near = [each for each in known if each.rpartition("/")[2] == last]
     near = near or get_close_matches(short, known, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, near[:3]))}?" if near else ""
-    shown = "`stepkd recipes list`" if what == "recipe" else f"`stepkd {what}s --list`"
-    raise ConfigError(f"no file {name!r} here, and no {what} {short!r}.{hint} {shown} shows all")
+    raise ConfigError(f"no file {name!r} here, and no {what} {short!r}.{hint} `stepkd {what}s list` shows all")
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -47,7 +47,7 @@ def test_house_rules(path: Path) -> None:
             "no command in the header"
         )
     elif path in CLAIMS:  # tests/claims/test_claim_recipes.py checks them against their experiments
-        assert any(f"stepkd claims {path.stem}" in line and line.startswith("#") for line in lines), (
+        assert any(f"stepkd claims run {path.stem}" in line and line.startswith("#") for line in lines), (
             "no command in the header"
         )
     else:

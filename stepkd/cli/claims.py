@@ -1,9 +1,9 @@
 """Run a claim: does a method's effect show in the tiny world?
 
-  stepkd claims --list
-  stepkd claims noisy_student --quick
-  stepkd claims noisy_student --save
-  stepkd claims my-claim.yaml
+  stepkd claims list
+  stepkd claims quick noisy_student
+  stepkd claims run noisy_student --save
+  stepkd claims run my-claim.yaml
 
 A claim compares arms over several seeds and says for every statement: reproduced, not reproduced, or inconclusive.
 The same command resumes a killed run. The exit code is 0 whatever the verdict.
@@ -11,43 +11,61 @@ The same command resumes a killed run. The exit code is 0 whatever the verdict.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from stepkd.errors import ConfigError, StepkdError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``stepkd claims``."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="claims to run: names of the list, or YAML files")
-    parser.add_argument("--list", action="store_true", help="every claim with its committed verdict")
-    parser.add_argument("--quick", action="store_true", help="the reduced version, in folders of its own")
-    parser.add_argument(
-        "--out", default="runs/claims", metavar="FOLDER", help="holds one folder per claim (default: runs/claims)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run of these claims in --out")
-    parser.add_argument(
-        "--save", action="store_true", help="write results/NAME.json beside the claim's file, to be committed"
-    )
+@dataclass(frozen=True)
+class ListConfig:
+    """``stepkd claims list``: every claim with its committed verdict."""
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class QuickConfig:
+    """``stepkd claims quick NAME ...``: a smaller version that shows that all works; never a result."""
+
+    POSITIONAL: ClassVar = ("names",)
+
+    names: tuple[str, ...] = ()
+    """Claims to run, one or more: names of ``stepkd claims list``, or YAML files."""
+    out: str = "runs/claims"
+    """Folder that holds one folder per claim."""
+    overwrite: bool = False
+    """Delete an earlier run of these claims in ``out`` and start again."""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ConfigError("name at least one claim; `stepkd claims list` shows them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(QuickConfig):
+    """``stepkd claims run NAME ...``: the whole experiment."""
+
+    save: bool = False
+    """Write results/NAME.json beside the claim's file, to be committed."""
+
+
+ACTIONS = {"list": ListConfig, "run": RunConfig, "quick": QuickConfig}
+
+
+def run(config: ListConfig | QuickConfig) -> int:
     """Run ``stepkd claims``."""
     from rich.console import Console
 
     from stepkd.claims.claim_file import load_claim
     from stepkd.runs.launcher import check_alone
 
-    if arguments.list:
+    if isinstance(config, ListConfig):
         return _list()
-    if not arguments.names:
-        raise ConfigError("name at least one claim; `stepkd claims --list` shows them")
-    if arguments.quick and arguments.save:
-        raise ConfigError("--quick is no result, so --save does not go with it")
-    claims = [load_claim(find_claim(name), quick=arguments.quick) for name in dict.fromkeys(arguments.names)]
+    quick = not isinstance(config, RunConfig)
+    claims = [load_claim(find_claim(name), quick=quick) for name in dict.fromkeys(config.names)]
     check_alone("stepkd claims")
 
     from stepkd.claims.results import print_results, save_results, summarise_claim
@@ -58,19 +76,19 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     begun: set[str] = set()
     for claim in claims:
-        out = Path(arguments.out) / claim.run
+        out = Path(config.out) / claim.run
         with _quiet_trainings():
             settings = run_claim(
                 claim,
                 out,
                 report=lambda line: console.print(line, style="dim", markup=False, highlight=False),
-                overwrite=arguments.overwrite and claim.run not in begun,  # claims may share a run
+                overwrite=config.overwrite and claim.run not in begun,  # claims may share a run
             )
         begun.add(claim.run)
         summary = summarise_claim(claim, out, settings["packages"])
         print_results(console, claim.name, summary, quick=claim.quick)
         console.print(f"rows, models and evaluations: {out}", markup=False, highlight=False, soft_wrap=True)
-        if arguments.save:
+        if isinstance(config, RunConfig) and config.save:
             path = save_results(claim, summary)
             console.print(f"results to commit: {path}", markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 
 from stepkd.errors import ConfigError
-from stepkd.settings import SettingsParser, built, explain, given_settings, settings_of, with_recipe_files
+from stepkd.settings import SettingsParser, built, explain, given_settings, settings_of, show_help, with_recipe_files
 
 _OPTION = re.compile(r"--([A-Za-z][\w.-]*\+?)(=.*)?|-h", re.DOTALL)
 _TRUTH = ("true", "false", "yes", "no", "null")
@@ -55,6 +55,7 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
     given = _spread(parser, words, positional)
     try:
         given = with_recipe_files(given)
+        show_help(parser, given)
         values = parser.parse_args(given)
     except ConfigError as error:
         if "--safe allows" in str(error):

@@ -2,65 +2,57 @@
 
   stepkd quickstart
   stepkd quickstart --out runs/first --stages teacher student
-  stepkd quickstart --out runs/first --resume
 
-Writes summary.json, per-problem results and the models below --out.
+The same command resumes a killed quick start. Writes summary.json, per-problem results and the models below --out.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from stepkd.errors import ConfigError, nearest
+from stepkd.errors import check_bounds
+from stepkd.quickstart import STAGES, Context, StageName, run_stages
+from stepkd.runs.job import SUMMARY_NAME, Job, JobOptions
+from stepkd.yaml_files import as_yaml
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``stepkd quickstart``."""
-    parser.add_argument("--out", help="run folder (default: runs/quickstart, numbered when it exists)")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these, in the list's order (see --list)")
-    parser.add_argument("--list", action="store_true", help="list the stages")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and sampling (default: 0)")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="factor on every stage's steps and problems (default: 1)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the quick start in --out")
-    parser.add_argument("--overwrite", action="store_true", help="delete the quick start in --out and start again")
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Settings of ``stepkd quickstart``."""
+
+    out: str | None = None
+    """Run folder; a quick start in it is resumed. null: runs/quickstart, or the first free runs/quickstart-N."""
+    overwrite: bool = False
+    """Delete the quick start in ``out`` and start again."""
+    stages: tuple[StageName, ...] | None = None
+    """Stages to run, in the list's order whatever the order given; null: all. A stage needs those that make its models:
+    teacher and student (training), evaluate and samples (what they answer), then the methods."""
+    seed: int = 0
+    """Seed of data, weights and sampling, 0 or more."""
+    scale: float = 1.0
+    """Factor on every stage's optimiser steps and problems, above 0; 1 takes minutes, 0.01 shows that all works."""
+
+    def __post_init__(self) -> None:
+        check_bounds("", self, scale="(0, inf)", seed="[0, inf)")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(config: QuickstartConfig) -> int:
     """Run ``stepkd quickstart``."""
     from rich.console import Console
 
-    from stepkd.quickstart import STAGES, Context, run_stages
-    from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions
     from stepkd.runs.launcher import check_alone
     from stepkd.runs.process import quiet_libraries
     from stepkd.runs.rundir import free_path
 
-    if arguments.list:
-        for stage in STAGES:
-            print(f"{stage.name:<10} {stage.title}")
-        return 0
-    if not arguments.scale > 0:
-        raise ConfigError(f"--scale {arguments.scale}: must be positive")
-    known = [stage.name for stage in STAGES]
-    for name in arguments.stages or ():
-        if name not in known:
-            raise ConfigError(f"unknown stage {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
     check_alone("the quick start")
-    chosen = [stage for stage in STAGES if not arguments.stages or stage.name in arguments.stages]
-    out = Path(arguments.out) if arguments.out else free_path(Path("runs/quickstart"))
-    if (out / SETTINGS_NAME).exists() and not (arguments.resume or arguments.overwrite):
-        raise ConfigError(
-            f"{out} already holds a quick start. Add --resume to continue it, --overwrite to delete it and start "
-            "again, or give another --out"
-        )
-    outputs = [SUMMARY_NAME, "evaluations", "labels", *known]
-    job = Job(out, "quick start", outputs, JobOptions(overwrite=arguments.overwrite))
+    chosen = [stage for stage in STAGES if config.stages is None or stage.name in config.stages]
+    out = Path(config.out) if config.out else free_path(Path("runs/quickstart"))
+    outputs = [SUMMARY_NAME, "evaluations", "labels", *(stage.name for stage in STAGES)]
+    job = Job(out, "quick start", outputs, JobOptions(overwrite=config.overwrite, config=as_yaml(config)))
     console = Console()
-    context = Context(out, console, seed=arguments.seed, scale=arguments.scale)
+    context = Context(out, console, seed=config.seed, scale=config.scale)
     start = time.perf_counter()
     job.begin({"seed": context.seed, "scale": context.scale, "task": context.task})
     quiet_libraries()

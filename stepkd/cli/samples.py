@@ -2,7 +2,7 @@
 
 stepkd samples runs/kdrl                       the last entry
 stepkd samples runs/kdrl --step 40 --number 3  of one optimiser step
-stepkd samples runs/kdrl --all --html samples.html
+stepkd samples runs/kdrl --step all --html samples.html
 
 Steps are green to red by the score that the run gave them (step_credit); without scores, a completion is green or red
 as a whole, by its answer.
@@ -10,49 +10,55 @@ as a whole, by its answer.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.runs.files import write_file
 
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``stepkd samples``."""
-    parser.add_argument("run", help="run folder, or its samples.jsonl")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="optimiser step (default: the last entry)")
-    which.add_argument("--all", action="store_true", help="every entry")
-    parser.add_argument("--number", type=int, metavar="N", help="completions of an entry (default: all there are)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that stands alone")
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """Settings of ``stepkd samples``."""
+
+    POSITIONAL: ClassVar = ("run",)
+
+    run: str
+    """Run folder, or its samples.jsonl."""
+    step: int | Literal["last", "all"] = "last"
+    """Optimiser step whose completions are shown; ``last`` is the newest entry, ``all`` shows every one."""
+    number: int | None = None
+    """Most completions shown of an entry, 0 or more; null: all there are."""
+    html: str | None = None
+    """File to which a page that stands alone is written, too; null: none."""
+
+    def __post_init__(self) -> None:
+        check_bounds("", self, number="[0, inf)")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(config: SamplesConfig) -> int:
     """Run ``stepkd samples``."""
     from rich.console import Console
 
-    from stepkd.errors import ConfigError
     from stepkd.modules.rollouts import read_samples
 
-    entries = read_samples(arguments.run)
-    if arguments.number is not None and arguments.number < 0:
-        raise ConfigError(f"--number {arguments.number}: must not be negative")
-    if arguments.step is not None:
-        known = [entry["step"] for entry in entries]
-        if arguments.step not in known:
-            raise ConfigError(f"--step {arguments.step}: there is no entry of it; there are {known}")
-        entries = [entry for entry in entries if entry["step"] == arguments.step]
-    elif not arguments.all:
+    entries = read_samples(config.run)
+    if config.step == "last":
         entries = entries[-1:]
-    console = Console(record=arguments.html is not None, highlight=False)
+    elif config.step != "all":
+        known = [entry["step"] for entry in entries]
+        if config.step not in known:
+            raise ConfigError(f"--step {config.step}: there is no entry of it; there are {known}")
+        entries = [entry for entry in entries if entry["step"] == config.step]
+    console = Console(record=config.html is not None, highlight=False)
     for entry in entries:
-        _show(console, entry, arguments.number)
-    if arguments.html is not None:
-        write_file(arguments.html, lambda temporary: console.save_html(temporary, inline_styles=True))
-        print(f"wrote {arguments.html}")
+        _show(console, entry, config.number)
+    if config.html is not None:
+        write_file(config.html, lambda temporary: console.save_html(temporary, inline_styles=True))
+        print(f"wrote {config.html}")
     return 0
 
 

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 from operator import or_
@@ -40,7 +42,7 @@ from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.process import Preempted, quiet_libraries
 from stepkd.runs.resume import check_changes, find_last_checkpoint, newest_config, recipe_settings, short_name
 from stepkd.runs.rundir import RunDir, check_version, free_path
-from stepkd.settings import OneLineErrors, explain, user_mistake, with_recipe_files
+from stepkd.settings import OneLineErrors, explain, show_help, user_mistake, with_recipe_files
 from stepkd.training.checkpoints import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -176,8 +178,45 @@ def _run(words: Sequence[str]) -> StepkdCLI:
     return cli
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """This start of a run; nothing here changes what the run learns"""
+
+    out: str | None = None
+    """Run folder, which fit and predict need; a path that does not exist yet, or with resume that of the run."""
+    resume: bool = False
+    """Continue the run in ``out``; one that has no checkpoint yet starts afresh."""
+    resume_with: str | None = None
+    """Resume although these settings changed, names with commas between them, for instance optimizer.lr,data; any
+    others that decide what the run learns are refused."""
+    overwrite: bool = False
+    """Delete the earlier run in ``out``, whatever it holds, and start again."""
+
+
 class RecipeParser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser, with our errors."""
+    """Lightning's parser, with our errors, and a help that shows what is stepkd's own."""
+
+    elsewhere = ("trainer",)
+
+    def format_help(self, *args: Any) -> str:
+        """Help without Lightning's own settings."""
+        if self.part:
+            return super().format_help(*args)
+        self.usage = f"stepkd {self.prog.split()[-1]} --config RECIPE [--config OVERLAY ...] [--SETTING VALUE ...]"
+        for action in self._actions:
+            action.help = _REWORDED.get(action.dest, action.help)
+        return f"{super().format_help(*args)}\n{_ELSEWHERE}\n"
+
+
+_REWORDED = {
+    "ckpt_path": "run folder or checkpoint: fit continues its training in --out, the other commands take its weights",
+    "weights_only": argparse.SUPPRESS,  # always true
+}
+_ELSEWHERE = """all other settings:
+  --trainer.help                 of Lightning's Trainer
+  --model.help CLASS             of a method, for instance GKDModule; --data.help CLASS of its data
+  --model CLASS --model.policy.help
+                                 of one part of them"""
 
 
 class StepkdCLI(LightningCLI):
@@ -219,31 +258,25 @@ class StepkdCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Settings of stepkd beside Lightning's own."""
-        switch: dict[str, Any] = {"type": bool, "default": False, "nargs": "?", "const": True}
-        parser.add_argument("--out", type=str | None, default=None, help="run folder; required by fit and predict")
-        parser.add_argument("--resume", **switch, help="continue the run in --out")
-        parser.add_argument(
-            "--resume_with",
-            type=str | None,
-            default=None,
-            metavar="NAME,...",
-            help="resume although these settings changed, for instance optimizer.lr,data (any others that decide what "
-            "the run learns are refused)",
-        )
-        parser.add_argument("--overwrite", **switch, help="delete the earlier run in --out")
+        parser.add_class_arguments(RunOptions)
         parser.add_class_arguments(CheckpointConfig, "checkpoint")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with recipes by file or by name, and say of a mistake where it is and what was meant."""
-        words = with_recipe_files(args)
+        words = [*args]
+        for i, word in enumerate(words):  # a switch alone is true
+            if word in ("--resume", "--overwrite") and ([*words, "--"][i + 1]).startswith("--"):
+                words[i] += "=true"
+        words = with_recipe_files(words)
+        own = getattr(self, "_subcommand_parsers", {}).get(words[0], parser) if words else parser
         try:
+            show_help(own, words)
             super().parse_arguments(parser, words)
         except ConfigError as error:
             if "--safe allows" in str(error):
                 raise
-            own = getattr(self, "_subcommand_parsers", {}).get(words[0], parser)
             raise ConfigError(explain(own, words, str(error))) from error
 
     def before_instantiate_classes(self) -> None:

@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[2] / "recipes" / "claims"
 def test_quick_claim(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     claims = [load_claim(path, quick=True) for path in sorted(ROOT.glob("*.yaml"))]
     claim = next(each for each in claims if each.experiment_name == experiment)
-    assert main(["claims", claim.name, "--quick", "--out", str(tmp_path)]) == 0
+    assert main(["claims", "quick", claim.name, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "--quick: a smaller experiment" in " ".join(shown.split())
     rows = [json.loads(line) for line in (tmp_path / claim.run / "results.jsonl").read_text().splitlines()]
     assert {row["arm"] for row in rows if "arm" in row} == set(claim.arms)
     # A second time nothing is left to do, and the same rows are shown.
-    assert main(["claims", claim.name, "--quick", "--out", str(tmp_path)]) == 0
+    assert main(["claims", "quick", claim.name, "--out", str(tmp_path)]) == 0
     assert "done in" not in capsys.readouterr().out

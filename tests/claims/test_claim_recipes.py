@@ -87,7 +87,7 @@ def test_every_experiment_is_used_and_declares_what_it_returns(name: str) -> Non
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["claims", "--list"]) == 0
+    assert main(["claims", "list"]) == 0
     text = capsys.readouterr().out
     assert all(path.stem in text for path in CLAIMS)
 

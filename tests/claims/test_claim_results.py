@@ -150,17 +150,18 @@ def test_the_table_shows_numbers_verdicts_and_the_paper(write_claim: Write, tmp_
 
 def test_the_command(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = str(write_claim()), str(tmp_path / "runs")
-    assert main(["claims", path, "--out", out, "--save"]) == 0
+    assert main(["claims", "run", path, "--out", out, "--save"]) == 0
     assert "fake: reproduced" in capsys.readouterr().out
     assert (tmp_path / "results" / "fake.json").is_file()
     flipped = [{"metric": "right", "better": "plain", "worse": "better"}]
-    assert main(["claims", str(write_claim(statements=flipped)), "--out", out]) == 0  # a negative result is a result
+    negative = str(write_claim(statements=flipped))
+    assert main(["claims", "run", negative, "--out", out]) == 0, "a negative result is a result"
     text = capsys.readouterr().out
     assert "fake: not reproduced" in text
     assert "drawing" not in text  # the rows were there
-    assert main(["claims", str(write_claim(settings={"base": 0.1})), "--out", out]) == 2
+    assert main(["claims", "run", str(write_claim(settings={"base": 0.1})), "--out", out]) == 2
     assert "variants.main.base: 0.5 then, 0.1 now" in capsys.readouterr().err
-    assert main(["claims", path, "--out", out, "--overwrite"]) == 0
+    assert main(["claims", "run", path, "--out", out, "--overwrite"]) == 0
     assert "drawing" in capsys.readouterr().out
 
 
@@ -168,7 +169,7 @@ def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.C
     first = write_claim(run="both").rename(tmp_path / "first.yaml")
     other = [{"metric": "share", "arm": "plain", "at_most": 0.9}]
     second = write_claim(run="both", statements=other).rename(tmp_path / "second.yaml")
-    command = ["claims", str(first), str(second), "--out", str(tmp_path / "runs")]
+    command = ["claims", "run", str(first), str(second), "--out", str(tmp_path / "runs")]
     for arguments in (command, [*command, "--overwrite"]):
         assert main(arguments) == 0
         text = capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.C
         assert "second: reproduced" in text
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["both"]
     third = write_claim(run="both", settings={"base": 0.4})
-    assert main(["claims", str(third), "--out", str(tmp_path / "runs")]) == 2
+    assert main(["claims", "run", str(third), "--out", str(tmp_path / "runs")]) == 2
     assert "begun under other settings" in capsys.readouterr().err
 
 
@@ -199,7 +200,7 @@ def test_the_list_goes_on_past_a_broken_claim(
     broken.write_text("claim: x\n")
     found = {"a": broken, **claims.all_claims()}
     monkeypatch.setattr(claims, "all_claims", lambda: found)
-    assert main(["claims", "--list"]) == 2
+    assert main(["claims", "list"]) == 2
     text = capsys.readouterr().out
     assert "needs the key 'source'" in text
     assert "noisy_student" in text
@@ -207,31 +208,31 @@ def test_the_list_goes_on_past_a_broken_claim(
 
 def test_quick_has_a_folder_of_its_own(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(write_claim())
-    assert main(["claims", path, "--out", str(tmp_path / "runs"), "--quick"]) == 0
+    assert main(["claims", "quick", path, "--out", str(tmp_path / "runs")]) == 0
     assert "its verdict is not the claim's" in capsys.readouterr().out
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["fake-quick"]
-    assert main(["claims", path, "--quick", "--save"]) == 2
-    assert "--save does not go with it" in capsys.readouterr().err
+    assert main(["claims", "quick", path, "--save"]) == 2
+    assert "'save' is not a setting" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
 def test_mistakes_on_the_command_line(
     write_claim: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["claims"]) == 2
+    assert main(["claims", "run"]) == 2
     assert "name at least one claim" in capsys.readouterr().err
-    assert main(["claims", "noisy_studnt"]) == 2
+    assert main(["claims", "run", "noisy_studnt"]) == 2
     assert "Did you mean 'noisy_student'?" in capsys.readouterr().err
     out = tmp_path / "runs"
     broken = write_claim(seeds=[0]).rename(tmp_path / "broken.yaml")
     broken.write_text(broken.read_text().replace("seeds", "seedz", 1))
-    assert main(["claims", str(write_claim()), str(broken), "--out", str(out)]) == 2
+    assert main(["claims", "run", str(write_claim()), str(broken), "--out", str(out)]) == 2
     assert "no key 'seedz'" in capsys.readouterr().err
     assert not out.exists()  # every claim is read before any runs
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert main(["claims", str(write_claim()), "--out", str(out)]) == 2
+    assert main(["claims", "run", str(write_claim()), "--out", str(out)]) == 2
     assert "without a launcher" in capsys.readouterr().err
 
 

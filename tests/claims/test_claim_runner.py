@@ -72,7 +72,7 @@ def test_a_second_call_does_nothing_and_more_seeds_only_themselves(write_claim: 
 def test_killed_and_resumed(write_claim: Write, experiment_folder: Path, tmp_path: Path, sign: str) -> None:
     """A signal in the third seed: the first two are not repeated and the end is that of an unbroken run."""
     path = write_claim(settings={"kill_at": 2})
-    command = [sys.executable, "-m", "stepkd", "claims", str(path), "--out", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "stepkd", "claims", "run", str(path), "--out", str(tmp_path / "runs")]
     environment = {**os.environ, "SIGN": sign, "PYTHONPATH": os.pathsep.join([str(experiment_folder), *sys.path])}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.Signals[sign]

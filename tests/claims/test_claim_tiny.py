@@ -45,7 +45,7 @@ def test_the_metrics_agree_with_the_evaluation(tmp_path: Path, capsys: pytest.Ca
     }
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    assert main(["claims", str(path), "--quick", "--out", str(tmp_path / "runs")]) == 0
+    assert main(["claims", "quick", str(path), "--out", str(tmp_path / "runs")]) == 0
     out = tmp_path / "runs" / "small-quick"
     rows = {row["arm"]: row for row in read_results(out)}
     assert rows["teacher"]["facts"] == {"train_solutions": 128.0}

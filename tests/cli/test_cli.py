@@ -19,6 +19,7 @@ from stepkd.settings import with_recipe_files
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "recipes" / "tiny" / "sft.yaml")
+GRPO = str(ROOT / "recipes" / "tiny" / "grpo.yaml")
 
 
 def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,16 +61,41 @@ def test_help_of_fit_tells_what_every_setting_and_data_module_is() -> None:
     for name in ("StepData", "StepLabelData", "PairData", "FeedbackData"):
         assert f"stepkd.data.{name}" in text
     assert "--data.labels" in text
-    for option in ("--config", "--resume", "--overwrite", "--checkpoint.every_n_steps", "--trainer.max_steps"):
+    for option in ("--config", "--resume", "--overwrite", "--checkpoint.every_n_steps", "--trainer.help"):
         assert option in done.stdout
+    assert "--trainer.max_steps" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "shown", "not_shown"),
+    [
+        (["--trainer.help"], "--trainer.max_steps", "--checkpoint"),
+        (["--model", "KDRLModule", "--model.policy_loss.help"], "--model.policy_loss.clip_low", "--model.policy.path"),
+        (["--config", GRPO, "--model.policy_loss.help"], "--model.policy_loss.clip_low", "--model.policy.path"),
+        (["--checkpoint.help"], "--checkpoint.monitor", "--out"),
+    ],
+)
+def test_help_of_fit_shows_a_part(
+    words: list[str], shown: str, not_shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", *words])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert shown in text
+    assert not_shown not in text
+
+
+def test_help_of_no_part_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--model", "KDRLModule", "--model.policy_los.help"]) == 2
+    assert "did you mean --model.policy_loss?" in capsys.readouterr().err
+    assert main(["fit", "--config", RECIPE, "--model.policy_loss.help"]) == 2
+    assert "'policy_loss' is not a setting of model; it has policy," in capsys.readouterr().err
 
 
 def test_an_unknown_command_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evalute"]) == 2
     assert "Did you mean 'evaluate'?" in capsys.readouterr().err
-
-
-GRPO = str(ROOT / "recipes" / "tiny" / "grpo.yaml")
 
 
 @pytest.mark.parametrize(

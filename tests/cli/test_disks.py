@@ -47,7 +47,7 @@ COMMANDS = {
     "cache-teacher": "cache-teacher --recipe tiny/gkd {tiny} --set model.init_args.teacher.path=tiny-0.1m "
     "--set model.init_args.source.student=0.0 --top-k 4 --out {out}",
     "iterate": "iterate --config {iterate} --model tiny-0.1m --iterations 1 --out {out}",
-    "claims": "claims step_dpo --out {out}",
+    "claims": "claims run step_dpo --out {out}",
     "quickstart": "quickstart --scale 0.01 --out {out}",
     "samples": "samples {run} --html {out}.html",
     "recipes": "recipes copy sft {out}.yaml",

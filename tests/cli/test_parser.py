@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import ClassVar, Literal
 import pytest
 import yaml
 
+from stepkd.cli import COMMANDS
 from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.runs.job import CONFIG_NAME, Job, JobConfig
@@ -212,3 +216,34 @@ def test_a_mapping_becomes_settings_as_words_do() -> None:
 
 def test_few_synonyms_are_written_by_hand() -> None:
     assert len(SYNONYMS) <= 10
+
+
+HEAVY = ("torch", "lightning", "transformers", "datasets", "math_verify")
+LIGHT = """
+import sys
+from stepkd.cli import main
+for words in {lines!r}:
+    try:
+        main(words)
+    except SystemExit:
+        pass
+print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_and_parsing_load_nothing_heavy(command: str) -> None:
+    """A clock says different things on different machines; the list of loaded modules does not."""
+    module = importlib.import_module(f"stepkd.cli.{command.replace('-', '_')}")
+    starts = [[command, action] for action in getattr(module, "ACTIONS", ())] or [[command]]
+    lines = [[*start, word] for start in starts for word in ("--help", "--print_config", "--no_such_setting=1")]
+    code = LIGHT.format(lines=lines, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_overview_loads_no_parser() -> None:
+    code = LIGHT.format(lines=[["--help"]], heavy=(*HEAVY, "jsonargparse", "yaml"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr

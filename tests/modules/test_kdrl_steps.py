@@ -175,7 +175,7 @@ def test_the_command_shows_them(
     assert f"{sample['tokens']} tokens" in shown
     assert f"{sample['step_scores'][0]:.2f}" in shown
     page = tmp_path / "pages" / "samples.html"
-    assert main(["samples", str(folder), "--all", "--html", str(page)]) == 0
+    assert main(["samples", str(folder), "--step", "all", "--html", str(page)]) == 0
     html = page.read_text()
     assert "step 0" in html
     assert colour(sample["step_scores"][0]) in html
