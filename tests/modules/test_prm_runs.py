@@ -155,7 +155,7 @@ def test_a_reward_model_is_not_sampled_from() -> None:
     module = PRMModule(PolicyConfig(path="tiny-0.1m"))
     with pytest.raises(ConfigError, match="use stepkd score"):
         module.predict_step(None, 0)  # type: ignore[arg-type]
-    assert any("processbench" in line for line in module.next_commands("runs/x"))
+    assert any("stepkd evaluate-prm --scorer runs/x" in line for line in module.next_commands("runs/x"))
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
