@@ -284,6 +284,8 @@ def train_gkd(context: Context) -> dict[str, Any]:
 
 def train_kdrl(context: Context) -> dict[str, Any]:
     """KDRL from the student's weights: one objective of rewards and distillation, on the same samples."""
+    from stepkd.modules.settings import Sampled
+
     teacher, student = (context.model_folder(name) for name in ("teacher", "student"))
     section = _train(
         context,
@@ -294,7 +296,7 @@ def train_kdrl(context: Context) -> dict[str, Any]:
         task=context.task,
         steps=30,
         lr=1e-4,
-        kd={"beta": 0.05},  # coefficient of the reverse KL to the teacher
+        kd=Sampled(beta=0.05),  # coefficient of the reverse KL to the teacher
     )
     return {**section, "evaluation": _compare(context, "kdrl")}
 

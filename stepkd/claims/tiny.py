@@ -40,6 +40,7 @@ from stepkd.modules.settings import (
 from stepkd.modules.sft import SFTModule
 from stepkd.runs.logger import JsonlLogger
 from stepkd.sampling.engines import InProcess
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.steps.format import StepFormat
 from stepkd.teachers.cache import write_cache
 from stepkd.teachers.local import LocalTeacher, TeacherConfig
@@ -186,9 +187,9 @@ def tiny_kdrl(
     task: str,
     teacher: str | Path | None,
     demonstrations: int = DEMONSTRATIONS,
-    kd: Mapping[str, Any],
-    policy_loss: Mapping[str, Any] | None = None,
-    step_credit: Mapping[str, Any] | None = None,
+    kd: KDConfig | None = None,
+    policy_loss: PolicyLossConfig | None = None,
+    step_credit: StepCreditConfig | None = None,
     max_new_tokens: int = NEW_TOKENS,
 ) -> Built:
     """GRPO, on-policy distillation or both, 32 prompts with 8 completions each a step; constant after 10% warm-up.
@@ -198,19 +199,18 @@ def tiny_kdrl(
         task: tiny-world task with its settings.
         teacher: folder of the teacher; None: rewards alone.
         demonstrations: different problems in the training set.
-        kd, policy_loss, step_credit: fields of :class:`stepkd.modules.KDConfig`, ``PolicyLossConfig`` and
-            ``StepCreditConfig``.
+        kd, policy_loss, step_credit: as for :class:`~stepkd.modules.kdrl.KDRLModule`.
         max_new_tokens: longest sampled completion.
     """
     module = KDRLModule(
         PolicyConfig(path=str(start)),
         teacher=None if teacher is None else TeacherConfig(path=str(teacher)),
         rollout=RolloutConfig(
-            group_size=GROUP, max_new_tokens=max_new_tokens, engine=InProcess(max_rows=PROMPTS * GROUP)
+            sampling=SamplingConfig(n=GROUP, max_new_tokens=max_new_tokens), engine=InProcess(max_rows=PROMPTS * GROUP)
         ),
-        policy_loss=PolicyLossConfig(**(policy_loss or {})),
-        kd=KDConfig(**kd),
-        step_credit=None if step_credit is None else StepCreditConfig(**step_credit),
+        policy_loss=policy_loss,
+        kd=kd,
+        step_credit=step_credit,
         **_common(lr, seed, schedule="constant", warmup=0.1),
     )
     return module, tiny_data(task, demonstrations, seed, batch=PROMPTS)

@@ -29,6 +29,7 @@ from stepkd.models.machine import memory_peak
 from stepkd.models.source import as_trained
 from stepkd.models.spec import FrozenSpec, PolicyConfig
 from stepkd.safe import enter, is_safe
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.training.failures import explained
 from stepkd.training.fit import check_fit
 
@@ -88,9 +89,10 @@ def lower_bound(module: Any, data: Any, *, precision: str = "32-true", shards: i
     for name in ("rollout", "source"):
         how = getattr(module, name, None)
         if how is not None and getattr(how, "student", 1.0) > 0 and hasattr(how.engine, "max_rows"):
-            rows = min(how.engine.max_rows, data.global_batch_size * getattr(how, "group_size", 1))
-            found.phases["sampling"] = {"key-value cache": rows * cache_bytes(spec, how.max_new_tokens)}
-            found.facts["sampling"] = f"{rows} rows of {how.max_new_tokens:,} new tokens"
+            drawn = how.sampling if isinstance(how.sampling, SamplingConfig) else how.sampling(0)
+            rows = min(how.engine.max_rows, data.global_batch_size * drawn.n)
+            found.phases["sampling"] = {"key-value cache": rows * cache_bytes(spec, drawn.longest)}
+            found.facts["sampling"] = f"{rows} rows of {drawn.longest:,} new tokens"
     if shards > 1:
         teacher = getattr(getattr(module, "teacher", None), "spec", None)
         shared += ["teacher"] if teacher is not None and teacher.sharded and "teacher" in found.held else []

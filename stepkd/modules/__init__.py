@@ -19,8 +19,8 @@ _HOMES = {
     "prm": "LanguageModelling PQM PRMModule StepCrossEntropy StepLoss",
     "rewards": "RewardConfig",
     "settings": (
-        "DivergenceConfig KDConfig MixConfig PolicyLossConfig RolloutConfig SampleLogConfig SourceConfig "
-        "StepCreditConfig"
+        "AsAdvantage AsReward Constant DivergenceConfig Exact FirstStep KDConfig Linear MixConfig PolicyLossConfig "
+        "RolloutConfig SampleLogConfig Sampled SourceConfig StepCreditConfig Switch ToGo"
     ),
     "sft": "SFTModule",
     "step_scores": "FocusConfig",

@@ -25,11 +25,11 @@ from stepkd.models.source import trained_template
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.base import Prepared, StepModule
 from stepkd.modules.fidelity import Fidelity, FidelityConfig, fidelity_totals
-from stepkd.modules.rollouts import TrainingSampler
 from stepkd.modules.settings import DivergenceConfig, MixConfig, SourceConfig
 from stepkd.modules.step_scores import Focus, FocusConfig, token_weights
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
+from stepkd.sampling.engines import Engine
 from stepkd.sampling.sampler import Sampler
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
@@ -296,11 +296,12 @@ class GKDModule(TaughtModule):
     def _sampler(self, policy: Policy, source: str) -> Sampler:
         if source == "teacher":
             return TransformersSampler(policy, breaks_off=STOP_REQUEST.__bool__)
-        return self._student(self.global_step)
+        self._student.refresh(self.global_step)
+        return self._student
 
     @cached_property
-    def _student(self) -> TrainingSampler:
-        return TrainingSampler(self.model, self.source, self.seed)
+    def _student(self) -> Engine:
+        return self.source.engine.build(self.model, self.source.sampling(self.seed), STOP_REQUEST.__bool__)
 
     # ---- validation ------------------------------------------------------------------------------------------------
 

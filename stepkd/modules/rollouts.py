@@ -1,4 +1,4 @@
-"""Groups of sampled completions: drawn from a policy, rewarded, what the loss needs of every token, and what is kept.
+"""Groups of sampled completions: drawn from a policy, graded, credited by token, and what is kept to look at.
 
 ``samples.jsonl`` in the run folder has some of them every so many optimiser steps, step by step, and the lengths of
 all; ``stepkd samples RUN`` shows it.
@@ -13,54 +13,50 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stepkd.data.batching import StepBatch
-from stepkd.data.encode import Example, with_completion
+from stepkd.data.completion import Completion, Numbers
 from stepkd.errors import DataError, disk_error
 from stepkd.models.policy import Policy
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rewards import Rewards
-from stepkd.modules.settings import RolloutConfig, SampleLogConfig, SourceConfig
-from stepkd.modules.step_scores import step_texts
+from stepkd.modules.settings import RolloutConfig, SampleLogConfig
 from stepkd.runs.logger import append, ends_torn
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
-from stepkd.sampling.engines import Engine
-from stepkd.sampling.sampler import Sampler
-from stepkd.steps.segment import get_segmenter
+from stepkd.steps.segment import get_segmenter, segment, step_ends
+from stepkd.steps.text import texts_from_ids
 
 SAMPLES_FILE = "samples.jsonl"
 BINS = 16
 """Bars of the histogram of lengths, from 0 to the longest completion that is allowed."""
+_NONE = np.zeros(0)
 
 
-@dataclass(frozen=True)
-class Rollout(Example):
-    """A sampled completion with all that its loss needs; one number per token where there are several."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rollout(Completion):
+    """A completion that was sampled to learn from, with its grades, and with its credit by token once it has one."""
 
     group: int = 0
     """Number of its prompt in the rank's share of the batch."""
-    text: str = ""
-    """Its text as the sampler has it."""
+    steps: tuple[str, ...] = ()
+    """Texts of its steps; trailing ones of nothing but space and end tokens are left out."""
     reward: float = 0.0
     """Sum of its rewards, less what its length costs; NaN where every reward passes it over."""
-    parts: Mapping[str, float | None] = field(default_factory=dict, compare=False)
+    parts: Mapping[str, float | None] = field(default_factory=dict)
     """Reward -> its value, before weights; None where it passes it over."""
-    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    extra: Mapping[str, Any] = field(default_factory=dict)
     """What reward functions said of it by ``log_extra``."""
     correct: bool | None = None
-    """Whether its final answer is right; None without a gold answer."""
-    cut_off: bool = False
-    """Whether it was cut off."""
-    step_scores: tuple[float, ...] = field(default=(), compare=False)
+    """Whether its final answer is correct; None without a gold answer."""
+    step_scores: tuple[float, ...] = ()
     """Scores of its steps, where step credit gives some; NaN for a step without one."""
-    advantages: tuple[float, ...] = field(default=(), compare=False)
+    advantages: Numbers = field(default_factory=lambda: _NONE)
     """Advantage of every token."""
-    sampled_logps: tuple[float, ...] = field(default=(), compare=False)
-    """What the sampler said of every token, at its temperature."""
-    old_logps: tuple[float, ...] | None = field(default=None, compare=False)
-    """What the policy said of them before the first of several optimiser steps."""
+    old_logps: Numbers | None = None
+    """What the policy said of every token before the first of several optimiser steps."""
     pg_weight: float = 0.0
     """Weight of its tokens in the policy-gradient sum."""
     pg_count: float = 0.0
@@ -71,35 +67,23 @@ class Rollout(Example):
     """What it adds to that sum's denominator."""
 
     @classmethod
-    def of(cls, example: Example, **more: Any) -> Rollout:
-        """An example with what is known of it as a rollout."""
-        own: dict[str, Any] = {each.name: getattr(example, each.name) for each in fields(Example)}
-        return cls(**{**own, **more})
+    def of(cls, completion: Completion, **more: Any) -> Rollout:
+        """A completion with what is known of it as a rollout."""
+        return cls(**{each.name: getattr(completion, each.name) for each in fields(Completion)} | more)
 
+    @property
+    def completions(self) -> tuple[Rollout]:
+        """Itself: what a batch reads of an :class:`~stepkd.data.encode.Example`."""
+        return (self,)
 
-class TrainingSampler:
-    """Samples the policy that is trained, by an engine whose weights follow it. A stop breaks it off.
-
-    Args:
-        policy: the model.
-        spec: its engine and how it draws.
-        seed: keys the noise.
-    """
-
-    def __init__(self, policy: Policy, spec: RolloutConfig | SourceConfig, seed: int) -> None:
-        self.policy, self.spec, self.seed = policy, spec, seed
-        self._engine: Engine | None = None
-
-    def __call__(self, step: int) -> Sampler:
-        """The sampler, with the policy's weights as they are before an optimiser step."""
-        if self._engine is None:
-            self._engine = self.spec.engine.build(self.policy, self.spec.sampling(self.seed), STOP_REQUEST.__bool__)
-        self._engine.refresh(step)
-        return self._engine
+    @property
+    def cut_off(self) -> bool:
+        """Whether it was cut off."""
+        return self.finish == "length"
 
 
 class GroupSampler:
-    """Draws groups from a policy and rewards them.
+    """Draws groups from a policy and grades them.
 
     Args:
         spec: what is sampled.
@@ -114,12 +98,12 @@ class GroupSampler:
         self.policy = policy
         self.rewards = rewards
         self.phases = phases
-        self.seed = seed
-        self._sampler = TrainingSampler(policy, spec, seed)
+        self.sampling = replace(spec.sampling, seed=seed)
+        self._engine = spec.engine.build(policy, self.sampling, STOP_REQUEST.__bool__)
         self._segmenter = get_segmenter(spec.segmenter)
 
     def __call__(self, batch: StepBatch, step: int, epoch: int) -> list[Rollout]:
-        """Rewarded completions of the batch's prompts, group after group; equal groups are drawn anew on request.
+        """Graded completions of the batch's prompts, group after group; equal groups are drawn anew on request.
 
         Args:
             batch: this rank's prompts.
@@ -128,9 +112,10 @@ class GroupSampler:
         Raises:
             TrainingError: a reward function that fails.
         """
+        self._engine.refresh(step)
         groups: dict[int, list[Rollout]] = {}
         waiting = list(range(len(batch.examples)))
-        for attempt in range(self.spec.resample + 1):
+        for attempt in range(self.spec.dynamic_sampling + 1):
             drawn = self._draw(batch, waiting, step, f"kdrl {epoch} {attempt}")
             groups |= dict(zip(waiting, drawn, strict=True))
             waiting = [i for i in waiting if len({r.reward for r in groups[i] if not math.isnan(r.reward)}) < 2]
@@ -139,66 +124,68 @@ class GroupSampler:
         return [rollout for number in sorted(groups) for rollout in groups[number]]
 
     def _draw(self, batch: StepBatch, numbers: Sequence[int], step: int, purpose: str) -> list[list[Rollout]]:
-        examples = [batch.examples[i] for i in numbers]
-        sampler = self._sampler(step)
-        size = self.spec.group_size
+        examples, size = [batch.examples[i] for i in numbers], self.sampling.n
         with self.phases.phase("rollout", total=len(examples) * size):
-            drawn = sampler.sample(
+            drawn = self._engine.sample(
                 [example.prompt_ids for example in examples],
-                self.spec.sampling(self.seed),
+                self.sampling,
                 purpose=purpose,
                 step=step,
                 indices=[batch.indices[i] for i in numbers],
                 on_progress=self.phases.advance,
             )
         rollouts = [
-            Rollout.of(
-                with_completion(example, sample.token_ids, self.policy.tokenizer, self._segmenter),
-                group=number,
-                text=sample.text,
-                sampled_logps=tuple(sample.logprobs.tolist()),
-                cut_off=sample.finish == "length",
-            )
+            Rollout.of(completion, group=number, id=example.id, row=example.row)
             for number, example, group in zip(numbers, examples, drawn, strict=True)
-            for sample in group
+            for completion in group
         ]
         with self.phases.phase("rewards", total=len(rollouts)):
-            rewarded = self._rewarded(rollouts)
-        return [rewarded[i : i + size] for i in range(0, len(rewarded), size)]
+            graded = self._graded(self._in_steps(rollouts)) if rollouts else []
+        return [graded[i : i + size] for i in range(0, len(graded), size)]
 
-    def _rewarded(self, rollouts: list[Rollout]) -> list[Rollout]:
-        if not rollouts:
-            return []
-        columns = self._columns(rollouts)
-        ids = [f"{rollout.id}/{i % self.spec.group_size}" for i, rollout in enumerate(rollouts)]
-        totals, parts = self.rewards(columns, ids)
+    def _in_steps(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts cut into steps; one that cannot be cut is one step."""
+        found = []
+        texts = texts_from_ids(self.policy.tokenizer, [rollout.token_ids for rollout in rollouts])
+        for rollout, text in zip(rollouts, texts, strict=True):
+            spans = segment(self._segmenter, text) or [(0, len(text))]
+            steps = [text.span_text(*span) for span in spans]
+            while steps and not steps[-1].strip():
+                steps.pop()
+            found.append(replace(rollout, step_ends=np.asarray(step_ends(spans)), steps=tuple(steps)))
+        return found
+
+    def _graded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        columns = _columns(rollouts)
+        totals, parts = self.rewards(columns, [f"{rollout.id}/{rollout.sample}" for rollout in rollouts])
         known = "answer" in columns
-        right = parts.get("accuracy") or (self.rewards.correct(columns) if known else [None] * len(rollouts))
+        correct = parts.get("accuracy") or (self.rewards.correct(columns) if known else [None] * len(rollouts))
         extra = {name: each for name, each in self.rewards.extra.items() if len(each) == len(rollouts)}
         return [
             replace(
                 rollout,
-                reward=total - self.spec.punishment(len(rollout.completion_ids)),
+                reward=total - self.spec.penalty(len(rollout.token_ids)),
                 parts={name: values[i] for name, values in parts.items()},
                 extra={name: values[i] for name, values in extra.items()},
-                correct=None if right[i] is None else bool(right[i]),
+                correct=None if correct[i] is None else bool(correct[i]),
             )
             for i, (rollout, total) in enumerate(zip(rollouts, totals, strict=True))
         ]
 
-    def _columns(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-        """What reward functions get: TRL's arguments, ``steps``, ``cut_off``, ``rows``, and what all rows have."""
-        shared = set.intersection(*(set(rollout.row) for rollout in rollouts))
-        shared -= {"answer"} if any(rollout.row.get("answer") is None for rollout in rollouts) else set()
-        columns: dict[str, list[Any]] = {name: [r.row[name] for r in rollouts] for name in shared}
-        return columns | {
-            "prompts": [rollout.row.get("prompt") for rollout in rollouts],
-            "completions": [rollout.text for rollout in rollouts],
-            "completion_ids": [list(rollout.completion_ids) for rollout in rollouts],
-            "steps": [step_texts(self.policy.tokenizer, rollout) for rollout in rollouts],
-            "cut_off": [rollout.cut_off for rollout in rollouts],
-            "rows": [rollout.row for rollout in rollouts],
-        }
+
+def _columns(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """What reward functions get: TRL's arguments, ``steps``, ``cut_off``, ``rows``, and what all rows have."""
+    shared = set.intersection(*(set(rollout.row) for rollout in rollouts))
+    shared -= {"answer"} if any(rollout.row.get("answer") is None for rollout in rollouts) else set()
+    columns: dict[str, list[Any]] = {name: [r.row[name] for r in rollouts] for name in shared}
+    return columns | {
+        "prompts": [rollout.row.get("prompt") for rollout in rollouts],
+        "completions": [rollout.text for rollout in rollouts],
+        "completion_ids": [rollout.token_ids.tolist() for rollout in rollouts],
+        "steps": [list(rollout.steps) for rollout in rollouts],
+        "cut_off": [rollout.cut_off for rollout in rollouts],
+        "rows": [rollout.row for rollout in rollouts],
+    }
 
 
 class SampleLog:
@@ -208,21 +195,19 @@ class SampleLog:
         spec: how often, how many.
         folder: where the file goes; None: nowhere.
         longest: tokens of the longest completion that is allowed.
-        tokenizer: the policy's.
     """
 
-    def __init__(self, spec: SampleLogConfig, folder: str | Path | None, longest: int, tokenizer: Any) -> None:
+    def __init__(self, spec: SampleLogConfig, folder: str | Path | None, longest: int) -> None:
         self.spec = spec
         self.path = None if folder is None else Path(folder) / SAMPLES_FILE
         self.longest = longest
-        self.tokenizer = tokenizer
 
     def __call__(self, step: int, rollouts: Sequence[Rollout], device: torch.device, *, writes: bool) -> None:
         """Write an entry when it is time. All ranks call it, and one of them writes: its own samples, all lengths.
 
         Args:
             step: optimiser steps taken.
-            rollouts: this rank's, weighed, group after group.
+            rollouts: this rank's, credited, group after group.
             device: where messages between ranks live.
             writes: whether this rank is the one.
         """
@@ -230,7 +215,7 @@ class SampleLog:
             return
         counts = {f"bin{i}": 0.0 for i in range(BINS)}
         for rollout in rollouts:
-            place = math.ceil(len(rollout.completion_ids) * BINS / self.longest) - 1
+            place = math.ceil(len(rollout.token_ids) * BINS / self.longest) - 1
             counts[f"bin{min(max(place, 0), BINS - 1)}"] += 1
         totals = all_reduce(counts, device)
         if not writes:
@@ -239,7 +224,7 @@ class SampleLog:
         entry = {
             "step": step,
             "lengths": {"edges": edges, "counts": [int(totals[name]) for name in counts]},
-            "samples": [self._sample(rollout) for rollout in self._chosen(rollouts)],
+            "samples": [sample_row(rollout) for rollout in self._chosen(rollouts)],
         }
         try:
             start = "\n" if self.path.exists() and ends_torn(self.path) else ""
@@ -250,27 +235,25 @@ class SampleLog:
 
     def _chosen(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """One completion of every group, then another one, until there are enough."""
-        rank_of: dict[int, int] = {}
-        order = []
-        for i, rollout in enumerate(rollouts):
-            nth = rank_of[rollout.group] = rank_of.get(rollout.group, -1) + 1
-            order.append((nth, i))
-        return [rollouts[i] for _, i in sorted(order)[: self.spec.number]]
+        order = sorted(range(len(rollouts)), key=lambda i: (rollouts[i].sample, i))
+        return [rollouts[i] for i in order[: self.spec.number]]
 
-    def _sample(self, rollout: Rollout) -> dict[str, Any]:
-        return {
-            "id": rollout.id,
-            "prompt": rollout.row.get("prompt"),
-            "answer": rollout.row.get("answer"),
-            "steps": step_texts(self.tokenizer, rollout),
-            "step_scores": [None if math.isnan(score) else score for score in rollout.step_scores],
-            "reward": None if math.isnan(rollout.reward) else rollout.reward,
-            "rewards": dict(rollout.parts),
-            "correct": rollout.correct,
-            "cut_off": rollout.cut_off,
-            "tokens": len(rollout.completion_ids),
-            **({"extra": dict(rollout.extra)} if rollout.extra else {}),
-        }
+
+def sample_row(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as ``samples.jsonl`` has it."""
+    return {
+        "id": rollout.id,
+        "prompt": rollout.row.get("prompt"),
+        "answer": rollout.row.get("answer"),
+        "steps": list(rollout.steps),
+        "step_scores": [None if math.isnan(score) else score for score in rollout.step_scores],
+        "reward": None if math.isnan(rollout.reward) else rollout.reward,
+        "rewards": dict(rollout.parts),
+        "correct": rollout.correct,
+        "cut_off": rollout.cut_off,
+        "tokens": len(rollout.token_ids),
+        **({"extra": dict(rollout.extra)} if rollout.extra else {}),
+    }
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:

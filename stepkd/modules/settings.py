@@ -3,6 +3,7 @@ policy loss, distillation term, step credit)."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +21,8 @@ from stepkd.losses import (
     skew_reverse_kl,
     total_variation,
 )
-from stepkd.losses.policy_gradient import STD_EPSILON, Advantage, Normalisation
+from stepkd.losses.kl_estimators import Estimator
+from stepkd.losses.policy_gradient import Advantage, Normalisation
 from stepkd.sampling.engines import EngineConfig, InProcess
 from stepkd.sampling.sampler import SamplingConfig
 
@@ -158,44 +160,53 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """A comparison of a teacher's likeliest tokens in place of the whole vocabulary."""
+
+    k: int
+    """Likeliest tokens of the teacher that are compared at every position, >= 1."""
+    tail: bool = True
+    """Whether all other tokens are one more bucket; off, the k are renormalised."""
+
+    def __post_init__(self) -> None:
+        check_bounds("top_k.", self, k="[1, inf)")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """What is sampled for every prompt."""
 
-    group_size: int = 8
-    """Completions of every prompt, >= 1; advantages need at least 2."""
-    temperature: float = 1.0
-    """Of sampling, and of every log-probability in the loss, > 0."""
-    max_new_tokens: int = 256
-    """Longest completion in tokens."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=8, max_new_tokens=256))
+    """How completions are drawn, ``n`` of every prompt (advantages need at least 2). The temperature is that of every
+    log-probability in the loss, too; the seed is the run's."""
     engine: EngineConfig = field(default_factory=InProcess)
     """Where they are sampled: InProcess, VLLMServer or VLLMColocated."""
     segmenter: str = "newline"
-    """How completions are cut into steps."""
+    """How completions are cut into steps, for step credit, rewards and ``samples.jsonl``."""
     truncated: Literal["keep", "mask"] = "keep"
-    """Whether completions that were cut off count in the loss."""
-    overlong: int | None = None
-    """Soft overlong punishment (DAPO, arXiv 2503.14476): over the last so many tokens before ``max_new_tokens`` the
+    """Whether completions that were cut off count in the loss; ``mask`` is DAPO's overlong filtering."""
+    overlong_penalty: int | None = None
+    """Soft overlong penalty (DAPO, arXiv 2503.14476): over the last so many tokens before ``max_new_tokens`` the
     reward falls linearly by 1; null: off."""
-    resample: int = 0
-    """How often prompts whose completions all earn the same are sampled anew (dynamic sampling), >= 0."""
+    dynamic_sampling: int = 0
+    """How often prompts whose completions all earn the same are sampled anew (DAPO), >= 0; such groups have nothing to
+    say, and every new draw costs as much as the first."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("group_size", "max_new_tokens"), "[1, inf)")
-        check_bounds("rollout.", self, **counts, temperature="(0, inf)", resample="[0, inf)")
-        if self.overlong is not None and not 1 <= self.overlong <= self.max_new_tokens:
-            raise ConfigError(f"rollout.overlong={self.overlong}: must lie between 1 and max_new_tokens")
+        check_bounds("rollout.", self, dynamic_sampling="[0, inf)")
+        self.sampling.check_unbiased("rollout.sampling")
+        if self.overlong_penalty is not None and not 1 <= self.overlong_penalty <= self.sampling.longest:
+            raise ConfigError(
+                f"rollout.overlong_penalty={self.overlong_penalty}: must lie between 1 and max_new_tokens, "
+                f"{self.sampling.longest}"
+            )
 
-    def sampling(self, seed: int) -> SamplingConfig:
-        """The same settings as a sampler wants them."""
-        return SamplingConfig(
-            n=self.group_size, temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed
-        )
-
-    def punishment(self, tokens: int) -> float:
+    def penalty(self, tokens: int) -> float:
         """What a completion's reward loses for its length, in [0, 1]."""
-        if self.overlong is None:
+        if self.overlong_penalty is None:
             return 0.0
-        return min(max(tokens - (self.max_new_tokens - self.overlong), 0) / self.overlong, 1.0)
+        over = tokens - (self.sampling.longest - self.overlong_penalty)
+        return min(max(over, 0) / self.overlong_penalty, 1.0)
 
 
 @dataclass(frozen=True)
@@ -203,23 +214,21 @@ class PolicyLossConfig:
     """The policy-gradient term; see :mod:`stepkd.losses.policy_gradient`."""
 
     weight: float = 1.0
-    """Of the term, >= 0; 0 distils only."""
+    """Weight of the term, >= 0; 0 distils only."""
     advantage: Advantage = "group_std"
-    """``group_std``, ``group_mean`` or ``leave_one_out``."""
-    ddof: int = 1
-    """Of the standard deviation: 1 or 0."""
-    eps: float = STD_EPSILON
-    """Added to it, >= 0."""
+    """How rewards are compared within a prompt's completions: over their standard deviation (GRPO), with their mean
+    (``group_mean``, Dr. GRPO), or with the mean of the others (``leave_one_out``, RLOO)."""
     normalisation: Normalisation = "group_token_mean"
-    """KDRL's own; ``grpo``, ``dapo``, ``dr_grpo``, ``bnpo``."""
+    """What the sum over tokens is divided by: as KDRL does, or as ``grpo``, ``dapo``, ``dr_grpo`` or TRL's ``bnpo``."""
     clip_low: float = 0.2
-    """Lower bound 1 - clip_low of the ratio."""
+    """Lower bound 1 - clip_low of the ratio, in [0, 1)."""
     clip_high: float = 0.2
-    """Upper bound 1 + clip_high."""
-    inner_steps: int = 1
+    """Upper bound 1 + clip_high of the ratio, >= 0; DAPO's clip-higher has 0.28."""
+    num_iterations: int = 1
     """Optimiser steps on every batch of rollouts, >= 1; above 1 ratio and clipping matter."""
-    importance_cap: float | None = None
-    """Weigh every token by trainer's over sampler's probability, at most this; null: not."""
+    tis_cap: float | None = None
+    """Truncated importance sampling: every token is weighed by the trainer's over the sampler's probability, at most
+    this, > 0; null: not. For engines whose probabilities are a little off."""
     equal_groups: Literal["keep", "drop"] = "keep"
     """Whether groups without a single advantage, which have nothing to say, count in this term's denominator."""
 
@@ -228,91 +237,162 @@ class PolicyLossConfig:
             "policy_loss.",
             self,
             weight="[0, inf)",
-            eps="[0, inf)",
             clip_low="[0, 1)",
             clip_high="[0, inf)",
-            inner_steps="[1, inf)",
+            num_iterations="[1, inf)",
+            tis_cap="(0, inf)",
         )
-        if self.ddof not in (0, 1):
-            raise ConfigError(f"policy_loss.ddof={self.ddof}: must be 0 or 1")
-        if self.importance_cap is not None and not self.importance_cap > 0:
-            raise ConfigError(f"policy_loss.importance_cap={self.importance_cap}: must be positive, or null")
+
+
+class Schedule(ABC):
+    """How a coefficient changes with the optimiser steps: Constant, Linear or Switch."""
+
+    @abstractmethod
+    def coefficient(self, beta: float, step: int) -> float:
+        """The coefficient at an optimiser step, counted from 0, of one that begins with ``beta``."""
+
+    def policy_share(self, step: int) -> float:
+        """Factor on the policy-gradient term at an optimiser step."""
+        return 1.0
+
+
+class Steady(Schedule):
+    """A schedule that leaves the policy gradient alone: Constant or Linear."""
 
 
 @dataclass(frozen=True)
-class KDConfig:
-    """The distillation term (KDRL, arXiv 2506.02208): beta times a reverse KL to the teacher on the same samples."""
+class Constant(Steady):
+    """Always the same."""
 
-    beta: float = 2e-3
-    """Coefficient at the first step, >= 0."""
-    schedule: Literal["constant", "linear", "switch"] = "constant"
-    """``linear``: falls by ``delta`` a step to ``beta_min`` (the paper's annealing: 5e-3, 5e-5, 1e-3). ``switch``: beta
-    for ``until_step`` steps of distillation alone, then the policy gradient alone."""
+    def coefficient(self, beta: float, step: int) -> float:
+        """See :meth:`Schedule.coefficient`."""
+        return beta
+
+
+@dataclass(frozen=True)
+class Linear(Steady):
+    """Falls with every step, to a floor (KDRL-Annealing: beta 5e-3, falling by 5e-5 to 1e-3)."""
+
     delta: float = 5e-5
-    """``linear``: fall per optimiser step."""
+    """Fall per optimiser step, >= 0; the paper's."""
     beta_min: float = 1e-3
-    """``linear``: floor."""
-    until_step: int = 0
-    """``switch``: optimiser steps of distillation, >= 1."""
-    estimator: Literal["k1", "k2", "k3", "full"] = "k2"
-    """``full``: the exact reverse KL over the vocabulary at every sampled prefix."""
-    gradient: Literal["k1", "k2", "k3"] | None = None
-    """Straight-through: the term's value stays the estimator's, its gradient is this one's; null: its own."""
-    top_k: int | None = None
-    """``full``: over the teacher's k likeliest tokens and one bucket for the rest, >= 1; null: all tokens. A KL over
-    the k alone is reported to be unstable (arXiv 2506.02208, as others tell it)."""
-    tail: bool = True
-    """``top_k``: whether the rest is a bucket of its own, or the k are renormalised."""
-    form: Literal["joint", "advantage", "reward"] = "joint"
-    """``joint``: a term of its own (the paper's). ``advantage``: ``beta R`` is added to every token's advantage: the
-    same gradient on-policy. ``reward``: ``beta sum_t R`` is added to the reward before it is normalised, which loses
-    what each token deserves (a form of our own, for comparison)."""
-    clamp: float | None = None
-    """Bound on |R| = |log teacher - log policy| in the gradient, > 0; null: none."""
-    mask: Literal["none", "response", "group"] = "none"
-    """``response``: only wrong completions are distilled on; ``group``: only prompts without a right one."""
-    kept_only: bool = False
-    """Whether a masked term is divided by what is left, not by all tokens (the paper's choice was not found)."""
-    skip_eos: bool = False
-    """Leave the end token out of this term: for a teacher that ends otherwise."""
+    """Floor, >= 0; the paper's."""
 
     def __post_init__(self) -> None:
-        check_bounds("kd.", self, beta="[0, inf)", delta="[0, inf)", beta_min="[0, inf)")
-        if self.schedule == "switch" and self.until_step < 1:
-            raise ConfigError(f"kd.until_step={self.until_step}: a switch needs at least 1 step of distillation")
-        if self.clamp is not None and not self.clamp > 0:
-            raise ConfigError(f"kd.clamp={self.clamp}: must be positive, or null")
-        if self.schedule != "switch" and self.until_step:
-            raise ConfigError(f"kd.until_step={self.until_step} goes with schedule: switch, not with {self.schedule}")
-        if self.form != "joint" and (self.estimator != "k2" or self.mask != "none" or self.skip_eos):
-            raise ConfigError(
-                f"kd.form={self.form} has neither another estimator than k2, nor a mask, nor skip_eos: set form: joint"
-            )
-        goes = self.estimator != "full" and self.form == "joint" and self.clamp is None
-        if self.gradient is not None and not goes:
-            raise ConfigError(
-                f"kd.gradient={self.gradient} goes with form: joint, estimator k1, k2 or k3, and without a clamp"
-            )
-        if self.top_k is not None and (self.estimator != "full" or self.top_k < 1):
-            raise ConfigError(f"kd.top_k={self.top_k}: at least 1, and only with estimator: full")
-        if not self.tail and self.top_k is None:
-            raise ConfigError("kd.tail: false goes with top_k")
-        if self.kept_only and self.mask == "none":
-            raise ConfigError("kd.kept_only goes with a mask: set kd.mask")
-        if self.clamp is not None and (self.estimator != "k2" or self.form == "reward"):
-            raise ConfigError(f"kd.clamp={self.clamp} belongs to estimator k2, in the forms joint and advantage")
+        check_bounds("kd.schedule.", self, delta="[0, inf)", beta_min="[0, inf)")
 
-    def coefficient(self, step: int) -> float:
-        """beta at an optimiser step, counted from 0."""
-        if self.schedule == "linear":
-            return max(self.beta - self.delta * step, min(self.beta, self.beta_min))
-        if self.schedule == "switch" and step >= self.until_step:
-            return 0.0
-        return self.beta
+    def coefficient(self, beta: float, step: int) -> float:
+        """See :meth:`Schedule.coefficient`."""
+        return max(beta - self.delta * step, min(beta, self.beta_min))
+
+
+@dataclass(frozen=True)
+class Switch(Schedule):
+    """Distillation alone, then the policy gradient alone."""
+
+    until_step: int
+    """Optimiser steps of distillation, >= 1."""
+
+    def __post_init__(self) -> None:
+        check_bounds("kd.schedule.", self, until_step="[1, inf)")
+
+    def coefficient(self, beta: float, step: int) -> float:
+        """See :meth:`Schedule.coefficient`."""
+        return beta if step < self.until_step else 0.0
 
     def policy_share(self, step: int) -> float:
-        """Factor on the policy-gradient term: 0 while a switch still distils."""
-        return 0.0 if self.schedule == "switch" and step < self.until_step else 1.0
+        """0 while it distils."""
+        return float(step >= self.until_step)
+
+
+class KDConfig(ABC):
+    """The distillation term (KDRL, arXiv 2506.02208), ``beta`` times a reverse KL to the teacher on the policy's own
+    samples: a term of its own (Sampled or Exact), or a part of every token's advantage (AsAdvantage) or of the reward
+    (AsReward)."""
+
+    beta: float
+    schedule: Schedule
+
+    def coefficient(self, step: int) -> float:
+        """The term's coefficient at an optimiser step, counted from 0."""
+        return self.schedule.coefficient(self.beta, step)
+
+
+@dataclass(frozen=True)
+class _Joint(KDConfig):
+    """A term of its own, the paper's joint loss."""
+
+    beta: float = 2e-3
+    """Coefficient of the distillation term at the first step, >= 0; the paper's."""
+    schedule: Schedule = field(default_factory=Constant)
+    """How the coefficient changes: Constant, Linear, or Switch, which distils first and learns from rewards then."""
+    mask: Literal["none", "response", "group"] = "none"
+    """What is distilled on: every completion (``none``), only incorrect ones (``response``), or only prompts without a
+    correct one (``group``). The term is divided by all tokens (the paper's choice was not found)."""
+    skip_eos: bool = False
+    """Whether the end token is left out of this term, for a teacher that ends otherwise."""
+
+    def __post_init__(self) -> None:
+        check_bounds("kd.", self, beta="[0, inf)")
+
+
+@dataclass(frozen=True)
+class Sampled(_Joint):
+    """A term of its own from the sampled tokens' log-probabilities alone, by an estimator of the KL."""
+
+    estimator: Estimator = "k2"
+    """What estimates the KL: ``k1``, ``k2`` or ``k3``; the paper takes k2, whose gradient is the reverse KL's."""
+    gradient: Estimator | None = None
+    """Straight-through: the term's value stays the estimator's, its gradient is this one's; null: its own."""
+    clamp: float | None = None
+    """Bound on |log teacher - log policy| in the gradient of k2, in nats, > 0; null: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("kd.", self, clamp="(0, inf)")
+        if self.clamp is not None and (self.gradient or self.estimator) != "k2":
+            raise ConfigError(
+                f"kd.clamp={self.clamp} bounds the gradient of k2, and the gradient is that of "
+                f"{self.gradient or self.estimator}: set kd.gradient: k2"
+            )
+
+
+@dataclass(frozen=True)
+class Exact(_Joint):
+    """A term of its own, the exact reverse KL at every sampled prefix."""
+
+    top_k: TopK | None = None
+    """Over the teacher's likeliest tokens and one bucket for the others; null: over the whole vocabulary. A KL over the
+    likeliest alone is reported to be unstable (arXiv 2506.02208, as others tell it)."""
+
+
+@dataclass(frozen=True)
+class AsAdvantage(KDConfig):
+    """``beta (log teacher - log policy)`` is added to every token's advantage: on-policy the same gradient as k2's."""
+
+    beta: float = 2e-3
+    """Coefficient at the first step, >= 0; the paper's."""
+    schedule: Steady = field(default_factory=Constant)
+    """How the coefficient changes: Constant or Linear."""
+    clamp: float | None = None
+    """Bound on |log teacher - log policy|, in nats, > 0; null: none."""
+
+    def __post_init__(self) -> None:
+        check_bounds("kd.", self, beta="[0, inf)", clamp="(0, inf)")
+
+
+@dataclass(frozen=True)
+class AsReward(KDConfig):
+    """``beta sum_t (log teacher - log policy)`` is added to the reward before it is normalised, which loses what each
+    token deserves (a form of our own, for comparison)."""
+
+    beta: float = 2e-3
+    """Coefficient at the first step, >= 0; the paper's."""
+    schedule: Steady = field(default_factory=Constant)
+    """How the coefficient changes: Constant or Linear."""
+
+    def __post_init__(self) -> None:
+        check_bounds("kd.", self, beta="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -328,26 +408,43 @@ class SampleLogConfig:
         check_bounds("samples.", self, every="[1, inf)", number="[0, inf)")
 
 
-@dataclass(frozen=True)
-class StepCreditConfig:
-    """Rewards of steps, beside that of the answer."""
+class StepCreditConfig(ABC):
+    """Rewards of steps, beside that of the answer: ToGo or FirstStep."""
 
     scorer: str
-    """``checker`` (the tiny world), ``arithmetic``, ``gain`` (what of the row's solution a step adds), a process reward
-    model, or ``judge:MODEL``."""
+    weight: float
+    outcome_weight: float
+
+
+@dataclass(frozen=True)
+class _Credit(StepCreditConfig):
+    scorer: str
+    """What scores steps: ``checker`` (the tiny world), ``arithmetic``, ``gain`` (what of the row's solution a step
+    adds), a process reward model, or ``judge:MODEL``."""
     weight: float = 1.0
-    """Of the steps' advantages in the sum with the answer's. They are always divided by their group's deviation."""
+    """Weight of the steps' advantages in the sum with the answer's, >= 0; they are always divided by their group's
+    deviation."""
     outcome_weight: float = 1.0
-    """Of the answer's advantage."""
-    form: Literal["to_go", "first_step"] = "to_go"
-    """``to_go``: a token has the rewards of its step and of later ones, normalised over all steps of the group
-    (DeepSeekMath's process supervision). ``first_step``: the first step, where a mode or a plan is chosen, has an
-    advantage of its own for its score, beside the answer's (after KAT-V1, a reconstruction: see
-    :func:`~stepkd.losses.segment_group_advantages`)."""
-    discount: float = 1.0
-    """``to_go``: factor on a reward for every step that it is away, in [0, 1]; 0: a step has its own only."""
+    """Weight of the answer's advantage in that sum, >= 0."""
 
     def __post_init__(self) -> None:
-        check_bounds("step_credit.", self, weight="[0, inf)", outcome_weight="[0, inf)", discount="[0, 1]")
-        if self.form == "first_step" and self.discount != 1:
-            raise ConfigError(f"step_credit.discount={self.discount} goes with form: to_go")
+        check_bounds("step_credit.", self, weight="[0, inf)", outcome_weight="[0, inf)")
+
+
+@dataclass(frozen=True)
+class ToGo(_Credit):
+    """A token has the rewards of its step and of later ones, normalised over all steps of the group (DeepSeekMath's
+    process supervision, arXiv 2402.03300)."""
+
+    discount: float = 1.0
+    """Factor on a reward for every step that it is away, in [0, 1]; 0: a step has its own only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds("step_credit.", self, discount="[0, 1]")
+
+
+@dataclass(frozen=True)
+class FirstStep(_Credit):
+    """The first step, where a mode or a plan is chosen, has an advantage of its own for its score, beside the answer's
+    (after KAT-V1, a reconstruction: see :func:`~stepkd.losses.segment_group_advantages`)."""

@@ -49,6 +49,20 @@ class SamplingConfig:
         if any(not text for text in self.stop):
             raise ConfigError("an empty stop string would end every completion at once")
 
+    def check_unbiased(self, place: str) -> None:
+        """Refuse settings of training samples that would draw from another distribution than the policy's.
+
+        Raises:
+            ConfigError: greedy, or with top_p or top_k.
+        """
+        if self.temperature == 0:
+            raise ConfigError(f"{place}.temperature=0: must be positive; greedy completions are no samples")
+        if self.top_p < 1 or self.top_k:
+            raise ConfigError(
+                f"{place}: top_p={self.top_p}, top_k={self.top_k}: the loss takes samples for the policy's own, and "
+                "these cut its distribution; leave top_p at 1 and top_k at 0"
+            )
+
     @property
     def longest(self) -> int:
         """Longest completion in tokens."""

@@ -83,7 +83,8 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     from stepkd.modules.kdrl import KDRLModule
     from stepkd.modules.optim import OptimizerConfig
     from stepkd.modules.rewards import RewardConfig
-    from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig
+    from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, Sampled
+    from stepkd.sampling.sampler import SamplingConfig
     from stepkd.steps.segment import get_segmenter
     from stepkd.teachers.local import TeacherConfig
 
@@ -102,9 +103,9 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
         PolicyConfig(path=str(policy), dtype=dtype),
         rewards=[RewardConfig(f"{Path(__file__).stem}:even")],
         teacher=None if teacher is None else TeacherConfig(path=str(teacher), dtype=dtype),
-        rollout=RolloutConfig(group_size=GROUP, max_new_tokens=NEW, segmenter="whole"),
+        rollout=RolloutConfig(SamplingConfig(n=GROUP, max_new_tokens=NEW), segmenter="whole"),
         policy_loss=PolicyLossConfig(normalisation="dapo"),
-        kd=KDConfig(beta=0.1),
+        kd=Sampled(beta=0.1),
         optimizer=OptimizerConfig(lr=1e-6, schedule="constant", warmup=0),
     )
     module.configure_model()

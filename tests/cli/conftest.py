@@ -23,7 +23,8 @@ REWARDS = [
     {"name": "length", "options": {"limit": 20}},
     {"name": "format", "weight": 0.5, "options": {"pattern": r"\d"}},
 ]
-ROLLOUT = {"group_size": 4, "max_new_tokens": 24, "engine": {"init_args": {"max_rows": 8}}}
+ROLLOUT = {"sampling": {"n": 4, "max_new_tokens": 24}, "engine": {"init_args": {"max_rows": 8}}}
+KD = {"class_path": "Sampled", "init_args": {"beta": 0.3}}
 SOURCE = {"student": 0.5, "max_new_tokens": 24, "engine": {"init_args": {"max_rows": 2}}}
 SHORT = {"samples": 0}
 ACCELERATE = [
@@ -38,8 +39,8 @@ LAUNCHERS = {
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gkd": ("gkd", {"teacher": TEACHER, "source": SOURCE}),
     "self_distill": ("self_distill", {"teacher": {"itself": "ema", "decay": 0.5}}),
-    "kdrl": ("kdrl", {"teacher": TEACHER, "rollout": ROLLOUT, "rewards": REWARDS, "kd": {"beta": 0.3}}),
-    "grpo": ("grpo", {"rollout": ROLLOUT, "rewards": REWARDS, "policy_loss": {"inner_steps": 2}}),
+    "kdrl": ("kdrl", {"teacher": TEACHER, "rollout": ROLLOUT, "rewards": REWARDS, "kd": KD}),
+    "grpo": ("grpo", {"rollout": ROLLOUT, "rewards": REWARDS, "policy_loss": {"num_iterations": 2}}),
     "prm": ("prm", {}),
     "step_kto": ("step_kto", {}),
     "sft": ("sft", {}),
@@ -65,7 +66,7 @@ class Runs:
     def __init__(self, method: str, folder: Path, labelled: Path) -> None:
         recipe, settings = METHODS[method]
         self.folder = folder
-        self.inner = settings.get("policy_loss", {}).get("inner_steps", 1)  # optimiser steps on every batch
+        self.inner = settings.get("policy_loss", {}).get("num_iterations", 1)  # optimiser steps on every batch
         self.steps = STEPS * self.inner
         self.recipe = ROOT / "recipes" / "tiny" / f"{recipe}.yaml"
         data: dict[str, Any] = PROBLEMS

@@ -159,8 +159,8 @@ def test_a_mistake_in_a_setting_is_one_line_about_it(
         (["--model.rewards", "[{name: a, weight: b}]"], "model.rewards.weight: expected float, got 'b'"),
         (["--model.policy_los.clip", "4"], "'policy_los' is not a setting of model; did you mean --model.policy_loss?"),
         (
-            ["--model.rollout.groupsize", "4"],
-            "'groupsize' is not a setting of model.rollout; did you mean --model.rollout.group_si",
+            ["--model.rollout.samplng.n", "4"],
+            "'samplng' is not a setting of model.rollout; did you mean --model.rollout.sampling?",
         ),
     ],
 )

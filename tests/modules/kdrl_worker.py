@@ -21,9 +21,10 @@ from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.rollouts import Rollout
-from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig
+from stepkd.modules.settings import Exact, PolicyLossConfig, RolloutConfig, Sampled
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
 from stepkd.teachers.local import TeacherConfig
@@ -31,7 +32,7 @@ from stepkd.teachers.local import TeacherConfig
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}
 TEACHER = TeacherConfig(path="tiny-0.5m", dtype="float64")
-ROLLOUT = RolloutConfig(group_size=4, max_new_tokens=40)
+ROLLOUT = RolloutConfig(SamplingConfig(n=4, max_new_tokens=40))
 REWARDS = [
     RewardConfig("length", options={"limit": 20}),
     RewardConfig("format", weight=0.5, options={"pattern": r"\d"}),
@@ -54,8 +55,8 @@ class KDRL(KDRLModule):
         self.kept: list[list[Rollout]] = []
         self.logged: list[dict[str, float]] = []
 
-    def weighed(self, rollouts: Any) -> list[Rollout]:
-        self.kept.append(super().weighed(rollouts))
+    def credited(self, rollouts: Any) -> list[Rollout]:
+        self.kept.append(super().credited(rollouts))
         return self.kept[-1]
 
     def _clip(self) -> float:
@@ -96,7 +97,7 @@ def facts(module: KDRL) -> dict[str, Any]:
     return {
         "gradients": module.gradients,
         "logged": module.logged,
-        "written": [{(r.id, i): r.completion_ids for i, r in enumerate(kept)} for kept in module.kept],
+        "written": [{(r.id, i): r.token_ids.tolist() for i, r in enumerate(kept)} for kept in module.kept],
         "world": module.trainer.world_size,
     }
 
@@ -105,8 +106,8 @@ def main(out: str, num_rows: int) -> None:
     """Over the ranks of this launch."""
     rows, results = examples(num_rows), {}
     for name, settings in (
-        ("kdrl", {"kd": KDConfig(beta=0.3)}),
-        ("dapo", {"kd": KDConfig(beta=0.3, estimator="full"), "policy_loss": PolicyLossConfig(normalisation="dapo")}),
+        ("kdrl", {"kd": Sampled(beta=0.3)}),
+        ("dapo", {"kd": Exact(beta=0.3), "policy_loss": PolicyLossConfig(normalisation="dapo")}),
     ):
         module = run(rows, steps=2, micro_batch_tokens=120, chunk_size=5, **settings)
         results[name] = facts(module)

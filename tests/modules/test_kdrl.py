@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +27,24 @@ from stepkd.losses import group_advantages, kl_estimate, reverse_kl
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.kdrl import KDRLModule
+from stepkd.modules.kdrl_objective import PolicyGradient
 from stepkd.modules.rewards import RewardConfig, Rewards
-from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig, SampleLogConfig, StepCreditConfig
-from stepkd.modules.step_scores import step_texts
+from stepkd.modules.settings import (
+    AsAdvantage,
+    AsReward,
+    Exact,
+    FirstStep,
+    Linear,
+    PolicyLossConfig,
+    RolloutConfig,
+    Sampled,
+    SampleLogConfig,
+    Switch,
+    ToGo,
+    TopK,
+)
+from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.teachers.local import TeacherConfig
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
@@ -40,6 +54,12 @@ worker = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
 
 TOLERANCE = 1e-10
+
+
+def rollout_of(n: int, max_new_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0, **settings: Any) -> Any:
+    """Settings of short groups."""
+    sampling = SamplingConfig(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    return RolloutConfig(sampling, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +81,7 @@ def token_values(
 
     With ``buckets`` the KL is over the teacher's k likeliest tokens, and over the rest as one or not at all.
     """
-    ids, start = torch.tensor([[*rollout.prompt_ids, *rollout.completion_ids]]), len(rollout.prompt_ids)
+    ids, start = torch.tensor([[*rollout.prompt_ids, *rollout.token_ids]]), len(rollout.prompt_ids)
     own, other = ((v.model(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1) for v in views)
     targets = ids[0, start:, None]
     if buckets is not None:
@@ -87,7 +107,7 @@ def divided(kind: str, parts: list[Tensor], rollouts: list[Any], kept: list[bool
     if kind == "grpo":
         return torch.stack([part.mean() for part in parts]).sum() / sum(kept)
     if kind == "dr_grpo":
-        return torch.stack([part.sum() for part in parts]).sum() / (worker.ROLLOUT.max_new_tokens * sum(kept))
+        return torch.stack([part.sum() for part in parts]).sum() / (worker.ROLLOUT.sampling.max_new_tokens * sum(kept))
     groups = sorted({r.group for r, k in zip(rollouts, kept, strict=True) if k})
     means = []
     for group in groups:
@@ -115,8 +135,7 @@ def expected(
         kd_parts.append(kd * (how["masked"](rollout, rollouts) if "masked" in how else 1.0))
     loss = how.get("weight", 1.0) * divided(kind, policy_parts, rollouts)
     if beta:
-        kept = [bool(how["masked"](r, rollouts)) for r in rollouts] if how.get("kept_only") else None
-        loss = loss + beta * divided(kind, kd_parts, rollouts, kept)
+        loss = loss + beta * divided(kind, kd_parts, rollouts)
     loss.backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
@@ -126,28 +145,28 @@ def expected(
 def test_gradients_of_both_terms(
     kind: Any, layout: dict[str, Any], views: Any, rows: list[Any], distance: Callable[..., float]
 ) -> None:
-    module = worker.run(rows, policy_loss=PolicyLossConfig(normalisation=kind), kd=KDConfig(beta=0.3), **layout)
+    module = worker.run(rows, policy_loss=PolicyLossConfig(normalisation=kind), kd=Sampled(beta=0.3), **layout)
     found = expected(views, module.kept[0], kind=kind, beta=0.3)
     assert distance(module.gradients[0], found) < TOLERANCE
-    assert len({len(rollout.completion_ids) for rollout in module.kept[0]}) > 3
-    assert any(any(rollout.advantages) for rollout in module.kept[0])
+    assert len({len(rollout.token_ids) for rollout in module.kept[0]}) > 3
+    assert any(rollout.advantages.any() for rollout in module.kept[0])
 
 
 @pytest.mark.parametrize(
     ("settings", "how"),
     [
         ({"teacher": None}, {}),
-        ({"kd": KDConfig(beta=0.3), "policy_loss": PolicyLossConfig(weight=0.0)}, {"beta": 0.3, "weight": 0.0}),
-        ({"kd": KDConfig(beta=0.3, estimator="k3")}, {"beta": 0.3, "estimator": "k3"}),
-        ({"kd": KDConfig(beta=0.3, estimator="full")}, {"beta": 0.3, "exact": True}),
-        ({"kd": KDConfig(beta=0.3, estimator="full", top_k=4)}, {"beta": 0.3, "exact": (4, True)}),
-        ({"kd": KDConfig(beta=0.3, estimator="full", top_k=4, tail=False)}, {"beta": 0.3, "exact": (4, False)}),
-        ({"kd": KDConfig(beta=0.3, estimator="full", top_k=10**6)}, {"beta": 0.3, "exact": True}),
-        ({"kd": KDConfig(beta=0.3, clamp=0.2)}, {"beta": 0.3, "clamp": 0.2}),
-        ({"kd": KDConfig(beta=0.3, estimator="k1", gradient="k2")}, {"beta": 0.3}),
-        ({"kd": KDConfig(beta=0.3, estimator="k2", gradient="k3")}, {"beta": 0.3, "estimator": "k3"}),
+        ({"kd": Sampled(beta=0.3), "policy_loss": PolicyLossConfig(weight=0.0)}, {"beta": 0.3, "weight": 0.0}),
+        ({"kd": Sampled(beta=0.3, estimator="k3")}, {"beta": 0.3, "estimator": "k3"}),
+        ({"kd": Exact(beta=0.3)}, {"beta": 0.3, "exact": True}),
+        ({"kd": Exact(beta=0.3, top_k=TopK(4))}, {"beta": 0.3, "exact": (4, True)}),
+        ({"kd": Exact(beta=0.3, top_k=TopK(4, tail=False))}, {"beta": 0.3, "exact": (4, False)}),
+        ({"kd": Exact(beta=0.3, top_k=TopK(10**6))}, {"beta": 0.3, "exact": True}),
+        ({"kd": Sampled(beta=0.3, clamp=0.2)}, {"beta": 0.3, "clamp": 0.2}),
+        ({"kd": Sampled(beta=0.3, estimator="k1", gradient="k2")}, {"beta": 0.3}),
+        ({"kd": Sampled(beta=0.3, estimator="k2", gradient="k3")}, {"beta": 0.3, "estimator": "k3"}),
         (
-            {"kd": KDConfig(beta=0.3), "rollout": RolloutConfig(group_size=3, max_new_tokens=40, temperature=1.7)},
+            {"kd": Sampled(beta=0.3), "rollout": rollout_of(3, 40, temperature=1.7)},
             {"beta": 0.3, "temperature": 1.7},
         ),
     ],
@@ -176,34 +195,28 @@ def test_special_cases(
 def test_joint_and_advantage_form_are_one_on_policy(
     clamp: float | None, rows: list[Any], distance: Callable[..., float]
 ) -> None:
-    joint, shaped = (
-        worker.run(rows, kd=KDConfig(beta=0.3, form=form, clamp=clamp)).gradients[0]  # type: ignore[arg-type]
-        for form in ("joint", "advantage")
-    )
+    joint, shaped = (worker.run(rows, kd=form(beta=0.3, clamp=clamp)).gradients[0] for form in (Sampled, AsAdvantage))
     assert distance(shaped, joint) < TOLERANCE
 
 
 def test_reward_form_is_another_one(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
-    module = worker.run(rows, kd=KDConfig(beta=0.3, form="reward"))
+    module = worker.run(rows, kd=AsReward(beta=0.3))
     shaped = []
     for rollout in module.kept[0]:
         own, other, _ = token_values(views, rollout)
         total = rollout.reward + 0.3 * float((other - own).sum().detach())
-        shaped.append(SimpleNamespace(**{**vars(rollout), "reward": total}))
+        shaped.append(replace(rollout, reward=total))
     assert distance(module.gradients[0], expected(views, shaped)) < TOLERANCE
 
 
-@pytest.mark.parametrize("kept_only", [False, True])
 @pytest.mark.parametrize("mask", ["response", "group"])
-def test_masks(
-    mask: Any, kept_only: bool, views: Any, rows: list[Any], distance: Callable[..., float], monkeypatch: Any
-) -> None:
+def test_masks(mask: Any, views: Any, rows: list[Any], distance: Callable[..., float], monkeypatch: Any) -> None:
     def right(self: Any, columns: Any) -> list[bool]:  # a random model has no right answers
         written = zip(columns["completion_ids"], columns["rows"], strict=True)
         return [sum(ids) % 2 == 0 and row["id"] != rows[0].id for ids, row in written]
 
     monkeypatch.setattr(Rewards, "correct", right)
-    module = worker.run(rows, kd=KDConfig(beta=0.3, mask=mask, kept_only=kept_only))
+    module = worker.run(rows, kd=Sampled(beta=0.3, mask=mask))
     rollouts = module.kept[0]
 
     def masked(rollout: Any, every: list[Any]) -> float:
@@ -213,25 +226,25 @@ def test_masks(
 
     share = [masked(rollout, rollouts) for rollout in rollouts]
     assert 0 < sum(share) < len(share)
-    how = {"beta": 0.3, "masked": masked, "kept_only": kept_only}
+    how = {"beta": 0.3, "masked": masked}
     assert distance(module.gradients[0], expected(views, rollouts, **how)) < TOLERANCE
     assert module.logged[0]["distilled"] == pytest.approx(sum(share) / len(share))
 
 
 def test_the_end_token_may_be_left_to_the_policy(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
     settings = {"policy_loss": PolicyLossConfig(weight=0.0, normalisation="dapo")}
-    module = worker.run(rows, kd=KDConfig(beta=0.3, skip_eos=True), **settings)
+    module = worker.run(rows, kd=Sampled(beta=0.3, skip_eos=True), **settings)
     policy, rollouts = views[0], module.kept[0]
     policy.zero_grad()
     parts = []
     for rollout in rollouts:
         own, other, _ = token_values(views, rollout)
-        kept = torch.tensor([token not in policy.eos_ids for token in rollout.completion_ids])
+        kept = torch.tensor([token not in policy.eos_ids for token in rollout.token_ids])
         parts.append((kl_estimate("k2", own, other) * kept).sum())
-    (0.3 * torch.stack(parts).sum() / sum(len(r.completion_ids) for r in rollouts)).backward()
+    (0.3 * torch.stack(parts).sum() / sum(len(r.token_ids) for r in rollouts)).backward()
     found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     assert distance(module.gradients[0], found) < TOLERANCE
-    assert any(rollout.completion_ids[-1] in policy.eos_ids for rollout in rollouts)
+    assert any(rollout.token_ids[-1] in policy.eos_ids for rollout in rollouts)
 
 
 @pytest.mark.slow
@@ -250,8 +263,8 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
     ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True) for rank in range(2)]
     rows = worker.examples(5)
     for name, settings in (
-        ("kdrl", {"kd": KDConfig(beta=0.3)}),
-        ("dapo", {"kd": KDConfig(beta=0.3, estimator="full"), "policy_loss": PolicyLossConfig(normalisation="dapo")}),
+        ("kdrl", {"kd": Sampled(beta=0.3)}),
+        ("dapo", {"kd": Exact(beta=0.3), "policy_loss": PolicyLossConfig(normalisation="dapo")}),
     ):
         alone = worker.facts(worker.run(rows, steps=2, micro_batch_tokens=120, chunk_size=5, **settings))
         assert [rank[name]["world"] for rank in ranks] == [2, 2]
@@ -276,20 +289,20 @@ def test_a_rank_without_examples(tmp_path: Path, distance: Callable[..., float])
     assert "sampler and trainer" not in done.stderr
     ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True)["kdrl"] for rank in range(2)]
     assert sorted(len(rank["written"][0]) for rank in ranks) == [0, 4]
-    alone = worker.run(worker.examples(1), steps=2, micro_batch_tokens=120, chunk_size=5, kd=KDConfig(beta=0.3))
+    alone = worker.run(worker.examples(1), steps=2, micro_batch_tokens=120, chunk_size=5, kd=Sampled(beta=0.3))
     assert distance(ranks[0]["gradients"][1], alone.gradients[1]) < TOLERANCE
 
 
 def test_several_steps_on_one_batch(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
     """The second step's ratio is taken against the policy before the first, and clips."""
     bounds = {"clip_low": 1e-4, "clip_high": 1e-4}
-    module = worker.run(rows, steps=2, teacher=None, policy_loss=PolicyLossConfig(inner_steps=2, **bounds))
+    module = worker.run(rows, steps=2, teacher=None, policy_loss=PolicyLossConfig(num_iterations=2, **bounds))
     first, second = module.logged[:2]
     assert len(module.kept) == 1
     assert distance(module.gradients[0], expected(views, module.kept[0])) < TOLERANCE
     assert first["clip_low"] == first["clip_high"] == 0.0
     assert second["clip_low"] + second["clip_high"] > 0.1
-    wide = PolicyLossConfig(inner_steps=2, clip_high=9.0, clip_low=0.9)
+    wide = PolicyLossConfig(num_iterations=2, clip_high=9.0, clip_low=0.9)
     unclipped = worker.run(rows, steps=2, teacher=None, policy_loss=wide)
     assert distance(unclipped.gradients[0], module.gradients[0]) < TOLERANCE
     assert distance(unclipped.gradients[1], module.gradients[1]) > 0.1, "clipping takes gradients away"
@@ -304,8 +317,12 @@ def test_sampler_and_trainer_agree(rows: list[Any]) -> None:
 
 def hotter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a sampler that draws at another temperature than the loss knows of."""
-    sampling = RolloutConfig.sampling
-    monkeypatch.setattr(RolloutConfig, "sampling", lambda self, seed: replace(sampling(self, seed), temperature=2.0))
+    sample = TransformersSampler.sample
+
+    def hot(self: Any, prompts: Any, spec: Any, **options: Any) -> Any:
+        return sample(self, prompts, replace(spec, temperature=2.0), **options)
+
+    monkeypatch.setattr(TransformersSampler, "sample", hot)
 
 
 def test_a_planted_temperature_is_noticed(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +339,7 @@ def test_importance_weights_are_capped(
 ) -> None:
     """Samples of a hotter policy: every token's gradient is scaled by min(pi / mu, cap)."""
     hotter(monkeypatch)
-    settings = {"teacher": None, "policy_loss": PolicyLossConfig(importance_cap=1.1, normalisation="dapo")}
+    settings = {"teacher": None, "policy_loss": PolicyLossConfig(tis_cap=1.1, normalisation="dapo")}
     with pytest.warns(UserWarning, match="sampler and trainer"):
         module = worker.run(rows, **settings)
     policy, rollouts = views[0], module.kept[0]
@@ -330,46 +347,43 @@ def test_importance_weights_are_capped(
     parts, capped = [], 0
     for rollout in rollouts:
         own, _, _ = token_values(views, rollout)
-        weight = (own.detach() - torch.tensor(rollout.sampled_logps, dtype=torch.float64)).exp()
+        weight = (own.detach() - torch.from_numpy(rollout.logprobs)).exp()
         capped += int((weight > 1.1).sum())
-        advantage = torch.tensor(rollout.advantages, dtype=torch.float64)
+        advantage = torch.from_numpy(rollout.advantages)
         parts.append((-advantage * (own - own.detach()).exp() * weight.clamp(max=1.1)).sum())
-    (torch.stack(parts).sum() / sum(len(r.completion_ids) for r in rollouts)).backward()
+    (torch.stack(parts).sum() / sum(len(r.token_ids) for r in rollouts)).backward()
     found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     assert capped
     assert distance(module.gradients[0], found) < TOLERANCE
 
 
-@pytest.mark.parametrize("kept_only", [False, True])
 def test_bnpo_divides_by_micro_batch(
-    kept_only: bool, views: Any, rows: list[Any], distance: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+    views: Any, rows: list[Any], distance: Callable[..., float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Rewards, "correct", lambda self, columns: [len(i) % 3 == 0 for i in columns["completion_ids"]])
     split: list[list[Any]] = []
-    count = worker.KDRL.count
+    count = PolicyGradient.count
 
     def counted(self: Any, micro_batch: Any) -> Any:
         split.append(list(micro_batch.examples))
         return count(self, micro_batch)
 
-    monkeypatch.setattr(worker.KDRL, "count", counted)
-    kd = KDConfig(beta=0.3, mask="response", kept_only=kept_only)
+    monkeypatch.setattr(PolicyGradient, "count", counted)
+    kd = Sampled(beta=0.3, mask="response")
     module = worker.run(rows, policy_loss=PolicyLossConfig(normalisation="bnpo"), kd=kd, micro_batch_tokens=200)
     policy = views[0]
     policy.zero_grad()
     assert len(split) > 1
     terms: dict[str, list[Tensor]] = {"pg": [], "kd": []}
     for part in split:
-        pg, kd_sum, tokens, kept = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0, 0
+        pg, kd_sum, tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
         for rollout in part:
             own, other, _ = token_values(views, rollout)
-            pg = pg - (torch.tensor(rollout.advantages, dtype=torch.float64) * (own - own.detach()).exp()).sum()
+            pg = pg - (torch.from_numpy(rollout.advantages) * (own - own.detach()).exp()).sum()
             kd_sum = kd_sum + kl_estimate("k2", own, other).sum() * (not rollout.correct)
             tokens += len(own)
-            kept += len(own) * (not rollout.correct)
         terms["pg"].append(pg / tokens)
-        if kept or not kept_only:
-            terms["kd"].append(kd_sum / max(kept if kept_only else tokens, 1))
+        terms["kd"].append(kd_sum / tokens)
     (torch.stack(terms["pg"]).mean() + 0.3 * torch.stack(terms["kd"]).mean()).backward()
     found = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     assert distance(module.gradients[0], found) < TOLERANCE
@@ -378,18 +392,16 @@ def test_bnpo_divides_by_micro_batch(
 def test_equal_groups(rows: list[Any]) -> None:
     """They say nothing; counted or not, and drawn anew as often as is asked."""
     same = [RewardConfig("format", options={"pattern": "never"})]
-    module = worker.run(rows, rewards=same, policy_loss=PolicyLossConfig(equal_groups="drop"), kd=KDConfig(beta=0.3))
+    module = worker.run(rows, rewards=same, policy_loss=PolicyLossConfig(equal_groups="drop"), kd=Sampled(beta=0.3))
     assert all(rollout.pg_count == 0 and rollout.kd_count > 0 for rollout in module.kept[0])
     assert module.logged[0]["pg"] == 0.0
     assert module.logged[0]["kd"] > 0
     assert module.logged[0]["no_signal"] == 1.0
     kept = worker.run(rows, rewards=same, teacher=None)
     assert kept.logged[0]["grad_norm"] == 0.0
-    again = worker.run(
-        rows, rewards=same, rollout=RolloutConfig(group_size=2, max_new_tokens=6, resample=2), teacher=None
-    )
-    once = worker.run(rows, rewards=same, rollout=RolloutConfig(group_size=2, max_new_tokens=6), teacher=None)
-    assert [r.completion_ids for r in again.kept[0]] != [r.completion_ids for r in once.kept[0]]
+    again = worker.run(rows, rewards=same, rollout=rollout_of(2, 6, dynamic_sampling=2), teacher=None)
+    once = worker.run(rows, rewards=same, rollout=rollout_of(2, 6), teacher=None)
+    assert [r.key for r in again.kept[0]] != [r.key for r in once.kept[0]]
 
 
 def test_nothing_to_learn_from_ends_the_run(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +412,7 @@ def test_nothing_to_learn_from_ends_the_run(rows: list[Any], monkeypatch: pytest
 
 
 def test_cut_off_completions(rows: list[Any]) -> None:
-    short = RolloutConfig(group_size=4, max_new_tokens=40, truncated="mask", overlong=4)
+    short = rollout_of(4, 40, truncated="mask", overlong_penalty=4)
     module = worker.run(rows, rollout=short)
     cut = [rollout for rollout in module.kept[0] if rollout.cut_off]
     whole = [rollout for rollout in module.kept[0] if not rollout.cut_off]
@@ -408,25 +420,25 @@ def test_cut_off_completions(rows: list[Any]) -> None:
     assert whole
     assert all(rollout.pg_weight == rollout.kd_weight == rollout.pg_count == 0 for rollout in cut)
     assert all(rollout.pg_weight > 0 for rollout in whole)
-    plain = [-max(0, len(r.completion_ids) - 20) / 20 + 0.5 * bool(re.search(r"\d", r.text)) for r in module.kept[0]]
+    plain = [-max(0, len(r.token_ids) - 20) / 20 + 0.5 * bool(re.search(r"\d", r.text)) for r in module.kept[0]]
     for rollout, reward in zip(module.kept[0], plain, strict=True):
-        assert rollout.reward == pytest.approx(reward - short.punishment(len(rollout.completion_ids)))
-    assert any(short.punishment(len(rollout.completion_ids)) > 0 for rollout in module.kept[0])
-    assert [short.punishment(n) for n in (36, 37, 38, 40, 99)] == [0.0, 0.25, 0.5, 1.0, 1.0]
-    assert RolloutConfig().punishment(10_000) == 0.0
+        assert rollout.reward == pytest.approx(reward - short.penalty(len(rollout.token_ids)))
+    assert any(short.penalty(len(rollout.token_ids)) > 0 for rollout in module.kept[0])
+    assert [short.penalty(n) for n in (36, 37, 38, 40, 99)] == [0.0, 0.25, 0.5, 1.0, 1.0]
+    assert RolloutConfig().penalty(10_000) == 0.0
 
 
 def test_schedules() -> None:
-    paper = KDConfig(beta=5e-3, schedule="linear")
+    paper = Sampled(beta=5e-3, schedule=Linear())
     assert [paper.coefficient(step) for step in (0, 40, 80, 500)] == pytest.approx([5e-3, 3e-3, 1e-3, 1e-3])
-    switch = KDConfig(beta=0.1, schedule="switch", until_step=3)
+    switch = Sampled(beta=0.1, schedule=Switch(3))
     assert [switch.coefficient(step) for step in (0, 2, 3, 9)] == [0.1, 0.1, 0.0, 0.0]
-    assert [switch.policy_share(step) for step in (0, 2, 3, 9)] == [0.0, 0.0, 1.0, 1.0]
-    assert KDConfig().coefficient(999) == 2e-3
+    assert [switch.schedule.policy_share(step) for step in (0, 2, 3, 9)] == [0.0, 0.0, 1.0, 1.0]
+    assert Sampled().coefficient(999) == 2e-3
 
 
 def test_a_switch_distils_first(rows: list[Any]) -> None:
-    module = worker.run(rows, steps=3, kd=KDConfig(beta=0.3, schedule="switch", until_step=2))
+    module = worker.run(rows, steps=3, kd=Sampled(beta=0.3, schedule=Switch(2)))
     assert [step["kd"] > 0 for step in module.logged] == [True, True, False]
     assert [step["pg"] == 0 for step in module.logged[:2]] == [True, True]
 
@@ -484,7 +496,7 @@ def test_functions_of_ones_own(importable: str, rows: list[Any]) -> None:
     ]
     module = worker.run(rows, rewards=specs, teacher=None)
     for rollout in module.kept[0]:
-        steps = len(step_texts(module.tokenizer, rollout))
+        steps = len(rollout.steps)
         assert rollout.reward == pytest.approx(0.1 * (steps + 2.0) + 3.0 * rollout.correct)
         assert rollout.parts == {f"{importable}:custom": steps + 2.0, "accuracy": float(rollout.correct)}
     assert set(module._groups.rewards.seconds) == {f"{importable}:custom", "accuracy"}
@@ -547,11 +559,11 @@ def test_completions_that_rewards_pass_over(
         assert [r.parts["telling"] for r in group] == [1.0, None, None, None]
         assert group[0].reward == 3.0
         assert math.isnan(group[1].reward)
-        assert [r.reward for r in group[2:]] == [float(len(r.completion_ids)) for r in group[2:]]
+        assert [r.reward for r in group[2:]] == [float(len(r.token_ids)) for r in group[2:]]
         known = [group[i] for i in (0, 2, 3)]
         expected = group_advantages(torch.tensor([r.reward for r in known], dtype=torch.float64), torch.zeros(3).long())
         assert [r.advantages[0] for r in known] == pytest.approx(expected.tolist())
-        assert set(group[1].advantages) == {0.0}
+        assert not group[1].advantages.any()
     logged = module.logged[0]
     assert logged["reward"] == pytest.approx(sum(r.reward for r in kept if r.reward == r.reward) / (len(kept) * 3 / 4))
     assert logged["reward/telling"] == 1.0
@@ -572,36 +584,28 @@ def test_completions_that_rewards_pass_over(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RolloutConfig(group_size=0), "rollout.group_size=0"),
-        (lambda: RolloutConfig(temperature=0.0), "rollout.temperature=0.0"),
+        (lambda: rollout_of(0, 4), "n=0: at least one"),
+        (lambda: rollout_of(2, 4, temperature=0.0), "rollout.sampling.temperature=0: must be positive"),
+        (lambda: rollout_of(2, 4, top_p=0.9), "rollout.sampling: top_p=0.9, top_k=0: .* cut its distribution"),
         (lambda: RolloutConfig(truncated="drop"), "unknown rollout.truncated 'drop'"),  # type: ignore[arg-type]
-        (lambda: RolloutConfig(overlong=0), "rollout.overlong=0"),
-        (lambda: RolloutConfig(resample=-1), "rollout.resample=-1"),
+        (lambda: RolloutConfig(overlong_penalty=0), "rollout.overlong_penalty=0: must lie between 1 and .*256"),
+        (lambda: RolloutConfig(dynamic_sampling=-1), "rollout.dynamic_sampling=-1"),
         (lambda: PolicyLossConfig(normalisation="trpo"), "unknown policy_loss.normalisation 'trpo'"),  # type: ignore[arg-type]
-        (lambda: PolicyLossConfig(ddof=2), "policy_loss.ddof=2"),
         (lambda: PolicyLossConfig(clip_low=1.0), "policy_loss.clip_low=1.0"),
-        (lambda: PolicyLossConfig(inner_steps=0), "policy_loss.inner_steps=0"),
-        (lambda: PolicyLossConfig(importance_cap=0.0), "policy_loss.importance_cap=0.0"),
+        (lambda: PolicyLossConfig(num_iterations=0), "policy_loss.num_iterations=0"),
+        (lambda: PolicyLossConfig(tis_cap=0.0), "policy_loss.tis_cap=0.0"),
         (lambda: PolicyLossConfig(weight=-1.0), "policy_loss.weight=-1.0"),
-        (lambda: KDConfig(beta=-1.0), "kd.beta=-1.0"),
-        (lambda: KDConfig(schedule="switch"), "kd.until_step=0"),
-        (lambda: KDConfig(clamp=-1.0), "kd.clamp=-1.0"),
-        (lambda: KDConfig(form="advantage", mask="group"), "kd.form=advantage has neither another estimator"),
-        (lambda: KDConfig(form="reward", skip_eos=True), "nor skip_eos"),
-        (lambda: KDConfig(kept_only=True), "kd.kept_only goes with a mask"),
-        (lambda: KDConfig(until_step=5), "kd.until_step=5 goes with schedule: switch"),
-        (lambda: PolicyLossConfig(eps=-1.0), "eps=-1.0"),
-        (lambda: KDConfig(estimator="k3", clamp=1.0), "kd.clamp=1.0 belongs to estimator k2"),
-        (lambda: KDConfig(gradient="k4"), "unknown kd.gradient 'k4'"),  # type: ignore[arg-type]
-        (lambda: KDConfig(gradient="k1", estimator="full"), "kd.gradient=k1 goes with form: joint"),
-        (lambda: KDConfig(gradient="k2", form="advantage"), "kd.gradient=k2 goes with form: joint"),
-        (lambda: KDConfig(top_k=4), "kd.top_k=4: at least 1, and only with estimator: full"),
-        (lambda: KDConfig(top_k=0, estimator="full"), "kd.top_k=0"),
-        (lambda: KDConfig(tail=False), "kd.tail: false goes with top_k"),
-        (lambda: StepCreditConfig("checker", weight=-1.0), "step_credit.weight=-1.0"),
-        (lambda: StepCreditConfig("checker", form="all"), "unknown step_credit.form 'all'"),  # type: ignore[arg-type]
-        (lambda: StepCreditConfig("checker", discount=1.1), "step_credit.discount=1.1"),
-        (lambda: StepCreditConfig("checker", form="first_step", discount=0.5), "goes with form: to_go"),
+        (lambda: Exact(beta=-1.0), "kd.beta=-1.0"),
+        (lambda: Switch(0), "kd.schedule.until_step=0"),
+        (lambda: Linear(delta=-1.0), "kd.schedule.delta=-1.0"),
+        (lambda: AsAdvantage(clamp=-1.0), "kd.clamp=-1.0"),
+        (lambda: Sampled(mask="all"), "unknown kd.mask 'all'"),  # type: ignore[arg-type]
+        (lambda: Sampled(estimator="k3", clamp=1.0), "kd.clamp=1.0 bounds the gradient of k2, .* is that of k3"),
+        (lambda: Sampled(gradient="k4"), "unknown kd.gradient 'k4'"),  # type: ignore[arg-type]
+        (lambda: TopK(0), "top_k.k=0"),
+        (lambda: ToGo("checker", weight=-1.0), "step_credit.weight=-1.0"),
+        (lambda: FirstStep("checker", outcome_weight=-1.0), "step_credit.outcome_weight=-1.0"),
+        (lambda: ToGo("checker", discount=1.1), "step_credit.discount=1.1"),
         (lambda: SampleLogConfig(every=0), "samples.every=0: must be at least 1"),
         (lambda: RewardConfig("acuracy"), "unknown reward 'acuracy'. Did you mean 'accuracy'"),
         (lambda: RewardConfig("format"), "'format' needs the option 'pattern'"),
@@ -613,31 +617,31 @@ def test_completions_that_rewards_pass_over(
         (lambda: Rewards([RewardConfig("math:pi")], None), "'math:pi' is a float, not a function"),  # type: ignore[arg-type]
         (
             lambda: KDRLModule(PolicyConfig(), policy_loss=PolicyLossConfig(weight=0.0)),
-            "there is nothing to learn from",
+            "policy_loss.weight=0 with teacher None, .* nothing would be left to learn from",
         ),
         (lambda: KDRLModule(PolicyConfig(), rewards=[]), "rewards: give at least one"),
         *[
             (lambda changes=changes: KDRLModule(PolicyConfig(), teacher=worker.TEACHER, **changes), message)
             for changes, message in (
                 (
-                    {"kd": KDConfig(form="advantage"), "policy_loss": PolicyLossConfig(weight=0.5)},
-                    "weight other than 1",
+                    {"kd": AsAdvantage(), "policy_loss": PolicyLossConfig(weight=0.5)},
+                    "kd: AsAdvantage teaches through the policy-gradient term, which policy_loss.weight 0.5",
+                ),
+                ({"kd": AsReward(), "policy_loss": PolicyLossConfig(equal_groups="drop")}, "or equal_groups: drop"),
+                ({"kd": Exact(beta=0.0), "policy_loss": PolicyLossConfig(weight=0.0)}, "nothing would be left"),
+                (
+                    {"kd": Sampled(schedule=Switch(2)), "policy_loss": PolicyLossConfig(weight=0.0)},
+                    "kd.schedule Switch: nothing would be left",
                 ),
                 (
-                    {"kd": KDConfig(form="reward"), "policy_loss": PolicyLossConfig(equal_groups="drop")},
-                    "equal_groups: drop",
-                ),
-                ({"kd": KDConfig(form="advantage", schedule="switch", until_step=2)}, "which kd.schedule: switch"),
-                ({"kd": KDConfig(beta=0.0), "policy_loss": PolicyLossConfig(weight=0.0)}, "nothing would be left"),
-                (
-                    {"rollout": RolloutConfig(resample=1), "policy_loss": PolicyLossConfig(weight=0.0)},
-                    "has no use for step_credit and rollout.resample",
+                    {"rollout": RolloutConfig(dynamic_sampling=1), "policy_loss": PolicyLossConfig(weight=0.0)},
+                    "has no use for step_credit and rollout.dynamic_sampling",
                 ),
             )
         ],
-        (lambda: KDRLModule(PolicyConfig(), kd=KDConfig(schedule="switch", until_step=1)), "and there is no teacher"),
+        (lambda: KDRLModule(PolicyConfig(), kd=Sampled(schedule=Switch(1))), "and there is no teacher"),
         (lambda: KDRLModule(PolicyConfig(), teacher=TeacherConfig(itself="ema")), "give teacher.path"),
-        (lambda: KDRLModule(PolicyConfig(), rollout=RolloutConfig(group_size=1)), "needs at least 2"),
+        (lambda: KDRLModule(PolicyConfig(), rollout=rollout_of(1, 4)), "needs at least 2"),
     ],
 )
 def test_mistakes(make: Callable[[], Any], message: str) -> None:

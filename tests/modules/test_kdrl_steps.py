@@ -17,8 +17,7 @@ from stepkd.errors import ConfigError, DataError, TrainingError
 from stepkd.losses import group_advantages
 from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.rollouts import SampleLog, read_samples
-from stepkd.modules.settings import PolicyLossConfig, SampleLogConfig, StepCreditConfig
-from stepkd.modules.step_scores import step_texts
+from stepkd.modules.settings import FirstStep, PolicyLossConfig, SampleLogConfig, ToGo
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
 _SPEC = importlib.util.spec_from_file_location("kdrl_worker", WORKER)
@@ -48,12 +47,12 @@ def test_step_credit(discount: float, rows: list[Any], monkeypatch: pytest.Monke
     same = [RewardConfig("format", options={"pattern": "never"})]
     settings = {
         "teacher": None,
-        "step_credit": StepCreditConfig("checker", outcome_weight=0.0, discount=discount),
+        "step_credit": ToGo("checker", outcome_weight=0.0, discount=discount),
         "rewards": same,
     }
     module = worker.run(rows, policy_loss=PolicyLossConfig(equal_groups="drop"), **settings)
     rollouts = module.kept[0]
-    rewards = [[len(step) % 4 / 3 for step in step_texts(module.tokenizer, rollout)] for rollout in rollouts]
+    rewards = [[len(step) % 4 / 3 for step in rollout.steps] for rollout in rollouts]
     assert max(map(len, rewards)) > 1
     of_group: dict[int, list[float]] = {}
     for rollout, own in zip(rollouts, rewards, strict=True):
@@ -64,25 +63,25 @@ def test_step_credit(discount: float, rows: list[Any], monkeypatch: pytest.Monke
         normal = [float((value - every.mean()) / spread) for value in own]
         ends = [end for _, end in rollout.spans[: len(own)]]
         wanted = []
-        for t in range(len(rollout.completion_ids)):
+        for t in range(len(rollout.token_ids)):
             later = [n for n, end in zip(normal, ends, strict=True) if end > t]
             wanted.append(sum(n * discount**away for away, n in enumerate(later)))
         assert list(rollout.advantages) == pytest.approx(wanted, abs=1e-9)
     # Answers that are all wrong have nothing to say, their steps do: none of these groups is dropped.
-    assert any(any(rollout.advantages) for rollout in rollouts)
-    assert all(rollout.pg_count > 0 for rollout in rollouts if any(rollout.advantages))
+    assert any(rollout.advantages.any() for rollout in rollouts)
+    assert all(rollout.pg_count > 0 for rollout in rollouts if rollout.advantages.any())
 
 
 def test_a_scorer_of_whole_solutions_credits_no_steps(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ByLength, "meaning", "outcome")
     monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
     with pytest.raises(ConfigError, match=r"step_credit\.scorer=orm scores whole solutions"):
-        worker.run(rows, teacher=None, step_credit=StepCreditConfig("orm"))
+        worker.run(rows, teacher=None, step_credit=ToGo("orm"))
 
 
 def test_the_first_step_has_an_advantage_of_its_own(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
-    credit = StepCreditConfig("checker", weight=0.7, outcome_weight=0.3, form="first_step")
+    credit = FirstStep("checker", weight=0.7, outcome_weight=0.3)
     module = worker.run(rows, teacher=None, step_credit=credit)
     rollouts = module.kept[0]
     group = torch.tensor([rollout.group for rollout in rollouts])
@@ -93,13 +92,13 @@ def test_the_first_step_has_an_advantage_of_its_own(rows: list[Any], monkeypatch
     for i, rollout in enumerate(rollouts):
         end = rollout.spans[0][1]
         head = float(0.7 * of_first[i] + 0.3 * of_answer[i])
-        wanted = [head] * end + [float(0.3 * of_answer[i])] * (len(rollout.completion_ids) - end)
+        wanted = [head] * end + [float(0.3 * of_answer[i])] * (len(rollout.token_ids) - end)
         assert list(rollout.advantages) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_steps_may_be_worth_what_they_add(rows: list[Any]) -> None:
     """The scorer ``gain`` reads the rows' solutions."""
-    module = worker.run(rows, teacher=None, step_credit=StepCreditConfig("gain"))
+    module = worker.run(rows, teacher=None, step_credit=ToGo("gain"))
     scores = [score for rollout in module.kept[0] for score in rollout.step_scores]
     assert len(set(scores)) > 3
     assert all(0 <= score <= 1 for score in scores)
@@ -112,7 +111,7 @@ def test_steps_may_be_worth_what_they_add(rows: list[Any]) -> None:
 def logged(rows: list[Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A run of three steps that keeps samples of the first and the third."""
     folder = tmp_path_factory.mktemp("run")
-    settings = {"step_credit": StepCreditConfig("gain"), "samples": SampleLogConfig(every=2, number=6)}
+    settings = {"step_credit": ToGo("gain"), "samples": SampleLogConfig(every=2, number=6)}
     return worker.run(rows, steps=3, teacher=None, folder=folder, **settings), folder
 
 
@@ -121,19 +120,19 @@ def test_entries_are_what_was_sampled(logged: tuple[Any, Path], rows: list[Any])
     entries = read_samples(folder)
     assert [entry["step"] for entry in entries] == [0, 2]
     for entry, rollouts in zip(entries, module.kept[::2], strict=True):
-        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
         edges, counts = entry["lengths"]["edges"], entry["lengths"]["counts"]
         assert counts == [sum(low < n <= high for n in lengths) for low, high in pairwise(edges)]
         assert sum(counts) == len(rollouts)
-        assert edges[-1] == worker.ROLLOUT.max_new_tokens
+        assert edges[-1] == worker.ROLLOUT.sampling.max_new_tokens
         # One of every prompt, then second ones.
         groups = {rollout.id for rollout in rollouts}
         assert {sample["id"] for sample in entry["samples"][: len(groups)]} == groups
         assert len(entry["samples"]) == 6
-        written = {(r.id, "".join(step_texts(module.tokenizer, r))): r for r in rollouts}
+        written = {(r.id, "".join(r.steps)): r for r in rollouts}
         for sample in entry["samples"]:
             rollout = written[sample["id"], "".join(sample["steps"])]
-            assert sample["tokens"] == len(rollout.completion_ids)
+            assert sample["tokens"] == len(rollout.token_ids)
             assert sample["step_scores"] == list(rollout.step_scores)
             assert len(sample["step_scores"]) == len(sample["steps"])
             assert sample["reward"] == rollout.reward
@@ -146,7 +145,7 @@ def test_a_torn_line_and_a_step_taken_again(logged: tuple[Any, Path], tmp_path: 
     path = tmp_path / "samples.jsonl"
     whole = (folder / "samples.jsonl").read_text()
     path.write_text(whole + whole.splitlines()[1][:50])
-    log = SampleLog(SampleLogConfig(every=1, number=1), tmp_path, 40, module.tokenizer)
+    log = SampleLog(SampleLogConfig(every=1, number=1), tmp_path, 40)
     log(2, module.kept[0], torch.device("cpu"), writes=True)
     log(3, module.kept[0], torch.device("cpu"), writes=False)
     entries = read_samples(path)
@@ -156,7 +155,7 @@ def test_a_torn_line_and_a_step_taken_again(logged: tuple[Any, Path], tmp_path: 
 def test_a_file_that_cannot_be_written(logged: tuple[Any, Path], tmp_path: Path) -> None:
     module, _ = logged
     (tmp_path / "samples.jsonl").mkdir()
-    log = SampleLog(SampleLogConfig(every=1), tmp_path, 40, module.tokenizer)
+    log = SampleLog(SampleLogConfig(every=1), tmp_path, 40)
     with pytest.raises(TrainingError, match=r"samples\.jsonl: Is a directory\. The samples before are intact"):
         log(0, module.kept[0], torch.device("cpu"), writes=True)
 

@@ -25,9 +25,10 @@ from stepkd.modules.kto import StepKTOModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.rewards import RewardConfig
-from stepkd.modules.settings import KDConfig, PolicyLossConfig, RolloutConfig, SourceConfig
+from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, Sampled, SourceConfig
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationConfig
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.teachers.local import TeacherConfig
 
 POLICY = PolicyConfig(path="tiny-0.1m")
@@ -97,7 +98,7 @@ def test_training_rows_need_what_the_method_reads(make: Callable[[], Any], train
         (lambda: grpo(gold), PROMPTS, "'answer' or 'solution': the reward 'gold' reads it"),
         (lambda: grpo("trl.rewards.accuracy_reward"), PROMPTS, r"'answer' or 'solution': the reward 'trl\.rewards"),
         (
-            lambda: grpo(longer, kd=KDConfig(mask="response"), teacher=TEACHER),
+            lambda: grpo(longer, kd=Sampled(mask="response"), teacher=TEACHER),
             PROMPTS,
             "'answer': kd.mask: response grades answers",
         ),
@@ -145,7 +146,7 @@ def fitted(module: Any, data: StepData) -> dict[str, float]:
 
 def test_runs_on_prompts_alone() -> None:
     """Also the dummy batch, of which there is one in every step of every rank, has no solution to take."""
-    rollout = RolloutConfig(group_size=2, max_new_tokens=8)
+    rollout = RolloutConfig(SamplingConfig(n=2, max_new_tokens=8))
     data = StepData(train=PROMPTS, validation=SOLVED, template="task", global_batch_size=2, overlap_ngram=0)
     found = fitted(grpo(longer, rollout=rollout, optimizer=STEADY), data)
     assert found["train/reward"] == found["train/length"]

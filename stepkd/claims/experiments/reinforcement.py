@@ -47,7 +47,7 @@ class ReinforcementSettings(ExperimentConfig):
 
 @dataclass(frozen=True)
 class ReinforcementArm:
-    """How an arm learns; the names are those of :class:`stepkd.modules.KDConfig` and its neighbours."""
+    """How an arm learns; the names are those of :class:`stepkd.modules.Sampled` and its neighbours."""
 
     method: Literal["none", "teacher", "train"] = "train"
     """``none`` is the student itself, ``teacher`` the teacher."""
@@ -59,9 +59,9 @@ class ReinforcementArm:
     """How it changes; ``linear`` reaches a fifth of it (the paper's ratio) at the end of the first ``until`` steps."""
     until: int = 0
     """Steps of ``linear`` and ``switch``."""
-    estimator: str = "k2"
+    estimator: Literal["k1", "k2", "k3"] = "k2"
     """Of the KL to the teacher."""
-    mask: str = "none"
+    mask: Literal["none", "response", "group"] = "none"
     """Which samples are distilled on."""
     step_weight: float = 0.0
     """Weight of the exact checker's step rewards; 0: none."""
@@ -107,16 +107,17 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
 
 def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Path]) -> Path:
     from stepkd.claims.tiny import tiny_kdrl, train_tiny
+    from stepkd.modules.settings import Constant, Linear, PolicyLossConfig, Sampled, Schedule, Switch, ToGo
 
     settings: ReinforcementSettings = unit.settings
-    kd: dict[str, Any] = {name: getattr(arm, name) for name in ("beta", "schedule", "estimator", "mask")}
+    schedule: Schedule = Constant()
     if arm.schedule == "linear":
-        kd |= {"beta_min": arm.beta / 5, "delta": 0.8 * arm.beta / max(arm.until, 1)}
+        schedule = Linear(delta=0.8 * arm.beta / max(arm.until, 1), beta_min=arm.beta / 5)
     elif arm.schedule == "switch":
-        kd |= {"until_step": arm.until}
+        schedule = Switch(arm.until)
     credit = None
     if arm.step_weight:
-        credit = {"scorer": "checker", "weight": arm.step_weight, "outcome_weight": arm.outcome_weight}
+        credit = ToGo("checker", weight=arm.step_weight, outcome_weight=arm.outcome_weight)
     return train_tiny(
         unit.folder / name,
         tiny_kdrl,
@@ -127,8 +128,8 @@ def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Pa
         steps=settings.steps,
         lr=settings.lr,
         seed=unit.seed,
-        kd=kd,
-        policy_loss={"weight": arm.rewards},
+        kd=Sampled(beta=arm.beta, schedule=schedule, estimator=arm.estimator, mask=arm.mask),
+        policy_loss=PolicyLossConfig(weight=arm.rewards),
         step_credit=credit,
         max_new_tokens=settings.max_new_tokens,
     )
