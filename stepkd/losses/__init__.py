@@ -13,7 +13,7 @@ from stepkd.losses.divergence import (
     top_k_buckets,
     total_variation,
 )
-from stepkd.losses.dpo import dpo, step_dpo, visit_smoothing
+from stepkd.losses.dpo import dpo, visit_smoothing
 from stepkd.losses.fused import fused_sum, head_parameters
 from stepkd.losses.kl_estimators import kl_estimate
 from stepkd.losses.kto import kto, kto_values, ratio_rule, reference_point, step_kto, step_kto_counts
@@ -32,51 +32,3 @@ from stepkd.losses.pqm import pqm
 from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
 from stepkd.losses.reduce import LossTerms, component_scales, reduce, segment_sum
 from stepkd.losses.token import cross_entropy, target_logps, token_logps
-
-__all__ = [
-    "DEFAULT_CHUNK",
-    "LossTerms",
-    "VocabHead",
-    "balanced_kl",
-    "chunked_head",
-    "clipped_loss",
-    "component_scales",
-    "cross_entropy",
-    "dpo",
-    "entropy",
-    "forward_kl",
-    "fused_sum",
-    "generalized_jsd",
-    "group_advantages",
-    "group_step_advantages",
-    "head_parameters",
-    "kl_estimate",
-    "kto",
-    "kto_values",
-    "label_token_logps",
-    "nkd",
-    "pqm",
-    "ratio_rule",
-    "reduce",
-    "reference_point",
-    "reverse_kl",
-    "reward_to_go",
-    "scatter_step_rewards",
-    "segment_group_advantages",
-    "segment_sum",
-    "segments_to_go",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "step_cross_entropy",
-    "step_dpo",
-    "step_kto",
-    "step_kto_counts",
-    "step_weights",
-    "target_logps",
-    "tempered",
-    "token_logps",
-    "token_normalisation",
-    "top_k_buckets",
-    "total_variation",
-    "visit_smoothing",
-]

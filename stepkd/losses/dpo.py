@@ -27,6 +27,9 @@ def dpo(
 ) -> LossTerms:
     """Direct preference optimisation as a named sum over pairs.
 
+    Step-DPO (Lai et al. 2024, arXiv 2406.18629, equation 2) is this on single next steps, whose log-ratios leave out
+    the prompt and the steps before; beta is 0.4 in its text, 0.5 for 72B, its scripts have it the other way round.
+
     With ``D = chosen log-ratio - rejected log-ratio``:
 
     * ``sigmoid``: ``-(1 - a) log sigma(beta D) - a log sigma(-beta D)`` with label smoothing a (Rafailov et al. 2023,
@@ -86,22 +89,6 @@ def dpo(
         "accuracy": ((chosen_P > rejected_P).float().sum(), count),
     }
     return LossTerms({"dpo": losses_P.sum()}, metrics)
-
-
-def step_dpo(win_logratios_P: Tensor, lose_logratios_P: Tensor, *, beta: float = 0.4) -> LossTerms:
-    """Step-DPO: DPO on one step, given the prompt and the steps before it, which are right and carry no loss.
-
-    Args:
-        win_logratios_P: log-ratios summed over the tokens of the right next steps only.
-        lose_logratios_P: the same of the wrong ones.
-        beta: > 0; the paper's text has 0.4 (0.5 for 72B), its scripts the other way round.
-
-    Returns:
-        As :func:`dpo`.
-
-    Source: Lai et al. 2024 (arXiv 2406.18629), equation 2.
-    """
-    return dpo(win_logratios_P, lose_logratios_P, beta=beta)
 
 
 def visit_smoothing(better_visits_P: Tensor, worse_visits_P: Tensor) -> Tensor:

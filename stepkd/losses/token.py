@@ -25,7 +25,6 @@ def token_logps(
     hidden_NH: Tensor,
     targets_N: Tensor,
     *,
-    temperature: float = 1.0,
     chunk_size: int = DEFAULT_CHUNK,
 ) -> Tensor:
     """Log-probability of every target token, without ever holding (N, V) logits.
@@ -34,22 +33,15 @@ def token_logps(
         head: hidden states to logits (a :class:`~stepkd.losses.linear.VocabHead`).
         hidden_NH: last hidden states at the positions *before* each target.
         targets_N: int64 target ids in ``[0, V)``.
-        temperature: the logits are divided by it, > 0.
         chunk_size: positions per chunk; does not change the result.
 
     Returns:
         N log-probabilities (nats), float32, or float64 for float64 logits. Differentiable with exact gradients.
 
     Raises:
-        ValueError: temperature not positive, or lengths that differ.
+        ValueError: lengths that differ.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
-
-    def pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-        return target_logps(logits_CV if temperature == 1.0 else logits_CV / temperature, targets_C)
-
-    return chunked_head(pick, head, hidden_NH, targets_N, chunk_size=chunk_size)
+    return chunked_head(target_logps, head, hidden_NH, targets_N, chunk_size=chunk_size)
 
 
 def cross_entropy(
@@ -57,7 +49,6 @@ def cross_entropy(
     hidden_NH: Tensor,
     targets_N: Tensor,
     *,
-    weights_N: Tensor | None = None,
     chunk_size: int = DEFAULT_CHUNK,
 ) -> LossTerms:
     """Masked next-token cross-entropy as a named sum.
@@ -66,22 +57,18 @@ def cross_entropy(
 
     Args:
         head, hidden_NH, targets_N, chunk_size: as in :func:`token_logps`.
-        weights_N: optional weight of every target, >= 0; the denominator is then the sum of weights.
 
     Returns:
-        ``sums["ce"]``: sum over targets of ``-weight * log p(target)`` in nats; metric ``token_accuracy``: share of
-        targets (unweighted) that are the most likely token.
+        ``sums["ce"]``: sum over targets of ``-log p(target)`` in nats; metric ``token_accuracy``: share of targets that
+        are the most likely token.
 
     Raises:
         ValueError: lengths that differ.
     """
-    if weights_N is not None and weights_N.shape != targets_N.shape:
-        raise ValueError(f"{tuple(targets_N.shape)} targets but weights of shape {tuple(weights_N.shape)}")
     stats_N2 = chunked_head(_logp_and_hit, head, hidden_NH, targets_N, chunk_size=chunk_size)
     logps_N, hits_N = stats_N2[:, 0], stats_N2[:, 1].detach()
-    weighted_N = logps_N if weights_N is None else logps_N * weights_N
     count = torch.tensor(float(targets_N.numel()), device=hidden_NH.device)
-    return LossTerms({"ce": -weighted_N.sum()}, {"token_accuracy": (hits_N.sum(), count)})
+    return LossTerms({"ce": -logps_N.sum()}, {"token_accuracy": (hits_N.sum(), count)})
 
 
 def _logp_and_hit(logits_CV: Tensor, targets_C: Tensor) -> Tensor:

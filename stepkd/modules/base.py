@@ -26,7 +26,7 @@ from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import LossTerms, component_scales
 from stepkd.models.adapter import LOW_PRECISION
-from stepkd.modules.components import Component, ForwardPass, counts_of, names_of, terms_of
+from stepkd.modules.components import Component, ForwardPass, terms_of
 from stepkd.modules.distributed import all_reduce, check_micro_batches, gradient_sync, union
 from stepkd.modules.optim import build_optimizer, build_schedule, put_back
 from stepkd.modules.policy_module import PolicyModule
@@ -132,11 +132,11 @@ class StepModule(PolicyModule):
     @property
     def loss_names(self) -> tuple[str, ...]:
         """Names of all sums of the components, in order."""
-        return names_of(self.components)
+        return tuple(name for component in self.components for name in component.names)
 
     def count(self, micro_batch: Batch) -> dict[str, float]:
         """What the components count in a micro-batch: its part of the denominators."""
-        return counts_of(self.components, micro_batch)
+        return {name: n for component in self.components for name, n in component.count(micro_batch).items()}
 
     def loss_terms(self, micro_batch: Batch) -> LossTerms:
         """Named sums and metrics of all components, from one forward pass of the policy."""

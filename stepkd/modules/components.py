@@ -122,16 +122,6 @@ class CrossEntropy(Component):
         return cross_entropy(forward.head, forward.hidden_NH, forward.batch.targets_N, chunk_size=forward.chunk_size)
 
 
-def names_of(components: Sequence[Component]) -> tuple[str, ...]:
-    """Names of all sums of a method, in order."""
-    return tuple(name for component in components for name in component.names)
-
-
-def counts_of(components: Sequence[Component], batch: Batch) -> dict[str, float]:
-    """What all components count in a micro-batch."""
-    return {name: count for component in components for name, count in component.count(batch).items()}
-
-
 def terms_of(components: Sequence[Component], forward: ForwardPass) -> LossTerms:
     """Sums and metrics of all components; with their loss, where one of them made its own."""
     found = [component.terms(forward) for component in components]

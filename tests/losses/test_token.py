@@ -26,10 +26,8 @@ def test_closed_form() -> None:
     logps = target_logps(logits, torch.tensor([1, 0]))
     assert logps.tolist() == pytest.approx([math.log(0.75), math.log(0.5)], rel=1e-14)
     identity: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden  # noqa: E731
-    tempered = token_logps(identity, logits, torch.tensor([1, 0]), temperature=0.5)
-    assert tempered.tolist() == pytest.approx([math.log(0.9), math.log(0.5)], rel=1e-14)
-    terms = cross_entropy(identity, logits, torch.tensor([1, 0]), weights_N=torch.tensor([2.0, 0.5]).double())
-    assert terms.sums["ce"].item() == pytest.approx(-2 * math.log(0.75) - 0.5 * math.log(0.5), rel=1e-14)
+    terms = cross_entropy(identity, logits, torch.tensor([1, 0]))
+    assert terms.sums["ce"].item() == pytest.approx(-math.log(0.75) - math.log(0.5), rel=1e-14)
     hits, count = terms.metrics["token_accuracy"]
     assert (hits.item(), count.item()) == (2.0, 2.0)
     assert not hits.requires_grad
@@ -59,19 +57,10 @@ def test_equals_torch(chunk_size: int) -> None:
     assert count.item() == N
 
 
-def test_weights_scale_each_target() -> None:
+def test_log_probabilities_equal_brute_force() -> None:
     linear, hidden, targets = case()
-    weights = torch.linspace(0, 2, N, dtype=torch.float64)
-    expected = (nn.functional.cross_entropy(linear(hidden), targets, reduction="none") * weights).sum()
-    actual = cross_entropy(VocabHead(linear), hidden, targets, weights_N=weights, chunk_size=3).sums["ce"]
-    assert abs(actual - expected) / expected < 1e-12
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_temperature_equals_brute_force(temperature: float) -> None:
-    linear, hidden, targets = case()
-    expected = (linear(hidden) / temperature).log_softmax(-1)[range(N), targets]
-    actual = token_logps(VocabHead(linear), hidden, targets, temperature=temperature, chunk_size=2)
+    expected = linear(hidden).log_softmax(-1)[range(N), targets]
+    actual = token_logps(VocabHead(linear), hidden, targets, chunk_size=2)
     assert (actual - expected).norm() / expected.norm() < 1e-12
 
 
@@ -83,7 +72,7 @@ def test_gradcheck(kind: str, head_factory: Callable[..., Any]) -> None:
     assert tensors
 
     def run(hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return token_logps(head, hidden, targets, temperature=0.7, chunk_size=3)
+        return token_logps(head, hidden, targets, chunk_size=3)
 
     assert torch.autograd.gradcheck(run, (hidden, *tensors))
 
