@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from stepkd.data.datamodule import StepData
-from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
 from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.models.checkpoint import export_model
@@ -238,11 +237,7 @@ def tiny_preference(
         **settings: further arguments of the module (beta, reduction, ...).
     """
     common = _rows_data(rows, seed, global_batch_size)
-    data = (
-        PairData(**common)
-        if method == "dpo"
-        else FeedbackData(**common, labels=LabelRule(after_error="keep"), allow_one_class=allow_one_class)
-    )
+    data = StepData(**common, allow_one_class=allow_one_class and method != "dpo")
     module = {"kto": KTOModule, "step_kto": StepKTOModule, "dpo": DPOModule}[method](
         PolicyConfig(path=str(start)), **_common(lr, seed, warmup=0.1), **settings
     )
@@ -271,7 +266,7 @@ def tiny_prm(
         after_error: what to do with labels after the first incorrect step.
         allow_one_class: train although all labels agree (scaled-down runs).
     """
-    data = StepLabelData(
+    data = StepData(
         **_rows_data(labels, seed, GLOBAL_BATCH),
         labels=LabelRule(after_error=after_error, scope="outcome" if meaning == "outcome" else "steps"),
         allow_one_class=allow_one_class,

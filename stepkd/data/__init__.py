@@ -14,7 +14,6 @@ _HOMES = {
     "completion": "Completion",
     "datamodule": "StepData",
     "io": "read_rows",
-    "labelled_data": "FeedbackData PairData StepLabelData",
     "overlap": "overlap_report",
     "rows": "CONTRACTS validate",
     "spec": "DataConfig check_training_use load_rows parse_spec",

@@ -16,6 +16,7 @@ from stepkd.data.encode import Encoder, Example
 from stepkd.data.overlap import overlap_report
 from stepkd.data.rows import Contract, Needs, Row, detect_contract, problem_with
 from stepkd.data.spec import DataConfig, Rows, as_spec, check_training_use, left_out, load_rows
+from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate, get_template, template_name
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.segment import get_segmenter
@@ -26,9 +27,11 @@ _STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": 
 
 
 class StepData(LightningDataModule):
-    """Problems with solutions, tokenised once, in batches of one optimiser step.
+    """The rows of a run, tokenised once, in batches of one optimiser step.
 
-    Only the columns that the method reads are required: solutions where it trains on them, answers where it grades.
+    The method that is trained says what it learns from: problems with solutions (only the columns that it reads are
+    required: solutions where it trains on them, answers where it grades), solutions with step labels, completions with
+    an outcome, or pairs of completions.
 
     Args:
         train: rows to train on; evaluation-only data is refused unless the spec allows it. In Python ``train`` and its
@@ -37,15 +40,23 @@ class StepData(LightningDataModule):
         test: rows for ``stepkd test``.
         predict: problems for ``stepkd predict``.
         template: how a row becomes a prompt: a name (``gsm8k``, ``math``, ``plain``, ``task``), a YAML file, or
-            settings; None: the one that the policy was trained with, else :attr:`default_template`.
+            settings; None: the one that the policy was trained with, else ``gsm8k`` (``math`` for a reward model). For
+            rows with completions, that which they were sampled with.
         segmenter: how solutions are cut into steps (``newline``, ``blank_line``, ``step_heading``, ``sentence``,
             ``whole``, ``regex:PATTERN``).
-        max_length: longest prompt + completion in tokens; longer completions lose whole steps, and that is counted.
+        max_length: longest prompt + completion in tokens, step markers included; longer completions lose whole steps,
+            and that is counted. A pair with a side that does not fit is left out.
         global_batch_size: examples (or tokens) per optimiser step, over all ranks.
         batch_unit: what ``global_batch_size`` counts: ``sequences`` or ``tokens`` (padding not counted).
         shuffle: shuffle the training rows each epoch.
         overlap_ngram: report how many n-grams of the validation problems occur in the training problems; 0 is off.
         seed: seed of the shuffle.
+        labels: how step labels become targets, of a method that reads them; None: a reward model takes a solution up to
+            its first wrong step, KTO and Step-KTO keep all labels.
+        allow_one_class: train although all labels that the method learns from agree; without it that is an error:
+            nothing can be learnt.
+        keep_prompts_together: shuffle prompts in place of examples, so that completions of one prompt meet in a batch
+            and the prompt is read once.
     """
 
     def __init__(
@@ -62,11 +73,17 @@ class StepData(LightningDataModule):
         shuffle: bool = True,
         overlap_ngram: int = 8,
         seed: int = 0,
+        labels: LabelRule | None = None,
+        allow_one_class: bool = False,
+        keep_prompts_together: bool = False,
     ) -> None:
         super().__init__()
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.specs = {name: as_spec(data) for name, data in given.items()}
-        self.ratings = False
+        self.labels = labels
+        self.ratings = labels is not None and labels.kind == "rating"
+        self.allow_one_class = allow_one_class
+        self.keep_prompts_together = keep_prompts_together
         self._given_template = None if template is None else get_template(template)
         self.segmenter = get_segmenter(segmenter)
         self.max_length = max_length
@@ -77,9 +94,6 @@ class StepData(LightningDataModule):
         self.seed = seed
         self.examples: dict[str, list[Example]] = {}
 
-    default_template = "gsm8k"
-    """Template of a policy that says none, where the settings leave it open."""
-
     @property
     def _module(self) -> Any:
         """The module that the trainer trains; None without a trainer."""
@@ -89,7 +103,8 @@ class StepData(LightningDataModule):
     def template(self) -> PromptTemplate:
         """How a row becomes a prompt; a warning says where that is not how the policy (or checkpoint) was trained."""
         trained = self._module.trained_template() if hasattr(self._module, "trained_template") else None
-        used = self._given_template or trained or get_template(self.default_template)
+        default = getattr(self._module, "default_template", "gsm8k")
+        used = self._given_template or trained or get_template(default)
         if trained not in (None, used) and getattr(self.trainer, "global_rank", 0) == 0:
             logger.warning(
                 "prompt template: data.template is %s, which this run uses; the policy was trained with %s",
@@ -111,30 +126,46 @@ class StepData(LightningDataModule):
             self._report_overlap()
 
     def _load(self, name: str, spec: DataConfig) -> list[Example]:
-        encoder = self.make_encoder()
-        rows = self._rows(name, spec, None if self.contracts is not None else problem_with(self._needs(name)))
-        if self.contracts and (found := detect_contract(rows[0]).name) not in self.contracts:
+        encoder = self._encoder(name)
+        contracts = encoder.contracts
+        rows = self._rows(name, spec, None if contracts is not None else problem_with(self._needs(name)))
+        if contracts and (found := detect_contract(rows[0])) not in contracts:
             raise DataError(
-                f"{type(self).__name__} reads rows of the kinds {', '.join(self.contracts)}, and these are of kind "
-                f"{found!r}: label or convert them first (stepkd label)",
+                f"{type(self._module).__name__} learns from rows of the kinds {', '.join(c.name for c in contracts)}, "
+                f"and these are of kind {found.name!r}: label or convert them first (stepkd label)",
                 path=spec.path or spec.hub or spec.source,
             )
-        if self.contracts is None and ("solution",) not in self._needs(name):
+        if contracts is None and ("solution",) not in self._needs(name):
             examples = [self._with_or_without(encoder, row, solution=name != "predict") for row in rows]
         else:
             examples = encoder.examples(rows)
-        facts = self.check(name, examples) | {key: count for key, count in sorted(encoder.counts.items()) if count}
+        if contracts is None:
+            self._check_measured(name, examples)
+        facts = encoder.check(examples, training=name == "train", allow_one_class=self.allow_one_class)
+        facts |= {key: count for key, count in sorted(encoder.counts.items()) if count}
         logger.info("%s: %d of %d rows%s", name, len(examples), len(rows), f", {facts}" if facts else "")
         return examples
 
-    contracts: tuple[str, ...] | None = None
-    """Names of the row contracts that are read; empty: any; None: problems, with the columns that the method reads."""
+    def _encoder(self, name: str) -> Encoder:
+        """What the module that is trained makes examples of rows with; completions are sampled of problems."""
+        if self._module is None:
+            raise RuntimeError("StepData needs a trainer whose module has a tokenizer: attach it, or use an encoder")
+        if name != "predict" and hasattr(self._module, "make_encoder"):
+            encoder: Encoder = self._module.make_encoder(self)
+        else:
+            encoder = Encoder(self._module.tokenizer, self.template, self.segmenter, max_length=self.max_length)
+        if name == "train" and encoder.labels is None and (self.labels is not None or self.allow_one_class):
+            raise ConfigError(
+                f"data.{'labels' if self.labels is not None else 'allow_one_class'} is set, and "
+                f"{type(self._module).__name__} reads no labels: leave it out"
+            )
+        return encoder
 
     def _needs(self, name: str) -> Needs:
         return getattr(self._module, "reads", lambda split: {})(name)
 
-    def check(self, name: str, examples: list[Example]) -> dict[str, int]:
-        """Counts to report; refuses data of which nothing can be learnt or measured."""
+    def _check_measured(self, name: str, examples: list[Example]) -> None:
+        """Refuse problems of which nothing can be measured."""
         measured = (
             self._needs(name)
             or getattr(self._module, "fidelity_spec", None)
@@ -143,7 +174,6 @@ class StepData(LightningDataModule):
         if name in ("validation", "test") and not measured:
             reason = "no row has a solution and model.init_args.validation.samples is 0"
             raise DataError(f"data.{name}: nothing would be measured, because {reason}")
-        return {}
 
     def _rows(self, name: str, spec: DataConfig, contract: Contract | None = None) -> list[Row]:
         """The rows of a split; what is wrong with them, or left out of a file of one's own, is told with its name."""
@@ -165,26 +195,6 @@ class StepData(LightningDataModule):
         """A row whose solution is not required: one without a solution that fits can still be sampled from."""
         example = encoder.example(row) if solution and row.get("solution") else None
         return example or encoder.prompt_example(row)
-
-    encoder_type: type[Encoder] = Encoder
-    """What turns rows into examples."""
-    feedback: str | None = None
-    """What a module must say it learns from (its attribute ``feedback``); None: any module will do."""
-
-    def make_encoder(self) -> Encoder:
-        """The encoder for the policy's tokenizer; methods with other rows override this."""
-        return self.encoder_type(self._tokenizer(), self.template, self.segmenter, max_length=self.max_length)
-
-    def _tokenizer(self) -> Any:
-        name, module = type(self).__name__, self._module
-        if module is None:
-            raise RuntimeError(f"{name} needs a trainer whose module has a tokenizer: attach it, or use an encoder")
-        if self.feedback is not None and getattr(module, "feedback", None) != self.feedback:
-            raise ConfigError(
-                f"{name} serves methods that learn from {self.feedback}, and {type(module).__name__} does not: use the "
-                "data class of its recipe"
-            )
-        return module.tokenizer
 
     def _report_overlap(self) -> None:
         texts = {name: [str(e.row.get("prompt")) for e in self.examples[name]] for name in ("train", "validation")}
@@ -209,9 +219,6 @@ class StepData(LightningDataModule):
             limit = self.trainer.limit_train_batches if training else 1.0
         position = self._train_position if training else Position
         return StepLoader(examples, plan, rank=rank, world_size=world_size, position=position, limit=limit)
-
-    keep_prompts_together = False
-    """Whether prompts are shuffled in place of examples."""
 
     def _groups(self, examples: list[Example]) -> list[int] | None:
         """Group of every training example that is to stay with others; None: each for itself."""

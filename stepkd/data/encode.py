@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from stepkd.data.completion import Completion
-from stepkd.data.rows import ends_partition
+from stepkd.data.rows import Contract, ends_partition
+from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends, step_ends
@@ -89,7 +90,8 @@ def sampled_spans(row: Mapping[str, Any]) -> list[Span]:
 
 
 class Encoder:
-    """Turns contract rows into :class:`Example` objects.
+    """Turns contract rows into :class:`Example` objects. A method that learns from other rows has an encoder of its own
+    (``make_encoder`` of its module), which says what it reads.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -98,6 +100,11 @@ class Encoder:
         max_length: longest prompt + completion in tokens. Whole steps are dropped from the end of a completion that
             does not fit; a row that would lose all its steps is left out. Both are counted in ``counts``.
     """
+
+    contracts: tuple[Contract, ...] | None = None
+    """The row contracts that are read; empty: any; None: problems, with the columns that the method asks for."""
+    labels: LabelRule | None = None
+    """How step labels are read; None: they are not."""
 
     def __init__(
         self,
@@ -206,6 +213,19 @@ class Encoder:
             return completion, spans
         ended = with_end(completion, self.template, self.tokenizer)
         return ended, [*spans[:-1], (spans[-1][0], len(ended))]
+
+    def check(self, examples: Sequence[Example], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+        """Counts to report of all examples of a split.
+
+        Args:
+            examples: what :meth:`examples` made.
+            training: whether they are trained on.
+            allow_one_class: accept labels that all agree, of which nothing can be learnt.
+
+        Raises:
+            DataError: training examples of which nothing can be learnt.
+        """
+        return {}
 
     def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
         """Encode rows, leaving out (and counting) those that :meth:`example` makes nothing of.

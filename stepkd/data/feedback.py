@@ -11,17 +11,20 @@ there.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, cast
 
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder, Example, as_completion, with_end
+from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.format import written_steps
+from stepkd.steps.labels import tally
 from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends
 from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, tokenize_text
 
@@ -51,11 +54,15 @@ class FeedbackEncoder(Encoder):
     Args:
         tokenizer, template, segmenter, max_length: as for :class:`~stepkd.data.encode.Encoder`.
         labels: how labels become right or wrong. ``after_error: truncate`` cuts the completion off after its first
-            wrong step, so that later tokens are in neither term; ``mask`` drops the later labels only.
+            wrong step, so that later tokens are in neither term; ``mask`` drops the later labels only; None: all labels
+            are kept.
+        learns: what the method learns from, ``outcomes``, or ``outcomes`` and ``steps``: see :meth:`check`.
 
     Raises:
         ConfigError: a rule for outcomes only.
     """
+
+    contracts = (ROLLOUT, STEPWISE, UNPAIRED)
 
     def __init__(
         self,
@@ -65,9 +72,11 @@ class FeedbackEncoder(Encoder):
         *,
         max_length: int = 1024,
         labels: LabelRule | None = None,
+        learns: Sequence[Literal["outcomes", "steps"]] = ("outcomes",),
     ) -> None:
         super().__init__(tokenizer, template, segmenter, max_length=max_length)
-        self.labels = labels or LabelRule(after_error="keep")
+        self.labels: LabelRule = labels or LabelRule(after_error="keep")
+        self.learns = learns
         if self.labels.scope != "steps":
             raise ConfigError(
                 "labels.scope: outcome is for outcome reward models; for feedback on whole completions alone use KTO"
@@ -100,6 +109,23 @@ class FeedbackEncoder(Encoder):
             return None
         self.counts["rows_without_outcome"] += outcome == UNKNOWN
         return FeedbackExample(name, example.prompt_ids, ids, spans, row, outcome=outcome, step_labels=labels)
+
+    def check(self, examples: Sequence[Example], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+        """Counts of outcomes and steps by label; what is not labelled at all, or of one class only, is refused."""
+        counts = feedback_counts(examples)
+        for kind in self.learns:
+            right, wrong = counts[f"right_{kind}"], counts[f"wrong_{kind}"]
+            if training and right + wrong and not (right and wrong) and not allow_one_class:
+                raise DataError(
+                    f"all {right + wrong} labelled {kind} are {'right' if right else 'wrong'}: nothing contrasts with "
+                    "them. Take a stronger or weaker sampler, more samples per problem, or set data.allow_one_class"
+                )
+            if training and kind == self.learns[-1] and not right + wrong:
+                raise DataError(
+                    f"no row has labelled {kind}, and the method learns from them: label the rows (stepkd label), or "
+                    + ("use KTO, which needs none" if kind == "steps" else "use other data")
+                )
+        return counts
 
     def _nothing_left(self) -> str:
         return (
@@ -150,6 +176,23 @@ def _outcome(row: Mapping[str, Any], name: str) -> int:
     return int(row[column])
 
 
+def feedback_counts(examples: Iterable[Example]) -> dict[str, int]:
+    """Correct and incorrect outcomes and steps, and conflicts (:func:`~stepkd.steps.labels.tally`)."""
+    found = cast(list[FeedbackExample], list(examples))
+    outcomes = Counter(example.outcome for example in found)
+    steps = Counter(label for example in found for label in example.step_labels)
+    return {
+        "right_outcomes": outcomes[RIGHT],
+        "wrong_outcomes": outcomes[WRONG],
+        "right_steps": steps[RIGHT],
+        "wrong_steps": steps[WRONG],
+        "conflicts": tally(
+            (example.outcome == RIGHT for example in found),
+            ([None if label == UNKNOWN else label == RIGHT for label in example.step_labels] for example in found),
+        ).flawed,
+    }
+
+
 Ids = tuple[int, ...]
 
 
@@ -184,6 +227,16 @@ class PairEncoder(Encoder):
     A side that does not fit into ``max_length`` with the prompt takes its pair out, as does a pair whose sides have the
     same ids: both are counted. Nothing is cut off, because the shorter text would be another preference.
     """
+
+    contracts = (PREFERENCE, STEP_PREFERENCE)
+
+    def check(self, examples: Sequence[Example], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+        """How many pairs have a prefix, and how many have visit counts."""
+        counts = {
+            "with_prefix": sum(bool(pair.row.get("prefix")) for pair in examples),
+            "with_visits": sum(getattr(pair, "visits", None) is not None for pair in examples),
+        }
+        return {key: count for key, count in counts.items() if count}
 
     def example(self, row: Mapping[str, Any]) -> PairExample | None:
         """A row's pair; None (and a count in ``counts``) when it cannot be used.

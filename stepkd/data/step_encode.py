@@ -7,6 +7,7 @@ index, never something found again in decoded text.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -64,6 +65,8 @@ class StepEncoder(Encoder):
         labels: how labels become targets; None: rows are only scored.
         segmenter: cuts solutions that come as one text.
     """
+
+    contracts = ()  # a source knows its contract, a file's columns tell it
 
     def __init__(
         self,
@@ -260,6 +263,19 @@ class StepEncoder(Encoder):
         return replace(
             scored, completion_ids=ids, spans=spans, read_at=read_at, targets=tuple(targets[:kept]), num_cut=0
         )
+
+    def check(self, examples: Sequence[Example], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+        """Labelled steps per class (soft ones by the likelier class)."""
+        targets = [target for each in examples for target in each.completion.targets if target is not None]
+        names = ("wrong", "right") if self.num_classes == 2 else ("wrong", "neutral", "right")
+        counts = Counter(names[max(range(self.num_classes), key=target.__getitem__)] for target in targets)
+        if training and len(set(targets)) < 2 and not allow_one_class:
+            raise DataError(
+                f"all {len(targets)} training labels are the same ({next(iter(counts))}): a reward model "
+                "trained on them learns a constant. Give rows with right and wrong steps, or set data.allow_one_class",
+                column="labels",
+            )
+        return dict(counts)
 
     def _nothing_left(self) -> str:
         return (

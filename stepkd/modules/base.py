@@ -21,7 +21,6 @@ from stepkd.data.batching import StepBatch, micro_batches
 from stepkd.data.benchmarks import next_evaluation
 from stepkd.data.collate import Batch, collate
 from stepkd.data.encode import Example
-from stepkd.data.labelled_data import PreferenceData
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import LossTerms, component_scales
@@ -72,6 +71,8 @@ class StepModule(PolicyModule):
     prepares_with_model = False
     """Whether :meth:`prepare` runs the policy before it gives its first step: where the policy is sharded (FSDP2) it is
     gathered until then."""
+    validates_on_problems = True
+    """Whether ``stepkd evaluate`` can read the rows that it is validated on."""
     labels_give_accuracy = False
     """Whether validation gives ``val/accuracy`` without sampling anything."""
 
@@ -122,10 +123,9 @@ class StepModule(PolicyModule):
 
     def _evaluation(self, *, steps: bool = False) -> str:
         """What fits the data that the run was trained on."""
-        data = self.datamodule
-        spec = getattr(data, "specs", {}).get("validation")
+        spec = getattr(self.datamodule, "specs", {}).get("validation")
         name = "" if self.template is None else template_name(self.template)
-        return next_evaluation(None if isinstance(data, PreferenceData) else spec, name, steps=steps)
+        return next_evaluation(spec if self.validates_on_problems else None, name, steps=steps)
 
     # ---- losses ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch
-from stepkd.data.feedback import PairExample
+from stepkd.data.datamodule import StepData
+from stepkd.data.feedback import PairEncoder, PairExample
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses import LossTerms, dpo, segment_sum, visit_smoothing
 from stepkd.models.spec import PolicyConfig
@@ -135,8 +136,6 @@ class DPOModule(PreferenceModule):
         **settings: ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.
     """
 
-    feedback = "pairs"
-
     def __init__(
         self,
         policy: PolicyConfig,
@@ -151,3 +150,7 @@ class DPOModule(PreferenceModule):
         if not 0 < beta < float("inf"):
             raise ConfigError(f"beta={beta}: must be positive")
         self.components = (Pairs(loss or Sigmoid(), beta, length_normalised, from_first_difference),)
+
+    def make_encoder(self, data: StepData) -> PairEncoder:
+        """The method learns from pairs."""
+        return PairEncoder(self.tokenizer, data.template, data.segmenter, max_length=data.max_length)

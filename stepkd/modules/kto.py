@@ -15,7 +15,9 @@ from torch import Tensor
 from stepkd.data.batching import StepBatch, mismatched
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
+from stepkd.data.datamodule import StepData
 from stepkd.data.encode import Example, as_completion
+from stepkd.data.feedback import FeedbackEncoder, feedback_counts
 from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
 from stepkd.losses.kto import DEFAULT_REDUCTION, ClassWeights, Reduction
@@ -267,8 +269,6 @@ class StepValues(OutcomeValues):
 class FeedbackModule(PreferenceModule):
     """Base of methods that learn from correct and incorrect completions, each measured from a reference point."""
 
-    feedback = "right and wrong completions"
-
     def __init__(
         self,
         policy: PolicyConfig,
@@ -286,15 +286,26 @@ class FeedbackModule(PreferenceModule):
         """The component that the points and class weights are for."""
         return cast(OutcomeValues, self.components[0])
 
+    def make_encoder(self, data: StepData) -> FeedbackEncoder:
+        """The method learns from completions with an outcome, or with labelled steps."""
+        return FeedbackEncoder(
+            self.tokenizer,
+            data.template,
+            data.segmenter,
+            max_length=data.max_length,
+            labels=data.labels,
+            learns=("outcomes", "steps") if "step" in self.loss_names else ("outcomes",),
+        )
+
     def on_fit_start(self) -> None:
         """Class weights by the ratio rule, which reads the training data."""
         super().on_fit_start()
         self.values.weigh(self._ratio)
 
     def _ratio(self, kind: str) -> ClassWeights:
-        if not hasattr(self.datamodule, "label_counts"):
-            raise ConfigError("class weights by the ratio rule need the data's counts: use FeedbackData, or give them")
-        counts = self.datamodule.label_counts()
+        if not isinstance(self.datamodule, StepData):
+            raise ConfigError("class weights by the ratio rule need the data's counts: use StepData, or give them")
+        counts = feedback_counts(self.datamodule.examples["train"])
         return ratio_rule(counts[f"right_{kind}"], counts[f"wrong_{kind}"])
 
     def mismatches(self, batch: StepBatch) -> list[Completion]:

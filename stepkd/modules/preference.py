@@ -133,8 +133,7 @@ class PreferenceModule(StepModule):
         **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
     """
 
-    feedback = ""
-    """What the method learns from: matched with the data module."""
+    validates_on_problems = False
     without_dropout = "policy and reference must be seen alike"
     shares = True
     """Whether completions of one prompt read it once, where the model allows it."""

@@ -9,6 +9,7 @@ Axes: L labelled steps, C classes from worst to best, N targets.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,12 +17,17 @@ from torch import Tensor
 
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import Batch
+from stepkd.data.datamodule import StepData
+from stepkd.data.step_encode import StepEncoder
+from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import PolicyConfig
 from stepkd.models.step_head import StepHeadConfig, StepHeadIds, resolve_ids
 from stepkd.modules.base import StepModule
 from stepkd.modules.components import Component, ForwardPass
+
+logger = logging.getLogger(__name__)
 
 
 class StepLoss(Component):
@@ -125,6 +131,7 @@ class PRMModule(StepModule):
     """
 
     scores_steps = True
+    default_template = "math"
     labels_give_accuracy = True
 
     def __init__(
@@ -153,6 +160,32 @@ class PRMModule(StepModule):
         if self._ids is None:
             self._ids = resolve_ids(self.head_spec, self.tokenizer)
         return self._ids
+
+    def make_encoder(self, data: StepData) -> StepEncoder:
+        """The method learns from solutions with step labels, or with an outcome."""
+        labels, meaning = data.labels or LabelRule(), self.head_spec.meaning
+        if (labels.scope == "outcome") != (meaning == "outcome"):
+            raise ConfigError(
+                f"data.labels.scope is {labels.scope!r} and model.head.meaning is {meaning!r}: an outcome reward model "
+                "sets both to 'outcome', a process reward model neither"
+            )
+        if meaning == "value" and labels.after_error != "keep":
+            logger.warning(
+                "labels of future success (head.meaning: value) are cut off after the first wrong step "
+                "(labels.after_error: %s): the last step, which scores are reduced by, is then learnt from nearly "
+                "right solutions only; keep them, or reduce by the minimum",
+                labels.after_error,
+            )
+        return StepEncoder(
+            self.tokenizer,
+            data.template,
+            format=self.head_spec.format,
+            marker_id=self.step_head_ids.marker,
+            max_length=data.max_length,
+            num_classes=self.head_spec.num_classes,
+            labels=labels,
+            segmenter=data.segmenter,
+        )
 
     def complete_model(self) -> None:
         """Put the step head on the policy."""

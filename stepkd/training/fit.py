@@ -26,7 +26,6 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stepkd.data.datamodule import StepData
-from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
 from stepkd.errors import ConfigError, MachineError
 from stepkd.models.source import find_checkpoint, no_model
 from stepkd.modules.base import StepModule
@@ -56,7 +55,7 @@ from stepkd.training.run_files import RolloutFile, RunFacts
 from stepkd.training.trainer_settings import check_trainer_settings
 from stepkd.yaml_files import read_yaml
 
-DATA_MODULES = (StepData, StepLabelData, PairData, FeedbackData)
+DATA_MODULES = (StepData,)
 METHODS = (SFTModule, PRMModule, DPOModule, KTOModule, StepKTOModule, GKDModule, KDRLModule)
 """Imported so that ``--data.help`` and ``--model.help`` list them and ``--data`` and ``--model`` take their names."""
 _HINTS = inspect.unwrap(Trainer.__init__).__annotations__

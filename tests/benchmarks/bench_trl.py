@@ -119,7 +119,6 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
     from lightning.pytorch import Callback, Trainer
 
     from stepkd.data.datamodule import StepData
-    from stepkd.data.labelled_data import FeedbackData, PairData
     from stepkd.data.spec import DataConfig
     from stepkd.models.spec import PolicyConfig
     from stepkd.modules import base
@@ -157,8 +156,7 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
         )
     else:
         module = {"dpo": DPOModule, "kto": KTOModule}[method](policy, beta=0.1, **common)
-    kind: Any = {"dpo": PairData, "kto": FeedbackData, "grpo": StepData}[method]
-    data = kind(
+    data = StepData(
         DataConfig(source="rows", path=str(path)),
         template="task" if of.is_tiny else "plain",
         max_length=of.max_length,

@@ -49,7 +49,7 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
 def test_help_of_fit_tells_what_every_setting_and_data_module_is() -> None:
     main_words = "import sys; from stepkd.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass"
     words = f"{main_words}\ntry: main(['fit', '--model.help', 'SFTModule'])\nexcept SystemExit: pass"
-    words += "\ntry: main(['fit', '--data.help', 'StepLabelData'])\nexcept SystemExit: pass"
+    words += "\ntry: main(['fit', '--data.help', 'StepData'])\nexcept SystemExit: pass"
     done = subprocess.run(
         [sys.executable, "-c", words, "fit", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
@@ -58,8 +58,7 @@ def test_help_of_fit_tells_what_every_setting_and_data_module_is() -> None:
     text = " ".join(done.stdout.split())
     assert "A run folder, a model folder, a hub id (``org/name``)" in text, "a field's docstring"
     assert "written every so many optimiser steps" in text
-    for name in ("StepData", "StepLabelData", "PairData", "FeedbackData"):
-        assert f"stepkd.data.{name}" in text
+    assert "stepkd.data.StepData" in text
     assert "--data.labels" in text
     for option in ("--config", "--resume", "--overwrite", "--checkpoint.every_n_steps", "--trainer.help"):
         assert option in done.stdout

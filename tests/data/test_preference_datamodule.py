@@ -1,4 +1,4 @@
-"""FeedbackData and PairData: which rows they read, what they refuse and report, prompts that stay together."""
+"""Feedback and pairs: which rows are read, what is refused and reported, prompts that stay together."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from typing import Any
 import pytest
 
 from stepkd.data.batching import Position
-from stepkd.data.labelled_data import FeedbackData, PairData
+from stepkd.data.datamodule import StepData
+from stepkd.data.feedback import feedback_counts
 from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.kto import KTOModule, StepKTOModule
-from stepkd.modules.sft import SFTModule
 
 TINY = PolicyConfig(path="tiny-0.1m")
 TOKENIZER = tiny_tokenizer()
 
 
+class Pairs(StepData):
+    """Marks data whose rows are pairs, for :func:`attach`."""
+
+
 def attach(data: Any, module: Any = None, *, rank: int = 0, world_size: int = 1) -> Any:
     """Give a data module the trainer it needs, with a model that is never loaded."""
-    module = module or (DPOModule(TINY) if isinstance(data, PairData) else KTOModule(TINY))
+    module = module or (DPOModule(TINY) if isinstance(data, Pairs) else KTOModule(TINY))
     trainer: Any = SimpleNamespace(
         lightning_module=module, global_rank=rank, world_size=world_size, limit_train_batches=1.0
     )
@@ -71,12 +75,12 @@ def pairs(n: int = 3, **columns: Any) -> list[dict[str, Any]]:
     return [{"prompt": f"Q{i // 2}", "chosen": f"{i}\n", "rejected": f"{i}{i}", **columns} for i in range(n)]
 
 
-def feedback(train: DataConfig, **settings: Any) -> FeedbackData:
-    return FeedbackData(train, template="plain", max_length=64, **settings)
+def feedback(train: DataConfig, **settings: Any) -> StepData:
+    return StepData(train, template="plain", max_length=64, **settings)
 
 
-def paired(train: DataConfig, **settings: Any) -> PairData:
-    return PairData(train, template="plain", max_length=64, **settings)
+def paired(train: DataConfig, **settings: Any) -> StepData:
+    return Pairs(train, template="plain", max_length=64, **settings)
 
 
 # ---- feedback -------------------------------------------------------------------------------------------------------
@@ -107,7 +111,7 @@ def test_counts_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO):
         data.setup("fit")
     expected = {"right_outcomes": 2, "wrong_outcomes": 1, "right_steps": 4, "wrong_steps": 3, "conflicts": 2}
-    assert data.label_counts() == expected
+    assert feedback_counts(data.examples["train"]) == expected
     assert f"train: 4 of 5 rows, {str(expected)[:-1]}" in caplog.text
     assert "'rows_without_feedback': 1, 'rows_without_outcome': 1" in caplog.text
 
@@ -137,7 +141,9 @@ def test_held_out_rows_may_be_of_one_class(tmp_path: Path) -> None:
     data = attach(feedback(train, validation=write(tmp_path / "b.jsonl", unpaired([True]))))
     data.setup("fit")
     assert len(data.examples["validation"]) == 1
-    assert data.label_counts()["right_outcomes"] == 1, "class weights are those of the training data"
+    assert feedback_counts(data.examples["train"])["right_outcomes"] == 1, (
+        "class weights are those of the training data"
+    )
 
 
 def test_the_label_rule_is_used(tmp_path: Path) -> None:
@@ -190,8 +196,12 @@ def test_no_pair_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "rows", "message"),
     [
-        (feedback, pairs(), "FeedbackData reads rows of the kinds rollout, stepwise, unpaired, and these are of kind"),
-        (paired, unpaired([True]), "PairData reads rows of the kinds preference, step_preference, .* kind 'unpaired'"),
+        (
+            feedback,
+            pairs(),
+            "KTOModule learns from rows of the kinds rollout, stepwise, unpaired, and these are of",
+        ),
+        (paired, unpaired([True]), "DPOModule learns from rows .* preference, step_preference, .* kind 'unpaired'"),
         (paired, [{"prompt": "Q", "answer": "1"}], "kind 'problem': label or convert them first"),
     ],
     ids=["pairs for feedback", "feedback for pairs", "problems"],
@@ -203,22 +213,27 @@ def test_rows_of_another_kind(made: Any, rows: list[dict[str, Any]], message: st
     assert caught.value.path == str(path)
 
 
+@pytest.mark.parametrize("settings", [{"labels": LabelRule()}, {"allow_one_class": True}], ids=str)
+def test_pairs_take_no_settings_of_labels(settings: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = settings
+    with pytest.raises(ConfigError, match=rf"data\.{name} is set, and DPOModule reads no labels: leave it out"):
+        attach(paired(write(tmp_path / "a.jsonl", pairs()), **settings)).setup("fit")
+
+
 @pytest.mark.parametrize(
-    ("made", "module", "message"),
+    ("module", "rows", "message"),
     [
-        (feedback, DPOModule, "FeedbackData serves methods that learn from right and wrong completions, and DPOModule"),
-        (feedback, SFTModule, "and SFTModule does not: use the data class of its recipe"),
-        (paired, KTOModule, "PairData serves methods that learn from pairs, and KTOModule does not"),
+        (StepKTOModule, unpaired([True, False]), "no row has labelled steps, .* or use KTO, which needs none"),
+        (KTOModule, stepwise([[True, False]]), "no row has labelled outcomes, and the method learns from them"),
     ],
 )
-def test_methods_that_learn_from_something_else(made: Any, module: Any, message: str, tmp_path: Path) -> None:
-    rows = unpaired([True, False]) if made is feedback else pairs()
-    with pytest.raises(ConfigError, match=message):
-        attach(made(write(tmp_path / "a.jsonl", rows)), module(TINY)).setup("fit")
+def test_rows_without_what_the_method_learns_from(module: Any, rows: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        attach(feedback(write(tmp_path / "a.jsonl", rows), allow_one_class=True), module(TINY)).setup("fit")
 
 
 def test_a_trainer_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="PairData needs a trainer whose module has a tokenizer: attach it"):
+    with pytest.raises(RuntimeError, match="StepData needs a trainer whose module has a tokenizer: attach it"):
         paired(write(tmp_path / "a.jsonl", pairs())).setup("fit")
 
 

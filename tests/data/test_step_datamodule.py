@@ -1,4 +1,4 @@
-"""StepLabelData and its batches: sources, refusals, counts, padding, fingerprints."""
+"""Step labels and their batches: sources, refusals, counts, padding, fingerprints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stepkd.data.collate import collate
-from stepkd.data.labelled_data import StepLabelData
+from stepkd.data.datamodule import StepData
 from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ def tokenizer() -> Any:
     return tiny_tokenizer()
 
 
-def attach(data: StepLabelData, module: Any = None, **head: Any) -> StepLabelData:
+def attach(data: StepData, module: Any = None, **head: Any) -> StepData:
     """Give a data module the trainer it needs, with a reward model that is never loaded."""
     module = module or PRMModule(PolicyConfig(path="tiny-0.1m"), StepHeadConfig(**head))
     trainer: Any = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, limit_train_batches=1.0)
@@ -51,12 +51,12 @@ def write(path: Path, labels: list[list[Any]], **columns: Any) -> DataConfig:
     return DataConfig(path=str(path))
 
 
-def made(train: DataConfig, **settings: Any) -> StepLabelData:
-    return StepLabelData(train, template="task", max_length=96, overlap_ngram=0, **settings)
+def made(train: DataConfig, **settings: Any) -> StepData:
+    return StepData(train, template="task", max_length=96, overlap_ngram=0, **settings)
 
 
 def test_tasks_in_batches_of_one_step(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
-    data = attach(StepLabelData(task(), task("validation", 5), template="task", max_length=96, global_batch_size=4))
+    data = attach(StepData(task(), task("validation", 5), template="task", max_length=96, global_batch_size=4))
     with caplog.at_level(logging.INFO):
         data.setup("fit")
     batches = list(data.train_dataloader())
@@ -113,7 +113,7 @@ def test_soft_labels_that_differ_teach_something_on_either_side_of_a_half(tmp_pa
 
 def test_held_out_labels_may_agree(tmp_path: Path) -> None:
     spec = write(tmp_path / "a.jsonl", [[True]])
-    data = attach(StepLabelData(task(), spec, template="task", max_length=96, overlap_ngram=0))
+    data = attach(StepData(task(), spec, template="task", max_length=96, overlap_ngram=0))
     data.setup("fit")
     assert len(data.examples["validation"]) == 1
 
@@ -167,9 +167,16 @@ def test_an_outcome_model_says_so_in_both_places(scope: Any, meaning: str) -> No
     attach(made(task(), labels=LabelRule(scope="outcome")), meaning="outcome").setup("fit")
 
 
-def test_only_reward_models_are_served() -> None:
-    with pytest.raises(DataError, match=r"StepLabelData serves reward models, and SFTModule is none"):
-        attach(made(task()), SFTModule(PolicyConfig(path="tiny-0.1m"))).setup("fit")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": LabelRule()}, r"data\.labels is set, and SFTModule reads no labels: leave it out"),
+        ({"allow_one_class": True}, r"data\.allow_one_class is set, and SFTModule reads no labels"),
+    ],
+)
+def test_methods_without_labels_take_no_settings_of_labels(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attach(made(task(), **settings), SFTModule(PolicyConfig(path="tiny-0.1m"))).setup("fit")
 
 
 def test_a_marker_that_is_not_one_token() -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from stepkd.claims.tiny_samples import problem_metrics
-from stepkd.data.feedback import FeedbackExample
-from stepkd.data.labelled_data import feedback_counts
+from stepkd.data.feedback import FeedbackExample, feedback_counts
 from stepkd.data.step_labels import LabelRule, step_targets, trl_row
 from stepkd.errors import DataError
 from stepkd.evaluation.config import EvaluatePRMConfig

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Starcoder2Config
 
-from stepkd.data.labelled_data import FeedbackData, PairData
+from stepkd.data.datamodule import StepData
 from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError, ModelError
@@ -69,10 +69,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def data(path: Path, **settings: Any) -> FeedbackData:
+def data(path: Path, **settings: Any) -> StepData:
     common: dict[str, Any] = {"template": "task", "global_batch_size": 5, "max_length": 128}
     spec = DataConfig(path=str(path))
-    return FeedbackData(**{"train": spec, "validation": spec, **common, **settings})
+    return StepData(**{"train": spec, "validation": spec, **common, **settings})
 
 
 def fit(
@@ -274,11 +274,10 @@ def test_one_class_is_refused(rows: Path, tmp_path: Path) -> None:
 
 
 def test_the_wrong_data_for_the_method(rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="learn from right and wrong completions"):
+    with pytest.raises(ConfigError, match=r"data\.labels is set, and DPOModule reads no labels"):
+        fit(tmp_path, DPOModule(PolicyConfig(path="tiny-0.1m")), data(rows, labels=LabelRule()), 1)
+    with pytest.raises(DataError, match="DPOModule learns from rows of the kinds preference"):
         fit(tmp_path, DPOModule(PolicyConfig(path="tiny-0.1m")), data(rows), 1)
-    pairs = PairData(DataConfig(path=str(rows)), template="task", global_batch_size=2)
-    with pytest.raises(DataError, match="reads rows of the kinds preference"):
-        fit(tmp_path, DPOModule(PolicyConfig(path="tiny-0.1m")), pairs, 1)
 
 
 def test_settings_out_of_range() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.data.labelled_data import StepLabelData
+from stepkd.data.datamodule import StepData
 from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, StepkdError
@@ -67,7 +67,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def data(**settings: Any) -> StepLabelData:
+def data(**settings: Any) -> StepData:
     options = {"task": "modular:terms=3", "noise": {"rate": 0.4}}
     defaults: dict[str, Any] = {
         "train": DataConfig(source="task", split="train", options={**options, "n": 24}),
@@ -77,7 +77,7 @@ def data(**settings: Any) -> StepLabelData:
         "max_length": 64,
         "overlap_ngram": 0,
     }
-    return StepLabelData(**{**defaults, **settings})
+    return StepData(**{**defaults, **settings})
 
 
 def fitted(trainer: Any, head: StepHeadConfig, *, steps: int, checkpoint: Path | None = None, **settings: Any) -> Any:

@@ -12,7 +12,6 @@ import pytest
 from lightning.pytorch import Trainer
 
 from stepkd.data.datamodule import StepData
-from stepkd.data.labelled_data import FeedbackData, PairData, StepLabelData
 from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
@@ -184,20 +183,20 @@ def the_forms(rows: list[dict[str, Any]], folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("module", "data", "rows"),
+    ("module", "rows"),
     [
-        (lambda: SFTModule(POLICY), StepData, SOLVED),
-        (lambda: PRMModule(POLICY, head=StepHeadConfig()), StepLabelData, STEPWISE),
-        (lambda: StepKTOModule(POLICY), FeedbackData, STEPWISE),
-        (lambda: DPOModule(POLICY), PairData, PAIRS),
+        (lambda: SFTModule(POLICY), SOLVED),
+        (lambda: PRMModule(POLICY, head=StepHeadConfig()), STEPWISE),
+        (lambda: StepKTOModule(POLICY), STEPWISE),
+        (lambda: DPOModule(POLICY), PAIRS),
     ],
-    ids=["StepData", "StepLabelData", "FeedbackData", "PairData"],
+    ids=["solutions", "step labels", "feedback", "pairs"],
 )
-def test_lists_datasets_and_paths_give_what_a_spec_gives(module: Any, data: Any, rows: Any, tmp_path: Path) -> None:
+def test_lists_datasets_and_paths_give_what_a_spec_gives(module: Any, rows: Any, tmp_path: Path) -> None:
     made = module()
     if isinstance(made, PRMModule):
         made.configure_model()
-    found = [setup(made, data(form, template="task")).examples["train"] for form in the_forms(rows, tmp_path)]
+    found = [setup(made, StepData(form, template="task")).examples["train"] for form in the_forms(rows, tmp_path)]
     plain = [[(each.prompt_ids, each.completion_ids, each.spans) for each in examples] for examples in found]
     assert len(plain[0]) == len(rows)
     assert all(each == plain[0] for each in plain)

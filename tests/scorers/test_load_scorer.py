@@ -35,7 +35,7 @@ def with_template(folder: Path, template: object) -> Path:
 
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": {}, "stepkd": {"policy": {}}}, folder / "checkpoints" / "last.ckpt")
-    config = {"data": {"class_path": "stepkd.data.StepLabelData", "init_args": {"template": template}}}
+    config = {"data": {"class_path": "stepkd.data.StepData", "init_args": {"template": template}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
