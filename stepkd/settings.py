@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -298,8 +299,11 @@ def _innermost(message: str, known: dict[str, Any]) -> str:
         several = "a list of " if "expected list" in text else ""
         return f"{place}: expected {several}{{{', '.join(level)}}}, got {value!r}"
     if wrong := re.search(r"(?:import path string: |class_path ')([\w.:]+)", text):
-        names = [kind.__name__ for kind in _classes(known.get(place)) for kind in _subclasses(kind)]
+        kinds = [kind for kind in _classes(known.get(place)) for kind in _subclasses(kind)]
+        names = [kind.__name__ for kind in kinds if not isabstract(kind)]
         near = get_close_matches(wrong[1].rpartition(".")[2], names, n=1)
+        if not near and str in get_args(known.get(place)) and (word := re.search(r"import path string: (\S+)", text)):
+            return f"{place}: the word {word[1]!r} takes no settings; name a class: --{place} {{{', '.join(names)}}}"
         return f"{place}: no class {wrong[1]!r}" + (f"; did you mean {near[0]!r}?" if near else f" ({text})")
     if text.startswith("expected") and ", got " not in text:
         text += f", got {value!r}"

@@ -144,6 +144,10 @@ def test_checker_judge_and_head(folder: Path, tmp_path: Path) -> None:
         (["--scorer.template", "task", "--scorer.temperature", "absent.json"], "absent.json: cannot be read"),
         (["--scorer.template", "task", "--fit-temperature", "absent.jsonl"], "absent.jsonl"),
         (["--scorer.template", "task", "--scorer.head", "{"], "scorer.head"),
+        (
+            ["--scorer", "runs/prm", "--scorer.dtype", "float32"],
+            "scorer: the word 'runs/prm' takes no settings; name a",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
