@@ -35,8 +35,8 @@ from stepkd.steps.format import marker_token_id
 JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
 """Chat style asks as a user; plain style ends where the answer begins."""
 QUESTION = "Is step {step} right, given the problem and the steps before it? Answer Yes or No."
-YES = ("Yes", " Yes", "yes", " yes")
-NO = ("No", " No", "no", " no")
+USUAL = (("Yes", "No"), (" Yes", " No"), ("yes", "no"), (" yes", " no"))
+"""Forms of yes and no."""
 _PLACE = "<<<the steps go here>>>"
 
 
@@ -75,7 +75,7 @@ class PromptedJudge(PolicyScorer):
         policy: the model, any causal language model; in evaluation mode while it judges.
         template: how the question is put: the text built from problem and steps is the template's ``{prompt}``.
         question: asked behind the steps; must hold ``{step}``, the step's number from 1.
-        yes, no: surface forms whose probabilities are added up, in pairs; None: the usual pairs of single tokens.
+        answers: pairs of a yes and a no, one token each, whose probabilities are added up; none: the usual ones.
         reference: show the row's ``solution`` (else its ``answer``) to the model.
         **reading: see :class:`~stepkd.scorers.prm.ReadingOptions`. Without ``shared_prefix`` problem and solution are
             read again for every step (the same scores), and so it is done where the model's attention does not allow
@@ -94,8 +94,7 @@ class PromptedJudge(PolicyScorer):
         *,
         template: str | PromptTemplate = JUDGE_TEMPLATE,
         question: str = QUESTION,
-        yes: Sequence[str] | None = None,
-        no: Sequence[str] | None = None,
+        answers: Sequence[tuple[str, str]] = (),
         reference: bool = False,
         **reading: Unpack[ReadingOptions],
     ) -> None:
@@ -103,7 +102,7 @@ class PromptedJudge(PolicyScorer):
         if question.count("{step}") != 1:
             raise ConfigError(f"the judge's question must hold {{step}} once, found {question!r}")
         self.question = question
-        self.yes_ids, self.no_ids = answer_ids(policy.tokenizer, yes, no)
+        self.yes_ids, self.no_ids = answer_ids(policy.tokenizer, answers)
         self.reference = reference
 
     @torch.no_grad()
@@ -218,39 +217,35 @@ class PromptedJudge(PolicyScorer):
             case.scores.append(score)
 
 
-def answer_ids(
-    tokenizer: Any, yes: Sequence[str] | None = None, no: Sequence[str] | None = None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def answer_ids(tokenizer: Any, answers: Sequence[tuple[str, str]] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids of the answers.
 
     Args:
         tokenizer: the model's.
-        yes, no: forms to use, as many of each, every one a single token; None: :data:`YES` and :data:`NO`, pairs of
-            which one is not a single token left out, so that neither answer has more forms than the other.
+        answers: pairs of a yes and a no, one token each; none: those of :data:`USUAL` that are, so that neither answer
+            has more forms than the other.
 
     Returns:
         Ids of yes and of no, without repetitions.
 
     Raises:
-        ConfigError: a given form is not one token, only one of the two is given, or no default pair is left.
+        ConfigError: a given form is not one token, one is both, or no usual pair is left.
     """
-    if (yes is None) != (no is None) or (yes is not None and no is not None and (not yes or len(yes) != len(no))):
-        raise ConfigError(f"the judge needs as many forms of yes as of no, found yes={yes!r} and no={no!r}")
-    pairs: list[tuple[int, int]] = []
-    for positive, negative in zip(yes or YES, no or NO, strict=True):
+    pairs: list[tuple[int, ...]] = []
+    for pair in answers or USUAL:
         try:
-            pairs.append((marker_token_id(tokenizer, positive), marker_token_id(tokenizer, negative)))
+            pairs.append(tuple(marker_token_id(tokenizer, form) for form in pair))
         except ConfigError as error:
-            if yes is not None:
+            if answers:
                 raise ConfigError(f"an answer of the judge must be one token: {error}") from None
     if not pairs:
         raise ConfigError(
-            f"this tokenizer has none of {list(YES)} and {list(NO)} as single tokens, so the model cannot be asked for "
-            "a yes or a no in one token: give forms that it has (yes=, no=), or another model"
+            f"this tokenizer has none of the pairs {USUAL} as single tokens, so the model cannot be asked for a yes or "
+            "a no in one token: give answers that it has, or another model"
         )
     yes_ids, no_ids = (tuple(dict.fromkeys(ids)) for ids in zip(*pairs, strict=True))
     if set(yes_ids) & set(no_ids):
-        raise ConfigError(f"yes and no share a token of this tokenizer: {yes or YES} and {no or NO}")
+        raise ConfigError(f"yes and no share a token of this tokenizer: {answers or USUAL}")
     return yes_ids, no_ids
 
 

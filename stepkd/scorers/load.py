@@ -155,12 +155,10 @@ class Judge(_Reader):
         from stepkd.models.checkpoint import load_trained
         from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge
 
-        yes, no = ([form] for form in self.answers) if self.answers else (None, None)
         return PromptedJudge(
             load_trained(self.path, **self._weights()),
             template=JUDGE_TEMPLATE if self.template is None else self.template,
-            yes=yes,
-            no=no,
+            answers=(self.answers,) if self.answers else (),
             reference=self.reference,
             **reading,
         )

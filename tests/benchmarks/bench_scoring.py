@@ -79,7 +79,7 @@ def main() -> None:
         pair: list[PRMScorer | PromptedJudge] = []
         for shared in (True, False):
             if arguments.judge:
-                forms = {"yes": ["Y"], "no": ["N"]}
+                forms = {"answers": [("Y", "N")]}
                 pair.append(PromptedJudge(policy, shared_prefix=shared, max_rows=arguments.solutions, **forms))
             else:
                 pair.append(PRMScorer(policy, template="task", shared_prefix=shared, max_rows=arguments.solutions))

@@ -234,7 +234,7 @@ def test_no_pair_at_all(spec: TreePairConfig, run: Run) -> None:
 
 def test_self_evaluation_by_the_policy(spec: TreePairConfig, run: Run, policy: Policy) -> None:
     asked = replace(spec, value="self_evaluation", limit=2)
-    judge = PromptedJudge(policy, reference=True, yes=("y",), no=("n",))
+    judge = PromptedJudge(policy, reference=True, answers=[("y", "n")])
     summary = run(asked, scorer=judge)
     assert summary is not None
     assert summary["facts"]["tokens_of_rollouts"] == 0

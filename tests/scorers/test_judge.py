@@ -18,7 +18,7 @@ from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge, answer_ids
 from stepkd.scorers.scorer import Solutions, score_one
 
 MakePolicy = Callable[..., Policy]
-Y = {"yes": ["Y", "y"], "no": ["N", "n"]}
+Y = {"answers": [("Y", "N"), ("y", "n")]}
 SHORT = {"question": "{step} ok?", "template": PromptTemplate(style="plain", plain="{prompt}\nA:"), **Y}
 
 
@@ -178,17 +178,11 @@ def test_answers_are_pairs_of_single_tokens() -> None:
     yes, no = answer_ids(tokenizer)
     assert yes == (ids(" Yes"), ids("yes"))  # 'Yes' has no 'No' beside it
     assert no == (ids(" No"), ids("no"))
-    assert answer_ids(tokenizer, ["Yes"], ["no"]) == ((ids("Yes"),), (ids("no"),))
+    assert answer_ids(tokenizer, [("Yes", "no")]) == ((ids("Yes"),), (ids("no"),))
     with pytest.raises(ConfigError, match=r"an answer of the judge must be one token: .*'No'"):
-        answer_ids(tokenizer, ["Yes"], ["No"])
-    with pytest.raises(ConfigError, match="as many forms of yes as of no"):
-        answer_ids(tokenizer, ["Yes"], None)
-    with pytest.raises(ConfigError, match="as many forms of yes as of no"):
-        answer_ids(tokenizer, ["Yes", "yes"], ["no"])
-    with pytest.raises(ConfigError, match="as many forms of yes as of no"):
-        answer_ids(tokenizer, [], [])
+        answer_ids(tokenizer, [("Yes", "No")])
     with pytest.raises(ConfigError, match="yes and no share a token"):
-        answer_ids(tokenizer, ["Yes", "no"], ["no", "yes"])
+        answer_ids(tokenizer, [("Yes", "no"), ("no", "yes")])
     with pytest.raises(ConfigError, match=r"none of .* as single tokens"):
         answer_ids(words("maybe"))
 

@@ -107,7 +107,7 @@ def test_exact_checker() -> None:
 def test_self_evaluation_reads_the_reference() -> None:
     """P(yes) of the judge for all steps, with the answer shown: another answer, another value."""
     model, tokenizer = build_tiny("tiny-0.1m", seed=3, dtype="float64")
-    judge = PromptedJudge(Policy(model, tokenizer), reference=True, yes=("y",), no=("n",))
+    judge = PromptedJudge(Policy(model, tokenizer), reference=True, answers=[("y", "n")])
     value = ScorerValue(judge, name="self_evaluation")
     rows = [{"id": str(i), "prompt": "1+1=", "answer": answer} for i, answer in enumerate("27")]
     states = [state(Problem(i, row, (1,)), "1+1=2\n", "#### 2") for i, row in enumerate(rows)]
