@@ -254,6 +254,7 @@ def train_step_kto(context: Context) -> dict[str, Any]:
 def train_gkd(context: Context) -> dict[str, Any]:
     """On-policy GKD from the student's weights, and how like its teacher the student was and has become."""
     from stepkd.claims.tiny import tiny_fidelity
+    from stepkd.modules.distillation_settings import JSD
 
     teacher, student = (context.model_folder(name) for name in ("teacher", "student"))
     section = _train(
@@ -265,7 +266,7 @@ def train_gkd(context: Context) -> dict[str, Any]:
         task=context.task,
         steps=50,
         lr=3e-4,
-        divergence={"kind": "jsd", "beta": 0.5, "scaled": True},
+        divergence=JSD(beta=0.5, scaled=True),
     )
     evaluation = _compare(context, "gkd")
     problems = context.problems(64)

@@ -21,6 +21,7 @@ from stepkd.models.checkpoint import export_model
 from stepkd.models.load import load_tokenizer
 from stepkd.models.spec import PolicyConfig
 from stepkd.models.step_head import StepHeadConfig
+from stepkd.modules.distillation_settings import DivergenceConfig, SourceConfig
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
@@ -29,11 +30,9 @@ from stepkd.modules.kto import KTOModule, StepKTOModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.modules.settings import (
-    DivergenceConfig,
     KDConfig,
     PolicyLossConfig,
     RolloutConfig,
-    SourceConfig,
     StepCreditConfig,
 )
 from stepkd.modules.sft import SFTModule
@@ -42,7 +41,8 @@ from stepkd.sampling.engines import InProcess
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.steps.format import StepFormat
 from stepkd.teachers.cache import write_cache
-from stepkd.teachers.local import LocalTeacher, TeacherConfig
+from stepkd.teachers.config import Cached, Local, TopK
+from stepkd.teachers.local import LocalTeacher
 from stepkd.training.checkpoints import AtomicCheckpointIO
 from stepkd.training.progress import StepProgress
 
@@ -149,10 +149,11 @@ def tiny_gkd(
     task: str,
     teacher: str | Path,
     demonstrations: int = DEMONSTRATIONS,
-    divergence: Mapping[str, Any],
+    divergence: DivergenceConfig,
     student: float = 1.0,
     of_teacher: float = 0.0,
     cache: Path | None = None,
+    top_k: TopK | None = None,
 ) -> Built:
     """Distillation from a tiny teacher; cosine schedule, 5% warm-up.
 
@@ -161,18 +162,20 @@ def tiny_gkd(
         task: tiny-world task with its settings.
         teacher: folder of the model to learn from.
         demonstrations: different problems in the training set.
-        divergence: fields of :class:`stepkd.modules.DivergenceConfig`.
+        divergence: how far the student is from it.
         student, of_teacher: share of batches sampled by the student, and of the others by the teacher; the rest are
             the data's solutions.
-        cache: learn from a cache of the teacher's ``top_k`` (of the divergence) likeliest tokens, written here first.
+        cache: learn from a cache of the teacher's ``top_k`` likeliest tokens, written here first.
+        top_k: compare only these; None: the whole vocabulary.
     """
     if cache is not None:
-        _write_cache(cache, teacher, start, tiny_data(task, demonstrations, seed), divergence["top_k"])
+        assert top_k is not None, "a cache holds so many tokens"
+        _write_cache(cache, teacher, start, tiny_data(task, demonstrations, seed), top_k.k)
     module = GKDModule(
         PolicyConfig(path=str(start)),
-        TeacherConfig(path=str(teacher)) if cache is None else TeacherConfig(cache=str(cache)),
-        divergence=DivergenceConfig(**divergence),
-        source=SourceConfig(student=student, teacher=of_teacher, max_new_tokens=NEW_TOKENS),
+        Local(str(teacher), top_k=top_k) if cache is None else Cached(str(cache), top_k=top_k),
+        divergence=divergence,
+        source=SourceConfig(lmbda=student, teacher=of_teacher, sampling=SamplingConfig(max_new_tokens=NEW_TOKENS)),
         **_common(lr, seed),
     )
     return module, tiny_data(task, demonstrations, seed)
@@ -203,7 +206,7 @@ def tiny_kdrl(
     """
     module = KDRLModule(
         PolicyConfig(path=str(start)),
-        teacher=None if teacher is None else TeacherConfig(path=str(teacher)),
+        teacher=None if teacher is None else Local(str(teacher)),
         rollout=RolloutConfig(
             sampling=SamplingConfig(n=GROUP, max_new_tokens=max_new_tokens), engine=InProcess(max_rows=PROMPTS * GROUP)
         ),
@@ -284,9 +287,9 @@ def tiny_fidelity(model: str | Path, teacher: str | Path, *, task: str, problems
     """How like its teacher a model is on held-out problems (:mod:`stepkd.modules.fidelity`), names without a prefix."""
     module = GKDModule(
         PolicyConfig(path=str(model)),
-        TeacherConfig(path=str(teacher)),
-        source=SourceConfig(student=0.0),
-        fidelity=FidelityConfig(max_new_tokens=NEW_TOKENS, max_rows=256),
+        Local(str(teacher)),
+        source=SourceConfig(lmbda=0.0),
+        fidelity=FidelityConfig(SamplingConfig(max_new_tokens=NEW_TOKENS)),
         micro_batch_tokens=16_384,
         seed=seed,
     )
@@ -317,6 +320,6 @@ def _write_cache(folder: Path, teacher: str | Path, student: str | Path, data: S
         lightning_module=SimpleNamespace(tokenizer=tokenizer), global_rank=0, world_size=1
     )
     data.setup("fit")
-    local = LocalTeacher(TeacherConfig(path=str(teacher)))
+    local = LocalTeacher(str(teacher))
     local.bind(tokenizer)
     write_cache(folder, local, data.examples["train"], top_k=top_k)

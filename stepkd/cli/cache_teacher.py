@@ -1,12 +1,12 @@
 """Write a teacher's likeliest tokens for the completions of a distillation recipe, so that training needs no teacher.
 
 stepkd cache-teacher --recipe gkd_cached_teacher base/smollm2-135m-lora \\
-    --set 'model.init_args.teacher={path: HuggingFaceTB/SmolLM2-1.7B-Instruct}' --top-k 64 --out runs/teacher-cache
+    --set model.teacher.path=HuggingFaceTB/SmolLM2-1.7B-Instruct --top-k 64 --out runs/teacher-cache
 
-The recipe's teacher.path is the teacher, its data are the completions: a cache cannot score what a student samples.
+The recipe's teacher (Local) is the teacher, its data are the completions: a cache cannot score what a student samples.
 The teacher computes in the recipe's trainer.precision, as it would beside the student; another one is refused by fit.
-Training then has teacher.cache in place of teacher.path. A killed job is resumed by the same command,
-with any number of processes (torchrun, accelerate, srun).
+Training then has the teacher Cached. A killed job is resumed by the same command, with any number of processes
+(torchrun, accelerate, srun).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(config: CacheTeacherConfig) -> int:
     config, job = config.start({COMPLETIONS: "scoring completions"})
     module, data, trainer = check_fit(words=config.recipe_words())
     if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
-        raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with teacher.path")
+        raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with the teacher Local")
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
     data.setup("fit")
     names = ("train", "validation") if config.validation else ("train",)
@@ -65,6 +65,6 @@ def run(config: CacheTeacherConfig) -> int:
         return job.share_is_done("last part")
     print(
         f"{settings['completions']} completions, {settings['top_k']} tokens per position: {config.out}\n"
-        f"  train: stepkd fit ... --model.init_args.teacher '{{path: null, cache: {config.out}}}'"
+        f"  train: stepkd fit ... --model.teacher Cached --model.teacher.folder {config.out}"
     )
     return 0

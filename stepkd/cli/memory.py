@@ -29,7 +29,7 @@ from stepkd.models.machine import memory_peak
 from stepkd.models.source import as_trained
 from stepkd.models.spec import FrozenSpec, PolicyConfig
 from stepkd.safe import enter, is_safe
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.teachers.config import Local, SelfAverage, SelfBase, SelfSnapshot
 from stepkd.training.failures import explained
 from stepkd.training.fit import check_fit
 
@@ -88,14 +88,13 @@ def lower_bound(module: Any, data: Any, *, precision: str = "32-true", shards: i
         found.phases["training"] = {"chunk of logits": 4 * targets * int(model.get_output_embeddings().weight.shape[0])}
     for name in ("rollout", "source"):
         how = getattr(module, name, None)
-        if how is not None and getattr(how, "student", 1.0) > 0 and hasattr(how.engine, "max_rows"):
-            drawn = how.sampling if isinstance(how.sampling, SamplingConfig) else how.sampling(0)
-            rows = min(how.engine.max_rows, data.global_batch_size * drawn.n)
-            found.phases["sampling"] = {"key-value cache": rows * cache_bytes(spec, drawn.longest)}
-            found.facts["sampling"] = f"{rows} rows of {drawn.longest:,} new tokens"
+        if how is not None and getattr(how, "lmbda", 1.0) > 0 and hasattr(how.engine, "max_rows"):
+            rows = min(how.engine.max_rows, data.global_batch_size * how.sampling.n)
+            found.phases["sampling"] = {"key-value cache": rows * cache_bytes(spec, how.sampling.longest)}
+            found.facts["sampling"] = f"{rows} rows of {how.sampling.longest:,} new tokens"
     if shards > 1:
-        teacher = getattr(getattr(module, "teacher", None), "spec", None)
-        shared += ["teacher"] if teacher is not None and teacher.sharded and "teacher" in found.held else []
+        sharded = getattr(module.arguments.get("teacher"), "sharded", False) and "teacher" in found.held
+        shared += ["teacher"] if sharded else []
         whole = {name: found.held[name] for name in shared if name in ("weights", "teacher")}
         if "bf16-mixed" in precision:
             whole["weights"] = sum(p.numel() * min(p.element_size(), 2) for p in model.parameters())
@@ -146,8 +145,8 @@ def cache_bytes(spec: PolicyConfig, tokens: int) -> int:
 
 def _other_models(found: Bound, module: Any, spec: PolicyConfig, trained_bytes: int) -> None:
     """Teacher and frozen reference: with adapters that is their adapter-off view."""
-    teacher = getattr(getattr(module, "teacher", None), "spec", None)
-    if teacher is not None and teacher.path is not None:
+    teacher = module.arguments.get("teacher")
+    if isinstance(teacher, Local):
         try:
             own = trained_spec(teacher.path)
             model = skeleton(replace(own, dtype=teacher.dtype or ("auto" if own.path == teacher.path else own.dtype)))
@@ -155,8 +154,9 @@ def _other_models(found: Bound, module: Any, spec: PolicyConfig, trained_bytes: 
             found.facts["teacher"] = f"{sum(p.numel() for p in model.parameters()):,} parameters"
         except StepkdError as error:
             found.facts["teacher"] = f"not counted, its settings cannot be read: {error}"
-    if teacher is not None and teacher.itself is not None and not (teacher.itself == "base" and spec.lora is not None):
-        found.held["self-teacher"] = (2 if teacher.itself == "ema" else 1) * trained_bytes  # the average and its copy
+    if isinstance(teacher, SelfSnapshot | SelfAverage) or (isinstance(teacher, SelfBase) and spec.lora is None):
+        copies = 2 if isinstance(teacher, SelfAverage) else 1  # the average and its copy
+        found.held["self-teacher"] = copies * trained_bytes
     reference = getattr(module, "reference_spec", None)
     adapts = spec.lora is not None or adapter_folder(spec.path) is not None
     if reference is not None and not adapts and not reference.cache:  # a cache lets the copy go before the first step

@@ -9,6 +9,11 @@ from stepkd.lazy import lazily
 _HOMES = {
     "base": "Prepared StepModule",
     "components": "Component CrossEntropy ForwardPass",
+    "distillation": "DistillationModule",
+    "distillation_settings": (
+        "BalancedKL Beside CrossEntropyConfig DivergenceConfig ForwardKL JSD Mixed NKD ReverseKL SkewForwardKL "
+        "SkewReverseKL SourceConfig TotalVariation"
+    ),
     "dpo": "DPOModule Hinge IPO PairLoss Sigmoid SigmoidByVisits",
     "fidelity": "FidelityConfig",
     "gkd": "GKDModule",
@@ -19,8 +24,8 @@ _HOMES = {
     "prm": "LanguageModelling PQM PRMModule StepCrossEntropy StepLoss",
     "rewards": "RewardConfig",
     "settings": (
-        "AsAdvantage AsReward Constant DivergenceConfig Exact FirstStep KDConfig Linear MixConfig PolicyLossConfig "
-        "RolloutConfig SampleLogConfig Sampled SourceConfig StepCreditConfig Switch ToGo"
+        "AsAdvantage AsReward Constant Exact FirstStep KDConfig Linear PolicyLossConfig "
+        "RolloutConfig SampleLogConfig Sampled StepCreditConfig Switch ToGo"
     ),
     "sft": "SFTModule",
     "step_scores": "FocusConfig",

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,12 +21,12 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example, with_completion
-from stepkd.errors import check_bounds
+from stepkd.errors import ConfigError
 from stepkd.grading.judge import judge, vote_keys
 from stepkd.grading.pool import Grader
 from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import SamplingConfig
+from stepkd.sampling.sampler import Sampler, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.local import LocalTeacher
@@ -40,6 +41,9 @@ TOKENS = ("forward_kl", "reverse_kl", "agreement", "entropy_gap", "sharpness_gap
 CALIBRATED = ("ece", "teacher_ece")
 BINS = 15
 """Equally wide bins of confidence for the expected calibration error."""
+LIKELY = 0.5
+"""A step is likely when the teacher's mean probability of its tokens (geometric) is at least this. The paper's own
+measure was not found: a reconstruction."""
 ANSWERS = ("both_right", "student_right", "teacher_right", "same_wrong", "different_wrong")
 
 
@@ -47,23 +51,18 @@ ANSWERS = ("both_right", "student_right", "teacher_right", "same_wrong", "differ
 class FidelityConfig:
     """What validation measures of a student's likeness to its teacher."""
 
-    temperature: float = 1.0
-    """Temperature of the samples that tokens and steps are compared on, > 0; one per problem."""
-    max_new_tokens: int = 256
-    """Longest sample and answer in tokens."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=256))
+    """How the samples are drawn that tokens and steps are compared on: one per problem, at a temperature above 0. Its
+    seed is the run's."""
     answers: bool = True
-    """Whether both also answer greedily, and are graded; the teacher does so once. A cached teacher has no answers."""
-    likely_step: float = 0.5
-    """A step is likely when the teacher's mean probability of its tokens (geometric) is at least this, in (0, 1). The
-    paper's own measure was not found: a reconstruction."""
-    segmenter: str = "newline"
-    """How samples are cut into steps."""
-    max_rows: int = 64
-    """Completions decoded at once."""
+    """Whether both also answer greedily, and are graded; the teacher does so once."""
 
     def __post_init__(self) -> None:
-        counts = {"max_new_tokens": "[1, inf)", "max_rows": "[1, inf)"}
-        check_bounds("fidelity.", self, **counts, temperature="(0, inf)", likely_step="(0, 1)")
+        if self.sampling.n != 1 or self.sampling.temperature == 0:
+            raise ConfigError(
+                f"fidelity.sampling: n={self.sampling.n}, temperature={self.sampling.temperature}: one sample per "
+                "problem, at a temperature above 0"
+            )
 
 
 @dataclass(eq=False)
@@ -83,11 +82,13 @@ class Fidelity:
     """Most tokens of a micro-batch, padding included."""
     chunk_size: int
     """Positions whose logits exist at once."""
+    segmenter: str
+    """How samples are cut into steps."""
     seed: int
     """Keys the samples: the same noise at every validation."""
 
     def __post_init__(self) -> None:
-        self._segmenter = get_segmenter(self.spec.segmenter)
+        self._segmenter = get_segmenter(self.segmenter)
         self._answers: dict[int, tuple[bool, str | None]] = {}
 
     def __call__(self, examples: Sequence[Example], indices: Sequence[int]) -> Sums:
@@ -99,26 +100,20 @@ class Fidelity:
         """
         sums = self._tokens_and_steps(self._draw(examples, indices))
         sums |= self._calibration([example for example in examples if example.completion_ids])
-        if self.spec.answers and isinstance(self.teacher, LocalTeacher):
-            sums |= self._compared_answers(self.teacher, examples, indices)
+        if self.spec.answers:
+            sums |= self._compared_answers(cast(LocalTeacher, self.teacher), examples, indices)
         return {f"fidelity/{name}": value for name, value in sums.items()}
 
     def _draw(self, examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
         prompts = [each.prompt_ids for each in examples]
-        drawn = self._sample(self.student, prompts, indices, self.spec.temperature, "fidelity")
+        drawn = self._sample(TransformersSampler(self.student), prompts, indices, "fidelity")
         own = (self.student.tokenizer, self._segmenter)
         return [with_completion(each, rollout.token_ids, *own) for each, rollout in zip(examples, drawn, strict=True)]
 
     def _sample(
-        self,
-        policy: Policy,
-        prompts: Sequence[tuple[int, ...]],
-        indices: Sequence[int],
-        temperature: float,
-        purpose: str,
+        self, sampler: Sampler, prompts: Sequence[tuple[int, ...]], indices: Sequence[int], purpose: str, **how: Any
     ) -> list[Completion]:
-        sampling = SamplingConfig(temperature=temperature, max_new_tokens=self.spec.max_new_tokens, seed=self.seed)
-        sampler = TransformersSampler(policy, max_rows=self.spec.max_rows)
+        sampling = replace(self.spec.sampling, seed=self.seed, **how)
         return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
 
     @torch.no_grad()
@@ -140,7 +135,7 @@ class Fidelity:
             count = len(batch.completion_S)
             ones_N = torch.ones_like(values[:, -1])
             mean_S = segment_sum(values[:, -1], batch.step_N, count) / segment_sum(ones_N, batch.step_N, count)
-            likely += float((mean_S >= math.log(self.spec.likely_step)).sum())
+            likely += float((mean_S >= math.log(LIKELY)).sum())
             steps += count
             known &= not bool(values[:, -1].isnan().any())
         sums = {name: (float(total), float(tokens)) for name, total in zip(TOKENS, totals, strict=True)}
@@ -158,8 +153,8 @@ class Fidelity:
         signals = self.teacher.signals(batch, temperature=1.0)
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
-            student, teacher, favourite_C = signals.compare(tempered(logits_CV), *chunk)
-            agree_C = (logits_CV.argmax(-1) == favourite_C).to(student.dtype)
+            student, teacher, argmax_C = signals.compare(tempered(logits_CV), *chunk)
+            agree_C = (logits_CV.argmax(-1) == argmax_C).to(student.dtype)
             gap_C = entropy(student) - entropy(teacher)
             # Among buckets a token's own probability may be hidden in the tail: not known then.
             whole = teacher.shape == logits_CV.shape
@@ -181,10 +176,10 @@ class Fidelity:
             signals = self.teacher.signals(batch, temperature=1.0)
 
             def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor, signals: Signals = signals) -> Tensor:
-                _, teacher, favourite_C = signals.compare(tempered(logits_CV), *chunk)
+                _, teacher, argmax_C = signals.compare(tempered(logits_CV), *chunk)
                 whole = teacher.shape == logits_CV.shape
                 sure = logits_CV.log_softmax(-1).amax(-1), teacher.amax(-1) if whole else teacher[:, 0]
-                right = logits_CV.argmax(-1) == targets_C, favourite_C == targets_C
+                right = logits_CV.argmax(-1) == targets_C, argmax_C == targets_C
                 return torch.stack([sure[0].exp().double(), right[0], sure[1].exp().double(), right[1]], dim=-1)
 
             values = self._each(position, batch, signals).double().cpu()
@@ -210,19 +205,21 @@ class Fidelity:
         """Shares of :data:`ANSWERS`, which sum to 1: both greedy."""
         new = [i for i, index in enumerate(indices) if index not in self._answers]
         if new:
-            teacher.place(self.student.device)
             chosen = [examples[i] for i in new]
             numbers = [indices[i] for i in new]
-            drawn = self._sample(teacher.policy, teacher.prompts(chosen), numbers, 0.0, "fidelity answers")
+            drawn = self._answer(teacher.sampler(self.student.device), teacher.prompts(chosen), numbers)
             self._answers |= dict(zip(numbers, self._graded(chosen, drawn), strict=True))
         prompts = [example.prompt_ids for example in examples]
-        own = self._graded(examples, self._sample(self.student, prompts, indices, 0.0, "fidelity answers"))
+        own = self._graded(examples, self._answer(TransformersSampler(self.student), prompts, indices))
         pairs = [(mine, self._answers[index]) for mine, index in zip(own, indices, strict=True)]
         votes = vote_keys([[mine[1], theirs[1]] for mine, theirs in pairs], self.grader)
         counts = Counter(
             _kind((mine[0], vote[0]), (theirs[0], vote[1])) for (mine, theirs), vote in zip(pairs, votes, strict=True)
         )
         return {f"answers_{name}": (float(counts[name]), float(len(examples))) for name in ANSWERS}
+
+    def _answer(self, sampler: Sampler, prompts: Sequence[tuple[int, ...]], indices: Sequence[int]) -> list[Completion]:
+        return self._sample(sampler, prompts, indices, "fidelity answers", temperature=0.0)
 
     def _graded(self, examples: Sequence[Example], rollouts: Sequence[Completion]) -> list[tuple[bool, str | None]]:
         """Whether each answer is right, and its equivalence class."""

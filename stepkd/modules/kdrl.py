@@ -26,7 +26,7 @@ from stepkd.losses import chunked_head, target_logps, tempered
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.advantages import AdvantageEstimator
 from stepkd.modules.base import Prepared
-from stepkd.modules.gkd import TaughtModule
+from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.kdrl_objective import PolicyGradient
 from stepkd.modules.rewards import GivenReward, RewardConfig, Rewards
 from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
@@ -42,10 +42,10 @@ from stepkd.modules.settings import (
     Switch,
 )
 from stepkd.modules.step_scores import load_step_scorer
-from stepkd.teachers.local import LocalTeacher, TeacherConfig
+from stepkd.teachers.config import TeacherConfig
 
 
-class KDRLModule(TaughtModule):
+class KDRLModule(DistillationModule):
     """KDRL (arXiv 2506.02208): ``J = J_GRPO - beta KL(pi || teacher)`` on the policy's own samples.
 
     Without a teacher it is GRPO and its kin; with ``policy_loss.weight: 0`` on-policy distillation by the reverse KL
@@ -93,7 +93,7 @@ class KDRLModule(TaughtModule):
         self.samples = samples or SampleLogConfig()
         self.steps_per_batch = self.policy_loss.num_iterations
         self._check_settings(teacher)
-        self.teacher = None if teacher is None else LocalTeacher(teacher)
+        self.teacher = None if teacher is None else teacher.build()
         self.objective = PolicyGradient(
             self.policy_loss,
             self.kd,
@@ -108,10 +108,13 @@ class KDRLModule(TaughtModule):
         """What holds between settings of different parts, so that the type of none of them can say it."""
         if not self.reward_specs:
             raise ConfigError("rewards: give at least one, for instance {name: accuracy}")
-        if teacher is not None and teacher.path is None:
-            raise ConfigError("teacher: KDRL scores fresh samples with another model: give teacher.path")
+        if teacher is not None:
+            reads = "KDRL reads the teacher's probability of every sampled token"
+            teacher.require({"fresh": reads, "whole": reads, "other": "KDRL distils from another model"})
         if isinstance(self.kd.schedule, Switch) and teacher is None:
-            raise ConfigError("kd.schedule: Switch distils first, and there is no teacher: give teacher.path")
+            raise ConfigError(
+                "kd.schedule: Switch distils first, and there is no teacher: give one, for instance Local"
+            )
         shaped = teacher is not None and not hasattr(self.kd, "mask")
         if shaped and (self.policy_loss.weight != 1 or self.policy_loss.equal_groups == "drop"):
             raise ConfigError(
@@ -122,7 +125,7 @@ class KDRLModule(TaughtModule):
         if self.policy_loss.weight == 0:
             if teacher is None or self.kd.beta == 0 or not isinstance(self.kd.schedule, Steady):
                 raise ConfigError(
-                    f"policy_loss.weight=0 with teacher {None if teacher is None else teacher.path}, "
+                    f"policy_loss.weight=0 with teacher {teacher}, "
                     f"kd.beta={self.kd.beta}, kd.schedule {type(self.kd.schedule).__name__}: nothing would be left to "
                     "learn from"
                 )

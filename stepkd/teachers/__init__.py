@@ -8,8 +8,8 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "cache": "CachedTeacher write_cache",
-    "local": "LocalTeacher TeacherConfig",
-    "own": "SelfTeacher",
+    "config": "Cached Local SelfAverage SelfBase SelfSnapshot Served TeacherConfig TopK",
+    "local": "LocalTeacher",
     "server": "ServerTeacher",
     "signals": "HiddenSignals Signals Teacher",
 }

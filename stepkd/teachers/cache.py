@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from stepkd.data.batching import micro_batches
 from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import completion_key
 from stepkd.data.encode import Example
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import chunked_head, tempered, top_k_buckets
 from stepkd.runs.files import write_file
 from stepkd.runs.job import ALONE, PARTS, Job, JobOptions, numbered, package_versions, read_settings
 from stepkd.teachers.local import LocalTeacher, check_context
-from stepkd.teachers.signals import Comparison, HiddenSignals, Signals
+from stepkd.teachers.signals import Comparison, HiddenSignals, Signals, Teacher
 
 KIND = "teacher's cache"
 COMPLETIONS = "completions"
@@ -74,7 +75,7 @@ class CachedSignals:
         return Comparison(student, teacher.to(student.dtype), ids_Ck[:, 0])
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """A teacher whose weights are not needed any more.
 
     Args:
@@ -101,7 +102,7 @@ class CachedTeacher:
             )
         self.stored_k = int(self.settings["top_k"])
         if top_k is not None and top_k > self.stored_k:
-            raise ConfigError(f"divergence.top_k={top_k}, and the cache in {self.folder} holds {self.stored_k} tokens")
+            raise ConfigError(f"teacher.top_k={top_k}, and the cache in {self.folder} holds {self.stored_k} tokens")
         self.top_k = top_k or self.stored_k
         self.tail = tail
         self._entries: dict[Key, Entry] = {}
@@ -155,8 +156,8 @@ class CachedTeacher:
                 torch.tensor(tail.values.to_numpy()),
             )
 
-    def check_precision(self, precision: str) -> None:
-        """Called when training begins, with the Trainer's precision.
+    def start(self, precision: str, template: PromptTemplate | None) -> None:
+        """See :class:`~stepkd.teachers.signals.Teacher`.
 
         Raises:
             ConfigError: the cache was computed in another one.
@@ -172,10 +173,6 @@ class CachedTeacher:
         """Fingerprint of the teacher that wrote it, with k and temperature."""
         facts = {name: self.settings[name] for name in ("teacher", "top_k", "temperature", "tokenizer", "data")}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-        """The student's own: a cache is found by them."""
-        return [example.prompt_ids for example in examples]
 
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`.
@@ -252,8 +249,8 @@ def write_cache(
     job = Job(Path(folder).expanduser(), KIND, options=options)
     settings = job.begin(
         {
-            "teacher": {"name": teacher.spec.path, "weights": teacher.identity()},
-            "template": repr(teacher.spec.template),
+            "teacher": {"name": teacher.path, "weights": teacher.identity()},
+            "template": repr(teacher.template),
             "tokenizer": tokenizer_hash(teacher.policy.tokenizer),
             "vocabulary": vocabulary,
             "top_k": top_k,
@@ -302,7 +299,7 @@ def _score(
         assert isinstance(signals, HiddenSignals)
         values = chunked_head(likeliest, signals.head, signals.hidden_NH, chunk_size=chunk_size).cpu()
         if not values[:, top_k].isfinite().all():
-            raise ModelError(f"the teacher {teacher.spec.path} gave logits that are not finite")
+            raise ModelError(f"the teacher {teacher.path} gave logits that are not finite")
         sizes = [len(examples[i].completion_ids) for i in group]
         for i, rows in zip(group, values.split(sizes), strict=True):
             found[i] = (rows[:, :top_k].long(), rows[:, top_k:-1].float(), rows[:, -1].float())

@@ -5,14 +5,12 @@ Through TRL's client (``pip install 'stepkd[vllm]'``); the contract is tested ag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 
 from stepkd.data.collate import Batch
-from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.load import load_tokenizer
 from stepkd.models.spec import PolicyConfig
@@ -20,12 +18,12 @@ from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.vllm import connect
 from stepkd.teachers.cache import CachedSignals
 from stepkd.teachers.local import check_context
-from stepkd.teachers.signals import Signals
+from stepkd.teachers.signals import Signals, Teacher
 
 
 @dataclass(eq=False)
-class ServerTeacher:
-    """See :attr:`TeacherConfig.server <stepkd.teachers.local.TeacherConfig.server>`."""
+class ServerTeacher(Teacher):
+    """See ``Served`` in :mod:`stepkd.teachers.config`."""
 
     address: str
     """``http://host:port``."""
@@ -67,10 +65,6 @@ class ServerTeacher:
     def identity(self) -> str:
         """The model that the server names; its weights cannot be seen from here."""
         return f"server: {self.client.model}"
-
-    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-        """The student's own."""
-        return [example.prompt_ids for example in examples]
 
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`.

@@ -7,9 +7,12 @@ Axes: N targets (completion tokens) of a micro-batch, C of one chunk, V vocabula
 k + 1 of a top-k comparison).
 """
 
+# ruff: noqa: B027 - most teachers have nothing to do in the course of a run
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +21,9 @@ from torch import Tensor
 
 from stepkd.data.collate import Batch
 from stepkd.data.encode import Example
+from stepkd.data.templates import PromptTemplate
 from stepkd.losses import VocabHead, tempered, top_k_buckets
+from stepkd.models.policy import Policy
 
 
 class Comparison(NamedTuple):
@@ -28,7 +33,7 @@ class Comparison(NamedTuple):
     """Log-probabilities of the student; gradients flow through it."""
     log_teacher_CW: Tensor
     """Log-probabilities of the teacher."""
-    favourite_C: Tensor
+    argmax_C: Tensor
     """int64 token that the teacher finds likeliest."""
 
 
@@ -50,9 +55,13 @@ class Signals(Protocol):
         ...
 
 
-class Teacher(Protocol):
-    """Scores what a student wrote."""
+class Teacher(ABC):
+    """Scores what a student wrote. It is no part of the student, neither of its state nor of its strategy."""
 
+    max_length: int | None = None
+    """Its context in tokens, once it is bound; None: as long as the student's."""
+
+    @abstractmethod
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Get ready for a student: load what is to be loaded, and check that both read the same ids as the same tokens.
 
@@ -63,19 +72,54 @@ class Teacher(Protocol):
         Raises:
             ModelError: nothing loadable, or another vocabulary.
         """
-        ...
 
+    @abstractmethod
     def identity(self) -> str:
-        """Fingerprint of what decides its distributions; a run is not gone on with under another."""
-        ...
+        """Fingerprint of what decides its distributions; a run is not resumed under another."""
 
+    @abstractmethod
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """Its view of every target of a micro-batch, without gradients; its tensors may be on a device of its own."""
-        ...
 
     def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
-        """Prompt ids under which it reads the examples' completions."""
-        ...
+        """Prompt ids under which it reads the examples' completions: the student's own."""
+        return [example.prompt_ids for example in examples]
+
+    # ---- what a teacher does in the course of a run; most have nothing to do -----------------------------------------
+
+    def follow(self, student: Policy) -> None:
+        """Told the student before :meth:`bind`: loaded, not yet wrapped or trained by anything."""
+
+    def start(self, precision: str, template: PromptTemplate | None) -> None:
+        """Told when training begins.
+
+        Args:
+            precision: the Trainer's.
+            template: prompt template of the student's data; None: not known, or not to be spoken of by this rank.
+
+        Raises:
+            ConfigError: the run is another one than the teacher was made for.
+        """
+
+    def shard(self, mesh: Any) -> None:
+        """Shard it over a mesh of ranks (FSDP2), if its settings ask for that."""
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """A block with all of its weights on every rank."""
+        return nullcontext()
+
+    def begin(self, epoch: int) -> None:
+        """Told before every batch how many passes over the data are complete."""
+
+    def after_step(self, steps: int) -> None:
+        """Told after every optimiser step how many there have been."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to make it again."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state` gave, in a fresh process that has not trained yet."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +146,9 @@ class HiddenSignals:
         """See :class:`Signals`."""
         with torch.no_grad():
             log_teacher_CV = tempered(self.head(chunk[0]), self.temperature).to(log_student_CV.device)
-            favourite_C = log_teacher_CV.argmax(-1)
+            argmax_C = log_teacher_CV.argmax(-1)
         if self.top_k is None or self.top_k >= log_teacher_CV.shape[-1]:
-            return Comparison(log_student_CV, log_teacher_CV.to(log_student_CV.dtype), favourite_C)
+            return Comparison(log_student_CV, log_teacher_CV.to(log_student_CV.dtype), argmax_C)
         ids_Ck = log_teacher_CV.topk(self.top_k, dim=-1).indices
         student, teacher = (top_k_buckets(each, ids_Ck, tail=self.tail) for each in (log_student_CV, log_teacher_CV))
-        return Comparison(student, teacher.to(student.dtype), favourite_C)
+        return Comparison(student, teacher.to(student.dtype), argmax_C)

@@ -77,9 +77,9 @@ def stepkd_step(student: Any, teacher: Any) -> Callable[[], Tensor]:
             signals = HiddenSignals(vocab_head(teacher), hidden(teacher))
 
         def position(logits_CV: Tensor, *chunk: Tensor) -> Tensor:
-            own, other, favourite = signals.compare(tempered(logits_CV), *chunk)
+            own, other, argmax_C = signals.compare(tempered(logits_CV), *chunk)
             value_C = generalized_jsd(own, other, beta=0.5)
-            return torch.stack([value_C, (logits_CV.argmax(-1) == favourite).to(value_C)], dim=-1)
+            return torch.stack([value_C, (logits_CV.argmax(-1) == argmax_C).to(value_C)], dim=-1)
 
         weights_N = torch.full(batch.targets_N.shape, 1 / len(batch.targets_N))
         total, _ = fused_sum(

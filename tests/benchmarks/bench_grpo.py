@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from stepkd.teachers.config import Local
+
 SHAPES = {
     "policy": {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "intermediate_size": 1536},
     "teacher": {"hidden_size": 960, "num_hidden_layers": 32, "num_attention_heads": 15, "intermediate_size": 2560},
@@ -86,7 +88,6 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, Sampled
     from stepkd.sampling.sampler import SamplingConfig
     from stepkd.steps.segment import get_segmenter
-    from stepkd.teachers.local import TeacherConfig
 
     seconds: list[float] = []
     tokens: list[float] = []
@@ -102,7 +103,7 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     module = KDRLModule(
         PolicyConfig(path=str(policy), dtype=dtype),
         rewards=[RewardConfig(f"{Path(__file__).stem}:even")],
-        teacher=None if teacher is None else TeacherConfig(path=str(teacher), dtype=dtype),
+        teacher=None if teacher is None else Local(str(teacher), dtype=dtype),
         rollout=RolloutConfig(SamplingConfig(n=GROUP, max_new_tokens=NEW), segmenter="whole"),
         policy_loss=PolicyLossConfig(normalisation="dapo"),
         kd=Sampled(beta=0.1),

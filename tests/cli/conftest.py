@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 POLICY = {"path": "tiny-0.1m", "init_seed": 7}
-TEACHER = {"path": "tiny-0.1m"}
+TEACHER = {"class_path": "Local", "init_args": {"path": "tiny-0.1m"}}
 PROBLEMS = {"init_args": {"train": {"options": {"n": 18}}, "validation": None, "global_batch_size": 4}}
 REWARDS = [
     {"name": "length", "options": {"limit": 20}},
@@ -25,7 +25,7 @@ REWARDS = [
 ]
 ROLLOUT = {"sampling": {"n": 4, "max_new_tokens": 24}, "engine": {"init_args": {"max_rows": 8}}}
 KD = {"class_path": "Sampled", "init_args": {"beta": 0.3}}
-SOURCE = {"student": 0.5, "max_new_tokens": 24, "engine": {"init_args": {"max_rows": 2}}}
+SOURCE = {"lmbda": 0.5, "sampling": {"max_new_tokens": 24}, "engine": {"init_args": {"max_rows": 2}}}
 SHORT = {"samples": 0}
 ACCELERATE = [
     *("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/cluster/accelerate_8gpu.yaml")),
@@ -38,7 +38,7 @@ LAUNCHERS = {
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "gkd": ("gkd", {"teacher": TEACHER, "source": SOURCE}),
-    "self_distill": ("self_distill", {"teacher": {"itself": "ema", "decay": 0.5}}),
+    "self_distill": ("self_distill", {"teacher": {"class_path": "SelfAverage", "init_args": {"decay": 0.5}}}),
     "kdrl": ("kdrl", {"teacher": TEACHER, "rollout": ROLLOUT, "rewards": REWARDS, "kd": KD}),
     "grpo": ("grpo", {"rollout": ROLLOUT, "rewards": REWARDS, "policy_loss": {"num_iterations": 2}}),
     "prm": ("prm", {}),

@@ -44,8 +44,8 @@ COMMANDS = {
     "score": "score --scorer checker --rollouts {rows} --out {out}",
     "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular,n=2 --sampling.max-new-tokens 8 "
     "--out {out}",
-    "cache-teacher": "cache-teacher --recipe tiny/gkd {tiny} --set model.init_args.teacher.path=tiny-0.1m "
-    "--set model.init_args.source.student=0.0 --top-k 4 --out {out}",
+    "cache-teacher": "cache-teacher --recipe tiny/gkd {tiny} --set model.teacher.path=tiny-0.1m "
+    "--set model.source.lmbda=0.0 --top-k 4 --out {out}",
     "iterate": "iterate --config {iterate} --model tiny-0.1m --iterations 1 --out {out}",
     "claims": "claims run step_dpo --out {out}",
     "quickstart": "quickstart --scale 0.01 --out {out}",

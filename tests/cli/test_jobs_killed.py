@@ -23,9 +23,9 @@ model:
   class_path: stepkd.modules.GKDModule
   init_args:
     policy: {path: tiny-0.1m, init_seed: 5}
-    teacher: {path: tiny-0.1m}
-    divergence: {kind: forward_kl, top_k: 6}
-    source: {student: 0.0}
+    teacher: {class_path: Local, init_args: {path: tiny-0.1m}}
+    divergence: {class_path: ForwardKL}
+    source: {lmbda: 0.0}
     micro_batch_tokens: 512
 data:
   class_path: stepkd.data.StepData

@@ -133,8 +133,8 @@ def test_copies_of_the_policy_are_held_too() -> None:
         nowhere = ("data.init_args.train.path=/no/such/file.jsonl", "model.init_args.policy.path=tiny-0.1m")
         held = lower_bound(*check_fit(recipe("dpo", *nowhere, *settings))).held
         assert held.get("reference") == (held["weights"] if copies else None)
-    for form, copies in (("epoch", 1), ("ema", 2)):
-        held = lower_bound(*check_fit(recipe("self_distill", *FEW, f"model.init_args.teacher.itself={form}"))).held
+    for form, copies in (("SelfSnapshot", 1), ("SelfAverage", 2), ("SelfBase", 1)):
+        held = lower_bound(*check_fit(recipe("self_distill", *FEW, f"model.teacher={form}"))).held
         assert held["self-teacher"] == copies * held["weights"]
 
 
@@ -143,11 +143,11 @@ def test_a_teacher_that_is_a_run(tmp_path: Path) -> None:
     adapted = ("model.init_args.policy.lora={r: 4}", "model.init_args.policy.dtype=bfloat16")
     fit = ["fit", *recipe("sft", *FEW, *adapted), "--trainer.max_steps", "1", "--out", str(tmp_path / "run")]
     assert main(fit) == 0
-    found = lower_bound(*check_fit(recipe("kdrl", *FEW, f"model.init_args.teacher.path={tmp_path / 'run'}")))
+    found = lower_bound(*check_fit(recipe("kdrl", *FEW, f"model.teacher.path={tmp_path / 'run'}")))
     policy = load_trained(tmp_path / "run")
     assert found.held["teacher"] == sum(p.numel() * p.element_size() for p in policy.parameters())
     (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(b"torn")
-    found = lower_bound(*check_fit(recipe("kdrl", *FEW, f"model.init_args.teacher.path={tmp_path / 'run'}")))
+    found = lower_bound(*check_fit(recipe("kdrl", *FEW, f"model.teacher.path={tmp_path / 'run'}")))
     assert "teacher" not in found.held
     assert "not counted, its settings cannot be read" in found.facts["teacher"]
 
@@ -157,8 +157,8 @@ def test_a_sharded_model() -> None:
     words = recipe(
         "kdrl",
         "model.init_args.policy.path=tiny-0.5m",
-        "model.init_args.teacher.path=tiny-0.1m",
-        "model.init_args.teacher.sharded=true",
+        "model.teacher.path=tiny-0.1m",
+        "model.teacher.sharded=true",
     )
     whole, cut = (lower_bound(*check_fit(words), shards=shards) for shards in (1, 4))
     for name in ("weights", "gradients", "optimiser (AdamW)", "teacher"):

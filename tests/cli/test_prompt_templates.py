@@ -142,7 +142,7 @@ def test_a_teacher_that_reads_other_prompts_than_it_was_trained_on_is_named(
     export: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str | None, warned: bool
 ) -> None:
     recipe = ROOT / "recipes" / "tiny" / "gkd.yaml"
-    words = ["fit", "--config", str(recipe), "--trainer.max_steps", "1", "--model.source.student", "0"]
+    words = ["fit", "--config", str(recipe), "--trainer.max_steps", "1", "--model.source.lmbda", "0"]
     words += ["--data.train", json.dumps({"source": "rows", "path": str(rows), "split": None, "options": {}})]
     words += ["--data.validation", "null", "--data.template", "plain", "--model.policy.path", "tiny-0.1m"]
     words += ["--model.teacher.path", str(export)]

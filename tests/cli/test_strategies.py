@@ -94,7 +94,7 @@ def test_running_averages_are_cut_up_too(runs: Callable[[str], Any]) -> None:
     assert_done(made.fit("two", *average, "--resume", ranks=2, strategy="fsdp2"))
     assert_same_training(made, "two", "one")
     ours, theirs = (made.last(name)["stepkd"] for name in ("two", "one"))
-    for part in (("ema",), ("method_state", "itself", "weights")):
+    for part in (("ema",), ("method_state", "teacher", "weights")):
         for name in part:
             ours, theirs = ours[name], theirs[name]
         assert_same_weights(ours, theirs)

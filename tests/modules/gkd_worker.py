@@ -17,20 +17,21 @@ from stepkd.data.collate import collate
 from stepkd.data.encode import Encoder, Example
 from stepkd.data.templates import get_template
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.modules.distillation_settings import JSD, ReverseKL, SourceConfig
 from stepkd.modules.gkd import GKDModule
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.settings import DivergenceConfig, SourceConfig
 from stepkd.runs.launcher import check_launch, trainer_defaults
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import Noise, make_rows
-from stepkd.teachers.local import TeacherConfig
+from stepkd.teachers.config import Local
 
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}
-TEACHER = TeacherConfig(path="tiny-0.5m", dtype="float64")
+TEACHER = Local("tiny-0.5m", dtype="float64")
 """Wider than the student."""
-DATA = SourceConfig(student=0.0)
-OWN = SourceConfig(student=1.0, max_new_tokens=12)
+DATA = SourceConfig(lmbda=0.0)
+OWN = SourceConfig(lmbda=1.0, sampling=SamplingConfig(max_new_tokens=12))
 
 
 def examples(count: int = 8) -> list[Example]:
@@ -121,8 +122,8 @@ def main(out: str, num_rows: int) -> None:
     """Given completions and sampled ones, over the ranks of this launch."""
     rows, results = examples(num_rows), {}
     for name, settings in (
-        ("data", {"divergence": DivergenceConfig(beta=0.3)}),
-        ("own", {"source": OWN, "divergence": DivergenceConfig("reverse_kl"), "average": "sequences"}),
+        ("data", {"divergence": JSD(beta=0.3)}),
+        ("own", {"source": OWN, "divergence": ReverseKL(), "average": "sequences"}),
     ):
         module = run(rows, steps=2, micro_batch_tokens=120, chunk_size=5, **settings)
         results[name] = facts(module)

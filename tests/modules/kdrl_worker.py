@@ -27,11 +27,11 @@ from stepkd.runs.logger import JsonlLogger
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
-from stepkd.teachers.local import TeacherConfig
+from stepkd.teachers.config import Local
 
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 POLICY: dict[str, Any] = {"path": "tiny-0.1m", "dtype": "float64", "init_seed": 7}
-TEACHER = TeacherConfig(path="tiny-0.5m", dtype="float64")
+TEACHER = Local("tiny-0.5m", dtype="float64")
 ROLLOUT = RolloutConfig(SamplingConfig(n=4, max_new_tokens=40))
 REWARDS = [
     RewardConfig("length", options={"limit": 20}),

@@ -28,12 +28,13 @@ from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, build_tiny
 from stepkd.models.step_head import StepHeadConfig
+from stepkd.modules.distillation_settings import JSD, NKD, BalancedKL, Beside, ReverseKL, SkewForwardKL, SourceConfig
 from stepkd.modules.fidelity import ANSWERS, FidelityConfig, _kind
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.settings import DivergenceConfig, SourceConfig
 from stepkd.modules.step_scores import FocusConfig
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.load import PRM
-from stepkd.teachers.local import LocalTeacher, TeacherConfig
+from stepkd.teachers.config import Local, TopK
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
 _SPEC = importlib.util.spec_from_file_location("gkd_worker", WORKER)
@@ -107,7 +108,7 @@ def test_whatever_the_layout(
     changes: dict[str, Any], views: Any, rows: list[Any], distance: Callable[..., float]
 ) -> None:
     loss, expected = plain(views, rows, at(1.5, generalized_jsd, beta=0.3))
-    module = worker.run(rows, divergence=DivergenceConfig(beta=0.3, temperature=1.5), **changes)
+    module = worker.run(rows, divergence=JSD(beta=0.3, temperature=1.5), **changes)
     assert distance(module.gradients, expected) < TOLERANCE
     assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(loss, rel=1e-6)
     assert (len(module.shapes) > 1) == ("micro_batch_tokens" in changes)
@@ -126,23 +127,24 @@ def whole_nkd(own: Tensor, other: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("settings", "divergence"),
     [
-        ({"divergence": DivergenceConfig("reverse_kl"), "average": "sequences"}, at(1.0, reverse_kl)),
-        ({"divergence": DivergenceConfig("reverse_kl", temperature=0.7), "ce_weight": 0.4}, at(0.7, reverse_kl)),
-        ({"divergence": DivergenceConfig("reverse_kl", top_k=4)}, buckets),
-        ({"divergence": DivergenceConfig("nkd", gamma=0.7, temperature=2.0)}, whole_nkd),
+        ({"divergence": ReverseKL(), "average": "sequences"}, at(1.0, reverse_kl)),
+        ({"divergence": ReverseKL(temperature=0.7), "cross_entropy": Beside(0.4)}, at(0.7, reverse_kl)),
+        ({"divergence": ReverseKL(), "teacher": replace(worker.TEACHER, top_k=TopK(4))}, buckets),
+        ({"divergence": NKD(gamma=0.7, temperature=2.0)}, whole_nkd),
     ],
 )
 def test_settings(
     settings: dict[str, Any], divergence: Any, views: Any, rows: list[Any], distance: Callable[..., float]
 ) -> None:
-    plainly = {name: value for name, value in settings.items() if name != "divergence"}
-    loss, expected = plain(views, rows, divergence, **plainly)
+    ce_weight = settings["cross_entropy"].weight if "cross_entropy" in settings else 0.0
+    average = settings.get("average", "tokens")
+    loss, expected = plain(views, rows, divergence, average=average, ce_weight=ce_weight)
     module = worker.run(rows, **settings, micro_batch_tokens=150, chunk_size=11)
     assert distance(module.gradients, expected) < TOLERANCE
     logged = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
     assert logged["train/loss"] == pytest.approx(loss, rel=1e-6)
     assert 0 <= logged["train/agreement"] <= 1
-    assert ("train/ce" in logged) == ("ce_weight" in settings)
+    assert ("train/ce" in logged) == ("cross_entropy" in settings)
 
 
 def trl_loss(
@@ -173,7 +175,7 @@ def test_a_step_is_trls(beta: float, views: Any, rows: list[Any], distance: Call
     loss = trl_loss(views, rows, beta=beta)
     loss.backward()
     expected = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-    module = worker.run(rows, divergence=DivergenceConfig(beta=beta), micro_batch_tokens=100, chunk_size=9)
+    module = worker.run(rows, divergence=JSD(beta=beta), micro_batch_tokens=100, chunk_size=9)
     assert distance(module.gradients, expected) < TOLERANCE
     assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(loss.item(), rel=1e-6)
 
@@ -183,7 +185,7 @@ def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
     warm, cold = (float(trl_loss(views, rows, beta=0.5, temperature=t).detach()) for t in (2.0, 1.0))
     assert warm == cold, "TRL's loss path has a temperature now: compare it in test_a_step_is_trls"
     ours = {
-        t: float(worker.run(rows, divergence=DivergenceConfig(temperature=t)).trainer.callback_metrics["train/loss"])
+        t: float(worker.run(rows, divergence=JSD(temperature=t)).trainer.callback_metrics["train/loss"])
         for t in (1.0, 2.0)
     }
     assert ours[1.0] == pytest.approx(cold, rel=1e-6)
@@ -204,10 +206,9 @@ def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
 
 def test_own_samples(views: Any, rows: list[Any], distance: Callable[..., float]) -> None:
     """What is learnt from is what the student wrote before the step, and is counted after it was written."""
-    from stepkd.sampling.sampler import SamplingConfig
     from stepkd.sampling.transformers_sampler import TransformersSampler
 
-    module = worker.run(rows, source=worker.OWN, divergence=DivergenceConfig("reverse_kl"), micro_batch_tokens=90)
+    module = worker.run(rows, source=worker.OWN, divergence=ReverseKL(), micro_batch_tokens=90)
     sampler = TransformersSampler(views[0])
     drawn = sampler.sample([row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=12), purpose="gkd student")
     written = {row.id: tuple(rollout[0].token_ids) for row, rollout in zip(rows, drawn, strict=True)}
@@ -224,14 +225,16 @@ def test_samples_differ_from_step_to_step_and_are_used_again_on_request(rows: li
     assert module.written[0] != module.written[1]
     again = worker.run(rows, steps=4, source=worker.OWN)
     assert again.written == module.written
-    reused = worker.run(rows, steps=2, source=replace(worker.OWN, reuse=2))
+    reused = worker.run(rows, steps=2, source=replace(worker.OWN, num_iterations=2))
     assert len(reused.written) == 1
     assert reused.trainer.global_step == 2
     assert reused.written[0] == module.written[0]
 
 
 def test_the_sources_share(rows: list[Any]) -> None:
-    module = worker.run(rows[:2], steps=40, source=SourceConfig(student=0.3, teacher=0.5, max_new_tokens=2))
+    module = worker.run(
+        rows[:2], steps=40, source=SourceConfig(lmbda=0.3, teacher=0.5, sampling=SamplingConfig(max_new_tokens=2))
+    )
     counts = {name: module.drawn.count(name) for name in ("student", "teacher", "data")}
     assert sum(counts.values()) == 40
     assert 5 <= counts["student"] <= 20
@@ -240,10 +243,9 @@ def test_the_sources_share(rows: list[Any]) -> None:
 
 
 def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> None:
-    from stepkd.sampling.sampler import SamplingConfig
     from stepkd.sampling.transformers_sampler import TransformersSampler
 
-    module = worker.run(rows, source=SourceConfig(student=0.0, teacher=1.0, max_new_tokens=9))
+    module = worker.run(rows, source=SourceConfig(lmbda=0.0, teacher=1.0, sampling=SamplingConfig(max_new_tokens=9)))
     drawn = TransformersSampler(views[1]).sample(
         [row.prompt_ids for row in rows], SamplingConfig(max_new_tokens=9), purpose="gkd teacher"
     )
@@ -300,7 +302,7 @@ def test_only_wrong_steps(average: Any, views: Any, distance: Callable[..., floa
     module = worker.run(
         rows,
         focus=FocusConfig("checker"),
-        divergence=DivergenceConfig("reverse_kl"),
+        divergence=ReverseKL(),
         average=average,
         micro_batch_tokens=100,
         chunk_size=5,
@@ -360,7 +362,12 @@ def measure(rows: list[Any], views: Any, **settings: Any) -> dict[str, float]:
 
     module = worker.GKD(
         PolicyConfig(**worker.POLICY),
-        **{"teacher": worker.TEACHER, "source": worker.DATA, "fidelity": FidelityConfig(max_new_tokens=16), **settings},
+        **{
+            "teacher": worker.TEACHER,
+            "source": worker.DATA,
+            "fidelity": FidelityConfig(SamplingConfig(max_new_tokens=16)),
+            **settings,
+        },
     )
     plan = BatchPlan([row.length for row in rows], size=4, shuffle=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -378,7 +385,6 @@ def clustered_error(values: list[Tensor]) -> float:
 
 
 def test_fidelity_is_what_plain_logits_give(views: Any, rows: list[Any]) -> None:
-    from stepkd.sampling.sampler import SamplingConfig
     from stepkd.sampling.transformers_sampler import TransformersSampler
     from stepkd.steps.segment import get_segmenter, segment
     from stepkd.steps.text import text_from_ids
@@ -435,7 +441,8 @@ def test_calibration_on_given_tokens(views: Any, rows: list[Any]) -> None:
     assert found["ece"] == pytest.approx(calibration_error(views[0], rows), rel=1e-5)
     assert found["teacher_ece"] == pytest.approx(calibration_error(views[1], rows), rel=1e-5)
     assert not [name for name in found if name.startswith("ece/")]
-    few = measure(rows, views, divergence=DivergenceConfig(top_k=3), fidelity=FidelityConfig(answers=False))
+    few_tokens = replace(worker.TEACHER, top_k=TopK(3))
+    few = measure(rows, views, teacher=few_tokens, fidelity=FidelityConfig(answers=False))
     assert few["teacher_ece"] == pytest.approx(found["teacher_ece"], rel=1e-5), "its likeliest token is in no tail"
     bare = [replace(row, completion_ids=(), spans=()) for row in rows]
     assert "ece" not in measure(bare, views, fidelity=FidelityConfig(answers=False))
@@ -445,14 +452,16 @@ def test_a_student_that_is_its_teacher(views: Any, rows: list[Any], tmp_path: Pa
     from stepkd.models.checkpoint import save_policy
 
     save_policy(Policy.load(PolicyConfig(**worker.POLICY)), tmp_path / "same")
-    found = measure(rows, views, teacher=TeacherConfig(path=str(tmp_path / "same")))
+    found = measure(rows, views, teacher=Local(str(tmp_path / "same")))
     assert abs(found["forward_kl"]) < 1e-9
     assert abs(found["reverse_kl"]) < 1e-9
     assert (found["agreement"], found["answers_teacher_right"], found["answers_student_right"]) == (1.0, 0.0, 0.0)
 
 
 def test_among_buckets_steps_are_not_judged(views: Any, rows: list[Any]) -> None:
-    found = measure(rows[:4], views, divergence=DivergenceConfig(top_k=3), fidelity=FidelityConfig(answers=False))
+    found = measure(
+        rows[:4], views, teacher=replace(worker.TEACHER, top_k=TopK(3)), fidelity=FidelityConfig(answers=False)
+    )
     assert "likely_steps" not in found
     assert not [name for name in found if name.startswith("answers")]
     assert found["reverse_kl"] > 0
@@ -496,11 +505,11 @@ def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], dis
     module = worker.run(
         rows,
         teacher=replace(worker.TEACHER, template=template),
-        divergence=DivergenceConfig("reverse_kl"),
+        divergence=ReverseKL(),
         micro_batch_tokens=100,
     )
     student, teacher = views
-    own_prompts = LocalTeacher(replace(worker.TEACHER, template=template), top_k=None)
+    own_prompts = replace(worker.TEACHER, template=template).build()
     own_prompts.bind(student.tokenizer)
     prompts = own_prompts.prompts(rows)
     assert all(len(prompt) == len(row.prompt_ids) + 2 for prompt, row in zip(prompts, rows, strict=True))
@@ -526,7 +535,7 @@ def test_a_teacher_without_the_students_special_tokens(tmp_path: Path, rows: lis
     save_policy(student, tmp_path / "student")
     message = r"does not know the model's special tokens '<wait>', '<done>' \(ids \d+, \d+\), so it cannot say where"
     with pytest.raises(ModelError, match=message):
-        worker.run(rows, policy={"path": str(tmp_path / "student")}, teacher=TeacherConfig(path="tiny-0.5m"))
+        worker.run(rows, policy={"path": str(tmp_path / "student")}, teacher=Local("tiny-0.5m"))
 
 
 def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
@@ -537,12 +546,12 @@ def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
     teacher.causal_lm.resize_token_embeddings(len(teacher.tokenizer))
     save_policy(teacher, tmp_path / "other")
     with pytest.raises(ModelError, match=r"the teacher's vocabulary is not the model's .*'zwölf'"):
-        worker.run(rows, teacher=TeacherConfig(path=str(tmp_path / "other")))
+        worker.run(rows, teacher=Local(str(tmp_path / "other")))
     scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
     scorer.attach_step_head(StepHeadConfig())
     save_policy(scorer, tmp_path / "prm")
     with pytest.raises(ModelError, match="is a reward model: a teacher is a language model"):
-        worker.run(rows, teacher=TeacherConfig(path=str(tmp_path / "prm")))
+        worker.run(rows, teacher=Local(str(tmp_path / "prm")))
 
 
 @pytest.mark.parametrize(
@@ -558,8 +567,8 @@ def test_the_teachers_context_is_checked(max_length: int, new: int, message: str
         part.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
-    source = SourceConfig(student=1.0, max_new_tokens=new) if new else SourceConfig(student=0.0)
-    module = GKDModule(PolicyConfig(path="tiny-0.1m"), TeacherConfig(path=str(tmp_path)), source=source)
+    source = SourceConfig(lmbda=1.0, sampling=SamplingConfig(max_new_tokens=new)) if new else SourceConfig(lmbda=0.0)
+    module = GKDModule(PolicyConfig(path="tiny-0.1m"), Local(str(tmp_path)), source=source)
     spec = DataConfig(source="task", options={"task": "modular:terms=2-4", "n": 8})
     data = StepData(spec, template="task", max_length=max_length, global_batch_size=4)
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -577,27 +586,35 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[A
         teacher.causal_lm.get_output_embeddings().weight[5] = float("nan")
     save_policy(teacher, tmp_path / "broken")
     with pytest.raises((TrainingError, ModelError), match="finite"):
-        worker.run(rows, teacher=TeacherConfig(path=str(tmp_path / "broken")))
+        worker.run(rows, teacher=Local(str(tmp_path / "broken")))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DivergenceConfig(beta=1.5), r"divergence.beta=1.5: must lie in \[0, 1\]"),
-        (lambda: DivergenceConfig("revers_kl"), "did you mean 'reverse_kl'"),  # type: ignore[arg-type]
-        (lambda: DivergenceConfig(temperature=0.0), "divergence.temperature=0.0: must be positive"),
-        (lambda: DivergenceConfig(top_k=0), "divergence.top_k=0"),
-        (lambda: DivergenceConfig("nkd", top_k=4), "nkd renormalises over all tokens"),
-        (lambda: SourceConfig(student=-0.1), r"source.student=-0.1: must lie in \[0, 1\]"),
-        (lambda: SourceConfig(temperature=0.0), "greedy samples are no samples"),
-        (lambda: SourceConfig(reuse=0), "source.reuse=0: must be at least 1"),
-        (lambda: FidelityConfig(temperature=0.0), "fidelity.temperature=0.0: must be positive"),
-        (lambda: FidelityConfig(likely_step=1.0), "fidelity.likely_step=1.0"),
+        (lambda: JSD(beta=1.5), r"divergence.beta=1.5: must lie in \[0, 1\]"),
+        (lambda: JSD(temperature=0.0), "divergence.temperature=0.0: must be positive"),
+        (lambda: TopK(0), "top_k.k=0: must be at least 1"),
+        (lambda: SkewForwardKL(skew=-0.1), r"divergence.skew=-0.1: must lie in \[0, 1\]"),
+        (lambda: BalancedKL(delta=0.5), "divergence.delta=0.5: must be at least 1"),
+        (lambda: Beside(0.0), "cross_entropy.weight=0.0: must be positive"),
+        (
+            lambda: GKDModule(PolicyConfig(), Local("x", top_k=TopK(4)), NKD()),
+            "divergence NKD reads the whole distribution, and the teacher Local is compared in its likeliest tokens",
+        ),
+        (lambda: SourceConfig(lmbda=-0.1), r"source.lmbda=-0.1: must lie in \[0, 1\]"),
+        (lambda: SourceConfig(sampling=SamplingConfig(temperature=0.0)), "greedy samples are no samples"),
+        (lambda: SourceConfig(num_iterations=0), "source.num_iterations=0: must be at least 1"),
+        (
+            lambda: FidelityConfig(SamplingConfig(temperature=0.0)),
+            "fidelity.sampling: n=1, temperature=0.0: one sample",
+        ),
+        (lambda: FidelityConfig(SamplingConfig(n=2)), "fidelity.sampling: n=2"),
         (lambda: FocusConfig("checker", wrong=0.0), "focus: no step would count"),
         (lambda: FocusConfig("checker", after=-1.0), "focus.after=-1.0: must be 0 or positive"),
         (lambda: FocusConfig("checker", threshold=1.0), "focus.threshold=1.0"),
-        (lambda: TeacherConfig(path=""), "teacher: give path"),
-        (lambda: TeacherConfig(path="x", dtype="bf16"), "teacher.dtype='bf16': must be one of"),
+        (lambda: Local(""), "teacher.path is empty"),
+        (lambda: Local("x", dtype="bf16"), "unknown teacher.dtype 'bf16'"),  # type: ignore[arg-type]
     ],
 )
 def test_mistakes(make: Callable[[], Any], message: str) -> None:

@@ -41,11 +41,10 @@ from stepkd.modules.settings import (
     SampleLogConfig,
     Switch,
     ToGo,
-    TopK,
 )
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
-from stepkd.teachers.local import TeacherConfig
+from stepkd.teachers.config import SelfAverage, TopK
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
 _SPEC = importlib.util.spec_from_file_location("kdrl_worker", WORKER)
@@ -640,7 +639,10 @@ def test_completions_that_rewards_pass_over(
             )
         ],
         (lambda: KDRLModule(PolicyConfig(), kd=Sampled(schedule=Switch(1))), "and there is no teacher"),
-        (lambda: KDRLModule(PolicyConfig(), teacher=TeacherConfig(itself="ema")), "give teacher.path"),
+        (
+            lambda: KDRLModule(PolicyConfig(), teacher=SelfAverage()),
+            "KDRL distils from another model, and the teacher SelfAverage is the student itself",
+        ),
         (lambda: KDRLModule(PolicyConfig(), rollout=rollout_of(1, 4)), "needs at least 2"),
     ],
 )

@@ -16,6 +16,7 @@ from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.models.step_head import StepHeadConfig
+from stepkd.modules.distillation_settings import SourceConfig
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
@@ -24,14 +25,14 @@ from stepkd.modules.kto import StepKTOModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.rewards import RewardConfig
-from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, Sampled, SourceConfig
+from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, Sampled
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationConfig
 from stepkd.sampling.sampler import SamplingConfig
-from stepkd.teachers.local import TeacherConfig
+from stepkd.teachers.config import Local
 
 POLICY = PolicyConfig(path="tiny-0.1m")
-TEACHER = TeacherConfig(path="tiny-0.1m")
+TEACHER = Local("tiny-0.1m")
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 PROMPTS = [{"prompt": f"{i}+1=\n"} for i in range(4)]
 PROBLEMS = [{**row, "answer": str(i + 1)} for i, row in enumerate(PROMPTS)]
@@ -55,7 +56,7 @@ def grpo(*rewards: Any, **settings: Any) -> KDRLModule:
 
 
 def gkd(student: float, teacher: float = 0.0, **settings: Any) -> GKDModule:
-    return GKDModule(POLICY, TEACHER, source=SourceConfig(student=student, teacher=teacher), **settings)
+    return GKDModule(POLICY, TEACHER, source=SourceConfig(lmbda=student, teacher=teacher), **settings)
 
 
 def setup(module: Any, data: StepData, stage: str = "fit") -> StepData:
@@ -91,7 +92,7 @@ def test_training_rows_need_what_the_method_reads(make: Callable[[], Any], train
     ("make", "train", "message"),
     [
         (lambda: SFTModule(POLICY), PROBLEMS, "'solution': SFTModule trains on solutions"),
-        (lambda: gkd(0.5), PROBLEMS, r"'solution'.*source\.student: 0\.5 leaves batches to the data's own solutions"),
+        (lambda: gkd(0.5), PROBLEMS, r"'solution'.*source\.lmbda: 0\.5 leaves batches to the data's own solutions"),
         (grpo, SOLVED, "'answer'.*the reward 'accuracy' reads it.*columns: {answer: <that column>}"),
         (lambda: grpo(graded), SOLVED, "'answer': the reward 'graded' reads it"),
         (lambda: grpo(gold), PROMPTS, "'answer' or 'solution': the reward 'gold' reads it"),
@@ -151,7 +152,7 @@ def test_runs_on_prompts_alone() -> None:
     assert found["train/reward"] == found["train/length"]
     assert "train/accuracy" not in found, "nobody knows"
     assert found["val/pg"] > 0
-    source = SourceConfig(student=1.0, max_new_tokens=8)
+    source = SourceConfig(lmbda=1.0, sampling=SamplingConfig(max_new_tokens=8))
     data = StepData(train=PROMPTS, template="task", global_batch_size=2)
     assert "train/kd" in fitted(GKDModule(POLICY, TEACHER, source=source, optimizer=STEADY), data)
 

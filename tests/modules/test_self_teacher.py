@@ -17,11 +17,10 @@ from stepkd.errors import ConfigError
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
+from stepkd.modules.distillation_settings import Beside, ForwardKL, Mixed, SourceConfig
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.settings import DivergenceConfig, MixConfig, SourceConfig
-from stepkd.teachers.local import TeacherConfig
-from stepkd.teachers.own import SelfTeacher
+from stepkd.teachers.config import Local, SelfAverage, SelfBase, SelfSnapshot
 
 WORKER = Path(__file__).with_name("gkd_worker.py")
 _SPEC = importlib.util.spec_from_file_location("gkd_worker", WORKER)
@@ -29,8 +28,8 @@ assert _SPEC is not None
 worker = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
 
-MIX = MixConfig(start=0.25, end=0.75, steps=3)
-SETTINGS: dict[str, Any] = {"divergence": DivergenceConfig("forward_kl"), "mix": MIX}
+MIX = Mixed(start=0.25, end=0.75, steps=3)
+SETTINGS: dict[str, Any] = {"divergence": ForwardKL(), "cross_entropy": MIX}
 LORA = {"lora": LoRAConfig(r=2, alpha=4.0)}
 
 
@@ -79,9 +78,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("policy", [{}, LORA])
 def test_epoch_is_the_student_as_the_pass_began(recorded: Any, policy: dict[str, Any]) -> None:
     # All rows are one batch, so that every step is a pass; two steps of each batch.
-    module = recorded(
-        teacher=TeacherConfig(itself="epoch"), policy=policy, steps=3, source=SourceConfig(student=0.0, reuse=2)
-    )
+    module = recorded(teacher=SelfSnapshot(), policy=policy, steps=3, source=SourceConfig(lmbda=0.0, num_iterations=2))
     history, seen = module.history, module.seen
     assert len(history) >= 4
     assert same(seen[1], logits_with(module, history[0], policy)), "within a pass it stands still"
@@ -90,7 +87,7 @@ def test_epoch_is_the_student_as_the_pass_began(recorded: Any, policy: dict[str,
 
 
 def test_within_a_pass_of_several_batches_it_stands_still(recorded: Any) -> None:
-    module = recorded(teacher=TeacherConfig(itself="epoch"), steps=5, size=2)  # two batches a pass
+    module = recorded(teacher=SelfSnapshot(), steps=5, size=2)  # two batches a pass
     seen, history = module.seen, module.history
     for step, then in ((0, 0), (1, 0), (2, 2), (3, 2), (4, 4)):
         module.first = module.batches[step]
@@ -98,13 +95,13 @@ def test_within_a_pass_of_several_batches_it_stands_still(recorded: Any) -> None
 
 
 def test_every_so_many_steps(recorded: Any) -> None:
-    module = recorded(teacher=TeacherConfig(itself="epoch", every=2), steps=4)
+    module = recorded(teacher=SelfSnapshot(every=2), steps=4)
     for step, then in ((0, 0), (1, 0), (2, 2), (3, 2)):
         assert same(module.seen[step], logits_with(module, module.history[then])), step
 
 
 def test_ema_is_the_running_average(recorded: Any) -> None:
-    module = recorded(teacher=TeacherConfig(itself="ema", decay=0.5), steps=4)
+    module = recorded(teacher=SelfAverage(decay=0.5), steps=4)
     average = {name: value.float() for name, value in module.history[0].items()}
     for step in range(4):
         if step:
@@ -116,14 +113,14 @@ def test_ema_is_the_running_average(recorded: Any) -> None:
 
 @pytest.mark.parametrize("policy", [{}, LORA, {"lora": LoRAConfig(r=2, modules_to_save=["lm_head"])}])
 def test_base_is_the_student_before_training(recorded: Any, policy: dict[str, Any]) -> None:
-    module = recorded(teacher=TeacherConfig(itself="base"), policy=policy, steps=3)
+    module = recorded(teacher=SelfBase(), policy=policy, steps=3)
     for seen in module.seen:
         assert same(seen, logits_with(module, module.history[0], policy))
 
 
 def test_frozen_weights_are_not_kept_twice() -> None:
     student = Policy.load(PolicyConfig(path="tiny-0.1m", lora=LoRAConfig(r=2)))
-    teacher = SelfTeacher(TeacherConfig(itself="ema"))
+    teacher = SelfAverage().build()
     teacher.follow(student)
     assert teacher._copy is not None
     twins = dict(teacher._copy.named_parameters())
@@ -150,20 +147,23 @@ def test_the_mix_is_a_cross_entropy_with_a_soft_target(recorded: Any, distance: 
 
 
 def test_shares() -> None:
-    assert [MIX.share(step, None) for step in range(5)] == [0.25, 0.5, 0.75, 0.75, 0.75]
-    assert MixConfig().share(99, 100) == 0.8
-    assert MixConfig(start=0.3, steps=1).share(0, None) == 0.3
-    with pytest.raises(ConfigError, match=r"mix.steps is null and the run has no planned end"):
-        MixConfig().share(0, None)
+    assert [MIX.weights(step, None)[0] for step in range(5)] == [0.25, 0.5, 0.75, 0.75, 0.75]
+    assert MIX.weights(None, None) == (0.75, 0.25), "in validation"
+    assert Mixed().weights(99, 100)[0] == 0.8
+    assert Mixed(start=0.3, steps=1).weights(0, None) == (0.3, 0.7)
+    assert Beside(0.4).weights(3, 10) == Beside(0.4).weights(None, None) == (1.0, 0.4)
+    with pytest.raises(ConfigError, match=r"cross_entropy.steps is null and the run has no planned end"):
+        Mixed().weights(0, None)
 
 
-@pytest.mark.parametrize("teacher", ["{itself: epoch}", "{itself: epoch, every: 2}", "{itself: ema, decay: 0.6}"])
-def test_a_resumed_run_ends_alike(teacher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("teacher", [["SelfSnapshot"], ["SelfSnapshot", "every", "2"], ["SelfAverage", "decay", "0.6"]])
+def test_a_resumed_run_ends_alike(teacher: list[str], tmp_path: Path) -> None:
     def fit(out: str, steps: int, *more: str) -> dict[str, torch.Tensor]:
         arguments = [
             *("fit", "--config", "recipes/tiny/self_distill.yaml", "--config", "recipes/base/tiny.yaml"),
-            *("--model.init_args.policy.path", "tiny-0.1m", "--model.init_args.teacher", teacher),
-            *("--model.init_args.mix.steps", "6", "--model.init_args.optimizer.schedule", "constant"),
+            *("--model.init_args.policy.path", "tiny-0.1m", "--model.teacher", teacher[0]),
+            *(["--model.teacher." + teacher[1], teacher[2]] if teacher[1:] else []),
+            *("--model.cross_entropy.steps", "6", "--model.init_args.optimizer.schedule", "constant"),
             *("--model.init_args.optimizer.warmup", "0"),
             *("--data.init_args.train.options.n", "24", "--data.init_args.global_batch_size", "8"),
             *("--data.init_args.validation", "null", "--trainer.val_check_interval", "null"),
@@ -175,7 +175,7 @@ def test_a_resumed_run_ends_alike(teacher: str, tmp_path: Path) -> None:
         return {**found["state_dict"], **{f"t.{k}": v for k, v in _weights(found).items()}}
 
     def _weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return dict(checkpoint["stepkd"]["method_state"]["itself"]["weights"])
+        return dict(checkpoint["stepkd"]["method_state"]["teacher"]["weights"])
 
     whole = fit("whole", 7)
     fit("parts", 4)
@@ -206,37 +206,19 @@ def test_validation_reads_the_teacher_of_the_run(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TeacherConfig(itself="now"), "unknown teacher.itself 'now'"),
-        (lambda: TeacherConfig(itself="ema", path="x"), "path and itself are both given"),
-        (lambda: TeacherConfig(itself="ema", every=2), "teacher.every=2"),
-        (lambda: TeacherConfig(itself="epoch", every=0), "teacher.every=0"),
-        (lambda: TeacherConfig(path="x", every=2), "teacher.every=2: at least 1, and only with itself: epoch"),
-        (lambda: TeacherConfig(itself="ema", decay=1.0), "teacher.decay=1.0"),
-        (lambda: TeacherConfig(itself="epoch", decay=0.5), "teacher.decay=0.5: .* only with itself: ema"),
+        (lambda: SelfSnapshot(every=0), "teacher.every=0"),
+        (lambda: SelfAverage(decay=1.0), "teacher.decay=1.0"),
         (
-            lambda: TeacherConfig(path="x", decay=0.5),
-            "teacher.decay=0.5: strictly between 0 and 1, and only with itself: ema",
+            lambda: GKDModule(PolicyConfig(), SelfAverage(), fidelity=FidelityConfig()),
+            "fidelity.answers compares the answers of two models, and the teacher SelfAverage is the student itself",
         ),
+        (lambda: Local("x", sharded=True, device="cpu"), "set teacher.device to null"),
+        (lambda: Local("x", quantization="nf3"), "unknown teacher.quantization 'nf3'"),
+        (lambda: Mixed(end=1.5), r"cross_entropy.end=1.5: must lie in \[0, 1\]"),
+        (lambda: Mixed(steps=0), "cross_entropy.steps=0"),
         (
-            lambda: GKDModule(PolicyConfig(), TeacherConfig(itself="ema"), fidelity=FidelityConfig()),
-            "fidelity.answers compares with another model",
-        ),
-        (lambda: TeacherConfig(itself="ema", dtype="bfloat16"), "teacher.dtype goes with teacher.path"),
-        (lambda: TeacherConfig(itself="ema", sharded=True), "teacher.sharded goes with teacher.path"),
-        (lambda: TeacherConfig(path="x", sharded=True, device="cpu"), "set teacher.device to null"),
-        (lambda: TeacherConfig(itself="ema", quantization="nf4"), "teacher.quantization='nf4' goes with teacher.path"),
-        (lambda: TeacherConfig(path="x", quantization="nf3"), "unknown teacher.quantization 'nf3'"),
-        (lambda: MixConfig(end=1.5), r"mix.end=1.5: must lie in \[0, 1\]"),
-        (lambda: MixConfig(steps=0), "mix.steps=0"),
-        (
-            lambda: GKDModule(
-                PolicyConfig(), TeacherConfig(itself="ema"), source=SourceConfig(student=0.0, teacher=0.5)
-            ),
-            "source.teacher=0.5 samples from the teacher, which is the student itself",
-        ),
-        (
-            lambda: GKDModule(PolicyConfig(), TeacherConfig(path="x"), mix=MIX, ce_weight=0.5),
-            "ce_weight=0.5 and mix both weigh the cross-entropy",
+            lambda: GKDModule(PolicyConfig(), SelfAverage(), source=SourceConfig(lmbda=0.0, teacher=0.5)),
+            "source.teacher=0.5 .* the teacher SelfAverage is the student itself: set source.lmbda",
         ),
     ],
 )
@@ -246,16 +228,14 @@ def test_bad_settings(make: Any, message: str) -> None:
 
 
 def test_a_quantised_teacher_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepkd.teachers.local import LocalTeacher
-
     monkeypatch.setattr("stepkd.models.load.find_spec", lambda name: None)
     student = Policy.load(PolicyConfig(path="tiny-0.1m"))
     folder = "tiny-0.1m"
     with pytest.raises(ConfigError, match=r"quantization=.nf4. needs bitsandbytes"):
-        LocalTeacher(TeacherConfig(path=folder, quantization="nf4")).bind(student.tokenizer, student.vocab_size)
+        Local(folder, quantization="nf4").build().bind(student.tokenizer, student.vocab_size)
 
 
 def test_following_comes_first() -> None:
     batch = collate(list(worker.examples(1)), 0)
     with pytest.raises(RuntimeError, match=r"given by follow\(\)"):
-        SelfTeacher(TeacherConfig(itself="ema")).signals(batch, temperature=1.0)
+        SelfAverage().build().signals(batch, temperature=1.0)

@@ -19,7 +19,7 @@ THEN = {
         "init_args": {
             "seed": 0,
             "policy": {"path": "a", "lora": None, "gradient_checkpointing": False},
-            "source": {"student": 0.5, "engine": {"class_path": "InProcess", "init_args": {"max_rows": 64}}},
+            "source": {"lmbda": 0.5, "engine": {"class_path": "InProcess", "init_args": {"max_rows": 64}}},
             "loss_weights": None,
             "micro_batch_tokens": 8192,
             "rewards": [{"name": "length", "options": {"limit": 20}}],
@@ -72,7 +72,7 @@ def test_length_logging_and_hardware_are_applied_and_said(dotted: str, value: An
         ("checkpoint.monitor", "val/accuracy", "checkpoint.monitor"),
         ("model.class_path", "stepkd.modules.SFTModule", "model.class_path"),
         ("model.init_args.policy.lora", {"r": 4}, "policy.lora.r"),
-        ("model.init_args.source.student", 1.0, "source.student"),
+        ("model.init_args.source.lmbda", 1.0, "source.lmbda"),
         ("model.init_args.loss_weights", {"kd": 2.0}, "loss_weights.kd"),
         ("model.init_args.rewards.0.options.limit", 21, "rewards.0.options.limit"),
         ("data.init_args.train.options", {"n": 3}, "data.train.options.n"),
@@ -87,7 +87,7 @@ def test_what_decides_the_weights_is_refused_unless_named(dotted: str, value: An
 def test_what_is_the_same_is_not_said() -> None:
     assert compare("trainer.precision", "32-true") == [], "the default by its name"
     assert compare("model.init_args.new_in_this_version", None) == []
-    assert compare("model.init_args.source.student", 0.5) == []
+    assert compare("model.init_args.source.lmbda", 0.5) == []
 
 
 def test_the_newest_settings_are_compared(tmp_path: Path) -> None:

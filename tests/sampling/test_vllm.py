@@ -16,6 +16,8 @@ import torch
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
+from stepkd.modules.distillation_settings import JSD, NKD, SourceConfig
+from stepkd.modules.fidelity import FidelityConfig
 from stepkd.sampling.engines import VLLMColocated, VLLMServer
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.vllm import (
@@ -24,7 +26,7 @@ from stepkd.sampling.vllm import (
     merged_weights,
     weight_facts,
 )
-from stepkd.teachers.local import TeacherConfig
+from stepkd.teachers.config import Local, Served
 from stepkd.teachers.server import ServerTeacher
 from stepkd.teachers.signals import HiddenSignals
 
@@ -319,7 +321,7 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     """GRPO's groups and GKD's students come from the server, which is given the weights before every step."""
     from stepkd.modules.gkd import GKDModule
     from stepkd.modules.rollouts import GroupSampler
-    from stepkd.modules.settings import RolloutConfig, SourceConfig
+    from stepkd.modules.settings import RolloutConfig
     from stepkd.runs.progress import PhaseTracker
 
     given: list[int] = []
@@ -332,34 +334,32 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     assert groups(nothing, 3, 0) == groups(nothing, 4, 0) == []
     assert given == [3, 4]
     source = SourceConfig(engine=VLLMServer(server.address))
-    module = GKDModule(PolicyConfig(path="tiny-0.1m"), TeacherConfig(path="tiny-0.1m"), source=source)
+    module = GKDModule(PolicyConfig(path="tiny-0.1m"), Local("tiny-0.1m"), source=source)
     module.policy = policy
     monkeypatch.setattr(GKDModule, "global_step", 5)
-    assert isinstance(module._sampler(policy, "student"), VLLMSampler)
+    assert isinstance(module._sampler("student"), VLLMSampler)
     assert given == [3, 4, 5]
-    assert not isinstance(module._sampler(policy, "teacher"), VLLMSampler)
+    module.teacher.bind(policy.tokenizer)
+    assert not isinstance(module._sampler("teacher"), VLLMSampler)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "divergence.top_k: null"),
-        ({"top_k": 4, "teacher": 0.5}, "source.teacher"),
-        ({"top_k": 4, "temperature": 2.0}, "a temperature"),
+        ({"divergence": NKD()}, "divergence NKD reads the whole distribution, .* gives its likeliest tokens only"),
+        (
+            {"source": SourceConfig(lmbda=0.0, teacher=0.5)},
+            "source.teacher=0.5 samples from the teacher, .* beforehand",
+        ),
+        ({"divergence": JSD(temperature=2.0)}, "divergence.temperature divides the logits .* set the temperature to 1"),
+        ({"fidelity": FidelityConfig()}, "fidelity.answers compares the answers of two models"),
     ],
 )
 def test_what_a_served_teacher_cannot_do(settings: dict[str, Any], message: str) -> None:
     from stepkd.modules.gkd import GKDModule
-    from stepkd.modules.settings import DivergenceConfig, SourceConfig
 
-    source = SourceConfig(student=0.0, teacher=settings.pop("teacher", 0.0))
     with pytest.raises(ConfigError, match=message):
-        GKDModule(
-            PolicyConfig(path="tiny-0.1m"),
-            TeacherConfig(server="http://x"),
-            divergence=DivergenceConfig(**settings),
-            source=source,
-        )
+        GKDModule(PolicyConfig(path="tiny-0.1m"), Served("http://x"), **settings)
 
 
 # ---- the teacher ---------------------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_a_teacher_on_a_server_equals_one_in_this_process(tail: bool, policy: Po
     local = HiddenSignals(policy.head, hidden_NH, temperature, 5, tail)
     student = torch.log_softmax(torch.randn(len(batch.targets_N), policy.vocab_size), -1)
     ours, theirs = signals.compare(student, *signals.tensors), local.compare(student, *local.tensors)
-    assert torch.equal(ours.favourite_C, theirs.favourite_C)
+    assert torch.equal(ours.argmax_C, theirs.argmax_C)
     assert torch.allclose(ours.log_student_CW, theirs.log_student_CW, atol=1e-5)
     assert torch.allclose(ours.log_teacher_CW, theirs.log_teacher_CW, atol=2e-4)
     assert len(signals.tensors[0]) == len(batch.targets_N)
@@ -433,16 +433,3 @@ def test_rows_beyond_the_servers_context(policy: Policy, server: Any) -> None:
     assert teacher.max_length == longest - 1
     with pytest.raises(ConfigError, match=rf"has {longest} tokens and the teacher's context is {longest - 1}: lower"):
         teacher.signals(batch, temperature=1.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"server": "http://x", "path": "y"}, "path and server are both given"),
-        ({"server": "http://x", "dtype": "bfloat16"}, "the server has its own"),
-        ({"path": "x", "tokenizer": "y"}, "goes with teacher.server"),
-    ],
-)
-def test_settings_that_contradict(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        TeacherConfig(**settings)

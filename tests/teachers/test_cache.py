@@ -23,17 +23,18 @@ from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import forward_kl
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
+from stepkd.modules.distillation_settings import NKD, SourceConfig
 from stepkd.modules.fidelity import FidelityConfig
 from stepkd.modules.gkd import GKDModule
-from stepkd.modules.settings import DivergenceConfig, SourceConfig
 from stepkd.runs.job import JobOptions
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
 from stepkd.teachers import cache
 from stepkd.teachers.cache import CachedTeacher, write_cache
-from stepkd.teachers.local import LocalTeacher, TeacherConfig
+from stepkd.teachers.config import Cached, Local, TopK
+from stepkd.teachers.local import LocalTeacher
 
-TEACHER = TeacherConfig(path="tiny-0.1m", dtype="float64")
+TEACHER = Local("tiny-0.1m", dtype="float64")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def student() -> Policy:
 
 @pytest.fixture
 def teacher(student: Policy) -> LocalTeacher:
-    made = LocalTeacher(TEACHER)
+    made = TEACHER.build()
     made.bind(student.tokenizer)
     return made
 
@@ -68,8 +69,8 @@ def values(teacher: Any, student: Policy, rows: list[Any]) -> torch.Tensor:
     signals = teacher.signals(batch, temperature=1.0)
     with torch.no_grad():
         hidden_NH = student.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)[batch.needed_N]
-        own, other, favourite = signals.compare(student.head(hidden_NH).log_softmax(-1), *signals.tensors)
-    assert favourite.shape == batch.targets_N.shape
+        own, other, argmax_C = signals.compare(student.head(hidden_NH).log_softmax(-1), *signals.tensors)
+    assert argmax_C.shape == batch.targets_N.shape
     return forward_kl(own, other)
 
 
@@ -78,8 +79,8 @@ def values(teacher: Any, student: Policy, rows: list[Any]) -> torch.Tensor:
 def test_a_cache_says_what_its_teacher_says(
     folder: Path, student: Policy, rows: list[Any], top_k: int, tail: bool
 ) -> None:
-    local = LocalTeacher(TEACHER, top_k=top_k, tail=tail)
-    cached = CachedTeacher(folder, top_k=top_k, tail=tail)
+    local = replace(TEACHER, top_k=TopK(top_k, tail)).build()
+    cached = Cached(str(folder), top_k=TopK(top_k, tail)).build()
     for each in (local, cached):
         each.bind(student.tokenizer)
     expected = values(local, student, rows)
@@ -91,7 +92,7 @@ def test_a_cache_says_what_its_teacher_says(
 
 
 def test_a_cache_is_computed_in_the_precision_of_the_run(student: Policy, rows: list[Any], tmp_path: Path) -> None:
-    teacher = LocalTeacher(replace(TEACHER, dtype="float32"), top_k=5)
+    teacher = replace(TEACHER, dtype="float32", top_k=TopK(5)).build()
     teacher.bind(student.tokenizer)
     with torch.no_grad():
         for parameter in teacher.policy.parameters():  # sure of its tokens, so that rounding shows
@@ -110,7 +111,7 @@ def test_a_cache_is_computed_in_the_precision_of_the_run(student: Policy, rows: 
         assert (found[precision] - expected)[:, :-1].abs().max() < 1e-4
         other = {"32-true": "bf16-mixed", "bf16-mixed": "32-true"}[precision]
         with pytest.raises(ConfigError, match=rf"written with trainer\.precision {precision} and this run has {other}"):
-            cached.check_precision(other)
+            cached.start(other, None)
         with pytest.raises(ConfigError, match=rf"precision: '{precision}' then"):
             write_cache(tmp_path / precision, teacher, rows, top_k=5, precision=other)
     assert (found["32-true"] - found["bf16-mixed"])[:, :-1].abs().max() > 1e-3
@@ -118,7 +119,7 @@ def test_a_cache_is_computed_in_the_precision_of_the_run(student: Policy, rows: 
 
 def test_rows_beyond_the_teachers_context_are_refused(teacher: LocalTeacher, rows: list[Any], tmp_path: Path) -> None:
     longest = max(rows, key=lambda row: row.length)
-    teacher.policy.causal_lm.config.max_position_embeddings = longest.length - 1
+    teacher.max_length = longest.length - 1
     message = rf"row '{longest.id}' has {longest.length} tokens and the teacher's context is {longest.length - 1}"
     with pytest.raises(ConfigError, match=message):
         write_cache(tmp_path / "cache", teacher, rows, top_k=5)
@@ -251,7 +252,7 @@ def test_what_it_does_not_know_is_refused(folder: Path, student: Policy, rows: l
         cached.signals(collate([rows[0], changed], 0), temperature=1.0)
     with pytest.raises(ConfigError, match=r"divergence.temperature=2.0, and the cache .* was written at 1.0"):
         cached.signals(collate(rows, 0), temperature=2.0)
-    with pytest.raises(ConfigError, match=r"divergence.top_k=6, and the cache in .* holds 5 tokens"):
+    with pytest.raises(ConfigError, match=r"teacher.top_k=6, and the cache in .* holds 5 tokens"):
         CachedTeacher(folder, top_k=6)
     empty = replace(rows[0], completion_ids=(), spans=())
     assert cached.signals(collate([empty], 0), temperature=1.0).tensors[0].shape == (0, 5)
@@ -270,19 +271,21 @@ def test_identity_tells_caches_apart(folder: Path, teacher: LocalTeacher, rows: 
 
 
 def test_a_module_refuses_what_no_cache_can_do(folder: Path) -> None:
-    spec, data = TeacherConfig(cache=str(folder)), SourceConfig(student=0.0)
+    spec, data = Cached(str(folder)), SourceConfig(lmbda=0.0)
     policy = PolicyConfig(path="tiny-0.1m")
     assert isinstance(GKDModule(policy, spec, source=data).teacher, CachedTeacher)
-    with pytest.raises(ConfigError, match=r"cannot score fresh samples; with source.student=0.5"):
+    with pytest.raises(
+        ConfigError,
+        match=r"source.lmbda=0.5 samples from the student, and the teacher Cached knows only the completions",
+    ):
         GKDModule(policy, spec)
-    with pytest.raises(ConfigError, match="nkd needs the teacher's whole distribution"):
-        GKDModule(policy, spec, DivergenceConfig("nkd"), data)
+    with pytest.raises(
+        ConfigError,
+        match="divergence NKD reads the whole distribution, and the teacher Cached holds no whole distribution",
+    ):
+        GKDModule(policy, spec, NKD(), data)
     with pytest.raises(ConfigError, match="fidelity compares on fresh samples"):
         GKDModule(policy, spec, source=data, fidelity=FidelityConfig())
-    with pytest.raises(ConfigError, match="path and cache are both given"):
-        TeacherConfig(path="tiny-0.1m", cache=str(folder))
-    with pytest.raises(ConfigError, match="give path, a model of the student's vocabulary, or cache"):
-        TeacherConfig()
 
 
 RECIPE = """
@@ -291,9 +294,9 @@ model:
   class_path: stepkd.modules.GKDModule
   init_args:
     policy: {path: tiny-0.1m, init_seed: 5}
-    teacher: {path: tiny-0.1m}
-    divergence: {kind: forward_kl, top_k: 6}
-    source: {student: 0.0}
+    teacher: {class_path: Local, init_args: {path: tiny-0.1m, top_k: {k: 6}}}
+    divergence: {class_path: ForwardKL}
+    source: {lmbda: 0.0}
     optimizer: {lr: 1.0e-3, schedule: constant, warmup: 0}
 data:
   class_path: stepkd.data.StepData
@@ -316,7 +319,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(command) == 0
     assert "20 completions, 6 tokens per position" in capsys.readouterr().out
     assert main(["fit", "--config", str(recipe), "--out", str(tmp_path / "local")]) == 0
-    cached = [f"--model.init_args.teacher={{path: null, cache: {tmp_path / 'cache'}}}"]
+    cached = ["--model.teacher", "Cached", "--model.teacher.folder", str(tmp_path / "cache")]
     assert main(["fit", "--config", str(recipe), "--out", str(tmp_path / "cached"), *cached]) == 0
     for name in ("train/loss", "train/agreement", "val/loss"):
         local, other = (
@@ -331,7 +334,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "was written with trainer.precision 32-true and this run has bf16-mixed" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "mixed-cache"), "--set", "trainer.precision=bf16-mixed"]) == 0
     assert json.loads((tmp_path / "mixed-cache" / "settings.json").read_text())["precision"] == "bf16-mixed"
-    assert main([*command, "--set", "model.init_args.source.student"]) == 2
+    assert main([*command, "--set", "model.source.lmbda"]) == 2
     assert "write KEY=VALUE" in capsys.readouterr().err
     assert main([*command, "--set", "data.init_args.max_length=20"]) == 2
     assert "begun under other settings" in capsys.readouterr().err

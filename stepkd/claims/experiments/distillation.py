@@ -54,7 +54,7 @@ class DistillationArm:
     """Share of batches that the student samples (lambda); the others are the solutions."""
     of_teacher: float = 0.0
     """Share of the others that the teacher samples."""
-    kind: str = "jsd"
+    kind: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
     """Which divergence."""
     beta: float = 0.5
     """Of the JSD, which is scaled."""
@@ -97,6 +97,8 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
 
 def _train(unit: Unit, name: str, arm: DistillationArm, student: Path, teacher: Path) -> Path:
     from stepkd.claims.tiny import tiny_gkd, train_tiny
+    from stepkd.modules.distillation_settings import JSD, ForwardKL, ReverseKL
+    from stepkd.teachers.config import TopK
 
     settings: DistillationSettings = unit.settings
     few: dict[str, Any] = {"demonstrations": settings.prompts}
@@ -111,7 +113,10 @@ def _train(unit: Unit, name: str, arm: DistillationArm, student: Path, teacher: 
         lr=settings.lr,
         seed=unit.seed,
         teacher=teacher,
-        divergence={"kind": arm.kind, "beta": arm.beta, "scaled": True, "top_k": arm.top_k, "tail": arm.tail},
+        divergence={"forward_kl": ForwardKL(), "reverse_kl": ReverseKL()}.get(
+            arm.kind, JSD(beta=arm.beta, scaled=True)
+        ),
+        top_k=None if arm.top_k is None else TopK(arm.top_k, arm.tail),
         student=arm.student,
         of_teacher=arm.of_teacher,
         cache=None if arm.top_k is None else unit.folder / name / "cache",

@@ -1,0 +1,78 @@
+"""What methods with a teacher share, whatever they do with what it says."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+from stepkd.errors import ConfigError
+from stepkd.modules.base import StepModule
+from stepkd.teachers.signals import Teacher
+
+
+class DistillationModule(StepModule):
+    """Base of methods whose ``teacher`` scores the policy's text; None: there is none.
+
+    Dropout is off, so that the policy that samples is the one that learns.
+    """
+
+    teacher: Teacher | None = None
+    without_dropout = "the model that samples is the one that learns"
+
+    def new_tokens(self) -> int:
+        """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""
+        return 0
+
+    def complete_model(self) -> None:
+        """Bind the teacher to the policy."""
+        if self.teacher is not None:
+            self.teacher.follow(self.model)
+            self.teacher.bind(self.model.tokenizer, self.model.vocab_size)
+            self.keep_in_mind("teacher", self.teacher.identity(), "under another teacher")
+
+    def on_fit_start(self) -> None:
+        """Have the teacher check the run, and refuse text that is longer than its context."""
+        super().on_fit_start()
+        if self.teacher is not None:
+            template = self.template if self.trainer.is_global_zero else None
+            self.teacher.start(str(self.trainer.precision), template)
+            self._check_context(self.teacher.max_length)
+
+    def _check_context(self, context: int | None) -> None:
+        self.check_data_fits("teacher", context)
+        new, examples = self.new_tokens(), getattr(self.datamodule, "examples", {}).get("train", ())
+        prompt = max((len(each.prompt_ids) for each in examples), default=0)
+        sampled = min(prompt + new, self.model.max_length or 2**63) if new else 0
+        if context is not None and examples and sampled > context:
+            raise ConfigError(
+                f"a prompt and {new} new tokens: up to {sampled} tokens, and the teacher's context is {context}: lower "
+                "it, or take a teacher of a longer context"
+            )
+
+    def shard(self, mesh: Any) -> None:
+        """The teacher, too, if it asks for that."""
+        super().shard(mesh)
+        if self.teacher is not None:
+            self.teacher.shard(mesh)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """With the teacher whole, too."""
+        whole = ExitStack()
+        whole.enter_context(super().gathered())
+        if self.teacher is not None:
+            whole.enter_context(self.teacher.gathered())
+        return whole
+
+    def method_state(self) -> dict[str, Any]:
+        """What a teacher that keeps up with the policy needs to be made again."""
+        state = {} if self.teacher is None else self.teacher.state()
+        return {"teacher": state} if state else {}
+
+    def restore_method_state(self, state: dict[str, Any]) -> None:
+        """Take back the teacher's state."""
+        self.adopt_method_state(state)
+
+    def adopt_method_state(self, state: dict[str, Any]) -> None:
+        """Take over the teacher's state."""
+        if self.teacher is not None and "teacher" in state:
+            self.teacher.restore(state["teacher"])

@@ -1,0 +1,238 @@
+"""Settings of distillation: divergences, a class for each; how cross-entropy joins them; whose completions are used."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, ClassVar
+
+from stepkd.errors import ConfigError, check_bounds
+from stepkd.sampling.engines import EngineConfig, InProcess
+from stepkd.sampling.sampler import SamplingConfig
+
+Divergence = Callable[[Any, Any, Any], Any]
+"""Log-probabilities of student and teacher (C, W) and targets (C,), to a divergence (C,) in nats."""
+
+
+class DivergenceConfig(ABC):
+    """How far a student is from its teacher at a position."""
+
+    whole: ClassVar[bool] = False
+    """Whether it reads the teacher's whole distribution, no buckets of it."""
+
+    @property
+    @abstractmethod
+    def logits_temperature(self) -> float:
+        """What divides both sides' logits before the divergence sees them, > 0."""
+
+    @abstractmethod
+    def build(self) -> Divergence:
+        """The divergence as a function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tempered(DivergenceConfig):
+    temperature: float = 1.0
+    """Divides the logits of both sides, > 0; apart from the temperature of sampling. 1 leaves them."""
+
+    function: ClassVar[str] = ""
+    """Its name in :mod:`stepkd.losses`; its other arguments are the other settings."""
+    bounds: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        check_bounds("divergence.", self, temperature="(0, inf)", **self.bounds)
+
+    @property
+    def logits_temperature(self) -> float:
+        """See :class:`DivergenceConfig`."""
+        return self.temperature
+
+    def build(self) -> Divergence:
+        """See :meth:`DivergenceConfig.build`."""
+        from stepkd import losses
+
+        function = getattr(losses, self.function)
+        settings = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "temperature"}
+        return lambda student, teacher, targets: function(student, teacher, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JSD(_Tempered):
+    """GKD's generalised Jensen-Shannon divergence (arXiv 2306.13649), between the KLs of both directions."""
+
+    beta: float = 0.5
+    """In [0, 1]: towards 0 it acts like the forward KL, towards 1 like the reverse KL; 0.5 is symmetric."""
+    scaled: bool = False
+    """Divide by beta (1 - beta), so that the scale does not depend on beta; off as in the paper."""
+    function = "generalized_jsd"
+    bounds = {"beta": "[0, 1]"}  # noqa: RUF012
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardKL(_Tempered):
+    """KL(teacher || student), which covers the teacher's modes."""
+
+    function = "forward_kl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseKL(_Tempered):
+    """KL(student || teacher), which seeks one of the teacher's modes."""
+
+    function = "reverse_kl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkewForwardKL(_Tempered):
+    """KL(teacher || skew teacher + (1 - skew) student) (DistiLLM, arXiv 2402.03898): bounded by -log(skew)."""
+
+    skew: float = 0.1
+    """Share of the teacher in the mixture, in [0, 1]; 0 is the plain KL, the paper has 0.1."""
+    function = "skew_forward_kl"
+    bounds = {"skew": "[0, 1]"}  # noqa: RUF012
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkewReverseKL(_Tempered):
+    """KL(student || skew student + (1 - skew) teacher) (DistiLLM, arXiv 2402.03898): bounded by -log(skew)."""
+
+    skew: float = 0.1
+    """Share of the student in the mixture, in [0, 1]; 0 is the plain KL, the paper has 0.1."""
+    function = "skew_reverse_kl"
+    bounds = {"skew": "[0, 1]"}  # noqa: RUF012
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedKL(_Tempered):
+    """Forward plus reverse KL, one of them raised by which side is surer (after BD-KD, arXiv 2212.12965)."""
+
+    delta: float = 2.0
+    """Weight of the raised term, >= 1; 1 is the plain sum."""
+    function = "balanced_kl"
+    bounds = {"delta": "[1, inf)"}  # noqa: RUF012
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation(_Tempered):
+    """Half the sum over tokens of the difference of the probabilities: in [0, 1], with a bounded gradient."""
+
+    function = "total_variation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NKD(_Tempered):
+    """Normalised distillation (arXiv 2303.13005): the target's term, and the shape of the other tokens, whose logits
+    alone the temperature divides. The paper has the cross-entropy beside it: ``cross_entropy: {class_path: Beside}``.
+    """
+
+    gamma: float = 1.5
+    """Weight of the term of the other tokens, >= 0; the paper has 1.5."""
+    bounds = {"gamma": "[0, inf)"}  # noqa: RUF012
+    whole = True
+
+    @property
+    def logits_temperature(self) -> float:
+        """1: it tempers its second term alone."""
+        return 1.0
+
+    def build(self) -> Divergence:
+        """See :meth:`DivergenceConfig.build`."""
+        from stepkd.losses import nkd
+
+        return partial(nkd, gamma=self.gamma, temperature=self.temperature)
+
+
+class CrossEntropyConfig(ABC):
+    """How the cross-entropy of the same tokens joins the divergence: :class:`Beside` it or :class:`Mixed` with it."""
+
+    @abstractmethod
+    def weights(self, step: int | None, total: int | None) -> tuple[float, float]:
+        """Weights of divergence and cross-entropy.
+
+        Args:
+            step: optimiser steps taken; None: in validation.
+            total: optimiser steps of the run; None: it has no planned end.
+
+        Raises:
+            ConfigError: neither the settings nor the run have an end.
+        """
+
+
+@dataclass(frozen=True)
+class Beside(CrossEntropyConfig):
+    """Added to the divergence, which keeps its weight of 1."""
+
+    weight: float = 1.0
+    """Weight of the cross-entropy, > 0; NKD's paper has 1."""
+
+    def __post_init__(self) -> None:
+        check_bounds("cross_entropy.", self, weight="(0, inf)")
+
+    def weights(self, step: int | None, total: int | None) -> tuple[float, float]:
+        """See :meth:`CrossEntropyConfig.weights`."""
+        return 1.0, self.weight
+
+
+@dataclass(frozen=True)
+class Mixed(CrossEntropyConfig):
+    """Weights a and 1 - a of divergence and cross-entropy, a rising linearly over optimiser steps.
+
+    With the forward KL that is a cross-entropy with the soft target ``(1 - a) onehot + a teacher`` (PS-KD, arXiv
+    2006.12000, whose a rises once per epoch, from 0 to 0.8).
+    """
+
+    start: float = 0.0
+    """The share a of the divergence at the first step, in [0, 1]."""
+    end: float = 0.8
+    """The share a of the divergence at the last step, in [0, 1]; validation uses it throughout."""
+    steps: int | None = None
+    """Optimiser steps that the rise takes, >= 1; null: the whole run."""
+
+    def __post_init__(self) -> None:
+        check_bounds("cross_entropy.", self, start="[0, 1]", end="[0, 1]", steps="[1, inf)")
+
+    def weights(self, step: int | None, total: int | None) -> tuple[float, float]:
+        """See :meth:`CrossEntropyConfig.weights`."""
+        if step is None:
+            return self.end, 1.0 - self.end
+        steps = self.steps or total
+        if steps is None:
+            raise ConfigError(
+                "cross_entropy.steps is null and the run has no planned end: set cross_entropy.steps or "
+                "trainer.max_steps"
+            )
+        share = self.start + (self.end - self.start) * min(step / max(steps - 1, 1), 1.0)
+        return share, 1.0 - share
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Whose completions a batch is distilled on. One source serves a whole global batch (GKD, algorithm 1)."""
+
+    lmbda: float = 0.5
+    """Probability that a batch is sampled from the student, in [0, 1] (the paper's lambda); 1 is purely on-policy, 0
+    never samples from it."""
+    teacher: float = 0.0
+    """Of the other batches, the share that is sampled from the teacher (sequence-level KD), in [0, 1]; the rest are the
+    data's own completions."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=256))
+    """How completions are drawn; top_p and top_k would change the distribution that the student learns on. Its seed is
+    the run's."""
+    engine: EngineConfig = field(default_factory=InProcess)
+    """Where the student is sampled: InProcess, VLLMServer or VLLMColocated."""
+    segmenter: str = "newline"
+    """How sampled completions are cut into steps, for the focus."""
+    num_iterations: int = 1
+    """Optimiser steps on every batch, >= 1; above 1 the student has moved on from its samples."""
+
+    def __post_init__(self) -> None:
+        check_bounds("source.", self, lmbda="[0, 1]", teacher="[0, 1]", num_iterations="[1, inf)")
+        if self.sampling.temperature == 0:
+            raise ConfigError("source.sampling.temperature=0.0: must be positive; greedy samples are no samples")
+
+    @property
+    def samples(self) -> bool:
+        """Whether any batch is sampled."""
+        return self.lmbda > 0 or self.teacher > 0

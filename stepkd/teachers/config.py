@@ -1,0 +1,227 @@
+"""Teachers as settings: a class for each kind, with only its own, and what each kind cannot do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from stepkd.data.templates import PromptTemplate
+from stepkd.errors import ConfigError, check_bounds
+from stepkd.models.spec import Quantization
+
+Need = Literal["fresh", "whole", "tempered", "writes", "other"]
+"""What a run may need of a teacher: that it scores text it has not seen (``fresh``), that it gives its whole
+distribution (``whole``), at any temperature (``tempered``), that it can be sampled from (``writes``), that it is
+another model than the student (``other``)."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A comparison of a teacher's likeliest tokens in place of the whole vocabulary."""
+
+    k: int
+    """Likeliest tokens of the teacher that are compared at every position, >= 1."""
+    tail: bool = True
+    """Whether all other tokens are one more bucket, which bounds the whole divergence from below; off, the k are
+    renormalised, and what the student thinks of other tokens goes unseen."""
+
+    def __post_init__(self) -> None:
+        check_bounds("top_k.", self, k="[1, inf)")
+
+
+class TeacherConfig(ABC):
+    """The model that is distilled from: :class:`Local`, :class:`Cached`, :class:`Served`, or the student itself as a
+    :class:`SelfSnapshot`, :class:`SelfAverage` or :class:`SelfBase`."""
+
+    top_k: TopK | None
+    lacks: ClassVar[Mapping[Need, str]] = {}
+    """What this kind of teacher cannot do, and what to do about it; completes "... and this teacher"."""
+
+    @abstractmethod
+    def build(self) -> Any:
+        """Make the teacher, a :class:`~stepkd.teachers.signals.Teacher`; nothing is loaded before it is bound.
+
+        Raises:
+            ModelError: a cache that is not there.
+        """
+
+    def require(self, needs: Mapping[Need, str]) -> None:
+        """Refuse a run that asks for more than this kind of teacher can do.
+
+        Args:
+            needs: what the run needs, each with the setting that asks for it and what that does.
+
+        Raises:
+            ConfigError: names the setting, what the teacher lacks, and what to do.
+        """
+        for need, setting in needs.items():
+            lack = self.lacks.get(need)
+            if need == "whole" and self.top_k is not None and lack is None:
+                lack = "is compared in its likeliest tokens alone: set teacher.top_k to null"
+            if lack is not None:
+                raise ConfigError(f"{setting}, and the teacher {type(self).__name__} {lack}")
+
+    def _buckets(self) -> dict[str, Any]:
+        return {} if self.top_k is None else {"top_k": self.top_k.k, "tail": self.top_k.tail}
+
+
+@dataclass(frozen=True)
+class Local(TeacherConfig):
+    """Another model of the student's vocabulary, in this process."""
+
+    path: str
+    """Run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset of the teacher."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] | None = None
+    """Numeric type of its weights; null keeps the one they are stored in."""
+    quantization: Quantization = "none"
+    """Whether its weights are kept in 4 or 8 bits (``nf4``, ``int8``; bitsandbytes, CUDA only)."""
+    device: str | None = None
+    """Device that it lives on (``cuda:1``, ``cpu``); null: the student's."""
+    sharded: bool = False
+    """Shard it over the ranks like the student, under ``recipes/strategy/fsdp2.yaml``; off, all of it on every rank."""
+    attention: str | None = None
+    """Attention implementation (``sdpa``, ``eager``, ``flash_attention_2``); null lets transformers choose."""
+    template: str | Path | PromptTemplate | None = None
+    """Prompt template that it reads the student's completions under, where that is another than the data's; null: the
+    student's own prompt ids."""
+    top_k: TopK | None = None
+    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
+
+    def __post_init__(self) -> None:
+        check_bounds("teacher.", self)
+        if not self.path:
+            raise ConfigError("teacher.path is empty: give a folder, a hub id, a .gguf file or a tiny preset")
+        if self.sharded and (self.device is not None or self.quantization != "none"):
+            raise ConfigError(
+                f"teacher.sharded with device={self.device}, quantization={self.quantization}: shards are unquantised "
+                "weights on the ranks' own devices; set teacher.device to null and teacher.quantization to none"
+            )
+
+    def build(self) -> Any:
+        """See :meth:`TeacherConfig.build`."""
+        from stepkd.teachers.local import LocalTeacher
+
+        return LocalTeacher(
+            self.path,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            device=self.device,
+            sharded=self.sharded,
+            attention=self.attention,
+            template=self.template,
+            **self._buckets(),
+        )
+
+
+@dataclass(frozen=True)
+class Cached(TeacherConfig):
+    """A teacher's likeliest tokens for the data's completions, as ``stepkd cache-teacher`` wrote them."""
+
+    folder: str
+    """Folder of the cache."""
+    top_k: TopK | None = None
+    """Use only so many of the tokens that the cache holds; null: all of them, and a bucket for the others."""
+
+    lacks: ClassVar[Mapping[Need, str]] = {
+        "fresh": "knows only the completions that it was written for: train on given ones (source: {lmbda: 0, teacher: "
+        "0}, fidelity: null), or take the teacher Local",
+        "whole": "holds no whole distribution: take the teacher Local",
+        "writes": "writes nothing: take the teacher Local",
+    }
+
+    def build(self) -> Any:
+        """See :meth:`TeacherConfig.build`."""
+        from stepkd.teachers.cache import CachedTeacher
+
+        return CachedTeacher(self.folder, **self._buckets())
+
+
+@dataclass(frozen=True)
+class Served(TeacherConfig):
+    """A teacher on a vLLM server, which scores the student's text. No GPU has run it."""
+
+    url: str
+    """Address of the server, ``http://host:port``."""
+    tokenizer: str | None = None
+    """Folder or hub id of its tokenizer; null: the model that the server names."""
+    top_k: TopK = TopK(64)
+    """How many of its likeliest tokens it is asked for; 64 hold nearly all of the mass."""
+
+    lacks: ClassVar[Mapping[Need, str]] = {
+        "whole": "gives its likeliest tokens only: take the teacher Local",
+        "tempered": "cannot temper, as not every server tempers the scores of given text: set the temperature to 1",
+        "writes": "is not sampled from here: sample it beforehand (stepkd label), or take the teacher Local",
+    }
+
+    def build(self) -> Any:
+        """See :meth:`TeacherConfig.build`."""
+        from stepkd.teachers.server import ServerTeacher
+
+        return ServerTeacher(self.url, self.tokenizer, **self._buckets())
+
+
+_OWN: Mapping[Need, str] = {
+    "writes": "is the student itself: set source.lmbda in place of source.teacher, and fidelity.answers to false",
+    "other": "is the student itself: take the teacher Local",
+}
+
+
+@dataclass(frozen=True)
+class SelfSnapshot(TeacherConfig):
+    """The student as it was a while ago (PS-KD, arXiv 2006.12000): when the pass over the data began."""
+
+    every: int | None = None
+    """Renew it after so many optimiser steps, >= 1; null: after every pass over the data, as the paper does."""
+    top_k: TopK | None = None
+    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
+
+    lacks: ClassVar[Mapping[Need, str]] = _OWN
+
+    def __post_init__(self) -> None:
+        check_bounds("teacher.", self, every="[1, inf)")
+
+    def build(self) -> Any:
+        """See :meth:`TeacherConfig.build`."""
+        from stepkd.teachers.own import SnapshotTeacher
+
+        return SnapshotTeacher(self.every, **self._buckets())
+
+
+@dataclass(frozen=True)
+class SelfAverage(TeacherConfig):
+    """A running average of the student's weights (the mean teacher, arXiv 1703.01780)."""
+
+    decay: float = 0.999
+    """Weight of the average against the student at every optimiser step, in (0, 1)."""
+    top_k: TopK | None = None
+    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
+
+    lacks: ClassVar[Mapping[Need, str]] = _OWN
+
+    def __post_init__(self) -> None:
+        check_bounds("teacher.", self, decay="(0, 1)")
+
+    def build(self) -> Any:
+        """See :meth:`TeacherConfig.build`."""
+        from stepkd.teachers.own import AverageTeacher
+
+        return AverageTeacher(self.decay, **self._buckets())
+
+
+@dataclass(frozen=True)
+class SelfBase(TeacherConfig):
+    """The student as it was before training: its adapter-off view where fresh adapters are trained, else a copy."""
+
+    top_k: TopK | None = None
+    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
+
+    lacks: ClassVar[Mapping[Need, str]] = _OWN
+
+    def build(self) -> Any:
+        """See :meth:`TeacherConfig.build`."""
+        from stepkd.teachers.own import BaseTeacher
+
+        return BaseTeacher(**self._buckets())
