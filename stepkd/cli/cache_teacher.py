@@ -24,7 +24,7 @@ class CacheTeacherConfig(RecipeChoice, JobConfig):
     """Settings of ``stepkd cache-teacher``."""
 
     recipe: tuple[str, ...]
-    """Distillation recipe with teacher.path, then its overlays: files, or names of ``stepkd recipes list``."""
+    """Distillation recipe with the teacher Local, then its overlays: files, or names of ``stepkd recipes list``."""
     top_k: int = 64
     """Tokens kept per position, at least 1 and fewer than the vocabulary has; 64 hold nearly all of the mass."""
     validation: bool = True
