@@ -109,7 +109,7 @@ def explain(parser: Any, words: Sequence[str], message: str) -> str:
     for i, (file, name, _) in enumerate(given):
         replaced = any(name.startswith(f"{place}.") and later > i for place, later in chosen.items())
         # settings of a class that another one replaced are gone
-        if not replaced and (told := _unknown(name, known, as_words=not file)):
+        if not replaced and (told := _unknown(name, known, as_words=file == "")):
             return f"{file}: {told}" if file else told
     if required := re.match(r"the following arguments are required: ([\w.]+)", message):
         last = [key for key in known if f".{key}".endswith(f".{required[1]}")]
@@ -117,8 +117,11 @@ def explain(parser: Any, words: Sequence[str], message: str) -> str:
     return _innermost(message, known)
 
 
-def given_settings(words: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """File (empty for the command line), dotted name without ``init_args``, and value of every setting, in order."""
+def given_settings(words: Sequence[str]) -> Iterator[tuple[str | None, str, Any]]:
+    """File, dotted name without ``init_args``, and value of every setting, in order.
+
+    The file is empty for the command line, and None for settings that a program gives as text.
+    """
     import yaml
 
     for i, word in enumerate(words):
@@ -126,17 +129,19 @@ def given_settings(words: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
         if not flag.startswith("-") or flag == "-":
             continue
         name, value = flag.lstrip("-").rstrip("+"), value if equals else "".join(words[i + 1 : i + 2])
-        file = ""
+        file: str | None = ""
         try:
             if name in ("config", "c") and Path(value).is_file():
                 file, name, value = value, "", Path(value).read_text(encoding="utf-8")
+            elif name in ("config", "c"):
+                file = None
             value = yaml.safe_load(value)
         except (OSError, ValueError, yaml.YAMLError):
             pass  # the value of another kind
         yield from _flat(file, "" if name in ("config", "c") else name.replace(".init_args", ""), value)
 
 
-def _flat(file: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
+def _flat(file: str | None, name: str, value: Any) -> Iterator[tuple[str | None, str, Any]]:
     if name:
         yield file, name, value
     for each in value if isinstance(value, list) else [value]:
@@ -144,12 +149,12 @@ def _flat(file: str, name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
             yield from _flat(file, name if key == "init_args" else f"{name}.{key}".lstrip("."), below)
 
 
-def settings_of(parser: Any, given: Sequence[tuple[str, str, Any]]) -> dict[str, Any]:
+def settings_of(parser: Any, given: Sequence[tuple[str | None, str, Any]]) -> dict[str, Any]:
     """Dotted name -> type of every setting, those of the classes that were chosen included."""
     return {action.dest: getattr(action, "_typehint", None) for _, action in _actions(parser, given)}
 
 
-def _actions(parser: Any, given: Sequence[tuple[str, str, Any]]) -> list[tuple[Any, Any]]:
+def _actions(parser: Any, given: Sequence[tuple[str | None, str, Any]]) -> list[tuple[Any, Any]]:
     """Every setting's action behind the parser that has it: this one, or that of a class that was chosen."""
     named = {name.removesuffix(".class_path"): value for _, name, value in given if isinstance(value, str)}
     found: dict[str, tuple[Any, Any]] = {}

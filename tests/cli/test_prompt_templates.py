@@ -65,7 +65,7 @@ def export(run: Path) -> Path:
 
 def evaluate(model: Path, rows: Path, out: Path, *extra: str) -> float:
     """Accuracy on the rows, asked as the benchmark ``rows`` (whose own template is ``gsm8k``)."""
-    words = ["--model", str(model), "--benchmark", "rows", "--data", str(rows), "--max-new-tokens", "24"]
+    words = ["--model", str(model), "--benchmark", "rows", "--data", str(rows), "--sampling.max_new_tokens", "24"]
     assert main(["evaluate", *words, "--device", "cpu", "--out", str(out), *extra]) == 0
     return float(json.loads((out / "summary.json").read_text())["metrics"]["pass@1"]["value"])
 
@@ -169,7 +169,7 @@ def test_a_yaml_file_is_a_template_in_recipes_and_is_kept_with_the_run(rows: Pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sytem: x\n", "no key 'sytem'. Did you mean 'system'"),
+        ("sytem: x\n", "'sytem' is not a setting; did you mean 'system'"),
         ("plain: Question\n", "plain of a prompt template must hold {prompt} once"),
         ("style: [plain]\n", "style"),
         ("few_shot: many\n", "few_shot"),
