@@ -205,7 +205,7 @@ def plan(examples: Sequence[Example], max_tokens: int, *, share: bool = False) -
     if max_tokens < 1:
         raise ConfigError(f"micro_batch_tokens={max_tokens}: must be at least 1")
     longest = [max(each.length for each in example.completions) for example in examples]
-    keys: list[Hashable] = [example.prompt_ids if share else i for i, example in enumerate(examples)]
+    keys: list[Hashable] = [tuple(example.prompt_ids) if share else i for i, example in enumerate(examples)]
     rank: dict[Hashable, tuple[int, int]] = {}  # of a prompt: its longest row, then its first example
     for i, key in enumerate(keys):
         rank[key] = min(rank.get(key, (0, i)), (-longest[i], i))

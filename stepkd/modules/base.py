@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stepkd.data.batching import StepBatch, micro_batches
+from stepkd.data.batching import StepBatch
 from stepkd.data.benchmarks import next_evaluation
-from stepkd.data.collate import Batch, collate
+from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.encode import Example
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
@@ -64,6 +64,8 @@ class StepModule(PolicyModule):
     rank."""
     steps_per_batch = 1
     """Optimiser steps that one loader batch serves (more than 1 for on-policy methods with inner steps)."""
+    shares = False
+    """Whether completions of one prompt that meet in a micro-batch read it once, where the model allows it."""
     shown: tuple[str, ...] = ("train/loss",)
     """What the progress line shows of training, beside its speed."""
     skip_empty_steps = False
@@ -165,9 +167,8 @@ class StepModule(PolicyModule):
 
     def prepare_examples(self, examples: Iterable[Example]) -> Prepared:
         """Cut examples into micro-batches and count their denominators."""
-        kept = list(examples)
-        groups = micro_batches([example.length for example in kept], self.micro_batch_tokens)
-        return self.counted([self._collate([kept[i] for i in group]) for group in groups])
+        groups = plan(list(examples), self.micro_batch_tokens, share=self.shares_prompts)
+        return self.counted([self._collate(group) for group in groups])
 
     def counted(self, batches: Sequence[Batch]) -> Prepared:
         """Micro-batches with their denominators."""
@@ -433,7 +434,13 @@ class StepModule(PolicyModule):
     # ---- plumbing --------------------------------------------------------------------------------------------------
 
     def _collate(self, examples: list[Example], *, is_filler: bool = False) -> Batch:
-        return collate(examples, int(self.tokenizer.pad_token_id or 0), is_filler=is_filler)
+        pad = int(self.tokenizer.pad_token_id or 0)
+        return collate(examples, pad, share=self.shares_prompts, is_filler=is_filler)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether completions of one prompt that meet in a micro-batch read it once."""
+        return self.shares and self.model.can_unpad
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches are lists of examples; micro-batches move to the device one at a time."""

@@ -68,6 +68,7 @@ class KDRLModule(DistillationModule):
     """
 
     shown = ("train/reward", "train/length")
+    shares = True
     skip_empty_steps = True
     prepares_with_model = True
 

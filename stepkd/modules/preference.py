@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepkd.data.batching import StepBatch, StepLoader
-from stepkd.data.collate import Batch, collate, plan
+from stepkd.data.collate import Batch, plan
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, ModelError
@@ -176,11 +176,6 @@ class PreferenceModule(StepModule):
             identity = parameters_fingerprint(own)
         self.keep_in_mind("reference", identity, "against another reference model", "reference.path (or policy.path)")
 
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether completions of one prompt read it once."""
-        return self.shares and self.model.can_unpad
-
     def on_fit_start(self) -> None:
         """Check the reference's context, and fill its cache when one is asked for."""
         super().on_fit_start()
@@ -203,19 +198,10 @@ class PreferenceModule(StepModule):
         )
         return next(iter(self.prepare(replace(batch, examples=examples, places=places))))
 
-    def prepare_examples(self, examples: Iterable[Example]) -> Prepared:
-        """Micro-batches, in which completions of one prompt meet, and their denominators."""
-        groups = plan(list(examples), self.micro_batch_tokens, share=self.shares_prompts)
-        return self.counted([self._collate(group) for group in groups])
-
     def make_filler(self, batch: StepBatch) -> Batch:
         """A rank without work computes one example with weight zero."""
         filler = super().make_filler(batch)
         return replace(filler, reference_N=torch.zeros(len(filler.targets_N)))
-
-    def _collate(self, examples: list[Example], *, is_filler: bool = False) -> Batch:
-        pad = int(self.tokenizer.pad_token_id or 0)
-        return collate(examples, pad, share=self.shares_prompts, is_filler=is_filler)
 
     # ---- log-ratios ------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,11 @@ def examples(count: int = 4) -> list[Example]:
     return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
 
 
+def full_precision_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Llama's norm without its cast to float32, before which gradients of a shared prompt are added."""
+    return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
 class KDRL(KDRLModule):
     """Keeps the gradients of every optimiser step (before clipping), and what it learnt from."""
 
@@ -115,5 +120,8 @@ def main(out: str, num_rows: int) -> None:
 
 
 if __name__ == "__main__":
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    LlamaRMSNorm.forward = full_precision_norm
     torch.set_num_threads(1)
     main(sys.argv[1], int(sys.argv[2]))

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,16 @@ def rollout_of(n: int, max_new_tokens: int, *, temperature: float = 1.0, top_p: 
     """Settings of short groups."""
     sampling = SamplingConfig(n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     return RolloutConfig(sampling, **settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def norms_in_full_precision() -> Iterator[None]:
+    """See :func:`worker.full_precision_norm`."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaRMSNorm, "forward", worker.full_precision_norm)
+        yield
 
 
 @pytest.fixture(scope="module")
