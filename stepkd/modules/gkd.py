@@ -27,7 +27,6 @@ from stepkd.modules.fidelity import Fidelity, FidelityConfig, fidelity_totals
 from stepkd.modules.step_scores import Focus, FocusConfig, token_weights
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
-from stepkd.sampling.engines import Engine
 from stepkd.sampling.sampler import Sampler, SamplingConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import Need, TeacherConfig
@@ -239,7 +238,7 @@ class GKDModule(DistillationModule):
         return replace(self.source.sampling, seed=self.seed)
 
     @cached_property
-    def _engine(self) -> Engine:
+    def _engine(self) -> Sampler:
         return self.source.engine.build(self.model, self._sampling(), STOP_REQUEST.__bool__)
 
     @cached_property

@@ -5,25 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from stepkd.errors import check_bounds
 from stepkd.sampling.sampler import Sampler, SamplingConfig
-
-
-class Engine(Sampler, Protocol):
-    """A sampler of the policy that is trained."""
-
-    def refresh(self, version: int) -> None:
-        """Have it sample from the policy's weights as they are now, once for every version; all ranks call it."""
-        ...
 
 
 class EngineConfig(ABC):
     """Where completions are sampled: :class:`InProcess`, :class:`VLLMServer` or :class:`VLLMColocated`."""
 
     @abstractmethod
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Sampler:
         """The engine.
 
         Args:
@@ -46,7 +38,7 @@ class InProcess(EngineConfig):
     def __post_init__(self) -> None:
         check_bounds("engine.", self, max_rows="[1, inf)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Sampler:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.transformers_sampler import TransformersSampler
 
@@ -69,7 +61,7 @@ class VLLMServer(EngineConfig):
     def __post_init__(self) -> None:
         check_bounds("engine.", self, timeout_s="(0, inf)", requests="[1, inf)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Sampler:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.vllm import VLLMSampler, connect
 
@@ -87,7 +79,7 @@ class VLLMColocated(EngineConfig):
     def __post_init__(self) -> None:
         check_bounds("engine.", self, gpu_memory="(0, 1)")
 
-    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Engine:
+    def build(self, policy: Any, sampling: SamplingConfig, breaks_off: Callable[[], bool]) -> Sampler:
         """See :meth:`EngineConfig.build`."""
         from stepkd.sampling.vllm import ColocatedSampler
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from stepkd.data.completion import Completion
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, DataError
 
+Key = tuple[str, int, int]
+"""Purpose, step and global number of a prompt: what the noise of its completions is keyed by, with the seed."""
 DEFAULT_NEW_TOKENS = 512
 """Longest completion in tokens where neither settings nor a benchmark say."""
 
@@ -69,12 +72,25 @@ class SamplingConfig:
         return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
 
-class Sampler(Protocol):
-    """Draws completions."""
+@dataclass
+class SampleCounts:
+    """Work of a sampler since it was made."""
+
+    prefill_tokens: int = 0
+    """Tokens of prompts and prefixes read, padding not counted."""
+    generated_tokens: int = 0
+    """Tokens drawn."""
+
+
+class Sampler(ABC):
+    """Draws completions with a model."""
+
+    policy: Any
+    """The :class:`~stepkd.models.policy.Policy` that is sampled from."""
 
     def sample(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Collection[int]],
         spec: SamplingConfig,
         *,
         purpose: str = "rollout",
@@ -95,18 +111,49 @@ class Sampler(Protocol):
 
         Returns:
             For each prompt its n completions, in order.
+
+        Raises:
+            DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
+            ModelError: the model's logits are not numbers, or a server's answer is no completion.
+            ConfigError: a server whose log-probabilities are not those of what it samples from.
         """
-        ...
+        indices = range(len(prompts)) if indices is None else indices
+        if len(indices) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
+        limits = [self._room(prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
+        keys = [(purpose, step, index) for index in indices]
+        return self._draw(prompts, spec, limits, keys, on_progress)
 
+    @abstractmethod
+    def refresh(self, version: int) -> None:
+        """Have it sample from the policy's weights as they are now, once for every version; all ranks call it.
 
-@dataclass
-class SampleCounts:
-    """Work of a sampler since it was made."""
+        Raises:
+            ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
+        """
 
-    prefill_tokens: int = 0
-    """Tokens of prompts and prefixes read, padding not counted."""
-    generated_tokens: int = 0
-    """Tokens drawn."""
+    @abstractmethod
+    def _draw(
+        self,
+        prompts: Sequence[Collection[int]],
+        spec: SamplingConfig,
+        limits: Sequence[int],
+        keys: Sequence[Key],
+        on_progress: Callable[[int], Any] | None,
+    ) -> list[list[Completion]]:
+        """What :meth:`sample` gives: at most ``limits`` tokens of each prompt, noise by ``keys`` where it can be."""
+
+    def _room(self, prompt: Collection[int], index: int, spec: SamplingConfig) -> int:
+        """Most tokens that a completion of a prompt may have."""
+        if len(prompt) == 0:
+            raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
+        context = self.policy.max_length
+        if context is not None and len(prompt) >= context:
+            raise DataError(
+                f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
+                "(fewer few-shot examples) or drop the row"
+            )
+        return spec.longest if context is None else min(spec.longest, context - len(prompt))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,11 @@ from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import BranchRun, GapLimit, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, SampleCounts, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Key, SampleCounts, Sampler, SamplingConfig
 from stepkd.steps.segment import get_segmenter
 
 
-class TransformersSampler:
+class TransformersSampler(Sampler):
     """Batched sampling with a :class:`~stepkd.models.policy.Policy`.
 
     Args:
@@ -46,29 +46,17 @@ class TransformersSampler:
         return self._decoder.counts
 
     def refresh(self, version: int) -> None:
-        """Nothing to do: it samples from the policy itself; see :class:`~stepkd.sampling.engines.Engine`."""
+        """Nothing to do: it samples from the policy itself."""
 
     @torch.no_grad()
-    def sample(
+    def _draw(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Collection[int]],
         spec: SamplingConfig,
-        *,
-        purpose: str = "rollout",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-        on_progress: Callable[[int], Any] | None = None,
+        limits: Sequence[int],
+        keys: Sequence[Key],
+        on_progress: Callable[[int], Any] | None,
     ) -> list[list[Completion]]:
-        """Draw completions; see :class:`~stepkd.sampling.sampler.Sampler`.
-
-        Raises:
-            DataError: an empty prompt, or one that leaves no room for a single token in the model's context.
-            ModelError: the model's logits are not numbers.
-        """
-        indices = range(len(prompts)) if indices is None else indices
-        if len(indices) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
-        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
         results: list[list[Completion]] = [[] for _ in prompts]
         known = [np.asarray(prompt) for prompt in prompts]
         per_prefill = max(1, self.max_rows // spec.n)
@@ -76,11 +64,11 @@ class TransformersSampler:
             for start in range(0, len(prompts), per_prefill):
                 block = range(start, min(start + per_prefill, len(prompts)))
                 rows = [
-                    Row(p, j, p - start, len(prompts[p]), limits[p], (purpose, step, indices[p] * spec.n + j))
+                    Row(p, j, p - start, len(known[p]), limits[p], (*keys[p][:2], keys[p][2] * spec.n + j))
                     for p in block
                     for j in range(spec.n)
                 ]
-                self._decoder.decode_prompts([prompts[p] for p in block], rows, spec, on_progress)
+                self._decoder.decode_prompts([known[p].tolist() for p in block], rows, spec, on_progress)
                 for row in rows:
                     results[row.prompt_index].append(self._decoder.finished(row, known[row.prompt_index], spec))
         return results
@@ -114,23 +102,6 @@ class TransformersSampler:
             if shared and self._gap_limit is None:
                 self._gap_limit = gap_limit(self._decoder)
             return run.results(self._gap_limit if shared else None)
-
-
-def room_for(policy: Policy, prompt: Sequence[int], index: int, spec: SamplingConfig) -> int:
-    """Most tokens that a completion of a prompt may have.
-
-    Raises:
-        DataError: an empty prompt, or one that fills the context.
-    """
-    if len(prompt) == 0:
-        raise DataError(f"prompt {index} has no tokens: a model needs at least one token to start from")
-    context = policy.max_length
-    if context is not None and len(prompt) >= context:
-        raise DataError(
-            f"prompt {index} has {len(prompt)} tokens and the model's context is {context}: shorten the prompt "
-            "(fewer few-shot examples) or drop the row"
-        )
-    return spec.longest if context is None else min(spec.longest, context - len(prompt))
 
 
 def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Example]:

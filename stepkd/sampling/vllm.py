@@ -11,8 +11,8 @@ the plain model: adapters are added to what they adapt, one at a time.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +27,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import plain_model
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import SampleCounts, SamplingConfig, before_stop, decode_text
-from stepkd.sampling.transformers_sampler import room_for
+from stepkd.sampling.sampler import Key, SampleCounts, Sampler, SamplingConfig, before_stop, decode_text
 
 START = (
     """`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' """
@@ -104,7 +103,7 @@ def _is_plain(spec: SamplingConfig) -> bool:
 
 
 @dataclass(eq=False)
-class _Sampler(ABC):
+class _Sampler(Sampler):
     """What both ways share; see :class:`~stepkd.sampling.sampler.Sampler`."""
 
     policy: Policy
@@ -114,28 +113,18 @@ class _Sampler(ABC):
     """Tokens read and drawn so far."""
     _version: int | None = field(default=None, init=False)
 
-    def sample(
+    def _draw(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Collection[int]],
         spec: SamplingConfig,
-        *,
-        purpose: str = "rollout",
-        step: int = 0,
-        indices: Sequence[int] | None = None,
-        on_progress: Callable[[int], Any] | None = None,
+        limits: Sequence[int],
+        keys: Sequence[Key],
+        on_progress: Callable[[int], Any] | None,
     ) -> list[list[Completion]]:
-        """Draw completions. ``raw_logprobs`` are NaN where the server's are of another distribution.
-
-        Raises:
-            DataError: a prompt that leaves no room.
-            ConfigError: a server whose log-probabilities are not those of what it samples from.
-            ModelError: an answer that is no completion.
-        """
-        indices = range(len(prompts)) if indices is None else indices
-        limits = [room_for(self.policy, prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
-        keys = [stream_key(spec.seed, purpose, step, index) for index in indices]
+        """``raw_logprobs`` are NaN where the server's are of another distribution."""
         found = []
-        for prompt, row in zip(prompts, self._draw(prompts, spec, limits, keys), strict=True):
+        asked = self._asked([[int(i) for i in prompt] for prompt in prompts], spec, limits, keys)
+        for prompt, row in zip(prompts, asked, strict=True):
             self.counts.prefill_tokens += len(prompt)
             self.counts.generated_tokens += sum(len(each.token_ids) for each in row)
             if on_progress is not None:
@@ -144,11 +133,7 @@ class _Sampler(ABC):
         return found
 
     def refresh(self, version: int) -> None:
-        """Give the server or engine the policy's weights, once for every version; all ranks must call it.
-
-        Raises:
-            ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
-        """
+        """See :class:`~stepkd.sampling.sampler.Sampler`."""
         if self._version != version:
             self._send()
             self._version = version
@@ -158,10 +143,10 @@ class _Sampler(ABC):
         """Give it the policy's weights."""
 
     @abstractmethod
-    def _draw(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
+    def _asked(
+        self, prompts: list[list[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[Key]
     ) -> Iterator[list[Completion]]:
-        """The completions of every prompt, in order: at most ``limits`` tokens, noise by ``keys`` where it can be."""
+        """The completions of every prompt, in order."""
 
 
 @dataclass(eq=False)
@@ -195,14 +180,14 @@ class VLLMSampler(_Sampler):
         except (NotImplementedError, RuntimeError) as error:  # what TRL's client raises: no CUDA, or no engine there
             raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
 
-    def _draw(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
+    def _asked(
+        self, prompts: list[list[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[Key]
     ) -> Iterator[list[Completion]]:
         self._check_server(spec)
 
         def ask(number: int) -> list[Completion]:
             limit = 1 if self.breaks_off is not None and self.breaks_off() else limits[number]
-            return self._ask(number, [int(i) for i in prompts[number]], spec, limit, keys[number] % 2**31)
+            return self._ask(number, prompts[number], spec, limit, stream_key(spec.seed, *keys[number]) % 2**31)
 
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
             yield from pool.map(ask, range(len(prompts)))
@@ -289,10 +274,10 @@ class ColocatedSampler(_Sampler):
             worker.model_runner.model.load_weights([(name, value)])
         self.engine.llm.reset_prefix_cache()
 
-    def _draw(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[int]
+    def _asked(
+        self, prompts: list[list[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[Key]
     ) -> Iterator[list[Completion]]:
-        repeated = [[int(i) for i in prompt] for prompt in prompts for _ in range(spec.n)]
+        repeated = [prompt for prompt in prompts for _ in range(spec.n)]
         _, found, logprobs, _ = self.engine.generate(repeated, None, spec.n)
         for number, limit in enumerate(limits):
             rows = slice(number * spec.n, (number + 1) * spec.n)
