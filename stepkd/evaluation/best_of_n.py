@@ -349,8 +349,6 @@ def best_of_n_from_files(
     """
     if not files:
         raise ConfigError("best-of-N needs at least one file of scored rollouts (stepkd score)")
-    if reserved := sorted(set(files) & {CEILING, MAJORITY}):
-        raise ConfigError(f"a scorer cannot be called {reserved[0]!r}: that is a curve's own name")
     loaded = {name: _by_key(path) for name, path in files.items()}
     first_name, first = next(iter(loaded.items()))
     for name, rows in loaded.items():

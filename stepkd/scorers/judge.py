@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import gap_limit
 from stepkd.sampling.decode import Decoder
-from stepkd.scorers.prm import Ids, PolicyScorer, ReadingOptions, continue_rows, packed, padded_right
+from stepkd.scorers.prm import Ids, PolicyScorer, continue_rows, packed, padded_right
 from stepkd.scorers.scorer import Meaning, Row, Solutions
 from stepkd.steps.format import marker_token_id
 
@@ -77,9 +77,9 @@ class PromptedJudge(PolicyScorer):
         question: asked behind the steps; must hold ``{step}``, the step's number from 1.
         answers: pairs of a yes and a no, one token each, whose probabilities are added up; none: the usual ones.
         reference: show the row's ``solution`` (else its ``answer``) to the model.
-        **reading: see :class:`~stepkd.scorers.prm.ReadingOptions`. Without ``shared_prefix`` problem and solution are
-            read again for every step (the same scores), and so it is done where the model's attention does not allow
-            the other (a sliding window that is too short).
+        **reading: settings of :class:`~stepkd.scorers.prm.PolicyScorer`. Without ``shared_prefix`` problem and solution
+            are read again for every step (the same scores), and so it is done where the model's attention does not
+            allow the other (a sliding window that is too short).
 
     Raises:
         ConfigError: a form that is not one token, no usable pair of forms, a question without ``{step}``, or a number
@@ -96,7 +96,7 @@ class PromptedJudge(PolicyScorer):
         question: str = QUESTION,
         answers: Sequence[tuple[str, str]] = (),
         reference: bool = False,
-        **reading: Unpack[ReadingOptions],
+        **reading: Any,
     ) -> None:
         super().__init__(policy, template, **reading)
         if question.count("{step}") != 1:

@@ -51,7 +51,7 @@ class _Reader(ScorerConfig):
 
     @abstractmethod
     def _load(self, **reading: Any) -> Any:
-        """The scorer, on the CPU; ``reading`` are :class:`~stepkd.scorers.prm.ReadingOptions`."""
+        """The scorer, on the CPU; ``reading`` are settings of :class:`~stepkd.scorers.prm.PolicyScorer`."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,29 +31,18 @@ _NO_LIMIT = 10**9
 Ids = tuple[int, ...]
 
 
-class ReadingOptions(TypedDict, total=False):
-    """How a scorer reads with its language model."""
-
-    max_length: int | None
-    """Longest row (prompt, solution and a judge's question) in tokens, at least 2; None: the model's context. Steps
-    beyond it are not scored."""
-    max_rows: int
-    """Most rows in one forward pass, at least 1; changes memory and speed, and results by rounding. Default 32."""
-    shared_prefix: bool
-    """Read what several rows begin with once; False reads it again for each (the same scores)."""
-    temperature: TemperatureScaling | None
-    """Scaling of the scores, fitted on held-out labels."""
-    name: str | None
-    """What to call the model in the provenance; None: its path."""
-
-
 class PolicyScorer:
     """What scorers that read with a language model share.
 
     Args:
         policy: the model; in evaluation mode while it scores.
         template: prompt template.
-        max_length, max_rows, shared_prefix, temperature, name: see :class:`ReadingOptions`.
+        max_length: longest row (prompt, solution and a judge's question) in tokens, at least 2; steps beyond it are not
+            scored. None: the model's context.
+        max_rows: most rows in one forward pass, at least 1; changes memory and speed, and results by rounding.
+        shared_prefix: read what several rows begin with once; False reads it again for each (the same scores).
+        temperature: scaling of the scores, fitted on held-out labels.
+        name: what to call the model in the provenance; None: its path.
 
     Attributes:
         tokens: tokens read so far, without padding: ``prompt``, ``solution`` and, of a judge, ``question``.
@@ -152,7 +141,7 @@ class PRMScorer(PolicyScorer):
             scores.
         template: prompt template; must be the one that the model was trained with.
         encoder: how solutions become token ids.
-        **reading: see :class:`ReadingOptions`.
+        **reading: settings of :class:`PolicyScorer`.
 
     Raises:
         ModelError: the model has no step head.
@@ -165,7 +154,7 @@ class PRMScorer(PolicyScorer):
         *,
         template: str | PromptTemplate,
         encoder: type[StepEncoder] = StepEncoder,
-        **reading: Unpack[ReadingOptions],
+        **reading: Any,
     ) -> None:
         head = policy.require_step_head()
         super().__init__(policy, template, **reading)

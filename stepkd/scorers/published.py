@@ -20,6 +20,7 @@ wiring is tested on stand-ins of the same architecture.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from stepkd.models.adapter import first_line
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.load import check_tokenizer
 from stepkd.models.policy import Policy
-from stepkd.models.source import check_source
+from stepkd.models.source import check_source, model_file
 from stepkd.models.spec import TINY_PRESETS, PolicyConfig
 from stepkd.models.step_head import StepHeadConfig
 from stepkd.steps.format import StepFormat
@@ -202,11 +203,9 @@ def _architectures(path: str) -> list[str]:
         return []
     if not folder.exists():
         check_source(path)
-    from transformers import PretrainedConfig
-
     try:
-        config, _ = PretrainedConfig.get_config_dict(folder if folder.exists() else path)
-        return [str(name) for name in config.get("architectures") or []]
+        config = model_file(path, folder, "config.json", None)
+        return [] if config is None else [*map(str, json.loads(config.read_bytes()).get("architectures") or [])]
     except Exception:  # no configuration there; offline, no such repository, no permission: loading will say which
         return []
 

@@ -275,7 +275,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(ConfigError, match="at least one file"):
         best_of_n_from_files({})
-    with pytest.raises(ConfigError, match="cannot be called 'majority'"):
+    with pytest.raises(ConfigError, match="would share a name: rename the scores, 'pass' and 'majority' are taken"):
         best_of_n_from_files({"majority": path})
     with pytest.raises(ConfigError, match=r"scored different rollouts \(1 are in one only\)"):
         best_of_n_from_files({"a": path, "b": write(tmp_path / "b.jsonl", ROWS[:-1])})
