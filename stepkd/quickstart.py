@@ -162,14 +162,17 @@ def train_prm(context: Context) -> dict[str, Any]:
 
 def _monte_carlo(context: Context, student: Path) -> dict[str, Any]:
     """How true labels from 8 continuations per step are, for when there is no checker."""
-    from stepkd.claims.tiny_samples import label_tiny, read_labels
+    from stepkd.claims.tiny_samples import label_tiny, read_labels, sampled, sampling
+    from stepkd.labels.labellers import MonteCarlo, TaskChecker
     from stepkd.labels.quality import label_quality
+    from stepkd.labels.settings import Existing
 
-    folder = context.out / "prm"
-    common: dict[str, Any] = {"model": student, "seed": context.seed}
-    problems = context.problem_source(60, seed=context.seed + 1)
-    labels, _ = label_tiny(folder / "monte-carlo", **common, problems=problems, labeller="monte_carlo", samples=4)
-    truth, _ = label_tiny(folder / "truth", **common, rollouts=str(labels), labeller="checker")
+    folder, seed = context.out / "prm", context.seed
+    problems = context.problem_source(60, seed=seed + 1)
+    solutions = sampled(student, problems, samples=4, seed=seed)
+    labels, _ = label_tiny(folder / "monte-carlo", solutions, MonteCarlo(sampling=sampling(seed, 8)))
+    existing = Existing(rollouts=str(labels), model=str(student))
+    truth, _ = label_tiny(folder / "truth", existing, TaskChecker())
     quality = label_quality(read_labels(labels), read_labels(truth)).to_dict()
     accuracy = quality["balanced_accuracy"]
     if accuracy is not None:
@@ -183,19 +186,14 @@ def _monte_carlo(context: Context, student: Path) -> dict[str, Any]:
 
 def _choose(context: Context, model: Path, student: Path) -> dict[str, Any]:
     """Best-of-8 by the reward model against the majority, and how well it tells correct steps from incorrect ones."""
-    from stepkd.claims.tiny_samples import by_problem, curves_tiny, label_tiny, read_labels, score_tiny
+    from stepkd.claims.tiny_samples import by_problem, curves_tiny, label_tiny, read_labels, sampled, score_tiny
     from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
+    from stepkd.labels.labellers import TaskChecker
     from stepkd.scorers.scorer import reduce_solutions
 
-    held_out, _ = label_tiny(
-        context.out / "prm" / "held-out",
-        model=student,
-        seed=context.seed,
-        problems=context.problem_source(150, split="test"),
-        labeller="checker",
-        samples=CHOICES,
-        dedupe=False,
-    )
+    problems = context.problem_source(150, split="test")
+    solutions = sampled(student, problems, samples=CHOICES, seed=context.seed, dedupe=False)
+    held_out, _ = label_tiny(context.out / "prm" / "held-out", solutions, TaskChecker())
     rows = read_labels(held_out)
     scores = score_tiny(model, rows)
     reduced = {"prm": reduce_solutions(scores, "product", meaning="correctness")}
@@ -304,16 +302,12 @@ def train_kdrl(context: Context) -> dict[str, Any]:
 
 def student_labels(context: Context) -> tuple[Path, dict[str, Any]]:
     """The student's own solutions, every step labelled by the exact checker; drawn once for all stages."""
-    from stepkd.claims.tiny_samples import label_tiny
+    from stepkd.claims.tiny_samples import label_tiny, sampled
+    from stepkd.labels.labellers import TaskChecker
 
-    return label_tiny(
-        context.out / "labels",
-        model=context.model_folder("student"),
-        seed=context.seed,
-        problems=context.problem_source(2000),
-        labeller="checker",
-        samples=4,
-    )
+    student, problems = context.model_folder("student"), context.problem_source(2000)
+    solutions = sampled(student, problems, samples=4, seed=context.seed)
+    return label_tiny(context.out / "labels", solutions, TaskChecker())
 
 
 def _train(context: Context, name: str, builder: str, *, steps: int, **settings: Any) -> dict[str, Any]:

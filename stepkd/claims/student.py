@@ -125,17 +125,13 @@ def problem_source(unit: Unit, n: int, split: str = "train") -> str:
 
 def label_student(unit: Unit, student: Path, report: Report) -> tuple[Path, dict[str, Any]]:
     """The student's own solutions with the exact checker's step labels: the rows' file, and the job's summary."""
-    from stepkd.claims.tiny_samples import label_tiny
+    from stepkd.claims.tiny_samples import label_tiny, sampled
+    from stepkd.labels.labellers import TaskChecker
 
     report("sampling solutions and labelling them with the exact checker")
-    return label_tiny(
-        unit.folder / "labels",
-        model=student,
-        seed=unit.seed,
-        problems=problem_source(unit, unit.settings.label_problems),
-        labeller="checker",
-        samples=unit.settings.label_samples,
-    )
+    problems, samples = problem_source(unit, unit.settings.label_problems), unit.settings.label_samples
+    solutions = sampled(student, problems, samples=samples, seed=unit.seed)
+    return label_tiny(unit.folder / "labels", solutions, TaskChecker())
 
 
 def evaluate_arm(

@@ -12,23 +12,33 @@ from stepkd.evaluation.best_of_n import CurveResult, ProblemSamples, bon_curve
 from stepkd.evaluation.config import EvaluateConfig
 from stepkd.evaluation.runner import evaluate
 from stepkd.grading.judge import votes_of
-from stepkd.grading.pool import Grader
+from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.labels.job import run_label_job
-from stepkd.labels.settings import LabelConfig
+from stepkd.labels.labellers import LabellerConfig
+from stepkd.labels.settings import LabelConfig, OwnSteps, Sampled, SolutionsConfig, StepsConfig
 from stepkd.models.checkpoint import load_trained
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.prm import PRMScorer
 from stepkd.steps.labels import tally
 
 Row = Mapping[str, Any]
-SAMPLING: dict[str, Any] = {
-    "max_new_tokens": NEW_TOKENS,
+JOB: dict[str, Any] = {
     "template": "task",
-    "extractors": ("hash",),
+    "grading": GradingConfig(extractors=("hash",)),
     "device": "cpu",
     "max_rows": 256,
 }
-"""How jobs sample and grade in the tiny world, at temperature 1."""
+"""How jobs ask and grade in the tiny world."""
+
+
+def sampling(seed: int, n: int) -> SamplingConfig:
+    """How jobs sample in the tiny world."""
+    return SamplingConfig(n=n, max_new_tokens=NEW_TOKENS, seed=seed)
+
+
+def sampled(model: str | Path, problems: str, *, samples: int, seed: int, dedupe: bool = True) -> Sampled:
+    """Solutions to sample in the tiny world."""
+    return Sampled(problems=problems, model=str(model), sampling=sampling(seed, samples), dedupe=dedupe)
 
 
 def evaluate_tiny(
@@ -99,21 +109,22 @@ def problem_metrics(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return metrics
 
 
-def label_tiny(out: Path, *, model: str | Path, seed: int, **settings: Any) -> tuple[Path, dict[str, Any]]:
+def label_tiny(
+    out: Path, solutions: SolutionsConfig, labeller: LabellerConfig, steps: StepsConfig | None = None
+) -> tuple[Path, dict[str, Any]]:
     """Run (or resume) a labelling job in the tiny world.
 
     Args:
         out: the job's folder.
-        model: policy that samples, continues and tokenises.
-        seed: keys solutions and continuations.
-        **settings: further fields of :class:`stepkd.labels.LabelConfig`.
+        solutions: what is labelled (:func:`sampled`, or existing ones).
+        labeller: who labels it.
+        steps: how it is cut; None: as it is, or into lines.
 
     Returns:
         The labels' file and the job's summary.
     """
-    summary = run_label_job(
-        LabelConfig(out=str(out), model=str(model), seed=seed, temperature=1.0, **SAMPLING, **settings)
-    )
+    config = LabelConfig(out=str(out), solutions=solutions, labeller=labeller, steps=steps or OwnSteps(), **JOB)
+    summary = run_label_job(config)
     assert summary is not None, "one rank does all the work"
     return out / "labels.jsonl", summary
 

@@ -32,7 +32,10 @@ COMMANDS = {
     "best-of-n": "accuracy of choosing among N samples by scorers, by vote and by both",
     "compare": "compare two evaluations problem by problem",
     "benchmarks": "list the benchmarks",
-    "label": "label the steps of solutions: Monte-Carlo, exact checker, outcome, judge, reward model; consensus",
+    "label": "label the steps of solutions: Monte-Carlo, exact checker, outcome, judge, reward model",
+    "consensus": "keep of one labelling what another one agrees on, with the quality of both",
+    "convert": "labelled rows to other kinds of rows: TRL's, Math-Shepherd's, feedback, pairs, demonstrations",
+    "pairs": "make step preference pairs by sampling: Step-DPO's, or from searched trees",
     "score": "score the steps of solutions with a reward model, a judge or the exact checker",
     "cache-teacher": "write a teacher's likeliest tokens for given completions, to distil without it",
     "iterate": "generate, label, train, evaluate, K times over, with one table of all models",
@@ -118,7 +121,7 @@ def _main(arguments: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            f"\nstepkd {command}: interrupted; fit, evaluate, evaluate-prm, label, score, cache-teacher, "
+            f"\nstepkd {command}: interrupted; fit, evaluate, evaluate-prm, label, pairs, score, cache-teacher, "
             "iterate, claims and quickstart can be resumed",
             file=sys.stderr,
         )

@@ -301,7 +301,7 @@ def _read_binary_labels(rows: list[Row], spec: DataConfig) -> None:
 LABELS_NAME = "labels.jsonl"
 """What ``stepkd label`` writes its rows into."""
 PAIRS_NAME = "pairs.jsonl"
-"""What ``stepkd label --to step_preference`` and its like write their rows into."""
+"""What ``stepkd pairs`` writes its rows into."""
 
 
 def parse_spec(text: str) -> DataConfig:
@@ -310,7 +310,7 @@ def parse_spec(text: str) -> DataConfig:
     ``gsm8k:path=x/test.jsonl,limit=8`` names a source and its settings; a key that only the source knows is one of its
     options (``task:task=modular,n=64,noise.rate=0.15``); ``columns.prompt=problem`` maps a column; a value with commas
     stands in quotes; a bare file name (``x/rows.jsonl``) or folder means source ``rows``, and so does the folder of a
-    job of ``stepkd label`` (its ``labels.jsonl`` or ``pairs.jsonl``).
+    job of ``stepkd label`` or ``stepkd pairs`` (its ``labels.jsonl`` or ``pairs.jsonl``).
 
     Args:
         text: the word.

@@ -164,7 +164,7 @@ def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[st
         return dict(row) | {"labels": labels}
     if row.get("steps") is None:
         raise DataError(
-            "no step texts: these rollouts were not labelled by `stepkd label`; label them with --rollouts first",
+            "no step texts: these rollouts were not labelled by `stepkd label`; label them as Existing solutions first",
             path=name,
             column="steps",
         )

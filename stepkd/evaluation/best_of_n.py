@@ -387,7 +387,7 @@ def _by_key(path: str | Path) -> dict[tuple[str, str], Mapping[str, Any]]:
         if (row.get("labelling") or {}).get("dedupe"):
             raise DataError(
                 "these rollouts lost their duplicates when they were labelled, so that their shares are wrong: sample "
-                "them with stepkd label --keep-duplicates",
+                "them with stepkd label --solutions.dedupe false",
                 path=path,
                 line=number,
             )

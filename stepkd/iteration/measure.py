@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader
 from stepkd.labels.job import drawn_records
 from stepkd.labels.quality import row_labels
-from stepkd.labels.settings import LabelConfig, asking
+from stepkd.labels.settings import LabelConfig, Sampled, asking
+from stepkd.labels.solutions import at_temperature_one
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
@@ -49,8 +51,9 @@ def problem_rows(samples: Path, labels: Path | None, spec: LabelConfig, *, seed_
         spec: settings of the job in ``samples``.
         seed_model: M0, whose log-probabilities the samples get; the model's own name gives ratios of exactly 0.
     """
+    assert isinstance(spec.solutions, Sampled)
     records = drawn_records(samples)
-    problems = {str(row["id"]): row for row in load_rows(parse_spec(str(spec.problems)), contract=PROBLEM)}
+    problems = {str(row["id"]): row for row in load_rows(parse_spec(spec.solutions.problems), contract=PROBLEM)}
     extractors = read_settings(samples)["extractors"]
     marks = {} if labels is None else _step_marks(labels / LABELS_NAME)
     ratios = _log_ratios(records, [problems[record["id"]] for record in records], spec, seed_model)
@@ -94,15 +97,17 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelConf
     Both models read the samples in the same batches (and not the sampler's own log-probabilities, whose rounding in
     bfloat16 is another one), so that equal weights give exactly 0.
     """
-    if spec.temperature != 1 or spec.top_p != 1 or spec.top_k != 0:
+    solutions = spec.solutions
+    assert isinstance(solutions, Sampled)
+    if not at_temperature_one(asdict(solutions.sampling)):
         return None
-    if spec.model == seed_model:
+    if solutions.model == seed_model:
         return iter([0.0] * sum(len(record["samples"]) for record in records))
     device = pick_device(spec.device)
-    policy, seed_policy = (_load(str(name), spec, device) for name in (spec.model, seed_model))
-    source = parse_spec(str(spec.problems)).source
+    policy, seed_policy = (_load(name, spec, device) for name in (solutions.model, seed_model))
+    source = parse_spec(solutions.problems).source
     is_task = all(map(is_task_row, problems))
-    template = template_for(str(spec.model), asking(source, is_task=is_task).template, spec.template)
+    template = template_for(solutions.model, asking(source, is_task=is_task).template, spec.template)
     prompts = encode_prompts(policy, template, [dict(row) for row in problems])
     pairs = [
         (prompt.prompt_ids, sample["token_ids"])

@@ -5,32 +5,36 @@ Keys: the fields of :class:`IterateConfig`; ``label``, ``convert``, ``train`` an
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
-from stepkd.labels.convert import CONVERTERS
-from stepkd.labels.feedback import ConvertOptions
-from stepkd.labels.settings import PAIR_JOBS, JobConfig, LabelConfig
+from stepkd.labels.convert import Demonstrations
+from stepkd.labels.feedback import ConverterConfig
+from stepkd.labels.labellers import LabellerConfig, MonteCarlo
+from stepkd.labels.settings import (
+    PAIR_JOBS,
+    Fitted,
+    LabelConfig,
+    LabellingConfig,
+    PairJobConfig,
+    PromptedConfig,
+    Sampled,
+    StepsConfig,
+)
 from stepkd.randomness import stream_key
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.settings import build_settings
-from stepkd.yaml_files import check_keys, find_recipe, mapping, read_yaml, settings_from
+from stepkd.yaml_files import as_yaml, check_keys, find_recipe, mapping, read_yaml
 
-OWN = frozenset({"out", "problems", "rollouts", "model", "seed"})
-"""Settings of a labelling job that the iteration decides."""
-HELD_OUT_OWN = frozenset({"limit", "samples", "temperature", "top_p", "top_k", "dedupe"})
-"""Settings of ``label`` that say how much is drawn and how; the held-out solutions have their own."""
-SHARED_WITH_PAIRS = ("device", "dtype", "template", "extractors", "stop", "max_new_tokens", "max_rows", "deadline_s")
+SHARED_WITH_PAIRS = ("device", *(item.name for item in fields(PromptedConfig)))
 """Settings of the labelling job that the pair job of the same iteration shares."""
-PAIRS_OWN = frozenset({"out", "model", "problems", "rollouts", "seed", "limit"})
+PAIRS_OWN = frozenset({"out", "overwrite", "wait_s", "model", "problems", "rollouts"})
 """Settings of a pair job that the iteration decides."""
-NEEDS_RIGHT_ONLY = frozenset({"demonstrations", "clean_demonstrations"})
-"""Converters after which a set without a single wrong answer can still be trained on."""
 SET_BY_ITERATE = (
     *("model.init_args.policy.path", "model.init_args.reference", "data.init_args.train.path"),
     *("data.init_args.train.source", "data.init_args.train", "out", "resume", "overwrite"),
@@ -58,8 +62,22 @@ class HeldOutSettings:
     """Solutions per problem, >= 2; S of maj@S."""
     temperature: float = 1.0
     """Of the sampled solutions, > 0. The divergence from M0 is estimated at temperature 1 only."""
-    label: dict[str, Any] = field(default_factory=dict)
-    """Settings of labelling on top of those of the training labels."""
+    steps: StepsConfig | None = None
+    """How the sampled solutions are cut; null: as those of the training labels."""
+    labeller: LabellerConfig | None = None
+    """Who labels their steps; null: who labels the training solutions. MonteCarlo continues with M0 for every model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledLabels(LabellingConfig):
+    """How the solutions that are trained on are sampled, cut and labelled."""
+
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=4))
+    """How solutions are drawn, 4 of every problem by default; the seed is the iteration's."""
+    dedupe: bool = True
+    """Whether only one of several solutions of a problem with the same text is labelled."""
+    device: str = "auto"
+    """Where models compute: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``, which takes a GPU where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +98,14 @@ class IterateConfig:
     """Fresh problems in every iteration, that many each; None: the same ones, sampled with other noise."""
     reference: Literal["reset", "kept"] = "reset"
     """Reference model of iteration k: M_{k-1} (``reset``), or M0 throughout (``kept``)."""
-    label: dict[str, Any] = field(default_factory=dict)
-    """Fields of :class:`~stepkd.labels.LabelConfig`: labeller, samples, temperature, segmenter, ..."""
-    convert: dict[str, Any] | None = None
-    """``to`` (a converter's name) and its options; None: training reads the labelled solutions as they are."""
+    label: SampledLabels = field(default_factory=SampledLabels)
+    """How solutions are sampled and labelled for training."""
+    convert: ConverterConfig | None = None
+    """What the labelled solutions are converted to, as ``stepkd convert --to`` takes it; null: training reads them as
+    they are."""
     pairs: dict[str, Any] | None = None
-    """``to`` (a pair job's name, ``step_preference``) and its options as ``stepkd label`` has them: M_{k-1} draws pairs
-    and training reads these. None: no pairs."""
+    """``to``, a job of ``stepkd pairs`` (``step`` or ``tree``), and its settings: M_{k-1} draws pairs and training
+    reads these. Null: no pairs."""
     launcher: str | None = None
     """Command before ``-m stepkd`` that starts labelling and training on several GPUs; None: in this process."""
     seed: int = 0
@@ -107,35 +126,37 @@ class IterateConfig:
         for key in self.train.overrides:
             if key in SET_BY_ITERATE or key.startswith("model.init_args.reference."):
                 raise ConfigError(f"train: overrides: {key} is set by every iteration itself")
-        for name, known in (("label", OWN), ("evaluation: label", OWN | {"samples", "temperature", "dedupe"})):
-            given = self.label if name == "label" else self.evaluation.label
-            if wrong := sorted(known & set(given)):
-                raise ConfigError(f"{name}: {wrong[0]} is set by the iteration itself: take it out")
-            check_keys(given, [item.name for item in fields(LabelConfig) if item.name not in known], name)
-        self.label_spec(1, out="labels", model=self.model)
+        job = self.label_spec(1, out="labels", model=self.model)
         held_out = self.held_out_spec(out="samples", model=self.model)
-        if held_out.fits_threshold:
+        if isinstance(held_out.steps, Fitted):
             raise ConfigError(
-                f"evaluation: the segmenter {held_out.segmenter!r} would fit another threshold for every model, and "
-                "steps of different models could not be compared: set evaluation.label.segmenter, say to newline"
+                f"evaluation: {held_out.steps.segmenter} steps would be Fitted with another threshold for every model, "
+                "and steps of different models could not be compared: set evaluation.steps, say to Cut"
             )
-        self.convert_options(1)
         if self.pairs is not None:
             if self.convert is not None:
                 raise ConfigError("convert and pairs both make the rows that are trained on: give one of them")
-            self.pair_spec(1, self.label_spec(1, out="labels", model=self.model), out="pairs")
+            self.pair_spec(1, job, out="pairs")
         self.evaluated_benchmark()
 
     @property
     def needs_wrong_answers(self) -> bool:
         """Whether training needs wrong answers beside right ones."""
-        return self.convert is None or self.convert["to"] not in NEEDS_RIGHT_ONLY
+        return not isinstance(self.convert, Demonstrations)
 
     def label_spec(self, k: int, *, out: str, model: str) -> LabelConfig:
         """The labelling job of iteration k >= 1: solutions of model M_{k-1} to the training problems."""
-        settings = self.label | {"out": out, "model": model, "problems": self.problem_word(k)}
-        settings["seed"] = iteration_seed(self.seed, "label", k)
-        return _label_spec(settings, "label")
+        sampling = replace(self.label.sampling, seed=iteration_seed(self.seed, "label", k))
+        solutions = Sampled(problems=self.problem_word(k), model=model, sampling=sampling, dedupe=self.label.dedupe)
+        return self._job(self.label, out, solutions)
+
+    def _job(self, how: LabellingConfig, out: str, solutions: Sampled) -> LabelConfig:
+        """A labelling job with everything that it draws keyed by the seed of its solutions."""
+        labeller = how.labeller
+        if isinstance(labeller, MonteCarlo):
+            labeller = replace(labeller, sampling=replace(labeller.sampling, seed=solutions.sampling.seed))
+        same = {item.name: getattr(how, item.name) for item in fields(LabellingConfig)}
+        return LabelConfig(out=out, solutions=solutions, device=self.label.device, **same | {"labeller": labeller})
 
     def problem_word(self, k: int) -> str:
         """The data word of the training problems of iteration k >= 1."""
@@ -147,14 +168,29 @@ class IterateConfig:
 
     def held_out_spec(self, *, out: str, model: str) -> LabelConfig:
         """The labelling job of a model's solutions to the held-out problems; the same noise for every model."""
-        inherited = {name: value for name, value in self.label.items() if name not in HELD_OUT_OWN}
-        settings = inherited | self.evaluation.label
-        settings |= {"samples": self.evaluation.samples, "temperature": self.evaluation.temperature, "dedupe": False}
-        settings |= {"out": out, "model": model, "problems": self.evaluation.problems}
-        settings["seed"] = iteration_seed(self.seed, "evaluate", 0)
-        return _label_spec(settings, "evaluation: label")
+        drawn, held_out = self.label.sampling, self.evaluation
+        sampling = SamplingConfig(
+            n=held_out.samples,
+            temperature=held_out.temperature,
+            max_new_tokens=drawn.max_new_tokens,
+            stop=drawn.stop,
+            seed=iteration_seed(self.seed, "evaluate", 0),
+        )
+        how = replace(
+            self.label,
+            steps=held_out.steps or self.label.steps,
+            labeller=held_out.labeller or self.label.labeller,
+        )
+        return self._job(how, out, Sampled(problems=held_out.problems, model=model, sampling=sampling, dedupe=False))
 
-    def pair_spec(self, k: int, job: LabelConfig, *, out: str) -> tuple[str, JobConfig]:
+    def converter(self, k: int) -> ConverterConfig:
+        """The converter of iteration k; what it draws has a seed of its own in every iteration unless one was given."""
+        assert self.convert is not None
+        if getattr(self.convert, "seed", None) != 0:
+            return self.convert
+        return replace(self.convert, seed=iteration_seed(self.seed, "convert", k))  # type: ignore[type-var]
+
+    def pair_spec(self, k: int, job: LabelConfig, *, out: str) -> tuple[str, PairJobConfig]:
         """The pair job of iteration k, and its kind.
 
         Args:
@@ -172,31 +208,21 @@ class IterateConfig:
                 f"pairs: to={to!r} is no pair job.{nearest(str(to), PAIR_JOBS)} Known: {', '.join(PAIR_JOBS)}"
             )
         kind = PAIR_JOBS[to]
-        known = _names(kind)
+        known = {item.name for item in fields(kind)}
         check_keys(values, sorted(known - PAIRS_OWN), "pairs")
-        source = "problems" if "problems" in known else "rollouts"
-        common = {name: getattr(job, name) for name in SHARED_WITH_PAIRS}
-        decided: dict[str, Any] = {
-            source: job.problems if source == "problems" else job.out,
-            "model": job.model,
-            "out": out,
+        assert isinstance(job.solutions, Sampled)
+        drawn = job.solutions.sampling
+        values["sampling"] = {
+            "max_new_tokens": drawn.max_new_tokens,
+            "stop": list(drawn.stop),
+            **values.get("sampling", {}),
+            "seed": iteration_seed(self.seed, "pairs", k),
         }
-        decided["seed"] = iteration_seed(self.seed, "pairs", k)
-        return to, settings_from(kind, common | values | decided, _checked)
-
-    def convert_options(self, k: int) -> ConvertOptions:
-        """Options of the converter in iteration k."""
-        values = dict(self.convert or {"to": "stepwise"})
-        known = ["to", *(item.name for item in fields(ConvertOptions))]
-        check_keys(values, known, "convert")
-        to = values.pop("to", None)
-        if to not in CONVERTERS:
-            hint = nearest(str(to), CONVERTERS)
-            raise ConfigError(f"convert: to={to!r} is no converter.{hint} Known: {', '.join(CONVERTERS)}")
-        options: ConvertOptions = build_settings(ConvertOptions, values, "convert")
-        return (
-            options if "seed" in values else dataclasses.replace(options, seed=iteration_seed(self.seed, "convert", k))
-        )
+        source = {"problems": job.solutions.problems} if "problems" in known else {"rollouts": job.out}
+        decided = {**source, "model": job.solutions.model, "out": out}
+        made = build_settings(kind, values | decided, "pairs")
+        common = {name: getattr(job, name) for name in SHARED_WITH_PAIRS if name not in values}
+        return to, replace(made, **common)
 
     def evaluated_benchmark(self) -> tuple[str, str]:
         """Name of the benchmark of the held-out problems, and their data settings as ``stepkd evaluate`` takes them.
@@ -215,7 +241,7 @@ class IterateConfig:
 
     def identity(self) -> dict[str, Any]:
         """What decides the results of an iteration, as JSON values: all but how many there are and who starts them."""
-        plain = asdict(self)
+        plain = as_yaml(self)
         for name in ("iterations", "launcher"):
             plain.pop(name)
         plain["train"] = {
@@ -223,19 +249,6 @@ class IterateConfig:
             "overrides": self.train.overrides,
         }
         return dict(json.loads(json.dumps(plain)))
-
-
-def _checked(kind: type, values: dict[str, Any]) -> Any:
-    """Settings of a pair job with their types checked, those in it included."""
-    plain = {name: asdict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}  # type: ignore[arg-type]
-    return build_settings(kind, plain, "pairs")
-
-
-def _names(kind: Any) -> set[str]:
-    """Names of a class's settings, those of the settings classes in it included."""
-    inner = {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
-    own = {item.name for item in fields(kind)} - set(inner)
-    return own.union(*(_names(hint) for hint in inner.values()))
 
 
 def iteration_seed(seed: int, purpose: str, k: int) -> int:
@@ -290,12 +303,9 @@ def _build(settings: dict[str, Any]) -> IterateConfig:
             check_keys(settings[name], [item.name for item in fields(kind)], name)
             if settings[name].get(key) is None:
                 raise ConfigError(f"{name}: the key {key!r} is missing")
-    convert = settings.get("convert")
-    if convert is not None and "to" not in mapping(convert, "convert"):
-        raise ConfigError(f"convert: needs `to`, the name of a converter: {', '.join(CONVERTERS)}")
+    pairs = settings.pop("pairs", None)  # whose class is known by its word ``to``
     spec = build_settings(IterateConfig, settings, "settings")
-    assert isinstance(spec, IterateConfig)
-    return spec
+    return spec if pairs is None else replace(spec, pairs=pairs)
 
 
 def put(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -317,9 +327,3 @@ def put(settings: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"{key}: {name} has no keys, it is {inner!r}")
         target = inner
     target[last] = value
-
-
-def _label_spec(settings: Mapping[str, Any], where: str) -> LabelConfig:
-    spec = build_settings(LabelConfig, settings, where)
-    assert isinstance(spec, LabelConfig)
-    return spec

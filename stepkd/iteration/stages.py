@@ -12,7 +12,7 @@ import json
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import yaml
 from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration.spec import IterateConfig, iteration_seed, put
-from stepkd.labels.settings import JobConfig, LabelConfig
+from stepkd.labels.labellers import MonteCarlo, Outcome
+from stepkd.labels.settings import Existing, LabelConfig, LabelJobConfig, OwnSteps, PairJobConfig, Sampled
 from stepkd.runs.files import write_file, write_json, write_jsonl
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
-from stepkd.yaml_files import find_recipe
+from stepkd.yaml_files import as_yaml, find_recipe
 
 Report = Callable[[str], None]
 
@@ -116,13 +117,13 @@ def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
         facts[name] = it.run(name, inputs, work, line)
 
     job = it.spec.label_spec(k, out=str(labels), model=it.model(k - 1))
-    line = f"M{k - 1} writes solutions, labeller: {job.labeller}"
+    line = f"M{k - 1} writes solutions, labeller: {type(job.labeller).__name__}"
     run("label", {"model": it.identity(k - 1)}, lambda: _label(it, job), line)
     _check_answers(it, facts["label"])
     rows = labels / LABELS_NAME
     if it.spec.convert is not None:
         inputs = {"labels": file_fingerprint(rows)}
-        run("convert", inputs, lambda: _convert(it, labels), f"labels to {it.spec.convert['to']}")
+        run("convert", inputs, lambda: _convert(it, labels), f"labels to {type(it.spec.convert).__name__}")
         rows = it.folder / CONVERTED_NAME
     if it.spec.pairs is not None:
         inputs = {"model": it.identity(k - 1), "labels": file_fingerprint(rows)}
@@ -148,24 +149,21 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
     run("greedy", lambda: _greedy(it, folder / "greedy"), f"M{k} solves the held-out problems, greedy")
     drawn = it.spec.held_out_spec(out=str(folder / "samples"), model=it.model(k))
     judged: LabelConfig | None = None
-    if drawn.labeller == "monte_carlo":
-        # Continuations come from M0 for every model: the same judge for all of them.
-        judged = replace(
-            drawn,
-            out=str(folder / "labels"),
-            rollouts=drawn.out,
-            problems=None,
-            model=it.spec.model,
-            segmenter=None,  # the steps stay as they were cut
-            teacher=None,
-        )
-        drawn = replace(drawn, labeller="outcome")
-    run("samples", lambda: _label(it, drawn), f"M{k} samples {drawn.samples} solutions of every held-out problem")
+    assert isinstance(drawn.solutions, Sampled)
+    if isinstance(drawn.labeller, MonteCarlo):
+        # Continuations come from M0 for every model: the same judge for all of them. The steps stay as they were cut.
+        existing = Existing(rollouts=drawn.out, model=it.spec.model)
+        judged = replace(drawn, out=str(folder / "labels"), solutions=existing, steps=OwnSteps())
+        drawn = replace(drawn, labeller=Outcome())
+    n = it.spec.evaluation.samples
+    run("samples", lambda: _label(it, drawn), f"M{k} samples {n} solutions of every held-out problem")
     samples = file_fingerprint(Path(drawn.out) / LABELS_NAME)
     if judged is not None:
         job = judged
         run("judge", lambda: _label(it, job), f"continuations by M0 label the steps of M{k}", samples=samples)
-    folders = [Path(each.out) for each in (judged, drawn) if each is not None and each.labeller != "outcome"]
+    folders = [
+        Path(each.out) for each in (judged, drawn) if each is not None and not isinstance(each.labeller, Outcome)
+    ]
 
     def measure() -> dict[str, Any]:
         rows = problem_rows(Path(drawn.out), folders[0] if folders else None, drawn, seed_model=it.spec.model)
@@ -183,22 +181,22 @@ def _label(it: Iteration, job: LabelConfig) -> dict[str, Any]:
     return summary
 
 
-def _run_job(it: Iteration, kind: str, job: JobConfig, rows: str) -> dict[str, Any]:
+def _run_job(it: Iteration, kind: str, job: LabelJobConfig, rows: str) -> dict[str, Any]:
     """Run a labelling or pair job to its end, under the launcher where one is given; its summary."""
     out = Path(job.out)
     if it.spec.launcher is None:
         run_job(kind, job, JobOptions(report=_quarters(it)))
     else:
         file = out.with_name(f"{out.name}.job.json")
-        write_json(file, {"kind": kind, "settings": asdict(job)})
+        write_json(file, {"kind": kind, "settings": as_yaml(job)})
         _launch(it, ["stepkd", "iterate-job", str(file)], f"the job of {out}")
     if not (out / rows).is_file():
         raise StepkdError(f"iteration {it.k}: the job in {out} ended without {rows}")
     return dict(json.loads((out / SUMMARY_NAME).read_bytes()))
 
 
-def run_job(kind: str, job: JobConfig, options: JobOptions) -> None:
-    """Run a labelling job (``label``) or a pair job (a name of ``PAIR_JOBS``)."""
+def run_job(kind: str, job: LabelJobConfig, options: JobOptions) -> None:
+    """Run a labelling job (``label``) or a pair job (its name in ``PAIR_JOBS``)."""
     if kind == "label":
         from stepkd.labels.job import run_label_job
 
@@ -207,6 +205,7 @@ def run_job(kind: str, job: JobConfig, options: JobOptions) -> None:
     else:
         from stepkd.labels.pair_job import run_pair_job
 
+        assert isinstance(job, PairJobConfig)
         run_pair_job(job, options=options)
 
 
@@ -255,15 +254,15 @@ def _check_answers(it: Iteration, summary: Mapping[str, Any]) -> None:
 
 
 def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
-    from stepkd.labels.convert import CONVERTERS, convert_rows
+    from stepkd.labels.convert import convert_rows
 
-    assert it.spec.convert is not None
-    to = it.spec.convert["to"]
+    converter = it.spec.converter(it.k)
+    to = type(converter).__name__
     try:
-        converted = convert_rows(load_rows(parse_spec(str(labels))), to, it.spec.convert_options(it.k))
+        converted = convert_rows(load_rows(parse_spec(str(labels))), converter)
     except DataError as error:
         raise DataError(f"iteration {it.k}, conversion to {to}: {error}", path=labels) from error
-    written = CONVERTERS[to].write(converted.rows, it.folder / CONVERTED_NAME)
+    written = converter.write(converted.rows, it.folder / CONVERTED_NAME)
     return {"to": to, "rows": written, "counts": converted.counts}
 
 
@@ -328,7 +327,6 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     from stepkd.data.rows import PROBLEM
     from stepkd.evaluation.config import EvaluateConfig
     from stepkd.evaluation.runner import evaluate
-    from stepkd.grading.pool import GradingConfig
     from stepkd.labels.settings import asking
     from stepkd.models.source import template_for
     from stepkd.sampling.sampler import SamplingConfig
@@ -339,21 +337,23 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
     problems = parse_spec(it.spec.evaluation.problems)
     is_task = all(map(is_task_row, load_rows(problems, contract=PROBLEM)))
     how = asking(problems.source, is_task=is_task)  # prompt, extractors and length are those of the sampled solutions
+    solutions = job.solutions
+    assert isinstance(solutions, Sampled)
     summary = evaluate(
         EvaluateConfig(
-            model=job.model or "",
+            model=solutions.model,
             benchmark=benchmark,
             data=data,
             out=str(folder),
             sampling=SamplingConfig(
                 temperature=0.0,
-                max_new_tokens=job.max_new_tokens or how.max_new_tokens,
-                stop=job.stop,
-                seed=job.seed,
+                max_new_tokens=solutions.sampling.max_new_tokens or how.max_new_tokens,
+                stop=solutions.sampling.stop,
+                seed=solutions.sampling.seed,
             ),
-            grading=GradingConfig(extractors=job.extractors or how.extractors, deadline_s=job.deadline_s),
-            template=template_for(str(job.model), how.template, job.template),
-            dtype=job.dtype,  # type: ignore[arg-type]
+            grading=replace(job.grading, extractors=job.grading.extractors or how.extractors),
+            template=template_for(solutions.model, how.template, job.template),
+            dtype=job.dtype,
             device=job.device,
             max_rows=job.max_rows,
         )

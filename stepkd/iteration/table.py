@@ -51,7 +51,7 @@ def summarise_run(
         models.append(
             {"name": f"M{k}", "metrics": metrics, "minus_M0": minus, "training": _training(facts[k]) if k else None}
         )
-    labeller = spec.held_out_spec(out="samples", model=spec.model).labeller
+    labeller = type(spec.held_out_spec(out="samples", model=spec.model).labeller).__name__
     return {
         "problems": len(rows[0]),
         "samples": spec.evaluation.samples,
@@ -124,9 +124,9 @@ def notes(summary: Summary) -> list[str]:
     for k, model in enumerate(summary["models"]):
         if model["training"] is not None:
             lines.append(_training_line(k, model["training"]))
-    if summary["labeller"] == "outcome":
-        lines.append("steps: the outcome labeller does not say whether a step is right")
-    if summary["labeller"] == "monte_carlo":
+    if summary["labeller"] == "Outcome":
+        lines.append("steps: the outcome does not say whether a step is correct")
+    if summary["labeller"] == "MonteCarlo":
         lines.append("held-out steps are labelled by continuations of M0, for every model alike")
     if any(model["metrics"]["kl_per_solution"] is None for model in summary["models"]):
         lines.append("KL to M0: needs solutions sampled at temperature 1, without top-p or top-k")

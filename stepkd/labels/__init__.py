@@ -11,14 +11,18 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "consensus": "Consensus consensus_filter report_on",
-    "convert": "CONVERTERS Converter convert_rows",
-    "feedback": "ConvertOptions Converted answered even_pairs",
-    "job": "JobParts job_parts make_labeller run_label_job",
-    "labellers": "CheckerLabeller Labeller OutcomeLabeller ScorerLabeller Solution StepLabels",
+    "convert": "Balanced Demonstrations MathShepherd Stepwise TRLStepwise convert_rows",
+    "feedback": "Binary Converted ConverterConfig Preference Unpaired completion_of even_pairs",
+    "job": "JobParts job_parts run_label_job",
+    "labellers": "LabellerConfig MonteCarlo Outcome Scored ScorerLabeller Sums TaskChecker",
     "monte_carlo": "MonteCarloLabeller",
     "pair_job": "run_pair_job",
     "quality": "LabelQuality label_quality",
-    "settings": "JobConfig LABELLERS LabelConfig PAIR_JOBS StepPairConfig TreePairConfig",
+    "settings": (
+        "Cut Existing Fitted LabelConfig OwnSteps PAIR_JOBS Reject RolloutShare Sampled SelfEvaluation StepPairConfig "
+        "StepScore TreePairConfig"
+    ),
+    "step_labels": "Labeller Solution StepLabels reduce_values",
     "step_pairs": "StepPairBuilder step_pair_builder",
     "tree_pairs": "TreePairBuilder tree_pair_builder",
     "workbench": "PairBuilder Workbench pair_record",

@@ -1,142 +1,200 @@
-"""Labellers: tokenised solutions in, one label per step out.
+"""Labellers by their settings: tokenised solutions in, one label per step out.
 
-Labels come from the tiny world's exact checkers (free, and true), from the final answer alone (outcome supervision), or
-from what scores steps: a prompted judge, a trained process reward model, the sums of a step. Those from continuations
-are in :mod:`stepkd.labels.monte_carlo`.
+Labels come from continuations of every step's prefix (:mod:`stepkd.labels.monte_carlo`), from the tiny world's exact
+checkers (free, and true), from the final answer alone (outcome supervision), or from what scores steps: a prompted
+judge, a trained process reward model, the sums of a step.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from stepkd.errors import ConfigError, DataError, check_choice
-from stepkd.scorers.scorer import Solutions, StepScorer
-from stepkd.steps.labels import ANY_SUCCESS, check_threshold, passes
-from stepkd.steps.segment import Span
+from stepkd.labels.step_labels import Labeller, Reduce, Row, Solution, StepLabels
+from stepkd.sampling.sampler import SamplingConfig
+from stepkd.scorers.load import load_scorer
+from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
+from stepkd.steps.labels import check_threshold, passes
 from stepkd.tasks.base import Given
 from stepkd.tasks.rows import check_row, is_task_row
 
 
-@dataclass(frozen=True)
-class Solution:
-    """One solution to label, in one tokenisation."""
+def check_noise(sampling: SamplingConfig, what: str) -> None:
+    """Refuse several greedy samples of one prefix.
 
-    id: str
-    """Unique over the job, ``<problem id>/<sample>``."""
-    index: int
-    """Number of the solution in the whole job; keys whatever is drawn for it."""
-    row: Mapping[str, Any]
-    """Problem row: ``id``, ``prompt``, ``answer``; rows of the tiny world also carry ``task`` and ``meta``."""
-    prompt_ids: tuple[int, ...]
-    """Prompt as the sampler read it."""
-    completion_ids: tuple[int, ...]
-    """Sampled (or tokenised) ids, the end token included where there is one."""
-    spans: tuple[Span, ...]
-    """Step spans: a partition of ``range(len(completion_ids))``."""
-    steps: tuple[str, ...]
-    """Text of every step, separators included."""
-    correct: bool | None
-    """Whether the final answer is right; None: not graded."""
-    finish: Literal["stop", "length"] = "stop"
-    """``length``: the solution was cut off."""
-
-
-@dataclass(frozen=True)
-class StepLabels:
-    """What a labeller says of one solution."""
-
-    labels: tuple[bool | int | float | None, ...]
-    """One per step, all of one kind (bool, -1/0/1, or float in [0, 1]); None: not labelled."""
-    values: tuple[float | None, ...] | None = None
-    """Estimated chance per step that the answer comes out right from there, in [0, 1]; None: not estimated."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values kept with the row: successes and trials per step, tokens generated, ..."""
-
-
-class Labeller(Protocol):
-    """Labels steps."""
-
-    def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """Label every step of every solution; the result for a solution does not depend on the others."""
-        ...
-
-    def provenance(self) -> dict[str, Any]:
-        """What the labels came from, as JSON values: labeller, model, number of rollouts, temperature, seed, ..."""
-        ...
-
-
-class CheckerLabeller:
-    """Label by the exact checker of the task that generated the problem.
-
-    Args:
-        given: ``truth``: a step is right iff it is what the problem demands at its place; ``claims``: iff it follows
-            from what the steps before it claim.
+    Raises:
+        ConfigError: there is more than one, at temperature 0.
     """
+    if sampling.n > 1 and sampling.temperature == 0:
+        raise ConfigError(f"{sampling.n} {what} at temperature 0 would all be the same: set a temperature, or n to 1")
 
-    def __init__(self, given: Given = "truth") -> None:
-        check_choice("given", given, get_args(Given))
-        self.given = given
+
+def check_task_row(row: Row, place: str, remedy: str) -> None:
+    """Refuse a row that no task of the tiny world generated.
+
+    Raises:
+        DataError: naming the row, with the remedy.
+    """
+    if not is_task_row(row):
+        raise DataError(
+            f"row {str(row['id'])!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an "
+            f"exact checker; {remedy}",
+            path=place,
+            column="task",
+        )
+
+
+class LabellerConfig(ABC):
+    """Who labels the steps."""
+
+    continues = False
+    """Whether it continues solutions with the policy."""
+
+    @abstractmethod
+    def build(self, bench: Any, sampler: Any) -> Labeller:
+        """The labeller.
+
+        Args:
+            bench: what the job works with (:class:`~stepkd.labels.workbench.Workbench`).
+            sampler: draws from its policy.
+        """
+
+    def check(self, row: Row, place: str) -> None:  # noqa: B027
+        """Refuse a row that the labeller has no use for, before any work is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonteCarlo(LabellerConfig):
+    """How often continuations of a step's prefix reach the correct answer (Math-Shepherd, arXiv 2312.08935)."""
+
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=8))
+    """How every step's prefix is continued, 8 times by default."""
+    reduce: Reduce = "any"
+    """From shares of successes to labels: correct where any succeeds (the default, Math-Shepherd's hard estimate), the
+    mean itself (its soft estimate), correct up to the first_error and nothing behind it (Qwen2.5-Math-PRM, arXiv
+    2501.07301), or propagate, correct where any of this step or of a later one succeeds (GLoRe, arXiv 2402.10963)."""
+    continues = True
+
+    def __post_init__(self) -> None:
+        check_choice("reduce", self.reduce, get_args(Reduce))
+        check_noise(self.sampling, "continuations of a step")
+
+    def build(self, bench: Any, sampler: Any) -> Labeller:
+        """A :class:`~stepkd.labels.monte_carlo.MonteCarloLabeller`."""
+        from stepkd.labels.monte_carlo import MonteCarloLabeller
+
+        return MonteCarloLabeller(sampler, bench.policy, bench.grader, bench.limited(self.sampling), reduce=self.reduce)
+
+    def check(self, row: Row, place: str) -> None:
+        """It needs an answer."""
+        if row.get("answer") is None:
+            raise DataError(
+                f"row {str(row['id'])!r} has no 'answer', and Monte-Carlo labels compare continuations with it: add "
+                "the column, or use another labeller",
+                path=place,
+                column="answer",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskChecker(LabellerConfig):
+    """The exact checker of the tiny world: true labels, for rows of source ``task``."""
+
+    given: Given = "truth"
+    """What a step is judged by: what the problem demands at its place (truth), or what the steps before it claim."""
+
+    def __post_init__(self) -> None:
+        check_choice("given", self.given, get_args(Given))
+
+    def build(self, bench: Any, sampler: Any) -> Labeller:
+        """Itself."""
+        return self
+
+    def check(self, row: Row, place: str) -> None:
+        """It needs the task."""
+        check_task_row(row, place, "use another labeller")
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """See :class:`~stepkd.labels.labellers.Labeller`; labels are true or false.
-
-        Raises:
-            DataError: a row that no task of the tiny world generated.
-        """
-        return [StepLabels(tuple(self._check(solution))) for solution in solutions]
-
-    def _check(self, solution: Solution) -> list[bool]:
-        if not is_task_row(solution.row):
-            raise DataError(
-                "no exact checker for this row: it has no 'task' and 'meta' (rows of source 'task' have them); use "
-                "another labeller",
-                path=solution.id,
-            )
-        return check_row(solution.row, solution.steps, given=self.given)
+        """See :class:`Labeller`; labels are true or false."""
+        return [StepLabels(tuple(check_row(each.row, each.steps, given=self.given))) for each in solutions]
 
     def provenance(self) -> dict[str, Any]:
         """What the labels came from."""
         return {"labeller": "checker", "given": self.given}
 
 
-class OutcomeLabeller:
-    """Label by whether the final answer is right.
+@dataclass(frozen=True)
+class Sums(LabellerConfig):
+    """The sums that a step writes out, done again; a step without one has no label."""
 
-    Args:
-        scope: ``last``: the last step only, as an outcome reward model is trained; ``all``: every step gets the
-            outcome, the crudest guess at a process label.
-    """
+    def build(self, bench: Any, sampler: Any) -> Labeller:
+        """A :class:`ScorerLabeller`."""
+        from stepkd.scorers.rules import Arithmetic
 
-    def __init__(self, scope: Literal["last", "all"] = "last") -> None:
-        check_choice("scope", scope, ("last", "all"))
-        self.scope = scope
+        return ScorerLabeller(Arithmetic(unchecked=float("nan")), name="arithmetic")
 
-    def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """See :class:`~stepkd.labels.labellers.Labeller`; labels are true or false.
 
-        Raises:
-            DataError: a solution that was not graded.
-        """
-        return [StepLabels(self._labels(solution)) for solution in solutions]
+@dataclass(frozen=True, kw_only=True)
+class Outcome(LabellerConfig):
+    """Whether the final answer is correct, as an outcome reward model learns it."""
 
-    def _labels(self, solution: Solution) -> tuple[bool | None, ...]:
-        if solution.correct is None:
+    scope: Literal["last", "all"] = "last"
+    """Which steps the outcome labels: the last one only, or all, the crudest guess at a process label."""
+
+    def __post_init__(self) -> None:
+        check_choice("scope", self.scope, ("last", "all"))
+
+    def build(self, bench: Any, sampler: Any) -> Labeller:
+        """Itself."""
+        return self
+
+    def check(self, row: Row, place: str) -> None:
+        """It needs an answer, or an outcome."""
+        if all(row.get(name) is None for name in ("correct", "outcome", "answer")):
             raise DataError(
-                "whether its answer is right is not known: give rows with an 'answer', or an 'outcome' of true or "
-                "false",
-                path=solution.id,
+                f"row {str(row['id'])!r} has neither an 'answer' nor a stated outcome: nothing says whether its answer "
+                "is correct",
+                path=place,
                 column="answer",
             )
-        before: bool | None = solution.correct if self.scope == "all" else None
-        return (*[before] * (len(solution.steps) - 1), solution.correct)
+
+    def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
+        """See :class:`Labeller`; labels are true or false."""
+        found = []
+        for each in solutions:
+            assert each.correct is not None, "a row that nothing could grade was refused at first"
+            before = each.correct if self.scope == "all" else None
+            found.append(StepLabels((*[before] * (len(each.steps) - 1), each.correct)))
+        return found
 
     def provenance(self) -> dict[str, Any]:
         """What the labels came from."""
         return {"labeller": "outcome", "scope": self.scope}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(LabellerConfig):
+    """What a step scorer says: a prompted judge, a process reward model trained here or published."""
+
+    scorer: ScorerConfig | str
+    """What scores the steps, a class of settings such as Judge or PRM, or a word: judge:MODEL, or a path or hub id
+    alone, whose kind is told from what is there."""
+    threshold: float | None = 0.5
+    """Score from which on a step is correct, in (0, 1); null keeps the scores as soft labels."""
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            check_threshold(self.threshold)
+
+    def build(self, bench: Any, sampler: Any) -> Labeller:
+        """A :class:`ScorerLabeller`."""
+        scorer = load_scorer(self.scorer, device=bench.config.device, max_rows=bench.config.max_rows)
+        return ScorerLabeller(scorer, threshold=self.threshold)
 
 
 class ScorerLabeller:
@@ -144,24 +202,20 @@ class ScorerLabeller:
 
     Args:
         scorer: what scores the steps.
-        threshold: a step is right when its score is not below it, in (0, 1).
-        soft: the scores themselves are the labels.
-        name: name of the labeller in the provenance: ``judge``, ``prm``, ``arithmetic``.
+        threshold: a step is correct when its score is not below it, in (0, 1); None: the scores themselves are the
+            labels.
+        name: name of the labeller in the provenance.
     """
 
-    def __init__(self, scorer: StepScorer, *, threshold: float = 0.5, soft: bool = False, name: str = "judge") -> None:
-        check_threshold(threshold)
-        self.scorer = scorer
-        self.threshold = threshold
-        self.soft = soft
-        self.name = name
+    def __init__(self, scorer: StepScorer, *, threshold: float | None = 0.5, name: str = "scorer") -> None:
+        self.scorer, self.threshold, self.name = scorer, threshold, name
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """See :class:`~stepkd.labels.labellers.Labeller`.
+        """See :class:`~stepkd.labels.step_labels.Labeller`.
 
         Neighbouring solutions of one problem are scored together, so that the scorer may read their prompt once. A
         step without a score (cut off by the scorer's context, or not the last one of an outcome scorer) has no label.
-        The scores are kept in ``facts``, and as ``values`` where that is what the scorer estimates.
+        The scores are kept in ``facts``.
 
         Raises:
             DataError: the scorer's answer does not fit the solutions, or a score is outside [0, 1].
@@ -183,41 +237,13 @@ class ScorerLabeller:
         if wrong:
             raise DataError(f"the scorer gave {wrong[0]}: scores lie in [0, 1]", path=solution.id)
         known = tuple(None if math.isnan(score) else float(score) for score in scores)
-        hard = tuple(passes(score, self.threshold) for score in known)
-        return StepLabels(
-            known if self.soft else hard,  # no values: a scorer's guess of the future is no rollout's success
-            facts={"scores": list(known)},
-        )
+        at = self.threshold
+        # No values: a scorer's guess of the future is no rollout's success.
+        labels = known if at is None else tuple(passes(score, at) for score in known)
+        return StepLabels(labels, facts={"scores": list(known)})
 
-    def provenance(self) -> dict[str, Any]:
-        """What the labels came from."""
-        return {
-            "labeller": self.name,
-            "threshold": None if self.soft else self.threshold,
-            "soft": self.soft,
-            "meaning": self.scorer.meaning,
-            "scorer": self.scorer.provenance(),
-        }
-
-
-Asked = tuple[Mapping[str, Any], Sequence[str], Sequence[str]]
-"""Problem row, the steps before, and candidates for the next step."""
-
-
-class StepCheck:
-    """Passes the candidate steps that a scorer does not put below a threshold.
-
-    Args:
-        scorer: scores steps in [0, 1].
-        threshold: lowest score that passes.
-    """
-
-    def __init__(self, scorer: StepScorer, threshold: float = 0.5) -> None:
-        self.scorer = scorer
-        self.threshold = threshold
-
-    def passes(self, asked: Sequence[Asked]) -> list[list[bool]]:
-        """Whether each candidate passes; one without a score (cut off by the scorer's context) does not.
+    def passing(self, asked: Sequence[Asked]) -> list[list[bool]]:
+        """Whether each candidate step passes; one without a score (cut off by the scorer's context) does not.
 
         Raises:
             DataError: the scorer's answer does not fit what it was asked.
@@ -229,56 +255,18 @@ class StepCheck:
             scores = next(scored) if candidates else []
             if len(scores) != len(candidates) or any(len(values) != len(before) + 1 for values in scores):
                 raise DataError("the scorer gave another number of scores than it was asked for")
-            found.append([passes(values[-1], self.threshold) is True for values in scores])
+            found.append([passes(values[-1], self.threshold or 0.5) is True for values in scores])
         return found
 
     def provenance(self) -> dict[str, Any]:
-        """What the check asks, as JSON values."""
-        return {"threshold": self.threshold, "meaning": self.scorer.meaning, "scorer": self.scorer.provenance()}
+        """What the labels came from."""
+        return {
+            "labeller": self.name,
+            "threshold": self.threshold,
+            "meaning": self.scorer.meaning,
+            "scorer": self.scorer.provenance(),
+        }
 
 
-Reduce = Literal["any", "mean", "first_error"]
-REDUCTIONS: tuple[Reduce, ...] = ("any", "mean", "first_error")
-"""Reductions by name."""
-
-
-def check_reduction(reduce: str, *, propagate_positive: bool = False) -> None:
-    """Refuse a reduction that does not exist, or soft labels whose positives are to reach back.
-
-    Raises:
-        ConfigError: either of these.
-    """
-    check_choice("reduce", reduce, REDUCTIONS)
-    if propagate_positive and reduce == "mean":
-        raise ConfigError("propagate_positive needs labels that are right or wrong: reduce 'any' or 'first_error'")
-
-
-def reduce_values(
-    values: Sequence[float], reduce: Reduce, *, propagate_positive: bool = False
-) -> tuple[bool | float | None, ...]:
-    """Labels of the steps of one solution, from its estimated values.
-
-    Args:
-        values: v_i of every step, in [0, 1]: the share of continuations from its end that reach the correct answer.
-        reduce: ``any``: true where v_i > 0 (Math-Shepherd's hard estimate, arXiv 2312.08935; GLoRe's label of V*, arXiv
-            2402.10963); ``mean``: v_i (Math-Shepherd's soft estimate); ``first_error``: true up to the first step with
-            v_i = 0, false at it, None behind it (Qwen2.5-Math-PRM, arXiv 2501.07301).
-        propagate_positive: first, a positive step makes all before it positive (not with ``mean``): what can still be
-            solved from a later step could be solved before it (GLoRe).
-
-    Raises:
-        ConfigError: see :func:`check_reduction`.
-        DataError: a value outside [0, 1].
-    """
-    check_reduction(reduce, propagate_positive=propagate_positive)
-    wrong = next((value for value in values if not 0 <= value <= 1), None)
-    if wrong is not None:
-        raise DataError(f"{wrong} is no share of continuations: values lie in [0, 1]")
-    if reduce == "mean":
-        return tuple(map(float, values))
-    labels = [passes(value, ANY_SUCCESS) is True for value in values]
-    if propagate_positive:
-        last = max((i for i, label in enumerate(labels) if label), default=-1)
-        labels = [i <= last for i in range(len(labels))]
-    first = labels.index(False) if reduce == "first_error" and False in labels else len(labels)
-    return tuple(label if i <= first else None for i, label in enumerate(labels))
+Asked = tuple[Mapping[str, Any], Sequence[str], Sequence[str]]
+"""Problem row, the steps before, and candidates for the next step."""

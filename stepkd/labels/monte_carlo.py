@@ -1,128 +1,27 @@
-"""Monte-Carlo step labels: how often continuations of a step's prefix reach the right answer.
+"""Monte-Carlo step labels: how often continuations of a step's prefix reach the correct answer.
 
-What is estimated is the chance of success from there on (a value), not whether the step itself is right: a wrong step
-from which the model recovers counts as good.
+What is estimated is the chance of success from there on (a value), not whether the step itself is correct: an incorrect
+step from which the model recovers counts as good.
 
 Source: Math-Shepherd (Wang et al. 2023, arXiv 2312.08935); GLoRe (arXiv 2402.10963); AdaptiveStep (arXiv 2502.13943)
 draws 8 continuations per step in the same way.
-
-Also here: the step that a continuation begins with, cut as the solution it continues was cut (for Step-DPO).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from stepkd.data.completion import Completion
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
 from stepkd.grading.extract import extract_answer
 from stepkd.grading.pool import Grader
-from stepkd.labels.labellers import Reduce, Solution, StepLabels, check_reduction, reduce_values
+from stepkd.labels.step_labels import Reduce, Solution, StepLabels, reduce_values
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
-from stepkd.sampling.annotate import annotate
-from stepkd.sampling.sampler import Branch, BranchRollouts, BranchSampler, Drawn, SamplingConfig
-from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
-from stepkd.steps.segment import SEGMENTERS, RegexSegmenter, Segmenter, check_partition, get_segmenter, segment
-from stepkd.steps.text import TokenizedText, text_from_ids
-
-
-@dataclass(frozen=True)
-class NextStep:
-    """The first step of a continuation."""
-
-    text: str
-    """Its text, separators included."""
-    token_ids: tuple[int, ...]
-    """Its sampled ids; with the end token only where the solution ends with it."""
-    ends: bool
-    """Whether the continuation ends with it."""
-
-
-def text_until_stop(tokenizer: Any, ids: Sequence[int], stop: Sequence[str], *, known: int = 0) -> str:
-    """Text of all ids, decoded together, up to a stop string that comes after the first ``known`` ids."""
-
-    text = _decoded(tokenizer, ids)
-    if not stop:
-        return text
-    start = len(_decoded(tokenizer, ids[:known]))
-    cuts = [found for word in stop if (found := text.find(word, start)) >= 0]
-    return text[: min(cuts, default=len(text))]
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def continuation_text(tokenizer: Any, prefix_ids: Sequence[int], token_ids: Iterable[int]) -> TokenizedText:
-    """A continuation as it reads behind its prefix: some tokenizers decode the first token of a text differently."""
-    whole = text_from_ids(tokenizer, (*prefix_ids, *token_ids))
-    known = len(prefix_ids)
-    start = whole.char_ends[known - 1] if known else 0
-    return TokenizedText(whole.token_ids[known:], whole.text[start:], tuple(e - start for e in whole.char_ends[known:]))
-
-
-def next_step(
-    rollout: Completion,
-    prefix_ids: Sequence[int],
-    segmenter: Segmenter,
-    *,
-    policy: Policy,
-    prompt_ids: Sequence[int],
-) -> NextStep | None:
-    """The step that a continuation begins with.
-
-    Args:
-        rollout: the continuation.
-        prefix_ids: ids of the solution before it.
-        segmenter: what cuts it; ``adaptive_step`` reads the sampler's log-probabilities at temperature 1.
-        policy: the sampler's model; reads the continuation once more where the segmenter needs its entropies.
-        prompt_ids: the prompt, for the same.
-
-    Returns:
-        None when it has no text (an end token alone), or is cut off by the length limit.
-    """
-    text = continuation_text(policy.tokenizer, prefix_ids, rollout.token_ids)
-    if not text.text.strip():
-        return None
-    signals: dict[str, Any] = {"logprobs": tuple(rollout.raw_logprobs)}
-    if isinstance(segmenter, EntropySegmenter):
-        (found,) = annotate(policy, [[*prompt_ids, *prefix_ids]], [rollout.token_ids.tolist()])
-        signals["entropies"] = found.entropies
-    start, end = segment(segmenter, TokenizedText(text.token_ids, text.text, text.char_ends, **signals))[0]
-    ends = end == len(text)
-    if not text.span_text(start, end).strip() or (ends and rollout.finish == "length"):
-        return None
-    return NextStep(text.span_text(start, end), text.token_ids[start:end], ends)
-
-
-def segmenter_of(row: Mapping[str, Any]) -> Segmenter:
-    """What cut a labelled row into steps, by its ``labelling``; ``newline`` where that does not say.
-
-    Raises:
-        ConfigError: a segmenter that cannot cut a continuation.
-        DataError: settings that no segmenter has.
-    """
-    facts = dict((row.get("labelling") or {}).get("segmenter") or {})
-    kind = facts.pop("name", None)
-    if kind == "reject":
-        raise ConfigError(
-            f"row {row.get('id', '?')!r} was cut by the segmenter 'reject', which needs a teacher's signals that "
-            "continuations do not have: give --segmenter"
-        )
-    makers = {"regex": RegexSegmenter, "adaptive_step": AdaptiveStepSegmenter, "entropy": EntropySegmenter}
-    makers["regex_before"] = RegexSegmenter
-    if kind not in makers:
-        return get_segmenter(kind if kind in SEGMENTERS else "newline")
-    try:
-        return makers[kind](**facts)
-    except TypeError as error:
-        raise DataError(
-            f"the segmenter {kind!r} has other settings: {error}", path=str(row.get("id", "?")), column="labelling"
-        ) from error
-
+from stepkd.sampling.sampler import Branch, BranchSampler, SamplingConfig, decode_text
+from stepkd.steps.segment import check_partition
 
 _MARKS = ("hash", "boxed")
 """Extractors of answers that are marked as final; a last number is in nearly every prefix."""
@@ -135,15 +34,9 @@ class MonteCarloLabeller:
         sampler: draws the continuations.
         policy: the sampler's model, whose tokenizer turns ids into text.
         grader: compares the final answers with the row's ``answer``.
-        spec: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the
+        sampling: how to draw; ``n`` is J, the continuations per step. Its ``seed`` and the solution's ``index`` key the
             noise.
-        reduce: from values to labels; see :func:`~stepkd.labels.labellers.reduce_values`.
-        early_stop: draw 1, 1, 2, 4, ... continuations and stop at the first wave with a success. Labels are those of
-            all J; values are estimated from the continuations made, and biased upwards.
-        propagate_positive: a positive step makes all before it positive.
-
-    Raises:
-        ConfigError: ``early_stop`` or ``propagate_positive`` with soft labels, or several greedy continuations.
+        reduce: from values to labels; see :func:`~stepkd.labels.step_labels.reduce_values`.
     """
 
     def __init__(
@@ -151,27 +44,14 @@ class MonteCarloLabeller:
         sampler: BranchSampler,
         policy: Policy,
         grader: Grader,
-        spec: SamplingConfig,
+        sampling: SamplingConfig,
         *,
         reduce: Reduce = "any",
-        early_stop: bool = False,
-        propagate_positive: bool = False,
     ) -> None:
-        check_reduction(reduce, propagate_positive=propagate_positive)
-        if early_stop and reduce == "mean":
-            raise ConfigError("early_stop makes shares of successes too high: reduce 'any' or 'first_error'")
-        if spec.temperature == 0 and spec.n > 1:
-            raise ConfigError(f"{spec.n} continuations at temperature 0 are all the same: set a temperature, or n=1")
-        self.sampler = sampler
-        self.policy = policy
-        self.grader = grader
-        self.spec = spec
-        self.reduce: Reduce = reduce
-        self.early_stop = early_stop
-        self.propagate_positive = propagate_positive
+        self.sampler, self.policy, self.grader, self.sampling, self.reduce = sampler, policy, grader, sampling, reduce
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
-        """See :class:`~stepkd.labels.labellers.Labeller`.
+        """See :class:`~stepkd.labels.step_labels.Labeller`.
 
         No continuations are drawn where the solution is over: at its end (unless it was cut off), once it holds an end
         token or, marked as such, the answer it ends with, and where the context is full. The value there is 1 or 0 by
@@ -184,36 +64,37 @@ class MonteCarloLabeller:
         for solution in solutions:
             _check(solution)
         open_steps = [self._open_steps(solution) for solution in solutions]
-        over = [s for s, steps in zip(solutions, open_steps, strict=True) if len(steps) < len(s.spans)]
-        correct = dict(zip([id(s) for s in over], self._outcomes(over), strict=True))
-        branches = [
-            Branch(
-                (*solution.prompt_ids, *solution.completion_ids),
-                [len(solution.prompt_ids) + solution.spans[step][1] for step in steps],
-                solution.index,
-            )
-            for solution, steps in zip(solutions, open_steps, strict=True)
-        ]
-        successes = [[0] * len(steps) for steps in open_steps]
-
-        def grade(drawn: Sequence[Drawn]) -> list[bool]:
-            verdicts = self._grade(solutions, open_steps, drawn)
-            for each, right in zip(drawn, verdicts, strict=True):
-                successes[each.branch][each.cut_number] += right
-            return [self.early_stop and right > 0 for right in verdicts]
-
-        results = self.sampler.sample_branches(
-            branches, self.spec, purpose="monte-carlo", waves=self._waves(), settled=grade
+        correct = self._outcomes(
+            [s for s, steps in zip(solutions, open_steps, strict=True) if len(steps) < len(s.steps)]
         )
-        return [
-            self._labels(len(solution.spans), steps, right, result, correct.get(id(solution)))
-            for solution, steps, right, result in zip(solutions, open_steps, successes, results, strict=True)
+        cuts = [[s.spans[step][1] for step in steps] for s, steps in zip(solutions, open_steps, strict=True)]
+        branches = [continued(solution, ends) for solution, ends in zip(solutions, cuts, strict=True)]
+        results = self.sampler.sample_branches(branches, self.sampling, purpose="monte-carlo")
+        drawn = [
+            (solution, end, rollouts)
+            for solution, ends, result in zip(solutions, cuts, results, strict=True)
+            for end, rollouts in zip(ends, result.rollouts, strict=True)
         ]
+        verdicts = iter(grade_continuations(drawn, self.policy, self.grader, self.sampling))
+        labels = []
+        for solution, steps, result in zip(solutions, open_steps, results, strict=True):
+            successes, trials = [0] * len(solution.steps), [0] * len(solution.steps)
+            values = [float(correct.get(solution.id, False))] * len(solution.steps)
+            for step in steps:
+                found = next(verdicts)
+                successes[step], trials[step], values[step] = sum(found), len(found), sum(found) / len(found)
+            facts = {
+                "successes": successes,
+                "trials": trials,
+                "generated_tokens": sum(len(each.token_ids) for rollouts in result.rollouts for each in rollouts),
+                "prefill_tokens": result.prefill_tokens,
+            }
+            labels.append(StepLabels(reduce_values(values, self.reduce), values=tuple(values), facts=facts))
+        return labels
 
     def provenance(self) -> dict[str, Any]:
         """What the labels came from."""
-        spec = self.policy.spec
-        sampling = asdict(self.spec)
+        spec, sampling = self.policy.spec, asdict(self.sampling)
         return {
             "labeller": "monte_carlo",
             "model": type(self.policy.causal_lm).__name__ if spec is None else spec.path,
@@ -221,21 +102,13 @@ class MonteCarloLabeller:
             "weights": weights_fingerprint(self.policy),
             "J": sampling.pop("n"),
             **sampling,
-            "stop": list(self.spec.stop),
+            "stop": list(self.sampling.stop),
             "reduce": self.reduce,
-            "early_stop": self.early_stop,
-            "propagate_positive": self.propagate_positive,
         }
-
-    def _waves(self) -> list[int]:
-        waves = [1] if self.early_stop else [self.spec.n]
-        while (done := sum(waves)) < self.spec.n:
-            waves.append(min(done, self.spec.n - done))
-        return waves
 
     def _open_steps(self, solution: Solution) -> list[int]:
         """Numbers of the steps whose prefix can be continued."""
-        ids, ended = solution.completion_ids, self.policy.eos_ids
+        ids, ended = solution.token_ids.tolist(), self.policy.eos_ids
         ends = [i + 1 for i, token in enumerate(ids) if token in ended]
         ends.append(len(ids) + (solution.finish == "length"))
         if self.policy.max_length is not None:
@@ -252,67 +125,75 @@ class MonteCarloLabeller:
 
     def _marked_answer(self, ids: Sequence[int]) -> str | None:
         marks = [name for name in self.grader.extractors if name in _MARKS]
-        return extract_answer(_decoded(self.policy.tokenizer, ids), marks) if marks else None
+        return extract_answer(decode_text(self.policy.tokenizer, ids), marks) if marks else None
 
-    def _outcomes(self, solutions: Sequence[Solution]) -> list[bool]:
-        """Whether each solution's own answer is right; graded where that is not known."""
+    def _outcomes(self, solutions: Sequence[Solution]) -> dict[str, bool]:
+        """Whether each solution's own answer is correct, by its id; graded where that is not known."""
         ungraded = [s for s in solutions if s.correct is None]
         grades = self.grader.grade(
-            [self._until_stop(s.completion_ids) for s in ungraded],
+            [until_stop(s.token_ids.tolist(), 0, self.policy, self.sampling) for s in ungraded],
             [str(s.row["answer"]) for s in ungraded],
             cut_off=[s.finish == "length" for s in ungraded],
         )
-        remaining = iter(grades)
-        return [next(remaining).verdict == "correct" if s.correct is None else s.correct for s in solutions]
+        known = {s.id: s.correct for s in solutions if s.correct is not None}
+        return known | {s.id: g.verdict == "correct" for s, g in zip(ungraded, grades, strict=True)}
 
-    def _grade(
-        self, solutions: Sequence[Solution], open_steps: Sequence[Sequence[int]], drawn: Sequence[Drawn]
-    ) -> list[int]:
-        """Number of successes among the new continuations of each prefix."""
-        texts, answers, cut_off = [], [], []
-        for each in drawn:
-            solution = solutions[each.branch]
-            prefix = solution.completion_ids[: solution.spans[open_steps[each.branch][each.cut_number]][1]]
-            for rollout in each.rollouts:
-                texts.append(self._until_stop((*prefix, *rollout.token_ids), known=len(prefix)))
-                answers.append(str(solution.row["answer"]))
-                cut_off.append(rollout.finish == "length")
-        grades = iter(self.grader.grade(texts, answers, cut_off=cut_off))
-        return [sum(next(grades).verdict == "correct" for _ in each.rollouts) for each in drawn]
 
-    def _until_stop(self, ids: Sequence[int], *, known: int = 0) -> str:
-        return text_until_stop(self.policy.tokenizer, ids, self.spec.stop, known=known)
+def continued(solution: Solution, ends: Sequence[int]) -> Branch:
+    """A solution whose prefixes of these lengths, in tokens of its own, are to be continued."""
+    prompt = len(solution.prompt_ids)
+    whole = (*solution.prompt_ids.tolist(), *solution.token_ids.tolist())
+    return Branch(whole, [prompt + end for end in ends], solution.index)
 
-    def _labels(
-        self, num_steps: int, steps: Sequence[int], right: Sequence[int], result: BranchRollouts, correct: bool | None
-    ) -> StepLabels:
-        """Put the drawn and the known steps of one solution together."""
-        successes, trials = [0] * num_steps, [0] * num_steps
-        values = [float(bool(correct))] * num_steps
-        for step, count, rollouts in zip(steps, right, result.rollouts, strict=True):
-            successes[step], trials[step] = count, len(rollouts)
-            values[step] = count / len(rollouts)
-        return StepLabels(
-            reduce_values(values, self.reduce, propagate_positive=self.propagate_positive),
-            values=tuple(values),
-            facts={
-                "successes": successes,
-                "trials": trials,
-                "generated_tokens": sum(len(r.token_ids) for rollouts in result.rollouts for r in rollouts),
-                "prefill_tokens": result.prefill_tokens,
-            },
+
+def grade_continuations(
+    drawn: Sequence[tuple[Solution, int, Sequence[Completion]]],
+    policy: Policy,
+    grader: Grader,
+    sampling: SamplingConfig,
+) -> list[list[bool]]:
+    """Whether each continuation reaches its problem's answer.
+
+    Args:
+        drawn: a solution, the length of its prefix in tokens, and what continues that.
+        policy: its tokenizer decodes a prefix and its continuation together.
+        grader: compares answers.
+        sampling: how the continuations were drawn; a stop string ends a text.
+    """
+    flat = [
+        (solution, [*solution.token_ids[:end].tolist(), *each.token_ids.tolist()], end, each)
+        for solution, end, rollouts in drawn
+        for each in rollouts
+    ]
+    grades = iter(
+        grader.grade(
+            [until_stop(ids, end, policy, sampling) for _, ids, end, _ in flat],
+            [str(solution.row["answer"]) for solution, _, _, _ in flat],
+            cut_off=[each.finish == "length" for _, _, _, each in flat],
         )
+    )
+    return [[next(grades).verdict == "correct" for _ in rollouts] for _, _, rollouts in drawn]
+
+
+def until_stop(ids: Sequence[int], known: int, policy: Policy, sampling: SamplingConfig) -> str:
+    """Text of all ids, decoded together, up to a stop string that comes after the first ``known`` ids."""
+    text = decode_text(policy.tokenizer, ids)
+    if not sampling.stop:
+        return text
+    start = len(decode_text(policy.tokenizer, ids[:known]))
+    cuts = [found for word in sampling.stop if (found := text.find(word, start)) >= 0]
+    return text[: min(cuts, default=len(text))]
 
 
 def _check(solution: Solution) -> None:
-    if not solution.prompt_ids:
+    if not len(solution.prompt_ids):
         raise DataError("the solution has no prompt tokens to start from", path=solution.id)
-    if not solution.spans:
+    if not solution.steps:
         raise DataError("the solution has no steps to label: drop it", path=solution.id)
     if len(solution.spans) != len(solution.steps):
         raise DataError(f"{len(solution.spans)} step spans but {len(solution.steps)} step texts", path=solution.id)
     try:
-        check_partition(solution.spans, len(solution.completion_ids))
+        check_partition(solution.spans, len(solution.token_ids))
     except ValueError as error:
         raise DataError(str(error), path=solution.id) from error
     if solution.row.get("answer") in (None, ""):

@@ -15,29 +15,28 @@ from typing import Any
 
 from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.data.spec import PAIRS_NAME
-from stepkd.labels.settings import JobConfig, StepPairConfig, TreePairConfig
+from stepkd.labels.settings import PairJobConfig, StepPairConfig, TreePairConfig
 from stepkd.labels.step_pairs import step_pair_builder
 from stepkd.labels.tree_pairs import tree_pair_builder
 from stepkd.labels.workbench import PairBuilder, finish_job
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, numbered
 
 KIND, PAIRS = "pair job", "pairs"
-
-_BUILDERS: dict[type[JobConfig], Callable[[Any], PairBuilder]] = {
+_BUILDERS: dict[type[PairJobConfig], Callable[[Any], PairBuilder]] = {
     StepPairConfig: step_pair_builder,
     TreePairConfig: tree_pair_builder,
 }
 
 
 def run_pair_job(
-    spec: JobConfig, *, options: JobOptions = ALONE, builder: PairBuilder | None = None
+    config: PairJobConfig, *, options: JobOptions = ALONE, builder: PairBuilder | None = None
 ) -> dict[str, Any] | None:
     """Run a pair job, resume it, or do one rank's share of it.
 
     Args:
-        spec: its settings, of a class in :data:`~stepkd.labels.settings.PAIR_JOBS`.
+        config: its settings.
         options: how this process takes part.
-        builder: what makes the pairs, in place of the one that ``spec`` describes.
+        builder: what makes the pairs, in place of the one that ``config`` describes.
 
     Returns:
         The summary, written to ``summary.json`` beside ``pairs.jsonl``; None while units of other ranks are missing
@@ -50,9 +49,9 @@ def run_pair_job(
         MachineError: the folder cannot be written.
         StepkdError: rank 0 does not come.
     """
-    job = Job(Path(spec.out), KIND, (PAIRS_NAME, SUMMARY_NAME), options)
+    job = Job(Path(config.out), KIND, (PAIRS_NAME, SUMMARY_NAME), options)
     job.check()
-    made = builder or _BUILDERS[type(spec)](spec)
+    made: PairBuilder = builder or _BUILDERS[type(config)](config)
 
     def work(items: Sequence[int]) -> list[dict[str, Any]]:
         records = made.work(items)
@@ -70,9 +69,8 @@ def run_pair_job(
         return None
     records = drop_repeated_pairs(found)
     summary = summarise_pairs(records) | made.summary(records)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())
-    nothing = f"no pair could be made from {summary['items']} items ({reasons or 'no reason given'})"
-    return finish_job(job, PAIRS_NAME, [row for record in records for row in record["rows"]], summary, nothing=nothing)
+    rows = [row for record in records for row in record["rows"]]
+    return finish_job(job, PAIRS_NAME, rows, summary, nothing=f"no pair could be made from {summary['items']} items")
 
 
 def drop_repeated_pairs(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

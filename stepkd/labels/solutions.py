@@ -1,80 +1,36 @@
-"""From samples, rollout rows and texts to solutions with step spans.
-
-A :class:`Candidate` is a solution that has not been cut into steps yet: its ids (or its text), the per-token signals
-that a segmenter may read, and the columns of its row that stay as they are. Where candidates come from is a
-:class:`SolutionSource`: :mod:`stepkd.labels.sources` draws or reads them.
-"""
+"""The solutions of a labelling job: drawn from the policy or there already in rows, then cut into steps."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
 
-from stepkd.data.encode import with_end
+import numpy as np
+
+from stepkd.data.completion import Completion, Finish
+from stepkd.data.encode import Encoder, with_end
 from stepkd.data.rows import ROLLOUT, STEPWISE, validate
-from stepkd.data.templates import PromptTemplate
-from stepkd.labels.labellers import Solution, StepLabels
+from stepkd.errors import DataError
+from stepkd.labels.step_labels import Solution, StepLabels
+from stepkd.labels.workbench import PROBLEM_COLUMNS, Row, Workbench
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.steps.segment import Segmenter, segment, spans_from_ends, step_ends
+from stepkd.sampling.sampler import Sampler, SamplingConfig
+from stepkd.sampling.transformers_sampler import encode_prompts, fixed_batches
+from stepkd.steps.format import written_steps
+from stepkd.steps.segment import Segmenter, get_segmenter, segment, spans_from_ends, step_ends
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
-Row = Mapping[str, Any]
-
+PURPOSE = "label_solutions"
+GROUP = 32  # rows whose signals are computed and stored together
 STALE = (
     *("steps", "step_labels", "step_values", "labels", "completions", "step_ends"),
     *("labelling", "label_facts", "segmenter"),
 )
 """Columns that labelling writes; what a row had there before is dropped."""
-
-PROBLEM_COLUMNS = ("answer", "task", "meta")
-"""Columns of a problem that labelled rows keep, so that they can be checked and labelled again."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A solution before it is cut into steps."""
-
-    id: str
-    """``<problem id>/<sample>``, or the id of the row it came from."""
-    index: int
-    """Number of the solution in the whole job."""
-    row: Row
-    """Problem row."""
-    prompt_ids: tuple[int, ...]
-    """Prompt as the sampler reads it."""
-    form: Literal["rollout", "stepwise"]
-    """Contract of the labelled row."""
-    columns: Row
-    """Columns of the labelled row that do not speak of steps."""
-    correct: bool | None
-    """Whether the final answer is right; None: not graded."""
-    finish: Literal["stop", "length"] = "stop"
-    """``length``: cut off."""
-    token_ids: tuple[int, ...] | None = None
-    """Sampled ids; None: ``text`` is to be tokenised."""
-    text: str = ""
-    """The solution's text."""
-    ended_by: PromptTemplate | None = None
-    """The template whose end token follows the text; None: none does."""
-    ends: tuple[int, ...] | None = None
-    """Step ends in tokens, where the row has them."""
-    steps: tuple[str, ...] | None = None
-    """Step texts, separators included, where the row has them; joined they are ``text``."""
-    own_steps: tuple[str, ...] | None = None
-    """The same as the row wrote them."""
-    signals: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Per-token signals by the names of :class:`~stepkd.steps.TokenizedText`."""
-
-    def completion(self, tokenizer: Any) -> TokenizedText:
-        """The one tokenisation of the solution."""
-        if self.token_ids is not None:
-            return text_from_ids(tokenizer, self.token_ids)
-        text = tokenize_text(tokenizer, self.text)
-        return text if self.ended_by is None else with_end(text, self.ended_by, tokenizer)
+_SAMPLED = ("token_ids", "logprobs", "raw_logprobs", "finish", "text")  # what is kept of a sampled completion
 
 
 class SolutionSource(Protocol):
@@ -88,101 +44,282 @@ class SolutionSource(Protocol):
         """Records of these items (``id``, ``index`` and JSON values): samples, grades, signals."""
         ...
 
-    def candidates(self, record: Row) -> list[Candidate]:
-        """The solutions of one record, in order."""
+    def solutions(self, record: Row) -> list[Solution]:
+        """The solutions of one record, in order, not cut into steps yet."""
         ...
 
 
-def drop_duplicates(candidates: Sequence[Candidate]) -> tuple[list[Candidate], int]:
+@dataclass(eq=False)
+class SampledSolutions:
+    """``n`` solutions of every problem; an item is a problem."""
+
+    bench: Workbench
+    """Problems, policy, template and grader."""
+    sampler: Sampler
+    """Draws the solutions."""
+    sampling: SamplingConfig
+    """How they are drawn."""
+    signals: Sequence[str] = ()
+    """Per-token signals that the segmenter will read."""
+    teacher: Policy | None = None
+    """Second model, for signals under a teacher."""
+
+    def __post_init__(self) -> None:
+        self.prompts = encode_prompts(self.bench.policy, self.bench.template, self.bench.rows)
+
+    def groups(self) -> list[list[int]]:
+        """See :class:`SolutionSource`."""
+        return fixed_batches(self.prompts, self.sampling.n, self.bench.config.max_rows)
+
+    def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
+        """Draw and grade the solutions of these problems."""
+        prompts = [self.prompts[item] for item in items]
+        drawn = self.sampler.sample(
+            [prompt.prompt_ids for prompt in prompts], self.sampling, purpose=PURPOSE, indices=list(items)
+        )
+        flat = [each for group in drawn for each in group]
+        grades = self.bench.grader.grade(
+            [each.text for each in flat],
+            [str(prompt.row["answer"]) for prompt, group in zip(prompts, drawn, strict=True) for _ in group],
+            cut_off=[each.finish == "length" for each in flat],
+        )
+        signals = _signals([name for name in self.signals if name != "logprobs"], self.bench, self.teacher, flat)
+        samples = [
+            {name: _plain(getattr(each, name)) for name in _SAMPLED} | {"correct": grade.verdict == "correct"} | extra
+            for each, grade, extra in zip(flat, grades, signals, strict=True)
+        ]
+        n = self.sampling.n
+        return [
+            {"id": prompt.id, "index": item, "prefilled": len(prompt.prompt_ids), "samples": samples[k * n : k * n + n]}
+            for k, (item, prompt) in enumerate(zip(items, prompts, strict=True))
+        ]
+
+    def solutions(self, record: Row) -> list[Solution]:
+        """See :class:`SolutionSource`."""
+        prompt, n = self.prompts[record["index"]], self.sampling.n
+        sampling = asdict(self.sampling) | {"stop": list(self.sampling.stop)}
+        seed = sampling.pop("seed")
+        found = []
+        for j, sample in enumerate(record["samples"]):
+            columns = {
+                "problem_id": prompt.id,
+                "prompt": prompt.row["prompt"],
+                "completion": sample["text"],
+                **{name: sample[name] for name in ("token_ids", "logprobs", "finish")},
+                **{"model": self.bench.model, "sampling": sampling, "seed": seed},
+            } | {name: prompt.row[name] for name in PROBLEM_COLUMNS if name in prompt.row}
+            if not at_temperature_one(sampling):
+                columns["raw_logprobs"] = sample["raw_logprobs"]
+            found.append(
+                Solution(
+                    np.asarray(prompt.prompt_ids),
+                    np.asarray(sample["token_ids"]),
+                    finish=sample["finish"],
+                    text=sample["text"],
+                    id=f"{prompt.id}/{j}",
+                    row=prompt.row,
+                    index=record["index"] * n + j,
+                    correct=sample["correct"],
+                    columns=columns,
+                    signals={name: sample["raw_logprobs" if name == "logprobs" else name] for name in self.signals},
+                )
+            )
+        return found
+
+
+def at_temperature_one(sampling: Row) -> bool:
+    """Whether log-probabilities under these sampling settings are the model's own at temperature 1."""
+    return sampling.get("temperature") == 1 and sampling.get("top_p", 1) == 1 and sampling.get("top_k", 0) == 0
+
+
+@dataclass(eq=False)
+class ExistingSolutions:
+    """Solutions that are there already (rollout rows, step-labelled rows, worked solutions): one per row, an item."""
+
+    bench: Workbench
+    """Rows with a solution each, the policy whose tokenizer reads them, template and grader."""
+    keep_steps: bool = field(kw_only=True)
+    """Keep the steps that rows come with."""
+    signals: Sequence[str] = ()
+    """Per-token signals that the segmenter will read; the policy computes those that rows lack."""
+    teacher: Policy | None = None
+    """Second model, for signals under a teacher."""
+
+    def __post_init__(self) -> None:
+        tokenizer = self.bench.policy.tokenizer
+        self._encoder = Encoder(tokenizer, self.bench.template, get_segmenter("newline"), max_length=10**9)
+
+    def groups(self) -> list[list[int]]:
+        """See :class:`SolutionSource`."""
+        numbers = list(range(len(self.bench.rows)))
+        return [numbers[start : start + GROUP] for start in range(0, len(numbers), GROUP)]
+
+    def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
+        """Grade these rows, and compute the signals they lack; a row longer than the model's context has none."""
+        rows = [self.bench.rows[item] for item in items]
+        records: list[dict[str, Any]] = [
+            {"id": str(row["id"]), "index": item, "correct": _stated_outcome(row)}
+            for item, row in zip(items, rows, strict=True)
+        ]
+        found = [self._solution(record) for record in records]
+        ungraded = [k for k, r in enumerate(records) if r["correct"] is None and rows[k].get("answer") is not None]
+        grades = self.bench.grader.grade([found[k].text for k in ungraded], [str(rows[k]["answer"]) for k in ungraded])
+        for k, grade in zip(ungraded, grades, strict=True):
+            records[k]["correct"] = grade.verdict == "correct"
+            # Published step-labelled solutions often stop at the first error, without an answer.
+            records[k]["unfinished"] = grade.verdict == "unparsed" and "token_ids" not in rows[k]
+        context = self.bench.policy.max_length
+        for record, each in zip(records, found, strict=True):
+            record["too_long"] = context is not None and each.length > context
+        for names in (["logprobs"], [name for name in self.signals if name != "logprobs"]):
+            lacking = [
+                k
+                for k, each in enumerate(found)
+                if set(names) & set(self.signals) - set(each.signals) and not records[k]["too_long"]
+            ]
+            signals = _signals(names, self.bench, self.teacher, [found[k] for k in lacking])
+            for k, values in zip(lacking, signals, strict=True):
+                records[k] |= values
+        return records
+
+    def solutions(self, record: Row) -> list[Solution]:
+        """See :class:`SolutionSource`; none for a row longer than the model's context."""
+        return [] if record["too_long"] else [self._solution(record)]
+
+    def _solution(self, record: Row) -> Solution:
+        row, tokenizer = self.bench.rows[record["index"]], self.bench.policy.tokenizer
+        problem = {"id": str(row.get("problem_id") or row["id"]), "prompt": row["prompt"]}
+        problem |= {name: row[name] for name in PROBLEM_COLUMNS if row.get(name) is not None}
+        signals = {name: record[name] for name in self.signals if name in record}
+        finish: Finish = "stop"
+        if "token_ids" in row:
+            finish, text, ids = row["finish"], row["completion"], row["token_ids"]
+            signals = _confidence(row, self.signals) | signals
+        elif "completions" in row:
+            text, finish = "".join(written_steps(row["completions"])), "length" if record.get("unfinished") else "stop"
+            ids = tokenize_text(tokenizer, text).token_ids
+        else:
+            text = row["solution"]
+            ids = with_end(tokenize_text(tokenizer, text), self._encoder.template, tokenizer).token_ids
+        steps = () if self.keep_steps else ("completions", "step_ends")
+        return Solution(
+            np.asarray(self._encoder.prompt_ids(problem)),
+            np.asarray(ids),
+            finish=finish,
+            text=text,
+            id=str(row["id"]),
+            row=problem,
+            index=record["index"],
+            correct=record["correct"],
+            columns={name: value for name, value in row.items() if name not in ("solution", *steps)},
+            signals=signals,
+        )
+
+
+def _confidence(row: Row, names: Sequence[str]) -> dict[str, Sequence[float]]:
+    """The signal that a rollout row has where it is asked for: log-probabilities at temperature 1."""
+    if "logprobs" not in names or (row.get("raw_logprobs") is None and not at_temperature_one(row["sampling"])):
+        return {}
+    return {"logprobs": row["logprobs"] if row.get("raw_logprobs") is None else row["raw_logprobs"]}
+
+
+def _signals(
+    names: Sequence[str], bench: Workbench, teacher: Policy | None, completions: Sequence[Completion]
+) -> list[dict[str, list[float]]]:
+    """The named signals of completions, computed by a forward pass; see :func:`stepkd.sampling.annotate.annotate`."""
+    if not names or not completions:
+        return [{} for _ in completions]
+    found = annotate(
+        bench.policy,
+        [each.prompt_ids.tolist() for each in completions],
+        [each.token_ids.tolist() for each in completions],
+        teacher=teacher if "teacher_logprobs" in names else None,
+    )
+    return [{name: list(getattr(signals, name)) for name in sorted(names)} for signals in found]
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _stated_outcome(row: Row) -> bool | None:
+    column = "correct" if row.get("correct") is not None else "outcome"
+    value = row.get(column)
+    if value is not None and not isinstance(value, bool):
+        raise DataError(f"must be true or false, found {value!r}", path=str(row["id"]), column=column)
+    return value
+
+
+def drop_duplicates(solutions: Sequence[Solution]) -> tuple[list[Solution], int]:
     """Keep the first of several solutions of one problem with the same text.
 
     Returns:
         The solutions kept, in order, and how many were dropped.
     """
-    seen: set[tuple[str, str, str]] = set()
-    kept = []
-    for candidate in candidates:
-        key = (str(candidate.row["id"]), candidate.text, candidate.finish)
-        if key not in seen:
-            seen.add(key)
-            kept.append(candidate)
-    return kept, len(candidates) - len(kept)
+    first: dict[tuple[str, str, str], Solution] = {}
+    for each in solutions:
+        first.setdefault((str(each.row["id"]), each.text, each.finish), each)
+    return list(first.values()), len(solutions) - len(first)
 
 
-def cut(candidate: Candidate, tokenizer: Any, segmenter: Segmenter | None, default: Segmenter) -> Solution | str:
-    """Cut a candidate into steps.
+def tokenized(solution: Solution, tokenizer: Any) -> TokenizedText:
+    """The one tokenisation of a solution."""
+    ids = tuple(solution.token_ids.tolist())
+    if "token_ids" in solution.columns:
+        return text_from_ids(tokenizer, ids)
+    text = tokenize_text(tokenizer, solution.text)
+    ends = [len(text.text)] * (len(ids) - len(text))  # of the end token, which is no text
+    return TokenizedText(ids, text.text, (*text.char_ends, *ends))
+
+
+def cut(solution: Solution, tokenizer: Any, segmenter: Segmenter) -> Solution | str:
+    """Cut a solution into the steps that its row came with; by a segmenter where those were not kept.
 
     Args:
-        candidate: the solution.
+        solution: the solution.
         tokenizer: the policy's tokenizer.
-        segmenter: how to cut; None keeps the steps the row came with.
-        default: what cuts a row without steps then.
+        segmenter: what cuts a solution without steps.
 
     Returns:
-        The solution, or why there is none: ``no_steps`` (it is empty), ``steps_share_a_token``.
+        The solution with its steps, or why there is none: ``no_steps`` (it is empty), ``steps_share_a_token``.
     """
-    completion = candidate.completion(tokenizer)
-    if not completion.text.strip():
+    text = tokenized(solution, tokenizer)
+    if not text.text.strip():
         return "no_steps"
-    texts: tuple[str, ...] | None = None
-    if segmenter is None and candidate.steps is not None:
-        texts = candidate.steps
-        ends = [completion.token_end(end) for end in accumulate(map(len, texts))]
-        ends[-1] = len(completion)
-        if any(end <= before for before, end in zip([0, *ends], ends, strict=False)):
+    if "completions" in solution.columns:
+        written = written_steps(solution.columns["completions"])
+        ends = [*(text.token_end(end) for end in accumulate(map(len, written[:-1]))), len(text)]
+        if any(end <= before for before, end in pairwise([0, *ends])):
             return "steps_share_a_token"
-        spans = spans_from_ends(ends, len(completion))
-    elif segmenter is None and candidate.ends is not None:
-        spans = spans_from_ends(candidate.ends, len(completion))
+        return replace(solution, step_ends=np.asarray(ends), steps=written)
+    if "step_ends" in solution.columns:
+        spans = spans_from_ends(solution.columns["step_ends"], len(text))
     else:
-        signals: dict[str, Any] = {name: tuple(values) for name, values in candidate.signals.items()}
-        completion = dataclasses.replace(completion, **signals)
-        spans = segment(segmenter or default, completion)
-    return Solution(
-        id=candidate.id,
-        index=candidate.index,
-        row=candidate.row,
-        prompt_ids=candidate.prompt_ids,
-        completion_ids=completion.token_ids,
-        spans=tuple(spans),
-        steps=texts or tuple(completion.span_text(*span) for span in spans),
-        correct=candidate.correct,
-        finish=candidate.finish,
+        signals: dict[str, Any] = {name: tuple(values) for name, values in solution.signals.items()}
+        spans = segment(segmenter, replace(text, **signals))
+    return replace(
+        solution, step_ends=np.asarray(step_ends(spans)), steps=tuple(text.span_text(*span) for span in spans)
     )
 
 
-def labelled_row(candidate: Candidate, solution: Solution, labels: StepLabels, provenance: Row) -> dict[str, Any]:
+def labelled_row(solution: Solution, labels: StepLabels, provenance: Row) -> dict[str, Any]:
     """The output row: the rollout or stepwise contract, with ``labelling`` (provenance) and ``label_facts``.
 
     Raises:
         DataError: the row breaks its contract (the labeller mixed kinds of labels, or gave another number of them).
     """
-    row = {"id": solution.id} | {name: value for name, value in candidate.columns.items() if name not in STALE}
-    values = None if labels.values is None else list(labels.values)
-    marks = list(labels.labels)
-    if candidate.form == "rollout":
-        row |= {"step_ends": step_ends(solution.spans), "correct": solution.correct}
+    columns, marks = solution.columns, list(labels.labels)
+    row = {"id": solution.id} | {name: value for name, value in columns.items() if name not in STALE}
+    sampled = "token_ids" in columns
+    if sampled:
+        row |= {"step_ends": solution.step_ends.tolist(), "correct": solution.correct}
         row |= {"steps": list(solution.steps), "step_labels": marks}
     else:
-        kept = candidate.own_steps is not None and solution.steps == candidate.steps
-        row["completions"] = list(candidate.own_steps if kept and candidate.own_steps else solution.steps)
-        row["labels"] = marks
+        row |= {"completions": list(columns.get("completions", solution.steps)), "labels": marks}
         row |= {} if solution.correct is None else {"outcome": solution.correct}
-    if values is not None:
-        row["step_values"] = values
+    if labels.values is not None:
+        row["step_values"] = list(labels.values)
     row["labelling"] = dict(provenance)
     if labels.facts:
         row["label_facts"] = dict(labels.facts)
-    return validate(row, ROLLOUT if candidate.form == "rollout" else STEPWISE, path=solution.id, extra="keep")
-
-
-def token_signals(
-    names: frozenset[str],
-    policy: Policy,
-    teacher: Policy | None,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-) -> list[dict[str, list[float]]]:
-    """The named signals of completions, computed by a forward pass; see :func:`stepkd.sampling.annotate.annotate`."""
-    found = annotate(policy, prompts, completions, teacher=teacher)
-    return [{name: list(getattr(signals, name)) for name in sorted(names)} for signals in found]
+    return validate(row, ROLLOUT if sampled else STEPWISE, path=solution.id, extra="keep")

@@ -1,10 +1,9 @@
-"""What the jobs of ``stepkd label`` work with: rows, the policy with its prompt template, a grader, pair builders."""
+"""What jobs that label or make pairs work with: rows, the policy with its prompt template, a grader, pair builders."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,32 +15,35 @@ from stepkd.data.spec import DataConfig, load_rows, parse_spec, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.extract import EXTRACTOR_VERSION
-from stepkd.grading.pool import Grader, GradingConfig
-from stepkd.labels.settings import JobConfig, asking
+from stepkd.grading.pool import Grader
+from stepkd.labels.settings import LabelJobConfig, asking
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.files import write_json
 from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
-from stepkd.scorers.load import load_scorer, pick_device, with_settings
-from stepkd.scorers.scorer import StepScorer
+from stepkd.sampling.sampler import SamplingConfig
+from stepkd.scorers.load import pick_device
 from stepkd.tasks.rows import is_task_row
 
 Row = Mapping[str, Any]
+
+PROBLEM_COLUMNS = ("answer", "task", "meta")
+"""Columns of a problem that labelled rows keep, so that they can be checked and labelled again."""
 
 
 @dataclass(frozen=True)
 class Workbench:
     """What every job works with."""
 
-    spec: JobConfig
+    config: LabelJobConfig
     """The job's settings."""
     data: DataConfig
     """Where the rows came from."""
     rows: list[dict[str, Any]]
     """Problems, or solutions; their ids are unique."""
-    drawn: bool
-    """Whether these are problems whose solutions are to be drawn, not solutions."""
+    benchmark: Benchmark
+    """What the data's prompts, answers and longest completion are like where the settings do not say."""
     policy: Policy
     """Samples, continues and tokenises; still on the CPU."""
     model: str
@@ -50,10 +52,11 @@ class Workbench:
     """How a problem becomes a prompt."""
     grader: Grader
     """Judges final answers; closed at the job's end."""
-    max_new_tokens: int
-    """Longest completion in tokens."""
-    device: torch.device
-    """Where models compute."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where models compute."""
+        return pick_device(self.config.device)
 
     @property
     def prompt_id(self) -> str:
@@ -65,9 +68,13 @@ class Workbench:
         """Data source and split, as settings and label provenance have them; no paths."""
         return f"{self.data.source}:{resolve_split(self.data)}"
 
+    def limited(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The same with the benchmark's longest completion where it has none."""
+        return replace(sampling, max_new_tokens=sampling.max_new_tokens or self.benchmark.max_new_tokens)
+
     def settings(self) -> dict[str, Any]:
         """What decides the result of any job, for its ``settings.json``."""
-        policy = self.policy
+        policy, grading = self.policy, self.config.grading
         return {
             "model": {
                 "name": self.model,
@@ -88,11 +95,11 @@ class Workbench:
             "template": asdict(self.template),
             "extractor": EXTRACTOR_VERSION,
             "extractors": list(self.grader.extractors),
-            "deadline_s": self.spec.deadline_s,
+            "convention": grading.convention,
+            "deadline_s": grading.deadline_s,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
-            "batch_size": self.spec.max_rows,
-            "seed": self.spec.seed,
+            "batch_size": self.config.max_rows,
             "versions": package_versions(),
         }
 
@@ -102,7 +109,7 @@ class Workbench:
         Raises:
             ConfigError: a row names another prompt.
         """
-        for row in [] if self.spec.template is not None else self.rows:
+        for row in [] if self.config.template is not None else self.rows:
             earlier = (row.get("labelling") or {}).get("prompt")
             if earlier is not None and earlier != self.prompt_id:
                 raise ConfigError(
@@ -113,8 +120,9 @@ class Workbench:
 
 
 def open_workbench(
-    spec: JobConfig,
+    config: LabelJobConfig,
     word: str,
+    model: str | None,
     check_row: Callable[[Row, str], None],
     *,
     problems: bool,
@@ -123,8 +131,9 @@ def open_workbench(
     """Load rows and policy, and choose template, extractors and length.
 
     Args:
-        spec: the job's settings.
+        config: the job's settings.
         word: the rows in one word: file, folder or data settings.
+        model: the policy; None: the one that the rows name.
         check_row: refuses a row that the job has no use for; given the row and where it came from.
         problems: whether the word names problems, not solutions.
         policy: an already loaded one.
@@ -133,38 +142,26 @@ def open_workbench(
         ConfigError, DataError, ModelError: settings, rows or a model that cannot be used.
     """
     data = parse_spec(word)
-    if spec.limit is not None:
-        data = dataclasses.replace(data, limit=spec.limit)
     rows, place = load_rows(data, contract=PROBLEM if problems else None), data.path or data.source
     if not problems:
         _check_solutions(rows, place)
     check_unique_ids(rows, path=place)
     for row in rows:
         check_row(row, place)
-    device = pick_device(spec.device)
-    benchmark: Benchmark = asking(data.source, is_task=all(map(is_task_row, rows)))
-    model = spec.model or named_model(rows)
-    template = None if spec.template is None else get_template(spec.template)
-    grader = Grader(
-        GradingConfig(extractors=spec.extractors, deadline_s=spec.deadline_s), extractors=benchmark.extractors
-    )
+    pick_device(config.device)  # an impossible one is refused before the model is loaded
+    benchmark = asking(data.source, is_task=all(map(is_task_row, rows)))
+    model = model or named_model(rows)
+    template = None if config.template is None else get_template(config.template)
     return Workbench(
-        spec,
+        config,
         data,
         rows,
-        problems,
-        policy or load_trained(model, dtype=spec.dtype),
+        benchmark,
+        policy or load_trained(model, dtype=config.dtype),
         model,
         template_for(model, benchmark.template, template),
-        grader,
-        spec.max_new_tokens or benchmark.max_new_tokens,
-        device,
+        Grader(config.grading, extractors=benchmark.extractors),
     )
-
-
-def load_judge(spec: JobConfig, word: str, **asked: Any) -> StepScorer:
-    """The step scorer of a word, computing as the job does; ``asked`` are further settings of its class."""
-    return load_scorer(with_settings(word, dtype=spec.dtype, **asked), device=spec.device, max_rows=spec.max_rows)
 
 
 def _check_solutions(rows: Sequence[Row], place: str) -> None:
@@ -174,7 +171,7 @@ def _check_solutions(rows: Sequence[Row], place: str) -> None:
     for row in rows if contract is PROBLEM else []:
         if row.get("solution") is None:
             raise DataError(
-                f"row {row['id']!r} is a problem without a solution: give it as --problems to sample solutions of it",
+                f"row {row['id']!r} is a problem without a solution: have solutions of it Sampled",
                 path=place,
                 column="solution",
             )
@@ -190,7 +187,7 @@ def named_model(rows: Sequence[Row]) -> str:
     if len(named) == 1:
         return named[0]
     found = f"the rows name {len(named)} models ({', '.join(named[:3])})" if named else "the rows name none"
-    raise ConfigError(f"give --model, whose tokenizer reads the solutions: {found}")
+    raise ConfigError(f"give the model whose tokenizer reads the solutions: {found}")
 
 
 class PairBuilder(Protocol):
@@ -243,14 +240,15 @@ def finish_job(job: Job, name: str, rows: Sequence[Row], summary: dict[str, Any]
         job: the job, whose units are all done.
         name: file of the rows.
         rows: what the job made.
-        summary: counts; also what is returned.
-        nothing: why there are no rows.
+        summary: counts, with ``dropped`` by reason; also what is returned.
+        nothing: that there are no rows.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, and why.
     """
     if not rows:
         write_json(job.out / SUMMARY_NAME, summary)
-        raise DataError(nothing, path=job.out)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items())
+        raise DataError(f"{nothing} ({reasons or 'no reason given'})", path=job.out)
     job.finish(name, rows, summary)
     return summary

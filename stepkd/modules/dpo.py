@@ -60,7 +60,7 @@ class SigmoidByVisits(PairLoss):
         if lacking := [pair.id for pair in pairs if pair.visits is None]:
             raise ConfigError(
                 f"loss: SigmoidByVisits, and pair {lacking[0]} has no visit counts (chosen_visits, rejected_visits): "
-                "they come from a tree search (stepkd label --to tree_preference)"
+                "they come from a tree search (stepkd pairs tree)"
             )
         visits_P2 = torch.tensor([pair.visits for pair in pairs])
         return {"label_smoothing": visit_smoothing(visits_P2[:, 0], visits_P2[:, 1])}

@@ -9,7 +9,7 @@
   trees are expanded in one batch, and every tree is as if it were searched alone.
 * :mod:`~stepkd.search.pairs`: `tree_pairs`, step preference pairs along the chosen path with values and visit counts.
 
-``stepkd label --to tree_preference`` runs all of this as a resumable job (:mod:`stepkd.labels.tree_pairs`).
+``stepkd pairs tree`` runs all of this as a resumable job (:mod:`stepkd.labels.tree_pairs`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ Signal = Literal["confidence", "entropy"]
 
 _FORMAT = "stepkd segment threshold"
 _VERSION = 1
-_AGAIN = "fit it again (stepkd label --segmenter adaptive_step, or fit_threshold)"
+_AGAIN = "fit it again (stepkd label --steps Fitted, or fit_threshold)"
 _SEGMENTER_OF: dict[str, str] = {"confidence": "adaptive_step", "entropy": "entropy"}
 
 

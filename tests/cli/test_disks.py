@@ -39,8 +39,9 @@ COMMANDS = {
     "fit": "fit --config tiny/sft --config {tiny} --out {out}",
     "predict": "predict --config tiny/sft --config {tiny} --out {out}",
     "export": "export tiny-0.1m --to {out}",
-    "label": f"label --labeller checker --model tiny-0.1m --problems {PROBLEMS} --max-new-tokens 8 --out {{out}}",
-    "convert": "label --convert {rows} --to binary --out {out}.jsonl",
+    "label": f"label --solutions Sampled --solutions.problems {PROBLEMS} --solutions.model tiny-0.1m "
+    "--solutions.sampling.max_new_tokens 8 --labeller TaskChecker --out {out}",
+    "convert": "convert {rows} --to Binary --out {out}.jsonl",
     "score": "score --scorer checker --rollouts {rows} --out {out}",
     "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular,n=2 --sampling.max-new-tokens 8 "
     "--out {out}",

@@ -1,4 +1,4 @@
-"""``stepkd label --to tree_preference`` from the command line."""
+"""``stepkd pairs tree`` from the command line."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from stepkd.data.spec import load_rows, parse_spec
 
 PROBLEMS = ["--problems", 'task:task="modular:terms=3,modulus=2",n=3', "--model", "tiny-0.1m"]
 SMALL = [
-    *("--to", "tree_preference", "--iterations", "1", "--actions", "3", "--depth", "2", "--max-steps", "2"),
-    *("--max-step-tokens", "8", "--max-new-tokens", "8", "--rollouts-per-step", "2", "--segmenter", "regex:[a-m]"),
-    *("--batch-size", "6", "--device", "cpu", "--dtype", "float64", "--extractors", "last_number", "--keep-unsolved"),
+    *("--search.iterations", "1", "--search.actions", "3", "--search.depth", "2", "--search.max-steps", "2"),
+    *("--max-step-tokens", "8", "--sampling.max-new-tokens", "8", "--segmenter", "regex:[a-m]", "--max-rows", "6"),
+    *("--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number", "--pairs.solved_only", "false"),
 ]
+SHARE = ["--value.rollouts", "2"]
 
 
 def run(*arguments: str) -> int:
-    return main(["label", *arguments])
+    return main(["pairs", "tree", *arguments])
 
 
 def test_search_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "an [odd] name"
-    assert run(*PROBLEMS, *SMALL, "--out", str(out)) == 0
+    assert run(*PROBLEMS, *SMALL, *SHARE, "--out", str(out)) == 0
     shown = capsys.readouterr().out
     for text in ("building pairs of 3/3", "of 3 items", "solved share", "mean tree depth", "tokens generated"):
         assert text in shown
@@ -36,18 +37,17 @@ def test_search_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert rows[0]["pairing"]["search"]["iterations"] == 1
     assert rows[0]["pairing"]["max_pairs"] == 8
     before = (out / "pairs.jsonl").read_bytes()
-    assert run(*PROBLEMS, *SMALL, "--out", str(out)) == 0
+    assert run(*PROBLEMS, *SMALL, *SHARE, "--out", str(out)) == 0
     assert (out / "pairs.jsonl").read_bytes() == before
     capsys.readouterr()
-    assert run(*PROBLEMS, *SMALL, "--out", str(out), "--max-pairs", "1") == 2
+    assert run(*PROBLEMS, *SMALL, *SHARE, "--out", str(out), "--pairs.max-pairs", "1") == 2
     assert "max_pairs" in capsys.readouterr().err, "other settings, the same folder"
 
 
 def test_a_checker_as_value(tmp_path: Path) -> None:
     out = tmp_path / "checked"
-    assert (
-        run(*PROBLEMS, *SMALL, "--value", "scorer", "--judge", "checker", "--choose", "second", "--out", str(out)) == 0
-    )
+    words = ["--value", "StepScore", "--value.scorer", "checker", "--pairs.choose", "second"]
+    assert run(*PROBLEMS, *SMALL, *words, "--out", str(out)) == 0
     (row, *_) = load_rows(parse_spec(str(out)))
     assert row["pairing"]["value"]["scorer"]["scorer"] == "checker"
     assert row["pairing"]["value"]["reduction"] == "product"
@@ -57,15 +57,19 @@ def test_a_checker_as_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "tree_preference", "--rollouts", "x.jsonl"], "give --problems"),
-        (["--to", "tree_preference", "--convert", "x.jsonl"], "--problems, not as --convert"),
-        ([*PROBLEMS, *SMALL, "--iterations", "0"], "iterations=0"),
-        ([*PROBLEMS, *SMALL, "--actions", "1"], "actions"),
-        ([*PROBLEMS, *SMALL, "--depth", "5"], "look-ahead"),
-        ([*PROBLEMS, *SMALL, "--temperature", "0"], "temperature"),
-        ([*PROBLEMS, *SMALL, "--value", "judge"], "self_evaluation"),
-        ([*PROBLEMS, *SMALL, "--value", "scorer"], "--judge MODEL"),
-        ([*PROBLEMS, *SMALL, "--choose", "third"], "second"),
+        (["--problems", "x.jsonl"], "give --model"),
+        (["--rollouts", "x.jsonl"], "rollouts"),
+        ([*PROBLEMS, *SMALL, "--search.iterations", "0"], "iterations=0"),
+        ([*PROBLEMS, *SMALL, "--search.actions", "1"], "actions"),
+        ([*PROBLEMS, *SMALL, "--search.depth", "5"], "look-ahead"),
+        ([*PROBLEMS, *SMALL, "--sampling.temperature", "0"], "temperature"),
+        ([*PROBLEMS, *SMALL, "--value", "Judge"], "Judge"),
+        ([*PROBLEMS, *SMALL, "--value", "StepScore"], "give --value.scorer"),
+        (
+            [*PROBLEMS, *SMALL, "--value", "RolloutShare", "--value.reduction", "min"],
+            "is not a setting of value",
+        ),
+        ([*PROBLEMS, *SMALL, "--pairs.choose", "third"], "third"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,8 +100,9 @@ def test_a_template_that_is_asked_for_wins(run: Path, rows: Path, tmp_path: Path
 
 
 def test_labels_of_a_model_are_sampled_under_its_own_template(export: Path, rows: Path, tmp_path: Path) -> None:
-    words = ["--problems", str(rows), "--model", str(export), "--labeller", "outcome", "--samples", "1"]
-    words += ["--temperature", "0", "--max-new-tokens", "24", "--device", "cpu"]
+    words = ["--solutions", "Sampled", "--solutions.problems", str(rows), "--solutions.model", str(export)]
+    words += ["--solutions.sampling.n", "1", "--solutions.sampling.temperature", "0", "--labeller", "Outcome"]
+    words += ["--solutions.sampling.max-new-tokens", "24", "--device", "cpu"]
     assert main(["label", *words, "--out", str(tmp_path / "labels")]) == 0
     assert json.loads((tmp_path / "labels" / "summary.json").read_text())["right_answers"] == 8
     assert read_settings(tmp_path / "labels")["template"] == asdict(get_template("task"))
@@ -184,7 +185,7 @@ def test_a_template_file_with_a_mistake_is_named_with_its_key(
     file = write(tmp_path / "own.yaml", text)
     words: dict[str, list[str]] = {
         "evaluate": ["--model", "tiny-0.1m", "--benchmark", "rows", "--data", str(rows)],
-        "label": ["--model", "tiny-0.1m", "--problems", str(rows), "--labeller", "outcome"],
+        "label": ["--solutions", "Existing", "--solutions.rollouts", str(rows), "--solutions.model", "tiny-0.1m"],
     }
     for command, given in words.items():
         assert main([command, *given, "--template", str(file), "--out", str(tmp_path / "out")]) == 2

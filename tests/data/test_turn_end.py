@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from stepkd.data.feedback import FeedbackEncoder, PairEncoder
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.templates import PromptTemplate
 from stepkd.grading.pool import Grader
-from stepkd.labels.sources import GivenSolutions
+from stepkd.labels.solutions import ExistingSolutions
 from stepkd.models.checkpoint import export_model
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
@@ -153,10 +154,12 @@ def test_given_solutions_are_labelled_with_the_end_of_their_style(
 ) -> None:
     policy = Policy.load(PolicyConfig(path=str(save_model(family, tmp_path))))
     with Grader() as grader:
-        source = GivenSolutions([PROBLEM | {"solution": "#### 2"}], template, grader, policy=policy, keep_steps=True)
+        rows: Any = [PROBLEM | {"solution": "#### 2"}]
+        bench = SimpleNamespace(rows=rows, template=template, grader=grader, policy=policy)
+        source = ExistingSolutions(bench, keep_steps=True)  # type: ignore[arg-type]
         (record,) = source.work([0])
-        (candidate,) = source.candidates(record)
-    assert candidate.completion(policy.tokenizer).token_ids[-1] == ends(family, policy.tokenizer)[template.style]
+        (solution,) = source.solutions(record)
+    assert solution.token_ids[-1] == ends(family, policy.tokenizer)[template.style]
 
 
 def test_sampling_stops_at_the_turns_end_and_at_what_the_generation_settings_list(

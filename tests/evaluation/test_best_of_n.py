@@ -284,7 +284,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     other = [dict(ROWS[0], completion="1+3=4\n#### 4"), *ROWS[1:]]
     with pytest.raises(ConfigError, match=r"different solutions under one id \(sample 0 of problem 'p'\)"):
         best_of_n_from_files({"a": path, "b": write(tmp_path / "f.jsonl", other)})
-    with pytest.raises(DataError, match="--keep-duplicates"):
+    with pytest.raises(DataError, match=r"--solutions\.dedupe false"):
         best_of_n_from_files({"a": write(tmp_path / "g.jsonl", [{**ROWS[0], "labelling": {"dedupe": True}}])})
     with pytest.raises(DataError, match="not graded"):
         best_of_n_from_files({"a": write(tmp_path / "d.jsonl", [{**ROWS[0], "correct": None}])})

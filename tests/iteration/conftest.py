@@ -35,8 +35,8 @@ def _small(model: str | Path = "tiny-0.1m", **changes: Any) -> dict[str, Any]:
         "model": str(model),
         "problems": f"{TASK},n=16",
         "iterations": 2,
-        "label": {"labeller": "checker", "samples": 4, "max_new_tokens": 24, "device": "cpu"},
-        "convert": {"to": "demonstrations"},
+        "label": {"labeller": "TaskChecker", "sampling": {"n": 4, "max_new_tokens": 24}, "device": "cpu"},
+        "convert": "Demonstrations",
         "train": {
             "recipes": ["recipes/tiny/sft.yaml"],
             "overrides": {

@@ -108,8 +108,8 @@ def test_a_finished_run_only_shows_its_table(
 
 
 def test_other_settings_are_refused_by_name(whole: tuple[Path, dict[str, Any]], settings: Path) -> None:
-    with pytest.raises(ConfigError, match=r"settings.label.samples: 4 then, 3 now") as caught:
-        run_iterations(load_spec(settings, {"label.samples": 3}), whole[0], report=silent)
+    with pytest.raises(ConfigError, match=r"settings.label.sampling.n: 4 then, 3 now") as caught:
+        run_iterations(load_spec(settings, {"label.sampling.n": 3}), whole[0], report=silent)
     assert "--overwrite" in str(caught.value)
     with pytest.raises(ConfigError, match=r"settings\.train\.overrides\.trainer\.max_steps: 3 then, 9 now"):
         run_iterations(load_spec(settings, {"train.overrides.trainer.max_steps": 9}), whole[0], report=silent)
@@ -141,7 +141,7 @@ def interrupt_after_every_stage(monkeypatch: pytest.MonkeyPatch) -> Counter[str]
 def test_interrupted_after_every_stage(
     whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stepkd.labels.sources import SampledSolutions
+    from stepkd.labels.solutions import SampledSolutions
 
     out, drawn = tmp_path / "run", Counter[tuple[int, int]]()
     work = SampledSolutions.work
@@ -210,7 +210,7 @@ def test_changed_labels_are_not_trained_on(
 
 def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Path) -> None:
     """A random model; the second attempt says the same without sampling again."""
-    changes = {"model": "tiny-0.1m", "label.max_new_tokens": 4, "problems": 'task:task="modular:terms=3",n=4'}
+    changes = {"model": "tiny-0.1m", "label.sampling.max_new_tokens": 4, "problems": 'task:task="modular:terms=3",n=4'}
     changes |= {"evaluation.problems": 'task:task="modular:terms=3",n=2,split=test', "evaluation.samples": 2}
     spec = load_spec(settings, changes)
     for attempt in range(2):
@@ -224,20 +224,20 @@ def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("right", "wrong", "to", "message"),
     [
-        (0, 5, "demonstrations", "no right answer"),
+        (0, 5, "Demonstrations", "no right answer"),
         (
             5,
             0,
             None,
             r"iteration 2 has no wrong answer to learn from \(5 right, 0 wrong among 5 labelled solutions of M1",
         ),
-        (5, 0, "balanced", "no wrong answer"),
-        (5, 0, "clean_demonstrations", None),
+        (5, 0, "Balanced", "no wrong answer"),
+        (5, 0, "Demonstrations", None),
         (1, 1, None, None),
     ],
 )
 def test_one_class(settings: Path, tmp_path: Path, right: int, wrong: int, to: Any, message: str | None) -> None:
-    spec = load_spec(settings, {"convert": None if to is None else {"to": to}})
+    spec = load_spec(settings, {"convert": to})
     it = iteration(spec, tmp_path, 2)
     facts = {"right_answers": right, "wrong_answers": wrong, "labelled": right + wrong}
     if message is None:
@@ -247,10 +247,11 @@ def test_one_class(settings: Path, tmp_path: Path, right: int, wrong: int, to: A
             stages._check_answers(it, facts)
 
 
-@pytest.mark.parametrize(("labeller", "judged"), [("monte_carlo", True), ("outcome", False)])
+@pytest.mark.parametrize(("labeller", "judged"), [("MonteCarlo", True), ("Outcome", False)])
 def test_who_labels_the_held_out_steps(settings: Path, tmp_path: Path, labeller: str, judged: bool) -> None:
     """Monte-Carlo labels come from M0's continuations, for every model; an outcome says nothing of steps."""
-    spec = load_spec(settings, {"label.labeller": labeller, "label.rollouts_per_step": 2})
+    arguments = {"sampling": {"n": 2, "max_new_tokens": 24}} if judged else {}
+    spec = load_spec(settings, {"label.labeller": {"class_path": labeller, "init_args": arguments}})
     facts = stages.evaluate_model(iteration(spec, tmp_path, 0))
     assert list(facts) == ["greedy", "samples", *(["judge"] if judged else []), "measure"]
     folder = tmp_path / "iteration-0" / "evaluation"
@@ -274,7 +275,7 @@ def test_training_reads_the_pairs_of_a_pair_job(
         raise Interrupted
 
     monkeypatch.setattr(stages, "_train", train)
-    pairs = {"to": "step_preference", "continuations": 8, "check_step": True, "take": "all", "temperature": 1.0}
+    pairs = {"to": "step", "sampling": {"n": 8, "temperature": 1.0}, "check": "checker", "take": "all"}
     spec = load_spec(settings, {"convert": None, "pairs": pairs})
     for _ in range(2):
         with pytest.raises(Interrupted):
@@ -293,7 +294,7 @@ def test_training_reads_the_pairs_of_a_pair_job(
         ({"train.recipes": ["recipes/tiny/none.yaml"]}, "no file 'recipes/tiny/none.yaml'"),
         (
             {"train.overrides.trainer.max_step": 3},
-            "overrides: 'max_step' is not a setting of trainer; did you mean 'max_steps'",
+            "overrides: 'max_step' is not a setting of trainer; did you mean --trainer.max_steps",
         ),
         ({"train.overrides.model.init_args.optimizer.lr": -1.0}, "optimizer.lr=-1.0"),
         ({"reference": "kept"}, "reference: kept is for methods with a reference model"),

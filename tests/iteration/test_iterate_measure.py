@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from stepkd.iteration.measure import differences, divergence, model_metrics, pro
 from stepkd.iteration.stages import file_fingerprint, folder_fingerprint
 from stepkd.iteration.table import metric_text, notes, print_summary
 from stepkd.labels.job import drawn_records, run_label_job
-from stepkd.labels.settings import LabelConfig
+from stepkd.labels.labellers import TaskChecker
+from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
+from stepkd.sampling.sampler import SamplingConfig
 
 
 def sample(right: bool, labels: list[bool] | None, *, tokens: int = 4, vote: str = "1", ratio: Any = 0.0) -> Any:
@@ -130,12 +133,13 @@ def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
         save_policy(Policy.load(PolicyConfig(path="tiny-0.1m", init_seed=seed, dtype="float64")), tmp_path / f"m{seed}")
     spec = LabelConfig(
         out=str(tmp_path / "samples"),
-        problems='task:task="modular:terms=3,modulus=2",n=3,split=test',
-        model=str(tmp_path / "m1"),
-        labeller="checker",
-        samples=2,
-        max_new_tokens=8,
-        dedupe=False,
+        solutions=Sampled(
+            problems='task:task="modular:terms=3,modulus=2",n=3,split=test',
+            model=str(tmp_path / "m1"),
+            sampling=SamplingConfig(n=2, max_new_tokens=8),
+            dedupe=False,
+        ),
+        labeller=TaskChecker(),
         device="cpu",
     )
     run_label_job(spec)
@@ -143,7 +147,9 @@ def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
     own = problem_rows(tmp_path / "samples", None, spec, seed_model=str(tmp_path / "m1"))
     assert {each["log_ratio"] for problem in own for each in problem["samples"]} == {0.0}
     assert all(each["step_labels"] is None for problem in own for each in problem["samples"])
-    problems = load_rows(parse_spec(str(spec.problems)))
+    solutions = spec.solutions
+    assert isinstance(solutions, Sampled)
+    problems = load_rows(parse_spec(solutions.problems))
     drawn = drawn_records(tmp_path / "samples")
     for model_seed, sign in ((1, 1.0), (0, -1.0)):
         policy = Policy.load(PolicyConfig(path=str(tmp_path / f"m{model_seed}"), dtype="float64"))
@@ -159,7 +165,7 @@ def test_log_ratios_are_those_of_the_models(tmp_path: Any) -> None:
                     float(logps[len(prompt) - 1 + t, token]) for t, token in enumerate(stored["token_ids"])
                 )
     assert max(abs(each["log_ratio"]) for problem in rows for each in problem["samples"]) < 1e-6
-    hot = LabelConfig(**{**vars(spec), "temperature": 0.5})
+    hot = replace(spec, solutions=replace(solutions, sampling=replace(solutions.sampling, temperature=0.5)))
     cold = problem_rows(tmp_path / "samples", None, hot, seed_model=str(tmp_path / "m0"))
     assert cold[0]["samples"][0]["log_ratio"] is None
 
@@ -197,7 +203,7 @@ def test_the_table_names_what_was_dropped() -> None:
     summary = {
         "problems": 2,
         "samples": 3,
-        "labeller": "monte_carlo",
+        "labeller": "MonteCarlo",
         "models": [
             {"name": "M0", "metrics": metrics, "minus_M0": None, "training": None},
             {"name": "M1", "metrics": metrics | {"kl_per_solution": None}, "minus_M0": minus, "training": training},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from stepkd.errors import ConfigError, DataError, MachineError, StepkdError
 from stepkd.iteration import stages
 from stepkd.iteration.spec import IterateConfig, explicit_word, iteration_seed, load_spec, put
 from stepkd.iteration.stages import Iteration, training_settings
-from stepkd.labels.settings import StepPairConfig, TreePairConfig
+from stepkd.labels.feedback import Preference
+from stepkd.labels.labellers import MonteCarlo, TaskChecker
+from stepkd.labels.settings import Cut, LabelConfig, OwnSteps, Sampled, StepPairConfig, TreePairConfig
 from stepkd.runs.job import Job
-from stepkd.yaml_files import find_recipe
+from stepkd.yaml_files import as_yaml, find_recipe
 
 
 def parsed(arguments: list[str], module: Any) -> argparse.Namespace:
@@ -32,30 +34,51 @@ def iteration(spec: IterateConfig, out: Path, k: int) -> Iteration:
     return Iteration(spec, Job(out, "iterated training"), k, "", lambda line: None)
 
 
+def drawn(job: LabelConfig) -> Sampled:
+    assert isinstance(job.solutions, Sampled)
+    return job.solutions
+
+
 def test_jobs_of_an_iteration(small: Any, write: Any) -> None:
-    spec = load_spec(write(small()), {"problems_per_iteration": 5, "evaluation.label": {"template": "plain"}})
+    spec = load_spec(write(small()), {"problems_per_iteration": 5, "evaluation.steps": "Cut"})
     first, second = (spec.label_spec(k, out="a", model=f"M{k - 1}") for k in (1, 2))
-    assert first.problems == 'task:task="modular:terms=3,modulus=3",n=16,split=train,offset=0,limit=5'
-    assert second.problems == 'task:task="modular:terms=3,modulus=3",n=16,split=train,offset=5,limit=5'
-    assert (first.samples, first.labeller, first.dedupe) == (4, "checker", True)
-    assert first.seed != second.seed
+    problems = 'task:task="modular:terms=3,modulus=3",n=16,split=train'
+    assert drawn(first).problems == f"{problems},offset=0,limit=5"
+    assert drawn(second).problems == f"{problems},offset=5,limit=5"
+    assert (drawn(first).sampling.n, first.labeller, drawn(first).dedupe) == (4, TaskChecker(), True)
+    assert drawn(first).sampling.seed != drawn(second).sampling.seed
     held_out = [spec.held_out_spec(out="b", model=model) for model in ("M0", "M1")]
-    assert held_out[0].seed == held_out[1].seed, "every model is sampled with the same noise"
-    assert (held_out[0].samples, held_out[0].dedupe, held_out[0].template) == (4, False, "plain")
+    assert drawn(held_out[0]).sampling == drawn(held_out[1]).sampling, "every model is sampled with the same noise"
+    assert (drawn(held_out[0]).sampling.n, drawn(held_out[0]).dedupe, held_out[0].steps) == (4, False, Cut())
+    assert first.steps == OwnSteps()
 
 
 def test_the_same_problems_get_other_noise(small: Any, write: Any) -> None:
     spec = load_spec(write(small()))
     first, second = (spec.label_spec(k, out="a", model="m") for k in (1, 2))
-    assert first.problems == second.problems
-    assert first.seed != second.seed
+    assert drawn(first).problems == drawn(second).problems
+    assert drawn(first).sampling.seed != drawn(second).sampling.seed
     assert len({iteration_seed(0, purpose, k) for purpose in ("label", "train") for k in range(50)}) == 100
 
 
 def test_held_out_sampling_is_its_own(small: Any, write: Any) -> None:
-    settings = small(label={"labeller": "checker", "temperature": 0.7, "top_p": 0.9, "limit": 3, "template": "plain"})
+    sampling = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 9}
+    settings = small(label={"labeller": "TaskChecker", "sampling": sampling, "template": "plain"})
     held_out = load_spec(write(settings)).held_out_spec(out="b", model="m")
-    assert (held_out.temperature, held_out.top_p, held_out.limit, held_out.template) == (1.0, 1.0, None, "plain")
+    found = drawn(held_out).sampling
+    assert (found.temperature, found.top_p, found.max_new_tokens, held_out.template) == (1.0, 1.0, 9, "plain")
+
+
+def test_everything_that_an_iteration_draws_has_its_seed(small: Any, write: Any) -> None:
+    label = {"labeller": {"class_path": "MonteCarlo", "init_args": {"sampling": {"n": 2}}}}
+    spec = load_spec(write(small(label=label, convert={"class_path": "Preference", "init_args": {"max_pairs": 2}})))
+    job = spec.label_spec(1, out="a", model="m")
+    assert isinstance(job.labeller, MonteCarlo)
+    assert job.labeller.sampling.seed == drawn(job).sampling.seed != 0
+    assert (job.labeller.sampling.n, drawn(job).sampling.n) == (2, 4)
+    first, second = (spec.converter(k) for k in (1, 2))
+    assert isinstance(first, Preference)
+    assert first == replace(second, seed=first.seed) != second
 
 
 @pytest.mark.parametrize(
@@ -97,28 +120,27 @@ def test_identity_leaves_out_what_may_change(small: Any, write: Any) -> None:
     ("overrides", "message"),
     [
         ({"iteration": 3}, "no key 'iteration'. Did you mean 'iterations'"),
-        ({"label.sampels": 3}, "label: no key 'sampels'. Did you mean 'samples'"),
+        ({"label.samplng": {}}, "'samplng' is not a setting of label; did you mean 'sampling'"),
+        ({"label.sampling.m": 3}, "'m' is not a setting of label.sampling"),
         ({"evaluation.problms": "x"}, "Did you mean 'problems'"),
         ({"train.recipe": []}, "train: no key 'recipe'. Did you mean 'recipes'"),
-        ({"label.labeller": "cheker"}, "did you mean 'checker'"),
-        ({"label.samples": "many"}, "label: .*samples.*many"),
-        ({"label.seed": 3}, "label: seed is set by the iteration itself"),
-        ({"evaluation.label": {"samples": 3}}, "evaluation: label: samples is set by the iteration itself"),
+        ({"label.labeller": "TaskCheker"}, "TaskCheker"),
+        ({"label.sampling.n": "many"}, "sampling.n.*many"),
+        ({"label.solutions": "Existing"}, "'solutions' is not a setting of label"),
         ({"iterations": 0}, "iterations=0: must be at least 1"),
         ({"problems_per_iteration": 0}, "problems_per_iteration=0"),
         ({"reference": "rset"}, "reference.*rset"),
-        ({"convert.to": "demonstration"}, "Did you mean 'demonstrations'"),
-        ({"convert": {"soft": True}}, "convert: needs `to`"),
-        ({"convert.sof": True}, "convert: no key 'sof'. Did you mean 'soft'"),
-        ({"pairs": {"to": "step_preference"}}, "convert and pairs both"),
-        ({"convert": None, "pairs": {"to": "step_prefrence"}}, "Did you mean 'step_preference'"),
-        ({"convert": None, "pairs": {"to": "step_preference", "continuation": 3}}, "Did you mean 'continuations'"),
-        ({"convert": None, "pairs": {"to": "step_preference", "continuations": "x"}}, "pairs: .*continuations.*int"),
-        ({"convert": None, "pairs": {"to": "step_preference", "seed": 3}}, "pairs: no key 'seed'"),
+        ({"convert": "Demonstration"}, "Demonstration"),
+        ({"convert": {"class_path": "Demonstrations", "init_args": {"cleen": True}}}, "cleen"),
+        ({"pairs": {"to": "step"}}, "convert and pairs both"),
+        ({"convert": None, "pairs": {"to": "steps"}}, "Did you mean 'step'"),
+        ({"convert": None, "pairs": {"to": "step", "max_pair": 3}}, "Did you mean 'max_pairs'"),
+        ({"convert": None, "pairs": {"to": "step", "max_pairs": "x"}}, "pairs: .*max_pairs.*int"),
+        ({"convert": None, "pairs": {"to": "step", "model": "m"}}, "pairs: no key 'model'"),
         ({"evaluation.samples": 1}, "at least 2 samples"),
         ({"evaluation.temperature": 0.0}, "a temperature above 0"),
         ({"evaluation.problems": "prm800k:path=x.jsonl"}, "source 'prm800k' cannot be evaluated"),
-        ({"label.segmenter": "adaptive_step"}, "set evaluation.label.segmenter"),
+        ({"label.steps": "Fitted"}, "set evaluation.steps"),
         ({"train.recipes": []}, "recipes names no file"),
         ({"train.overrides.data.init_args.train.path": "x"}, "is set by every iteration itself"),
         ({"model": None}, "the key 'model' is missing"),
@@ -171,14 +193,15 @@ def test_command_line_overrides() -> None:
 
 
 def test_pair_jobs_share_the_labelling_jobs_settings(small: Any, write: Any) -> None:
-    changes = {"convert": None, "pairs": {"to": "step_preference", "continuations": 4, "check_step": True}}
+    changes = {"convert": None, "pairs": {"to": "step", "sampling": {"n": 4}, "check": "checker"}}
     spec = load_spec(write(small(**changes)))
     kind, pairs = spec.pair_spec(1, spec.label_spec(1, out="labels", model="m"), out="pairs")
-    assert kind == "step_preference"
+    assert kind == "step"
     assert isinstance(pairs, StepPairConfig)
     assert (pairs.rollouts, pairs.model, pairs.out) == ("labels", "m", "pairs")
-    assert (pairs.continuations, pairs.check_step, pairs.max_new_tokens, pairs.device) == (4, True, 24, "cpu")
-    tree = load_like(spec, pairs={"to": "tree_preference", "max_step_tokens": 9, "iterations": 7})
+    assert (pairs.sampling.n, pairs.sampling.temperature, pairs.check, pairs.device) == (4, 0.8, "checker", "cpu")
+    assert pairs.sampling.max_new_tokens == 24
+    tree = load_like(spec, pairs={"to": "tree", "max_step_tokens": 9, "search": {"iterations": 7}})
     _, pairs = tree.pair_spec(1, tree.label_spec(1, out="labels", model="m"), out="pairs")
     assert isinstance(pairs, TreePairConfig)
     assert (pairs.problems, pairs.max_step_tokens, pairs.search.iterations) == (spec.problem_word(1), 9, 7)
@@ -188,11 +211,11 @@ def load_like(spec: IterateConfig, **changes: Any) -> IterateConfig:
     return IterateConfig(**{**vars(spec), **changes})
 
 
-@pytest.mark.parametrize("kind", ["label", "step_preference", "tree_preference"])
+@pytest.mark.parametrize("kind", ["label", "step", "tree"])
 def test_a_job_under_a_launcher_gets_the_same_settings(
     kind: str, small: Any, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = load_spec(write(small(convert=None, launcher="python", pairs={"to": "step_preference"})))
+    spec = load_spec(write(small(convert=None, launcher="python", pairs={"to": "step"})))
     job: Any = spec.label_spec(1, out=str(tmp_path / "labels"), model="m")
     if kind != "label":
         _, job = load_like(spec, pairs={"to": kind}).pair_spec(1, job, out=str(tmp_path / "pairs"))
@@ -220,7 +243,7 @@ def test_a_launched_job_computes_on_its_ranks_device_and_its_errors_are_those_of
 
     monkeypatch.setattr(stages, "run_job", run_job)
     file = tmp_path / "job.json"
-    file.write_text(json.dumps({"kind": "label", "settings": asdict(job) | {"device": "auto"}}))
+    file.write_text(json.dumps({"kind": "label", "settings": as_yaml(job) | {"device": "auto"}}))
     assert cli.main(["iterate-job", str(file)]) == 1
     assert "stepkd iterate-job (rank 1): cuda:1 of rank 1 is full" in capsys.readouterr().err
 

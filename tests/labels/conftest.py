@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from stepkd.data.completion import Completion
 from stepkd.errors import StepkdError
+from stepkd.grading.pool import GradingConfig
 from stepkd.labels.job import job_parts, run_label_job
-from stepkd.labels.settings import LabelConfig
+from stepkd.labels.labellers import MonteCarlo
+from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import JobOptions
@@ -57,16 +60,36 @@ def spec(tmp_path: Path) -> LabelConfig:
     """Five tiny problems, two solutions each, two continuations per step: 3 + 5 groups."""
     return LabelConfig(
         out=str(tmp_path / "job"),
-        problems='task:task="modular:terms=3,modulus=2",n=5',
-        model="tiny-0.1m",
-        samples=2,
-        rollouts_per_step=2,
-        max_new_tokens=16,
+        solutions=Sampled(
+            problems='task:task="modular:terms=3,modulus=2",n=5',
+            model="tiny-0.1m",
+            sampling=SamplingConfig(n=2, max_new_tokens=16),
+        ),
+        labeller=MonteCarlo(sampling=SamplingConfig(n=2, max_new_tokens=16)),
         max_rows=4,
-        extractors=("last_number",),  # which random text now and then gets right, without a grading process
+        # Random text now and then gets it right, without a grading process.
+        grading=GradingConfig(extractors=("last_number",)),
         dtype="float64",
         device="cpu",
     )
+
+
+Drawn = Callable[..., LabelConfig]
+
+
+@pytest.fixture
+def drawn() -> Drawn:
+    """The same job with solutions, and continuations, that are drawn otherwise; ``n`` is that of the solutions."""
+
+    def change(config: LabelConfig, **changes: Any) -> LabelConfig:
+        assert isinstance(config.solutions, Sampled)
+        solutions = replace(config.solutions, sampling=replace(config.solutions.sampling, **changes))
+        labeller, rest = config.labeller, {name: value for name, value in changes.items() if name != "n"}
+        if isinstance(labeller, MonteCarlo):
+            labeller = replace(labeller, sampling=replace(labeller.sampling, **rest))
+        return replace(config, solutions=solutions, labeller=labeller)
+
+    return change
 
 
 Run = Callable[..., dict[str, Any] | None]

@@ -10,7 +10,7 @@ import pytest
 from stepkd.data.rows import DEMONSTRATION
 from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import DataError
-from stepkd.labels.convert import CONVERTERS, convert_rows
+from stepkd.labels.convert import Demonstrations, convert_rows
 
 
 def rollout(name: str, correct: bool | None, labels: list[bool | None], finish: str = "stop") -> dict[str, Any]:
@@ -39,7 +39,7 @@ ROWS = [
 
 
 def test_right_answers_are_kept() -> None:
-    converted = convert_rows(ROWS, "demonstrations")
+    converted = convert_rows(ROWS, Demonstrations())
     assert [row["id"] for row in converted.rows] == ["a", "b"]
     assert converted.counts == {"rows": 2, "cut_off": 1, "ungraded": 1, "wrong_answer": 1}
     assert converted.rows[0] == {
@@ -53,26 +53,26 @@ def test_right_answers_are_kept() -> None:
 
 
 def test_clean_demonstrations_have_no_wrong_step() -> None:
-    converted = convert_rows(ROWS, "clean_demonstrations")
+    converted = convert_rows(ROWS, Demonstrations(clean=True))
     assert [row["id"] for row in converted.rows] == ["a"]
     assert converted.counts["wrong_step"] == 1
 
 
 def test_stepwise_rows_are_joined_as_written() -> None:
     row = {"id": "a", "prompt": "?", "completions": ["one", "two\n", "#### 2"], "labels": [True, True, True]}
-    (found,) = convert_rows([row | {"outcome": True}], "demonstrations").rows
+    (found,) = convert_rows([row | {"outcome": True}], Demonstrations()).rows
     assert found["solution"] == "one\ntwo\n#### 2"
     with pytest.raises(DataError, match=r"none of 1 rows is left \(1 ungraded\)"):
-        convert_rows([row], "demonstrations")
+        convert_rows([row], Demonstrations())
 
 
 def test_none_left_says_why() -> None:
     with pytest.raises(DataError, match=r"none of 2 rows is left \(1 cut_off, 1 wrong_answer\)"):
-        convert_rows(ROWS[2:4], "clean_demonstrations")
+        convert_rows(ROWS[2:4], Demonstrations(clean=True))
 
 
 def test_written_rows_can_be_trained_on(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    assert CONVERTERS["demonstrations"].write(convert_rows(ROWS, "demonstrations").rows, path) == 2
+    assert Demonstrations().write(convert_rows(ROWS, Demonstrations()).rows, path) == 2
     rows = load_rows(DataConfig(path=str(path)), contract=DEMONSTRATION)
     assert [row["solution"] for row in rows] == ["1+1=2\n#### 2"] * 2

@@ -10,8 +10,8 @@ import pytest
 from stepkd.data.rows import ROLLOUT, UNPAIRED, validate
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.convert import CONVERTERS, convert_rows
-from stepkd.labels.feedback import ConvertOptions
+from stepkd.labels.convert import convert_rows
+from stepkd.labels.feedback import Binary, Preference, Unpaired
 
 
 def rollout(problem: str, sample: int, labels: list[Any] | None, correct: bool | None, **given: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_binary_by_count() -> None:
         stepwise("e", [1, 0], True),
     ]
     twin = rows[0] | {"id": "a/9"}
-    found = convert_rows([*rows, twin], "binary")
+    found = convert_rows([*rows, twin], Binary())
     assert [(row["id"], row.get("step_labels", row.get("labels"))) for row in found.rows] == [
         ("a/0", [True, False, None]),
         ("a/1", [True, True]),
@@ -80,7 +80,7 @@ def test_binary_by_count() -> None:
 
 @pytest.mark.parametrize(("neutral", "marks"), [("wrong", [True, False, False]), ("mask", [True, None, False])])
 def test_binary_neutral(neutral: Any, marks: list[Any]) -> None:
-    found = convert_rows([rollout("b", 0, [1, 0, -1], False)], "binary", ConvertOptions(neutral=neutral))
+    found = convert_rows([rollout("b", 0, [1, 0, -1], False)], Binary(neutral=neutral))
     assert found.rows[0]["step_labels"] == marks
     assert found.counts["neutral_steps"] == 1
     assert found.counts["unlabelled_steps"] == 0, "a masked rating is counted as neutral, not twice"
@@ -88,25 +88,25 @@ def test_binary_neutral(neutral: Any, marks: list[Any]) -> None:
 
 def test_binary_soft_takes_the_values() -> None:
     rows = [rollout("a", 0, [False, False], True, step_values=[1, 0.25]), rollout("a", 1, [True, True], True)]
-    found = convert_rows(rows, "binary", ConvertOptions(soft=True, threshold=0.25))
+    found = convert_rows(rows, Binary(soft=True, threshold=0.25))
     assert [row["step_labels"] for row in found.rows] == [[True, True]]
     assert found.counts["rows_without_labels"] == 1
-    assert convert_rows(rows, "binary", ConvertOptions(soft=True)).rows[0]["step_labels"] == [True, False]
+    assert convert_rows(rows, Binary(soft=True)).rows[0]["step_labels"] == [True, False]
 
 
 def test_problems_whose_samples_are_all_alike() -> None:
     one = rollout("a", 0, [True], True)
     rows = [one, one | {"id": "a/1"}, rollout("b", 0, [True], True), rollout("c", 0, [True], True)]
     rows.append(one | {"id": "a/2", "finish": "length"})
-    assert convert_rows(rows[:4], "binary").counts["problems_all_identical"] == 1
-    cut_off = convert_rows(rows, "binary")
+    assert convert_rows(rows[:4], Binary()).counts["problems_all_identical"] == 1
+    cut_off = convert_rows(rows, Binary())
     assert cut_off.counts["problems_all_identical"] == 0, "without its end token it is another solution"
     assert cut_off.counts["duplicates"] == 1
 
 
 def test_binary_is_written_and_read(tmp_path: Path) -> None:
-    found = convert_rows([rollout("a", 0, [True, False], True), rollout("b", 0, [True], False)], "binary")
-    assert CONVERTERS["binary"].write(found.rows, tmp_path / "b.jsonl") == 2
+    found = convert_rows([rollout("a", 0, [True, False], True), rollout("b", 0, [True], False)], Binary())
+    assert Binary().write(found.rows, tmp_path / "b.jsonl") == 2
     assert load_rows(parse_spec(str(tmp_path / "b.jsonl")), contract=ROLLOUT) == found.rows
 
 
@@ -118,7 +118,7 @@ def test_unpaired() -> None:
         rollout("b", 1, None, False, completion=" \n"),
         stepwise("c", [True, False], False),
     ]
-    found = convert_rows([*rows, rows[0] | {"id": "again"}], "unpaired")
+    found = convert_rows([*rows, rows[0] | {"id": "again"}], Unpaired())
     for row in found.rows:
         validate(row, UNPAIRED, extra="error" if row["id"] == "c" else "keep")
     assert found.rows[0] == {
@@ -147,13 +147,13 @@ def test_unpaired() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(DataError, match=r"none of 1 rows is left .*1 rows_without_outcome"):
-        convert_rows([rollout("a", 0, [True], None)], "unpaired")
+        convert_rows([rollout("a", 0, [True], None)], Unpaired())
     with pytest.raises(DataError, match="a/0: has 2 labels for 1 steps"):
-        convert_rows([rollout("a", 0, [True, True], True, step_ends=[1])], "binary")
+        convert_rows([rollout("a", 0, [True, True], True, step_ends=[1])], Binary())
     with pytest.raises(DataError, match="a/0, column 'step_labels': mixes true/false with numbers"):
-        convert_rows([rollout("a", 0, [True, 0.5], True)], "binary")
+        convert_rows([rollout("a", 0, [True, 0.5], True)], Binary())
     with pytest.raises(DataError, match=r"x: neither a rollout .* nor a stepwise row"):
-        convert_rows([{"id": "x", "prompt": "p", "answer": "1"}], "binary")
+        convert_rows([{"id": "x", "prompt": "p", "answer": "1"}], Binary())
     for wrong in ({"neutral": "rigth"}, {"threshold": 1.0}, {"max_pairs": 0}, {"chosen_steps": "right"}):
         with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
-            ConvertOptions(**wrong)  # type: ignore[arg-type]
+            Preference(**wrong)  # type: ignore[arg-type]

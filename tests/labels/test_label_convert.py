@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 
 from stepkd.data.rows import STEPWISE, validate
 from stepkd.data.spec import load_rows, parse_spec
-from stepkd.errors import ConfigError, DataError
-from stepkd.labels.convert import CONVERTERS, Converter, balance_by_prefix_length, convert_rows
-from stepkd.labels.feedback import Converted, ConvertOptions
+from stepkd.errors import DataError
+from stepkd.labels.convert import Balanced, MathShepherd, Stepwise, TRLStepwise, balance_by_prefix_length, convert_rows
+from stepkd.labels.feedback import Converted, ConverterConfig
 
 
 def rollout(number: int, labels: list[Any], values: list[float] | None = None) -> dict[str, Any]:
@@ -44,66 +45,64 @@ ROWS = [rollout(0, [True, False, None], [0.5, 0.0, 0.0]), rollout(1, [True, True
 
 
 def test_stepwise_hard_and_soft() -> None:
-    found = convert_rows(ROWS, "stepwise")
+    found = convert_rows(ROWS, Stepwise())
     for row, source in zip(found.rows, ROWS, strict=True):
         validate(row, STEPWISE)
         assert (row["completions"], row["labels"]) == (source["steps"], source["step_labels"])
         assert (row["outcome"], row["answer"], row["labelling"]) == (True, "1", {"labeller": "x"})
-    soft = convert_rows(ROWS, "stepwise", ConvertOptions(soft=True))
+    soft = convert_rows(ROWS, Stepwise(soft=True))
     assert [row["labels"] for row in soft.rows] == [[0.5, 0.0, 0.0], [1.0, 1.0]]
-    assert convert_rows(found.rows, "stepwise").rows == found.rows, "stepwise rows stay as they are"
-    assert [row["labels"] for row in convert_rows(found.rows, "stepwise", ConvertOptions(soft=True)).rows] == [
+    assert convert_rows(found.rows, Stepwise()).rows == found.rows, "stepwise rows stay as they are"
+    assert [row["labels"] for row in convert_rows(found.rows, Stepwise(soft=True)).rows] == [
         [0.5, 0.0, 0.0],
         [1.0, 1.0],
     ]
 
 
 def test_trl_has_three_columns_and_booleans() -> None:
-    found = convert_rows(ROWS, "trl")
+    found = convert_rows(ROWS, TRLStepwise())
     assert [sorted(row) for row in found.rows] == [["completions", "labels", "prompt"]] * 2
     assert [row["labels"] for row in found.rows] == [[True, False], [True, True]]
     assert found.counts["cut"] == 1
     ratings = [rollout(0, [1, 0, -1])]
-    assert convert_rows(ratings, "trl", ConvertOptions(neutral="wrong")).rows[0]["labels"] == [True, False, False]
+    assert convert_rows(ratings, TRLStepwise(neutral="wrong")).rows[0]["labels"] == [True, False, False]
 
 
 def test_math_shepherd_is_read_back(tmp_path: Path) -> None:
-    found = convert_rows(ROWS[1:], "math_shepherd")
+    found = convert_rows(ROWS[1:], MathShepherd())
     path = tmp_path / "ms.jsonl"
-    assert CONVERTERS["math_shepherd"].write(found.rows, path) == 1
+    assert MathShepherd().write(found.rows, path) == 1
     back = load_rows(parse_spec(f"math_shepherd:path={path}"))
     assert back[0]["labels"] == [True, True]
 
 
 def test_balanced_by_count() -> None:
     rows = [rollout(i, [i % 4 != 0, i % 2 == 0]) for i in range(20)]
-    found = convert_rows(rows, "balanced", ConvertOptions(seed=1))
+    found = convert_rows(rows, Balanced(seed=1))
     for step, kept in ((0, 5), (1, 10)):
         labels = [row["step_labels"][step] for row in found.rows]
         assert (labels.count(True), labels.count(False)) == (kept, kept)
     assert found.counts["labels_before"] == 40
     assert found.counts["labels_kept"] == 30
-    assert convert_rows(rows, "balanced", ConvertOptions(seed=1)).rows == found.rows
+    assert convert_rows(rows, Balanced(seed=1)).rows == found.rows
     with pytest.raises(DataError, match="none of 3 rows is left"):
-        convert_rows([rollout(i, [True]) for i in range(3)], "balanced")
+        convert_rows([rollout(i, [True]) for i in range(3)], Balanced())
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown --to 'step_wise': did you mean 'stepwise'"):
-        convert_rows(ROWS, "step_wise")
     bare = {name: value for name, value in ROWS[0].items() if name != "steps"}
     with pytest.raises(DataError, match="p0/0, column 'steps': no step texts"):
-        convert_rows([bare], "stepwise")
+        convert_rows([bare], Stepwise())
     with pytest.raises(DataError, match="no values to take as soft labels"):
-        convert_rows(
-            [{"id": "a", "prompt": "p", "completions": ["x"], "labels": [True]}], "stepwise", ConvertOptions(soft=True)
-        )
+        convert_rows([{"id": "a", "prompt": "p", "completions": ["x"], "labels": [True]}], Stepwise(soft=True))
 
 
-def test_a_new_converter(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Converter("first", "the first row", lambda rows, options: Converted([dict(rows[0])], {"rows": 1}))
-    monkeypatch.setitem(CONVERTERS, "first", first)
-    assert convert_rows(ROWS, "first").rows == ROWS[:1]
+def test_a_new_converter() -> None:
+    class First(ConverterConfig):
+        def convert(self, rows: Sequence[Any]) -> Converted:
+            return Converted([dict(rows[0])], {"rows": 1})
+
+    assert convert_rows(ROWS, First()).rows == ROWS[:1]
 
 
 LABELS = st.lists(st.lists(st.sampled_from([True, False, None]), max_size=5), max_size=12)
@@ -145,7 +144,7 @@ def test_neutral_labels_stay() -> None:
     assert [labels[1] for labels in balanced[:3]] == [0, 0, None]
     assert balanced[3] == [0]
     rows = [rollout(i, labels) for i, labels in enumerate([[1, 0], [1, 1], [-1, 1]])]
-    assert convert_rows(rows, "balanced").counts["labels_before"] == 5, "a neutral one has no sign"
+    assert convert_rows(rows, Balanced()).counts["labels_before"] == 5, "a neutral one has no sign"
 
 
 @pytest.mark.parametrize(
@@ -158,4 +157,4 @@ def test_neutral_labels_stay() -> None:
 )
 def test_what_cannot_be_balanced(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
-        convert_rows([rollout(0, [True]), row], "balanced")
+        convert_rows([rollout(0, [True]), row], Balanced())

@@ -7,18 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stepkd.data.rows import STEPWISE
 from stepkd.data.spec import DataConfig, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.labellers import Solution
-from stepkd.labels.settings import LabelConfig
-from stepkd.labels.solutions import Candidate, cut
+from stepkd.labels.labellers import Outcome, TaskChecker
+from stepkd.labels.settings import Cut, Existing, Fitted, LabelConfig, Reject
+from stepkd.labels.solutions import cut
+from stepkd.labels.step_labels import Solution
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
 
 TASK = "modular:terms=3,modulus=2"
+AT_2 = Cut(segmenter="adaptive_step:0.02")
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -31,18 +34,20 @@ def labelled(spec: LabelConfig) -> list[dict[str, Any]]:
 
 
 def given(spec: LabelConfig, rollouts: str, name: str, **changes: Any) -> LabelConfig:
-    settings = {"problems": None, "rollouts": rollouts, "labeller": "checker", "out": f"{spec.out}-{name}"}
-    return replace(spec, **(settings | changes))
+    """A job of solutions that are there; ``continued``: with continuations of every step."""
+    solutions = Existing(rollouts=rollouts, model=changes.pop("model", "tiny-0.1m"))
+    labeller = spec.labeller if changes.pop("continued", False) else TaskChecker()
+    return replace(spec, **({"solutions": solutions, "labeller": labeller, "out": f"{spec.out}-{name}"} | changes))
 
 
 # ---- rollout rows --------------------------------------------------------------------------------------------------
 
 
 def test_rollouts_once_labels_several_times(spec: LabelConfig, run: Any, recording: Any) -> None:
-    run(replace(spec, labeller="checker"))
+    run(replace(spec, labeller=TaskChecker()))
     checked = labelled(spec)
     sampler = recording()
-    again = given(spec, spec.out, "again", model=None, labeller="monte_carlo")
+    again = given(spec, spec.out, "again", model=None, continued=True)
     run(again, sampler=sampler)
     assert sampler.sampled == [], "nothing is sampled but continuations"
     rows = labelled(again)
@@ -58,8 +63,8 @@ def test_rollouts_once_labels_several_times(spec: LabelConfig, run: Any, recordi
 
 
 def test_another_segmenter_cuts_anew(spec: LabelConfig, run: Any) -> None:
-    run(replace(spec, labeller="checker"))
-    whole = given(spec, spec.out, "whole", segmenter="whole", labeller="outcome")
+    run(replace(spec, labeller=TaskChecker()))
+    whole = given(spec, spec.out, "whole", steps=Cut(segmenter="whole"), labeller=Outcome())
     run(whole)
     assert all(row["step_ends"] == [len(row["token_ids"])] for row in labelled(whole))
     assert all(row["step_labels"] == [row["correct"]] for row in labelled(whole))
@@ -68,29 +73,30 @@ def test_another_segmenter_cuts_anew(spec: LabelConfig, run: Any) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_confidence_comes_from_the_rows(
-    spec: LabelConfig, run: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
+    spec: LabelConfig, run: Any, drawn: Any, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probabilities at temperature 1 are in the rows; nothing is computed again."""
-    run(replace(spec, labeller="checker", temperature=temperature, segmenter="adaptive_step:0.02"))
-    monkeypatch.setattr("stepkd.labels.sources.token_signals", None)
-    again = given(spec, spec.out, "again", segmenter="adaptive_step:0.02")
+    spec = drawn(replace(spec, labeller=TaskChecker(), steps=AT_2), temperature=temperature)
+    run(spec)
+    monkeypatch.setattr("stepkd.labels.solutions.annotate", None)
+    again = given(spec, spec.out, "again", steps=AT_2)
     run(again)
     assert [row["step_ends"] for row in labelled(again)] == [row["step_ends"] for row in labelled(spec)]
     assert max(len(row["step_ends"]) for row in labelled(spec)) > 2
 
 
-def test_missing_confidence_is_computed(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
-    run(replace(spec, labeller="checker", temperature=0.7, segmenter="adaptive_step:0.02"))
+def test_missing_confidence_is_computed(spec: LabelConfig, run: Any, drawn: Any, tmp_path: Path) -> None:
+    run(drawn(replace(spec, labeller=TaskChecker(), steps=AT_2), temperature=0.7))
     rows = [{k: v for k, v in row.items() if k != "raw_logprobs"} for row in labelled(spec)]
-    again = given(spec, write(tmp_path / "r.jsonl", rows), "again", segmenter="adaptive_step:0.02")
+    again = given(spec, write(tmp_path / "r.jsonl", rows), "again", steps=AT_2)
     run(again)
     assert [row["step_ends"] for row in labelled(again)] == [row["step_ends"] for row in labelled(spec)]
 
 
 def test_a_teacher_for_reject(spec: LabelConfig, run: Any) -> None:
-    rejects = replace(spec, labeller="checker", segmenter="reject:0.5", teacher="tiny-0.5m")
+    rejects = replace(spec, labeller=TaskChecker(), steps=Reject(teacher="tiny-0.5m"))
     run(rejects)
-    again = given(spec, rejects.out, "again", segmenter="reject:0.5", teacher="tiny-0.5m")
+    again = given(spec, rejects.out, "again", steps=rejects.steps)
     run(again)
     assert [row["step_ends"] for row in labelled(again)] == [row["step_ends"] for row in labelled(rejects)]
     assert max(len(row["step_ends"]) for row in labelled(again)) > 2
@@ -127,7 +133,7 @@ def test_step_labelled_rows_keep_their_steps(spec: LabelConfig, run: Any, tmp_pa
 def test_a_solution_that_stops_early_is_continued(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     rows = stepwise_rows()[:2]
     rows[1] |= {"completions": ["no number here"], "labels": [False]}
-    job = given(spec, write(tmp_path / "s.jsonl", rows), "mc", labeller="monte_carlo")
+    job = given(spec, write(tmp_path / "s.jsonl", rows), "mc", continued=True)
     run(job)
     trials = [row["label_facts"]["trials"] for row in labelled(job)]
     assert trials[0][-1] == 0, "the solution has its answer"
@@ -136,7 +142,7 @@ def test_a_solution_that_stops_early_is_continued(spec: LabelConfig, run: Any, t
 
 def test_worked_solutions_end_in_the_end_token(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
     rows = [{k: row[k] for k in ("id", "prompt", "answer", "solution")} for row in make_rows(TASK, 3, seed=0)]
-    job = given(spec, write(tmp_path / "d.jsonl", rows), "worked", labeller="monte_carlo")
+    job = given(spec, write(tmp_path / "d.jsonl", rows), "worked", continued=True)
     run(job)
     for row, source in zip(labelled(job), rows, strict=True):
         assert "".join(row["completions"]) == source["solution"]
@@ -145,7 +151,7 @@ def test_worked_solutions_end_in_the_end_token(spec: LabelConfig, run: Any, tmp_
 
 
 def test_confidence_of_texts(spec: LabelConfig, run: Any) -> None:
-    job = given(spec, f'task:task="{TASK}",n=4', "texts", segmenter="adaptive_step", quantile=0.2)
+    job = given(spec, f'task:task="{TASK}",n=4', "texts", steps=Fitted(quantile=0.2))
     run(job)
     assert (Path(job.out) / "threshold.json").is_file()
     assert all(len(row["completions"]) == len(row["labels"]) for row in labelled(job))
@@ -156,18 +162,23 @@ def test_steps_that_share_a_token_are_dropped() -> None:
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4}
+    vocabulary = {"a": 0, "\n": 1, "b": 2, "a\n": 3, "a\nb": 4}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(BPE(vocab=vocabulary, merges=[("a", " "), ("a ", "b")]))
+        tokenizer_object=Tokenizer(BPE(vocab=vocabulary, merges=[("a", "\n"), ("a\n", "b")]))
     )
-    steps = ("b ", "a ", "b")
-    candidate = Candidate("x", 0, {"id": "x"}, (0,), "stepwise", {}, None, text="".join(steps), steps=steps)
     newline = get_segmenter("newline")
-    assert cut(candidate, tokenizer, None, newline) == "steps_share_a_token"
-    apart = ("b ", "a b")
-    solution = cut(replace(candidate, text="".join(apart), steps=apart), tokenizer, None, newline)
-    assert isinstance(solution, Solution)
-    assert (solution.spans, solution.steps) == (((0, 2), (2, 3)), apart)
+
+    def worked(steps: list[str]) -> Solution:
+        ids = np.asarray(tokenizer("".join(steps))["input_ids"])
+        text = "".join(steps)
+        return Solution(np.zeros(1), ids, id="x", text=text, index=0, correct=None, columns={"completions": steps})
+
+    steps = ["b\n", "a\n", "b"]
+    assert cut(worked(steps), tokenizer, newline) == "steps_share_a_token"
+    apart = ["b\n", "a\nb"]
+    found = cut(worked(apart), tokenizer, newline)
+    assert isinstance(found, Solution)
+    assert (found.spans, found.steps) == (((0, 2), (2, 3)), tuple(apart))
 
 
 def test_long_rows_are_dropped(spec: LabelConfig, run: Any, tmp_path: Path, policy: Any) -> None:
@@ -196,10 +207,10 @@ STEPS = {"id": "a", "prompt": "1+1=\n", "completions": ["2"], "labels": [True]}
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([STEPS], {"labeller": "monte_carlo"}, "row 'a' has no 'answer', and Monte-Carlo labels compare"),
+        ([STEPS], {"continued": True}, "row 'a' has no 'answer', and Monte-Carlo labels compare"),
         ([STEPS | {"answer": "2"}], {}, "row 'a' has no 'task' and 'meta': only rows of the tiny world"),
-        ([STEPS], {"labeller": "outcome"}, "neither an 'answer' nor a stated outcome"),
-        ([PROBLEM], {}, "row 'a' is a problem without a solution: give it as --problems"),
+        ([STEPS], {"labeller": Outcome()}, "neither an 'answer' nor a stated outcome"),
+        ([PROBLEM], {}, "row 'a' is a problem without a solution: have solutions of it Sampled"),
         ([STEPS, STEPS], {}, "share the id 'a'"),
         ([STEPS | {"completions": []}], {}, "has zero steps"),
         ([STEPS | {"labels": [True, False]}], {}, "has 2 entries for 1 completions"),
@@ -216,10 +227,10 @@ def test_bad_rows(
 
 
 def test_the_model_must_be_known(spec: LabelConfig, run: Any, tmp_path: Path) -> None:
-    run(replace(spec, labeller="checker"))
+    run(replace(spec, labeller=TaskChecker()))
     rows = labelled(spec)
     rows[0]["model"] = "another"
-    with pytest.raises(ConfigError, match=r"give --model, .* the rows name 2 models \(another, tiny-0.1m\)"):
+    with pytest.raises(ConfigError, match=r"give the model .* the rows name 2 models \(another, tiny-0.1m\)"):
         run(given(spec, write(tmp_path / "r.jsonl", rows), "two", model=None))
     with pytest.raises(ConfigError, match="the rows name none"):
         run(given(spec, f'task:task="{TASK}",n=2', "none", model=None))

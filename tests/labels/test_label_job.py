@@ -16,10 +16,12 @@ from stepkd.data.completion import Completion
 from stepkd.data.rows import ROLLOUT
 from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.labels.labellers import Solution, StepLabels
-from stepkd.labels.settings import LabelConfig
+from stepkd.labels.labellers import MonteCarlo, Outcome, Scored, TaskChecker
+from stepkd.labels.settings import Cut, Fitted, LabelConfig, OwnSteps, Reject, Sampled, StepsConfig
+from stepkd.labels.step_labels import Solution, StepLabels
 from stepkd.runs.files import write_json
 from stepkd.runs.job import Job, read_settings
+from stepkd.sampling.sampler import SamplingConfig
 from stepkd.steps.threshold import SegmentThreshold, fit_threshold
 from stepkd.tasks.rows import check_row
 
@@ -52,8 +54,8 @@ class StubSampler:
 # ---- what a job leaves behind --------------------------------------------------------------------------------------
 
 
-def test_folder_rows_and_provenance(spec: LabelConfig, run: Any) -> None:
-    spec = replace(spec, max_new_tokens=200, seed=3)  # what is cut off has no answer
+def test_folder_rows_and_provenance(spec: LabelConfig, run: Any, drawn: Any) -> None:
+    spec = drawn(spec, max_new_tokens=200, seed=3)  # what is cut off has no answer
     reports: list[tuple[str, int, int]] = []
     summary = run(spec, report=lambda phase, done, total, figures: reports.append((phase, done, total)))
     assert sorted(path.name for path in Path(spec.out).iterdir()) == FILES
@@ -83,8 +85,8 @@ def test_folder_rows_and_provenance(spec: LabelConfig, run: Any) -> None:
     assert str(Path.home()) not in json.dumps(read_settings(spec.out))
 
 
-def test_summary_by_recount(spec: LabelConfig, run: Any) -> None:
-    spec = replace(spec, labeller="checker", temperature=0.7)
+def test_summary_by_recount(spec: LabelConfig, run: Any, drawn: Any) -> None:
+    spec = drawn(replace(spec, labeller=TaskChecker()), temperature=0.7)
     summary = run(spec)
     labelled = rows(spec)
     assert json.loads((Path(spec.out) / "summary.json").read_text()) == summary
@@ -101,17 +103,17 @@ def test_summary_by_recount(spec: LabelConfig, run: Any) -> None:
     assert all(len(row["raw_logprobs"]) == len(row["logprobs"]) for row in labelled), "temperature is not 1"
 
 
-def test_duplicates_and_empty_solutions_are_counted(spec: LabelConfig, run: Any, policy: Any) -> None:
+def test_duplicates_and_empty_solutions_are_counted(spec: LabelConfig, run: Any, drawn: Any, policy: Any) -> None:
     texts = ["1+1=2\n#### 2", "1+1=2\n#### 2", "", " \n", "3"]
-    spec = replace(spec, labeller="checker", samples=5)
+    spec = drawn(replace(spec, labeller=TaskChecker()), n=5)
     stub = StubSampler(policy.tokenizer, texts)
     summary = run(spec, sampler=stub)
     assert summary["dropped"] == {"duplicate": 5, "no_steps": 10}
     assert (summary["solutions"], summary["labelled"]) == (25, 10)
     assert [row["id"].rpartition("/")[2] for row in rows(spec)][:4] == ["0", "4", "0", "4"]
-    every = replace(spec, dedupe=False, out=spec.out + "-all")
+    every = replace(spec, solutions=replace(spec.solutions, dedupe=False), out=spec.out + "-all")
     assert run(every, sampler=stub)["labelled"] == 15
-    nothing = replace(spec, samples=1, out=spec.out + "-none")
+    nothing = replace(drawn(spec, n=1), out=spec.out + "-none")
     with pytest.raises(DataError, match=r"none of 5 solutions could be labelled \(5 no_steps\)"):
         run(nothing, sampler=StubSampler(policy.tokenizer, [""]))
 
@@ -124,7 +126,7 @@ def test_a_solution_without_labels_is_dropped(spec: LabelConfig, run: Any, polic
         def provenance(self) -> dict[str, Any]:
             return {"labeller": "undecided"}
 
-    summary = run(replace(spec, labeller="checker"), labeller=Undecided())
+    summary = run(replace(spec, labeller=TaskChecker()), labeller=Undecided())
     assert summary["dropped"] == {"no_labels": 3}
     assert summary["labelled"] == 7
 
@@ -132,11 +134,11 @@ def test_a_solution_without_labels_is_dropped(spec: LabelConfig, run: Any, polic
 # ---- ranks and interruptions ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("segmenter", [None, "adaptive_step"])
+@pytest.mark.parametrize("steps", [OwnSteps(), Fitted(quantile=0.1)])
 def test_ranks_do_not_change_the_labels(
-    spec: LabelConfig, run: Any, run_ranks: Any, recording: Any, segmenter: str | None
+    spec: LabelConfig, run: Any, run_ranks: Any, recording: Any, steps: StepsConfig
 ) -> None:
-    spec = replace(spec, segmenter=segmenter, quantile=0.1)
+    spec = replace(spec, steps=steps)
     run(spec)
     for world_size in (2, 3):
         sharded = replace(spec, out=f"{spec.out}-{world_size}")
@@ -188,8 +190,9 @@ def test_the_same_command_again_draws_nothing(spec: LabelConfig, run: Any, recor
 # ---- the fitted threshold ------------------------------------------------------------------------------------------
 
 
-def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelConfig, run: Any, recording: Any) -> None:
-    spec = replace(spec, segmenter="adaptive_step:auto", quantile=0.1, labeller="checker", temperature=0.8)
+def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelConfig, run: Any, drawn: Any, recording: Any) -> None:
+    spec = drawn(replace(spec, steps=Fitted(quantile=0.1)), temperature=0.8)
+    other, spec = replace(spec, out=spec.out + "-2"), replace(spec, labeller=TaskChecker())
     summary = run(spec)
     path = Path(spec.out) / "threshold.json"
     found = SegmentThreshold.load(path)
@@ -203,7 +206,6 @@ def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelConfig, run: An
     assert max(len(row["steps"]) for row in rows(spec)) > 1
 
     # Killed between the fit and the labels: the same threshold is fitted, on the solutions that are there.
-    other = replace(spec, out=spec.out + "-2", labeller="monte_carlo")
     with pytest.raises(KeyboardInterrupt):
         run(other, sampler=recording(stop_at=4))
     (Path(other.out) / "threshold.json").unlink()
@@ -215,7 +217,7 @@ def test_a_threshold_of_another_model_is_said(spec: LabelConfig, run: Any, tmp_p
     file = tmp_path / "threshold.json"
     threshold = fit_threshold([[-0.1, -2.0, -0.3, -0.01]] * 5, 0.3, model="tiny-0.5m")
     write_json(file, threshold.to_dict())
-    spec = replace(spec, segmenter=f"adaptive_step:{file}", labeller="checker")
+    spec = replace(spec, steps=Cut(segmenter=f"adaptive_step:{file}"), labeller=TaskChecker())
     with pytest.warns(UserWarning, match=r"fitted on samples of tiny-0.5m, and tiny-0.1m is another model.*30.0%"):
         run(spec)
     write_json(file, replace(threshold, model="tiny-0.1m").to_dict())
@@ -225,7 +227,7 @@ def test_a_threshold_of_another_model_is_said(spec: LabelConfig, run: Any, tmp_p
 
 
 def test_the_entropy_threshold(spec: LabelConfig, run: Any) -> None:
-    spec = replace(spec, segmenter="entropy", quantile=0.1, labeller="checker")
+    spec = replace(spec, steps=Fitted(segmenter="entropy", quantile=0.1), labeller=TaskChecker())
     assert run(spec)["segmenter"]["name"] == "entropy"
     assert SegmentThreshold.load(Path(spec.out) / "threshold.json").signal == "entropy"
 
@@ -236,21 +238,29 @@ def test_the_entropy_threshold(spec: LabelConfig, run: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"rollouts_per_step": 3}, "labeller.J: 2 then, 3 now"),
+        ({"labeller": MonteCarlo(sampling=SamplingConfig(n=3, max_new_tokens=16))}, "labeller.J: 2 then, 3 now"),
         ({"temperature": 0.5}, "sampling.temperature: 1.0 then, 0.5 now"),
-        ({"segmenter": "sentence"}, "segmenter"),
-        ({"seed": 1}, "seed: 0 then, 1 now"),
-        ({"labeller": "checker"}, "labeller.labeller: 'monte_carlo' then, 'checker' now"),
+        ({"steps": Cut(segmenter="sentence")}, "segmenter"),
+        ({"seed": 1}, "labeller.seed: 0 then, 1 now"),
+        ({"labeller": TaskChecker()}, "labeller.labeller: 'monte_carlo' then, 'checker' now"),
         ({"problems": 'task:task="modular:terms=3,modulus=2",n=6'}, "data.rows: 5 then, 6 now"),
         ({"template": "plain"}, "prompt"),
         ({"max_rows": 8}, "batch_size: 4 then, 8 now"),
     ],
 )
-def test_other_settings_are_refused(spec: LabelConfig, run: Any, change: dict[str, Any], named: str) -> None:
+def test_other_settings_are_refused(
+    spec: LabelConfig, run: Any, drawn: Any, change: dict[str, Any], named: str
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(spec, report=_interrupt)
+    other = replace(spec, **{name: value for name, value in change.items() if name in vars(spec)})
+    for name, value in change.items():
+        if name == "problems":
+            other = replace(other, solutions=replace(other.solutions, problems=value))
+        elif name not in vars(spec):
+            other = drawn(other, **change)
     with pytest.raises(ConfigError) as error:
-        run(replace(spec, **change))
+        run(other)
     assert named in str(error.value)
 
 
@@ -258,8 +268,8 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_overwrite(spec: LabelConfig, run: Any, run_ranks: Any) -> None:
-    run(replace(spec, seed=1))
+def test_overwrite(spec: LabelConfig, run: Any, drawn: Any, run_ranks: Any) -> None:
+    run(drawn(spec, seed=1))
     old = content(spec)
     run(spec, overwrite=True)
     new = content(spec)
@@ -267,7 +277,7 @@ def test_overwrite(spec: LabelConfig, run: Any, run_ranks: Any) -> None:
     with pytest.raises(ConfigError, match="2 processes that share no run id"):
         run(spec, overwrite=True, rank=0, world_size=2)
     # With a run id, a rank that comes again (or is started again) goes on in place of deleting twice.
-    run(replace(spec, seed=1), overwrite=True)
+    run(drawn(spec, seed=1), overwrite=True)
     run_ranks(spec, 2, overwrite=True, launch="elastic:abc")
     assert content(spec) == new
     (Path(spec.out) / "notes.txt").write_text("mine")
@@ -276,7 +286,9 @@ def test_overwrite(spec: LabelConfig, run: Any, run_ranks: Any) -> None:
 
 
 def test_a_rank_waits_for_rank_zero(spec: LabelConfig, run: Any) -> None:
-    spec = replace(spec, limit=2)
+    assert isinstance(spec.solutions, Sampled)
+    fewer = replace(spec.solutions, problems=f"{spec.solutions.problems},limit=2")
+    spec = replace(spec, solutions=fewer)
     run(spec)
     with pytest.raises(StepkdError, match="rank 0 did not begin"):  # the folder is there, but of another launch
         run(spec, rank=1, world_size=2, wait_s=0, overwrite=True, launch="elastic:new")
@@ -300,36 +312,25 @@ def test_foreign_folders_are_refused(spec: LabelConfig, run: Any, tmp_path: Path
         run(replace(spec, out=str(tmp_path / "other")))
 
 
+GREEDY = SamplingConfig(n=2, temperature=0)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("make", "message"),
     [
-        ({"labeller": "montecarlo"}, "unknown labeller 'montecarlo': did you mean 'monte_carlo'"),
-        ({"rollouts": "x.jsonl"}, "either --problems .* or --rollouts"),
-        ({"problems": None}, "either --problems .* or --rollouts"),
-        ({"model": None}, "needs --model"),
-        ({"labeller": "judge"}, "needs the model that scores the steps: --judge"),
-        ({"judge": "m"}, "--judge goes with --labeller judge or prm"),
-        ({"reference": True}, "--reference goes with --labeller judge"),
-        ({"labeller": "judge", "judge": "m", "judge_template": "math"}, "--judge-template goes with --labeller prm"),
-        ({"samples": 0}, "samples=0: must be at least 1"),
-        ({"temperature": 0.0}, "2 samples at temperature 0 would all be the same"),
-        ({"label_temperature": 0.0}, "2 continuations at temperature 0 would all be the same"),
-        ({"quantile": 2.0}, r"quantile=2.0: must lie in \(0, 1\)"),
-        ({"segmenter": "newlines"}, "unknown segmenter 'newlines'"),
-        ({"segmenter": "reject"}, "segmenter 'reject' and --teacher go together"),
-        ({"teacher": "tiny-0.1m"}, "segmenter 'reject' and --teacher go together"),
-        ({"reduce": "all"}, "unknown reduce 'all'"),
-        ({"reduce": "mean", "propagate_positive": True}, "propagate_positive needs labels that are right or wrong"),
-        ({"given": "lies"}, "unknown given 'lies'"),
-        ({"outcome_scope": "first"}, "unknown outcome_scope 'first'"),
+        (lambda: Sampled(problems="task", model="m", sampling=replace(GREEDY, n=0)), "n=0: at least one"),
+        (lambda: Sampled(problems="task", model="m", sampling=GREEDY), "2 solutions of a problem at temperature 0"),
+        (lambda: MonteCarlo(sampling=GREEDY), "2 continuations of a step at temperature 0 would all be the same"),
+        (lambda: MonteCarlo(reduce="all"), "unknown reduce 'all'"),
+        (lambda: Fitted(quantile=2.0), r"quantile=2.0: must lie in \(0, 1\)"),
+        (lambda: Cut(segmenter="newlines"), "unknown segmenter 'newlines'"),
+        (lambda: Cut(segmenter="reject"), "choose Reject, with the teacher"),
+        (lambda: Reject(teacher="m", probability=2.0), "reject threshold 2.0"),
+        (lambda: TaskChecker(given="lies"), "unknown given 'lies'"),
+        (lambda: Outcome(scope="first"), "unknown scope 'first'"),
+        (lambda: Scored(scorer="judge:m", threshold=1.0), "threshold=1.0: must lie between 0 and 1"),
     ],
 )
-def test_contradicting_settings(spec: LabelConfig, change: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        replace(spec, **change)
-
-
-def test_early_stop_with_soft_labels_is_refused_before_the_work(spec: LabelConfig, run: Any) -> None:
-    with pytest.raises(ConfigError, match="early_stop"):
-        run(replace(spec, early_stop=True, reduce="mean"))
-    assert not Path(spec.out).exists()
+        make()

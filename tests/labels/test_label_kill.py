@@ -24,14 +24,25 @@ from stepkd.cli import main
 from stepkd.models.policy import Policy
 from stepkd.runs.files import write_jsonl
 
-PROBLEMS = ["--problems", 'task:task="modular:terms=3,modulus=2",n=16', "--model", "tiny-0.1m"]
-SMALL = ["--device", "cpu", "--dtype", "float64", "--extractors", "last_number", "--segmenter", "regex:[^0-9]"]
+PROBLEMS = 'task:task="modular:terms=3,modulus=2",n=16'
+SMALL = ["--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number"]
+CUT = "regex:[^0-9]"
 JOBS = {
-    "labels": [*PROBLEMS, "--samples", "2", "--rollouts-per-step", "2", "--max-new-tokens", "12", "--batch-size", "2"],
-    "step_preference": ["--continuations", "8", "--max-new-tokens", "6", "--batch-size", "8"],
-    "tree_preference": [
-        *(*PROBLEMS, "--iterations", "1", "--actions", "2", "--depth", "2", "--max-steps", "2", "--batch-size", "2"),
-        *("--max-step-tokens", "8", "--max-new-tokens", "8", "--rollouts-per-step", "2", "--keep-unsolved"),
+    "labels": [
+        *("label", "--solutions", "Sampled", "--solutions.problems", PROBLEMS, "--solutions.model", "tiny-0.1m"),
+        *("--solutions.sampling.n", "2", "--solutions.sampling.max_new_tokens", "12", "--steps", "Cut"),
+        *("--steps.segmenter", CUT, "--labeller.sampling.n", "2", "--labeller.sampling.max_new_tokens", "12"),
+        *("--max_rows", "2"),
+    ],
+    "step": [
+        *("pairs", "step", "--sampling.n", "8", "--sampling.max_new_tokens", "6", "--segmenter", CUT),
+        *("--max_rows", "8"),
+    ],
+    "tree": [
+        *("pairs", "tree", "--problems", PROBLEMS, "--model", "tiny-0.1m", "--search.iterations", "1"),
+        *("--search.actions", "2", "--search.depth", "2", "--search.max_steps", "2", "--max_step_tokens", "8"),
+        *("--sampling.max_new_tokens", "8", "--value.rollouts", "2", "--pairs.solved_only", "false"),
+        *("--segmenter", CUT, "--max_rows", "2"),
     ],
 }
 Command = Callable[[str], list[str]]
@@ -40,13 +51,11 @@ Command = Callable[[str], list[str]]
 @pytest.fixture(params=[name if name == "labels" else pytest.param(name, marks=pytest.mark.slow) for name in JOBS])
 def job(request: pytest.FixtureRequest, tmp_path: Path, policy: Policy) -> Command:
     """The command of a job, given its folder."""
-    words = ["label", *JOBS[request.param], *SMALL]
-    if request.param == "step_preference":
+    words = [*JOBS[request.param], *SMALL]
+    if request.param == "step":
         rows = [labelled(policy, number) for number in range(32)]
         write_jsonl(tmp_path / "rollouts.jsonl", rows)
         words += ["--rollouts", str(tmp_path / "rollouts.jsonl")]
-    if request.param != "labels":
-        words += ["--to", request.param]
     return lambda name: [*words, "--out", str(tmp_path / name)]
 
 
@@ -98,8 +107,8 @@ def log(out: Path) -> list[dict[str, object]]:
 
 def check(out: Path, whole: Path, kills: int) -> None:
     """The same files, and no unit was done twice: one that was in flight is no part and stands in no log."""
-    names = {path.name for path in whole.iterdir()} - {"log", "parts"}
-    assert names == {path.name for path in out.iterdir()} - {"log", "parts"}
+    names = {path.name for path in whole.iterdir()} - {"log", "parts", "config.yaml"}
+    assert names == {path.name for path in out.iterdir()} - {"log", "parts", "config.yaml"}
     assert {name: (out / name).read_bytes() for name in names} == {name: (whole / name).read_bytes() for name in names}
     assert sorted(path.relative_to(out) for path in out.glob("parts/*/*")) == sorted(
         path.relative_to(whole) for path in whole.glob("parts/*/*")

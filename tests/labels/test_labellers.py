@@ -6,19 +6,14 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.labellers import (
-    CheckerLabeller,
-    OutcomeLabeller,
-    ScorerLabeller,
-    Solution,
-    check_reduction,
-    reduce_values,
-)
+from stepkd.labels.labellers import MonteCarlo, Outcome, ScorerLabeller, TaskChecker
+from stepkd.labels.step_labels import Reduce, Solution, reduce_values
 from stepkd.scorers.scorer import Meaning, Solutions
 from stepkd.tasks.rows import make_rows
 
@@ -26,37 +21,38 @@ ROW = make_rows("modular:terms=3,modulus=10", 1, seed=0)[0]
 
 
 def solution(steps: Sequence[str], *, row: Any = ROW, correct: bool | None = None, id: str = "p/0") -> Solution:
-    spans = tuple((i, i + 1) for i in range(len(steps)))
-    return Solution(id, 0, row, (1,), tuple(range(len(steps))), spans, tuple(steps), correct)
+    ids = np.arange(len(steps))
+    return Solution(np.ones(1), ids, ids + 1, id=id, index=0, row=row, steps=tuple(steps), correct=correct)
 
 
 def test_checker_truth_and_claims() -> None:
     first, second, answer = ROW["steps"]
     wrong = f"{first[:-2]}{(int(first[-2]) + 1) % 10}\n"
     rest = [second, answer]
-    assert CheckerLabeller().label([solution(ROW["steps"])])[0].labels == (True, True, True)
-    assert CheckerLabeller().label([solution([wrong, *rest])])[0].labels == (False, True, True), "a silent recovery"
-    claims = CheckerLabeller("claims").label([solution([wrong, *rest])])[0]
+    assert TaskChecker().label([solution(ROW["steps"])])[0].labels == (True, True, True)
+    assert TaskChecker().label([solution([wrong, *rest])])[0].labels == (False, True, True), "a silent recovery"
+    claims = TaskChecker(given="claims").label([solution([wrong, *rest])])[0]
     assert claims.labels[:2] == (False, False), "the second line does not follow from the wrong claim"
-    assert CheckerLabeller("claims").provenance() == {"labeller": "checker", "given": "claims"}
+    assert TaskChecker(given="claims").provenance() == {"labeller": "checker", "given": "claims"}
 
 
 def test_checker_refuses_other_rows() -> None:
-    with pytest.raises(DataError, match="p/0: no exact checker for this row"):
-        CheckerLabeller().label([solution(["x"], row={"id": "p", "prompt": "?"})])
+    with pytest.raises(DataError, match="task"):
+        TaskChecker().label([solution(["x"], row={"id": "p", "prompt": "?"})])
     with pytest.raises(ConfigError, match="unknown given"):
-        CheckerLabeller("lies")  # type: ignore[arg-type]
+        TaskChecker(given="lies")  # type: ignore[arg-type]
 
 
 def test_outcome() -> None:
     steps = ["a", "b", "c"]
     for correct in (True, False):
-        assert OutcomeLabeller().label([solution(steps, correct=correct)])[0].labels == (None, None, correct)
-        assert OutcomeLabeller("all").label([solution(steps, correct=correct)])[0].labels == (correct,) * 3
-    with pytest.raises(DataError, match="whether its answer is right is not known"):
-        OutcomeLabeller().label([solution(steps)])
+        assert Outcome().label([solution(steps, correct=correct)])[0].labels == (None, None, correct)
+        assert Outcome(scope="all").label([solution(steps, correct=correct)])[0].labels == (correct,) * 3
+    with pytest.raises(DataError, match="neither an 'answer' nor a stated outcome"):
+        Outcome().check({"id": "a", "correct": None}, "rows")
+    Outcome().check({"id": "a", "correct": None, "answer": "1"}, "rows")
     with pytest.raises(ConfigError, match="unknown scope"):
-        OutcomeLabeller("first")  # type: ignore[arg-type]
+        Outcome(scope="first")  # type: ignore[arg-type]
 
 
 class StubScorer:
@@ -82,12 +78,12 @@ def test_scorer_hard_soft_and_missing() -> None:
     assert hard.facts == {"scores": [0.9, 0.5, 0.1, None]}
     assert hard.values is None
     assert ScorerLabeller(scorer, threshold=0.6).label(solutions)[0].labels == (True, False, False, None)
-    soft = ScorerLabeller(StubScorer(scorer.table, "value"), soft=True).label(solutions)[0]
+    soft = ScorerLabeller(StubScorer(scorer.table, "value"), threshold=None).label(solutions)[0]
     assert soft.labels == (0.9, 0.5, 0.1, None)
     assert soft.values is None, "a scorer's guess is no rollout's success"
-    facts = ScorerLabeller(scorer, soft=True, name="prm").provenance()
+    facts = ScorerLabeller(scorer, threshold=None, name="prm").provenance()
     assert facts == {
-        "labeller": "prm", "threshold": None, "soft": True, "meaning": "correctness", "scorer": {"scorer": "stub"}
+        "labeller": "prm", "threshold": None, "meaning": "correctness", "scorer": {"scorer": "stub"}
     }  # fmt: skip
 
 
@@ -115,8 +111,6 @@ def test_scorer_bad_answers() -> None:
         scorer.answer = answer  # type: ignore[attr-defined]
         with pytest.raises(DataError, match=message):
             ScorerLabeller(scorer).label([solution(["a", "b"])])
-    with pytest.raises(ConfigError, match=r"threshold=1: must lie between 0 and 1"):
-        ScorerLabeller(scorer, threshold=1)
 
 
 def test_fixed_cases() -> None:
@@ -124,11 +118,10 @@ def test_fixed_cases() -> None:
     assert reduce_values(values, "any") == (True, True, False, True, False)
     assert reduce_values(values, "mean") == values
     assert reduce_values(values, "first_error") == (True, True, False, None, None)
-    assert reduce_values(values, "any", propagate_positive=True) == (True, True, True, True, False)
-    assert reduce_values(values, "first_error", propagate_positive=True) == (True, True, True, True, False)
+    assert reduce_values(values, "propagate") == (True, True, True, True, False)
     assert reduce_values((0.0, 1.0), "first_error") == (False, None)
     assert reduce_values((0.25, 1.0), "first_error") == (True, True)
-    assert [reduce_values((), reduce) for reduce in ("any", "mean", "first_error")] == [(), (), ()]
+    assert [reduce_values((), reduce) for reduce in get_args(Reduce)] == [()] * 4
 
 
 @pytest.mark.parametrize("length", range(6))
@@ -140,26 +133,20 @@ def test_brute_force(length: int) -> None:
         assert reduce_values(values, "any") == tuple(hard)
         assert reduce_values(values, "mean") == values
         reached = [any(hard[j] for j in range(i, length)) for i in range(length)]
-        assert reduce_values(values, "any", propagate_positive=True) == tuple(reached)
-        for labels in (hard, reached):
-            cut = [None if any(not labels[j] for j in range(i)) else labels[i] for i in range(length)]
-            assert reduce_values(values, "first_error", propagate_positive=labels is reached) == tuple(cut)
+        assert reduce_values(values, "propagate") == tuple(reached)
+        cut = [None if any(not hard[j] for j in range(i)) else hard[i] for i in range(length)]
+        assert reduce_values(values, "first_error") == tuple(cut)
 
 
 def test_labels_are_of_one_plain_kind() -> None:
     assert {type(label) for label in reduce_values([1, 0, 0.5], "mean")} == {float}
-    assert {type(label) for label in reduce_values([1, 0, 0.5], "any", propagate_positive=True)} == {bool}
+    assert {type(label) for label in reduce_values([1, 0, 0.5], "propagate")} == {bool}
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: check_reduction("frist_error"), ConfigError, "did you mean 'first_error'?"),
-        (
-            lambda: check_reduction("mean", propagate_positive=True),
-            ConfigError,
-            "propagate_positive needs labels that are right or wrong",
-        ),
+        (lambda: MonteCarlo(reduce="frist_error"), ConfigError, "did you mean 'first_error'?"),  # type: ignore[arg-type]
         (lambda: reduce_values([0.5, 1.5], "any"), DataError, "1.5 is no share of continuations"),
         (lambda: reduce_values([float("nan")], "mean"), DataError, "nan is no share of continuations"),
     ],

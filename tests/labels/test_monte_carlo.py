@@ -8,20 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from stepkd.data.completion import Completion
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
 from stepkd.grading.pool import Grader, GradingConfig
-from stepkd.labels.labellers import Labeller, Solution, StepLabels
 from stepkd.labels.monte_carlo import MonteCarloLabeller
+from stepkd.labels.step_labels import Labeller, Solution, StepLabels
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
-from stepkd.steps.segment import spans_from_ends
 
 TOKENIZER = tiny_tokenizer()
 SPEC = SamplingConfig(n=8, max_new_tokens=12, seed=3)
@@ -39,9 +39,9 @@ def solution(steps: Sequence[str], answer: str, *, index: int = 0, prompt: str =
         "id": f"p{index}/0",
         "index": index,
         "row": {"id": f"p{index}", "prompt": prompt, "answer": answer},
-        "prompt_ids": encode(prompt),
-        "completion_ids": ids,
-        "spans": tuple(spans_from_ends(ends, len(ids))),
+        "prompt_ids": np.asarray(encode(prompt)),
+        "token_ids": np.asarray(ids),
+        "step_ends": np.asarray(ends),
         "steps": tuple(steps),
         "correct": None,
     }
@@ -82,12 +82,12 @@ def by_hand(policy: Policy, grader: Grader, each: Solution, spec: SamplingConfig
     for _, cut in each.spans:
         successes.append(0)
         trials.append(0)
-        if cut == len(each.completion_ids) and each.finish == "stop":
+        if cut == len(each.token_ids) and each.finish == "stop":
             continue
         length = len(each.prompt_ids) + cut
         for j in range(spec.n):
             uniforms = generator(spec.seed, "monte-carlo", 0, each.index, length, j).random(spec.max_new_tokens)
-            ids, drawn = [*each.prompt_ids, *each.completion_ids[:cut]], []
+            ids, drawn = [*each.prompt_ids, *each.token_ids[:cut]], []
             for uniform in uniforms:
                 inputs = torch.tensor([ids])
                 with torch.no_grad():
@@ -98,7 +98,7 @@ def by_hand(policy: Policy, grader: Grader, each: Solution, spec: SamplingConfig
                 drawn.append(token)
                 if token == TOKENIZER.eos_token_id:
                     break
-            text = "".join(each.steps)[: len(TOKENIZER.decode(each.completion_ids[:cut]))] + TOKENIZER.decode(
+            text = "".join(each.steps)[: len(TOKENIZER.decode(each.token_ids[:cut]))] + TOKENIZER.decode(
                 drawn, skip_special_tokens=True
             )
             trials[-1] += 1
@@ -132,7 +132,7 @@ def test_reductions_of_the_same_rollouts(policy: Policy, grader: Grader) -> None
     plain = labels()
     assert any(False in each.labels for each in plain)
     assert any(True in each.labels for each in plain)
-    for each, first, back in zip(plain, labels(reduce="first_error"), labels(propagate_positive=True), strict=True):
+    for each, first, back in zip(plain, labels(reduce="first_error"), labels(reduce="propagate"), strict=True):
         assert each.values is not None
         assert each.values == first.values == back.values
         assert each.facts == first.facts == back.facts
@@ -145,46 +145,13 @@ def test_reductions_of_the_same_rollouts(policy: Policy, grader: Grader) -> None
 def test_the_result_of_a_solution_is_its_own(policy: Policy, grader: Grader) -> None:
     """Alone, in other company, in other batches: labels, values and facts stay the same."""
     solutions = some_solutions()
-    for early_stop in (False, True):
-        labeller = MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC, early_stop=early_stop)
-        expected = labeller.label(solutions)
-        assert [labeller.label([each])[0] for each in solutions] == expected
-        assert labeller.label(solutions[::-1])[::-1] == expected
-        few = TransformersSampler(policy, max_rows=5)
-        assert MonteCarloLabeller(few, policy, grader, SPEC, early_stop=early_stop).label(solutions) == expected
+    labeller = MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC)
+    expected = labeller.label(solutions)
+    assert [labeller.label([each])[0] for each in solutions] == expected
+    assert labeller.label(solutions[::-1])[::-1] == expected
+    few = TransformersSampler(policy, max_rows=5)
+    assert MonteCarloLabeller(few, policy, grader, SPEC).label(solutions) == expected
     assert labeller.label([]) == []
-
-
-def test_early_stop_gives_the_same_labels_for_less(policy: Policy, grader: Grader) -> None:
-    solutions = some_solutions()
-    for reduce in ("any", "first_error"):
-        sampler = TransformersSampler(policy)
-        full = MonteCarloLabeller(sampler, policy, grader, SPEC, reduce=reduce).label(solutions)
-        early = MonteCarloLabeller(sampler, policy, grader, SPEC, reduce=reduce, early_stop=True).label(solutions)
-        assert [each.labels for each in early] == [each.labels for each in full]
-        for a, b in zip(early, full, strict=True):
-            assert a.facts["prefill_tokens"] == b.facts["prefill_tokens"]  # waves do not read again
-            for made, right, all_made, all_right in zip(
-                a.facts["trials"], a.facts["successes"], b.facts["trials"], b.facts["successes"], strict=True
-            ):
-                assert made in (0, 1, 2, 4, 8)
-                assert made <= all_made
-                assert right <= all_right
-                assert (right > 0) == (all_right > 0)
-                assert right > 0 or made == all_made
-        spent = [sum(each.facts["generated_tokens"] for each in some) for some in (early, full)]
-        assert spent[0] < spent[1]
-
-
-@pytest.mark.parametrize(
-    ("samples", "waves"), [(1, [1]), (2, [1, 1]), (6, [1, 1, 2, 2]), (8, [1, 1, 2, 4]), (11, [1, 1, 2, 4, 3])]
-)
-def test_waves_of_the_early_stop(policy: Policy, grader: Grader, samples: int, waves: list[int]) -> None:
-    sampler = Scripted(lambda prefix, j: "")
-    spec = replace(SPEC, n=samples)
-    MonteCarloLabeller(sampler, policy, grader, spec, early_stop=True).label(some_solutions())
-    MonteCarloLabeller(sampler, policy, grader, spec).label(some_solutions())
-    assert sampler.waves == [waves, [samples]]
 
 
 class Scripted:
@@ -193,14 +160,12 @@ class Scripted:
     def __init__(self, script: Callable[[str, int], str]) -> None:
         self.script = script
         self.prefixes: list[str] = []
-        self.waves: list[list[int]] = []
 
     def sample_branches(self, branches: Sequence[Branch], spec: SamplingConfig, **given: Any) -> list[BranchRollouts]:
-        self.waves.append(list(given["waves"]))
         results = []
-        for b, branch in enumerate(branches):
+        for branch in branches:
             rollouts = []
-            for c, cut in enumerate(branch.cuts):
+            for cut in branch.cuts:
                 prefix = TOKENIZER.decode(branch.token_ids[:cut])
                 self.prefixes.append(prefix)
                 texts = [self.script(prefix, j) for j in range(spec.n)]
@@ -209,7 +174,6 @@ class Scripted:
                     Completion([], ids[j], raw_logprobs=(0.0,) * len(ids[j]), text=texts[j], sample=j)
                     for j in range(spec.n)
                 )
-                given["settled"]([Drawn(b, c, drawn)])
                 rollouts.append(drawn)
             results.append(BranchRollouts(tuple(rollouts), 0))
         return results
@@ -294,7 +258,7 @@ def test_work_is_counted(policy: Policy, grader: Grader) -> None:
 
 def test_provenance(policy: Policy, grader: Grader) -> None:
     labeller: Labeller = MonteCarloLabeller(
-        TransformersSampler(policy), policy, grader, replace(SPEC, top_k=5, stop=("Q:",)), early_stop=True
+        TransformersSampler(policy), policy, grader, replace(SPEC, top_k=5, stop=("Q:",))
     )
     provenance = labeller.provenance()
     assert json.loads(json.dumps(provenance)) == provenance
@@ -313,29 +277,7 @@ def test_provenance(policy: Policy, grader: Grader) -> None:
         "stop": ["Q:"],
         "seed": 3,
         "reduce": "any",
-        "early_stop": True,
-        "propagate_positive": False,
     }
-
-
-@pytest.mark.parametrize(
-    ("settings_", "spec", "message"),
-    [
-        ({"reduce": "all"}, SPEC, "unknown reduce 'all'"),
-        ({"reduce": "mean", "early_stop": True}, SPEC, "early_stop makes shares of successes too high"),
-        (
-            {"reduce": "mean", "propagate_positive": True},
-            SPEC,
-            "propagate_positive needs labels that are right or wrong",
-        ),
-        ({}, replace(SPEC, temperature=0), "8 continuations at temperature 0 are all the same"),
-    ],
-)
-def test_bad_settings(
-    policy: Policy, grader: Grader, settings_: dict[str, Any], spec: SamplingConfig, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        MonteCarloLabeller(TransformersSampler(policy), policy, grader, spec, **settings_)
 
 
 GOOD = solution(["a\n", "b<eos>"], "3")
@@ -344,14 +286,17 @@ GOOD = solution(["a\n", "b<eos>"], "3")
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (replace(GOOD, prompt_ids=()), "p0/0: the solution has no prompt tokens to start from"),
-        (replace(GOOD, completion_ids=(), spans=(), steps=()), "p0/0: the solution has no steps to label: drop it"),
+        (replace(GOOD, prompt_ids=np.empty(0)), "p0/0: the solution has no prompt tokens to start from"),
+        (
+            replace(GOOD, token_ids=np.empty(0), step_ends=np.empty(0), steps=()),
+            "p0/0: the solution has no steps to label: drop it",
+        ),
         (replace(GOOD, steps=("a",)), "p0/0: 2 step spans but 1 step texts"),
         (
-            replace(GOOD, spans=((0, 2), (3, 4))),
-            "p0/0: step 1 spans tokens [3, 4) but must be non-empty and start at 2",
+            replace(GOOD, step_ends=np.asarray([2, 2])),
+            "p0/0: step 1 spans tokens [2, 2) but must be non-empty and start at 2",
         ),
-        (replace(GOOD, spans=((0, 1), (1, 2))), "p0/0: the steps cover 2 tokens, the completion has 4"),
+        (replace(GOOD, step_ends=np.asarray([1, 2])), "p0/0: the steps cover 2 tokens, the completion has 4"),
         (replace(GOOD, row={"id": "p0"}), "p0/0, column 'answer': the problem has no answer to grade continuations by"),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,11 +22,12 @@ from stepkd.evaluation.process_runner import evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.iteration.measure import differences
 from stepkd.labels.consensus import consensus_filter
-from stepkd.labels.convert import convert_rows
-from stepkd.labels.feedback import ConvertOptions
-from stepkd.labels.labellers import ScorerLabeller, Solution, StepCheck
+from stepkd.labels.convert import TRLStepwise, convert_rows
+from stepkd.labels.feedback import Binary, Preference
+from stepkd.labels.labellers import ScorerLabeller
 from stepkd.labels.quality import label_quality, summarise_labels
 from stepkd.labels.settings import StepPairConfig
+from stepkd.labels.step_labels import Solution
 from stepkd.labels.step_pairs import first_wrong_step
 from stepkd.losses import step_kto
 from stepkd.modules.step_scores import FocusConfig
@@ -72,8 +74,8 @@ def each(correct: Callable[[float, float], bool]) -> Rule:
     return lambda labels, threshold: [correct(label, threshold) for label in labels]
 
 
-def to(kind: str, column: str, make: Callable[..., dict[str, Any]]) -> Rule:
-    return lambda labels, t: convert_rows([make(*labels)], kind, ConvertOptions(threshold=t)).rows[0][column]
+def to(kind: Any, column: str, make: Callable[..., dict[str, Any]]) -> Rule:
+    return lambda labels, t: convert_rows([make(*labels)], kind(threshold=t)).rows[0][column]
 
 
 def hardened(num_classes: int) -> Rule:
@@ -94,7 +96,7 @@ def kept_behind(label: float, threshold: float) -> bool:
 def clean(label: float, threshold: float) -> bool:
     rows = [rollout(label, correct=True), rollout(1.0, id="p/1", completion="other", correct=False)]
     try:
-        return bool(convert_rows(rows, "preference", ConvertOptions(threshold=threshold, chosen_steps="clean")).rows)
+        return bool(convert_rows(rows, Preference(threshold=threshold, chosen_steps="clean")).rows)
     except DataError:  # none is left
         return False
 
@@ -105,22 +107,24 @@ def no_pair(label: float, threshold: float) -> bool:
 
 
 def judged(labels: list[float], threshold: float) -> list[bool]:
-    solution = Solution("r", 0, {}, (), (), (), tuple(map(str, labels)), None)
+    solution = Solution(np.empty(0), np.empty(0), id="r", index=0, correct=None, steps=tuple(map(str, labels)))
     return list(ScorerLabeller(Says(), threshold=threshold).label([solution])[0].labels)  # type: ignore[arg-type]
 
 
 ROOMS: dict[str, Rule] = {
-    "--to trl": to("trl", "labels", stepwise),
+    "--to trl": to(TRLStepwise, "labels", stepwise),
     "trl_row": lambda labels, t: (trl_row(stepwise(*labels), threshold=t) or {})["labels"],
-    "--to binary": to("binary", "step_labels", rollout),
-    "--to binary, stepwise": to("binary", "labels", stepwise),
+    "--to binary": to(Binary, "step_labels", rollout),
+    "--to binary, stepwise": to(Binary, "labels", stepwise),
     "--to preference": each(clean),
     "hardened PRM": hardened(2),
     "hardened PRM of three classes": hardened(3),
     "hardened PRM, cut at the first error": each(kept_behind),
     "Step-DPO": each(no_pair),
     "judge": judged,
-    "check of the better step": lambda labels, t: StepCheck(Says(), t).passes([({}, [], list(map(str, labels)))])[0],
+    "check of the better step": lambda labels, t: ScorerLabeller(Says(), threshold=t).passing(
+        [({}, [], list(map(str, labels)))]
+    )[0],
     "focus": lambda labels, t: [weight == 0 for weight in FocusConfig("checker", threshold=t).weights(labels)],
     "ProcessBench": each(lambda label, t: predicted_first_error([label], t) == -1),
     "step accuracy": each(
@@ -228,7 +232,7 @@ def test_every_room_takes_the_share_of_the_labelled_correct_answers(
         lambda judged: summarise_labels([{"row": row} for row in labelled(judged)], 7, 0, [])[
             "right_answers_with_a_wrong_step"
         ],
-        lambda judged: convert_rows(labelled(judged), "binary").counts["right_answers_with_a_wrong_step"],
+        lambda judged: convert_rows(labelled(judged), Binary()).counts["right_answers_with_a_wrong_step"],
         lambda judged: feedback_counts(
             [FeedbackExample("a", (), (), (), {}, outcome=int(good), step_labels=signs(s)) for good, s in judged]
         )["conflicts"],

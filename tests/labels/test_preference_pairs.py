@@ -10,8 +10,8 @@ import pytest
 
 from stepkd.data.rows import PREFERENCE, validate
 from stepkd.data.spec import load_rows, parse_spec
-from stepkd.labels.convert import CONVERTERS, convert_rows
-from stepkd.labels.feedback import ConvertOptions, even_pairs
+from stepkd.labels.convert import convert_rows
+from stepkd.labels.feedback import Preference, even_pairs
 
 
 def rollout(problem: str, sample: int, correct: bool | None, **given: Any) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_no_side_no_pairs() -> None:
 
 def test_columns_and_sides() -> None:
     rows = [rollout("p", 0, True), rollout("p", 1, False, finish="length")]
-    found = convert_rows(rows, "preference", ConvertOptions(seed=5))
+    found = convert_rows(rows, Preference(seed=5))
     (pair,) = found.rows
     validate(pair, PREFERENCE, extra="keep")
     assert pair == {
@@ -80,7 +80,7 @@ def test_the_draw_is_keyed_by_seed_and_problem() -> None:
     rows = [rollout(problem, sample, sample < 3) for problem in "pqr" for sample in range(6)]
 
     def drawn(rows: list[dict[str, Any]], seed: int = 0, n: int = 2) -> dict[str, list[tuple[str, str]]]:
-        found = convert_rows(rows, "preference", ConvertOptions(seed=seed, max_pairs=n))
+        found = convert_rows(rows, Preference(seed=seed, max_pairs=n))
         pairs: dict[str, list[tuple[str, str]]] = {}
         for row in found.rows:
             pairs.setdefault(row["problem_id"], []).append((row["pair_facts"]["chosen"], row["pair_facts"]["rejected"]))
@@ -131,8 +131,8 @@ def test_why_there_is_no_pair() -> None:
         "right_but_cut_off": 1,
         "right_but_a_wrong_step": 0,
     }
-    assert convert_rows(rows, "preference").counts == expected
-    found = convert_rows(rows, "preference", ConvertOptions(chosen_steps="clean", max_pairs=9))
+    assert convert_rows(rows, Preference()).counts == expected
+    found = convert_rows(rows, Preference(chosen_steps="clean", max_pairs=9))
     assert [row["pair_facts"] for row in found.rows] == [{"chosen": "g/1", "rejected": "g/2"}]
     assert found.counts == expected | {
         "rows": 1,
@@ -140,9 +140,7 @@ def test_why_there_is_no_pair() -> None:
         "problems_without_a_right_one_to_choose": 2,
         "right_but_a_wrong_step": 2,
     }
-    unlabelled = convert_rows(
-        [rollout("p", i, i < 1) for i in range(2)], "preference", ConvertOptions(chosen_steps="clean")
-    )
+    unlabelled = convert_rows([rollout("p", i, i < 1) for i in range(2)], Preference(chosen_steps="clean"))
     assert len(unlabelled.rows) == 1, "what has no labels has no wrong step"
 
 
@@ -151,8 +149,8 @@ def test_stepwise_rows_have_no_ids_and_the_file_is_read_back(tmp_path: Path) -> 
         {"id": str(i), "prompt": "p", "completions": [f"way {i}\n", "#### 1"], "labels": [True, True], "outcome": i < 1}
         for i in range(3)
     ]
-    found = convert_rows(rows, "preference", ConvertOptions(max_pairs=5))
+    found = convert_rows(rows, Preference(max_pairs=5))
     assert len(found.rows) == 2
     assert not any("chosen_ids" in row or "problem_id" in row for row in found.rows)
-    assert CONVERTERS["preference"].write(found.rows, tmp_path / "pairs.jsonl") == 2
+    assert Preference().write(found.rows, tmp_path / "pairs.jsonl") == 2
     assert load_rows(parse_spec(str(tmp_path)), contract=PREFERENCE) == found.rows, "as a folder of pairs, too"

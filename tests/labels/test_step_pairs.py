@@ -15,10 +15,10 @@ from stepkd.data.completion import Completion
 from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.monte_carlo import next_step, segmenter_of
+from stepkd.grading.pool import GradingConfig
 from stepkd.labels.pair_job import run_pair_job
 from stepkd.labels.settings import LabelConfig, StepPairConfig
-from stepkd.labels.step_pairs import first_wrong_step, step_pair_builder
+from stepkd.labels.step_pairs import first_wrong_step, next_step, segmenter_of, step_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
 from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
@@ -84,13 +84,20 @@ class ScriptedSampler:
         assert spec.n == len(self.texts)
         self.asked += branches
         return [
-            BranchRollouts((tuple(self._rollout(b, j) for j in range(spec.n)),), len(branch.token_ids))
-            for b, branch in enumerate(branches)
+            BranchRollouts((tuple(self._rollout(branch, j) for j in range(spec.n)),), branch.cuts[0])
+            for branch in branches
         ]
 
-    def _rollout(self, b: int, j: int) -> Completion:
+    def _rollout(self, branch: Branch, j: int) -> Completion:
         ids = encode(self.policy, self.texts[j], eos=self.finish == "stop")
-        return Completion([], ids, raw_logprobs=(-1.0,) * len(ids), finish=self.finish, text=self.texts[j], sample=j)
+        return Completion(
+            branch.token_ids[: branch.cuts[0]],
+            ids,
+            raw_logprobs=(-1.0,) * len(ids),
+            finish=self.finish,
+            text=self.texts[j],
+            sample=j,
+        )
 
 
 @pytest.fixture
@@ -98,10 +105,9 @@ def pair_spec(tmp_path: Path) -> StepPairConfig:
     return StepPairConfig(
         out=str(tmp_path / "pairs"),
         rollouts=str(tmp_path / "rows.jsonl"),
-        continuations=2,
-        max_new_tokens=24,
+        sampling=SamplingConfig(n=2, temperature=0.8, top_p=0.95, max_new_tokens=24),
         max_rows=4,
-        extractors=("hash",),
+        grading=GradingConfig(extractors=("hash",)),
         dtype="float64",
         device="cpu",
     )
@@ -122,7 +128,7 @@ def build(policy: Policy) -> Pairs:
         if rows is not None:
             Path(spec.rollouts).write_text("".join(json.dumps(row) + "\n" for row in rows))
         if texts:
-            spec = replace(spec, continuations=len(texts))
+            spec = replace(spec, sampling=replace(spec.sampling, n=len(texts)))
             sampler = ScriptedSampler(policy, texts)
         builder = step_pair_builder(spec, policy=policy, sampler=sampler)
         return run_pair_job(spec, builder=builder, options=JobOptions(**options))
@@ -144,11 +150,11 @@ def content(spec: StepPairConfig) -> tuple[bytes, ...]:
 def test_a_pair_by_hand(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
     row = rollout(policy, "p/0", WRONG, [True, False, False], labelling={"labeller": "checker"})
     sampler = ScriptedSampler(policy, ["0*1=1\n#### 0", "0*1=1\n#### 1", RIGHT, RIGHT, "0*1= 0\n#### 0"])
-    summary = build(replace(pair_spec, continuations=5, max_pairs=2), [row], sampler=sampler)
+    summary = build(replace(pair_spec, sampling=replace(pair_spec.sampling, n=5), max_pairs=2), [row], sampler=sampler)
     (branch,) = sampler.asked
-    prompt_ids = branch.token_ids[: len(branch.token_ids) - len(encode(policy, WRONG[0], eos=False))]
+    prompt_ids = branch.token_ids[: branch.cuts[0] - len(encode(policy, WRONG[0], eos=False))]
     assert policy.tokenizer.decode(prompt_ids).endswith("1+1*1%2=\n")
-    assert (branch.cuts, branch.index) == ([len(branch.token_ids)], 0), "one prefix, read once"
+    assert (len(branch.cuts), branch.index) == (1, 0), "one prefix, read once"
     found = pairs(pair_spec)
     assert [row["id"] for row in found] == ["p/0/0", "p/0/1"]
     assert [row["chosen"] for row in found] == ["0*1=0\n", "0*1= 0\n"], "in the order they were drawn"
@@ -176,7 +182,7 @@ def test_a_pair_by_hand(pair_spec: StepPairConfig, build: Pairs, policy: Policy)
         "steps_like_the_wrong_one": 1,
         "steps_that_failed_the_check": 0,
         "tokens_generated": sum(len(encode(policy, text)) for text in texts),
-        "tokens_prefilled": len(branch.token_ids),
+        "tokens_prefilled": branch.cuts[0],
         "unusable_steps": 0,
     }
 
@@ -278,7 +284,7 @@ def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairConfig) -> Non
 
 
 def test_the_better_step_is_checked(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
-    spec = replace(pair_spec, check_step=True)
+    spec = replace(pair_spec, check="checker")
     rows = [rollout(policy, "a/0", WRONG, [True, False, False])]
     lucky = "1*1=1\n#### 0"  # a wrong step that ends right
     summary = build(spec, rows, [lucky, RIGHT])
@@ -289,7 +295,7 @@ def test_the_better_step_is_checked(pair_spec: StepPairConfig, build: Pairs, pol
     with pytest.raises(DataError, match=r"1 failed_the_check"):
         build(replace(spec, out=spec.out + "-2"), rows, [lucky, lucky])
     unknown = [{name: value for name, value in rows[0].items() if name not in TASK}]
-    with pytest.raises(ConfigError, match=r"no exact checker for row 'a/0'.*--judge"):
+    with pytest.raises(DataError, match=r"row 'a/0' has no 'task' and 'meta'.*give another scorer as check"):
         build(replace(spec, template="task", out=spec.out + "-3"), unknown, [RIGHT])
 
 
@@ -313,13 +319,13 @@ def test_a_scorer_checks_the_better_step(
     pair_spec: StepPairConfig, build: Pairs, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer, loaded = StubScorer(), []
-    monkeypatch.setattr("stepkd.labels.workbench.load_scorer", lambda given, **_: loaded.append(given) or scorer)
+    monkeypatch.setattr("stepkd.labels.step_pairs.load_scorer", lambda given, **_: loaded.append(given) or scorer)
     rows = [rollout(policy, f"{name}/0", WRONG, [True, False, False]) for name in "ab"]
     rows[1] |= {"answer": "5"}  # nothing to check there
-    spec = replace(pair_spec, check_step=True, judge="judge:m", reference=True, threshold=0.4)
+    spec = replace(pair_spec, check=Judge("m", reference=True), threshold=0.4)
     summary = build(spec, rows, ["1\n#### 0", "xxxx\n#### 0", "123\n#### 0"])
     assert summary is not None
-    assert loaded == [Judge("m", dtype="float64", reference=True)]
+    assert loaded == [Judge("m", reference=True)]
     (asked,) = scorer.asked
     assert (asked.row["answer"], asked.row["prompt"]) == ("0", rows[0]["prompt"])
     assert list(asked.solutions) == [[WRONG[0], step] for step in ("1\n", "xxxx\n", "123\n")]
@@ -334,7 +340,7 @@ def test_a_scorer_checks_the_better_step(
 def drawn(policy: Policy, text: str, **given: Any) -> Completion:
     ids = encode(policy, text, eos=given.get("finish", "stop") == "stop")
     raw = given.pop("raw", (-0.1,) * len(ids))
-    return Completion([], ids, raw_logprobs=raw, finish=given.get("finish", "stop"), text=text)
+    return Completion([5], ids, raw_logprobs=raw, finish=given.get("finish", "stop"), text=text)
 
 
 @pytest.mark.parametrize(
@@ -347,17 +353,17 @@ def test_the_step_is_the_rows_next_one(policy: Policy, name: str) -> None:
     ids = encode(policy, whole)
     spans = segment(segmenter, text_from_ids(policy.tokenizer, ids))
     for start, end in spans:
-        rest = Completion([], ids[start:], raw_logprobs=(-1.0,) * len(ids[start:]))
-        step = next_step(rest, ids[:start], segmenter, policy=policy, prompt_ids=(5,))
+        rest = Completion([5, *ids[:start]], ids[start:], raw_logprobs=(-1.0,) * len(ids[start:]))
+        step = next_step(rest, start, segmenter, policy)
         assert step is not None
-        assert (step.token_ids, step.ends) == (ids[start:end], end == len(ids))
+        assert step.token_ids == ids[start:end]
 
 
 def test_steps_that_cannot_be_chosen(policy: Policy) -> None:
     newline = get_segmenter("newline")
 
     def step(rollout: Completion) -> Any:
-        return next_step(rollout, (5,), newline, policy=policy, prompt_ids=(5,))
+        return next_step(rollout, 1, newline, policy)
 
     assert step(drawn(policy, "")) is None
     assert step(drawn(policy, " \n")) is None
@@ -367,10 +373,10 @@ def test_steps_that_cannot_be_chosen(policy: Policy) -> None:
 
 def test_signal_segmenters(policy: Policy) -> None:
     raw = (-0.1, -3.0, -0.1, -0.1, -0.1)
-    step = next_step(drawn(policy, "1234", raw=raw), (5,), AdaptiveStepSegmenter(0.5), policy=policy, prompt_ids=(5,))
+    step = next_step(drawn(policy, "1234", raw=raw), 1, AdaptiveStepSegmenter(0.5), policy)
     assert step is not None
     assert step.text == "12"
-    every = next_step(drawn(policy, "1234"), (5,), EntropySegmenter(0.0), policy=policy, prompt_ids=(5,))
+    every = next_step(drawn(policy, "1234"), 1, EntropySegmenter(0.0), policy)
     assert every is not None
     assert every.text == "1", "an untrained model is in doubt everywhere"
 
@@ -445,7 +451,8 @@ def test_a_real_sampler_draws_the_same_whatever_the_ranks(
 ) -> None:
     """An untrained model, whose steps are single characters here; a prefix ends in the answer, and may go on without
     another number."""
-    settings: dict[str, Any] = {"continuations": 8, "max_new_tokens": 6, "extractors": ("last_number",)}
+    settings: dict[str, Any] = {"sampling": replace(pair_spec.sampling, n=8, max_new_tokens=6)}
+    settings["grading"] = GradingConfig(extractors=("last_number",))
     pair_spec = replace(pair_spec, max_rows=16, max_pairs=3, segmenter="regex:[^0-9]", **settings)
     rows = many(policy)
     summary = build(pair_spec, rows)
@@ -472,12 +479,9 @@ def test_a_real_sampler_draws_the_same_whatever_the_ranks(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"take": "right"}, "unknown --from 'right'"),
-        ({"continuations": 0}, "continuations=0: must be at least 1"),
+        ({"take": "right"}, "unknown take 'right'"),
         ({"max_pairs": 0}, "max_pairs=0: must be at least 1"),
-        ({"temperature": 0.0}, "2 continuations at temperature 0 would all be the same"),
-        ({"judge": "m"}, "--judge goes with --check-step"),
-        ({"check_step": True, "reference": True}, "--reference goes with --judge"),
+        ({"sampling": SamplingConfig(n=2, temperature=0)}, "2 continuations of a prefix at temperature 0 would all be"),
         ({"threshold": 1.0}, "threshold=1.0: must lie between 0 and 1"),
         ({"segmenter": "reject"}, "'reject' needs a teacher"),
         ({"segmenter": "newlin"}, "unknown segmenter 'newlin'"),
@@ -504,12 +508,13 @@ def test_rows_and_folders_that_are_refused(
     assert not (Path(pair_spec.out) / "pairs.jsonl").exists()
     pair_spec = replace(pair_spec, out=pair_spec.out + "-2")
     build(pair_spec, [row], [RIGHT])
+    seed_1 = replace(pair_spec, sampling=replace(pair_spec.sampling, seed=1))
     with pytest.raises(ConfigError, match=r"pairing.seed: 0 then, 1 now"):
-        build(replace(pair_spec, seed=1), [row], [RIGHT])
+        build(seed_1, [row], [RIGHT])
     with pytest.raises(ConfigError, match=r"another kind of job \(pair job\), not a labelling job"):
         run(replace(spec, out=pair_spec.out))
     run(spec)
     with pytest.raises(ConfigError, match=r"another kind of job \(labelling job\), not a pair job"):
         build(replace(pair_spec, out=spec.out), [row], [RIGHT])
-    build(replace(pair_spec, seed=1), [row], [RIGHT], overwrite=True)
+    build(seed_1, [row], [RIGHT], overwrite=True)
     assert pairs(pair_spec)[0]["pairing"]["seed"] == 1

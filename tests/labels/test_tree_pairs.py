@@ -14,8 +14,9 @@ from stepkd.data.completion import Completion
 from stepkd.data.rows import STEP_PREFERENCE
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.grading.pool import GradingConfig
 from stepkd.labels.pair_job import run_pair_job
-from stepkd.labels.settings import TreePairConfig
+from stepkd.labels.settings import RolloutShare, SelfEvaluation, StepScore, TreePairConfig
 from stepkd.labels.tree_pairs import tree_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
@@ -40,12 +41,12 @@ def spec(tmp_path: Path) -> TreePairConfig:
         model="tiny-0.1m",
         search=SearchConfig(iterations=1, root_factor=2, actions=2, depth=2, max_steps=2),
         pairs=PairConfig(solved_only=False),
-        rollouts_per_step=1,
+        sampling=SamplingConfig(max_new_tokens=10),
+        value=RolloutShare(rollouts=1),
         segmenter="regex:[a-m]",
         max_step_tokens=10,
-        max_new_tokens=10,
         max_rows=4,
-        extractors=("last_number",),
+        grading=GradingConfig(extractors=("last_number",)),
         dtype="float64",
         device="cpu",
     )
@@ -151,7 +152,7 @@ class NoisySolver:
         return Completion(prompt, ids, raw_logprobs=(-0.1,) * len(ids), text=typed, sample=j)
 
 
-@pytest.mark.parametrize("value", ["scorer", "rollout"])
+@pytest.mark.parametrize("value", [StepScore(scorer="checker"), RolloutShare(rollouts=8)])
 def test_the_better_side_is_right(spec: TreePairConfig, run: Run, policy: Policy, value: Any) -> None:
     """A solver that slips: the search finds right solutions, prefers right steps and turns down wrong ones."""
     problems = load_rows(parse_spec("task:task=modular,n=6"))
@@ -161,13 +162,11 @@ def test_the_better_side_is_right(spec: TreePairConfig, run: Run, policy: Policy
         search=SearchConfig(iterations=4, root_factor=2, actions=3, depth=3),
         pairs=PairConfig(),
         value=value,
-        judge="checker" if value == "scorer" else None,
-        rollouts_per_step=8,
+        sampling=SamplingConfig(max_new_tokens=256),
         segmenter="newline",
         max_step_tokens=64,
-        max_new_tokens=256,
         template="task",
-        extractors=None,
+        grading=GradingConfig(),
     )
     summary = run(noisy, sampler=NoisySolver(policy, problems))
     assert summary is not None
@@ -228,12 +227,12 @@ def test_another_job_in_the_folder(spec: TreePairConfig, run: Run) -> None:
 def test_no_pair_at_all(spec: TreePairConfig, run: Run) -> None:
     """Nothing an untrained model writes is right by the benchmark's own extractor."""
     with pytest.raises(DataError, match=r"no pair could be made from 5 items \(5 unsolved_tree\)"):
-        run(replace(spec, pairs=PairConfig(), extractors=("boxed",)))
+        run(replace(spec, pairs=PairConfig(), grading=GradingConfig(extractors=("boxed",))))
     assert json.loads((Path(spec.out) / "summary.json").read_text())["solved_share"] == 0
 
 
 def test_self_evaluation_by_the_policy(spec: TreePairConfig, run: Run, policy: Policy) -> None:
-    asked = replace(spec, value="self_evaluation", limit=2)
+    asked = replace(spec, value=SelfEvaluation(), problems=f"{spec.problems},limit=2")
     judge = PromptedJudge(policy, reference=True, answers=[("y", "n")])
     summary = run(asked, scorer=judge)
     assert summary is not None
@@ -247,14 +246,7 @@ def test_self_evaluation_by_the_policy(spec: TreePairConfig, run: Run, policy: P
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": None}, "--model"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"value": "scorer"}, "--judge"),
-        ({"judge": "checker"}, "not with rollout"),
-        ({"value": "rollouts"}, "rollout"),
-        ({"reduction": "min"}, "--reduction goes with --value scorer"),
-        ({"judge_template": "gsm8k"}, "--judge-template"),
-        ({"rollouts_per_step": 0}, "rollouts_per_step=0"),
+        ({"sampling": SamplingConfig(temperature=0)}, "temperature"),
         ({"max_step_tokens": 0}, "max_step_tokens=0"),
         ({"segmenter": "newlines"}, "newline"),
     ],
@@ -268,4 +260,4 @@ def test_rows_without_a_checker(spec: TreePairConfig, run: Run, tmp_path: Path) 
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"id": "r", "prompt": "1+1=", "answer": "2"}) + "\n")
     with pytest.raises(DataError, match="exact checker"):
-        run(replace(spec, problems=str(path), value="scorer", judge="checker"))
+        run(replace(spec, problems=str(path), value=StepScore(scorer="checker")))

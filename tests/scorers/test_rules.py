@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from stepkd.data.io import read_rows
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
+from stepkd.grading.pool import GradingConfig
 from stepkd.labels.job import run_label_job
+from stepkd.labels.labellers import Sums
 from stepkd.labels.quality import row_labels
-from stepkd.labels.settings import LabelConfig
+from stepkd.labels.settings import Existing, LabelConfig
 from stepkd.modules.step_scores import Focus, FocusConfig
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers.load import load_scorer
@@ -169,12 +170,6 @@ def test_the_scorer() -> None:
     assert Focus(FocusConfig("arithmetic")).spec.weights(first) == (0.0, 1.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("setting", [{"soft": True}, {"threshold": 0.7}])
-def test_a_sum_has_no_score(setting: Any) -> None:
-    with pytest.raises(ConfigError, match="a sum is right or wrong"):
-        LabelConfig(rollouts="rows.jsonl", labeller="arithmetic", out="labels", **setting)
-
-
 def test_as_a_labeller(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "prompt": "p", "answer": "15", "solution": "3 + 4 = 7\n7 * 2 = 15\n#### 15"},
@@ -184,11 +179,10 @@ def test_as_a_labeller(tmp_path: Path) -> None:
     out = tmp_path / "labels"
     run_label_job(
         LabelConfig(
-            rollouts=str(tmp_path / "rows.jsonl"),
-            model="tiny-0.1m",
-            labeller="arithmetic",
+            solutions=Existing(rollouts=str(tmp_path / "rows.jsonl"), model="tiny-0.1m"),
+            labeller=Sums(),
             template="gsm8k",
-            extractors=("hash",),
+            grading=GradingConfig(extractors=("hash",)),
             out=str(out),
         )
     )

@@ -195,7 +195,7 @@ def test_file_of_another_signal(fitted: SegmentThreshold, tmp_path: Path) -> Non
         (lambda text: "", "the threshold file is damaged"),
         (lambda text: text[: len(text) // 2], "the threshold file is damaged"),
         (lambda text: "\x00\ud800", "the threshold file is damaged"),
-        (lambda text: "[1, 2]", "not a saved threshold; fit it again (stepkd label --segmenter adaptive_step"),
+        (lambda text: "[1, 2]", "not a saved threshold; fit it again (stepkd label --steps Fitted"),
         (lambda text: text.replace('"stepkd segment threshold"', '"other"'), "not a saved threshold"),
         (lambda text: text.replace('"version": 1', '"version": 2'), "threshold file of version 2; this stepkd reads"),
         (

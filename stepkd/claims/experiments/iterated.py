@@ -37,9 +37,10 @@ ARMS: Mapping[str, Mapping[str, Any]] = {f"m{k}": {} for k in range(ITERATIONS +
 
 def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
-    from stepkd.claims.tiny_samples import SAMPLING, problem_metrics
+    from stepkd.claims.tiny_samples import JOB, problem_metrics, sampling
     from stepkd.iteration.loop import run_iterations
-    from stepkd.iteration.spec import HeldOutSettings, IterateConfig, TrainSettings
+    from stepkd.iteration.spec import HeldOutSettings, IterateConfig, SampledLabels, TrainSettings
+    from stepkd.labels.labellers import TaskChecker
     from stepkd.runs.job import read_results
 
     settings: IteratedSettings = unit.settings
@@ -49,7 +50,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
         problems=problem_source(unit, settings.label_problems),
         iterations=ITERATIONS,
         reference=settings.reference,
-        label={"labeller": "checker", "samples": settings.label_samples, **SAMPLING},
+        label=SampledLabels(labeller=TaskChecker(), sampling=sampling(0, settings.label_samples), **JOB),
         train=TrainSettings(recipes=["recipes/tiny/step_kto.yaml"], overrides=_overrides(settings)),
         evaluation=HeldOutSettings(problems=problem_source(unit, settings.problems, "test"), samples=settings.samples),
         seed=unit.seed,

@@ -8,7 +8,7 @@ student's weights with the same solutions and steps, and picks among 16 fresh so
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,30 +133,27 @@ def _label(
     unit: Unit, student: Path, teacher: Path, report: Report
 ) -> tuple[dict[str, Path], dict[str, dict[str, float]]]:
     """Label files by labelling, and what the labels cost and are worth."""
-    from stepkd.claims.tiny_samples import read_labels
+    from stepkd.claims.tiny_samples import read_labels, sampled, sampling
     from stepkd.labels.consensus import consensus_filter
+    from stepkd.labels.labellers import MonteCarlo, TaskChecker
     from stepkd.labels.quality import label_quality
+    from stepkd.labels.settings import Existing, Fitted
 
     settings: RewardModelSettings = unit.settings
-    sampled: dict[str, Any] = {
-        "problems": problem_source(unit, settings.label_problems),
-        "model": student,
-        "labeller": "checker",
-        "samples": settings.label_samples,
-    }
+    problems = problem_source(unit, settings.label_problems)
+    drawn: dict[str, Any] = {"samples": settings.label_samples, "seed": unit.seed}
     report("sampling solutions and labelling them with the exact checker")
-    checker, _ = _job(unit, "checker", **sampled)
-    few, _ = _job(unit, "few", limit=settings.rollout_problems, **sampled)
-    per_step = settings.rollouts_per_step
-    again: dict[str, Any] = {"rollouts": str(few), "labeller": "monte_carlo", "rollouts_per_step": per_step}
-    report(f"Monte-Carlo labels, {per_step} continuations per step")
-    monte_carlo, cost = _job(unit, "monte_carlo", model=student, **again)
+    checker, _ = _job(unit, "checker", sampled(student, problems, **drawn), TaskChecker())
+    fewer = sampled(student, f"{problems},limit={settings.rollout_problems}", **drawn)
+    few, _ = _job(unit, "few", fewer, TaskChecker())
+    again = Existing(rollouts=str(few), model=str(student))
+    by_rollouts = MonteCarlo(sampling=sampling(unit.seed, settings.rollouts_per_step))
+    report(f"Monte-Carlo labels, {settings.rollouts_per_step} continuations per step")
+    monte_carlo, cost = _job(unit, "monte_carlo", again, by_rollouts)
     report("Monte-Carlo labels by the teacher, for the consensus")
-    second, _ = _job(unit, "teacher_monte_carlo", model=teacher, **again)
+    second, _ = _job(unit, "teacher_monte_carlo", replace(again, model=str(teacher)), by_rollouts)
     report("Monte-Carlo labels at AdaptiveStep's steps")
-    adaptive, adaptive_cost = _job(
-        unit, "adaptive", model=student, segmenter="adaptive_step", quantile=settings.quantile, **again
-    )
+    adaptive, adaptive_cost = _job(unit, "adaptive", again, by_rollouts, Fitted(quantile=settings.quantile))
     rows = {name: read_labels(path) for name, path in (("truth", few), ("mc", monte_carlo), ("second", second))}
     agreed = consensus_filter(rows["mc"], rows["second"])
     facts = {}
@@ -186,25 +183,29 @@ def _step_counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _job(unit: Unit, name: str, *, model: Path, **settings: Any) -> tuple[Path, float]:
+def _job(unit: Unit, name: str, *parts: Any) -> tuple[Path, float]:
     """Run (or resume) a labelling job; returns its labels and the tokens that the labels took to generate."""
     from stepkd.claims.tiny_samples import label_tiny
 
-    labels, summary = label_tiny(unit.folder / f"labels-{name}", model=model, seed=unit.seed, **settings)
+    labels, summary = label_tiny(unit.folder / f"labels-{name}", *parts)
     return labels, float(summary["labelling"].get("generated_tokens", 0))
 
 
 def _held_out(unit: Unit, student: Path, threshold: Path, report: Report) -> dict[str, list[Mapping[str, Any]]]:
     """Fresh solutions of held-out problems, cut in two ways; problems in one order."""
-    from stepkd.claims.tiny_samples import read_labels
+    from stepkd.claims.tiny_samples import read_labels, sampled
+    from stepkd.labels.labellers import Outcome
+    from stepkd.labels.settings import Cut, Existing
 
     settings: RewardModelSettings = unit.settings
     report(f"sampling {settings.samples} solutions of {settings.problems} held-out problems")
     problems = problem_source(unit, settings.problems, "test")
-    graded: dict[str, Any] = {"model": student, "labeller": "outcome", "outcome_scope": "all", "dedupe": False}
-    lines, _ = _job(unit, "held_out", problems=problems, samples=settings.samples, **graded)
-    segmenter = f"adaptive_step:{threshold}"
-    cuts, _ = _job(unit, "held_out_adaptive", rollouts=str(lines), segmenter=segmenter, **graded)
+    solutions = sampled(student, problems, samples=settings.samples, seed=unit.seed, dedupe=False)
+    lines, _ = _job(unit, "held_out", solutions, Outcome(scope="all"))
+    existing = Existing(rollouts=str(lines), model=str(student))
+    cuts, _ = _job(
+        unit, "held_out_adaptive", existing, Outcome(scope="all"), Cut(segmenter=f"adaptive_step:{threshold}")
+    )
     return {"newline": read_labels(lines), "adaptive": read_labels(cuts)}
 
 

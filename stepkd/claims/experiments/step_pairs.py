@@ -101,17 +101,17 @@ def _pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path, report: Re
     if arm.pairs == "answers":
         from stepkd.claims.tiny_samples import read_labels
         from stepkd.labels.convert import convert_rows
-        from stepkd.labels.feedback import ConvertOptions
+        from stepkd.labels.feedback import Preference
 
-        options = ConvertOptions(seed=unit.seed, max_pairs=unit.settings.label_samples, chosen_steps=arm.chosen_steps)
-        found: list[Row] = list(convert_rows(read_labels(labels), "preference", options).rows)
+        to = Preference(seed=unit.seed, max_pairs=unit.settings.label_samples, chosen_steps=arm.chosen_steps)
+        found: list[Row] = list(convert_rows(read_labels(labels), to).rows)
         return found
     report(f"drawing step pairs from {'all' if arm.take == 'all' else 'wrong'} solutions")
     return _step_pairs(unit, arm, student, labels)
 
 
 def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> list[Row]:
-    from stepkd.claims.tiny_samples import SAMPLING, read_labels
+    from stepkd.claims.tiny_samples import JOB, read_labels, sampling
     from stepkd.data.spec import PAIRS_NAME
     from stepkd.labels.pair_job import run_pair_job
     from stepkd.labels.settings import StepPairConfig
@@ -122,12 +122,9 @@ def _step_pairs(unit: Unit, arm: StepPairArm, student: Path, labels: Path) -> li
         rollouts=str(labels.parent),
         model=str(student),
         take=arm.take,
-        check_step=arm.check_step,
-        continuations=unit.settings.continuations,
-        temperature=1.0,
-        top_p=1.0,
-        seed=unit.seed,
-        **SAMPLING,
+        check="checker" if arm.check_step else None,
+        sampling=sampling(unit.seed, unit.settings.continuations),
+        **JOB,
     )
     if run_pair_job(spec) is None:
         raise DataError("one rank does all the work, and groups are missing", path=out)

@@ -1,0 +1,43 @@
+"""Convert labelled rows to another kind of rows.
+
+stepkd convert agreed.jsonl --to TRLStepwise --out trl.jsonl
+stepkd convert runs/labels --to Binary --out feedback.jsonl                           (KTO and Step-KTO; also: Unpaired)
+stepkd convert runs/labels --to Preference --to.max_pairs 2 --out pairs.jsonl         (DPO)
+stepkd convert runs/labels --to Demonstrations --to.clean true --out clean.jsonl      (SFT on one's own solutions)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from stepkd.labels.convert import convert_rows
+from stepkd.labels.feedback import ConverterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Settings of ``stepkd convert``."""
+
+    POSITIONAL: ClassVar = ("rows",)
+
+    rows: str
+    """Labelled rows: a file, or the folder of a labelling job."""
+    to: ConverterConfig
+    """Kind of the new rows: Stepwise, TRLStepwise, MathShepherd, Balanced, Binary, Unpaired, Preference or
+    Demonstrations."""
+    out: str
+    """File of rows to write."""
+
+
+def run(config: ConvertConfig) -> int:
+    """Run ``stepkd convert``."""
+    from stepkd.cli.consensus import print_counts
+    from stepkd.data.spec import load_rows, parse_spec
+
+    converted = convert_rows(load_rows(parse_spec(config.rows)), config.to)
+    written = config.to.write(converted.rows, Path(config.out))
+    print_counts(converted.counts)
+    print(f"{written} rows in {config.out}")
+    return 0
