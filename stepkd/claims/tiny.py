@@ -20,7 +20,7 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.models.checkpoint import export_model
 from stepkd.models.load import load_tokenizer
 from stepkd.models.spec import PolicyConfig
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import LabelTokens
 from stepkd.modules.distillation_settings import DivergenceConfig, SourceConfig
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelityConfig
@@ -276,7 +276,7 @@ def tiny_prm(
     )
     module = PRMModule(
         PolicyConfig(path=str(start), init_seed=seed),
-        StepHeadConfig(meaning=meaning, format=StepFormat(separator=separator)),
+        LabelTokens(meaning=meaning, format=StepFormat(separator=separator)),
         losses=[StepCrossEntropy(), LanguageModelling()],
         **_common(lr, seed),
     )

@@ -11,7 +11,8 @@ _HOMES = {
     "load": "load_model load_tokenizer",
     "policy": "Policy positions_from_mask",
     "spec": "LoRAConfig PolicyConfig TINY_PRESETS build_tiny spec_from_dict spec_to_dict tiny_tokenizer",
-    "step_head": "StepHead StepHeadConfig",
+    "step_head": "StepHead",
+    "step_head_config": "Classifier LabelTokens StepHeadConfig",
 }
 
 

@@ -23,7 +23,8 @@ from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint as find_checkpoint
 from stepkd.models.source import save_template, trained_template
 from stepkd.models.spec import TINY_PRESETS, FrozenSpec, PolicyConfig, Quantization, spec_from_dict
-from stepkd.models.step_head import save_step_head, step_head_from_dict
+from stepkd.models.step_head import save_step_head
+from stepkd.models.step_head_config import step_head_from_dict
 from stepkd.runs.resume import read_checkpoint
 
 

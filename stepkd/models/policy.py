@@ -34,7 +34,8 @@ from stepkd.models.load import listed_ends, load_model
 from stepkd.models.packed import check_unpadded, is_worth_it, unpadded_hidden
 from stepkd.models.sharding import gathered
 from stepkd.models.spec import PolicyConfig
-from stepkd.models.step_head import StepHead, StepHeadConfig, named_marker, resolve_ids, saved_step_head
+from stepkd.models.step_head import StepHead, named_marker, resolve_ids, saved_step_head
+from stepkd.models.step_head_config import StepHeadConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,68 +11,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stepkd.errors import ConfigError, ModelError, check_bounds
+from stepkd.errors import ConfigError, ModelError
 from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
 from stepkd.losses.prm import label_token_logps
 from stepkd.models.adapter import first_line
 from stepkd.models.source import model_file
-from stepkd.steps.format import Meaning, StepFormat, auto_marker, marker_token_id
+from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig, step_head_from_dict
+from stepkd.steps.format import auto_marker, marker_token_id
 
 STEP_HEAD_CONFIG, STEP_HEAD_WEIGHTS = "step_head.json", "step_head.safetensors"
-
-
-@dataclass(frozen=True)
-class StepHeadConfig:
-    """How steps are scored; recorded in checkpoints and exports."""
-
-    kind: Literal["label_tokens", "classifier"] = "label_tokens"
-    """Which head."""
-    format: StepFormat = field(default_factory=StepFormat)
-    """Separators and markers; ``label_tokens`` needs a marker."""
-    labels: tuple[str, ...] = ("-", "+")
-    """Label tokens from worst to best, each one token: two, or three with neutral in the middle (``label_tokens``)."""
-    restricted: bool = True
-    """Probabilities among the label tokens only; False: over the whole vocabulary, which training then also has to
-    learn to leave (ASPRM's choice). Scores are always among the label tokens."""
-    classes: int = 2
-    """Outputs of the classifier: 2 (wrong, right) or 3 (wrong, neutral, right)."""
-    layers: int = 2
-    """Layers of the classifier: 2, or 1 as transformers' token classification models have (TRL's PRMTrainer)."""
-    neutral: Literal["right", "wrong", "half"] = "right"
-    """What a neutral class counts as in a score. "Let's Verify Step by Step" counts it as right."""
-    meaning: Meaning = "correctness"
-    """What the scores estimate; decides how they are reduced to one number per solution."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", tuple(self.labels))
-        check_bounds("head.", self)
-        if self.kind == "label_tokens":
-            if len(self.labels) not in (2, 3) or len(set(self.labels)) != len(self.labels):
-                raise ConfigError(f"labels={list(self.labels)}: two or three different tokens, from worst to best")
-            if self.format.marker is None:
-                raise ConfigError("label tokens are predicted at a step marker: set format.marker")
-            if self.classes not in (2, len(self.labels)) or self.layers != 2:
-                raise ConfigError(
-                    f"classes={self.classes} and layers={self.layers} describe a classifier, and kind is "
-                    f"'label_tokens' with labels {list(self.labels)}: three classes are three labels, or set kind to "
-                    "'classifier'"
-                )
-        elif self.classes not in (2, 3):
-            raise ConfigError(f"classes={self.classes}: 2 (wrong, right) or 3 (wrong, neutral, right)")
-        elif self.layers not in (1, 2):
-            raise ConfigError(f"layers={self.layers}: a classifier has 1 layer, or 2")
-
-    @property
-    def num_classes(self) -> int:
-        """C, whichever the head."""
-        return len(self.labels) if self.kind == "label_tokens" else self.classes
 
 
 @dataclass(frozen=True)
@@ -93,12 +47,10 @@ def resolve_ids(spec: StepHeadConfig, tokenizer: Any) -> StepHeadIds:
     """
     marker = named_marker(spec, tokenizer).format.marker
     marker_id = None if marker is None else marker_token_id(tokenizer, marker)
-    texts = spec.labels if spec.kind == "label_tokens" else ()
+    texts = spec.labels if isinstance(spec, LabelTokens) else ()
     labels = tuple(marker_token_id(tokenizer, text, what="label") for text in texts)
     if len(set(labels)) != len(labels) or (labels and marker_id in labels):
-        raise ConfigError(
-            f"labels {list(spec.labels)} and marker {marker!r} are not different tokens in this tokenizer"
-        )
+        raise ConfigError(f"labels {list(texts)} and marker {marker!r} are not different tokens in this tokenizer")
     return StepHeadIds(marker_id, labels)
 
 
@@ -109,7 +61,8 @@ def named_marker(spec: StepHeadConfig, tokenizer: Any) -> StepHeadConfig:
     """
     if spec.format.marker != "auto":
         return spec
-    return replace(spec, format=replace(spec.format, marker=auto_marker(tokenizer)))
+    marked = replace(spec.format, marker=auto_marker(tokenizer))
+    return replace(spec, format=marked)  # type: ignore[type-var]
 
 
 class StepHead(nn.Module):
@@ -130,7 +83,7 @@ class StepHead(nn.Module):
         self.spec = spec
         self.ids = ids
         self.score: nn.Module | None = None
-        if spec.kind == "classifier":
+        if isinstance(spec, Classifier):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset the GPUs' too
                 below = [nn.Linear(hidden_size, hidden_size), nn.ReLU()] if spec.layers == 2 else []
@@ -143,6 +96,7 @@ class StepHead(nn.Module):
         With ``restricted=False`` these are log-probabilities over the whole vocabulary and do not sum to one.
         """
         if self.score is None:
+            assert isinstance(self.spec, LabelTokens)
             return label_token_logps(
                 vocab_head, hidden_SH, self.ids.labels, restricted=self.spec.restricted, chunk_size=chunk_size
             )
@@ -169,22 +123,11 @@ class SavedStepHead:
     """A classifier's weights; None for label tokens."""
 
 
-def step_head_from_dict(values: Mapping[str, Any]) -> StepHeadConfig:
-    """Inverse of ``dataclasses.asdict``; unknown keys (from a newer version) raise ModelError."""
-    layout = dict(values.get("format", {}))
-    unknown = (set(values) - {f.name for f in fields(StepHeadConfig)}) | (
-        set(layout) - {f.name for f in fields(StepFormat)}
-    )
-    if unknown:
-        raise ModelError(f"unknown step head settings {sorted(unknown)}: was this written by a newer stepkd?")
-    return StepHeadConfig(**{**values, "format": StepFormat(**layout), "labels": tuple(values.get("labels", ()))})
-
-
 def save_step_head(head: StepHead, folder: Path) -> None:
     """Write a step head into a model folder."""
     from safetensors.torch import save_file
 
-    text = json.dumps(asdict(head.spec), indent=2, ensure_ascii=False)
+    text = json.dumps(head.spec.to_dict(), indent=2, ensure_ascii=False)
     (folder / STEP_HEAD_CONFIG).write_text(text + "\n", encoding="utf-8")
     if head.score is not None:
         weights = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
@@ -205,7 +148,7 @@ def saved_step_head(path: str, revision: str | None = None) -> SavedStepHead | N
 
     try:
         spec = step_head_from_dict(json.loads(config.read_text(encoding="utf-8")))
-        if spec.kind != "classifier":
+        if not isinstance(spec, Classifier):
             return SavedStepHead(spec, None)
         weights = model_file(path, folder, STEP_HEAD_WEIGHTS, revision)
         if weights is None:

@@ -239,7 +239,7 @@ class PolicyModule(LightningModule):
         if self.template is not None:
             section["template"] = asdict(self.template)
         if self.model.step_head is not None:
-            section["step_head"] = asdict(self.model.step_head.spec)
+            section["step_head"] = self.model.step_head.spec.to_dict()
         if self.ema is not None:
             section["ema"] = self.ema.state_dict()
         if state := self.method_state():
@@ -292,7 +292,7 @@ class PolicyModule(LightningModule):
         then = {"method": section["module"], "seed": section["seed"], rows: section["data"], **section["settings"]}
         now = {"method": self._class_name(), "seed": self.seed, rows: self._data_fingerprint(), **self._settings()}
         then |= flat(section["policy"], "policy") | flat(section.get("step_head"), "head")
-        now |= flat(spec_to_dict(self.policy_spec), "policy") | flat(head and asdict(head.spec), "head")
+        now |= flat(spec_to_dict(self.policy_spec), "policy") | flat(head and head.spec.to_dict(), "head")
         data = [rows] if any(name.partition(".")[0] == "data" for name in self.resume_with) else []
         check_changes(then, now, [*self.resume_with, *data], "this run")
 

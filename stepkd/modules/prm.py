@@ -1,6 +1,6 @@
 """Process reward models: a language model that scores every step of a solution.
 
-Two heads (:class:`~stepkd.models.step_head.StepHeadConfig`): label tokens at a step marker, as in Math-Shepherd
+Two heads (:class:`~stepkd.models.step_head_config.StepHeadConfig`): label tokens at a step marker, as in Math-Shepherd
 (arXiv 2312.08935) and ASPRM (arXiv 2502.13943), or a small classifier, as in Qwen2.5-Math-PRM (arXiv 2501.07301). With
 ``data.labels.scope: outcome`` and ``head.meaning: outcome`` it is an outcome reward model, the baseline.
 
@@ -23,7 +23,8 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError
 from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import PolicyConfig
-from stepkd.models.step_head import StepHeadConfig, StepHeadIds, resolve_ids
+from stepkd.models.step_head import StepHeadIds, resolve_ids
+from stepkd.models.step_head_config import LabelTokens, StepHeadConfig
 from stepkd.modules.base import StepModule
 from stepkd.modules.components import Component, ForwardPass
 
@@ -119,6 +120,9 @@ class PQM(StepLoss):
         return pqm(scores_L, correct_L, batch.completion_L, batch.num_completions, margin=self.margin)
 
 
+_TOKENS = LabelTokens()
+
+
 class PRMModule(StepModule):
     """A reward model of steps.
 
@@ -137,12 +141,12 @@ class PRMModule(StepModule):
     def __init__(
         self,
         policy: PolicyConfig,
-        head: StepHeadConfig | None = None,
+        head: StepHeadConfig = _TOKENS,
         losses: list[StepLoss] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(policy, **settings)
-        self.head_spec = head or StepHeadConfig()
+        self.head_spec = head
         self.components = losses or [StepCrossEntropy()]
         if self.validation_spec.samples:
             raise ConfigError("validation.samples: a process reward model scores steps and is not sampled from; use 0")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, nearest
+from stepkd.models.step_head_config import StepHeadConfig
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
 from stepkd.scorers.scorer import ScorerConfig, StepScorer
@@ -58,25 +59,17 @@ class _Reader(ScorerConfig):
 class PRM(_Reader):
     """A process reward model of stepkd: run, checkpoint or export; or a plain model with a head setting."""
 
-    head: dict[str, Any] | None = None
-    """How a plain model scores steps, as in step_head.json, for instance {kind: label_tokens}; the default is the head
-    that the model was trained with."""
+    head: StepHeadConfig | None = None
+    """How a plain model scores steps: LabelTokens or Classifier; the default is the head that it was trained with."""
 
     def _load(self, **reading: Any) -> Any:
         from stepkd.models.checkpoint import load_trained
         from stepkd.models.source import trained_template
-        from stepkd.models.step_head import StepHeadConfig, step_head_from_dict
         from stepkd.scorers.prm import PRMScorer
 
-        head = None
-        if self.head is not None:
-            try:
-                head = step_head_from_dict({"labels": StepHeadConfig().labels, **self.head})
-            except Exception as error:  # unknown keys, values of a wrong type
-                raise ConfigError(f"the head setting {self.head!r} cannot be used: {error}") from error
         policy = load_trained(self.path, **self._weights())
-        if head is not None:
-            policy.attach_step_head(head)
+        if self.head is not None:
+            policy.attach_step_head(self.head)
         policy.require_step_head()
         template = trained_template(self.path) if self.template is None else get_template(self.template)
         if template is None:

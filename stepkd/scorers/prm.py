@@ -10,7 +10,7 @@ import copy
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -210,7 +210,7 @@ class PRMScorer(PolicyScorer):
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
-        return {"scorer": "prm", "head": asdict(self.policy.require_step_head().spec)} | super().provenance()
+        return {"scorer": "prm", "head": self.policy.require_step_head().spec.to_dict()} | super().provenance()
 
     def _layout(self, steps: Sequence[str], name: str) -> Layout:
         """The solution's layout; one whose steps are read nowhere when it cannot be laid out."""

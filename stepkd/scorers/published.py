@@ -37,7 +37,7 @@ from stepkd.models.load import check_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import check_source, model_file
 from stepkd.models.spec import TINY_PRESETS, PolicyConfig
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import Classifier, LabelTokens
 from stepkd.steps.format import StepFormat
 
 QWEN_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -121,7 +121,7 @@ def math_shepherd(path: str, **weights: Any) -> Parts:
     """
     policy = load_trained(path, **weights)
     layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
-    policy.attach_step_head(StepHeadConfig(format=layout, labels=("-", "+"), meaning="value"))
+    policy.attach_step_head(LabelTokens(format=layout, labels=("-", "+"), meaning="value"))
     return policy, PromptTemplate(style="plain"), SpacedSteps
 
 
@@ -141,7 +141,7 @@ def _classifier(path: str, marker: str, layers: int, **weights: Any) -> Policy:
     policy, head = _load_classifier(path, **weights)
     layout = StepFormat(marker=marker, separator="", tokenize="per_step")
     _check_head(path, head, layers)
-    policy.attach_step_head(StepHeadConfig(kind="classifier", format=layout, layers=layers), weights=head)
+    policy.attach_step_head(Classifier(format=layout, layers=layers), weights=head)
     return policy
 
 

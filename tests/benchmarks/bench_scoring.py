@@ -14,7 +14,7 @@ import time
 import torch
 
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import Classifier
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.scorer import Solutions
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help="the prompted judge in place of a reward model")
     arguments = parser.parse_args()
     policy = load_trained(arguments.model, dtype="float32")
-    policy.attach_step_head(StepHeadConfig(kind="classifier", format=StepFormat(marker=None)))
+    policy.attach_step_head(Classifier(format=StepFormat(marker=None)))
     policy.to(arguments.device)
     print(
         f"{arguments.model} on {policy.device}, {torch.get_num_threads()} threads, {arguments.solutions} solutions of"

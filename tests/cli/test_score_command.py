@@ -13,7 +13,7 @@ from stepkd.cli import main
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import LabelTokens
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.launcher import LaunchInfo
 from stepkd.tasks.rows import Noise, make_rows
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for weight in model.parameters():
             weight.mul_(6 if weight.ndim > 1 else 1)
     policy = Policy(model, tokenizer)
-    policy.attach_step_head(StepHeadConfig())
+    policy.attach_step_head(LabelTokens())
     save_policy(policy, folder / "prm")
     for name, seed in (("rows", 0), ("held", 1)):
         rows = [

@@ -17,7 +17,7 @@ from stepkd.data.spec import DataConfig
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import Classifier, LabelTokens
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.sft import SFTModule
 from stepkd.steps.format import StepFormat
@@ -30,7 +30,8 @@ def tokenizer() -> Any:
 
 def attach(data: StepData, module: Any = None, **head: Any) -> StepData:
     """Give a data module the trainer it needs, with a reward model that is never loaded."""
-    module = module or PRMModule(PolicyConfig(path="tiny-0.1m"), StepHeadConfig(**head))
+    kinds = {"label_tokens": LabelTokens, "classifier": Classifier}
+    module = module or PRMModule(PolicyConfig(path="tiny-0.1m"), kinds[head.pop("kind", "label_tokens")](**head))
     trainer: Any = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, limit_train_batches=1.0)
     data.trainer = trainer
     return data

@@ -14,7 +14,7 @@ from stepkd.models.checkpoint import load_policy, load_trained, save_policy
 from stepkd.models.load import load_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, spec_from_dict, spec_to_dict
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import LabelTokens
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = (
@@ -64,7 +64,7 @@ def test_a_run_is_trained_sampled_and_exported_under_it(file: Path, tmp_path: Pa
 
 def test_an_exported_reward_model_keeps_it(file: Path, tmp_path: Path) -> None:
     policy = Policy.load(PolicyConfig(path="tiny-0.1m", chat_template=str(file)))
-    policy.attach_step_head(StepHeadConfig())
+    policy.attach_step_head(LabelTokens())
     save_policy(policy, tmp_path / "prm")
     loaded = load_trained(tmp_path / "prm")
     assert loaded.step_head is not None

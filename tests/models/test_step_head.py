@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,20 @@ from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, spec_to_dic
 from stepkd.models.step_head import (
     STEP_HEAD_CONFIG,
     STEP_HEAD_WEIGHTS,
-    StepHeadConfig,
     StepHeadIds,
     named_marker,
     resolve_ids,
     save_step_head,
     saved_step_head,
-    step_head_from_dict,
 )
+from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig, step_head_from_dict
 from stepkd.steps.format import MARKER_CANDIDATES, StepFormat
 
 IDS = torch.tensor([[5, 17, 33, 8, 99, 4]])
-TOKENS = StepHeadConfig()
-THREE = StepHeadConfig(labels=("-", "0", "+"))
-CLASSIFIER = StepHeadConfig(kind="classifier", format=StepFormat(marker=None))
-TRL = StepHeadConfig(kind="classifier", layers=1)
+TOKENS = LabelTokens()
+THREE = LabelTokens(labels=("-", "0", "+"))
+CLASSIFIER = Classifier(format=StepFormat(marker=None))
+TRL = Classifier(layers=1)
 LORA = LoRAConfig(r=4, target_modules=["q_proj", "down_proj"])
 HEADS = pytest.mark.parametrize("spec", [TOKENS, CLASSIFIER, TRL], ids=["label_tokens", "classifier", "one_layer"])
 
@@ -166,11 +166,11 @@ def test_a_tokenizer_without_any_usual_marker() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (StepHeadConfig(format=StepFormat(marker="END")), r"step marker 'END' is 3 tokens \['E', 'N', 'D'\]"),
-        (StepHeadConfig(format=StepFormat(marker="ки")), "step marker 'ки' is"),
-        (StepHeadConfig(labels=("bad", "+")), r"label 'bad' is 3 tokens \['b', 'a', 'd'\]"),
-        (StepHeadConfig(labels=("-", "é")), "label 'é' is unknown to this tokenizer"),
-        (StepHeadConfig(format=StepFormat(marker="+")), "are not different tokens"),
+        (LabelTokens(format=StepFormat(marker="END")), r"step marker 'END' is 3 tokens \['E', 'N', 'D'\]"),
+        (LabelTokens(format=StepFormat(marker="ки")), "step marker 'ки' is"),
+        (LabelTokens(labels=("bad", "+")), r"label 'bad' is 3 tokens \['b', 'a', 'd'\]"),
+        (LabelTokens(labels=("-", "é")), "label 'é' is unknown to this tokenizer"),
+        (LabelTokens(format=StepFormat(marker="+")), "are not different tokens"),
     ],
 )
 def test_tokens_that_do_not_fit(spec: StepHeadConfig, message: str) -> None:
@@ -179,24 +179,22 @@ def test_tokens_that_do_not_fit(spec: StepHeadConfig, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("make", "message"),
     [
-        ({"kind": "regression"}, "unknown head.kind 'regression'"),
-        ({"labels": ("+",)}, r"labels=\['\+'\]: two or three different tokens"),
-        ({"labels": ("+", "+")}, "two or three different tokens"),
-        ({"labels": ("a", "b", "c", "d")}, "two or three different tokens"),
-        ({"format": StepFormat(marker=None)}, "set format.marker"),
-        ({"kind": "classifier", "classes": 4}, "classes=4"),
-        ({"kind": "classifier", "layers": 3}, "layers=3"),
-        ({"classes": 3}, "three classes are three labels"),
-        ({"layers": 1}, "describe a classifier"),
-        ({"neutral": "ignore"}, "unknown head.neutral"),
-        ({"meaning": "reward"}, "unknown head.meaning"),
+        (lambda: LabelTokens(labels=("+",)), r"head.labels=\['\+'\]: two or three different tokens"),
+        (lambda: LabelTokens(labels=("+", "+")), "two or three different tokens"),
+        (lambda: LabelTokens(labels=("a", "b", "c", "d")), "two or three different tokens"),
+        (lambda: LabelTokens(format=StepFormat(marker=None)), "set head.format.marker"),
+        (lambda: Classifier(classes=4), r"head.classes=4: must lie in \[2, 3\]"),
+        (lambda: Classifier(layers=3), r"head.layers=3: must lie in \[1, 2\]"),
+        (lambda: LabelTokens(neutral="ignore"), "unknown head.neutral"),
+        (lambda: Classifier(meaning="reward"), "unknown head.meaning"),
+        (lambda: step_head_from_dict({"kind": "regression"}), "unknown head.kind 'regression'"),
     ],
 )
-def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        StepHeadConfig(**settings)
+        make()
 
 
 # ---- on a policy ----------------------------------------------------------------------------------------------------
@@ -213,7 +211,7 @@ def test_a_second_head_is_refused_and_the_same_one_is_kept() -> None:
     with pytest.raises(ConfigError, match="already has a step head"):
         model.attach_step_head(TOKENS)
     tokens = policy(TOKENS)
-    assert tokens.attach_step_head(StepHeadConfig(format=StepFormat(marker="~"))) is tokens.step_head
+    assert tokens.attach_step_head(LabelTokens(format=StepFormat(marker="~"))) is tokens.step_head
 
 
 def test_weights_of_another_shape() -> None:
@@ -294,7 +292,7 @@ def checkpoint(model: Policy, file: Path) -> Path:
     assert model.spec is not None
     extra: dict[str, Any] = {
         "format": 1, "module": "stepkd.modules.prm.PRMModule", "policy": spec_to_dict(model.spec), "position": {},
-        "seed": 0, "step_head": asdict(model.require_step_head().spec),
+        "seed": 0, "step_head": model.require_step_head().spec.to_dict(),
     }  # fmt: skip
     weights = {f"policy.{name}": p.detach() for name, p in model.trainable_parameters()}
     torch.save({"state_dict": weights, "stepkd": extra, "epoch": 0, "global_step": 3}, file)
@@ -361,7 +359,15 @@ def test_damaged_folders(tmp_path: Path) -> None:
 
 def test_settings_survive_json() -> None:
     for spec in (TOKENS, THREE, CLASSIFIER, TRL, replace(TOKENS, restricted=False, meaning="value")):
-        assert step_head_from_dict(json.loads(json.dumps(asdict(spec)))) == spec
+        assert step_head_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(("kind", "spec"), [("label_tokens", THREE), ("classifier", replace(CLASSIFIER, classes=3))])
+def test_files_with_the_settings_of_all_kinds_still_load(kind: str, spec: StepHeadConfig) -> None:
+    old = {"kind": kind, "labels": ["-", "0", "+"], "restricted": True, "classes": 3, "layers": 2}
+    layout = {"marker": spec.format.marker, "separator": "\n"}
+    found = step_head_from_dict(old | {"format": layout, "neutral": "right", "meaning": "correctness"})
+    assert found == replace(spec, format=StepFormat(**layout))  # type: ignore[type-var]
 
 
 def test_the_step_head_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +375,7 @@ def test_the_step_head_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.Monkey
     import transformers.utils
 
     policy = Policy.load(PolicyConfig(path="tiny-0.1m"))
-    save_step_head(policy.attach_step_head(StepHeadConfig(kind="classifier"), seed=3), tmp_path)
+    save_step_head(policy.attach_step_head(Classifier(), seed=3), tmp_path)
     asked: list[tuple[str, str, str | None]] = []
 
     def cached_file(path: str, name: str, revision: str | None = None, **_: bool) -> str | None:

@@ -18,7 +18,8 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
-from stepkd.models.step_head import StepHeadConfig, resolve_ids
+from stepkd.models.step_head import resolve_ids
+from stepkd.models.step_head_config import LabelTokens, StepHeadConfig
 from stepkd.modules.base import StepModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
@@ -226,7 +227,7 @@ def prm_step() -> Callable[..., PRMRecorder]:
     ) -> PRMRecorder:
         sides = {name: settings.pop(name) for name in ("padding_side", "pad_to") if name in settings}
         spec: Any = {"path": "tiny-0.1m", "dtype": settings.pop("dtype", "float64"), **settings.pop("policy", {})}
-        module = PRMRecorder(PolicyConfig(**spec), head, **{"optimizer": STEADY, **settings})
+        module = PRMRecorder(PolicyConfig(**spec), head or LabelTokens(), **{"optimizer": STEADY, **settings})
         for name, value in sides.items():
             setattr(module, name, value)
         plan = BatchPlan([example.length for example in examples], size=len(examples), shuffle=False)

@@ -26,7 +26,8 @@ from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
 from stepkd.models.sharding import whole_tensor
 from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
-from stepkd.models.step_head import StepHeadConfig, resolve_ids
+from stepkd.models.step_head import resolve_ids
+from stepkd.models.step_head_config import Classifier, LabelTokens
 from stepkd.modules.base import StepModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PQM, PRMModule, StepCrossEntropy
@@ -75,7 +76,7 @@ def train_reward_models(out: str, num_rows: int) -> None:
     rows = make_rows("modular:terms=2-9", num_rows, seed=5, noise=Noise(rate=0.3))
     results = {}
     for kind in ("label_tokens", "classifier"):
-        head = StepHeadConfig(kind=kind)
+        head = {"label_tokens": LabelTokens, "classifier": Classifier}[kind]()
         encoder = StepEncoder(
             tiny_tokenizer(),
             get_template("task"),

@@ -23,7 +23,8 @@ from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.models.sharding import whole_tensor
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
-from stepkd.models.step_head import StepHeadConfig, resolve_ids
+from stepkd.models.step_head import resolve_ids
+from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig
 from stepkd.modules.base import StepModule
 from stepkd.modules.dpo import IPO, DPOModule
 from stepkd.modules.gkd import GKDModule
@@ -47,7 +48,7 @@ def beside(name: str) -> Any:
 
 
 preference, gkd, kdrl = (beside(f"{name}_worker") for name in ("preference", "gkd", "kdrl"))
-TOKENS, CLASSIFIER = StepHeadConfig(), StepHeadConfig(kind="classifier")
+TOKENS, CLASSIFIER = LabelTokens(), Classifier()
 
 
 def solutions() -> list[Any]:

@@ -27,7 +27,7 @@ from stepkd.errors import ConfigError, ModelError, TrainingError
 from stepkd.losses import generalized_jsd, nkd, reverse_kl, top_k_buckets
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, build_tiny
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import LabelTokens
 from stepkd.modules.distillation_settings import JSD, NKD, BalancedKL, Beside, ReverseKL, SkewForwardKL, SourceConfig
 from stepkd.modules.fidelity import ANSWERS, FidelityConfig, _kind
 from stepkd.modules.gkd import GKDModule
@@ -342,12 +342,12 @@ def test_focus_on_own_samples_by_a_reward_model(tmp_path: Path, rows: list[Any])
     from stepkd.models.checkpoint import save_policy
 
     scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
-    scorer.attach_step_head(StepHeadConfig())
+    scorer.attach_step_head(LabelTokens())
     save_policy(scorer, tmp_path / "prm")
     focus = FocusConfig(PRM(str(tmp_path / "prm"), template="task"), right=0.5)
     assert worker.run(rows, source=worker.OWN, focus=focus).gradients
     scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
-    scorer.attach_step_head(StepHeadConfig(meaning="outcome"))
+    scorer.attach_step_head(LabelTokens(meaning="outcome"))
     save_policy(scorer, tmp_path / "orm")
     with pytest.raises(ConfigError, match="knows nothing of steps"):
         worker.run(rows, focus=FocusConfig(PRM(str(tmp_path / "orm"), template="task")))
@@ -548,7 +548,7 @@ def test_unfit_teachers(tmp_path: Path, rows: list[Any]) -> None:
     with pytest.raises(ModelError, match=r"the teacher's vocabulary is not the model's .*'zwölf'"):
         worker.run(rows, teacher=Local(str(tmp_path / "other")))
     scorer = Policy.load(PolicyConfig(path="tiny-0.1m"))
-    scorer.attach_step_head(StepHeadConfig())
+    scorer.attach_step_head(LabelTokens())
     save_policy(scorer, tmp_path / "prm")
     with pytest.raises(ModelError, match="is a reward model: a teacher is a language model"):
         worker.run(rows, teacher=Local(str(tmp_path / "prm")))

@@ -16,7 +16,8 @@ from stepkd.data.collate import Batch, collate
 from stepkd.data.step_encode import StepExample
 from stepkd.data.step_labels import LabelRule
 from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
-from stepkd.models.step_head import StepHeadConfig, resolve_ids
+from stepkd.models.step_head import resolve_ids
+from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.steps.format import StepFormat
@@ -24,10 +25,10 @@ from stepkd.steps.format import StepFormat
 TOLERANCE = 1e-10  # float64, relative norm
 ROOT = Path(__file__).resolve().parents[2]
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
-TOKENS = StepHeadConfig()
-FULL_VOCABULARY = StepHeadConfig(restricted=False)
-CLASSIFIER = StepHeadConfig(kind="classifier")
-ONE_LAYER = StepHeadConfig(kind="classifier", layers=1, format=StepFormat(marker=None))
+TOKENS = LabelTokens()
+FULL_VOCABULARY = LabelTokens(restricted=False)
+CLASSIFIER = Classifier()
+ONE_LAYER = Classifier(layers=1, format=StepFormat(marker=None))
 HEADS = {"label_tokens": TOKENS, "full_vocabulary": FULL_VOCABULARY, "classifier": CLASSIFIER, "one_layer": ONE_LAYER}
 MAIN = pytest.mark.parametrize("case", ["label_tokens", "classifier"], indirect=True)
 Gradients = dict[str, torch.Tensor]
@@ -141,7 +142,7 @@ def test_class_weights_are_torchs_weighted_mean(prm_step: Any, encoded: Any, fre
 
 
 def test_neutral_class(prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any) -> None:
-    head = StepHeadConfig(kind="classifier", classes=3)
+    head = Classifier(classes=3)
     examples = encoded(head, labels=lambda labels: [(-1, 1)[right] if i % 3 else 0 for i, right in enumerate(labels)])
     assert {target.index(1.0) for example in examples for target in example.targets if target} == {0, 1, 2}
     module = prm_step(examples, head, micro_batch_tokens=400)
@@ -272,7 +273,7 @@ def test_truncating_and_masking_after_the_first_error_give_one_gradient(
 def test_an_outcome_model_reads_the_last_step_only(
     prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any
 ) -> None:
-    head = StepHeadConfig(meaning="outcome")
+    head = LabelTokens(meaning="outcome")
     examples = encoded(head, 8, rule=LabelRule(scope="outcome"))
     assert all(sum(target is not None for target in example.targets) == 1 for example in examples)
     module = prm_step(examples, head, micro_batch_tokens=300)

@@ -22,15 +22,15 @@ from stepkd.errors import ConfigError, StepkdError
 from stepkd.losses import step_cross_entropy
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.spec import LoRAConfig, PolicyConfig
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PQM, PRMModule, StepCrossEntropy
 from stepkd.modules.validation import ValidationConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
-TOKENS = StepHeadConfig()
-CLASSIFIER = StepHeadConfig(kind="classifier")
+TOKENS = LabelTokens()
+CLASSIFIER = Classifier()
 HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
 
 
@@ -47,7 +47,7 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
         ({"losses": lambda: [StepCrossEntropy([1.0, float("nan")])]}, "positive numbers"),
         ({"losses": lambda: [StepCrossEntropy([1.0, float("inf")])]}, "positive numbers"),
         (
-            {"losses": lambda: [StepCrossEntropy([1.0, 1.0])], "head": StepHeadConfig(labels=("-", "0", "+"))},
+            {"losses": lambda: [StepCrossEntropy([1.0, 1.0])], "head": LabelTokens(labels=("-", "0", "+"))},
             "3 positive numbers",
         ),
         ({"losses": lambda: [PQM(-1.0)]}, "margin=-1.0"),
@@ -166,7 +166,7 @@ checkpoint: {every_n_steps: 1}
 model:
   init_args:
     policy: {path: tiny-0.1m}
-    head: {kind: classifier, classes: 2, layers: 1, format: {marker_place: before_separator}}
+    head: {class_path: Classifier, init_args: {layers: 1, format: {marker_place: before_separator}}}
     losses: [{class_path: StepCrossEntropy, init_args: {class_weights: [2.0, 1.0]}}, PQM, LanguageModelling]
     optimizer: {warmup: 1}
 data:

@@ -15,7 +15,7 @@ from stepkd.data.datamodule import StepData
 from stepkd.data.spec import DataConfig
 from stepkd.errors import ConfigError, DataError
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import LabelTokens
 from stepkd.modules.distillation_settings import SourceConfig
 from stepkd.modules.dpo import DPOModule
 from stepkd.modules.fidelity import FidelityConfig
@@ -187,7 +187,7 @@ def the_forms(rows: list[dict[str, Any]], folder: Path) -> list[Any]:
     ("module", "rows"),
     [
         (lambda: SFTModule(POLICY), SOLVED),
-        (lambda: PRMModule(POLICY, head=StepHeadConfig()), STEPWISE),
+        (lambda: PRMModule(POLICY, head=LabelTokens()), STEPWISE),
         (lambda: StepKTOModule(POLICY), STEPWISE),
         (lambda: DPOModule(POLICY), PAIRS),
     ],

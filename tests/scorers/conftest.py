@@ -10,7 +10,7 @@ import torch
 
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import StepHeadConfig
 from stepkd.scorers.scorer import Solutions
 
 

@@ -12,7 +12,7 @@ import torch
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.models.step_head import StepHeadConfig
+from stepkd.models.step_head_config import Classifier, LabelTokens
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.prm import PRMScorer
 from stepkd.scorers.scorer import Solutions, score_one
@@ -20,10 +20,10 @@ from stepkd.steps.format import StepFormat
 
 MakePolicy = Callable[..., Policy]
 HEADS = {
-    "label tokens": StepHeadConfig(),
-    "three labels": StepHeadConfig(labels=("-", "0", "+"), neutral="half"),
-    "no marker": StepHeadConfig(kind="classifier", format=StepFormat(marker=None)),
-    "per step": StepHeadConfig(kind="classifier", layers=1, format=StepFormat(separator="", tokenize="per_step")),
+    "label tokens": LabelTokens(),
+    "three labels": LabelTokens(labels=("-", "0", "+"), neutral="half"),
+    "no marker": Classifier(format=StepFormat(marker=None)),
+    "per step": Classifier(layers=1, format=StepFormat(separator="", tokenize="per_step")),
 }
 
 
@@ -76,7 +76,7 @@ def test_sliding_window(sharpened: Any, problems: list[Solutions], window: int) 
     )  # fmt: skip
     torch.manual_seed(0)
     policy = Policy(sharpened(MistralForCausalLM(config).double()).eval(), tiny_tokenizer())
-    policy.attach_step_head(StepHeadConfig())
+    policy.attach_step_head(LabelTokens())
     expected = [[one_by_one(policy, p, list(s)) for s in p.solutions] for p in problems]
     for max_rows in (3, 64):
         scores = PRMScorer(policy, template="task", max_rows=max_rows).score(problems)
@@ -84,7 +84,7 @@ def test_sliding_window(sharpened: Any, problems: list[Solutions], window: int) 
 
 
 def test_a_prompt_is_read_once(make_policy: MakePolicy, problems: list[Solutions]) -> None:
-    policy = make_policy(StepHeadConfig())
+    policy = make_policy(LabelTokens())
     forward = 0
 
     def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ def test_a_prompt_is_read_once(make_policy: MakePolicy, problems: list[Solutions
 
 
 def test_later_steps_and_other_solutions_change_nothing(make_policy: MakePolicy, problems: list[Solutions]) -> None:
-    scorer = PRMScorer(make_policy(StepHeadConfig()), template="task")
+    scorer = PRMScorer(make_policy(LabelTokens()), template="task")
     steps = list(problems[1].solutions[3])
     assert len(steps) == 5
     whole = scorer.score(problems)[1][3]
@@ -124,7 +124,7 @@ def test_later_steps_and_other_solutions_change_nothing(make_policy: MakePolicy,
 
 
 def test_outcome_scores_only_the_last_step(make_policy: MakePolicy, problems: list[Solutions]) -> None:
-    policy = make_policy(StepHeadConfig(meaning="outcome"))
+    policy = make_policy(LabelTokens(meaning="outcome"))
     scorer = PRMScorer(policy, template="task")
     assert scorer.meaning == "outcome"
     for problem, scores in zip(problems, scorer.score(problems), strict=True):
@@ -134,7 +134,7 @@ def test_outcome_scores_only_the_last_step(make_policy: MakePolicy, problems: li
 
 
 def test_steps_beyond_the_context_are_not_scored(make_policy: MakePolicy) -> None:
-    policy = make_policy(StepHeadConfig())
+    policy = make_policy(LabelTokens())
     steps = ["aaaa", "bbbb", "cccc"]  # 6 tokens each: separator and marker are two of them
     whole = score_one(PRMScorer(policy, template="task"), "1234", steps)
     for room, scored in ((22, 3), (21, 2), (16, 2), (15, 1), (10, 1), (9, 0), (4, 0), (3, 0)):
@@ -144,7 +144,7 @@ def test_steps_beyond_the_context_are_not_scored(make_policy: MakePolicy) -> Non
             for values in pair:
                 assert [math.isnan(value) for value in values] == [i >= scored for i in range(3)], room
                 assert values[:scored] == pytest.approx(whole[:scored], abs=1e-10)
-    outcome = PRMScorer(make_policy(StepHeadConfig(meaning="outcome")), template="task", max_length=21)
+    outcome = PRMScorer(make_policy(LabelTokens(meaning="outcome")), template="task", max_length=21)
     assert all(math.isnan(value) for value in score_one(outcome, "1234", steps))
     long = ["x" * 300 + "\n"] * 5
     values = score_one(PRMScorer(policy, template="task"), "1234", long)
@@ -152,7 +152,7 @@ def test_steps_beyond_the_context_are_not_scored(make_policy: MakePolicy) -> Non
 
 
 def test_rows_with_sampled_ids_are_read_as_they_are(make_policy: MakePolicy) -> None:
-    policy = make_policy(StepHeadConfig())
+    policy = make_policy(LabelTokens())
     tokenizer = policy.tokenizer
     text = "1+1=2\n#### 2"
     own = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -179,7 +179,7 @@ def test_rows_with_sampled_ids_are_read_as_they_are(make_policy: MakePolicy) -> 
 
 def test_rows_that_cannot_be_read_have_nan_for_every_step(make_policy: MakePolicy) -> None:
     """They hold the marker, or only an end token; the rows beside them are scored as if they were not there."""
-    scorer = PRMScorer(make_policy(StepHeadConfig()), template="task")
+    scorer = PRMScorer(make_policy(LabelTokens()), template="task")
     tokenizer = scorer.tokenizer
     ids = tokenizer("1~\n2", add_special_tokens=False)["input_ids"]
     good = {"id": "g", "prompt": "1+", "completions": ["1", "2"]}
@@ -196,7 +196,7 @@ def test_rows_that_cannot_be_read_have_nan_for_every_step(make_policy: MakePolic
 
 
 def test_temperature_scales_and_nothing_else(make_policy: MakePolicy, problems: list[Solutions]) -> None:
-    policy = make_policy(StepHeadConfig())
+    policy = make_policy(LabelTokens())
     plain = flat(PRMScorer(policy, template="task").score(problems))
     cold = TemperatureScaling(temperature=0.5, nll_before=1.0, nll_after=0.5, n=9)
     scaled = flat(PRMScorer(policy, template="task", temperature=cold).score(problems))
@@ -204,7 +204,7 @@ def test_temperature_scales_and_nothing_else(make_policy: MakePolicy, problems: 
 
 
 def test_scores_stay_within_bounds_and_the_mode_is_put_back(make_policy: MakePolicy) -> None:
-    policy = make_policy(StepHeadConfig(labels=("-", "0", "+")), dtype="float32")
+    policy = make_policy(LabelTokens(labels=("-", "0", "+")), dtype="float32")
     with torch.no_grad():
         for parameter in policy.causal_lm.parameters():
             parameter.mul_(4)
@@ -216,7 +216,7 @@ def test_scores_stay_within_bounds_and_the_mode_is_put_back(make_policy: MakePol
 
 
 def test_provenance(make_policy: MakePolicy) -> None:
-    policy = make_policy(StepHeadConfig(meaning="value"))
+    policy = make_policy(LabelTokens(meaning="value"))
     scorer = PRMScorer(policy, template="task", max_length=64, name="runs/prm")
     found = scorer.provenance()
     assert found["scorer"] == "prm"
@@ -236,7 +236,7 @@ def test_provenance(make_policy: MakePolicy) -> None:
 
 def test_nan_scores_name_the_problem(make_policy: MakePolicy, problems: list[Solutions]) -> None:
     for shared in (True, False):
-        policy = make_policy(StepHeadConfig())
+        policy = make_policy(LabelTokens())
         ducks = policy.tokenizer("w", add_special_tokens=False)["input_ids"][0]  # only 'how many ducks' has a w
         with torch.no_grad():
             policy.causal_lm.get_input_embeddings().weight[ducks] = float("nan")
@@ -245,7 +245,7 @@ def test_nan_scores_name_the_problem(make_policy: MakePolicy, problems: list[Sol
 
 
 def test_bad_input(make_policy: MakePolicy) -> None:
-    policy = make_policy(StepHeadConfig())
+    policy = make_policy(LabelTokens())
     scorer = PRMScorer(policy, template="task")
     assert scorer.score([]) == []
     assert scorer.score([Solutions({"id": "x", "prompt": "1"}, [])]) == [[]]
