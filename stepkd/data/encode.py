@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,12 @@ class Example:
         """Prompt plus completion, in tokens."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
-    @property
+    @cached_property
     def completion(self) -> Completion:
         """Its completion, as arrays."""
         return as_completion(self.prompt_ids, self.completion_ids, self.spans, id=self.id, row=self.row)
 
-    @property
+    @cached_property
     def completions(self) -> tuple[Completion, ...]:
         """Its completions, all of one prompt: its only one, or the two sides of a pair."""
         return (self.completion,)

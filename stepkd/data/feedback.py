@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, cast
 
@@ -40,7 +41,7 @@ class FeedbackExample(Example):
     step_labels: tuple[int, ...] = ()
     """For each step 1, 0 or -1."""
 
-    @property
+    @cached_property
     def completion(self) -> Completion:
         """The completion, with its outcome and its steps' labels."""
         targets = tuple(None if label == UNKNOWN else (1.0 - label, float(label)) for label in self.step_labels)
@@ -212,7 +213,7 @@ class PairExample(Example):
         """Prompt and both sides, in tokens."""
         return len(self.prompt_ids) + len(self.completion_ids) + len(self.rejected_ids)
 
-    @property
+    @cached_property
     def completions(self) -> tuple[Completion, Completion]:
         """The preferred completion, and the other."""
         return (

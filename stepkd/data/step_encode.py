@@ -35,7 +35,7 @@ class StepExample(Example):
     num_cut: int = 0
     """Steps dropped because they did not fit."""
 
-    @property
+    @cached_property
     def completion(self) -> Completion:
         """The solution, with its labels."""
         read_at = self.read_at if self.targets else ()

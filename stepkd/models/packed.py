@@ -30,30 +30,24 @@ def has_windows(config: Any) -> bool:
 
 
 WORTH = 0.03
-"""Share of padding from which a forward pass goes without it."""
+"""Share of places that need not be computed from which a forward pass goes without them."""
 
 
 class _Spread(torch.autograd.Function):
-    """Rows of values to their places among so many, zeros elsewhere; ``repeats`` are further places of some of them.
-
-    It keeps the places alone; torch's ``index_copy`` keeps the values too, for their shape.
-    """
+    """Rows of values to all their places; padding gets some row or other, and its gradient goes nowhere."""
 
     @staticmethod
-    def forward(ctx: Any, values_U: Tensor, rows: Rows, number: int) -> Tensor:
+    def forward(ctx: Any, values_U: Tensor, rows: Rows) -> Tensor:
         ctx.rows = rows
-        spread = values_U.new_zeros(number, *values_U.shape[1:]).index_copy_(0, rows.slots_U, values_U)
-        for tokens, slots in rows.repeats:
-            spread.index_copy_(0, slots, values_U.index_select(0, tokens))
-        return spread
+        return values_U.contiguous().index_select(0, rows.token_P)  # twice as fast as from strided rows
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         rows: Rows = ctx.rows
         found = gradients[0].index_select(0, rows.slots_U)
         for tokens, slots in rows.repeats:  # no token twice in one of them: the sum does not depend on any order
             found.index_copy_(0, tokens, found.index_select(0, tokens) + gradients[0].index_select(0, slots))
-        return found, None, None
+        return found, None
 
 
 class _Gather(torch.autograd.Function):
@@ -78,6 +72,8 @@ class Rows:
 
     slots_U: Tensor
     """Place of each of them; different places."""
+    token_P: Tensor
+    """For every place the number of the token that stands there; any number in padding."""
     repeats: tuple[tuple[Tensor, Tensor], ...] = ()
     """Numbers of tokens that stand elsewhere too (in other rows that begin alike), and where; no token twice in one."""
     sizes: tuple[int, int] = (0, 0)
@@ -96,33 +92,28 @@ class Rows:
         longest = int(lengths_B.max())
         columns_T = torch.arange(longest, device=attention_mask_BT.device)
         slots_K = (columns_T < lengths_B.unsqueeze(-1)).flatten().nonzero().squeeze(-1)
-        here, compact = (len(lengths_B), attention_mask_BT.shape[1]), (len(lengths_B), longest)
-        if shared_BT is None:
-            return cls(real_K, (), here), cls(slots_K, (), compact)
-        source_K = shared_BT.flatten()[real_K]
+        sizes = (len(lengths_B), attention_mask_BT.shape[1]), (len(lengths_B), longest)
+        source_K = real_K if shared_BT is None else shared_BT.flatten()[real_K]
         own_K = source_K == real_K
-        numbers = own_K.new_zeros(attention_mask_BT.numel(), dtype=torch.long)
+        numbers = real_K.new_zeros(attention_mask_BT.numel())
         numbers[real_K[own_K]] = torch.arange(int(own_K.sum()), device=real_K.device)
-        again = (~own_K).nonzero().squeeze(-1)
-        token_K = numbers[source_K[again]]
-        order = token_K.argsort(stable=True)
-        again, token_K = again[order], token_K[order]
-        nth_K = torch.arange(len(token_K), device=token_K.device) - torch.searchsorted(token_K, token_K)
-        levels = [nth_K == n for n in range(int(nth_K.max()) + 1 if len(nth_K) else 0)]
-        parts = [(token_K[level], again[level]) for level in levels]
-        return (
-            cls(real_K[own_K], tuple((tokens, real_K[places]) for tokens, places in parts), here),
-            cls(slots_K[own_K], tuple((tokens, slots_K[places]) for tokens, places in parts), compact),
-        )
+        token_K = numbers[source_K]
+        parts = _levels(token_K, (~own_K).nonzero().squeeze(-1))
+
+        def laid_out(places_K: Tensor, sizes: tuple[int, int]) -> Rows:
+            token_P = places_K.new_zeros(sizes[0] * sizes[1]).index_copy_(0, places_K, token_K)
+            repeats = tuple((tokens, places_K[again]) for tokens, again in parts)
+            return cls(places_K[own_K], token_P, repeats, sizes)
+
+        return laid_out(real_K, sizes[0]), laid_out(slots_K, sizes[1])
 
     def spread(self, values_UX: Tensor) -> Tensor:
-        """(U, ...) to (B * T, ...), zero in padding."""
-        rows, longest = self.sizes
-        spread: Tensor = _Spread.apply(values_UX, self, rows * longest)
+        """(U, ...) to (B * T, ...); padding holds some of the values."""
+        spread: Tensor = _Spread.apply(values_UX, self)
         return spread
 
     def spread_heads(self, values_1AUD: Tensor) -> Tensor:
-        """(1, A, U, D) of one row to (B, A, T, D) of rows, zero in padding."""
+        """(1, A, U, D) of one row to (B, A, T, D) of rows; padding holds some of the values."""
         return self.spread(values_1AUD.squeeze(0).transpose(0, 1)).unflatten(0, self.sizes).transpose(1, 2)
 
     def gather(self, values_BTAD: Tensor) -> Tensor:
@@ -131,10 +122,20 @@ class Rows:
         return gathered.unsqueeze(0)
 
 
+def _levels(token_K: Tensor, again: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Tokens that stand in several places, and which of the K those are, in parts that have no token twice."""
+    order = token_K[again].argsort(stable=True)
+    again = again[order]
+    tokens = token_K[again]
+    nth = torch.arange(len(tokens), device=tokens.device) - torch.searchsorted(tokens, tokens)
+    levels = [nth == n for n in range(int(nth.max()) + 1 if len(nth) else 0)]
+    return [(tokens[level], again[level]) for level in levels]
+
+
 def unpadded_hidden(
     causal_lm: Any, input_ids_BT: Tensor, attention_mask_BT: Tensor, shared_BT: Tensor | None = None
 ) -> Tensor:
-    """Last hidden states (B, T, H) by a forward pass over real tokens only; zero in padding.
+    """Last hidden states (B, T, H) by a forward pass over real tokens only; those of padding are arbitrary.
 
     Args:
         causal_lm: a model of which :func:`check_unpadded` is true.
@@ -155,9 +156,13 @@ def unpadded_hidden(
     return here.spread(hidden_1UH.squeeze(0)).view(*attention_mask_BT.shape, -1)
 
 
-def is_worth_it(attention_mask_BT: Tensor) -> bool:
-    """Whether there is enough padding to do without."""
-    return float(attention_mask_BT.float().mean()) < 1 - WORTH
+def is_worth_it(attention_mask_BT: Tensor, shared_BT: Tensor | None = None) -> bool:
+    """Whether there is enough padding, and enough that rows have in common, to do without."""
+    computed_BT = attention_mask_BT.bool()
+    if shared_BT is not None:
+        places_BT = torch.arange(shared_BT.numel(), device=shared_BT.device).view_as(shared_BT)
+        computed_BT = computed_BT & (shared_BT == places_BT)
+    return float(computed_BT.float().mean()) < 1 - WORTH
 
 
 @torch.no_grad()

@@ -201,7 +201,7 @@ class Policy(nn.Module):
             (B, T, H) hidden states in the model's dtype; rows of padding hold arbitrary finite values.
         """
         self.check_ids(input_ids_BT)
-        if self.can_unpad and (shared_BT is not None or is_worth_it(attention_mask_BT)):
+        if self.can_unpad and is_worth_it(attention_mask_BT, shared_BT):
             return unpadded_hidden(self.causal_lm, input_ids_BT, attention_mask_BT, shared_BT)
         output = backbone_of(self.causal_lm)(
             input_ids=input_ids_BT,
