@@ -94,6 +94,8 @@ class EvaluatePRMConfig(JobConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_threshold(self.threshold)
+        if not self.sets:
+            raise ConfigError(f"sets is empty: name one of {', '.join(SUBSETS)}, or data settings")
         check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)")
 
     @property

@@ -155,6 +155,7 @@ def test_no_order_swaps_without_a_checker(data: str, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"threshold": 1.0}, "must lie between 0 and 1"),
+        ({"sets": ()}, "sets is empty: name one of gsm8k"),
         ({"sets": ("gsm8",)}, "no set 'gsm8'. Did you mean 'gsm8k'?"),
         ({"tune_on": "mth"}, "no set 'mth'. Did you mean 'math'?"),
         ({"limit": 0}, "limit=0: must be at least 1"),
