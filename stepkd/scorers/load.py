@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -199,20 +199,6 @@ def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
     folder = Path(scorer).expanduser()
     own = (folder / "step_head.json").is_file() or find_checkpoint(folder) is not None
     return _WITH_MODEL[("prm" if own else recognise(scorer)) or "prm"](scorer)
-
-
-def with_settings(scorer: ScorerConfig | str, **settings: Any) -> ScorerConfig:
-    """:func:`scorer_of`, with those of the given settings that are neither None nor False.
-
-    Raises:
-        ConfigError: the kind has no such setting.
-    """
-    found = scorer_of(scorer)
-    given = {name: value for name, value in settings.items() if value not in (None, False)}
-    known = {field.name for field in fields(found)}  # type: ignore[arg-type]
-    for name in given.keys() - known - {"dtype", "attention", "max_length"}:
-        raise ConfigError(f"the scorer {scorer!r} has no use for {name}: drop it")
-    return replace(found, **{name: value for name, value in given.items() if name in known})  # type: ignore[type-var]
 
 
 def load_scorer(scorer: ScorerConfig | str, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
