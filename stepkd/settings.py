@@ -244,24 +244,26 @@ def _unknown(name: str, known: dict[str, Any], *, as_words: bool = False) -> str
         if here in known or _below(here, known):
             place = here
             continue
+        if not level and known.get(place) in (str, int, float, bool):
+            return f"{place} has no settings of its own"
         if not level or part in ("class_path", "dict_kwargs", "help"):
             return ""
         tails = [parts[i:], [*parts[i:-1], SYNONYMS.get(parts[-1], parts[-1])]]
         ends = dict.fromkeys("." + ".".join(tail) for tail in tails)
         elsewhere = [key for end in ends for key in known if f".{key}".endswith(end)]
         last = get_close_matches(part, [key.rpartition(".")[2] for key in known], n=1, cutoff=0.8)
+        start = f"{place}." if place else ""
         near = (
-            [each for each in level if each == SYNONYMS.get(part)]
+            [f"{start}{each}" for each in level if each == SYNONYMS.get(part)]
             or [key for key in elsewhere if key.startswith(place)][:2]
-            or get_close_matches(part, level, n=1, cutoff=0.75)
+            or [f"{start}{each}" for each in get_close_matches(part, level, n=1, cutoff=0.75)]
             or elsewhere[:2]
             or [key for key in known if last and key.rpartition(".")[2] == last[0]][:2]
         )
-        shown = [repr(each) for each in near]
         if as_words and not any(_is_list(known.get(".".join(parts[:j]))) for j in range(i + 1)):
-            shown = [
-                f"--{each if each in elsewhere or each in known else f'{place}.{each}'.lstrip('.')}" for each in near
-            ]
+            shown = [f"--{each}" for each in near]
+        else:
+            shown = [repr(each if "." in each.removeprefix(start) else each.removeprefix(start)) for each in near]
         hint = f"; did you mean {' or '.join(shown)}?" if near else ""
         if not near and len(level) <= 25:
             hint = f"; it has {', '.join(level)}"

@@ -1,16 +1,14 @@
-"""Recipes by name, and settings files read into dataclasses, with errors that name the file, the key and a near one."""
+"""Recipes by name, YAML files read with errors that name the place, and settings written as YAML."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 from stepkd.errors import ConfigError, DataError, nearest
-
-S = TypeVar("S")
 
 
 def recipes_folder() -> Path:
@@ -100,26 +98,6 @@ def check_keys(raw: Any, known: Sequence[str], where: str) -> None:
     for key in mapping(raw, where):
         if key not in known:
             raise ConfigError(f"{where}: no key {key!r}.{nearest(str(key), known)} Known: {', '.join(known)}")
-
-
-def settings_from(
-    kind: type[S], values: Mapping[str, Any], make: Callable[[type, dict[str, Any]], Any] | None = None
-) -> S:
-    """Settings from one flat mapping, as a command line gives them.
-
-    Args:
-        kind: the settings' class; a field that is a settings class itself takes its fields from the same mapping.
-        values: field -> value; None leaves the default, a list becomes a tuple, and names of no field are left out.
-        make: makes the settings from class and fields; None: the class does.
-    """
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        if isinstance(hint, type) and is_dataclass(hint):
-            found[name] = settings_from(hint, values, make)
-        elif (value := values.get(name)) is not None:
-            found[name] = tuple(value) if isinstance(value, list) else value
-    settings: S = kind(**found) if make is None else make(kind, found)
-    return settings
 
 
 def as_yaml(settings: Any) -> Any:

@@ -6,15 +6,12 @@ command is one file in :mod:`stepkd.cli`. Nothing heavy is imported before the c
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 import stepkd
 from stepkd.errors import ConfigError, MachineError, StepkdError, disk_error, nearest
@@ -98,16 +95,7 @@ def _main(arguments: list[str]) -> int:
             return int(import_module("stepkd.iteration.worker").run(*rest))
         if command in COMMANDS:
             module = import_module(f"stepkd.cli.{command.replace('-', '_')}")
-            if not hasattr(module, "add_arguments"):
-                return _run(module, command, rest)
-            parser = HelpfulParser(
-                prog=f"stepkd {command}",
-                description=module.__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
-            module.add_arguments(parser)
-            return int(module.run(parser.parse_args(rest)) or 0)
+            return _run(module, command, rest)
     except StepkdError as error:
         if not tell_agent(error):
             print(f"stepkd {command}{rank_name()}: {error}", file=sys.stderr)
@@ -147,19 +135,6 @@ def _run(module: Any, command: str, words: list[str]) -> int:
         raise ConfigError(f"{word!r} is none of {', '.join(kinds)}.{nearest(word, kinds)}")
     described = f"{kinds[word].__doc__}"
     return int(module.run(parse(kinds[word], words[1:], command=f"{command} {word}", description=described)))
-
-
-class HelpfulParser(argparse.ArgumentParser):
-    """An argparse parser that answers an unknown option with the nearest known one."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2 after the message and a suggestion."""
-        options = [option for action in self._actions for option in action.option_strings]
-        for wrong in re.findall(r"(--[\w-]+)", message.partition("unrecognized arguments:")[2]):
-            near = get_close_matches(wrong, options, n=1)
-            if near:
-                message += f". Did you mean {near[0]}?"
-        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists the options\n")
 
 
 def _find_own_modules() -> None:

@@ -11,14 +11,16 @@ import json
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 
 from stepkd.errors import ConfigError
 from stepkd.settings import SettingsParser, built, explain, given_settings, settings_of, show_help, with_recipe_files
+from stepkd.yaml_files import mapping, read_yaml
 
 _OPTION = re.compile(r"--([A-Za-z][\w.-]*\+?)(=.*)?|-h", re.DOTALL)
 _TRUTH = ("true", "false", "yes", "no", "null")
@@ -53,8 +55,9 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
     parser.add_argument("--config", action="config", help="settings as YAML; later files and options go first")
     parser.add_class_arguments(kind)
     given = _spread(parser, words, positional)
+    given = with_recipe_files(given)
+    _check_files(kind, given)
     try:
-        given = with_recipe_files(given)
         show_help(parser, given)
         values = parser.parse_args(given)
     except ConfigError as error:
@@ -62,6 +65,17 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
             raise
         raise ConfigError(explain(parser, given, str(error))) from error
     return built(parser, kind, values)
+
+
+def _check_files(kind: type, words: Sequence[str]) -> None:
+    """Refuse files that hold no settings, or those of a training."""
+    files = [after for word, after in pairwise(words) if word == "--config"]
+    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    for file in files:
+        raw = mapping(read_yaml(Path(file), "settings"), file) if Path(file).is_file() else {}
+        if isinstance(raw.get("model"), dict) and isinstance(raw.get("data"), dict):
+            use = "give it as --recipe" if "recipe" in get_type_hints(kind) else "run it with `stepkd fit`"
+            raise ConfigError(f"{file} is a training recipe: {use}; --config takes settings of this command")
 
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):

@@ -20,7 +20,7 @@ from stepkd.iteration.stages import Iteration, Report, evaluate_model, train_nex
 from stepkd.iteration.table import summarise_run
 from stepkd.runs.files import write_json
 from stepkd.runs.job import SETTINGS_NAME, SUMMARY_NAME, Job, JobOptions, check_same, package_versions, read_settings
-from stepkd.yaml_files import find_recipe
+from stepkd.yaml_files import as_yaml, find_recipe
 
 
 def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, overwrite: bool = False) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, over
         StepkdError: a stage failed; what is done is kept.
     """
     out = Path(out).expanduser()
-    job = Job(out, "iterated training", [SUMMARY_NAME, *_folders(out)], JobOptions(overwrite=overwrite))
+    options = JobOptions(overwrite=overwrite, config=as_yaml(spec))
+    job = Job(out, "iterated training", [SUMMARY_NAME, *_folders(out)], options)
     job.check()
     settings: dict[str, Any] = {"packages": package_versions(), "settings": spec.identity()}
     iterations = range(spec.iterations + 1)

@@ -1,18 +1,16 @@
-"""The settings of an iterated training: a YAML file with overrides, checked before anything runs.
-
-Keys: the fields of :class:`IterateConfig`; ``label``, ``convert``, ``train`` and ``evaluation`` are mappings.
-"""
+"""The settings of an iterated training, checked before anything runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from stepkd.data.spec import parse_spec, resolve_split
-from stepkd.errors import ConfigError, DataError, StepkdError, nearest
+from stepkd.errors import ConfigError, check_bounds, nearest
 from stepkd.labels.convert import Demonstrations
 from stepkd.labels.feedback import ConverterConfig
 from stepkd.labels.labellers import LabellerConfig, MonteCarlo
@@ -29,17 +27,16 @@ from stepkd.labels.settings import (
 from stepkd.randomness import stream_key
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.settings import build_settings
-from stepkd.yaml_files import as_yaml, check_keys, find_recipe, mapping, read_yaml
+from stepkd.yaml_files import as_yaml, check_keys, find_recipe, read_yaml
 
 SHARED_WITH_PAIRS = ("device", *(item.name for item in fields(PromptedConfig)))
 """Settings of the labelling job that the pair job of the same iteration shares."""
 PAIRS_OWN = frozenset({"out", "overwrite", "wait_s", "model", "problems", "rollouts"})
 """Settings of a pair job that the iteration decides."""
 SET_BY_ITERATE = (
-    *("model.init_args.policy.path", "model.init_args.reference", "data.init_args.train.path"),
-    *("data.init_args.train.source", "data.init_args.train", "out", "resume", "overwrite"),
+    *("model.init_args.policy.path", "model.init_args.reference", "data.init_args.train", "out", "resume", "overwrite"),
 )
-"""Training settings that the iteration writes itself."""
+"""Training settings that the iteration writes itself, with what they hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +44,28 @@ class TrainSettings:
     """How a model is trained in every iteration."""
 
     recipes: list[str]
-    """Recipe files for ``stepkd fit``, in order: method, then overlays."""
+    """Recipes of ``stepkd fit``, in order: method, then overlays; files, or names of ``stepkd recipes list``."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Dotted training setting -> value, on top of the recipes."""
+    """Training settings that go before the recipes', nested or with dotted names: trainer.max_steps: 100."""
+
+    def __post_init__(self) -> None:
+        if not self.recipes:
+            raise ConfigError("train: recipes names no file: give the recipes for `stepkd fit`")
+        for key, _ in self.dotted():
+            if any(key == own or key.startswith(f"{own}.") for own in SET_BY_ITERATE):
+                raise ConfigError(f"train: overrides: {key} is set by every iteration itself")
+
+    def dotted(self) -> Iterator[tuple[str, Any]]:
+        """Dotted name and value of every override; a word of the command line is read as YAML."""
+
+        def flat(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any]]:
+            for key, value in values.items():
+                if isinstance(value, Mapping) and value:
+                    yield from flat(value, f"{place}{key}.")
+                else:
+                    yield f"{place}{key}", yaml.safe_load(value) if isinstance(value, str) else value
+
+        return flat(self.overrides, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +128,12 @@ class IterateConfig:
     """Keys sampling and training of every iteration."""
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 1), ("problems_per_iteration", 1), ("seed", 0)):
-            number = getattr(self, name)
-            if number is not None and number < least:
-                raise ConfigError(f"{name}={number}: must be at least {least}")
+        check_bounds("", self, iterations="[1, inf)", problems_per_iteration="[1, inf)", seed="[0, inf)")
         if self.evaluation.samples < 2 or self.evaluation.temperature <= 0:
             raise ConfigError(
                 f"evaluation: {self.evaluation.samples} samples at temperature {self.evaluation.temperature:g}: give "
                 "at least 2 samples and a temperature above 0; the greedy solution is evaluated besides"
             )
-        if not self.train.recipes:
-            raise ConfigError("train: recipes names no file: give the recipes for `stepkd fit`")
-        for key in self.train.overrides:
-            if key in SET_BY_ITERATE or key.startswith("model.init_args.reference."):
-                raise ConfigError(f"train: overrides: {key} is set by every iteration itself")
         job = self.label_spec(1, out="labels", model=self.model)
         held_out = self.held_out_spec(out="samples", model=self.model)
         if isinstance(held_out.steps, Fitted):
@@ -242,11 +250,11 @@ class IterateConfig:
     def identity(self) -> dict[str, Any]:
         """What decides the results of an iteration, as JSON values: all but how many there are and who starts them."""
         plain = as_yaml(self)
-        for name in ("iterations", "launcher"):
-            plain.pop(name)
+        for name in ("iterations", "launcher", "out", "overwrite"):
+            plain.pop(name, None)
         plain["train"] = {
             "recipes": {name: read_yaml(find_recipe(name), "recipe") for name in self.train.recipes},
-            "overrides": self.train.overrides,
+            "overrides": dict(self.train.dotted()),
         }
         return dict(json.loads(json.dumps(plain)))
 
@@ -263,67 +271,3 @@ def explicit_word(word: str) -> str:
     if not (text == spec.source or text.startswith(f"{spec.source}:")):
         text = f"{spec.source}:path={spec.path}"  # a bare file, or the folder of a labelling job
     return f"{text}{',' if ':' in text else ':'}split={resolve_split(spec)}"
-
-
-def load_spec(path: str | Path, overrides: Mapping[str, Any] | None = None) -> IterateConfig:
-    """Read and check a file.
-
-    Args:
-        path: the YAML file.
-        overrides: dotted key -> value on top of it, for example ``label.samples``.
-
-    Raises:
-        DataError: unreadable, or settings that cannot be; the message names the file and the key.
-    """
-    path = Path(path)
-    raw = read_yaml(path, "settings")
-    try:
-        settings = mapping(raw, "the file")
-        if isinstance(settings.get("model"), dict):
-            raise ConfigError("this is a training recipe: run it with `stepkd fit`, or name it under train: recipes")
-        for key, value in (overrides or {}).items():
-            put(settings, key, value)
-        return _build(settings)
-    except StepkdError as error:
-        raise DataError(str(error), path=path) from error
-
-
-def _build(settings: dict[str, Any]) -> IterateConfig:
-    check_keys(settings, [item.name for item in fields(IterateConfig)], "settings")
-    needed: tuple[tuple[str, type | None, str], ...] = (
-        ("model", None, ""),
-        ("problems", None, ""),
-        ("train", TrainSettings, "recipes"),
-        ("evaluation", HeldOutSettings, "problems"),
-    )
-    for name, kind, key in needed:
-        if settings.get(name) is None:
-            raise ConfigError(f"the key {name!r} is missing")
-        if kind is not None:
-            check_keys(settings[name], [item.name for item in fields(kind)], name)
-            if settings[name].get(key) is None:
-                raise ConfigError(f"{name}: the key {key!r} is missing")
-    pairs = settings.pop("pairs", None)  # whose class is known by its word ``to``
-    spec = build_settings(IterateConfig, settings, "settings")
-    return spec if pairs is None else replace(spec, pairs=pairs)
-
-
-def put(settings: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings.
-
-    Raises:
-        ConfigError: a part of the key holds no mapping.
-    """
-    parts = key.split(".")
-    if parts[:2] == ["train", "overrides"] and len(parts) > 2:
-        parts = ["train", "overrides", ".".join(parts[2:])]  # a dotted key of the training recipe is one key
-    *folders, last = parts
-    target = settings
-    for name in folders:
-        inner = target.setdefault(name, {})
-        if inner is None:
-            inner = target[name] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{key}: {name} has no keys, it is {inner!r}")
-        target = inner
-    target[last] = value

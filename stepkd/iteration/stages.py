@@ -20,7 +20,7 @@ import yaml
 
 from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.iteration.spec import IterateConfig, iteration_seed, put
+from stepkd.iteration.spec import IterateConfig, iteration_seed
 from stepkd.labels.labellers import MonteCarlo, Outcome
 from stepkd.labels.settings import Existing, LabelConfig, LabelJobConfig, OwnSteps, PairJobConfig, Sampled
 from stepkd.runs.files import write_file, write_json, write_jsonl
@@ -287,8 +287,12 @@ def training_settings(it: Iteration, rows: Path) -> dict[str, Any]:
     settings["data"]["init_args"]["train"] |= {"split": None, "limit": None, "offset": 0, "options": {}, "columns": {}}
     if it.spec.reference == "kept":
         settings["model"]["init_args"]["reference"] = {"path": it.spec.model}
-    for key, value in it.spec.train.overrides.items():
-        put(settings, key, value)
+    for key, value in it.spec.train.dotted():
+        *folders, last = key.split(".")
+        place = settings
+        for name in folders:
+            place = place.setdefault(name, {})
+        place[last] = value
     return settings
 
 

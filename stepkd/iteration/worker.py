@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def run(path: str) -> int:
     """Run this process's share of the job that a file describes, on this rank's device; returns the exit code."""
-    from rich.console import Console
-
     from stepkd.iteration.stages import run_job
     from stepkd.labels.settings import PAIR_JOBS, LabelConfig
-    from stepkd.runs.job import job_options
-    from stepkd.runs.launcher import check_launch, rank_device
-    from stepkd.runs.process import quiet_libraries
     from stepkd.settings import build_settings
 
     content = json.loads(Path(path).read_text(encoding="utf-8"))
-    quiet_libraries()
-    launch, settings = check_launch(), content["settings"]
-    settings["device"] = rank_device(settings["device"], launch)
-    kind = PAIR_JOBS.get(content["kind"], LabelConfig)
-    run_job(content["kind"], build_settings(kind, settings, "job"), job_options(Console(), launch))
+    kind: Any = PAIR_JOBS.get(content["kind"], LabelConfig)
+    config, job = build_settings(kind, content["settings"], "job").start({})
+    run_job(content["kind"], config, job.options)
     return 0

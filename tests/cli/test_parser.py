@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import pytest
 import yaml
 
-from stepkd.cli import COMMANDS
+from stepkd.cli import COMMANDS, parser
 from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.runs.job import CONFIG_NAME, Job, JobConfig
@@ -244,6 +244,14 @@ def test_help_and_parsing_load_nothing_heavy(command: str) -> None:
 
 
 def test_the_overview_loads_no_parser() -> None:
-    code = LIGHT.format(lines=[["--help"]], heavy=(*HEAVY, "jsonargparse", "yaml"))
+    code = LIGHT.format(lines=[["--help"]], heavy=(*HEAVY, "argparse", "jsonargparse", "yaml"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+def test_options_are_fields_of_settings_classes() -> None:
+    """No option is declared by hand, but the one that names files."""
+    sources = Path(parser.__file__).parents[1].rglob("*.py")
+    declared = [line for path in sources for line in path.read_text().splitlines() if "add_argument(" in line]
+    assert len(declared) == 1
+    assert '"--config", action="config"' in declared[0]

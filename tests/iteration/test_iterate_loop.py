@@ -16,13 +16,24 @@ from typing import Any
 import pytest
 import yaml
 
+from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration import loop, stages
 from stepkd.iteration.loop import run_iterations
-from stepkd.iteration.spec import IterateConfig, load_spec
+from stepkd.iteration.spec import IterateConfig
 from stepkd.runs.job import Job
 
 STAGES = ["label", "convert", "train", "export", "greedy", "samples", "measure"]
+
+
+def load_spec(path: Path, changes: dict[str, Any] | None = None) -> IterateConfig:
+    """The settings of ``stepkd iterate --config FILE``, and dotted options."""
+    words = [
+        f"--{name}={each if isinstance(each, str) else json.dumps(each)}" for name, each in (changes or {}).items()
+    ]
+    config = parse(IterateConfig, ["--config", str(path), *words], command="iterate")
+    assert isinstance(config, IterateConfig)
+    return config
 
 
 def silent(line: str) -> None:
@@ -66,7 +77,7 @@ def test_files_and_summary(whole: tuple[Path, dict[str, Any]]) -> None:
     assert [model["name"] for model in summary["models"]] == ["M0", "M1", "M2"]
     assert json.loads((out / "summary.json").read_text()) == summary
     assert {path.name for path in out.iterdir()} == {
-        *("settings.json", "parts", "log", "summary.json"),
+        *("settings.json", "config.yaml", "parts", "log", "summary.json"),
         *("iteration-0", "iteration-1", "iteration-2"),
     }
     for k in (1, 2):
@@ -294,7 +305,7 @@ def test_training_reads_the_pairs_of_a_pair_job(
         ({"train.recipes": ["recipes/tiny/none.yaml"]}, "no file 'recipes/tiny/none.yaml'"),
         (
             {"train.overrides.trainer.max_step": 3},
-            "overrides: 'max_step' is not a setting of trainer; did you mean --trainer.max_steps",
+            "overrides: 'max_step' is not a setting of trainer; did you mean 'max_steps'",
         ),
         ({"train.overrides.model.init_args.optimizer.lr": -1.0}, "optimizer.lr=-1.0"),
         ({"reference": "kept"}, "reference: kept is for methods with a reference model"),

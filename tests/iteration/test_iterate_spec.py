@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,11 @@ import pytest
 import torch
 
 from stepkd import cli
-from stepkd.cli import iterate
-from stepkd.errors import ConfigError, DataError, MachineError, StepkdError
+from stepkd.cli.iterate import IterateRunConfig
+from stepkd.cli.parser import parse
+from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.iteration import stages
-from stepkd.iteration.spec import IterateConfig, explicit_word, iteration_seed, load_spec, put
+from stepkd.iteration.spec import IterateConfig, explicit_word, iteration_seed
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels.feedback import Preference
 from stepkd.labels.labellers import MonteCarlo, TaskChecker
@@ -24,10 +24,14 @@ from stepkd.runs.job import Job
 from stepkd.yaml_files import as_yaml, find_recipe
 
 
-def parsed(arguments: list[str], module: Any) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args(arguments)
+def load_spec(path: Path, changes: dict[str, Any] | None = None) -> IterateConfig:
+    """The settings of ``stepkd iterate --config FILE``, and dotted options."""
+    words = [
+        f"--{name}={each if isinstance(each, str) else json.dumps(each)}" for name, each in (changes or {}).items()
+    ]
+    config = parse(IterateConfig, ["--config", str(path), *words], command="iterate")
+    assert isinstance(config, IterateConfig)
+    return config
 
 
 def iteration(spec: IterateConfig, out: Path, k: int) -> Iteration:
@@ -119,23 +123,27 @@ def test_identity_leaves_out_what_may_change(small: Any, write: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"iteration": 3}, "no key 'iteration'. Did you mean 'iterations'"),
-        ({"label.samplng": {}}, "'samplng' is not a setting of label; did you mean 'sampling'"),
+        ({"iteration": 3}, "'iteration' is not a setting; did you mean --iterations"),
+        ({"label.samplng": {}}, "'samplng' is not a setting of label; did you mean --label.sampling"),
         ({"label.sampling.m": 3}, "'m' is not a setting of label.sampling"),
-        ({"evaluation.problms": "x"}, "Did you mean 'problems'"),
-        ({"train.recipe": []}, "train: no key 'recipe'. Did you mean 'recipes'"),
-        ({"label.labeller": "TaskCheker"}, "TaskCheker"),
-        ({"label.sampling.n": "many"}, "sampling.n.*many"),
+        ({"temperature": 1}, "did you mean --evaluation.temperature or --label.sampling.temperature"),
+        ({"evaluation.problms": "x"}, "did you mean --evaluation.problems"),
+        ({"train.recipe": []}, "'recipe' is not a setting of train; did you mean --train.recipes"),
+        ({"label.labeller": "TaskCheker"}, "no class 'TaskCheker'; did you mean 'TaskChecker'"),
+        ({"label.sampling.n": "many"}, "sampling.n: expected int, got 'many'"),
         ({"label.solutions": "Existing"}, "'solutions' is not a setting of label"),
         ({"iterations": 0}, "iterations=0: must be at least 1"),
         ({"problems_per_iteration": 0}, "problems_per_iteration=0"),
-        ({"reference": "rset"}, "reference.*rset"),
-        ({"convert": "Demonstration"}, "Demonstration"),
-        ({"convert": {"class_path": "Demonstrations", "init_args": {"cleen": True}}}, "cleen"),
+        ({"reference": "rset"}, "reference: expected one of .*, got 'rset'; did you mean 'reset'"),
+        ({"convert": "Demonstration"}, "no class 'Demonstration'; did you mean 'Demonstrations'"),
+        (
+            {"convert": {"class_path": "Demonstrations", "init_args": {"cleen": True}}},
+            "'cleen' is not a setting of conv",
+        ),
         ({"pairs": {"to": "step"}}, "convert and pairs both"),
         ({"convert": None, "pairs": {"to": "steps"}}, "Did you mean 'step'"),
         ({"convert": None, "pairs": {"to": "step", "max_pair": 3}}, "Did you mean 'max_pairs'"),
-        ({"convert": None, "pairs": {"to": "step", "max_pairs": "x"}}, "pairs: .*max_pairs.*int"),
+        ({"convert": None, "pairs": {"to": "step", "max_pairs": "x"}}, "pairs: max_pairs: expected int, got 'x'"),
         ({"convert": None, "pairs": {"to": "step", "model": "m"}}, "pairs: no key 'model'"),
         ({"evaluation.samples": 1}, "at least 2 samples"),
         ({"evaluation.temperature": 0.0}, "a temperature above 0"),
@@ -143,53 +151,49 @@ def test_identity_leaves_out_what_may_change(small: Any, write: Any) -> None:
         ({"label.steps": "Fitted"}, "set evaluation.steps"),
         ({"train.recipes": []}, "recipes names no file"),
         ({"train.overrides.data.init_args.train.path": "x"}, "is set by every iteration itself"),
-        ({"model": None}, "the key 'model' is missing"),
-        ({"evaluation": {"samples": 4}}, "evaluation: the key 'problems' is missing"),
-        ({"model.path": "x"}, "model has no keys"),
+        ({"train.overrides": {"data.init_args.train": {"limit": 3}}}, "is set by every iteration itself"),
+        ({"model.path": "x"}, "model has no settings of its own"),
     ],
 )
 def test_refused_settings(small: Any, write: Any, overrides: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         load_spec(write(small()), overrides)
-    assert "settings.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_refused_files(write: Any, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read the settings"):
+def test_refused_files(small: Any, write: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no file .*absent\.yaml"):
         load_spec(tmp_path / "absent.yaml")
-    with pytest.raises(DataError, match="line 3"):
-        load_spec(write("a: 1\nb: [\n"))
-    with pytest.raises(DataError, match="must be keys with values"):
-        load_spec(write("- 1\n"))
-    with pytest.raises(DataError, match="this is a training recipe"):
+    for text, message in (
+        ("a: 1\nb: [\n", "line 3"),
+        ("- 1\n", "must be keys with values"),
+        ("iteration: 3\n", r"settings\.yaml: 'iteration' is not a setting; did you mean 'iterations'"),
+    ):
+        with pytest.raises(StepkdError, match=message):
+            load_spec(write(text))
+    for name in ("model", "evaluation"):
+        with pytest.raises(ConfigError, match=f"give --{name}"):
+            load_spec(write({key: value for key, value in small().items() if key != name}))
+    with pytest.raises(ConfigError, match=r"sft\.yaml is a training recipe: run it with `stepkd fit`"):
         load_spec(find_recipe("recipes/tiny/sft.yaml"))
     with pytest.raises(ConfigError, match=r"no file 'recipes/tiny/stf.yaml' here.* Did you mean 'tiny/sft'"):
-        find_recipe("recipes/tiny/stf.yaml")
+        load_spec(Path("recipes/tiny/stf.yaml"))
 
 
-def test_put_keeps_dotted_training_keys_whole() -> None:
-    settings: dict[str, Any] = {"train": {"overrides": {"seed_everything": 1}}, "label": None}
-    put(settings, "train.overrides.trainer.max_steps", 5)
-    put(settings, "label.samples", 2)
-    assert settings == {
-        "train": {"overrides": {"seed_everything": 1, "trainer.max_steps": 5}},
-        "label": {"samples": 2},
-    }
+def test_training_overrides_may_be_nested_or_dotted(small: Any, write: Any, tmp_path: Path) -> None:
+    changes = {"train.overrides.trainer.max_steps": "5", "train.overrides.model.init_args.beta": "1e-1"}
+    spec = load_spec(write(small("models/m0")), changes)
+    settings = training_settings(iteration(spec, tmp_path, 1), tmp_path / "rows.jsonl")
+    assert settings["trainer"] == {"max_steps": 5, "val_check_interval": None}
+    assert settings["model"]["init_args"] == {"policy": {"path": "models/m0"}, "beta": "1e-1"}, "as YAML reads it"
+    assert spec.identity()["train"]["overrides"]["trainer.max_steps"] == 5
 
 
-def test_command_line_overrides() -> None:
-    arguments = parsed(
-        ["--config", "x", "--evaluation", "gsm8k", "--iterations", "2", "--set", "label.samples=8", "--set", "a=null"],
-        iterate,
-    )
-    assert iterate.overrides(arguments) == {
-        "evaluation.problems": "gsm8k",
-        "iterations": 2,
-        "label.samples": 8,
-        "a": None,
-    }
-    with pytest.raises(ConfigError, match="write KEY=VALUE"):
-        iterate.overrides(parsed(["--config", "x", "--set", "label.samples"], iterate))
+def test_where_it_runs_decides_no_result(small: Any, write: Any) -> None:
+    words = ["--config", str(write(small())), "--out", "runs/x", "--overwrite"]
+    config = parse(IterateRunConfig, words, command="iterate")
+    assert (config.out, config.overwrite) == ("runs/x", True)
+    assert config.identity() == load_spec(Path(words[1])).identity()
 
 
 def test_pair_jobs_share_the_labelling_jobs_settings(small: Any, write: Any) -> None:
