@@ -62,7 +62,7 @@ def test_what_names_foreign_code_is_refused(evil: tuple[Path, Path]) -> None:
     )
     (folder / "reward.yaml").write_text("model: {init_args: {rewards: [{name: 'evil:reward'}]}}\n")
     grpo = FIT.replace("sft", "grpo") + f" --config {folder / 'reward.yaml'} {SMALL}"
-    lines.append(f"{grpo} --model.init_args.validation.samples 0 --out {folder / 'reward'}")
+    lines.append(f"{grpo} --model.init_args.validation null --out {folder / 'reward'}")
     (folder / "dotted.yaml").write_text("model: {init_args: {rewards: [{name: trl.rewards.accuracy_reward}]}}\n")
     lines.append(f"{grpo.replace('reward.yaml', 'dotted.yaml')} --out {folder / 'dotted'}")
     (folder / "data.yaml").write_text("data: {class_path: evil.Own}\n")  # beside a mistake, which is explained

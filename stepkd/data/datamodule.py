@@ -172,7 +172,7 @@ class StepData(LightningDataModule):
             or any(each.completion_ids for each in examples)
         )
         if name in ("validation", "test") and not measured:
-            reason = "no row has a solution and model.init_args.validation.samples is 0"
+            reason = "no row has a solution and model.init_args.validation.sampling is null"
             raise DataError(f"data.{name}: nothing would be measured, because {reason}")
 
     def _rows(self, name: str, spec: DataConfig, contract: Contract | None = None) -> list[Row]:

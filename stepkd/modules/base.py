@@ -93,9 +93,8 @@ class StepModule(PolicyModule):
         """Columns beside the prompt of which a split's rows must have one, each with the reason."""
         if split == "train":
             return {("solution",): f"{type(self).__name__} trains on solutions"}
-        samples = self.validation_spec.samples
-        reason = f"{split} samples and grades answers (model.init_args.validation.samples: {samples})"
-        return {("answer",): reason} if samples or split == "predict" else {}
+        reason = f"{split} samples and grades answers (model.init_args.validation.sampling is not null)"
+        return {("answer",): reason} if self.validation_spec.sampling is not None or split == "predict" else {}
 
     def prepare(self, batch: StepBatch) -> Iterable[Prepared]:
         """Turn a loader batch into one or more optimiser steps.
@@ -368,7 +367,7 @@ class StepModule(PolicyModule):
                         self._sums[f"metric/{name}"] += float(total)
                         self._sums[f"number/{name}"] += float(items)
                     self.phases.advance()
-            if self.validation_spec.samples and batch.examples:
+            if self.validation_spec.sampling is not None and batch.examples:
                 for name, number in self._sampled()(batch, self.phases).items():
                     self._sums[f"sampled/{name}"] += number
 
@@ -385,45 +384,29 @@ class StepModule(PolicyModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, prefix: str) -> None:
-        # Metric names are known only to ranks that had a batch; everything else has fixed names.
-        fixed = [f"{part}/{name}" for name in self.loss_names for part in ("sum", "count")]
-        fixed += [f"sampled/{name}" for name in SampledAccuracy.NAMES]
-        totals = all_reduce({name: self._sums.get(name, 0.0) for name in fixed}, self.device)
-        values = {
-            f"{prefix}/{name}": totals[f"sum/{name}"] / totals[f"count/{name}"]
-            for name in self.loss_names
-            if totals[f"count/{name}"]
-        }
+        # A rank without a batch has no sums, and the others' names are not known to it.
+        totals = all_reduce({name: self._sums.get(name, 0.0) for name in union(self._sums)}, self.device)
+        parts: dict[str, dict[str, float]] = defaultdict(dict)
+        for key, value in totals.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value
+        values = {name: parts["sum"][name] / count for name, count in parts["count"].items() if count}
         if values:
             weights = self.loss_weights
-            values[f"{prefix}/loss"] = sum(
-                weights.get(name, 1.0) * values.get(f"{prefix}/{name}", 0.0) for name in self.loss_names
-            )
-        means = self.evaluation_metrics(self._metric_totals())
-        values |= {f"{prefix}/{name}": value for name, value in (means | self.derived_metrics(means)).items()}
-        sampled = {name.removeprefix("sampled/"): value for name, value in totals.items()}
-        values |= {f"{prefix}/{name}": value for name, value in SampledAccuracy.rates(sampled).items()}
-        shown = {name: values.pop(name) for name in (f"{prefix}/loss", f"{prefix}/accuracy") if name in values}
+            values["loss"] = sum(weights.get(name, 1.0) * values.get(name, 0.0) for name in self.loss_names)
+        means = self.evaluation_metrics(
+            {name: (total, parts["number"][name]) for name, total in parts["metric"].items()}
+        )
+        values |= means | self.derived_metrics(means) | SampledAccuracy.rates(parts["sampled"])
+        shown = {f"{prefix}/{name}": values.pop(name) for name in ("loss", "accuracy") if name in values}
         self.log_dict(shown, prog_bar=True, batch_size=1)
-        self.log_dict(values, batch_size=1)
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, batch_size=1)
         if self._throughput is not None:
             self._throughput.restart()
 
     def evaluation_metrics(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """What an evaluation logs, from every metric's sum and number over all batches and ranks: their means."""
         return {name: total / number for name, (total, number) in totals.items() if number}
-
-    def _metric_totals(self) -> dict[str, tuple[float, float]]:
-        names = union(name.removeprefix("metric/") for name in self._sums if name.startswith("metric/"))
-        totals = all_reduce(
-            {
-                f"{part}/{name}": self._sums.get(f"{part}/{name}", 0.0)
-                for name in names
-                for part in ("metric", "number")
-            },
-            self.device,
-        )
-        return {name: (totals[f"metric/{name}"], totals[f"number/{name}"]) for name in names}
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Sample completions and return them as rollout rows (see ``stepkd.data.rows.ROLLOUT``)."""

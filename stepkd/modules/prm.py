@@ -148,8 +148,8 @@ class PRMModule(StepModule):
         super().__init__(policy, **settings)
         self.head_spec = head
         self.components = losses or [StepCrossEntropy()]
-        if self.validation_spec.samples:
-            raise ConfigError("validation.samples: a process reward model scores steps and is not sampled from; use 0")
+        if self.validation_spec.sampling is not None:
+            raise ConfigError("validation.sampling: a reward model scores steps and is not sampled from; use null")
         for loss in self.components:
             weights = loss.class_weights if isinstance(loss, StepCrossEntropy) else None
             if weights is not None and len(weights) != self.head_spec.num_classes:

@@ -1,15 +1,14 @@
-"""Validation by sampling: are the policy's own completions right?"""
+"""Validation by sampling: are the policy's own completions correct?"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stepkd.data.batching import StepBatch
 from stepkd.data.completion import Completion
 from stepkd.errors import check_bounds
-from stepkd.grading.extract import DEFAULT_EXTRACTORS
 from stepkd.grading.judge import judge, rollout_row
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.policy import Policy
@@ -25,30 +24,18 @@ from stepkd.steps.text import text_from_ids
 class ValidationConfig:
     """How validation and prediction sample and score."""
 
-    samples: int = 0
-    """Completions sampled per validation problem; 0 measures the held-out loss only. Prediction draws at least one."""
-    temperature: float = 0.0
-    """Sampling temperature; 0 is greedy."""
-    max_new_tokens: int = 256
-    """Longest completion in tokens."""
+    sampling: SamplingConfig | None = None
+    """How every validation problem is sampled, n times; null, the default, measures the held-out loss alone, and
+    prediction then draws one completion, greedily, of at most 256 tokens. Its seed is the run's."""
     max_rows: int = 64
-    """Completions decoded at once."""
-    extractors: tuple[str, ...] = DEFAULT_EXTRACTORS
-    """How the final answer is found, in order (see ``stepkd.grading``)."""
-    deadline_s: float = 2.0
-    """Hard limit per graded answer, in seconds."""
+    """Completions decoded at once, at least 1; 64 of a small model fit any GPU, more are faster."""
+    grading: GradingConfig = field(default_factory=GradingConfig)
+    """How final answers are found and compared."""
     segmenter: str = "newline"
-    """How sampled completions are cut into steps in rollout files."""
+    """How sampled completions are cut into steps in rollout files: newline, blank_line, or another segmenter's name."""
 
     def __post_init__(self) -> None:
-        check_bounds("validation.", self, samples="[0, inf)")
-        object.__setattr__(self, "extractors", tuple(self.extractors))
-
-    def sampling(self, seed: int) -> SamplingConfig:
-        """The same settings as the sampler wants them."""
-        return SamplingConfig(
-            n=max(self.samples, 1), temperature=self.temperature, max_new_tokens=self.max_new_tokens, seed=seed
-        )
+        check_bounds("validation.", self, max_rows="[1, inf)")
 
 
 class SampledAccuracy:
@@ -60,38 +47,28 @@ class SampledAccuracy:
         seed: keys the sampling noise; the same noise is used at every validation, so that changes come from the model.
     """
 
-    NAMES = (
-        *("samples", "correct", "unparsed", "truncated", "tokens"),
-        *("labelled_steps", "right_steps", "correct_labelled", "correct_flawed"),
-    )
-    """Names of the sums that :meth:`__call__` returns."""
-
     def __init__(self, policy: Policy, spec: ValidationConfig, seed: int) -> None:
         self.spec = spec
-        self.sampling = spec.sampling(seed)
+        self.sampling = replace(spec.sampling or SamplingConfig(temperature=0.0, max_new_tokens=256), seed=seed)
         self.sampler = TransformersSampler(policy, max_rows=spec.max_rows)
         self.segmenter = get_segmenter(spec.segmenter)
-        self.grader = Grader(GradingConfig(extractors=spec.extractors, deadline_s=spec.deadline_s))
+        self.grader = Grader(spec.grading)
 
     def __call__(self, batch: StepBatch, phases: PhaseTracker) -> dict[str, float]:
         """Sums over this rank's problems; ``correct_flawed`` of :func:`~stepkd.steps.labels.tally`."""
         _, judged = self._judged(batch, phases, "validation")
-        sums = dict.fromkeys(self.NAMES, 0.0)
         together = [sample for samples in judged for sample in samples]
-        for sample in together:
-            labels = sample["step_labels"]
-            sums["samples"] += 1
-            sums["unparsed"] += sample["verdict"] == "unparsed"
-            sums["truncated"] += sample["finish"] == "length"
-            sums["tokens"] += sample["tokens"]
-            if labels is not None:
-                sums["labelled_steps"] += len(labels) - labels.count(None)
-                sums["right_steps"] += labels.count(True)
-        counts = tally(
-            [sample["verdict"] == "correct" for sample in together], [sample["step_labels"] for sample in together]
-        )
-        return sums | {
+        verdicts, labels = ([sample[name] for sample in together] for name in ("verdict", "step_labels"))
+        known = [steps for steps in labels if steps is not None]
+        counts = tally([verdict == "correct" for verdict in verdicts], labels)
+        return {
+            "samples": len(together),
             "correct": counts.correct,
+            "unparsed": verdicts.count("unparsed"),
+            "truncated": sum(sample["finish"] == "length" for sample in together),
+            "tokens": sum(sample["tokens"] for sample in together),
+            "labelled_steps": sum(len(steps) - steps.count(None) for steps in known),
+            "right_steps": sum(steps.count(True) for steps in known),
             "correct_labelled": counts.labelled,
             "correct_flawed": counts.flawed,
         }

@@ -448,7 +448,7 @@ def _find_model(config: Any, subcommand: str) -> None:
 
 def _check_monitor(config: Any) -> None:
     """Refuse a monitored value that no validation of this recipe can give."""
-    monitor, samples = config.checkpoint.monitor, (config.model.init_args.get("validation") or {}).get("samples", 0)
+    monitor, samples = config.checkpoint.monitor, (config.model.init_args.get("validation") or {}).get("sampling")
     if not _has_validation(config) or monitor is None:
         return
     if not monitor.startswith("val/"):
@@ -458,7 +458,8 @@ def _check_monitor(config: Any) -> None:
     if monitor == "val/accuracy" and not samples and not unsampled:
         raise ConfigError(
             "checkpoint.monitor is val/accuracy, but validation samples nothing: set "
-            "model.init_args.validation.samples to 1 or more, or monitor val/loss (mode min)"
+            "model.init_args.validation.sampling (for instance {n: 1, temperature: 0.0}), or "
+            "monitor val/loss (mode min)"
         )
 
 

@@ -136,7 +136,7 @@ def test_an_unknown_command_suggests_the_right_one(capsys: pytest.CaptureFixture
         ("--data StepDta", "data: no class 'StepDta'; did you mean 'StepData'?"),
         ("--model.init_args.optimizer.lr fast", "model.optimizer.lr: expected float, got 'fast'"),
         ("--model.policy.dtype float33", "model.policy.dtype: expected one of ['auto', 'float32', 'bfloat16', "),
-        ("--model.validation 7", "model.validation: expected {samples, "),
+        ("--model.validation 7", "model.validation: expected {sampling, "),
     ],
 )
 def test_a_mistake_in_a_setting_is_one_line_about_it(
@@ -244,7 +244,7 @@ def test_print_config_is_a_recipe_again(tmp_path: Path) -> None:
         (["--data.init_args.train.source", "math500"], "source 'math500'"),
         (["--checkpoint.mode", "up"], "checkpoint.mode: expected one of ['min', 'max'], got 'up'"),
         (["--checkpoint.monitor", "train/loss"], "must be a validation value"),
-        (["--model.init_args.validation.samples", "0"], "validation samples nothing"),
+        (["--model.init_args.validation", "null"], "validation samples nothing"),
         (["--model.init_args.loss_weights", "{kd: 1.0}"], "the loss has the components ['ce']"),
         (["--data.init_args.max_length", "5000"], "exceeds the model's context of 1024 tokens"),
         pytest.param(
@@ -386,7 +386,7 @@ def test_a_run_or_an_export_is_taken_wherever_a_model_is_named(
 ) -> None:
     small = ["--config", "tiny/sft", "--model.policy.path", "tiny-0.1m", "--data.train.options.n", "8"]
     small += ["--data.validation.options.n", "4", "--trainer.val_check_interval", "1", "--trainer.callbacks", "[]"]
-    small += ["--data.global_batch_size", "8", "--model.validation.samples", "0", "--checkpoint.monitor", "val/loss"]
+    small += ["--data.global_batch_size", "8", "--model.validation", "null", "--checkpoint.monitor", "val/loss"]
     small += ["--checkpoint.mode", "min", "--trainer.max_steps", "2"]
     run, export, second = (str(tmp_path / name) for name in ("run", "export", "second"))
     assert main(["fit", *small, "--model.optimizer.lr", "0.01", "--out", run]) == 0

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {
     "trainer": {"max_steps": 2, "val_check_interval": 1},
     "checkpoint": {"every_n_steps": 1, "monitor": "val/loss", "mode": "min"},
-    "model": {"init_args": {"policy": {"path": "tiny-0.1m"}, "validation": {"samples": 0, "max_new_tokens": 8}}},
+    "model": {"init_args": {"policy": {"path": "tiny-0.1m"}, "validation": {"sampling": None}}},
     "data": {
         "init_args": {
             "train": {"options": {"n": 8}},

@@ -20,7 +20,7 @@ trainer: {max_steps: 12, val_check_interval: 3}
 checkpoint: {every_n_steps: 1}
 model:
   init_args:
-    {policy: {path: tiny-0.1m}, optimizer: {warmup: 2}, ema_decay: 0.9, validation: {max_new_tokens: 16}}
+    {policy: {path: tiny-0.1m}, optimizer: {warmup: 2}, ema_decay: 0.9, validation: {sampling: {max_new_tokens: 16}}}
 data: {init_args: {train: {options: {n: 70}}, validation: {options: {n: 8}}, global_batch_size: 16}}
 """
 
@@ -188,7 +188,7 @@ def test_evaluate_and_export_take_a_run_folder(uninterrupted: Path, tmp_path: Pa
         assert torch.equal(plain(input_ids=ids).logits, ours.causal_lm(input_ids=ids).logits)
     arguments = ["evaluate", "--model", str(uninterrupted), "--benchmark", "task", "--data", "task=modular,n=8"]
     done = subprocess.run(
-        [*stepkd, *arguments, "--max-new-tokens", "16", "--out", str(tmp_path / "evaluation")],
+        [*stepkd, *arguments, "--sampling.max_new_tokens", "16", "--out", str(tmp_path / "evaluation")],
         capture_output=True,
         text=True,
         timeout=120,

@@ -20,7 +20,7 @@ model:
   init_args:
     policy: {path: tiny-0.1m, dtype: float64}
     optimizer: {warmup: 1}
-    validation: {max_new_tokens: 12}
+    validation: {sampling: {max_new_tokens: 12}}
     micro_batch_tokens: 100
 data: {init_args: {train: {options: {n: 30}}, validation: {options: {n: 1}}, global_batch_size: 5}}
 """

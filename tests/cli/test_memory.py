@@ -178,7 +178,7 @@ def test_a_sharded_model() -> None:
 @pytest.mark.parametrize("validates", [False, True])
 def test_a_validation_gathers_the_model_too(validates: bool) -> None:
     """Without sampling anything."""
-    words = recipe("sft", "model.init_args.validation.samples=0")
+    words = recipe("sft", "model.init_args.validation=null")
     if validates:
         words += ["--data.init_args.validation", "{source: task, split: validation, options: {n: 4}}"]
     cut = lower_bound(*check_fit(words), shards=2)

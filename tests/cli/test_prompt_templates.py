@@ -128,7 +128,7 @@ def test_validation_of_a_checkpoint_takes_its_template(
 ) -> None:
     held_out = json.dumps({"source": "rows", "path": str(rows), "split": None, "options": {}})
     words = ["validate", "--config", str(ROOT / "recipes" / "tiny" / "sft.yaml"), "--model.policy.path", "tiny-0.1m"]
-    words += ["--data.train", "null", "--data.validation", held_out, "--model.validation.max_new_tokens", "24"]
+    words += ["--data.train", "null", "--data.validation", held_out, "--model.validation.sampling.max_new_tokens", "24"]
     words += ["--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
     words += ["--data.max_length", "200"]
     assert main([*words, "--data.template", "null"]) == 0

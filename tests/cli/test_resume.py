@@ -22,7 +22,7 @@ OVERLAY = {
         "init_args": {
             "policy": {"path": "tiny-0.1m"},
             "optimizer": {"lr": 1e-2, "schedule": "constant", "warmup": 0},
-            "validation": {"samples": 0},
+            "validation": {"sampling": None},
         }
     },
     "data": {

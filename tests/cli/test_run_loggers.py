@@ -30,7 +30,7 @@ def fit(tmp_path: Path, *words: str, monitor: str | None = "val/loss", **trainer
     """One step with validation."""
     settings = {
         "trainer": {"max_steps": 1, "val_check_interval": 1, **trainer},
-        "model": {"init_args": {"policy": {"path": "tiny-0.1m"}, "validation": {"samples": 0}}},
+        "model": {"init_args": {"policy": {"path": "tiny-0.1m"}, "validation": {"sampling": None}}},
         "data": {
             "init_args": {"train": {"options": {"n": 8}}, "validation": {"options": {"n": 4}}, "global_batch_size": 4}
         },

@@ -215,7 +215,10 @@ def test_a_rank_without_validation_rows_does_not_hold_up_the_other(runs: Callabl
     made = runs("gkd")
     made.overlay["data"]["init_args"] = made.overlay["data"]["init_args"] | {"validation": {"options": {"n": 1}}}
     made.overlay["trainer"]["val_check_interval"] = 3
-    made.overlay["model"]["init_args"] |= {"fidelity": {}, "validation": {"samples": 1, "max_new_tokens": 12}}
+    made.overlay["model"]["init_args"] |= {
+        "fidelity": {},
+        "validation": {"sampling": {"n": 1, "temperature": 0.0, "max_new_tokens": 12}},
+    }
     rows = []
     for name, ways in (("one", {}), ("two", {"ranks": 2, "strategy": "fsdp2"})):
         assert_done(made.fit(name, **ways))

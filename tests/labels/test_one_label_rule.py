@@ -200,7 +200,7 @@ def claims(judged: Sequence[Judged]) -> float | None:
 
 
 def validation(judged: Sequence[Judged]) -> float | None:
-    batch = SimpleNamespace(_judged=lambda *_: (None, [problem(judged)[0]["samples"]]), NAMES=SampledAccuracy.NAMES)
+    batch = SimpleNamespace(_judged=lambda *_: (None, [problem(judged)[0]["samples"]]))
     sums = SampledAccuracy.__call__(batch, None, None)  # type: ignore[arg-type]
     return SampledAccuracy.rates(sums).get("correct_with_wrong_step")
 

@@ -62,7 +62,7 @@ def fit(folder: Path, name: str, base: Path, repo_root: Path, *extra: str, quant
     overlay: dict[str, Any] = {
         "trainer": {"max_steps": 4, "val_check_interval": 1, "check_val_every_n_epoch": None},
         "checkpoint": {"every_n_steps": 100, "monitor": "val/loss", "mode": "min"},
-        "model": {"init_args": {"policy": policy, "optimizer": optimizer, "validation": {"samples": 0}}},
+        "model": {"init_args": {"policy": policy, "optimizer": optimizer, "validation": {"sampling": None}}},
         "data": {"init_args": data},
     }
     (folder / "overlay.yaml").write_text(yaml.safe_dump(copy.deepcopy(overlay)))

@@ -26,6 +26,7 @@ from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConf
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PQM, PRMModule, StepCrossEntropy
 from stepkd.modules.validation import ValidationConfig
+from stepkd.sampling.sampler import SamplingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
@@ -51,7 +52,7 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
             "3 positive numbers",
         ),
         ({"losses": lambda: [PQM(-1.0)]}, "margin=-1.0"),
-        ({"validation": ValidationConfig(samples=1)}, "is not sampled from; use 0"),
+        ({"validation": ValidationConfig(SamplingConfig())}, "is not sampled from; use null"),
         ({"loss_weights": {"lm": -1.0}}, "loss_weights={'lm': -1.0}"),
         ({"loss_weights": {"lm": float("nan")}}, "loss_weights={'lm': nan}"),
     ],

@@ -115,9 +115,11 @@ def test_validation_needs_answers_only_where_it_samples() -> None:
     held_out = [*SOLVED, PROMPTS[0]]
     data = setup(SFTModule(POLICY), StepData(train=SOLVED, validation=held_out, template="task"))
     assert [bool(example.completion_ids) for example in data.examples["validation"]] == [True] * 4 + [False]
-    sampling = SFTModule(POLICY, validation=ValidationConfig(samples=2))
+    sampling = SFTModule(POLICY, validation=ValidationConfig(SamplingConfig(n=2)))
     setup(sampling, StepData(train=SOLVED, validation=PROBLEMS, template="task"))
-    with pytest.raises(DataError, match=r"data\.validation: .*'answer': validation samples and grades .*samples: 2"):
+    with pytest.raises(
+        DataError, match=r"data\.validation: .*'answer': validation samples and grades .*sampling is not null"
+    ):
         setup(sampling, StepData(train=SOLVED, validation=held_out, template="task"))
     with pytest.raises(DataError, match=r"data\.predict: .*'answer': predict samples and grades"):
         setup(SFTModule(POLICY), StepData(predict=SOLVED, template="task"), "predict")

@@ -190,7 +190,7 @@ def test_validation_reads_the_teacher_of_the_run(tmp_path: Path, capsys: pytest.
     arguments = [
         *("--config", "recipes/tiny/self_distill.yaml", "--config", "recipes/base/tiny.yaml"),
         *("--model.init_args.policy.path", "tiny-0.1m", "--data.init_args.train.options.n", "24"),
-        *("--data.init_args.global_batch_size", "8", "--model.init_args.validation.samples", "0"),
+        *("--data.init_args.global_batch_size", "8", "--model.init_args.validation", "null"),
         *("--trainer.max_steps", "5", "--trainer.val_check_interval", "5", "--checkpoint.every_n_steps", "5"),
         *("--data.init_args.validation.options.n", "8"),
     ]

@@ -22,6 +22,7 @@ from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationConfig
+from stepkd.sampling.sampler import SamplingConfig
 
 STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 
@@ -425,9 +426,7 @@ def tiny_data(**settings: Any) -> StepData:
 
 
 def test_validation_measures_loss_and_sampled_accuracy(trainer: Any) -> None:
-    module = SFTModule(
-        PolicyConfig(path="tiny-0.1m"), STEADY, ValidationConfig(samples=2, temperature=1.0, max_new_tokens=12)
-    )
+    module = SFTModule(PolicyConfig(path="tiny-0.1m"), STEADY, ValidationConfig(SamplingConfig(n=2, max_new_tokens=12)))
     data = tiny_data()
     runner = trainer()
     first = runner.validate(module, datamodule=data, verbose=False)[0]
@@ -445,9 +444,7 @@ def test_validation_measures_loss_and_sampled_accuracy(trainer: Any) -> None:
 def test_predict_gives_valid_rollout_rows(trainer: Any) -> None:
     from stepkd.data.rows import ROLLOUT, validate
 
-    module = SFTModule(
-        PolicyConfig(path="tiny-0.1m"), STEADY, ValidationConfig(samples=2, temperature=1.0, max_new_tokens=9)
-    )
+    module = SFTModule(PolicyConfig(path="tiny-0.1m"), STEADY, ValidationConfig(SamplingConfig(n=2, max_new_tokens=9)))
     batches = trainer().predict(module, datamodule=tiny_data())
     rows = [row for batch in batches for row in batch]
     assert len(rows) == 6

@@ -23,7 +23,7 @@ def settings(**trainer: Any) -> dict[str, Any]:
             "init_args": {
                 "policy": {"path": "tiny-0.1m"},
                 "optimizer": {"warmup": 0, "schedule": "constant"},
-                "validation": {"samples": 0},
+                "validation": {"sampling": None},
             }
         },
         "data": {

@@ -74,7 +74,7 @@ OVERLAY = {
         "init_args": {
             "policy": {"path": "tiny-0.1m"},
             "optimizer": {"warmup": 0, "schedule": "constant"},
-            "validation": {"samples": 0, "max_new_tokens": 4},
+            "validation": {"sampling": None},
         }
     },
     "data": {
