@@ -48,9 +48,10 @@ def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for p in ("p", "q")
         for i in range(4)
     ]
-    path = tmp_path / "scored.jsonl"
+    path = tmp_path / "scores" / "results.jsonl"  # the folder of stepkd score, or the file
+    path.parent.mkdir()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["best-of-n", f"prm={path}", "--out", str(tmp_path / "out")]) == 0
+    assert main(["best-of-n", f"prm={path}", f"orm={path.parent}", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "best-of-N on 2 problems" in shown
     assert "prm_vote" in shown
