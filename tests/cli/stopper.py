@@ -46,7 +46,7 @@ class Stopper(Callback):
         step = self.module.global_step
         self._take_step(prepared, *arguments, **named)
         rows = [example for batch in prepared.micro_batches for example in batch.examples]
-        found = sorted((example.id, list(example.completion_ids)) for example in rows)
+        found = sorted((row.id, each.token_ids.tolist()) for row in rows for each in row.completions)
         with open(f"{self.out}.tokens.{self.rank}", "a", encoding="utf-8") as stream:
             print(json.dumps([step, found]), file=stream)
 
