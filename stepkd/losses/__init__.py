@@ -24,7 +24,6 @@ from stepkd.losses.policy_gradient import (
     group_step_advantages,
     reward_to_go,
     scatter_step_rewards,
-    segment_group_advantages,
     segments_to_go,
     token_normalisation,
 )

@@ -264,31 +264,15 @@ def group_step_advantages(
     return reward_to_go(scatter_step_rewards(ahead_S - behind_S, ends_S, row_S, starts_R, num_tokens), row_N)
 
 
-def segment_group_advantages(
-    rewards_RK: Tensor, group_R: Tensor, segment_N: Tensor, row_N: Tensor, *, ddof: int = 1
-) -> Tensor:
-    """An advantage of its own for every segment of a completion: a mode token, the reasoning, the answer.
-
-    After KAT-V1's step-supervised objective (arXiv 2507.08297), whose equations were not found: a reconstruction. Each
-    kind of reward is normalised in its group by itself, and a token gets the sum over the rewards of its segment and of
-    the segments behind it.
-
-    Args:
-        rewards_RK: reward of every completion's k-th segment.
-        group_R: int64 group of every completion.
-        segment_N: int64 segment of every token, in [0, K).
-        row_N: int64 completion of every token.
-        ddof: as for :func:`group_advantages`.
-    """
-    columns = [group_advantages(column, group_R, ddof=ddof) for column in rewards_RK.unbind(-1)]
-    return segments_to_go(torch.stack(columns, dim=-1), segment_N, row_N)
-
-
 def segments_to_go(advantages_RK: Tensor, segment_N: Tensor, row_N: Tensor) -> Tensor:
-    """Every token's advantage: those of its segment and of the segments behind it.
+    """Every token's advantage: those of its segment (a mode token, the reasoning, the answer) and of those behind it.
+
+    After KAT-V1's step-supervised objective (arXiv 2507.08297), whose equations were not found: a reconstruction, in
+    which each kind of reward is normalised in its group by itself (:func:`group_advantages`).
 
     Args:
         advantages_RK: of every completion's k-th segment.
-        segment_N, row_N: as for :func:`segment_group_advantages`.
+        segment_N: int64 segment of every token, in [0, K).
+        row_N: int64 completion of every token.
     """
     return advantages_RK.flip(-1).cumsum(-1).flip(-1)[row_N, segment_N]

@@ -289,4 +289,4 @@ class ToGo(_Credit):
 @dataclass(frozen=True)
 class FirstStep(_Credit):
     """The first step, where a mode or a plan is chosen, has an advantage of its own for its score, beside the answer's
-    (after KAT-V1, a reconstruction: see :func:`~stepkd.losses.segment_group_advantages`)."""
+    (after KAT-V1, a reconstruction: see :func:`~stepkd.losses.segments_to_go`)."""

@@ -20,7 +20,7 @@ from stepkd.losses.policy_gradient import (
     group_step_advantages,
     reward_to_go,
     scatter_step_rewards,
-    segment_group_advantages,
+    segments_to_go,
     token_normalisation,
 )
 
@@ -218,8 +218,8 @@ def test_one_step_a_solution_is_the_outcomes_advantage() -> None:
 def test_segments_have_advantages_of_their_own() -> None:
     rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     group, segment = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, 1, 1, 1, 0, 1, 1, 0, 1])
-    found = segment_group_advantages(rewards, group, segment, OF_TOKEN)
     mode, answer = (group_advantages(column, group) for column in rewards.unbind(-1))
+    found = segments_to_go(torch.stack([mode, answer], dim=-1), segment, OF_TOKEN)
     expected = [(mode + answer)[r] if s == 0 else answer[r] for r, s in zip(OF_TOKEN, segment, strict=True)]
     assert torch.allclose(found, torch.stack(expected))
 
