@@ -40,7 +40,7 @@ SET_BY_ITERATE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainConfig:
     """How a model is trained in every iteration."""
 
     recipes: list[str]
@@ -69,19 +69,27 @@ class TrainSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutSettings:
+class HeldOutConfig:
     """How every model is evaluated."""
 
     problems: str
-    """Held-out problems, a data word."""
-    samples: int = 8
-    """Solutions per problem, >= 2; S of maj@S."""
-    temperature: float = 1.0
-    """Of the sampled solutions, > 0. The divergence from M0 is estimated at temperature 1 only."""
+    """Held-out problems: a file, a folder, or data settings in one word."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=8))
+    """How solutions are drawn beside the greedy one: 2 or more of every problem (8, the S of maj@S), above temperature
+    0; the divergence from M0 is estimated at temperature 1 alone. Length, stops and seed are those of ``label``."""
     steps: StepsConfig | None = None
-    """How the sampled solutions are cut; null: as those of the training labels."""
+    """How the sampled solutions are cut into steps; null cuts them as those that are trained on."""
     labeller: LabellerConfig | None = None
-    """Who labels their steps; null: who labels the training solutions. MonteCarlo continues with M0 for every model."""
+    """Who labels their steps; null takes who labels the training solutions. MonteCarlo continues with M0 for every
+    model, so that all have one judge."""
+
+    def __post_init__(self) -> None:
+        n, temperature = self.sampling.n, self.sampling.temperature
+        if n < 2 or temperature <= 0:
+            raise ConfigError(
+                f"evaluation: {n} samples at temperature {temperature:g}: give at least 2 samples and a temperature "
+                "above 0; the greedy solution is evaluated besides"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +109,19 @@ class IterateConfig:
     """An iterated training: M0 -> M1 -> ... -> MK."""
 
     model: str
-    """M0: run folder, checkpoint, model folder, hub id, ``.gguf`` file or tiny preset."""
+    """M0, with which all begins: run folder, checkpoint, model folder, hub id, .gguf file or tiny preset."""
     problems: str
-    """Problems whose solutions are sampled and labelled for training, a data word."""
-    evaluation: HeldOutSettings
+    """Problems whose solutions are sampled and labelled for training: a file, a folder, or data settings in one word
+    (gsm8k:split=train,limit=500)."""
+    evaluation: HeldOutConfig
     """How every model is evaluated."""
-    train: TrainSettings
+    train: TrainConfig
     """How every model is trained."""
     iterations: int = 3
-    """K, >= 1. May be raised later: finished iterations are kept."""
+    """How many models are trained, 1 or more; it may be raised later, since finished iterations are kept."""
     problems_per_iteration: int | None = None
-    """Fresh problems in every iteration, that many each; None: the same ones, sampled with other noise."""
+    """Fresh problems that every iteration gets, 1 or more; null gives all of them the same ones, sampled with other
+    noise."""
     reference: Literal["reset", "kept"] = "reset"
     """Reference model of iteration k: M_{k-1} (``reset``), or M0 throughout (``kept``)."""
     label: SampledLabels = field(default_factory=SampledLabels)
@@ -120,20 +130,16 @@ class IterateConfig:
     """What the labelled solutions are converted to, as ``stepkd convert --to`` takes it; null: training reads them as
     they are."""
     pairs: dict[str, Any] | None = None
-    """``to``, a job of ``stepkd pairs`` (``step`` or ``tree``), and its settings: M_{k-1} draws pairs and training
-    reads these. Null: no pairs."""
+    """Pairs that M_{k-1} draws and training reads: ``to``, a job of ``stepkd pairs`` (``step`` or ``tree``), and its
+    settings; null draws none."""
     launcher: str | None = None
-    """Command before ``-m stepkd`` that starts labelling and training on several GPUs; None: in this process."""
+    """Command before ``-m stepkd`` that starts labelling and training on several GPUs, for instance 'accelerate launch
+    --multi_gpu'; null runs them in this process."""
     seed: int = 0
-    """Keys sampling and training of every iteration."""
+    """Seed of sampling and training in every iteration, 0 or more."""
 
     def __post_init__(self) -> None:
         check_bounds("", self, iterations="[1, inf)", problems_per_iteration="[1, inf)", seed="[0, inf)")
-        if self.evaluation.samples < 2 or self.evaluation.temperature <= 0:
-            raise ConfigError(
-                f"evaluation: {self.evaluation.samples} samples at temperature {self.evaluation.temperature:g}: give "
-                "at least 2 samples and a temperature above 0; the greedy solution is evaluated besides"
-            )
         job = self.label_spec(1, out="labels", model=self.model)
         held_out = self.held_out_spec(out="samples", model=self.model)
         if isinstance(held_out.steps, Fitted):
@@ -177,9 +183,8 @@ class IterateConfig:
     def held_out_spec(self, *, out: str, model: str) -> LabelConfig:
         """The labelling job of a model's solutions to the held-out problems; the same noise for every model."""
         drawn, held_out = self.label.sampling, self.evaluation
-        sampling = SamplingConfig(
-            n=held_out.samples,
-            temperature=held_out.temperature,
+        sampling = replace(
+            held_out.sampling,
             max_new_tokens=drawn.max_new_tokens,
             stop=drawn.stop,
             seed=iteration_seed(self.seed, "evaluate", 0),

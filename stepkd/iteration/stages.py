@@ -155,7 +155,7 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
         existing = Existing(rollouts=drawn.out, model=it.spec.model)
         judged = replace(drawn, out=str(folder / "labels"), solutions=existing, steps=OwnSteps())
         drawn = replace(drawn, labeller=Outcome())
-    n = it.spec.evaluation.samples
+    n = it.spec.evaluation.sampling.n
     run("samples", lambda: _label(it, drawn), f"M{k} samples {n} solutions of every held-out problem")
     samples = file_fingerprint(Path(drawn.out) / LABELS_NAME)
     if judged is not None:

@@ -54,7 +54,7 @@ def summarise_run(
     labeller = type(spec.held_out_spec(out="samples", model=spec.model).labeller).__name__
     return {
         "problems": len(rows[0]),
-        "samples": spec.evaluation.samples,
+        "samples": spec.evaluation.sampling.n,
         "labeller": labeller,
         "level": 0.95,
         "n_resamples": n_resamples,

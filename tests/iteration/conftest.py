@@ -46,7 +46,7 @@ def _small(model: str | Path = "tiny-0.1m", **changes: Any) -> dict[str, Any]:
                 "data.init_args.global_batch_size": 8,
             },
         },
-        "evaluation": {"problems": f"{TASK},n=6,split=test", "samples": 4},
+        "evaluation": {"problems": f"{TASK},n=6,split=test", "sampling": {"n": 4}},
     }
     return settings | changes
 

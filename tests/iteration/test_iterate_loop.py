@@ -222,7 +222,7 @@ def test_changed_labels_are_not_trained_on(
 def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Path) -> None:
     """A random model; the second attempt says the same without sampling again."""
     changes = {"model": "tiny-0.1m", "label.sampling.max_new_tokens": 4, "problems": 'task:task="modular:terms=3",n=4'}
-    changes |= {"evaluation.problems": 'task:task="modular:terms=3",n=2,split=test', "evaluation.samples": 2}
+    changes |= {"evaluation.problems": 'task:task="modular:terms=3",n=2,split=test', "evaluation.sampling.n": 2}
     spec = load_spec(settings, changes)
     for attempt in range(2):
         lines: list[str] = []

@@ -39,9 +39,10 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
     """See the module's text."""
     from stepkd.claims.tiny_samples import JOB, problem_metrics, sampling
     from stepkd.iteration.loop import run_iterations
-    from stepkd.iteration.spec import HeldOutSettings, IterateConfig, SampledLabels, TrainSettings
+    from stepkd.iteration.spec import HeldOutConfig, IterateConfig, SampledLabels, TrainConfig
     from stepkd.labels.labellers import TaskChecker
     from stepkd.runs.job import read_results
+    from stepkd.sampling.sampler import SamplingConfig
 
     settings: IteratedSettings = unit.settings
     student = train_noisy_student(unit, report)
@@ -51,8 +52,10 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
         iterations=ITERATIONS,
         reference=settings.reference,
         label=SampledLabels(labeller=TaskChecker(), sampling=sampling(0, settings.label_samples), **JOB),
-        train=TrainSettings(recipes=["recipes/tiny/step_kto.yaml"], overrides=_overrides(settings)),
-        evaluation=HeldOutSettings(problems=problem_source(unit, settings.problems, "test"), samples=settings.samples),
+        train=TrainConfig(recipes=["recipes/tiny/step_kto.yaml"], overrides=_overrides(settings)),
+        evaluation=HeldOutConfig(
+            problems=problem_source(unit, settings.problems, "test"), sampling=SamplingConfig(n=settings.samples)
+        ),
         seed=unit.seed,
     )
     folder = unit.folder / "iterated"
