@@ -5,7 +5,7 @@ Axes: N completion tokens, R completions, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -53,14 +53,10 @@ class ReferencePointConfig:
         check_bounds("reference_point.", self, ema="[0, 1)")
 
     @property
-    def needs_mismatches(self) -> bool:
-        """Whether mismatched pairs are to be read."""
-        return self.outcome == "mismatch" or self.step in ("mismatch", "per_index")
-
-    @property
-    def needs_batch(self) -> bool:
-        """Whether the batch's own log-ratios are needed before the first backward pass."""
-        return "batch" in (self.outcome, self.step)
+    def reads(self) -> set[str]:
+        """Whose log-ratios are needed before the first backward pass: ``mismatch``, ``batch``."""
+        kinds: set[str] = {"mismatch" if kind == "per_index" else kind for kind in (self.outcome, self.step)}
+        return kinds - {"zero"}
 
 
 @dataclass(frozen=True)
@@ -130,26 +126,20 @@ class PointEstimator:
         self.averages: list[float] = []
 
     def __call__(
-        self,
-        mismatches: Sequence[tuple[Completion, Tensor]],
-        own: Sequence[tuple[Completion, Tensor]],
-        device: torch.device,
-        *,
-        update: bool = True,
+        self, items: Mapping[str, Sequence[tuple[Completion, Tensor]]], device: torch.device, *, update: bool = True
     ) -> Points:
         """Points of a batch; every rank calls this.
 
         Args:
-            mismatches: this rank's mismatched completions with their token log-ratios.
-            own: its own completions with theirs, when the spec asks for them.
+            items: this rank's completions with their token log-ratios, of each kind that the spec reads.
             device: of the collective.
             update: whether running averages move (in training) or are only read.
         """
-        items = {"mismatch": mismatches, "per_index": mismatches, "batch": own, "zero": ()}
-        rows = [_step_sums(completion, ratios_N) for completion, ratios_N in items[self.spec.step]]
+        step = "mismatch" if self.spec.step == "per_index" else self.spec.step
+        rows = [_step_sums(completion, ratios_N) for completion, ratios_N in items.get(step, ())]
         sums: dict[str, float] = {}
         for kind, values in (
-            ("outcome", [float(ratios_N.double().sum()) for _, ratios_N in items[self.spec.outcome]]),
+            ("outcome", [float(ratios_N.double().sum()) for _, ratios_N in items.get(self.spec.outcome, ())]),
             ("step", [value for row in rows for value in row]),
         ):
             divisor = len(values) if self.spec.rotation == "device" and values else 1
@@ -278,7 +268,7 @@ class FeedbackModule(PreferenceModule):
     ) -> None:
         super().__init__(policy, reference, **settings)
         self.point_spec = reference_point or ReferencePointConfig()
-        self.prepares_with_model |= self.point_spec.needs_mismatches or self.point_spec.needs_batch
+        self.prepares_with_model |= bool(self.point_spec.reads)
         self._estimator = PointEstimator(self.point_spec)
 
     @property
@@ -310,23 +300,17 @@ class FeedbackModule(PreferenceModule):
 
     def mismatches(self, batch: StepBatch) -> list[Completion]:
         """This rank's prompts with other prompts' completions."""
-        if not self.point_spec.needs_mismatches:
+        if "mismatch" not in self.point_spec.reads:
             return []
         return mismatched_completions(batch, self.point_spec.rotation, self.model.max_length)
 
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
         """The batch's completions with their reference log-probabilities, once the reference points are known."""
-        others = self.mismatches(batch)
-        own: list[Completion] = []
-        if self.point_spec.needs_batch:
-            own = [completion for example in batch.examples for completion in example.completions]
+        own = [completion for example in batch.examples for completion in example.completions]
+        kinds = {"mismatch": self.mismatches(batch), "batch": own if "batch" in self.point_spec.reads else []}
         with self.phases.phase("reference points"):
-            self.values.points = self._estimator(
-                list(zip(others, self.frozen_logratios(others), strict=True)),
-                list(zip(own, self.frozen_logratios(own), strict=True)),
-                self.device,
-                update=self.trainer.training,
-            )
+            items = {kind: list(zip(each, self.frozen_logratios(each), strict=True)) for kind, each in kinds.items()}
+            self.values.points = self._estimator(items, self.device, update=self.trainer.training)
         yield from super().prepare(batch)
 
     def method_state(self) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities.parsing import collect_init_args
 from torch import Tensor
 
 from stepkd.data.batching import Position
-from stepkd.data.collate import Batch
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, ModelError
 from stepkd.losses import DEFAULT_CHUNK
@@ -29,7 +28,6 @@ from stepkd.models.policy import Policy
 from stepkd.models.sharding import WeightAverage, shard
 from stepkd.models.source import trained_template
 from stepkd.models.spec import PolicyConfig, spec_to_dict
-from stepkd.modules.components import ForwardPass
 from stepkd.modules.distributed import check_strategy, clip_in_engine
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.validation import ValidationConfig
@@ -195,10 +193,6 @@ class PolicyModule(LightningModule):
     def gathered(self) -> AbstractContextManager[Any]:
         """A block without gradients in which ranks may use the model differently often, however it is sharded."""
         return self.model.gathered()
-
-    def needed_hidden(self, micro_batch: Batch) -> Tensor:
-        """Hidden states (N, H) that predict the micro-batch's targets."""
-        return ForwardPass(self.model, micro_batch).hidden_NH
 
     def check_data_fits(self, name: str, context: int | None) -> None:
         """Refuse data that is longer than a model's context (None: unlimited)."""
