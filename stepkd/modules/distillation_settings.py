@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.sampling.engines import EngineConfig, InProcess
 from stepkd.sampling.sampler import SamplingConfig
+from stepkd.teachers.config import Needs
 
 Divergence = Callable[[Any, Any, Any], Any]
 """Log-probabilities of student and teacher (C, W) and targets (C,), to a divergence (C,) in nats."""
@@ -30,6 +31,12 @@ class DivergenceConfig(ABC):
     @abstractmethod
     def build(self) -> Divergence:
         """The divergence as a function."""
+
+    def needs(self) -> Needs:
+        """What it asks of a teacher."""
+        whole: Needs = {"whole": f"divergence {type(self).__name__} reads the whole distribution"}
+        tempered: Needs = {"tempered": "divergence.temperature divides the logits of both sides"}
+        return (whole if self.whole else {}) | (tempered if self.logits_temperature != 1 else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,3 +243,10 @@ class SourceConfig:
     def samples(self) -> bool:
         """Whether any batch is sampled."""
         return self.lmbda > 0 or self.teacher > 0
+
+    def needs(self) -> Needs:
+        """What it asks of a teacher."""
+        student = f"source.lmbda={self.lmbda} samples from the student"
+        teacher = f"source.teacher={self.teacher} samples from the teacher"
+        writes: Needs = {"fresh": teacher, "writes": teacher}
+        return ({"fresh": student} if self.lmbda else {}) | (writes if self.teacher else {})

@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stepkd.data.batching import micro_batches
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example, with_completion
@@ -29,6 +28,7 @@ from stepkd.models.policy import Policy
 from stepkd.sampling.sampler import Sampler, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
+from stepkd.teachers.config import Needs
 from stepkd.teachers.local import LocalTeacher
 from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
 
@@ -57,6 +57,11 @@ class FidelityConfig:
     answers: bool = True
     """Whether both also answer greedily, and are graded; the teacher does so once."""
 
+    def needs(self) -> Needs:
+        """What it asks of a teacher."""
+        answers: Needs = {"writes": "fidelity.answers compares the answers of two models"}
+        return {"fresh": "fidelity compares on fresh samples"} | (answers if self.answers else {})
+
     def __post_init__(self) -> None:
         if self.sampling.n != 1 or self.sampling.temperature == 0:
             raise ConfigError(
@@ -65,30 +70,22 @@ class FidelityConfig:
             )
 
 
-@dataclass(eq=False)
 class Fidelity:
-    """Compares a student with its teacher on validation problems."""
+    """Compares a student with its teacher on validation problems.
 
-    spec: FidelityConfig
-    """What is measured."""
-    student: Policy
-    teacher: Teacher
-    """Answers are compared with a teacher in this process only."""
-    grader: Grader
-    """Judges answers."""
-    collate: Callable[[list[Example]], Batch]
-    """Examples to a micro-batch, as training has it."""
-    max_tokens: int
-    """Most tokens of a micro-batch, padding included."""
-    chunk_size: int
-    """Positions whose logits exist at once."""
-    segmenter: str
-    """How samples are cut into steps."""
-    seed: int
-    """Keys the samples: the same noise at every validation."""
+    Args:
+        spec: what is measured.
+        module: whose ``model`` is the student, beside its ``teacher``; samples are keyed by its ``seed``, so that every
+            validation has the same noise.
+        grader: judges answers.
+    """
 
-    def __post_init__(self) -> None:
-        self._segmenter = get_segmenter(self.segmenter)
+    def __init__(self, spec: FidelityConfig, module: Any, grader: Grader) -> None:
+        self.spec, self.module, self.grader = spec, module, grader
+        self.student: Policy = module.model
+        self.teacher: Teacher = module.teacher
+        self.chunk_size: int = module.chunk_size
+        self._segmenter = get_segmenter(module.validation_spec.segmenter)
         self._answers: dict[int, tuple[bool, str | None]] = {}
 
     def __call__(self, examples: Sequence[Example], indices: Sequence[int]) -> Sums:
@@ -113,20 +110,20 @@ class Fidelity:
     def _sample(
         self, sampler: Sampler, prompts: Sequence[tuple[int, ...]], indices: Sequence[int], purpose: str, **how: Any
     ) -> list[Completion]:
-        sampling = replace(self.spec.sampling, seed=self.seed, **how)
+        sampling = replace(self.spec.sampling, seed=self.module.seed, **how)
         return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
 
     @torch.no_grad()
     def _tokens_and_steps(self, examples: list[Example]) -> Sums:
         totals, *moments = torch.zeros(4, len(TOKENS), dtype=torch.float64)
         tokens, likely, steps, known = 0, 0.0, 0, True
-        for group in micro_batches([example.length for example in examples], self.max_tokens):
-            batch = self.collate([examples[i] for i in group]).to(self.student.device)
+        for prepared in self.module.prepare_examples(examples).micro_batches:
+            batch = prepared.to(self.student.device)
             values = self._positions(batch)
             rows_N = batch.completion_N.cpu()
-            of_problems_BM = totals.new_zeros(len(group), len(TOKENS))
+            of_problems_BM = totals.new_zeros(batch.num_completions, len(TOKENS))
             of_problems_BM.index_add_(0, rows_N, values[:, : len(TOKENS)].double().cpu())
-            tokens_B = totals.new_zeros(len(group)).index_add_(0, rows_N, totals.new_ones(len(values)))
+            tokens_B = totals.new_zeros(batch.num_completions).index_add_(0, rows_N, totals.new_ones(len(values)))
             totals += of_problems_BM.sum(0)
             tokens += len(values)
             moments[0] += of_problems_BM.square().sum(0)
@@ -171,8 +168,8 @@ class Fidelity:
     def _calibration(self, examples: list[Example]) -> Sums:
         """By bins of confidence: how much surer than right either is on given tokens (see :func:`fidelity_totals`)."""
         gaps, tokens = torch.zeros(len(CALIBRATED), BINS, dtype=torch.float64), 0
-        for group in micro_batches([example.length for example in examples], self.max_tokens):
-            batch = self.collate([examples[i] for i in group]).to(self.student.device)
+        for prepared in self.module.prepare_examples(examples).micro_batches:
+            batch = prepared.to(self.student.device)
             signals = self.teacher.signals(batch, temperature=1.0)
 
             def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor, signals: Signals = signals) -> Tensor:

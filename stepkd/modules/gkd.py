@@ -27,9 +27,9 @@ from stepkd.modules.fidelity import Fidelity, FidelityConfig, fidelity_totals
 from stepkd.modules.step_scores import Focus, FocusConfig, token_weights
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
-from stepkd.sampling.sampler import Sampler, SamplingConfig
+from stepkd.sampling.sampler import Sampler
 from stepkd.steps.segment import get_segmenter
-from stepkd.teachers.config import Need, TeacherConfig
+from stepkd.teachers.config import TeacherConfig
 from stepkd.teachers.local import LocalTeacher
 from stepkd.teachers.signals import Teacher
 
@@ -138,31 +138,14 @@ class GKDModule(DistillationModule):
         self.cross_entropy = cross_entropy
         self.focus_spec = focus
         self.fidelity_spec = fidelity
+        self.sampling = replace(self.source.sampling, seed=self.seed)
         self.steps_per_batch = self.source.num_iterations
         self.skip_empty_steps = focus is not None
-        teacher.require(self._needs())
+        teacher.require(({} if fidelity is None else fidelity.needs()) | self.source.needs() | self.divergence.needs())
         self.teacher = teacher.build()
         weights = None if cross_entropy is None else self._weights
         self.components = [Distillation(self.teacher, self.divergence, average, weights, focus is not None)]
         self._segmenter = get_segmenter(self.source.segmenter)
-
-    def _needs(self) -> dict[Need, str]:
-        """What the settings ask of a teacher, each with the reason."""
-        source, fidelity, kind = self.source, self.fidelity_spec, type(self.divergence).__name__
-        asked: list[tuple[Any, Need, str]] = [
-            (fidelity, "fresh", "fidelity compares on fresh samples"),
-            (fidelity and fidelity.answers, "writes", "fidelity.answers compares the answers of two models"),
-            (source.lmbda, "fresh", f"source.lmbda={source.lmbda} samples from the student"),
-            (source.teacher, "fresh", f"source.teacher={source.teacher} samples from the teacher"),
-            (source.teacher, "writes", f"source.teacher={source.teacher} samples from the teacher"),
-            (self.divergence.whole, "whole", f"divergence {kind} reads the whole distribution"),
-            (
-                self.divergence.logits_temperature != 1,
-                "tempered",
-                "divergence.temperature divides the logits of both sides",
-            ),
-        ]
-        return {need: setting for asks, need, setting in asked if asks}
 
     def _weights(self) -> tuple[float, float]:
         assert self.cross_entropy is not None
@@ -172,13 +155,11 @@ class GKDModule(DistillationModule):
 
     def new_tokens(self) -> int:
         """Tokens of a sample, where there are samples."""
-        return self.source.sampling.longest if self.source.samples else 0
+        return self.sampling.longest if self.source.samples else 0
 
     def after_step(self) -> None:
         """A teacher that is the student itself keeps up with it."""
         self.teacher.after_step(self.global_step)
-
-    # ---- batches ---------------------------------------------------------------------------------------------------
 
     def reads(self, split: str) -> dict[tuple[str, ...], str]:
         """Solutions where batches are the data's own, answers where they are graded."""
@@ -210,13 +191,13 @@ class GKDModule(DistillationModule):
 
     def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Example]:
         """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
-        prompts, sampling = [example.prompt_ids for example in batch.examples], self._sampling()
+        prompts = [example.prompt_ids for example in batch.examples]
         if source == "teacher":
             prompts = self.teacher.prompts(batch.examples)
-        with self.gathered(), self.phases.phase(f"{source} rollout", total=len(prompts) * sampling.n):
+        with self.gathered(), self.phases.phase(f"{source} rollout", total=len(prompts) * self.sampling.n):
             drawn = self._sampler(source).sample(
                 prompts,
-                sampling,
+                self.sampling,
                 purpose=f"gkd {source}",
                 step=self.global_step,
                 indices=batch.indices,
@@ -234,19 +215,14 @@ class GKDModule(DistillationModule):
         self._engine.refresh(self.global_step)
         return self._engine
 
-    def _sampling(self) -> SamplingConfig:
-        return replace(self.source.sampling, seed=self.seed)
-
     @cached_property
     def _engine(self) -> Sampler:
-        return self.source.engine.build(self.model, self._sampling(), STOP_REQUEST.__bool__)
+        return self.source.engine.build(self.model, self.sampling, STOP_REQUEST.__bool__)
 
     @cached_property
     def _focus(self) -> Focus:
         assert self.focus_spec is not None
         return Focus(self.focus_spec, str(self.device))
-
-    # ---- validation ------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The divergence on given completions, sampled accuracy, and fidelity where it is asked for."""
@@ -268,14 +244,4 @@ class GKDModule(DistillationModule):
     @cached_property
     def _fidelity(self) -> Fidelity:
         assert self.fidelity_spec is not None
-        return Fidelity(
-            self.fidelity_spec,
-            self.model,
-            self.teacher,
-            self._sampled().grader,
-            self._collate,
-            max_tokens=self.micro_batch_tokens,
-            chunk_size=self.chunk_size,
-            segmenter=self.validation_spec.segmenter,
-            seed=self.seed,
-        )
+        return Fidelity(self.fidelity_spec, self, self._sampled().grader)

@@ -12,10 +12,10 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.models.spec import Quantization
 
-Need = Literal["fresh", "whole", "tempered", "writes", "other"]
-"""What a run may need of a teacher: that it scores text it has not seen (``fresh``), that it gives its whole
-distribution (``whole``), at any temperature (``tempered``), that it can be sampled from (``writes``), that it is
-another model than the student (``other``)."""
+Needs = dict[str, str]
+"""What a run needs of a teacher, each with the setting that asks for it: that it scores text it has not seen
+(``fresh``), gives its whole distribution (``whole``), at any temperature (``tempered``), can be sampled from
+(``writes``), is another model than the student (``other``)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TeacherConfig(ABC):
     :class:`SelfSnapshot`, :class:`SelfAverage` or :class:`SelfBase`."""
 
     top_k: TopK | None
-    lacks: ClassVar[Mapping[Need, str]] = {}
+    lacks: ClassVar[Mapping[str, str]] = {}
     """What this kind of teacher cannot do, and what to do about it; completes "... and this teacher"."""
 
     @abstractmethod
@@ -48,11 +48,11 @@ class TeacherConfig(ABC):
             ModelError: a cache that is not there.
         """
 
-    def require(self, needs: Mapping[Need, str]) -> None:
+    def require(self, needs: Needs) -> None:
         """Refuse a run that asks for more than this kind of teacher can do.
 
         Args:
-            needs: what the run needs, each with the setting that asks for it and what that does.
+            needs: what a part of the run's settings asks for.
 
         Raises:
             ConfigError: names the setting, what the teacher lacks, and what to do.
@@ -64,8 +64,9 @@ class TeacherConfig(ABC):
             if lack is not None:
                 raise ConfigError(f"{setting}, and the teacher {type(self).__name__} {lack}")
 
-    def _buckets(self) -> dict[str, Any]:
-        return {} if self.top_k is None else {"top_k": self.top_k.k, "tail": self.top_k.tail}
+    def _settings(self) -> dict[str, Any]:
+        """Arguments of the teacher: the settings, with ``top_k`` as two of them."""
+        return vars(self) | ({} if self.top_k is None else {"top_k": self.top_k.k, "tail": self.top_k.tail})
 
 
 @dataclass(frozen=True)
@@ -104,16 +105,7 @@ class Local(TeacherConfig):
         """See :meth:`TeacherConfig.build`."""
         from stepkd.teachers.local import LocalTeacher
 
-        return LocalTeacher(
-            self.path,
-            dtype=self.dtype,
-            quantization=self.quantization,
-            device=self.device,
-            sharded=self.sharded,
-            attention=self.attention,
-            template=self.template,
-            **self._buckets(),
-        )
+        return LocalTeacher(**self._settings())
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,7 @@ class Cached(TeacherConfig):
     top_k: TopK | None = None
     """Use only so many of the tokens that the cache holds; null: all of them, and a bucket for the others."""
 
-    lacks: ClassVar[Mapping[Need, str]] = {
+    lacks: ClassVar[Mapping[str, str]] = {
         "fresh": "knows only the completions that it was written for: train on given ones (source: {lmbda: 0, teacher: "
         "0}, fidelity: null), or take the teacher Local",
         "whole": "holds no whole distribution: take the teacher Local",
@@ -136,7 +128,7 @@ class Cached(TeacherConfig):
         """See :meth:`TeacherConfig.build`."""
         from stepkd.teachers.cache import CachedTeacher
 
-        return CachedTeacher(self.folder, **self._buckets())
+        return CachedTeacher(**self._settings())
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,7 @@ class Served(TeacherConfig):
     top_k: TopK = TopK(64)
     """How many of its likeliest tokens it is asked for; 64 hold nearly all of the mass."""
 
-    lacks: ClassVar[Mapping[Need, str]] = {
+    lacks: ClassVar[Mapping[str, str]] = {
         "whole": "gives its likeliest tokens only: take the teacher Local",
         "tempered": "cannot temper, as not every server tempers the scores of given text: set the temperature to 1",
         "writes": "is not sampled from here: sample it beforehand (stepkd label), or take the teacher Local",
@@ -160,10 +152,10 @@ class Served(TeacherConfig):
         """See :meth:`TeacherConfig.build`."""
         from stepkd.teachers.server import ServerTeacher
 
-        return ServerTeacher(self.url, self.tokenizer, **self._buckets())
+        return ServerTeacher(**self._settings())
 
 
-_OWN: Mapping[Need, str] = {
+_OWN: Mapping[str, str] = {
     "writes": "is the student itself: set source.lmbda in place of source.teacher, and fidelity.answers to false",
     "other": "is the student itself: take the teacher Local",
 }
@@ -178,7 +170,7 @@ class SelfSnapshot(TeacherConfig):
     top_k: TopK | None = None
     """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
 
-    lacks: ClassVar[Mapping[Need, str]] = _OWN
+    lacks: ClassVar[Mapping[str, str]] = _OWN
 
     def __post_init__(self) -> None:
         check_bounds("teacher.", self, every="[1, inf)")
@@ -187,7 +179,7 @@ class SelfSnapshot(TeacherConfig):
         """See :meth:`TeacherConfig.build`."""
         from stepkd.teachers.own import SnapshotTeacher
 
-        return SnapshotTeacher(self.every, **self._buckets())
+        return SnapshotTeacher(**self._settings())
 
 
 @dataclass(frozen=True)
@@ -199,7 +191,7 @@ class SelfAverage(TeacherConfig):
     top_k: TopK | None = None
     """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
 
-    lacks: ClassVar[Mapping[Need, str]] = _OWN
+    lacks: ClassVar[Mapping[str, str]] = _OWN
 
     def __post_init__(self) -> None:
         check_bounds("teacher.", self, decay="(0, 1)")
@@ -208,7 +200,7 @@ class SelfAverage(TeacherConfig):
         """See :meth:`TeacherConfig.build`."""
         from stepkd.teachers.own import AverageTeacher
 
-        return AverageTeacher(self.decay, **self._buckets())
+        return AverageTeacher(**self._settings())
 
 
 @dataclass(frozen=True)
@@ -218,10 +210,10 @@ class SelfBase(TeacherConfig):
     top_k: TopK | None = None
     """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
 
-    lacks: ClassVar[Mapping[Need, str]] = _OWN
+    lacks: ClassVar[Mapping[str, str]] = _OWN
 
     def build(self) -> Any:
         """See :meth:`TeacherConfig.build`."""
         from stepkd.teachers.own import BaseTeacher
 
-        return BaseTeacher(**self._buckets())
+        return BaseTeacher(**self._settings())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +32,25 @@ ROOM = 0.9
 """Share of a device's free memory that a teacher's weights may take."""
 
 
+@dataclass(eq=False)
 class LocalTeacher(Teacher):
-    """A frozen model beside the student.
+    """A frozen model beside the student; its settings are those of ``Local`` in :mod:`stepkd.teachers.config`."""
 
-    Args:
-        path, dtype, quantization, device, sharded, attention, template: see ``Local`` in :mod:`stepkd.teachers.config`.
-        top_k: compare only its k likeliest tokens and the rest; None: the whole vocabulary.
-        tail: see :class:`~stepkd.teachers.signals.HiddenSignals`.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        *,
-        dtype: str | None = None,
-        quantization: Quantization = "none",
-        device: str | None = None,
-        sharded: bool = False,
-        attention: str | None = None,
-        template: str | Path | PromptTemplate | None = None,
-        top_k: int | None = None,
-        tail: bool = True,
-    ) -> None:
-        self.path = path
-        self.template = template
-        self.sharded = sharded
-        self.top_k = top_k
-        self.tail = tail
-        self._device = device
-        self._loading: dict[str, Any] = {"dtype": dtype, "attention": attention, "quantization": quantization}
-        self._policy: Policy | None = None
-        self._encoder: Encoder | None = None
-        self._is_sharded = False
+    path: str
+    _: KW_ONLY
+    dtype: str | None = None
+    quantization: Quantization = "none"
+    device: str | None = None
+    sharded: bool = False
+    attention: str | None = None
+    template: str | Path | PromptTemplate | None = None
+    top_k: int | None = None
+    """Compare only its k likeliest tokens and the rest; None: the whole vocabulary."""
+    tail: bool = True
+    """See :class:`~stepkd.teachers.signals.HiddenSignals`."""
+    _policy: Policy | None = field(default=None, init=False)
+    _encoder: Encoder | None = field(default=None, init=False)
+    _is_sharded: bool = field(default=False, init=False)
 
     @property
     def policy(self) -> Policy:
@@ -80,7 +67,8 @@ class LocalTeacher(Teacher):
         """
         if self._policy is not None:
             return
-        policy = load_trained(self.path, **self._loading)
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("dtype", "attention", "quantization")}
+        policy = load_trained(self.path, **how)
         if policy.step_head is not None:
             raise ModelError(f"teacher.path={self.path} is a reward model: a teacher is a language model")
         check_same_vocabulary(tokenizer, policy.tokenizer)
@@ -176,7 +164,7 @@ class LocalTeacher(Teacher):
         policy = self.policy
         if self._is_sharded:
             return
-        wanted = device if self._device is None else torch.device(self._device)
+        wanted = device if self.device is None else torch.device(self.device)
         if policy.device.type == wanted.type and wanted.index in (None, policy.device.index):
             return
         check_room(policy, wanted)

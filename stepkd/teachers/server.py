@@ -25,7 +25,7 @@ from stepkd.teachers.signals import Signals, Teacher
 class ServerTeacher(Teacher):
     """See ``Served`` in :mod:`stepkd.teachers.config`."""
 
-    address: str
+    url: str
     """``http://host:port``."""
     tokenizer: str | None = None
     """Folder or hub id of its tokenizer; None: the model that the server names."""
@@ -47,13 +47,13 @@ class ServerTeacher(Teacher):
             ModelError: another vocabulary.
         """
         if self.client is None:
-            self.client = connect(self.address)
+            self.client = connect(self.url)
         name = self.tokenizer or str(self.client.model)
         try:
             own = load_tokenizer(PolicyConfig(path=name))
         except ModelError as error:
             raise ConfigError(
-                f"the vLLM server at {self.address} serves {self.client.model!r}, whose tokenizer cannot be loaded "
+                f"the vLLM server at {self.url} serves {self.client.model!r}, whose tokenizer cannot be loaded "
                 f"from {name!r} ({error}): name its folder or hub id in teacher.tokenizer"
             ) from error
         check_same_vocabulary(tokenizer, own)
@@ -88,7 +88,7 @@ class ServerTeacher(Teacher):
         for example, scored in zip(asked, answer["actual_token_ids"], strict=True):
             if [each[0] for each in scored] != list(example.completion_ids):
                 raise ModelError(
-                    f"the vLLM server at {self.address} scored {len(scored)} tokens of row {example.id!r}, which has "
+                    f"the vLLM server at {self.url} scored {len(scored)} tokens of row {example.id!r}, which has "
                     f"{len(example.completion_ids)}, or other ones: is its context long enough?"
                 )
         ids_Nk = torch.tensor([ids for row in answer["logprob_token_ids"] for ids in row], device=device)
