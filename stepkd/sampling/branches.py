@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from stepkd.data.completion import Completion
 from stepkd.errors import DataError
 from stepkd.sampling.decode import Decoder, Progress, Reading, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
 
 _KNOWN, _GAP = 4, 24  # tokens of the probe: read and kept, read and hidden
 
@@ -106,7 +106,6 @@ class _Prefix:
     limit: int
     rollouts: list[Completion] = field(default_factory=list)
     read_tokens: int = 0
-    settled: bool = False
 
 
 @dataclass
@@ -125,16 +124,10 @@ class BranchRun:
     """How to draw."""
     key: tuple[str, int]
     """Purpose and step, the first parts of every row's noise key."""
-    waves: Sequence[int]
-    """Numbers of samples, in all ``spec.n``."""
-    settled: Callable[[Sequence[Drawn]], Sequence[bool]] | None
-    """Says after a wave which prefixes need no more samples."""
     on_progress: Progress | None
     """Called with the number of rows just finished."""
 
     def __post_init__(self) -> None:
-        if sum(self.waves) != self.spec.n or min(self.waves) < 1:
-            raise ValueError(f"waves {list(self.waves)} must be positive and add up to the {self.spec.n} samples")
         context = self.decoder.policy.max_length
         self.prefixes = [_prefixes(b, branch, self.spec, context) for b, branch in enumerate(self.branches)]
 
@@ -156,7 +149,7 @@ class BranchRun:
         for block in self._blocks(shared):
             self._draw_shared(block)
         if apart:
-            self._in_waves(apart, lambda rows: self._decode_apart(apart, rows))
+            self._draw(apart, lambda rows: self._decode_apart(apart, rows))
         return [
             BranchRollouts(tuple(tuple(p.rollouts) for p in prefixes), sum(p.read_tokens for p in prefixes))
             for prefixes in self.prefixes
@@ -167,7 +160,7 @@ class BranchRun:
         blocks: list[list[list[_Prefix]]] = []
         room = 0
         for prefixes in sorted(branches, key=lambda prefixes: -prefixes[-1].cut):
-            rows = len(prefixes) * self.waves[0]
+            rows = len(prefixes) * self.spec.n
             if not blocks or rows > room or len(blocks[-1]) >= self.decoder.max_rows:
                 blocks.append([])
                 room = _PARTS * self.decoder.max_rows
@@ -189,26 +182,15 @@ class BranchRun:
                 row.source = source[row.prompt_index]
             self._decode_shared(reading, rows)
 
-        self._in_waves([prefix for prefixes in block for prefix in prefixes], decode)
+        self._draw([prefix for prefixes in block for prefix in prefixes], decode)
 
-    def _in_waves(self, prefixes: list[_Prefix], decode: Callable[[list[Row]], None]) -> None:
-        first = 0
-        for count in self.waves:
-            going = [prefix for prefix in prefixes if not prefix.settled]
-            if not going:
-                return
-            rows = [self._row(prefix, j) for prefix in going for j in range(first, first + count)]
-            decode(rows)
-            drawn = []
-            for i, prefix in enumerate(going):
-                known = np.asarray(self.branches[prefix.branch].token_ids[: prefix.cut])
-                new = tuple(self.decoder.finished(row, known, self.spec) for row in rows[i * count : (i + 1) * count])
-                prefix.rollouts.extend(new)
-                drawn.append(Drawn(prefix.branch, prefix.cut_number, new))
-            if self.settled is not None:
-                for prefix, enough in zip(going, self.settled(drawn), strict=True):
-                    prefix.settled = bool(enough)
-            first += count
+    def _draw(self, prefixes: list[_Prefix], decode: Callable[[list[Row]], None]) -> None:
+        n = self.spec.n
+        rows = [self._row(prefix, j) for prefix in prefixes for j in range(n)]
+        decode(rows)
+        for i, prefix in enumerate(prefixes):
+            known = np.asarray(self.branches[prefix.branch].token_ids[: prefix.cut])
+            prefix.rollouts = [self.decoder.finished(row, known, self.spec) for row in rows[i * n : (i + 1) * n]]
 
     def _row(self, prefix: _Prefix, sample: int) -> Row:
         key = (*self.key, self.branches[prefix.branch].index, prefix.cut, sample)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError
@@ -178,17 +178,6 @@ class BranchRollouts:
     """Tokens of the sequence read for it: the longest prefix where reading is shared, else all prefixes together."""
 
 
-class Drawn(NamedTuple):
-    """Continuations of one prefix that a wave has just drawn."""
-
-    branch: int
-    """Position of the branch in the call."""
-    cut_number: int
-    """Position of the cut among the branch's cuts."""
-    rollouts: tuple[Completion, ...]
-    """The new continuations."""
-
-
 class BranchSampler(Protocol):
     """Continues prefixes of sequences."""
 
@@ -200,8 +189,6 @@ class BranchSampler(Protocol):
         purpose: str = "branch",
         step: int = 0,
         shared: bool = True,
-        waves: Sequence[int] | None = None,
-        settled: Callable[[Sequence[Drawn]], Sequence[bool]] | None = None,
         on_progress: Callable[[int], Any] | None = None,
     ) -> list[BranchRollouts]:
         """Draw ``spec.n`` continuations of every prefix.
@@ -213,9 +200,6 @@ class BranchSampler(Protocol):
             step: optimiser step (or iteration). Sample j of the prefix of c tokens of sequence g uses the stream of
                 ``(spec.seed, purpose, step, g, c, j)``, whatever the batch and whether reading is shared.
             shared: read every sequence once and continue all its prefixes from that; False reads every prefix anew.
-            waves: numbers of samples that add up to ``spec.n``, drawn one after the other; None: all at once.
-            settled: called after every wave with what it drew (once or several times, for some of the prefixes each);
-                returns for each prefix whether it needs no more samples.
             on_progress: called with the number of continuations just finished.
 
         Returns:

@@ -16,7 +16,7 @@ from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import BranchRun, GapLimit, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, Key, SampleCounts, Sampler, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, Key, SampleCounts, Sampler, SamplingConfig
 from stepkd.steps.segment import get_segmenter
 
 
@@ -82,8 +82,6 @@ class TransformersSampler(Sampler):
         purpose: str = "branch",
         step: int = 0,
         shared: bool = True,
-        waves: Sequence[int] | None = None,
-        settled: Callable[[Sequence[Drawn]], Sequence[bool]] | None = None,
         on_progress: Callable[[int], Any] | None = None,
     ) -> list[BranchRollouts]:
         """Continue prefixes; see :class:`~stepkd.sampling.sampler.BranchSampler`.
@@ -96,8 +94,7 @@ class TransformersSampler(Sampler):
                 room for a single token in the model's context.
             ModelError: the model's logits are not numbers.
         """
-        waves = (spec.n,) if waves is None else waves
-        run = BranchRun(self._decoder, branches, spec, (purpose, step), waves, settled, on_progress)
+        run = BranchRun(self._decoder, branches, spec, (purpose, step), on_progress)
         with evaluation_mode(self.policy):
             if shared and self._gap_limit is None:
                 self._gap_limit = gap_limit(self._decoder)

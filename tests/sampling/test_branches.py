@@ -17,7 +17,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling import branches
 from stepkd.sampling.decode import Decoder
-from stepkd.sampling.sampler import Branch, BranchRollouts, Drawn, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 SPEC = SamplingConfig(n=3, max_new_tokens=10, seed=4)
@@ -213,38 +213,6 @@ def test_masks_hide_what_comes_after_the_cut(
     assert seen == expected
 
 
-def test_waves_draw_the_same_and_stop_early(policy: Policy, some: list[Branch]) -> None:
-    spec = SamplingConfig(n=5, max_new_tokens=6, seed=2)
-    whole = TransformersSampler(policy).sample_branches(some, spec)
-    sampler = TransformersSampler(policy, max_rows=6)
-    assert_same(sampler.sample_branches(some, spec, waves=[1, 1, 3]), whole)
-    enough = {(1, 0), (1, 4), (3, 2)}
-    calls: list[Drawn] = []
-
-    def settled(drawn: Sequence[Drawn]) -> list[bool]:
-        calls.extend(drawn)
-        return [(each.branch, each.cut_number) in enough and each.rollouts[-1].sample >= 1 for each in drawn]
-
-    for shared in (True, False):
-        calls.clear()
-        before = sampler.counts.prefill_tokens
-        results = sampler.sample_branches(some, spec, waves=[1, 1, 3], settled=settled, shared=shared)
-        for b, (branch, result) in enumerate(zip(some, results, strict=True)):
-            for c in range(len(branch.cuts)):
-                made = 2 if (b, c) in enough else 5
-                assert [r.key for r in result.rollouts[c]] == [r.key for r in whole[b].rollouts[c][:made]]
-                waves = [len(each.rollouts) for each in calls if (each.branch, each.cut_number) == (b, c)]
-                assert waves == [1, 1, 3][: 2 if (b, c) in enough else 3]
-        read = [
-            b.cuts[-1] if shared else sum((2 if (i, c) in enough else 3) * cut for c, cut in enumerate(b.cuts))
-            for i, b in enumerate(some)
-        ]
-        assert [result.prefill_tokens for result in results] == read
-        assert sampler.counts.prefill_tokens - before == sum(read)
-    none_left = sampler.sample_branches(some, spec, waves=[2, 3], settled=lambda drawn: [True] * len(drawn))
-    assert {len(cut) for result in none_left for cut in result.rollouts} == {2}
-
-
 def test_progress_counts_every_continuation(policy: Policy, some: list[Branch]) -> None:
     for shared in (True, False):
         finished: list[int] = []
@@ -393,16 +361,6 @@ def test_modes_stay_as_they_were() -> None:
         ),
         (lambda s: s.sample_branches([Branch([5, 6], [1, 1], 7)], SPEC), DataError, "cut 1 comes after cut 1"),
         (lambda s: s.sample_branches([Branch([], [1], 7)], SPEC), DataError, "cut 1 is outside 1 to 0"),
-        (
-            lambda s: s.sample_branches([], SPEC, waves=[1, 1]),
-            ValueError,
-            "waves [1, 1] must be positive and add up to",
-        ),
-        (
-            lambda s: s.sample_branches([], SPEC, waves=[0, 3]),
-            ValueError,
-            "must be positive and add up to the 3 samples",
-        ),
     ],
 )
 def test_bad_calls(
