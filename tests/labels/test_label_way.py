@@ -1,0 +1,90 @@
+"""A step label's way: one class with arrays from the row to the label, and again to the batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stepkd.data.collate import Batch, collate
+from stepkd.data.completion import Completion
+from stepkd.data.datamodule import StepData
+from stepkd.data.spec import DataConfig, load_rows, parse_spec
+from stepkd.data.step_labels import LabelRule
+from stepkd.labels import job as labelling
+from stepkd.labels.monte_carlo import MonteCarloLabeller
+from stepkd.labels.settings import LabelConfig
+from stepkd.labels.solutions import SampledSolutions
+from stepkd.labels.step_labels import Solution, StepLabels
+from stepkd.losses import LossTerms
+from stepkd.models.spec import PolicyConfig
+from stepkd.models.step_head_config import LabelTokens
+from stepkd.modules.prm import PRMModule
+
+
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What every station of the way gives, in the order of the stations."""
+    found: dict[str, list[Any]] = {}
+
+    def watch(owner: Any, name: str, station: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            given = original(*args, **options)
+            found.setdefault(station, []).extend(given if isinstance(given, list) else [given])
+            return given
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(SampledSolutions, "solutions", "source")
+    watch(labelling, "cut", "steps")
+    watch(MonteCarloLabeller, "label", "labeller")
+    watch(labelling, "labelled_row", "row")
+    return found
+
+
+def test_the_classes_on_the_way(spec: LabelConfig, run: Any, met: dict[str, list[Any]]) -> None:
+    """Row, completion, labels, row, completion, batch, loss terms: no other class holds a solution."""
+    run(replace(spec, max_rows=8))
+    assert {station: {type(each) for each in given} for station, given in met.items()} == {
+        "source": {Solution},
+        "steps": {Solution},
+        "labeller": {StepLabels},
+        "row": {dict},
+    }
+    assert issubclass(Solution, Completion)
+    for drawn, whole, row in zip(met["source"], met["steps"], met["row"], strict=True):
+        assert isinstance(drawn.token_ids, np.ndarray)
+        assert whole.token_ids is drawn.token_ids, "the array itself"
+        assert (row["token_ids"], row["step_ends"]) == (drawn.token_ids.tolist(), whole.step_ends.tolist())
+    rows = load_rows(parse_spec(str(Path(spec.out))))
+    assert rows == met["row"], "the file holds the rows themselves"
+    data = StepData(
+        DataConfig(path=str(Path(spec.out) / "labels.jsonl")),
+        template="task",
+        max_length=96,
+        overlap_ngram=0,
+        global_batch_size=len(rows),
+        labels=LabelRule(after_error="keep"),
+        allow_one_class=True,
+    )
+    module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype="float64"), LabelTokens())
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=module, global_rank=0, world_size=1, limit_train_batches=1.0
+    )
+    data.setup("fit")
+    module.configure_model()
+    examples = data.examples["train"]
+    assert {type(part) for example in examples for part in example.completions} == {Completion}
+    for example, row in zip(examples, rows, strict=True):
+        (part,) = example.completions
+        read = iter(part.token_ids.tolist())
+        assert all(token in read for token in row["token_ids"]), "the sampled ids, in order, with markers between them"
+    batch = collate(examples, pad_id=0)
+    assert type(batch) is Batch
+    assert type(module.loss_terms(batch)) is LossTerms
