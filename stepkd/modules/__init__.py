@@ -21,7 +21,7 @@ _HOMES = {
     "kto": "KTOModule ReferencePointConfig StepKTOModule",
     "optim": "OptimizerConfig",
     "preference": "PreferenceModule ReferenceConfig",
-    "prm": "LanguageModelling PQM PRMModule StepCrossEntropy StepLoss",
+    "prm": "LanguageModelling PRMModule StepCrossEntropy StepLoss",
     "rewards": "RewardConfig",
     "settings": (
         "AsAdvantage AsReward Constant Exact FirstStep KDConfig Linear PolicyLossConfig "
