@@ -14,6 +14,7 @@ METHODS = sorted(path for path in ROOT.glob("*.yaml") if path not in ITERATED)
 TINY = sorted(path for path in (ROOT / "tiny").glob("*.yaml") if path not in ITERATED)
 OVERLAYS = sorted((ROOT / "base").glob("*.yaml"))
 TEACHERS = sorted((ROOT / "teacher").glob("*.yaml"))
+ENGINES = sorted((ROOT / "engine").glob("*.yaml"))
 STRATEGIES = sorted((ROOT / "strategy").glob("*.yaml"))
 CLAIMS = sorted((ROOT / "claims").glob("*.yaml"))
 EVERY = sorted(ROOT.rglob("*.yaml"))
@@ -97,6 +98,17 @@ def test_every_teacher_composes_with_every_distillation(method: Path, teacher: P
     found = chosen.teacher.init_args
     assert (found.path, found.dtype) == (wanted["path"], wanted["dtype"])
     assert chosen.policy.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=name)
+@pytest.mark.parametrize("method", [path for path in METHODS if "    rollout:" in path.read_text("utf-8")], ids=name)
+def test_every_engine_composes_with_every_method_that_has_rollouts(method: Path, engine: Path) -> None:
+    cli = instantiate(method, ROOT / "base" / "smollm2-135m-lora.yaml", engine, build=False)
+    wanted = yaml.safe_load(engine.read_text(encoding="utf-8"))["model"]["init_args"]["rollout"]["engine"]
+    found = cli.config.model.init_args.rollout
+    assert found.engine.class_path.endswith(wanted["class_path"])
+    assert found.engine.init_args.as_dict().items() >= wanted["init_args"].items()
+    assert found.sampling.n == 8, "how completions are drawn stays the method's"
 
 
 def strategy_cases() -> list[Any]:

@@ -152,7 +152,7 @@ def nkd(
 
     ``-T_y log S_y - gamma temperature^2 sum over i != y of N(T)_i log N(S)_i``, where N renormalises over the tokens
     other than the target y, at the temperature. A cross-entropy: not 0 where the two agree. The paper adds the usual
-    cross-entropy with the target, which is no part of it here (``GKDModule``: ``ce_weight: 1``).
+    cross-entropy with the target, which is no part of it here (``GKDModule``: ``cross_entropy: Beside``).
 
     Args:
         log_student_CV, log_teacher_CV: log-probabilities of the whole vocabulary (not of buckets), at temperature 1.
