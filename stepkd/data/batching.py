@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from typing import Any, Literal
 
-from stepkd.data.encode import Example
+from stepkd.data.encode import Item
 from stepkd.errors import ConfigError
 from stepkd.randomness import generator
 
@@ -158,15 +158,15 @@ class Position:
 class StepBatch:
     """This rank's share of one global batch."""
 
-    examples: tuple[Example, ...]
+    examples: tuple[Item, ...]
     """The rank's examples; may be empty when the global batch is smaller than the world."""
     indices: tuple[int, ...]
     """Number of each example in the data set: keys the randomness of whatever is sampled for it."""
-    filler: Example
+    filler: Item
     """Stands in for this rank when others have more micro-batches."""
     next_position: Position
     """Where the data stands once this batch has been trained on."""
-    peers: tuple[Example, ...] = ()
+    peers: tuple[Item, ...] = ()
     """All examples of the global batch, in the plan's order: the same on every rank."""
     places: tuple[int, ...] = ()
     """Position of each of this rank's examples among the peers."""
@@ -184,7 +184,7 @@ class StepLoader:
         ConfigError: on iteration, when the position lies beyond the epoch: the data or the batch size has changed.
     """
 
-    examples: Sequence[Example]
+    examples: Sequence[Item]
     """The data set."""
     plan: BatchPlan
     """The batches of each epoch."""
@@ -200,9 +200,9 @@ class StepLoader:
     ``limit_train_batches``). The pass after it starts afresh."""
 
     def __post_init__(self) -> None:
-        shortest = min(self.examples, key=lambda example: (not example.completion_ids, example.length, example.id))
-        if not shortest.completion_ids:  # prompts to sample from; a dummy batch needs a target all the same
-            shortest = replace(shortest, completion_ids=shortest.prompt_ids[-1:], spans=((0, 1),))
+        shortest = min(self.examples, key=lambda example: (not len(example.token_ids), example.length, example.id))
+        if not len(shortest.token_ids):  # prompts to sample from; a dummy batch needs a target all the same
+            shortest = replace(shortest, token_ids=shortest.prompt_ids[-1:], spans=((0, 1),))
         self._filler = shortest
 
     def __len__(self) -> int:

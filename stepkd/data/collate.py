@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Example
+from stepkd.data.encode import Item
 from stepkd.errors import ConfigError
 
 
@@ -51,7 +51,7 @@ class Batch:
     """float64 target probabilities of the labelled steps, worst class first; they sum to one."""
     outcome_R: Tensor
     """int64, 1: the completion is correct (or desirable), 0: it is not, -1: not known."""
-    examples: tuple[Example, ...]
+    examples: tuple[Item, ...]
     """What the completions are of, in order."""
     shared_BT: Tensor | None = None
     """int64: the position in the flattened (B * T) axis whose state a position has, for one that continues an earlier
@@ -111,7 +111,7 @@ def _best(targets_LC: Tensor) -> Tensor:
 
 
 def collate(
-    examples: Sequence[Example],
+    examples: Sequence[Item],
     pad_id: int,
     *,
     share: bool = False,
@@ -190,7 +190,7 @@ def _shared(
     return torch.from_numpy(slots_BT) if found else None
 
 
-def plan(examples: Sequence[Example], max_tokens: int, *, share: bool = False) -> list[list[Example]]:
+def plan(examples: Sequence[Item], max_tokens: int, *, share: bool = False) -> list[list[Item]]:
     """Cut examples into micro-batches of at most ``max_tokens`` tokens, padding included.
 
     Args:
@@ -205,11 +205,13 @@ def plan(examples: Sequence[Example], max_tokens: int, *, share: bool = False) -
     if max_tokens < 1:
         raise ConfigError(f"micro_batch_tokens={max_tokens}: must be at least 1")
     longest = [max(each.length for each in example.completions) for example in examples]
-    keys: list[Hashable] = [tuple(example.prompt_ids) if share else i for i, example in enumerate(examples)]
+    keys: list[Hashable] = [
+        example.completions[0].prompt_ids.tobytes() if share else i for i, example in enumerate(examples)
+    ]
     rank: dict[Hashable, tuple[int, int]] = {}  # of a prompt: its longest row, then its first example
     for i, key in enumerate(keys):
         rank[key] = min(rank.get(key, (0, i)), (-longest[i], i))
-    groups: list[list[Example]] = []
+    groups: list[list[Item]] = []
     rows = width = saved = 0
     last: Hashable = None
     for i in sorted(range(len(examples)), key=lambda i: (rank[keys[i]], -longest[i], i)):

@@ -75,6 +75,18 @@ class Completion:
         return len(self.prompt_ids) + len(self.token_ids)
 
     @property
+    def completions(self) -> tuple[Completion, ...]:
+        """Itself alone: what it is as an example."""
+        return (self,)
+
+    @property
+    def step_labels(self) -> tuple[int, ...]:
+        """For each step 1 where its likeliest class is the last, 0 for another label, -1 for none."""
+        if not self.targets:
+            return (-1,) * len(self.step_ends)
+        return tuple(-1 if each is None else int(each[-1] > max(each[:-1])) for each in self.targets)
+
+    @property
     def key(self) -> bytes:
         """16 bytes of its prompt's and its own ids."""
         return completion_key(self.prompt_ids.tolist(), self.token_ids.tolist())

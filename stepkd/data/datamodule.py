@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 
 from stepkd.data.batching import BatchPlan, Position, StepLoader
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.encode import Encoder, Item
 from stepkd.data.overlap import overlap_report
 from stepkd.data.rows import Contract, Needs, Row, detect_contract, problem_with
 from stepkd.data.spec import DataConfig, Rows, as_spec, check_training_use, left_out, load_rows
@@ -92,7 +91,7 @@ class StepData(LightningDataModule):
         self.shuffle = shuffle
         self.overlap_ngram = overlap_ngram
         self.seed = seed
-        self.examples: dict[str, list[Example]] = {}
+        self.examples: dict[str, list[Item]] = {}
 
     @property
     def _module(self) -> Any:
@@ -125,7 +124,7 @@ class StepData(LightningDataModule):
         if stage == "fit" and self.overlap_ngram and "validation" in self.examples:
             self._report_overlap()
 
-    def _load(self, name: str, spec: DataConfig) -> list[Example]:
+    def _load(self, name: str, spec: DataConfig) -> list[Item]:
         encoder = self._encoder(name)
         contracts = encoder.contracts
         rows = self._rows(name, spec, None if contracts is not None else problem_with(self._needs(name)))
@@ -164,12 +163,12 @@ class StepData(LightningDataModule):
     def _needs(self, name: str) -> Needs:
         return getattr(self._module, "reads", lambda split: {})(name)
 
-    def _check_measured(self, name: str, examples: list[Example]) -> None:
+    def _check_measured(self, name: str, examples: list[Item]) -> None:
         """Refuse problems of which nothing can be measured."""
         measured = (
             self._needs(name)
             or getattr(self._module, "fidelity_spec", None)
-            or any(each.completion_ids for each in examples)
+            or any(len(each.token_ids) for each in examples)
         )
         if name in ("validation", "test") and not measured:
             reason = "no row has a solution and model.init_args.validation.sampling is null"
@@ -191,7 +190,7 @@ class StepData(LightningDataModule):
         return rows
 
     @staticmethod
-    def _with_or_without(encoder: Encoder, row: Row, *, solution: bool) -> Example:
+    def _with_or_without(encoder: Encoder, row: Row, *, solution: bool) -> Item:
         """A row whose solution is not required: one without a solution that fits can still be sampled from."""
         example = encoder.example(row) if solution and row.get("solution") else None
         return example or encoder.prompt_example(row)
@@ -220,14 +219,14 @@ class StepData(LightningDataModule):
         position = self._train_position if training else Position
         return StepLoader(examples, plan, rank=rank, world_size=world_size, position=position, limit=limit)
 
-    def _groups(self, examples: list[Example]) -> list[int] | None:
+    def _groups(self, examples: list[Item]) -> list[int] | None:
         """Group of every training example that is to stay with others; None: each for itself."""
         if not self.keep_prompts_together:
             return None
-        numbers: dict[tuple[int, ...], int] = {}
-        return [numbers.setdefault(example.prompt_ids, len(numbers)) for example in examples]
+        numbers: dict[bytes, int] = {}
+        return [numbers.setdefault(each.completions[0].prompt_ids.tobytes(), len(numbers)) for each in examples]
 
-    def _evaluation_batch_size(self, examples: list[Example]) -> int:
+    def _evaluation_batch_size(self, examples: list[Item]) -> int:
         """Sequences per batch, so that the number of batches is known; about as many tokens as a training batch."""
         if self.batch_unit == "sequences":
             return self.global_batch_size
@@ -240,8 +239,10 @@ class StepData(LightningDataModule):
         plan = (self.global_batch_size, self.batch_unit, self.shuffle, self.seed)
         digest = hashlib.sha256(repr((*plan, self.keep_prompts_together)).encode())
         for example in self.examples["train"]:
-            values = [getattr(example, each.name) for each in fields(example) if each.compare]
-            digest.update(repr(values).encode())
+            digest.update(repr((example.id, getattr(example, "visits", None))).encode())
+            for each in example.completions:
+                ids = (each.prompt_ids.tolist(), each.token_ids.tolist(), each.step_ends.tolist())
+                digest.update(repr((*ids, each.outcome, each.targets, each.read_at)).encode())
         return digest.hexdigest()[:16]
 
     def _train_position(self) -> Position:

@@ -36,27 +36,32 @@ class Example:
     """The row's id; errors and results name it."""
     prompt_ids: tuple[int, ...]
     """Prompt ids, special tokens included."""
-    completion_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     """Completion ids, the end token included; empty for a prompt to be sampled from."""
     spans: tuple[Span, ...]
-    """Step spans: a partition of ``range(len(completion_ids))``."""
+    """Step spans: a partition of ``range(len(token_ids))``."""
     row: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """The row it was made from."""
 
     @property
     def length(self) -> int:
         """Prompt plus completion, in tokens."""
-        return len(self.prompt_ids) + len(self.completion_ids)
+        return len(self.prompt_ids) + len(self.token_ids)
 
     @cached_property
     def completion(self) -> Completion:
         """Its completion, as arrays."""
-        return as_completion(self.prompt_ids, self.completion_ids, self.spans, id=self.id, row=self.row)
+        return as_completion(self.prompt_ids, self.token_ids, self.spans, id=self.id, row=self.row)
 
     @cached_property
     def completions(self) -> tuple[Completion, ...]:
         """Its completions, all of one prompt: its only one, or the two sides of a pair."""
         return (self.completion,)
+
+
+Item = Any
+"""What a batch is made of: a completion (its own example), or an :class:`Example`, whose ids are tuples. One reads
+``id``, ``row``, ``length`` and ``completions`` of both, and how many ``prompt_ids`` and ``token_ids`` there are."""
 
 
 def as_completion(prompt: Sequence[int], ids: Sequence[int], spans: Sequence[Span], **more: Any) -> Completion:
@@ -68,7 +73,7 @@ def with_completion(example: Example, ids: Iterable[int], tokenizer: Any, segmen
     """The example with a sampled completion in place of its own; one that cannot be cut is one step."""
     text = text_from_ids(tokenizer, ids)
     spans = segment(segmenter, text) or [(0, len(text))]
-    return replace(example, completion_ids=text.token_ids, spans=tuple(spans))
+    return replace(example, token_ids=text.token_ids, spans=tuple(spans))
 
 
 def with_end(completion: TokenizedText, template: PromptTemplate, tokenizer: Any) -> TokenizedText:
@@ -159,7 +164,7 @@ class Encoder:
         """A prompt to be sampled from."""
         return Example(str(row.get("id", "?")), self.prompt_ids(row), (), (), row)
 
-    def example(self, row: Mapping[str, Any]) -> Example | None:
+    def example(self, row: Mapping[str, Any]) -> Item | None:
         """Prompt, completion and step spans of a row; None when no whole step fits into ``max_length``.
 
         The completion is the row's ``token_ids`` when it has them, else its ``solution`` or ``completion`` text.
@@ -195,7 +200,7 @@ class Encoder:
 
     def _sampled(self, row: Mapping[str, Any]) -> tuple[TokenizedText, list[Span]]:
         completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("raw_logprobs", row.get("logprobs")))
-        if not completion.token_ids or row.get("step_ends") is None:
+        if not len(completion.token_ids) or row.get("step_ends") is None:
             return completion, segment(self.segmenter, completion)
         return completion, sampled_spans(row)
 
@@ -215,7 +220,7 @@ class Encoder:
         ended = with_end(completion, self.template, self.tokenizer)
         return ended, [*spans[:-1], (spans[-1][0], len(ended))]
 
-    def check(self, examples: Sequence[Example], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+    def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """Counts to report of all examples of a split.
 
         Args:
@@ -228,7 +233,7 @@ class Encoder:
         """
         return {}
 
-    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Example]:
+    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Item]:
         """Encode rows, leaving out (and counting) those that :meth:`example` makes nothing of.
 
         Raises:

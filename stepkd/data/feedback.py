@@ -13,13 +13,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, Example, as_completion, with_end
+from stepkd.data.encode import Encoder, Example, Item, as_completion, with_end
 from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.data.templates import PromptTemplate
@@ -32,25 +32,8 @@ from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, to
 RIGHT, WRONG, UNKNOWN = 1, 0, -1
 
 
-@dataclass(frozen=True)
-class FeedbackExample(Example):
-    """A completion with its outcome and its steps' labels."""
-
-    outcome: int = UNKNOWN
-    """1: the answer is right (the completion is desirable), 0: it is not, -1: not known."""
-    step_labels: tuple[int, ...] = ()
-    """For each step 1, 0 or -1."""
-
-    @cached_property
-    def completion(self) -> Completion:
-        """The completion, with its outcome and its steps' labels."""
-        targets = tuple(None if label == UNKNOWN else (1.0 - label, float(label)) for label in self.step_labels)
-        read_at = tuple(end - 1 for _, end in self.spans)
-        return replace(super().completion, outcome=self.outcome, targets=targets, read_at=read_at)
-
-
 class FeedbackEncoder(Encoder):
-    """Turns labelled rollouts, stepwise rows and unpaired rows into :class:`FeedbackExample` objects.
+    """Turns labelled rollouts, stepwise rows and unpaired rows into completions with an outcome, and a label per step.
 
     Args:
         tokenizer, template, segmenter, max_length: as for :class:`~stepkd.data.encode.Encoder`.
@@ -83,7 +66,7 @@ class FeedbackEncoder(Encoder):
                 "labels.scope: outcome is for outcome reward models; for feedback on whole completions alone use KTO"
             )
 
-    def example(self, row: Mapping[str, Any]) -> FeedbackExample | None:
+    def example(self, row: Mapping[str, Any]) -> Completion | None:
         """A row's completion, outcome and labels; None (and a count) when there is nothing to learn from it.
 
         The labels of steps that do not fit into ``max_length`` go with their steps.
@@ -99,7 +82,7 @@ class FeedbackEncoder(Encoder):
             return None
         cut_off = self.counts["steps_dropped"] - before
         labels = self._labels(row, name, len(example.spans) + cut_off)
-        spans, ids = example.spans, example.completion_ids
+        spans, ids = example.spans, example.token_ids
         if self.labels.after_error == "truncate" and WRONG in labels[: len(spans) - 1]:
             spans = spans[: labels.index(WRONG) + 1]
             ids = ids[: spans[-1][1]]
@@ -109,9 +92,18 @@ class FeedbackEncoder(Encoder):
             self.counts["rows_without_feedback"] += 1
             return None
         self.counts["rows_without_outcome"] += outcome == UNKNOWN
-        return FeedbackExample(name, example.prompt_ids, ids, spans, row, outcome=outcome, step_labels=labels)
+        return as_completion(
+            example.prompt_ids,
+            ids,
+            spans,
+            id=name,
+            row=row,
+            outcome=outcome,
+            targets=tuple(None if label == UNKNOWN else (1.0 - label, float(label)) for label in labels),
+            read_at=tuple(end - 1 for _, end in spans),
+        )
 
-    def check(self, examples: Sequence[Example], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+    def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """Counts of outcomes and steps by label; what is not labelled at all, or of one class only, is refused."""
         counts = feedback_counts(examples)
         for kind in self.learns:
@@ -177,9 +169,9 @@ def _outcome(row: Mapping[str, Any], name: str) -> int:
     return int(row[column])
 
 
-def feedback_counts(examples: Iterable[Example]) -> dict[str, int]:
+def feedback_counts(examples: Iterable[Item]) -> dict[str, int]:
     """Correct and incorrect outcomes and steps, and conflicts (:func:`~stepkd.steps.labels.tally`)."""
-    found = cast(list[FeedbackExample], list(examples))
+    found = [completion for example in examples for completion in example.completions]
     outcomes = Counter(example.outcome for example in found)
     steps = Counter(label for example in found for label in example.step_labels)
     return {
@@ -199,7 +191,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PairExample(Example):
-    """A pair; ``prompt_ids`` include the prefix, ``completion_ids`` and ``spans`` are those of the preferred side."""
+    """A pair; ``prompt_ids`` include the prefix, ``token_ids`` and ``spans`` are those of the preferred side."""
 
     rejected_ids: Ids = ()
     """Ids of the other side."""
@@ -211,7 +203,7 @@ class PairExample(Example):
     @property
     def length(self) -> int:
         """Prompt and both sides, in tokens."""
-        return len(self.prompt_ids) + len(self.completion_ids) + len(self.rejected_ids)
+        return len(self.prompt_ids) + len(self.token_ids) + len(self.rejected_ids)
 
     @cached_property
     def completions(self) -> tuple[Completion, Completion]:
@@ -231,7 +223,7 @@ class PairEncoder(Encoder):
 
     contracts = (PREFERENCE, STEP_PREFERENCE)
 
-    def check(self, examples: Sequence[Example], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+    def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """How many pairs have a prefix, and how many have visit counts."""
         counts = {
             "with_prefix": sum(bool(pair.row.get("prefix")) for pair in examples),

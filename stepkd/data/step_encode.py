@@ -9,37 +9,21 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, Example, sampled_spans
-from stepkd.data.step_labels import LabelRule, Target, step_targets
+from stepkd.data.encode import Encoder, Item, sampled_spans
+from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
 from stepkd.steps.format import StepFormat, written_steps
 from stepkd.steps.segment import Segmenter, Span, get_segmenter, segment
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text, tokenize_texts
-
-
-@dataclass(frozen=True)
-class StepExample(Example):
-    """A solution with markers; ``spans`` include them."""
-
-    read_at: tuple[int, ...] = ()
-    """For each step the index in ``completion_ids`` at which it is scored."""
-    targets: tuple[Target | None, ...] = ()
-    """For each step its target, or None; empty when the example is only scored."""
-    num_cut: int = 0
-    """Steps dropped because they did not fit."""
-
-    @cached_property
-    def completion(self) -> Completion:
-        """The solution, with its labels."""
-        read_at = self.read_at if self.targets else ()
-        return replace(super().completion, targets=self.targets, read_at=read_at)
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class Layout:
 
 
 class StepEncoder(Encoder):
-    """Turns rows with steps into :class:`StepExample` objects.
+    """Turns rows with steps into completions with targets; their steps include the markers.
 
     Args:
         tokenizer, template, max_length: as for :class:`~stepkd.data.encode.Encoder`.
@@ -224,49 +208,45 @@ class StepEncoder(Encoder):
         completion = tokenize_text(self.tokenizer, text)
         return self.layout([completion.span_text(*span) for span in segment(self.segmenter, completion)], name)
 
-    def scored(self, row: Mapping[str, Any], layout: Layout | None = None) -> StepExample:
-        """An example to be scored; steps that do not fit are cut off and counted in ``num_cut``."""
-        name = str(row.get("id", "?"))
-        prompt = self.prompt_ids(row)
-        layout = self.row_layout(row) if layout is None else layout
-        kept = sum(end <= self.max_length - len(prompt) for _, end in layout.spans)
-        end = layout.spans[kept - 1][1] if kept else 0
-        spans, cut = layout.spans[:kept], len(layout.spans) - kept
-        return StepExample(name, prompt, layout.ids[:end], spans, row, read_at=layout.read_at[:kept], num_cut=cut)
-
-    def example(self, row: Mapping[str, Any]) -> StepExample | None:
-        """An example to train on; None (and a count in ``counts``) when no labelled step is left, or the solution
-        cannot be laid out (a sampled one may hold the step marker, or only an end token).
+    def example(self, row: Mapping[str, Any]) -> Completion | None:
+        """A solution with markers and the targets of its steps; None (and a count in ``counts``) when no labelled step
+        is left, or the solution cannot be laid out (a sampled one may hold the step marker, or only an end token).
 
         Steps behind the last labelled one are cut off: in a causal model they change nothing.
         """
         assert self.labels is not None, "an encoder without a label rule makes no training examples"
+        prompt = self.prompt_ids(row)
         try:
-            scored = self.scored(row)
+            layout = self.row_layout(row)
         except UnreadableSolution:
             self.counts["rows_unreadable"] += 1
             return None
-        targets = step_targets(row, len(scored.spans) + scored.num_cut, self.num_classes, self.labels)
+        targets = step_targets(row, len(layout.spans), self.num_classes, self.labels)
         if all(target is None for target in targets):
             self.counts["rows_without_labels"] += 1
             return None
-        labelled = [i for i, target in enumerate(targets[: len(scored.spans)]) if target is not None]
-        self.counts["steps_dropped"] += scored.num_cut
-        self.counts["rows_truncated"] += bool(scored.num_cut)
+        fitting = sum(end <= self.max_length - len(prompt) for _, end in layout.spans)
+        self.counts["steps_dropped"] += len(layout.spans) - fitting
+        self.counts["rows_truncated"] += fitting < len(layout.spans)
+        labelled = [i for i, target in enumerate(targets[:fitting]) if target is not None]
         if not labelled:
             self.counts["rows_truncated_before_a_label"] += 1
             return None
         kept = labelled[-1] + 1
-        end = scored.read_at[kept - 1] + 1
-        spans = (*scored.spans[: kept - 1], (scored.spans[kept - 1][0], end))
-        ids, read_at = scored.completion_ids[:end], scored.read_at[:kept]
-        return replace(
-            scored, completion_ids=ids, spans=spans, read_at=read_at, targets=tuple(targets[:kept]), num_cut=0
+        end = layout.read_at[kept - 1] + 1
+        return Completion(
+            np.asarray(prompt),
+            np.asarray(layout.ids[:end]),
+            np.asarray([*(end for _, end in layout.spans[: kept - 1]), end]),
+            id=str(row.get("id", "?")),
+            row=row,
+            targets=tuple(targets[:kept]),
+            read_at=layout.read_at[:kept],
         )
 
-    def check(self, examples: Sequence[Example], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+    def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """Labelled steps per class (soft ones by the likelier class)."""
-        targets = [target for each in examples for target in each.completion.targets if target is not None]
+        targets = [target for each in examples for target in each.completions[0].targets if target is not None]
         names = ("wrong", "right") if self.num_classes == 2 else ("wrong", "neutral", "right")
         counts = Counter(names[max(range(self.num_classes), key=target.__getitem__)] for target in targets)
         if training and len(set(targets)) < 2 and not allow_one_class:

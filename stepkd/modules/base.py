@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stepkd.data.batching import StepBatch
 from stepkd.data.benchmarks import next_evaluation
 from stepkd.data.collate import Batch, collate, plan
-from stepkd.data.encode import Example
+from stepkd.data.encode import Item
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import LossTerms, component_scales
@@ -164,7 +164,7 @@ class StepModule(PolicyModule):
             planned *= self.steps_per_batch  # Lightning counts batches
         return planned
 
-    def prepare_examples(self, examples: Iterable[Example]) -> Prepared:
+    def prepare_examples(self, examples: Iterable[Item]) -> Prepared:
         """Cut examples into micro-batches and count their denominators."""
         groups = plan(list(examples), self.micro_batch_tokens, share=self.shares_prompts)
         return self.counted([self._collate(group) for group in groups])
@@ -342,7 +342,7 @@ class StepModule(PolicyModule):
 
     def prepare_evaluation(self, batch: StepBatch) -> Prepared:
         """What validation measures the loss on; every rank calls it for every batch."""
-        return self.prepare_examples([example for example in batch.examples if example.completion_ids])
+        return self.prepare_examples([example for example in batch.examples if len(example.token_ids)])
 
     def on_validation_epoch_start(self) -> None:
         """Fresh sums."""
@@ -416,7 +416,7 @@ class StepModule(PolicyModule):
 
     # ---- plumbing --------------------------------------------------------------------------------------------------
 
-    def _collate(self, examples: list[Example], *, is_filler: bool = False) -> Batch:
+    def _collate(self, examples: list[Item], *, is_filler: bool = False) -> Batch:
         pad = int(self.tokenizer.pad_token_id or 0)
         return collate(examples, pad, share=self.shares_prompts, is_filler=is_filler)
 

@@ -96,7 +96,7 @@ class Fidelity:
             indices: number of each in the data set; keys its sample.
         """
         sums = self._tokens_and_steps(self._draw(examples, indices))
-        sums |= self._calibration([example for example in examples if example.completion_ids])
+        sums |= self._calibration([example for example in examples if len(example.token_ids)])
         if self.spec.answers:
             sums |= self._compared_answers(cast(LocalTeacher, self.teacher), examples, indices)
         return {f"fidelity/{name}": value for name, value in sums.items()}

@@ -177,7 +177,7 @@ class KDRLModule(DistillationModule):
             logps = self._of_rollouts(rollouts, lambda logps_N2: logps_N2[:, 0])
             rollouts = [replace(r, old_logps=each) for r, each in zip(rollouts, logps, strict=True)]
         for _ in range(self.policy_loss.num_iterations):
-            yield self.prepare_examples(rollouts)  # type: ignore[arg-type]
+            yield self.prepare_examples(rollouts)
 
     def sampled(self, batch: StepBatch) -> list[Rollout]:
         """Graded completions of the batch's prompts, group after group."""
@@ -202,7 +202,7 @@ class KDRLModule(DistillationModule):
     def _of_rollouts(self, rollouts: Sequence[Rollout], choose: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
         """Something of every token's log-probabilities, rollout by rollout."""
         found: dict[int, np.ndarray] = {}
-        for micro_batch in self.prepare_examples(rollouts).micro_batches:  # type: ignore[arg-type]
+        for micro_batch in self.prepare_examples(rollouts).micro_batches:
             chosen_N = choose(self._token_logps(micro_batch.to(self.device))).cpu()
             for row, example in enumerate(micro_batch.examples):
                 found[id(example)] = chosen_N[micro_batch.completion_N == row].numpy()
@@ -226,9 +226,9 @@ class KDRLModule(DistillationModule):
 
     def make_filler(self, batch: StepBatch) -> Batch:
         """A rollout without a weight."""
-        zeros = np.zeros(len(batch.filler.completion_ids))
+        zeros = np.zeros(len(batch.filler.token_ids))
         rollout = Rollout.of(batch.filler.completion, advantages=zeros)
-        return self._collate([replace(rollout, logprobs=zeros)], is_filler=True)  # type: ignore[list-item]
+        return self._collate([replace(rollout, logprobs=zeros)], is_filler=True)
 
     def after_step(self) -> None:
         """Say when the sampler's probabilities are not the trainer's."""

@@ -6,9 +6,10 @@ Axes: N completion tokens, R completions, S steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from stepkd.data.batching import StepBatch, mismatched
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.datamodule import StepData
-from stepkd.data.encode import Example, as_completion
 from stepkd.data.feedback import FeedbackEncoder, feedback_counts
 from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.losses import LossTerms, kto, ratio_rule, reference_point, segment_sum, step_kto, step_kto_counts
@@ -98,17 +98,17 @@ def mismatched_completions(batch: StepBatch, rotation: str, max_length: int | No
         peers, places = batch.examples, tuple(range(len(batch.examples)))
     partners: dict[int, int | None] = {}
     if rotation == "global":
-        partners = dict(enumerate(mismatched([peer.prompt_ids for peer in peers])))
+        partners = dict(enumerate(mismatched([tuple(peer.prompt_ids) for peer in peers])))
     else:
         order = sorted(places)
         partners = {place: order[k - 1] for k, place in enumerate(order)}
     found = []
     for place in places:
         partner = partners[place]
-        if partner is None or not peers[partner].completion_ids:
+        if partner is None or not len(peers[partner].token_ids):
             continue
-        other: Example = peers[partner]
-        completion = as_completion(peers[place].prompt_ids, other.completion_ids, other.spans)
+        (other,) = peers[partner].completions
+        completion = replace(other, prompt_ids=np.asarray(peers[place].prompt_ids))
         if max_length is None or completion.length <= max_length:
             found.append(completion)
     return found

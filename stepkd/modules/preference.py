@@ -19,7 +19,6 @@ from torch import Tensor
 from stepkd.data.batching import StepBatch, StepLoader
 from stepkd.data.collate import Batch, plan
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Example
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import load_trained, parameters_fingerprint
 from stepkd.models.spec import PolicyConfig
@@ -192,9 +191,9 @@ class PreferenceModule(StepModule):
 
     def prepare_evaluation(self, batch: StepBatch) -> Prepared:
         """The same for validation."""
-        examples = tuple(example for example in batch.examples if example.completion_ids)
+        examples = tuple(example for example in batch.examples if len(example.token_ids))
         places = tuple(
-            place for place, example in zip(batch.places, batch.examples, strict=False) if example.completion_ids
+            place for place, example in zip(batch.places, batch.examples, strict=False) if len(example.token_ids)
         )
         return next(iter(self.prepare(replace(batch, examples=examples, places=places))))
 
@@ -233,13 +232,13 @@ class PreferenceModule(StepModule):
 
     def _of_tokens(self, completions: Sequence[Completion], of: Callable[[Batch], Tensor], phase: str) -> list[Tensor]:
         """Something (N,) of micro-batches with their reference, completion by completion."""
-        examples = [_as_example(number, each) for number, each in enumerate(completions)]
+        examples = [replace(each, id=str(number)) for number, each in enumerate(completions)]
         groups = plan(examples, self.micro_batch_tokens, share=self.shares_prompts) if examples else []
         found: dict[int, Tensor] = {}
         with self.phases.phase(phase, total=len(groups)):
             for group in groups:
                 batch = self._referenced(self._collate(group))
-                sizes = [len(example.completion_ids) for example in batch.examples]
+                sizes = [len(example.token_ids) for example in batch.examples]
                 for example, values in zip(batch.examples, of(batch).split(sizes), strict=True):
                     found[int(example.id)] = values
                 self.phases.advance()
@@ -254,7 +253,7 @@ class PreferenceModule(StepModule):
         wanted: dict[bytes, Completion] = {}
         for batch in self._future_batches():
             for example in (*batch.examples, batch.filler):
-                wanted |= {each.key: each for each in example.completions} if example.completion_ids else {}
+                wanted |= {each.key: each for each in example.completions} if len(example.token_ids) else {}
             wanted |= {each.key: each for each in self.mismatches(batch)}
         missing = [completion for completion in wanted.values() if completion not in cache]
         as_trained = self.trainer.precision_plugin.forward_context()  # no step has begun that would have entered it
@@ -287,8 +286,3 @@ class PreferenceModule(StepModule):
         validation = data.val_dataloader()
         if isinstance(validation, StepLoader):
             yield from validation
-
-
-def _as_example(number: int, completion: Completion) -> Example:
-    prompt, ids = (tuple(each.tolist()) for each in (completion.prompt_ids, completion.token_ids))
-    return Example(str(number), prompt, ids, completion.spans)

@@ -24,7 +24,7 @@ from stepkd.steps.text import text_from_ids
 
 def step_texts(tokenizer: Any, example: Example) -> list[str]:
     """Texts of a completion's steps; trailing ones of nothing but space and end tokens are left out."""
-    text = text_from_ids(tokenizer, example.completion_ids)
+    text = text_from_ids(tokenizer, example.token_ids)
     steps = [text.span_text(*span) for span in example.spans]
     while steps and not steps[-1].strip():
         steps.pop()

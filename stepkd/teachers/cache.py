@@ -185,7 +185,7 @@ class CachedTeacher(Teacher):
                 f"divergence.temperature={temperature}, and the cache in {self.folder} was written at "
                 f"{self.settings['temperature']}: set it to that, or write the cache again"
             )
-        found = [self._entry(example) for example in batch.examples if example.completion_ids]
+        found = [self._entry(example) for example in batch.examples if len(example.token_ids)]
         device = batch.targets_N.device
         if not found:
             empty = torch.zeros(0, self.top_k, device=device)
@@ -196,7 +196,7 @@ class CachedTeacher(Teacher):
         return CachedSignals(ids[:, : self.top_k].long(), logps[:, : self.top_k], tail, self.tail)
 
     def _entry(self, example: Example) -> Entry:
-        entry = self._entries.get(completion_key(example.prompt_ids, example.completion_ids))
+        entry = self._entries.get(completion_key(example.prompt_ids, example.token_ids))
         if entry is None:
             raise ConfigError(
                 f"the cache in {self.folder} does not hold the completion of row {example.id!r} (of "
@@ -242,7 +242,7 @@ def write_cache(
     vocabulary = teacher.policy.vocab_size
     if not 1 <= top_k < vocabulary:
         raise ConfigError(f"top_k={top_k}: must lie between 1 and {vocabulary - 1}, one less than the vocabulary")
-    wanted = {completion_key(e.prompt_ids, e.completion_ids): e for e in examples if e.completion_ids}
+    wanted = {completion_key(e.prompt_ids, e.token_ids): e for e in examples if e.token_ids}
     if not wanted:
         raise DataError("no row has a completion to score: a teacher's cache is written for given completions")
     check_context(teacher, list(wanted.values()))
@@ -300,7 +300,7 @@ def _score(
         values = chunked_head(likeliest, signals.head, signals.hidden_NH, chunk_size=chunk_size).cpu()
         if not values[:, top_k].isfinite().all():
             raise ModelError(f"the teacher {teacher.path} gave logits that are not finite")
-        sizes = [len(examples[i].completion_ids) for i in group]
+        sizes = [len(examples[i].token_ids) for i in group]
         for i, rows in zip(group, values.split(sizes), strict=True):
             found[i] = (rows[:, :top_k].long(), rows[:, top_k:-1].float(), rows[:, -1].float())
     return [found[i] for i in range(len(examples))]

@@ -74,22 +74,22 @@ class ServerTeacher(Teacher):
             ModelError: the server scored other tokens than it was asked for.
         """
         device = batch.targets_N.device
-        asked = [example for example in batch.examples if example.completion_ids]
+        asked = [example for example in batch.examples if len(example.token_ids)]
         check_context(self, asked)
         if not asked:
             empty = torch.zeros(0, self.top_k, device=device)
             return CachedSignals(empty.long(), empty, empty[:, 0], self.tail)
         answer = self.client.get_sequence_logprobs(
-            sequences=[[*example.prompt_ids, *example.completion_ids] for example in asked],
+            sequences=[[*example.prompt_ids, *example.token_ids] for example in asked],
             prompt_lengths=[len(example.prompt_ids) for example in asked],
             top_logprobs=self.top_k,
             temperature=temperature,
         )
         for example, scored in zip(asked, answer["actual_token_ids"], strict=True):
-            if [each[0] for each in scored] != list(example.completion_ids):
+            if [each[0] for each in scored] != list(example.token_ids):
                 raise ModelError(
                     f"the vLLM server at {self.url} scored {len(scored)} tokens of row {example.id!r}, which has "
-                    f"{len(example.completion_ids)}, or other ones: is its context long enough?"
+                    f"{len(example.token_ids)}, or other ones: is its context long enough?"
                 )
         ids_Nk = torch.tensor([ids for row in answer["logprob_token_ids"] for ids in row], device=device)
         logps_Nk = torch.tensor([values for row in answer["logprobs"] for values in row], device=device).float()

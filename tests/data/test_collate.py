@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,10 +15,9 @@ from hypothesis import strategies as st
 from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Example
-from stepkd.data.feedback import FeedbackExample, PairExample
-from stepkd.data.step_encode import StepExample
+from stepkd.data.feedback import PairExample
 from stepkd.errors import ConfigError
-from stepkd.steps.segment import spans_from_ends
+from stepkd.steps.segment import spans_from_ends, step_ends
 
 PAD = 99
 
@@ -39,13 +39,13 @@ def check(batch: Batch, rows: list[Example], length: int, side: str) -> None:
     flat = batch.input_ids_BT.flatten()
     needed, targets, row_of, step_of, steps_before = [], [], [], [], 0
     for b, row in enumerate(rows):
-        tokens = [*row.prompt_ids, *row.completion_ids]
+        tokens = [*row.prompt_ids, *row.token_ids]
         start = length - len(tokens) if side == "left" else 0
         for t in range(length):
             inside = start <= t < start + len(tokens)
             assert batch.attention_mask_BT[b, t] == inside
             assert batch.input_ids_BT[b, t] == (tokens[t - start] if inside else PAD)
-        for j, token in enumerate(row.completion_ids):
+        for j, token in enumerate(row.token_ids):
             needed.append(b * length + start + len(row.prompt_ids) + j - 1)
             targets.append(token)
             row_of.append(b)
@@ -111,12 +111,14 @@ def test_to_moves_tensors_and_keeps_the_rest() -> None:
 # ---- labels, pairs, and beginnings in common -----------------------------------------------------------------------
 
 
-def labelled(name: str, targets: list[tuple[float, ...] | None], prompt: int = 3) -> StepExample:
+def labelled(name: str, targets: list[tuple[float, ...] | None], prompt: int = 3) -> Completion:
     """A solution of two tokens a step, each read at its last one."""
     spans = tuple((2 * i, 2 * i + 2) for i in range(len(targets)))
     ids = tuple(range(10, 10 + 2 * len(targets)))
-    return StepExample(
-        name, tuple(range(prompt)), ids, spans, read_at=tuple(end - 1 for _, end in spans), targets=tuple(targets)
+    ends = step_ends(spans)
+    read_at = tuple(end - 1 for end in ends)
+    return Completion(
+        np.arange(prompt), np.array(ids), np.array(ends), id=name, read_at=read_at, targets=tuple(targets)
     )
 
 
@@ -151,15 +153,15 @@ def test_a_batch_without_a_label_has_no_correct_step() -> None:
 
 
 def test_feedback_gives_outcomes_and_labels() -> None:
-    ids = ((1, 2), (3, 4, 5), ((0, 1), (1, 3)))
-    batch = collate(
-        [
-            FeedbackExample("a", *ids, outcome=1, step_labels=(1, 0)),
-            FeedbackExample("b", *ids, outcome=0, step_labels=(-1, 1)),
-            FeedbackExample("c", *ids, step_labels=(-1, -1)),
-        ],
-        PAD,
-    )
+    ids: Any = (np.array([1, 2]), np.array([3, 4, 5]), np.array([1, 3]))
+    read_at = (0, 2)
+    completions = [
+        Completion(*ids, outcome=1, targets=(CORRECT, INCORRECT), read_at=read_at),
+        Completion(*ids, outcome=0, targets=(None, CORRECT), read_at=read_at),
+        Completion(*ids, targets=(None, None), read_at=read_at),
+    ]
+    assert [each.step_labels for each in completions] == [(1, 0), (-1, 1), (-1, -1)]
+    batch = collate(completions, PAD)
     assert batch.outcome_R.tolist() == [1, 0, -1]
     assert batch.label_S.tolist() == [1, 0, -1, 1, -1, -1]
     assert batch.completion_L.tolist() == [0, 0, 1]

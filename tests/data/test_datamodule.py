@@ -59,7 +59,7 @@ def test_fit(attach: Any, tokenizer: Any) -> None:
     assert sorted(i for batch in batches for i in batch.indices) == list(range(12))
     first = batches[0].examples[0]
     assert tokenizer.decode(list(first.prompt_ids)) == first.row["prompt"]
-    assert tokenizer.decode(list(first.completion_ids)) == first.row["solution"] + "<eos>"
+    assert tokenizer.decode(list(first.token_ids)) == first.row["solution"] + "<eos>"
     validation = [i for batch in data.val_dataloader() for i in batch.indices]
     assert sorted(validation[:4]) == [0, 1, 2, 3]
     assert validation[4:] == [4], "file order"
@@ -111,7 +111,7 @@ def test_validation_without_solutions(attach: Any, tmp_path: Path) -> None:
     data = attach(StepData(train=task(), validation=spec, template="task"))
     data.setup("fit")
     (example,) = data.examples["validation"]
-    assert example.completion_ids == ()
+    assert example.token_ids == ()
     assert example.prompt_ids
 
 
@@ -124,7 +124,7 @@ def test_a_held_out_row_whose_solution_does_not_fit_still_counts_for_accuracy(at
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = attach(StepData(validation=DataConfig(path=str(path)), template="task", max_length=24))
     data.setup("validate")
-    lengths = {example.id: len(example.completion_ids) for example in data.examples["validation"]}
+    lengths = {example.id: len(example.token_ids) for example in data.examples["validation"]}
     assert lengths["short"] > 0
     assert lengths["long"] == 0
 
@@ -132,7 +132,7 @@ def test_a_held_out_row_whose_solution_does_not_fit_still_counts_for_accuracy(at
 def test_predict_takes_prompts_only(attach: Any) -> None:
     data = attach(StepData(predict=task("test", 3), template="task"))
     data.setup("predict")
-    assert [e.completion_ids for b in data.predict_dataloader() for e in b.examples] == [(), (), ()]
+    assert [e.token_ids for b in data.predict_dataloader() for e in b.examples] == [(), (), ()]
 
 
 def test_test_stage(attach: Any) -> None:

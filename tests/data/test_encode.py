@@ -64,7 +64,7 @@ def make(tokenizer: Any, template: PromptTemplate = PLAIN, segmenter: str = "new
 def encode(encoder: Encoder, row: dict[str, Any]) -> Example:
     example = encoder.example(row)
     assert example is not None
-    check_partition(example.spans, len(example.completion_ids))
+    check_partition(example.spans, len(example.token_ids))
     return example
 
 
@@ -77,10 +77,10 @@ def test_separate_training_ids_are_the_inference_ids(tiny: Any, name: str) -> No
     prompt = encoder.prompt_example({"id": "r", "prompt": ROW["prompt"]})
     example = encode(encoder, ROW)
     assert example.prompt_ids == prompt.prompt_ids
-    assert prompt.completion_ids == () == prompt.spans
+    assert prompt.token_ids == () == prompt.spans
     assert tiny.decode(list(example.prompt_ids)) == get_template(name).render(ROW, tiny)
-    assert tiny.decode(list(example.completion_ids[:-1])) == ROW["solution"]
-    assert example.length == len(example.prompt_ids) + len(example.completion_ids)
+    assert tiny.decode(list(example.token_ids[:-1])) == ROW["solution"]
+    assert example.length == len(example.prompt_ids) + len(example.token_ids)
     assert example.row is ROW
 
 
@@ -90,8 +90,8 @@ def test_separate_holds_where_bpe_would_merge_across(bpe: Any) -> None:
     encoder = make(bpe)
     example = encode(encoder, row)
     assert example.prompt_ids == encoder.prompt_ids(row) == tuple(bpe("A:", add_special_tokens=False)["input_ids"])
-    assert (*example.prompt_ids, *example.completion_ids[:-1]) != tuple(whole), "the test needs a straddling merge"
-    assert bpe.decode(list(example.completion_ids[:-1])) == row["solution"]
+    assert (*example.prompt_ids, *example.token_ids[:-1]) != tuple(whole), "the test needs a straddling merge"
+    assert bpe.decode(list(example.token_ids[:-1])) == row["solution"]
 
 
 # ---- the end rule --------------------------------------------------------------------------------------------------
@@ -100,9 +100,9 @@ def test_separate_holds_where_bpe_would_merge_across(bpe: Any) -> None:
 def test_end_token_once_and_in_the_last_step(tiny: Any) -> None:
     example = encode(make(tiny), ROW)
     eos = tiny.eos_token_id
-    assert example.completion_ids.count(eos) == 1
-    assert example.completion_ids[-1] == eos
-    assert [tiny.decode(list(example.completion_ids[a:b])) for a, b in example.spans] == [
+    assert example.token_ids.count(eos) == 1
+    assert example.token_ids[-1] == eos
+    assert [tiny.decode(list(example.token_ids[a:b])) for a, b in example.spans] == [
         "1+2=3\n",
         "3\n",
         "#### 3<eos>",
@@ -111,7 +111,7 @@ def test_end_token_once_and_in_the_last_step(tiny: Any) -> None:
 
 def test_end_token_is_not_doubled(tiny: Any) -> None:
     twice = encode(make(tiny), ROW | {"solution": ROW["solution"] + "<eos>"})
-    assert twice.completion_ids == encode(make(tiny), ROW).completion_ids
+    assert twice.token_ids == encode(make(tiny), ROW).token_ids
 
 
 def test_chat_prompt_has_one_bos(bpe: Any) -> None:
@@ -131,7 +131,7 @@ def test_tokenizer_that_ends_every_text_by_itself(bpe: Any, prompt: str) -> None
     assert encoder.prompt_ids({"id": "r", "prompt": prompt}) == (tokenizer.bos_token_id, *own)
     example = encode(encoder, {"id": "r", "prompt": prompt, "solution": "\nB"})
     assert example.prompt_ids == (tokenizer.bos_token_id, *own)
-    assert example.completion_ids.count(tokenizer.eos_token_id) == 1
+    assert example.token_ids.count(tokenizer.eos_token_id) == 1
 
 
 # ---- sampled ids ---------------------------------------------------------------------------------------------------
@@ -146,14 +146,14 @@ def test_sampled_ids_survive_a_non_canonical_tokenisation(bpe: Any) -> None:
     assert canonical != spelled
     assert bpe.decode(list(spelled)) == text
     example = encode(make(bpe), {"id": "r", "prompt": "Q", "token_ids": list(spelled), "solution": "ignored"})
-    assert example.completion_ids == spelled
+    assert example.token_ids == spelled
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
 def test_nothing_is_appended_to_a_rollout(tiny: Any, finish: str) -> None:
     ids = tiny("3\n#### 3")["input_ids"] + ([tiny.eos_token_id] if finish == "stop" else [])
     example = encode(make(tiny), {"id": "r", "prompt": "1", "token_ids": ids, "finish": finish})
-    assert list(example.completion_ids) == ids
+    assert list(example.token_ids) == ids
 
 
 def test_step_ends_of_a_rollout_are_kept(tiny: Any) -> None:
@@ -198,7 +198,7 @@ def test_truncation_keeps_whole_steps_and_counts(tiny: Any) -> None:
             continue
         assert example is not None
         assert example.spans == tuple(fitting)
-        assert example.completion_ids == full.completion_ids[: fitting[-1][1]]
+        assert example.token_ids == full.token_ids[: fitting[-1][1]]
         assert encoder.counts["steps_dropped"] == 3 - len(fitting)
         assert encoder.counts["rows_truncated"] == (len(fitting) < 3)
 
@@ -253,4 +253,4 @@ def test_bad_settings(tiny: Any) -> None:
 
 def test_a_prompt_with_room_for_exactly_one_token(tiny: Any) -> None:
     encoder = make(tiny, max_length=3)
-    assert len(encode(encoder, {"id": "r", "prompt": "12", "token_ids": tiny("3")["input_ids"]}).completion_ids) == 1
+    assert len(encode(encoder, {"id": "r", "prompt": "12", "token_ids": tiny("3")["input_ids"]}).token_ids) == 1

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepkd.data.feedback import FeedbackEncoder, FeedbackExample
+from stepkd.data.completion import Completion
+from stepkd.data.feedback import FeedbackEncoder
 from stepkd.data.rows import ROLLOUT, STEPWISE, UNPAIRED, validate
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
@@ -47,22 +48,22 @@ def stepwise(labels: list[Any], steps: list[str] | None = None, **columns: Any) 
     return validate(row | columns, STEPWISE)
 
 
-def encode(encoder: FeedbackEncoder, row: dict[str, Any]) -> FeedbackExample:
+def encode(encoder: FeedbackEncoder, row: dict[str, Any]) -> Completion:
     example = encoder.example(row)
-    assert isinstance(example, FeedbackExample)
-    check_partition(example.spans, len(example.completion_ids))
+    assert isinstance(example, Completion)
+    check_partition(example.spans, len(example.token_ids))
     assert len(example.step_labels) == len(example.spans)
     assert set(example.step_labels) <= {1, 0, -1}
     assert example.row is row
     return example
 
 
-def text(example: FeedbackExample, ids: Any = None) -> str:
-    return str(TOKENIZER.decode(list(example.completion_ids if ids is None else ids)))
+def text(example: Completion, ids: Any = None) -> str:
+    return str(TOKENIZER.decode(list(example.token_ids if ids is None else ids)))
 
 
-def parts(example: FeedbackExample) -> list[str]:
-    return [text(example, example.completion_ids[low:high]) for low, high in example.spans]
+def parts(example: Completion) -> list[str]:
+    return [text(example, example.token_ids[low:high]) for low, high in example.spans]
 
 
 # ---- rollouts -------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def test_rollouts(correct: bool | None, outcome: int) -> None:
     encoder = make()
     example = encode(encoder, row)
     assert (example.outcome, example.step_labels) == (outcome, (1, 0, -1, 1))
-    assert list(example.completion_ids) == row["token_ids"], "sampled ids as they are, the end token among them"
+    assert list(example.token_ids) == row["token_ids"], "sampled ids as they are, the end token among them"
     assert parts(example) == [*STEPS[:3], "#### 7<eos>"]
     assert encoder.counts["rows_without_outcome"] == (correct is None)
 
@@ -130,7 +131,7 @@ def test_nothing_to_cut(labels: list[Any]) -> None:
     encoder = make(after_error="truncate")
     example = encode(encoder, rollout(labels))
     assert len(example.spans) == 4
-    assert example.completion_ids[-1] == EOS
+    assert example.token_ids[-1] == EOS
     assert encoder.counts["rows_cut_at_first_error"] == 0
 
 
@@ -171,7 +172,7 @@ def test_labels_go_with_the_steps_that_do_not_fit(labels: list[Any], after_error
         hidden = after_error == "mask" and wrong is not None
         expected = [-1 if hidden and wrong is not None and i > wrong else seen[labels[i]] for i in range(cut)]
         assert list(example.step_labels) == expected
-        assert example.completion_ids == full.completion_ids[: full.spans[cut - 1][1]]
+        assert example.token_ids.tolist() == full.token_ids[: full.spans[cut - 1][1]].tolist()
         assert encoder.counts["steps_dropped"] == 4 - fitting
         assert encoder.counts["rows_truncated"] == (fitting < 4)
 
@@ -188,7 +189,7 @@ def test_counts_of_earlier_rows_do_not_shift_labels() -> None:
     encoder = make(16)
     labels = [True, None, False, True]
     first, second = (encode(encoder, rollout(labels)) for _ in range(2))
-    assert first == second
+    assert (first.key, first.spans, first.targets) == (second.key, second.spans, second.targets)
     assert first.step_labels == (1, -1)
     assert encoder.counts["steps_dropped"] == 4
 
@@ -248,7 +249,7 @@ def test_stepwise_rows_and_rollouts_agree(labels: list[Any], length: int) -> Non
         assert encoders[0].counts == encoders[1].counts
         assert (one is None) == (two is None)
         if one is not None and two is not None:
-            assert (one.completion_ids, one.spans, one.step_labels) == (two.completion_ids, two.spans, two.step_labels)
+            assert (one.key, one.spans, one.step_labels) == (two.key, two.spans, two.step_labels)
 
 
 # ---- unpaired rows --------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def encode(encoder: PairEncoder, row: dict[str, Any]) -> PairExample:
     better, worse = pair.completions
     for side, (own, spans) in zip(
         (better, worse),
-        ((pair.completion_ids, pair.spans), (pair.rejected_ids, pair.rejected_spans)),
+        ((pair.token_ids, pair.spans), (pair.rejected_ids, pair.rejected_spans)),
         strict=True,
     ):
         assert tuple(side.prompt_ids) == pair.prompt_ids
@@ -81,7 +81,7 @@ def ids(text: str, tokenizer: Any = TINY, *, end: bool = False) -> list[int]:
 
 def written(pair: PairExample, tokenizer: Any = TINY) -> tuple[str, str, str]:
     """Prompt, chosen and rejected as text, end tokens shown."""
-    return tuple(tokenizer.decode(list(each)) for each in (pair.prompt_ids, pair.completion_ids, pair.rejected_ids))
+    return tuple(tokenizer.decode(list(each)) for each in (pair.prompt_ids, pair.token_ids, pair.rejected_ids))
 
 
 # ---- whole solutions ------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_spelling_that_the_tokenizer_would_not_choose_survives() -> None:
     assert spelled != ids("12\n3", tokenizer)
     encoder = make(tokenizer)
     pair = encode(encoder, whole("12\n3", "4", chosen_ids=[*spelled, tokenizer.eos_token_id]))
-    assert list(pair.completion_ids[:-1]) == spelled
+    assert list(pair.token_ids[:-1]) == spelled
     assert pair.spans == ((0, 3), (3, 5))
     assert encoder.counts["sides_of_another_tokenizer"] == 0
 
@@ -129,7 +129,7 @@ def test_next_steps(prefix: list[str]) -> None:
     pair = encode(encoder, step(prefix, "5*2=10\n", "5*2=12\n"))
     assert written(pair) == ("Q" + "".join(prefix), "5*2=10\n", "5*2=12\n")
     assert (pair.spans, pair.rejected_spans) == (((0, 7),), ((0, 7),))
-    assert EOS not in (*pair.prompt_ids, *pair.completion_ids, *pair.rejected_ids)
+    assert EOS not in (*pair.prompt_ids, *pair.token_ids, *pair.rejected_ids)
     assert not encoder.counts
 
 
@@ -163,7 +163,7 @@ def test_a_prefix_that_comes_as_text_alone() -> None:
     sampled = {"chosen_ids": ids("3", tokenizer, end=True), "rejected_ids": ids("4", tokenizer)}
     pair = encode(make(tokenizer), step(["x="], "3", "4", **sampled))
     assert list(pair.prompt_ids) == ids("Q", tokenizer) + ids("x=", tokenizer)
-    assert list(pair.completion_ids) == sampled["chosen_ids"]
+    assert list(pair.token_ids) == sampled["chosen_ids"]
     assert list(pair.rejected_ids) == sampled["rejected_ids"]
 
 
@@ -204,7 +204,7 @@ def test_a_token_across_the_boundary_belongs_to_the_step() -> None:
     tokenizer = merging("= 3")
     pair = encode(make(tokenizer), step(["x="], "3\n", "4\n"))
     assert written(pair, tokenizer) == ("Qx", "=3\n", "=4\n")
-    assert (len(pair.completion_ids), len(pair.rejected_ids)) == (2, 3)
+    assert (len(pair.token_ids), len(pair.rejected_ids)) == (2, 3)
 
 
 def test_a_merge_that_reaches_back_into_the_prefix() -> None:
@@ -222,7 +222,7 @@ def test_without_a_merge_the_cut_is_the_step() -> None:
     tokenizer = merging("x =", "3 \n")
     pair = encode(make(tokenizer), step(["x="], "3\n", "3\ny"))
     assert written(pair, tokenizer) == ("Qx=", "3\n", "3\ny")
-    assert len(pair.completion_ids) == 1, "shared leading tokens of the steps are the steps'"
+    assert len(pair.token_ids) == 1, "shared leading tokens of the steps are the steps'"
 
 
 def test_a_character_of_several_tokens_opens_the_step() -> None:
@@ -230,7 +230,7 @@ def test_a_character_of_several_tokens_opens_the_step() -> None:
     tokenizer = byte_level()
     pair = encode(make(tokenizer), step(["1 "], "😀a", "😀b"))
     assert list(pair.prompt_ids) == ids("Q1 ", tokenizer)
-    assert list(pair.completion_ids) == ids("😀a", tokenizer)
+    assert list(pair.token_ids) == ids("😀a", tokenizer)
     assert list(pair.rejected_ids) == ids("😀b", tokenizer)
     pair = encode(make(tokenizer), step(["é"], "😀", "😁"))
     assert written(pair, tokenizer) == ("Qé", "😀", "😁")
@@ -250,7 +250,7 @@ def test_both_sides_are_what_was_written(prefix: list[str], chosen: str, rejecte
     pair = encode(encoder, step(prefix, chosen, rejected))
     text = "".join(prefix)
     own = pair.prompt_ids[1:]
-    for side, sampled in ((chosen, pair.completion_ids), (rejected, pair.rejected_ids)):
+    for side, sampled in ((chosen, pair.token_ids), (rejected, pair.rejected_ids)):
         assert [*own, *sampled] == ids(text + side, tokenizer)
     assert text.startswith(tokenizer.decode(list(own)))
     assert encoder.counts == {}

@@ -180,7 +180,7 @@ def test_pairs_of_solutions_and_of_steps(tmp_path: Path, caplog: pytest.LogCaptu
         assert f"train: 4 of 5 rows, {{{counts}, 'pairs_too_long': 1}}" in caplog.text
         assert [example.visits for example in data.examples["train"]] == [None, None, None, (3, 1)]
         end = TOKENIZER.eos_token_id
-        ends = {ids[-1] == end for e in data.examples["train"] for ids in (e.completion_ids, e.rejected_ids)}
+        ends = {ids[-1] == end for e in data.examples["train"] for ids in (e.token_ids, e.rejected_ids)}
         assert ends == {"prefix" not in prefix}
 
 
@@ -261,15 +261,15 @@ def test_completions_of_one_prompt_stay_together(kind: str, tmp_path: Path) -> N
     else:
         rows = [{"prompt": p, "chosen": f"{i}", "rejected": f"{i}x"} for i, p in enumerate(prompts)]
         spec, made = write(tmp_path / "a.jsonl", rows), paired
-    apart = [e.prompt_ids for b in batches_of(attach(made(spec, global_batch_size=8))) for e in b.peers]
+    apart = [tuple(e.prompt_ids) for b in batches_of(attach(made(spec, global_batch_size=8))) for e in b.peers]
     assert len(list(groupby(apart))) > 12
     data = attach(made(spec, global_batch_size=8, keep_prompts_together=True))
     batches = batches_of(data)
-    together = [example.prompt_ids for batch in batches for example in batch.peers]
+    together = [tuple(example.prompt_ids) for batch in batches for example in batch.peers]
     assert len(list(groupby(together))) == 6
     assert sorted(i for batch in batches for i in batch.indices) == list(range(24))
     data.trainer.lightning_module.position = Position(1)
-    other = [example.prompt_ids for batch in data.train_dataloader() for example in batch.peers]
+    other = [tuple(example.prompt_ids) for batch in data.train_dataloader() for example in batch.peers]
     assert len(list(groupby(other))) == 6
     assert other != together
 
@@ -280,10 +280,11 @@ def test_ranks_share_whole_prompts(tmp_path: Path) -> None:
         batches_of(attach(feedback(spec, global_batch_size=24, keep_prompts_together=True), rank=rank, world_size=3))
         for rank in range(3)
     ]
-    seen = [{example.prompt_ids for example in batches[0].examples} for batches in shares]
+    seen = [{tuple(example.prompt_ids) for example in batches[0].examples} for batches in shares]
     assert [len(prompts) for prompts in seen] == [2, 2, 2]
     assert len(set().union(*seen)) == 6
-    assert shares[0][0].peers == shares[1][0].peers == shares[2][0].peers
+    peers = [[each.key for each in batches[0].peers] for batches in shares]
+    assert peers[0] == peers[1] == peers[2]
     assert sorted(place for batches in shares for place in batches[0].places) == list(range(24))
 
 

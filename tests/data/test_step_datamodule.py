@@ -69,7 +69,7 @@ def test_tasks_in_batches_of_one_step(tokenizer: Any, caplog: pytest.LogCaptureF
         labels = example.row["step_labels"]
         first = labels.index(False) if False in labels else len(labels) - 1
         assert len(example.spans) == first + 1, "cut behind the first error"
-        text = tokenizer.decode(list(example.completion_ids))
+        text = tokenizer.decode(list(example.token_ids))
         steps = [step if step.endswith("\n") else f"{step}\n" for step in example.row["steps"]]
         assert text == "".join(f"{step}~" for step in steps[: first + 1])
 

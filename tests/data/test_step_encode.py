@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from stepkd.data.completion import Completion
 from stepkd.data.feedback import FeedbackEncoder
-from stepkd.data.step_encode import Layout, StepEncoder, StepExample
+from stepkd.data.step_encode import Layout, StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
@@ -58,9 +59,9 @@ def make(tokenizer: Any, format: StepFormat | None = None, **settings: Any) -> S
     return StepEncoder(tokenizer, PLAIN, format=format, marker_id=marker, **settings)
 
 
-def pieces(tokenizer: Any, layout: Layout | StepExample) -> list[str]:
+def pieces(tokenizer: Any, layout: Layout | Completion) -> list[str]:
     """Text of every step, its marker included."""
-    ids = layout.ids if isinstance(layout, Layout) else layout.completion_ids
+    ids = layout.ids if isinstance(layout, Layout) else layout.token_ids
     check_partition(layout.spans, len(ids))
     return [tokenizer.decode(list(ids[slice(*span)])) for span in layout.spans]
 
@@ -69,7 +70,7 @@ def row(**columns: Any) -> dict[str, Any]:
     return {"id": "r1", "prompt": "Q:", "completions": STEPS, "labels": LABELS, **columns}
 
 
-def trained(tokenizer: Any, columns: dict[str, Any] | None = None, **settings: Any) -> StepExample:
+def trained(tokenizer: Any, columns: dict[str, Any] | None = None, **settings: Any) -> Completion:
     example = make(tokenizer, labels=LabelRule(after_error="keep"), **settings).example(columns or row())
     assert example is not None
     return example
@@ -150,14 +151,14 @@ def test_an_empty_separator_joins_cuts_of_one_text(tiny: Any) -> None:
 def test_example_positions_and_targets(tiny: Any) -> None:
     example = trained(tiny)
     assert pieces(tiny, example) == ["1+2=3\n~", "3*2=6 \n~", "#### 6\n~"]
-    assert [tiny.decode([example.completion_ids[i]]) for i in example.read_at] == ["~"] * 3
+    assert [tiny.decode([example.token_ids[i]]) for i in example.read_at] == ["~"] * 3
     assert example.targets == ((0.0, 1.0), (1.0, 0.0), (0.0, 1.0))
     assert tiny.decode(list(example.prompt_ids)) == "Q:"
-    assert (example.id, example.num_cut) == ("r1", 0)
+    assert example.id == "r1"
 
 
 def test_no_end_token_is_appended(tiny: Any) -> None:
-    assert tiny.eos_token_id not in trained(tiny).completion_ids
+    assert tiny.eos_token_id not in trained(tiny).token_ids
 
 
 @pytest.mark.parametrize("place", ["step_end", "before_separator"])
@@ -165,9 +166,9 @@ def test_nothing_is_kept_behind_the_last_label(place: str, tiny: Any) -> None:
     example = trained(tiny, row(labels=[True, False, None]), format=StepFormat(marker_place=place))  # type: ignore[arg-type]
     whole = make(tiny, StepFormat(marker_place=place)).layout(STEPS)  # type: ignore[arg-type]
     assert example.read_at == whole.read_at[:2]
-    assert example.completion_ids == whole.ids[: whole.read_at[1] + 1]
+    assert tuple(example.token_ids) == whole.ids[: whole.read_at[1] + 1]
     assert len(example.targets) == 2
-    check_partition(example.spans, len(example.completion_ids))
+    check_partition(example.spans, len(example.token_ids))
 
 
 def test_an_unlabelled_step_in_the_middle_keeps_its_marker(tiny: Any) -> None:
@@ -179,8 +180,9 @@ def test_an_unlabelled_step_in_the_middle_keeps_its_marker(tiny: Any) -> None:
 def test_truncate_and_mask_differ_in_length_only_behind_the_error(tiny: Any) -> None:
     """Steps behind the last label are cut in both, so that mask costs nothing more."""
     cut, masked = (make(tiny, labels=LabelRule(after_error=rule)).example(row()) for rule in ("truncate", "mask"))  # type: ignore[arg-type]
-    assert cut == masked
     assert cut is not None
+    assert masked is not None
+    assert (cut.key, cut.spans, cut.targets, cut.read_at) == (masked.key, masked.spans, masked.targets, masked.read_at)
     assert len(cut.read_at) == 2
     assert len(trained(tiny).read_at) == 3
 
@@ -222,7 +224,7 @@ def test_sampled_ids_are_kept_without_their_end_token(bpe: Any) -> None:
     newline = bpe("\n", add_special_tokens=False)["input_ids"]
     own, middle = rollout["token_ids"][:-1], rollout["step_ends"][1]
     expected = own[:middle] + newline + own[middle:]
-    assert [i for i in example.completion_ids if i != marker] == expected, "one separator, where none was sampled"
+    assert [i for i in example.token_ids if i != marker] == expected, "one separator, where none was sampled"
     assert pieces(bpe, example) == ["a\n<extra_0>", "b 7\n<extra_0>", ".\n<extra_0>"]
     assert example.targets == ((0.0, 1.0), (1.0, 0.0), (0.0, 1.0))
 
@@ -288,11 +290,10 @@ def test_truncation_drops_whole_steps_and_counts_them(tiny: Any) -> None:
         example = encoder.example(row())
         assert example is not None
         assert len(example.spans) == len(example.targets) == kept
-        assert len(example.completion_ids) == sum(lengths[:kept])
+        assert len(example.token_ids) == sum(lengths[:kept])
         assert encoder.counts["steps_dropped"] == 3 - kept
         assert encoder.counts["rows_truncated"] == (kept < 3)
-        scored = encoder.scored(row())
-        assert (len(scored.read_at), scored.num_cut) == (kept, 3 - kept)
+        assert len(example.read_at) == kept
 
 
 def test_truncated_before_the_first_label_is_a_counted_skip(tiny: Any) -> None:
@@ -303,7 +304,7 @@ def test_truncated_before_the_first_label_is_a_counted_skip(tiny: Any) -> None:
     assert tight.example(row()) is None
     assert encoder.counts["rows_truncated_before_a_label"] == tight.counts["rows_truncated_before_a_label"] == 1
     assert encoder.counts["rows_without_labels"] == 0
-    assert tight.scored(row()).num_cut == 3
+    assert tight.counts["steps_dropped"] == 3
 
 
 def test_a_truncated_solution_has_no_outcome_to_learn(tiny: Any) -> None:
@@ -472,16 +473,16 @@ def test_every_step_is_read_at_its_own_end(
     rule = LabelRule(after_error="keep")
     encoder = kind(tokenizer, PLAIN_PB, format=format, marker_id=marker, labels=rule, max_length=10**6)
     for row in rows:
-        scored, example = encoder.scored(row), encoder.example(row)
+        scored, example = encoder.row_layout(row), encoder.example(row)
         assert example is not None
         assert len(scored.read_at) == len(row["completions"])
         assert example.read_at == scored.read_at[: len(example.read_at)]
-        assert example.completion_ids == scored.completion_ids[: example.read_at[-1] + 1], "as it is scored"
+        assert tuple(example.token_ids) == scored.ids[: example.read_at[-1] + 1], "as it is scored"
         start = 0
         for step, at in zip(row["completions"], scored.read_at, strict=True):
-            ids = [i for i in scored.completion_ids[start : at + 1] if i != marker]
+            ids = [i for i in scored.ids[start : at + 1] if i != marker]
             assert words(tokenizer.decode(ids)) == known(step)
-            assert marker is None or scored.completion_ids[at] == marker
+            assert marker is None or scored.ids[at] == marker
             start = at + 1
 
 
@@ -493,9 +494,9 @@ def test_feedback_covers_each_steps_own_tokens(
         example = encoder.example(row)
         assert example is not None
         eos = tokenizer.eos_token_id
-        assert example.completion_ids[:-1] == tokenize_text(tokenizer, _text(row["completions"])).token_ids
+        assert tuple(example.token_ids[:-1]) == tokenize_text(tokenizer, _text(row["completions"])).token_ids
         for step, span in zip(row["completions"], example.spans, strict=True):
-            assert words(tokenizer.decode([i for i in example.completion_ids[slice(*span)] if i != eos])) == known(step)
+            assert words(tokenizer.decode([i for i in example.token_ids[slice(*span)] if i != eos])) == known(step)
 
 
 def _text(steps: list[str]) -> str:

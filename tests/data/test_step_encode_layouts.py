@@ -148,10 +148,10 @@ def test_the_rows_of_training_have_it_too(tokenizer: Any) -> None:
     examples = [encoder.example(row) for row in (wrong, right, rollout)]
     for example in examples:
         assert example is not None
-        assert {example.completion_ids[at - 1] for at in example.read_at} == {newline}
+        assert {example.token_ids[at - 1] for at in example.read_at} == {newline}
     assert examples[0] is not None
     assert examples[2] is not None
-    assert examples[0].completion_ids == examples[2].completion_ids
+    assert examples[0].key == examples[2].key
 
 
 @pytest.mark.parametrize("name", ["step_end", "no marker", "two newlines"])

@@ -98,16 +98,16 @@ def test_solutions_feedback_and_pairs_end_as_the_template_does(family: str, temp
     text = "1+1=2\n#### 2"
     solution = Encoder(tokenizer, template, NEWLINE).example(PROBLEM | {"solution": text})
     assert solution is not None
-    assert tokenizer.decode(solution.completion_ids[:-1]) == text
-    assert solution.completion_ids[-1] == end
-    assert solution.spans[-1][1] == len(solution.completion_ids), "the end belongs to the last step"
+    assert tokenizer.decode(solution.token_ids[:-1]) == text
+    assert solution.token_ids[-1] == end
+    assert solution.spans[-1][1] == len(solution.token_ids), "the end belongs to the last step"
     rows = PROBLEM | {"completions": ["1+1=2\n", "#### 2"], "labels": [True, True], "outcome": True}
     feedback = FeedbackEncoder(tokenizer, template, NEWLINE).example(rows)
     assert feedback is not None
-    assert feedback.completion_ids == solution.completion_ids
+    assert tuple(feedback.token_ids) == solution.token_ids
     pair = PairEncoder(tokenizer, template, NEWLINE).example(PROBLEM | {"chosen": text, "rejected": "#### 3"})
     assert pair is not None
-    assert (pair.completion_ids[-1], pair.rejected_ids[-1]) == (end, end)
+    assert (pair.token_ids[-1], pair.rejected_ids[-1]) == (end, end)
 
 
 def test_training_text_is_the_chat_templates_own(family: str) -> None:
@@ -117,7 +117,7 @@ def test_training_text_is_the_chat_templates_own(family: str) -> None:
     assert example is not None
     messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "#### 2"}]
     whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
-    ids = [*example.prompt_ids, *example.completion_ids]
+    ids = [*example.prompt_ids, *example.token_ids]
     assert whole[: len(ids)] == ids
     assert tokenizer.decode(whole[len(ids) :]).strip() == ""
 
@@ -128,8 +128,8 @@ def test_an_end_that_the_text_has_is_not_doubled(family: str, written: int) -> N
     end = [FAMILIES[family][1], tokenizer.eos_token][written]
     example = Encoder(tokenizer, CHAT, NEWLINE).example(PROBLEM | {"solution": f"#### 2{end}"})
     assert example is not None
-    assert example.completion_ids[-1] == tokenizer.convert_tokens_to_ids(end)
-    assert tokenizer.decode(example.completion_ids[:-1]) == "#### 2"
+    assert example.token_ids[-1] == tokenizer.convert_tokens_to_ids(end)
+    assert tokenizer.decode(example.token_ids[:-1]) == "#### 2"
 
 
 def test_a_sampled_solution_is_scored_without_its_end(family: str) -> None:
@@ -237,7 +237,7 @@ def test_a_model_that_was_trained_on_chat_stops_in_plain_transformers(tmp_path: 
     policy = Policy.load(PolicyConfig(path=str(save_model("gemma", tmp_path / "model"))))
     example = Encoder(policy.tokenizer, CHAT, NEWLINE).example(PROBLEM | {"solution": "#### 2"})
     assert example is not None
-    ids = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+    ids = torch.tensor([[*example.prompt_ids, *example.token_ids]])
     labels = ids.clone()
     labels[:, : len(example.prompt_ids)] = -100
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.01)
@@ -249,4 +249,4 @@ def test_a_model_that_was_trained_on_chat_stops_in_plain_transformers(tmp_path: 
     policy.tokenizer.save_pretrained(tmp_path / "trained")
     model = AutoModelForCausalLM.from_pretrained(export_model(tmp_path / "trained", tmp_path / "export"))
     found = model.generate(torch.tensor([example.prompt_ids]), max_new_tokens=40, do_sample=False)
-    assert tuple(found[0, len(example.prompt_ids) :].tolist()) == example.completion_ids
+    assert tuple(found[0, len(example.prompt_ids) :].tolist()) == example.token_ids

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from stepkd.claims.tiny_samples import problem_metrics
-from stepkd.data.feedback import FeedbackExample, feedback_counts
+from stepkd.data.completion import Completion
+from stepkd.data.feedback import feedback_counts
 from stepkd.data.step_labels import LabelRule, step_targets, trl_row
 from stepkd.errors import DataError
 from stepkd.evaluation.config import EvaluatePRMConfig
@@ -226,6 +227,14 @@ def test_every_room_takes_the_share_of_the_labelled_correct_answers(
     assert tally(*zip(*JUDGED, strict=True)).share == pytest.approx(2 / 3)
 
 
+NO_IDS = np.zeros(0)
+
+
+def as_targets(labels: Sequence[int]) -> tuple[tuple[float, ...] | None, ...]:
+    """Signs of steps as what a completion has of them."""
+    return tuple(None if label < 0 else (1.0 - label, float(label)) for label in labels)
+
+
 @pytest.mark.parametrize(
     "count",
     [
@@ -234,7 +243,7 @@ def test_every_room_takes_the_share_of_the_labelled_correct_answers(
         ],
         lambda judged: convert_rows(labelled(judged), Binary()).counts["right_answers_with_a_wrong_step"],
         lambda judged: feedback_counts(
-            [FeedbackExample("a", (), (), (), {}, outcome=int(good), step_labels=signs(s)) for good, s in judged]
+            [Completion(NO_IDS, NO_IDS, outcome=int(good), targets=as_targets(signs(s))) for good, s in judged]
         )["conflicts"],
     ],
     ids=["labelling", "--to binary", "Step-KTO's data"],

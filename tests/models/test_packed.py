@@ -99,7 +99,7 @@ def test_gradients_equal_those_of_separate_rows(
     policy = policy_of(name)
     examples = examples_of([[2, 7, 4, 1, 3], [6, 3], [5]], [5, 9, 2], seed=2)
     first, second = examples[5], examples[6]
-    examples[6] = Example("e", second.prompt_ids, (*first.completion_ids[:4], *second.completion_ids), ((0, 7),))
+    examples[6] = Example("e", second.prompt_ids, (*first.token_ids[:4], *second.token_ids), ((0, 7),))
     batch = collate(examples, 0, share=True, padding_side=side, pad_to=pad_to)
     weights = torch.randn(len(batch.targets_N), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -134,7 +134,7 @@ def test_neighbours_change_nothing(name: str, policy_of: Any, close: Any) -> Non
     policy = policy_of(name)
     examples = examples_of([[4, 5, 6]], [3])
     other = examples_of([[4, 5, 6]], [3], seed=1)[1]
-    replaced = [examples[0], Example("e", examples[0].prompt_ids, other.completion_ids, other.spans), examples[2]]
+    replaced = [examples[0], Example("e", examples[0].prompt_ids, other.token_ids, other.spans), examples[2]]
     with torch.no_grad():
         before, after = (states(policy, collate(each, 0, share=True)) for each in (examples, replaced))
     same = torch.tensor([True] * 4 + [False] * 5 + [True] * 6)

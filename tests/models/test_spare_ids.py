@@ -39,7 +39,7 @@ def ids(policy: Policy, text: str) -> torch.Tensor:
     row = {"id": "a", "prompt": text, "solution": "#### 2"}
     example = Encoder(policy.tokenizer, get_template("task"), get_segmenter("newline")).example(row)
     assert example is not None
-    return torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+    return torch.tensor([[*example.prompt_ids, *example.token_ids]])
 
 
 @pytest.mark.parametrize("special", [True, False])

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import Batch, collate
+from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder, Example
-from stepkd.data.step_encode import StepEncoder, StepExample
+from stepkd.data.step_encode import StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
 from stepkd.models.policy import Policy
@@ -121,11 +122,11 @@ def brute_force(examples: list[Example]) -> tuple[float, Gradients]:
     policy = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64"))
     total = torch.zeros((), dtype=torch.float64)
     for example in examples:
-        ids = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+        ids = torch.tensor([[*example.prompt_ids, *example.token_ids]])
         logits = policy.model(input_ids=ids).logits[0]
         start = len(example.prompt_ids)
         total = total + F.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum")
-    loss = total / sum(len(example.completion_ids) for example in examples)
+    loss = total / sum(len(example.token_ids) for example in examples)
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
@@ -170,12 +171,12 @@ def fresh_policy(head: StepHeadConfig, **settings: Any) -> Policy:
     return policy
 
 
-def plain_step_logits(policy: Policy, example: StepExample) -> torch.Tensor:
+def plain_step_logits(policy: Policy, example: Completion) -> torch.Tensor:
     """Class logits at every step of one unpadded row, without any of the code under test.
 
     Over the whole vocabulary they are log-probabilities, which a softmax over the labels alone would change.
     """
-    ids = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+    ids = torch.tensor([[*example.prompt_ids, *example.token_ids]])
     at = torch.tensor(example.read_at) + len(example.prompt_ids)
     head = policy.require_step_head()
     if head.score is not None:
@@ -208,7 +209,7 @@ def plain_logits() -> Callable[..., torch.Tensor]:
 def scored() -> Callable[..., torch.Tensor]:
     """Scores of all labelled steps under a policy."""
 
-    def run(policy: Policy, examples: Sequence[StepExample]) -> torch.Tensor:
+    def run(policy: Policy, examples: Sequence[Completion]) -> torch.Tensor:
         policy.eval()
         batch = collate(examples, 0)
         with torch.no_grad():
@@ -241,7 +242,7 @@ def prm_step() -> Callable[..., PRMRecorder]:
 def brute_force_steps() -> Callable[..., tuple[float, Gradients]]:
     """Loss and gradients from plain logits, one unpadded row at a time, divided by the number of labelled steps."""
 
-    def run(head: StepHeadConfig, examples: Sequence[StepExample]) -> tuple[float, Gradients]:
+    def run(head: StepHeadConfig, examples: Sequence[Completion]) -> tuple[float, Gradients]:
         policy = fresh_policy(head)
         total, count = torch.zeros((), dtype=torch.float64), 0
         for example in examples:

@@ -67,7 +67,7 @@ class GKD(GKDModule):
 
     def sample(self, batch: Any, source: Any) -> Any:
         found = super().sample(batch, source)
-        self.written.append({example.id: example.completion_ids for example in found})
+        self.written.append({example.id: example.token_ids for example in found})
         return found
 
     def loss_terms(self, micro_batch: Any) -> Any:

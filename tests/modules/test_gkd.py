@@ -77,7 +77,7 @@ def plain(
     student.zero_grad()
     per_row = []
     for row in rows:
-        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
+        ids = torch.tensor([[*row.prompt_ids, *row.token_ids]])
         start = len(row.prompt_ids)
         targets = ids[0, start:]
         own, other = (
@@ -157,8 +157,8 @@ def trl_loss(
     inputs = {name: torch.full((len(rows), length), fill) for name, fill in (("input_ids", 0), ("labels", -100))}
     inputs["attention_mask"] = torch.zeros(len(rows), length, dtype=torch.int64)
     for i, row in enumerate(rows):
-        inputs["input_ids"][i, : row.length] = torch.tensor([*row.prompt_ids, *row.completion_ids])
-        inputs["labels"][i, len(row.prompt_ids) : row.length] = torch.tensor(row.completion_ids)
+        inputs["input_ids"][i, : row.length] = torch.tensor([*row.prompt_ids, *row.token_ids])
+        inputs["labels"][i, len(row.prompt_ids) : row.length] = torch.tensor(row.token_ids)
         inputs["attention_mask"][i, : row.length] = 1
     shared = {"teacher_model": teacher.model, "generalized_jsd_loss": trl.generalized_jsd_loss}
     loss: Tensor = trl.compute_loss(
@@ -192,8 +192,8 @@ def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
     assert abs(ours[2.0] - ours[1.0]) > 0.1 * ours[1.0]
     # The count comes with the loader's batch; training_step then puts sampled completions in its place.
     module = worker.run(rows, source=worker.OWN)
-    sampled = [replace(row, completion_ids=module.written[0][row.id]) for row in rows]
-    before, after = (sum(len(row.completion_ids) for row in batch) for batch in (rows, sampled))
+    sampled = [replace(row, token_ids=module.written[0][row.id]) for row in rows]
+    before, after = (sum(len(row.token_ids) for row in batch) for batch in (rows, sampled))
     assert before != after
     counted = float(trl_loss(views, sampled, beta=0.5, items=before).detach())
     right = float(trl_loss(views, sampled, beta=0.5).detach())
@@ -214,7 +214,7 @@ def test_own_samples(views: Any, rows: list[Any], distance: Callable[..., float]
     written = {row.id: tuple(rollout[0].token_ids) for row, rollout in zip(rows, drawn, strict=True)}
     assert module.written == [written]
     assert len({len(ids) for ids in written.values()}) > 1
-    sampled = [replace(row, completion_ids=written[row.id]) for row in rows]
+    sampled = [replace(row, token_ids=written[row.id]) for row in rows]
     _, expected = plain(views, sampled, at(1.0, reverse_kl))
     assert distance(module.gradients, expected) < TOLERANCE
 
@@ -253,7 +253,7 @@ def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> N
 
 
 def test_prompts_without_solutions(rows: list[Any]) -> None:
-    bare = [replace(row, completion_ids=(), spans=()) for row in rows]
+    bare = [replace(row, token_ids=(), spans=()) for row in rows]
     assert worker.run(bare, source=worker.OWN).gradients
     with pytest.raises(TrainingError, match="no row of the batch has a single target"):
         worker.run(bare)
@@ -311,7 +311,7 @@ def test_only_wrong_steps(average: Any, views: Any, distance: Callable[..., floa
     student.zero_grad()
     per_row, counted, everything = [], 0, 0
     for row in rows:
-        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
+        ids = torch.tensor([[*row.prompt_ids, *row.token_ids]])
         logps = [v.model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1) for v in views]
         values = reverse_kl(logps[0], logps[1].detach())
         wrong = [i for span, ok in zip(row.spans, row.row["step_labels"], strict=True) if not ok for i in range(*span)]
@@ -422,7 +422,7 @@ def calibration_error(policy: Policy, rows: list[Any]) -> float:
     """ECE of 15 bins over all given tokens, from plain logits: weighted mean of |accuracy - confidence|."""
     pairs: list[tuple[float, bool]] = []
     for row in rows:
-        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
+        ids = torch.tensor([[*row.prompt_ids, *row.token_ids]])
         start = len(row.prompt_ids)
         with torch.no_grad():
             top = policy.model(input_ids=ids).logits[0, start - 1 : -1].softmax(-1).max(-1)
@@ -444,7 +444,7 @@ def test_calibration_on_given_tokens(views: Any, rows: list[Any]) -> None:
     few_tokens = replace(worker.TEACHER, top_k=TopK(3))
     few = measure(rows, views, teacher=few_tokens, fidelity=FidelityConfig(answers=False))
     assert few["teacher_ece"] == pytest.approx(found["teacher_ece"], rel=1e-5), "its likeliest token is in no tail"
-    bare = [replace(row, completion_ids=(), spans=()) for row in rows]
+    bare = [replace(row, token_ids=(), spans=()) for row in rows]
     assert "ece" not in measure(bare, views, fidelity=FidelityConfig(answers=False))
 
 
@@ -518,7 +518,7 @@ def test_a_teacher_reads_under_its_own_template(views: Any, rows: list[Any], dis
     for row, prompt in zip(rows, prompts, strict=True):
         logits = []
         for view, start in ((student, row.prompt_ids), (teacher, prompt)):
-            ids = torch.tensor([[*start, *row.completion_ids]])
+            ids = torch.tensor([[*start, *row.token_ids]])
             logits.append(view.model(input_ids=ids).logits[0, len(start) - 1 : -1].log_softmax(-1))
         values.append(reverse_kl(logits[0], logits[1].detach()))
     torch.cat(values).mean().backward()

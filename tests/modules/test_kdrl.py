@@ -462,10 +462,10 @@ def test_validation_is_the_cross_entropy_of_given_solutions(rows: list[Any]) -> 
     (found,) = trainer.validate(module, StepLoader(rows, plan), verbose=False)
     total, number = 0.0, 0
     for row in rows:
-        ids, start = torch.tensor([[*row.prompt_ids, *row.completion_ids]]), len(row.prompt_ids)
+        ids, start = torch.tensor([[*row.prompt_ids, *row.token_ids]]), len(row.prompt_ids)
         logits = module.model.model(input_ids=ids).logits[0, start - 1 : -1].detach()
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum"))
-        number += len(row.completion_ids)
+        number += len(row.token_ids)
     assert found["val/loss"] == pytest.approx(total / number, rel=1e-6)
     assert "val/kd" not in found, "there is nothing to count"
 

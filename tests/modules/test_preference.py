@@ -73,14 +73,14 @@ def gradients(views: tuple[Policy, Policy], loss: Tensor) -> dict[str, Tensor]:
 def rotated_points(views: tuple[Policy, Policy], examples: list[Any]) -> tuple[float, float]:
     """z0 and z0_step: completions met by the prompt that follows in a rotation without equal prompts."""
     # Two solutions of every problem: ordered by problem, two places further is always another problem.
-    prompts = list(dict.fromkeys(example.prompt_ids for example in examples))
-    order = [example for prompt in prompts for example in examples if example.prompt_ids == prompt]
+    prompts = list(dict.fromkeys(tuple(example.prompt_ids) for example in examples))
+    order = [example for prompt in prompts for example in examples if tuple(example.prompt_ids) == prompt]
     sums, steps = [], []
     for place, example in enumerate(order):
         other = order[place - 2]
-        assert other.prompt_ids != example.prompt_ids
+        assert tuple(other.prompt_ids) != tuple(example.prompt_ids)
         with torch.no_grad():
-            tokens = ratios(views, example.prompt_ids, other.completion_ids)
+            tokens = ratios(views, example.prompt_ids, other.token_ids)
         sums.append(float(tokens.sum()))
         steps += [float(tokens[start:end].sum()) for start, end in other.spans]
     return max(0.0, sum(sums) / len(sums)), max(0.0, sum(steps) / len(steps))
@@ -99,7 +99,7 @@ def brute_step_kto(views: tuple[Policy, Policy], examples: list[Any], reduction:
     settings = worker.STEP_WEIGHTS
     outcomes, steps, labelled = [], [], 0
     for example in examples:
-        tokens = ratios(views, example.prompt_ids, example.completion_ids)
+        tokens = ratios(views, example.prompt_ids, example.token_ids)
         if example.outcome >= 0:
             outcomes.append(term(tokens.sum(), example.outcome, z0, settings["beta"], settings["class_weights"]))
         own = [
@@ -144,7 +144,7 @@ def test_the_mean_over_a_completions_steps(views: Any, examples: list[Any], dist
 def test_kto(views: Any, examples: list[Any], distance: Callable[..., float]) -> None:
     z0, _ = rotated_points(views, examples)
     losses = [
-        term(ratios(views, e.prompt_ids, e.completion_ids).sum(), e.outcome, z0, 0.2, worker.WEIGHTS["class_weights"])
+        term(ratios(views, e.prompt_ids, e.token_ids).sum(), e.outcome, z0, 0.2, worker.WEIGHTS["class_weights"])
         for e in examples
         if e.outcome >= 0
     ]
@@ -213,7 +213,7 @@ def points(examples: list[Any], **spec: Any) -> dict[str, float]:
 
 def test_points_of_the_batch_and_none(views: Any, examples: list[Any]) -> None:
     with torch.no_grad():
-        tokens = [ratios(views, e.prompt_ids, e.completion_ids) for e in examples]
+        tokens = [ratios(views, e.prompt_ids, e.token_ids) for e in examples]
     steps = [float(t[start:end].sum()) for t, e in zip(tokens, examples, strict=True) for start, end in e.spans]
     found = points(examples, outcome="batch", step="batch")
     assert found["z0"] == pytest.approx(max(0.0, sum(float(t.sum()) for t in tokens) / len(tokens)), rel=1e-5)
@@ -223,19 +223,19 @@ def test_points_of_the_batch_and_none(views: Any, examples: list[Any]) -> None:
 
 def test_points_by_index_are_a_running_average(views: Any, examples: list[Any], distance: Callable[..., float]) -> None:
     """With decay 0 each step is measured from the mean over mismatched steps of its own number."""
-    prompts = list(dict.fromkeys(example.prompt_ids for example in examples))
-    order = [example for prompt in prompts for example in examples if example.prompt_ids == prompt]
+    prompts = list(dict.fromkeys(tuple(example.prompt_ids) for example in examples))
+    order = [example for prompt in prompts for example in examples if tuple(example.prompt_ids) == prompt]
     by_index: dict[int, list[float]] = {}
     for place, example in enumerate(order):
         other = order[place - 2]
         with torch.no_grad():
-            tokens = ratios(views, example.prompt_ids, other.completion_ids)
+            tokens = ratios(views, example.prompt_ids, other.token_ids)
         for number, (start, end) in enumerate(other.spans):
             by_index.setdefault(number, []).append(float(tokens[start:end].sum()))
     z0, _ = rotated_points(views, examples)
     settings, outcomes, steps = worker.STEP_WEIGHTS, [], []
     for example in examples:
-        tokens = ratios(views, example.prompt_ids, example.completion_ids)
+        tokens = ratios(views, example.prompt_ids, example.token_ids)
         if example.outcome >= 0:
             outcomes.append(term(tokens.sum(), example.outcome, z0, settings["beta"], settings["class_weights"]))
         own = []

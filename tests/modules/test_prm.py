@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import Batch, collate
-from stepkd.data.step_encode import StepExample
+from stepkd.data.completion import Completion
 from stepkd.data.step_labels import LabelRule
 from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
@@ -37,7 +37,7 @@ Gradients = dict[str, torch.Tensor]
 @pytest.fixture(scope="module", params=list(HEADS))
 def case(
     request: pytest.FixtureRequest, encoded: Any, brute_force_steps: Any
-) -> tuple[StepHeadConfig, list[StepExample], float, Gradients]:
+) -> tuple[StepHeadConfig, list[Completion], float, Gradients]:
     """A head, 16 solutions, and the loss and gradients of the plain model, one unpadded row at a time."""
     head = HEADS[request.param]
     examples = encoded(head)
@@ -161,7 +161,7 @@ def test_the_language_part_is_plain_cross_entropy_on_right_steps_without_the_mar
     num_steps = num_tokens = num_wrong = 0
     for example in examples:
         assert None not in example.targets
-        ids = torch.tensor([*example.prompt_ids, *example.completion_ids])
+        ids = torch.tensor([*example.prompt_ids, *example.token_ids])
         wanted = torch.where(ids == ids_of.marker, -100, ids)
         wanted[: len(example.prompt_ids)] = -100
         for (start, end), target in zip(example.spans, example.targets, strict=True):

@@ -114,7 +114,7 @@ def test_a_column_that_is_read_and_missing_is_told_with_split_and_reason(
 def test_validation_needs_answers_only_where_it_samples() -> None:
     held_out = [*SOLVED, PROMPTS[0]]
     data = setup(SFTModule(POLICY), StepData(train=SOLVED, validation=held_out, template="task"))
-    assert [bool(example.completion_ids) for example in data.examples["validation"]] == [True] * 4 + [False]
+    assert [bool(example.token_ids) for example in data.examples["validation"]] == [True] * 4 + [False]
     sampling = SFTModule(POLICY, validation=ValidationConfig(SamplingConfig(n=2)))
     setup(sampling, StepData(train=SOLVED, validation=PROBLEMS, template="task"))
     with pytest.raises(
@@ -200,7 +200,7 @@ def test_lists_datasets_and_paths_give_what_a_spec_gives(module: Any, rows: Any,
     if isinstance(made, PRMModule):
         made.configure_model()
     found = [setup(made, StepData(form, template="task")).examples["train"] for form in the_forms(rows, tmp_path)]
-    plain = [[(each.prompt_ids, each.completion_ids, each.spans) for each in examples] for examples in found]
+    plain = [[(*(tuple(ids) for ids in (each.prompt_ids, each.token_ids)), each.spans) for each in es] for es in found]
     assert len(plain[0]) == len(rows)
     assert all(each == plain[0] for each in plain)
 
@@ -225,6 +225,6 @@ def test_chat_messages_are_rendered_by_the_chat_template_or_refused_with_the_rem
     ]
     [example] = setup(module, StepData(train=chat)).examples["train"]
     assert tokenizer.decode(list(example.prompt_ids)) == "1=2=3="
-    assert tokenizer.decode(list(example.completion_ids)).startswith("4")
+    assert tokenizer.decode(list(example.token_ids)).startswith("4")
     with pytest.raises(DataError, match="holds 3 chat messages, which plain style cannot write; use style 'chat'"):
         setup(module, StepData(train=chat, template="task"))

@@ -136,7 +136,7 @@ def test_the_mix_is_a_cross_entropy_with_a_soft_target(recorded: Any, distance: 
     student, teacher = (Policy.load(PolicyConfig(**worker.POLICY)), load_trained("tiny-0.5m", dtype="float64"))
     loss = torch.zeros((), dtype=torch.float64)
     for row in module.first.examples:
-        ids, start = torch.tensor([[*row.prompt_ids, *row.completion_ids]]), len(row.prompt_ids)
+        ids, start = torch.tensor([[*row.prompt_ids, *row.token_ids]]), len(row.prompt_ids)
         own, other = (m.model(input_ids=ids).logits[0, start - 1 : -1, : m.vocab_size] for m in (student, teacher))
         hard = torch.nn.functional.one_hot(ids[0, start:], own.shape[-1])
         soft = 0.75 * hard + 0.25 * other.detach().softmax(-1)

@@ -438,7 +438,7 @@ def test_validation_measures_loss_and_sampled_accuracy(trainer: Any) -> None:
     assert 0 <= first["val/token_accuracy"] <= 1
     examples = data.examples["validation"]
     total = sum(float(module.loss_terms(module._collate([e])).sums["ce"].detach()) for e in examples)
-    assert first["val/ce"] == pytest.approx(total / sum(len(e.completion_ids) for e in examples), rel=1e-5)
+    assert first["val/ce"] == pytest.approx(total / sum(len(e.token_ids) for e in examples), rel=1e-5)
 
 
 def test_predict_gives_valid_rollout_rows(trainer: Any) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from stepkd.data.batching import BatchPlan, StepLoader
-from stepkd.data.feedback import FeedbackExample, PairExample
+from stepkd.data.completion import Completion
+from stepkd.data.feedback import PairExample
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig, build_tiny
 from stepkd.modules.dpo import IPO, DPOModule, Hinge, Sigmoid
@@ -102,16 +104,12 @@ def test_kto(points: str, trainer: Any, distance: Callable[..., float], tmp_path
     examples = []
     for i, label in enumerate(batch["label"]):
         prompt, completion = split(batch["input_ids"][i], batch["completion_mask"][i], batch["attention_mask"][i])
-        examples.append(
-            FeedbackExample(
-                str(i), prompt, completion, ((0, len(completion)),), {}, outcome=int(label), step_labels=(-1,)
-            )
-        )
+        examples.append(Completion(np.array(prompt), np.array(completion), id=str(i), outcome=int(label)))
     if points == "mismatch":  # TRL rotates within the rows that its data preparation batched
         for i, example in enumerate(examples):
             _, other = split(batch["KL_input_ids"][i], batch["KL_completion_mask"][i], batch["KL_attention_mask"][i])
-            assert other == examples[i - 1].completion_ids
-            assert example.prompt_ids
+            assert tuple(other) == tuple(examples[i - 1].token_ids)
+            assert len(example.prompt_ids)
     loss, expected, metrics = gradients_of(theirs, batch)
     module = KTOModule(
         PolicyConfig(**TINY),
