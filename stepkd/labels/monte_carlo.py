@@ -20,7 +20,8 @@ from stepkd.grading.pool import Grader
 from stepkd.labels.step_labels import Reduce, Solution, StepLabels, reduce_values
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
-from stepkd.sampling.sampler import Branch, BranchSampler, SamplingConfig, decode_text
+from stepkd.sampling.sampler import Branch, SamplingConfig, decode_text
+from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import check_partition
 
 _MARKS = ("hash", "boxed")
@@ -41,7 +42,7 @@ class MonteCarloLabeller:
 
     def __init__(
         self,
-        sampler: BranchSampler,
+        sampler: TransformersSampler,
         policy: Policy,
         grader: Grader,
         sampling: SamplingConfig,

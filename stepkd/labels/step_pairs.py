@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ from stepkd.labels.workbench import PROBLEM_COLUMNS, Row, Workbench, open_workbe
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.sampler import BranchRollouts, BranchSampler
+from stepkd.sampling.sampler import BranchRollouts
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.rules import Checker
@@ -150,7 +150,11 @@ class StepPairBuilder:
     """
 
     def __init__(
-        self, config: StepPairConfig, bench: Workbench, sampler: BranchSampler, check: ScorerLabeller | None = None
+        self,
+        config: StepPairConfig,
+        bench: Workbench,
+        sampler: TransformersSampler,
+        check: ScorerLabeller | None = None,
     ) -> None:
         self.config, self.bench, self.sampler, self.check = config, bench, sampler, check
         self.policy = bench.policy
@@ -320,7 +324,7 @@ class StepPairBuilder:
 
 
 def step_pair_builder(
-    config: StepPairConfig, *, policy: Policy | None = None, sampler: BranchSampler | None = None
+    config: StepPairConfig, *, policy: Policy | None = None, sampler: TransformersSampler | None = None
 ) -> StepPairBuilder:
     """Load what a Step-DPO pair job needs, checking everything that can be checked before the work begins.
 
@@ -345,7 +349,7 @@ def step_pair_builder(
     if config.check is not None:
         scorer = load_scorer(config.check, device=config.device, max_rows=config.max_rows)
         check = ScorerLabeller(scorer, threshold=config.threshold)
-    sampler = sampler or cast(BranchSampler, TransformersSampler(bench.policy, max_rows=config.max_rows))
+    sampler = sampler or TransformersSampler(bench.policy, max_rows=config.max_rows)
     return StepPairBuilder(config, bench, sampler, check)
 
 

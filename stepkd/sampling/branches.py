@@ -110,7 +110,7 @@ class _Prefix:
 
 @dataclass
 class BranchRun:
-    """One call of :meth:`~stepkd.sampling.sampler.BranchSampler.sample_branches`.
+    """One call of :meth:`~stepkd.sampling.transformers_sampler.TransformersSampler.sample_branches`.
 
     Raises:
         DataError: a cut that cannot be continued.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError
@@ -176,36 +176,6 @@ class BranchRollouts:
     """For each cut its continuations, by sample number; their ``prompt_ids`` are the prefix."""
     prefill_tokens: int
     """Tokens of the sequence read for it: the longest prefix where reading is shared, else all prefixes together."""
-
-
-class BranchSampler(Protocol):
-    """Continues prefixes of sequences."""
-
-    def sample_branches(
-        self,
-        branches: Sequence[Branch],
-        spec: SamplingConfig,
-        *,
-        purpose: str = "branch",
-        step: int = 0,
-        shared: bool = True,
-        on_progress: Callable[[int], Any] | None = None,
-    ) -> list[BranchRollouts]:
-        """Draw ``spec.n`` continuations of every prefix.
-
-        Args:
-            branches: sequences with their cuts.
-            spec: how to draw.
-            purpose: names the use, so that different uses draw different noise.
-            step: optimiser step (or iteration). Sample j of the prefix of c tokens of sequence g uses the stream of
-                ``(spec.seed, purpose, step, g, c, j)``, whatever the batch and whether reading is shared.
-            shared: read every sequence once and continue all its prefixes from that; False reads every prefix anew.
-            on_progress: called with the number of continuations just finished.
-
-        Returns:
-            One record per branch, in order.
-        """
-        ...
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:

@@ -84,10 +84,22 @@ class TransformersSampler(Sampler):
         shared: bool = True,
         on_progress: Callable[[int], Any] | None = None,
     ) -> list[BranchRollouts]:
-        """Continue prefixes; see :class:`~stepkd.sampling.sampler.BranchSampler`.
+        """Draw ``spec.n`` continuations of every prefix.
+
+        Args:
+            branches: sequences with their cuts.
+            spec: how to draw.
+            purpose: names the use, so that different uses draw different noise.
+            step: optimiser step (or iteration). Sample j of the prefix of c tokens of sequence g uses the stream of
+                ``(spec.seed, purpose, step, g, c, j)``, whatever the batch and whether reading is shared.
+            shared: read every sequence once and continue all its prefixes from that; False reads every prefix anew.
+            on_progress: called with the number of continuations just finished.
 
         Where the model cannot skip a part of its cache (a sliding window shorter than the sequence, recurrent layers),
         the prefixes of that sequence are read one by one: same noise, same result, more work. A notice is logged once.
+
+        Returns:
+            One record per branch, in order.
 
         Raises:
             DataError: a cut that is no prefix of its sequence, cuts that do not increase, or a prefix that leaves no
