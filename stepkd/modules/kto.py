@@ -306,8 +306,9 @@ class FeedbackModule(PreferenceModule):
 
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
         """The batch's completions with their reference log-probabilities, once the reference points are known."""
-        own = [completion for example in batch.examples for completion in example.completions]
-        kinds = {"mismatch": self.mismatches(batch), "batch": own if "batch" in self.point_spec.reads else []}
+        own, others = [each for example in batch.examples for each in example.completions], self.mismatches(batch)
+        self.know_reference([*own, *others])
+        kinds = {"mismatch": others, "batch": own if "batch" in self.point_spec.reads else []}
         with self.phases.phase("reference points"):
             items = {kind: list(zip(each, self.frozen_logratios(each), strict=True)) for kind, each in kinds.items()}
             self.values.points = self._estimator(items, self.device, update=self.trainer.training)

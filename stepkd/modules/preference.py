@@ -147,6 +147,7 @@ class PreferenceModule(StepModule):
         self.reference_spec = reference or ReferenceConfig()
         self.prepares_with_model = not self.reference_spec.cache
         self._cache: ReferenceCache | None = None
+        self._known: dict[Completion, Tensor] = {}
 
     # ---- what a method defines -------------------------------------------------------------------------------------
 
@@ -214,12 +215,21 @@ class PreferenceModule(StepModule):
 
     @torch.no_grad()
     def _referenced(self, batch: Batch) -> Batch:
-        if self._cache is not None:
-            parts = [self._cache.get(completion) for example in batch.examples for completion in example.completions]
+        known = self._known.__getitem__ if self._cache is None else self._cache.get
+        if self._known or self._cache is not None:
+            parts = [known(completion) for example in batch.examples for completion in example.completions]
             return replace(batch, reference_N=torch.cat(parts))
         batch = batch.to(self.device)
         with self.model.reference() as view:
             return replace(batch, reference_N=ForwardPass(view, batch, self.chunk_size).logps_N)
+
+    def know_reference(self, completions: Sequence[Completion]) -> None:
+        """Compute the reference's log-probabilities of all completions of a step together, so that those of one prompt
+        read it once; those of the step before are let go."""
+        self._known = {}
+        if self._cache is None:
+            of_reference = self._of_tokens(completions, lambda batch: cast(Tensor, batch.reference_N), "reference")
+            self._known = dict(zip(completions, of_reference, strict=True))
 
     @torch.no_grad()
     def frozen_logratios(self, completions: Sequence[Completion]) -> list[Tensor]:
@@ -232,17 +242,14 @@ class PreferenceModule(StepModule):
 
     def _of_tokens(self, completions: Sequence[Completion], of: Callable[[Batch], Tensor], phase: str) -> list[Tensor]:
         """Something (N,) of micro-batches with their reference, completion by completion."""
-        examples = [replace(each, id=str(number)) for number, each in enumerate(completions)]
-        groups = plan(examples, self.micro_batch_tokens, share=self.shares_prompts) if examples else []
-        found: dict[int, Tensor] = {}
+        groups = plan(completions, self.micro_batch_tokens, share=self.shares_prompts) if completions else []
+        found: dict[Completion, Tensor] = {}
         with self.phases.phase(phase, total=len(groups)):
             for group in groups:
                 batch = self._referenced(self._collate(group))
-                sizes = [len(example.token_ids) for example in batch.examples]
-                for example, values in zip(batch.examples, of(batch).split(sizes), strict=True):
-                    found[int(example.id)] = values
+                found |= zip(group, of(batch).split([len(each.token_ids) for each in group]), strict=True)
                 self.phases.advance()
-        return [found[number] for number in range(len(completions))]
+        return [found[each] for each in completions]
 
     # ---- cache -----------------------------------------------------------------------------------------------------
 

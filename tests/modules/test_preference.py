@@ -15,6 +15,7 @@ from torch import Tensor
 from stepkd.errors import ConfigError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig
+from stepkd.modules import preference
 from stepkd.modules.dpo import DPOModule, SigmoidByVisits
 from stepkd.modules.kto import KTOModule, ReferencePointConfig, StepKTOModule
 from stepkd.modules.preference import ReferenceConfig
@@ -219,6 +220,25 @@ def test_points_of_the_batch_and_none(views: Any, examples: list[Any]) -> None:
     assert found["z0"] == pytest.approx(max(0.0, sum(float(t.sum()) for t in tokens) / len(tokens)), rel=1e-5)
     assert found["z0_step"] == pytest.approx(max(0.0, sum(steps) / len(steps)), rel=1e-5)
     assert points(examples, outcome="zero", step="zero") == {"z0": 0.0, "z0_step": 0.0}
+
+
+def test_the_reference_reads_own_and_mismatched_completions_together(
+    examples: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a prompt that both go on from is computed once."""
+    seen: list[Any] = []
+
+    class Seen(preference.ForwardPass):
+        def __init__(self, policy: Policy, batch: Any, chunk_size: int) -> None:
+            seen.append(batch)
+            super().__init__(policy, batch, chunk_size)
+
+    monkeypatch.setattr(preference, "ForwardPass", Seen)
+    worker.run(worker.StepKTO, examples, **worker.STEP_WEIGHTS)
+    (batch,) = seen
+    assert batch.num_completions == 2 * len(examples)
+    places_BT = torch.arange(batch.shared_BT.numel()).view_as(batch.shared_BT)
+    assert int((batch.shared_BT != places_BT).sum()) >= sum(len(e.prompt_ids) for e in examples)
 
 
 def test_points_by_index_are_a_running_average(views: Any, examples: list[Any], distance: Callable[..., float]) -> None:
