@@ -167,13 +167,15 @@ def token_normalisation(
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-def scatter_step_rewards(rewards_S: Tensor, ends_S: Tensor, row_S: Tensor, starts_R: Tensor, num_tokens: int) -> Tensor:
+def scatter_step_rewards(
+    rewards_S: Tensor, ends_S: Tensor, completion_S: Tensor, starts_R: Tensor, num_tokens: int
+) -> Tensor:
     """Rewards of steps, put on the last token of each.
 
     Args:
         rewards_S: reward of every step; NaN for a step without one (0).
         ends_S: token behind each step's last one, counted from its completion's first.
-        row_S: int64 completion of every step.
+        completion_S: int64 completion of every step.
         starts_R: number of each completion's first token among all N.
         num_tokens: N.
 
@@ -183,20 +185,20 @@ def scatter_step_rewards(rewards_S: Tensor, ends_S: Tensor, row_S: Tensor, start
     Raises:
         ValueError: an empty step, or one beyond the tokens.
     """
-    places_S = starts_R[row_S] + ends_S - 1
+    places_S = starts_R[completion_S] + ends_S - 1
     stops_R = torch.cat([starts_R[1:], starts_R.new_tensor([num_tokens])])
-    if len(ends_S) and (int(ends_S.min()) < 1 or bool((places_S >= stops_R[row_S]).any())):
+    if len(ends_S) and (int(ends_S.min()) < 1 or bool((places_S >= stops_R[completion_S]).any())):
         raise ValueError(f"steps end at {ends_S.tolist()}, which is not within their completions")
     rewards_S = torch.where(rewards_S.isnan(), 0.0, rewards_S)
     return rewards_S.new_zeros(num_tokens).index_add(0, places_S, rewards_S)
 
 
-def reward_to_go(rewards_N: Tensor, row_N: Tensor, *, discount: float = 1.0) -> Tensor:
+def reward_to_go(rewards_N: Tensor, completion_N: Tensor, *, discount: float = 1.0) -> Tensor:
     """Every token's own and later rewards: ``sum_(t' >= t) discount^(t' - t) r_t'`` within its completion.
 
     Args:
         rewards_N: by token, completion after completion.
-        row_N: int64 completion of every token, not decreasing.
+        completion_N: int64 completion of every token, not decreasing.
         discount: per token, in [0, 1].
 
     Raises:
@@ -205,14 +207,14 @@ def reward_to_go(rewards_N: Tensor, row_N: Tensor, *, discount: float = 1.0) -> 
     if not 0 <= discount <= 1:
         raise ValueError(f"discount={discount}: must lie in [0, 1]")
     if discount == 1:
-        rows = int(row_N.max()) + 1 if len(row_N) else 0
+        rows = int(completion_N.max()) + 1 if len(completion_N) else 0
         before_N = rewards_N.cumsum(0) - rewards_N
-        totals_R = segment_sum(rewards_N, row_N, rows)
+        totals_R = segment_sum(rewards_N, completion_N, rows)
         ahead_R = totals_R.cumsum(0) - totals_R  # of the completions before
-        return totals_R[row_N] - (before_N - ahead_R[row_N])
+        return totals_R[completion_N] - (before_N - ahead_R[completion_N])
     values, later, row = rewards_N.tolist(), 0.0, -1
     for n in range(len(values) - 1, -1, -1):
-        if (now := int(row_N[n])) != row:
+        if (now := int(completion_N[n])) != row:
             later, row = 0.0, now
         later = values[n] = values[n] + discount * later
     return rewards_N.new_tensor(values)
@@ -221,7 +223,7 @@ def reward_to_go(rewards_N: Tensor, row_N: Tensor, *, discount: float = 1.0) -> 
 def group_step_advantages(
     rewards_S: Tensor,
     ends_S: Tensor,
-    row_S: Tensor,
+    completion_S: Tensor,
     group_R: Tensor,
     starts_R: Tensor,
     num_tokens: int,
@@ -238,7 +240,7 @@ def group_step_advantages(
 
     Args:
         rewards_S: reward of every step; NaN for a step without one, which counts for nothing.
-        ends_S, row_S, starts_R, num_tokens: as for :func:`scatter_step_rewards`.
+        ends_S, completion_S, starts_R, num_tokens: as for :func:`scatter_step_rewards`.
         group_R: int64 group of every completion.
         ddof, eps: as for :func:`group_advantages`.
         discount: factor on a step's reward for every step between it and the token's, in [0, 1]; 0 leaves every token
@@ -252,19 +254,21 @@ def group_step_advantages(
     """
     known_S = ~rewards_S.isnan()
     normalised_S = torch.full_like(rewards_S, float("nan"))
-    normalised_S[known_S] = group_advantages(rewards_S[known_S], group_R[row_S[known_S]], ddof=ddof, eps=eps)
+    normalised_S[known_S] = group_advantages(rewards_S[known_S], group_R[completion_S[known_S]], ddof=ddof, eps=eps)
     normalised_S[known_S.logical_not()] = 0.0
     # What a step and those behind it are worth, as differences between steps: their sum over later steps is that again.
-    ahead_S = reward_to_go(normalised_S, row_S, discount=discount)
+    ahead_S = reward_to_go(normalised_S, completion_S, discount=discount)
     same_S = torch.zeros_like(known_S)
-    same_S[:-1] = row_S[:-1] == row_S[1:]
+    same_S[:-1] = completion_S[:-1] == completion_S[1:]
     behind_S = torch.where(same_S, ahead_S.roll(-1), 0.0)
     lengths_R = torch.diff(starts_R, append=starts_R.new_tensor([num_tokens]))
-    row_N = torch.repeat_interleave(torch.arange(len(starts_R), device=starts_R.device), lengths_R)
-    return reward_to_go(scatter_step_rewards(ahead_S - behind_S, ends_S, row_S, starts_R, num_tokens), row_N)
+    completion_N = torch.repeat_interleave(torch.arange(len(starts_R), device=starts_R.device), lengths_R)
+    return reward_to_go(
+        scatter_step_rewards(ahead_S - behind_S, ends_S, completion_S, starts_R, num_tokens), completion_N
+    )
 
 
-def segments_to_go(advantages_RK: Tensor, segment_N: Tensor, row_N: Tensor) -> Tensor:
+def segments_to_go(advantages_RK: Tensor, segment_N: Tensor, completion_N: Tensor) -> Tensor:
     """Every token's advantage: those of its segment (a mode token, the reasoning, the answer) and of those behind it.
 
     After KAT-V1's step-supervised objective (arXiv 2507.08297), whose equations were not found: a reconstruction, in
@@ -273,6 +277,6 @@ def segments_to_go(advantages_RK: Tensor, segment_N: Tensor, row_N: Tensor) -> T
     Args:
         advantages_RK: of every completion's k-th segment.
         segment_N: int64 segment of every token, in [0, K).
-        row_N: int64 completion of every token.
+        completion_N: int64 completion of every token.
     """
-    return advantages_RK.flip(-1).cumsum(-1).flip(-1)[row_N, segment_N]
+    return advantages_RK.flip(-1).cumsum(-1).flip(-1)[completion_N, segment_N]

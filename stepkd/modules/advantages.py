@@ -141,8 +141,8 @@ def _first_step(
     # A completion without a step has none to be judged: it stands at its group's mean.
     first_R = torch.tensor([found[0] if found else math.nan for found in scores], dtype=torch.float64)
     end_R = torch.tensor([int(rollout.step_ends[0]) if len(rollout.step_ends) else 0 for rollout in rollouts])
-    row_N = torch.arange(len(rollouts)).repeat_interleave(length_R)
-    place_N = torch.arange(len(row_N)) - (length_R.cumsum(0) - length_R)[row_N]
+    completion_N = torch.arange(len(rollouts)).repeat_interleave(length_R)
+    place_N = torch.arange(len(completion_N)) - (length_R.cumsum(0) - length_R)[completion_N]
     advantage_R = _compared(first_R, group_R)
     weighted_RK = torch.stack([credit.weight * advantage_R, credit.outcome_weight * outcome_R], dim=-1)
-    return segments_to_go(weighted_RK, (place_N >= end_R[row_N]).long(), row_N)
+    return segments_to_go(weighted_RK, (place_N >= end_R[completion_N]).long(), completion_N)
