@@ -84,7 +84,7 @@ def test_evaluation_gives_verdicts(benchmark: str, gguf: Path, data_dir: Path, t
     out = tmp_path / "out"
     shown = stepkd(
         *("evaluate", "--model", gguf, "--benchmark", benchmark, "--data", data_dir / benchmark),
-        *("--limit", 4, "--max-new-tokens", 48, "--out", out),
+        *("--limit", 4, "--sampling.max_new_tokens", 48, "--out", out),
     )
     assert "pass@1" in shown
     samples = [sample for row in read_results(out) for sample in row["samples"]]
@@ -112,8 +112,8 @@ def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: 
     scores = {}
     for name, model in (("run", run), ("export", tmp_path / "model"), ("judge", f"judge:{gguf}")):
         stepkd(
-            *("evaluate", "--benchmark", "processbench", "--data", data_dir / "processbench", "--subsets", "gsm8k"),
-            *("--limit", 6, "--model", model, "--out", tmp_path / name),
+            *("evaluate-prm", "--scorer", model, "--sets", "gsm8k", "--processbench", data_dir / "processbench"),
+            *("--limit", 6, "--out", tmp_path / name),
         )
         rows = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
         scores[name] = [score for row in rows for score in row["scores"]]
