@@ -26,7 +26,7 @@ REWARDS = [
 ROLLOUT = {"sampling": {"n": 4, "max_new_tokens": 24}, "engine": {"init_args": {"max_rows": 8}}}
 KD = {"class_path": "Sampled", "init_args": {"beta": 0.3}}
 SOURCE = {"lmbda": 0.5, "sampling": {"max_new_tokens": 24}, "engine": {"init_args": {"max_rows": 2}}}
-SHORT = {"samples": 0}
+SHORT = {"sampling": None}
 ACCELERATE = [
     *("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/cluster/accelerate_8gpu.yaml")),
     *("--num_processes", "{ranks}"),
