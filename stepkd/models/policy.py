@@ -140,7 +140,7 @@ class Policy(nn.Module):
         if self.step_head is None:
             raise ModelError(
                 "this model scores no steps: it has no step head. Give a run or an export of a reward model, or say "
-                "how a plain model scores them (--head)"
+                "how a plain model scores them (--scorer.head)"
             )
         return self.step_head
 

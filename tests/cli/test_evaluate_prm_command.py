@@ -89,7 +89,7 @@ def test_a_plain_model_with_a_head_and_a_temperature(tmp_path: Path) -> None:
 
     TemperatureScaling(4.0, 1.0, 0.9, 10).save(tmp_path / "temperature.json")
     head = ["--scorer", "PRM", "--scorer.path", "tiny-0.1m", "--scorer.template", "task"]
-    head += ["--scorer.head", '{"kind": "classifier"}', "--figures", "false"]
+    head += ["--scorer.head", "Classifier", "--figures", "false"]
     common = ["evaluate-prm", "--sets", DATA, "--device", "cpu", *head]
     assert main([*common, "--out", str(tmp_path / "a")]) == 0
     scaled_by = ["--scorer.temperature", str(tmp_path / "temperature.json")]

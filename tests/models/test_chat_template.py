@@ -52,7 +52,7 @@ def test_a_run_is_trained_sampled_and_exported_under_it(file: Path, tmp_path: Pa
     assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "export")]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == OWN
     for model in ("run", "export"):
-        problems = ["--benchmark", "task", "--data", "task=modular:terms=3,n=1", "--max-new-tokens", "4"]
+        problems = ["--benchmark", "task", "--data", "task=modular:terms=3,n=1", "--sampling.max_new_tokens", "4"]
         asked = ["--model", str(tmp_path / model), "--out", str(tmp_path / f"{model}-evaluated")]
         assert main(["evaluate", *asked, *problems, "--device", "cpu"]) == 0
         (row,) = map(json.loads, (tmp_path / f"{model}-evaluated" / "results.jsonl").read_text().splitlines())

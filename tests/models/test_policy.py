@@ -63,17 +63,6 @@ def test_padding_does_not_move_hidden_states(left: int, right: int) -> None:
     assert difference.norm() <= 1e-12 * expected.norm()
 
 
-def test_given_positions_are_used() -> None:
-    policy = make()
-    spread = torch.tensor([[0, 2, 4, 6, 8, 10]])
-    with torch.no_grad():
-        moved = policy.hidden(IDS, torch.ones_like(IDS), spread)
-        same = policy.hidden(IDS, torch.ones_like(IDS), torch.arange(6)[None] + 7)
-        expected = states(policy)
-    assert not torch.allclose(moved, expected)
-    assert (same - expected).norm() <= 1e-5 * expected.norm()  # rotary positions are relative; their tables float32
-
-
 def test_padded_rows_of_the_weight_are_never_seen() -> None:
     model, tokenizer = build_tiny(PRESET, seed=0)
     model.resize_token_embeddings(128)
