@@ -207,9 +207,8 @@ def tiny_kdrl(
     module = KDRLModule(
         PolicyConfig(path=str(start)),
         teacher=None if teacher is None else Local(str(teacher)),
-        rollout=RolloutConfig(
-            sampling=SamplingConfig(n=GROUP, max_new_tokens=max_new_tokens), engine=InProcess(max_rows=PROMPTS * GROUP)
-        ),
+        rollout=RolloutConfig(sampling=SamplingConfig(n=GROUP, max_new_tokens=max_new_tokens)),
+        engine=InProcess(max_rows=PROMPTS * GROUP),
         policy_loss=policy_loss,
         kd=kd,
         step_credit=step_credit,

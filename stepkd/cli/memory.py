@@ -88,8 +88,8 @@ def lower_bound(module: Any, data: Any, *, precision: str = "32-true", shards: i
         found.phases["training"] = {"chunk of logits": 4 * targets * int(model.get_output_embeddings().weight.shape[0])}
     for name in ("rollout", "source"):
         how = getattr(module, name, None)
-        if how is not None and getattr(how, "lmbda", 1.0) > 0 and hasattr(how.engine, "max_rows"):
-            rows = min(how.engine.max_rows, data.global_batch_size * how.sampling.n)
+        if how is not None and getattr(how, "lmbda", 1.0) > 0 and hasattr(module.engine, "max_rows"):
+            rows = min(module.engine.max_rows, data.global_batch_size * how.sampling.n)
             found.phases["sampling"] = {"key-value cache": rows * cache_bytes(spec, how.sampling.longest)}
             found.facts["sampling"] = f"{rows} rows of {how.sampling.longest:,} new tokens"
     if shards > 1:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.sampling.engines import EngineConfig, InProcess
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.teachers.config import Needs
 
@@ -227,8 +226,6 @@ class SourceConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=256))
     """How completions are drawn; top_p and top_k would change the distribution that the student learns on. Its seed is
     the run's."""
-    engine: EngineConfig = field(default_factory=InProcess)
-    """Where the student is sampled: InProcess, VLLMServer or VLLMColocated."""
     segmenter: str = "newline"
     """How sampled completions are cut into steps, for the focus."""
     num_iterations: int = 1

@@ -27,6 +27,7 @@ from stepkd.modules.fidelity import Fidelity, FidelityConfig, fidelity_totals
 from stepkd.modules.step_scores import Focus, FocusConfig, token_weights
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
+from stepkd.sampling.engines import IN_PROCESS, EngineConfig
 from stepkd.sampling.sampler import Sampler
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import TeacherConfig
@@ -107,6 +108,7 @@ class GKDModule(DistillationModule):
         teacher: the model that it learns from.
         divergence: how far the student is from it at a position; null: the paper's JSD with beta 0.5.
         source: whose completions: the student's, the teacher's, the data's.
+        engine: where the student is sampled: InProcess, VLLMServer or VLLMColocated.
         average: ``tokens``: every token of the global batch weighs the same; ``sequences``: every completion does (the
             paper's 1/|y|).
         cross_entropy: how the cross-entropy of the same tokens joins the divergence; null: not.
@@ -125,6 +127,7 @@ class GKDModule(DistillationModule):
         teacher: TeacherConfig,
         divergence: DivergenceConfig | None = None,
         source: SourceConfig | None = None,
+        engine: EngineConfig = IN_PROCESS,
         average: Average = "tokens",
         cross_entropy: CrossEntropyConfig | None = None,
         focus: FocusConfig | None = None,
@@ -135,6 +138,7 @@ class GKDModule(DistillationModule):
         check_choice("average", average, ("tokens", "sequences"))
         self.divergence = divergence or JSD()
         self.source = source or SourceConfig()
+        self.engine = engine
         self.cross_entropy = cross_entropy
         self.focus_spec = focus
         self.fidelity_spec = fidelity
@@ -217,7 +221,7 @@ class GKDModule(DistillationModule):
 
     @cached_property
     def _engine(self) -> Sampler:
-        return self.source.engine.build(self.model, self.sampling, STOP_REQUEST.__bool__)
+        return self.engine.build(self.model, self.sampling, STOP_REQUEST.__bool__)
 
     @cached_property
     def _focus(self) -> Focus:

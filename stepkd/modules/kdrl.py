@@ -42,6 +42,7 @@ from stepkd.modules.settings import (
     Switch,
 )
 from stepkd.modules.step_scores import load_step_scorer
+from stepkd.sampling.engines import IN_PROCESS, EngineConfig
 from stepkd.teachers.config import TeacherConfig
 
 
@@ -59,6 +60,7 @@ class KDRLModule(DistillationModule):
         rewards: weighted sum of reward functions; null: the correct final answer. In Python also names and functions.
         teacher: the model that is distilled from; null: none.
         rollout: what is sampled.
+        engine: where it is sampled: InProcess, VLLMServer or VLLMColocated.
         policy_loss: the policy-gradient term.
         kd: the distillation term: Sampled, Exact, AsAdvantage or AsReward.
         step_credit: rewards of steps beside those of answers: ToGo or FirstStep; null: none.
@@ -78,6 +80,7 @@ class KDRLModule(DistillationModule):
         rewards: list[GivenReward] | None = None,
         teacher: TeacherConfig | None = None,
         rollout: RolloutConfig | None = None,
+        engine: EngineConfig = IN_PROCESS,
         policy_loss: PolicyLossConfig | None = None,
         kd: KDConfig | None = None,
         step_credit: StepCreditConfig | None = None,
@@ -88,6 +91,7 @@ class KDRLModule(DistillationModule):
         given: list[Any] = [RewardConfig()] if rewards is None else list(rewards)
         self.reward_specs = [each if isinstance(each, RewardConfig) else RewardConfig(each) for each in given]
         self.rollout = rollout or RolloutConfig()
+        self.engine = engine
         self.policy_loss = policy_loss or PolicyLossConfig()
         self.kd = kd or Sampled()
         self.step_credit = step_credit
@@ -146,7 +150,7 @@ class KDRLModule(DistillationModule):
         """Load what rewards and credits, so that a mistake there is said before anything is sampled."""
         super().on_fit_start()
         rewards = Rewards(self.reward_specs, self._sampled().grader)
-        self._groups = GroupSampler(self.rollout, self.model, rewards, self.phases, self.seed)
+        self._groups = GroupSampler(self.rollout, self.engine, self.model, rewards, self.phases, self.seed)
         scorer = None
         if self.step_credit is not None:
             scorer = load_step_scorer(self.step_credit.scorer, "step_credit.scorer", device=str(self.device))

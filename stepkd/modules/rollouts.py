@@ -26,6 +26,7 @@ from stepkd.modules.settings import RolloutConfig, SampleLogConfig
 from stepkd.runs.logger import append, ends_torn
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
+from stepkd.sampling.engines import EngineConfig
 from stepkd.steps.segment import get_segmenter, segment, step_ends
 from stepkd.steps.text import texts_from_ids
 
@@ -87,19 +88,28 @@ class GroupSampler:
 
     Args:
         spec: what is sampled.
+        engine: where.
         policy: the model.
         rewards: what a completion is worth.
         phases: told how far it is.
         seed: keys the noise, with step and problem.
     """
 
-    def __init__(self, spec: RolloutConfig, policy: Policy, rewards: Rewards, phases: PhaseTracker, seed: int) -> None:
+    def __init__(
+        self,
+        spec: RolloutConfig,
+        engine: EngineConfig,
+        policy: Policy,
+        rewards: Rewards,
+        phases: PhaseTracker,
+        seed: int,
+    ) -> None:
         self.spec = spec
         self.policy = policy
         self.rewards = rewards
         self.phases = phases
         self.sampling = replace(spec.sampling, seed=seed)
-        self._engine = spec.engine.build(policy, self.sampling, STOP_REQUEST.__bool__)
+        self._engine = engine.build(policy, self.sampling, STOP_REQUEST.__bool__)
         self._segmenter = get_segmenter(spec.segmenter)
 
     def __call__(self, batch: StepBatch, step: int, epoch: int) -> list[Rollout]:

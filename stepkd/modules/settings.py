@@ -9,7 +9,6 @@ from typing import Literal
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.losses.kl_estimators import Estimator
 from stepkd.losses.policy_gradient import Advantage, Normalisation
-from stepkd.sampling.engines import EngineConfig, InProcess
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.teachers.config import TopK
 
@@ -21,8 +20,6 @@ class RolloutConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=8, max_new_tokens=256))
     """How completions are drawn, ``n`` of every prompt (advantages need at least 2). The temperature is that of every
     log-probability in the loss, too; the seed is the run's."""
-    engine: EngineConfig = field(default_factory=InProcess)
-    """Where they are sampled: InProcess, VLLMServer or VLLMColocated."""
     segmenter: str = "newline"
     """How completions are cut into steps, for step credit, rewards and ``samples.jsonl``."""
     truncated: Literal["keep", "mask"] = "keep"

@@ -45,6 +45,10 @@ class InProcess(EngineConfig):
         return TransformersSampler(policy, max_rows=self.max_rows, breaks_off=breaks_off)
 
 
+IN_PROCESS = InProcess()
+"""The engine where none is chosen."""
+
+
 @dataclass(frozen=True)
 class VLLMServer(EngineConfig):
     """A vLLM server of the policy's model, on GPUs of its own, which is given the weights before every step."""

@@ -148,9 +148,8 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
         module = KDRLModule(
             policy,
             rewards=[RewardConfig(f"{Path(__file__).stem}:reward")],
-            rollout=RolloutConfig(
-                SamplingConfig(n=of.group, max_new_tokens=of.new_tokens), engine=InProcess(of.prompts * of.group)
-            ),
+            rollout=RolloutConfig(SamplingConfig(n=of.group, max_new_tokens=of.new_tokens)),
+            engine=InProcess(of.prompts * of.group),
             policy_loss=PolicyLossConfig(normalisation="dapo"),
             **common,
         )

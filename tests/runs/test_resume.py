@@ -19,7 +19,8 @@ THEN = {
         "init_args": {
             "seed": 0,
             "policy": {"path": "a", "lora": None, "gradient_checkpointing": False},
-            "source": {"lmbda": 0.5, "engine": {"class_path": "InProcess", "init_args": {"max_rows": 64}}},
+            "source": {"lmbda": 0.5},
+            "engine": {"class_path": "InProcess", "init_args": {"max_rows": 64}},
             "loss_weights": None,
             "micro_batch_tokens": 8192,
             "rewards": [{"name": "length", "options": {"limit": 20}}],
@@ -54,7 +55,7 @@ def compare(dotted: str, value: Any, *named: str) -> list[str]:
         ("trainer.logger", {"class_path": "CSVLogger"}, "trainer.logger.class_path: not set then, 'CSVLogger' now"),
         ("checkpoint.every_n_steps", 5, "checkpoint.every_n_steps: 100 then, 5 now"),
         ("model.init_args.micro_batch_tokens", 99, "micro_batch_tokens: 8192 then, 99 now"),
-        ("model.init_args.source.engine.init_args.max_rows", 8, "source.engine.max_rows: 64 then, 8 now"),
+        ("model.init_args.engine.init_args.max_rows", 8, "engine.max_rows: 64 then, 8 now"),
         ("model.init_args.policy.gradient_checkpointing", True, "policy.gradient_checkpointing: False then, True now"),
         ("data.init_args.test", {"path": "x"}, "data.test.path: not set then, 'x' now"),
     ],

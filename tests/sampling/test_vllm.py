@@ -327,14 +327,14 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     given: list[int] = []
     monkeypatch.setattr(VLLMSampler, "refresh", lambda _, version: given.append(version))
     rewards: Any = None
-    spec = RolloutConfig(SamplingConfig(n=2, max_new_tokens=4), engine=VLLMServer(server.address))
-    groups = GroupSampler(spec, policy, rewards, PhaseTracker(), 0)
+    spec = RolloutConfig(SamplingConfig(n=2, max_new_tokens=4))
+    groups = GroupSampler(spec, VLLMServer(server.address), policy, rewards, PhaseTracker(), 0)
     assert isinstance(groups._engine, VLLMSampler)
     nothing: Any = SimpleNamespace(examples=(), indices=())
     assert groups(nothing, 3, 0) == groups(nothing, 4, 0) == []
     assert given == [3, 4]
-    source = SourceConfig(engine=VLLMServer(server.address))
-    module = GKDModule(PolicyConfig(path="tiny-0.1m"), Local("tiny-0.1m"), source=source)
+    engine = VLLMServer(server.address)
+    module = GKDModule(PolicyConfig(path="tiny-0.1m"), Local("tiny-0.1m"), engine=engine)
     module.policy = policy
     monkeypatch.setattr(GKDModule, "global_step", 5)
     assert isinstance(module._sampler("student"), VLLMSampler)

@@ -24,21 +24,21 @@ def test_a_recipe_names_its_teacher() -> None:
     module = parsed("--model.teacher.path", "x", "--model.teacher.top_k.k", "4")
     assert module.arguments["teacher"] == Local("x", top_k=TopK(4))
     assert module.divergence == JSD(scaled=True)
-    assert module.source.engine == InProcess()
+    assert module.engine == InProcess()
 
 
 def test_the_command_line_chooses_others_and_leaves_what_only_the_old_one_had() -> None:
     module = parsed(
         *("--model.teacher", "Served", "--model.teacher.url", "http://x", "--model.teacher.top_k.k", "8"),
         *("--model.divergence", "SkewReverseKL", "--model.divergence.skew", "0.2", "--model.cross_entropy", "Beside"),
-        *("--model.source.engine", "VLLMServer", "--model.source.engine.url", "http://y"),
+        *("--model.engine", "VLLMServer", "--model.engine.url", "http://y"),
     )
     assert module.arguments["teacher"] == Served("http://x", top_k=TopK(8))
     assert isinstance(module.teacher, ServerTeacher)
     assert (module.teacher.url, module.teacher.top_k, module.teacher.tail) == ("http://x", 8, True)
     assert module.divergence == SkewReverseKL(skew=0.2)
     assert module.cross_entropy == Beside(1.0)
-    assert module.source.engine == VLLMServer("http://y")
+    assert module.engine == VLLMServer("http://y")
 
 
 def test_a_settings_file_chooses_by_class_path() -> None:
