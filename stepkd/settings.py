@@ -11,7 +11,8 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.safe import check_import
@@ -31,6 +32,17 @@ SYNONYMS = {
     "model_name_or_path": "path",
 }
 """Other programs' names of settings -> ours."""
+
+
+_read = get_loader("yaml")
+
+
+def _value(text: str) -> Any:
+    """A value, which jsonargparse reads again where a file has it as text: a tilde alone is a step marker, not null."""
+    return text if text.strip() == "~" else _read(text)
+
+
+set_loader("yaml", _value, exceptions=(yaml.YAMLError,))
 
 
 class OneLineErrors:
@@ -122,8 +134,6 @@ def given_settings(words: Sequence[str]) -> Iterator[tuple[str | None, str, Any]
 
     The file is empty for the command line, and None for settings that a program gives as text.
     """
-    import yaml
-
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if not flag.startswith("-") or flag == "-":

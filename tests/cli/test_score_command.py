@@ -125,11 +125,12 @@ def test_checker_judge_and_head(folder: Path, tmp_path: Path) -> None:
     judge = ("--scorer.path", "tiny-0.1m", "--scorer.answers", "Y", "N", "--scorer.reference", "--device", "cpu")
     assert run(folder, tmp_path / "j", *judge, scorer="Judge") == 0
     assert json.loads((tmp_path / "j" / "settings.json").read_text())["scorer"]["reference"] is True
-    settings = {"labels": ["b", "a"], "meaning": "value", "format": {"marker_place": "step_end"}}
+    settings = {"labels": ["b", "a"], "meaning": "value", "format": {"marker": "~"}}
     head = json.dumps({"class_path": "LabelTokens", "init_args": settings})
     plain = ("--scorer.path", "tiny-0.1m", "--scorer.head", head, "--scorer.template", "task")
     assert run(folder, tmp_path / "h", *plain, scorer="PRM") == 0
     assert read(tmp_path / "h")[0]["scorer"]["reduction"] == "last"
+    assert json.loads((tmp_path / "h" / "settings.json").read_text())["scorer"]["head"]["format"]["marker"] == "~"
 
 
 @pytest.mark.parametrize(
