@@ -115,8 +115,7 @@ class GKDModule(DistillationModule):
         focus: weigh every step by what a step scorer thinks of it, for instance only the incorrect ones; the average
             is over the weights. A batch in which nothing counts is skipped. Validation weighs all tokens alike.
         fidelity: also measure in validation how like its teacher the student is (``val/fidelity/...``); null: not.
-        **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
-            :class:`~stepkd.modules.base.StepModule`.
+        **settings: as for :class:`~stepkd.modules.base.StepModule`.
     """
 
     teacher: Teacher

@@ -23,9 +23,16 @@ REWARDS = [
     {"name": "length", "options": {"limit": 20}},
     {"name": "format", "weight": 0.5, "options": {"pattern": r"\d"}},
 ]
-ROLLOUT = {"sampling": {"n": 4, "max_new_tokens": 24}, "engine": {"init_args": {"max_rows": 8}}}
+ROLLOUT = {"sampling": {"n": 4, "max_new_tokens": 24}}
 KD = {"class_path": "Sampled", "init_args": {"beta": 0.3}}
-SOURCE = {"lmbda": 0.5, "sampling": {"max_new_tokens": 24}, "engine": {"init_args": {"max_rows": 2}}}
+SOURCE = {"lmbda": 0.5, "sampling": {"max_new_tokens": 24}}
+
+
+def rows(number: int) -> dict[str, Any]:
+    """An engine that decodes so many completions at once."""
+    return {"class_path": "InProcess", "init_args": {"max_rows": number}}
+
+
 SHORT = {"sampling": None}
 ACCELERATE = [
     *("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/cluster/accelerate_8gpu.yaml")),
@@ -37,10 +44,10 @@ LAUNCHERS = {
     "accelerate-bf16": ACCELERATE,
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gkd": ("gkd", {"teacher": TEACHER, "source": SOURCE}),
+    "gkd": ("gkd", {"teacher": TEACHER, "source": SOURCE, "engine": rows(2)}),
     "self_distill": ("self_distill", {"teacher": {"class_path": "SelfAverage", "init_args": {"decay": 0.5}}}),
-    "kdrl": ("kdrl", {"teacher": TEACHER, "rollout": ROLLOUT, "rewards": REWARDS, "kd": KD}),
-    "grpo": ("grpo", {"rollout": ROLLOUT, "rewards": REWARDS, "policy_loss": {"num_iterations": 2}}),
+    "kdrl": ("kdrl", {"teacher": TEACHER, "rollout": ROLLOUT, "engine": rows(8), "rewards": REWARDS, "kd": KD}),
+    "grpo": ("grpo", {"rollout": ROLLOUT, "engine": rows(8), "rewards": REWARDS, "policy_loss": {"num_iterations": 2}}),
     "prm": ("prm", {}),
     "step_kto": ("step_kto", {}),
     "sft": ("sft", {}),
