@@ -123,7 +123,9 @@ class Policy(nn.Module):
                 head.load_state_dict(dict(weights))
             except RuntimeError as error:
                 raise ModelError(f"the step head's weights do not fit this model: {first_line(error)}") from error
-        if head.score is not None:  # a classifier never reads the vocabulary head, and DDP waits for every gradient
+        # A classifier's loss gives the vocabulary head no gradient, and DDP waits for every gradient. What else reads
+        # that head, as language modelling beside it does, reads it as it is.
+        if head.score is not None:
             shared = {id(parameter) for parameter in embeddings.parameters()}
             for parameter in self.causal_lm.get_output_embeddings().parameters():
                 if id(parameter) not in shared:
@@ -234,7 +236,17 @@ class Policy(nn.Module):
 
     def freeze_copy(self) -> None:
         """Keep a frozen copy of the current weights as the reference (full fine-tuning, or a reference reset)."""
-        self.set_reference(Policy(copy.deepcopy(self.model), self.tokenizer, self.spec, verify_head=False))
+        self.set_reference(self.twin())
+
+    def twin(self, shared: dict[int, Any] | None = None) -> Policy:
+        """A copy of the model.
+
+        Args:
+            shared: id of a parameter -> what the copy has in its place, for those that are not to be copied.
+        """
+        twin = Policy(copy.deepcopy(self.model, shared), self.tokenizer, self.spec, verify_head=False)
+        twin.can_unpad = self.can_unpad  # one architecture; a strategy may cut the copy up before it is first asked
+        return twin
 
     def set_reference(self, reference: Policy | None) -> None:
         """Take another model as the reference, which is frozen; None drops the one there is."""
@@ -243,9 +255,9 @@ class Policy(nn.Module):
         self._frozen[:] = [] if reference is None else [reference]
 
     @property
-    def has_reference(self) -> bool:
-        """Whether :meth:`reference` has something to show."""
-        return bool(self._frozen) or self.has_adapter
+    def shares_prompts(self) -> bool:
+        """Whether this model, and its reference where that is another one, compute what rows begin with once."""
+        return all(each.can_unpad for each in (self, *self._frozen))
 
     @contextmanager
     def reference(self) -> Iterator[Policy]:

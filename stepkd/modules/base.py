@@ -423,7 +423,7 @@ class StepModule(PolicyModule):
     @property
     def shares_prompts(self) -> bool:
         """Whether completions of one prompt that meet in a micro-batch read it once."""
-        return self.shares and self.model.can_unpad
+        return self.shares and self.model.shares_prompts
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches are lists of examples; micro-batches move to the device one at a time."""

@@ -59,6 +59,11 @@ class LocalTeacher(Teacher):
             raise RuntimeError("the teacher is loaded by bind()")
         return self._policy
 
+    @property
+    def can_unpad(self) -> bool:
+        """Whether its model can go without padding (:attr:`~stepkd.models.policy.Policy.can_unpad`)."""
+        return self.policy.can_unpad
+
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Load the model (once) and compare vocabularies; see :class:`~stepkd.teachers.signals.Teacher`.
 
@@ -111,7 +116,8 @@ class LocalTeacher(Teacher):
         own = batch if self._encoder is None else self._reread(batch)
         check_context(self, own.examples)
         own = own.to(policy.device)
-        hidden_BTH = policy(policy.hidden, own.input_ids_BT, own.attention_mask_BT)  # gathers embeddings and head
+        # As a forward pass of the model, which gathers embeddings and head.
+        hidden_BTH = policy(policy.hidden, own.input_ids_BT, own.attention_mask_BT, own.shared_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[own.needed_N]
         return HiddenSignals(policy.head, hidden_NH, temperature, self.top_k, self.tail)
 
@@ -119,7 +125,7 @@ class LocalTeacher(Teacher):
         """The same completions behind the teacher's own prompts; targets keep their order."""
         prompts = self.prompts(batch.examples)
         examples = [replace(each, prompt_ids=prompt) for each, prompt in zip(batch.examples, prompts, strict=True)]
-        return collate(examples, int(self.policy.tokenizer.pad_token_id or 0))
+        return collate(examples, int(self.policy.tokenizer.pad_token_id or 0), share=self.can_unpad)
 
     def shard(self, mesh: Any) -> None:
         """See :class:`~stepkd.teachers.signals.Teacher`."""

@@ -7,7 +7,6 @@ running average is the mean teacher's (arXiv 1703.01780). Only what is trained i
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +53,7 @@ class SelfTeacher(Teacher):
         assert copied is not None
         copied.to(device)  # always: shared weights have moved with the student, so that none tells where the rest is
         with evaluation_mode(copied):
-            hidden_BTH = copied.hidden(batch.input_ids_BT, batch.attention_mask_BT)
+            hidden_BTH = copied.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
         return self._signals(copied.head, hidden_BTH, batch, temperature)
 
     def state(self) -> dict[str, Any]:
@@ -154,7 +153,7 @@ class BaseTeacher(SelfTeacher):
         """See :class:`~stepkd.teachers.signals.Teacher`."""
         student = self._followed()
         with student.reference() as view:
-            hidden_BTH = view.hidden(batch.input_ids_BT, batch.attention_mask_BT)
+            hidden_BTH = view.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
 
         def reference_head(hidden_CH: Tensor) -> Tensor:  # an adapter on the head is off in it, too
             with student.reference() as view:
@@ -173,4 +172,4 @@ class BaseTeacher(SelfTeacher):
 def _twin(student: Policy) -> Policy:
     """A copy that shares what is not trained."""
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
-    return Policy(copy.deepcopy(student.model, shared), student.tokenizer, student.spec, verify_head=False)
+    return student.twin(shared)

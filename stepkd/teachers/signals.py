@@ -61,6 +61,11 @@ class Teacher(ABC):
     max_length: int | None = None
     """Its context in tokens, once it is bound; None: as long as the student's."""
 
+    @property
+    def can_unpad(self) -> bool:
+        """Whether rows of one prompt cost it that prompt once, as they cost the student; once it is bound."""
+        return True
+
     @abstractmethod
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Get ready for a student: load what is to be loaded, and check that both read the same ids as the same tokens.
