@@ -66,7 +66,8 @@ class LanguageModelling(StepLoss):
     """Next-token cross-entropy on the correct steps' own tokens.
 
     The verifiers of Cobbe et al. 2021 (arXiv 2110.14168) are trained with this and their labels' loss; leaving out the
-    steps that are not labelled correct is ours. It helps a model that cannot do the task yet.
+    steps that are not labelled correct is ours. It helps a model that cannot do the task yet. Beside a ``Classifier``
+    it reads the vocabulary head as it is: that is not trained, unless it is tied to the embeddings.
     """
 
     names = ("lm",)

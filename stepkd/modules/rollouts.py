@@ -73,11 +73,6 @@ class Rollout(Completion):
         return cls(**{each.name: getattr(completion, each.name) for each in fields(Completion)} | more)
 
     @property
-    def completions(self) -> tuple[Rollout]:
-        """Itself: what a batch reads of an :class:`~stepkd.data.encode.Example`."""
-        return (self,)
-
-    @property
     def cut_off(self) -> bool:
         """Whether it was cut off."""
         return self.finish == "length"
