@@ -22,6 +22,7 @@ from torch import Tensor
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Item
 from stepkd.errors import ConfigError
+from stepkd.steps.labels import correct_targets
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,29 @@ class Batch:
         return self.completion_S[self.step_L]
 
     @property
+    def correct_L(self) -> Tensor:
+        """bool, whether each labelled step is correct (:func:`~stepkd.steps.labels.correct_targets`)."""
+        correct_L: Tensor = correct_targets(self.targets_LC)
+        return correct_L
+
+    @property
     def label_S(self) -> Tensor:
-        """int64, 1 for steps labelled correct (the last class), 0 for others with a label, -1 for those without."""
+        """int64, 1 for steps labelled correct, 0 for others with a label, -1 for those without."""
         labels_S = torch.full_like(self.completion_S, -1)
-        labels_S[self.step_L] = _best(self.targets_LC).long()
+        labels_S[self.step_L] = self.correct_L.long()
         return labels_S
 
     @cached_property
     def correct_N(self) -> Tensor:
         """bool, whether each target belongs to a correct step: one whose own label, or for a step without one the next
-        label of its completion, is the best class."""
+        label of its completion, calls it correct."""
         steps_S = torch.arange(len(self.completion_S), device=self.step_L.device)
         next_S = torch.searchsorted(self.step_L, steps_S).clamp(max=max(len(self.step_L) - 1, 0))
         if not len(self.step_L):
             return torch.zeros_like(self.step_N, dtype=torch.bool)
         step_S = self.step_L[next_S]
         there_S = (step_S >= steps_S) & (self.completion_S[step_S] == self.completion_S)
-        return (there_S & _best(self.targets_LC)[next_S])[self.step_N]
+        return (there_S & self.correct_L[next_S])[self.step_N]
 
     def to(self, device: torch.device) -> Batch:
         """Copy with its tensors on ``device``."""
@@ -103,11 +110,6 @@ class Batch:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
-
-
-def _best(targets_LC: Tensor) -> Tensor:
-    """Whether the last class is likelier than every other one."""
-    return targets_LC[:, -1] > targets_LC[:, :-1].amax(-1)
 
 
 def collate(

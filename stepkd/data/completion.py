@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stepkd.steps.labels import correct_targets
 from stepkd.steps.segment import Span
 
 Ids = NDArray[np.int64]
@@ -81,10 +82,11 @@ class Completion:
 
     @property
     def step_labels(self) -> tuple[int, ...]:
-        """For each step 1 where its likeliest class is the last, 0 for another label, -1 for none."""
+        """For each step 1 where its label calls it correct (:func:`~stepkd.steps.labels.correct_targets`), 0 where it
+        does not, -1 where there is none."""
         if not self.targets:
             return (-1,) * len(self.step_ends)
-        return tuple(-1 if each is None else int(each[-1] > max(each[:-1])) for each in self.targets)
+        return tuple(-1 if each is None else int(correct_targets(np.array(each))) for each in self.targets)
 
     @property
     def key(self) -> bytes:

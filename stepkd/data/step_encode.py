@@ -245,10 +245,10 @@ class StepEncoder(Encoder):
         )
 
     def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
-        """Labelled steps per class (soft ones by the likelier class)."""
+        """Labelled steps per class (soft ones by the likelier class, and at even odds by the better one)."""
         targets = [target for each in examples for target in each.completions[0].targets if target is not None]
         names = ("wrong", "right") if self.num_classes == 2 else ("wrong", "neutral", "right")
-        counts = Counter(names[max(range(self.num_classes), key=target.__getitem__)] for target in targets)
+        counts = Counter(max(zip(target, range(self.num_classes), names, strict=True))[-1] for target in targets)
         if training and len(set(targets)) < 2 and not allow_one_class:
             raise DataError(
                 f"all {len(targets)} training labels are the same ({next(iter(counts))}): a reward model "

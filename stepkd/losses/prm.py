@@ -61,8 +61,9 @@ def step_cross_entropy(
             the sum of these (:func:`step_weights`), as in torch's weighted cross-entropy.
 
     Returns:
-        ``sums["prm"]``; metrics ``accuracy`` (most likely class against the most likely target), ``accuracy_right``
-        and ``accuracy_wrong`` over the steps whose target is the best or the worst class, and ``brier``
+        ``sums["prm"]``; metrics ``accuracy`` (likeliest class against the likeliest target), ``accuracy_right``
+        and ``accuracy_wrong`` over the steps whose target is the best or the worst class (of equally likely ones the
+        better counts: a step is correct from even odds on), and ``brier``
         (mean over steps of ``sum_c (p_c - t_c)^2 / 2``, with p among the classes).
 
     Raises:
@@ -74,9 +75,9 @@ def step_cross_entropy(
     if class_weights is not None:
         terms_SC = terms_SC * _weights(class_weights, targets_SC)
     with torch.no_grad():
-        hit_S = (logps_SC.argmax(-1) == targets_SC.argmax(-1)).to(logps_SC.dtype)
-        best_S = targets_SC.argmax(-1) == targets_SC.shape[-1] - 1
-        worst_S = targets_SC.argmax(-1) == 0
+        target_S = _likeliest(targets_SC)
+        hit_S = (_likeliest(logps_SC) == target_S).to(logps_SC.dtype)
+        best_S, worst_S = target_S == targets_SC.shape[-1] - 1, target_S == 0
         brier_S = (logps_SC.softmax(-1) - targets_SC).square().sum(-1) / 2
     metrics = {
         "accuracy": (hit_S.sum(), _count(torch.ones_like(hit_S))),
@@ -98,6 +99,11 @@ def _weights(class_weights: Sequence[float], targets_SC: Tensor) -> Tensor:
     if len(class_weights) != targets_SC.shape[-1]:
         raise ValueError(f"{len(class_weights)} class weights for {targets_SC.shape[-1]} classes")
     return torch.tensor(list(class_weights), dtype=targets_SC.dtype, device=targets_SC.device)
+
+
+def _likeliest(values_SC: Tensor) -> Tensor:
+    """The class of the largest value, the last of several."""
+    return values_SC.shape[-1] - 1 - values_SC.flip(-1).argmax(-1)
 
 
 def _count(kept_S: Tensor) -> Tensor:

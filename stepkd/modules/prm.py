@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 class StepLoss(Component):
     """A loss of a process reward model."""
 
+    reads_head = True
+    """Whether it trains the step head; one of a module's losses has to."""
+
     def bind(self, ids: StepHeadIds) -> None:
         """Learn the head's tokens; called once, before anything is counted."""
 
@@ -71,6 +74,7 @@ class LanguageModelling(StepLoss):
     """
 
     names = ("lm",)
+    reads_head = False
     _marker = -1
 
     def bind(self, ids: StepHeadIds) -> None:
@@ -97,7 +101,8 @@ class PQM(StepLoss):
     """PQM's ranking of steps (arXiv 2410.11287): correct ones rise with their number and stand above incorrect ones.
 
     The paper's score is the output of a value head; here it is the head's log-odds that the step is not of the worst
-    class, so that scores mean what they mean after cross-entropy (INFERRED). A soft label of at least 0.5 is correct.
+    class, so that scores mean what they mean after cross-entropy (INFERRED). A soft label of at least 0.5 is correct,
+    and so is a neutral one.
     """
 
     margin: float = 4.0
@@ -117,8 +122,7 @@ class PQM(StepLoss):
         """See :func:`stepkd.losses.pqm`."""
         logps_LC, batch = forward.step_logps_LC, forward.batch
         scores_L = logps_LC[:, 1:].logsumexp(-1) - logps_LC[:, 0]
-        correct_L = batch.targets_LC[:, 0] <= 0.5
-        return pqm(scores_L, correct_L, batch.completion_L, batch.num_completions, margin=self.margin)
+        return pqm(scores_L, batch.correct_L, batch.completion_L, batch.num_completions, margin=self.margin)
 
 
 _TOKENS = LabelTokens()
@@ -148,7 +152,14 @@ class PRMModule(StepModule):
     ) -> None:
         super().__init__(policy, **settings)
         self.head_spec = head
-        self.components = losses or [StepCrossEntropy()]
+        losses = [StepCrossEntropy()] if losses is None else losses
+        if not any(loss.reads_head for loss in losses):
+            given = ", ".join(type(loss).__name__ for loss in losses)
+            raise ConfigError(
+                f"losses: [{given}] would leave the step head as it is: add StepCrossEntropy or PQM, or leave losses "
+                "out, which is StepCrossEntropy alone"
+            )
+        self.components = losses
         if self.validation_spec.sampling is not None:
             raise ConfigError("validation.sampling: a reward model scores steps and is not sampled from; use null")
         for loss in self.components:

@@ -40,6 +40,19 @@ def passes(score: float | None, threshold: float = THRESHOLD) -> bool | None:
     return None if score is None or math.isnan(score) else bool(score >= threshold)
 
 
+def correct_targets(targets: Any) -> Any:
+    """Whether a step's target, the probabilities of its classes, calls it correct: all classes but the worst together
+    are at least :data:`THRESHOLD`, so that even odds and a neutral class in the middle count as correct.
+
+    Args:
+        targets: (..., C) array or tensor, worst class first; each row sums to one.
+
+    Returns:
+        A boolean array or tensor (...).
+    """
+    return targets[..., 1:].sum(-1) >= THRESHOLD
+
+
 def verdicts(labels: Sequence[Label], *, neutral: Neutral = "right", threshold: float = THRESHOLD) -> list[bool | None]:
     """What each step label of a solution says: correct, incorrect, or None for nothing.
 

@@ -139,10 +139,19 @@ def test_every_labelled_step_knows_its_step_its_completion_and_its_place(side: A
     assert batch.targets_LC.dtype == torch.float64
     assert batch.input_ids_BT.flatten()[batch.read_L].tolist() == [11, 15, 13, 11], "the steps' last tokens"
     assert (batch.read_L // batch.input_ids_BT.shape[1]).tolist() == batch.completion_L.tolist()
-    assert batch.label_S.tolist() == [1, -1, 0, -1, 1, -1, 0]
+    assert batch.correct_L.tolist() == [True, False, True, True], "a half is correct"
+    assert batch.label_S.tolist() == [1, -1, 0, -1, 1, -1, 1]
     # A step without a label goes with the next label of its own completion; behind the last one nothing is correct.
-    correct = [True, False, False, True, True, False, False]
+    correct = [True, False, False, True, True, False, True]
     assert batch.correct_N.tolist() == [flag for flag in correct for _ in range(2)]
+
+
+def test_a_neutral_step_is_correct_and_an_incorrect_one_is_not() -> None:
+    solution = labelled("a", [(0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)])
+    batch = collate([solution], PAD)
+    assert solution.step_labels == (1, 0, 1)
+    assert batch.label_S.tolist() == [1, 0, 1]
+    assert batch.correct_N.tolist() == [True, True, False, False, True, True]
 
 
 def test_a_batch_without_a_label_has_no_correct_step() -> None:

@@ -70,6 +70,12 @@ def row(**columns: Any) -> dict[str, Any]:
     return {"id": "r1", "prompt": "Q:", "completions": STEPS, "labels": LABELS, **columns}
 
 
+def test_even_odds_are_counted_as_the_better_class(tiny: Any) -> None:
+    encoder = make(tiny, labels=LabelRule(after_error="keep"))
+    examples = encoder.examples([row(labels=[0.5, 0.25, 0.75])])
+    assert encoder.check(examples, training=True, allow_one_class=False) == {"right": 2, "wrong": 1}
+
+
 def trained(tokenizer: Any, columns: dict[str, Any] | None = None, **settings: Any) -> Completion:
     example = make(tokenizer, labels=LabelRule(after_error="keep"), **settings).example(columns or row())
     assert example is not None

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from stepkd.claims.tiny_samples import problem_metrics
+from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import Completion
 from stepkd.data.feedback import feedback_counts
 from stepkd.data.step_labels import LabelRule, step_targets, trl_row
@@ -132,9 +133,22 @@ ROOMS: dict[str, Rule] = {
         lambda label, t: bool(step_metrics(labelled_steps([[label]], [[True]]), threshold=t).accuracy.value)
     ),
 }
+
+
+def batched(label: float) -> tuple[Completion, Batch]:
+    """A completion of one step with this label, and its batch."""
+    ids: Any = (np.array([1]), np.array([2]), np.array([1]))
+    completion = Completion(*ids, targets=tuple(step_targets(stepwise(label), 1, 2, LabelRule())), read_at=(0,))
+    return completion, collate([completion], 0)
+
+
 AT_A_HALF: dict[str, Callable[[float], bool]] = {
     "summary": lambda label: bool(summarise_labels([{"row": stepwise(label)}], 1, 0, [])["balance"]["right"]),
     "quality": lambda label: bool(label_quality([stepwise(label)], [true(label)]).accuracy.value),
+    "training, step labels": lambda label: batched(label)[0].step_labels == (1,),
+    "training, steps": lambda label: batched(label)[1].label_S.tolist() == [1],
+    "training, labelled steps": lambda label: batched(label)[1].correct_L.all().item(),
+    "training, tokens": lambda label: batched(label)[1].correct_N.all().item(),
     "consensus": lambda label: bool(consensus_filter([stepwise(label)], [true(label)]).counts["kept"]),
 }
 

@@ -65,6 +65,14 @@ def test_metrics() -> None:
     assert not any(tensor.requires_grad for pair in metrics.values() for tensor in pair)
 
 
+def test_even_odds_count_as_the_better_class() -> None:
+    """As everywhere a step is correct from 0.5 on."""
+    metrics = step_cross_entropy(double([[0.4, 0.6], [0.6, 0.4]]).log(), double([[0.5, 0.5]] * 2)).metrics
+    assert [value.item() for value in metrics["accuracy"]] == [1.0, 2.0]
+    assert [value.item() for value in metrics["accuracy_right"]] == [1.0, 2.0]
+    assert [value.item() for value in metrics["accuracy_wrong"]] == [0.0, 0.0]
+
+
 def test_brier_is_among_the_labels_when_the_loss_is_over_the_vocabulary() -> None:
     logps = double([[0.01, 0.03]]).log()  # the rest of the probability is on other tokens
     total, count = step_cross_entropy(logps, double([[0, 1]])).metrics["brier"]

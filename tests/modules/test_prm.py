@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,18 @@ from torch.nn import functional as F
 from stepkd.data.batching import micro_batches
 from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import Completion
-from stepkd.data.step_labels import LabelRule
+from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
 from stepkd.models.step_head import resolve_ids
 from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.prm import LanguageModelling, PRMModule, StepCrossEntropy
+from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.steps.format import StepFormat
+
+_SPEC = importlib.util.spec_from_file_location("pqm_by_hand", Path(__file__).parents[1] / "losses" / "test_pqm.py")
+assert _SPEC is not None
+ranking = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(ranking)  # type: ignore[union-attr]
 
 TOLERANCE = 1e-10  # float64, relative norm
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,6 +187,43 @@ def test_the_language_part_is_plain_cross_entropy_on_right_steps_without_the_mar
     logged = module.trainer.callback_metrics
     assert float(logged["train/lm"]) == pytest.approx(float(language.detach() / num_tokens), rel=1e-6)
     assert float(logged["train/loss"]) == pytest.approx(float(logged["train/prm"] + 0.5 * logged["train/lm"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [TOKENS, FULL_VOCABULARY, LabelTokens(labels=("-", "0", "+")), CLASSIFIER, Classifier(classes=3)],
+    ids=["two tokens", "of the vocabulary", "three tokens", "two classes", "three classes"],
+)
+def test_the_ranking_is_pqms_on_the_log_odds_of_a_step(head: StepHeadConfig, encoded: Any, plain_logits: Any) -> None:
+    """Two solutions under either head, with a chance of a half or a neutral step, and a step without a label."""
+    two = head.num_classes == 2
+    labels = [[0.9, 0.5, None, 0.25], [0.125, 1.0, 0.5]] if two else [[1, 0, None, -1], [-1, 1, 0]]
+    correct = [[True, True, False], [False, True, True]]
+    given = iter([*labels, *labels])
+    rule = LabelRule(after_error="keep")
+    long = [each for each in encoded(head, 16) if len(each.targets) >= 4][:2]
+    rows = [dict(example.row) | {"labels": next(given)} for example in long]
+    examples = [
+        replace(example, targets=tuple(step_targets(row, len(row["labels"]), head.num_classes, rule)))
+        for example, row in zip(long, rows, strict=True)
+    ]
+    examples = [replace(each, read_at=each.read_at[: len(each.targets)]) for each in examples]
+    module = PRMModule(PolicyConfig(path="tiny-0.1m", dtype="float64"), head, losses=[PQM(margin=1.5)])
+    module.configure_model()
+    batch = collate(examples, 0)
+    expected = []
+    for example, good in zip(examples, correct, strict=True):
+        chances = plain_logits(module.model, example).softmax(-1)
+        p = 1 - chances[[target is not None for target in example.targets], 0]
+        expected.append(ranking.by_hand((p / (1 - p)).log(), good, 1.5))
+    found, total = module.loss_terms(batch).sums["pqm"], torch.stack(expected).sum()
+    assert float(found.detach()) == pytest.approx(float(total.detach()), rel=1e-10)
+    assert module.count(batch) == {"pqm": 2.0}
+    parameters = [p for _, p in module.model.trainable_parameters()]
+    ours, wanted = (torch.autograd.grad(value, parameters, allow_unused=True) for value in (found, total))
+    for one, other in zip(ours, wanted, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-9, atol=1e-13)
 
 
 # ---- parity with transformers ---------------------------------------------------------------------------------------

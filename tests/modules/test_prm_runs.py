@@ -24,7 +24,7 @@ from stepkd.models.checkpoint import load_trained
 from stepkd.models.spec import LoRAConfig, PolicyConfig
 from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig
 from stepkd.modules.optim import OptimizerConfig
-from stepkd.modules.prm import PQM, PRMModule, StepCrossEntropy
+from stepkd.modules.prm import PQM, LanguageModelling, PRMModule, StepCrossEntropy
 from stepkd.modules.validation import ValidationConfig
 from stepkd.sampling.sampler import SamplingConfig
 
@@ -41,6 +41,11 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"losses": lambda: [LanguageModelling()]},
+            r"losses: \[LanguageModelling\] would leave the step head .* add Step",
+        ),
+        ({"losses": list}, r"losses: \[\] would leave the step head as it is: add StepCrossEntropy or PQM, or leave"),
         ({"losses": lambda: [StepCrossEntropy([1.0])]}, r"class_weights=\[1.0\]: 2 positive numbers"),
         ({"losses": lambda: [StepCrossEntropy([1.0, -1.0])]}, "positive numbers"),
         # a batch of that class alone would weigh nothing

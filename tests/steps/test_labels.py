@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.steps.labels import ANY_SUCCESS, check_threshold, first_incorrect, is_settled, passes, tally, verdicts
+from stepkd.steps.labels import (
+    ANY_SUCCESS,
+    check_threshold,
+    correct_targets,
+    first_incorrect,
+    is_settled,
+    passes,
+    tally,
+    verdicts,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +53,15 @@ def test_a_probability_is_correct_exactly_from_the_threshold_on(labels: list[flo
     marks = verdicts(labels, threshold=threshold)
     assert marks == [not label < threshold for label in labels] == [passes(label, threshold) for label in labels]
     assert verdicts([*labels, threshold], threshold=threshold)[-1] is True
+
+
+@given(st.floats(0, 1))
+def test_targets_of_two_classes_say_what_their_probability_says(label: float) -> None:
+    assert bool(correct_targets(np.array((1.0 - label, label)))) is passes(label)
+
+
+def test_a_neutral_class_is_correct() -> None:
+    assert correct_targets(np.eye(3)).tolist() == [False, True, True]
 
 
 def test_a_missing_score_is_no_verdict() -> None:
