@@ -38,8 +38,12 @@ _read = get_loader("yaml")
 
 
 def _value(text: str) -> Any:
-    """A value, which jsonargparse reads again where a file has it as text: a tilde alone is a step marker, not null."""
-    return text if text.strip() == "~" else _read(text)
+    """A value, which jsonargparse reads again where a file has it as text: of one line, only ``null`` means null.
+
+    YAML takes a tilde (a step marker) and what begins with ``#`` (a marker, a prompt's heading) for null, too.
+    """
+    value = _read(text)
+    return text if value is None and "\n" not in text and text.strip().lower() not in ("", "null") else value
 
 
 set_loader("yaml", _value, exceptions=(yaml.YAMLError,))
@@ -97,7 +101,9 @@ def with_recipe_files(words: Sequence[str]) -> list[str]:
         if flag not in ("--config", "-c") or (not equals and i + 1 == len(given)):
             continue
         value = value if equals else given[i + 1]
-        if ":" not in value and value.strip():
+        if not value.strip():
+            raise ConfigError(f"{flag} has no value: give a file, or a recipe's name")
+        if ":" not in value:
             place, start = (i, f"{flag}=") if equals else (i + 1, "")
             given[place] = f"{start}{find_recipe(value)}"
     return given
@@ -119,13 +125,19 @@ def explain(parser: Any, words: Sequence[str], message: str) -> str:
     known = settings_of(parser, given)
     chosen = {name.removesuffix(".class_path"): i for i, (_, name, value) in enumerate(given) if isinstance(value, str)}
     for i, (file, name, _) in enumerate(given):
+        if name in ("print_config", "help") or name.endswith(".help"):
+            continue
         replaced = any(name.startswith(f"{place}.") and later > i for place, later in chosen.items())
         # settings of a class that another one replaced are gone
         if not replaced and (told := _unknown(name, known, as_words=file == "")):
             return f"{file}: {told}" if file else told
     if required := re.match(r"the following arguments are required: ([\w.]+)", message):
-        last = [key for key in known if f".{key}".endswith(f".{required[1]}")]
-        return f"give --{last[0] if last else required[1]}"
+        command = words[0] if words else ""
+        name = required[1].removeprefix(f"{command}.")
+        if name != required[1] and not any(word.partition("=")[0] in ("--config", "-c") for word in words):
+            return f"give a recipe: stepkd {command} --config NAME (`stepkd recipes list` lists them)"
+        last = [key for key in known if f".{key}".endswith(f".{name}")]
+        return f"give --{last[0] if last else name}"
     return _innermost(message, known)
 
 

@@ -55,6 +55,14 @@ def commands() -> list[list[str]]:
     return [line[1:] for line in words]
 
 
+def header_commands() -> list[list[str]]:
+    """The ``stepkd`` commands of the recipes' headers, each once; some leave out what the one before has."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").rglob("*.yaml"))]
+    lines = [line for text in texts for line in re.sub(r"\\\n# +", "", text).splitlines()]
+    found = dict.fromkeys(line[4:].split("   ")[0] for line in lines if re.match(r"#   stepkd [a-z]", line))
+    return [shlex.split(line, comments=True)[1:] for line in found if "..." not in line]
+
+
 def test_readme_commands_can_be_pasted() -> None:
     assert len(commands()) > 15
     for words in commands():
@@ -83,8 +91,8 @@ def is_in(name: str, folder: str) -> bool:
     return bool(folder) and (name == folder or name.startswith(f"{folder}/"))
 
 
-@pytest.mark.parametrize("words", commands(), ids=lambda words: "_".join(words)[:60])
-def test_readme_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [*commands(), *header_commands()], ids=lambda words: "_".join(words)[:60])
+def test_commands_of_the_readme_and_of_recipes_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command's own parser takes it; nothing is run."""
     monkeypatch.chdir(ROOT)
     ran: list[str] = []

@@ -1,7 +1,7 @@
 """Claim files: ``recipes/claims/<name>.yaml``, read and checked against the experiment before anything runs.
 
 Keys: ``claim`` (one sentence), ``source`` (paper and number), ``experiment``, ``settings``, ``seeds``, ``statements``
-(:class:`~stepkd.claims.statements.Statement`), ``quick`` (``seeds``, ``settings`` and ``variants`` of ``--quick``);
+(:class:`~stepkd.claims.statements.Statement`), ``quick`` (what ``claims quick`` has of seeds, settings and variants);
 optional: ``variants`` (name -> settings on top), ``arms`` (name -> settings of that arm; needed where the experiment
 has none of its own), ``run`` (name of the run's folder: claims that name the same one, with the same experiment and
 settings, share its rows; default: the claim's name), ``equal`` (the equal budgets: fact -> arms that must share it in

@@ -172,7 +172,7 @@ def print_results(console: Console, name: str, summary: Mapping[str, Any], *, qu
         console.print("one seed has no interval: nothing can be concluded from it")
     if quick:
         console.print(
-            "--quick: a smaller experiment that shows that it runs; its verdict is not the claim's", soft_wrap=True
+            "claims quick: a smaller experiment that shows that it runs; its verdict is not the claim's", soft_wrap=True
         )
 
 

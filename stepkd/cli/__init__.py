@@ -127,10 +127,10 @@ def _run(module: Any, command: str, words: list[str]) -> int:
         kind = get_type_hints(module.run)["config"]
         return int(module.run(parse(kind, words, command=command, description=module.__doc__)))
     word = words[0] if words else ""
-    if word in ("-h", "--help"):
+    if word in ("", "-h", "--help"):
         lines = "\n".join(f"  {name:<10} {kind.__doc__}" for name, kind in kinds.items())
         print(f"usage: stepkd {command} {{{','.join(kinds)}}}\n\n{module.__doc__}\n{lines}")
-        raise SystemExit(0)
+        raise SystemExit(0 if word else 2)
     if word not in kinds:
         raise ConfigError(f"{word!r} is none of {', '.join(kinds)}.{nearest(word, kinds)}")
     described = f"{kinds[word].__doc__}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from stepkd.errors import ConfigError
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.grading.pool import GradingConfig
 
 
@@ -27,18 +27,25 @@ class BestOfNConfig:
     grading: GradingConfig = field(default_factory=GradingConfig)
     """How answers are found and compared for the vote."""
     seed: int = 0
-    """Seed of the intervals and of the drawn subsets of large votes."""
+    """Seed of the intervals' resampling and of the drawn subsets of large votes, at least 0."""
     out: str | None = None
     """Folder for best_of_n.json and the figure best_of_n.svg; without it the curves are only shown."""
 
+    def __post_init__(self) -> None:
+        check_bounds("", self, seed="[0, inf)")
+
     def files(self) -> dict[str, str]:
         """Path of every scorer by its name."""
-        files = {}
+        files: dict[str, str] = {}
         for word in self.scores:
             name, equals, path = word.partition("=")
             if not (name and equals and path):
                 raise ConfigError(
                     f"{word!r} is no scorer with its scores: write NAME=PATH, such as prm=runs/prm-scores"
+                )
+            if name in files:
+                raise ConfigError(
+                    f"{name!r} is given twice ({files[name]} and {path}): every scorer needs its own name"
                 )
             files[name] = path
         return files

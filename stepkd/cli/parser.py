@@ -2,7 +2,8 @@
 
 A command is a module with ``run(config: SomeConfig) -> int``; the fields' docstrings are the help. Words beyond
 jsonargparse's own: ``-`` in an option's name is ``_``; a bool alone is true; a setting that holds several values takes
-several words and may be repeated; and fields that a class names in ``POSITIONAL`` take words without an option.
+several words and may be repeated (or is a list in one word, of texts a JSON list); and fields that a class names in
+``POSITIONAL`` take words without an option.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
         description=description,
         formatter_class=_Help,
     )
-    parser.add_argument("--config", action="config", help="settings as YAML; later files and options go first")
+    parser.add_argument("--config", action="config", help="settings as YAML; a later file overrides an earlier one")
     parser.add_class_arguments(kind)
     given = _spread(parser, words, positional)
     given = with_recipe_files(given)
@@ -107,11 +108,13 @@ def _spread(parser: SettingsParser, words: Sequence[str], positional: Sequence[s
         hint, takes = known.get(key), 1
         if bool in (hint, *get_args(hint)) and not joined and (not values or values[0].lower() not in _TRUTH):
             values = ["true", *values]
-        elif _items(hint) is not None and values and not values[0].startswith("["):
+        elif (item := _items(hint)) is not None and values and not _is_whole(values[0], item):
             several.setdefault(key, []).extend(values)
             continue
         elif name in ("", "--help", "--print_config"):
             takes = 0
+        elif not values:
+            raise ConfigError(f"{name} has no value (one that begins with - is written {name}=VALUE)")
         found += [f"{name}={values[0]}"] if joined else [name, *values[:takes]] if name else []
         free += values[1 if joined else takes :]
     for key, values in _placed(free, positional, known).items():
@@ -140,7 +143,21 @@ def _items(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) in (list, tuple) else None
 
 
+def _is_text(item: Any) -> bool:
+    return item in (str, Path) or get_origin(item) is Literal
+
+
+def _is_whole(word: str, item: Any) -> bool:
+    """Whether a word is a list, not one item of it: a text such as ``[/INST]`` is an item."""
+    if not _is_text(item):
+        return word.startswith("[")
+    try:
+        return isinstance(json.loads(word), list)
+    except ValueError:
+        return False
+
+
 def _as_list(values: Sequence[str], item: Any) -> str:
-    if item in (str, Path) or get_origin(item) is Literal:
+    if _is_text(item):
         return json.dumps(list(values))
     return f"[{', '.join(values)}]"

@@ -87,7 +87,7 @@ class EvaluatePRMConfig(JobConfig):
     max_rows: int = 32
     """Solutions scored at once, at least 1; it belongs to what decides the result: batch shapes decide rounding."""
     seed: int = 0
-    """Seed of the intervals."""
+    """Seed of the intervals' resampling, at least 0."""
     figures: bool = True
     """Draw a reliability diagram and a histogram of the lowest score for every set."""
 
@@ -96,7 +96,12 @@ class EvaluatePRMConfig(JobConfig):
         check_threshold(self.threshold)
         if not self.sets:
             raise ConfigError(f"sets is empty: name one of {', '.join(SUBSETS)}, or data settings")
-        check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)")
+        if self.processbench is not None and not {*self.sets, self.tune_on} & {*SUBSETS}:
+            raise ConfigError(
+                f"processbench={self.processbench} is the folder of ProcessBench's files, and none of its subsets is "
+                f"among the sets ({', '.join(self.sets)}): name one ({', '.join(SUBSETS)}), or drop it"
+            )
+        check_bounds("", self, limit="[1, inf)", max_rows="[1, inf)", seed="[0, inf)")
 
     @property
     def benchmark(self) -> str:

@@ -89,8 +89,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
             "batch_size": config.max_rows,
             "extractor": EXTRACTOR_VERSION,
             "extractors": list(grader.extractors),
-            "convention": config.grading.convention,
-            "deadline_s": config.grading.deadline_s,
+            **config.grading.decides(),
         }
     )
     sampler = TransformersSampler(policy, max_rows=config.max_rows)

@@ -73,7 +73,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
         raise ConfigError("the rows to fit a temperature on are the rows to score: give held-out ones")
     loaded = scorer or load_scorer(config.scorer, device=config.device, max_rows=config.max_rows)
     reduction = config.reduction or default_reduction(loaded.meaning)
-    if options.world_size == 1 and not (job.out / PARTS).exists():
+    if options.world_size == 1 and not any((job.out / name).exists() for name in (PARTS, RESULTS_NAME)):
         (job.out / SETTINGS_NAME).unlink(missing_ok=True)  # nothing is done: mended rows are not refused
     settings = job.begin(
         {

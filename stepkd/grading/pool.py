@@ -80,6 +80,10 @@ class GradingConfig:
         if self.extractors is not None:
             object.__setattr__(self, "extractors", check_extractors(self.extractors))
 
+    def decides(self) -> dict[str, Any]:
+        """What of it decides verdicts, as a job records and compares it; extractors stand beside, as they are used."""
+        return {name: getattr(self, name) for name in ("convention", "deadline_s", "memory_mb")}
+
 
 class Verdict(StrEnum):
     """The four possible outcomes of grading one completion."""

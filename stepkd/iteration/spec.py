@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -56,16 +57,26 @@ class TrainConfig:
                 raise ConfigError(f"train: overrides: {key} is set by every iteration itself")
 
     def dotted(self) -> Iterator[tuple[str, Any]]:
-        """Dotted name and value of every override; a word of the command line is read as YAML."""
+        """Dotted name and value of every override, numbers and truths of the command line as a file has them."""
 
         def flat(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any]]:
             for key, value in values.items():
                 if isinstance(value, Mapping) and value:
                     yield from flat(value, f"{place}{key}.")
                 else:
-                    yield f"{place}{key}", yaml.safe_load(value) if isinstance(value, str) else value
+                    yield f"{place}{key}", _typed(value)
 
         return flat(self.overrides, "")
+
+
+def _typed(value: Any) -> Any:
+    """A number or truth that was written as text; any other text stays as it is, and ``fit`` reads it by its type."""
+    read = (
+        yaml.safe_load(value)
+        if isinstance(value, str) and re.fullmatch(r"true|false|-?[\d.]+(e-?\d+)?", value)
+        else None
+    )
+    return read if isinstance(read, bool | int | float) and str(read).lower() == value else value
 
 
 @dataclass(frozen=True, kw_only=True)

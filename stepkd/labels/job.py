@@ -17,7 +17,7 @@ from stepkd.data.spec import LABELS_NAME
 from stepkd.errors import DataError
 from stepkd.labels.labellers import MonteCarlo
 from stepkd.labels.quality import row_labels, summarise_labels
-from stepkd.labels.settings import Cut, Existing, Fitted, LabelConfig, OwnSteps, Reject, Sampled
+from stepkd.labels.settings import Cut, Fitted, LabelConfig, OwnSteps, Reject, Sampled
 from stepkd.labels.solutions import (
     ExistingSolutions,
     SampledSolutions,
@@ -201,9 +201,9 @@ def job_parts(
     """
     solutions, steps = config.solutions, config.steps
     drawn = isinstance(solutions, Sampled)
-    assert isinstance(solutions, Sampled | Existing)
-    word = solutions.problems if isinstance(solutions, Sampled) else solutions.rollouts
-    bench = open_workbench(config, word, solutions.model, config.labeller.check, problems=drawn, policy=policy)
+    bench = open_workbench(
+        config, solutions.source, solutions.model, config.labeller.check, problems=drawn, policy=policy
+    )
     continues = config.labeller.continues or bool(steps.signals)
     if continues and not drawn:
         bench.check_prompt()

@@ -62,6 +62,11 @@ class SolutionsConfig(ABC):
     model: str | None
     """The policy."""
 
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """The rows that it starts from: a file, a folder, or data settings in one word."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled(SolutionsConfig):
@@ -79,6 +84,11 @@ class Sampled(SolutionsConfig):
     def __post_init__(self) -> None:
         check_noise(self.sampling, "solutions of a problem")
 
+    @property
+    def source(self) -> str:
+        """The problems."""
+        return self.problems
+
 
 @dataclass(frozen=True, kw_only=True)
 class Existing(SolutionsConfig):
@@ -90,6 +100,11 @@ class Existing(SolutionsConfig):
     model: str | None = None
     """Policy whose tokenizer reads the solutions, and that continues them where the labeller does; null takes the one
     that the rows name."""
+
+    @property
+    def source(self) -> str:
+        """The solutions."""
+        return self.rollouts
 
 
 # ---- how it is cut -------------------------------------------------------------------------------------------------

@@ -256,7 +256,8 @@ class Job:
             found = wanted
             write_json(self.out / SETTINGS_NAME, wanted)
         if self.options.config is not None:
-            text = yaml_text(self.options.config)
+            again = {name: value for name, value in self.options.config.items() if name != "overwrite"}
+            text = yaml_text(again)  # what repeats a command must not delete what it did
             write_file(self.out / CONFIG_NAME, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
         self._log({"event": "start", "command": shlex.join(sys.argv), **this_process()})
         return dict(found)
@@ -461,7 +462,7 @@ class Job:
                 raise StepkdError(
                     f"{failure} in {self.out}, and nothing new came for {self.options.wait_s:g} s: are all ranks "
                     "running, on the same disk? What is done is kept: give the same command again, with any number of "
-                    "processes, or wait longer (--wait)"
+                    "processes, or wait longer (--wait_s)"
                 )
             if self.options.say is not None and not told:
                 self.options.say(line())

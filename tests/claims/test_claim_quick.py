@@ -21,7 +21,7 @@ def test_quick_claim(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixt
     claim = next(each for each in claims if each.experiment_name == experiment)
     assert main(["claims", "quick", claim.name, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "--quick: a smaller experiment" in " ".join(shown.split())
+    assert "claims quick: a smaller experiment" in " ".join(shown.split())
     rows = [json.loads(line) for line in (tmp_path / claim.run / "results.jsonl").read_text().splitlines()]
     assert {row["arm"] for row in rows if "arm" in row} == set(claim.arms)
     # A second time nothing is left to do, and the same rows are shown.

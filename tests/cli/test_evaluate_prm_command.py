@@ -64,6 +64,13 @@ def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["best-of-n", "scores.jsonl"], "write NAME=PATH"),
+        (["best-of-n", "prm=a.jsonl", "prm=b.jsonl"], "'prm' is given twice (a.jsonl and b.jsonl)"),
+        (["best-of-n", "prm=a.jsonl", "--seed", "-1"], "seed=-1"),
+        (["evaluate-prm", "--scorer", "checker", "--seed", "-1", "--out", "OUT"], "seed=-1"),
+        (
+            ["evaluate-prm", "--scorer", "checker", "--sets", DATA, "--processbench", "here", "--out", "OUT"],
+            "processbench=here is the folder of ProcessBench's files",
+        ),
         (["evaluate-prm", "--scorer", "checker"], "give --out"),
         (["evaluate-prm", "--scorer", "checker", "--sets", "gms8k", "--out", "OUT"], "Did you mean 'gsm8k'?"),
         (["evaluate-prm", "--scorer", "tiny-0.1m", "--sets", DATA, "--out", "OUT"], "step head"),

@@ -109,6 +109,12 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert not (tmp_path / "x").exists()
 
 
+def test_the_base_of_a_choice_is_no_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--solutions", "SolutionsConfig", "--out", str(tmp_path / "x")) == 2
+    assert "solutions" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_consensus_of_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["consensus", "a.jsonl", "b.jsonl", "--out", str(tmp_path / "x")]) == 2
     assert "no such file" in capsys.readouterr().err

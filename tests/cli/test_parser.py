@@ -86,6 +86,8 @@ class Example(JobConfig):
     """What is sampled."""
     max_new_tokens: int | None = None
     """Longest completion, in tokens."""
+    note: str | None = None
+    """A text."""
 
 
 def read(*words: str) -> Example:
@@ -108,7 +110,9 @@ PLAIN = Example(out="o", source="s")
         ("--out o --overwrite s", replace(PLAIN, overwrite=True)),
         ("s --out o --overwrite false --mode slow", replace(PLAIN, mode="slow")),
         ("s --out o --sampling.stop a 1 --sampling.stop c", replace(PLAIN, sampling=Sampling(0.5, ("a", "1", "c")))),
-        ("s --out o --sampling.stop [a,'1']", replace(PLAIN, sampling=Sampling(0.5, ("a", "1")))),
+        ("""s --out o --sampling.stop ["a","1"]""", replace(PLAIN, sampling=Sampling(0.5, ("a", "1")))),
+        ("s --out o --sampling.stop [/INST] [x", replace(PLAIN, sampling=Sampling(0.5, ("[/INST]", "[x")))),
+        ("s --out o --max-new-tokens null", PLAIN),
         ("s --out o --teacher Served --teacher.url http://x", replace(PLAIN, teacher=Served("http://x"))),
         ("s --out o --teacher.fast --teacher.path p", replace(PLAIN, teacher=Local("p", fast=True))),
     ],
@@ -140,6 +144,10 @@ def test_files_come_first_and_options_go_before_them(tmp_path: Path) -> None:
         ("s --out o --teacher.pth p", "'pth' is not a setting of teacher; did you mean --teacher.path?"),
         ("s --out o --teacher Served", "give --teacher.url"),
         ("s", "give --out"),
+        ("s --out", "--out has no value (one that begins with - is written --out=VALUE)"),
+        ("s --teacher.path --out o", "--teacher.path has no value"),
+        ("s --out o --max-new-tokens two --print_config", "max_new_tokens: expected int"),
+        ("s --out o --config=", "--config has no value: give a file, or a recipe's name"),
         ("--out o", "give --source"),
         ("s --out o --mode quick", "mode: expected one of ['fast', 'slow'], got 'quick'"),
         ("s --out o --sampling.temperature hot", "sampling.temperature: expected float, got 'hot'"),
@@ -155,6 +163,16 @@ def test_a_mistake_is_one_line(words: str, expected: str) -> None:
         parse(kind, words.split(), command="example")
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["~", "###", "# Solve it", "#"])
+def test_a_text_that_yaml_takes_for_null_stays_text(text: str, tmp_path: Path) -> None:
+    """A step marker, or a prompt that begins with a heading."""
+    assert read("s", "--out", "o", "--note", text).note == text
+    (tmp_path / "a.yaml").write_text(f'note: "{text}"\n')
+    assert read("s", "--out", "o", "--config", str(tmp_path / "a.yaml")).note == text
+    (tmp_path / "a.yaml").write_text("note: null\n")
+    assert read("s", "--out", "o", "--config", str(tmp_path / "a.yaml")).note is None
 
 
 def replace_positional() -> type:
@@ -190,8 +208,12 @@ def test_print_config_is_what_a_job_leaves_beside_its_result(
     config, started = read(*words).start({})
     Job(Path(config.out), "example job", options=started.options).begin({})
     written = tmp_path / "job" / CONFIG_NAME
+    del printed["overwrite"]  # what repeats a job deletes nothing
     assert yaml.safe_load(written.read_text()) == printed
     assert read("--config", str(written)) == read(*words)
+    anew = read(*words, "--overwrite").start({})[1].options
+    Job(Path(config.out), "example job", options=anew).begin({})
+    assert not read("--config", str(written)).overwrite
     other = read(*words, "--mode", "slow").start({})[1].options
     Job(Path(config.out), "example job", options=other).begin({})  # not compared: what decides is in settings.json
     assert "mode: slow" in written.read_text()

@@ -193,6 +193,7 @@ def test_a_rank_that_is_done_leaves_the_results_to_the_last_one(spec: EvaluateCo
         ({"data": "task=modular:terms=4,n=7"}, "benchmark.data: "),
         ({"extractors": ("last_number",)}, "extractors: "),
         ({"deadline_s": 1.0}, "deadline_s: 2.0 then, 1.0 now"),
+        ({"memory_mb": 512}, "memory_mb: 1024 then, 512 now"),
         ({"stop": ("\n",)}, "sampling.stop: "),
         ({"template": get_template("plain")}, "prompt: "),
         ({"model": "other"}, "model.name: 'tiny-0.1m' then, 'other' now"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,14 @@ def test_the_same_job_again_changes_nothing(job: ScoreConfig) -> None:
     again = Toy(dies_after=0)
     assert score_file(job, scorer=again) == first
     assert results(job).read_bytes() == before
+
+
+def test_a_finished_job_without_its_parts_keeps_its_settings(job: ScoreConfig) -> None:
+    first = score_file(job, scorer=Toy())
+    before = {path.name: path.read_bytes() for path in Path(job.out).iterdir() if path.is_file()}
+    shutil.rmtree(Path(job.out) / "parts")
+    assert score_file(job, scorer=Toy()) == first
+    assert {path.name: path.read_bytes() for path in Path(job.out).iterdir() if path.is_file()} == before
 
 
 def test_another_job_is_refused_and_overwrite_replaces(job: ScoreConfig, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from stepkd.cli.iterate import IterateRunConfig
 from stepkd.cli.parser import parse
 from stepkd.errors import ConfigError, MachineError, StepkdError
 from stepkd.iteration import stages
-from stepkd.iteration.spec import IterateConfig, explicit_word, iteration_seed
+from stepkd.iteration.spec import IterateConfig, TrainConfig, explicit_word, iteration_seed
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels.feedback import Preference
 from stepkd.labels.labellers import MonteCarlo, TaskChecker
@@ -187,6 +187,12 @@ def test_training_overrides_may_be_nested_or_dotted(small: Any, write: Any, tmp_
     assert settings["trainer"] == {"max_steps": 5, "val_check_interval": None}
     assert settings["model"]["init_args"] == {"policy": {"path": "models/m0"}, "beta": "1e-1"}, "as YAML reads it"
     assert spec.identity()["train"]["overrides"]["trainer.max_steps"] == 5
+
+
+def test_texts_among_training_overrides_stay_texts() -> None:
+    texts = {"a": "~", "b": "yes", "c": "007", "d": "\n", "e": "Step: ", "f": "###"}
+    found = dict(TrainConfig(recipes=["tiny/sft"], overrides={**texts, "g": "3", "h": "true", "i": "0.5"}).dotted())
+    assert found == {**texts, "g": 3, "h": True, "i": 0.5}
 
 
 def test_where_it_runs_decides_no_result(small: Any, write: Any) -> None:

@@ -29,7 +29,7 @@ class IteratedSettings(NoisyStudentConfig):
     reduction: str = "sum_steps"
     """Step-KTO: see :func:`stepkd.losses.step_kto`."""
     allow_one_class: bool = False
-    """Train although all labels agree (``--quick``)."""
+    """Train although all labels agree (``claims quick``)."""
 
 
 ARMS: Mapping[str, Mapping[str, Any]] = {f"m{k}": {} for k in range(ITERATIONS + 1)}

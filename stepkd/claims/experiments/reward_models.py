@@ -111,7 +111,7 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
             meaning=reward.meaning,
             separator="" if arm == "prm_adaptive" else "\n",
             after_error="truncate" if arm == "prm" else "keep",
-            allow_one_class=True,  # the barely trained models of --quick get nothing right
+            allow_one_class=True,  # the barely trained models of `claims quick` get nothing right
         )
         report(f"scoring with {arm}")
         rows = held_out["adaptive" if arm == "prm_adaptive" else "newline"]

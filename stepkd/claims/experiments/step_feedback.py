@@ -22,7 +22,7 @@ class StepFeedbackSettings(NoisyStudentConfig):
     steps: int = 60
     """Optimiser steps of every arm, >= 1."""
     allow_one_class: bool = False
-    """Train although all labels agree (``--quick``)."""
+    """Train although all labels agree (``claims quick``)."""
 
 
 @dataclass(frozen=True)
