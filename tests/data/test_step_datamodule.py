@@ -221,7 +221,7 @@ def test_read_positions_follow_the_padding(side: Any, pad_to: int | None, tokeni
     assert batch.targets_LC.dtype == torch.float64
 
 
-def test_right_tokens_are_those_of_steps_whose_own_or_next_label_is_right(tmp_path: Path) -> None:
+def test_correct_tokens_are_those_of_steps_whose_own_or_next_label_is_correct(tmp_path: Path) -> None:
     labels = [[True, None, False], [None, True, None], [0.75, 0.25]]
     data = attach(made(write(tmp_path / "a.jsonl", labels), labels=LabelRule(after_error="keep")))
     data.setup("fit")
@@ -235,7 +235,7 @@ def test_right_tokens_are_those_of_steps_whose_own_or_next_label_is_right(tmp_pa
     spec = write(tmp_path / "b.jsonl", [[1, 0, -1]])
     three = attach(made(spec, labels=LabelRule(after_error="keep")), kind="classifier", classes=3)
     three.setup("fit")
-    assert collate(three.examples["train"], 0).correct_N.tolist() == [True] * 3 + [False] * 6
+    assert collate(three.examples["train"], 0).correct_N.tolist() == [True] * 6 + [False] * 3  # neutral is correct
 
 
 def test_soft_targets_are_exact_and_unlabelled_steps_are_not_read(tmp_path: Path) -> None:
