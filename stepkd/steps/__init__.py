@@ -1,82 +1,23 @@
 """What a step is: token-index spans made once and used by labelling, training, search and evaluation."""
 
-from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
-from stepkd.steps.format import MARKER_CANDIDATES, Meaning, StepFormat, auto_marker, marker_token_id, written_steps
-from stepkd.steps.labels import (
-    THRESHOLD,
-    Label,
-    Tally,
-    correct_targets,
-    first_incorrect,
-    is_settled,
-    label_kind,
-    passes,
-    tally,
-    verdicts,
-)
-from stepkd.steps.segment import (
-    SEGMENTERS,
-    RegexSegmenter,
-    Segmenter,
-    SentenceSegmenter,
-    Span,
-    WholeSegmenter,
-    check_partition,
-    get_segmenter,
-    segment,
-    segmenter_settings,
-    spans_from_ends,
-    step_ends,
-)
-from stepkd.steps.text import (
-    TokenizedText,
-    first_difference,
-    text_from_ids,
-    texts_from_ids,
-    tokenize_text,
-    tokenize_texts,
-)
-from stepkd.steps.threshold import SIGNAL_SEGMENTERS, SegmentThreshold, fit_threshold
+from __future__ import annotations
 
-__all__ = [
-    "MARKER_CANDIDATES",
-    "SEGMENTERS",
-    "SIGNAL_SEGMENTERS",
-    "THRESHOLD",
-    "AdaptiveStepSegmenter",
-    "EntropySegmenter",
-    "Label",
-    "Meaning",
-    "RegexSegmenter",
-    "RejectSegmenter",
-    "SegmentThreshold",
-    "Segmenter",
-    "SentenceSegmenter",
-    "Span",
-    "StepFormat",
-    "Tally",
-    "TokenizedText",
-    "WholeSegmenter",
-    "auto_marker",
-    "check_partition",
-    "correct_targets",
-    "first_difference",
-    "first_incorrect",
-    "fit_threshold",
-    "get_segmenter",
-    "is_settled",
-    "label_kind",
-    "marker_token_id",
-    "passes",
-    "segment",
-    "segmenter_settings",
-    "spans_from_ends",
-    "step_ends",
-    "tally",
-    "text_from_ids",
-    "texts_from_ids",
-    "tokenize_text",
-    "tokenize_texts",
-    "verdicts",
-    "written_steps",
-]
+from typing import Any
+
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "confidence": "AdaptiveStepSegmenter EntropySegmenter RejectSegmenter",
+    "format": "MARKER_CANDIDATES Meaning StepFormat auto_marker marker_token_id written_steps",
+    "labels": ("THRESHOLD Label Tally correct_targets first_incorrect is_settled label_kind passes tally verdicts"),
+    "segment": (
+        "SEGMENTERS RegexSegmenter Segmenter SentenceSegmenter Span WholeSegmenter check_partition get_segmenter "
+        "segmenter_settings spans_from_ends step_ends"
+    ),
+    "text": "TokenizedText first_difference text_from_ids texts_from_ids tokenize_text tokenize_texts",
+    "threshold": "SIGNAL_SEGMENTERS SegmentThreshold fit_threshold",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)

@@ -6,37 +6,16 @@ A problem's prompt is one line; its solution is a scratchpad with one step per l
 
 from __future__ import annotations
 
-from stepkd.tasks.base import Given, Task, TaskProblem
-from stepkd.tasks.families import (
-    TASKS,
-    ArithmeticChain,
-    CellularAutomaton,
-    LongAddition,
-    ModularChain,
-    StarGraph,
-    get_task,
-    list_tasks,
-)
-from stepkd.tasks.rows import Noise, Split, check_row, demonstration, is_task_row, make_rows, row_problem, split_of
+from typing import Any
 
-__all__ = [
-    "TASKS",
-    "ArithmeticChain",
-    "CellularAutomaton",
-    "Given",
-    "LongAddition",
-    "ModularChain",
-    "Noise",
-    "Split",
-    "StarGraph",
-    "Task",
-    "TaskProblem",
-    "check_row",
-    "demonstration",
-    "get_task",
-    "is_task_row",
-    "list_tasks",
-    "make_rows",
-    "row_problem",
-    "split_of",
-]
+from stepkd.lazy import lazily
+
+_HOMES = {
+    "base": "Given Task TaskProblem",
+    "families": "TASKS ArithmeticChain ModularChain get_task",
+    "rows": "Noise Split check_row demonstration is_task_row make_rows row_problem split_of",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return lazily(__name__, _HOMES, name)
