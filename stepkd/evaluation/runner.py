@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from stepkd.data.benchmarks import Benchmark, benchmark_data, default_ks, get_benchmark
+from stepkd.data.benchmarks import benchmark_data, default_ks, get_benchmark
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids
+from stepkd.data.sources import Benchmark
 from stepkd.data.spec import DataConfig, load_rows, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.evaluation.config import EvaluateConfig

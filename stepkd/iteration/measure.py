@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from stepkd.data.benchmarks import asking
 from stepkd.data.io import read_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
@@ -23,7 +24,7 @@ from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader
 from stepkd.labels.job import drawn_records
 from stepkd.labels.quality import row_labels
-from stepkd.labels.settings import LabelConfig, Sampled, asking
+from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.labels.solutions import at_temperature_one
 from stepkd.models.checkpoint import load_trained
 from stepkd.models.policy import Policy

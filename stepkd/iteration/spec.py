@@ -257,11 +257,10 @@ class IterateConfig:
         from stepkd.data.benchmarks import BENCHMARKS
 
         source, _, rest = explicit_word(self.evaluation.problems).partition(":")
-        names = [benchmark.name for benchmark in BENCHMARKS.values() if benchmark.source == source]
-        if not names:
-            known = ", ".join(sorted({benchmark.source for benchmark in BENCHMARKS.values()}))
+        if source not in BENCHMARKS:
+            known = ", ".join(BENCHMARKS)
             raise ConfigError(f"evaluation: problems of source {source!r} cannot be evaluated; sources: {known}")
-        return names[0], rest
+        return source, rest
 
     def identity(self) -> dict[str, Any]:
         """What decides the results of an iteration, as JSON values: all but how many there are and who starts them."""

@@ -328,10 +328,10 @@ def _export(it: Iteration) -> dict[str, Any]:
 
 
 def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
+    from stepkd.data.benchmarks import asking
     from stepkd.data.rows import PROBLEM
     from stepkd.evaluation.config import EvaluateConfig
     from stepkd.evaluation.runner import evaluate
-    from stepkd.labels.settings import asking
     from stepkd.models.source import template_for
     from stepkd.sampling.sampler import SamplingConfig
     from stepkd.tasks.rows import is_task_row

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from stepkd.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from stepkd.errors import ConfigError, check_bounds, check_choice
 from stepkd.grading.pool import GradingConfig
 from stepkd.labels.labellers import LabellerConfig, MonteCarlo, check_noise
@@ -136,8 +135,9 @@ class Cut(StepsConfig):
     """Steps by the rule of a segmenter."""
 
     segmenter: str = "newline"
-    """Segmenter by name: newline (the default), paragraph, sentence, whole, regex:PATTERN, regex_before:PATTERN, or
-    adaptive_step:THRESHOLD and entropy:THRESHOLD with a number or the threshold.json of an earlier job."""
+    """Segmenter by name: newline (the default), blank_line, step_heading, sentence, whole, regex:PATTERN,
+    regex_before:PATTERN, or adaptive_step:THRESHOLD and entropy:THRESHOLD with a number or the threshold.json of an
+    earlier job."""
 
     def __post_init__(self) -> None:
         get_segmenter(self.segmenter)  # a wrong name is said before anything is loaded
@@ -190,7 +190,7 @@ class Reject(StepsConfig):
     teacher: str
     """Second model with the policy's vocabulary, loaded as the policy is."""
     probability: float = 0.5
-    """Acceptance below which a token ends its step, in (0, 1]."""
+    """Probability that the teacher has rejected a token of the step so far, above which the step ends, in (0, 1)."""
     signals = ("logprobs", "teacher_logprobs")
 
     def __post_init__(self) -> None:
@@ -375,15 +375,3 @@ class TreePairConfig(PairJobConfig):
 
 PAIR_JOBS: dict[str, type[PairJobConfig]] = {"step": StepPairConfig, "tree": TreePairConfig}
 """Jobs of ``stepkd pairs`` by name."""
-
-
-def asking(source: str, *, is_task: bool) -> Benchmark:
-    """The benchmark whose template, extractors and length suit a data source.
-
-    Args:
-        source: name of the data source.
-        is_task: whether the rows are of the tiny world, wherever they were read from.
-    """
-    if is_task:
-        return get_benchmark("task")
-    return next((each for each in BENCHMARKS.values() if each.source == source), get_benchmark("rows"))

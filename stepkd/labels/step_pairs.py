@@ -28,9 +28,9 @@ from stepkd.sampling.sampler import BranchRollouts
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.rules import Checker
-from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
+from stepkd.steps.confidence import EntropySegmenter
 from stepkd.steps.labels import verdicts
-from stepkd.steps.segment import SEGMENTERS, RegexSegmenter, Segmenter, get_segmenter, segment
+from stepkd.steps.segment import SEGMENTERS, Segmenter, get_segmenter, segment
 from stepkd.steps.text import TokenizedText, text_from_ids
 
 PURPOSE = "step_preference"
@@ -117,26 +117,18 @@ def segmenter_of(row: Row) -> Segmenter:
     """What cut a labelled row into steps, by its ``labelling``; ``newline`` where that does not say.
 
     Raises:
-        ConfigError: a segmenter that cannot cut a continuation.
-        DataError: settings that no segmenter has.
+        ConfigError: a segmenter that cannot cut a continuation, or settings that it does not have.
     """
-    facts = dict((row.get("labelling") or {}).get("segmenter") or {})
-    kind = facts.pop("name", None)
+    facts = (row.get("labelling") or {}).get("segmenter") or {}
+    kind = facts.get("name")
     if kind == "reject":
         raise ConfigError(
             f"row {row.get('id', '?')!r} was cut by the segmenter 'reject', which needs a teacher's signals that "
             "continuations do not have: give a segmenter"
         )
-    makers = {"regex": RegexSegmenter, "adaptive_step": AdaptiveStepSegmenter, "entropy": EntropySegmenter}
-    makers["regex_before"] = RegexSegmenter
-    if kind not in makers:
-        return get_segmenter(kind if kind in SEGMENTERS else "newline")
-    try:
-        return makers[kind](**facts)
-    except TypeError as error:
-        raise DataError(
-            f"the segmenter {kind!r} has other settings: {error}", path=str(row.get("id", "?")), column="labelling"
-        ) from error
+    if kind in ("regex", "regex_before", "adaptive_step", "entropy"):
+        return get_segmenter(f"{kind}:{facts.get('pattern', facts.get('threshold'))}")
+    return get_segmenter(kind if kind in SEGMENTERS else "newline")
 
 
 class StepPairBuilder:

@@ -8,15 +8,16 @@ from typing import Any, Protocol
 
 import torch
 
-from stepkd.data.benchmarks import Benchmark
+from stepkd.data.benchmarks import asking
 from stepkd.data.io import fingerprint
 from stepkd.data.rows import PROBLEM, check_unique_ids, detect_contract
+from stepkd.data.sources import Benchmark
 from stepkd.data.spec import DataConfig, load_rows, parse_spec, resolve_split
 from stepkd.data.templates import PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
 from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.pool import Grader
-from stepkd.labels.settings import LabelJobConfig, asking
+from stepkd.labels.settings import LabelJobConfig
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for

@@ -8,15 +8,12 @@ go to the step before them, or open the first one, as with the delimiter segment
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
-from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.errors import ConfigError, DataError
 from stepkd.steps.text import TokenizedText
-
-Side = Literal["close", "open"]
-"""Which side of an uncertain token the cut is on: ``close`` ends the step with it, ``open`` begins the next one."""
 
 ROUNDING = 1e-3
 """How far rounding may push a log-probability above 0 or an entropy below it (nats); as in the row contracts."""
@@ -29,35 +26,15 @@ _SOURCES = {
 
 
 @dataclass(frozen=True)
-class _Threshold:
-    """Cuts at every token whose signal is beyond a threshold."""
+class AdaptiveStepSegmenter:
+    """Cut behind tokens that the model gave little probability to (AdaptiveStep, arXiv 2502.13943).
 
-    threshold: float
-    side: Side = "close"
-    """``close``: the uncertain token is the last of its step; ``open``: it is the first of the next one."""
-    min_tokens: int = 1
-    """A step shorter than this joins the one before it (the first one: the one behind it), >= 1."""
-
-    def __post_init__(self) -> None:
-        check_choice("side", self.side, ("close", "open"))
-        if self.min_tokens < 1:
-            raise ConfigError(f"min_tokens={self.min_tokens}: a step has at least one token")
-
-    def _ends(self, completion: TokenizedText, divides: Sequence[bool]) -> list[int]:
-        behind = self.side == "close"
-        return _ends(completion, [index + behind for index, each in enumerate(divides) if each], self.min_tokens)
-
-
-@dataclass(frozen=True)
-class AdaptiveStepSegmenter(_Threshold):
-    """Cut at tokens that the model gave little probability to (AdaptiveStep, arXiv 2502.13943).
-
-    A token whose confidence ``exp(logprob)`` is below the threshold is a division point. Reports of the paper differ on
-    whether it ends its segment or begins the next. We infer ``close``: the paper's decoding scores a prefix that
-    includes the uncertain token, so the step that is labelled should include it as well. In a run of uncertain tokens
-    every one is a division point.
+    A token whose confidence ``exp(logprob)`` is below the threshold ends its step, as in the paper's released samples:
+    its decoding scores a prefix that includes the uncertain token. In a run of uncertain tokens every one ends a step.
     """
 
+    name: ClassVar = "adaptive_step"
+    example: ClassVar = "0.05"
     threshold: float
     """Confidence below which a token divides, in (0, 1); :func:`~stepkd.steps.threshold.fit_threshold` finds it."""
 
@@ -66,7 +43,6 @@ class AdaptiveStepSegmenter(_Threshold):
             raise ConfigError(
                 f"confidence threshold {self.threshold}: must lie between 0 and 1 (a probability, not percent)"
             )
-        super().__post_init__()
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`~stepkd.steps.segment.Segmenter`.
@@ -74,26 +50,27 @@ class AdaptiveStepSegmenter(_Threshold):
         Raises:
             DataError: the completion has no log-probabilities, or impossible ones.
         """
-        low = [math.exp(logprob) < self.threshold for logprob in _signal(completion, "logprobs", "adaptive_step")]
-        return self._ends(completion, low)
+        logprobs = _signal(completion, "logprobs", self.name)
+        return _ends(completion, [end for end, each in enumerate(logprobs, 1) if math.exp(each) < self.threshold])
 
 
 @dataclass(frozen=True)
-class EntropySegmenter(_Threshold):
-    """Cut where the next-token distribution was spread out.
+class EntropySegmenter:
+    """Cut behind tokens whose distribution was spread out.
 
     The trigger of Cautious Next Token Prediction (arXiv 2507.03038), with one threshold in place of its ramp between
-    0.01 and 1.5 nats. That method branches before the uncertain token (``open``); the default is that of
-    :class:`AdaptiveStepSegmenter`, so that the two differ in the signal alone.
+    0.01 and 1.5 nats, and behind the uncertain token, so that it differs from :class:`AdaptiveStepSegmenter` in the
+    signal alone.
     """
 
+    name: ClassVar = "entropy"
+    example: ClassVar = "1.5"
     threshold: float
     """Entropy in nats above which a token divides, >= 0."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold < math.inf:
             raise ConfigError(f"entropy threshold {self.threshold}: must be a finite number of nats, at least 0")
-        super().__post_init__()
 
     def ends(self, completion: TokenizedText) -> list[int]:
         """See :class:`~stepkd.steps.segment.Segmenter`.
@@ -101,8 +78,8 @@ class EntropySegmenter(_Threshold):
         Raises:
             DataError: the completion has no entropies, or impossible ones.
         """
-        high = [entropy > self.threshold for entropy in _signal(completion, "entropies", "entropy")]
-        return self._ends(completion, high)
+        entropies = _signal(completion, "entropies", self.name)
+        return _ends(completion, [end for end, each in enumerate(entropies, 1) if each > self.threshold])
 
 
 @dataclass(frozen=True)
@@ -147,7 +124,7 @@ class RejectSegmenter:
             if length >= self.max_tokens or (rejected and length >= self.min_tokens):
                 cuts.append(end)
                 start, log_accepted = end, 0.0
-        return _ends(completion, cuts, 1)
+        return _ends(completion, cuts)
 
 
 def _signal(completion: TokenizedText, name: str, segmenter: str) -> tuple[float, ...]:
@@ -172,19 +149,14 @@ def _signal(completion: TokenizedText, name: str, segmenter: str) -> tuple[float
     return values
 
 
-def _ends(completion: TokenizedText, cuts: Iterable[int], min_tokens: int) -> list[int]:
-    """Step ends from increasing cuts: a step without words, or shorter than ``min_tokens``, joins the one before it."""
+def _ends(completion: TokenizedText, cuts: Iterable[int]) -> list[int]:
+    """Step ends from increasing cuts: a step without words joins the one before it, or opens the first one."""
     ends: list[int] = []
-    start = previous = 0
-    words = False
+    start = 0
     for cut in (*cuts, len(completion)):
-        words = words or bool(completion.span_text(previous, cut).strip())
-        previous = cut
-        if words and cut - start >= min_tokens:
+        if completion.span_text(start, cut).strip():
             ends.append(cut)
         elif ends:
             ends[-1] = cut
-        else:
-            continue  # nothing before it: it opens the first step
-        start, words = cut, False
+        start = cut
     return ends

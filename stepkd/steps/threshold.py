@@ -9,23 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
-from stepkd.steps.confidence import ROUNDING, AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter, Side
+from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.steps.confidence import ROUNDING, AdaptiveStepSegmenter, EntropySegmenter, RejectSegmenter
 
 Signal = Literal["confidence", "entropy"]
 
 _FORMAT = "stepkd segment threshold"
 _VERSION = 1
-_AGAIN = "fit it again (stepkd label --steps Fitted, or fit_threshold)"
-_SEGMENTER_OF: dict[str, str] = {"confidence": "adaptive_step", "entropy": "entropy"}
+_SEGMENTERS: dict[str, type[AdaptiveStepSegmenter | EntropySegmenter]] = {
+    "confidence": AdaptiveStepSegmenter,
+    "entropy": EntropySegmenter,
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,6 @@ class SegmentThreshold:
     """Responses in the pool, >= 1."""
     signal: Signal = "confidence"
     """What the threshold is on."""
-    side: Side = "close"
-    """Whether a dividing token ends its step or begins the next; see :mod:`stepkd.steps.confidence`."""
-    min_tokens: int = 1
-    """Steps shorter than this join the one before, >= 1."""
     model: str | None = None
     """Model that the pool was sampled from."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -57,22 +54,9 @@ class SegmentThreshold:
     fingerprint: str = ""
     """32 hexadecimal digits that stand for the pool's numbers, in their order."""
 
-    def __post_init__(self) -> None:
-        check_choice("signal", self.signal, _SEGMENTER_OF)
-        for name in ("value", "quantile", "share", "num_tokens", "num_responses", "min_tokens"):
-            number, whole = getattr(self, name), "num" in name or "min" in name
-            if isinstance(number, bool) or not isinstance(number, int if whole else int | float):
-                raise ConfigError(f"{name}={number!r}: must be a {'whole ' if whole else ''}number")
-        counts = dict.fromkeys(("num_tokens", "num_responses", "min_tokens"), "[1, inf)")
-        check_bounds("", self, quantile="(0, 1)", share="(0, 1)", **counts)
-        if not isinstance(self.sampling, Mapping):
-            raise ConfigError(f"sampling={self.sampling!r}: must be a mapping of settings")
-        self.segmenter()  # checks the value's range and the side
-
     def segmenter(self) -> AdaptiveStepSegmenter | EntropySegmenter:
         """The segmenter that cuts at this threshold."""
-        kind = AdaptiveStepSegmenter if self.signal == "confidence" else EntropySegmenter
-        return kind(self.value, self.side, self.min_tokens)
+        return _SEGMENTERS[self.signal](self.value)
 
     def to_dict(self) -> dict[str, Any]:
         """What a file of it holds, as JSON values (:func:`stepkd.runs.files.write_json` writes it)."""
@@ -83,24 +67,26 @@ class SegmentThreshold:
         """Read a threshold from a file of what :meth:`to_dict` gives, such as a labelling job's ``threshold.json``.
 
         Raises:
-            DataError: no such file, or one that does not hold a threshold of a version known here.
+            DataError: no such file, or one that holds no threshold.
         """
+        from pydantic import TypeAdapter, ValidationError
+
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-                raise ConfigError("not a saved threshold")
-            if (version := content.pop("version", None)) != _VERSION:
-                raise ConfigError(f"threshold file of version {version!r}; this stepkd reads version {_VERSION}")
-            if other := sorted({each.name for each in fields(cls)} ^ set(content)):
-                each = (f"{name} ({'unknown' if name in content else 'missing'})" for name in other)
-                raise ConfigError(f"entries of the threshold file: {', '.join(each)}")
-            return cls(**content)
+            if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
+                raise ConfigError(f"no {_FORMAT} of version {_VERSION}")
+            threshold: SegmentThreshold = TypeAdapter(cls).validate_python(content)
+            threshold.segmenter()  # checks the value's range
+            return threshold
         except OSError as error:
             raise DataError(f"cannot read the threshold: {error.strerror or error}", path=path) from error
-        except ConfigError as error:
-            raise DataError(f"{error}; {_AGAIN}", path=path) from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"the threshold file is damaged ({error}); {_AGAIN}", path=path) from error
+        except (ConfigError, ValueError, RecursionError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            reason = str(error) if first is None else f"{first['loc'][0]}: {first['msg']}"
+            raise DataError(
+                f"not a usable threshold file ({reason}); fit it again (stepkd label --steps Fitted, or fit_threshold)",
+                path=path,
+            ) from error
 
 
 def fit_threshold(
@@ -108,8 +94,6 @@ def fit_threshold(
     quantile: float = 0.02,
     *,
     signal: Signal = "confidence",
-    side: Side = "close",
-    min_tokens: int = 1,
     model: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -128,30 +112,27 @@ def fit_threshold(
             and drops duplicates first.
         quantile: share of tokens that are to divide, in (0, 1).
         signal: what the pool's numbers are and what the threshold is on.
-        side, min_tokens: settings of the segmenter, kept with the threshold.
         model, sampling, seed: where the pool came from, kept with the threshold.
 
     Raises:
         ConfigError: a setting out of range.
         DataError: a pool without tokens, with impossible numbers, or in which no token would divide.
     """
-    check_choice("signal", signal, _SEGMENTER_OF)
+    check_choice("signal", signal, _SEGMENTERS)
     if not 0 < quantile < 1:
         raise ConfigError(f"quantile={quantile}: must lie between 0 and 1 (0.02 for 2% of the tokens)")
-    values = array("d")
+    responses = [_check_response(response, number, signal) for number, response in enumerate(pool)]
     digest = hashlib.blake2b(signal.encode(), digest_size=16)
-    num_responses = 0
-    for number, response in enumerate(pool):
-        numbers = _check_response(response, number, signal)
+    for numbers in responses:
         digest.update(f"{len(numbers)}:".encode() + numbers.tobytes())
-        # math.exp, as in the segmenter: NumPy's may differ in the last bit and move a token across the threshold.
-        values.extend(map(math.exp, numbers.tolist()) if signal == "confidence" else numbers.tolist())
-        num_responses += len(numbers) > 0
-    if not values:
+    values = np.concatenate([*responses, np.empty(0)])
+    if not len(values):
         raise DataError("the pool has no tokens: sample some responses first")
-    value, share = _exact_quantile(np.frombuffer(values, dtype=np.float64), quantile, signal)
+    if signal == "confidence":  # math.exp, as in the segmenter: NumPy's may differ in the last bit
+        values = np.array([math.exp(each) for each in values.tolist()])
+    value, share = _exact_quantile(values, quantile, signal)
     source = (model, dict(sampling or {}), seed, digest.hexdigest())
-    return SegmentThreshold(value, quantile, share, len(values), num_responses, signal, side, min_tokens, *source)
+    return SegmentThreshold(value, quantile, share, len(values), sum(map(bool, map(len, responses))), signal, *source)
 
 
 def _exact_quantile(values: np.ndarray, quantile: float, signal: str) -> tuple[float, float]:
@@ -180,11 +161,9 @@ def _exact_quantile(values: np.ndarray, quantile: float, signal: str) -> tuple[f
 
 def _check_response(response: Sequence[float], number: int, signal: str) -> np.ndarray:
     try:
-        numbers = np.asarray(response, dtype="<f8")
+        numbers = np.asarray(response, dtype="<f8").reshape(len(response))
     except (TypeError, ValueError) as error:
-        raise DataError(f"response {number} of the pool holds something that is not a number: {error}") from error
-    if numbers.ndim != 1:
-        raise DataError(f"response {number} of the pool must be a list with one number per token")
+        raise DataError(f"response {number} of the pool must be a list with one number per token: {error}") from error
     sign = 1 if signal == "confidence" else -1
     wrong = np.flatnonzero(~(sign * numbers <= ROUNDING))
     if len(wrong):
@@ -195,26 +174,21 @@ def _check_response(response: Sequence[float], number: int, signal: str) -> np.n
 
 def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter | EntropySegmenter:
     """Segmenter from the FILE_OR_NUMBER of a recipe."""
-    name = _SEGMENTER_OF[signal]
-    try:
-        return (AdaptiveStepSegmenter if signal == "confidence" else EntropySegmenter)(float(argument))
-    except ValueError:  # no number
-        pass
-    example = "0.05" if signal == "confidence" else "1.5"
-    if not argument:
-        raise ConfigError(
-            f"segmenter {name!r} needs a threshold: {name}:{example}, or {name}:FILE with the threshold.json of a "
-            "labelling job that fitted one"
-        )
+    kind = _SEGMENTERS[signal]
     if not Path(argument).is_file():
-        raise ConfigError(
-            f"segmenter '{name}:{argument}': {argument!r} is neither a number (such as {example}) nor a threshold file"
-        )
+        try:
+            value = float(argument)
+        except ValueError:
+            raise ConfigError(
+                f"segmenter '{kind.name}:{argument}' needs a number as threshold ({kind.name}:{kind.example}), or the "
+                "threshold.json of a labelling job that fitted one"
+            ) from None
+        return kind(value)
     threshold = SegmentThreshold.load(argument)
     if threshold.signal != signal:
         raise ConfigError(
-            f"segmenter '{name}:{argument}': the file holds a threshold on {threshold.signal}; write "
-            f"{_SEGMENTER_OF[threshold.signal]}:{argument}, or fit one with signal={signal!r}"
+            f"segmenter '{kind.name}:{argument}': the file holds a threshold on {threshold.signal}; write "
+            f"{_SEGMENTERS[threshold.signal].name}:{argument}, or fit one with signal={signal!r}"
         )
     return threshold.segmenter()
 

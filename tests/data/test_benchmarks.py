@@ -38,7 +38,7 @@ def test_entries_refer_to_things_that_exist(name: str) -> None:
     [
         ("gms8k", "Did you mean 'gsm8k'"),
         ("math-500", "Did you mean 'math500'"),
-        ("zzz", r"Known: gsm8k,.*rows\..*--benchmark rows --data FILE"),
+        ("zzz", r"Known: aime,.*task\..*--benchmark rows --data FILE"),
     ],
 )
 def test_unknown_name(name: str, hint: str) -> None:

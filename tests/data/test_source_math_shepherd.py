@@ -45,13 +45,6 @@ def test_released_row(tmp_path: Path) -> None:
     assert pair(INPUT, "++-") == {"input": INPUT, "label": LABEL, "task": "GSM8K"}
 
 
-def test_step_prefix_strip(tmp_path: Path) -> None:
-    [row] = load(tmp_path, pair(INPUT, "+++"), step_prefix="strip")
-    assert row["completions"] == ["3+4=<<3+4=7>>7.", "2-1=1, +1.", "7 - 1 = 5. The answer is: 5"]
-    [row] = load(tmp_path, pair("q? Step 1: see Step 9: x ки\nno number ки", "+-"), step_prefix="strip")
-    assert row["completions"] == ["see Step 9: x", "no number"]
-
-
 def test_random_rows_against_their_parts(tmp_path: Path) -> None:
     """Rows put together from parts full of signs come back as these parts."""
     draw = random.Random(0)
@@ -98,22 +91,21 @@ def test_other_ways_to_write_a_row(
         ({"input": "q Step 1: a", "label": "q Step 1: a"}, "column 'input': the input has no step tag 'ки'"),
         (
             {"input": INPUT, "label": INPUT},
-            f"the label has 'к' where tag 1 of 3 of the input stands .character {INPUT.index('ки') + 1}.; "
-            "a tag's label must be '\\+' or '-'",
+            f"each of its 3 tags; at character {INPUT.index('ки') + 1} it has 'ки.*, and the input 'ки'",
         ),
-        ({"input": "q Step 1: a ки", "label": "q Step 1: a"}, "the label ends at character 11, before tag 1 of 1"),
+        ({"input": "q Step 1: a ки", "label": "q Step 1: a"}, "at character 12 it has '', and the input ' ки'"),
         (
             {"input": "q Step 1: a ки\nb ки", "label": "q Step 1: a +\nb "},
-            "the label ends at character 15, before tag 2 of 2",
+            "at character 16 it has '', and the input ' ки'",
         ),
-        ({"input": "q Step 1: a ки", "label": "q Step 1: a +\nb -"}, r"goes on after the input's end with '\\nb -'"),
         (
-            {"input": "q Step 1: a ки", "label": "q Step 1: b +"},
-            "at character 11, before tag 1 of 1: 'a ' in the input, 'b '",
+            {"input": "q Step 1: a ки", "label": "q Step 1: a +\nb -"},
+            r"at character 14 it has '\\nb -', and the input ''",
         ),
-        ({"input": "q Step 1: a ки", "label": "q Step 1: a ?"}, r"the label has '\?' where tag 1"),
-        ({"input": "q Step 1: aки", "label": "q Step 1: a"}, "the label has nothing where tag 1 of 1"),
-        ({"input": "q Step 1: a ки cut", "label": "q Step 1: a + cot"}, "before the end: 'ut' in the input, 'ot' in"),
+        ({"input": "q Step 1: a ки", "label": "q Step 1: b +"}, "at character 11 it has 'b [+]', and the input 'a ки'"),
+        ({"input": "q Step 1: a ки", "label": "q Step 1: a ?"}, r"at character 13 it has '\?', and the input 'ки'"),
+        ({"input": "q Step 1: aки", "label": "q Step 1: a"}, "at character 12 it has '', and the input 'ки'"),
+        ({"input": "q Step 1: a ки cut", "label": "q Step 1: a + cot"}, "it has 'ot', and the input 'ut'"),
         ({"input": "q Step 1: a ки", "label": None}, "column 'label': must be text, found NoneType"),
         (pair("q Step 1: a Step 1: b ки", "+"), "'Step 1:' stands twice before the first tag"),
         (pair("no mark a ки", "+"), "cannot tell the question from the first step.*malformed: drop"),
@@ -142,7 +134,7 @@ def test_options_and_source() -> None:
     check_training_use(DataConfig(source="math_shepherd"))
 
 
-@pytest.mark.parametrize("options", [{"step_prefix": "cut"}, {"malformed": None}])
+@pytest.mark.parametrize("options", [{"malformed": "cut"}, {"malformed": None}])
 def test_bad_options(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"option {next(iter(options))} of source 'math_shepherd'"):
         load(tmp_path, pair(INPUT, "+++"), **options)

@@ -113,12 +113,10 @@ def test_released_line(tmp_path: Path) -> None:
 
 def test_both_layouts_agree(tmp_path: Path) -> None:
     """The trajectory layout lacks the gold answer, the finish reason and flags; all else is the same."""
-    for options in ({}, {"answer_tail": True}, {"chosen": False}):
-        released = load(tmp_path, RELEASED, **options)
-        trajectory = load(tmp_path, TRAJECTORY, **options)
-        lost = {"answer", "outcome", "id"}
-        plain = [{name: row[name] for name in row if name not in lost} for row in released]
-        assert plain == [{name: row[name] for name in row if name != "id"} for row in trajectory]
+    released, trajectory = load(tmp_path, RELEASED), load(tmp_path, TRAJECTORY)
+    lost = {"answer", "outcome", "id"}
+    plain = [{name: row[name] for name in row if name not in lost} for row in released]
+    assert plain == [{name: row[name] for name in row if name != "id"} for row in trajectory]
 
 
 def test_layouts_may_stand_in_one_file(tmp_path: Path) -> None:
@@ -127,26 +125,11 @@ def test_layouts_may_stand_in_one_file(tmp_path: Path) -> None:
     check_unique_ids(rows)
 
 
-def test_answer_tail(tmp_path: Path) -> None:
-    rows = load(tmp_path, RELEASED, answer_tail=True)
-    assert [row["completions"][-1] for row in rows] == [f"so 14{TAIL}14", "2+3=5", "look", f"so 15{TAIL}15"]
+def test_a_tail_is_an_answer_only_behind_a_step(tmp_path: Path) -> None:
     bare = changed(RELEASED, steps=[position(rated("# Answer\n\n7", 1)), position(rated("see # Answer above", 1))])
     [row] = load(tmp_path, bare)
     assert row["completions"] == ["# Answer\n\n7", "see # Answer above"]
     assert "final_answer" not in row
-
-
-@pytest.mark.parametrize(
-    ("options", "labels"),
-    [
-        ({"alternatives": "none"}, [[1, None, 1]]),
-        ({"alternatives": "negative"}, [[1, None, 1], [None, -1], [None, None, -1]]),
-        ({"alternatives": "negative", "chosen": False}, [[1, -1], [1, None, -1]]),
-    ],
-)
-def test_which_rows_and_labels(tmp_path: Path, options: dict[str, Any], labels: list[list[int | None]]) -> None:
-    for raw in (RELEASED, TRAJECTORY):
-        assert [row["labels"] for row in load(tmp_path, raw, **options)] == labels
 
 
 def test_masked_prefixes_count_every_rating_once(tmp_path: Path, data_dir: Path) -> None:
@@ -304,25 +287,37 @@ def test_real_train_head(data_dir: Path) -> None:
     ("row", "message"),
     [
         ({"prompt": "p", "completions": ["a"], "labels": [True]}, "line 1: fits neither layout of PRM800K"),
-        (RELEASED | {"question": "2+3?"}, "column 'question': question must be an object, found str '2\\+3\\?'"),
-        (RELEASED | {"label": [1]}, "column 'label': label must be an object, found list"),
-        (changed(RELEASED, steps=None), "label.steps must be a list, found NoneType None"),
-        (changed(RELEASED, steps=[3]), r"label.steps\[0\] must be an object, found int 3"),
-        (changed(RELEASED, steps=[position("a")]), r"label.steps\[0\].completions\[0\] must be an object, found str"),
+        (
+            RELEASED | {"question": "2+3?"},
+            "column 'question': question: Input should be a valid dictionary, found str '2\\+3\\?'",
+        ),
+        (RELEASED | {"label": [1]}, "column 'label': label: Input should be .*, found list"),
+        (changed(RELEASED, steps=None), "label.steps: Input should be a valid list, found NoneType None"),
+        (changed(RELEASED, steps=[3]), r"label.steps\[0\]: Input should be .*, found int 3"),
+        (changed(RELEASED, steps=[position("a")]), r"label.steps\[0\].completions\[0\]: Input should be .*, found str"),
         (
             changed(RELEASED, steps=[position(rated("a", 1), chosen=1)]),
             r"chosen_completion is int 1, with 1 completions",
         ),
         (changed(RELEASED, steps=[position(rated("a", 1), chosen=True)]), "chosen_completion is bool True"),
-        (changed(RELEASED, steps=[position(rated("a", 2))]), r"completions\[0\] must be -1, 0, 1 or null, found int 2"),
-        (changed(RELEASED, steps=[position(rated("a", True))]), "found bool True; nothing is cast"),
-        (changed(RELEASED, steps=[position(rated("a", 1.0))]), "found float 1.0; nothing is cast"),
-        (changed(RELEASED, steps=[position(rated(None, 1))]), "the text of .* must be text, found NoneType"),
+        (
+            changed(RELEASED, steps=[position(rated("a", 2))]),
+            r"completions\[0\].rating: Input should be less than or equal to 1, found int 2",
+        ),
+        (
+            changed(RELEASED, steps=[position(rated("a", True))]),
+            "rating: Input should be a valid integer, found bool True",
+        ),
+        (
+            changed(RELEASED, steps=[position(rated("a", 1.0))]),
+            "rating: Input should be a valid integer, found float 1.0",
+        ),
+        (changed(RELEASED, steps=[position(rated(None, 1))]), "text: Input should be a valid string, found NoneType"),
         (TRAJECTORY | {"labels": [1, 1]}, "column 'labels': has 2 entries for 3 steps"),
-        (TRAJECTORY | {"labels": [1, 1, "1"]}, r"the rating of labels\[2\] must be -1, 0, 1 or null, found str"),
-        (TRAJECTORY | {"steps": "abc"}, "column 'steps': steps must be a list, found str"),
+        (TRAJECTORY | {"labels": [1, 1, "1"]}, r"labels\[2\]: Input should be a valid integer, found str"),
+        (TRAJECTORY | {"steps": "abc"}, "column 'steps': steps: Input should be a valid list, found str"),
         (TRAJECTORY | {"alternatives": [[]] * 5}, "has 5 positions for 3 steps"),
-        (TRAJECTORY | {"alternatives": [["a"]]}, r"alternatives\[0\]\[0\] must be an object, found str"),
+        (TRAJECTORY | {"alternatives": [["a"]]}, r"alternatives\[0\]\[0\]: Input should be .*, found str"),
         (TRAJECTORY | {"steps": ["a", " ", "b"]}, "step 2 of 3 must not be empty"),
         (RELEASED | {"question": {"problem": None}}, "column 'prompt': must be text or a list of chat messages"),
     ],
@@ -336,12 +331,9 @@ def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alternatives": "wrong"}, "unknown option alternatives of source 'prm800k' 'wrong'"),
-        ({"alternatives": "null"}, "choose from all, negative, none"),
         ({"per_record": -1}, "option per_record=-1 of source 'prm800k': must be 0"),
-        ({"per_record": None}, "option per_record of source 'prm800k' is null; leave it out"),
-        ({"chosen": False, "alternatives": "none"}, "gives no rows; keep one of them"),
-        ({"per_record": "4"}, "option 'per_record' of source 'prm800k' must be int, found str"),
+        ({"per_record": None}, "option per_record of source 'prm800k' must be int, found NoneType"),
+        ({"per_record": "4"}, "option per_record of source 'prm800k' must be int, found str"),
     ],
 )
 def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:

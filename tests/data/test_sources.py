@@ -12,8 +12,7 @@ import pytest
 from stepkd.data.rows import PROBLEM, STEPWISE, check_unique_ids, validate
 from stepkd.data.sources import RawRow, Source, SourceOption, get_source, list_sources, register, registry
 from stepkd.data.sources.generated import GENERATED_SPLITS, stream_seed
-from stepkd.data.sources.math import last_boxed, whole_answer
-from stepkd.data.sources.word_problems import final_answer
+from stepkd.data.sources.problems import final_answer, last_boxed, whole_answer
 from stepkd.data.spec import DataConfig, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 
@@ -33,7 +32,7 @@ def load(source: str, path: Path, *rows: Any, **settings: Any) -> list[dict[str,
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-def test_gsm8k_strips_calculator_marks_unless_asked(tmp_path: Path) -> None:
+def test_gsm8k_strips_calculator_marks(tmp_path: Path) -> None:
     [row] = load("gsm8k", tmp_path / "test.jsonl", GSM)
     assert row == {
         "prompt": "How many?",
@@ -43,8 +42,6 @@ def test_gsm8k_strips_calculator_marks_unless_asked(tmp_path: Path) -> None:
     }
     [numbered] = load("gsm8k", tmp_path / "test.jsonl", GSM | {"id": 7})
     assert numbered["id"] == "7"
-    [kept] = load("gsm8k", tmp_path / "test.jsonl", GSM, options={"calculator_marks": True})
-    assert kept["solution"] == GSM["answer"]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +269,7 @@ def test_every_listed_source_is_complete() -> None:
     )
     for source in list_sources():
         assert source.help
-        assert source.optional <= set(source.reads)
+        assert source.requires <= set(source.reads) or not source.reads
         assert source.default_split in source.splits
         assert source.evaluation_only <= {"*", *source.splits}
         assert all(option.help for option in source.options.values())

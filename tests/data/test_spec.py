@@ -230,8 +230,8 @@ def test_training_data_is_allowed() -> None:
         ({"source": "gsm8k", "limit": 0}, "limit=0: must be at least 1"),
         ({"source": "gsm8k", "offset": -1}, "offset=-1: must be 0 or more"),
         ({"source": "task", "path": "x"}, "source 'task' generates its rows; drop path, hub and columns"),
-        ({"source": "gsm8k", "options": {"calculator_mark": True}}, "no option 'calculator_mark'; did you mean"),
-        ({"source": "gsm8k", "options": {"calculator_marks": 1}}, "must be bool, found int 1"),
+        ({"source": "task", "options": {"uniqe": True}}, "no option 'uniqe'; did you mean 'unique'"),
+        ({"source": "task", "options": {"unique": 1}}, "must be bool, found int 1"),
         ({"source": "reasoning_gym", "options": {"size": True}}, "must be int, found bool True"),
         ({"source": "reasoning_gym", "options": {"config": 3}}, "must be dict, found int 3"),
         (
@@ -255,8 +255,8 @@ def test_bad_specs(settings: dict[str, Any], message: str) -> None:
         ("gsm8k", DataConfig(source="gsm8k")),
         ("gsm8k:path=/x/test.jsonl,split=test,limit=8",
          DataConfig(source="gsm8k", path="/x/test.jsonl", split="test", limit=8)),
-        ("gsm8k:calculator_marks=true,path=a b.jsonl",
-         DataConfig(source="gsm8k", path="a b.jsonl", options={"calculator_marks": True})),
+        ("prm800k:per_record=4,path=a b.jsonl",
+         DataConfig(source="prm800k", path="a b.jsonl", options={"per_record": 4})),
         ("x/rows.jsonl", DataConfig(path="x/rows.jsonl")),
         ("C:\\x\\rows.parquet,limit=2", DataConfig(path="C:\\x\\rows.parquet", limit=2)),
         ("rows:path='a,b.jsonl',columns.prompt=q,columns.answer='1'",
@@ -299,10 +299,10 @@ def test_a_spec_can_stand_in_a_recipe() -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=DataConfig)
-    yaml = "{source: gsm8k, split: train, limit: 3, columns: {prompt: q}, options: {calculator_marks: true}}"
+    yaml = "{source: prm800k, path: x, split: train, limit: 3, columns: {prompt: q}, options: {per_record: 4}}"
     parsed = parser.instantiate(parser.parse_args(["--data", yaml])).data
     assert parsed == DataConfig(
-        source="gsm8k", split="train", limit=3, columns={"prompt": "q"}, options={"calculator_marks": True}
+        source="prm800k", path="x", split="train", limit=3, columns={"prompt": "q"}, options={"per_record": 4}
     )
 
 

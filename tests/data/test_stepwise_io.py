@@ -256,10 +256,10 @@ def test_layouts_that_are_not_trls_type(tmp_path: Path, row: dict[str, Any], mes
 # --- Math-Shepherd's text form ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strip", [True, False])
-def test_math_shepherd_round_trip(tmp_path: Path, strip: bool) -> None:
+@pytest.mark.parametrize("bare", [True, False])
+def test_math_shepherd_round_trip(tmp_path: Path, bare: bool) -> None:
     numbered = ["Step 1: 1+1=2 - fine", "Step 2: so 2. The answer is: 2"]
-    steps = [step.partition(": ")[2] for step in numbered] if strip else numbered
+    steps = [step.partition(": ")[2] for step in numbered] if bare else numbered
     rows = [{"id": "a", "prompt": "1 + 1 - 0?", "completions": steps, "labels": [True, False], "subset": "GSM8K"}]
     path = tmp_path / "ms.jsonl"
     assert write_math_shepherd(rows, path) == 1
@@ -270,9 +270,8 @@ def test_math_shepherd_round_trip(tmp_path: Path, strip: bool) -> None:
         "task": "GSM8K",
         "id": "a",
     }
-    options = {"step_prefix": "strip" if strip else "keep"}
-    back = load_rows(DataConfig(source="math_shepherd", path=str(path), options=options))
-    assert back == [rows[0] | {"final_answer": "2"}]
+    back = load_rows(DataConfig(source="math_shepherd", path=str(path)))
+    assert back == [rows[0] | {"completions": numbered, "final_answer": "2"}]
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_the_threshold_is_fitted_on_the_pool_and_kept(spec: LabelConfig, run: An
     assert (found.model, found.sampling["temperature"], found.quantile) == ("tiny-0.1m", 0.8, 0.1)
     assert summary["threshold"] == found.value
     assert rows(spec)[0]["labelling"]["segmenter"] == {
-        "name": "adaptive_step", "threshold": found.value, "side": "close", "min_tokens": 1
+        "name": "adaptive_step", "threshold": found.value
     }  # fmt: skip
     assert max(len(row["steps"]) for row in rows(spec)) > 1
 

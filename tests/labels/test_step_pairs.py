@@ -388,12 +388,11 @@ def test_the_segmenter_of_a_row() -> None:
     assert segmenter_of({"id": "a"}) == of(None) == of({"name": "of the row"}) == get_segmenter("newline")
     assert of({"name": "sentence"}) == get_segmenter("sentence")
     assert of({"name": "regex", "pattern": ";", "cut": "after"}) == RegexSegmenter(";")
-    assert of({"name": "adaptive_step", "threshold": 0.3, "side": "open", "min_tokens": 2}) == AdaptiveStepSegmenter(
-        0.3, "open", 2
-    )
+    assert of({"name": "regex_before", "pattern": "Step", "cut": "before"}) == RegexSegmenter("Step", "before")
+    assert of({"name": "adaptive_step", "threshold": 0.3}) == AdaptiveStepSegmenter(0.3)
     with pytest.raises(ConfigError, match="'reject', which needs a teacher"):
         of({"name": "reject", "threshold": 0.3})
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(ConfigError, match="needs a number as threshold"):
         of({"name": "entropy", "limit": 1})
 
 

@@ -227,7 +227,7 @@ def test_tokens_are_counted_by_problem(policy: Policy) -> None:
     assert generator.provenance()["segmenter"] == {"name": "whole"}
     cut = SampledSteps(TransformersSampler(policy), policy, SamplingConfig(), segmenter="adaptive_step:0.25")
     assert cut.provenance()["segmenter"] == {
-        "name": "adaptive_step", "threshold": 0.25, "side": "close", "min_tokens": 1
+        "name": "adaptive_step", "threshold": 0.25
     }  # fmt: skip
 
 

@@ -32,11 +32,11 @@ def signals(tokens: list[str], doubted: set[int]) -> TokenizedText:
     )
 
 
-def cut(tokens: list[str], doubted: set[int], side: Any, min_tokens: int = 1) -> list[str]:
+def cut(tokens: list[str], doubted: set[int]) -> list[str]:
     """Steps as text; both signals must give the same."""
     completion = signals(tokens, doubted)
-    spans = segment(AdaptiveStepSegmenter(0.05, side, min_tokens), completion)
-    assert segment(EntropySegmenter(1.5, side, min_tokens), completion) == spans
+    spans = segment(AdaptiveStepSegmenter(0.05), completion)
+    assert segment(EntropySegmenter(1.5), completion) == spans
     return [completion.span_text(*span) for span in spans]
 
 
@@ -44,33 +44,26 @@ ABCDEF = list("abcdef")
 
 
 @pytest.mark.parametrize(
-    ("tokens", "doubted", "min_tokens", "close", "open_"),
+    ("tokens", "doubted", "steps"),
     [
-        (ABCDEF, {2}, 1, ["abc", "def"], ["ab", "cdef"]),
-        (ABCDEF, set(), 1, ["abcdef"], ["abcdef"]),
-        (ABCDEF, {0}, 1, ["a", "bcdef"], ["abcdef"]),
-        (ABCDEF, {5}, 1, ["abcdef"], ["abcde", "f"]),
-        (ABCDEF, {1, 2, 3}, 1, ["ab", "c", "d", "ef"], ["a", "b", "c", "def"]),  # a run: each one divides
-        (ABCDEF, set(range(6)), 1, ABCDEF, ABCDEF),
-        (ABCDEF, {1, 2, 3}, 2, ["abcd", "ef"], ["abc", "def"]),  # too short joins the one before it ...
-        (ABCDEF, {0, 3}, 2, ["abcd", "ef"], ["abc", "def"]),  # ... the first one the one behind it
-        (ABCDEF, {1, 4}, 2, ["ab", "cdef"], ["abcd", "ef"]),
-        (ABCDEF, set(range(6)), 7, ["abcdef"], ["abcdef"]),
+        (ABCDEF, {2}, ["abc", "def"]),
+        (ABCDEF, set(), ["abcdef"]),
+        (ABCDEF, {0}, ["a", "bcdef"]),
+        (ABCDEF, {5}, ["abcdef"]),
+        (ABCDEF, {1, 2, 3}, ["ab", "c", "d", "ef"]),  # a run: each one divides
+        (ABCDEF, set(range(6)), ABCDEF),
         # white space alone is never a step: it stays with the step before, or opens the first one
-        (["a", "b", "\n", " ", "c", "d"], {1, 2, 3}, 1, ["ab\n ", "cd"], ["a", "b\n", " cd"]),
-        (["\n", " ", "c", "d"], {0, 1, 2}, 1, ["\n c", "d"], ["\n cd"]),
-        (["a", "b", "\n", "\n"], {1, 2}, 1, ["ab\n\n"], ["a", "b\n\n"]),
-        ([" ", "\n"], {0}, 1, [" \n"], [" \n"]),
+        (["a", "b", "\n", " ", "c", "d"], {1, 2, 3}, ["ab\n ", "cd"]),
+        (["\n", " ", "c", "d"], {0, 1, 2}, ["\n c", "d"]),
+        (["a", "b", "\n", "\n"], {1, 2}, ["ab\n\n"]),
+        ([" ", "\n"], {0}, [" \n"]),
         # tokens without text: an end token, or the first bytes of a character
-        (["a", "b", "", ""], {1, 2}, 1, ["ab"], ["a", "b"]),
-        (["", "a", "", "b"], {0, 1, 2, 3}, 1, ["a", "b"], ["a", "b"]),
+        (["a", "b", "", ""], {1, 2}, ["ab"]),
+        (["", "a", "", "b"], {0, 1, 2, 3}, ["a", "b"]),
     ],
 )
-def test_which_tokens_cut(
-    tokens: list[str], doubted: set[int], min_tokens: int, close: list[str], open_: list[str]
-) -> None:
-    assert cut(tokens, doubted, "close", min_tokens) == close
-    assert cut(tokens, doubted, "open", min_tokens) == open_
+def test_which_tokens_cut(tokens: list[str], doubted: set[int], steps: list[str]) -> None:
+    assert cut(tokens, doubted) == steps
 
 
 def test_the_threshold_itself_does_not_cut() -> None:
@@ -83,14 +76,13 @@ def test_the_threshold_itself_does_not_cut() -> None:
 
 
 @pytest.mark.parametrize("name", ["characters", "bpe", "sentencepiece"])
-@pytest.mark.parametrize("side", ["close", "open"])
-def test_the_end_token_is_no_step(name: str, side: Any, tokenizers_by_name: dict[str, Any]) -> None:
+def test_the_end_token_is_no_step(name: str, tokenizers_by_name: dict[str, Any]) -> None:
     """Doubt everywhere: as many steps as without the end token, which belongs to the last one."""
     tokenizer = tokenizers_by_name[name]
     ids = tokenizer("ab 日b", add_special_tokens=False)["input_ids"]
     bare = text_from_ids(tokenizer, ids, [-9.0] * len(ids))
     ended = text_from_ids(tokenizer, [*ids, tokenizer.eos_token_id], [-9.0] * (len(ids) + 1))
-    segmenter = AdaptiveStepSegmenter(0.5, side)
+    segmenter = AdaptiveStepSegmenter(0.5)
     expected, actual = step_ends(segment(segmenter, bare)), step_ends(segment(segmenter, ended))
     assert len(expected) > 1
     assert actual == [*expected[:-1], len(ids) + 1]
@@ -152,8 +144,8 @@ def test_reject_is_its_definition(pairs: list[tuple[float, float]], h: float, sh
 
 
 segmenters = st.one_of(
-    st.builds(AdaptiveStepSegmenter, st.floats(0.01, 0.99), st.sampled_from(["close", "open"]), st.integers(1, 4)),
-    st.builds(EntropySegmenter, st.floats(0, 4), st.sampled_from(["close", "open"]), st.integers(1, 4)),
+    st.builds(AdaptiveStepSegmenter, st.floats(0.01, 0.99)),
+    st.builds(EntropySegmenter, st.floats(0, 4)),
     st.builds(RejectSegmenter, st.floats(0.05, 0.95), st.integers(1, 3), st.integers(3, 10)),
 )
 
@@ -161,7 +153,7 @@ segmenters = st.one_of(
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), segmenter=segmenters, tokenizer=st.sampled_from(["characters", "bpe", "sentencepiece"]))
 def test_rules(data: st.DataObject, segmenter: Segmenter, tokenizer: str, tokenizers_by_name: dict[str, Any]) -> None:
-    """Random ids and signals: a partition, no step without words, every long enough one of its length."""
+    """Random ids and signals: a partition, no step without words."""
     used = tokenizers_by_name[tokenizer]
     likely = [used.eos_token_id, *used("a\n 7 日", add_special_tokens=False)["input_ids"]]
     token = st.one_of(st.sampled_from(likely), st.integers(0, len(used) - 1))
@@ -175,9 +167,6 @@ def test_rules(data: st.DataObject, segmenter: Segmenter, tokenizer: str, tokeni
     assert "".join(steps) == completion.text
     if len(steps) > 1:
         assert all(step.strip() for step in steps), steps
-        if not isinstance(segmenter, RejectSegmenter):
-            assert isinstance(segmenter, AdaptiveStepSegmenter | EntropySegmenter)
-            assert all(end - start >= segmenter.min_tokens for start, end in spans)
 
 
 def test_long_blank_completions_are_read_once() -> None:
@@ -233,11 +222,8 @@ def test_no_tokens_need_no_signals(segmenter: Segmenter) -> None:
     [
         (lambda: AdaptiveStepSegmenter(2.0), "confidence threshold 2.0: must lie between 0 and 1 (a probability, not"),
         (lambda: AdaptiveStepSegmenter(math.nan), "confidence threshold nan"),
-        (lambda: AdaptiveStepSegmenter(0.1, "before"), "unknown side 'before'"),  # type: ignore[arg-type]
-        (lambda: AdaptiveStepSegmenter(0.1, min_tokens=0), "min_tokens=0: a step has at least one token"),
         (lambda: EntropySegmenter(-0.1), "entropy threshold -0.1: must be a finite number of nats"),
         (lambda: EntropySegmenter(math.inf), "entropy threshold inf"),
-        (lambda: EntropySegmenter(1.0, "opne"), "did you mean 'open'?"),  # type: ignore[arg-type]
         (lambda: RejectSegmenter(1.0), "reject threshold 1.0: must lie between 0 and 1"),
         (lambda: RejectSegmenter(min_tokens=0), "min_tokens=0 and max_tokens=20: a step needs at least one token"),
         (lambda: RejectSegmenter(min_tokens=9, max_tokens=8), "min_tokens must not exceed max_tokens"),

@@ -3,12 +3,11 @@
 from stepkd.data.sources import (  # noqa: F401  (they register their sources)
     contract_rows,
     generated,
-    math,
     math_shepherd,
     prm800k,
+    problems,
     processbench,
-    word_problems,
 )
-from stepkd.data.sources.registry import RawRow, Source, SourceOption, get_source, list_sources, register
+from stepkd.data.sources.registry import Benchmark, RawRow, Source, SourceOption, get_source, list_sources, register
 
-__all__ = ["RawRow", "Source", "SourceOption", "get_source", "list_sources", "register"]
+__all__ = ["Benchmark", "RawRow", "Source", "SourceOption", "get_source", "list_sources", "register"]

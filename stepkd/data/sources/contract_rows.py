@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 from stepkd.data.rows import CONTRACTS, EXTRA_RULES, Row, chat_message
-from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, register
+from stepkd.data.sources.registry import Benchmark, Options, RawRow, SourceOption, register
 
 Messages = list[dict[str, Any]]
 
@@ -116,10 +116,10 @@ def _messages(value: list[Any], raw: RawRow, column: str) -> Messages:
     return turns
 
 
-ROWS = register(
-    Source(
+register(
+    Benchmark(
         name="rows",
-        help="JSON Lines, JSON, Parquet, a saved dataset or a hub id, in contract form or in TRL's",
+        help="any file or hub data set with prompt and answer",
         contract=None,
         map_row=_map,
         options={
@@ -128,6 +128,9 @@ ROWS = register(
                 "check", "check (refuse near misses), keep (all) or error (refuse all)", EXTRA_RULES
             ),
         },
+        template="gsm8k",
+        extractors=("hash", "boxed", "answer_phrase", "latex", "last_number"),
+        max_new_tokens=1024,
+        evaluated_split=None,
     )
 )
-"""The source for rows in contract form."""

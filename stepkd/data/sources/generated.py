@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from stepkd.data.rows import PROBLEM, Row, did_you_mean
-from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, register
+from stepkd.data.rows import Row, did_you_mean
+from stepkd.data.sources.registry import Benchmark, Options, RawRow, SourceOption, register
 from stepkd.errors import ConfigError
 from stepkd.yaml_files import check_keys
 
@@ -74,11 +74,10 @@ def _map_gym(raw: RawRow, options: Options) -> Row:
     return dict(raw)
 
 
-REASONING_GYM = register(
-    Source(
+register(
+    Benchmark(
         name="reasoning_gym",
-        help="procedurally generated problems of the reasoning-gym library",
-        contract=PROBLEM,
+        help="generated problems (reasoning-gym)",
         map_row=_map_gym,
         splits={split: split for split in GENERATED_SPLITS},
         options={
@@ -88,9 +87,11 @@ REASONING_GYM = register(
             "config": SourceOption({}, "further settings of the set, by the library's names"),
         },
         generate=_generate_gym,
+        template="gsm8k",
+        extractors=("hash", "boxed", "answer_phrase", "last_number"),
+        max_new_tokens=1024,
     )
 )
-"""The reasoning-gym source."""
 
 
 def _generate_task(options: Options, split: str) -> Iterator[Row]:
@@ -108,16 +109,10 @@ def _generate_task(options: Options, split: str) -> Iterator[Row]:
     )
 
 
-def _map_task(raw: RawRow, options: Options) -> Row:
-    return dict(raw)
-
-
-TASK = register(
-    Source(
+register(
+    Benchmark(
         name="task",
-        help="the tiny world: generated tasks whose every step has an exact checker",
-        contract=PROBLEM,
-        map_row=_map_task,
+        help="the tiny world: every step has an exact checker",
         splits={split: split for split in GENERATED_SPLITS},
         options={
             "task": SourceOption("modular", "task text, for example modular:terms=5,modulus=10; see stepkd.tasks"),
@@ -127,6 +122,8 @@ TASK = register(
             "unique": SourceOption(True, "every problem at most once"),
         },
         generate=_generate_task,
+        template="task",
+        extractors=("hash",),
+        max_new_tokens=256,
     )
 )
-"""The tiny-world source."""

@@ -14,6 +14,7 @@ mark, which then ends the question. Text after the last tag is a step without a 
 from __future__ import annotations
 
 import re
+from os.path import commonprefix
 
 from stepkd.data.rows import STEPWISE, Row, shown
 from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, passed_on, register
@@ -23,21 +24,19 @@ TAG = "ки"
 """Marks the end of a step in ``input``."""
 FIRST_STEP = re.compile(r"[Ss]tep 1:")
 """Where the steps begin."""
-STEP_PREFIX = re.compile(r"[Ss]tep \d+:\s*")
-"""The number written before a step."""
 _ANSWER_MARK = "The answer is:"
 
 
 def _map(raw: RawRow, options: Options) -> Row | list[Row]:
     try:
-        return _parsed(raw, strip=options["step_prefix"] == "strip")
+        return _parsed(raw)
     except DataError:
         if options["malformed"] == "error":
             raise
         return []
 
 
-def _parsed(raw: RawRow, *, strip: bool) -> Row:
+def _parsed(raw: RawRow) -> Row:
     for name in ("input", "label"):
         if not isinstance(raw[name], str):
             raise raw.error(f"must be text, found {shown(raw[name])}", column=name)
@@ -50,77 +49,41 @@ def _parsed(raw: RawRow, *, strip: bool) -> Row:
     steps = [step.strip() for step in steps]
     if steps and not steps[-1]:  # nothing but white space behind the last tag
         steps.pop()
-    if strip:
-        steps = [STEP_PREFIX.sub("", step, count=1) if STEP_PREFIX.match(step) else step for step in steps]
-    for number, step in enumerate(steps, start=1):
-        if not step:
-            raise raw.error(
-                f"step {number} of {len(steps)} is empty: two tags without text between them", column="input"
-            )
+    if "" in steps:
+        raise raw.error(
+            f"step {steps.index('') + 1} of {len(steps)} is empty: two tags without text between them", column="input"
+        )
     if not labels:
         raise raw.error("no step has a tag; drop the row", column="input")
-    row: Row = {
-        "prompt": prompt.strip(),
-        "completions": steps,
-        "labels": [*labels, *[None] * (len(steps) - len(labels))],
-    }
-    if not row["prompt"]:
+    if not prompt.strip():
         raise raw.error("no question stands before 'Step 1:'", column="input")
-    stated = steps[-1].rpartition(_ANSWER_MARK)
-    if stated[1] and stated[2].strip():
-        row["final_answer"] = stated[2].strip()
+    marks = [*labels, *[None] * (len(steps) - len(labels))]
+    row: Row = {"prompt": prompt.strip(), "completions": steps, "labels": marks}
+    _, mark, stated = steps[-1].rpartition(_ANSWER_MARK)
+    if mark and stated.strip():
+        row["final_answer"] = stated.strip()
     return row | passed_on(raw, "id", "subset")
 
 
 def _tagged(raw: RawRow) -> tuple[list[str], list[bool]]:
     """The input's texts between its tags (the last one is what follows the last tag), and the label of every tag."""
-    text, label = raw["input"].rstrip(), raw["label"].rstrip()
-    pieces = text.split(TAG)
-    num_tags = len(pieces) - 1
-    if not num_tags:
+    pieces, label = raw["input"].rstrip().split(TAG), raw["label"].rstrip()
+    if len(pieces) == 1:
         raise raw.error(f"the input has no step tag {TAG!r}; plain solutions have no step labels", column="input")
-    labels: list[bool] = []
-    at = 0
+    at, signs = 0, ""
     for number, piece in enumerate(pieces, start=1):
-        if not label.startswith(piece, at):
-            place = f"tag {number} of {num_tags}" if number <= num_tags else "the end"
-            raise _difference(raw, piece, label[at : at + len(piece)], at=at, place=place)
-        at += len(piece)
-        if number > num_tags:
-            break
+        tag = TAG if number < len(pieces) else ""
+        at += (same := len(commonprefix([piece, label[at:]])))  # noqa: RUF071
         sign = label[at : at + 1]
-        if sign not in ("+", "-"):
+        if same < len(piece) or (sign not in ("+", "-") if tag else sign):
             raise raw.error(
-                f"the label has {repr(sign) if sign else 'nothing'} where tag {number} of {num_tags} of the input "
-                f"stands (character {at + 1}); a tag's label must be '+' or '-'",
+                f"the label must be the input with '+' or '-' in place of each of its {len(pieces) - 1} tags; at "
+                f"character {at + 1} it has {label[at : at + 30]!r}, and the input {(piece[same:] + tag)[:30]!r}",
                 column="label",
             )
-        labels.append(sign == "+")
+        signs += sign
         at += 1
-    if at < len(label):
-        raise raw.error(
-            f"the label goes on after the input's end with {label[at : at + 30]!r}; it must be the input with '+' or "
-            f"'-' for each of the {num_tags} tags",
-            column="label",
-        )
-    return pieces, labels
-
-
-def _difference(raw: RawRow, piece: str, other: str, *, at: int, place: str) -> DataError:
-    pairs = zip(piece, other, strict=False)
-    same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(other))
-    if same == len(other):
-        return raw.error(
-            f"the label ends at character {at + same}, before {place} of the input; it must have '+' or '-' for every "
-            "tag and all of the text",
-            column="label",
-        )
-    return raw.error(
-        f"the label's text leaves the input's at character {at + same + 1}, before {place}: "
-        f"{piece[same : same + 30]!r} in the input, {other[same : same + 30]!r} in the label; both must be the same "
-        "text but for the tags",
-        column="label",
-    )
+    return pieces, [sign == "+" for sign in signs]
 
 
 def _question(raw: RawRow, pieces: list[str]) -> tuple[str, str | None]:
@@ -144,20 +107,16 @@ def _question(raw: RawRow, pieces: list[str]) -> tuple[str, str | None]:
     )
 
 
-MATH_SHEPHERD = register(
+register(
     Source(
         name="math_shepherd",
         help="Math-Shepherd: Monte-Carlo step labels, GSM8K and MATH problems",
         contract=STEPWISE,
         map_row=_map,
         reads={"input": ("input",), "label": ("label",), "subset": ("task",), "id": ("id",)},
-        optional=frozenset({"subset", "id"}),
+        requires=frozenset({"input", "label"}),
         hub="peiyi9979/Math-Shepherd",
         splits={"train": "train"},
-        options={
-            "step_prefix": SourceOption("keep", "the 'Step 1: ' before a step: keep or strip", ("keep", "strip")),
-            "malformed": SourceOption("error", "rows that cannot be read: error or drop", ("error", "drop")),
-        },
+        options={"malformed": SourceOption("error", "rows that cannot be read: error or drop", ("error", "drop"))},
     )
 )
-"""The Math-Shepherd source."""

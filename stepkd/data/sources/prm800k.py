@@ -15,7 +15,7 @@ were not chosen, as objects with ``text`` and ``rating``), ``final_answer``; the
 Each record gives several step-labelled rows. The chosen path holds right (and in phase 2 neutral) steps only; **wrong
 steps are among the alternatives**: an alternative at position i gives the trajectory ``path[:i] + [alternative]``. Its
 prefix stands in the chosen path too. With its ratings kept, the first steps of a record would be counted once per
-alternative, all of them positive, so they are null there as long as the chosen path is a row of its own.
+alternative, all of them positive, so they are null there.
 
 Skipped: alternatives without a rating, flagged, or empty; one that repeats the chosen step; repeats of one text at one
 position (the first stays), and such texts altogether when their ratings differ. A trajectory without a rated step is
@@ -27,7 +27,7 @@ The test problems are MATH-500 problems: files named ``..._test`` and the split 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -42,20 +42,54 @@ from stepkd.randomness import generator
 _TAIL = re.compile(r"\s*# Answer\s*\n\s*(?P<answer>.*?)\s*", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class RatedStep:
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+_Rating = Annotated[int, Field(ge=-1, le=1)] | None  # a Literal would take true and 1.0 for 1
+
+
+class RatedStep(_Part):
     """One step text with what a labeller said of it."""
 
     text: str
-    """Without the answer tail."""
-    rating: int | None
-    """1 good, 0 neutral, -1 bad; None: not rated (human-written or flagged)."""
-    final_answer: str | None = None
+    """The step."""
+    rating: _Rating = None
+    """1 good, 0 neutral, -1 bad; None: not rated."""
+    flagged: Any = None
+    """Whether the labeller marked it as unclear."""
+    answer: Any = None
     """The answer it states where it ends the solution."""
 
-    def written(self, *, tail: bool) -> str:
-        """Its text, with the ``# Answer`` tail where asked for and where there is one."""
-        return f"{self.text}\n\n# Answer\n\n{self.final_answer}" if tail and self.final_answer else self.text
+    def read(self) -> RatedStep | None:
+        """Without its tail and, where it was flagged, its rating; None for an empty text: nothing can follow it."""
+        text, answer = _split_tail(self.text)
+        if not text.strip():
+            return None
+        return RatedStep(text=text, rating=None if self.flagged else self.rating, answer=answer or _stated(self.answer))
+
+
+class _Position(_Part):
+    completions: list[RatedStep] | None = None
+    chosen_completion: Any = None
+    human_completion: Annotated[
+        RatedStep | None, BeforeValidator(lambda value: {"text": value} if isinstance(value, str) else value)
+    ] = None
+
+
+class _Label(_Part):
+    steps: list[_Position]
+
+
+class _Released(_Part):
+    question: dict[str, Any]
+    label: _Label
+
+
+class _Trajectory(_Part):
+    steps: list[str]
+    labels: list[_Rating]
+    alternatives: list[list[RatedStep]] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +107,7 @@ class Record:
     answer: str | None = None
     """Gold answer, where the layout has it."""
     solved: bool | None = None
-    """Whether the path ends in the right answer; None: the layout does not say."""
+    """Whether the path ends in the correct answer; None: the layout does not say."""
 
 
 def read_record(raw: RawRow) -> Record | None:
@@ -100,59 +134,7 @@ def read_record(raw: RawRow) -> Record | None:
     )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-_Rating = Annotated[int, Field(ge=-1, le=1)] | None  # a Literal would take true and 1.0 for 1
-
-
-class _Said(_Part):
-    text: str
-    rating: _Rating = None
-    flagged: Any = None
-    answer: Any = None
-
-    def step(self) -> RatedStep | None:
-        """Without its tail and, where it was flagged, its rating; None for an empty text: nothing can follow it."""
-        text, final = _split_tail(self.text)
-        return RatedStep(text, None if self.flagged else self.rating, final) if text.strip() else None
-
-
-def _as_object(value: object) -> object:
-    return {"text": value} if isinstance(value, str) else value
-
-
-class _Position(_Part):
-    completions: list[_Said] | None = None
-    chosen_completion: Any = None
-    human_completion: Annotated[_Said | None, BeforeValidator(_as_object)] = None
-
-
-class _Label(_Part):
-    steps: list[_Position]
-    finish_reason: Any = None
-
-
-class _Released(_Part):
-    question: dict[str, Any]
-    label: _Label
-
-
-class _Trajectory(_Part):
-    steps: list[str]
-    labels: list[_Rating]
-    alternatives: list[list[_Said]] | None = None
-
-
 _Layout = TypeVar("_Layout", bound=_Part)
-_WORDS = {
-    "model_type": "{} must be an object, found {}",
-    "dict_type": "{} must be an object, found {}",
-    "list_type": "{} must be a list, found {}",
-    "string_type": "the text of {} must be text, found {}",
-}
-_RATING = "the rating of {} must be -1, 0, 1 or null, found {}; nothing is cast"
 
 
 def _read(layout: type[_Layout], values: Mapping[str, Any], raw: RawRow) -> _Layout:
@@ -160,12 +142,8 @@ def _read(layout: type[_Layout], values: Mapping[str, Any], raw: RawRow) -> _Lay
         return layout.model_validate(dict(values))
     except ValidationError as error:
         found = error.errors()[0]
-    place, kind, value = found["loc"], found["type"], found["input"]
-    if kind == "missing":
-        kind, value = "list_type" if place[-1] == "steps" else "string_type", None
-    outer = place[:-1] if place[-1] in ("text", "rating") else place
-    name = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in outer)[1:]
-    raise raw.error(_WORDS.get(kind, _RATING).format(name, shown(value)), column=str(place[0]))
+    name = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in found["loc"])[1:]
+    raise raw.error(f"{name}: {found['msg']}, found {shown(found['input'])}", column=str(found["loc"][0]))
 
 
 def _released(raw: RawRow) -> Record | None:
@@ -177,9 +155,9 @@ def _released(raw: RawRow) -> Record | None:
     path: list[RatedStep] = []
     beside: list[tuple[RatedStep, ...]] = []
     for number, position in enumerate(read.label.steps):
-        steps = [said.step() for said in position.completions or ()]
+        steps = [step.read() for step in position.completions or ()]
         index = position.chosen_completion
-        chosen = None if position.human_completion is None else position.human_completion.step()
+        chosen = None if position.human_completion is None else position.human_completion.read()
         if index is not None:
             if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(steps):
                 raise raw.error(
@@ -219,15 +197,13 @@ def _trajectory(raw: RawRow) -> Record:
             column="alternatives",
         )
     finals = [*[None] * (count - 1), _stated(raw.get("final_answer"))]
+    parts = zip(read.steps, read.labels, finals, strict=False)  # a path may be empty
     identity = raw.get("id")
     return Record(
         name=f"{Path(raw.path).stem}/{raw.line}" if identity is None else str(identity),
         problem=raw["prompt"],
-        path=tuple(map(RatedStep, read.steps, read.labels, finals)),
-        alternatives=tuple(
-            tuple(RatedStep(said.text, said.rating, _stated(said.answer)) for said in beside if said.text.strip())
-            for beside in positions
-        ),
+        path=tuple(RatedStep(text=text, rating=rating, answer=answer) for text, rating, answer in parts),
+        alternatives=tuple(tuple(step for each in beside if (step := each.read()) is not None) for beside in positions),
     )
 
 
@@ -242,57 +218,36 @@ def _split_tail(text: str) -> tuple[str, str | None]:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Alternative:
-    position: int
-    number: int
-    step: RatedStep
+_Alternative = tuple[int, int, RatedStep]
+"""Position, number there, and the step."""
 
 
 def _map(raw: RawRow, options: Options) -> list[Row]:
-    _check(options)
+    if options["per_record"] < 0:
+        raise ConfigError(f"option per_record={options['per_record']} of source 'prm800k': must be 0 (all) or more")
     record = read_record(raw)
     if record is None:
         return []
-    rows = [_chosen_row(record, options)] if options["chosen"] else []
-    for found in _picked(_alternatives(record, options), record, options):
-        prefix = record.path[: found.position]
-        labels = [None if options["chosen"] else step.rating for step in prefix]
-        row = _row(record, (*prefix, found.step), [*labels, found.step.rating], options)
-        rows.append(row | {"id": f"{record.name}/{found.position}-{found.number}", "kind": "alternative"})
+    chosen = _row(record, "chosen", record.path, [step.rating for step in record.path])
+    rows = [chosen | ({} if record.solved is None else {"outcome": record.solved})]
+    for position, number, step in _picked(_alternatives(record), record, options):
+        labels = [*[None] * position, step.rating]
+        rows.append(_row(record, f"{position}-{number}", (*record.path[:position], step), labels))
     return [row for row in rows if any(label is not None for label in row["labels"])]
 
 
-def _check(options: Options) -> None:
-    if options["per_record"] < 0:
-        raise ConfigError(f"option per_record={options['per_record']} of source 'prm800k': must be 0 (all) or more")
-    if not options["chosen"] and options["alternatives"] == "none":
-        raise ConfigError("source 'prm800k' with chosen=false and alternatives=none gives no rows; keep one of them")
-
-
-def _chosen_row(record: Record, options: Options) -> Row:
-    row = _row(record, record.path, [step.rating for step in record.path], options)
-    outcome = {} if record.solved is None else {"outcome": record.solved}
-    return row | outcome | {"id": f"{record.name}/chosen", "kind": "chosen"}
-
-
-def _row(record: Record, steps: Sequence[RatedStep], labels: list[int | None], options: Options) -> Row:
-    row: Row = {
-        "prompt": record.problem,
-        "completions": [step.written(tail=options["answer_tail"]) for step in steps],
-        "labels": labels,
-    }
+def _row(record: Record, name: str, steps: tuple[RatedStep, ...], labels: list[int | None]) -> Row:
+    row: Row = {"prompt": record.problem, "completions": [step.text for step in steps], "labels": labels}
     if record.answer is not None:
         row["answer"] = record.answer
-    if steps and steps[-1].final_answer is not None:
-        row["final_answer"] = steps[-1].final_answer
-    return row
+    if steps and steps[-1].answer is not None:
+        row["final_answer"] = steps[-1].answer
+    return row | {"id": f"{record.name}/{name}", "kind": "chosen" if name == "chosen" else "alternative"}
 
 
-def _alternatives(record: Record, options: Options) -> list[_Alternative]:
+def _alternatives(record: Record) -> list[_Alternative]:
     """The alternatives that may become rows, in the record's order."""
     found = []
-    kinds = {"all": (-1, 0, 1), "negative": (-1,), "none": ()}[options["alternatives"]]
     for position, steps in enumerate(record.alternatives):
         ratings: dict[str, set[int]] = {}
         for step in steps:
@@ -300,11 +255,9 @@ def _alternatives(record: Record, options: Options) -> list[_Alternative]:
                 ratings.setdefault(step.text, set()).add(step.rating)
         seen = {record.path[position].text} if position < len(record.path) else set()
         for number, step in enumerate(steps):
-            if step.rating is None or step.text in seen or len(ratings[step.text]) > 1:
-                continue
-            seen.add(step.text)
-            if step.rating in kinds:
-                found.append(_Alternative(position, number, step))
+            if step.rating is not None and step.text not in seen and len(ratings[step.text]) == 1:
+                seen.add(step.text)
+                found.append((position, number, step))
     return found
 
 
@@ -314,13 +267,13 @@ def _picked(found: list[_Alternative], record: Record, options: Options) -> list
     if most == 0 or len(found) <= most:
         return found
     order = generator(options["seed"], "prm800k alternatives", record.name).permutation(len(found)).tolist()
-    wrong = [index for index in order if found[index].step.rating == -1]
-    other = [index for index in order if found[index].step.rating != -1]
+    wrong = [index for index in order if found[index][2].rating == -1]
+    other = [index for index in order if found[index][2].rating != -1]
     num_wrong = max(min(len(wrong), (most + 1) // 2), most - len(other))
     return [found[index] for index in sorted(wrong[:num_wrong] + other[: most - num_wrong])]
 
 
-PRM800K = register(
+register(
     Source(
         name="prm800k",
         help="PRM800K: human ratings of solution steps, MATH problems",
@@ -334,26 +287,16 @@ PRM800K = register(
             "final_answer": ("final_answer",),
             "id": ("id",),
         },
-        optional=frozenset({"prompt", "completions", "labels", "alternatives", "final_answer", "id"}),
+        requires=frozenset(),
         keeps=(
-            "question", "label", "is_quality_control_question", "is_initial_screening_question", "labeler", "timestamp",
+            *("question", "label", "is_quality_control_question", "is_initial_screening_question"),
+            *("labeler", "timestamp"),
         ),
-        splits={
-            name: name
-            for name in ("train", "test", "phase1_train", "phase1_test", "phase2_train", "phase2_test")
-        },
+        splits={name: name for name in ("train", "test", "phase1_train", "phase1_test", "phase2_train", "phase2_test")},
         evaluation_only=frozenset({"test", "phase1_test", "phase2_test"}),
         options={
-            "alternatives": SourceOption(
-                "all",
-                "trajectories that end in a step not chosen: all, negative (wrong) or none",
-                ("all", "negative", "none"),
-            ),
-            "chosen": SourceOption(True, "a row for the chosen path"),
             "per_record": SourceOption(0, "at most so many alternatives per record, half of them wrong; 0: all"),
             "seed": SourceOption(0, "seed of the choice that per_record makes"),
-            "answer_tail": SourceOption(False, "write the '# Answer' tail where a step ends the solution"),
         },
     )
-)  # fmt: skip
-"""The PRM800K source."""
+)

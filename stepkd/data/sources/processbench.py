@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.data.rows import STEPWISE, Row, shown
-from stepkd.data.sources.registry import MapRow, Options, RawRow, Source, passed_on, register
+from stepkd.data.sources.registry import Options, RawRow, Source, passed_on, register
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 """The benchmark's parts, in its order."""
@@ -65,75 +65,63 @@ def first_error_row(raw: RawRow) -> Row:
 
 
 def _map(raw: RawRow, options: Options) -> Row:
-    row = first_error_row(raw) | passed_on(raw, "generator")
-    subset = _subset(row.get("id"), raw.path)
-    return row if subset is None else row | {"subset": subset}
-
-
-def _subset(identity: object, path: str) -> str | None:
-    """The part of the benchmark: the ids begin with it (``gsm8k-0``), and files and hub splits are named so."""
-    names = (str(identity).rpartition("-")[0], Path(path).name.partition(".")[0], path.rpartition(":")[2])
-    return next((name for name in names if name in SUBSETS), None)
-
-
-def _first_errors(
-    name: str, text: str, map_row: MapRow, reads: Mapping[str, tuple[str, ...]] = FIRST_ERROR_READS, **more: Any
-) -> Source:
-    only_test: dict[str, Any] = {"splits": {"test": "test"}, "default_split": "test"}
-    return register(
-        Source(
-            name=name,
-            help=f"{text}: first wrong steps marked by humans, for evaluation only",
-            contract=STEPWISE,
-            map_row=map_row,
-            reads=reads,
-            optional=frozenset(reads) - {"prompt", "completions", "first_error"},
-            evaluation_only=frozenset({"*"}),
-            **only_test | more,
-        )
-    )
-
-
-PROCESSBENCH = _first_errors(
-    "processbench",
-    "ProcessBench",
-    _map,
-    keeps=("generator",),
-    hub="Qwen/ProcessBench",
-    splits={name: name for name in SUBSETS},
-    default_split="gsm8k",
-)
-"""The ProcessBench source."""
+    return first_error_row(raw) | passed_on(raw, *_KEEPS)
 
 
 def _map_bigbench(raw: RawRow, options: Options) -> Row:
-    if raw["first_error"] is None:  # the original's way to say that no step is wrong
+    if raw["first_error"] is None:  # the original's way to say that no step is incorrect
         raw["first_error"] = -1
-    return first_error_row(raw)
+    return _map(raw, options)
 
 
-def _map_mr_gsm8k(raw: RawRow, options: Options) -> Row:
-    return first_error_row(raw) | passed_on(raw, "question_type", "error_reason")
+def _map_processbench(raw: RawRow, options: Options) -> Row:
+    """With the part of the benchmark: the ids begin with it (``gsm8k-0``), and files and hub splits are named so."""
+    names = (str(raw.get("id")).rpartition("-")[0], Path(raw.path).name.partition(".")[0], raw.path.rpartition(":")[2])
+    subset = next((name for name in names if name in SUBSETS), None)
+    return _map(raw, options) | ({} if subset is None else {"subset": subset})
 
 
-BIGBENCH_MISTAKE = _first_errors(
-    "bigbench_mistake",
-    "BIG-Bench Mistake",
-    _map_bigbench,
-    reads={
-        **FIRST_ERROR_READS,
-        "prompt": ("problem", "input"),
-        "first_error": ("label", "mistake_index"),
-        "answer": ("target",),
-        "final_answer": ("answer",),
-    },
-)
-"""The BIG-Bench Mistake source."""
-MR_GSM8K = _first_errors(
-    "mr_gsm8k",
-    "MR-GSM8K",
-    _map_mr_gsm8k,
-    reads={**FIRST_ERROR_READS, "answer": ("gold_answer",)},
-    keeps=("question_type", "error_reason"),
-)
-"""The MR-GSM8K source."""
+_KEEPS = ("generator", "question_type", "error_reason")
+_COMMON: dict[str, Any] = {
+    "contract": STEPWISE,
+    "requires": frozenset({"prompt", "completions", "first_error"}),
+    "keeps": _KEEPS,
+    "evaluation_only": frozenset({"*"}),
+}
+_TEST: dict[str, Any] = {"splits": {"test": "test"}, "default_split": "test"}
+
+for _source in (
+    Source(
+        name="processbench",
+        help="ProcessBench: first incorrect steps marked by humans, for evaluation only",
+        map_row=_map_processbench,
+        reads=FIRST_ERROR_READS,
+        hub="Qwen/ProcessBench",
+        splits={name: name for name in SUBSETS},
+        default_split="gsm8k",
+        **_COMMON,
+    ),
+    Source(
+        name="bigbench_mistake",
+        help="BIG-Bench Mistake: first incorrect steps marked by humans, for evaluation only",
+        map_row=_map_bigbench,
+        reads={
+            **FIRST_ERROR_READS,
+            "prompt": ("problem", "input"),
+            "first_error": ("label", "mistake_index"),
+            "answer": ("target",),
+            "final_answer": ("answer",),
+        },
+        **_COMMON,
+        **_TEST,
+    ),
+    Source(
+        name="mr_gsm8k",
+        help="MR-GSM8K: first incorrect steps marked by humans, for evaluation only",
+        map_row=_map,
+        reads={**FIRST_ERROR_READS, "answer": ("gold_answer",)},
+        **_COMMON,
+        **_TEST,
+    ),
+):
+    register(_source)

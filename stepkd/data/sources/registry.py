@@ -1,8 +1,9 @@
 """What a source is, the registry of them, and where a source's raw rows are: a file, a folder or the hub.
 
 A source says which of the file's columns hold what (``reads``), how a raw row becomes a contract row (``map_row``),
-where it lives on the hub, and which splits are for evaluation only. To add one, write such a file and import it in this
-package's ``__init__``; a project of your own can call :func:`register` too.
+where it lives on the hub, and which splits are for evaluation only. A :class:`Benchmark` also says how its problems are
+asked and judged. To add one, add an entry to :mod:`stepkd.data.sources.problems`; a project of your own can call
+:func:`register` too.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from stepkd.data.io import READABLE_ENDINGS, file_ending, read_rows, stem
-from stepkd.data.rows import Contract, Row, did_you_mean, shown
+from stepkd.data.rows import PROBLEM, Contract, Row, did_you_mean, shown
 from stepkd.errors import ConfigError, DataError, check_choice
 
 Options = Mapping[str, Any]
@@ -61,14 +60,14 @@ class Source:
     """Registry name; also the first part of the row ids it gives."""
     help: str
     """One line for listings."""
-    contract: Contract | None
+    contract: Contract | None = PROBLEM
     """What its rows are; None: told from the first row."""
-    map_row: MapRow
+    map_row: MapRow = lambda raw, options: dict(raw)
     """Maps a raw row to a contract row, or to several (or none)."""
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Contract column -> the file's columns that may hold it, first match wins; empty: columns stay as they are."""
-    optional: frozenset[str] = frozenset()
-    """The columns in ``reads`` that a file may lack."""
+    requires: frozenset[str] = frozenset({"prompt", "answer"})
+    """The columns in ``reads`` that a file must have; of any other the contract says what it lacks."""
     keeps: tuple[str, ...] = ()
     """Further file columns passed on to ``map_row``, where present."""
     hub: str | None = None
@@ -105,20 +104,12 @@ class Source:
         for name, value in options.items():
             if name not in self.options:
                 raise ConfigError(f"source {self.name!r} has no option {name!r}; {did_you_mean(name, self.options)}")
-            option = self.options[name]
-            if option.default is None:
-                continue
-            if value is None:
-                raise ConfigError(f"option {name} of source {self.name!r} is null; leave it out for its default")
+            option, place = self.options[name], f"option {name} of source {self.name!r}"
             kind = type(option.default)
-            try:
-                TypeAdapter(kind).validate_python(value, strict=True)
-            except ValidationError:
-                raise ConfigError(
-                    f"option {name!r} of source {self.name!r} must be {kind.__name__}, found {shown(value)}"
-                ) from None
+            if option.default is not None and type(value) is not kind:
+                raise ConfigError(f"{place} must be {kind.__name__}, found {shown(value)}")
             if option.choices:
-                check_choice(f"option {name} of source {self.name!r}", value, option.choices)
+                check_choice(place, value, option.choices)
         return {name: options.get(name, option.default) for name, option in self.options.items()}
 
     def select(self, row: Mapping[str, Any], columns: Mapping[str, str], *, path: str, line: int) -> RawRow:
@@ -156,7 +147,7 @@ class Source:
             found = next((candidate for candidate in candidates if candidate in row), None)
             if found is not None:
                 values[name] = row[found]
-            elif name not in self.optional:
+            elif name in self.requires:
                 raise DataError(
                     f"missing column {' or '.join(map(repr, candidates))} of source {self.name!r}; the row has "
                     f"{listed}. If another column holds it, say so with columns: {{{name}: <that column>}}; for a file "
@@ -167,6 +158,20 @@ class Source:
             if name in values:
                 values[name] = as_text(values[name])
         return RawRow(values, path=path, line=line, columns=columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Source):
+    """A source whose problems models are evaluated on by default, and how they are asked and judged."""
+
+    template: str
+    """Built-in prompt template."""
+    extractors: tuple[str, ...]
+    """How the final answer is found, in order (:mod:`stepkd.grading.extract`)."""
+    max_new_tokens: int
+    """Longest completion in tokens."""
+    evaluated_split: str | None = "test"
+    """Split that is evaluated; None: the default one."""
 
 
 _SOURCES: dict[str, Source] = {}
