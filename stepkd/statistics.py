@@ -37,6 +37,8 @@ Statistic: TypeAlias = Callable[[FloatArray], FloatArray]
 
 RESAMPLE_ELEMENTS = 1 << 20
 """Most resampled numbers held at once by the bootstrap (8 MiB); does not change what is drawn."""
+LEVEL = 0.95
+"""Confidence level of every interval."""
 RESAMPLES = 4_000
 """Resamples of the two-level bootstrap."""
 _TWO_LEVEL_KEY = 0xA7E3343419947C6471CC11BFFD4DCEF1
@@ -48,15 +50,13 @@ class Resampling(TypedDict, total=False):
 
     n_resamples: int
     """Number of resamples, at least 1."""
-    level: float
-    """Confidence level in (0, 1)."""
     seed: int
     """Seed of the resampling; equal seeds and problem counts draw the same problems."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval."""
+    """An estimate with its 95% confidence interval."""
 
     value: float
     """Point estimate."""
@@ -66,8 +66,6 @@ class Interval:
     """Upper bound; NaN when undefined."""
     method: str
     """How it was computed: ``wilson``, ``bootstrap``, ``t``, ``fieller``, ``log t``, ``newcombe``, or two of them."""
-    level: float = 0.95
-    """Confidence level, in (0, 1)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON: NaN becomes None."""
@@ -100,42 +98,34 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def check_level(level: float) -> None:
-    """Raises ConfigError unless ``level`` is in (0, 1)."""
-    if not 0.0 < level < 1.0:
-        raise ConfigError(f"confidence level {level!r} must lie between 0 and 1, for example 0.95")
-
-
 # --- shares and means over problems -----------------------------------------------------------------------------------
 
 
-def wilson_interval(successes: float, n: int, level: float = 0.95) -> Interval:
+def wilson_interval(successes: float, n: int) -> Interval:
     """Wilson score interval of a proportion (Wilson 1927).
 
-    It equals ``scipy.stats.binomtest(successes, n).proportion_ci(level, "wilson")``, which refuses fractions.
+    It equals ``scipy.stats.binomtest(successes, n).proportion_ci(0.95, "wilson")``, which refuses fractions.
 
     Args:
         successes: number of successes in [0, n]; a fraction is allowed.
         n: number of trials, at least 1.
-        level: confidence level in (0, 1).
 
     Returns:
         Interval within [0, 1].
 
     Raises:
-        ConfigError: no trials, successes outside [0, n], or a bad level.
+        ConfigError: no trials, or successes outside [0, n].
     """
-    check_level(level)
     if n < 1 or not 0 <= successes <= n:
         raise ConfigError(f"a proportion needs n >= 1 and 0 <= successes <= n, got successes={successes}, n={n}")
-    z2 = NormalDist().inv_cdf((1.0 + level) / 2.0) ** 2
+    z2 = NormalDist().inv_cdf((1.0 + LEVEL) / 2.0) ** 2
     p = successes / n
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     # At the ends the formula gives exactly 0 and 1; rounding must not.
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
-    return Interval(p, low, high, "wilson", level)
+    return Interval(p, low, high, "wilson")
 
 
 def mean_statistic(resampled: FloatArray) -> FloatArray:
@@ -154,7 +144,6 @@ def cluster_bootstrap(
     statistic: Statistic = mean_statistic,
     *,
     n_resamples: int = 10_000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
     """Percentile bootstrap that resamples whole problems (Efron & Tibshirani 1993, ch. 13).
@@ -165,7 +154,7 @@ def cluster_bootstrap(
     Args:
         per_problem: (problems,) or (problems, columns) finite numbers, one row per problem.
         statistic: maps (resamples, problems[, columns]) to (resamples,); the mean, or :func:`ratio_of_sums`.
-        n_resamples, level, seed: see :class:`Resampling`.
+        n_resamples, seed: see :class:`Resampling`.
 
     Returns:
         Interval; bounds are NaN for a single problem. Resamples where the statistic is NaN (a ratio without
@@ -174,7 +163,6 @@ def cluster_bootstrap(
     Raises:
         ConfigError: no problems, a non-finite value, or settings out of range.
     """
-    check_level(level)
     if n_resamples < 1:
         raise ConfigError(f"n_resamples={n_resamples} must be at least 1")
     values = np.asarray(per_problem, dtype=np.float64)
@@ -185,30 +173,30 @@ def cluster_bootstrap(
     problems = values.shape[0]
     estimate = float(statistic(values[None])[0])
     if problems == 1 or math.isnan(estimate):
-        return Interval(estimate, math.nan, math.nan, "bootstrap", level)
+        return Interval(estimate, math.nan, math.nan, "bootstrap")
     rng = np.random.default_rng(seed)
     chunk = max(1, RESAMPLE_ELEMENTS // values.size)
     drawn = [
         statistic(values[rng.integers(problems, size=(min(chunk, n_resamples - start), problems))])
         for start in range(0, n_resamples, chunk)
     ]
-    return _percentiles(estimate, np.concatenate(drawn), level)
+    return _percentiles(estimate, np.concatenate(drawn))
 
 
-def _percentiles(value: float, drawn_R: FloatArray, level: float) -> Interval:
+def _percentiles(value: float, drawn_R: FloatArray) -> Interval:
     """Percentile interval; resamples without a denominator are left out."""
     kept = drawn_R[~np.isnan(drawn_R)]
     low, high = math.nan, math.nan
     if kept.size and not math.isnan(value):
-        low, high = map(float, np.quantile(kept, [(1 - level) / 2, (1 + level) / 2]))
-    return Interval(value, low, high, "bootstrap", level)
+        low, high = map(float, np.quantile(kept, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return Interval(value, low, high, "bootstrap")
 
 
 def proper_width(interval: Interval) -> Interval:
     """The interval, without bounds when every resample gave the same value: that is no certainty."""
     if interval.low < interval.high:
         return interval
-    return Interval(interval.value, math.nan, math.nan, interval.method, interval.level)
+    return Interval(interval.value, math.nan, math.nan, interval.method)
 
 
 def mean_interval(per_problem: ArrayLike, **settings: Unpack[Resampling]) -> Interval:
@@ -230,7 +218,7 @@ def mean_interval(per_problem: ArrayLike, **settings: Unpack[Resampling]) -> Int
     if not ((values >= 0) & (values <= 1)).all():
         raise ConfigError("per-problem rates must lie in [0, 1]; use cluster_bootstrap for other quantities")
     if np.isin(values, (0, 1)).all() or (values == values[0]).all():
-        return wilson_interval(min(float(values.sum()), values.size), values.size, settings.get("level", 0.95))
+        return wilson_interval(min(float(values.sum()), values.size), values.size)
     return cluster_bootstrap(values, **settings)
 
 
@@ -255,7 +243,7 @@ def ratio_interval(top: ArrayLike, bottom: ArrayLike, **settings: Unpack[Resampl
     if not ((pairs[..., 0] >= 0) & (pairs[..., 0] <= pairs[..., 1])).all():
         raise ConfigError("a share needs 0 <= top <= bottom for every problem")
     if (same := _one_share(pairs)) is not None:
-        return wilson_interval(*same, settings.get("level", 0.95))
+        return wilson_interval(*same)
     return cluster_bootstrap(pairs, ratio_of_sums, **settings)
 
 
@@ -348,33 +336,29 @@ class Estimate:
         return self.decides.value
 
 
-def t_interval(values_S: Sequence[float] | FloatArray, level: float = 0.95) -> Interval:
+def t_interval(values_S: Sequence[float] | FloatArray) -> Interval:
     """Mean over seeds with Student's t interval; NaN bounds for a single seed or an undefined value."""
     values = np.asarray(values_S, dtype=np.float64)
     mean, half = float(values.mean()), math.nan
     if len(values) > 1 and not math.isnan(mean):
-        half = _t_quantile(len(values), level) * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half, "t", level)
+        half = _t_quantile(len(values)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half, "t")
 
 
-def _t_quantile(seeds: int, level: float) -> float:
-    """Half the width of the interval that holds ``level`` of Student's t, in standard errors."""
+def _t_quantile(seeds: int) -> float:
+    """Half the width of the interval that holds 95% of Student's t, in standard errors."""
     from scipy import stats
 
-    check_level(level)
-    return float(stats.t.ppf((1 + level) / 2, seeds - 1))
+    return float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1))
 
 
-def fieller_interval(
-    top_S: Sequence[float] | FloatArray, bottom_S: Sequence[float] | FloatArray, level: float = 0.95
-) -> Interval:
+def fieller_interval(top_S: Sequence[float] | FloatArray, bottom_S: Sequence[float] | FloatArray) -> Interval:
     """Ratio of two means over paired seeds, with Fieller's interval (Fieller 1954).
 
     It holds exactly the ratios r for which Student's t over the seeds' ``top - r * bottom`` does not exclude 0.
 
     Args:
         top_S, bottom_S: values of the two arms, in the same order of seeds.
-        level: confidence level in (0, 1).
 
     Returns:
         Interval; NaN bounds for a single seed, an undefined value, or a bottom whose own interval reaches 0 (then every
@@ -383,10 +367,10 @@ def fieller_interval(
     top, bottom = np.asarray(top_S, dtype=np.float64), np.asarray(bottom_S, dtype=np.float64)
     mean_top, mean_bottom = float(top.mean()), float(bottom.mean())
     value = mean_top / mean_bottom if mean_bottom else math.nan
-    undefined = Interval(value, math.nan, math.nan, "fieller", level)
+    undefined = Interval(value, math.nan, math.nan, "fieller")
     if len(top) < 2 or math.isnan(value):
         return undefined
-    t2 = _t_quantile(len(top), level) ** 2
+    t2 = _t_quantile(len(top)) ** 2
     covariance = np.cov(top, bottom, ddof=1) / len(top)
     a = mean_bottom**2 - t2 * covariance[1, 1]
     b = mean_top * mean_bottom - t2 * covariance[0, 1]
@@ -394,7 +378,7 @@ def fieller_interval(
     if a <= 0:
         return undefined
     root = math.sqrt(max(0.0, b * b - a * c))
-    return Interval(value, float((b - root) / a), float((b + root) / a), "fieller", level)
+    return Interval(value, float((b - root) / a), float((b + root) / a), "fieller")
 
 
 def estimate_mean(arrays: Sequence[FloatArray], *, n_resamples: int = RESAMPLES) -> Estimate:
@@ -457,11 +441,11 @@ def _estimate(
     per_seed_S: FloatArray, seeds: Interval, drawn_R: FloatArray, certain: Interval | None = None
 ) -> Estimate:
     """Both intervals together; ``certain`` decides where they have zero width."""
-    problems = _percentiles(seeds.value, drawn_R, seeds.level)
+    problems = _percentiles(seeds.value, drawn_R)
     low, high = min(seeds.low, problems.low), max(seeds.high, problems.high)
     if math.isnan(seeds.low) or math.isnan(problems.low):
         low = high = math.nan
-    decides = Interval(seeds.value, low, high, f"{seeds.method}+bootstrap", seeds.level)
+    decides = Interval(seeds.value, low, high, f"{seeds.method}+bootstrap")
     return Estimate(tuple(map(float, per_seed_S)), seeds, problems, certain if certain and low == high else decides)
 
 
@@ -520,4 +504,4 @@ def _newcombe(first: Interval, second: Interval) -> Interval:
     value = first.value - second.value
     low = value - math.hypot(first.value - first.low, second.high - second.value)
     high = value + math.hypot(first.high - first.value, second.value - second.low)
-    return Interval(value, low, high, "newcombe", first.level)
+    return Interval(value, low, high, "newcombe")

@@ -30,7 +30,7 @@ class CompareConfig:
 
 def run(config: CompareConfig) -> int:
     """Run ``stepkd compare``."""
-    from stepkd.cli.evaluate_prm import percent
+    from stepkd.cli.evaluate import percent
     from stepkd.evaluation.metrics import COMPARISON_NAME, compare_runs
     from stepkd.evaluation.process import compare_process
     from stepkd.runs.files import write_json

@@ -38,18 +38,26 @@ def print_summary(console: Any, summary: dict[str, Any]) -> None:
     console.print(title, highlight=False, markup=False)
     table = Table()
     table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column(f"{summary['level']:.0%} interval", justify="right")
+    table.add_column("value, 95% interval", justify="right")
     for name, metric in summary["metrics"].items():
-        scale, unit = (1.0, "") if name == "mean_tokens" else (100.0, "%")
-        table.add_row(name, *(_format(metric, scale, unit)))
+        if name == "mean_tokens":
+            table.add_row(name, shown(metric, 1.0, 1))
+        else:
+            table.add_row(f"{name} (%)", percent(metric))
     console.print(table)
 
 
-def _format(metric: dict[str, Any], scale: float, unit: str) -> tuple[str, str]:
-    if metric["value"] is None:
-        return "-", "-"
-    value = f"{metric['value'] * scale:.1f}{unit}"
-    if metric["low"] is None or metric["high"] is None:
-        return value, "-"
-    return value, f"{metric['low'] * scale:.1f} to {metric['high'] * scale:.1f}{unit}"
+def percent(figure: dict[str, Any] | float | None, gap: str | None = " ") -> str:
+    """A share in percent, with its interval behind the gap where both are there."""
+    return shown(figure, 100.0, 1, gap)
+
+
+def shown(figure: dict[str, Any] | float | None, scale: float, digits: int, gap: str | None = " ") -> str:
+    """A number times ``scale``, with its interval if it is one (``Interval.to_dict()``); ``-`` for none."""
+    interval = figure if isinstance(figure, dict) else {"value": figure, "low": None, "high": None}
+    if interval["value"] is None:
+        return "-"
+    value = f"{scale * interval['value']:.{digits}f}"
+    if gap is None or interval["low"] is None or interval["high"] is None:
+        return value
+    return f"{value}{gap}({scale * interval['low']:.{digits}f} to {scale * interval['high']:.{digits}f})"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stepkd.cli.evaluate import percent, shown
 from stepkd.evaluation.config import EvaluatePRMConfig
 
 
@@ -87,30 +88,15 @@ def print_process(console: Any, summary: dict[str, Any]) -> None:
     steps.add_row("  expected by chance", *chance)
     swaps = [summary["sets"][name]["order_swap"] for name in names]
     if any(swaps):
-        shown_swaps = ("-" if swap is None else percent(swap["dependent_drop_rate"]) for swap in swaps)
+        shown_swaps = ("-" if swap is None else percent(swap["drop_rate"]) for swap in swaps)
         steps.add_row("score falls when dependent\nsteps are swapped (%)", *shown_swaps)
     console.print(steps)
     for what, why in summary["undefined"].items():
         console.print(f"no {what.replace('_', ' ')}: {why}", markup=False, highlight=False)
 
 
-def percent(figure: dict[str, Any] | float | None, gap: str | None = " ") -> str:
-    """A share, with its interval behind the gap where both are there."""
-    return _shown(figure, 100.0, 1, gap)
-
-
 def _number(figure: dict[str, Any] | None) -> str:
-    return _shown(figure, 1.0, 3, " ")
-
-
-def _shown(figure: dict[str, Any] | float | None, scale: float, digits: int, gap: str | None) -> str:
-    interval = figure if isinstance(figure, dict) else {"value": figure, "low": None, "high": None}
-    if interval["value"] is None:
-        return "-"
-    value = f"{scale * interval['value']:.{digits}f}"
-    if gap is None or interval["low"] is None or interval["high"] is None:
-        return value
-    return f"{value}{gap}({scale * interval['low']:.{digits}f} to {scale * interval['high']:.{digits}f})"
+    return shown(figure, 1.0, 3)
 
 
 _FIRST_ERROR = ("f1", "acc_error", "acc_correct")

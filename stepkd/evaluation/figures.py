@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError
 from stepkd.runs.files import write_file
 
 if TYPE_CHECKING:
@@ -41,11 +41,10 @@ def reliability_diagram(result: Mapping[str, Any], path: str | Path) -> Path:
         The path.
 
     Raises:
-        ConfigError: another suffix, or matplotlib is not installed.
-        DataError: the dict lacks what the figure shows.
+        ConfigError: another suffix.
         StepkdError: the file cannot be written.
     """
-    bins = _part(result, "bins", "a calibration report")
+    bins = result["bins"]
 
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -53,8 +52,7 @@ def reliability_diagram(result: Mapping[str, Any], path: str | Path) -> Path:
         points = [(each["confidence"], each["accuracy"]) for each in bins if each["count"]]
         upper.plot(*zip(*points, strict=True), color=COLOURS[0], marker=MARKERS[0], label="scores")
         upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share of right labels")
-        ece, n = _number(result, "ece"), result.get("n", sum(each["count"] for each in bins))
-        upper.set_title(f"Reliability (n = {n}, ECE {ece})")
+        upper.set_title(f"Reliability (n = {result['n']}, ECE {_number(result, 'ece')})")
         figure.legend(loc="outside lower center", ncols=2)
         _bars(lower, [(each["low"], each["high"]) for each in bins], [each["count"] for each in bins], COLOURS[0], None)
         lower.set(xlabel="score", ylabel="count")
@@ -69,17 +67,14 @@ def argmin_histogram(result: Mapping[str, Any], path: str | Path) -> Path:
         result: ``ArgminPositions.to_dict()``.
         path, returns and errors: as in `reliability_diagram`.
     """
-    edges, observed, expected = (
-        _part(result, name, "the positions of the lowest score") for name in ("edges", "observed", "expected")
-    )
+    edges, observed, expected = result["edges"], result["observed"], result["expected"]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         _bars(axes, list(pairwise(edges)), observed, COLOURS[0], "observed")
         axes.stairs(expected, edges, color=COLOURS[1], linestyle="--", linewidth=2, label="random place")
-        share, chance = _number(result, "share_last"), result.get("expected_last")
-        beside = "" if chance is None else f" (random {chance:.3f})"
-        axes.set_title(f"Lowest score at the last step: {share}{beside}")
+        share, chance = _number(result, "share_last"), result["expected_last"]
+        axes.set_title(f"Lowest score at the last step: {share} (random {chance:.3f})")
         axes.set(xlim=(0, 1), xlabel="relative position of the lowest step score", ylabel="solutions")
         figure.legend(loc="outside lower center", ncols=2)
 
@@ -93,8 +88,7 @@ def best_of_n_figure(result: Mapping[str, Any], path: str | Path) -> Path:
         result: ``CurveResult.to_dict()``.
         path, returns and errors: as in `reliability_diagram`.
     """
-    ks = _part(result, "ks", "a best-of-N curve")
-    curves = _part(result, "curves", "a best-of-N curve")
+    ks, curves = result["ks"], result["curves"]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -116,7 +110,7 @@ def best_of_n_figure(result: Mapping[str, Any], path: str | Path) -> Path:
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
         axes.set(xlabel="samples N", ylabel="accuracy")
-        axes.set_title(f"Best of N over {result['problems']} problems" if "problems" in result else "Best of N")
+        axes.set_title(f"Best of N over {result['problems']} problems")
         figure.legend(loc="outside right center")
 
     return _write(draw, path, size=(7.5, 4.5))
@@ -134,15 +128,8 @@ def _bars(axes: Axes, spans: list[tuple[float, float]], heights: Any, colour: st
     )
 
 
-def _part(result: Mapping[str, Any], name: str, what: str) -> Any:
-    if not result.get(name):
-        found = ", ".join(map(str, result)) or "nothing"
-        raise DataError(f"this is not the dict of {what}: {name!r} is missing or empty, found {found}")
-    return result[name]
-
-
 def _number(result: Mapping[str, Any], name: str) -> str:
-    value = (result.get(name) or {}).get("value")
+    value = result[name]["value"]
     return "undefined" if value is None else f"{value:.3f}"
 
 
@@ -151,11 +138,9 @@ def _write(draw: Any, path: str | Path, *, size: tuple[float, float]) -> Path:
     kind = path.suffix.lower().lstrip(".")
     if kind not in ("svg", "png"):
         raise ConfigError(f"cannot write a figure to {path}: its name must end in .svg or .png")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(f'figures need matplotlib ({error}): pip install "matplotlib>=3.10"') from None
+    import matplotlib
+    from matplotlib.figure import Figure
+
     content = io.BytesIO()
     # A bare Figure draws with Agg or the SVG writer, whatever backend is set: no display, no global state.
     # The user's own style is left out of it; the backend is not part of a style.

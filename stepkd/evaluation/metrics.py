@@ -14,7 +14,6 @@ live in :mod:`stepkd.statistics`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from stepkd.statistics import (
     FloatArray,
     Interval,
     Resampling,
+    Result,
     cluster_bootstrap,
     mcnemar_exact,
     mean_interval,
@@ -74,12 +74,12 @@ def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int
     the draw but never wins; a draw of only None counts as wrong. An elected class counts by the share of its samples
     that are right, which is 0 or 1 for a consistent grader.
 
-    No subset is enumerated: a multivariate hypergeometric draw is a set of independent binomials given their sum, so
-    the chance of winning with t votes is a coefficient of a product of polynomials. The cost is about n k^2 log k.
+    No subset is enumerated: k draws without replacement are independent binomials given their sum, so a product of the
+    answers' polynomials, kept by how many answers share the top, holds the chance of every outcome.
 
     Args:
         answers: (n,) equivalence-class keys.
-        correct: (n,) whether each sample was judged right.
+        correct: (n,) whether each sample was judged correct.
         k: votes, 1 <= k <= n.
 
     Returns:
@@ -94,23 +94,31 @@ def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int
     if not 1 <= k <= n:
         raise ConfigError(_too_few_samples("maj", k, n))
     size = Counter(answer for answer in answers if answer is not None)
-    right = Counter(answer for answer, good in zip(answers, correct, strict=True) if answer is not None and good)
-    if k == n:
-        top = max(size.values(), default=0)
-        winners = [right[key] / size[key] for key in size if size[key] == top]
-        return math.fsum(winners) / len(winners) if winners else 0.0
-    unparsed = n - sum(size.values())
+    hits = Counter(answer for answer, good in zip(answers, correct, strict=True) if answer is not None and good)
     expected = 0.0
-    for key in size:
-        if right[key]:
-            rivals = [size[other] for other in size if other != key]
-            expected += right[key] / size[key] * _win_weight(size[key], rivals, unparsed, k, k / n)
+    for top in range(1, min(k, max(size.values(), default=0)) + 1):
+        # [answers with top votes so far, votes drawn so far]: probability, and that times the sum of their shares.
+        tied = min(k // top, len(size))
+        chance, won = np.zeros((2, tied + 1, k + 1))
+        unparsed = n - sum(size.values())
+        chance[0, : unparsed + 1] = _binomial(unparsed, k / n)[: k + 1]
+        for key, count in size.items():
+            votes = _binomial(count, k / n)
+            before, chance, won_before, won = chance, np.zeros_like(chance), won, np.zeros_like(won)
+            for drawn in range(min(top, count + 1)):
+                chance[:, drawn:] += votes[drawn] * before[:, : k + 1 - drawn]
+                won[:, drawn:] += votes[drawn] * won_before[:, : k + 1 - drawn]
+            if count >= top:
+                joins = votes[top] * before[:-1, : k + 1 - top]
+                chance[1:, top:] += joins
+                won[1:, top:] += votes[top] * won_before[:-1, : k + 1 - top] + joins * hits[key] / count
+        expected += float((won[1:, k] / np.arange(1, tied + 1)).sum())
     return min(1.0, expected / float(_binomial(n, k / n)[k]))
 
 
 @lru_cache(maxsize=4096)
 def _binomial(n: int, p: float) -> FloatArray:
-    """Probabilities of 0..n successes in n trials, 0 < p < 1."""
+    """Probabilities of 0..n successes in n trials, 0 < p <= 1."""
     from scipy.stats import binom
 
     probabilities = np.asarray(binom.pmf(np.arange(n + 1), n, p), dtype=np.float64)
@@ -118,34 +126,10 @@ def _binomial(n: int, p: float) -> FloatArray:
     return probabilities
 
 
-def _win_weight(own: int, rivals: Sequence[int], unparsed: int, k: int, p: float) -> float:
-    """Probability that binomial(size, p) votes sum to k and the class of size ``own`` wins; a j-way tie counts 1/j."""
-    weight = 0.0
-    own_votes = _binomial(own, p)
-    sizes = {size: _binomial(size, p) for size in set(rivals)}
-    for t in range(1, min(own, k) + 1):
-        seats = k - t
-        strong = [size for size in rivals if size >= t]
-        # Classes smaller than t cannot reach it: together with the unparsed they are one binomial.
-        weak = _binomial(unparsed + sum(size for size in rivals if size < t), p)[: seats + 1]
-        table = np.zeros((min(len(strong), seats // t) + 1, seats + 1))  # (classes tied at t, seats taken)
-        table[0, : weak.size] = weak
-        for size in strong:
-            votes, grown = sizes[size], np.zeros_like(table)
-            for s in range(min(t, seats + 1)):
-                grown[:, s:] += votes[s] * table[:, : seats + 1 - s]
-            if t <= seats:
-                grown[1:, t:] += votes[t] * table[:-1, : seats + 1 - t]
-            table = grown
-        weight += float(own_votes[t] * (table[:, seats] / np.arange(1, table.shape[0] + 1)).sum())
-    return weight
-
-
 def summarise(
     rows: Iterable[Mapping[str, Any]],
     ks: Sequence[int] = (1,),
     *,
-    level: float = 0.95,
     seed: int = 0,
     n_resamples: int = 10_000,
 ) -> dict[str, Any]:
@@ -154,12 +138,11 @@ def summarise(
     Args:
         rows: one mapping per problem, in any order.
         ks: numbers of samples k for pass@k and, where k > 1, maj@k; pass@1 is always given.
-        level: confidence level in (0, 1).
         seed: seed of the bootstrap.
         n_resamples: resamples of the bootstrap.
 
     Returns:
-        ``problems``, ``samples``, ``total_tokens``, ``level``, ``seed``, ``n_resamples`` and ``metrics``: a dict from
+        ``problems``, ``samples``, ``total_tokens``, ``seed``, ``n_resamples`` and ``metrics``: a dict from
         name to ``{"value", "low", "high", "method"}``. Names: ``pass@K``, ``maj@K``, ``unparsed_rate``,
         ``timeout_rate``, ``truncated_rate``, ``truncated_answered_rate`` (samples cut off behind a complete answer),
         ``mean_tokens``, and with step labels ``step_accuracy`` (right steps among labelled steps) and
@@ -185,7 +168,7 @@ def summarise(
     def counted(name: str) -> FloatArray:
         return np.array([problem.counts[name] for problem in problems], dtype=np.float64)
 
-    settings: Resampling = {"level": level, "seed": seed, "n_resamples": n_resamples}
+    settings: Resampling = {"seed": seed, "n_resamples": n_resamples}
     rate, ratio = partial(mean_interval, **settings), partial(ratio_interval, **settings)
     metrics: dict[str, Interval] = {}
     for k in sorted({1, *ks}):
@@ -246,12 +229,12 @@ LISTED_IDS = 10
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Paired comparison of run A and run B over the problems both have."""
 
-    name_a: str
+    a: str
     """Folder of run A."""
-    name_b: str
+    b: str
     """Folder of run B."""
     benchmark: str
     """Name of the benchmark."""
@@ -264,48 +247,26 @@ class Comparison:
     difference: Interval
     """pass@1 of B minus A, paired bootstrap over problems."""
     fixed: tuple[str, ...]
-    """Ids whose first sample is right only in B."""
+    """Ids whose first sample is correct only in B."""
     broken: tuple[str, ...]
-    """Ids whose first sample is right only in A."""
-    p_value: float
+    """Ids whose first sample is correct only in A."""
+    mcnemar_p: float
     """Two-sided exact McNemar p on the first samples."""
-    mid_p_value: float
+    mcnemar_mid_p: float
     """Its mid-p variant, less conservative."""
     settings: Mapping[str, tuple[Any, Any]]
     """Settings that differ -> (A, B)."""
     warnings: tuple[str, ...]
     """What a reader must know before trusting the numbers."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        return {
-            "a": self.name_a,
-            "b": self.name_b,
-            "benchmark": self.benchmark,
-            "problems": self.problems,
-            "level": self.difference.level,
-            "pass@1_a": self.pass1_a.to_dict(),
-            "pass@1_b": self.pass1_b.to_dict(),
-            "difference": self.difference.to_dict(),
-            "first_sample": {
-                "fixed": list(self.fixed),
-                "broken": list(self.broken),
-                "mcnemar_p": self.p_value,
-                "mcnemar_mid_p": self.mid_p_value,
-            },
-            "settings": {key: list(pair) for key, pair in self.settings.items()},
-            "warnings": list(self.warnings),
-        }
-
     def __str__(self) -> str:
-        gap = self.difference
         lines = [
-            f"{self.benchmark}: {self.problems} problems in both runs, {gap.level:.0%} intervals",
-            f"  A       {self.pass1_a}  {self.name_a}",
-            f"  B       {self.pass1_b}  {self.name_b}",
-            f"  B - A  {gap.text('+.3f')}  pass@1, paired bootstrap over problems",
+            f"{self.benchmark}: {self.problems} problems in both runs, 95% intervals",
+            f"  A       {self.pass1_a}  {self.a}",
+            f"  B       {self.pass1_b}  {self.b}",
+            f"  B - A  {self.difference.text('+.3f')}  pass@1, paired bootstrap over problems",
             f"first sample: {len(self.fixed)} fixed, {len(self.broken)} broken in B, "
-            f"exact McNemar p = {self.p_value:.3g} (mid-p {self.mid_p_value:.3g})",
+            f"exact McNemar p = {self.mcnemar_p:.3g} (mid-p {self.mcnemar_mid_p:.3g})",
         ]
         lines += [f"  {name}: {_shorten(ids)}" for name, ids in (("fixed", self.fixed), ("broken", self.broken)) if ids]
         if self.settings:
@@ -353,8 +314,8 @@ def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resa
     fixed = tuple(i for i in ids if b_rows[i][0] and not a_rows[i][0])
     broken = tuple(i for i in ids if a_rows[i][0] and not b_rows[i][0])
     return Comparison(
-        name_a=str(dir_a),
-        name_b=str(dir_b),
+        a=str(dir_a),
+        b=str(dir_b),
         benchmark=str(settings_a["benchmark"]["name"]),
         problems=len(ids),
         pass1_a=mean_interval(a_rate, **resampling),
@@ -362,8 +323,8 @@ def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resa
         difference=paired_bootstrap(a_rate, b_rate, **resampling),
         fixed=fixed,
         broken=broken,
-        p_value=mcnemar_exact(len(broken), len(fixed)),
-        mid_p_value=mcnemar_exact(len(broken), len(fixed), mid_p=True),
+        mcnemar_p=mcnemar_exact(len(broken), len(fixed)),
+        mcnemar_mid_p=mcnemar_exact(len(broken), len(fixed), mid_p=True),
         settings=settings,
         warnings=(left_out,) if only_a or only_b else (),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepkd.errors import ConfigError, DataError
-from stepkd.evaluation.diagnostics import Swap, argmin_positions, order_swap_test
+from stepkd.evaluation.diagnostics import argmin_positions, order_swap_test
 from stepkd.evaluation.step_metrics import calibration_report, labelled_steps, step_metrics
 from stepkd.randomness import generator
 from stepkd.runs.job import read_results
@@ -65,7 +65,11 @@ def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> in
     Raises:
         DataError: no scores, or a step without a score (NaN).
     """
-    _check_step_scores([scores])
+    if not scores or any(map(math.isnan, scores)):
+        raise DataError(
+            f"a first error cannot be told from the step scores {list(scores)}: a step without a score (NaN) was cut "
+            "off or comes from an outcome scorer; leave the solution out and count it"
+        )
     return next((index for index, score in enumerate(scores) if not passes(score, threshold)), NO_ERROR)
 
 
@@ -90,18 +94,18 @@ def processbench_f1(predictions: Sequence[int], labels: Sequence[int], **setting
         F1 rises with both, so this is wider.
 
     Raises:
-        DataError: no rows, different lengths, or an index that is not an integer >= -1.
+        DataError: different lengths, or an index below -1.
     """
     hit_error, errors, hit_correct, corrects = counts = _hits(predictions, labels)
-    n_error, n_correct, level = int(errors.sum()), int(corrects.sum()), settings.get("level", 0.95)
-    acc_error = wilson_interval(hit_error.sum(), n_error, level) if n_error else None
-    acc_correct = wilson_interval(hit_correct.sum(), n_correct, level) if n_correct else None
+    n_error, n_correct = int(errors.sum()), int(corrects.sum())
+    acc_error = wilson_interval(hit_error.sum(), n_error) if n_error else None
+    acc_correct = wilson_interval(hit_correct.sum(), n_correct) if n_correct else None
     f1 = None
     if acc_error and acc_correct:
         f1 = cluster_bootstrap(counts.T, _f1_statistic, **settings)
         if f1.low == f1.high or math.isnan(f1.low):
             low, high = harmonic_mean([acc_error.low, acc_error.high], [acc_correct.low, acc_correct.high])
-            f1 = Interval(f1.value, float(low), float(high), "wilson", level)
+            f1 = Interval(f1.value, float(low), float(high), "wilson")
     return F1Result(acc_error, acc_correct, f1, n_error, n_correct)
 
 
@@ -143,41 +147,14 @@ def _f1_statistic(resampled: FloatArray) -> FloatArray:
 
 def _hits(predictions: Sequence[int], labels: Sequence[int]) -> FloatArray:
     """(4, n): hit on a solution with an error, has an error, hit on one without, has none; each 0 or 1."""
-    _check_first_errors(labels)
-    if len(predictions) != len(labels):
-        raise DataError(f"{len(predictions)} predictions for {len(labels)} labels: give one for each")
-    _check_first_errors(predictions, what="prediction")
-    truth = np.asarray(labels)
-    hit, error = np.asarray(predictions) == truth, truth != NO_ERROR
+    predicted, truth = np.asarray(predictions), np.asarray(labels)
+    if predicted.shape != truth.shape or np.minimum(predicted, truth).min(initial=NO_ERROR) < NO_ERROR:
+        raise DataError(
+            f"{len(predictions)} predictions for {len(labels)} labels: give one for each, the index of the first "
+            "incorrect step or -1 for none"
+        )
+    hit, error = predicted == truth, truth != NO_ERROR
     return np.stack([hit & error, error, hit & ~error, ~error]).astype(np.float64)
-
-
-def _check_first_errors(labels: Sequence[int], n_steps: Sequence[int] | None = None, *, what: str = "label") -> None:
-    """Raises DataError unless all are integers >= -1 and, given the solutions' steps, within them."""
-    if len(labels) == 0:
-        raise DataError(f"there are no {what}s: a set needs at least one solution")
-    if n_steps is not None and len(n_steps) != len(labels):
-        raise DataError(f"{len(n_steps)} solutions for {len(labels)} labels: give one for each")
-    for index, label in enumerate(labels):
-        whole = isinstance(label, int | np.integer) and not isinstance(label, bool)
-        if not whole or label < NO_ERROR:
-            raise DataError(f"{what} {index} is {label!r}: it is the index of the first incorrect step, or -1 for none")
-        if n_steps is not None and label >= n_steps[index]:
-            raise DataError(f"{what} {index} is {label}, but that solution has {n_steps[index]} steps (0-based)")
-
-
-def _check_step_scores(scores: Sequence[Sequence[float]]) -> None:
-    """Raises DataError for a solution without scores or with a missing (NaN) one, naming solution and step."""
-    for index, row in enumerate(scores):
-        where = f"solution {index}: " if len(scores) > 1 else ""
-        if len(row) == 0:
-            raise DataError(f"{where}a solution without step scores has no first error")
-        missing = next((step for step, score in enumerate(row) if math.isnan(score)), None)
-        if missing is not None:
-            raise DataError(
-                f"{where}step {missing} has no score (NaN): it was cut off or comes from an outcome scorer; leave "
-                "the solution out and count it"
-            )
 
 
 # --- the threshold, and F1 without a model ----------------------------------------------------------------------------
@@ -197,10 +174,8 @@ def tune_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
         The threshold: a step with a lower score is predicted incorrect.
 
     Raises:
-        DataError: a missing score, labels that do not fit, or a split without one of the two kinds of solutions.
+        DataError: a missing score, or a split without one of the two kinds of solutions.
     """
-    _check_first_errors(labels, [len(row) for row in scores])
-    _check_step_scores(scores)
     error = np.asarray(labels) != NO_ERROR
     if error.all() or not error.any():
         raise DataError(
@@ -208,6 +183,8 @@ def tune_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
             "threshold on a split that has both"
         )
     candidates = _candidates(np.concatenate([np.asarray(row, dtype=np.float64) for row in scores]))
+    if np.isnan(candidates).any():
+        raise DataError("a step has no score (NaN): leave its solution out and count it")
     # A solution is predicted correctly for the thresholds t in (low, high]: every step before the error >= t, it < t.
     ends = [None if label == NO_ERROR else label for label in labels]
     low_N = np.array([-math.inf if end is None else row[end] for row, end in zip(scores, ends, strict=True)])
@@ -232,59 +209,36 @@ def _candidates(scores: FloatArray) -> FloatArray:
     return np.unique(np.concatenate([[0.0, 0.5], middle, top]))
 
 
-@dataclass(frozen=True)
-class RandomBaseline:
-    """What uniformly random step scores reach."""
-
-    acc_error: float
-    """Exact expected accuracy on solutions with an error."""
-    acc_correct: float
-    """Exact expected accuracy on solutions without one."""
-    f1: float
-    """Mean F1 over the draws."""
-    f1_low: float
-    """Lower end of the range that holds 95% of the draws' F1 (not an interval of the mean)."""
-    f1_high: float
-    """Upper end of that range."""
-    draws: int
-    """Random score sets drawn."""
-
-
 def random_baseline(
     labels: Sequence[int], n_steps: Sequence[int], *, threshold: float = 0.5, draws: int = 1000, seed: int = 0
-) -> RandomBaseline:
+) -> dict[str, float]:
     """F1 of uniformly random step scores under the same rule.
 
     With scores uniform on [0, 1] the first error falls on step l with probability ``(1-t)^l t``, and nowhere in H
     steps with ``(1-t)^H``; so whole draws of hits are made, not single scores.
 
     Args:
-        labels: (n,) true indices of the first incorrect step, or -1.
+        labels: (n,) true indices of the first incorrect step, or -1; both kinds of solutions among them.
         n_steps: (n,) steps of every solution.
         threshold: t in [0, 1].
         draws: random score sets, at least 1; draw i does not depend on how many there are.
         seed: seed of the draws.
 
-    Raises:
-        DataError: as in :func:`processbench_f1`, a label beyond the steps, or a set without one of the two kinds.
-        ConfigError: threshold or draws out of range.
+    Returns:
+        ``acc_error`` and ``acc_correct``, exact expected accuracies, and ``f1``, its mean over the draws.
     """
-    if not 0.0 <= threshold <= 1.0 or draws < 1:
-        raise ConfigError(f"a random baseline needs a threshold in [0, 1] and draws >= 1, got {threshold}, {draws}")
-    _check_first_errors(labels, n_steps)
     truth = np.asarray(labels)
     error = truth != NO_ERROR
-    if error.all() or not error.any():
-        raise DataError("the random baseline's F1 needs solutions with an error and solutions without")
     chance = np.where(
         error, (1 - threshold) ** np.maximum(truth, 0) * threshold, (1 - threshold) ** np.asarray(n_steps)
     )
     hits = np.array([generator(seed, "random-baseline", draw).random(truth.size) < chance for draw in range(draws)])
     f1 = harmonic_mean(hits[:, error].mean(axis=1), hits[:, ~error].mean(axis=1))
-    low, high = np.quantile(f1, [0.025, 0.975])
-    return RandomBaseline(
-        float(chance[error].mean()), float(chance[~error].mean()), float(f1.mean()), float(low), float(high), draws
-    )
+    return {
+        "acc_error": float(chance[error].mean()),
+        "acc_correct": float(chance[~error].mean()),
+        "f1": float(f1.mean()),
+    }
 
 
 # --- the summary of a set ---------------------------------------------------------------------------------------------
@@ -325,7 +279,7 @@ def summarise_process(
         try:
             tuned = tune_threshold(scores, labels)
             random_f1 = [
-                random_baseline(labels, list(map(len, scores)), threshold=value, draws=50, seed=seed).f1
+                random_baseline(labels, list(map(len, scores)), threshold=value, draws=50, seed=seed)["f1"]
                 for value in _RANDOM_GRID
             ]
             random_threshold = float(_RANDOM_GRID[np.argmax(random_f1)])
@@ -362,9 +316,7 @@ def _section(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]
         "unknown_first_error": len(rows) - len(labels),
         "fixed": _f1(rows, threshold, seed),
         "baselines": {
-            "always positive": processbench_f1([NO_ERROR] * len(labels), labels, seed=seed).to_dict()
-            if labels
-            else None,
+            "always positive": processbench_f1([NO_ERROR] * len(labels), labels, seed=seed).to_dict(),
             "random": _random(rows, threshold, seed),
         },
         "argmin": argmin_positions(scores, problems=problems, seed=seed).to_dict() if several_steps else None,
@@ -379,31 +331,29 @@ def _located(rows: Sequence[Row]) -> tuple[list[list[float]], list[int]]:
     return [row["scores"] for row in known], [row["first_error"] for row in known]
 
 
-def _random(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any] | None:
+def _random(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, float] | None:
     """The random baseline; None where the F1 is undefined (no solution with an error, or none without)."""
     scores, labels = _located(rows)
     if all(label == NO_ERROR for label in labels) or NO_ERROR not in labels:
         return None
-    return asdict(random_baseline(labels, list(map(len, scores)), threshold=threshold, seed=seed))
+    return random_baseline(labels, list(map(len, scores)), threshold=threshold, seed=seed)
 
 
 def _f1(rows: Sequence[Row], threshold: float, seed: int) -> dict[str, Any]:
     scores, labels = _located(rows)
-    result = F1Result(None, None, None, 0, 0)
-    if labels:
-        result = processbench_f1([predicted_first_error(row, threshold) for row in scores], labels, seed=seed)
-    return result.to_dict() | {"threshold": threshold}
+    predictions = [predicted_first_error(row, threshold) for row in scores]
+    return processbench_f1(predictions, labels, seed=seed).to_dict() | {"threshold": threshold}
 
 
 def _order_swap(rows: Sequence[Row], meaning: Meaning, seed: int) -> dict[str, Any] | None:
-    """The order-swap test over the rows that have swaps; None without one."""
-    swaps, scores = [], []
-    for row in rows:
-        for found in row.get("swaps", ()):
-            steps = ("",) * len(found["scores"][0])  # the test counts them; their texts are not stored
-            swaps.append(Swap({"id": row["prompt"]}, steps, steps, found["position"], found["dependent"]))
-            scores.append([[math.nan if value is None else value for value in part] for part in found["scores"]])
-    return order_swap_test(swaps, scores, meaning=meaning, seed=seed).to_dict() if swaps else None
+    """The order-swap test over the rows that have swaps; None without one that is scored."""
+    swaps = [
+        ([[math.nan if value is None else value for value in part] for part in pair], row["prompt"])
+        for row in rows
+        for pair in row.get("swaps", ())
+    ]
+    result = order_swap_test([pair for pair, _ in swaps], [owner for _, owner in swaps], meaning=meaning, seed=seed)
+    return None if result is None else result.to_dict()
 
 
 def compare_process(a: str | Path, b: str | Path, summaries: tuple[Row, Row], *, seed: int = 0) -> dict[str, Interval]:

@@ -20,7 +20,7 @@ from stepkd.evaluation.process import summarise_process
 from stepkd.evaluation.score_rows import scorer_settings
 from stepkd.runs.job import ALONE, RESULTS_NAME, SUMMARY_NAME, Job, JobOptions, numbered
 from stepkd.scorers.load import load_scorer
-from stepkd.scorers.scorer import StepScorer, score_rows, step_scores
+from stepkd.scorers.scorer import Solutions, StepScorer, score_rows, step_scores
 from stepkd.steps.labels import first_incorrect, verdicts
 from stepkd.tasks.rows import is_task_row
 
@@ -115,7 +115,7 @@ def _result(name: str, row: Mapping[str, Any], index: int, scores: Sequence[floa
         "index": index,
         "set": name,
         "prompt": row["prompt"],
-        "scores": [None if score is None else round(float(score), 6) for score in scores],
+        "scores": _plain(scores),
         "labels": verdicts(row["labels"]),
         "first_error": first_incorrect(row["labels"]),
     }
@@ -125,14 +125,9 @@ def _swapped(row: Mapping[str, Any], scorer: StepScorer) -> dict[str, Any]:
     """Scores for the order-swap test, where the exact checker knows which steps need each other (the tiny world)."""
     if not is_task_row(row) or not (swaps := task_swaps(row)):
         return {}
-    scores = scorer.score([swap.solutions() for swap in swaps])
-    return {
-        "swaps": [
-            {"position": swap.position, "dependent": swap.dependent, "scores": [_plain(part) for part in parts]}
-            for swap, parts in zip(swaps, scores, strict=True)
-        ]
-    }
+    scores = scorer.score([Solutions(row, pair) for pair in swaps])
+    return {"swaps": [[_plain(part) for part in pair] for pair in scores]}
 
 
-def _plain(scores: Sequence[float]) -> list[float | None]:
-    return [None if math.isnan(score) else round(float(score), 6) for score in scores]
+def _plain(scores: Sequence[float | None]) -> list[float | None]:
+    return [None if score is None or math.isnan(score) else round(float(score), 6) for score in scores]

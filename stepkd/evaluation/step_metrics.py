@@ -364,7 +364,7 @@ def calibration_report(
         brier=brier,
         brier_base_rate=base_rate * (1 - base_rate),
         skill_base_rate=skill,
-        skill_coin=Interval(*coin, brier.method, brier.level),
+        skill_coin=Interval(*coin, brier.method),
         base_rate=base_rate,
         over_confidence=over,
         bins=diagram,

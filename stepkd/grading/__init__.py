@@ -1,7 +1,7 @@
 """Answer extraction and equivalence, in worker processes that can be killed.
 
 ``Grader`` gives one of four verdicts per completion (correct, wrong, unparsed, timeout), whatever the text holds.
-``accuracy_reward`` is the same as a reward function. Importing this package loads neither torch nor math-verify.
+Importing this package loads neither torch nor math-verify.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from stepkd.lazy import lazily
 _HOMES = {
     "extract": "DEFAULT_EXTRACTORS EXTRACTORS EXTRACTOR_VERSION extract_answer",
     "normalise": "canonical_answer",
-    "pool": "Grade Grader GradingConfig Verdict accuracy_reward verdict_counts",
+    "pool": "Grade Grader GradingConfig Verdict verdict_counts",
 }
 
 

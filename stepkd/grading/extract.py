@@ -1,8 +1,7 @@
 r"""Find the final answer in a completion.
 
-Every built-in extractor is linear in the length of the text (single scans; no nested repetition), so it is safe to run
-on hostile text in the training process. ``regex:<pattern>`` is not: :class:`stepkd.grading.Grader` runs it in a worker
-process that it can kill.
+Every extractor is linear in the length of the text (single scans; no nested repetition), so it is safe to run on
+hostile text in the training process.
 
 The extractors of a list are tried in order; the first that finds something wins. A *strict* reading (only the format
 that the benchmark prescribes counts, anything else is unparsed) is a list of one: ``("hash",)`` or ``("boxed",)``.
@@ -13,8 +12,8 @@ Which occurrence counts is each extractor's own convention:
 
 * ``hash`` takes the *first* ``####`` answer. The mark ends a solution, and a model without a stop string goes on to
   write another question and answer after it. Markdown headings (``#### Step 2: ...``) are not answers.
-* ``boxed``, ``answer_phrase``, ``latex``, ``last_number`` and ``regex:`` take the *last*: a solution may box or name
-  intermediate results, and a correction comes after what it corrects. Boxes or formulas joined by "and", "or" or a
+* ``boxed``, ``answer_phrase``, ``latex`` and ``last_number`` take the *last*: a solution may box or name intermediate
+  results, and a correction comes after what it corrects. Boxes or formulas joined by "and", "or" or a
   comma are one answer, a list. ``last_number`` is for word problems: it does not read numbers inside an expression.
 """
 
@@ -22,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from stepkd.errors import ConfigError, check_choice
 
@@ -110,11 +109,6 @@ def tidy_ends(text: str) -> str:
 def _first_sentence(text: str) -> str:
     end = _SENTENCE_END.search(text)
     return text[: end.start()] if end and end.start() > 0 else text
-
-
-def _last(found: Iterable[str]) -> str | None:
-    """The last text that is not empty."""
-    return next(iter(deque(filter(None, found), maxlen=1)), None)
 
 
 def _hash_line(line: str) -> str:
@@ -279,30 +273,19 @@ def check_extractors(extractors: Sequence[str]) -> tuple[str, ...]:
     """Validate a list of extractor names.
 
     Args:
-        extractors: names from ``EXTRACTORS`` or ``regex:<pattern>``; at least one.
+        extractors: names from ``EXTRACTORS``, at least one.
 
     Returns:
         The same names as a tuple.
 
     Raises:
-        ConfigError: the list is empty or a bare string, a name is unknown, or a pattern does not compile.
+        ConfigError: the list is empty or a bare string, or a name is unknown.
     """
     if isinstance(extractors, str) or not extractors:
         raise ConfigError(f"extractors is {extractors!r}; give a list with at least one of {sorted(EXTRACTORS)}")
     for name in extractors:
-        if name.startswith("regex:"):
-            try:
-                re.compile(name.removeprefix("regex:"))
-            except re.error as error:
-                raise ConfigError(f"extractor {name!r}: the pattern does not compile: {error}") from error
-        else:
-            check_choice("extractor", name, [*sorted(EXTRACTORS), "regex:<pattern>"])
+        check_choice("extractor", name, EXTRACTORS)
     return tuple(extractors)
-
-
-def is_linear(extractors: Sequence[str]) -> bool:
-    """Whether every extractor is a built-in one, whose time is linear in the text."""
-    return not any(name.startswith("regex:") for name in extractors)
 
 
 def extract_answer(text: str, extractors: Sequence[str] = DEFAULT_EXTRACTORS, *, cut_off: bool = False) -> str | None:
@@ -310,8 +293,8 @@ def extract_answer(text: str, extractors: Sequence[str] = DEFAULT_EXTRACTORS, *,
 
     Args:
         text: the completion; any length, any characters (NUL and lone surrogates included).
-        extractors: names tried in order: ``hash``, ``boxed``, ``answer_phrase``, ``latex``, ``last_number`` or
-            ``regex:<pattern>`` (group 1 if it has one, else the whole match). One name alone is a strict reading.
+        extractors: names tried in order: ``hash``, ``boxed``, ``answer_phrase``, ``latex`` or ``last_number``. One name
+            alone is a strict reading.
         cut_off: whether the completion was cut off at its longest length: then only a closed box and a finished
             ``####`` line are answers.
 
@@ -319,20 +302,14 @@ def extract_answer(text: str, extractors: Sequence[str] = DEFAULT_EXTRACTORS, *,
         The answer as written, without its marks (``####``, ``\boxed``), or ``None`` when nothing was found.
 
     Raises:
-        ConfigError: an unknown extractor or a pattern that does not compile.
+        ConfigError: an unknown extractor.
     """
     names = check_extractors(extractors)
     text = _without_drafts(text)
     if cut_off:
         names = tuple(name for name in names if name in ("hash", "boxed"))
     for name in names:
-        if name.startswith("regex:"):
-            matches = re.finditer(name.removeprefix("regex:"), text)
-            pieces = ((m.group(1) if m.re.groups else m.group()) or "" for m in matches)
-            found = _last(piece.strip() for piece in pieces)
-        else:
-            whole_lines = text[: text.rfind("\n") + 1] if cut_off and name == "hash" else text
-            found = EXTRACTORS[name](whole_lines)
+        found = EXTRACTORS[name](text[: text.rfind("\n") + 1] if cut_off and name == "hash" else text)
         if found is not None:
             return found or None
     return None

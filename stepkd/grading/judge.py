@@ -121,11 +121,11 @@ def step_labels(row: Row, completion: str, steps: Sequence[str] | None = None) -
     return check_row(row, solution_steps(completion) if steps is None else steps)
 
 
-def solution_steps(completion: str) -> list[str]:
-    """The steps of a text, a character at a time in place of tokens."""
+def solution_steps(completion: str, segmenter: str = "newline") -> list[str]:
+    """The steps of a text, a character at a time in place of tokens; one without words for an empty text."""
     length = len(completion)
     text = TokenizedText(tuple(range(length)), completion, tuple(range(1, length + 1)))
-    return [text.span_text(*span) for span in segment(get_segmenter("newline"), text)] or [""]
+    return [text.span_text(*span) for span in segment(get_segmenter(segmenter), text)] or [""]
 
 
 def rollout_row(

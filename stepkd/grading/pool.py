@@ -15,7 +15,6 @@ items without an answer.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from multiprocessing.connection import Pipe
 from typing import Any, Literal
 
 from stepkd.errors import DataError, StepkdError, check_bounds
-from stepkd.grading.extract import DEFAULT_EXTRACTORS, check_extractors, extract_answer, is_linear
+from stepkd.grading.extract import DEFAULT_EXTRACTORS, check_extractors, extract_answer
 from stepkd.grading.normalise import MAX_ANSWER_CHARS, quick_verdict
 
 _START_LIMIT_S = 120.0
@@ -61,9 +60,8 @@ class GradingConfig:
     """
 
     extractors: tuple[str, ...] | None = None
-    """How the final answer is found: names that are tried in order (hash, boxed, answer_phrase, latex, last_number or
-    regex:PATTERN), of which one alone is a strict reading; the default is the benchmark's own list, elsewhere all five.
-    """
+    """How the final answer is found: names that are tried in order (hash, boxed, answer_phrase, latex, last_number), of
+    which one alone is a strict reading; the default is the benchmark's own list, elsewhere all five."""
     convention: Literal["stepkd", "prm800k"] = "stepkd"
     """When two answers are equal: by stepkd's rules (the default), or, under prm800k, not where PRM800K's official
     grader refuses them (2/4 for 1/2, 10/2 for 5)."""
@@ -105,7 +103,7 @@ class Grade:
     verdict: Verdict
     """One of the four outcomes."""
     extracted: str | None
-    """The answer found, at most 2,000 characters of it; ``None`` if none was found or the search itself timed out."""
+    """The answer found, at most 2,000 characters of it; ``None`` if none was found."""
     gold: str
     """The reference answer it was compared with."""
 
@@ -114,9 +112,7 @@ class Grade:
 class _Item:
     """A check that takes a worker, and its outcome."""
 
-    request: dict[str, Any]
-    indices: list[int]
-    extracted: str | None
+    request: dict[str, str]
     verdict: Verdict = Verdict.TIMEOUT
 
 
@@ -236,13 +232,16 @@ class Grader:
             that swallows the error can come back as ``wrong``.)
 
         Raises:
-            DataError: different lengths, a completion or an answer that is not text, an empty answer.
+            DataError: different lengths, an answer that is not text, an empty answer.
             StepkdError: the workers cannot be started (math-verify missing, ``memory_mb`` too small).
         """
         golds = _check_input(completions, answers)
         cut = [False] * len(golds) if cut_off is None else cut_off
-        requests = [self._request(text or "", is_cut) for text, is_cut in zip(completions, cut, strict=True)]
-        return self._verdicts(requests, golds)
+        found = [extract_answer(t or "", self.extractors, cut_off=c) for t, c in zip(completions, cut, strict=True)]
+        return [
+            Grade(verdict, answer and answer[:MAX_ANSWER_CHARS], gold)
+            for verdict, answer, gold in zip(self._verdicts(found, golds), found, golds, strict=True)
+        ]
 
     def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Whether short answers are equal.
@@ -253,34 +252,25 @@ class Grader:
         Returns:
             One verdict per pair; False also after a timeout.
         """
-        grades = self._verdicts([{"candidate": candidate} for candidate, _ in pairs], [gold for _, gold in pairs])
-        return [grade.verdict is Verdict.CORRECT for grade in grades]
+        verdicts = self._verdicts([candidate for candidate, _ in pairs], [gold for _, gold in pairs])
+        return [verdict is Verdict.CORRECT for verdict in verdicts]
 
-    def _request(self, text: str, is_cut: bool) -> dict[str, Any]:
-        """What a worker needs to know: the answer (None: there is none), or the text where a pattern looks for it."""
-        if text and not is_cut and not is_linear(self.extractors):  # no pattern reads a text that was cut off
-            return {"text": text, "extractors": list(self.extractors)}
-        return {"candidate": extract_answer(text, self.extractors, cut_off=is_cut)}
-
-    def _verdicts(self, requests: Sequence[dict[str, Any]], golds: Sequence[str]) -> list[Grade]:
-        grades: dict[int, Grade] = {}
-        items: dict[tuple[str, str], _Item] = {}
-        for index, (request, gold) in enumerate(zip(requests, golds, strict=True)):
-            found = request.get("candidate")
-            shown = found and found[:MAX_ANSWER_CHARS]
-            quick = quick_verdict(found, gold) if found is not None and self.config.convention == "stepkd" else None
-            if found is None and "text" not in request:
-                grades[index] = Grade(Verdict.UNPARSED, None, gold)
+    def _verdicts(self, candidates: Sequence[str | None], golds: Sequence[str]) -> list[Verdict]:
+        verdicts: list[Verdict | _Item] = []
+        items: dict[tuple[str, str], _Item] = {}  # samples of one problem often agree
+        convention = self.config.convention
+        for found, gold in zip(candidates, golds, strict=True):
+            quick = quick_verdict(found, gold) if found is not None and convention == "stepkd" else None
+            if found is None:
+                verdicts.append(Verdict.UNPARSED)
             elif quick is not None:
-                grades[index] = Grade(Verdict.CORRECT if quick else Verdict.WRONG, shown, gold)
-            else:  # samples of one problem often agree
-                request |= {"gold": gold, "convention": self.config.convention}
-                key = (request["text"] if found is None else found, gold)
-                items.setdefault(key, _Item(request, [], shown)).indices.append(index)
+                verdicts.append(Verdict.CORRECT if quick else Verdict.WRONG)
+            else:
+                request = {"candidate": found, "gold": gold, "convention": convention}
+                verdicts.append(items.setdefault((found, gold), _Item(request)))
         if items:
             self._run(list(items.values()))
-        grades |= {i: Grade(item.verdict, item.extracted, golds[i]) for item in items.values() for i in item.indices}
-        return [grades[index] for index in range(len(golds))]
+        return [each.verdict if isinstance(each, _Item) else each for each in verdicts]
 
     def _run(self, items: Sequence[_Item]) -> None:
         if self._owner != os.getpid():
@@ -335,7 +325,7 @@ class Grader:
             if reply is None or reply["verdict"] == Verdict.TIMEOUT:
                 lost.append(item)
             else:
-                item.verdict, item.extracted = Verdict(reply["verdict"]), reply["extracted"]
+                item.verdict = Verdict(reply["verdict"])
             if reply is None or reply["retire"]:
                 self._drop([worker])
                 worker = None
@@ -376,15 +366,9 @@ def _stop_all(pool: list[_Worker], owner: int) -> None:
 
 
 def _check_input(completions: Sequence[str | None], answers: Sequence[str]) -> list[str]:
-    """Validate both columns and reduce whole solutions to their answers."""
-    for name, column in (("completions", completions), ("answers", answers)):
-        if isinstance(column, str | bytes):
-            raise DataError(f"{name} is one text; give a list of them (or call grade_one)", column=name)
+    """Check both columns and reduce whole solutions to their answers."""
     if len(completions) != len(answers):
         raise DataError(f"{len(completions)} completions but {len(answers)} answers; give one answer per completion")
-    for index, completion in enumerate(completions):
-        if completion is not None and not isinstance(completion, str):
-            raise DataError(f"completions[{index}] is {type(completion).__name__}, not text", column="completions")
     for index, answer in enumerate(answers):
         if not isinstance(answer, str):
             raise DataError(f"answers[{index}] is {type(answer).__name__}, not text; use str()", column="answers")
@@ -400,60 +384,3 @@ def verdict_counts(grades: Iterable[Grade]) -> dict[str, int]:
     """How often each verdict occurs, with a zero for those that do not."""
     counts = Counter(grade.verdict for grade in grades)
     return {verdict.value: counts[verdict] for verdict in Verdict}
-
-
-@functools.cache
-def shared_grader() -> Grader:
-    """The grader with default settings that all reward calls of this process share; made at the first call."""
-    return Grader()
-
-
-def completion_text(completion: str | Sequence[Any] | None) -> str:
-    """The text of a completion in either of TRL's forms.
-
-    Args:
-        completion: a string, or chat messages (the last one counts; ``content`` is text or a list of parts with a
-            ``text`` key). ``None`` counts as empty.
-
-    Returns:
-        The text that holds the answer.
-
-    Raises:
-        DataError: the completion is of neither form.
-    """
-    if completion is None or isinstance(completion, str):
-        return completion or ""
-    if isinstance(completion, Sequence) and all(isinstance(message, Mapping) for message in completion):
-        messages: list[Any] = list(completion)
-        content = messages[-1].get("content") if messages else None
-        if isinstance(content, Sequence) and not isinstance(content, str):
-            return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
-        if content is None or isinstance(content, str):
-            return content or ""
-    raise DataError(
-        f"a completion of type {type(completion).__name__} is neither text nor a list of chat messages with 'content'",
-        column="completions",
-    )
-
-
-def accuracy_reward(
-    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **kwargs: Any
-) -> list[float]:
-    """1.0 for each completion whose final answer equals the reference answer, else 0.0.
-
-    Args:
-        prompts: the prompts; not read (TRL passes them).
-        completions: strings or lists of chat messages.
-        answer: the reference answers, text or numbers; a GSM8K solution that ends in ``#### x`` counts as ``x``.
-        **kwargs: the other columns; not read.
-
-    Returns:
-        One reward per completion. Unparsed answers and timeouts earn 0.0.
-
-    Raises:
-        DataError: lengths differ, or a column has the wrong type.
-    """
-    del prompts, kwargs
-    golds = [str(a) if isinstance(a, int | float) and not isinstance(a, bool) else a for a in answer]
-    grades = shared_grader().grade([completion_text(c) for c in completions], golds)
-    return [1.0 if grade.verdict is Verdict.CORRECT else 0.0 for grade in grades]

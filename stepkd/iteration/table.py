@@ -44,8 +44,8 @@ def summarise_run(
         minus = None
         if k:
             paired = compare_runs(folders[0] / "evaluation" / "greedy", greedy, **settings).to_dict()
-            first = {name: paired["first_sample"][name] for name in ("mcnemar_p", "mcnemar_mid_p")}
-            counts = {name: len(paired["first_sample"][name]) for name in ("fixed", "broken")}
+            first = {name: paired[name] for name in ("mcnemar_p", "mcnemar_mid_p")}
+            counts = {name: len(paired[name]) for name in ("fixed", "broken")}
             minus = {"greedy_pass@1": paired["difference"] | counts | first}
             minus |= differences(rows[k], rows[0], **settings)
         models.append(

@@ -49,8 +49,7 @@ class TreePairBuilder:
 
     def groups(self) -> list[list[int]]:
         """See :class:`~stepkd.labels.workbench.PairBuilder`: the trees of a group fill the batch with their actions."""
-        search = self.config.search
-        return fixed_batches(self.prompts, max(search.actions, search.root_actions or 0), self.config.max_rows)
+        return fixed_batches(self.prompts, self.config.search.actions, self.config.max_rows)
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """See :class:`~stepkd.labels.workbench.PairBuilder`."""

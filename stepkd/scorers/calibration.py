@@ -75,20 +75,13 @@ class TemperatureScaling:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot be read as JSON: {error}", path=path) from None
-        found = (data.get("format"), data.get("version")) if isinstance(data, dict) else (None, None)
-        if found != (FORMAT, VERSION):
+            if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
+                raise ValueError(f"format and version are not {FORMAT!r} and {VERSION}")
+            return cls(**data)
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
             raise DataError(
-                f"is no temperature fit that this stepkd reads (format {found[0]!r}, version {found[1]!r}; it must be "
-                f"{FORMAT!r}, {VERSION}): fit again",
-                path=path,
-            )
-        try:
-            numbers = {name: float(data[name]) for name in ("temperature", "nll_before", "nll_after")}
-            return cls(**numbers, n=int(data["n"]))
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
-            raise DataError(f"is damaged ({type(error).__name__}: {error}): fit again", path=path) from None
+                f"is no temperature fit that this stepkd reads ({type(error).__name__}: {error}): fit again", path=path
+            ) from None
 
 
 def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureScaling:

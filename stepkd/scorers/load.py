@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, nearest
@@ -84,48 +84,38 @@ class PRM(_Reader):
 class _Published(_Reader):
     """A published process reward model, in the layout it was trained with."""
 
+    family: ClassVar[str]
+
     def _load(self, **reading: Any) -> Any:
         from stepkd.scorers.prm import PRMScorer
+        from stepkd.scorers.published import open_published
 
-        policy, own, encoder = self._parts()
-        return PRMScorer(policy, template=own if self.template is None else self.template, encoder=encoder, **reading)
-
-    @abstractmethod
-    def _parts(self) -> Any:
-        """See :data:`stepkd.scorers.published.Parts`."""
+        own = {"separator": self.separator} if isinstance(self, TRLPRM) else {}
+        policy, template, encoder = open_published(self.family, self.path, **own, **self._weights())
+        return PRMScorer(policy, template=self.template or template, encoder=encoder, **reading)
 
 
 @dataclass(frozen=True)
 class MathShepherdPRM(_Published):
     """A published model with the layout of math-shepherd-mistral-7b-prm."""
 
-    def _parts(self) -> Any:
-        from stepkd.scorers.published import math_shepherd
-
-        return math_shepherd(self.path, **self._weights())
+    family = "math-shepherd"
 
 
 @dataclass(frozen=True)
 class QwenPRM(_Published):
     """A published model with the layout of Qwen2.5-Math-PRM."""
 
-    def _parts(self) -> Any:
-        from stepkd.scorers.published import qwen_prm
-
-        return qwen_prm(self.path, **self._weights())
+    family = "qwen-prm"
 
 
 @dataclass(frozen=True)
 class TRLPRM(_Published):
     """A token classification model that TRL's PRMTrainer trained."""
 
+    family = "trl"
     separator: str = "\n"
     """Step separator that it was trained with, one token; TRL's own default is a newline."""
-
-    def _parts(self) -> Any:
-        from stepkd.scorers.published import trl_prm
-
-        return trl_prm(self.path, self.separator, **self._weights())
 
 
 @dataclass(frozen=True)
@@ -158,13 +148,8 @@ class Judge(_Reader):
 
 
 _ALONE: dict[str, type[ScorerConfig]] = {"checker": Checker, "arithmetic": Arithmetic, "gain": Gain}
-_WITH_MODEL: dict[str, type[_Reader]] = {
-    "prm": PRM,
-    "judge": Judge,
-    "math-shepherd": MathShepherdPRM,
-    "qwen-prm": QwenPRM,
-    "trl": TRLPRM,
-}
+_WITH_MODEL: dict[str, type[_Reader]] = {"prm": PRM, "judge": Judge}
+_WITH_MODEL |= {each.family: each for each in (MathShepherdPRM, QwenPRM, TRLPRM)}
 
 
 def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:

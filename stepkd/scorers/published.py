@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,45 +104,43 @@ def recognise(path: str) -> str | None:
     return "math-shepherd" if "math-shepherd" in name and "prm" in name else None
 
 
-Parts = tuple[Policy, PromptTemplate, type[StepEncoder]]
-"""Of a scorer: the model with its step head, the family's own prompt template, and how it lays steps out."""
+class Parts(NamedTuple):
+    """What a scorer of published weights is made of."""
+
+    policy: Policy
+    """The model with its step head."""
+    template: PromptTemplate
+    """The family's own prompt template."""
+    encoder: type[StepEncoder]
+    """How it lays steps out."""
 
 
-def math_shepherd(path: str, **weights: Any) -> Parts:
-    """A model with the layout of ``math-shepherd-mistral-7b-prm``.
+def open_published(family: str, path: str, separator: str = "\n", **weights: Any) -> Parts:
+    """Load a published model.
 
     Args:
+        family: ``math-shepherd``, ``qwen-prm`` or ``trl``.
         path: folder or hub id.
+        separator: the ``step_separator`` that TRL's PRMTrainer had; the other families have their own.
         **weights: ``dtype`` and ``attention``, as for :func:`~stepkd.models.checkpoint.load_trained`.
 
     Raises:
         ModelError: nothing loadable there.
         ConfigError: a marker that is not one token of the model's tokenizer.
     """
-    policy = load_trained(path, **weights)
-    layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
-    policy.attach_step_head(LabelTokens(format=layout, labels=("-", "+"), meaning="value"))
-    return policy, PromptTemplate(style="plain"), SpacedSteps
-
-
-def qwen_prm(path: str, **weights: Any) -> Parts:
-    """A model with the layout of ``Qwen2.5-Math-PRM``; arguments and errors as of :func:`math_shepherd`."""
-    policy = _classifier(path, "<extra_0>", 2, **weights)
-    return policy, PromptTemplate(style="chat", system=QWEN_SYSTEM), BareSteps
-
-
-def trl_prm(path: str, separator: str = "\n", **weights: Any) -> Parts:
-    """A model that TRL's PRMTrainer trained with this ``step_separator``; the rest as of :func:`math_shepherd`."""
-    policy = _classifier(path, separator, 1, **weights)
-    return policy, _trl_template(policy.tokenizer), SeparatedSteps
-
-
-def _classifier(path: str, marker: str, layers: int, **weights: Any) -> Policy:
+    if family == "math-shepherd":
+        policy = load_trained(path, **weights)
+        layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
+        policy.attach_step_head(LabelTokens(format=layout, labels=("-", "+"), meaning="value"))
+        return Parts(policy, PromptTemplate(style="plain"), SpacedSteps)
+    marker, layers = ("<extra_0>", 2) if family == "qwen-prm" else (separator, 1)
     policy, head = _load_classifier(path, **weights)
-    layout = StepFormat(marker=marker, separator="", tokenize="per_step")
     _check_head(path, head, layers)
+    layout = StepFormat(marker=marker, separator="", tokenize="per_step")
     policy.attach_step_head(Classifier(format=layout, layers=layers), weights=head)
-    return policy
+    if family == "qwen-prm":
+        return Parts(policy, PromptTemplate(style="chat", system=QWEN_SYSTEM), BareSteps)
+    return Parts(policy, _trl_template(policy.tokenizer), SeparatedSteps)
 
 
 def _trl_template(tokenizer: Any) -> PromptTemplate:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 from stepkd.errors import DataError, check_choice
+from stepkd.grading.judge import solution_steps
 from stepkd.steps.format import Meaning
-from stepkd.steps.segment import SEGMENTERS, get_segmenter, segment, spans_from_ends
-from stepkd.steps.text import TokenizedText, text_from_ids
+from stepkd.steps.segment import SEGMENTERS, spans_from_ends
+from stepkd.steps.text import text_from_ids
 
 __all__ = ["Meaning"]
 
@@ -157,8 +158,7 @@ def row_steps(row: Row, tokenizer: Any | None = None) -> list[str]:
     if not isinstance(text, str):
         raise DataError("the row has no steps: neither 'completions' nor a 'completion' text", path=name)
     cut_by = row["segmenter"] if row.get("segmenter") in SEGMENTERS else "newline"
-    characters = TokenizedText(tuple(range(len(text))), text, tuple(range(1, len(text) + 1)))
-    texts = _some([text[slice(*span)] for span in segment(get_segmenter(cut_by), characters)], name)
+    texts = _some(solution_steps(text, cut_by), name)
     if ends is not None and len(texts) != len(ends):
         raise DataError(
             f"the row's {len(ends)} steps cannot be told: its token ids are not of this scorer's tokenizer, and its "
@@ -227,7 +227,9 @@ def reduce_scores(scores: Sequence[float], reduction: Reduction | None = None, *
     default = default_reduction(meaning)
     reduction = default if reduction is None else reduction
     check_choice("reduction", reduction, get_args(Reduction))
-    values = _checked(scores)
+    values = list(map(float, scores))
+    if not values or not all(math.isnan(value) or 0.0 <= value <= 1.0 for value in values):
+        raise DataError(f"step scores are probabilities in [0, 1], at least one; found {values}")
     if meaning == "outcome":
         values = [value for value in values[:-1] if not math.isnan(value)] + values[-1:]
     if any(map(math.isnan, values)):
@@ -252,25 +254,6 @@ def reduce_solutions(
         Per problem and solution a score in [0, 1], or None where the solution is unscored.
 
     Raises:
-        DataError: as in `reduce_scores`, naming problem and solution (both counted from 0).
-        ConfigError: an unknown reduction or meaning.
+        DataError, ConfigError: as in `reduce_scores`.
     """
-    reduced: list[list[float | None]] = []
-    for problem, solutions in enumerate(scores):
-        reduced.append([])
-        for index, steps in enumerate(solutions):
-            try:
-                reduced[-1].append(reduce_scores(steps, reduction, meaning=meaning))
-            except DataError as error:
-                raise DataError(f"problem {problem}, solution {index}: {error}") from None
-    return reduced
-
-
-def _checked(scores: Sequence[float]) -> list[float]:
-    values = [float(score) for score in scores]
-    if not values:
-        raise DataError("a solution without step scores cannot be reduced: give at least one step")
-    for index, value in enumerate(values):
-        if not (math.isnan(value) or 0.0 <= value <= 1.0):
-            raise DataError(f"step {index} has score {value!r}: step scores are probabilities in [0, 1]")
-    return values
+    return [[reduce_scores(steps, reduction, meaning=meaning) for steps in solutions] for solutions in scores]

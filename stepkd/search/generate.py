@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from stepkd.data.completion import Completion
-from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
 from stepkd.grading.pool import Grader
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
@@ -78,8 +78,7 @@ class SampledSteps:
     """Tokens drawn so far for completions, by the problem's number."""
 
     def __post_init__(self) -> None:
-        if self.max_step_tokens < 1:
-            raise ConfigError(f"max_step_tokens={self.max_step_tokens}: must be at least 1")
+        check_bounds("", self, max_step_tokens="[1, inf)")
         if self.sampling.temperature == 0:
             raise ConfigError("search needs different steps from one state: temperature 0 gives the same one always")
         kind = self.segmenter.partition(":")[0]
@@ -252,8 +251,7 @@ class RolloutValue:
     """Continuations per state, >= 1."""
 
     def __post_init__(self) -> None:
-        if self.rollouts < 1:
-            raise ConfigError(f"rollouts={self.rollouts}: must be at least 1")
+        check_bounds("", self, rollouts="[1, inf)")
 
     def values(self, states: Sequence[State]) -> list[float | None]:
         """See :class:`~stepkd.search.tree.StateValue`."""

@@ -26,13 +26,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
-from stepkd.errors import ConfigError, DataError, check_choice
+from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.grading.pool import Grader
 from stepkd.search.tree import Node, Problem, StateValue, Step, StepGenerator, back_up, best_child, select
-
-Until = Literal["end", "leaf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,47 +38,41 @@ class SearchConfig:
     says what is not."""
 
     iterations: int = 64
-    """Walks per decision, >= 1."""
+    """Walks per decision, at least 1; the paper's number."""
     root_factor: int = 4
-    """The first decision gets this many times the walks, >= 1."""
+    """Factor on the walks of the first decision, at least 1; the paper's number."""
     actions: int = 2
-    """Steps sampled at every node, >= 1; equal ones are merged."""
-    root_actions: int | None = None
-    """Steps sampled at the root; None: as everywhere."""
+    """Steps sampled at every node, at least 2, of which equal ones are merged; the paper's number."""
     depth: int = 3
-    """Look-ahead in steps from the node that is decided, >= 1."""
+    """Look-ahead in steps from the node that is decided, at least 1; the paper's number."""
     max_steps: int = 32
-    """Longest solution in steps, >= ``depth``; one that is longer stays unfinished."""
-    until: Until = "end"
-    """Where a walk ends: at the end of a solution or of the look-ahead (``end``), or at the first node that had no
-    children yet (``leaf``), which costs one expansion per walk."""
+    """Longest solution in steps, not below depth, beyond which it stays unfinished; 32 is more than most have."""
     exploration: float = 1.0
-    """c of PUCT, >= 0."""
+    """Weight c of the exploration term of PUCT, at least 0; the paper's number."""
     gamma: float = 1.0
-    """Discount of what follows a step, in [0, 1]."""
+    """Discount of what follows a step, in [0, 1]; 1 lets all steps of a walk count alike."""
     outcome: float = 1.0
-    """What a right solution's end adds to its value, and a wrong one's takes away, >= 0."""
+    """What a correct solution's end adds to its value, and an incorrect one's takes away, at least 0; 1 is the range of
+    the estimates."""
     damp_after: int | None = None
-    """Estimates are divided by ``max(1, depth of the parent - damp_after)``, against solutions that go on and on (the
-    released code: 3); None: they are not."""
+    """Depth, at least 0, from which estimates are divided by the steps beyond it, against solutions that go on and on
+    (the released code has 3); the default does not divide them."""
 
     def __post_init__(self) -> None:
-        check_choice("until", self.until, get_args(Until))
-        for name in ("iterations", "root_factor", "actions", "root_actions", "depth"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ConfigError(f"{name}={number}: must be at least 1")
+        check_bounds(
+            "search.",
+            self,
+            iterations="[1, inf)",
+            root_factor="[1, inf)",
+            actions="[2, inf)",
+            depth="[1, inf)",
+            exploration="[0, inf)",
+            gamma="[0, 1]",
+            outcome="[0, inf)",
+            damp_after="[0, inf)",
+        )
         if self.max_steps < self.depth:
-            raise ConfigError(f"max_steps={self.max_steps} is below the look-ahead, depth={self.depth}")
-        if max(self.actions, self.root_actions or 0) < 2:
-            raise ConfigError("with one action everywhere there is nothing to choose from: actions must be at least 2")
-        if self.damp_after is not None and self.damp_after < 0:
-            raise ConfigError(f"damp_after={self.damp_after}: must be 0 or more, or null")
-        if not 0 <= self.gamma <= 1:
-            raise ConfigError(f"gamma={self.gamma}: must lie in [0, 1]")
-        for name in ("exploration", "outcome"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more, and finite")
+            raise ConfigError(f"search.max_steps={self.max_steps} is below the look-ahead, search.depth={self.depth}")
 
 
 @dataclass(frozen=True)
@@ -156,12 +147,11 @@ def tree_search(
             )
     trees = [SearchTree(problem) for problem in problems]
     walks = [_decide_all(tree, settings) for tree in trees]
-    expand = _Expansion(generator, value, grader, settings)
     going = list(range(len(trees)))
     while going:
         stopped = [(i, leaf) for i in going if (leaf := next(walks[i], None)) is not None]
         if stopped:
-            expand([(trees[i], leaf) for i, leaf in stopped])
+            _expand([(trees[i], leaf) for i, leaf in stopped], generator, value, grader, settings)
         going = [i for i, _ in stopped]
     return trees
 
@@ -188,58 +178,41 @@ def _walk(start: Node, settings: SearchConfig) -> Iterator[Node]:
         node.visits += 1
         if node.terminal or node.depth >= limit:
             break
-        leaf = not node.children
-        if leaf:
+        if not node.children:
             yield node
         if not node.children:
             break
         path.append(select(node, settings.exploration))
-        if leaf and settings.until == "leaf":
-            path[-1].visits += 1
-            break
     back_up(path, settings.gamma)
 
 
-@dataclass
-class _Expansion:
-    """Gives nodes their children."""
-
-    generator: StepGenerator
-    value: StateValue
-    grader: Grader
-    settings: SearchConfig
-
-    def __call__(self, leaves: Sequence[tuple[SearchTree, Node]]) -> None:
-        """Expand leaves, at most one of each tree."""
-        everywhere = self.settings.actions
-        by_actions: dict[int, list[tuple[SearchTree, Node]]] = {}
-        for tree, leaf in leaves:
-            actions = everywhere if leaf.depth else self.settings.root_actions or everywhere
-            by_actions.setdefault(actions, []).append((tree, leaf))
-        for actions, group in sorted(by_actions.items(), key=lambda item: item[0]):
-            proposed = self.generator.propose([leaf.state(tree.problem) for tree, leaf in group], actions)
-            for (_, leaf), steps in zip(group, proposed, strict=True):
-                leaf.children = _merged(leaf, steps)
-        self._evaluate([(tree, child) for tree, leaf in leaves for child in leaf.children])
-
-    def _evaluate(self, new: Sequence[tuple[SearchTree, Node]]) -> None:
-        over = [(tree, node) for tree, node in new if node.terminal]
-        grades = self.grader.grade(
-            [node.state(tree.problem).text for tree, node in over],
-            [str(tree.problem.row["answer"]) for tree, _ in over],
-        )
-        for (_, node), grade in zip(over, grades, strict=True):
-            node.correct = grade.verdict == "correct"
-        estimates = self.value.values([node.state(tree.problem) for tree, node in new]) if new else []
-        for (_, node), estimate in zip(new, estimates, strict=True):
-            assert node.parent is not None
-            # Without an estimate the step neither gains nor loses.
-            after = self.settings.damp_after
-            damping = 1 if after is None else max(node.parent.depth - after, 1)
-            node.value = node.parent.value if estimate is None else estimate / damping
-            if node.correct is not None:
-                node.value += self.settings.outcome * (1 if node.correct else -1)
-            node.q = node.reward
+def _expand(
+    leaves: Sequence[tuple[SearchTree, Node]],
+    generator: StepGenerator,
+    value: StateValue,
+    grader: Grader,
+    settings: SearchConfig,
+) -> None:
+    """Give leaves, at most one of each tree, their children, and these their values."""
+    proposed = generator.propose([leaf.state(tree.problem) for tree, leaf in leaves], settings.actions)
+    for (_, leaf), steps in zip(leaves, proposed, strict=True):
+        leaf.children = _merged(leaf, steps)
+    new = [(tree, child) for tree, leaf in leaves for child in leaf.children]
+    over = [(tree, node) for tree, node in new if node.terminal]
+    grades = grader.grade(
+        [node.state(tree.problem).text for tree, node in over], [str(tree.problem.row["answer"]) for tree, _ in over]
+    )
+    for (_, node), grade in zip(over, grades, strict=True):
+        node.correct = grade.verdict == "correct"
+    estimates = value.values([node.state(tree.problem) for tree, node in new]) if new else []
+    for (_, node), estimate in zip(new, estimates, strict=True):
+        assert node.parent is not None
+        # Without an estimate the step neither gains nor loses.
+        damping = 1 if settings.damp_after is None else max(node.parent.depth - settings.damp_after, 1)
+        node.value = node.parent.value if estimate is None else estimate / damping
+        if node.correct is not None:
+            node.value += settings.outcome * (1 if node.correct else -1)
+        node.q = node.reward
 
 
 def _merged(parent: Node, steps: Sequence[Step]) -> list[Node]:

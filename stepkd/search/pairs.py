@@ -1,7 +1,7 @@
 """Step preference pairs from a searched tree, at every depth of the chosen path.
 
 At every decision the siblings are ranked by Q (equal ones by visits): the better side is the best, which is the one
-that was chosen; the worse side is the worst, or the second best. A run of steps of which each is its parent's only
+that was chosen; the worse side is the worst. A run of steps of which each is its parent's only
 child is one action, and its texts and ids are joined.
 
 Source: Xie et al. 2024, arXiv 2405.00451, and its released code.
@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-from stepkd.errors import ConfigError, check_choice
+from stepkd.errors import check_bounds
 from stepkd.search.mcts import Decision, Option, SearchTree
 from stepkd.search.tree import Node
-
-Choose = Literal["worst", "second"]
 
 _ROUNDING = 1e-9
 """Values that differ by less are equal: sums of the same numbers in another order."""
@@ -28,17 +26,13 @@ _ROUNDING = 1e-9
 class PairConfig:
     """Which pairs a tree gives."""
 
-    choose: Choose = "worst"
-    """The worse side: the worst sibling (``worst``), or the one next to the best (``second``)."""
     max_pairs: int = 8
-    """Most pairs of a problem, the first ones along the path, >= 1."""
+    """Most pairs of a problem, the first ones along the path, at least 1; the released code's number."""
     solved_only: bool = True
-    """Only trees that hold a right solution: elsewhere nothing but estimates tells the sides apart."""
+    """Take pairs only from trees with a correct solution: elsewhere nothing but estimates tells the sides apart."""
 
     def __post_init__(self) -> None:
-        check_choice("choose", self.choose, get_args(Choose))
-        if self.max_pairs < 1:
-            raise ConfigError(f"max_pairs={self.max_pairs}: must be at least 1")
+        check_bounds("pairs.", self, max_pairs="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def tree_pairs(
     if settings.solved_only and not tree.solved:
         return TreePairs((), {"unsolved_tree": 1})
     for decision in _choices(tree.decisions):
-        found = _pair(decision, settings)
+        found = _pair(decision)
         if isinstance(found, str):
             dropped[found] += 1
         elif len(rows) == settings.max_pairs:
@@ -110,12 +104,12 @@ def _choices(decisions: Sequence[Decision]) -> Iterator[Decision]:
         inside.update(id(node) for node in action(decision.chosen))
 
 
-def _pair(decision: Decision, settings: PairConfig) -> tuple[Option, Option] | str:
+def _pair(decision: Decision) -> tuple[Option, Option] | str:
     """The two sides, or why there are none."""
     ranked = sorted(decision.options, key=lambda option: (-option.q, -option.visits))
     if len(ranked) < 2:
         return "no_sibling"
-    better, worse = ranked[0], ranked[-1 if settings.choose == "worst" else 1]
+    better, worse = ranked[0], ranked[-1]
     if better.q - worse.q <= _ROUNDING:
         return "equal_values"
     sides = [action(option.node) for option in (better, worse)]

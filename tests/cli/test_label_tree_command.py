@@ -46,12 +46,11 @@ def test_search_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_checker_as_value(tmp_path: Path) -> None:
     out = tmp_path / "checked"
-    words = ["--value", "StepScore", "--value.scorer", "checker", "--pairs.choose", "second"]
+    words = ["--value", "StepScore", "--value.scorer", "checker"]
     assert run(*PROBLEMS, *SMALL, *words, "--out", str(out)) == 0
     (row, *_) = load_rows(parse_spec(str(out)))
     assert row["pairing"]["value"]["scorer"]["scorer"] == "checker"
     assert row["pairing"]["value"]["reduction"] == "product"
-    assert row["pairing"]["choose"] == "second"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_a_checker_as_value(tmp_path: Path) -> None:
             [*PROBLEMS, *SMALL, "--value", "RolloutShare", "--value.reduction", "min"],
             "is not a setting of value",
         ),
-        ([*PROBLEMS, *SMALL, "--pairs.choose", "third"], "third"),
+        ([*PROBLEMS, *SMALL, "--pairs.max_pairs", "0"], "pairs.max_pairs=0"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

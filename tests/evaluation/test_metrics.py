@@ -257,18 +257,17 @@ def test_numbers_against_brute_force(tmp_path: Path) -> None:
         write_run(tmp_path / "a", a),
         write_run(tmp_path / "b", b, model={"name": "acme/new"}),
         n_resamples=20_000,
-        level=0.8,
     )
     gaps = np.array([0.5, 0.5, -0.5, 0.5])
     resampled = sorted(np.mean(draw) for draw in itertools.product(gaps, repeat=4))
     assert result.difference.value == pytest.approx(0.25)
-    # All 4^4 resamples: the 10% and 90% points of their means.
-    assert result.difference.low == pytest.approx(np.quantile(resampled, 0.1))
-    assert result.difference.high == pytest.approx(np.quantile(resampled, 0.9))
+    # All 4^4 resamples: the 2.5% and 97.5% points of their means.
+    assert result.difference.low == pytest.approx(np.quantile(resampled, 0.025))
+    assert result.difference.high == pytest.approx(np.quantile(resampled, 0.975))
     assert (result.pass1_a.value, result.pass1_b.value) == (0.5, 0.75)
     assert (result.fixed, result.broken) == (("p1", "p3"), ("p2",))
-    assert result.p_value == 1.0  # 2 against 1 of 3
-    assert result.mid_p_value == pytest.approx(1 - 3 / 8)
+    assert result.mcnemar_p == 1.0  # 2 against 1 of 3
+    assert result.mcnemar_mid_p == pytest.approx(1 - 3 / 8)
     assert dict(result.settings) == {"model.name": ("acme/tiny", "acme/new")}
     assert result.warnings == ()
 
@@ -280,7 +279,7 @@ def test_swapping_the_runs_mirrors_the_result(tmp_path: Path) -> None:
     there, back = compare_runs(a, b), compare_runs(b, a)
     assert there.difference.value == -back.difference.value
     assert (there.difference.low, there.difference.high) == pytest.approx((-back.difference.high, -back.difference.low))
-    assert (there.fixed, there.broken, there.p_value) == (back.broken, back.fixed, back.p_value)
+    assert (there.fixed, there.broken, there.mcnemar_p) == (back.broken, back.fixed, back.mcnemar_p)
     assert there.pass1_a.method == "wilson"
 
 
@@ -297,7 +296,7 @@ def test_identical_runs_and_one_problem(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {"x": [True], "y": [False]})
     same = compare_runs(a, a)
     assert (same.difference.value, same.difference.low, same.difference.high) == (0.0, 0.0, 0.0)
-    assert same.p_value == 1.0
+    assert same.mcnemar_p == 1.0
     single = compare_runs(write_run(tmp_path / "b", {"x": [True]}), write_run(tmp_path / "c", {"x": [False]}))
     assert "-1.000 [no interval]" in str(single)
     assert single.to_dict()["difference"]["low"] is None
@@ -313,7 +312,7 @@ def test_text_and_dict(tmp_path: Path) -> None:
     assert "p09, p10, and 3 more" in text
     assert "seed: 0 -> 3" in text
     as_dict = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert len(as_dict["first_sample"]["fixed"]) == 13
+    assert len(as_dict["fixed"]) == 13
     assert as_dict["difference"]["value"] == pytest.approx(13 / 14)
     assert as_dict["settings"] == {"seed": [0, 3]}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
 from stepkd.evaluation.process import (
     f1_difference,
     harmonic_mean,
@@ -130,10 +130,9 @@ def test_first_error_is_the_first_step_strictly_below() -> None:
     assert predicted_first_error([0.9, 0.4, 0.1]) == 1
     assert predicted_first_error([0.9, 0.5]) == -1
     assert predicted_first_error([0.9, 0.5], 0.51) == 1
-    with pytest.raises(DataError, match=r"step 1 has no score \(NaN\)"):
-        predicted_first_error([0.1, NAN])  # also when an earlier step decides: half a solution is no solution
-    with pytest.raises(DataError, match="without step scores"):
-        predicted_first_error([])
+    for scores in ([0.1, NAN], []):  # also when an earlier step decides: half a solution is no solution
+        with pytest.raises(DataError, match="a first error cannot be told"):
+            predicted_first_error(scores)
 
 
 def random_split(rng: np.random.Generator) -> tuple[list[list[float]], list[int]]:
@@ -176,12 +175,8 @@ def test_neighbouring_floats_are_told_apart() -> None:
 def test_tuning_refuses_what_it_cannot_tune_on() -> None:
     with pytest.raises(DataError, match="undefined on 0 solutions with an error and 1 without"):
         tune_threshold([[0.5]], [-1])
-    with pytest.raises(DataError, match="solution 1: step 0 has no score"):
+    with pytest.raises(DataError, match="a step has no score"):
         tune_threshold([[0.5], [NAN]], [-1, 0])
-    with pytest.raises(DataError, match="label 0 is 1, but that solution has 1 steps"):
-        tune_threshold([[0.5], [0.5]], [1, -1])
-    with pytest.raises(DataError, match="2 solutions for 1 labels"):
-        tune_threshold([[0.5], [0.5]], [1])
 
 
 # --- baselines ------------------------------------------------------------------------------------------------------
@@ -198,38 +193,29 @@ def test_calling_every_solution_correct_scores_nothing() -> None:
 def test_random_baseline_against_uniform_scores() -> None:
     labels, steps, threshold = [0, 2, -1, -1, 1], [2, 3, 1, 3, 4], 0.3
     baseline = random_baseline(labels, steps, threshold=threshold, draws=3000)
-    assert baseline.acc_error == pytest.approx((0.3 + 0.7**2 * 0.3 + 0.7 * 0.3) / 3)
-    assert baseline.acc_correct == pytest.approx((0.7 + 0.7**3) / 2)
+    assert baseline["acc_error"] == pytest.approx((0.3 + 0.7**2 * 0.3 + 0.7 * 0.3) / 3)
+    assert baseline["acc_correct"] == pytest.approx((0.7 + 0.7**3) / 2)
     rng = np.random.default_rng(4)
     drawn = []
     for _ in range(3000):
         predictions = [predicted_first_error(rng.random(n).tolist(), threshold) for n in steps]
         drawn.append(float(brute_f1(predictions, labels) or 0))
-    assert baseline.f1 == pytest.approx(np.mean(drawn), abs=0.03)
-    assert baseline.f1_low == 0.0
-    assert baseline.f1_high == pytest.approx(np.quantile(drawn, 0.975), abs=0.1)
+    assert baseline["f1"] == pytest.approx(np.mean(drawn), abs=0.03)
 
 
 def test_random_baseline_is_keyed() -> None:
     args: tuple[list[int], list[int]] = ([0, 1, -1], [3, 3, 3])
     assert random_baseline(*args, draws=50) == random_baseline(*args, draws=50)
-    assert random_baseline(*args, draws=50).f1 != random_baseline(*args, draws=50, seed=1).f1
-    with pytest.raises(ConfigError, match="threshold in"):
-        random_baseline(*args, threshold=2)
-    with pytest.raises(DataError, match="needs solutions with an error and solutions without"):
-        random_baseline([0], [1])
+    assert random_baseline(*args, draws=50)["f1"] != random_baseline(*args, draws=50, seed=1)["f1"]
 
 
-@pytest.mark.parametrize(
-    ("predictions", "labels", "message"),
-    [
-        ([], [], "there are no labels"),
-        ([0], [0, 1], "1 predictions for 2 labels"),
-        ([0], [-2], "label 0 is -2"),
-        ([0], [True], "label 0 is True"),
-        ([0.0], [0], r"prediction 0 is 0\.0"),
-    ],
-)
-def test_bad_rows(predictions: list[int], labels: list[int], message: str) -> None:
-    with pytest.raises(DataError, match=message):
+@pytest.mark.parametrize(("predictions", "labels"), [([0], [0, 1]), ([0], [-2]), ([-2], [0])])
+def test_bad_rows(predictions: list[int], labels: list[int]) -> None:
+    with pytest.raises(DataError, match=f"{len(predictions)} predictions for {len(labels)} labels"):
         processbench_f1(predictions, labels)
+
+
+def test_no_rows_give_no_numbers() -> None:
+    assert processbench_f1([], []).to_dict() == {
+        "acc_error": None, "acc_correct": None, "f1": None, "n_error": 0, "n_correct": 0
+    }  # fmt: skip

@@ -141,9 +141,9 @@ def test_rollouts_with_step_labels_are_read(tmp_path: Path) -> None:
     assert section["fixed"]["f1"]["value"] == 1.0
     # The checker's score of a solution falls from 1 to 0 when a line comes before the one it needs.
     swap = section["order_swap"]
-    assert swap["dependent_drop_rate"]["value"] == 1.0
-    assert swap["dependent_mean_drop"]["value"] == 1.0
-    assert (swap["dependent"], swap["independent"]) == (6, 0)
+    assert swap["drop_rate"]["value"] == 1.0
+    assert swap["mean_drop"]["value"] == 1.0
+    assert (swap["swaps"], swap["unscored"]) == (6, 0)
 
 
 def test_no_order_swaps_without_a_checker(data: str, tmp_path: Path) -> None:

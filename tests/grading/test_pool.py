@@ -16,16 +16,7 @@ import pytest
 
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.grading import pool
-from stepkd.grading.pool import (
-    Grade,
-    Grader,
-    GradingConfig,
-    Verdict,
-    accuracy_reward,
-    completion_text,
-    shared_grader,
-    verdict_counts,
-)
+from stepkd.grading.pool import Grade, Grader, GradingConfig, Verdict, verdict_counts
 
 HALF = "\\boxed{\\frac{2}{4}}"
 """Takes a worker when the reference answer is 1/2 in another form."""
@@ -167,23 +158,14 @@ def test_a_timeout_touches_its_own_item_only() -> None:
     assert [g.verdict.value for g in grades] == ["correct", "timeout", "correct", "correct"]
 
 
-def test_catastrophic_regex_is_killed_too() -> None:
-    with Grader(GradingConfig(workers=1, deadline_s=0.5, extractors=("regex:(a+)+$",))) as grader:
-        assert grader.grade_one("a" * 64 + "b", "1") == Grade(Verdict.TIMEOUT, None, "1")
-    with Grader(GradingConfig(workers=1, extractors=(r"regex:so (\S+)",))) as grader:
-        assert grader.grade_one("so 5 so \ud8001/2\0", "x").extracted == "\ud8001/2\0"
-        assert grader.grade_one("so 1/2", "\\frac12").verdict is Verdict.CORRECT
-        assert grader.grade_one("thus 1/2", "\\frac12").verdict is Verdict.UNPARSED
-
-
 def test_memory_is_capped_and_only_the_item_pays() -> None:
-    with Grader(GradingConfig(workers=1, memory_mb=256, deadline_s=30, extractors=("regex:x(.)",))) as grader:
-        assert grader.grade_one("x5", "5").verdict is Verdict.CORRECT
+    with Grader(GradingConfig(workers=1, memory_mb=256, deadline_s=30)) as grader:
+        assert _works(grader)
         limits = Path(f"/proc/{grader._pool[0].process.pid}/limits").read_text()
         assert str(256 * 2**20) in next(line for line in limits.splitlines() if line.startswith("Max address space"))
-        bomb = grader.grade_one("a" * (150 * 2**20), "5")  # several copies of it are over the cap
+        bomb = grader.grade_one("\\boxed{2^{10^{10}}}", "\\frac{3}{7}")  # 1.25 GB of digits
         assert bomb.verdict is Verdict.TIMEOUT
-        assert grader.grade_one("x5", "5").verdict is Verdict.CORRECT
+        assert _works(grader)
 
 
 def test_a_worker_past_half_its_memory_is_replaced_after_its_item(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,23 +194,22 @@ def test_workers_are_kept_below_a_large_parent() -> None:
 
 
 def test_an_item_whose_worker_was_killed_is_tried_once_more() -> None:
-    with Grader(GradingConfig(workers=1, deadline_s=60, extractors=("regex:(a+)+$",))) as grader:
-        assert grader.grade_one("aaa", "aaa").verdict is Verdict.CORRECT
-        killed: list[int] = []
+    with Grader(GradingConfig(workers=1, deadline_s=60)) as grader:
+        assert _works(grader)
+        pid = grader._pool[0].process.pid
+        os.kill(pid, signal.SIGSTOP)  # so that it is still at its item when it is killed
 
         def kill_when_busy() -> None:
-            while not (grader._pool and grader._pool[0].limit < math.inf):
+            while not grader._pool[0].limit < math.inf:
                 time.sleep(0.001)
-            killed.append(grader._pool[0].process.pid)
-            os.kill(killed[0], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
         killer = threading.Thread(target=kill_when_busy)
         killer.start()
-        grades = grader.grade(["a" * 21 + "b", "aaa"], ["aaa", "aaa"])
+        grades = grader.grade(["\\boxed{\\frac{3}{4}}", HALF], ["0.5", "0.5"])
         killer.join()
-        assert [g.verdict.value for g in grades] == ["unparsed", "correct"]
-        assert killed
-        assert grader._pool[0].process.pid != killed[0]
+        assert [g.verdict.value for g in grades] == ["wrong", "correct"]
+        assert grader._pool[0].process.pid != pid
 
 
 def test_worker_killed_while_idle_costs_nothing() -> None:
@@ -449,14 +430,10 @@ def test_bad_settings(settings: dict[str, object], message: str) -> None:
 def test_bad_columns(grader: Grader) -> None:
     with pytest.raises(DataError, match="2 completions but 1 answers"):
         grader.grade(["1", "2"], ["1"])
-    with pytest.raises(DataError, match=r"completions\[1\] is int"):
-        grader.grade(["1", 2], ["1", "2"])  # type: ignore[list-item]
     with pytest.raises(DataError, match=r"answers\[0\] is float"):
         grader.grade(["1"], [1.0])  # type: ignore[list-item]
     with pytest.raises(DataError, match=r"answers\[0\] is empty"):
         grader.grade(["1"], [" "])
-    with pytest.raises(DataError, match="answers is one text"):
-        grader.grade(["1"], "1")
 
 
 @pytest.mark.parametrize(
@@ -476,39 +453,3 @@ def test_workers_that_cannot_start_are_an_error(boot: str, message: str, monkeyp
     with Grader(GradingConfig(workers=1)) as grader, pytest.raises(StepkdError, match=message):
         grader.grade_one(HALF, "0.5")
     assert not grader._pool
-
-
-def test_a_reward_for_strings_messages_and_numbers() -> None:
-    rewards = accuracy_reward(
-        prompts=["q"] * 5,
-        completions=[
-            "#### 18",
-            [{"role": "assistant", "content": "It is \\boxed{18}."}],
-            [{"role": "assistant", "content": [{"type": "text", "text": "The answer is "}, {"text": "19"}]}],
-            "",
-            "18.50",
-        ],
-        answer=["18", "9 * 2 = <<9*2=18>>18\n#### 18", 18, "18", 18.5],
-        completion_ids=[[1]] * 5,
-    )
-    assert rewards == [1.0, 1.0, 0.0, 0.0, 1.0]
-
-
-def test_the_grader_of_rewards_is_shared() -> None:
-    assert shared_grader() is shared_grader()
-
-
-def test_completion_text_reads_the_last_message() -> None:
-    assert completion_text([{"content": "a"}, {"content": "b"}]) == "b"
-    assert completion_text([]) == ""
-    assert completion_text(None) == ""
-    assert completion_text([{"role": "assistant", "content": None}]) == ""
-
-
-def test_bad_columns_are_named() -> None:
-    with pytest.raises(DataError, match="type int is neither text nor a list of chat messages"):
-        accuracy_reward(prompts=["q"], completions=[3], answer=["3"])
-    with pytest.raises(DataError, match=r"answers\[0\] is NoneType"):
-        accuracy_reward(prompts=["q"], completions=["3"], answer=[None])
-    with pytest.raises(DataError, match="1 completions but 2 answers"):
-        accuracy_reward(prompts=["q"], completions=["3"], answer=["3", "4"])

@@ -94,34 +94,23 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_bad_files(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
-    with pytest.raises(DataError, match=r"cannot be read as JSON: .*No such file"):
+    with pytest.raises(DataError, match="No such file"):
         TemperatureScaling.load(path)
-    for text, message in [
-        ("{", "cannot be read as JSON"),
-        ("[1]", "is no temperature fit"),
-        (json.dumps({"format": "other"}), "is no temperature fit"),
-        (
-            json.dumps({"format": "stepkd-temperature-scaling", "version": 9}),
-            r"is no temperature fit that .* version 9; it must be 'stepkd-temperature-scaling', 1\): fit again",
-        ),
-        (json.dumps({"format": "stepkd-temperature-scaling", "version": 1}), r"is damaged \(KeyError"),
-        (
-            json.dumps(
-                {
-                    "format": "stepkd-temperature-scaling",
-                    "version": 1,
-                    "temperature": -1,
-                    "nll_before": 1,
-                    "nll_after": 1,
-                    "n": 1,
-                }
-            ),
-            r"temperature=-1\.0 must lie",
-        ),
+    known = {"format": "stepkd-temperature-scaling", "version": 1}
+    fit = {"temperature": -1.0, "nll_before": 1, "nll_after": 1, "n": 1}
+    for values, message in [
+        ([1], "is no temperature fit"),
+        ({"format": "other"}, "is no temperature fit"),
+        (known | {"version": 9}, "format and version are not 'stepkd-temperature-scaling' and 1"),
+        (known, "is no temperature fit .*missing"),
+        (known | fit, r"temperature=-1\.0 must lie"),
     ]:
-        path.write_text(text)
+        path.write_text(json.dumps(values))
         with pytest.raises(DataError, match=message):
             TemperatureScaling.load(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="is no temperature fit"):
+        TemperatureScaling.load(path)
     with pytest.raises(ConfigError, match="temperature=0"):
         TemperatureScaling(0, 1.0, 1.0, 1)
     (tmp_path / "file").write_text("")

@@ -50,18 +50,6 @@ def test_by_hand(scripted: Any, known_tree: Any, known_values: Any, grader: Any,
     assert generator.calls == [1, 1, 1], "every node is expanded once"
 
 
-def test_walks_that_end_at_the_leaf(
-    scripted: Any, known_tree: Any, known_values: Any, grader: Any, problem: Problem
-) -> None:
-    """Walk 1 expands the root and ends at a, walk 2 expands a: as many expansions as walks."""
-    generator = scripted(known_tree)
-    settings = SearchConfig(iterations=2, root_factor=1, depth=2, exploration=4.0, until="leaf")
-    (tree,) = tree_search([problem], generator, known_values, grader, settings)
-    assert [o.visits for o in tree.decisions[0].options] == [2, 0]
-    assert tree.decisions[0].options[0].q == pytest.approx(0.65)
-    assert len(generator.calls) == 2
-
-
 def test_the_better_branch_wins_against_its_first_value(
     scripted: Any, valued: Any, known_tree: Any, grader: Any, problem: Problem
 ) -> None:
@@ -96,11 +84,10 @@ def random_script(seed: int) -> tuple[dict[str, Any], dict[str, float | None]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("until", ["end", "leaf"])
-def test_invariants(scripted: Any, valued: Any, seed: int, until: Any, grader: Any, problem: Problem) -> None:
+def test_invariants(scripted: Any, valued: Any, seed: int, grader: Any, problem: Problem) -> None:
     script, known_values = random_script(seed)
     values = valued(known_values)
-    settings = SearchConfig(iterations=5, actions=3, depth=2, gamma=0.9, until=until, damp_after=1)
+    settings = SearchConfig(iterations=5, actions=3, depth=2, gamma=0.9, damp_after=1)
     (tree,) = tree_search([problem], scripted(script), values, grader, settings)
     decided = {id(decision.node): decision.options for decision in tree.decisions}
     for node in tree.root.subtree():
@@ -149,7 +136,7 @@ def test_together_or_alone(scripted: Any, known_tree: Any, known_values: Any, gr
 def test_equal_steps_are_merged(scripted: Any, known_values: Any, grader: Any, problem: Problem) -> None:
     steps = [("a\n", 0.5, "step"), ("a\n", 0.5, "step"), ("b\n", 0.5, "step"), ("a\n", 0.5, "stop")]
     script = {"": steps, "a\n": [("#### 1", 0.5, "stop")], "b\n": [("#### 2", 0.5, "stop")]}
-    settings = SearchConfig(iterations=1, root_actions=4, depth=2)
+    settings = SearchConfig(iterations=1, actions=4, depth=2)
     (tree,) = tree_search([problem], scripted(script), known_values, grader, settings)
     found = [(n.step.text, n.step.end, n.copies) for n in tree.root.children if n.step is not None]
     assert found == [("a\n", "step", 2), ("b\n", "step", 1), ("a\n", "stop", 1)]
@@ -181,13 +168,12 @@ def test_the_look_ahead_and_the_longest_solution_are_kept(
     [
         ({"iterations": 0}, "iterations=0"),
         ({"root_factor": 0}, "root_factor=0"),
-        ({"actions": 1}, "nothing to choose from"),
+        ({"actions": 1}, "actions=1: must be at least 2"),
         ({"depth": 9, "max_steps": 8}, "below the look-ahead"),
         ({"gamma": 1.5}, "gamma=1.5"),
         ({"exploration": -1.0}, "exploration=-1.0"),
         ({"outcome": float("nan")}, "outcome=nan"),
         ({"damp_after": -1}, "damp_after=-1"),
-        ({"until": "lef"}, "did you mean 'leaf'|leaf"),
     ],
 )
 def test_bad_settings(change: dict[str, Any], message: str) -> None:

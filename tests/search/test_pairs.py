@@ -67,9 +67,7 @@ def test_chains_are_one_action(chained: SearchTree) -> None:
     assert second["pair_facts"]["siblings"] == 3
 
 
-def test_second_best_and_limits(chained: SearchTree) -> None:
-    second = tree_pairs(chained, PairConfig(choose="second"))
-    assert [row["rejected"] for row in second.rows] == ["bb\nonly\n", "#### 333"]
+def test_most_pairs_of_a_problem(chained: SearchTree) -> None:
     one = tree_pairs(chained, PairConfig(max_pairs=1))
     assert [row["id"] for row in one.rows] == ["p/0"]
     assert one.dropped == {"over_limit": 1}
@@ -129,7 +127,5 @@ def test_visits_are_those_of_the_decision(
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(ConfigError, match="worst"):
-        PairConfig(choose="best")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_pairs=0"):
         PairConfig(max_pairs=0)
