@@ -357,7 +357,7 @@ def user_mistake(error: BaseException) -> StepkdError | None:
     current: BaseException | None = error if isinstance(error, ValueError | TypeError) else None
     while current is not None:
         found = current if isinstance(current, StepkdError) else found
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return found
 
 
@@ -384,7 +384,7 @@ def build_settings(kind: type[S], values: Mapping[str, Any], where: str) -> S:
     try:
         return built(parser, kind, parser.parse_object(dict(values)))
     except StepkdError as error:
-        raise ConfigError(f"{where}: {_innermost(str(error), known)}") from error
+        raise ConfigError(f"{where}: {_innermost(str(error), known)}") from None
 
 
 def built(parser: ArgumentParser, kind: type[S], values: Any) -> S:

@@ -232,5 +232,5 @@ class LargestBatch(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         examples = data.examples["train"]
         batches = data.train_dataloader().plan.batches(0)
-        largest = max(batches, key=lambda batch: sum(examples[i].length for i in batch))
+        largest = max(batches, key=lambda batch: sum(examples[i].size for i in batch))
         data.examples["train"] = [examples[i] for i in largest]

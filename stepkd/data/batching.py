@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from stepkd.data.encode import Item
+import numpy as np
+
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError
 from stepkd.randomness import generator
 
@@ -25,10 +27,7 @@ class BatchPlan:
     """Tokens of every example, each >= 1."""
     _: KW_ONLY
     size: int
-    """Global batch size in ``unit``."""
-    unit: Literal["sequences", "tokens"] = "sequences"
-    """``sequences``, or ``tokens`` (prompt + completion, without padding): a batch takes examples until the next one
-    would exceed ``size``, and holds at least one."""
+    """Examples of a batch over all ranks, at least 1."""
     seed: int = 0
     """Seed of the shuffle."""
     shuffle: bool = True
@@ -37,20 +36,14 @@ class BatchPlan:
     """Group of every example; examples of a group stay together."""
 
     def __post_init__(self) -> None:
-        if self.unit not in ("sequences", "tokens"):
-            raise ConfigError(f"batch unit {self.unit!r}: must be 'sequences' or 'tokens'")
         if self.size < 1:
-            raise ConfigError(f"global batch size {self.size}: must be at least 1")
-        if not len(self.lengths):
-            raise ConfigError("there are no examples to form batches of")
-        if self.groups is not None and len(self.groups) != len(self.lengths):
-            raise ValueError(f"{len(self.groups)} groups for {len(self.lengths)} examples")
+            raise ConfigError(f"data.global_batch_size={self.size}: must be at least 1")
+        assert len(self.lengths), "no examples"
+        assert self.groups is None or len(self.groups) == len(self.lengths)
 
     @property
-    def num_batches(self) -> int | None:
-        """Batches per epoch; None in token units, where it varies with the shuffle."""
-        if self.unit == "tokens":
-            return None
+    def num_batches(self) -> int:
+        """Batches per epoch."""
         return -(-len(self.lengths) // self.size)
 
     def batches(self, epoch: int) -> list[list[int]]:
@@ -60,17 +53,7 @@ class BatchPlan:
             order = generator(self.seed, "shuffle", epoch).permutation(len(order)).tolist()
         if self.groups is not None:  # groups in the order of their first example
             order = [i for group in _grouped(order, self.groups) for i in group]
-        if self.unit == "sequences":
-            return [order[i : i + self.size] for i in range(0, len(order), self.size)]
-        batches: list[list[int]] = []
-        tokens = 0
-        for i in order:
-            if not batches or tokens + self.lengths[i] > self.size:
-                batches.append([])
-                tokens = 0
-            batches[-1].append(i)
-            tokens += self.lengths[i]
-        return batches
+        return [order[i : i + self.size] for i in range(0, len(order), self.size)]
 
 
 def _grouped(indices: Iterable[int], keys: Sequence[Hashable]) -> list[list[int]]:
@@ -120,30 +103,6 @@ def mismatched(prompts: Sequence[Hashable]) -> list[int | None]:
     return partners
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut examples into micro-batches of at most ``max_tokens`` tokens, padding included.
-
-    Args:
-        lengths: tokens of each example.
-        max_tokens: rows times longest row of a micro-batch stays within this; an example longer than the budget gets a
-            micro-batch of its own.
-
-    Returns:
-        Positions in ``lengths``, longest first, so that the largest micro-batch comes first and memory trouble shows at
-        the first step.
-    """
-    if max_tokens < 1:
-        raise ConfigError(f"micro_batch_tokens={max_tokens}: must be at least 1")
-    groups: list[list[int]] = []
-    longest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not groups or (len(groups[-1]) + 1) * longest > max_tokens:
-            groups.append([])
-            longest = max(lengths[i], 1)
-        groups[-1].append(i)
-    return groups
-
-
 @dataclass(frozen=True)
 class Position:
     """Where in the data a run stands: the next batch to train on."""
@@ -158,15 +117,15 @@ class Position:
 class StepBatch:
     """This rank's share of one global batch."""
 
-    examples: tuple[Item, ...]
+    examples: tuple[Completion, ...]
     """The rank's examples; may be empty when the global batch is smaller than the world."""
     indices: tuple[int, ...]
     """Number of each example in the data set: keys the randomness of whatever is sampled for it."""
-    filler: Item
+    filler: Completion
     """Stands in for this rank when others have more micro-batches."""
     next_position: Position
     """Where the data stands once this batch has been trained on."""
-    peers: tuple[Item, ...] = ()
+    peers: tuple[Completion, ...] = ()
     """All examples of the global batch, in the plan's order: the same on every rank."""
     places: tuple[int, ...] = ()
     """Position of each of this rank's examples among the peers."""
@@ -184,7 +143,7 @@ class StepLoader:
         ConfigError: on iteration, when the position lies beyond the epoch: the data or the batch size has changed.
     """
 
-    examples: Sequence[Item]
+    examples: Sequence[Completion]
     """The data set."""
     plan: BatchPlan
     """The batches of each epoch."""
@@ -200,14 +159,12 @@ class StepLoader:
     ``limit_train_batches``). The pass after it starts afresh."""
 
     def __post_init__(self) -> None:
-        shortest = min(self.examples, key=lambda example: (not len(example.token_ids), example.length, example.id))
+        shortest = min(self.examples, key=lambda example: (not len(example.token_ids), example.size, example.id))
         if not len(shortest.token_ids):  # prompts to sample from; a dummy batch needs a target all the same
-            shortest = replace(shortest, token_ids=shortest.prompt_ids[-1:], spans=((0, 1),))
+            shortest = replace(shortest, token_ids=shortest.prompt_ids[-1:], step_ends=np.array([1]))
         self._filler = shortest
 
     def __len__(self) -> int:
-        if self.plan.num_batches is None:
-            raise TypeError("batches measured in tokens: their number is known only epoch by epoch")
         return self.plan.num_batches
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Item
 from stepkd.errors import ConfigError
 from stepkd.steps.labels import correct_targets
 
@@ -52,7 +51,7 @@ class Batch:
     """float64 target probabilities of the labelled steps, worst class first; they sum to one."""
     outcome_R: Tensor
     """int64, 1: the completion is correct (or desirable), 0: it is not, -1: not known."""
-    examples: tuple[Item, ...]
+    examples: tuple[Completion, ...]
     """What the completions are of, in order."""
     shared_BT: Tensor | None = None
     """int64: the position in the flattened (B * T) axis whose state a position has, for one that continues an earlier
@@ -113,7 +112,7 @@ class Batch:
 
 
 def collate(
-    examples: Sequence[Item],
+    examples: Sequence[Completion],
     pad_id: int,
     *,
     share: bool = False,
@@ -192,7 +191,7 @@ def _shared(
     return torch.from_numpy(slots_BT) if found else None
 
 
-def plan(examples: Sequence[Item], max_tokens: int, *, share: bool = False) -> list[list[Item]]:
+def plan(examples: Sequence[Completion], max_tokens: int, *, share: bool = False) -> list[list[Completion]]:
     """Cut examples into micro-batches of at most ``max_tokens`` tokens, padding included.
 
     Args:
@@ -207,13 +206,11 @@ def plan(examples: Sequence[Item], max_tokens: int, *, share: bool = False) -> l
     if max_tokens < 1:
         raise ConfigError(f"micro_batch_tokens={max_tokens}: must be at least 1")
     longest = [max(each.length for each in example.completions) for example in examples]
-    keys: list[Hashable] = [
-        example.completions[0].prompt_ids.tobytes() if share else i for i, example in enumerate(examples)
-    ]
+    keys: list[Hashable] = [example.prompt_ids.tobytes() if share else i for i, example in enumerate(examples)]
     rank: dict[Hashable, tuple[int, int]] = {}  # of a prompt: its longest row, then its first example
     for i, key in enumerate(keys):
         rank[key] = min(rank.get(key, (0, i)), (-longest[i], i))
-    groups: list[list[Item]] = []
+    groups: list[list[Completion]] = []
     rows = width = saved = 0
     last: Hashable = None
     for i in sorted(range(len(examples)), key=lambda i: (rank[keys[i]], -longest[i], i)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -54,6 +54,8 @@ class Completion:
     """For each step the probabilities of its classes, worst first, or None; empty where no step is labelled."""
     read_at: tuple[int, ...] = field(default=(), kw_only=True)
     """For each step with a place in ``targets`` the index in ``token_ids`` at which it is scored."""
+    step_weights: tuple[float, ...] = field(default=(), kw_only=True)
+    """How much each step counts in a distillation, 0 or more; empty: all of them once."""
 
     def __post_init__(self) -> None:
         whole = [len(self.token_ids)] if len(self.token_ids) else []
@@ -76,8 +78,13 @@ class Completion:
         return len(self.prompt_ids) + len(self.token_ids)
 
     @property
+    def size(self) -> int:
+        """Tokens of an example: its prompt once, and all of its completions."""
+        return len(self.prompt_ids) + sum(len(each.token_ids) for each in self.completions)
+
+    @property
     def completions(self) -> tuple[Completion, ...]:
-        """Itself alone: what it is as an example."""
+        """The completions of an example, all of one prompt: itself alone, or the two sides of a pair."""
         return (self,)
 
     @property
@@ -90,11 +97,6 @@ class Completion:
 
     @property
     def key(self) -> bytes:
-        """16 bytes of its prompt's and its own ids."""
-        return completion_key(self.prompt_ids.tolist(), self.token_ids.tolist())
-
-
-def completion_key(prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> bytes:
-    """16 bytes that a completion of a prompt is found by, in caches of what a frozen model says of it."""
-    text = f"{','.join(map(str, prompt_ids))};{','.join(map(str, completion_ids))}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        """16 bytes of its prompt's and its own ids, by which caches of what a frozen model says of it find it."""
+        prompt, own = (",".join(map(str, ids.tolist())) for ids in (self.prompt_ids, self.token_ids))
+        return hashlib.blake2b(f"{prompt};{own}".encode(), digest_size=16).digest()

@@ -6,12 +6,13 @@ import hashlib
 import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
 from stepkd.data.batching import BatchPlan, Position, StepLoader
-from stepkd.data.encode import Encoder, Item
+from stepkd.data.completion import Completion
+from stepkd.data.encode import Encoder
 from stepkd.data.overlap import overlap_report
 from stepkd.data.rows import Contract, Needs, Row, detect_contract, problem_with
 from stepkd.data.spec import DataConfig, Rows, as_spec, check_training_use, left_out, load_rows
@@ -45,8 +46,7 @@ class StepData(LightningDataModule):
             ``whole``, ``regex:PATTERN``).
         max_length: longest prompt + completion in tokens, step markers included; longer completions lose whole steps,
             and that is counted. A pair with a side that does not fit is left out.
-        global_batch_size: examples (or tokens) per optimiser step, over all ranks.
-        batch_unit: what ``global_batch_size`` counts: ``sequences`` or ``tokens`` (padding not counted).
+        global_batch_size: examples per optimiser step, over all ranks.
         shuffle: shuffle the training rows each epoch.
         overlap_ngram: report how many n-grams of the validation problems occur in the training problems; 0 is off.
         seed: seed of the shuffle.
@@ -68,7 +68,6 @@ class StepData(LightningDataModule):
         segmenter: str = "newline",
         max_length: int = 1024,
         global_batch_size: int = 32,
-        batch_unit: Literal["sequences", "tokens"] = "sequences",
         shuffle: bool = True,
         overlap_ngram: int = 8,
         seed: int = 0,
@@ -87,11 +86,10 @@ class StepData(LightningDataModule):
         self.segmenter = get_segmenter(segmenter)
         self.max_length = max_length
         self.global_batch_size = global_batch_size
-        self.batch_unit = batch_unit
         self.shuffle = shuffle
         self.overlap_ngram = overlap_ngram
         self.seed = seed
-        self.examples: dict[str, list[Item]] = {}
+        self.examples: dict[str, list[Completion]] = {}
 
     @property
     def _module(self) -> Any:
@@ -124,7 +122,7 @@ class StepData(LightningDataModule):
         if stage == "fit" and self.overlap_ngram and "validation" in self.examples:
             self._report_overlap()
 
-    def _load(self, name: str, spec: DataConfig) -> list[Item]:
+    def _load(self, name: str, spec: DataConfig) -> list[Completion]:
         encoder = self._encoder(name)
         contracts = encoder.contracts
         rows = self._rows(name, spec, None if contracts is not None else problem_with(self._needs(name)))
@@ -163,7 +161,7 @@ class StepData(LightningDataModule):
     def _needs(self, name: str) -> Needs:
         return getattr(self._module, "reads", lambda split: {})(name)
 
-    def _check_measured(self, name: str, examples: list[Item]) -> None:
+    def _check_measured(self, name: str, examples: list[Completion]) -> None:
         """Refuse problems of which nothing can be measured."""
         measured = (
             self._needs(name)
@@ -190,7 +188,7 @@ class StepData(LightningDataModule):
         return rows
 
     @staticmethod
-    def _with_or_without(encoder: Encoder, row: Row, *, solution: bool) -> Item:
+    def _with_or_without(encoder: Encoder, row: Row, *, solution: bool) -> Completion:
         """A row whose solution is not required: one without a solution that fits can still be sampled from."""
         example = encoder.example(row) if solution and row.get("solution") else None
         return example or encoder.prompt_example(row)
@@ -205,9 +203,8 @@ class StepData(LightningDataModule):
         examples = self.examples[name]
         training = name == "train"
         plan = BatchPlan(
-            [example.length for example in examples],
-            size=self.global_batch_size if training else self._evaluation_batch_size(examples),
-            unit=self.batch_unit if training else "sequences",
+            [example.size for example in examples],
+            size=self.global_batch_size,
             seed=self.seed,
             shuffle=shuffle,
             groups=self._groups(examples) if training else None,
@@ -219,24 +216,18 @@ class StepData(LightningDataModule):
         position = self._train_position if training else Position
         return StepLoader(examples, plan, rank=rank, world_size=world_size, position=position, limit=limit)
 
-    def _groups(self, examples: list[Item]) -> list[int] | None:
+    def _groups(self, examples: list[Completion]) -> list[int] | None:
         """Group of every training example that is to stay with others; None: each for itself."""
         if not self.keep_prompts_together:
             return None
         numbers: dict[bytes, int] = {}
-        return [numbers.setdefault(each.completions[0].prompt_ids.tobytes(), len(numbers)) for each in examples]
-
-    def _evaluation_batch_size(self, examples: list[Item]) -> int:
-        """Sequences per batch, so that the number of batches is known; about as many tokens as a training batch."""
-        if self.batch_unit == "sequences":
-            return self.global_batch_size
-        return max(1, self.global_batch_size * len(examples) // sum(example.length for example in examples))
+        return [numbers.setdefault(each.prompt_ids.tobytes(), len(numbers)) for each in examples]
 
     def fingerprint(self) -> str | None:
         """Short hash of what decides the training batches; None before the training data is loaded."""
         if "train" not in self.examples:
             return None
-        plan = (self.global_batch_size, self.batch_unit, self.shuffle, self.seed)
+        plan = (self.global_batch_size, self.shuffle, self.seed)
         digest = hashlib.sha256(repr((*plan, self.keep_prompts_together)).encode())
         for example in self.examples["train"]:
             digest.update(repr((example.id, getattr(example, "visits", None))).encode())

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,52 +27,11 @@ from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends, step
 from stepkd.steps.text import TokenizedText, text_from_ids, tokenize_text
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row as token ids."""
-
-    id: str
-    """The row's id; errors and results name it."""
-    prompt_ids: tuple[int, ...]
-    """Prompt ids, special tokens included."""
-    token_ids: tuple[int, ...]
-    """Completion ids, the end token included; empty for a prompt to be sampled from."""
-    spans: tuple[Span, ...]
-    """Step spans: a partition of ``range(len(token_ids))``."""
-    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """The row it was made from."""
-
-    @property
-    def length(self) -> int:
-        """Prompt plus completion, in tokens."""
-        return len(self.prompt_ids) + len(self.token_ids)
-
-    @cached_property
-    def completion(self) -> Completion:
-        """Its completion, as arrays."""
-        return as_completion(self.prompt_ids, self.token_ids, self.spans, id=self.id, row=self.row)
-
-    @cached_property
-    def completions(self) -> tuple[Completion, ...]:
-        """Its completions, all of one prompt: its only one, or the two sides of a pair."""
-        return (self.completion,)
-
-
-Item = Any
-"""What a batch is made of: a completion (its own example), or an :class:`Example`, whose ids are tuples. One reads
-``id``, ``row``, ``length`` and ``completions`` of both, and how many ``prompt_ids`` and ``token_ids`` there are."""
-
-
-def as_completion(prompt: Sequence[int], ids: Sequence[int], spans: Sequence[Span], **more: Any) -> Completion:
-    """Ids and step spans as arrays."""
-    return Completion(np.asarray(prompt), np.asarray(ids), np.asarray(step_ends(spans)), **more)
-
-
-def with_completion(example: Example, ids: Iterable[int], tokenizer: Any, segmenter: Segmenter) -> Example:
-    """The example with a sampled completion in place of its own; one that cannot be cut is one step."""
+def with_completion(example: Completion, ids: Iterable[int], tokenizer: Any, segmenter: Segmenter) -> Completion:
+    """A sampled completion of an example's prompt; one without a boundary is one step."""
     text = text_from_ids(tokenizer, ids)
-    spans = segment(segmenter, text) or [(0, len(text))]
-    return replace(example, token_ids=text.token_ids, spans=tuple(spans))
+    ends = step_ends(segment(segmenter, text)) or [len(text)]
+    return replace(example, token_ids=np.asarray(text.token_ids), step_ends=np.asarray(ends))
 
 
 def with_end(completion: TokenizedText, template: PromptTemplate, tokenizer: Any) -> TokenizedText:
@@ -96,7 +54,7 @@ def sampled_spans(row: Mapping[str, Any]) -> list[Span]:
 
 
 class Encoder:
-    """Turns contract rows into :class:`Example` objects. A method that learns from other rows has an encoder of its own
+    """Turns contract rows into completions. A method that learns from other rows has an encoder of its own
     (``make_encoder`` of its module), which says what it reads.
 
     Args:
@@ -160,67 +118,69 @@ class Encoder:
             )
         return ids
 
-    def prompt_example(self, row: Mapping[str, Any]) -> Example:
+    def prompt_example(self, row: Mapping[str, Any]) -> Completion:
         """A prompt to be sampled from."""
-        return Example(str(row.get("id", "?")), self.prompt_ids(row), (), (), row)
+        return self._completion(row, self.prompt_ids(row), (), ())
 
-    def example(self, row: Mapping[str, Any]) -> Item | None:
-        """Prompt, completion and step spans of a row; None when no whole step fits into ``max_length``.
-
-        The completion is the row's ``token_ids`` when it has them, else its ``solution`` or ``completion`` text.
+    def example(self, row: Mapping[str, Any]) -> Completion | None:
+        """Prompt, completion and steps of a row; None when no whole step fits into ``max_length``.
 
         Raises:
             DataError: no completion, one without a single step, or sampled steps that do not partition it.
         """
-        name = str(row.get("id", "?"))
         prompt = self.prompt_ids(row)
-        column = "solution" if row.get("solution") is not None else "completion"
+        completion, spans = self.steps(row)
+        fitting = self._fitting(prompt, spans)
+        return self._completion(row, prompt, completion.token_ids, spans[:fitting]) if fitting else None
+
+    def steps(self, row: Mapping[str, Any]) -> tuple[TokenizedText, list[Span]]:
+        """A row's completion and its steps: of its ``token_ids`` where it has them, else of its text.
+
+        Raises:
+            DataError: as for :meth:`example`.
+        """
+        name = str(row.get("id", "?"))
         if row.get("token_ids") is not None:
             column = "token_ids"
-            completion, spans = self._sampled(row)
+            completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("raw_logprobs", row.get("logprobs")))
+            cut = len(completion) and row.get("step_ends") is not None
+            spans = sampled_spans(row) if cut else segment(self.segmenter, completion)
         else:
-            completion = self._written(row, name)
-            spans = segment(self.segmenter, completion)
-            completion, spans = self._with_end(completion, spans)
+            column = "completion" if row.get("solution") is None else "solution"
+            if not isinstance(row.get(column), str):
+                raise DataError(
+                    "no text to train on: the row needs a 'solution' (or 'completion') text, or sampled 'token_ids'",
+                    path=name,
+                    column="solution",
+                )
+            completion = tokenize_text(self.tokenizer, row[column])
+            completion, spans = self._with_end(completion, segment(self.segmenter, completion))
         if not spans:
             raise DataError("the completion has no steps (it is empty): drop the row", path=name, column=column)
-        return self._cut(name, prompt, completion, spans, row)
-
-    def _cut(
-        self, name: str, prompt: tuple[int, ...], completion: TokenizedText, spans: list[Span], row: Mapping[str, Any]
-    ) -> Example | None:
-        """The example with the steps that fit; None where not one does. What is dropped is counted."""
-        kept = [span for span in spans if len(prompt) + span[1] <= self.max_length]
-        self.counts["steps_dropped"] += len(spans) - len(kept)
-        self.counts["rows_truncated"] += len(kept) < len(spans)
-        if not kept:
-            self.counts["rows_without_a_whole_step"] += 1
-            return None
-        return Example(name, prompt, completion.token_ids[: kept[-1][1]], tuple(kept), row)
-
-    def _sampled(self, row: Mapping[str, Any]) -> tuple[TokenizedText, list[Span]]:
-        completion = text_from_ids(self.tokenizer, row["token_ids"], row.get("raw_logprobs", row.get("logprobs")))
-        if not len(completion.token_ids) or row.get("step_ends") is None:
-            return completion, segment(self.segmenter, completion)
-        return completion, sampled_spans(row)
-
-    def _written(self, row: Mapping[str, Any], name: str) -> TokenizedText:
-        text = row.get("solution") if row.get("solution") is not None else row.get("completion")
-        if not isinstance(text, str):
-            raise DataError(
-                "no text to train on: the row needs a 'solution' (or 'completion') text, or sampled 'token_ids'",
-                path=name,
-                column="solution",
-            )
-        return tokenize_text(self.tokenizer, text)
+        return completion, spans
 
     def _with_end(self, completion: TokenizedText, spans: list[Span]) -> tuple[TokenizedText, list[Span]]:
-        if not spans:
-            return completion, spans
         ended = with_end(completion, self.template, self.tokenizer)
-        return ended, [*spans[:-1], (spans[-1][0], len(ended))]
+        return ended, [*spans[:-1], *((start, len(ended)) for start, _ in spans[-1:])]
 
-    def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+    def _fitting(self, prompt: Sequence[int], spans: Sequence[Span]) -> int:
+        """How many steps fit behind a prompt; what does not is counted."""
+        fitting = sum(len(prompt) + end <= self.max_length for _, end in spans)
+        self.counts["steps_dropped"] += len(spans) - fitting
+        self.counts["rows_truncated"] += fitting < len(spans)
+        if not fitting:
+            self.counts["rows_without_a_whole_step"] += 1
+        return fitting
+
+    def _completion(
+        self, row: Mapping[str, Any], prompt: Sequence[int], ids: Sequence[int], spans: Sequence[Span], **more: Any
+    ) -> Completion:
+        """A completion that ends with the last of its steps."""
+        prompt_ids, token_ids, ends = map(np.asarray, (prompt, ids, step_ends(spans)))
+        name = str(row.get("id", "?"))
+        return Completion(prompt_ids, token_ids[: max(ends, default=0)], ends, id=name, row=row, **more)
+
+    def check(self, examples: Sequence[Completion], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """Counts to report of all examples of a split.
 
         Args:
@@ -233,7 +193,7 @@ class Encoder:
         """
         return {}
 
-    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Item]:
+    def examples(self, rows: Iterable[Mapping[str, Any]]) -> list[Completion]:
         """Encode rows, leaving out (and counting) those that :meth:`example` makes nothing of.
 
         Raises:

@@ -13,15 +13,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, Example, Item, as_completion, with_end
+from stepkd.data.encode import Encoder, with_end
 from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED
-from stepkd.data.step_labels import LabelRule, Target, step_targets
+from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
 from stepkd.steps.format import written_steps
@@ -30,6 +29,7 @@ from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends
 from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, tokenize_text
 
 RIGHT, WRONG, UNKNOWN = 1, 0, -1
+SIDES = ("chosen", "rejected")
 
 
 class FeedbackEncoder(Encoder):
@@ -74,36 +74,29 @@ class FeedbackEncoder(Encoder):
         Raises:
             DataError: labels that do not fit the steps, or soft labels without ``labels.harden``.
         """
-        name = str(row.get("id", "?"))
-        outcome = _outcome(row, name)
-        before = self.counts["steps_dropped"]
-        example = self._stepwise(row, name, outcome) if row.get("completions") is not None else super().example(row)
-        if example is None:
+        outcome, prompt = _outcome(row), self.prompt_ids(row)
+        completion, spans = self.steps(row)
+        if not (fitting := self._fitting(prompt, spans)):
             return None
-        cut_off = self.counts["steps_dropped"] - before
-        labels = self._labels(row, name, len(example.spans) + cut_off)
-        spans, ids = example.spans, example.token_ids
-        if self.labels.after_error == "truncate" and WRONG in labels[: len(spans) - 1]:
-            spans = spans[: labels.index(WRONG) + 1]
-            ids = ids[: spans[-1][1]]
+        labels = self._labels(row, len(spans))[:fitting]
+        if self.labels.after_error == "truncate" and WRONG in labels[:-1]:
+            labels = labels[: labels.index(WRONG) + 1]
             self.counts["rows_cut_at_first_error"] += 1
-        labels = labels[: len(spans)]
         if outcome == UNKNOWN and all(label == UNKNOWN for label in labels):
             self.counts["rows_without_feedback"] += 1
             return None
         self.counts["rows_without_outcome"] += outcome == UNKNOWN
-        return as_completion(
-            example.prompt_ids,
-            ids,
-            spans,
-            id=name,
-            row=row,
+        return self._completion(
+            row,
+            prompt,
+            completion.token_ids,
+            spans[: len(labels)],
             outcome=outcome,
             targets=tuple(None if label == UNKNOWN else (1.0 - label, float(label)) for label in labels),
-            read_at=tuple(end - 1 for _, end in spans),
+            read_at=tuple(end - 1 for _, end in spans[: len(labels)]),
         )
 
-    def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+    def check(self, examples: Sequence[Completion], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """Counts of outcomes and steps by label; what is not labelled at all, or of one class only, is refused."""
         counts = feedback_counts(examples)
         for kind in self.learns:
@@ -126,50 +119,45 @@ class FeedbackEncoder(Encoder):
             f"{self.max_length} tokens ({dict(self.counts)})"
         )
 
-    def _stepwise(self, row: Mapping[str, Any], name: str, outcome: int) -> Example | None:
-        """A solution that comes as step texts; one whose outcome is not known may be unfinished and gets no end."""
-        prompt = self.prompt_ids(row)
+    def steps(self, row: Mapping[str, Any]) -> tuple[TokenizedText, list[Span]]:
+        """Of step texts, too; a solution of them whose outcome is not known may be unfinished and gets no end."""
+        if row.get("completions") is None:
+            return super().steps(row)
         written = written_steps(row["completions"])
         text = tokenize_text(self.tokenizer, "".join(written))
         ends = [text.token_end(end) for end in accumulate(map(len, written))]
-        if any(end <= before for before, end in zip([0, *ends], ends, strict=False)):
-            raise DataError(
-                "two steps share a token: give steps that a line break keeps apart", path=name, column="completions"
-            )
-        spans: list[Span] = spans_from_ends(ends, len(text))
-        if outcome != UNKNOWN:
-            text, spans = self._with_end(text, spans)
-        return self._cut(name, prompt, text, spans, row)
+        if any(end <= before for before, end in pairwise([0, *ends])):
+            raise _refused(row, "completions", "two steps share a token: give steps that a line break keeps apart")
+        spans = spans_from_ends(ends, len(text))
+        return (text, spans) if _outcome(row) == UNKNOWN else self._with_end(text, spans)
 
-    def _labels(self, row: Mapping[str, Any], name: str, num_steps: int) -> tuple[int, ...]:
+    def _labels(self, row: Mapping[str, Any], num_steps: int) -> list[int]:
         if all(row.get(column) is None for column in ("labels", "step_labels", "step_values")):
-            return (UNKNOWN,) * num_steps
-        return tuple(_hard(target, name) for target in step_targets(row, num_steps, 2, self.labels))
+            return [UNKNOWN] * num_steps
+        targets = step_targets(row, num_steps, 2, self.labels)
+        for target in targets:
+            if target is not None and target[1] not in (0.0, 1.0):
+                raise _refused(
+                    row,
+                    "step_labels",
+                    f"a step label of {target[1]:g} is neither correct nor incorrect, and feedback is binary: set "
+                    "labels.harden (0.001 is 'any continuation succeeded'), or convert the rows with --to binary",
+                )
+        return [UNKNOWN if target is None else int(target[1]) for target in targets]
 
 
-def _hard(target: Target | None, name: str) -> int:
-    if target is None:
-        return UNKNOWN
-    if target[1] not in (0.0, 1.0):
-        raise DataError(
-            f"a step label of {target[1]:g} is neither right nor wrong, and feedback is binary: set "
-            "labels.harden (0.001 is 'any continuation succeeded'), or convert the rows with --to binary",
-            path=name,
-            column="step_labels",
-        )
-    return int(target[1])
-
-
-def _outcome(row: Mapping[str, Any], name: str) -> int:
+def _outcome(row: Mapping[str, Any]) -> int:
     column = next((c for c in ("correct", "outcome", "label") if row.get(c) is not None), None)
-    if column is None:
-        return UNKNOWN
-    if not isinstance(row[column], bool):
-        raise DataError(f"must be true or false, found {row[column]!r}", path=name, column=column)
-    return int(row[column])
+    if column is not None and not isinstance(row[column], bool):
+        raise _refused(row, column, f"must be true or false, found {row[column]!r}")
+    return UNKNOWN if column is None else int(row[column])
 
 
-def feedback_counts(examples: Iterable[Item]) -> dict[str, int]:
+def _refused(row: Mapping[str, Any], column: str, message: str) -> DataError:
+    return DataError(message, path=str(row.get("id", "?")), column=column)
+
+
+def feedback_counts(examples: Iterable[Completion]) -> dict[str, int]:
     """Correct and incorrect outcomes and steps, and conflicts (:func:`~stepkd.steps.labels.tally`)."""
     found = [completion for example in examples for completion in example.completions]
     outcomes = Counter(example.outcome for example in found)
@@ -189,29 +177,19 @@ def feedback_counts(examples: Iterable[Item]) -> dict[str, int]:
 Ids = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class PairExample(Example):
-    """A pair; ``prompt_ids`` include the prefix, ``token_ids`` and ``spans`` are those of the preferred side."""
+@dataclass(frozen=True, eq=False)
+class PairExample(Completion):
+    """The preferred completion of a pair, with the other one. Their prompt includes the prefix."""
 
-    rejected_ids: Ids = ()
-    """Ids of the other side."""
-    rejected_spans: tuple[Span, ...] = ()
-    """Its steps."""
-    visits: tuple[int, int] | None = None
+    rejected: Completion = field(kw_only=True)
+    """The other completion of the same prompt."""
+    visits: tuple[int, int] | None = field(default=None, kw_only=True)
     """How often a tree search visited the better and the worse side."""
 
     @property
-    def length(self) -> int:
-        """Prompt and both sides, in tokens."""
-        return len(self.prompt_ids) + len(self.token_ids) + len(self.rejected_ids)
-
-    @cached_property
     def completions(self) -> tuple[Completion, Completion]:
         """The preferred completion, and the other."""
-        return (
-            self.completion,
-            as_completion(self.prompt_ids, self.rejected_ids, self.rejected_spans),
-        )
+        return (self, self.rejected)
 
 
 class PairEncoder(Encoder):
@@ -223,7 +201,7 @@ class PairEncoder(Encoder):
 
     contracts = (PREFERENCE, STEP_PREFERENCE)
 
-    def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+    def check(self, examples: Sequence[Completion], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """How many pairs have a prefix, and how many have visit counts."""
         counts = {
             "with_prefix": sum(bool(pair.row.get("prefix")) for pair in examples),
@@ -237,55 +215,42 @@ class PairEncoder(Encoder):
         Raises:
             DataError: a side without tokens.
         """
-        name = str(row.get("id", "?"))
         prompt = self.prompt_ids(row)
-        if row.get("prefix") is None:
-            sides = [self._whole(row, side) for side in ("chosen", "rejected")]
-            prefix: Ids = ()
-        else:
-            prefix, sides = self._steps(row)
-        for side, ids in zip(("chosen", "rejected"), sides, strict=True):
+        prefix, sides = self._sides(row)
+        for side, ids in zip(SIDES, sides, strict=True):
             if not ids:
-                raise DataError("has no tokens", path=name, column=side)
+                raise _refused(row, side, "has no tokens")
         if sides[0] == sides[1]:
             self.counts["pairs_with_equal_sides"] += 1
             return None
         if len(prompt) + len(prefix) + max(map(len, sides)) > self.max_length:
             self.counts["pairs_too_long"] += 1
             return None
-        visits = (row.get("chosen_visits"), row.get("rejected_visits"))
+        chosen, rejected = (self._completion(row, (*prompt, *prefix), ids, self._spans(row, ids)) for ids in sides)
+        visits = [int(row[f"{side}_visits"]) for side in SIDES if row.get(f"{side}_visits") is not None]
         return PairExample(
-            name,
-            (*prompt, *prefix),
-            sides[0],
-            self._spans(row, sides[0]),
-            row,
-            rejected_ids=sides[1],
-            rejected_spans=self._spans(row, sides[1]),
-            visits=None if visits[0] is None or visits[1] is None else (int(visits[0]), int(visits[1])),
+            **vars(chosen), rejected=rejected, visits=(visits[0], visits[1]) if len(visits) > 1 else None
         )
 
     def _nothing_left(self) -> str:
         return f"no pair is left ({dict(self.counts)}): raise max_length={self.max_length}, or look at the builder"
 
-    def _whole(self, row: Mapping[str, Any], side: str) -> Ids:
-        if (ids := self._sampled_side(row, side, str(row[side]))) is not None:
-            return ids
-        text = tokenize_text(self.tokenizer, row[side])
-        return with_end(text, self.template, self.tokenizer).token_ids
-
-    def _steps(self, row: Mapping[str, Any]) -> tuple[Ids, list[Ids]]:
-        """Shared prefix and the two next steps."""
+    def _sides(self, row: Mapping[str, Any]) -> tuple[Ids, list[Ids]]:
+        """Shared prefix, and the two next steps; without a prefix two whole solutions."""
+        sampled = [self._sampled_side(row, side, row[side]) for side in SIDES]
+        if row.get("prefix") is None:
+            texts = [tokenize_text(self.tokenizer, row[side]) for side in SIDES]
+            ended = [with_end(text, self.template, self.tokenizer).token_ids for text in texts]
+            return (), [own if ids is None else ids for ids, own in zip(sampled, ended, strict=True)]
         text = "".join(row["prefix"])
         prefix = self._sampled_side(row, "prefix", text) if text else ()
-        sampled = [self._sampled_side(row, side, row[side]) for side in ("chosen", "rejected")]
         chosen, rejected = sampled
         if chosen is not None and rejected is not None:
             return tokenize_text(self.tokenizer, text).token_ids if prefix is None else prefix, [chosen, rejected]
         # Both sides must share every id before the step, so one with ids goes back to its text with the other.
         if (chosen is None) != (rejected is None):
             self.counts["pairs_with_ids_of_one_side"] += 1
-        whole = [tokenize_text(self.tokenizer, text + row[side]) for side in ("chosen", "rejected")]
+        whole = [tokenize_text(self.tokenizer, text + row[side]) for side in SIDES]
         cut = min(_step_start(each, len(text)) for each in whole)
         cut = min(cut, first_difference(whole[0].token_ids, whole[1].token_ids))
         return whole[0].token_ids[:cut], [each.token_ids[cut:] for each in whole]
@@ -295,22 +260,17 @@ class PairEncoder(Encoder):
         ids = row.get(f"{column}_ids")
         if ids is None:
             return None
-        if any(i >= len(self.tokenizer) for i in ids):
-            decoded = None
-        else:
+        if all(i < len(self.tokenizer) for i in ids):
             decoded = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # A piece that begins a text may lose its space in decoding.
-        if decoded is None or decoded.strip() != text.strip():
-            self.counts["sides_of_another_tokenizer"] += 1
-            return None
-        return tuple(ids)
+            if decoded.strip() == text.strip():  # a piece that begins a text may lose its space in decoding
+                return tuple(ids)
+        self.counts["sides_of_another_tokenizer"] += 1
+        return None
 
-    def _spans(self, row: Mapping[str, Any], ids: Ids) -> tuple[Span, ...]:
+    def _spans(self, row: Mapping[str, Any], ids: Ids) -> list[Span]:
         """Steps of a whole solution; a next step is one."""
-        if row.get("prefix") is not None:
-            return ((0, len(ids)),)
-        spans = segment(self.segmenter, text_from_ids(self.tokenizer, ids))
-        return tuple(spans) or ((0, len(ids)),)
+        whole = row.get("prefix") is None
+        return (whole and segment(self.segmenter, text_from_ids(self.tokenizer, ids))) or [(0, len(ids))]
 
 
 def _step_start(text: TokenizedText, characters: int) -> int:

@@ -14,10 +14,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, Item, sampled_spans
+from stepkd.data.encode import Encoder, sampled_spans
 from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.data.templates import PromptTemplate, end_ids
 from stepkd.errors import ConfigError, DataError, UnreadableSolution
@@ -225,26 +223,22 @@ class StepEncoder(Encoder):
         if all(target is None for target in targets):
             self.counts["rows_without_labels"] += 1
             return None
-        fitting = sum(end <= self.max_length - len(prompt) for _, end in layout.spans)
-        self.counts["steps_dropped"] += len(layout.spans) - fitting
-        self.counts["rows_truncated"] += fitting < len(layout.spans)
+        fitting = self._fitting(prompt, layout.spans)
         labelled = [i for i, target in enumerate(targets[:fitting]) if target is not None]
         if not labelled:
             self.counts["rows_truncated_before_a_label"] += 1
             return None
-        kept = labelled[-1] + 1
-        end = layout.read_at[kept - 1] + 1
-        return Completion(
-            np.asarray(prompt),
-            np.asarray(layout.ids[:end]),
-            np.asarray([*(end for _, end in layout.spans[: kept - 1]), end]),
-            id=str(row.get("id", "?")),
-            row=row,
-            targets=tuple(targets[:kept]),
-            read_at=layout.read_at[:kept],
+        last = labelled[-1]
+        return self._completion(
+            row,
+            prompt,
+            layout.ids,
+            [*layout.spans[:last], (layout.spans[last][0], layout.read_at[last] + 1)],
+            targets=tuple(targets[: last + 1]),
+            read_at=layout.read_at[: last + 1],
         )
 
-    def check(self, examples: Sequence[Item], *, training: bool, allow_one_class: bool) -> dict[str, int]:
+    def check(self, examples: Sequence[Completion], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """Labelled steps per class (soft ones by the likelier class, and at even odds by the better one)."""
         targets = [target for each in examples for target in each.completions[0].targets if target is not None]
         names = ("wrong", "right") if self.num_classes == 2 else ("wrong", "neutral", "right")

@@ -15,83 +15,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from stepkd.data.rows import did_you_mean, filled_text, shown
-from stepkd.errors import ConfigError, DataError
+from stepkd.data.rows import did_you_mean, shown
+from stepkd.errors import ConfigError, DataError, check_bounds
 from stepkd.settings import build_settings
 from stepkd.yaml_files import read_yaml
 
 Style = Literal["chat", "plain"]
 Message = dict[str, str]
 
-_STYLES = ("chat", "plain", "auto")
 _PLACEHOLDER = "{prompt}"
 _ANSWER_PLACEHOLDER = "{answer}"
 _OWN_CHAT_KWARGS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_tensors", "return_dict"}
-
-
-@dataclass(frozen=True)
-class Exemplar:
-    """A worked example, written for this project (from no dataset)."""
-
-    prompt: str
-    """The problem."""
-    reasoning: str
-    """The solution, one step per line, without the answer line."""
-    answer: str
-    """The final number."""
-
-
-_EXEMPLARS = """
-A ferry carries 18 cars on each morning trip and 12 cars on each afternoon trip. On Saturday it makes 3 morning
-trips and 4 afternoon trips. How many cars does it carry on Saturday?
-
-The morning trips carry 3 * 18 = 54 cars.
-The afternoon trips carry 4 * 12 = 48 cars.
-Together they carry 54 + 48 = 102 cars.
-
-102
-
----
-
-Ines is tiling a hallway that is 9 metres long and 2 metres wide. Each square metre takes 25 tiles, and tiles come
-in boxes of 50. How many boxes does she need?
-
-The hallway has an area of 9 * 2 = 18 square metres.
-It takes 18 * 25 = 450 tiles.
-That is 450 / 50 = 9 boxes.
-
-9
-
----
-
-A choir sells tickets at $14 for adults and half that price for children. It sells 60 tickets, of which one third
-are for children, and pays $180 for the hall. How many dollars are left?
-
-A child's ticket costs 14 / 2 = 7 dollars.
-There are 60 / 3 = 20 children's tickets and 60 - 20 = 40 adult tickets.
-The adults pay 40 * 14 = 560 dollars and the children 20 * 7 = 140 dollars.
-The choir takes 560 + 140 = 700 dollars.
-After the hall, 700 - 180 = 520 dollars are left.
-
-520
-
----
-
-Marek's phone battery was full at noon. It lost 20% of its charge by 3 o'clock and then 4 percentage points every
-hour. What percentage of charge was left at 8 o'clock?
-
-At 3 o'clock the charge was 100 - 20 = 80 percent.
-From 3 to 8 o'clock there are 8 - 3 = 5 hours.
-In that time it lost 5 * 4 = 20 percentage points.
-So 80 - 20 = 60 percent was left.
-
-60
-"""
-EXEMPLARS = tuple(
-    Exemplar(prompt.replace("\n", " "), reasoning, answer)
-    for prompt, reasoning, answer in (each.strip().split("\n\n") for each in _EXEMPLARS.split("---"))
-)
-"""Worked word problems for few-shot prompts, in the order in which ``few_shot: n`` takes them."""
+_BUILT_IN = read_yaml(Path(__file__).with_suffix(".yaml"), "built-in prompt templates")
+EXEMPLARS: list[dict[str, str]] = _BUILT_IN["examples"]
+"""Worked word problems for few-shot prompts (``prompt``, ``reasoning``, ``answer``), as ``few_shot: n`` takes them."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +55,7 @@ class PromptTemplate:
     """Further arguments of the chat template, for example `enable_thinking: false`."""
 
     def __post_init__(self) -> None:
-        if self.style not in _STYLES:
-            raise ConfigError(f"style={self.style!r} of a prompt template; {did_you_mean(str(self.style), _STYLES)}")
+        check_bounds("template.", self)
         for name in ("user", "plain", "answer_line"):
             placeholder = _ANSWER_PLACEHOLDER if name == "answer_line" else _PLACEHOLDER
             count = getattr(self, name).count(placeholder)
@@ -128,7 +64,13 @@ class PromptTemplate:
         own = sorted(_OWN_CHAT_KWARGS & set(self.chat_kwargs))
         if own:
             raise ConfigError(f"chat_kwargs must not set {', '.join(own)}: the template sets it itself")
-        _check_few_shot(self.few_shot)
+        if isinstance(self.few_shot, int) and not 0 <= self.few_shot <= len(EXEMPLARS):
+            raise ConfigError(f"few_shot={self.few_shot}: there are {len(EXEMPLARS)} built-in examples")
+        for number, item in enumerate([] if isinstance(self.few_shot, int) else self.few_shot, start=1):
+            if set(item) != {"prompt", "solution"} or not all(str(text).strip() for text in item.values()):
+                raise ConfigError(
+                    f"few_shot example {number} must have 'prompt' and 'solution' only, with text in both"
+                )
 
     def resolved_style(self, tokenizer: Any) -> Style:
         """Return "chat" or "plain" for a tokenizer.
@@ -185,7 +127,7 @@ class PromptTemplate:
         prompt = row.get("prompt")
         if not prompt or not isinstance(prompt, str | list):
             raise DataError(
-                f"must be text or chat messages, found {shown(prompt)}", path=_row_name(row), column="prompt"
+                f"must be text or chat messages, found {shown(prompt)}", path=str(row.get("id", "?")), column="prompt"
             )
         if self.resolved_style(tokenizer) == "plain":
             return self._plain_text(_only_text(prompt, row)) + self.answer_prefix
@@ -226,13 +168,11 @@ class PromptTemplate:
 
     def _examples(self) -> list[Message]:
         if isinstance(self.few_shot, list):
-            return [{"prompt": item["prompt"], "solution": item["solution"]} for item in self.few_shot]
+            return self.few_shot
+        last = [self.answer_line.replace(_ANSWER_PLACEHOLDER, each["answer"]) for each in EXEMPLARS[: self.few_shot]]
         return [
-            {
-                "prompt": example.prompt,
-                "solution": f"{example.reasoning}\n{self.answer_line.replace(_ANSWER_PLACEHOLDER, example.answer)}",
-            }
-            for example in EXEMPLARS[: self.few_shot]
+            {"prompt": each["prompt"], "solution": f"{each['reasoning']}\n{line}"}
+            for each, line in zip(EXEMPLARS, last, strict=False)
         ]
 
     def _plain_text(self, prompt: str) -> str:
@@ -280,27 +220,6 @@ def _turn_end(tokenizer: Any, chat_template: str) -> int | None:
     return next((token for token in ids if token in special or token == tokenizer.eos_token_id), None)
 
 
-_FIELDS = [each.name for each in fields(PromptTemplate)]
-
-
-def _check_few_shot(few_shot: object) -> None:
-    if isinstance(few_shot, bool) or not isinstance(few_shot, int | list):
-        raise ConfigError(f"few_shot must be a number or a list of {{prompt, solution}}, found {shown(few_shot)}")
-    if isinstance(few_shot, int):
-        if not 0 <= few_shot <= len(EXEMPLARS):
-            raise ConfigError(
-                f"few_shot={few_shot}: there are {len(EXEMPLARS)} built-in examples, so 0 to {len(EXEMPLARS)}"
-            )
-        return
-    for number, item in enumerate(few_shot, start=1):
-        if not isinstance(item, Mapping) or set(item) != {"prompt", "solution"}:
-            raise ConfigError(f"few_shot example {number} must have 'prompt' and 'solution' only, found {shown(item)}")
-        for name in ("prompt", "solution"):
-            wrong = filled_text(item[name])
-            if wrong is not None:
-                raise ConfigError(f"few_shot example {number}: {name} {wrong}")
-
-
 def _only_text(prompt: str | list[Message], row: Mapping[str, Any]) -> str:
     """The text of a plain prompt; a lone user message counts as text."""
     if isinstance(prompt, str):
@@ -309,34 +228,16 @@ def _only_text(prompt: str | list[Message], row: Mapping[str, Any]) -> str:
         return prompt[0]["content"]
     raise DataError(
         f"holds {len(prompt)} chat messages, which plain style cannot write; use style 'chat', or text prompts",
-        path=_row_name(row),
+        path=str(row.get("id", "?")),
         column="prompt",
     )
-
-
-def _row_name(row: Mapping[str, Any]) -> str | None:
-    return f"row {row['id']}" if "id" in row else None
 
 
 def _name(tokenizer: Any) -> str:
     return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
 
 
-TEMPLATES: dict[str, PromptTemplate] = {
-    "gsm8k": PromptTemplate(
-        user="{prompt}\n\nSolve this step by step, one step per line. "
-        "Then write the final answer as a number on a last line of its own, after '#### '.",
-        plain="Question: {prompt}\nAnswer:\n",
-    ),
-    "math": PromptTemplate(
-        user="{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
-        plain="Problem: {prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-        "\nSolution:\n",
-        answer_line="The final answer is $\\boxed{{answer}}$.",
-    ),
-    "plain": PromptTemplate(style="plain", plain="Question: {prompt}\nAnswer:\n"),
-    "task": PromptTemplate(style="plain"),
-}
+TEMPLATES = {name: PromptTemplate(**settings) for name, settings in _BUILT_IN["templates"].items()}
 """Built-in templates by name; `task` adds nothing to the prompt (tiny world)."""
 
 
@@ -368,14 +269,9 @@ def read_template(path: Path) -> PromptTemplate:
     """The template that a YAML or JSON file holds; see :func:`get_template`."""
     raw = read_yaml(path, "prompt template")
     if not isinstance(raw, Mapping) or not raw:
-        raise ConfigError(f"{path}: no prompt template: must be keys with values ({', '.join(_FIELDS)})")
-    try:
-        return build_settings(PromptTemplate, raw, str(path))
-    except ConfigError as error:
-        problem = str(error)
-    raise ConfigError(
-        problem if str(path) in problem else f"{path}: {problem}"
-    )  # alone: whoever asks for the root gets it
+        names = ", ".join(each.name for each in fields(PromptTemplate))
+        raise ConfigError(f"{path}: no prompt template: must be keys with values ({names})")
+    return build_settings(PromptTemplate, raw, str(path))
 
 
 def template_name(template: PromptTemplate) -> str:

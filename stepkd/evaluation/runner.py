@@ -102,7 +102,7 @@ def evaluate(config: EvaluateConfig, *, policy: Policy | None = None, options: J
             {
                 "id": str(rows[i]["id"]),
                 "index": i,
-                "prompt": decode(list(prompts[i].prompt_ids)),
+                "prompt": decode(prompts[i].prompt_ids.tolist()),
                 "answer": str(rows[i]["answer"]),
                 "samples": samples,
             }

@@ -111,7 +111,7 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelConf
     template = template_for(solutions.model, asking(source, is_task=is_task).template, spec.template)
     prompts = encode_prompts(policy, template, [dict(row) for row in problems])
     pairs = [
-        (prompt.prompt_ids, sample["token_ids"])
+        (prompt.prompt_ids.tolist(), sample["token_ids"])
         for prompt, record in zip(prompts, records, strict=True)
         for sample in record["samples"]
     ]

@@ -112,7 +112,7 @@ class SampledSolutions:
                 columns["raw_logprobs"] = sample["raw_logprobs"]
             found.append(
                 Solution(
-                    np.asarray(prompt.prompt_ids),
+                    prompt.prompt_ids,
                     np.asarray(sample["token_ids"]),
                     finish=sample["finish"],
                     text=sample["text"],

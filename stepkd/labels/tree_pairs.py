@@ -53,7 +53,9 @@ class TreePairBuilder:
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """See :class:`~stepkd.labels.workbench.PairBuilder`."""
-        problems = [Problem(item, self.prompts[item].row, self.prompts[item].prompt_ids) for item in items]
+        problems = [
+            Problem(item, self.prompts[item].row, tuple(self.prompts[item].prompt_ids.tolist())) for item in items
+        ]
         trees = tree_search(problems, self.generator, self.value, self.bench.grader, self.config.search)
         return [self._record(tree) for tree in trees]
 

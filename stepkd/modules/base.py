@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stepkd.data.batching import StepBatch
 from stepkd.data.benchmarks import next_evaluation
 from stepkd.data.collate import Batch, collate, plan
-from stepkd.data.encode import Item
+from stepkd.data.completion import Completion
 from stepkd.data.templates import template_name
 from stepkd.errors import ConfigError, TrainingError
 from stepkd.losses import LossTerms, component_scales
@@ -164,7 +164,7 @@ class StepModule(PolicyModule):
             planned *= self.steps_per_batch  # Lightning counts batches
         return planned
 
-    def prepare_examples(self, examples: Iterable[Item]) -> Prepared:
+    def prepare_examples(self, examples: Iterable[Completion]) -> Prepared:
         """Cut examples into micro-batches and count their denominators."""
         groups = plan(list(examples), self.micro_batch_tokens, share=self.shares_prompts)
         return self.counted([self._collate(group) for group in groups])
@@ -285,7 +285,7 @@ class StepModule(PolicyModule):
         if self.ema is not None:
             self.ema.update(self.model.trainable_parameters())
         self.after_step()
-        tokens = sum(example.length for micro in prepared.micro_batches for example in micro.examples)
+        tokens = sum(example.size for micro in prepared.micro_batches for example in micro.examples)
         self._log_step(counts, sums, terms, {"grad_norm": norm, "lr": lr, "tokens": float(tokens)})
 
     def _skip(self) -> None:
@@ -416,7 +416,7 @@ class StepModule(PolicyModule):
 
     # ---- plumbing --------------------------------------------------------------------------------------------------
 
-    def _collate(self, examples: list[Item], *, is_filler: bool = False) -> Batch:
+    def _collate(self, examples: list[Completion], *, is_filler: bool = False) -> Batch:
         pad = int(self.tokenizer.pad_token_id or 0)
         return collate(examples, pad, share=self.shares_prompts, is_filler=is_filler)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Example, with_completion
+from stepkd.data.encode import with_completion
 from stepkd.errors import ConfigError
 from stepkd.grading.judge import judge, vote_keys
 from stepkd.grading.pool import Grader
@@ -88,7 +88,7 @@ class Fidelity:
         self._segmenter = get_segmenter(module.validation_spec.segmenter)
         self._answers: dict[int, tuple[bool, str | None]] = {}
 
-    def __call__(self, examples: Sequence[Example], indices: Sequence[int]) -> Sums:
+    def __call__(self, examples: Sequence[Completion], indices: Sequence[int]) -> Sums:
         """Sums over some problems.
 
         Args:
@@ -101,20 +101,20 @@ class Fidelity:
             sums |= self._compared_answers(cast(LocalTeacher, self.teacher), examples, indices)
         return {f"fidelity/{name}": value for name, value in sums.items()}
 
-    def _draw(self, examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
+    def _draw(self, examples: Sequence[Completion], indices: Sequence[int]) -> list[Completion]:
         prompts = [each.prompt_ids for each in examples]
         drawn = self._sample(TransformersSampler(self.student), prompts, indices, "fidelity")
         own = (self.student.tokenizer, self._segmenter)
         return [with_completion(each, rollout.token_ids, *own) for each, rollout in zip(examples, drawn, strict=True)]
 
     def _sample(
-        self, sampler: Sampler, prompts: Sequence[tuple[int, ...]], indices: Sequence[int], purpose: str, **how: Any
+        self, sampler: Sampler, prompts: Sequence[Collection[int]], indices: Sequence[int], purpose: str, **how: Any
     ) -> list[Completion]:
         sampling = replace(self.spec.sampling, seed=self.module.seed, **how)
         return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
 
     @torch.no_grad()
-    def _tokens_and_steps(self, examples: list[Example]) -> Sums:
+    def _tokens_and_steps(self, examples: list[Completion]) -> Sums:
         totals, *moments = torch.zeros(4, len(TOKENS), dtype=torch.float64)
         tokens, likely, steps, known = 0, 0.0, 0, True
         for prepared in self.module.prepare_examples(examples).micro_batches:
@@ -165,7 +165,7 @@ class Fidelity:
         return self._each(position, batch, signals)
 
     @torch.no_grad()
-    def _calibration(self, examples: list[Example]) -> Sums:
+    def _calibration(self, examples: list[Completion]) -> Sums:
         """By bins of confidence: how much surer than right either is on given tokens (see :func:`fidelity_totals`)."""
         gaps, tokens = torch.zeros(len(CALIBRATED), BINS, dtype=torch.float64), 0
         for prepared in self.module.prepare_examples(examples).micro_batches:
@@ -198,7 +198,7 @@ class Fidelity:
         arguments = (hidden_NH, ones_N, batch.targets_N, *signals.tensors)
         return fused_sum(position, self.student.head, *arguments, chunk_size=self.chunk_size)[1]
 
-    def _compared_answers(self, teacher: LocalTeacher, examples: Sequence[Example], indices: Sequence[int]) -> Sums:
+    def _compared_answers(self, teacher: LocalTeacher, examples: Sequence[Completion], indices: Sequence[int]) -> Sums:
         """Shares of :data:`ANSWERS`, which sum to 1: both greedy."""
         new = [i for i, index in enumerate(indices) if index not in self._answers]
         if new:
@@ -215,10 +215,10 @@ class Fidelity:
         )
         return {f"answers_{name}": (float(counts[name]), float(len(examples))) for name in ANSWERS}
 
-    def _answer(self, sampler: Sampler, prompts: Sequence[tuple[int, ...]], indices: Sequence[int]) -> list[Completion]:
+    def _answer(self, sampler: Sampler, prompts: Sequence[Collection[int]], indices: Sequence[int]) -> list[Completion]:
         return self._sample(sampler, prompts, indices, "fidelity answers", temperature=0.0)
 
-    def _graded(self, examples: Sequence[Example], rollouts: Sequence[Completion]) -> list[tuple[bool, str | None]]:
+    def _graded(self, examples: Sequence[Completion], rollouts: Sequence[Completion]) -> list[tuple[bool, str | None]]:
         """Whether each answer is right, and its equivalence class."""
         judged = judge([example.row for example in examples], [[rollout] for rollout in rollouts], self.grader)
         return [(record["verdict"] == "correct", record["vote"]) for (record,) in judged]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stepkd.data.batching import StepBatch
 from stepkd.data.collate import Batch
-from stepkd.data.encode import Example, with_completion
+from stepkd.data.completion import Completion
+from stepkd.data.encode import with_completion
 from stepkd.errors import check_choice
 from stepkd.losses import LossTerms, fused_sum, segment_sum, target_logps, tempered
 from stepkd.models.spec import PolicyConfig
@@ -177,7 +178,7 @@ class GKDModule(DistillationModule):
         """The batch's completions, from the source that its step draws; ``num_iterations`` optimiser steps of them."""
         self.teacher.begin(self.position.epoch)
         chosen = self.draw_source()
-        examples: Sequence[Example] = batch.examples if chosen == "data" else self.sample(batch, chosen)
+        examples: Sequence[Completion] = batch.examples if chosen == "data" else self.sample(batch, chosen)
         if self.focus_spec is not None:
             with self.phases.phase("scoring steps", total=len(examples)):
                 examples = self._focus(self.tokenizer, examples)
@@ -192,7 +193,7 @@ class GKDModule(DistillationModule):
             return "student"
         return "teacher" if draws[1] < self.source.teacher else "data"
 
-    def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Example]:
+    def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Completion]:
         """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
         prompts = [example.prompt_ids for example in batch.examples]
         if source == "teacher":

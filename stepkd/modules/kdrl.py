@@ -231,7 +231,7 @@ class KDRLModule(DistillationModule):
     def make_filler(self, batch: StepBatch) -> Batch:
         """A rollout without a weight."""
         zeros = np.zeros(len(batch.filler.token_ids))
-        rollout = Rollout.of(batch.filler.completion, advantages=zeros)
+        rollout = Rollout.of(batch.filler, advantages=zeros)
         return self._collate([replace(rollout, logprobs=zeros)], is_filler=True)
 
     def after_step(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,7 +107,7 @@ def mismatched_completions(batch: StepBatch, rotation: str, max_length: int | No
         if partner is None or not len(peers[partner].token_ids):
             continue
         (other,) = peers[partner].completions
-        completion = replace(other, prompt_ids=np.asarray(peers[place].prompt_ids))
+        completion = replace(other, prompt_ids=peers[place].prompt_ids)
         if max_length is None or completion.length <= max_length:
             found.append(completion)
     return found

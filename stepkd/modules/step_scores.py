@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch
-from stepkd.data.encode import Example
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, check_bounds
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
@@ -22,7 +23,7 @@ from stepkd.steps.labels import check_threshold, passes
 from stepkd.steps.text import text_from_ids
 
 
-def step_texts(tokenizer: Any, example: Example) -> list[str]:
+def step_texts(tokenizer: Any, example: Completion) -> list[str]:
     """Texts of a completion's steps; trailing ones of nothing but space and end tokens are left out."""
     text = text_from_ids(tokenizer, example.token_ids)
     steps = [text.span_text(*span) for span in example.spans]
@@ -98,14 +99,6 @@ class FocusConfig:
         return tuple(weights)
 
 
-@dataclass(frozen=True)
-class FocusedExample(Example):
-    """An example whose steps have weights."""
-
-    step_weights: tuple[float, ...] = ()
-    """One per span."""
-
-
 class Focus:
     """Scores what is distilled on, step by step.
 
@@ -122,7 +115,7 @@ class Focus:
         self.spec = spec
         self.scorer = load_step_scorer(spec.scorer, "focus.scorer", device=device, scorer=scorer)
 
-    def __call__(self, tokenizer: Any, examples: Sequence[Example]) -> list[Example]:
+    def __call__(self, tokenizer: Any, examples: Sequence[Completion]) -> list[Completion]:
         """The examples with a weight for each of their steps.
 
         Raises:
@@ -130,19 +123,16 @@ class Focus:
         """
         written = [step_texts(tokenizer, example) for example in examples]
         scores = step_scores(self.scorer, [example.row for example in examples], written)
-        focused: list[Example] = []
-        for example, known in zip(examples, scores, strict=True):
-            weights = self.spec.weights([*known, *[math.nan] * (len(example.spans) - len(known))])
-            own = {field.name: getattr(example, field.name) for field in fields(Example)}
-            focused.append(FocusedExample(**own, step_weights=weights))
-        return focused
+        return [
+            replace(each, step_weights=self.spec.weights([*known, *[math.nan] * (len(each.step_ends) - len(known))]))
+            for each, known in zip(examples, scores, strict=True)
+        ]
 
 
 def token_weights(batch: Batch) -> Tensor:
     """Weight (N,) of every target of a micro-batch, float64: its step's, or 1 where steps have none."""
     weights: list[float] = []
     for example in batch.examples:
-        own = example.step_weights if isinstance(example, FocusedExample) else (1.0,) * len(example.spans)
-        for (start, end), weight in zip(example.spans, own, strict=True):
+        for (start, end), weight in zip(example.spans, example.step_weights or repeat(1.0), strict=False):
             weights += [weight] * (end - start)
     return torch.tensor(weights, dtype=torch.float64, device=batch.targets_N.device)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.encode import Encoder
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
 from stepkd.models.head import evaluation_mode
@@ -113,7 +113,7 @@ class TransformersSampler(Sampler):
             return run.results(self._gap_limit if shared else None)
 
 
-def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Example]:
+def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Completion]:
     """Prompt ids of every row, each with room for at least one token in the model's context.
 
     Raises:
@@ -132,7 +132,7 @@ def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict
     return prompts
 
 
-def fixed_batches(prompts: Sequence[Example], samples: int, max_rows: int) -> list[list[int]]:
+def fixed_batches(prompts: Sequence[Completion], samples: int, max_rows: int) -> list[list[int]]:
     """Problems grouped by prompt length; depends on nothing but the problems and the two numbers."""
     size = max(1, max_rows // samples)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].prompt_ids), i))

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepkd.data.batching import micro_batches
-from stepkd.data.collate import Batch, collate
-from stepkd.data.completion import completion_key
-from stepkd.data.encode import Example
+from stepkd.data.collate import Batch, collate, plan
+from stepkd.data.completion import Completion
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import chunked_head, tempered, top_k_buckets
@@ -195,8 +193,8 @@ class CachedTeacher(Teacher):
             tail = torch.logaddexp(tail, logps[:, self.top_k :].logsumexp(-1))
         return CachedSignals(ids[:, : self.top_k].long(), logps[:, : self.top_k], tail, self.tail)
 
-    def _entry(self, example: Example) -> Entry:
-        entry = self._entries.get(completion_key(example.prompt_ids, example.token_ids))
+    def _entry(self, example: Completion) -> Entry:
+        entry = self._entries.get(example.key)
         if entry is None:
             raise ConfigError(
                 f"the cache in {self.folder} does not hold the completion of row {example.id!r} (of "
@@ -209,7 +207,7 @@ class CachedTeacher(Teacher):
 def write_cache(
     folder: str | Path,
     teacher: LocalTeacher,
-    examples: Iterable[Example],
+    examples: Iterable[Completion],
     *,
     top_k: int,
     temperature: float = 1.0,
@@ -242,7 +240,7 @@ def write_cache(
     vocabulary = teacher.policy.vocab_size
     if not 1 <= top_k < vocabulary:
         raise ConfigError(f"top_k={top_k}: must lie between 1 and {vocabulary - 1}, one less than the vocabulary")
-    wanted = {completion_key(e.prompt_ids, e.token_ids): e for e in examples if e.token_ids}
+    wanted = {each.key: each for each in examples if len(each.token_ids)}
     if not wanted:
         raise DataError("no row has a completion to score: a teacher's cache is written for given completions")
     check_context(teacher, list(wanted.values()))
@@ -266,7 +264,7 @@ def write_cache(
         }
     )
 
-    def write(part: list[tuple[Key, Example]], path: Path) -> None:
+    def write(part: list[tuple[Key, Completion]], path: Path) -> None:
         with torch.autocast(teacher.policy.device.type, torch.bfloat16, precision == "bf16-mixed", cache_enabled=False):
             entries = _score(teacher, [example for _, example in part], top_k, temperature, max_tokens, chunk_size)
         _write_part(path, [key for key, _ in part], entries, settings)
@@ -282,10 +280,10 @@ def write_cache(
 
 @torch.no_grad()
 def _score(
-    teacher: LocalTeacher, examples: list[Example], top_k: int, temperature: float, max_tokens: int, chunk_size: int
+    teacher: LocalTeacher, examples: list[Completion], top_k: int, temperature: float, max_tokens: int, chunk_size: int
 ) -> list[Entry]:
     """Entries of the examples, in order."""
-    found: dict[int, Entry] = {}
+    found: dict[Key, Entry] = {}
 
     def likeliest(logits_CV: Tensor) -> Tensor:
         log_CV = tempered(logits_CV, temperature)
@@ -293,17 +291,17 @@ def _score(
         buckets_CW = top_k_buckets(log_CV, ids_Ck)
         return torch.cat([ids_Ck.double(), buckets_CW.double()], dim=-1)
 
-    for group in micro_batches([example.length for example in examples], max_tokens):
-        batch = collate([examples[i] for i in group], int(teacher.policy.tokenizer.pad_token_id or 0))
+    for group in plan(examples, max_tokens):
+        batch = collate(group, int(teacher.policy.tokenizer.pad_token_id or 0))
         signals = teacher.signals(batch.to(teacher.policy.device), temperature=temperature)
         assert isinstance(signals, HiddenSignals)
         values = chunked_head(likeliest, signals.head, signals.hidden_NH, chunk_size=chunk_size).cpu()
         if not values[:, top_k].isfinite().all():
             raise ModelError(f"the teacher {teacher.path} gave logits that are not finite")
-        sizes = [len(examples[i].token_ids) for i in group]
-        for i, rows in zip(group, values.split(sizes), strict=True):
-            found[i] = (rows[:, :top_k].long(), rows[:, top_k:-1].float(), rows[:, -1].float())
-    return [found[i] for i in range(len(examples))]
+        sizes = [len(each.token_ids) for each in group]
+        for each, rows in zip(group, values.split(sizes), strict=True):
+            found[each.key] = (rows[:, :top_k].long(), rows[:, top_k:-1].float(), rows[:, -1].float())
+    return [found[each.key] for each in examples]
 
 
 def _schema(settings: Mapping[str, Any]) -> Any:

@@ -9,10 +9,12 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from stepkd.data.collate import Batch, collate
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.completion import Completion, Ids
+from stepkd.data.encode import Encoder
 from stepkd.data.templates import PromptTemplate, get_template, template_name
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
@@ -94,7 +96,7 @@ class LocalTeacher(Teacher):
         """Fingerprint of its weights."""
         return weights_fingerprint(self.policy)
 
-    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    def prompts(self, examples: Sequence[Completion]) -> list[Ids]:
         """Prompt ids of the examples, under its own template when it has one.
 
         Raises:
@@ -102,7 +104,7 @@ class LocalTeacher(Teacher):
         """
         if self._encoder is None:
             return [example.prompt_ids for example in examples]
-        return [self._encoder.prompt_ids(example.row) for example in examples]
+        return [np.asarray(self._encoder.prompt_ids(example.row)) for example in examples]
 
     @torch.no_grad()
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
@@ -177,7 +179,7 @@ class LocalTeacher(Teacher):
         policy.to(wanted)
 
 
-def check_context(teacher: Any, examples: Sequence[Example]) -> None:
+def check_context(teacher: Any, examples: Sequence[Completion]) -> None:
     """Refuse text that is longer than a teacher's context.
 
     Raises:

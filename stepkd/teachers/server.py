@@ -80,7 +80,7 @@ class ServerTeacher(Teacher):
             empty = torch.zeros(0, self.top_k, device=device)
             return CachedSignals(empty.long(), empty, empty[:, 0], self.tail)
         answer = self.client.get_sequence_logprobs(
-            sequences=[[*example.prompt_ids, *example.token_ids] for example in asked],
+            sequences=[[*example.prompt_ids.tolist(), *example.token_ids.tolist()] for example in asked],
             prompt_lengths=[len(example.prompt_ids) for example in asked],
             top_logprobs=self.top_k,
             temperature=temperature,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch
-from stepkd.data.encode import Example
+from stepkd.data.completion import Completion, Ids
 from stepkd.data.templates import PromptTemplate
 from stepkd.losses import VocabHead, tempered, top_k_buckets
 from stepkd.models.policy import Policy
@@ -86,7 +86,7 @@ class Teacher(ABC):
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """Its view of every target of a micro-batch, without gradients; its tensors may be on a device of its own."""
 
-    def prompts(self, examples: Sequence[Example]) -> list[tuple[int, ...]]:
+    def prompts(self, examples: Sequence[Completion]) -> list[Ids]:
         """Prompt ids under which it reads the examples' completions: the student's own."""
         return [example.prompt_ids for example in examples]
 

@@ -58,13 +58,13 @@ def rows() -> list[tuple[list[int], list[int]]]:
 def stepkd_step(student: Any, teacher: Any) -> Callable[[], Tensor]:
     """Hidden states of the needed positions and :func:`stepkd.losses.fused_sum`, as GKDModule has them."""
     from stepkd.data.collate import collate
-    from stepkd.data.encode import Example
+    from stepkd.data.completion import Completion
     from stepkd.losses import fused_sum, generalized_jsd, tempered
     from stepkd.models.head import vocab_head
     from stepkd.models.packed import check_unpadded, unpadded_hidden
     from stepkd.teachers.signals import HiddenSignals
 
-    examples = [Example(str(i), tuple(p), tuple(c), ((0, len(c)),)) for i, (p, c) in enumerate(rows())]
+    examples = [Completion(p, c, id=str(i)) for i, (p, c) in enumerate(rows())]
     batch = collate(examples, 0)
 
     assert all(check_unpadded(each) for each in (student, teacher))

@@ -72,7 +72,7 @@ def test_prompt_overrides(tmp_path: Path) -> None:
     for name, extra in flags.items():
         assert run("--out", str(tmp_path / name), "--limit", "1", *extra) == 0
     base = prompt(tmp_path / "base")
-    assert prompt(tmp_path / "shot").startswith(EXEMPLARS[0].prompt)
+    assert prompt(tmp_path / "shot").startswith(EXEMPLARS[0]["prompt"])
     assert prompt(tmp_path / "shot").endswith(base)
     assert prompt(tmp_path / "system") == f"Be brief.\n\n{base}"
     assert prompt(tmp_path / "chat") == f"user: {base}\nassistant: "

@@ -207,8 +207,8 @@ def test_the_largest_batch_is_measured_over_two_steps(monkeypatch: pytest.Monkey
     module, data = check_fit(words)
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, limit_train_batches=1.0)
     data.setup("fit")
-    sums = [sum(data.examples["train"][i].length for i in batch) for batch in data.train_dataloader().plan.batches(0)]
-    assert sum(example.length for example in batches[0].examples) == max(sums)
+    sums = [sum(data.examples["train"][i].size for i in batch) for batch in data.train_dataloader().plan.batches(0)]
+    assert sum(example.size for example in batches[0].examples) == max(sums)
 
 
 def test_a_step_that_runs_out_of_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:

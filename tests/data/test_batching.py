@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepkd.data.batching import BatchPlan, Position, StepBatch, StepLoader, micro_batches, mismatched, rank_share
-from stepkd.data.encode import Example
+from stepkd.data.batching import BatchPlan, Position, StepBatch, StepLoader, mismatched, rank_share
+from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=103).tolist()
@@ -23,11 +23,8 @@ lengths_lists = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 PLANS = [
     {"size": 8},
     {"size": 8, "shuffle": False},
-    {"size": 600, "unit": "tokens"},
-    {"size": 600, "unit": "tokens"},
     {"size": 1},
     {"size": 1000},
-    {"size": 1, "unit": "tokens"},
 ]
 
 
@@ -38,8 +35,7 @@ def test_every_example_exactly_once_per_epoch(plan: dict[str, Any]) -> None:
         drawn = [i for batch in batches.batches(epoch) for i in batch]
         assert sorted(drawn) == list(range(len(LENGTHS)))
         assert all(batches.batches(epoch)), "no empty batch"
-        if batches.num_batches is not None:
-            assert len(batches.batches(epoch)) == batches.num_batches
+        assert len(batches.batches(epoch)) == batches.num_batches
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -55,27 +51,9 @@ def test_same_key_same_plan(plan: dict[str, Any]) -> None:
 
 
 def test_the_same_in_another_process() -> None:
-    code = (
-        "from stepkd.data.batching import BatchPlan; "
-        f"print(BatchPlan({LENGTHS}, size=300, unit='tokens', seed=5).batches(7))"
-    )
+    code = f"from stepkd.data.batching import BatchPlan; print(BatchPlan({LENGTHS}, size=300, seed=5).batches(7))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert other.strip() == str(BatchPlan(LENGTHS, size=300, unit="tokens", seed=5).batches(7))
-
-
-@given(lengths_lists, st.integers(1, 120), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
-def test_token_batches_stay_within_the_budget(lengths: list[int], size: int, epoch: int) -> None:
-    batches = BatchPlan(lengths, size=size, unit="tokens").batches(epoch)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert sum(lengths[i] for i in batch) <= size or len(batch) == 1
-
-
-def test_token_batches_are_filled() -> None:
-    batches = BatchPlan(LENGTHS, size=600, unit="tokens", shuffle=False).batches(0)
-    for batch, after in pairwise(batches):
-        assert sum(LENGTHS[i] for i in batch) + LENGTHS[after[0]] > 600
+    assert other.strip() == str(BatchPlan(LENGTHS, size=300, seed=5).batches(7))
 
 
 @given(lengths_lists, st.integers(1, 5))
@@ -107,7 +85,7 @@ def test_the_last_batch_may_be_smaller(rows: int, full: int, rest: int) -> None:
 GROUPS = [i * 7 % 20 for i in range(len(LENGTHS))]
 
 
-@pytest.mark.parametrize("plan", [{"size": 8}, {"size": 8, "shuffle": False}, {"size": 600, "unit": "tokens"}], ids=str)
+@pytest.mark.parametrize("plan", [{"size": 8}, {"size": 8, "shuffle": False}], ids=str)
 def test_groups_stay_together(plan: dict[str, Any]) -> None:
     """A group lies in one piece of the epoch; only a batch's end can part it."""
     grouped = BatchPlan(LENGTHS, **plan, groups=GROUPS)
@@ -148,11 +126,6 @@ def test_ranks_share_whole_groups(examples: list[tuple[int, int]], world_size: i
     assert shares == [rank_share(batch[::-1], lengths, rank, world_size, groups) for rank in range(world_size)]
     for share in shares:
         assert len(list(groupby(groups[i] for i in share))) == len({groups[i] for i in share})
-
-
-def test_bad_groups() -> None:
-    with pytest.raises(ValueError, match="2 groups for 3 examples"):
-        BatchPlan([1, 2, 3], size=2, groups=[0, 0])
 
 
 # ---- mismatched pairs -----------------------------------------------------------------------------------------------
@@ -196,48 +169,18 @@ def test_partners_have_other_prompts_and_serve_once(prompts: list[int]) -> None:
     assert len(met) == (len(prompts) if largest <= rest else 2 * rest)
 
 
-@given(lengths_lists, st.integers(1, 200))
-@settings(max_examples=100, deadline=None)
-def test_micro_batches(lengths: list[int], max_tokens: int) -> None:
-    groups = micro_batches(lengths, max_tokens)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-    longest = [max(lengths[i] for i in group) for group in groups]
-    assert longest == sorted(longest, reverse=True)
-    assert longest[0] == max(lengths)
-    for group, width in zip(groups, longest, strict=True):
-        assert len(group) * width <= max_tokens or len(group) == 1
-
-
-def test_micro_batches_of_nothing() -> None:
-    assert micro_batches([], 10) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"unit": "rows"}, "batch unit 'rows': must be 'sequences' or 'tokens'"),
-        ({"size": 0}, "global batch size 0: must be at least 1"),
-        ({"lengths": []}, "there are no examples"),
-    ],
-    ids=str,
-)
-def test_bad_settings(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        BatchPlan(**{"lengths": LENGTHS, "size": 8, **changes})
-
-
-def test_bad_micro_batch_budget() -> None:
-    with pytest.raises(ConfigError, match="micro_batch_tokens=0: must be at least 1"):
-        micro_batches([1], 0)
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.global_batch_size=0: must be at least 1"):
+        BatchPlan(LENGTHS, size=0)
 
 
 # ---- the loader ----------------------------------------------------------------------------------------------------
 
 
-EXAMPLES = [Example(f"e{i}", (1,) * (1 + i * 7 % 11), (2, 3), ((0, 2),)) for i in range(23)]
+EXAMPLES = [Completion((1,) * (1 + i * 7 % 11), (2, 3), id=f"e{i}") for i in range(23)]
 LENGTHS_OF_LOADER = [example.length for example in EXAMPLES]
 START = Position()
-PLANS_OF_LOADER: list[dict[str, Any]] = [{"size": 4}, {"size": 20, "unit": "tokens"}]
+PLANS_OF_LOADER: list[dict[str, Any]] = [{"size": 4}, {"size": 5, "groups": [i // 2 for i in range(23)]}]
 
 
 def loader(position: Position | Callable[[], Position] = START, plan: Any = None, **settings: Any) -> StepLoader:
@@ -332,8 +275,6 @@ def test_a_batch_smaller_than_the_world_leaves_ranks_empty() -> None:
 
 def test_length() -> None:
     assert len(loader()) == 6
-    with pytest.raises(TypeError, match="their number is known only epoch by epoch"):
-        len(loader(plan={"size": 20, "unit": "tokens"}))
 
 
 def test_state_is_the_position() -> None:

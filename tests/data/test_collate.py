@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Example
 from stepkd.data.feedback import PairExample
 from stepkd.errors import ConfigError
 from stepkd.steps.segment import spans_from_ends, step_ends
@@ -22,18 +21,17 @@ from stepkd.steps.segment import spans_from_ends, step_ends
 PAD = 99
 
 
-def example(name: str, prompt: int, steps: list[int], first: int = 1) -> Example:
+def example(name: str, prompt: int, steps: list[int], first: int = 1) -> Completion:
     """A row of distinct ids: ``prompt`` prompt tokens, then steps of the given lengths."""
     ends = [sum(steps[: i + 1]) for i in range(len(steps))]
-    spans = tuple((end - step, end) for end, step in zip(ends, steps, strict=True))
-    ids = tuple(range(first, first + prompt + sum(steps)))
-    return Example(name, ids[:prompt], ids[prompt:], spans)
+    ids = range(first, first + prompt + sum(steps))
+    return Completion(ids[:prompt], ids[prompt:], ends, id=name)
 
 
 ROWS = [example("a", 3, [2, 1]), example("b", 1, [4], 20), example("c", 5, [1, 1, 2], 40)]
 
 
-def check(batch: Batch, rows: list[Example], length: int, side: str) -> None:
+def check(batch: Batch, rows: list[Completion], length: int, side: str) -> None:
     """Compare with one position at a time."""
     assert batch.input_ids_BT.shape == (len(rows), length) == batch.attention_mask_BT.shape
     flat = batch.input_ids_BT.flatten()
@@ -81,7 +79,7 @@ rows_strategy = st.lists(
 
 @given(rows_strategy, st.sampled_from(["right", "left"]), st.integers(0, 30))
 @settings(max_examples=60, deadline=None)
-def test_any_rows(rows: list[Example], side: Any, pad_to: int) -> None:
+def test_any_rows(rows: list[Completion], side: Any, pad_to: int) -> None:
     length = max([row.length for row in rows] + [pad_to])
     check(collate(rows, PAD, padding_side=side, pad_to=pad_to), rows, length, side)
 
@@ -177,11 +175,11 @@ def test_feedback_gives_outcomes_and_labels() -> None:
 
 
 def pair(prompt: tuple[int, ...], better: tuple[int, ...], worse: tuple[int, ...], name: str = "p") -> PairExample:
-    return PairExample(name, prompt, better, ((0, len(better)),), rejected_ids=worse, rejected_spans=((0, len(worse)),))
+    return PairExample(prompt, better, id=name, rejected=Completion(prompt, worse))
 
 
-def solution(prompt: tuple[int, ...], ids: tuple[int, ...], ends: tuple[int, ...] = (), name: str = "s") -> Example:
-    return Example(name, prompt, ids, tuple(spans_from_ends(ends, len(ids))))
+def solution(prompt: tuple[int, ...], ids: tuple[int, ...], ends: tuple[int, ...] = (), name: str = "s") -> Completion:
+    return Completion(prompt, ids, step_ends(spans_from_ends(ends, len(ids))), id=name)
 
 
 @pytest.mark.parametrize(("side", "pad_to"), [("right", None), ("left", 9)])
@@ -216,11 +214,11 @@ own_ids = st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple)
 
 
 @st.composite
-def examples_of_few_prompts(draw: Any) -> list[Example]:
+def examples_of_few_prompts(draw: Any) -> list[Completion]:
     """Examples over a few prompts, all with one completion, or all with two."""
     few = draw(st.lists(prompts, min_size=1, max_size=3, unique=True))
     pairs = draw(st.booleans())
-    found: list[Example] = []
+    found: list[Completion] = []
     for number in range(draw(st.integers(1, 12))):
         prompt = draw(st.sampled_from(few))
         if pairs:
@@ -233,7 +231,7 @@ def examples_of_few_prompts(draw: Any) -> list[Example]:
 @given(examples_of_few_prompts(), st.sampled_from(["right", "left"]), st.sampled_from([None, 40]))
 @settings(max_examples=80, deadline=None)
 def test_a_place_takes_over_a_state_only_where_everything_before_it_is_equal(
-    examples: list[Example], side: Any, pad_to: int | None
+    examples: list[Completion], side: Any, pad_to: int | None
 ) -> None:
     batch = collate(examples, PAD, share=True, padding_side=side, pad_to=pad_to)
     plain = collate(examples, PAD, padding_side=side, pad_to=pad_to)
@@ -266,7 +264,7 @@ def _equal(a: Batch, b: Batch, name: str) -> bool:
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
-def computed(group: list[Example], share: bool) -> int:
+def computed(group: list[Completion], share: bool) -> int:
     """Tokens that the rows of a micro-batch cost, padding included, less what is read once."""
     completions: list[Completion] = [each for example in group for each in example.completions]
     cells = len(completions) * max(each.length for each in completions)
@@ -278,7 +276,7 @@ def computed(group: list[Example], share: bool) -> int:
 @given(examples_of_few_prompts(), st.integers(1, 60), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_no_example_is_lost_or_split_and_budgets_are_kept(
-    examples: list[Example], max_tokens: int, share: bool
+    examples: list[Completion], max_tokens: int, share: bool
 ) -> None:
     groups = plan(examples, max_tokens, share=share)
     planned = [example for group in groups for example in group]
@@ -291,8 +289,8 @@ def test_no_example_is_lost_or_split_and_budgets_are_kept(
 
 @given(examples_of_few_prompts())
 @settings(max_examples=60, deadline=None)
-def test_examples_of_one_prompt_stay_together(examples: list[Example]) -> None:
-    planned = [example.prompt_ids for group in plan(examples, 25, share=True) for example in group]
+def test_examples_of_one_prompt_stay_together(examples: list[Completion]) -> None:
+    planned = [tuple(example.prompt_ids) for group in plan(examples, 25, share=True) for example in group]
     changes = 1 + sum(a != b for a, b in pairwise(planned))
     assert changes == len(set(planned))
 

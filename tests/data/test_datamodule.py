@@ -74,8 +74,10 @@ def test_training_starts_at_the_modules_position_and_validation_at_the_beginning
     resumed = attach(StepData(**settings), position=Position(0, 2))
     for data in (whole, resumed):
         data.setup("fit")
-    assert list(resumed.train_dataloader()) == list(whole.train_dataloader())[2:]
-    assert list(resumed.val_dataloader()) == list(whole.val_dataloader())
+    rest, every = ([batch.indices for batch in data.train_dataloader()] for data in (resumed, whole))
+    assert rest == every[2:]
+    rest, every = ([batch.indices for batch in data.val_dataloader()] for data in (resumed, whole))
+    assert rest == every == [(0, 1, 2, 3)]
 
 
 def test_ranks(attach: Any) -> None:
@@ -93,26 +95,13 @@ def test_no_validation_data(attach: Any) -> None:
     assert data.val_dataloader() == []
 
 
-def test_token_batches_in_training_sequences_elsewhere(attach: Any) -> None:
-    specs = {"train": task(), "validation": task("validation", 9)}
-    data = attach(StepData(**specs, template="task", global_batch_size=120, batch_unit="tokens"))
-    data.setup("fit")
-    lengths = [example.length for example in data.examples["train"]]
-    for batch in data.train_dataloader():
-        assert sum(lengths[i] for i in batch.indices) <= 120
-    validation = data.val_dataloader()
-    tokens = [sum(example.length for example in batch.examples) for batch in validation]
-    assert len(validation) == len(tokens) > 1, "120 counts tokens, so one batch does not hold all nine problems"
-    assert max(tokens) <= 130
-
-
 def test_validation_without_solutions(attach: Any, tmp_path: Path) -> None:
     spec = write(tmp_path / "v.jsonl", [{"prompt": "1+1=\n", "answer": "2"}])
     data = attach(StepData(train=task(), validation=spec, template="task"))
     data.setup("fit")
     (example,) = data.examples["validation"]
-    assert example.token_ids == ()
-    assert example.prompt_ids
+    assert not len(example.token_ids)
+    assert len(example.prompt_ids)
 
 
 def test_a_held_out_row_whose_solution_does_not_fit_still_counts_for_accuracy(attach: Any, tmp_path: Path) -> None:
@@ -132,7 +121,7 @@ def test_a_held_out_row_whose_solution_does_not_fit_still_counts_for_accuracy(at
 def test_predict_takes_prompts_only(attach: Any) -> None:
     data = attach(StepData(predict=task("test", 3), template="task"))
     data.setup("predict")
-    assert [e.token_ids for b in data.predict_dataloader() for e in b.examples] == [(), (), ()]
+    assert [len(e.token_ids) for b in data.predict_dataloader() for e in b.examples] == [0, 0, 0]
 
 
 def test_test_stage(attach: Any) -> None:

@@ -89,7 +89,7 @@ def test_an_outcome_alone_is_feedback() -> None:
 
 def test_values_stand_in_for_labels() -> None:
     row = rollout(step_values=[1.0, 0.25, 0.0, None])
-    with pytest.raises(DataError, match=r"^r, column 'step_labels': a step label of 0.25 is neither right nor wrong"):
+    with pytest.raises(DataError, match=r"^r, column 'step_labels': a step label of 0.25 is neither correct nor"):
         make().example(row)
     assert encode(make(harden=0.25), row).step_labels == (1, 1, 0, -1)
     assert encode(make(harden=0.5), row).step_labels == (1, 0, 0, -1)

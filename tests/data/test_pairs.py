@@ -61,16 +61,12 @@ def encode(encoder: PairEncoder, row: dict[str, Any]) -> PairExample:
     pair = encoder.example(row)
     assert isinstance(pair, PairExample)
     better, worse = pair.completions
-    for side, (own, spans) in zip(
-        (better, worse),
-        ((pair.token_ids, pair.spans), (pair.rejected_ids, pair.rejected_spans)),
-        strict=True,
-    ):
-        assert tuple(side.prompt_ids) == pair.prompt_ids
-        assert (tuple(side.token_ids), side.spans) == (own, spans)
+    assert (better, worse) == (pair, pair.rejected)
+    for side in (better, worse):
+        assert side.prompt_ids.tolist() == pair.prompt_ids.tolist()
         check_partition(side.spans, len(side.token_ids))
         assert len(side.token_ids)
-    assert pair.length == len(pair.prompt_ids) + len(better.token_ids) + len(worse.token_ids)
+    assert pair.size == len(pair.prompt_ids) + len(better.token_ids) + len(worse.token_ids)
     return pair
 
 
@@ -81,7 +77,7 @@ def ids(text: str, tokenizer: Any = TINY, *, end: bool = False) -> list[int]:
 
 def written(pair: PairExample, tokenizer: Any = TINY) -> tuple[str, str, str]:
     """Prompt, chosen and rejected as text, end tokens shown."""
-    return tuple(tokenizer.decode(list(each)) for each in (pair.prompt_ids, pair.token_ids, pair.rejected_ids))
+    return tuple(tokenizer.decode(list(each)) for each in (pair.prompt_ids, pair.token_ids, pair.rejected.token_ids))
 
 
 # ---- whole solutions ------------------------------------------------------------------------------------------------
@@ -91,7 +87,7 @@ def test_whole_solutions_end_in_the_end_token() -> None:
     pair = encode(make(), whole())
     assert written(pair) == ("Q", "1\n#### 2<eos>", "3<eos>")
     assert pair.spans == ((0, 2), (2, 6))
-    assert pair.rejected_spans == ((0, 2),)
+    assert pair.rejected.spans == ((0, 2),)
     assert pair.visits is None
 
 
@@ -128,8 +124,8 @@ def test_next_steps(prefix: list[str]) -> None:
     encoder = make()
     pair = encode(encoder, step(prefix, "5*2=10\n", "5*2=12\n"))
     assert written(pair) == ("Q" + "".join(prefix), "5*2=10\n", "5*2=12\n")
-    assert (pair.spans, pair.rejected_spans) == (((0, 7),), ((0, 7),))
-    assert EOS not in (*pair.prompt_ids, *pair.token_ids, *pair.rejected_ids)
+    assert (pair.spans, pair.rejected.spans) == (((0, 7),), ((0, 7),))
+    assert EOS not in (*pair.prompt_ids, *pair.token_ids, *pair.rejected.token_ids)
     assert not encoder.counts
 
 
@@ -164,7 +160,7 @@ def test_a_prefix_that_comes_as_text_alone() -> None:
     pair = encode(make(tokenizer), step(["x="], "3", "4", **sampled))
     assert list(pair.prompt_ids) == ids("Q", tokenizer) + ids("x=", tokenizer)
     assert list(pair.token_ids) == sampled["chosen_ids"]
-    assert list(pair.rejected_ids) == sampled["rejected_ids"]
+    assert list(pair.rejected.token_ids) == sampled["rejected_ids"]
 
 
 def test_a_side_without_ids_takes_the_other_back_to_its_text() -> None:
@@ -204,7 +200,7 @@ def test_a_token_across_the_boundary_belongs_to_the_step() -> None:
     tokenizer = merging("= 3")
     pair = encode(make(tokenizer), step(["x="], "3\n", "4\n"))
     assert written(pair, tokenizer) == ("Qx", "=3\n", "=4\n")
-    assert (len(pair.token_ids), len(pair.rejected_ids)) == (2, 3)
+    assert (len(pair.token_ids), len(pair.rejected.token_ids)) == (2, 3)
 
 
 def test_a_merge_that_reaches_back_into_the_prefix() -> None:
@@ -231,7 +227,7 @@ def test_a_character_of_several_tokens_opens_the_step() -> None:
     pair = encode(make(tokenizer), step(["1 "], "😀a", "😀b"))
     assert list(pair.prompt_ids) == ids("Q1 ", tokenizer)
     assert list(pair.token_ids) == ids("😀a", tokenizer)
-    assert list(pair.rejected_ids) == ids("😀b", tokenizer)
+    assert list(pair.rejected.token_ids) == ids("😀b", tokenizer)
     pair = encode(make(tokenizer), step(["é"], "😀", "😁"))
     assert written(pair, tokenizer) == ("Qé", "😀", "😁")
 
@@ -250,7 +246,7 @@ def test_both_sides_are_what_was_written(prefix: list[str], chosen: str, rejecte
     pair = encode(encoder, step(prefix, chosen, rejected))
     text = "".join(prefix)
     own = pair.prompt_ids[1:]
-    for side, sampled in ((chosen, pair.token_ids), (rejected, pair.rejected_ids)):
+    for side, sampled in ((chosen, pair.token_ids), (rejected, pair.rejected.token_ids)):
         assert [*own, *sampled] == ids(text + side, tokenizer)
     assert text.startswith(tokenizer.decode(list(own)))
     assert encoder.counts == {}

@@ -180,7 +180,7 @@ def test_pairs_of_solutions_and_of_steps(tmp_path: Path, caplog: pytest.LogCaptu
         assert f"train: 4 of 5 rows, {{{counts}, 'pairs_too_long': 1}}" in caplog.text
         assert [example.visits for example in data.examples["train"]] == [None, None, None, (3, 1)]
         end = TOKENIZER.eos_token_id
-        ends = {ids[-1] == end for e in data.examples["train"] for ids in (e.token_ids, e.rejected_ids)}
+        ends = {ids[-1] == end for e in data.examples["train"] for ids in (e.token_ids, e.rejected.token_ids)}
         assert ends == {"prefix" not in prefix}
 
 

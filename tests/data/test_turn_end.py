@@ -104,10 +104,10 @@ def test_solutions_feedback_and_pairs_end_as_the_template_does(family: str, temp
     rows = PROBLEM | {"completions": ["1+1=2\n", "#### 2"], "labels": [True, True], "outcome": True}
     feedback = FeedbackEncoder(tokenizer, template, NEWLINE).example(rows)
     assert feedback is not None
-    assert tuple(feedback.token_ids) == solution.token_ids
+    assert feedback.token_ids.tolist() == solution.token_ids.tolist()
     pair = PairEncoder(tokenizer, template, NEWLINE).example(PROBLEM | {"chosen": text, "rejected": "#### 3"})
     assert pair is not None
-    assert (pair.token_ids[-1], pair.rejected_ids[-1]) == (end, end)
+    assert (pair.token_ids[-1], pair.rejected.token_ids[-1]) == (end, end)
 
 
 def test_training_text_is_the_chat_templates_own(family: str) -> None:
@@ -248,5 +248,5 @@ def test_a_model_that_was_trained_on_chat_stops_in_plain_transformers(tmp_path: 
     policy.model.save_pretrained(tmp_path / "trained")
     policy.tokenizer.save_pretrained(tmp_path / "trained")
     model = AutoModelForCausalLM.from_pretrained(export_model(tmp_path / "trained", tmp_path / "export"))
-    found = model.generate(torch.tensor([example.prompt_ids]), max_new_tokens=40, do_sample=False)
-    assert tuple(found[0, len(example.prompt_ids) :].tolist()) == example.token_ids
+    found = model.generate(torch.tensor([example.prompt_ids.tolist()]), max_new_tokens=40, do_sample=False)
+    assert found[0, len(example.prompt_ids) :].tolist() == example.token_ids.tolist()

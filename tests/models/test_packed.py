@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stepkd.data.collate import Batch, collate, plan
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.completion import Completion
+from stepkd.data.encode import Encoder
 from stepkd.data.feedback import PairEncoder
 from stepkd.data.templates import get_template
 from stepkd.losses import token_logps
@@ -26,15 +27,11 @@ def random_ids(n: int) -> tuple[int, ...]:
     return tuple(torch.randint(5, 100, (n,), generator=DRAWS).tolist())
 
 
-def examples_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Example]:
+def examples_of(sizes: list[list[int]], prompts: list[int], seed: int = 0) -> list[Completion]:
     """Examples of random ids: completion lengths per prompt, and prompt lengths."""
     DRAWS.manual_seed(seed)
     shared = [random_ids(prompt) for prompt in prompts]
-    return [
-        Example("e", prompt, random_ids(n), ((0, n),))
-        for prompt, lengths in zip(shared, sizes, strict=True)
-        for n in lengths
-    ]
+    return [Completion(prompt, random_ids(n)) for prompt, lengths in zip(shared, sizes, strict=True) for n in lengths]
 
 
 def states(policy: Any, batch: Batch) -> Tensor:
@@ -43,7 +40,7 @@ def states(policy: Any, batch: Batch) -> Tensor:
     return hidden.flatten(0, 1)[batch.needed_N]
 
 
-def separate_states(policy: Any, examples: list[Example]) -> Tensor:
+def separate_states(policy: Any, examples: list[Completion]) -> Tensor:
     """The same, each completion in a batch of its own without any padding or mask of ours."""
     parts = []
     for each in (completion for example in examples for completion in example.completions):
@@ -99,7 +96,7 @@ def test_gradients_equal_those_of_separate_rows(
     policy = policy_of(name)
     examples = examples_of([[2, 7, 4, 1, 3], [6, 3], [5]], [5, 9, 2], seed=2)
     first, second = examples[5], examples[6]
-    examples[6] = Example("e", second.prompt_ids, (*first.token_ids[:4], *second.token_ids), ((0, 7),))
+    examples[6] = Completion(second.prompt_ids, (*first.token_ids[:4], *second.token_ids))
     batch = collate(examples, 0, share=True, padding_side=side, pad_to=pad_to)
     weights = torch.randn(len(batch.targets_N), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -134,7 +131,7 @@ def test_neighbours_change_nothing(name: str, policy_of: Any, close: Any) -> Non
     policy = policy_of(name)
     examples = examples_of([[4, 5, 6]], [3])
     other = examples_of([[4, 5, 6]], [3], seed=1)[1]
-    replaced = [examples[0], Example("e", examples[0].prompt_ids, other.token_ids, other.spans), examples[2]]
+    replaced = [examples[0], Completion(examples[0].prompt_ids, other.token_ids), examples[2]]
     with torch.no_grad():
         before, after = (states(policy, collate(each, 0, share=True)) for each in (examples, replaced))
     same = torch.tensor([True] * 4 + [False] * 5 + [True] * 6)
@@ -159,7 +156,7 @@ def test_padding_is_never_nan(name: str, side: Any, policy_of: Any, close: Any) 
 # ---- what it costs --------------------------------------------------------------------------------------------------
 
 
-def mixed_pairs(count: int) -> list[Example]:
+def mixed_pairs(count: int) -> list[Completion]:
     """Pairs of solutions of the tiny world, short and long ones, some of which begin alike."""
     tokenizer, template, segmenter = tiny_tokenizer(), get_template("task"), get_segmenter("newline")
     noisy = [
@@ -173,7 +170,7 @@ def mixed_pairs(count: int) -> list[Example]:
     return list(PairEncoder(tokenizer, template, segmenter).examples(rows))
 
 
-def random_lengths(count: int) -> list[Example]:
+def random_lengths(count: int) -> list[Completion]:
     """Two to five completions of every prompt, of any length."""
     DRAWS.manual_seed(7)
     sizes = torch.randint(1, 120, (count, 6), generator=DRAWS).tolist()
@@ -183,7 +180,7 @@ def random_lengths(count: int) -> list[Example]:
 @pytest.mark.parametrize("examples", [mixed_pairs(60), random_lengths(30)], ids=["mixed pairs", "random lengths"])
 @pytest.mark.parametrize("max_tokens", [600, 8192])
 def test_padding_is_at_most_a_tenth_and_no_more_is_computed_than_in_plain_rows(
-    examples: list[Example], max_tokens: int, policy_of: Any
+    examples: list[Completion], max_tokens: int, policy_of: Any
 ) -> None:
     """Measured at the tokens that the layers see, over all micro-batches of a step."""
     policy = policy_of("tiny-0.1m")
@@ -192,7 +189,7 @@ def test_padding_is_at_most_a_tenth_and_no_more_is_computed_than_in_plain_rows(
     prompts, plain = 0, 0
     own = sum(len(completion.token_ids) for example in examples for completion in example.completions)
     for group in groups:
-        prompts += sum(map(len, {example.prompt_ids for example in group}))
+        prompts += sum(map(len, {tuple(example.prompt_ids) for example in group}))
     for group in plan(examples, max_tokens):
         rows = [completion.length for example in group for completion in example.completions]
         plain += len(rows) * max(rows)

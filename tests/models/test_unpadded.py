@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stepkd.data.collate import Batch, collate
-from stepkd.data.encode import Example
+from stepkd.data.completion import Completion
 from stepkd.losses import token_logps
 from stepkd.models.head import backbone_of, positions_from_mask
 from stepkd.models.packed import is_worth_it, unpadded_hidden
@@ -23,7 +23,7 @@ SIZES = [[(3, 4)], [(1, 1), (5, 9)], [(4, 2), (2, 7), (6, 6), (1, 3)]]
 def batch_of(sizes: list[tuple[int, int]], **layout: Any) -> Batch:
     draws = torch.Generator().manual_seed(0)
     ids = [[torch.randint(5, 100, (n,), generator=draws).tolist() for n in pair] for pair in sizes]
-    examples = [Example(str(i), tuple(p), tuple(c), ((0, len(c)),)) for i, (p, c) in enumerate(ids)]
+    examples = [Completion(p, c, id=str(i)) for i, (p, c) in enumerate(ids)]
     return collate(examples, 0, **layout)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import Completion
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.encode import Encoder
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import get_template
@@ -43,7 +43,7 @@ class Recording(StepModule):
         self.gradients: Gradients = {}
         self.shapes: list[tuple[int, ...]] = []
 
-    def _collate(self, examples: Sequence[Example], *, is_filler: bool = False) -> Batch:
+    def _collate(self, examples: Sequence[Completion], *, is_filler: bool = False) -> Batch:
         side: Any = self.padding_side
         return collate(examples, 0, padding_side=side, pad_to=self.pad_to, is_filler=is_filler)
 
@@ -79,7 +79,7 @@ def quiet_trainer(**settings: Any) -> Trainer:
 
 
 @pytest.fixture(scope="session")
-def examples() -> list[Example]:
+def examples() -> list[Completion]:
     """16 solutions of very different lengths."""
     rows = make_rows("modular:terms=2-9", 16, seed=3)
     return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
@@ -96,7 +96,7 @@ def one_step() -> Callable[..., Recorder]:
     """Run one optimiser step of SFT on exactly these examples; returns the module with what it recorded."""
 
     def run(
-        rows: Sequence[Example],
+        rows: Sequence[Completion],
         *,
         dtype: str = "float64",
         padding_side: str = "right",
@@ -109,7 +109,7 @@ def one_step() -> Callable[..., Recorder]:
         spec: Any = {"path": "tiny-0.1m", "dtype": dtype, **(policy or {})}
         module = Recorder(PolicyConfig(**spec), optimizer, **settings)
         module.padding_side, module.pad_to = padding_side, pad_to
-        plan = BatchPlan([example.length for example in rows], size=len(rows), shuffle=False)
+        plan = BatchPlan([example.size for example in rows], size=len(rows), shuffle=False)
         quiet_trainer(**(trainer or {})).fit(module, train_dataloaders=StepLoader(rows, plan))
         return module
 
@@ -117,7 +117,7 @@ def one_step() -> Callable[..., Recorder]:
 
 
 @pytest.fixture(scope="session")
-def brute_force(examples: list[Example]) -> tuple[float, Gradients]:
+def brute_force(examples: list[Completion]) -> tuple[float, Gradients]:
     """Loss and gradients from plain logits, one unpadded row at a time, divided by the number of completion tokens."""
     policy = Policy.load(PolicyConfig(path="tiny-0.1m", dtype="float64"))
     total = torch.zeros((), dtype=torch.float64)
@@ -231,7 +231,7 @@ def prm_step() -> Callable[..., PRMRecorder]:
         module = PRMRecorder(PolicyConfig(**spec), head or LabelTokens(), **{"optimizer": STEADY, **settings})
         for name, value in sides.items():
             setattr(module, name, value)
-        plan = BatchPlan([example.length for example in examples], size=len(examples), shuffle=False)
+        plan = BatchPlan([example.size for example in examples], size=len(examples), shuffle=False)
         quiet_trainer(max_steps=steps).fit(module, train_dataloaders=StepLoader(examples, plan))
         return module
 

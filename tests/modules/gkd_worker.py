@@ -14,7 +14,8 @@ from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan, StepLoader
 from stepkd.data.collate import collate
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.completion import Completion
+from stepkd.data.encode import Encoder
 from stepkd.data.templates import get_template
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.distillation_settings import JSD, ReverseKL, SourceConfig
@@ -34,13 +35,13 @@ DATA = SourceConfig(lmbda=0.0)
 OWN = SourceConfig(lmbda=1.0, sampling=SamplingConfig(max_new_tokens=12))
 
 
-def examples(count: int = 8) -> list[Example]:
+def examples(count: int = 8) -> list[Completion]:
     """Solutions of very different lengths."""
     rows = make_rows("modular:terms=2-9", count, seed=3)
     return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
 
 
-def noisy_examples(count: int = 8) -> list[Example]:
+def noisy_examples(count: int = 8) -> list[Completion]:
     """Solutions of which some have wrong steps."""
     rows = make_rows("modular:terms=2-6", count, seed=3, noise=Noise(rate=0.3))
     return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
@@ -67,7 +68,7 @@ class GKD(GKDModule):
 
     def sample(self, batch: Any, source: Any) -> Any:
         found = super().sample(batch, source)
-        self.written.append({example.id: example.token_ids for example in found})
+        self.written.append({example.id: tuple(example.token_ids) for example in found})
         return found
 
     def loss_terms(self, micro_batch: Any) -> Any:
@@ -81,7 +82,7 @@ class GKD(GKDModule):
 
 
 def run(
-    rows: list[Example],
+    rows: list[Completion],
     *,
     steps: int = 1,
     size: int | None = None,
@@ -101,7 +102,7 @@ def run(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    plan = BatchPlan([e.length for e in rows], size=size or len(rows), shuffle=True, seed=1)
+    plan = BatchPlan([e.size for e in rows], size=size or len(rows), shuffle=True, seed=1)
     loader = StepLoader(rows, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
     trainer.fit(module, train_dataloaders=loader)
     return module

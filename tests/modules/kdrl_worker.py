@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from stepkd.data.batching import BatchPlan, StepLoader
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.completion import Completion
+from stepkd.data.encode import Encoder
 from stepkd.data.templates import get_template
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
 from stepkd.modules.kdrl import KDRLModule
@@ -40,7 +41,7 @@ REWARDS = [
 """A random model is never right; these tell its completions apart."""
 
 
-def examples(count: int = 4) -> list[Example]:
+def examples(count: int = 4) -> list[Completion]:
     """Problems of very different lengths."""
     rows = make_rows("modular:terms=2-9", count, seed=3)
     return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
@@ -76,7 +77,7 @@ class KDRL(KDRLModule):
 
 
 def run(
-    rows: list[Example], *, steps: int = 1, size: int | None = None, folder: Path | None = None, **settings: Any
+    rows: list[Completion], *, steps: int = 1, size: int | None = None, folder: Path | None = None, **settings: Any
 ) -> KDRL:
     """Optimiser steps on these examples, all of them in every batch unless ``size`` says otherwise."""
     policy = PolicyConfig(**{**POLICY, **settings.pop("policy", {})})
@@ -91,7 +92,7 @@ def run(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    plan = BatchPlan([e.length for e in rows], size=size or len(rows), shuffle=True, seed=1)
+    plan = BatchPlan([e.size for e in rows], size=size or len(rows), shuffle=True, seed=1)
     loader = StepLoader(rows, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
     trainer.fit(module, train_dataloaders=loader)
     return module

@@ -150,7 +150,7 @@ def run(
         enable_model_summary=False,
     )
     rows = method.examples() * copies
-    plan = BatchPlan([each.length for each in rows], size=len(rows), shuffle=False)
+    plan = BatchPlan([each.size for each in rows], size=len(rows), shuffle=False)
     loader = StepLoader(rows, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
     trainer.fit(module, train_dataloaders=loader)
     return module

@@ -135,7 +135,7 @@ def run(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    plan = BatchPlan([e.length for e in examples], size=len(examples), shuffle=shuffle, seed=1)
+    plan = BatchPlan([e.size for e in examples], size=len(examples), shuffle=shuffle, seed=1)
     loader = StepLoader(examples, plan, rank=info.rank, world_size=info.world_size, position=lambda: module.position)
     trainer.fit(module, train_dataloaders=loader)
     return module

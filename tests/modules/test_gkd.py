@@ -253,7 +253,7 @@ def test_the_teachers_samples_are_the_teachers(views: Any, rows: list[Any]) -> N
 
 
 def test_prompts_without_solutions(rows: list[Any]) -> None:
-    bare = [replace(row, token_ids=(), spans=()) for row in rows]
+    bare = [replace(row, token_ids=(), step_ends=()) for row in rows]
     assert worker.run(bare, source=worker.OWN).gradients
     with pytest.raises(TrainingError, match="no row of the batch has a single target"):
         worker.run(bare)
@@ -369,7 +369,7 @@ def measure(rows: list[Any], views: Any, **settings: Any) -> dict[str, float]:
             **settings,
         },
     )
-    plan = BatchPlan([row.length for row in rows], size=4, shuffle=False)
+    plan = BatchPlan([row.size for row in rows], size=4, shuffle=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet)
     (found,) = trainer.validate(module, StepLoader(rows, plan), verbose=False)
@@ -444,7 +444,7 @@ def test_calibration_on_given_tokens(views: Any, rows: list[Any]) -> None:
     few_tokens = replace(worker.TEACHER, top_k=TopK(3))
     few = measure(rows, views, teacher=few_tokens, fidelity=FidelityConfig(answers=False))
     assert few["teacher_ece"] == pytest.approx(found["teacher_ece"], rel=1e-5), "its likeliest token is in no tail"
-    bare = [replace(row, token_ids=(), spans=()) for row in rows]
+    bare = [replace(row, token_ids=(), step_ends=()) for row in rows]
     assert "ece" not in measure(bare, views, fidelity=FidelityConfig(answers=False))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepkd.data.batching import micro_batches
+from stepkd.data.collate import plan
 from stepkd.models.spec import LoRAConfig
 
 _SPEC = importlib.util.spec_from_file_location("methods_worker", Path(__file__).with_name("methods_worker.py"))
@@ -143,10 +143,9 @@ def test_padding_and_chunks(
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
 def test_micro_batch_split(parts: int, examples: Any, one_step: Any, brute_force: Any, distance: Any) -> None:
-    lengths = [example.length for example in examples]
-    budget = next(tokens for tokens in range(1, 10_000) if len(micro_batches(lengths, tokens)) <= parts)
+    budget = next(tokens for tokens in range(1, 10_000) if len(plan(examples, tokens)) <= parts)
     module = one_step(examples, micro_batch_tokens=budget)
-    assert len(module.shapes) == len(micro_batches(lengths, budget))
+    assert len(module.shapes) == len(plan(examples, budget))
     assert parts // 2 < len(module.shapes) <= parts
     assert distance(module.gradients, brute_force[1]) < TOLERANCE
 

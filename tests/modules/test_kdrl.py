@@ -458,7 +458,7 @@ def test_validation_is_the_cross_entropy_of_given_solutions(rows: list[Any]) -> 
         PolicyConfig(**worker.POLICY), teacher=worker.TEACHER, rollout=worker.ROLLOUT, micro_batch_tokens=60
     )
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    plan = BatchPlan([row.length for row in rows], size=3, shuffle=False)
+    plan = BatchPlan([row.size for row in rows], size=3, shuffle=False)
     (found,) = trainer.validate(module, StepLoader(rows, plan), verbose=False)
     total, number = 0.0, 0
     for row in rows:

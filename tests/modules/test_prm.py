@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stepkd.data.batching import micro_batches
-from stepkd.data.collate import Batch, collate
+from stepkd.data.collate import Batch, collate, plan
 from stepkd.data.completion import Completion
 from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
@@ -71,10 +70,9 @@ def test_padding_and_chunks(settings: dict[str, Any], case: Any, prm_step: Any, 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
 def test_micro_batch_split(parts: int, case: Any, prm_step: Any, distance: Any) -> None:
     head, examples, loss, gradients = case
-    lengths = [example.length for example in examples]
-    budget = next(tokens for tokens in range(1, 10_000) if len(micro_batches(lengths, tokens)) <= parts)
+    budget = next(tokens for tokens in range(1, 10_000) if len(plan(examples, tokens)) <= parts)
     module = prm_step(examples, head, micro_batch_tokens=budget)
-    assert parts // 2 < len(module.shapes) == len(micro_batches(lengths, budget)) <= parts
+    assert parts // 2 < len(module.shapes) == len(plan(examples, budget)) <= parts
     assert distance(module.gradients, gradients) < TOLERANCE
     assert float(module.trainer.callback_metrics["train/prm"]) == pytest.approx(loss, rel=1e-6)
 

@@ -114,7 +114,7 @@ def test_a_column_that_is_read_and_missing_is_told_with_split_and_reason(
 def test_validation_needs_answers_only_where_it_samples() -> None:
     held_out = [*SOLVED, PROMPTS[0]]
     data = setup(SFTModule(POLICY), StepData(train=SOLVED, validation=held_out, template="task"))
-    assert [bool(example.token_ids) for example in data.examples["validation"]] == [True] * 4 + [False]
+    assert [bool(len(example.token_ids)) for example in data.examples["validation"]] == [True] * 4 + [False]
     sampling = SFTModule(POLICY, validation=ValidationConfig(SamplingConfig(n=2)))
     setup(sampling, StepData(train=SOLVED, validation=PROBLEMS, template="task"))
     with pytest.raises(

@@ -28,7 +28,7 @@ STEADY = OptimizerConfig(lr=1e-3, schedule="constant", warmup=0)
 
 
 def loader_of(examples: Any, module: Any, size: int = 4) -> StepLoader:
-    plan = BatchPlan([example.length for example in examples], size=size, shuffle=False)
+    plan = BatchPlan([example.size for example in examples], size=size, shuffle=False)
     return StepLoader(examples, plan, position=lambda: module.position)
 
 

@@ -87,7 +87,7 @@ def ours(module: Any, examples: list[Any], trainer: Callable[..., Any]) -> Any:
         return clip(module)
 
     module._clip = record
-    plan = BatchPlan([example.length for example in examples], size=len(examples), shuffle=False)
+    plan = BatchPlan([example.size for example in examples], size=len(examples), shuffle=False)
     trainer().fit(module, train_dataloaders=StepLoader(examples, plan))
     return {name.removeprefix("model."): value for name, value in grads.items()}
 
@@ -147,13 +147,10 @@ def test_dpo(loss_type: str, trainer: Any, distance: Callable[..., float], tmp_p
     ]
     pairs = [
         PairExample(
-            str(i),
             sides[i][0],
             sides[i][1],
-            ((0, len(sides[i][1])),),
-            {},
-            rejected_ids=sides[COUNT + i][1],
-            rejected_spans=((0, len(sides[COUNT + i][1])),),
+            id=str(i),
+            rejected=Completion(sides[i][0], sides[COUNT + i][1]),
         )
         for i in range(COUNT)
     ]

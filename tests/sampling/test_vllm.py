@@ -367,11 +367,11 @@ def test_what_a_served_teacher_cannot_do(settings: dict[str, Any], message: str)
 
 def batch_of(policy: Policy) -> Any:
     from stepkd.data.collate import collate
-    from stepkd.data.encode import Example
+    from stepkd.data.completion import Completion
 
     texts = (("1+2=", "3\n"), ("7=", ""), ("3*4-5=", "12-5=7\n"))
     examples = [
-        Example(str(i), tuple(policy.tokenizer(p).input_ids), tuple(policy.tokenizer(c).input_ids if c else ()), ())
+        Completion(policy.tokenizer(p).input_ids, policy.tokenizer(c).input_ids if c else (), id=str(i))
         for i, (p, c) in enumerate(texts)
     ]
     return collate(examples, 0)
@@ -398,11 +398,11 @@ def test_a_teacher_on_a_server_equals_one_in_this_process(tail: bool, policy: Po
 
 def test_a_batch_without_completions(policy: Policy, server: Any) -> None:
     from stepkd.data.collate import collate
-    from stepkd.data.encode import Example
+    from stepkd.data.completion import Completion
 
     teacher = ServerTeacher(server.address, top_k=5)
     teacher.bind(policy.tokenizer)
-    empty = collate([Example("x", prompts(policy)[0], (), ())], 0)
+    empty = collate([Completion(prompts(policy)[0], (), id="x")], 0)
     assert teacher.signals(empty, temperature=1.0).tensors[0].shape == (0, 5)
 
 

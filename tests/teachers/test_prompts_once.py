@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from stepkd.data.collate import collate
-from stepkd.data.encode import Encoder, Example
+from stepkd.data.completion import Completion
+from stepkd.data.encode import Encoder
 from stepkd.data.templates import get_template
 from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig, tiny_tokenizer
@@ -28,13 +29,13 @@ STUDENT = PolicyConfig(path="tiny-0.1m", dtype="float64")
 ROLLOUTS, PROMPT = 8, 60
 
 
-def group() -> list[Example]:
+def group() -> list[Completion]:
     """Eight completions of different lengths, of one prompt; each begins with a token of its own."""
     encoder = Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline"))
     (example,) = encoder.examples(make_rows("modular:terms=9", 1, seed=3))
-    prompt = (example.prompt_ids * PROMPT)[:PROMPT]
+    prompt = (example.prompt_ids.tolist() * PROMPT)[:PROMPT]
     ids = [(5 + i, *example.token_ids[: 3 + i]) for i in range(ROLLOUTS)]
-    return [replace(example, prompt_ids=prompt, token_ids=each, spans=((0, len(each)),)) for each in ids]
+    return [replace(example, prompt_ids=prompt, token_ids=each, step_ends=None) for each in ids]
 
 
 def local(**settings: Any) -> tuple[Teacher, Callable[[], Policy]]:
