@@ -1,12 +1,11 @@
 """The quick start: every method of stepkd on tiny models, on this machine, with nothing to download.
 
-It is a list of stages (:data:`STAGES`). A stage trains or measures something, leaves its files in a folder of its own,
-and adds one section to ``summary.json``. A new method adds one stage.
+It is a list of stages (:data:`STAGES`). A stage fits a recipe of ``recipes/tiny`` or runs jobs, leaves its files in a
+folder of its own, and adds one section to ``summary.json``. A new method adds one stage.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.data.io import read_rows
+from stepkd.data.spec import LABELS_NAME
+from stepkd.errors import ConfigError, StepkdError
 from stepkd.grading.judge import solution_steps
+from stepkd.grading.pool import GradingConfig
+from stepkd.labels.labellers import LabellerConfig, MonteCarlo, TaskChecker
+from stepkd.labels.settings import Existing, LabelConfig, Sampled, SolutionsConfig
 from stepkd.runs.files import write_json
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, read_results
+from stepkd.sampling.sampler import SamplingConfig
 
-STUDENT_NOISE = {"rate": 0.15, "kind": "random", "recover": 0.5}
+TASK = "modular:terms=4,modulus=10"
+"""The tiny-world task: chains of three operations modulo 10, where an incorrect line can still end correctly."""
+NOISE = {"rate": 0.15, "kind": "random", "recover": 0.5}
 """Each line's result is replaced with probability 0.15; half of the slips are silently recovered in the next line."""
+NEW_TOKENS = 64
+"""Longest sampled solution."""
 CHOICES = 8
 """Solutions per held-out problem that the reward model chooses from."""
+MAX_ROWS = 256
+"""Completions decoded or scored at once."""
 
 
 @dataclass
@@ -41,12 +52,6 @@ class Context:
     """Seed of data, weights and sampling."""
     scale: float = 1.0
     """Factor on every stage's number of optimiser steps and problems."""
-    task: str = "modular:terms=4,modulus=10"
-    """The tiny-world task: chains of three operations modulo 10, where a wrong line can still end right."""
-
-    def steps(self, full: int) -> int:
-        """Optimiser steps of a stage whose full budget is ``full``."""
-        return max(2, round(full * self.scale))
 
     def problems(self, full: int) -> int:
         """Problems evaluated by a stage whose full budget is ``full``."""
@@ -55,9 +60,9 @@ class Context:
     def problem_source(self, full: int, *, seed: int | None = None, split: str = "train") -> str:
         """Data word of problems of the task; the quick start's seed where no other is given."""
         seed = self.seed if seed is None else seed
-        return f'task:task="{self.task}",n={self.problems(full)},seed={seed},split={split}'
+        return f'task:task="{TASK}",n={self.problems(full)},seed={seed},split={split}'
 
-    def model_folder(self, name: str) -> Path:
+    def model(self, name: str) -> str:
         """Folder of an exported model that an earlier stage left.
 
         Raises:
@@ -66,7 +71,7 @@ class Context:
         folder = self.out / name / "model"
         if not folder.is_dir():
             raise ConfigError(f"this stage needs the model of stage {name!r}: run it first (--stages {name} ...)")
-        return folder
+        return str(folder)
 
 
 StageName = Literal["teacher", "student", "evaluate", "samples", "prm", "step_kto", "gkd", "kdrl"]
@@ -85,29 +90,236 @@ class Stage:
     """Does it; returns its section of the summary."""
 
 
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def train(
+    context: Context, name: str, recipe: str, *, start: str, steps: int, lr: float, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fit a recipe of the tiny world, without its validation, and export the model; a killed fit is resumed.
+
+    Args:
+        context: the quick start.
+        name: of the stage.
+        recipe: its name below ``recipes/tiny``.
+        start: model that the training starts from.
+        steps: optimiser steps at full scale.
+        lr: peak learning rate.
+        settings: further settings of the recipe, by dotted name.
+
+    Returns:
+        Where the model is, and the number of steps.
+    """
+    from stepkd.models.checkpoint import export_model
+    from stepkd.training.fit import fit
+
+    folder, steps = context.out / name, max(2, round(steps * context.scale))
+    if not (folder / "model").is_dir():
+        changes = {
+            "seed_everything": context.seed,
+            "trainer.max_steps": steps,
+            "trainer.val_check_interval": None,
+            "model.init_args.policy.path": start,
+            "model.init_args.policy.init_seed": context.seed,
+            "model.init_args.optimizer.lr": lr,
+            "data.init_args.validation": None,
+        }
+        result = fit([f"tiny/{recipe}"], {**changes, **settings}, out=folder, resume=True)
+        if result.status != "finished":
+            raise StepkdError(f"the training in {folder} was stopped, its state is saved: the same command resumes it")
+        export_model(folder, folder / "model", overwrite=True)
+    return {"model": f"{name}/model", "steps": steps}
+
+
+def task_options(context: Context, n: int, **more: Any) -> dict[str, Any]:
+    """Settings of a recipe that trains on ``n`` generated problems: the quick start's task and seed."""
+    return {"data.init_args.train.options": {"task": TASK, "n": n, "seed": context.seed, **more}}
+
+
 def train_teacher(context: Context) -> dict[str, Any]:
     """A teacher from clean solutions."""
-    return _train(context, "teacher", "tiny_sft", start="tiny-0.5m", task=context.task, steps=800, lr=3e-3)
+    settings = {"model.init_args.optimizer.warmup": 0.05, **task_options(context, 20_000)}
+    return train(context, "teacher", "sft", start="tiny-0.5m", steps=800, lr=3e-3, settings=settings)
 
 
 def train_student(context: Context) -> dict[str, Any]:
     """A student that knows, but does not do reliably: the teacher's weights, then demonstrations with slips."""
-    start = context.model_folder("teacher")
-    section = _train(
-        context, "student", "tiny_sft", start=start, task=context.task, steps=200, lr=1e-3, noise=STUDENT_NOISE
+    settings = {"model.init_args.optimizer.warmup": 0.05, **task_options(context, 20_000, noise=NOISE)}
+    start = context.model("teacher")
+    return {**train(context, "student", "sft", start=start, steps=200, lr=1e-3, settings=settings), "noise": NOISE}
+
+
+def train_prm(context: Context) -> dict[str, Any]:
+    """Labels of the student's solutions, a reward model from the student's weights, best-of-8."""
+    student = context.model("student")
+    rows, labels = student_labels(context)
+    settings = {"model.init_args.optimizer.warmup": 0.05, **rows}
+    section = train(context, "prm", "prm", start=student, steps=400, lr=1e-3, settings=settings)
+    section |= {"labelled_solutions": labels["labelled"], "monte_carlo": monte_carlo(context, student)}
+    return section | best_of_n(context, student)
+
+
+def train_step_kto(context: Context) -> dict[str, Any]:
+    """Step-KTO from the student's weights, and what it does to correct answers and to the incorrect steps in them."""
+    rows, labels = student_labels(context)
+    section = train(context, "step_kto", "step_kto", start=context.model("student"), steps=60, lr=1e-4, settings=rows)
+    conflicts = labels["right_answers_with_a_wrong_step"]
+    return section | {
+        "labelled_solutions": labels["labelled"],
+        "conflicts": conflicts,
+        "evaluation": compare_with_student(context, "step_kto"),
+    }
+
+
+def train_gkd(context: Context) -> dict[str, Any]:
+    """On-policy GKD from the student's weights, and how like its teacher the student was and has become."""
+    teacher, student = context.model("teacher"), context.model("student")
+    settings = {
+        "model.init_args.teacher.init_args.path": teacher,
+        "model.init_args.source.lmbda": 1.0,
+        **task_options(context, 5_000),
+    }
+    section = train(context, "gkd", "gkd", start=student, steps=50, lr=3e-4, settings=settings)
+    evaluation = compare_with_student(context, "gkd")
+    alike = {name: fidelity(context, context.model(name), teacher) for name in ("student", "gkd")}
+    context.console.print(
+        f"reverse KL to the teacher on own samples of {context.problems(64)} problems, nats a token: "
+        f"{alike['student']['reverse_kl']:.3f} before, {alike['gkd']['reverse_kl']:.3f} after"
     )
-    return {**section, "noise": STUDENT_NOISE}
+    return {**section, "evaluation": evaluation, "fidelity": alike}
+
+
+def train_kdrl(context: Context) -> dict[str, Any]:
+    """KDRL from the student's weights: one objective of rewards and distillation, on the same samples."""
+    settings = {"model.init_args.teacher.init_args.path": context.model("teacher"), **task_options(context, 5_000)}
+    section = train(context, "kdrl", "kdrl", start=context.model("student"), steps=30, lr=1e-4, settings=settings)
+    return {**section, "evaluation": compare_with_student(context, "kdrl")}
+
+
+# ---- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def student_labels(context: Context) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The student's own solutions, every step labelled by the exact checker; drawn once for all stages.
+
+    Returns:
+        Settings of a recipe that trains on them, and the job's summary.
+    """
+    solutions = sampled(context, context.problem_source(2000), samples=4)
+    rows, summary = label(context.out / "labels", solutions, TaskChecker())
+    train = {"source": "rows", "path": str(rows), "options": {}}
+    return {"data.init_args.train": train, "data.init_args.allow_one_class": context.scale < 1}, summary
+
+
+def sampled(context: Context, problems: str, *, samples: int, dedupe: bool = True) -> Sampled:
+    """Solutions that a labelling job samples from the student."""
+    sampling = SamplingConfig(n=samples, max_new_tokens=NEW_TOKENS, seed=context.seed)
+    return Sampled(problems=problems, model=context.model("student"), sampling=sampling, dedupe=dedupe)
+
+
+def label(out: Path, solutions: SolutionsConfig, labeller: LabellerConfig) -> tuple[Path, dict[str, Any]]:
+    """Run (or resume) a labelling job; its rows and its summary."""
+    from stepkd.labels.job import run_label_job
+
+    config = LabelConfig(out=str(out), solutions=solutions, labeller=labeller, device="cpu", max_rows=MAX_ROWS)
+    summary = run_label_job(config)
+    assert summary is not None, "one rank does all the work"
+    return out / LABELS_NAME, summary
+
+
+def monte_carlo(context: Context, student: str) -> dict[str, Any]:
+    """How true labels from 8 continuations per step are, for when there is no checker."""
+    from stepkd.labels.quality import label_quality
+
+    folder = context.out / "prm"
+    solutions = sampled(context, context.problem_source(60, seed=context.seed + 1), samples=4)
+    continuations = SamplingConfig(n=8, max_new_tokens=NEW_TOKENS, seed=context.seed)
+    labels, _ = label(folder / "monte-carlo", solutions, MonteCarlo(sampling=continuations))
+    truth, _ = label(folder / "truth", Existing(rollouts=str(labels), model=student), TaskChecker())
+    quality = label_quality(*([row for row, _ in read_rows(path)] for path in (labels, truth))).to_dict()
+    if quality["balanced_accuracy"] is not None:
+        context.console.print(
+            "Monte-Carlo labels (8 continuations per step) against the exact checker: balanced accuracy "
+            f"{percent(quality['balanced_accuracy'], ' ')}",
+            highlight=False,
+        )
+    return quality
+
+
+def best_of_n(context: Context, student: str) -> dict[str, Any]:
+    """Best-of-8 by the reward model against the majority, and how well it tells correct steps from incorrect ones."""
+    from stepkd.evaluation.best_of_n import best_of_n_from_files
+    from stepkd.evaluation.config import ScoreConfig
+    from stepkd.evaluation.score_rows import score_file
+    from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
+
+    folder = context.out / "prm"
+    solutions = sampled(context, context.problem_source(150, split="test"), samples=CHOICES, dedupe=False)
+    held_out, _ = label(folder / "held-out", solutions, TaskChecker())
+    scores = str(folder / "scores")
+    scoring = ScoreConfig(
+        scorer=context.model("prm"), rollouts=str(held_out), out=scores, device="cpu", max_rows=MAX_ROWS
+    )
+    summary = score_file(scoring)
+    curve = best_of_n_from_files({"prm": scores}, grading=GradingConfig(extractors=("hash",)), seed=context.seed)
+    judged = [row for row in read_results(scores) if None not in row["step_scores"]]
+    steps = labelled_steps(
+        [row["step_scores"] for row in judged],
+        [row["step_labels"] for row in judged],
+        problems=[row["problem_id"] for row in judged],
+        up_to_first_error=True,
+    )
+    metrics = step_metrics(steps, seed=context.seed).to_dict()
+    table = _table(
+        f"choosing among {CHOICES} of the student's solutions, 95% intervals", "choice", [f"N={k}" for k in curve.ks]
+    )
+    for name, text in (("majority", "majority"), ("prm", "process reward model"), ("pass", "any correct (ceiling)")):
+        table.add_row(text, *(percent(each.to_dict()) for each in curve.curves[name]))
+    context.console.print(table)
+    if (auroc := metrics["auroc"]) is not None:
+        context.console.print(
+            f"correct against incorrect steps, up to the first error: AUROC {auroc['value']:.3f} "
+            f"({auroc['low']:.3f} to {auroc['high']:.3f})",
+            highlight=False,
+        )
+    return {"best_of_n": curve.to_dict(), "step_metrics": metrics, "unscored": summary["rows"] - len(judged)}
+
+
+def fidelity(context: Context, model: str, teacher: str) -> dict[str, float]:
+    """How like its teacher a model is on held-out problems (:mod:`stepkd.modules.fidelity`)."""
+    from stepkd.training.fit import validate
+
+    prefix = "val/fidelity/"
+    found = validate(
+        ["tiny/gkd"],
+        {
+            "seed_everything": context.seed,
+            "trainer.enable_progress_bar": False,
+            "model.init_args.policy.path": model,
+            "model.init_args.teacher.init_args.path": teacher,
+            "model.init_args.validation": None,
+            "model.init_args.fidelity.sampling.max_new_tokens": NEW_TOKENS,
+            "data.init_args.validation.split": "test",
+            "data.init_args.validation.options": {"task": TASK, "n": context.problems(64), "seed": context.seed},
+        },
+    )
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
 
 
 def evaluate_models(context: Context) -> dict[str, Any]:
     """Both models on held-out problems: greedy, and four samples at temperature 1."""
     section: dict[str, Any] = {}
-    columns = ("right, greedy", "right, sampled", "majority of 4", "steps right", "right answer, wrong step")
-    table = _table(f"held-out problems of {context.task}, 95% intervals", "model", columns)
+    columns = (
+        "correct, greedy",
+        "correct, sampled",
+        "majority of 4",
+        "steps correct",
+        "correct answer, incorrect step",
+    )
+    table = _table(f"held-out problems of {TASK}, 95% intervals", "model", columns)
     for name in ("teacher", "student"):
-        folder = context.model_folder(name)
-        greedy = _evaluate(context, f"{name}-greedy", folder, samples=1, temperature=0.0)
-        sampled = _evaluate(context, f"{name}-sampled", folder, samples=4, temperature=1.0)
+        greedy = _evaluate(context, name, "greedy")
+        sampled = _evaluate(context, name, "sampled")
         section[name] = {"greedy": greedy, "sampled": sampled}
         shown = ("pass@1", "maj@4", "step_accuracy", "correct_with_wrong_step")
         metrics = [greedy["metrics"]["pass@1"], *(sampled["metrics"][metric] for metric in shown)]
@@ -127,9 +339,9 @@ def show_samples(context: Context) -> dict[str, Any]:
     samples = [(row, sample) for row in rows for sample in row["samples"]]
     shown = []
     for title, *wanted in (
-        ("right answer, every step right", True, True),
-        ("right answer, but a wrong step: what step-level supervision is for", True, False),
-        ("wrong answer", False, False),
+        ("correct answer, every step correct", True, True),
+        ("correct answer, but an incorrect step: what step-level supervision is for", True, False),
+        ("incorrect answer", False, False),
     ):
         for row, sample in samples:
             if [sample["verdict"] == "correct", all(sample["step_labels"])] == wanted:
@@ -143,211 +355,38 @@ def show_samples(context: Context) -> dict[str, Any]:
 def marked_solution(prompt: str, sample: dict[str, Any]) -> Text:
     """A solution with a mark before every step."""
     text = Text(f"  {prompt.strip()}\n")
-    for step, right in zip(solution_steps(sample["completion"]), sample["step_labels"], strict=True):
-        text.append("  ✓ " if right else "  ✗ ", style="green" if right else "bold red")
-        text.append(step.strip() + "\n", style="" if right else "red")
+    for step, correct in zip(solution_steps(sample["completion"]), sample["step_labels"], strict=True):
+        text.append("  ✓ " if correct else "  ✗ ", style="green" if correct else "bold red")
+        text.append(step.strip() + "\n", style="" if correct else "red")
     return text
 
 
-def train_prm(context: Context) -> dict[str, Any]:
-    """Labels of the student's solutions, a reward model from the student's weights, best-of-8."""
-    student = context.model_folder("student")
-    labels, summary = student_labels(context)
-    section = _train(
-        context, "prm", "tiny_prm", start=student, labels=labels, steps=400, lr=1e-3, allow_one_class=context.scale < 1
+def _evaluate(context: Context, name: str, how: Literal["greedy", "sampled"]) -> dict[str, Any]:
+    """A stage's model on held-out problems, with one greedy solution or four samples; of the summary, the metrics."""
+    from stepkd.evaluation.config import EvaluateConfig
+    from stepkd.evaluation.runner import evaluate
+
+    samples, temperature = (1, 0.0) if how == "greedy" else (4, 1.0)
+    config = EvaluateConfig(
+        model=context.model(name),
+        benchmark="task",
+        data=f'task="{TASK}",n={context.problems(200)},seed={context.seed}',
+        sampling=SamplingConfig(n=samples, temperature=temperature, max_new_tokens=NEW_TOKENS, seed=context.seed),
+        max_rows=MAX_ROWS,
+        device="cpu",
+        out=str(context.out / "evaluations" / f"{name}-{how}"),
     )
-    section |= {"labelled_solutions": summary["labelled"], "monte_carlo": _monte_carlo(context, student)}
-    return section | _choose(context, context.model_folder("prm"), student)
-
-
-def _monte_carlo(context: Context, student: Path) -> dict[str, Any]:
-    """How true labels from 8 continuations per step are, for when there is no checker."""
-    from stepkd.claims.tiny_samples import label_tiny, read_labels, sampled, sampling
-    from stepkd.labels.labellers import MonteCarlo, TaskChecker
-    from stepkd.labels.quality import label_quality
-    from stepkd.labels.settings import Existing
-
-    folder, seed = context.out / "prm", context.seed
-    problems = context.problem_source(60, seed=seed + 1)
-    solutions = sampled(student, problems, samples=4, seed=seed)
-    labels, _ = label_tiny(folder / "monte-carlo", solutions, MonteCarlo(sampling=sampling(seed, 8)))
-    existing = Existing(rollouts=str(labels), model=str(student))
-    truth, _ = label_tiny(folder / "truth", existing, TaskChecker())
-    quality = label_quality(read_labels(labels), read_labels(truth)).to_dict()
-    accuracy = quality["balanced_accuracy"]
-    if accuracy is not None:
-        context.console.print(
-            f"Monte-Carlo labels (8 continuations per step) against the exact checker: balanced accuracy "
-            f"{percent(accuracy)}".replace("\n", " "),
-            highlight=False,
-        )
-    return quality
-
-
-def _choose(context: Context, model: Path, student: Path) -> dict[str, Any]:
-    """Best-of-8 by the reward model against the majority, and how well it tells correct steps from incorrect ones."""
-    from stepkd.claims.tiny_samples import by_problem, curves_tiny, label_tiny, read_labels, sampled, score_tiny
-    from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
-    from stepkd.labels.labellers import TaskChecker
-    from stepkd.scorers.scorer import reduce_solutions
-
-    problems = context.problem_source(150, split="test")
-    solutions = sampled(student, problems, samples=CHOICES, seed=context.seed, dedupe=False)
-    held_out, _ = label_tiny(context.out / "prm" / "held-out", solutions, TaskChecker())
-    rows = read_labels(held_out)
-    scores = score_tiny(model, rows)
-    reduced = {"prm": reduce_solutions(scores, "product", meaning="correctness")}
-    curve = curves_tiny(rows, reduced, (1, 2, 4, CHOICES), seed=context.seed)
-    judged = [
-        (found, row["step_labels"], name)
-        for solutions, (name, group) in zip(scores, by_problem(rows).items(), strict=True)
-        for found, row in zip(solutions, group, strict=True)
-        if not any(math.isnan(score) for score in found)
-    ]
-    if not judged:
-        raise DataError("the reward model scored no solution: every one holds the step marker or has no text")
-    found, labels, names = zip(*judged, strict=True)
-    steps = labelled_steps(found, labels, problems=names, up_to_first_error=True)
-    metrics = step_metrics(steps, seed=context.seed).to_dict()
-    title = f"choosing among {CHOICES} of the student's solutions, 95% intervals"
-    table = _table(title, "choice", [f"N={k}" for k in curve.ks])
-    for name, text in (("majority", "majority"), ("prm", "process reward model"), ("pass", "any right (ceiling)")):
-        table.add_row(text, *(percent(each.to_dict()) for each in curve.curves[name]))
-    context.console.print(table)
-    auroc = metrics["auroc"]
-    if auroc is not None:
-        context.console.print(
-            f"right against wrong steps, up to the first error: AUROC {auroc['value']:.3f} "
-            f"({auroc['low']:.3f} to {auroc['high']:.3f})",
-            highlight=False,
-        )
-    return {"best_of_n": curve.to_dict(), "step_metrics": metrics, "unscored": len(rows) - len(judged)}
-
-
-def train_step_kto(context: Context) -> dict[str, Any]:
-    """Step-KTO from the student's weights, and what it does to correct answers and to the incorrect steps in them."""
-    student = context.model_folder("student")
-    labels, summary = student_labels(context)
-    section = _train(
-        context,
-        "step_kto",
-        "tiny_preference",
-        method="step_kto",
-        start=student,
-        rows=labels,
-        steps=60,
-        lr=1e-4,
-        beta=0.5,
-        global_batch_size=64,
-        allow_one_class=context.scale < 1,
-    )
-    return {
-        **section,
-        "labelled_solutions": summary["labelled"],
-        "conflicts": summary["right_answers_with_a_wrong_step"],
-        "evaluation": _compare(context, "step_kto"),
-    }
-
-
-def train_gkd(context: Context) -> dict[str, Any]:
-    """On-policy GKD from the student's weights, and how like its teacher the student was and has become."""
-    from stepkd.claims.tiny import tiny_fidelity
-    from stepkd.modules.distillation_settings import JSD
-
-    teacher, student = (context.model_folder(name) for name in ("teacher", "student"))
-    section = _train(
-        context,
-        "gkd",
-        "tiny_gkd",
-        start=student,
-        teacher=teacher,
-        task=context.task,
-        steps=50,
-        lr=3e-4,
-        divergence=JSD(beta=0.5, scaled=True),
-    )
-    evaluation = _compare(context, "gkd")
-    problems = context.problems(64)
-    alike = {
-        name: tiny_fidelity(
-            context.model_folder(name), teacher, task=context.task, problems=problems, seed=context.seed
-        )
-        for name in ("student", "gkd")
-    }
-    context.console.print(
-        f"reverse KL to the teacher on own samples of {problems} problems, nats a token: "
-        f"{alike['student']['reverse_kl']:.3f} before, {alike['gkd']['reverse_kl']:.3f} after"
-    )
-    return {**section, "evaluation": evaluation, "fidelity": alike}
-
-
-def train_kdrl(context: Context) -> dict[str, Any]:
-    """KDRL from the student's weights: one objective of rewards and distillation, on the same samples."""
-    from stepkd.modules.settings import Sampled
-
-    teacher, student = (context.model_folder(name) for name in ("teacher", "student"))
-    section = _train(
-        context,
-        "kdrl",
-        "tiny_kdrl",
-        start=student,
-        teacher=teacher,
-        task=context.task,
-        steps=30,
-        lr=1e-4,
-        kd=Sampled(beta=0.05),  # coefficient of the reverse KL to the teacher
-    )
-    return {**section, "evaluation": _compare(context, "kdrl")}
-
-
-def student_labels(context: Context) -> tuple[Path, dict[str, Any]]:
-    """The student's own solutions, every step labelled by the exact checker; drawn once for all stages."""
-    from stepkd.claims.tiny_samples import label_tiny, sampled
-    from stepkd.labels.labellers import TaskChecker
-
-    student, problems = context.model_folder("student"), context.problem_source(2000)
-    solutions = sampled(student, problems, samples=4, seed=context.seed)
-    return label_tiny(context.out / "labels", solutions, TaskChecker())
-
-
-def _train(context: Context, name: str, builder: str, *, steps: int, **settings: Any) -> dict[str, Any]:
-    """Train the model of a stage with a builder of :mod:`stepkd.claims.tiny`, and say where it is."""
-    from stepkd.claims import tiny
-
-    model = tiny.train_tiny(
-        context.out / name,
-        getattr(tiny, builder),
-        steps=context.steps(steps),
-        progress=True,
-        seed=context.seed,
-        **settings,
-    )
-    return {"model": str(model.relative_to(context.out)), "steps": context.steps(steps)}
-
-
-def _evaluate(context: Context, name: str, model: Path, *, samples: int, temperature: float) -> dict[str, Any]:
-    """Evaluate a model on held-out problems of the task; returns the summary's metrics."""
-    from stepkd.claims.tiny_samples import evaluate_tiny
-
-    summary = evaluate_tiny(
-        context.out / "evaluations" / name,
-        model,
-        task=context.task,
-        problems=context.problems(200),
-        samples=samples,
-        temperature=temperature,
-        seed=context.seed,
-    )
+    summary = evaluate(config)
     return {key: summary[key] for key in ("problems", "samples", "metrics")}
 
 
-def _compare(context: Context, stage: str) -> dict[str, Any]:
+def compare_with_student(context: Context, stage: str) -> dict[str, Any]:
     """Show samples of the student and of a stage's model side by side; returns the metrics of the latter."""
-    columns = ("right, sampled", "steps right", "right answer, wrong step")
+    columns = ("correct, sampled", "steps correct", "correct answer, incorrect step")
     table = _table("held-out problems, 4 samples each, 95% intervals", "model", columns)
     section: dict[str, Any] = {}
     for name in ("student", stage):
-        section = _evaluate(context, f"{name}-sampled", context.model_folder(name), samples=4, temperature=1.0)
+        section = _evaluate(context, name, "sampled")
         shown = ("pass@1", "step_accuracy", "correct_with_wrong_step")
         table.add_row(name.replace("_", "-"), *(percent(section["metrics"][metric]) for metric in shown))
     context.console.print(table)
@@ -362,23 +401,27 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def percent(metric: Mapping[str, Any]) -> str:
-    """``93.0%`` with ``(88.6 to 95.8)`` below it; a dash where the metric is undefined."""
+def percent(metric: Mapping[str, Any], gap: str = "\n") -> str:
+    """``93.0%`` with ``(88.6 to 95.8)`` behind the gap; a dash where the metric is undefined."""
     if metric["value"] is None:
         return "-"
-    interval = "" if metric["low"] is None else f"\n({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
+    interval = "" if metric["low"] is None else f"{gap}({100 * metric['low']:.1f} to {100 * metric['high']:.1f})"
     return f"{100 * metric['value']:.1f}%{interval}"
 
 
 STAGES: list[Stage] = [
     Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", train_teacher),
-    Stage("student", "make a sloppy student of it: a little more training, on solutions with slips", train_student),
+    Stage("student", "make a noisy student of it: a little more training, on solutions with slips", train_student),
     Stage("evaluate", "evaluate both on problems they have not seen", evaluate_models),
     Stage("samples", "the student's solutions, every step checked", show_samples),
     Stage("prm", "a process reward model from the student's own rollouts, and best-of-8 with it", train_prm),
-    Stage("step_kto", "Step-KTO: the student learns from right and wrong answers and steps of its own", train_step_kto),
+    Stage(
+        "step_kto",
+        "Step-KTO: the student learns from its own correct and incorrect answers and steps",
+        train_step_kto,
+    ),
     Stage("gkd", "GKD: the student learns from its teacher, on solutions of its own", train_gkd),
-    Stage("kdrl", "KDRL: rewards for right answers and the teacher's word, in one objective", train_kdrl),
+    Stage("kdrl", "KDRL: rewards for correct answers and distillation, in one objective", train_kdrl),
 ]
 """All stages in order; later methods append theirs."""
 
@@ -402,6 +445,6 @@ def run_stages(context: Context, stages: Sequence[Stage], job: Job) -> None:
         job.once(PHASE, stage.name, partial(stage.run, context))
         done = [each.name for each in STAGES if not job.missing(PHASE, [each.name])]
         sections = {name: job.once(PHASE, name, dict) for name in done}
-        settings = {"seed": context.seed, "scale": context.scale, "task": context.task}
+        settings = {"seed": context.seed, "scale": context.scale, "task": TASK}
         write_json(job.out / SUMMARY_NAME, {"settings": settings, "stages": sections})
         context.console.print(f"{stage.name} took {time.perf_counter() - start:.0f} s\n", style="dim")

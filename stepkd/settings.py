@@ -168,7 +168,7 @@ def _flat(file: str | None, name: str, value: Any) -> Iterator[tuple[str | None,
         yield file, name, value
     for each in value if isinstance(value, list) else [value]:
         for key, below in each.items() if isinstance(each, dict) else ():
-            yield from _flat(file, name if key == "init_args" else f"{name}.{key}".lstrip("."), below)
+            yield from _flat(file, f"{name}.{key}".replace(".init_args", "").lstrip("."), below)
 
 
 def settings_of(parser: Any, given: Sequence[tuple[str | None, str, Any]]) -> dict[str, Any]:

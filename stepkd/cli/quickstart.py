@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepkd.errors import check_bounds
-from stepkd.quickstart import STAGES, Context, StageName, run_stages
+from stepkd.quickstart import STAGES, TASK, Context, StageName, run_stages
 from stepkd.runs.job import SUMMARY_NAME, Job, JobOptions
 from stepkd.yaml_files import as_yaml
 
@@ -54,7 +54,7 @@ def run(config: QuickstartConfig) -> int:
     console = Console()
     context = Context(out, console, seed=config.seed, scale=config.scale)
     start = time.perf_counter()
-    job.begin({"seed": context.seed, "scale": context.scale, "task": context.task})
+    job.begin({"seed": context.seed, "scale": context.scale, "task": TASK})
     quiet_libraries()
     with job.alone():
         run_stages(context, chosen, job)

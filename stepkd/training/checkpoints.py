@@ -3,10 +3,7 @@ and before a run stops on request."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from stepkd.errors import check_bounds, disk_error
 from stepkd.runs.files import replaced
 from stepkd.runs.process import STOP_REQUEST, Preempted
-from stepkd.runs.resume import find_last_checkpoint, is_whole, read_checkpoint
+from stepkd.runs.resume import find_last_checkpoint, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,6 @@ class CheckpointConfig:
 
     every_n_steps: int = 100
     """``last.ckpt`` is written every so many optimiser steps, and at the end."""
-    keep_previous: int = 0
-    """How many earlier ones stay beside it, as ``step=N.ckpt``: where a torn ``last.ckpt`` sends ``--resume``."""
     monitor: str | None = "val/loss"
     """``best.ckpt`` is the checkpoint with the best value of this; needs validation data. Null: there is none."""
     mode: Literal["min", "max"] = "min"
@@ -39,25 +34,7 @@ class CheckpointConfig:
     not start the job again. Under torchrun and accelerate the agent's own code is what they see."""
 
     def __post_init__(self) -> None:
-        least = {"every_n_steps": "[1, inf)", "keep_previous": "[0, inf)"}
-        check_bounds("checkpoint.", self, **least, preempted_exit_code="[0, 255]")
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Writing a checkpoint, with its failures in words.
-
-    Raises:
-        MachineError: the disk is full or the folder cannot be written; a checkpoint that was there is intact.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        last = find_last_checkpoint(path.parent)
-        kept = "No checkpoint was written before. " if last is None else f"{last.name} is intact, for --resume. "
-        if words := disk_error(error, path, kept):
-            raise words from error
-        raise
+        check_bounds("checkpoint.", self, every_n_steps="[1, inf)", preempted_exit_code="[0, 255]")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -74,12 +51,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             MachineError: the disk is full or the folder cannot be written; the previous checkpoint is intact.
         """
         path = Path(path)
-        with _told(path):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for left in path.parent.glob(f".{path.name}.*.tmp"):
                 left.unlink(missing_ok=True)  # of a process that was killed while it wrote
             with replaced(path) as temporary, open(temporary, "wb") as stream:
                 torch.save(checkpoint, stream)
+        except (OSError, RuntimeError) as error:
+            last = find_last_checkpoint(path.parent)
+            kept = "No checkpoint was written before. " if last is None else f"{last.name} is intact, for --resume. "
+            if words := disk_error(error, path, kept):
+                raise words from error
+            raise
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Read a checkpoint; see :func:`stepkd.models.checkpoint.read_checkpoint`."""
@@ -96,13 +79,11 @@ class LastCheckpoint(Checkpoint):
     Args:
         path: the file.
         every_n_steps: optimiser steps between checkpoints, >= 1.
-        keep_previous: how many checkpoints before the last one stay, as ``step=N.ckpt``, >= 0.
     """
 
-    def __init__(self, path: Path, every_n_steps: int, keep_previous: int = 0) -> None:
+    def __init__(self, path: Path, every_n_steps: int) -> None:
         self.path = path
         self.every_n_steps = every_n_steps
-        self.keep_previous = keep_previous
         self._saved_at: int | None = None
         self._due = False
 
@@ -126,34 +107,14 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write it now, on all ranks; the one before stays where earlier ones are kept.
+        """Write it now, on all ranks.
 
         Raises:
             MachineError: the disk is full or the folder cannot be written; what was there is intact.
         """
         self._due = False
-        if trainer.is_global_zero and self.keep_previous and self._saved_at not in (None, trainer.global_step):
-            with _told(self.path):
-                self._keep(f"step={self._saved_at}.ckpt")
         self._saved_at = trainer.global_step
         trainer.save_checkpoint(self.path, weights_only=False)
-
-    def _keep(self, name: str) -> None:
-        """Give the checkpoint that is about to be replaced a name of its own, and drop the oldest."""
-        kept = self.path.with_name(name)
-        # A torn one is of no use, and the run may have gone on from the whole one of that name.
-        if self.path.is_file() and is_whole(self.path) and not kept.exists():
-            try:
-                os.link(self.path, kept)
-            except OSError:  # a file system without links
-                for left in kept.parent.glob(".step=*.tmp"):
-                    left.unlink(missing_ok=True)  # of a process that was killed while it copied
-                with replaced(kept) as temporary:
-                    shutil.copyfile(self.path, temporary)
-        steps = [path for path in self.path.parent.glob("step=*.ckpt") if path.stem.partition("=")[2].isdigit()]
-        steps.sort(key=lambda path: int(path.stem.partition("=")[2]))
-        for old in steps[: -self.keep_previous]:
-            old.unlink(missing_ok=True)
 
 
 def _validation_follows(trainer: Trainer) -> bool:

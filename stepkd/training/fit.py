@@ -98,11 +98,11 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
 ) -> FitResult:
-    """Train as ``stepkd fit`` does.
+    """Train as ``stepkd fit`` does; only progress is printed.
 
     Args:
         recipes: files, or names of ``stepkd recipes list``; later ones go before earlier ones.
-        settings: nested as in a recipe; they go before all recipes.
+        settings: nested as in a recipe, or by dotted name (``trainer.max_steps``); they go before all recipes.
         out: the run folder.
         resume: continue the run in it; starts fresh when there is nothing to continue.
         overwrite: delete what an earlier run left in it.
@@ -112,9 +112,25 @@ def fit(
             nothing had begun.
     """
     flags = [f"--out={out}", f"--resume={str(resume).lower()}", f"--overwrite={str(overwrite).lower()}"]
-    cli = _run(["fit", *_words(recipes, settings), *flags])
+    cli = _run(["fit", *_words(recipes, settings), *flags], quiet=True)
     assert cli.run_dir is not None
     return FitResult(cli.run_dir.path, cli.status, cli.trainer.global_step, cli.exit_code)
+
+
+def validate(recipes: Sequence[str | Path] = (), settings: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Measure as ``stepkd validate`` does.
+
+    Args:
+        recipes, settings: as for :func:`fit`.
+
+    Returns:
+        What it measured: ``val/loss``, ``val/accuracy``, ...
+
+    Raises:
+        StepkdError: what ``stepkd validate`` would report.
+    """
+    cli = _run(["validate", *_words(recipes, settings), "--verbose=false"], quiet=True)
+    return {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
 
 
 def check_fit(
@@ -155,8 +171,8 @@ def run(words: Sequence[str]) -> int:
     return _run(words).exit_code
 
 
-def _run(words: Sequence[str]) -> StepkdCLI:
-    cli = StepkdCLI()
+def _run(words: Sequence[str], *, quiet: bool = False) -> StepkdCLI:
+    cli = StepkdCLI(quiet=quiet)
     try:
         cli.start(words)
     except MisconfigurationException as error:
@@ -219,10 +235,14 @@ _ELSEWHERE = """all other settings:
 
 
 class StepkdCLI(LightningCLI):
-    """LightningCLI whose runs live in a folder that is never silently overwritten."""
+    """LightningCLI whose runs live in a folder that is never silently overwritten; it does nothing before `start`.
 
-    def __init__(self) -> None:
-        """Nothing happens before :meth:`start`."""
+    Args:
+        quiet: print nothing about the run folder, and what to do next.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.subcommand: str | None = None
         self.run_dir: RunDir | None = None
         self.last: LastCheckpoint | None = None
@@ -305,7 +325,7 @@ class StepkdCLI(LightningCLI):
             self.run_dir = RunDir.open(
                 config.out, resume=config.resume, overwrite=config.overwrite, kind=self.subcommand
             )
-            if info.is_rank_zero and self.run_dir.message:
+            if info.is_rank_zero and self.run_dir.message and not self.quiet:
                 print("\n  ".join([self.run_dir.message, *changed]))
             if self.subcommand == "fit" and self.run_dir.resume_from is not None:
                 config.ckpt_path = str(self.run_dir.resume_from)
@@ -367,7 +387,7 @@ class StepkdCLI(LightningCLI):
                 ours = [] if any(isinstance(each, JsonlLogger) for each in given) else [JsonlLogger(self.run_dir.path)]
                 kwargs["logger"] = [*given, *ours]
             spec = config.checkpoint
-            self.last = LastCheckpoint(self.run_dir.checkpoints / "last.ckpt", spec.every_n_steps, spec.keep_previous)
+            self.last = LastCheckpoint(self.run_dir.checkpoints / "last.ckpt", spec.every_n_steps)
             callbacks.append(SaveWhenPreempted(self.last))
             if _has_validation(config) and spec.monitor is not None:
                 callbacks.append(BestCheckpoint.of(self.run_dir.checkpoints, spec))
@@ -397,7 +417,7 @@ class StepkdCLI(LightningCLI):
         assert self.last is not None
         self.last.save(self.trainer)
         self.run_dir.mark("finished")
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not self.quiet:
             print(f"\nfinished after {self.trainer.global_step} steps: {self.run_dir.path}")
             for line in self.model.next_commands(str(self.config["fit"].out)):
                 print(f"  {line}")
@@ -407,7 +427,7 @@ class StepkdCLI(LightningCLI):
         assert self.run_dir is not None
         self.status = "stopped"
         self.run_dir.mark("stopped", str(stopped))
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not self.quiet:
             print(
                 f"\n{stopped}: {self.run_dir.path} holds the state after {self.trainer.global_step} steps; give the "
                 "same command with --resume to go on",

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from stepkd.errors import ConfigError
-from stepkd.training.fit import FitResult, check_fit, fit, run
+from stepkd.training.fit import FitResult, check_fit, fit, run, validate
 
 RECIPES = ["tiny/sft"]
 
@@ -58,6 +58,14 @@ def test_a_fit_is_resumed_when_it_is_told_to(tmp_path: Path) -> None:
     assert fit(RECIPES, settings(), out=tmp_path / "run", overwrite=True).steps == 2
 
 
+def test_functions_print_progress_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = settings(enable_progress_bar=False)
+    fit(RECIPES, quiet, out=tmp_path / "run")
+    found = validate(RECIPES, quiet)
+    assert found["val/loss"] > 0
+    assert capsys.readouterr().out == ""
+
+
 def test_checking_builds_module_and_data_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = check_fit(RECIPES, settings(), words=["--seed_everything", "3"])
@@ -73,6 +81,8 @@ def test_checking_builds_module_and_data_and_writes_nothing(tmp_path: Path, monk
     [
         ({"model": {"init_args": {"optimizer": {"learning_rate": 1}}}}, r"^'learning_rate' is not .*'lr'"),
         ({"model": {"init_args": {"optimizer": {"lr": -1}}}}, "optimizer.lr=-1.*: must be positive"),
+        ({"model.init_args.optimizer.learning_rate": 1}, r"^'learning_rate' is not .*'lr'"),
+        ({"trainer.max_steps": "many"}, r"trainer\.max_steps: expected int.*got 'many'"),
         ({"trainer": {"gradient_clip_val": 1.0}}, r"trainer\.gradient_clip_val: 1\.0 has no effect here"),
         ({"trainer": {"max_steps": -1, "max_epochs": -1}}, "the run has no end"),
     ],
