@@ -22,6 +22,7 @@ from stepkd.errors import ConfigError, check_choice
 
 ANSWER_MARK = "#### "
 INTEGER = r"(?:0|-?[1-9][0-9]{0,399})"  # canonical; bounded, because int() refuses very long digit strings
+MAX_STEPS = 200  # more than any setting gives; stops a row whose meta describes a problem without an end
 
 Given = Literal["truth", "claims"]
 
@@ -102,7 +103,7 @@ class Task(ABC):
         steps: list[str] = []
         while not (steps and is_answer(steps[-1])):
             step = self.next_step(problem, steps)
-            if step is None:
+            if step is None or len(steps) == MAX_STEPS:
                 raise ValueError(f"no answer follows after {len(steps)} steps")
             steps.append(step)
         return steps

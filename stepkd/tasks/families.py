@@ -1,4 +1,4 @@
-"""The tasks, chains of operations; and a task by its name and settings."""
+"""Families of tasks: chains, long addition, star graphs, cellular automata; and a task by its name and settings."""
 
 from __future__ import annotations
 
@@ -13,28 +13,51 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stepkd.errors import ConfigError, check_choice
-from stepkd.tasks.base import INTEGER, Task, TaskProblem, answer_line, check_integer, draw_length, trim
+from stepkd.tasks.base import INTEGER, Task, TaskProblem, answer_line, check_integer, draw_length, is_answer, trim
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 """What chains compute with."""
-_LINE = re.compile(rf"{INTEGER}[-+*]{INTEGER}=({INTEGER})")
 
 
 @dataclass(frozen=True)
-class ChainTask(Task):
+class EquationTask(Task):
+    """A task whose lines are equations, ``<operands>=<result>``."""
+
+    line: ClassVar[re.Pattern[str]]
+    """What a line looks like; group 1 is the result."""
+
+    @abstractmethod
+    def wrong_results(self, result: int) -> list[int]:
+        """List the results a slip may put in place of `result`."""
+
+    def claimed(self, step: str) -> int | None:
+        """Read the result a line claims; None for anything that is not such a line."""
+        match = self.line.fullmatch(trim(step))
+        return None if match is None else int(match[1])
+
+    def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
+        """The same equation with the results of `wrong_results`."""
+        result = self.claimed(step)
+        return [] if result is None else [f"{step.split('=')[0]}={wrong}\n" for wrong in self.wrong_results(result)]
+
+    def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
+        """What stands before the equals sign, by which a systematic slip is keyed."""
+        return step.split("=")[0]
+
+
+@dataclass(frozen=True)
+class ChainTask(EquationTask):
     """A chain such as ``3+4*2-5``, worked out from left to right without operator precedence.
 
     One line per operator, ``<value><operator><number>=<result>``, then the answer line. `terms` counts the numbers, so
     a chain of 6 terms has 5 lines to compute.
     """
 
+    line: ClassVar[re.Pattern[str]] = re.compile(rf"{INTEGER}[-+*]{INTEGER}=({INTEGER})")
+
     @abstractmethod
     def reduce(self, value: int) -> int:
         """Map the plain result of an operation to the one the task writes down."""
-
-    @abstractmethod
-    def wrong_results(self, result: int) -> list[int]:
-        """List the results a slip may put in place of `result`."""
 
     def draw(
         self, rng: random.Random, terms: int | str, operators: str, number: Callable[[], int], *, suffix: str = ""
@@ -58,28 +81,13 @@ class ChainTask(Task):
     def next_step(self, problem: TaskProblem, previous_steps: Sequence[str]) -> str | None:
         numbers, operators = problem.meta["numbers"], problem.meta["operators"]
         index = len(previous_steps)
-        value = numbers[0] if index == 0 else claimed_result(previous_steps[-1])
+        value = numbers[0] if index == 0 else self.claimed(previous_steps[-1])
         if value is None or index > len(operators):
             return None
         if index == len(operators):
             return answer_line(value)
         op, number = operators[index], numbers[index + 1]
         return f"{value}{op}{number}={self.reduce(OPERATIONS[op](value, number))}\n"
-
-    def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
-        """The same equation with the results of `wrong_results`."""
-        result = claimed_result(step)
-        return [] if result is None else [f"{step.split('=')[0]}={wrong}\n" for wrong in self.wrong_results(result)]
-
-    def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
-        """What stands before the equals sign, by which a systematic slip is keyed."""
-        return step.split("=")[0]
-
-
-def claimed_result(step: str) -> int | None:
-    """Read the result that a line ``<value><operator><number>=<result>`` claims; None for any other text."""
-    match = _LINE.fullmatch(trim(step))
-    return None if match is None else int(match[1])
 
 
 def check_operators(task: str, operators: str) -> None:
@@ -157,8 +165,200 @@ class ModularChain(ChainTask):
         return f"{super().operands(problem, previous_steps, step)}%{self.modulus}"
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ArithmeticChain, ModularChain)}
+@dataclass(frozen=True)
+class LongAddition(EquationTask):
+    """Sums such as ``478+64=``, added column by column from the units.
+
+    A line is ``<digit>+<digit>+<carry in>=<column sum>``; a shorter number counts as padded with zeros. The units of a
+    column sum are the digit written down, its tens the carry into the next line; the answer line puts together the
+    digits and the last carry.
+    """
+
+    name: ClassVar[str] = "addition"
+    line: ClassVar[re.Pattern[str]] = re.compile(r"[0-9]\+[0-9]\+[0-9]=([1-9]?[0-9])")
+
+    digits: int | str = 3
+    """Digits of each of the two numbers, 1 to 18; ``2-4`` draws the length of each number."""
+
+    def __post_init__(self) -> None:
+        self._store_range("digits", minimum=1, maximum=18)
+
+    def problem(self, rng: random.Random) -> TaskProblem:
+        left, right = (self._number(rng) for _ in range(2))
+        return TaskProblem(f"{left}+{right}=\n", str(left + right), {"numbers": [left, right]})
+
+    def _number(self, rng: random.Random) -> int:
+        count = draw_length(self.digits, rng)
+        return rng.randint(0 if count == 1 else 10 ** (count - 1), 10**count - 1)
+
+    def next_step(self, problem: TaskProblem, previous_steps: Sequence[str]) -> str | None:
+        columns = _columns(problem)
+        index = len(previous_steps)
+        if index > len(columns):
+            return None
+        sums = [self.claimed(step) for step in previous_steps]
+        claimed = [total for total in sums if total is not None]
+        if len(claimed) < len(sums):
+            return None
+        carry = claimed[-1] // 10 if claimed else 0
+        if index == len(columns):
+            digits = "".join(str(total % 10) for total in reversed(claimed))
+            return answer_line(int(f"{carry}{digits}"))
+        left, right = columns[index]
+        return f"{left}+{right}+{carry}={left + right + carry}\n"
+
+    def wrong_results(self, result: int) -> list[int]:
+        """Every other column sum that two digits and a carry can have."""
+        return [total for total in range(20) if total != result]
+
+
+def _columns(problem: TaskProblem) -> list[tuple[int, int]]:
+    """Pair the digits of the two numbers, units first."""
+    left, right = (str(number) for number in problem.meta["numbers"])
+    width = max(len(left), len(right))
+    pairs = zip(reversed(left.zfill(width)), reversed(right.zfill(width)), strict=True)
+    return [(int(a), int(b)) for a, b in pairs]
+
+
+@dataclass(frozen=True)
+class CellularAutomaton(Task):
+    """Run an elementary cellular automaton on a ring of cells for a few steps.
+
+    The prompt is ``<rule>:<first row>*<steps>=``, for example ``110:00010110*3=``. A line is the next row; the answer
+    is the last one. The rule is numbered as usual: bit ``4*left + 2*self + right`` of the number is the new cell.
+    Source: Wolfram, "Statistical mechanics of cellular automata" (1983).
+    """
+
+    name: ClassVar[str] = "cellular"
+
+    rule: int = 110
+    """Rule number, 0 to 255."""
+    width: int = 12
+    """Cells in a row, 3 to 64; the row's ends are neighbours."""
+    steps: int | str = 3
+    """Rows to compute, 1 to 100; ``2-5`` draws the number for each problem."""
+
+    def __post_init__(self) -> None:
+        check_integer("cellular: rule", self.rule, minimum=0, maximum=255)
+        check_integer("cellular: width", self.width, minimum=3, maximum=64)
+        self._store_range("steps", minimum=1, maximum=100)
+
+    def problem(self, rng: random.Random) -> TaskProblem:
+        count = draw_length(self.steps, rng)
+        first = "".join(rng.choice("01") for _ in range(self.width))
+        row = first
+        for _ in range(count):
+            row = self._evolve(row)
+        return TaskProblem(f"{self.rule}:{first}*{count}=\n", row, {"row": first, "steps": count})
+
+    def next_step(self, problem: TaskProblem, previous_steps: Sequence[str]) -> str | None:
+        count = problem.meta["steps"]
+        row = trim(previous_steps[-1]) if previous_steps else problem.meta["row"]
+        if len(previous_steps) > count or not re.fullmatch(f"[01]{{{self.width}}}", row):
+            return None
+        return answer_line(row) if len(previous_steps) == count else self._evolve(row) + "\n"
+
+    def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
+        """The rows that differ in one cell."""
+        if is_answer(step):
+            return []
+        row = trim(step)
+        return [f"{row[:i]}{'10'[int(row[i])]}{row[i + 1 :]}\n" for i in range(len(row))]
+
+    def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
+        row = trim(previous_steps[-1]) if previous_steps else problem.meta["row"]
+        return f"{self.rule}:{row}"
+
+    def _evolve(self, row: str) -> str:
+        cells = [int(cell) for cell in row]
+        codes = (4 * cells[i - 1] + 2 * cells[i] + cells[(i + 1) % len(cells)] for i in range(len(cells)))
+        return "".join(str(self.rule >> code & 1) for code in codes)
+
+
+@dataclass(frozen=True)
+class StarGraph(Task):
+    """Find the way from the centre of a star to the end of one arm: the first step needs a look ahead.
+
+    The prompt lists all edges, each written outward and in shuffled order, then the question:
+    ``4>7,1>3,7>2,4>1:4>2=``. A line is the next node of the path (``7``, ``2``). The answer is the first node after
+    the centre, the one choice that cannot be copied from an edge; so a path with a wrong node in it can still end in
+    the right answer. An answer guessed at random is right once in `arms` times.
+    Source: Bachmann and Nagarajan, "The pitfalls of next-token prediction" (2024).
+    """
+
+    name: ClassVar[str] = "star_graph"
+
+    arms: int | str = 3
+    """Arms of the star, 2 to 100; ``2-4`` draws the number for each problem."""
+    length: int | str = 3
+    """Nodes on each arm (the centre not counted), 2 to 100; ``2-4`` draws the length for each problem."""
+    nodes: int = 10
+    """Labels are drawn without repeats from [0, nodes), at most 99999; needs ``arms * length + 1`` of them."""
+
+    def __post_init__(self) -> None:
+        most_arms = self._store_range("arms", minimum=2, maximum=100)
+        most_nodes = self._store_range("length", minimum=2, maximum=100)
+        check_integer("star_graph: nodes", self.nodes, minimum=5, maximum=99_999)
+        needed = most_arms * most_nodes + 1
+        if needed > self.nodes:
+            raise ConfigError(
+                f"star_graph: arms={self.arms} and length={self.length} make up to {needed} nodes but only "
+                f"nodes={self.nodes} labels exist; set nodes={needed} or more"
+            )
+
+    def problem(self, rng: random.Random) -> TaskProblem:
+        arms, length = draw_length(self.arms, rng), draw_length(self.length, rng)
+        centre, *labels = rng.sample(range(self.nodes), arms * length + 1)
+        paths = [labels[start : start + length] for start in range(0, len(labels), length)]
+        edges = [edge for path in paths for edge in zip([centre, *path], path, strict=False)]
+        rng.shuffle(edges)
+        # The arms are random already, so the first one is as good a target as any; the edges do not tell it apart.
+        goal = paths[0][-1]
+        prompt = ",".join(f"{start}>{end}" for start, end in edges) + f":{centre}>{goal}=\n"
+        return TaskProblem(prompt, str(paths[0][0]), {"centre": centre, "goal": goal, "arms": paths})
+
+    def next_step(self, problem: TaskProblem, previous_steps: Sequence[str]) -> str | None:
+        """As in `Task`: from a node the outward edge follows, from the end of any arm the answer line."""
+        path = [_node(step) for step in previous_steps]
+        if any(node is None for node in path):
+            return None
+        arms: list[list[int]] = problem.meta["arms"]
+        if not path or path[-1] == problem.meta["centre"]:
+            return next(f"{arm[0]}\n" for arm in arms if arm[-1] == problem.meta["goal"])
+        for arm in arms:
+            if path[-1] == arm[-1]:
+                return answer_line(str(path[0]))
+            if path[-1] in arm:
+                return f"{arm[arm.index(path[-1]) + 1]}\n"
+        return None
+
+    def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
+        """The nodes of the other arms at the same distance from the centre."""
+        node = _node(step)
+        arms: list[list[int]] = problem.meta["arms"]
+        depths = [arm.index(node) for arm in arms if node in arm]
+        return [f"{arm[depth]}\n" for depth in depths for arm in arms if arm[depth] != node]
+
+    def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
+        current = trim(previous_steps[-1]) if previous_steps else problem.meta["centre"]
+        return f"{current}>{problem.meta['goal']}"
+
+
+def _node(step: str) -> int | None:
+    """Read the node a line names; None for anything that is not a node line."""
+    text = trim(step)
+    return int(text) if re.fullmatch(INTEGER, text) else None
+
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (ArithmeticChain, ModularChain, LongAddition, StarGraph, CellularAutomaton)
+}
 """Every task class by its name."""
+
+
+def list_tasks() -> list[str]:
+    """Return the names of all tasks."""
+    return list(TASKS)
 
 
 def get_task(spec: str) -> Task:

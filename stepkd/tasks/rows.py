@@ -40,7 +40,8 @@ class Noise:
     combinations that are mislearnt. In [0, 1]."""
     kind: NoiseKind = "random"
     """``random``: every line slips independently, to a wrong result drawn afresh. ``systematic``: whether a line slips,
-    and to what, is a fixed function of its operands and operator."""
+    and to what, is a fixed function of its operands and operator (for the cellular automaton the whole row, for the
+    star graph the node and the goal)."""
     recover: float = 0.5
     """Probability that a slip is silently recovered (the lines after it go on from the true values); otherwise they
     carry it on. In [0, 1]."""

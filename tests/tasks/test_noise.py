@@ -13,7 +13,13 @@ from stepkd.tasks.base import keyed_rng
 from stepkd.tasks.families import get_task
 from stepkd.tasks.rows import Noise, demonstration
 
-SPECS = ["arithmetic:terms=2-5", "modular", "modular:terms=2-4,modulus=97"]
+SPECS = [
+    "arithmetic:terms=2-5",
+    "modular",
+    "addition:digits=1-4",
+    "star_graph:arms=3-4,length=2-4,nodes=30",
+    "cellular:steps=2-4",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -88,7 +94,7 @@ def test_wrong_steps_in_right_answers_exist_at_the_measured_setting() -> None:
     assert 0.2 < flawed / right < 0.45
 
 
-@pytest.mark.parametrize("spec", ["modular:terms=4", "arithmetic:terms=3,maximum=5", "modular:terms=2-3"])
+@pytest.mark.parametrize("spec", ["modular:terms=4", "arithmetic:terms=3,maximum=5", "addition:digits=2-3"])
 def test_systematic_slips_are_a_function_of_the_operands(spec: str) -> None:
     task, noise = get_task(spec), Noise(0.3, kind="systematic", recover=0.0, seed=5)
     written: dict[str, set[str]] = defaultdict(set)
@@ -107,6 +113,33 @@ def test_systematic_slips_are_a_function_of_the_operands(spec: str) -> None:
 
     mislearnt = sum(is_wrong(operands, min(results)) for operands, results in written.items())
     assert abs(mislearnt / len(written) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / len(written))
+
+
+def test_systematic_slips_of_a_row_are_a_function_of_the_row_before() -> None:
+    task, noise = get_task("cellular:width=6,steps=1-4"), Noise(0.4, kind="systematic", recover=0.0)
+    follows: dict[str, set[str]] = defaultdict(set)
+    for index in range(500):
+        problem = task.problem(keyed_rng("system", index))
+        steps, _ = demonstration(task, problem, keyed_rng("any", index), noise)
+        for before, after in zip([problem.meta["row"] + "\n", *steps], steps[:-1], strict=False):
+            follows[before].add(after)
+    assert len(follows) > 50
+    assert all(len(after) == 1 for after in follows.values())
+
+
+@pytest.mark.parametrize("spec", ["star_graph:arms=3,length=2,nodes=7", "cellular:width=6,steps=2"])
+def test_systematic_slips_of_the_other_tasks(spec: str) -> None:
+    task, noise = get_task(spec), Noise(0.3, kind="systematic", recover=1.0, seed=1)
+    slipped: dict[str, set[bool]] = defaultdict(set)
+    for index in range(400):
+        problem = task.problem(keyed_rng("system", index))
+        truth = task.solution(problem)
+        _, labels = demonstration(task, problem, keyed_rng("any", index), noise)
+        for at, label in enumerate(labels[:-1]):
+            slipped[task.operands(problem, truth[:at], truth[at])].add(label)
+    assert all(len(labels) == 1 for labels in slipped.values())
+    share = sum(labels == {False} for labels in slipped.values()) / len(slipped)
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / len(slipped))
 
 
 def test_seeds_choose_other_slips() -> None:

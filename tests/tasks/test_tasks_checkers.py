@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 
 from stepkd.errors import ConfigError
 from stepkd.tasks.base import Task, TaskProblem, keyed_rng
-from stepkd.tasks.families import TASKS, get_task
+from stepkd.tasks.families import get_task, list_tasks
 
 SPECS = [
     "arithmetic:terms=2-5,maximum=20",
     "modular",
     "modular:terms=3-6,modulus=7,operators=+*",
-    "modular:terms=2-4,modulus=97,operators=-",
+    "addition:digits=1-4",
+    "star_graph:arms=2-4,length=2-4,nodes=30",
+    "cellular:rule=30,width=9,steps=1-4",
 ]
 
 
@@ -37,9 +39,46 @@ def solve_chain(prompt: str) -> list[str]:
     return [*steps, f"#### {value}"]
 
 
+def solve_addition(prompt: str) -> list[str]:
+    left, right = (int(number) for number in prompt.rstrip("=\n").split("+"))
+    steps, place = [], 1
+    while place <= max(left, right, 1):
+        carry = (left % place + right % place) // place
+        a, b = left // place % 10, right // place % 10
+        steps.append(f"{a}+{b}+{carry}={a + b + carry}\n")
+        place *= 10
+    return [*steps, f"#### {left + right}"]
+
+
+def solve_star(prompt: str) -> list[str]:
+    edges, question = prompt.rstrip("=\n").split(":")
+    parent = {end: start for start, end in (edge.split(">") for edge in edges.split(","))}
+    start, node = question.split(">")
+    path = []
+    while node != start:  # back from the goal: every node but the centre has one parent
+        path.insert(0, node)
+        node = parent[node]
+    return [f"{node}\n" for node in path] + [f"#### {path[0]}"]
+
+
+def solve_cellular(prompt: str) -> list[str]:
+    rule, rest = prompt.rstrip("=\n").split(":")
+    row, count = rest.split("*")
+    table = dict(zip(["111", "110", "101", "100", "011", "010", "001", "000"], f"{int(rule):08b}", strict=True))
+    steps = []
+    for _ in range(int(count)):
+        ring = row[-1] + row + row[0]
+        row = "".join(table[ring[i : i + 3]] for i in range(len(row)))
+        steps.append(row + "\n")
+    return [*steps, f"#### {row}"]
+
+
 SOLVERS: dict[str, Callable[[str], list[str]]] = {
     "arithmetic": solve_chain,
     "modular": solve_chain,
+    "addition": solve_addition,
+    "star_graph": solve_star,
+    "cellular": solve_cellular,
 }
 
 
@@ -124,6 +163,31 @@ def test_check_step_by_hand() -> None:
     assert task.check_step(problem, ["three and four\n"], "7*2=4\n")
     assert not task.check_step(problem, ["3+4=07\n"], "7*2=4\n", given="claims")
 
+    addition = get_task("addition:digits=2")
+    problem = TaskProblem("58+67=\n", "125", {"numbers": [58, 67]})
+    assert addition.solution(problem) == ["8+7+0=15\n", "5+6+1=12\n", "#### 125"]
+    assert addition.check_solution(problem, ["8+7+0=5\n", "5+6+0=11\n", "#### 115"]) == [False] * 3
+    assert addition.check_solution(problem, ["8+7+0=5\n", "5+6+0=11\n", "#### 115"], given="claims") == [
+        False,
+        True,
+        True,
+    ]
+
+    star = get_task("star_graph")
+    meta = {"centre": 4, "goal": 2, "arms": [[7, 2], [1, 3]]}
+    problem = TaskProblem("4>7,1>3,7>2,4>1:4>2=\n", "7", meta)
+    assert star.solution(problem) == ["7\n", "2\n", "#### 7"]
+    assert star.check_solution(problem, ["1\n", "3\n", "#### 1"], given="claims") == [False, True, True]
+    assert star.check_solution(problem, ["7\n", "3\n", "#### 7"]) == [True, False, True]
+    assert star.next_step(problem, ["4\n"]) == "7\n"
+    assert star.next_step(problem, ["9\n"]) is None
+
+
+def test_rule_90_by_hand() -> None:
+    task = get_task("cellular:rule=90,width=5,steps=2")
+    problem = TaskProblem("90:00100*2=\n", "10001", {"row": "00100", "steps": 2})
+    assert task.solution(problem) == ["01010\n", "10001\n", "#### 10001"]
+
 
 def test_long_chains_of_products_stay_checkable() -> None:
     task = get_task("arithmetic:terms=100,maximum=999,operators=*")
@@ -174,7 +238,7 @@ def test_ranges_vary_the_length(spec: str) -> None:
 
 
 def test_specs_round_trip_and_equal_settings_are_equal() -> None:
-    for name in TASKS:
+    for name in list_tasks():
         assert get_task(get_task(name).spec) == get_task(name)
     assert (
         get_task("modular:terms=5-5")
@@ -193,7 +257,7 @@ def test_tasks_are_frozen() -> None:
     ("spec", "message"),
     [
         ("modulr", "unknown task 'modulr': did you mean 'modular'?"),
-        ("chess", "choose from arithmetic, modular"),
+        ("chess", "choose from arithmetic, modular, addition, star_graph, cellular"),
         ("modular:modulos=3", "unknown setting of task 'modular' 'modulos': did you mean 'modulus'?"),
         ("modular:terms", "'terms' is not of the form key=value"),
         ("modular:", "is not of the form key=value"),
@@ -208,6 +272,10 @@ def test_tasks_are_frozen() -> None:
         ("arithmetic:operators=+/", "operators='+/' must be one or more of +-*, once each"),
         ("arithmetic:operators=++", "operators='++' must be one or more of"),
         ("arithmetic:maximum=0", "arithmetic: maximum=0 is out of range"),
+        ("star_graph:arms=4", "make up to 13 nodes but only nodes=10 labels exist; set nodes=13 or more"),
+        ("cellular:rule=256", "cellular: rule=256 is out of range; it must be between 0 and 255"),
+        ("cellular:width=2", "cellular: width=2 is out of range"),
+        ("addition:digits=0", "addition: digits=0 is out of range"),
     ],
 )
 def test_bad_specs(spec: str, message: str) -> None:
