@@ -28,8 +28,6 @@ class ExportConfig:
     """Write the averaged weights of a run that has them, which validation measured; false takes the trained ones."""
     overwrite: bool = False
     """Replace an existing export."""
-    push_to_hub: str | None = None
-    """Repository id that the folder is uploaded to afterwards, which needs a network and credentials; null: nowhere."""
 
 
 def run(config: ExportConfig) -> int:
@@ -45,7 +43,6 @@ def run(config: ExportConfig) -> int:
         dtype=config.dtype,
         ema=config.ema,
         overwrite=config.overwrite,
-        push_to_hub=config.push_to_hub,
     )
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print(f"wrote {folder} ({size / 2**20:.1f} MiB)")

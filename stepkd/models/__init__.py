@@ -7,10 +7,10 @@ from typing import Any
 from stepkd.lazy import lazily
 
 _HOMES = {
-    "head": "check_head real_vocab_size vocab_head",
+    "head": "check_head positions_from_mask real_vocab_size vocab_head",
     "load": "load_model load_tokenizer",
-    "policy": "Policy positions_from_mask",
-    "spec": "LoRAConfig PolicyConfig TINY_PRESETS build_tiny spec_from_dict spec_to_dict tiny_tokenizer",
+    "policy": "Policy",
+    "spec": "LoRAConfig PolicyConfig TINY_PRESETS build_tiny spec_from_dict tiny_tokenizer",
     "step_head": "StepHead",
     "step_head_config": "Classifier LabelTokens StepHeadConfig",
 }

@@ -18,11 +18,6 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def plain_model(model: Any) -> Any:
-    """The transformers model itself, whether peft has wrapped it or not."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
 def adapter_folder(path: str) -> Path | None:
     """The folder a path means, when it holds a peft adapter."""
     folder = Path(path).expanduser()

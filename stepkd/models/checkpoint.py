@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from stepkd.errors import ConfigError, ModelError, disk_error
-from stepkd.models.adapter import ADAPTER_CONFIG, add_lora, first_line, in_base_precision, misfit
+from stepkd.models.adapter import ADAPTER_CONFIG, add_lora, in_base_precision, misfit
 from stepkd.models.load import checkpoint_layers, listed_ends, load_tokenizer
 from stepkd.models.policy import Policy
 from stepkd.models.source import find_checkpoint as find_checkpoint
@@ -191,7 +191,6 @@ def export_model(
     dtype: str | None = None,
     ema: bool = True,
     overwrite: bool = False,
-    push_to_hub: str | None = None,
 ) -> Path:
     """Write weights (safetensors), configuration, tokenizer and prompt template; of a reward model also its head.
 
@@ -203,14 +202,13 @@ def export_model(
         dtype: weights' dtype; None keeps the one the model was trained in.
         ema: use the averaged weights of a checkpoint that has them.
         overwrite: replace an existing export.
-        push_to_hub: repository id to upload the folder to afterwards (needs credentials and a network).
 
     Returns:
         The folder.
 
     Raises:
         ConfigError: the folder exists, or ``adapter`` was asked of a model without one.
-        ModelError: the source cannot be loaded, or the upload failed (the folder stays).
+        ModelError: the source cannot be loaded.
         MachineError: the disk is full or the folder cannot be written; nothing is left there.
     """
     out = Path(out).expanduser().absolute()
@@ -232,8 +230,6 @@ def export_model(
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    if push_to_hub is not None:
-        _push(out, push_to_hub)
     return out
 
 
@@ -311,17 +307,3 @@ def _put_in_place(temporary: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _push(folder: Path, repository: str) -> None:
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True, private=True)
-        api.upload_folder(repo_id=repository, folder_path=str(folder))
-    except Exception as error:  # the hub's own errors, those of its HTTP library, and bad repository ids
-        raise ModelError(
-            f"the upload to {repository} failed ({type(error).__name__}: {first_line(error)}); the export is "
-            f"complete in {folder}: log in (hf auth login) and upload that folder"
-        ) from error

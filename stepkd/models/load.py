@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from stepkd.data.templates import turn_end
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.adapter import adapter_base, adapter_folder, add_lora, first_line, load_adapter
 from stepkd.models.machine import check_host_room, compute_dtype, fast_bfloat16
@@ -45,10 +44,7 @@ def load_model(spec: PolicyConfig) -> tuple[Any, Any]:
         )
     model = _base_model(_base_spec(spec))
     tokenizer = load_tokenizer(spec)
-    _warn_of_turn_end(model, tokenizer, spec.path)
     if tokenizer.pad_token_id >= model.get_input_embeddings().weight.shape[0]:
-        words = spec.path, tokenizer.pad_token, tokenizer.eos_token
-        logger.warning("%s has no embedding for its pad token %r: padding with %r", *words)
         tokenizer.pad_token = tokenizer.eos_token
     if adapter is not None:
         model = load_adapter(model, adapter)
@@ -71,17 +67,6 @@ def listed_ends(causal_lm: Any) -> frozenset[int]:
     """The ids at which the model's generation settings stop."""
     ids = getattr(getattr(causal_lm, "generation_config", None), "eos_token_id", None)
     return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
-
-
-def _warn_of_turn_end(causal_lm: Any, tokenizer: Any, path: str) -> None:
-    end = turn_end(tokenizer)
-    if end not in (None, tokenizer.eos_token_id, *listed_ends(causal_lm)):
-        logger.warning(
-            "%s: its chat template ends an answer with %r, which its generation settings do not list: answers in chat "
-            "style are trained to end in it, sampling stops at it too, and an export lists it",
-            path,
-            tokenizer.convert_ids_to_tokens(end),
-        )
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -134,8 +119,9 @@ def _base_model(spec: PolicyConfig) -> Any:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks for inference; gradients then end at this layer
             module.support_avx512bf16_for_cpu = False
-    if is_gguf:
-        _forget_gguf(model)
+    if is_gguf:  # the weights are dequantised; with these left in place save_pretrained refuses to write them
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = False
     if model.dtype == torch.bfloat16 and not (torch.cuda.is_available() or fast_bfloat16()):
         logger.warning(
             "%s is loaded in bfloat16, which this processor emulates very slowly and there is no GPU: "
@@ -198,21 +184,13 @@ def _check_complete(path: str, model: Any, report: dict[str, Any]) -> None:
         )
 
 
-def _forget_gguf(model: Any) -> None:
-    # The weights are dequantised; with these left in place save_pretrained refuses to write them.
-    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    model.is_quantized = False
-
-
 def load_tokenizer(spec: PolicyConfig) -> Any:
     """Load and check the tokenizer of a policy.
 
     It comes from ``spec.tokenizer``, else from beside the weights; for an adapter folder without tokenizer files, from
     the base model. ``spec.chat_template`` replaces its own chat template. A missing pad token is replaced by the end
-    token, with a warning: attention masks and target positions, never pad ids, decide what counts. A missing end token
-    is an error, because a policy that cannot stop cannot be sampled.
+    token: attention masks and target positions, never pad ids, decide what counts. A missing end token is an error,
+    because a policy that cannot stop cannot be sampled.
 
     Raises:
         ModelError: no tokenizer there, or one without an end token.
@@ -220,8 +198,9 @@ def load_tokenizer(spec: PolicyConfig) -> Any:
     """
     from jinja2 import TemplateSyntaxError
 
-    tokenizer, own = _stored_tokenizer(spec), as_trained(spec).chat_template
-    if own is not None:
+    where, revision = _tokenizer_place(spec)
+    tokenizer = tiny_tokenizer() if where in TINY_PRESETS else _stored_tokenizer(where, revision, spec)
+    if (own := as_trained(spec).chat_template) is not None:
         tokenizer.chat_template = own
         try:
             tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
@@ -232,12 +211,9 @@ def load_tokenizer(spec: PolicyConfig) -> Any:
     return tokenizer
 
 
-def _stored_tokenizer(spec: PolicyConfig) -> Any:
+def _stored_tokenizer(where: str, revision: str | None, spec: PolicyConfig) -> Any:
     from transformers import AutoTokenizer
 
-    where, revision = _tokenizer_place(spec)
-    if where in TINY_PRESETS:
-        return tiny_tokenizer()
     source, arguments = _place(where, revision, spec.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
@@ -250,6 +226,17 @@ def _stored_tokenizer(spec: PolicyConfig) -> Any:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Make sure there is an end token, and something to pad with."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json "
+            "(sampling would never stop and training could not teach the model to stop)"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
 def _tokenizer_place(spec: PolicyConfig) -> tuple[str, str | None]:
     """Path or hub id of the tokenizer, and its revision."""
     spec = as_trained(spec)
@@ -260,23 +247,6 @@ def _tokenizer_place(spec: PolicyConfig) -> tuple[str, str | None]:
         return str(adapter), None
     base = _base_spec(spec)
     return base.path, base.revision
-
-
-def check_tokenizer(tokenizer: Any, source: str) -> None:
-    """Make sure there is an end token, and something to pad with."""
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"the tokenizer of {source!r} has no end-of-sequence token: set eos_token in its tokenizer_config.json "
-            "(sampling would never stop and training could not teach the model to stop)"
-        )
-    if tokenizer.pad_token_id is None:
-        logger.warning(
-            "the tokenizer of %r has no pad token: padding with its end token %r (masks decide what counts, so the "
-            "end token keeps its meaning)",
-            source,
-            tokenizer.eos_token,
-        )
-        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _place(path: str, revision: str | None, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
@@ -327,10 +297,6 @@ def _quantization(spec: PolicyConfig) -> Any:
         raise ConfigError(
             f"policy.quantization={spec.quantization!r} needs bitsandbytes: pip install 'stepkd[qlora]', or drop the "
             "setting"
-        )
-    if not torch.cuda.is_available():
-        logger.warning(
-            "policy.quantization=%r without a GPU: bitsandbytes computes on this CPU, slowly", spec.quantization
         )
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -7,7 +7,6 @@ be downloaded.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import platform
@@ -130,9 +129,7 @@ def fast_bfloat16() -> bool:
 
     Without them torch emulates the type, tens to hundreds of times slower than float32. GPUs are not looked at.
     """
-    if platform.machine().lower() in ("arm64", "aarch64"):
-        return "bf16" in cpu_flags()
-    return any(flag in cpu_flags() for flag in ("amx_bf16", "avx512_bf16"))
+    return any(torch.cpu.get_capabilities().get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def compute_dtype() -> torch.dtype:
@@ -140,23 +137,6 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() or fast_bfloat16() else torch.float32
 
 
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """Features of the processor as Linux names them; empty where it does not say."""
-    for line in _cpuinfo():
-        if line.lower().startswith(("flags", "features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
 def cpu_name() -> str:
-    """Model name of the processor."""
-    names = (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+    """Name of the processor."""
+    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())

@@ -39,8 +39,6 @@ from stepkd.models.step_head_config import StepHeadConfig
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Policy", "positions_from_mask"]
-
 
 class Policy(nn.Module):
     """Model and tokenizer with the views that training and sampling need.
@@ -85,7 +83,7 @@ class Policy(nn.Module):
         policy = cls(model, tokenizer, spec)
         saved = saved_step_head(spec.path, spec.revision)
         if saved is not None:
-            policy.attach_step_head(saved.spec, weights=saved.weights)
+            policy.attach_step_head(saved[0], weights=saved[1])
         return policy
 
     def attach_step_head(
@@ -123,8 +121,8 @@ class Policy(nn.Module):
                 head.load_state_dict(dict(weights))
             except RuntimeError as error:
                 raise ModelError(f"the step head's weights do not fit this model: {first_line(error)}") from error
-        # A classifier's loss gives the vocabulary head no gradient, and DDP waits for every gradient. What else reads
-        # that head, as language modelling beside it does, reads it as it is.
+        # A classifier's loss gives the vocabulary head no gradient, and DDP waits for every gradient: the head is not
+        # trained. Language modelling beside a classifier reads it as it is.
         if head.score is not None:
             shared = {id(parameter) for parameter in embeddings.parameters()}
             for parameter in self.causal_lm.get_output_embeddings().parameters():
@@ -147,7 +145,7 @@ class Policy(nn.Module):
         return self.step_head
 
     def step_scores(self, hidden_SH: Tensor) -> Tensor:
-        """Chance in [0, 1] that each step is right, from the hidden states at the steps' reading positions."""
+        """Chance in [0, 1] that each step is correct, from the hidden states at the steps' reading positions."""
         return self.require_step_head().scores(hidden_SH, self.head)
 
     @property

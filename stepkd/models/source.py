@@ -6,11 +6,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from stepkd.data.templates import PromptTemplate, get_template, read_template, template_name
 from stepkd.errors import ConfigError, DataError, ModelError, nearest
@@ -98,20 +96,17 @@ def _ask_hub(name: str, revision: str | None, *, may_ask: bool) -> None:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=5)
     except errors.EntryNotFoundError:
         return  # a model in another form; loading says which
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{name!r} is gated: accept its terms at https://huggingface.co/{name} and log in (hf auth login)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{name!r} on the hub has no revision {revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise LookupError("unknown there; if it is private, log in with hf auth login") from error
-    except errors.HFValidationError as error:
-        raise LookupError("no name that the hub allows") from error
     except LookupError:
         raise
-    except Exception as error:  # those of the HTTP library
-        raise LookupError(f"it cannot be reached: {type(error).__name__}") from error
+    except Exception as error:  # the hub's own classes and those of its HTTP library
+        reasons = {
+            errors.GatedRepoError: f"gated: accept its terms at https://huggingface.co/{name}, log in (hf auth login)",
+            errors.RevisionNotFoundError: f"it has no revision {revision!r}",
+            errors.RepositoryNotFoundError: "unknown there; if it is private, log in with hf auth login",
+            errors.HFValidationError: "no name that the hub allows",
+        }
+        default = f"it cannot be reached: {type(error).__name__}"
+        raise LookupError(next((why for kind, why in reasons.items() if isinstance(error, kind)), default)) from error
 
 
 def no_model(folder: Path) -> str:
@@ -169,25 +164,10 @@ def trained_template(path: str | Path, revision: str | None = None) -> PromptTem
             return read_template(saved)
         if (checkpoint := find_checkpoint(Path(path).expanduser())) is None:
             return None
-        if values := read_checkpoint(checkpoint)["stepkd"].get("template"):
-            return PromptTemplate(**values)
-        return _of_recipe(checkpoint)
+        values = read_checkpoint(checkpoint)["stepkd"].get("template")
+        return PromptTemplate(**values) if values else None
     except (TypeError, ConfigError, DataError) as error:
         raise ModelError(f"the prompt template of {path} cannot be used ({error}): give one (--template)") from error
-
-
-def _of_recipe(checkpoint: Path) -> PromptTemplate | None:
-    """That of the ``config.yaml`` beside a checkpoint of version 0.1, which holds none."""
-    import yaml
-
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    if not (run / "config.yaml").is_file():
-        return None
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    value: Any = (config or {}).get("data", {}).get("init_args", {}).get("template")
-    if isinstance(value, Mapping):
-        return PromptTemplate(**value.get("init_args", value))
-    return None if value is None else get_template(value)
 
 
 def template_for(model: str | Path, benchmark: str, given: str | PromptTemplate | None = None) -> PromptTemplate:

@@ -6,7 +6,7 @@ all of them. The tiny world has a character tokenizer and Llama models of 0.1M t
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 Quantization = Literal["none", "nf4", "int8"]
 """How base weights are kept: as they are, or in 4 or 8 bits."""
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,11 @@ class PolicyConfig:
     """Chat template in place of the tokenizer's: a Jinja file, or its text. Checkpoints hold it, exports write it into
     the tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
-    """Parameter dtype; ``auto``: as stored. What is trained is float32: adapters and ``modules_to_save`` on any base,
-    all weights under ``auto``; ``bfloat16`` without adapters is refused by ``fit``."""
+    """Parameter dtype; ``auto`` is the stored one. What is trained is float32: adapters and ``modules_to_save`` on any
+    base, all weights under ``auto``; ``bfloat16`` without adapters is refused by ``fit``."""
+    allow_low_precision: bool = False
+    """Let ``fit`` train weights that ``dtype`` makes bfloat16, with moments of the optimiser in bfloat16 too: half the
+    memory, and most small updates are rounded away, so that it is off and meant for comparisons of memory and speed."""
     attention: str | None = None
     """``sdpa``, ``eager``, ``flash_attention_2``, ``flex_attention``; None lets transformers choose."""
     gradient_checkpointing: bool = False
@@ -78,7 +80,7 @@ class PolicyConfig:
             raise ConfigError("policy.path is empty: give a folder, a hub id, a .gguf file or a tiny preset")
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", _jinja(self.chat_template))
-        check_bounds("policy.", self)
+        check_bounds("policy.", self, init_seed="[0, inf)")
         if self.trained and self.quantization != "none" and self.lora is None:
             raise ConfigError(
                 f"policy.quantization={self.quantization!r} without policy.lora: quantised weights cannot be trained; "
@@ -105,22 +107,13 @@ class FrozenSpec(PolicyConfig):
     trained = False
 
 
-def spec_to_dict(spec: PolicyConfig) -> dict[str, Any]:
-    """Plain nested dict of a spec, for checkpoints."""
-    return asdict(spec)
-
-
 def spec_from_dict(values: dict[str, Any]) -> PolicyConfig:
-    """Inverse of :func:`spec_to_dict`; unknown keys (from a newer version) raise ConfigError."""
-    known = {f.name for f in fields(PolicyConfig)}
-    if unknown := set(values) - known:
-        raise ConfigError(f"unknown policy settings {sorted(unknown)}: was this written by a newer stepkd?")
+    """Settings from the plain dict (``dataclasses.asdict``) in a checkpoint; unknown keys raise ConfigError."""
     lora = values.get("lora")
-    if isinstance(lora, dict):
-        if unknown := set(lora) - {f.name for f in fields(LoRAConfig)}:
-            raise ConfigError(f"unknown policy.lora settings {sorted(unknown)}: was this written by a newer stepkd?")
-        lora = LoRAConfig(**lora)
-    return PolicyConfig(**{**values, "lora": lora})
+    for name, kind, found in (("policy", PolicyConfig, values), ("policy.lora", LoRAConfig, lora or {})):
+        if unknown := set(found) - {each.name for each in fields(kind)}:
+            raise ConfigError(f"unknown {name} settings {sorted(unknown)}: was this written by a newer stepkd?")
+    return PolicyConfig(**{**values, "lora": lora and LoRAConfig(**lora)})
 
 
 TINY_CONTEXT = 1024
@@ -207,21 +200,17 @@ def build_tiny(preset: str, *, seed: int, dtype: str = "float32") -> tuple[Llama
     Args:
         preset: a name in `TINY_PRESETS`.
         seed: seed of the weights, 0 to 2**63 - 1. The global generators are left as they were.
-        dtype: ``float32``, ``bfloat16``, ``float16`` or ``float64``. Weights are drawn in float32 and cast, so that
-            all types start from the same point.
+        dtype: name of torch's type. Weights are drawn in float32 and cast, so that all types start from the same point.
 
     Returns:
         The model on the CPU in evaluation mode, and the tokenizer.
 
     Raises:
-        ConfigError: unknown preset or dtype, or a seed out of range.
+        ConfigError: unknown preset.
     """
     import torch
     from transformers import LlamaForCausalLM
 
-    check_choice("dtype", dtype, DTYPES[1:])
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ConfigError(f"seed={seed!r} must be a whole number between 0 and 2**63 - 1")
     tokenizer = tiny_tokenizer()
     config = tiny_config(preset, tokenizer)
     # The constructor draws from the CPU's global generator; these weights are thrown away and its state is put back.

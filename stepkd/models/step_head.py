@@ -24,6 +24,7 @@ from stepkd.losses.prm import label_token_logps
 from stepkd.models.adapter import first_line
 from stepkd.models.source import model_file
 from stepkd.models.step_head_config import Classifier, LabelTokens, StepHeadConfig, step_head_from_dict
+from stepkd.runs.files import write_json
 from stepkd.steps.format import auto_marker, marker_token_id
 
 STEP_HEAD_CONFIG, STEP_HEAD_WEIGHTS = "step_head.json", "step_head.safetensors"
@@ -113,29 +114,23 @@ class StepHead(nn.Module):
         return right_S
 
 
-@dataclass(frozen=True)
-class SavedStepHead:
-    """What an exported reward model's folder holds beside the language model."""
-
-    spec: StepHeadConfig
-    """How it scores steps."""
-    weights: Mapping[str, Tensor] | None
-    """A classifier's weights; None for label tokens."""
-
-
 def save_step_head(head: StepHead, folder: Path) -> None:
     """Write a step head into a model folder."""
     from safetensors.torch import save_file
 
-    text = json.dumps(head.spec.to_dict(), indent=2, ensure_ascii=False)
-    (folder / STEP_HEAD_CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / STEP_HEAD_CONFIG, head.spec.to_dict())
     if head.score is not None:
         weights = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
         save_file(weights, folder / STEP_HEAD_WEIGHTS)
 
 
-def saved_step_head(path: str, revision: str | None = None) -> SavedStepHead | None:
+def saved_step_head(
+    path: str, revision: str | None = None
+) -> tuple[StepHeadConfig, Mapping[str, Tensor] | None] | None:
     """Read the step head of a model folder or hub repository; None when there is none.
+
+    Returns:
+        How it scores steps, and a classifier's weights (None for label tokens).
 
     Raises:
         ModelError: its files cannot be read, or the classifier's weights are missing.
@@ -149,11 +144,11 @@ def saved_step_head(path: str, revision: str | None = None) -> SavedStepHead | N
     try:
         spec = step_head_from_dict(json.loads(config.read_text(encoding="utf-8")))
         if not isinstance(spec, Classifier):
-            return SavedStepHead(spec, None)
+            return spec, None
         weights = model_file(path, folder, STEP_HEAD_WEIGHTS, revision)
         if weights is None:
             raise ModelError(f"{folder} has {STEP_HEAD_CONFIG} but no {STEP_HEAD_WEIGHTS}: was the export cut off?")
-        return SavedStepHead(spec, load_file(weights))
+        return spec, load_file(weights)
     except ModelError:
         raise
     except Exception as error:  # broken JSON, foreign settings, a torn safetensors file

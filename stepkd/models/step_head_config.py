@@ -100,11 +100,10 @@ def step_head_from_dict(values: Mapping[str, Any]) -> StepHeadConfig:
         ConfigError: an unknown kind, or settings that cannot be.
         ModelError: unknown keys (from a newer version).
     """
-    kind, layout = values.get("kind", LabelTokens.kind), dict(values.get("format", {}))
-    check_choice("head.kind", kind, _KINDS)
-    known = {name: {each.name for each in fields(member)} for name, member in _KINDS.items()}
-    unknown = set(values) - set.union({"kind"}, *known.values()) | set(layout) - {f.name for f in fields(StepFormat)}
-    if unknown:
+    layout = dict(values.get("format", {}))
+    check_choice("head.kind", kind := values.get("kind", LabelTokens.kind), _KINDS)
+    own = {each.name for each in fields(_KINDS[kind])}
+    known = {"kind"}.union(*({each.name for each in fields(member)} for member in _KINDS.values()))
+    if unknown := set(values) - known | set(layout) - {each.name for each in fields(StepFormat)}:
         raise ModelError(f"unknown step head settings {sorted(unknown)}: was this written by a newer stepkd?")
-    own = {name: value for name, value in values.items() if name in known[kind]}
-    return _KINDS[kind](**{**own, "format": StepFormat(**layout)})
+    return _KINDS[kind](**{name: values[name] for name in own & set(values)} | {"format": StepFormat(**layout)})

@@ -186,11 +186,12 @@ class StepModule(PolicyModule):
                 "scaling, which is not supported: use trainer.precision bf16-mixed, or policy.dtype bfloat16 with LoRA"
             )
         trained = self.model.trainable_parameters()
-        if low := [name for name, parameter in trained if parameter.dtype in LOW_PRECISION]:
+        low = [name for name, parameter in trained if parameter.dtype in LOW_PRECISION]
+        if low and not self.policy_spec.allow_low_precision:
             raise ConfigError(
                 f"{len(low)} of {len(trained)} trained weights are bfloat16 ({low[0]}), which rounds most updates "
                 "away: set policy.dtype float32 with trainer.precision bf16-mixed, or train LoRA adapters "
-                "(policy.lora), which stay float32"
+                "(policy.lora), which stay float32 (policy.allow_low_precision trains them all the same)"
             )
         self._check_weights()
         self.check_data_fits("model", self.model.max_length)

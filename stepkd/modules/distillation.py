@@ -22,7 +22,7 @@ class DistillationModule(StepModule):
     @property
     def shares_prompts(self) -> bool:
         """Where the teacher's pass saves what the policy's saves: micro-batches have to fit both."""
-        return super().shares_prompts and (self.teacher is None or self.teacher.can_unpad)
+        return super().shares_prompts and (self.teacher is None or self.teacher.shares_prompts)
 
     def new_tokens(self) -> int:
         """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""

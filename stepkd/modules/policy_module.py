@@ -27,12 +27,13 @@ from stepkd.models.load import load_tokenizer, training_spec
 from stepkd.models.policy import Policy
 from stepkd.models.sharding import WeightAverage, shard
 from stepkd.models.source import trained_template
-from stepkd.models.spec import PolicyConfig, spec_to_dict
+from stepkd.models.spec import PolicyConfig
 from stepkd.modules.distributed import check_strategy, clip_in_engine
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.validation import ValidationConfig
+from stepkd.runs.job import flat
 from stepkd.runs.progress import PhaseTracker
-from stepkd.runs.resume import check_changes, flat
+from stepkd.runs.resume import check_changes
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ class PolicyModule(LightningModule):
         section: dict[str, Any] = {
             "format": CHECKPOINT_FORMAT,
             "module": self._class_name(),
-            "policy": spec_to_dict(self.policy_spec),
+            "policy": asdict(self.policy_spec),
             "position": asdict(self.position),
             "seed": self.seed,
             "data": self._data_fingerprint(),
@@ -251,11 +252,6 @@ class PolicyModule(LightningModule):
             ConfigError: other settings, with both values.
         """
         section = checkpoint.get("stepkd")
-        if isinstance(section, dict) and section.get("format") == 1:
-            raise ModelError(
-                "the checkpoint was written by stepkd 0.1, which alone can go on with it: evaluate or export the run's "
-                "folder, or start a new run with policy.path set to it"
-            )
         if not isinstance(section, dict) or section.get("format") != CHECKPOINT_FORMAT:
             raise ModelError(f"not a stepkd checkpoint of format {CHECKPOINT_FORMAT}: it has no such 'stepkd' section")
         expected = {f"policy.{name}": parameter for name, parameter in self.model.trainable_parameters()}
@@ -286,7 +282,7 @@ class PolicyModule(LightningModule):
         then = {"method": section["module"], "seed": section["seed"], rows: section["data"], **section["settings"]}
         now = {"method": self._class_name(), "seed": self.seed, rows: self._data_fingerprint(), **self._settings()}
         then |= flat(section["policy"], "policy") | flat(section.get("step_head"), "head")
-        now |= flat(spec_to_dict(self.policy_spec), "policy") | flat(head and head.spec.to_dict(), "head")
+        now |= flat(asdict(self.policy_spec), "policy") | flat(head and head.spec.to_dict(), "head")
         data = [rows] if any(name.partition(".")[0] == "data" for name in self.resume_with) else []
         check_changes(then, now, [*self.resume_with, *data], "this run")
 

@@ -23,7 +23,7 @@ from stepkd.models.policy import Policy
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rewards import Rewards
 from stepkd.modules.settings import RolloutConfig, SampleLogConfig
-from stepkd.runs.logger import append, ends_torn
+from stepkd.runs.logger import append, open_to_append
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
 from stepkd.sampling.engines import EngineConfig
@@ -232,9 +232,8 @@ class SampleLog:
             "samples": [sample_row(rollout) for rollout in self._chosen(rollouts)],
         }
         try:
-            start = "\n" if self.path.exists() and ends_torn(self.path) else ""
-            with open(self.path, "ab", buffering=0) as stream:
-                append(stream, start + json.dumps(entry, default=str) + "\n")
+            with open_to_append(self.path) as stream:
+                append(stream, json.dumps(entry, default=str) + "\n")
         except OSError as error:
             raise disk_error(error, self.path, "The samples before are intact. ") or error from None
 

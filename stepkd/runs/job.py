@@ -47,7 +47,6 @@ PACKAGES = ("torch", "transformers", "peft", "math-verify")
 ABSENT = "(absent)"
 """The value of a setting that only the other side has."""
 _RUNNING = "running.json"
-_OF_0_1 = ("manifest.json", "claim.json", "iterate.json")
 
 Row = Mapping[str, Any]
 U = TypeVar("U")
@@ -122,9 +121,28 @@ class JobConfig:
 
         quiet_libraries()
         console, launch = Console(), check_launch()
-        options = job_options(console, launch, verbs)
-        options = replace(options, overwrite=self.overwrite, wait_s=self.wait_s, config=as_yaml(self))
-        return replace(self, device=rank_device(self.device, launch)), StartedJob(console, launch, options)
+        rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
+        line = WorkLine(console, redraw=launch.world_size == 1)
+
+        def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            shown = "".join(
+                f"  {metric(name, value)} {name}" if name.endswith("/s") else f"  {name} {value:.1%}"
+                for name, value in figures.items()
+            )
+            line.show(f"{rank}{verbs.get(phase, phase)}", done, total, shown)
+
+        options = JobOptions(
+            rank=launch.rank,
+            world_size=launch.world_size,
+            launch=launch_id(launch),
+            overwrite=self.overwrite,
+            wait_s=self.wait_s,
+            report=report,
+            say=lambda text: started.say(text),
+            config=as_yaml(self),
+        )
+        started = StartedJob(console, launch, options)
+        return replace(self, device=rank_device(self.device, launch)), started
 
 
 class StartedJob(NamedTuple):
@@ -146,33 +164,6 @@ class StartedJob(NamedTuple):
         """Say that other ranks have work left, and give the exit code."""
         self.say(f"rank {self.launch.rank} has done its share; the last rank to finish writes the {what}")
         return 0
-
-
-def job_options(console: Any, launch: LaunchInfo, verbs: Mapping[str, str] | None = None) -> JobOptions:
-    """How this process of a launch takes part in a job, with one progress line on a console.
-
-    Args:
-        console: the rich console to print on.
-        launch: which process this is (:func:`stepkd.runs.launcher.check_launch`).
-        verbs: what is shown for a phase; its name where none is given.
-    """
-    rank = f"rank {launch.rank}: " if launch.world_size > 1 else ""
-    line = WorkLine(console, redraw=launch.world_size == 1)
-
-    def report(phase: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        shown = "".join(
-            f"  {metric(name, value)} {name}" if name.endswith("/s") else f"  {name} {value:.1%}"
-            for name, value in figures.items()
-        )
-        line.show(f"{rank}{(verbs or {}).get(phase, phase)}", done, total, shown)
-
-    return JobOptions(
-        rank=launch.rank,
-        world_size=launch.world_size,
-        launch=launch_id(launch),
-        report=report,
-        say=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
-    )
 
 
 @dataclass(eq=False)
@@ -198,8 +189,8 @@ class Job:
         """Refuse a folder that cannot take this job, before anything slow and without changing anything.
 
         Raises:
-            ConfigError: not a folder, files of something else in it, a job of another kind or of version 0.1, or
-                (``overwrite``) more than such a job in it; or another process is at work there (:meth:`alone`).
+            ConfigError: not a folder, files of something else in it, a job of another kind, or (``overwrite``) more
+                than such a job in it; or another process is at work there (:meth:`alone`).
         """
         if self.options.overwrite and self.options.rank:
             return  # rank 0 says so, and may be deleting just now
@@ -216,13 +207,10 @@ class Job:
         foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
         if SETTINGS_NAME not in names:
             if found := foreign or [name for name in names if name in own - {LOG}]:
-                old = [name for name in found if name in _OF_0_1]
-                why = (
-                    f"is of stepkd 0.1 ({old[0]}), whose jobs this version cannot resume"
-                    if old
-                    else (f"is not empty ({_some(found)}) and holds no {self.kind} (no {SETTINGS_NAME})")
+                raise ConfigError(
+                    f"{self.out} is not empty ({_some(found)}) and holds no {self.kind} (no {SETTINGS_NAME}): give "
+                    "another --out"
                 )
-                raise ConfigError(f"{self.out} {why}: give another --out")
         elif (kind := read_settings(self.out)["kind"]) != self.kind:
             raise ConfigError(f"{self.out} holds another kind of job ({kind}), not {_a(self.kind)}: give another --out")
         elif self.options.overwrite and foreign:
@@ -476,15 +464,9 @@ def numbered(groups: Sequence[U]) -> dict[str, U]:
     return {f"{number:06d}": group for number, group in enumerate(groups)}
 
 
-def package_versions() -> dict[str, str | None]:
-    """Versions of stepkd and of the packages that touch results; None for one that is not installed."""
-    versions: dict[str, str | None] = {"stepkd": stepkd.__version__}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+def package_versions() -> dict[str, str]:
+    """Versions of stepkd and of the packages that touch results."""
+    return {"stepkd": stepkd.__version__, **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def read_settings(folder: str | Path, name: str = SETTINGS_NAME) -> dict[str, Any]:
@@ -496,15 +478,14 @@ def read_settings(folder: str | Path, name: str = SETTINGS_NAME) -> dict[str, An
     path = Path(folder) / name
     try:
         settings = json.loads(path.read_bytes())
+        settings["kind"]
     except OSError as error:
         raise DataError(
             f"no settings of a job there ({error.strerror}): is this the --out of a job?", path=path
         ) from error
-    except ValueError as error:
-        raise DataError(f"not valid JSON ({error}): give another --out", path=path) from error
-    if not isinstance(settings, dict) or "kind" not in settings:
-        raise DataError("not the settings of a job: give another --out", path=path)
-    return settings
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"not the settings of a job ({error}): give another --out", path=path) from error
+    return dict(settings)
 
 
 def finished_rows(folder: str | Path, phase: str) -> list[dict[str, Any]]:
@@ -529,6 +510,18 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names and plain values; of a list of groups, each by its number."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value)) if any(isinstance(item, Mapping) for item in value) else list(value)
+    if not isinstance(value, Mapping) or (not value and name):
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= flat(item, f"{name}.{key}" if name else str(key))
+    return found
+
+
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, free: Iterable[str] = ()
 ) -> dict[str, tuple[Any, Any]]:
@@ -540,13 +533,17 @@ def differences(
         old, new: nested settings.
         free: dotted names, or groups of them, that are left out.
     """
-    then, now, allowed = _flat(old), _flat(new), tuple(free)
+    then, now, allowed = flat(old), flat(new), tuple(free)
     if all(not str(side.get("device", "cpu")).startswith("cpu") for side in (then, now)):
         allowed += ("threads",)
+
+    def value(side: Mapping[str, Any], key: str) -> tuple[bool, Any]:
+        return isinstance(side.get(key), bool), side.get(key, ABSENT)  # to Python, True is 1
+
     return {
         key: (then.get(key, ABSENT), now.get(key, ABSENT))
         for key in {**then, **now}
-        if _value(then, key) != _value(now, key)
+        if value(then, key) != value(now, key)
         and not any(key == name or key.startswith(f"{name}.") for name in allowed)
     }
 
@@ -572,21 +569,6 @@ def check_same(old: Mapping[str, Any], new: Mapping[str, Any], place: str | Path
 
 def _then_and_now(found: Mapping[str, tuple[Any, Any]]) -> str:
     return "\n".join(f"  {key}: {then!r} then, {now!r} now" for key, (then, now) in found.items())
-
-
-def _value(settings: Mapping[str, Any], key: str) -> tuple[bool, Any]:
-    value = settings.get(key, ABSENT)
-    return isinstance(value, bool), value  # to Python, True is 1
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping) or (not value and name):
-        return {name: value}
-    return {
-        key: leaf
-        for part, item in value.items()
-        for key, leaf in _flat(item, f"{name}.{part}" if name else str(part)).items()
-    }
 
 
 def _merged(parts: Iterable[Path]) -> list[dict[str, Any]]:

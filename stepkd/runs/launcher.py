@@ -22,12 +22,14 @@ What ``accelerate launch`` tells a process, read off accelerate 1.15 (``accelera
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]
 
 from stepkd.errors import ConfigError
 
@@ -101,11 +103,6 @@ class LaunchInfo:
                 f"the {self.launcher} launcher started {self.world_size} processes, but {self.num_nodes} node(s) with "
                 f"{self.local_world_size} process(es) each make {self.num_nodes * self.local_world_size}; "
                 "start the same number of processes on every node"
-            )
-        if not 0 <= self.rank < self.world_size or not 0 <= self.local_rank < self.local_world_size:
-            raise ConfigError(
-                f"rank {self.rank} (local rank {self.local_rank}) is outside a launch of {self.world_size} processes "
-                f"({self.local_world_size} per node); check the variables that the launcher exports"
             )
 
     @property
@@ -329,30 +326,20 @@ def single_child_count(environ: Mapping[str, str], parent_command: Sequence[str]
 
 
 def _options(command: Sequence[str]) -> dict[str, str]:
-    """Options of an ``accelerate launch`` command line, by name with underscores; empty for any other command."""
-    names = [os.path.basename(word) for word in command]
-    if "accelerate" in names and "launch" in command:
-        start = list(command).index("launch")
-    elif ours := {"accelerate.commands.launch", "accelerate-launch"}.intersection(names):
-        start = names.index(ours.pop())
-    else:
+    """Values of the options of an ``accelerate launch`` command line, by name; empty for any other command."""
+    found = re.search(r"(?:accelerate launch|accelerate\.commands\.launch|accelerate-launch)( .*)", " ".join(command))
+    if found is None:
         return {}
-    options: dict[str, str] = {}
-    for word, following in itertools.pairwise([*command[start + 1 :], ""]):
-        if word in ("-m", "--module"):
-            break  # what follows belongs to the script
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            options.setdefault(name[2:].replace("-", "_"), value if equals else following)
-    return options
+    own = re.split(r" (?:-m|--module) ", found[1])[0]  # what follows belongs to the script
+    values = re.findall(r" --([\w-]+)[= ](?!--)(\S+)", own)
+    return {name.replace("-", "_"): value for name, value in reversed(values)}  # the first of one name counts
 
 
-def _parent_command() -> tuple[str, ...]:
-    """Words of the parent's command line from ``/proc``; empty where that is not available."""
+def _parent_command() -> Sequence[str]:
+    """Words of the parent's command line; empty where they cannot be read."""
     try:
-        with open(f"/proc/{os.getppid()}/cmdline", "rb") as stream:
-            return tuple(part.decode(errors="replace") for part in stream.read().split(b"\0") if part)
-    except OSError:
+        return psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
         return ()
 
 

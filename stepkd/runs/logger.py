@@ -95,13 +95,9 @@ class JsonlLogger(Logger):
             self._stream = None
 
     def _open(self) -> IO[bytes]:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        stream = open_to_append(self._path)
         if not self._run:
             self._run = 1 + max((line["run"] for line in _lines(self._path)), default=0)
-        stream = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed by finalize
-        if ends_torn(self._path):
-            # The process died while it wrote: end that line, so that ours starts on its own.
-            append(stream, "\n")
         return stream
 
 
@@ -159,33 +155,20 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines; a torn one is passed over where a start of the run ended."""
-    if not path.is_file():
-        return
-    torn: int | None = None
-    run = 0
+    """Yield the whole lines; the last one may be torn, or be written just now."""
     with open(path, "rb") as stream:
         for number, raw in enumerate(stream, start=1):
-            line = _parse(raw)
-            if torn is not None and raw.strip() and (line is None or line["run"] <= run):
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                line = json.loads(raw)
+                assert isinstance(line["run"], int)
+                assert isinstance(line["step"], int)
+            except (ValueError, TypeError, KeyError, AssertionError):
                 raise DataError(
-                    "this line is not a metrics record; was the file edited? Remove the line", path=path, line=torn
-                )
-            if line is not None:
-                torn, run = None, line["run"]
-                yield line
-            elif raw.strip():
-                torn = number
-
-
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(raw)
-    except ValueError:
-        return None
-    if not isinstance(line, dict) or not isinstance(line.get("run"), int) or not isinstance(line.get("step"), int):
-        return None
-    return {name: float(value) if value in _NOT_FINITE else value for name, value in line.items()}
+                    "this line is not a metrics record; was the file edited? Remove the line", path=path, line=number
+                ) from None
+            yield {name: float(value) if value in _NOT_FINITE else value for name, value in line.items()}
 
 
 def _jsonable(value: Any) -> Any:
@@ -197,6 +180,20 @@ def _simpler(value: Any) -> Any:
     if isinstance(value, Namespace | set | frozenset):
         return vars(value) if isinstance(value, Namespace) else sorted(value, key=str)
     return value.item() if hasattr(value, "item") else str(value)
+
+
+def open_to_append(path: Path) -> IO[bytes]:
+    """A file for :func:`append`, made where it is missing; a line without an end is taken off, as a process leaves it
+    that dies while it writes.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by the caller
+    stream.seek(0)
+    stream.truncate(stream.read().rfind(b"\n") + 1)
+    return stream
 
 
 def append(stream: IO[bytes], text: str) -> None:
@@ -212,12 +209,3 @@ def append(stream: IO[bytes], text: str) -> None:
     except OSError:
         stream.truncate(end)
         raise
-
-
-def ends_torn(path: Path) -> bool:
-    """Whether a file's last line has no end, as a process leaves it that dies while it writes."""
-    with open(path, "rb") as stream:
-        if stream.seek(0, 2) == 0:
-            return False
-        stream.seek(-1, 2)
-        return stream.read(1) != b"\n"

@@ -153,8 +153,6 @@ def live_process(marker: Mapping[str, Any]) -> int | None:
     pid, start = marker.get("pid"), marker.get("pid_start")
     if marker.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
         return None
-    if not isinstance(start, int | float):
-        return None  # a marker of stepkd 0.1 tells the start otherwise
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         is_same = abs(process.create_time() - start) < 2  # not a later process of the same number

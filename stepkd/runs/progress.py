@@ -66,8 +66,6 @@ class PhaseTracker:
         Yields:
             The phase; its ``total`` may be set later, and ``seconds`` is there to log after the block.
         """
-        if total is not None and total < 0:
-            raise ValueError(f"phase {name!r}: total must be at least 0, got {total}")
         phase = Phase(name, total)
         self._stack.append(phase)
         self.interrupted = None
@@ -93,26 +91,18 @@ class PhaseTracker:
         """Tell ``listener`` about every later change.
 
         Returns:
-            A function that ends the subscription; calling it twice is harmless.
+            A function that ends the subscription, to be called once.
         """
         self._listeners.append(listener)
 
-        def unsubscribe() -> None:
-            if listener in self._listeners:
-                self._listeners.remove(listener)
-
-        return unsubscribe
+        return lambda: self._listeners.remove(listener)
 
     def _tell(self, event: Literal["start", "advance", "end"], phase: Phase) -> None:
         for listener in tuple(self._listeners):
             listener(event, phase)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> PhaseTracker:
-        """A copied module (an EMA or self-teacher copy) gets a tracker of its own, without listeners."""
-        return PhaseTracker()
-
     def __getstate__(self) -> dict[str, object]:
-        """Neither open phases nor listeners travel to another process."""
+        """Neither open phases nor listeners go to a copy (of a module, a self-teacher) or to another process."""
         return {"_stack": [], "_listeners": [], "interrupted": None}
 
 

@@ -10,28 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.errors import ConfigError, ModelError
-from stepkd.runs.job import ABSENT, differences
+from stepkd.runs.job import ABSENT, differences, flat
 
-_LAST = re.compile(r"^last(?:-v(\d+))?(?:\.ckpt)?$")
 _STEP = re.compile(r"(?:^|[-_])step[=_-]?(\d+)")
 _FREE = re.compile(
     r"trainer\.(?!precision|limit_train_batches).*|checkpoint\.(?!monitor|mode).*|data\.(test|predict)\b.*"
-    r"|(micro_batch_tokens|chunk_size|policy\.gradient_checkpointing|samples\b.*)"
+    r"|(micro_batch_tokens|chunk_size|policy\.(gradient_checkpointing|allow_low_precision)|samples\b.*)"
     r"|(.+\.)?(max_rows|server|url|gpu_memory|group_port|timeout_s|requests)"
 )
 """Settings that a resumed run takes as they are: how long it runs, what it logs, on what hardware."""
-
-
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names and plain values."""
-    if isinstance(value, list | tuple):
-        value = dict(enumerate(value)) if any(isinstance(item, Mapping) for item in value) else list(value)
-    if not isinstance(value, Mapping) or not value:
-        return {name: value}
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        found |= flat(item, f"{name}.{key}" if name else str(key))
-    return found
 
 
 def short_name(key: str) -> str:
@@ -97,24 +84,14 @@ def find_last_checkpoint(folder: Path) -> Path | None:
         folder: the folder of checkpoints; it need not exist.
 
     Returns:
-        ``last.ckpt`` (of ``last-vN.ckpt`` the highest N) when it is whole, else of ``best.ckpt`` and those with
-        ``step=N`` in their names the whole one with the highest step, else None. Torn files, temporary names and empty
-        folders are passed over.
+        ``last.ckpt`` when it is whole, else of ``best.ckpt`` and those with ``step=N`` in their names the whole one
+        with the highest step, else None. Torn files, temporary names and empty folders are passed over.
     """
-    if not folder.is_dir():
-        return None
-    ranked: list[tuple[bool, int, str]] = []
-    for entry in folder.iterdir():
-        if entry.name.startswith(".") or entry.name.endswith((".tmp", ".partial")):
-            continue
-        if last := _LAST.match(entry.name):
-            ranked.append((True, int(last.group(1) or 0), entry.name))
-        elif (step := step_of(entry)) is not None:
-            ranked.append((False, step, entry.name))
-    for _, _, name in sorted(ranked, reverse=True):
-        if is_whole(folder / name):
-            return folder / name
-    return None
+    if is_whole(last := folder / "last.ckpt"):
+        return last
+    entries = [each for each in folder.iterdir() if each.name[0] != "." and is_whole(each)] if folder.is_dir() else []
+    steps = {each: step for each in entries if (step := step_of(each)) is not None}
+    return max(steps, key=lambda each: (steps[each], each.name), default=None)
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -132,22 +109,18 @@ def step_of(checkpoint: Path) -> int | None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, as far as its form tells.
 
-    A file must be in torch's zip format, whose directory is written last. A folder must hold something, and a folder
-    of torch's distributed shards must hold their index, which is also written last.
+    A file must be in torch's zip format, whose directory is written last; a folder (of DeepSpeed) must hold something.
     """
-    if checkpoint.is_file():
-        return zipfile.is_zipfile(checkpoint)
-    files = [entry for entry in checkpoint.rglob("*") if entry.is_file()] if checkpoint.is_dir() else []
-    if any(entry.suffix == ".distcp" for entry in files):
-        return any(entry.name == ".metadata" for entry in files)
-    return any(entry.stat().st_size > 0 for entry in files)
+    if checkpoint.is_dir():
+        return any(entry.is_file() and entry.stat().st_size > 0 for entry in checkpoint.rglob("*"))
+    return zipfile.is_zipfile(checkpoint)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a ``.ckpt`` file written by a stepkd run.
 
     Raises:
-        ModelError: no such file, not a whole checkpoint, or one that asks to execute code.
+        ModelError: no such file, not a whole checkpoint, one of stepkd 0.1, or one that asks to execute code.
     """
     import torch
 
@@ -166,4 +139,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     extra = checkpoint.get("stepkd") if isinstance(checkpoint, dict) else None
     if not isinstance(extra, dict) or "policy" not in extra or "state_dict" not in checkpoint:
         raise ModelError(f"{path} is not a stepkd checkpoint: it has no 'stepkd' section")
+    if extra.get("format") == 1:
+        raise ModelError(f"{path} was written by stepkd 0.1: export it with that version, exports still load")
     return checkpoint

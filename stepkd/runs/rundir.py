@@ -23,7 +23,7 @@ from stepkd.errors import ConfigError, MachineError, disk_error
 from stepkd.runs.files import write_json
 from stepkd.runs.launcher import LaunchInfo, detect_launch
 from stepkd.runs.process import live_process, this_process
-from stepkd.runs.resume import find_last_checkpoint, step_of
+from stepkd.runs.resume import find_last_checkpoint, newest_config, step_of
 
 MARKER = "run.json"
 
@@ -79,14 +79,14 @@ class RunDir:
         launch, restarted = _launch_identity(environ, run.info)
         if not run.info.is_rank_zero:
             # Rank 0 raises if this assumption does not hold, and the launcher then stops every rank.
-            run.resume_from = run.last_checkpoint() if resume or restarted else None
+            run.resume_from = find_last_checkpoint(run.checkpoints) if resume or restarted else None
             return run
         marker = read_marker(run.path)
         if restarted and marker is not None and marker.get("launch") == launch:
             resume, overwrite = True, False
         try:
             run.message = run._enter(marker, resume=resume, overwrite=overwrite)
-            run.resume_from = run.last_checkpoint() if resume else None
+            run.resume_from = find_last_checkpoint(run.checkpoints) if resume else None
             run._begin(marker if resume else None, launch)
         except (OSError, MachineError) as error:
             with contextlib.suppress(OSError):
@@ -98,14 +98,6 @@ class RunDir:
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
-
-    def last_checkpoint(self) -> Path | None:
-        """Find the checkpoint to continue from.
-
-        Returns:
-            See :func:`~stepkd.runs.resume.find_last_checkpoint`; None when there is no whole one.
-        """
-        return find_last_checkpoint(self.checkpoints)
 
     def mark(self, status: Literal["finished", "stopped", "failed"], message: str = "") -> None:
         """Record in ``run.json`` how the run ended (rank 0 only).
@@ -123,11 +115,9 @@ class RunDir:
         marker.update(status=status, message=message, ended=_now())
         try:
             write_json(self.path / MARKER, marker)
-        except (OSError, MachineError):
-            if status != "failed":
+        except MachineError:
+            if status != "failed":  # which has an error of its own
                 raise
-            with contextlib.suppress(OSError):  # a full disk has room where the old text stands, and hides no error
-                _overwrite(self.path / MARKER, marker)
 
     def abandon(self) -> bool:
         """Remove a folder in which nothing was done yet, so that a corrected command needs no flag.
@@ -176,7 +166,6 @@ class RunDir:
         )
 
     def _check_resume(self, marker: Mapping[str, Any]) -> str:
-        check_version(self.path)
         if marker.get("kind") != self.kind:
             raise ConfigError(
                 f"{self.path} holds a run of kind {marker.get('kind')!r}, so --resume cannot continue it as "
@@ -187,11 +176,13 @@ class RunDir:
                 f"{self.path} is half deleted: an earlier --overwrite was interrupted. Give --overwrite again to "
                 "finish it, or another --out"
             )
-        last = self.last_checkpoint()
+        last = find_last_checkpoint(self.checkpoints)
         if last is None:
-            if self.kind == "fit" and (seen := _seen(self.path, marker)):
+            held = sorted(entry.name for entry in self.checkpoints.glob("*") if not entry.name.startswith("."))
+            if self.kind == "fit" and (held or self._has_trained(marker)):
                 raise ConfigError(
-                    f"{self.path} has trained and has no whole checkpoint left to resume from: {seen}. Put one back as "
+                    f"{self.path} has trained and has no whole checkpoint left to resume from: {self.checkpoints} "
+                    f"holds {', '.join(held[:5]) or 'nothing'}. Put one back as "
                     f"{self.checkpoints / 'last.ckpt'}, or give --overwrite to delete the run and start again"
                 )
             return f"{self.path}: the earlier run left no checkpoint, starting from step 0"
@@ -199,6 +190,19 @@ class RunDir:
             return f"{self.path}: resuming from {last.name}"
         lost = "is torn" if (self.checkpoints / "last.ckpt").exists() else "is missing"
         return f"{self.path}: last.ckpt {lost}, resuming from {last.name} at step {step_of(last)}"
+
+    def _has_trained(self, marker: Mapping[str, Any]) -> bool:
+        """Whether a run without a checkpoint once had one: it ended as planned, or its metrics go beyond the first."""
+        from stepkd.runs.logger import METRICS_FILE, read_metrics
+        from stepkd.yaml_files import read_yaml
+
+        if marker.get("status") in ("finished", "stopped"):
+            return True
+        config = newest_config(self.path)
+        if config is None or not (self.path / METRICS_FILE).is_file():
+            return False
+        every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
+        return any(row["step"] + 1 >= every for row in read_metrics(self.path))
 
     def _begin(self, earlier: Mapping[str, Any] | None, launch: str | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -221,7 +225,7 @@ class RunDir:
         self.checkpoints.mkdir(exist_ok=True)
 
     def _described(self, marker: Mapping[str, Any]) -> str:
-        last = self.last_checkpoint()
+        last = find_last_checkpoint(self.checkpoints)
         return (
             f"kind {marker.get('kind')!r}, created {marker.get('created', 'unknown')}, status {marker.get('status')}, "
             f"last checkpoint {last.name if last else 'none'}"
@@ -254,46 +258,6 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return marker if isinstance(marker, dict) and "stepkd" in marker and "kind" in marker else None
-
-
-def check_version(path: Path) -> None:
-    """Refuse to resume a run of stepkd 0.1.
-
-    Raises:
-        ConfigError: the folder's marker says 0.1.
-    """
-    version = str((read_marker(path) or {}).get("stepkd"))
-    if version.startswith("0.1."):
-        raise ConfigError(
-            f"{path} holds a run of stepkd {version}, which this version ({stepkd.__version__}) cannot resume: "
-            "continue it with that version, or give another --out, or --overwrite to delete it"
-        )
-
-
-def _overwrite(path: Path, marker: dict[str, Any]) -> None:
-    """Put a marker in place of one that is there: no new file, and no more than the block that it has."""
-    with open(path, "r+", encoding="utf-8") as stream:
-        stream.write(json.dumps(marker | {name: marker.get(name, "")[:500] for name in ("message", "command")}))
-        stream.truncate()
-
-
-def _seen(path: Path, marker: Mapping[str, Any]) -> str:
-    """What shows that a run without a checkpoint once had one; empty when it ended before its first."""
-    from stepkd.runs.logger import METRICS_FILE, read_metrics
-    from stepkd.runs.resume import newest_config
-    from stepkd.yaml_files import read_yaml
-
-    folder = path / "checkpoints"
-    if torn := sorted(entry.name for entry in folder.glob("*") if not entry.name.startswith(".")):
-        return f"{folder} holds {', '.join(torn[:5])}, not whole"
-    if marker.get("status") in ("finished", "stopped"):
-        return f"{folder} is empty, and {MARKER} says {marker['status']}"
-    config = newest_config(path)
-    if config is None or not (path / METRICS_FILE).is_file():
-        return ""
-    every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
-    steps = max((row["step"] + 1 for row in read_metrics(path)), default=0)
-    return f"{folder} is empty, and {METRICS_FILE} goes to step {steps}" if steps >= every else ""
 
 
 def _launch_identity(environ: Mapping[str, str], info: LaunchInfo) -> tuple[str | None, bool]:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stepkd.errors import ConfigError, DataError, ModelError
+from stepkd.errors import DataError, ModelError
 from stepkd.losses.linear import DEFAULT_CHUNK, chunked_head
 from stepkd.losses.token import target_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
+from stepkd.sampling.decode import padded
 
 Ids = Sequence[int]
 
@@ -62,15 +63,9 @@ def annotate(
         One record per completion, in order.
 
     Raises:
-        ConfigError: ``max_tokens`` or ``chunk_size`` below 1.
         DataError: an empty prompt, ids outside the vocabulary, or a row longer than a model's context.
         ModelError: the teacher has another vocabulary, or a model's logits are not numbers.
     """
-    if len(prompts_ids) != len(completions_ids):
-        raise ValueError(f"{len(prompts_ids)} prompts but {len(completions_ids)} completions")
-    for name, size in (("max_tokens", max_tokens), ("chunk_size", chunk_size)):
-        if size < 1:
-            raise ConfigError(f"{name}={size}: must be at least 1")
     if teacher is not None:
         check_same_vocabulary(policy.tokenizer, teacher.tokenizer)
     rows = list(zip(prompts_ids, completions_ids, strict=True))
@@ -148,18 +143,14 @@ def _score(
 ) -> list[Tensor]:
     """``score(logits_CV, targets_C)`` at all completion tokens: one tensor (tokens, columns) per row, on the CPU."""
     results = [torch.zeros(0, 2)] * len(rows)
-    device, pad = model.device, int(model.tokenizer.pad_token_id or 0)
     with evaluation_mode(model):
         for numbers in _batches(rows, max_tokens):
             # The last token is only ever predicted, never read.
             inputs = [[*rows[i][0], *rows[i][1][:-1]] for i in numbers]
-            width = len(inputs[0])
-            ids_BT = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in inputs], device=device)
-            mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in inputs], device=device)
             needed = [(b, t) for b, i in enumerate(numbers) for t in range(len(rows[i][0]) - 1, len(inputs[b]))]
-            rows_N, places_N = torch.tensor(needed, device=device).T
-            targets_N = torch.tensor([token for i in numbers for token in rows[i][1]], device=device)
-            hidden_NH = model.hidden(ids_BT, mask_BT)[rows_N, places_N]
+            rows_N, places_N = torch.tensor(needed, device=model.device).T
+            targets_N = torch.tensor([token for i in numbers for token in rows[i][1]], device=model.device)
+            hidden_NH = model.hidden(*padded(model, inputs))[rows_N, places_N]
             scores_NK = chunked_head(score, model.head, hidden_NH, targets_N, chunk_size=chunk_size).cpu()
             parts = scores_NK.split([len(rows[i][1]) for i in numbers])
             for i, part in zip(numbers, parts, strict=True):

@@ -27,10 +27,10 @@ from transformers.cache_utils import DynamicLayer
 
 from stepkd.data.completion import Completion, Ids
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models.head import backbone_of
-from stepkd.models.policy import Policy, positions_from_mask
+from stepkd.models.head import backbone_of, positions_from_mask
+from stepkd.models.policy import Policy
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import SampleCounts, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.sampler import SamplingConfig, before_stop, decode_text
 
 
 class Draw(NamedTuple):
@@ -199,10 +199,6 @@ class Row:
     """Position of its prompt in the call."""
     sample_index: int
     """Which of the prompt's samples."""
-    source: int
-    """Position, among the sequences read, of the one it continues."""
-    cut: int
-    """Length in tokens of the prefix it continues."""
     limit: int
     """Most tokens, >= 1."""
     key: tuple[int | str, ...]
@@ -211,6 +207,20 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
+
+
+def padded(
+    policy: Policy, sequences: Sequence[Sequence[int]], side: Literal["left", "right"] = "right"
+) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) of sequences, padded on one side, and their mask: 1 for tokens, 0 for padding."""
+    width, pad = max(map(len, sequences)), int(policy.tokenizer.pad_token_id or 0)
+
+    def rows(sequence: Sequence[int]) -> list[list[int]]:
+        parts = [([*sequence], [pad] * (width - len(sequence))), ([1] * len(sequence), [0] * (width - len(sequence)))]
+        return [own + gap if side == "right" else gap + own for own, gap in parts]
+
+    ids_BT, mask_BT = torch.tensor([rows(each) for each in sequences], device=policy.device).unbind(1)
+    return ids_BT, mask_BT
 
 
 class Reading(NamedTuple):
@@ -234,8 +244,6 @@ class Decoder:
     """Most rows decoded at once, >= 1."""
     breaks_off: Callable[[], bool] | None = field(default=None, kw_only=True)
     """Asked before every token; once it says yes, rows end where they are, as if cut off by their limit."""
-    counts: SampleCounts = field(default_factory=SampleCounts, init=False)
-    """Tokens read and drawn so far."""
 
     def __post_init__(self) -> None:
         if self.max_rows < 1:
@@ -248,19 +256,9 @@ class Decoder:
             sequences: ids of each, at least one.
             padding: on the left every row's next token has the same column; on the right every column is a position.
         """
-        lengths = [len(sequence) for sequence in sequences]
-        width, pad = max(lengths), int(self.policy.tokenizer.pad_token_id or 0)
-
-        def padded(rows: list[list[int]], fill: int) -> Tensor:
-            gaps = [[fill] * (width - len(row)) for row in rows]
-            both = [gap + row if padding == "left" else row + gap for gap, row in zip(gaps, rows, strict=True)]
-            return torch.tensor(both, device=self.policy.device)
-
-        input_ids_PT = padded([list(sequence) for sequence in sequences], pad)
+        input_ids_PT, mask_PT = padded(self.policy, sequences, padding)
         self.policy.check_ids(input_ids_PT)
-        mask_PT = padded([[1] * length for length in lengths], 0)
         output = self.forward(input_ids_PT, mask_PT, positions_from_mask(mask_PT), None)
-        self.counts.prefill_tokens += sum(lengths)
         return Reading(output.last_hidden_state, mask_PT, output.past_key_values)
 
     def forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
@@ -274,18 +272,32 @@ class Decoder:
         )
 
     def decode_prompts(
-        self, prompts: Sequence[Sequence[int]], rows: list[Row], spec: SamplingConfig, on_progress: Progress | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows_of: Sequence[list[Row]],
+        spec: SamplingConfig,
+        on_progress: Progress | None,
     ) -> None:
-        """Read each prompt once, then decode the rows that continue it, at most ``max_rows`` at a time."""
-        reading = self.read(prompts, padding="left")
-        hidden_PH = reading.hidden_PTH[:, -1]
-        for start in range(0, len(rows), self.max_rows):
-            part = rows[start : start + self.max_rows]
-            last = start + self.max_rows >= len(rows)
-            source_B = torch.tensor([row.source for row in part], device=hidden_PH.device)
-            cache = reading.cache if last else copy.deepcopy(reading.cache)
-            cache.batch_select_indices(source_B)
-            self.decode(part, cache, hidden_PH[source_B], reading.mask_PT[source_B], spec, on_progress)
+        """Read each prompt once, then decode its rows, at most ``max_rows`` at a time.
+
+        Args:
+            prompts: ids of each.
+            rows_of: for each prompt its rows without a token yet; filled in place.
+            spec: how to draw.
+            on_progress: called with the number of rows just finished.
+        """
+        size = max(1, self.max_rows // spec.n)
+        for first in range(0, len(prompts), size):
+            reading = self.read(prompts[first : first + size], padding="left")
+            hidden_PH = reading.hidden_PTH[:, -1]
+            rows = [(row, p) for p, own in enumerate(rows_of[first : first + size]) for row in own]
+            for start in range(0, len(rows), self.max_rows):
+                part, sources = zip(*rows[start : start + self.max_rows], strict=True)
+                last = start + self.max_rows >= len(rows)
+                source_B = torch.tensor(sources, device=hidden_PH.device)
+                cache = reading.cache if last else copy.deepcopy(reading.cache)
+                cache.batch_select_indices(source_B)
+                self.decode(list(part), cache, hidden_PH[source_B], reading.mask_PT[source_B], spec, on_progress)
 
     def decode(
         self,
@@ -314,7 +326,6 @@ class Decoder:
         for t in range(max(row.limit for row in rows)):
             uniform_B = torch.tensor([uniforms[id(row)][t] for row in active], dtype=torch.float64, device=device)
             step = draw(head(hidden_BH), uniform_B, spec)
-            self.counts.generated_tokens += len(active)
             self._record(active, step, spec)
             if self.breaks_off is not None and self.breaks_off():
                 for row in active:
@@ -334,17 +345,19 @@ class Decoder:
             hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
             position_B = position_B + 1
 
-    def finished(self, row: Row, prompt: Ids, spec: SamplingConfig) -> Completion:
-        """The completion of a prompt, from a row that was decoded."""
-        assert row.finish is not None
-        return Completion(
-            prompt,
-            np.asarray(row.token_ids),
-            logprobs=np.asarray(row.logprobs),
-            raw_logprobs=np.asarray(row.raw_logprobs),
-            finish=row.finish,
-            text=before_stop(decode_text(self.policy.tokenizer, row.token_ids), spec.stop),
-            sample=row.sample_index,
+    def finished(self, rows: Sequence[Row], prompt: Ids, spec: SamplingConfig) -> tuple[Completion, ...]:
+        """The completions of a prompt, from rows that were decoded."""
+        return tuple(
+            Completion(
+                prompt,
+                np.asarray(row.token_ids),
+                logprobs=np.asarray(row.logprobs),
+                raw_logprobs=np.asarray(row.raw_logprobs),
+                finish=row.finish or "length",
+                text=before_stop(decode_text(self.policy.tokenizer, row.token_ids), spec.stop),
+                sample=row.sample_index,
+            )
+            for row in rows
         )
 
     @staticmethod

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepkd.data.completion import Completion
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, check_bounds
 
 Key = tuple[str, int, int]
 """Purpose, step and global number of a prompt: what the noise of its completions is keyed by, with the seed."""
@@ -39,16 +39,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if self.n < 1:
-            raise ConfigError(f"n={self.n}: at least one sample per prompt")
+        bounds = {"n": "[1, inf)", "top_p": "(0, 1]", "top_k": "[0, inf)", "max_new_tokens": "[1, inf)"}
+        check_bounds("", self, **bounds)
         if self.temperature != 0 and not 1e-4 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature}: must be 0 (greedy), or finite and at least 1e-4")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p}: must lie in (0, 1]")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k={self.top_k}: must be 0 (off) or positive")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         if any(not text for text in self.stop):
             raise ConfigError("an empty stop string would end every completion at once")
 
@@ -70,16 +64,6 @@ class SamplingConfig:
     def longest(self) -> int:
         """Longest completion in tokens."""
         return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-
-
-@dataclass
-class SampleCounts:
-    """Work of a sampler since it was made."""
-
-    prefill_tokens: int = 0
-    """Tokens of prompts and prefixes read, padding not counted."""
-    generated_tokens: int = 0
-    """Tokens drawn."""
 
 
 class Sampler(ABC):

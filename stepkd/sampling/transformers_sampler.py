@@ -14,9 +14,9 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import DataError
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
-from stepkd.sampling.branches import BranchRun, GapLimit, gap_limit
+from stepkd.sampling.branches import BranchRun, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Key, SampleCounts, Sampler, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, Key, Sampler, SamplingConfig
 from stepkd.steps.segment import get_segmenter
 
 
@@ -33,17 +33,12 @@ class TransformersSampler(Sampler):
     def __init__(self, policy: Policy, *, max_rows: int = 64, breaks_off: Callable[[], bool] | None = None) -> None:
         self.policy = policy
         self._decoder = Decoder(policy, max_rows=max_rows, breaks_off=breaks_off)
-        self._gap_limit: GapLimit | None = None
+        self._gap_limit: float | None = None
 
     @property
     def max_rows(self) -> int:
         """Most completions decoded at once."""
         return self._decoder.max_rows
-
-    @property
-    def counts(self) -> SampleCounts:
-        """Tokens read and drawn so far."""
-        return self._decoder.counts
 
     def refresh(self, version: int) -> None:
         """Nothing to do: it samples from the policy itself."""
@@ -57,21 +52,14 @@ class TransformersSampler(Sampler):
         keys: Sequence[Key],
         on_progress: Callable[[int], Any] | None,
     ) -> list[list[Completion]]:
-        results: list[list[Completion]] = [[] for _ in prompts]
         known = [np.asarray(prompt) for prompt in prompts]
-        per_prefill = max(1, self.max_rows // spec.n)
+        rows_of = [
+            [Row(p, j, limits[p], (purpose, step, index * spec.n + j)) for j in range(spec.n)]
+            for p, (purpose, step, index) in enumerate(keys)
+        ]
         with evaluation_mode(self.policy):
-            for start in range(0, len(prompts), per_prefill):
-                block = range(start, min(start + per_prefill, len(prompts)))
-                rows = [
-                    Row(p, j, p - start, len(known[p]), limits[p], (*keys[p][:2], keys[p][2] * spec.n + j))
-                    for p in block
-                    for j in range(spec.n)
-                ]
-                self._decoder.decode_prompts([known[p].tolist() for p in block], rows, spec, on_progress)
-                for row in rows:
-                    results[row.prompt_index].append(self._decoder.finished(row, known[row.prompt_index], spec))
-        return results
+            self._decoder.decode_prompts([ids.tolist() for ids in known], rows_of, spec, on_progress)
+        return [list(self._decoder.finished(rows, ids, spec)) for rows, ids in zip(rows_of, known, strict=True)]
 
     @torch.no_grad()
     def sample_branches(
@@ -81,7 +69,6 @@ class TransformersSampler(Sampler):
         *,
         purpose: str = "branch",
         step: int = 0,
-        shared: bool = True,
         on_progress: Callable[[int], Any] | None = None,
     ) -> list[BranchRollouts]:
         """Draw ``spec.n`` continuations of every prefix.
@@ -91,26 +78,25 @@ class TransformersSampler(Sampler):
             spec: how to draw.
             purpose: names the use, so that different uses draw different noise.
             step: optimiser step (or iteration). Sample j of the prefix of c tokens of sequence g uses the stream of
-                ``(spec.seed, purpose, step, g, c, j)``, whatever the batch and whether reading is shared.
-            shared: read every sequence once and continue all its prefixes from that; False reads every prefix anew.
+                ``(spec.seed, purpose, step, g, c, j)``, whatever the batch.
             on_progress: called with the number of continuations just finished.
 
-        Where the model cannot skip a part of its cache (a sliding window shorter than the sequence, recurrent layers),
-        the prefixes of that sequence are read one by one: same noise, same result, more work. A notice is logged once.
+        Every sequence is read once. Where the model cannot skip a part of its cache (a sliding window shorter than the
+        sequence, recurrent layers), the prefixes of that sequence are read one by one: same noise, same result, more
+        work, as ``prefill_tokens`` says.
 
         Returns:
             One record per branch, in order.
 
         Raises:
-            DataError: a cut that is no prefix of its sequence, cuts that do not increase, or a prefix that leaves no
-                room for a single token in the model's context.
+            DataError: a prefix that leaves no room for a single token in the model's context.
             ModelError: the model's logits are not numbers.
         """
         run = BranchRun(self._decoder, branches, spec, (purpose, step), on_progress)
         with evaluation_mode(self.policy):
-            if shared and self._gap_limit is None:
+            if self._gap_limit is None:
                 self._gap_limit = gap_limit(self._decoder)
-            return run.results(self._gap_limit if shared else None)
+            return run.results(self._gap_limit)
 
 
 def encode_prompts(policy: Policy, template: PromptTemplate, rows: Sequence[dict[str, Any]]) -> list[Completion]:

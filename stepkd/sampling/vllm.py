@@ -10,6 +10,7 @@ the plain model: adapters are added to what they adapt, one at a time.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,10 +25,9 @@ from torch import Tensor
 
 from stepkd.data.completion import Completion, Finish
 from stepkd.errors import ConfigError, ModelError
-from stepkd.models.adapter import plain_model
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import Key, SampleCounts, Sampler, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.sampler import Key, Sampler, SamplingConfig, before_stop, decode_text
 
 START = (
     """`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' """
@@ -109,28 +109,7 @@ class _Sampler(Sampler):
     policy: Policy
     """Whose weights are sampled from, and whose tokenizer decodes; for an engine in a folder or with a hub id that vLLM
     loads."""
-    counts: SampleCounts = field(default_factory=SampleCounts, init=False)
-    """Tokens read and drawn so far."""
     _version: int | None = field(default=None, init=False)
-
-    def _draw(
-        self,
-        prompts: Sequence[Collection[int]],
-        spec: SamplingConfig,
-        limits: Sequence[int],
-        keys: Sequence[Key],
-        on_progress: Callable[[int], Any] | None,
-    ) -> list[list[Completion]]:
-        """``raw_logprobs`` are NaN where the server's are of another distribution."""
-        found = []
-        asked = self._asked([[int(i) for i in prompt] for prompt in prompts], spec, limits, keys)
-        for prompt, row in zip(prompts, asked, strict=True):
-            self.counts.prefill_tokens += len(prompt)
-            self.counts.generated_tokens += sum(len(each.token_ids) for each in row)
-            if on_progress is not None:
-                on_progress(len(row))
-            found.append(row)
-        return found
 
     def refresh(self, version: int) -> None:
         """See :class:`~stepkd.sampling.sampler.Sampler`."""
@@ -141,12 +120,6 @@ class _Sampler(Sampler):
     @abstractmethod
     def _send(self) -> None:
         """Give it the policy's weights."""
-
-    @abstractmethod
-    def _asked(
-        self, prompts: list[list[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[Key]
-    ) -> Iterator[list[Completion]]:
-        """The completions of every prompt, in order."""
 
 
 @dataclass(eq=False)
@@ -164,33 +137,40 @@ class VLLMSampler(_Sampler):
     def _send(self) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             facts = weight_facts(self.policy.model)
-            if self.client.communicator is None:
-                self._open()
+            try:
+                if self.client.communicator is None:  # the group through which weights are sent
+                    self.client.init_communicator(device=self.policy.device)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotImplementedError, RuntimeError) as error:  # of TRL's client: no CUDA, or no engine there
+                raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
             self.client.update_named_params(facts, merged_weights(self.policy.model))
             self.client.reset_prefix_cache()
         if dist.is_initialized():
             dist.barrier()
 
-    def _open(self) -> None:
-        """Open the group through which weights are sent."""
-        try:
-            self.client.init_communicator(device=self.policy.device)
-        except torch.OutOfMemoryError:
-            raise
-        except (NotImplementedError, RuntimeError) as error:  # what TRL's client raises: no CUDA, or no engine there
-            raise ConfigError(f"the policy's weights cannot be sent to the vLLM server: {error}") from error
-
-    def _asked(
-        self, prompts: list[list[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[Key]
-    ) -> Iterator[list[Completion]]:
+    def _draw(
+        self,
+        prompts: Sequence[Collection[int]],
+        spec: SamplingConfig,
+        limits: Sequence[int],
+        keys: Sequence[Key],
+        on_progress: Callable[[int], Any] | None,
+    ) -> list[list[Completion]]:
         self._check_server(spec)
 
         def ask(number: int) -> list[Completion]:
             limit = 1 if self.breaks_off is not None and self.breaks_off() else limits[number]
-            return self._ask(number, prompts[number], spec, limit, stream_key(spec.seed, *keys[number]) % 2**31)
+            prompt = [int(i) for i in prompts[number]]
+            return self._ask(number, prompt, spec, limit, stream_key(spec.seed, *keys[number]) % 2**31)
 
+        found = []
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            yield from pool.map(ask, range(len(prompts)))
+            for row in pool.map(ask, range(len(prompts))):
+                found.append(row)
+                if on_progress is not None:
+                    on_progress(spec.n)
+        return found
 
     def _ask(self, number: int, prompt: list[int], spec: SamplingConfig, limit: int, key: int) -> list[Completion]:
         extra: dict[str, Any] = {"seed": key, "skip_special_tokens": False}
@@ -274,17 +254,24 @@ class ColocatedSampler(_Sampler):
             worker.model_runner.model.load_weights([(name, value)])
         self.engine.llm.reset_prefix_cache()
 
-    def _asked(
-        self, prompts: list[list[int]], spec: SamplingConfig, limits: Sequence[int], keys: Sequence[Key]
-    ) -> Iterator[list[Completion]]:
-        repeated = [prompt for prompt in prompts for _ in range(spec.n)]
-        _, found, logprobs, _ = self.engine.generate(repeated, None, spec.n)
-        for number, limit in enumerate(limits):
-            rows = slice(number * spec.n, (number + 1) * spec.n)
-            yield [
-                to_completion(self.policy, spec, (number, j), prompts[number], ids[:limit], logps[:limit], limit)
-                for j, (ids, logps) in enumerate(zip(found[rows], logprobs[rows], strict=True))
-            ]
+    def _draw(
+        self,
+        prompts: Sequence[Collection[int]],
+        spec: SamplingConfig,
+        limits: Sequence[int],
+        keys: Sequence[Key],
+        on_progress: Callable[[int], Any] | None,
+    ) -> list[list[Completion]]:
+        known = [[int(i) for i in prompt] for prompt in prompts]
+        _, found, logprobs, _ = self.engine.generate([prompt for prompt in known for _ in range(spec.n)], None, spec.n)
+        if on_progress is not None:
+            on_progress(len(found))
+        drawn = [
+            to_completion(self.policy, spec, divmod(i, spec.n), known[i // spec.n], ids[:limit], logps[:limit], limit)
+            for i, (ids, logps) in enumerate(zip(found, logprobs, strict=True))
+            for limit in [limits[i // spec.n]]
+        ]
+        return [drawn[start : start + spec.n] for start in range(0, len(drawn), spec.n)]
 
 
 Fact = tuple[str, str, list[int]]
@@ -298,21 +285,27 @@ def weight_facts(model: Any) -> list[Fact]:
         model: a transformers causal language model, peft-wrapped or not, whole on this rank.
 
     Raises:
-        ConfigError: weights that no plain model has (quantised, or under an adapter that is more than a sum).
+        ConfigError: weights that no plain model has (quantised, or an adapter on one of two tied ones).
     """
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    ends = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if ends[0].weight is ends[1].weight and any(hasattr(each, "base_layer") for each in ends):
+        raise ConfigError(
+            "embeddings and vocabulary head share a weight, and the adapter on one of them would change both in vLLM: "
+            "take another target module, or sample without vLLM"
+        )
     facts = []
-    for name, plain, parameter, layer in _parameters(model):
+    for name, _, _, parameter in _parameters(model):
         if not parameter.is_floating_point():
             raise ConfigError(
                 f"{name} is quantised ({parameter.dtype}), which cannot be sent: load the policy whole "
                 "(policy.quantization none), or sample without vLLM"
             )
-        if layer is not None:
-            _check(name, layer, model)
-        facts.append((plain, str(parameter.dtype).removeprefix("torch."), list(parameter.shape)))
+        facts.append((name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape)))
     return facts
 
 
+@torch.no_grad()
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Names and weights of the model that a server holds, nothing changed in place, each made when it is asked for.
 
@@ -322,58 +315,32 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     Yields:
         Tied weights once, under the names of the plain model.
     """
-    for _, plain, parameter, layer in _parameters(model):
-        value = parameter.detach()
-        if layer is not None and (delta := _delta(layer, model.active_adapters)) is not None:
-            value = (value.float() + delta.to(value.device).float()).to(value.dtype)
-        yield plain, value
+    for name, layer, own, parameter in _parameters(model):
+        if layer is not None:
+            layer = copy.deepcopy(layer)
+            layer.merge()
+            parameter = layer.get_base_layer().get_parameter(own)
+        yield name, parameter.detach()
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, str, Tensor, Any]]:
+def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Tensor]]:
     """Weights that the plain model has too: no adapter's own, and none that a trained copy stands for.
 
     Yields:
-        Name, the plain model's name, the weight, and the adapter layer that changes it (or None).
+        Name in the plain model, the adapter layer that changes it (or None), its name in that layer, and the weight.
     """
     layers: dict[str, Any] = {}
-    adapters: Sequence[str] = ()
+    copies: list[str] = []
     if hasattr(model, "peft_config"):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-        adapters = model.active_adapters
+        copies = [f".modules_to_save.{adapter}" for adapter in model.active_adapters]
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name and ".original_module." not in name:
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            for adapter in adapters:
-                plain = plain.replace(f".modules_to_save.{adapter}", "")
-            layer = layers.get(name.removesuffix(".base_layer.weight")) if name.endswith(".base_layer.weight") else None
-            yield name, plain, parameter, layer
-
-
-def _check(name: str, layer: Any, model: Any) -> None:
-    """Refuse adapters whose effect is not a sum with this one weight."""
-    from peft.tuners.lora.layer import LoraLayer
-
-    problem = None
-    if not isinstance(layer, LoraLayer):
-        problem = f"{type(layer).__module__.split('.')[-2]} is not LoRA"
-    elif variants := {
-        type(v).__name__ for adapter, v in layer.lora_variant.items() if adapter in model.active_adapters
-    }:
-        problem = f"{', '.join(sorted(variants))} is more than a sum"
-    elif any(layer.lora_bias.get(adapter) for adapter in model.active_adapters):
-        problem = "lora_bias changes a bias as well"
-    elif layer is (plain := plain_model(model)).get_input_embeddings() and (
-        (head := plain.get_output_embeddings()) is not None and head.weight is layer.weight
-    ):
-        problem = "the vocabulary head shares the weight and would change with it"  # and it has no adapter
-    if problem is not None:
-        raise ConfigError(f"the adapter on {name} cannot be merged for vLLM: {problem}; sample without vLLM")
-
-
-@torch.no_grad()
-def _delta(layer: Any, adapters: Sequence[str]) -> Tensor | None:
-    mine = [adapter for adapter in adapters if adapter in layer.lora_A or adapter in layer.lora_embedding_A]
-    parts = [layer.get_delta_weight(adapter) for adapter in mine]
-    return torch.stack(parts).sum(0) if parts else None
+        above, _, own = name.partition(".base_layer.")
+        if ".original_module." in name or (not own and any(name.startswith(f"{layer}.") for layer in layers)):
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for each in copies:
+            plain = plain.replace(each, "")
+        yield plain, layers.get(above), own, parameter

@@ -27,8 +27,8 @@ from stepkd.losses.prm import label_token_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import gap_limit
-from stepkd.sampling.decode import Decoder
-from stepkd.scorers.prm import Ids, PolicyScorer, continue_rows, packed, padded_right
+from stepkd.sampling.decode import Decoder, padded
+from stepkd.scorers.prm import Ids, PolicyScorer, continue_rows, packed
 from stepkd.scorers.scorer import Meaning, Row, Solutions
 from stepkd.steps.format import marker_token_id
 
@@ -118,10 +118,10 @@ class PromptedJudge(PolicyScorer):
         groups = sorted((group for group in groups if group), key=lambda group: -len(group[0].head))
         decoder = Decoder(self.policy, max_rows=self.max_rows)
         with evaluation_mode(self.policy):
-            gaps = gap_limit(decoder) if self.shared_prefix else None
+            gaps = gap_limit(decoder) if self.shared_prefix else 0
             for block in packed([len(group) for group in groups], self.max_rows):
                 chosen = [groups[g] for g in block]
-                if gaps is not None and gaps.allows(_width([case for group in chosen for case in group])):
+                if _width([case for group in chosen for case in group]) <= gaps:
                     self._shared(decoder, chosen)
                 else:
                     self._apart([case for group in chosen for case in group])
@@ -205,7 +205,7 @@ class PromptedJudge(PolicyScorer):
                 self.tokens["question"] += len(question)
         for start in range(0, len(rows), self.max_rows):
             owners, texts = zip(*rows[start : start + self.max_rows], strict=True)
-            self._answer(owners, texts, self.policy.hidden(*padded_right(self.policy, texts)))
+            self._answer(owners, texts, self.policy.hidden(*padded(self.policy, texts)))
 
     def _answer(self, owners: Sequence[_Case], rows: Sequence[Ids], hidden_BTH: Tensor) -> None:
         """Give each row's case P(yes) against P(no) behind the row's last token."""

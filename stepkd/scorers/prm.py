@@ -22,7 +22,7 @@ from stepkd.errors import ConfigError, ModelError, UnreadableSolution
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
-from stepkd.sampling.decode import Decoder, Reading
+from stepkd.sampling.decode import Decoder, Reading, padded
 from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
 
@@ -251,7 +251,7 @@ class PRMScorer(PolicyScorer):
             part = items[start : start + self.max_rows]
             self.tokens["prompt"] += sum(len(item.head) for item in part)
             self.tokens["solution"] += sum(len(item.ids) for item in part)
-            hidden_BTH = self.policy.hidden(*padded_right(self.policy, [item.head + item.ids for item in part]))
+            hidden_BTH = self.policy.hidden(*padded(self.policy, [item.head + item.ids for item in part]))
             self._read(part, hidden_BTH, [len(item.head) for item in part])
 
     def _score_shared(self, groups: list[list[_Item]]) -> None:
@@ -303,7 +303,7 @@ def continue_rows(
     if cuts is not None:
         cuts_B = torch.tensor(cuts, device=policy.device)
         seen_BT = seen_BT * (seen_BT.cumsum(-1) <= cuts_B[:, None])
-    ids_BT, mask_BT = padded_right(policy, ids)
+    ids_BT, mask_BT = padded(policy, ids)
     # Padding repeats its row's last position, so that no position exceeds the context; nothing ever looks at it.
     ahead_BT = mask_BT.cumsum(-1) - 1
     whole_BT = torch.cat([seen_BT, mask_BT], dim=1)
@@ -311,15 +311,6 @@ def continue_rows(
         ids_BT, whole_BT, seen_BT.sum(-1, keepdim=True) + ahead_BT, _selected(reading.cache, index_B)
     )
     return Reading(output.last_hidden_state, whole_BT, output.past_key_values)
-
-
-def padded_right(policy: Policy, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) padded on the right, and their mask."""
-    width = max(map(len, ids))
-    pad = int(policy.tokenizer.pad_token_id or 0)
-    ids_BT = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], device=policy.device)
-    mask_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids], device=policy.device)
-    return ids_BT, mask_BT
 
 
 def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:

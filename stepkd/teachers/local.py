@@ -62,9 +62,9 @@ class LocalTeacher(Teacher):
         return self._policy
 
     @property
-    def can_unpad(self) -> bool:
-        """Whether its model can go without padding (:attr:`~stepkd.models.policy.Policy.can_unpad`)."""
-        return self.policy.can_unpad
+    def shares_prompts(self) -> bool:
+        """See :class:`~stepkd.teachers.signals.Teacher`."""
+        return self.policy.shares_prompts
 
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         """Load the model (once) and compare vocabularies; see :class:`~stepkd.teachers.signals.Teacher`.
@@ -127,7 +127,7 @@ class LocalTeacher(Teacher):
         """The same completions behind the teacher's own prompts; targets keep their order."""
         prompts = self.prompts(batch.examples)
         examples = [replace(each, prompt_ids=prompt) for each, prompt in zip(batch.examples, prompts, strict=True)]
-        return collate(examples, int(self.policy.tokenizer.pad_token_id or 0), share=self.can_unpad)
+        return collate(examples, int(self.policy.tokenizer.pad_token_id or 0), share=self.shares_prompts)
 
     def shard(self, mesh: Any) -> None:
         """See :class:`~stepkd.teachers.signals.Teacher`."""

@@ -62,7 +62,7 @@ class Teacher(ABC):
     """Its context in tokens, once it is bound; None: as long as the student's."""
 
     @property
-    def can_unpad(self) -> bool:
+    def shares_prompts(self) -> bool:
         """Whether rows of one prompt cost it that prompt once, as they cost the student; once it is bound."""
         return True
 

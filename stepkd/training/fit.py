@@ -40,7 +40,7 @@ from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger, place_loggers
 from stepkd.runs.process import Preempted, quiet_libraries
 from stepkd.runs.resume import check_changes, find_last_checkpoint, newest_config, recipe_settings, short_name
-from stepkd.runs.rundir import RunDir, check_version, free_path
+from stepkd.runs.rundir import RunDir, free_path
 from stepkd.settings import OneLineErrors, explain, show_help, user_mistake, with_recipe_files
 from stepkd.training.checkpoints import (
     AtomicCheckpointIO,
@@ -351,7 +351,6 @@ class StepkdCLI(LightningCLI):
 
     def _changes(self, out: Path) -> list[str]:
         """What differs from the run that is resumed, where a checkpoint is left of it."""
-        check_version(out)
         earlier = newest_config(out)
         if earlier is None or find_last_checkpoint(out / "checkpoints") is None:
             return []

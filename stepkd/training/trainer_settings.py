@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "gradient_clip_algorithm": ((None,), f"gradients are clipped by their norm: {_CLIP}"),
     "gradient_clip_val": ((None, 0), _CLIP),
-    "model_registry": ((None,), "use `stepkd export RUN --push-to-hub ID`"),
+    "model_registry": ((None,), "use `stepkd export RUN --to FOLDER`, then `hf upload ID FOLDER`"),
     "overfit_batches": ((None, 0), "set data.init_args.train.limit to a few rows, and trainer.max_epochs"),
     "plugins": (
         (None, []),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import Counter
 
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
@@ -51,19 +52,22 @@ def _compare(
     policy: Policy, branches: list[Branch], spec: SamplingConfig, *, max_rows: int, rounds: int, prompt: int
 ) -> None:
     samplers = {shared: TransformersSampler(policy, max_rows=max_rows) for shared in (True, False)}
+    samplers[False]._gap_limit = 0  # as if the model could skip no part of its cache
+    read, drawn = Counter[bool](), Counter[bool]()
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds + 1):
         for shared, sampler in samplers.items():
             start = time.perf_counter()
-            sampler.sample_branches(branches, spec, step=number, shared=shared)
+            found = sampler.sample_branches(branches, spec, step=number)
             if number:  # round 0 warms up
                 seconds[shared].append(time.perf_counter() - start)
-    once, anew = (samplers[shared].counts for shared in (True, False))
+            read[shared] += sum(each.prefill_tokens for each in found)
+            drawn[shared] += sum(len(row.token_ids) for each in found for cut in each.rollouts for row in cut)
     ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
     print(
-        f"prompt of {prompt} tokens: tokens read per call {once.prefill_tokens // (rounds + 1):,} once, "
-        f"{anew.prefill_tokens // (rounds + 1):,} anew (x{anew.prefill_tokens / once.prefill_tokens:.2f}); drawn "
-        f"{once.generated_tokens // (rounds + 1):,} and {anew.generated_tokens // (rounds + 1):,}; "
+        f"prompt of {prompt} tokens: tokens read per call {read[True] // (rounds + 1):,} once, "
+        f"{read[False] // (rounds + 1):,} anew (x{read[False] / read[True]:.2f}); drawn "
+        f"{drawn[True] // (rounds + 1):,} and {drawn[False] // (rounds + 1):,}; "
         f"{statistics.median(seconds[True]):.2f} s and {statistics.median(seconds[False]):.2f} s, "
         f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     )

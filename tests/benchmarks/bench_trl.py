@@ -121,7 +121,6 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
     from stepkd.data.datamodule import StepData
     from stepkd.data.spec import DataConfig
     from stepkd.models.spec import PolicyConfig
-    from stepkd.modules import base
     from stepkd.modules.dpo import DPOModule
     from stepkd.modules.kdrl import KDRLModule
     from stepkd.modules.kto import KTOModule
@@ -135,14 +134,13 @@ def train_stepkd(method: str, of: Setting, steps: int, folder: Path, pause: Call
         def on_train_batch_end(self, *_: Any) -> None:
             pause()
 
-    base.LOW_PRECISION = ()  # type: ignore[assignment]
     path = folder / f"{method}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(method, of, steps)))
     common: dict[str, Any] = {
         "optimizer": OptimizerConfig(lr=1e-6, schedule="constant", warmup=0),
         "micro_batch_tokens": 16_384,
     }
-    policy = PolicyConfig(path=of.path, dtype=of.dtype)  # type: ignore[arg-type]
+    policy = PolicyConfig(path=of.path, dtype=of.dtype, allow_low_precision=True)  # type: ignore[arg-type]
     module: Any
     if method == "grpo":
         module = KDRLModule(

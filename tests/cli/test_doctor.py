@@ -50,7 +50,7 @@ def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
 def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
     monkeypatch.setattr(machine, "processors", lambda: 0.5)
-    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = look_around(tmp_path, {})
     missing = named(found, "versions", "no-such-package")
@@ -58,7 +58,7 @@ def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pyt
     if torch.get_num_threads() > 1:
         assert "OMP_NUM_THREADS=1" in named(found, "processor", "threads").advice
     assert "policy.dtype float32" in named(found, "processor", "bfloat16").advice
-    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": True})
     assert named(look_around(tmp_path, {}), "processor", "bfloat16").value == "in hardware"
 
 

@@ -22,7 +22,6 @@ from stepkd.evaluation.runner import evaluate
 from stepkd.models.checkpoint import tokenizer_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
-from stepkd.runs.files import write_json
 from stepkd.runs.job import JobOptions, read_results, read_settings
 
 TASK = "task=modular:terms=3,n=7"  # the data of the `spec` fixture
@@ -308,7 +307,7 @@ def test_contradicting_settings(spec: EvaluateConfig, changes: dict[str, Any], m
         ({"convention": "prm"}, ConfigError, "unknown grading.convention 'prm'"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens=0: must be at least 1"),
         ({"temperature": -1.0}, ConfigError, "temperature=-1.0"),
-        ({"n": 0}, ConfigError, "n=0: at least one sample per prompt"),
+        ({"n": 0}, ConfigError, "n=0: must be at least 1"),
         ({"template": "gsm"}, ConfigError, "no prompt template named 'gsm'"),
         ({"device": "gpu"}, ConfigError, "device='gpu': must be auto, cpu, cuda or cuda:N"),
         ({"data": "nowhere.jsonl", "benchmark": "rows"}, DataError, "nowhere.jsonl: no such file"),
@@ -396,12 +395,6 @@ def test_folder_of_something_else(spec: EvaluateConfig, policy: Policy, name: st
         with pytest.raises(ConfigError, match=rf"is not empty \({name}\) and holds no evaluation .*give another --out"):
             evaluate(spec, policy=policy, options=options)
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "mine")]
-
-
-def test_folder_of_version_0_1(spec: EvaluateConfig, policy: Policy) -> None:
-    write_json(Path(spec.out) / "manifest.json", {"format": 1})
-    with pytest.raises(ConfigError, match=r"is of stepkd 0\.1 \(manifest\.json\), whose jobs this version cannot"):
-        evaluate(spec, policy=policy, options=AGAIN)
 
 
 def test_out_is_no_folder(spec: EvaluateConfig, policy: Policy, tmp_path: Path) -> None:

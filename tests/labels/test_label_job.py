@@ -302,11 +302,6 @@ def test_foreign_folders_are_refused(spec: LabelConfig, run: Any, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file: give a folder"):
         run(replace(spec, out=str(tmp_path / "file")))
-    evaluation = tmp_path / "evaluation"
-    evaluation.mkdir()
-    (evaluation / "manifest.json").write_text('{"format": 1, "benchmark": {}}')
-    with pytest.raises(ConfigError, match=r"is of stepkd 0\.1 \(manifest\.json\)"):
-        run(replace(spec, out=str(evaluation)))
     Job(tmp_path / "other", "evaluation").begin({})
     with pytest.raises(ConfigError, match=r"another kind of job \(evaluation\), not a labelling job"):
         run(replace(spec, out=str(tmp_path / "other")))
@@ -318,7 +313,7 @@ GREEDY = SamplingConfig(n=2, temperature=0)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sampled(problems="task", model="m", sampling=replace(GREEDY, n=0)), "n=0: at least one"),
+        (lambda: Sampled(problems="task", model="m", sampling=replace(GREEDY, n=0)), "n=0: must be at least 1"),
         (lambda: Sampled(problems="task", model="m", sampling=GREEDY), "2 solutions of a problem at temperature 0"),
         (lambda: MonteCarlo(sampling=GREEDY), "2 continuations of a step at temperature 0 would all be the same"),
         (lambda: MonteCarlo(reduce="all"), "unknown reduce 'all'"),

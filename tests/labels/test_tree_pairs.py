@@ -92,7 +92,15 @@ def rows(spec: TreePairConfig) -> list[dict[str, Any]]:
 
 def test_rows_and_summary(spec: TreePairConfig, run: Run, policy: Policy) -> None:
     reports: list[tuple[str, int, int]] = []
-    sampler = TransformersSampler(policy, max_rows=4)
+    drawn: list[int] = []
+
+    class Counting(TransformersSampler):
+        def sample(self, *arguments: Any, **options: Any) -> Any:
+            found = super().sample(*arguments, **options)
+            drawn.extend(len(each.token_ids) for row in found for each in row)
+            return found
+
+    sampler = Counting(policy, max_rows=4)
     summary = run(
         spec, sampler=sampler, report=lambda phase, done, total, figures: reports.append((phase, done, total))
     )
@@ -103,7 +111,7 @@ def test_rows_and_summary(spec: TreePairConfig, run: Run, policy: Policy) -> Non
     assert summary["facts"]["trees"] == summary["items"] == 5
     assert summary["solved_share"] == summary["facts"]["trees_with_a_right_end"] / 5
     assert summary["mean_pair_depth"] == pytest.approx(sum(len(row["prefix"]) for row in pairs) / len(pairs))
-    assert summary["tokens_generated"] == sampler.counts.generated_tokens
+    assert summary["tokens_generated"] == sum(drawn)
     for row in pairs:
         for side in ("chosen", "rejected"):
             text = policy.tokenizer.decode(row[f"{side}_ids"], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from stepkd.errors import ConfigError
 from stepkd.models.checkpoint import load_policy, load_trained, save_policy
 from stepkd.models.load import load_tokenizer
 from stepkd.models.policy import Policy
-from stepkd.models.spec import PolicyConfig, spec_from_dict, spec_to_dict
+from stepkd.models.spec import PolicyConfig, spec_from_dict
 from stepkd.models.step_head_config import LabelTokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def test_a_file_and_its_text_are_the_same_setting(file: Path) -> None:
     spec = PolicyConfig(path="tiny-0.1m", chat_template=str(file))
     assert spec == PolicyConfig(path="tiny-0.1m", chat_template=OWN)
     file.unlink()
-    assert rendered(load_tokenizer(spec_from_dict(spec_to_dict(spec)))) == "[user] 1+1?\n[assistant] "
+    assert rendered(load_tokenizer(spec_from_dict(asdict(spec)))) == "[user] 1+1?\n[assistant] "
 
 
 def test_a_run_is_trained_sampled_and_exported_under_it(file: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from stepkd.models.checkpoint import (
 )
 from stepkd.models.load import load_tokenizer, model_config
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, spec_to_dict
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
 
 IDS = torch.tensor([[5, 17, 33, 8, 60, 4]])
 FULL = PolicyConfig(path="tiny-0.1m")
@@ -55,9 +56,9 @@ def trained(spec: PolicyConfig, seed: int = 0) -> Policy:
 def save(policy: Policy, file: Path, *, ema: Policy | None = None, spec: PolicyConfig | None = None) -> Path:
     """Write what ``StepModule.on_save_checkpoint`` leaves in a checkpoint."""
     extra: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "module": "stepkd.modules.sft.SFTModule",
-        "policy": spec_to_dict(spec or policy.spec or FULL),
+        "policy": asdict(spec or policy.spec or FULL),
         "position": {},
         "seed": 0,
     }

@@ -77,12 +77,12 @@ def test_an_adapter_drops_nothing_and_modes_stay() -> None:
 
 
 def test_experts_drawn_at_random_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"rates at 0, PhimoeForCausalLM computes .* first in model\.layers\.0\.mlp"):
+    with pytest.raises(ModelError, match=r"rates at 0, PhimoeForCausalLM computes something else"):
         disable_dropout(made("phimoe"))
 
 
 @pytest.mark.parametrize("noise", [torch.randn_like, torch.ones_like], ids=["random", "another rule"])
-def test_what_no_rate_explains_is_refused_by_name(noise: Any) -> None:
+def test_what_no_rate_explains_is_refused(noise: Any) -> None:
     model = Policy.load(PolicyConfig(path="tiny-0.1m")).model
     layer = model.model.layers[1].mlp
 
@@ -90,6 +90,6 @@ def test_what_no_rate_explains_is_refused_by_name(noise: Any) -> None:
         return output + 0.01 * noise(output) if module.training else None
 
     layer.register_forward_hook(noisy)
-    with pytest.raises(ModelError, match=r"else in training mode, first in model\.layers\.1\.mlp: this method"):
+    with pytest.raises(ModelError, match="else in training mode: this method"):
         disable_dropout(model)
     assert not model.training

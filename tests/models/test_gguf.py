@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from stepkd.errors import ModelError
-from stepkd.models import machine
 from stepkd.models.checkpoint import export_model
 from stepkd.models.load import load_model
 from stepkd.models.policy import Policy
@@ -88,7 +87,7 @@ def test_gguf_loads_in_a_dtype_that_the_processor_is_fast_in(
     flag: str, dtype: torch.dtype, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset({flag}))
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {flag: True})
     assert load_model(PolicyConfig(path=str(gguf_file), dtype="auto"))[0].dtype == dtype
     load_model(PolicyConfig(path=str(gguf_file), dtype="bfloat16"))
     assert ("emulates" in caplog.text) == (flag == "avx2")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from stepkd.errors import ModelError
-from stepkd.models.policy import Policy, positions_from_mask
+from stepkd.models.head import positions_from_mask
+from stepkd.models.policy import Policy
 from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny
 
 PRESET = "tiny-0.1m"

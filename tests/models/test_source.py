@@ -114,9 +114,9 @@ def test_what_can_only_be_a_folder_is_never_asked_for(load: Callable[[str], Any]
     [
         (
             errors.GatedRepoError("403", response=Answer()),
-            "is gated: accept its terms at https://huggingface.co/org/name",
+            "gated: accept its terms at https://huggingface.co/org/name",
         ),
-        (errors.RevisionNotFoundError("404", response=Answer()), "'org/name' on the hub has no revision 'v9'"),
+        (errors.RevisionNotFoundError("404", response=Answer()), "it has no revision 'v9'"),
         (TimeoutError("slow"), "no model 'org/name' on the hub (it cannot be reached: TimeoutError)"),
         (errors.RepositoryNotFoundError("401", response=Answer()), "if it is private, log in with hf auth login"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import export_model, load_trained, save_policy
 from stepkd.models.policy import Policy
-from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, spec_to_dict, tiny_tokenizer
+from stepkd.models.spec import LoRAConfig, PolicyConfig, build_tiny, tiny_tokenizer
 from stepkd.models.step_head import (
     STEP_HEAD_CONFIG,
     STEP_HEAD_WEIGHTS,
@@ -291,7 +291,7 @@ def checkpoint(model: Policy, file: Path) -> Path:
     """What ``StepModule.on_save_checkpoint`` leaves in a checkpoint."""
     assert model.spec is not None
     extra: dict[str, Any] = {
-        "format": 1, "module": "stepkd.modules.prm.PRMModule", "policy": spec_to_dict(model.spec), "position": {},
+        "format": 2, "module": "stepkd.modules.prm.PRMModule", "policy": asdict(model.spec), "position": {},
         "seed": 0, "step_head": model.require_step_head().spec.to_dict(),
     }  # fmt: skip
     weights = {f"policy.{name}": p.detach() for name, p in model.trainable_parameters()}
@@ -313,7 +313,7 @@ def test_the_marker_of_an_export_is_a_name_not_a_rule(tmp_path: Path) -> None:
     assert config["labels"] == ["-", "+"]
     saved = saved_step_head(str(tmp_path))
     assert saved is not None
-    assert (saved.spec, saved.weights) == (policy(TOKENS).require_step_head().spec, None)
+    assert saved == (policy(TOKENS).require_step_head().spec, None)
 
 
 def test_training_goes_on_from_an_export_with_the_same_head_only(tmp_path: Path) -> None:
@@ -385,10 +385,11 @@ def test_the_step_head_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
     saved = saved_step_head("org/prm", "v2")
     assert saved is not None
-    assert saved.spec == policy.require_step_head().spec
-    assert saved.weights is not None
+    spec, weights = saved
+    assert spec == policy.require_step_head().spec
+    assert weights is not None
     for name, value in policy.require_step_head().state_dict().items():
-        assert torch.equal(saved.weights[name], value)
+        assert torch.equal(weights[name], value)
     assert asked == [("org/prm", "step_head.json", "v2"), ("org/prm", "step_head.safetensors", "v2")]
     assert saved_step_head("org/policy") is None
     assert saved_step_head("tiny-0.1m") is None

@@ -593,7 +593,7 @@ def test_completions_that_rewards_pass_over(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: rollout_of(0, 4), "n=0: at least one"),
+        (lambda: rollout_of(0, 4), "n=0: must be at least 1"),
         (lambda: rollout_of(2, 4, temperature=0.0), "rollout.sampling.temperature=0: must be positive"),
         (lambda: rollout_of(2, 4, top_p=0.9), "rollout.sampling: top_p=0.9, top_k=0: .* cut its distribution"),
         (lambda: RolloutConfig(truncated="drop"), "unknown rollout.truncated 'drop'"),  # type: ignore[arg-type]

@@ -229,6 +229,13 @@ def test_training_all_weights_in_bfloat16_is_refused(examples: Any, one_step: An
         one_step(examples[:2], dtype="bfloat16", trainer={"precision": "bf16-mixed"})
 
 
+def test_bfloat16_weights_are_trained_where_that_is_allowed(examples: Any, one_step: Any) -> None:
+    module = one_step(examples[:2], dtype="bfloat16", policy={"allow_low_precision": True})
+    moments = clipped_gradients(module)
+    assert {each.dtype for each in (*module.model.parameters(), *moments)} == {torch.bfloat16}
+    assert all(each.any() for each in moments)
+
+
 def test_a_single_bfloat16_weight_is_found(examples: Any, trainer: Any) -> None:
     module = SFTModule(PolicyConfig(path="tiny-0.1m"), STEADY)
     module.configure_model()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +64,13 @@ def assert_same(actual: Sequence[BranchRollouts], expected: Sequence[BranchRollo
         assert a.raw_logprobs == pytest.approx(b.raw_logprobs, rel=exact, abs=exact)
 
 
+def reading_apart(policy: Policy, max_rows: int = 64) -> TransformersSampler:
+    """A sampler that reads every prefix anew, as it does where a model can skip no part of its cache."""
+    sampler = TransformersSampler(policy, max_rows=max_rows)
+    sampler._gap_limit = 0
+    return sampler
+
+
 def test_shape_of_the_answer(policy: Policy, some: list[Branch]) -> None:
     results = TransformersSampler(policy).sample_branches(some, SPEC)
     for branch, result in zip(some, results, strict=True):
@@ -84,10 +90,10 @@ def test_shared_reading_changes_nothing(
     policy: Policy, some: list[Branch], max_rows: int, settings_: dict[str, Any]
 ) -> None:
     spec = SamplingConfig(n=3, max_new_tokens=10, seed=4, stop=("e", "1"), **settings_)
-    expected = TransformersSampler(policy).sample_branches(some, spec, shared=False)
+    expected = reading_apart(policy).sample_branches(some, spec)
     assert spec.temperature == 0 or {r.finish for r in flat(expected)} == {"stop", "length"}
     assert_same(TransformersSampler(policy, max_rows=max_rows).sample_branches(some, spec), expected)
-    assert_same(TransformersSampler(policy, max_rows=max_rows).sample_branches(some, spec, shared=False), expected)
+    assert_same(reading_apart(policy, max_rows=max_rows).sample_branches(some, spec), expected)
 
 
 @torch.no_grad()
@@ -110,10 +116,10 @@ def test_equals_sampling_from_the_prefix(
 ) -> None:
     """With the same uniform numbers for all, a continuation is the completion of its prefix."""
     monkeypatch.setattr("stepkd.sampling.decode.generator", lambda *_: np.random.default_rng(8))
-    sampler = TransformersSampler(policy)
+    sampler = TransformersSampler(policy) if shared else reading_apart(policy)
     prefixes = [branch.token_ids[:cut] for branch in some for cut in branch.cuts]
     completions = sampler.sample(prefixes, SPEC)
-    continuations = [cut for result in sampler.sample_branches(some, SPEC, shared=shared) for cut in result.rollouts]
+    continuations = [cut for result in sampler.sample_branches(some, SPEC) for cut in result.rollouts]
     assert [[r.key for r in row] for row in continuations] == [[r.key for r in row] for row in completions]
     for a, b in zip(continuations, completions, strict=True):
         assert a[0].raw_logprobs == pytest.approx(b[0].raw_logprobs, rel=1e-10, abs=1e-10)
@@ -178,7 +184,6 @@ def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], mon
     longest = [branch.cuts[-1] for branch in some]
     generated = sum(len(r.token_ids) for r in flat(results))
     assert [result.prefill_tokens for result in results] == longest
-    assert (sampler.counts.prefill_tokens, sampler.counts.generated_tokens) == (sum(longest), generated)
     # What the model itself was given: the sequences once, and every drawn token but a continuation's last.
     prefills = [p["attention_mask"].sum().item() for p in passes if p["past_key_values"] is None]
     assert sum(prefills) == sum(longest)
@@ -187,10 +192,11 @@ def test_every_prefix_token_is_read_once(policy: Policy, some: list[Branch], mon
     assert sum(rows for rows, _ in decoded) == generated - len(flat(results))
     assert max(rows for rows, _ in decoded) <= 8
 
-    naive = TransformersSampler(policy, max_rows=8)
-    apart = naive.sample_branches(some, spec, shared=False)
+    passes.clear()
+    apart = reading_apart(policy, max_rows=8).sample_branches(some, spec)
     assert [result.prefill_tokens for result in apart] == [sum(branch.cuts) for branch in some]
-    assert (naive.counts.prefill_tokens, naive.counts.generated_tokens) == (sum(sum(b.cuts) for b in some), generated)
+    prefills = [p["attention_mask"].sum().item() for p in passes if p["past_key_values"] is None]
+    assert sum(prefills) == sum(sum(branch.cuts) for branch in some)
 
 
 def test_masks_hide_what_comes_after_the_cut(
@@ -214,11 +220,9 @@ def test_masks_hide_what_comes_after_the_cut(
 
 
 def test_progress_counts_every_continuation(policy: Policy, some: list[Branch]) -> None:
-    for shared in (True, False):
+    for sampler in (TransformersSampler(policy, max_rows=7), reading_apart(policy, max_rows=7)):
         finished: list[int] = []
-        results = TransformersSampler(policy, max_rows=7).sample_branches(
-            some, SPEC, shared=shared, on_progress=finished.append
-        )
+        results = sampler.sample_branches(some, SPEC, on_progress=finished.append)
         assert sum(finished) == len(flat(results))
 
 
@@ -266,71 +270,61 @@ def architecture(family: str, window: int = 6) -> Policy:
 
 
 @pytest.mark.parametrize(
-    ("family", "window", "reason"),
+    ("family", "window", "shares"),
     [
-        ("qwen2_full", 0, ""),
-        ("qwen2_sliding", 6, "its attention reaches back 6 tokens"),
-        ("mistral", 3, "its attention reaches back 3 tokens"),
-        ("mistral", 500, ""),
-        ("gemma2", 6, "its attention reaches back 6 tokens"),
-        ("mpt", 0, "its hidden states change by"),
+        ("qwen2_full", 0, True),
+        ("qwen2_sliding", 6, False),
+        ("mistral", 3, False),
+        ("mistral", 500, True),
+        ("gemma2", 6, False),
+        ("mpt", 0, False),
     ],
 )
-def test_other_architectures(
-    family: str, window: int, reason: str, some: list[Branch], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where a gap would change the result, prefixes are read anew: same tokens either way, and a notice, once."""
+def test_other_architectures(family: str, window: int, shares: bool, some: list[Branch]) -> None:
+    """Where a gap would change the result, prefixes are read anew: same tokens either way."""
     other = architecture(family, window)
-    branches._notice.cache_clear()
     exact = 1e-4 if family in ("gemma2", "mpt") else 1e-10
-    expected = TransformersSampler(other).sample_branches(some, SPEC, shared=False)
-    with caplog.at_level(logging.WARNING, logger="stepkd.sampling.branches"):
-        for max_rows in (3, 64):
-            sampler = TransformersSampler(other, max_rows=max_rows)
-            results = sampler.sample_branches(some, SPEC)
-            assert_same(results, expected, exact)
-            once = [branch.cuts[-1] for branch in some]
-            # A single cut costs the same either way.
-            assert [r.prefill_tokens for r in results] == ([sum(b.cuts) for b in some] if reason else once)
-    notices = [record.getMessage() for record in caplog.records]
-    assert len(notices) == (1 if reason else 0)
-    if reason:
-        assert "prefixes are read one by one, which is slower, because " + reason in notices[0]
+    expected = reading_apart(other).sample_branches(some, SPEC)
+    for max_rows in (3, 64):
+        results = TransformersSampler(other, max_rows=max_rows).sample_branches(some, SPEC)
+        assert_same(results, expected, exact)
+        # A single cut costs the same either way.
+        assert [r.prefill_tokens for r in results] == [b.cuts[-1] if shares else sum(b.cuts) for b in some]
 
 
 def test_a_window_longer_than_the_sequence_is_no_obstacle(some: list[Branch]) -> None:
     """Decided for each sequence by itself, so that its cost does not depend on the company."""
     other = architecture("mistral", window=40)
-    expected = TransformersSampler(other).sample_branches(some, SPEC, shared=False)
+    expected = reading_apart(other).sample_branches(some, SPEC)
     results = TransformersSampler(other).sample_branches(some, SPEC)
     assert_same(results, expected)
     assert [r.prefill_tokens for r in results] == [4, sum(some[1].cuts), 1, 19]
     # 29 columns and 10 new ones stay below the window of 40; one more does not.
     for cut, read in ((29, 29 * 1), (30, 7 + 30)):
         branch = Branch(some[1].token_ids, [7, cut], 0)
-        shared, apart = (TransformersSampler(other).sample_branches([branch], SPEC, shared=s) for s in (True, False))
+        shared = TransformersSampler(other).sample_branches([branch], SPEC)
+        apart = reading_apart(other).sample_branches([branch], SPEC)
         assert_same(shared, apart)
         assert shared[0].prefill_tokens == read
 
 
 def test_the_probe_sees_a_gap_that_matters(policy: Policy) -> None:
-    assert branches.gap_limit(Decoder(policy, max_rows=1)) == branches.GapLimit(None)
-    assert branches.gap_limit(Decoder(tiny_policy("bfloat16"), max_rows=1)) == branches.GapLimit(None)
-    assert branches.gap_limit(Decoder(architecture("mistral", 40), max_rows=1)).columns == 39
-    assert not branches.gap_limit(Decoder(architecture("mpt"), max_rows=1)).allows(2)
+    assert branches.gap_limit(Decoder(policy, max_rows=1)) == math.inf
+    assert branches.gap_limit(Decoder(tiny_policy("bfloat16"), max_rows=1)) == math.inf
+    assert branches.gap_limit(Decoder(architecture("mistral", 40), max_rows=1)) == 39
+    assert branches.gap_limit(Decoder(architecture("mpt"), max_rows=1)) == 0
 
 
 def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 8)
     spec = SamplingConfig(n=1, max_new_tokens=50, stop=("#",))
-    for shared in (True, False):
-        sampler = TransformersSampler(policy)
-        result = sampler.sample_branches([Branch([5] * 7, [3, 7], 0)], spec, shared=shared)[0]
+    for sampler in (TransformersSampler(policy), reading_apart(policy)):
+        result = sampler.sample_branches([Branch([5] * 7, [3, 7], 0)], spec)[0]
         assert [len(cut[0].token_ids) for cut in result.rollouts] == [5, 1]
     with pytest.raises(DataError, match="branch 9: the prefix of 8 tokens leaves no room in the model's context of 8"):
         sampler.sample_branches([Branch([5] * 9, [7, 8], 9)], spec)
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 5)
-    assert branches.gap_limit(Decoder(policy, max_rows=1)) == branches.GapLimit(0, "its context is 5 tokens")
+    assert branches.gap_limit(Decoder(policy, max_rows=1)) == 0
 
 
 def test_modes_stay_as_they_were() -> None:
@@ -345,26 +339,7 @@ def test_modes_stay_as_they_were() -> None:
     assert all(module.training for module in policy.modules())
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda s: s.sample_branches([Branch([5, 6], [0, 1], 7)], SPEC),
-            DataError,
-            "branch 7: cut 0 is outside 1 to 2",
-        ),
-        (lambda s: s.sample_branches([Branch([5, 6], [3], 7)], SPEC), DataError, "branch 7: cut 3 is outside 1 to 2"),
-        (
-            lambda s: s.sample_branches([Branch([5, 6], [2, 1], 7)], SPEC),
-            DataError,
-            "branch 7: cut 1 comes after cut 2: cuts must increase",
-        ),
-        (lambda s: s.sample_branches([Branch([5, 6], [1, 1], 7)], SPEC), DataError, "cut 1 comes after cut 1"),
-        (lambda s: s.sample_branches([Branch([], [1], 7)], SPEC), DataError, "cut 1 is outside 1 to 0"),
-    ],
-)
-def test_bad_calls(
-    policy: Policy, call: Callable[[TransformersSampler], Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        call(TransformersSampler(policy))
+@pytest.mark.parametrize("cuts", [[0, 1], [3], [2, 1], [1, 1]])
+def test_cuts_that_are_no_prefixes(policy: Policy, cuts: list[int]) -> None:
+    with pytest.raises(AssertionError):
+        TransformersSampler(policy).sample_branches([Branch([5, 6], cuts, 7)], SPEC)

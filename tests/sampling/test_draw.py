@@ -155,7 +155,7 @@ def test_lowest_temperature_is_finite() -> None:
 @pytest.mark.parametrize(
     ("settings_", "message"),
     [
-        ({"n": 0}, "n=0: at least one sample per prompt"),
+        ({"n": 0}, "n=0: must be at least 1"),
         ({"temperature": -1}, "temperature=-1: must be 0 (greedy), or finite and at least 1e-4"),
         ({"temperature": 1e-9}, "temperature=1e-09: must be 0 (greedy), or finite and at least 1e-4"),
         ({"temperature": float("inf")}, "temperature=inf: must be 0"),
@@ -163,7 +163,7 @@ def test_lowest_temperature_is_finite() -> None:
         ({"top_p": 0}, "top_p=0: must lie in (0, 1]"),
         ({"top_p": 1.5}, "top_p=1.5: must lie in (0, 1]"),
         ({"top_p": float("nan")}, "top_p=nan: must lie in (0, 1]"),
-        ({"top_k": -1}, "top_k=-1: must be 0 (off) or positive"),
+        ({"top_k": -1}, "top_k=-1: must be 0 or positive"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         ({"stop": ("a", "")}, "an empty stop string would end every completion at once"),
     ],

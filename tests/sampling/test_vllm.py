@@ -189,6 +189,9 @@ def adapted(policy: Policy, **settings: Any) -> Any:
     if settings.pop("untied", False):
         plain.config.tie_word_embeddings = False
         plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.detach().clone())
+    if settings.pop("biases", False):
+        for layer in plain.model.layers:
+            layer.self_attn.q_proj.bias = torch.nn.Parameter(torch.ones(layer.self_attn.q_proj.out_features))
     model = get_peft_model(plain, LoraConfig(r=2, **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -208,20 +211,23 @@ def test_an_adapted_embedding_is_merged(policy: Policy) -> None:
     assert not torch.allclose(sent["model.embed_tokens.weight"], before, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"target_modules": ["q_proj"], "use_dora": True},
-            r"q_proj.* cannot be merged for vLLM: Dora.*more than a sum",
-        ),
-        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias changes a bias"),
-        ({"target_modules": ["embed_tokens"]}, "the vocabulary head shares the weight"),
-    ],
-)
-def test_adapters_that_no_plain_model_equals(settings: dict[str, Any], message: str, policy: Policy) -> None:
-    with pytest.raises(ConfigError, match=message):
-        weight_facts(adapted(policy, **settings))
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_adapters_that_are_more_than_a_sum_are_merged(settings: dict[str, Any], policy: Policy) -> None:
+    model = adapted(policy, target_modules=["q_proj"], biases=True, **settings)
+    facts = weight_facts(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sent = {name: value.clone() for name, value in merged_weights(model)}
+    assert [name for name, _, _ in facts] == list(sent)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected = dict(model.merge_and_unload().named_parameters())
+    assert sent.keys() == expected.keys()
+    assert all(torch.allclose(sent[name], value, atol=1e-6) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_of_two_tied_weights_is_not_sent(target: str, policy: Policy) -> None:
+    with pytest.raises(ConfigError, match="embeddings and vocabulary head share a weight"):
+        weight_facts(adapted(policy, target_modules=[target]))
 
 
 def test_quantised_weights_are_not_sent(policy: Policy) -> None:
