@@ -36,9 +36,9 @@ def summary_lines(summary: dict[str, Any]) -> Iterator[str]:
     """What was scored, and what was not."""
     yield f"{summary['rows']} solutions of {summary['problems']} problems, {summary['steps']} steps"
     yield f"mean score ({summary['reduction']}): {_number(summary['mean_score'])}"
-    if summary["mean_score_right"] is not None or summary["mean_score_wrong"] is not None:
-        right, wrong = _number(summary["mean_score_right"]), _number(summary["mean_score_wrong"])
-        yield f"  of correct solutions {right}, of incorrect ones {wrong}"
+    means = [summary["mean_score_correct"], summary["mean_score_incorrect"]]
+    if means != [None, None]:
+        yield "  of correct solutions {}, of incorrect ones {}".format(*map(_number, means))
     if summary["temperature"] is not None:
         yield f"temperature: {summary['temperature']:.4g}"
     if cut := summary["unscored_rows"] - summary["unreadable_rows"]:

@@ -9,7 +9,6 @@ over-optimisation of the scorer.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -200,8 +199,9 @@ def bon_curve(
         The curves with intervals, their paired differences, how the gaps grow, and where each is best.
 
     Raises:
-        ConfigError: no k, a k below 1 or above some problem's samples (named), or a reserved or repeated name.
-        DataError: no problems, repeated ids, or lengths and scores that do not fit (problem named).
+        ConfigError: no problem, no k, a k below 1 or above some problem's samples (named), or a reserved or repeated
+            name.
+        DataError: scores that do not fit (problem named).
     """
     sizes, seed = _check_problems(problems, ks, scores), settings.get("seed", 0)
     grid = tuple(sorted(set(ks)))
@@ -278,12 +278,10 @@ def _subsets(n: int, k: int, seed: int, key: str) -> FloatArray:
 
 
 def _ranks(scores: Sequence[float | None], n: int) -> FloatArray:
-    if len(scores) != n:
-        raise DataError(f"{len(scores)} scores for {n} samples: give one for each, None for an unscored one")
-    for index, score in enumerate(scores):
-        if score is not None and not math.isfinite(score):
-            raise DataError(f"sample {index} has score {score!r}: must be finite, or None for an unscored sample")
-    return np.array([-math.inf if score is None else float(score) for score in scores])
+    ranks = np.array([-math.inf if score is None else score for score in scores], dtype=np.float64)
+    if ranks.size != n or not (ranks < math.inf).all():
+        raise DataError(f"{n} samples need a finite score each, or None for an unscored one; found {list(scores)}")
+    return ranks
 
 
 def _check_k(k: int, n: int) -> None:
@@ -295,24 +293,17 @@ def _check_problems(
     problems: Sequence[ProblemSamples], ks: Sequence[int], scores: Mapping[str, Sequence[Sequence[float | None]]]
 ) -> FloatArray:
     """Samples per problem, after all checks."""
-    if not problems:
-        raise DataError("a best-of-N curve needs at least one problem")
-    if not ks or min(ks) < 1:
-        raise ConfigError(f"ks={list(ks)} must hold at least one number of samples, each at least 1")
+    if not problems or not ks or min(ks) < 1:
+        raise ConfigError(
+            f"a best-of-N curve needs at least one problem and numbers of samples of at least 1: found {len(problems)} "
+            f"problems, ks={list(ks)}"
+        )
     names = [CEILING, MAJORITY, *(each for name in scores for each in (name, f"{name}_vote"))]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"methods {names} would share a name: rename the scores, {CEILING!r} and {MAJORITY!r} are taken"
         )
-    repeated, times = Counter(problem.id for problem in problems).most_common(1)[0]
-    if times > 1:
-        raise DataError(f"problem id {repeated!r} occurs twice", column="id")
-    for name, per_problem in scores.items():
-        if len(per_problem) != len(problems):
-            raise DataError(f"score {name!r} is given for {len(per_problem)} problems, there are {len(problems)}")
     for problem in problems:
-        if len(problem.votes) != len(problem.correct):
-            raise DataError(f"problem {problem.id!r}: {len(problem.correct)} verdicts but {len(problem.votes)} votes")
         if len(problem.correct) < max(ks):
             raise ConfigError(
                 f"problem {problem.id!r} has {len(problem.correct)} samples, k={max(ks)} needs as many: draw more "

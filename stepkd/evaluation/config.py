@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from stepkd.data.sources.processbench import SUBSETS
 from stepkd.data.spec import DataConfig, parse_spec
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, check_bounds, check_choice, nearest
@@ -16,9 +17,6 @@ from stepkd.scorers.load import DType
 from stepkd.scorers.scorer import Reduction, ScorerConfig
 from stepkd.steps.labels import check_threshold
 from stepkd.steps.segment import SEGMENTERS
-
-SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
-"""ProcessBench's subsets."""
 
 
 @dataclass(frozen=True, kw_only=True)

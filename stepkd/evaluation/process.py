@@ -65,7 +65,7 @@ def predicted_first_error(scores: Sequence[float], threshold: float = 0.5) -> in
     Raises:
         DataError: no scores, or a step without a score (NaN).
     """
-    if not scores or any(map(math.isnan, scores)):
+    if len(scores) == 0 or any(map(math.isnan, scores)):
         raise DataError(
             f"a first error cannot be told from the step scores {list(scores)}: a step without a score (NaN) was cut "
             "off or comes from an outcome scorer; leave the solution out and count it"

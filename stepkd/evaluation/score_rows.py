@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from stepkd.scorers.load import load_scorer
 from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (
     StepScorer,
+    by_problem,
     default_reduction,
-    problem_key,
     reduce_scores,
     score_rows,
     step_scores,
@@ -111,7 +111,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
         )
     if labelled is not None and temperature is not None:
         temperature.save(job.out / TEMPERATURE_NAME)
-    summary = summarise_scores(scored, loaded.meaning)
+    summary = summarise_scores(scored)
     job.finish(RESULTS_NAME, scored, summary)
     return summary
 
@@ -135,10 +135,7 @@ def _blocks(rows: Sequence[Mapping[str, Any]], limit: int) -> list[list[int]]:
     def length(row: Mapping[str, Any]) -> int:
         return len(json.dumps(row.get("prompt"))) + len(str(row.get("completion", row.get("completions"))))
 
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(problem_key(row), []).append(number)
-    problems = sorted(groups.values(), key=lambda numbers: -max(length(rows[n]) for n in numbers))
+    problems = sorted(by_problem(rows), key=lambda numbers: -max(length(rows[n]) for n in numbers))
     blocks = packed([len(numbers) for numbers in problems], limit)
     return [[number for i in block for number in problems[i]] for block in blocks]
 
@@ -178,45 +175,36 @@ def _row_scores(scorer: StepScorer, row: Mapping[str, Any], number: int, scores:
     return {"index": number, "scores": [None if math.isnan(value) else value for value in scores], "error": error}
 
 
-def summarise_scores(scored: Sequence[Mapping[str, Any]], meaning: str) -> dict[str, Any]:
+def summarise_scores(scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts and means of scored rows.
 
     Args:
         scored: rows with their scores.
-        meaning: what the scores estimate.
 
     Returns:
-        ``rows``, ``problems``, ``steps``, ``unscored_rows``, their ``unscored_steps`` (an outcome scorer owes only the
-        last), ``unreadable_rows`` among them with the first ``unreadable_reason``, ``reduction``, ``temperature``,
-        ``mean_score``, and ``mean_score_right`` and ``mean_score_wrong`` by the rows' ``correct`` or ``outcome``; a
-        mean without a row is null.
+        ``rows``, ``problems``, ``steps``, ``unscored_rows``, ``unreadable_rows`` among them with the first
+        ``unreadable_reason``, ``reduction``, ``temperature``, ``mean_score``, and ``mean_score_correct`` and
+        ``mean_score_incorrect`` by the rows' ``correct`` or ``outcome``; a mean without a row is null.
     """
-    unscored = [row["step_scores"] for row in scored if row["score"] is None]
     errors = [row["score_error"] for row in scored if "score_error" in row]
-    owed = [values[-1:] if meaning == "outcome" else values for values in unscored]
     verdicts = [row.get("outcome") if row.get("correct") is None else row["correct"] for row in scored]
+    kept = [(row["score"], good) for row, good in zip(scored, verdicts, strict=True) if row["score"] is not None]
 
-    def mean(wanted: Callable[[Any], bool]) -> float | None:
-        kept = [
-            row["score"]
-            for row, right in zip(scored, verdicts, strict=True)
-            if row["score"] is not None and wanted(right)
-        ]
-        return math.fsum(kept) / len(kept) if kept else None
+    def mean(scores: list[float]) -> float | None:
+        return math.fsum(scores) / len(scores) if scores else None
 
     return {
         "rows": len(scored),
-        "problems": len({problem_key(row) for row in scored}),
+        "problems": len(by_problem(scored)),
         "steps": sum(len(row["step_scores"]) for row in scored),
-        "unscored_rows": len(unscored),
-        "unscored_steps": sum(value is None for values in owed for value in values),
+        "unscored_rows": len(scored) - len(kept),
         "unreadable_rows": len(errors),
         "unreadable_reason": errors[0] if errors else None,
         "reduction": scored[0]["scorer"]["reduction"],
         "temperature": scored[0]["scorer"]["temperature"],
-        "mean_score": mean(lambda _: True),
-        "mean_score_right": mean(lambda right: right is True),
-        "mean_score_wrong": mean(lambda right: right is False),
+        "mean_score": mean([score for score, _ in kept]),
+        "mean_score_correct": mean([score for score, good in kept if good is True]),
+        "mean_score_incorrect": mean([score for score, good in kept if good is False]),
     }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -106,11 +106,10 @@ def labelled_steps(
         up_to_first_error: leave out the labelled steps after the first incorrect one of a solution.
 
     Raises:
-        DataError: different lengths, another label, a labelled step without a score (NaN), or no labelled step.
+        DataError: a solution with another number of labels, another label, a labelled step without a score (NaN), or no
+            labelled step.
     """
     owners = range(len(scores)) if problems is None else problems
-    if not len(scores) == len(labels) == len(owners):
-        raise DataError(f"{len(scores)} score lists, {len(labels)} label lists, {len(owners)} problem ids: must agree")
     kept: list[tuple[float, bool, Hashable]] = []
     unlabelled = after_error = 0
     for index, (row, marks, owner) in enumerate(zip(scores, labels, owners, strict=True)):
@@ -262,8 +261,8 @@ class CalibrationReport(Result):
     """1 - brier / 0.25: against answering 0.5 always."""
     base_rate: float
     """Share of positive labels."""
-    over_confidence: Mapping[float, Interval | None]
-    """c -> share of negative labels among probabilities >= c."""
+    over_confidence: Mapping[str, Interval | None]
+    """c, 0.8 and 0.9, -> share of negative labels among probabilities >= c."""
     bins: tuple[ReliabilityBin, ...]
     """The reliability diagram."""
     n: int
@@ -272,12 +271,6 @@ class CalibrationReport(Result):
     """Problems they come from."""
     undefined: Mapping[str, str]
     """Name of a value that is None -> why."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict for JSON."""
-        result = super().to_dict() | {"brier_coin": COIN_BRIER}
-        result["over_confidence"] = {f"{c:g}": rate for c, rate in result["over_confidence"].items()}
-        return result
 
 
 def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 10) -> tuple[ReliabilityBin, ...]:
@@ -332,13 +325,10 @@ def calibration_report(
         The report; bounds are NaN where every resample gives the same value.
 
     Raises:
-        DataError: as in :func:`reliability_bins`, or another number of problem ids.
-        ConfigError: settings out of range.
+        DataError, ConfigError: as in :func:`reliability_bins`.
     """
     p, y = checked_labels(probabilities, labels)
     owners = range(p.size) if problems is None else problems
-    if len(owners) != p.size:
-        raise DataError(f"{len(owners)} problem ids for {p.size} probabilities: give one for each")
     diagram = reliability_bins(p, y, bins=bins)
     gaps = np.ones((p.size, bins + 1))  # the last column counts
     gaps[:, :-1] = np.where(_place(p, bins)[:, None] == np.arange(bins), (y - p)[:, None], 0.0)
@@ -351,14 +341,14 @@ def calibration_report(
         skill = proper_width(cluster_bootstrap(squares, _skill, **settings))
     else:
         undefined["skill_base_rate"] = f"all {y.size} labels are {int(base_rate)}: the base rate makes no error"
-    over: dict[float, Interval | None] = dict.fromkeys(CONFIDENT)
+    over: dict[str, Interval | None] = {}
     for c in CONFIDENT:
         sure = p >= c
         if not sure.any():
-            undefined[f"over_confidence at {c:g}"] = f"no probability is {c:g} or more"
+            over[f"{c:g}"], undefined[f"over_confidence at {c:g}"] = None, f"no probability is {c:g} or more"
             continue
         sums = cluster_sums(np.stack([sure & (y == 0), sure], axis=1), owners)
-        over[c] = ratio_interval(sums[:, 0], sums[:, 1], **settings)
+        over[f"{c:g}"] = ratio_interval(sums[:, 0], sums[:, 1], **settings)
     return CalibrationReport(
         ece=proper_width(cluster_bootstrap(cluster_sums(gaps, owners), _ece, **settings)),
         brier=brier,

@@ -96,6 +96,14 @@ def problem_key(row: Row) -> str:
     return json.dumps(row.get("prompt"), sort_keys=True)
 
 
+def by_problem(rows: Sequence[Row]) -> list[list[int]]:
+    """Numbers of the rows of each problem (:func:`problem_key`), in the order in which the problems first occur."""
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(problem_key(row), []).append(number)
+    return list(groups.values())
+
+
 def score_rows(scorer: StepScorer, rows: Sequence[Row]) -> list[list[float]]:
     """Score the solution of every row; rows of one problem are scored together.
 
@@ -117,14 +125,10 @@ def score_rows(scorer: StepScorer, rows: Sequence[Row]) -> list[list[float]]:
     if own is not None:
         return list(own(rows))
     tokenizer = getattr(scorer, "tokenizer", None)
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(problem_key(row), []).append(number)
-    problems = [
-        Solutions(rows[numbers[0]], [row_steps(rows[i], tokenizer) for i in numbers]) for numbers in groups.values()
-    ]
+    groups = by_problem(rows)
+    problems = [Solutions(rows[numbers[0]], [row_steps(rows[i], tokenizer) for i in numbers]) for numbers in groups]
     scores: list[list[float]] = [[] for _ in rows]
-    for numbers, solutions in zip(groups.values(), scorer.score(problems), strict=True):
+    for numbers, solutions in zip(groups, scorer.score(problems), strict=True):
         for number, values in zip(numbers, solutions, strict=True):
             scores[number] = values
     return scores

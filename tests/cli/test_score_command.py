@@ -143,7 +143,10 @@ def test_checker_judge_and_head(folder: Path, tmp_path: Path) -> None:
         (["--scorer.template", "task", "--scorer.max_length", "1"], "max_length=1"),
         (["--scorer.template", "task", "--device", "gpu"], "device='gpu'"),
         (["--scorer.template", "task", "--scorer.separator", "x"], "'separator' is not a setting of scorer"),
-        (["--scorer.template", "task", "--scorer.temperature", "absent.json"], "absent.json: cannot be read"),
+        (
+            ["--scorer.template", "task", "--scorer.temperature", "absent.json"],
+            "No such file or directory: 'absent.json'",
+        ),
         (["--scorer.template", "task", "--fit-temperature", "absent.jsonl"], "absent.jsonl"),
         (["--scorer.template", "task", "--scorer.head", "{"], "scorer.head"),
         (

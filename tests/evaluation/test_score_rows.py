@@ -91,10 +91,10 @@ def test_rows_come_out_in_order_with_scores(job: ScoreConfig, tmp_path: Path) ->
     assert seen[-1] == (6, 6)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert summary == {
-        "rows": 6, "problems": 4, "steps": 11, "unscored_rows": 1, "unscored_steps": 1,
+        "rows": 6, "problems": 4, "steps": 11, "unscored_rows": 1,
         "unreadable_rows": 0, "unreadable_reason": None,
         "reduction": "product", "temperature": None, "mean_score": pytest.approx((0.72 + 0.5 + 0.072 + 0 + 0.7) / 5),
-        "mean_score_right": pytest.approx(0.72), "mean_score_wrong": pytest.approx((0.5 + 0.072) / 2),
+        "mean_score_correct": pytest.approx(0.72), "mean_score_incorrect": pytest.approx((0.5 + 0.072) / 2),
     }  # fmt: skip
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"results.jsonl", "settings.json", "summary.json", "parts"}
@@ -118,7 +118,7 @@ def test_an_outcome_scorer_owes_only_the_last_step(tmp_path: Path) -> None:
     job = ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"))
     summary = score_file(job, scorer=Toy("outcome"))
     assert [r["score"] for r in read(job)] == [0.3, None]
-    assert (summary["unscored_rows"], summary["unscored_steps"]) == (1, 1)
+    assert summary["unscored_rows"] == 1
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 3])
