@@ -319,6 +319,6 @@ def _write_cache(folder: Path, teacher: str | Path, student: str | Path, data: S
         lightning_module=SimpleNamespace(tokenizer=tokenizer), global_rank=0, world_size=1
     )
     data.setup("fit")
-    local = LocalTeacher(str(teacher))
+    local = LocalTeacher(Local(str(teacher)))
     local.bind(tokenizer)
     write_cache(folder, local, data.examples["train"], top_k=top_k)

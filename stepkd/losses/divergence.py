@@ -15,11 +15,13 @@ Notation: T teacher, S student, H entropy.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from stepkd.errors import check_choice
 
 
 def forward_kl(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
@@ -135,11 +137,6 @@ def balanced_kl(log_student_CV: Tensor, log_teacher_CV: Tensor, *, delta: float 
     return torch.where(surer_C, delta * forward_C + reverse_C, forward_C + delta * reverse_C)
 
 
-def total_variation(log_student_CV: Tensor, log_teacher_CV: Tensor) -> Tensor:
-    """Half the sum over tokens of |T - S|, in [0, 1]; its gradient is bounded, and 0 where the two are equal."""
-    return 0.5 * (log_teacher_CV.exp() - log_student_CV.exp()).abs().sum(-1)
-
-
 def nkd(
     log_student_CV: Tensor,
     log_teacher_CV: Tensor,
@@ -217,6 +214,56 @@ def top_k_buckets(log_CV: Tensor, ids_Ck: Tensor, *, tail: bool = True) -> Tenso
     # Summed over the other tokens, not 1 minus the kept mass: that is all rounding where the student is sure.
     rest_C = log_CV.scatter(-1, ids_Ck, -math.inf).logsumexp(-1, keepdim=True)
     return torch.cat([kept_Ck, rest_C], dim=-1)
+
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(
+    kind: Estimator, logps_N: Tensor, other_logps_N: Tensor, *, gradient: Estimator | None = None
+) -> Tensor:
+    """An estimate of KL(policy || other) at every sampled token, from its log-probabilities alone.
+
+    With ``d = log pi - log T`` at a token that the policy sampled:
+
+    ====== ==================== ======================================================================
+    name   value                as a loss, its expected gradient is that of
+    ====== ==================== ======================================================================
+    ``k1`` ``d``                nothing: it is 0
+    ``k2`` ``d^2 / 2``          the reverse KL(pi || T) (arXiv 2506.02208 takes this one)
+    ``k3`` ``exp(-d) + d - 1``  the forward KL(T || pi); the value is unbiased for the reverse one
+    ====== ==================== ======================================================================
+
+    All of it per token, at sampled prefixes that are taken as they are: what a token does to later ones is left out.
+    Names follow Schulman, "Approximating KL divergence".
+
+    Args:
+        kind: which estimator the values are of.
+        logps_N: of the sampled tokens under the policy; gradients flow through them.
+        other_logps_N: under the other model (teacher, reference), detached.
+        gradient: take the gradient of another estimator, straight-through: the value stays that of ``kind``.
+
+    Raises:
+        ConfigError: another kind.
+        ValueError: shapes that differ.
+    """
+    if logps_N.shape != other_logps_N.shape:
+        raise ValueError(
+            f"{tuple(logps_N.shape)} log-probabilities and {tuple(other_logps_N.shape)} of the other model"
+        )
+    difference_N = logps_N - other_logps_N.detach()
+    value_N = _estimate(kind, difference_N)
+    if gradient in (None, kind):
+        return value_N
+    through_N = _estimate(gradient, difference_N)
+    return value_N.detach() + through_N - through_N.detach()
+
+
+def _estimate(kind: Estimator, difference_N: Tensor) -> Tensor:
+    check_choice("KL estimator", kind, get_args(Estimator))
+    if kind == "k1":
+        return difference_N
+    return 0.5 * difference_N.square() if kind == "k2" else torch.expm1(-difference_N) + difference_N
 
 
 def _mixture(log_first_CV: Tensor, log_second_CV: Tensor, share: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepkd.losses.reduce import LossTerms
 
-PairLoss = Literal["sigmoid", "ipo", "hinge"]
+PairLoss = Literal["sigmoid", "ipo"]
 
 
 def dpo(
@@ -34,8 +34,7 @@ def dpo(
 
     * ``sigmoid``: ``-(1 - a) log sigma(beta D) - a log sigma(-beta D)`` with label smoothing a (Rafailov et al. 2023,
       arXiv 2305.18290, equation 7; smoothing as in conservative DPO);
-    * ``ipo``: ``(D - 1 / (2 beta))^2`` (Azar et al. 2023, arXiv 2310.12036, equation 17);
-    * ``hinge``: ``max(0, 1 - beta D)`` (SLiC).
+    * ``ipo``: ``(D - 1 / (2 beta))^2`` (Azar et al. 2023, arXiv 2310.12036, equation 17).
 
     Args:
         chosen_logratios_P: ``sum_t log pi - log ref`` of the preferred completions.
@@ -76,10 +75,8 @@ def dpo(
     delta_P = chosen_logratios_P - rejected_logratios_P
     if loss == "sigmoid":
         losses_P = -(1 - smoothing_P) * F.logsigmoid(beta * delta_P) - smoothing_P * F.logsigmoid(-beta * delta_P)
-    elif loss == "ipo":
-        losses_P = (delta_P - 1 / (2 * beta)).square()
     else:
-        losses_P = F.relu(1 - beta * delta_P)
+        losses_P = (delta_P - 1 / (2 * beta)).square()
     count = torch.tensor(float(len(delta_P)), device=delta_P.device)
     chosen_P, rejected_P = beta * chosen_logratios_P.detach(), beta * rejected_logratios_P.detach()
     metrics = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead
+from stepkd.losses.linear import DEFAULT_CHUNK, VocabHead, check_chunks
 
 PositionFunction = Callable[..., Tensor]
 """``fn(logits_CV, *per_position_C)`` to (C,), or to (C, M) of which the first column is summed."""
@@ -62,11 +62,7 @@ def fused_sum(
     Raises:
         ValueError: ``chunk_size`` < 1, or tensors of different length.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
-    for tensor in (weights_N, *per_position):
-        if tensor.shape[0] != hidden_NH.shape[0]:
-            raise ValueError(f"{hidden_NH.shape[0]} hidden states but a per-position tensor of {tensor.shape[0]}")
+    check_chunks(chunk_size, hidden_NH, weights_N, *per_position)
     trained = head_parameters(head) if parameters is None else list(parameters)
     if any(hasattr(parameter, "full_tensor") for parameter in trained):
         raise RuntimeError("the head is sharded and not gathered: compute the loss in the policy's forward pass")

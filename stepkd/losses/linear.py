@@ -5,6 +5,8 @@ Logits over a vocabulary are the largest tensor of language-model training. Here
 recomputation goes through the head itself, so gradients are exact for whatever the head is: tied or untied weights, a
 bias, LoRA on the head, a logit scale, a final soft-cap.
 
+Token log-probabilities and cross-entropy are made of it.
+
 Axes: N needed positions (those that predict a completion token), C positions of one chunk, H hidden size, V vocabulary.
 """
 
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from stepkd.losses.reduce import LossTerms
 
 DEFAULT_CHUNK = 1024
 
@@ -75,11 +79,7 @@ def chunked_head(
     Raises:
         ValueError: ``chunk_size`` < 1, or tensors of different length.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
-    for tensor in per_position:
-        if tensor.shape[0] != hidden_NH.shape[0]:
-            raise ValueError(f"{hidden_NH.shape[0]} hidden states but a per-position tensor of {tensor.shape[0]}")
+    check_chunks(chunk_size, hidden_NH, *per_position)
 
     def run(hidden_CH: Tensor, *chunk: Tensor) -> Tensor:
         return fn(head(hidden_CH), *chunk)
@@ -92,3 +92,78 @@ def chunked_head(
         else:
             pieces.append(run(*arguments))
     return torch.cat(pieces)
+
+
+def check_chunks(chunk_size: int, hidden_NH: Tensor, *per_position: Tensor) -> None:
+    """Refuse what would silently be cut or repeated.
+
+    Raises:
+        ValueError: ``chunk_size`` < 1, or tensors of different length.
+    """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
+    for tensor in per_position:
+        if tensor.shape[0] != hidden_NH.shape[0]:
+            raise ValueError(f"{hidden_NH.shape[0]} hidden states but a per-position tensor of {tensor.shape[0]}")
+
+
+def target_logps(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """Log-probability of each target under ``softmax(logits)``: (C,), nats, <= 0."""
+    picked_C = logits_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
+    return picked_C - logits_CV.logsumexp(-1)
+
+
+def token_logps(
+    head: Callable[[Tensor], Tensor],
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    *,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> Tensor:
+    """Log-probability of every target token, without ever holding (N, V) logits.
+
+    Args:
+        head: hidden states to logits (a :class:`~stepkd.losses.linear.VocabHead`).
+        hidden_NH: last hidden states at the positions *before* each target.
+        targets_N: int64 target ids in ``[0, V)``.
+        chunk_size: positions per chunk; does not change the result.
+
+    Returns:
+        N log-probabilities (nats), float32, or float64 for float64 logits. Differentiable with exact gradients.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    return chunked_head(target_logps, head, hidden_NH, targets_N, chunk_size=chunk_size)
+
+
+def cross_entropy(
+    head: Callable[[Tensor], Tensor],
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    *,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> LossTerms:
+    """Masked next-token cross-entropy as a named sum.
+
+    Masking is by selection: only the positions that predict a target are passed in.
+
+    Args:
+        head, hidden_NH, targets_N, chunk_size: as in :func:`token_logps`.
+
+    Returns:
+        ``sums["ce"]``: sum over targets of ``-log p(target)`` in nats; metric ``token_accuracy``: share of targets that
+        are the most likely token.
+
+    Raises:
+        ValueError: lengths that differ.
+    """
+    stats_N2 = chunked_head(_logp_and_hit, head, hidden_NH, targets_N, chunk_size=chunk_size)
+    logps_N, hits_N = stats_N2[:, 0], stats_N2[:, 1].detach()
+    count = torch.tensor(float(targets_N.numel()), device=hidden_NH.device)
+    return LossTerms({"ce": -logps_N.sum()}, {"token_accuracy": (hits_N.sum(), count)})
+
+
+def _logp_and_hit(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    hits_C = (logits_CV.argmax(-1) == targets_C).to(logits_CV.dtype)
+    return torch.stack([target_logps(logits_CV, targets_C), hits_C], dim=-1)

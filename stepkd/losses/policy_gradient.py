@@ -17,35 +17,29 @@ from stepkd.errors import check_choice
 from stepkd.losses.reduce import segment_sum
 
 Advantage = Literal["group_std", "group_mean", "leave_one_out"]
-Normalisation = Literal["grpo", "dapo", "group_token_mean", "dr_grpo", "bnpo"]
+Normalisation = Literal["grpo", "dapo", "group_token_mean", "dr_grpo"]
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation (TRL's)."""
 
 
-def group_advantages(
-    rewards_R: Tensor, group_R: Tensor, *, kind: Advantage = "group_std", ddof: int = 1, eps: float = STD_EPSILON
-) -> Tensor:
+def group_advantages(rewards_R: Tensor, group_R: Tensor, *, kind: Advantage = "group_std") -> Tensor:
     """How much better each completion is than those of the same prompt.
 
     Args:
         rewards_R: rewards, float32 or float64.
         group_R: int64 number of each completion's group, >= 0.
-        kind: ``group_std``: ``(r - mean) / (std + eps)`` (GRPO, arXiv 2402.03300); ``group_mean``: ``r - mean`` (Dr.
-            GRPO, arXiv 2503.20783); ``leave_one_out``: ``r`` minus the mean of the others (RLOO, arXiv 2402.14740).
-        ddof: 1 divides the squared deviations by n - 1 (TRL's: rewards 1, 0, 0, 0 give 1.5), 0 by n (1.732).
-        eps: added to the standard deviation, >= 0.
+        kind: ``group_std``: ``(r - mean) / (std + 1e-4)`` (GRPO, arXiv 2402.03300), the squared deviations divided by
+            n - 1 as in TRL (rewards 1, 0, 0, 0 give 1.5); ``group_mean``: ``r - mean`` (Dr. GRPO, arXiv 2503.20783);
+            ``leave_one_out``: ``r`` minus the mean of the others (RLOO, arXiv 2402.14740).
 
     Returns:
         (R,) advantages; exactly 0 in a group of one, and where all rewards of a group are equal.
 
     Raises:
-        ValueError: a ddof that is neither 0 nor 1, a negative eps, or shapes that differ.
+        ConfigError: another kind.
+        ValueError: shapes that differ.
     """
     check_choice("advantage", kind, get_args(Advantage))
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof={ddof}: must be 0 or 1")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps}: must not be negative")
     if rewards_R.shape != group_R.shape:
         raise ValueError(f"{tuple(rewards_R.shape)} rewards and {tuple(group_R.shape)} group numbers")
     if not len(rewards_R):
@@ -64,9 +58,8 @@ def group_advantages(
     size_R = size_G[group_R]
     if kind == "leave_one_out":
         return torch.where(size_R > 1, centred_R * size_R / (size_R - 1).clamp_min(1), 0.0)
-    variance_G = segment_sum(centred_R.square(), group_R, groups) / (size_G - ddof).clamp_min(1)
-    spread_R = variance_G.sqrt()[group_R] + eps
-    return torch.where(spread_R > 0, centred_R / spread_R, 0.0)
+    variance_G = segment_sum(centred_R.square(), group_R, groups) / (size_G - 1).clamp_min(1)
+    return centred_R / (variance_G.sqrt()[group_R] + STD_EPSILON)
 
 
 class Clipped(NamedTuple):
@@ -74,8 +67,6 @@ class Clipped(NamedTuple):
 
     loss_N: Tensor
     """``-min(ratio A, clip(ratio) A)``."""
-    ratio_N: Tensor
-    """Detached ratio of the new probability to the old one."""
     low_N: Tensor
     """bool: the lower bound took its gradient."""
     high_N: Tensor
@@ -110,7 +101,7 @@ def clipped_loss(
     with torch.no_grad():
         low_N = (ratio_N < 1 - clip_low) & (advantages_N < 0)
         high_N = (ratio_N > 1 + clip_high) & (advantages_N > 0)
-    return Clipped(loss_N, ratio_N.detach(), low_N, high_N)
+    return Clipped(loss_N, low_N, high_N)
 
 
 class TokenWeights(NamedTuple):
@@ -132,18 +123,17 @@ def token_normalisation(
     ``dapo``             mean over all tokens of the global batch (arXiv 2503.14476)
     ``group_token_mean`` mean over groups of the mean over all tokens of the group (KDRL, arXiv 2506.02208)
     ``dr_grpo``          sum over tokens over completions times ``max_length`` (arXiv 2503.20783)
-    ``bnpo``             mean over micro-batches of the mean over their tokens (TRL's name): changes with the split
     ===================  ==============================================================================================
 
     Args:
         kind: which one.
-        lengths_R: tokens of every completion, those of a micro-batch for ``bnpo``; an empty completion has no weight
-            and (``dapo`` and ``bnpo`` apart) still counts.
+        lengths_R: tokens of every completion of the batch; an empty one has no weight and (``dapo`` apart) counts.
         group_R: number of each completion's group. For ``group_token_mean`` all completions of a group must be given.
         max_length: ``dr_grpo``: the constant, >= 1.
 
     Raises:
-        ValueError: another kind, or no ``max_length`` where one is needed.
+        ConfigError: another kind.
+        ValueError: no ``max_length`` where one is needed.
     """
     check_choice("normalisation", kind, get_args(Normalisation))
     lengths_R = lengths_R.double()
@@ -156,8 +146,6 @@ def token_normalisation(
         if max_length is None or max_length < 1:
             raise ValueError(f"dr_grpo divides by max_length={max_length}: must be at least 1")
         return TokenWeights(ones_R / max_length, ones_R)
-    if kind == "bnpo":
-        return TokenWeights(ones_R / lengths_R.sum().clamp_min(1), ones_R / max(len(lengths_R), 1))
     groups = int(group_R.max()) + 1 if len(group_R) else 0
     tokens_R = segment_sum(lengths_R, group_R, groups)[group_R]
     size_R = segment_sum(ones_R, group_R, groups)[group_R]
@@ -228,8 +216,6 @@ def group_step_advantages(
     starts_R: Tensor,
     num_tokens: int,
     *,
-    ddof: int = 1,
-    eps: float = STD_EPSILON,
     discount: float = 1.0,
 ) -> Tensor:
     """An advantage for every token from rewards of steps.
@@ -242,7 +228,6 @@ def group_step_advantages(
         rewards_S: reward of every step; NaN for a step without one, which counts for nothing.
         ends_S, completion_S, starts_R, num_tokens: as for :func:`scatter_step_rewards`.
         group_R: int64 group of every completion.
-        ddof, eps: as for :func:`group_advantages`.
         discount: factor on a step's reward for every step between it and the token's, in [0, 1]; 0 leaves every token
             the reward of its own step.
 
@@ -253,9 +238,8 @@ def group_step_advantages(
         ValueError: a discount out of range, or what :func:`scatter_step_rewards` refuses.
     """
     known_S = ~rewards_S.isnan()
-    normalised_S = torch.full_like(rewards_S, float("nan"))
-    normalised_S[known_S] = group_advantages(rewards_S[known_S], group_R[completion_S[known_S]], ddof=ddof, eps=eps)
-    normalised_S[known_S.logical_not()] = 0.0
+    normalised_S = torch.zeros_like(rewards_S)
+    normalised_S[known_S] = group_advantages(rewards_S[known_S], group_R[completion_S[known_S]])
     # What a step and those behind it are worth, as differences between steps: their sum over later steps is that again.
     ahead_S = reward_to_go(normalised_S, completion_S, discount=discount)
     same_S = torch.zeros_like(known_S)
@@ -266,17 +250,3 @@ def group_step_advantages(
     return reward_to_go(
         scatter_step_rewards(ahead_S - behind_S, ends_S, completion_S, starts_R, num_tokens), completion_N
     )
-
-
-def segments_to_go(advantages_RK: Tensor, segment_N: Tensor, completion_N: Tensor) -> Tensor:
-    """Every token's advantage: those of its segment (a mode token, the reasoning, the answer) and of those behind it.
-
-    After KAT-V1's step-supervised objective (arXiv 2507.08297), whose equations were not found: a reconstruction, in
-    which each kind of reward is normalised in its group by itself (:func:`group_advantages`).
-
-    Args:
-        advantages_RK: of every completion's k-th segment.
-        segment_N: int64 segment of every token, in [0, K).
-        completion_N: int64 completion of every token.
-    """
-    return advantages_RK.flip(-1).cumsum(-1).flip(-1)[completion_N, segment_N]

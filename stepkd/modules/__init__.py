@@ -12,9 +12,9 @@ _HOMES = {
     "distillation": "DistillationModule",
     "distillation_settings": (
         "BalancedKL Beside CrossEntropyConfig DivergenceConfig ForwardKL JSD Mixed NKD ReverseKL SkewForwardKL "
-        "SkewReverseKL SourceConfig TotalVariation"
+        "SkewReverseKL SourceConfig"
     ),
-    "dpo": "DPOModule Hinge IPO PairLoss Sigmoid SigmoidByVisits",
+    "dpo": "DPOModule IPO PairLoss Sigmoid SigmoidByVisits",
     "fidelity": "FidelityConfig",
     "gkd": "GKDModule",
     "kdrl": "KDRLModule",
@@ -24,8 +24,8 @@ _HOMES = {
     "prm": "LanguageModelling PRMModule StepCrossEntropy StepLoss",
     "rewards": "RewardConfig",
     "settings": (
-        "AsAdvantage AsReward Constant Exact FirstStep KDConfig Linear PolicyLossConfig "
-        "RolloutConfig SampleLogConfig Sampled StepCreditConfig Switch ToGo"
+        "AsAdvantage Constant ExactKL KDConfig Linear PolicyLossConfig RolloutConfig SampleLogConfig SampledKL "
+        "StepCreditConfig Switch"
     ),
     "sft": "SFTModule",
     "step_scores": "FocusConfig",

@@ -108,6 +108,10 @@ class StepModule(PolicyModule):
         """What a rank computes, with weight zero, when others have more micro-batches than it."""
         return self._collate([batch.filler], is_filler=True)
 
+    def measured(self, batch: StepBatch) -> dict[str, tuple[float, float]]:
+        """Further metrics of an evaluation, each a sum and what it is a mean of; ranks may do different work in it."""
+        return {}
+
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
         """Further values to log, from the means of the components' metrics (differences of means, for example)."""
         return {}
@@ -193,7 +197,11 @@ class StepModule(PolicyModule):
                 "away: set policy.dtype float32 with trainer.precision bf16-mixed, or train LoRA adapters "
                 "(policy.lora), which stay float32 (policy.allow_low_precision trains them all the same)"
             )
-        self._check_weights()
+        names = self.loss_names
+        if unknown := sorted(set(self.loss_weights) - set(names)):
+            raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(names)}")
+        if len(set(names)) < len(names):
+            raise ConfigError(f"the loss has the components {list(names)}: each name once")
         self.check_data_fits("model", self.model.max_length)
         text = self.model.causal_lm.config.get_text_config()
         if auxiliary := {name: value for name, value in vars(text).items() if "aux_loss" in name and value}:
@@ -206,13 +214,6 @@ class StepModule(PolicyModule):
         self._throughput = Throughput(
             self.model, self.device, torch.bfloat16 if "bf16" in precision else self.model.causal_lm.dtype
         )
-
-    def _check_weights(self) -> None:
-        names = self.loss_names
-        if unknown := sorted(set(self.loss_weights) - set(names)):
-            raise ConfigError(f"loss_weights names {unknown}, the loss has the components {list(names)}")
-        if len(set(names)) < len(names):
-            raise ConfigError(f"the loss has the components {list(names)}: each name once")
 
     def on_train_start(self) -> None:
         """Start or restore the weight average (the checkpoint is loaded by now); settings win over the checkpoint."""
@@ -371,6 +372,9 @@ class StepModule(PolicyModule):
             if self.validation_spec.sampling is not None and batch.examples:
                 for name, number in self._sampled()(batch, self.phases).items():
                     self._sums[f"sampled/{name}"] += number
+            for name, (part, whole) in (self.measured(batch) if batch.examples else {}).items():
+                self._sums[f"metric/{name}"] += part
+                self._sums[f"number/{name}"] += whole
 
     def test_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As validation, on the test set."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -14,31 +15,24 @@ from torch import Tensor
 from stepkd.data.collate import Batch
 from stepkd.losses import DEFAULT_CHUNK, LossTerms, VocabHead, cross_entropy, token_logps
 from stepkd.models.policy import Policy
+from stepkd.teachers.signals import Signals
 
 
+@dataclass(eq=False)
 class ForwardPass:
-    """One micro-batch under a policy: everything here is computed when a component first asks, and once for all.
+    """One micro-batch under a policy: everything else is computed when a component first asks, and once for all."""
 
-    Args:
-        policy: the model; in training the one that is trained, so that gradients flow through all of this.
-        batch: on the policy's device.
-        chunk_size: positions whose logits exist at the same time; a component hands it to its loss function.
-        scales: factor of every sum in the loss of this optimiser step
-            (:func:`~stepkd.losses.reduce.component_scales`), for a loss that takes its gradients in the forward pass;
-            empty outside training.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        batch: Batch,
-        chunk_size: int = DEFAULT_CHUNK,
-        scales: Mapping[str, float] | None = None,
-    ) -> None:
-        self.policy = policy
-        self.batch = batch
-        self.chunk_size = chunk_size
-        self.scales = scales or {}
+    policy: Policy
+    """The model; in training the one that is trained, so that gradients flow through all of this."""
+    batch: Batch
+    """On the policy's device."""
+    chunk_size: int = DEFAULT_CHUNK
+    """Positions whose logits exist at the same time; a component hands it to its loss function."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Factor of every sum in the loss of this optimiser step (:func:`~stepkd.losses.reduce.component_scales`), for a
+    loss that takes its gradients in the forward pass; empty outside training."""
+    signals: Signals | None = None
+    """What a teacher says of the targets, where the method has one."""
 
     @property
     def head(self) -> VocabHead:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+from stepkd.data.collate import Batch
 from stepkd.errors import ConfigError
 from stepkd.modules.base import StepModule
+from stepkd.modules.components import ForwardPass
 from stepkd.teachers.signals import Teacher
 
 
@@ -17,12 +19,25 @@ class DistillationModule(StepModule):
     """
 
     teacher: Teacher | None = None
+    teacher_temperature = 1.0
+    """Divides the logits that it is read at."""
     without_dropout = "the model that samples is the one that learns"
 
     @property
     def shares_prompts(self) -> bool:
         """Where the teacher's pass saves what the policy's saves: micro-batches have to fit both."""
         return super().shares_prompts and (self.teacher is None or self.teacher.shares_prompts)
+
+    def forward_pass(self, micro_batch: Batch) -> ForwardPass:
+        """With what the teacher says of the micro-batch."""
+        forward = super().forward_pass(micro_batch)
+        if self.teacher is not None and self.distils(micro_batch):
+            forward.signals = self.teacher.signals(micro_batch, temperature=self.teacher_temperature)
+        return forward
+
+    def distils(self, micro_batch: Batch) -> bool:
+        """Whether the loss of a micro-batch reads the teacher."""
+        return True
 
     def new_tokens(self) -> int:
         """Most tokens of a completion that is sampled for the teacher to score; 0: none is sampled."""
@@ -72,10 +87,6 @@ class DistillationModule(StepModule):
         """What a teacher that keeps up with the policy needs to be made again."""
         state = {} if self.teacher is None else self.teacher.state()
         return {"teacher": state} if state else {}
-
-    def restore_method_state(self, state: dict[str, Any]) -> None:
-        """Take back the teacher's state."""
-        self.adopt_method_state(state)
 
     def adopt_method_state(self, state: dict[str, Any]) -> None:
         """Take over the teacher's state."""

@@ -121,13 +121,6 @@ class BalancedKL(_Tempered):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TotalVariation(_Tempered):
-    """Half the sum over tokens of the difference of the probabilities: in [0, 1], with a bounded gradient."""
-
-    function = "total_variation"
-
-
-@dataclass(frozen=True, kw_only=True)
 class NKD(_Tempered):
     """Normalised distillation (arXiv 2303.13005): the target's term, and the shape of the other tokens, whose logits
     alone the temperature divides. The paper has the cross-entropy beside it: ``cross_entropy: {class_path: Beside}``.
@@ -228,11 +221,9 @@ class SourceConfig:
     the run's."""
     segmenter: str = "newline"
     """How sampled completions are cut into steps, for the focus."""
-    num_iterations: int = 1
-    """Optimiser steps on every batch, >= 1; above 1 the student has moved on from its samples."""
 
     def __post_init__(self) -> None:
-        check_bounds("source.", self, lmbda="[0, 1]", teacher="[0, 1]", num_iterations="[1, inf)")
+        check_bounds("source.", self, lmbda="[0, 1]", teacher="[0, 1]")
         if self.sampling.temperature == 0:
             raise ConfigError("source.sampling.temperature=0.0: must be positive; greedy samples are no samples")
 

@@ -75,15 +75,6 @@ class IPO(PairLoss):
         return {"loss": "ipo"}
 
 
-@dataclass(frozen=True)
-class Hinge(PairLoss):
-    """``max(0, 1 - beta D)`` (SLiC)."""
-
-    def options(self, pairs: Sequence[PairExample]) -> dict[str, Any]:
-        """Nothing to smooth."""
-        return {"loss": "hinge"}
-
-
 @dataclass(eq=False)
 class Pairs(Component):
     """DPO's loss on the log-ratios of both sides of every pair."""
@@ -130,7 +121,7 @@ class DPOModule(PreferenceModule):
     Args:
         policy, reference: as for :class:`~stepkd.modules.preference.PreferenceModule`.
         beta: > 0.
-        loss: ``Sigmoid``, ``SigmoidByVisits``, ``IPO`` or ``Hinge``; null is ``Sigmoid`` without label smoothing.
+        loss: ``Sigmoid``, ``SigmoidByVisits`` or ``IPO``; null is ``Sigmoid`` without label smoothing.
         length_normalised: divide log-ratios by the number of their tokens.
         from_first_difference: leave out the leading tokens that both sides share.
         **settings: ``optimizer`` and what else :class:`~stepkd.modules.preference.PreferenceModule` takes.

@@ -1,9 +1,9 @@
 """How like its teacher a student is, beside how good: the two can part (arXiv 2505.15442).
 
 On the student's own samples of the validation problems, token by token: the KLs in both directions, how often both find
-the same token likeliest, the gap of their entropies and of their sharpness. By steps: the share of the student's steps
-that the teacher finds likely. By answers: who is right, and whether the two agree when they are not. And on the data's
-own solutions, where there are some, how well either knows when its likeliest token is the right one (ECE).
+the same token likeliest, and the gap of their entropies. By answers: who is correct, and whether the two agree when
+neither is. And on the data's own solutions, where there are some, how well either knows when its likeliest token is the
+one that stands there (ECE).
 """
 
 from __future__ import annotations
@@ -23,27 +23,23 @@ from stepkd.data.encode import with_completion
 from stepkd.errors import ConfigError
 from stepkd.grading.judge import judge, vote_keys
 from stepkd.grading.pool import Grader
-from stepkd.losses import entropy, forward_kl, fused_sum, reverse_kl, segment_sum, target_logps, tempered
+from stepkd.losses import chunked_head, entropy, forward_kl, reverse_kl, tempered
 from stepkd.models.policy import Policy
 from stepkd.sampling.sampler import Sampler, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import Needs
 from stepkd.teachers.local import LocalTeacher
-from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
+from stepkd.teachers.signals import Signals, Teacher
 
 Sums = dict[str, tuple[float, float]]
 """Name -> sum and number of what it is a mean of."""
 
-TOKENS = ("forward_kl", "reverse_kl", "agreement", "entropy_gap", "sharpness_gap")
-"""Means over the tokens of samples, student minus teacher. Sharpness is the log-sum-exp of the logits as they are
-(PESF-KD, arXiv 2205.15308; the formula is from memory), its gap is taken as an absolute value."""
+TOKENS = ("forward_kl", "reverse_kl", "agreement", "entropy_gap")
+"""Means over the tokens of samples, the gap that of student minus teacher."""
 CALIBRATED = ("ece", "teacher_ece")
 BINS = 15
 """Equally wide bins of confidence for the expected calibration error."""
-LIKELY = 0.5
-"""A step is likely when the teacher's mean probability of its tokens (geometric) is at least this. The paper's own
-measure was not found: a reconstruction."""
 ANSWERS = ("both_right", "student_right", "teacher_right", "same_wrong", "different_wrong")
 
 
@@ -52,7 +48,7 @@ class FidelityConfig:
     """What validation measures of a student's likeness to its teacher."""
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_new_tokens=256))
-    """How the samples are drawn that tokens and steps are compared on: one per problem, at a temperature above 0. Its
+    """How the samples are drawn that tokens are compared on: one per problem, at a temperature above 0. Its
     seed is the run's."""
     answers: bool = True
     """Whether both also answer greedily, and are graded; the teacher does so once."""
@@ -85,7 +81,6 @@ class Fidelity:
         self.student: Policy = module.model
         self.teacher: Teacher = module.teacher
         self.chunk_size: int = module.chunk_size
-        self._segmenter = get_segmenter(module.validation_spec.segmenter)
         self._answers: dict[int, tuple[bool, str | None]] = {}
 
     def __call__(self, examples: Sequence[Completion], indices: Sequence[int]) -> Sums:
@@ -95,17 +90,16 @@ class Fidelity:
             examples: problems, with or without solutions.
             indices: number of each in the data set; keys its sample.
         """
-        sums = self._tokens_and_steps(self._draw(examples, indices))
+        prompts = [each.prompt_ids for each in examples]
+        drawn = self._sample(TransformersSampler(self.student), prompts, indices, "fidelity")
+        own = (self.student.tokenizer, get_segmenter("whole"))
+        sums = self._tokens(
+            [with_completion(each, rollout.token_ids, *own) for each, rollout in zip(examples, drawn, strict=True)]
+        )
         sums |= self._calibration([example for example in examples if len(example.token_ids)])
         if self.spec.answers:
             sums |= self._compared_answers(cast(LocalTeacher, self.teacher), examples, indices)
         return {f"fidelity/{name}": value for name, value in sums.items()}
-
-    def _draw(self, examples: Sequence[Completion], indices: Sequence[int]) -> list[Completion]:
-        prompts = [each.prompt_ids for each in examples]
-        drawn = self._sample(TransformersSampler(self.student), prompts, indices, "fidelity")
-        own = (self.student.tokenizer, self._segmenter)
-        return [with_completion(each, rollout.token_ids, *own) for each, rollout in zip(examples, drawn, strict=True)]
 
     def _sample(
         self, sampler: Sampler, prompts: Sequence[Collection[int]], indices: Sequence[int], purpose: str, **how: Any
@@ -114,53 +108,37 @@ class Fidelity:
         return [each[0] for each in sampler.sample(prompts, sampling, purpose=purpose, indices=indices)]
 
     @torch.no_grad()
-    def _tokens_and_steps(self, examples: list[Completion]) -> Sums:
+    def _tokens(self, examples: list[Completion]) -> Sums:
         totals, *moments = torch.zeros(4, len(TOKENS), dtype=torch.float64)
-        tokens, likely, steps, known = 0, 0.0, 0, True
+        tokens = 0
         for prepared in self.module.prepare_examples(examples).micro_batches:
             batch = prepared.to(self.student.device)
             values = self._positions(batch)
             rows_N = batch.completion_N.cpu()
             of_problems_BM = totals.new_zeros(batch.num_completions, len(TOKENS))
-            of_problems_BM.index_add_(0, rows_N, values[:, : len(TOKENS)].double().cpu())
+            of_problems_BM.index_add_(0, rows_N, values.double().cpu())
             tokens_B = totals.new_zeros(batch.num_completions).index_add_(0, rows_N, totals.new_ones(len(values)))
             totals += of_problems_BM.sum(0)
             tokens += len(values)
             moments[0] += of_problems_BM.square().sum(0)
             moments[1] += (of_problems_BM * tokens_B[:, None]).sum(0)
             moments[2] += tokens_B.square().sum()
-            count = len(batch.completion_S)
-            ones_N = torch.ones_like(values[:, -1])
-            mean_S = segment_sum(values[:, -1], batch.step_N, count) / segment_sum(ones_N, batch.step_N, count)
-            likely += float((mean_S >= math.log(LIKELY)).sum())
-            steps += count
-            known &= not bool(values[:, -1].isnan().any())
         sums = {name: (float(total), float(tokens)) for name, total in zip(TOKENS, totals, strict=True)}
-        sums = {name: pair for name, pair in sums.items() if not math.isnan(pair[0])}
-        sums |= {
+        return sums | {
             f"moments/{name}/{part}": (float(moments[row][column]), float(len(examples)))
             for column, name in enumerate(TOKENS)
-            if name in sums
             for row, part in enumerate(("xx", "xn", "nn"))
         }
-        return sums | ({"likely_steps": (likely, float(steps))} if known else {})
 
     def _positions(self, batch: Batch) -> Tensor:
-        """(N, 6): the token measures, and the teacher's log-probability of the student's token; NaN for unknown."""
+        """(N, 4): the token measures."""
         signals = self.teacher.signals(batch, temperature=1.0)
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
             student, teacher, argmax_C = signals.compare(tempered(logits_CV), *chunk)
             agree_C = (logits_CV.argmax(-1) == argmax_C).to(student.dtype)
             gap_C = entropy(student) - entropy(teacher)
-            # Among buckets a token's own probability may be hidden in the tail: not known then.
-            whole = teacher.shape == logits_CV.shape
-            own_C = target_logps(teacher, targets_C) if whole else torch.full_like(gap_C, math.nan)
-            sharp_C = torch.full_like(gap_C, math.nan)
-            if isinstance(signals, HiddenSignals):
-                sharp_C = (logits_CV.logsumexp(-1) - signals.head(chunk[0]).logsumexp(-1).to(gap_C.device)).abs()
-            kls = forward_kl(student, teacher), reverse_kl(student, teacher)
-            return torch.stack([*kls, agree_C, gap_C, sharp_C.to(gap_C.dtype), own_C], dim=-1)
+            return torch.stack([forward_kl(student, teacher), reverse_kl(student, teacher), agree_C, gap_C], dim=-1)
 
         return self._each(position, batch, signals)
 
@@ -193,10 +171,8 @@ class Fidelity:
     def _each(self, position: Callable[..., Tensor], batch: Batch, signals: Signals) -> Tensor:
         """What a function of logits, targets and the teacher's signals gives at every target."""
         hidden_BTH = self.student.hidden(batch.input_ids_BT, batch.attention_mask_BT)
-        hidden_NH = hidden_BTH.flatten(0, 1)[batch.needed_N]
-        ones_N = torch.ones(len(batch.targets_N), device=hidden_NH.device)
-        arguments = (hidden_NH, ones_N, batch.targets_N, *signals.tensors)
-        return fused_sum(position, self.student.head, *arguments, chunk_size=self.chunk_size)[1]
+        arguments = (hidden_BTH.flatten(0, 1)[batch.needed_N], batch.targets_N, *signals.tensors)
+        return chunked_head(position, self.student.head, *arguments, chunk_size=self.chunk_size)
 
     def _compared_answers(self, teacher: LocalTeacher, examples: Sequence[Completion], indices: Sequence[int]) -> Sums:
         """Shares of :data:`ANSWERS`, which sum to 1: both greedy."""

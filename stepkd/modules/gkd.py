@@ -24,12 +24,13 @@ from stepkd.modules.base import Prepared
 from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.distillation import DistillationModule
 from stepkd.modules.distillation_settings import JSD, CrossEntropyConfig, DivergenceConfig, SourceConfig
-from stepkd.modules.fidelity import Fidelity, FidelityConfig, fidelity_totals
-from stepkd.modules.step_scores import Focus, FocusConfig, token_weights
+from stepkd.modules.fidelity import Fidelity, FidelityConfig, Sums, fidelity_totals
+from stepkd.modules.step_scores import FocusConfig, focused, load_step_scorer
 from stepkd.randomness import generator
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.sampling.engines import IN_PROCESS, EngineConfig
 from stepkd.sampling.sampler import Sampler
+from stepkd.scorers.scorer import StepScorer
 from stepkd.steps.segment import get_segmenter
 from stepkd.teachers.config import TeacherConfig
 from stepkd.teachers.local import LocalTeacher
@@ -42,7 +43,6 @@ Average = Literal["tokens", "sequences"]
 class Distillation(Component):
     """Divergence from a teacher and cross-entropy of the same tokens, in one pass over the logits."""
 
-    teacher: Teacher
     divergence: DivergenceConfig
     average: Average
     """Whether every token of the global batch weighs the same, or every completion."""
@@ -58,7 +58,7 @@ class Distillation(Component):
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Completion tokens (or their weights), or completions in which something counts."""
-        weights_N = token_weights(batch)
+        weights_N = self._weights(batch)
         if self.average == "tokens":
             return {"kd": float(weights_N.sum())}
         return {"kd": float(len(batch.completion_N[weights_N > 0].unique()))}
@@ -69,9 +69,9 @@ class Distillation(Component):
         Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
         the same token likeliest), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
         """
-        batch, temperature = forward.batch, self.divergence.logits_temperature
+        batch, signals, temperature = forward.batch, forward.signals, self.divergence.logits_temperature
         kd_weight, ce_weight = (1.0, 0.0) if self.weights is None else self.weights()
-        signals = self.teacher.signals(batch, temperature=temperature)
+        assert signals is not None
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
             student, teacher, argmax_C = signals.compare(tempered(logits_CV, temperature), *chunk)
@@ -83,7 +83,7 @@ class Distillation(Component):
             total_C = kd_weight * kd_C + ce_weight * ce_C
             return torch.stack([total_C, kd_C.detach(), agree_C, ce_C.detach()], dim=-1)
 
-        weights_N = token_weights(batch)
+        weights_N = self._weights(batch)
         if self.average == "sequences":
             totals_B = segment_sum(weights_N, batch.completion_N, len(batch.examples))
             weights_N = weights_N / totals_B.clamp_min(1e-300)[batch.completion_N]
@@ -96,6 +96,13 @@ class Distillation(Component):
         if self.weights is not None:
             metrics["ce"] = (values[:, 3].sum(), number)
         return LossTerms({"kd": total}, metrics)
+
+    @staticmethod
+    def _weights(batch: Batch) -> Tensor:
+        """(N,) weight of every target, float64: its step's, or 1 where steps have none."""
+        steps = [each.step_weights or (1.0,) * len(each.step_ends) for each in batch.examples]
+        weights_S = torch.tensor([w for own in steps for w in own], dtype=torch.float64, device=batch.step_N.device)
+        return weights_S[batch.step_N]
 
 
 class GKDModule(DistillationModule):
@@ -143,12 +150,12 @@ class GKDModule(DistillationModule):
         self.focus_spec = focus
         self.fidelity_spec = fidelity
         self.sampling = replace(self.source.sampling, seed=self.seed)
-        self.steps_per_batch = self.source.num_iterations
         self.skip_empty_steps = focus is not None
         teacher.require(({} if fidelity is None else fidelity.needs()) | self.source.needs() | self.divergence.needs())
         self.teacher = teacher.build()
+        self.teacher_temperature = self.divergence.logits_temperature
         weights = None if cross_entropy is None else self._weights
-        self.components = [Distillation(self.teacher, self.divergence, average, weights, focus is not None)]
+        self.components = [Distillation(self.divergence, average, weights, focus is not None)]
         self._segmenter = get_segmenter(self.source.segmenter)
 
     def _weights(self) -> tuple[float, float]:
@@ -175,16 +182,14 @@ class GKDModule(DistillationModule):
         return answers | super().reads(split)
 
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
-        """The batch's completions, from the source that its step draws; ``num_iterations`` optimiser steps of them."""
+        """The batch's completions, from the source that its step draws."""
         self.teacher.begin(self.position.epoch)
         chosen = self.draw_source()
         examples: Sequence[Completion] = batch.examples if chosen == "data" else self.sample(batch, chosen)
         if self.focus_spec is not None:
             with self.phases.phase("scoring steps", total=len(examples)):
-                examples = self._focus(self.tokenizer, examples)
-        prepared = self.prepare_examples(examples)
-        for _ in range(self.source.num_iterations):
-            yield prepared
+                examples = focused(examples, self.focus_spec, self._scorer, self.tokenizer)
+        yield self.prepare_examples(examples)
 
     def draw_source(self) -> Literal["student", "teacher", "data"]:
         """Where this optimiser step's completions come from: the same on every rank, and after a resume."""
@@ -195,11 +200,16 @@ class GKDModule(DistillationModule):
 
     def sample(self, batch: StepBatch, source: Literal["student", "teacher"]) -> list[Completion]:
         """Completions of the batch's prompts, keyed by step and problem whatever the rank."""
-        prompts = [example.prompt_ids for example in batch.examples]
-        if source == "teacher":
-            prompts = self.teacher.prompts(batch.examples)
+        prompts = (
+            self.teacher.prompts(batch.examples) if source == "teacher" else [e.prompt_ids for e in batch.examples]
+        )
         with self.gathered(), self.phases.phase(f"{source} rollout", total=len(prompts) * self.sampling.n):
-            drawn = self._sampler(source).sample(
+            if source == "teacher":
+                sampler: Sampler = cast(LocalTeacher, self.teacher).sampler(self.device, STOP_REQUEST.__bool__)
+            else:
+                sampler = self._engine
+                sampler.refresh(self.global_step)
+            drawn = sampler.sample(
                 prompts,
                 self.sampling,
                 purpose=f"gkd {source}",
@@ -213,33 +223,21 @@ class GKDModule(DistillationModule):
             for completion in completions
         ]
 
-    def _sampler(self, source: Literal["student", "teacher"]) -> Sampler:
-        if source == "teacher":
-            return cast(LocalTeacher, self.teacher).sampler(self.device, STOP_REQUEST.__bool__)
-        self._engine.refresh(self.global_step)
-        return self._engine
-
     @cached_property
     def _engine(self) -> Sampler:
         return self.engine.build(self.model, self.sampling, STOP_REQUEST.__bool__)
 
     @cached_property
-    def _focus(self) -> Focus:
+    def _scorer(self) -> StepScorer:
         assert self.focus_spec is not None
-        return Focus(self.focus_spec, str(self.device))
+        return load_step_scorer(self.focus_spec.scorer, "focus.scorer", device=str(self.device))
 
-    def validation_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The divergence on given completions, sampled accuracy, and fidelity where it is asked for."""
-        super().validation_step(batch, batch_idx, dataloader_idx)
+    def measured(self, batch: StepBatch) -> Sums:
+        """Fidelity, where it is asked for."""
         if self.fidelity_spec is None:
-            return
-        with self._averaged():  # every rank gathers what is sharded, also one without examples
-            if not batch.examples:
-                return
-            with self.phases.phase("fidelity", total=len(batch.examples)):
-                for name, (total, number) in self._fidelity(batch.examples, batch.indices).items():
-                    self._sums[f"metric/{name}"] += total
-                    self._sums[f"number/{name}"] += number
+            return {}
+        with self.phases.phase("fidelity", total=len(batch.examples)):
+            return self._fidelity(batch.examples, batch.indices)
 
     def evaluation_metrics(self, totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
         """The means, with fidelity's errors made of their sums."""

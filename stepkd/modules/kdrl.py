@@ -11,7 +11,7 @@ Axes: N completion tokens of a micro-batch, C of one chunk, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,16 +26,17 @@ from stepkd.losses import chunked_head, target_logps, tempered
 from stepkd.models.spec import PolicyConfig
 from stepkd.modules.advantages import AdvantageEstimator
 from stepkd.modules.base import Prepared
+from stepkd.modules.components import ForwardPass
 from stepkd.modules.distillation import DistillationModule
-from stepkd.modules.kdrl_objective import PolicyGradient
-from stepkd.modules.rewards import GivenReward, RewardConfig, Rewards
+from stepkd.modules.kdrl_objective import PolicyGradient, rollouts_of
+from stepkd.modules.rewards import RewardConfig, Rewards
 from stepkd.modules.rollouts import GroupSampler, Rollout, SampleLog
 from stepkd.modules.settings import (
-    AsReward,
+    AsAdvantage,
     KDConfig,
     PolicyLossConfig,
     RolloutConfig,
-    Sampled,
+    SampledKL,
     SampleLogConfig,
     Steady,
     StepCreditConfig,
@@ -62,8 +63,8 @@ class KDRLModule(DistillationModule):
         rollout: what is sampled.
         engine: where it is sampled: InProcess, VLLMServer or VLLMColocated.
         policy_loss: the policy-gradient term.
-        kd: the distillation term: Sampled, Exact, AsAdvantage or AsReward.
-        step_credit: rewards of steps beside those of answers: ToGo or FirstStep; null: none.
+        kd: the distillation: SampledKL, ExactKL or AsAdvantage.
+        step_credit: rewards of steps beside those of answers; null: none.
         samples: what is kept of the rollouts to look at (``samples.jsonl``, in runs with a logger).
         **settings: optimizer, validation, micro_batch_tokens, chunk_size, loss_weights, ema_decay, seed: as for
             :class:`~stepkd.modules.base.StepModule`.
@@ -77,7 +78,7 @@ class KDRLModule(DistillationModule):
     def __init__(
         self,
         policy: PolicyConfig,
-        rewards: list[GivenReward] | None = None,
+        rewards: list[RewardConfig] | None = None,
         teacher: TeacherConfig | None = None,
         rollout: RolloutConfig | None = None,
         engine: EngineConfig = IN_PROCESS,
@@ -93,19 +94,18 @@ class KDRLModule(DistillationModule):
         self.rollout = rollout or RolloutConfig()
         self.engine = engine
         self.policy_loss = policy_loss or PolicyLossConfig()
-        self.kd = kd or Sampled()
+        self.kd = kd or SampledKL()
         self.step_credit = step_credit
         self.samples = samples or SampleLogConfig()
         self.steps_per_batch = self.policy_loss.num_iterations
         self._check_settings(teacher)
         self.teacher = None if teacher is None else teacher.build()
+        self.teacher_temperature = self.rollout.sampling.temperature
         self.objective = PolicyGradient(
             self.policy_loss,
             self.kd,
-            self.teacher,
-            self.rollout.sampling.temperature,
-            step=lambda: self.global_step,
-            reward_names=sorted(spec.name for spec in self.reward_specs),
+            self.teacher_temperature,
+            sorted(spec.name for spec in self.reward_specs),
         )
         self.components = (self.objective,)
 
@@ -120,12 +120,12 @@ class KDRLModule(DistillationModule):
             raise ConfigError(
                 "kd.schedule: Switch distils first, and there is no teacher: give one, for instance Local"
             )
-        shaped = teacher is not None and not hasattr(self.kd, "mask")
+        shaped = teacher is not None and isinstance(self.kd, AsAdvantage)
         if shaped and (self.policy_loss.weight != 1 or self.policy_loss.equal_groups == "drop"):
             raise ConfigError(
-                f"kd: {type(self.kd).__name__} teaches through the policy-gradient term, which policy_loss.weight "
+                "kd: AsAdvantage distils through the policy-gradient term, which policy_loss.weight "
                 f"{self.policy_loss.weight} or equal_groups: {self.policy_loss.equal_groups} changes or switches off: "
-                "set kd: Sampled"
+                "set kd: SampledKL"
             )
         if self.policy_loss.weight == 0:
             if teacher is None or self.kd.beta == 0 or not isinstance(self.kd.schedule, Steady):
@@ -154,10 +154,14 @@ class KDRLModule(DistillationModule):
         scorer = None
         if self.step_credit is not None:
             scorer = load_step_scorer(self.step_credit.scorer, "step_credit.scorer", device=str(self.device))
-        mask = None if self.teacher is None else getattr(self.kd, "mask", "none")
+        mask = None if self.teacher is None else self.kd.mask
         self._estimator = AdvantageEstimator(self.rollout, self.policy_loss, self.step_credit, mask, scorer)
         folder = None if self.trainer.logger is None else self.trainer.logger.save_dir
         self._sample_log = SampleLog(self.samples, folder, self.rollout.sampling.longest)
+
+    def distils(self, micro_batch: Batch) -> bool:
+        """Of rollouts; the data's own solutions, in validation, are not distilled on."""
+        return bool(rollouts_of(micro_batch))
 
     def new_tokens(self) -> int:
         """Those of a rollout."""
@@ -170,17 +174,17 @@ class KDRLModule(DistillationModule):
         if split != "train":
             return super().reads(split)
         needs = {spec.reads(): f"the reward {spec.name!r} reads it" for spec in self.reward_specs if spec.reads()}
-        mask = getattr(self.kd, "mask", "none")
-        return needs if mask == "none" else needs | {("answer",): f"kd.mask: {mask} grades answers"}
+        graded = {("answer",): f"kd.mask: {self.kd.mask} grades answers"}
+        return needs if self.kd.mask == "none" else needs | graded
 
     def prepare(self, batch: StepBatch) -> Iterator[Prepared]:
         """Sample groups, grade and credit them, and yield ``num_iterations`` optimiser steps of them."""
-        rollouts = self.credited(self.sampled(batch))
+        rollouts = self._estimator(self.sampled(batch))
         self._sample_log(self.global_step, rollouts, self.device, writes=self.trainer.is_global_zero)
         if self.policy_loss.num_iterations > 1:
-            logps = self._of_rollouts(rollouts, lambda logps_N2: logps_N2[:, 0])
-            rollouts = [replace(r, old_logps=each) for r, each in zip(rollouts, logps, strict=True)]
+            rollouts = self._with_old_logps(rollouts)
         for _ in range(self.policy_loss.num_iterations):
+            self.objective.at_step(self.global_step)
             yield self.prepare_examples(rollouts)
 
     def sampled(self, batch: StepBatch) -> list[Rollout]:
@@ -194,45 +198,26 @@ class KDRLModule(DistillationModule):
         self.log_dict({f"train/{name}": value for name, value in rewards.logged(self.device).items()}, batch_size=1)
         return found
 
-    def credited(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with advantages, and with weights and counts of both terms."""
-        if self.teacher is None or not isinstance(self.kd, AsReward):
-            return self._estimator(rollouts)
-        gaps = self._of_rollouts(rollouts, lambda logps_N2: logps_N2[:, 1] - logps_N2[:, 0])
-        beta = self.kd.coefficient(self.global_step)
-        return self._estimator(rollouts, torch.tensor([beta * float(gap.sum()) for gap in gaps], dtype=torch.float64))
-
     @torch.no_grad()
-    def _of_rollouts(self, rollouts: Sequence[Rollout], choose: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
-        """Something of every token's log-probabilities, rollout by rollout."""
-        found: dict[int, np.ndarray] = {}
+    def _with_old_logps(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with what the policy says of every token before the first of several optimiser steps."""
+        old: dict[int, np.ndarray] = {}
         for micro_batch in self.prepare_examples(rollouts).micro_batches:
-            chosen_N = choose(self._token_logps(micro_batch.to(self.device))).cpu()
+            forward = ForwardPass(self.model, micro_batch.to(self.device), self.chunk_size)
+            arguments = (forward.head, forward.hidden_NH, forward.batch.targets_N)
+            logps_N = chunked_head(self._tempered_logps, *arguments, chunk_size=self.chunk_size).cpu()
             for row, example in enumerate(micro_batch.examples):
-                found[id(example)] = chosen_N[micro_batch.completion_N == row].numpy()
-        return [found[id(rollout)] for rollout in rollouts]
+                old[id(example)] = logps_N[micro_batch.completion_N == row].numpy()
+        return [replace(rollout, old_logps=old[id(rollout)]) for rollout in rollouts]
 
-    def _token_logps(self, micro_batch: Batch) -> Tensor:
-        """(N, 2): log-probability of the target under the policy and under the teacher (0 without one)."""
-        temperature, forward = self.rollout.sampling.temperature, self.forward_pass(micro_batch)
-        signals = None if self.teacher is None else self.teacher.signals(micro_batch, temperature=temperature)
-
-        def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
-            log_CV = tempered(logits_CV, temperature)
-            own_C = target_logps(log_CV, targets_C)
-            if signals is None:
-                return torch.stack([own_C, torch.zeros_like(own_C)], dim=-1)
-            teacher_C = target_logps(signals.compare(log_CV, *chunk).log_teacher_CW, targets_C)
-            return torch.stack([own_C, teacher_C.to(own_C.dtype)], dim=-1)
-
-        arguments = (forward.hidden_NH, micro_batch.targets_N, *(() if signals is None else signals.tensors))
-        return chunked_head(position, forward.head, *arguments, chunk_size=self.chunk_size)
+    def _tempered_logps(self, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+        return target_logps(tempered(logits_CV, self.teacher_temperature), targets_C)
 
     def make_filler(self, batch: StepBatch) -> Batch:
         """A rollout without a weight."""
         zeros = np.zeros(len(batch.filler.token_ids))
-        rollout = Rollout.of(batch.filler, advantages=zeros)
-        return self._collate([replace(rollout, logprobs=zeros)], is_filler=True)
+        rollout = Rollout.of(batch.filler, advantages=zeros, logprobs=zeros)
+        return self._collate([rollout], is_filler=True)
 
     def after_step(self) -> None:
         """Say when the sampler's probabilities are not the trainer's."""

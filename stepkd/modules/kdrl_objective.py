@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from stepkd.losses import (
 from stepkd.modules.components import Component, ForwardPass
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rollouts import Rollout
-from stepkd.modules.settings import AsAdvantage, Exact, KDConfig, PolicyLossConfig, Sampled
+from stepkd.modules.settings import AsAdvantage, ExactKL, KDConfig, PolicyLossConfig, SampledKL
 
 MISMATCH_ALARM = 0.05
 """Mean distance in nats beyond which something is wrong."""
@@ -69,38 +69,38 @@ class PolicyGradient(Component):
 
     policy_loss: PolicyLossConfig
     kd: KDConfig
-    teacher: Any
-    """A :class:`~stepkd.teachers.signals.Teacher`; None: there is none."""
     temperature: float
     """Of sampling; all log-probabilities are at it."""
-    step: Callable[[], int]
-    """Optimiser steps done, for the schedule of the distillation."""
     reward_names: Sequence[str]
     """Rewards that have metrics of their own."""
     mismatch: Mismatch = field(default_factory=lambda: Mismatch())
+    weight: float = 1.0
+    """Of the policy-gradient term in the optimiser step that is being taken."""
+    beta: float = 0.0
+    """Of the distillation in that step."""
 
     names = ("pg", "kd")
 
+    def at_step(self, step: int) -> None:
+        """Set both weights for an optimiser step, counted from 0."""
+        self.weight = self.policy_loss.weight * self.kd.schedule.policy_share(step)
+        self.beta = self.kd.coefficient(step)
+
     def count(self, batch: Batch) -> dict[str, float]:
         """Denominators of both terms, as the normalisation has them; tokens of given solutions."""
-        rollouts = _rollouts(batch)
+        rollouts = rollouts_of(batch)
         if not rollouts:
             return {"pg": float(len(batch.targets_N)), "kd": 0.0}
-        counts = {"pg": [r.pg_count for r in rollouts], "kd": [r.kd_count for r in rollouts]}
-        if self.policy_loss.normalisation == "bnpo":
-            return {name: float(any(values)) for name, values in counts.items()}
-        return {name: math.fsum(values) for name, values in counts.items()}
+        return {"pg": math.fsum(r.pg_count for r in rollouts), "kd": math.fsum(r.kd_count for r in rollouts)}
 
     def terms(self, forward: ForwardPass) -> LossTerms:
         """See the class."""
-        batch = forward.batch
-        rollouts = _rollouts(batch)
+        batch, signals, scales = forward.batch, forward.signals, forward.scales
+        rollouts = rollouts_of(batch)
         if not rollouts:
             hidden_NH = forward.hidden_NH
             ce = cross_entropy(forward.head, hidden_NH, batch.targets_N, chunk_size=forward.chunk_size).sums["ce"]
             return LossTerms({"pg": ce, "kd": ce * 0.0})
-        signals = None if self.teacher is None else self.teacher.signals(batch, temperature=self.temperature)
-        step, scales = self.step(), forward.scales
 
         def position(logits_CV: Tensor, targets_C: Tensor, *constants: Tensor) -> Tensor:
             advantages_C, old_C, sampled_C, weights_C, kept_C, *chunk = constants
@@ -110,23 +110,22 @@ class PolicyGradient(Component):
             if signals is not None:
                 student_CV, teacher_CV, _ = signals.compare(log_CV, *chunk)
                 teacher_C = target_logps(teacher_CV, targets_C).to(logps_C.dtype).detach()
-                if isinstance(self.kd, Exact):
-                    kd_C = exact_kl(self.kd, student_CV, teacher_CV)
-                elif isinstance(self.kd, Sampled):
-                    kd_C = estimated_kl(self.kd, logps_C, teacher_C, kept_C)
-                kd_C = self.kd.coefficient(step) * kept_C * kd_C
+                if isinstance(self.kd, ExactKL):
+                    kd_C = self._exact_kl(self.kd, student_CV, teacher_CV)
+                elif isinstance(self.kd, SampledKL):
+                    # Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 inf is NaN.
+                    near_C = torch.where(kept_C > 0, logps_C, teacher_C)
+                    kd_C = kl_estimate(self.kd.estimator, near_C, teacher_C, gradient=self.kd.gradient)
+                kd_C = self.beta * kept_C * kd_C
                 if isinstance(self.kd, AsAdvantage):
-                    bound = math.inf if self.kd.clamp is None else self.kd.clamp
-                    reward_C = (teacher_C - logps_C).detach()
-                    advantages_C = advantages_C + self.kd.coefficient(step) * reward_C.clamp(-bound, bound)
+                    advantages_C = advantages_C + self.beta * (teacher_C - logps_C).detach()
             pg_C, low_C, high_C = self._clipped(logps_C, advantages_C, old_C, sampled_C, weights_C)
-            share = self.policy_loss.weight * self.kd.schedule.policy_share(step)
-            total_C = scales["pg"] * share * pg_C + scales["kd"] * kd_C
+            total_C = scales["pg"] * self.weight * pg_C + scales["kd"] * kd_C
             entropy_C = entropy(log_CV.detach())
-            columns = TokenTerms(total_C, share * pg_C, kd_C, logps_C, entropy_C, teacher_C, low_C, high_C)
+            columns = TokenTerms(total_C, self.weight * pg_C, kd_C, logps_C, entropy_C, teacher_C, low_C, high_C)
             return torch.stack([column.double() for column in columns], dim=-1)
 
-        constants = self._constants(batch, rollouts, forward.policy.eos_ids)
+        constants = self._constants(batch, rollouts)
         loss, columns_NM = fused_sum(
             position,
             forward.head,
@@ -143,22 +142,14 @@ class PolicyGradient(Component):
         if not batch.is_filler:
             self.mismatch.add(gap_N)
         sums = {"pg": found.pg_N.sum(), "kd": found.kd_N.sum()}
-        return LossTerms(sums, self._metrics(rollouts, found, gap_N), loss)
+        metrics = self._metrics(rollouts, found, gap_N, distils=signals is not None)
+        return LossTerms(sums, metrics, loss)
 
-    def _constants(self, batch: Batch, rollouts: Sequence[Rollout], eos: Collection[int]) -> tuple[Tensor, ...]:
+    @staticmethod
+    def _constants(batch: Batch, rollouts: Sequence[Rollout]) -> tuple[Tensor, ...]:
         """What the loss wants of every token beside its target, float64: advantage, log-probabilities of the policy
         before the first of several steps (NaN: there is nothing older) and of the sampler, weights in both sums."""
         device = batch.targets_N.device
-
-        def weights(name: str) -> Tensor:
-            weight_R, count_R = (
-                torch.tensor([getattr(r, f"{name}_{part}") for r in rollouts], dtype=torch.float64, device=device)
-                for part in ("weight", "count")
-            )
-            if self.policy_loss.normalisation != "bnpo":
-                return weight_R[batch.completion_N]
-            return weight_R[batch.completion_N] / count_R[batch.completion_N].sum().clamp_min(1.0)
-
         advantages_N, sampled_N = (
             torch.from_numpy(np.concatenate([getattr(r, name) for r in rollouts])).to(device)
             for name in ("advantages", "logprobs")
@@ -166,10 +157,16 @@ class PolicyGradient(Component):
         old_N = torch.full_like(sampled_N, math.nan)
         if all(r.old_logps is not None for r in rollouts):
             old_N = torch.from_numpy(np.concatenate([r.old_logps for r in rollouts])).to(device)
-        kd_N = weights("kd")
-        if getattr(self.kd, "skip_eos", False):
-            kd_N = kd_N * ~torch.isin(batch.targets_N, torch.tensor(sorted(eos), device=device))
-        return advantages_N, old_N, sampled_N, weights("pg"), kd_N
+        weights_R2 = torch.tensor([(r.pg_weight, r.kd_weight) for r in rollouts], dtype=torch.float64, device=device)
+        return advantages_N, old_N, sampled_N, *weights_R2[batch.completion_N].unbind(-1)
+
+    @staticmethod
+    def _exact_kl(kd: ExactKL, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+        """Reverse KL over all tokens, or over the teacher's likeliest and a bucket for the rest."""
+        if kd.top_k is not None and kd.top_k.k < teacher_CV.shape[-1]:
+            ids_Ck, tail = teacher_CV.topk(kd.top_k.k, dim=-1).indices, kd.top_k.tail
+            student_CV, teacher_CV = (top_k_buckets(each, ids_Ck, tail=tail) for each in (student_CV, teacher_CV))
+        return reverse_kl(student_CV, teacher_CV)
 
     def _clipped(
         self, logps_C: Tensor, advantages_C: Tensor, old_C: Tensor, sampled_C: Tensor, weights_C: Tensor
@@ -189,7 +186,7 @@ class PolicyGradient(Component):
         return pg_C, clipped.low_N, clipped.high_N
 
     def _metrics(
-        self, rollouts: Sequence[Rollout], found: TokenTerms, gap_N: Tensor
+        self, rollouts: Sequence[Rollout], found: TokenTerms, gap_N: Tensor, *, distils: bool
     ) -> dict[str, tuple[Tensor, Tensor]]:
         number = gap_N.new_tensor(float(len(gap_N)))
 
@@ -210,32 +207,15 @@ class PolicyGradient(Component):
             "sampler_kl": (gap_N.sum(), number),
         }
         metrics |= {f"reward/{name}": of_rows([r.parts.get(name) for r in rollouts]) for name in self.reward_names}
-        if self.teacher is not None:
+        if distils:
             metrics["kl_to_teacher"] = ((found.logps_N - found.teacher_N).sum(), number)
             metrics["distilled"] = of_rows([rollout.kd_weight > 0 for rollout in rollouts])
         return metrics
 
 
-def _rollouts(batch: Batch) -> list[Rollout]:
-    examples: Sequence[Any] = batch.examples
-    return [example for example in examples if isinstance(example, Rollout)]
-
-
-def exact_kl(kd: Exact, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
-    """Reverse KL over all tokens, or over the teacher's likeliest and a bucket for the rest."""
-    if kd.top_k is not None and kd.top_k.k < teacher_CV.shape[-1]:
-        ids_Ck = teacher_CV.topk(kd.top_k.k, dim=-1).indices
-        student_CV, teacher_CV = (top_k_buckets(each, ids_Ck, tail=kd.top_k.tail) for each in (student_CV, teacher_CV))
-    return reverse_kl(student_CV, teacher_CV)
-
-
-def estimated_kl(kd: Sampled, logps_C: Tensor, teacher_C: Tensor, kept_C: Tensor) -> Tensor:
-    """The reverse KL by an estimator.
-
-    Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 times infinity is NaN.
-    """
-    near_C = torch.where(kept_C > 0, logps_C, teacher_C)
-    return kl_estimate(kd.estimator, near_C, teacher_C, clamp=kd.clamp, gradient=kd.gradient)
+def rollouts_of(batch: Batch) -> list[Rollout]:
+    """What a micro-batch has of them: all of its examples in training, none in validation."""
+    return [example for example in batch.examples if isinstance(example, Rollout)]
 
 
 class Mismatch:
@@ -246,23 +226,19 @@ class Mismatch:
     """
 
     def __init__(self) -> None:
-        self.total = self.most = 0.0
-        self.number = 0
+        self.gaps: list[Tensor] = []
         self.warned = False
 
     def add(self, gap_N: Tensor) -> None:
         """Differences of a micro-batch's tokens, in nats."""
-        if len(gap_N):
-            self.total += float(gap_N.abs().sum())
-            self.most = max(self.most, float(gap_N.abs().max()))
-            self.number += len(gap_N)
+        self.gaps.append(gap_N.abs())
 
     def finish(self, step: int, device: torch.device) -> float:
         """End an optimiser step: the largest distance on any rank; warns where this rank's mean is too large."""
-        mean = self.total / self.number if self.number else 0.0
-        most = all_reduce({"most": self.most}, device, op="max")["most"]
-        self.total = self.most = 0.0
-        self.number = 0
+        gaps_N = torch.cat([*self.gaps, torch.zeros(1, device=device)])
+        mean = float(gaps_N.sum()) / max(len(gaps_N) - 1, 1)
+        most = all_reduce({"most": gaps_N.max()}, device, op="max")["most"]
+        self.gaps = []
         if mean > MISMATCH_ALARM and not self.warned:
             self.warned = True
             warnings.warn(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ OutcomePoint = Literal["mismatch", "batch", "zero"]
 StepPoint = Literal["mismatch", "batch", "per_index", "zero"]
 EVEN = (1.0, 1.0)
 """Class weights of a validation without training before it."""
+DECAY = 0.9
+"""Of the running averages of ``per_index``, by optimiser step."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,9 @@ class ReferencePointConfig:
     rotation: Literal["global", "device"] = "global"
     """``global``: completions are exchanged within the whole batch, always between different prompts; ``device``:
     within a rank's share, by one place, and the ranks' means are averaged (TRL's way)."""
-    ema: float = 0.9
-    """``per_index``: decay of the running average, in [0, 1); 0 takes each batch by itself."""
 
     def __post_init__(self) -> None:
-        check_bounds("reference_point.", self, ema="[0, 1)")
+        check_bounds("reference_point.", self)
 
     @property
     def reads(self) -> set[str]:
@@ -157,7 +157,7 @@ class PointEstimator:
                 sums[f"count/{i}"] += 1
         sums = all_reduce(sums, device)
         means, old = [sums[f"sum/{i}"] / sums[f"count/{i}"] for i in range(longest)], self.averages
-        moved = [then + (1 - self.spec.ema) * (mean - then) for then, mean in zip(old, means, strict=False)]
+        moved = [then + (1 - DECAY) * (mean - then) for then, mean in zip(old, means, strict=False)]
         averages = [*moved, *old[longest:], *means[len(old) :]]
         if update:
             self.averages = averages
@@ -178,22 +178,25 @@ class OutcomeValues(Component):
 
     Args:
         beta: > 0.
-        class_weights: (lambda_D, lambda_U) of correct and incorrect completions.
+        class_weights: (lambda_D, lambda_U) of correct and incorrect ones, or the ratio rule.
     """
 
     names: tuple[str, ...] = ("outcome",)
+    learns: tuple[Literal["outcomes", "steps"], ...] = ("outcomes",)
+    """What it needs labels of."""
 
     def __init__(self, beta: float, class_weights: GivenWeights) -> None:
         if not 0 < beta < float("inf"):
             raise ConfigError(f"beta={beta}: must be positive")
         self.beta = beta
-        self.weights = _checked_weights("class_weights", class_weights)
+        weights = _checked_weights(class_weights)
+        self.weights: dict[str, ClassWeights] = {} if weights is None else dict.fromkeys(self.learns, weights)
         self.points = Points()
         """Those of the optimiser step that is being taken."""
 
     def weigh(self, ratio: Callable[[str], ClassWeights]) -> None:
-        """Fill in the class weights that are not given, from the ratio rule of ``outcomes`` (or ``steps``)."""
-        self.weights = self.weights or ratio("outcomes")
+        """Fill in class weights that are left to the ratio rule, of each kind that it learns from."""
+        self.weights = self.weights or {kind: ratio(kind) for kind in self.learns}
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Completions with an outcome."""
@@ -203,7 +206,8 @@ class OutcomeValues(Component):
         """See :func:`stepkd.losses.kto`."""
         batch = forward.batch
         logratios_R = segment_sum(forward.logratios_N, batch.completion_N, batch.num_completions)
-        terms = kto(logratios_R, batch.outcome_R, z0=self.points.z0, beta=self.beta, weights=self.weights or EVEN)
+        weights = self.weights.get("outcomes", EVEN)
+        terms = kto(logratios_R, batch.outcome_R, z0=self.points.z0, beta=self.beta, weights=weights)
         terms.metrics["z0"] = _one_value(self.points.z0)
         return terms
 
@@ -212,25 +216,17 @@ class StepValues(OutcomeValues):
     """Step-KTO's value terms: KTO's, and one of the same form for every step.
 
     Args:
-        beta, class_weights: as for :class:`OutcomeValues`.
-        step_class_weights: the same of steps.
+        beta, class_weights: as for :class:`OutcomeValues`, of completions and of steps.
         reduction: see :func:`stepkd.losses.step_kto`.
     """
 
     names = ("outcome", "step")
+    learns = ("outcomes", "steps")
 
-    def __init__(
-        self, beta: float, class_weights: GivenWeights, step_class_weights: GivenWeights, reduction: Reduction
-    ) -> None:
+    def __init__(self, beta: float, class_weights: GivenWeights, reduction: Reduction) -> None:
         super().__init__(beta, class_weights)
         check_choice("reduction", reduction, get_args(Reduction))
-        self.step_weights = _checked_weights("step_class_weights", step_class_weights)
         self.reduction = reduction
-
-    def weigh(self, ratio: Callable[[str], ClassWeights]) -> None:
-        """Those of outcomes and of steps."""
-        super().weigh(ratio)
-        self.step_weights = self.step_weights or ratio("steps")
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Completions with an outcome, and completions with a labelled step."""
@@ -248,20 +244,32 @@ class StepValues(OutcomeValues):
             z0_step=self.points.of_steps(batch.completion_S, ratios_N),
             beta=self.beta,
             reduction=self.reduction,
-            weights=self.weights or EVEN,
-            step_weights=self.step_weights or EVEN,
+            weights=self.weights.get("outcomes", EVEN),
+            step_weights=self.weights.get("steps", EVEN),
         )
         terms.metrics |= {"z0": _one_value(self.points.z0), "z0_step": _one_value(self.points.z0_step)}
         return terms
 
 
-class FeedbackModule(PreferenceModule):
-    """Base of methods that learn from correct and incorrect completions, each measured from a reference point."""
+class KTOModule(PreferenceModule):
+    """KTO on whole completions, each of them correct or incorrect, measured from a reference point.
+
+    Args:
+        policy: the model to train; LoRA or all weights.
+        reference: the frozen model.
+        beta: > 0.
+        class_weights: (lambda_D, lambda_U) of correct and incorrect completions; ``ratio`` gives both classes the same
+            total, counted over the training data.
+        reference_point: how z0 is estimated.
+        **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
+    """
 
     def __init__(
         self,
         policy: PolicyConfig,
         reference: ReferenceConfig | None = None,
+        beta: float = 0.1,
+        class_weights: list[float] | Literal["ratio"] = "ratio",
         reference_point: ReferencePointConfig | None = None,
         **settings: Any,
     ) -> None:
@@ -269,11 +277,9 @@ class FeedbackModule(PreferenceModule):
         self.point_spec = reference_point or ReferencePointConfig()
         self.prepares_with_model |= bool(self.point_spec.reads)
         self._estimator = PointEstimator(self.point_spec)
-
-    @property
-    def values(self) -> OutcomeValues:
+        self.values = OutcomeValues(beta, class_weights)
         """The component that the points and class weights are for."""
-        return cast(OutcomeValues, self.components[0])
+        self.components = (self.values,)
 
     def make_encoder(self, data: StepData) -> FeedbackEncoder:
         """The method learns from completions with an outcome, or with labelled steps."""
@@ -283,7 +289,7 @@ class FeedbackModule(PreferenceModule):
             data.segmenter,
             max_length=data.max_length,
             labels=data.labels,
-            learns=("outcomes", "steps") if "step" in self.loss_names else ("outcomes",),
+            learns=self.values.learns,
         )
 
     def on_fit_start(self) -> None:
@@ -330,33 +336,7 @@ class FeedbackModule(PreferenceModule):
         }
 
 
-class KTOModule(FeedbackModule):
-    """KTO on whole completions, each of them correct or incorrect.
-
-    Args:
-        policy: the model to train; LoRA or all weights.
-        reference: the frozen model.
-        beta: > 0.
-        class_weights: (lambda_D, lambda_U) of correct and incorrect completions; ``ratio`` gives both classes the same
-            total, counted over the training data.
-        reference_point: how z0 is estimated.
-        **settings: ``optimizer``, ``validation`` and what else :class:`~stepkd.modules.base.StepModule` takes.
-    """
-
-    def __init__(
-        self,
-        policy: PolicyConfig,
-        reference: ReferenceConfig | None = None,
-        beta: float = 0.1,
-        class_weights: list[float] | Literal["ratio"] = "ratio",
-        reference_point: ReferencePointConfig | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(policy, reference, reference_point, **settings)
-        self.components = (OutcomeValues(beta, class_weights),)
-
-
-class StepKTOModule(FeedbackModule):
+class StepKTOModule(KTOModule):
     """Step-KTO: KTO's value term for the outcome, and one for every step; one forward pass serves both.
 
     A reconstruction, see :func:`stepkd.losses.step_kto`: how the paper weighs and averages its step terms and where it
@@ -364,8 +344,8 @@ class StepKTOModule(FeedbackModule):
     ``loss_weights: {step: w_s}``, and 0 is KTO.
 
     Args:
-        policy, reference, beta, class_weights, reference_point: as for :class:`KTOModule`.
-        step_class_weights: as ``class_weights``, counted over the steps.
+        policy, reference, beta, reference_point: as for :class:`KTOModule`.
+        class_weights: of completions and of steps; ``ratio`` counts each by itself.
         reduction: ``sum_steps`` or ``mean_steps``: see :func:`stepkd.losses.step_kto`.
         **settings: as for :class:`KTOModule`.
     """
@@ -376,13 +356,13 @@ class StepKTOModule(FeedbackModule):
         reference: ReferenceConfig | None = None,
         beta: float = 0.1,
         class_weights: list[float] | Literal["ratio"] = "ratio",
-        step_class_weights: list[float] | Literal["ratio"] = "ratio",
         reduction: Reduction = DEFAULT_REDUCTION,
         reference_point: ReferencePointConfig | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(policy, reference, reference_point, **settings)
-        self.components = (StepValues(beta, class_weights, step_class_weights, reduction),)
+        super().__init__(policy, reference, beta, class_weights, reference_point, **settings)
+        self.values = StepValues(beta, class_weights, reduction)
+        self.components = (self.values,)
 
 
 def _one_value(number: float) -> tuple[Tensor, Tensor]:
@@ -390,10 +370,10 @@ def _one_value(number: float) -> tuple[Tensor, Tensor]:
     return torch.tensor(number), torch.tensor(1.0)
 
 
-def _checked_weights(name: str, weights: GivenWeights) -> ClassWeights | None:
+def _checked_weights(weights: GivenWeights) -> ClassWeights | None:
     """The weights, or None for the ratio rule."""
     if weights == "ratio":
         return None
     if not isinstance(weights, list | tuple) or len(weights) != 2 or not all(0 < w < float("inf") for w in weights):
-        raise ConfigError(f"{name}={weights!r}: two positive numbers, of correct and incorrect ones, or 'ratio'")
+        raise ConfigError(f"class_weights={weights!r}: two positive numbers, of correct and incorrect ones, or 'ratio'")
     return (float(weights[0]), float(weights[1]))

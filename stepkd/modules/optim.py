@@ -26,14 +26,13 @@ class OptimizerConfig:
     """Decay of the second moment, in [0, 1)."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    schedule: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
-    """``constant``, ``linear``, ``cosine`` or ``warmup_stable_decay`` (decay over the last fifth)."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes on after the warm-up: ``constant``, or to 0 at the end of the run by a ``linear`` or,
+    as most papers have it, a ``cosine`` decay."""
     warmup: float = 0.03
-    """Warm-up: a share of all steps when below 1, else a number of steps."""
-    min_lr_ratio: float = 0.0
-    """Final learning rate over the peak, in [0, 1], for ``cosine`` and ``warmup_stable_decay``."""
+    """Warm-up: a share of all steps when below 1, else a number of steps, >= 0."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 only measures it."""
+    """Gradients are clipped to this global norm, >= 0; 0 only measures it."""
 
     def __post_init__(self) -> None:
         check_bounds(
@@ -44,19 +43,8 @@ class OptimizerConfig:
             beta1="[0, 1)",
             beta2="[0, 1)",
             warmup="[0, inf)",
-            min_lr_ratio="[0, 1]",
             max_grad_norm="[0, inf)",
         )
-        if self.min_lr_ratio and self.schedule in ("constant", "linear"):
-            raise ConfigError(
-                f"optimizer.min_lr_ratio has no effect on schedule {self.schedule!r}: drop it or use cosine"
-            )
-
-    def warmup_steps(self, total_steps: int | None) -> int:
-        """Number of warm-up steps."""
-        if self.warmup >= 1:
-            return int(self.warmup)
-        return 0 if total_steps is None else round(self.warmup * total_steps)
 
 
 def build_optimizer(spec: OptimizerConfig, parameters: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -110,13 +98,7 @@ def build_schedule(spec: OptimizerConfig, optimizer: torch.optim.Optimizer, tota
             f"optimizer.schedule={spec.schedule!r} with warmup={spec.warmup} needs to know where the run ends: set "
             "trainer.max_steps (or trainer.max_epochs with batches measured in sequences)"
         )
-    warmup, total = spec.warmup_steps(total_steps), total_steps or 0
-    name: str = spec.schedule
-    extra: dict[str, Any] | None = None
-    if name == "constant":
-        name = "constant_with_warmup"
-    elif name == "warmup_stable_decay":
-        extra = {"num_decay_steps": max(1, (total - warmup) // 5), "min_lr_ratio": spec.min_lr_ratio}
-    elif name == "cosine" and spec.min_lr_ratio:
-        name, extra = "cosine_with_min_lr", {"min_lr_rate": spec.min_lr_ratio}
-    return get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=extra)
+    total = total_steps or 0
+    warmup = int(spec.warmup) if spec.warmup >= 1 else round(spec.warmup * total)
+    name = "constant_with_warmup" if spec.schedule == "constant" else spec.schedule
+    return get_scheduler(name, optimizer, warmup, total)

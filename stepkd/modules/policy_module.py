@@ -112,7 +112,8 @@ class PolicyModule(LightningModule):
         return {}
 
     def restore_method_state(self, state: dict[str, Any]) -> None:
-        """Take back what :meth:`method_state` gave, to go on training."""
+        """Take back what :meth:`method_state` gave, to train on."""
+        self.adopt_method_state(state)
 
     def adopt_method_state(self, state: dict[str, Any]) -> None:
         """Take from it what validation, test and prediction need; nothing has to fit the run that wrote it."""

@@ -6,7 +6,7 @@ Axes: those of :mod:`stepkd.data.collate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -40,8 +40,8 @@ class ReferenceConfig:
     of its weights: no second model in memory, and nothing is computed again in a second epoch."""
 
 
-class ReferenceCache:
-    """Log-probabilities of completions under the reference, keyed by prompt and completion ids.
+class ReferenceCache(dict[bytes, Tensor]):
+    """Log-probabilities of a completion's tokens under the reference, on the CPU, by the completion's key.
 
     Args:
         folder: where the ranks' files are; read at once.
@@ -52,52 +52,27 @@ class ReferenceCache:
         ModelError: a file of another reference, or one that cannot be read.
     """
 
-    def __init__(self, folder: str | Path, identity: str, precision: str = "32-true") -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, identity: str, precision: str) -> None:
+        super().__init__()
+        self.folder = folder
         self.identity = identity
         self.precision = precision
-        self._logps: dict[bytes, Tensor] = {}
-        for path in sorted(self.folder.glob("reference-*.safetensors")):
+        for path in sorted(folder.glob("reference-*.safetensors")):
             self._read(path)
 
-    def __len__(self) -> int:
-        return len(self._logps)
+    def __missing__(self, key: bytes) -> Tensor:
+        raise ConfigError(
+            "reference.cache holds no log-probabilities of a completion of this batch, and the reference's weights "
+            "are gone: resume with the data and batch size that the run was begun with, or set reference.cache: false"
+        )
 
-    def __contains__(self, completion: Completion) -> bool:
-        return completion.key in self._logps
-
-    def get(self, completion: Completion) -> Tensor:
-        """Log-probability of every token of a completion, on the CPU.
-
-        Raises:
-            ConfigError: it was never computed: the data is not what the cache was made for.
-        """
-        found = self._logps.get(completion.key)
-        if found is None:
-            raise ConfigError(
-                "reference.cache holds no log-probabilities of a completion of this batch, and the reference's weights "
-                "are gone: resume with the data and batch size that the run was begun with, or set reference.cache: "
-                "false"
-            )
-        return found
-
-    def add(self, completions: Sequence[Completion], logps: Iterable[Tensor]) -> None:
-        """Keep log-probabilities, one tensor per completion."""
-        for completion, values in zip(completions, logps, strict=True):
-            if len(values) != len(completion.token_ids):
-                raise ValueError(f"{len(values)} log-probabilities for {len(completion.token_ids)} tokens")
-            self._logps[completion.key] = values.detach().cpu()
-
-    def save(self, rank: int = 0) -> None:
+    def save(self, rank: int) -> None:
         """Write everything this rank knows, whole or not at all."""
-        if not self._logps:
-            return
         path = self.folder / f"reference-{rank}.safetensors"
-        values = list(self._logps.values())
         tensors = {
-            "keys": torch.frombuffer(bytearray(b"".join(self._logps)), dtype=torch.uint8).view(-1, 16).clone(),
-            "lengths": torch.tensor([len(each) for each in values]),
-            "logps": torch.cat(values),
+            "keys": torch.frombuffer(bytearray(b"".join(self)), dtype=torch.uint8).view(-1, 16).clone(),
+            "lengths": torch.tensor([len(each) for each in self.values()]),
+            "logps": torch.cat(list(self.values())),
         }
         facts = {"reference": self.identity, "precision": self.precision}
         write_file(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
@@ -117,7 +92,7 @@ class ReferenceCache:
         if facts.get("precision", "32-true") != self.precision:
             return
         for key, values in zip(keys, logps.split(lengths.tolist()), strict=True):
-            self._logps[bytes(key.tolist())] = values.clone()
+            self[bytes(key.tolist())] = values.clone()
 
 
 class PreferenceModule(StepModule):
@@ -215,10 +190,11 @@ class PreferenceModule(StepModule):
 
     @torch.no_grad()
     def _referenced(self, batch: Batch) -> Batch:
-        known = self._known.__getitem__ if self._cache is None else self._cache.get
-        if self._known or self._cache is not None:
-            parts = [known(completion) for example in batch.examples for completion in example.completions]
-            return replace(batch, reference_N=torch.cat(parts))
+        completions = [completion for example in batch.examples for completion in example.completions]
+        if self._cache is not None:
+            return replace(batch, reference_N=torch.cat([self._cache[each.key] for each in completions]))
+        if self._known:
+            return replace(batch, reference_N=torch.cat([self._known[each] for each in completions]))
         batch = batch.to(self.device)
         with self.model.reference() as view:
             return replace(batch, reference_N=ForwardPass(view, batch, self.chunk_size).logps_N)
@@ -262,12 +238,11 @@ class PreferenceModule(StepModule):
             for example in (*batch.examples, batch.filler):
                 wanted |= {each.key: each for each in example.completions} if len(example.token_ids) else {}
             wanted |= {each.key: each for each in self.mismatches(batch)}
-        missing = [completion for completion in wanted.values() if completion not in cache]
+        missing = [completion for key, completion in wanted.items() if key not in cache]
         as_trained = self.trainer.precision_plugin.forward_context()  # no step has begun that would have entered it
         with self.gathered(), as_trained:
-            cache.add(
-                missing, self._of_tokens(missing, lambda batch: cast(Tensor, batch.reference_N), "reference cache")
-            )
+            logps = self._of_tokens(missing, lambda batch: cast(Tensor, batch.reference_N), "reference cache")
+        cache |= {each.key: values.detach().cpu() for each, values in zip(missing, logps, strict=True)}
         if missing:
             cache.save(self.global_rank)
         self.model.set_reference(None)

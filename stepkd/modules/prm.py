@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from stepkd.data.datamodule import StepData
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError
-from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
+from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy
 from stepkd.models.spec import PolicyConfig
 from stepkd.models.step_head import StepHeadIds, resolve_ids
 from stepkd.models.step_head_config import LabelTokens, StepHeadConfig
@@ -37,34 +38,27 @@ class StepLoss(Component):
     reads_head = True
     """Whether it trains the step head; one of a module's losses has to."""
 
-    def bind(self, ids: StepHeadIds) -> None:
-        """Learn the head's tokens; called once, before anything is counted."""
+    def bound(self, ids: StepHeadIds) -> StepLoss:
+        """The loss for a head of these tokens: itself, where it does not read them."""
+        return self
 
 
 @dataclass(frozen=True)
 class StepCrossEntropy(StepLoss):
-    """Cross-entropy on step labels, every labelled step weighing the same (up to its class weight)."""
-
-    class_weights: list[float] | None = None
-    """Weight per class, worst first, each positive; null for none."""
+    """Cross-entropy on step labels, every labelled step weighing the same."""
 
     names = ("prm",)
 
-    def __post_init__(self) -> None:
-        if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
-            raise ConfigError(f"class_weights={self.class_weights}: positive numbers, one per class, worst first")
-
     def count(self, batch: Batch) -> dict[str, float]:
-        """The sum of the labelled steps' weights."""
-        return {"prm": float(step_weights(batch.targets_LC, self.class_weights).sum())}
+        """Labelled steps."""
+        return {"prm": float(len(batch.targets_LC))}
 
     def terms(self, forward: ForwardPass) -> LossTerms:
         """Cross-entropy of the labelled steps, with accuracies by class."""
-        targets_LC = forward.batch.targets_LC.to(forward.step_logps_LC)
-        return step_cross_entropy(forward.step_logps_LC, targets_LC, class_weights=self.class_weights)
+        return step_cross_entropy(forward.step_logps_LC, forward.batch.targets_LC.to(forward.step_logps_LC))
 
 
-@dataclass
+@dataclass(frozen=True)
 class LanguageModelling(StepLoss):
     """Next-token cross-entropy on the correct steps' own tokens.
 
@@ -75,11 +69,10 @@ class LanguageModelling(StepLoss):
 
     names = ("lm",)
     reads_head = False
-    _marker = -1
 
-    def bind(self, ids: StepHeadIds) -> None:
-        """Know the markers, which are no text of a step."""
-        self._marker = -1 if ids.marker is None else ids.marker
+    def bound(self, ids: StepHeadIds) -> LanguageModelling:
+        """One that leaves out the markers, which are no text of a step."""
+        return self if ids.marker is None else _WithoutMarkers(ids.marker)
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Tokens of correct steps."""
@@ -93,7 +86,15 @@ class LanguageModelling(StepLoss):
         return LossTerms({"lm": found.sums["ce"]})
 
     def _own(self, batch: Batch) -> Tensor:
-        return batch.correct_N & (batch.targets_N != self._marker)
+        return batch.correct_N
+
+
+@dataclass(frozen=True)
+class _WithoutMarkers(LanguageModelling):
+    marker: int
+
+    def _own(self, batch: Batch) -> Tensor:
+        return batch.correct_N & (batch.targets_N != self.marker)
 
 
 @dataclass(frozen=True)
@@ -159,23 +160,14 @@ class PRMModule(StepModule):
                 f"losses: [{given}] would leave the step head as it is: add StepCrossEntropy or PQM, or leave losses "
                 "out, which is StepCrossEntropy alone"
             )
-        self.components = losses
+        self.components = self.losses = losses
         if self.validation_spec.sampling is not None:
             raise ConfigError("validation.sampling: a reward model scores steps and is not sampled from; use null")
-        for loss in self.components:
-            weights = loss.class_weights if isinstance(loss, StepCrossEntropy) else None
-            if weights is not None and len(weights) != self.head_spec.num_classes:
-                raise ConfigError(
-                    f"class_weights={weights}: {self.head_spec.num_classes} positive numbers, worst first"
-                )
-        self._ids: StepHeadIds | None = None
 
-    @property
+    @cached_property
     def step_head_ids(self) -> StepHeadIds:
         """Marker and label ids in the policy's tokenizer; available before the weights are loaded."""
-        if self._ids is None:
-            self._ids = resolve_ids(self.head_spec, self.tokenizer)
-        return self._ids
+        return resolve_ids(self.head_spec, self.tokenizer)
 
     def make_encoder(self, data: StepData) -> StepEncoder:
         """The method learns from solutions with step labels, or with an outcome."""
@@ -206,8 +198,7 @@ class PRMModule(StepModule):
     def complete_model(self) -> None:
         """Put the step head on the policy."""
         self.model.attach_step_head(self.head_spec, seed=self.policy_spec.init_seed)
-        for loss in cast(list[StepLoss], self.components):
-            loss.bind(self.step_head_ids)
+        self.components = [loss.bound(self.step_head_ids) for loss in self.losses]
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """A reward model samples nothing."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -87,12 +87,6 @@ class RewardConfig:
         if self.own is None:
             return ("answer",) if self.name == "accuracy" else ()
         return ("answer",) if "answer" in self.own.needs else ("answer", "solution") if self.own.needs else ()
-
-
-if TYPE_CHECKING:
-    GivenReward = RewardConfig | RewardFunction | str
-else:  # what a recipe holds
-    GivenReward = RewardConfig
 
 
 class Rewards:
@@ -201,26 +195,16 @@ class Rewards:
             if not isinstance(limit, int) or limit < 1:
                 raise ConfigError(f"rewards: limit={limit} of 'length': must be at least 1 token")
             return lambda completion_ids, **_: [-max(0, len(ids) - limit) / limit for ids in completion_ids]
-        return _StepScores(str(spec.options["scorer"]), str(spec.options.get("reduce", "mean")))
+        how = spec.options.get("reduce", "mean")
+        if how not in ("mean", "min"):
+            raise ConfigError(f"rewards: reduce={how!r} of 'steps': must be mean or min")
+        scorer = load_step_scorer(str(spec.options["scorer"]), "rewards: scorer of 'steps'")
 
-
-class _StepScores:
-    """The scores of a completion's steps, reduced."""
-
-    def __init__(self, scorer: str, reduce: str) -> None:
-        if reduce not in ("mean", "min"):
-            raise ConfigError(f"rewards: reduce={reduce!r} of 'steps': must be mean or min")
-        self.scorer = load_step_scorer(scorer, "rewards: scorer of 'steps'")
-        self.reduce = reduce
-
-    def __call__(
-        self, completions: Sequence[str], rows: Sequence[Any], steps: Sequence[list[str]], **_: Any
-    ) -> list[float]:
-        values = []
-        for scores in step_scores(self.scorer, rows, steps):
+        def reduced(scores: Sequence[float]) -> float:
             known = [value for value in scores if not math.isnan(value)]
-            values.append(0.0 if not known else min(known) if self.reduce == "min" else math.fsum(known) / len(known))
-        return values
+            return 0.0 if not known else min(known) if how == "min" else math.fsum(known) / len(known)
+
+        return lambda rows, steps, **_: [reduced(scores) for scores in step_scores(scorer, rows, steps)]
 
 
 class OwnFunction:

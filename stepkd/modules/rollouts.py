@@ -23,6 +23,7 @@ from stepkd.models.policy import Policy
 from stepkd.modules.distributed import all_reduce
 from stepkd.modules.rewards import Rewards
 from stepkd.modules.settings import RolloutConfig, SampleLogConfig
+from stepkd.modules.step_scores import without_blank_end
 from stepkd.runs.logger import append, open_to_append
 from stepkd.runs.process import STOP_REQUEST
 from stepkd.runs.progress import PhaseTracker
@@ -78,34 +79,23 @@ class Rollout(Completion):
         return self.finish == "length"
 
 
+@dataclass(eq=False)
 class GroupSampler:
-    """Draws groups from a policy and grades them.
+    """Draws groups from a policy and grades them."""
 
-    Args:
-        spec: what is sampled.
-        engine: where.
-        policy: the model.
-        rewards: what a completion is worth.
-        phases: told how far it is.
-        seed: keys the noise, with step and problem.
-    """
+    spec: RolloutConfig
+    engine: EngineConfig
+    policy: Policy
+    rewards: Rewards
+    phases: PhaseTracker
+    """Told how far it is."""
+    seed: int
+    """Keys the noise, with step and problem."""
 
-    def __init__(
-        self,
-        spec: RolloutConfig,
-        engine: EngineConfig,
-        policy: Policy,
-        rewards: Rewards,
-        phases: PhaseTracker,
-        seed: int,
-    ) -> None:
-        self.spec = spec
-        self.policy = policy
-        self.rewards = rewards
-        self.phases = phases
-        self.sampling = replace(spec.sampling, seed=seed)
-        self._engine = engine.build(policy, self.sampling, STOP_REQUEST.__bool__)
-        self._segmenter = get_segmenter(spec.segmenter)
+    def __post_init__(self) -> None:
+        self.sampling = replace(self.spec.sampling, seed=self.seed)
+        self._engine = self.engine.build(self.policy, self.sampling, STOP_REQUEST.__bool__)
+        self._segmenter = get_segmenter(self.spec.segmenter)
 
     def __call__(self, batch: StepBatch, step: int, epoch: int) -> list[Rollout]:
         """Graded completions of the batch's prompts, group after group; equal groups are drawn anew on request.
@@ -154,9 +144,7 @@ class GroupSampler:
         texts = texts_from_ids(self.policy.tokenizer, [rollout.token_ids for rollout in rollouts])
         for rollout, text in zip(rollouts, texts, strict=True):
             spans = segment(self._segmenter, text) or [(0, len(text))]
-            steps = [text.span_text(*span) for span in spans]
-            while steps and not steps[-1].strip():
-                steps.pop()
+            steps = without_blank_end([text.span_text(*span) for span in spans])
             found.append(replace(rollout, step_ends=np.asarray(step_ends(spans)), steps=tuple(steps)))
         return found
 

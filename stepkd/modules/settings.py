@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.losses.kl_estimators import Estimator
-from stepkd.losses.policy_gradient import Advantage, Normalisation
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.teachers.config import TopK
 
@@ -54,11 +52,11 @@ class PolicyLossConfig:
 
     weight: float = 1.0
     """Weight of the term, >= 0; 0 distils only."""
-    advantage: Advantage = "group_std"
+    advantage: Literal["group_std", "group_mean", "leave_one_out"] = "group_std"
     """How rewards are compared within a prompt's completions: over their standard deviation (GRPO), with their mean
     (``group_mean``, Dr. GRPO), or with the mean of the others (``leave_one_out``, RLOO)."""
-    normalisation: Normalisation = "group_token_mean"
-    """What the sum over tokens is divided by: as KDRL does, or as ``grpo``, ``dapo``, ``dr_grpo`` or TRL's ``bnpo``."""
+    normalisation: Literal["group_token_mean", "grpo", "dapo", "dr_grpo"] = "group_token_mean"
+    """What the sum over tokens is divided by: as KDRL does, or as ``grpo``, ``dapo`` or ``dr_grpo`` do."""
     clip_low: float = 0.2
     """Lower bound 1 - clip_low of the ratio, in [0, 1)."""
     clip_high: float = 0.2
@@ -144,13 +142,18 @@ class Switch(Schedule):
         return float(step >= self.until_step)
 
 
+Estimator = Literal["k1", "k2", "k3"]
+Mask = Literal["none", "response", "group"]
+
+
 class KDConfig(ABC):
     """The distillation term (KDRL, arXiv 2506.02208), ``beta`` times a reverse KL to the teacher on the policy's own
-    samples: a term of its own (Sampled or Exact), or a part of every token's advantage (AsAdvantage) or of the reward
-    (AsReward)."""
+    samples: a term of its own (SampledKL or ExactKL), or a part of every token's advantage (AsAdvantage)."""
 
     beta: float
     schedule: Schedule
+    mask: Mask = "none"
+    """What is distilled on: every completion."""
 
     def coefficient(self, step: int) -> float:
         """The term's coefficient at an optimiser step, counted from 0."""
@@ -158,46 +161,33 @@ class KDConfig(ABC):
 
 
 @dataclass(frozen=True)
-class _Joint(KDConfig):
+class _Term(KDConfig):
     """A term of its own, the paper's joint loss."""
 
     beta: float = 2e-3
-    """Coefficient of the distillation term at the first step, >= 0; the paper's."""
+    """Coefficient of the distillation term at the first optimiser step, >= 0; the default is the paper's."""
     schedule: Schedule = field(default_factory=Constant)
     """How the coefficient changes: Constant, Linear, or Switch, which distils first and learns from rewards then."""
-    mask: Literal["none", "response", "group"] = "none"
+    mask: Mask = "none"
     """What is distilled on: every completion (``none``), only incorrect ones (``response``), or only prompts without a
     correct one (``group``). The term is divided by all tokens (the paper's choice was not found)."""
-    skip_eos: bool = False
-    """Whether the end token is left out of this term, for a teacher that ends otherwise."""
 
     def __post_init__(self) -> None:
         check_bounds("kd.", self, beta="[0, inf)")
 
 
 @dataclass(frozen=True)
-class Sampled(_Joint):
+class SampledKL(_Term):
     """A term of its own from the sampled tokens' log-probabilities alone, by an estimator of the KL."""
 
     estimator: Estimator = "k2"
     """What estimates the KL: ``k1``, ``k2`` or ``k3``; the paper takes k2, whose gradient is the reverse KL's."""
     gradient: Estimator | None = None
     """Straight-through: the term's value stays the estimator's, its gradient is this one's; null: its own."""
-    clamp: float | None = None
-    """Bound on |log teacher - log policy| in the gradient of k2, in nats, > 0; null: none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bounds("kd.", self, clamp="(0, inf)")
-        if self.clamp is not None and (self.gradient or self.estimator) != "k2":
-            raise ConfigError(
-                f"kd.clamp={self.clamp} bounds the gradient of k2, and the gradient is that of "
-                f"{self.gradient or self.estimator}: set kd.gradient: k2"
-            )
 
 
 @dataclass(frozen=True)
-class Exact(_Joint):
+class ExactKL(_Term):
     """A term of its own, the exact reverse KL at every sampled prefix."""
 
     top_k: TopK | None = None
@@ -210,23 +200,7 @@ class AsAdvantage(KDConfig):
     """``beta (log teacher - log policy)`` is added to every token's advantage: on-policy the same gradient as k2's."""
 
     beta: float = 2e-3
-    """Coefficient at the first step, >= 0; the paper's."""
-    schedule: Steady = field(default_factory=Constant)
-    """How the coefficient changes: Constant or Linear."""
-    clamp: float | None = None
-    """Bound on |log teacher - log policy|, in nats, > 0; null: none."""
-
-    def __post_init__(self) -> None:
-        check_bounds("kd.", self, beta="[0, inf)", clamp="(0, inf)")
-
-
-@dataclass(frozen=True)
-class AsReward(KDConfig):
-    """``beta sum_t (log teacher - log policy)`` is added to the reward before it is normalised, which loses what each
-    token deserves (a form of our own, for comparison)."""
-
-    beta: float = 2e-3
-    """Coefficient at the first step, >= 0; the paper's."""
+    """Coefficient of the distillation at the first optimiser step, >= 0; the default is the paper's."""
     schedule: Steady = field(default_factory=Constant)
     """How the coefficient changes: Constant or Linear."""
 
@@ -247,16 +221,11 @@ class SampleLogConfig:
         check_bounds("samples.", self, every="[1, inf)", number="[0, inf)")
 
 
-class StepCreditConfig(ABC):
-    """Rewards of steps, beside that of the answer: ToGo or FirstStep."""
-
-    scorer: str
-    weight: float
-    outcome_weight: float
-
-
 @dataclass(frozen=True)
-class _Credit(StepCreditConfig):
+class StepCreditConfig:
+    """Rewards of steps beside that of the answer: a token has the rewards of its step and of later ones, normalised
+    over all steps of the group (DeepSeekMath's process supervision, arXiv 2402.03300)."""
+
     scorer: str
     """What scores steps: ``checker`` (the tiny world), ``arithmetic``, ``gain`` (what of the row's solution a step
     adds), a process reward model, or ``judge:MODEL``."""
@@ -265,25 +234,8 @@ class _Credit(StepCreditConfig):
     deviation."""
     outcome_weight: float = 1.0
     """Weight of the answer's advantage in that sum, >= 0."""
-
-    def __post_init__(self) -> None:
-        check_bounds("step_credit.", self, weight="[0, inf)", outcome_weight="[0, inf)")
-
-
-@dataclass(frozen=True)
-class ToGo(_Credit):
-    """A token has the rewards of its step and of later ones, normalised over all steps of the group (DeepSeekMath's
-    process supervision, arXiv 2402.03300)."""
-
     discount: float = 1.0
     """Factor on a reward for every step that it is away, in [0, 1]; 0: a step has its own only."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bounds("step_credit.", self, discount="[0, 1]")
-
-
-@dataclass(frozen=True)
-class FirstStep(_Credit):
-    """The first step, where a mode or a plan is chosen, has an advantage of its own for its score, beside the answer's
-    (after KAT-V1, a reconstruction: see :func:`~stepkd.losses.segments_to_go`)."""
+        check_bounds("step_credit.", self, weight="[0, inf)", outcome_weight="[0, inf)", discount="[0, 1]")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from stepkd.data.collate import Batch
 from stepkd.errors import TrainingError
 from stepkd.losses import LossTerms
+from stepkd.models.machine import memory_peak
 from stepkd.modules.distributed import all_names, all_reduce
 
 _SHOWN = 16
@@ -104,14 +103,6 @@ def train_flops_per_token(model: nn.Module) -> float:
     return 4.0 * total + 2.0 * trainable
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: allocated on a CUDA device, resident size of the process elsewhere (GiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 class Throughput:
     """Rate over the time between two calls of :meth:`measure`."""
 
@@ -131,10 +122,12 @@ class Throughput:
         """
         now = time.perf_counter()
         seconds, self._last = max(now - self._last, 1e-9), now
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else memory_peak() or 0
         result = {
             "perf/tokens_per_second": tokens / seconds,
             "perf/step_seconds": seconds,
-            "perf/memory_gib": peak_memory_gib(self.device),
+            "perf/memory_gib": peak / 2**30,
         }
         if self.peak_flops:
             result["perf/mfu"] = self.flops_per_token * tokens / seconds / (self.peak_flops * world_size)

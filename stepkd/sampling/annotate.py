@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from stepkd.errors import DataError, ModelError
-from stepkd.losses.linear import DEFAULT_CHUNK, chunked_head
-from stepkd.losses.token import target_logps
+from stepkd.losses.linear import DEFAULT_CHUNK, chunked_head, target_logps
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.decode import padded

@@ -25,8 +25,9 @@ from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.losses import chunked_head, tempered, top_k_buckets
 from stepkd.runs.files import write_file
 from stepkd.runs.job import ALONE, PARTS, Job, JobOptions, numbered, package_versions, read_settings
+from stepkd.teachers.config import Cached
 from stepkd.teachers.local import LocalTeacher, check_context
-from stepkd.teachers.signals import Comparison, HiddenSignals, Signals, Teacher
+from stepkd.teachers.signals import Compared, HiddenSignals, Signals, Teacher
 
 KIND = "teacher's cache"
 COMPLETIONS = "completions"
@@ -63,30 +64,25 @@ class CachedSignals:
         """See :class:`~stepkd.teachers.signals.Signals`."""
         return (self.ids_Nk, self.logps_Nk, self.tail_N)
 
-    def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Comparison:
+    def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Compared:
         """See :class:`~stepkd.teachers.signals.Signals`."""
         ids_Ck, logps_Ck, tail_C = chunk
         teacher = torch.cat([logps_Ck, tail_C.unsqueeze(-1)], dim=-1)
         if not self.tail:
             teacher = logps_Ck - logps_Ck.logsumexp(-1, keepdim=True)
         student = top_k_buckets(log_student_CV, ids_Ck, tail=self.tail)
-        return Comparison(student, teacher.to(student.dtype), ids_Ck[:, 0])
+        return Compared(student, teacher.to(student.dtype), ids_Ck[:, 0])
 
 
 class CachedTeacher(Teacher):
-    """A teacher whose weights are not needed any more.
-
-    Args:
-        folder: a finished cache.
-        top_k: use only so many of the tokens it holds; None: all.
-        tail: see :class:`CachedSignals`.
+    """A teacher whose weights are not needed any more: a finished cache.
 
     Raises:
         ModelError: no finished cache there, or a part that was changed or damaged.
     """
 
-    def __init__(self, folder: str | Path, *, top_k: int | None = None, tail: bool = True) -> None:
-        self.folder = Path(folder).expanduser()
+    def __init__(self, spec: Cached) -> None:
+        self.folder = Path(spec.folder).expanduser()
         try:
             self.settings = read_settings(self.folder)
         except DataError as error:
@@ -99,10 +95,11 @@ class CachedTeacher(Teacher):
                 f"{self.folder} holds no teacher's cache, but another kind of job ({self.settings['kind']})"
             )
         self.stored_k = int(self.settings["top_k"])
-        if top_k is not None and top_k > self.stored_k:
-            raise ConfigError(f"teacher.top_k={top_k}, and the cache in {self.folder} holds {self.stored_k} tokens")
-        self.top_k = top_k or self.stored_k
-        self.tail = tail
+        self.top_k, self.tail = (self.stored_k, True) if spec.top_k is None else (spec.top_k.k, spec.top_k.tail)
+        if self.top_k > self.stored_k:
+            raise ConfigError(
+                f"teacher.top_k.k={self.top_k}, and the cache in {self.folder} holds {self.stored_k} tokens"
+            )
         self._entries: dict[Key, Entry] = {}
 
     def bind(self, tokenizer: Any, vocab_size: int | None = None) -> None:
@@ -247,8 +244,8 @@ def write_cache(
     job = Job(Path(folder).expanduser(), KIND, options=options)
     settings = job.begin(
         {
-            "teacher": {"name": teacher.path, "weights": teacher.identity()},
-            "template": repr(teacher.template),
+            "teacher": {"name": teacher.spec.path, "weights": teacher.identity()},
+            "template": repr(teacher.spec.template),
             "tokenizer": tokenizer_hash(teacher.policy.tokenizer),
             "vocabulary": vocabulary,
             "top_k": top_k,
@@ -297,7 +294,7 @@ def _score(
         assert isinstance(signals, HiddenSignals)
         values = chunked_head(likeliest, signals.head, signals.hidden_NH, chunk_size=chunk_size).cpu()
         if not values[:, top_k].isfinite().all():
-            raise ModelError(f"the teacher {teacher.path} gave logits that are not finite")
+            raise ModelError(f"the teacher {teacher.spec.path} gave logits that are not finite")
         sizes = [len(each.token_ids) for each in group]
         for each, rows in zip(group, values.split(sizes), strict=True):
             found[each.key] = (rows[:, :top_k].long(), rows[:, top_k:-1].float(), rows[:, -1].float())

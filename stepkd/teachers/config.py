@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -40,13 +41,17 @@ class TeacherConfig(ABC):
     lacks: ClassVar[Mapping[str, str]] = {}
     """What this kind of teacher cannot do, and what to do about it; completes "... and this teacher"."""
 
-    @abstractmethod
+    teacher: ClassVar[tuple[str, str]]
+    """File of this folder and class that is made of these settings."""
+
     def build(self) -> Any:
         """Make the teacher, a :class:`~stepkd.teachers.signals.Teacher`; nothing is loaded before it is bound.
 
         Raises:
             ModelError: a cache that is not there.
         """
+        file, name = self.teacher
+        return getattr(import_module(f"stepkd.teachers.{file}"), name)(self)
 
     def require(self, needs: Needs) -> None:
         """Refuse a run that asks for more than this kind of teacher can do.
@@ -63,10 +68,6 @@ class TeacherConfig(ABC):
                 lack = "is compared in its likeliest tokens alone: set teacher.top_k to null"
             if lack is not None:
                 raise ConfigError(f"{setting}, and the teacher {type(self).__name__} {lack}")
-
-    def _settings(self) -> dict[str, Any]:
-        """Arguments of the teacher: the settings, with ``top_k`` as two of them."""
-        return vars(self) | ({} if self.top_k is None else {"top_k": self.top_k.k, "tail": self.top_k.tail})
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,7 @@ class Local(TeacherConfig):
                 "weights on the ranks' own devices; set teacher.device to null and teacher.quantization to none"
             )
 
-    def build(self) -> Any:
-        """See :meth:`TeacherConfig.build`."""
-        from stepkd.teachers.local import LocalTeacher
-
-        return LocalTeacher(**self._settings())
+    teacher: ClassVar[tuple[str, str]] = ("local", "LocalTeacher")
 
 
 @dataclass(frozen=True)
@@ -124,11 +121,7 @@ class Cached(TeacherConfig):
         "writes": "writes nothing: take the teacher Local",
     }
 
-    def build(self) -> Any:
-        """See :meth:`TeacherConfig.build`."""
-        from stepkd.teachers.cache import CachedTeacher
-
-        return CachedTeacher(**self._settings())
+    teacher: ClassVar[tuple[str, str]] = ("cache", "CachedTeacher")
 
 
 @dataclass(frozen=True)
@@ -148,72 +141,48 @@ class Served(TeacherConfig):
         "writes": "is not sampled from here: sample it beforehand (stepkd label), or take the teacher Local",
     }
 
-    def build(self) -> Any:
-        """See :meth:`TeacherConfig.build`."""
-        from stepkd.teachers.server import ServerTeacher
-
-        return ServerTeacher(**self._settings())
-
-
-_OWN: Mapping[str, str] = {
-    "writes": "is the student itself: set source.lmbda in place of source.teacher, and fidelity.answers to false",
-    "other": "is the student itself: take the teacher Local",
-}
+    teacher: ClassVar[tuple[str, str]] = ("server", "ServerTeacher")
 
 
 @dataclass(frozen=True)
-class SelfSnapshot(TeacherConfig):
+class _Self(TeacherConfig):
+    top_k: TopK | None = field(default=None, kw_only=True)
+    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
+
+    lacks: ClassVar[Mapping[str, str]] = {
+        "writes": "is the student itself: set source.lmbda in place of source.teacher, and fidelity.answers to false",
+        "other": "is the student itself: take the teacher Local",
+    }
+
+
+@dataclass(frozen=True)
+class SelfSnapshot(_Self):
     """The student as it was a while ago (PS-KD, arXiv 2006.12000): when the pass over the data began."""
 
     every: int | None = None
     """Renew it after so many optimiser steps, >= 1; null: after every pass over the data, as the paper does."""
-    top_k: TopK | None = None
-    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
-
-    lacks: ClassVar[Mapping[str, str]] = _OWN
 
     def __post_init__(self) -> None:
         check_bounds("teacher.", self, every="[1, inf)")
 
-    def build(self) -> Any:
-        """See :meth:`TeacherConfig.build`."""
-        from stepkd.teachers.own import SnapshotTeacher
-
-        return SnapshotTeacher(**self._settings())
+    teacher: ClassVar[tuple[str, str]] = ("own", "SnapshotTeacher")
 
 
 @dataclass(frozen=True)
-class SelfAverage(TeacherConfig):
+class SelfAverage(_Self):
     """A running average of the student's weights (the mean teacher, arXiv 1703.01780)."""
 
     decay: float = 0.999
     """Weight of the average against the student at every optimiser step, in (0, 1)."""
-    top_k: TopK | None = None
-    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
-
-    lacks: ClassVar[Mapping[str, str]] = _OWN
 
     def __post_init__(self) -> None:
         check_bounds("teacher.", self, decay="(0, 1)")
 
-    def build(self) -> Any:
-        """See :meth:`TeacherConfig.build`."""
-        from stepkd.teachers.own import AverageTeacher
-
-        return AverageTeacher(**self._settings())
+    teacher: ClassVar[tuple[str, str]] = ("own", "AverageTeacher")
 
 
 @dataclass(frozen=True)
-class SelfBase(TeacherConfig):
+class SelfBase(_Self):
     """The student as it was before training: its adapter-off view where fresh adapters are trained, else a copy."""
 
-    top_k: TopK | None = None
-    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
-
-    lacks: ClassVar[Mapping[str, str]] = _OWN
-
-    def build(self) -> Any:
-        """See :meth:`TeacherConfig.build`."""
-        from stepkd.teachers.own import BaseTeacher
-
-        return BaseTeacher(**self._settings())
+    teacher: ClassVar[tuple[str, str]] = ("own", "BaseTeacher")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from stepkd.models.machine import device_room
 from stepkd.models.policy import Policy
 from stepkd.models.sharding import shard
 from stepkd.models.source import trained_template
-from stepkd.models.spec import Quantization
 from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
+from stepkd.teachers.config import Local
 from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
 
 logger = logging.getLogger(__name__)
@@ -36,20 +35,9 @@ ROOM = 0.9
 
 @dataclass(eq=False)
 class LocalTeacher(Teacher):
-    """A frozen model beside the student; its settings are those of ``Local`` in :mod:`stepkd.teachers.config`."""
+    """A frozen model beside the student."""
 
-    path: str
-    _: KW_ONLY
-    dtype: str | None = None
-    quantization: Quantization = "none"
-    device: str | None = None
-    sharded: bool = False
-    attention: str | None = None
-    template: str | Path | PromptTemplate | None = None
-    top_k: int | None = None
-    """Compare only its k likeliest tokens and the rest; None: the whole vocabulary."""
-    tail: bool = True
-    """See :class:`~stepkd.teachers.signals.HiddenSignals`."""
+    spec: Local
     _policy: Policy | None = field(default=None, init=False)
     _encoder: Encoder | None = field(default=None, init=False)
     _is_sharded: bool = field(default=False, init=False)
@@ -74,10 +62,10 @@ class LocalTeacher(Teacher):
         """
         if self._policy is not None:
             return
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("dtype", "attention", "quantization")}
-        policy = load_trained(self.path, **how)
+        spec = self.spec
+        policy = load_trained(spec.path, dtype=spec.dtype, attention=spec.attention, quantization=spec.quantization)
         if policy.step_head is not None:
-            raise ModelError(f"teacher.path={self.path} is a reward model: a teacher is a language model")
+            raise ModelError(f"teacher.path={spec.path} is a reward model: a teacher is a language model")
         check_same_vocabulary(tokenizer, policy.tokenizer)
         policy.vocab_size = min(policy.vocab_size, vocab_size or policy.vocab_size)  # the student may have spare ids
         if vocab_size not in (None, policy.vocab_size):
@@ -86,10 +74,10 @@ class LocalTeacher(Teacher):
                 "under one tokenizer: one of them was not resized to it; resize its embeddings and save it again"
             )
         policy.requires_grad_(False).eval()
-        if self.template is not None:
-            room = policy.max_length or 2**31
-            template = get_template(self.template)
-            self._encoder = Encoder(policy.tokenizer, template, get_segmenter("whole"), max_length=room)
+        if spec.template is not None:
+            longest = policy.max_length or 2**31
+            template = get_template(spec.template)
+            self._encoder = Encoder(policy.tokenizer, template, get_segmenter("whole"), max_length=longest)
         self._policy, self.max_length = policy, policy.max_length
 
     def identity(self) -> str:
@@ -121,7 +109,7 @@ class LocalTeacher(Teacher):
         # As a forward pass of the model, which gathers embeddings and head.
         hidden_BTH = policy(policy.hidden, own.input_ids_BT, own.attention_mask_BT, own.shared_BT)
         hidden_NH = hidden_BTH.flatten(0, 1)[own.needed_N]
-        return HiddenSignals(policy.head, hidden_NH, temperature, self.top_k, self.tail)
+        return HiddenSignals(policy.head, hidden_NH, temperature, self.spec.top_k)
 
     def _reread(self, batch: Batch) -> Batch:
         """The same completions behind the teacher's own prompts; targets keep their order."""
@@ -131,7 +119,7 @@ class LocalTeacher(Teacher):
 
     def shard(self, mesh: Any) -> None:
         """See :class:`~stepkd.teachers.signals.Teacher`."""
-        if self.sharded and not self._is_sharded:
+        if self.spec.sharded and not self._is_sharded:
             shard(self.policy, mesh)
             self._is_sharded = True
 
@@ -145,11 +133,11 @@ class LocalTeacher(Teacher):
         Raises:
             ConfigError: it was to be sharded, and the strategy shards nothing.
         """
-        if self.sharded and not self._is_sharded:
+        if self.spec.sharded and not self._is_sharded:
             raise ConfigError(
                 "teacher.sharded: true needs several ranks under recipes/strategy/fsdp2.yaml (trainer.strategy)"
             )
-        trained = None if template is None or self.template is not None else trained_template(self.path)
+        trained = None if template is None or self.spec.template is not None else trained_template(self.spec.path)
         if template is not None and trained not in (None, template):
             logger.warning(
                 "prompt template: the teacher reads the student's prompts (%s); it was trained with %s, which "
@@ -172,7 +160,7 @@ class LocalTeacher(Teacher):
         policy = self.policy
         if self._is_sharded:
             return
-        wanted = device if self.device is None else torch.device(self.device)
+        wanted = device if self.spec.device is None else torch.device(self.spec.device)
         if policy.device.type == wanted.type and wanted.index in (None, policy.device.index):
             return
         check_room(policy, wanted)

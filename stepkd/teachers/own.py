@@ -21,17 +21,13 @@ from stepkd.teachers.signals import HiddenSignals, Signals, Teacher
 
 
 class SelfTeacher(Teacher):
-    """A frozen copy of the student, which subclasses renew.
+    """A frozen copy of the student, which subclasses renew."""
 
-    Args:
-        top_k, tail: as for :class:`~stepkd.teachers.local.LocalTeacher`.
-    """
+    _student: Policy
+    _copy: Policy
 
-    def __init__(self, *, top_k: int | None = None, tail: bool = True) -> None:
-        self.top_k = top_k
-        self.tail = tail
-        self._student: Policy | None = None
-        self._copy: Policy | None = None
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
 
     def follow(self, student: Policy) -> None:
         """Take the student as it is now as the first teacher."""
@@ -49,9 +45,9 @@ class SelfTeacher(Teacher):
     @torch.no_grad()
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`."""
-        device, copied = self._followed().device, self._copy
-        assert copied is not None
-        copied.to(device)  # always: shared weights have moved with the student, so that none tells where the rest is
+        copied = self._copy
+        # Always: shared weights have moved with the student, so that none tells where the rest is.
+        copied.to(self._student.device)
         with evaluation_mode(copied):
             hidden_BTH = copied.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
         return self._signals(copied.head, hidden_BTH, batch, temperature)
@@ -65,17 +61,11 @@ class SelfTeacher(Teacher):
         self._refresh(state["weights"])
 
     def _signals(self, head: Any, hidden_BTH: Tensor, batch: Batch, temperature: float) -> Signals:
-        return HiddenSignals(head, hidden_BTH.flatten(0, 1)[batch.needed_N], temperature, self.top_k, self.tail)
-
-    def _followed(self) -> Policy:
-        if self._student is None:
-            raise RuntimeError("the student is given by follow()")
-        return self._student
+        return HiddenSignals(head, hidden_BTH.flatten(0, 1)[batch.needed_N], temperature, self.spec.top_k)
 
     def _kept(self) -> Mapping[str, Tensor]:
         """Parameters of the copy that have a trained twin in the student."""
-        assert self._copy is not None
-        trained = {name for name, _ in self._followed().trainable_parameters()}
+        trained = {name for name, _ in self._student.trainable_parameters()}
         return {name: parameter for name, parameter in self._copy.named_parameters() if name in trained}
 
     @torch.no_grad()
@@ -87,21 +77,18 @@ class SelfTeacher(Teacher):
 class SnapshotTeacher(SelfTeacher):
     """See ``SelfSnapshot`` in :mod:`stepkd.teachers.config`."""
 
-    def __init__(self, every: int | None = None, **buckets: Any) -> None:
-        super().__init__(**buckets)
-        self.every = every
-        self._epoch = 0
+    _epoch = 0
 
     def begin(self, epoch: int) -> None:
         """See :class:`~stepkd.teachers.signals.Teacher`."""
-        if self.every is None and epoch > self._epoch:
-            self._refresh(dict(self._followed().trainable_parameters()))
+        if self.spec.every is None and epoch > self._epoch:
+            self._refresh(dict(self._student.trainable_parameters()))
         self._epoch = epoch
 
     def after_step(self, steps: int) -> None:
         """See :class:`~stepkd.teachers.signals.Teacher`."""
-        if self.every is not None and steps % self.every == 0:
-            self._refresh(dict(self._followed().trainable_parameters()))
+        if self.spec.every is not None and steps % self.spec.every == 0:
+            self._refresh(dict(self._student.trainable_parameters()))
 
     def state(self) -> dict[str, Any]:
         """The weights, and the pass over the data that they are of."""
@@ -116,18 +103,14 @@ class SnapshotTeacher(SelfTeacher):
 class AverageTeacher(SelfTeacher):
     """See ``SelfAverage`` in :mod:`stepkd.teachers.config`."""
 
-    def __init__(self, decay: float = 0.999, **buckets: Any) -> None:
-        super().__init__(**buckets)
-        self.decay = decay
-
     def follow(self, student: Policy) -> None:
         """Take the student as it is now as the first teacher."""
         super().follow(student)
-        self._average = WeightAverage(student.trainable_parameters(), self.decay)
+        self._average = WeightAverage(student.trainable_parameters(), self.spec.decay)
 
     def after_step(self, steps: int) -> None:
         """See :class:`~stepkd.teachers.signals.Teacher`."""
-        self._average.update(self._followed().trainable_parameters())
+        self._average.update(self._student.trainable_parameters())
         self._refresh(self._average.average)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -151,7 +134,7 @@ class BaseTeacher(SelfTeacher):
     @torch.no_grad()
     def signals(self, batch: Batch, *, temperature: float) -> Signals:
         """See :class:`~stepkd.teachers.signals.Teacher`."""
-        student = self._followed()
+        student = self._student
         with student.reference() as view:
             hidden_BTH = view.hidden(batch.input_ids_BT, batch.attention_mask_BT, batch.shared_BT)
 
@@ -171,5 +154,4 @@ class BaseTeacher(SelfTeacher):
 
 def _twin(student: Policy) -> Policy:
     """A copy that shares what is not trained."""
-    shared = {id(p): p for p in student.parameters() if not p.requires_grad}
-    return student.twin(shared)
+    return student.twin({id(p): p for p in student.parameters() if not p.requires_grad})

@@ -5,7 +5,7 @@ Through TRL's client (``pip install 'stepkd[vllm]'``); the contract is tested ag
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from stepkd.models.spec import PolicyConfig
 from stepkd.sampling.annotate import check_same_vocabulary
 from stepkd.sampling.vllm import connect
 from stepkd.teachers.cache import CachedSignals
+from stepkd.teachers.config import Served
 from stepkd.teachers.local import check_context
 from stepkd.teachers.signals import Signals, Teacher
 
@@ -25,15 +26,7 @@ from stepkd.teachers.signals import Signals, Teacher
 class ServerTeacher(Teacher):
     """See ``Served`` in :mod:`stepkd.teachers.config`."""
 
-    url: str
-    """``http://host:port``."""
-    tokenizer: str | None = None
-    """Folder or hub id of its tokenizer; None: the model that the server names."""
-    _: KW_ONLY
-    top_k: int
-    """How many likeliest tokens are asked for, >= 1."""
-    tail: bool = True
-    """Whether the rest is a bucket of its own."""
+    spec: Served
     client: Any = None
     """In place of TRL's, already connected."""
     max_length: int | None = field(default=None, init=False)
@@ -47,13 +40,13 @@ class ServerTeacher(Teacher):
             ModelError: another vocabulary.
         """
         if self.client is None:
-            self.client = connect(self.url)
-        name = self.tokenizer or str(self.client.model)
+            self.client = connect(self.spec.url)
+        name = self.spec.tokenizer or str(self.client.model)
         try:
             own = load_tokenizer(PolicyConfig(path=name))
         except ModelError as error:
             raise ConfigError(
-                f"the vLLM server at {self.url} serves {self.client.model!r}, whose tokenizer cannot be loaded "
+                f"the vLLM server at {self.spec.url} serves {self.client.model!r}, whose tokenizer cannot be loaded "
                 f"from {name!r} ({error}): name its folder or hub id in teacher.tokenizer"
             ) from error
         check_same_vocabulary(tokenizer, own)
@@ -77,21 +70,21 @@ class ServerTeacher(Teacher):
         asked = [example for example in batch.examples if len(example.token_ids)]
         check_context(self, asked)
         if not asked:
-            empty = torch.zeros(0, self.top_k, device=device)
-            return CachedSignals(empty.long(), empty, empty[:, 0], self.tail)
+            empty = torch.zeros(0, self.spec.top_k.k, device=device)
+            return CachedSignals(empty.long(), empty, empty[:, 0], self.spec.top_k.tail)
         answer = self.client.get_sequence_logprobs(
             sequences=[[*example.prompt_ids.tolist(), *example.token_ids.tolist()] for example in asked],
             prompt_lengths=[len(example.prompt_ids) for example in asked],
-            top_logprobs=self.top_k,
+            top_logprobs=self.spec.top_k.k,
             temperature=temperature,
         )
         for example, scored in zip(asked, answer["actual_token_ids"], strict=True):
             if [each[0] for each in scored] != list(example.token_ids):
                 raise ModelError(
-                    f"the vLLM server at {self.url} scored {len(scored)} tokens of row {example.id!r}, which has "
+                    f"the vLLM server at {self.spec.url} scored {len(scored)} tokens of row {example.id!r}, which has "
                     f"{len(example.token_ids)}, or other ones: is its context long enough?"
                 )
         ids_Nk = torch.tensor([ids for row in answer["logprob_token_ids"] for ids in row], device=device)
         logps_Nk = torch.tensor([values for row in answer["logprobs"] for values in row], device=device).float()
         rest_N = 1.0 - logps_Nk.double().exp().sum(-1)
-        return CachedSignals(ids_Nk, logps_Nk, rest_N.clamp_min(1e-12).log().float(), self.tail)
+        return CachedSignals(ids_Nk, logps_Nk, rest_N.clamp_min(1e-12).log().float(), self.spec.top_k.tail)

@@ -24,9 +24,10 @@ from stepkd.data.completion import Completion, Ids
 from stepkd.data.templates import PromptTemplate
 from stepkd.losses import VocabHead, tempered, top_k_buckets
 from stepkd.models.policy import Policy
+from stepkd.teachers.config import TopK
 
 
-class Comparison(NamedTuple):
+class Compared(NamedTuple):
     """Two distributions over the same buckets."""
 
     log_student_CW: Tensor
@@ -45,7 +46,7 @@ class Signals(Protocol):
         """By position, first axis N; chunks of them go to :meth:`compare`."""
         ...
 
-    def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Comparison:
+    def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Compared:
         """Bring a chunk of the student's log-probabilities and the teacher's to the same buckets.
 
         Args:
@@ -137,23 +138,21 @@ class HiddenSignals:
     """Its hidden states at the positions before the targets; any width, on the device of its head."""
     temperature: float = 1.0
     """Divides its logits."""
-    top_k: int | None = None
-    """Compare only its k likeliest tokens and the rest; None: the whole vocabulary."""
-    tail: bool = True
-    """Whether the rest is a bucket of its own, or the k are renormalised."""
+    top_k: TopK | None = None
+    """Compare only its likeliest tokens; None: the whole vocabulary."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The hidden states."""
         return (self.hidden_NH,)
 
-    def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Comparison:
+    def compare(self, log_student_CV: Tensor, *chunk: Tensor) -> Compared:
         """See :class:`Signals`."""
         with torch.no_grad():
             log_teacher_CV = tempered(self.head(chunk[0]), self.temperature).to(log_student_CV.device)
             argmax_C = log_teacher_CV.argmax(-1)
-        if self.top_k is None or self.top_k >= log_teacher_CV.shape[-1]:
-            return Comparison(log_student_CV, log_teacher_CV.to(log_student_CV.dtype), argmax_C)
-        ids_Ck = log_teacher_CV.topk(self.top_k, dim=-1).indices
-        student, teacher = (top_k_buckets(each, ids_Ck, tail=self.tail) for each in (log_student_CV, log_teacher_CV))
-        return Comparison(student, teacher.to(student.dtype), argmax_C)
+        if self.top_k is None or self.top_k.k >= log_teacher_CV.shape[-1]:
+            return Compared(log_student_CV, log_teacher_CV.to(log_student_CV.dtype), argmax_C)
+        ids_Ck, tail = log_teacher_CV.topk(self.top_k.k, dim=-1).indices, self.top_k.tail
+        student, teacher = (top_k_buckets(each, ids_Ck, tail=tail) for each in (log_student_CV, log_teacher_CV))
+        return Compared(student, teacher.to(student.dtype), argmax_C)

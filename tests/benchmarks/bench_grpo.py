@@ -85,7 +85,7 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
     from stepkd.modules.kdrl import KDRLModule
     from stepkd.modules.optim import OptimizerConfig
     from stepkd.modules.rewards import RewardConfig
-    from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, Sampled
+    from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, SampledKL
     from stepkd.sampling.sampler import SamplingConfig
     from stepkd.steps.segment import get_segmenter
 
@@ -106,7 +106,7 @@ def stepkd_round(policy: Path, teacher: Path | None, folder: Path, dtype: str) -
         teacher=None if teacher is None else Local(str(teacher), dtype=dtype),
         rollout=RolloutConfig(SamplingConfig(n=GROUP, max_new_tokens=NEW), segmenter="whole"),
         policy_loss=PolicyLossConfig(normalisation="dapo"),
-        kd=Sampled(beta=0.1),
+        kd=SampledKL(beta=0.1),
         optimizer=OptimizerConfig(lr=1e-6, schedule="constant", warmup=0),
     )
     module.configure_model()

@@ -24,7 +24,7 @@ REWARDS = [
     {"name": "format", "weight": 0.5, "options": {"pattern": r"\d"}},
 ]
 ROLLOUT = {"sampling": {"n": 4, "max_new_tokens": 24}}
-KD = {"class_path": "Sampled", "init_args": {"beta": 0.3}}
+KD = {"class_path": "SampledKL", "init_args": {"beta": 0.3}}
 SOURCE = {"lmbda": 0.5, "sampling": {"max_new_tokens": 24}}
 
 

@@ -17,7 +17,7 @@ from stepkd.losses import dpo, reduce, visit_smoothing
 CHOSEN = [0.6, -1.5, 3.0, 0.0, 12.0]
 REJECTED = [-0.4, 0.5, 2.5, 0.0, -9.0]
 LENGTHS = [(3, 4), (1, 9), (7, 2), (5, 5), (20, 11)]
-KINDS = ["sigmoid", "ipo", "hinge"]
+KINDS = ["sigmoid", "ipo"]
 
 
 def double(values: Any) -> Tensor:
@@ -58,12 +58,9 @@ def twin(
             right, wrong = 1 / (1 + math.exp(-beta * d)), 1 / (1 + math.exp(beta * d))
             total += -(1 - a) * math.log(right) - a * math.log(wrong)
             slope = -(1 - a) * beta * wrong + a * beta * right
-        elif loss == "ipo":
+        else:
             total += (d - 1 / (2 * beta)) ** 2
             slope = 2 * (d - 1 / (2 * beta))
-        else:
-            total += max(0.0, 1 - beta * d)
-            slope = -beta if beta * d < 1 else 0.0
         d_chosen.append(slope / n_w)
         d_rejected.append(-slope / n_x)
     return total, d_chosen, d_rejected
@@ -84,7 +81,6 @@ def test_policy_equal_to_reference(smoothing: float) -> None:
     zeros = torch.zeros(3, dtype=torch.float64)
     loss = reduce(dpo(zeros, zeros, label_smoothing=smoothing).sums, {"dpo": 3})
     assert loss.item() == pytest.approx(math.log(2), rel=1e-14)
-    assert dpo(zeros, zeros, loss="hinge").sums["dpo"].item() == 3.0
     assert dpo(zeros, zeros, loss="ipo", beta=0.25).sums["dpo"].item() == 3 * 4.0
 
 
@@ -138,7 +134,7 @@ def test_metrics(lengths: Any) -> None:
 @pytest.mark.parametrize(
     ("loss", "smoothing"),
     [*((kind, None) for kind in KINDS), ("sigmoid", [0.2] * 5), ("sigmoid", [0.0, 0.25, 0.5, 0.125, 0.4])],
-    ids=["sigmoid", "ipo", "hinge", "smoothed", "smoothed by pair"],
+    ids=["sigmoid", "ipo", "smoothed", "smoothed by pair"],
 )
 def test_brute_force(loss: Any, smoothing: Any, beta: float, lengths: Any) -> None:
     chosen, rejected = sides()
@@ -242,15 +238,13 @@ def test_parity_with_conservative_dpo(smoothing: float) -> None:
     close(gradient(loss, policy)[0], gradient(expected, policy)[0])
 
 
-def test_parity_with_trl_on_ipo_and_hinge() -> None:
-    """DPOTrainer: IPO on means over tokens, hinge on sums."""
+def test_parity_with_trl_on_ipo() -> None:
+    """DPOTrainer: IPO on means over tokens."""
     chosen, rejected = sides()
     lengths = torch.tensor(LENGTHS)
     means = chosen / lengths[:, 0].clamp(min=1.0) - rejected / lengths[:, 1].clamp(min=1.0)
     ipo = ((means - 1 / (2 * 0.2)) ** 2).sum()
     close(dpo(chosen, rejected, beta=0.2, loss="ipo", lengths_P2=lengths).sums["dpo"], ipo)
-    hinge = torch.relu(1 - 0.2 * (chosen - rejected)).sum()
-    close(dpo(chosen, rejected, beta=0.2, loss="hinge").sums["dpo"], hinge)
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -259,12 +253,11 @@ def test_parity_with_trl_on_ipo_and_hinge() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "kto"}, "loss='kto': must be one of sigmoid, ipo, hinge"),
+        ({"loss": "kto"}, "loss='kto': must be one of sigmoid, ipo"),
         ({"beta": 0.0}, "beta=0.0: must be positive"),
         ({"label_smoothing": 0.6}, r"label_smoothing=0.6: must lie in \[0, 0.5\]"),
         ({"label_smoothing": -0.1}, r"label_smoothing=-0.1: must lie in \[0, 0.5\]"),
         ({"label_smoothing": 0.1, "loss": "ipo"}, "goes with the loss 'sigmoid', not with 'ipo'"),
-        ({"label_smoothing": 0.1, "loss": "hinge"}, "goes with the loss 'sigmoid', not with 'hinge'"),
     ],
     ids=str,
 )

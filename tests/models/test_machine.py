@@ -12,6 +12,7 @@ from stepkd.models import machine
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
+from stepkd.teachers.config import Local
 from stepkd.teachers.local import LocalTeacher, check_room
 
 
@@ -37,7 +38,7 @@ def test_a_teacher_too_large_for_this_machine(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(machine, "memory_free", lambda: 1000)
     student = Policy.load(PolicyConfig(path="tiny-0.1m"))
     with pytest.raises(ModelError, match=r"needs .* bytes .* 1,000 .* free: load it in bfloat16, quantise it"):
-        LocalTeacher(str(folder)).bind(student.tokenizer, student.vocab_size)
+        LocalTeacher(Local(str(folder))).bind(student.tokenizer, student.vocab_size)
 
 
 def test_a_teacher_too_large_for_its_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

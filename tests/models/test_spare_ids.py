@@ -18,6 +18,7 @@ from stepkd.models.spec import PolicyConfig, build_tiny
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.steps.segment import get_segmenter
+from stepkd.teachers.config import Local
 from stepkd.teachers.local import LocalTeacher
 
 SPARE = "<image_soft_token>"
@@ -111,10 +112,10 @@ def test_a_teacher_with_a_row_for_the_spare_id_teaches_a_student_without(tmp_pat
     model.resize_token_embeddings(128)
     model.save_pretrained(tmp_path / "teacher")
     student.tokenizer.save_pretrained(tmp_path / "teacher")
-    teacher = LocalTeacher(str(tmp_path / "teacher"))
+    teacher = LocalTeacher(Local(str(tmp_path / "teacher")))
     teacher.bind(student.tokenizer, student.vocab_size)
     hidden = torch.randn(2, model.config.hidden_size)
     assert teacher.policy.head(hidden).shape == student.head(hidden).shape == (2, 100)
-    other = LocalTeacher(str(tmp_path / "student"))
+    other = LocalTeacher(Local(str(tmp_path / "student")))
     with pytest.raises(ModelError, match="the teacher has logits for 100 tokens and the student for 101"):
         other.bind(student.tokenizer, 101)

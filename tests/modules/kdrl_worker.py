@@ -22,7 +22,7 @@ from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.rollouts import Rollout
-from stepkd.modules.settings import Exact, PolicyLossConfig, RolloutConfig, Sampled
+from stepkd.modules.settings import ExactKL, PolicyLossConfig, RolloutConfig, SampledKL
 from stepkd.runs.launcher import check_launch, trainer_defaults
 from stepkd.runs.logger import JsonlLogger
 from stepkd.sampling.sampler import SamplingConfig
@@ -61,9 +61,15 @@ class KDRL(KDRLModule):
         self.kept: list[list[Rollout]] = []
         self.logged: list[dict[str, float]] = []
 
-    def credited(self, rollouts: Any) -> list[Rollout]:
-        self.kept.append(super().credited(rollouts))
-        return self.kept[-1]
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        estimate = self._estimator
+
+        def kept(rollouts: Any) -> list[Rollout]:
+            self.kept.append(estimate(rollouts))
+            return self.kept[-1]
+
+        self._estimator = kept  # type: ignore[assignment]
 
     def _clip(self) -> float:
         named = self.model.trainable_parameters()
@@ -112,8 +118,8 @@ def main(out: str, num_rows: int) -> None:
     """Over the ranks of this launch."""
     rows, results = examples(num_rows), {}
     for name, settings in (
-        ("kdrl", {"kd": Sampled(beta=0.3)}),
-        ("dapo", {"kd": Exact(beta=0.3), "policy_loss": PolicyLossConfig(normalisation="dapo")}),
+        ("kdrl", {"kd": SampledKL(beta=0.3)}),
+        ("dapo", {"kd": ExactKL(beta=0.3), "policy_loss": PolicyLossConfig(normalisation="dapo")}),
     ):
         module = run(rows, steps=2, micro_batch_tokens=120, chunk_size=5, **settings)
         results[name] = facts(module)

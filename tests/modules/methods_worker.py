@@ -76,10 +76,10 @@ class Method(NamedTuple):
 
 NO_POINTS = ReferencePointConfig(outcome="zero", step="zero")
 FEEDBACK = {"reference": preference.OTHER, "class_weights": [1.5, 1.0]}
-STEPS = {**FEEDBACK, "step_class_weights": [1.0, 2.0], "beta": 0.3, "loss_weights": {"step": 0.7}}
+STEPS = {**FEEDBACK, "beta": 0.3, "loss_weights": {"step": 0.7}}
 METHODS: dict[str, Method] = {
     "sft": Method(SFTModule, solutions),
-    "prm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy([2.0, 1.0])]}),
+    "prm": Method(PRMModule, lambda: labelled(TOKENS)),
     "prm classifier": Method(PRMModule, lambda: labelled(CLASSIFIER), {"head": CLASSIFIER}),
     "prm language": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), LanguageModelling()]}),
     "prm pqm": Method(PRMModule, lambda: labelled(TOKENS), {"losses": [StepCrossEntropy(), PQM()]}),
@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
     "step kto by index": Method(
         StepKTOModule,
         lambda: preference.feedback_examples(7)[:13],
-        {**STEPS, "reference_point": ReferencePointConfig(step="per_index", ema=0.5)},
+        {**STEPS, "reference_point": ReferencePointConfig(step="per_index")},
     ),
     "step kto of the batch": Method(
         StepKTOModule,
@@ -112,12 +112,19 @@ class Recording(StepModule):
     layout: dict[str, Any] = {}  # noqa: RUF012
     gradients: dict[str, torch.Tensor]
     split = 0
+    taken_over = 0
+    """Positions that have their states from another row."""
 
     def _collate(self, examples: Any, *, is_filler: bool = False) -> Any:
         return collate(examples, 0, share=getattr(self, "shares_prompts", False), is_filler=is_filler, **self.layout)
 
     def counted(self, batches: Any) -> Any:
         self.split = len(batches)
+        own = [torch.arange(batch.input_ids_BT.numel()).view_as(batch.input_ids_BT) for batch in batches]
+        shared = [
+            place if batch.shared_BT is None else batch.shared_BT for place, batch in zip(own, batches, strict=True)
+        ]
+        self.taken_over = sum(int((a != b).sum()) for a, b in zip(own, shared, strict=True))
         return super().counted(batches)
 
     def _clip(self) -> float:

@@ -142,7 +142,7 @@ def run(
 
 
 WEIGHTS: dict[str, Any] = {"class_weights": [1.5, 1.0]}
-STEP_WEIGHTS: dict[str, Any] = {**WEIGHTS, "step_class_weights": [1.0, 2.0], "beta": 0.3, "loss_weights": {"step": 0.7}}
+STEP_WEIGHTS: dict[str, Any] = {**WEIGHTS, "beta": 0.3, "loss_weights": {"step": 0.7}}
 
 
 def main(out: str, num_rows: int) -> None:
@@ -153,7 +153,7 @@ def main(out: str, num_rows: int) -> None:
     rows, results = feedback_examples(8)[:num_rows], {}
     for name, spec in (
         ("mismatch", ReferencePointConfig()),
-        ("per_index", ReferencePointConfig(step="per_index", ema=0.5)),
+        ("per_index", ReferencePointConfig(step="per_index")),
         ("batch", ReferencePointConfig(outcome="batch", step="batch")),
     ):
         module = run(StepKTO, rows, steps=2, shuffle=True, reference_point=spec, **STEP_WEIGHTS, micro_batch_tokens=120)

@@ -61,6 +61,9 @@ def test_layout_of_every_method(name: str, layout: str, distance: Callable[..., 
     assert distance(module.gradients, plain(name).gradients) < TOLERANCE
     assert worker.facts(module)["losses"] == pytest.approx(worker.facts(plain(name))["losses"], rel=1e-6)
     assert (module.split > 1) == ("micro_batch_tokens" in settings)
+    assert plain(name).taken_over > 0, "rows that begin alike are computed once"
+    assert module.taken_over > 0 or settings.get("micro_batch_tokens") or not settings.get("shares", True)
+    assert module.taken_over == 0 or settings.get("shares", True)
 
 
 @pytest.mark.parametrize("name", [name for name in worker.METHODS if name != "kdrl"])

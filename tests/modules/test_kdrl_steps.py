@@ -14,10 +14,9 @@ import torch
 from stepkd.cli import main
 from stepkd.cli.samples import bars, colour
 from stepkd.errors import ConfigError, DataError, TrainingError
-from stepkd.losses import group_advantages
 from stepkd.modules.rewards import RewardConfig
 from stepkd.modules.rollouts import SampleLog, read_samples
-from stepkd.modules.settings import FirstStep, PolicyLossConfig, SampleLogConfig, ToGo
+from stepkd.modules.settings import PolicyLossConfig, SampleLogConfig, StepCreditConfig
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
 _SPEC = importlib.util.spec_from_file_location("kdrl_worker", WORKER)
@@ -47,7 +46,7 @@ def test_step_credit(discount: float, rows: list[Any], monkeypatch: pytest.Monke
     same = [RewardConfig("format", options={"pattern": "never"})]
     settings = {
         "teacher": None,
-        "step_credit": ToGo("checker", outcome_weight=0.0, discount=discount),
+        "step_credit": StepCreditConfig("checker", outcome_weight=0.0, discount=discount),
         "rewards": same,
     }
     module = worker.run(rows, policy_loss=PolicyLossConfig(equal_groups="drop"), **settings)
@@ -76,29 +75,12 @@ def test_a_scorer_of_whole_solutions_credits_no_steps(rows: list[Any], monkeypat
     monkeypatch.setattr(ByLength, "meaning", "outcome")
     monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
     with pytest.raises(ConfigError, match=r"step_credit\.scorer=orm scores whole solutions"):
-        worker.run(rows, teacher=None, step_credit=ToGo("orm"))
-
-
-def test_the_first_step_has_an_advantage_of_its_own(rows: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepkd.modules.step_scores.load_scorer", lambda *_, **__: ByLength())
-    credit = FirstStep("checker", weight=0.7, outcome_weight=0.3)
-    module = worker.run(rows, teacher=None, step_credit=credit)
-    rollouts = module.kept[0]
-    group = torch.tensor([rollout.group for rollout in rollouts])
-    of_answer = group_advantages(torch.tensor([r.reward for r in rollouts], dtype=torch.float64), group)
-    first = torch.tensor([r.step_scores[0] for r in rollouts], dtype=torch.float64)
-    of_first = group_advantages(first, group)
-    assert of_first.any()
-    for i, rollout in enumerate(rollouts):
-        end = rollout.spans[0][1]
-        head = float(0.7 * of_first[i] + 0.3 * of_answer[i])
-        wanted = [head] * end + [float(0.3 * of_answer[i])] * (len(rollout.token_ids) - end)
-        assert list(rollout.advantages) == pytest.approx(wanted, abs=1e-12)
+        worker.run(rows, teacher=None, step_credit=StepCreditConfig("orm"))
 
 
 def test_steps_may_be_worth_what_they_add(rows: list[Any]) -> None:
     """The scorer ``gain`` reads the rows' solutions."""
-    module = worker.run(rows, teacher=None, step_credit=ToGo("gain"))
+    module = worker.run(rows, teacher=None, step_credit=StepCreditConfig("gain"))
     scores = [score for rollout in module.kept[0] for score in rollout.step_scores]
     assert len(set(scores)) > 3
     assert all(0 <= score <= 1 for score in scores)
@@ -111,7 +93,7 @@ def test_steps_may_be_worth_what_they_add(rows: list[Any]) -> None:
 def logged(rows: list[Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A run of three steps that keeps samples of the first and the third."""
     folder = tmp_path_factory.mktemp("run")
-    settings = {"step_credit": ToGo("gain"), "samples": SampleLogConfig(every=2, number=6)}
+    settings = {"step_credit": StepCreditConfig("gain"), "samples": SampleLogConfig(every=2, number=6)}
     return worker.run(rows, steps=3, teacher=None, folder=folder, **settings), folder
 
 

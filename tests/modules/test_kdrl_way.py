@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from stepkd.data import collate as collating
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.losses import LossTerms
 from stepkd.models.policy import Policy
+from stepkd.models.spec import tiny_tokenizer
 from stepkd.modules import rollouts as sampling
 from stepkd.modules.advantages import AdvantageEstimator
 from stepkd.modules.kdrl_objective import PolicyGradient
 from stepkd.modules.rollouts import GroupSampler, Rollout
-from stepkd.modules.settings import Sampled, ToGo
+from stepkd.modules.settings import SampledKL, StepCreditConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 WORKER = Path(__file__).with_name("kdrl_worker.py")
@@ -73,8 +75,10 @@ def test_the_classes_on_the_way(met: dict[str, list[Any]], tmp_path: Path, monke
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a text was tokenised")
 
-    monkeypatch.setattr("stepkd.steps.text.tokenize_texts", refuse)
-    module = worker.run(rows, kd=Sampled(beta=0.3), step_credit=ToGo("arithmetic"), folder=tmp_path)
+    kind = type(tiny_tokenizer())
+    for name in ("__call__", "encode", "_encode_plus"):
+        monkeypatch.setattr(kind, name, refuse)
+    module = worker.run(rows, kd=SampledKL(beta=0.3), step_credit=StepCreditConfig("arithmetic"), folder=tmp_path)
     assert {station: {type(each) for each in given} for station, given in met.items()} == {
         "sampler": {Completion},
         "grades": {Rollout},
@@ -108,19 +112,25 @@ def test_a_rollout_is_its_own_example() -> None:
 def test_a_prompt_is_read_once_by_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The micro-batches say which rows begin alike, and gradients are those of rows apart."""
     rows = worker.examples()
-    hidden = Policy.hidden
-    shared: list[bool] = []
+    hidden, embed = Policy.hidden, torch.nn.Embedding.forward
+    computed: list[int] = []
 
-    def seen(self: Policy, ids: Any, mask: Any, shared_BT: Any = None) -> Any:
-        shared.append(shared_BT is not None)
-        return hidden(self, ids, mask, shared_BT)
+    def seen(self: Policy, *arguments: Any) -> Any:
+        def counted(layer: Any, ids: Any) -> Any:
+            computed.append(ids.numel())
+            return embed(layer, ids)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Embedding, "forward", counted)
+            return hidden(self, *arguments)
 
     monkeypatch.setattr(Policy, "hidden", seen)
     together = worker.run(rows, teacher=None)
-    assert all(shared)
+    drawn, prompts = together.kept[0], {r.group: len(r.prompt_ids) for r in together.kept[0]}
+    assert sum(computed) <= sum(prompts.values()) + sum(len(r.token_ids) for r in drawn)
     monkeypatch.setattr(worker.KDRL, "shares", False)
-    shared.clear()
+    computed.clear()
     apart = worker.run(rows, teacher=None)
-    assert not any(shared)
+    assert sum(computed) == sum(r.length for r in drawn)
     for name, gradient in apart.gradients[0].items():
         assert (together.gradients[0][name] - gradient).norm() <= 1e-10 * max(float(gradient.norm()), 1e-30)

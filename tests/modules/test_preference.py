@@ -104,7 +104,7 @@ def brute_step_kto(views: tuple[Policy, Policy], examples: list[Any], reduction:
         if example.outcome >= 0:
             outcomes.append(term(tokens.sum(), example.outcome, z0, settings["beta"], settings["class_weights"]))
         own = [
-            term(tokens[start:end].sum(), label, z0_step, settings["beta"], settings["step_class_weights"])
+            term(tokens[start:end].sum(), label, z0_step, settings["beta"], settings["class_weights"])
             for (start, end), label in zip(example.spans, example.step_labels, strict=True)
             if label >= 0
         ]
@@ -242,7 +242,7 @@ def test_the_reference_reads_own_and_mismatched_completions_together(
 
 
 def test_points_by_index_are_a_running_average(views: Any, examples: list[Any], distance: Callable[..., float]) -> None:
-    """With decay 0 each step is measured from the mean over mismatched steps of its own number."""
+    """At first each step is measured from the mean over mismatched steps of its own number."""
     prompts = list(dict.fromkeys(tuple(example.prompt_ids) for example in examples))
     order = [example for prompt in prompts for example in examples if tuple(example.prompt_ids) == prompt]
     by_index: dict[int, list[float]] = {}
@@ -262,21 +262,21 @@ def test_points_by_index_are_a_running_average(views: Any, examples: list[Any], 
         for number, ((start, end), label) in enumerate(zip(example.spans, example.step_labels, strict=True)):
             z = max(0.0, sum(by_index[number]) / len(by_index[number]))
             if label >= 0:
-                own.append(term(tokens[start:end].sum(), label, z, settings["beta"], settings["step_class_weights"]))
+                own.append(term(tokens[start:end].sum(), label, z, settings["beta"], settings["class_weights"]))
         steps += [sum(own)] if own else []
     loss = sum(outcomes) / len(outcomes) + settings["loss_weights"]["step"] * sum(steps) / len(steps)
     module = worker.run(
         worker.StepKTO,
         examples,
         **settings,
-        reference_point=ReferencePointConfig(step="per_index", ema=0.0),
+        reference_point=ReferencePointConfig(step="per_index"),
         micro_batch_tokens=100,
     )
     assert distance(module.gradients, gradients(views, loss)) < TOLERANCE
     first = [sum(values) / len(values) for _, values in sorted(by_index.items())]
     assert module._estimator.averages == pytest.approx(first, rel=1e-9)
     twice = worker.run(
-        worker.StepKTO, examples, steps=2, **settings, reference_point=ReferencePointConfig(step="per_index", ema=0.9)
+        worker.StepKTO, examples, steps=2, **settings, reference_point=ReferencePointConfig(step="per_index")
     )
     moved = [abs(a - b) for a, b in zip(twice._estimator.averages, first, strict=True)]
     assert 0 < max(moved) < 0.1 * max(map(abs, first)) + 0.1
@@ -317,7 +317,6 @@ def test_a_policy_that_is_its_reference_has_values_of_one_half(examples: list[An
         examples,
         reference=ReferenceConfig(),
         class_weights=[1, 1],
-        step_class_weights=[1, 1],
         reduction="mean_steps",
     )
     found = module.trainer.callback_metrics

@@ -25,7 +25,7 @@ from stepkd.modules.kto import StepKTOModule
 from stepkd.modules.optim import OptimizerConfig
 from stepkd.modules.prm import PRMModule
 from stepkd.modules.rewards import RewardConfig
-from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, Sampled
+from stepkd.modules.settings import PolicyLossConfig, RolloutConfig, SampledKL
 from stepkd.modules.sft import SFTModule
 from stepkd.modules.validation import ValidationConfig
 from stepkd.sampling.sampler import SamplingConfig
@@ -98,7 +98,7 @@ def test_training_rows_need_what_the_method_reads(make: Callable[[], Any], train
         (lambda: grpo(gold), PROMPTS, "'answer' or 'solution': the reward 'gold' reads it"),
         (lambda: grpo("trl.rewards.accuracy_reward"), PROMPTS, r"'answer' or 'solution': the reward 'trl\.rewards"),
         (
-            lambda: grpo(longer, kd=Sampled(mask="response"), teacher=TEACHER),
+            lambda: grpo(longer, kd=SampledKL(mask="response"), teacher=TEACHER),
             PROMPTS,
             "'answer': kd.mask: response grades answers",
         ),

@@ -26,7 +26,7 @@ from stepkd.sampling.vllm import (
     merged_weights,
     weight_facts,
 )
-from stepkd.teachers.config import Local, Served
+from stepkd.teachers.config import Local, Served, TopK
 from stepkd.teachers.server import ServerTeacher
 from stepkd.teachers.signals import HiddenSignals
 
@@ -386,14 +386,14 @@ def batch_of(policy: Policy) -> Any:
 @pytest.mark.parametrize("tail", [True, False])
 def test_a_teacher_on_a_server_equals_one_in_this_process(tail: bool, policy: Policy, server: Any) -> None:
     temperature = 1.0
-    teacher = ServerTeacher(server.address, top_k=5, tail=tail)
+    teacher = ServerTeacher(Served(server.address, top_k=TopK(5, tail)))
     teacher.bind(policy.tokenizer, policy.vocab_size)
     assert teacher.identity() == f"server: {policy.spec.path}"  # type: ignore[union-attr]
     batch = batch_of(policy)
     signals = teacher.signals(batch, temperature=temperature)
     with torch.no_grad():
         hidden_NH = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT).flatten(0, 1)[batch.needed_N]
-    local = HiddenSignals(policy.head, hidden_NH, temperature, 5, tail)
+    local = HiddenSignals(policy.head, hidden_NH, temperature, TopK(5, tail))
     student = torch.log_softmax(torch.randn(len(batch.targets_N), policy.vocab_size), -1)
     ours, theirs = signals.compare(student, *signals.tensors), local.compare(student, *local.tensors)
     assert torch.equal(ours.argmax_C, theirs.argmax_C)
@@ -406,7 +406,7 @@ def test_a_batch_without_completions(policy: Policy, server: Any) -> None:
     from stepkd.data.collate import collate
     from stepkd.data.completion import Completion
 
-    teacher = ServerTeacher(server.address, top_k=5)
+    teacher = ServerTeacher(Served(server.address, top_k=TopK(5)))
     teacher.bind(policy.tokenizer)
     empty = collate([Completion(prompts(policy)[0], (), id="x")], 0)
     assert teacher.signals(empty, temperature=1.0).tensors[0].shape == (0, 5)
@@ -415,9 +415,9 @@ def test_a_batch_without_completions(policy: Policy, server: Any) -> None:
 def test_teachers_that_do_not_fit(policy: Policy, server: Any, tmp_path: Path) -> None:
     server.name = str(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=r"cannot be loaded from .*name its folder or hub id in teacher.tokenizer"):
-        ServerTeacher(server.address, top_k=5).bind(policy.tokenizer)
+        ServerTeacher(Served(server.address, top_k=TopK(5))).bind(policy.tokenizer)
     assert policy.spec is not None
-    teacher = ServerTeacher(server.address, tokenizer=policy.spec.path, top_k=5)
+    teacher = ServerTeacher(Served(server.address, policy.spec.path, TopK(5)))
     teacher.bind(policy.tokenizer)
 
     def shorter(answer: Any) -> Any:
@@ -434,7 +434,7 @@ def test_rows_beyond_the_servers_context(policy: Policy, server: Any) -> None:
     batch = batch_of(policy)
     longest = max(example.length for example in batch.examples)
     server.context = longest  # which has to hold the token that a server writes behind them
-    teacher = ServerTeacher(server.address, top_k=5)
+    teacher = ServerTeacher(Served(server.address, top_k=TopK(5)))
     teacher.bind(policy.tokenizer)
     assert teacher.max_length == longest - 1
     with pytest.raises(ConfigError, match=rf"has {longest} tokens and the teacher's context is {longest - 1}: lower"):

@@ -15,7 +15,7 @@ from stepkd.labels.job import run_label_job
 from stepkd.labels.labellers import Sums
 from stepkd.labels.quality import row_labels
 from stepkd.labels.settings import Existing, LabelConfig
-from stepkd.modules.step_scores import Focus, FocusConfig
+from stepkd.modules.step_scores import FocusConfig
 from stepkd.runs.files import write_jsonl
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.rules import Arithmetic, Checker, Gain, equations
@@ -167,7 +167,7 @@ def test_the_scorer() -> None:
     assert first[:2] == [1.0, 0.0]
     assert all(map(math.isnan, first[2:]))
     assert load_scorer("arithmetic").provenance() == {"scorer": "arithmetic", "meaning": "correctness"}
-    assert Focus(FocusConfig("arithmetic")).spec.weights(first) == (0.0, 1.0, 0.0, 0.0)
+    assert FocusConfig("arithmetic").weights(first) == (0.0, 1.0, 0.0, 0.0)
 
 
 def test_as_a_labeller(tmp_path: Path) -> None:

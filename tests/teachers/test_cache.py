@@ -100,7 +100,7 @@ def test_a_cache_is_computed_in_the_precision_of_the_run(student: Policy, rows: 
     found = {}
     for precision in ("32-true", "bf16-mixed"):
         write_cache(tmp_path / precision, teacher, rows, top_k=5, precision=precision)
-        cached = CachedTeacher(tmp_path / precision)
+        cached = Cached(str(tmp_path / precision)).build()
         cached.bind(student.tokenizer)
         with torch.autocast("cpu", torch.bfloat16, precision == "bf16-mixed"):
             signals = teacher.signals(collate(rows, 0), temperature=1.0)
@@ -144,7 +144,7 @@ def test_a_killed_job_is_resumed_by_any_number_of_ranks(
         write_cache(tmp_path / "a", teacher, rows, top_k=4, options=JobOptions(report=kill))
     assert done == [3, 6]
     with pytest.raises(ModelError, match=r"holds 6 of 7 completions: give `stepkd cache-teacher` the same command"):
-        CachedTeacher(tmp_path / "a").bind(tiny_tokenizer())
+        Cached(str(tmp_path / "a")).build().bind(tiny_tokenizer())
     parts = tmp_path / "a" / "parts" / "completions"
     (parts / ".000002.parquet.ab.tmp").write_bytes(b"PAR1")
     before = {path.name: path.stat().st_mtime_ns for path in parts.glob("0*.parquet")}
@@ -220,18 +220,18 @@ def of_version_0_1(folder: Path) -> None:
 def test_what_is_damaged_is_refused(folder: Path, student: Policy, spoil: Callable[[Path], Any], message: str) -> None:
     spoil(folder)
     with pytest.raises(ModelError, match=message):
-        CachedTeacher(folder).bind(student.tokenizer)
+        Cached(str(folder)).build().bind(student.tokenizer)
 
 
 def test_no_flipped_bit_changes_an_entry_in_silence(folder: Path, student: Policy) -> None:
-    whole = CachedTeacher(folder)
+    whole = Cached(str(folder)).build()
     whole.bind(student.tokenizer)
     content = part(folder).read_bytes()
     draw, refused = random.Random(0), 0
     for place in draw.sample(range(len(content)), 400):
         part(folder).write_bytes(content)
         flip(part(folder), place, draw.randrange(8))
-        cached = CachedTeacher(folder)
+        cached = Cached(str(folder)).build()
         try:
             cached.bind(student.tokenizer)
         except ModelError:
@@ -243,29 +243,29 @@ def test_no_flipped_bit_changes_an_entry_in_silence(folder: Path, student: Polic
 
 
 def test_what_it_does_not_know_is_refused(folder: Path, student: Policy, rows: list[Any]) -> None:
-    cached = CachedTeacher(folder)
+    cached = Cached(str(folder)).build()
     cached.bind(student.tokenizer)
     changed = replace(rows[2], token_ids=rows[2].token_ids[:-1], step_ends=None)
     with pytest.raises(ConfigError, match=rf"does not hold the completion of row '{changed.id}' \(of 7 it does\)"):
         cached.signals(collate([rows[0], changed], 0), temperature=1.0)
     with pytest.raises(ConfigError, match=r"divergence.temperature=2.0, and the cache .* was written at 1.0"):
         cached.signals(collate(rows, 0), temperature=2.0)
-    with pytest.raises(ConfigError, match=r"teacher.top_k=6, and the cache in .* holds 5 tokens"):
-        CachedTeacher(folder, top_k=6)
+    with pytest.raises(ConfigError, match=r"teacher.top_k.k=6, and the cache in .* holds 5 tokens"):
+        Cached(str(folder), TopK(6)).build()
     empty = replace(rows[0], token_ids=(), step_ends=())
     assert cached.signals(collate([empty], 0), temperature=1.0).tensors[0].shape == (0, 5)
 
 
 def test_a_student_with_other_rows_is_refused(folder: Path, student: Policy) -> None:
     with pytest.raises(ModelError, match=rf"with {student.vocab_size} tokens, and the student has logits for 9"):
-        CachedTeacher(folder).bind(student.tokenizer, 9)
-    CachedTeacher(folder).bind(student.tokenizer, student.vocab_size)
+        Cached(str(folder)).build().bind(student.tokenizer, 9)
+    Cached(str(folder)).build().bind(student.tokenizer, student.vocab_size)
 
 
 def test_identity_tells_caches_apart(folder: Path, teacher: LocalTeacher, rows: list[Any], tmp_path: Path) -> None:
     write_cache(tmp_path / "smaller", teacher, rows, top_k=2)
-    assert CachedTeacher(folder).identity() == CachedTeacher(folder).identity()
-    assert CachedTeacher(folder).identity() != CachedTeacher(tmp_path / "smaller").identity()
+    assert Cached(str(folder)).build().identity() == Cached(str(folder)).build().identity()
+    assert Cached(str(folder)).build().identity() != Cached(str(tmp_path / "smaller")).build().identity()
 
 
 def test_a_module_refuses_what_no_cache_can_do(folder: Path) -> None:

@@ -20,9 +20,8 @@ from stepkd.modules.kdrl import KDRLModule
 from stepkd.modules.preference import ReferenceConfig
 from stepkd.steps.segment import get_segmenter
 from stepkd.tasks.rows import make_rows
-from stepkd.teachers.config import Local
+from stepkd.teachers.config import Local, SelfBase, SelfSnapshot
 from stepkd.teachers.local import LocalTeacher
-from stepkd.teachers.own import BaseTeacher, SnapshotTeacher
 from stepkd.teachers.signals import Teacher
 
 STUDENT = PolicyConfig(path="tiny-0.1m", dtype="float64")
@@ -39,25 +38,25 @@ def group() -> list[Completion]:
 
 
 def local(**settings: Any) -> tuple[Teacher, Callable[[], Policy]]:
-    teacher = LocalTeacher("tiny-0.5m", dtype="float64", **settings)
+    teacher = LocalTeacher(Local("tiny-0.5m", dtype="float64", **settings))
     teacher.bind(tiny_tokenizer())
     return teacher, lambda: teacher.policy
 
 
-def own(kind: Any, **policy: Any) -> tuple[Teacher, Callable[[], Policy]]:
+def own(spec: Any, **policy: Any) -> tuple[Teacher, Callable[[], Policy]]:
     student = Policy.load(replace(STUDENT, **policy))
-    teacher = kind()
+    teacher = spec.build()
     teacher.follow(student)
-    read = teacher._copy if kind is SnapshotTeacher else (student._frozen or [student])[0]
+    read = teacher._copy if isinstance(spec, SelfSnapshot) else (student._frozen or [student])[0]
     return teacher, lambda: read
 
 
 TEACHERS: dict[str, Callable[[], tuple[Teacher, Callable[[], Policy]]]] = {
     "another model": local,
     "another model with its own prompts": lambda: local(template="math"),
-    "the student a while ago": lambda: own(SnapshotTeacher),
-    "the student before training": lambda: own(BaseTeacher),
-    "the student without its adapter": lambda: own(BaseTeacher, lora=LoRAConfig(r=2)),
+    "the student a while ago": lambda: own(SelfSnapshot()),
+    "the student before training": lambda: own(SelfBase()),
+    "the student without its adapter": lambda: own(SelfBase(), lora=LoRAConfig(r=2)),
 }
 
 

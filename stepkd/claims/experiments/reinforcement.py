@@ -47,7 +47,7 @@ class ReinforcementSettings(ExperimentConfig):
 
 @dataclass(frozen=True)
 class ReinforcementArm:
-    """How an arm learns; the names are those of :class:`stepkd.modules.Sampled` and its neighbours."""
+    """How an arm learns; the names are those of :class:`stepkd.modules.SampledKL`."""
 
     method: Literal["none", "teacher", "train"] = "train"
     """``none`` is the student itself, ``teacher`` the teacher."""
@@ -107,7 +107,15 @@ def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
 
 def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Path]) -> Path:
     from stepkd.claims.tiny import tiny_kdrl, train_tiny
-    from stepkd.modules.settings import Constant, Linear, PolicyLossConfig, Sampled, Schedule, Switch, ToGo
+    from stepkd.modules.settings import (
+        Constant,
+        Linear,
+        PolicyLossConfig,
+        SampledKL,
+        Schedule,
+        StepCreditConfig,
+        Switch,
+    )
 
     settings: ReinforcementSettings = unit.settings
     schedule: Schedule = Constant()
@@ -117,7 +125,7 @@ def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Pa
         schedule = Switch(arm.until)
     credit = None
     if arm.step_weight:
-        credit = ToGo("checker", weight=arm.step_weight, outcome_weight=arm.outcome_weight)
+        credit = StepCreditConfig("checker", weight=arm.step_weight, outcome_weight=arm.outcome_weight)
     return train_tiny(
         unit.folder / name,
         tiny_kdrl,
@@ -128,7 +136,7 @@ def _train(unit: Unit, name: str, arm: ReinforcementArm, models: Mapping[str, Pa
         steps=settings.steps,
         lr=settings.lr,
         seed=unit.seed,
-        kd=Sampled(beta=arm.beta, schedule=schedule, estimator=arm.estimator, mask=arm.mask),
+        kd=SampledKL(beta=arm.beta, schedule=schedule, estimator=arm.estimator, mask=arm.mask),
         policy_loss=PolicyLossConfig(weight=arm.rewards),
         step_credit=credit,
         max_new_tokens=settings.max_new_tokens,
