@@ -219,9 +219,7 @@ def top_k_buckets(log_CV: Tensor, ids_Ck: Tensor, *, tail: bool = True) -> Tenso
 Estimator = Literal["k1", "k2", "k3"]
 
 
-def kl_estimate(
-    kind: Estimator, logps_N: Tensor, other_logps_N: Tensor, *, gradient: Estimator | None = None
-) -> Tensor:
+def kl_estimate(kind: Estimator, logps_N: Tensor, other_logps_N: Tensor) -> Tensor:
     """An estimate of KL(policy || other) at every sampled token, from its log-probabilities alone.
 
     With ``d = log pi - log T`` at a token that the policy sampled:
@@ -241,7 +239,6 @@ def kl_estimate(
         kind: which estimator the values are of.
         logps_N: of the sampled tokens under the policy; gradients flow through them.
         other_logps_N: under the other model (teacher, reference), detached.
-        gradient: take the gradient of another estimator, straight-through: the value stays that of ``kind``.
 
     Raises:
         ConfigError: another kind.
@@ -251,16 +248,8 @@ def kl_estimate(
         raise ValueError(
             f"{tuple(logps_N.shape)} log-probabilities and {tuple(other_logps_N.shape)} of the other model"
         )
-    difference_N = logps_N - other_logps_N.detach()
-    value_N = _estimate(kind, difference_N)
-    if gradient in (None, kind):
-        return value_N
-    through_N = _estimate(gradient, difference_N)
-    return value_N.detach() + through_N - through_N.detach()
-
-
-def _estimate(kind: Estimator, difference_N: Tensor) -> Tensor:
     check_choice("KL estimator", kind, get_args(Estimator))
+    difference_N = logps_N - other_logps_N.detach()
     if kind == "k1":
         return difference_N
     return 0.5 * difference_N.square() if kind == "k2" else torch.expm1(-difference_N) + difference_N

@@ -10,7 +10,7 @@ Axes: N needed positions, C positions of one chunk, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ def fused_sum(
     hidden_NH: Tensor,
     weights_N: Tensor,
     *per_position: Tensor,
-    parameters: Sequence[Tensor] | None = None,
     chunk_size: int = DEFAULT_CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """``sum over positions of weight * fn(head(hidden), ...)``, and what ``fn`` gave.
@@ -45,11 +44,11 @@ def fused_sum(
     Args:
         fn: maps a chunk of logits, and the chunk of each tensor in ``per_position``, to (C,), or to (C, M) of which the
             first column is summed; the others are for metrics and pass no gradient.
-        head: hidden states to logits, for instance a :class:`~stepkd.losses.linear.VocabHead`.
+        head: hidden states to logits, a module or :class:`~stepkd.losses.linear.VocabHead`: what of it is trained gets
+            gradients (:func:`head_parameters`).
         hidden_NH: hidden states of the needed positions.
         weights_N: weight of every position; constants, no gradient reaches them.
         *per_position: tensors whose first axis is N; no gradient reaches them.
-        parameters: the head's tensors that get gradients; None: those of its module (:func:`head_parameters`).
         chunk_size: positions per chunk, >= 1; changes memory and speed, never the result.
 
     Returns:
@@ -63,7 +62,7 @@ def fused_sum(
         ValueError: ``chunk_size`` < 1, or tensors of different length.
     """
     check_chunks(chunk_size, hidden_NH, weights_N, *per_position)
-    trained = head_parameters(head) if parameters is None else list(parameters)
+    trained = head_parameters(head)
     if any(hasattr(parameter, "full_tensor") for parameter in trained):
         raise RuntimeError("the head is sharded and not gathered: compute the loss in the policy's forward pass")
     constants = tuple(tensor.detach() for tensor in (weights_N, *per_position))

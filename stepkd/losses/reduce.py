@@ -82,8 +82,6 @@ def reduce(
     weights = {} if weights is None else weights
     if unknown := set(weights) - set(sums):
         raise ValueError(f"weights for {sorted(unknown)}, but the loss has only {sorted(sums)}")
-    if not sums:
-        raise ValueError("a loss needs at least one component")
     scales = component_scales(sums, denominators, weights, world_size)
     for name, value in sums.items():
         if value.dim() != 0:

@@ -115,7 +115,7 @@ class PolicyGradient(Component):
                 elif isinstance(self.kd, SampledKL):
                     # Tokens that do not count are taken out before: k3 of a far-off one overflows, and 0 inf is NaN.
                     near_C = torch.where(kept_C > 0, logps_C, teacher_C)
-                    kd_C = kl_estimate(self.kd.estimator, near_C, teacher_C, gradient=self.kd.gradient)
+                    kd_C = kl_estimate(self.kd.estimator, near_C, teacher_C)
                 kd_C = self.beta * kept_C * kd_C
                 if isinstance(self.kd, AsAdvantage):
                     advantages_C = advantages_C + self.beta * (teacher_C - logps_C).detach()

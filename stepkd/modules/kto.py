@@ -135,7 +135,10 @@ class PointEstimator:
             update: whether running averages move (in training) or are only read.
         """
         step = "mismatch" if self.spec.step == "per_index" else self.spec.step
-        rows = [_step_sums(completion, ratios_N) for completion, ratios_N in items.get(step, ())]
+        rows = [
+            [float(ratios_N.double().cpu()[start:end].sum()) for start, end in completion.spans]
+            for completion, ratios_N in items.get(step, ())
+        ]
         sums: dict[str, float] = {}
         for kind, values in (
             ("outcome", [float(ratios_N.double().sum()) for _, ratios_N in items.get(self.spec.outcome, ())]),
@@ -162,11 +165,6 @@ class PointEstimator:
         if update:
             self.averages = averages
         return tuple(max(0.0, value) for value in averages)
-
-
-def _step_sums(completion: Completion, ratios_N: Tensor) -> list[float]:
-    values = ratios_N.double().cpu()
-    return [float(values[start:end].sum()) for start, end in completion.spans]
 
 
 GivenWeights = list[float] | Literal["ratio"]

@@ -32,7 +32,8 @@ from stepkd.safe import check_import
 
 RewardFunction = Callable[..., Any]
 """In TRL's signature; an async one gives a coroutine."""
-BUILT_IN = ("accuracy", "format", "length", "steps")
+BUILT_IN = {"accuracy": (), "format": ("pattern",), "length": ("limit",), "steps": ("scorer", "reduce")}
+"""Built-in rewards with their options, all needed but ``reduce``."""
 Option = str | bool | int | float | None
 """Text first, and not ``Any``: a command line reads text under ``Any`` once more, and ``####`` becomes nothing."""
 
@@ -60,18 +61,17 @@ class RewardConfig:
             if self.name in BUILT_IN:
                 raise ConfigError(f"rewards: a function named {self.name!r}, like a built-in reward: rename it")
             return
-        wanted = {"accuracy": set(), "format": {"pattern"}, "length": {"limit"}, "steps": {"scorer", "reduce"}}
-        if not {":", "."} & set(self.name) and self.name not in BUILT_IN:
+        if self.name in BUILT_IN:
+            options = BUILT_IN[self.name]
+            if unknown := sorted(set(self.options) - set(options)):
+                raise ConfigError(f"rewards: {self.name!r} has no option {unknown[0]!r}")
+            if missing := set(options) - {"reduce", *self.options}:
+                raise ConfigError(f"rewards: {self.name!r} needs the option {min(missing)!r}")
+        elif not {":", "."} & set(self.name):
             raise ConfigError(
                 f"rewards: unknown reward {self.name!r}.{nearest(self.name, BUILT_IN)} Known: "
                 f"{', '.join(BUILT_IN)}, or package.module:function (or with a dot)"
             )
-        if self.name in wanted:
-            if unknown := sorted(set(self.options) - wanted[self.name]):
-                raise ConfigError(f"rewards: {self.name!r} has no option {unknown[0]!r}")
-            needed = wanted[self.name] - {"reduce"} - set(self.options)
-            if needed:
-                raise ConfigError(f"rewards: {self.name!r} needs the option {min(needed)!r}")
 
     @cached_property
     def own(self) -> OwnFunction | None:

@@ -142,7 +142,6 @@ class Switch(Schedule):
         return float(step >= self.until_step)
 
 
-Estimator = Literal["k1", "k2", "k3"]
 Mask = Literal["none", "response", "group"]
 
 
@@ -180,10 +179,8 @@ class _Term(KDConfig):
 class SampledKL(_Term):
     """A term of its own from the sampled tokens' log-probabilities alone, by an estimator of the KL."""
 
-    estimator: Estimator = "k2"
+    estimator: Literal["k1", "k2", "k3"] = "k2"
     """What estimates the KL: ``k1``, ``k2`` or ``k3``; the paper takes k2, whose gradient is the reverse KL's."""
-    gradient: Estimator | None = None
-    """Straight-through: the term's value stays the estimator's, its gradient is this one's; null: its own."""
 
 
 @dataclass(frozen=True)

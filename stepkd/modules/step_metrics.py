@@ -91,23 +91,17 @@ def require_finite(losses: list[Tensor], norm: float, micro: list[Batch], *, ste
     )
 
 
-def train_flops_per_token(model: nn.Module) -> float:
-    """Floating-point operations to train on one token.
-
-    ``2 N`` for the forward pass, ``2 N`` for gradients of activations, ``2 N_trainable`` for gradients of weights (so
-    ``6 N`` when everything is trained). Attention scores and recomputation are not counted, as usual for MFU (Chowdhery
-    et al. 2022, arXiv 2204.02311, appendix B, without the attention term).
-    """
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return 4.0 * total + 2.0 * trainable
-
-
 class Throughput:
-    """Rate over the time between two calls of :meth:`measure`."""
+    """Rate over the time between two calls of :meth:`measure`.
+
+    For MFU a token costs ``2 N`` operations in the forward pass, ``2 N`` for gradients of activations and ``2
+    N_trainable`` for those of weights; attention scores and recomputation are not counted, as usual (Chowdhery et al.
+    2022, arXiv 2204.02311, appendix B, without the attention term).
+    """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self.flops_per_token = train_flops_per_token(model)
+        parameters = list(model.parameters())
+        self.flops_per_token = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in parameters)
         # Lightning knows the peak of CUDA devices and TPUs; for anything else there is no honest figure, so no MFU.
         self.peak_flops = get_available_flops(device, dtype) if device.type == "cuda" else None
         self.device = device

@@ -136,7 +136,7 @@ class CachedTeacher(Teacher):
             table = parquet.read_table(path, page_checksum_verification=True, use_threads=False, pre_buffer=False)
             damage = "" if table.schema.equals(_schema(self.settings), check_metadata=True) else "its columns differ"
         except Exception as error:  # pyarrow has many, all of which mean that the file is not what was written
-            damage = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            damage = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         if damage:
             raise ModelError(
                 f"{path} is damaged or was changed ({damage}): delete it, and give `stepkd cache-teacher` the same "
@@ -319,11 +319,9 @@ def _write_part(path: Path, keys: list[Key], entries: list[Entry], settings: Map
     import pyarrow
     from pyarrow import parquet
 
-    columns = (
-        keys,
-        [ids.flatten().tolist() for ids, _, _ in entries],
-        [logps.flatten().tolist() for _, logps, _ in entries],
-        [tail.tolist() for _, _, tail in entries],
-    )
-    table = pyarrow.table(dict(zip(("key", "ids", "logps", "tail"), columns, strict=True)), schema=_schema(settings))
+    rows = [
+        {"key": key, "ids": ids.flatten().tolist(), "logps": logps.flatten().tolist(), "tail": tail.tolist()}
+        for key, (ids, logps, tail) in zip(keys, entries, strict=True)
+    ]
+    table = pyarrow.Table.from_pylist(rows, schema=_schema(settings))
     write_file(path, lambda temporary: parquet.write_table(table, temporary, write_page_checksum=True))

@@ -160,20 +160,6 @@ def test_what_is_not_trained_gets_no_gradient() -> None:
     assert total.item() == pytest.approx(values.sum().item(), rel=1e-5)
 
 
-def test_a_head_that_is_no_module_names_its_parameters() -> None:
-    weight = torch.randn(V, H, dtype=torch.float64, requires_grad=True)
-    hidden = torch.randn(N, H, dtype=torch.float64, requires_grad=True)
-    targets = torch.arange(N)
-
-    def head(hidden_CH: Tensor) -> Tensor:
-        return hidden_CH @ weight.T
-
-    expected = torch.autograd.grad(target_logps(head(hidden), targets).sum(), [weight, hidden])
-    total, _ = fused_sum(target_logps, head, hidden, torch.ones(N), targets, parameters=[weight], chunk_size=2)
-    for actual, wanted in zip(torch.autograd.grad(total, [weight, hidden]), expected, strict=True):
-        assert relative(actual, wanted) < 1e-10
-
-
 def test_no_positions() -> None:
     linear = nn.Linear(H, V)
     hidden = torch.zeros(0, H, requires_grad=True)

@@ -52,13 +52,6 @@ def test_k3_has_the_gradient_of_the_forward_kl(pair: Any) -> None:
     assert (gradient - exact(pair, forward_kl)[1]).abs().max() < 1e-10
 
 
-def test_the_value_of_one_and_the_gradient_of_another(pair: Any) -> None:
-    for kind in ("k1", "k3"):
-        value, gradient = expected_gradient(pair, kind=kind, gradient="k2")
-        assert value == pytest.approx(expected_gradient(pair, kind=kind)[0], rel=1e-12)
-        assert torch.allclose(gradient, exact(pair, reverse_kl)[1], atol=1e-12)
-
-
 def test_values_by_hand() -> None:
     own, other = torch.tensor([-1.0], dtype=torch.float64), torch.tensor([-2.0], dtype=torch.float64)
     found = [kl_estimate(kind, own, other).item() for kind in ("k1", "k2", "k3")]  # type: ignore[arg-type]
@@ -83,18 +76,8 @@ def test_no_gradient_reaches_the_other_model() -> None:
     assert other.grad is None
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"kind": "k4"}, "unknown KL estimator 'k4'"),
-        ({"kind": "k1", "gradient": "k0"}, "unknown KL estimator 'k0'"),
-    ],
-)
-def test_mistakes(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        kl_estimate(settings.pop("kind"), torch.zeros(2), torch.zeros(2), **settings)
-
-
-def test_shapes() -> None:
+def test_mistakes() -> None:
+    with pytest.raises(ConfigError, match="unknown KL estimator 'k4'"):
+        kl_estimate("k4", torch.zeros(2), torch.zeros(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(2,\) log-probabilities and \(3,\) of the other model"):
         kl_estimate("k1", torch.zeros(2), torch.zeros(3))
