@@ -140,7 +140,7 @@ class ScoreConfig(JobConfig):
     reduction: Reduction | None = None
     """How step scores become one per solution; the default is product for scores of correctness, else last."""
     fit_temperature: str | None = None
-    """File or data settings of held-out labelled rows on which a temperature is fitted, applied and saved."""
+    """File or data settings of held-out labelled rows on which a temperature is fitted and applied."""
     segmenter: str | None = None
     """Cuts solutions that come as one text (newline, blank_line, ...); the default is newline. Steps that a row has, or
     a segmenter that it names, stay as they are."""

@@ -1,7 +1,7 @@
 """``stepkd score``: rows with solutions in, the same rows with scores out, a job of batches (:mod:`stepkd.runs.job`).
 
-The folder is that of any job; ``results.jsonl`` holds the scored rows in the order of the input, ``temperature.json`` a
-temperature that was fitted.
+The folder is that of any job; ``results.jsonl`` holds the scored rows in the order of the input, ``summary.json`` also
+a temperature that was fitted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stepkd.runs.job import (
     numbered,
     package_versions,
 )
-from stepkd.scorers.calibration import TemperatureScaling, fit_temperature
+from stepkd.scorers.calibration import fit_temperature, scaled
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.prm import packed
 from stepkd.scorers.scorer import (
@@ -46,7 +46,6 @@ from stepkd.scorers.scorer import (
 KIND = "scoring job"
 SOLUTIONS, TEMPERATURE = "solutions", "temperature"
 """The phases of a scoring job."""
-TEMPERATURE_NAME = "temperature.json"
 
 
 def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options: JobOptions = ALONE) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
         ConfigError: the folder holds another job, or settings contradict each other.
         DataError, ModelError: rows or scorer cannot be used.
     """
-    job = Job(Path(config.out), KIND, (RESULTS_NAME, SUMMARY_NAME, TEMPERATURE_NAME), options)
+    job = Job(Path(config.out), KIND, (RESULTS_NAME, SUMMARY_NAME), options)
     job.check()
     rows = _to_cut(load_rows(parse_spec(config.rollouts)), config.segmenter)
     labelled = None if config.fit_temperature is None else load_rows(parse_spec(config.fit_temperature))
@@ -83,23 +82,24 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
             "temperature_fitted_on": None if labelled is None else fingerprint(labelled),
         }
     )
-    temperature = getattr(loaded, "temperature", None)
+    temperature, fit = getattr(loaded, "temperature", None), None
     if labelled is not None:
-        fit = {"fit": labelled}
-        job.work(TEMPERATURE, fit, lambda given: [asdict(fit_temperature(*labelled_scores(loaded, given)))])
-        temperature = TemperatureScaling(**job.wait(TEMPERATURE, fit)[0])
+        unit = {"fit": labelled}
+        job.work(TEMPERATURE, unit, lambda given: [asdict(fit_temperature(*labelled_scores(loaded, given)))])
+        fit = job.wait(TEMPERATURE, unit)[0]
+        temperature = fit["temperature"]
     units = numbered(_blocks(rows, config.max_rows))
     job.work(SOLUTIONS, units, lambda block: _scored(loaded, rows, block, first=block is units["000000"]))
     found = job.rows(SOLUTIONS, units)
     if found is None:
         return {}
     provenance = {key: settings["scorer"].get(key) for key in ("scorer", "model", "weights", "meaning")}
-    provenance |= {"reduction": reduction, "temperature": None if temperature is None else temperature.temperature}
+    provenance |= {"reduction": reduction, "temperature": temperature}
     scored = []
     for row, result in zip(rows, found, strict=True):
         values = [math.nan if value is None else value for value in result["scores"]]
-        if labelled is not None and temperature is not None:
-            values = temperature.apply(values).tolist()
+        if fit is not None:
+            values = scaled(values, fit["temperature"]).tolist()
         scored.append(
             {
                 **row,
@@ -109,9 +109,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
                 **({} if result["error"] is None else {"score_error": result["error"]}),
             }
         )
-    if labelled is not None and temperature is not None:
-        temperature.save(job.out / TEMPERATURE_NAME)
-    summary = summarise_scores(scored)
+    summary = summarise_scores(scored) | {"temperature_fit": fit}
     job.finish(RESULTS_NAME, scored, summary)
     return summary
 

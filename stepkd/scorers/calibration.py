@@ -6,26 +6,22 @@ The scaled score is ``sigmoid(logit(score) / T)``. The order of the scores does 
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepkd.errors import ConfigError, DataError
-from stepkd.runs.files import write_json
+from stepkd.errors import DataError
 
 CLIP = 1e-6
 """Scores are clipped to [CLIP, 1 - CLIP] before their logit is taken: exactly 0 and 1 have none."""
 LOWEST, HIGHEST = 0.01, 100.0
 """Bounds of the fitted temperature."""
-FORMAT, VERSION = "stepkd-temperature-scaling", 1
 
 
 @dataclass(frozen=True)
-class TemperatureScaling:
+class TemperatureFit:
     """A fitted temperature, and what it did to the data it was fitted on."""
 
     temperature: float
@@ -38,53 +34,26 @@ class TemperatureScaling:
     n: int
     """Labels it was fitted on."""
 
-    def __post_init__(self) -> None:
-        if not LOWEST <= self.temperature <= HIGHEST:
-            raise ConfigError(f"temperature={self.temperature!r} must lie between {LOWEST} and {HIGHEST}")
 
-    def apply(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """Scale scores.
+def scaled(scores: ArrayLike, temperature: float) -> NDArray[np.float64]:
+    """Scale scores by a temperature.
 
-        Args:
-            scores: numbers in [0, 1] of any shape; NaN (no score) stays NaN.
+    Args:
+        scores: numbers in [0, 1] of any shape; NaN (no score) stays NaN.
+        temperature: T in [0.01, 100].
 
-        Returns:
-            Scaled scores in (0, 1), same shape.
+    Returns:
+        Scaled scores in (0, 1), same shape.
 
-        Raises:
-            DataError: a score outside [0, 1].
-        """
-        from scipy.special import expit
+    Raises:
+        DataError: a score outside [0, 1].
+    """
+    from scipy.special import expit
 
-        return np.asarray(expit(_logit(check_scores(scores)) / self.temperature), dtype=np.float64)
-
-    def save(self, path: str | Path) -> None:
-        """Write the fit as JSON; a reader sees the old file or the new, never a part.
-
-        Raises:
-            MachineError: the file cannot be written.
-        """
-        write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> TemperatureScaling:
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: no such file, not such a file, or written by a newer version.
-        """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (data.pop("format"), data.pop("version")) != (FORMAT, VERSION):
-                raise ValueError(f"format and version are not {FORMAT!r} and {VERSION}")
-            return cls(**data)
-        except (OSError, AttributeError, KeyError, TypeError, ValueError, ConfigError) as error:
-            raise DataError(
-                f"is no temperature fit that this stepkd reads ({type(error).__name__}: {error}): fit again", path=path
-            ) from None
+    return np.asarray(expit(_logit(check_scores(scores)) / temperature), dtype=np.float64)
 
 
-def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureScaling:
+def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureFit:
     """Fit the temperature that makes the labels most likely.
 
     The negative log-likelihood is convex in 1/T, so the root of its slope is bracketed: no start value, no learning
@@ -128,7 +97,7 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureScaling:
         temperature = HIGHEST
     else:
         temperature = math.exp(brentq(slope, low, high, xtol=1e-15))
-    return TemperatureScaling(temperature, nll(logits), nll(logits / temperature), int(values.size))
+    return TemperatureFit(temperature, nll(logits), nll(logits / temperature), int(values.size))
 
 
 def checked_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

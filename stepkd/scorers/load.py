@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stepkd.data.templates import TEMPLATES, PromptTemplate, get_template
-from stepkd.errors import ConfigError, nearest
+from stepkd.errors import ConfigError, check_bounds, nearest
 from stepkd.models.step_head_config import StepHeadConfig
-from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.rules import Arithmetic, Checker, Gain
 from stepkd.scorers.scorer import ScorerConfig, StepScorer
 
@@ -36,14 +35,18 @@ class _Reader(ScorerConfig):
     max_length: int | None = None
     """Longest prompt and solution in tokens, at least 2, beyond which steps have no score; the default is the model's
     context."""
-    temperature: str | None = None
-    """File of a fitted temperature (stepkd score --fit_temperature) that scales the scores; the default leaves them."""
+    temperature: float | None = None
+    """Temperature that scales the scores, in [0.01, 100], as stepkd score --fit_temperature fits one; the default
+    leaves them."""
+
+    def __post_init__(self) -> None:
+        check_bounds("scorer.", self, max_length="[2, inf)", temperature="[0.01, 100]")
 
     def build(self, *, device: str = "auto", max_rows: int = 32) -> StepScorer:
         """See :meth:`ScorerConfig.build`."""
         where = pick_device(device)
-        scaling = None if self.temperature is None else TemperatureScaling.load(self.temperature)
-        scorer = self._load(max_length=self.max_length, max_rows=max_rows, temperature=scaling, name=self.path)
+        reading = {"max_length": self.max_length, "temperature": self.temperature}
+        scorer = self._load(max_rows=max_rows, name=self.path, **reading)
         scorer.policy.to(where)
         return scorer
 
@@ -128,6 +131,7 @@ class Judge(_Reader):
     """Show the row's gold solution, else its answer, to the model; off, it judges by itself."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.template, str) and self.template in TEMPLATES:
             raise ConfigError(
                 f"template {self.template!r} asks for a solution, and a judge is asked whether a step is correct: drop "

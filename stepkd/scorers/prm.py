@@ -23,7 +23,7 @@ from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.decode import Decoder, Reading, padded
-from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.calibration import scaled
 from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
 
 _NO_LIMIT = 10**9
@@ -41,7 +41,7 @@ class PolicyScorer:
             scored. None: the model's context.
         max_rows: most rows in one forward pass, at least 1; changes memory and speed, and results by rounding.
         shared_prefix: read what several rows begin with once; False reads it again for each (the same scores).
-        temperature: scaling of the scores, fitted on held-out labels.
+        temperature: scales the scores, in [0.01, 100], fitted on held-out labels; None: they stay.
         name: what to call the model in the provenance; None: its path.
 
     Attributes:
@@ -61,13 +61,11 @@ class PolicyScorer:
         max_length: int | None = None,
         max_rows: int = 32,
         shared_prefix: bool = True,
-        temperature: TemperatureScaling | None = None,
+        temperature: float | None = None,
         name: str | None = None,
     ) -> None:
-        if max_rows < 1:
-            raise ConfigError(f"max_rows={max_rows}: at least one row must be read at once")
-        if max_length is not None and max_length < 2:
-            raise ConfigError(f"max_length={max_length}: at least one prompt and one solution token")
+        if max_rows < 1 or (max_length or 2) < 2:
+            raise ConfigError(f"max_rows={max_rows}, max_length={max_length}: must be at least 1 row and 2 tokens")
         self.policy = policy
         self.tokenizer = policy.tokenizer
         self.template = get_template(template)
@@ -88,7 +86,7 @@ class PolicyScorer:
             "template": template_name(self.template),
             "max_length": self.max_length,
             "meaning": self.meaning,
-            "temperature": None if self.temperature is None else self.temperature.temperature,
+            "temperature": self.temperature,
         }
 
     def _continued(self, decoder: Decoder, groups: Sequence[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], Reading]]:
@@ -114,7 +112,7 @@ class PolicyScorer:
                 "the model's weights have diverged, or float16 overflowed (use bfloat16 or float32)"
             )
         scores: list[float] = values_S.clamp(0, 1).tolist()
-        return scores if self.temperature is None else [float(score) for score in self.temperature.apply(scores)]
+        return scores if self.temperature is None else scaled(scores, self.temperature).tolist()
 
 
 @dataclass(eq=False)

@@ -92,15 +92,11 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, capsys: py
 
 
 def test_a_plain_model_with_a_head_and_a_temperature(tmp_path: Path) -> None:
-    from stepkd.scorers.calibration import TemperatureScaling
-
-    TemperatureScaling(4.0, 1.0, 0.9, 10).save(tmp_path / "temperature.json")
     head = ["--scorer", "PRM", "--scorer.path", "tiny-0.1m", "--scorer.template", "task"]
     head += ["--scorer.head", "Classifier", "--figures", "false"]
     common = ["evaluate-prm", "--sets", DATA, "--device", "cpu", *head]
     assert main([*common, "--out", str(tmp_path / "a")]) == 0
-    scaled_by = ["--scorer.temperature", str(tmp_path / "temperature.json")]
-    assert main([*common, "--out", str(tmp_path / "b"), *scaled_by]) == 0
+    assert main([*common, "--out", str(tmp_path / "b"), "--scorer.temperature", "4"]) == 0
     plain, scaled = (
         [
             score

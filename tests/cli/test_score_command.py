@@ -107,7 +107,7 @@ def test_temperatures(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     held = ("--fit-temperature", str(folder / "held.jsonl"))
     assert run(folder, tmp_path / "fit", "--scorer.template", "task", *held) == 0
     assert "temperature: " in capsys.readouterr().out
-    saved = str(tmp_path / "fit" / "temperature.json")
+    saved = str(json.loads((tmp_path / "fit" / "summary.json").read_text())["temperature"])
     assert run(folder, tmp_path / "given", "--scorer.template", "task", "--scorer.temperature", saved) == 0
     assert "temperature: " in capsys.readouterr().out
     fitted, given = read(tmp_path / "fit"), read(tmp_path / "given")
@@ -143,10 +143,7 @@ def test_checker_judge_and_head(folder: Path, tmp_path: Path) -> None:
         (["--scorer.template", "task", "--scorer.max_length", "1"], "max_length=1"),
         (["--scorer.template", "task", "--device", "gpu"], "device='gpu'"),
         (["--scorer.template", "task", "--scorer.separator", "x"], "'separator' is not a setting of scorer"),
-        (
-            ["--scorer.template", "task", "--scorer.temperature", "absent.json"],
-            "No such file or directory: 'absent.json'",
-        ),
+        (["--scorer.template", "task", "--scorer.temperature", "0"], "scorer.temperature=0.0: must lie in [0.01, 100]"),
         (["--scorer.template", "task", "--fit-temperature", "absent.jsonl"], "absent.jsonl"),
         (["--scorer.template", "task", "--scorer.head", "{"], "scorer.head"),
         (

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from stepkd.evaluation.config import ScoreConfig
 from stepkd.evaluation.score_rows import labelled_scores, score_file
 from stepkd.runs.files import write_jsonl
 from stepkd.runs.job import JobOptions
-from stepkd.scorers.calibration import TemperatureScaling
+from stepkd.scorers.calibration import fit_temperature, scaled
 from stepkd.scorers.load import PRM
 from stepkd.scorers.scorer import Solutions
 
@@ -93,7 +93,8 @@ def test_rows_come_out_in_order_with_scores(job: ScoreConfig, tmp_path: Path) ->
     assert summary == {
         "rows": 6, "problems": 4, "steps": 11, "unscored_rows": 1,
         "unreadable_rows": 0, "unreadable_reason": None,
-        "reduction": "product", "temperature": None, "mean_score": pytest.approx((0.72 + 0.5 + 0.072 + 0 + 0.7) / 5),
+        "temperature_fit": None, "reduction": "product", "temperature": None,
+        "mean_score": pytest.approx((0.72 + 0.5 + 0.072 + 0 + 0.7) / 5),
         "mean_score_correct": pytest.approx(0.72), "mean_score_incorrect": pytest.approx((0.5 + 0.072) / 2),
     }  # fmt: skip
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -242,7 +243,7 @@ def test_ranks_share_the_solutions_and_the_last_one_writes_them(job: ScoreConfig
     asked = [sorted(name for name in toy.asked if not name.startswith("h")) for toy in toys]
     assert sorted(asked[0] + asked[1]) == ["p", "q", "r", "s"]
     assert [len(set(toy.asked)) for toy in toys] == [11, 2], "rank 0 fits the temperature"
-    for name in ("results.jsonl", "settings.json", "temperature.json", "summary.json"):
+    for name in ("results.jsonl", "settings.json", "summary.json"):
         assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     assert score_file(shared, scorer=Toy(dies_after=0)) == summary
 
@@ -271,13 +272,14 @@ def test_a_temperature_is_fitted_once_saved_and_applied(job: ScoreConfig, tmp_pa
     summary = score_file(fitting, scorer=again)
     assert "h" in dying.asked
     assert "h" not in again.asked, "fitted before the kill"
-    temperature = TemperatureScaling.load(tmp_path / "out" / "temperature.json")
-    assert summary["temperature"] == temperature.temperature != 1
+    temperature = summary["temperature"]
+    assert summary["temperature_fit"] == asdict(fit_temperature(scores, labels))
+    assert temperature == summary["temperature_fit"]["temperature"] != 1
     out = read(job)
-    assert out[0]["step_scores"] == pytest.approx(temperature.apply([0.9, 0.8]).tolist())
+    assert out[0]["step_scores"] == pytest.approx(scaled([0.9, 0.8], temperature).tolist())
     assert out[3]["step_scores"][1] is None
-    assert out[0]["score"] == pytest.approx(math.prod(temperature.apply([0.9, 0.8])))
-    assert out[0]["scorer"]["temperature"] == temperature.temperature
+    assert out[0]["score"] == pytest.approx(math.prod(scaled([0.9, 0.8], temperature)))
+    assert out[0]["scorer"]["temperature"] == temperature
 
 
 def test_labels_for_a_temperature() -> None:
@@ -309,7 +311,7 @@ def test_solutions_in_one_text_are_cut_as_asked(job: ScoreConfig) -> None:
 
 def test_mistakes(job: ScoreConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="contradict each other"):
-        replace(job, fit_temperature="x", scorer=PRM("m", temperature="fit.json"))
+        replace(job, fit_temperature="x", scorer=PRM("m", temperature=2.0))
     with pytest.raises(ConfigError, match="are the rows to score: give held-out ones"):
         score_file(replace(job, fit_temperature=job.rollouts), scorer=Toy())
     write_jsonl(tmp_path / "bad.jsonl", [row("a", "p", [1]) | {"completions": []}])

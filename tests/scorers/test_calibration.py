@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.scorers.calibration import CLIP, TemperatureScaling, fit_temperature
+from stepkd.errors import DataError
+from stepkd.scorers.calibration import CLIP, fit_temperature, scaled
 
 
 def data(temperature: float, n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
@@ -25,7 +23,7 @@ def test_closed_form_of_one_score_value() -> None:
     # Scores 0.9 and 0.1, right in 3 of 4 cases: the best temperature turns 0.9 into 0.75.
     fit = fit_temperature([0.9] * 4 + [0.1] * 4, [1, 1, 1, 0, 0, 0, 0, 1])
     assert fit.temperature == pytest.approx(math.log(9) / math.log(3), rel=1e-12)
-    assert fit.apply([0.9, 0.1]) == pytest.approx([0.75, 0.25])
+    assert scaled([0.9, 0.1], fit.temperature) == pytest.approx([0.75, 0.25])
     assert fit.nll_after == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert fit.nll_before == pytest.approx(-0.75 * math.log(0.9) - 0.25 * math.log(0.1))
     assert fit.n == 8
@@ -44,18 +42,17 @@ def test_recovers_the_temperature_and_beats_a_grid(temperature: float) -> None:
 
 def test_order_and_side_of_one_half_are_kept() -> None:
     scores, labels = data(3.0, 300)
-    scaled = fit_temperature(scores, labels).apply(scores)
-    assert (np.argsort(scaled) == np.argsort(scores)).all()
-    assert ((scaled > 0.5) == (scores > 0.5)).all()
+    found = scaled(scores, fit_temperature(scores, labels).temperature)
+    assert (np.argsort(found) == np.argsort(scores)).all()
+    assert ((found > 0.5) == (scores > 0.5)).all()
 
 
-def test_apply_keeps_shape_and_missing_scores_and_clips() -> None:
-    fit = TemperatureScaling(1.0, 0.5, 0.5, 10)
-    scaled = fit.apply([[0.3, math.nan], [0.0, 1.0]])
-    assert scaled.shape == (2, 2)
-    assert scaled[0, 0] == pytest.approx(0.3)
-    assert math.isnan(scaled[0, 1])
-    assert scaled[1] == pytest.approx([CLIP, 1 - CLIP])
+def test_scaling_keeps_shape_and_missing_scores_and_clips() -> None:
+    found = scaled([[0.3, math.nan], [0.0, 1.0]], 1.0)
+    assert found.shape == (2, 2)
+    assert found[0, 0] == pytest.approx(0.3)
+    assert math.isnan(found[0, 1])
+    assert found[1] == pytest.approx([CLIP, 1 - CLIP])
 
 
 def test_bounds() -> None:
@@ -82,37 +79,3 @@ def test_bounds() -> None:
 def test_bad_data(scores: list[float], labels: list[float], message: str) -> None:
     with pytest.raises(DataError, match=message):
         fit_temperature(scores, labels)
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    fit = fit_temperature(*data(2.0, 200))
-    path = tmp_path / "new" / "temperature.json"
-    fit.save(path)
-    assert TemperatureScaling.load(path) == fit
-    assert [entry.name for entry in path.parent.iterdir()] == ["temperature.json"]
-
-
-def test_bad_files(tmp_path: Path) -> None:
-    path = tmp_path / "t.json"
-    with pytest.raises(DataError, match="No such file"):
-        TemperatureScaling.load(path)
-    known = {"format": "stepkd-temperature-scaling", "version": 1}
-    fit = {"temperature": -1.0, "nll_before": 1, "nll_after": 1, "n": 1}
-    for values, message in [
-        ([1], "is no temperature fit"),
-        ({"format": "other"}, "is no temperature fit"),
-        (known | {"version": 9}, "format and version are not 'stepkd-temperature-scaling' and 1"),
-        (known, "is no temperature fit .*missing"),
-        (known | fit, r"temperature=-1\.0 must lie"),
-    ]:
-        path.write_text(json.dumps(values))
-        with pytest.raises(DataError, match=message):
-            TemperatureScaling.load(path)
-    path.write_text("{")
-    with pytest.raises(DataError, match="is no temperature fit"):
-        TemperatureScaling.load(path)
-    with pytest.raises(ConfigError, match="temperature=0"):
-        TemperatureScaling(0, 1.0, 1.0, 1)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StepkdError, match="cannot write"):
-        TemperatureScaling(1.0, 1.0, 1.0, 1).save(tmp_path / "file" / "t.json")

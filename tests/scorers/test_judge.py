@@ -13,7 +13,6 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import tiny_tokenizer
-from stepkd.scorers.calibration import TemperatureScaling
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge, answer_ids
 from stepkd.scorers.scorer import Solutions, score_one
 
@@ -150,11 +149,10 @@ def test_steps_beyond_the_context_are_not_scored(policy: Policy) -> None:
 
 
 def test_temperature_and_provenance(policy: Policy) -> None:
-    cold = TemperatureScaling(temperature=0.5, nll_before=1.0, nll_after=0.5, n=9)
     p = score_one(PromptedJudge(policy, **SHORT), "p", ["a"])[0]
-    scaled = score_one(PromptedJudge(policy, temperature=cold, **SHORT), "p", ["a"])[0]
+    scaled = score_one(PromptedJudge(policy, temperature=0.5, **SHORT), "p", ["a"])[0]
     assert scaled == pytest.approx(p**2 / (p**2 + (1 - p) ** 2), abs=1e-9)
-    found = PromptedJudge(policy, reference=True, temperature=cold, name="m", **SHORT).provenance()
+    found = PromptedJudge(policy, reference=True, temperature=0.5, name="m", **SHORT).provenance()
     assert (found["scorer"], found["model"], found["reference"], found["temperature"]) == ("judge", "m", True, 0.5)
     assert found["question"] == "{step} ok?"
     ids = policy.tokenizer.convert_tokens_to_ids
