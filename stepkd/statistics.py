@@ -383,7 +383,7 @@ def estimate_mean(arrays: Sequence[FloatArray], *, n_resamples: int = RESAMPLES)
     problem, decides in their place.
 
     Args:
-        arrays: per seed (P, K, 2), see :func:`stepkd.claims.experiment.value_array`.
+        arrays: per seed (P, K, 2), see :func:`stepkd.claims.statements.value_array`.
         n_resamples: resamples of the bootstrap.
     """
     values_S, values_RS = map(_values, _sums_and_resamples(arrays, n_resamples))

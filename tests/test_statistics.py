@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepkd import statistics
-from stepkd.claims.experiment import value_array
+from stepkd.claims.statements import value_array
 from stepkd.errors import ConfigError
 from stepkd.statistics import (
     cluster_bootstrap,

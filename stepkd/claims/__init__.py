@@ -1,10 +1,10 @@
 """Claims: experiments in the tiny world whose verdict is a result.
 
-A claim file (``recipes/claims/<name>.yaml``) names an experiment, its settings, seeds and statements. ``stepkd claims``
-runs it, one row per arm and seed, and says for every statement: reproduced, not reproduced, or inconclusive.
-``recipes/claims/README.md`` explains how to write one.
+A claim file (``recipes/claims/<name>.yaml``) names jobs, their settings, arms, seeds and statements. ``stepkd claims``
+runs the jobs with the functions that users call, and says for every statement: reproduced, not reproduced, or
+inconclusive. ``recipes/claims/README.md`` explains how to write one.
 """
 
-from stepkd.claims.experiment import ArmResult, Experiment, Report, Unit
+from stepkd.claims.jobs import Measured
 
-__all__ = ["ArmResult", "Experiment", "Report", "Unit"]
+__all__ = ["Measured"]

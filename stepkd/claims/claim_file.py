@@ -1,11 +1,8 @@
-"""Claim files: ``recipes/claims/<name>.yaml``, read and checked against the experiment before anything runs.
+"""Claim files: ``recipes/claims/<name>.yaml``, read and checked before anything runs.
 
-Keys: ``claim`` (one sentence), ``source`` (paper and number), ``experiment``, ``settings``, ``seeds``, ``statements``
-(:class:`~stepkd.claims.statements.Statement`), ``quick`` (what ``claims quick`` has of seeds, settings and variants);
-optional: ``variants`` (name -> settings on top), ``arms`` (name -> settings of that arm; needed where the experiment
-has none of its own), ``run`` (name of the run's folder: claims that name the same one, with the same experiment and
-settings, share its rows; default: the claim's name), ``equal`` (the equal budgets: fact -> arms that must share it in
-every seed, null for all arms).
+``recipes/claims/README.md`` explains the keys. A claim has jobs, which are what users run (``fit``, ``label``,
+``evaluate``, ...: :mod:`stepkd.claims.jobs`), and settings, which the texts of jobs and metrics refer to as
+``$name``. Variants, arms and the quick version are settings on top.
 """
 
 from __future__ import annotations
@@ -13,20 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepkd.claims.experiment import Experiment, get_experiment
+from stepkd.claims.jobs import KINDS, overlaid
 from stepkd.claims.statements import Statement
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.settings import build_settings
 from stepkd.yaml_files import check_keys, mapping, read_yaml
 
-REQUIRED = ("claim", "source", "experiment", "seeds", "statements", "quick")
-OPTIONAL = ("settings", "variants", "arms", "run", "equal")
+OWN = ("claim", "source", "statements")
+INHERITED = ("jobs", "metrics", "arms", "seeds", "quick", "settings", "variants", "run", "equal")
+"""Keys that a claim takes from its ``base`` where it has none of its own."""
+MERGED = ("jobs", "metrics", "settings")
+"""Those of them that are merged key by key with the claim's own."""
+NEEDED = (*OWN, "jobs", "metrics", "arms", "seeds", "quick")
 QUICK = ("seeds", "settings", "variants")
+GIVEN = ("seed", "arm")
+"""Names that every text may refer to, beside settings and jobs."""
+REFERENCE = re.compile(r"\$(\w+)")
+METRIC = re.compile(r"(\w+)(?:\.(.+))?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+-]*")
 
 
@@ -42,14 +47,14 @@ class Claim:
     """What is claimed, one sentence."""
     source: str
     """Paper and number."""
-    experiment_name: str
-    """As in the file."""
-    experiment: Experiment
-    """What runs."""
-    variants: Mapping[str, Any]
-    """Variant -> settings; one called ``main`` when the file names none."""
-    arms: Mapping[str, Any]
-    """Arm -> its settings, or None."""
+    jobs: Mapping[str, Mapping[str, Any]]
+    """Job -> its kind, with its settings."""
+    metrics: Mapping[str, str]
+    """Metric -> ``job.column``; the job may be a setting that refers to one."""
+    variants: Mapping[str, Mapping[str, Any]]
+    """Variant -> all settings; one called ``main`` when the file names none."""
+    arms: Mapping[str, Mapping[str, Any]]
+    """Arm -> its settings, which go before those of the variant."""
     run: str
     """Name of the run's folder; claims that share it share its rows."""
     seeds: tuple[int, ...]
@@ -57,17 +62,13 @@ class Claim:
     statements: tuple[Statement, ...]
     """What must hold."""
     equal: Mapping[str, tuple[str, ...]]
-    """Fact -> arms that must share it in every seed."""
+    """Metric -> arms that must share it in every seed."""
     quick: bool = False
     """Whether this is the reduced version."""
 
     def identity(self) -> dict[str, Any]:
         """What decides the value of a seed, as JSON values."""
-        plain = {
-            "experiment": self.experiment_name,
-            "variants": {name: asdict(settings) for name, settings in self.variants.items()},
-            "arms": {name: None if arm is None else asdict(arm) for name, arm in self.arms.items()},
-        }
+        plain = {"variants": self.variants, "arms": self.arms, "jobs": self.jobs, "metrics": self.metrics}
         return dict(json.loads(json.dumps(plain)))
 
     def statements_of(self, variant: str) -> list[Statement]:
@@ -75,10 +76,10 @@ class Claim:
         return [statement for statement in self.statements if not statement.variants or variant in statement.variants]
 
     def fingerprint(self) -> str:
-        """Short hash of everything that decides the verdict but the code: settings, arms, seeds and statements."""
+        """Short hash of everything that decides the verdict but recipes and code."""
         whole = self.identity() | {
             "seeds": list(self.seeds),
-            "equal": {fact: list(arms) for fact, arms in self.equal.items()},
+            "equal": {metric: list(arms) for metric, arms in self.equal.items()},
             "statements": [
                 statement.to_dict() | {"variants": list(statement.variants)} for statement in self.statements
             ],
@@ -94,13 +95,13 @@ def load_claim(path: str | Path, *, quick: bool = False) -> Claim:
         quick: return the reduced version.
 
     Raises:
-        DataError: unreadable, or it does not fit the experiment; the message names the file and the key.
+        DataError: unreadable, or something in it cannot be; the message names the file and the key.
     """
     path = Path(path)
     raw = read_yaml(path, "claim")
     try:
-        check_keys(raw, (*REQUIRED, *OPTIONAL), "the claim")
-        if missing := [key for key in REQUIRED if key not in raw]:
+        raw = _with_base(raw, path)
+        if missing := [key for key in NEEDED if key not in raw]:
             raise ConfigError(f"a claim needs the key {missing[0]!r}")
         full, reduced = (_build(path, raw, quick=flag) for flag in (False, True))
     except StepkdError as error:
@@ -108,64 +109,88 @@ def load_claim(path: str | Path, *, quick: bool = False) -> Claim:
     return reduced if quick else full
 
 
+def _with_base(raw: Any, path: Path) -> dict[str, Any]:
+    """The claim's keys, with those that it takes from the claim that it is based on."""
+    check_keys(raw, (*OWN, "base", *INHERITED), "the claim")
+    raw = dict(raw)
+    if (base := raw.pop("base", None)) is None:
+        return raw
+    file = path.parent / f"{base}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"base: no claim {base!r} in {path.parent}")
+    own, below = raw, _with_base(read_yaml(file, "claim"), file)
+    merged = {key: value for key, value in below.items() if key in INHERITED} | own
+    for key in MERGED:
+        both = overlaid(mapping(below.get(key), key), mapping(own.get(key), key))
+        merged[key] = {name: value for name, value in both.items() if key != "metrics" or value is not None}
+    return merged
+
+
 def _build(path: Path, raw: Mapping[str, Any], *, quick: bool) -> Claim:
-    for key in ("claim", "source", "experiment"):
+    for key in ("claim", "source"):
         if not isinstance(raw[key], str) or not raw[key].strip():
             raise ConfigError(f"{key}: must be text, got {raw[key]!r}")
-    experiment = get_experiment(raw["experiment"])
     check_keys(raw["quick"], QUICK, "quick")
     reduced: Mapping[str, Any] = raw["quick"] if quick else {}
-    variants = _variants(experiment, raw, reduced)
-    arms = _arms(experiment, raw.get("arms"))
     name = path.name.removesuffix(".yaml")
     run = raw.get("run", name)
     if not isinstance(run, str) or not _NAME.fullmatch(run):
         raise ConfigError(f"run: {run!r} cannot be a folder's name; use letters, digits and _ . @ + -")
+    settings = mapping(raw.get("settings"), "settings")
+    if taken := [key for key in settings if key in GIVEN or key in raw["jobs"]]:
+        raise ConfigError(f"settings: {taken[0]!r} is the name of a job, or of the seed or arm: take another name")
+    arms = {arm: _known(settings, changes, f"arms: {arm}") for arm, changes in _named(raw["arms"], "arms").items()}
+    if not arms:
+        raise ConfigError("arms: name at least one")
     claim = Claim(
         name=name,
         path=path,
         claim=" ".join(raw["claim"].split()),
         source=" ".join(raw["source"].split()),
-        experiment_name=raw["experiment"],
-        experiment=experiment,
-        variants=variants,
+        jobs=_jobs(raw["jobs"]),
+        metrics=_named(raw["metrics"], "metrics"),
+        variants=_variants(settings, raw, reduced),
         arms=arms,
         run=f"{run}-quick" if quick else run,
         seeds=_seeds(reduced.get("seeds", raw["seeds"])),
         statements=_statements(raw["statements"]),
-        equal=_equal(experiment, raw.get("equal"), arms),
+        equal=_equal(raw.get("equal"), raw["metrics"], arms),
         quick=quick,
     )
+    _check_references(claim, settings)
     _check_statements(claim, all_variants=_named(raw.get("variants"), "variants") or {"main": {}})
     return claim
 
 
-def _variants(experiment: Experiment, raw: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, Any]:
+def _jobs(raw: Any) -> dict[str, Mapping[str, Any]]:
+    jobs = _named(raw, "jobs")
+    for name, job in jobs.items():
+        given = mapping(job, f"jobs: {name}")
+        if len(given) != 1:
+            raise ConfigError(f"jobs: {name}: must be one kind with its settings, got {', '.join(given) or 'none'}")
+        ((kind, settings),) = given.items()
+        _check_known(kind, KINDS, f"jobs: {name}: no kind of job")
+        mapping(settings, f"jobs: {name}: {kind}")
+    return jobs
+
+
+def _variants(settings: Mapping[str, Any], raw: Mapping[str, Any], reduced: Mapping[str, Any]) -> dict[str, Any]:
     declared = _named(raw.get("variants"), "variants") or {"main": {}}
     chosen = _names(reduced.get("variants", list(declared)), "quick: variants")
-    base, smaller = mapping(raw.get("settings"), "settings"), mapping(reduced.get("settings"), "quick: settings")
-    built: dict[str, Any] = {}
+    smaller = _known(settings, reduced.get("settings"), "quick: settings")
+    built = {}
     for name in chosen:
         _check_known(name, declared, "quick: no variant")
-        changes = mapping(declared[name], f"variants: {name}")
-        built[name] = build_settings(experiment.settings, {**base, **changes, **smaller}, "settings")
+        built[name] = {**settings, **_known(settings, declared[name], f"variants: {name}"), **smaller}
     return built
 
 
-def _arms(experiment: Experiment, raw: Any) -> dict[str, Any]:
-    arms = _named(raw, "arms") or dict(experiment.arms)
-    if not arms:
-        raise ConfigError("arms: the experiment has none of its own, so the claim must name them")
-    if experiment.arm_settings is not None:
-        return {
-            name: build_settings(experiment.arm_settings, mapping(changes, f"arms: {name}"), f"arms: {name}")
-            for name, changes in arms.items()
-        }
-    for name, changes in arms.items():
-        _check_known(name, experiment.arms, "arms: no arm")
-        if changes:
-            raise ConfigError(f"arms: {name}: the arms of this experiment have no settings of their own")
-    return dict.fromkeys(arms)
+def _known(settings: Mapping[str, Any], raw: Any, where: str) -> dict[str, Any]:
+    """Settings on top of the claim's, all of which it has."""
+    changes = mapping(raw, where)
+    for name in changes:
+        _check_known(name, settings, f"{where}: the claim has no setting")
+    return changes
 
 
 def _seeds(raw: Any) -> tuple[int, ...]:
@@ -189,6 +214,40 @@ def _statements(raw: Any) -> tuple[Statement, ...]:
     return tuple(statements)
 
 
+def _check_references(claim: Claim, settings: Mapping[str, Any]) -> None:
+    """Every text refers to what there is, nothing to itself, and every metric to a job."""
+    known = {**settings, **claim.jobs, **dict.fromkeys(GIVEN)}
+
+    def check(value: Any, where: str, above: tuple[str, ...]) -> None:
+        for name in references(value):
+            _check_known(name, known, f"{where}: no setting or job")
+            if name in above:
+                raise ConfigError(f"{where}: {' -> '.join([*above, name])} refers to itself")
+            check(known[name], where, (*above, name))
+
+    for name, value in settings.items():
+        check(value, f"settings: {name}", (name,))
+    for name, job in claim.jobs.items():
+        check(job, f"jobs: {name}", (name,))
+    for arm, changes in claim.arms.items():
+        check(changes, f"arms: {arm}", ())
+    for name, text in claim.metrics.items():
+        found = METRIC.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise ConfigError(f"metrics: {name}: must be JOB.COLUMN, or JOB for the column of that name, got {text!r}")
+        _check_known(found[1], [*claim.jobs, *settings], f"metrics: {name}: no job or setting")
+        check(text, f"metrics: {name}", ())
+
+
+def references(value: Any) -> Iterator[str]:
+    """Names that texts in a value refer to."""
+    if isinstance(value, str):
+        yield from REFERENCE.findall(value)
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from references(each)
+
+
 def _check_statements(claim: Claim, all_variants: Mapping[str, Any]) -> None:
     """Every statement names arms, metrics and variants that there are."""
     for number, statement in enumerate(claim.statements, start=1):
@@ -197,20 +256,17 @@ def _check_statements(claim: Claim, all_variants: Mapping[str, Any]) -> None:
             _check_known(arm, claim.arms, f"{where}: no arm")
         for variant in statement.variants:
             _check_known(variant, all_variants, f"{where}: no variant")
-        for variant, settings in claim.variants.items():
-            if statement in claim.statements_of(variant):
-                known = [*claim.experiment.metric_names(settings), *claim.experiment.facts]
-                _check_known(statement.metric, known, f"{where}: no metric")
+        _check_known(statement.metric, claim.metrics, f"{where}: no metric")
 
 
-def _equal(experiment: Experiment, raw: Any, arms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def _equal(raw: Any, metrics: Collection[str], arms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     equal = {}
-    for fact, names in mapping(raw, "equal").items():
-        _check_known(fact, experiment.facts, "equal: no fact")
-        chosen = tuple(arms) if names is None else tuple(_names(names, f"equal: {fact}"))
+    for metric, names in mapping(raw, "equal").items():
+        _check_known(metric, metrics, "equal: no metric")
+        chosen = tuple(arms) if names is None else tuple(_names(names, f"equal: {metric}"))
         for arm in chosen:
-            _check_known(arm, arms, f"equal: {fact}: no arm")
-        equal[fact] = chosen
+            _check_known(arm, arms, f"equal: {metric}: no arm")
+        equal[metric] = chosen
     return equal
 
 

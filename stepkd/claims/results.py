@@ -37,8 +37,8 @@ def summarise_claim(claim: Claim, out: str | Path, packages: Mapping[str, str | 
         packages: versions it ran under.
 
     Returns:
-        JSON values, the same for the same rows: ``verdict``, ``statements``, ``metrics`` and ``facts`` (per variant and
-        arm), and what the run was (``experiment``, ``settings``, ``arms``, ``seeds``, ``fingerprint``, ``packages``).
+        JSON values, the same for the same rows: ``verdict``, ``statements``, ``metrics`` (per variant and arm), and
+        what the run was (``settings``, ``arms``, ``seeds``, ``fingerprint``, ``packages``).
         Undefined numbers are None. No paths, dates or per-problem values.
     """
     values = {variant: seed_values(claim, out, variant) for variant in claim.variants}
@@ -48,7 +48,7 @@ def summarise_claim(claim: Claim, out: str | Path, packages: Mapping[str, str | 
         for statement in claim.statements_of(variant):
             for arm in statement.arms:
                 if statement.metric not in values[variant][arm]:
-                    raise DataError(f"{str(statement)!r}: the arm {arm!r} returned no {statement.metric!r}", path=out)
+                    raise DataError(f"{str(statement)!r}: the arm {arm!r} has no {statement.metric!r}", path=out)
             estimate = statement.estimate(values[variant])
             verdict = statement.verdict(estimate.decides)
             verdicts.append(verdict)
@@ -72,8 +72,7 @@ def summarise_claim(claim: Claim, out: str | Path, packages: Mapping[str, str | 
         "source": claim.source,
         "verdict": overall(verdicts),
         "statements": statements,
-        "metrics": {variant: _metrics(claim, variant, values[variant]) for variant in claim.variants},
-        "experiment": claim.experiment_name,
+        "metrics": {variant: _metrics(claim, values[variant]) for variant in claim.variants},
         "settings": identity["variants"],
         "arms": identity["arms"],
         "seeds": list(claim.seeds),
@@ -84,11 +83,10 @@ def summarise_claim(claim: Claim, out: str | Path, packages: Mapping[str, str | 
     }
 
 
-def _metrics(claim: Claim, variant: str, values: SeedValues) -> dict[str, Any]:
-    """Arm -> metric or fact -> numbers, facts last."""
-    names = [*claim.experiment.metric_names(claim.variants[variant]), *claim.experiment.facts]
+def _metrics(claim: Claim, values: SeedValues) -> dict[str, Any]:
+    """Arm -> metric -> numbers."""
     return {
-        arm: {name: _numbers(estimate_mean(values[arm][name])) for name in names if name in values[arm]}
+        arm: {name: _numbers(estimate_mean(values[arm][name])) for name in claim.metrics if name in values[arm]}
         for arm in claim.arms
     }
 

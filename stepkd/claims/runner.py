@@ -1,28 +1,36 @@
 """Runs a claim: a job whose units are the seeds of its variants, resumable at any moment.
 
 The folder holds ``settings.json`` (what decides a seed's values), ``parts/`` (the rows of every seed: one per arm),
-``units/`` (each seed's models and evaluations, where an interrupted seed is resumed) and, when no seed is missing,
+``units/`` (a folder per seed, with one folder per job: models, labels, evaluations) and, when no seed is missing,
 ``results.jsonl`` (all rows). Statements and further seeds may be added later: rows that are there are used again.
+
+A job's folder is named by the job and a fingerprint of its settings, so that arms which need the same student or the
+same labels share them; beside it ``<job>.json`` holds its numbers when it is done.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
-
-from stepkd.claims.claim_file import Claim
-from stepkd.claims.experiment import ArmResult, Report, Unit, check_results, value_array
-from stepkd.claims.statements import SeedValues
+from stepkd.claims.claim_file import METRIC, REFERENCE, Claim
+from stepkd.claims.jobs import Measured, run_job
+from stepkd.claims.statements import SeedValues, value_array
 from stepkd.errors import DataError
-from stepkd.runs.files import write_jsonl
+from stepkd.runs.files import write_json, write_jsonl
 from stepkd.runs.job import PARTS, RESULTS_NAME, Job, JobOptions, finished_rows, package_versions
 from stepkd.runs.progress import duration
+from stepkd.yaml_files import find_recipe, read_yaml
 
+Report: TypeAlias = Callable[[str], None]
+"""Takes one line about what is being done now."""
+Do: TypeAlias = Callable[[str, str, Mapping[str, Any]], str]
+"""Job, kind and settings to the job's folder."""
 UNITS_NAME = "units"
 
 
@@ -36,17 +44,18 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
         overwrite: delete an earlier run in the folder first.
 
     Returns:
-        The settings of the run: ``packages`` (versions) and what :meth:`Claim.identity` says. The rows are read with
-        :func:`seed_values`.
+        The settings of the run: ``packages`` (versions), ``recipes`` and what :meth:`Claim.identity` says. The rows are
+        read with :func:`seed_values`.
 
     Raises:
         ConfigError: the folder holds other settings, or something else.
-        DataError: the experiment returned something other than it declares.
+        StepkdError: what a job refuses.
+        DataError: a job's numbers do not fit the claim.
     """
     job = _job(Path(out), overwrite=overwrite)
     missing = [(v, s) for v in claim.variants for s in claim.seeds if overwrite or job.missing(v, [_key(s)])]
-    settings = {"packages": package_versions(), **claim.identity()}
-    found = job.begin(settings, free=() if missing else ("packages",))  # a finished run may be looked at later
+    settings = {"packages": package_versions(), "recipes": _recipes(claim), **claim.identity()}
+    found = job.begin(settings, free=() if missing else ("packages", "recipes"))  # a finished run may be looked at
     if not missing and (job.out / RESULTS_NAME).is_file():
         return found
     with job.alone():
@@ -56,20 +65,23 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
     return found
 
 
+def _recipes(claim: Claim) -> dict[str, Any]:
+    """The settings of the recipes that jobs name."""
+    names = [name for job in claim.jobs.values() for each in job.values() for name in (each or {}).get("recipes", ())]
+    return {name: read_yaml(find_recipe(name), "recipe") for name in dict.fromkeys(names)}
+
+
 def _run_units(claim: Claim, job: Job, missing: Sequence[tuple[str, int]], report: Report) -> None:
     for number, (variant, seed) in enumerate(missing, start=1):
         label = f"seed {seed}" if len(claim.variants) == 1 else f"{variant}, seed {seed}"
         head = f"{claim.name} {number}/{len(missing)}, {label}"
         start = time.perf_counter()
 
-        def rows_of(unit: Unit, head: str = head) -> list[dict[str, Any]]:
-            return _unit_rows(claim, unit, lambda line: report(f"{head}: {line}"))
+        def rows_of(unit: tuple[str, int], head: str = head) -> list[dict[str, Any]]:
+            folder = job.out / UNITS_NAME / unit[0] / _key(unit[1])
+            return _unit_rows(claim, *unit, folder, lambda line: report(f"{head}: {line}"))
 
-        job.work(
-            variant,
-            {_key(seed): Unit(claim.variants[variant], claim.arms, seed, _folder(job, variant, seed), variant)},
-            rows_of,
-        )
+        job.work(variant, {_key(seed): (variant, seed)}, rows_of)
         seconds = time.perf_counter() - start
         left = f", about {duration(seconds * (len(missing) - number))} left" if number < len(missing) else ""
         report(f"{head}: done in {duration(seconds)}{left}")
@@ -83,12 +95,133 @@ def _key(seed: int) -> str:
     return f"seed-{seed}"
 
 
-def _folder(job: Job, variant: str, seed: int) -> Path:
-    return job.out / UNITS_NAME / variant / _key(seed)
+class Arm:
+    """One arm of a seed: its texts, with what they refer to in its place.
+
+    Args:
+        claim, variant, arm, seed: which.
+        do: runs a job that a text refers to.
+    """
+
+    def __init__(self, claim: Claim, variant: str, arm: str, seed: int, do: Do) -> None:
+        self.claim, self.do = claim, do
+        self.named = {**claim.variants[variant], **claim.arms[arm], "seed": seed, "arm": arm}
+        self._folders: dict[str, str] = {}
+
+    def value(self, raw: Any) -> Any:
+        """A value with every ``$name`` replaced: a text that is one reference becomes what it refers to."""
+        if isinstance(raw, Mapping):
+            return {key: self.value(each) for key, each in raw.items()}
+        if isinstance(raw, list):
+            return [self.value(each) for each in raw]
+        if not isinstance(raw, str):
+            return raw
+        if (whole := REFERENCE.fullmatch(raw)) is not None:
+            return self._refers(whole[1])
+        return REFERENCE.sub(lambda found: str(self._refers(found[1])), raw)
+
+    def _refers(self, name: str) -> Any:
+        return self.value(self.named[name]) if name in self.named else self.job(name)
+
+    def job(self, name: str) -> str:
+        """The folder of a job, which is run first."""
+        if name not in self._folders:
+            ((kind, settings),) = self.claim.jobs[name].items()
+            self._folders[name] = self.do(name, kind, self.value(settings or {}))
+        return self._folders[name]
+
+    def source(self, metric: str) -> tuple[str, str] | None:
+        """Folder of the job that a metric comes from, and the column; None where this arm has no such job."""
+        found = METRIC.fullmatch(self.claim.metrics[metric])
+        assert found is not None
+        name, column = found[1], self.value(found[2] or metric)
+        folder = self.job(name) if name in self.claim.jobs else self.value(self.named[name])
+        return None if folder is None else (folder, column)
+
+
+def _unit_rows(claim: Claim, variant: str, seed: int, folder: Path, report: Report) -> list[dict[str, Any]]:
+    """All arms of one seed; one row each."""
+    where = f"variant {variant!r}, seed {seed}"
+    measured: dict[str, Measured] = {}
+
+    def do(name: str, kind: str, settings: Mapping[str, Any]) -> str:
+        plain = json.dumps([kind, settings, _texts(settings)], sort_keys=True).replace(str(folder), "")
+        out = folder / f"{name}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+        done = folder / f"{out.name}.json"
+        if str(out) not in measured:
+            if not done.is_file():
+                report(f"{name} ({kind})")
+                found = run_job(kind, settings, out)
+                write_json(done, {"columns": found.columns, "problems": list(found.problems)})
+            measured[str(out)] = Measured(**json.loads(done.read_bytes()))
+        return str(out)
+
+    rows = []
+    for index, arm in enumerate(claim.arms):
+        asked = Arm(claim, variant, arm, seed, do)
+        row = {"id": f"{variant}/{seed}/{arm}", "index": index, "variant": variant, "seed": seed, "arm": arm}
+        rows.append(row | _measure(claim, asked, measured, f"{where}, arm {arm!r}"))
+    _check_rows(claim, variant, rows, where)
+    return rows
+
+
+def _texts(settings: Mapping[str, Any]) -> list[Any]:
+    """The recipes that a job trains with."""
+    return [read_yaml(find_recipe(name), "recipe") for name in settings.get("recipes", ())]
+
+
+def _measure(claim: Claim, arm: Arm, measured: Mapping[str, Measured], where: str) -> dict[str, Any]:
+    """The metrics of an arm, and the problems that they are about."""
+    metrics: dict[str, Any] = {}
+    problems: list[str] = []
+    for name in claim.metrics:
+        if (source := arm.source(name)) is None:
+            continue
+        folder, column = source
+        if folder not in measured:
+            raise DataError(f"{where}: the metric {name!r} comes from {folder!r}, which is no job")
+        values = measured[folder].columns.get(column)
+        if values is None:
+            continue
+        try:
+            array = value_array(values)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{where}: the metric {name!r} {error}") from error
+        if isinstance(values, list):
+            of = [str(problem) for problem in measured[folder].problems]
+            if len(array) != len(of):
+                raise DataError(f"{where}: the metric {name!r} has {len(array)} entries for {len(of)} problems")
+            if problems and problems != of:
+                raise DataError(f"{where}: the metric {name!r} is about other problems than those before it")
+            problems = of
+        metrics[name] = values
+    return {"problems": problems, "metrics": metrics}
+
+
+def _check_rows(claim: Claim, variant: str, rows: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Arms are paired by problem; what the claim names was measured, and the budgets that it wants equal are."""
+    values = {row["arm"]: row["metrics"] for row in rows}
+    for row in rows:
+        if row["problems"] and row["problems"] != (first := next(r for r in rows if r["problems"]))["problems"]:
+            raise DataError(
+                f"{where}, arm {row['arm']!r}: other problems than arm {first['arm']!r}; arms are paired by problem"
+            )
+    for name, text in claim.metrics.items():
+        if not any(name in metrics for metrics in values.values()):
+            raise DataError(f"{where}: no arm has the metric {name!r}: is there such a column ({text})?")
+    for statement in claim.statements_of(variant):
+        for arm in statement.arms:
+            if statement.metric not in values[arm]:
+                raise DataError(f"statement {str(statement)!r}: the arm {arm!r} has no {statement.metric!r}")
+    for name, arms in claim.equal.items():
+        spent = {arm: values[arm].get(name, math.nan) for arm in arms}
+        if len(set(spent.values())) > 1:
+            shown = ", ".join(f"{arm} {number:g}" for arm, number in spent.items())
+            raise DataError(f"{where}: the claim wants equal {name}, and the arms have {shown}")
 
 
 def seed_values(claim: Claim, out: str | Path, variant: str) -> SeedValues:
-    """Metrics and facts of every arm of a variant: one (P, K, 2) array per seed, in the claim's order of seeds.
+    """Metrics of every arm of a variant: one (P, K, 2) array per seed, in the claim's order of seeds.
 
     Raises:
         DataError: a seed has not been run.
@@ -100,51 +233,10 @@ def seed_values(claim: Claim, out: str | Path, variant: str) -> SeedValues:
         for arm, metrics in values.items():
             if arm not in rows:
                 raise DataError(f"variant {variant!r}, seed {seed}, arm {arm!r} has not been run", path=out)
-            for name, numbers in {**rows[arm]["metrics"], **rows[arm]["facts"]}.items():
+            for name, numbers in rows[arm]["metrics"].items():
                 metrics.setdefault(name, []).append(value_array(numbers))
             if short := [name for name, arrays in metrics.items() if len(arrays) != number + 1]:
                 raise DataError(
                     f"variant {variant!r}, arm {arm!r}: {short[0]!r} is not there for every seed up to {seed}", path=out
                 )
     return values
-
-
-def _unit_rows(claim: Claim, unit: Unit, report: Report) -> list[dict[str, Any]]:
-    """Run a unit; its rows, one per arm."""
-    unit.folder.mkdir(parents=True, exist_ok=True)
-    results = list(claim.experiment.run(unit, report))
-    check_results(claim.experiment, unit, results)
-    _check_claim(claim, unit, results)
-    by_arm = {result.arm: result for result in results}
-    return [
-        {
-            "id": f"{unit.variant}/{unit.seed}/{arm}",
-            "index": position,
-            "variant": unit.variant,
-            "seed": unit.seed,
-            "arm": arm,
-            "problems": [str(problem) for problem in by_arm[arm].problems],
-            "metrics": {
-                name: np.asarray(values, dtype=np.float64).tolist() for name, values in by_arm[arm].metrics.items()
-            },
-            "facts": {name: float(number) for name, number in by_arm[arm].facts.items()},
-        }
-        for position, arm in enumerate(unit.arms)
-    ]
-
-
-def _check_claim(claim: Claim, unit: Unit, results: Sequence[ArmResult]) -> None:
-    """What the statements need was returned, and the budgets that the claim promises to be equal are."""
-    facts = {result.arm: result.facts for result in results}
-    names = {result.arm: {*result.metrics, *result.facts} for result in results}
-    for statement in claim.statements_of(unit.variant):
-        for arm in statement.arms:
-            if statement.metric not in names[arm]:
-                raise DataError(f"statement {str(statement)!r}: the arm {arm!r} returned no {statement.metric!r}")
-    for fact, arms in claim.equal.items():
-        spent = {arm: facts[arm].get(fact, math.nan) for arm in arms}
-        if len(set(spent.values())) > 1:
-            shown = ", ".join(f"{arm} {number:g}" for arm, number in spent.items())
-            raise DataError(
-                f"variant {unit.variant!r}, seed {unit.seed}: the claim wants equal {fact}, and the arms have {shown}"
-            )

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from stepkd.errors import ConfigError
 from stepkd.statistics import (
     Estimate,
@@ -25,6 +27,33 @@ SeedValues: TypeAlias = Mapping[str, Mapping[str, Sequence[FloatArray]]]
 """arm -> metric -> one (P, K, 2) array per seed, in the seeds' order."""
 
 
+def value_array(values: float | Sequence[Any]) -> FloatArray:
+    """Values of a metric in one seed as (problems, ratios, 2): mean over ratios of sum[..., 0] / sum[..., 1].
+
+    Args:
+        values: one number for the whole seed; or one entry per problem, which is a number (the metric is their mean), a
+            pair ``[part, whole]`` (the sum of parts over the sum of wholes), or a list of such pairs (the mean of those
+            ratios, for example a balanced accuracy).
+
+    Raises:
+        ValueError: none of these, or not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("holds a value that is not a finite number")
+    if array.ndim == 0:
+        array = array.reshape(1)
+    if array.size == 0 or array.ndim > 3 or (array.ndim > 1 and array.shape[-1] != 2):
+        raise ValueError(f"has shape {array.shape}: give numbers, [part, whole] pairs, or lists of such pairs")
+    if array.ndim == 1:
+        array = np.stack([array, np.ones_like(array)], axis=-1)
+    if array.ndim == 2:
+        array = array[:, None, :]
+    if (array[..., 1] < 0).any():
+        raise ValueError("holds a pair whose whole is negative")
+    return np.asarray(array, dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class Statement:
     """One statement about a metric: of two arms (``better`` and ``worse``), or of one ``arm`` against a number.
@@ -34,7 +63,7 @@ class Statement:
     """
 
     metric: str
-    """Name of a metric or fact of the experiment."""
+    """Name of a metric of the claim."""
     better: str | None = None
     """Arm that the claim holds to be better."""
     worse: str | None = None

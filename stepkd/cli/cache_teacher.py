@@ -12,10 +12,8 @@ Training then has the teacher Cached. A killed job is resumed by the same comman
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from stepkd.cli.recipes import RecipeChoice
-from stepkd.errors import ConfigError
 from stepkd.runs.job import JobConfig
 
 
@@ -33,31 +31,20 @@ class CacheTeacherConfig(RecipeChoice, JobConfig):
 
 def run(config: CacheTeacherConfig) -> int:
     """Run ``stepkd cache-teacher``."""
-    from stepkd.modules.gkd import GKDModule
+    from stepkd.modules.distillation import cache_teacher
     from stepkd.scorers.load import pick_device
-    from stepkd.teachers.cache import COMPLETIONS, write_cache
-    from stepkd.teachers.local import LocalTeacher
+    from stepkd.teachers.cache import COMPLETIONS
     from stepkd.training.fit import check_fit
 
     config, job = config.start({COMPLETIONS: "scoring completions"})
     module, data, trainer = check_fit(words=config.recipe_words())
-    if not isinstance(module, GKDModule) or not isinstance(module.teacher, LocalTeacher):
-        raise ConfigError("stepkd cache-teacher needs a distillation recipe (GKDModule) with the teacher Local")
-    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
-    data.setup("fit")
-    names = ("train", "validation") if config.validation else ("train",)
-    examples = [example for name in names for example in data.examples.get(name, [])]
-    teacher = module.teacher
-    teacher.bind(module.tokenizer)
-    teacher.place(pick_device(config.device))
-    settings = write_cache(
+    settings = cache_teacher(
+        module,
+        data,
         config.out,
-        teacher,
-        examples,
         top_k=config.top_k,
-        temperature=module.divergence.logits_temperature,
-        max_tokens=module.micro_batch_tokens,
-        chunk_size=module.chunk_size,
+        validation=config.validation,
+        device=pick_device(config.device),
         precision="bf16-mixed" if "bf16" in str(trainer.get("precision")) else "32-true",
         options=job.options,
     )

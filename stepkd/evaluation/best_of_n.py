@@ -324,6 +324,7 @@ def best_of_n_from_files(
     ks: Sequence[int] = (),
     grading: GradingConfig | None = None,
     seed: int = 0,
+    samples: int | None = None,
 ) -> CurveResult:
     """Curves of every scorer on the same rollouts, beside majority and pass@N.
 
@@ -333,6 +334,8 @@ def best_of_n_from_files(
         ks: numbers of samples; none: powers of two up to the samples per problem.
         grading: how answers are found and compared for the vote; None: the defaults.
         seed: seed of intervals and drawn subsets.
+        samples: how many were drawn of every problem. One that is in no file, or not in all, has no text or no step to
+            score: it counts as incorrect, or as unscored. None: every sample must be in every file.
 
     Raises:
         ConfigError: no file, a reserved name, or files of different rollouts.
@@ -343,8 +346,8 @@ def best_of_n_from_files(
     loaded = {name: _by_key(path) for name, path in files.items()}
     first_name, first = next(iter(loaded.items()))
     for name, rows in loaded.items():
-        if set(rows) != set(first):
-            missing = len(set(first) ^ set(rows))
+        missing = len(set(first) ^ set(rows))
+        if missing and (samples is None or set(rows) - set(first)):
             raise ConfigError(f"{first_name} and {name} scored different rollouts ({missing} are in one only)")
         for key, row in rows.items():
             if any(row.get(column) != first[key].get(column) for column in _SAME):
@@ -355,15 +358,22 @@ def best_of_n_from_files(
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in first:
         groups.setdefault(key[0], []).append(key)
+
+    def padded(values: list[Any], missing: Any = None) -> list[Any]:
+        return values + [missing] * ((samples or 0) - len(values))
+
     with Grader(grading) as grader:
         votes = votes_of([[first[key] for key in keys] for keys in groups.values()], grader.extractors, grader)
     problems = [
-        ProblemSamples(problem, [bool(first[key]["correct"]) for key in keys], own)
+        ProblemSamples(problem, padded([bool(first[key]["correct"]) for key in keys], False), padded(list(own)))
         for (problem, keys), own in zip(groups.items(), votes, strict=True)
     ]
-    smallest = min(len(keys) for keys in groups.values())
+    smallest = min(len(problem.correct) for problem in problems)
     chosen = ks or [k for k in (2**i for i in range(20)) if k <= smallest]
-    scores = {name: [[rows[key]["score"] for key in keys] for keys in groups.values()] for name, rows in loaded.items()}
+    scores = {
+        name: [padded([rows[key]["score"] if key in rows else None for key in keys]) for keys in groups.values()]
+        for name, rows in loaded.items()
+    }
     return bon_curve(problems, chosen, scores, seed=seed)
 
 

@@ -153,7 +153,7 @@ def summarise(
         DataError: no rows, a problem without samples, or a repeated id.
         ConfigError: a k larger than some problem's number of samples, or settings out of range.
     """
-    problems = sorted((_counted(row) for row in rows), key=lambda problem: problem.id)
+    problems = sorted((problem_counts(row) for row in rows), key=lambda problem: problem.id)
     if not problems:
         raise DataError("there are no results to summarise")
     for first, second in pairwise(problems):
@@ -190,7 +190,7 @@ def summarise(
     }
 
 
-class _Problem(NamedTuple):
+class ProblemCounts(NamedTuple):
     """One problem's samples, counted."""
 
     id: str
@@ -199,7 +199,8 @@ class _Problem(NamedTuple):
     counts: Counter[str]
 
 
-def _counted(row: Mapping[str, Any]) -> _Problem:
+def problem_counts(row: Mapping[str, Any]) -> ProblemCounts:
+    """What a problem's metrics are made of."""
     samples = row.get("samples")
     if row.get("id") is None or not samples:
         raise DataError(f"result row with id {row.get('id')!r} has no id or no samples", column="samples")
@@ -213,7 +214,7 @@ def _counted(row: Mapping[str, Any]) -> _Problem:
     counts["labelled"] = sum(steps is not None for steps in labels)
     counts["steps"], counts["right_steps"] = len(marks) - marks.count(None), sum(map(bool, marks))
     _, counts["correct_labelled"], counts["correct_flawed"] = tally(correct, labels)
-    return _Problem(str(row["id"]), [sample.get("vote") for sample in samples], correct, counts)
+    return ProblemCounts(str(row["id"]), [sample.get("vote") for sample in samples], correct, counts)
 
 
 def _too_few_samples(metric: str, k: int, n: int, problem_id: str | None = None) -> str:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from stepkd.data.collate import Batch
+from stepkd.data.datamodule import StepData
 from stepkd.errors import ConfigError
 from stepkd.modules.base import StepModule
 from stepkd.modules.components import ForwardPass
+from stepkd.runs.job import ALONE, JobOptions
+from stepkd.teachers.cache import write_cache
+from stepkd.teachers.local import LocalTeacher
 from stepkd.teachers.signals import Teacher
+
+_CPU = torch.device("cpu")
 
 
 class DistillationModule(StepModule):
@@ -92,3 +102,51 @@ class DistillationModule(StepModule):
         """Take over the teacher's state."""
         if self.teacher is not None and "teacher" in state:
             self.teacher.restore(state["teacher"])
+
+
+def cache_teacher(
+    module: StepModule,
+    data: StepData,
+    out: str | Path,
+    *,
+    top_k: int,
+    validation: bool = True,
+    device: torch.device = _CPU,
+    precision: str = "32-true",
+    options: JobOptions = ALONE,
+) -> dict[str, Any]:
+    """Write the cache that a distillation module with the teacher Cached reads, or resume.
+
+    Args:
+        module: a module with a divergence and a teacher in this process, not attached to a Trainer.
+        data: its data; the completions of the training data are scored.
+        out: folder of the cache.
+        top_k, precision, options: as for :func:`~stepkd.teachers.cache.write_cache`.
+        validation: score those of the validation data, too.
+        device: where the teacher computes.
+
+    Returns:
+        See :func:`~stepkd.teachers.cache.write_cache`.
+
+    Raises:
+        ConfigError: another module or teacher; and what ``write_cache`` refuses.
+    """
+    teacher, divergence = getattr(module, "teacher", None), getattr(module, "divergence", None)
+    if divergence is None or not isinstance(teacher, LocalTeacher):
+        raise ConfigError("a teacher's cache needs a distillation recipe (GKDModule) with the teacher Local")
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
+    data.setup("fit")
+    names = ("train", "validation") if validation else ("train",)
+    teacher.bind(module.tokenizer)
+    teacher.place(device)
+    return write_cache(
+        out,
+        teacher,
+        [example for name in names for example in data.examples.get(name, [])],
+        top_k=top_k,
+        temperature=divergence.logits_temperature,
+        max_tokens=module.micro_batch_tokens,
+        chunk_size=module.chunk_size,
+        precision=precision,
+        options=options,
+    )

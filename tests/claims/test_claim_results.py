@@ -158,11 +158,11 @@ def test_the_command(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["claims", "run", negative, "--out", out]) == 0, "a negative result is a result"
     text = capsys.readouterr().out
     assert "fake: not reproduced" in text
-    assert "drawing" not in text  # the rows were there
+    assert "drawn (call)" not in text  # the rows were there
     assert main(["claims", "run", str(write_claim(settings={"base": 0.1})), "--out", out]) == 2
     assert "variants.main.base: 0.5 then, 0.1 now" in capsys.readouterr().err
     assert main(["claims", "run", path, "--out", out, "--overwrite"]) == 0
-    assert "drawing" in capsys.readouterr().out
+    assert "drawn (call)" in capsys.readouterr().out
 
 
 def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +173,7 @@ def test_claims_share_a_run(write_claim: Write, tmp_path: Path, capsys: pytest.C
     for arguments in (command, [*command, "--overwrite"]):
         assert main(arguments) == 0
         text = capsys.readouterr().out
-        assert text.count("drawing") == 5  # once per seed, not once per claim
+        assert text.count("drawn (call)") == 10  # once per seed, not once per claim
         assert "first: reproduced" in text
         assert "second: reproduced" in text
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["both"]
@@ -187,7 +187,7 @@ def test_a_statement_about_what_the_run_lacks(write_claim: Write, tmp_path: Path
     summary_of(path, tmp_path / "out")
     for part in (tmp_path / "out" / "parts").rglob("*.jsonl"):
         part.write_text(part.read_text().replace('"right"', '"wrong"'))
-    with pytest.raises(DataError, match="the arm 'better' returned no 'right'"):
+    with pytest.raises(DataError, match="the arm 'better' has no 'right'"):
         summary_of(path, tmp_path / "out")
 
 
@@ -211,7 +211,7 @@ def test_quick_has_a_folder_of_its_own(write_claim: Write, tmp_path: Path, capsy
     assert main(["claims", "quick", path, "--out", str(tmp_path / "runs")]) == 0
     assert "its verdict is not the claim's" in capsys.readouterr().out
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["fake-quick"]
-    assert main(["claims", "quick", path, "--save"]) == 2
+    assert main(["claims", "quick", path, "--save=true"]) == 2
     assert "'save' is not a setting" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 

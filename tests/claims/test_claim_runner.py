@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from stepkd.claims.claim_file import Claim, load_claim
-from stepkd.claims.experiment import ArmResult, Report, Unit
+from stepkd.claims.claim_file import load_claim
 from stepkd.claims.runner import run_claim, seed_values
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import ConfigError, DataError, StepkdError
 
 Write = Callable[..., Path]
 
@@ -32,11 +29,12 @@ def quiet(line: str) -> None:
 
 
 def calls(out: Path) -> dict[str, int]:
-    """Unit -> how often the experiment was called for it."""
-    return {
-        "/".join(path.parent.relative_to(out / "units").parts): len(path.read_text().splitlines())
-        for path in sorted((out / "units").rglob("calls.txt"))
-    }
+    """Unit -> how often the function was called for it, over all arms."""
+    found: dict[str, int] = {}
+    for path in sorted((out / "units").rglob("calls.txt")):
+        unit = "/".join(path.parent.parent.relative_to(out / "units").parts)
+        found[unit] = found.get(unit, 0) + len(path.read_text().splitlines())
+    return found
 
 
 def test_rows_and_values(write_claim: Write, tmp_path: Path) -> None:
@@ -48,13 +46,42 @@ def test_rows_and_values(write_claim: Write, tmp_path: Path) -> None:
     assert sorted(row["id"] for row in rows) == sorted(
         f"{variant}/{seed}/{arm}" for variant in ("one", "two") for seed in (3, 1) for arm in ("plain", "better")
     )
-    assert any("fake 1/4, one, seed 3: drawing" in line for line in lines)
+    assert any("fake 1/4, one, seed 3: drawn (call)" in line for line in lines)
     assert any("4/4, two, seed 1: done" in line for line in lines)
     values = seed_values(claim, out, "two")
     assert values["better"]["right"][0].shape == (30, 1, 2)
     assert values["better"]["steps"][0].tolist() == [[[100.0, 1.0]]]
     row = next(row for row in rows if row["id"] == "two/1/plain")
     assert values["plain"]["right"][1][:, 0, 0].tolist() == row["metrics"]["right"]  # the order of the file's seeds
+
+
+def test_arms_with_the_same_settings_share_a_job(write_claim: Write, tmp_path: Path) -> None:
+    arms = {"plain": {}, "better": {"gain": 0.3}, "again": {"gain": 0.3}}
+    run_claim(load_claim(write_claim(seeds=[0], arms=arms)), tmp_path / "out", report=quiet)
+    assert calls(tmp_path / "out") == {"main/seed-0": 2}
+
+
+def test_a_job_finds_the_jobs_that_it_refers_to(write_claim: Write, tmp_path: Path) -> None:
+    seen = {
+        "call": {"function": "fake_claim_code.give", "columns": {"place": 1}, "problems": ["$drawn/calls.txt", "$arm"]}
+    }
+    claim = load_claim(
+        write_claim(
+            seeds=[4],
+            jobs={**load_claim(write_claim()).jobs, "seen": seen},
+            settings={"of": "$seen"},
+            arms={"plain": {}, "better": {"gain": 0.3, "of": None}},
+            metrics={"right": "drawn", "place": "of.place"},
+        )
+    )
+    run_claim(claim, tmp_path / "out", report=quiet)
+    assert [sorted(row["metrics"]) for row in read_rows(tmp_path / "out" / "results.jsonl")] == [
+        ["place", "right"],
+        ["right"],  # a metric whose job is null is not measured
+    ]
+    (left,) = (tmp_path / "out" / "units" / "main" / "seed-4").glob("seen-*.json")
+    file, arm = json.loads(left.read_text())["problems"]
+    assert (Path(file).is_file(), arm) == (True, "plain")
 
 
 def test_a_second_call_does_nothing_and_more_seeds_only_themselves(write_claim: Write, tmp_path: Path) -> None:
@@ -65,22 +92,22 @@ def test_a_second_call_does_nothing_and_more_seeds_only_themselves(write_claim: 
     assert (out / "results.jsonl").stat().st_mtime_ns == written, "a finished claim is only looked at"
     run_claim(load_claim(write_claim(seeds=[2, 1, 0])), out, report=quiet)
     assert [row["seed"] for row in read_rows(out / "results.jsonl")] == [0, 0, 1, 1, 2, 2]
-    assert calls(out) == {"main/seed-0": 1, "main/seed-1": 1, "main/seed-2": 1}
+    assert calls(out) == {f"main/seed-{seed}": 2 for seed in range(3)}
 
 
 @pytest.mark.parametrize("sign", ["SIGKILL", pytest.param("SIGTERM", marks=pytest.mark.slow)])
-def test_killed_and_resumed(write_claim: Write, experiment_folder: Path, tmp_path: Path, sign: str) -> None:
-    """A signal in the third seed: the first two are not repeated and the end is that of an unbroken run."""
+def test_killed_and_resumed(write_claim: Write, code_folder: Path, tmp_path: Path, sign: str) -> None:
+    """A signal in the second arm of the third seed: what was done before is not repeated, and the end is the same."""
     path = write_claim(settings={"kill_at": 2})
     command = [sys.executable, "-m", "stepkd", "claims", "run", str(path), "--out", str(tmp_path / "runs")]
-    environment = {**os.environ, "SIGN": sign, "PYTHONPATH": os.pathsep.join([str(experiment_folder), *sys.path])}
+    environment = {**os.environ, "SIGN": sign, "PYTHONPATH": os.pathsep.join([str(code_folder), *sys.path])}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.Signals[sign]
     out = tmp_path / "runs" / "fake"
     assert sorted(path.name for path in (out / "parts" / "main").iterdir()) == ["seed-0.jsonl", "seed-1.jsonl"]
     again = subprocess.run(command, env={**environment, "SPARE": "1"}, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert calls(out) == {"main/seed-0": 1, "main/seed-1": 1, "main/seed-2": 2, "main/seed-3": 1, "main/seed-4": 1}
+    assert calls(out) == {f"main/seed-{seed}": 2 + (seed == 2) for seed in range(5)}
     assert "fake 1/3, seed 2" in again.stdout
     unbroken = tmp_path / "unbroken"
     run_claim(load_claim(write_claim()), unbroken, report=quiet)
@@ -99,7 +126,7 @@ def test_other_settings_are_refused_by_name(write_claim: Write, tmp_path: Path) 
     assert (out / "results.jsonl").read_bytes() == before
     run_claim(changed, out, report=quiet, overwrite=True)
     assert (out / "results.jsonl").read_bytes() != before
-    assert calls(out) == {"main/seed-0": 1}  # the old units are gone
+    assert calls(out) == {"main/seed-0": 2}  # the old units are gone
 
 
 def test_other_packages_are_refused_only_where_something_is_missing(write_claim: Write, tmp_path: Path) -> None:
@@ -130,7 +157,7 @@ def test_folders_of_others_are_left_alone(write_claim: Write, tmp_path: Path) ->
 
 
 def test_unequal_budgets_stop_the_run(write_claim: Write, tmp_path: Path) -> None:
-    arms = {"plain": {"steps": 100}, "better": {"steps": 120}, "free": {"steps": 0}}
+    arms: dict[str, dict[str, Any]] = {"plain": {"steps": 100}, "better": {"steps": 120}, "free": {"steps": 0}}
     claim = load_claim(write_claim(arms=arms, equal={"steps": ["plain", "better"]}))
     with pytest.raises(DataError, match="wants equal steps, and the arms have plain 100, better 120"):
         run_claim(claim, tmp_path / "out", report=quiet)
@@ -147,69 +174,59 @@ def test_values_of_a_seed_that_was_not_run(write_claim: Write, tmp_path: Path) -
         seed_values(load_claim(write_claim(seeds=[0, 1])), tmp_path / "out", "main")
 
 
-def good(arm: str, **changes: Any) -> ArmResult:
-    fields: dict[str, Any] = {
-        "arm": arm,
-        "problems": ["p", "q"],
-        "metrics": {"right": [1, 0], "share": 0.5},
-        "facts": {"steps": 1},
-    }
-    return ArmResult(**{**fields, **changes})
+def give(columns: Any, problems: Any = ()) -> dict[str, Any]:
+    return {"call": {"function": "fake_claim_code.give", "columns": columns, "problems": problems}}
 
 
 @pytest.mark.parametrize(
-    ("results", "message"),
+    ("job", "message"),
     [
-        ([good("plain")], r"returned the arms \['plain'\]"),
-        ([good("plain"), good("plain")], "returned the arms"),
-        ([good(arm, metrics={"share": 1}) for arm in ("plain", "better")], r"\['right', 'share'\] and .* \['share'\]"),
-        (
-            [good("plain"), good("better", facts={"steps": 1, "x": 2})],
-            r"facts \['steps'\] and returned \['steps', 'x'\]",
-        ),
-        ([good("plain"), good("better", metrics={"share": 1})], "the arm 'better' returned no 'right'"),
-        ([good("plain", metrics={"right": 1, "share": 1, "steps": 1}), good("better")], "declares the metrics"),
-        ([good("plain"), good("better", facts={"steps": float("inf")})], "the fact 'steps' is inf"),
-        ([good("plain"), good("better", problems=["p", "r"])], "other problems than arm 'plain'"),
-        ([good("plain"), good("better", metrics={"right": [1], "share": 0.5})], "1 entries for 2 problems"),
-        ([good("plain"), good("better", metrics={"right": [1, float("nan")], "share": 0})], "'right' holds a value"),
-        ([good("plain"), good("better", metrics={"right": ["yes", "no"], "share": 0})], "metric 'right'"),
-        ([good("plain"), good("better", metrics={"right": [[1], [1, 2]], "share": 0})], "metric 'right'"),
+        (give({"share": 1}), "no arm has the metric 'right': is there such a column"),
+        (give({"right": ["1", "nan"]}, ["p", "q"]), "the metric 'right' holds a value that is not a finite number"),
+        (give({"right": [1]}, ["p", "q"]), "the metric 'right' has 1 entries for 2 problems"),
+        (give({"right": ["yes", "no"]}, ["p", "q"]), "the metric 'right'"),
+        (give({"right": [[1], [1, 2]]}, ["p", "q"]), "the metric 'right'"),
+        (give({"right": [1, 0]}, ["p", "$arm"]), "arm 'better': other problems than arm 'plain'"),
+        ({"call": {"function": "fake_claim_code.nothing"}}, "returned a int, not a stepkd.claims.Measured"),
+        ({"call": {"function": "fake_claim_code.missing"}}, "no function fake_claim_code.missing"),
+        ({"call": {"function": "no_such_module.x"}}, "no function no_such_module.x"),
+        ({"label": {"labeler": "TaskChecker"}}, "'labeler' is not a setting; did you mean 'labeller'?"),
+        ({"evaluate": {"model": "tiny-0.1m", "max_rows": "many"}}, "evaluate: max_rows: expected int, got 'many'"),
+        ({"pairs": {"to": "stepp"}}, "pairs: to must be one of step, tree"),
+        ({"fit": {"recipes": ["tiny/stf"]}}, "no recipe 'tiny/stf'"),
     ],
 )
-def test_an_experiment_that_breaks_its_word(
-    results: Sequence[ArmResult], message: str, write_claim: Write, tmp_path: Path
-) -> None:
-    def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
-        return results
-
-    with pytest.raises(DataError, match=message):
-        run_claim(with_run(load_claim(write_claim(seeds=[0])), run), tmp_path / "out", report=quiet)
+def test_jobs_that_cannot_be_used(job: Any, message: str, write_claim: Write, tmp_path: Path) -> None:
+    claim = load_claim(write_claim(seeds=[0], jobs={"drawn": job}, metrics={"right": "drawn"}))
+    with pytest.raises(StepkdError, match=message):
+        run_claim(claim, tmp_path / "out", report=quiet)
     assert not (tmp_path / "out" / "parts").exists()
 
 
-def test_an_arm_may_lack_a_metric_but_not_for_some_seeds(write_claim: Write, tmp_path: Path) -> None:
-    def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
-        lacks = {"right": 1} if unit.seed < 2 else {"right": 1, "share": 1}
-        return [good("plain"), good("better", metrics=lacks, facts={})]
+def test_a_statement_needs_its_metric_from_its_arms(write_claim: Write, tmp_path: Path) -> None:
+    arms = {"plain": {}, "better": {"of": None}}
+    claim = load_claim(write_claim(seeds=[0], settings={"of": "$drawn"}, metrics={"right": "of"}, arms=arms))
+    with pytest.raises(DataError, match="the arm 'better' has no 'right'"):
+        run_claim(claim, tmp_path / "out", report=quiet)
 
-    claim = with_run(load_claim(write_claim(seeds=[0, 1])), run)
+
+def test_an_arm_may_not_lack_a_metric_for_some_seeds_only(write_claim: Write, tmp_path: Path) -> None:
+    claim = load_claim(write_claim(seeds=[1, 2]))
     run_claim(claim, tmp_path / "out", report=quiet)
-    assert set(seed_values(claim, tmp_path / "out", "main")["better"]) == {"right"}
-    uneven = with_run(load_claim(write_claim(seeds=[1, 2])), run)
-    run_claim(uneven, tmp_path / "out", report=quiet)
+    part = tmp_path / "out" / "parts" / "main" / "seed-2.jsonl"
+    part.write_text(part.read_text().replace('"share"', '"other"'))
     with pytest.raises(DataError, match="'share' is not there for every seed up to 2"):
-        seed_values(uneven, tmp_path / "out", "main")
+        seed_values(claim, tmp_path / "out", "main")
 
 
-def test_a_name_may_not_be_metric_and_fact(write_claim: Write, tmp_path: Path) -> None:
-    def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
-        return [good(arm, metrics={"right": 1, "steps": 1}) for arm in unit.arms]
-
-    claim = with_run(load_claim(write_claim(seeds=[0])), run)
-    experiment = dataclasses.replace(claim.experiment, metrics=("right", "steps"))
-    with pytest.raises(DataError, match="'steps' is both a metric and a fact"):
-        run_claim(dataclasses.replace(claim, experiment=experiment), tmp_path / "out", report=quiet)
+def test_safe_mode_calls_no_code_of_a_stranger(
+    write_claim: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = load_claim(write_claim(seeds=[0]))
+    monkeypatch.setenv("STEPKD_SAFE", "1")
+    with pytest.raises(StepkdError, match="a claim names the code 'fake_claim_code', and --safe allows only"):
+        run_claim(claim, tmp_path / "out", report=quiet)
+    assert "fake_claim_code" not in sys.modules
 
 
 def test_results_without_a_manifest_are_not_used(write_claim: Write, tmp_path: Path) -> None:
@@ -218,17 +235,3 @@ def test_results_without_a_manifest_are_not_used(write_claim: Write, tmp_path: P
     (out / "settings.json").unlink()
     with pytest.raises(ConfigError, match=r"holds no claim \(no settings\.json\)"):
         run_claim(claim, out, report=quiet)
-
-
-def test_numpy_values_are_stored(write_claim: Write, tmp_path: Path) -> None:
-    def run(unit: Unit, report: Report) -> Sequence[ArmResult]:
-        metrics = {"right": np.array([True, False]), "share": np.float32(0.5)}
-        return [good(arm, metrics=metrics, facts={"steps": 2}) for arm in unit.arms]
-
-    run_claim(with_run(load_claim(write_claim(seeds=[0])), run), tmp_path / "out", report=quiet)
-    row = read_rows(tmp_path / "out" / "results.jsonl")[0]
-    assert row["metrics"] == {"right": [1.0, 0.0], "share": 0.5}
-
-
-def with_run(claim: Claim, run: Callable[[Unit, Report], Sequence[ArmResult]]) -> Claim:
-    return dataclasses.replace(claim, experiment=dataclasses.replace(claim.experiment, run=run))

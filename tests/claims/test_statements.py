@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from stepkd.claims.experiment import value_array
-from stepkd.claims.statements import Statement, overall
+from stepkd.claims.statements import Statement, overall, value_array
 from stepkd.errors import ConfigError
 from stepkd.statistics import Interval
 

@@ -14,19 +14,17 @@ TASK = 'task:task="modular:terms=3,modulus=3"'
 @pytest.fixture(scope="session")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 0.1M parameters that writes well-formed solutions, about a third of them right."""
-    from stepkd.claims.tiny import tiny_sft, train_tiny
+    from stepkd.models.checkpoint import export_model
+    from stepkd.training.fit import fit
 
-    return train_tiny(
-        tmp_path_factory.mktemp("student"),
-        tiny_sft,
-        start="tiny-0.1m",
-        task="modular:terms=3,modulus=3",
-        steps=80,
-        lr=1e-2,
-        seed=0,
-        noise={"rate": 0.2, "recover": 0.5},
-        demonstrations=170,
-    )
+    folder = tmp_path_factory.mktemp("student")
+    options = {"task": "modular:terms=3,modulus=3", "n": 170, "seed": 0, "noise": {"rate": 0.2, "recover": 0.5}}
+    settings: dict[str, Any] = {
+        "trainer": {"max_steps": 80, "val_check_interval": None, "enable_progress_bar": False},
+        "model": {"init_args": {"policy": {"path": "tiny-0.1m"}, "optimizer": {"lr": 1e-2, "warmup": 0.05}}},
+        "data": {"init_args": {"train": {"source": "task", "options": options}, "validation": None}},
+    }
+    return export_model(fit(["tiny/sft"], settings, out=folder / "run").folder, folder / "model")
 
 
 def _small(model: str | Path = "tiny-0.1m", **changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stepkd.claims.tiny_samples import problem_metrics
+from stepkd.claims.jobs import problem_columns
 from stepkd.data.collate import Batch, collate
 from stepkd.data.completion import Completion
 from stepkd.data.feedback import feedback_counts
@@ -210,7 +210,7 @@ def iteration(judged: Sequence[Judged]) -> float | None:
 
 
 def claims(judged: Sequence[Judged]) -> float | None:
-    ((flawed, among),) = problem_metrics(problem(judged))["correct_with_wrong_step"]
+    ((flawed, among),) = problem_columns(problem(judged))["correct_with_wrong_step"]
     return flawed / among if among else None
 
 
