@@ -27,7 +27,7 @@ from stepkd.models.checkpoint import trained_spec
 from stepkd.models.load import model_config, training_spec
 from stepkd.models.machine import memory_peak
 from stepkd.models.source import as_trained
-from stepkd.models.spec import FrozenSpec, PolicyConfig
+from stepkd.models.spec import PolicyConfig
 from stepkd.safe import enter, is_safe
 from stepkd.teachers.config import Local, SelfAverage, SelfBase, SelfSnapshot
 from stepkd.training.failures import explained
@@ -150,7 +150,7 @@ def _other_models(found: Bound, module: Any, spec: PolicyConfig, trained_bytes: 
         try:
             own = trained_spec(teacher.path)
             model = skeleton(replace(own, dtype=teacher.dtype or ("auto" if own.path == teacher.path else own.dtype)))
-            found.held["teacher"] = weight_bytes(model, FrozenSpec(quantization=teacher.quantization))
+            found.held["teacher"] = weight_bytes(model, PolicyConfig(quantization=teacher.quantization))
             found.facts["teacher"] = f"{sum(p.numel() for p in model.parameters()):,} parameters"
         except StepkdError as error:
             found.facts["teacher"] = f"not counted, its settings cannot be read: {error}"

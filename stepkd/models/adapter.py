@@ -133,7 +133,6 @@ def add_lora(model: Any, spec: PolicyConfig) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         modules_to_save=lora.modules_to_save,
-        use_rslora=lora.rslora,
     )
     try:
         # peft draws the adapters from the global generators; keyed here, the same spec gives the same policy.

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,8 @@ from stepkd.errors import ConfigError, ModelError, disk_error
 from stepkd.models.adapter import ADAPTER_CONFIG, add_lora, in_base_precision, misfit
 from stepkd.models.load import checkpoint_layers, listed_ends, load_tokenizer
 from stepkd.models.policy import Policy
-from stepkd.models.source import find_checkpoint as find_checkpoint
-from stepkd.models.source import save_template, trained_template
-from stepkd.models.spec import TINY_PRESETS, FrozenSpec, PolicyConfig, Quantization, spec_from_dict
+from stepkd.models.source import find_checkpoint, save_template, trained_template
+from stepkd.models.spec import TINY_PRESETS, PolicyConfig, Quantization, spec_from_dict
 from stepkd.models.step_head import save_step_head
 from stepkd.models.step_head_config import step_head_from_dict
 from stepkd.runs.resume import read_checkpoint
@@ -98,23 +97,19 @@ def load_trained(
         ModelError: nothing loadable there.
     """
     checkpoint_path, checkpoint, spec = _read(path)
-    spec = replace(spec, gradient_checkpointing=False)
-    if dequantise:
-        spec = replace(spec, quantization="none")
-    if dtype is not None:
-        spec = replace(spec, dtype=dtype)  # type: ignore[arg-type]
-    elif checkpoint is None:
-        spec = replace(spec, dtype="auto")
-    if attention is not None:
-        spec = replace(spec, attention=attention)
-    if quantization != "none":
-        if checkpoint is not None and spec.lora is None:
-            raise ModelError(
-                f"{path} was trained in all weights, which a run keeps unquantised: export it (stepkd export) and "
-                "quantise the export"
-            )
-        frozen = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        spec = FrozenSpec(**{**frozen, "quantization": quantization})
+    if quantization != "none" and checkpoint is not None and spec.lora is None:
+        raise ModelError(
+            f"{path} was trained in all weights, which a run keeps unquantised: export it (stepkd export) and "
+            "quantise the export"
+        )
+    changes: dict[str, Any] = {
+        "gradient_checkpointing": False,
+        "dtype": dtype or ("auto" if checkpoint is None else spec.dtype),
+        "attention": attention or spec.attention,
+    }
+    if dequantise or quantization != "none":
+        changes["quantization"] = quantization
+    spec = replace(spec, **changes)
     policy = load_policy(spec)
     if checkpoint is not None:
         trained = checkpoint["stepkd"]["policy"]
@@ -212,8 +207,6 @@ def export_model(
         MachineError: the disk is full or the folder cannot be written; nothing is left there.
     """
     out = Path(out).expanduser().absolute()
-    if mode not in ("merged", "adapter"):
-        raise ConfigError(f"mode={mode!r}: must be 'merged' or 'adapter'")
     _check_target(out, overwrite=overwrite)
     policy = load_trained(source, dtype=dtype, ema=ema, dequantise=True)
     template = trained_template(source)
@@ -275,11 +268,7 @@ def _untie_adapted_head(causal_lm: Any) -> None:
     adapted = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     if not config.tie_word_embeddings or not (isinstance(head, adapted) or isinstance(embeddings, adapted)):
         return
-    own = head
-    if isinstance(head, BaseTunerLayer):
-        own = head.get_base_layer()
-    elif isinstance(head, AuxiliaryTrainingWrapper):
-        own = head.original_module
+    own = getattr(head, "base_layer", getattr(head, "original_module", head))
     own.weight = nn.Parameter(own.weight.detach().clone(), requires_grad=False)
     causal_lm.config.tie_word_embeddings = config.tie_word_embeddings = False
 

@@ -108,9 +108,9 @@ def check_padding(causal_lm: Any) -> None:
         ModelError: the states differ, or are not finite.
     """
     ids, pad = _probe_ids(causal_lm), 3
-    filler = torch.zeros_like(ids[:, :pad])
-    input_ids = torch.cat([torch.cat([ids, filler], 1), torch.cat([filler, ids], 1)])
-    mask = torch.cat([torch.ones_like(ids), filler], 1)
+    padding = torch.zeros_like(ids[:, :pad])
+    input_ids = torch.cat([torch.cat([ids, padding], 1), torch.cat([padding, ids], 1)])
+    mask = torch.cat([torch.ones_like(ids), padding], 1)
     mask = torch.cat([mask, mask.flip(1)])
     with evaluation_mode(causal_lm):
         hidden = backbone_of(causal_lm)(

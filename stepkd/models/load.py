@@ -19,8 +19,6 @@ from stepkd.safe import check_remote_code
 
 logger = logging.getLogger(__name__)
 
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-
 
 def load_model(spec: PolicyConfig) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
@@ -57,7 +55,16 @@ def load_model(spec: PolicyConfig) -> tuple[Any, Any]:
 
 
 def training_spec(spec: PolicyConfig) -> PolicyConfig:
-    """A spec as training takes it: under ``auto`` weights that are all trained are float32, however they are stored."""
+    """A spec as training takes it: under ``auto`` weights that are all trained are float32, however they are stored.
+
+    Raises:
+        ConfigError: quantised weights without an adapter to train.
+    """
+    if spec.quantization != "none" and spec.lora is None:
+        raise ConfigError(
+            f"policy.quantization={spec.quantization!r} without policy.lora: quantised weights cannot be trained; add "
+            "a lora section, or load the weights unquantised"
+        )
     base = as_trained(spec)
     trains_all = base.lora is None and adapter_folder(base.path) is None
     return replace(spec, dtype="float32") if trains_all and spec.dtype == "auto" else spec
@@ -94,27 +101,19 @@ def _base_spec(spec: PolicyConfig) -> PolicyConfig:
 def _base_model(spec: PolicyConfig) -> Any:
     from transformers import AutoModelForCausalLM
 
-    quantization = None if spec.quantization == "none" else _quantization(spec)
+    arguments: dict[str, Any] = {} if spec.quantization == "none" else {"quantization_config": _quantization(spec)}
     if spec.path in TINY_PRESETS:
         return _tiny_model(spec)
-    source, arguments = _place(spec.path, spec.revision, spec.trust_remote_code)
-    is_gguf = "gguf_file" in arguments
+    is_gguf, folder = spec.path.endswith(".gguf"), Path(spec.path).expanduser()
+    if not is_gguf and not arguments and folder.is_dir():
+        check_host_room(folder, spec.dtype)
+    if spec.attention is not None:
+        arguments["attn_implementation"] = spec.attention
     if spec.dtype != "auto":
         arguments["dtype"] = getattr(torch, spec.dtype)
     else:
         arguments["dtype"] = compute_dtype() if is_gguf else "auto"
-    if spec.attention is not None:
-        arguments["attn_implementation"] = spec.attention
-    if quantization is not None:
-        arguments["quantization_config"] = quantization
-    if not is_gguf:
-        _check_folder(Path(source))
-    if not is_gguf and quantization is None and Path(source).is_dir():
-        check_host_room(Path(source), spec.dtype)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
-    except Exception as error:  # transformers, safetensors, gguf and the hub raise many classes for a broken model
-        raise ModelError(_load_message(spec.path, error)) from error
+    model, report = _pretrained(AutoModelForCausalLM, spec, output_loading_info=True, **arguments)
     _check_complete(spec.path, model, report)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks for inference; gradients then end at this layer
@@ -142,13 +141,32 @@ def model_config(spec: PolicyConfig) -> Any:
     spec = _base_spec(as_trained(spec))
     if spec.path in TINY_PRESETS:
         return tiny_config(spec.path, tiny_tokenizer())
+    return _pretrained(AutoConfig, spec)
+
+
+def _pretrained(kind: Any, spec: PolicyConfig, **more: Any) -> Any:
+    """What a class of transformers loads from where a spec points."""
     source, arguments = _place(spec.path, spec.revision, spec.trust_remote_code)
-    if "gguf_file" not in arguments:
-        _check_folder(Path(source))
+    folder = Path(source)
+    if "gguf_file" not in arguments and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(no_model(folder))
+        if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin")):
+            raise ModelError(
+                f"{folder} holds a config.json but no weights (*.safetensors): was the download or the export cut off?"
+            )
     try:
-        return AutoConfig.from_pretrained(source, **arguments)
-    except Exception as error:
-        raise ModelError(_load_message(spec.path, error)) from error
+        return kind.from_pretrained(source, **arguments, **more)
+    except Exception as error:  # transformers, safetensors, gguf and the hub raise many classes for a broken model
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{spec.path!r} ships its own Python code, which stepkd does not run unasked. Read that code; if you "
+                "trust it, set policy.trust_remote_code: true"
+            ) from error
+        raise ModelError(
+            f"cannot load {spec.path!r}: {first_line(error)}. Give an existing folder, a .gguf file, a tiny preset "
+            f"({', '.join(TINY_PRESETS)}), or a hub id that this machine can reach (or has in its cache)"
+        ) from error
 
 
 def _tiny_model(spec: PolicyConfig) -> Any:
@@ -266,28 +284,6 @@ def _place(path: str, revision: str | None, trust_remote_code: bool) -> tuple[st
     if find_spec("gguf") is None:
         raise ModelError(f"{path} is a GGUF file: install the reader with pip install 'stepkd[gguf]'")
     return str(file.parent), arguments | {"gguf_file": file.name}
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no model (anything but a folder is a hub id)."""
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ModelError(no_model(folder))
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
-        raise ModelError(
-            f"{folder} holds a config.json but no weights (*.safetensors): was the download or the export cut off?"
-        )
-
-
-def _load_message(path: str, error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return (
-            f"{path!r} ships its own Python code, which stepkd does not run unasked. Read that code; if you trust it, "
-            "set policy.trust_remote_code: true"
-        )
-    return (
-        f"cannot load {path!r}: {first_line(error)}. Give an existing folder, a .gguf file, a tiny preset "
-        f"({', '.join(TINY_PRESETS)}), or a hub id that this machine can reach (or has in its cache)"
-    )
 
 
 def _quantization(spec: PolicyConfig) -> Any:

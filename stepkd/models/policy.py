@@ -66,7 +66,7 @@ class Policy(nn.Module):
         if verify_head:
             check_head(self.causal_lm)
             check_padding(self.causal_lm)
-            self.can_unpad  # noqa: B018 - looked at now, while no strategy has cut the weights up yet
+            self.can_unpad  # noqa: B018 - looked at now, while no strategy has sharded the weights yet
             if (steady := steady_length(self.causal_lm.config.get_text_config())) == self.max_length is not None:
                 logger.warning(
                     "%s changes its rotary frequencies for a whole batch once a sequence is longer than %d tokens: "
@@ -243,7 +243,7 @@ class Policy(nn.Module):
             shared: id of a parameter -> what the copy has in its place, for those that are not to be copied.
         """
         twin = Policy(copy.deepcopy(self.model, shared), self.tokenizer, self.spec, verify_head=False)
-        twin.can_unpad = self.can_unpad  # one architecture; a strategy may cut the copy up before it is first asked
+        twin.can_unpad = self.can_unpad  # one architecture; a strategy may shard the copy before it is first asked
         return twin
 
     def set_reference(self, reference: Policy | None) -> None:

@@ -1,4 +1,4 @@
-"""A model cut up over ranks (FSDP2), and whole again for a while.
+"""A model sharded over ranks (FSDP2), and whole again for a while.
 
 Every transformer block is a group of its own, whose weights are gathered for its forward and backward pass alone. What
 is left (embeddings, last norm, vocabulary head, step head) is one more group, gathered for a whole step: the head is
@@ -65,7 +65,7 @@ def blocks_of(causal_lm: Any) -> list[nn.Module]:
 
 
 def shard(policy: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> None:
-    """Cut a policy up, in place.
+    """Shard a policy, in place.
 
     Args:
         policy: a :class:`~stepkd.models.policy.Policy`, loaded and complete; no weight may be added later.
@@ -74,7 +74,7 @@ def shard(policy: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | Non
             float32); None: their own.
 
     Raises:
-        ConfigError: weights that cannot be cut up.
+        ConfigError: weights that cannot be sharded.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -100,7 +100,7 @@ def shard(policy: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | Non
 
 
 def _groups(policy: nn.Module) -> list[Any]:
-    """All modules of a policy that were cut up, the root first."""
+    """All modules of a policy that are sharded, the root first."""
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
@@ -110,7 +110,7 @@ def _groups(policy: nn.Module) -> list[Any]:
 def gathered(policy: nn.Module) -> Iterator[None]:
     """All weights on every rank for a block without gradients: no rank waits for another one in it.
 
-    Weights must not be changed in the block. Nothing happens to a model that is not cut up, or is whole already.
+    Weights must not be changed in the block. Nothing happens to a model that is not sharded, or is whole already.
     """
     groups = _groups(policy)
     if not groups or getattr(policy, "_is_gathered", False):
@@ -151,7 +151,7 @@ class WeightAverage:
         """Take in the weights after an optimiser step."""
         for name, parameter in parameters:
             average = self.average[name]
-            if is_sharded(parameter) and not is_sharded(average):  # begun before the weights were cut up
+            if is_sharded(parameter) and not is_sharded(average):  # begun before the weights were sharded
                 average = self.average[name] = share_of(average, parameter)
             if average.device != parameter.device:
                 average = self.average[name] = average.to(parameter.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -184,7 +183,7 @@ def template_for(model: str | Path, benchmark: str, given: str | PromptTemplate 
     """
     own = get_template(benchmark)
     trained = trained_template(model) if given is None else get_template(given)
-    if given is None and trained is not None and trained != own and detect_launch(os.environ).is_rank_zero:
+    if given is None and trained is not None and trained != own and detect_launch().is_rank_zero:
         logger.warning(
             "prompt template: %s, with which %s was trained (the benchmark's own: --template %s)",
             template_name(trained),

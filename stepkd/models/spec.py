@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stepkd.errors import ConfigError, check_bounds, check_choice
 
@@ -33,8 +33,6 @@ class LoRAConfig:
     """Module names, a regular expression, or ``all-linear`` (every linear layer but the head)."""
     modules_to_save: list[str] | None = None
     """Modules trained in full beside the adapters, for instance ``[lm_head]``."""
-    rslora: bool = False
-    """Scale by ``alpha / sqrt(r)`` (rank-stabilised LoRA)."""
 
     def __post_init__(self) -> None:
         check_bounds("policy.lora.", self, r="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
@@ -67,13 +65,11 @@ class PolicyConfig:
     lora: LoRAConfig | None = None
     """Train adapters instead of all weights."""
     quantization: Quantization = "none"
-    """Base weights in 4 or 8 bits (QLoRA, through bitsandbytes, CUDA only); needs ``lora``."""
+    """Base weights in 4 or 8 bits (QLoRA, through bitsandbytes); what is trained then needs ``lora``."""
     init_seed: int = 0
     """Seed of the weights of a tiny preset, and of fresh adapters."""
     trust_remote_code: bool = False
     """Run Python code that a model repository ships. Off by default; turn on only for code you have read."""
-
-    trained: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -81,11 +77,6 @@ class PolicyConfig:
         if self.chat_template is not None:
             object.__setattr__(self, "chat_template", _jinja(self.chat_template))
         check_bounds("policy.", self, init_seed="[0, inf)")
-        if self.trained and self.quantization != "none" and self.lora is None:
-            raise ConfigError(
-                f"policy.quantization={self.quantization!r} without policy.lora: quantised weights cannot be trained; "
-                "add a lora section, or load the weights unquantised"
-            )
 
 
 def _jinja(value: str) -> str:
@@ -99,12 +90,6 @@ def _jinja(value: str) -> str:
     if "{{" not in text:
         raise ConfigError(f"policy.chat_template={value!r}: writes nothing of a message (it holds no {{{{ }}}})")
     return text
-
-
-class FrozenSpec(PolicyConfig):
-    """A model that is only read: its weights may be quantised without an adapter."""
-
-    trained = False
 
 
 def spec_from_dict(values: dict[str, Any]) -> PolicyConfig:

@@ -106,7 +106,7 @@ class StepHead(nn.Module):
         return torch.log_softmax(logits_SC if logits_SC.dtype == torch.float64 else logits_SC.float(), dim=-1)
 
     def scores(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
-        """Chance that each step is right: (S,), in [0, 1]."""
+        """Chance that each step is correct: (S,), in [0, 1]."""
         probs_SC = torch.softmax(self.logps(hidden_SH, vocab_head, chunk_size=chunk_size), dim=-1)
         right_S = probs_SC[:, -1]
         if probs_SC.shape[-1] == 3:

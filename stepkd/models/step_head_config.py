@@ -35,7 +35,7 @@ class _Head(StepHeadConfig):
     format: StepFormat = field(default_factory=StepFormat)
     """Separators and markers of the steps."""
     neutral: Literal["right", "wrong", "half"] = "right"
-    """What a neutral class counts as in a score; "Let's Verify Step by Step" counts it as right."""
+    """What a neutral class counts as in a score; "Let's Verify Step by Step" counts it as correct."""
     meaning: Meaning = "correctness"
     """What the scores estimate; decides how they are reduced to one number per solution."""
 
@@ -74,7 +74,7 @@ class Classifier(_Head):
     """A small head on the hidden state, in place of the vocabulary (Qwen2.5-Math-PRM)."""
 
     classes: int = 2
-    """Outputs: 2 (wrong, right) or 3 (wrong, neutral, right)."""
+    """Outputs: 2 (incorrect, correct) or 3 (incorrect, neutral, correct)."""
     layers: int = 2
     """Layers: 2, or 1 as transformers' token classification models have (TRL's PRMTrainer)."""
 

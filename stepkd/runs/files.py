@@ -49,13 +49,12 @@ def replaced(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_file(path: str | Path, content: bytes | Callable[[Path], object], *, outcome: str = "") -> None:
+def write_file(path: str | Path, content: bytes | Callable[[Path], object]) -> None:
     """Replace a file as a whole, and make its folder when it is missing.
 
     Args:
         path: the file.
         content: its bytes, or a function that writes them to the path it is given.
-        outcome: a sentence for the error message about what is left; empty: whether there was a file before.
 
     Raises:
         MachineError: a failed write (disk full, quota, permissions), in words; the file that was there is intact.
@@ -69,29 +68,36 @@ def write_file(path: str | Path, content: bytes | Callable[[Path], object], *, o
             else:
                 content(temporary)
     except Exception as error:  # safetensors and pyarrow have their own classes
-        kept = outcome or ("The previous file is intact." if path.exists() else "Nothing was written.")
+        kept = "The previous file is intact." if path.exists() else "Nothing was written."
         if words := disk_error(error, path, f"{kept} "):
             raise words from error
         raise
 
 
-def write_json(path: str | Path, value: Any, *, outcome: str = "") -> None:
+def delete(path: Path) -> None:
+    """Delete a file, a link or a folder; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, as :func:`write_file` does.
 
     Raises:
         DataError: JSON cannot hold the value.
         MachineError: a failed write.
     """
-    write_file(path, (json_text(value, path=path, indent=2) + "\n").encode(), outcome=outcome)
+    write_file(path, (json_text(value, path=path, indent=2) + "\n").encode())
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]], *, outcome: str = "") -> int:
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Write rows as JSON Lines, as :func:`write_file` does.
 
     Args:
         path: a name that ends in ``.jsonl``.
         rows: rows of JSON values.
-        outcome: see :func:`write_file`.
 
     Returns:
         The number of rows.
@@ -110,7 +116,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]], *, outcome:
             for number, row in enumerate(rows, start=1):
                 stream.write(json_text(dict(row), path=path, line=number) + "\n")
 
-    write_file(path, write, outcome=outcome)
+    write_file(path, write)
     return number
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import stepkd
 from stepkd.errors import ConfigError, DataError, StepkdError, check_bounds
-from stepkd.runs.files import json_text, write_file, write_json, write_jsonl
+from stepkd.runs.files import delete, json_text, write_file, write_json, write_jsonl
 from stepkd.runs.launcher import LaunchInfo, check_launch, launch_id, rank_device
 from stepkd.runs.process import live_process, this_process
 from stepkd.runs.progress import WorkLine, metric
@@ -275,10 +274,7 @@ class Job:
             *self.out.glob(".*.tmp"),
             *(self.out / name for name in (*self.outputs, CONFIG_NAME, PARTS, LOG, SETTINGS_NAME)),
         ]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            delete(path)
         if launch is not None:
             write_json(mark, launch)
 

@@ -111,11 +111,11 @@ class LaunchInfo:
         return self.rank == 0
 
 
-def detect_launch(environ: Mapping[str, str] | None = None) -> LaunchInfo:
+def detect_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
     """Read the launcher, the ranks and the sizes off the environment.
 
     Args:
-        environ: environment variables; ``os.environ`` when None.
+        environ: environment variables.
 
     Returns:
         The launch. For "plain" the sizes are 1 until Lightning has started more processes; over several nodes they
@@ -124,7 +124,6 @@ def detect_launch(environ: Mapping[str, str] | None = None) -> LaunchInfo:
     Raises:
         ConfigError: the variables contradict each other, or belong to a launch that Lightning cannot join.
     """
-    environ = os.environ if environ is None else environ
     launcher: Launcher = "plain"
     if "TORCHELASTIC_RUN_ID" in environ:
         launcher = "elastic"
@@ -167,13 +166,12 @@ def rank_device(name: str, launch: LaunchInfo) -> str:
     return name
 
 
-def launch_id(info: LaunchInfo, environ: Mapping[str, str] | None = None) -> str | None:
+def launch_id(info: LaunchInfo, environ: Mapping[str, str] = os.environ) -> str | None:
     """A word that all processes of this launch share and no other launch has, where the launcher gives one.
 
     A run id may be given twice (``torchrun --rdzv-id=NAME``, and accelerate calls every launch "none"): on one node the
     elastic agent's private folder tells launches apart.
     """
-    environ = os.environ if environ is None else environ
     if info.launcher == "elastic":
         run = environ["TORCHELASTIC_RUN_ID"]
         agent = environ.get("TORCHELASTIC_ERROR_FILE", "").partition("/attempt_")[0]
@@ -226,7 +224,7 @@ def _is_true(value: str | None) -> bool:
 
 
 def check_launch(
-    environ: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
     trainer_settings: Mapping[str, Any] | None = None,
     *,
     parent_command: Sequence[str] | None = None,
@@ -234,10 +232,10 @@ def check_launch(
     """Stop when the launcher promises something that Lightning would ignore or contradict.
 
     Args:
-        environ: environment variables; ``os.environ`` when None.
+        environ: environment variables.
         trainer_settings: Trainer arguments of the recipe, of which ``devices``, ``num_nodes`` and ``accelerator`` are
             read; None for a command that trains nothing.
-        parent_command: words of the parent's command line; read from ``/proc`` when None and ``environ`` is real.
+        parent_command: words of the parent's command line; read when None and ``environ`` is real.
 
     Returns:
         The launch, for :func:`trainer_defaults`.
@@ -246,8 +244,7 @@ def check_launch(
         ConfigError: one line per contradiction, each with what to put in the recipe or on the command line instead.
     """
     if parent_command is None:
-        parent_command = _parent_command() if environ is None or environ is os.environ else ()
-    environ = os.environ if environ is None else environ
+        parent_command = _parent_command() if environ is os.environ else ()
     info = detect_launch(environ)
     problems = ignored_settings(environ, parent_command)
     asked = single_child_count(environ, parent_command)

@@ -1,6 +1,6 @@
 """This process among others: a request to stop it, its launcher's report, the end of its group, notices of libraries.
 
-SIGTERM: a scheduler takes the machine back, and the run has a grace period to leave a state to go on from. The signal
+SIGTERM: a scheduler takes the machine back, and the run has a grace period to leave a state to resume from. The signal
 only sets a flag. Sampling for training looks at it at every token and breaks off; the module looks at it before every
 batch's first optimiser step, together with all other ranks, and gives up that batch, which a resumed run draws again
 with the same noise. Nothing of the step before is lost, and no rank waits for another.
@@ -67,12 +67,10 @@ class Preempted(Exception):
     """The run was asked to stop, and every rank agreed to; its state is that of the last finished step."""
 
 
-def rank_name(environ: Mapping[str, str] | None = None) -> str:
+def rank_name(environ: Mapping[str, str] = os.environ) -> str:
     """``" (rank 1)"`` where a launcher started several processes, else nothing."""
-    environ = os.environ if environ is None else environ
-    if environ.get("WORLD_SIZE", "1") in ("", "1"):
-        return ""
-    return f" (rank {environ.get('RANK', '?')})"
+    several = environ.get("WORLD_SIZE", "1") not in ("", "1")
+    return f" (rank {environ.get('RANK', '?')})" if several else ""
 
 
 def tell_agent(error: BaseException) -> bool:

@@ -50,11 +50,6 @@ class PhaseTracker:
         """The open phases, outermost first."""
         return tuple(self._stack)
 
-    @property
-    def current(self) -> Phase | None:
-        """The innermost open phase, or None between phases."""
-        return self._stack[-1] if self._stack else None
-
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
         """Say what is being done while the block runs.
@@ -83,7 +78,8 @@ class PhaseTracker:
 
     def advance(self, n: int = 1) -> None:
         """Count ``n`` more units (at least 0) as done in the innermost phase; outside any phase it does nothing."""
-        if (phase := self.current) is not None:
+        if self._stack:
+            phase = self._stack[-1]
             phase.done += n if phase.total is None else min(n, max(phase.total - phase.done, 0))
             self._tell("advance", phase)
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import stepkd
 from stepkd.errors import ConfigError, MachineError, disk_error
-from stepkd.runs.files import write_json
+from stepkd.runs.files import delete, write_json
 from stepkd.runs.launcher import LaunchInfo, detect_launch
 from stepkd.runs.process import live_process, this_process
 from stepkd.runs.resume import find_last_checkpoint, newest_config, step_of
@@ -53,7 +53,7 @@ class RunDir:
         resume: bool = False,
         overwrite: bool = False,
         kind: str = "fit",
-        environ: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] = os.environ,
     ) -> RunDir:
         """Create the folder, or open it again as the flags allow.
 
@@ -65,7 +65,7 @@ class RunDir:
             resume: continue the run in the folder; starts fresh when there is nothing to continue.
             overwrite: delete what an earlier stepkd run left in the folder; other folders are never touched.
             kind: what will run; a folder of another kind is not resumed.
-            environ: environment variables; ``os.environ`` when None.
+            environ: environment variables.
 
         Raises:
             ConfigError: both flags given, the folder holds something and no flag says what to do with it, it is in use
@@ -74,7 +74,6 @@ class RunDir:
         """
         if resume and overwrite:
             raise ConfigError("--resume and --overwrite contradict each other; give one of them")
-        environ = os.environ if environ is None else environ
         run = cls(Path(path).expanduser().absolute(), kind, detect_launch(environ))
         launch, restarted = _launch_identity(environ, run.info)
         if not run.info.is_rank_zero:
@@ -103,7 +102,7 @@ class RunDir:
         """Record in ``run.json`` how the run ended (rank 0 only).
 
         Args:
-            status: ended as planned, stopped on request and ready to go on, or ended early.
+            status: ended as planned, stopped on request and ready to be resumed, or ended early.
             message: why.
 
         Raises:
@@ -235,10 +234,7 @@ class RunDir:
         """Delete the content, the marker last, so that an interrupted deletion can be recognised and repeated."""
         write_json(self.path / MARKER, {**marker, "status": "deleting"})
         for entry in [entry for entry in self.path.iterdir() if entry.name != MARKER]:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            delete(entry)
         (self.path / MARKER).unlink()
 
 

@@ -26,8 +26,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stepkd.errors import DataError
 from stepkd.models.head import is_half, relative_error
-from stepkd.sampling.decode import Decoder, Progress, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
+from stepkd.sampling.decode import Decoder, Row
+from stepkd.sampling.sampler import Branch, BranchRollouts, Progress, SamplingConfig
 
 _KNOWN, _GAP = 4, 24  # tokens of the probe: read and kept, read and hidden
 

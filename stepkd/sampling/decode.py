@@ -30,7 +30,7 @@ from stepkd.errors import ConfigError, ModelError
 from stepkd.models.head import backbone_of, positions_from_mask
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import SamplingConfig, before_stop, decode_text
+from stepkd.sampling.sampler import Progress, SamplingConfig, before_stop, decode_text
 
 
 class Draw(NamedTuple):
@@ -105,9 +105,6 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append columns; see ``DynamicLayer.update``."""
-        if not self.is_initialized:  # it was reset
-            self._rooms = None
-            return super().update(key_states, value_states, *args, **kwargs)
         seen = self.keys.shape[-2]
         width = seen + key_states.shape[-2]
         if self._rooms is None or width > self._rooms[0].shape[-2] or not self._is_in(self._rooms):
@@ -187,8 +184,6 @@ def close_up(cache: Any, going: Sequence[int], device: torch.device) -> list[int
 
 
 _STOP_WINDOW = 8  # tokens looked at beyond the longest stop string's bytes
-
-Progress = Callable[[int], Any]
 
 
 @dataclass

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, check_bounds
 
-Key = tuple[str, int, int]
-"""Purpose, step and global number of a prompt: what the noise of its completions is keyed by, with the seed."""
+Progress = Callable[[int], Any]
 DEFAULT_NEW_TOKENS = 512
 """Longest completion in tokens where neither settings nor a benchmark say."""
 
@@ -66,6 +67,17 @@ class SamplingConfig:
         return DEFAULT_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens
 
 
+class Wanted(NamedTuple):
+    """A prompt to complete."""
+
+    prompt: list[int]
+    """Its token ids."""
+    limit: int
+    """Most tokens of a completion."""
+    key: tuple[str, int, int]
+    """Purpose, step and its global number: what the noise of its completions is keyed by, with the seed."""
+
+
 class Sampler(ABC):
     """Draws completions with a model."""
 
@@ -80,7 +92,7 @@ class Sampler(ABC):
         purpose: str = "rollout",
         step: int = 0,
         indices: Sequence[int] | None = None,
-        on_progress: Callable[[int], Any] | None = None,
+        on_progress: Progress | None = None,
     ) -> list[list[Completion]]:
         """Draw ``spec.n`` completions of each prompt.
 
@@ -102,11 +114,11 @@ class Sampler(ABC):
             ConfigError: a server whose log-probabilities are not those of what it samples from.
         """
         indices = range(len(prompts)) if indices is None else indices
-        if len(indices) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(indices)} indices")
-        limits = [self._room(prompt, index, spec) for prompt, index in zip(prompts, indices, strict=True)]
-        keys = [(purpose, step, index) for index in indices]
-        return self._draw(prompts, spec, limits, keys, on_progress)
+        wanted = [
+            Wanted(np.asarray(prompt).tolist(), self._room(prompt, index, spec), (purpose, step, index))
+            for prompt, index in zip(prompts, indices, strict=True)
+        ]
+        return self._draw(wanted, spec, on_progress)
 
     @abstractmethod
     def refresh(self, version: int) -> None:
@@ -118,14 +130,9 @@ class Sampler(ABC):
 
     @abstractmethod
     def _draw(
-        self,
-        prompts: Sequence[Collection[int]],
-        spec: SamplingConfig,
-        limits: Sequence[int],
-        keys: Sequence[Key],
-        on_progress: Callable[[int], Any] | None,
+        self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
-        """What :meth:`sample` gives: at most ``limits`` tokens of each prompt, noise by ``keys`` where it can be."""
+        """What :meth:`sample` gives."""
 
     def _room(self, prompt: Collection[int], index: int, spec: SamplingConfig) -> int:
         """Most tokens that a completion of a prompt may have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import BranchRun, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Key, Sampler, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchRollouts, Progress, Sampler, SamplingConfig, Wanted
 from stepkd.steps.segment import get_segmenter
 
 
@@ -35,31 +35,23 @@ class TransformersSampler(Sampler):
         self._decoder = Decoder(policy, max_rows=max_rows, breaks_off=breaks_off)
         self._gap_limit: float | None = None
 
-    @property
-    def max_rows(self) -> int:
-        """Most completions decoded at once."""
-        return self._decoder.max_rows
-
     def refresh(self, version: int) -> None:
         """Nothing to do: it samples from the policy itself."""
 
     @torch.no_grad()
     def _draw(
-        self,
-        prompts: Sequence[Collection[int]],
-        spec: SamplingConfig,
-        limits: Sequence[int],
-        keys: Sequence[Key],
-        on_progress: Callable[[int], Any] | None,
+        self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
-        known = [np.asarray(prompt) for prompt in prompts]
         rows_of = [
-            [Row(p, j, limits[p], (purpose, step, index * spec.n + j)) for j in range(spec.n)]
-            for p, (purpose, step, index) in enumerate(keys)
+            [Row(p, j, limit, (purpose, step, index * spec.n + j)) for j in range(spec.n)]
+            for p, (_, limit, (purpose, step, index)) in enumerate(wanted)
         ]
         with evaluation_mode(self.policy):
-            self._decoder.decode_prompts([ids.tolist() for ids in known], rows_of, spec, on_progress)
-        return [list(self._decoder.finished(rows, ids, spec)) for rows, ids in zip(rows_of, known, strict=True)]
+            self._decoder.decode_prompts([each.prompt for each in wanted], rows_of, spec, on_progress)
+        return [
+            list(self._decoder.finished(rows, np.asarray(each.prompt), spec))
+            for rows, each in zip(rows_of, wanted, strict=True)
+        ]
 
     @torch.no_grad()
     def sample_branches(
@@ -69,7 +61,7 @@ class TransformersSampler(Sampler):
         *,
         purpose: str = "branch",
         step: int = 0,
-        on_progress: Callable[[int], Any] | None = None,
+        on_progress: Progress | None = None,
     ) -> list[BranchRollouts]:
         """Draw ``spec.n`` continuations of every prefix.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from stepkd.data.completion import Completion, Finish
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.randomness import stream_key
-from stepkd.sampling.sampler import Key, Sampler, SamplingConfig, before_stop, decode_text
+from stepkd.sampling.sampler import Progress, Sampler, SamplingConfig, Wanted, before_stop, decode_text
 
 START = (
     """`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' """
@@ -150,23 +150,18 @@ class VLLMSampler(_Sampler):
             dist.barrier()
 
     def _draw(
-        self,
-        prompts: Sequence[Collection[int]],
-        spec: SamplingConfig,
-        limits: Sequence[int],
-        keys: Sequence[Key],
-        on_progress: Callable[[int], Any] | None,
+        self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
         self._check_server(spec)
 
         def ask(number: int) -> list[Completion]:
-            limit = 1 if self.breaks_off is not None and self.breaks_off() else limits[number]
-            prompt = [int(i) for i in prompts[number]]
-            return self._ask(number, prompt, spec, limit, stream_key(spec.seed, *keys[number]) % 2**31)
+            prompt, limit, key = wanted[number]
+            limit = 1 if self.breaks_off is not None and self.breaks_off() else limit
+            return self._ask(number, prompt, spec, limit, stream_key(spec.seed, *key) % 2**31)
 
         found = []
         with ThreadPoolExecutor(max_workers=self.requests) as pool:
-            for row in pool.map(ask, range(len(prompts))):
+            for row in pool.map(ask, range(len(wanted))):
                 found.append(row)
                 if on_progress is not None:
                     on_progress(spec.n)
@@ -255,21 +250,15 @@ class ColocatedSampler(_Sampler):
         self.engine.llm.reset_prefix_cache()
 
     def _draw(
-        self,
-        prompts: Sequence[Collection[int]],
-        spec: SamplingConfig,
-        limits: Sequence[int],
-        keys: Sequence[Key],
-        on_progress: Callable[[int], Any] | None,
+        self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None
     ) -> list[list[Completion]]:
-        known = [[int(i) for i in prompt] for prompt in prompts]
-        _, found, logprobs, _ = self.engine.generate([prompt for prompt in known for _ in range(spec.n)], None, spec.n)
+        repeated = [each for each in wanted for _ in range(spec.n)]
+        _, found, logprobs, _ = self.engine.generate([each.prompt for each in repeated], None, spec.n)
         if on_progress is not None:
             on_progress(len(found))
         drawn = [
-            to_completion(self.policy, spec, divmod(i, spec.n), known[i // spec.n], ids[:limit], logps[:limit], limit)
-            for i, (ids, logps) in enumerate(zip(found, logprobs, strict=True))
-            for limit in [limits[i // spec.n]]
+            to_completion(self.policy, spec, divmod(i, spec.n), prompt, ids[:limit], logps[:limit], limit)
+            for i, ((prompt, limit, _), ids, logps) in enumerate(zip(repeated, found, logprobs, strict=True))
         ]
         return [drawn[start : start + spec.n] for start in range(0, len(drawn), spec.n)]
 

@@ -182,7 +182,7 @@ def scorer_of(scorer: ScorerConfig | str) -> ScorerConfig:
         if not path:
             raise ConfigError(f"{scorer!r} names no model: write {word}:PATH")
         return _WITH_MODEL[word](path)
-    from stepkd.models.checkpoint import find_checkpoint
+    from stepkd.models.source import find_checkpoint
     from stepkd.scorers.published import recognise
 
     folder = Path(scorer).expanduser()

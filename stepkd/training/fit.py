@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -307,7 +306,7 @@ class StepkdCLI(LightningCLI):
         settings = config.trainer.as_dict()
         check_trainer_settings(settings, self.subcommand)
         _find_model(config, self.subcommand)
-        info = check_launch(os.environ, settings)
+        info = check_launch(trainer_settings=settings)
         for name, value in trainer_defaults(info, settings).items():
             config.trainer[name] = value
         if info.bf16 and info.is_rank_zero:

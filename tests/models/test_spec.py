@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from stepkd.errors import ConfigError
+from stepkd.models.load import training_spec
 from stepkd.models.spec import (
     TINY_CONTEXT,
     TINY_PRESETS,
@@ -34,9 +35,7 @@ from stepkd.tasks.rows import make_rows
     [
         PolicyConfig(),
         PolicyConfig(path="org/name", revision="main", dtype="bfloat16", attention="sdpa", gradient_checkpointing=True),
-        PolicyConfig(
-            lora=LoRAConfig(r=4, alpha=8.0, target_modules=["q_proj"], modules_to_save=["lm_head"], rslora=True)
-        ),
+        PolicyConfig(lora=LoRAConfig(r=4, alpha=8.0, target_modules=["q_proj"], modules_to_save=["lm_head"])),
         PolicyConfig(lora=LoRAConfig(), quantization="nf4"),
     ],
 )
@@ -51,12 +50,17 @@ def test_dict_round_trip(spec: PolicyConfig) -> None:
         ({"path": ""}, r"policy\.path is empty"),
         ({"dtype": "float8"}, r"unknown policy\.dtype 'float8': .*choose from auto, float32"),
         ({"quantization": "int3"}, r"unknown policy\.quantization 'int3': .*choose from none, nf4, int8"),
-        ({"quantization": "nf4"}, r"policy\.quantization='nf4' without policy\.lora.*add a lora section"),
     ],
 )
 def test_bad_policy_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PolicyConfig(**settings)
+
+
+def test_quantised_weights_are_trained_beside_an_adapter_only() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.quantization='nf4' without policy\.lora.*add a lora section"):
+        training_spec(PolicyConfig(quantization="nf4"))
+    assert training_spec(PolicyConfig(quantization="nf4", lora=LoRAConfig())).quantization == "nf4"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_an_exception_closes_the_phase() -> None:
     recorder = Recorder(tracker)
     with pytest.raises(RuntimeError), tracker.phase("a"), tracker.phase("b"):
         raise RuntimeError
-    assert tracker.current is None
+    assert not tracker.stack
     assert [event for event, *_ in recorder.seen] == ["start", "start", "end", "end"]
 
 
@@ -87,7 +87,7 @@ def test_copies_have_no_listeners_and_no_open_phases() -> None:
         copies = [copy.deepcopy(tracker), pickle.loads(pickle.dumps(tracker))]
     heard = len(recorder.seen)
     for other in copies:
-        assert other.current is None
+        assert not other.stack
         with other.phase("b"):
             pass
     assert len(recorder.seen) == heard

@@ -78,7 +78,6 @@ def test_a_copy_has_room_of_its_own() -> None:
         (lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), 3),
         (lambda cache: cache.batch_repeat_interleave(2), 6),
         (lambda cache: cache.crop(-2), 3),
-        (lambda cache: cache.reset(), 3),
         (lambda cache: cache.batch_select_indices(torch.tensor([1])), 1),
     ],
 )

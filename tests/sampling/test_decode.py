@@ -358,7 +358,7 @@ def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
         (
             lambda p: TransformersSampler(p).sample([[5]], SPEC, indices=[1, 2]),
             ValueError,
-            "1 prompts but 2 indices",
+            "zip() argument 2 is longer",
         ),
     ],
 )
