@@ -306,28 +306,6 @@ def fidelity(context: Context, model: str, teacher: str) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
 
 
-def evaluate_models(context: Context) -> dict[str, Any]:
-    """Both models on held-out problems: greedy, and four samples at temperature 1."""
-    section: dict[str, Any] = {}
-    columns = (
-        "correct, greedy",
-        "correct, sampled",
-        "majority of 4",
-        "steps correct",
-        "correct answer, incorrect step",
-    )
-    table = _table(f"held-out problems of {TASK}, 95% intervals", "model", columns)
-    for name in ("teacher", "student"):
-        greedy = _evaluate(context, name, "greedy")
-        sampled = _evaluate(context, name, "sampled")
-        section[name] = {"greedy": greedy, "sampled": sampled}
-        shown = ("pass@1", "maj@4", "step_accuracy", "correct_with_wrong_step")
-        metrics = [greedy["metrics"]["pass@1"], *(sampled["metrics"][metric] for metric in shown)]
-        table.add_row(name, *map(percent, metrics))
-    context.console.print(table)
-    return section
-
-
 def show_samples(context: Context) -> dict[str, Any]:
     """Sampled solutions of the student, each step marked by the exact checker."""
     folder = context.out / "evaluations" / "student-sampled"
@@ -361,36 +339,56 @@ def marked_solution(prompt: str, sample: dict[str, Any]) -> Text:
     return text
 
 
-def _evaluate(context: Context, name: str, how: Literal["greedy", "sampled"]) -> dict[str, Any]:
-    """A stage's model on held-out problems, with one greedy solution or four samples; of the summary, the metrics."""
+def evaluate_models(context: Context, names: Sequence[str], *, greedy: bool = False) -> dict[str, Any]:
+    """Evaluate stages' models on held-out problems with four samples each, and show them side by side.
+
+    Args:
+        context: the quick start.
+        names: of the stages.
+        greedy: also with one greedy solution.
+
+    Returns:
+        Of every model and way of sampling (``greedy``, ``sampled``) the numbers of problems and samples, and metrics.
+    """
     from stepkd.evaluation.config import EvaluateConfig
     from stepkd.evaluation.runner import evaluate
 
-    samples, temperature = (1, 0.0) if how == "greedy" else (4, 1.0)
-    config = EvaluateConfig(
-        model=context.model(name),
-        benchmark="task",
-        data=f'task="{TASK}",n={context.problems(200)},seed={context.seed}',
-        sampling=SamplingConfig(n=samples, temperature=temperature, max_new_tokens=NEW_TOKENS, seed=context.seed),
-        max_rows=MAX_ROWS,
-        device="cpu",
-        out=str(context.out / "evaluations" / f"{name}-{how}"),
-    )
-    summary = evaluate(config)
-    return {key: summary[key] for key in ("problems", "samples", "metrics")}
-
-
-def compare_with_student(context: Context, stage: str) -> dict[str, Any]:
-    """Show samples of the student and of a stage's model side by side; returns the metrics of the latter."""
-    columns = ("correct, sampled", "steps correct", "correct answer, incorrect step")
-    table = _table("held-out problems, 4 samples each, 95% intervals", "model", columns)
-    section: dict[str, Any] = {}
-    for name in ("student", stage):
-        section = _evaluate(context, name, "sampled")
-        shown = ("pass@1", "step_accuracy", "correct_with_wrong_step")
-        table.add_row(name.replace("_", "-"), *(percent(section["metrics"][metric]) for metric in shown))
+    ways = {"greedy": (1, 0.0)} if greedy else {}
+    shown = {
+        "correct, greedy": ("greedy", "pass@1"),
+        "correct, sampled": ("sampled", "pass@1"),
+        "majority of 4": ("sampled", "maj@4"),
+        "steps correct": ("sampled", "step_accuracy"),
+        "correct answer, incorrect step": ("sampled", "correct_with_wrong_step"),
+    }
+    shown = {title: each for title, each in shown.items() if greedy or each[0] == "sampled"}
+    table = _table(f"held-out problems of {TASK}, 95% intervals", "model", tuple(shown))
+    section: dict[str, Any] = {name: {} for name in names}
+    for name, found in section.items():
+        for how, (samples, temperature) in (ways | {"sampled": (4, 1.0)}).items():
+            config = EvaluateConfig(
+                model=context.model(name),
+                benchmark="task",
+                data=f'task="{TASK}",n={context.problems(200)},seed={context.seed}',
+                sampling=SamplingConfig(
+                    n=samples, temperature=temperature, max_new_tokens=NEW_TOKENS, seed=context.seed
+                ),
+                max_rows=MAX_ROWS,
+                device="cpu",
+                out=str(context.out / "evaluations" / f"{name}-{how}"),
+            )
+            summary = evaluate(config)
+            found[how] = {key: summary[key] for key in ("problems", "samples", "metrics")}
+        table.add_row(
+            name.replace("_", "-"), *(percent(found[how]["metrics"][metric]) for how, metric in shown.values())
+        )
     context.console.print(table)
     return section
+
+
+def compare_with_student(context: Context, name: str) -> dict[str, Any]:
+    """Evaluate a stage's model beside the student; its numbers."""
+    return dict(evaluate_models(context, ("student", name))[name]["sampled"])
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
@@ -412,7 +410,11 @@ def percent(metric: Mapping[str, Any], gap: str = "\n") -> str:
 STAGES: list[Stage] = [
     Stage("teacher", "train a 0.5M-parameter teacher on clean step-by-step solutions", train_teacher),
     Stage("student", "make a noisy student of it: a little more training, on solutions with slips", train_student),
-    Stage("evaluate", "evaluate both on problems they have not seen", evaluate_models),
+    Stage(
+        "evaluate",
+        "evaluate both on problems they have not seen",
+        partial(evaluate_models, names=("teacher", "student"), greedy=True),
+    ),
     Stage("samples", "the student's solutions, every step checked", show_samples),
     Stage("prm", "a process reward model from the student's own rollouts, and best-of-8 with it", train_prm),
     Stage(

@@ -91,8 +91,6 @@ def _main(arguments: list[str]) -> int:
             code = int(import_module("stepkd.training.fit").run([command, *rest]))
             leave_group()
             return code
-        if command == "iterate-job":  # what `stepkd iterate` starts under its launcher; not for users
-            return int(import_module("stepkd.iteration.worker").run(*rest))
         if command in COMMANDS:
             module = import_module(f"stepkd.cli.{command.replace('-', '_')}")
             return _run(module, command, rest)

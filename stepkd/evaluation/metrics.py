@@ -208,6 +208,7 @@ def problem_counts(row: Mapping[str, Any]) -> ProblemCounts:
     labels = [sample.get("step_labels") for sample in samples]
     marks = [mark for steps in labels for mark in steps or ()]
     counts = Counter(sample["verdict"] for sample in samples)
+    counts["samples"] = len(samples)
     counts["truncated"] = sum(sample["finish"] == "length" for sample in samples)
     counts["truncated_answered"] = sum(s["finish"] == "length" and s["verdict"] != "unparsed" for s in samples)
     counts["tokens"] = sum(sample["tokens"] for sample in samples)

@@ -42,7 +42,7 @@ def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, over
     """
     out = Path(out).expanduser()
     options = JobOptions(overwrite=overwrite, config=as_yaml(spec))
-    job = Job(out, "iterated training", [SUMMARY_NAME, *_folders(out)], options)
+    job = Job(out, "iterated training", [SUMMARY_NAME, *(path.name for path in out.glob("iteration-*"))], options)
     job.check()
     settings: dict[str, Any] = {"packages": package_versions(), "settings": spec.identity()}
     iterations = range(spec.iterations + 1)
@@ -71,10 +71,6 @@ def run_iterations(spec: IterateConfig, out: str | Path, *, report: Report, over
             summary = summarise_run(spec, [each.folder for each in runs[: it.k + 1]], facts)
             write_json(out / SUMMARY_NAME, summary)
     return summary
-
-
-def _folders(out: Path) -> list[str]:
-    return sorted(path.name for path in out.glob("iteration-*")) if out.is_dir() else []
 
 
 def _check(spec: IterateConfig, job: Job) -> None:

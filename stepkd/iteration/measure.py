@@ -19,7 +19,7 @@ from stepkd.data.benchmarks import asking
 from stepkd.data.io import read_rows
 from stepkd.data.rows import PROBLEM
 from stepkd.data.spec import LABELS_NAME, load_rows, parse_spec
-from stepkd.evaluation.metrics import summarise
+from stepkd.evaluation.metrics import problem_counts, summarise
 from stepkd.grading.judge import votes_of
 from stepkd.grading.pool import Grader
 from stepkd.labels.job import drawn_records
@@ -27,20 +27,24 @@ from stepkd.labels.quality import row_labels
 from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.labels.solutions import at_temperature_one
 from stepkd.models.checkpoint import load_trained
-from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
 from stepkd.runs.job import read_settings
 from stepkd.sampling.annotate import annotate
 from stepkd.sampling.transformers_sampler import encode_prompts
 from stepkd.scorers.load import pick_device
-from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, paired_bootstrap, ratio_of_sums
-from stepkd.steps.labels import tally, verdicts
+from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, ratio_of_sums
+from stepkd.steps.labels import verdicts
 from stepkd.tasks.rows import is_task_row
 
 Row = Mapping[str, Any]
 
-PAIRED = ("pass@1", "correct_with_wrong_step", "step_accuracy", "mean_tokens")
-"""Metrics whose difference to M0 is given."""
+PAIRED = {
+    "pass@1": ("correct", "samples"),
+    "correct_with_wrong_step": ("correct_flawed", "correct_labelled"),
+    "step_accuracy": ("right_steps", "steps"),
+    "mean_tokens": ("tokens", "samples"),
+}
+"""Metrics whose difference to M0 is given: which of :func:`~stepkd.evaluation.metrics.problem_counts` over which."""
 
 
 def problem_rows(samples: Path, labels: Path | None, spec: LabelConfig, *, seed_model: str) -> list[dict[str, Any]]:
@@ -104,8 +108,9 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelConf
         return None
     if solutions.model == seed_model:
         return iter([0.0] * sum(len(record["samples"]) for record in records))
-    device = pick_device(spec.device)
-    policy, seed_policy = (_load(name, spec, device) for name in (solutions.model, seed_model))
+    policy, seed_policy = (
+        load_trained(name, dtype=spec.dtype).to(pick_device(spec.device)) for name in (solutions.model, seed_model)
+    )
     source = parse_spec(solutions.problems).source
     is_task = all(map(is_task_row, problems))
     template = template_for(solutions.model, asking(source, is_task=is_task).template, spec.template)
@@ -122,11 +127,6 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelConf
             for each in signals
         ]
     )
-
-
-def _load(name: str, spec: LabelConfig, device: Any) -> Policy:
-    policy: Policy = load_trained(name, dtype=spec.dtype)
-    return policy.to(device)
 
 
 def model_metrics(
@@ -146,12 +146,9 @@ def model_metrics(
     settings: dict[str, Any] = {"seed": seed, "n_resamples": n_resamples}
     samples = min(len(row["samples"]) for row in rows)
     found = summarise(rows, (samples,), **settings)["metrics"]
-    metrics = {"greedy_pass@1": summarise(greedy, (1,), **settings)["metrics"]["pass@1"], "pass@1": found["pass@1"]}
-    metrics[f"maj@{samples}"] = found[f"maj@{samples}"]
-    for name in ("step_accuracy", "correct_with_wrong_step"):
-        metrics[name] = found.get(name)
-    for name in ("mean_tokens", "truncated_rate"):
-        metrics[name] = found[name]
+    names = ("pass@1", f"maj@{samples}", "step_accuracy", "correct_with_wrong_step", "mean_tokens", "truncated_rate")
+    metrics = {"greedy_pass@1": summarise(greedy, (1,), **settings)["metrics"]["pass@1"]}
+    metrics |= {name: found.get(name) for name in names}
     return metrics | divergence(rows, **settings)
 
 
@@ -179,18 +176,13 @@ def differences(
         seed, n_resamples: of the bootstrap.
     """
     settings: dict[str, Any] = {"seed": seed, "n_resamples": n_resamples}
-    before = {row["id"]: row for row in base}
-    pairs = [(row, before[row["id"]]) for row in rows]
+    before = {row["id"]: problem_counts(row).counts for row in base}
+    pairs = [(problem_counts(row).counts, before[row["id"]]) for row in rows]
     shares: dict[str, Any] = {}
-    for name in PAIRED:
-        counts = np.array([[*_counts(new, name), *_counts(old, name)] for new, old in pairs], dtype=np.float64)
-        if not (counts[:, 1].sum() and counts[:, 3].sum()):
-            shares[name] = None
-        elif name in ("pass@1", "mean_tokens"):
-            new, old = (counts[:, i] / counts[:, i + 1] for i in (0, 2))
-            shares[name] = paired_bootstrap(list(old), list(new), **settings).to_dict()
-        else:
-            shares[name] = ratio_difference(counts, **settings).to_dict()
+    for name, (top, bottom) in PAIRED.items():
+        counts = np.array([[new[top], new[bottom], old[top], old[bottom]] for new, old in pairs], dtype=np.float64)
+        known = counts[:, 1].sum() and counts[:, 3].sum()
+        shares[name] = ratio_difference(counts, **settings).to_dict() if known else None
     return shares
 
 
@@ -201,18 +193,3 @@ def ratio_difference(counts: FloatArray, **settings: Any) -> Interval:
         return ratio_of_sums(resampled[:, :, :2]) - ratio_of_sums(resampled[:, :, 2:])
 
     return cluster_bootstrap(counts, statistic, **settings)
-
-
-def _counts(row: Row, name: str) -> tuple[float, float]:
-    """Numerator and denominator of a metric in one problem."""
-    samples = row["samples"]
-    right = [sample["verdict"] == "correct" for sample in samples]
-    if name == "pass@1":
-        return sum(right), len(samples)
-    if name == "mean_tokens":
-        return sum(sample["tokens"] for sample in samples), len(samples)
-    labels = [sample["step_labels"] or () for sample in samples]
-    if name == "step_accuracy":
-        return sum(steps.count(True) for steps in labels), sum(len(steps) - steps.count(None) for steps in labels)
-    counts = tally(right, labels)
-    return counts.flawed, counts.labelled

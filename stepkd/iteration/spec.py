@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import yaml
 
 from stepkd.data.spec import parse_spec, resolve_split
-from stepkd.errors import ConfigError, check_bounds, nearest
+from stepkd.errors import ConfigError, check_bounds
 from stepkd.labels.convert import Demonstrations
 from stepkd.labels.feedback import ConverterConfig
 from stepkd.labels.labellers import LabellerConfig, MonteCarlo
 from stepkd.labels.settings import (
-    PAIR_JOBS,
     Fitted,
     LabelConfig,
     LabellingConfig,
     PairJobConfig,
     PromptedConfig,
     Sampled,
+    StepPairConfig,
+    StepPairing,
     StepsConfig,
+    TreePairConfig,
+    TreePairing,
 )
 from stepkd.randomness import stream_key
 from stepkd.sampling.sampler import SamplingConfig
-from stepkd.settings import build_settings
-from stepkd.yaml_files import as_yaml, check_keys, find_recipe, read_yaml
+from stepkd.yaml_files import as_yaml, find_recipe, read_yaml
 
-SHARED_WITH_PAIRS = ("device", *(item.name for item in fields(PromptedConfig)))
-"""Settings of the labelling job that the pair job of the same iteration shares."""
-PAIRS_OWN = frozenset({"out", "overwrite", "wait_s", "model", "problems", "rollouts"})
-"""Settings of a pair job that the iteration decides."""
 SET_BY_ITERATE = (
     *("model.init_args.policy.path", "model.init_args.reference", "data.init_args.train", "out", "resume", "overwrite"),
 )
@@ -52,31 +51,29 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.recipes:
             raise ConfigError("train: recipes names no file: give the recipes for `stepkd fit`")
-        for key, _ in self.dotted():
+        for key in self.dotted():
             if any(key == own or key.startswith(f"{own}.") for own in SET_BY_ITERATE):
                 raise ConfigError(f"train: overrides: {key} is set by every iteration itself")
 
-    def dotted(self) -> Iterator[tuple[str, Any]]:
-        """Dotted name and value of every override, numbers and truths of the command line as a file has them."""
+    def dotted(self) -> dict[str, Any]:
+        """Every override by its dotted name, numbers and truths of the command line as a file has them."""
 
-        def flat(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any]]:
+        def flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+            found: dict[str, Any] = {}
             for key, value in values.items():
-                if isinstance(value, Mapping) and value:
-                    yield from flat(value, f"{place}{key}.")
-                else:
-                    yield f"{place}{key}", _typed(value)
+                inner = isinstance(value, Mapping) and value
+                found |= flat(value, f"{place}{key}.") if inner else {f"{place}{key}": _typed(value)}
+            return found
 
-        return flat(self.overrides, "")
+        return flat(self.overrides)
 
 
 def _typed(value: Any) -> Any:
     """A number or truth that was written as text; any other text stays as it is, and ``fit`` reads it by its type."""
-    read = (
-        yaml.safe_load(value)
-        if isinstance(value, str) and re.fullmatch(r"true|false|-?[\d.]+(e-?\d+)?", value)
-        else None
-    )
-    return read if isinstance(read, bool | int | float) and str(read).lower() == value else value
+    if isinstance(value, str) and re.fullmatch(r"true|false|-?[\d.]+(e-?\d+)?", value):
+        read = yaml.safe_load(value)
+        return read if str(read).lower() == value else value
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +98,36 @@ class HeldOutConfig:
                 f"evaluation: {n} samples at temperature {temperature:g}: give at least 2 samples and a temperature "
                 "above 0; the greedy solution is evaluated besides"
             )
+
+
+class PairsConfig(ABC):
+    """What pairs an iteration makes, and how."""
+
+    sampling: SamplingConfig
+    """How what they need is sampled."""
+
+    @abstractmethod
+    def job(self, labels: LabelConfig, **settings: Any) -> PairJobConfig:
+        """The job that makes them from an iteration's problems or labelled solutions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPairs(StepPairing, PairsConfig):
+    """The first incorrect step of the labelled solutions against the first step of a continuation that ends correctly
+    (Step-DPO, arXiv 2406.18629)."""
+
+    def job(self, labels: LabelConfig, **settings: Any) -> PairJobConfig:
+        """Of the labelled solutions."""
+        return StepPairConfig(rollouts=labels.out, model=labels.solutions.model, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreePairs(TreePairing, PairsConfig):
+    """Siblings of a search tree of every problem (MCTS-DPO, arXiv 2405.00451)."""
+
+    def job(self, labels: LabelConfig, **settings: Any) -> PairJobConfig:
+        """Of the problems."""
+        return TreePairConfig(problems=labels.solutions.source, model=str(labels.solutions.model), **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +167,9 @@ class IterateConfig:
     convert: ConverterConfig | None = None
     """What the labelled solutions are converted to, as ``stepkd convert --to`` takes it; null: training reads them as
     they are."""
-    pairs: dict[str, Any] | None = None
-    """Pairs that M_{k-1} draws and training reads: ``to``, a job of ``stepkd pairs`` (``step`` or ``tree``), and its
-    settings; null draws none."""
+    pairs: PairsConfig | None = None
+    """Pairs that M_{k-1} draws and training reads: StepPairs of the labelled solutions, or TreePairs of search trees of
+    the problems; prompt, grading and precision are those of ``label``. Null draws none."""
     launcher: str | None = None
     """Command before ``-m stepkd`` that starts labelling and training on several GPUs, for instance 'accelerate launch
     --multi_gpu'; null runs them in this process."""
@@ -214,39 +241,25 @@ class IterateConfig:
             return self.convert
         return replace(self.convert, seed=iteration_seed(self.seed, "convert", k))  # type: ignore[type-var]
 
-    def pair_spec(self, k: int, job: LabelConfig, *, out: str) -> tuple[str, PairJobConfig]:
-        """The pair job of iteration k, and its kind.
+    def pair_spec(self, k: int, job: LabelConfig, *, out: str) -> PairJobConfig:
+        """The pair job of iteration k.
 
         Args:
             k: the iteration.
             job: its labelling job, whose solutions and common settings are used.
             out: folder of the pair job.
-
-        Raises:
-            ConfigError: no such kind or setting, or a value that is none.
         """
-        values = dict(self.pairs or {})
-        to = values.pop("to", None)
-        if to not in PAIR_JOBS:
-            raise ConfigError(
-                f"pairs: to={to!r} is no pair job.{nearest(str(to), PAIR_JOBS)} Known: {', '.join(PAIR_JOBS)}"
-            )
-        kind = PAIR_JOBS[to]
-        known = {item.name for item in fields(kind)}
-        check_keys(values, sorted(known - PAIRS_OWN), "pairs")
         assert isinstance(job.solutions, Sampled)
-        drawn = job.solutions.sampling
-        values["sampling"] = {
-            "max_new_tokens": drawn.max_new_tokens,
-            "stop": list(drawn.stop),
-            **values.get("sampling", {}),
-            "seed": iteration_seed(self.seed, "pairs", k),
-        }
-        source = {"problems": job.solutions.problems} if "problems" in known else {"rollouts": job.out}
-        decided = {**source, "model": job.solutions.model, "out": out}
-        made = build_settings(kind, values | decided, "pairs")
-        common = {name: getattr(job, name) for name in SHARED_WITH_PAIRS if name not in values}
-        return to, replace(made, **common)
+        assert self.pairs is not None
+        drawn, own = job.solutions.sampling, self.pairs.sampling
+        sampling = replace(
+            own,
+            max_new_tokens=own.max_new_tokens or drawn.max_new_tokens,
+            stop=own.stop or drawn.stop,
+            seed=iteration_seed(self.seed, "pairs", k),
+        )
+        shared = {item.name: getattr(job, item.name) for item in fields(PromptedConfig)} | {"device": job.device}
+        return self.pairs.job(job, **shared | vars(self.pairs) | {"sampling": sampling, "out": out})
 
     def evaluated_benchmark(self) -> tuple[str, str]:
         """Name of the benchmark of the held-out problems, and their data settings as ``stepkd evaluate`` takes them.
@@ -269,7 +282,7 @@ class IterateConfig:
             plain.pop(name, None)
         plain["train"] = {
             "recipes": {name: read_yaml(find_recipe(name), "recipe") for name in self.train.recipes},
-            "overrides": dict(self.train.dotted()),
+            "overrides": self.train.dotted(),
         }
         return dict(json.loads(json.dumps(plain)))
 

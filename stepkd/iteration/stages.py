@@ -13,6 +13,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration.spec import IterateConfig, iteration_seed
 from stepkd.labels.labellers import MonteCarlo, Outcome
-from stepkd.labels.settings import Existing, LabelConfig, LabelJobConfig, OwnSteps, PairJobConfig, Sampled
-from stepkd.runs.files import write_file, write_json, write_jsonl
+from stepkd.labels.settings import PAIR_JOBS, Existing, LabelConfig, OwnSteps, PairJobConfig, Sampled
+from stepkd.runs.files import write_file, write_jsonl
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
-from stepkd.yaml_files import as_yaml, find_recipe
+from stepkd.yaml_files import as_yaml, find_recipe, yaml_text
 
 Report = Callable[[str], None]
 
@@ -118,7 +119,7 @@ def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
 
     job = it.spec.label_spec(k, out=str(labels), model=it.model(k - 1))
     line = f"M{k - 1} writes solutions, labeller: {type(job.labeller).__name__}"
-    run("label", {"model": it.identity(k - 1)}, lambda: _label(it, job), line)
+    run("label", {"model": it.identity(k - 1)}, lambda: _run_job(it, job, LABELS_NAME), line)
     _check_answers(it, facts["label"])
     rows = labels / LABELS_NAME
     if it.spec.convert is not None:
@@ -127,7 +128,7 @@ def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
         rows = it.folder / CONVERTED_NAME
     if it.spec.pairs is not None:
         inputs = {"model": it.identity(k - 1), "labels": file_fingerprint(rows)}
-        run("pairs", inputs, lambda: _pairs(it, job), f"M{k - 1} draws pairs: {it.spec.pairs['to']}")
+        run("pairs", inputs, lambda: _pairs(it, job), f"M{k - 1} draws {type(it.spec.pairs).__name__}")
         rows = it.folder / "pairs" / PAIRS_NAME
     inputs = {"model": it.identity(k - 1), "rows": file_fingerprint(rows)}
     run("train", inputs, lambda: _train(it, rows), f"training M{k}")
@@ -156,11 +157,16 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
         judged = replace(drawn, out=str(folder / "labels"), solutions=existing, steps=OwnSteps())
         drawn = replace(drawn, labeller=Outcome())
     n = it.spec.evaluation.sampling.n
-    run("samples", lambda: _label(it, drawn), f"M{k} samples {n} solutions of every held-out problem")
+    run("samples", lambda: _run_job(it, drawn, LABELS_NAME), f"M{k} samples {n} solutions of every held-out problem")
     samples = file_fingerprint(Path(drawn.out) / LABELS_NAME)
     if judged is not None:
         job = judged
-        run("judge", lambda: _label(it, job), f"continuations by M0 label the steps of M{k}", samples=samples)
+        run(
+            "judge",
+            lambda: _run_job(it, job, LABELS_NAME),
+            f"continuations by M0 label the steps of M{k}",
+            samples=samples,
+        )
     folders = [
         Path(each.out) for each in (judged, drawn) if each is not None and not isinstance(each.labeller, Outcome)
     ]
@@ -174,54 +180,40 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
     return facts
 
 
-def _label(it: Iteration, job: LabelConfig) -> dict[str, Any]:
-    """Run a labelling job to its end; its summary without the table by step number."""
-    summary = _run_job(it, "label", job, LABELS_NAME)
-    summary.pop("by_position")
-    return summary
-
-
-def _run_job(it: Iteration, kind: str, job: LabelJobConfig, rows: str) -> dict[str, Any]:
+def _run_job(it: Iteration, job: LabelConfig | PairJobConfig, rows: str) -> dict[str, Any]:
     """Run a labelling or pair job to its end, under the launcher where one is given; its summary."""
+    from stepkd.labels.job import run_label_job
+    from stepkd.labels.pair_job import run_pair_job
+
     out = Path(job.out)
-    if it.spec.launcher is None:
-        run_job(kind, job, JobOptions(report=_quarters(it)))
+    if it.spec.launcher is not None:
+        file = out.with_name(f"{out.name}.yaml")
+        write_file(file, yaml_text(as_yaml(job)).encode())
+        command = next((["pairs", name] for name, kind in PAIR_JOBS.items() if type(job) is kind), ["label"])
+        _launch(it, [*command, "--config", str(file)])
+    elif isinstance(job, LabelConfig):
+        run_label_job(job, options=JobOptions(report=_quarters(it)))
     else:
-        file = out.with_name(f"{out.name}.job.json")
-        write_json(file, {"kind": kind, "settings": as_yaml(job)})
-        _launch(it, ["stepkd", "iterate-job", str(file)], f"the job of {out}")
+        run_pair_job(job, options=JobOptions(report=_quarters(it)))
     if not (out / rows).is_file():
         raise StepkdError(f"iteration {it.k}: the job in {out} ended without {rows}")
-    return dict(json.loads((out / SUMMARY_NAME).read_bytes()))
+    summary: dict[str, Any] = json.loads((out / SUMMARY_NAME).read_bytes())
+    return {name: value for name, value in summary.items() if name != "by_position"}
 
 
-def run_job(kind: str, job: LabelJobConfig, options: JobOptions) -> None:
-    """Run a labelling job (``label``) or a pair job (its name in ``PAIR_JOBS``)."""
-    if kind == "label":
-        from stepkd.labels.job import run_label_job
-
-        assert isinstance(job, LabelConfig)
-        run_label_job(job, options=options)
-    else:
-        from stepkd.labels.pair_job import run_pair_job
-
-        assert isinstance(job, PairJobConfig)
-        run_pair_job(job, options=options)
-
-
-def _launch(it: Iteration, words: Sequence[str], what: str) -> None:
+def _launch(it: Iteration, words: Sequence[str]) -> None:
     """Run a command of stepkd under the launcher.
 
     Raises:
         StepkdError: it failed; it has said why.
     """
-    command = [*shlex.split(str(it.spec.launcher)), "-m", *words]
+    command = [*shlex.split(str(it.spec.launcher)), "-m", "stepkd", *words]
     it.tell(f"  {shlex.join(command)}")
     code = subprocess.run(command, check=False).returncode
     if code:
         raise StepkdError(
-            f"iteration {it.k}: {what} under the launcher ended with exit code {code}; its messages are above. Mend "
-            "that and give the same command again"
+            f"iteration {it.k}: `stepkd {words[0]}` under the launcher ended with exit code {code}; its messages are "
+            "above. Mend that and give the same command again"
         )
 
 
@@ -268,32 +260,30 @@ def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
 
 def _pairs(it: Iteration, job: LabelConfig) -> dict[str, Any]:
     """Run the pair job to its end."""
-    kind, pairs = it.spec.pair_spec(it.k, job, out=str(it.folder / "pairs"))
     try:
-        summary = _run_job(it, kind, pairs, PAIRS_NAME)
+        summary = _run_job(it, it.spec.pair_spec(it.k, job, out=str(it.folder / "pairs")), PAIRS_NAME)
     except DataError as error:
         raise DataError(f"iteration {it.k}, pairs: {error}") from error
-    return {"to": kind, "counts": {"pairs": summary["pairs"], **summary["dropped"]}}
+    return {"to": type(it.spec.pairs).__name__, "counts": {"pairs": summary["pairs"], **summary["dropped"]}}
 
 
 def training_settings(it: Iteration, rows: Path) -> dict[str, Any]:
     """What iteration k adds to the training recipes: where it starts, what it reads, its reference and its seed."""
+    # The recipe's training data may be of another source: none of its settings must stay.
+    none: dict[str, Any] = {"split": None, "limit": None, "offset": 0, "options": {}, "columns": {}}
     settings: dict[str, Any] = {
         "seed_everything": iteration_seed(it.spec.seed, "train", it.k),
-        "model": {"init_args": {"policy": {"path": it.model(it.k - 1)}}},
-        "data": {"init_args": {"train": {"source": "rows", "path": str(rows)}}},
+        **it.spec.train.dotted(),
+        "model.init_args.policy.path": it.model(it.k - 1),
+        "data.init_args.train": {"source": "rows", "path": str(rows), **none},
     }
-    # The recipe's training data may be of another source: none of its settings must stay.
-    settings["data"]["init_args"]["train"] |= {"split": None, "limit": None, "offset": 0, "options": {}, "columns": {}}
     if it.spec.reference == "kept":
-        settings["model"]["init_args"]["reference"] = {"path": it.spec.model}
-    for key, value in it.spec.train.dotted():
-        *folders, last = key.split(".")
-        place = settings
-        for name in folders:
-            place = place.setdefault(name, {})
-        place[last] = value
-    return settings
+        settings["model.init_args.reference"] = {"path": it.spec.model}
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        *groups, last = name.split(".")
+        reduce(lambda place, group: place.setdefault(group, {}), groups, nested)[last] = value
+    return nested
 
 
 def _train(it: Iteration, rows: Path) -> dict[str, Any]:
@@ -309,7 +299,7 @@ def _train(it: Iteration, rows: Path) -> dict[str, Any]:
             fit(recipes, settings, out=run, resume=True)
         else:
             words = [word for name in (*recipes, str(it.folder / SETTINGS_NAME)) for word in ("--config", name)]
-            _launch(it, ["stepkd", "fit", *words, "--out", str(run), "--resume", "true"], "`stepkd fit`")
+            _launch(it, ["fit", *words, "--out", str(run), "--resume", "true"])
     marker = read_marker(run) or {}
     if marker.get("status") != "finished":
         raise StepkdError(
@@ -382,18 +372,15 @@ def file_fingerprint(path: Path) -> str:
     Raises:
         DataError: it cannot be read.
     """
-    digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise DataError(
             f"cannot be read ({error.strerror}), and a finished stage made it: put it back, or start again with "
             "--overwrite",
             path=path,
         ) from error
-    return digest.hexdigest()[:16]
 
 
 def folder_fingerprint(folder: Path) -> str:

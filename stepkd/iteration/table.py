@@ -65,13 +65,8 @@ def summarise_run(
 def _training(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What an iteration learnt from, by the facts of its stages."""
     label = facts["label"]
-    return {
-        "problems": label["problems"],
-        "solutions": label["solutions"],
-        "labelled": label["labelled"],
-        "dropped": label["dropped"],
-        "right_answers": label["right_answers"],
-        "wrong_answers": label["wrong_answers"],
+    same = ("problems", "solutions", "labelled", "dropped", "right_answers", "wrong_answers")
+    return {name: label[name] for name in same} | {
         "conflicts": label["right_answers_with_a_wrong_step"],
         "steps": label["balance"],
         "converted": facts.get("convert") or facts.get("pairs"),
@@ -82,11 +77,11 @@ def _training(facts: Mapping[str, Any]) -> dict[str, Any]:
 def print_summary(console: Console, summary: Summary) -> None:
     """The table (a column per model), paired differences to M0, and what every iteration's labels kept and dropped."""
     titles = {
-        "greedy_pass@1": "right answers, greedy",
-        "pass@1": "right answers, sampled",
+        "greedy_pass@1": "correct answers, greedy",
+        "pass@1": "correct answers, sampled",
         f"maj@{summary['samples']}": f"majority of {summary['samples']}",
-        "correct_with_wrong_step": "wrong step among\nright answers",
-        "step_accuracy": "right steps",
+        "correct_with_wrong_step": "incorrect step in\ncorrect answers",
+        "step_accuracy": "correct steps",
         "mean_tokens": "tokens per solution",
         "truncated_rate": "cut off",
         "kl_per_solution": "KL to M0, per solution",
@@ -100,7 +95,10 @@ def print_summary(console: Console, summary: Summary) -> None:
         table.add_row(title, *(metric_text(name, model["metrics"][name]) for model in summary["models"]))
     table.add_section()
     trainings = [model["training"] for model in summary["models"]]
-    for name, title in (("rows", "rows trained on"), ("conflicts", "right answers with a\nwrong step in the labels")):
+    for name, title in (
+        ("rows", "rows trained on"),
+        ("conflicts", "correct answers with an\nincorrect step in the labels"),
+    ):
         table.add_row(title, *("-" if training is None else f"{training[name]:,}" for training in trainings))
     console.print(table)
     for line in notes(summary):
@@ -114,9 +112,9 @@ def notes(summary: Summary) -> list[str]:
         shown = [
             f"{title} {difference_text(name, model['minus_M0'][name])}"
             for name, title in (
-                ("greedy_pass@1", "right, greedy"),
-                ("pass@1", "right, sampled"),
-                ("correct_with_wrong_step", "wrong step among right answers"),
+                ("greedy_pass@1", "correct, greedy"),
+                ("pass@1", "correct, sampled"),
+                ("correct_with_wrong_step", "incorrect step in correct answers"),
             )
             if model["minus_M0"][name] is not None
         ]
@@ -137,8 +135,8 @@ def _training_line(k: int, training: Mapping[str, Any]) -> str:
     dropped = _counts(training["dropped"])
     line = (
         f"iteration {k}: {training['labelled']} of {training['solutions']} solutions of {training['problems']} "
-        f"problems labelled{f' (dropped: {dropped})' if dropped else ''}; {training['right_answers']} right answers, "
-        f"{training['conflicts']} of them with a wrong step, {training['wrong_answers']} wrong"
+        f"problems labelled{f' (dropped: {dropped})' if dropped else ''}; {training['right_answers']} correct answers, "
+        f"{training['conflicts']} of them with an incorrect step, {training['wrong_answers']} incorrect"
     )
     if training["converted"] is not None:
         line += f"; {training['converted']['to']}: {_counts(training['converted']['counts'])}"

@@ -237,14 +237,10 @@ class PairJobConfig(LabelJobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepPairConfig(PairJobConfig):
+class StepPairing:
     """The first incorrect step against the first step of a continuation that ends correctly (Step-DPO, arXiv
     2406.18629, whose sampling settings are the defaults)."""
 
-    rollouts: str
-    """Labelled rollout rows: a file, the folder of a labelling job, or data settings in one word."""
-    model: str | None = None
-    """Policy that continues the correct prefixes; null takes the one that the rows name."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=20, temperature=0.8, top_p=0.95))
     """How every correct prefix is continued, 20 times by default."""
     take: Take = "wrong"
@@ -264,7 +260,6 @@ class StepPairConfig(PairJobConfig):
     """What cuts continuations into steps; null takes what cut the row, else lines."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_choice("take", self.take, get_args(Take))
         check_bounds("", self, max_pairs="[1, inf)")
         check_threshold(self.threshold)
@@ -274,6 +269,21 @@ class StepPairConfig(PairJobConfig):
             if self.segmenter.partition(":")[0] == "reject":
                 raise ConfigError("segmenter 'reject' needs a teacher's signals, which continuations do not have")
             get_segmenter(self.segmenter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPairConfig(StepPairing, PairJobConfig):
+    """The first incorrect step of labelled solutions against the first step of a continuation that ends correctly
+    (Step-DPO, arXiv 2406.18629, whose sampling settings are the defaults)."""
+
+    rollouts: str
+    """Labelled rollout rows: a file, the folder of a labelling job, or data settings in one word."""
+    model: str | None = None
+    """Policy that continues the correct prefixes; null takes the one that the rows name."""
+
+    def __post_init__(self) -> None:
+        PairJobConfig.__post_init__(self)
+        StepPairing.__post_init__(self)
 
 
 class ValueConfig(ABC):
@@ -344,14 +354,10 @@ class SelfEvaluation(ValueConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TreePairConfig(PairJobConfig):
+class TreePairing:
     """Siblings of a search tree, at every depth of its chosen path (MCTS-DPO, arXiv 2405.00451, whose value is
     SelfEvaluation; :mod:`stepkd.search.mcts` says what else differs)."""
 
-    problems: str
-    """Problems with answers: a file, a folder, or data settings in one word (gsm8k:split=train,limit=100)."""
-    model: str
-    """Policy that proposes the steps: a run, a checkpoint, a model folder, a hub id or a tiny preset."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How steps are sampled, above temperature 0; the search says how many."""
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -366,11 +372,25 @@ class TreePairConfig(PairJobConfig):
     """Longest step in tokens, at least 1."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_bounds("", self, max_step_tokens="[1, inf)")
         if self.sampling.temperature == 0:
             raise ConfigError("a tree needs different steps from one state: set a temperature above 0")
         get_segmenter(self.segmenter)  # a wrong name is said before anything is loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreePairConfig(TreePairing, PairJobConfig):
+    """Siblings of a search tree of a problem, at every depth of its chosen path (MCTS-DPO, arXiv 2405.00451, whose
+    value is SelfEvaluation; :mod:`stepkd.search.mcts` says what else differs)."""
+
+    problems: str
+    """Problems with answers: a file, a folder, or data settings in one word (gsm8k:split=train,limit=100)."""
+    model: str
+    """Policy that proposes the steps: a run, a checkpoint, a model folder, a hub id or a tiny preset."""
+
+    def __post_init__(self) -> None:
+        PairJobConfig.__post_init__(self)
+        TreePairing.__post_init__(self)
 
 
 PAIR_JOBS: dict[str, type[PairJobConfig]] = {"step": StepPairConfig, "tree": TreePairConfig}

@@ -10,7 +10,7 @@ import argparse
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from importlib import import_module
 from operator import or_
 from pathlib import Path
@@ -75,8 +75,6 @@ class FitResult(NamedTuple):
     """``stopped``: SIGTERM ended it with its state saved, for a later start with ``resume``."""
     steps: int
     """Optimiser steps that the run has taken, those before a resume included."""
-    exit_code: int
-    """That of ``stepkd fit``."""
 
 
 class CheckedFit(NamedTuple):
@@ -113,7 +111,7 @@ def fit(
     flags = [f"--out={out}", f"--resume={str(resume).lower()}", f"--overwrite={str(overwrite).lower()}"]
     cli = _run(["fit", *_words(recipes, settings), *flags], quiet=True)
     assert cli.run_dir is not None
-    return FitResult(cli.run_dir.path, cli.status, cli.trainer.global_step, cli.exit_code)
+    return FitResult(cli.run_dir.path, cli.status, cli.trainer.global_step)
 
 
 def validate(recipes: Sequence[str | Path] = (), settings: Mapping[str, Any] | None = None) -> dict[str, float]:
@@ -330,17 +328,13 @@ class StepkdCLI(LightningCLI):
                 config.ckpt_path = str(self.run_dir.resume_from)
             _check_monitor(config)
             if info.is_rank_zero:
-                self._write_config(self.run_dir.path)
+                write_file(free_path(self.run_dir.path / "config.yaml"), self._config_text.encode())
         config.weights_only = True
         place_loggers(config.trainer.logger, Path() if self.run_dir is None else self.run_dir.path)
 
-    def _write_config(self, folder: Path) -> None:
-        write_file(
-            free_path(folder / "config.yaml"),
-            lambda temporary: Path(temporary).write_text(self._config_text(), encoding="utf-8"),
-        )
-
+    @cached_property
     def _config_text(self) -> str:
+        """The settings of this run, without those of this start of it."""
         assert self.subcommand is not None
         config = self.config[self.subcommand].clone()
         for name in ("out", "resume", "resume_with", "overwrite", "ckpt_path", "weights_only"):
@@ -354,7 +348,7 @@ class StepkdCLI(LightningCLI):
         if earlier is None or find_last_checkpoint(out / "checkpoints") is None:
             return []
         then = recipe_settings(read_yaml(earlier, "run's settings"))
-        now = recipe_settings(yaml.safe_load(self._config_text()))
+        now = recipe_settings(yaml.safe_load(self._config_text))
         return check_changes(then, now, self._named(), str(out))
 
     def _named(self) -> list[str]:
@@ -377,7 +371,7 @@ class StepkdCLI(LightningCLI):
         has_bar = any(isinstance(each, ProgressBar) for each in (own if isinstance(own, list) else [own]))
         callbacks: list[Callback] = [] if has_bar or config.trainer.enable_progress_bar is False else [StepProgress()]
         if self.run_dir is not None and self.subcommand == "fit":
-            callbacks.append(RunFacts(self.run_dir.path, recipe_settings(yaml.safe_load(self._config_text()))))
+            callbacks.append(RunFacts(self.run_dir.path, recipe_settings(yaml.safe_load(self._config_text))))
             if config.trainer.get("default_root_dir") is None:
                 kwargs["default_root_dir"] = str(self.run_dir.path)
             if (given := self._get(self.config_init, "trainer").logger) is not False:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -23,10 +23,11 @@ from rich.live import Live
 from rich.text import Text
 from typing_extensions import override
 
-from stepkd.errors import ConfigError
 from stepkd.runs.progress import Pace, Phase, PhaseTracker, duration, is_live, metric
 
 _REFRESH_SECONDS = 0.1
+LINE_SECONDS = 30.0
+"""Longest time between two plain lines while something advances."""
 _BAR_WIDTH = 20
 _STAGES = {
     "train": "training",
@@ -40,31 +41,14 @@ _STAGES = {
 class StepProgress(ProgressBar):
     """Progress display for every Trainer entry point; add it to the Trainer's callbacks and Lightning adds no other.
 
-    Args:
-        every_n_steps: plain lines: one whenever this many more optimiser steps are done; at least 1.
-        every_n_seconds: plain lines: also one when something advances this long after the last line; above 0.
-        mode: "live" (one line, redrawn), "plain", or "auto": live only in a terminal that is not a CI log.
+    One line, redrawn, in a terminal that is not a CI log; elsewhere a line per tenth of the training, and where nothing
+    was said for half a minute.
     """
 
-    def __init__(
-        self,
-        every_n_steps: int = 10,
-        every_n_seconds: float = 30.0,
-        mode: Literal["auto", "live", "plain"] = "auto",
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ConfigError(f"every_n_steps must be at least 1, got {every_n_steps}")
-        if not every_n_seconds > 0:
-            raise ConfigError(f"every_n_seconds must be above 0, got {every_n_seconds}")
-        if mode not in ("auto", "live", "plain"):
-            raise ConfigError(f"mode must be 'auto', 'live' or 'plain', got {mode!r}")
-        self.every_n_steps = every_n_steps
-        self.every_n_seconds = every_n_seconds
-        self.mode = mode
         self.console = Console()
         self._clock: Callable[[], float] = time.monotonic
-        self._enabled = True
         self._close: Callable[[], None] | None = None  # between setup and teardown
         self._live: Live | None = None
         self._tracker = PhaseTracker()
@@ -72,14 +56,14 @@ class StepProgress(ProgressBar):
         self._pace: Pace | None = None
         self._batches = 0
         self._drawn = self._last_line = -math.inf
-        self._last_step_line = 0
+        self._tenth = 0
 
     # ---- life cycle ------------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._end()
+        self.disable()
         if not trainer.is_global_zero:
             return
         self._batch = self._pace = None
@@ -90,39 +74,26 @@ class StepProgress(ProgressBar):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._end()
+        self.disable()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._end()
+        self.disable()
 
-    def _end(self) -> None:
-        """No output until the next :meth:`setup`."""
-        close, self._close = self._close, None
+    @override
+    def disable(self) -> None:
+        """Give the terminal its cursor and its stdout back; no output until the next :meth:`setup`."""
+        close, self._close, live, self._live = self._close, None, self._live, None
         if close is not None:
             close()
-        self._stop_live()
-
-    def _stop_live(self) -> None:
-        """Clear the live line and give the terminal its cursor and its stdout back."""
-        live, self._live = self._live, None
         if live is not None:
             with suppress(OSError):
                 live.stop()
 
-    @override
-    def disable(self) -> None:
-        self._enabled = False
-        self._stop_live()
-
-    @override
-    def enable(self) -> None:
-        self._enabled = True
-
     @property
     def is_enabled(self) -> bool:
         """Whether there is output now; ``LightningModule.print`` asks, though Lightning's base class lacks it."""
-        return self._enabled and self._close is not None
+        return self._close is not None
 
     # ---- what the Trainer and the module's phases tell ---------------------------------------------------------------
 
@@ -130,7 +101,7 @@ class StepProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batch, self._batches = None, 0
         self._pace = Pace(trainer.global_step, self._clock)
-        self._last_step_line = trainer.global_step
+        self._tenth = self._tenths()
         self._draw()
 
     @override
@@ -138,12 +109,8 @@ class StepProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batches += 1
-        due = trainer.global_step // self.every_n_steps > self._last_step_line // self.every_n_steps
-        if due or trainer.global_step == self._total():
-            self._last_step_line = trainer.global_step
-            self._draw(line=True)
-        else:
-            self._draw()
+        before, self._tenth = self._tenth, self._tenths()
+        self._draw(line=self._tenth > before)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,6 +155,10 @@ class StepProgress(ProgressBar):
             limits.append(math.ceil(trainer.max_epochs * batches * (a_batch or 1.0) - 1e-6))
         return min(limits) if limits else None
 
+    def _tenths(self) -> int:
+        """Tenths of the fit that are done; 0 when nothing limits it."""
+        return self.trainer.global_step * 10 // total if (total := self._total()) else 0
+
     def _what(self) -> str:
         """``rollout 64/128``, ``micro-batch 1/4``, ``validation 2/10 > grading 3``, ``training``, ..."""
         stage = self.trainer.state.stage
@@ -215,8 +186,8 @@ class StepProgress(ProgressBar):
         if not self.is_enabled:
             return
         now = self._clock()
-        if not (self.mode == "live" or (self.mode == "auto" and is_live(self.console))):
-            if line or now - self._last_line >= self.every_n_seconds:
+        if not is_live(self.console):
+            if line or now - self._last_line >= LINE_SECONDS:
                 self._last_line = now
                 self.print("  ".join(filter(None, (self._what(), self._facts()))))
         elif urgent or line or now - self._drawn >= _REFRESH_SECONDS:

@@ -91,9 +91,11 @@ def test_no_progress_is_shown_when_none_is_wanted(tmp_path: Path, capsys: pytest
     assert "train/loss" in read_metrics(run)[0]
 
 
-def test_a_line_says_how_many_micro_batches_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    progress = {"class_path": "stepkd.training.progress.StepProgress", "init_args": {"every_n_seconds": 1e-9}}
-    fit(tmp_path, callbacks=[progress], enable_progress_bar=None)
+def test_a_line_says_how_many_micro_batches_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepkd.training.progress.LINE_SECONDS", 0.0)
+    fit(tmp_path, enable_progress_bar=None)
     text = capsys.readouterr().out
     assert "micro-batch 1/1  step" in text
     assert "training 1/1" not in text

@@ -286,8 +286,8 @@ def test_training_reads_the_pairs_of_a_pair_job(
         raise Interrupted
 
     monkeypatch.setattr(stages, "_train", train)
-    pairs = {"to": "step", "sampling": {"n": 8, "temperature": 1.0}, "check": "checker", "take": "all"}
-    spec = load_spec(settings, {"convert": None, "pairs": pairs})
+    arguments = {"sampling": {"n": 8, "temperature": 1.0}, "check": "checker", "take": "all"}
+    spec = load_spec(settings, {"convert": None, "pairs": {"class_path": "StepPairs", "init_args": arguments}})
     for _ in range(2):
         with pytest.raises(Interrupted):
             stages.train_next(iteration(spec, tmp_path, 1))
@@ -326,7 +326,7 @@ def test_foreign_folder_and_damaged_settings(spec: IterateConfig, tmp_path: Path
     with pytest.raises(ConfigError, match="holds no iterated training"):
         run_iterations(spec, tmp_path, report=silent)
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(DataError, match="not valid JSON"):
+    with pytest.raises(DataError, match="not the settings of a job"):
         run_iterations(spec, tmp_path, report=silent)
 
 
@@ -340,12 +340,12 @@ def test_launcher_command(spec: IterateConfig, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(stages.subprocess, "run", fake)
     it = iteration(load_like(spec, launcher="accelerate launch --num_processes 2"), tmp_path, 1)
-    with pytest.raises(StepkdError, match=r"iteration 1: the job of .*labels under .* ended with exit code 3"):
-        stages._label(it, it.spec.label_spec(1, out=str(tmp_path / "labels"), model="m"))
+    with pytest.raises(StepkdError, match=r"iteration 1: `stepkd label` under .* ended with exit code 3"):
+        stages._run_job(it, it.spec.label_spec(1, out=str(tmp_path / "labels"), model="m"), "labels.jsonl")
     with pytest.raises(StepkdError, match="`stepkd fit`"):
         stages._train(it, tmp_path / "rows.jsonl")
     start = ["accelerate", "launch", "--num_processes", "2", "-m"]
-    assert commands[0] == [*start, "stepkd", "iterate-job", str(tmp_path / "labels.job.json")]
+    assert commands[0] == [*start, "stepkd", "label", "--config", str(tmp_path / "labels.yaml")]
     assert commands[1][:7] == [*start, "stepkd", "fit"]
     assert commands[1][-4:] == ["--out", str(tmp_path / "iteration-1" / "train"), "--resume", "true"]
 

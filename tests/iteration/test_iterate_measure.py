@@ -210,10 +210,10 @@ def test_the_table_names_what_was_dropped() -> None:
         ],
     }
     lines = notes(summary)
-    assert lines[0].startswith("M1 minus M0 on the same problems: right, greedy +10.0; right, sampled +0.0 (")
+    assert lines[0].startswith("M1 minus M0 on the same problems: correct, greedy +10.0; correct, sampled +0.0 (")
     assert lines[1] == (
-        "iteration 1: 5 of 6 solutions of 2 problems labelled (dropped: 1 duplicate); 3 right answers, 1 of them with "
-        "a wrong step, 2 wrong; demonstrations: 3 rows, 2 wrong answer"
+        "iteration 1: 5 of 6 solutions of 2 problems labelled (dropped: 1 duplicate); 3 correct answers, 1 of them "
+        "with an incorrect step, 2 incorrect; demonstrations: 3 rows, 2 wrong answer"
     )
     assert any("continuations of M0" in line for line in lines)
     assert any("temperature 1" in line for line in lines)

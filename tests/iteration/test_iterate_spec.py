@@ -8,20 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from stepkd import cli
 from stepkd.cli.iterate import IterateRunConfig
 from stepkd.cli.parser import parse
-from stepkd.errors import ConfigError, MachineError, StepkdError
+from stepkd.errors import ConfigError, StepkdError
 from stepkd.iteration import stages
-from stepkd.iteration.spec import IterateConfig, TrainConfig, explicit_word, iteration_seed
+from stepkd.iteration.spec import (
+    IterateConfig,
+    PairsConfig,
+    StepPairs,
+    TrainConfig,
+    TreePairs,
+    explicit_word,
+    iteration_seed,
+)
 from stepkd.iteration.stages import Iteration, training_settings
 from stepkd.labels.feedback import Preference
 from stepkd.labels.labellers import MonteCarlo, TaskChecker
 from stepkd.labels.settings import Cut, LabelConfig, OwnSteps, Sampled, StepPairConfig, TreePairConfig
 from stepkd.runs.job import Job
-from stepkd.yaml_files import as_yaml, find_recipe
+from stepkd.search.mcts import SearchConfig
+from stepkd.training.fit import check_fit
+from stepkd.yaml_files import find_recipe
 
 
 def load_spec(path: Path, changes: dict[str, Any] | None = None) -> IterateConfig:
@@ -140,11 +149,11 @@ def test_identity_leaves_out_what_may_change(small: Any, write: Any) -> None:
             {"convert": {"class_path": "Demonstrations", "init_args": {"cleen": True}}},
             "'cleen' is not a setting of conv",
         ),
-        ({"pairs": {"to": "step"}}, "convert and pairs both"),
-        ({"convert": None, "pairs": {"to": "steps"}}, "Did you mean 'step'"),
-        ({"convert": None, "pairs": {"to": "step", "max_pair": 3}}, "Did you mean 'max_pairs'"),
-        ({"convert": None, "pairs": {"to": "step", "max_pairs": "x"}}, "pairs: max_pairs: expected int, got 'x'"),
-        ({"convert": None, "pairs": {"to": "step", "model": "m"}}, "pairs: no key 'model'"),
+        ({"pairs": "StepPairs"}, "convert and pairs both"),
+        ({"convert": None, "pairs": "StepPair"}, "no class 'StepPair'; did you mean 'StepPairs'"),
+        ({"convert": None, "pairs": "StepPairs", "pairs.max_pair": 3}, "did you mean --pairs.max_pairs"),
+        ({"convert": None, "pairs": "StepPairs", "pairs.max_pairs": "x"}, "pairs.max_pairs: expected int, got 'x'"),
+        ({"convert": None, "pairs": "StepPairs", "pairs.model": "m"}, "'model' is not a setting of pairs"),
         ({"evaluation.sampling.n": 1}, "at least 2 samples"),
         ({"evaluation.sampling.temperature": 0.0}, "a temperature above 0"),
         ({"evaluation.problems": "prm800k:path=x.jsonl"}, "source 'prm800k' cannot be evaluated"),
@@ -181,17 +190,22 @@ def test_refused_files(small: Any, write: Any, tmp_path: Path) -> None:
 
 
 def test_training_overrides_may_be_nested_or_dotted(small: Any, write: Any, tmp_path: Path) -> None:
-    changes = {"train.overrides.trainer.max_steps": "5", "train.overrides.model.init_args.beta": "1e-1"}
-    spec = load_spec(write(small("models/m0")), changes)
-    settings = training_settings(iteration(spec, tmp_path, 1), tmp_path / "rows.jsonl")
-    assert settings["trainer"] == {"max_steps": 5, "val_check_interval": None}
-    assert settings["model"]["init_args"] == {"policy": {"path": "models/m0"}, "beta": "1e-1"}, "as YAML reads it"
-    assert spec.identity()["train"]["overrides"]["trainer.max_steps"] == 5
+    overrides = {"trainer": {"max_steps": 4, "val_check_interval": None}, "data.init_args.validation": None}
+    path = write(small("tiny-0.1m", train={"recipes": ["tiny/sft"], "overrides": overrides}))
+    for changes, steps in (({}, 4), ({"train.overrides.trainer.max_steps": "5"}, 5)):
+        spec = load_spec(path, changes)
+        found = check_fit(spec.train.recipes, training_settings(iteration(spec, tmp_path, 1), tmp_path / "rows.jsonl"))
+        assert found.trainer["max_steps"] == steps
+        assert (found.module.policy_spec.path, found.data.specs["train"].path) == (
+            "tiny-0.1m",
+            str(tmp_path / "rows.jsonl"),
+        )
+        assert spec.identity()["train"]["overrides"]["trainer.max_steps"] == steps
 
 
 def test_texts_among_training_overrides_stay_texts() -> None:
     texts = {"a": "~", "b": "yes", "c": "007", "d": "\n", "e": "Step: ", "f": "###"}
-    found = dict(TrainConfig(recipes=["tiny/sft"], overrides={**texts, "g": "3", "h": "true", "i": "0.5"}).dotted())
+    found = TrainConfig(recipes=["tiny/sft"], overrides={**texts, "g": "3", "h": "true", "i": "0.5"}).dotted()
     assert found == {**texts, "g": 3, "h": True, "i": 0.5}
 
 
@@ -203,16 +217,17 @@ def test_where_it_runs_decides_no_result(small: Any, write: Any) -> None:
 
 
 def test_pair_jobs_share_the_labelling_jobs_settings(small: Any, write: Any) -> None:
-    changes = {"convert": None, "pairs": {"to": "step", "sampling": {"n": 4}, "check": "checker"}}
-    spec = load_spec(write(small(**changes)))
-    kind, pairs = spec.pair_spec(1, spec.label_spec(1, out="labels", model="m"), out="pairs")
-    assert kind == "step"
+    changes = {"class_path": "StepPairs", "init_args": {"sampling": {"n": 4}, "check": "checker"}}
+    spec = load_spec(write(small(convert=None, pairs=changes)))
+    pairs = spec.pair_spec(1, spec.label_spec(1, out="labels", model="m"), out="pairs")
     assert isinstance(pairs, StepPairConfig)
     assert (pairs.rollouts, pairs.model, pairs.out) == ("labels", "m", "pairs")
     assert (pairs.sampling.n, pairs.sampling.temperature, pairs.check, pairs.device) == (4, 0.8, "checker", "cpu")
     assert pairs.sampling.max_new_tokens == 24
-    tree = load_like(spec, pairs={"to": "tree", "max_step_tokens": 9, "search": {"iterations": 7}})
-    _, pairs = tree.pair_spec(1, tree.label_spec(1, out="labels", model="m"), out="pairs")
+    assert spec.pairs is not None
+    assert pairs.sampling.seed != spec.pairs.sampling.seed
+    tree = load_like(spec, pairs=TreePairs(max_step_tokens=9, search=SearchConfig(iterations=7)))
+    pairs = tree.pair_spec(1, tree.label_spec(1, out="labels", model="m"), out="pairs")
     assert isinstance(pairs, TreePairConfig)
     assert (pairs.problems, pairs.max_step_tokens, pairs.search.iterations) == (spec.problem_word(1), 9, 7)
 
@@ -221,41 +236,21 @@ def load_like(spec: IterateConfig, **changes: Any) -> IterateConfig:
     return IterateConfig(**{**vars(spec), **changes})
 
 
-@pytest.mark.parametrize("kind", ["label", "step", "tree"])
+@pytest.mark.parametrize("pairs", [None, StepPairs(), TreePairs()])
 def test_a_job_under_a_launcher_gets_the_same_settings(
-    kind: str, small: Any, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pairs: PairsConfig | None, small: Any, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = load_spec(write(small(convert=None, launcher="python", pairs={"to": "step"})))
+    spec = load_like(load_spec(write(small(convert=None, launcher="python"))), pairs=pairs)
     job: Any = spec.label_spec(1, out=str(tmp_path / "labels"), model="m")
-    if kind != "label":
-        _, job = load_like(spec, pairs={"to": kind}).pair_spec(1, job, out=str(tmp_path / "pairs"))
+    if pairs is not None:
+        job = spec.pair_spec(1, job, out=str(tmp_path / "pairs"))
     given: list[Any] = []
-    monkeypatch.setattr(stages, "run_job", lambda *arguments: given.append(arguments))
+    for name in ("job.run_label_job", "pair_job.run_pair_job"):
+        monkeypatch.setattr(f"stepkd.labels.{name}", lambda config, options: given.append(config))
     monkeypatch.setattr(stages.subprocess, "run", lambda words, check: Done(cli.main(words[3:])))
     with pytest.raises(StepkdError, match=r"ended without rows\.jsonl"):
-        stages._run_job(iteration(spec, tmp_path, 1), kind, job, "rows.jsonl")
-    assert [(name, settings) for name, settings, _ in given] == [(kind, job)]
-
-
-def test_a_launched_job_computes_on_its_ranks_device_and_its_errors_are_those_of_a_command(
-    small: Any, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = load_spec(write(small(launcher="torchrun")))
-    job = spec.label_spec(1, out=str(tmp_path / "labels"), model="m")
-    elastic = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
-    for name, value in elastic.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-
-    def run_job(kind: str, settings: Any, options: Any) -> None:
-        raise MachineError(f"{settings.device} of rank {options.rank} is full")
-
-    monkeypatch.setattr(stages, "run_job", run_job)
-    file = tmp_path / "job.json"
-    file.write_text(json.dumps({"kind": "label", "settings": as_yaml(job) | {"device": "auto"}}))
-    assert cli.main(["iterate-job", str(file)]) == 1
-    assert "stepkd iterate-job (rank 1): cuda:1 of rank 1 is full" in capsys.readouterr().err
+        stages._run_job(iteration(spec, tmp_path, 1), job, "rows.jsonl")
+    assert given == [job]
 
 
 class Done:

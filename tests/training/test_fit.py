@@ -41,7 +41,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_function_trains_as_the_command_does(tmp_path: Path) -> None:
-    assert fit(RECIPES, settings(), out=tmp_path / "a") == FitResult(tmp_path / "a", "finished", 2, 0)
+    assert fit(RECIPES, settings(), out=tmp_path / "a") == FitResult(tmp_path / "a", "finished", 2)
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(settings()))
     words = ["fit", "--config", *RECIPES, "--config", str(tmp_path / "overlay.yaml"), "--out", str(tmp_path / "b")]
     assert run(words) == 0

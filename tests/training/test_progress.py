@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import re
 import sys
 from io import StringIO
@@ -12,9 +11,18 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
-from stepkd.errors import ConfigError
 from stepkd.runs.progress import PhaseTracker
+from stepkd.training import progress as progress_module
 from stepkd.training.progress import StepProgress
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No CI log, a terminal that can redraw, and no plain lines but those of the training's tenths."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 1e9)
+
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 
@@ -97,14 +105,16 @@ def run(progress: StepProgress, module: LightningModule, *, live: bool, method: 
     return stream.getvalue()
 
 
-def test_plain_lines_every_n_steps_with_all_facts() -> None:
-    progress = StepProgress(every_n_steps=2, mode="plain", every_n_seconds=1e9)
-    lines = run(progress, Manual(), live=False, max_steps=5).splitlines()
+def test_a_plain_line_for_every_tenth_with_all_facts() -> None:
+    progress = StepProgress()
+    lines = run(progress, Manual(), live=False, max_steps=25, max_epochs=5).splitlines()
     shown = [line for line in lines if line.startswith("training ")]
-    assert [re.findall(r"step (\d+/\d+)", line) for line in shown] == [["2/5"], ["4/5"], ["5/5"]]
+    assert [re.findall(r"step (\d+/\d+)", line) for line in shown] == [
+        [f"{step}/25"] for step in (3, 5, 8, 10, 13, 15, 18, 20, 23, 25)
+    ]
     for line in shown:
         assert re.search(r"  \d+:\d\d left  loss [\d.e-]+  accuracy 0.25  tokens/s 12.3k$", line)
-    assert re.match(r"trained 5 steps in \d+:\d\d  loss ", lines[-1])
+    assert re.match(r"trained 25 steps in \d+:\d\d  loss ", lines[-1])
     assert "\x1b" not in "".join(lines)
     assert "batch 3 [done]" in lines
 
@@ -117,7 +127,7 @@ def test_time_left_is_the_rate_so_far_times_what_remains() -> None:
             super().training_step(batch, index)
             clock.now += 10.0
 
-    progress = StepProgress(every_n_steps=1, mode="plain", every_n_seconds=1e9)
+    progress = StepProgress()
     progress._clock = clock
     text = run(progress, TenSeconds(), live=False, max_steps=5)
     assert re.findall(r"(\d+:\d\d) left", text) == ["0:40", "0:30", "0:20", "0:10", "0:00"]
@@ -125,7 +135,7 @@ def test_time_left_is_the_rate_so_far_times_what_remains() -> None:
 
 
 def test_live_line_shows_phases_and_gives_the_cursor_back() -> None:
-    progress = StepProgress(mode="live")
+    progress = StepProgress()
     progress._clock = Clock()
     stdout = sys.stdout
     text = run(progress, Manual(), live=True, max_steps=5, validate=True, num_sanity_val_steps=0)
@@ -139,8 +149,9 @@ def test_live_line_shows_phases_and_gives_the_cursor_back() -> None:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_an_exception_restores_the_terminal_and_ends_the_output(live: bool) -> None:
-    progress = StepProgress(mode="live" if live else "plain", every_n_seconds=0.5)
+def test_an_exception_restores_the_terminal_and_ends_the_output(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.5)
+    progress = StepProgress()
     progress._clock = Clock()
     module = Manual(fail_at=2)
     stdout = sys.stdout
@@ -159,8 +170,9 @@ def test_an_exception_restores_the_terminal_and_ends_the_output(live: bool) -> N
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_no_output_after_teardown(live: bool) -> None:
-    progress = StepProgress(mode="live" if live else "plain", every_n_seconds=0.5)
+def test_no_output_after_teardown(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.5)
+    progress = StepProgress()
     progress._clock = Clock()
     module = Manual()
     before = run(progress, module, live=live, max_steps=2)
@@ -171,27 +183,29 @@ def test_no_output_after_teardown(live: bool) -> None:
 
 
 def test_inner_steps_are_counted_as_steps() -> None:
-    progress = StepProgress(every_n_steps=3, mode="plain", every_n_seconds=1e9)
+    progress = StepProgress()
     text = run(progress, Manual(inner=2), live=False, max_epochs=2)
     # 2 epochs x 5 batches x 2 inner steps.
-    assert re.findall(r"step (\d+/\d+)", text) == ["4/20", "6/20", "10/20", "12/20", "16/20", "18/20", "20/20"]
+    assert re.findall(r"step (\d+/\d+)", text) == [f"{step}/20" for step in range(2, 21, 2)]
 
 
-def test_a_long_phase_prints_plain_lines_between_steps() -> None:
-    progress = StepProgress(every_n_steps=1000, mode="plain", every_n_seconds=3.0)
+def test_a_long_phase_prints_plain_lines_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 3.0)
+    progress = StepProgress()
     progress._clock = Clock(tick=1.0)
     text = run(progress, Manual(), live=False, max_steps=5)
     assert re.search(r"^rollout [048]/8  step \d/5", text, flags=re.M)
 
 
 def test_other_entry_points_show_their_batches() -> None:
-    progress = StepProgress(mode="plain", every_n_seconds=1e9)
+    progress = StepProgress()
     text = run(progress, Manual(), live=False, method="validate")
     assert text == "validation 2/2  val/accuracy 0.5\n"
 
 
-def test_without_phases_and_without_a_limit() -> None:
-    progress = StepProgress(every_n_steps=5, mode="plain", every_n_seconds=1e9)
+def test_without_phases_and_without_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.0)
+    progress = StepProgress()
     module = Manual(phases=False)
 
     def stop() -> None:
@@ -205,22 +219,15 @@ def test_without_phases_and_without_a_limit() -> None:
 
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = StepProgress(every_n_steps=1, mode="plain")
+    progress = StepProgress()
     monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
     module = Manual()
     module.print = lambda *args, **kwargs: None  # type: ignore[method-assign]
     assert run(progress, module, live=False, max_steps=2) == ""
 
 
-@pytest.fixture
-def _no_ci(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-
-
 @pytest.mark.parametrize(("terminal", "ci", "live"), [(True, "", True), (True, "true", False), (False, "", False)])
-@pytest.mark.usefixtures("_no_ci")
-def test_auto_is_live_only_in_a_terminal_outside_ci(
+def test_a_line_is_redrawn_only_in_a_terminal_outside_ci(
     terminal: bool, ci: str, live: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CI", ci)
@@ -235,7 +242,7 @@ def test_a_lost_reader_does_not_end_the_training(live: bool) -> None:
             # rich ends the program on a broken pipe, but a live line is only drawn on a terminal: that hangs up.
             raise OSError(errno.EIO, "hung up") if live else BrokenPipeError
 
-    progress = StepProgress(every_n_steps=1, mode="live" if live else "plain")
+    progress = StepProgress()
     module = Manual()
     stdout = sys.stdout
     trainer = Trainer(max_steps=3, callbacks=[progress], accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -243,17 +250,3 @@ def test_a_lost_reader_does_not_end_the_training(live: bool) -> None:
     trainer.fit(module, loader(10))
     assert trainer.global_step == 3
     assert sys.stdout is stdout
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
-        ({"every_n_seconds": 0.0}, "every_n_seconds must be above 0, got 0.0"),
-        ({"every_n_seconds": math.nan}, "every_n_seconds must be above 0, got nan"),
-        ({"mode": "rich"}, "mode must be 'auto', 'live' or 'plain', got 'rich'"),
-    ],
-)
-def test_bad_settings_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        StepProgress(**options)
