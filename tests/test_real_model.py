@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
 from stepkd.models.machine import compute_dtype
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[1]
 DTYPE = str(compute_dtype()).removeprefix("torch.")
 """What the recipes say (bfloat16), or float32 where the processor would emulate that for hours."""
 
@@ -29,8 +27,7 @@ def gguf() -> Path:
 
 
 def stepkd(*arguments: Any) -> str:
-    command = [sys.executable, "-m", "stepkd", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
+    done = forked.run([str(each) for each in arguments], timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -41,7 +38,7 @@ def trained(gguf: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("real") / "run"
     train = data_dir / "gsm8k" / "train.jsonl"
     stepkd(
-        *("fit", "--config", "recipes/sft.yaml", "--config", "recipes/base/smollm2-135m-lora.yaml", "--out", out),
+        *("fit", "--config", "sft", "--config", "base/smollm2-135m-lora", "--out", out),
         *("--model.init_args.policy.path", gguf, "--model.init_args.policy.dtype", DTYPE),
         *("--data.init_args.train.path", train),
         *("--data.init_args.train.limit", 48, "--data.init_args.validation.path", train),
@@ -101,7 +98,7 @@ def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: 
     options = "options: {per_record: 1, alternatives: negative}}"
     run = tmp_path / "prm"
     stepkd(
-        *("fit", "--config", "recipes/prm.yaml", "--config", "recipes/base/smollm2-135m-lora.yaml", "--out", run),
+        *("fit", "--config", "prm", "--config", "base/smollm2-135m-lora", "--out", run),
         *("--model.init_args.policy.path", gguf, "--model.init_args.policy.dtype", DTYPE),
         *("--data.init_args.max_length", 256),
         *("--data.init_args.train", f"{source}, limit: 40, {options}"),

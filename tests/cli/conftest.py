@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import forked
 import pytest
 import torch
 import yaml
@@ -99,33 +100,28 @@ class Runs:
         stop_at: str = "",
         stop_rank: int = 0,
         ranks: int = 1,
-        launcher: Literal["torchrun", "accelerate", "accelerate-bf16"] = "torchrun",
+        launcher: Literal["torchrun", "accelerate", "accelerate-bf16"] | None = None,
         strategy: str | None = None,
         **checkpoint: Any,
     ) -> subprocess.CompletedProcess[str]:
-        """``stepkd fit`` in ``name``: on one process, or on several under a launcher; a strategy is a recipe's name."""
+        """``stepkd fit`` in ``name``, on one process or several; a strategy is a recipe's name.
+
+        Without a launcher the ranks are forked, with torchrun's variables.
+        """
         overlay = self.folder / f"{name}.yaml"
         self.write_overlay(name, overlay, **checkpoint)
-        launch = [part.format(ranks=ranks) for part in LAUNCHERS[launcher]] if ranks > 1 else []
-        command = [sys.executable, *launch, "-m", "stepkd", "fit"]
         configs = [self.recipe, overlay]
         if strategy is not None:
             configs.append(ROOT / "recipes" / "strategy" / f"{strategy}.yaml")
-        command += [part for config in configs for part in ("--config", str(config))]
+        words = ["fit", *(part for config in configs for part in ("--config", str(config)))]
+        words += ["--out", str(self.folder / name), *extra]
         paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return subprocess.run(
-            [*command, "--out", str(self.folder / name), *extra],
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(paths),
-                "STOP_AT": stop_at,
-                "STOP_RANK": str(stop_rank),
-                "OMP_NUM_THREADS": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        variables = {"PYTHONPATH": os.pathsep.join(paths), "STOP_AT": stop_at, "STOP_RANK": str(stop_rank)}
+        if launcher is None:
+            return forked.run(words, ranks=ranks, **variables)
+        command = [sys.executable, *(part.format(ranks=ranks) for part in LAUNCHERS[launcher]), "-m", "stepkd", *words]
+        environ = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
 
     def write_overlay(self, name: str, file: Path, **checkpoint: Any) -> None:
         """The settings of a run, with the callback that records and stops it."""

@@ -6,12 +6,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from stepkd.runs.files import write_jsonl
@@ -65,24 +64,14 @@ class Runs:
         self.outputs = [Path(name.format(out=out)) for name in OUTPUTS[command]]
         self.job = out
 
-    def start(self, ranks: int) -> subprocess.Popen[bytes]:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []
-        return subprocess.Popen(
-            [sys.executable, "-m", *launcher, "stepkd", *self.words],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-
     def finish(self, ranks: int) -> None:
-        process = self.start(ranks)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-3000:]
+        done = forked.run(self.words, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
 
     def parts(self) -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in self.job.glob("parts/*/[0-9]*")}
 
-    def wait_for(self, parts: int, process: subprocess.Popen[bytes], starts: int) -> None:
+    def wait_for(self, parts: int, process: forked.Command | forked.Ranks, starts: int) -> None:
         """Wait for parts, and until so many processes have begun since the job was."""
         deadline = time.monotonic() + 240
         while process.poll() is None and time.monotonic() < deadline:
@@ -129,21 +118,21 @@ def test_killed_alone_and_among_ranks(whole: Runs, sign: signal.Signals, data: P
     draw = random.Random(f"{whole.command} {sign}")
     first, second = draw.randint(1, units // 4), draw.randint(units // 4 + 1, units // 2)
 
-    alone = torn.start(ranks=1)
+    alone = forked.Command(torn.words)
     torn.wait_for(first, alone, starts=1)
     alone.send_signal(sign)
     _, errors = alone.communicate(timeout=60)
-    assert alone.returncode == -sign, errors.decode()[-3000:]
+    assert alone.returncode == -sign, errors[-3000:]
     kept = torn.parts()
     assert first <= len(kept) < units
     assert not any(path.exists() for path in torn.outputs[1:3] if "parts" not in path.parts)
 
-    launched = torn.start(ranks=2)
+    launched = forked.Ranks(torn.words)
     torn.wait_for(max(second, len(kept) + 1), launched, starts=3)
     pids = torn.pids()
     os.kill(pids[1], sign)
     _, errors = launched.communicate(timeout=120)
-    assert launched.returncode not in (0, None), errors.decode()[-3000:]
+    assert launched.returncode not in (0, None), errors[-3000:]
     assert not any(map(is_running, pids)), "a killed rank ends the others"
     more = torn.parts()
     assert len(kept) < len(more) < units

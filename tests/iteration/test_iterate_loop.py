@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 
@@ -373,18 +373,17 @@ KILLED_AT = (
 def test_killed_in_every_stage(whole: tuple[Path, dict[str, Any]], settings: Path, tmp_path: Path) -> None:
     """A signal as soon as each stage leaves its first trace, then the same command to the end."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "stepkd", "iterate", "--config", str(settings), "--out", str(out)]
-    command += ["--iterations", "1"]
+    words = ["iterate", "--config", str(settings), "--out", str(out), "--iterations", "1"]
     killed = 0
     for number, name in enumerate(KILLED_AT):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = forked.Command(words)
         while process.poll() is None and not (out / name).exists():
             time.sleep(0.002)
         process.send_signal(signal.SIGTERM if number % 2 else signal.SIGKILL)
         killed += process.wait() != 0
-        assert (out / name).exists(), process.stderr.read() if process.stderr else ""
+        assert (out / name).exists(), process.streams()[1]
     assert killed >= len(KILLED_AT) - 1, "the last one may have been quicker"
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run(words)
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "summary.json").read_text())["models"] == whole[1]["models"][:2]
     assert weights(out, 1) == weights(whole[0], 1)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -82,21 +83,6 @@ def labelled(policy: Policy, number: int) -> dict[str, Any]:
     }
 
 
-def start(words: list[str], rank: int, world_size: int, launch: str) -> subprocess.Popen[str]:
-    """One process of a launch, with the variables that torchrun gives it."""
-    environ = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if world_size > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_RUN_ID": launch}
-    return subprocess.Popen(
-        [sys.executable, "-m", "stepkd", *words],
-        env=environ,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
 def parts(out: Path) -> int:
     return len(list(out.glob("parts/*/[0-9]*.jsonl")))
 
@@ -124,7 +110,7 @@ def test_killed_at_random_moments(job: Command, tmp_path: Path) -> None:
     draw = random.Random(parts(whole))
     kills = 0
     for sign, ranks in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
-        running = [start(job("torn"), rank, ranks, f"launch {sign}") for rank in range(ranks)]
+        running = forked.Ranks(job("torn"), ranks).ranks
         enough = parts(torn) + draw.randint(1, 5)
         while parts(torn) < enough and all(process.poll() is None for process in running):
             time.sleep(0.002)
@@ -133,7 +119,7 @@ def test_killed_at_random_moments(job: Command, tmp_path: Path) -> None:
         for other in running:
             if other is not victim:  # as a launcher does
                 other.terminate()
-        said = [process.communicate()[0] for process in running]
+        said = [process.communicate() for process in running]
         codes = [process.returncode for process in running]
         assert set(codes) <= {0, -sign, -signal.SIGTERM}, said
         kills += sum(code != 0 for code in codes)
@@ -143,10 +129,8 @@ def test_killed_at_random_moments(job: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_rank_ends_the_others_and_the_same_command_does_what_is_missing(
-    job: Command, tmp_path: Path, sign: signal.Signals
-) -> None:
+@pytest.mark.parametrize("job", ["labels"], indirect=True)
+def test_a_killed_rank_ends_the_others_and_the_same_command_does_what_is_missing(job: Command, tmp_path: Path) -> None:
     """Under torchrun itself; the log says which process is which rank."""
     assert main(job("whole")) == 0
     whole, torn = tmp_path / "whole", tmp_path / "torn"
@@ -158,7 +142,7 @@ def test_a_killed_rank_ends_the_others_and_the_same_command_does_what_is_missing
             begun += [path for path in torn.glob("log/*.jsonl") if path not in begun and path.stat().st_size]
             time.sleep(0.002)
         pids = [json.loads(path.read_text().splitlines()[0])["pid"] for path in begun]
-        os.kill(pids[1], sign)
+        os.kill(pids[1], signal.SIGKILL)
         assert launcher.wait(120) != 0
     assert parts(torn) < parts(whole)
     with pytest.raises(ProcessLookupError):

@@ -9,30 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
 from stepkd.tasks.rows import make_rows
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
-LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "accelerate": [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-    ],
-}
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+]
 
 
-def launch(prefix: list[str], out: Path, rows: int, *extra: str, **variables: str) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
-    done = subprocess.run(
-        [*prefix, str(WORKER), str(out), str(rows), *extra],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def launch(out: Path, rows: int, *extra: str, ranks: int = 1, **variables: str) -> dict[str, Any]:
+    words = [str(out), str(rows), *extra]
+    done = forked.run(words, ranks=ranks, script=WORKER, CUDA_VISIBLE_DEVICES="", **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
@@ -40,17 +32,13 @@ def launch(prefix: list[str], out: Path, rows: int, *extra: str, **variables: st
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("single")
-    return {rows: launch([sys.executable], folder / f"{rows}.pt", rows) for rows in (13, 1)}
+    return {rows: launch(folder / f"{rows}.pt", rows) for rows in (13, 1)}
 
 
-@pytest.mark.parametrize(
-    ("launcher", "rows"), [("torchrun", 13), pytest.param("accelerate", 13, marks=pytest.mark.slow), ("torchrun", 1)]
-)
-def test_two_processes_equal_one(
-    launcher: str, rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
-) -> None:
-    """With one row, rank 1 has nothing but fillers."""
-    two = launch(LAUNCHERS[launcher], tmp_path / "two.pt", rows)
+@pytest.mark.parametrize("rows", [13, 1])
+def test_two_processes_equal_one(rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any) -> None:
+    """With one row, rank 1 has nothing but dummy batches."""
+    two = launch(tmp_path / "two.pt", rows, ranks=2)
     one = single[rows]
     assert (one["world"], two["world"]) == (1, 2)
     assert two["tokens"] == one["tokens"]
@@ -63,11 +51,11 @@ def test_two_processes_equal_one(
 def test_two_processes_with_half_a_model_each_equal_one(
     rows: int, single: dict[int, dict[str, Any]], tmp_path: Path, distance: Any
 ) -> None:
-    """FSDP2; with one row, rank 1 has nothing but fillers, and gathers weights all the same.
+    """FSDP2; with one row, rank 1 has nothing but dummy batches, and gathers weights all the same.
 
     Micro-batch by micro-batch the gradients are summed over ranks: no rank holds whole ones until the last.
     """
-    two = launch(LAUNCHERS["torchrun"], tmp_path / "two.pt", rows, STRATEGY="fsdp2")
+    two = launch(tmp_path / "two.pt", rows, ranks=2, STRATEGY="fsdp2")
     one = single[rows]
     assert two["world"] == 2
     assert two["summed"].count(False) == 2, "a step begins without gradients, and there are two"
@@ -80,8 +68,11 @@ def test_two_processes_with_half_a_model_each_equal_one(
 @pytest.mark.slow
 def test_half_an_adapted_model_each(tmp_path: Path, distance: Any) -> None:
     """LoRA on a frozen base that is cut up too, with activations computed again."""
-    one = launch([sys.executable], tmp_path / "one.pt", 5, ADAPT="1")
-    two = launch(LAUNCHERS["accelerate"], tmp_path / "two.pt", 5, ADAPT="1", STRATEGY="fsdp2")
+    one = launch(tmp_path / "one.pt", 5, ADAPT="1")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ADAPT": "1", "STRATEGY": "fsdp2"}
+    done = subprocess.run([*ACCELERATE, str(WORKER), str(tmp_path / "two.pt"), "5"], env=environ, timeout=240)
+    assert done.returncode == 0
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
     assert one["gradients"].keys() == two["gradients"].keys()
     assert all("lora_" in name for name in two["gradients"])
     assert distance(two["gradients"], one["gradients"]) < 1e-10
@@ -92,8 +83,8 @@ def test_half_an_adapted_model_each(tmp_path: Path, distance: Any) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_the_reward_model_of_one(strategy: str, tmp_path: Path, distance: Any) -> None:
     """Either head, class weights, and as many labelled steps on a rank as its rows happen to have."""
-    one = launch([sys.executable], tmp_path / "one.pt", 7, "prm")
-    two = launch(LAUNCHERS["torchrun"], tmp_path / "two.pt", 7, "prm", STRATEGY=strategy)
+    one = launch(tmp_path / "one.pt", 7, "prm")
+    two = launch(tmp_path / "two.pt", 7, "prm", ranks=2, STRATEGY=strategy)
     for head in ("label_tokens", "classifier"):
         a, b = two[head], one[head]
         assert (a["world"], b["world"]) == (2, 1)
@@ -105,15 +96,7 @@ def test_two_processes_train_the_reward_model_of_one(strategy: str, tmp_path: Pa
 
 
 def test_an_infinite_loss_on_one_rank_stops_both_and_names_the_row(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*LAUNCHERS["torchrun"], str(WORKER), str(tmp_path / "x.pt"), "13", "4"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    # Two processes share the pipe, so their lines may run into each other.
+    done = forked.run([str(tmp_path / "x.pt"), "13", "4"], ranks=2, script=WORKER, CUDA_VISIBLE_DEVICES="")
     assert sorted(re.findall(r"RANK (\d) STOPPED", done.stdout)) == ["0", "1"], done.stderr[-2000:]
     row = make_rows("modular:terms=2-9", 13, seed=5)[4]["id"]
     assert done.stdout.count(row) == 2

@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -255,10 +253,8 @@ def test_prompts_without_solutions(rows: list[Any]) -> None:
         worker.run(bare)
 
 
-def launch(prefix: list[str], out: Path, rows: int, ranks: int) -> list[dict[str, Any]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*prefix, str(WORKER), str(out), str(rows)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+def launch(out: Path, rows: int, ranks: int) -> list[dict[str, Any]]:
+    done = forked.run([str(out), str(rows)], ranks=ranks, script=WORKER, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(ranks)]
 
@@ -266,9 +262,8 @@ def launch(prefix: list[str], out: Path, rows: int, ranks: int) -> list[dict[str
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
     """The same samples, whoever draws them; then the same losses and gradients, with an odd number of rows."""
-    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    (one,) = launch([sys.executable], tmp_path / "1.pt", 7, 1)
-    two = launch(two_ranks, tmp_path / "2.pt", 7, 2)
+    (one,) = launch(tmp_path / "1.pt", 7, 1)
+    two = launch(tmp_path / "2.pt", 7, 2)
     for name in ("data", "own"):
         assert (one[name]["world"], two[0][name]["world"]) == (1, 2)
         for step, written in enumerate(one[name]["written"]):

@@ -4,14 +4,12 @@ of SFT are those of plain logits."""
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -88,14 +86,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def launched(out: Path, **variables: str) -> dict[str, Any]:
     """All methods over two processes, whose shares of rows and micro-batches differ."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, worker.__file__, str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    script = Path(worker.__file__)
+    done = forked.run([str(out)], ranks=2, script=script, timeout=600, CUDA_VISIBLE_DEVICES="", **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -220,16 +219,7 @@ def test_masks(mask: Any, views: Any, rows: list[Any], distance: Callable[..., f
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [*command, str(tmp_path / "out"), "5"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = forked.run([str(tmp_path / "out"), "5"], ranks=2, script=WORKER)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True) for rank in range(2)]
     rows = worker.examples(5)
@@ -252,10 +242,7 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
 @pytest.mark.slow
 def test_a_rank_without_examples(tmp_path: Path, distance: Callable[..., float]) -> None:
     """It computes a filler, which is no sample and raises no alarm."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command += [str(tmp_path / "out"), "1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = forked.run([str(tmp_path / "out"), "1"], ranks=2, script=WORKER)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sampler and trainer" not in done.stderr
     ranks = [torch.load(f"{tmp_path / 'out'}.{rank}", weights_only=True)["kdrl"] for rank in range(2)]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -33,10 +31,8 @@ worker = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(worker)  # type: ignore[union-attr]
 
 
-def launch(prefix: list[str], out: Path, rows: int) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*prefix, str(WORKER), str(out), str(rows)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+def launch(out: Path, rows: int, ranks: int) -> dict[str, Any]:
+    done = forked.run([str(out), str(rows)], ranks=ranks, script=WORKER, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
@@ -44,8 +40,7 @@ def launch(prefix: list[str], out: Path, rows: int) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float]) -> None:
     """The same points, losses and gradients, with an odd number of rows and micro-batches that differ by rank."""
-    two_ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    one, two = launch([sys.executable], tmp_path / "1.pt", 13), launch(two_ranks, tmp_path / "2.pt", 13)
+    one, two = launch(tmp_path / "1.pt", 13, 1), launch(tmp_path / "2.pt", 13, 2)
     for name in ("mismatch", "per_index", "batch", "dpo"):
         assert (one[name]["world"], two[name]["world"]) == (1, 2)
         assert distance(two[name]["gradients"], one[name]["gradients"]) < 1e-10

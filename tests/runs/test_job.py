@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from stepkd.errors import ConfigError, DataError, MachineError, StepkdError
@@ -338,14 +339,14 @@ if (sums := job.rows("sums", units)) is not None:
 def test_killed_at_random_moments_by_one_and_two_ranks_it_ends_with_the_same_bytes(
     tmp_path: Path, sign: signal.Signals
 ) -> None:
-    subprocess.run([sys.executable, "-c", WORKER, str(tmp_path / "whole"), "0", "1"], check=True)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    forked.run([str(tmp_path / "whole"), "0", "1"], script=script).check_returncode()
     moments, out = random.Random(f"{sign}"), tmp_path / "torn"
     kills = 0
     for attempt in range(30):
         world = 1 + attempt % 2
-        ranks = [
-            subprocess.Popen([sys.executable, "-c", WORKER, str(out), str(rank), str(world)]) for rank in range(world)
-        ]
+        ranks = [forked.Command([str(out), str(rank), str(world)], script=script) for rank in range(world)]
         if attempt < 6:
             while not out.exists() and ranks[0].poll() is None:
                 time.sleep(0.002)

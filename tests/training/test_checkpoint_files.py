@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -53,10 +53,9 @@ AtomicCheckpointIO().save_checkpoint(checkpoint(2, 50_000), path)
 
 
 def write(how: str, after: int, path: Path) -> subprocess.CompletedProcess[str]:
-    script = WRITER.format(tests=str(Path(__file__).parent))
-    return subprocess.run(
-        [sys.executable, "-c", script, how, str(after), str(path)], capture_output=True, text=True, timeout=120
-    )
+    script = path.parent.with_suffix(".py")
+    script.write_text(WRITER.format(tests=str(Path(__file__).parent)))
+    return forked.run([how, str(after), str(path)], script=script)
 
 
 @pytest.mark.parametrize(("how", "after"), [("kill", 100), ("kill", 120_000), ("rename", 0)])
