@@ -111,7 +111,7 @@ def test_killed_and_resumed_equals_uninterrupted(overlay: Path, uninterrupted: P
         if metrics.is_file() and metrics.read_text().count("train/loss") >= 5:
             process.send_signal(signal.SIGKILL)
             break
-        time.sleep(0.002)
+        time.sleep(0.02)
     process.wait(timeout=60)
     assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
     assert last(out)["global_step"] < 12

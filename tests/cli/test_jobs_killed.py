@@ -78,7 +78,7 @@ class Runs:
             begun = sum(path.read_text().count('"event": "start"') for path in self.job.glob("log/rank-*.jsonl"))
             if len(self.parts()) >= parts and begun >= starts:
                 break
-            time.sleep(0.001)
+            time.sleep(0.01)
 
     def log(self) -> list[dict[str, Any]]:
         return [

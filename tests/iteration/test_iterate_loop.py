@@ -378,7 +378,7 @@ def test_killed_in_every_stage(whole: tuple[Path, dict[str, Any]], settings: Pat
     for number, name in enumerate(KILLED_AT):
         process = forked.Command(words)
         while process.poll() is None and not (out / name).exists():
-            time.sleep(0.002)
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM if number % 2 else signal.SIGKILL)
         killed += process.wait() != 0
         assert (out / name).exists(), process.streams()[1]

@@ -48,7 +48,10 @@ elif how == "rename":
 else:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (after, resource.RLIM_INFINITY))
-AtomicCheckpointIO().save_checkpoint(checkpoint(2, 50_000), path)
+try:
+    AtomicCheckpointIO().save_checkpoint(checkpoint(2, 50_000), path)
+finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)  # standard error is a file too
 """
 
 
