@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +18,7 @@ class Own(SFTModule): pass
 class Watch(Callback): pass
 def reward(completions, **_): return [1.0 for _ in completions]
 """
-RUN = "import sys; from stepkd.cli import main; print([main(line.split()) for line in sys.stdin])"
+RUN = "import sys; from stepkd.cli import main; print([main(line.split()) for line in sys.argv[1:]])"
 FIT = "fit --safe --config recipes/tiny/sft.yaml --trainer.max_steps 1 --trainer.val_check_interval null"
 SMALL = "--data.init_args.train.options.n 8 --data.init_args.validation null --model.init_args.policy.path tiny-0.1m"
 
@@ -34,15 +33,9 @@ def evil(tmp_path: Path) -> tuple[Path, Path]:
 
 def run(folder: Path, *lines: str) -> subprocess.CompletedProcess[str]:
     """Several command lines, one after the other, in one process."""
-    return subprocess.run(
-        [sys.executable, "-c", RUN],
-        input="\n".join(lines),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-    )
+    script = folder / "run.py"
+    script.write_text(RUN)
+    return forked.run(lines, script=script, PYTHONPATH=str(folder))
 
 
 def test_what_names_foreign_code_is_refused(evil: tuple[Path, Path]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-METHODS = ["gkd", "self_distill", "kdrl", "grpo", "prm", "step_kto", "sft"]
+METHODS = ["gkd", "self_distill", "kdrl", "grpo", "prm", "step_kto"]  # SFT: test_fit_command.py
 
 
 def same_state(a: Any, b: Any) -> bool:

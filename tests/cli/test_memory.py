@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -228,6 +229,7 @@ def test_a_killed_process_is_a_lack_of_memory() -> None:
 def test_the_command_measures_where_the_device_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(memory, "get_context", lambda _: forked.SERVER)  # tests/cli/test_cli.py starts the real one
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ["doctor", "--out", str(tmp_path), "--recipe", recipe("sft")[1], "--set", "data.init_args.validation=null"]
     words += [word for setting in FEW for word in ("--set", setting)]

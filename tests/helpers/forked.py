@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
     ["stepkd.training.fit", "stepkd.labels.job", "stepkd.evaluation.runner", "transformers.models.llama.modeling_llama"]
 )
 _running: set[Any] = set()
@@ -43,7 +43,7 @@ class Command:
         self._files = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
         environ = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         places = (os.getcwd(), environ, [str(file) for file in self._files])
-        self._process = _SERVER.Process(target=_work, args=(self.args, script and str(script), *places))
+        self._process = SERVER.Process(target=_work, args=(self.args, script and str(script), *places))
         self._process.start()
         _running.add(self._process)
         self.pid = self._process.pid
