@@ -206,29 +206,23 @@ class SampleLog:
         """
         if self.path is None or step % self.spec.every:
             return
-        counts = {f"bin{i}": 0.0 for i in range(BINS)}
-        for rollout in rollouts:
-            place = math.ceil(len(rollout.token_ids) * BINS / self.longest) - 1
-            counts[f"bin{min(max(place, 0), BINS - 1)}"] += 1
-        totals = all_reduce(counts, device)
+        places = [math.ceil(len(rollout.token_ids) * BINS / self.longest) - 1 for rollout in rollouts]
+        counts = np.bincount(np.clip(places, 0, BINS - 1).astype(int), minlength=BINS)
+        totals = all_reduce({str(i): number for i, number in enumerate(counts.tolist())}, device)
         if not writes:
             return
         edges = [round(i * self.longest / BINS, 3) for i in range(BINS + 1)]
         entry = {
             "step": step,
-            "lengths": {"edges": edges, "counts": [int(totals[name]) for name in counts]},
-            "samples": [sample_row(rollout) for rollout in self._chosen(rollouts)],
+            "lengths": {"edges": edges, "counts": [int(total) for total in totals.values()]},
+            # One completion of every group, then another one, until there are enough.
+            "samples": [sample_row(r) for r in sorted(rollouts, key=lambda r: r.sample)[: self.spec.number]],
         }
         try:
             with open_to_append(self.path) as stream:
                 append(stream, json.dumps(entry, default=str) + "\n")
         except OSError as error:
             raise disk_error(error, self.path, "The samples before are intact. ") or error from None
-
-    def _chosen(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """One completion of every group, then another one, until there are enough."""
-        order = sorted(range(len(rollouts)), key=lambda i: (rollouts[i].sample, i))
-        return [rollouts[i] for i in order[: self.spec.number]]
 
 
 def sample_row(rollout: Rollout) -> dict[str, Any]:
