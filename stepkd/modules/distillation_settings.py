@@ -12,15 +12,16 @@ from stepkd.errors import ConfigError, check_bounds
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.teachers.config import Needs
 
-Divergence = Callable[[Any, Any, Any], Any]
-"""Log-probabilities of student and teacher (C, W) and targets (C,), to a divergence (C,) in nats."""
+Divergence = Callable[..., Any]
+"""Log-probabilities of student and teacher (C, W), where :attr:`DivergenceConfig.whole` says so also the targets (C,),
+to a divergence (C,) in nats."""
 
 
 class DivergenceConfig(ABC):
     """How far a student is from its teacher at a position."""
 
     whole: ClassVar[bool] = False
-    """Whether it reads the teacher's whole distribution, no buckets of it."""
+    """Whether it reads the teacher's whole distribution, no buckets of it, and which token stands at a position."""
 
     @property
     @abstractmethod
@@ -59,9 +60,8 @@ class _Tempered(DivergenceConfig):
         """See :meth:`DivergenceConfig.build`."""
         from stepkd import losses
 
-        function = getattr(losses, self.function)
         settings = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "temperature"}
-        return lambda student, teacher, targets: function(student, teacher, **settings)
+        return partial(getattr(losses, self.function), **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class Distillation(Component):
     names = ("kd",)
 
     def __post_init__(self) -> None:
-        self._divergence = self.divergence.build()
+        self._divergence, self._temperature = self.divergence.build(), self.divergence.logits_temperature
 
     def count(self, batch: Batch) -> dict[str, float]:
         """Completion tokens (or their weights), or completions in which something counts."""
@@ -69,13 +69,13 @@ class Distillation(Component):
         Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
         the same token likeliest), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
         """
-        batch, signals, temperature = forward.batch, forward.signals, self.divergence.logits_temperature
+        batch, signals = forward.batch, forward.signals
         kd_weight, ce_weight = (1.0, 0.0) if self.weights is None else self.weights()
         assert signals is not None
 
         def position(logits_CV: Tensor, targets_C: Tensor, *chunk: Tensor) -> Tensor:
-            student, teacher, argmax_C = signals.compare(tempered(logits_CV, temperature), *chunk)
-            kd_C = self._divergence(student, teacher, targets_C)
+            student, teacher, argmax_C = signals.compare(tempered(logits_CV, self._temperature), *chunk)
+            kd_C = self._divergence(student, teacher, *((targets_C,) if self.divergence.whole else ()))
             agree_C = (logits_CV.argmax(-1) == argmax_C).to(kd_C.dtype)
             if self.weights is None:
                 return torch.stack([kd_C, kd_C.detach(), agree_C], dim=-1)
