@@ -22,7 +22,7 @@ from stepkd.errors import ConfigError, StepkdError
 
 
 @dataclass(frozen=True)
-class ListConfig:
+class ListClaimsConfig:
     """``stepkd claims list``: every claim with its committed verdict."""
 
 
@@ -52,17 +52,17 @@ class RunConfig(QuickConfig):
     """Write results/NAME.json beside the claim's file, to be committed."""
 
 
-ACTIONS = {"list": ListConfig, "run": RunConfig, "quick": QuickConfig}
+ACTIONS = {"list": ListClaimsConfig, "run": RunConfig, "quick": QuickConfig}
 
 
-def run(config: ListConfig | QuickConfig) -> int:
+def run(config: ListClaimsConfig | QuickConfig) -> int:
     """Run ``stepkd claims``."""
     from rich.console import Console
 
     from stepkd.claims.claim_file import load_claim
     from stepkd.runs.launcher import check_alone
 
-    if isinstance(config, ListConfig):
+    if isinstance(config, ListClaimsConfig):
         return _list()
     quick = not isinstance(config, RunConfig)
     claims = [load_claim(find_claim(name), quick=quick) for name in dict.fromkeys(config.names)]

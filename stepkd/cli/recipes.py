@@ -22,7 +22,7 @@ from stepkd.yaml_files import all_recipes, find_recipe
 
 
 @dataclass(frozen=True)
-class ListConfig:
+class ListRecipesConfig:
     """``stepkd recipes list``: every recipe with its first line."""
 
 
@@ -48,13 +48,13 @@ class CopyConfig:
     """File to write, or the folder that it goes into."""
 
 
-ACTIONS = {"list": ListConfig, "show": ShowConfig, "copy": CopyConfig}
+ACTIONS = {"list": ListRecipesConfig, "show": ShowConfig, "copy": CopyConfig}
 
 
-def run(config: ListConfig | ShowConfig | CopyConfig) -> int:
+def run(config: ListRecipesConfig | ShowConfig | CopyConfig) -> int:
     """Run ``stepkd recipes``."""
     found = all_recipes()
-    if isinstance(config, ListConfig):
+    if isinstance(config, ListRecipesConfig):
         width = max(len(name) for name in found)
         for name, path in found.items():
             print(f"{name:<{width}}  {headline(path)}")
