@@ -96,7 +96,7 @@ def build_schedule(spec: OptimizerConfig, optimizer: torch.optim.Optimizer, tota
     if total_steps is None and (spec.schedule != "constant" or 0 < spec.warmup < 1):
         raise ConfigError(
             f"optimizer.schedule={spec.schedule!r} with warmup={spec.warmup} needs to know where the run ends: set "
-            "trainer.max_steps (or trainer.max_epochs with batches measured in sequences)"
+            "trainer.max_steps or trainer.max_epochs"
         )
     total = total_steps or 0
     warmup = int(spec.warmup) if spec.warmup >= 1 else round(spec.warmup * total)

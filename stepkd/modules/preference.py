@@ -250,13 +250,10 @@ class PreferenceModule(StepModule):
 
     def _future_batches(self) -> Iterator[StepBatch]:
         """This rank's training batches to the end of the run, and its validation batches."""
-        data = self.datamodule
-        if data is None:
-            raise ConfigError("reference.cache needs the run's data module, to know what it will meet")
-        steps = self.trainer.estimated_stepping_batches
-        if steps in (-1, float("inf")):
+        data, steps = self.datamodule, self.planned_steps()
+        if steps is None:
             raise ConfigError("reference.cache needs to know the run's length: set trainer.max_steps or max_epochs")
-        position, left = self.position, int(steps) - self.global_step
+        position, left = self.position, steps - self.global_step
         loader = cast(StepLoader, data.train_dataloader())
         loader.position = lambda: position
         while left > 0:
