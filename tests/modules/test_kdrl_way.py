@@ -75,9 +75,15 @@ def test_the_classes_on_the_way(met: dict[str, list[Any]], tmp_path: Path, monke
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a text was tokenised")
 
-    kind = type(tiny_tokenizer())
-    for name in ("__call__", "encode", "_encode_plus"):
-        monkeypatch.setattr(kind, name, refuse)
+    sample = TransformersSampler.sample
+
+    def sampled(*arguments: Any, **options: Any) -> Any:
+        drawn = sample(*arguments, **options)
+        for name in ("__call__", "encode", "_encode_plus"):
+            monkeypatch.setattr(type(tiny_tokenizer()), name, refuse)
+        return drawn
+
+    monkeypatch.setattr(TransformersSampler, "sample", sampled)
     module = worker.run(rows, kd=SampledKL(beta=0.3), step_credit=StepCreditConfig("arithmetic"), folder=tmp_path)
     assert {station: {type(each) for each in given} for station, given in met.items()} == {
         "sampler": {Completion},
