@@ -1,8 +1,8 @@
 """``--safe``: recipes, rewards and models of strangers may set values, but name no code outside a list.
 
 Without it a recipe can name any importable class (``class_path``), reward function (``package.module:function``) or
-experiment, as one's own recipes should. What holds in any case: checkpoints load without executing pickles, and code
-that a model repository ships runs only with ``policy.trust_remote_code: true``.
+function of a claim, as one's own recipes should. What holds in any case: checkpoints load without executing pickles,
+and code that a model repository ships runs only with ``policy.trust_remote_code: true``.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def _build(path: Path, raw: Mapping[str, Any], *, quick: bool) -> Claim:
     if not isinstance(run, str) or not _NAME.fullmatch(run):
         raise ConfigError(f"run: {run!r} cannot be a folder's name; use letters, digits and _ . @ + -")
     settings = mapping(raw.get("settings"), "settings")
-    if taken := [key for key in settings if key in GIVEN or key in raw["jobs"]]:
+    if taken := [key for key in settings if key in GIVEN or key in mapping(raw["jobs"], "jobs")]:
         raise ConfigError(f"settings: {taken[0]!r} is the name of a job, or of the seed or arm: take another name")
     arms = {arm: _known(settings, changes, f"arms: {arm}") for arm, changes in _named(raw["arms"], "arms").items()}
     if not arms:

@@ -83,6 +83,7 @@ def _config(kind: str, settings: dict[str, Any], out: Path) -> Any:
 
 
 def training_settings(settings: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Recipes of a job that trains, and its settings on top of them."""
     return list(settings.pop("recipes", ())), overlaid(TRAINING_ONLY, settings)
 
 
@@ -101,7 +102,7 @@ def _fit(settings: dict[str, Any], out: Path) -> Measured:
             if name.startswith("train/") and isinstance(value, int | float):
                 logged.setdefault(name.removeprefix("train/"), []).append(value)
     used = read_yaml(out / "config.yaml", "run's settings")
-    group = used["model"]["init_args"].get("rollout", {}).get("sampling", {}).get("n", 1)
+    group = (used["model"]["init_args"].get("rollout") or {"sampling": {"n": 1}})["sampling"]["n"]
     completions = result.steps * used["data"]["init_args"]["global_batch_size"] * group
     means = {name: math.fsum(values) / len(values) for name, values in logged.items()}
     return Measured(means | {"steps": result.steps, "completions": completions})
