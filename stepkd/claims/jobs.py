@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError, StepkdError
+from stepkd.labels.convert import convert_rows
+from stepkd.labels.feedback import ConverterConfig
 from stepkd.safe import check_import
 from stepkd.settings import build_settings
 from stepkd.yaml_files import read_yaml
@@ -187,17 +189,19 @@ def _load(word: str | Path) -> list[Any]:
     return load_rows(parse_spec(str(word)))
 
 
+@dataclass(frozen=True)
+class ConvertJob:
+    """Settings of ``convert``."""
+
+    rows: str
+    """Labelled rows: a file, or the folder of a labelling job."""
+    to: ConverterConfig
+    """Kind of the new rows."""
+
+
 def _convert(settings: dict[str, Any], out: Path) -> Measured:
     """As ``stepkd convert``: ``rows`` and ``to``. Columns: its counts, and ``rows``."""
-    from stepkd.labels.convert import convert_rows
-    from stepkd.labels.feedback import ConverterConfig
-
-    @dataclass(frozen=True)
-    class Convert:
-        rows: str
-        to: ConverterConfig
-
-    config = build_settings(Convert, settings, "convert")
+    config = build_settings(ConvertJob, settings, "convert")
     converted = convert_rows(_load(config.rows), config.to)
     return Measured(converted.counts | {"rows": config.to.write(converted.rows, out / ROWS_NAME)})
 

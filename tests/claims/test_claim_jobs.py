@@ -64,6 +64,20 @@ def test_a_claim_measures_what_its_evaluations_say(tmp_path: Path) -> None:
     assert [(each["steps"], each["completions"]) for each in teachers] == [(2, 128)]
 
 
+def test_rows_are_converted_as_the_command_does(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"{n}", "prompt": "1+1", "completions": [f"{n}"], "labels": [n < 2], "outcome": n < 2} for n in range(4)
+    ]
+    write_jsonl(tmp_path / "all.jsonl", rows)
+    to = {"class_path": "Preference", "init_args": {"max_pairs": 1, "seed": 3}}
+    settings = {"rows": str(tmp_path / "all.jsonl"), "to": to}
+    measured = run_job("convert", settings, tmp_path / "out")
+    assert measured.columns["rows"] == 1
+    words = ["--to", "Preference", "--to.max_pairs", "1", "--to.seed", "3", "--out", str(tmp_path / "pairs.jsonl")]
+    assert main(["convert", settings["rows"], *words]) == 0
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == (tmp_path / "pairs.jsonl").read_bytes()
+
+
 def test_rows_are_drawn_by_seed_and_key(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "all.jsonl", [{"n": n} for n in range(20)])
     settings = {"rows": str(tmp_path / "all.jsonl"), "count": 5, "seed": 0}
