@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from stepkd.runs.job import read_settings
 from stepkd.sampling.annotate import annotate
 from stepkd.sampling.transformers_sampler import encode_prompts
 from stepkd.scorers.load import pick_device
-from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, ratio_of_sums
+from stepkd.statistics import FloatArray, Interval, Resampling, cluster_bootstrap, ratio_of_sums
 from stepkd.steps.labels import verdicts
 from stepkd.tasks.rows import is_task_row
 
@@ -52,7 +52,7 @@ def problem_rows(samples: Path, labels: Path | None, spec: LabelConfig, *, seed_
 
     Args:
         samples: folder of the finished labelling job that drew the solutions, duplicates kept.
-        labels: folder of the job whose step labels count; None where nothing says whether a step is right.
+        labels: folder of the job whose step labels count; None where nothing says whether a step is correct.
         spec: settings of the job in ``samples``.
         seed_model: M0, whose log-probabilities the samples get; the model's own name gives ratios of exactly 0.
     """
@@ -129,21 +129,18 @@ def _log_ratios(records: Sequence[Row], problems: Sequence[Row], spec: LabelConf
     )
 
 
-def model_metrics(
-    rows: Sequence[Row], greedy: Sequence[Row], *, seed: int = 0, n_resamples: int = 10_000
-) -> dict[str, Any]:
+def model_metrics(rows: Sequence[Row], greedy: Sequence[Row], **settings: Unpack[Resampling]) -> dict[str, Any]:
     """Metrics of one model, each with a 95% interval over problems; None where there is nothing to measure.
 
     Args:
         rows: what :func:`problem_rows` gives.
         greedy: rows of the greedy evaluation (``stepkd evaluate``).
-        seed, n_resamples: of the bootstrap.
+        **settings: see :class:`~stepkd.statistics.Resampling`.
 
     Returns:
         ``greedy_pass@1``, ``pass@1``, ``maj@S``, ``step_accuracy``, ``correct_with_wrong_step``, ``mean_tokens``,
         ``truncated_rate``, ``kl_per_solution`` and ``kl_per_token`` (nats).
     """
-    settings: dict[str, Any] = {"seed": seed, "n_resamples": n_resamples}
     samples = min(len(row["samples"]) for row in rows)
     found = summarise(rows, (samples,), **settings)["metrics"]
     names = ("pass@1", f"maj@{samples}", "step_accuracy", "correct_with_wrong_step", "mean_tokens", "truncated_rate")
@@ -152,7 +149,7 @@ def model_metrics(
     return metrics | divergence(rows, **settings)
 
 
-def divergence(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
+def divergence(rows: Sequence[Row], **settings: Unpack[Resampling]) -> dict[str, Any]:
     """Estimated KL(model || M0) in nats, per solution and per token, with intervals over problems."""
     if any(sample["log_ratio"] is None for row in rows for sample in row["samples"]):
         return {"kl_per_solution": None, "kl_per_token": None}
@@ -164,18 +161,15 @@ def divergence(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
     return {"kl_per_solution": per_solution.to_dict(), "kl_per_token": per_token.to_dict()}
 
 
-def differences(
-    rows: Sequence[Row], base: Sequence[Row], *, seed: int = 0, n_resamples: int = 10_000
-) -> dict[str, Any]:
+def differences(rows: Sequence[Row], base: Sequence[Row], **settings: Unpack[Resampling]) -> dict[str, Any]:
     """A model minus M0 on the same problems, for :data:`PAIRED` metrics of the sampled solutions.
 
     Problems are resampled with both models' solutions together. A share without denominator on either side is None.
 
     Args:
         rows, base: :func:`problem_rows` of the model and of M0, over the same problems.
-        seed, n_resamples: of the bootstrap.
+        **settings: see :class:`~stepkd.statistics.Resampling`.
     """
-    settings: dict[str, Any] = {"seed": seed, "n_resamples": n_resamples}
     before = {row["id"]: problem_counts(row).counts for row in base}
     pairs = [(problem_counts(row).counts, before[row["id"]]) for row in rows]
     shares: dict[str, Any] = {}
@@ -186,7 +180,7 @@ def differences(
     return shares
 
 
-def ratio_difference(counts: FloatArray, **settings: Any) -> Interval:
+def ratio_difference(counts: FloatArray, **settings: Unpack[Resampling]) -> Interval:
     """``sum(c0) / sum(c1) - sum(c2) / sum(c3)`` of (problems, 4) counts, problems resampled together."""
 
     def statistic(resampled: FloatArray) -> FloatArray:

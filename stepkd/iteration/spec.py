@@ -13,7 +13,6 @@ import yaml
 
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.labels.convert import Demonstrations
 from stepkd.labels.feedback import ConverterConfig
 from stepkd.labels.labellers import LabellerConfig, MonteCarlo
 from stepkd.labels.settings import (
@@ -190,11 +189,6 @@ class IterateConfig:
                 raise ConfigError("convert and pairs both make the rows that are trained on: give one of them")
             self.pair_spec(1, job, out="pairs")
         self.evaluated_benchmark()
-
-    @property
-    def needs_wrong_answers(self) -> bool:
-        """Whether training needs wrong answers beside right ones."""
-        return not isinstance(self.convert, Demonstrations)
 
     def label_spec(self, k: int, *, out: str, model: str) -> LabelConfig:
         """The labelling job of iteration k >= 1: solutions of model M_{k-1} to the training problems."""

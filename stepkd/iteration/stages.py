@@ -22,6 +22,7 @@ import yaml
 from stepkd.data.spec import LABELS_NAME, PAIRS_NAME, load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.iteration.spec import IterateConfig, iteration_seed
+from stepkd.labels.convert import Demonstrations
 from stepkd.labels.labellers import MonteCarlo, Outcome
 from stepkd.labels.settings import PAIR_JOBS, Existing, LabelConfig, OwnSteps, PairJobConfig, Sampled
 from stepkd.runs.files import write_file, write_jsonl
@@ -70,21 +71,21 @@ class Iteration:
         """Fingerprint of M_k."""
         if k == 0:
             return self.seed_weights
-        found = folder_fingerprint(Path(self.model(k)))
-        if self.is_done("export", k) and self.facts("export", k)["model"] != found:
+        found, trained = folder_fingerprint(Path(self.model(k))), replace(self, k=k)
+        if trained.is_done("export") and trained.facts("export")["model"] != found:
             raise ConfigError(
                 f"{self.model(k)} is no longer the model that iteration {k} trained (it has changed since): put it "
                 "back, or start again with another --out (or --overwrite)"
             )
         return found
 
-    def is_done(self, stage: str, k: int | None = None) -> bool:
-        """Whether a stage is finished, of this iteration or another."""
-        return not self.job.missing(self.phase(self.k if k is None else k), [stage])
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is finished."""
+        return not self.job.missing(self.phase(self.k), [stage])
 
-    def facts(self, stage: str, k: int | None = None) -> dict[str, Any]:
+    def facts(self, stage: str) -> dict[str, Any]:
         """What a finished stage left."""
-        return self.job.once(self.phase(self.k if k is None else k), stage, dict)
+        return self.job.once(self.phase(self.k), stage, dict)
 
     def run(
         self, stage: str, inputs: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], line: str
@@ -96,8 +97,14 @@ class Iteration:
         """
 
         def told() -> Mapping[str, Any]:
+            import torch
+
             self.tell(line)
-            return _freeing(work)
+            facts = work()
+            if torch.cuda.is_available():  # memory for the next stage, or its processes
+                gc.collect()
+                torch.cuda.empty_cache()
+            return facts
 
         return self.job.once(self.phase(self.k), stage, told, inputs=inputs)
 
@@ -110,7 +117,7 @@ def train_next(it: Iteration) -> dict[str, dict[str, Any]]:
     """Label with M_{k-1}, train and export M_k; returns the facts of every stage.
 
     Raises:
-        DataError: the labels hold no right or no wrong answer, or conversion leaves nothing; what is done is kept.
+        DataError: the labels have no correct or no incorrect answer, or conversion leaves nothing.
     """
     k, labels, facts = it.k, it.folder / "labels", {}
 
@@ -232,17 +239,21 @@ def _quarters(it: Iteration) -> Callable[[str, int, int, Mapping[str, float]], N
 
 
 def _check_answers(it: Iteration, summary: Mapping[str, Any]) -> None:
-    """Stop where the labels cannot teach anything: every answer is wrong, or none is."""
-    right, wrong = summary["right_answers"], summary["wrong_answers"]
-    lacking = "right" if not right else "wrong" if not wrong and it.spec.needs_wrong_answers else None
-    if lacking is not None:
-        raise DataError(
-            f"iteration {it.k} has no {lacking} answer to learn from ({right} right, {wrong} wrong among "
-            f"{summary['labelled']} labelled solutions of M{it.k - 1}): take "
-            + ("easier problems or a better M0" if lacking == "right" else "harder problems or a higher temperature")
-            + ", or more samples, in another --out. What is done is kept",
-            path=it.folder / "labels",
-        )
+    """Stop where the labels cannot teach anything: every answer is incorrect, or none is and training needs some."""
+    correct, incorrect = summary["right_answers"], summary["wrong_answers"]
+    if correct and (incorrect or isinstance(it.spec.convert, Demonstrations)):
+        return
+    lacking, remedy = (
+        ("incorrect", "harder problems or a higher temperature")
+        if correct
+        else ("correct", "easier problems or a better M0")
+    )
+    raise DataError(
+        f"iteration {it.k} has no {lacking} answer to learn from ({correct} correct, {incorrect} incorrect among "
+        f"{summary['labelled']} labelled solutions of M{it.k - 1}): take {remedy}, or more samples, in another --out. "
+        "What is done is kept",
+        path=it.folder / "labels",
+    )
 
 
 def _convert(it: Iteration, labels: Path) -> dict[str, Any]:
@@ -353,17 +364,6 @@ def _greedy(it: Iteration, folder: Path) -> dict[str, Any]:
         )
     )
     return {"pass@1": summary["metrics"]["pass@1"]}
-
-
-def _freeing(work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Do a stage's work, then give its GPU memory back, for the next stage or its processes."""
-    import torch
-
-    facts = work()
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
-    return facts
 
 
 def file_fingerprint(path: Path) -> str:

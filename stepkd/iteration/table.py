@@ -12,42 +12,36 @@ from rich.table import Table
 from stepkd.evaluation.metrics import compare_runs
 from stepkd.iteration.measure import differences, model_metrics
 from stepkd.iteration.spec import IterateConfig
-from stepkd.runs.job import RESULTS_NAME, read_results
+from stepkd.runs.job import read_results
 
 Summary = Mapping[str, Any]
 
 
-def summarise_run(
-    spec: IterateConfig, folders: Sequence[Path], facts: Sequence[Mapping[str, Any]], *, n_resamples: int = 10_000
-) -> dict[str, Any]:
+def summarise_run(spec: IterateConfig, folders: Sequence[Path], facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sum up the models that are evaluated.
 
     Args:
         spec: the settings.
         folders: ``iteration-0``, ``iteration-1``, ...; their evaluations are finished.
         facts: of every iteration, the facts of its stages.
-        n_resamples: of the bootstrap.
 
     Returns:
         ``models``: per model ``name``, ``metrics`` (95% intervals over problems), ``minus_M0`` (paired differences on
         the same problems) and ``training`` (None for M0: solutions, rows, what was dropped and why, conflicts); and
         ``samples``, ``problems``, ``labeller``.
     """
-    from stepkd.data.io import read_rows as read_lines
-
-    settings: dict[str, Any] = {"seed": spec.seed, "n_resamples": n_resamples}
-    rows = [[row for row, _ in read_lines(folder / "evaluation" / RESULTS_NAME)] for folder in folders]
+    rows = [read_results(folder / "evaluation") for folder in folders]
     models = []
     for k, folder in enumerate(folders):
         greedy = folder / "evaluation" / "greedy"
-        metrics = model_metrics(rows[k], read_results(greedy), **settings)
+        metrics = model_metrics(rows[k], read_results(greedy), seed=spec.seed)
         minus = None
         if k:
-            paired = compare_runs(folders[0] / "evaluation" / "greedy", greedy, **settings).to_dict()
+            paired = compare_runs(folders[0] / "evaluation" / "greedy", greedy, seed=spec.seed).to_dict()
             first = {name: paired[name] for name in ("mcnemar_p", "mcnemar_mid_p")}
             counts = {name: len(paired[name]) for name in ("fixed", "broken")}
             minus = {"greedy_pass@1": paired["difference"] | counts | first}
-            minus |= differences(rows[k], rows[0], **settings)
+            minus |= differences(rows[k], rows[0], seed=spec.seed)
         models.append(
             {"name": f"M{k}", "metrics": metrics, "minus_M0": minus, "training": _training(facts[k]) if k else None}
         )
@@ -56,8 +50,6 @@ def summarise_run(
         "problems": len(rows[0]),
         "samples": spec.evaluation.sampling.n,
         "labeller": labeller,
-        "level": 0.95,
-        "n_resamples": n_resamples,
         "models": models,
     }
 

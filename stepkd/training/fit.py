@@ -404,8 +404,7 @@ class StepkdCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Keep the final state, and say what to do next."""
-        if self.run_dir is None:
-            return
+        assert self.run_dir is not None
         assert self.last is not None
         self.last.save(self.trainer)
         self.run_dir.mark("finished")

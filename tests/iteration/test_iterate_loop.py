@@ -226,7 +226,9 @@ def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Pa
     spec = load_spec(settings, changes)
     for attempt in range(2):
         lines: list[str] = []
-        with pytest.raises(DataError, match=r"iteration 1 has no right answer to learn from \(0 right, 16 wrong"):
+        with pytest.raises(
+            DataError, match=r"iteration 1 has no correct answer to learn from \(0 correct, 16 incorrect"
+        ):
             run_iterations(spec, tmp_path / "run", report=lines.append)
         assert bool(lines) == (attempt == 0)
     assert "label" in finished(tmp_path / "run", 1)
@@ -235,14 +237,14 @@ def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("right", "wrong", "to", "message"),
     [
-        (0, 5, "Demonstrations", "no right answer"),
+        (0, 5, "Demonstrations", "no correct answer"),
         (
             5,
             0,
             None,
-            r"iteration 2 has no wrong answer to learn from \(5 right, 0 wrong among 5 labelled solutions of M1",
+            r"iteration 2 has no incorrect answer to learn from \(5 correct, 0 incorrect among 5 labelled solutions",
         ),
-        (5, 0, "Balanced", "no wrong answer"),
+        (5, 0, "Balanced", "no incorrect answer"),
         (5, 0, "Demonstrations", None),
         (1, 1, None, None),
     ],
