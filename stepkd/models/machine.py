@@ -89,16 +89,15 @@ def check_host_room(folder: Path, dtype: str) -> None:
     Raises:
         ModelError: names the bytes needed and free.
     """
-    stored = sum(file.stat().st_size for file in _weight_files(folder))
-    wanted = _BYTES.get(dtype)
-    if wanted is not None:
-        stored = stored * wanted // _BYTES.get(_stored_dtype(folder), wanted)
+    needed = sum(file.stat().st_size for file in _weight_files(folder))
+    if dtype != "auto":
+        needed = needed * _BYTES[dtype] // _BYTES.get(_stored_dtype(folder), _BYTES[dtype])
     free = memory_free()
-    if free is not None and stored > free:
+    if free is not None and needed > free:
         raise ModelError(
-            f"{folder} needs {stored:,} bytes ({stored / 2**30:.1f} GiB) for its weights"
-            f"{'' if wanted is None else f' in {dtype}'}, and this machine has {free:,} ({free / 2**30:.1f} GiB) free: "
-            "load it in bfloat16, quantise it, or take a smaller model"
+            f"{folder} needs {needed:,} bytes ({needed / 2**30:.1f} GiB) for its weights (dtype {dtype}), and this "
+            f"machine has {free:,} ({free / 2**30:.1f} GiB) free: load it in bfloat16, quantise it, or take a smaller "
+            "model"
         )
 
 

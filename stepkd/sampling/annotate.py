@@ -68,11 +68,10 @@ def annotate(
     if teacher is not None:
         check_same_vocabulary(policy.tokenizer, teacher.tokenizer)
     rows = list(zip(prompts_ids, completions_ids, strict=True))
-    for model, who in ((policy, "model"), (teacher, "teacher")):
-        if model is not None:
-            _check_rows(rows, model, who)
+    _check_rows(rows, policy, "model")
     scores = [_score(policy, rows, _logp_and_entropy, max_tokens, chunk_size)]
     if teacher is not None:
+        _check_rows(rows, teacher, "teacher")
         scores.append(_score(teacher, rows, _logp, max_tokens, chunk_size))
     columns = [[column for score_NK in parts for column in score_NK.T.tolist()] for parts in zip(*scores, strict=True)]
     return [TokenSignals(*map(tuple, row[: 2 if teacher is None else 3])) for row in columns]
@@ -107,13 +106,11 @@ def _check_rows(rows: list[tuple[Ids, Ids]], model: Policy, who: str) -> None:
     for number, (prompt, completion) in enumerate(rows):
         if len(prompt) == 0:
             raise DataError(f"prompt {number} has no tokens: a model needs at least one token to start from")
-        for part, ids in (("prompt", prompt), ("completion", completion)):
-            wrong = [i for i in ids if not 0 <= i < model.vocab_size]
-            if wrong:
-                raise DataError(
-                    f"{part} {number} has id {wrong[0]}, and the {who} has ids 0 to {model.vocab_size - 1}: was it "
-                    "tokenised with another tokenizer?"
-                )
+        if unknown := [i for i in (*prompt, *completion) if not 0 <= i < model.vocab_size]:
+            raise DataError(
+                f"prompt and completion {number} hold id {unknown[0]}, and the {who} has ids 0 to "
+                f"{model.vocab_size - 1}: were they tokenised with another tokenizer?"
+            )
         length, context = len(prompt) + len(completion), model.max_length
         if context is not None and length > context:
             raise DataError(

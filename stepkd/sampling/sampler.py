@@ -83,6 +83,7 @@ class Sampler(ABC):
 
     policy: Any
     """The :class:`~stepkd.models.policy.Policy` that is sampled from."""
+    _version: int | None = None
 
     def sample(
         self,
@@ -120,13 +121,18 @@ class Sampler(ABC):
         ]
         return self._draw(wanted, spec, on_progress)
 
-    @abstractmethod
     def refresh(self, version: int) -> None:
         """Have it sample from the policy's weights as they are now, once for every version; all ranks call it.
 
         Raises:
             ConfigError: weights cannot be sent (a server without the setting, a policy on a CPU).
         """
+        if self._version != version:
+            self._send()
+            self._version = version
+
+    def _send(self) -> None:  # noqa: B027
+        """Give it the policy's weights; nothing to do where it samples from the policy itself."""
 
     @abstractmethod
     def _draw(

@@ -35,9 +35,6 @@ class TransformersSampler(Sampler):
         self._decoder = Decoder(policy, max_rows=max_rows, breaks_off=breaks_off)
         self._gap_limit: float | None = None
 
-    def refresh(self, version: int) -> None:
-        """Nothing to do: it samples from the policy itself."""
-
     @torch.no_grad()
     def _draw(
         self, wanted: Sequence[Wanted], spec: SamplingConfig, on_progress: Progress | None

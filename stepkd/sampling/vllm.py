@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -103,29 +102,11 @@ def _is_plain(spec: SamplingConfig) -> bool:
 
 
 @dataclass(eq=False)
-class _Sampler(Sampler):
-    """What both ways share; see :class:`~stepkd.sampling.sampler.Sampler`."""
-
-    policy: Policy
-    """Whose weights are sampled from, and whose tokenizer decodes; for an engine in a folder or with a hub id that vLLM
-    loads."""
-    _version: int | None = field(default=None, init=False)
-
-    def refresh(self, version: int) -> None:
-        """See :class:`~stepkd.sampling.sampler.Sampler`."""
-        if self._version != version:
-            self._send()
-            self._version = version
-
-    @abstractmethod
-    def _send(self) -> None:
-        """Give it the policy's weights."""
-
-
-@dataclass(eq=False)
-class VLLMSampler(_Sampler):
+class VLLMSampler(Sampler):
     """A :class:`~stepkd.sampling.sampler.Sampler` on a vLLM server."""
 
+    policy: Policy
+    """Whose weights are sampled from, and whose tokenizer decodes."""
     client: Any
     """TRL's ``VLLMClient``."""
     requests: int = field(default=32, kw_only=True)
@@ -208,9 +189,11 @@ class VLLMSampler(_Sampler):
 
 
 @dataclass(eq=False)
-class ColocatedSampler(_Sampler):
+class ColocatedSampler(Sampler):
     """The same by TRL's engine on this rank's GPU. Samples are not keyed by prompt: a run does not repeat."""
 
+    policy: Policy
+    """Whose weights are sampled from; in a folder or with a hub id that vLLM loads."""
     gpu_memory: float
     """Share of the GPU's memory that it may take."""
     sampling: SamplingConfig

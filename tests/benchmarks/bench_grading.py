@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
-from stepkd.grading.pool import Grader, GradingConfig
+from stepkd.grading.pool import Grader, GradingConfig, verdict_counts
 
 
 def _worker_cpu_s(grader: Grader) -> float:
@@ -45,7 +44,7 @@ def main(items: int = 4000) -> None:
             elapsed = time.perf_counter() - start
             cpu_ms = 1000 * (_worker_cpu_s(grader) - cpu) / len(pairs)
             print(f"{name}: {len(pairs) / elapsed:,.0f} verdicts/s, {cpu_ms:.2f} ms of worker CPU each")
-            print(f"    {Counter(str(grade.verdict) for grade in grades)}")
+            print(f"    {verdict_counts(grades)}")
 
 
 if __name__ == "__main__":

@@ -166,8 +166,8 @@ def test_bfloat16(ids: Any) -> None:
     ("prompts", "completions", "message"),
     [
         ([[5], []], [[5], [5]], "prompt 1 has no tokens"),
-        ([[5]], [[5, 100]], "completion 0 has id 100, and the model has ids 0 to 99"),
-        ([[-1]], [[5]], "prompt 0 has id -1"),
+        ([[5]], [[5, 100]], "prompt and completion 0 hold id 100, and the model has ids 0 to 99"),
+        ([[-1]], [[5]], "prompt and completion 0 hold id -1"),
         (
             [[5], [5] * 24],
             [[5], [6] * 1001],

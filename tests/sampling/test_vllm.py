@@ -343,10 +343,11 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
     module = GKDModule(PolicyConfig(path="tiny-0.1m"), Local("tiny-0.1m"), engine=engine)
     module.policy = policy
     monkeypatch.setattr(GKDModule, "global_step", 5)
-    assert isinstance(module._sampler("student"), VLLMSampler)
-    assert given == [3, 4, 5]
     module.teacher.bind(policy.tokenizer)
-    assert not isinstance(module._sampler("teacher"), VLLMSampler)
+    assert module.sample(nothing, "student") == []
+    assert isinstance(module._engine, VLLMSampler)
+    assert module.sample(nothing, "teacher") == []
+    assert given == [3, 4, 5], "the teacher samples itself"
 
 
 @pytest.mark.parametrize(
