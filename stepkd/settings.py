@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from inspect import isabstract
+from inspect import isabstract, signature
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from stepkd.errors import ConfigError, StepkdError
 from stepkd.safe import check_import
@@ -52,6 +54,8 @@ set_loader("yaml", _value, exceptions=(yaml.YAMLError,))
 class OneLineErrors:
     """Of a jsonargparse parser: it takes no abbreviations, and raises our errors."""
 
+    positional: tuple[str, ...] = ()
+    """Settings that words without an option fill, in order."""
     part: str = ""
     """Dotted name of the settings whose help is shown; empty: all but those of :attr:`elsewhere`."""
     elsewhere: tuple[str, ...] = ()
@@ -118,49 +122,55 @@ def explain(parser: Any, words: Sequence[str], message: str) -> str:
         message: what the parser said.
 
     Returns:
-        The first setting that does not exist, with its place and the nearest one that does; else the innermost part of
-        the message, with the dotted name of the setting; else the message.
+        The first setting that does not exist, with its place and the nearest one that does; else the first value that
+        its setting does not take; else the setting that is missing; else the end of the message.
     """
+    if "--safe allows" in message:
+        return message
     given = list(given_settings(words))
     known = settings_of(parser, given)
     chosen = {name.removesuffix(".class_path"): i for i, (_, name, value) in enumerate(given) if isinstance(value, str)}
-    for i, (file, name, _) in enumerate(given):
-        if name in ("print_config", "help") or name.endswith(".help"):
-            continue
-        replaced = any(name.startswith(f"{place}.") and later > i for place, later in chosen.items())
-        # settings of a class that another one replaced are gone
-        if not replaced and (told := _unknown(name, known, as_words=file == "")):
+    valid = [  # settings of a class that another one replaced are gone
+        (file, name, value)
+        for i, (file, name, value) in enumerate(given)
+        if not any(name.startswith(f"{place}.") and later > i for place, later in chosen.items())
+        and name not in ("print_config", "help")
+    ]
+    unknown = ((file, _unknown(name, value, known, file == "")) for file, name, value in valid)
+    refused = ((file, _refused(name, value, known)) for file, name, value in valid)
+    for file, told in chain(unknown, refused):
+        if told:
             return f"{file}: {told}" if file else told
-    if required := re.match(r"the following arguments are required: ([\w.]+)", message):
-        command = words[0] if words else ""
-        name = required[1].removeprefix(f"{command}.")
-        if name != required[1] and not any(word.partition("=")[0] in ("--config", "-c") for word in words):
-            return f"give a recipe: stepkd {command} --config NAME (`stepkd recipes list` lists them)"
-        last = [key for key in known if f".{key}".endswith(f".{name}")]
-        return f"give --{last[0] if last else name}"
-    return _innermost(message, known)
+    if (required := re.search(r"arguments are required: ([\w.]+)", message)) is None:
+        return message.splitlines()[-1].strip().removeprefix("- ")
+    command = words[0] if words else ""
+    name = required[1].removeprefix(f"{command}.")
+    if name != required[1] and not any(word.partition("=")[0] in ("--config", "-c") for word in words):
+        return f"give a recipe: stepkd {command} --config NAME (`stepkd recipes list` lists them)"
+    lacking = [key for key in known if f".{key}".endswith(f".{name}") and key not in {each[1] for each in given}]
+    lacking.sort(key=lambda key: key.rpartition(".")[0] not in chosen)
+    place = lacking[0] if lacking else name
+    return f"give {place.upper()}: {parser.usage}" if place in parser.positional else f"give --{place}"
 
 
 def given_settings(words: Sequence[str]) -> Iterator[tuple[str | None, str, Any]]:
     """File, dotted name without ``init_args``, and value of every setting, in order.
 
-    The file is empty for the command line, and None for settings that a program gives as text.
+    The file is empty for the command line, whose values are text, and None for settings that a program gives as text.
     """
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if not flag.startswith("-") or flag == "-":
             continue
-        name, value = flag.lstrip("-").rstrip("+"), value if equals else "".join(words[i + 1 : i + 2])
-        file: str | None = ""
+        name, text = flag.lstrip("-").rstrip("+"), value if equals else "".join(words[i + 1 : i + 2])
+        of_file = name in ("config", "c")
+        file: str | None = "" if not of_file else text if Path(text).is_file() else None
         try:
-            if name in ("config", "c") and Path(value).is_file():
-                file, name, value = value, "", Path(value).read_text(encoding="utf-8")
-            elif name in ("config", "c"):
-                file = None
-            value = yaml.safe_load(value)
+            read = yaml.safe_load(Path(text).read_text(encoding="utf-8") if file else text)
         except (OSError, ValueError, yaml.YAMLError):
-            pass  # the value of another kind
-        yield from _flat(file, "" if name in ("config", "c") else name.replace(".init_args", ""), value)
+            read = None
+        plain = not of_file and not isinstance(read, (dict, list))
+        yield from _flat(file, "" if of_file else name.replace(".init_args", ""), text if plain else read)
 
 
 def _flat(file: str | None, name: str, value: Any) -> Iterator[tuple[str | None, str, Any]]:
@@ -213,14 +223,14 @@ def show_help(parser: Any, words: Sequence[str]) -> None:
                 holder.part, holder.usage = name, f"... --{name}.SETTING VALUE"
                 print(holder.format_help())
                 raise SystemExit(0)
-        told = _unknown(name, settings_of(parser, given), as_words=True)
+        told = _unknown(name, None, settings_of(parser, given), True)
         raise ConfigError(told or f"{name} has no settings of its own")
 
 
 def _classes(hint: Any) -> list[type]:
     """The classes in a type: of a union's members, a list's items."""
     inner = [kind for part in get_args(hint) for kind in _classes(part)]
-    return inner if inner or not isinstance(hint, type) or hint.__module__ == "builtins" else [hint]
+    return inner if inner or not isinstance(hint, type) or hint.__module__ in ("builtins", "typing") else [hint]
 
 
 def _is_list(hint: Any) -> bool:
@@ -252,101 +262,105 @@ def _below(name: str, known: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(key[len(start) :].split(".")[0] for key in known if key.startswith(start)))
 
 
-def _unknown(name: str, known: dict[str, Any], *, as_words: bool = False) -> str:
+def _choice(hint: Any) -> list[type]:
+    """The classes that one chooses from by name, for a setting that is such a choice."""
+    return [
+        each
+        for kind in _classes(hint)
+        if not is_dataclass(kind) or kind.__subclasses__()
+        for each in _subclasses(kind)
+        if not isabstract(each)
+    ]
+
+
+def _unknown(name: str, value: Any, known: dict[str, Any], as_words: bool) -> str:
     """What to say of a setting that does not exist; empty for one that does, or whose place takes any key.
 
     Args:
         name: its dotted name.
+        value: what was given, for ``--model.help CLASS`` its class.
         known: dotted name -> type of every setting.
         as_words: show the nearest setting as a command line takes it.
     """
+    if name.endswith(".help"):
+        return _refused(name.removesuffix(".help"), value, known) if value else ""
     parts, place = name.split("."), ""
     for i, part in enumerate(parts):
         here, level = f"{place}.{part}".lstrip("."), _below(place, known)
         if here in known or _below(here, known):
             place = here
             continue
+        kinds = _choice(known.get(place))
         if not level and known.get(place) in (str, int, float, bool):
             return f"{place} has no settings of its own"
-        if not level or part in ("class_path", "dict_kwargs", "help"):
+        if part in ("class_path", "dict_kwargs", "help") or not (level or kinds):
             return ""
+        said = f"{part!r} is not a setting{f' of {place}' if place else ''}"
+        if holders := [kind.__name__ for kind in kinds if part in signature(kind).parameters]:
+            return f"{said}; name a class that has it: --{place} {' or '.join(holders)} --{place}.{part} VALUE"
+        if not level:
+            return (
+                f"{place} names no class that has settings: --{place} {{{', '.join(each.__name__ for each in kinds)}}}"
+            )
         tails = [parts[i:], [*parts[i:-1], SYNONYMS.get(parts[-1], parts[-1])]]
         ends = dict.fromkeys("." + ".".join(tail) for tail in tails)
         elsewhere = [key for end in ends for key in known if f".{key}".endswith(end)]
         last = get_close_matches(part, [key.rpartition(".")[2] for key in known], n=1, cutoff=0.8)
         start = f"{place}." if place else ""
         near = (
-            [f"{start}{each}" for each in level if each == SYNONYMS.get(part)]
-            or [key for key in elsewhere if key.startswith(place)][:2]
+            [key for key in elsewhere if key.startswith(place)][:2]
             or [f"{start}{each}" for each in get_close_matches(part, level, n=1, cutoff=0.75)]
             or elsewhere[:2]
             or [key for key in known if last and key.rpartition(".")[2] == last[0]][:2]
         )
+        if not near:
+            return said + (f"; it has {', '.join(level)}" if len(level) <= 25 else "")
         if as_words and not any(_is_list(known.get(".".join(parts[:j]))) for j in range(i + 1)):
             shown = [f"--{each}" for each in near]
         else:
             shown = [repr(each if "." in each.removeprefix(start) else each.removeprefix(start)) for each in near]
-        hint = f"; did you mean {' or '.join(shown)}?" if near else ""
-        if not near and len(level) <= 25:
-            hint = f"; it has {', '.join(level)}"
-        return f"{part!r} is not a setting{f' of {place}' if place else ''}{hint}"
+        return f"{said}; did you mean {' or '.join(shown)}?"
     return ""
 
 
-def _innermost(message: str, known: dict[str, Any]) -> str:
-    """The deepest part of an error of nested types, which is where the mistake is."""
-    places: list[tuple[int, str]] = []
-    found: list[tuple[int, str, str]] = []
-    given: dict[str, str] = {}
-    for line in message.splitlines():
-        indent, text = len(line) - len(line.lstrip()), line.strip().removeprefix("- ")
-        while places and places[-1][0] >= indent and text:
-            places.pop()
-        place = ".".join(name for _, name in places)
-        if key := re.match(r'Parser key "([\w.]+)":(.*)', text):
-            places.append((indent, key[1]))
-            place, text = ".".join(name for _, name in places), key[2].strip()
-        if text.startswith("Given value: "):
-            given[place] = text.removeprefix("Given value: ")
-        elif text and not re.match(
-            r"Does not validate|Subtypes:|Errors:|Given value type:|.*'NoneType'|.* a path but", text
-        ):
-            found.append((len(places), place, text))
-    if not found or ("Does not validate" not in message and "Parser key" not in message):
-        return message
-    depth = max(depth for depth, _, _ in found)
-    place = next(where for level, where, _ in found if level == depth)
-    texts = list(dict.fromkeys(_plain(text) for level, where, text in found if level == depth and where == place))
-    text, value = " or ".join(texts), given.get(place, "")
-    if lacking := re.match(r"the following arguments are required: (\w+)$", text):
-        place, text = f"{place}.{lacking[1]}", "give one: it is required"
-    if place not in known:  # the parser leaves out the group of a class that is chosen within another group
-        start, _, last = place.rpartition(".")
-        place = next((key for key in known if key.startswith(f"{start}.") and key.endswith(f".{last}")), place)
-    level = _below(place, known)
-    if level and re.search("expected (list|dot import path)", text):
-        several = "a list of " if "expected list" in text else ""
-        return f"{place}: expected {several}{{{', '.join(level)}}}, got {value!r}"
-    if wrong := re.search(r"(?:import path string: |class_path ')([\w.:]+)", text):
-        kinds = [kind for kind in _classes(known.get(place)) for kind in _subclasses(kind)]
-        names = [kind.__name__ for kind in kinds if not isabstract(kind)]
-        near = get_close_matches(wrong[1].rpartition(".")[2], names, n=1)
-        if not near and str in get_args(known.get(place)) and (word := re.search(r"import path string: (\S+)", text)):
-            return f"{place}: the word {word[1]!r} takes no settings; name a class: --{place} {{{', '.join(names)}}}"
-        return f"{place}: no class {wrong[1]!r}" + (f"; did you mean {near[0]!r}?" if near else f" ({text})")
-    if text.startswith("expected") and ", got " not in text:
-        text += f", got {value!r}"
-    if (one_of := re.match(r"expected one of \[(.*)\], got (.*)$", text)) is not None:
-        near = get_close_matches(one_of[2].strip("'"), re.findall(r"'([^']*)'", one_of[1]), n=1)
-        text += f"; did you mean {near[0]!r}?" if near else ""
-    return f"{place}: {text}"
+def _refused(name: str, value: Any, known: dict[str, Any]) -> str:
+    """What to say of a value that its setting does not take; empty for one that it takes, and for mappings."""
+    name = name.removesuffix(".class_path")
+    hint = known.get(name, Any)
+    nested = any(isinstance(each, dict) for each in (value if isinstance(value, list) else [value]))
+    if value is None or nested or _takes(hint, value):
+        return ""
+    if isinstance(value, str) and (kinds := _choice(hint)):
+        if any(_class(value, kind) for kind in _classes(hint)):
+            return ""
+        names = [kind.__name__ for kind in kinds]
+        near = get_close_matches(value.rpartition(".")[2], names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+        return f"{name}: no class {value!r}; {hint}"
+    if level := _below(name, known):
+        return f"{name}: expected {'a list of ' if _is_list(hint) else ''}{{{', '.join(level)}}}, got {str(value)!r}"
+    expected, words = [], list[str]()
+    for each in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        if get_origin(each) is Literal:
+            words += map(str, get_args(each))
+            expected.append(f"one of {list(get_args(each))}")
+        elif each is not type(None):
+            expected.append(each.__name__ if isinstance(each, type) and not get_args(each) else str(each))
+    near = get_close_matches(str(value), words, n=1)
+    return f"{name}: expected {' or '.join(expected)}, got {str(value)!r}" + (
+        f"; did you mean {near[0]!r}?" if near else ""
+    )
 
 
-def _plain(text: str) -> str:
-    """A type error in words."""
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    text = re.sub(r"^Expected an? (?:typing\.Literal)?", "expected ", text).replace("expected [", "expected one of [")
-    return re.sub(r"\. Got value: (.*)$", lambda got: f", got {got[1]!r}", text)
+def _takes(hint: Any, value: Any) -> bool:
+    """Whether a type takes a value, by the parser that reads it."""
+    parser = SettingsParser()
+    parser.add_class_arguments(make_dataclass("Probe", [("value", hint)]))
+    try:
+        parser.parse_object({"value": value})
+    except (StepkdError, ValueError, TypeError):
+        return False
+    return True
 
 
 def user_mistake(error: BaseException) -> StepkdError | None:
@@ -377,26 +391,55 @@ def build_settings(kind: type[S], values: Mapping[str, Any], where: str) -> S:
     given = list(_flat("", "", dict(values)))
     known = settings_of(parser, given)
     for _, name, value in given:
-        if told := _unknown(name, known):
+        if told := _unknown(name, value, known, False) or _refused(name, value, known):
             raise ConfigError(f"{where}: {told}")
         if value is None and type(None) not in get_args(known.get(name, Any)) and known.get(name, Any) is not Any:
             raise ConfigError(f"{where}: {name} has no value")  # jsonargparse takes None for any type
     try:
         return built(parser, kind, parser.parse_object(dict(values)))
     except StepkdError as error:
-        raise ConfigError(f"{where}: {_innermost(str(error), known)}") from None
+        raise ConfigError(f"{where}: {str(error).splitlines()[-1].strip()}") from None
 
 
 def built(parser: ArgumentParser, kind: type[S], values: Any) -> S:
     """The instance of a dataclass whose fields a parser has read.
 
     Raises:
-        StepkdError: what the dataclass, or one that it holds, refuses.
+        StepkdError: what the dataclass, or one that it holds, refuses; the message says where in the settings.
     """
     try:
-        made = parser.instantiate(values)
-        return kind(**{field.name: made[field.name] for field in fields(kind) if field.init})  # type: ignore[arg-type]
-    except (ValueError, TypeError) as error:
-        if (mistake := user_mistake(error)) is not None:
-            raise mistake from error
-        raise
+        return _made(parser, kind, values)
+    except (StepkdError, ValueError, TypeError) as error:
+        place, refused = _refused_part(kind, values)
+        if refused is None:
+            raise
+        start, _, last = place.rpartition(".")
+        if str(refused).startswith(f"{last}."):
+            place = start
+        between = "." if re.match(r"[\w.]+=", str(refused)) else ": "
+        refused.args = (f"{place}{between}{refused}" if place else str(refused),)
+        raise refused from error
+
+
+def _made(parser: ArgumentParser, kind: Any, values: Any) -> Any:
+    made = parser.instantiate(values)
+    return kind(**{field.name: made[field.name] for field in fields(kind) if field.init})
+
+
+def _refused_part(kind: Any, values: Any, place: str = "") -> tuple[str, StepkdError | None]:
+    """The place of the innermost settings that their class refuses, and what it says."""
+    for name, hint in get_type_hints(kind).items():
+        below = values.get(name)
+        for own in _classes(hint) if isinstance(below, Namespace) else ():
+            chosen = _class(below.class_path, own) if "class_path" in below else own
+            if is_dataclass(chosen):
+                found = _refused_part(chosen, below.get("init_args", below), f"{place}.{name}".lstrip("."))
+                if found[1] is not None:
+                    return found
+    parser = SettingsParser()
+    parser.add_class_arguments(kind)
+    try:
+        _made(parser, kind, values)
+    except StepkdError as error:
+        return place, error
+    return place, None

@@ -137,23 +137,20 @@ def _show(findings: Sequence[Finding], memory: dict[str, Any] | None) -> None:
     console = Console(highlight=False)
     colours = {"ok": "green", "note": "yellow", "bad": "bold red"}
     table = Table(*(Column(overflow="fold") for _ in range(4)), box=None, pad_edge=False, show_header=False)
-    section = ""
-    for each in findings:
-        shown, section = each.section if each.section != section else "", each.section
+    for before, each in zip([None, *findings], findings, strict=False):
+        section = "" if before is not None and before.section == each.section else each.section
         value = Text(f"{each.value}\n{each.advice}".rstrip())
-        table.add_row(Text(shown, "bold"), each.name, value, Text(each.level, colours[each.level]))
+        table.add_row(Text(section, "bold"), each.name, value, Text(each.level, colours[each.level]))
     console.print(table)
     if memory is None:
         return
-    title = "memory on each device, at least"
+    title = "\nmemory on each device, at least"
     parts = Table("part", Column("bytes", justify="right"), title=title, box=None, pad_edge=False, title_justify="left")
-    for name, number in memory["held"].items():
-        parts.add_row(name, gib(number))
+    sizes = dict(memory["held"])
     for phase, inside in memory["phases"].items():
-        for name, number in inside.items():
-            parts.add_row(f"{phase}: {name}", gib(number))
-    parts.add_row("at least: the first, and the largest phase", gib(memory["at_least_bytes"]), style="bold")
-    console.print()
+        sizes |= {f"{phase}: {name}": number for name, number in inside.items()}
+    for name, number in {**sizes, "at least: the first, and the largest phase": memory["at_least_bytes"]}.items():
+        parts.add_row(name, gib(number))
     console.print(parts)
     for name, fact in memory["facts"].items():
         console.print(f"{name}: {fact}")
@@ -167,14 +164,8 @@ def look_around(folder: Path, environ: Mapping[str, str] | None = None) -> list[
         environ: environment variables; None: those of the process.
     """
     environ = os.environ if environ is None else environ
-    sections = {
-        "versions": _versions(),
-        "processor": _processor(),
-        "GPUs": _gpus(),
-        "attention": _attention(),
-        "launch": _launch(environ),
-        "disk": _disk(folder, environ),
-    }
+    sections = {"versions": _versions(), "processor": _processor(), "GPUs": _gpus(), "attention": _attention()}
+    sections |= {"launch": _launch(environ), "disk": _disk(folder, environ)}
     return [Finding(section, *looked) for section, found in sections.items() for looked in found]
 
 
@@ -185,10 +176,9 @@ def _versions() -> Looked:
         try:
             yield name, metadata.version(name)
         except metadata.PackageNotFoundError:
-            if name in OPTIONAL:
-                yield name, "not installed", "ok", f"only for {OPTIONAL[name]}"
-            else:
-                yield name, "missing", "bad", f"pip install {name}"
+            needed = name not in OPTIONAL
+            advice = f"pip install {name}" if needed else f"only for {OPTIONAL[name]}"
+            yield name, "not installed", "bad" if needed else "ok", advice
 
 
 def _processor() -> Looked:
@@ -199,31 +189,23 @@ def _processor() -> Looked:
     yield "model", cpu_name()
     cores, threads = processors(), torch.get_num_threads()
     value = f"{threads} of torch on {cores:g} processor(s)"
-    if threads > cores + 0.5:
-        advice = "more threads than processors slow each other down"
-        yield "threads", value, "note", f"set OMP_NUM_THREADS={max(int(cores), 1)}: {advice}"
-    else:
-        yield "threads", value
+    advice = f"set OMP_NUM_THREADS={max(int(cores), 1)}: more threads than processors slow each other down"
+    yield ("threads", value, "note", advice) if threads > cores + 0.5 else ("threads", value)
     free, limit = memory_free(), memory_limit()
     if free is not None:
         yield "memory", f"{gib(free)} free" + ("" if limit is None else f", limit of this container {gib(limit)}")
-    if fast_bfloat16():
-        yield "bfloat16", "in hardware"
-    elif torch.cuda.is_available():
-        yield "bfloat16", "emulated"
-    else:
-        yield "bfloat16", "emulated", "note", "on this processor float32 is many times faster: policy.dtype float32"
+    advice = "on this processor float32 is many times faster: policy.dtype float32"
+    slow = not fast_bfloat16() and not torch.cuda.is_available()
+    value = "in hardware" if fast_bfloat16() else "emulated"
+    yield ("bfloat16", value, "note", advice) if slow else ("bfloat16", value)
 
 
 def _gpus() -> Looked:
     import torch
 
     if not torch.cuda.is_available():
-        if torch.version.cuda is None:
-            yield "CUDA", "none"
-        else:
-            advice = "torch is built for CUDA and sees no device: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-            yield "CUDA", "none", "note", advice
+        advice = "torch is built for CUDA and sees no device: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        yield ("CUDA", "none") if torch.version.cuda is None else ("CUDA", "none", "note", advice)
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -248,11 +230,9 @@ def _launch(environ: Mapping[str, str]) -> Looked:
 
     available = torch.distributed.is_available()
     backends = [name for name in ("gloo", "nccl") if available and getattr(torch.distributed, f"is_{name}_available")()]
-    value = ", ".join(backends) or "none"
-    if torch.cuda.device_count() > 1 and "nccl" not in backends:
-        yield "backends", value, "bad", "several GPUs need NCCL: install the CUDA build of torch"
-    else:
-        yield "backends", value
+    value, advice = ", ".join(backends) or "none", "several GPUs need NCCL: install the CUDA build of torch"
+    lacks = torch.cuda.device_count() > 1 and "nccl" not in backends
+    yield ("backends", value, "bad", advice) if lacks else ("backends", value)
     try:
         info = check_launch(environ, {})
     except ConfigError as error:
@@ -267,11 +247,10 @@ def _disk(folder: Path, environ: Mapping[str, str]) -> Looked:
     free = shutil.disk_usage(existing).free
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield str(folder), "not writable", "bad", "give --out another folder"
-    elif free < LITTLE_DISK:
-        advice = "a checkpoint holds the trained weights and twice as much of the optimiser"
-        yield str(folder), f"{gib(free)} free", "note", advice
     else:
-        yield str(folder), f"{gib(free)} free"
+        advice = "a checkpoint holds the trained weights and twice as much of the optimiser"
+        said = (str(folder), f"{gib(free)} free")
+        yield (*said, "note", advice) if free < LITTLE_DISK else said
     home = Path(environ.get("HF_HOME", "~/.cache/huggingface"))
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     offline = environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

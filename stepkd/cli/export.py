@@ -6,7 +6,7 @@ stepkd export runs/sft --to models/sft-adapter --mode adapter
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 
@@ -36,14 +36,8 @@ def run(config: ExportConfig) -> int:
     from stepkd.runs.process import quiet_libraries
 
     quiet_libraries()
-    folder = export_model(
-        config.source,
-        config.to,
-        mode=config.mode,
-        dtype=config.dtype,
-        ema=config.ema,
-        overwrite=config.overwrite,
-    )
+    settings = asdict(config)
+    folder = export_model(settings.pop("source"), settings.pop("to"), **settings)
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     print(f"wrote {folder} ({size / 2**20:.1f} MiB)")
     return 0

@@ -81,7 +81,7 @@ def lower_bound(module: Any, data: Any, *, precision: str = "32-true", shards: i
     } | ({} if module.ema_decay is None else {"running average": trained_bytes})
     total = sum(p.numel() for p in model.parameters())
     found.facts["parameters"] = f"{total:,}, trained {sum(p.numel() for p in trained):,}"
-    shared = list(found.held)
+    divided = list(found.held)
     _other_models(found, module, spec, trained_bytes)
     if not module.scores_steps:  # a step head makes logits of its labels only
         targets = min(module.chunk_size, module.micro_batch_tokens, data.global_batch_size * data.max_length)
@@ -93,21 +93,17 @@ def lower_bound(module: Any, data: Any, *, precision: str = "32-true", shards: i
             found.phases["sampling"] = {"key-value cache": rows * cache_bytes(spec, how.sampling.longest)}
             found.facts["sampling"] = f"{rows} rows of {how.sampling.longest:,} new tokens"
     if shards > 1:
-        sharded = getattr(module.arguments.get("teacher"), "sharded", False) and "teacher" in found.held
-        shared += ["teacher"] if sharded else []
-        whole = {name: found.held[name] for name in shared if name in ("weights", "teacher")}
+        gathered = {"gathered weights": found.held["weights"]}
         if "bf16-mixed" in precision:
-            whole["weights"] = sum(p.numel() * min(p.element_size(), 2) for p in model.parameters())
-        found.held |= {name: -(-found.held[name] // shards) for name in shared}
+            gathered["gathered weights"] = sum(p.numel() * min(p.element_size(), 2) for p in model.parameters())
+        if getattr(module.arguments.get("teacher"), "sharded", False) and "teacher" in found.held:
+            divided.append("teacher")
+            gathered["gathered teacher"] = found.held["teacher"]
+        found.held |= {name: -(-found.held[name] // shards) for name in divided}
         found.facts["sharded"] = f"over {shards} ranks"
-        for phase, gathers in {
-            "sampling": "sampling" in found.phases,
-            "before a step": module.prepares_with_model,
-            "validation": (getattr(data, "specs", None) or {}).get("validation") is not None,
-        }.items():
-            if gathers:
-                gathered = {f"gathered {name}": size for name, size in whole.items()}
-                found.phases[phase] = found.phases.get(phase, {}) | gathered
+        phases = ["sampling"] * ("sampling" in found.phases) + ["before a step"] * module.prepares_with_model
+        for phase in phases + ["validation"] * (getattr(data, "specs", {}).get("validation") is not None):
+            found.phases[phase] = found.phases.get(phase, {}) | gathered
     return found
 
 
@@ -127,12 +123,13 @@ def skeleton(spec: PolicyConfig) -> Any:
 
 def weight_bytes(model: nn.Module, spec: PolicyConfig) -> int:
     """Bytes of the weights as they are kept."""
-    packed = {"none": None, "int8": 1.0, "nf4": 0.53}[spec.quantization]  # 4 bits and the scales of their blocks
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        quantised = packed is not None and parameter.dim() == 2 and "lora_" not in name and "embed" not in name
-        total += parameter.numel() * (packed if quantised and packed is not None else parameter.element_size())
-    return int(total)
+    packed = {"int8": 1.0, "nf4": 0.53}.get(spec.quantization)  # 4 bits and the scales of their blocks
+
+    def size(name: str, each: Any) -> float:
+        kept = packed is None or each.dim() != 2 or "lora_" in name or "embed" in name
+        return float(each.element_size()) if kept or packed is None else packed
+
+    return int(sum(each.numel() * size(name, each) for name, each in model.named_parameters()))
 
 
 def cache_bytes(spec: PolicyConfig, tokens: int) -> int:
@@ -164,10 +161,7 @@ def _other_models(found: Bound, module: Any, spec: PolicyConfig, trained_bytes: 
 
 
 def _dtype(spec: PolicyConfig, config: Any) -> torch.dtype:
-    if spec.dtype != "auto":
-        found: torch.dtype = getattr(torch, spec.dtype)
-        return found
-    stored = getattr(config, "dtype", None)
+    stored = getattr(config, "dtype", None) if spec.dtype == "auto" else getattr(torch, spec.dtype)
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 

@@ -53,6 +53,7 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
         description=description,
         formatter_class=_Help,
     )
+    parser.positional = positional
     parser.add_argument("--config", action="config", help="settings as YAML; a later file overrides an earlier one")
     parser.add_class_arguments(kind)
     given = _spread(parser, words, positional)
@@ -62,8 +63,6 @@ def parse(kind: type, words: Sequence[str], *, command: str, description: str = 
         show_help(parser, given)
         values = parser.parse_args(given)
     except ConfigError as error:
-        if "--safe allows" in str(error):
-            raise
         raise ConfigError(explain(parser, given, str(error))) from error
     return built(parser, kind, values)
 

@@ -59,8 +59,7 @@ def run(config: ListRecipesConfig | ShowConfig | CopyConfig) -> int:
         for name, path in found.items():
             print(f"{name:<{width}}  {headline(path)}")
         return 0
-    name = config.name.removeprefix("recipes/").removesuffix(".yaml")
-    path = found.get(name) or find_recipe(name, found)
+    path = find_recipe(config.name, found)
     if isinstance(config, ShowConfig):
         print(path.read_text(encoding="utf-8"), end="")
         return 0
@@ -72,7 +71,7 @@ def run(config: ListRecipesConfig | ShowConfig | CopyConfig) -> int:
     if not target.parent.is_dir():
         raise ConfigError(f"no folder {target.parent}: make it first, or give another place")
     write_file(target, lambda temporary: shutil.copyfile(path, temporary))
-    print(f"copied the recipe {name} to {target}")
+    print(f"copied the recipe {config.name} to {target}")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +133,12 @@ class StepData(LightningDataModule):
                 path=spec.path or spec.hub or spec.source,
             )
         if contracts is None and ("solution",) not in self._needs(name):
-            examples = [self._with_or_without(encoder, row, solution=name != "predict") for row in rows]
+            # One without a solution, or without one that fits, can still be sampled from.
+            read = [encoder.example(row) if name != "predict" and row.get("solution") else None for row in rows]
+            examples = [each or encoder.prompt_example(row) for each, row in zip(read, rows, strict=True)]
         else:
             examples = encoder.examples(rows)
-        if contracts is None:
+        if contracts is None and name in ("validation", "test"):
             self._check_measured(name, examples)
         facts = encoder.check(examples, training=name == "train", allow_one_class=self.allow_one_class)
         facts |= {key: count for key, count in sorted(encoder.counts.items()) if count}
@@ -168,7 +170,7 @@ class StepData(LightningDataModule):
             or getattr(self._module, "fidelity_spec", None)
             or any(len(each.token_ids) for each in examples)
         )
-        if name in ("validation", "test") and not measured:
+        if not measured:
             reason = "no row has a solution and model.init_args.validation.sampling is null"
             raise DataError(f"data.{name}: nothing would be measured, because {reason}")
 
@@ -187,41 +189,33 @@ class StepData(LightningDataModule):
             logger.warning("data.%s: %s", name, said)
         return rows
 
-    @staticmethod
-    def _with_or_without(encoder: Encoder, row: Row, *, solution: bool) -> Completion:
-        """A row whose solution is not required: one without a solution that fits can still be sampled from."""
-        example = encoder.example(row) if solution and row.get("solution") else None
-        return example or encoder.prompt_example(row)
-
     def _report_overlap(self) -> None:
         texts = {name: [str(e.row.get("prompt")) for e in self.examples[name]] for name in ("train", "validation")}
         ids = [example.id for example in self.examples["validation"]]
         report = overlap_report(texts["train"], texts["validation"], n=self.overlap_ngram, test_ids=ids)
         logger.info("train/validation overlap: %s", report)
 
-    def _loader(self, name: str, *, shuffle: bool) -> StepLoader:
-        examples = self.examples[name]
-        training = name == "train"
+    def _loader(self, name: str) -> StepLoader:
+        examples, training = self.examples[name], name == "train"
+        groups = None
+        if training and self.keep_prompts_together:
+            numbers: dict[bytes, int] = {}
+            groups = [numbers.setdefault(each.prompt_ids.tobytes(), len(numbers)) for each in examples]
         plan = BatchPlan(
             [example.size for example in examples],
             size=self.global_batch_size,
             seed=self.seed,
-            shuffle=shuffle,
-            groups=self._groups(examples) if training else None,
+            shuffle=training and self.shuffle,
+            groups=groups,
         )
-        rank, world_size, limit = 0, 1, 1.0
+        ranks: dict[str, Any] = {}
         if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-            limit = self.trainer.limit_train_batches if training else 1.0
-        position = self._train_position if training else Position
-        return StepLoader(examples, plan, rank=rank, world_size=world_size, position=position, limit=limit)
-
-    def _groups(self, examples: list[Completion]) -> list[int] | None:
-        """Group of every training example that is to stay with others; None: each for itself."""
-        if not self.keep_prompts_together:
-            return None
-        numbers: dict[bytes, int] = {}
-        return [numbers.setdefault(each.prompt_ids.tobytes(), len(numbers)) for each in examples]
+            ranks = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        if not training:
+            return StepLoader(examples, plan, **ranks)
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        position = partial(getattr, self._module, "position", Position())
+        return StepLoader(examples, plan, position=position, limit=limit, **ranks)
 
     def fingerprint(self) -> str | None:
         """Short hash of what decides the training batches; None before the training data is loaded."""
@@ -236,21 +230,18 @@ class StepData(LightningDataModule):
                 digest.update(repr((*ids, each.outcome, each.targets, each.read_at)).encode())
         return digest.hexdigest()[:16]
 
-    def _train_position(self) -> Position:
-        return getattr(self._module, "position", Position())
-
     def train_dataloader(self) -> StepLoader:
         """Batches of one optimiser step, from where the run stands."""
-        return self._loader("train", shuffle=self.shuffle)
+        return self._loader("train")
 
     def val_dataloader(self) -> StepLoader | list[Any]:
         """Validation batches in file order; none without validation data."""
-        return self._loader("validation", shuffle=False) if "validation" in self.examples else []
+        return self._loader("validation") if "validation" in self.examples else []
 
     def test_dataloader(self) -> StepLoader:
         """Test batches in file order."""
-        return self._loader("test", shuffle=False)
+        return self._loader("test")
 
     def predict_dataloader(self) -> StepLoader:
         """Problems to sample completions for, in file order."""
-        return self._loader("predict", shuffle=False)
+        return self._loader("predict")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stepkd.data.rows import ROLLOUT, STEPWISE, validate
+from stepkd.data.rows import ROLLOUT, STEPWISE, Row, validate
 from stepkd.data.sources.math_shepherd import FIRST_STEP, TAG
-from stepkd.errors import DataError, check_choice
+from stepkd.errors import DataError, check_bounds, check_choice
 from stepkd.runs.files import write_file, write_jsonl
 from stepkd.steps.labels import ANY_SUCCESS, Label, LabelKind, Neutral, check_threshold, label_kind, verdicts
 
@@ -46,10 +46,7 @@ class LabelRule:
     outcome reward model)."""
 
     def __post_init__(self) -> None:
-        check_choice("labels.kind", self.kind, ("auto", "bool", "rating", "soft"))
-        check_choice("labels.after_error", self.after_error, ("keep", "truncate", "mask"))
-        check_choice("labels.neutral", self.neutral, ("right", "wrong", "mask"))
-        check_choice("labels.scope", self.scope, ("steps", "outcome"))
+        check_bounds("labels.", self)
         if self.harden is not None:
             check_threshold(self.harden, "labels.harden")
 
@@ -131,9 +128,6 @@ def _target(label: Label, mark: bool | None, kind: str, num_classes: int, keep_s
 
 def _one_hot(index: int, num_classes: int) -> Target:
     return tuple(float(c == index) for c in range(num_classes))
-
-
-Row = dict[str, Any]
 
 
 def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[str] = ()) -> Row:

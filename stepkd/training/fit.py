@@ -291,8 +291,6 @@ class StepkdCLI(LightningCLI):
             show_help(own, words)
             super().parse_arguments(parser, words)
         except ConfigError as error:
-            if "--safe allows" in str(error):
-                raise
             raise ConfigError(explain(own, words, str(error))) from error
 
     def before_instantiate_classes(self) -> None:

@@ -87,8 +87,12 @@ def test_help_of_fit_shows_a_part(
 def test_help_of_no_part_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--model", "KDRLModule", "--model.policy_los.help"]) == 2
     assert "did you mean --model.policy_loss?" in capsys.readouterr().err
+    assert main(["fit", "--model.help", "Nope"]) == 2
+    assert "model: no class 'Nope'; known are " in capsys.readouterr().err
+    assert main(["fit", "--model.help", "SFTModul"]) == 2
+    assert "did you mean 'SFTModule'?" in capsys.readouterr().err
     assert main(["fit", "--config", RECIPE, "--model.policy_loss.help"]) == 2
-    assert "'policy_loss' is not a setting of model; it has policy," in capsys.readouterr().err
+    assert "'policy_loss' is not a setting of model; name a class that has it: --model KDRL" in capsys.readouterr().err
 
 
 def test_an_unknown_command_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +134,10 @@ def test_an_unknown_command_suggests_the_right_one(capsys: pytest.CaptureFixture
             "'every_n_step' is not a setting of checkpoint; did you mean --checkpoint.every_n_steps?",
         ),
         ("--conf x.yaml", "'conf' is not a setting; did you mean --config?"),
-        ("--model.policy_loss 8", "'policy_loss' is not a setting of model; it has policy, optimizer, "),
+        (
+            "--model.policy_loss 8",
+            "'policy_loss' is not a setting of model; name a class that has it: --model KDRLModule --model.policy_",
+        ),
         ("--model SFTModul", "model: no class 'SFTModul'; did you mean 'SFTModule'?"),
         ("--data StepDta", "data: no class 'StepDta'; did you mean 'StepData'?"),
         ("--model.init_args.optimizer.lr fast", "model.optimizer.lr: expected float, got 'fast'"),

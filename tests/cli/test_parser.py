@@ -21,6 +21,19 @@ from stepkd.settings import SYNONYMS, build_settings
 from stepkd.yaml_files import as_yaml, yaml_text
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample."""
+
+    temperature: float = 1.0
+    """Divides the logits, 0 or more."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+
+    def __post_init__(self) -> None:
+        check_bounds("sampling.", self, temperature="[0, inf)")
+
+
 class Teacher(ABC):
     """A choice."""
 
@@ -50,22 +63,15 @@ class Local(Teacher):
     """The folder."""
     fast: bool = False
     """Whether to hurry."""
+    sampling: Sampling = field(default_factory=lambda: Sampling())
+    """What it samples."""
+
+    def __post_init__(self) -> None:
+        if self.path == "/":
+            raise ConfigError("the folder / is no teacher")
 
     def build(self) -> str:
         return self.path
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample."""
-
-    temperature: float = 1.0
-    """Divides the logits, 0 or more."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion."""
-
-    def __post_init__(self) -> None:
-        check_bounds("sampling.", self, temperature="[0, inf)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +88,8 @@ class Example(JobConfig):
     """How to do it."""
     teacher: Teacher = field(default_factory=Local)
     """Who is asked."""
+    asked: Teacher | str = "nobody"
+    """Who is asked second: a word, or a class."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.5))
     """What is sampled."""
     max_new_tokens: int | None = None
@@ -132,7 +140,7 @@ def test_files_come_first_and_options_go_before_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("s --out o --temperature 3", "'temperature' is not a setting; did you mean --sampling.temperature?"),
+        ("s --out o --temperature 3", "'temperature' is not a setting; did you mean --sampling.temperature or --"),
         (
             "s --out o --sampling.temperatur 3",
             "'temperatur' is not a setting of sampling; did you mean --samp",
@@ -140,7 +148,19 @@ def test_files_come_first_and_options_go_before_them(tmp_path: Path) -> None:
         ("s --out o --max-new-token 3", "'max_new_token' is not a setting; did you mean --max_new_tokens?"),
         ("s --output-dir o", "'output_dir' is not a setting; did you mean --out?"),
         ("s --out o --teacher Servd", "teacher: no class 'Servd'; did you mean 'Served'?"),
-        ("s --out o --teacher Served --teacher.path p", "'path' is not a setting of teacher; it has url, n"),
+        (
+            "s --out o --teacher Served --teacher.path p",
+            "'path' is not a setting of teacher; name a class that has it: --teacher Local --teacher.path VALUE",
+        ),
+        ("s --out o --teacher.url u", "'url' is not a setting of teacher; name a class that has it: --teacher Served"),
+        ("s --out o --asked.url u", "'url' is not a setting of asked; name a class that has it: --asked Served"),
+        ("s --out o --asked.nothing u", "asked names no class that has settings: --asked {Served, Local}"),
+        ("s --out o --asked Served", "give --asked.url"),
+        ("s --out o --asked Served --asked.url u --asked.n many", "asked.n: expected int, got 'many'"),
+        ("s --out o --teacher.sampling.temperature hot", "teacher.sampling.temperature: expected float, got 'hot'"),
+        ("s --out o --teacher.sampling.temperature -1", "teacher.sampling.temperature=-1.0: must be 0 or positive"),
+        ("s --out o --teacher.path /", "teacher: the folder / is no teacher"),
+        ("s --out o --teacher.help Servd", "teacher: no class 'Servd'; did you mean 'Served'?"),
         ("s --out o --teacher.pth p", "'pth' is not a setting of teacher; did you mean --teacher.path?"),
         ("s --out o --teacher Served", "give --teacher.url"),
         ("s", "give --out"),
@@ -148,7 +168,7 @@ def test_files_come_first_and_options_go_before_them(tmp_path: Path) -> None:
         ("s --teacher.path --out o", "--teacher.path has no value"),
         ("s --out o --max-new-tokens two --print_config", "max_new_tokens: expected int"),
         ("s --out o --config=", "--config has no value: give a file, or a recipe's name"),
-        ("--out o", "give --source"),
+        ("--out o", "give SOURCE: stepkd example SOURCE NAMES"),
         ("s --out o --mode quick", "mode: expected one of ['fast', 'slow'], got 'quick'"),
         ("s --out o --sampling.temperature hot", "sampling.temperature: expected float, got 'hot'"),
         ("s --out o --sampling.temperature -1", "sampling.temperature=-1.0: must be 0 or positive"),
