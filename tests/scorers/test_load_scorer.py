@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepkd.data.templates import PromptTemplate, get_template
+from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, ModelError
 from stepkd.models.checkpoint import save_policy
 from stepkd.models.policy import Policy
@@ -29,14 +29,11 @@ def export(tmp_path: Path, make_policy: Callable[..., Policy]) -> Path:
     return tmp_path / "prm"
 
 
-def with_template(folder: Path, template: object) -> Path:
-    """A run folder of version 0.1: ``config.yaml`` beside a checkpoint that says nothing of a template."""
-    import yaml
-
+def with_template(folder: Path, template: dict[str, object] | None) -> Path:
+    """A run folder whose checkpoint says which template the model was trained with."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": {}, "stepkd": {"policy": {}}}, folder / "checkpoints" / "last.ckpt")
-    config = {"data": {"class_path": "stepkd.data.StepData", "init_args": {"template": template}}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    own = {"policy": {}, "template": template}
+    torch.save({"state_dict": {}, "stepkd": own}, folder / "checkpoints" / "last.ckpt")
     return folder
 
 
@@ -73,17 +70,10 @@ def test_a_plain_model_needs_a_head() -> None:
 
 def test_the_template_of_a_run(tmp_path: Path) -> None:
     assert trained_template(str(tmp_path)) is None
-    run = with_template(tmp_path / "run", "gsm8k")
-    assert (
-        trained_template(str(run)) == trained_template(str(run / "checkpoints" / "last.ckpt")) == get_template("gsm8k")
-    )
     own = PromptTemplate(style="plain", plain="Q: {prompt}\n", few_shot=1)
-    values = dataclasses.asdict(own)
-    assert trained_template(str(with_template(tmp_path / "run", values))) == own
-    assert trained_template(str(with_template(tmp_path / "run", {"class_path": "x", "init_args": values}))) == own
+    run = with_template(tmp_path / "run", dataclasses.asdict(own))
+    assert trained_template(str(run)) == trained_template(str(run / "checkpoints" / "last.ckpt")) == own
     assert trained_template(str(with_template(tmp_path / "run", None))) is None
-    (run / "config.yaml").unlink()
-    assert trained_template(str(run)) is None
 
 
 def test_the_template_of_an_export(export: Path) -> None:
