@@ -81,7 +81,7 @@ def test_evaluation_gives_verdicts(benchmark: str, gguf: Path, data_dir: Path, t
     out = tmp_path / "out"
     shown = stepkd(
         *("evaluate", "--model", gguf, "--benchmark", benchmark, "--data", data_dir / benchmark),
-        *("--limit", 4, "--sampling.max_new_tokens", 48, "--out", out),
+        *("--limit", 4, "--sampling.max_new_tokens", 24, "--out", out),
     )
     assert "pass@1" in shown
     samples = [sample for row in read_results(out) for sample in row["samples"]]
