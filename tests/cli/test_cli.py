@@ -463,7 +463,9 @@ def test_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_version_0_1_is_exported_and_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_version_0_1_is_neither_exported_nor_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = ["--config", RECIPE, "--trainer.max_steps", "1", "--data.train.options.n", "4", "--data.validation", "null"]
     run = tmp_path / "run"
     assert main(["fit", *small, "--model.policy.path", "tiny-0.1m", "--out", str(run)]) == 0
@@ -471,10 +473,19 @@ def test_a_run_of_version_0_1_is_exported_and_not_continued(tmp_path: Path, caps
     content = torch.load(last, weights_only=True)
     content["stepkd"]["format"] = 1
     torch.save(content, last)
-    assert main(["export", str(run), "--to", str(tmp_path / "model")]) == 0
-    again = ["fit", *small, "--model.policy.path", "tiny-0.1m"]
-    assert main([*again, "--ckpt_path", str(run), "--out", str(tmp_path / "other")]) == 2
-    assert "was written by stepkd 0.1" in capsys.readouterr().err
+    again = [
+        "fit",
+        *small,
+        "--model.policy.path",
+        "tiny-0.1m",
+        "--ckpt_path",
+        str(run),
+        "--out",
+        str(tmp_path / "other"),
+    ]
+    for words in (["export", str(run), "--to", str(tmp_path / "model")], again):
+        assert main(words) == 2
+        assert "was written by stepkd 0.1: export it with that version" in capsys.readouterr().err
 
 
 def test_the_citation_names_the_version() -> None:
