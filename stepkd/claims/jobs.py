@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepkd.errors import ConfigError, DataError, StepkdError
-from stepkd.labels.convert import convert_rows
-from stepkd.labels.feedback import ConverterConfig
+from stepkd.labels.convert import ConverterConfig, convert_rows
 from stepkd.safe import check_import
 from stepkd.settings import build_settings
 from stepkd.yaml_files import read_yaml
@@ -221,12 +220,12 @@ def _draw(settings: dict[str, Any], out: Path) -> Measured:
 
 
 def _consensus(settings: dict[str, Any], out: Path) -> Measured:
-    """As ``stepkd consensus``: ``first``, ``second`` and ``mode``. Columns: its counts."""
+    """As ``stepkd consensus``: ``first`` and ``second``. Columns: its counts."""
     from stepkd.labels.consensus import consensus_filter
     from stepkd.runs.files import write_jsonl
 
     first, second = (_load(settings.pop(name)) for name in ("first", "second"))
-    agreed = consensus_filter(first, second, **settings)
+    agreed = consensus_filter(first, second)
     write_jsonl(out / ROWS_NAME, agreed.rows)
     return Measured(agreed.counts)
 

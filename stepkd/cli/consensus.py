@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from stepkd.errors import ConfigError
 
@@ -28,9 +28,6 @@ class ConsensusConfig:
     """Another labelling of the same solutions."""
     out: str
     """File of rows to write."""
-    mode: Literal["first_error", "steps"] = "first_error"
-    """What must agree: the first_error, and a solution is kept whole, or single steps, and the others lose their
-    label."""
     truth: str | None = None
     """True labels of the same solutions, against which precision and recall of both labellings and of what is kept are
     shown; null shows none."""
@@ -39,18 +36,20 @@ class ConsensusConfig:
 def run(config: ConsensusConfig) -> int:
     """Run ``stepkd consensus``."""
     from stepkd.data.spec import load_rows, parse_spec
-    from stepkd.labels.consensus import consensus_filter, report_on
+    from stepkd.labels.consensus import consensus_filter
+    from stepkd.labels.quality import label_quality
     from stepkd.runs.files import write_jsonl
 
     first, second = (load_rows(parse_spec(word)) for word in (config.first, config.second))
-    agreed = consensus_filter(first, second, mode=config.mode, names=(config.first, config.second))
+    agreed = consensus_filter(first, second, names=(config.first, config.second))
     print_counts(agreed.counts)
     if not agreed.rows:
         raise ConfigError("the two labellings agree on no solution: nothing was written")
     if config.truth is not None:
-        kept = {"A": first, "B": second, "agreed": agreed.rows}
-        for name, quality in report_on(load_rows(parse_spec(config.truth)), kept).items():
-            _print_quality(name, quality)
+        truth = load_rows(parse_spec(config.truth))
+        known = {row["id"] for row in truth}
+        for name, rows in (("A", first), ("B", second), ("agreed", agreed.rows)):
+            _print_quality(name, label_quality([row for row in rows if row["id"] in known], truth))
     written = write_jsonl(Path(config.out), agreed.rows)
     print(f"{written} rows in {config.out}")
     return 0

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from stepkd.labels.convert import convert_rows
-from stepkd.labels.feedback import ConverterConfig
+from stepkd.labels.convert import ConverterConfig, convert_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,12 +40,12 @@ def print_summary(job: StartedJob, summary: Mapping[str, Any]) -> None:
     job.say(
         f"{summary['labelled']} of {summary['solutions']} solutions of {summary['problems']} problems labelled"
         + dropped(summary),
-        f"answers: {summary['right_answers']} right ({summary['right_answers_with_a_wrong_step']} of them with a wrong "
-        f"step), {summary['wrong_answers']} wrong; {summary['cut_off']} solutions cut off",
+        f"answers: {summary['right_answers']} correct ({summary['right_answers_with_a_wrong_step']} of them with an "
+        f"incorrect step), {summary['wrong_answers']} incorrect; {summary['cut_off']} solutions cut off",
         "" if summary["threshold"] is None else f"segmenter threshold: {summary['threshold']:.6g}",
         *(f"{name}: {found}" for name in ("sampling", "labelling") if (found := facts(summary[name]))),
     )
-    table = Table(*("step", "solutions", "right", "wrong", "unlabelled", "share right"))
+    table = Table(*("step", "solutions", "correct", "incorrect", "unlabelled", "share correct"))
     for row in [*summary["by_position"][:12], {"position": None} | summary["balance"]]:
         counts = [row[name] for name in ("right", "wrong", "unlabelled")]
         share = "-" if row["right_share"] is None else f"{row['right_share']:.1%}"

@@ -13,14 +13,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import re
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from stepkd.data.rows import Row
+from stepkd.data.rows import Row, shown
 from stepkd.errors import DataError
 
 READABLE_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
@@ -135,25 +133,14 @@ def _parse(text: str, *, path: Path, line: int, remedy: str) -> Any:
         raise DataError(
             f"corrupt JSON at character {error.colno}: {error.msg}; {remedy}", path=path, line=line + error.lineno - 1
         ) from error
-    except RecursionError as error:
-        raise DataError(f"JSON nested too deeply; {remedy}", path=path, line=line) from error
-    except ValueError as error:  # an integer of more digits than Python reads
-        most = sys.get_int_max_str_digits()
-        found = re.search(rf'"((?:[^"\\]|\\.)*)"\s*:[^"]*?(\d{{{most + 1},}})', text)
-        raise DataError(
-            f"an integer of more than {most:,} digits, which Python does not read: write it as text",
-            path=path,
-            line=line + text.count("\n", 0, found.start(2) if found else 0),
-            column=found[1] if found else None,
-        ) from error
+    except (ValueError, RecursionError) as error:  # nested too deeply, or an integer of more digits than Python reads
+        raise DataError(f"JSON that Python does not read ({error}); {remedy}", path=path, line=line) from error
 
 
 def _as_object(value: object, *, path: Path, line: int) -> Row:
     if isinstance(value, dict):
         return value
-    kinds: dict[type, str] = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
-    kind = kinds.get(type(value), "null")
-    what = f'found a JSON {kind}; a row must be an object such as {{"prompt": ..., "answer": ...}}'
+    what = f'found {shown(value)}; a row must be an object such as {{"prompt": ..., "answer": ...}}'
     raise DataError(what, path=path, line=line)
 
 

@@ -37,31 +37,19 @@ class OverlapReport:
     half_ids: tuple[str, ...]
     """Test ids with a share of at least one half, exact duplicates included."""
 
-    @property
-    def test_count(self) -> int:
-        """Number of test texts."""
-        return len(self.shares)
-
-    @property
-    def touched_count(self) -> int:
-        """Number of test texts that share at least one n-gram with training."""
-        return sum(share > 0 for share in self.shares)
-
-    @property
-    def mean_share(self) -> float:
-        """Mean of ``shares``; 0 without test texts."""
-        return sum(self.shares) / len(self.shares) if self.shares else 0.0
-
     def __str__(self) -> str:
-        def percent(count: int) -> str:
-            return f"{count} ({100 * count / max(self.test_count, 1):.2f}%)"
+        count = len(self.shares)
+
+        def percent(some: int) -> str:
+            return f"{some} ({100 * some / max(count, 1):.2f}%)"
 
         shown = ", ".join(self.half_ids[:5]) + (", ..." if len(self.half_ids) > 5 else "")
         return (
-            f"Overlap of {self.test_count} test texts with {self.train_count} training texts ({self.n}-word n-grams): "
+            f"Overlap of {count} test texts with {self.train_count} training texts ({self.n}-word n-grams): "
             f"{percent(len(self.exact_ids))} are exact duplicates, {percent(len(self.half_ids))} have at least half of "
-            f"their n-grams in training, {percent(self.touched_count)} share at least one; on average a test text "
-            f"shares {100 * self.mean_share:.2f}% of its n-grams." + (f" Largely seen: {shown}." if shown else "")
+            f"their n-grams in training, {percent(sum(share > 0 for share in self.shares))} share at least one; on "
+            f"average a test text shares {100 * sum(self.shares) / max(count, 1):.2f}% of its n-grams."
+            + (f" Largely seen: {shown}." if shown else "")
         )
 
 
@@ -82,7 +70,8 @@ def overlap_report(
         The report.
 
     Raises:
-        ConfigError: ``n`` below 1, or not as many ids as test texts.
+        ConfigError: ``n`` below 1.
+        ValueError: not as many ids as test texts.
     """
     if n < 1:
         raise ConfigError(f"n={n}: an n-gram needs at least 1 word")
@@ -92,9 +81,8 @@ def overlap_report(
         words = normalised_words(text)
         wholes.append(_hash("whole", words))
         grams.append(frozenset(_hashes(words, n)))
-    ids = [str(index) for index in range(len(grams))] if test_ids is None else list(test_ids)
-    if len(ids) != len(grams):
-        raise ConfigError(f"{len(ids)} test_ids for {len(grams)} test texts; there must be as many")
+    ids = map(str, range(len(grams))) if test_ids is None else test_ids
+    named = list(zip(ids, wholes, grams, strict=True))
 
     wanted = set().union(*grams) | set(wholes) if grams else set()
     seen: set[int] = set()
@@ -105,13 +93,13 @@ def overlap_report(
         seen.update(wanted.intersection(_hashes(words, n)))
         seen.update(wanted & {_hash("whole", words)})
 
-    shares = tuple(len(own & seen) / len(own) if own else 0.0 for own in grams)
+    shares = tuple(len(own & seen) / len(own) if own else 0.0 for _, _, own in named)
     return OverlapReport(
         n=n,
         train_count=train_count,
         shares=shares,
-        exact_ids=tuple(name for name, whole in zip(ids, wholes, strict=True) if whole in seen),
-        half_ids=tuple(name for name, share in zip(ids, shares, strict=True) if share >= HALF),
+        exact_ids=tuple(name for name, whole, _ in named if whole in seen),
+        half_ids=tuple(name for (name, _, _), share in zip(named, shares, strict=True) if share >= HALF),
     )
 
 

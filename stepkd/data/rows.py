@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import pydantic
 from pydantic_core import PydanticCustomError
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
 from stepkd.steps.labels import label_kind
 
 Row = dict[str, Any]
@@ -179,8 +179,7 @@ _Whole = Annotated[int, pydantic.Field(strict=True)]
 _Number = pydantic.InstanceOf[float] | _Whole
 TokenIds = Annotated[list[_Whole], _numbers("token ids (whole numbers from 0)", 0)]
 Logprobs = Annotated[list[_Number], _numbers("log-probabilities (finite, at most 0)", most=MAX_LOGPROB)]
-Values = Annotated[list[_Number | None], _numbers("values in [0, 1] or null", 0, 1)]
-Scores = Annotated[list[_Number | None], _numbers("scores in [0, 1] or null", 0, 1)]
+Values = Annotated[list[_Number | None], _numbers("numbers in [0, 1] or null", 0, 1)]
 
 
 # --- the contracts -------------------------------------------------------------------------------------------------
@@ -305,7 +304,7 @@ class RolloutRow(RowModel):
     raw_logprobs: Logprobs | None = None
     step_labels: Labels | None = None
     step_values: Values | None = None
-    step_scores: Scores | None = None
+    step_scores: Values | None = None
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> RolloutRow:
@@ -379,6 +378,11 @@ def problem_with(needs: Needs) -> Contract:
     return Needed
 
 
+def passed_on(row: Mapping[str, Any], *names: str) -> Row:
+    """The named columns that a row has and that are not null."""
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
 # --- validation ----------------------------------------------------------------------------------------------------
 
 
@@ -405,8 +409,6 @@ def validate(
     Raises:
         DataError: the first thing that is wrong, with file, line and column.
     """
-    if extra not in EXTRA_RULES:
-        raise ConfigError(f"extra={extra!r}: must be one of {', '.join(EXTRA_RULES)}")
     found = _unknown(row, contract, extra) if extra != "keep" else None
     if found is None:
         try:

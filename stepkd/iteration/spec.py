@@ -13,7 +13,7 @@ import yaml
 
 from stepkd.data.spec import parse_spec, resolve_split
 from stepkd.errors import ConfigError, check_bounds
-from stepkd.labels.feedback import ConverterConfig
+from stepkd.labels.convert import ConverterConfig
 from stepkd.labels.labellers import LabellerConfig, MonteCarlo
 from stepkd.labels.settings import (
     Fitted,

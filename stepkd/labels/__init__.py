@@ -10,9 +10,11 @@ from typing import Any
 from stepkd.lazy import lazily
 
 _HOMES = {
-    "consensus": "Consensus consensus_filter report_on",
-    "convert": "Balanced Demonstrations MathShepherd Stepwise TRLStepwise convert_rows",
-    "feedback": "Binary Converted ConverterConfig Preference Unpaired completion_of even_pairs",
+    "consensus": "consensus_filter",
+    "convert": (
+        "Balanced Binary Converted ConverterConfig Demonstrations MathShepherd Preference Stepwise TRLStepwise "
+        "Unpaired completion_of convert_rows even_pairs"
+    ),
     "job": "JobParts job_parts run_label_job",
     "labellers": "LabellerConfig MonteCarlo Outcome Scored ScorerLabeller Sums TaskChecker",
     "monte_carlo": "MonteCarloLabeller",

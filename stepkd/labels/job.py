@@ -21,13 +21,12 @@ from stepkd.labels.settings import Cut, Fitted, LabelConfig, OwnSteps, Reject, S
 from stepkd.labels.solutions import (
     ExistingSolutions,
     SampledSolutions,
-    SolutionSource,
     cut,
     drop_duplicates,
     labelled_row,
 )
-from stepkd.labels.step_labels import Labeller, Solution
-from stepkd.labels.workbench import Row, Workbench, finish_job, open_workbench
+from stepkd.labels.step_labels import Labeller, Row, Solution
+from stepkd.labels.workbench import Workbench, finish_job, open_workbench
 from stepkd.models.checkpoint import load_trained, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.runs.files import write_json
@@ -40,6 +39,7 @@ from stepkd.steps.threshold import SegmentThreshold, fit_threshold
 
 KIND, THRESHOLD_NAME = "labelling job", "threshold.json"
 SOLUTIONS, LABELS = "solutions", "labels"
+Source = SampledSolutions | ExistingSolutions
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class JobParts:
 
     bench: Workbench
     """Rows, policy, template and grader."""
-    source: SolutionSource
+    source: Source
     """Where solutions come from."""
     labeller: Labeller
     """What labels them."""
@@ -133,14 +133,12 @@ def _segmenter(
     assert isinstance(steps, Cut | Fitted | Reject)
     if isinstance(steps, Fitted):
         (signal,) = steps.signals
-        sampling = parts.settings["sampling"]
         threshold = fit_threshold(
             [solution.signals[signal] for solution in solutions],
             steps.quantile,
             signal="confidence" if signal == "logprobs" else "entropy",
             model=parts.bench.model,
-            sampling=sampling,
-            seed=None if sampling is None else sampling["seed"],
+            sampling=parts.settings["sampling"],
         )
         write_json(out / THRESHOLD_NAME, threshold.to_dict())
         segmenter: Segmenter = threshold.segmenter()
@@ -215,7 +213,7 @@ def job_parts(
     sampling = None
     if isinstance(solutions, Sampled):
         sampling = bench.limited(solutions.sampling)
-        source: SolutionSource = SampledSolutions(bench, sampler, sampling, steps.signals, teacher)
+        source: Source = SampledSolutions(bench, sampler, sampling, steps.signals, teacher)
     else:
         keep = isinstance(steps, OwnSteps)
         source = ExistingSolutions(bench, keep_steps=keep, signals=steps.signals, teacher=teacher)

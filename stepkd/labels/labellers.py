@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal, get_args
@@ -21,7 +21,7 @@ from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import ScorerConfig, Solutions, StepScorer
 from stepkd.steps.labels import check_threshold, passes
 from stepkd.tasks.base import Given
-from stepkd.tasks.rows import check_row, is_task_row
+from stepkd.tasks.rows import check_row
 
 
 def check_noise(sampling: SamplingConfig, what: str) -> None:
@@ -34,19 +34,20 @@ def check_noise(sampling: SamplingConfig, what: str) -> None:
         raise ConfigError(f"{sampling.n} {what} at temperature 0 would all be the same: set a temperature, or n to 1")
 
 
-def check_task_row(row: Row, place: str, remedy: str) -> None:
-    """Refuse a row that no task of the tiny world generated.
+def check_has(row: Row, place: str, names: Sequence[str], lacks: str) -> None:
+    """Refuse a row in which all of these columns are missing or null.
 
     Raises:
-        DataError: naming the row, with the remedy.
+        DataError: naming the row, with what it lacks and the remedy.
     """
-    if not is_task_row(row):
-        raise DataError(
-            f"row {str(row['id'])!r} has no 'task' and 'meta': only rows of the tiny world (source 'task') have an "
-            f"exact checker; {remedy}",
-            path=place,
-            column="task",
-        )
+    if all(row.get(name) is None for name in names):
+        raise DataError(f"row {str(row['id'])!r} {lacks}", path=place, column=names[0])
+
+
+def check_task_row(row: Row, place: str, remedy: str) -> None:
+    """Refuse a row that no task of the tiny world generated; see :func:`check_has`."""
+    lacks = "has no 'task' and 'meta': only rows of the tiny world (source 'task') have an exact checker"
+    check_has(row, place, ["task"], f"{lacks}; {remedy}")
 
 
 class LabellerConfig(ABC):
@@ -92,13 +93,8 @@ class MonteCarlo(LabellerConfig):
 
     def check(self, row: Row, place: str) -> None:
         """It needs an answer."""
-        if row.get("answer") is None:
-            raise DataError(
-                f"row {str(row['id'])!r} has no 'answer', and Monte-Carlo labels compare continuations with it: add "
-                "the column, or use another labeller",
-                path=place,
-                column="answer",
-            )
+        why = "Monte-Carlo labels compare continuations with it"
+        check_has(row, place, ["answer"], f"has no 'answer', and {why}: add the column, or use another labeller")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +151,8 @@ class Outcome(LabellerConfig):
 
     def check(self, row: Row, place: str) -> None:
         """It needs an answer, or an outcome."""
-        if all(row.get(name) is None for name in ("correct", "outcome", "answer")):
-            raise DataError(
-                f"row {str(row['id'])!r} has neither an 'answer' nor a stated outcome: nothing says whether its answer "
-                "is correct",
-                path=place,
-                column="answer",
-            )
+        lacks = "has neither an 'answer' nor a stated outcome: nothing says whether its answer is correct"
+        check_has(row, place, ["answer", "correct", "outcome"], lacks)
 
     def label(self, solutions: Sequence[Solution]) -> list[StepLabels]:
         """See :class:`Labeller`; labels are true or false."""
@@ -242,22 +233,6 @@ class ScorerLabeller:
         labels = known if at is None else tuple(passes(score, at) for score in known)
         return StepLabels(labels, facts={"scores": list(known)})
 
-    def passing(self, asked: Sequence[Asked]) -> list[list[bool]]:
-        """Whether each candidate step passes; one without a score (cut off by the scorer's context) does not.
-
-        Raises:
-            DataError: the scorer's answer does not fit what it was asked.
-        """
-        used = [Solutions(row, [[*before, step] for step in steps]) for row, before, steps in asked if steps]
-        scored = iter(self.scorer.score(used) if used else ())
-        found = []
-        for _, before, candidates in asked:
-            scores = next(scored) if candidates else []
-            if len(scores) != len(candidates) or any(len(values) != len(before) + 1 for values in scores):
-                raise DataError("the scorer gave another number of scores than it was asked for")
-            found.append([passes(values[-1], self.threshold or 0.5) is True for values in scores])
-        return found
-
     def provenance(self) -> dict[str, Any]:
         """What the labels came from."""
         return {
@@ -266,7 +241,3 @@ class ScorerLabeller:
             "meaning": self.scorer.meaning,
             "scorer": self.scorer.provenance(),
         }
-
-
-Asked = tuple[Mapping[str, Any], Sequence[str], Sequence[str]]
-"""Problem row, the steps before, and candidates for the next step."""

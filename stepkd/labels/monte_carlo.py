@@ -60,7 +60,8 @@ class MonteCarloLabeller:
         is over), and the ``generated_tokens`` and ``prefill_tokens`` spent on it.
 
         Raises:
-            DataError: a solution without steps, prompt or answer, or with spans that do not fit its tokens.
+            DataError: a solution without steps, prompt or answer.
+            ValueError: spans that do not fit its tokens.
         """
         for solution in solutions:
             _check(solution)
@@ -187,15 +188,8 @@ def until_stop(ids: Sequence[int], known: int, policy: Policy, sampling: Samplin
 
 
 def _check(solution: Solution) -> None:
-    if not len(solution.prompt_ids):
-        raise DataError("the solution has no prompt tokens to start from", path=solution.id)
-    if not solution.steps:
-        raise DataError("the solution has no steps to label: drop it", path=solution.id)
-    if len(solution.spans) != len(solution.steps):
-        raise DataError(f"{len(solution.spans)} step spans but {len(solution.steps)} step texts", path=solution.id)
-    try:
-        check_partition(solution.spans, len(solution.token_ids))
-    except ValueError as error:
-        raise DataError(str(error), path=solution.id) from error
-    if solution.row.get("answer") in (None, ""):
-        raise DataError("the problem has no answer to grade continuations by", path=solution.id, column="answer")
+    lacking = not len(solution.prompt_ids) or not solution.steps or solution.row.get("answer") in (None, "")
+    if lacking or len(solution.spans) != len(solution.steps):
+        what = "needs a prompt, steps with a span each, and an answer to grade continuations by"
+        raise DataError(what, path=solution.id)
+    check_partition(solution.spans, len(solution.token_ids))

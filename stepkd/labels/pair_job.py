@@ -9,19 +9,22 @@ depend on the number of ranks or on interruptions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.data.spec import PAIRS_NAME
 from stepkd.labels.settings import PairJobConfig, StepPairConfig, TreePairConfig
+from stepkd.labels.step_labels import Row
 from stepkd.labels.step_pairs import step_pair_builder
 from stepkd.labels.tree_pairs import tree_pair_builder
 from stepkd.labels.workbench import PairBuilder, finish_job
 from stepkd.runs.job import ALONE, SUMMARY_NAME, Job, JobOptions, numbered
 
 KIND, PAIRS = "pair job", "pairs"
+
+
 _BUILDERS: dict[type[PairJobConfig], Callable[[Any], PairBuilder]] = {
     StepPairConfig: step_pair_builder,
     TreePairConfig: tree_pair_builder,
@@ -73,7 +76,7 @@ def run_pair_job(
     return finish_job(job, PAIRS_NAME, rows, summary, nothing=f"no pair could be made from {summary['items']} items")
 
 
-def drop_repeated_pairs(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def drop_repeated_pairs(records: Sequence[Row]) -> list[dict[str, Any]]:
     """Keep the first of equal pairs of one problem, and count the others as ``repeated_pair``.
 
     Several solutions of a problem may make the same mistake at the same place; its pair should not count twice.
@@ -94,7 +97,7 @@ def drop_repeated_pairs(records: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     return kept
 
 
-def summarise_pairs(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_pairs(records: Sequence[Row]) -> dict[str, Any]:
     """Summary of a finished pair job; depends on nothing but the records.
 
     Returns:
@@ -122,6 +125,6 @@ def summarise_pairs(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _pairs_per_item(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+def _pairs_per_item(records: Sequence[Row]) -> dict[str, tuple[float, float]]:
     # An item without facts was left out before anything was drawn for it.
     return {"items with a pair": (sum(bool(r["rows"]) for r in records), sum(bool(r["facts"]) for r in records))}

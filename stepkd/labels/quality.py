@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +11,9 @@ import numpy as np
 
 from stepkd.data.rows import check_unique_ids
 from stepkd.errors import DataError
+from stepkd.labels.step_labels import Row, outcome_of
 from stepkd.statistics import FloatArray, Interval, cluster_bootstrap, ratio_interval
 from stepkd.steps.labels import ANY_SUCCESS, Label, first_incorrect, passes, tally, verdicts
-
-Row = Mapping[str, Any]
 
 
 def row_labels(row: Row) -> list[Label]:
@@ -60,35 +59,30 @@ def _step_texts(row: Row) -> list[str] | None:
     return None if texts is None else [text.strip() for text in texts]
 
 
-_RIGHT_RIGHT, _RIGHT_WRONG, _WRONG_RIGHT, _WRONG_WRONG = range(4)  # label, truth
-
-
 @dataclass(frozen=True)
 class LabelQuality:
     """Agreement of labels with the truth; intervals resample problems. A share of nothing is None."""
 
     balanced_accuracy: Interval | None
-    """Mean of the shares labelled rightly among truly right and among truly wrong steps; None if one is missing. A
-    constant label, such as the always-positive baseline, has 0.5."""
+    """Mean of the shares labelled correctly among truly correct and among truly incorrect steps; None if one is
+    missing. A constant label, such as the always-positive baseline, has 0.5."""
     accuracy: Interval
-    """Share of steps labelled rightly."""
+    """Share of steps labelled correctly."""
     always_positive: Interval
-    """Accuracy of calling every step right: the share of truly right steps."""
+    """Accuracy of calling every step correct: the share of truly correct steps."""
     precision: Interval | None
-    """Share of truly right steps among those labelled right."""
+    """Share of truly correct steps among those labelled correct."""
     recall: Interval | None
-    """Share labelled right among truly right steps."""
+    """Share labelled correct among truly correct steps."""
     error_precision: Interval | None
-    """Share of truly wrong steps among those labelled wrong."""
+    """Share of truly incorrect steps among those labelled incorrect."""
     error_recall: Interval | None
-    """Share labelled wrong among truly wrong steps."""
+    """Share labelled incorrect among truly incorrect steps."""
     first_error_accuracy: Interval
-    """Share of solutions whose first wrong step (or its absence) is labelled exactly."""
+    """Share of solutions whose first incorrect step (or its absence) is labelled exactly."""
     recoverable: Interval | None
-    """Share of truly wrong steps from which a right answer was still reached (``step_values`` above 0): future success
-    calls them right although the step is not. None without values."""
-    balanced_accuracy_unrecoverable: Interval | None
-    """Balanced accuracy without the recoverable steps; None without values."""
+    """Share of truly incorrect steps from which the correct answer was still reached (``step_values`` above 0): future
+    success calls them correct although the step is not. None without values."""
     steps: int
     """Steps judged."""
     solutions: int
@@ -98,7 +92,7 @@ class LabelQuality:
     unlabelled: int
     """Steps left out because either side has no label for them."""
     after_error: int
-    """Steps left out because they follow the first truly wrong one."""
+    """Steps left out because they follow the first truly incorrect one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON."""
@@ -106,16 +100,13 @@ class LabelQuality:
         return asdict(self) | {name: value and value.to_dict() for name, value in shares.items()}
 
 
-def label_quality(
-    rows: Sequence[Row], truth_rows: Sequence[Row], *, up_to_first_error: bool = True, seed: int = 0
-) -> LabelQuality:
-    """Judge labels by true ones of the same solutions.
+def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int = 0) -> LabelQuality:
+    """Judge labels by true ones of the same solutions, up to and including the first truly incorrect step of each:
+    after it, what a correct step is depends on whom one asks.
 
     Args:
         rows: labelled rows, matched to the truth by ``id``.
         truth_rows: rows with true labels; those without a match are ignored.
-        up_to_first_error: judge the steps up to and including the first truly wrong one: after it, what a right step
-            is depends on whom one asks.
         seed: of the bootstrap.
 
     Raises:
@@ -132,50 +123,46 @@ def label_quality(
         if row["id"] not in truths:
             raise DataError(f"row {row['id']!r} has no true labels: give the truth of the same solutions")
         check_same_steps(row, truths[row["id"]], names=names)
-        # Of each problem: steps by cell, those of them that are recoverable, solutions labelled exactly, solutions.
-        counts = found.setdefault(str(row.get("problem_id") or row["id"]), np.zeros(10))
+        # Of each problem: steps by cell, recoverable ones, solutions labelled exactly, solutions.
+        counts = found.setdefault(str(row.get("problem_id") or row["id"]), np.zeros(7))
         marks, true = verdicts(row_labels(row)), verdicts(row_labels(truths[row["id"]]))
         values = row.get("step_values") or [None] * len(marks)
-        wrong = true.index(False) if False in true else -1
-        for i, (mark, right, value) in enumerate(zip(marks, true, values, strict=True)):
-            if up_to_first_error and i > wrong >= 0:
-                after_error += 1
-            elif mark is None or right is None:
+        first = true.index(False) if False in true else -1
+        judged = len(true) if first < 0 else first + 1
+        after_error += len(true) - judged
+        for mark, correct, value in zip(marks[:judged], true[:judged], values[:judged], strict=True):
+            if mark is None or correct is None:
                 unlabelled += 1
             else:
-                cell = 2 * (not mark) + (not right)
-                counts[cell] += 1
-                counts[4 + cell] += not right and passes(value, ANY_SUCCESS) is True
+                counts[2 * (not mark) + (not correct)] += 1
+                counts[4] += not correct and passes(value, ANY_SUCCESS) is True
                 has_values |= value is not None
-        counts[8:] += (first_incorrect(row_labels(row)) == wrong, 1)
+        counts[5:] += (first_incorrect(row_labels(row)) == first, 1)
     if not sum(each[:4].sum() for each in found.values()):
-        raise DataError(f"no step has both a label and a true one ({unlabelled} steps lack one of them)")
+        raise DataError(f"no step has both a label and a true one ({unlabelled} steps of {len(rows)} rows lack one)")
     columns = np.array(list(found.values()))
-    steps, recoverable = columns[:, :4], columns[:, 4:8]
+    steps = columns[:, :4]
 
-    def share(top: Sequence[int], bottom: Sequence[int]) -> Interval | None:
-        below = steps[:, bottom].sum(1)
-        return ratio_interval(steps[:, top].sum(1), below, seed=seed) if below.sum() else None
+    def share(top: FloatArray, bottom: FloatArray = steps) -> Interval | None:
+        top, bottom = (each.reshape(len(steps), -1).sum(1) for each in (top, bottom))
+        return ratio_interval(top, bottom, seed=seed) if bottom.sum() else None
 
-    accuracy, positive = share([_RIGHT_RIGHT, _WRONG_WRONG], range(4)), share([_RIGHT_RIGHT, _WRONG_RIGHT], range(4))
+    both_right, both_wrong = steps[:, 0], steps[:, 3]  # label and truth; between them: label right, label wrong
+    accuracy, positive = share(steps[:, [0, 3]]), share(steps[:, [0, 2]])
     assert accuracy is not None
     assert positive is not None
-    truly_wrong = steps[:, [_RIGHT_WRONG, _WRONG_WRONG]].sum(1)
     return LabelQuality(
         balanced_accuracy=_balanced(steps, seed),
         accuracy=accuracy,
         always_positive=positive,
-        precision=share([_RIGHT_RIGHT], [_RIGHT_RIGHT, _RIGHT_WRONG]),
-        recall=share([_RIGHT_RIGHT], [_RIGHT_RIGHT, _WRONG_RIGHT]),
-        error_precision=share([_WRONG_WRONG], [_WRONG_WRONG, _WRONG_RIGHT]),
-        error_recall=share([_WRONG_WRONG], [_WRONG_WRONG, _RIGHT_WRONG]),
-        first_error_accuracy=ratio_interval(columns[:, 8], columns[:, 9], seed=seed),
-        recoverable=ratio_interval(recoverable.sum(1), truly_wrong, seed=seed)
-        if has_values and truly_wrong.sum()
-        else None,
-        balanced_accuracy_unrecoverable=_balanced(steps - recoverable, seed) if has_values else None,
+        precision=share(both_right, steps[:, :2]),
+        recall=share(both_right, steps[:, [0, 2]]),
+        error_precision=share(both_wrong, steps[:, 2:]),
+        error_recall=share(both_wrong, steps[:, [1, 3]]),
+        first_error_accuracy=ratio_interval(columns[:, 5], columns[:, 6], seed=seed),
+        recoverable=share(columns[:, 4], steps[:, [1, 3]]) if has_values else None,
         steps=int(steps.sum()),
-        solutions=int(columns[:, 9].sum()),
+        solutions=int(columns[:, 6].sum()),
         problems=len(columns),
         unlabelled=unlabelled,
         after_error=after_error,
@@ -183,17 +170,15 @@ def label_quality(
 
 
 def _balanced(counts: FloatArray, seed: int) -> Interval | None:
-    """Balanced accuracy of (problems, 4) counts; None without right or without wrong steps."""
-    totals = counts.sum(0)
-    if not totals[_RIGHT_RIGHT] + totals[_WRONG_RIGHT] or not totals[_WRONG_WRONG] + totals[_RIGHT_WRONG]:
+    """Balanced accuracy of (problems, 4) counts; None without correct or without incorrect steps."""
+    if not counts[:, [0, 2]].sum() or not counts[:, [1, 3]].sum():
         return None
 
     def statistic(resampled: FloatArray) -> FloatArray:
         cells = resampled.sum(axis=1)
         with np.errstate(invalid="ignore"):
-            right = cells[:, _RIGHT_RIGHT] / (cells[:, _RIGHT_RIGHT] + cells[:, _WRONG_RIGHT])
-            wrong = cells[:, _WRONG_WRONG] / (cells[:, _WRONG_WRONG] + cells[:, _RIGHT_WRONG])
-        return np.asarray((right + wrong) / 2, dtype=np.float64)
+            shares = cells[:, [0, 3]] / (cells[:, [0, 3]] + cells[:, [2, 1]])
+        return np.asarray(shares.sum(1) / 2, dtype=np.float64)
 
     return cluster_bootstrap(counts, statistic, seed=seed)
 
@@ -216,7 +201,7 @@ def summarise_labels(
     rows = [record["row"] for record in records if "row" in record]
     dropped = Counter(record["dropped"] for record in records if "dropped" in record)
     dropped += Counter({"duplicate": duplicates, "longer_than_context": too_long})
-    known = [row.get("correct", row.get("outcome")) for row in rows]
+    known = [outcome_of(row) for row in rows]
     graded = [bool(outcome) for outcome in known if outcome is not None]
     marks = [verdicts(row_labels(row)) for row in rows]
     samples = [sample for record in drawn for sample in record.get("samples", ())]

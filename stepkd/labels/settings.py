@@ -256,8 +256,6 @@ class StepPairing:
     check: ScorerConfig | str | None = None
     """Scorer that says whether the better step is correct itself: ``checker`` in the tiny world, else a class of
     settings such as Judge, or a word such as judge:MODEL; null takes every step whose continuation ends correctly."""
-    segmenter: str | None = None
-    """What cuts continuations into steps; null takes what cut the row, else lines."""
 
     def __post_init__(self) -> None:
         check_choice("take", self.take, get_args(Take))
@@ -265,10 +263,6 @@ class StepPairing:
         check_threshold(self.threshold)
         check_choice("neutral", self.neutral, get_args(Neutral))
         check_noise(self.sampling, "continuations of a prefix")
-        if self.segmenter is not None:
-            if self.segmenter.partition(":")[0] == "reject":
-                raise ConfigError("segmenter 'reject' needs a teacher's signals, which continuations do not have")
-            get_segmenter(self.segmenter)
 
 
 @dataclass(frozen=True, kw_only=True)

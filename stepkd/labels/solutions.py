@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from stepkd.data.completion import Completion, Finish
 from stepkd.data.encode import Encoder, with_end
-from stepkd.data.rows import ROLLOUT, STEPWISE, validate
-from stepkd.errors import DataError
-from stepkd.labels.step_labels import Solution, StepLabels
-from stepkd.labels.workbench import PROBLEM_COLUMNS, Row, Workbench
+from stepkd.data.rows import ROLLOUT, STEPWISE, passed_on, validate
+from stepkd.labels.step_labels import PROBLEM_COLUMNS, Row, Solution, StepLabels, outcome_of
+from stepkd.labels.workbench import Workbench
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
 from stepkd.sampling.sampler import Sampler, SamplingConfig
@@ -33,25 +32,9 @@ STALE = (
 _SAMPLED = ("token_ids", "logprobs", "raw_logprobs", "finish", "text")  # what is kept of a sampled completion
 
 
-class SolutionSource(Protocol):
-    """Where a job's solutions come from; its items are worked on in groups, and their records are stored."""
-
-    def groups(self) -> list[list[int]]:
-        """Item numbers of every group; depends on nothing but the data and the settings."""
-        ...
-
-    def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
-        """Records of these items (``id``, ``index`` and JSON values): samples, grades, signals."""
-        ...
-
-    def solutions(self, record: Row) -> list[Solution]:
-        """The solutions of one record, in order, not cut into steps yet."""
-        ...
-
-
 @dataclass(eq=False)
 class SampledSolutions:
-    """``n`` solutions of every problem; an item is a problem."""
+    """``n`` solutions of every problem, an item; items are worked on in groups, whose records are stored."""
 
     bench: Workbench
     """Problems, policy, template and grader."""
@@ -68,11 +51,11 @@ class SampledSolutions:
         self.prompts = encode_prompts(self.bench.policy, self.bench.template, self.bench.rows)
 
     def groups(self) -> list[list[int]]:
-        """See :class:`SolutionSource`."""
+        """Item numbers of every group; depends on nothing but the data and the settings."""
         return fixed_batches(self.prompts, self.sampling.n, self.bench.config.max_rows)
 
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
-        """Draw and grade the solutions of these problems."""
+        """Draw and grade the solutions of these problems: records with ``id``, ``index`` and other JSON values."""
         prompts = [self.prompts[item] for item in items]
         drawn = self.sampler.sample(
             [prompt.prompt_ids for prompt in prompts], self.sampling, purpose=PURPOSE, indices=list(items)
@@ -95,7 +78,7 @@ class SampledSolutions:
         ]
 
     def solutions(self, record: Row) -> list[Solution]:
-        """See :class:`SolutionSource`."""
+        """The solutions of one record, in order, not cut into steps yet."""
         prompt, n = self.prompts[record["index"]], self.sampling.n
         sampling = asdict(self.sampling) | {"stop": list(self.sampling.stop)}
         seed = sampling.pop("seed")
@@ -150,7 +133,7 @@ class ExistingSolutions:
         self._encoder = Encoder(tokenizer, self.bench.template, get_segmenter("newline"), max_length=10**9)
 
     def groups(self) -> list[list[int]]:
-        """See :class:`SolutionSource`."""
+        """See :class:`SampledSolutions`."""
         numbers = list(range(len(self.bench.rows)))
         return [numbers[start : start + GROUP] for start in range(0, len(numbers), GROUP)]
 
@@ -158,7 +141,7 @@ class ExistingSolutions:
         """Grade these rows, and compute the signals they lack; a row longer than the model's context has none."""
         rows = [self.bench.rows[item] for item in items]
         records: list[dict[str, Any]] = [
-            {"id": str(row["id"]), "index": item, "correct": _stated_outcome(row)}
+            {"id": str(row["id"]), "index": item, "correct": outcome_of(row)}
             for item, row in zip(items, rows, strict=True)
         ]
         found = [self._solution(record) for record in records]
@@ -171,25 +154,21 @@ class ExistingSolutions:
         context = self.bench.policy.max_length
         for record, each in zip(records, found, strict=True):
             record["too_long"] = context is not None and each.length > context
-        for names in (["logprobs"], [name for name in self.signals if name != "logprobs"]):
-            lacking = [
-                k
-                for k, each in enumerate(found)
-                if set(names) & set(self.signals) - set(each.signals) and not records[k]["too_long"]
-            ]
-            signals = _signals(names, self.bench, self.teacher, [found[k] for k in lacking])
-            for k, values in zip(lacking, signals, strict=True):
-                records[k] |= values
+        lacking = [[name for name in self.signals if name not in each.signals] for each in found]
+        asked = [k for k, names in enumerate(lacking) if names and not records[k]["too_long"]]
+        signals = _signals(self.signals, self.bench, self.teacher, [found[k] for k in asked])
+        for k, values in zip(asked, signals, strict=True):
+            records[k] |= {name: values[name] for name in lacking[k]}
         return records
 
     def solutions(self, record: Row) -> list[Solution]:
-        """See :class:`SolutionSource`; none for a row longer than the model's context."""
+        """See :class:`SampledSolutions`; none for a row longer than the model's context."""
         return [] if record["too_long"] else [self._solution(record)]
 
     def _solution(self, record: Row) -> Solution:
         row, tokenizer = self.bench.rows[record["index"]], self.bench.policy.tokenizer
         problem = {"id": str(row.get("problem_id") or row["id"]), "prompt": row["prompt"]}
-        problem |= {name: row[name] for name in PROBLEM_COLUMNS if row.get(name) is not None}
+        problem |= passed_on(row, *PROBLEM_COLUMNS)
         signals = {name: record[name] for name in self.signals if name in record}
         finish: Finish = "stop"
         if "token_ids" in row:
@@ -240,14 +219,6 @@ def _signals(
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _stated_outcome(row: Row) -> bool | None:
-    column = "correct" if row.get("correct") is not None else "outcome"
-    value = row.get(column)
-    if value is not None and not isinstance(value, bool):
-        raise DataError(f"must be true or false, found {value!r}", path=str(row["id"]), column=column)
-    return value
 
 
 def drop_duplicates(solutions: Sequence[Solution]) -> tuple[list[Solution], int]:

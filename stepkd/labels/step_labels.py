@@ -11,6 +11,8 @@ from stepkd.errors import DataError
 from stepkd.steps.labels import ANY_SUCCESS, passes
 
 Row = Mapping[str, Any]
+PROBLEM_COLUMNS = ("answer", "task", "meta")
+"""Columns of a problem that labelled rows keep, so that they can be checked and labelled again."""
 Reduce = Literal["any", "mean", "first_error", "propagate"]
 
 
@@ -37,7 +39,7 @@ class StepLabels:
     labels: tuple[bool | int | float | None, ...]
     """One per step, all of one kind (bool, -1/0/1, or float in [0, 1]); None: not labelled."""
     values: tuple[float | None, ...] | None = None
-    """Estimated chance per step that the answer comes out right from there, in [0, 1]; None: not estimated."""
+    """Estimated chance per step that the answer is correct from there on, in [0, 1]; None: not estimated."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """JSON values kept with the row: successes and trials per step, tokens generated, ..."""
 
@@ -77,3 +79,9 @@ def reduce_values(values: Sequence[float], reduce: Reduce) -> tuple[bool | float
         return tuple(any(labels[i:]) for i in range(len(labels)))
     first = labels.index(False) if reduce == "first_error" and False in labels else len(labels)
     return tuple(label if i <= first else None for i, label in enumerate(labels))
+
+
+def outcome_of(row: Row) -> bool | None:
+    """Whether the answer of a rollout row or a stepwise row is correct; None: not graded."""
+    correct: bool | None = row.get("outcome") if row.get("correct") is None else row["correct"]
+    return correct

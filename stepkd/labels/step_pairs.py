@@ -14,13 +14,14 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from stepkd.data.completion import Completion
+from stepkd.data.rows import passed_on
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.labellers import ScorerLabeller, check_task_row
+from stepkd.labels.labellers import ScorerLabeller, check_has, check_task_row
 from stepkd.labels.monte_carlo import continued, grade_continuations
 from stepkd.labels.settings import StepPairConfig
 from stepkd.labels.solutions import ExistingSolutions, cut
-from stepkd.labels.step_labels import Solution
-from stepkd.labels.workbench import PROBLEM_COLUMNS, Row, Workbench, open_workbench, pair_record
+from stepkd.labels.step_labels import PROBLEM_COLUMNS, Row, Solution
+from stepkd.labels.workbench import PairBuilder, Workbench, open_workbench, pair_record
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
@@ -37,7 +38,7 @@ PURPOSE = "step_preference"
 _LIGHT = 256  # rows per group where nothing is drawn
 
 
-class Wrong(NamedTuple):
+class Flawed(NamedTuple):
     """A solution and the number of its first incorrect step."""
 
     solution: Solution
@@ -124,14 +125,14 @@ def segmenter_of(row: Row) -> Segmenter:
     if kind == "reject":
         raise ConfigError(
             f"row {row.get('id', '?')!r} was cut by the segmenter 'reject', which needs a teacher's signals that "
-            "continuations do not have: give a segmenter"
+            "continuations do not have: label its solutions again with other steps"
         )
     if kind in ("regex", "regex_before", "adaptive_step", "entropy"):
         return get_segmenter(f"{kind}:{facts.get('pattern', facts.get('threshold'))}")
     return get_segmenter(kind if kind in SEGMENTERS else "newline")
 
 
-class StepPairBuilder:
+class StepPairBuilder(PairBuilder):
     """Makes Step-DPO pairs; an item is a labelled rollout row.
 
     Args:
@@ -165,13 +166,13 @@ class StepPairBuilder:
             "max_pairs": config.max_pairs,
             "neutral": config.neutral,
             "threshold": config.threshold,
-            "segmenter": config.segmenter or "of the row",
+            "segmenter": "of the row",
             "check": None if check is None else check.provenance(),
             "prompt": bench.prompt_id,
         }
 
     def groups(self) -> list[list[int]]:
-        """See :class:`~stepkd.labels.workbench.PairBuilder`: solutions with a wrong step first, then all others."""
+        """See :class:`~stepkd.labels.workbench.PairBuilder`: those with an incorrect step first, then all others."""
         groups: list[list[int]] = []
         for drawn, size in ((True, max(1, self.config.max_rows // self.sampling.n)), (False, _LIGHT)):
             items = [item for item, found in enumerate(self._found) if isinstance(found, int) is drawn]
@@ -181,8 +182,8 @@ class StepPairBuilder:
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """See :class:`~stepkd.labels.workbench.PairBuilder`."""
         plans = {item: self._plan(item) for item in items}
-        wrongs = [plan for plan in plans.values() if isinstance(plan, Wrong)]
-        records = {plan.solution.index: record for plan, record in zip(wrongs, self._pair(wrongs), strict=True)}
+        flawed_ones = [plan for plan in plans.values() if isinstance(plan, Flawed)]
+        records = {each.solution.index: made for each, made in zip(flawed_ones, self._pair(flawed_ones), strict=True)}
         return [
             pair_record(str(self.bench.rows[item]["id"]), item, dropped={plan: 1})
             if isinstance(plan, str)
@@ -190,12 +191,8 @@ class StepPairBuilder:
             for item, plan in plans.items()
         ]
 
-    def summary(self, records: Sequence[Row]) -> dict[str, Any]:
-        """See :class:`~stepkd.labels.workbench.PairBuilder`; none."""
-        return {}
-
-    def _plan(self, item: int) -> Wrong | str:
-        """The wrong step of an item, or why it is left out."""
+    def _plan(self, item: int) -> Flawed | str:
+        """The incorrect step of an item, or why it is left out."""
         found, row = self._found[item], self.bench.rows[item]
         if isinstance(found, str):
             return found
@@ -213,44 +210,45 @@ class StepPairBuilder:
             return whole
         if any(not text.strip() for text in whole.steps[: found + 1]):
             return "step_without_text"
-        wrong, context = Wrong(whole, found), self.policy.max_length
-        return "too_long" if context is not None and len(whole.prompt_ids) + wrong.known >= context else wrong
+        flawed, context = Flawed(whole, found), self.policy.max_length
+        return "too_long" if context is not None and len(whole.prompt_ids) + flawed.known >= context else flawed
 
-    def _pair(self, wrongs: Sequence[Wrong]) -> list[dict[str, Any]]:
-        if not wrongs:
+    def _pair(self, flawed_ones: Sequence[Flawed]) -> list[dict[str, Any]]:
+        if not flawed_ones:
             return []
-        branches = [continued(wrong.solution, [wrong.known]) for wrong in wrongs]
+        branches = [continued(flawed.solution, [flawed.known]) for flawed in flawed_ones]
         drawn = self.sampler.sample_branches(branches, self.sampling, purpose=PURPOSE)
-        rollouts = [(w.solution, w.known, result.rollouts[0]) for w, result in zip(wrongs, drawn, strict=True)]
+        rollouts = [(w.solution, w.known, result.rollouts[0]) for w, result in zip(flawed_ones, drawn, strict=True)]
         verdicts = grade_continuations(rollouts, self.policy, self.bench.grader, self.sampling)
         found = [
-            self._better_steps(wrong, [each for each, good in zip(all_of_it, marks, strict=True) if good])
-            for wrong, (_, _, all_of_it), marks in zip(wrongs, rollouts, verdicts, strict=True)
+            self._better_steps(flawed, [each for each, good in zip(all_of_it, marks, strict=True) if good])
+            for flawed, (_, _, all_of_it), marks in zip(flawed_ones, rollouts, verdicts, strict=True)
         ]
         passing = [[True] * len(steps) for steps, _ in found]
         if self.check is not None:
             asked = [
-                (wrong.solution.row, wrong.solution.steps[: wrong.step], [step.text for step in steps])
-                for wrong, (steps, _) in zip(wrongs, found, strict=True)
+                replace(flawed.solution, steps=(*flawed.solution.steps[: flawed.step], step.text))
+                for flawed, (steps, _) in zip(flawed_ones, found, strict=True)
+                for step in steps
             ]
-            passing = self.check.passing(asked)
+            labels = iter(self.check.label(asked) if asked else ())
+            passing = [[next(labels).labels[-1] is True for _ in steps] for steps, _ in found]
         return [
-            self._record(wrong, result, sum(marks), *steps, goods)
-            for wrong, result, marks, steps, goods in zip(wrongs, drawn, verdicts, found, passing, strict=True)
+            self._record(flawed, result, sum(marks), *steps, goods)
+            for flawed, result, marks, steps, goods in zip(flawed_ones, drawn, verdicts, found, passing, strict=True)
         ]
 
-    def _better_steps(self, wrong: Wrong, right: Sequence[Completion]) -> tuple[list[Better], Counter[str]]:
+    def _better_steps(self, flawed: Flawed, correct: Sequence[Completion]) -> tuple[list[Better], Counter[str]]:
         """Distinct first steps of continuations that end correctly, and what was left out."""
         steps: dict[str, Better] = {}
         counts: Counter[str] = Counter()
-        name = self.config.segmenter
-        segmenter = segmenter_of(wrong.solution.columns) if name is None else get_segmenter(name)
-        for rollout in right:
-            step = next_step(rollout, wrong.known, segmenter, self.policy)
+        segmenter = segmenter_of(flawed.solution.columns)
+        for rollout in correct:
+            step = next_step(rollout, flawed.known, segmenter, self.policy)
             # Steps that differ in the white space around them say the same.
             if step is None:
                 counts["unusable_steps"] += 1
-            elif step.text.strip() == wrong.solution.steps[wrong.step].strip():
+            elif step.text.strip() == flawed.solution.steps[flawed.step].strip():
                 counts["steps_like_the_wrong_one"] += 1
             elif step.text.strip() in steps:
                 counts["repeated_steps"] += 1
@@ -260,50 +258,49 @@ class StepPairBuilder:
 
     def _record(
         self,
-        wrong: Wrong,
+        flawed: Flawed,
         result: BranchRollouts,
-        num_right: int,
+        num_correct: int,
         steps: Sequence[Better],
-        counts: Mapping[str, int],
+        counts: Counter[str],
         passing: Sequence[bool],
     ) -> dict[str, Any]:
-        solution, passed = wrong.solution, [step for step, passes in zip(steps, passing, strict=True) if passes]
+        solution, passed = flawed.solution, [step for step, passes in zip(steps, passing, strict=True) if passes]
         kept = passed[: self.config.max_pairs]
         facts = {
             "continuations": len(result.rollouts[0]),
-            "right_continuations": num_right,
+            "right_continuations": num_correct,
             "steps_beyond_max_pairs": len(passed) - len(kept),
             "steps_that_failed_the_check": len(steps) - len(passed),
             "tokens_generated": sum(len(rollout.token_ids) for rollout in result.rollouts[0]),
             "tokens_prefilled": result.prefill_tokens,
-            **{name: counts.get(name, 0) for name in ("repeated_steps", "steps_like_the_wrong_one", "unusable_steps")},
+            **{name: counts[name] for name in ("repeated_steps", "steps_like_the_wrong_one", "unusable_steps")},
         }
-        reason = None
-        if not num_right:
-            reason = "no_right_continuation"
-        elif not steps:
-            reason = "only_the_wrong_step" if facts["steps_like_the_wrong_one"] else "no_usable_step"
-        elif not passed:
-            reason = "failed_the_check"
-        rows = [self._row(wrong, number, step, facts) for number, step in enumerate(kept)]
-        dropped = {} if reason is None else {reason: 1}
+        reasons = {
+            "no_right_continuation": not num_correct,
+            "only_the_wrong_step": not steps and counts["steps_like_the_wrong_one"],
+            "no_usable_step": not steps,
+            "failed_the_check": not passed,
+        }
+        dropped = next(({reason: 1} for reason, holds in reasons.items() if holds), {})
+        rows = [self._row(flawed, number, step, facts) for number, step in enumerate(kept)]
         return pair_record(solution.id, solution.index, rows, dropped=dropped, facts=facts)
 
-    def _row(self, wrong: Wrong, number: int, step: Better, facts: Mapping[str, int]) -> dict[str, Any]:
-        solution, row = wrong.solution, wrong.solution.columns
+    def _row(self, flawed: Flawed, number: int, step: Better, facts: Mapping[str, int]) -> dict[str, Any]:
+        solution, row = flawed.solution, flawed.solution.columns
         ids = solution.token_ids.tolist()
         out = {
             "id": f"{solution.id}/{number}",
             "problem_id": str(row["problem_id"]),
             "prompt": row["prompt"],
-            "prefix": list(solution.steps[: wrong.step]),
-            "prefix_ids": ids[: wrong.known],
+            "prefix": list(solution.steps[: flawed.step]),
+            "prefix_ids": ids[: flawed.known],
             "chosen": step.text,
             "chosen_ids": list(step.token_ids),
-            "rejected": solution.steps[wrong.step],
-            "rejected_ids": ids[slice(*solution.spans[wrong.step])],
+            "rejected": solution.steps[flawed.step],
+            "rejected_ids": ids[slice(*solution.spans[flawed.step])],
         }
-        out |= {name: row[name] for name in (*PROBLEM_COLUMNS, "labelling") if row.get(name) is not None}
+        out |= passed_on(row, *PROBLEM_COLUMNS, "labelling")
         out["pairing"] = self.pairing
         out["pair_facts"] = {
             "rollout": solution.id,
@@ -346,17 +343,12 @@ def step_pair_builder(
 
 
 def _check_row(config: StepPairConfig, row: Row, place: str) -> None:
-    name = str(row["id"])
-    if "token_ids" not in row:
-        raise DataError(
-            f"row {name!r} is no rollout: the wrong step of a pair is kept in the ids that were sampled; sample "
-            "solutions of problems with `stepkd label`",
-            path=place,
-            column="token_ids",
-        )
-    if row.get("answer") is None:
-        raise DataError(f"row {name!r} has no 'answer' to grade continuations by", path=place, column="answer")
-    if config.segmenter is None and isinstance(first_wrong_step(row, config), int):
+    lacks = (
+        "is no rollout, and a pair keeps the ids that were sampled: sample solutions of problems with `stepkd label`"
+    )
+    check_has(row, place, ["token_ids"], lacks)
+    check_has(row, place, ["answer"], "has no 'answer' to grade continuations by")
+    if isinstance(first_wrong_step(row, config), int):
         segmenter_of(row)
     if config.check in ("checker", Checker()):
         check_task_row(row, place, "give another scorer as check")

@@ -11,7 +11,8 @@ from typing import Any
 
 from stepkd.labels.labellers import check_task_row
 from stepkd.labels.settings import StepScore, TreePairConfig
-from stepkd.labels.workbench import PROBLEM_COLUMNS, Row, Workbench, open_workbench, pair_record
+from stepkd.labels.step_labels import PROBLEM_COLUMNS, Row
+from stepkd.labels.workbench import PairBuilder, Workbench, open_workbench, pair_record
 from stepkd.models.policy import Policy
 from stepkd.sampling.sampler import Sampler
 from stepkd.sampling.transformers_sampler import TransformersSampler, encode_prompts, fixed_batches
@@ -23,7 +24,7 @@ from stepkd.search.pairs import tree_pairs
 from stepkd.search.tree import Problem, StateValue
 
 
-class TreePairBuilder:
+class TreePairBuilder(PairBuilder):
     """Searches a tree for each problem of a group, and takes pairs from it; an item is a problem.
 
     Args:

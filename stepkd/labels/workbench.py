@@ -1,10 +1,11 @@
-"""What jobs that label or make pairs work with: rows, the policy with its prompt template, a grader, pair builders."""
+"""What jobs that label or make pairs work with: rows, the policy with its prompt template, a grader."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.grading.extract import EXTRACTOR_VERSION
 from stepkd.grading.pool import Grader
 from stepkd.labels.settings import LabelJobConfig
+from stepkd.labels.step_labels import Row
 from stepkd.models.checkpoint import load_trained, tokenizer_fingerprint, weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.models.source import template_for
@@ -26,11 +28,6 @@ from stepkd.runs.job import SUMMARY_NAME, Job, package_versions
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.load import pick_device
 from stepkd.tasks.rows import is_task_row
-
-Row = Mapping[str, Any]
-
-PROBLEM_COLUMNS = ("answer", "task", "meta")
-"""Columns of a problem that labelled rows keep, so that they can be checked and labelled again."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +187,7 @@ def named_model(rows: Sequence[Row]) -> str:
     raise ConfigError(f"give the model whose tokenizer reads the solutions: {found}")
 
 
-class PairBuilder(Protocol):
+class PairBuilder(ABC):
     """What makes the preference pairs of an item: of a solution, or a problem."""
 
     bench: Workbench
@@ -198,17 +195,17 @@ class PairBuilder(Protocol):
     pairing: dict[str, Any]
     """What the pairs come from, as JSON values: the column of that name."""
 
+    @abstractmethod
     def groups(self) -> list[list[int]]:
         """Item numbers of every group, all items once; depends on nothing but the data and the settings."""
-        ...
 
+    @abstractmethod
     def work(self, items: Sequence[int]) -> list[dict[str, Any]]:
         """One record per item (:func:`pair_record`); the record of an item does not depend on the others."""
-        ...
 
     def summary(self, records: Sequence[Row]) -> dict[str, Any]:
         """Further entries of the job's summary, from all records."""
-        ...
+        return {}
 
 
 def pair_record(

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from stepkd.errors import ConfigError, check_choice
 
 Meaning = Literal["correctness", "value", "outcome"]
-"""What a score estimates: that the step is right, that the answer will be right from here on (Monte-Carlo labels), or,
-at the last step only, that the whole solution is right (ORM)."""
+"""What a score estimates: that the step is correct, that the answer will be correct from here on (Monte-Carlo labels),
+or, at the last step only, that the whole solution is correct (ORM)."""
 
 
 @dataclass(frozen=True)

@@ -40,15 +40,10 @@ class TokenizedText:
     """Log-probability of each token (nats, <= 0) under another model at temperature 1."""
 
     def __post_init__(self) -> None:
-        if len(self.char_ends) != len(self.token_ids):
-            raise ValueError(f"{len(self.token_ids)} ids but {len(self.char_ends)} character ends")
-        for signal, values in (
-            ("log-probabilities", self.logprobs),
-            ("entropies", self.entropies),
-            ("teacher log-probabilities", self.teacher_logprobs),
-        ):
+        for name in ("char_ends", "logprobs", "entropies", "teacher_logprobs"):
+            values = getattr(self, name)
             if values is not None and len(values) != len(self.token_ids):
-                raise ValueError(f"{len(self.token_ids)} ids but {len(values)} {signal}")
+                raise ValueError(f"{len(self.token_ids)} ids but {len(values)} {name}")
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -132,8 +127,6 @@ def text_from_ids(
     token_ids: Iterable[int],
     logprobs: Iterable[float] | None = None,
     *,
-    entropies: Iterable[float] | None = None,
-    teacher_logprobs: Iterable[float] | None = None,
     known: dict[tuple[int, ...], str] | None = None,
 ) -> TokenizedText:
     """Decode sampled ids piece by piece, keeping track of which token completes which character.
@@ -146,8 +139,6 @@ def text_from_ids(
         tokenizer: any transformers tokenizer.
         token_ids: T sampled ids, special tokens allowed.
         logprobs: T log-probabilities of the sampled ids; at temperature 1 where a segmenter is to read them.
-        entropies: T entropies of the distributions the ids were drawn from.
-        teacher_logprobs: T log-probabilities of the ids under another model.
         known: texts of runs of ids that this tokenizer has decoded; those that are decoded here are added.
     """
     ids = tuple(map(int, token_ids))
@@ -179,8 +170,7 @@ def text_from_ids(
     if "".join(pieces) != text:
         shared = [first_difference(text, decode(0, i + 1)) for i in range(len(ids))]
         ends = list(accumulate(shared, max))
-    signals = (None if values is None else tuple(values) for values in (logprobs, entropies, teacher_logprobs))
-    return TokenizedText(ids, text, tuple(ends), *signals)
+    return TokenizedText(ids, text, tuple(ends), None if logprobs is None else tuple(logprobs))
 
 
 def first_difference(left: Collection[Any], right: Collection[Any]) -> int:

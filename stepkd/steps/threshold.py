@@ -6,7 +6,6 @@ training and search cut alike.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,11 +47,7 @@ class SegmentThreshold:
     model: str | None = None
     """Model that the pool was sampled from."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling settings of the pool."""
-    seed: int | None = None
-    """Seed of the pool."""
-    fingerprint: str = ""
-    """32 hexadecimal digits that stand for the pool's numbers, in their order."""
+    """Sampling settings of the pool, its seed among them."""
 
     def segmenter(self) -> AdaptiveStepSegmenter | EntropySegmenter:
         """The segmenter that cuts at this threshold."""
@@ -96,7 +91,6 @@ def fit_threshold(
     signal: Signal = "confidence",
     model: str | None = None,
     sampling: Mapping[str, Any] | None = None,
-    seed: int | None = None,
 ) -> SegmentThreshold:
     """Find the threshold at which a given share of a pool's tokens divide (AdaptiveStep, arXiv 2502.13943: 2%).
 
@@ -112,7 +106,7 @@ def fit_threshold(
             and drops duplicates first.
         quantile: share of tokens that are to divide, in (0, 1).
         signal: what the pool's numbers are and what the threshold is on.
-        model, sampling, seed: where the pool came from, kept with the threshold.
+        model, sampling: where the pool came from, kept with the threshold.
 
     Raises:
         ConfigError: a setting out of range.
@@ -122,17 +116,14 @@ def fit_threshold(
     if not 0 < quantile < 1:
         raise ConfigError(f"quantile={quantile}: must lie between 0 and 1 (0.02 for 2% of the tokens)")
     responses = [_check_response(response, number, signal) for number, response in enumerate(pool)]
-    digest = hashlib.blake2b(signal.encode(), digest_size=16)
-    for numbers in responses:
-        digest.update(f"{len(numbers)}:".encode() + numbers.tobytes())
     values = np.concatenate([*responses, np.empty(0)])
     if not len(values):
         raise DataError("the pool has no tokens: sample some responses first")
     if signal == "confidence":  # math.exp, as in the segmenter: NumPy's may differ in the last bit
         values = np.array([math.exp(each) for each in values.tolist()])
     value, share = _exact_quantile(values, quantile, signal)
-    source = (model, dict(sampling or {}), seed, digest.hexdigest())
-    return SegmentThreshold(value, quantile, share, len(values), sum(map(bool, map(len, responses))), signal, *source)
+    used = sum(len(response) > 0 for response in responses)
+    return SegmentThreshold(value, quantile, share, len(values), used, signal, model, dict(sampling or {}))
 
 
 def _exact_quantile(values: np.ndarray, quantile: float, signal: str) -> tuple[float, float]:
@@ -176,14 +167,8 @@ def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter
     """Segmenter from the FILE_OR_NUMBER of a recipe."""
     kind = _SEGMENTERS[signal]
     if not Path(argument).is_file():
-        try:
-            value = float(argument)
-        except ValueError:
-            raise ConfigError(
-                f"segmenter '{kind.name}:{argument}' needs a number as threshold ({kind.name}:{kind.example}), or the "
-                "threshold.json of a labelling job that fitted one"
-            ) from None
-        return kind(value)
+        what = "or the threshold.json of a labelling job that fitted one"
+        return kind(_number(kind.name, argument, f"{kind.name}:{kind.example}", what))
     threshold = SegmentThreshold.load(argument)
     if threshold.signal != signal:
         raise ConfigError(
@@ -193,18 +178,17 @@ def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter
     return threshold.segmenter()
 
 
-def _reject_segmenter(argument: str) -> RejectSegmenter:
+def _number(name: str, argument: str, example: str, alternative: str = "") -> float:
     try:
-        return RejectSegmenter(float(argument)) if argument else RejectSegmenter()
-    except ValueError as error:
-        raise ConfigError(
-            f"segmenter 'reject:{argument}': {argument!r} is not a number; write reject:0.3, say"
-        ) from error
+        return float(argument)
+    except ValueError:
+        what = f"segmenter '{name}:{argument}' needs a number as threshold"
+        raise ConfigError(f"{what}, such as {example}{alternative and ', ' + alternative}") from None
 
 
 SIGNAL_SEGMENTERS: dict[str, Callable[[str], AdaptiveStepSegmenter | EntropySegmenter | RejectSegmenter]] = {
     "adaptive_step": lambda argument: _threshold_segmenter("confidence", argument),
     "entropy": lambda argument: _threshold_segmenter("entropy", argument),
-    "reject": _reject_segmenter,
+    "reject": lambda argument: RejectSegmenter(_number("reject", argument or "0.3", "reject:0.3")),
 }
 """Segmenters that read per-token signals, by name; each is made from what stands behind the colon."""

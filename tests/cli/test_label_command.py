@@ -36,7 +36,7 @@ def test_label_consensus_and_convert(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "an [odd] name"
     assert run(*PROBLEMS, *CONTINUED, *SEED_3, "--out", str(out)) == 0
     shown = capsys.readouterr().out
-    for text in ("preparing solutions 3/3", "labelling 6/6", "6 of 6 solutions of 3 problems labelled", "share right"):
+    for text in ("preparing solutions 3/3", "labelling 6/6", "6 of 6 solutions of 3 problems", "share correct"):
         assert text in shown
     assert "sampling: 6 solutions" in shown
     assert "rollouts" in shown

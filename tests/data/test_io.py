@@ -74,10 +74,10 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl, line 2: corrupt JSON at character \d+: .*mend or delete"),
-        ("a.jsonl", b'{"a": 1}\n\n[1, 2]\n', r"line 3: found a JSON array; a row must be an object"),
-        ("a.jsonl", b'"text"\n', r"line 1: found a JSON string"),
-        ("a.jsonl", b"true\n", r"line 1: found a JSON boolean"),
-        ("a.jsonl", b"null\n", r"line 1: found a JSON null"),
+        ("a.jsonl", b'{"a": 1}\n\n[1, 2]\n', r"line 3: found list \[1, 2\]; a row must be an object"),
+        ("a.jsonl", b'"text"\n', r"line 1: found str 'text'"),
+        ("a.jsonl", b"true\n", r"line 1: found bool True"),
+        ("a.jsonl", b"null\n", r"line 1: found NoneType None"),
         ("a.jsonl", b"[" * 200_000 + b"\n", r"line 1: a JSON array, .*end in \.json"),
         ("a.jsonl", b'[\n{"a": 1}\n]\n', r"line 1: a JSON array, and this ending means one object per line"),
         ("a.jsonl", b"a,b\n1,2\n", r"line 1: corrupt JSON .*is it a table\? For CSV: .*lines=True"),
@@ -87,7 +87,7 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
         ("a.jsonl", b"\n \n", r"the file holds no rows"),
         ("a.json", b"", r"the file holds no rows"),
         ("a.json", b"[]", r"the file holds no rows"),
-        ("a.json", b'[{"a": 1},\n 3]', r"line 2: found a JSON number"),
+        ("a.json", b'[{"a": 1},\n 3]', r"line 2: found int 3"),
         ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json, line 2: corrupt JSON at character 7"),
         ("a.csv", b"a,b\n", r"unknown file ending '\.csv'; readable are \.jsonl"),
         ("a.jsonl.gz", b"not gzip", r"gzip data is damaged after line 0"),
@@ -125,21 +125,17 @@ def test_fingerprint_sees_content_and_row_order_not_key_order() -> None:
     assert fingerprint([{"a": 1}]) == "e346432021b04179518d9614f3560ccd"  # the same in every process and version
 
 
+@pytest.mark.parametrize("value", ["7" * 5000, "[" * 100_000 + "]" * 100_000])
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "y", "answer": %s}\n', "a.jsonl, line 2, column 'answer'"),
-        ("a.jsonl", '{"prompt": "y", "meta": {"numbers": [1, %s]}}\n', "a.jsonl, line 1, column 'numbers'"),
-        ("a.json", '[{"prompt": "x"},\n {"answer": %s}]', "a.json, line 2, column 'answer'"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "y", "answer": %s}\n', "a.jsonl, line 2"),
         ("a.json", "[%s]\n", "a.json, line 1"),
     ],
 )
-def test_an_integer_that_python_does_not_read_is_told_with_line_and_column(
-    tmp_path: Path, name: str, text: str, place: str
+def test_json_that_python_does_not_read_is_told_with_its_line(
+    tmp_path: Path, name: str, text: str, place: str, value: str
 ) -> None:
-    (tmp_path / name).write_text(text % ("7" * 5000))
-    with pytest.raises(DataError, match=f"{place}: an integer of more than 4,300 digits, which"):
-        list(read_rows(tmp_path / name))
-    (tmp_path / name).write_text(text % ("[" * 100_000 + "]" * 100_000))
-    with pytest.raises(DataError, match=r"line \d: JSON nested too deeply"):
+    (tmp_path / name).write_text(text % value)
+    with pytest.raises(DataError, match=f"{place}: JSON that Python does not read"):
         list(read_rows(tmp_path / name))

@@ -24,7 +24,7 @@ from stepkd.iteration.spec import (
     iteration_seed,
 )
 from stepkd.iteration.stages import Iteration, training_settings
-from stepkd.labels.feedback import Preference
+from stepkd.labels.convert import Preference
 from stepkd.labels.labellers import MonteCarlo, TaskChecker
 from stepkd.labels.settings import Cut, LabelConfig, OwnSteps, Sampled, StepPairConfig, TreePairConfig
 from stepkd.runs.job import Job

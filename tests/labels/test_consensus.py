@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from stepkd.errors import ConfigError, DataError
-from stepkd.labels.consensus import consensus_filter, report_on
+from stepkd.errors import DataError
+from stepkd.labels.consensus import consensus_filter
 
 CHOICES = (True, False, None)
 
@@ -37,7 +37,7 @@ def by_hand(labels: list[Any]) -> Any:
     return len(before) if labels[len(before)] is False else None
 
 
-def test_first_error_mode_by_brute_force() -> None:
+def test_consensus_by_brute_force() -> None:
     first, second = all_pairs()
     result = consensus_filter(first, second)
     expected: Counter[str] = Counter()
@@ -58,25 +58,6 @@ def test_first_error_mode_by_brute_force() -> None:
     }
 
 
-def test_steps_mode_by_brute_force() -> None:
-    first, second = all_pairs()
-    result = consensus_filter(first, second, mode="steps")
-    found = {r["id"]: r["labels"] for r in result.rows}
-    counts: Counter[str] = Counter()
-    for a, b in zip(first, second, strict=True):
-        agreed = []
-        for x, y in zip(a["labels"], b["labels"], strict=True):
-            agreed.append(x if x == y else None)
-            counts[
-                "steps_kept" if x == y is not None else "steps_unlabelled" if None in (x, y) else "steps_disagree"
-            ] += 1
-        assert found.get(a["id"]) == (agreed if set(agreed) != {None} else None)
-    for name, count in counts.items():
-        assert result.counts[name] == count
-    assert result.counts["kept"] == len(found)
-    assert sum(result.counts[reason] for reason in ("kept", "disagree", "unlabelled")) == len(first)
-
-
 def test_rows_of_only_one_side_are_counted() -> None:
     result = consensus_filter([row("a", [True]), row("b", [True])], [row("b", [True]), row("c", [True])])
     assert [r["id"] for r in result.rows] == ["b"]
@@ -93,7 +74,7 @@ def test_a_rollout_and_its_stepwise_form_match() -> None:
         "token_ids": [1, 2],
         "step_ends": [1, 2],
     }
-    result = consensus_filter([rollout], [row("a", [0.8, 0.1])], mode="steps")
+    result = consensus_filter([rollout], [row("a", [0.8, 0.1])])
     assert result.rows[0]["step_labels"] == [True, False]
 
 
@@ -113,21 +94,7 @@ def test_other_steps_are_refused(change: dict[str, Any], message: str) -> None:
         consensus_filter([base], [base | change], names=("mc", "judge"))
 
 
-def test_repeated_ids_and_unknown_modes() -> None:
+def test_repeated_ids() -> None:
     rows = [row("a", [True])]
     with pytest.raises(DataError, match="A, column 'id': rows 1 and 2 share the id 'a'"):
         consensus_filter(rows * 2, rows)
-    with pytest.raises(ConfigError, match="unknown mode 'step': did you mean 'steps'"):
-        consensus_filter(rows, rows, mode="step")  # type: ignore[arg-type]
-
-
-def test_report_on_truth() -> None:
-    truth = [row("a", [True, False]), row("b", [True, True])]
-    sloppy = [row("a", [True, True]), row("b", [True, True]), row("c", [True])]
-    agreed = consensus_filter(sloppy, [row("a", [True, False]), row("b", [True, True])]).rows
-    found = report_on(truth, {"sloppy": sloppy, "agreed": agreed})
-    assert found["sloppy"].precision.value == pytest.approx(3 / 4)  # type: ignore[union-attr]
-    assert found["agreed"].precision.value == 1.0  # type: ignore[union-attr]
-    assert (found["sloppy"].solutions, found["agreed"].solutions) == (2, 1)
-    with pytest.raises(DataError, match="other and the truth have no solution in common"):
-        report_on(truth, {"other": [row("z", [True])]})

@@ -10,8 +10,7 @@ import pytest
 from stepkd.data.rows import ROLLOUT, UNPAIRED, validate
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
-from stepkd.labels.convert import convert_rows
-from stepkd.labels.feedback import Binary, Preference, Unpaired
+from stepkd.labels.convert import Binary, Preference, Unpaired, convert_rows
 
 
 def rollout(problem: str, sample: int, labels: list[Any] | None, correct: bool | None, **given: Any) -> dict[str, Any]:
@@ -86,12 +85,12 @@ def test_binary_neutral(neutral: Any, marks: list[Any]) -> None:
     assert found.counts["unlabelled_steps"] == 0, "a masked rating is counted as neutral, not twice"
 
 
-def test_binary_soft_takes_the_values() -> None:
-    rows = [rollout("a", 0, [False, False], True, step_values=[1, 0.25]), rollout("a", 1, [True, True], True)]
-    found = convert_rows(rows, Binary(soft=True, threshold=0.25))
+def test_binary_hardens_soft_labels() -> None:
+    rows = [rollout("a", 0, [1.0, 0.25], True), rollout("a", 1, [None, None], True)]
+    found = convert_rows(rows, Binary(threshold=0.25))
     assert [row["step_labels"] for row in found.rows] == [[True, True]]
     assert found.counts["rows_without_labels"] == 1
-    assert convert_rows(rows, Binary(soft=True)).rows[0]["step_labels"] == [True, False]
+    assert convert_rows(rows, Binary()).rows[0]["step_labels"] == [True, False]
 
 
 def test_problems_whose_samples_are_all_alike() -> None:

@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 from stepkd.data.rows import STEPWISE, validate
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import DataError
-from stepkd.labels.convert import Balanced, MathShepherd, Stepwise, TRLStepwise, balance_by_prefix_length, convert_rows
-from stepkd.labels.feedback import Converted, ConverterConfig
+from stepkd.labels.convert import (
+    Balanced,
+    Converted,
+    ConverterConfig,
+    MathShepherd,
+    Stepwise,
+    TRLStepwise,
+    balance_by_prefix_length,
+    convert_rows,
+)
 
 
 def rollout(number: int, labels: list[Any], values: list[float] | None = None) -> dict[str, Any]:
@@ -44,19 +52,13 @@ def rollout(number: int, labels: list[Any], values: list[float] | None = None) -
 ROWS = [rollout(0, [True, False, None], [0.5, 0.0, 0.0]), rollout(1, [True, True], [1.0, 1.0])]
 
 
-def test_stepwise_hard_and_soft() -> None:
+def test_stepwise_rows() -> None:
     found = convert_rows(ROWS, Stepwise())
     for row, source in zip(found.rows, ROWS, strict=True):
         validate(row, STEPWISE)
         assert (row["completions"], row["labels"]) == (source["steps"], source["step_labels"])
         assert (row["outcome"], row["answer"], row["labelling"]) == (True, "1", {"labeller": "x"})
-    soft = convert_rows(ROWS, Stepwise(soft=True))
-    assert [row["labels"] for row in soft.rows] == [[0.5, 0.0, 0.0], [1.0, 1.0]]
     assert convert_rows(found.rows, Stepwise()).rows == found.rows, "stepwise rows stay as they are"
-    assert [row["labels"] for row in convert_rows(found.rows, Stepwise(soft=True)).rows] == [
-        [0.5, 0.0, 0.0],
-        [1.0, 1.0],
-    ]
 
 
 def test_trl_has_three_columns_and_booleans() -> None:
@@ -93,8 +95,6 @@ def test_what_is_refused() -> None:
     bare = {name: value for name, value in ROWS[0].items() if name != "steps"}
     with pytest.raises(DataError, match="p0/0, column 'steps': no step texts"):
         convert_rows([bare], Stepwise())
-    with pytest.raises(DataError, match="no values to take as soft labels"):
-        convert_rows([{"id": "a", "prompt": "p", "completions": ["x"], "labels": [True]}], Stepwise(soft=True))
 
 
 def test_a_new_converter() -> None:

@@ -34,11 +34,8 @@ def test_by_hand() -> None:
     assert found.accuracy.value == pytest.approx(4 / 6)
     assert found.always_positive.value == pytest.approx(4 / 6)
     assert found.recoverable.value == pytest.approx(1 / 2), "a2: wrong, yet one in four succeeded"  # type: ignore[union-attr]
-    assert found.balanced_accuracy_unrecoverable.value == pytest.approx((3 / 4 + 1) / 2)  # type: ignore[union-attr]
     assert found.first_error_accuracy.value == pytest.approx(1 / 3), "b; in c a label is missing"
     assert (found.solutions, found.problems) == (3, 3)
-    everything = label_quality(rows, truth, up_to_first_error=False)
-    assert (everything.steps, everything.after_error) == (7, 0)
     assert json.loads(json.dumps(found.to_dict()))["precision"]["value"] == pytest.approx(3 / 4)
 
 
@@ -47,7 +44,7 @@ def test_constant_labels_have_a_balanced_accuracy_of_one_half() -> None:
     truth = [row(str(i), [bool(x) for x in rng.random(4) < 0.7]) for i in range(30)]
     for constant in (True, False):
         rows = [row(str(i), [constant] * 4) for i in range(30)]
-        found = label_quality(rows, truth, up_to_first_error=False)
+        found = label_quality(rows, truth)
         assert found.balanced_accuracy.value == pytest.approx(0.5)  # type: ignore[union-attr]
         assert found.accuracy.value == pytest.approx(
             found.always_positive.value if constant else 1 - found.always_positive.value
@@ -88,7 +85,6 @@ def test_shares_of_nothing_are_none() -> None:
     assert found.error_precision is None
     assert found.error_recall is None
     assert found.recoverable is None
-    assert found.balanced_accuracy_unrecoverable is None
     assert found.precision.value == 1.0  # type: ignore[union-attr]
 
 

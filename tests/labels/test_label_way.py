@@ -29,7 +29,7 @@ from stepkd.modules.prm import PRMModule
 
 @pytest.fixture
 def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What every station of the way gives, in the order of the stations."""
+    """What every station of the way takes and gives, in the order of the stations."""
     found: dict[str, list[Any]] = {}
 
     def watch(owner: Any, name: str, station: str) -> None:
@@ -38,6 +38,8 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         def watched(*args: Any, **options: Any) -> Any:
             given = original(*args, **options)
             found.setdefault(station, []).extend(given if isinstance(given, list) else [given])
+            taken = args[-1] if station == "labeller" else [args[:2] if station == "row" else args[0]]
+            found.setdefault(f"{station} takes", []).extend(taken)
             return given
 
         monkeypatch.setattr(owner, name, watched)
@@ -49,20 +51,28 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return found
 
 
-def test_the_classes_on_the_way(spec: LabelConfig, run: Any, met: dict[str, list[Any]], policy: Policy) -> None:
+def test_a_label_travels_with_the_same_objects_and_arrays(
+    spec: LabelConfig, run: Any, met: dict[str, list[Any]], policy: Policy
+) -> None:
     """Row, completion, labels, row, completion, batch, loss terms: no other class holds a solution."""
     run(replace(spec, max_rows=8))
-    assert {station: {type(each) for each in given} for station, given in met.items()} == {
-        "source": {Solution},
-        "steps": {Solution},
-        "labeller": {StepLabels},
-        "row": {dict},
-    }
+    assert {type(each) for each in met["source"]} == {type(each) for each in met["steps"]} == {Solution}
     assert issubclass(Solution, Completion)
-    for drawn, whole, row in zip(met["source"], met["steps"], met["row"], strict=True):
+    assert {type(each) for each in met["labeller"]} == {StepLabels}
+    for drawn, taken, whole, labelled, labels, (written, its_labels), row in zip(
+        *(met["source"], met["steps takes"], met["steps"], met["labeller takes"], met["labeller"]),
+        *(met["row takes"], met["row"]),
+        strict=True,
+    ):
+        assert taken is drawn, "a drawn solution is cut itself"
+        assert labelled is whole, "a cut one is labelled itself"
+        assert written is whole
+        assert its_labels is labels, "and its labels are written as they were said"
         assert isinstance(drawn.token_ids, np.ndarray)
         assert whole.token_ids is drawn.token_ids, "the array itself"
+        assert whole.prompt_ids is drawn.prompt_ids
         assert (row["token_ids"], row["step_ends"]) == (drawn.token_ids.tolist(), whole.step_ends.tolist())
+        assert (row["step_labels"], row["steps"]) == (list(labels.labels), list(whole.steps))
     rows = load_rows(parse_spec(str(Path(spec.out))))
     assert rows == met["row"], "the file holds the rows themselves"
     data = StepData(
@@ -90,4 +100,11 @@ def test_the_classes_on_the_way(spec: LabelConfig, run: Any, met: dict[str, list
         assert missing <= policy.eos_ids, "the sampled ids, in order, with markers between them and no end token"
     batch = collate(examples, pad_id=0)
     assert type(batch) is Batch
+    assert all(mine is given for mine, given in zip(batch.examples, examples, strict=True))
+    parts = [part for example in examples for part in example.completions]
+    ids = zip(batch.input_ids_BT, batch.attention_mask_BT.bool(), strict=True)
+    assert [row[mask].tolist() for row, mask in ids] == [[*p.prompt_ids.tolist(), *p.token_ids.tolist()] for p in parts]
+    assert batch.targets_LC.tolist() == [list(each) for part in parts for each in part.targets if each is not None]
+    scored = [int(part.token_ids[at]) for part in parts for at in part.read_at]
+    assert batch.input_ids_BT.flatten()[batch.read_L].tolist() == scored, "every label is read at its step's marker"
     assert type(module.loss_terms(batch)) is LossTerms

@@ -24,8 +24,7 @@ from stepkd.evaluation.process_runner import evaluate_process
 from stepkd.evaluation.step_metrics import labelled_steps, step_metrics
 from stepkd.iteration.measure import differences
 from stepkd.labels.consensus import consensus_filter
-from stepkd.labels.convert import TRLStepwise, convert_rows
-from stepkd.labels.feedback import Binary, Preference
+from stepkd.labels.convert import Binary, Preference, TRLStepwise, convert_rows
 from stepkd.labels.labellers import ScorerLabeller
 from stepkd.labels.quality import label_quality, summarise_labels
 from stepkd.labels.settings import StepPairConfig
@@ -124,9 +123,6 @@ ROOMS: dict[str, Rule] = {
     "hardened PRM, cut at the first error": each(kept_behind),
     "Step-DPO": each(no_pair),
     "judge": judged,
-    "check of the better step": lambda labels, t: ScorerLabeller(Says(), threshold=t).passing(
-        [({}, [], list(map(str, labels)))]
-    )[0],
     "focus": lambda labels, t: [weight == 0 for weight in FocusConfig("checker", threshold=t).weights(labels)],
     "ProcessBench": each(lambda label, t: predicted_first_error([label], t) == -1),
     "step accuracy": each(

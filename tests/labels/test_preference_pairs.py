@@ -10,8 +10,7 @@ import pytest
 
 from stepkd.data.rows import PREFERENCE, validate
 from stepkd.data.spec import load_rows, parse_spec
-from stepkd.labels.convert import convert_rows
-from stepkd.labels.feedback import Preference, even_pairs
+from stepkd.labels.convert import Preference, convert_rows, even_pairs
 
 
 def rollout(problem: str, sample: int, correct: bool | None, **given: Any) -> dict[str, Any]:

@@ -143,14 +143,7 @@ def test_segmenters_read_the_signals(policy: Policy, teacher: Policy, ids: Any) 
     written = tokenize_text(policy.tokenizer, "3 + 4 = 7\n7 * 2 = 14\n#### 14")
     (signals,) = annotate(policy, [prompt], [written.token_ids], teacher=teacher)
     completion = replace(written, **signals._asdict())
-    same = text_from_ids(
-        policy.tokenizer,
-        written.token_ids,
-        signals.logprobs,
-        entropies=signals.entropies,
-        teacher_logprobs=signals.teacher_logprobs,
-    )
-    assert same == completion
+    assert replace(text_from_ids(policy.tokenizer, written.token_ids), **signals._asdict()) == completion
     median = sorted(math.exp(x) for x in signals.logprobs)[len(written) // 2]
     for name in (f"adaptive_step:{median}", "entropy:1.0", "reject"):
         assert len(segment(get_segmenter(name), completion)) > 1, name

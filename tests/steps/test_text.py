@@ -159,9 +159,9 @@ def test_log_probabilities_are_kept(tokenizers_by_name: dict[str, Any]) -> None:
 
 
 def test_bad_input(tokenizers_by_name: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="2 ids but 1 character ends"):
+    with pytest.raises(ValueError, match="2 ids but 1 char_ends"):
         TokenizedText((1, 2), "a", (1,))
-    with pytest.raises(ValueError, match="1 ids but 2 log-probabilities"):
+    with pytest.raises(ValueError, match="1 ids but 2 logprobs"):
         TokenizedText((1,), "a", (1,), (0.0, 0.0))
     with pytest.raises(DataError, match=re.escape("character 2 of the text is a lone surrogate ('\\ud800')")):
         tokenize_text(tokenizers_by_name["bpe"], "ab\ud800")

@@ -105,16 +105,6 @@ def test_confidence_of_one_nearly_everywhere() -> None:
     assert fitted.share == 0.03
 
 
-def test_order_and_lengths_are_fingerprinted() -> None:
-    pools = [[[-1.0, -2.0], [-3.0]], [[-1.0], [-2.0, -3.0]], [[-2.0, -1.0], [-3.0]], [[-1.0, -2.0], [-3.5]]]
-    prints = [fit_threshold(pool, 0.5).fingerprint for pool in pools]
-    assert len(set(prints)) == 4
-    assert all(re.fullmatch("[0-9a-f]{32}", each) for each in prints)
-    assert fit_threshold(iter(pools[0]), 0.5).fingerprint == prints[0]
-    entropies = [[abs(x) for x in response] for response in pools[0]]
-    assert fit_threshold(entropies, 0.5, signal="entropy").fingerprint != prints[0]
-
-
 @pytest.fixture
 def fitted() -> SegmentThreshold:
     return fit_threshold(
@@ -122,7 +112,6 @@ def fitted() -> SegmentThreshold:
         0.05,
         model="tiny-0.1m",
         sampling={"n": 30, "temperature": 0.7, "stop": ["\n\n"]},
-        seed=3,
     )
 
 
@@ -156,16 +145,16 @@ def test_segmenters_by_name(fitted: SegmentThreshold, tmp_path: Path) -> None:
     [
         (
             "adaptive_step",
-            "segmenter 'adaptive_step:' needs a number as threshold (adaptive_step:0.05), or the threshold.json of",
+            "segmenter 'adaptive_step:' needs a number as threshold, such as adaptive_step:0.05, or the",
         ),
         ("adaptive_step:", "segmenter 'adaptive_step:' needs a number"),
-        ("entropy", "segmenter 'entropy:' needs a number as threshold (entropy:1.5)"),
+        ("entropy", "segmenter 'entropy:' needs a number as threshold, such as entropy:1.5"),
         ("adaptive_step:1", "confidence threshold 1.0: must lie between 0 and 1 (a probability, not percent)"),
         ("adaptive_step:55", "confidence threshold 55.0"),
         ("adaptive_step:nan", "confidence threshold nan"),
         ("entropy:-1", "entropy threshold -1.0"),
         ("reject:0", "reject threshold 0.0: must lie between 0 and 1"),
-        ("reject:often", "segmenter 'reject:often': 'often' is not a number; write reject:0.3"),
+        ("reject:often", "segmenter 'reject:often' needs a number as threshold, such as reject:0.3"),
         (
             "adaptive_step:no/such.json",
             "segmenter 'adaptive_step:no/such.json' needs a number as threshold",

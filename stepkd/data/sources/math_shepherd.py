@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 from os.path import commonprefix
 
-from stepkd.data.rows import STEPWISE, Row, shown
-from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, passed_on, register
+from stepkd.data.rows import STEPWISE, Row, passed_on, shown
+from stepkd.data.sources.registry import Options, RawRow, Source, SourceOption, register
 from stepkd.errors import DataError
 
 TAG = "ки"

@@ -12,10 +12,10 @@ solution carries a tail ``# Answer`` with the stated answer.
 *One record per trajectory*: ``problem``, ``steps``, ``labels``, ``alternatives`` (per position the completions that
 were not chosen, as objects with ``text`` and ``rating``), ``final_answer``; the tail is split off already.
 
-Each record gives several step-labelled rows. The chosen path holds right (and in phase 2 neutral) steps only; **wrong
-steps are among the alternatives**: an alternative at position i gives the trajectory ``path[:i] + [alternative]``. Its
-prefix stands in the chosen path too. With its ratings kept, the first steps of a record would be counted once per
-alternative, all of them positive, so they are null there.
+Each record gives several step-labelled rows. The chosen path holds correct (and in phase 2 neutral) steps only;
+**incorrect steps are among the alternatives**: an alternative at position i gives the trajectory
+``path[:i] + [alternative]``. Its prefix stands in the chosen path too. With its ratings kept, the first steps of a
+record would be counted once per alternative, all of them positive, so they are null there.
 
 Skipped: alternatives without a rating, flagged, or empty; one that repeats the chosen step; repeats of one text at one
 position (the first stays), and such texts altogether when their ratings differ. A trajectory without a rated step is
@@ -262,15 +262,15 @@ def _alternatives(record: Record) -> list[_Alternative]:
 
 
 def _picked(found: list[_Alternative], record: Record, options: Options) -> list[_Alternative]:
-    """At most ``per_record`` of them, half of them wrong (the odd one too) as far as there are that many."""
+    """At most ``per_record`` of them, half of them incorrect (the odd one too) as far as there are that many."""
     most = options["per_record"]
     if most == 0 or len(found) <= most:
         return found
     order = generator(options["seed"], "prm800k alternatives", record.name).permutation(len(found)).tolist()
-    wrong = [index for index in order if found[index][2].rating == -1]
+    bad = [index for index in order if found[index][2].rating == -1]
     other = [index for index in order if found[index][2].rating != -1]
-    num_wrong = max(min(len(wrong), (most + 1) // 2), most - len(other))
-    return [found[index] for index in sorted(wrong[:num_wrong] + other[: most - num_wrong])]
+    num_bad = max(min(len(bad), (most + 1) // 2), most - len(other))
+    return [found[index] for index in sorted(bad[:num_bad] + other[: most - num_bad])]
 
 
 register(
@@ -295,7 +295,7 @@ register(
         splits={name: name for name in ("train", "test", "phase1_train", "phase1_test", "phase2_train", "phase2_test")},
         evaluation_only=frozenset({"test", "phase1_test", "phase2_test"}),
         options={
-            "per_record": SourceOption(0, "at most so many alternatives per record, half of them wrong; 0: all"),
+            "per_record": SourceOption(0, "at most so many alternatives per record, half of them incorrect; 0: all"),
             "seed": SourceOption(0, "seed of the choice that per_record makes"),
         },
     )

@@ -29,8 +29,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from stepkd.data.rows import Row
-from stepkd.data.sources.registry import Benchmark, Options, RawRow, Source, as_text, passed_on, register
+from stepkd.data.rows import Row, passed_on
+from stepkd.data.sources.registry import Benchmark, Options, RawRow, Source, as_text, register
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 

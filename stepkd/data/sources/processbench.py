@@ -1,8 +1,8 @@
-"""Solutions whose first wrong step humans have marked; evaluation only.
+"""Solutions whose first incorrect step humans have marked; evaluation only.
 
 ``processbench`` (Zheng et al. 2024, arXiv 2412.06559): hub ``Qwen/ProcessBench``, splits ``gsm8k`` (400), ``math``,
 ``olympiadbench`` and ``omnimath`` (1,000 each); columns ``id``, ``generator``, ``problem``, ``steps``,
-``final_answer_correct``, ``label`` (0-based index of the first wrong step, -1: none). Its problems are those of the
+``final_answer_correct``, ``label`` (0-based index of the first incorrect step, -1: none). Its problems are those of the
 test sets.
 ``bigbench_mistake`` (Tyen et al. 2024, arXiv 2311.08516, github ``WHGTyen/BIG-Bench-Mistake``, Apache-2.0): PaLM 2
 chains on BIG-Bench tasks. BIG-Bench asks that its tasks stay out of training data. The original files' ``input`` and
@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepkd.data.rows import STEPWISE, Row, shown
-from stepkd.data.sources.registry import Options, RawRow, Source, passed_on, register
+from stepkd.data.rows import STEPWISE, Row, passed_on, shown
+from stepkd.data.sources.registry import Options, RawRow, Source, register
 
 SUBSETS = ("gsm8k", "math", "olympiadbench", "omnimath")
 """The benchmark's parts, in its order."""
@@ -33,14 +33,14 @@ FIRST_ERROR_READS: Mapping[str, tuple[str, ...]] = {
 
 
 def first_error_row(raw: RawRow) -> Row:
-    """Turn the index of the first wrong step into step labels.
+    """Turn the index of the first incorrect step into step labels.
 
     Args:
         raw: ``prompt``, ``completions`` (steps), ``first_error`` (0-based, -1: none), perhaps ``outcome`` and ``id``.
 
     Returns:
-        A STEPWISE row: True before the first wrong step, False at it, null behind it, where nobody judged; all True
-        for -1. ``first_error`` is kept; ``outcome`` is whether the final answer is right.
+        A STEPWISE row: True before the first incorrect step, False at it, null behind it, where nobody judged; all True
+        for -1. ``first_error`` is kept; ``outcome`` is whether the final answer is correct.
 
     Raises:
         DataError: steps that are no list, or an index that is no whole number or not of a step.
@@ -48,13 +48,9 @@ def first_error_row(raw: RawRow) -> Row:
     steps, first = raw["completions"], raw["first_error"]
     if not isinstance(steps, list):
         raise raw.error(f"must be a list of step texts, found {shown(steps)}", column="steps")
-    if isinstance(first, bool) or not isinstance(first, int):
+    if isinstance(first, bool) or not isinstance(first, int) or not -1 <= first < len(steps):
         raise raw.error(
-            f"must be the whole number of the first wrong step (from 0; -1: none), found {shown(first)}", column="label"
-        )
-    if not -1 <= first < len(steps):
-        raise raw.error(
-            f"is {first} for {len(steps)} steps; must be -1 (no wrong step) or 0 to {len(steps) - 1}, counted from 0",
+            f"must be the number of the first incorrect step (0 to {len(steps) - 1}; -1: none), found {shown(first)}",
             column="label",
         )
     labels: list[bool | None] = [True] * len(steps)

@@ -235,19 +235,6 @@ def as_text(value: object) -> object:
     return value
 
 
-def passed_on(raw: RawRow, *names: str) -> Row:
-    """Copy the named columns that the raw row has and that are not null.
-
-    Args:
-        raw: the row.
-        names: column names.
-
-    Returns:
-        A new dict of those columns.
-    """
-    return {name: raw[name] for name in names if raw.get(name) is not None}
-
-
 Read = tuple[Row, str, int]
 """A raw row, the place it came from, and its line there."""
 
