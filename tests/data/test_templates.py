@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stepkd.data.sources.word_problems import final_answer
 
 from stepkd.data.overlap import overlap_report
+from stepkd.data.sources.problems import final_answer
 from stepkd.data.spec import DataConfig, load_rows
 from stepkd.data.templates import EXEMPLARS, TEMPLATES, PromptTemplate, get_template
 from stepkd.errors import ConfigError, DataError
