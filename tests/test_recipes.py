@@ -81,9 +81,16 @@ def test_method_builds_with_a_tiny_model(method: Path) -> None:
     assert cli.model.policy.trainable_parameters()
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=name)
-@pytest.mark.parametrize("method", METHODS, ids=name)
-def test_every_overlay_composes_with_every_method(method: Path, overlay: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "overlay"),
+    [
+        pytest.param(method, overlay, id=f"{method.stem}-{overlay.stem}")
+        for method in METHODS
+        for overlay in OVERLAYS
+        if overlay.stem == "qwen2.5-1.5b-qlora" or method.stem in ("sft", "gkd")
+    ],
+)
+def test_every_overlay_composes_with_two_methods_and_every_method_with_one(method: Path, overlay: Path) -> None:
     cli = instantiate(method, overlay, extra=("--trainer.precision", "null"), build=False)
     wanted = yaml.safe_load(overlay.read_text(encoding="utf-8"))["model"]["init_args"]["policy"]
     policy = cli.config.model.init_args.policy
