@@ -261,5 +261,5 @@ def test_scores_are_the_labels_of_noisy_solutions() -> None:
 
 
 def test_the_checker_refuses_rows_of_other_worlds() -> None:
-    with pytest.raises(DataError, match="row x, column 'answer': missing"):
+    with pytest.raises(DataError, match="row x: not a problem of the tiny world"):
         Checker().score([Solutions({"id": "x", "prompt": "1"}, [["a"]])])
