@@ -214,7 +214,7 @@ def of_version_0_1(folder: Path) -> None:
         (of_version_0_1, r"no teacher's cache that this version reads in .*: write one with `stepkd cache-teacher`"),
         (lambda folder: (folder / "settings.json").write_text("{}"), "not the settings of a job"),
         (lambda folder: (folder / "settings.json").write_text('{"kind": "evaluation"}'), r"another kind of job \(eval"),
-        (lambda folder: (folder / "settings.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "settings.json").write_text("{"), "not the settings of a job"),
     ],
 )
 def test_what_is_damaged_is_refused(folder: Path, student: Policy, spoil: Callable[[Path], Any], message: str) -> None:
