@@ -293,7 +293,7 @@ class TestRecipes:
         assert capsys.readouterr().out == Path(RECIPE).read_text()
         assert main(["recipes", "copy", "recipes/tiny/sft.yaml", str(tmp_path)]) == 0
         assert (tmp_path / "sft.yaml").read_text() == Path(RECIPE).read_text()
-        assert f"copied the recipe tiny/sft to {tmp_path / 'sft.yaml'}" in capsys.readouterr().out
+        assert f"copied the recipe recipes/tiny/sft.yaml to {tmp_path / 'sft.yaml'}" in capsys.readouterr().out
 
     def test_copy_never_overwrites(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         target = tmp_path / "mine.yaml"
