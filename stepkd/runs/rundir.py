@@ -193,7 +193,7 @@ class RunDir:
         return f"{self.path}: last.ckpt {lost}, resuming from {last.name} at step {step_of(last)}"
 
     def _has_trained(self, marker: Mapping[str, Any]) -> bool:
-        """Whether a run without a checkpoint once had one: it ended as planned, or its metrics go beyond the first."""
+        """Whether a run without a checkpoint once had one: it ended as planned, or its metrics go beyond it."""
         from stepkd.runs.logger import METRICS_FILE, read_metrics
         from stepkd.yaml_files import read_yaml
 
@@ -203,7 +203,7 @@ class RunDir:
         if config is None or not (self.path / METRICS_FILE).is_file():
             return False
         every = read_yaml(config, "run's settings")["checkpoint"]["every_n_steps"]
-        return any(row["step"] + 1 >= every for row in read_metrics(self.path))
+        return any(row["step"] + 1 > every for row in read_metrics(self.path))
 
     def _begin(self, earlier: Mapping[str, Any] | None, launch: str | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
