@@ -80,7 +80,7 @@ def test_swaps_of_a_chain() -> None:
     assert first == [steps[1], steps[0], *steps[2:]]
     assert second == [steps[0], steps[2], steps[1], steps[3]]
     assert task_swaps(make_rows("modular:terms=2", 1, seed=0)[0]) == []
-    with pytest.raises(DataError, match="missing"):
+    with pytest.raises(DataError, match="not a problem of the tiny world"):
         task_swaps({"id": "x", "prompt": "1+1"})
 
 
