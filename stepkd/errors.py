@@ -32,7 +32,7 @@ class ModelError(StepkdError):
 
 
 class TrainingError(StepkdError):
-    """Training cannot go on: a non-finite loss or gradient, or a batch without a single target."""
+    """Training cannot continue: a non-finite loss or gradient, or a batch without a single target."""
 
 
 class MachineError(TrainingError):

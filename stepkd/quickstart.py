@@ -163,7 +163,7 @@ def train_step_kto(context: Context) -> dict[str, Any]:
     """Step-KTO from the student's weights, and what it does to correct answers and to the incorrect steps in them."""
     rows, labels = student_labels(context)
     section = train(context, "step_kto", "step_kto", start=context.model("student"), steps=60, lr=1e-4, settings=rows)
-    conflicts = labels["right_answers_with_a_wrong_step"]
+    conflicts = labels["correct_answers_with_an_incorrect_step"]
     return section | {
         "labelled_solutions": labels["labelled"],
         "conflicts": conflicts,
@@ -235,7 +235,7 @@ def monte_carlo(context: Context, student: str) -> dict[str, Any]:
     solutions = sampled(context, context.problem_source(60, seed=context.seed + 1), samples=4)
     continuations = SamplingConfig(n=8, max_new_tokens=NEW_TOKENS, seed=context.seed)
     labels, _ = label(folder / "monte-carlo", solutions, MonteCarlo(sampling=continuations))
-    truth, _ = label(folder / "truth", Existing(rollouts=str(labels), model=student), TaskChecker())
+    truth, _ = label(folder / "truth", Existing(completions=str(labels), model=student), TaskChecker())
     quality = label_quality(*([row for row, _ in read_rows(path)] for path in (labels, truth))).to_dict()
     if quality["balanced_accuracy"] is not None:
         context.console.print(
@@ -258,7 +258,7 @@ def best_of_n(context: Context, student: str) -> dict[str, Any]:
     held_out, _ = label(folder / "held-out", solutions, TaskChecker())
     scores = str(folder / "scores")
     scoring = ScoreConfig(
-        scorer=context.model("prm"), rollouts=str(held_out), out=scores, device="cpu", max_rows=MAX_ROWS
+        scorer=context.model("prm"), completions=str(held_out), out=scores, device="cpu", max_rows=MAX_ROWS
     )
     summary = score_file(scoring)
     curve = best_of_n_from_files({"prm": scores}, grading=GradingConfig(extractors=("hash",)), seed=context.seed)
@@ -359,7 +359,7 @@ def evaluate_models(context: Context, names: Sequence[str], *, greedy: bool = Fa
         "correct, sampled": ("sampled", "pass@1"),
         "majority of 4": ("sampled", "maj@4"),
         "steps correct": ("sampled", "step_accuracy"),
-        "correct answer, incorrect step": ("sampled", "correct_with_wrong_step"),
+        "correct answer, incorrect step": ("sampled", "correct_with_incorrect_step"),
     }
     shown = {title: each for title, each in shown.items() if greedy or each[0] == "sampled"}
     table = _table(f"held-out problems of {TASK}, 95% intervals", "model", tuple(shown))
@@ -416,7 +416,7 @@ STAGES: list[Stage] = [
         partial(evaluate_models, names=("teacher", "student"), greedy=True),
     ),
     Stage("samples", "the student's solutions, every step checked", show_samples),
-    Stage("prm", "a process reward model from the student's own rollouts, and best-of-8 with it", train_prm),
+    Stage("prm", "a process reward model from the student's own completions, and best-of-8 with it", train_prm),
     Stage(
         "step_kto",
         "Step-KTO: the student learns from its own correct and incorrect answers and steps",

@@ -7,9 +7,9 @@ Over seeds there are two sources of chance: the seed (data, weights, sampling) a
 intervals are computed, and the one that decides reaches from the lower of their low ends to the higher of their high
 ends:
 
-* Student's t over the per-seed values. It is right for few seeds, where resampling 3 to 5 seeds gives an interval that
-  is too narrow (by sqrt((n-1)/n) * 1.96 / t, 0.63 for five seeds). But when the few seeds happen to agree, it shrinks
-  to less than the problems alone would allow.
+* Student's t over the per-seed values. It is correct for few seeds, where resampling 3 to 5 seeds gives an interval
+  that is too narrow (by sqrt((n-1)/n) * 1.96 / t, 0.63 for five seeds). But when the few seeds happen to agree, it
+  shrinks to less than the problems alone would allow.
 * The two-level bootstrap: seeds with replacement, then problems with replacement within each of them. It keeps the
   problems' share when the seeds agree.
 

@@ -99,7 +99,7 @@ def _imports() -> dict[str, set[str]]:
 
 def test_imports_point_only_to_earlier_rooms() -> None:
     level = {room: number for number, rooms in enumerate(ORDER) for room in rooms}
-    wrong = []
+    incorrect = []
     for name, imported in _imports().items():
         here = name.partition(".")[2].partition(".")[0]
         if not here:
@@ -110,8 +110,8 @@ def test_imports_point_only_to_earlier_rooms() -> None:
             if not there or there == here or there in NOT_YET.get(here, ()):
                 continue
             if level[there] > level[here] or (level[there] == level[here] and "cli" not in ORDER[level[here]]):
-                wrong.append(f"{name} imports {other}")
-    assert not wrong, "\n".join(sorted(wrong))
+                incorrect.append(f"{name} imports {other}")
+    assert not incorrect, "\n".join(sorted(incorrect))
 
 
 def test_no_import_circles() -> None:

@@ -14,7 +14,7 @@ from stepkd.models.machine import compute_dtype
 
 pytestmark = pytest.mark.slow
 DTYPE = str(compute_dtype()).removeprefix("torch.")
-"""What the recipes say (bfloat16), or float32 where the processor would emulate that for hours."""
+"""What the recipes say (bfloat16), or float32 where the CPU would emulate that for hours."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_evaluation_gives_verdicts(benchmark: str, gguf: Path, data_dir: Path, t
     assert "pass@1" in shown
     samples = [sample for row in read_results(out) for sample in row["samples"]]
     assert len(samples) == 4
-    assert all(sample["verdict"] in ("correct", "wrong", "unparsed") and sample["tokens"] > 0 for sample in samples)
+    assert all(sample["verdict"] in ("correct", "incorrect", "unparsed") and sample["tokens"] > 0 for sample in samples)
     assert all(sample["completion"].strip() for sample in samples)
 
 

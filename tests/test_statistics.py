@@ -337,9 +337,9 @@ def test_one_seed_has_no_interval() -> None:
 
 
 def test_an_undefined_seed_leaves_all_undefined() -> None:
-    nothing_right = value_array([[0, 0], [0, 0]])
-    some_right = value_array([[1, 2], [1, 1]])
-    estimate = estimate_difference([some_right, nothing_right], [some_right, some_right])
+    nothing_correct = value_array([[0, 0], [0, 0]])
+    some_correct = value_array([[1, 2], [1, 1]])
+    estimate = estimate_difference([some_correct, nothing_correct], [some_correct, some_correct])
     assert math.isnan(estimate.value)
     assert math.isnan(estimate.decides.low)
     assert math.isnan(estimate.problems.low)

@@ -96,7 +96,7 @@ def _fit(settings: dict[str, Any], out: Path) -> Measured:
 
     result = fit(*training_settings(settings), out=out, resume=True)
     if result.status == "stopped":
-        raise StepkdError(f"{out} was stopped after {result.steps} steps; give the same command again to go on")
+        raise StepkdError(f"{out} was stopped after {result.steps} steps; give the same command again to resume")
     logged: dict[str, list[float]] = {}
     for row in read_metrics(out):
         for name, value in row.items():
@@ -142,8 +142,8 @@ def _iterate(settings: dict[str, Any], out: Path) -> Measured:
         folder = out / f"iteration-{k}" / "evaluation"
         rows, greedy = (read_results(each) for each in (folder, folder / "greedy"))
         problems = [str(row["id"]) for row in rows]
-        right = dict(zip((str(row["id"]) for row in greedy), problem_columns(greedy)["pass@1"], strict=True))
-        found = problem_columns(rows) | {"greedy": [right[problem] for problem in problems]}
+        correct = dict(zip((str(row["id"]) for row in greedy), problem_columns(greedy)["pass@1"], strict=True))
+        found = problem_columns(rows) | {"greedy": [correct[problem] for problem in problems]}
         columns |= {f"m{k}.{name}": values for name, values in found.items()}
     return Measured(columns, problems)
 
@@ -262,7 +262,7 @@ def problem_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
     Returns:
         ``pass@1`` (share of correct samples), ``mean_tokens``, ``step_accuracy`` (pairs: correct steps, steps),
-        ``correct_with_wrong_step`` (pairs: correct samples with an incorrect step, those whose steps are labelled),
+        ``correct_with_incorrect_step`` (pairs: correct samples with an incorrect step, those whose steps are labelled),
         ``clean@1`` (share of correct samples without an incorrect step) and ``distinct`` (share of different solutions,
         1 / samples to 1); one entry per problem each.
     """
@@ -274,8 +274,8 @@ def problem_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
         values = {
             "pass@1": counts["correct"] / n,
             "mean_tokens": counts["tokens"] / n,
-            "step_accuracy": [counts["right_steps"], counts["steps"]],
-            "correct_with_wrong_step": [counts["correct_flawed"], counts["correct_labelled"]],
+            "step_accuracy": [counts["correct_steps"], counts["steps"]],
+            "correct_with_incorrect_step": [counts["correct_flawed"], counts["correct_labelled"]],
             "clean@1": (counts["correct"] - counts["correct_flawed"]) / n,
             "distinct": len({sample.get("completion") for sample in row["samples"]}) / n,
         }

@@ -21,7 +21,7 @@ TRAINER_COMMANDS = {
     "fit": "train a model from a recipe",
     "validate": "held-out loss and sampled accuracy of a checkpoint",
     "test": "the same on the recipe's test data",
-    "predict": "sample completions into a rollout file",
+    "predict": "sample completions into a file",
 }
 COMMANDS = {
     "evaluate": "benchmark a model: gsm8k, math500, ...",
@@ -34,7 +34,7 @@ COMMANDS = {
     "convert": "labelled rows to other kinds of rows: TRL's, Math-Shepherd's, feedback, pairs, demonstrations",
     "pairs": "make step preference pairs by sampling: Step-DPO's, or from searched trees",
     "score": "score the steps of solutions with a reward model, a judge or the exact checker",
-    "cache-teacher": "write a teacher's likeliest tokens for given completions, to distil without it",
+    "cache-teacher": "write a teacher's most likely tokens for given completions, to distil without it",
     "iterate": "generate, label, train, evaluate, K times over, with one table of all models",
     "quickstart": "train and evaluate tiny models on this machine in minutes, nothing to download",
     "claims": "run the experiments that measure each method's effect, with verdicts",

@@ -1,6 +1,6 @@
 """Best-of-N curves: accuracy of choosing among N samples by each scorer, by majority vote, and the ceiling pass@N.
 
-stepkd score --scorer runs/prm --rollouts runs/samples --out runs/prm-scores
+stepkd score --scorer runs/prm --completions runs/samples --out runs/prm-scores
 stepkd best-of-n prm=runs/prm-scores orm=runs/orm-scores --out runs/best-of-n
 """
 
@@ -21,7 +21,8 @@ class BestOfNConfig:
     POSITIONAL: ClassVar = ("scores",)
 
     scores: tuple[str, ...]
-    """NAME=PATH of every scorer: a folder of stepkd score, or a file of scored rollouts; all of the same rollouts."""
+    """NAME=PATH of every scorer: a folder of stepkd score, or a file of scored completions; all of the same
+    completions."""
     ks: tuple[int, ...] = ()
     """Numbers of samples N to choose from, each at least 1; the default takes the powers of two up to what there is."""
     grading: GradingConfig = field(default_factory=GradingConfig)

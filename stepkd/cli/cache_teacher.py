@@ -1,4 +1,4 @@
-"""Write a teacher's likeliest tokens for the completions of a distillation recipe, so that training needs no teacher.
+"""Write a teacher's most likely tokens for the completions of a distillation recipe, so that training needs no teacher.
 
 stepkd cache-teacher --recipe gkd_cached_teacher base/smollm2-135m-lora \\
     --set model.teacher.path=HuggingFaceTB/SmolLM2-1.7B-Instruct --top-k 64 --out runs/teacher-cache

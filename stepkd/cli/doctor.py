@@ -31,7 +31,7 @@ from stepkd.runs.launcher import check_launch, detect_launch
 Level = Literal["ok", "note", "bad"]
 Looked = Iterator[tuple[str, str] | tuple[str, str, Level, str]]
 PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "accelerate", "jsonargparse", "math-verify")
-OPTIONAL = {"trl": "vLLM rollouts, parity tests", "bitsandbytes": "policy.quantization", "gguf": ".gguf files"}
+OPTIONAL = {"trl": "vLLM, parity tests", "bitsandbytes": "policy.quantization", "gguf": ".gguf files"}
 LITTLE_DISK = 10 * 2**30
 """Free bytes below which checkpoints of a small model may not fit."""
 
@@ -124,7 +124,7 @@ def _recipe(words: Sequence[str], ranks: int | None) -> tuple[dict[str, Any], li
     half = "bf16" in precision or module.policy_spec.dtype == "bfloat16"
     if half and device == "cpu" and not fast_bfloat16():
         findings.append(
-            Finding("recipe", "bfloat16", "emulated", "note", "this processor computes it slowly: float32 is faster")
+            Finding("recipe", "bfloat16", "emulated", "note", "this CPU computes it slowly: float32 is faster")
         )
     return memory, findings
 
@@ -164,7 +164,7 @@ def look_around(folder: Path, environ: Mapping[str, str] | None = None) -> list[
         environ: environment variables; None: those of the process.
     """
     environ = os.environ if environ is None else environ
-    sections = {"versions": _versions(), "processor": _processor(), "GPUs": _gpus(), "attention": _attention()}
+    sections = {"versions": _versions(), "CPU": _cpu(), "GPUs": _gpus(), "attention": _attention()}
     sections |= {"launch": _launch(environ), "disk": _disk(folder, environ)}
     return [Finding(section, *looked) for section, found in sections.items() for looked in found]
 
@@ -181,20 +181,20 @@ def _versions() -> Looked:
             yield name, "not installed", "bad" if needed else "ok", advice
 
 
-def _processor() -> Looked:
+def _cpu() -> Looked:
     import torch
 
-    from stepkd.models.machine import cpu_name, fast_bfloat16, memory_free, memory_limit, processors
+    from stepkd.models.machine import cpu_name, cpus, fast_bfloat16, memory_free, memory_limit
 
     yield "model", cpu_name()
-    cores, threads = processors(), torch.get_num_threads()
-    value = f"{threads} of torch on {cores:g} processor(s)"
-    advice = f"set OMP_NUM_THREADS={max(int(cores), 1)}: more threads than processors slow each other down"
+    cores, threads = cpus(), torch.get_num_threads()
+    value = f"{threads} of torch on {cores:g} CPU(s)"
+    advice = f"set OMP_NUM_THREADS={max(int(cores), 1)}: more threads than CPUs slow each other down"
     yield ("threads", value, "note", advice) if threads > cores + 0.5 else ("threads", value)
     free, limit = memory_free(), memory_limit()
     if free is not None:
         yield "memory", f"{gib(free)} free" + ("" if limit is None else f", limit of this container {gib(limit)}")
-    advice = "on this processor float32 is many times faster: policy.dtype float32"
+    advice = "on this CPU float32 is many times faster: policy.dtype float32"
     slow = not fast_bfloat16() and not torch.cuda.is_available()
     value = "in hardware" if fast_bfloat16() else "emulated"
     yield ("bfloat16", value, "note", advice) if slow else ("bfloat16", value)
@@ -221,7 +221,7 @@ def _attention() -> Looked:
 
     names = {"flash": "flash", "mem_efficient": "memory-efficient", "cudnn": "cudnn"}
     kernels = [name for key, name in names.items() if getattr(torch.backends.cuda, f"{key}_sdp_enabled")()]
-    yield "sdpa", ", ".join(kernels) if torch.cuda.is_available() else "the processor's kernels"
+    yield "sdpa", ", ".join(kernels) if torch.cuda.is_available() else "the CPU's kernels"
     yield "flash_attention_2", "installed" if find_spec("flash_attn") is not None else "not installed"
 
 

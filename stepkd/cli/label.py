@@ -2,7 +2,7 @@ r"""Label the steps of solutions, sampled from problems or existing ones; a kill
 
   stepkd label --solutions Sampled --solutions.problems gsm8k:split=train --solutions.model MODEL \
       --solutions.sampling.n 8 --labeller MonteCarlo --labeller.sampling.n 8 --out runs/labels
-  stepkd label --solutions Existing --solutions.rollouts runs/labels --labeller Scored \
+  stepkd label --solutions Existing --solutions.completions runs/labels --labeller Scored \
       --labeller.scorer judge:MODEL --out runs/judged
   stepkd label --solutions Sampled --solutions.problems task:task=modular,n=500 --solutions.model MODEL \
       --labeller TaskChecker --out runs/true
@@ -40,15 +40,16 @@ def print_summary(job: StartedJob, summary: Mapping[str, Any]) -> None:
     job.say(
         f"{summary['labelled']} of {summary['solutions']} solutions of {summary['problems']} problems labelled"
         + dropped(summary),
-        f"answers: {summary['right_answers']} correct ({summary['right_answers_with_a_wrong_step']} of them with an "
-        f"incorrect step), {summary['wrong_answers']} incorrect; {summary['cut_off']} solutions cut off",
+        f"answers: {summary['correct_answers']} correct "
+        f"({summary['correct_answers_with_an_incorrect_step']} of them with an incorrect step), "
+        f"{summary['incorrect_answers']} incorrect; {summary['cut_off']} solutions cut off",
         "" if summary["threshold"] is None else f"segmenter threshold: {summary['threshold']:.6g}",
         *(f"{name}: {found}" for name in ("sampling", "labelling") if (found := facts(summary[name]))),
     )
     table = Table(*("step", "solutions", "correct", "incorrect", "unlabelled", "share correct"))
     for row in [*summary["by_position"][:12], {"position": None} | summary["balance"]]:
-        counts = [row[name] for name in ("right", "wrong", "unlabelled")]
-        share = "-" if row["right_share"] is None else f"{row['right_share']:.1%}"
+        counts = [row[name] for name in ("correct", "incorrect", "unlabelled")]
+        share = "-" if row["correct_share"] is None else f"{row['correct_share']:.1%}"
         position = "all" if row["position"] is None else row["position"] + 1
         table.add_row(*map(str, (position, sum(counts), *counts, share)))
     job.console.print(table)

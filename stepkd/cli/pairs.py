@@ -1,6 +1,6 @@
 r"""Make step preference pairs, sampling for it; a killed job is resumed by the same command.
 
-  stepkd pairs step --rollouts runs/labels --check judge:MODEL --out runs/step-pairs                       (Step-DPO)
+  stepkd pairs step --completions runs/labels --check judge:MODEL --out runs/step-pairs                       (Step-DPO)
   stepkd pairs tree --problems gsm8k:split=train --model MODEL --value SelfEvaluation --out runs/tree-pairs  (MCTS-DPO)
   torchrun --standalone --nproc_per_node 8 -m stepkd pairs ...       (shards the work over 8 processes)
 

@@ -1,9 +1,9 @@
-r"""Score the steps of solutions: rollouts or step-labelled rows in, the same rows with scores out.
+r"""Score the steps of solutions: completions or step-labelled rows in, the same rows with scores out.
 
-  stepkd score --scorer runs/prm --rollouts runs/samples --out runs/prm-scores
-  stepkd score --scorer judge:HuggingFaceTB/SmolLM2-135M-Instruct --rollouts rows.jsonl --out runs/judged
+  stepkd score --scorer runs/prm --completions runs/samples --out runs/prm-scores
+  stepkd score --scorer judge:HuggingFaceTB/SmolLM2-135M-Instruct --completions rows.jsonl --out runs/judged
   stepkd score --scorer QwenPRM --scorer.path Qwen/Qwen2.5-Math-PRM-7B --scorer.dtype bfloat16 \
-      --rollouts rows.jsonl --reduction min --fit-temperature held_out.jsonl --out runs/scores
+      --completions rows.jsonl --reduction min --fit-temperature held_out.jsonl --out runs/scores
 
 Every row of --out's results.jsonl has `step_scores` (a number in [0, 1] per step, null where there is none), `score`
 (one number for the solution, null when it cannot be told) and `scorer` (what it came from). A killed run is resumed by

@@ -1,7 +1,7 @@
 """Which examples form a batch: one plan per epoch, the same on every rank, resumable anywhere; and the loader of it.
 
 One batch is one optimiser step's worth of examples over all ranks. The plan depends only on (seed, epoch) and the
-lengths, so a run can stop after any batch and go on there. Inside a batch, examples are sorted by length before they
+lengths, so a run can stop after any batch and resume there. Inside a batch, examples are sorted by length before they
 are dealt to ranks and cut into micro-batches: padding is small, ranks get similar work, and, because losses are
 normalised over the whole batch, none of this changes a gradient.
 """
@@ -121,7 +121,7 @@ class StepBatch:
     """The rank's examples; may be empty when the global batch is smaller than the world."""
     indices: tuple[int, ...]
     """Number of each example in the data set: keys the randomness of whatever is sampled for it."""
-    filler: Completion
+    dummy: Completion
     """Stands in for this rank when others have more micro-batches."""
     next_position: Position
     """Where the data stands once this batch has been trained on."""
@@ -162,7 +162,7 @@ class StepLoader:
         shortest = min(self.examples, key=lambda example: (not len(example.token_ids), example.size, example.id))
         if not len(shortest.token_ids):  # prompts to sample from; a dummy batch needs a target all the same
             shortest = replace(shortest, token_ids=shortest.prompt_ids[-1:], step_ends=np.array([1]))
-        self._filler = shortest
+        self._dummy = shortest
 
     def __len__(self) -> int:
         return self.plan.num_batches
@@ -190,7 +190,7 @@ class StepLoader:
             yield StepBatch(
                 tuple(self.examples[i] for i in mine),
                 tuple(mine),
-                self._filler,
+                self._dummy,
                 Position(start.epoch + 1, 0) if last else Position(start.epoch, b + 1),
                 peers=tuple(self.examples[i] for i in batches[b]),
                 places=tuple(place[i] for i in mine),

@@ -58,7 +58,7 @@ class Batch:
     row's beginning that of the earlier row, else its own; None where no rows begin alike."""
     reference_N: Tensor | None = None
     """Log-probability of every target under the reference model; None until it is computed."""
-    is_filler: bool = False
+    is_dummy: bool = False
     """Whether it only keeps this rank in step with the others; its loss counts zero."""
 
     @property
@@ -118,7 +118,7 @@ def collate(
     share: bool = False,
     padding_side: Literal["right", "left"] = "right",
     pad_to: int | None = None,
-    is_filler: bool = False,
+    is_dummy: bool = False,
 ) -> Batch:
     """Pad the completions of examples to one length.
 
@@ -128,7 +128,7 @@ def collate(
         share: say which rows begin alike, so that a model that can computes their beginning once.
         padding_side: where the padding goes; does not change losses or gradients.
         pad_to: pad to at least this many tokens.
-        is_filler: see :class:`Batch`.
+        is_dummy: see :class:`Batch`.
     """
     completions = [completion for example in examples for completion in example.completions]
     numbers_R = np.arange(len(completions))
@@ -169,7 +169,7 @@ def collate(
         outcome_R=torch.tensor([each.outcome for each in completions], dtype=torch.long),
         examples=tuple(examples),
         shared_BT=_shared(completions, tokens, start_R, length) if share else None,
-        is_filler=is_filler,
+        is_dummy=is_dummy,
     )
 
 

@@ -51,7 +51,7 @@ class StepData(LightningDataModule):
         overlap_ngram: report how many n-grams of the validation problems occur in the training problems; 0 is off.
         seed: seed of the shuffle.
         labels: how step labels become targets, of a method that reads them; None: a reward model takes a solution up to
-            its first wrong step, KTO and Step-KTO keep all labels.
+            its first incorrect step, KTO and Step-KTO keep all labels.
         allow_one_class: train although all labels that the method learns from agree; without it that is an error:
             nothing can be learnt.
         keep_prompts_together: shuffle prompts in place of examples, so that completions of one prompt meet in a batch

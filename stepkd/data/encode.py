@@ -5,8 +5,8 @@ token straddles the two and training sees the ids that inference sees.
 
 The end rule. A finished solution ends in the token that the chat template writes behind an answer (plain style: the
 tokenizer's end token), which is a training target and belongs to the last step; it is never doubled. A completion given
-as ``token_ids`` (a rollout) is used as it is: sampled ids are never re-tokenised, and nothing is appended to one that
-was cut off.
+as ``token_ids`` (a completion) is used as it is: sampled ids are never re-tokenised, and nothing is appended to one
+that was cut off.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def with_end(completion: TokenizedText, template: PromptTemplate, tokenizer: Any
 
 
 def sampled_spans(row: Mapping[str, Any]) -> list[Span]:
-    """The step spans of a rollout. Labels and values are stored one per step, so that none is repaired.
+    """The step spans of a completion. Labels and values are stored one per step, so that none is repaired.
 
     Raises:
         DataError: ``step_ends`` do not cut ``token_ids`` into steps.
     """
-    if (wrong := ends_partition(row["step_ends"], len(row["token_ids"]))) is not None:
-        raise DataError(wrong, path=str(row.get("id", "?")), column="step_ends")
+    if (incorrect := ends_partition(row["step_ends"], len(row["token_ids"]))) is not None:
+        raise DataError(incorrect, path=str(row.get("id", "?")), column="step_ends")
     return spans_from_ends(row["step_ends"], len(row["token_ids"]))
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from stepkd.data.completion import Completion
 from stepkd.data.encode import Encoder, with_end
-from stepkd.data.rows import PREFERENCE, ROLLOUT, STEP_PREFERENCE, STEPWISE, UNPAIRED
+from stepkd.data.rows import COMPLETION, PREFERENCE, STEP_PREFERENCE, STEPWISE, UNPAIRED
 from stepkd.data.step_labels import LabelRule, step_targets
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
@@ -28,25 +28,26 @@ from stepkd.steps.labels import tally
 from stepkd.steps.segment import Segmenter, Span, segment, spans_from_ends
 from stepkd.steps.text import TokenizedText, first_difference, text_from_ids, tokenize_text
 
-RIGHT, WRONG, UNKNOWN = 1, 0, -1
+CORRECT, INCORRECT, UNKNOWN = 1, 0, -1
 SIDES = ("chosen", "rejected")
 
 
 class FeedbackEncoder(Encoder):
-    """Turns labelled rollouts, stepwise rows and unpaired rows into completions with an outcome, and a label per step.
+    """Turns labelled completions, stepwise rows and unpaired rows into completions with an outcome, and a label per
+    step.
 
     Args:
         tokenizer, template, segmenter, max_length: as for :class:`~stepkd.data.encode.Encoder`.
-        labels: how labels become right or wrong. ``after_error: truncate`` cuts the completion off after its first
-            wrong step, so that later tokens are in neither term; ``mask`` drops the later labels only; None: all labels
-            are kept.
+        labels: how labels become correct or incorrect. ``after_error: truncate`` cuts the completion off after its
+            first incorrect step, so that later tokens are in neither term; ``mask`` drops the later labels only; None:
+            all labels are kept.
         learns: what the method learns from, ``outcomes``, or ``outcomes`` and ``steps``: see :meth:`check`.
 
     Raises:
         ConfigError: a rule for outcomes only.
     """
 
-    contracts = (ROLLOUT, STEPWISE, UNPAIRED)
+    contracts = (COMPLETION, STEPWISE, UNPAIRED)
 
     def __init__(
         self,
@@ -79,8 +80,8 @@ class FeedbackEncoder(Encoder):
         if not (fitting := self._fitting(prompt, spans)):
             return None
         labels = self._labels(row, len(spans))[:fitting]
-        if self.labels.after_error == "truncate" and WRONG in labels[:-1]:
-            labels = labels[: labels.index(WRONG) + 1]
+        if self.labels.after_error == "truncate" and INCORRECT in labels[:-1]:
+            labels = labels[: labels.index(INCORRECT) + 1]
             self.counts["rows_cut_at_first_error"] += 1
         if outcome == UNKNOWN and all(label == UNKNOWN for label in labels):
             self.counts["rows_without_feedback"] += 1
@@ -100,13 +101,14 @@ class FeedbackEncoder(Encoder):
         """Counts of outcomes and steps by label; what is not labelled at all, or of one class only, is refused."""
         counts = feedback_counts(examples)
         for kind in self.learns:
-            right, wrong = counts[f"right_{kind}"], counts[f"wrong_{kind}"]
-            if training and right + wrong and not (right and wrong) and not allow_one_class:
+            correct, incorrect = counts[f"correct_{kind}"], counts[f"incorrect_{kind}"]
+            if training and correct + incorrect and not (correct and incorrect) and not allow_one_class:
                 raise DataError(
-                    f"all {right + wrong} labelled {kind} are {'right' if right else 'wrong'}: nothing contrasts with "
-                    "them. Take a stronger or weaker sampler, more samples per problem, or set data.allow_one_class"
+                    f"all {correct + incorrect} labelled {kind} are {'correct' if correct else 'incorrect'}: nothing "
+                    "contrasts with them. Take a stronger or weaker sampler, more samples per problem, or set "
+                    "data.allow_one_class"
                 )
-            if training and kind == self.learns[-1] and not right + wrong:
+            if training and kind == self.learns[-1] and not correct + incorrect:
                 raise DataError(
                     f"no row has labelled {kind}, and the method learns from them: label the rows (stepkd label), or "
                     + ("use KTO, which needs none" if kind == "steps" else "use other data")
@@ -163,13 +165,13 @@ def feedback_counts(examples: Iterable[Completion]) -> dict[str, int]:
     outcomes = Counter(example.outcome for example in found)
     steps = Counter(label for example in found for label in example.step_labels)
     return {
-        "right_outcomes": outcomes[RIGHT],
-        "wrong_outcomes": outcomes[WRONG],
-        "right_steps": steps[RIGHT],
-        "wrong_steps": steps[WRONG],
+        "correct_outcomes": outcomes[CORRECT],
+        "incorrect_outcomes": outcomes[INCORRECT],
+        "correct_steps": steps[CORRECT],
+        "incorrect_steps": steps[INCORRECT],
         "conflicts": tally(
-            (example.outcome == RIGHT for example in found),
-            ([None if label == UNKNOWN else label == RIGHT for label in example.step_labels] for example in found),
+            (example.outcome == CORRECT for example in found),
+            ([None if label == UNKNOWN else label == CORRECT for label in example.step_labels] for example in found),
         ).flawed,
     }
 

@@ -87,7 +87,7 @@ def _words(error: pydantic.ValidationError) -> str:
     return _WORDS[kind].format(shown(value)) if kind in _WORDS else found["msg"]
 
 
-def _wrong(message: str, **context: Any) -> PydanticCustomError:
+def _invalid(message: str, **context: Any) -> PydanticCustomError:
     return PydanticCustomError("row", "{message}", {"message": message, **context})
 
 
@@ -119,24 +119,24 @@ def chat_message(message: object) -> str | None:
         return f"must be an object with 'role' and 'content', found {shown(message)}"
     if message["role"] not in get_args(Role):
         return f"has role {message['role']!r}; {did_you_mean(str(message['role']), get_args(Role))}"
-    wrong = _text(message["content"], _TEXT)
-    return None if wrong is None else f"has a content that is wrong: {wrong}"
+    invalid = _text(message["content"], _TEXT)
+    return None if invalid is None else f"has a content that is invalid: {invalid}"
 
 
 def _prompt(value: object) -> object:
     if isinstance(value, str):
-        if (wrong := filled_text(value)) is not None:
-            raise _wrong(wrong)
+        if (invalid := filled_text(value)) is not None:
+            raise _invalid(invalid)
         return value
     if not isinstance(value, list):
-        raise _wrong(f"must be text or a list of chat messages, found {shown(value)}")
+        raise _invalid(f"must be text or a list of chat messages, found {shown(value)}")
     if not value:
-        raise _wrong("must not be an empty list of messages")
+        raise _invalid("must not be an empty list of messages")
     for index, message in enumerate(value, start=1):
-        if (wrong := chat_message(message)) is not None:
-            raise _wrong(f"message {index} of {len(value)} {wrong}")
+        if (invalid := chat_message(message)) is not None:
+            raise _invalid(f"message {index} of {len(value)} {invalid}")
     if value[-1]["role"] == "assistant":
-        raise _wrong(
+        raise _invalid(
             "ends with an assistant message; end a prompt with the user (a start of the answer is answer_prefix)"
         )
     return value
@@ -144,11 +144,11 @@ def _prompt(value: object) -> object:
 
 def _labels(value: object) -> object:
     if not isinstance(value, list):
-        raise _wrong(f"must be a list with one label per step, found {shown(value)}")
+        raise _invalid(f"must be a list with one label per step, found {shown(value)}")
     try:
         label_kind(value)
     except DataError as error:
-        raise _wrong(str(error)) from error
+        raise _invalid(str(error)) from error
     return value
 
 
@@ -157,7 +157,7 @@ def _numbers(what: str, least: float = -sys.float_info.max, most: float = sys.fl
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         if not isinstance(value, list):
-            raise _wrong(f"must be a list of {what}, found {shown(value)}")
+            raise _invalid(f"must be a list of {what}, found {shown(value)}")
         try:
             handler(value)
             index = next((i for i, each in enumerate(value) if each is not None and not least <= each <= most), None)
@@ -165,7 +165,7 @@ def _numbers(what: str, least: float = -sys.float_info.max, most: float = sys.fl
             index = int(error.errors()[0]["loc"][0])
         if index is not None:
             place = f"item {index + 1} of {len(value)}"
-            raise _wrong(f"{place} does not fit a list of {what}: found {shown(value[index])}")
+            raise _invalid(f"{place} does not fit a list of {what}: found {shown(value[index])}")
         return value
 
     return pydantic.WrapValidator(check)
@@ -267,7 +267,7 @@ class PreferenceRow(RowModel):
     @pydantic.model_validator(mode="after")
     def _sides_differ(self) -> PreferenceRow:
         if self.chosen == self.rejected:
-            raise _wrong("is the same text as 'chosen'; such a pair teaches nothing, drop the row", column="rejected")
+            raise _invalid("is the same text as 'chosen'; such a pair teaches nothing, drop the row", column="rejected")
         return self
 
 
@@ -283,14 +283,14 @@ class StepPreferenceRow(PreferenceRow):
     prefix_ids: TokenIds | None = None
 
 
-class RolloutRow(RowModel):
+class CompletionRow(RowModel):
     """A sampled completion with its token ids; `step_ends` are exclusive token ends; `correct` is null until graded.
 
     `logprobs` are under the distribution that was sampled from; `raw_logprobs`, where they differ, at temperature 1.
-    `step_values` are chances of a correct answer estimated by rollouts, `step_scores` what a step scorer says.
+    `step_values` are chances of a correct answer estimated by continuations, `step_scores` what a step scorer says.
     """
 
-    name = "rollout"
+    name = "completion"
     problem_id: Filled
     completion: Text
     token_ids: TokenIds
@@ -307,10 +307,10 @@ class RolloutRow(RowModel):
     step_scores: Values | None = None
 
     @pydantic.model_validator(mode="after")
-    def _fits_together(self) -> RolloutRow:
+    def _fits_together(self) -> CompletionRow:
         _same_length(self, "token_ids", "logprobs", "raw_logprobs")
-        if (wrong := ends_partition(self.step_ends, len(self.token_ids))) is not None:
-            raise _wrong(wrong, column="step_ends")
+        if (invalid := ends_partition(self.step_ends, len(self.token_ids))) is not None:
+            raise _invalid(invalid, column="step_ends")
         _same_length(self, "step_ends", "step_labels", "step_values", "step_scores")
         return self
 
@@ -319,13 +319,13 @@ def _same_length(row: RowModel, first: str, *others: str) -> None:
     count = len(getattr(row, first))
     for name in others:
         if (value := getattr(row, name)) is not None and len(value) != count:
-            raise _wrong(f"has {len(value)} entries for {count} {first}; there must be as many", column=name)
+            raise _invalid(f"has {len(value)} entries for {count} {first}; there must be as many", column=name)
 
 
 def ends_partition(ends: Sequence[int], length: int) -> str | None:
     """What keeps exclusive step ends from cutting ``length`` tokens into non-empty steps without a rest, or None."""
     if not ends:
-        return "has zero steps; drop the rollout or segment its completion"
+        return "has zero steps; drop the completion or segment its completion"
     if ends[0] < 1 or any(a >= b for a, b in itertools.pairwise(ends)):
         return f"must be positive and strictly increasing (no empty step), found {shown(ends)}"
     if ends[-1] != length:
@@ -334,9 +334,9 @@ def ends_partition(ends: Sequence[int], length: int) -> str | None:
 
 
 PROBLEM, DEMONSTRATION, STEPWISE, UNPAIRED = ProblemRow, DemonstrationRow, StepwiseRow, UnpairedRow
-PREFERENCE, STEP_PREFERENCE, ROLLOUT = PreferenceRow, StepPreferenceRow, RolloutRow
+PREFERENCE, STEP_PREFERENCE, COMPLETION = PreferenceRow, StepPreferenceRow, CompletionRow
 _TELLING: dict[Contract, set[str]] = {
-    ROLLOUT: {"token_ids", "completion"},
+    COMPLETION: {"token_ids", "completion"},
     STEPWISE: {"completions", "labels"},
     STEP_PREFERENCE: {"chosen", "rejected", "prefix"},
     PREFERENCE: {"chosen", "rejected"},
@@ -368,7 +368,7 @@ def problem_with(needs: Needs) -> Contract:
             model = handler(row)
             for names, reason in needs.items():
                 if all(row.get(name) is None for name in names):
-                    raise _wrong(
+                    raise _invalid(
                         f"missing column {' or '.join(map(repr, names))}: {reason}. The row has {_listed(row)}; if "
                         f"another column holds it, say so with columns: {{{names[0]}: <that column>}}",
                         column=names[0],
@@ -407,7 +407,7 @@ def validate(
         The same row object.
 
     Raises:
-        DataError: the first thing that is wrong, with file, line and column.
+        DataError: the first thing that is incorrect, with file, line and column.
     """
     found = _unknown(row, contract, extra) if extra != "keep" else None
     if found is None:

@@ -130,7 +130,8 @@ class StepEncoder(Encoder):
         """Whether the last step gets a separator too.
 
         It does where a step is read behind its separator. Otherwise a marker without one before it would tell a model
-        that the solution, or the labelled part of it, ends here: in data whose wrong step is the last one (PRM800K's
+        that the solution, or the labelled part of it, ends here: in data whose incorrect step is the last one
+            (PRM800K's
         alternatives) that gives the label away.
         """
         return bool(self.format.separator) and self.format.marker_place == "step_end"
@@ -241,12 +242,13 @@ class StepEncoder(Encoder):
     def check(self, examples: Sequence[Completion], *, training: bool, allow_one_class: bool) -> dict[str, int]:
         """Labelled steps per class (soft ones by the likelier class, and at even odds by the better one)."""
         targets = [target for each in examples for target in each.completions[0].targets if target is not None]
-        names = ("wrong", "right") if self.num_classes == 2 else ("wrong", "neutral", "right")
+        names = ("incorrect", "correct") if self.num_classes == 2 else ("incorrect", "neutral", "correct")
         counts = Counter(max(zip(target, range(self.num_classes), names, strict=True))[-1] for target in targets)
         if training and len(set(targets)) < 2 and not allow_one_class:
             raise DataError(
                 f"all {len(targets)} training labels are the same ({next(iter(counts))}): a reward model "
-                "trained on them learns a constant. Give rows with right and wrong steps, or set data.allow_one_class",
+                "trained on them learns a constant. Give rows with correct and incorrect steps, or set "
+                "data.allow_one_class",
                 column="labels",
             )
         return dict(counts)

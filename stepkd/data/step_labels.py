@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stepkd.data.rows import ROLLOUT, STEPWISE, Row, validate
+from stepkd.data.rows import COMPLETION, STEPWISE, Row, validate
 from stepkd.data.sources.math_shepherd import FIRST_STEP, TAG
 from stepkd.errors import DataError, check_bounds, check_choice
 from stepkd.runs.files import write_file, write_jsonl
@@ -31,18 +31,18 @@ class LabelRule:
     """How step labels become targets."""
 
     kind: Literal["auto"] | LabelKind = "auto"
-    """What the labels must be: right/wrong, -1/0/1, or chances in [0, 1]; ``auto`` takes what each row has."""
+    """What the labels must be: correct/incorrect, -1/0/1, or chances in [0, 1]; ``auto`` takes what each row has."""
     after_error: Literal["keep", "truncate", "mask"] = "truncate"
-    """Steps after the first wrong one: keep their labels, cut the solution off there, or leave it whole without these
-    labels. A soft label is a wrong step below ``harden``, and without it only where it is 0. A causal model gives the
-    same gradient for ``truncate`` and ``mask``."""
-    neutral: Neutral = "right"
+    """Steps after the first incorrect one: keep their labels, cut the solution off there, or leave it whole without
+    these labels. A soft label is an incorrect step below ``harden``, and without it only where it is 0. A causal model
+    gives the same gradient for ``truncate`` and ``mask``."""
+    neutral: Neutral = "correct"
     """What a rating of 0 means to a head of two classes."""
     harden: float | None = None
-    """Threshold, in (0, 1), from which on a soft label becomes right, and below it wrong; None keeps labels soft. One
-    below the smallest share of continuations, such as 0.001, means "any continuation succeeded"."""
+    """Threshold, in (0, 1), from which on a soft label becomes correct, and below it incorrect; None keeps labels soft.
+    One below the smallest share of continuations, such as 0.001, means "any continuation succeeded"."""
     scope: Literal["steps", "outcome"] = "steps"
-    """``steps``: a process reward model; ``outcome``: one label at the last step, whether the answer is right (an
+    """``steps``: a process reward model; ``outcome``: one label at the last step, whether the answer is correct (an
     outcome reward model)."""
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
     """Target of every step of a row.
 
     Args:
-        row: has ``labels`` (step-labelled rows), or ``step_labels`` / ``step_values`` (rollouts), or, for
+        row: has ``labels`` (step-labelled rows), or ``step_labels`` / ``step_values`` (completions), or, for
             ``scope="outcome"``, ``outcome`` / ``correct``.
         num_steps: how many steps the row has.
         num_classes: 2 or 3, worst to best.
@@ -89,14 +89,14 @@ def step_targets(row: Mapping[str, Any], num_steps: int, num_classes: int, rule:
         raise refused(f"labels are of kind {kind!r} and labels.kind asks for {rule.kind!r}: nothing is cast silently")
     if kind == "soft" and rule.harden is None and num_classes != 2:
         raise refused(f"soft labels for {num_classes} classes: they need two classes, or set labels.harden")
-    neutral = rule.neutral if num_classes == 2 else "right"
+    neutral = rule.neutral if num_classes == 2 else "correct"
     marks = verdicts(labels, neutral=neutral, threshold=ANY_SUCCESS if rule.harden is None else rule.harden)
     targets = [
         _target(label, mark, kind, num_classes, rule.harden is None) for label, mark in zip(labels, marks, strict=True)
     ]
     if rule.after_error != "keep" and False in marks:
-        wrong = marks.index(False)
-        targets[wrong + 1 :] = [None] * (num_steps - wrong - 1)
+        incorrect = marks.index(False)
+        targets[incorrect + 1 :] = [None] * (num_steps - incorrect - 1)
     return targets
 
 
@@ -110,8 +110,8 @@ def _outcome(row: Mapping[str, Any], name: str, num_classes: int) -> Target:
     value = row.get("outcome", row.get("correct"))
     if not isinstance(value, bool):
         raise DataError(
-            f"an outcome reward model needs whether the answer is right, found {value!r}: give rows with a boolean "
-            "'outcome' (or rollouts with 'correct')",
+            f"an outcome reward model needs whether the answer is correct, found {value!r}: give rows with a boolean "
+            "'outcome' (or completions with 'correct')",
             path=name,
             column="outcome",
         )
@@ -131,17 +131,17 @@ def _one_hot(index: int, num_classes: int) -> Target:
 
 
 def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[str] = ()) -> Row:
-    """Turn a labelled rollout into a STEPWISE row; a row that is one already stays as it is (unless ``soft``).
+    """Turn a labelled completion into a STEPWISE row; a row that is one already stays as it is (unless ``soft``).
 
     Args:
-        row: a ROLLOUT row with ``steps``, the text of every step (``step_ends`` counts tokens, so only the tokenizer's
-            owner can cut the completion), and ``step_labels`` (or ``step_values``).
+        row: a COMPLETION row with ``steps``, the text of every step (``step_ends`` counts tokens, so only the
+            tokenizer's owner can cut the completion), and ``step_labels`` (or ``step_values``).
         soft: take ``step_values``, chances in [0, 1], as the labels.
         keep: further columns to copy where the row has them, for example where the labels came from.
 
     Returns:
         ``prompt``, ``completions``, ``labels`` and ``id``; ``outcome`` where the answer was graded, ``answer`` where
-        the rollout carries the gold answer.
+        the completion carries the gold answer.
 
     Raises:
         DataError: no labels or step texts, or another number of steps than labels.
@@ -150,7 +150,7 @@ def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[st
         return dict(row)
     name, column = row.get("id") or row.get("problem_id", "?"), "step_values" if soft else "step_labels"
     if row.get(column) is None:
-        lacks = "no values to take as soft labels" if soft else "the rollout has no step labels"
+        lacks = "no values to take as soft labels" if soft else "the completion has no step labels"
         raise DataError(f"{lacks}: label it first (stepkd label)", path=name, column=column)
     # A chance written as 0 or 1 would read as a rating.
     labels = [float(label) if soft and label is not None else label for label in row[column]]
@@ -158,11 +158,12 @@ def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[st
         return dict(row) | {"labels": labels}
     if row.get("steps") is None:
         raise DataError(
-            "no step texts: these rollouts were not labelled by `stepkd label`; label them as Existing solutions first",
+            "no step texts: these completions were not labelled by `stepkd label`; label them as Existing "
+            "solutions first",
             path=name,
             column="steps",
         )
-    validate(dict(row), ROLLOUT, extra="keep")
+    validate(dict(row), COMPLETION, extra="keep")
     if len(row["steps"]) != len(labels):
         raise DataError(f"has {len(labels)} labels for {len(row['steps'])} steps", path=name, column=column)
     out: Row = {"id": name, "prompt": row["prompt"], "completions": list(row["steps"]), "labels": labels}
@@ -175,7 +176,7 @@ def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[st
 def trl_row(
     row: Mapping[str, Any],
     *,
-    neutral: Neutral = "right",
+    neutral: Neutral = "correct",
     threshold: float = 0.5,
     separator: str = "\n",
     counts: Counter[str] | None = None,
@@ -188,10 +189,10 @@ def trl_row(
     Args:
         row: a STEPWISE row.
         neutral: what a rating of 0 becomes; ``mask``: such a step counts as unlabelled.
-        threshold: a chance is right from here on, in (0, 1).
+        threshold: a chance is correct from here on, in (0, 1).
         separator: text between joined steps.
-        counts: updated with the number of steps that became ``right`` and ``wrong``, among them ``neutral`` ones, that
-            were ``joined`` or ``cut``, and of rows left ``empty``.
+        counts: updated with the number of steps that became ``correct`` and ``incorrect``, among them ``neutral`` ones,
+            that were ``joined`` or ``cut``, and of rows left ``empty``.
 
     Returns:
         The row with boolean labels and its other columns as they were; None when no label is left.
@@ -200,7 +201,7 @@ def trl_row(
         ConfigError: an unknown ``neutral`` or a threshold outside (0, 1).
         DataError: the row breaks its contract.
     """
-    check_choice("neutral", neutral, ("right", "wrong", "mask"))
+    check_choice("neutral", neutral, ("correct", "incorrect", "mask"))
     validate(dict(row), STEPWISE, extra="keep")
     found: Counter[str] = Counter()
     if label_kind(row["labels"]) == "rating":
@@ -213,7 +214,7 @@ def trl_row(
         if label is None:
             waiting.append(step)
             continue
-        found["right" if label else "wrong"] += 1
+        found["correct" if label else "incorrect"] += 1
         found["joined"] += len(waiting)
         steps.append(separator.join([*waiting, step]))
         labels.append(label)

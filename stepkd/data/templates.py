@@ -249,7 +249,7 @@ def get_template(template: str | Path | PromptTemplate) -> PromptTemplate:
             or a template.
 
     Raises:
-        ConfigError: no template of that name, or a field of the file that is wrong.
+        ConfigError: no template of that name, or a field of the file that is incorrect.
         DataError: a file that cannot be read.
     """
     if isinstance(template, PromptTemplate):

@@ -51,7 +51,7 @@ class ProblemSamples:
     id: str
     """Its id; keys the drawn subsets."""
     correct: Sequence[bool]
-    """(N,) whether each sample's answer is right."""
+    """(N,) whether each sample's answer is correct."""
     votes: Sequence[str | None]
     """(N,) key of each answer's equivalence class; None when no answer was found."""
 
@@ -111,7 +111,7 @@ def best_of_k(scores: Sequence[float | None], correct: Sequence[bool], k: int) -
 
     Args:
         scores: (N,) finite scores on any scale; None ranks below all, and the None share their rank.
-        correct: (N,) whether each sample is right.
+        correct: (N,) whether each sample is correct.
         k: samples drawn, 1 <= k <= N.
 
     Returns:
@@ -121,11 +121,11 @@ def best_of_k(scores: Sequence[float | None], correct: Sequence[bool], k: int) -
         DataError: different lengths, or a score that is not finite.
         ConfigError: k out of range.
     """
-    ranks, right = _ranks(scores, len(correct)), np.asarray(correct, dtype=np.float64)
-    _check_k(k, right.size)
+    ranks, hits = _ranks(scores, len(correct)), np.asarray(correct, dtype=np.float64)
+    _check_k(k, hits.size)
     _, group, size = np.unique(-ranks, return_inverse=True, return_counts=True)
-    share = np.bincount(group, weights=right) / size
-    missed = _missed(right.size, k)
+    share = np.bincount(group, weights=hits) / size
+    missed = _missed(hits.size, k)
     through = np.cumsum(size)
     return float(np.clip(((missed[through - size] - missed[through]) * share).sum(), 0.0, 1.0))
 
@@ -143,12 +143,12 @@ def weighted_vote_at_k(
 
     Exact (all subsets) up to `MAX_EXACT_SUBSETS` subsets, else the mean over `SUBSET_DRAWS` drawn ones. As in
     :func:`~stepkd.evaluation.metrics.maj_at_k`: ties are split evenly, an answer counts by the share of its samples
-    that are right, and a draw without any answer is wrong; so equal scores above 0 give exactly maj@k.
+    that are correct, and a draw without any answer is incorrect; so equal scores above 0 give exactly maj@k.
 
     Args:
         scores: (N,) scores >= 0; None adds nothing to its answer.
         votes: (N,) keys of the answers; None (no answer found) never wins, whatever its score.
-        correct: (N,) whether each sample is right.
+        correct: (N,) whether each sample is correct.
         k: samples drawn, 1 <= k <= N.
         seed, key: seed of the drawn subsets and the problem's id; different scores see the same subsets.
 
@@ -312,7 +312,7 @@ def _check_problems(
     return np.array([len(problem.correct) for problem in problems], dtype=np.float64)
 
 
-# --- curves from files of scored rollouts -----------------------------------------------------------------------------
+# --- curves from files of scored completions --------------------------------------------------------------------------
 
 _SAME = ("completion", "completions", "token_ids", "correct")
 """What rows of one sample must share, whichever scorer's file they are in."""
@@ -326,11 +326,11 @@ def best_of_n_from_files(
     seed: int = 0,
     samples: int | None = None,
 ) -> CurveResult:
-    """Curves of every scorer on the same rollouts, beside majority and pass@N.
+    """Curves of every scorer on the same completions, beside majority and pass@N.
 
     Args:
-        files: name of a scorer -> folder of ``stepkd score``, or file of rollout rows with ``score`` and ``correct``,
-            all of the same rollouts.
+        files: name of a scorer -> folder of ``stepkd score``, or file of completion rows with ``score`` and
+            ``correct``, all of the same completions.
         ks: numbers of samples; none: powers of two up to the samples per problem.
         grading: how answers are found and compared for the vote; None: the defaults.
         seed: seed of intervals and drawn subsets.
@@ -338,22 +338,22 @@ def best_of_n_from_files(
             score: it counts as incorrect, or as unscored. None: every sample must be in every file.
 
     Raises:
-        ConfigError: no file, a reserved name, or files of different rollouts.
+        ConfigError: no file, a reserved name, or files of different completions.
         DataError: a row without score or grade, or problems with too few samples.
     """
     if not files:
-        raise ConfigError("best-of-N needs at least one file of scored rollouts (stepkd score)")
+        raise ConfigError("best-of-N needs at least one file of scored completions (stepkd score)")
     loaded = {name: _by_key(path) for name, path in files.items()}
     first_name, first = next(iter(loaded.items()))
     for name, rows in loaded.items():
         missing = len(set(first) ^ set(rows))
         if missing and (samples is None or set(rows) - set(first)):
-            raise ConfigError(f"{first_name} and {name} scored different rollouts ({missing} are in one only)")
+            raise ConfigError(f"{first_name} and {name} scored different completions ({missing} are in one only)")
         for key, row in rows.items():
             if any(row.get(column) != first[key].get(column) for column in _SAME):
                 raise ConfigError(
                     f"{first_name} and {name} hold different solutions under one id (sample {key[1]} of problem "
-                    f"{key[0]!r}): score one file of rollouts with both"
+                    f"{key[0]!r}): score one file of completions with both"
                 )
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in first:
@@ -383,17 +383,17 @@ def _by_key(path: str | Path) -> dict[tuple[str, str], Mapping[str, Any]]:
     for row, number in read_rows(path):
         for column in ("score", "correct"):
             if column not in row:
-                hint = "score it with stepkd score" if column == "score" else "give graded rollouts"
+                hint = "score it with stepkd score" if column == "score" else "give graded completions"
                 raise DataError(f"no {column!r}: {hint}", path=path, line=number, column=column)
         if (row.get("labelling") or {}).get("dedupe"):
             raise DataError(
-                "these rollouts lost their duplicates when they were labelled, so that their shares are wrong: sample "
-                "them with stepkd label --solutions.dedupe false",
+                "these completions lost their duplicates when they were labelled, so that their shares are biased: "
+                "sample them with stepkd label --solutions.dedupe false",
                 path=path,
                 line=number,
             )
         if not isinstance(row["correct"], bool):
-            raise DataError("the rollout is not graded (correct is null)", path=path, line=number, column="correct")
+            raise DataError("the completion is not graded (correct is null)", path=path, line=number, column="correct")
         problem = str(row.get("problem_id", row.get("prompt")))
         key = (problem, str(row.get("sample", row.get("id", number))))
         if key in rows:

@@ -135,8 +135,8 @@ class ScoreConfig(JobConfig):
     scorer: ScorerConfig | str
     """What scores the steps: one of the classes, or a word (run folder, checkpoint, export or published PRM;
     judge:MODEL; checker; arithmetic; gain)."""
-    rollouts: str
-    """File or data settings of the solutions: rollouts, or rows with step texts."""
+    completions: str
+    """File or data settings of the solutions: completions, or rows with step texts."""
     reduction: Reduction | None = None
     """How step scores become one per solution; the default is product for scores of correctness, else last."""
     fit_temperature: str | None = None

@@ -51,7 +51,7 @@ def reliability_diagram(result: Mapping[str, Any], path: str | Path) -> Path:
         upper.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="perfect calibration")
         points = [(each["confidence"], each["accuracy"]) for each in bins if each["count"]]
         upper.plot(*zip(*points, strict=True), color=COLOURS[0], marker=MARKERS[0], label="scores")
-        upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share of right labels")
+        upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="share of correct labels")
         upper.set_title(f"Reliability (n = {result['n']}, ECE {_number(result, 'ece')})")
         figure.legend(loc="outside lower center", ncols=2)
         _bars(lower, [(each["low"], each["high"]) for each in bins], [each["count"] for each in bins], COLOURS[0], None)

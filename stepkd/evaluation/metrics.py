@@ -4,7 +4,8 @@ one benchmark, compared problem by problem.
 A result row is one problem::
 
     {"id": str, "index": int, "prompt": str, "answer": str,
-     "samples": [{"completion": str, "extracted": str | None, "verdict": "correct" | "wrong" | "unparsed" | "timeout",
+     "samples": [{"completion": str, "extracted": str | None, "verdict": "correct" | "incorrect" | "unparsed" |
+     "timeout",
                   "tokens": int, "finish": "stop" | "length", "vote": str | None, "logprob": float,
                   "step_labels": [bool | None] | None}, ...]}
 
@@ -42,11 +43,12 @@ from stepkd.steps.labels import tally
 
 
 def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> FloatArray:
-    """Unbiased probability that k of n samples, drawn without replacement, hold a right one (Chen et al. 2021, eq. 1).
+    """Unbiased probability that k of n samples, drawn without replacement, hold a correct one (Chen et al. 2021, eq.
+    1).
 
     Args:
         n: samples per problem, integers >= 1, any shape.
-        c: right samples per problem, 0 <= c <= n, same shape as ``n`` after broadcasting.
+        c: correct samples per problem, 0 <= c <= n, same shape as ``n`` after broadcasting.
         k: samples drawn, 1 <= k <= min(n).
 
     Returns:
@@ -61,18 +63,18 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> FloatArray:
     if k < 1 or (n_arr < k).any():
         raise ConfigError(_too_few_samples("pass", k, int(n_arr.min()) if n_arr.size else 0))
     # prod (n-c-j)/(n-j) = C(n-c, k) / C(n, k): k factors in [0, 1], no large binomials.
-    all_wrong = np.ones(n_arr.shape)
+    all_incorrect = np.ones(n_arr.shape)
     for j in range(k):
-        all_wrong = all_wrong * np.maximum(n_arr - c_arr - j, 0.0) / (n_arr - j)
-    return np.asarray(1.0 - all_wrong, dtype=np.float64)
+        all_incorrect = all_incorrect * np.maximum(n_arr - c_arr - j, 0.0) / (n_arr - j)
+    return np.asarray(1.0 - all_incorrect, dtype=np.float64)
 
 
 def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool], k: int) -> float:
     """Exact expected accuracy of a majority vote over k of the n samples drawn without replacement.
 
     Ties are split evenly, so the value does not depend on the order of the samples. None (unparsed) takes a place in
-    the draw but never wins; a draw of only None counts as wrong. An elected class counts by the share of its samples
-    that are right, which is 0 or 1 for a consistent grader.
+    the draw but never wins; a draw of only None counts as incorrect. An elected class counts by the share of its
+    samples that are correct, which is 0 or 1 for a consistent grader.
 
     No subset is enumerated: k draws without replacement are independent binomials given their sum, so a product of the
     answers' polynomials, kept by how many answers share the top, holds the chance of every outcome.
@@ -145,8 +147,8 @@ def summarise(
         ``problems``, ``samples``, ``total_tokens``, ``seed``, ``n_resamples`` and ``metrics``: a dict from
         name to ``{"value", "low", "high", "method"}``. Names: ``pass@K``, ``maj@K``, ``unparsed_rate``,
         ``timeout_rate``, ``truncated_rate``, ``truncated_answered_rate`` (samples cut off behind a complete answer),
-        ``mean_tokens``, and with step labels ``step_accuracy`` (right steps among labelled steps) and
-        ``correct_with_wrong_step`` (:func:`~stepkd.steps.labels.tally`). A ratio without
+        ``mean_tokens``, and with step labels ``step_accuracy`` (correct steps among labelled steps) and
+        ``correct_with_incorrect_step`` (:func:`~stepkd.steps.labels.tally`). A ratio without
         denominator has the value None. The result does not depend on the order of the rows.
 
     Raises:
@@ -179,8 +181,8 @@ def summarise(
         metrics[f"{name}_rate"] = rate(counted(name) / n)
     metrics["mean_tokens"] = cluster_bootstrap(counted("tokens") / n, **settings)
     if counted("labelled").any():
-        metrics["step_accuracy"] = ratio(counted("right_steps"), counted("steps"))
-        metrics["correct_with_wrong_step"] = ratio(counted("correct_flawed"), counted("correct_labelled"))
+        metrics["step_accuracy"] = ratio(counted("correct_steps"), counted("steps"))
+        metrics["correct_with_incorrect_step"] = ratio(counted("correct_flawed"), counted("correct_labelled"))
     return {
         "problems": len(problems),
         "samples": int(n.sum()),
@@ -213,7 +215,7 @@ def problem_counts(row: Mapping[str, Any]) -> ProblemCounts:
     counts["truncated_answered"] = sum(s["finish"] == "length" and s["verdict"] != "unparsed" for s in samples)
     counts["tokens"] = sum(sample["tokens"] for sample in samples)
     counts["labelled"] = sum(steps is not None for steps in labels)
-    counts["steps"], counts["right_steps"] = len(marks) - marks.count(None), sum(map(bool, marks))
+    counts["steps"], counts["correct_steps"] = len(marks) - marks.count(None), sum(map(bool, marks))
     _, counts["correct_labelled"], counts["correct_flawed"] = tally(correct, labels)
     return ProblemCounts(str(row["id"]), [sample.get("vote") for sample in samples], correct, counts)
 
@@ -280,7 +282,7 @@ class Comparison(Result):
 def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resampling]) -> Comparison:
     """Compares two output folders of ``stepkd evaluate``, pairing problems by id.
 
-    pass@1 of a problem is the share of its samples that are right, so runs with different numbers of samples can be
+    pass@1 of a problem is the share of its samples that are correct, so runs with different numbers of samples can be
     compared. The McNemar test uses the first sample of each problem: the only one under greedy decoding.
 
     Args:
@@ -335,13 +337,13 @@ def compare_runs(dir_a: str | Path, dir_b: str | Path, **resampling: Unpack[Resa
 def _by_id(directory: str | Path) -> dict[str, list[bool]]:
     """Problem id -> whether each sample is correct."""
     path = Path(directory) / RESULTS_NAME
-    right: dict[str, list[bool]] = {}
+    correct: dict[str, list[bool]] = {}
     for row in read_results(directory):
         samples = row.get("samples")
         if not samples:
             raise DataError(f"problem {row['id']!r} has no samples", path=path, column="samples")
-        right[row["id"]] = [sample.get("verdict") == "correct" for sample in samples]
-    return right
+        correct[row["id"]] = [sample.get("verdict") == "correct" for sample in samples]
+    return correct
 
 
 def _shorten(ids: Sequence[str]) -> str:

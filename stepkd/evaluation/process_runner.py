@@ -96,7 +96,8 @@ def evaluate_process(
 
 
 def _with_steps(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with ``completions`` and ``labels``, also where it is a labelled rollout (``steps``, ``step_labels``)."""
+    """The row with ``completions`` and ``labels``, also where it is a labelled completion (``steps``,
+    ``step_labels``)."""
     steps = row.get("completions", row.get("steps"))
     labels = row.get("labels", row.get("step_labels"))
     if steps is None or labels is None or len(steps) != len(labels):

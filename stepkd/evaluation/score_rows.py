@@ -66,7 +66,7 @@ def score_file(config: ScoreConfig, *, scorer: StepScorer | None = None, options
     """
     job = Job(Path(config.out), KIND, (RESULTS_NAME, SUMMARY_NAME), options)
     job.check()
-    rows = _to_cut(load_rows(parse_spec(config.rollouts)), config.segmenter)
+    rows = _to_cut(load_rows(parse_spec(config.completions)), config.segmenter)
     labelled = None if config.fit_temperature is None else load_rows(parse_spec(config.fit_temperature))
     if labelled is not None and fingerprint(labelled) == fingerprint(rows):
         raise ConfigError("the rows to fit a temperature on are the rows to score: give held-out ones")
@@ -212,8 +212,8 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
     Args:
         scorer: the scorer.
         rows: rows with ``labels`` (or ``step_labels``), for an outcome scorer with ``outcome`` (or ``correct``); a
-            rating of 0 counts as right. Steps after the first wrong one are left out, as where scorers are judged:
-            whether a step that follows from a mistake is right is a matter of convention.
+            rating of 0 counts as right. Steps after the first incorrect one are left out, as where scorers are judged:
+            whether a step that follows from a mistake is correct is a matter of convention.
 
     Returns:
         Scores and labels (0 or 1) of the steps that have both.
@@ -229,7 +229,7 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
                 continue
             if target[1] not in (0.0, 1.0):
                 raise DataError(
-                    f"label {target[1]} is neither right nor wrong: a temperature is fitted on hard labels",
+                    f"label {target[1]} is neither correct nor incorrect: a temperature is fitted on hard labels",
                     path=str(row.get("id", "?")),
                     column="labels",
                 )

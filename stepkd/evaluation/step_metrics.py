@@ -162,13 +162,15 @@ def step_metrics(
     Returns:
         The values with intervals; bounds are NaN where every resample gives the same value (a perfect ranking).
     """
-    called, right = np.array([passes(score, threshold) is True for score in steps.scores]), steps.labels
-    columns = np.stack([called == right, np.ones_like(right), called & right, right, ~called & ~right, ~right], axis=1)
+    called, correct = np.array([passes(score, threshold) is True for score in steps.scores]), steps.labels
+    columns = np.stack(
+        [called == correct, np.ones_like(correct), called & correct, correct, ~called & ~correct, ~correct], axis=1
+    )
     sums = cluster_sums(columns, steps.problems)
     balanced = area = None
     undefined = {}
-    if right.all() or not right.any():
-        reason = f"all {right.size} steps are labelled {'right' if right.all() else 'wrong'}"
+    if correct.all() or not correct.any():
+        reason = f"all {correct.size} steps are labelled {'correct' if correct.all() else 'incorrect'}"
         undefined = {"balanced_accuracy": reason, "auroc": reason}
     else:
         balanced = proper_width(cluster_bootstrap(sums[:, 2:], _balanced, **settings))
@@ -179,7 +181,7 @@ def step_metrics(
         auroc=area,
         positive_share=ratio_interval(sums[:, 3], sums[:, 1], **settings),
         threshold=threshold,
-        steps=int(right.size),
+        steps=int(correct.size),
         problems=int(sums.shape[0]),
         unlabelled=steps.unlabelled,
         after_error=steps.after_error,
@@ -203,7 +205,7 @@ def _auroc_statistic(steps: LabelledSteps) -> Statistic:
     """
     order = np.argsort(steps.scores, kind="stable")
     scores, owner = steps.scores[order], steps.problems[order]
-    right = steps.labels[order].astype(np.float64)
+    correct = steps.labels[order].astype(np.float64)
     starts = np.flatnonzero(np.concatenate([[True], scores[1:] != scores[:-1]]))
     n_problems = int(owner.max()) + 1
     chunk = max(1, CHUNK_ELEMENTS // scores.size)
@@ -212,8 +214,8 @@ def _auroc_statistic(steps: LabelledSteps) -> Statistic:
         rows = np.arange(drawn.shape[0])[:, None] * n_problems
         counts = np.bincount((rows + drawn).reshape(-1), minlength=drawn.shape[0] * n_problems)
         weights = counts.reshape(-1, n_problems)[:, owner].astype(np.float64)
-        good = np.add.reduceat(weights * right, starts, axis=1)
-        bad = np.add.reduceat(weights * (1.0 - right), starts, axis=1)
+        good = np.add.reduceat(weights * correct, starts, axis=1)
+        bad = np.add.reduceat(weights * (1.0 - correct), starts, axis=1)
         won = (good * (np.cumsum(bad, axis=1) - bad / 2)).sum(axis=1)
         pairs = good.sum(axis=1) * bad.sum(axis=1)
         return np.divide(won, pairs, out=np.full(won.shape, np.nan), where=pairs > 0)

@@ -1,6 +1,6 @@
 """Answer extraction and equivalence, in worker processes that can be killed.
 
-``Grader`` gives one of four verdicts per completion (correct, wrong, unparsed, timeout), whatever the text holds.
+``Grader`` gives one of four verdicts per completion (correct, incorrect, unparsed, timeout), whatever the text holds.
 Importing this package loads neither torch nor math-verify.
 """
 

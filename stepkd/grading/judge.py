@@ -1,6 +1,6 @@
 """Sampled completions to judged samples: verdict, vote, and, in the tiny world, a label for every step.
 
-Evaluation, validation during training and rollout files all judge through this one function.
+Evaluation, validation during training and completion files all judge through this one function.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ Row = Mapping[str, Any]
 T = TypeVar("T")
 
 
-def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Completion]], grader: Grader) -> list[list[dict[str, Any]]]:
-    """Grade every rollout of every row.
+def judge(
+    rows: Sequence[Row], completions: Sequence[Sequence[Completion]], grader: Grader
+) -> list[list[dict[str, Any]]]:
+    """Grade every completion of every row.
 
     Args:
         rows: P problem rows with ``answer``; rows of the tiny world also carry ``task`` and ``meta``.
-        rollouts: for each row its samples.
+        completions: for each row its samples.
         grader: extracts and compares answers.
 
     Returns:
@@ -37,27 +39,27 @@ def judge(rows: Sequence[Row], rollouts: Sequence[Sequence[Completion]], grader:
         temperature 1) and ``step_labels`` (None where no exact checker exists). A completion that was cut off counts
         by a closed box or a finished ``####`` line only.
     """
-    flat = [(row, rollout) for row, samples in zip(rows, rollouts, strict=True) for rollout in samples]
+    flat = [(row, completion) for row, samples in zip(rows, completions, strict=True) for completion in samples]
     grades = grader.grade(
-        [rollout.text for _, rollout in flat],
+        [completion.text for _, completion in flat],
         [str(row["answer"]) for row, _ in flat],
-        cut_off=[rollout.finish == "length" for _, rollout in flat],
+        cut_off=[completion.finish == "length" for _, completion in flat],
     )
-    votes = vote_keys(_grouped([grade.extracted for grade in grades], rollouts), grader)
+    votes = vote_keys(_grouped([grade.extracted for grade in grades], completions), grader)
     judged = [
         {
-            "completion": rollout.text,
+            "completion": completion.text,
             "extracted": grade.extracted,
             "verdict": str(grade.verdict),
-            "tokens": len(rollout.token_ids),
-            "finish": rollout.finish,
+            "tokens": len(completion.token_ids),
+            "finish": completion.finish,
             "vote": vote,
-            "logprob": sum(rollout.raw_logprobs.tolist()),
-            "step_labels": step_labels(row, rollout.text),
+            "logprob": sum(completion.raw_logprobs.tolist()),
+            "step_labels": step_labels(row, completion.text),
         }
-        for (row, rollout), grade, vote in zip(flat, grades, [key for keys in votes for key in keys], strict=True)
+        for (row, completion), grade, vote in zip(flat, grades, [key for keys in votes for key in keys], strict=True)
     ]
-    return _grouped(judged, rollouts)
+    return _grouped(judged, completions)
 
 
 def _grouped(flat: Sequence[T], like: Sequence[Sequence[object]]) -> list[list[T]]:
@@ -111,7 +113,7 @@ def step_labels(row: Row, completion: str, steps: Sequence[str] | None = None) -
         row: the problem row.
         completion: the completion's text.
         steps: texts of its steps; None cuts the text with the ``newline`` segmenter, so that blank lines are no steps
-            here any more than they are in training. A completion without text is one (wrong) step.
+            here any more than they are in training. A completion without text is one (incorrect) step.
 
     Returns:
         One label per step, or None for rows that no task generated.
@@ -128,18 +130,18 @@ def solution_steps(completion: str, segmenter: str = "newline") -> list[str]:
     return [text.span_text(*span) for span in segment(get_segmenter(segmenter), text)] or [""]
 
 
-def rollout_row(
+def completion_row(
     row: Row,
-    rollout: Completion,
+    completion: Completion,
     sample: Mapping[str, Any],
     step_ends: Sequence[int],
     steps: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """One line of a rollout file (the ROLLOUT contract of :mod:`stepkd.data.rows`), without provenance columns.
+    """One line of a completion file (the COMPLETION contract of :mod:`stepkd.data.rows`), without provenance columns.
 
     Args:
         row: the problem row.
-        rollout: the sampled completion.
+        completion: the sampled completion.
         sample: its record from :func:`judge`.
         step_ends: exclusive token ends of its steps.
         steps: texts of these steps, which are then judged one by one. None keeps the labels that ``sample`` has where
@@ -148,17 +150,17 @@ def rollout_row(
     result = {
         "problem_id": str(row["id"]),
         "prompt": row["prompt"],
-        "completion": rollout.text,
-        "token_ids": rollout.token_ids.tolist(),
-        "logprobs": rollout.logprobs.tolist(),
+        "completion": completion.text,
+        "token_ids": completion.token_ids.tolist(),
+        "logprobs": completion.logprobs.tolist(),
         "step_ends": list(step_ends),
-        "finish": rollout.finish,
+        "finish": completion.finish,
         "correct": sample["verdict"] == "correct",
         "answer": row["answer"],
     }
-    if not np.array_equal(rollout.raw_logprobs, rollout.logprobs):
-        result["raw_logprobs"] = rollout.raw_logprobs.tolist()
-    labels = sample["step_labels"] if steps is None else step_labels(row, rollout.text, steps)
+    if not np.array_equal(completion.raw_logprobs, completion.logprobs):
+        result["raw_logprobs"] = completion.raw_logprobs.tolist()
+    labels = sample["step_labels"] if steps is None else step_labels(row, completion.text, steps)
     if labels is not None and len(labels) == len(step_ends):
         result["step_labels"] = labels
     if steps is not None:

@@ -88,7 +88,7 @@ class Verdict(StrEnum):
 
     CORRECT = "correct"
     """The answer found equals the reference answer."""
-    WRONG = "wrong"
+    INCORRECT = "incorrect"
     """The answer found does not equal it, or cannot be read as mathematics."""
     UNPARSED = "unparsed"
     """No answer was found in the completion."""
@@ -229,7 +229,7 @@ class Grader:
         Returns:
             One grade per completion, in order. No text makes this raise: a deadline, a memory cap or a crash of the
             check is the verdict ``timeout``, for that item only. (A check that runs out of memory inside a library
-            that swallows the error can come back as ``wrong``.)
+            that swallows the error can come back as ``incorrect``.)
 
         Raises:
             DataError: different lengths, an answer that is not text, an empty answer.
@@ -264,7 +264,7 @@ class Grader:
             if found is None:
                 verdicts.append(Verdict.UNPARSED)
             elif quick is not None:
-                verdicts.append(Verdict.CORRECT if quick else Verdict.WRONG)
+                verdicts.append(Verdict.CORRECT if quick else Verdict.INCORRECT)
             else:
                 request = {"candidate": found, "gold": gold, "convention": convention}
                 verdicts.append(items.setdefault((found, gold), _Item(request)))

@@ -69,11 +69,11 @@ def _warm_up() -> dict[str, Any]:
 
 def _grade(item: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"verdict": "correct" if equivalent(**item) else "wrong"}
+        return {"verdict": "correct" if equivalent(**item) else "incorrect"}
     except MemoryError:
         raise
     except Exception:  # sympy raises nearly everything on what it cannot do
-        return {"verdict": "wrong"}
+        return {"verdict": "incorrect"}
 
 
 def _limit(kind: int, value: int) -> None:

@@ -40,8 +40,8 @@ Row = Mapping[str, Any]
 
 PAIRED = {
     "pass@1": ("correct", "samples"),
-    "correct_with_wrong_step": ("correct_flawed", "correct_labelled"),
-    "step_accuracy": ("right_steps", "steps"),
+    "correct_with_incorrect_step": ("correct_flawed", "correct_labelled"),
+    "step_accuracy": ("correct_steps", "steps"),
     "mean_tokens": ("tokens", "samples"),
 }
 """Metrics whose difference to M0 is given: which of :func:`~stepkd.evaluation.metrics.problem_counts` over which."""
@@ -76,7 +76,7 @@ def problem_rows(samples: Path, labels: Path | None, spec: LabelConfig, *, seed_
                 "samples": [
                     {
                         "completion": sample["text"],
-                        "verdict": "correct" if sample["correct"] else "wrong",
+                        "verdict": "correct" if sample["correct"] else "incorrect",
                         "tokens": len(sample["token_ids"]),
                         "finish": sample["finish"],
                         "vote": own_votes[j],
@@ -138,12 +138,19 @@ def model_metrics(rows: Sequence[Row], greedy: Sequence[Row], **settings: Unpack
         **settings: see :class:`~stepkd.statistics.Resampling`.
 
     Returns:
-        ``greedy_pass@1``, ``pass@1``, ``maj@S``, ``step_accuracy``, ``correct_with_wrong_step``, ``mean_tokens``,
+        ``greedy_pass@1``, ``pass@1``, ``maj@S``, ``step_accuracy``, ``correct_with_incorrect_step``, ``mean_tokens``,
         ``truncated_rate``, ``kl_per_solution`` and ``kl_per_token`` (nats).
     """
     samples = min(len(row["samples"]) for row in rows)
     found = summarise(rows, (samples,), **settings)["metrics"]
-    names = ("pass@1", f"maj@{samples}", "step_accuracy", "correct_with_wrong_step", "mean_tokens", "truncated_rate")
+    names = (
+        "pass@1",
+        f"maj@{samples}",
+        "step_accuracy",
+        "correct_with_incorrect_step",
+        "mean_tokens",
+        "truncated_rate",
+    )
     metrics = {"greedy_pass@1": summarise(greedy, (1,), **settings)["metrics"]["pass@1"]}
     metrics |= {name: found.get(name) for name in names}
     return metrics | divergence(rows, **settings)

@@ -117,7 +117,7 @@ class StepPairs(StepPairing, PairsConfig):
 
     def job(self, labels: LabelConfig, **settings: Any) -> PairJobConfig:
         """Of the labelled solutions."""
-        return StepPairConfig(rollouts=labels.out, model=labels.solutions.model, **settings)
+        return StepPairConfig(completions=labels.out, model=labels.solutions.model, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,7 +160,7 @@ def evaluate_model(it: Iteration) -> dict[str, dict[str, Any]]:
     assert isinstance(drawn.solutions, Sampled)
     if isinstance(drawn.labeller, MonteCarlo):
         # Continuations come from M0 for every model: the same judge for all of them. The steps stay as they were cut.
-        existing = Existing(rollouts=drawn.out, model=it.spec.model)
+        existing = Existing(completions=drawn.out, model=it.spec.model)
         judged = replace(drawn, out=str(folder / "labels"), solutions=existing, steps=OwnSteps())
         drawn = replace(drawn, labeller=Outcome())
     n = it.spec.evaluation.sampling.n
@@ -240,7 +240,7 @@ def _quarters(it: Iteration) -> Callable[[str, int, int, Mapping[str, float]], N
 
 def _check_answers(it: Iteration, summary: Mapping[str, Any]) -> None:
     """Stop where the labels cannot teach anything: every answer is incorrect, or none is and training needs some."""
-    correct, incorrect = summary["right_answers"], summary["wrong_answers"]
+    correct, incorrect = summary["correct_answers"], summary["incorrect_answers"]
     if correct and (incorrect or isinstance(it.spec.convert, Demonstrations)):
         return
     lacking, remedy = (

@@ -57,9 +57,9 @@ def summarise_run(spec: IterateConfig, folders: Sequence[Path], facts: Sequence[
 def _training(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What an iteration learnt from, by the facts of its stages."""
     label = facts["label"]
-    same = ("problems", "solutions", "labelled", "dropped", "right_answers", "wrong_answers")
+    same = ("problems", "solutions", "labelled", "dropped", "correct_answers", "incorrect_answers")
     return {name: label[name] for name in same} | {
-        "conflicts": label["right_answers_with_a_wrong_step"],
+        "conflicts": label["correct_answers_with_an_incorrect_step"],
         "steps": label["balance"],
         "converted": facts.get("convert") or facts.get("pairs"),
         "rows": facts["train"]["rows"],
@@ -72,7 +72,7 @@ def print_summary(console: Console, summary: Summary) -> None:
         "greedy_pass@1": "correct answers, greedy",
         "pass@1": "correct answers, sampled",
         f"maj@{summary['samples']}": f"majority of {summary['samples']}",
-        "correct_with_wrong_step": "incorrect step in\ncorrect answers",
+        "correct_with_incorrect_step": "incorrect step in\ncorrect answers",
         "step_accuracy": "correct steps",
         "mean_tokens": "tokens per solution",
         "truncated_rate": "cut off",
@@ -106,7 +106,7 @@ def notes(summary: Summary) -> list[str]:
             for name, title in (
                 ("greedy_pass@1", "correct, greedy"),
                 ("pass@1", "correct, sampled"),
-                ("correct_with_wrong_step", "incorrect step in correct answers"),
+                ("correct_with_incorrect_step", "incorrect step in correct answers"),
             )
             if model["minus_M0"][name] is not None
         ]
@@ -127,8 +127,8 @@ def _training_line(k: int, training: Mapping[str, Any]) -> str:
     dropped = _counts(training["dropped"])
     line = (
         f"iteration {k}: {training['labelled']} of {training['solutions']} solutions of {training['problems']} "
-        f"problems labelled{f' (dropped: {dropped})' if dropped else ''}; {training['right_answers']} correct answers, "
-        f"{training['conflicts']} of them with an incorrect step, {training['wrong_answers']} incorrect"
+        f"problems labelled{f' (dropped: {dropped})' if dropped else ''}; {training['correct_answers']} correct "
+        f"answers, {training['conflicts']} of them with an incorrect step, {training['incorrect_answers']} incorrect"
     )
     if training["converted"] is not None:
         line += f"; {training['converted']['to']}: {_counts(training['converted']['counts'])}"

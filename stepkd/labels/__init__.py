@@ -1,4 +1,4 @@
-"""Step labels (Monte-Carlo rollouts, exact checkers, outcomes, judges), consensus of two, and preference data.
+"""Step labels (Monte-Carlo continuations, exact checkers, outcomes, judges), consensus of two, and preference data.
 
 The names load on first use, because a model library comes with some of them.
 """
@@ -21,8 +21,8 @@ _HOMES = {
     "pair_job": "run_pair_job",
     "quality": "LabelQuality label_quality",
     "settings": (
-        "Cut Existing Fitted LabelConfig OwnSteps PAIR_JOBS Reject RolloutShare Sampled SelfEvaluation StepPairConfig "
-        "StepScore TreePairConfig"
+        "Cut Existing Fitted LabelConfig OwnSteps PAIR_JOBS Reject ContinuationShare Sampled SelfEvaluation "
+        "StepPairConfig StepScore TreePairConfig"
     ),
     "step_labels": "Labeller Solution StepLabels reduce_values",
     "step_pairs": "StepPairBuilder step_pair_builder",

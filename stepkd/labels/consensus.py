@@ -21,7 +21,7 @@ def consensus_filter(first: Sequence[Row], second: Sequence[Row], *, names: tupl
     """Keep of one labelling the solutions whose first incorrect step another one places alike (or both find none).
 
     Args:
-        first: labelled rows (rollout or stepwise contract), each with an ``id``; these are kept.
+        first: labelled rows (completion or stepwise contract), each with an ``id``; these are kept.
         second: the other labelling; solutions are matched by id.
         names: what to call the two in messages.
 

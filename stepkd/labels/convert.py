@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import numpy as np
 
 from stepkd.data.completion import Completion, Finish
-from stepkd.data.rows import DEMONSTRATION, PREFERENCE, ROLLOUT, STEPWISE, UNPAIRED, Contract, passed_on, validate
+from stepkd.data.rows import COMPLETION, DEMONSTRATION, PREFERENCE, STEPWISE, UNPAIRED, Contract, passed_on, validate
 from stepkd.data.step_labels import to_stepwise, trl_row, write_math_shepherd, write_stepwise
 from stepkd.errors import DataError, check_bounds, check_choice
 from stepkd.labels.quality import label_column, row_labels
@@ -38,7 +38,7 @@ T = TypeVar("T")
 PURPOSE = "preference_pairs"
 NO_IDS = np.empty(0, np.int64)
 KEPT = ("labelling", "label_facts", "step_values", "task", "meta", "problem_id")
-"""Columns of a labelled rollout that its stepwise row keeps."""
+"""Columns of a labelled completion that its stepwise row keeps."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ConverterConfig(ABC):
 
     @abstractmethod
     def convert(self, rows: Sequence[Row]) -> Converted:
-        """Labelled rows (rollout or stepwise contract) to new rows."""
+        """Labelled rows (completion or stepwise contract) to new rows."""
 
     def write(self, rows: Iterable[Row], path: str | Path) -> int:
         """Write the new rows; returns their number."""
@@ -77,8 +77,8 @@ class ConverterConfig(ABC):
 class Cast(ConverterConfig):
     """What conversions read step labels by that know only correct and incorrect."""
 
-    neutral: Neutral = "right"
-    """What a rating of 0 becomes: right, wrong, or mask, which leaves the step without a label."""
+    neutral: Neutral = "correct"
+    """What a rating of 0 becomes: correct, incorrect, or mask, which leaves the step without a label."""
     threshold: float = 0.5
     """Chance from which on a soft label says correct, in (0, 1)."""
 
@@ -123,7 +123,7 @@ def convert_rows(rows: Sequence[Row], to: ConverterConfig) -> Converted:
 
 
 def completion_of(row: Row) -> Completion:
-    """What a rollout row or a stepwise row says of its solution as a whole; no step labels are needed.
+    """What a completion row or a stepwise row says of its solution as a whole; no step labels are needed.
 
     Raises:
         DataError: another kind of row.
@@ -132,7 +132,7 @@ def completion_of(row: Row) -> Completion:
     if "completions" in row:
         return Completion(NO_IDS, NO_IDS, text="".join(written_steps(row["completions"])), id=name, row=row)
     if "token_ids" not in row or "completion" not in row:
-        raise DataError("neither a rollout (completion, token_ids) nor a stepwise row (completions)", path=name)
+        raise DataError("neither a completion (completion, token_ids) nor a stepwise row (completions)", path=name)
     finish: Finish = "length" if row.get("finish") == "length" else "stop"
     return Completion(NO_IDS, np.asarray(row["token_ids"]), finish=finish, text=row["completion"], id=name, row=row)
 
@@ -203,7 +203,7 @@ class Balanced(ConverterConfig):
     seed: int = 0
     """Keys which labels in surplus go."""
 
-    contracts = (ROLLOUT, STEPWISE)
+    contracts = (COMPLETION, STEPWISE)
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
@@ -259,11 +259,25 @@ def _sign(label: Label) -> int:
 # ---- feedback ------------------------------------------------------------------------------------------------------
 
 _BINARY_COUNTS = (
-    *("right_steps", "wrong_steps", "neutral_steps", "unlabelled_steps", "right_answers_with_a_wrong_step"),
+    *(
+        "correct_steps",
+        "incorrect_steps",
+        "neutral_steps",
+        "unlabelled_steps",
+        "correct_answers_with_an_incorrect_step",
+    ),
     *("rows_without_labels", "rows_without_outcome", "duplicates", "problems_all_identical"),
 )
 _UNPAIRED_COUNTS = (
-    *("right", "wrong", "cut_off", "rows_without_outcome", "empty_completions", "duplicates", "problems_all_identical"),
+    *(
+        "correct",
+        "incorrect",
+        "cut_off",
+        "rows_without_outcome",
+        "empty_completions",
+        "duplicates",
+        "problems_all_identical",
+    ),
 )
 
 
@@ -278,7 +292,7 @@ def _distinct(rows: Sequence[Row], names: Sequence[str]) -> tuple[list[Completio
 class Binary(Cast):
     """The same rows, with their sampled ids, and correct or incorrect for every step (for Step-KTO)."""
 
-    contracts = (ROLLOUT, STEPWISE)
+    contracts = (COMPLETION, STEPWISE)
 
     def convert(self, rows: Sequence[Row]) -> Converted:
         """See :class:`ConverterConfig`."""
@@ -290,12 +304,12 @@ class Binary(Cast):
                 counts["rows_without_labels"] += 1
                 continue
             labels = each.row[label_column(each.row)]
-            counts["right_steps"] += marks.count(True)
-            counts["wrong_steps"] += marks.count(False)
+            counts["correct_steps"] += marks.count(True)
+            counts["incorrect_steps"] += marks.count(False)
             counts["unlabelled_steps"] += list(labels).count(None)
             counts["neutral_steps"] += list(labels).count(0) if label_kind(labels) == "rating" else 0
             counts["rows_without_outcome"] += outcome is None
-            counts["right_answers_with_a_wrong_step"] += tally([outcome], [marks]).flawed
+            counts["correct_answers_with_an_incorrect_step"] += tally([outcome], [marks]).flawed
             done.append(dict(each.row) | {"step_labels" if len(each.token_ids) else "labels": marks})
         return Converted(done, counts | {"rows": len(done)})
 
@@ -317,7 +331,7 @@ class Unpaired(ConverterConfig):
             elif not each.text.strip():
                 counts["empty_completions"] += 1
             else:
-                counts["right" if outcome else "wrong"] += 1
+                counts["correct" if outcome else "incorrect"] += 1
                 counts["cut_off"] += each.finish == "length"
                 done.append(
                     passed_on(each.row, "id", "problem_id")
@@ -330,9 +344,15 @@ class Unpaired(ConverterConfig):
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
 _PAIR_COUNTS = (
-    *("problems", "problems_all_right", "problems_all_wrong", "problems_with_a_single_sample", "problems_ungraded"),
+    *(
+        "problems",
+        "problems_all_correct",
+        "problems_all_incorrect",
+        "problems_with_a_single_sample",
+        "problems_ungraded",
+    ),
     *("problems_without_a_right_one_to_choose", "problems_identical_sides", "ungraded", "empty_completions"),
-    *("duplicates", "right_but_cut_off", "right_but_a_wrong_step"),
+    *("duplicates", "correct_but_cut_off", "correct_but_an_incorrect_step"),
 )
 """What is counted: problems with pairs, problems without by reason, then solutions left out by reason."""
 
@@ -393,7 +413,7 @@ class Preference(Cast):
         outcomes = {outcome_of(each.row) for each in graded}
         if len(outcomes) < 2:
             few = ("problems_ungraded", "problems_with_a_single_sample")
-            same = "problems_all_right" if True in outcomes else "problems_all_wrong"
+            same = "problems_all_correct" if True in outcomes else "problems_all_incorrect"
             counts[few[len(graded)] if len(graded) < 2 else same] += 1
             return []
         distinct, repeated, _ = drop_repeated(graded, by_outcome=True)
@@ -401,13 +421,13 @@ class Preference(Cast):
         correct: list[Completion] = []
         for each in (each for each in distinct if outcome_of(each.row)):
             if each.finish == "length":
-                counts["right_but_cut_off"] += 1
+                counts["correct_but_cut_off"] += 1
             elif self.chosen_steps == "clean" and False in (self.marks(each) or ()):
-                counts["right_but_a_wrong_step"] += 1
+                counts["correct_but_an_incorrect_step"] += 1
             else:
                 correct.append(each)
         if not correct:
-            counts["problems_without_a_right_one_to_choose"] += 1
+            counts["problems_without_a_correct_one_to_choose"] += 1
             return []
         draw = generator(self.seed, PURPOSE, name)
         incorrect = [each for each in distinct if not outcome_of(each.row)]
@@ -465,9 +485,9 @@ class Demonstrations(ConverterConfig):
         if correct is None:
             return "ungraded"
         if not correct:
-            return "wrong_answer"
+            return "incorrect_answer"
         if row.get("finish") == "length":  # the answer is there, and no end: it would teach to go on for ever
             return "cut_off"
         if self.clean and row.get(label_column(row)) is not None and False in verdicts(row_labels(row)):
-            return "wrong_step"
+            return "incorrect_step"
         return None

@@ -107,8 +107,8 @@ def _label(job: Job, config: LabelConfig, parts: JobParts, drawn: Sequence[Row])
         "data": parts.bench.source,
         "dedupe": dedupe,
     }
-    rollouts = config.labeller.sampling.n if isinstance(config.labeller, MonteCarlo) else 1
-    size = max(1, config.max_rows // rollouts)
+    continuations = config.labeller.sampling.n if isinstance(config.labeller, MonteCarlo) else 1
+    size = max(1, config.max_rows // continuations)
     units = numbered([kept[start : start + size] for start in range(0, len(kept), size)])
     job.work(LABELS, units, lambda group: _label_group(group, parts, segmenter, provenance), _correct_steps)
     records = job.rows(LABELS, units)

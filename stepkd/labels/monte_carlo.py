@@ -73,9 +73,9 @@ class MonteCarloLabeller:
         branches = [continued(solution, ends) for solution, ends in zip(solutions, cuts, strict=True)]
         results = self.sampler.sample_branches(branches, self.sampling, purpose="monte-carlo")
         drawn = [
-            (solution, end, rollouts)
+            (solution, end, continuations)
             for solution, ends, result in zip(solutions, cuts, results, strict=True)
-            for end, rollouts in zip(ends, result.rollouts, strict=True)
+            for end, continuations in zip(ends, result.continuations, strict=True)
         ]
         verdicts = iter(grade_continuations(drawn, self.policy, self.grader, self.sampling))
         labels = []
@@ -88,7 +88,9 @@ class MonteCarloLabeller:
             facts = {
                 "successes": successes,
                 "trials": trials,
-                "generated_tokens": sum(len(each.token_ids) for rollouts in result.rollouts for each in rollouts),
+                "generated_tokens": sum(
+                    len(each.token_ids) for continuations in result.continuations for each in continuations
+                ),
                 "prefill_tokens": result.prefill_tokens,
             }
             labels.append(StepLabels(reduce_values(values, self.reduce), values=tuple(values), facts=facts))
@@ -164,8 +166,8 @@ def grade_continuations(
     """
     flat = [
         (solution, [*solution.token_ids[:end].tolist(), *each.token_ids.tolist()], end, each)
-        for solution, end, rollouts in drawn
-        for each in rollouts
+        for solution, end, continuations in drawn
+        for each in continuations
     ]
     grades = iter(
         grader.grade(
@@ -174,7 +176,7 @@ def grade_continuations(
             cut_off=[each.finish == "length" for _, _, _, each in flat],
         )
     )
-    return [[next(grades).verdict == "correct" for _ in rollouts] for _, _, rollouts in drawn]
+    return [[next(grades).verdict == "correct" for _ in continuations] for _, _, continuations in drawn]
 
 
 def until_stop(ids: Sequence[int], known: int, policy: Policy, sampling: SamplingConfig) -> str:

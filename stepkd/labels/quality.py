@@ -17,7 +17,7 @@ from stepkd.steps.labels import ANY_SUCCESS, Label, first_incorrect, passes, tal
 
 
 def row_labels(row: Row) -> list[Label]:
-    """The step labels of a rollout row or a stepwise row, in the column of its contract.
+    """The step labels of a completion row or a stepwise row, in the column of its contract.
 
     Raises:
         DataError: the row has none.
@@ -147,7 +147,10 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         top, bottom = (each.reshape(len(steps), -1).sum(1) for each in (top, bottom))
         return ratio_interval(top, bottom, seed=seed) if bottom.sum() else None
 
-    both_right, both_wrong = steps[:, 0], steps[:, 3]  # label and truth; between them: label right, label wrong
+    both_correct, both_incorrect = (
+        steps[:, 0],
+        steps[:, 3],
+    )  # label and truth; between them: label correct, label incorrect
     accuracy, positive = share(steps[:, [0, 3]]), share(steps[:, [0, 2]])
     assert accuracy is not None
     assert positive is not None
@@ -155,10 +158,10 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         balanced_accuracy=_balanced(steps, seed),
         accuracy=accuracy,
         always_positive=positive,
-        precision=share(both_right, steps[:, :2]),
-        recall=share(both_right, steps[:, [0, 2]]),
-        error_precision=share(both_wrong, steps[:, 2:]),
-        error_recall=share(both_wrong, steps[:, [1, 3]]),
+        precision=share(both_correct, steps[:, :2]),
+        recall=share(both_correct, steps[:, [0, 2]]),
+        error_precision=share(both_incorrect, steps[:, 2:]),
+        error_recall=share(both_incorrect, steps[:, [1, 3]]),
         first_error_accuracy=ratio_interval(columns[:, 5], columns[:, 6], seed=seed),
         recoverable=share(columns[:, 4], steps[:, [1, 3]]) if has_values else None,
         steps=int(steps.sum()),
@@ -210,10 +213,10 @@ def summarise_labels(
         "labelled": len(rows),
         "dropped": {reason: dropped[reason] for reason in sorted(dropped)},
         "problems": len({str(row.get("problem_id", row["id"])) for row in rows}),
-        "right_answers": sum(graded),
-        "wrong_answers": len(graded) - sum(graded),
+        "correct_answers": sum(graded),
+        "incorrect_answers": len(graded) - sum(graded),
         "cut_off": sum(row.get("finish") == "length" for row in rows),
-        "right_answers_with_a_wrong_step": tally(known, marks).flawed,
+        "correct_answers_with_an_incorrect_step": tally(known, marks).flawed,
         "steps": sum(map(len, marks)),
         "balance": _balance(marks),
         "by_position": [
@@ -233,20 +236,21 @@ def _balance(marks: Sequence[Sequence[bool | None]]) -> dict[str, Any]:
     counts = Counter(mark for steps in marks for mark in steps)
     labelled = counts[True] + counts[False]
     return {
-        "right": counts[True],
-        "wrong": counts[False],
+        "correct": counts[True],
+        "incorrect": counts[False],
         "unlabelled": counts[None],
-        "right_share": counts[True] / labelled if labelled else None,
+        "correct_share": counts[True] / labelled if labelled else None,
     }
 
 
 def _totals(records: Sequence[Row]) -> dict[str, int]:
-    """Sums of the labeller's whole-number facts (tokens generated, tokens read) and of its trials (rollouts made)."""
+    """Sums of the labeller's whole-number facts (tokens generated, tokens read) and of its trials (continuations
+    made)."""
     totals: Counter[str] = Counter()
     for record in records:
         facts = record["row"].get("label_facts", {}) if "row" in record else record.get("facts", {})
         if "trials" in facts:
-            totals["rollouts"] += sum(facts["trials"])
+            totals["continuations"] += sum(facts["trials"])
         totals.update(
             {name: value for name, value in facts.items() if isinstance(value, int) and not isinstance(value, bool)}
         )

@@ -22,7 +22,7 @@ from stepkd.search.pairs import PairConfig
 from stepkd.steps.labels import Neutral, check_threshold
 from stepkd.steps.segment import get_segmenter, segmenter_settings
 
-Take = Literal["wrong", "all"]
+Take = Literal["incorrect", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +93,8 @@ class Sampled(SolutionsConfig):
 class Existing(SolutionsConfig):
     """Solutions that are there already."""
 
-    rollouts: str
-    """Rollout rows, step-labelled rows or worked solutions: a file, the folder of an earlier labelling job, or data
+    completions: str
+    """Completion rows, step-labelled rows or worked solutions: a file, the folder of an earlier labelling job, or data
     settings in one word."""
     model: str | None = None
     """Policy whose tokenizer reads the solutions, and that continues them where the labeller does; null takes the one
@@ -103,7 +103,7 @@ class Existing(SolutionsConfig):
     @property
     def source(self) -> str:
         """The solutions."""
-        return self.rollouts
+        return self.completions
 
 
 # ---- how it is cut -------------------------------------------------------------------------------------------------
@@ -243,14 +243,14 @@ class StepPairing:
 
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=20, temperature=0.8, top_p=0.95))
     """How every correct prefix is continued, 20 times by default."""
-    take: Take = "wrong"
-    """Which solutions give pairs: those with a wrong answer, or all, also those with a correct answer and an incorrect
-    step."""
+    take: Take = "incorrect"
+    """Which solutions give pairs: those with an incorrect answer, or all, also those with a correct answer and an
+    incorrect step."""
     max_pairs: int = 1
     """Most pairs of a solution, at least 1; they share the incorrect step."""
-    neutral: Neutral = "right"
-    """What a step rated 0 is: right, wrong (as in the paper's script), or mask, which drops a solution whose first
-    incorrect step comes behind one."""
+    neutral: Neutral = "correct"
+    """What a step rated 0 is: correct, incorrect (as in the paper's script), or mask, which drops a solution whose
+    first incorrect step comes behind one."""
     threshold: float = 0.5
     """Chance or score from which on a soft step label, and a checked step, is correct, in (0, 1)."""
     check: ScorerConfig | str | None = None
@@ -270,8 +270,8 @@ class StepPairConfig(StepPairing, PairJobConfig):
     """The first incorrect step of labelled solutions against the first step of a continuation that ends correctly
     (Step-DPO, arXiv 2406.18629, whose sampling settings are the defaults)."""
 
-    rollouts: str
-    """Labelled rollout rows: a file, the folder of a labelling job, or data settings in one word."""
+    completions: str
+    """Labelled completion rows: a file, the folder of a labelling job, or data settings in one word."""
     model: str | None = None
     """Policy that continues the correct prefixes; null takes the one that the rows name."""
 
@@ -295,20 +295,20 @@ class ValueConfig(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutShare(ValueConfig):
+class ContinuationShare(ValueConfig):
     """The share of correct answers among simulated continuations."""
 
-    rollouts: int = 8
+    continuations: int = 8
     """Continuations of every state, at least 1; as many as Monte-Carlo labels have."""
 
     def __post_init__(self) -> None:
-        check_bounds("", self, rollouts="[1, inf)")
+        check_bounds("", self, continuations="[1, inf)")
 
     def build(self, bench: Any, generator: Any, scorer: StepScorer | None) -> Any:
-        """A :class:`~stepkd.search.generate.RolloutValue`."""
-        from stepkd.search.generate import RolloutValue
+        """A :class:`~stepkd.search.generate.ContinuationValue`."""
+        from stepkd.search.generate import ContinuationValue
 
-        return RolloutValue(generator, bench.grader, rollouts=self.rollouts)
+        return ContinuationValue(generator, bench.grader, continuations=self.continuations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,8 +358,8 @@ class TreePairing:
     """How trees are searched."""
     pairs: PairConfig = field(default_factory=PairConfig)
     """Which pairs a tree gives."""
-    value: ValueConfig = field(default_factory=RolloutShare)
-    """What estimates a state: the RolloutShare of correct answers, a StepScore, or SelfEvaluation."""
+    value: ValueConfig = field(default_factory=ContinuationShare)
+    """What estimates a state: the ContinuationShare of correct answers, a StepScore, or SelfEvaluation."""
     segmenter: str = "newline"
     """What a step is."""
     max_step_tokens: int = 128

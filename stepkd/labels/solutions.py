@@ -11,7 +11,7 @@ import numpy as np
 
 from stepkd.data.completion import Completion, Finish
 from stepkd.data.encode import Encoder, with_end
-from stepkd.data.rows import ROLLOUT, STEPWISE, passed_on, validate
+from stepkd.data.rows import COMPLETION, STEPWISE, passed_on, validate
 from stepkd.labels.step_labels import PROBLEM_COLUMNS, Row, Solution, StepLabels, outcome_of
 from stepkd.labels.workbench import Workbench
 from stepkd.models.policy import Policy
@@ -117,7 +117,8 @@ def at_temperature_one(sampling: Row) -> bool:
 
 @dataclass(eq=False)
 class ExistingSolutions:
-    """Solutions that are there already (rollout rows, step-labelled rows, worked solutions): one per row, an item."""
+    """Solutions that are there already (completion rows, step-labelled rows, worked solutions): one per row, an
+    item."""
 
     bench: Workbench
     """Rows with a solution each, the policy whose tokenizer reads them, template and grader."""
@@ -196,7 +197,7 @@ class ExistingSolutions:
 
 
 def _confidence(row: Row, names: Sequence[str]) -> dict[str, Sequence[float]]:
-    """The signal that a rollout row has where it is asked for: log-probabilities at temperature 1."""
+    """The signal that a completion row has where it is asked for: log-probabilities at temperature 1."""
     if "logprobs" not in names or (row.get("raw_logprobs") is None and not at_temperature_one(row["sampling"])):
         return {}
     return {"logprobs": row["logprobs"] if row.get("raw_logprobs") is None else row["raw_logprobs"]}
@@ -274,7 +275,7 @@ def cut(solution: Solution, tokenizer: Any, segmenter: Segmenter) -> Solution | 
 
 
 def labelled_row(solution: Solution, labels: StepLabels, provenance: Row) -> dict[str, Any]:
-    """The output row: the rollout or stepwise contract, with ``labelling`` (provenance) and ``label_facts``.
+    """The output row: the completion or stepwise contract, with ``labelling`` (provenance) and ``label_facts``.
 
     Raises:
         DataError: the row breaks its contract (the labeller mixed kinds of labels, or gave another number of them).
@@ -293,4 +294,4 @@ def labelled_row(solution: Solution, labels: StepLabels, provenance: Row) -> dic
     row["labelling"] = dict(provenance)
     if labels.facts:
         row["label_facts"] = dict(labels.facts)
-    return validate(row, ROLLOUT if sampled else STEPWISE, path=solution.id, extra="keep")
+    return validate(row, COMPLETION if sampled else STEPWISE, path=solution.id, extra="keep")

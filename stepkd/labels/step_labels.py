@@ -52,7 +52,8 @@ class Labeller(Protocol):
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """What the labels came from, as JSON values: labeller, model, number of rollouts, temperature, seed, ..."""
+        """What the labels came from, as JSON values: labeller, model, number of continuations, temperature, seed,
+        ..."""
         ...
 
 
@@ -69,9 +70,9 @@ def reduce_values(values: Sequence[float], reduce: Reduce) -> tuple[bool | float
     Raises:
         DataError: a value outside [0, 1].
     """
-    wrong = next((value for value in values if not 0 <= value <= 1), None)
-    if wrong is not None:
-        raise DataError(f"{wrong} is no share of continuations: values lie in [0, 1]")
+    incorrect = next((value for value in values if not 0 <= value <= 1), None)
+    if incorrect is not None:
+        raise DataError(f"{incorrect} is no share of continuations: values lie in [0, 1]")
     if reduce == "mean":
         return tuple(map(float, values))
     labels = [passes(value, ANY_SUCCESS) is True for value in values]
@@ -82,6 +83,6 @@ def reduce_values(values: Sequence[float], reduce: Reduce) -> tuple[bool | float
 
 
 def outcome_of(row: Row) -> bool | None:
-    """Whether the answer of a rollout row or a stepwise row is correct; None: not graded."""
+    """Whether the answer of a completion row or a stepwise row is correct; None: not graded."""
     correct: bool | None = row.get("outcome") if row.get("correct") is None else row["correct"]
     return correct

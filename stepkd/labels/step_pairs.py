@@ -25,7 +25,7 @@ from stepkd.labels.workbench import PairBuilder, Workbench, open_workbench, pair
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.policy import Policy
 from stepkd.sampling.annotate import annotate
-from stepkd.sampling.sampler import BranchRollouts
+from stepkd.sampling.sampler import BranchContinuations
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.rules import Checker
@@ -61,24 +61,24 @@ class Better(NamedTuple):
     """Which of the prefix's continuations it begins."""
 
 
-def first_wrong_step(row: Row, config: StepPairConfig) -> int | str:
+def first_incorrect_step(row: Row, config: StepPairConfig) -> int | str:
     """Number of the first incorrect step of a row, all steps before it being correct; or why there is no use for it.
 
-    Reasons: ``no_labels``, ``ungraded``, ``right_answer``, ``no_wrong_step``, ``first_error_unknown`` (an unlabelled
-    step before it), ``wrong_step_cut_off``.
+    Reasons: ``no_labels``, ``ungraded``, ``correct_answer``, ``no_incorrect_step``, ``first_error_unknown`` (an
+    unlabelled step before it), ``incorrect_step_cut_off``.
     """
     labels = row.get("step_labels")
     if labels is None or all(label is None for label in labels):
         return "no_labels"
-    if config.take == "wrong" and row["correct"] is not False:
-        return "ungraded" if row["correct"] is None else "right_answer"
+    if config.take == "incorrect" and row["correct"] is not False:
+        return "ungraded" if row["correct"] is None else "correct_answer"
     marks = verdicts(labels, neutral=config.neutral, threshold=config.threshold)
     if False not in marks:
-        return "no_wrong_step"
+        return "no_incorrect_step"
     step = marks.index(False)
     if None in marks[:step]:
         return "first_error_unknown"
-    return "wrong_step_cut_off" if row["finish"] == "length" and step == len(marks) - 1 else step
+    return "incorrect_step_cut_off" if row["finish"] == "length" and step == len(marks) - 1 else step
 
 
 def continuation_text(tokenizer: Any, prefix_ids: Sequence[int], token_ids: Sequence[int]) -> TokenizedText:
@@ -89,11 +89,11 @@ def continuation_text(tokenizer: Any, prefix_ids: Sequence[int], token_ids: Sequ
     return TokenizedText(whole.token_ids[known:], whole.text[start:], tuple(e - start for e in whole.char_ends[known:]))
 
 
-def next_step(rollout: Completion, known: int, segmenter: Segmenter, policy: Policy) -> Better | None:
+def next_step(continuation: Completion, known: int, segmenter: Segmenter, policy: Policy) -> Better | None:
     """The step that a continuation begins with.
 
     Args:
-        rollout: the continuation.
+        continuation: the continuation.
         known: how many of the ids before it are of its solution, not of the prompt.
         segmenter: what cuts it; ``adaptive_step`` reads the sampler's log-probabilities at temperature 1.
         policy: the sampler's model; reads the continuation once more where the segmenter needs its entropies.
@@ -101,17 +101,17 @@ def next_step(rollout: Completion, known: int, segmenter: Segmenter, policy: Pol
     Returns:
         None when it has no text (an end token alone), or is cut off by the length limit.
     """
-    before, ids = rollout.prompt_ids.tolist(), rollout.token_ids.tolist()
+    before, ids = continuation.prompt_ids.tolist(), continuation.token_ids.tolist()
     text = continuation_text(policy.tokenizer, before[len(before) - known :], ids)
     if not text.text.strip():
         return None
-    signals: dict[str, Any] = {"logprobs": tuple(rollout.raw_logprobs.tolist())}
+    signals: dict[str, Any] = {"logprobs": tuple(continuation.raw_logprobs.tolist())}
     if isinstance(segmenter, EntropySegmenter):
         signals["entropies"] = annotate(policy, [before], [ids])[0].entropies
     start, end = segment(segmenter, replace(text, **signals))[0]
-    if not text.span_text(start, end).strip() or (end == len(text) and rollout.finish == "length"):
+    if not text.span_text(start, end).strip() or (end == len(text) and continuation.finish == "length"):
         return None
-    return Better(text.span_text(start, end), text.token_ids[start:end], rollout.sample)
+    return Better(text.span_text(start, end), text.token_ids[start:end], continuation.sample)
 
 
 def segmenter_of(row: Row) -> Segmenter:
@@ -133,7 +133,7 @@ def segmenter_of(row: Row) -> Segmenter:
 
 
 class StepPairBuilder(PairBuilder):
-    """Makes Step-DPO pairs; an item is a labelled rollout row.
+    """Makes Step-DPO pairs; an item is a labelled completion row.
 
     Args:
         config: the job's settings.
@@ -153,7 +153,7 @@ class StepPairBuilder(PairBuilder):
         self.policy = bench.policy
         self.sampling = bench.limited(config.sampling)
         self._source = ExistingSolutions(bench, keep_steps=True)
-        self._found = [first_wrong_step(row, config) for row in bench.rows]
+        self._found = [first_incorrect_step(row, config) for row in bench.rows]
         sampling = asdict(self.sampling)
         self.pairing = {
             "builder": "step_dpo",
@@ -218,11 +218,13 @@ class StepPairBuilder(PairBuilder):
             return []
         branches = [continued(flawed.solution, [flawed.known]) for flawed in flawed_ones]
         drawn = self.sampler.sample_branches(branches, self.sampling, purpose=PURPOSE)
-        rollouts = [(w.solution, w.known, result.rollouts[0]) for w, result in zip(flawed_ones, drawn, strict=True)]
-        verdicts = grade_continuations(rollouts, self.policy, self.bench.grader, self.sampling)
+        continuations = [
+            (w.solution, w.known, result.continuations[0]) for w, result in zip(flawed_ones, drawn, strict=True)
+        ]
+        verdicts = grade_continuations(continuations, self.policy, self.bench.grader, self.sampling)
         found = [
             self._better_steps(flawed, [each for each, good in zip(all_of_it, marks, strict=True) if good])
-            for flawed, (_, _, all_of_it), marks in zip(flawed_ones, rollouts, verdicts, strict=True)
+            for flawed, (_, _, all_of_it), marks in zip(flawed_ones, continuations, verdicts, strict=True)
         ]
         passing = [[True] * len(steps) for steps, _ in found]
         if self.check is not None:
@@ -243,13 +245,13 @@ class StepPairBuilder(PairBuilder):
         steps: dict[str, Better] = {}
         counts: Counter[str] = Counter()
         segmenter = segmenter_of(flawed.solution.columns)
-        for rollout in correct:
-            step = next_step(rollout, flawed.known, segmenter, self.policy)
+        for continuation in correct:
+            step = next_step(continuation, flawed.known, segmenter, self.policy)
             # Steps that differ in the white space around them say the same.
             if step is None:
                 counts["unusable_steps"] += 1
             elif step.text.strip() == flawed.solution.steps[flawed.step].strip():
-                counts["steps_like_the_wrong_one"] += 1
+                counts["steps_like_the_incorrect_one"] += 1
             elif step.text.strip() in steps:
                 counts["repeated_steps"] += 1
             else:
@@ -259,7 +261,7 @@ class StepPairBuilder(PairBuilder):
     def _record(
         self,
         flawed: Flawed,
-        result: BranchRollouts,
+        result: BranchContinuations,
         num_correct: int,
         steps: Sequence[Better],
         counts: Counter[str],
@@ -268,17 +270,17 @@ class StepPairBuilder(PairBuilder):
         solution, passed = flawed.solution, [step for step, passes in zip(steps, passing, strict=True) if passes]
         kept = passed[: self.config.max_pairs]
         facts = {
-            "continuations": len(result.rollouts[0]),
-            "right_continuations": num_correct,
+            "continuations": len(result.continuations[0]),
+            "correct_continuations": num_correct,
             "steps_beyond_max_pairs": len(passed) - len(kept),
             "steps_that_failed_the_check": len(steps) - len(passed),
-            "tokens_generated": sum(len(rollout.token_ids) for rollout in result.rollouts[0]),
+            "tokens_generated": sum(len(continuation.token_ids) for continuation in result.continuations[0]),
             "tokens_prefilled": result.prefill_tokens,
-            **{name: counts[name] for name in ("repeated_steps", "steps_like_the_wrong_one", "unusable_steps")},
+            **{name: counts[name] for name in ("repeated_steps", "steps_like_the_incorrect_one", "unusable_steps")},
         }
         reasons = {
-            "no_right_continuation": not num_correct,
-            "only_the_wrong_step": not steps and counts["steps_like_the_wrong_one"],
+            "no_correct_continuation": not num_correct,
+            "only_the_incorrect_step": not steps and counts["steps_like_the_incorrect_one"],
             "no_usable_step": not steps,
             "failed_the_check": not passed,
         }
@@ -303,11 +305,11 @@ class StepPairBuilder(PairBuilder):
         out |= passed_on(row, *PROBLEM_COLUMNS, "labelling")
         out["pairing"] = self.pairing
         out["pair_facts"] = {
-            "rollout": solution.id,
-            "answer_was_right": row["correct"],
+            "solution_id": solution.id,
+            "answer_was_correct": row["correct"],
             "sample": step.sample,
             "continuations": facts["continuations"],
-            "right_continuations": facts["right_continuations"],
+            "correct_continuations": facts["correct_continuations"],
         }
         return out
 
@@ -326,7 +328,7 @@ def step_pair_builder(
     """
     bench = open_workbench(
         config,
-        config.rollouts,
+        config.completions,
         config.model,
         lambda row, place: _check_row(config, row, place),
         problems=False,
@@ -344,11 +346,11 @@ def step_pair_builder(
 
 def _check_row(config: StepPairConfig, row: Row, place: str) -> None:
     lacks = (
-        "is no rollout, and a pair keeps the ids that were sampled: sample solutions of problems with `stepkd label`"
+        "is no completion, and a pair keeps the ids that were sampled: sample solutions of problems with `stepkd label`"
     )
     check_has(row, place, ["token_ids"], lacks)
     check_has(row, place, ["answer"], "has no 'answer' to grade continuations by")
-    if isinstance(first_wrong_step(row, config), int):
+    if isinstance(first_incorrect_step(row, config), int):
         segmenter_of(row)
     if config.check in ("checker", Checker()):
         check_task_row(row, place, "give another scorer as check")

@@ -71,7 +71,7 @@ class TreePairBuilder(PairBuilder):
             facts=tree_facts(tree)
             | {
                 "tokens_of_steps": self.generator.step_tokens.pop(index, 0),
-                "tokens_of_rollouts": self.generator.rest_tokens.pop(index, 0),
+                "tokens_of_continuations": self.generator.rest_tokens.pop(index, 0),
             },
         )
 
@@ -83,12 +83,12 @@ class TreePairBuilder(PairBuilder):
 
         trees, depths = total("trees"), [len(row["prefix"]) for record in records for row in record["rows"]]
         return {
-            "solved_share": total("trees_with_a_right_end") / trees,
-            "right_path_share": total("right_paths") / trees,
+            "solved_share": total("trees_with_a_correct_end") / trees,
+            "correct_path_share": total("correct_paths") / trees,
             "mean_tree_depth": total("depth_of_trees") / trees,
             "mean_path_steps": total("steps_of_paths") / trees,
             "mean_pair_depth": sum(depths) / len(depths) if depths else None,
-            "tokens_generated": total("tokens_of_steps") + total("tokens_of_rollouts"),
+            "tokens_generated": total("tokens_of_steps") + total("tokens_of_continuations"),
         }
 
 
@@ -98,14 +98,14 @@ def tree_facts(tree: SearchTree) -> dict[str, int]:
     ends = [node for node in nodes if node.terminal]
     return {
         "trees": 1,
-        "trees_with_a_right_end": int(tree.solved),
-        "right_paths": int(tree.last.correct is True),
+        "trees_with_a_correct_end": int(tree.solved),
+        "correct_paths": int(tree.last.correct is True),
         "steps_of_paths": len(tree.decisions),
         "nodes": len(nodes),
         "depth_of_trees": max((node.depth for node in nodes), default=0),
         "merged_samples": sum(node.copies - 1 for node in nodes),
         "ends": len(ends),
-        "right_ends": sum(node.correct is True for node in ends),
+        "correct_ends": sum(node.correct is True for node in ends),
         "cut_off_ends": sum(node.step is not None and node.step.end == "length" for node in ends),
     }
 

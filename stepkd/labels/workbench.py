@@ -175,7 +175,7 @@ def _check_solutions(rows: Sequence[Row], place: str) -> None:
 
 
 def named_model(rows: Sequence[Row]) -> str:
-    """The one model that rollout rows name.
+    """The one model that completion rows name.
 
     Raises:
         ConfigError: they name none, or several.

@@ -197,7 +197,7 @@ def top_k_buckets(log_CV: Tensor, ids_Ck: Tensor, *, tail: bool = True) -> Tenso
 
     Args:
         log_CV: log-probabilities.
-        ids_Ck: int64 different tokens of every position, those the teacher finds likeliest.
+        ids_Ck: int64 different tokens of every position, those the teacher finds most likely.
         tail: False: no bucket, the k are renormalised (for comparison).
 
     Returns:

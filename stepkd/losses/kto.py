@@ -79,8 +79,8 @@ def kto(
         weights: (lambda_D, lambda_U); the denominator is the number of labelled completions, whatever the weights.
 
     Returns:
-        ``sums["outcome"]``. Metrics: ``reward_right`` and ``reward_wrong`` (mean of beta r by label) and ``saturated``
-        (share of values above 0.95).
+        ``sums["outcome"]``. Metrics: ``reward_correct`` and ``reward_incorrect`` (mean of beta r by label) and
+        ``saturated`` (share of values above 0.95).
 
     Source: KTO (Ethayarajh et al. 2024, arXiv 2402.01306), equations 7 and 8.
     """
@@ -111,9 +111,9 @@ def step_kto(
 
     Args:
         step_logratios_S: summed log-ratios of the steps.
-        step_labels_S: 1 right, 0 wrong, -1 without a label.
+        step_labels_S: 1 correct, 0 incorrect, -1 without a label.
         completion_S: int64 completion of every step, in [0, R).
-        labels_R: outcomes: 1 right, 0 wrong, -1 not known.
+        labels_R: outcomes: 1 correct, 0 incorrect, -1 not known.
         z0: reference point of completions.
         z0_step: reference point of steps, one number or one per step. A step's log-ratio is about 1/H of its
             completion's, so ``z0`` does not serve for it.
@@ -177,13 +177,13 @@ def _value_loss(
     if min(weights) <= 0:
         raise ValueError(f"class weights {weights}: must be positive")
     values = kto_values(logratios, labels, reference=reference, beta=beta)
-    right, wrong = labels == 1, labels == 0
-    factor = (right.to(values.dtype) * weights[0] + wrong.to(values.dtype) * weights[1]) * share
+    correct, incorrect = labels == 1, labels == 0
+    factor = (correct.to(values.dtype) * weights[0] + incorrect.to(values.dtype) * weights[1]) * share
     rewards, high = beta * logratios.detach(), (values.detach() > SATURATED)
     metrics = {
-        "reward_right": (rewards[right].sum(), right.sum().float()),
-        "reward_wrong": (rewards[wrong].sum(), wrong.sum().float()),
-        "saturated": (high[right | wrong].sum().float(), (right | wrong).sum().float()),
+        "reward_correct": (rewards[correct].sum(), correct.sum().float()),
+        "reward_incorrect": (rewards[incorrect].sum(), incorrect.sum().float()),
+        "saturated": (high[correct | incorrect].sum().float(), (correct | incorrect).sum().float()),
     }
     return (factor * (1.0 - values)).sum(), metrics
 

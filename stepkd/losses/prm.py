@@ -57,8 +57,9 @@ def step_cross_entropy(logps_SC: Tensor, targets_SC: Tensor) -> LossTerms:
         targets_SC: target probabilities, each row sums to one.
 
     Returns:
-        ``sums["prm"]``, whose denominator is S; metrics ``accuracy`` (likeliest class against the likeliest target),
-        ``accuracy_right`` and ``accuracy_wrong`` over the steps whose target is the best or the worst class (of equally
+        ``sums["prm"]``, whose denominator is S; metrics ``accuracy`` (most likely class against the most likely
+        target), ``accuracy_correct`` and ``accuracy_incorrect`` over the steps whose target is the best or the worst
+        class (of equally
         likely ones the better counts: a step is correct from even odds on), and ``brier`` (mean over steps of ``sum_c
         (p_c - t_c)^2 / 2``, with p among the classes).
 
@@ -74,8 +75,8 @@ def step_cross_entropy(logps_SC: Tensor, targets_SC: Tensor) -> LossTerms:
         brier_S = (logps_SC.softmax(-1) - targets_SC).square().sum(-1) / 2
     metrics = {
         "accuracy": (hit_S.sum(), _count(torch.ones_like(hit_S))),
-        "accuracy_right": (hit_S[best_S].sum(), _count(best_S)),
-        "accuracy_wrong": (hit_S[worst_S].sum(), _count(worst_S)),
+        "accuracy_correct": (hit_S[best_S].sum(), _count(best_S)),
+        "accuracy_incorrect": (hit_S[worst_S].sum(), _count(worst_S)),
         "brier": (brier_S.sum(), _count(torch.ones_like(hit_S))),
     }
     return LossTerms({"prm": -(targets_SC * logps_SC).sum()}, metrics)

@@ -37,7 +37,7 @@ def load_model(spec: PolicyConfig) -> tuple[Any, Any]:
     adapter = adapter_folder(spec.path)
     if spec.lora is not None and adapter is not None:
         raise ConfigError(
-            f"policy.path={spec.path} is an adapter and policy.lora asks for a new one: drop policy.lora to go on "
+            f"policy.path={spec.path} is an adapter and policy.lora asks for a new one: drop policy.lora to continue "
             "training this adapter, or merge it first (stepkd export)"
         )
     model = _base_model(_base_spec(spec))
@@ -123,7 +123,7 @@ def _base_model(spec: PolicyConfig) -> Any:
         model.is_quantized = False
     if model.dtype == torch.bfloat16 and not (torch.cuda.is_available() or fast_bfloat16()):
         logger.warning(
-            "%s is loaded in bfloat16, which this processor emulates very slowly and there is no GPU: "
+            "%s is loaded in bfloat16, which this CPU emulates very slowly and there is no GPU: "
             "dtype float32 is many times faster",
             spec.path,
         )

@@ -1,4 +1,4 @@
-"""What this machine can do: memory and processors that this process may really use, what fits, and bfloat16.
+"""What this machine can do: memory and CPUs that this process may really use, what fits, and bfloat16.
 
 A container often has less than its machine. Weights that do not fit are refused before the machine swaps itself to
 death, or a kernel kills the process without a word. Only folders are looked at for that, not hub ids that are still to
@@ -52,7 +52,7 @@ def memory_peak() -> int | None:
     return _field(Path("/proc/self/status"), "VmHWM:") * 1024 or None
 
 
-def processors(root: Path = _ROOT) -> float:
+def cpus(root: Path = _ROOT) -> float:
     """Processors that this process may use: those it is bound to, within its control group's share."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
@@ -124,7 +124,7 @@ def _stored_dtype(folder: Path) -> str:
 
 
 def fast_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16 matrices.
+    """Whether the CPU has instructions for bfloat16 matrices.
 
     Without them torch emulates the type, tens to hundreds of times slower than float32. GPUs are not looked at.
     """
@@ -137,5 +137,5 @@ def compute_dtype() -> torch.dtype:
 
 
 def cpu_name() -> str:
-    """Name of the processor."""
+    """Name of the CPU."""
     return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())

@@ -108,7 +108,7 @@ class Policy(nn.Module):
             if self.step_head.spec != spec:
                 raise ConfigError(
                     f"the model already has a step head, {self.step_head.spec}, and the recipe asks for {spec}: give "
-                    "the same head settings to go on training it, or start from a model without one"
+                    "the same head settings to continue training it, or start from a model without one"
                 )
             return self.step_head
         hidden_size = self.causal_lm.get_input_embeddings().weight.shape[1]

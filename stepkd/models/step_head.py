@@ -108,10 +108,10 @@ class StepHead(nn.Module):
     def scores(self, hidden_SH: Tensor, vocab_head: VocabHead, *, chunk_size: int = DEFAULT_CHUNK) -> Tensor:
         """Chance that each step is correct: (S,), in [0, 1]."""
         probs_SC = torch.softmax(self.logps(hidden_SH, vocab_head, chunk_size=chunk_size), dim=-1)
-        right_S = probs_SC[:, -1]
+        correct_S = probs_SC[:, -1]
         if probs_SC.shape[-1] == 3:
-            right_S = right_S + probs_SC[:, 1] * {"right": 1.0, "wrong": 0.0, "half": 0.5}[self.spec.neutral]
-        return right_S
+            correct_S = correct_S + probs_SC[:, 1] * {"correct": 1.0, "incorrect": 0.0, "half": 0.5}[self.spec.neutral]
+        return correct_S
 
 
 def save_step_head(head: StepHead, folder: Path) -> None:

@@ -17,7 +17,7 @@ class StepHeadConfig(ABC):
     kind: ClassVar[str]
     """Its name in ``step_head.json``."""
     format: StepFormat
-    neutral: Literal["right", "wrong", "half"]
+    neutral: Literal["correct", "incorrect", "half"]
     meaning: Meaning
 
     @property
@@ -34,7 +34,7 @@ class StepHeadConfig(ABC):
 class _Head(StepHeadConfig):
     format: StepFormat = field(default_factory=StepFormat)
     """Separators and markers of the steps."""
-    neutral: Literal["right", "wrong", "half"] = "right"
+    neutral: Literal["correct", "incorrect", "half"] = "correct"
     """What a neutral class counts as in a score; "Let's Verify Step by Step" counts it as correct."""
     meaning: Meaning = "correctness"
     """What the scores estimate; decides how they are reduced to one number per solution."""

@@ -104,9 +104,9 @@ class StepModule(PolicyModule):
         """
         yield self.prepare_examples(batch.examples)
 
-    def make_filler(self, batch: StepBatch) -> Batch:
+    def make_dummy(self, batch: StepBatch) -> Batch:
         """What a rank computes, with weight zero, when others have more micro-batches than it."""
-        return self._collate([batch.filler], is_filler=True)
+        return self._collate([batch.dummy], is_dummy=True)
 
     def measured(self, batch: StepBatch) -> dict[str, tuple[float, float]]:
         """Further metrics of an evaluation, each a sum and what it is a mean of; ranks may do different work in it."""
@@ -231,7 +231,7 @@ class StepModule(PolicyModule):
         self.model.train()
         steps = 0
         for prepared in self._prepared(batch):
-            self._optimizer_step(prepared, self.make_filler(batch), begins=not steps)
+            self._optimizer_step(prepared, self.make_dummy(batch), begins=not steps)
             steps += 1
         if not steps:
             raise TrainingError("the batch gave no optimiser step: prepare() must yield at least one")
@@ -246,7 +246,7 @@ class StepModule(PolicyModule):
             yield first
             yield from found
 
-    def _optimizer_step(self, prepared: Prepared, filler: Batch, *, begins: bool) -> None:
+    def _optimizer_step(self, prepared: Prepared, dummy: Batch, *, begins: bool) -> None:
         # Dropout is the only other draw from the global generator; keyed like this, a resumed run repeats it exactly.
         torch.manual_seed(stream_key(self.seed, "dropout", self.global_step, self.global_rank) % 2**63)
         mine = {name: prepared.denominators.get(name, 0.0) for name in self.loss_names}
@@ -265,7 +265,7 @@ class StepModule(PolicyModule):
         self.loss_scales = component_scales(self.loss_names, counts, self.loss_weights, self.trainer.world_size)
         longest = int(all_reduce({"n": float(len(prepared.micro_batches))}, self.device, op="max")["n"])
         check_micro_batches(self.trainer.strategy, longest)
-        padded = prepared.micro_batches + [filler] * (longest - len(prepared.micro_batches))
+        padded = prepared.micro_batches + [dummy] * (longest - len(prepared.micro_batches))
         optimizer = cast(torch.optim.Optimizer, self.optimizers())
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
@@ -275,7 +275,7 @@ class StepModule(PolicyModule):
                     loss, terms = self.model(self._micro_loss, micro_batch.to(self.device))
                     self.manual_backward(loss)
                 losses.append(loss.detach())
-                if not micro_batch.is_filler:
+                if not micro_batch.is_dummy:
                     accumulate(sums, terms)
                 self.phases.advance()
         norm = self._clip()
@@ -300,9 +300,9 @@ class StepModule(PolicyModule):
             )
 
     def _micro_loss(self, micro_batch: Batch) -> tuple[Tensor, LossTerms]:
-        """Within one forward pass of the policy, which gathers what a strategy has cut up."""
+        """Within one forward pass of the policy, which gathers what a strategy has sharded."""
         terms = self.loss_terms(micro_batch)
-        return terms.scaled(self.loss_scales) * (0.0 if micro_batch.is_filler else 1.0), terms
+        return terms.scaled(self.loss_scales) * (0.0 if micro_batch.is_dummy else 1.0), terms
 
     def _clip(self) -> float:
         parameters = [p for _, p in self.model.trainable_parameters()]
@@ -414,16 +414,16 @@ class StepModule(PolicyModule):
         return {name: total / number for name, (total, number) in totals.items() if number}
 
     def predict_step(self, batch: StepBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Sample completions and return them as rollout rows (see ``stepkd.data.rows.ROLLOUT``)."""
+        """Sample completions and return them as completion rows (``stepkd.data.rows.COMPLETION``)."""
         source = str(self.trainer.ckpt_path or self.policy_spec.path)
         with self._averaged():
-            return self._sampled().rollout_rows(batch, self.phases, model_id=source)
+            return self._sampled().completion_rows(batch, self.phases, model_id=source)
 
     # ---- plumbing --------------------------------------------------------------------------------------------------
 
-    def _collate(self, examples: list[Completion], *, is_filler: bool = False) -> Batch:
+    def _collate(self, examples: list[Completion], *, is_dummy: bool = False) -> Batch:
         pad = int(self.tokenizer.pad_token_id or 0)
-        return collate(examples, pad, share=self.shares_prompts, is_filler=is_filler)
+        return collate(examples, pad, share=self.shares_prompts, is_dummy=is_dummy)
 
     @property
     def shares_prompts(self) -> bool:

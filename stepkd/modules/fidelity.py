@@ -1,9 +1,9 @@
 """How like its teacher a student is, beside how good: the two can part (arXiv 2505.15442).
 
 On the student's own samples of the validation problems, token by token: the KLs in both directions, how often both find
-the same token likeliest, and the gap of their entropies. By answers: who is correct, and whether the two agree when
-neither is. And on the data's own solutions, where there are some, how well either knows when its likeliest token is the
-one that stands there (ECE).
+the same argmax token, and the gap of their entropies. By answers: who is correct, and whether the two agree when
+neither is. And on the data's own solutions, where there are some, how well either knows when its most likely token is
+the one that stands there (ECE).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TOKENS = ("forward_kl", "reverse_kl", "agreement", "entropy_gap")
 CALIBRATED = ("ece", "teacher_ece")
 BINS = 15
 """Equally wide bins of confidence for the expected calibration error."""
-ANSWERS = ("both_right", "student_right", "teacher_right", "same_wrong", "different_wrong")
+ANSWERS = ("both_correct", "student_correct", "teacher_correct", "same_incorrect", "different_incorrect")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class Fidelity:
 
     @torch.no_grad()
     def _calibration(self, examples: list[Completion]) -> Sums:
-        """By bins of confidence: how much surer than right either is on given tokens (see :func:`fidelity_totals`)."""
+        """By bins of confidence: how much surer than correct either is on given tokens (see
+        :func:`fidelity_totals`)."""
         gaps, tokens = torch.zeros(len(CALIBRATED), BINS, dtype=torch.float64), 0
         for prepared in self.module.prepare_examples(examples).micro_batches:
             batch = prepared.to(self.student.device)
@@ -154,14 +155,14 @@ class Fidelity:
                 _, teacher, argmax_C = signals.compare(tempered(logits_CV), *chunk)
                 whole = teacher.shape == logits_CV.shape
                 sure = logits_CV.log_softmax(-1).amax(-1), teacher.amax(-1) if whole else teacher[:, 0]
-                right = logits_CV.argmax(-1) == targets_C, argmax_C == targets_C
-                return torch.stack([sure[0].exp().double(), right[0], sure[1].exp().double(), right[1]], dim=-1)
+                correct = logits_CV.argmax(-1) == targets_C, argmax_C == targets_C
+                return torch.stack([sure[0].exp().double(), correct[0], sure[1].exp().double(), correct[1]], dim=-1)
 
             values = self._each(position, batch, signals).double().cpu()
             tokens += len(values)
-            for row, (sure_N, right_N) in enumerate(((values[:, 0], values[:, 1]), (values[:, 2], values[:, 3]))):
+            for row, (sure_N, correct_N) in enumerate(((values[:, 0], values[:, 1]), (values[:, 2], values[:, 3]))):
                 bins_N = (sure_N * BINS).long().clamp(max=BINS - 1)
-                gaps[row].index_add_(0, bins_N, sure_N - right_N)
+                gaps[row].index_add_(0, bins_N, sure_N - correct_N)
         return {
             f"{name}/{number}": (float(gap), float(tokens))
             for name, row in zip(CALIBRATED, gaps, strict=True)
@@ -195,25 +196,25 @@ class Fidelity:
         return self._sample(sampler, prompts, indices, "fidelity answers", temperature=0.0)
 
     def _graded(self, examples: Sequence[Completion], rollouts: Sequence[Completion]) -> list[tuple[bool, str | None]]:
-        """Whether each answer is right, and its equivalence class."""
+        """Whether each answer is correct, and its equivalence class."""
         judged = judge([example.row for example in examples], [[rollout] for rollout in rollouts], self.grader)
         return [(record["verdict"] == "correct", record["vote"]) for (record,) in judged]
 
 
 def _kind(student: tuple[bool, str | None], teacher: tuple[bool, str | None]) -> str:
     if student[0] and teacher[0]:
-        return "both_right"
+        return "both_correct"
     if student[0] or teacher[0]:
-        return "student_right" if student[0] else "teacher_right"
+        return "student_correct" if student[0] else "teacher_correct"
     same = student[1] is not None and student[1] == teacher[1]
-    return "same_wrong" if same else "different_wrong"
+    return "same_incorrect" if same else "different_incorrect"
 
 
 def fidelity_totals(totals: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
     """Sums over all ranks and batches, with what they were taken for in place of parts of it.
 
-    ``fidelity/ece/<bin>`` is a bin's confidence minus right, over the number of all tokens: absolute values sum to the
-    expected calibration error, in [0, 1]. ``fidelity/moments/<metric>/<xx, xn or nn>`` are sums over problems of
+    ``fidelity/ece/<bin>`` is a bin's confidence minus correct, over the number of all tokens: absolute values sum to
+    the expected calibration error, in [0, 1]. ``fidelity/moments/<metric>/<xx, xn or nn>`` are sums over problems of
     products of x, a problem's sum of the metric, and n, its tokens, over the number of problems: they give
     ``<metric>_se``, the standard error of the mean over tokens with problems as clusters (that of a ratio of sums,
     linearised). 1.96 of them on either side make a 95% interval.

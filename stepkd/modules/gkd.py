@@ -67,7 +67,7 @@ class Distillation(Component):
         """``kd``: the summed divergence (and weighted cross-entropy) in nats.
 
         Metrics over all completion tokens: ``divergence`` alone, ``agreement`` (share of positions at which both find
-        the same token likeliest), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
+        the same argmax token), ``ce`` where it has a weight, ``focus`` (share that counts) where steps have weights.
         """
         batch, signals = forward.batch, forward.signals
         kd_weight, ce_weight = (1.0, 0.0) if self.weights is None else self.weights()

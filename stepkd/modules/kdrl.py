@@ -213,11 +213,11 @@ class KDRLModule(DistillationModule):
     def _tempered_logps(self, logits_CV: Tensor, targets_C: Tensor) -> Tensor:
         return target_logps(tempered(logits_CV, self.teacher_temperature), targets_C)
 
-    def make_filler(self, batch: StepBatch) -> Batch:
+    def make_dummy(self, batch: StepBatch) -> Batch:
         """A rollout without a weight."""
-        zeros = np.zeros(len(batch.filler.token_ids))
-        rollout = Rollout.of(batch.filler, advantages=zeros, logprobs=zeros)
-        return self._collate([rollout], is_filler=True)
+        zeros = np.zeros(len(batch.dummy.token_ids))
+        rollout = Rollout.of(batch.dummy, advantages=zeros, logprobs=zeros)
+        return self._collate([rollout], is_dummy=True)
 
     def after_step(self) -> None:
         """Say when the sampler's probabilities are not the trainer's."""

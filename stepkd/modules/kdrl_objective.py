@@ -139,7 +139,7 @@ class PolicyGradient(Component):
         found = TokenTerms(*columns_NM.unbind(-1))
         _, old_N, sampled_N, *_ = constants
         gap_N = sampled_N - torch.where(old_N.isnan(), found.logps_N, old_N)
-        if not batch.is_filler:
+        if not batch.is_dummy:
             self.mismatch.add(gap_N)
         sums = {"pg": found.pg_N.sum(), "kd": found.kd_N.sum()}
         metrics = self._metrics(rollouts, found, gap_N, distils=signals is not None)
@@ -162,7 +162,7 @@ class PolicyGradient(Component):
 
     @staticmethod
     def _exact_kl(kd: ExactKL, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
-        """Reverse KL over all tokens, or over the teacher's likeliest and a bucket for the rest."""
+        """Reverse KL over all tokens, or over the teacher's most likely and a bucket for the rest."""
         if kd.top_k is not None and kd.top_k.k < teacher_CV.shape[-1]:
             ids_Ck, tail = teacher_CV.topk(kd.top_k.k, dim=-1).indices, kd.top_k.tail
             student_CV, teacher_CV = (top_k_buckets(each, ids_Ck, tail=tail) for each in (student_CV, teacher_CV))

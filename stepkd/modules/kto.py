@@ -1,4 +1,4 @@
-"""KTO (arXiv 2402.01306) and Step-KTO (arXiv 2501.10799): learning from right and wrong, of answers and of steps.
+"""KTO (arXiv 2402.01306) and Step-KTO (arXiv 2501.10799): learning from correct and incorrect, of answers and of steps.
 
 Axes: N completion tokens, R completions, S steps.
 """
@@ -299,7 +299,7 @@ class KTOModule(PreferenceModule):
         if not isinstance(self.datamodule, StepData):
             raise ConfigError("class weights by the ratio rule need the data's counts: use StepData, or give them")
         counts = feedback_counts(self.datamodule.examples["train"])
-        return ratio_rule(counts[f"right_{kind}"], counts[f"wrong_{kind}"])
+        return ratio_rule(counts[f"correct_{kind}"], counts[f"incorrect_{kind}"])
 
     def mismatches(self, batch: StepBatch) -> list[Completion]:
         """This rank's prompts with other prompts' completions."""
@@ -328,9 +328,9 @@ class KTOModule(PreferenceModule):
     def derived_metrics(self, values: dict[str, float]) -> dict[str, float]:
         """Margins: mean reward of the correct less that of the incorrect."""
         return {
-            f"{prefix}margin": values[f"{prefix}reward_right"] - values[f"{prefix}reward_wrong"]
+            f"{prefix}margin": values[f"{prefix}reward_correct"] - values[f"{prefix}reward_incorrect"]
             for prefix in ("", "step_")
-            if {f"{prefix}reward_right", f"{prefix}reward_wrong"} <= values.keys()
+            if {f"{prefix}reward_correct", f"{prefix}reward_incorrect"} <= values.keys()
         }
 
 

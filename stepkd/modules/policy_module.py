@@ -87,8 +87,8 @@ class PolicyModule(LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.chunk_size = chunk_size
         self.loss_weights = dict(loss_weights or {})
-        if wrong := {k: v for k, v in self.loss_weights.items() if not 0 <= v < float("inf")}:
-            raise ConfigError(f"loss_weights={wrong}: each must be 0 (off) or positive")
+        if incorrect := {k: v for k, v in self.loss_weights.items() if not 0 <= v < float("inf")}:
+            raise ConfigError(f"loss_weights={incorrect}: each must be 0 (off) or positive")
         self.ema_decay = ema_decay
         self.seed = seed
         self.arguments: dict[str, Any] = {}

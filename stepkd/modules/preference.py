@@ -173,10 +173,10 @@ class PreferenceModule(StepModule):
         )
         return next(iter(self.prepare(replace(batch, examples=examples, places=places))))
 
-    def make_filler(self, batch: StepBatch) -> Batch:
+    def make_dummy(self, batch: StepBatch) -> Batch:
         """A rank without work computes one example with weight zero."""
-        filler = super().make_filler(batch)
-        return replace(filler, reference_N=torch.zeros(len(filler.targets_N)))
+        dummy = super().make_dummy(batch)
+        return replace(dummy, reference_N=torch.zeros(len(dummy.targets_N)))
 
     # ---- log-ratios ------------------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class PreferenceModule(StepModule):
         cache = ReferenceCache(folder, self._frozen["reference"][0], str(self.trainer.precision))
         wanted: dict[bytes, Completion] = {}
         for batch in self._future_batches():
-            for example in (*batch.examples, batch.filler):
+            for example in (*batch.examples, batch.dummy):
                 wanted |= {each.key: each for each in example.completions} if len(example.token_ids) else {}
             wanted |= {each.key: each for each in self.mismatches(batch)}
         missing = [completion for key, completion in wanted.items() if key not in cache]

@@ -179,9 +179,9 @@ class PRMModule(StepModule):
             )
         if meaning == "value" and labels.after_error != "keep":
             logger.warning(
-                "labels of future success (head.meaning: value) are cut off after the first wrong step "
+                "labels of future success (head.meaning: value) are cut off after the first incorrect step "
                 "(labels.after_error: %s): the last step, which scores are reduced by, is then learnt from nearly "
-                "right solutions only; keep them, or reduce by the minimum",
+                "correct solutions only; keep them, or reduce by the minimum",
                 labels.after_error,
             )
         return StepEncoder(

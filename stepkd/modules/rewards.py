@@ -43,9 +43,9 @@ class RewardConfig:
     """One reward."""
 
     name: str = "accuracy"
-    """``accuracy``: 1 for the right final answer. ``format``: 1 where ``pattern`` is found. ``length``: minus the share
-    of ``limit`` by which a completion is longer than it. ``steps``: the mean (``reduce: min``: the lowest) score of its
-    steps by ``scorer``. Or a function in TRL's signature, or a factory of one: ``package.module:function``,
+    """``accuracy``: 1 for the correct final answer. ``format``: 1 where ``pattern`` is found. ``length``: minus the
+    share of ``limit`` by which a completion is longer than it. ``steps``: the mean (``reduce: min``: the lowest) score
+    of its steps by ``scorer``. Or a function in TRL's signature, or a factory of one: ``package.module:function``,
     ``trl.rewards.accuracy_reward``; in Python also the function itself."""
     weight: float = 1.0
     """Factor in the sum."""
@@ -150,11 +150,13 @@ class Rewards:
             self.seconds[spec.name] = time.perf_counter() - start
             if len(values) != len(ids):
                 raise TrainingError(f"the reward {spec.name!r} gave {len(values)} values for {len(ids)} completions")
-            wrong = next((i for i, value in enumerate(values) if value is not None and not math.isfinite(value)), None)
-            if wrong is not None:
+            invalid = next(
+                (i for i, value in enumerate(values) if value is not None and not math.isfinite(value)), None
+            )
+            if invalid is not None:
                 raise TrainingError(
-                    f"the reward {spec.name!r} gave {values[wrong]} for {ids[wrong]!r}: "
-                    f"{columns['completions'][wrong][:200]!r}; it may give None to pass a completion over"
+                    f"the reward {spec.name!r} gave {values[invalid]} for {ids[invalid]!r}: "
+                    f"{columns['completions'][invalid][:200]!r}; it may give None to pass a completion over"
                 )
             for i, value in enumerate(values):
                 if value is not None:
@@ -163,7 +165,7 @@ class Rewards:
         return totals, parts
 
     def correct(self, columns: dict[str, list[Any]]) -> list[bool]:
-        """Whether each final answer is right; of a completion that was cut off (``cut_off``), only a finished one."""
+        """Whether each final answer is correct; of a completion that was cut off (``cut_off``), only a finished one."""
         golds = [str(answer) for answer in columns["answer"]]
         grades = self.grader.grade(columns["completions"], golds, cut_off=columns.get("cut_off"))
         return [grade.verdict is Verdict.CORRECT for grade in grades]
@@ -180,7 +182,7 @@ class Rewards:
 
     def _function(self, spec: RewardConfig) -> RewardFunction:
         if spec.name == "accuracy":
-            return lambda **columns: [float(right) for right in self.correct(columns)]
+            return lambda **columns: [float(correct) for correct in self.correct(columns)]
         if spec.name == "format":
             given = spec.options["pattern"]
             if not isinstance(given, str):

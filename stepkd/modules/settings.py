@@ -188,8 +188,8 @@ class ExactKL(_Term):
     """A term of its own, the exact reverse KL at every sampled prefix."""
 
     top_k: TopK | None = None
-    """Over the teacher's likeliest tokens and one bucket for the others; null: over the whole vocabulary. A KL over the
-    likeliest alone is reported to be unstable (arXiv 2506.02208, as others tell it)."""
+    """Over the teacher's most likely tokens and one bucket for the others; null: over the whole vocabulary. A KL over
+    the most likely alone is reported to be unstable (arXiv 2506.02208, as others tell it)."""
 
 
 @dataclass(frozen=True)

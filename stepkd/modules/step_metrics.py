@@ -40,7 +40,7 @@ def step_values(
 
     Args:
         counts: denominators of the components, reduced already.
-        sums: what :func:`accumulate` made; empty on a rank that had only fillers.
+        sums: what :func:`accumulate` made; empty on a rank that had only dummies.
         last: any terms of the step, for the names: every rank sends the same ones.
         weights: factors of the components.
         tokens: of this rank.

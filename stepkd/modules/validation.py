@@ -9,7 +9,7 @@ from typing import Any
 from stepkd.data.batching import StepBatch
 from stepkd.data.completion import Completion
 from stepkd.errors import check_bounds
-from stepkd.grading.judge import judge, rollout_row
+from stepkd.grading.judge import completion_row, judge
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.policy import Policy
 from stepkd.runs.progress import PhaseTracker
@@ -32,7 +32,7 @@ class ValidationConfig:
     grading: GradingConfig = field(default_factory=GradingConfig)
     """How final answers are found and compared."""
     segmenter: str = "newline"
-    """How sampled completions are cut into steps in rollout files: newline, blank_line, or another segmenter's name."""
+    """How sampled completions are cut into steps in files: newline, blank_line, or another segmenter's name."""
 
     def __post_init__(self) -> None:
         check_bounds("validation.", self, max_rows="[1, inf)")
@@ -68,7 +68,7 @@ class SampledAccuracy:
             "truncated": sum(sample["finish"] == "length" for sample in together),
             "tokens": sum(sample["tokens"] for sample in together),
             "labelled_steps": sum(len(steps) - steps.count(None) for steps in known),
-            "right_steps": sum(steps.count(True) for steps in known),
+            "correct_steps": sum(steps.count(True) for steps in known),
             "correct_labelled": counts.labelled,
             "correct_flawed": counts.flawed,
         }
@@ -81,25 +81,25 @@ class SampledAccuracy:
         counted = {"accuracy": "correct", "unparsed": "unparsed", "truncated": "truncated", "tokens": "tokens"}
         rates = {name: sums[of] / sums["samples"] for name, of in counted.items()}
         if sums["labelled_steps"]:
-            rates["step_accuracy"] = sums["right_steps"] / sums["labelled_steps"]
+            rates["step_accuracy"] = sums["correct_steps"] / sums["labelled_steps"]
             if sums["correct_labelled"]:
-                rates["correct_with_wrong_step"] = sums["correct_flawed"] / sums["correct_labelled"]
+                rates["correct_with_incorrect_step"] = sums["correct_flawed"] / sums["correct_labelled"]
         return rates
 
-    def rollout_rows(self, batch: StepBatch, phases: PhaseTracker, *, model_id: str) -> list[dict[str, Any]]:
-        """Sample, judge and return rollout rows with their provenance."""
-        rollouts, judged = self._judged(batch, phases, "predict")
+    def completion_rows(self, batch: StepBatch, phases: PhaseTracker, *, model_id: str) -> list[dict[str, Any]]:
+        """Sample, judge and return completion rows with their provenance."""
+        sampled, judged = self._judged(batch, phases, "predict")
         sampling = {k: getattr(self.sampling, k) for k in ("n", "temperature", "top_p", "top_k", "max_new_tokens")}
         rows = []
-        for example, samples, records in zip(batch.examples, rollouts, judged, strict=True):
-            for rollout, record in zip(samples, records, strict=True):
-                text = text_from_ids(self.sampler.policy.tokenizer, rollout.token_ids, rollout.raw_logprobs)
+        for example, samples, records in zip(batch.examples, sampled, judged, strict=True):
+            for completion, record in zip(samples, records, strict=True):
+                text = text_from_ids(self.sampler.policy.tokenizer, completion.token_ids, completion.raw_logprobs)
                 spans = segment(self.segmenter, text)
                 steps = [text.span_text(*span) for span in spans]
                 rows.append(
-                    rollout_row(example.row, rollout, record, step_ends(spans), steps)
+                    completion_row(example.row, completion, record, step_ends(spans), steps)
                     | {
-                        "sample": rollout.sample,
+                        "sample": completion.sample,
                         "model": model_id,
                         "sampling": sampling,
                         "seed": self.sampling.seed,
@@ -113,11 +113,11 @@ class SampledAccuracy:
     ) -> tuple[list[list[Completion]], list[list[dict[str, Any]]]]:
         prompts = [example.prompt_ids for example in batch.examples]
         with phases.phase("rollout", total=len(prompts) * self.sampling.n):
-            rollouts = self.sampler.sample(
+            sampled = self.sampler.sample(
                 prompts, self.sampling, purpose=purpose, indices=batch.indices, on_progress=phases.advance
             )
         with phases.phase("grading", total=len(prompts) * self.sampling.n):
-            return rollouts, judge([example.row for example in batch.examples], rollouts, self.grader)
+            return sampled, judge([example.row for example in batch.examples], sampled, self.grader)
 
     def close(self) -> None:
         """Stop the grader's workers."""

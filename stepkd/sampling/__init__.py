@@ -10,7 +10,7 @@ _HOMES = {
     "annotate": "TokenSignals annotate",
     "decode": "draw sampling_logprobs",
     "engines": "EngineConfig InProcess VLLMColocated VLLMServer",
-    "sampler": "Branch BranchRollouts Sampler SamplingConfig",
+    "sampler": "Branch BranchContinuations Sampler SamplingConfig",
     "transformers_sampler": "TransformersSampler",
 }
 

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from stepkd.errors import DataError
 from stepkd.models.head import is_half, relative_error
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Progress, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchContinuations, Progress, SamplingConfig
 
 _KNOWN, _GAP = 4, 24  # tokens of the probe: read and kept, read and hidden
 
@@ -122,7 +122,7 @@ class BranchRun:
             prefixes.append(_Prefix(branch, cut, [Row(position, j, limit, (*key, j)) for j in range(self.spec.n)]))
         return prefixes
 
-    def results(self, limit: float) -> list[BranchRollouts]:
+    def results(self, limit: float) -> list[BranchContinuations]:
         """Draw everything.
 
         Args:
@@ -143,7 +143,7 @@ class BranchRun:
         prompts, rows = [list(prefix.token_ids) for prefix in apart], [prefix.rows for prefix in apart]
         self.decoder.decode_prompts(prompts, rows, self.spec, self.on_progress)
         return [
-            BranchRollouts(
+            BranchContinuations(
                 tuple(self.decoder.finished(p.rows, np.asarray(p.token_ids), self.spec) for p in prefixes),
                 sum(p.read_tokens for p in prefixes),
             )

@@ -166,10 +166,10 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class BranchRollouts:
+class BranchContinuations:
     """What was drawn from one branch."""
 
-    rollouts: tuple[tuple[Completion, ...], ...]
+    continuations: tuple[tuple[Completion, ...], ...]
     """For each cut its continuations, by sample number; their ``prompt_ids`` are the prefix."""
     prefill_tokens: int
     """Tokens of the sequence read for it: the longest prefix where reading is shared, else all prefixes together."""

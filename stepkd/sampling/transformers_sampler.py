@@ -16,7 +16,7 @@ from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import BranchRun, gap_limit
 from stepkd.sampling.decode import Decoder, Row
-from stepkd.sampling.sampler import Branch, BranchRollouts, Progress, Sampler, SamplingConfig, Wanted
+from stepkd.sampling.sampler import Branch, BranchContinuations, Progress, Sampler, SamplingConfig, Wanted
 from stepkd.steps.segment import get_segmenter
 
 
@@ -59,7 +59,7 @@ class TransformersSampler(Sampler):
         purpose: str = "branch",
         step: int = 0,
         on_progress: Progress | None = None,
-    ) -> list[BranchRollouts]:
+    ) -> list[BranchContinuations]:
         """Draw ``spec.n`` continuations of every prefix.
 
         Args:

@@ -1,4 +1,4 @@
-"""A language model asked, step by step, whether the step is right: the baseline that needs no training.
+"""A language model asked, step by step, whether the step is correct: the baseline that needs no training.
 
 The score is P(yes) / (P(yes) + P(no)) of the next token, as in P(True) (Kadavath et al. 2022, arXiv 2207.05221) and in
 KG-RAR's prompted reward model. The wording of the question is ours.
@@ -34,7 +34,7 @@ from stepkd.steps.format import marker_token_id
 
 JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
 """Chat style asks as a user; plain style ends where the answer begins."""
-QUESTION = "Is step {step} right, given the problem and the steps before it? Answer Yes or No."
+QUESTION = "Is step {step} correct, given the problem and the steps before it? Answer Yes or No."
 USUAL = (("Yes", "No"), (" Yes", " No"), ("yes", "no"), (" yes", " no"))
 """Forms of yes and no."""
 _PLACE = "<<<the steps go here>>>"

@@ -186,7 +186,7 @@ class PRMScorer(PolicyScorer):
         """Score rows that carry their solution; sampled token ids are used as they are where this tokenizer wrote them.
 
         Args:
-            rows: rollouts or rows with step texts (see :meth:`~stepkd.data.step_encode.StepEncoder.row_layout`).
+            rows: completions or rows with step texts (see :meth:`~stepkd.data.step_encode.StepEncoder.row_layout`).
 
         Returns:
             For each row one number per step, as :meth:`score`.

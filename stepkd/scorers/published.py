@@ -187,8 +187,8 @@ def _check_head(path: str, weights: dict[str, Tensor], layers: int) -> None:
     if f"{last}.weight" not in weights or weights[f"{last}.weight"].shape[0] != 2:
         shapes = {name: tuple(value.shape) for name, value in weights.items()}
         raise ModelError(
-            f"the head of {path!r} is {shapes}: expected {last}.weight with two classes, wrong and right (PRMTrainer's "
-            "models are made with num_labels=2)"
+            f"the head of {path!r} is {shapes}: expected {last}.weight with two classes, incorrect and correct "
+            "(PRMTrainer's models are made with num_labels=2)"
         )
     if f"{last}.bias" not in weights:
         weights[f"{last}.bias"] = torch.zeros(2)

@@ -86,7 +86,8 @@ def score_one(scorer: StepScorer, prompt: str, steps: Sequence[str]) -> list[flo
     return scorer.score([Solutions({"id": "0", "prompt": prompt}, [steps])])[0][0]
 
 
-# --- rows that carry a solution each: rollouts and step-labelled rows -------------------------------------------------
+# --- rows that carry a solution each: completions and step-labelled rows
+# -------------------------------------------------
 
 
 def problem_key(row: Row) -> str:
@@ -112,11 +113,11 @@ def score_rows(scorer: StepScorer, rows: Sequence[Row]) -> list[list[float]]:
 
     Args:
         scorer: any step scorer.
-        rows: rollouts or rows with ``completions``.
+        rows: completions or rows with ``completions``.
 
     Returns:
-        For each row one number in [0, 1] per step, NaN where there is none. A rollout whose last step holds nothing but
-        the end token has no score there; it is left out of the list.
+        For each row one number in [0, 1] per step, NaN where there is none. A completion whose last step holds nothing
+        but the end token has no score there; it is left out of the list.
 
     Raises:
         DataError: a row without steps, or whose step texts cannot be told.
@@ -180,7 +181,7 @@ def _some(texts: list[str], name: str) -> list[str]:
 
 
 def step_scores(row: Row, scores: Sequence[float]) -> list[float | None]:
-    """Scores as JSON: None for NaN, and for a last step of a rollout that holds nothing but the end token.
+    """Scores as JSON: None for NaN, and for a last step of a completion that holds nothing but the end token.
 
     Raises:
         DataError: the row declares fewer steps than were scored.

@@ -3,7 +3,7 @@
 * :mod:`~stepkd.search.tree`: `Problem`, `State` (a solution so far), `Step`; the protocols `StepGenerator`
   (propose next steps, complete solutions) and `StateValue` (estimate states): a method needs nothing else. Nodes,
   priors, PUCT selection and backup; pure Python, by the formulas of the paper.
-* :mod:`~stepkd.search.generate`: `SampledSteps`, steps from a language model, cut by any segmenter; `RolloutValue`
+* :mod:`~stepkd.search.generate`: `SampledSteps`, steps from a language model, cut by any segmenter; `ContinuationValue`
   (share of correct continuations), `ScorerValue` (a reward model, a prompted judge, an exact checker).
 * :mod:`~stepkd.search.mcts`: `tree_search`, Monte-Carlo tree search of many problems in lockstep: the leaves of all
   trees are expanded in one batch, and every tree is as if it were searched alone.
@@ -19,7 +19,7 @@ from typing import Any
 from stepkd.lazy import lazily
 
 _HOMES = {
-    "generate": "RolloutValue SampledSteps ScorerValue",
+    "generate": "ContinuationValue SampledSteps ScorerValue",
     "mcts": "Decision Option SearchConfig SearchTree tree_search",
     "pairs": "PairConfig TreePairs tree_pairs",
     "tree": "Node Problem State StateValue Step StepGenerator",

@@ -151,11 +151,11 @@ class SampledSteps:
                 )
         prompts = [(*state.problem.prompt_ids, *state.token_ids) for state in states]
         indices = [_index(state.problem.index, *state.path) for state in states]
-        for group, rollouts in zip(
+        for group, continuations in zip(
             drafts, self.sampler.sample(prompts, spec, purpose=purpose, indices=indices), strict=True
         ):
-            for draft, rollout in zip(group, rollouts, strict=True):
-                _extend(draft, rollout)
+            for draft, continuation in zip(group, continuations, strict=True):
+                _extend(draft, continuation)
 
     def _more(self, drafts: Sequence[_Draft], spec: SamplingConfig, room: int) -> None:
         """Go on with drafts that hold nothing but white space."""
@@ -164,8 +164,8 @@ class SampledSteps:
             _index(d.state.problem.index, *d.state.path, "sample", d.sample, "token", len(d.token_ids)) for d in drafts
         ]
         drawn = self.sampler.sample(prompts, replace(spec, max_new_tokens=room), purpose=PROPOSE, indices=indices)
-        for draft, (rollout,) in zip(drafts, drawn, strict=True):
-            _extend(draft, rollout)
+        for draft, (continuation,) in zip(drafts, drawn, strict=True):
+            _extend(draft, continuation)
 
     def _room(self, draft: _Draft) -> int:
         """Tokens that a draft of a step may still have."""
@@ -224,10 +224,10 @@ class SampledSteps:
         return "stop" if draft.finish == "stop" else "length"
 
 
-def _extend(draft: _Draft, rollout: Completion) -> None:
-    draft.token_ids += rollout.token_ids.tolist()
-    draft.raw_logprobs += rollout.raw_logprobs.tolist()
-    draft.finish = rollout.finish
+def _extend(draft: _Draft, continuation: Completion) -> None:
+    draft.token_ids += continuation.token_ids.tolist()
+    draft.raw_logprobs += continuation.raw_logprobs.tolist()
+    draft.finish = continuation.finish
 
 
 def _index(*parts: int | str) -> int:
@@ -236,33 +236,33 @@ def _index(*parts: int | str) -> int:
 
 
 @dataclass(eq=False)
-class RolloutValue:
+class ContinuationValue:
     """Share of correct answers among simulated continuations; the outcome itself where the solution is over.
 
     Raises:
-        ConfigError: ``rollouts`` is not positive.
+        ConfigError: ``continuations`` is not positive.
     """
 
     generator: StepGenerator
     """Continues states."""
     grader: Grader
     """Compares final answers with the problem's ``answer``."""
-    rollouts: int = field(default=4, kw_only=True)
+    continuations: int = field(default=4, kw_only=True)
     """Continuations per state, >= 1."""
 
     def __post_init__(self) -> None:
-        check_bounds("", self, rollouts="[1, inf)")
+        check_bounds("", self, continuations="[1, inf)")
 
     def values(self, states: Sequence[State]) -> list[float | None]:
         """See :class:`~stepkd.search.tree.StateValue`."""
         going = [state for state in states if state.correct is None]
-        endings = self.generator.complete(going, self.rollouts) if going else []
+        endings = self.generator.complete(going, self.continuations) if going else []
         texts = [state.text + ending.text for state, group in zip(going, endings, strict=True) for ending in group]
-        answers = [str(state.problem.row["answer"]) for state in going for _ in range(self.rollouts)]
+        answers = [str(state.problem.row["answer"]) for state in going for _ in range(self.continuations)]
         cut_off = [ending.end == "length" for group in endings for ending in group]
         grades = iter(self.grader.grade(texts, answers, cut_off=cut_off))
         return [
-            sum(next(grades).verdict == "correct" for _ in range(self.rollouts)) / self.rollouts
+            sum(next(grades).verdict == "correct" for _ in range(self.continuations)) / self.continuations
             if state.correct is None
             else float(state.correct)
             for state in states
@@ -270,7 +270,7 @@ class RolloutValue:
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.search.tree.StateValue`."""
-        return {"value": "rollout", "rollouts": self.rollouts}
+        return {"value": "continuation", "continuations": self.continuations}
 
 
 class ScorerValue:

@@ -16,9 +16,9 @@ Source: Xie et al. 2024, arXiv 2405.00451, and its released code. What differs f
 * estimates are not divided by depth (``damp_after``) and come from continuations unless told otherwise; there both are
   the other way round;
 * the best child has the highest value; there it has the most visits, weighted by the gap between its children's;
-* pairs need any right solution in the tree; there the chosen path must be right;
+* pairs need any correct solution in the tree; there the chosen path must be correct;
 * equal actions are merged; there near-duplicates by their embeddings, too;
-* a right solution is not worth more for differing from the reference;
+* a correct solution is not worth more for differing from the reference;
 * a walk visits the root once; there twice, and a node under expansion counts as unvisited.
 """
 
@@ -107,7 +107,7 @@ class SearchTree:
 
     @property
     def solved(self) -> bool:
-        """Whether the tree holds a right solution."""
+        """Whether the tree holds a correct solution."""
         return any(node.correct for node in self.root.subtree())
 
     @property

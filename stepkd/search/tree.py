@@ -47,7 +47,7 @@ class State:
     """Which of its siblings each step was when it was sampled: names the state within its problem, and keys what is
     drawn from it."""
     correct: bool | None = None
-    """Whether the final answer is right; None: the solution goes on."""
+    """Whether the final answer is correct; None: the solution goes on."""
 
     @property
     def text(self) -> str:
@@ -129,7 +129,7 @@ class Node:
     value: float = 0.0
     """How good the state is, by estimate and outcome; the root's is 0."""
     correct: bool | None = None
-    """Whether the finished solution is right; None: it goes on."""
+    """Whether the finished solution is correct; None: it goes on."""
     depth: int = 0
     """Steps from the root."""
     copies: int = 1

@@ -15,7 +15,7 @@ from stepkd.errors import ConfigError, DataError
 
 Label = bool | int | float | None
 LabelKind = Literal["bool", "rating", "soft"]
-Neutral = Literal["right", "wrong", "mask"]
+Neutral = Literal["correct", "incorrect", "mask"]
 """What a rating of 0 counts as: correct, incorrect, or (``mask``) no label."""
 
 THRESHOLD = 0.5
@@ -53,7 +53,9 @@ def correct_targets(targets: Any) -> Any:
     return targets[..., 1:].sum(-1) >= THRESHOLD
 
 
-def verdicts(labels: Sequence[Label], *, neutral: Neutral = "right", threshold: float = THRESHOLD) -> list[bool | None]:
+def verdicts(
+    labels: Sequence[Label], *, neutral: Neutral = "correct", threshold: float = THRESHOLD
+) -> list[bool | None]:
     """What each step label of a solution says: correct, incorrect, or None for nothing.
 
     Args:
@@ -69,12 +71,14 @@ def verdicts(labels: Sequence[Label], *, neutral: Neutral = "right", threshold: 
     if all(label is None for label in labels):
         return [None] * len(labels)
     if label_kind(labels) == "rating":
-        least = 0 if neutral == "right" else 1
+        least = 0 if neutral == "correct" else 1
         return [None if label is None or (label == 0 and neutral == "mask") else label >= least for label in labels]
     return [passes(label, threshold) for label in labels]  # True is 1 and False is 0
 
 
-def first_incorrect(labels: Sequence[Label], *, neutral: Neutral = "right", threshold: float = THRESHOLD) -> int | None:
+def first_incorrect(
+    labels: Sequence[Label], *, neutral: Neutral = "correct", threshold: float = THRESHOLD
+) -> int | None:
     """The 0-based index of the first incorrect step, -1 if all are correct, None if a missing label leaves it open.
 
     Raises:

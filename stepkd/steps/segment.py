@@ -29,7 +29,7 @@ def check_partition(spans: Sequence[Span], num_tokens: int) -> None:
     """Assert that ``spans`` partition ``range(num_tokens)``.
 
     Raises:
-        ValueError: a gap, an overlap, an empty span, or a wrong total length; the message names the span.
+        ValueError: a gap, an overlap, an empty span, or an incorrect total length; the message names the span.
     """
     cursor = 0
     for i, (start, end) in enumerate(spans):
@@ -58,7 +58,7 @@ def spans_from_ends(ends: Sequence[int], num_tokens: int) -> list[Span]:
 
 
 def step_ends(spans: Sequence[Span]) -> list[int]:
-    """Exclusive end of every step: the form in which rollout rows store spans."""
+    """Exclusive end of every step: the form in which completion rows store spans."""
     return [end for _, end in spans]
 
 

@@ -101,9 +101,9 @@ def fit_threshold(
     divide.
 
     Args:
-        pool: for each response its per-token log-probabilities at temperature 1 (signal ``confidence``: a rollout's
-            ``raw_logprobs``) or entropies (signal ``entropy``), in nats. The paper samples 30 responses per question
-            and drops duplicates first.
+        pool: for each response its per-token log-probabilities at temperature 1 (signal ``confidence``: a
+            continuation's ``raw_logprobs``) or entropies (signal ``entropy``), in nats. The paper samples 30 responses
+            per question and drops duplicates first.
         quantile: share of tokens that are to divide, in (0, 1).
         signal: what the pool's numbers are and what the threshold is on.
         model, sampling: where the pool came from, kept with the threshold.
@@ -156,10 +156,12 @@ def _check_response(response: Sequence[float], number: int, signal: str) -> np.n
     except (TypeError, ValueError) as error:
         raise DataError(f"response {number} of the pool must be a list with one number per token: {error}") from error
     sign = 1 if signal == "confidence" else -1
-    wrong = np.flatnonzero(~(sign * numbers <= ROUNDING))
-    if len(wrong):
+    incorrect = np.flatnonzero(~(sign * numbers <= ROUNDING))
+    if len(incorrect):
         kind = "a log-probability (nats, at most 0)" if sign > 0 else "an entropy (nats, at least 0)"
-        raise DataError(f"response {number} of the pool holds {numbers[wrong[0]]} at token {wrong[0]}: not {kind}")
+        raise DataError(
+            f"response {number} of the pool holds {numbers[incorrect[0]]} at token {incorrect[0]}: not {kind}"
+        )
     return numbers
 
 

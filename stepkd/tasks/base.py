@@ -34,7 +34,7 @@ class TaskProblem:
     prompt: str
     """The question as the model reads it; one line that ends in a newline."""
     answer: str
-    """The right final answer, as it stands after ``#### ``."""
+    """The correct final answer, as it stands after ``#### ``."""
     meta: dict[str, Any]
     """What the checker needs to know, as JSON values only."""
 
@@ -58,7 +58,7 @@ class Task(ABC):
 
         Args:
             problem: the problem.
-            previous_steps: the steps so far, right or wrong; only their claims count, not whether they are true.
+            previous_steps: the steps so far, correct or incorrect; only their claims count, not whether they are true.
 
         Returns:
             The next line (with its newline) or the answer line (without), or None when nothing follows: the previous
@@ -67,7 +67,7 @@ class Task(ABC):
 
     @abstractmethod
     def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
-        """List the wrong versions of a line, in a fixed order.
+        """List the incorrect versions of a line, in a fixed order.
 
         Args:
             problem: the problem.
@@ -95,7 +95,7 @@ class Task(ABC):
         return f"{self.name}:{settings}"
 
     def solution(self, problem: TaskProblem) -> list[str]:
-        """Return the right steps; the last one is the answer line.
+        """Return the correct steps; the last one is the answer line.
 
         Raises:
             ValueError: `problem` is not a problem of this task.
@@ -111,18 +111,18 @@ class Task(ABC):
     def check_step(
         self, problem: TaskProblem, previous_steps: Sequence[str], step: str, *, given: Given = "truth"
     ) -> bool:
-        """Tell whether one step is right; trailing newlines and spaces are ignored, nothing else is.
+        """Tell whether one step is correct; trailing newlines and spaces are ignored, nothing else is.
 
         Args:
             problem: the problem.
-            previous_steps: the steps before it, right or wrong; any text is allowed.
+            previous_steps: the steps before it, correct or incorrect; any text is allowed.
             step: the step to judge; any text is allowed.
-            given: ``"truth"``: right iff it is what the problem demands at this position, so a line that consistently
-                carries on an earlier slip is wrong and a silent recovery is right. ``"claims"``: right iff it follows
-                from what the previous steps claim.
+            given: ``"truth"``: correct iff it is what the problem demands at this position, so a line that consistently
+                carries on an earlier slip is incorrect and a silent recovery is correct. ``"claims"``: correct iff it
+                follows from what the previous steps claim.
 
         Returns:
-            True or False; malformed and surplus text is wrong.
+            True or False; malformed and surplus text is incorrect.
 
         Raises:
             ConfigError: an unknown `given`.

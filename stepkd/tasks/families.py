@@ -27,7 +27,7 @@ class EquationTask(Task):
     """What a line looks like; group 1 is the result."""
 
     @abstractmethod
-    def wrong_results(self, result: int) -> list[int]:
+    def incorrect_results(self, result: int) -> list[int]:
         """List the results a slip may put in place of `result`."""
 
     def claimed(self, step: str) -> int | None:
@@ -36,9 +36,13 @@ class EquationTask(Task):
         return None if match is None else int(match[1])
 
     def slips(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> list[str]:
-        """The same equation with the results of `wrong_results`."""
+        """The same equation with the results of `incorrect_results`."""
         result = self.claimed(step)
-        return [] if result is None else [f"{step.split('=')[0]}={wrong}\n" for wrong in self.wrong_results(result)]
+        return (
+            []
+            if result is None
+            else [f"{step.split('=')[0]}={incorrect}\n" for incorrect in self.incorrect_results(result)]
+        )
 
     def operands(self, problem: TaskProblem, previous_steps: Sequence[str], step: str) -> str:
         """What stands before the equals sign, by which a systematic slip is keyed."""
@@ -123,7 +127,7 @@ class ArithmeticChain(ChainTask):
     def reduce(self, value: int) -> int:
         return value
 
-    def wrong_results(self, result: int) -> list[int]:
+    def incorrect_results(self, result: int) -> list[int]:
         """Off by one to ten either way: the sizes of a miscounted unit and of a lost carry."""
         return [result + offset for offset in range(-10, 11) if offset != 0]
 
@@ -157,7 +161,7 @@ class ModularChain(ChainTask):
     def reduce(self, value: int) -> int:
         return value % self.modulus
 
-    def wrong_results(self, result: int) -> list[int]:
+    def incorrect_results(self, result: int) -> list[int]:
         """Every other residue."""
         return [value for value in range(self.modulus) if value != result]
 
@@ -207,7 +211,7 @@ class LongAddition(EquationTask):
         left, right = columns[index]
         return f"{left}+{right}+{carry}={left + right + carry}\n"
 
-    def wrong_results(self, result: int) -> list[int]:
+    def incorrect_results(self, result: int) -> list[int]:
         """Every other column sum that two digits and a carry can have."""
         return [total for total in range(20) if total != result]
 
@@ -281,8 +285,8 @@ class StarGraph(Task):
 
     The prompt lists all edges, each written outward and in shuffled order, then the question:
     ``4>7,1>3,7>2,4>1:4>2=``. A line is the next node of the path (``7``, ``2``). The answer is the first node after
-    the centre, the one choice that cannot be copied from an edge; so a path with a wrong node in it can still end in
-    the right answer. An answer guessed at random is right once in `arms` times.
+    the centre, the one choice that cannot be copied from an edge; so a path with an incorrect node in it can still end
+    in the right answer. An answer guessed at random is right once in `arms` times.
     Source: Bachmann and Nagarajan, "The pitfalls of next-token prediction" (2024).
     """
 

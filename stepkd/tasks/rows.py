@@ -36,12 +36,12 @@ class Noise:
     """
 
     rate: float
-    """Random: the probability that a line's result is replaced by a wrong one. Systematic: the share of operand
+    """Random: the probability that a line's result is replaced by an incorrect one. Systematic: the share of operand
     combinations that are mislearnt. In [0, 1]."""
     kind: NoiseKind = "random"
-    """``random``: every line slips independently, to a wrong result drawn afresh. ``systematic``: whether a line slips,
-    and to what, is a fixed function of its operands and operator (for the cellular automaton the whole row, for the
-    star graph the node and the goal)."""
+    """``random``: every line slips independently, to an incorrect result drawn afresh. ``systematic``: whether a line
+    slips, and to what, is a fixed function of its operands and operator (for the cellular automaton the whole row, for
+    the star graph the node and the goal)."""
     recover: float = 0.5
     """Probability that a slip is silently recovered (the lines after it go on from the true values); otherwise they
     carry it on. In [0, 1]."""
@@ -69,7 +69,7 @@ def demonstration(
         noise: the slips; None for a clean demonstration.
 
     Returns:
-        The steps, and for each whether ``task.check_step`` finds it right given the truth.
+        The steps, and for each whether ``task.check_step`` finds it correct given the truth.
     """
     if noise is None:
         steps = task.solution(problem)
@@ -85,25 +85,25 @@ def _noisy_steps(task: Task, problem: TaskProblem, rng: random.Random, noise: No
     for index, true_step in enumerate(truth):
         step = task.next_step(problem, believed)
         assert step is not None, "a slip of the task's own is well-formed, so something follows from it"
-        wrong = task.slips(problem, believed, step)
+        incorrect = task.slips(problem, believed, step)
         if noise.kind == "random":
             # On a chain that carries an earlier slip, a replacement that happens to be true would be no slip.
-            wrong = [candidate for candidate in wrong if candidate != true_step]
-            slip = rng.choice(wrong) if wrong and rng.random() < noise.rate else None
+            incorrect = [candidate for candidate in incorrect if candidate != true_step]
+            slip = rng.choice(incorrect) if incorrect and rng.random() < noise.rate else None
         else:
-            slip = _mislearnt(task, task.operands(problem, believed, step), wrong, noise) if wrong else None
+            slip = _mislearnt(task, task.operands(problem, believed, step), incorrect, noise) if incorrect else None
         steps.append(step if slip is None else slip)
         recovered = slip is not None and rng.random() < noise.recover
         believed = truth[: index + 1] if recovered else [*believed, steps[-1]]
     return steps
 
 
-def _mislearnt(task: Task, operands: str, wrong: list[str], noise: Noise) -> str | None:
-    """Return the wrong line that these operands always lead to, or None if they are among those learnt right."""
+def _mislearnt(task: Task, operands: str, incorrect: list[str], noise: Noise) -> str | None:
+    """Return the incorrect line that these operands always lead to, or None if they are among those learnt correct."""
     if keyed_fraction(noise.seed, "slips", task.name, operands) >= noise.rate:
         return None
     # The candidate of lowest hash, so that the choice hangs on the operands and not on the candidates' order.
-    return min(wrong, key=lambda line: keyed_bits(noise.seed, "to", task.name, operands, line))
+    return min(incorrect, key=lambda line: keyed_bits(noise.seed, "to", task.name, operands, line))
 
 
 Split = Literal["train", "validation", "test"]
@@ -142,7 +142,7 @@ def make_rows(
 
     Returns:
         Rows with `id`, `prompt`, `answer` (the true one), `solution` (the steps joined), `steps`, `step_labels` (bool
-        per step), `outcome` (bool, whether its answer is right), `task` (canonical text) and `meta`. All are JSON
+        per step), `outcome` (bool, whether its answer is correct), `task` (canonical text) and `meta`. All are JSON
         values.
 
     Raises:
@@ -173,7 +173,7 @@ def make_rows(
                 "solution": "".join(steps),
                 "steps": steps,
                 "step_labels": labels,
-                "outcome": labels[-1],  # the answer line is right iff the answer is
+                "outcome": labels[-1],  # the answer line is correct iff the answer is
                 "task": task.spec,
                 "meta": problem.meta,
             }

@@ -1,4 +1,4 @@
-"""A teacher on disk: its k likeliest tokens at every position of given completions, and the mass of all others.
+"""A teacher on disk: its k most likely tokens at every position of given completions, and the mass of all others.
 
 It is written by a job (:mod:`stepkd.runs.job`): ``settings.json`` says what the numbers belong to (teacher, tokenizer,
 temperature, k), ``parts/completions/`` holds them, in Parquet files whose pages carry checksums.
@@ -51,7 +51,7 @@ class CachedSignals:
     """A cache's view of the targets of a micro-batch."""
 
     ids_Nk: Tensor
-    """int64 likeliest tokens, likeliest first."""
+    """int64 most likely tokens, most likely first."""
     logps_Nk: Tensor
     """Their log-probabilities."""
     tail_N: Tensor

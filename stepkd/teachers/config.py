@@ -21,10 +21,10 @@ Needs = dict[str, str]
 
 @dataclass(frozen=True)
 class TopK:
-    """A comparison of a teacher's likeliest tokens in place of the whole vocabulary."""
+    """A comparison of a teacher's most likely tokens in place of the whole vocabulary."""
 
     k: int
-    """Likeliest tokens of the teacher that are compared at every position, >= 1."""
+    """Most likely tokens of the teacher that are compared at every position, >= 1."""
     tail: bool = True
     """Whether all other tokens are one more bucket, which bounds the whole divergence from below; off, the k are
     renormalised, and what the student thinks of other tokens goes unseen."""
@@ -65,7 +65,7 @@ class TeacherConfig(ABC):
         for need, setting in needs.items():
             lack = self.lacks.get(need)
             if need == "whole" and self.top_k is not None and lack is None:
-                lack = "is compared in its likeliest tokens alone: set teacher.top_k to null"
+                lack = "is compared in its most likely tokens alone: set teacher.top_k to null"
             if lack is not None:
                 raise ConfigError(f"{setting}, and the teacher {type(self).__name__} {lack}")
 
@@ -90,7 +90,7 @@ class Local(TeacherConfig):
     """Prompt template that it reads the student's completions under, where that is another than the data's; null: the
     student's own prompt ids."""
     top_k: TopK | None = None
-    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
+    """Compare only its most likely tokens; null: the whole vocabulary, which is exact."""
 
     def __post_init__(self) -> None:
         check_bounds("teacher.", self)
@@ -107,7 +107,7 @@ class Local(TeacherConfig):
 
 @dataclass(frozen=True)
 class Cached(TeacherConfig):
-    """A teacher's likeliest tokens for the data's completions, as ``stepkd cache-teacher`` wrote them."""
+    """A teacher's most likely tokens for the data's completions, as ``stepkd cache-teacher`` wrote them."""
 
     folder: str
     """Folder of the cache."""
@@ -133,10 +133,10 @@ class Served(TeacherConfig):
     tokenizer: str | None = None
     """Folder or hub id of its tokenizer; null: the model that the server names."""
     top_k: TopK = TopK(64)
-    """How many of its likeliest tokens it is asked for; 64 hold nearly all of the mass."""
+    """How many of its most likely tokens it is asked for; 64 hold nearly all of the mass."""
 
     lacks: ClassVar[Mapping[str, str]] = {
-        "whole": "gives its likeliest tokens only: take the teacher Local",
+        "whole": "gives its most likely tokens only: take the teacher Local",
         "tempered": "cannot temper, as not every server tempers the scores of given text: set the temperature to 1",
         "writes": "is not sampled from here: sample it beforehand (stepkd label), or take the teacher Local",
     }
@@ -147,7 +147,7 @@ class Served(TeacherConfig):
 @dataclass(frozen=True)
 class _Self(TeacherConfig):
     top_k: TopK | None = field(default=None, kw_only=True)
-    """Compare only its likeliest tokens; null: the whole vocabulary, which is exact."""
+    """Compare only its most likely tokens; null: the whole vocabulary, which is exact."""
 
     lacks: ClassVar[Mapping[str, str]] = {
         "writes": "is the student itself: set source.lmbda in place of source.teacher, and fidelity.answers to false",

@@ -1,4 +1,4 @@
-"""A teacher on a vLLM server: its likeliest tokens at every position of the student's text.
+"""A teacher on a vLLM server: its most likely tokens at every position of the student's text.
 
 Through TRL's client (``pip install 'stepkd[vllm]'``); the contract is tested against a stand-in, **no GPU has run it**.
 """

@@ -35,7 +35,7 @@ class Compared(NamedTuple):
     log_teacher_CW: Tensor
     """Log-probabilities of the teacher."""
     argmax_C: Tensor
-    """int64 token that the teacher finds likeliest."""
+    """int64 token that the teacher finds most likely."""
 
 
 class Signals(Protocol):
@@ -139,7 +139,7 @@ class HiddenSignals:
     temperature: float = 1.0
     """Divides its logits."""
     top_k: TopK | None = None
-    """Compare only its likeliest tokens; None: the whole vocabulary."""
+    """Compare only its most likely tokens; None: the whole vocabulary."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

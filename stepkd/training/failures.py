@@ -46,7 +46,7 @@ def _memory(text: str, module: Any, last: Path | None) -> str:
     more = "; while sampling, a smaller max_rows" if phase is not None and "rollout" in phase.name else ""
     kept = "" if last is None else "No checkpoint was written yet. "
     if last is not None and last.is_file():
-        kept = f"{last} is intact: --resume goes on from it. "
+        kept = f"{last} is intact: --resume continues from it. "
     return (
         f"out of memory{where}. Three settings take less, in this order: model.init_args.micro_batch_tokens{now}; "
         "model.init_args.policy.gradient_checkpointing: true; LoRA (policy.lora) or a sharded strategy "

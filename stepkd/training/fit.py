@@ -50,7 +50,7 @@ from stepkd.training.checkpoints import (
 )
 from stepkd.training.failures import explained
 from stepkd.training.progress import StepProgress
-from stepkd.training.run_files import RolloutFile, RunFacts
+from stepkd.training.run_files import CompletionFile, RunFacts
 from stepkd.training.trainer_settings import check_trainer_settings
 from stepkd.yaml_files import read_yaml
 
@@ -314,7 +314,9 @@ class StepkdCLI(LightningCLI):
             if config.out is None:
                 raise ConfigError(f"stepkd {self.subcommand} writes files: give --out FOLDER, for instance runs/first")
             if self.subcommand == "predict" and config.resume:
-                raise ConfigError("stepkd predict cannot go on with a rollout file: use --overwrite or another --out")
+                raise ConfigError(
+                    "stepkd predict cannot continue with a completion file: use --overwrite or another --out"
+                )
             config.resume = config.resume or config.resume_with is not None
             changed = self._changes(Path(config.out)) if config.resume and info.is_rank_zero else []
             self.run_dir = RunDir.open(
@@ -385,7 +387,7 @@ class StepkdCLI(LightningCLI):
         elif config.trainer.get("logger") is None:
             kwargs["logger"] = False
         if self.run_dir is not None and self.subcommand == "predict":
-            callbacks.append(RolloutFile(self.run_dir.path / "rollouts.jsonl"))
+            callbacks.append(CompletionFile(self.run_dir.path / "completions.jsonl"))
         self.trainer_defaults["callbacks"] = callbacks
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
@@ -412,14 +414,14 @@ class StepkdCLI(LightningCLI):
                 print(f"  {line}")
 
     def mark_stopped(self, stopped: Preempted) -> None:
-        """Record that the run stopped on request, and say how to go on."""
+        """Record that the run stopped on request, and say how to resume."""
         assert self.run_dir is not None
         self.status = "stopped"
         self.run_dir.mark("stopped", str(stopped))
         if self.trainer.is_global_zero and not self.quiet:
             print(
                 f"\n{stopped}: {self.run_dir.path} holds the state after {self.trainer.global_step} steps; give the "
-                "same command with --resume to go on",
+                "same command with --resume to continue",
                 flush=True,
             )
 

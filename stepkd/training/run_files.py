@@ -1,4 +1,4 @@
-"""What a Trainer's run writes into its folder beside checkpoints and metrics: settings, template, rollouts."""
+"""What a Trainer's run writes into its folder beside checkpoints and metrics: settings, template, completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import IO, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from stepkd.data.rows import ROLLOUT, validate
+from stepkd.data.rows import COMPLETION, validate
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import disk_error
 from stepkd.models.source import save_template
@@ -41,8 +41,8 @@ class RunFacts(Callback):
             save_template(template, self.folder)
 
 
-class RolloutFile(Callback):
-    """Append the rollout rows that ``predict_step`` returns to a JSON Lines file.
+class CompletionFile(Callback):
+    """Append the completion rows that ``predict_step`` returns to a JSON Lines file.
 
     Args:
         path: the file; other ranks than 0 write beside it, with their number in the name.
@@ -72,7 +72,7 @@ class RolloutFile(Callback):
         assert self._stream is not None
         try:
             for row in outputs:
-                validate(row, ROLLOUT, path=self.path, line=self.rows + 1)
+                validate(row, COMPLETION, path=self.path, line=self.rows + 1)
                 append(self._stream, json.dumps(row) + "\n")
                 self.rows += 1
             os.fsync(self._stream.fileno())
@@ -84,4 +84,4 @@ class RolloutFile(Callback):
         """Close the file and say where it is."""
         if self._stream is not None:
             self._stream.close()
-            print(f"{self.rows} rollouts in {self.path}")
+            print(f"{self.rows} completions in {self.path}")

@@ -1,4 +1,4 @@
-"""Fully sharded training (FSDP2) with checkpoints that any number of ranks, and any strategy, can go on with."""
+"""Fully sharded training (FSDP2) with checkpoints that any number of ranks, and any strategy, can resume from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepkd.models.sharding import share_of, whole_tensor
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Weights, gradients and optimiser state cut up over all ranks (PyTorch's ``fully_shard``).
+    """Weights, gradients and optimiser state sharded over all ranks (PyTorch's ``fully_shard``).
 
     The module cuts itself up (``StepModule.shard``) once it is complete. Checkpoints are those of the other strategies:
     one file, whole trainable weights, written by rank 0 through the checkpoint plugin.

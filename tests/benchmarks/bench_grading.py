@@ -23,7 +23,7 @@ def _worker_cpu_s(grader: Grader) -> float:
 
 
 def main(items: int = 4000) -> None:
-    """Time both paths on distinct easy items; half of the numeric ones are wrong.
+    """Time both paths on distinct easy items; half of the numeric ones are incorrect.
 
     CPU time per verdict is printed beside the rate, because the rate falls when other jobs share the cores.
     """

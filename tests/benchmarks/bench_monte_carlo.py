@@ -62,7 +62,7 @@ def _compare(
             if number:  # round 0 warms up
                 seconds[shared].append(time.perf_counter() - start)
             read[shared] += sum(each.prefill_tokens for each in found)
-            drawn[shared] += sum(len(row.token_ids) for each in found for cut in each.rollouts for row in cut)
+            drawn[shared] += sum(len(row.token_ids) for each in found for cut in each.continuations for row in cut)
     ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
     print(
         f"prompt of {prompt} tokens: tokens read per call {read[True] // (rounds + 1):,} once, "

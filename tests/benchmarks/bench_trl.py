@@ -10,7 +10,7 @@ with 4 completions a step, 256 tokens at most. The weights' own bfloat16 updates
 
 Both trainings live in one process and take their steps in turn, everything between two steps included, so that other
 jobs on the machine disturb them alike. What counts is the ratio, of the medians and of the fastest steps, in wall time
-and in processor time of the process. Peak memory comes from one process per side, as the growth of its resident set
+and in CPU time of the process. Peak memory comes from one process per side, as the growth of its resident set
 from before the model is loaded (Linux). TRL's gradient checkpointing, which trades time for memory, is off on all
 sides; nobody logs.
 """
@@ -250,7 +250,7 @@ class Turns:
         self._go.acquire()
 
     def step(self) -> tuple[float, float]:
-        """Wall and processor seconds of the next step."""
+        """Wall and CPU seconds of the next step."""
         start, cpu = time.perf_counter(), time.process_time()
         self._go.release()
         self._done.acquire()

@@ -27,7 +27,7 @@ def draw(*, base, gain, problems, steps, task, kill_at, seed, out):
         os.kill(os.getpid(), signal.Signals[os.environ.get("SIGN", "SIGKILL")])
     noise = generator(seed, "fake", task).random((problems, 2))
     columns = {
-        "right": (noise[:, 0] < base + gain).astype(float).tolist(),
+        "correct": (noise[:, 0] < base + gain).astype(float).tolist(),
         "share": [[int(x < 0.2), 1] for x in noise[:, 1]],
         "steps": steps,
     }
@@ -43,7 +43,7 @@ def nothing(*, out):
 """
 
 CLAIM: dict[str, Any] = {
-    "claim": "The better arm is right more often.",
+    "claim": "The better arm is correct more often.",
     "source": "nowhere, 0.8 against 0.5",
     "settings": {"base": 0.5, "gain": 0.0, "problems": 30, "steps": 100, "task": "one", "kill_at": None},
     "jobs": {
@@ -54,10 +54,10 @@ CLAIM: dict[str, Any] = {
             }
         }
     },
-    "metrics": {"right": "drawn", "share": "drawn", "steps": "drawn.steps"},
+    "metrics": {"correct": "drawn", "share": "drawn", "steps": "drawn.steps"},
     "arms": {"plain": {}, "better": {"gain": 0.3}},
     "seeds": [0, 1, 2, 3, 4],
-    "statements": [{"metric": "right", "better": "better", "worse": "plain", "paper": "0.8 against 0.5"}],
+    "statements": [{"metric": "correct", "better": "better", "worse": "plain", "paper": "0.8 against 0.5"}],
     "quick": {"seeds": [0], "settings": {"problems": 5}},
 }
 

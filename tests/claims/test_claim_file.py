@@ -38,7 +38,7 @@ def test_quick_settings_come_last(write_claim: Write) -> None:
 
 
 def test_statements_belong_to_variants(write_claim: Write) -> None:
-    two = {"metric": "right", "better": "better", "worse": "plain"}
+    two = {"metric": "correct", "better": "better", "worse": "plain"}
     claim = load_claim(
         write_claim(variants={"one": {}, "two": {}}, statements=[two, {**two, "variants": ["two"], "at_least": 0.1}])
     )
@@ -56,9 +56,9 @@ def test_the_fingerprint_follows_what_decides(write_claim: Write) -> None:
         fingerprint(seeds=[0, 1]),
         fingerprint(arms={"plain": {}, "better": {"gain": 0.2}}),
         fingerprint(equal={"steps": None}),
-        fingerprint(metrics={"right": "drawn"}),
-        fingerprint(jobs={"drawn": {"call": {"function": "fake_claim_code.give", "columns": {"right": 1}}}}),
-        fingerprint(statements=[{"metric": "right", "better": "better", "worse": "plain", "at_least": 0.1}]),
+        fingerprint(metrics={"correct": "drawn"}),
+        fingerprint(jobs={"drawn": {"call": {"function": "fake_claim_code.give", "columns": {"correct": 1}}}}),
+        fingerprint(statements=[{"metric": "correct", "better": "better", "worse": "plain", "at_least": 0.1}]),
     }
     assert len(others - {same}) == 7
 
@@ -80,13 +80,13 @@ def test_a_claim_takes_what_it_lacks_from_its_base(write_claim: Write, tmp_path:
     assert (claim.seeds, claim.arms, claim.run) == (base.seeds, base.arms, "second")
     assert claim.variants["main"] == {**base.variants["main"], "problems": 3}
     assert claim.jobs["drawn"]["call"] == {**base.jobs["drawn"]["call"], "task": "two"}
-    assert claim.metrics == {"right": "drawn", "steps": "drawn.steps", "rate": "drawn.share"}
+    assert claim.metrics == {"correct": "drawn", "steps": "drawn.steps", "rate": "drawn.share"}
     path.write_text(yaml.safe_dump(own | {"base": "third"}))
     with pytest.raises(DataError, match="base: no claim 'third'"):
         load_claim(path)
 
 
-TWO = {"metric": "right", "better": "better", "worse": "plain"}
+TWO = {"metric": "correct", "better": "better", "worse": "plain"}
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ TWO = {"metric": "right", "better": "better", "worse": "plain"}
         ),
         ({"jobs": {"drawn": {"call": {"x": ["$sed"]}}}}, "jobs: drawn: no setting or job 'sed'. Did you mean 'seed'?"),
         ({"jobs": {"drawn": {"call": {"x": "$drawn"}}}}, "drawn -> drawn refers to itself"),
-        ({"metrics": {"right": None}}, "metrics: right: must be JOB.COLUMN"),
-        ({"metrics": {"right": "drwn"}}, "metrics: right: no job or setting 'drwn'. Did you mean 'drawn'?"),
+        ({"metrics": {"correct": None}}, "metrics: correct: must be JOB.COLUMN"),
+        ({"metrics": {"correct": "drwn"}}, "metrics: correct: no job or setting 'drwn'. Did you mean 'drawn'?"),
         ({"arms": {}}, "arms: name at least one"),
         (
             {"arms": {"plain": {"gian": 1}, "better": {}}},
@@ -142,11 +142,11 @@ TWO = {"metric": "right", "better": "better", "worse": "plain"}
         ({"statements": [{**TWO, "at_least": "much"}]}, "statement 1: at_least: expected float, got 'much'"),
         ({"statements": [{**TWO, "at_least": True}]}, "statement 1: at_least: expected float, got 'True'"),
         ({"statements": [{**TWO, "worse": "plian"}]}, "statement 1: no arm 'plian'. Did you mean 'plain'?"),
-        ({"statements": [{**TWO, "metric": "rigth"}]}, "no metric 'rigth'. Did you mean 'right'?"),
+        ({"statements": [{**TWO, "metric": "rigth"}]}, "no metric 'rigth'. Did you mean 'correct'?"),
         ({"statements": [{**TWO, "variants": ["x"]}]}, "statement 1: no variant 'x'"),
         ({"statements": [{"better": "better", "worse": "plain"}]}, "statement 1: .*metric"),
         ({"run": "../up"}, "run: '../up' cannot be a folder's name"),
-        ({"equal": {"tokens": None}}, "equal: no metric 'tokens'. Known: right, share, steps"),
+        ({"equal": {"tokens": None}}, "equal: no metric 'tokens'. Known: correct, share, steps"),
         ({"equal": {"steps": ["bettr"]}}, "equal: steps: no arm 'bettr'. Did you mean 'better'?"),
         ({"equal": {"steps": "all"}}, "equal: steps: must be a list of names"),
     ],

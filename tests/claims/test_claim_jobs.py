@@ -24,14 +24,14 @@ def test_problem_columns() -> None:
 
     rows = [
         {"id": "a", "samples": [sample("correct", [True, True], "5"), sample("correct", [False, True], "5")]},
-        {"id": "b", "samples": [sample("wrong", [False, False, True], "4"), sample("correct", [True], "3")]},
+        {"id": "b", "samples": [sample("incorrect", [False, False, True], "4"), sample("correct", [True], "3")]},
         {"id": "c", "samples": [sample("correct", None, "5"), sample("correct", [True, None], "5")]},
     ]
     assert problem_columns(rows) == {
         "pass@1": [1.0, 0.5, 1.0],
         "mean_tokens": [20.0, 20.0, 10.0],
         "step_accuracy": [[3, 4], [2, 4], [1, 1]],
-        "correct_with_wrong_step": [[1, 2], [0, 1], [0, 0]],
+        "correct_with_incorrect_step": [[1, 2], [0, 1], [0, 0]],
         "clean@1": [0.5, 0.5, 1.0],
         "distinct": [0.5, 1.0, 0.5],
     }
@@ -51,10 +51,10 @@ def test_a_claim_measures_what_its_evaluations_say(tmp_path: Path) -> None:
     found = {name: [json.loads(each.read_text())["metrics"] for each in files] for name, files in summaries.items()}
     for row in rows.values():
         pass_at_1, greedy = (sum(row["metrics"][name]) / 8 for name in ("pass@1", "greedy"))
-        right, steps = map(sum, zip(*row["metrics"]["step_accuracy"], strict=True))
+        correct, steps = map(sum, zip(*row["metrics"]["step_accuracy"], strict=True))
         assert any(
             pass_at_1 == pytest.approx(each["pass@1"]["value"])
-            and right / steps == pytest.approx(each["step_accuracy"]["value"])
+            and correct / steps == pytest.approx(each["step_accuracy"]["value"])
             for each in found["sampled"]
         )
         assert any(greedy == pytest.approx(each["pass@1"]["value"]) for each in found["greedy"])

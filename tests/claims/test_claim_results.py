@@ -39,11 +39,13 @@ def test_summary_of_a_clear_effect(write_claim: Write, tmp_path: Path) -> None:
     summary = summary_of(write_claim(), tmp_path / "out")
     assert summary["verdict"] == "reproduced"
     (statement,) = summary["statements"]
-    assert statement["text"] == "right: better - plain > 0"
+    assert statement["text"] == "correct: better - plain > 0"
     assert statement["verdict"] == "reproduced"
     assert 0 < statement["low"] <= statement["value"] <= statement["high"]
     metrics = summary["metrics"]["main"]
-    assert statement["value"] == pytest.approx(metrics["better"]["right"]["value"] - metrics["plain"]["right"]["value"])
+    assert statement["value"] == pytest.approx(
+        metrics["better"]["correct"]["value"] - metrics["plain"]["correct"]["value"]
+    )
     interval = t_interval(statement["per_seed"])
     assert statement["over_seeds"] == pytest.approx([interval.low, interval.high], abs=1e-5)
     assert metrics["plain"]["steps"]["per_seed"] == [100.0] * 5
@@ -52,10 +54,13 @@ def test_summary_of_a_clear_effect(write_claim: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("statement", "verdict"),
     [
-        ({"metric": "right", "better": "plain", "worse": "better"}, "not reproduced"),
+        ({"metric": "correct", "better": "plain", "worse": "better"}, "not reproduced"),
         ({"metric": "share", "better": "plain", "worse": "better"}, "inconclusive"),
-        ({"metric": "right", "arm": "better", "at_least": 0.6}, "reproduced"),
-        ({"metric": "right", "better": "better", "worse": "plain", "measure": "ratio", "at_least": 1.1}, "reproduced"),
+        ({"metric": "correct", "arm": "better", "at_least": 0.6}, "reproduced"),
+        (
+            {"metric": "correct", "better": "better", "worse": "plain", "measure": "ratio", "at_least": 1.1},
+            "reproduced",
+        ),
         ({"metric": "steps", "arm": "plain", "at_most": 99}, "not reproduced"),
     ],
 )
@@ -82,14 +87,14 @@ def test_one_seed_is_inconclusive(write_claim: Write, tmp_path: Path) -> None:
 
 
 def test_variants_have_statements_of_their_own(write_claim: Write, tmp_path: Path) -> None:
-    path = write_claim(variants={"easy": {}, "flat": {"base": 1.0}})  # everything is right in the second
+    path = write_claim(variants={"easy": {}, "flat": {"base": 1.0}})  # everything is correct in the second
     summary = summary_of(path, tmp_path / "out")
     assert [(s["variant"], s["verdict"]) for s in summary["statements"]] == [
         ("easy", "reproduced"),
         ("flat", "inconclusive"),
     ]
     assert summary["verdict"] == "inconclusive"
-    assert "easy: right: better - plain > 0" in " ".join(printed(summary).split())
+    assert "easy: correct: better - plain > 0" in " ".join(printed(summary).split())
 
 
 def test_the_committed_file_is_the_same_to_the_byte(write_claim: Write, tmp_path: Path) -> None:
@@ -135,9 +140,9 @@ def test_the_table_shows_numbers_verdicts_and_the_paper(write_claim: Write, tmp_
     text = printed(summary)
     statement = summary["statements"][0]
     for part in (
-        "The better arm is right more often.",
+        "The better arm is correct more often.",
         "source: Table [3]",
-        "right: better - plain > 0",
+        "correct: better - plain > 0",
         "paper: 0.8 against 0.5",
         f"{statement['value']:.3f}",
         f"{statement['low']:.3f} to {statement['high']:.3f}",
@@ -153,7 +158,7 @@ def test_the_command(write_claim: Write, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["claims", "run", path, "--out", out, "--save"]) == 0
     assert "fake: reproduced" in capsys.readouterr().out
     assert (tmp_path / "results" / "fake.json").is_file()
-    flipped = [{"metric": "right", "better": "plain", "worse": "better"}]
+    flipped = [{"metric": "correct", "better": "plain", "worse": "better"}]
     negative = str(write_claim(statements=flipped))
     assert main(["claims", "run", negative, "--out", out]) == 0, "a negative result is a result"
     text = capsys.readouterr().out
@@ -186,8 +191,8 @@ def test_a_statement_about_what_the_run_lacks(write_claim: Write, tmp_path: Path
     path = write_claim(run="both")
     summary_of(path, tmp_path / "out")
     for part in (tmp_path / "out" / "parts").rglob("*.jsonl"):
-        part.write_text(part.read_text().replace('"right"', '"wrong"'))
-    with pytest.raises(DataError, match="the arm 'better' has no 'right'"):
+        part.write_text(part.read_text().replace('"correct"', '"incorrect"'))
+    with pytest.raises(DataError, match="the arm 'better' has no 'correct'"):
         summary_of(path, tmp_path / "out")
 
 
@@ -239,7 +244,7 @@ def test_mistakes_on_the_command_line(
 @pytest.mark.parametrize("count", [5, 6])
 def test_many_arms_are_rows(count: int, capsys: pytest.CaptureFixture[str]) -> None:
     number = {"value": 0.25, "low": 0.25, "high": 0.25}
-    arms = {f"arm{i}": {"right": number, "steps": number} for i in range(count)}
+    arms = {f"arm{i}": {"correct": number, "steps": number} for i in range(count)}
     summary = {"claim": "c", "source": "s", "seeds": [0], "metrics": {"main": arms}, "statements": []}
     print_results(Console(width=100), "name", summary | {"verdict": "inconclusive"})
     header = next(line for line in capsys.readouterr().out.splitlines() if "┃" in line and line.strip("┃ "))

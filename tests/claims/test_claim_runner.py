@@ -49,10 +49,10 @@ def test_rows_and_values(write_claim: Write, tmp_path: Path) -> None:
     assert any("fake 1/4, one, seed 3: drawn (call)" in line for line in lines)
     assert any("4/4, two, seed 1: done" in line for line in lines)
     values = seed_values(claim, out, "two")
-    assert values["better"]["right"][0].shape == (30, 1, 2)
+    assert values["better"]["correct"][0].shape == (30, 1, 2)
     assert values["better"]["steps"][0].tolist() == [[[100.0, 1.0]]]
     row = next(row for row in rows if row["id"] == "two/1/plain")
-    assert values["plain"]["right"][1][:, 0, 0].tolist() == row["metrics"]["right"]  # the order of the file's seeds
+    assert values["plain"]["correct"][1][:, 0, 0].tolist() == row["metrics"]["correct"]  # the order of the file's seeds
 
 
 def test_arms_with_the_same_settings_share_a_job(write_claim: Write, tmp_path: Path) -> None:
@@ -71,13 +71,13 @@ def test_a_job_finds_the_jobs_that_it_refers_to(write_claim: Write, tmp_path: Pa
             jobs={**load_claim(write_claim()).jobs, "seen": seen},
             settings={"of": "$seen"},
             arms={"plain": {}, "better": {"gain": 0.3, "of": None}},
-            metrics={"right": "drawn", "place": "of.place"},
+            metrics={"correct": "drawn", "place": "of.place"},
         )
     )
     run_claim(claim, tmp_path / "out", report=quiet)
     assert [sorted(row["metrics"]) for row in read_rows(tmp_path / "out" / "results.jsonl")] == [
-        ["place", "right"],
-        ["right"],  # a metric whose job is null is not measured
+        ["place", "correct"],
+        ["correct"],  # a metric whose job is null is not measured
     ]
     (left,) = (tmp_path / "out" / "units" / "main" / "seed-4").glob("seen-*.json")
     file, arm = json.loads(left.read_text())["problems"]
@@ -181,12 +181,12 @@ def give(columns: Any, problems: Any = ()) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (give({"share": 1}), "no arm has the metric 'right': is there such a column"),
-        (give({"right": ["1", "nan"]}, ["p", "q"]), "the metric 'right' holds a value that is not a finite number"),
-        (give({"right": [1]}, ["p", "q"]), "the metric 'right' has 1 entries for 2 problems"),
-        (give({"right": ["yes", "no"]}, ["p", "q"]), "the metric 'right'"),
-        (give({"right": [[1], [1, 2]]}, ["p", "q"]), "the metric 'right'"),
-        (give({"right": [1, 0]}, ["p", "$arm"]), "arm 'better': other problems than arm 'plain'"),
+        (give({"share": 1}), "no arm has the metric 'correct': is there such a column"),
+        (give({"correct": ["1", "nan"]}, ["p", "q"]), "the metric 'correct' holds a value that is not a finite number"),
+        (give({"correct": [1]}, ["p", "q"]), "the metric 'correct' has 1 entries for 2 problems"),
+        (give({"correct": ["yes", "no"]}, ["p", "q"]), "the metric 'correct'"),
+        (give({"correct": [[1], [1, 2]]}, ["p", "q"]), "the metric 'correct'"),
+        (give({"correct": [1, 0]}, ["p", "$arm"]), "arm 'better': other problems than arm 'plain'"),
         ({"call": {"function": "fake_claim_code.nothing"}}, "returned a int, not a stepkd.claims.Measured"),
         ({"call": {"function": "fake_claim_code.missing"}}, "no function fake_claim_code.missing"),
         ({"call": {"function": "no_such_module.x"}}, "no function no_such_module.x"),
@@ -197,7 +197,7 @@ def give(columns: Any, problems: Any = ()) -> dict[str, Any]:
     ],
 )
 def test_jobs_that_cannot_be_used(job: Any, message: str, write_claim: Write, tmp_path: Path) -> None:
-    claim = load_claim(write_claim(seeds=[0], jobs={"drawn": job}, metrics={"right": "drawn"}))
+    claim = load_claim(write_claim(seeds=[0], jobs={"drawn": job}, metrics={"correct": "drawn"}))
     with pytest.raises(StepkdError, match=message):
         run_claim(claim, tmp_path / "out", report=quiet)
     assert not (tmp_path / "out" / "parts").exists()
@@ -205,8 +205,8 @@ def test_jobs_that_cannot_be_used(job: Any, message: str, write_claim: Write, tm
 
 def test_a_statement_needs_its_metric_from_its_arms(write_claim: Write, tmp_path: Path) -> None:
     arms = {"plain": {}, "better": {"of": None}}
-    claim = load_claim(write_claim(seeds=[0], settings={"of": "$drawn"}, metrics={"right": "of"}, arms=arms))
-    with pytest.raises(DataError, match="the arm 'better' has no 'right'"):
+    claim = load_claim(write_claim(seeds=[0], settings={"of": "$drawn"}, metrics={"correct": "of"}, arms=arms))
+    with pytest.raises(DataError, match="the arm 'better' has no 'correct'"):
         run_claim(claim, tmp_path / "out", report=quiet)
 
 

@@ -95,7 +95,7 @@ def test_help_of_no_part_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert "'policy_loss' is not a setting of model; name a class that has it: --model KDRL" in capsys.readouterr().err
 
 
-def test_an_unknown_command_suggests_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_suggests_the_correct_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evalute"]) == 2
     assert "Did you mean 'evaluate'?" in capsys.readouterr().err
 

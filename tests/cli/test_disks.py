@@ -42,7 +42,7 @@ COMMANDS = {
     "label": f"label --solutions Sampled --solutions.problems {PROBLEMS} --solutions.model tiny-0.1m "
     "--solutions.sampling.max_new_tokens 8 --labeller TaskChecker --out {out}",
     "convert": "convert {rows} --to Binary --out {out}.jsonl",
-    "score": "score --scorer checker --rollouts {rows} --out {out}",
+    "score": "score --scorer checker --completions {rows} --out {out}",
     "evaluate": "evaluate --model tiny-0.1m --benchmark task --data task=modular,n=2 --sampling.max-new-tokens 8 "
     "--out {out}",
     "cache-teacher": "cache-teacher --recipe tiny/gkd {tiny} --set model.teacher.path=tiny-0.1m "

@@ -11,7 +11,7 @@ import torch
 from stepkd.cli import doctor, main
 from stepkd.cli.doctor import Finding, gib, look_around
 from stepkd.models import machine
-from stepkd.models.machine import memory_free, memory_limit, memory_used, processors
+from stepkd.models.machine import cpus, memory_free, memory_limit, memory_used
 
 
 def named(findings: list[Finding], section: str, name: str) -> Finding:
@@ -49,7 +49,7 @@ def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
 
 def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
-    monkeypatch.setattr(machine, "processors", lambda: 0.5)
+    monkeypatch.setattr(machine, "cpus", lambda: 0.5)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = look_around(tmp_path, {})
@@ -80,11 +80,11 @@ def test_limits_of_a_container(tmp_path: Path) -> None:
     assert memory_limit(second) == 10**9
     assert memory_used(second) == 5 * 10**8
     assert memory_free(second, meminfo) == 5 * 10**8
-    assert processors(second) <= 1.5
+    assert cpus(second) <= 1.5
     (second / "memory.max").write_text("max\n")
     (second / "cpu.max").write_text("max 100000\n")
     assert memory_limit(second) is None
-    assert processors(second) == processors(tmp_path) >= 1
+    assert cpus(second) == cpus(tmp_path) >= 1
     first = tmp_path / "first"
     (first / "memory").mkdir(parents=True)
     for name, text in (("limit_in_bytes", str(2**63 - 4096)), ("usage_in_bytes", "5"), ("stat", "")):

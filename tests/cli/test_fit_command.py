@@ -188,16 +188,16 @@ def test_evaluate_and_export_take_a_run_folder(uninterrupted: Path, tmp_path: Pa
 
 def test_validate_and_predict(uninterrupted: Path, overlay: Path, tmp_path: Path) -> None:
     from stepkd.data.io import read_rows
-    from stepkd.data.rows import ROLLOUT, validate
+    from stepkd.data.rows import COMPLETION, validate
 
     checkpoint = str(uninterrupted / "checkpoints" / "best.ckpt")
     config = ["--config", str(uninterrupted / "config.yaml"), "--ckpt_path", checkpoint]
     done = forked.run(["validate", *config])
     assert done.returncode == 0, done.stderr
     assert "val/accuracy" in done.stdout
-    out = tmp_path / "rollouts"
+    out = tmp_path / "completions"
     predict = ["--data.init_args.predict.source", "task", "--data.init_args.predict.options", "{task: modular, n: 5}"]
     done = forked.run(["predict", *config, *predict, "--out", str(out)])
     assert done.returncode == 0, done.stderr
-    rows = [validate(row, ROLLOUT, path=out, line=line) for row, line in read_rows(out / "rollouts.jsonl")]
+    rows = [validate(row, COMPLETION, path=out, line=line) for row, line in read_rows(out / "completions.jsonl")]
     assert len(rows) == 5

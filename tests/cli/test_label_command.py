@@ -25,7 +25,7 @@ def run(*arguments: str) -> int:
 
 
 def existing(folder: Path) -> list[str]:
-    return ["--solutions", "Existing", "--solutions.rollouts", str(folder), "--device", "cpu"]
+    return ["--solutions", "Existing", "--solutions.completions", str(folder), "--device", "cpu"]
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -39,7 +39,7 @@ def test_label_consensus_and_convert(tmp_path: Path, capsys: pytest.CaptureFixtu
     for text in ("preparing solutions 3/3", "labelling 6/6", "6 of 6 solutions of 3 problems", "share correct"):
         assert text in shown
     assert "sampling: 6 solutions" in shown
-    assert "rollouts" in shown
+    assert "completions" in shown
     assert f"labels, summary and settings: {out}" in shown
     before = (out / "labels.jsonl").read_bytes()
     assert run(*PROBLEMS, *CONTINUED, *SEED_3, "--out", str(out)) == 0
@@ -72,7 +72,7 @@ def test_scorer_as_labeller(tmp_path: Path) -> None:
 
 
 def test_another_prompt_is_not_taken_up_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rollouts sampled under one template are not continued under another just because a file names none."""
+    """Completions sampled under one template are not continued under another just because a file names none."""
     assert run(*PROBLEMS, *CHECKED, "--out", str(tmp_path / "a")) == 0
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
@@ -97,9 +97,9 @@ def test_another_prompt_is_not_taken_up_silently(tmp_path: Path, capsys: pytest.
         (["--solutions", "Sampled", "--solutions.problems", "task", "--out", "x"], "give --solutions.model"),
         ([*PROBLEMS, "--labeller", "TaskChecker", "--labeller.reduce", "mean", "--out", "x"], "reduce"),
         ([*PROBLEMS, "--labeller", "Outcome", "--labeller.sampling.n", "2", "--out", "x"], "not a setting of labeller"),
-        ([*PROBLEMS, "--solutions.rollouts", "y", "--out", "x"], "not a setting of solutions"),
+        ([*PROBLEMS, "--solutions.completions", "y", "--out", "x"], "not a setting of solutions"),
         ([*PROBLEMS, "--labeller", "TaskCheker", "--out", "x"], "TaskCheker"),
-        (["--solutions", "Existing", "--solutions.rollouts", "nothing.jsonl", "--out", "x"], "no such file"),
+        (["--solutions", "Existing", "--solutions.completions", "nothing.jsonl", "--out", "x"], "no such file"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

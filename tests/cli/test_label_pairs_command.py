@@ -31,7 +31,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_step_preference(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["pairs", "step", "--rollouts", str(labelled), "--sampling.n", "40", *SMALL]
+    command = ["pairs", "step", "--completions", str(labelled), "--sampling.n", "40", *SMALL]
     command += ["--sampling.max_new_tokens", "48", "--out", str(tmp_path / "job")]
     assert main([*command, "--max-pairs", "2"]) == 0
     shown = capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_step_preference(labelled: Path, tmp_path: Path, capsys: pytest.CaptureF
     ]
     solutions = {row["id"]: row for row in lines(labelled / "labels.jsonl")}
     for pair in pairs:
-        source = solutions[pair["pair_facts"]["rollout"]]
+        source = solutions[pair["pair_facts"]["solution_id"]]
         assert [*pair["prefix"], pair["rejected"]] == source["steps"][: len(pair["prefix"]) + 1]
         assert (pair["pairing"]["temperature"], pair["pairing"]["top_p"]) == (0.8, 0.95), "the paper's by default"
     before = (tmp_path / "job" / "pairs.jsonl").read_bytes()
@@ -65,7 +65,7 @@ def test_converters(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     rows = lines(labelled / "labels.jsonl")
     assert main(["convert", str(labelled), "--to", "Binary", "--out", str(tmp_path / "binary.jsonl")]) == 0
     assert lines(tmp_path / "binary.jsonl") == rows
-    assert "0 right steps" in capsys.readouterr().out
+    assert "0 correct steps" in capsys.readouterr().out
     assert main(["convert", str(labelled), "--to", "Unpaired", "--out", str(tmp_path / "unpaired.jsonl")]) == 0
     assert [row["label"] for row in lines(tmp_path / "unpaired.jsonl")] == [row["correct"] for row in rows]
     mixed = tmp_path / "mixed.jsonl"
@@ -77,19 +77,19 @@ def test_converters(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*command, "--to.max-pairs", "3"]) == 0
     assert len(lines(out)) == 12
     assert "4 problems" in capsys.readouterr().out
-    assert main([*command, "--to.chosen-steps", "clean"]) == 2, "every solution has a wrong step"
-    assert "4 problems_without_a_right_one_to_choose" in capsys.readouterr().err
+    assert main([*command, "--to.chosen-steps", "clean"]) == 2, "every solution has an incorrect step"
+    assert "4 problems_without_a_correct_one_to_choose" in capsys.readouterr().err
     assert len(lines(out)) == 12, "what was there stays"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pairs", "step"], "give --rollouts"),
-        (["pairs", "step", "--rollouts", "nothing.jsonl"], "no such file"),
-        (["pairs", "step", "--rollouts", "r", "--check_step"], "check_step"),
-        (["pairs", "step", "--rollouts", "r", "--take", "right"], "take"),
-        (["pairs", "steps", "--rollouts", "r"], "'steps' is none of step, tree. Did you mean 'step'"),
+        (["pairs", "step"], "give --completions"),
+        (["pairs", "step", "--completions", "nothing.jsonl"], "no such file"),
+        (["pairs", "step", "--completions", "r", "--check_step"], "check_step"),
+        (["pairs", "step", "--completions", "r", "--take", "correct"], "take"),
+        (["pairs", "steps", "--completions", "r"], "'steps' is none of step, tree. Did you mean 'step'"),
         (["convert", "c.jsonl"], "give --to"),
         (["convert", "c.jsonl", "--to", "Preferences"], "Preferences"),
         (["convert", "c.jsonl", "--to", "Unpaired", "--to.max_pairs", "2"], "max_pairs"),

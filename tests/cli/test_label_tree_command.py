@@ -17,7 +17,7 @@ SMALL = [
     *("--max-step-tokens", "8", "--sampling.max-new-tokens", "8", "--segmenter", "regex:[a-m]", "--max-rows", "6"),
     *("--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number", "--pairs.solved_only", "false"),
 ]
-SHARE = ["--value.rollouts", "2"]
+SHARE = ["--value.completions", "2"]
 
 
 def run(*arguments: str) -> int:
@@ -57,7 +57,7 @@ def test_a_checker_as_value(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--problems", "x.jsonl"], "give --model"),
-        (["--rollouts", "x.jsonl"], "rollouts"),
+        (["--completions", "x.jsonl"], "completions"),
         ([*PROBLEMS, *SMALL, "--search.iterations", "0"], "iterations=0"),
         ([*PROBLEMS, *SMALL, "--search.actions", "1"], "actions"),
         ([*PROBLEMS, *SMALL, "--search.depth", "5"], "look-ahead"),
@@ -65,7 +65,7 @@ def test_a_checker_as_value(tmp_path: Path) -> None:
         ([*PROBLEMS, *SMALL, "--value", "Judge"], "Judge"),
         ([*PROBLEMS, *SMALL, "--value", "StepScore"], "give --value.scorer"),
         (
-            [*PROBLEMS, *SMALL, "--value", "RolloutShare", "--value.reduction", "min"],
+            [*PROBLEMS, *SMALL, "--value", "ContinuationShare", "--value.reduction", "min"],
             "is not a setting of value",
         ),
         ([*PROBLEMS, *SMALL, "--pairs.max_pairs", "0"], "pairs.max_pairs=0"),

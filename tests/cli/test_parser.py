@@ -245,14 +245,14 @@ def test_a_mapping_becomes_settings_as_words_do() -> None:
     assert found == replace(PLAIN, teacher=Served("u"))
     assert build_settings(Example, as_yaml(found), "here") == found
     assert yaml.safe_load(yaml_text(found))["teacher"]["init_args"] == {"url": "u", "n": 1}
-    for wrong, expected in (
+    for incorrect, expected in (
         ({"temperature": 1}, "here: 'temperature' is not a setting; did you mean 'sampling.temperature'?"),
         ({"sampling": {"temperature": "x"}}, "here: sampling.temperature: expected float, got 'x'"),
         ({"sampling": {"temperature": -1}}, "here: sampling.temperature=-1.0: must be 0 or positive"),
         ({"mode": None}, "here: mode has no value"),
     ):
         with pytest.raises(ConfigError) as caught:
-            build_settings(Example, {**values, **wrong}, "here")
+            build_settings(Example, {**values, **incorrect}, "here")
         assert str(caught.value) == expected
 
 

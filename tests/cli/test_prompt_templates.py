@@ -104,7 +104,7 @@ def test_labels_of_a_model_are_sampled_under_its_own_template(export: Path, rows
     words += ["--solutions.sampling.n", "1", "--solutions.sampling.temperature", "0", "--labeller", "Outcome"]
     words += ["--solutions.sampling.max-new-tokens", "24", "--device", "cpu"]
     assert main(["label", *words, "--out", str(tmp_path / "labels")]) == 0
-    assert json.loads((tmp_path / "labels" / "summary.json").read_text())["right_answers"] == 8
+    assert json.loads((tmp_path / "labels" / "summary.json").read_text())["correct_answers"] == 8
     assert read_settings(tmp_path / "labels")["template"] == asdict(get_template("task"))
 
 
@@ -185,7 +185,7 @@ def test_a_template_file_with_a_mistake_is_named_with_its_key(
     file = write(tmp_path / "own.yaml", text)
     words: dict[str, list[str]] = {
         "evaluate": ["--model", "tiny-0.1m", "--benchmark", "rows", "--data", str(rows)],
-        "label": ["--solutions", "Existing", "--solutions.rollouts", str(rows), "--solutions.model", "tiny-0.1m"],
+        "label": ["--solutions", "Existing", "--solutions.completions", str(rows), "--solutions.model", "tiny-0.1m"],
     }
     for command, given in words.items():
         assert main([command, *given, "--template", str(file), "--out", str(tmp_path / "out")]) == 2

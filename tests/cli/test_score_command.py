@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, out: Path, *arguments: str, scorer: str | None = None) -> int:
     rows = str(folder / "rows.jsonl")
     chosen = ["--scorer", scorer] if scorer else ["--scorer", "PRM", "--scorer.path", str(folder / "prm")]
-    return main(["score", *chosen, "--rollouts", rows, "--out", str(out), *arguments])
+    return main(["score", *chosen, "--completions", rows, "--out", str(out), *arguments])
 
 
 def read(out: Path) -> list[dict[str, Any]]:

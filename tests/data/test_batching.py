@@ -270,7 +270,7 @@ def test_peers_go_on_where_the_run_was_cut() -> None:
 def test_a_batch_smaller_than_the_world_leaves_ranks_empty() -> None:
     shares = [next(iter(loader(plan={"size": 2}, rank=rank, world_size=5))) for rank in range(5)]
     assert sorted(len(share.examples) for share in shares) == [0, 0, 0, 1, 1]
-    assert {share.filler for share in shares} == {min(EXAMPLES, key=lambda e: (e.length, e.id))}
+    assert {share.dummy for share in shares} == {min(EXAMPLES, key=lambda e: (e.length, e.id))}
 
 
 def test_length() -> None:

@@ -69,7 +69,7 @@ def check(batch: Batch, rows: list[Completion], length: int, side: str) -> None:
 def test_against_a_naive_loop(side: Any, pad_to: int | None) -> None:
     batch = collate(ROWS, PAD, padding_side=side, pad_to=pad_to)
     check(batch, ROWS, max(9, pad_to or 0), side)
-    assert not batch.is_filler
+    assert not batch.is_dummy
 
 
 rows_strategy = st.lists(
@@ -94,7 +94,7 @@ def test_prompts_without_completions() -> None:
 
 
 def test_to_moves_tensors_and_keeps_the_rest() -> None:
-    batch = collate(ROWS, PAD, is_filler=True)
+    batch = collate(ROWS, PAD, is_dummy=True)
     moved = batch.to(torch.device("meta"))
     tensors = [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 11
@@ -103,7 +103,7 @@ def test_to_moves_tensors_and_keeps_the_rest() -> None:
         assert getattr(moved, name).shape == getattr(batch, name).shape
         assert getattr(batch, name).device.type == "cpu", "the original stays"
     assert moved.examples is batch.examples
-    assert moved.is_filler
+    assert moved.is_dummy
 
 
 # ---- labels, pairs, and beginnings in common -----------------------------------------------------------------------

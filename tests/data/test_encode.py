@@ -153,13 +153,13 @@ def test_sampled_ids_survive_a_non_canonical_tokenisation(bpe: Any) -> None:
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
-def test_nothing_is_appended_to_a_rollout(tiny: Any, finish: str) -> None:
+def test_nothing_is_appended_to_a_completion(tiny: Any, finish: str) -> None:
     ids = tiny("3\n#### 3")["input_ids"] + ([tiny.eos_token_id] if finish == "stop" else [])
     example = encode(make(tiny), {"id": "r", "prompt": "1", "token_ids": ids, "finish": finish})
     assert list(example.token_ids) == ids
 
 
-def test_step_ends_of_a_rollout_are_kept(tiny: Any) -> None:
+def test_step_ends_of_a_completion_are_kept(tiny: Any) -> None:
     row = {"id": "r", "prompt": "1", "token_ids": tiny("a\nb\nc")["input_ids"]}
     assert encode(make(tiny), row).spans == ((0, 2), (2, 4), (4, 5))
     assert encode(make(tiny), row | {"step_ends": [1, 5]}).spans == ((0, 1), (1, 5))

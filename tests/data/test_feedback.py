@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stepkd.data.completion import Completion
 from stepkd.data.feedback import FeedbackEncoder
-from stepkd.data.rows import ROLLOUT, STEPWISE, UNPAIRED, validate
+from stepkd.data.rows import COMPLETION, STEPWISE, UNPAIRED, validate
 from stepkd.data.step_labels import LabelRule
 from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ def make(max_length: int = 64, **rule: Any) -> FeedbackEncoder:
     return FeedbackEncoder(TOKENIZER, PLAIN, get_segmenter("newline"), max_length=max_length, labels=labels)
 
 
-def rollout(labels: list[Any] | None = None, *, steps: list[str] = STEPS, **columns: Any) -> dict[str, Any]:
+def completion(labels: list[Any] | None = None, *, steps: list[str] = STEPS, **columns: Any) -> dict[str, Any]:
     """A sampled solution with its end token."""
     pieces = [TOKENIZER(step, add_special_tokens=False)["input_ids"] for step in steps]
     pieces[-1].append(EOS)
@@ -40,7 +40,7 @@ def rollout(labels: list[Any] | None = None, *, steps: list[str] = STEPS, **colu
         "sampling": {}, "seed": 0,
     }  # fmt: skip
     row |= {} if labels is None else {"step_labels": labels}
-    return validate(row | columns, ROLLOUT)
+    return validate(row | columns, COMPLETION)
 
 
 def stepwise(labels: list[Any], steps: list[str] | None = None, **columns: Any) -> dict[str, Any]:
@@ -66,12 +66,13 @@ def parts(example: Completion) -> list[str]:
     return [text(example, example.token_ids[low:high]) for low, high in example.spans]
 
 
-# ---- rollouts -------------------------------------------------------------------------------------------------------
+# ---- completions
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("correct", "outcome"), [(True, 1), (False, 0), (None, -1)])
-def test_rollouts(correct: bool | None, outcome: int) -> None:
-    row = rollout([True, False, None, True], correct=correct)
+def test_completions(correct: bool | None, outcome: int) -> None:
+    row = completion([True, False, None, True], correct=correct)
     encoder = make()
     example = encode(encoder, row)
     assert (example.outcome, example.step_labels) == (outcome, (1, 0, -1, 1))
@@ -81,32 +82,32 @@ def test_rollouts(correct: bool | None, outcome: int) -> None:
 
 
 def test_an_outcome_alone_is_feedback() -> None:
-    example = encode(make(), rollout(correct=True))
+    example = encode(make(), completion(correct=True))
     assert (example.outcome, example.step_labels) == (1, (-1,) * 4)
-    example = encode(make(), rollout(correct=True, step_labels=None, step_values=None))
+    example = encode(make(), completion(correct=True, step_labels=None, step_values=None))
     assert example.step_labels == (-1,) * 4
 
 
 def test_values_stand_in_for_labels() -> None:
-    row = rollout(step_values=[1.0, 0.25, 0.0, None])
+    row = completion(step_values=[1.0, 0.25, 0.0, None])
     with pytest.raises(DataError, match=r"^r, column 'step_labels': a step label of 0.25 is neither correct nor"):
         make().example(row)
     assert encode(make(harden=0.25), row).step_labels == (1, 1, 0, -1)
     assert encode(make(harden=0.5), row).step_labels == (1, 0, 0, -1)
-    both = rollout([True] * 4, step_values=[0.0, 0.0, 0.0, 0.0])
+    both = completion([True] * 4, step_values=[0.0, 0.0, 0.0, 0.0])
     assert encode(make(), both).step_labels == (1,) * 4
     assert encode(make(kind="soft"), both).step_labels == (0,) * 4, "values when they are asked for"
 
 
 def test_chances_of_nought_and_one_are_hard_already() -> None:
-    assert encode(make(), rollout(step_values=[1.0, 1.0, 0.0, 0.0])).step_labels == (1, 1, 0, 0)
+    assert encode(make(), completion(step_values=[1.0, 1.0, 0.0, 0.0])).step_labels == (1, 1, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("neutral", "expected"), [("right", (1, 1, 0, 1)), ("wrong", (1, 0, 0, 1)), ("mask", (1, -1, 0, 1))]
+    ("neutral", "expected"), [("correct", (1, 1, 0, 1)), ("incorrect", (1, 0, 0, 1)), ("mask", (1, -1, 0, 1))]
 )
 def test_neutral_ratings(neutral: str, expected: tuple[int, ...]) -> None:
-    assert encode(make(neutral=neutral), rollout([1, 0, -1, 1])).step_labels == expected
+    assert encode(make(neutral=neutral), completion([1, 0, -1, 1])).step_labels == expected
 
 
 # ---- after the first error ------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def test_neutral_ratings(neutral: str, expected: tuple[int, ...]) -> None:
 )
 def test_after_the_first_error(after_error: str, labels: tuple[int, ...], steps: int) -> None:
     encoder = make(after_error=after_error)
-    example = encode(encoder, rollout([True, False, True, False]))
+    example = encode(encoder, completion([True, False, True, False]))
     assert example.step_labels == labels
     assert parts(example) == [*STEPS[:3], "#### 7<eos>"][:steps]
     assert example.outcome == 0
@@ -129,7 +130,7 @@ def test_after_the_first_error(after_error: str, labels: tuple[int, ...], steps:
 def test_nothing_to_cut(labels: list[Any]) -> None:
     """No error, or one in the last step: the end token stays."""
     encoder = make(after_error="truncate")
-    example = encode(encoder, rollout(labels))
+    example = encode(encoder, completion(labels))
     assert len(example.spans) == 4
     assert example.token_ids[-1] == EOS
     assert encoder.counts["rows_cut_at_first_error"] == 0
@@ -138,15 +139,15 @@ def test_nothing_to_cut(labels: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("labels", "rule", "kept"),
     [
-        ([1, 0, 1, 1], {"neutral": "wrong"}, (1, 0)),
-        ([1, 0, -1, 1], {"neutral": "right"}, (1, 1, 0)),
+        ([1, 0, 1, 1], {"neutral": "incorrect"}, (1, 0)),
+        ([1, 0, -1, 1], {"neutral": "correct"}, (1, 1, 0)),
         ([1, 0, -1, 1], {"neutral": "mask"}, (1, -1, 0)),
         ([0.9, 0.5, 0.1, 0.8], {"harden": 0.5}, (1, 1, 0)),
         ([0.9, 0.5, 0.0, 0.8], {"harden": 0.6}, (1, 0)),
     ],
 )
 def test_what_counts_as_the_first_error(labels: list[Any], rule: dict[str, Any], kept: tuple[int, ...]) -> None:
-    assert encode(make(after_error="truncate", **rule), rollout(labels)).step_labels == kept
+    assert encode(make(after_error="truncate", **rule), completion(labels)).step_labels == kept
 
 
 # ---- truncation to the context --------------------------------------------------------------------------------------
@@ -156,21 +157,21 @@ def test_what_counts_as_the_first_error(labels: list[Any], rule: dict[str, Any],
 @pytest.mark.parametrize("labels", [[True, True, False, True], [True, False, True, True], [True, None, True, True]])
 def test_labels_go_with_the_steps_that_do_not_fit(labels: list[Any], after_error: str) -> None:
     """Step labels are longer than what is left; the leading ones stay with their steps."""
-    full = encode(make(after_error="keep"), rollout(labels))
+    full = encode(make(after_error="keep"), completion(labels))
     for length in range(3, full.length + 1):
         encoder = make(length, after_error=after_error)
-        example = encoder.example(rollout(labels))
+        example = encoder.example(completion(labels))
         fitting = sum(2 + high <= length for _, high in full.spans)
         if not fitting:
             assert example is None
             assert encoder.counts["rows_without_a_whole_step"] == 1
             continue
         assert example is not None
-        wrong = next((i for i, label in enumerate(labels) if label is False), None)
-        cut = fitting if after_error != "truncate" or wrong is None else min(fitting, wrong + 1)
+        incorrect = next((i for i, label in enumerate(labels) if label is False), None)
+        cut = fitting if after_error != "truncate" or incorrect is None else min(fitting, incorrect + 1)
         seen = {True: 1, False: 0, None: -1}
-        hidden = after_error == "mask" and wrong is not None
-        expected = [-1 if hidden and wrong is not None and i > wrong else seen[labels[i]] for i in range(cut)]
+        hidden = after_error == "mask" and incorrect is not None
+        expected = [-1 if hidden and incorrect is not None and i > incorrect else seen[labels[i]] for i in range(cut)]
         assert list(example.step_labels) == expected
         assert example.token_ids.tolist() == full.token_ids[: full.spans[cut - 1][1]].tolist()
         assert encoder.counts["steps_dropped"] == 4 - fitting
@@ -179,7 +180,7 @@ def test_labels_go_with_the_steps_that_do_not_fit(labels: list[Any], after_error
 
 def test_labels_that_never_fitted_are_an_error_all_the_same() -> None:
     """Truncation must not hide rows whose labels belong to other steps."""
-    row = rollout() | {"step_labels": [True, True]}
+    row = completion() | {"step_labels": [True, True]}
     for length in (64, 12):
         with pytest.raises(DataError, match=r"^r, column 'step_labels': 2 labels for 4 steps"):
             make(length).example(row)
@@ -188,7 +189,7 @@ def test_labels_that_never_fitted_are_an_error_all_the_same() -> None:
 def test_counts_of_earlier_rows_do_not_shift_labels() -> None:
     encoder = make(16)
     labels = [True, None, False, True]
-    first, second = (encode(encoder, rollout(labels)) for _ in range(2))
+    first, second = (encode(encoder, completion(labels)) for _ in range(2))
     assert (first.key, first.spans, first.targets) == (second.key, second.spans, second.targets)
     assert first.step_labels == (1, -1)
     assert encoder.counts["steps_dropped"] == 4
@@ -239,13 +240,13 @@ def test_truncation_at_the_error_takes_the_end_token_along() -> None:
 
 @given(st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=6).filter(any), st.integers(3, 60))
 @settings(max_examples=60, deadline=None)
-def test_stepwise_rows_and_rollouts_agree(labels: list[Any], length: int) -> None:
+def test_stepwise_rows_and_completions_agree(labels: list[Any], length: int) -> None:
     """The same solution as step texts and as sampled ids."""
     steps = [f"{i}={'x' * i}\n" for i in range(len(labels) - 1)] + ["end"]
     for after_error in ("keep", "mask", "truncate"):
         encoders = make(length, after_error=after_error), make(length, after_error=after_error)
         one = encoders[0].example(stepwise(labels, steps, outcome=True))
-        two = encoders[1].example(rollout(labels, steps=steps, correct=True))
+        two = encoders[1].example(completion(labels, steps=steps, correct=True))
         assert encoders[0].counts == encoders[1].counts
         assert (one is None) == (two is None)
         if one is not None and two is not None:
@@ -275,23 +276,23 @@ def test_columns_that_are_null_do_not_count() -> None:
 
 def test_rows_without_feedback_are_left_out_and_counted() -> None:
     encoder = make()
-    assert encoder.example(rollout(correct=None)) is None
-    assert encoder.example(rollout([0, 0, 0, 0], correct=None)) is not None, "neutral is right by default"
+    assert encoder.example(completion(correct=None)) is None
+    assert encoder.example(completion([0, 0, 0, 0], correct=None)) is not None, "neutral is correct by default"
     masked = make(neutral="mask")
-    assert masked.example(rollout([0, 0, 0, 0], correct=None)) is None
+    assert masked.example(completion([0, 0, 0, 0], correct=None)) is None
     assert (encoder.counts["rows_without_feedback"], masked.counts["rows_without_feedback"]) == (1, 1)
 
 
 def test_the_only_label_may_be_cut_off() -> None:
     encoder = make(16)
-    assert encoder.example(rollout([None, None, None, True], correct=None)) is None
+    assert encoder.example(completion([None, None, None, True], correct=None)) is None
     assert encoder.counts["rows_without_feedback"] == 1
     assert encoder.counts["rows_without_outcome"] == 0, "it is not in the data at all"
 
 
 def test_examples() -> None:
     encoder = make()
-    rows = [rollout([True] * 4), rollout(correct=None), rollout(correct=True)]
+    rows = [completion([True] * 4), completion(correct=None), completion(correct=True)]
     assert [example.row for example in encoder.examples(rows)] == [rows[0], rows[2]]
     with pytest.raises(DataError, match=r"no row has feedback .*max_length=64 tokens \({'steps_dropped'.*feedback': 2"):
         encoder.examples([rows[1]])
@@ -327,7 +328,7 @@ def test_outcomes_are_not_cast(column: str, value: Any) -> None:
 
 def test_labels_of_another_kind_than_declared() -> None:
     with pytest.raises(DataError, match=r"^r, column 'step_labels': labels are of kind 'bool' and labels.kind asks"):
-        make(kind="rating").example(rollout([True] * 4))
+        make(kind="rating").example(completion([True] * 4))
 
 
 def test_a_rule_for_outcomes_only() -> None:
@@ -337,4 +338,4 @@ def test_a_rule_for_outcomes_only() -> None:
 
 def test_labels_are_kept_after_an_error_by_default() -> None:
     encoder = FeedbackEncoder(TOKENIZER, PLAIN, get_segmenter("newline"))
-    assert encode(encoder, rollout([True, False, True, True])).step_labels == (1, 0, 1, 1)
+    assert encode(encoder, completion([True, False, True, True])).step_labels == (1, 0, 1, 1)

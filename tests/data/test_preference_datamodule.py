@@ -59,15 +59,15 @@ def stepwise(labels: list[list[Any]], **columns: Any) -> list[dict[str, Any]]:
     ]
 
 
-def rollouts(correct: list[bool | None], labels: list[bool | None] | None = None) -> list[dict[str, Any]]:
+def completions(correct: list[bool | None], labels: list[bool | None] | None = None) -> list[dict[str, Any]]:
     ids = [*TOKENIZER("1\n2")["input_ids"], TOKENIZER.eos_token_id]
     return [
         {
             "problem_id": f"p{i}", "prompt": f"Q{i}", "completion": "1\n2", "token_ids": ids, "logprobs": [-0.1] * 4,
-            "step_ends": [2, 4], "finish": "stop", "correct": right, "model": "m", "sampling": {}, "seed": 0,
+            "step_ends": [2, 4], "finish": "stop", "correct": each, "model": "m", "sampling": {}, "seed": 0,
             **({"step_labels": labels} if labels else {}),
         }
-        for i, right in enumerate(correct)
+        for i, each in enumerate(correct)
     ]  # fmt: skip
 
 
@@ -92,9 +92,9 @@ def paired(train: DataConfig, **settings: Any) -> StepData:
         (unpaired([True, False, True]), [(1, (-1,)), (0, (-1, -1)), (1, (-1, -1))]),
         (stepwise([[True, False], [True, True]]), [(-1, (1, 0)), (-1, (1, 1))]),
         (stepwise([[True, False], [True, True]], outcome=False), [(0, (1, 0)), (0, (1, 1))]),
-        (rollouts([True, False], [True, False]), [(1, (1, 0)), (0, (1, 0))]),
+        (completions([True, False], [True, False]), [(1, (1, 0)), (0, (1, 0))]),
     ],
-    ids=["unpaired", "stepwise", "stepwise with outcome", "rollouts"],
+    ids=["unpaired", "stepwise", "stepwise with outcome", "completions"],
 )
 def test_kinds_of_rows(rows: list[dict[str, Any]], found: list[tuple[int, tuple[int, ...]]], tmp_path: Path) -> None:
     steps = any(label >= 0 for _, labels in found for label in labels)
@@ -106,11 +106,17 @@ def test_kinds_of_rows(rows: list[dict[str, Any]], found: list[tuple[int, tuple[
 
 
 def test_counts_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [*rollouts([True, True, False], [True, False]), *rollouts([None], [True, None]), *rollouts([None])]
+    rows = [*completions([True, True, False], [True, False]), *completions([None], [True, None]), *completions([None])]
     data = attach(feedback(write(tmp_path / "a.jsonl", rows)))
     with caplog.at_level(logging.INFO):
         data.setup("fit")
-    expected = {"right_outcomes": 2, "wrong_outcomes": 1, "right_steps": 4, "wrong_steps": 3, "conflicts": 2}
+    expected = {
+        "correct_outcomes": 2,
+        "incorrect_outcomes": 1,
+        "correct_steps": 4,
+        "incorrect_steps": 3,
+        "conflicts": 2,
+    }
     assert feedback_counts(data.examples["train"]) == expected
     assert f"train: 4 of 5 rows, {str(expected)[:-1]}" in caplog.text
     assert "'rows_without_feedback': 1, 'rows_without_outcome': 1" in caplog.text
@@ -119,12 +125,12 @@ def test_counts_of_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (unpaired([True, True]), "all 2 labelled outcomes are right: nothing contrasts"),
-        (unpaired([False]), "all 1 labelled outcomes are wrong"),
-        (stepwise([[True, True]]), "all 2 labelled steps are right"),
-        (rollouts([True, False], [False, False]), "all 4 labelled steps are wrong"),
+        (unpaired([True, True]), "all 2 labelled outcomes are correct: nothing contrasts"),
+        (unpaired([False]), "all 1 labelled outcomes are incorrect"),
+        (stepwise([[True, True]]), "all 2 labelled steps are correct"),
+        (completions([True, False], [False, False]), "all 4 labelled steps are incorrect"),
     ],
-    ids=["right", "wrong", "steps right", "steps wrong"],
+    ids=["correct", "incorrect", "steps correct", "steps incorrect"],
 )
 def test_one_class_is_refused_unless_allowed(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
     spec = write(tmp_path / "a.jsonl", rows)
@@ -141,7 +147,7 @@ def test_held_out_rows_may_be_of_one_class(tmp_path: Path) -> None:
     data = attach(feedback(train, validation=write(tmp_path / "b.jsonl", unpaired([True]))))
     data.setup("fit")
     assert len(data.examples["validation"]) == 1
-    assert feedback_counts(data.examples["train"])["right_outcomes"] == 1, (
+    assert feedback_counts(data.examples["train"])["correct_outcomes"] == 1, (
         "class weights are those of the training data"
     )
 
@@ -151,7 +157,7 @@ def test_the_label_rule_is_used(tmp_path: Path) -> None:
     for rule, expected in (
         (None, (1, 1, 0, 1)),
         (LabelRule(after_error="keep", neutral="mask"), (1, -1, 0, 1)),
-        (LabelRule(after_error="truncate", neutral="wrong"), (1, 0)),
+        (LabelRule(after_error="truncate", neutral="incorrect"), (1, 0)),
     ):
         data = attach(feedback(spec, labels=rule))
         data.setup("fit")
@@ -160,7 +166,7 @@ def test_the_label_rule_is_used(tmp_path: Path) -> None:
 
 def test_no_feedback_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no row has feedback .*'rows_without_feedback': 2"):
-        attach(feedback(write(tmp_path / "a.jsonl", rollouts([None, None])))).setup("fit")
+        attach(feedback(write(tmp_path / "a.jsonl", completions([None, None])))).setup("fit")
 
 
 # ---- pairs ----------------------------------------------------------------------------------------------------------
@@ -199,7 +205,7 @@ def test_no_pair_is_left(tmp_path: Path) -> None:
         (
             feedback,
             pairs(),
-            "KTOModule learns from rows of the kinds rollout, stepwise, unpaired, and these are of",
+            "KTOModule learns from rows of the kinds completion, stepwise, unpaired, and these are of",
         ),
         (paired, unpaired([True]), "DPOModule learns from rows .* preference, step_preference, .* kind 'unpaired'"),
         (paired, [{"prompt": "Q", "answer": "1"}], "kind 'problem': label or convert them first"),

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepkd.data.rows import (
+    COMPLETION,
     CONTRACTS,
     DEMONSTRATION,
     PREFERENCE,
     PROBLEM,
-    ROLLOUT,
     STEP_PREFERENCE,
     STEPWISE,
     Contract,
@@ -126,7 +126,10 @@ def test_prompt_may_be_chat_messages() -> None:
         (["hi"], "message 1 of 1 must be an object with 'role' and 'content', found str 'hi'"),
         ([{"role": "user"}], "message 1 of 1 must be an object with 'role' and 'content'"),
         ([*MESSAGES, {"role": "usr", "content": "x"}], "message 3 of 3 has role 'usr'; did you mean 'user'?"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "message 1 of 1 has a content that is wrong: must be text"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "message 1 of 1 has a content that is incorrect: must be text",
+        ),
         ([*MESSAGES, {"role": "assistant", "content": "It is"}], "ends with an assistant message.*answer_prefix"),
         ("half \ud83d pair", "half of a surrogate pair at character 6"),
     ],
@@ -229,14 +232,14 @@ def test_booleans_are_never_cast(value: object) -> None:
     with pytest.raises(DataError, match=r"column 'outcome': must be true or false.*nothing is cast"):
         validate(good("stepwise", outcome=value), STEPWISE)
     with pytest.raises(DataError, match="column 'correct': must be true or false"):
-        validate(good("rollout", correct=value), ROLLOUT)
+        validate(good("completion", correct=value), COMPLETION)
 
 
 @pytest.mark.parametrize("column", ["seed", "token_ids", "logprobs", "step_ends", "step_values"])
 def test_numbers_are_never_booleans(column: str) -> None:
-    value: object = True if column == "seed" else [True, *GOOD["rollout"][column][1:]]
+    value: object = True if column == "seed" else [True, *GOOD["completion"][column][1:]]
     with pytest.raises(DataError, match=f"column '{column}': .*found bool True"):
-        validate(good("rollout", **{column: value}), ROLLOUT)
+        validate(good("completion", **{column: value}), COMPLETION)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +266,9 @@ def test_numbers_are_never_booleans(column: str) -> None:
         ({"seed": 1.0}, "'seed': must be a whole number, found float 1.0"),
     ],
 )
-def test_bad_rollouts(changes: dict[str, Any], message: str) -> None:
+def test_bad_completions(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        validate(good("rollout", **changes), ROLLOUT)
+        validate(good("completion", **changes), COMPLETION)
 
 
 def test_pairs() -> None:
@@ -312,7 +315,7 @@ def test_detection_says_what_is_lacking(row: dict[str, Any], message: str) -> No
 
 
 def test_detection_prefers_the_more_specific_contract() -> None:
-    assert detect_contract(good("rollout") | {"answer": "2"}) is ROLLOUT
+    assert detect_contract(good("completion") | {"answer": "2"}) is COMPLETION
     assert detect_contract(good("step_preference") | {"answer": "2"}) is STEP_PREFERENCE
     assert detect_contract(good("problem")) is PROBLEM
     assert detect_contract({"prompt": "", "solution": ""}) is DEMONSTRATION

@@ -1,4 +1,5 @@
-"""PRM800K: both layouts give the same rows, wrong steps come from the alternatives, the test split is kept apart."""
+"""PRM800K: both layouts give the same rows, incorrect steps come from the alternatives, the test split is kept
+apart."""
 
 from __future__ import annotations
 
@@ -150,10 +151,10 @@ def test_repeats_and_disagreements(tmp_path: Path) -> None:
 
 
 def test_phase_2_ends_at_the_error(tmp_path: Path) -> None:
-    """Labelling stopped at the first error: nothing is chosen there, and the wrong step is an alternative."""
-    steps = [position(rated("a", 0)), position(rated("wrong", -1), rated("mended", 1), chosen=None)]
+    """Labelling stopped at the first error: nothing is chosen there, and the incorrect step is an alternative."""
+    steps = [position(rated("a", 0)), position(rated("incorrect", -1), rated("mended", 1), chosen=None)]
     rows = load(tmp_path, changed(RELEASED, steps=steps, finish_reason="found_error"))
-    assert brief(rows) == [(["a"], [0]), (["a", "wrong"], [None, -1]), (["a", "mended"], [None, 1])]
+    assert brief(rows) == [(["a"], [0]), (["a", "incorrect"], [None, -1]), (["a", "mended"], [None, 1])]
     assert not any("outcome" in row for row in rows)
 
 
@@ -194,14 +195,14 @@ def test_rows_left_out(tmp_path: Path) -> None:
 # --- per_record ------------------------------------------------------------------------------------------------------
 
 
-def many(num_wrong: int, num_right: int, identity: str = "r") -> dict[str, Any]:
-    beside = [{"text": f"{rating}/{i}", "rating": rating} for rating, num in ((-1, num_wrong), (1, num_right))
+def many(num_incorrect: int, num_correct: int, identity: str = "r") -> dict[str, Any]:
+    beside = [{"text": f"{rating}/{i}", "rating": rating} for rating, num in ((-1, num_incorrect), (1, num_correct))
               for i in range(num)]  # fmt: skip
     return {"id": identity, "problem": "p", "steps": ["a"], "labels": [1], "alternatives": [beside]}
 
 
 @pytest.mark.parametrize(
-    ("num_wrong", "num_right", "most", "wrong", "right"),
+    ("num_incorrect", "num_correct", "most", "incorrect", "correct"),
     [
         (9, 9, 4, 2, 2),
         (9, 9, 5, 3, 2),
@@ -213,13 +214,15 @@ def many(num_wrong: int, num_right: int, identity: str = "r") -> dict[str, Any]:
         (3, 3, 0, 3, 3),
     ],
 )
-def test_per_record_prefers_half_wrong(
-    tmp_path: Path, num_wrong: int, num_right: int, most: int, wrong: int, right: int
+def test_per_record_prefers_half_incorrect(
+    tmp_path: Path, num_incorrect: int, num_correct: int, most: int, incorrect: int, correct: int
 ) -> None:
-    rows = load(tmp_path, many(num_wrong, num_right), per_record=most)
-    assert Counter(row["labels"][-1] for row in rows if row["kind"] == "alternative") == Counter({-1: wrong, 1: right})
+    rows = load(tmp_path, many(num_incorrect, num_correct), per_record=most)
+    assert Counter(row["labels"][-1] for row in rows if row["kind"] == "alternative") == Counter(
+        {-1: incorrect, 1: correct}
+    )
     assert [row["id"] for row in rows] == [
-        row["id"] for row in load(tmp_path, many(num_wrong, num_right)) if row in rows
+        row["id"] for row in load(tmp_path, many(num_incorrect, num_correct)) if row in rows
     ]
 
 

@@ -62,18 +62,18 @@ def test_subset_from_id_file_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("subset", "right", "wrong"), [("gsm8k", 193, 207), ("math", 406, 594)]
+    ("subset", "correct", "incorrect"), [("gsm8k", 193, 207), ("math", 406, 594)]
 )  # fmt: skip
-def test_real_counts(data_dir: Path, subset: str, right: int, wrong: int) -> None:
+def test_real_counts(data_dir: Path, subset: str, correct: int, incorrect: int) -> None:
     """As the paper counts them; the folder's split is the file of that name."""
     folder = data_dir / "processbench"
     if not folder.is_dir():
         pytest.skip("no processbench in the data folder")
     rows = load_rows(DataConfig(source="processbench", path=str(folder), split=subset))
     check_unique_ids(rows)
-    assert Counter(row["first_error"] >= 0 for row in rows) == {False: right, True: wrong}
+    assert Counter(row["first_error"] >= 0 for row in rows) == {False: correct, True: incorrect}
     assert {row["subset"] for row in rows} == {subset}
-    assert sum(row["labels"].count(False) for row in rows) == wrong
+    assert sum(row["labels"].count(False) for row in rows) == incorrect
     for row in rows:
         first = row["labels"].index(False) if False in row["labels"] else -1
         assert first == row["first_error"]

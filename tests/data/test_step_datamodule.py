@@ -74,18 +74,18 @@ def test_tasks_in_batches_of_one_step(tokenizer: Any, caplog: pytest.LogCaptureF
         assert text == "".join(f"{step}~" for step in steps[: first + 1])
 
 
-def test_files_of_step_labels_and_of_rollouts(tmp_path: Path, tokenizer: Any) -> None:
+def test_files_of_step_labels_and_of_completions(tmp_path: Path, tokenizer: Any) -> None:
     data = attach(made(write(tmp_path / "a.jsonl", [[True, False], [True, None]])))
     data.setup("fit")
     assert [len(example.spans) for example in data.examples["train"]] == [2, 1]
     ids = tokenizer("1\n2", add_special_tokens=False)["input_ids"]
-    rollout = {
+    completion = {
         "problem_id": "p", "prompt": "Q", "completion": "1\n2", "token_ids": ids, "logprobs": [-0.1] * 3,
         "step_ends": [2, 3], "finish": "stop", "correct": True, "model": "m", "sampling": {}, "seed": 0,
         "step_labels": [True, False], "step_values": [0.75, None],
     }  # fmt: skip
-    path = tmp_path / "rollouts.jsonl"
-    path.write_text(json.dumps(rollout) + "\n" + json.dumps({**rollout, "step_values": [0.125, None]}) + "\n")
+    path = tmp_path / "completions.jsonl"
+    path.write_text(json.dumps(completion) + "\n" + json.dumps({**completion, "step_values": [0.125, None]}) + "\n")
     for rule, expected in (
         (LabelRule(), [((0.0, 1.0), (1.0, 0.0))] * 2),
         (LabelRule(kind="soft"), [((0.25, 0.75),), ((0.875, 0.125),)]),
@@ -98,7 +98,7 @@ def test_files_of_step_labels_and_of_rollouts(tmp_path: Path, tokenizer: Any) ->
 @pytest.mark.parametrize("label", [True, 1, 0.875, -1])
 def test_labels_that_are_all_the_same_are_refused(label: Any, tmp_path: Path) -> None:
     spec = write(tmp_path / "a.jsonl", [[label], [label]])
-    name = "wrong" if label == -1 else "right"
+    name = "incorrect" if label == -1 else "correct"
     with pytest.raises(DataError, match=rf"all 2 training labels are the same \({name}\).*allow_one_class"):
         attach(made(spec)).setup("fit")
     data = attach(made(spec, allow_one_class=True))
@@ -124,7 +124,7 @@ def test_skips_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     data = attach(made(write(tmp_path / "a.jsonl", labels)))
     with caplog.at_level(logging.INFO):
         data.setup("fit")
-    assert "train: 2 of 3 rows, {'right': 26, 'wrong': 1, 'rows_truncated': 2" in caplog.text
+    assert "train: 2 of 3 rows, {'correct': 26, 'incorrect': 1, 'rows_truncated': 2" in caplog.text
     assert "'rows_truncated': 2, 'rows_truncated_before_a_label': 1, 'steps_dropped': 111}" in caplog.text
 
 
@@ -162,7 +162,7 @@ def test_labels_and_steps_of_different_length_in_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("scope", "meaning"), [("outcome", "correctness"), ("steps", "outcome")])
 def test_an_outcome_model_says_so_in_both_places(scope: Any, meaning: str) -> None:
-    """The meaning decides how scores are reduced, so a head that says the wrong thing is silently misused later."""
+    """The meaning decides how scores are reduced, so a head that says the incorrect thing is silently misused later."""
     with pytest.raises(ConfigError, match=f"data.labels.scope is '{scope}' and model.head.meaning is '{meaning}'"):
         attach(made(task(), labels=LabelRule(scope=scope)), meaning=meaning).setup("fit")
     attach(made(task(), labels=LabelRule(scope="outcome")), meaning="outcome").setup("fit")
@@ -193,7 +193,7 @@ def test_evaluation_data_is_refused_for_training(tmp_path: Path) -> None:
 def test_changed_labels_are_other_data(tmp_path: Path) -> None:
     prints = set()
     for number, labels in enumerate([[True, False], [True, True], [None, True]]):
-        for neutral in ("right", "wrong"):  # a rule that changes nothing here
+        for neutral in ("correct", "incorrect"):  # a rule that changes nothing here
             data = attach(made(write(tmp_path / "x.jsonl", [labels, [False]]), labels=LabelRule(neutral=neutral)))  # type: ignore[arg-type]
             assert data.fingerprint() is None
             data.setup("fit")
@@ -229,7 +229,7 @@ def test_correct_tokens_are_those_of_steps_whose_own_or_next_label_is_correct(tm
     for side in ("right", "left"):
         batch = collate(data.examples["train"], 0, padding_side=side)  # type: ignore[arg-type]
         assert batch.correct_N.tolist() == [
-            right for row in expected for right in row for _ in ("digit", "newline", "~")
+            correct for row in expected for correct in row for _ in ("digit", "newline", "~")
         ]
         assert len(batch.correct_N) == len(batch.targets_N)
     spec = write(tmp_path / "b.jsonl", [[1, 0, -1]])

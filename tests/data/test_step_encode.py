@@ -73,7 +73,7 @@ def row(**columns: Any) -> dict[str, Any]:
 def test_even_odds_are_counted_as_the_better_class(tiny: Any) -> None:
     encoder = make(tiny, labels=LabelRule(after_error="keep"))
     examples = encoder.examples([row(labels=[0.5, 0.25, 0.75])])
-    assert encoder.check(examples, training=True, allow_one_class=False) == {"right": 2, "wrong": 1}
+    assert encoder.check(examples, training=True, allow_one_class=False) == {"correct": 2, "incorrect": 1}
 
 
 def trained(tokenizer: Any, columns: dict[str, Any] | None = None, **settings: Any) -> Completion:
@@ -211,7 +211,7 @@ def test_a_solution_text_is_segmented(tiny: Any) -> None:
 
 
 def sampled(tokenizer: Any, texts: list[str], **columns: Any) -> dict[str, Any]:
-    """A rollout row whose ids are those of the texts one by one: not what tokenising the whole would give."""
+    """A completion row whose ids are those of the texts one by one: not what tokenising the whole would give."""
     parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     ids = [i for part in parts for i in part] + [tokenizer.eos_token_id]
     ends = [sum(len(part) for part in parts[: i + 1]) for i in range(len(parts))]
@@ -222,13 +222,13 @@ def sampled(tokenizer: Any, texts: list[str], **columns: Any) -> dict[str, Any]:
 
 
 def test_sampled_ids_are_kept_without_their_end_token(bpe: Any) -> None:
-    rollout = sampled(bpe, ["a\n", "b 7", ".\n"], step_labels=[True, False, True])
-    merged = bpe(rollout["completion"], add_special_tokens=False)["input_ids"]
-    assert merged != rollout["token_ids"][:-1], "the test needs ids that text does not give"
-    example = trained(bpe, rollout)
+    completion = sampled(bpe, ["a\n", "b 7", ".\n"], step_labels=[True, False, True])
+    merged = bpe(completion["completion"], add_special_tokens=False)["input_ids"]
+    assert merged != completion["token_ids"][:-1], "the test needs ids that text does not give"
+    example = trained(bpe, completion)
     marker = marker_token_id(bpe, "<extra_0>")
     newline = bpe("\n", add_special_tokens=False)["input_ids"]
-    own, middle = rollout["token_ids"][:-1], rollout["step_ends"][1]
+    own, middle = completion["token_ids"][:-1], completion["step_ends"][1]
     expected = own[:middle] + newline + own[middle:]
     assert [i for i in example.token_ids if i != marker] == expected, "one separator, where none was sampled"
     assert pieces(bpe, example) == ["a\n<extra_0>", "b 7\n<extra_0>", ".\n<extra_0>"]
@@ -236,28 +236,28 @@ def test_sampled_ids_are_kept_without_their_end_token(bpe: Any) -> None:
 
 
 def test_sampled_ids_do_not_need_the_text(tiny: Any) -> None:
-    rollout = sampled(tiny, ["1\n", "2"], step_labels=[True, True])
-    del rollout["completion"]
-    assert pieces(tiny, trained(tiny, rollout)) == ["1\n~", "2\n~"]
+    completion = sampled(tiny, ["1\n", "2"], step_labels=[True, True])
+    del completion["completion"]
+    assert pieces(tiny, trained(tiny, completion)) == ["1\n~", "2\n~"]
 
 
 def test_ids_of_another_tokenizer_fall_back_to_the_steps_as_text(tiny: Any, bpe: Any) -> None:
     texts = ["so 7.\n", "a\n", "#### 7"]
-    rollout = sampled(bpe, texts, step_labels=LABELS, steps=texts)
-    assert pieces(tiny, trained(tiny, rollout)) == ["so 7.\n~", "a\n~", "#### 7\n~"]
-    del rollout["steps"]
+    completion = sampled(bpe, texts, step_labels=LABELS, steps=texts)
+    assert pieces(tiny, trained(tiny, completion)) == ["so 7.\n~", "a\n~", "#### 7\n~"]
+    del completion["steps"]
     with pytest.raises(DataError, match="token ids are not of this model's tokenizer, and it has no 'steps'") as caught:
-        trained(tiny, rollout)
+        trained(tiny, completion)
     assert (caught.value.path, caught.value.column) == ("r1", "token_ids")
 
 
 def test_per_step_formats_take_the_text_of_sampled_steps(bpe: Any) -> None:
     format = StepFormat(marker="<extra_0>", separator="", tokenize="per_step")
-    rollout = sampled(bpe, ["a\n", "b"], step_labels=[True, False], steps=["a\n", "b"])
-    assert pieces(bpe, trained(bpe, rollout, format=format)) == ["a\n<extra_0>", "b<extra_0>"]
-    del rollout["steps"]
+    completion = sampled(bpe, ["a\n", "b"], step_labels=[True, False], steps=["a\n", "b"])
+    assert pieces(bpe, trained(bpe, completion, format=format)) == ["a\n<extra_0>", "b<extra_0>"]
+    del completion["steps"]
     with pytest.raises(DataError, match="cannot serve tokenize 'per_step', and it has no 'steps'"):
-        trained(bpe, rollout, format=format)
+        trained(bpe, completion, format=format)
 
 
 @pytest.mark.parametrize(
@@ -271,19 +271,19 @@ def test_per_step_formats_take_the_text_of_sampled_steps(bpe: Any) -> None:
 )
 def test_step_ends_that_are_no_partition_are_not_repaired(ends: list[int], message: str, tiny: Any) -> None:
     """A repaired partition would shift the labels, which are stored one per step."""
-    rollout = {**sampled(tiny, ["1\n", "2"]), "step_ends": ends, "step_labels": [True] * len(ends)}
+    completion = {**sampled(tiny, ["1\n", "2"]), "step_ends": ends, "step_labels": [True] * len(ends)}
     with pytest.raises(DataError, match=message) as caught:
-        trained(tiny, rollout)
+        trained(tiny, completion)
     assert caught.value.column == "step_ends"
 
 
-def test_a_rollout_of_nothing_but_its_end(tiny: Any) -> None:
-    rollout = {"id": "r1", "prompt": "Q:", "completion": "", "token_ids": [tiny.eos_token_id], "step_ends": [1]}
+def test_a_completion_of_nothing_but_its_end(tiny: Any) -> None:
+    completion = {"id": "r1", "prompt": "Q:", "completion": "", "token_ids": [tiny.eos_token_id], "step_ends": [1]}
     encoder = make(tiny, labels=LabelRule())
-    assert encoder.example({**rollout, "step_labels": [True]}) is None
+    assert encoder.example({**completion, "step_labels": [True]}) is None
     assert encoder.counts["rows_unreadable"] == 1
     with pytest.raises(UnreadableSolution, match="no tokens before its end token"):
-        encoder.row_layout(rollout)
+        encoder.row_layout(completion)
 
 
 # ---- truncation -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""No layout tells which step is the last one: in data whose wrong step ends the solution that gives the label away."""
+"""No layout tells which step is the last one: in data whose incorrect step ends the solution that gives the label
+away."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ def make(tokenizer: Any, name: str, **settings: Any) -> StepEncoder:
 
 
 def sampled(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
-    """A rollout with the ids of the texts as a whole, cut where they end, and an end token."""
+    """A completion with the ids of the texts as a whole, cut where they end, and an end token."""
     encoded = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
     cuts = [sum(map(len, texts[: i + 1])) for i in range(len(texts))]
     ends = [sum(end <= cut for _, end in encoded["offset_mapping"]) for cut in cuts]
@@ -139,13 +140,13 @@ def test_one_token_stands_before_every_marker(tokenizer: Any, name: str, steps: 
 
 
 def test_the_rows_of_training_have_it_too(tokenizer: Any) -> None:
-    """PRM800K's alternatives: the same steps, and a wrong one that ends the solution."""
+    """PRM800K's alternatives: the same steps, and an incorrect one that ends the solution."""
     encoder = make(tokenizer, "step_end", labels=LabelRule())
     newline = tokenizer("1\n", add_special_tokens=False)["input_ids"][-1]
-    wrong = {"id": "w", "prompt": "Q:", "completions": ["1+2=3", "3*2=5"], "labels": [True, False]}
-    right = {"id": "r", "prompt": "Q:", "completions": ["1+2=3", "3*2=6", "#### 6"], "labels": [True, True, True]}
-    rollout = sampled(tokenizer, ["1+2=3\n", "3*2=5"]) | {"step_labels": [True, False]}
-    examples = [encoder.example(row) for row in (wrong, right, rollout)]
+    incorrect = {"id": "w", "prompt": "Q:", "completions": ["1+2=3", "3*2=5"], "labels": [True, False]}
+    correct = {"id": "r", "prompt": "Q:", "completions": ["1+2=3", "3*2=6", "#### 6"], "labels": [True, True, True]}
+    completion = sampled(tokenizer, ["1+2=3\n", "3*2=5"]) | {"step_labels": [True, False]}
+    examples = [encoder.example(row) for row in (incorrect, correct, completion)]
     for example in examples:
         assert example is not None
         assert {example.token_ids[at - 1] for at in example.read_at} == {newline}
@@ -266,9 +267,9 @@ def test_a_blank_at_a_steps_end_separates_nothing() -> None:
 
 def test_a_sampled_step_that_ends_in_a_blank_gets_a_separator(tokenizer: Any) -> None:
     texts = ["1+2=3 ", "7+7=14\n", "a"]
-    rollout = sampled(tokenizer, texts)
+    completion = sampled(tokenizer, texts)
     encoder = make(tokenizer, "step_end")
-    before = set(before_the_reading(encoder, encoder.row_layout(rollout)))
+    before = set(before_the_reading(encoder, encoder.row_layout(completion)))
     assert [tokenizer.decode([i]) for i in before] == ["\n"]
 
 
@@ -287,9 +288,9 @@ def test_a_sampled_step_that_ends_in_a_blank_gets_a_separator(tokenizer: Any) ->
     )
 )
 def test_sampled_ids_and_their_text_have_one_layout(tiny: Any, name: str, steps: list[str]) -> None:
-    encoder, rollout = make(tiny, name), sampled(tiny, steps)
-    text = {key: value for key, value in rollout.items() if key not in ("token_ids", "step_ends")}
-    assert encoder.row_layout(rollout) == encoder.row_layout(text) == encoder.layout(steps)
+    encoder, completion = make(tiny, name), sampled(tiny, steps)
+    text = {key: value for key, value in completion.items() if key not in ("token_ids", "step_ends")}
+    assert encoder.row_layout(completion) == encoder.row_layout(text) == encoder.layout(steps)
 
 
 @pytest.mark.parametrize("steps", [["1\n", "2"], ["1\n", "2 \n", "3\n"], ["1"]])

@@ -9,7 +9,7 @@ import pytest
 from stepkd.data.step_labels import LabelRule, Target, step_targets
 from stepkd.errors import ConfigError, DataError
 
-WRONG, RIGHT = (1.0, 0.0), (0.0, 1.0)
+INCORRECT, CORRECT = (1.0, 0.0), (0.0, 1.0)
 ONE_OF_3 = {-1: (1.0, 0.0, 0.0), 0: (0.0, 1.0, 0.0), 1: (0.0, 0.0, 1.0)}
 
 
@@ -21,15 +21,16 @@ KEEP = {"after_error": "keep"}
 
 
 def test_kinds() -> None:
-    assert targets([True, False, None, True]) == [RIGHT, WRONG, None, RIGHT]
-    assert targets([1, -1, None, 1]) == [RIGHT, WRONG, None, RIGHT]
-    assert targets([0.25, None, 1.0, 0]) == [(0.75, 0.25), None, RIGHT, WRONG]
+    assert targets([True, False, None, True]) == [CORRECT, INCORRECT, None, CORRECT]
+    assert targets([1, -1, None, 1]) == [CORRECT, INCORRECT, None, CORRECT]
+    assert targets([0.25, None, 1.0, 0]) == [(0.75, 0.25), None, CORRECT, INCORRECT]
     assert targets([1, 0, -1, None], 3) == [ONE_OF_3[1], ONE_OF_3[0], ONE_OF_3[-1], None]
     assert targets([True, False], 3) == [ONE_OF_3[1], ONE_OF_3[-1]]
 
 
 @pytest.mark.parametrize(
-    ("neutral", "expected"), [("right", [RIGHT, RIGHT]), ("wrong", [RIGHT, WRONG]), ("mask", [RIGHT, None])]
+    ("neutral", "expected"),
+    [("correct", [CORRECT, CORRECT]), ("incorrect", [CORRECT, INCORRECT]), ("mask", [CORRECT, None])],
 )
 def test_neutral_in_two_classes(neutral: str, expected: list[Target | None]) -> None:
     assert targets([1, 0], neutral=neutral) == expected
@@ -37,8 +38,10 @@ def test_neutral_in_two_classes(neutral: str, expected: list[Target | None]) -> 
 
 def test_harden() -> None:
     soft = [0.0, 0.125, 0.5, 0.51, 1.0, None]
-    assert targets(soft, harden=0.5) == [WRONG, WRONG, RIGHT, RIGHT, RIGHT, None]
-    assert targets(soft, harden=0.001) == [WRONG, RIGHT, RIGHT, RIGHT, RIGHT, None], "any rollout succeeded"
+    assert targets(soft, harden=0.5) == [INCORRECT, INCORRECT, CORRECT, CORRECT, CORRECT, None]
+    assert targets(soft, harden=0.001) == [INCORRECT, CORRECT, CORRECT, CORRECT, CORRECT, None], (
+        "any completion succeeded"
+    )
     assert targets([0.2, 0.9], 3, harden=0.5) == [ONE_OF_3[-1], ONE_OF_3[1]]
 
 
@@ -51,7 +54,7 @@ def test_harden() -> None:
         ([True, None, True], {}, 3),
         ([None, False, True], {}, 2),
         ([1, 0, -1, 1], {}, 3),
-        ([1, 0, 1, 1], {"neutral": "wrong"}, 2),
+        ([1, 0, 1, 1], {"neutral": "incorrect"}, 2),
         ([1, 0, 1, 1], {"neutral": "mask"}, 4),
         ([0.5, 0.125, 0.0, 1.0], {}, 3),
         ([0.75, 0.5, 0.25, 1.0], {"harden": 0.5}, 3),
@@ -66,25 +69,25 @@ def test_nothing_behind_the_first_error_is_trained_on(
 
 def test_a_neutral_rating_of_three_classes_is_no_error_whatever_two_classes_would_make_of_it() -> None:
     expected = [ONE_OF_3[1], ONE_OF_3[0], ONE_OF_3[1]]
-    assert targets([1, 0, 1], 3, after_error="truncate", neutral="wrong") == expected
+    assert targets([1, 0, 1], 3, after_error="truncate", neutral="incorrect") == expected
 
 
 def test_outcome_scope() -> None:
     rule = LabelRule(scope="outcome")
-    assert step_targets({"outcome": True}, 3, 2, rule) == [None, None, RIGHT]
-    assert step_targets({"correct": False, "step_labels": [True]}, 1, 2, rule) == [WRONG]
+    assert step_targets({"outcome": True}, 3, 2, rule) == [None, None, CORRECT]
+    assert step_targets({"correct": False, "step_labels": [True]}, 1, 2, rule) == [INCORRECT]
     assert step_targets({"outcome": False}, 2, 3, rule) == [None, ONE_OF_3[-1]]
     for row in ({}, {"outcome": None}, {"outcome": 1}, {"correct": None}, {"outcome": "yes"}):
-        with pytest.raises(DataError, match=r"needs whether the answer is right, found .*boolean 'outcome'"):
+        with pytest.raises(DataError, match=r"needs whether the answer is correct, found .*boolean 'outcome'"):
             step_targets(row, 1, 2, rule)
 
 
 def test_which_column_is_read() -> None:
     row = {"step_labels": [True, False], "step_values": [0.25, 0.75]}
     keep = LabelRule(after_error="keep")
-    assert step_targets(row, 2, 2, keep) == [RIGHT, WRONG]
+    assert step_targets(row, 2, 2, keep) == [CORRECT, INCORRECT]
     assert step_targets(row, 2, 2, LabelRule(kind="soft", after_error="keep")) == [(0.75, 0.25), (0.25, 0.75)]
-    assert step_targets({**row, "labels": [False, False]}, 2, 2, keep) == [WRONG, WRONG]
+    assert step_targets({**row, "labels": [False, False]}, 2, 2, keep) == [INCORRECT, INCORRECT]
 
 
 def test_rows_without_a_single_label_give_no_targets() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.io import read_rows
-from stepkd.data.rows import ROLLOUT, STEPWISE, validate
+from stepkd.data.rows import COMPLETION, STEPWISE, validate
 from stepkd.data.spec import DataConfig, load_rows
 from stepkd.data.step_labels import to_stepwise, trl_row, write_math_shepherd, write_stepwise
 from stepkd.errors import ConfigError, DataError, MachineError
@@ -41,11 +41,12 @@ def rated(*labels: Any, **more: Any) -> dict[str, Any]:
     return {"prompt": "p", "completions": [f"s{i}" for i in range(len(labels))], "labels": list(labels), **more}
 
 
-# --- rollouts to rows ------------------------------------------------------------------------------------------------
+# --- completions to rows
+# ------------------------------------------------------------------------------------------------
 
 
 def test_to_stepwise() -> None:
-    validate(dict(ROLLED), ROLLOUT)
+    validate(dict(ROLLED), COMPLETION)
     row = to_stepwise(ROLLED | {"steps": ["2+3=5\n", "5"]})
     assert row == {
         "id": "p/0",
@@ -80,7 +81,7 @@ def test_to_stepwise_soft_labels_never_read_as_ratings() -> None:
     ("change", "steps", "message"),
     [
         ({}, ["a"], "p/0, column 'step_labels': has 2 labels for 1 steps"),
-        ({"step_labels": None}, ["a", "b"], "column 'step_labels': the rollout has no step labels: label it first"),
+        ({"step_labels": None}, ["a", "b"], "column 'step_labels': the completion has no step labels: label it first"),
         ({}, ["a", " "], "column 'completions': step 2 of 2 must not be empty"),
         ({"step_labels": [None, None]}, ["a", "b"], "has zero labelled steps"),
         ({"step_ends": [3]}, ["a"], "has 2 entries for 1 step_ends"),
@@ -97,11 +98,11 @@ def test_to_stepwise_bad_input(change: dict[str, Any], steps: list[str], message
 @pytest.mark.parametrize(
     ("labels", "settings", "cast", "counted"),
     [
-        ([True, False], {}, [True, False], {"right": 1, "wrong": 1}),
-        ([1, 0, -1], {}, [True, True, False], {"right": 2, "wrong": 1, "neutral": 1}),
-        ([1, 0, -1], {"neutral": "wrong"}, [True, False, False], {"right": 1, "wrong": 2, "neutral": 1}),
-        ([1.0, 0.5, 0.49, 0], {}, [True, True, False, False], {"right": 2, "wrong": 2}),
-        ([1.0, 0.125, 0.0], {"threshold": 0.125}, [True, True, False], {"right": 2, "wrong": 1}),
+        ([True, False], {}, [True, False], {"correct": 1, "incorrect": 1}),
+        ([1, 0, -1], {}, [True, True, False], {"correct": 2, "incorrect": 1, "neutral": 1}),
+        ([1, 0, -1], {"neutral": "incorrect"}, [True, False, False], {"correct": 1, "incorrect": 2, "neutral": 1}),
+        ([1.0, 0.5, 0.49, 0], {}, [True, True, False, False], {"correct": 2, "incorrect": 2}),
+        ([1.0, 0.125, 0.0], {"threshold": 0.125}, [True, True, False], {"correct": 2, "incorrect": 1}),
     ],
 )
 def test_cast_of_every_kind(
@@ -118,7 +119,7 @@ def test_unlabelled_steps_join_the_next_label() -> None:
     counts: Counter[str] = Counter()
     row = trl_row(rated(None, None, True, False, None), counts=counts)
     assert row == {"prompt": "p", "completions": ["s0\ns1\ns2", "s3"], "labels": [True, False]}
-    assert +counts == {"right": 1, "wrong": 1, "joined": 2, "cut": 1}
+    assert +counts == {"correct": 1, "incorrect": 1, "joined": 2, "cut": 1}
     row = trl_row(rated(1, 0, 0, -1, 0), neutral="mask", separator=" ", counts=counts)
     assert row == {"prompt": "p", "completions": ["s0", "s1 s2 s3"], "labels": [True, False]}
     assert trl_row(rated(0, 0), neutral="mask", counts=counts) is None
@@ -135,7 +136,7 @@ def test_cast_keeps_all_text_up_to_the_last_label() -> None:
 
 
 def test_cast_bad_input() -> None:
-    with pytest.raises(ConfigError, match=r"unknown neutral 'drop'.*choose from right, wrong, mask"):
+    with pytest.raises(ConfigError, match=r"unknown neutral 'drop'.*choose from correct, incorrect, mask"):
         trl_row(rated(1), neutral="drop")  # type: ignore[arg-type]
     for threshold in (1.0, 0, -0.1, float("nan")):
         with pytest.raises(ConfigError, match=f"threshold={threshold}: must lie between 0 and 1"):

@@ -32,7 +32,7 @@ def enumerated_best(scores: Scores, correct: list[bool], k: int) -> float:
 
 
 def enumerated_vote(scores: Scores, votes: list[str | None], correct: list[bool], k: int) -> float:
-    """With exact fractions; an answer counts by the share of all its samples that are right."""
+    """With exact fractions; an answer counts by the share of all its samples that are correct."""
     total, subsets = Fraction(0), 0
     for subset in itertools.combinations(range(len(scores)), k):
         subsets += 1
@@ -62,10 +62,10 @@ def test_best_of_k_and_weighted_vote_equal_enumeration() -> None:
         scores, votes, correct = sample(rng, n)
         noisy = [bool(rng.integers(0, 2)) for _ in range(n)]
         for k in range(1, n + 1):
-            for right in (correct, noisy):
-                assert best_of_k(scores, right, k) == pytest.approx(enumerated_best(scores, right, k), abs=1e-12)
-                expected = enumerated_vote(scores, votes, right, k)
-                assert weighted_vote_at_k(scores, votes, right, k) == pytest.approx(expected, abs=1e-12)
+            for hits in (correct, noisy):
+                assert best_of_k(scores, hits, k) == pytest.approx(enumerated_best(scores, hits, k), abs=1e-12)
+                expected = enumerated_vote(scores, votes, hits, k)
+                assert weighted_vote_at_k(scores, votes, hits, k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_best_of_k_ends_and_invariances() -> None:
@@ -85,7 +85,7 @@ def test_best_of_k_ends_and_invariances() -> None:
 
 
 def test_best_of_k_with_many_samples() -> None:
-    # One right sample on top of 1860: it is drawn with probability k/n.
+    # One correct sample on top of 1860: it is drawn with probability k/n.
     correct = [True] + [False] * 1859
     assert best_of_k([1.0] + [0.5] * 1859, correct, 93) == pytest.approx(93 / 1860)
 
@@ -125,15 +125,15 @@ def test_drawn_subsets_are_keyed_and_near_the_exact_value(monkeypatch: pytest.Mo
 
 
 def world(n_problems: int = 60, n: int = 16) -> tuple[list[ProblemSamples], dict[str, list[Scores]]]:
-    """Right with probability 0.4, wrong answers spread over three; a good scorer and a poor one."""
+    """Correct with probability 0.4, incorrect answers spread over three; a good scorer and a poor one."""
     rng = np.random.default_rng(7)
     problems, good, poor = [], [], []
     for i in range(n_problems):
         correct = (rng.random(n) < 0.4).tolist()
-        votes = ["right" if right else f"wrong {rng.integers(3)}" for right in correct]
+        votes = ["correct" if hit else f"incorrect {rng.integers(3)}" for hit in correct]
         problems.append(ProblemSamples(f"p{i}", correct, votes))
-        good.append([float(np.clip(0.35 + 0.3 * right + 0.15 * rng.normal(), 0, 1)) for right in correct])
-        poor.append([float(np.clip(0.45 + 0.05 * right + 0.15 * rng.normal(), 0, 1)) for right in correct])
+        good.append([float(np.clip(0.35 + 0.3 * hit + 0.15 * rng.normal(), 0, 1)) for hit in correct])
+        poor.append([float(np.clip(0.45 + 0.05 * hit + 0.15 * rng.normal(), 0, 1)) for hit in correct])
     return problems, {"prm": good, "orm": poor}
 
 
@@ -176,7 +176,7 @@ def test_differences_and_growth_are_paired() -> None:
 
 
 def test_over_optimisation_shows() -> None:
-    # The one highest-scored sample is wrong, the next ones right: best at a small k.
+    # The one highest-scored sample is incorrect, the next ones correct: best at a small k.
     problems = [
         ProblemSamples(f"p{i}", [False, *[True] * 4, *[False] * 11], ["w", *["r"] * 4, *["v"] * 11]) for i in range(9)
     ]
@@ -228,10 +228,10 @@ def test_bad_input() -> None:
 # --- curves from files ------------------------------------------------------------------------------------------------
 
 
-def row(problem: str, sample: int, right: bool, score: float | None, answer: str = "4") -> dict[str, Any]:
-    completion = f"2+2={answer}\n#### {answer}" if right else "2+2=5\n#### 5"
+def row(problem: str, sample: int, correct: bool, score: float | None, answer: str = "4") -> dict[str, Any]:
+    completion = f"2+2={answer}\n#### {answer}" if correct else "2+2=5\n#### 5"
     return {
-        "problem_id": problem, "sample": sample, "completion": completion, "answer": answer, "correct": right,
+        "problem_id": problem, "sample": sample, "completion": completion, "answer": answer, "correct": correct,
         "score": score,
     }  # fmt: skip
 
@@ -251,17 +251,17 @@ def test_curves_by_hand(tmp_path: Path) -> None:
     assert result.ks == (1, 2)
     assert result.problems == 2
     assert [each.value for each in result.curves["pass"]] == [0.5, 1.0]
-    assert [each.value for each in result.curves["prm"]] == [0.5, 0.5]  # right on p, wrong on q
+    assert [each.value for each in result.curves["prm"]] == [0.5, 0.5]  # correct on p, incorrect on q
     assert [each.value for each in result.curves["oracle"]] == [0.5, 1.0]
     assert [each.value for each in result.curves["majority"]] == pytest.approx([0.5, 0.5])
 
 
-def test_spellings_of_a_wrong_answer_are_not_outvoted_by_fewer_right_ones(tmp_path: Path) -> None:
-    """Two spellings of a correct answer against three of a wrong one: the wrong one has the majority."""
+def test_spellings_of_an_incorrect_answer_are_not_outvoted_by_fewer_correct_ones(tmp_path: Path) -> None:
+    """Two spellings of a correct answer against three of an incorrect one: the incorrect one has the majority."""
     texts = [(r"\frac{1}{2}", True), ("0.5", True), (r"\frac{1}{3}", False), ("2/6", False), (r"\frac{2}{6}", False)]
     rows = [
-        {**row("p", i, right, 0.5), "completion": f"#### {text}", "answer": "1/2"}
-        for i, (text, right) in enumerate(texts)
+        {**row("p", i, correct, 0.5), "completion": f"#### {text}", "answer": "1/2"}
+        for i, (text, correct) in enumerate(texts)
     ]
     result = best_of_n_from_files({"prm": write(tmp_path / "a.jsonl", rows)}, ks=[5])
     assert result.curves["majority"][0].value == 0.0
@@ -274,7 +274,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         best_of_n_from_files({})
     with pytest.raises(ConfigError, match="would share a name: rename the scores, 'pass' and 'majority' are taken"):
         best_of_n_from_files({"majority": path})
-    with pytest.raises(ConfigError, match=r"scored different rollouts \(1 are in one only\)"):
+    with pytest.raises(ConfigError, match=r"scored different completions \(1 are in one only\)"):
         best_of_n_from_files({"a": path, "b": write(tmp_path / "b.jsonl", ROWS[:-1])})
     with pytest.raises(DataError, match=r"line 2.*'score'.*stepkd score"):
         best_of_n_from_files({"a": write(tmp_path / "c.jsonl", [ROWS[0], {"problem_id": "p", "correct": True}])})

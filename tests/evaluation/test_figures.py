@@ -40,7 +40,7 @@ def results() -> dict[str, dict[str, Any]]:
 
 WRITERS = {"reliability": reliability_diagram, "argmin": argmin_histogram, "curve": best_of_n_figure}
 TEXTS = {
-    "reliability": ["score", "count", "share of right labels", "perfect calibration", "Reliability (n = 200, ECE 0."],
+    "reliability": ["score", "count", "share of correct labels", "perfect calibration", "Reliability (n = 200, ECE 0."],
     "argmin": ["relative position of the lowest step score", "solutions", "random place", "(random 0.200)"],
     "curve": ["samples N", "accuracy", "pass@N (ceiling)", "majority", "prm_vote", "Best of N over 5 problems"],
 }

@@ -74,8 +74,8 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
 def test_first_seen_rule_averages_to_even_split_over_orders() -> None:
     answers = ["1", "2", "2", "1", None, "3"]
     wins = [majority_vote(order) == "1" for order in itertools.permutations(answers)]
-    right = [answer == "1" for answer in answers]
-    assert sum(wins) / len(wins) == pytest.approx(maj_at_k(answers, right, len(answers)))
+    correct = [answer == "1" for answer in answers]
+    assert sum(wins) / len(wins) == pytest.approx(maj_at_k(answers, correct, len(answers)))
     assert sum(wins) / len(wins) == pytest.approx(0.5)
 
 
@@ -92,29 +92,29 @@ def test_maj_at_k_equals_enumeration_of_subsets(samples: list[tuple[str | None, 
 
 
 def test_maj_at_k_does_not_depend_on_order_and_handles_ties() -> None:
-    answers, right = ["a", "b", "b", "a", "c", None], [True, False, False, True, False, False]
+    answers, correct = ["a", "b", "b", "a", "c", None], [True, False, False, True, False, False]
     values = set()
     for order in itertools.permutations(range(6)):
-        values.add(maj_at_k([answers[i] for i in order], [right[i] for i in order], 4))
+        values.add(maj_at_k([answers[i] for i in order], [correct[i] for i in order], 4))
     assert max(values) - min(values) < 1e-14
     assert maj_at_k(["a", "b"], [True, False], 2) == 0.5
     assert maj_at_k([None, None], [True, True], 2) == 0.0
     assert maj_at_k([None, None, "a"], [False, False, True], 2) == pytest.approx(2 / 3)
 
 
-def test_maj_at_1_is_the_share_of_right_parsed_samples() -> None:
+def test_maj_at_1_is_the_share_of_correct_parsed_samples() -> None:
     assert maj_at_k(["a", "a", "b", None], [True, True, False, False], 1) == pytest.approx(0.5)
 
 
 def test_maj_at_k_for_many_samples_matches_sampled_draws() -> None:
     rng = np.random.default_rng(0)
     answers = ["a"] * 20 + ["b"] * 19 + ["c"] * 15 + [None] * 10
-    right = [answer == "a" for answer in answers]
+    correct = [answer == "a" for answer in answers]
     wins = []
     for _ in range(20_000):
         draw = [answers[i] for i in rng.permutation(64)[:9]]
         wins.append(majority_vote(draw) == "a")
-    assert maj_at_k(answers, right, 9) == pytest.approx(np.mean(wins), abs=4 * 0.5 / math.sqrt(20_000))
+    assert maj_at_k(answers, correct, 9) == pytest.approx(np.mean(wins), abs=4 * 0.5 / math.sqrt(20_000))
     # No overflow: 5,000 draws from a 60/40 split elect the larger class for certain.
     assert maj_at_k(["a"] * 3000 + ["b"] * 2000, [True] * 3000 + [False] * 2000, 1) == pytest.approx(0.6, rel=1e-9)
 
@@ -142,7 +142,7 @@ def rows() -> list[dict[str, Any]]:
             "samples": [
                 sample("correct", "1", step_labels=[True, False, True]),
                 sample("correct", "1", step_labels=[True, True]),
-                sample("wrong", "2", step_labels=[False]),
+                sample("incorrect", "2", step_labels=[False]),
                 sample("unparsed", None, finish="length", tokens=50, step_labels=[]),
             ],
         },
@@ -150,9 +150,9 @@ def rows() -> list[dict[str, Any]]:
             "id": "p1",
             "index": 1,
             "samples": [
-                sample("wrong", "3", step_labels=[True, True]),
+                sample("incorrect", "3", step_labels=[True, True]),
                 sample("timeout", None),
-                sample("wrong", "4"),
+                sample("incorrect", "4"),
                 sample("correct", "5"),
             ],
         },
@@ -163,12 +163,12 @@ def test_summarise_by_hand() -> None:
     summary = summarise(rows(), [2, 4], seed=1, n_resamples=200)
     values = {name: entry["value"] for name, entry in summary["metrics"].items()}
     votes = [[s["vote"] for s in row["samples"]] for row in rows()]
-    right = [[s["verdict"] == "correct" for s in row["samples"]] for row in rows()]
+    correct = [[s["verdict"] == "correct" for s in row["samples"]] for row in rows()]
     assert values == pytest.approx(
         {
             "pass@1": (2 / 4 + 1 / 4) / 2,
             "pass@2": (5 / 6 + 1 / 2) / 2,
-            "maj@2": sum(enumerated_maj(v, r, 2) for v, r in zip(votes, right, strict=True)) / 2,
+            "maj@2": sum(enumerated_maj(v, r, 2) for v, r in zip(votes, correct, strict=True)) / 2,
             "pass@4": 1.0,
             "maj@4": (1 + 1 / 3) / 2,
             "unparsed_rate": 1 / 8,
@@ -177,7 +177,7 @@ def test_summarise_by_hand() -> None:
             "truncated_answered_rate": 0.0,
             "mean_tokens": 15.0,
             "step_accuracy": 6 / 8,
-            "correct_with_wrong_step": 1 / 2,
+            "correct_with_incorrect_step": 1 / 2,
         }
     )
     assert (summary["problems"], summary["samples"], summary["total_tokens"]) == (2, 8, 120)
@@ -197,7 +197,7 @@ def test_summarise_does_not_depend_on_row_or_sample_order() -> None:
 
 def test_summarise_single_samples_use_wilson_and_report_no_step_metrics() -> None:
     single = [
-        {"id": f"p{i}", "index": i, "samples": [sample("correct" if i < 3 else "wrong", str(i))]} for i in range(10)
+        {"id": f"p{i}", "index": i, "samples": [sample("correct" if i < 3 else "incorrect", str(i))]} for i in range(10)
     ]
     summary = summarise(single)
     assert summary["metrics"]["pass@1"] == wilson_interval(3, 10).to_dict()
@@ -211,10 +211,12 @@ def test_summarise_one_problem_gives_null_bounds_only_where_undefined() -> None:
     assert summary["metrics"]["pass@1"] == wilson_interval(0.5, 1).to_dict()
 
 
-def test_summarise_step_ratio_without_right_samples_is_null() -> None:
-    wrong = [{"id": str(i), "index": i, "samples": [sample("wrong", "1", step_labels=[True])]} for i in range(3)]
-    metrics = summarise(wrong, n_resamples=50)["metrics"]
-    assert metrics["correct_with_wrong_step"]["value"] is None
+def test_summarise_step_ratio_without_correct_samples_is_null() -> None:
+    incorrect = [
+        {"id": str(i), "index": i, "samples": [sample("incorrect", "1", step_labels=[True])]} for i in range(3)
+    ]
+    metrics = summarise(incorrect, n_resamples=50)["metrics"]
+    assert metrics["correct_with_incorrect_step"]["value"] is None
     assert metrics["step_accuracy"] == wilson_interval(3, 3).to_dict()
 
 
@@ -232,7 +234,7 @@ def test_summarise_bad_input() -> None:
 # --- two runs compared ------------------------------------------------------------------------------------------------
 
 
-def write_run(folder: Path, right: dict[str, list[bool]], **changes: Any) -> Path:
+def write_run(folder: Path, correct: dict[str, list[bool]], **changes: Any) -> Path:
     """A run folder with the given verdicts per problem id."""
     settings: dict[str, Any] = {
         "kind": "evaluation",
@@ -243,8 +245,8 @@ def write_run(folder: Path, right: dict[str, list[bool]], **changes: Any) -> Pat
     }
     write_json(folder / "settings.json", settings | changes)
     rows = [
-        {"id": key, "index": i, "samples": [{"verdict": "correct" if good else "wrong"} for good in verdicts]}
-        for i, (key, verdicts) in enumerate(right.items())
+        {"id": key, "index": i, "samples": [{"verdict": "correct" if good else "incorrect"} for good in verdicts]}
+        for i, (key, verdicts) in enumerate(correct.items())
     ]
     write_jsonl(folder / "results.jsonl", rows)
     return folder

@@ -51,7 +51,7 @@ def test_equals_brute_force_on_200_random_sets() -> None:
     kinds = {"undefined": 0, "zero": 0, "other": 0}
     for trial in range(200):
         n = int(rng.integers(1, 12))
-        # Every fourth set predicts only what cannot be right, so that 0/0 occurs often.
+        # Every fourth set predicts only what cannot be correct, so that 0/0 occurs often.
         labels = rng.integers(-1, 3, size=n).tolist()
         predictions = [label + 1 for label in labels] if trial % 4 == 0 else rng.integers(-1, 3, size=n).tolist()
         expected, result = brute_f1(predictions, labels), processbench_f1(predictions, labels, n_resamples=20)

@@ -47,7 +47,7 @@ class Scripted:
 
 
 GOOD = {"1": 0.9, "2": 0.3, "3": 0.8, "4": 0.7, "x": 0.1}
-"""Right on a and c; calls step 2 wrong on b and d at 0.5, and not at 0.25."""
+"""Correct on a and c; calls step 2 incorrect on b and d at 0.5, and not at 0.25."""
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_threshold_tuned_on_a_named_set(data: str, tmp_path: Path) -> None:
     scores = {**GOOD, "2": 0.3, "x": 0.1}
     summary = evaluate_process(spec(data, tmp_path / "out", tune_on=data), Scripted(scores))
     (section,) = summary["sets"].values()
-    # Between 0.1 and 0.3 step 2 passes everywhere: a is missed, c is found, b and d are right. F1 of 1/2 and 1.
+    # Between 0.1 and 0.3 step 2 passes everywhere: a is missed, c is found, b and d are correct. F1 of 1/2 and 1.
     assert 0.1 < summary["tuned_threshold"] <= 0.3
     assert section["tuned"]["f1"]["value"] == pytest.approx(2 / 3)
     assert section["tuned"]["optimistic"] is True
@@ -124,7 +124,7 @@ def test_unscored_solutions_are_left_out_and_counted(data: str, tmp_path: Path) 
 
 
 def test_comparison_is_paired(data: str, tmp_path: Path) -> None:
-    better = {**GOOD, "2": 0.6}  # misses a, right on b, c and d
+    better = {**GOOD, "2": 0.6}  # misses a, correct on b, c and d
     a = evaluate_process(spec(data, tmp_path / "a"), Scripted(GOOD))
     b = evaluate_process(spec(data, tmp_path / "b"), Scripted(better))
     differences = compare_process(tmp_path / "a", tmp_path / "b", (a, b))
@@ -132,7 +132,7 @@ def test_comparison_is_paired(data: str, tmp_path: Path) -> None:
     assert differences[f"{data}, fixed"].value == pytest.approx(2 / 3)
 
 
-def test_rollouts_with_step_labels_are_read(tmp_path: Path) -> None:
+def test_completions_with_step_labels_are_read(tmp_path: Path) -> None:
     data = 'task:task="modular:terms=3",n=6,noise.rate=0.5,split=test'
     from stepkd.scorers.rules import Checker
 

@@ -61,7 +61,7 @@ ROWS = [
 @pytest.fixture
 def job(tmp_path: Path) -> ScoreConfig:
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    return ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"), max_rows=2)
+    return ScoreConfig(scorer="toy", completions=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"), max_rows=2)
 
 
 def results(job: ScoreConfig) -> Path:
@@ -116,7 +116,7 @@ def test_reductions_and_meanings(job: ScoreConfig, tmp_path: Path) -> None:
 
 def test_an_outcome_scorer_owes_only_the_last_step(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [row("a", "p", [-1, -1, 30]), row("b", "q", [-1, -1])])
-    job = ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"))
+    job = ScoreConfig(scorer="toy", completions=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"))
     summary = score_file(job, scorer=Toy("outcome"))
     assert [r["score"] for r in read(job)] == [0.3, None]
     assert summary["unscored_rows"] == 1
@@ -165,7 +165,7 @@ class Picky(Toy):
 def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None:
     rows = [row("a", "p", [90, 80]), row("b", "p", [13, 50]), row("c", "q", [13]), row("d", "r", [70])]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    job = ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"), max_rows=2)
+    job = ScoreConfig(scorer="toy", completions=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"), max_rows=2)
     summary = score_file(job, scorer=Picky())
     out = read(job)
     assert [r["step_scores"] for r in out] == [[0.9, 0.8], [None, None], [None], [0.7]]
@@ -180,7 +180,7 @@ def test_rows_that_cannot_be_read_are_counted_not_hidden(tmp_path: Path) -> None
 @pytest.mark.parametrize("scores", [[[13]], [[13], [13, 1]]])
 def test_when_no_row_of_the_first_batch_can_be_read_the_job_stops(tmp_path: Path, scores: list[list[int]]) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [row(str(i), "p", values) for i, values in enumerate(scores)])
-    job = ScoreConfig(scorer="toy", rollouts=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"))
+    job = ScoreConfig(scorer="toy", completions=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"))
     with pytest.raises(DataError, match="0: 13 is no number"):
         score_file(job, scorer=Picky())
     assert not results(job).exists()
@@ -287,11 +287,11 @@ def test_labels_for_a_temperature() -> None:
     assert labelled_scores(Toy(), [rated]) == ([0.1, 0.2, 0.3], [1.0, 1.0, 0.0])
     cut = row("a", "p", [60, -1])
     assert labelled_scores(Toy(), [cut]) == ([0.6], [1.0])
-    wrong_twice = row("a", "p", [10, 20, 90])
-    assert labelled_scores(Toy(), [wrong_twice]) == ([0.1], [0.0]), "as in judging, nothing after the first error"
+    incorrect_twice = row("a", "p", [10, 20, 90])
+    assert labelled_scores(Toy(), [incorrect_twice]) == ([0.1], [0.0]), "as in judging, nothing after the first error"
     outcome = [row("a", "p", [-1, 80], outcome=True), row("b", "p", [-1, 30], outcome=False)]
     assert labelled_scores(Toy("outcome"), outcome) == ([0.8, 0.3], [1.0, 0.0])
-    with pytest.raises(DataError, match=r"a, column 'labels': label 0.4 is neither right nor wrong"):
+    with pytest.raises(DataError, match=r"a, column 'labels': label 0.4 is neither correct nor incorrect"):
         labelled_scores(Toy(), [row("a", "p", [10]) | {"labels": [0.4]}])
 
 
@@ -302,7 +302,7 @@ def test_solutions_in_one_text_are_cut_as_asked(job: ScoreConfig) -> None:
         {"id": "b", "prompt": "p", "completion": text, "answer": "1", "segmenter": "newline"},
         {"id": "c", "prompt": "p", "completion": text, "answer": "1", "steps": ["10\n20\n\n30"]},
     ]
-    write_jsonl(Path(job.rollouts), texts)
+    write_jsonl(Path(job.completions), texts)
     score_file(replace(job, segmenter="blank_line"), scorer=Toy())
     assert [len(found["step_scores"]) for found in read(job)] == [2, 3, 1]
     with pytest.raises(ConfigError, match="unknown segmenter 'blank_lin': did you mean 'blank_line'"):
@@ -313,8 +313,8 @@ def test_mistakes(job: ScoreConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="contradict each other"):
         replace(job, fit_temperature="x", scorer=PRM("m", temperature=2.0))
     with pytest.raises(ConfigError, match="are the rows to score: give held-out ones"):
-        score_file(replace(job, fit_temperature=job.rollouts), scorer=Toy())
+        score_file(replace(job, fit_temperature=job.completions), scorer=Toy())
     write_jsonl(tmp_path / "bad.jsonl", [row("a", "p", [1]) | {"completions": []}])
     with pytest.raises(DataError, match="column 'completions'"):
-        score_file(replace(job, rollouts=str(tmp_path / "bad.jsonl")), scorer=Toy())
+        score_file(replace(job, completions=str(tmp_path / "bad.jsonl")), scorer=Toy())
     assert not results(job).exists()

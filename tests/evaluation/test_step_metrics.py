@@ -25,8 +25,8 @@ NAN = math.nan
 
 
 def pairs_won(scores: np.ndarray, labels: np.ndarray) -> float:
-    right, wrong = scores[labels == 1], scores[labels == 0]
-    return float(np.mean([(a > b) + 0.5 * (a == b) for a in right for b in wrong]))
+    correct, incorrect = scores[labels == 1], scores[labels == 0]
+    return float(np.mean([(a > b) + 0.5 * (a == b) for a in correct for b in incorrect]))
 
 
 def auroc(scores: Any, labels: Any) -> float | None:
@@ -67,7 +67,7 @@ def test_auroc_interval_equals_the_bootstrap_done_by_hand(chunk: int, monkeypatc
 
 
 def test_threshold_metrics() -> None:
-    # Right steps: 0.9, 0.5 (called right), 0.2 (not); wrong steps: 0.6 (called right), 0.1.
+    # Correct steps: 0.9, 0.5 (called correct), 0.2 (not); incorrect steps: 0.6 (called correct), 0.1.
     steps = labelled_steps([[0.9, 0.5, 0.6], [0.2, 0.1]], [[1, 1, 0], [True, False]])
     metrics = step_metrics(steps, **FAST)
     assert metrics.accuracy.value == pytest.approx(3 / 5)
@@ -91,7 +91,7 @@ def test_one_class_is_undefined_with_a_reason() -> None:
     metrics = step_metrics(labelled_steps([[0.9, 0.1]], [[1, 1]]), **FAST).to_dict()
     assert metrics["auroc"] is None
     assert metrics["balanced_accuracy"] is None
-    assert metrics["undefined"]["auroc"] == "all 2 steps are labelled right"
+    assert metrics["undefined"]["auroc"] == "all 2 steps are labelled correct"
 
 
 def test_up_to_the_first_error() -> None:

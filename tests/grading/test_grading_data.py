@@ -1,4 +1,4 @@
-"""Reference answers of GSM8K (test) and MATH-500 against themselves, other spellings and wrong ones."""
+"""Reference answers of GSM8K (test) and MATH-500 against themselves, other spellings and incorrect ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ RIGHT = {
     "LaTeX thousands": lambda g: f"\\boxed{{{_with_commas(g).replace(',', '{,}')}}}",
 }
 
-WRONG = {
+INCORRECT = {
     "one more": lambda g: f"#### {int(g.replace(',', '')) + 1}",
     "sign flipped": lambda g: f"The answer is {-int(g.replace(',', '')) or 1}.",
     "ten times": lambda g: f"\\boxed{{{int(g.replace(',', '')) * 10 or 1}}}",
@@ -66,11 +66,11 @@ def test_gsm8k_answers_in_every_spelling_are_correct(form: str, golds: list[str]
     assert [grade for grade in grades if grade.verdict is not Verdict.CORRECT] == []
 
 
-@pytest.mark.parametrize("form", WRONG)
-def test_gsm8k_wrong_answers_are_wrong(form: str, golds: list[str]) -> None:
+@pytest.mark.parametrize("form", INCORRECT)
+def test_gsm8k_incorrect_answers_are_incorrect(form: str, golds: list[str]) -> None:
     with Grader() as grader:
-        grades = grader.grade([WRONG[form](gold) for gold in golds], golds)
-    assert verdict_counts(grades) == {"correct": 0, "wrong": 1319, "unparsed": 0, "timeout": 0}
+        grades = grader.grade([INCORRECT[form](gold) for gold in golds], golds)
+    assert verdict_counts(grades) == {"correct": 0, "incorrect": 1319, "unparsed": 0, "timeout": 0}
 
 
 def test_math500_solutions_yield_their_answers(math_rows: list[dict[str, str]]) -> None:
@@ -79,7 +79,8 @@ def test_math500_solutions_yield_their_answers(math_rows: list[dict[str, str]]) 
     assert len(others) <= 1
     with Grader(GradingConfig(extractors=("boxed",), deadline_s=20)) as grader:
         assert (
-            verdict_counts(grader.grade([r["solution"] for r in others], [r["answer"] for r in others]))["wrong"] == 0
+            verdict_counts(grader.grade([r["solution"] for r in others], [r["answer"] for r in others]))["incorrect"]
+            == 0
         )
 
 
@@ -88,10 +89,11 @@ def test_math500_answers_in_other_spellings(math_rows: list[dict[str, str]]) -> 
     completions = [f"\\boxed{{ {a.replace('frac', 'dfrac').replace('ddfrac', 'dfrac')} }}" for a in answers]
     with Grader(GradingConfig(extractors=("boxed",), deadline_s=20)) as grader:
         assert verdict_counts(grader.grade(completions, answers))["correct"] == 500
-        # Another problem's answer is wrong (pairs seven apart share no value in this set; every third keeps it short).
+        # Another problem's answer is incorrect (pairs seven apart share no value in this set; every third keeps it
+        # short).
         pairs = [(a, b) for a, b in zip(answers, answers[7:] + answers[:7], strict=True) if a != b][::3]
         counts = verdict_counts(grader.grade([f"\\boxed{{{a}}}" for a, _ in pairs], [b for _, b in pairs]))
-    assert counts == {"correct": 0, "wrong": len(pairs), "unparsed": 0, "timeout": 0}
+    assert counts == {"correct": 0, "incorrect": len(pairs), "unparsed": 0, "timeout": 0}
 
 
 def test_math500_answers_are_read_as_mathematics(math_rows: list[dict[str, str]]) -> None:

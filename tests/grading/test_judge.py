@@ -1,4 +1,4 @@
-"""Verdict, vote and step labels of sampled completions, and the rollout rows made of them."""
+"""Verdict, vote and step labels of sampled completions, and the completion rows made of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stepkd.data.completion import Completion
-from stepkd.data.rows import ROLLOUT, validate
-from stepkd.grading.judge import judge, rollout_row, step_labels, vote_keys
+from stepkd.data.rows import COMPLETION, validate
+from stepkd.grading.judge import completion_row, judge, step_labels, vote_keys
 from stepkd.grading.pool import Grader, GradingConfig
 from stepkd.models.spec import tiny_tokenizer
 from stepkd.steps.segment import get_segmenter, segment, step_ends
@@ -30,7 +30,7 @@ def problem() -> dict[str, Any]:
     return make_rows("modular:terms=4", 1, seed=0, split="test")[0]
 
 
-def rollout(text: str, *, finish: Any = "stop", sample: int = 0) -> Completion:
+def completion(text: str, *, finish: Any = "stop", sample: int = 0) -> Completion:
     """A completion of the character tokenizer; a finished one ends in the end token."""
     tokenizer = tiny_tokenizer()
     ids = tuple(tokenizer(text)["input_ids"]) + ((tokenizer.eos_token_id,) if finish == "stop" else ())
@@ -42,11 +42,18 @@ def rollout(text: str, *, finish: Any = "stop", sample: int = 0) -> Completion:
 def test_ordinary_row(grader: Grader) -> None:
     row = {"id": "r", "prompt": "?", "answer": "1234"}
     texts = ["so\n#### 1,234", "#### $1234.00", "#### 7", "#### 7.0", "nothing here", ""]
-    (samples,) = judge([row], [[rollout(text, sample=i) for i, text in enumerate(texts)]], grader)
-    assert [sample["verdict"] for sample in samples] == ["correct", "correct", "wrong", "wrong", "unparsed", "unparsed"]
+    (samples,) = judge([row], [[completion(text, sample=i) for i, text in enumerate(texts)]], grader)
+    assert [sample["verdict"] for sample in samples] == [
+        "correct",
+        "correct",
+        "incorrect",
+        "incorrect",
+        "unparsed",
+        "unparsed",
+    ]
     assert [sample["vote"] for sample in samples] == ["1234", "1234", "7", "7", None, None]
     assert [sample["extracted"] for sample in samples][2:] == ["7", "7.0", None, None]
-    assert [sample["tokens"] for sample in samples] == [len(rollout(text).token_ids) for text in texts]
+    assert [sample["tokens"] for sample in samples] == [len(completion(text).token_ids) for text in texts]
     assert samples[0]["logprob"] == -0.25 * samples[0]["tokens"], "summed at temperature 1"
     assert all(sample["step_labels"] is None for sample in samples)
     assert all(type(sample["verdict"]) is str for sample in samples), "plain JSON values"
@@ -55,7 +62,9 @@ def test_ordinary_row(grader: Grader) -> None:
 
 def test_everything_correct_is_one_class(grader: Grader) -> None:
     row = {"id": "r", "prompt": "?", "answer": r"\frac{1}{2}"}
-    (samples,) = judge([row], [[rollout(r"\boxed{0.5}"), rollout(r"\boxed{\frac{1}{2}}"), rollout("#### 2/4")]], grader)
+    (samples,) = judge(
+        [row], [[completion(r"\boxed{0.5}"), completion(r"\boxed{\frac{1}{2}}"), completion("#### 2/4")]], grader
+    )
     assert [sample["verdict"] for sample in samples] == ["correct"] * 3
     assert len({sample["vote"] for sample in samples}) == 1
     assert samples[0]["vote"]
@@ -64,7 +73,7 @@ def test_everything_correct_is_one_class(grader: Grader) -> None:
 def test_several_rows_keep_their_samples(grader: Grader) -> None:
     rows = [{"id": str(i), "prompt": "?", "answer": str(i)} for i in range(4)]
     numbers = [[0, 5], [1], [], [9, 3, 3]]
-    judged = judge(rows, [[rollout(f"#### {n}\n", finish="length") for n in ns] for ns in numbers], grader)
+    judged = judge(rows, [[completion(f"#### {n}\n", finish="length") for n in ns] for ns in numbers], grader)
     assert [[sample["vote"] for sample in samples] for samples in judged] == [[str(n) for n in ns] for ns in numbers]
     assert [[s["verdict"] == "correct" for s in samples] for samples in judged] == [
         [n == i for n in ns] for i, ns in enumerate(numbers)
@@ -75,12 +84,12 @@ def test_several_rows_keep_their_samples(grader: Grader) -> None:
 def test_votes_group_answers_by_each_other_and_not_by_the_reference(grader: Grader) -> None:
     row = {"id": "r", "prompt": "?", "answer": "1/2"}
     texts = ["0.5", "1/2", r"\frac{1}{3}", "2/6", r"\frac{3}{9}", "x = 1/3"]
-    (samples,) = judge([row], [[rollout(f"#### {text}") for text in texts]], grader)
+    (samples,) = judge([row], [[completion(f"#### {text}") for text in texts]], grader)
     votes = [sample["vote"] for sample in samples]
     assert len(set(votes[:2])) == 1
     assert len(set(votes[2:])) == 1
     assert votes[0] != votes[2]
-    (other,) = judge([{**row, "answer": "7"}], [[rollout(f"#### {text}") for text in texts]], grader)
+    (other,) = judge([{**row, "answer": "7"}], [[completion(f"#### {text}") for text in texts]], grader)
     assert [sample["vote"] for sample in other] == votes, "whatever the reference answer is"
 
 
@@ -101,25 +110,25 @@ def test_vote_keys_of_lists_equations_words_and_nothing(grader: Grader) -> None:
 def test_a_completion_that_was_cut_off_counts_by_a_finished_answer_only(grader: Grader) -> None:
     row = {"id": "r", "prompt": "?", "answer": "18"}
     texts = ["so 9 * 2 = 18", "#### 18", "#### 18\nNext", r"so \boxed{18} and", r"\boxed{18", "The answer is 18"]
-    (cut,) = judge([row], [[rollout(text, finish="length") for text in texts]], grader)
+    (cut,) = judge([row], [[completion(text, finish="length") for text in texts]], grader)
     assert [sample["verdict"] == "correct" for sample in cut] == [False, False, True, True, False, False]
-    (ended,) = judge([row], [[rollout(text) for text in texts]], grader)
+    (ended,) = judge([row], [[completion(text) for text in texts]], grader)
     assert [sample["verdict"] == "correct" for sample in ended] == [True, True, True, True, False, True]
 
 
 def test_records_fit_the_metrics(grader: Grader, problem: dict[str, Any]) -> None:
-    (samples,) = judge([problem], [[rollout(problem["solution"]), rollout("x", finish="length")]], grader)
-    assert {sample["verdict"] for sample in samples} <= {"correct", "wrong", "unparsed", "timeout"}
+    (samples,) = judge([problem], [[completion(problem["solution"]), completion("x", finish="length")]], grader)
+    assert {sample["verdict"] for sample in samples} <= {"correct", "incorrect", "unparsed", "timeout"}
     assert {sample["finish"] for sample in samples} <= {"stop", "length"}
     assert samples[0]["verdict"] == "correct"
     assert samples[0]["step_labels"] == [True] * len(problem["steps"])
     assert samples[1]["step_labels"] == [False]
 
 
-def test_a_wrong_step_under_a_right_answer(grader: Grader, problem: dict[str, Any]) -> None:
+def test_an_incorrect_step_under_a_correct_answer(grader: Grader, problem: dict[str, Any]) -> None:
     steps = [*problem["steps"]]
     steps[1] = "0*0=5\n"
-    (samples,) = judge([problem], [[rollout("".join(steps))]], grader)
+    (samples,) = judge([problem], [[completion("".join(steps))]], grader)
     assert samples[0]["verdict"] == "correct"
     assert samples[0]["step_labels"] == [True, False, *[True] * (len(steps) - 2)]
 
@@ -153,13 +162,13 @@ def test_no_labels_without_a_checker(problem: dict[str, Any]) -> None:
     "text",
     ["{solution}", "a\n\n\nb\n\n", "\n\n\nccc", " \n \n", "#### #### 3\n\n", "é\né", "{solution}\n{solution}", "."],
 )
-def test_rollout_rows_keep_the_contract(grader: Grader, problem: dict[str, Any], text: str, finish: Any) -> None:
-    sampled = rollout(text.format(**problem), finish=finish)
-    completion = text_from_ids(tiny_tokenizer(), sampled.token_ids, sampled.logprobs)
-    ends = step_ends(segment(get_segmenter("newline"), completion))
+def test_completion_rows_keep_the_contract(grader: Grader, problem: dict[str, Any], text: str, finish: Any) -> None:
+    sampled = completion(text.format(**problem), finish=finish)
+    tokens = text_from_ids(tiny_tokenizer(), sampled.token_ids, sampled.logprobs)
+    ends = step_ends(segment(get_segmenter("newline"), tokens))
     ((sample,),) = judge([problem], [[sampled]], grader)
-    row = rollout_row(problem, sampled, sample, ends) | PROVENANCE
-    validate(row, ROLLOUT, extra="keep")
+    row = completion_row(problem, sampled, sample, ends) | PROVENANCE
+    validate(row, COMPLETION, extra="keep")
     assert len(row["step_labels"]) == len(ends)
     assert row["correct"] is (sample["verdict"] == "correct")
     assert (row["problem_id"], row["answer"]) == (problem["id"], problem["answer"])
@@ -167,28 +176,30 @@ def test_rollout_rows_keep_the_contract(grader: Grader, problem: dict[str, Any],
 
 
 def test_an_empty_completion_that_ends_at_once(grader: Grader, problem: dict[str, Any]) -> None:
-    sampled = rollout("")
+    sampled = completion("")
     ((sample,),) = judge([problem], [[sampled]], grader)
-    row = rollout_row(problem, sampled, sample, [1]) | PROVENANCE
-    assert validate(row, ROLLOUT, extra="keep")["step_labels"] == [False]
+    row = completion_row(problem, sampled, sample, [1]) | PROVENANCE
+    assert validate(row, COMPLETION, extra="keep")["step_labels"] == [False]
 
 
 def test_other_segmenters_need_the_step_texts(grader: Grader, problem: dict[str, Any]) -> None:
-    sampled = rollout(problem["solution"])
-    completion = text_from_ids(tiny_tokenizer(), sampled.token_ids)
-    spans = segment(get_segmenter("whole"), completion)
+    sampled = completion(problem["solution"])
+    tokens = text_from_ids(tiny_tokenizer(), sampled.token_ids)
+    spans = segment(get_segmenter("whole"), tokens)
     ((sample,),) = judge([problem], [[sampled]], grader)
-    without = rollout_row(problem, sampled, sample, step_ends(spans)) | PROVENANCE
-    assert "step_labels" not in validate(without, ROLLOUT, extra="keep")
-    steps = [completion.span_text(*span) for span in spans]
-    judged = rollout_row(problem, sampled, sample, step_ends(spans), steps) | PROVENANCE
-    assert validate(judged, ROLLOUT, extra="keep")["step_labels"] == [False], "a whole solution is not the first line"
+    without = completion_row(problem, sampled, sample, step_ends(spans)) | PROVENANCE
+    assert "step_labels" not in validate(without, COMPLETION, extra="keep")
+    steps = [tokens.span_text(*span) for span in spans]
+    judged = completion_row(problem, sampled, sample, step_ends(spans), steps) | PROVENANCE
+    assert validate(judged, COMPLETION, extra="keep")["step_labels"] == [False], (
+        "a whole solution is not the first line"
+    )
 
 
-def test_rollout_row_of_an_ordinary_problem(grader: Grader) -> None:
+def test_completion_row_of_an_ordinary_problem(grader: Grader) -> None:
     row = {"id": "r", "prompt": "?", "answer": "3"}
-    sampled = rollout("#### 3")
+    sampled = completion("#### 3")
     ((sample,),) = judge([row], [[sampled]], grader)
-    made = rollout_row(row, sampled, sample, [len(sampled.token_ids)]) | PROVENANCE
-    assert "step_labels" not in validate(made, ROLLOUT, extra="keep")
+    made = completion_row(row, sampled, sample, [len(sampled.token_ids)]) | PROVENANCE
+    assert "step_labels" not in validate(made, COMPLETION, extra="keep")
     assert made["correct"] is True

@@ -43,8 +43,8 @@ def test_polynomials_in_any_order_and_not_with_another_coefficient(a: int, b: in
     assert equivalent(f"{c} {signed(b, 'x')} {signed(a, 'x^{2}')}", gold)
     assert equivalent(f"x({a}x {signed(b)}) {signed(c)}", gold)
     assert equivalent(f"y = {gold}", gold)
-    for wrong in (f"{-a}x^2 {signed(b, 'x')} {signed(c)}", f"{a}x^3 {signed(b, 'x')} {signed(c)}"):
-        assert not equivalent(wrong, gold)
+    for incorrect in (f"{-a}x^2 {signed(b, 'x')} {signed(c)}", f"{a}x^3 {signed(b, 'x')} {signed(c)}"):
+        assert not equivalent(incorrect, gold)
     assert not equivalent(f"{a}x^2 {signed(-b, 'x')} {signed(c)}", gold)
     assert not equivalent(f"{a}x^2 {signed(b, 'x')} {signed(c + 1)}", gold)
     assert not equivalent(f"{a}n^2 {signed(b, 'n')} {signed(c)}", gold)
@@ -109,10 +109,10 @@ def mutations(gold: str) -> Iterator[str]:
 def test_mutated_math500_answers_are_refused(data_dir: Path) -> None:
     lines = (data_dir / "math500" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     golds = sorted({json.loads(line)["answer"] for line in lines})
-    cases = [(wrong, gold) for gold in golds for wrong in dict.fromkeys(mutations(gold)) if wrong != gold]
+    cases = [(incorrect, gold) for gold in golds for incorrect in dict.fromkeys(mutations(gold)) if incorrect != gold]
     with Grader(GradingConfig(deadline_s=20)) as grader:
-        grades = grader.grade([f"\\boxed{{{wrong}}}" for wrong, _ in cases], [gold for _, gold in cases])
-    accepted = [case for case, grade in zip(cases, grades, strict=True) if grade.verdict is not Verdict.WRONG]
+        grades = grader.grade([f"\\boxed{{{incorrect}}}" for incorrect, _ in cases], [gold for _, gold in cases])
+    accepted = [case for case, grade in zip(cases, grades, strict=True) if grade.verdict is not Verdict.INCORRECT]
     print(f"{len(cases) - len(accepted)} of {len(cases)} refused; not: {accepted}")
     assert len(cases) > 1800
     assert len(accepted) <= 0.005 * len(cases)

@@ -22,7 +22,9 @@ def grader() -> Iterator[Grader]:
         yield grader
 
 
-def _wrong(grader: Grader, cases: list[tuple[str, str, bool]], *, box: bool = False, cut: bool = False) -> list[object]:
+def _incorrect(
+    grader: Grader, cases: list[tuple[str, str, bool]], *, box: bool = False, cut: bool = False
+) -> list[object]:
     texts = [f"So it is \\boxed{{{text}}}." if box else text for _, text, _ in cases]
     grades = grader.grade(texts, [gold for gold, _, _ in cases], cut_off=[cut] * len(cases))
     return [
@@ -40,11 +42,11 @@ def test_there_are_enough_pairs_of_both_kinds() -> None:
 
 @pytest.mark.parametrize("group", ANSWERS)
 def test_answers_get_the_verdict_written_beside_them(group: str, grader: Grader) -> None:
-    assert _wrong(grader, ANSWERS[group], box=True) == []
+    assert _incorrect(grader, ANSWERS[group], box=True) == []
 
 
 @pytest.mark.parametrize("group", TEXTS)
 def test_texts_get_the_verdict_written_beside_them(group: str) -> None:
     extractors = BENCHMARKS["gsm8k" if group == "words" else "math500"].extractors
     with Grader(GradingConfig(deadline_s=20, extractors=extractors)) as grader:
-        assert _wrong(grader, TEXTS[group], cut=group == "cut") == []
+        assert _incorrect(grader, TEXTS[group], cut=group == "cut") == []

@@ -63,17 +63,17 @@ def test_each_verdict_in_order(grader: Grader) -> None:
     completions = [HALF, "\\boxed{\\frac{3}{4}}", "no answer here", "#### 7", None, "\\boxed{10000000!}", HALF]
     grades = grader.grade(completions, ["0.5", "0.5", "1", "7", "1", "\\frac{3}{7}", "\\frac{4}{8}"])
     assert [g.verdict.value for g in grades] == [
-        "correct", "wrong", "unparsed", "correct", "unparsed", "timeout", "correct",
+        "correct", "incorrect", "unparsed", "correct", "unparsed", "timeout", "correct",
     ]  # fmt: skip
     assert grades[0] == Grade(Verdict.CORRECT, "\\frac{2}{4}", "0.5")
     assert grades[2] == Grade(Verdict.UNPARSED, None, "1")
     assert grades[5].extracted == "10000000!"
-    assert verdict_counts(grades) == {"correct": 3, "wrong": 1, "unparsed": 2, "timeout": 1}
+    assert verdict_counts(grades) == {"correct": 3, "incorrect": 1, "unparsed": 2, "timeout": 1}
 
 
 def test_empty_batch(grader: Grader) -> None:
     assert grader.grade([], []) == []
-    assert verdict_counts([]) == {"correct": 0, "wrong": 0, "unparsed": 0, "timeout": 0}
+    assert verdict_counts([]) == {"correct": 0, "incorrect": 0, "unparsed": 0, "timeout": 0}
 
 
 def test_reference_may_be_a_whole_solution(grader: Grader) -> None:
@@ -208,7 +208,7 @@ def test_an_item_whose_worker_was_killed_is_tried_once_more() -> None:
         killer.start()
         grades = grader.grade(["\\boxed{\\frac{3}{4}}", HALF], ["0.5", "0.5"])
         killer.join()
-        assert [g.verdict.value for g in grades] == ["wrong", "correct"]
+        assert [g.verdict.value for g in grades] == ["incorrect", "correct"]
         assert grader._pool[0].process.pid != pid
 
 
@@ -238,7 +238,7 @@ def test_works_from_threads(grader: Grader) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [[g.verdict.value for g in r] for r in results] == [["correct", "wrong"]] * 3
+    assert [[g.verdict.value for g in r] for r in results] == [["correct", "incorrect"]] * 3
 
 
 def test_close_leaves_no_process_and_grading_can_go_on() -> None:
@@ -334,7 +334,7 @@ def test_a_signal_to_the_job_leaves_no_worker(number: signal.Signals, deadline_s
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
         grader = Grader(GradingConfig(workers=2, deadline_s={deadline_s}))
         works = grader.grade(["\\\\boxed{{\\\\frac{{2}}{{4}}}}", "\\\\boxed{{\\\\frac{{3}}{{4}}}}"], ["0.5", "0.5"])
-        assert [grade.verdict.value for grade in works] == ["correct", "wrong"]
+        assert [grade.verdict.value for grade in works] == ["correct", "incorrect"]
         def end():
             while any(worker.limit == float("inf") for worker in grader._pool):
                 time.sleep(0.01)

@@ -13,7 +13,7 @@ TASK = 'task:task="modular:terms=3,modulus=3"'
 
 @pytest.fixture(scope="session")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 0.1M parameters that writes well-formed solutions, about a third of them right."""
+    """A model of 0.1M parameters that writes well-formed solutions, about a third of them correct."""
     from stepkd.models.checkpoint import export_model
     from stepkd.training.fit import fit
 

@@ -84,14 +84,14 @@ def test_files_and_summary(whole: tuple[Path, dict[str, Any]]) -> None:
         assert finished(out, k) == set(STAGES)
         training = summary["models"][k]["training"]
         assert training["rows"] == training["converted"]["rows"]
-        assert training["rows"] == training["right_answers"] - training["converted"]["counts"].get("cut_off", 0)
+        assert training["rows"] == training["correct_answers"] - training["converted"]["counts"].get("cut_off", 0)
         assert training["solutions"] == 64 == training["labelled"] + training["dropped"].get("duplicate", 0)
     assert finished(out, 0) == set(STAGES[4:])
     assert weights(out, 1) != weights(out, 2)
     metrics = [model["metrics"] for model in summary["models"]]
     assert metrics[0]["kl_per_solution"]["value"] == 0
     assert metrics[1]["kl_per_solution"]["value"] != 0
-    assert all(each["correct_with_wrong_step"] is not None for each in metrics)
+    assert all(each["correct_with_incorrect_step"] is not None for each in metrics)
 
 
 def test_the_next_model_learns_from_the_last_ones_solutions(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -219,7 +219,7 @@ def test_changed_labels_are_not_trained_on(
         run_iterations(spec, out, report=silent)
 
 
-def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Path) -> None:
+def test_no_correct_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Path) -> None:
     """A random model; the second attempt says the same without sampling again."""
     changes = {"model": "tiny-0.1m", "label.sampling.max_new_tokens": 4, "problems": 'task:task="modular:terms=3",n=4'}
     changes |= {"evaluation.problems": 'task:task="modular:terms=3",n=2,split=test', "evaluation.sampling.n": 2}
@@ -235,7 +235,7 @@ def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "to", "message"),
+    ("correct", "incorrect", "to", "message"),
     [
         (0, 5, "Demonstrations", "no correct answer"),
         (
@@ -249,10 +249,10 @@ def test_no_right_answer_stops_and_keeps_the_labels(settings: Path, tmp_path: Pa
         (1, 1, None, None),
     ],
 )
-def test_one_class(settings: Path, tmp_path: Path, right: int, wrong: int, to: Any, message: str | None) -> None:
+def test_one_class(settings: Path, tmp_path: Path, correct: int, incorrect: int, to: Any, message: str | None) -> None:
     spec = load_spec(settings, {"convert": to})
     it = iteration(spec, tmp_path, 2)
-    facts = {"right_answers": right, "wrong_answers": wrong, "labelled": right + wrong}
+    facts = {"correct_answers": correct, "incorrect_answers": incorrect, "labelled": correct + incorrect}
     if message is None:
         stages._check_answers(it, facts)
     else:

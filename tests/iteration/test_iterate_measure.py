@@ -26,9 +26,9 @@ from stepkd.models.spec import PolicyConfig
 from stepkd.sampling.sampler import SamplingConfig
 
 
-def sample(right: bool, labels: list[bool] | None, *, tokens: int = 4, vote: str = "1", ratio: Any = 0.0) -> Any:
+def sample(correct: bool, labels: list[bool] | None, *, tokens: int = 4, vote: str = "1", ratio: Any = 0.0) -> Any:
     return {
-        "verdict": "correct" if right else "wrong",
+        "verdict": "correct" if correct else "incorrect",
         "tokens": tokens,
         "finish": "stop",
         "vote": vote,
@@ -57,9 +57,9 @@ def test_metrics_by_hand() -> None:
     assert found == {
         "greedy_pass@1": 0.5,
         "pass@1": pytest.approx(3 / 6),
-        "maj@3": 0.5,  # a: two of three votes for the right answer; b: two votes for 3
+        "maj@3": 0.5,  # a: two of three votes for the correct answer; b: two votes for 3
         "step_accuracy": pytest.approx(4 / 6),
-        "correct_with_wrong_step": 0.5,  # two right answers have step labels, one of them a wrong step
+        "correct_with_incorrect_step": 0.5,  # two correct answers have step labels, one of them an incorrect step
         "mean_tokens": pytest.approx(24 / 6),
         "truncated_rate": 0.0,
         "kl_per_solution": 0.0,
@@ -70,7 +70,7 @@ def test_metrics_by_hand() -> None:
 def test_without_step_labels_there_is_no_step_metric() -> None:
     rows = [row("a", sample(True, None), sample(False, None))]
     found = values(model_metrics(rows, GREEDY, n_resamples=50))
-    assert (found["step_accuracy"], found["correct_with_wrong_step"]) == (None, None)
+    assert (found["step_accuracy"], found["correct_with_incorrect_step"]) == (None, None)
     assert metric_text("step_accuracy", None) == "-"
 
 
@@ -109,7 +109,7 @@ def test_differences_pair_the_problems() -> None:
     ]
     found = values(differences(better, ROWS, n_resamples=100))
     assert found["pass@1"] == pytest.approx(0.5)
-    assert found["correct_with_wrong_step"] == pytest.approx(-0.5)
+    assert found["correct_with_incorrect_step"] == pytest.approx(-0.5)
     assert found["step_accuracy"] == pytest.approx(1 - 4 / 6)
     assert found["mean_tokens"] == pytest.approx(0.0)
     unlabelled = [row(name, sample(True, None)) for name in "ab"]
@@ -194,10 +194,10 @@ def test_the_table_names_what_was_dropped() -> None:
         "solutions": 6,
         "labelled": 5,
         "dropped": {"duplicate": 1},
-        "right_answers": 3,
-        "wrong_answers": 2,
+        "correct_answers": 3,
+        "incorrect_answers": 2,
         "conflicts": 1,
-        "converted": {"to": "demonstrations", "counts": {"rows": 3, "wrong_answer": 2}},
+        "converted": {"to": "demonstrations", "counts": {"rows": 3, "incorrect_answer": 2}},
         "rows": 3,
     }
     summary = {
@@ -213,7 +213,7 @@ def test_the_table_names_what_was_dropped() -> None:
     assert lines[0].startswith("M1 minus M0 on the same problems: correct, greedy +10.0; correct, sampled +0.0 (")
     assert lines[1] == (
         "iteration 1: 5 of 6 solutions of 2 problems labelled (dropped: 1 duplicate); 3 correct answers, 1 of them "
-        "with an incorrect step, 2 incorrect; demonstrations: 3 rows, 2 wrong answer"
+        "with an incorrect step, 2 incorrect; demonstrations: 3 rows, 2 incorrect answer"
     )
     assert any("continuations of M0" in line for line in lines)
     assert any("temperature 1" in line for line in lines)

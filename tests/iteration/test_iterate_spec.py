@@ -221,7 +221,7 @@ def test_pair_jobs_share_the_labelling_jobs_settings(small: Any, write: Any) -> 
     spec = load_spec(write(small(convert=None, pairs=changes)))
     pairs = spec.pair_spec(1, spec.label_spec(1, out="labels", model="m"), out="pairs")
     assert isinstance(pairs, StepPairConfig)
-    assert (pairs.rollouts, pairs.model, pairs.out) == ("labels", "m", "pairs")
+    assert (pairs.completions, pairs.model, pairs.out) == ("labels", "m", "pairs")
     assert (pairs.sampling.n, pairs.sampling.temperature, pairs.check, pairs.device) == (4, 0.8, "checker", "cpu")
     assert pairs.sampling.max_new_tokens == 24
     assert spec.pairs is not None

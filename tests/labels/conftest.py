@@ -18,7 +18,7 @@ from stepkd.labels.settings import LabelConfig, Sampled
 from stepkd.models.policy import Policy
 from stepkd.models.spec import PolicyConfig
 from stepkd.runs.job import JobOptions
-from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 
@@ -44,7 +44,9 @@ class RecordingSampler:
         self.sampled += indices
         return self.inner.sample(prompts, spec, indices=indices, **options)
 
-    def sample_branches(self, branches: Sequence[Branch], spec: SamplingConfig, **options: Any) -> list[BranchRollouts]:
+    def sample_branches(
+        self, branches: Sequence[Branch], spec: SamplingConfig, **options: Any
+    ) -> list[BranchContinuations]:
         self._count()
         self.continued += [branch.index for branch in branches]
         return self.inner.sample_branches(branches, spec, **options)
@@ -67,7 +69,7 @@ def spec(tmp_path: Path) -> LabelConfig:
         ),
         labeller=MonteCarlo(sampling=SamplingConfig(n=2, max_new_tokens=16)),
         max_rows=4,
-        # Random text now and then gets it right, without a grading process.
+        # Random text now and then gets it correct, without a grading process.
         grading=GradingConfig(extractors=("last_number",)),
         dtype="float64",
         device="cpu",

@@ -66,15 +66,15 @@ def test_rows_of_only_one_side_are_counted() -> None:
         consensus_filter([row("a", [True])], [row("c", [True])])
 
 
-def test_a_rollout_and_its_stepwise_form_match() -> None:
-    rollout = {
+def test_a_completion_and_its_stepwise_form_match() -> None:
+    completion = {
         "id": "a",
         "steps": ["step 0\n", "step 1"],
         "step_labels": [True, False],
         "token_ids": [1, 2],
         "step_ends": [1, 2],
     }
-    result = consensus_filter([rollout], [row("a", [0.8, 0.1])])
+    result = consensus_filter([completion], [row("a", [0.8, 0.1])])
     assert result.rows[0]["step_labels"] == [True, False]
 
 

@@ -13,7 +13,7 @@ from stepkd.errors import DataError
 from stepkd.labels.convert import Demonstrations, convert_rows
 
 
-def rollout(name: str, correct: bool | None, labels: list[bool | None], finish: str = "stop") -> dict[str, Any]:
+def completion(name: str, correct: bool | None, labels: list[bool | None], finish: str = "stop") -> dict[str, Any]:
     return {
         "id": name,
         "problem_id": "p",
@@ -30,18 +30,18 @@ def rollout(name: str, correct: bool | None, labels: list[bool | None], finish: 
 
 
 ROWS = [
-    rollout("a", True, [True, True]),
-    rollout("b", True, [False, True]),
-    rollout("c", False, [False, False]),
-    rollout("d", True, [True, True], finish="length"),
-    rollout("e", None, [True, None]),
+    completion("a", True, [True, True]),
+    completion("b", True, [False, True]),
+    completion("c", False, [False, False]),
+    completion("d", True, [True, True], finish="length"),
+    completion("e", None, [True, None]),
 ]
 
 
-def test_right_answers_are_kept() -> None:
+def test_correct_answers_are_kept() -> None:
     converted = convert_rows(ROWS, Demonstrations())
     assert [row["id"] for row in converted.rows] == ["a", "b"]
-    assert converted.counts == {"rows": 2, "cut_off": 1, "ungraded": 1, "wrong_answer": 1}
+    assert converted.counts == {"rows": 2, "cut_off": 1, "ungraded": 1, "incorrect_answer": 1}
     assert converted.rows[0] == {
         "id": "a",
         "problem_id": "p",
@@ -52,10 +52,10 @@ def test_right_answers_are_kept() -> None:
     }
 
 
-def test_clean_demonstrations_have_no_wrong_step() -> None:
+def test_clean_demonstrations_have_no_incorrect_step() -> None:
     converted = convert_rows(ROWS, Demonstrations(clean=True))
     assert [row["id"] for row in converted.rows] == ["a"]
-    assert converted.counts["wrong_step"] == 1
+    assert converted.counts["incorrect_step"] == 1
 
 
 def test_stepwise_rows_are_joined_as_written() -> None:
@@ -67,7 +67,7 @@ def test_stepwise_rows_are_joined_as_written() -> None:
 
 
 def test_none_left_says_why() -> None:
-    with pytest.raises(DataError, match=r"none of 2 rows is left \(1 cut_off, 1 wrong_answer\)"):
+    with pytest.raises(DataError, match=r"none of 2 rows is left \(1 cut_off, 1 incorrect_answer\)"):
         convert_rows(ROWS[2:4], Demonstrations(clean=True))
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
-from stepkd.data.rows import ROLLOUT, UNPAIRED, validate
+from stepkd.data.rows import COMPLETION, UNPAIRED, validate
 from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError
 from stepkd.labels.convert import Binary, Preference, Unpaired, convert_rows
 
 
-def rollout(problem: str, sample: int, labels: list[Any] | None, correct: bool | None, **given: Any) -> dict[str, Any]:
-    """A rollout of ``len(labels)`` steps (three where there are none), one token per step, of a text of its own."""
+def completion(
+    problem: str, sample: int, labels: list[Any] | None, correct: bool | None, **given: Any
+) -> dict[str, Any]:
+    """A completion of ``len(labels)`` steps (three where there are none), one token per step, of a text of its own."""
     steps = [f"{problem}{sample} line {i}\n" for i in range(len(labels or [0, 0, 0]))]
     row = {
         "id": f"{problem}/{sample}",
@@ -43,12 +45,12 @@ def stepwise(identity: str, labels: list[Any], outcome: bool | None) -> dict[str
 
 def test_binary_by_count() -> None:
     rows = [
-        rollout("a", 0, [True, False, None], True),  # a conflict
-        rollout("a", 1, [True, True], None),  # not graded
-        rollout("b", 0, [1, 0, -1], False),
-        rollout("c", 0, [0.9, 0.4, 0], True),  # 0.4 is below the threshold, 0 is a chance; a conflict
-        rollout("d", 0, None, True),
-        rollout("d", 1, [None, None], True),
+        completion("a", 0, [True, False, None], True),  # a conflict
+        completion("a", 1, [True, True], None),  # not graded
+        completion("b", 0, [1, 0, -1], False),
+        completion("c", 0, [0.9, 0.4, 0], True),  # 0.4 is below the threshold, 0 is a chance; a conflict
+        completion("d", 0, None, True),
+        completion("d", 1, [None, None], True),
         stepwise("e", [1, 0], True),
     ]
     twin = rows[0] | {"id": "a/9"}
@@ -62,11 +64,11 @@ def test_binary_by_count() -> None:
     ]
     assert found.counts == {
         "rows": 5,
-        "right_steps": 8,
-        "wrong_steps": 4,
+        "correct_steps": 8,
+        "incorrect_steps": 4,
         "neutral_steps": 2,
         "unlabelled_steps": 1,
-        "right_answers_with_a_wrong_step": 2,
+        "correct_answers_with_an_incorrect_step": 2,
         "rows_without_labels": 2,
         "rows_without_outcome": 1,
         "duplicates": 1,
@@ -77,16 +79,16 @@ def test_binary_by_count() -> None:
         assert same == {name: row[name] for name in same}, "ids, outcome and provenance are untouched"
 
 
-@pytest.mark.parametrize(("neutral", "marks"), [("wrong", [True, False, False]), ("mask", [True, None, False])])
+@pytest.mark.parametrize(("neutral", "marks"), [("incorrect", [True, False, False]), ("mask", [True, None, False])])
 def test_binary_neutral(neutral: Any, marks: list[Any]) -> None:
-    found = convert_rows([rollout("b", 0, [1, 0, -1], False)], Binary(neutral=neutral))
+    found = convert_rows([completion("b", 0, [1, 0, -1], False)], Binary(neutral=neutral))
     assert found.rows[0]["step_labels"] == marks
     assert found.counts["neutral_steps"] == 1
     assert found.counts["unlabelled_steps"] == 0, "a masked rating is counted as neutral, not twice"
 
 
 def test_binary_hardens_soft_labels() -> None:
-    rows = [rollout("a", 0, [1.0, 0.25], True), rollout("a", 1, [None, None], True)]
+    rows = [completion("a", 0, [1.0, 0.25], True), completion("a", 1, [None, None], True)]
     found = convert_rows(rows, Binary(threshold=0.25))
     assert [row["step_labels"] for row in found.rows] == [[True, True]]
     assert found.counts["rows_without_labels"] == 1
@@ -94,8 +96,8 @@ def test_binary_hardens_soft_labels() -> None:
 
 
 def test_problems_whose_samples_are_all_alike() -> None:
-    one = rollout("a", 0, [True], True)
-    rows = [one, one | {"id": "a/1"}, rollout("b", 0, [True], True), rollout("c", 0, [True], True)]
+    one = completion("a", 0, [True], True)
+    rows = [one, one | {"id": "a/1"}, completion("b", 0, [True], True), completion("c", 0, [True], True)]
     rows.append(one | {"id": "a/2", "finish": "length"})
     assert convert_rows(rows[:4], Binary()).counts["problems_all_identical"] == 1
     cut_off = convert_rows(rows, Binary())
@@ -104,17 +106,17 @@ def test_problems_whose_samples_are_all_alike() -> None:
 
 
 def test_binary_is_written_and_read(tmp_path: Path) -> None:
-    found = convert_rows([rollout("a", 0, [True, False], True), rollout("b", 0, [True], False)], Binary())
+    found = convert_rows([completion("a", 0, [True, False], True), completion("b", 0, [True], False)], Binary())
     assert Binary().write(found.rows, tmp_path / "b.jsonl") == 2
-    assert load_rows(parse_spec(str(tmp_path / "b.jsonl")), contract=ROLLOUT) == found.rows
+    assert load_rows(parse_spec(str(tmp_path / "b.jsonl")), contract=COMPLETION) == found.rows
 
 
 def test_unpaired() -> None:
     rows = [
-        rollout("a", 0, None, True, task="t", meta={"x": 1}),
-        rollout("a", 1, None, None),
-        rollout("b", 0, None, False, finish="length"),
-        rollout("b", 1, None, False, completion=" \n"),
+        completion("a", 0, None, True, task="t", meta={"x": 1}),
+        completion("a", 1, None, None),
+        completion("b", 0, None, False, finish="length"),
+        completion("b", 1, None, False, completion=" \n"),
         stepwise("c", [True, False], False),
     ]
     found = convert_rows([*rows, rows[0] | {"id": "again"}], Unpaired())
@@ -134,8 +136,8 @@ def test_unpaired() -> None:
     assert found.rows[2]["completion"] == "c 0\nc 1", "steps without separators are written on lines"
     assert found.counts == {
         "rows": 3,
-        "right": 1,
-        "wrong": 2,
+        "correct": 1,
+        "incorrect": 2,
         "cut_off": 1,
         "rows_without_outcome": 1,
         "empty_completions": 1,
@@ -146,13 +148,13 @@ def test_unpaired() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(DataError, match=r"none of 1 rows is left .*1 rows_without_outcome"):
-        convert_rows([rollout("a", 0, [True], None)], Unpaired())
+        convert_rows([completion("a", 0, [True], None)], Unpaired())
     with pytest.raises(DataError, match="a/0: has 2 labels for 1 steps"):
-        convert_rows([rollout("a", 0, [True, True], True, step_ends=[1])], Binary())
+        convert_rows([completion("a", 0, [True, True], True, step_ends=[1])], Binary())
     with pytest.raises(DataError, match="a/0, column 'step_labels': mixes true/false with numbers"):
-        convert_rows([rollout("a", 0, [True, 0.5], True)], Binary())
-    with pytest.raises(DataError, match=r"x: neither a rollout .* nor a stepwise row"):
+        convert_rows([completion("a", 0, [True, 0.5], True)], Binary())
+    with pytest.raises(DataError, match=r"x: neither a completion .* nor a stepwise row"):
         convert_rows([{"id": "x", "prompt": "p", "answer": "1"}], Binary())
-    for wrong in ({"neutral": "rigth"}, {"threshold": 1.0}, {"max_pairs": 0}, {"chosen_steps": "right"}):
-        with pytest.raises(ConfigError, match=str(next(iter(wrong.values())))):
-            Preference(**wrong)  # type: ignore[arg-type]
+    for incorrect in ({"neutral": "rigth"}, {"threshold": 1.0}, {"max_pairs": 0}, {"chosen_steps": "correct"}):
+        with pytest.raises(ConfigError, match=str(next(iter(incorrect.values())))):
+            Preference(**incorrect)  # type: ignore[arg-type]

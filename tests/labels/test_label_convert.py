@@ -27,7 +27,7 @@ from stepkd.labels.convert import (
 )
 
 
-def rollout(number: int, labels: list[Any], values: list[float] | None = None) -> dict[str, Any]:
+def completion(number: int, labels: list[Any], values: list[float] | None = None) -> dict[str, Any]:
     steps = [f"line {i}\n" for i in range(len(labels) - 1)] + ["#### 1"]
     return {
         "id": f"p{number}/0",
@@ -49,7 +49,7 @@ def rollout(number: int, labels: list[Any], values: list[float] | None = None) -
     } | ({} if values is None else {"step_values": values})
 
 
-ROWS = [rollout(0, [True, False, None], [0.5, 0.0, 0.0]), rollout(1, [True, True], [1.0, 1.0])]
+ROWS = [completion(0, [True, False, None], [0.5, 0.0, 0.0]), completion(1, [True, True], [1.0, 1.0])]
 
 
 def test_stepwise_rows() -> None:
@@ -66,8 +66,8 @@ def test_trl_has_three_columns_and_booleans() -> None:
     assert [sorted(row) for row in found.rows] == [["completions", "labels", "prompt"]] * 2
     assert [row["labels"] for row in found.rows] == [[True, False], [True, True]]
     assert found.counts["cut"] == 1
-    ratings = [rollout(0, [1, 0, -1])]
-    assert convert_rows(ratings, TRLStepwise(neutral="wrong")).rows[0]["labels"] == [True, False, False]
+    ratings = [completion(0, [1, 0, -1])]
+    assert convert_rows(ratings, TRLStepwise(neutral="incorrect")).rows[0]["labels"] == [True, False, False]
 
 
 def test_math_shepherd_is_read_back(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_math_shepherd_is_read_back(tmp_path: Path) -> None:
 
 
 def test_balanced_by_count() -> None:
-    rows = [rollout(i, [i % 4 != 0, i % 2 == 0]) for i in range(20)]
+    rows = [completion(i, [i % 4 != 0, i % 2 == 0]) for i in range(20)]
     found = convert_rows(rows, Balanced(seed=1))
     for step, kept in ((0, 5), (1, 10)):
         labels = [row["step_labels"][step] for row in found.rows]
@@ -88,7 +88,7 @@ def test_balanced_by_count() -> None:
     assert found.counts["labels_kept"] == 30
     assert convert_rows(rows, Balanced(seed=1)).rows == found.rows
     with pytest.raises(DataError, match="none of 3 rows is left"):
-        convert_rows([rollout(i, [True]) for i in range(3)], Balanced())
+        convert_rows([completion(i, [True]) for i in range(3)], Balanced())
 
 
 def test_what_is_refused() -> None:
@@ -143,18 +143,18 @@ def test_neutral_labels_stay() -> None:
     balanced = balance_by_prefix_length([[1, 0], [1, 0], [-1, 1], [0]], 0)
     assert [labels[1] for labels in balanced[:3]] == [0, 0, None]
     assert balanced[3] == [0]
-    rows = [rollout(i, labels) for i, labels in enumerate([[1, 0], [1, 1], [-1, 1]])]
+    rows = [completion(i, labels) for i, labels in enumerate([[1, 0], [1, 1], [-1, 1]])]
     assert convert_rows(rows, Balanced()).counts["labels_before"] == 5, "a neutral one has no sign"
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (rollout(1, [0.5]), "p1/0, column 'step_labels': 0.5 is no hard label"),
-        (rollout(1, [2]), "2 is no hard label"),
+        (completion(1, [0.5]), "p1/0, column 'step_labels': 0.5 is no hard label"),
+        (completion(1, [2]), "2 is no hard label"),
         ({"id": "a", "label": 1}, "a: no step labels: label the rows first"),
     ],
 )
 def test_what_cannot_be_balanced(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
-        convert_rows([rollout(0, [True]), row], Balanced())
+        convert_rows([completion(0, [True]), row], Balanced())

@@ -1,4 +1,4 @@
-"""Labelling solutions that are there already: rollout rows, step-labelled rows, worked solutions."""
+"""Labelling solutions that are there already: completion rows, step-labelled rows, worked solutions."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ def labelled(spec: LabelConfig) -> list[dict[str, Any]]:
     return load_rows(DataConfig(path=str(Path(spec.out) / "labels.jsonl")))
 
 
-def given(spec: LabelConfig, rollouts: str, name: str, **changes: Any) -> LabelConfig:
+def given(spec: LabelConfig, completions: str, name: str, **changes: Any) -> LabelConfig:
     """A job of solutions that are there; ``continued``: with continuations of every step."""
-    solutions = Existing(rollouts=rollouts, model=changes.pop("model", "tiny-0.1m"))
+    solutions = Existing(completions=completions, model=changes.pop("model", "tiny-0.1m"))
     labeller = spec.labeller if changes.pop("continued", False) else TaskChecker()
     return replace(spec, **({"solutions": solutions, "labeller": labeller, "out": f"{spec.out}-{name}"} | changes))
 
 
-# ---- rollout rows --------------------------------------------------------------------------------------------------
+# ---- completion rows
+# --------------------------------------------------------------------------------------------------
 
 
-def test_rollouts_once_labels_several_times(spec: LabelConfig, run: Any, recording: Any) -> None:
+def test_completions_once_labels_several_times(spec: LabelConfig, run: Any, recording: Any) -> None:
     run(replace(spec, labeller=TaskChecker()))
     checked = labelled(spec)
     sampler = recording()
@@ -127,7 +128,7 @@ def test_step_labelled_rows_keep_their_steps(spec: LabelConfig, run: Any, tmp_pa
     assert [row["outcome"] for row in out] == [True, True, False, True], "graded by the answer"
     assert out[0]["labelling"]["segmenter"] == {"name": "of the row"}
     assert summary is not None
-    assert summary["right_answers_with_a_wrong_step"] == 1
+    assert summary["correct_answers_with_an_incorrect_step"] == 1
 
 
 def test_a_solution_that_stops_early_is_continued(spec: LabelConfig, run: Any, tmp_path: Path) -> None:

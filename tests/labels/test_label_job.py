@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stepkd.data.completion import Completion
-from stepkd.data.rows import ROLLOUT
+from stepkd.data.rows import COMPLETION
 from stepkd.data.spec import DataConfig, load_rows
 from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.labels.labellers import MonteCarlo, Outcome, Scored, TaskChecker
@@ -29,7 +29,7 @@ FILES = ["labels.jsonl", "log", "parts", "settings.json", "summary.json"]
 
 
 def rows(spec: LabelConfig) -> list[dict[str, Any]]:
-    return load_rows(DataConfig(path=str(Path(spec.out) / "labels.jsonl")), contract=ROLLOUT)
+    return load_rows(DataConfig(path=str(Path(spec.out) / "labels.jsonl")), contract=COMPLETION)
 
 
 def content(spec: LabelConfig) -> tuple[bytes, bytes]:
@@ -44,9 +44,9 @@ class StubSampler:
         self.tokenizer, self.texts, self.eos = tokenizer, texts, eos
 
     def sample(self, prompts: Any, spec: Any, **options: Any) -> list[list[Completion]]:
-        return [[self._rollout(p, j, text) for j, text in enumerate(self.texts)] for p in range(len(prompts))]
+        return [[self._completion(p, j, text) for j, text in enumerate(self.texts)] for p in range(len(prompts))]
 
-    def _rollout(self, p: int, j: int, text: str) -> Completion:
+    def _completion(self, p: int, j: int, text: str) -> Completion:
         ids = (*self.tokenizer(text, add_special_tokens=False)["input_ids"], *[self.tokenizer.eos_token_id] * self.eos)
         return Completion([], ids, logprobs=(-1.0,) * len(ids), raw_logprobs=(-1.0,) * len(ids), text=text, sample=j)
 
@@ -92,12 +92,14 @@ def test_summary_by_recount(spec: LabelConfig, run: Any, drawn: Any) -> None:
     assert json.loads((Path(spec.out) / "summary.json").read_text()) == summary
     flat = Counter(label for row in labelled for label in row["step_labels"])
     assert (
-        summary["steps"] == sum(flat.values()) == sum(part["wrong"] + part["right"] for part in summary["by_position"])
+        summary["steps"]
+        == sum(flat.values())
+        == sum(part["incorrect"] + part["correct"] for part in summary["by_position"])
     )
-    assert (summary["balance"]["right"], summary["balance"]["wrong"]) == (flat[True], flat[False])
+    assert (summary["balance"]["correct"], summary["balance"]["incorrect"]) == (flat[True], flat[False])
     for part in summary["by_position"]:
         here = [row["step_labels"][part["position"]] for row in labelled if len(row["steps"]) > part["position"]]
-        assert (part["right"], part["wrong"], part["unlabelled"]) == (sum(here), len(here) - sum(here), 0)
+        assert (part["correct"], part["incorrect"], part["unlabelled"]) == (sum(here), len(here) - sum(here), 0)
     assert summary["sampling"]["tokens_generated"] == sum(len(row["token_ids"]) for row in labelled)
     assert summary["cut_off"] == sum(row["finish"] == "length" for row in labelled)
     assert all(len(row["raw_logprobs"]) == len(row["logprobs"]) for row in labelled), "temperature is not 1"

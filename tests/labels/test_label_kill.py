@@ -42,7 +42,7 @@ JOBS = {
     "tree": [
         *("pairs", "tree", "--problems", PROBLEMS, "--model", "tiny-0.1m", "--search.iterations", "1"),
         *("--search.actions", "2", "--search.depth", "2", "--search.max_steps", "2", "--max_step_tokens", "8"),
-        *("--sampling.max_new_tokens", "8", "--value.rollouts", "2", "--pairs.solved_only", "false"),
+        *("--sampling.max_new_tokens", "8", "--value.completions", "2", "--pairs.solved_only", "false"),
         *("--segmenter", CUT, "--max_rows", "2"),
     ],
 }
@@ -55,8 +55,8 @@ def job(request: pytest.FixtureRequest, tmp_path: Path, policy: Policy) -> Comma
     words = [*JOBS[request.param], *SMALL]
     if request.param == "step":
         rows = [labelled(policy, number) for number in range(32)]
-        write_jsonl(tmp_path / "rollouts.jsonl", rows)
-        words += ["--rollouts", str(tmp_path / "rollouts.jsonl")]
+        write_jsonl(tmp_path / "completions.jsonl", rows)
+        words += ["--completions", str(tmp_path / "completions.jsonl")]
     return lambda name: [*words, "--out", str(tmp_path / name)]
 
 

@@ -24,7 +24,7 @@ def test_by_hand() -> None:
         row("c", [True, None], step_values=[1.0, None]),
     ]
     found = label_quality(rows, truth)
-    # Up to the first error: right steps a0 a1 b0 c0 (labelled T F T T), wrong ones a2 b1 (labelled T F).
+    # Up to the first error: correct steps a0 a1 b0 c0 (labelled T F T T), incorrect ones a2 b1 (labelled T F).
     assert (found.steps, found.unlabelled, found.after_error) == (6, 1, 1)
     assert found.recall.value == pytest.approx(3 / 4)  # type: ignore[union-attr]
     assert found.precision.value == pytest.approx(3 / 4)  # type: ignore[union-attr]
@@ -33,7 +33,7 @@ def test_by_hand() -> None:
     assert found.balanced_accuracy.value == pytest.approx((3 / 4 + 1 / 2) / 2)  # type: ignore[union-attr]
     assert found.accuracy.value == pytest.approx(4 / 6)
     assert found.always_positive.value == pytest.approx(4 / 6)
-    assert found.recoverable.value == pytest.approx(1 / 2), "a2: wrong, yet one in four succeeded"  # type: ignore[union-attr]
+    assert found.recoverable.value == pytest.approx(1 / 2), "a2: incorrect, yet one in four succeeded"  # type: ignore[union-attr]
     assert found.first_error_accuracy.value == pytest.approx(1 / 3), "b; in c a label is missing"
     assert (found.solutions, found.problems) == (3, 3)
     assert json.loads(json.dumps(found.to_dict()))["precision"]["value"] == pytest.approx(3 / 4)
@@ -68,13 +68,13 @@ def test_by_brute_force() -> None:
             stop = t["labels"].index(False) + 1 if False in t["labels"] else len(t["labels"])
             pairs += list(zip(r["labels"][:stop], t["labels"][:stop], strict=True))
             exact += (r["labels"] + [False]).index(False) == (t["labels"] + [False]).index(False)
-        right = [label for label, true in pairs if true]
-        wrong = [label for label, true in pairs if not true]
+        correct = [label for label, true in pairs if true]
+        incorrect = [label for label, true in pairs if not true]
         assert found.steps == len(pairs)
         assert found.problems == 4
-        assert found.recall.value == pytest.approx(np.mean(right))  # type: ignore[union-attr]
-        assert found.error_recall.value == pytest.approx(1 - np.mean(wrong))  # type: ignore[union-attr]
-        assert found.balanced_accuracy.value == pytest.approx((np.mean(right) + 1 - np.mean(wrong)) / 2)  # type: ignore[union-attr]
+        assert found.recall.value == pytest.approx(np.mean(correct))  # type: ignore[union-attr]
+        assert found.error_recall.value == pytest.approx(1 - np.mean(incorrect))  # type: ignore[union-attr]
+        assert found.balanced_accuracy.value == pytest.approx((np.mean(correct) + 1 - np.mean(incorrect)) / 2)  # type: ignore[union-attr]
         assert found.balanced_accuracy.low <= found.balanced_accuracy.value <= found.balanced_accuracy.high  # type: ignore[union-attr]
         assert found.first_error_accuracy.value == pytest.approx(exact / len(rows))
 

@@ -27,12 +27,12 @@ def solution(steps: Sequence[str], *, row: Any = ROW, correct: bool | None = Non
 
 def test_checker_truth_and_claims() -> None:
     first, second, answer = ROW["steps"]
-    wrong = f"{first[:-2]}{(int(first[-2]) + 1) % 10}\n"
+    incorrect = f"{first[:-2]}{(int(first[-2]) + 1) % 10}\n"
     rest = [second, answer]
     assert TaskChecker().label([solution(ROW["steps"])])[0].labels == (True, True, True)
-    assert TaskChecker().label([solution([wrong, *rest])])[0].labels == (False, True, True), "a silent recovery"
-    claims = TaskChecker(given="claims").label([solution([wrong, *rest])])[0]
-    assert claims.labels[:2] == (False, False), "the second line does not follow from the wrong claim"
+    assert TaskChecker().label([solution([incorrect, *rest])])[0].labels == (False, True, True), "a silent recovery"
+    claims = TaskChecker(given="claims").label([solution([incorrect, *rest])])[0]
+    assert claims.labels[:2] == (False, False), "the second line does not follow from the incorrect claim"
     assert TaskChecker(given="claims").provenance() == {"labeller": "checker", "given": "claims"}
 
 
@@ -74,13 +74,13 @@ def test_scorer_hard_soft_and_missing() -> None:
     scorer = StubScorer({"a": 0.9, "b": 0.5, "c": 0.1, "d": math.nan})
     solutions = [solution(["a", "b", "c", "d"])]
     hard = ScorerLabeller(scorer).label(solutions)[0]
-    assert hard.labels == (True, True, False, None), "right from the threshold on; no score, no label"
+    assert hard.labels == (True, True, False, None), "correct from the threshold on; no score, no label"
     assert hard.facts == {"scores": [0.9, 0.5, 0.1, None]}
     assert hard.values is None
     assert ScorerLabeller(scorer, threshold=0.6).label(solutions)[0].labels == (True, False, False, None)
     soft = ScorerLabeller(StubScorer(scorer.table, "value"), threshold=None).label(solutions)[0]
     assert soft.labels == (0.9, 0.5, 0.1, None)
-    assert soft.values is None, "a scorer's guess is no rollout's success"
+    assert soft.values is None, "a scorer's guess is no continuation's success"
     facts = ScorerLabeller(scorer, threshold=None, name="prm").provenance()
     assert facts == {
         "labeller": "prm", "threshold": None, "meaning": "correctness", "scorer": {"scorer": "stub"}
@@ -98,11 +98,11 @@ def test_neighbours_of_one_problem_are_scored_together() -> None:
 
 
 def test_scorer_bad_answers() -> None:
-    class Wrong(StubScorer):
+    class Incorrect(StubScorer):
         def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
             return self.answer  # type: ignore[attr-defined]
 
-    scorer = Wrong({})
+    scorer = Incorrect({})
     for answer, message in (
         ([], "another number of solutions"),
         ([[[0.5]]], "gave 1 scores for 2 steps"),

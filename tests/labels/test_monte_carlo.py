@@ -20,7 +20,7 @@ from stepkd.labels.step_labels import Labeller, Solution, StepLabels
 from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.randomness import generator
-from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 TOKENIZER = tiny_tokenizer()
@@ -50,7 +50,7 @@ def solution(steps: Sequence[str], answer: str, *, index: int = 0, prompt: str =
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    """An untrained model that often writes digits, so that some continuations come out right."""
+    """An untrained model that often writes digits, so that some continuations come out correct."""
     model, tokenizer = build_tiny("tiny-0.1m", seed=1, dtype="float64")
     with torch.no_grad():
         for weight in model.parameters():
@@ -125,7 +125,7 @@ def test_labels_equal_those_made_by_hand(policy: Policy, grader: Grader) -> None
     assert total >= 1  # shares strictly between 0 and 1: the comparison can fail
 
 
-def test_reductions_of_the_same_rollouts(policy: Policy, grader: Grader) -> None:
+def test_reductions_of_the_same_continuations(policy: Policy, grader: Grader) -> None:
     def labels(**settings: Any) -> list[StepLabels]:
         return MonteCarloLabeller(TransformersSampler(policy), policy, grader, SPEC, **settings).label(some_solutions())
 
@@ -137,8 +137,8 @@ def test_reductions_of_the_same_rollouts(policy: Policy, grader: Grader) -> None
         assert each.values == first.values == back.values
         assert each.facts == first.facts == back.facts
         assert each.labels == tuple(value is not None and value > 0 for value in each.values)
-        wrong = each.labels.index(False) if False in each.labels else len(each.labels)
-        assert first.labels == tuple(each.labels[i] if i <= wrong else None for i in range(len(each.labels)))
+        incorrect = each.labels.index(False) if False in each.labels else len(each.labels)
+        assert first.labels == tuple(each.labels[i] if i <= incorrect else None for i in range(len(each.labels)))
         assert back.labels == tuple(any(each.labels[i:]) for i in range(len(each.labels)))
 
 
@@ -161,10 +161,12 @@ class Scripted:
         self.script = script
         self.prefixes: list[str] = []
 
-    def sample_branches(self, branches: Sequence[Branch], spec: SamplingConfig, **given: Any) -> list[BranchRollouts]:
+    def sample_branches(
+        self, branches: Sequence[Branch], spec: SamplingConfig, **given: Any
+    ) -> list[BranchContinuations]:
         results = []
         for branch in branches:
-            rollouts = []
+            continuations = []
             for cut in branch.cuts:
                 prefix = TOKENIZER.decode(branch.token_ids[:cut])
                 self.prefixes.append(prefix)
@@ -174,8 +176,8 @@ class Scripted:
                     Completion([], ids[j], raw_logprobs=(0.0,) * len(ids[j]), text=texts[j], sample=j)
                     for j in range(spec.n)
                 )
-                rollouts.append(drawn)
-            results.append(BranchRollouts(tuple(rollouts), 0))
+                continuations.append(drawn)
+            results.append(BranchContinuations(tuple(continuations), 0))
         return results
 
 

@@ -29,7 +29,7 @@ from stepkd.labels.labellers import ScorerLabeller
 from stepkd.labels.quality import label_quality, summarise_labels
 from stepkd.labels.settings import StepPairConfig
 from stepkd.labels.step_labels import Solution
-from stepkd.labels.step_pairs import first_wrong_step
+from stepkd.labels.step_pairs import first_incorrect_step
 from stepkd.losses import step_kto
 from stepkd.modules.step_scores import FocusConfig
 from stepkd.modules.validation import SampledAccuracy
@@ -62,7 +62,7 @@ def true(label: float) -> dict[str, Any]:
     return stepwise(label) | {"labels": [True]}
 
 
-def rollout(*labels: float, **given: Any) -> dict[str, Any]:
+def completion(*labels: float, **given: Any) -> dict[str, Any]:
     steps = [f"{label}\n" for label in labels]
     row = {"id": "p/0", "problem_id": "p", "prompt": "?", "completion": "".join(steps), "steps": steps, "model": "m"}
     row |= {"token_ids": [*range(len(steps))], "logprobs": [-1.0] * len(steps), "correct": False, "finish": "stop"}
@@ -95,7 +95,7 @@ def kept_behind(label: float, threshold: float) -> bool:
 
 
 def clean(label: float, threshold: float) -> bool:
-    rows = [rollout(label, correct=True), rollout(1.0, id="p/1", completion="other", correct=False)]
+    rows = [completion(label, correct=True), completion(1.0, id="p/1", completion="other", correct=False)]
     try:
         return bool(convert_rows(rows, Preference(threshold=threshold, chosen_steps="clean")).rows)
     except DataError:  # none is left
@@ -103,8 +103,8 @@ def clean(label: float, threshold: float) -> bool:
 
 
 def no_pair(label: float, threshold: float) -> bool:
-    spec = StepPairConfig(out="unused", rollouts="unused", threshold=threshold)
-    return first_wrong_step(rollout(label, 1.0), spec) == "no_wrong_step"
+    spec = StepPairConfig(out="unused", completions="unused", threshold=threshold)
+    return first_incorrect_step(completion(label, 1.0), spec) == "no_incorrect_step"
 
 
 def judged(labels: list[float], threshold: float) -> list[bool]:
@@ -115,7 +115,7 @@ def judged(labels: list[float], threshold: float) -> list[bool]:
 ROOMS: dict[str, Rule] = {
     "--to trl": to(TRLStepwise, "labels", stepwise),
     "trl_row": lambda labels, t: (trl_row(stepwise(*labels), threshold=t) or {})["labels"],
-    "--to binary": to(Binary, "step_labels", rollout),
+    "--to binary": to(Binary, "step_labels", completion),
     "--to binary, stepwise": to(Binary, "labels", stepwise),
     "--to preference": each(clean),
     "hardened PRM": hardened(2),
@@ -139,7 +139,7 @@ def batched(label: float) -> tuple[Completion, Batch]:
 
 
 AT_A_HALF: dict[str, Callable[[float], bool]] = {
-    "summary": lambda label: bool(summarise_labels([{"row": stepwise(label)}], 1, 0, [])["balance"]["right"]),
+    "summary": lambda label: bool(summarise_labels([{"row": stepwise(label)}], 1, 0, [])["balance"]["correct"]),
     "quality": lambda label: bool(label_quality([stepwise(label)], [true(label)]).accuracy.value),
     "training, step labels": lambda label: batched(label)[0].step_labels == (1,),
     "training, steps": lambda label: batched(label)[1].label_S.tolist() == [1],
@@ -181,7 +181,13 @@ JUDGED = [*CORRECT, (False, [False]), (False, None)]
 
 def problem(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     samples = [
-        {"verdict": "correct" if good else "wrong", "finish": "stop", "tokens": 3, "vote": "1", "step_labels": labels}
+        {
+            "verdict": "correct" if good else "incorrect",
+            "finish": "stop",
+            "tokens": 3,
+            "vote": "1",
+            "step_labels": labels,
+        }
         for good, labels in judged
     ]
     return [{"id": "p", "samples": samples}]
@@ -189,31 +195,31 @@ def problem(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 def labelled(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     return [
-        rollout(*(labels or [None] * 3), id=f"p/{i}", completion=f"{i}", correct=good)  # type: ignore[arg-type]
+        completion(*(labels or [None] * 3), id=f"p/{i}", completion=f"{i}", correct=good)  # type: ignore[arg-type]
         for i, (good, labels) in enumerate(judged)
     ]
 
 
 def evaluation(judged: Sequence[Judged]) -> float | None:
-    share: float | None = summarise(problem(judged), n_resamples=10)["metrics"]["correct_with_wrong_step"]["value"]
+    share: float | None = summarise(problem(judged), n_resamples=10)["metrics"]["correct_with_incorrect_step"]["value"]
     return share
 
 
 def iteration(judged: Sequence[Judged]) -> float | None:
     base = problem([(True, [True])])
-    found = differences(problem(judged), base, n_resamples=10)["correct_with_wrong_step"]
+    found = differences(problem(judged), base, n_resamples=10)["correct_with_incorrect_step"]
     return None if found is None else float(found["value"])
 
 
 def claims(judged: Sequence[Judged]) -> float | None:
-    ((flawed, among),) = problem_columns(problem(judged))["correct_with_wrong_step"]
+    ((flawed, among),) = problem_columns(problem(judged))["correct_with_incorrect_step"]
     return flawed / among if among else None
 
 
 def validation(judged: Sequence[Judged]) -> float | None:
     batch = SimpleNamespace(_judged=lambda *_: (None, [problem(judged)[0]["samples"]]))
     sums = SampledAccuracy.__call__(batch, None, None)  # type: ignore[arg-type]
-    return SampledAccuracy.rates(sums).get("correct_with_wrong_step")
+    return SampledAccuracy.rates(sums).get("correct_with_incorrect_step")
 
 
 def signs(labels: list[bool | None] | None) -> tuple[int, ...]:
@@ -249,9 +255,9 @@ def as_targets(labels: Sequence[int]) -> tuple[tuple[float, ...] | None, ...]:
     "count",
     [
         lambda judged: summarise_labels([{"row": row} for row in labelled(judged)], 7, 0, [])[
-            "right_answers_with_a_wrong_step"
+            "correct_answers_with_an_incorrect_step"
         ],
-        lambda judged: convert_rows(labelled(judged), Binary()).counts["right_answers_with_a_wrong_step"],
+        lambda judged: convert_rows(labelled(judged), Binary()).counts["correct_answers_with_an_incorrect_step"],
         lambda judged: feedback_counts(
             [Completion(NO_IDS, NO_IDS, outcome=int(good), targets=as_targets(signs(s))) for good, s in judged]
         )["conflicts"],

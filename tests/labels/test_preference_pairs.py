@@ -13,7 +13,7 @@ from stepkd.data.spec import load_rows, parse_spec
 from stepkd.labels.convert import Preference, convert_rows, even_pairs
 
 
-def rollout(problem: str, sample: int, correct: bool | None, **given: Any) -> dict[str, Any]:
+def completion(problem: str, sample: int, correct: bool | None, **given: Any) -> dict[str, Any]:
     return {
         "id": f"{problem}/{sample}",
         "problem_id": problem,
@@ -34,11 +34,11 @@ def rollout(problem: str, sample: int, correct: bool | None, **given: Any) -> di
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (1, 5), (4, 6), (3, 3), (7, 2), (5, 4)])
 def test_even_pairs_are_all_pairs_in_an_even_order(a: int, b: int) -> None:
-    right, wrong = list(range(a)), [f"w{i}" for i in range(b)]
-    pairs = list(even_pairs(right, wrong))
-    assert sorted(pairs) == sorted((r, w) for r in right for w in wrong)
+    correct, incorrect = list(range(a)), [f"w{i}" for i in range(b)]
+    pairs = list(even_pairs(correct, incorrect))
+    assert sorted(pairs) == sorted((r, w) for r in correct for w in incorrect)
     for end in range(1, len(pairs) + 1):
-        for side, members in ((0, right), (1, wrong)):
+        for side, members in ((0, correct), (1, incorrect)):
             used = Counter(pair[side] for pair in pairs[:end])
             times = [used[member] for member in members]  # type: ignore[index]
             assert max(times) - min(times) <= 1
@@ -49,7 +49,7 @@ def test_no_side_no_pairs() -> None:
 
 
 def test_columns_and_sides() -> None:
-    rows = [rollout("p", 0, True), rollout("p", 1, False, finish="length")]
+    rows = [completion("p", 0, True), completion("p", 1, False, finish="length")]
     found = convert_rows(rows, Preference(seed=5))
     (pair,) = found.rows
     validate(pair, PREFERENCE, extra="keep")
@@ -76,7 +76,7 @@ def test_columns_and_sides() -> None:
 
 
 def test_the_draw_is_keyed_by_seed_and_problem() -> None:
-    rows = [rollout(problem, sample, sample < 3) for problem in "pqr" for sample in range(6)]
+    rows = [completion(problem, sample, sample < 3) for problem in "pqr" for sample in range(6)]
 
     def drawn(rows: list[dict[str, Any]], seed: int = 0, n: int = 2) -> dict[str, list[tuple[str, str]]]:
         found = convert_rows(rows, Preference(seed=seed, max_pairs=n))
@@ -98,37 +98,37 @@ def test_the_draw_is_keyed_by_seed_and_problem() -> None:
 def test_why_there_is_no_pair() -> None:
     clean, slip = {"step_labels": [True, True]}, {"step_labels": [False, True]}
     rows = [
-        *[rollout("a", i, True) for i in range(2)],
-        *[rollout("b", i, False) for i in range(2)],
-        rollout("c", 0, True),
-        *[rollout("d", i, None) for i in range(2)],
-        rollout("e", 0, True, finish="length"),
-        rollout("e", 1, False),
-        rollout("f", 0, True, completion="same"),
-        rollout("f", 1, False, completion="same"),
-        rollout("g", 0, True, **slip),
-        rollout("g", 1, True, **clean),
-        rollout("g", 2, False, **slip),
-        rollout("g", 3, False, **slip, completion="g by way 2"),
-        rollout("h", 0, True, completion="  "),
-        rollout("h", 1, False),
-        rollout("i", 0, True, **slip),
-        rollout("i", 1, False),
+        *[completion("a", i, True) for i in range(2)],
+        *[completion("b", i, False) for i in range(2)],
+        completion("c", 0, True),
+        *[completion("d", i, None) for i in range(2)],
+        completion("e", 0, True, finish="length"),
+        completion("e", 1, False),
+        completion("f", 0, True, completion="same"),
+        completion("f", 1, False, completion="same"),
+        completion("g", 0, True, **slip),
+        completion("g", 1, True, **clean),
+        completion("g", 2, False, **slip),
+        completion("g", 3, False, **slip, completion="g by way 2"),
+        completion("h", 0, True, completion="  "),
+        completion("h", 1, False),
+        completion("i", 0, True, **slip),
+        completion("i", 1, False),
     ]
     expected = {
         "rows": 2,
         "problems": 2,
-        "problems_all_right": 1,
-        "problems_all_wrong": 1,
+        "problems_all_correct": 1,
+        "problems_all_incorrect": 1,
         "problems_with_a_single_sample": 2,
         "problems_ungraded": 1,
-        "problems_without_a_right_one_to_choose": 1,
+        "problems_without_a_correct_one_to_choose": 1,
         "problems_identical_sides": 1,
         "ungraded": 2,
         "empty_completions": 1,
         "duplicates": 1,
-        "right_but_cut_off": 1,
-        "right_but_a_wrong_step": 0,
+        "correct_but_cut_off": 1,
+        "correct_but_an_incorrect_step": 0,
     }
     assert convert_rows(rows, Preference()).counts == expected
     found = convert_rows(rows, Preference(chosen_steps="clean", max_pairs=9))
@@ -136,11 +136,11 @@ def test_why_there_is_no_pair() -> None:
     assert found.counts == expected | {
         "rows": 1,
         "problems": 1,
-        "problems_without_a_right_one_to_choose": 2,
-        "right_but_a_wrong_step": 2,
+        "problems_without_a_correct_one_to_choose": 2,
+        "correct_but_an_incorrect_step": 2,
     }
-    unlabelled = convert_rows([rollout("p", i, i < 1) for i in range(2)], Preference(chosen_steps="clean"))
-    assert len(unlabelled.rows) == 1, "what has no labels has no wrong step"
+    unlabelled = convert_rows([completion("p", i, i < 1) for i in range(2)], Preference(chosen_steps="clean"))
+    assert len(unlabelled.rows) == 1, "what has no labels has no incorrect step"
 
 
 def test_stepwise_rows_have_no_ids_and_the_file_is_read_back(tmp_path: Path) -> None:

@@ -18,18 +18,18 @@ from stepkd.errors import ConfigError, DataError
 from stepkd.grading.pool import GradingConfig
 from stepkd.labels.pair_job import run_pair_job
 from stepkd.labels.settings import LabelConfig, StepPairConfig
-from stepkd.labels.step_pairs import first_wrong_step, next_step, segmenter_of, step_pair_builder
+from stepkd.labels.step_pairs import first_incorrect_step, next_step, segmenter_of, step_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.runs.job import JobOptions
-from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
 from stepkd.scorers.load import Judge
 from stepkd.scorers.scorer import Solutions
 from stepkd.steps.confidence import AdaptiveStepSegmenter, EntropySegmenter
 from stepkd.steps.segment import RegexSegmenter, get_segmenter, segment
 from stepkd.steps.text import text_from_ids
 
-WRONG = ["1+1=0\n", "0*1=1\n", "#### 1"]  # right, wrong, wrong; the answer is 0
-RIGHT = "0*1=0\n#### 0"
+INCORRECT = ["1+1=0\n", "0*1=1\n", "#### 1"]  # correct, incorrect, incorrect; the answer is 0
+CORRECT = "0*1=0\n#### 0"
 TASK = {"task": "modular:terms=3,modulus=2,operators=+-*", "meta": {"numbers": [1, 1, 1], "operators": "+*"}}
 
 Pairs = Callable[..., dict[str, Any] | None]
@@ -40,7 +40,7 @@ def encode(policy: Policy, text: str, *, eos: bool = True) -> tuple[int, ...]:
     return (*ids, *[policy.tokenizer.eos_token_id] * eos)
 
 
-def rollout(
+def continuation(
     policy: Policy, identity: str, steps: Sequence[str], labels: list[Any] | None, **given: Any
 ) -> dict[str, Any]:
     eos = given.get("finish", "stop") == "stop"
@@ -77,18 +77,20 @@ class ScriptedSampler:
         self.asked: list[Branch] = []
         self.calls = 0
 
-    def sample_branches(self, branches: Sequence[Branch], spec: SamplingConfig, **options: Any) -> list[BranchRollouts]:
+    def sample_branches(
+        self, branches: Sequence[Branch], spec: SamplingConfig, **options: Any
+    ) -> list[BranchContinuations]:
         self.calls += 1
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
         assert spec.n == len(self.texts)
         self.asked += branches
         return [
-            BranchRollouts((tuple(self._rollout(branch, j) for j in range(spec.n)),), branch.cuts[0])
+            BranchContinuations((tuple(self._continuation(branch, j) for j in range(spec.n)),), branch.cuts[0])
             for branch in branches
         ]
 
-    def _rollout(self, branch: Branch, j: int) -> Completion:
+    def _continuation(self, branch: Branch, j: int) -> Completion:
         ids = encode(self.policy, self.texts[j], eos=self.finish == "stop")
         return Completion(
             branch.token_ids[: branch.cuts[0]],
@@ -104,7 +106,7 @@ class ScriptedSampler:
 def pair_spec(tmp_path: Path) -> StepPairConfig:
     return StepPairConfig(
         out=str(tmp_path / "pairs"),
-        rollouts=str(tmp_path / "rows.jsonl"),
+        completions=str(tmp_path / "rows.jsonl"),
         sampling=SamplingConfig(n=2, temperature=0.8, top_p=0.95, max_new_tokens=24),
         max_rows=4,
         grading=GradingConfig(extractors=("hash",)),
@@ -126,7 +128,7 @@ def build(policy: Policy) -> Pairs:
         **options: Any,
     ) -> dict[str, Any] | None:
         if rows is not None:
-            Path(spec.rollouts).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            Path(spec.continuations).write_text("".join(json.dumps(row) + "\n" for row in rows))
         if texts:
             spec = replace(spec, sampling=replace(spec.sampling, n=len(texts)))
             sampler = ScriptedSampler(policy, texts)
@@ -148,24 +150,25 @@ def content(spec: StepPairConfig) -> tuple[bytes, ...]:
 
 
 def test_a_pair_by_hand(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
-    row = rollout(policy, "p/0", WRONG, [True, False, False], labelling={"labeller": "checker"})
-    sampler = ScriptedSampler(policy, ["0*1=1\n#### 0", "0*1=1\n#### 1", RIGHT, RIGHT, "0*1= 0\n#### 0"])
+    row = continuation(policy, "p/0", INCORRECT, [True, False, False], labelling={"labeller": "checker"})
+    sampler = ScriptedSampler(policy, ["0*1=1\n#### 0", "0*1=1\n#### 1", CORRECT, CORRECT, "0*1= 0\n#### 0"])
     summary = build(replace(pair_spec, sampling=replace(pair_spec.sampling, n=5), max_pairs=2), [row], sampler=sampler)
     (branch,) = sampler.asked
-    prompt_ids = branch.token_ids[: branch.cuts[0] - len(encode(policy, WRONG[0], eos=False))]
+    prompt_ids = branch.token_ids[: branch.cuts[0] - len(encode(policy, INCORRECT[0], eos=False))]
     assert policy.tokenizer.decode(prompt_ids).endswith("1+1*1%2=\n")
     assert (len(branch.cuts), branch.index) == (1, 0), "one prefix, read once"
     found = pairs(pair_spec)
     assert [row["id"] for row in found] == ["p/0/0", "p/0/1"]
     assert [row["chosen"] for row in found] == ["0*1=0\n", "0*1= 0\n"], "in the order they were drawn"
     for pair, sample in zip(found, (2, 4), strict=True):
-        assert (pair["prefix"], pair["rejected"]) == ([WRONG[0]], WRONG[1])
+        assert (pair["prefix"], pair["rejected"]) == ([INCORRECT[0]], INCORRECT[1])
         assert pair["prefix_ids"] + pair["rejected_ids"] == row["token_ids"][: row["step_ends"][1]]
         assert pair["chosen_ids"] == list(encode(policy, pair["chosen"], eos=False)), "no end token on a step between"
         assert (pair["problem_id"], pair["answer"], pair["meta"]) == ("p", "0", TASK["meta"])
         assert pair["labelling"] == {"labeller": "checker"}
         assert pair["pair_facts"] == {
-            "rollout": "p/0", "answer_was_right": False, "sample": sample, "continuations": 5, "right_continuations": 4
+            "solution_id": "p/0", "answer_was_correct": False, "sample": sample,
+            "continuations": 5, "correct_continuations": 4
         }  # fmt: skip
         facts = pair["pairing"]
         assert (facts["builder"], facts["temperature"], facts["top_p"], facts["seed"]) == ("step_dpo", 0.8, 0.95, 0)
@@ -177,9 +180,9 @@ def test_a_pair_by_hand(pair_spec: StepPairConfig, build: Pairs, policy: Policy)
     assert summary["facts"] == {
         "continuations": 5,
         "repeated_steps": 1,
-        "right_continuations": 4,
+        "correct_continuations": 4,
         "steps_beyond_max_pairs": 0,
-        "steps_like_the_wrong_one": 1,
+        "steps_like_the_incorrect_one": 1,
         "steps_that_failed_the_check": 0,
         "tokens_generated": sum(len(encode(policy, text)) for text in texts),
         "tokens_prefilled": branch.cuts[0],
@@ -192,8 +195,8 @@ def test_the_last_step_keeps_its_end_token_and_the_prefix_may_be_empty(
 ) -> None:
     eos = policy.tokenizer.eos_token_id
     rows = [
-        rollout(policy, "p/0", [WRONG[0], "0*1=0\n", "#### 1"], [True, True, False]),
-        rollout(policy, "q/0", ["#### 1"], [False]),
+        continuation(policy, "p/0", [INCORRECT[0], "0*1=0\n", "#### 1"], [True, True, False]),
+        continuation(policy, "q/0", ["#### 1"], [False]),
     ]
     build(pair_spec, rows, ["#### 0", "\n#### 0\n"])
     last, first = pairs(pair_spec)
@@ -207,44 +210,44 @@ def test_the_last_step_keeps_its_end_token_and_the_prefix_may_be_empty(
 def test_dropped_by_reason(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
     labels = [True, False, False]
     rows = [
-        rollout(policy, "a/0", WRONG, labels),
-        rollout(policy, "b/0", WRONG, None),
-        rollout(policy, "c/0", WRONG, [True, True, True]),
-        rollout(policy, "d/0", WRONG, [None, False, True]),
-        rollout(policy, "e/0", WRONG, labels, correct=True),
-        rollout(policy, "f/0", WRONG, labels, correct=None),
-        rollout(policy, "g/0", WRONG[:2], [True, False], finish="length"),
-        rollout(policy, "h/0", ["1+1=0\n" * 50, *WRONG[1:]], labels, prompt="1" * 1000 + "\n"),
-        rollout(policy, "i/0", WRONG, labels, answer="7"),
-        rollout(policy, "j/0", [WRONG[0], "0*1=0\n", "#### 1"], [True, False, False]),
+        continuation(policy, "a/0", INCORRECT, labels),
+        continuation(policy, "b/0", INCORRECT, None),
+        continuation(policy, "c/0", INCORRECT, [True, True, True]),
+        continuation(policy, "d/0", INCORRECT, [None, False, True]),
+        continuation(policy, "e/0", INCORRECT, labels, correct=True),
+        continuation(policy, "f/0", INCORRECT, labels, correct=None),
+        continuation(policy, "g/0", INCORRECT[:2], [True, False], finish="length"),
+        continuation(policy, "h/0", ["1+1=0\n" * 50, *INCORRECT[1:]], labels, prompt="1" * 1000 + "\n"),
+        continuation(policy, "i/0", INCORRECT, labels, answer="7"),
+        continuation(policy, "j/0", [INCORRECT[0], "0*1=0\n", "#### 1"], [True, False, False]),
     ]
-    summary = build(pair_spec, rows, [RIGHT, "0*1=1\n#### 1"])
+    summary = build(pair_spec, rows, [CORRECT, "0*1=1\n#### 1"])
     assert summary is not None
     assert summary["dropped"] == {
         "first_error_unknown": 1,
         "no_labels": 1,
-        "no_right_continuation": 1,
-        "no_wrong_step": 1,
-        "only_the_wrong_step": 1,
-        "right_answer": 1,
+        "no_correct_continuation": 1,
+        "no_incorrect_step": 1,
+        "only_the_incorrect_step": 1,
+        "correct_answer": 1,
         "too_long": 1,
         "ungraded": 1,
-        "wrong_step_cut_off": 1,
+        "incorrect_step_cut_off": 1,
     }
     assert [row["id"] for row in pairs(pair_spec)] == ["a/0/0"]
     assert (summary["items"], summary["items_with_pairs"], summary["problems"]) == (10, 1, 1)
-    both = build(replace(pair_spec, take="all", out=pair_spec.out + "-all"), rows, [RIGHT, "0*1=1\n#### 1"])
+    both = build(replace(pair_spec, take="all", out=pair_spec.out + "-all"), rows, [CORRECT, "0*1=1\n#### 1"])
     assert both is not None
     assert both["pairs"] == 3
-    assert not {"right_answer", "ungraded"} & set(both["dropped"])
+    assert not {"correct_answer", "ungraded"} & set(both["dropped"])
     conflict = pairs(replace(pair_spec, out=pair_spec.out + "-all"))[1]
-    assert (conflict["id"], conflict["pair_facts"]["answer_was_right"]) == ("e/0/0", True)
+    assert (conflict["id"], conflict["pair_facts"]["answer_was_correct"]) == ("e/0/0", True)
 
 
 def test_nothing_left_is_an_error_and_the_summary_says_why(
     pair_spec: StepPairConfig, build: Pairs, policy: Policy
 ) -> None:
-    after_the_answer = rollout(policy, "a/0", ["#### 0\n", "0*1=1\n"], [True, False])
+    after_the_answer = continuation(policy, "a/0", ["#### 0\n", "0*1=1\n"], [True, False])
     with pytest.raises(DataError, match=r"no pair could be made from 1 items \(1 no_usable_step\)"):
         build(pair_spec, [after_the_answer], ["", " "])
     summary = json.loads((Path(pair_spec.out) / "summary.json").read_text())
@@ -257,12 +260,12 @@ def test_the_same_mistake_of_several_solutions_counts_once(
 ) -> None:
     labels = [True, False, False]
     rows = [
-        rollout(policy, "a/0", WRONG, labels),
-        rollout(policy, "a/1", [*WRONG[:2], "#### 5"], labels),
-        rollout(policy, "a/2", [WRONG[0], "0*1=8\n", "#### 8"], labels),
-        rollout(policy, "b/0", WRONG, labels),
+        continuation(policy, "a/0", INCORRECT, labels),
+        continuation(policy, "a/1", [*INCORRECT[:2], "#### 5"], labels),
+        continuation(policy, "a/2", [INCORRECT[0], "0*1=8\n", "#### 8"], labels),
+        continuation(policy, "b/0", INCORRECT, labels),
     ]
-    summary = build(pair_spec, rows, [RIGHT])
+    summary = build(pair_spec, rows, [CORRECT])
     assert [row["id"] for row in pairs(pair_spec)] == ["a/0/0", "a/2/0", "b/0/0"]
     assert summary is not None
     assert (summary["pairs"], summary["items_with_pairs"], summary["dropped"]) == (3, 3, {"repeated_pair": 1})
@@ -270,14 +273,14 @@ def test_the_same_mistake_of_several_solutions_counts_once(
 
 def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairConfig) -> None:
     def step(labels: list[Any], **settings: Any) -> int | str:
-        return first_wrong_step(rollout(policy, "a/0", WRONG, labels), replace(pair_spec, **settings))
+        return first_incorrect_step(continuation(policy, "a/0", INCORRECT, labels), replace(pair_spec, **settings))
 
     assert step([1, 0, -1]) == 2
-    assert step([1, 0, -1], neutral="wrong") == 1
+    assert step([1, 0, -1], neutral="incorrect") == 1
     assert step([1, 0, -1], neutral="mask") == "first_error_unknown"
     assert step([0.9, 0.5, 0.4]) == 2
     assert step([0.9, 0.6, 0.5], threshold=0.7) == 1
-    assert step([0.9, 0.6, 0.5], threshold=0.1) == "no_wrong_step"
+    assert step([0.9, 0.6, 0.5], threshold=0.1) == "no_incorrect_step"
 
 
 # ---- the check of the better step ----------------------------------------------------------------------------------
@@ -285,9 +288,9 @@ def test_labels_of_other_kinds(policy: Policy, pair_spec: StepPairConfig) -> Non
 
 def test_the_better_step_is_checked(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
     spec = replace(pair_spec, check="checker")
-    rows = [rollout(policy, "a/0", WRONG, [True, False, False])]
-    lucky = "1*1=1\n#### 0"  # a wrong step that ends right
-    summary = build(spec, rows, [lucky, RIGHT])
+    rows = [continuation(policy, "a/0", INCORRECT, [True, False, False])]
+    lucky = "1*1=1\n#### 0"  # an incorrect step that ends correct
+    summary = build(spec, rows, [lucky, CORRECT])
     assert summary is not None
     assert summary["facts"]["steps_that_failed_the_check"] == 1
     assert [row["chosen"] for row in pairs(spec)] == ["0*1=0\n"]
@@ -296,7 +299,7 @@ def test_the_better_step_is_checked(pair_spec: StepPairConfig, build: Pairs, pol
         build(replace(spec, out=spec.out + "-2"), rows, [lucky, lucky])
     unknown = [{name: value for name, value in rows[0].items() if name not in TASK}]
     with pytest.raises(DataError, match=r"row 'a/0' has no 'task' and 'meta'.*give another scorer as check"):
-        build(replace(spec, template="task", out=spec.out + "-3"), unknown, [RIGHT])
+        build(replace(spec, template="task", out=spec.out + "-3"), unknown, [CORRECT])
 
 
 class StubScorer:
@@ -320,7 +323,7 @@ def test_a_scorer_checks_the_better_step(
 ) -> None:
     scorer, loaded = StubScorer(), []
     monkeypatch.setattr("stepkd.labels.step_pairs.load_scorer", lambda given, **_: loaded.append(given) or scorer)
-    rows = [rollout(policy, f"{name}/0", WRONG, [True, False, False]) for name in "ab"]
+    rows = [continuation(policy, f"{name}/0", INCORRECT, [True, False, False]) for name in "ab"]
     rows[1] |= {"answer": "5"}  # nothing to check there
     spec = replace(pair_spec, check=Judge("m", reference=True), threshold=0.4)
     summary = build(spec, rows, ["1\n#### 0", "xxxx\n#### 0", "123\n#### 0"])
@@ -328,10 +331,10 @@ def test_a_scorer_checks_the_better_step(
     assert loaded == [Judge("m", reference=True)]
     (asked,) = scorer.asked
     assert (asked.row["answer"], asked.row["prompt"]) == ("0", rows[0]["prompt"])
-    assert list(asked.solutions) == [[WRONG[0], step] for step in ("1\n", "xxxx\n", "123\n")]
+    assert list(asked.solutions) == [[INCORRECT[0], step] for step in ("1\n", "xxxx\n", "123\n")]
     assert [row["chosen"] for row in pairs(spec)] == ["123\n"], "0.4 passes, 0.2 and no score do not"
     assert summary["facts"]["steps_that_failed_the_check"] == 2
-    assert summary["dropped"] == {"no_right_continuation": 1}
+    assert summary["dropped"] == {"no_correct_continuation": 1}
 
 
 # ---- how the next step is cut --------------------------------------------------------------------------------------
@@ -362,8 +365,8 @@ def test_the_step_is_the_rows_next_one(policy: Policy, name: str) -> None:
 def test_steps_that_cannot_be_chosen(policy: Policy) -> None:
     newline = get_segmenter("newline")
 
-    def step(rollout: Completion) -> Any:
-        return next_step(rollout, 1, newline, policy)
+    def step(continuation: Completion) -> Any:
+        return next_step(continuation, 1, newline, policy)
 
     assert step(drawn(policy, "")) is None
     assert step(drawn(policy, " \n")) is None
@@ -400,16 +403,18 @@ def test_the_segmenter_of_a_row() -> None:
 
 
 def many(policy: Policy) -> list[dict[str, Any]]:
-    """Seven solutions with a wrong step and two without, in no order."""
-    right = {3, 6}
+    """Seven solutions with an incorrect step and two without, in no order."""
+    correct = {3, 6}
     return [
-        rollout(policy, f"p{i}/0", WRONG, [True, i in right, True], prompt=f"{i}+1*1%2=\n", **{"correct": False})
+        continuation(
+            policy, f"p{i}/0", INCORRECT, [True, i in correct, True], prompt=f"{i}+1*1%2=\n", **{"correct": False}
+        )
         for i in range(9)
     ]
 
 
 def test_ranks_do_not_change_the_pairs(pair_spec: StepPairConfig, build: Pairs, policy: Policy) -> None:
-    texts = [RIGHT, "0*1=1\n#### 0"]
+    texts = [CORRECT, "0*1=1\n#### 0"]
     build(pair_spec, many(policy), texts)
     assert [row["id"] for row in pairs(pair_spec)] == [f"p{i}/0/0" for i in (0, 1, 2, 4, 5, 7, 8)]
     for world_size in (2, 3):
@@ -424,7 +429,7 @@ def test_ranks_do_not_change_the_pairs(pair_spec: StepPairConfig, build: Pairs, 
 def test_an_interruption_repeats_only_what_was_in_flight(
     pair_spec: StepPairConfig, build: Pairs, policy: Policy
 ) -> None:
-    texts = [RIGHT, "0*1=1\n#### 0"]
+    texts = [CORRECT, "0*1=1\n#### 0"]
     whole = ScriptedSampler(policy, texts)
     build(pair_spec, many(policy), sampler=whole)
     assert whole.calls == 4
@@ -458,10 +463,10 @@ def test_a_real_sampler_draws_the_same_whatever_the_ranks(
     summary = build(pair_spec, rows)
     assert summary is not None
     assert summary["pairs"] > 2
-    assert summary["facts"]["right_continuations"] < summary["facts"]["continuations"] == 7 * 8
+    assert summary["facts"]["correct_continuations"] < summary["facts"]["continuations"] == 7 * 8
     solutions = {row["id"]: row for row in rows}
     for pair in pairs(pair_spec):
-        source = solutions[pair["pair_facts"]["rollout"]]
+        source = solutions[pair["pair_facts"]["solution_id"]]
         k = len(pair["prefix"])
         assert source["step_labels"][: k + 1] == [True] * k + [False]
         assert pair["prefix"] + [pair["rejected"]] == source["steps"][: k + 1]
@@ -479,7 +484,7 @@ def test_a_real_sampler_draws_the_same_whatever_the_ranks(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"take": "right"}, "unknown take 'right'"),
+        ({"take": "correct"}, "unknown take 'correct'"),
         ({"max_pairs": 0}, "max_pairs=0: must be at least 1"),
         ({"sampling": SamplingConfig(n=2, temperature=0)}, "2 continuations of a prefix at temperature 0 would all be"),
         ({"threshold": 1.0}, "threshold=1.0: must lie between 0 and 1"),
@@ -494,25 +499,25 @@ def test_contradicting_settings(pair_spec: StepPairConfig, change: dict[str, Any
 def test_rows_and_folders_that_are_refused(
     pair_spec: StepPairConfig, build: Pairs, policy: Policy, spec: LabelConfig, run: Any
 ) -> None:
-    row = rollout(policy, "a/0", WRONG, [True, False, False])
-    with pytest.raises(DataError, match="row 'a/0' is no rollout"):
+    row = continuation(policy, "a/0", INCORRECT, [True, False, False])
+    with pytest.raises(DataError, match="row 'a/0' is no completion"):
         build(pair_spec, [{"id": "a/0", "prompt": "p", "completions": ["x"], "labels": [True]}])
     with pytest.raises(DataError, match="row 'a/0' has no 'answer'"):
         build(pair_spec, [row | {"answer": None}])
     with pytest.raises(DataError, match="its token ids are not those of its text"):
-        build(pair_spec, [row | {"completion": "another\n" + row["completion"]}], [RIGHT])
+        build(pair_spec, [row | {"completion": "another\n" + row["completion"]}], [CORRECT])
     with pytest.raises(ConfigError, match="labelled under another prompt"):
-        build(pair_spec, [row | {"labelling": {"prompt": "0123"}}], [RIGHT])
+        build(pair_spec, [row | {"labelling": {"prompt": "0123"}}], [CORRECT])
     assert not (Path(pair_spec.out) / "pairs.jsonl").exists()
     pair_spec = replace(pair_spec, out=pair_spec.out + "-2")
-    build(pair_spec, [row], [RIGHT])
+    build(pair_spec, [row], [CORRECT])
     seed_1 = replace(pair_spec, sampling=replace(pair_spec.sampling, seed=1))
     with pytest.raises(ConfigError, match=r"pairing.seed: 0 then, 1 now"):
-        build(seed_1, [row], [RIGHT])
+        build(seed_1, [row], [CORRECT])
     with pytest.raises(ConfigError, match=r"another kind of job \(pair job\), not a labelling job"):
         run(replace(spec, out=pair_spec.out))
     run(spec)
     with pytest.raises(ConfigError, match=r"another kind of job \(labelling job\), not a pair job"):
-        build(replace(pair_spec, out=spec.out), [row], [RIGHT])
-    build(seed_1, [row], [RIGHT], overwrite=True)
+        build(replace(pair_spec, out=spec.out), [row], [CORRECT])
+    build(seed_1, [row], [CORRECT], overwrite=True)
     assert pairs(pair_spec)[0]["pairing"]["seed"] == 1

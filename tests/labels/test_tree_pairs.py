@@ -16,7 +16,7 @@ from stepkd.data.spec import load_rows, parse_spec
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.grading.pool import GradingConfig
 from stepkd.labels.pair_job import run_pair_job
-from stepkd.labels.settings import RolloutShare, SelfEvaluation, StepScore, TreePairConfig
+from stepkd.labels.settings import ContinuationShare, SelfEvaluation, StepScore, TreePairConfig
 from stepkd.labels.tree_pairs import tree_pair_builder
 from stepkd.models.policy import Policy
 from stepkd.randomness import generator
@@ -42,7 +42,7 @@ def spec(tmp_path: Path) -> TreePairConfig:
         search=SearchConfig(iterations=1, root_factor=2, actions=2, depth=2, max_steps=2),
         pairs=PairConfig(solved_only=False),
         sampling=SamplingConfig(max_new_tokens=10),
-        value=RolloutShare(rollouts=1),
+        value=ContinuationShare(continuations=1),
         segmenter="regex:[a-m]",
         max_step_tokens=10,
         max_rows=4,
@@ -109,7 +109,7 @@ def test_rows_and_summary(spec: TreePairConfig, run: Run, policy: Policy) -> Non
     pairs = rows(spec)
     assert summary["pairs"] == len(pairs) > 3
     assert summary["facts"]["trees"] == summary["items"] == 5
-    assert summary["solved_share"] == summary["facts"]["trees_with_a_right_end"] / 5
+    assert summary["solved_share"] == summary["facts"]["trees_with_a_correct_end"] / 5
     assert summary["mean_pair_depth"] == pytest.approx(sum(len(row["prefix"]) for row in pairs) / len(pairs))
     assert summary["tokens_generated"] == sum(drawn)
     for row in pairs:
@@ -128,7 +128,7 @@ def test_rows_and_summary(spec: TreePairConfig, run: Run, policy: Policy) -> Non
 
 
 class NoisySolver:
-    """Types the row's own solution; a line slips now and then, and behind a slip all lines are wrong."""
+    """Types the row's own solution; a line slips now and then, and behind a slip all lines are incorrect."""
 
     def __init__(self, policy: Policy, problems: Sequence[dict[str, Any]]) -> None:
         self.tokenizer = policy.tokenizer
@@ -145,7 +145,7 @@ class NoisySolver:
             for p, (prompt, index) in enumerate(zip(prompts, indices, strict=True))
         ]
 
-    def _rollout(self, p: int, j: int, prompt: Sequence[int], spec: SamplingConfig, noise: Any) -> Completion:
+    def _continuation(self, p: int, j: int, prompt: Sequence[int], spec: SamplingConfig, noise: Any) -> Completion:
         text = self.tokenizer.decode(prompt)
         row = next(row for row in self.problems if text.startswith(row["prompt"]))
         before, lines = text[len(row["prompt"]) :], row["solution"].splitlines(keepends=True)
@@ -160,9 +160,9 @@ class NoisySolver:
         return Completion(prompt, ids, raw_logprobs=(-0.1,) * len(ids), text=typed, sample=j)
 
 
-@pytest.mark.parametrize("value", [StepScore(scorer="checker"), RolloutShare(rollouts=8)])
-def test_the_better_side_is_right(spec: TreePairConfig, run: Run, policy: Policy, value: Any) -> None:
-    """A solver that slips: the search finds right solutions, prefers right steps and turns down wrong ones."""
+@pytest.mark.parametrize("value", [StepScore(scorer="checker"), ContinuationShare(continuations=8)])
+def test_the_better_side_is_correct(spec: TreePairConfig, run: Run, policy: Policy, value: Any) -> None:
+    """A solver that slips: the search finds correct solutions, prefers correct steps and turns down incorrect ones."""
     problems = load_rows(parse_spec("task:task=modular,n=6"))
     noisy = replace(
         spec,
@@ -179,15 +179,15 @@ def test_the_better_side_is_right(spec: TreePairConfig, run: Run, policy: Policy
     summary = run(noisy, sampler=NoisySolver(policy, problems))
     assert summary is not None
     pairs = rows(noisy)
-    right = {"chosen": 0, "rejected": 0}
+    correct = {"chosen": 0, "rejected": 0}
     for row in pairs:
-        for side in right:
+        for side in correct:
             steps = [*row["prefix"], *row[side].splitlines(keepends=True)]
-            right[side] += check_row(row, steps)[len(row["prefix"])]
+            correct[side] += check_row(row, steps)[len(row["prefix"])]
         assert (policy.tokenizer.eos_token_id in row["chosen_ids"]) is (not row["chosen"].endswith("\n"))
-    assert summary["right_path_share"] >= 0.8
+    assert summary["correct_path_share"] >= 0.8
     assert len(pairs) >= 8
-    assert right == {"chosen": len(pairs), "rejected": 0}
+    assert correct == {"chosen": len(pairs), "rejected": 0}
     assert {len(row["prefix"]) for row in pairs} >= {0, 1}
 
 
@@ -233,7 +233,7 @@ def test_another_job_in_the_folder(spec: TreePairConfig, run: Run) -> None:
 
 
 def test_no_pair_at_all(spec: TreePairConfig, run: Run) -> None:
-    """Nothing an untrained model writes is right by the benchmark's own extractor."""
+    """Nothing an untrained model writes is correct by the benchmark's own extractor."""
     with pytest.raises(DataError, match=r"no pair could be made from 5 items \(5 unsolved_tree\)"):
         run(replace(spec, pairs=PairConfig(), grading=GradingConfig(extractors=("boxed",))))
     assert json.loads((Path(spec.out) / "summary.json").read_text())["solved_share"] == 0
@@ -244,7 +244,7 @@ def test_self_evaluation_by_the_policy(spec: TreePairConfig, run: Run, policy: P
     judge = PromptedJudge(policy, reference=True, answers=[("y", "n")])
     summary = run(asked, scorer=judge)
     assert summary is not None
-    assert summary["facts"]["tokens_of_rollouts"] == 0
+    assert summary["facts"]["tokens_of_continuations"] == 0
     value = rows(asked)[0]["pairing"]["value"]
     assert (value["value"], value["scorer"]["reference"]) == ("self_evaluation", True)
     with pytest.raises((ConfigError, ModelError), match="single tokens"):

@@ -55,9 +55,9 @@ def twin(
         d = w / n_w - x / n_x
         if loss == "sigmoid":
             a = smoothing[i] if smoothing else 0.0
-            right, wrong = 1 / (1 + math.exp(-beta * d)), 1 / (1 + math.exp(beta * d))
-            total += -(1 - a) * math.log(right) - a * math.log(wrong)
-            slope = -(1 - a) * beta * wrong + a * beta * right
+            correct, incorrect = 1 / (1 + math.exp(-beta * d)), 1 / (1 + math.exp(beta * d))
+            total += -(1 - a) * math.log(correct) - a * math.log(incorrect)
+            slope = -(1 - a) * beta * incorrect + a * beta * correct
         else:
             total += (d - 1 / (2 * beta)) ** 2
             slope = 2 * (d - 1 / (2 * beta))

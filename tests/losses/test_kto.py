@@ -153,7 +153,7 @@ def test_metrics() -> None:
     ratios, labels = double([2.0, 4.0, -1.0, 50.0, 9.0]).requires_grad_(), torch.tensor([1, 1, 0, 1, -1])
     metrics = kto(ratios, labels, z0=1.0, beta=0.5).metrics
     values = {name: (total.item(), count.item()) for name, (total, count) in metrics.items()}
-    assert values == {"reward_right": (28.0, 3.0), "reward_wrong": (-0.5, 1.0), "saturated": (1.0, 4.0)}
+    assert values == {"reward_correct": (28.0, 3.0), "reward_incorrect": (-0.5, 1.0), "saturated": (1.0, 4.0)}
     assert not any(tensor.requires_grad for pair in metrics.values() for tensor in pair)
 
 
@@ -161,10 +161,10 @@ def test_step_metrics_and_conflicts() -> None:
     ratios, labels, completions, outcomes = tensors(SOLUTIONS)
     metrics = step_kto(ratios, labels, completions, outcomes, beta=0.1).metrics
     values = {name: (total.item(), count.item()) for name, (total, count) in metrics.items()}
-    assert values["reward_right"] == pytest.approx((0.1 * (1.25 + 3.0), 2))
-    assert values["step_reward_right"] == pytest.approx((0.1 * (0.5 + 2.0 - 0.75 + 0.75 + 0.1), 5))
-    assert values["step_reward_wrong"] == pytest.approx((0.1 * (-1.25 + 0.25 - 2.0), 3))
-    assert values["conflicts"] == (1.0, 1.0), "the other right answer has no judged step"
+    assert values["reward_correct"] == pytest.approx((0.1 * (1.25 + 3.0), 2))
+    assert values["step_reward_correct"] == pytest.approx((0.1 * (0.5 + 2.0 - 0.75 + 0.75 + 0.1), 5))
+    assert values["step_reward_incorrect"] == pytest.approx((0.1 * (-1.25 + 0.25 - 2.0), 3))
+    assert values["conflicts"] == (1.0, 1.0), "the other correct answer has no judged step"
     assert not any(tensor.requires_grad for pair in metrics.values() for tensor in pair)
 
 

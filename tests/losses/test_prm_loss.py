@@ -59,8 +59,8 @@ def test_metrics() -> None:
     metrics = step_cross_entropy(logps, targets).metrics
     values = {name: (total.item(), count.item()) for name, (total, count) in metrics.items()}
     assert values["accuracy"] == (3.0, 4.0)
-    assert values["accuracy_right"] == (2.0, 2.0)
-    assert values["accuracy_wrong"] == (1.0, 2.0)
+    assert values["accuracy_correct"] == (2.0, 2.0)
+    assert values["accuracy_incorrect"] == (1.0, 2.0)
     assert values["brier"] == pytest.approx((0.2**2 + 0.7**2 + 0.4**2 + 0.15**2, 4.0), rel=1e-13)
     assert not any(tensor.requires_grad for pair in metrics.values() for tensor in pair)
 
@@ -69,8 +69,8 @@ def test_even_odds_count_as_the_better_class() -> None:
     """As everywhere a step is correct from 0.5 on."""
     metrics = step_cross_entropy(double([[0.4, 0.6], [0.6, 0.4]]).log(), double([[0.5, 0.5]] * 2)).metrics
     assert [value.item() for value in metrics["accuracy"]] == [1.0, 2.0]
-    assert [value.item() for value in metrics["accuracy_right"]] == [1.0, 2.0]
-    assert [value.item() for value in metrics["accuracy_wrong"]] == [0.0, 0.0]
+    assert [value.item() for value in metrics["accuracy_correct"]] == [1.0, 2.0]
+    assert [value.item() for value in metrics["accuracy_incorrect"]] == [0.0, 0.0]
 
 
 def test_brier_is_among_the_labels_when_the_loss_is_over_the_vocabulary() -> None:
@@ -81,7 +81,7 @@ def test_brier_is_among_the_labels_when_the_loss_is_over_the_vocabulary() -> Non
 
 def test_a_class_without_steps_counts_zero_not_nan() -> None:
     metrics = step_cross_entropy(double([[0.2, 0.8]]).log(), double([[0, 1]])).metrics
-    assert [value.item() for value in metrics["accuracy_wrong"]] == [0.0, 0.0]
+    assert [value.item() for value in metrics["accuracy_incorrect"]] == [0.0, 0.0]
 
 
 # --- torch's own ---------------------------------------------------------------------------------------------------

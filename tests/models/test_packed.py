@@ -119,9 +119,9 @@ def test_the_comparison_sees_states_of_another_prompt(policy_of: Any) -> None:
     assert batch.shared_BT is not None
     with torch.no_grad():
         expected = separate_states(policy, examples)
-        wrong_BT = batch.shared_BT.clone()
-        wrong_BT[1, 3] = wrong_BT[1, 2]
-        hidden = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT, wrong_BT)
+        incorrect_BT = batch.shared_BT.clone()
+        incorrect_BT[1, 3] = incorrect_BT[1, 2]
+        hidden = policy.hidden(batch.input_ids_BT, batch.attention_mask_BT, incorrect_BT)
     assert (hidden.flatten(0, 1)[batch.needed_N] - expected).norm() > 1e-2 * expected.norm()
 
 

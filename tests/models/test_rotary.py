@@ -74,13 +74,13 @@ def test_a_sampler_stays_before_the_change_and_agrees_with_the_trainer() -> None
     policy = phi3()
     prompts = [row.tolist() for row in (*ids(2, 20), *ids(2, 5))]
     drawn = TransformersSampler(policy).sample(prompts, SamplingConfig(max_new_tokens=60))
-    for prompt, (rollout,) in zip(prompts, drawn, strict=True):
-        assert len(prompt) + len(rollout.token_ids) <= SWITCH
-        row = torch.tensor([[*prompt, *rollout.token_ids]])
+    for prompt, (completion,) in zip(prompts, drawn, strict=True):
+        assert len(prompt) + len(completion.token_ids) <= SWITCH
+        row = torch.tensor([[*prompt, *completion.token_ids]])
         with torch.no_grad():
             hidden = policy.hidden(row, torch.ones_like(row))[0, len(prompt) - 1 : -1]
-            logps = token_logps(policy.head, hidden, torch.tensor(rollout.token_ids))
-        assert (logps - torch.from_numpy(rollout.raw_logprobs)).abs().max() <= 1e-3
+            logps = token_logps(policy.head, hidden, torch.tensor(completion.token_ids))
+        assert (logps - torch.from_numpy(completion.raw_logprobs)).abs().max() <= 1e-3
     with pytest.raises(DataError, match="has 30 tokens and the model's context is 24"):
         TransformersSampler(policy).sample([list(range(2, 32))], SamplingConfig())
 

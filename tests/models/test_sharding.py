@@ -1,4 +1,4 @@
-"""Models cut up over two ranks: memory, gathering, what cannot be cut."""
+"""Models sharded over two ranks: memory, gathering, what cannot be cut."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_round_trip_over_every_task(name: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([chr(code) for code in range(0x20, 0x7F)] + ["\n", "####"]), max_size=40).map("".join))
-def test_any_printable_text_round_trips_with_right_offsets(text: str) -> None:
+def test_any_printable_text_round_trips_with_correct_offsets(text: str) -> None:
     if any(special in text for special in ("<pad>", "<eos>", "<unk>")):
         return
     encoded = TOKENIZER(text, return_offsets_mapping=True)

@@ -84,7 +84,7 @@ def test_label_token_scores_are_a_softmax_of_the_two_logits() -> None:
     assert torch.allclose(scores(full), scores(model), rtol=1e-12), "scores are always among the label tokens"
 
 
-@pytest.mark.parametrize(("neutral", "share"), [("right", 1.0), ("wrong", 0.0), ("half", 0.5)])
+@pytest.mark.parametrize(("neutral", "share"), [("correct", 1.0), ("incorrect", 0.0), ("half", 0.5)])
 @pytest.mark.parametrize("kind", ["label_tokens", "classifier"])
 def test_three_classes(kind: str, neutral: Any, share: float) -> None:
     spec = THREE if kind == "label_tokens" else replace(CLASSIFIER, classes=3)
@@ -322,7 +322,7 @@ def test_training_goes_on_from_an_export_with_the_same_head_only(tmp_path: Path)
     again = Policy.load(PolicyConfig(path=str(tmp_path)))
     again.attach_step_head(CLASSIFIER, seed=3)
     assert torch.equal(scores(again), scores(model)), "the trained head is kept, not drawn again"
-    with pytest.raises(ConfigError, match="give the same head settings to go on training it"):
+    with pytest.raises(ConfigError, match="give the same head settings to continue training it"):
         again.attach_step_head(replace(CLASSIFIER, meaning="value"))
 
 
@@ -366,7 +366,7 @@ def test_settings_survive_json() -> None:
 def test_files_with_the_settings_of_all_kinds_still_load(kind: str, spec: StepHeadConfig) -> None:
     old = {"kind": kind, "labels": ["-", "0", "+"], "restricted": True, "classes": 3, "layers": 2}
     layout = {"marker": spec.format.marker, "separator": "\n"}
-    found = step_head_from_dict(old | {"format": layout, "neutral": "right", "meaning": "correctness"})
+    found = step_head_from_dict(old | {"format": layout, "neutral": "correct", "meaning": "correctness"})
     assert found == replace(spec, format=StepFormat(**layout))  # type: ignore[type-var]
 
 

@@ -43,9 +43,9 @@ class Recording(StepModule):
         self.gradients: Gradients = {}
         self.shapes: list[tuple[int, ...]] = []
 
-    def _collate(self, examples: Sequence[Completion], *, is_filler: bool = False) -> Batch:
+    def _collate(self, examples: Sequence[Completion], *, is_dummy: bool = False) -> Batch:
         side: Any = self.padding_side
-        return collate(examples, 0, padding_side=side, pad_to=self.pad_to, is_filler=is_filler)
+        return collate(examples, 0, padding_side=side, pad_to=self.pad_to, is_dummy=is_dummy)
 
     def loss_terms(self, micro_batch: Batch) -> Any:
         self.shapes.append(tuple(micro_batch.input_ids_BT.shape))
@@ -148,7 +148,7 @@ def distance() -> Callable[[Gradients, Gradients], float]:
 
 
 def encode_steps(head: StepHeadConfig, count: int = 16, rule: LabelRule | None = None, **columns: Any) -> list[Any]:
-    """Solutions of very different lengths with right and wrong steps; a column is a function of these labels."""
+    """Solutions of very different lengths with correct and incorrect steps; a column is a function of these labels."""
     tokenizer = tiny_tokenizer()
     encoder = StepEncoder(
         tokenizer,

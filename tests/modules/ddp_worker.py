@@ -55,7 +55,7 @@ class PRMRecorder(Gradients, PRMModule):
     labelled = 0
 
     def loss_terms(self, micro_batch: Batch) -> LossTerms:
-        self.labelled += 0 if micro_batch.is_filler else len(micro_batch.read_L)
+        self.labelled += 0 if micro_batch.is_dummy else len(micro_batch.read_L)
         return super().loss_terms(micro_batch)
 
 

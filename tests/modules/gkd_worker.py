@@ -42,7 +42,7 @@ def examples(count: int = 8) -> list[Completion]:
 
 
 def noisy_examples(count: int = 8) -> list[Completion]:
-    """Solutions of which some have wrong steps."""
+    """Solutions of which some have incorrect steps."""
     rows = make_rows("modular:terms=2-6", count, seed=3, noise=Noise(rate=0.3))
     return Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline")).examples(rows)
 
@@ -59,8 +59,8 @@ class GKD(GKDModule):
         self.written: list[dict[str, tuple[int, ...]]] = []
         self.drawn: list[str] = []
 
-    def _collate(self, examples: Any, *, is_filler: bool = False) -> Any:
-        return collate(examples, 0, is_filler=is_filler, **self.layout)
+    def _collate(self, examples: Any, *, is_dummy: bool = False) -> Any:
+        return collate(examples, 0, is_dummy=is_dummy, **self.layout)
 
     def draw_source(self) -> Any:
         self.drawn.append(super().draw_source())

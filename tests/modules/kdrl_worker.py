@@ -38,7 +38,7 @@ REWARDS = [
     RewardConfig("length", options={"limit": 20}),
     RewardConfig("format", weight=0.5, options={"pattern": r"\d"}),
 ]
-"""A random model is never right; these tell its completions apart."""
+"""A random model is never correct; these tell its completions apart."""
 
 
 def examples(count: int = 4) -> list[Completion]:

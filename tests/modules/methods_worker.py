@@ -115,8 +115,8 @@ class Recording(StepModule):
     taken_over = 0
     """Positions that have their states from another row."""
 
-    def _collate(self, examples: Any, *, is_filler: bool = False) -> Any:
-        return collate(examples, 0, share=getattr(self, "shares_prompts", False), is_filler=is_filler, **self.layout)
+    def _collate(self, examples: Any, *, is_dummy: bool = False) -> Any:
+        return collate(examples, 0, share=getattr(self, "shares_prompts", False), is_dummy=is_dummy, **self.layout)
 
     def counted(self, batches: Any) -> Any:
         self.split = len(batches)

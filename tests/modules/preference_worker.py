@@ -85,8 +85,8 @@ class Recording(PreferenceModule):
         self.shapes: list[tuple[int, ...]] = []
         self.shared = 0
 
-    def _collate(self, examples: Any, *, is_filler: bool = False) -> Any:
-        return collate(examples, 0, share=self.shares_prompts, is_filler=is_filler, **self.layout)
+    def _collate(self, examples: Any, *, is_dummy: bool = False) -> Any:
+        return collate(examples, 0, share=self.shares_prompts, is_dummy=is_dummy, **self.layout)
 
     def loss_terms(self, micro_batch: Any) -> Any:
         self.shapes.append(tuple(micro_batch.input_ids_BT.shape))

@@ -60,7 +60,7 @@ def test_two_processes_with_half_a_model_each_equal_one(
 
 @pytest.mark.slow
 def test_half_an_adapted_model_each(tmp_path: Path, distance: Any) -> None:
-    """LoRA on a frozen base that is cut up too, with activations computed again."""
+    """LoRA on a frozen base that is sharded too, with activations computed again."""
     one = launch(tmp_path / "one.pt", 5, ADAPT="1")
     two = launch(tmp_path / "two.pt", 5, ranks=2, ADAPT="1", STRATEGY="fsdp2")
     assert one["gradients"].keys() == two["gradients"].keys()

@@ -194,9 +194,9 @@ def test_where_trls_step_is_another_one(views: Any, rows: list[Any]) -> None:
     before, after = (sum(len(row.token_ids) for row in batch) for batch in (rows, sampled))
     assert before != after
     counted = float(trl_loss(views, sampled, beta=0.5, items=before).detach())
-    right = float(trl_loss(views, sampled, beta=0.5).detach())
-    assert counted == pytest.approx(right * after / before, rel=1e-6)
-    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(right, rel=1e-6)
+    correct = float(trl_loss(views, sampled, beta=0.5).detach())
+    assert counted == pytest.approx(correct * after / before, rel=1e-6)
+    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(correct, rel=1e-6)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def test_weights_by_scores() -> None:
 
 
 @pytest.mark.parametrize("average", ["tokens", "sequences"])
-def test_only_wrong_steps(average: Any, views: Any, distance: Callable[..., float]) -> None:
-    """Gradients of the tokens of wrong steps alone, averaged over those tokens, or within each flawed solution."""
+def test_only_incorrect_steps(average: Any, views: Any, distance: Callable[..., float]) -> None:
+    """Gradients of the tokens of incorrect steps alone, averaged over those tokens, or within each flawed solution."""
     rows = worker.noisy_examples()
     module = worker.run(
         rows,
@@ -304,11 +304,13 @@ def test_only_wrong_steps(average: Any, views: Any, distance: Callable[..., floa
         ids = torch.tensor([[*row.prompt_ids, *row.token_ids]])
         logps = [v.model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1) for v in views]
         values = reverse_kl(logps[0], logps[1].detach())
-        wrong = [i for span, ok in zip(row.spans, row.row["step_labels"], strict=True) if not ok for i in range(*span)]
+        incorrect = [
+            i for span, ok in zip(row.spans, row.row["step_labels"], strict=True) if not ok for i in range(*span)
+        ]
         everything += len(values)
-        if wrong:
-            counted += len(wrong)
-            per_row.append(values[wrong].sum() if average == "tokens" else values[wrong].mean())
+        if incorrect:
+            counted += len(incorrect)
+            per_row.append(values[incorrect].sum() if average == "tokens" else values[incorrect].mean())
     assert 0 < len(per_row) < len(rows)
     (torch.stack(per_row).sum() / (counted if average == "tokens" else len(per_row))).backward()
     expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
@@ -437,7 +439,7 @@ def test_a_student_that_is_its_teacher(views: Any, rows: list[Any], tmp_path: Pa
     found = measure(rows, views, teacher=Local(str(tmp_path / "same")))
     assert abs(found["forward_kl"]) < 1e-9
     assert abs(found["reverse_kl"]) < 1e-9
-    assert (found["agreement"], found["answers_teacher_right"], found["answers_student_right"]) == (1.0, 0.0, 0.0)
+    assert (found["agreement"], found["answers_teacher_correct"], found["answers_student_correct"]) == (1.0, 0.0, 0.0)
 
 
 def test_fidelity_to_a_teacher_of_few_tokens(views: Any, rows: list[Any]) -> None:
@@ -450,12 +452,12 @@ def test_fidelity_to_a_teacher_of_few_tokens(views: Any, rows: list[Any]) -> Non
 
 def test_kinds_of_answers() -> None:
     kinds = {
-        ((True, "5"), (True, "5")): "both_right",
-        ((True, "5"), (False, "4")): "student_right",
-        ((False, "4"), (True, "5")): "teacher_right",
-        ((False, "4"), (False, "4")): "same_wrong",
-        ((False, "4"), (False, "3")): "different_wrong",
-        ((False, None), (False, None)): "different_wrong",
+        ((True, "5"), (True, "5")): "both_correct",
+        ((True, "5"), (False, "4")): "student_correct",
+        ((False, "4"), (True, "5")): "teacher_correct",
+        ((False, "4"), (False, "4")): "same_incorrect",
+        ((False, "4"), (False, "3")): "different_incorrect",
+        ((False, None), (False, None)): "different_incorrect",
     }
     assert {pair: _kind(*pair) for pair in kinds} == kinds
 

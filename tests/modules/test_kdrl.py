@@ -197,11 +197,11 @@ def test_joint_and_advantage_form_are_one_on_policy(rows: list[Any], distance: C
 
 @pytest.mark.parametrize("mask", ["response", "group"])
 def test_masks(mask: Any, views: Any, rows: list[Any], distance: Callable[..., float], monkeypatch: Any) -> None:
-    def right(self: Any, columns: Any) -> list[bool]:  # a random model has no right answers
+    def correct(self: Any, columns: Any) -> list[bool]:  # a random model has no correct answers
         written = zip(columns["completion_ids"], columns["rows"], strict=True)
         return [sum(ids) % 2 == 0 and row["id"] != rows[0].id for ids, row in written]
 
-    monkeypatch.setattr(Rewards, "correct", right)
+    monkeypatch.setattr(Rewards, "correct", correct)
     module = worker.run(rows, kd=SampledKL(beta=0.3, mask=mask))
     rollouts = module.kept[0]
 
@@ -241,7 +241,7 @@ def test_two_processes_equal_one(tmp_path: Path, distance: Callable[..., float])
 
 @pytest.mark.slow
 def test_a_rank_without_examples(tmp_path: Path, distance: Callable[..., float]) -> None:
-    """It computes a filler, which is no sample and raises no alarm."""
+    """It computes a dummy, which is no sample and raises no alarm."""
     done = forked.run([str(tmp_path / "out"), "1"], ranks=2, script=WORKER)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sampler and trainer" not in done.stderr

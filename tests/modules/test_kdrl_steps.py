@@ -66,7 +66,7 @@ def test_step_credit(discount: float, rows: list[Any], monkeypatch: pytest.Monke
             later = [n for n, end in zip(normal, ends, strict=True) if end > t]
             wanted.append(sum(n * discount**away for away, n in enumerate(later)))
         assert list(rollout.advantages) == pytest.approx(wanted, abs=1e-9)
-    # Answers that are all wrong have nothing to say, their steps do: none of these groups is dropped.
+    # Answers that are all incorrect have nothing to say, their steps do: none of these groups is dropped.
     assert any(rollout.advantages.any() for rollout in rollouts)
     assert all(rollout.pg_count > 0 for rollout in rollouts if rollout.advantages.any())
 

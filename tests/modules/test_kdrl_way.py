@@ -101,7 +101,7 @@ def test_the_classes_on_the_way(met: dict[str, list[Any]], tmp_path: Path, monke
         assert credited.step_ends is graded.step_ends
         assert isinstance(credited.advantages, np.ndarray)
         assert len(credited.advantages) == len(credited.token_ids)
-    examples = [example for batch in met["batch"] if not batch.is_filler for example in batch.examples]
+    examples = [example for batch in met["batch"] if not batch.is_dummy for example in batch.examples]
     assert {id(example) for example in examples} == {id(rollout) for rollout in met["credit"]}
     assert len(met["row"]) == module.samples.number
 

@@ -296,11 +296,11 @@ def test_small_batches(count: int, examples: list[Any]) -> None:
 
 def test_one_class_and_no_labels_at_all(examples: list[Any]) -> None:
     """An empty class is no NaN, and a batch without a single label of one kind trains the other."""
-    right = [example for example in examples if example.outcome == 1][:3]
-    assert right
-    found = worker.run(worker.KTO, right, **worker.WEIGHTS).trainer.callback_metrics
+    correct = [example for example in examples if example.outcome == 1][:3]
+    assert correct
+    found = worker.run(worker.KTO, correct, **worker.WEIGHTS).trainer.callback_metrics
     assert math.isfinite(float(found["train/loss"]))
-    assert "train/reward_wrong" not in found
+    assert "train/reward_incorrect" not in found
     unlabelled = [example for example in examples if set(example.step_labels) == {-1}]
     assert unlabelled
     module = worker.run(worker.StepKTO, unlabelled, **worker.STEP_WEIGHTS)
@@ -331,7 +331,7 @@ def test_a_policy_that_is_its_reference_has_values_of_one_half(examples: list[An
     [(False, {}, True), (True, {}, True), (True, {"outcome": "batch", "step": "zero"}, True), (True, ZERO, False)],
 )
 def test_what_is_computed_before_a_step(cache: bool, points: dict[str, Any], runs: bool) -> None:
-    """A model that is cut up over ranks is gathered for it."""
+    """A model that is sharded over ranks is gathered for it."""
     point, reference = ReferencePointConfig(**points), ReferenceConfig(cache=cache)
     module = StepKTOModule(PolicyConfig(path="tiny-0.1m"), reference, reference_point=point)
     assert module.prepares_with_model == runs

@@ -261,16 +261,16 @@ def test_validation_measures_what_training_does(rows: Path, tmp_path: Path) -> N
 
 
 def test_one_class_is_refused(rows: Path, tmp_path: Path) -> None:
-    right = [line for line in rows.read_text().splitlines() if json.loads(line)["outcome"]]
-    path = tmp_path / "right.jsonl"
-    path.write_text("\n".join(right) + "\n")
-    with pytest.raises(DataError, match="labelled outcomes are right"):
+    correct = [line for line in rows.read_text().splitlines() if json.loads(line)["outcome"]]
+    path = tmp_path / "correct.jsonl"
+    path.write_text("\n".join(correct) + "\n")
+    with pytest.raises(DataError, match="labelled outcomes are correct"):
         fit(tmp_path, step_kto(), data(path), 1)
     module = fit(tmp_path, step_kto(), data(path, allow_one_class=True), 1)
     assert torch.isfinite(module.trainer.callback_metrics["train/loss"])
 
 
-def test_the_wrong_data_for_the_method(rows: Path, tmp_path: Path) -> None:
+def test_the_incorrect_data_for_the_method(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.labels is set, and DPOModule reads no labels"):
         fit(tmp_path, DPOModule(PolicyConfig(path="tiny-0.1m")), data(rows, labels=LabelRule()), 1)
     with pytest.raises(DataError, match="DPOModule learns from rows of the kinds preference"):
@@ -279,13 +279,13 @@ def test_the_wrong_data_for_the_method(rows: Path, tmp_path: Path) -> None:
 
 def test_settings_out_of_range() -> None:
     policy = PolicyConfig(path="tiny-0.1m")
-    wrong: list[tuple[Any, dict[str, Any], str]] = [
+    incorrect: list[tuple[Any, dict[str, Any], str]] = [
         (KTOModule, {"beta": 0}, "beta=0"),
         (KTOModule, {"class_weights": [1.0]}, "two positive numbers"),
         (StepKTOModule, {"loss_weights": {"step": -1}}, "loss_weights"),
         (StepKTOModule, {"reduction": "sum"}, "reduction"),
     ]
-    for kind, settings, message in wrong:
+    for kind, settings, message in incorrect:
         with pytest.raises(ConfigError, match=message):
             kind(policy, **settings)
     with pytest.raises(ConfigError, match=r"loss.label_smoothing=0.7: must lie in \[0, 0.5\]"):
@@ -301,7 +301,7 @@ def test_visits_are_asked_for_by_name() -> None:
 
 def test_labels_that_the_method_learns_from_must_be_there(rows: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
-    unlabelled, right_steps = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    unlabelled, correct_steps = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     kept = ("id", "prompt", "answer")
     unpaired = [
         {name: row[name] for name in kept} | {"completion": "".join(row["completions"]), "label": row["outcome"]}
@@ -310,9 +310,11 @@ def test_labels_that_the_method_learns_from_must_be_there(rows: Path, tmp_path: 
     unlabelled.write_text("\n".join(map(json.dumps, unpaired)) + "\n")
     with pytest.raises(DataError, match=r"no row has labelled steps.*KTO, which needs none"):
         fit(tmp_path, step_kto(), data(unlabelled), 1)
-    right_steps.write_text("\n".join(json.dumps(row | {"labels": [True] * len(row["labels"])}) for row in lines) + "\n")
-    with pytest.raises(DataError, match="labelled steps are right"):
-        fit(tmp_path, step_kto(), data(right_steps), 1)
-    for path in (unlabelled, right_steps):  # KTO does not look at steps
+    correct_steps.write_text(
+        "\n".join(json.dumps(row | {"labels": [True] * len(row["labels"])}) for row in lines) + "\n"
+    )
+    with pytest.raises(DataError, match="labelled steps are correct"):
+        fit(tmp_path, step_kto(), data(correct_steps), 1)
+    for path in (unlabelled, correct_steps):  # KTO does not look at steps
         module = KTOModule(PolicyConfig(path="tiny-0.1m"), optimizer=worker.STEADY)
         assert torch.isfinite(fit(tmp_path, module, data(path), 1).trainer.callback_metrics["train/loss"])

@@ -132,18 +132,20 @@ def test_soft_labels(
 
 
 def chances(labels: Sequence[bool]) -> list[float | None]:
-    return [None if i % 3 == 1 else (0.7 if right else 0.1) + 0.01 * i for i, right in enumerate(labels)]
+    return [None if i % 3 == 1 else (0.7 if correct else 0.1) + 0.01 * i for i, correct in enumerate(labels)]
 
 
 def test_neutral_class(prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any) -> None:
     head = Classifier(classes=3)
-    examples = encoded(head, labels=lambda labels: [(-1, 1)[right] if i % 3 else 0 for i, right in enumerate(labels)])
+    examples = encoded(
+        head, labels=lambda labels: [(-1, 1)[correct] if i % 3 else 0 for i, correct in enumerate(labels)]
+    )
     assert {target.index(1.0) for example in examples for target in example.targets if target} == {0, 1, 2}
     module = prm_step(examples, head, micro_batch_tokens=400)
     assert distance(module.gradients, brute_force_steps(head, examples)[1]) < TOLERANCE
 
 
-def test_the_language_part_is_plain_cross_entropy_on_right_steps_without_the_markers(
+def test_the_language_part_is_plain_cross_entropy_on_correct_steps_without_the_markers(
     prm_step: Any, distance: Any, encoded: Any, fresh: Any
 ) -> None:
     examples = encoded(TOKENS)
@@ -152,7 +154,7 @@ def test_the_language_part_is_plain_cross_entropy_on_right_steps_without_the_mar
     )
     policy, ids_of = fresh(TOKENS), resolve_ids(TOKENS, tiny_tokenizer())
     steps = language = torch.zeros((), dtype=torch.float64)
-    num_steps = num_tokens = num_wrong = 0
+    num_steps = num_tokens = num_incorrect = 0
     for example in examples:
         assert None not in example.targets
         ids = torch.tensor([*example.prompt_ids, *example.token_ids])
@@ -161,14 +163,14 @@ def test_the_language_part_is_plain_cross_entropy_on_right_steps_without_the_mar
         for (start, end), target in zip(example.spans, example.targets, strict=True):
             if target == (1.0, 0.0):
                 wanted[len(example.prompt_ids) + start : len(example.prompt_ids) + end] = -100
-                num_wrong += 1
+                num_incorrect += 1
         logits = policy.model(input_ids=ids[None]).logits[0]
         language = language + F.cross_entropy(logits[:-1], wanted[1:], reduction="sum")
-        right = torch.tensor([int(target[1]) for target in example.targets if target])
+        correct = torch.tensor([int(target[1]) for target in example.targets if target])
         at_markers = logits[ids == ids_of.marker][:, list(ids_of.labels)]
-        steps = steps + F.cross_entropy(at_markers, right, reduction="sum")
-        num_steps, num_tokens = num_steps + len(right), num_tokens + int((wanted != -100).sum())
-    assert 0 < num_wrong < num_steps
+        steps = steps + F.cross_entropy(at_markers, correct, reduction="sum")
+        num_steps, num_tokens = num_steps + len(correct), num_tokens + int((wanted != -100).sum())
+    assert 0 < num_incorrect < num_steps
     (steps / num_steps + 0.5 * language / num_tokens).backward()
     gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     assert distance(module.gradients, gradients) < TOLERANCE
@@ -312,8 +314,8 @@ def test_an_outcome_model_reads_the_last_step_only(
 
 
 @pytest.mark.parametrize("name", ["label_tokens", "classifier"])
-def test_a_learning_model_tells_right_from_wrong(name: str, prm_step: Any, encoded: Any, scored: Any) -> None:
-    """The sign: after some steps on the same solution, right steps score above a half and wrong ones below."""
+def test_a_learning_model_tells_correct_from_incorrect(name: str, prm_step: Any, encoded: Any, scored: Any) -> None:
+    """The sign: after some steps on the same solution, correct steps score above a half and incorrect ones below."""
     head = HEADS[name]
     example = next(e for e in encoded(head) if {(1.0, 0.0), (0.0, 1.0)} == set(e.targets) and e.length < 100)
     optimizer = OptimizerConfig(lr=1e-2, schedule="constant", warmup=0)

@@ -138,7 +138,7 @@ def test_validation_measures_both_classes(trainer: Any, fresh: Any, plain_logits
     targets = torch.tensor([target for example in examples for target in example.targets if target])
     terms = step_cross_entropy(logps, targets)
     assert logged["val/prm"] == pytest.approx(float(terms.sums["prm"] / len(targets)))
-    for name in ("accuracy", "accuracy_right", "accuracy_wrong", "brier"):
+    for name in ("accuracy", "accuracy_correct", "accuracy_incorrect", "brier"):
         total, count = terms.metrics[name]
         assert logged[f"val/{name}"] == pytest.approx(float(total / count), rel=1e-5)
 
@@ -165,7 +165,7 @@ data:
   init_args:
     train: {options: {task: 'modular:terms=3', n: 40, noise: {rate: 0.4}}}
     validation: {options: {task: 'modular:terms=3', n: 8, noise: {rate: 0.4}}}
-    labels: {after_error: mask, neutral: wrong}
+    labels: {after_error: mask, neutral: incorrect}
     global_batch_size: 16
 """
 
@@ -196,5 +196,5 @@ def test_the_recipe_runs_with_settings_of_head_and_labels(tmp_path: Path, capsys
     again = load_trained(out)
     assert again.require_step_head().spec.format.marker == "~"
     metrics = (out / "metrics.jsonl").read_text()
-    assert '"val/accuracy_wrong"' in metrics
+    assert '"val/accuracy_incorrect"' in metrics
     assert all(f'"train/{name}"' in metrics for name in ("prm", "pqm", "lm"))

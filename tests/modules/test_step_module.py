@@ -90,12 +90,12 @@ def test_the_model_is_gathered_once_for_all_steps_of_a_batch(examples: Any, trai
         def gathered(self) -> Iterator[None]:
             self.events.append("gathered")
             yield
-            self.events.append("cut up")
+            self.events.append("sharded")
 
         def after_step(self) -> None:
             self.events.append("step")
 
-    for prepares, expected in ((False, ["prepared"]), (True, ["gathered", "prepared", "cut up"])):
+    for prepares, expected in ((False, ["prepared"]), (True, ["gathered", "prepared", "sharded"])):
         module = TwoSteps(PolicyConfig(path="tiny-0.1m"), STEADY)
         module.prepares_with_model, module.events = prepares, []
         trainer(max_steps=2).fit(module, train_dataloaders=loader_of(examples, module))
@@ -448,15 +448,15 @@ def test_validation_measures_loss_and_sampled_accuracy(trainer: Any) -> None:
     assert first["val/ce"] == pytest.approx(total / sum(len(e.token_ids) for e in examples), rel=1e-5)
 
 
-def test_predict_gives_valid_rollout_rows(trainer: Any) -> None:
-    from stepkd.data.rows import ROLLOUT, validate
+def test_predict_gives_valid_completion_rows(trainer: Any) -> None:
+    from stepkd.data.rows import COMPLETION, validate
 
     module = SFTModule(PolicyConfig(path="tiny-0.1m"), STEADY, ValidationConfig(SamplingConfig(n=2, max_new_tokens=9)))
     batches = trainer().predict(module, datamodule=tiny_data())
     rows = [row for batch in batches for row in batch]
     assert len(rows) == 6
     for row in rows:
-        validate(row, ROLLOUT)
+        validate(row, COMPLETION)
     assert {row["sample"] for row in rows} == {0, 1}
 
 

@@ -125,8 +125,8 @@ def test_kto(points: str, trainer: Any, distance: Callable[..., float], tmp_path
     assert distance(found, {name.removeprefix("model."): value for name, value in expected.items()}) < 1e-5
     assert logged["train/loss"] == pytest.approx(loss, rel=1e-5)
     assert logged["train/z0"] == pytest.approx(metrics["kl"], rel=1e-5)
-    assert logged["train/reward_right"] == pytest.approx(metrics["rewards/chosen"], rel=1e-5, abs=NOISE)
-    assert logged["train/reward_wrong"] == pytest.approx(metrics["rewards/rejected"], rel=1e-5, abs=NOISE)
+    assert logged["train/reward_correct"] == pytest.approx(metrics["rewards/chosen"], rel=1e-5, abs=NOISE)
+    assert logged["train/reward_incorrect"] == pytest.approx(metrics["rewards/rejected"], rel=1e-5, abs=NOISE)
     assert logged["train/margin"] == pytest.approx(metrics["rewards/margins"], rel=1e-5, abs=NOISE)
     assert (logged["train/z0"] > 0) == (points == "mismatch")
 

@@ -11,7 +11,7 @@ import torch
 from stepkd.data.collate import Batch
 from stepkd.data.completion import Completion
 from stepkd.data.datamodule import StepData
-from stepkd.data.rows import ROLLOUT, validate
+from stepkd.data.rows import COMPLETION, validate
 from stepkd.data.step_labels import LabelRule
 from stepkd.losses import LossTerms
 from stepkd.models.spec import PolicyConfig, tiny_tokenizer
@@ -38,7 +38,7 @@ def labelled_rows() -> list[dict[str, Any]]:
                 "id": f"r{i}", "problem_id": f"p{i}", "prompt": f"{i}+1=\n", "completion": text, "finish": "stop",
                 "correct": i > 0, "model": "m", "sampling": {}, "seed": 0, "step_labels": labels, **common,
             },
-            ROLLOUT,
+            COMPLETION,
         )
         for i, labels in enumerate(LABELS)
     ]  # fmt: skip

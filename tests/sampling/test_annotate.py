@@ -91,11 +91,11 @@ def test_without_a_teacher(policy: Policy, teacher: Policy, ids: Any) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
 def test_equal_to_the_samplers_raw_logprobs(policy: Policy, temperature: float, ids: Any) -> None:
     spec = SamplingConfig(n=3, max_new_tokens=20, temperature=temperature, seed=2)
-    samples = [rollout for row in TransformersSampler(policy).sample(ids[0], spec) for rollout in row]
-    prompts = [rollout.prompt_ids.tolist() for rollout in samples]
-    results = annotate(policy, prompts, [rollout.token_ids.tolist() for rollout in samples], max_tokens=100)
-    for rollout, signals in zip(samples, results, strict=True):
-        assert close(signals.logprobs, rollout.raw_logprobs)
+    samples = [continuation for row in TransformersSampler(policy).sample(ids[0], spec) for continuation in row]
+    prompts = [continuation.prompt_ids.tolist() for continuation in samples]
+    results = annotate(policy, prompts, [continuation.token_ids.tolist() for continuation in samples], max_tokens=100)
+    for continuation, signals in zip(samples, results, strict=True):
+        assert close(signals.logprobs, continuation.raw_logprobs)
 
 
 def test_never_more_logits_than_a_chunk(policy: Policy, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:

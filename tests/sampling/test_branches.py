@@ -16,7 +16,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny, tiny_tokenizer
 from stepkd.sampling import branches
 from stepkd.sampling.decode import Decoder
-from stepkd.sampling.sampler import Branch, BranchRollouts, SamplingConfig
+from stepkd.sampling.sampler import Branch, BranchContinuations, SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 
 SPEC = SamplingConfig(n=3, max_new_tokens=10, seed=4)
@@ -50,13 +50,15 @@ def some() -> list[Branch]:
     return [Branch(ids, c, index) for ids, c, index in zip(sequences, cuts, (5, 0, 12, 3), strict=True)]
 
 
-def flat(results: Sequence[BranchRollouts]) -> list[Completion]:
-    return [rollout for branch in results for cut in branch.rollouts for rollout in cut]
+def flat(results: Sequence[BranchContinuations]) -> list[Completion]:
+    return [continuation for branch in results for cut in branch.continuations for continuation in cut]
 
 
-def assert_same(actual: Sequence[BranchRollouts], expected: Sequence[BranchRollouts], exact: float = 1e-10) -> None:
-    assert [[len(cut) for cut in branch.rollouts] for branch in actual] == [
-        [len(cut) for cut in branch.rollouts] for branch in expected
+def assert_same(
+    actual: Sequence[BranchContinuations], expected: Sequence[BranchContinuations], exact: float = 1e-10
+) -> None:
+    assert [[len(cut) for cut in branch.continuations] for branch in actual] == [
+        [len(cut) for cut in branch.continuations] for branch in expected
     ]
     for a, b in zip(flat(actual), flat(expected), strict=True):
         assert (a.key, a.finish, a.text, a.sample) == (b.key, b.finish, b.text, b.sample)
@@ -74,14 +76,14 @@ def reading_apart(policy: Policy, max_rows: int = 64) -> TransformersSampler:
 def test_shape_of_the_answer(policy: Policy, some: list[Branch]) -> None:
     results = TransformersSampler(policy).sample_branches(some, SPEC)
     for branch, result in zip(some, results, strict=True):
-        assert len(result.rollouts) == len(branch.cuts)
-        for end, cut in zip(branch.cuts, result.rollouts, strict=True):
+        assert len(result.continuations) == len(branch.cuts)
+        for end, cut in zip(branch.cuts, result.continuations, strict=True):
             prefix = list(branch.token_ids[:end])
             assert [(r.prompt_ids.tolist(), r.sample) for r in cut] == [(prefix, j) for j in range(3)]
     assert all(1 <= len(r.token_ids) <= 10 for r in flat(results))
     assert len({r.token_ids.tobytes() for r in flat(results)}) == len(flat(results))  # every sample has its own noise
     assert TransformersSampler(policy).sample_branches([], SPEC) == []
-    assert TransformersSampler(policy).sample_branches([Branch([5], [], 0)], SPEC) == [BranchRollouts((), 0)]
+    assert TransformersSampler(policy).sample_branches([Branch([5], [], 0)], SPEC) == [BranchContinuations((), 0)]
 
 
 @pytest.mark.parametrize("max_rows", [1, 7, 64])
@@ -101,13 +103,13 @@ def test_logprobs_equal_a_plain_forward(policy: Policy, some: list[Branch]) -> N
     """No cache, no padding, no mask: one pass over the prefix and its continuation."""
     results = TransformersSampler(policy, max_rows=5).sample_branches(some, SPEC)
     for branch, result in zip(some, results, strict=True):
-        for cut, rollouts in zip(branch.cuts, result.rollouts, strict=True):
-            for rollout in rollouts:
-                sequence = torch.tensor([[*branch.token_ids[:cut], *rollout.token_ids]])
+        for cut, continuations in zip(branch.cuts, result.continuations, strict=True):
+            for continuation in continuations:
+                sequence = torch.tensor([[*branch.token_ids[:cut], *continuation.token_ids]])
                 hidden = policy.hidden(sequence, torch.ones_like(sequence))[0, cut - 1 : -1]
                 logps = torch.log_softmax(policy.head(hidden), -1)
-                raw = logps.gather(1, torch.from_numpy(rollout.token_ids)[:, None])[:, 0]
-                assert rollout.raw_logprobs == pytest.approx(raw.tolist(), rel=1e-10, abs=1e-10)
+                raw = logps.gather(1, torch.from_numpy(continuation.token_ids)[:, None])[:, 0]
+                assert continuation.raw_logprobs == pytest.approx(raw.tolist(), rel=1e-10, abs=1e-10)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -119,7 +121,7 @@ def test_equals_sampling_from_the_prefix(
     sampler = TransformersSampler(policy) if shared else reading_apart(policy)
     prefixes = [branch.token_ids[:cut] for branch in some for cut in branch.cuts]
     completions = sampler.sample(prefixes, SPEC)
-    continuations = [cut for result in sampler.sample_branches(some, SPEC) for cut in result.rollouts]
+    continuations = [cut for result in sampler.sample_branches(some, SPEC) for cut in result.continuations]
     assert [[r.key for r in row] for row in continuations] == [[r.key for r in row] for row in completions]
     for a, b in zip(continuations, completions, strict=True):
         assert a[0].raw_logprobs == pytest.approx(b[0].raw_logprobs, rel=1e-10, abs=1e-10)
@@ -151,7 +153,7 @@ def test_company_and_order_do_not_matter(policy: Policy, some: list[Branch]) -> 
         assert [r.key for r in flat(alone)] == [r.key for r in flat(expected[position : position + 1])]
         assert alone[0].prefill_tokens == expected[position].prefill_tokens
     fewer = sampler.sample_branches([Branch(some[1].token_ids, [8, 29], 0)], SPEC)  # two of the cuts, read to 29
-    of_cut = dict(zip(some[1].cuts, expected[1].rollouts, strict=True))
+    of_cut = dict(zip(some[1].cuts, expected[1].continuations, strict=True))
     assert [r.key for r in flat(fewer)] == [r.key for cut in (8, 29) for r in of_cut[cut]]
 
 
@@ -320,7 +322,7 @@ def test_the_context_ends_a_continuation(policy: Policy, monkeypatch: pytest.Mon
     spec = SamplingConfig(n=1, max_new_tokens=50, stop=("#",))
     for sampler in (TransformersSampler(policy), reading_apart(policy)):
         result = sampler.sample_branches([Branch([5] * 7, [3, 7], 0)], spec)[0]
-        assert [len(cut[0].token_ids) for cut in result.rollouts] == [5, 1]
+        assert [len(cut[0].token_ids) for cut in result.continuations] == [5, 1]
     with pytest.raises(DataError, match="branch 9: the prefix of 8 tokens leaves no room in the model's context of 8"):
         sampler.sample_branches([Branch([5] * 9, [7, 8], 9)], spec)
     monkeypatch.setattr(policy.causal_lm.config, "max_position_embeddings", 5)

@@ -43,7 +43,7 @@ def prompts(policy: Policy) -> list[list[int]]:
 
 
 def ids(results: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
-    return [[tuple(rollout.token_ids.tolist()) for rollout in row] for row in results]
+    return [[tuple(continuation.token_ids.tolist()) for continuation in row] for row in results]
 
 
 def test_shape_of_the_answer(policy: Policy, prompts: list[list[int]]) -> None:
@@ -51,10 +51,10 @@ def test_shape_of_the_answer(policy: Policy, prompts: list[list[int]]) -> None:
     assert [[(r.prompt_ids.tolist(), r.sample) for r in row] for row in results] == [
         [(list(prompt), j) for j in range(3)] for prompt in prompts
     ]
-    for rollout in (r for row in results for r in row):
-        assert len(rollout.token_ids) == len(rollout.logprobs) == len(rollout.raw_logprobs) <= 14
-        assert rollout.text == policy.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
-        assert all(0 <= token < policy.vocab_size for token in rollout.token_ids)
+    for continuation in (r for row in results for r in row):
+        assert len(continuation.token_ids) == len(continuation.logprobs) == len(continuation.raw_logprobs) <= 14
+        assert continuation.text == policy.tokenizer.decode(continuation.token_ids, skip_special_tokens=True)
+        assert all(0 <= token < policy.vocab_size for token in continuation.token_ids)
     assert len({r.key for row in results for r in row}) == 15  # every sample has its own noise
     assert TransformersSampler(policy).sample([], SPEC) == []
 
@@ -109,11 +109,13 @@ def test_longer_budget_continues_the_same_completion(policy: Policy, prompts: li
 
 
 @torch.no_grad()
-def teacher_forced(policy: Policy, prompt: list[int], rollout: Completion, spec: SamplingConfig) -> tuple[Any, Any]:
+def teacher_forced(
+    policy: Policy, prompt: list[int], continuation: Completion, spec: SamplingConfig
+) -> tuple[Any, Any]:
     """Log-probabilities from one plain forward over prompt and completion: no cache, no padding."""
-    sequence = torch.tensor([[*prompt, *rollout.token_ids]])
+    sequence = torch.tensor([[*prompt, *continuation.token_ids]])
     hidden = policy.hidden(sequence, torch.ones_like(sequence))[0, len(prompt) - 1 : -1]
-    logits, picked = policy.head(hidden), torch.from_numpy(rollout.token_ids)[:, None]
+    logits, picked = policy.head(hidden), torch.from_numpy(continuation.token_ids)[:, None]
     raw = torch.log_softmax(logits, -1).gather(1, picked)[:, 0]
     return sampling_logprobs(logits, spec).gather(1, picked)[:, 0], raw
 
@@ -124,10 +126,10 @@ def teacher_forced(policy: Policy, prompt: list[int], rollout: Completion, spec:
 def test_logprobs_equal_a_plain_forward(policy: Policy, prompts: list[list[int]], settings_: dict[str, Any]) -> None:
     spec = SamplingConfig(n=2, max_new_tokens=12, **settings_)
     for prompt, row in zip(prompts, TransformersSampler(policy).sample(prompts, spec), strict=True):
-        for rollout in row:
-            tempered, raw = teacher_forced(policy, prompt, rollout, spec)
-            assert rollout.logprobs == pytest.approx(tempered.tolist(), rel=1e-12, abs=1e-12)
-            assert rollout.raw_logprobs == pytest.approx(raw.tolist(), rel=1e-12, abs=1e-12)
+        for continuation in row:
+            tempered, raw = teacher_forced(policy, prompt, continuation, spec)
+            assert continuation.logprobs == pytest.approx(tempered.tolist(), rel=1e-12, abs=1e-12)
+            assert continuation.raw_logprobs == pytest.approx(raw.tolist(), rel=1e-12, abs=1e-12)
 
 
 def test_greedy_takes_the_most_likely_token(policy: Policy, prompts: list[list[int]]) -> None:
@@ -154,9 +156,9 @@ def test_other_architectures(family: str) -> None:
     for max_rows in (1, 3):
         assert ids(TransformersSampler(other, max_rows=max_rows).sample(prompts, spec)) == ids(expected)
     for prompt, row in zip(prompts, expected, strict=True):
-        for rollout in row:
-            _, raw = teacher_forced(other, prompt, rollout, spec)
-            assert rollout.raw_logprobs == pytest.approx(raw.tolist(), rel=exact, abs=exact)
+        for continuation in row:
+            _, raw = teacher_forced(other, prompt, continuation, spec)
+            assert continuation.raw_logprobs == pytest.approx(raw.tolist(), rel=exact, abs=exact)
 
 
 def architecture(family: str) -> tuple[Any, Any]:
@@ -241,11 +243,11 @@ def test_finished_rows_leave_the_batch(
     spec = SamplingConfig(n=8, max_new_tokens=40, seed=2, stop=("a", "e", "i", "o", "u", "1", "2", "3"))
     finished: list[int] = []
     results = TransformersSampler(policy).sample(prompts, spec, on_progress=finished.append)
-    rollouts = [rollout for row in results for rollout in row]
-    assert sum(finished) == len(rollouts) == 40
+    continuations = [continuation for row in results for continuation in row]
+    assert sum(finished) == len(continuations) == 40
     # a completion of T tokens costs its prompt's prefill and T - 1 single tokens, nothing more
-    assert sum(rows for rows, width in shapes if width == 1) == sum(len(r.token_ids) - 1 for r in rollouts)
-    assert len({len(r.token_ids) for r in rollouts}) > 3
+    assert sum(rows for rows, width in shapes if width == 1) == sum(len(r.token_ids) - 1 for r in continuations)
+    assert len({len(r.token_ids) for r in continuations}) > 3
 
 
 def scripted(policy: Policy, monkeypatch: pytest.MonkeyPatch, script: list[int]) -> TransformersSampler:
@@ -286,9 +288,9 @@ def test_finish_reasons(
     drawn, _, rest = script.partition("|")
     tokens, never = (policy.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (drawn, rest))
     sampler = scripted(policy, monkeypatch, tokens + never)
-    rollout = sampler.sample([[5]], SamplingConfig(stop=stop, max_new_tokens=len(tokens + never)))[0][0]
-    assert (rollout.finish, rollout.text) == (finish, text)
-    assert list(rollout.token_ids) == tokens
+    continuation = sampler.sample([[5]], SamplingConfig(stop=stop, max_new_tokens=len(tokens + never)))[0][0]
+    assert (continuation.finish, continuation.text) == (finish, text)
+    assert list(continuation.token_ids) == tokens
 
 
 def test_the_context_ends_a_completion(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +340,7 @@ def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
 
 
 def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    """Not zero by right: rounding differs between batch shapes. Counted so that a jump is seen."""
+    """Not zero by correct: rounding differs between batch shapes. Counted so that a jump is seen."""
     policy = tiny_policy("bfloat16")
     prompts = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     spec = SamplingConfig(n=4, max_new_tokens=24)

@@ -1,4 +1,4 @@
-"""Rollouts and teachers on a server: TRL's client, and a stand-in that speaks the protocol."""
+"""Continuations and teachers on a server: TRL's client, and a stand-in that speaks the protocol."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_noise_is_keyed_by_prompt_and_step(policy: Policy, server: Any) -> None:
     assert all(body["stop_token_ids"] == sorted(policy.eos_ids) for body in server.requests)
 
 
-def test_other_temperatures_need_the_right_log_probabilities(policy: Policy, server: Any) -> None:
+def test_other_temperatures_need_the_correct_log_probabilities(policy: Policy, server: Any) -> None:
     spec = SamplingConfig(temperature=0.7, max_new_tokens=4)
     found = sampler(policy, server).sample(prompts(policy)[:1], spec)[0][0]
     assert all(value != value for value in found.raw_logprobs)
@@ -284,7 +284,8 @@ def test_what_is_missing_is_said(policy: Policy, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What TRL's class is given fits its signature, and what it gives becomes rollouts; the engine is a stand-in."""
+    """What TRL's class is given fits its signature, and what it gives becomes continuations; the engine is a
+    stand-in."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     made: dict[str, Any] = {}

@@ -20,7 +20,7 @@ def data(temperature: float, n: int = 4000) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_closed_form_of_one_score_value() -> None:
-    # Scores 0.9 and 0.1, right in 3 of 4 cases: the best temperature turns 0.9 into 0.75.
+    # Scores 0.9 and 0.1, correct in 3 of 4 cases: the best temperature turns 0.9 into 0.75.
     fit = fit_temperature([0.9] * 4 + [0.1] * 4, [1, 1, 1, 0, 0, 0, 0, 1])
     assert fit.temperature == pytest.approx(math.log(9) / math.log(3), rel=1e-12)
     assert scaled([0.9, 0.1], fit.temperature) == pytest.approx([0.75, 0.25])

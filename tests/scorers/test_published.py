@@ -75,9 +75,9 @@ def assert_not_scored(scorer: PRMScorer, marked: str) -> None:
     """A solution with the marker in a step has no scores; the one beside it has its own."""
     with pytest.raises(UnreadableSolution, match=r"the step marker .* is in the solution itself"):
         scorer.encoder.layout([marked, "c"])
-    left, right = scorer.score([Solutions({"id": "x", "prompt": "x"}, [[marked, "c"], ["a", "c"]])])[0]
-    assert [math.isnan(value) for value in left] == [True, True]
-    assert right == pytest.approx(score_one(scorer, "x", ["a", "c"]), abs=2e-5)
+    marks, correct = scorer.score([Solutions({"id": "x", "prompt": "x"}, [[marked, "c"], ["a", "c"]])])[0]
+    assert [math.isnan(value) for value in marks] == [True, True]
+    assert correct == pytest.approx(score_one(scorer, "x", ["a", "c"]), abs=2e-5)
 
 
 # --- Math-Shepherd -------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_right_sums(text: str) -> None:
         "5 x 20 = 90 apples",
     ],
 )
-def test_wrong_sums(text: str) -> None:
+def test_incorrect_sums(text: str) -> None:
     assert [each.holds for each in equations(text)].count(False) == 1, equations(text)
 
 
@@ -179,7 +179,7 @@ def test_as_a_labeller(tmp_path: Path) -> None:
     out = tmp_path / "labels"
     run_label_job(
         LabelConfig(
-            solutions=Existing(rollouts=str(tmp_path / "rows.jsonl"), model="tiny-0.1m"),
+            solutions=Existing(completions=str(tmp_path / "rows.jsonl"), model="tiny-0.1m"),
             labeller=Sums(),
             template="gsm8k",
             grading=GradingConfig(extractors=("hash",)),

@@ -172,5 +172,5 @@ def test_scores_that_cannot_be_reduced() -> None:
             reduce_scores(scores, meaning="value")
     with pytest.raises(ConfigError, match="unknown reduction 'prod'"):
         reduce_scores([0.5], "prod", meaning="value")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="unknown meaning of scores 'right'"):
-        default_reduction("right")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown meaning of scores 'correct'"):
+        default_reduction("correct")  # type: ignore[arg-type]

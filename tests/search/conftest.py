@@ -66,11 +66,11 @@ class _Grade(NamedTuple):
 
 
 class LastWordGrader:
-    """Right iff the text's last word is the answer."""
+    """Correct iff the text's last word is the answer."""
 
     def grade(self, texts: Sequence[str], answers: Sequence[str], **_: object) -> list[_Grade]:
         return [
-            _Grade("correct" if text.split()[-1:] == [answer] else "wrong")
+            _Grade("correct" if text.split()[-1:] == [answer] else "incorrect")
             for text, answer in zip(texts, answers, strict=True)
         ]
 
@@ -94,7 +94,7 @@ def grader() -> Any:
 
 @pytest.fixture
 def known_tree() -> Script:
-    """Two steps, then four answers of which ``#### 1`` after ``a`` is right."""
+    """Two steps, then four answers of which ``#### 1`` after ``a`` is correct."""
     return {
         "": [("a\n", 0.5, "step"), ("b\n", 0.25, "step")],
         "a\n": [("#### 1", 0.5, "stop"), ("#### 2", 0.5, "stop")],

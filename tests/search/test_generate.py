@@ -191,12 +191,12 @@ def test_a_step_is_the_first_one_of_the_whole_completion(policy: Policy) -> None
     ((*steps,),) = generator.propose([State(problem)], 6)
     (whole,) = TransformersSampler(policy).sample([problem.prompt_ids], spec, purpose=PROPOSE, indices=[_index(2)])
     assert len({step.text for step in steps}) > 2
-    for step, rollout in zip(steps, whole, strict=True):
-        completion = text_from_ids(policy.tokenizer, rollout.token_ids)
+    for step, continuation in zip(steps, whole, strict=True):
+        completion = text_from_ids(policy.tokenizer, continuation.token_ids)
         _, end = segment(get_segmenter("regex:[a-m]"), completion)[0]
-        assert step.token_ids == tuple(rollout.token_ids[:end].tolist())
-        assert step.logprob == pytest.approx(sum(rollout.raw_logprobs[:end]), rel=1e-10)
-        assert step.end == ("step" if end < len(rollout.token_ids) else rollout.finish)
+        assert step.token_ids == tuple(continuation.token_ids[:end].tolist())
+        assert step.logprob == pytest.approx(sum(continuation.raw_logprobs[:end]), rel=1e-10)
+        assert step.end == ("step" if end < len(continuation.token_ids) else continuation.finish)
 
 
 def test_states_do_not_depend_on_their_batch(policy: Policy) -> None:

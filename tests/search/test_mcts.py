@@ -53,7 +53,7 @@ def test_by_hand(scripted: Any, known_tree: Any, known_values: Any, grader: Any,
 def test_the_better_branch_wins_against_its_first_value(
     scripted: Any, valued: Any, known_tree: Any, grader: Any, problem: Problem
 ) -> None:
-    """``b`` looks and is worse by likelihood, but only it leads to the right answer."""
+    """``b`` looks and is worse by likelihood, but only it leads to the correct answer."""
     row = dict(problem.row) | {"answer": "3"}
     values = valued(dict.fromkeys(("a\n", *(t + e for t in ("a\n", "b\n") for e in TAILS)), 0.5) | {"b\n": 0})
     settings = SearchConfig(iterations=8, depth=2)

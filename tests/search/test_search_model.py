@@ -12,7 +12,7 @@ from stepkd.models.policy import Policy
 from stepkd.models.spec import build_tiny
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
-from stepkd.search.generate import RolloutValue, SampledSteps
+from stepkd.search.generate import ContinuationValue, SampledSteps
 from stepkd.search.mcts import SearchConfig, SearchTree, tree_search
 from stepkd.search.tree import Node, Problem
 
@@ -34,7 +34,7 @@ def search(policy: Policy, problems: list[Problem], *, max_rows: int = 64, seed:
     spec = SamplingConfig(max_new_tokens=8, seed=seed)
     generator = SampledSteps(sampler, policy, spec, segmenter="regex:[a-m]", max_step_tokens=8)
     with Grader(extractors=("last_number",)) as grader:
-        return tree_search(problems, generator, RolloutValue(generator, grader, rollouts=2), grader, SETTINGS)
+        return tree_search(problems, generator, ContinuationValue(generator, grader, continuations=2), grader, SETTINGS)
 
 
 def shape(node: Node) -> Any:

@@ -1,4 +1,4 @@
-"""Values of states: shares of right continuations, scores of the newest step, the judge with the reference shown."""
+"""Values of states: shares of correct continuations, scores of the newest step, the judge with the reference shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stepkd.models.spec import build_tiny
 from stepkd.scorers.judge import PromptedJudge
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import Solutions
-from stepkd.search.generate import RolloutValue, ScorerValue
+from stepkd.search.generate import ContinuationValue, ScorerValue
 from stepkd.search.tree import Problem, State
 from stepkd.tasks.rows import make_rows
 
@@ -23,16 +23,16 @@ def state(problem: Problem, *steps: str, correct: bool | None = None) -> State:
     return State(problem, steps, tuple(range(len(steps))), tuple(0 for _ in steps), correct)
 
 
-def test_share_of_right_continuations(scripted: Any, known_tree: Any, grader: Any, problem: Problem) -> None:
-    """From ``a`` one of two answers is right; a finished state is what its answer is, and is not continued."""
+def test_share_of_correct_continuations(scripted: Any, known_tree: Any, grader: Any, problem: Problem) -> None:
+    """From ``a`` one of two answers is correct; a finished state is what its answer is, and is not continued."""
     generator = scripted(known_tree)
-    value = RolloutValue(generator, grader, rollouts=2)
+    value = ContinuationValue(generator, grader, continuations=2)
     over = [state(problem, "a\n", "#### 1", correct=True), state(problem, "b\n", "#### 3", correct=False)]
     assert value.values([state(problem, "a\n"), over[0], state(problem, "b\n"), over[1]]) == [0.5, 1.0, 0.0, 0.0]
     assert value.values(over) == [1.0, 0.0]
-    assert value.provenance() == {"value": "rollout", "rollouts": 2}
-    with pytest.raises(ConfigError, match="rollouts=0"):
-        RolloutValue(generator, grader, rollouts=0)
+    assert value.provenance() == {"value": "continuation", "continuations": 2}
+    with pytest.raises(ConfigError, match="continuations=0"):
+        ContinuationValue(generator, grader, continuations=0)
 
 
 class Lengths:
@@ -101,7 +101,7 @@ def test_exact_checker() -> None:
     first, second, *_ = row["solution"].splitlines(keepends=True)
     value = ScorerValue(Checker())
     states = [state(problem, first), state(problem, "1+1=3\n"), state(problem, "1+1=3\n", second)]
-    assert value.values(states) == [1.0, 0.0, 0.0], "the product: no state is good behind a wrong step"
+    assert value.values(states) == [1.0, 0.0, 0.0], "the product: no state is good behind an incorrect step"
 
 
 def test_self_evaluation_reads_the_reference() -> None:

@@ -28,7 +28,7 @@ from stepkd.steps.labels import (
     [
         ([True, False, None], {}, [True, False, None], 1),
         ([1, 0, -1], {}, [True, True, False], 2),
-        ([1, 0, -1, None], {"neutral": "wrong"}, [True, False, False, None], 1),
+        ([1, 0, -1, None], {"neutral": "incorrect"}, [True, False, False, None], 1),
         ([1, 0, -1], {"neutral": "mask"}, [True, None, False], None),
         ([1, 0, -1], {"threshold": 0.9}, [True, True, False], 2),
         ([1.0, 0.5, 0.25], {}, [True, True, False], 2),

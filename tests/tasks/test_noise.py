@@ -1,4 +1,4 @@
-"""Slips come at the set rate, systematic ones hang on the operands alone, recovered ones end right."""
+"""Slips come at the set rate, systematic ones hang on the operands alone, recovered ones end correct."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPECS = [
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_clean_demonstrations_are_all_right(spec: str) -> None:
+def test_clean_demonstrations_are_all_correct(spec: str) -> None:
     task = get_task(spec)
     for index in range(50):
         problem = task.problem(keyed_rng("clean", index))
@@ -34,7 +34,7 @@ def test_clean_demonstrations_are_all_right(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_random_slips_come_at_the_rate_and_all_recovered_ones_end_right(spec: str) -> None:
+def test_random_slips_come_at_the_rate_and_all_recovered_ones_end_correct(spec: str) -> None:
     task, noise = get_task(spec), Noise(0.2, recover=1.0)
     lines = slips = 0
     for index in range(400):
@@ -44,24 +44,24 @@ def test_random_slips_come_at_the_rate_and_all_recovered_ones_end_right(spec: st
         assert labels[-1]
         assert steps[-1] == f"#### {problem.answer}"
         lines += len(steps) - 1
-        slips += labels.count(False)  # when each slip is recovered at once, a wrong line is a slip
+        slips += labels.count(False)  # when each slip is recovered at once, an incorrect line is a slip
     assert abs(slips / lines - 0.2) < 4 * math.sqrt(0.2 * 0.8 / lines)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_propagated_slips_follow_from_the_claims(spec: str) -> None:
     task, noise = get_task(spec), Noise(0.2, recover=0.0)
-    lines = slips = wrong = 0
+    lines = slips = incorrect = 0
     for index in range(400):
         problem = task.problem(keyed_rng("rate", index))
         steps, labels = demonstration(task, problem, keyed_rng("slips", index), noise)
         followed = task.check_solution(problem, steps, given="claims")
         lines += len(steps) - 1
         slips += followed.count(False)
-        wrong += labels.count(False)
+        incorrect += labels.count(False)
         assert followed[-1]  # the answer line copies what was claimed
     assert abs(slips / lines - 0.2) < 4 * math.sqrt(0.2 * 0.8 / lines)
-    assert wrong > slips
+    assert incorrect > slips
 
 
 def test_half_of_the_slips_recover() -> None:
@@ -71,7 +71,7 @@ def test_half_of_the_slips_recover() -> None:
         problem = task.problem(keyed_rng("half", index))
         _, labels = demonstration(task, problem, keyed_rng("slips", index), noise)
         if False in labels[:-1]:
-            # Modulo a prime and without products a carried slip stays wrong unless a second one lands on the truth.
+            # Modulo a prime and without products a carried slip stays incorrect unless a second one lands on the truth.
             if labels[labels.index(False) + 1]:
                 recovered += 1
             else:
@@ -81,17 +81,17 @@ def test_half_of_the_slips_recover() -> None:
     assert abs(share - 0.45) < 4 * math.sqrt(0.25 / total)
 
 
-def test_wrong_steps_in_right_answers_exist_at_the_measured_setting() -> None:
+def test_incorrect_steps_in_correct_answers_exist_at_the_measured_setting() -> None:
     task, noise = get_task("modular"), Noise(0.15)
-    right = flawed = 0
+    correct = flawed = 0
     for index in range(1000):
         problem = task.problem(keyed_rng("measured", index))
         steps, labels = demonstration(task, problem, keyed_rng("slips", index), noise)
         if steps[-1] == f"#### {problem.answer}":
-            right += 1
+            correct += 1
             flawed += not all(labels)
-    assert 0.6 < right / 1000 < 0.8
-    assert 0.2 < flawed / right < 0.45
+    assert 0.6 < correct / 1000 < 0.8
+    assert 0.2 < flawed / correct < 0.45
 
 
 @pytest.mark.parametrize("spec", ["modular:terms=4", "arithmetic:terms=3,maximum=5", "addition:digits=2-3"])
@@ -107,11 +107,11 @@ def test_systematic_slips_are_a_function_of_the_operands(spec: str) -> None:
             written[operands].add(result)
     assert all(len(results) == 1 for results in written.values())
 
-    def is_wrong(operands: str, result: str) -> bool:
+    def is_incorrect(operands: str, result: str) -> bool:
         value = eval(operands)  # digits and operators of our own lines
         return (value % 10 if task.name == "modular" else value) != int(result)
 
-    mislearnt = sum(is_wrong(operands, min(results)) for operands, results in written.items())
+    mislearnt = sum(is_incorrect(operands, min(results)) for operands, results in written.items())
     assert abs(mislearnt / len(written) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / len(written))
 
 

@@ -87,7 +87,7 @@ def draw(spec: str, index: int) -> tuple[Task, TaskProblem]:
     return task, task.problem(keyed_rng("test", index))
 
 
-def wrong_line(task: Task, problem: TaskProblem, before: list[str], step: str) -> str:
+def incorrect_line(task: Task, problem: TaskProblem, before: list[str], step: str) -> str:
     truth = task.solution(problem)
     return next(line for line in task.slips(problem, before, step) if line != truth[len(before)])
 
@@ -106,7 +106,7 @@ def test_solution_equals_an_independent_solver(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_clean_steps_are_right_under_both_meanings(spec: str) -> None:
+def test_clean_steps_are_correct_under_both_meanings(spec: str) -> None:
     for index in range(50):
         task, problem = draw(spec, index)
         steps = task.solution(problem)
@@ -116,15 +116,15 @@ def test_clean_steps_are_right_under_both_meanings(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_other_line_of_the_same_form_is_wrong(spec: str) -> None:
+def test_every_other_line_of_the_same_form_is_incorrect(spec: str) -> None:
     for index in range(30):
         task, problem = draw(spec, index)
         steps = task.solution(problem)
         for at, step in enumerate(steps):
-            wrong = task.slips(problem, steps[:at], step)
-            assert (len(wrong) > 0) == (at < len(steps) - 1)
-            assert len(set(wrong)) == len(wrong)
-            for line in [*wrong, " " + step, step.replace("\n", "") + "\r", step.replace("\n", "") + "0", "", "\n"]:
+            incorrect = task.slips(problem, steps[:at], step)
+            assert (len(incorrect) > 0) == (at < len(steps) - 1)
+            assert len(set(incorrect)) == len(incorrect)
+            for line in [*incorrect, " " + step, step.replace("\n", "") + "\r", step.replace("\n", "") + "0", "", "\n"]:
                 assert not task.check_step(problem, steps[:at], line)
                 assert not task.check_step(problem, steps[:at], line, given="claims")
         assert not task.check_step(problem, steps, steps[-1])
@@ -133,22 +133,22 @@ def test_every_other_line_of_the_same_form_is_wrong(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_truth_and_claims_differ_after_a_slip(spec: str) -> None:
-    carried_wrong = 0
+    carried_incorrect = 0
     for index in range(30):
         task, problem = draw(spec, index)
         truth = task.solution(problem)
-        steps = [wrong_line(task, problem, [], truth[0])]
+        steps = [incorrect_line(task, problem, [], truth[0])]
         carried = task.next_step(problem, steps)
         assert carried is not None
         assert task.check_step(problem, steps, carried, given="claims")
-        # A silent recovery is right by the truth, whatever stands before it.
+        # A silent recovery is correct by the truth, whatever stands before it.
         assert task.check_step(problem, steps, truth[1])
-        # After some slips the truth and the claims go on alike: the carry was right, or a factor is 0.
+        # After some slips the truth and the claims go on alike: the carry was correct, or a factor is 0.
         if carried != truth[1]:
-            carried_wrong += 1
+            carried_incorrect += 1
             assert not task.check_step(problem, steps, carried)
             assert not task.check_step(problem, steps, truth[1], given="claims")
-    assert carried_wrong >= 8
+    assert carried_incorrect >= 8
 
 
 def test_check_step_by_hand() -> None:
@@ -215,7 +215,7 @@ def test_any_text_gets_a_verdict(spec: str, index: int, before: list[str], step:
 
 @pytest.mark.parametrize("text", ["9" * 100_000, "1+1=" + "9" * 10_000, "٣+٤=٧", "1" * 401, "\x00", "\ud800", "4\n\n7"])
 @pytest.mark.parametrize("spec", SPECS)
-def test_hostile_text_is_wrong(spec: str, text: str) -> None:
+def test_hostile_text_is_incorrect(spec: str, text: str) -> None:
     task, problem = draw(spec, 0)
     for how in ("truth", "claims"):
         assert not task.check_step(problem, [], text, given=how)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from stepkd.teachers.local import LocalTeacher
 from stepkd.teachers.signals import Teacher
 
 STUDENT = PolicyConfig(path="tiny-0.1m", dtype="float64")
-ROLLOUTS, PROMPT = 8, 60
+COMPLETIONS, PROMPT = 8, 60
 
 
 def group() -> list[Completion]:
@@ -33,7 +33,7 @@ def group() -> list[Completion]:
     encoder = Encoder(tiny_tokenizer(), get_template("task"), get_segmenter("newline"))
     (example,) = encoder.examples(make_rows("modular:terms=9", 1, seed=3))
     prompt = (example.prompt_ids.tolist() * PROMPT)[:PROMPT]
-    ids = [(5 + i, *example.token_ids[: 3 + i]) for i in range(ROLLOUTS)]
+    ids = [(5 + i, *example.token_ids[: 3 + i]) for i in range(COMPLETIONS)]
     return [replace(example, prompt_ids=prompt, token_ids=each, step_ends=None) for each in ids]
 
 
@@ -61,7 +61,7 @@ TEACHERS: dict[str, Callable[[], tuple[Teacher, Callable[[], Policy]]]] = {
 
 
 @pytest.mark.parametrize("name", list(TEACHERS))
-def test_a_prompt_of_eight_rollouts_is_computed_once(name: str) -> None:
+def test_a_prompt_of_eight_completions_is_computed_once(name: str) -> None:
     teacher, read = TEACHERS[name]()
     examples, computed = group(), []
     embeddings = read().causal_lm.get_input_embeddings()
@@ -80,7 +80,7 @@ def test_batches_are_planned_without_the_saving_where_the_teacher_has_none() -> 
         assert module.model.can_unpad
         assert module.shares_prompts is shares
         rows = [len(batch.examples) for batch in module.prepare_examples(group()).micro_batches]
-        assert rows == [ROLLOUTS]
+        assert rows == [COMPLETIONS]
         module.micro_batch_tokens = 200
         batches = module.prepare_examples(group()).micro_batches
         assert (len(batches) == 1) is shares

@@ -33,11 +33,11 @@ def test_memory_that_ran_out_names_three_settings(error: Exception) -> None:
 
 def test_the_phase_is_named_from_the_wreck() -> None:
     phases = PhaseTracker()
-    with pytest.raises(MemoryError), phases.phase("step"), phases.phase("student rollout"):
+    with pytest.raises(MemoryError), phases.phase("step"), phases.phase("student completion"):
         raise MemoryError
     assert phases.interrupted is not None
     text = str(explained(MemoryError(), SimpleNamespace(phases=phases)))
-    assert "in the phase 'student rollout'" in text
+    assert "in the phase 'student completion'" in text
     assert "max_rows" in text
     assert pickle.loads(pickle.dumps(phases)).interrupted is None
     with phases.phase("training"):
