@@ -59,8 +59,8 @@ def load_policy(spec: PolicyConfig) -> Policy:
         return Policy.load(spec)
     if spec.lora is not None and trained_spec(found).lora is not None:
         raise ConfigError(
-            f"policy.path={spec.path} trained an adapter and policy.lora asks for a new one: drop policy.lora to train on "
-            "with this adapter, or merge it first (stepkd export) and give the export"
+            f"policy.path={spec.path} trained an adapter and policy.lora asks for a new one: drop policy.lora to train "
+            "this one further, or merge it first (stepkd export) and give the export"
         )
     dtype = None if spec.dtype == "auto" else spec.dtype
     trained = load_trained(found, dtype=dtype, attention=spec.attention, quantization=spec.quantization)
