@@ -190,9 +190,9 @@ class Equation(NamedTuple):
 
 @dataclass(frozen=True)
 class Arithmetic(RuleScorer):
-    """Scores 0.0 for a step with an incorrect sum and 1.0 for one whose sums are right.
+    """Scores 0.0 for a step with an incorrect sum and 1.0 for one whose sums are correct.
 
-    See :func:`equations` for what counts as a sum and when it is right.
+    See :func:`equations` for what counts as a sum and when it is correct.
     """
 
     unchecked: float = 1.0
@@ -220,7 +220,7 @@ def equations(text: str) -> list[Equation]:
     ``\frac``); calculator marks (``<<48/2=24>>``) count. What holds a unit or a variable inside, follows words that
     belong to the sum ("half of 10 + 4 = 9"), or cannot be read for another reason is passed over, not called incorrect.
 
-    A sum is right when both sides are equal exactly; when the stated number is the other side rounded at the stated
+    A sum is correct when both sides are equal exactly; when the stated number is the other side rounded at the stated
     digit, up or down (10 / 3 = 3.33, 10 / 4 = 3); with per cent signs read as such or left out; and when the number
     that the right side begins with fits and a further equals sign follows (10 * 2 = 20 - 5 = 15). A division by zero is
     incorrect. Sides that disagree are passed over where they may mean something else: a share of something (25% = 10

@@ -286,7 +286,7 @@ class StarGraph(Task):
     The prompt lists all edges, each written outward and in shuffled order, then the question:
     ``4>7,1>3,7>2,4>1:4>2=``. A line is the next node of the path (``7``, ``2``). The answer is the first node after
     the centre, the one choice that cannot be copied from an edge; so a path with an incorrect node in it can still end
-    in the right answer. An answer guessed at random is right once in `arms` times.
+    in the correct answer. An answer guessed at random is correct once in `arms` times.
     Source: Bachmann and Nagarajan, "The pitfalls of next-token prediction" (2024).
     """
 
