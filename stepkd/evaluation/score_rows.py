@@ -150,9 +150,7 @@ def _scored(
         found = score_rows(scorer, [rows[number] for number in block])
         return [_row_scores(scorer, rows[n], n, scores) for n, scores in zip(block, found, strict=True)]
     except DataError:
-        if len(block) == 1 and first:
-            raise
-    results, failure = [], None
+        results, failure = [], None
     for number in block:
         row = rows[number]
         try:
@@ -161,7 +159,7 @@ def _scored(
             failure = failure or error
             steps = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
             results.append({"index": number, "scores": [None] * len(steps or [None]), "error": str(error)})
-    if first and failure is not None and all(result["error"] is not None for result in results):
+    if first and failure and all(result["error"] for result in results):
         raise failure
     return results
 

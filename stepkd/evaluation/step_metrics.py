@@ -22,7 +22,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
 from stepkd.scorers.calibration import checked_labels
 from stepkd.statistics import (
     FloatArray,
@@ -275,20 +275,8 @@ class CalibrationReport(Result):
     """Name of a value that is None -> why."""
 
 
-def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, *, bins: int = 10) -> tuple[ReliabilityBin, ...]:
-    """Bins of equal width of the reliability diagram.
-
-    Args:
-        probabilities: (n,) numbers in [0, 1].
-        labels: (n,) 0 or 1.
-        bins: number of bins, at least 1.
-
-    Raises:
-        DataError: no data, different lengths, a missing or impossible probability, another label.
-        ConfigError: no bins.
-    """
-    p, y = checked_labels(probabilities, labels)
-    place = _place(p, bins)
+def _diagram(p: FloatArray, y: FloatArray, place: IntArray, bins: int) -> tuple[ReliabilityBin, ...]:
+    """Bins of equal width of the reliability diagram; ``place`` is the bin of every probability."""
     result = []
     for index in range(bins):
         inside = place == index
@@ -296,14 +284,6 @@ def reliability_bins(probabilities: ArrayLike, labels: ArrayLike, *, bins: int =
         confidence, accuracy = (float(p[inside].mean()), float(y[inside].mean())) if count else (None, None)
         result.append(ReliabilityBin(index / bins, (index + 1) / bins, count, confidence, accuracy))
     return tuple(result)
-
-
-def _place(p: FloatArray, bins: int) -> IntArray:
-    """The bin of every probability."""
-    if bins < 1:
-        raise ConfigError(f"bins={bins} must be at least 1")
-    edges = np.arange(1, bins) / bins  # not linspace: 3/10 is the float a score of 0.3 is
-    return np.searchsorted(edges, p, side="right").astype(np.int64)
 
 
 def calibration_report(
@@ -320,20 +300,21 @@ def calibration_report(
         probabilities: (n,) numbers in [0, 1], none missing.
         labels: (n,) 0 or 1 (bool).
         problems: (n,) id of the problem each comes from; None when each comes from another one.
-        bins: as in :func:`reliability_bins`.
+        bins: bins of equal width of the reliability diagram and the ECE, at least 1.
         **settings: see :class:`~stepkd.statistics.Resampling`.
 
     Returns:
         The report; bounds are NaN where every resample gives the same value.
 
     Raises:
-        DataError, ConfigError: as in :func:`reliability_bins`.
+        DataError: no data, different lengths, a missing or impossible probability, another label.
     """
     p, y = checked_labels(probabilities, labels)
     owners = range(p.size) if problems is None else problems
-    diagram = reliability_bins(p, y, bins=bins)
+    edges = np.arange(1, bins) / bins  # not linspace: 3/10 is the float a score of 0.3 is
+    place = np.searchsorted(edges, p, side="right")
     gaps = np.ones((p.size, bins + 1))  # the last column counts
-    gaps[:, :-1] = np.where(_place(p, bins)[:, None] == np.arange(bins), (y - p)[:, None], 0.0)
+    gaps[:, :-1] = np.where(place[:, None] == np.arange(bins), (y - p)[:, None], 0.0)
     squares = cluster_sums(np.stack([(p - y) ** 2, np.ones_like(p), y], axis=1), owners)
     brier = proper_width(cluster_bootstrap(squares[:, :2], ratio_of_sums, **settings))
     coin = 1 - brier.value / COIN_BRIER, 1 - brier.high / COIN_BRIER, 1 - brier.low / COIN_BRIER
@@ -359,7 +340,7 @@ def calibration_report(
         skill_coin=Interval(*coin, brier.method),
         base_rate=base_rate,
         over_confidence=over,
-        bins=diagram,
+        bins=_diagram(p, y, place, bins),
         n=int(p.size),
         problems=len(squares),
         undefined=undefined,

@@ -13,7 +13,7 @@ from stepkd.lazy import lazily
 _HOMES = {
     "extract": "DEFAULT_EXTRACTORS EXTRACTORS EXTRACTOR_VERSION extract_answer",
     "normalise": "canonical_answer",
-    "pool": "Grade Grader GradingConfig Verdict verdict_counts",
+    "pool": "Grade Grader GradingConfig Verdict",
 }
 
 

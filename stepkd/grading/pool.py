@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -378,9 +378,3 @@ def _check_input(completions: Sequence[str | None], answers: Sequence[str]) -> l
             f"answers[{golds.index('')}] is empty; every problem needs a reference answer", column="answers"
         )
     return golds
-
-
-def verdict_counts(grades: Iterable[Grade]) -> dict[str, int]:
-    """How often each verdict occurs, with a zero for those that do not."""
-    counts = Counter(grade.verdict for grade in grades)
-    return {verdict.value: counts[verdict] for verdict in Verdict}

@@ -33,5 +33,5 @@ from stepkd.losses.policy_gradient import (
     token_normalisation,
 )
 from stepkd.losses.pqm import pqm
-from stepkd.losses.prm import label_token_logps, step_cross_entropy
+from stepkd.losses.prm import label_token_logps, step_cross_entropy, step_weights
 from stepkd.losses.reduce import LossTerms, component_scales, reduce, segment_sum

@@ -46,7 +46,9 @@ def label_token_logps(
     return chunked_head(pick, head, hidden_SH, chunk_size=chunk_size)
 
 
-def step_cross_entropy(logps_SC: Tensor, targets_SC: Tensor) -> LossTerms:
+def step_cross_entropy(
+    logps_SC: Tensor, targets_SC: Tensor, *, class_weights: Sequence[float] | None = None
+) -> LossTerms:
     """Cross-entropy of step labels as a named sum.
 
     A hard label is a one-hot row; a soft label p of two classes is ``(1 - p, p)``, so the loss is
@@ -55,19 +57,21 @@ def step_cross_entropy(logps_SC: Tensor, targets_SC: Tensor) -> LossTerms:
     Args:
         logps_SC: log-probabilities of the classes.
         targets_SC: target probabilities, each row sums to one.
+        class_weights: weight of each class, >= 0; a step weighs ``sum_c targets[c] * weight[c]``, and the denominator
+            is the sum of these (:func:`step_weights`), as in torch's weighted cross-entropy. None: all 1.
 
     Returns:
-        ``sums["prm"]``, whose denominator is S; metrics ``accuracy`` (most likely class against the most likely
-        target), ``accuracy_correct`` and ``accuracy_incorrect`` over the steps whose target is the best or the worst
-        class (of equally
-        likely ones the better counts: a step is correct from even odds on), and ``brier`` (mean over steps of ``sum_c
-        (p_c - t_c)^2 / 2``, with p among the classes).
+        ``sums["prm"]``; metrics ``accuracy`` (most likely class against the most likely target),
+        ``accuracy_correct`` and ``accuracy_incorrect`` over the steps whose target is the best or the worst class (of
+        equally likely ones the better counts: a step is correct from even odds on), and ``brier`` (mean over steps of
+        ``sum_c (p_c - t_c)^2 / 2``, with p among the classes).
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes that differ, or a weight count that is not C.
     """
     if logps_SC.shape != targets_SC.shape:
         raise ValueError(f"log-probabilities {tuple(logps_SC.shape)} but targets {tuple(targets_SC.shape)}")
+    weighted_SC = _weighted(targets_SC, class_weights)
     with torch.no_grad():
         target_S = _likeliest(targets_SC)
         hit_S = (_likeliest(logps_SC) == target_S).to(logps_SC.dtype)
@@ -79,7 +83,20 @@ def step_cross_entropy(logps_SC: Tensor, targets_SC: Tensor) -> LossTerms:
         "accuracy_incorrect": (hit_S[worst_S].sum(), _count(worst_S)),
         "brier": (brier_S.sum(), _count(torch.ones_like(hit_S))),
     }
-    return LossTerms({"prm": -(targets_SC * logps_SC).sum()}, metrics)
+    return LossTerms({"prm": -(weighted_SC * logps_SC).sum()}, metrics)
+
+
+def step_weights(targets_SC: Tensor, class_weights: Sequence[float] | None = None) -> Tensor:
+    """Weight (S,) of every step, whose sum is the denominator of :func:`step_cross_entropy`."""
+    return _weighted(targets_SC, class_weights).sum(-1)
+
+
+def _weighted(targets_SC: Tensor, class_weights: Sequence[float] | None) -> Tensor:
+    if class_weights is None:
+        return targets_SC
+    if len(class_weights) != targets_SC.shape[-1]:
+        raise ValueError(f"{len(class_weights)} class weights for {targets_SC.shape[-1]} classes")
+    return targets_SC * targets_SC.new_tensor(list(class_weights))
 
 
 def _likeliest(values_SC: Tensor) -> Tensor:

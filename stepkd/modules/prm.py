@@ -22,7 +22,7 @@ from stepkd.data.datamodule import StepData
 from stepkd.data.step_encode import StepEncoder
 from stepkd.data.step_labels import LabelRule
 from stepkd.errors import ConfigError
-from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy
+from stepkd.losses import LossTerms, cross_entropy, pqm, step_cross_entropy, step_weights
 from stepkd.models.spec import PolicyConfig
 from stepkd.models.step_head import StepHeadIds, resolve_ids
 from stepkd.models.step_head_config import LabelTokens, StepHeadConfig
@@ -45,17 +45,25 @@ class StepLoss(Component):
 
 @dataclass(frozen=True)
 class StepCrossEntropy(StepLoss):
-    """Cross-entropy on step labels, every labelled step weighing the same."""
+    """Cross-entropy on step labels."""
+
+    class_weights: list[float] | None = None
+    """Weight of each class, worst first, > 0, for data where one class is rare; null weighs all steps alike."""
 
     names = ("prm",)
 
+    def __post_init__(self) -> None:
+        if self.class_weights is not None and not all(0 < weight < float("inf") for weight in self.class_weights):
+            raise ConfigError(f"class_weights={self.class_weights}: positive numbers, one per class, worst first")
+
     def count(self, batch: Batch) -> dict[str, float]:
-        """Labelled steps."""
-        return {"prm": float(len(batch.targets_LC))}
+        """Labelled steps, or the sum of their weights."""
+        return {"prm": float(step_weights(batch.targets_LC, self.class_weights).sum())}
 
     def terms(self, forward: ForwardPass) -> LossTerms:
         """Cross-entropy of the labelled steps, with accuracies by class."""
-        return step_cross_entropy(forward.step_logps_LC, forward.batch.targets_LC.to(forward.step_logps_LC))
+        targets_LC = forward.batch.targets_LC.to(forward.step_logps_LC)
+        return step_cross_entropy(forward.step_logps_LC, targets_LC, class_weights=self.class_weights)
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,10 @@ class PRMModule(StepModule):
         self.components = self.losses = losses
         if self.validation_spec.sampling is not None:
             raise ConfigError("validation.sampling: a reward model scores steps and is not sampled from; use null")
+        for loss in losses:
+            weights = loss.class_weights if isinstance(loss, StepCrossEntropy) else None
+            if weights is not None and len(weights) != head.num_classes:
+                raise ConfigError(f"class_weights={weights}: {head.num_classes} positive numbers, worst first")
 
     @cached_property
     def step_head_ids(self) -> StepHeadIds:

@@ -162,7 +162,7 @@ class Node:
     def prior(self) -> float:
         """p: how likely the model is to take the step, by a length-normalised probability in (0, 1]."""
         assert self.step is not None, "the root was not sampled"
-        return prior(self.step.logprob, len(self.step.token_ids))
+        return math.exp(self.step.logprob / len(self.step.token_ids) ** LENGTH_POWER)
 
     def path(self) -> list[Node]:
         """The nodes from the root (left out) to this one."""
@@ -188,16 +188,6 @@ class Node:
             tuple(step.sample for step in steps),
             self.correct,
         )
-
-
-def prior(logprob: float, tokens: int) -> float:
-    """``exp(sum log pi / L^1.25)``.
-
-    Args:
-        logprob: sum of the log-probabilities of the tokens (nats, <= 0).
-        tokens: their number L, >= 1.
-    """
-    return math.exp(logprob / tokens**LENGTH_POWER)
 
 
 def puct(node: Node, exploration: float) -> float:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-from stepkd.grading.pool import Grader, GradingConfig, verdict_counts
+from stepkd.grading.pool import Grader, GradingConfig
 
 
 def _worker_cpu_s(grader: Grader) -> float:
@@ -44,7 +45,7 @@ def main(items: int = 4000) -> None:
             elapsed = time.perf_counter() - start
             cpu_ms = 1000 * (_worker_cpu_s(grader) - cpu) / len(pairs)
             print(f"{name}: {len(pairs) / elapsed:,.0f} verdicts/s, {cpu_ms:.2f} ms of worker CPU each")
-            print(f"    {verdict_counts(grades)}")
+            print(f"    {Counter(str(grade.verdict) for grade in grades)}")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 
-from stepkd.errors import ConfigError, DataError
+from stepkd.errors import DataError
 from stepkd.evaluation import step_metrics as module
 from stepkd.evaluation.step_metrics import (
     calibration_report,
     labelled_steps,
-    reliability_bins,
     step_metrics,
 )
 
@@ -137,7 +136,7 @@ def test_ece_closed_form() -> None:
 
 
 def test_bins_hold_their_lower_edge_and_the_last_is_closed() -> None:
-    bins = reliability_bins([0.0, 0.1, 0.3, 0.6, 0.7, 0.999, 1.0], [0, 1, 0, 1, 1, 1, 0])
+    bins = calibration_report([0.0, 0.1, 0.3, 0.6, 0.7, 0.999, 1.0], [0, 1, 0, 1, 1, 1, 0], **FAST).bins
     assert [each.count for each in bins] == [1, 1, 0, 1, 0, 0, 1, 1, 0, 2]
     assert (bins[9].confidence, bins[9].accuracy) == (pytest.approx(0.9995), 0.5)
     assert (bins[2].confidence, bins[2].accuracy) == (None, None)
@@ -169,7 +168,7 @@ def test_report_agrees_with_the_formulas() -> None:
     report = calibration_report(p, y, problems=np.repeat(np.arange(60), 5), **FAST)
     gaps = [
         b.count / 300 * abs(b.accuracy - b.confidence)
-        for b in reliability_bins(p, y)
+        for b in calibration_report(p, y, **FAST).bins
         if b.accuracy is not None and b.confidence is not None
     ]
     assert report.ece.value == pytest.approx(sum(gaps))
@@ -233,5 +232,3 @@ def test_probabilities_and_settings_that_cannot_be() -> None:
     ]:
         with pytest.raises(DataError, match=message):
             calibration_report(p, y)
-    with pytest.raises(ConfigError, match="bins=0"):
-        reliability_bins([0.5], [1], bins=0)

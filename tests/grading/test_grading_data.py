@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from stepkd.grading.extract import extract_answer
-from stepkd.grading.pool import Grader, GradingConfig, Verdict, verdict_counts
+from stepkd.grading.pool import Grade, Grader, GradingConfig, Verdict
 from stepkd.grading.reading import Words, read
 from stepkd.grading.verify import same
+
+
+def verdict_counts(grades: list[Grade]) -> Counter[Verdict]:
+    return Counter(grade.verdict for grade in grades)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -70,7 +75,7 @@ def test_gsm8k_answers_in_every_spelling_are_correct(form: str, golds: list[str]
 def test_gsm8k_incorrect_answers_are_incorrect(form: str, golds: list[str]) -> None:
     with Grader() as grader:
         grades = grader.grade([INCORRECT[form](gold) for gold in golds], golds)
-    assert verdict_counts(grades) == {"correct": 0, "incorrect": 1319, "unparsed": 0, "timeout": 0}
+    assert verdict_counts(grades) == {"incorrect": 1319}
 
 
 def test_math500_solutions_yield_their_answers(math_rows: list[dict[str, str]]) -> None:
@@ -93,7 +98,7 @@ def test_math500_answers_in_other_spellings(math_rows: list[dict[str, str]]) -> 
         # short).
         pairs = [(a, b) for a, b in zip(answers, answers[7:] + answers[:7], strict=True) if a != b][::3]
         counts = verdict_counts(grader.grade([f"\\boxed{{{a}}}" for a, _ in pairs], [b for _, b in pairs]))
-    assert counts == {"correct": 0, "incorrect": len(pairs), "unparsed": 0, "timeout": 0}
+    assert counts == {"incorrect": len(pairs)}
 
 
 def test_math500_answers_are_read_as_mathematics(math_rows: list[dict[str, str]]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepkd.losses import VocabHead, label_token_logps, reduce, step_cross_entropy
+from stepkd.losses import VocabHead, label_token_logps, reduce, step_cross_entropy, step_weights
 
 S, C = 9, 3
 
@@ -40,7 +40,7 @@ def test_closed_form_hard_and_soft() -> None:
     assert hard.sums["prm"].item() == pytest.approx(-math.log(0.75) - math.log(0.5) - math.log(0.1), rel=1e-14)
     soft = step_cross_entropy(logps[:1], double([[0.625, 0.375]]))
     assert soft.sums["prm"].item() == pytest.approx(-0.625 * math.log(0.25) - 0.375 * math.log(0.75), rel=1e-14)
-    mean = reduce(hard.sums, {"prm": 3.0})
+    mean = reduce(hard.sums, {"prm": float(step_weights(double([[0, 1], [1, 0], [0, 1]])).sum())})
     assert mean.item() == pytest.approx(hard.sums["prm"].item() / 3, rel=1e-14)
 
 
@@ -108,20 +108,43 @@ def test_soft_labels_are_two_way_cross_entropy() -> None:
     assert torch.allclose(*gradient(loss, logits), *gradient(binary, logits), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("weights", [[3.0, 1.0, 0.5], [1.0, 0.0, 2.0]])
+def test_class_weights_equal_torch_after_reduce(weights: list[float]) -> None:
+    logits, labels = case()
+    targets = F.one_hot(labels, C).double()
+    terms = step_cross_entropy(logits.log_softmax(-1), targets, class_weights=weights)
+    loss = reduce(terms.sums, {"prm": float(step_weights(targets, weights).sum())})
+    expected = F.cross_entropy(logits, labels, weight=double(weights))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-13)
+    assert torch.allclose(*gradient(loss, logits), *gradient(expected, logits), rtol=1e-12, atol=1e-15)
+
+
+def test_weighted_soft_labels_divide_by_the_weights_of_their_targets() -> None:
+    """Equal chances everywhere make the weighted mean a constant that can be written down."""
+    targets = double([[0.75, 0.25], [0.0, 1.0]])
+    assert step_weights(targets, [4.0, 1.0]).tolist() == [3.25, 1.0]
+    assert step_weights(targets).tolist() == [1.0, 1.0]
+    terms = step_cross_entropy(double([[0.5, 0.5]] * 2).log(), targets, class_weights=[4.0, 1.0])
+    assert reduce(terms.sums, {"prm": 4.25}).item() == pytest.approx(math.log(2), rel=1e-14)
+
+
 # --- brute force ---------------------------------------------------------------------------------------------------
 
 
-def test_brute_force() -> None:
-    """Python floats, one step at a time; the gradient is softmax * sum of targets - target."""
+@pytest.mark.parametrize("weights", [None, [2.0, 1.0, 0.25]])
+def test_brute_force(weights: list[float] | None) -> None:
+    """Python floats, one step at a time; the gradient is weight * (softmax * sum of targets - target)."""
     logits, labels = case()
     targets = torch.softmax(torch.randn(S, C, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), -1)
     targets[0] = F.one_hot(labels[0], C)
-    terms = step_cross_entropy(logits.log_softmax(-1), targets)
+    terms = step_cross_entropy(logits.log_softmax(-1), targets, class_weights=weights)
     total, wanted = 0.0, []
+    factors = weights or [1.0] * C
     for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
         normaliser = math.log(sum(math.exp(value) for value in row))
-        total -= sum(t * (value - normaliser) for t, value in zip(target, row, strict=True))
-        wanted.append([math.exp(v - normaliser) * sum(target) - t for t, v in zip(target, row, strict=True)])
+        scaled = [t * w for t, w in zip(target, factors, strict=True)]
+        total -= sum(s * (value - normaliser) for s, value in zip(scaled, row, strict=True))
+        wanted.append([math.exp(v - normaliser) * sum(scaled) - s for s, v in zip(scaled, row, strict=True)])
     assert terms.sums["prm"].item() == pytest.approx(total, rel=1e-12)
     assert torch.allclose(gradient(terms.sums["prm"], logits)[0], double(wanted), rtol=1e-11, atol=1e-14)
 
@@ -129,8 +152,11 @@ def test_brute_force() -> None:
 def test_splitting_the_steps_changes_nothing() -> None:
     logits, labels = case()
     targets = F.one_hot(labels, C).double()
-    whole = step_cross_entropy(logits.log_softmax(-1), targets)
-    parts = [step_cross_entropy(logits[i : i + 2].log_softmax(-1), targets[i : i + 2]) for i in range(0, S, 2)]
+    whole = step_cross_entropy(logits.log_softmax(-1), targets, class_weights=[3.0, 1.0, 0.5])
+    parts = [
+        step_cross_entropy(logits[i : i + 2].log_softmax(-1), targets[i : i + 2], class_weights=[3.0, 1.0, 0.5])
+        for i in range(0, S, 2)
+    ]
     total = torch.stack([part.sums["prm"] for part in parts]).sum()
     assert total.item() == pytest.approx(whole.sums["prm"].item(), rel=1e-13)
     for name, pair in whole.metrics.items():
@@ -200,5 +226,9 @@ def test_half_precision_heads_give_float32() -> None:
 def test_bad_shapes() -> None:
     with pytest.raises(ValueError, match=r"log-probabilities \(1, 2\) but targets \(1, 3\)"):
         step_cross_entropy(double([[0.5, 0.5]]).log(), double([[0, 0, 1]]))
+    with pytest.raises(ValueError, match="3 class weights for 2 classes"):
+        step_cross_entropy(double([[0.5, 0.5]]).log(), double([[0, 1]]), class_weights=[1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="1 class weights for 2 classes"):
+        step_weights(double([[0, 1]]), [1.0])
     with pytest.raises(ValueError, match="chunk_size=0"):
         label_token_logps(VocabHead(torch.nn.Linear(2, 3)), torch.ones(1, 2), [0, 1], chunk_size=0)

@@ -135,6 +135,16 @@ def chances(labels: Sequence[bool]) -> list[float | None]:
     return [None if i % 3 == 1 else (0.7 if correct else 0.1) + 0.01 * i for i, correct in enumerate(labels)]
 
 
+def test_class_weights_are_torchs_weighted_mean(prm_step: Any, encoded: Any, fresh: Any, plain_logits: Any) -> None:
+    examples = encoded(TOKENS)
+    module = prm_step(examples, losses=[StepCrossEntropy([3.0, 0.5])], micro_batch_tokens=300)
+    policy = fresh(TOKENS)
+    logits = torch.cat([plain_logits(policy, example) for example in examples]).detach()
+    labels = torch.tensor([int(target[1]) for example in examples for target in example.targets if target])
+    expected = F.cross_entropy(logits, labels, weight=torch.tensor([3.0, 0.5], dtype=torch.float64))
+    assert float(module.trainer.callback_metrics["train/prm"]) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_neutral_class(prm_step: Any, distance: Any, encoded: Any, brute_force_steps: Any) -> None:
     head = Classifier(classes=3)
     examples = encoded(

@@ -42,6 +42,16 @@ HEADS = {"label_tokens": TOKENS, "classifier": CLASSIFIER}
             r"losses: \[LanguageModelling\] would leave the step head .* add Step",
         ),
         ({"losses": list}, r"losses: \[\] would leave the step head as it is: add StepCrossEntropy or PQM, or leave"),
+        ({"losses": lambda: [StepCrossEntropy([1.0])]}, r"class_weights=\[1.0\]: 2 positive numbers"),
+        ({"losses": lambda: [StepCrossEntropy([1.0, -1.0])]}, "positive numbers"),
+        # a batch of that class alone would weigh nothing
+        ({"losses": lambda: [StepCrossEntropy([1.0, 0.0])]}, "positive numbers"),
+        ({"losses": lambda: [StepCrossEntropy([1.0, float("nan")])]}, "positive numbers"),
+        ({"losses": lambda: [StepCrossEntropy([1.0, float("inf")])]}, "positive numbers"),
+        (
+            {"losses": lambda: [StepCrossEntropy([1.0, 1.0])], "head": LabelTokens(labels=("-", "0", "+"))},
+            "3 positive numbers",
+        ),
         ({"losses": lambda: [PQM(-1.0)]}, "margin=-1.0"),
         ({"validation": ValidationConfig(SamplingConfig())}, "is not sampled from; use null"),
         ({"loss_weights": {"lm": -1.0}}, "loss_weights={'lm': -1.0}"),
@@ -128,7 +138,7 @@ def test_another_head_or_other_labels_cannot_go_on(
 
 
 def test_validation_measures_both_classes(trainer: Any, fresh: Any, plain_logits: Any) -> None:
-    module = PRMModule(PolicyConfig(path="tiny-0.1m"), TOKENS, [StepCrossEntropy()])
+    module = PRMModule(PolicyConfig(path="tiny-0.1m"), TOKENS, [StepCrossEntropy([2.0, 1.0])])
     source = data()
     logged = trainer().validate(module, datamodule=source, verbose=False)[0]
     examples: Any = source.examples["validation"]
@@ -136,8 +146,8 @@ def test_validation_measures_both_classes(trainer: Any, fresh: Any, plain_logits
     with torch.no_grad():
         logps = torch.cat([plain_logits(policy, example) for example in examples]).log_softmax(-1)
     targets = torch.tensor([target for example in examples for target in example.targets if target])
-    terms = step_cross_entropy(logps, targets)
-    assert logged["val/prm"] == pytest.approx(float(terms.sums["prm"] / len(targets)))
+    terms = step_cross_entropy(logps, targets, class_weights=[2.0, 1.0])
+    assert logged["val/prm"] == pytest.approx(float(terms.sums["prm"] / (targets @ torch.tensor([2.0, 1.0])).sum()))
     for name in ("accuracy", "accuracy_correct", "accuracy_incorrect", "brier"):
         total, count = terms.metrics[name]
         assert logged[f"val/{name}"] == pytest.approx(float(total / count), rel=1e-5)
@@ -159,7 +169,7 @@ model:
   init_args:
     policy: {path: tiny-0.1m}
     head: {class_path: Classifier, init_args: {layers: 1, format: {marker_place: before_separator}}}
-    losses: [StepCrossEntropy, {class_path: PQM, init_args: {margin: 2.0}}, LanguageModelling]
+    losses: [{class_path: StepCrossEntropy, init_args: {class_weights: [2.0, 1.0]}}, PQM, LanguageModelling]
     optimizer: {warmup: 1}
 data:
   init_args:
@@ -191,7 +201,7 @@ def test_the_recipe_runs_with_settings_of_head_and_labels(tmp_path: Path, capsys
     assert (head["kind"], head["layers"], head["format"]["marker_place"]) == ("classifier", 1, "before_separator")
     text = (out / "config.yaml").read_text()
     assert "after_error: mask" in text
-    assert re.search(r"margin: 2.0", text)
+    assert re.search(r"class_weights:\n +- 2.0\n +- 1.0", text)
     assert re.search(r"class_path: stepkd\.modules\.(prm\.)?PQM\n", text)
     again = load_trained(out)
     assert again.require_step_head().spec.format.marker == "~"

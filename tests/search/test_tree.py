@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from stepkd.search.tree import Node, Problem, Step, back_up, best_child, prior, puct, select
+from stepkd.search.tree import Node, Problem, Step, back_up, best_child, puct, select
 
 
 def child(parent: Node, value: float, *, logprob: float = 0.0, tokens: int = 1, visits: int = 0) -> Node:
@@ -19,9 +19,9 @@ def child(parent: Node, value: float, *, logprob: float = 0.0, tokens: int = 1, 
 
 
 def test_prior() -> None:
-    assert prior(math.log(0.5), 1) == pytest.approx(0.5)
-    assert prior(-6.0, 16) == pytest.approx(math.exp(-6 / 32))  # 16^1.25 = 32
-    assert prior(0.0, 5) == 1.0
+    for logprob, tokens, expected in ((math.log(0.5), 1, 0.5), (-6.0, 16, math.exp(-6 / 32)), (0.0, 5, 1.0)):
+        node = Node(Step("a", (7,) * tokens, logprob, "step"), None)  # 16^1.25 = 32
+        assert node.prior == pytest.approx(expected)
 
 
 def test_puct() -> None:
