@@ -21,7 +21,7 @@ from stepkd.lazy import lazily
 _HOMES = {
     "generate": "ContinuationValue SampledSteps ScorerValue",
     "mcts": "Decision Option SearchConfig SearchTree tree_search",
-    "pairs": "PairConfig TreePairs tree_pairs",
+    "pairs": "FoundPairs PairConfig tree_pairs",
     "tree": "Node Problem State StateValue Step StepGenerator",
 }
 

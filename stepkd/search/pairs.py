@@ -36,7 +36,7 @@ class PairConfig:
 
 
 @dataclass(frozen=True)
-class TreePairs:
+class FoundPairs:
     """What one tree gave."""
 
     rows: tuple[dict[str, Any], ...]
@@ -53,7 +53,7 @@ def tree_pairs(
     *,
     columns: Sequence[str] = ("answer",),
     provenance: Mapping[str, Any] | None = None,
-) -> TreePairs:
+) -> FoundPairs:
     """Pairs of a searched tree.
 
     Args:
@@ -69,9 +69,9 @@ def tree_pairs(
     dropped: Counter[str] = Counter()
     rows: list[dict[str, Any]] = []
     if not tree.decisions:
-        return TreePairs((), {"no_steps": 1})
+        return FoundPairs((), {"no_steps": 1})
     if settings.solved_only and not tree.solved:
-        return TreePairs((), {"unsolved_tree": 1})
+        return FoundPairs((), {"unsolved_tree": 1})
     for decision in _choices(tree.decisions):
         found = _pair(decision)
         if isinstance(found, str):
@@ -84,7 +84,7 @@ def tree_pairs(
             if provenance is not None:
                 row["pairing"] = dict(provenance)
             rows.append(row)
-    return TreePairs(tuple(rows), dict(sorted(dropped.items())))
+    return FoundPairs(tuple(rows), dict(sorted(dropped.items())))
 
 
 def action(node: Node) -> list[Node]:
