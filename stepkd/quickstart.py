@@ -51,7 +51,7 @@ class Context:
     seed: int = 0
     """Seed of data, weights and sampling."""
     scale: float = 1.0
-    """Factor on every stage's number of optimiser steps and problems."""
+    """Factor on every stage's optimiser steps and held-out problems."""
 
     def problems(self, full: int) -> int:
         """Problems evaluated by a stage whose full budget is ``full``."""
@@ -261,7 +261,9 @@ def best_of_n(context: Context, student: str) -> dict[str, Any]:
         scorer=context.model("prm"), completions=str(held_out), out=scores, device="cpu", max_rows=MAX_ROWS
     )
     summary = score_file(scoring)
-    curve = best_of_n_from_files({"prm": scores}, grading=GradingConfig(extractors=("hash",)), seed=context.seed)
+    ks = [2**i for i in range(CHOICES.bit_length())]
+    grading = GradingConfig(extractors=("hash",))
+    curve = best_of_n_from_files({"prm": scores}, ks=ks, grading=grading, seed=context.seed, samples=CHOICES)
     judged = [row for row in read_results(scores) if None not in row["step_scores"]]
     steps = labelled_steps(
         [row["step_scores"] for row in judged],

@@ -164,7 +164,9 @@ def given_settings(words: Sequence[str]) -> Iterator[tuple[str | None, str, Any]
             continue
         name, text = flag.lstrip("-").rstrip("+"), value if equals else "".join(words[i + 1 : i + 2])
         of_file = name in ("config", "c")
-        file: str | None = "" if not of_file else text if Path(text).is_file() else None
+        file: str | None = ""
+        if of_file:  # a program gives its settings as the text of a file
+            file = text if len(text) < 256 and Path(text).is_file() else None
         try:
             read = yaml.safe_load(Path(text).read_text(encoding="utf-8") if file else text)
         except (OSError, ValueError, yaml.YAMLError):
@@ -296,7 +298,9 @@ def _unknown(name: str, value: Any, known: dict[str, Any], as_words: bool) -> st
         if part in ("class_path", "dict_kwargs", "help") or not (level or kinds):
             return ""
         said = f"{part!r} is not a setting{f' of {place}' if place else ''}"
-        if holders := [kind.__name__ for kind in kinds if part in signature(kind).parameters]:
+        if holders := [
+            kind.__name__ for kind in kinds if part in signature(kind).parameters and kind.__name__[0] != "_"
+        ]:
             return f"{said}; name a class that has it: --{place} {' or '.join(holders)} --{place}.{part} VALUE"
         if not level:
             return (
@@ -341,12 +345,14 @@ def _refused(name: str, value: Any, known: dict[str, Any]) -> str:
         return f"{name}: expected {'a list of ' if _is_list(hint) else ''}{{{', '.join(level)}}}, got {str(value)!r}"
     expected, words = [], list[str]()
     for each in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        if get_origin(each) is Literal:
-            words += map(str, get_args(each))
-            expected.append(f"one of {list(get_args(each))}")
+        item = get_args(each)[0] if _is_list(each) else each
+        if get_origin(item) is Literal:
+            words += map(str, get_args(item))
+            expected.append(f"{'one' if item is each else 'some'} of {list(get_args(item))}")
         elif each is not type(None):
             expected.append(each.__name__ if isinstance(each, type) and not get_args(each) else str(each))
-    near = get_close_matches(str(value), words, n=1)
+    given = yaml.safe_load(value) if isinstance(value, str) and value.startswith("[") and words else [value]
+    near = [word for each in given if each not in words for word in get_close_matches(str(each), words, n=1)]
     return f"{name}: expected {' or '.join(expected)}, got {str(value)!r}" + (
         f"; did you mean {near[0]!r}?" if near else ""
     )

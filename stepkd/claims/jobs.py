@@ -65,19 +65,30 @@ def run_job(kind: str, settings: Mapping[str, Any], out: Path) -> Measured:
     return Measured(kept, found.problems)
 
 
-def _config(kind: str, settings: dict[str, Any], out: Path) -> Any:
-    """The settings object of a kind that has a command with one."""
+def job_config(kind: str, settings: Mapping[str, Any], out: Path) -> Any:
+    """The settings object of a kind that has one (:data:`KINDS_WITH_SETTINGS`).
+
+    Raises:
+        ConfigError: unknown, missing or impossible settings, or those that the claim sets itself.
+    """
     from stepkd.evaluation.config import EvaluateConfig, ScoreConfig
     from stepkd.iteration.spec import IterateConfig
     from stepkd.labels.settings import PAIR_JOBS, LabelConfig
 
-    if kind == "iterate":
-        return build_settings(IterateConfig, settings, kind)
-    known: dict[str, type[Any]] = {"label": LabelConfig, "score": ScoreConfig, "evaluate": EvaluateConfig}
-    made = known.get(kind) or PAIR_JOBS.get(settings.pop("to", None))
+    if own := {"out", "overwrite"} & set(settings):
+        raise ConfigError(f"{kind}: {min(own)} is set by the claim itself: a job has its own folder, and is resumed")
+    given = dict(settings)
+    classes: dict[str, type[Any]] = {"label": LabelConfig, "score": ScoreConfig, "evaluate": EvaluateConfig}
+    classes |= {"iterate": IterateConfig, "convert": ConvertJob, "draw": DrawJob, "best_of_n": BestOfNJob}
+    made = classes.get(kind) or PAIR_JOBS.get(given.pop("to", None))
     if made is None:
         raise ConfigError(f"pairs: to must be one of {', '.join(PAIR_JOBS)}")
-    return build_settings(made, {**settings, "out": str(out)}, kind)
+    has_folder = kind in ("label", "pairs", "score", "evaluate")
+    return build_settings(made, given | ({"out": str(out)} if has_folder else {}), kind)
+
+
+KINDS_WITH_SETTINGS = ("label", "pairs", "score", "evaluate", "iterate", "convert", "draw", "best_of_n")
+"""Kinds whose settings are checked as a whole, by :func:`job_config`."""
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -134,7 +145,7 @@ def _iterate(settings: dict[str, Any], out: Path) -> Measured:
     from stepkd.iteration.loop import run_iterations
     from stepkd.runs.job import read_results
 
-    spec = _config("iterate", settings, out)
+    spec = job_config("iterate", settings, out)
     run_iterations(spec, out, report=lambda line: None)
     columns: dict[str, Any] = {}
     problems: list[str] = []
@@ -156,7 +167,7 @@ def _label(settings: dict[str, Any], out: Path) -> Measured:
     ``steps_per_solution``, and ``one_step_share`` (solutions that are one step)."""
     from stepkd.labels.job import run_label_job
 
-    summary = run_label_job(_config("label", settings, out))
+    summary = run_label_job(job_config("label", settings, out))
     assert summary is not None, "one process does all the work"
     steps = [len(row["steps"]) for row in _load(out)]
     shares = {"steps_per_solution": sum(steps) / len(steps), "one_step_share": steps.count(1) / len(steps)}
@@ -167,7 +178,7 @@ def _pairs(settings: dict[str, Any], out: Path) -> Measured:
     """As ``stepkd pairs``, with ``to: step`` or ``tree``. Columns: the numbers of its summary."""
     from stepkd.labels.pair_job import run_pair_job
 
-    summary = run_pair_job(_config("pairs", settings, out))
+    summary = run_pair_job(job_config("pairs", settings, out))
     assert summary is not None, "one process does all the work"
     return Measured(_numbers(summary))
 
@@ -200,23 +211,38 @@ class ConvertJob:
 
 def _convert(settings: dict[str, Any], out: Path) -> Measured:
     """As ``stepkd convert``: ``rows`` and ``to``. Columns: its counts, and ``rows``."""
-    config = build_settings(ConvertJob, settings, "convert")
+    config = job_config("convert", settings, out)
     converted = convert_rows(_load(config.rows), config.to)
     return Measured(converted.counts | {"rows": config.to.write(converted.rows, out / ROWS_NAME)})
 
 
+@dataclass(frozen=True)
+class DrawJob:
+    """Settings of ``draw``."""
+
+    rows: str
+    """A file of rows."""
+    count: int
+    """How many are drawn, without replacement; there must be as many."""
+    seed: int
+    """Seed of the draw."""
+    key: str
+    """Tells draws of the same seed apart."""
+
+
 def _draw(settings: dict[str, Any], out: Path) -> Measured:
     """``count`` of ``rows``, keyed by ``seed`` and ``key``. Columns: ``rows``, and ``available``."""
+    config = job_config("draw", settings, out)
     from stepkd.data.io import read_rows
     from stepkd.randomness import generator
     from stepkd.runs.files import write_jsonl
 
-    rows, count = [row for row, _ in read_rows(Path(settings["rows"]))], int(settings["count"])
-    if len(rows) < count:
-        raise DataError(f"{count} rows are to be drawn, and there are {len(rows)}: lower count", path=settings["rows"])
-    picked = sorted(generator(settings["seed"], "step pairs", settings["key"]).permutation(len(rows))[:count])
+    rows = [row for row, _ in read_rows(Path(config.rows))]
+    if len(rows) < config.count:
+        raise DataError(f"{config.count} rows are wanted, and there are {len(rows)}: lower count", path=config.rows)
+    picked = sorted(generator(config.seed, "step pairs", config.key).permutation(len(rows))[: config.count])
     write_jsonl(out / ROWS_NAME, [rows[i] for i in picked])
-    return Measured({"rows": count, "available": len(rows)})
+    return Measured({"rows": config.count, "available": len(rows)})
 
 
 def _consensus(settings: dict[str, Any], out: Path) -> Measured:
@@ -249,7 +275,7 @@ def _evaluate(settings: dict[str, Any], out: Path) -> Measured:
     from stepkd.evaluation.runner import evaluate
     from stepkd.runs.job import read_results
 
-    evaluate(_config("evaluate", settings, out))
+    evaluate(job_config("evaluate", settings, out))
     rows = read_results(out)
     return Measured(problem_columns(rows), [str(row["id"]) for row in rows])
 
@@ -288,7 +314,21 @@ def _score(settings: dict[str, Any], out: Path) -> Measured:
     """As ``stepkd score``. Columns: the numbers of its summary."""
     from stepkd.evaluation.score_rows import score_file
 
-    return Measured(_numbers(score_file(_config("score", settings, out))))
+    return Measured(_numbers(score_file(job_config("score", settings, out))))
+
+
+@dataclass(frozen=True)
+class BestOfNJob:
+    """Settings of ``best_of_n``."""
+
+    scores: dict[str, str]
+    """Name of a score -> folder of the job."""
+    ks: list[int]
+    """Numbers of samples to choose from; the largest is how many were drawn."""
+    extractors: list[str]
+    """How answers are found for the vote."""
+    seed: int
+    """Seed of intervals and drawn subsets."""
 
 
 def _best_of_n(settings: dict[str, Any], out: Path) -> Measured:
@@ -300,10 +340,10 @@ def _best_of_n(settings: dict[str, Any], out: Path) -> Measured:
     from stepkd.runs.job import read_results
     from stepkd.scorers.scorer import problem_key
 
-    ks, grading = settings["ks"], GradingConfig(extractors=tuple(settings["extractors"]))
-    files = settings["scores"]
-    curve = best_of_n_from_files(files, ks=ks, grading=grading, seed=settings["seed"], samples=max(ks))
-    first = read_results(next(iter(files.values())))
+    config = job_config("best_of_n", settings, out)
+    grading = GradingConfig(extractors=tuple(config.extractors))
+    curve = best_of_n_from_files(config.scores, ks=config.ks, grading=grading, seed=config.seed, samples=max(config.ks))
+    first = read_results(next(iter(config.scores.values())))
     columns: dict[str, list[float]] = {}
     for method, values in curve.per_problem.items():
         columns |= {f"{method}@{k}": values[:, i].tolist() for i, k in enumerate(curve.ks)}

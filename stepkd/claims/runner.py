@@ -59,6 +59,7 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
     if not missing and (job.out / RESULTS_NAME).is_file():
         return found
     with job.alone():
+        (job.out / RESULTS_NAME).unlink(missing_ok=True)  # of fewer seeds
         _run_units(claim, job, missing, report)
     rows = [row for folder in sorted((job.out / PARTS).iterdir()) for row in finished_rows(job.out, folder.name)]
     write_jsonl(job.out / RESULTS_NAME, sorted(rows, key=lambda row: (row["seed"], row["index"])))
@@ -66,9 +67,27 @@ def run_claim(claim: Claim, out: str | Path, *, report: Report, overwrite: bool 
 
 
 def _recipes(claim: Claim) -> dict[str, Any]:
-    """The settings of the recipes that jobs name."""
-    names = [name for job in claim.jobs.values() for each in job.values() for name in (each or {}).get("recipes", ())]
-    return {name: read_yaml(find_recipe(name), "recipe") for name in dict.fromkeys(names)}
+    """Names and settings of the recipes that the jobs of all arms train with."""
+    found: dict[str, Any] = {}
+
+    def note(name: str, kind: str, settings: Mapping[str, Any]) -> str:
+        found.update(_trained_with(settings))
+        return name
+
+    for variant in claim.variants:
+        for arm in claim.arms:
+            asked = Arm(claim, variant, arm, claim.seeds[0], note)
+            for metric in claim.metrics:
+                asked.source(metric)
+    return found
+
+
+def _trained_with(settings: Any) -> dict[str, Any]:
+    """Names and settings of the recipes that a job's settings name, at any depth."""
+    if not isinstance(settings, Mapping):
+        return {}
+    found = {name: read_yaml(find_recipe(name), "recipe") for name in settings.get("recipes", ())}
+    return found | {name: each for below in settings.values() for name, each in _trained_with(below).items()}
 
 
 def _run_units(claim: Claim, job: Job, missing: Sequence[tuple[str, int]], report: Report) -> None:
@@ -145,7 +164,9 @@ def _unit_rows(claim: Claim, variant: str, seed: int, folder: Path, report: Repo
     measured: dict[str, Measured] = {}
 
     def do(name: str, kind: str, settings: Mapping[str, Any]) -> str:
-        plain = json.dumps([kind, settings, _texts(settings)], sort_keys=True).replace(str(folder), "")
+        plain = json.dumps([kind, settings, list(_trained_with(settings).values())], sort_keys=True).replace(
+            str(folder), ""
+        )
         out = folder / f"{name}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
         done = folder / f"{out.name}.json"
         if str(out) not in measured:
@@ -163,11 +184,6 @@ def _unit_rows(claim: Claim, variant: str, seed: int, folder: Path, report: Repo
         rows.append(row | _measure(claim, asked, measured, f"{where}, arm {arm!r}"))
     _check_rows(claim, variant, rows, where)
     return rows
-
-
-def _texts(settings: Mapping[str, Any]) -> list[Any]:
-    """The recipes that a job trains with."""
-    return [read_yaml(find_recipe(name), "recipe") for name in settings.get("recipes", ())]
 
 
 def _measure(claim: Claim, arm: Arm, measured: Mapping[str, Measured], where: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ token straddles the two and training sees the ids that inference sees.
 
 The end rule. A finished solution ends in the token that the chat template writes behind an answer (plain style: the
 tokenizer's end token), which is a training target and belongs to the last step; it is never doubled. A completion given
-as ``token_ids`` (a completion) is used as it is: sampled ids are never re-tokenised, and nothing is appended to one
+as ``token_ids`` (a sampled one) is used as it is: sampled ids are never re-tokenised, and nothing is appended to one
 that was cut off.
 """
 

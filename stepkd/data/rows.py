@@ -325,7 +325,7 @@ def _same_length(row: RowModel, first: str, *others: str) -> None:
 def ends_partition(ends: Sequence[int], length: int) -> str | None:
     """What keeps exclusive step ends from cutting ``length`` tokens into non-empty steps without a rest, or None."""
     if not ends:
-        return "has zero steps; drop the completion or segment its completion"
+        return "has zero steps; drop the row or segment its completion"
     if ends[0] < 1 or any(a >= b for a, b in itertools.pairwise(ends)):
         return f"must be positive and strictly increasing (no empty step), found {shown(ends)}"
     if ends[-1] != length:

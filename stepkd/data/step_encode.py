@@ -130,9 +130,8 @@ class StepEncoder(Encoder):
         """Whether the last step gets a separator too.
 
         It does where a step is read behind its separator. Otherwise a marker without one before it would tell a model
-        that the solution, or the labelled part of it, ends here: in data whose incorrect step is the last one
-            (PRM800K's
-        alternatives) that gives the label away.
+        that the solution, or the labelled part of it, ends here: in data whose incorrect step is the last one, as in
+        PRM800K's alternatives, that gives the label away.
         """
         return bool(self.format.separator) and self.format.marker_place == "step_end"
 
@@ -197,7 +196,7 @@ class StepEncoder(Encoder):
             why = "cannot serve tokenize 'per_step'" if per_step else "are not of this model's tokenizer"
             raise DataError(
                 f"the row's token ids {why}, and it has no 'steps' as text: label it again with this version (which "
-                "writes them), or convert it with --to stepwise",
+                "writes them), or convert it with --to Stepwise",
                 path=name,
                 column="token_ids",
             )

@@ -130,13 +130,12 @@ def _one_hot(index: int, num_classes: int) -> Target:
     return tuple(float(c == index) for c in range(num_classes))
 
 
-def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[str] = ()) -> Row:
-    """Turn a labelled completion into a STEPWISE row; a row that is one already stays as it is (unless ``soft``).
+def to_stepwise(row: Mapping[str, Any], *, keep: Sequence[str] = ()) -> Row:
+    """Turn a labelled completion into a STEPWISE row; a row that is one already stays as it is.
 
     Args:
         row: a COMPLETION row with ``steps``, the text of every step (``step_ends`` counts tokens, so only the
-            tokenizer's owner can cut the completion), and ``step_labels`` (or ``step_values``).
-        soft: take ``step_values``, chances in [0, 1], as the labels.
+            tokenizer's owner can cut the completion), and ``step_labels``.
         keep: further columns to copy where the row has them, for example where the labels came from.
 
     Returns:
@@ -146,16 +145,12 @@ def to_stepwise(row: Mapping[str, Any], *, soft: bool = False, keep: Sequence[st
     Raises:
         DataError: no labels or step texts, or another number of steps than labels.
     """
-    if "completions" in row and not soft:
-        return dict(row)
-    name, column = row.get("id") or row.get("problem_id", "?"), "step_values" if soft else "step_labels"
-    if row.get(column) is None:
-        lacks = "no values to take as soft labels" if soft else "the completion has no step labels"
-        raise DataError(f"{lacks}: label it first (stepkd label)", path=name, column=column)
-    # A chance written as 0 or 1 would read as a rating.
-    labels = [float(label) if soft and label is not None else label for label in row[column]]
     if "completions" in row:
-        return dict(row) | {"labels": labels}
+        return dict(row)
+    name, column = row.get("id") or row.get("problem_id", "?"), "step_labels"
+    if row.get(column) is None:
+        raise DataError("the completion has no step labels: label it first (stepkd label)", path=name, column=column)
+    labels = list(row[column])
     if row.get("steps") is None:
         raise DataError(
             "no step texts: these completions were not labelled by `stepkd label`; label them as Existing "

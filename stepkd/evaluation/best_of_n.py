@@ -335,7 +335,8 @@ def best_of_n_from_files(
         grading: how answers are found and compared for the vote; None: the defaults.
         seed: seed of intervals and drawn subsets.
         samples: how many were drawn of every problem. One that is in no file, or not in all, has no text or no step to
-            score: it counts as incorrect, or as unscored. None: every sample must be in every file.
+            score: it counts as incorrect, or as unscored. A problem is counted where some sample of it is in a file.
+            None: every sample must be in every file.
 
     Raises:
         ConfigError: no file, a reserved name, or files of different completions.
@@ -344,28 +345,29 @@ def best_of_n_from_files(
     if not files:
         raise ConfigError("best-of-N needs at least one file of scored completions (stepkd score)")
     loaded = {name: _by_key(path) for name, path in files.items()}
+    found = {key: row for rows in reversed(loaded.values()) for key, row in rows.items()}
     first_name, first = next(iter(loaded.items()))
     for name, rows in loaded.items():
         missing = len(set(first) ^ set(rows))
-        if missing and (samples is None or set(rows) - set(first)):
+        if missing and samples is None:
             raise ConfigError(f"{first_name} and {name} scored different completions ({missing} are in one only)")
         for key, row in rows.items():
-            if any(row.get(column) != first[key].get(column) for column in _SAME):
+            if any(row.get(column) != found[key].get(column) for column in _SAME):
                 raise ConfigError(
                     f"{first_name} and {name} hold different solutions under one id (sample {key[1]} of problem "
                     f"{key[0]!r}): score one file of completions with both"
                 )
     groups: dict[str, list[tuple[str, str]]] = {}
-    for key in first:
+    for key in dict.fromkeys([*first, *found]):
         groups.setdefault(key[0], []).append(key)
 
     def padded(values: list[Any], missing: Any = None) -> list[Any]:
         return values + [missing] * ((samples or 0) - len(values))
 
     with Grader(grading) as grader:
-        votes = votes_of([[first[key] for key in keys] for keys in groups.values()], grader.extractors, grader)
+        votes = votes_of([[found[key] for key in keys] for keys in groups.values()], grader.extractors, grader)
     problems = [
-        ProblemSamples(problem, padded([bool(first[key]["correct"]) for key in keys], False), padded(list(own)))
+        ProblemSamples(problem, padded([bool(found[key]["correct"]) for key in keys], False), padded(list(own)))
         for (problem, keys), own in zip(groups.items(), votes, strict=True)
     ]
     smallest = min(len(problem.correct) for problem in problems)

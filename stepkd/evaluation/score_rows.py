@@ -210,8 +210,8 @@ def labelled_scores(scorer: StepScorer, rows: Sequence[Mapping[str, Any]]) -> tu
     Args:
         scorer: the scorer.
         rows: rows with ``labels`` (or ``step_labels``), for an outcome scorer with ``outcome`` (or ``correct``); a
-            rating of 0 counts as right. Steps after the first incorrect one are left out, as where scorers are judged:
-            whether a step that follows from a mistake is correct is a matter of convention.
+            rating of 0 counts as correct. Steps after the first incorrect one are left out, as where scorers are
+            judged: whether a step that follows from a mistake is correct is a matter of convention.
 
     Returns:
         Scores and labels (0 or 1) of the steps that have both.

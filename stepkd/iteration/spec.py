@@ -51,7 +51,9 @@ class TrainConfig:
         if not self.recipes:
             raise ConfigError("train: recipes names no file: give the recipes for `stepkd fit`")
         for key in self.dotted():
-            if any(key == own or key.startswith(f"{own}.") for own in SET_BY_ITERATE):
+            given = f"{key.replace('.init_args', '')}."
+            owned = [f"{own.replace('.init_args', '')}." for own in SET_BY_ITERATE]
+            if any(given.startswith(own) or own.startswith(given) for own in owned):
                 raise ConfigError(f"train: overrides: {key} is set by every iteration itself")
 
     def dotted(self) -> dict[str, Any]:

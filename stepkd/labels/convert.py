@@ -259,26 +259,13 @@ def _sign(label: Label) -> int:
 # ---- feedback ------------------------------------------------------------------------------------------------------
 
 _BINARY_COUNTS = (
-    *(
-        "correct_steps",
-        "incorrect_steps",
-        "neutral_steps",
-        "unlabelled_steps",
-        "correct_answers_with_an_incorrect_step",
-    ),
-    *("rows_without_labels", "rows_without_outcome", "duplicates", "problems_all_identical"),
-)
+    "correct_steps", "incorrect_steps", "neutral_steps", "unlabelled_steps", "correct_answers_with_an_incorrect_step",
+    "rows_without_labels", "rows_without_outcome", "duplicates", "problems_all_identical",
+)  # fmt: skip
 _UNPAIRED_COUNTS = (
-    *(
-        "correct",
-        "incorrect",
-        "cut_off",
-        "rows_without_outcome",
-        "empty_completions",
-        "duplicates",
-        "problems_all_identical",
-    ),
-)
+    "correct", "incorrect", "cut_off", "rows_without_outcome", "empty_completions", "duplicates",
+    "problems_all_identical",
+)  # fmt: skip
 
 
 def _distinct(rows: Sequence[Row], names: Sequence[str]) -> tuple[list[Completion], dict[str, int]]:
@@ -344,16 +331,10 @@ class Unpaired(ConverterConfig):
 # ---- pairs ---------------------------------------------------------------------------------------------------------
 
 _PAIR_COUNTS = (
-    *(
-        "problems",
-        "problems_all_correct",
-        "problems_all_incorrect",
-        "problems_with_a_single_sample",
-        "problems_ungraded",
-    ),
-    *("problems_without_a_right_one_to_choose", "problems_identical_sides", "ungraded", "empty_completions"),
-    *("duplicates", "correct_but_cut_off", "correct_but_an_incorrect_step"),
-)
+    "problems", "problems_all_correct", "problems_all_incorrect", "problems_with_a_single_sample", "problems_ungraded",
+    "problems_without_a_correct_one_to_choose", "problems_identical_sides", "ungraded", "empty_completions",
+    "duplicates", "correct_but_cut_off", "correct_but_an_incorrect_step",
+)  # fmt: skip
 """What is counted: problems with pairs, problems without by reason, then solutions left out by reason."""
 
 

@@ -224,9 +224,9 @@ class ScorerLabeller:
     def _labels(self, solution: Solution, scores: Sequence[float]) -> StepLabels:
         if len(scores) != len(solution.steps):
             raise DataError(f"the scorer gave {len(scores)} scores for {len(solution.steps)} steps", path=solution.id)
-        incorrect = [score for score in scores if not (math.isnan(score) or 0 <= score <= 1)]
-        if incorrect:
-            raise DataError(f"the scorer gave {incorrect[0]}: scores lie in [0, 1]", path=solution.id)
+        invalid = [score for score in scores if not (math.isnan(score) or 0 <= score <= 1)]
+        if invalid:
+            raise DataError(f"the scorer gave {invalid[0]}: scores lie in [0, 1]", path=solution.id)
         known = tuple(None if math.isnan(score) else float(score) for score in scores)
         at = self.threshold
         # No values: a scorer's guess of the future is no continuation's success.

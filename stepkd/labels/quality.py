@@ -147,10 +147,7 @@ def label_quality(rows: Sequence[Row], truth_rows: Sequence[Row], *, seed: int =
         top, bottom = (each.reshape(len(steps), -1).sum(1) for each in (top, bottom))
         return ratio_interval(top, bottom, seed=seed) if bottom.sum() else None
 
-    both_correct, both_incorrect = (
-        steps[:, 0],
-        steps[:, 3],
-    )  # label and truth; between them: label correct, label incorrect
+    both_correct, both_incorrect = steps[:, 0], steps[:, 3]  # of label and truth; between them one of the two
     accuracy, positive = share(steps[:, [0, 3]]), share(steps[:, [0, 2]])
     assert accuracy is not None
     assert positive is not None

@@ -70,9 +70,9 @@ def reduce_values(values: Sequence[float], reduce: Reduce) -> tuple[bool | float
     Raises:
         DataError: a value outside [0, 1].
     """
-    incorrect = next((value for value in values if not 0 <= value <= 1), None)
-    if incorrect is not None:
-        raise DataError(f"{incorrect} is no share of continuations: values lie in [0, 1]")
+    invalid = next((value for value in values if not 0 <= value <= 1), None)
+    if invalid is not None:
+        raise DataError(f"{invalid} is no share of continuations: values lie in [0, 1]")
     if reduce == "mean":
         return tuple(map(float, values))
     labels = [passes(value, ANY_SUCCESS) is True for value in values]

@@ -53,7 +53,7 @@ def memory_peak() -> int | None:
 
 
 def cpus(root: Path = _ROOT) -> float:
-    """Processors that this process may use: those it is bound to, within its control group's share."""
+    """CPUs that this process may use: those it is bound to, within its control group's share."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = (root / "cpu.max").read_text(encoding="ascii").split()

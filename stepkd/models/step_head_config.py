@@ -94,12 +94,15 @@ _KINDS: dict[str, type[LabelTokens] | type[Classifier]] = {each.kind: each for e
 
 
 def step_head_from_dict(values: Mapping[str, Any]) -> StepHeadConfig:
-    """Inverse of :meth:`StepHeadConfig.to_dict`. Files of 0.1 hold the settings of all kinds; those of others are left.
+    """Inverse of :meth:`StepHeadConfig.to_dict`. Files of 0.1 hold the settings of all kinds, of which those of others
+    are left, and other words for ``neutral``.
 
     Raises:
         ConfigError: an unknown kind, or settings that cannot be.
         ModelError: unknown keys (from a newer version).
     """
+    older = {"right": "correct", "wrong": "incorrect"}
+    values = {name: older.get(value, value) if name == "neutral" else value for name, value in values.items()}
     layout = dict(values.get("format", {}))
     check_choice("head.kind", kind := values.get("kind", LabelTokens.kind), _KINDS)
     own = {each.name for each in fields(_KINDS[kind])}

@@ -198,7 +198,7 @@ class PolicyGradient(Component):
             "reward": of_rows([rollout.reward for rollout in rollouts]),
             "accuracy": of_rows([rollout.correct for rollout in rollouts]),
             "length": of_rows([len(rollout.token_ids) for rollout in rollouts]),
-            "cut_off": of_rows([rollout.finish == "length" for rollout in rollouts]),
+            "cut_off": of_rows([rollout.cut_off for rollout in rollouts]),
             "no_signal": of_rows([not rollout.advantages.any() for rollout in rollouts]),
             "entropy": (found.entropy_N.sum(), number),
             "clip_low": (found.low_N.sum(), number),

@@ -7,7 +7,7 @@ import logging
 from abc import ABCMeta
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -315,9 +315,9 @@ class PolicyModule(LightningModule):
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        kind, fields = type(value), {name: getattr(value, name) for name in value.__dataclass_fields__}
+        kind, own = type(value), {each.name: getattr(value, each.name) for each in fields(value)}
         chosen = {"class_path": f"{kind.__module__}.{kind.__qualname__}"} if isinstance(kind, ABCMeta) else {}
-        value = chosen | fields
+        value = chosen | own
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -251,6 +251,8 @@ class PreferenceModule(StepModule):
     def _future_batches(self) -> Iterator[StepBatch]:
         """This rank's training batches to the end of the run, and its validation batches."""
         data, steps = self.datamodule, self.planned_steps()
+        if data is None:
+            raise ConfigError("reference.cache needs stepkd's data module: it reads the run's batches ahead")
         if steps is None:
             raise ConfigError("reference.cache needs to know the run's length: set trainer.max_steps or max_epochs")
         position, left = self.position, steps - self.global_step

@@ -220,6 +220,6 @@ class PRMModule(StepModule):
         """A reward model is judged and used, not sampled from."""
         return [
             f"judge:  stepkd evaluate-prm --scorer {run} {self._evaluation(steps=True)} --out ...",
-            f"score:  stepkd score --scorer {run} --rollouts ... --out ...",
+            f"score:  stepkd score --scorer {run} --completions ... --out ...",
             f"export: stepkd export {run} --to ...",
         ]

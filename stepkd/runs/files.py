@@ -103,7 +103,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
         The number of rows.
 
     Raises:
-        DataError: incorrect ending, or a row that JSON cannot hold, with its line.
+        DataError: another ending, or a row that JSON cannot hold, with its line.
         MachineError: a failed write.
     """
     path, number = Path(path), 0

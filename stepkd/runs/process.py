@@ -151,6 +151,8 @@ def live_process(marker: Mapping[str, Any]) -> int | None:
     pid, start = marker.get("pid"), marker.get("pid_start")
     if marker.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
         return None
+    if not isinstance(start, int | float):  # a text in runs of 0.1
+        return None
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         is_same = abs(process.create_time() - start) < 2  # not a later process of the same number

@@ -34,7 +34,7 @@ from stepkd.steps.format import marker_token_id
 
 JUDGE_TEMPLATE = PromptTemplate(plain="{prompt}\nAnswer:")
 """Chat style asks as a user; plain style ends where the answer begins."""
-QUESTION = "Is step {step} correct, given the problem and the steps before it? Answer Yes or No."
+QUESTION = "Is step {step} right, given the problem and the steps before it? Answer Yes or No."
 USUAL = (("Yes", "No"), (" Yes", " No"), ("yes", "no"), (" yes", " no"))
 """Forms of yes and no."""
 _PLACE = "<<<the steps go here>>>"

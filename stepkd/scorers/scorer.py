@@ -86,8 +86,7 @@ def score_one(scorer: StepScorer, prompt: str, steps: Sequence[str]) -> list[flo
     return scorer.score([Solutions({"id": "0", "prompt": prompt}, [steps])])[0][0]
 
 
-# --- rows that carry a solution each: completions and step-labelled rows
-# -------------------------------------------------
+# --- rows that carry a solution each: completions and step-labelled rows ----------------------------------------------
 
 
 def problem_key(row: Row) -> str:

@@ -133,7 +133,7 @@ def _signal(completion: TokenizedText, name: str, segmenter: str) -> tuple[float
     if values is None:
         if not len(completion):
             return ()
-        sampled = "sampled continuations carry them as raw_logprobs; " if name == "logprobs" else ""
+        sampled = "sampled completions carry them as raw_logprobs; " if name == "logprobs" else ""
         teacher = " with a teacher" if name == "teacher_logprobs" else ""
         raise DataError(
             f"segmenter {segmenter!r} needs the {_SOURCES[name]} of every token, and this completion has none: "

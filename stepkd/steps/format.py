@@ -1,7 +1,6 @@
 """How a solution is written for a model that scores steps: what separates steps, and where the marker goes.
 
-Published process reward models differ in nothing so much as in this, and get it incorrect most easily. A marker goes in
-as
+Published process reward models differ in nothing so much as in this, and get it wrong most easily. A marker goes in as
 a token id: joining step texts with a marker string and tokenising again moves token boundaries and is known to cost a
 published PRM several F1 points on ProcessBench (QwenLM/ProcessBench issue 12).
 """

@@ -33,7 +33,7 @@ class TokenizedText:
     """For each of the T tokens, the exclusive end in ``text`` of the characters decoded so far."""
     logprobs: tuple[float, ...] | None = None
     """Log-probability of each token under the sampling model (nats, <= 0). Confidence-based segmenters read them as
-    those at temperature 1 with nothing cut off: a continuation's ``raw_logprobs``, not its ``logprobs``."""
+    those at temperature 1 with nothing cut off: a completion's ``raw_logprobs``, not its ``logprobs``."""
     entropies: tuple[float, ...] | None = None
     """Entropy (nats, >= 0) of the next-token distribution at temperature 1 that each token was drawn from."""
     teacher_logprobs: tuple[float, ...] | None = None

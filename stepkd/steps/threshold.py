@@ -70,6 +70,8 @@ class SegmentThreshold:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (_FORMAT, _VERSION):
                 raise ConfigError(f"no {_FORMAT} of version {_VERSION}")
+            if (content.get("side", "close"), content.get("min_tokens", 1)) != ("close", 1):
+                raise ConfigError("steps that open at an unsure token, or have a least length, are gone: fit it again")
             threshold: SegmentThreshold = TypeAdapter(cls).validate_python(content)
             threshold.segmenter()  # checks the value's range
             return threshold
@@ -102,7 +104,7 @@ def fit_threshold(
 
     Args:
         pool: for each response its per-token log-probabilities at temperature 1 (signal ``confidence``: a
-            continuation's ``raw_logprobs``) or entropies (signal ``entropy``), in nats. The paper samples 30 responses
+            completion's ``raw_logprobs``) or entropies (signal ``entropy``), in nats. The paper samples 30 responses
             per question and drops duplicates first.
         quantile: share of tokens that are to divide, in (0, 1).
         signal: what the pool's numbers are and what the threshold is on.
@@ -169,7 +171,7 @@ def _threshold_segmenter(signal: Signal, argument: str) -> AdaptiveStepSegmenter
     """Segmenter from the FILE_OR_NUMBER of a recipe."""
     kind = _SEGMENTERS[signal]
     if not Path(argument).is_file():
-        what = "or the threshold.json of a labelling job that fitted one"
+        what = "or the threshold.json of a labelling job that fitted one, and there is no such file"
         return kind(_number(kind.name, argument, f"{kind.name}:{kind.example}", what))
     threshold = SegmentThreshold.load(argument)
     if threshold.signal != signal:

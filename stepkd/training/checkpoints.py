@@ -65,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """Read a checkpoint; see :func:`stepkd.models.checkpoint.read_checkpoint`."""
+        """Read a checkpoint; see :func:`stepkd.runs.resume.read_checkpoint`."""
         return read_checkpoint(path)
 
 

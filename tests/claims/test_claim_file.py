@@ -142,7 +142,7 @@ TWO = {"metric": "correct", "better": "better", "worse": "plain"}
         ({"statements": [{**TWO, "at_least": "much"}]}, "statement 1: at_least: expected float, got 'much'"),
         ({"statements": [{**TWO, "at_least": True}]}, "statement 1: at_least: expected float, got 'True'"),
         ({"statements": [{**TWO, "worse": "plian"}]}, "statement 1: no arm 'plian'. Did you mean 'plain'?"),
-        ({"statements": [{**TWO, "metric": "rigth"}]}, "no metric 'rigth'. Did you mean 'correct'?"),
+        ({"statements": [{**TWO, "metric": "corect"}]}, "no metric 'corect'. Did you mean 'correct'?"),
         ({"statements": [{**TWO, "variants": ["x"]}]}, "statement 1: no variant 'x'"),
         ({"statements": [{"better": "better", "worse": "plain"}]}, "statement 1: .*metric"),
         ({"run": "../up"}, "run: '../up' cannot be a folder's name"),

@@ -89,5 +89,5 @@ def test_rows_are_drawn_by_seed_and_key(tmp_path: Path) -> None:
 
     assert drawn("one") == drawn("two")
     assert len({drawn("one"), drawn("three", key="b"), drawn("four", seed=1)}) == 3
-    with pytest.raises(DataError, match="21 rows are to be drawn, and there are 20"):
+    with pytest.raises(DataError, match="21 rows are wanted, and there are 20"):
         run_job("draw", settings | {"key": "a", "count": 21}, tmp_path / "five")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepkd.claims.claim_file import load_claim
+from stepkd.claims import jobs
+from stepkd.claims.claim_file import Claim, load_claim
 from stepkd.claims.jobs import training_settings
 from stepkd.claims.results import read_results, results_path
 from stepkd.claims.runner import Arm
@@ -79,26 +80,42 @@ def verdict_again(row: dict[str, Any]) -> str:
     return Statement("m", arm="any", **bound).verdict(Interval(0.0, low, high, "t"))
 
 
+def wanted_jobs(claim: Claim) -> list[tuple[str, dict[str, Any]]]:
+    """Kind and settings of every different job, with names in place of folders."""
+    wanted: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def note(name: str, kind: str, settings: Mapping[str, Any]) -> str:
+        wanted[json.dumps([kind, settings])] = kind, dict(settings)
+        return f"folders/{name}"
+
+    for variant in claim.variants:
+        for arm in claim.arms:
+            asked = Arm(claim, variant, arm, claim.seeds[0], note)
+            for metric in claim.metrics:
+                asked.source(metric)
+    return list(wanted.values())
+
+
+@pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
+def test_commands_take_the_settings_of_every_job(path: Path) -> None:
+    """In both versions; a fitted threshold must be there before steps can be cut by it."""
+    checked = 0
+    for quick in (False, True):
+        for kind, settings in wanted_jobs(load_claim(path, quick=quick)):
+            if kind in jobs.KINDS_WITH_SETTINGS and "threshold.json" not in str(settings):
+                assert jobs.job_config(kind, settings, Path("out"))
+                checked += 1
+    assert checked
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CLAIMS, ids=lambda path: path.stem)
 def test_stepkd_fit_takes_the_training_of_every_arm(path: Path) -> None:
     """In both versions; a teacher's cache must be there before a training can read it."""
     for quick in (False, True):
-        claim = load_claim(path, quick=quick)
-        wanted: dict[str, dict[str, Any]] = {}
-
-        def note(name: str, kind: str, settings: Mapping[str, Any], wanted: Any = wanted) -> str:
+        for kind, settings in wanted_jobs(load_claim(path, quick=quick)):
             if kind == "fit" and "Cached" not in str(settings):
-                wanted[json.dumps(settings)] = dict(settings)
-            return f"folders/{name}"
-
-        for variant in claim.variants:
-            for arm in claim.arms:
-                asked = Arm(claim, variant, arm, claim.seeds[0], note)
-                for metric in claim.metrics:
-                    asked.source(metric)
-        for settings in wanted.values():
-            check_fit(*training_settings(settings))
+                check_fit(*training_settings(settings))
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

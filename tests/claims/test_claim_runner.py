@@ -76,7 +76,7 @@ def test_a_job_finds_the_jobs_that_it_refers_to(write_claim: Write, tmp_path: Pa
     )
     run_claim(claim, tmp_path / "out", report=quiet)
     assert [sorted(row["metrics"]) for row in read_rows(tmp_path / "out" / "results.jsonl")] == [
-        ["place", "correct"],
+        ["correct", "place"],
         ["correct"],  # a metric whose job is null is not measured
     ]
     (left,) = (tmp_path / "out" / "units" / "main" / "seed-4").glob("seen-*.json")
@@ -152,7 +152,7 @@ def test_folders_of_others_are_left_alone(write_claim: Write, tmp_path: Path) ->
     out = tmp_path / "out"
     run_claim(claim, out, report=quiet)
     (out / "settings.json").write_text("{")
-    with pytest.raises(DataError, match="not valid JSON"):
+    with pytest.raises(DataError, match="not the settings of a job"):
         run_claim(claim, out, report=quiet)
 
 

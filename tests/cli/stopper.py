@@ -1,7 +1,7 @@
 """Callbacks that runs of the tests load by name: they record what is trained on, and end the process at a given point.
 
 ``STOP_AT`` holds the point, ``PHASE:STEP:SIGNAL``: the optimiser step that is about to be taken when the phase
-(``optimizer``, ``batch_end``, or one that the module opens, ``completion`` for instance) is next seen. The signal
+(``optimizer``, ``batch_end``, or one that the module opens, ``rollout`` for instance) is next seen. The signal
 ``MEMORY`` raises what torch raises when memory runs out. With ``STOP_RANK`` only that rank ends. The file ``.ended``
 beside ``out`` is as old as that.
 """

@@ -56,10 +56,10 @@ def test_a_missing_package_and_too_many_threads(tmp_path: Path, monkeypatch: pyt
     missing = named(found, "versions", "no-such-package")
     assert (missing.level, missing.advice) == ("bad", "pip install no-such-package")
     if torch.get_num_threads() > 1:
-        assert "OMP_NUM_THREADS=1" in named(found, "processor", "threads").advice
-    assert "policy.dtype float32" in named(found, "processor", "bfloat16").advice
+        assert "OMP_NUM_THREADS=1" in named(found, "CPU", "threads").advice
+    assert "policy.dtype float32" in named(found, "CPU", "bfloat16").advice
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": True})
-    assert named(look_around(tmp_path, {}), "processor", "bfloat16").value == "in hardware"
+    assert named(look_around(tmp_path, {}), "CPU", "bfloat16").value == "in hardware"
 
 
 def test_limits_of_a_container(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["doctor", "--out", str(tmp_path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["memory"] is None
-    assert {each["section"] for each in shown["findings"]} >= {"versions", "processor", "GPUs", "launch", "disk"}
+    assert {each["section"] for each in shown["findings"]} >= {"versions", "CPU", "GPUs", "launch", "disk"}
     (tmp_path / "file").write_text("")
     assert main(["doctor", "--out", str(tmp_path / "file" / "x")]) == 1
     assert "not writable" in capsys.readouterr().out

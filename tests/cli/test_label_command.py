@@ -39,7 +39,7 @@ def test_label_consensus_and_convert(tmp_path: Path, capsys: pytest.CaptureFixtu
     for text in ("preparing solutions 3/3", "labelling 6/6", "6 of 6 solutions of 3 problems", "share correct"):
         assert text in shown
     assert "sampling: 6 solutions" in shown
-    assert "completions" in shown
+    assert "continuations" in shown
     assert f"labels, summary and settings: {out}" in shown
     before = (out / "labels.jsonl").read_bytes()
     assert run(*PROBLEMS, *CONTINUED, *SEED_3, "--out", str(out)) == 0

@@ -17,7 +17,7 @@ SMALL = [
     *("--max-step-tokens", "8", "--sampling.max-new-tokens", "8", "--segmenter", "regex:[a-m]", "--max-rows", "6"),
     *("--device", "cpu", "--dtype", "float64", "--grading.extractors", "last_number", "--pairs.solved_only", "false"),
 ]
-SHARE = ["--value.completions", "2"]
+SHARE = ["--value.continuations", "2"]
 
 
 def run(*arguments: str) -> int:

@@ -148,7 +148,7 @@ def test_checker_judge_and_head(folder: Path, tmp_path: Path) -> None:
         (["--scorer.template", "task", "--scorer.head", "{"], "scorer.head"),
         (
             ["--scorer", "runs/prm", "--scorer.dtype", "float32"],
-            "scorer: the word 'runs/prm' takes no settings; name a",
+            "name a class that has it: --scorer PRM or Judge",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

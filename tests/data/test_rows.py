@@ -49,7 +49,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "rejected_visits": 10,
     },
     "step_preference": {"prompt": "1+1?", "chosen": "2", "rejected": "3", "prefix": [], "prefix_ids": []},
-    "rollout": {
+    "completion": {
         "problem_id": "a",
         "prompt": "1+1?",
         "completion": "1+1=2",
@@ -128,7 +128,7 @@ def test_prompt_may_be_chat_messages() -> None:
         ([*MESSAGES, {"role": "usr", "content": "x"}], "message 3 of 3 has role 'usr'; did you mean 'user'?"),
         (
             [{"role": "user", "content": [{"type": "text"}]}],
-            "message 1 of 1 has a content that is incorrect: must be text",
+            "message 1 of 1 has a content that is invalid: must be text",
         ),
         ([*MESSAGES, {"role": "assistant", "content": "It is"}], "ends with an assistant message.*answer_prefix"),
         ("half \ud83d pair", "half of a surrogate pair at character 6"),

@@ -162,7 +162,7 @@ def test_labels_and_steps_of_different_length_in_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("scope", "meaning"), [("outcome", "correctness"), ("steps", "outcome")])
 def test_an_outcome_model_says_so_in_both_places(scope: Any, meaning: str) -> None:
-    """The meaning decides how scores are reduced, so a head that says the incorrect thing is silently misused later."""
+    """The meaning decides how scores are reduced, so a head that says the wrong thing is silently misused later."""
     with pytest.raises(ConfigError, match=f"data.labels.scope is '{scope}' and model.head.meaning is '{meaning}'"):
         attach(made(task(), labels=LabelRule(scope=scope)), meaning=meaning).setup("fit")
     attach(made(task(), labels=LabelRule(scope="outcome")), meaning="outcome").setup("fit")

@@ -40,7 +40,7 @@ def test_harden() -> None:
     soft = [0.0, 0.125, 0.5, 0.51, 1.0, None]
     assert targets(soft, harden=0.5) == [INCORRECT, INCORRECT, CORRECT, CORRECT, CORRECT, None]
     assert targets(soft, harden=0.001) == [INCORRECT, CORRECT, CORRECT, CORRECT, CORRECT, None], (
-        "any completion succeeded"
+        "any continuation succeeded"
     )
     assert targets([0.2, 0.9], 3, harden=0.5) == [ONE_OF_3[-1], ONE_OF_3[1]]
 

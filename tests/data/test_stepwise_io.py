@@ -41,8 +41,7 @@ def rated(*labels: Any, **more: Any) -> dict[str, Any]:
     return {"prompt": "p", "completions": [f"s{i}" for i in range(len(labels))], "labels": list(labels), **more}
 
 
-# --- completions to rows
-# ------------------------------------------------------------------------------------------------
+# --- completions to rows ----------------------------------------------------------------------------------------------
 
 
 def test_to_stepwise() -> None:
@@ -69,12 +68,6 @@ def test_to_stepwise() -> None:
         "labels": [True, None],
         "labeller": {"j": 8},
     }
-
-
-def test_to_stepwise_soft_labels_never_read_as_ratings() -> None:
-    row = to_stepwise(ROLLED | {"step_values": [1, 0], "steps": ["a", "b"]}, soft=True)
-    assert row["labels"] == [1.0, 0.0]
-    assert all(isinstance(label, float) for label in row["labels"])
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_a_labelled_completion_is_no_demonstration(read: Any) -> None:
         ({"prompt": "q", "chosen": 3, "rejected": None}, "column 'chosen': must be text"),
         (
             {"messages": [user("q"), {"role": "assistant", "content": [{"type": "image"}]}]},
-            "message 2 of 2 has a content that is incorrect: must be text, found list",
+            "message 2 of 2 has a content that is invalid: must be text, found list",
         ),
     ],
 )

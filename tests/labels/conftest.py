@@ -69,7 +69,7 @@ def spec(tmp_path: Path) -> LabelConfig:
         ),
         labeller=MonteCarlo(sampling=SamplingConfig(n=2, max_new_tokens=16)),
         max_rows=4,
-        # Random text now and then gets it correct, without a grading process.
+        # Random text now and then gets it right, without a grading process.
         grading=GradingConfig(extractors=("last_number",)),
         dtype="float64",
         device="cpu",

@@ -40,8 +40,7 @@ def given(spec: LabelConfig, completions: str, name: str, **changes: Any) -> Lab
     return replace(spec, **({"solutions": solutions, "labeller": labeller, "out": f"{spec.out}-{name}"} | changes))
 
 
-# ---- completion rows
-# --------------------------------------------------------------------------------------------------
+# ---- completion rows -------------------------------------------------------------------------------------------------
 
 
 def test_completions_once_labels_several_times(spec: LabelConfig, run: Any, recording: Any) -> None:

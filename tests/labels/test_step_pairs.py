@@ -128,7 +128,7 @@ def build(policy: Policy) -> Pairs:
         **options: Any,
     ) -> dict[str, Any] | None:
         if rows is not None:
-            Path(spec.continuations).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            Path(spec.completions).write_text("".join(json.dumps(row) + "\n" for row in rows))
         if texts:
             spec = replace(spec, sampling=replace(spec.sampling, n=len(texts)))
             sampler = ScriptedSampler(policy, texts)

@@ -139,7 +139,7 @@ class NoisySolver:
     ) -> list[list[Completion]]:
         return [
             [
-                self._rollout(p, j, prompt, spec, generator(spec.seed, purpose, index * spec.n + j))
+                self._continuation(p, j, prompt, spec, generator(spec.seed, purpose, index * spec.n + j))
                 for j in range(spec.n)
             ]
             for p, (prompt, index) in enumerate(zip(prompts, indices, strict=True))

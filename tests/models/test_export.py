@@ -256,7 +256,7 @@ HEAD_OF_0_1 = """{
   "restricted": true,
   "classes": 2,
   "layers": 2,
-  "neutral": "correct",
+  "neutral": "right",
   "meaning": "correctness"
 }
 """

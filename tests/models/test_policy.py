@@ -51,7 +51,7 @@ def test_positions_count_real_tokens() -> None:
 
 
 @pytest.mark.parametrize("left", [0, 1, 5])
-@pytest.mark.parametrize("correct", [0, 4])
+@pytest.mark.parametrize("right", [0, 4])
 def test_padding_does_not_move_hidden_states(left: int, right: int) -> None:
     policy = make(LoRAConfig(r=4))
     padded = torch.nn.functional.pad(IDS, (left, right), value=9)

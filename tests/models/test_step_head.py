@@ -366,7 +366,7 @@ def test_settings_survive_json() -> None:
 def test_files_with_the_settings_of_all_kinds_still_load(kind: str, spec: StepHeadConfig) -> None:
     old = {"kind": kind, "labels": ["-", "0", "+"], "restricted": True, "classes": 3, "layers": 2}
     layout = {"marker": spec.format.marker, "separator": "\n"}
-    found = step_head_from_dict(old | {"format": layout, "neutral": "correct", "meaning": "correctness"})
+    found = step_head_from_dict(old | {"format": layout, "neutral": "right", "meaning": "correctness"})
     assert found == replace(spec, format=StepFormat(**layout))  # type: ignore[type-var]
 
 

@@ -84,7 +84,9 @@ def train_reward_models(out: str, num_rows: int) -> None:
             marker_id=resolve_ids(head, tiny_tokenizer()).marker,
             labels=LabelRule(),
         )
-        module = PRMRecorder(TINY, head, optimizer=STEADY, losses=[StepCrossEntropy(), PQM()], micro_batch_tokens=150)
+        module = PRMRecorder(
+            TINY, head, optimizer=STEADY, losses=[StepCrossEntropy([2.0, 1.0]), PQM()], micro_batch_tokens=150
+        )
         result = train(module, encoder.examples(rows))
         labelled = [module.labelled]
         if dist.is_initialized():

@@ -427,7 +427,7 @@ def test_calibration_on_given_tokens(views: Any, rows: list[Any]) -> None:
     assert not [name for name in found if name.startswith("ece/")]
     few_tokens = replace(worker.TEACHER, top_k=TopK(3))
     few = measure(rows, views, teacher=few_tokens, fidelity=FidelityConfig(answers=False))
-    assert few["teacher_ece"] == pytest.approx(found["teacher_ece"], rel=1e-5), "its likeliest token is in no tail"
+    assert few["teacher_ece"] == pytest.approx(found["teacher_ece"], rel=1e-5), "its most likely token is in no tail"
     bare = [replace(row, token_ids=(), step_ends=()) for row in rows]
     assert "ece" not in measure(bare, views, fidelity=FidelityConfig(answers=False))
 
@@ -583,7 +583,7 @@ def test_a_teacher_that_is_not_finite_stops_the_run(tmp_path: Path, rows: list[A
         (lambda: Beside(0.0), "cross_entropy.weight=0.0: must be positive"),
         (
             lambda: GKDModule(PolicyConfig(), Local("x", top_k=TopK(4)), NKD()),
-            "divergence NKD reads the whole distribution, and the teacher Local is compared in its likeliest tokens",
+            "divergence NKD reads the whole distribution, and the teacher Local is compared in its most likely tokens",
         ),
         (lambda: SourceConfig(lmbda=-0.1), r"source.lmbda=-0.1: must lie in \[0, 1\]"),
         (lambda: SourceConfig(sampling=SamplingConfig(temperature=0.0)), "greedy samples are no samples"),

@@ -270,7 +270,7 @@ def test_one_class_is_refused(rows: Path, tmp_path: Path) -> None:
     assert torch.isfinite(module.trainer.callback_metrics["train/loss"])
 
 
-def test_the_incorrect_data_for_the_method(rows: Path, tmp_path: Path) -> None:
+def test_data_of_another_method(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.labels is set, and DPOModule reads no labels"):
         fit(tmp_path, DPOModule(PolicyConfig(path="tiny-0.1m")), data(rows, labels=LabelRule()), 1)
     with pytest.raises(DataError, match="DPOModule learns from rows of the kinds preference"):

@@ -35,7 +35,7 @@ def given(*specs: Any, **more: Any) -> dict[str, list[float | None]]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "get_soft_overlong_punishment": {"max_completion_len": 8, "soft_punish_cache": 4},
-    "get_cosine_scaled_reward": {"max_len": 10, "min_value_incorrect": -2.0},
+    "get_cosine_scaled_reward": {"max_len": 10, "min_value_wrong": -2.0},
     "get_repetition_penalty_reward": {"ngram_size": 2},
     "reasoning_accuracy_reward": {"reasoning_delimiters": ["</think>"]},
 }

@@ -340,7 +340,7 @@ def test_dropout_and_gradient_checkpointing_are_off_while_sampling() -> None:
 
 
 def test_bfloat16_flips_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    """Not zero by correct: rounding differs between batch shapes. Counted so that a jump is seen."""
+    """Not zero by right: rounding differs between batch shapes. Counted so that a jump is seen."""
     policy = tiny_policy("bfloat16")
     prompts = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     spec = SamplingConfig(n=4, max_new_tokens=24)

@@ -284,7 +284,7 @@ def test_what_is_missing_is_said(policy: Policy, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_engine_on_the_training_gpu(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What TRL's class is given fits its signature, and what it gives becomes continuations; the engine is a
+    """What TRL's class is given fits its signature, and what it gives becomes completions; the engine is a
     stand-in."""
     from trl.generation.vllm_generation import VLLMGeneration
 
@@ -354,7 +354,7 @@ def test_recipes_sample_through_it(policy: Policy, server: Any, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"divergence": NKD()}, "divergence NKD reads the whole distribution, .* gives its likeliest tokens only"),
+        ({"divergence": NKD()}, "divergence NKD reads the whole distribution, .* gives its most likely tokens only"),
         (
             {"source": SourceConfig(lmbda=0.0, teacher=0.5)},
             "source.teacher=0.5 samples from the teacher, .* beforehand",

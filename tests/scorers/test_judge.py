@@ -102,7 +102,7 @@ def test_problem_and_solution_are_read_once(policy: Policy, problems: list[Solut
 def test_chat_models_are_asked_as_users(policy: Policy) -> None:
     judge = PromptedJudge(policy, **Y)
     text = (
-        "user: Problem:\n1+1=\n\nSolution:\nStep 1: 2\n\nIs step 1 correct, given the problem and the steps before it? "
+        "user: Problem:\n1+1=\n\nSolution:\nStep 1: 2\n\nIs step 1 right, given the problem and the steps before it? "
         "Answer Yes or No.\nassistant: "
     )
     assert score_one(judge, "1+1=", ["2"]) == [pytest.approx(by_hand(policy, text), abs=1e-10)]

@@ -68,7 +68,7 @@ from stepkd.tasks.rows import Noise, make_rows
         "3 + 4 = 7 (since 2 + 5 = 7)",
     ],
 )
-def test_right_sums(text: str) -> None:
+def test_correct_sums(text: str) -> None:
     found = equations(text)
     assert found, "no sum was found"
     assert all(each.holds for each in found), found

@@ -184,7 +184,7 @@ def test_long_blank_completions_are_read_once() -> None:
             AdaptiveStepSegmenter(0.1),
             {},
             "segmenter 'adaptive_step' needs the log-probabilities (logprobs) of every token, and this completion has "
-            "none: sampled continuations carry them as raw_logprobs; stepkd.sampling.annotate computes them for any "
+            "none: sampled completions carry them as raw_logprobs; stepkd.sampling.annotate computes them for any "
             "text",
         ),
         (

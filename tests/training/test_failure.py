@@ -33,11 +33,11 @@ def test_memory_that_ran_out_names_three_settings(error: Exception) -> None:
 
 def test_the_phase_is_named_from_the_wreck() -> None:
     phases = PhaseTracker()
-    with pytest.raises(MemoryError), phases.phase("step"), phases.phase("student completion"):
+    with pytest.raises(MemoryError), phases.phase("step"), phases.phase("student rollout"):
         raise MemoryError
     assert phases.interrupted is not None
     text = str(explained(MemoryError(), SimpleNamespace(phases=phases)))
-    assert "in the phase 'student completion'" in text
+    assert "in the phase 'student rollout'" in text
     assert "max_rows" in text
     assert pickle.loads(pickle.dumps(phases)).interrupted is None
     with phases.phase("training"):
@@ -48,7 +48,7 @@ def test_the_checkpoint_is_named_where_there_is_one(tmp_path: Path) -> None:
     last = tmp_path / "last.ckpt"
     assert "No checkpoint was written yet" in str(explained(MemoryError(), None, last))
     last.touch()
-    assert f"{last} is intact: --resume goes on" in str(explained(MemoryError(), None, last))
+    assert f"{last} is intact: --resume continues" in str(explained(MemoryError(), None, last))
     assert "checkpoint" not in str(explained(MemoryError())).replace("gradient_checkpointing", "")
 
 

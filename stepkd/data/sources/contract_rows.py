@@ -108,8 +108,8 @@ def _messages(value: list[Any], raw: RawRow, column: str) -> Messages:
                 message["content"] = "".join(part["text"] for part in parts)
             if isinstance(role := message.get("role"), str):
                 message["role"] = _ROLES.get(role, role)
-        if (incorrect := chat_message(message)) is not None:
-            raise raw.error(f"message {number} of {len(value)} {incorrect}", column=column)
+        if (invalid := chat_message(message)) is not None:
+            raise raw.error(f"message {number} of {len(value)} {invalid}", column=column)
         turns.append(message)
     if not turns:
         raise raw.error("must not be an empty list of messages", column=column)

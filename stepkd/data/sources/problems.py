@@ -69,10 +69,11 @@ def last_boxed(text: str) -> str | None:
 
 
 _WHOLE = re.compile(r"([+-]?)0*(\d+)(?:\.0*)?")
+_DECIMAL = re.compile(r"-?\d+\.\d+")
 
 
 def whole_answer(value: object) -> object:
-    """Normalise a whole-number answer: "073" -> "73", 142.0 -> "142"; anything else is only stripped.
+    """Normalise an answer: "073" -> "73", 142.0 -> "142", "1,234.5" -> "1234.5"; what is no number is only stripped.
 
     Args:
         value: the file's cell.
@@ -80,8 +81,10 @@ def whole_answer(value: object) -> object:
     if not isinstance(value := as_text(value), str):
         return value
     text = value.strip().strip("$").strip()
-    found = _WHOLE.fullmatch(text.replace(",", ""))
-    return f"{'-' if found[1] == '-' else ''}{found[2]}" if found else text
+    found = _WHOLE.fullmatch(plain := text.replace(",", ""))
+    if found is None:
+        return plain if _DECIMAL.fullmatch(plain) else text
+    return f"{'-' if found[1] == '-' else ''}{found[2]}"
 
 
 _OPTIONAL = ("solution", "level", "subject", "url", "year", "equation", "id")
