@@ -126,7 +126,7 @@ LONG_FILES = {
     "labels/convert.py": 500,
     "training/fit.py": 480,
     "quickstart.py": 460,
-    "settings.py": 450,
+    "settings.py": 460,
     "modules/base.py": 450,  # the optimiser step that every method shares
 }
 """Lines that these files may have in place of 420; near 300 is what we aim at."""
