@@ -95,7 +95,7 @@ def test_a_reward_model_from_human_labels_to_processbench(gguf: Path, data_dir: 
     import json
 
     source = f"{{source: prm800k, hub: null, split: null, path: {data_dir / 'prm800k' / 'phase1_train_head.jsonl'}"
-    options = "options: {per_record: 1, alternatives: negative}}"
+    options = "options: {per_record: 1}}"
     run = tmp_path / "prm"
     stepkd(
         *("fit", "--config", "prm", "--config", "base/smollm2-135m-lora", "--out", run),

@@ -36,8 +36,7 @@ JOBS = {
         *("--max_rows", "2"),
     ],
     "step": [
-        *("pairs", "step", "--sampling.n", "8", "--sampling.max_new_tokens", "6", "--segmenter", CUT),
-        *("--max_rows", "8"),
+        *("pairs", "step", "--sampling.n", "8", "--sampling.max_new_tokens", "6", "--max_rows", "8"),
     ],
     "tree": [
         *("pairs", "tree", "--problems", PROBLEMS, "--model", "tiny-0.1m", "--search.iterations", "1"),

@@ -68,7 +68,7 @@ class GKD(GKDModule):
 
     def sample(self, batch: Any, source: Any) -> Any:
         found = super().sample(batch, source)
-        self.written.append({example.id: tuple(example.token_ids) for example in found})
+        self.written.append({example.id: tuple(example.token_ids.tolist()) for example in found})
         return found
 
     def loss_terms(self, micro_batch: Any) -> Any:
