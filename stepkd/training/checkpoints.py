@@ -183,7 +183,7 @@ class SaveWhenPreempted(Callback):
             self.last.save(trainer)
         self._stop_listening()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop listening, before Lightning puts back the handlers that were there before it."""
         self._stop_listening()
 

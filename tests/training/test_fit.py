@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def test_the_function_trains_as_the_command_does(tmp_path: Path) -> None:
 
 
 def test_a_fit_is_resumed_when_it_is_told_to(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     fit(RECIPES, settings(), out=tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is before, "a signal after the training is not for the training"
     with pytest.raises(ConfigError, match="already holds a run"):
         fit(RECIPES, settings(max_steps=3), out=tmp_path / "run")
     assert fit(RECIPES, settings(max_steps=3), out=tmp_path / "run", resume=True).steps == 3
