@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,20 @@ def yaml_text(settings: Any) -> str:
     import yaml
 
     return str(yaml.safe_dump(as_yaml(settings), sort_keys=False, allow_unicode=True))
+
+
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings on top of others; anything but a mapping is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name (``trainer.max_steps``), or nested already, as a recipe nests them; later ones win."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found = overlaid(found, reduce(lambda below, part: {part: below}, reversed(name.split(".")), value))
+    return found

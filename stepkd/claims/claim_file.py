@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepkd.claims.jobs import KINDS, overlaid
+from stepkd.claims.jobs import KINDS
 from stepkd.claims.statements import Statement
 from stepkd.errors import ConfigError, DataError, StepkdError, nearest
 from stepkd.settings import build_settings
-from stepkd.yaml_files import check_keys, mapping, read_yaml
+from stepkd.yaml_files import check_keys, mapping, overlaid, read_yaml
 
 OWN = ("claim", "source", "statements")
 INHERITED = ("jobs", "metrics", "arms", "seeds", "quick", "settings", "variants", "run", "equal")

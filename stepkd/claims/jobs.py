@@ -17,7 +17,7 @@ from stepkd.errors import ConfigError, DataError, StepkdError
 from stepkd.labels.convert import ConverterConfig, convert_rows
 from stepkd.safe import check_import
 from stepkd.settings import build_settings
-from stepkd.yaml_files import read_yaml
+from stepkd.yaml_files import overlaid, read_yaml
 
 Row = Mapping[str, Any]
 ROWS_NAME = "rows.jsonl"
@@ -37,15 +37,6 @@ class Measured:
     """Column -> one number, or one entry per problem."""
     problems: Sequence[str] = ()
     """Ids of the problems, in the order of the entries."""
-
-
-def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings on top of others; anything but a mapping is replaced."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def run_job(kind: str, settings: Mapping[str, Any], out: Path) -> Measured:

@@ -13,7 +13,6 @@ import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from stepkd.labels.labellers import MonteCarlo, Outcome
 from stepkd.labels.settings import PAIR_JOBS, Existing, LabelConfig, OwnSteps, PairJobConfig, Sampled
 from stepkd.runs.files import write_file, write_jsonl
 from stepkd.runs.job import RESULTS_NAME, SUMMARY_NAME, Job, JobOptions
-from stepkd.yaml_files import as_yaml, find_recipe, yaml_text
+from stepkd.yaml_files import as_yaml, find_recipe, nested, yaml_text
 
 Report = Callable[[str], None]
 
@@ -290,11 +289,7 @@ def training_settings(it: Iteration, rows: Path) -> dict[str, Any]:
     }
     if it.spec.reference == "kept":
         settings["model.init_args.reference"] = {"path": it.spec.model}
-    nested: dict[str, Any] = {}
-    for name, value in settings.items():
-        *groups, last = name.split(".")
-        reduce(lambda place, group: place.setdefault(group, {}), groups, nested)[last] = value
-    return nested
+    return nested(settings)
 
 
 def _train(it: Iteration, rows: Path) -> dict[str, Any]:

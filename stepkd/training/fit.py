@@ -52,7 +52,7 @@ from stepkd.training.failures import explained
 from stepkd.training.progress import StepProgress
 from stepkd.training.run_files import CompletionFile, RunFacts
 from stepkd.training.trainer_settings import check_trainer_settings
-from stepkd.yaml_files import read_yaml
+from stepkd.yaml_files import nested, read_yaml
 
 DATA_MODULES = (StepData,)
 METHODS = (SFTModule, PRMModule, DPOModule, KTOModule, StepKTOModule, GKDModule, KDRLModule)
@@ -154,7 +154,7 @@ def check_fit(
 
 def _words(recipes: Sequence[str | Path], settings: Mapping[str, Any] | None) -> list[str]:
     words = [word for recipe in recipes for word in ("--config", str(recipe))]
-    return [*words, "--config", yaml.safe_dump(dict(settings), sort_keys=False)] if settings else words
+    return [*words, "--config", yaml.safe_dump(nested(settings), sort_keys=False)] if settings else words
 
 
 def run(words: Sequence[str]) -> int:

@@ -61,6 +61,13 @@ def test_a_fit_is_resumed_when_it_is_told_to(tmp_path: Path) -> None:
     assert fit(RECIPES, settings(), out=tmp_path / "run", overwrite=True).steps == 2
 
 
+def test_dotted_names_reach_every_setting() -> None:
+    dotted = {"data.init_args.train.options.n": 7, "trainer": {"max_steps": 2}, "trainer.max_epochs": 3}
+    found = check_fit(["tiny/sft"], dotted)
+    assert found.data.specs["train"].options["n"] == 7
+    assert (found.trainer["max_steps"], found.trainer["max_epochs"]) == (2, 3)
+
+
 def test_functions_print_progress_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quiet = settings(enable_progress_bar=False)
     fit(RECIPES, quiet, out=tmp_path / "run")
