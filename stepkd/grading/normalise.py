@@ -1,4 +1,5 @@
-r"""Read short answers without a computer algebra system: plain numbers with units, and words.
+r"""Read short answers without a computer algebra system: plain numbers with units, and words; and write every sign of
+an answer in one way, before :mod:`stepkd.grading.reading` looks at its structure.
 
 Rules for word-problem answers, chosen to agree with what a person marking the paper would accept:
 
@@ -18,8 +19,12 @@ Comparison is exact: no floating point. (Two long decimals of which one may be t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
+
+from stepkd.yaml_files import read_yaml
 
 MAX_ANSWER_CHARS = 2000
 """A longer "answer" is compared as text only; no real final answer comes near it."""
@@ -54,21 +59,13 @@ _PERCENT = re.compile(r"\s*(?:%|percent\b|per cent\b|pct\b)", re.IGNORECASE)
 _LEFT_SIDE = re.compile(r"(?:[A-Za-z0-9 _+\-*/().,$€£×÷%\\^{}=']*[^<>!\\=])?", re.ASCII)
 _LISTING = re.compile(r"\b(?:and|or)\b|,\s|\\(?:neq?|leq?|geq?|approx)\b")
 
-_POWERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_ORDINALS = ("third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
-_PARTS = {"half": 2, "halve": 2, "quarter": 4} | {word: n for n, word in enumerate(_ORDINALS, 3)}
-_PARTS |= {f"{word}th": power for word, power in _POWERS.items() if power != 12}
+_WORD_LISTS = read_yaml(Path(__file__).with_name("words.yaml"), "words and signs of answers")
+NUMERALS: list[str] = _WORD_LISTS["numerals"]
+"""Numbers in words, by value."""
+_POWERS: dict[str, int] = _WORD_LISTS["powers"]
+_PARTS = _WORD_LISTS["parts"] | {f"{word}th": power for word, power in _POWERS.items() if power != 12}
 _SCALES = {word: Fraction(power) for word, power in _POWERS.items()} | {w: Fraction(1, n) for w, n in _PARTS.items()}
-_SHORT_UNITS = frozenset(
-    {"m", "g", "s", "h", "l", "cm", "mm", "km", "kg", "mg", "ml", "lb", "ft", "oz", "in", "yd", "hr", "min", "mi"}
-    | {"kw", "gb", "mb", "tb", "mph", "kph", "kmh", "usd", "eur", "gbp", "sq", "cu", "lbs", "hrs", "mol"}
-)
-_NOT_UNITS = frozenset(
-    {"pi", "sqrt", "log", "ln", "sin", "cos", "tan", "cot", "sec", "csc", "exp", "mod", "frac", "infinity", "factorial"}
-    | {"and", "or", "to", "plus", "minus", "times", "over", "than", "divided", "squared", "cubed", "choose", "by"}
-    | {"more", "less", "through", "between", "am", "pm", "a.m", "p.m", "arcsin", "arccos", "arctan", "sinh", "cosh"}
-    | {"tanh", "max", "gcd", "lcm", "floor", "ceil", "base", "unknown", "none", "of"}
-)
+_SHORT_UNITS, _NOT_UNITS = (frozenset(_WORD_LISTS[name]) for name in ("short_units", "not_units"))
 _UNIT_WORD = re.compile(r"[A-Za-z][A-Za-z'’./-]*|[$€£¥₹]")
 _WORDS = re.compile(r"(?=.*[A-Za-z]{4})[A-Za-z]+['’.]?(?:(?:['’-]|[ ]+)[A-Za-z]+['’.]?)*")
 _EXPLICIT_WORDS = re.compile(r"\s*\\(?:text|mbox|textbf|mathrm|textrm)\s*\{\s*[A-Za-z](?=[^{}]*[A-Za-z]{2})[^{}]*\}\s*")
@@ -290,3 +287,110 @@ def quick_verdict(candidate: str, gold: str) -> bool | None:
 
 def _may_be_rounded(candidate: str, gold: str) -> bool:
     return all((places := decimal_places(text)) is not None and places[0] >= 6 for text in (candidate, gold))
+
+
+# --- one spelling for each sign ---------------------------------------------------------------------------------------
+
+_SPELLINGS = {sign: spelled + " " * spelled[-1].isalpha() for sign, spelled in _WORD_LISTS["signs"].items()}
+_SPELLED = re.compile("|".join(re.escape(sign) for sign in sorted(_SPELLINGS, key=len, reverse=True)))
+_RENAMED = {rf"\{name}": f" {to} " if to.isalpha() else to for name, to in _WORD_LISTS["names"].items()}
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_REWRITTEN = (
+    (r"\\[bB]igg?[lrm]?(?![A-Za-z])", ""),
+    (r"\\not\s*=", r"\\ne "),
+    (r"(?<![A-Za-z\\])inf(?:inity|ty)?(?![A-Za-z])", r"\\infty "),
+    (r"(?<![A-Za-z\\])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
+    (r"\\(?:mathrm|mathbf|boldsymbol|bm|mathit)\s+([A-Za-z0-9])(?![A-Za-z])", r"\1"),
+    (r",?\s*\\text\s*\{\s*,?\s*(and|or)\s*\}|,\s*(and|or)(?![A-Za-z])", r" \1\2 "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|(?<!\^\{)\\circ(?![A-Za-z])", r"^{\\circ}"),
+    (r"\{([^{}]*?)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"^\s*(?:\\approx|\\text\s*\{\s*(?:approximately|about)\s*\}|(?:approximately|about)\s|=)", ""),
+    (r"(?<=[0-9])\s*\^\s*\{?o\}?$", r"^{\\circ}"),
+    (r"(?<=[0-9])\s*\^?\s*\{?\s*(?:\\text\s*\{\s*)?(?:st|nd|rd|th)(?![A-Za-z])\s*\}{0,2}", ""),
+    (r"\\pmod\s*(?:\{[^{}]*\}|[0-9]+)|\(\s*(?:\\text\s*\{\s*mod\s*\}|\\b?mod|mod)[^()]*\)", ""),
+    (r"\s+", " "),
+)
+_LINES = re.compile(r"\\(?:begin|end)\s*\{(?:align|aligned|cases|gather|gathered|equation|split)\*?\}|&")
+_FONT = re.compile(r"\\(?:math(?:rm|bf|it|sf)|boldsymbol|bm|pmb)\s*(?=\{)")
+_TOKEN = re.compile(r"\\(?:begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+|\\.|\s(?:and|or)\s|.", re.DOTALL)
+_OPEN = frozenset({"(", "[", "{", r"\{", r"\langle"})
+_CLOSE = frozenset({")", "]", "}", r"\}", r"\rangle"})
+_TAKES_ARGUMENTS = re.compile(r"\\(?:frac|binom|sqrt(?:\s*\[[^\]]*\])?)(?![A-Za-z])")
+_ARGUMENT = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})*|\((?=[^()]*\))[^()]*\)|.", re.DOTALL)
+
+
+def clean(text: str) -> str:
+    """The answer with one spelling for each sign."""
+    text = _SPELLED.sub(lambda m: _SPELLINGS[m[0]], tidy(text))
+    if "matrix" not in text and "array" not in text and r"\begin" in text:
+        text = re.sub(r"\\\\\s*(?=.)", ", ", _LINES.sub("", text))
+    text = _COMMAND.sub(lambda m: _RENAMED.get(m[0], m[0]), text)
+    while font := _FONT.search(text):  # \mathrm{cm} is words, \mathbf{v} a letter
+        inside, end = braced(text, font.end())
+        if re.fullmatch(r"\s*[A-Za-z]{2,}[.\s]*", inside):
+            inside = f"\\text{{{inside}}}"
+        elif text[: font.start()].rstrip()[-1:] in ("^", "_"):
+            inside = f"{{{inside}}}"
+        text = text[: font.start()] + inside + text[end:]
+    for pattern, replacement in _REWRITTEN:
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
+
+
+def tokens(text: str) -> Iterator[tuple[str, int, int, int]]:
+    """(token, start, end, number of brackets around it) of a LaTeX text."""
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        token = match[0].strip() or " "
+        depth -= token in _CLOSE or token.startswith(r"\end")
+        yield token, match.start(), match.end(), depth
+        depth += token in _OPEN or token.startswith(r"\begin")
+
+
+def split(text: str, marks: frozenset[str]) -> tuple[list[str], list[str]]:
+    """The parts of a text between marks outside all brackets, and the marks."""
+    parts, found, begin = [], [], 0
+    for token, start, end, depth in tokens(text):
+        if depth == 0 and token in marks:
+            parts.append(text[begin:start].strip())
+            found.append(token)
+            begin = end
+    return [*parts, text[begin:].strip()], found
+
+
+def brackets(text: str) -> tuple[str, str, str] | None:
+    """Opening bracket, content and closing bracket of a text that stands in one pair as a whole; else None."""
+    found = list(tokens(text))
+    if len(found) < 2 or found[0][0] not in _OPEN or found[-1][0] not in _CLOSE:
+        return None
+    if any(depth == 0 for _, _, _, depth in found[1:-1]):
+        return None
+    return found[0][0], text[found[0][2] : found[-1][1]].strip(), found[-1][0]
+
+
+def braced(text: str, at: int) -> tuple[str, int]:
+    """The content of the braces that open at a position, and the position behind them."""
+    depth = 0
+    for token, start, end, _ in tokens(text[at:]):
+        depth += (token == "{") - (token == "}")
+        if depth == 0:
+            return text[at + 1 : at + start], at + end
+    return text[at + 1 :], len(text)
+
+
+def with_braces(text: str) -> str:
+    r"""``\frac34i`` as ``\frac{3}{4}i``, ``\sqrt2`` as ``\sqrt{2}``, ``x^12`` as ``x^{12}``."""
+    for command in reversed(list(_TAKES_ARGUMENTS.finditer(text))):  # from the right: arguments are done already
+        at, arguments = command.end(), ""
+        for _ in range(1 if "sqrt" in command[0] else 2):
+            at += len(text[at:]) - len(text[at:].lstrip())
+            if text[at : at + 1] == "{":
+                inside, at = braced(text, at)
+            elif argument := _ARGUMENT.match(text, at):
+                inside, at = argument[0], argument.end()
+            else:
+                inside = ""
+            arguments += f"{{{inside}}}"
+        text = text[: command.end()] + arguments + text[at:]
+    text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
+    return re.sub(r"\^\s*([0-9]+)|_\s*([0-9])", lambda m: f"^{{{m[1]}}}" if m[1] else f"_{{{m[2]}}}", text)

@@ -2,7 +2,7 @@ r"""The grader: verdicts on completions, from worker processes that are killed a
 
 math-verify can run for ever or eat all memory on text that a model wrote (``9^{9^{9^9}}``), and an alarm inside the
 process works neither in threads nor against C code. So the check runs in child processes that the kernel ends when they
-have used their CPU time. One thread per worker hands out items and replaces a worker that was ended; an item that was
+have used their CPU time. The calling thread hands out items and replaces a worker that was ended; an item that was
 lost is tried once more, alone. Cases that need no computer algebra are settled without a worker.
 
 pebble's ``ProcessPool`` (5.2.3) was tried in place of this, and loses what is promised here. Its workers come from
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
@@ -24,11 +23,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from multiprocessing.connection import Pipe
+from multiprocessing.connection import Pipe, wait
 from typing import Any, Literal
 
 from stepkd.errors import DataError, StepkdError, check_bounds
@@ -42,9 +40,7 @@ _MIN_MEMORY_MB = 192  # of math-verify alone
 _WALL_FACTOR = 30.0
 """Wall-clock seconds per second of CPU time before a worker counts as stuck: a busy machine is no answer's fault."""
 _WATCH_S = 0.5
-"""How often it is looked for workers that are stuck."""
-_KILL_S = 0.05
-"""How often workers are killed after an interrupt, until all threads have noticed."""
+"""How often it is looked for workers that are stuck, or have ended without closing their pipe."""
 _BOOT = (
     "import sys, json; sys.path[:], *arguments = json.loads(sys.argv[1]); "
     "from stepkd.grading.worker import main; main(*arguments)"
@@ -112,7 +108,8 @@ class Grade:
 class _Item:
     """A check that takes a worker, and its outcome."""
 
-    request: dict[str, str]
+    request: tuple[str, str, str]
+    """Candidate, reference answer and convention."""
     verdict: Verdict = Verdict.TIMEOUT
 
 
@@ -124,7 +121,7 @@ class _Worker:
     """
 
     def __init__(self, memory_mb: int, deadline_s: float) -> None:
-        self._pipe, theirs = Pipe()
+        self.pipe, theirs = Pipe()
         with theirs:
             paths = [path for path in sys.path if isinstance(path, str)]
             arguments = json.dumps([paths, theirs.fileno(), os.getpid(), memory_mb, deadline_s])
@@ -137,35 +134,24 @@ class _Worker:
                 # A fixed hash seed: the order of sympy's sets, and so a verdict, must not differ between runs.
                 env={**os.environ, "PYTHONHASHSEED": "0"},
             )
-        self.limit = math.inf  # when it counts as stuck
+        self.owner = os.getpid()
+        self.ready = False  # whether it has sent its first message
+        self.item: _Item | None = None  # what it is checking
+        self.limit = time.monotonic() + _START_LIMIT_S  # when it counts as stuck
 
-    def ask(self, request: Mapping[str, Any] | None, wall_s: float) -> dict[str, Any] | None:
-        """The reply to a request (to None: its first message); None where it has ended."""
-        self.limit = time.monotonic() + wall_s
-        try:
-            if request is not None:
-                self._pipe.send_bytes(json.dumps(request).encode("ascii"))
-            while not self._pipe.poll(_WATCH_S):
-                # Its end may not close the pipe: another process, forked when it started, may hold the other side.
-                if self.process.poll() is not None and not self._pipe.poll():
-                    return None
-            reply: dict[str, Any] = json.loads(self._pipe.recv_bytes())
-        except (EOFError, OSError):
-            return None
-        self.limit = math.inf
-        return reply
+    def give(self, item: _Item, wall_s: float) -> None:
+        """Have an item checked."""
+        self.item, self.limit = item, time.monotonic() + wall_s
+        with contextlib.suppress(OSError):  # it has just ended, which its pipe will say
+            self.pipe.send(item.request)
 
     def stop(self) -> None:
-        """Kill the worker, reap it and close the pipe; safe to repeat."""
-        self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the kernel is reaped later
-            self.process.wait(timeout=5.0)
-        self._pipe.close()
-
-    def disown(self) -> None:
-        """After a fork: let go of a worker that another process started."""
-        self._pipe.close()
-        self.process.returncode = 0  # nothing to reap here
+        """Kill the worker, reap it and close the pipe; safe to repeat. After a fork it is the other process's."""
+        if self.owner == os.getpid():
+            self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the kernel is reaped later
+                self.process.wait(timeout=5.0)
+        self.pipe.close()
 
 
 class Grader:
@@ -186,13 +172,9 @@ class Grader:
     def __init__(self, config: GradingConfig | None = None, *, extractors: Sequence[str] = DEFAULT_EXTRACTORS) -> None:
         self.config = config or GradingConfig()
         self.extractors = self.config.extractors or check_extractors(extractors)
-        self._become_owner()
-
-    def _become_owner(self) -> None:
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
+        self._owner, self._lock = os.getpid(), threading.Lock()
         self._pool: list[_Worker] = []
-        self._finalizer = weakref.finalize(self, _stop_all, self._pool, self._owner)
+        weakref.finalize(self, _stop, self._pool)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies (spawned ranks, deep copies of a module) carry the settings and start workers of their own.
@@ -206,9 +188,8 @@ class Grader:
 
     def close(self) -> None:
         """Kill and reap the workers; a later call to :meth:`grade` starts new ones."""
-        if self._owner == os.getpid():
-            with self._lock:
-                self._drop(list(self._pool))
+        with self._lock:
+            _stop(self._pool)
 
     def grade_one(self, completion: str | None, answer: str) -> Grade:
         """Grade one completion; see :meth:`grade`."""
@@ -260,109 +241,88 @@ class Grader:
         items: dict[tuple[str, str], _Item] = {}  # samples of one problem often agree
         convention = self.config.convention
         for found, gold in zip(candidates, golds, strict=True):
-            quick = quick_verdict(found, gold) if found is not None and convention == "stepkd" else None
+            quick = None if found is None else quick_verdict(found, gold)
             if found is None:
                 verdicts.append(Verdict.UNPARSED)
-            elif quick is not None:
-                verdicts.append(Verdict.CORRECT if quick else Verdict.INCORRECT)
+            elif quick is None or (quick and convention != "stepkd"):
+                verdicts.append(items.setdefault((found, gold), _Item((found, gold, convention))))
             else:
-                request = {"candidate": found, "gold": gold, "convention": convention}
-                verdicts.append(items.setdefault((found, gold), _Item(request)))
+                verdicts.append(Verdict.CORRECT if quick else Verdict.INCORRECT)
         if items:
             self._run(list(items.values()))
         return [each.verdict if isinstance(each, _Item) else each for each in verdicts]
 
     def _run(self, items: Sequence[_Item]) -> None:
-        if self._owner != os.getpid():
-            inherited = self._pool
-            self._finalizer.detach()
-            self._become_owner()
-            for worker in inherited:
-                worker.disown()
+        if self._owner != os.getpid():  # a fork: the workers, and whoever holds the lock, are the other process's
+            self._owner, self._lock = os.getpid(), threading.Lock()
+            _stop(self._pool)
         with self._lock:
             try:
                 for lost in self._check(items):
                     self._check([lost])  # once more, when no other item is being checked
             except BaseException:
-                self._drop(list(self._pool))
+                _stop(self._pool)
                 raise
 
     def _check(self, items: Sequence[_Item]) -> list[_Item]:
         """Have items checked; returns those whose worker was ended."""
-        waiting, lost = deque(items), list[_Item]()
+        waiting, lost, failures = deque(items), list[_Item](), 0
         self._drop([worker for worker in self._pool if worker.process.poll() is not None])
-        count = min(self.config.workers, len(items))
-        with ThreadPoolExecutor(count, thread_name_prefix="grading") as threads:
-            going: set[Future[None]] = set()
-            try:
-                for idle in [*self._pool, *[None] * count][:count]:
-                    going.add(threads.submit(self._serve, idle, waiting, lost))
-                while going:
-                    done, going = wait(going, _WATCH_S, FIRST_EXCEPTION)
-                    for thread in done:
-                        thread.result()
-                    for worker in list(self._pool):
-                        if time.monotonic() >= worker.limit:
-                            worker.process.kill()
-            except BaseException:
-                waiting.clear()
-                while not all(thread.done() for thread in going):
-                    for worker in list(self._pool):  # also one that has just been started in place of another
-                        worker.process.kill()
-                    time.sleep(_KILL_S)
-                raise
+        while waiting or any(worker.item for worker in self._pool):
+            for worker in self._pool:
+                if waiting and worker.ready and worker.item is None:
+                    worker.give(waiting.popleft(), _WALL_FACTOR * self.config.deadline_s)
+            busy = sum(worker.item is not None for worker in self._pool)
+            while len(self._pool) < min(self.config.workers, busy + len(waiting)):
+                self._pool.append(self._start())
+            working = [worker for worker in self._pool if worker.item or not worker.ready]
+            heard = wait([worker.pipe for worker in working], _WATCH_S)
+            for worker in working:
+                reply: Any = None
+                if worker.pipe in heard:
+                    with contextlib.suppress(EOFError, OSError):
+                        reply = worker.pipe.recv()
+                # Its end may not close the pipe: another process, forked when it started, may hold the other side.
+                elif worker.process.poll() is None and time.monotonic() < worker.limit:
+                    continue
+                item, worker.item = worker.item, None
+                if item is None:  # the first message
+                    worker.ready, failures = reply == "", failures + (reply != "")
+                    if reply or failures == _START_ATTEMPTS:
+                        raise self._cannot_start(worker, reply)
+                elif reply is None or reply[0] is None:
+                    lost.append(item)
+                else:
+                    item.verdict = Verdict.CORRECT if reply[0] else Verdict.INCORRECT
+                if reply is None or (item and reply[1]):
+                    self._drop([worker])
         return lost
 
-    def _serve(self, worker: _Worker | None, waiting: deque[_Item], lost: list[_Item]) -> None:
-        """Have items checked by one worker, or those that come in its place, until there are none left."""
-        while True:
-            try:
-                item = waiting.popleft()
-            except IndexError:
-                return
-            worker = worker or self._start()
-            reply = worker.ask(item.request, _WALL_FACTOR * self.config.deadline_s)
-            if reply is None or reply["verdict"] == Verdict.TIMEOUT:
-                lost.append(item)
-            else:
-                item.verdict = Verdict(reply["verdict"])
-            if reply is None or reply["retire"]:
-                self._drop([worker])
-                worker = None
-
     def _start(self) -> _Worker:
-        for _ in range(_START_ATTEMPTS):
-            try:
-                worker = _Worker(self.config.memory_mb, self.config.deadline_s)
-            except OSError as error:
-                raise StepkdError(f"cannot start a grading worker: {error}") from error
-            self._pool.append(worker)
-            first = worker.ask(None, _START_LIMIT_S)
-            if first == {}:
-                return worker
-            late = time.monotonic() >= worker.limit
-            self._drop([worker])
-            if first is not None:
-                last = f"says: {first['failed']}"
-                break
-            last = f"was not ready after {_START_LIMIT_S:.0f} s" if late else f"had exit code {worker.process.poll()}"
-        raise StepkdError(
-            f"no grading worker starts, the last one {last}. Raise memory_mb (now {self.config.memory_mb}) or "
-            f"check that {sys.executable} can import math_verify, installed with its 'antlr4' extra"
+        try:
+            return _Worker(self.config.memory_mb, self.config.deadline_s)
+        except OSError as error:
+            raise StepkdError(f"cannot start a grading worker: {error}") from error
+
+    def _cannot_start(self, worker: _Worker, said: str | None) -> StepkdError:
+        late = time.monotonic() >= worker.limit
+        worker.stop()
+        ended = f"was not ready after {_START_LIMIT_S:.0f} s" if late else f"had exit code {worker.process.poll()}"
+        return StepkdError(
+            f"no grading worker starts, the last one {f'says: {said}' if said else ended}. Raise memory_mb (now "
+            f"{self.config.memory_mb}) or check that {sys.executable} can import math_verify, installed with its "
+            "'antlr4' extra"
         )
 
-    def _drop(self, workers: Iterable[_Worker]) -> None:
+    def _drop(self, workers: Sequence[_Worker]) -> None:
         for worker in workers:
-            with contextlib.suppress(ValueError):
-                self._pool.remove(worker)
+            self._pool.remove(worker)
             worker.stop()
 
 
-def _stop_all(pool: list[_Worker], owner: int) -> None:
-    if os.getpid() == owner:
-        for worker in pool:
-            worker.stop()
-        pool.clear()
+def _stop(pool: list[_Worker]) -> None:
+    while pool:
+        pool.pop().stop()
 
 
 def _check_input(completions: Sequence[str | None], answers: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -17,8 +18,19 @@ from typing import Any
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
-from stepkd.grading.normalise import MAX_ANSWER_CHARS, decimal_places, is_words, unit_scale, words_key
-from stepkd.grading.spelling import brackets, clean, split, tokens, with_braces
+from stepkd.grading.normalise import (
+    MAX_ANSWER_CHARS,
+    NUMERALS,
+    brackets,
+    clean,
+    decimal_places,
+    is_words,
+    split,
+    tokens,
+    unit_scale,
+    with_braces,
+    words_key,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Clock:
 class Items:
     """Several values: ``kind`` is ``list`` (also a plus-minus), ``or``, ``set``, or the brackets of a tuple.
 
-    ``either`` holds a value and what it is about.
+    ``either`` holds a value and what it is about; ``grid`` the rows of a matrix, each a tuple.
     """
 
     kind: str
@@ -103,20 +115,6 @@ class Relation:
     value: Any
     """The right-hand side, read."""
 
-
-@dataclass(frozen=True)
-class Grid:
-    """A matrix or a column."""
-
-    rows: tuple[tuple[Any, ...], ...]
-
-
-NUMERALS = re.findall(
-    r"\w+",
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty",
-)
-"""Numbers in words, by value."""
 
 _LABEL = re.compile(
     r"(?:\\[A-Za-z]+\s*)?\\?[A-Za-z]*['′]*(?:_(?:\{[^{}]*\}|\w))?\s*(?:\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?['′]*"
@@ -217,8 +215,12 @@ def _read_structure(text: str) -> Any:
     matrix = _MATRIX.fullmatch(text)
     if matrix and r"\begin" not in matrix[2]:
         rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", matrix[2]) if row.strip()]
-        return Grid(tuple(tuple(_read_one(cell) for cell in row.split("&")) for row in rows))
+        return _grid([[_read_one(cell) for cell in row.split("&")] for row in rows])
     return _read_brackets(text) or _read_leaf(text)
+
+
+def _grid(rows: Sequence[Sequence[Any]]) -> Items:
+    return Items("grid", tuple(Items("()", tuple(row)) for row in rows))
 
 
 def _read_brackets(text: str) -> Any:
@@ -349,7 +351,7 @@ def _read_leaf(text: str) -> Any:
             words_key(plain) if re.search(r"[A-Za-z]{3}", plain) and "\\" not in plain else plain.replace(" ", "")
         )
     if isinstance(expr, sympy.MatrixBase):
-        return Grid(tuple(tuple(Number(cell) for cell in row) for row in expr.tolist()))
+        return _grid([[Number(cell) for cell in row] for row in expr.tolist()])
     places = decimal_places(text)
     degrees = r"^{\circ}" in text or "degree" in whole
     return Number(expr * sympy.Rational(scale.numerator, scale.denominator), places, percent is not None, degrees)

@@ -14,9 +14,8 @@ from typing import Any
 import sympy
 
 from stepkd.grading.extract import numbers_in
-from stepkd.grading.normalise import quick_verdict, read_number, tidy, unit_scale, words_key
-from stepkd.grading.reading import LOOSE, Based, Clock, Grid, Items, Number, Region, Relation, Words, as_region, read
-from stepkd.grading.spelling import clean, with_braces
+from stepkd.grading.normalise import clean, quick_verdict, read_number, tidy, unit_scale, with_braces, words_key
+from stepkd.grading.reading import LOOSE, Based, Clock, Items, Number, Region, Relation, Words, as_region, read
 
 _MIN_ROUNDED = 6
 _DIGITS = 30
@@ -90,30 +89,28 @@ def same(gold: Any, candidate: Any) -> bool:
         return _same_number(gold, candidate)
     if isinstance(gold, Words) and isinstance(candidate, Words):
         return bool(gold.key) and gold.key == candidate.key
-    if isinstance(gold, Grid) and isinstance(candidate, Grid):
-        shapes = [[len(row) for row in grid.rows] for grid in (gold, candidate)]
-        return shapes[0] == shapes[1] and _in_order(sum(gold.rows, ()), sum(candidate.rows, ()))
-    gold, candidate = _as_tuple(gold), _as_tuple(candidate)
     return isinstance(gold, Items) and isinstance(candidate, Items) and _same_items(gold, candidate)
 
 
 def _unwrap(value: Any) -> Any:
     """The only item of a list; of one answer spelled twice (``1/2 or 0.5``), the first spelling."""
-    while isinstance(value, Items) and value.items and (value.kind == "or" or len(value.items) == 1):
+    while isinstance(value, Items) and value.kind != "grid" and (value.kind == "or" or len(value.items) == 1):
         if not all(same(value.items[0], other) for other in value.items[1:]):
             return Items("list", value.items)
         value = value.items[0]
     return value
 
 
-def _as_tuple(value: Any) -> Any:
-    """A column or a row as the tuple of its entries; anything else as it is."""
-    if isinstance(value, Grid) and (len(value.rows) == 1 or all(len(row) == 1 for row in value.rows)):
-        return Items("()", sum(value.rows, ()))
+def _flat(value: Items) -> Items:
+    """A matrix of one column or row as the tuple of its entries; anything else as it is."""
+    if value.kind == "grid" and (len(value.items) == 1 or all(len(row.items) == 1 for row in value.items)):
+        return Items("()", sum((row.items for row in value.items), ()))
     return value
 
 
 def _same_items(gold: Items, candidate: Items) -> bool:
+    if gold.kind != candidate.kind:
+        gold, candidate = _flat(gold), _flat(candidate)
     if gold.kind in LOOSE and candidate.kind in LOOSE:
         items: list[Sequence[Any]] = [gold.items, candidate.items]
         if any(isinstance(item, Relation) for item in items[0]) != any(isinstance(item, Relation) for item in items[1]):
@@ -178,26 +175,10 @@ def _same_numeral(gold: Any, candidate: Any) -> bool:
 
 
 def _same_region(gold: Any, candidate: Any) -> bool:
-    names = {each.name for each in (gold, candidate) if isinstance(each, Region)} - {""}
-    ours, theirs = (_parts(as_region(each)) for each in (gold, candidate))
-    if ours is None or theirs is None or len(ours) != len(theirs) or len(names) > 1:
+    ours, theirs = as_region(gold), as_region(candidate)
+    if ours is None or theirs is None or len({ours.name, theirs.name} - {""}) > 1:
         return False
-    return all(a[1:] == b[1:] and all(map(equal, a[0], b[0])) for a, b in zip(ours, theirs, strict=True))
-
-
-def _parts(region: Region | None) -> list[tuple[tuple[Any, ...], bool, bool]] | None:
-    """Intervals and points of a set in their order; None for other sets, and where there is none."""
-    if region is None:
-        return None
-    pieces: list[Any] = []
-    for part in region.reals.args if isinstance(region.reals, sympy.Union) else [region.reals]:
-        if isinstance(part, sympy.FiniteSet):
-            pieces += [((point,), False, False) for point in part.args]
-        elif isinstance(part, sympy.Interval):
-            pieces.append(((part.start, part.end), bool(part.left_open), bool(part.right_open)))
-        elif not part.is_empty:
-            return None
-    return sorted(pieces, key=lambda piece: float(piece[0][0].evalf()))
+    return bool(ours.reals == theirs.reals)
 
 
 def _same_number(gold: Number, candidate: Number) -> bool:

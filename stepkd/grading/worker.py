@@ -9,14 +9,12 @@ SLURM's signals) do not reach the verdicts.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import resource
 import signal
 import time
 from multiprocessing.connection import Connection
-from typing import Any
 
 from stepkd.grading.verify import equivalent
 
@@ -29,7 +27,9 @@ def main(pipe: int, parent: int, memory_mb: int, deadline_s: float) -> None:
     """Answer requests until the pipe closes.
 
     Args:
-        pipe: descriptor of this end of it. Messages are ASCII JSON: lone surrogates and NUL travel as escapes.
+        pipe: descriptor of this end of it. The first message is what keeps the worker from working, or empty; then
+            candidate, reference answer and convention are answered by whether they are equal (None: out of memory) and
+            whether the worker should be replaced.
         parent: process id of the parent.
         memory_mb: cap on the address space, in MiB.
         deadline_s: CPU seconds per item; an item that takes more ends the process.
@@ -40,40 +40,33 @@ def main(pipe: int, parent: int, memory_mb: int, deadline_s: float) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, memory_mb * 2**20)
     with Connection(pipe) as connection, contextlib.suppress(EOFError, OSError):
-        connection.send_bytes(json.dumps(_warm_up()).encode("ascii"))
+        connection.send(_warm_up())
         while os.getppid() == parent:  # whoever the parent forked holds the pipe too, and keeps it open
             if not connection.poll(_PARENT_CHECK_S):
                 continue
-            request = json.loads(connection.recv_bytes())
+            request = connection.recv()
             signal.setitimer(signal.ITIMER_PROF, deadline_s)
             _limit(resource.RLIMIT_CPU, math.ceil(time.process_time() + deadline_s) + _CPU_GRACE_S)
+            equal: bool | None = False
             try:
-                reply = _grade(request)
+                equal = equivalent(*request)
             except MemoryError:
-                reply = {"verdict": "timeout", "retire": True}
+                equal = None
+            except Exception:  # sympy raises nearly everything on what it cannot do
+                pass
             signal.setitimer(signal.ITIMER_PROF, 0)
             # sympy's caches only grow; a worker at half its cap would fail an item that is not to blame.
-            reply.setdefault("retire", _address_space_bytes() > memory_mb * 2**19)
-            connection.send_bytes(json.dumps(reply).encode("ascii"))
+            connection.send((equal, equal is None or _address_space_bytes() > memory_mb * 2**19))
 
 
-def _warm_up() -> dict[str, Any]:
+def _warm_up() -> str:
     """The first check compiles math-verify's patterns and loads the LaTeX grammar; it belongs to the start."""
     try:
         if not equivalent(r"\frac{1}{2} + x", r"x + \frac24"):
-            raise RuntimeError("x + 2/4 is not found equal to 1/2 + x: the LaTeX grammar of math-verify does not work")
+            return "x + 2/4 is not found equal to 1/2 + x: the LaTeX grammar of math-verify does not work"
     except BaseException as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
-    return {}
-
-
-def _grade(item: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return {"verdict": "correct" if equivalent(**item) else "incorrect"}
-    except MemoryError:
-        raise
-    except Exception:  # sympy raises nearly everything on what it cannot do
-        return {"verdict": "incorrect"}
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _limit(kind: int, value: int) -> None:
