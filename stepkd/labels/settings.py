@@ -17,8 +17,7 @@ from stepkd.runs.job import JobConfig
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.scorers.load import load_scorer
 from stepkd.scorers.scorer import Reduction, ScorerConfig, StepScorer
-from stepkd.search.mcts import SearchConfig
-from stepkd.search.pairs import PairConfig
+from stepkd.search.mcts import PairConfig, SearchConfig
 from stepkd.steps.labels import Neutral, check_threshold
 from stepkd.steps.segment import get_segmenter, segmenter_settings
 

@@ -19,8 +19,7 @@ from stepkd.sampling.transformers_sampler import TransformersSampler, encode_pro
 from stepkd.scorers.rules import Checker
 from stepkd.scorers.scorer import StepScorer
 from stepkd.search.generate import SampledSteps
-from stepkd.search.mcts import SearchTree, tree_search
-from stepkd.search.pairs import tree_pairs
+from stepkd.search.mcts import SearchTree, tree_pairs, tree_search
 from stepkd.search.tree import Problem, StateValue
 
 

@@ -6,8 +6,8 @@
 * :mod:`~stepkd.search.generate`: `SampledSteps`, steps from a language model, cut by any segmenter; `ContinuationValue`
   (share of correct continuations), `ScorerValue` (a reward model, a prompted judge, an exact checker).
 * :mod:`~stepkd.search.mcts`: `tree_search`, Monte-Carlo tree search of many problems in lockstep: the leaves of all
-  trees are expanded in one batch, and every tree is as if it were searched alone.
-* :mod:`~stepkd.search.pairs`: `tree_pairs`, step preference pairs along the chosen path with values and visit counts.
+  trees are expanded in one batch, and every tree is as if it were searched alone; and `tree_pairs`, step preference
+  pairs along the chosen path with values and visit counts.
 
 ``stepkd pairs tree`` runs all of this as a resumable job (:mod:`stepkd.labels.tree_pairs`).
 """
@@ -20,8 +20,7 @@ from stepkd.lazy import lazily
 
 _HOMES = {
     "generate": "ContinuationValue SampledSteps ScorerValue",
-    "mcts": "Decision Option SearchConfig SearchTree tree_search",
-    "pairs": "FoundPairs PairConfig tree_pairs",
+    "mcts": "Decision FoundPairs Option PairConfig SearchConfig SearchTree tree_pairs tree_search",
     "tree": "Node Problem State StateValue Step StepGenerator",
 }
 

@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from stepkd.data.completion import Completion
 from stepkd.errors import ConfigError, DataError, check_bounds, check_choice
@@ -50,7 +50,7 @@ class _Draft:
     sample: int
     token_ids: list[int] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
-    finish: str = "length"
+    finish: Literal["stop", "length"] = "length"
 
 
 @dataclass(eq=False)
@@ -198,7 +198,7 @@ class SampledSteps:
         new = self._behind(draft)
         _, end = segment(self._cut, new)[0]
         ids, text = new.token_ids[:end], new.span_text(0, end)
-        how: End = "step" if end < len(new) else self._end(draft)
+        how: End = "step" if end < len(new) else draft.finish
         stopped = self._until_stop(draft.state, text)
         if stopped != text:
             how, text = "stop", stopped
@@ -213,15 +213,11 @@ class SampledSteps:
     def _rest(self, draft: _Draft) -> Step:
         new = self._behind(draft)
         text = self._until_stop(draft.state, new.text)
-        return Step(text, new.token_ids, sum(draft.raw_logprobs), self._end(draft), draft.sample)
+        return Step(text, new.token_ids, sum(draft.raw_logprobs), draft.finish, draft.sample)
 
     def _until_stop(self, state: State, text: str) -> str:
         """The new text before a string that ends the solution; such a string may begin in an earlier step."""
         return before_stop(state.text + text, self.sampling.stop)[len(state.text) :]
-
-    @staticmethod
-    def _end(draft: _Draft) -> End:
-        return "stop" if draft.finish == "stop" else "length"
 
 
 def _extend(draft: _Draft, continuation: Completion) -> None:

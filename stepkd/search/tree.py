@@ -71,6 +71,10 @@ class Step:
     """Which of the samples it was, from 0."""
 
 
+START = Step("", (), 0.0, "step")
+"""What leads to a tree's root."""
+
+
 class StepGenerator(Protocol):
     """Continues states. What it gives for a state depends on the state alone, not on the others of a call."""
 
@@ -120,10 +124,10 @@ LENGTH_POWER = 1.25
 
 @dataclass(eq=False)
 class Node:
-    """A state in the tree, and the step that led to it; the root has none."""
+    """A state in the tree, and the step that led to it."""
 
-    step: Step | None
-    """The action; None at the root."""
+    step: Step
+    """The action; `START` at the root."""
     parent: Node | None
     """Where the action was taken; None at the root."""
     value: float = 0.0
@@ -156,12 +160,11 @@ class Node:
     @property
     def terminal(self) -> bool:
         """Whether the solution is over here."""
-        return self.step is not None and self.step.end != "step"
+        return self.step.end != "step"
 
     @property
     def prior(self) -> float:
         """p: how likely the model is to take the step, by a length-normalised probability in (0, 1]."""
-        assert self.step is not None, "the root was not sampled"
         return math.exp(self.step.logprob / len(self.step.token_ids) ** LENGTH_POWER)
 
     def path(self) -> list[Node]:
@@ -180,7 +183,7 @@ class Node:
 
     def state(self, problem: Problem) -> State:
         """The solution so far."""
-        steps = [node.step for node in self.path() if node.step is not None]
+        steps = [node.step for node in self.path()]
         return State(
             problem,
             tuple(step.text for step in steps),

@@ -24,8 +24,7 @@ from stepkd.runs.job import JobOptions, read_settings
 from stepkd.sampling.sampler import SamplingConfig
 from stepkd.sampling.transformers_sampler import TransformersSampler
 from stepkd.scorers.judge import PromptedJudge
-from stepkd.search.mcts import SearchConfig
-from stepkd.search.pairs import PairConfig
+from stepkd.search.mcts import PairConfig, SearchConfig
 from stepkd.tasks.rows import check_row
 
 Run = Callable[..., dict[str, Any] | None]

@@ -16,7 +16,7 @@ HAND = SearchConfig(iterations=1, root_factor=4, actions=2, depth=2, exploration
 
 def numbers(tree: SearchTree) -> list[tuple[str, int, float]]:
     """Text, visits and Q of every node but the root."""
-    return [(n.step.text, n.visits, n.q) for n in tree.root.subtree() if n.step is not None]
+    return [(n.step.text, n.visits, n.q) for n in tree.root.subtree() if n is not tree.root]
 
 
 def test_by_hand(scripted: Any, known_tree: Any, known_values: Any, grader: Any, problem: Problem) -> None:
@@ -138,7 +138,7 @@ def test_equal_steps_are_merged(scripted: Any, known_values: Any, grader: Any, p
     script = {"": steps, "a\n": [("#### 1", 0.5, "stop")], "b\n": [("#### 2", 0.5, "stop")]}
     settings = SearchConfig(iterations=1, actions=4, depth=2)
     (tree,) = tree_search([problem], scripted(script), known_values, grader, settings)
-    found = [(n.step.text, n.step.end, n.copies) for n in tree.root.children if n.step is not None]
+    found = [(n.step.text, n.step.end, n.copies) for n in tree.root.children]
     assert found == [("a\n", "step", 2), ("b\n", "step", 1), ("a\n", "stop", 1)]
 
 

@@ -8,10 +8,9 @@ import pytest
 
 from stepkd.data.rows import STEP_PREFERENCE, validate
 from stepkd.errors import ConfigError
-from stepkd.search.mcts import Decision, Option, SearchConfig, SearchTree
+from stepkd.search.mcts import Decision, Option, PairConfig, SearchConfig, SearchTree, tree_pairs
 from stepkd.search.mcts import tree_search as search
-from stepkd.search.pairs import PairConfig, tree_pairs
-from stepkd.search.tree import Node, Problem, Step, best_child
+from stepkd.search.tree import START, Node, Problem, Step, best_child
 
 
 def grow(parent: Node, text: str, q: float, visits: int, *, end: str = "step", correct: bool | None = None) -> Node:
@@ -35,7 +34,7 @@ def decide(problem: Problem, root: Node) -> SearchTree:
 @pytest.fixture
 def chained(problem: Problem) -> SearchTree:
     """Two openings; the better one is followed by a single step, then by three answers."""
-    root = Node(None, None)
+    root = Node(START, None)
     good = grow(root, "a\n", 0.7, 9)
     bad = grow(root, "bb\n", -0.2, 3)
     grow(bad, "only\n", -0.3, 2)
@@ -75,7 +74,7 @@ def test_most_pairs_of_a_problem(chained: SearchTree) -> None:
 
 
 def test_a_single_opening_is_no_choice(problem: Problem) -> None:
-    root = Node(None, None)
+    root = Node(START, None)
     only = grow(root, "a\n", 0.5, 4)
     grow(only, "#### 1", 1.0, 3, end="stop", correct=True)
     grow(only, "#### 2", -1.0, 1, end="stop", correct=False)
@@ -95,7 +94,7 @@ def test_a_single_opening_is_no_choice(problem: Problem) -> None:
     ],
 )
 def test_what_is_left_out(problem: Problem, better: Any, worse: Any, end: str, reason: str) -> None:
-    root = Node(None, None)
+    root = Node(START, None)
     grow(root, *better, 3, end=end, correct=True)
     grow(root, *worse, 2, end="length", correct=False)
     found = tree_pairs(decide(problem, root))
@@ -103,7 +102,7 @@ def test_what_is_left_out(problem: Problem, better: Any, worse: Any, end: str, r
 
 
 def test_unsolved_and_empty_trees(problem: Problem) -> None:
-    root = Node(None, None)
+    root = Node(START, None)
     grow(root, "#### 2", 0.3, 3, end="stop", correct=False)
     grow(root, "#### 3", 0.1, 2, end="stop", correct=False)
     tree = decide(problem, root)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from stepkd.search.tree import Node, Problem, Step, back_up, best_child, puct, select
+from stepkd.search.tree import START, Node, Problem, Step, back_up, best_child, puct, select
 
 
 def child(parent: Node, value: float, *, logprob: float = 0.0, tokens: int = 1, visits: int = 0) -> Node:
@@ -25,7 +25,7 @@ def test_prior() -> None:
 
 
 def test_puct() -> None:
-    root = Node(None, None)
+    root = Node(START, None)
     root.visits = 9
     node = child(root, 0.2, logprob=math.log(0.5), visits=2)
     assert puct(node, 2.0) == pytest.approx(0.2 + 2 * 0.5 * 3 / 3)
@@ -33,7 +33,7 @@ def test_puct() -> None:
 
 
 def test_select_and_best_child() -> None:
-    root = Node(None, None)
+    root = Node(START, None)
     root.visits = 4
     likely, good, twin = (child(root, q, logprob=math.log(p)) for q, p in ((0.1, 0.9), (0.5, 0.1), (0.5, 0.1)))
     assert select(root, 0.0) is good, "of equals the first"
@@ -45,7 +45,7 @@ def test_select_and_best_child() -> None:
 
 def test_back_up_by_hand() -> None:
     """Root, a with two children: V weighs by max(1, N), Q adds the reward, gamma discounts what follows."""
-    root = Node(None, None)
+    root = Node(START, None)
     a = child(root, 0.5, visits=3)
     b = child(root, 0.8, visits=0)
     a1 = child(a, 1.5, visits=3)
@@ -67,7 +67,7 @@ def test_back_up_by_hand() -> None:
 def test_without_discount_q_is_the_mean_value_below_the_parent() -> None:
     """gamma 1: rewards telescope, so Q of a node is the mean of the leaves' values less its parent's value."""
     drawn = random.Random(3)
-    root = Node(None, None)
+    root = Node(START, None)
     middle = child(root, drawn.random(), visits=6)
     leaves = [child(middle, drawn.random(), visits=n) for n in (1, 2, 3)]
     for leaf in leaves:
@@ -77,7 +77,7 @@ def test_without_discount_q_is_the_mean_value_below_the_parent() -> None:
 
 
 def test_a_tree_may_be_deeper_than_python_recurses() -> None:
-    root = node = Node(None, None)
+    root = node = Node(START, None)
     for _ in range(2_000):
         node.children.append(Node(Step("a\n", (1,), 0.0, "step", 0), node))
         node = node.children[0]
@@ -85,7 +85,7 @@ def test_a_tree_may_be_deeper_than_python_recurses() -> None:
 
 
 def test_state_and_subtree() -> None:
-    root = Node(None, None)
+    root = Node(START, None)
     a = child(root, 0.0, tokens=2)
     child(root, 0.0)
     a1 = child(a, 0.0, tokens=3)
