@@ -181,13 +181,13 @@ class BranchRun:
             part, sources, cuts = zip(*rows[start : start + size], strict=True)
             width = cuts[0]
             source_B, cut_B = torch.tensor([sources, cuts], device=device)
-            cache = _selected(reading.cache, source_B, read_columns - width)
+            cache = selected_rows(reading.cache, source_B, read_columns - width)
             mask_BT = (torch.arange(width, device=device) < cut_B[:, None]).to(reading.mask_PT.dtype)
             hidden_BH = reading.hidden_PTH[source_B, cut_B - 1]
             self.decoder.decode(list(part), cache, hidden_BH, mask_BT, self.spec, self.on_progress)
 
 
-def _selected(cache: Any, source_B: torch.Tensor, surplus: int) -> Any:
+def selected_rows(cache: Any, source_B: torch.Tensor, surplus: int = 0) -> Any:
     """A cache of its own for the rows of a batch; ``surplus`` columns at the end are left out."""
     # A shallow copy of every layer will do: cropping takes a view, selecting makes new tensors.
     selected = copy.copy(cache)

@@ -25,8 +25,9 @@ class TemperatureFit:
     """A fitted temperature, and what it did to the data it was fitted on."""
 
     temperature: float
-    """T in [0.01, 100]: above 1 for over-confident scores, below 1 for timid ones. At a bound the optimum lies outside:
-    at 0.01 the scores separate the labels without an error, at 100 they say nothing about them, or the contrary."""
+    """T from `LOWEST` to `HIGHEST`: above 1 for over-confident scores, below 1 for timid ones. At a bound the optimum
+    lies outside: at the lowest the scores separate the labels without an error, at the highest they say nothing about
+    them, or the contrary."""
     nll_before: float
     """Mean negative log-likelihood per label at T = 1, in nats."""
     nll_after: float
@@ -40,7 +41,7 @@ def scaled(scores: ArrayLike, temperature: float) -> NDArray[np.float64]:
 
     Args:
         scores: numbers in [0, 1] of any shape; NaN (no score) stays NaN.
-        temperature: T in [0.01, 100].
+        temperature: T, positive.
 
     Returns:
         Scaled scores in (0, 1), same shape.
@@ -50,21 +51,23 @@ def scaled(scores: ArrayLike, temperature: float) -> NDArray[np.float64]:
     """
     from scipy.special import expit
 
-    return np.asarray(expit(_logit(check_scores(scores)) / temperature), dtype=np.float64)
+    values = np.asarray(scores, dtype=np.float64)
+    _check_range(values)
+    return np.asarray(expit(_logit(values) / temperature), dtype=np.float64)
 
 
 def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureFit:
     """Fit the temperature that makes the labels most likely.
 
-    The negative log-likelihood is convex in 1/T, so the root of its slope is bracketed: no start value, no learning
-    rate.
+    The negative log-likelihood is convex in 1/T, so its slope there changes its sign once, and the place is bracketed:
+    no start value, no learning rate. It is sought along log T, in which both bounds are equally far from 1.
 
     Args:
-        scores: (n,) numbers in [0, 1], none missing; clipped to [1e-6, 1 - 1e-6].
+        scores: (n,) numbers in [0, 1], none missing; clipped as `CLIP` says.
         labels: (n,) 0 or 1 (bool), both present.
 
     Returns:
-        The fit; its temperature is 0.01 or 100 where there is no optimum between.
+        The fit; its temperature is `LOWEST` or `HIGHEST` where there is no optimum between.
 
     Raises:
         DataError: different lengths, no data, a missing or impossible score, a label that is not 0 or 1, only one
@@ -73,7 +76,7 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureFit:
     from scipy.optimize import brentq
     from scipy.special import expit
 
-    values, targets = checked_labels(scores, labels)
+    values, targets = checked(scores, labels)
     if targets.min() == targets.max():
         raise DataError(
             f"all {targets.size} labels are {int(targets[0])}: a temperature cannot be fitted on one class; "
@@ -87,8 +90,8 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureFit:
         """d NLL / d(1/T) = sum logit * (sigmoid(logit/T) - label); it falls as T grows."""
         return float((logits * (expit(logits / math.exp(log_t)) - targets)).sum())
 
-    def nll(scaled: NDArray[np.float64]) -> float:
-        return float(np.mean(np.logaddexp(0.0, scaled) - targets * scaled))
+    def nll(divided: NDArray[np.float64]) -> float:
+        return float(np.mean(np.logaddexp(0.0, divided) - targets * divided))
 
     low, high = math.log(LOWEST), math.log(HIGHEST)
     if slope(low) <= 0:
@@ -100,7 +103,7 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> TemperatureFit:
     return TemperatureFit(temperature, nll(logits), nll(logits / temperature), int(values.size))
 
 
-def checked_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def checked(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores and labels as arrays.
 
     Raises:
@@ -114,21 +117,15 @@ def checked_labels(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.flo
     strange = ~np.isin(targets, (0.0, 1.0))
     if strange.any():
         raise DataError(f"label {int(strange.argmax())} is {targets[strange][0]}: must be 0 or 1")
-    return check_scores(values), targets
+    _check_range(values)
+    return values, targets
 
 
-def check_scores(scores: ArrayLike) -> NDArray[np.float64]:
-    """Scores as an array; NaN is a missing one and stays.
-
-    Raises:
-        DataError: a score outside [0, 1].
-    """
-    values = np.asarray(scores, dtype=np.float64)
+def _check_range(values: NDArray[np.float64]) -> None:
     outside = (values < 0) | (values > 1)
     if outside.any():
-        where = int(outside.reshape(-1).argmax())
-        raise DataError(f"score {where} is {values.reshape(-1)[where]}: scores are probabilities in [0, 1]")
-    return values
+        where = int(outside.argmax())
+        raise DataError(f"score {where} is {values.flat[where]}: scores are probabilities in [0, 1]")
 
 
 def _logit(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
 from stepkd.sampling.branches import gap_limit
 from stepkd.sampling.decode import Decoder, padded
-from stepkd.scorers.prm import Ids, PolicyScorer, continue_rows, packed
+from stepkd.scorers.prm import Ids, Item, PolicyScorer, continue_rows, packed
 from stepkd.scorers.scorer import Meaning, Row, Solutions
 from stepkd.steps.format import marker_token_id
 
@@ -38,34 +36,6 @@ QUESTION = "Is step {step} right, given the problem and the steps before it? Ans
 USUAL = (("Yes", "No"), (" Yes", " No"), ("yes", "no"), (" yes", " no"))
 """Forms of yes and no."""
 _PLACE = "<<<the steps go here>>>"
-
-
-@dataclass(eq=False)
-class _Case:
-    """One solution with its questions."""
-
-    name: str
-    """Its problem's id, for messages."""
-    head: Ids
-    """Everything before the first step."""
-    steps: tuple[Ids, ...]
-    """Ids of the steps that are judged."""
-    questions: tuple[Ids, ...]
-    """Ids of each step's question."""
-    total: int
-    """Number of steps, those that do not fit included."""
-    scores: list[float] = field(default_factory=list)
-    """Scores of the steps that are judged, in their order."""
-
-    @property
-    def cuts(self) -> list[int]:
-        """Tokens of head and steps that each question sees."""
-        return list(accumulate(map(len, self.steps), initial=len(self.head)))[1:]
-
-    @property
-    def ids(self) -> Ids:
-        """All steps."""
-        return tuple(token for step in self.steps for token in step)
 
 
 class PromptedJudge(PolicyScorer):
@@ -114,7 +84,7 @@ class PromptedJudge(PolicyScorer):
             ModelError: the model's probabilities are not numbers.
         """
         cases = [[self._case(problem, steps) for steps in problem.solutions] for problem in problems]
-        groups = [[case for case in group if case.steps] for group in cases]
+        groups = [[case for case in group if case.places] for group in cases]
         groups = sorted((group for group in groups if group), key=lambda group: -len(group[0].head))
         decoder = Decoder(self.policy, max_rows=self.max_rows)
         with evaluation_mode(self.policy):
@@ -125,7 +95,7 @@ class PromptedJudge(PolicyScorer):
                     self._shared(decoder, chosen)
                 else:
                     self._apart([case for group in chosen for case in group])
-        return [[case.scores + [math.nan] * (case.total - len(case.steps)) for case in group] for group in cases]
+        return [[case.scores for case in group] for group in cases]
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
@@ -133,22 +103,23 @@ class PromptedJudge(PolicyScorer):
         asked = {"scorer": "judge", "question": self.question, "reference": self.reference, "answer_ids": forms}
         return asked | super().provenance()
 
-    def _case(self, problem: Solutions, steps: Sequence[str]) -> _Case:
+    def _case(self, problem: Solutions, steps: Sequence[str]) -> Item:
         name = str(problem.row.get("id", "?"))
         if not steps or any(not step.strip() for step in steps):
             raise DataError(f"{len(steps)} steps, some without text: drop empty steps", path=name, column="completions")
         rendered = self.template.render({**problem.row, "prompt": self._text(problem.row, name)}, self.tokenizer)
         before, _, behind = rendered.partition(_PLACE)
         head = self._head_ids(before)
-        step_ids = [self._ids(f"{_numbered(step.strip(), k)}\n") for k, step in enumerate(steps, start=1)]
-        asked = [self._ids(f"\n{self.question.replace('{step}', str(k))}{behind}") for k in range(1, len(steps) + 1)]
-        kept, end = 0, len(head)
-        for step, question in zip(step_ids, asked, strict=True):
-            end += len(step)
-            if end + len(question) > self.max_length:
+        ids: Ids = ()
+        places: list[tuple[int, int, Ids]] = []
+        for k, step in enumerate(steps, start=1):
+            longer = ids + self._ids(f"{_numbered(step.strip(), k)}\n")
+            question = self._ids(f"\n{self.question.replace('{step}', str(k))}{behind}")
+            if len(head) + len(longer) + len(question) > self.max_length:
                 break
-            kept += 1
-        return _Case(name, head, tuple(step_ids[:kept]), tuple(asked[:kept]), len(steps))
+            ids = longer
+            places.append((k - 1, len(head) + len(ids), question))
+        return Item(name, head, ids, tuple(places), [math.nan] * len(steps))
 
     def _text(self, row: Row, name: str) -> str:
         """Problem and reference, with a place for the steps."""
@@ -179,42 +150,35 @@ class PromptedJudge(PolicyScorer):
         lead = next((n for n in range(len(whole)) if whole[n : n + len(own)] == own), 0)
         return whole[:lead] + own  # what some tokenizers put behind every text is left out
 
-    def _shared(self, decoder: Decoder, groups: list[list[_Case]]) -> None:
+    def _shared(self, decoder: Decoder, groups: list[list[Item]]) -> None:
         """Heads once, solutions once behind them, then every question on a copy of its solution's cache."""
         for cases, solved in self._continued(decoder, groups):
-            asked = [
-                (b, cut, question)
-                for b, case in enumerate(cases)
-                for cut, question in zip(case.cuts, case.questions, strict=True)
-            ]
+            asked = [(b, *place) for b, case in enumerate(cases) for place in case.places]
             for first in range(0, len(asked), self.max_rows):
-                owners, cuts, questions = zip(*asked[first : first + self.max_rows], strict=True)
-                self.tokens["question"] += sum(map(len, questions))
+                owners, steps, cuts, questions = zip(*asked[first : first + self.max_rows], strict=True)
                 hidden_BTH = continue_rows(decoder, solved, owners, questions, cuts=cuts).hidden_PTH
-                self._answer([cases[b] for b in owners], questions, hidden_BTH)
+                self._answer([cases[b] for b in owners], steps, questions, hidden_BTH)
 
-    def _apart(self, cases: list[_Case]) -> None:
+    def _apart(self, cases: list[Item]) -> None:
         """Every question with all before it."""
-        rows = []
-        for case in cases:
-            whole = case.head + case.ids
-            for cut, question in zip(case.cuts, case.questions, strict=True):
-                rows.append((case, whole[:cut] + question))
-                self.tokens["prompt"] += len(case.head)
-                self.tokens["solution"] += cut - len(case.head)
-                self.tokens["question"] += len(question)
+        rows = [
+            (case, step, (case.head + case.ids)[:cut] + question)
+            for case in cases
+            for step, cut, question in case.places
+        ]
         for start in range(0, len(rows), self.max_rows):
-            owners, texts = zip(*rows[start : start + self.max_rows], strict=True)
-            self._answer(owners, texts, self.policy.hidden(*padded(self.policy, texts)))
+            owners, steps, texts = zip(*rows[start : start + self.max_rows], strict=True)
+            self._answer(owners, steps, texts, self.policy.hidden(*padded(self.policy, texts)))
 
-    def _answer(self, owners: Sequence[_Case], rows: Sequence[Ids], hidden_BTH: Tensor) -> None:
-        """Give each row's case P(yes) against P(no) behind the row's last token."""
+    def _answer(self, owners: Sequence[Item], steps: Sequence[int], rows: Sequence[Ids], hidden_BTH: Tensor) -> None:
+        """Give each row's step P(yes) against P(no) behind the row's last token."""
         last_B = torch.tensor([len(row) - 1 for row in rows], device=hidden_BTH.device)
         hidden_SH = hidden_BTH[torch.arange(len(rows), device=hidden_BTH.device), last_B]
         logps_SC = label_token_logps(self.policy.head, hidden_SH, [*self.no_ids, *self.yes_ids])
         yes_S = logps_SC[:, len(self.no_ids) :].double().exp().sum(-1)
-        for case, score in zip(owners, self._scores(yes_S, [case.name for case in owners]), strict=True):
-            case.scores.append(score)
+        scores = self._scores(yes_S, [case.name for case in owners])
+        for case, step, score in zip(owners, steps, scores, strict=True):
+            case.scores[step] = score
 
 
 def answer_ids(tokenizer: Any, answers: Sequence[tuple[str, str]] = ()) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -254,7 +218,7 @@ def _numbered(step: str, number: int) -> str:
     return step if re.match(rf"(?i)step {number}\b", step) else f"Step {number}: {step}"
 
 
-def _width(cases: list[_Case]) -> int:
+def _width(cases: list[Item]) -> int:
     """Cached positions of a block and its longest question, padding included."""
-    asked = max(len(question) for case in cases for question in case.questions)
+    asked = max(len(question) for case in cases for _, _, question in case.places)
     return max(len(case.head) for case in cases) + max(len(case.ids) for case in cases) + asked

@@ -6,9 +6,8 @@ Axes: B rows, T padded length, S scored steps, H hidden size.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from stepkd.errors import ConfigError, ModelError, UnreadableSolution
 from stepkd.models.checkpoint import weights_fingerprint
 from stepkd.models.head import evaluation_mode
 from stepkd.models.policy import Policy
+from stepkd.sampling.branches import selected_rows
 from stepkd.sampling.decode import Decoder, Reading, padded
 from stepkd.scorers.calibration import scaled
 from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
@@ -29,6 +29,23 @@ from stepkd.scorers.scorer import Meaning, Row, Solutions, row_steps
 _NO_LIMIT = 10**9
 
 Ids = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Item:
+    """One solution, ready to be read."""
+
+    name: str
+    """Its problem's id, for messages."""
+    head: Ids
+    """Prompt ids: everything before the solution."""
+    ids: Ids
+    """Solution ids up to the last position that is needed."""
+    places: tuple[Any, ...]
+    """Where its steps are scored: (step, index in ``ids``); for a judge (step, number of tokens of head and solution
+    that are read, ids of the question behind them)."""
+    scores: list[float]
+    """One per step: NaN until it is scored, and where it was cut off."""
 
 
 class PolicyScorer:
@@ -43,9 +60,6 @@ class PolicyScorer:
         shared_prefix: read what several rows begin with once; False reads it again for each (the same scores).
         temperature: scales the scores, in [0.01, 100], fitted on held-out labels; None: they stay.
         name: what to call the model in the provenance; None: its path.
-
-    Attributes:
-        tokens: tokens read so far, without padding: ``prompt``, ``solution`` and, of a judge, ``question``.
 
     Raises:
         ConfigError: a number out of range.
@@ -74,7 +88,6 @@ class PolicyScorer:
         self.shared_prefix = shared_prefix
         self.temperature = temperature
         self.name = name
-        self.tokens: Counter[str] = Counter()
 
     def provenance(self) -> dict[str, Any]:
         """See :class:`~stepkd.scorers.scorer.StepScorer`."""
@@ -89,18 +102,15 @@ class PolicyScorer:
             "temperature": self.temperature,
         }
 
-    def _continued(self, decoder: Decoder, groups: Sequence[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], Reading]]:
-        """The heads of groups, read once each; then the groups' rows, ``max_rows`` at a time, behind their heads.
-
-        A row has ids, its ``head`` and its own ``ids``; the rows of a group share their head.
-        """
-        heads = [group[0].head for group in groups]
-        self.tokens["prompt"] += sum(map(len, heads))
-        read = decoder.read(heads, padding="left")
+    def _continued(
+        self, decoder: Decoder, groups: Sequence[Sequence[Item]]
+    ) -> Iterator[tuple[Sequence[Item], Reading]]:
+        """The heads of groups, read once each; then the groups' rows, ``max_rows`` at a time, behind their heads; the
+        rows of a group share their head."""
+        read = decoder.read([group[0].head for group in groups], padding="left")
         rows = [(g, row) for g, group in enumerate(groups) for row in sorted(group, key=lambda row: -len(row.ids))]
         for start in range(0, len(rows), self.max_rows):
             sources, part = zip(*rows[start : start + self.max_rows], strict=True)
-            self.tokens["solution"] += sum(len(row.ids) for row in part)
             yield part, continue_rows(decoder, read, sources, [row.ids for row in part])
 
     def _scores(self, values_S: Tensor, problems: Sequence[str]) -> list[float]:
@@ -113,22 +123,6 @@ class PolicyScorer:
             )
         scores: list[float] = values_S.clamp(0, 1).tolist()
         return scores if self.temperature is None else scaled(scores, self.temperature).tolist()
-
-
-@dataclass(eq=False)
-class _Item:
-    """One solution, ready to be read."""
-
-    name: str
-    """Its problem's id, for messages."""
-    head: Ids
-    """Prompt ids."""
-    ids: Ids
-    """Solution ids up to the last position that is needed."""
-    places: tuple[tuple[int, int], ...]
-    """(step, index in ``ids`` at which it is scored)."""
-    scores: list[float]
-    """One per step: NaN until it is scored, and where it was cut off."""
 
 
 class PRMScorer(PolicyScorer):
@@ -223,16 +217,16 @@ class PRMScorer(PolicyScorer):
         except UnreadableSolution:
             return _unread(len(row.get("step_ends") or row.get("completions") or row.get("steps") or row_steps(row)))
 
-    def _item(self, name: str, prompt: Ids, layout: Layout) -> _Item:
+    def _item(self, name: str, prompt: Ids, layout: Layout) -> Item:
         room, steps = self.max_length - len(prompt), len(layout.read_at)
         judged = range(steps - 1, steps) if self.meaning == "outcome" else range(steps)
         places = tuple((step, layout.read_at[step]) for step in judged if layout.read_at[step] < room)
         end = places[-1][1] + 1 if places else 0
-        return _Item(name, prompt, layout.ids[:end], places, [math.nan] * steps)
+        return Item(name, prompt, layout.ids[:end], places, [math.nan] * steps)
 
     @torch.no_grad()
-    def _score_items(self, items: Sequence[_Item]) -> list[list[float]]:
-        groups: dict[Ids, list[_Item]] = defaultdict(list)
+    def _score_items(self, items: Sequence[Item]) -> list[list[float]]:
+        groups: dict[Ids, list[Item]] = defaultdict(list)
         for item in items:
             if item.places:
                 groups[item.head].append(item)
@@ -243,23 +237,21 @@ class PRMScorer(PolicyScorer):
             self._score_shared(sorted(shared, key=lambda group: -len(group[0].head)))
         return [item.scores for item in items]
 
-    def _score_alone(self, items: list[_Item]) -> None:
+    def _score_alone(self, items: list[Item]) -> None:
         """Prompt and solution in one pass."""
         for start in range(0, len(items), self.max_rows):
             part = items[start : start + self.max_rows]
-            self.tokens["prompt"] += sum(len(item.head) for item in part)
-            self.tokens["solution"] += sum(len(item.ids) for item in part)
             hidden_BTH = self.policy.hidden(*padded(self.policy, [item.head + item.ids for item in part]))
             self._read(part, hidden_BTH, [len(item.head) for item in part])
 
-    def _score_shared(self, groups: list[list[_Item]]) -> None:
+    def _score_shared(self, groups: list[list[Item]]) -> None:
         """Prompts first, once each; then their solutions on copies of the cache."""
         decoder = Decoder(self.policy, max_rows=self.max_rows)
         for block in packed([len(group) for group in groups], self.max_rows):
             for part, solved in self._continued(decoder, [groups[g] for g in block]):
                 self._read(part, solved.hidden_PTH, [0] * len(part))
 
-    def _read(self, items: Sequence[_Item], hidden_BTH: Tensor, offsets: Sequence[int]) -> None:
+    def _read(self, items: Sequence[Item], hidden_BTH: Tensor, offsets: Sequence[int]) -> None:
         """Score at the reading positions, ``offsets`` tokens behind the start of each row."""
         places = [(row, step, offsets[row] + at) for row, item in enumerate(items) for step, at in item.places]
         rows_S, _, columns_S = torch.tensor(places, device=hidden_BTH.device).unbind(-1)
@@ -306,7 +298,7 @@ def continue_rows(
     ahead_BT = mask_BT.cumsum(-1) - 1
     whole_BT = torch.cat([seen_BT, mask_BT], dim=1)
     output = decoder.forward(
-        ids_BT, whole_BT, seen_BT.sum(-1, keepdim=True) + ahead_BT, _selected(reading.cache, index_B)
+        ids_BT, whole_BT, seen_BT.sum(-1, keepdim=True) + ahead_BT, selected_rows(reading.cache, index_B)
     )
     return Reading(output.last_hidden_state, whole_BT, output.past_key_values)
 
@@ -330,11 +322,3 @@ def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
         blocks[-1].append(group)
         filled += size
     return blocks
-
-
-def _selected(cache: Any, index_B: Tensor) -> Any:
-    """Copies of some rows of a cache; reading on puts new tensors in the copy and leaves the cache as it is."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(index_B)
-    return chosen

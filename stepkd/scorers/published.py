@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,18 +104,9 @@ def recognise(path: str) -> str | None:
     return "math-shepherd" if "math-shepherd" in name and "prm" in name else None
 
 
-class Parts(NamedTuple):
-    """What a scorer of published weights is made of."""
-
-    policy: Policy
-    """The model with its step head."""
-    template: PromptTemplate
-    """The family's own prompt template."""
-    encoder: type[StepEncoder]
-    """How it lays steps out."""
-
-
-def open_published(family: str, path: str, separator: str = "\n", **weights: Any) -> Parts:
+def open_published(
+    family: str, path: str, separator: str = "\n", **weights: Any
+) -> tuple[Policy, PromptTemplate, type[StepEncoder]]:
     """Load a published model.
 
     Args:
@@ -123,6 +114,9 @@ def open_published(family: str, path: str, separator: str = "\n", **weights: Any
         path: folder or hub id.
         separator: the ``step_separator`` that TRL's PRMTrainer had; the other families have their own.
         **weights: ``dtype`` and ``attention``, as for :func:`~stepkd.models.checkpoint.load_trained`.
+
+    Returns:
+        The model with its step head, the family's own prompt template, and how it lays steps out.
 
     Raises:
         ModelError: nothing loadable there.
@@ -132,15 +126,15 @@ def open_published(family: str, path: str, separator: str = "\n", **weights: Any
         policy = load_trained(path, **weights)
         layout = StepFormat(marker="ки", separator="\n", marker_place="before_separator")
         policy.attach_step_head(LabelTokens(format=layout, labels=("-", "+"), meaning="value"))
-        return Parts(policy, PromptTemplate(style="plain"), SpacedSteps)
+        return policy, PromptTemplate(style="plain"), SpacedSteps
     marker, layers = ("<extra_0>", 2) if family == "qwen-prm" else (separator, 1)
     policy, head = _load_classifier(path, **weights)
     _check_head(path, head, layers)
     layout = StepFormat(marker=marker, separator="", tokenize="per_step")
     policy.attach_step_head(Classifier(format=layout, layers=layers), weights=head)
     if family == "qwen-prm":
-        return Parts(policy, PromptTemplate(style="chat", system=QWEN_SYSTEM), BareSteps)
-    return Parts(policy, _trl_template(policy.tokenizer), SeparatedSteps)
+        return policy, PromptTemplate(style="chat", system=QWEN_SYSTEM), BareSteps
+    return policy, _trl_template(policy.tokenizer), SeparatedSteps
 
 
 def _trl_template(tokenizer: Any) -> PromptTemplate:
@@ -154,13 +148,17 @@ def _load_classifier(
     path: str, dtype: str | None = None, attention: str | None = None
 ) -> tuple[Policy, dict[str, Tensor]]:
     """The language model below a classification head, and the head's weights."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    folder = _folder(path)
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        check_source(path)
     arguments: dict[str, Any] = {"dtype": "auto" if dtype is None else getattr(torch, dtype)}
     if attention is not None:
         arguments["attn_implementation"] = attention
     try:
+        folder = folder if folder.is_dir() else Path(snapshot_download(path, allow_patterns=_FILES))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # There is no vocabulary head in the file; tied to the embeddings, nothing has to be made up. It is never read.
         config.tie_word_embeddings = True
@@ -169,8 +167,11 @@ def _load_classifier(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         weights = _tensors(folder, "score.")
-    except Exception as error:  # transformers, tokenizers and safetensors raise many classes for a broken model
-        raise ModelError(f"cannot load the reward model {path!r}: {first_line(error)}") from error
+    except Exception as error:  # transformers, safetensors and the hub raise many classes for a broken model
+        raise ModelError(
+            f"cannot load the reward model {path!r}: {first_line(error)}. Give an existing folder, or a hub id that "
+            "this machine can reach (or has in its cache)"
+        ) from error
     made_up = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in report.get(name, ()))
     foreign = sorted(key for key in report.get("unexpected_keys", ()) if not key.startswith(("score.", "lm_head.")))
     if made_up or foreign or not weights:
@@ -206,22 +207,6 @@ def _architectures(path: str) -> list[str]:
         return [] if config is None else [*map(str, json.loads(config.read_bytes()).get("architectures") or [])]
     except Exception:  # no configuration there; offline, no such repository, no permission: loading will say which
         return []
-
-
-def _folder(path: str) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    check_source(path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=_FILES))
-    except Exception as error:  # the hub's own errors, those of its HTTP library, and bad repository ids
-        raise ModelError(
-            f"no reward model at {path!r}: {first_line(error)}. Give an existing folder, or a hub id that this machine "
-            "can reach (or has in its cache)"
-        ) from error
 
 
 def _tensors(folder: Path, prefix: str) -> dict[str, Tensor]:

@@ -18,12 +18,11 @@ import itertools
 import math
 import operator
 import re
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from stepkd.errors import DataError
 from stepkd.scorers.scorer import Meaning, Row, ScorerConfig, Solutions
@@ -35,15 +34,7 @@ class RuleScorer(ScorerConfig):
 
     meaning: Meaning = "correctness"
 
-    @abstractmethod
-    def score(self, problems: Sequence[Solutions]) -> list[list[list[float]]]:
-        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
-
-    @abstractmethod
-    def provenance(self) -> dict[str, Any]:
-        """See :class:`~stepkd.scorers.scorer.StepScorer`."""
-
-    def build(self, *, device: str = "auto", max_rows: int = 32) -> Self:
+    def build(self, *, device: str = "auto", max_rows: int = 32) -> Any:
         """See :meth:`ScorerConfig.build`."""
         return self
 
@@ -316,7 +307,7 @@ def _holds(left: str, right: str, *, goes_on: bool) -> bool | None:
     if tree is None or not any(isinstance(node, ast.BinOp) for node in ast.walk(tree)) or _parsed(right) is None:
         return None
     try:
-        lefts = [value for value in _readings(left) if value is not None]
+        lefts = _readings(left)
     except ZeroDivisionError:
         return False
     if not lefts:
@@ -333,7 +324,7 @@ def _holds(left: str, right: str, *, goes_on: bool) -> bool | None:
         if alone:
             return False
     try:
-        others = [value for value in _readings(right) if value is not None]
+        others = _readings(right)
     except ZeroDivisionError:
         return False
     return any(value in others for value in lefts) if others else None
@@ -346,10 +337,10 @@ def _rounds_to(value: Fraction, stated: Fraction, places: int) -> bool:
     return value == stated or rounded
 
 
-def _readings(text: str) -> list[Fraction | None]:
-    """Values of an expression, per cent signs read and left out."""
-    plain = [text.replace("%", "")]
-    return [_value(_parsed(each)) for each in ([text, *plain] if "%" in text else plain)]
+def _readings(text: str) -> list[Fraction]:
+    """Values of an expression, per cent signs read and left out; none where it cannot be computed."""
+    values = [_value(_parsed(each)) for each in dict.fromkeys((text, text.replace("%", "")))]
+    return [value for value in values if value is not None]
 
 
 def _parsed(text: str) -> ast.expr | None:

@@ -179,6 +179,12 @@ def _some(texts: list[str], name: str) -> list[str]:
     return texts
 
 
+def declared_steps(row: Row) -> Sequence[Any] | None:
+    """Something for each step that a row says it has; None: the steps are still to be cut."""
+    steps: Sequence[Any] | None = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
+    return steps
+
+
 def step_scores(row: Row, scores: Sequence[float]) -> list[float | None]:
     """Scores as JSON: None for NaN, and for a last step of a completion that holds nothing but the end token.
 
@@ -186,7 +192,7 @@ def step_scores(row: Row, scores: Sequence[float]) -> list[float | None]:
         DataError: the row declares fewer steps than were scored.
     """
     values = [None if math.isnan(score) else score for score in scores]
-    declared = row.get("completions") if row.get("step_ends") is None else row["step_ends"]
+    declared = declared_steps(row)
     if declared is None:
         return values
     missing = len(declared) - len(values)

@@ -44,6 +44,26 @@ def sharpened() -> Callable[[Any], Any]:
 
 
 @pytest.fixture(scope="session")
+def tokens_read() -> Callable[[Policy], Callable[[], int]]:
+    """``tokens_read(policy)()``: tokens that the model has read since the last call, without padding."""
+
+    def watch(policy: Policy) -> Callable[[], int]:
+        read = [0]
+
+        def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+            read[0] += int((keywords["input_ids"] != policy.tokenizer.pad_token_id).sum())
+
+        def since() -> int:
+            found, read[0] = read[0], 0
+            return found
+
+        policy.causal_lm.base_model.register_forward_pre_hook(count, with_kwargs=True)
+        return since
+
+    return watch
+
+
+@pytest.fixture(scope="session")
 def problems() -> list[Solutions]:
     """Five problems: prompts of 2 to 49 tokens, one of them twice, with 1 to 7 solutions of 1 to 5 steps."""
     prompts = ["1+2=", "a longer prompt than the others, twice: 17*3+4-2=?", "7x", "how many ducks", "7x"]

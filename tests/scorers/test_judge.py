@@ -13,6 +13,8 @@ from stepkd.data.templates import PromptTemplate
 from stepkd.errors import ConfigError, DataError, ModelError
 from stepkd.models.policy import Policy
 from stepkd.models.spec import tiny_tokenizer
+from stepkd.sampling.branches import gap_limit
+from stepkd.sampling.decode import Decoder
 from stepkd.scorers.judge import JUDGE_TEMPLATE, PromptedJudge, answer_ids
 from stepkd.scorers.scorer import Solutions, score_one
 
@@ -64,7 +66,7 @@ def test_shared_reading_changes_nothing(policy: Policy, problems: list[Solutions
 
 @pytest.mark.parametrize("window", [6, 400])
 def test_sliding_window_too_short_for_gaps_is_read_plainly(
-    sharpened: Any, problems: list[Solutions], window: int
+    sharpened: Any, problems: list[Solutions], window: int, tokens_read: Any
 ) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -75,28 +77,33 @@ def test_sliding_window_too_short_for_gaps_is_read_plainly(
     )  # fmt: skip
     torch.manual_seed(0)
     policy = Policy(sharpened(MistralForCausalLM(config).double()).eval(), tiny_tokenizer())
-    plain = PromptedJudge(policy, shared_prefix=False, **SHORT)
-    expected = flat(plain.score(problems))
-    judge = PromptedJudge(policy, **SHORT)
-    assert flat(judge.score(problems)) == pytest.approx(expected, rel=0, abs=1e-10)
-    assert (judge.tokens == plain.tokens) == (window == 6)
+    read = tokens_read(policy)
+    expected = flat(PromptedJudge(policy, shared_prefix=False, **SHORT).score(problems))
+    plainly = read()
+    gap_limit(Decoder(policy, max_rows=4))
+    plainly += read()  # the judge asks that, too
+    assert flat(PromptedJudge(policy, **SHORT).score(problems)) == pytest.approx(expected, rel=0, abs=1e-10)
+    assert (read() == plainly) == (window == 6)
 
 
-def test_problem_and_solution_are_read_once(policy: Policy, problems: list[Solutions]) -> None:
-    shared, apart = PromptedJudge(policy, **SHORT), PromptedJudge(policy, shared_prefix=False, **SHORT)
-    shared.score(problems)
-    apart.score(problems)
+def test_problem_and_solution_are_read_once(policy: Policy, problems: list[Solutions], tokens_read: Any) -> None:
+    read = tokens_read(policy)
+    PromptedJudge(policy, **SHORT).score(problems)
+    shared = read()
+    gap_limit(Decoder(policy, max_rows=4))
+    shared -= read()
+    PromptedJudge(policy, shared_prefix=False, **SHORT).score(problems)
+    apart = read()
     heads = [len(f"Problem:\n{p.row['prompt']}\n\nSolution:\n") for p in problems]
     lengths = [
         [len(f"Step {i}: {step.strip()}\n") for i, step in enumerate(steps, start=1)]
         for p in problems
         for steps in p.solutions
     ]
-    assert shared.tokens["prompt"] == sum(heads)
-    assert shared.tokens["solution"] == sum(map(sum, lengths))
-    assert shared.tokens["question"] == apart.tokens["question"] == sum(map(len, lengths)) * len("\n1 ok?\nA:")
-    assert apart.tokens["prompt"] == sum(h * len(s) for h, p in zip(heads, problems, strict=True) for s in p.solutions)
-    assert apart.tokens["solution"] == sum(sum(steps[: k + 1]) for steps in lengths for k in range(len(steps)))
+    questions = sum(map(len, lengths)) * len("\n1 ok?\nA:")
+    assert shared == sum(heads) + sum(map(sum, lengths)) + questions
+    again = sum(h * len(s) for h, p in zip(heads, problems, strict=True) for s in p.solutions)
+    assert apart == again + sum(sum(steps[: k + 1]) for steps in lengths for k in range(len(steps))) + questions
 
 
 def test_chat_models_are_asked_as_users(policy: Policy) -> None:

@@ -82,29 +82,17 @@ def test_sliding_window(sharpened: Any, problems: list[Solutions], window: int) 
         assert flat(scores) == pytest.approx(flat(expected), rel=0, abs=1e-10)
 
 
-def test_a_prompt_is_read_once(make_policy: MakePolicy, problems: list[Solutions]) -> None:
+def test_a_prompt_is_read_once(make_policy: MakePolicy, problems: list[Solutions], tokens_read: Any) -> None:
     policy = make_policy(LabelTokens())
-    forward = 0
-
-    def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        nonlocal forward
-        if "unpadded_rows" in keywords:  # real tokens only
-            forward += keywords["input_ids"].numel()
-        else:
-            forward += int(keywords["attention_mask"][:, -keywords["input_ids"].shape[1] :].sum())
-
-    policy.causal_lm.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    read = tokens_read(policy)
     prompts = [len(p.row["prompt"]) for p in problems]
-    shared = PRMScorer(policy, template="task", max_rows=4)
-    shared.score(problems)
+    PRMScorer(policy, template="task", max_rows=4).score(problems)
+    shared = read()
+    PRMScorer(policy, template="task", max_rows=4, shared_prefix=False).score(problems)
     once = sum(prompts) - len("7x")  # two problems have the same prompt
-    assert shared.tokens["prompt"] == once
-    assert shared.tokens["solution"] == forward - once
-    forward = 0
-    apart = PRMScorer(policy, template="task", max_rows=4, shared_prefix=False)
-    apart.score(problems)
-    assert apart.tokens["prompt"] == sum(n * len(p.solutions) for n, p in zip(prompts, problems, strict=True))
-    assert apart.tokens["solution"] == shared.tokens["solution"] == forward - apart.tokens["prompt"]
+    for_each = sum(n * len(p.solutions) for n, p in zip(prompts, problems, strict=True))
+    assert read() - shared == for_each - once
+    assert shared > once
 
 
 def test_later_steps_and_other_solutions_change_nothing(make_policy: MakePolicy, problems: list[Solutions]) -> None:
@@ -150,8 +138,9 @@ def test_steps_beyond_the_context_are_not_scored(make_policy: MakePolicy) -> Non
     assert [math.isnan(value) for value in values] == [False] * 3 + [True] * 2, "1,024 tokens of context"
 
 
-def test_rows_with_sampled_ids_are_read_as_they_are(make_policy: MakePolicy) -> None:
+def test_rows_with_sampled_ids_are_read_as_they_are(make_policy: MakePolicy, tokens_read: Any) -> None:
     policy = make_policy(LabelTokens())
+    read = tokens_read(policy)
     tokenizer = policy.tokenizer
     text = "1+1=2\n#### 2"
     own = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -169,11 +158,13 @@ def test_rows_with_sampled_ids_are_read_as_they_are(make_policy: MakePolicy) -> 
     ]
     scorer = PRMScorer(policy, template="task")
     first, second, texts, cut = scorer.score_rows(rows)
+    shared = read()
+    PRMScorer(policy, template="task", shared_prefix=False).score_rows(rows)
+    assert read() - shared == 3 * len("1+1="), "one prompt, four rows"
     assert first == pytest.approx(texts, abs=1e-10)
     assert first == pytest.approx(cut, abs=1e-10)
     assert second[0] == pytest.approx(first[0], abs=1e-10)
     assert abs(second[1] - first[1]) > 1e-6
-    assert scorer.tokens["prompt"] == 4, "one prompt, four rows"
 
 
 def test_rows_that_cannot_be_read_have_nan_for_every_step(make_policy: MakePolicy) -> None:
